@@ -1,0 +1,1 @@
+"""Program, dialect, capture, pipeline, rewriting, artifact and diagnostics: the ground floor."""

@@ -1,0 +1,113 @@
+"""What the graph alone cannot say: meanings of inputs, attention facts, cache layout, provenance."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+InputRole = Literal[
+    "input_ids",
+    "position_ids",
+    "attention_mask",
+    "token_type_ids",
+    "slot_mapping",
+    "block_tables",
+    "context_lens",
+    "cu_seqlens",
+    "key_cache",
+    "value_cache",
+    "input",
+]
+OutputRole = Literal["logits", "hidden", "key_cache", "value_cache", "output"]
+Kind = Literal["decoder", "encoder", "module"]
+
+
+class Input(msgspec.Struct, frozen=True, kw_only=True):
+    """One graph input, in call order. `dims` holds an int or the name of a dynamic axis."""
+
+    name: str
+    role: InputRole
+    dtype: str
+    dims: tuple[int | str, ...]
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True):
+    """One graph output, in order."""
+
+    name: str
+    role: OutputRole
+
+
+class AttentionFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """One attention layer. `window` counts tokens including the query itself; 0 is none."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    causal: bool
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+
+
+class KVCache(msgspec.Struct, frozen=True, kw_only=True):
+    """How the program keeps keys and values.
+
+    none: the whole sequence is an input. linear: key/value caches [B, Hkv, P, D], either grown
+    and returned (`in_place` False) or of fixed capacity and written in place. paged: one pool
+    [num_blocks, block_size, Hkv, D] per layer for K and one for V, over a flattened token axis.
+    """
+
+    kind: Literal["none", "linear", "paged"] = "none"
+    in_place: bool = False
+    block_size: int = 0
+
+
+class WeightQuantization(msgspec.Struct, frozen=True, kw_only=True):
+    """How one linear's weight [N, K] is stored. `group_size` runs along K; 0 means per channel."""
+
+    method: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    source: str
+
+
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """Facts of the source model that runtimes ask for. Token ids may be absent."""
+
+    model_type: str = ""
+    architecture: str = ""
+    vocab_size: int = 0
+    context_length: int = 0
+    hidden_size: int = 0
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+
+class Contract(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of a Program that is not its graph.
+
+    `position_rule` records `position[b, i] = base[b] + i`: masks and caches are proved under it.
+    `sources` maps each weight of the graph to the tensor names of the checkpoint it came from.
+    `layers` has one entry per attention operator, in graph order.
+    """
+
+    kind: Kind
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+    position_rule: bool = False
+    layers: tuple[AttentionFacts, ...] = ()
+    kv_cache: KVCache = KVCache()
+    model: ModelFacts = ModelFacts()
+    sources: dict[str, tuple[str, ...]] = {}
+    quantization: dict[str, WeightQuantization] = {}
+    passes: tuple[str, ...] = ()
+
+    def input_index(self, role: InputRole) -> int | None:
+        """Position of the first input with this role, or None."""
+        return next((i for i, spec in enumerate(self.inputs) if spec.role == role), None)

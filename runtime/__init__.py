@@ -1,0 +1,1 @@
+"""Sessions over artifacts, generation and measurement."""

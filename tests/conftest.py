@@ -1,0 +1,36 @@
+"""Fixtures: where the example model and, when present, the larger reference models are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLE = ROOT / "examples" / "fiction-3m"
+SHARED = ROOT.parent / "shared"
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(2)
+
+
+def shared_path(*parts: str) -> Path:
+    """A path among the shared reference models and texts; skips the test where they are absent."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"needs ../shared/{'/'.join(parts)}, which stands only where the project is developed")
+    return path
+
+
+@pytest.fixture(scope="session")
+def example_model() -> Path:
+    """The model folder that ships with the repository."""
+    return EXAMPLE
+
+
+@pytest.fixture(scope="session")
+def shared_model():  # type: ignore[no-untyped-def]
+    """Call with a model name; skips where the reference models are absent."""
+    return lambda name: shared_path("models", name)
