@@ -1,0 +1,154 @@
+"""transformers' attention and mask interfaces, answered with one `optc.attention` per layer.
+
+transformers lets a library register its own attention and its own mask maker. The mask maker gets
+the mask as a Python closure; it is decoded here into what `optc.attention` can say (causal, window,
+key padding), and anything else is refused: a mask that is dropped silently is a wrong model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optc.compiler.diagnostics import CaptureError
+
+NAME = "optc"
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A decoded attention mask. `window` counts tokens including the query itself; 0 is none."""
+
+    causal: bool
+    window: int = 0
+    key_padding: Tensor | None = None
+
+
+def _closure(function: Callable[..., Any]) -> dict[str, Any]:
+    names = function.__code__.co_freevars
+    return dict(zip(names, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
+
+
+def _atoms(function: Callable[..., Any]) -> list[tuple[str, int]]:
+    """The mask as a conjunction of atoms (kind, number); unknown closures are refused."""
+    from transformers import masking_utils
+
+    if function is masking_utils.causal_mask_function:
+        return [("causal", 0)]
+    if function is masking_utils.bidirectional_mask_function:
+        return []
+    cells, kind = _closure(function), function.__qualname__.split(".", 1)[0]
+    if kind == "and_masks":
+        return [atom for part in cells["mask_functions"] for atom in _atoms(part)]
+    if kind == "sliding_window_overlay":
+        return [("window", int(cells["sliding_window"]))]
+    if kind == "packed_sequence_mask_function":
+        # Positions are base + i within a row (the contract's rule), so a row is one sequence.
+        return []
+    if kind == "remap_positions_for_packed_sequence":
+        return _atoms(cells["mask_function"])
+    if kind == "padding_mask_function":
+        return []  # the padding itself arrives as `attention_mask`
+    raise CaptureError(
+        f"the attention mask '{kind}' cannot be expressed",
+        why="optc knows causal, sliding-window and key-padding masks",
+        remedy="use a model without this mask",
+    )
+
+
+def make_mask(
+    *,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> Mask:
+    """The registered mask maker: a Mask instead of a tensor."""
+    atoms = _atoms(mask_function)
+    windows = [number for kind, number in atoms if kind == "window"]
+    return Mask(any(kind == "causal" for kind, _ in atoms), min(windows, default=0), attention_mask)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Mask | Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The registered attention: query [B,H,S,D], key and value [B,Hkv,T,D] -> [B,S,H,D]."""
+    if attention_mask is None:
+        causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+        mask = Mask(causal, int(sliding_window or 0))
+    elif isinstance(attention_mask, Mask):
+        mask = attention_mask
+    else:
+        raise CaptureError(
+            "the model builds its attention mask outside transformers' mask interface",
+            where=type(module).__name__,
+            remedy="the model must call create_causal_mask (transformers 5 models do)",
+        )
+    if dropout and module.training:
+        raise CaptureError("attention dropout is active", remedy="call model.eval() first")
+    scale = float(scaling) if scaling is not None else float(query.shape[-1]) ** -0.5
+    out = torch.ops.optc.attention(
+        query, key, value, mask.key_padding, s_aux,
+        scale=scale, causal=mask.causal, window=mask.window, softcap=float(softcap or 0.0),
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous(), None
+
+
+def run_experts(
+    module: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Mixture of experts without data-dependent shapes: every expert sees every token.
+
+    hidden_states [N,C], top_k_index and top_k_weights [N,K] -> [N,C]. Exact; costs E/K times the work.
+    """
+    _check_experts(module)
+    out = torch.zeros_like(hidden_states)
+    experts: int = module.num_experts  # type: ignore[assignment]
+    gate_up, down = module.gate_up_proj, module.down_proj
+    assert isinstance(gate_up, Tensor)
+    assert isinstance(down, Tensor)
+    for expert in range(experts):
+        weight = torch.where(top_k_index == expert, top_k_weights, 0.0).sum(-1, keepdim=True)
+        both = torch.nn.functional.linear(hidden_states, gate_up[expert])
+        gate, up = both.chunk(2, dim=-1)
+        inner = module.act_fn(gate) * up  # type: ignore[operator]
+        out = out + torch.nn.functional.linear(inner, down[expert]) * weight.to(hidden_states.dtype)
+    return out
+
+
+def _check_experts(module: torch.nn.Module) -> None:
+    """Refuse expert layouts other than concatenated gate and up projections without bias."""
+    flags = {"is_transposed": False, "has_bias": False, "is_concatenated": True, "has_gate": True}
+    odd = [name for name, usual in flags.items() if getattr(module, name, usual) is not usual]
+    odd += ["has_post_expert_norm"] if getattr(module, "has_post_expert_norm", False) else []
+    if odd:
+        raise CaptureError(
+            f"mixture-of-experts layout not supported: {', '.join(odd)}",
+            where=type(module).__name__,
+            remedy="optc takes concatenated gate/up experts without bias, as Mixtral and Qwen3-MoE have",
+        )
+
+
+def register() -> None:
+    """Register attention, mask maker and experts with transformers; harmless when repeated."""
+    from transformers import AttentionInterface
+    from transformers.integrations.moe import ExpertsInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, make_mask)
+    ExpertsInterface.register(NAME, run_experts)

@@ -1,0 +1,81 @@
+"""Facts read off a config (for runtimes) and off a graph (for passes)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from optc.compiler.contract import AttentionFacts, ModelFacts
+from optc.compiler.diagnostics import CaptureError
+
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def attention_facts(node: Node) -> AttentionFacts:
+    """The facts of one `optc.attention` call, from its arguments and fake values."""
+    q, k, v = (argument.meta["val"] for argument in node.args[:3])  # type: ignore[union-attr]
+    knobs = node.kwargs
+    return AttentionFacts(
+        num_heads=int(q.shape[1]),
+        num_kv_heads=int(k.shape[1]),
+        head_dim=int(q.shape[3]),
+        value_dim=int(v.shape[3]),
+        scale=float(knobs["scale"]),  # type: ignore[arg-type]
+        causal=bool(knobs["causal"]),
+        window=int(knobs["window"]),  # type: ignore[call-overload]
+        softcap=float(knobs["softcap"]),  # type: ignore[arg-type]
+        sinks=len(node.args) > 4 and node.args[4] is not None,
+    )
+
+
+def attention_layers(exported: ExportedProgram) -> tuple[AttentionFacts, ...]:
+    """Facts of every `optc.attention` of a graph, in order."""
+    op = torch.ops.optc.attention.default
+    return tuple(attention_facts(node) for node in exported.graph.nodes if node.target is op)
+
+
+def model_facts(config: Any) -> ModelFacts:
+    """What runtimes ask for: ids, vocabulary, context length."""
+    eos = getattr(config, "eos_token_id", None)
+    ids = tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (int(eos),))
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return ModelFacts(
+        model_type=str(getattr(config, "model_type", "")),
+        architecture=str((getattr(config, "architectures", None) or [""])[0]),
+        vocab_size=int(getattr(config, "vocab_size", 0)),
+        context_length=int(context or 0),
+        hidden_size=int(getattr(config, "hidden_size", 0)),
+        bos_token_id=getattr(config, "bos_token_id", None),
+        eos_token_ids=ids,
+        pad_token_id=getattr(config, "pad_token_id", None),
+    )
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Refuse what would be captured wrongly, before any weight is read.
+
+    Raises:
+        CaptureError: rotary frequencies that depend on the sequence length (one graph serves all
+            lengths), or an encoder-decoder model.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope.get("rope_type")] if "rope_type" in rope else [
+        value.get("rope_type") for value in rope.values() if isinstance(value, dict)
+    ]  # fmt: skip
+    for kind in kinds:
+        if kind in _LENGTH_DEPENDENT_ROPE:
+            raise CaptureError(
+                f"rotary embedding of type '{kind}' is not supported",
+                where="config.json: rope_parameters.rope_type",
+                why="its frequencies depend on the length of the sequence; one graph serves every length",
+                remedy="use default, linear, llama3 or yarn rotary embeddings",
+            )
+    if getattr(config, "is_encoder_decoder", False):
+        raise CaptureError(
+            "encoder-decoder models are not supported",
+            where="config.json: is_encoder_decoder",
+            remedy="use a decoder-only or an encoder-only model",
+        )

@@ -1,0 +1,65 @@
+"""Capture of a plain nn.Module with example inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from optc.compiler.capture.facts import attention_layers
+from optc.compiler.contract import Contract, Input, Output
+from optc.compiler.diagnostics import UsageError
+from optc.compiler.program import Program
+
+
+def capture_module(
+    module: torch.nn.Module,
+    example_inputs: Sequence[Tensor],
+    *,
+    input_names: Sequence[str] | None = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+) -> Program:
+    """Capture an nn.Module of tensors in, tensors out.
+
+    Args:
+        example_inputs: one tensor per argument of `forward`; an axis named dynamic needs size >= 2.
+        input_names: names of the inputs in the graph (default: input_0, input_1, ...).
+        dynamic: input name -> axis -> name of the dynamic axis; equal names are equal sizes.
+
+    Raises:
+        UsageError: names and inputs do not fit.
+        CaptureError: torch.export cannot trace the module.
+    """
+    from optc.compiler.capture.pretrained import run_export
+
+    names = list(input_names or (f"input_{i}" for i in range(len(example_inputs))))
+    axes = {name: dict(dynamic.get(name, {})) for name in names} if dynamic else {name: {} for name in names}
+    unknown = sorted(set(dynamic or ()) - set(names))
+    if len(names) != len(example_inputs) or unknown:
+        raise UsageError(
+            "input names do not fit the example inputs",
+            why=f"{len(names)} names, {len(example_inputs)} inputs, unknown: {unknown}",
+            remedy=f"name each of: {', '.join(names)}",
+        )
+    dims: dict[str, Any] = {label: Dim(label, min=1) for per in axes.values() for label in per.values()}
+    shapes = tuple({axis: dims[label] for axis, label in axes[name].items()} for name in names)
+    exported = run_export(module.eval(), tuple(example_inputs), shapes, where=type(module).__name__)
+    inputs = tuple(
+        Input(
+            name=name,
+            role="input",
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            dims=tuple(axes[name].get(axis, size) for axis, size in enumerate(tensor.shape)),
+        )
+        for name, tensor in zip(names, example_inputs, strict=True)
+    )
+    count = len(exported.graph_signature.user_outputs)
+    outputs = tuple(Output(name=f"output_{i}" if count > 1 else "output", role="output") for i in range(count))
+    contract = Contract(
+        kind="module", inputs=inputs, outputs=outputs, layers=attention_layers(exported),
+        sources={name: (name,) for name in exported.state_dict},
+    )  # fmt: skip
+    return Program(exported, contract)

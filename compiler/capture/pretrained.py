@@ -1,0 +1,212 @@
+"""Capture of Hugging Face models: decoders (position ids in, logits out) and encoders."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from optc.compiler.capture.attention import NAME, register
+from optc.compiler.capture.checkpoint import CheckpointInfo, check_folder, check_values, compare_shapes
+from optc.compiler.capture.facts import attention_layers, model_facts, refuse_unsupported
+from optc.compiler.contract import Contract, Input, Output
+from optc.compiler.diagnostics import CaptureError, InputError
+from optc.compiler.program import Program
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MAX_BATCH = 1024
+
+
+class _Shell(torch.nn.Module):
+    """A forward of our own over a model, without a level of its own in the parameter names."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "_inner", model)
+        self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        self.training = model.training
+
+
+class _Decoder(_Shell):
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        out = self._inner(input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True)
+        return out.logits  # type: ignore[no-any-return]
+
+
+class _Encoder(_Shell):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        more = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        out = self._inner(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **more)
+        return out.logits if hasattr(out, "logits") else out[0]  # type: ignore[no-any-return]
+
+
+def load_model(
+    folder: str | Path, *, dtype: torch.dtype, attention: str = NAME, trust_remote_code: bool = False
+) -> tuple[torch.nn.Module, CheckpointInfo]:
+    """A checked model folder as an eval-mode transformers model.
+
+    Args:
+        dtype: compute type of the weights.
+        attention: transformers' attention implementation; "optc" for capture, "eager" for a reference.
+
+    Raises:
+        InputError: the folder, its config or one of its tensors is unusable.
+    """
+    from transformers import AutoConfig, logging
+
+    info = check_folder(Path(folder), trust_remote_code=trust_remote_code)
+    check_values(info)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    register()
+    try:
+        config = AutoConfig.from_pretrained(str(info.path), trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(
+            "transformers cannot read the model's config",
+            where=str(info.path / "config.json"),
+            why=str(error).splitlines()[0],
+            remedy="check model_type and the transformers version",
+        ) from error
+    refuse_unsupported(config)
+    cls = _model_class(config, trust_remote_code)
+    with torch.device("meta"):
+        expected = {name: tuple(t.shape) for name, t in cls(config).state_dict().items()}
+    compare_shapes(info, expected)
+    try:
+        model = cls.from_pretrained(
+            str(info.path), dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        raise InputError(
+            "transformers cannot load the model", where=str(info.path), why=str(error).splitlines()[0],
+            remedy="check that config.json and the weights belong together",
+        ) from error  # fmt: skip
+    return model.eval().requires_grad_(False), info
+
+
+def _model_class(config: Any, trust_remote_code: bool) -> Any:
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    if names and hasattr(transformers, names[0]):
+        return getattr(transformers, names[0])
+    raise CaptureError(
+        f"unknown architecture {names[0] if names else '(none named)'}",
+        where="config.json: architectures",
+        why="transformers has no such class" + ("" if trust_remote_code else ", and remote code is never executed"),
+        remedy="use a model whose class is part of transformers",
+    )
+
+
+def capture_pretrained(
+    folder: str | Path, *, dtype: str = "fp32", trust_remote_code: bool = False
+) -> tuple[Program, CheckpointInfo]:
+    """Capture a model folder.
+
+    Raises:
+        InputError: unusable folder (see `load_model`).
+        CaptureError: the model cannot be exported or has a mask that cannot be expressed.
+    """
+    model, info = load_model(folder, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+    return capture_model(model), info
+
+
+def capture_model(model: torch.nn.Module) -> Program:
+    """Capture a transformers model in memory: decoder when it makes causal attention, else encoder.
+
+    The model's attention implementation is set to optc's for the time of the capture.
+    """
+    config: Any = model.config
+    refuse_unsupported(config)
+    register()
+    before = {name: getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation")}
+    config._attn_implementation = NAME
+    config._experts_implementation = NAME
+    try:
+        program = _export(model.eval(), config)
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+    return program
+
+
+def _export(model: torch.nn.Module, config: Any) -> Program:
+    decoder = not _is_encoder(model)
+    batch, seq = Dim("batch", min=1, max=_MAX_BATCH), Dim("seq", min=1, max=_context(config))
+    length = min(11, _context(config))
+    ids = torch.zeros((2, length), dtype=torch.long)
+    dims = {0: batch, 1: seq}
+    i64: dict[str, Any] = {"dtype": "int64", "dims": ("batch", "seq")}
+    inputs = [Input(name="input_ids", role="input_ids", **i64)]
+    shell: torch.nn.Module
+    if decoder:
+        position = torch.arange(length)[None].expand(2, -1).contiguous()
+        _require_positions(model)
+        shell = _Decoder(model)
+        args: tuple[Tensor, ...] = (ids, position)
+        inputs.append(Input(name="position_ids", role="position_ids", **i64))
+    else:
+        shell, args = _Encoder(model), (ids, torch.ones_like(ids))
+        inputs.append(Input(name="attention_mask", role="attention_mask", **i64))
+        if getattr(config, "type_vocab_size", 0):
+            args += (torch.zeros_like(ids),)
+            inputs.append(Input(name="token_type_ids", role="token_type_ids", **i64))
+    exported = run_export(shell, args, tuple(dims for _ in args), where=type(model).__name__)
+    output = Output(name="logits", role="logits") if hasattr(model, "lm_head") or decoder else Output(name="hidden", role="hidden")
+    contract = Contract(
+        kind="decoder" if decoder else "encoder",
+        inputs=tuple(inputs),
+        outputs=(output,),
+        position_rule=decoder,
+        layers=attention_layers(exported),
+        model=model_facts(config),
+        sources={name: (name,) for name in exported.state_dict},
+    )
+    return Program(exported, contract)
+
+
+def run_export(
+    module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any, *, where: str
+) -> torch.export.ExportedProgram:
+    """torch.export in non-strict mode; its failures become CaptureErrors."""
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
+    except torch._dynamo.exc.UserError as error:
+        raise CaptureError(
+            "torch.export cannot make one graph for all shapes", where=where, why=str(error).strip().splitlines()[0],
+            remedy="the model specializes on a shape or branches on data; see docs/compile.md",
+        ) from error  # fmt: skip
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise CaptureError(
+            "torch.export failed", where=where, why=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            remedy="the model runs code that torch.export cannot trace",
+        ) from error  # fmt: skip
+
+
+def _context(config: Any) -> int:
+    return int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 1 << 20)
+
+
+def _is_encoder(model: torch.nn.Module) -> bool:
+    """A model is a decoder when transformers would generate with it."""
+    from transformers.generation import GenerationMixin
+
+    return not isinstance(model, GenerationMixin)
+
+
+def _require_positions(model: torch.nn.Module) -> None:
+    """Refuse decoders that make their own positions (ALiBi and the like): caches need them as input."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise CaptureError(
+            "the model takes no position_ids",
+            where=type(model).__name__,
+            why="KV caches need positions as an input; a model that counts its own cannot be continued",
+            remedy="use a model with rotary or learned positions",
+        )
