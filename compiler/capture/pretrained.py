@@ -57,10 +57,31 @@ def load_model(
     Raises:
         InputError: the folder, its config or one of its tensors is unusable.
     """
-    from transformers import AutoConfig, logging
-
     info = check_folder(Path(folder), trust_remote_code=trust_remote_code)
     check_values(info)
+    skeleton = meta_model(info, trust_remote_code=trust_remote_code)
+    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    compare_shapes(info, expected)
+    try:
+        model = type(skeleton).from_pretrained(
+            str(info.path), dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        raise InputError(
+            "transformers cannot load the model", where=str(info.path), why=str(error).splitlines()[0],
+            remedy="check that config.json and the weights belong together",
+        ) from error  # fmt: skip
+    return model.eval().requires_grad_(False), info
+
+
+def meta_model(info: CheckpointInfo, *, trust_remote_code: bool = False) -> Any:
+    """The transformers model of a checked folder on the meta device: shapes only, no weight is read.
+
+    Raises:
+        InputError, CaptureError: unreadable config, unknown architecture, unsupported model.
+    """
+    from transformers import AutoConfig, logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     register()
@@ -74,20 +95,8 @@ def load_model(
             remedy="check model_type and the transformers version",
         ) from error
     refuse_unsupported(config)
-    cls = _model_class(config, trust_remote_code)
     with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in cls(config).state_dict().items()}
-    compare_shapes(info, expected)
-    try:
-        model = cls.from_pretrained(
-            str(info.path), dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
-        )
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
-        raise InputError(
-            "transformers cannot load the model", where=str(info.path), why=str(error).splitlines()[0],
-            remedy="check that config.json and the weights belong together",
-        ) from error  # fmt: skip
-    return model.eval().requires_grad_(False), info
+        return _model_class(config, trust_remote_code)(config)
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> Any:

@@ -1,1 +1,59 @@
-"""optc."""
+"""optc: compile and export PyTorch models through gated, executable passes.
+
+    import optc
+    optc.compile("examples/fiction-3m", target="onnx-cpu", quant="rtn", output="out/fiction")
+    print(optc.load("out/fiction").generate("The old man", max_new_tokens=32).text)
+
+Names are loaded when used, so that `import optc` is quick and an artifact can be run without the
+compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optc.api import CompileResult, CompileSettings, capture, compile, load
+    from optc.compiler.contract import Contract
+    from optc.compiler.diagnostics import OptcError
+    from optc.compiler.pipeline import Pipeline, PipelineOptions
+    from optc.compiler.program import Program
+    from optc.compiler.rewriting import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
+
+_HOMES = {
+    "optc.api": ("CompileResult", "CompileSettings", "capture", "compile", "load"),
+    "optc.compiler.contract": ("Contract",),
+    "optc.compiler.diagnostics": ("OptcError",),
+    "optc.compiler.pipeline": ("Pipeline", "PipelineOptions"),
+    "optc.compiler.program": ("Program",),
+    "optc.compiler.rewriting": ("Match", "Miss", "Pass", "PassContext", "PassResult", "Rule", "apply_rules"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CompileResult",
+    "CompileSettings",
+    "Contract",
+    "Match",
+    "Miss",
+    "OptcError",
+    "Pass",
+    "PassContext",
+    "PassResult",
+    "Pipeline",
+    "PipelineOptions",
+    "Program",
+    "Rule",
+    "apply_rules",
+    "capture",
+    "compile",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'optc' has no attribute '{name}'")
+    return getattr(importlib.import_module(home), name)

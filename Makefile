@@ -1,0 +1,36 @@
+# make demo: compile the example model to int4, generate, evaluate, measure.  make test: everything CI checks.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= out
+
+.PHONY: demo test env lint unit clean
+
+env: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "optc needs Python 3.11 or later"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+demo: env
+	$(BIN)/optc compile examples/fiction-3m --target onnx-cpu --quant rtn -o $(OUT)/fiction-onnx --force
+	$(BIN)/optc run $(OUT)/fiction-onnx --prompt "The old man looked at the sea, and" --max-new-tokens 64
+	$(BIN)/optc eval $(OUT)/fiction-onnx --text examples/book.txt
+	$(BIN)/optc bench $(OUT)/fiction-onnx
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: env
+	$(BIN)/python -m pytest
+
+test: lint unit
+
+clean:
+	rm -rf $(OUT)

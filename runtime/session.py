@@ -1,0 +1,173 @@
+"""Session: one small interface over every engine that runs an artifact.
+
+A session holds a batch of rows, each with its own KV cache. Logits are NumPy float32 arrays that the
+caller owns. B is the batch, V the vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+from optc.compiler.diagnostics import InputError, UsageError
+
+Logits = npt.NDArray[np.float32]
+Rows = Sequence[Sequence[int]]
+
+LOGITS_BYTES = 1 << 28
+"""Most bytes of logits that one run of the graph may produce; longer prompts go in chunks."""
+
+UNKNOWN_CONTEXT = 1 << 20
+"""The context of a model whose config names none."""
+
+
+class Session(ABC):
+    """A batch of sequences on one engine.
+
+    Attributes:
+        vocab_size: V.
+        context_length: most tokens a row may hold.
+        lengths: tokens in the cache of each row; read-only, change it by `rewind`.
+    """
+
+    def __init__(self, *, vocab_size: int, context_length: int) -> None:
+        assert vocab_size > 0
+        self.vocab_size = vocab_size
+        self.context_length = context_length or UNKNOWN_CONTEXT
+        self.lengths: list[int] = []
+
+    @property
+    def chunk(self) -> int:
+        """Most tokens per run of the graph, from `LOGITS_BYTES`."""
+        return max(1, LOGITS_BYTES // (4 * self.vocab_size))
+
+    def prefill(self, prompts: Rows) -> Logits:
+        """Start over with these prompts; logits [B, V] of the last token of each.
+
+        Raises:
+            InputError: no prompt, an empty one, a token outside the vocabulary, or one longer than
+                the context.
+        """
+        if not prompts:
+            raise InputError("there is no prompt", remedy="give at least one prompt")
+        self._check(prompts, [0] * len(prompts))
+        self._start(len(prompts))
+        self.lengths = [0] * len(prompts)
+        return self._advance(prompts)
+
+    def extend(self, rows: Rows) -> Logits:
+        """Append tokens to every row (chunked prefill, a next turn); logits [B, V] of the last of each.
+
+        Raises:
+            InputError: as `prefill`; the cache is unchanged then.
+        """
+        self._check_batch(len(rows))
+        self._check(rows, self.lengths)
+        return self._advance(rows)
+
+    def decode(self, tokens: Sequence[int]) -> Logits:
+        """Append one token to every row; logits [B, V].
+
+        Raises:
+            InputError: a token outside the vocabulary, or a row whose context is full.
+        """
+        self._check_batch(len(tokens))
+        if min(tokens) < 0 or max(tokens) >= self.vocab_size or max(self.lengths) >= self.context_length:
+            self._check([[token] for token in tokens], self.lengths)
+        return self._decode(tokens)
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Forget the end of each row: keep its first `lengths[b]` tokens.
+
+        Raises:
+            UsageError: a length outside 0..current.
+        """
+        self._check_batch(len(lengths))
+        for row, (wanted, held) in enumerate(zip(lengths, self.lengths, strict=True)):
+            if not 0 <= wanted <= held:
+                raise UsageError(f"cannot rewind row {row} to {wanted} tokens", why=f"it holds {held}")
+        self._rewind(lengths)
+        self.lengths = list(lengths)
+
+    def score(self, tokens: Sequence[int]) -> Iterator[Logits]:
+        """Start over with one row and yield the logits [n, V] of all its tokens, chunk after chunk.
+
+        Raises:
+            InputError: as `prefill`.
+        """
+        self._check([tokens], [0])
+        self._start(1)
+        self.lengths = [0]
+        for start in range(0, len(tokens), self.chunk):
+            yield self._score(tokens[start : start + self.chunk])
+
+    def close(self) -> None:
+        """Give the engine and its memory back; the session cannot be used after this."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- for engines ------------------------------------------------------------------------
+    # Each of these keeps `lengths` true.
+
+    @abstractmethod
+    def _start(self, batch: int) -> None:
+        """Empty caches for `batch` rows."""
+
+    @abstractmethod
+    def _advance(self, rows: Rows) -> Logits:
+        """Checked `extend`."""
+
+    @abstractmethod
+    def _score(self, tokens: Sequence[int]) -> Logits:
+        """Append at most `chunk` tokens to the only row; all their logits [n, V]."""
+
+    def _decode(self, tokens: Sequence[int]) -> Logits:
+        """Checked `decode`."""
+        return self._advance([[token] for token in tokens])
+
+    def _rewind(self, lengths: Sequence[int]) -> None:
+        """Called before `lengths` shrinks."""
+
+    # -- checks -----------------------------------------------------------------------------
+
+    def _check_batch(self, count: int) -> None:
+        if count != len(self.lengths):
+            raise UsageError(f"{count} row(s) given to a session of {len(self.lengths)}", remedy="prefill starts a batch")
+
+    def _check(self, rows: Rows, held: Sequence[int]) -> None:
+        for index, (row, length) in enumerate(zip(rows, held, strict=True)):
+            if not len(row):
+                raise InputError(f"prompt {index} is empty", remedy="give at least one token")
+            for position, token in enumerate(row):
+                if not 0 <= token < self.vocab_size:
+                    raise InputError(
+                        f"token id {token} is outside the vocabulary",
+                        where=f"prompt {index}, position {position}",
+                        why=f"the model has {self.vocab_size} token ids, from 0 to {self.vocab_size - 1}",
+                    )
+            if length + len(row) > self.context_length:
+                raise InputError(
+                    f"a row of {length + len(row)} tokens does not fit the context of {self.context_length}",
+                    where=f"prompt {index}" + (f", {length} tokens of it already in the cache" if length else ""),
+                    remedy=f"shorten it by {length + len(row) - self.context_length} token(s)",
+                )
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use."""
+    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
+    return max(1, min(physical, allowed))

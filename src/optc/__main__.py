@@ -1,0 +1,5 @@
+"""`python -m optc`."""
+
+from optc.cli.main import main
+
+main()

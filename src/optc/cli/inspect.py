@@ -1,0 +1,105 @@
+"""`optc inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from optc.cli.common import emit, json_option
+from optc.compiler.diagnostics import InputError
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--ir", "as_ir", is_flag=True, help="Print the text IR: of a model as captured, of an artifact's last stage.")
+@click.option("--stage", help="With --ir on an artifact: this stage, by number or name.")
+@click.option("--dtype", default="fp32", show_default=True, help="With --ir on a model: compute type.")
+@json_option
+def inspect(path: Path, as_ir: bool, stage: str | None, dtype: str, as_json: bool) -> None:
+    """Show what an artifact is (manifest, contract, passes with match counts and drift), or a model's IR.
+
+    \b
+    optc inspect out/fiction-onnx
+    optc inspect examples/fiction-3m --ir
+    optc inspect out/fiction-onnx --ir --stage fuse-norm
+    """
+    if (path / "manifest.json").is_file():
+        _artifact(path, as_ir, stage, as_json)
+    elif path.exists() and not as_ir:
+        _model(path, as_json)
+    else:
+        from optc.api import capture
+        from optc.compiler.ir_text import format_program
+
+        text = format_program(capture(path, dtype=dtype))
+        emit({"model": str(path), "ir": text}, as_json, lambda result: click.echo(result["ir"]))
+
+
+def _artifact(path: Path, as_ir: bool, stage: str | None, as_json: bool) -> None:
+    from optc.cli.diff import find_stage
+    from optc.compiler.artifact import verify
+
+    manifest = verify(path)
+    if as_ir:
+        files = sorted((path / "ir").glob("*.txt"))
+        if not files and stage is None:
+            raise InputError("the artifact holds no IR", where=str(path))
+        file = find_stage(path, stage) if stage else files[-1]
+        emit({"stage": file.stem, "ir": file.read_text()}, as_json, lambda result: click.echo(result["ir"]))
+        return
+    emit(msgspec.to_builtins(manifest), as_json, _show)
+
+
+def _model(path: Path, as_json: bool) -> None:
+    from optc.compiler.capture.checkpoint import check_folder
+
+    info = check_folder(path)
+    rows = {name: {"file": t.file, "dtype": t.dtype, "shape": list(t.shape)} for name, t in info.tensors.items()}
+    result = {"model": str(path), "config": info.config, "tokenizer": info.has_tokenizer, "tensors": rows}
+    emit(result, as_json, _show_model)
+
+
+def _show_model(result: dict[str, Any]) -> None:
+    config = result["config"]
+    click.echo(f"{result['model']}: {', '.join(config.get('architectures', []))} ({config.get('model_type')})")
+    click.echo(f"tokenizer: {'yes' if result['tokenizer'] else 'none (works on token ids)'}")
+    for name, row in result["tensors"].items():
+        click.echo(f"  {name}  {row['dtype']}{row['shape']}  {row['file']}")
+
+
+def _show(manifest: dict[str, Any]) -> None:
+    contract = manifest["contract"]
+    source = manifest["source"]
+    click.echo(f"{manifest['target']} artifact ({manifest['engine']}, {manifest['dtype']}), optc {manifest['optc_version']}, {manifest['created']}")
+    click.echo(f"source: {source['path'] or 'a module in memory'} ({source['parameters'] / 1e6:.1f} M parameters)")
+    click.echo(f"weights: {manifest['weight_bytes'] / 1e6:.2f} MB; quantization: {_quantization(manifest['quantization'])}")
+    click.echo(f"needs: {', '.join(f'{key} {value}' for key, value in manifest['needs'].items())}")
+    click.echo("inputs:")
+    for spec in contract["inputs"][:4]:
+        click.echo(f"  {spec['name']}: {spec['dtype']}[{', '.join(map(str, spec['dims']))}] ({spec['role']})")
+    if len(contract["inputs"]) > 4:
+        click.echo(f"  and {len(contract['inputs']) - 4} more")
+    cache = contract["kv_cache"]
+    click.echo(f"KV cache: {cache['kind']}{' in place' if cache['in_place'] else ''}; {len(contract['layers'])} attention layers")
+    click.echo("passes:")
+    for row in manifest["passes"]:
+        drift = "" if row["max_abs_diff"] is None else f", max |diff| {row['max_abs_diff']:.1e}"
+        kl = "" if row["kl"] is None else f", KL {row['kl']:.1e}"
+        click.echo(f"  {row['name']}: matched {row['matched']} of {row['candidates']}{drift}{kl}, {row['seconds']:.2f} s")
+    click.echo("files:")
+    for entry in manifest["files"]:
+        click.echo(f"  {entry['path']}  {entry['size']}  {entry['sha256'][:12]}")
+    for title in ("quality", "speed"):
+        if manifest[title]:
+            click.echo(f"{title}: {manifest[title]}")
+
+
+def _quantization(row: dict[str, Any]) -> str:
+    if not row:
+        return "none"
+    bits, sizes = ("/".join(map(str, row[key])) for key in ("bits", "group_size"))
+    kind = "symmetric" if row["symmetric"] else "asymmetric"
+    return f"{row['method']}, {bits} bits, groups of {sizes}, {kind}, {row['linears']} linears"

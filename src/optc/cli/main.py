@@ -1,0 +1,94 @@
+"""`optc`: the command group, name matching and the last line of error handling."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from optc.cli.common import guarded
+from optc.compiler.diagnostics import unknown_name
+
+# name -> (module, attribute, one-line help); modules are imported when used, so `optc --help` is quick.
+_COMMANDS = {
+    "compile": ("optc.cli.compile", "compile_", "Compile a model folder into an artifact."),
+    "plan": ("optc.cli.plan", "plan", "Say what a compile would do, before any weight is read."),
+    "run": ("optc.cli.run", "run", "Generate text with an artifact."),
+    "eval": ("optc.cli.evaluate", "evaluate", "Perplexity, KL and top-1 agreement against the source model."),
+    "bench": ("optc.cli.bench", "bench", "Time to first token, decode and prefill speed, memory."),
+    "inspect": ("optc.cli.inspect", "inspect", "Manifest, contract and passes of an artifact; IR of a model."),
+    "diff": ("optc.cli.diff", "diff", "The difference between two stages of a run."),
+    "verify": ("optc.cli.verify", "verify", "Check an artifact's files against its manifest."),
+    "passes": ("optc.cli.passes", "passes", "List the passes and their options."),
+    "targets": ("optc.cli.targets", "targets", "List the targets and what they take."),
+}
+
+
+class _Group(click.Group):
+    """Commands are loaded when named; hyphen and underscore are both accepted in options."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        found = _COMMANDS.get(cmd_name.replace("_", "-"))
+        if found is None:
+            return None
+        command = getattr(importlib.import_module(found[0]), found[1])
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name.replace("_", "-") not in _COMMANDS:
+            raise unknown_name("command", name, _COMMANDS)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, row[2]) for name, row in _COMMANDS.items()])
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="optc")
+def cli() -> None:
+    """Take a trained PyTorch model to the place where it runs fast.
+
+    \b
+    optc compile examples/fiction-3m --target onnx-cpu --quant rtn -o out/fiction
+    optc run out/fiction --prompt "The old man looked at the sea, and"
+
+    Exit codes: 0 done, 2 usage, 3 bad input, 4 the target cannot do this, 5 a numerics gate failed,
+    6 a requested pass matched nothing, 7 damaged artifact, 8 out of memory or disk, 1 a bug of optc's.
+    """
+
+
+def normalize(args: list[str]) -> list[str]:
+    """`--group_size` -> `--group-size`; values and what follows `--` are left alone."""
+    out, literal = [], False
+    for arg in args:
+        literal = literal or arg == "--"
+        if not literal and arg.startswith("--"):
+            name, equals, value = arg.partition("=")
+            arg = name.replace("_", "-") + equals + value
+        out.append(arg)
+    return out
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the `optc` script."""
+    given = normalize(sys.argv[1:] if args is None else args)
+
+    def body() -> None:
+        try:
+            cli.main(args=given, prog_name="optc", standalone_mode=False)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(2)
+        except click.Abort:
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+
+    sys.exit(guarded(body, as_json="--json" in given))

@@ -1,0 +1,94 @@
+"""The flags of `optc compile`, shared with `optc plan` and with YAML recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from optc.api import CompileSettings
+from optc.cli.common import F
+from optc.compiler.diagnostics import UsageError
+from optc.compiler.gate import Budget
+from optc.compiler.target import CompileOptions
+from optc.recipes import read_recipe
+
+_OPTION_KEYS = ("dtype", "quant", "bits", "group_size", "symmetric", "kv_cache", "max_seq_len", "accuracy_level")
+_SETTING_KEYS = ("force", "allow_noop", "seed", "trust_remote_code")
+_OTHER_KEYS = ("target", "output", "model", "ignore", "passes", "pass_option", "dump_ir", "work_dir", "text",
+               "max_kl", "min_top1", "max_perplexity_increase")  # fmt: skip
+RECIPE_KEYS = (*_OPTION_KEYS, *_SETTING_KEYS, *_OTHER_KEYS)
+
+_FLAGS: tuple[Callable[[F], F], ...] = (
+    click.option("--target", help="Where the model shall run; see optc targets."),
+    click.option("--quant", help="Quantization method: rtn (round to nearest)."),
+    click.option("--dtype", help="Compute type: fp32, bf16 or fp16.  [default: fp32]"),
+    click.option("--bits", type=int, help="Bits per weight.  [default: 4]"),
+    click.option("--group-size", type=int, help="Weights per scale. Default: the largest of 128, 64, 32 that divides every linear."),
+    click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points.  [default: symmetric]"),
+    click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave weights of this name unquantized (repeatable), e.g. '*.down_proj.*'."),
+    click.option("--kv-cache", help="static or paged; default is the target's first."),
+    click.option("--max-seq-len", type=int, help="Capacity of a static KV cache, in tokens.  [default: the model's context, at most 2048]"),
+    click.option("--accuracy-level", type=int, help="ONNX Runtime int4 kernels: 4 rounds activations to int8 (fast), 0 does not.  [default: 4]"),
+    click.option("--recipe", type=click.Path(path_type=Path, dir_okay=False), help="YAML file of these flags; flags on the command line win."),
+    click.option("--passes", help="Comma-separated passes to run instead of the target's recipe."),
+    click.option("--pass-option", multiple=True, metavar="NAME.OPTION=VALUE", help="Set an option of a pass (repeatable); see optc passes."),
+)  # fmt: skip
+
+
+def compile_flags(command: F) -> F:
+    """Add the shared flags to a command."""
+    for flag in reversed(_FLAGS):
+        command = flag(command)
+    return command
+
+
+def merge_recipe(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags given on the command line over the recipe's keys; what neither gives is absent."""
+    recipe = flags.pop("recipe", None)
+    merged = read_recipe(recipe, RECIPE_KEYS) if recipe else {}
+    given = {key: value for key, value in flags.items() if value not in (None, (), False) or (key == "symmetric" and value is False)}
+    merged.update(given)
+    for key in ("dump_ir", "work_dir", "text", "output"):
+        if merged.get(key) is not None:
+            merged[key] = Path(merged[key])
+    if isinstance(merged.get("passes"), str):
+        merged["passes"] = [name.strip() for name in merged["passes"].split(",") if name.strip()]
+    for key in ("ignore", "pass_option"):
+        if isinstance(merged.get(key), str):
+            merged[key] = (merged[key],)
+    _check_types(merged)
+    return merged
+
+
+def _check_types(merged: dict[str, Any]) -> None:
+    kinds = {"bits": int, "group_size": int, "max_seq_len": int, "accuracy_level": int, "seed": int, "symmetric": bool}
+    for key, kind in kinds.items():
+        value = merged.get(key)
+        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            raise UsageError(f"'{key.replace('_', '-')}' must be of type {kind.__name__}, not {value!r}")
+
+
+def to_settings(merged: dict[str, Any], **more: Any) -> CompileSettings:
+    """CompileSettings from merged flags."""
+    options = {key: merged[key] for key in _OPTION_KEYS if merged.get(key) is not None}
+    limits = {"kl": "max_kl", "top1": "min_top1", "perplexity": "max_perplexity_increase"}
+    budget = {name: float(merged[key]) for name, key in limits.items() if merged.get(key) is not None}
+    settings = {key: merged[key] for key in (*_SETTING_KEYS, "dump_ir", "work_dir", "text") if merged.get(key) is not None}
+    return CompileSettings(
+        options=CompileOptions(ignore=tuple(merged.get("ignore") or ()), **options),
+        passes=merged.get("passes"),
+        pass_options=tuple(merged.get("pass_option") or ()),
+        budget=Budget(**budget) if budget else None,
+        **settings,
+        **more,
+    )
+
+
+def require(merged: dict[str, Any], key: str, example: str) -> Any:
+    """A value that must come from a flag or the recipe."""
+    if not merged.get(key):
+        raise UsageError(f"no {key} given", remedy=example)
+    return merged[key]

@@ -1,0 +1,49 @@
+"""`optc targets`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from optc.cli.common import emit, json_option
+
+
+@click.command()
+@json_option
+def targets(as_json: bool) -> None:
+    """List the targets, with the dtypes, KV caches and quantizations each one takes.
+
+    \b
+    optc targets
+    """
+    from optc.targets.registry import all_targets
+
+    rows = [
+        {
+            "name": target.name,
+            "aliases": list(target.aliases),
+            "summary": target.summary,
+            "device": target.device,
+            "dtypes": list(target.dtypes),
+            "kv_caches": list(target.kv_caches),
+            "quant": {
+                name: {"bits": list(row.bits), "group_sizes": list(row.group_sizes), "symmetric": list(row.symmetric),
+                       "note": row.note}
+                for name, row in target.quant.items()
+            },
+        }
+        for target in all_targets()
+    ]  # fmt: skip
+    emit({"targets": rows}, as_json, _show)
+
+
+def _show(result: dict[str, Any]) -> None:
+    for row in result["targets"]:
+        alias = f" (alias {', '.join(row['aliases'])})" if row["aliases"] else ""
+        click.echo(f"{row['name']}{alias}: {row['summary']}")
+        click.echo(f"    dtypes {', '.join(row['dtypes'])}; KV caches {', '.join(row['kv_caches'])}")
+        for name, quant in row["quant"].items():
+            sizes = ", ".join("channel" if size == 0 else str(size) for size in quant["group_sizes"])
+            note = f" ({quant['note']})" if quant["note"] else ""
+            click.echo(f"    {name}: {', '.join(map(str, quant['bits']))} bits; groups of {sizes}{note}")
