@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import GateError
-from optc.compiler.execution import StageRun
+from optc.compiler.execution import StageRun, run_module, run_stage
+from optc.compiler.program import Program
 
 # Tolerance on logits, as a share of their largest magnitude (at least 1). A rewrite may reorder
 # sums over a few thousand terms in each of some tens of layers.
@@ -60,7 +61,7 @@ class Drift:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What the gate feeds: token sequences (ragged, one of length 1), or tensors of a plain module."""
+    """What the gate feeds: token sequences (ragged), or the tensors of a plain module."""
 
     sequences: tuple[tuple[int, ...], ...] = ()
     is_text: bool = False
@@ -68,20 +69,27 @@ class Probe:
 
 
 def random_probe(vocab_size: int, seed: int = 0, longest: int = 40) -> Probe:
-    """Random token sequences of unequal length, one of length 1."""
+    """Random token sequences of unequal length, long enough to be prefilled, chunked and decoded."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = (longest, 1, max(2, longest // 2), max(2, longest // 3))
+    lengths = (longest, max(2, longest // 4), max(2, longest // 2), max(2, longest // 3))
     rows = tuple(tuple(torch.randint(0, vocab_size, (n,), generator=generator).tolist()) for n in lengths)
     return Probe(sequences=rows)
 
 
 def text_probe(tokens: Sequence[int], longest: int = 96) -> Probe:
-    """Ragged sequences cut from encoded text, one of length 1."""
-    lengths, rows, start = (longest, 1, longest // 2, longest // 3), [], 0
+    """Ragged sequences cut from encoded text, long enough to be prefilled, chunked and decoded."""
+    lengths, rows, start = (longest, longest // 4, longest // 2, longest // 3), [], 0
     for length in lengths:
         rows.append(tuple(tokens[start : start + length]))
         start += length
     return Probe(sequences=tuple(row for row in rows if row), is_text=True)
+
+
+def run_probe(program: Program, probe: Probe) -> StageRun:
+    """Run a stage on a probe; the outputs of a plain module count as logits without tokens."""
+    if probe.sequences:
+        return run_stage(program, probe.sequences)
+    return StageRun(run_module(program, probe.tensors), [])
 
 
 def _perplexity(logits: Sequence[Tensor], sequences: Sequence[Sequence[int]]) -> float:
@@ -106,7 +114,7 @@ def _layer_drift(before: StageRun, after: StageRun) -> tuple[float, ...]:
 
 def measure(before: StageRun, after: StageRun, probe: Probe) -> Drift:
     """Compare two stages run on the same probe."""
-    old, new = (torch.cat([row.reshape(-1, row.shape[-1]) for row in run.logits]).float() for run in (before, after))
+    old, new = (_flat(run, bool(probe.sequences)) for run in (before, after))
     # NaN on both sides at the same place is no drift of this pass; NaN on one side is.
     gap = torch.where(old.isnan() & new.isnan(), 0.0, (new - old).abs())
     drift = {"max_abs_diff": float(gap.nan_to_num(nan=math.inf).max()), "scale": float(old.nan_to_num().abs().max())}
@@ -120,6 +128,11 @@ def measure(before: StageRun, after: StageRun, probe: Probe) -> Drift:
     if probe.is_text:
         ratio = _perplexity(after.logits, probe.sequences) / _perplexity(before.logits, probe.sequences) - 1
     return Drift(**drift, kl=kl, top1=top1, perplexity=ratio, layers=layers)
+
+
+def _flat(run: StageRun, tokens: bool) -> Tensor:
+    """All outputs of a stage: [tokens, V], or one long vector for a plain module."""
+    return torch.cat([row if tokens else row.reshape(-1) for row in run.logits]).float()
 
 
 def _worst_layer(drift: Drift, names: Sequence[str]) -> str | None:

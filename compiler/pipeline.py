@@ -17,7 +17,7 @@ import torch
 
 from optc.compiler import gate
 from optc.compiler.diagnostics import NoMatchError, os_errors
-from optc.compiler.execution import StageRun, run_stage
+from optc.compiler.execution import StageRun
 from optc.compiler.gate import Budget, Drift, Probe
 from optc.compiler.ir_text import format_program
 from optc.compiler.manifest import PassRecord
@@ -159,8 +159,8 @@ class _Run:
 
     def _gate(self, rewrite: Pass, before: Program, after: Program) -> Drift:
         if self.outputs is None:
-            self.outputs = run_stage(before, self.probe)
-        outputs = run_stage(after, self.probe)
+            self.outputs = gate.run_probe(before, self.probe)
+        outputs = gate.run_probe(after, self.probe)
         drift = gate.measure(self.outputs, outputs, self.probe)
         bits = int(rewrite.options().get("bits", 0) or 0)
         budget = self.options.budget or Budget.for_bits(bits)

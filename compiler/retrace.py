@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -102,4 +103,4 @@ def axis_limit(node: Node, program: Program, axis: int) -> int | None:
     if isinstance(size, int):
         return size
     found = program.exported.range_constraints.get(size.node.expr)
-    return int(found.upper) if found is not None and found.upper.is_finite else None
+    return int(found.upper) if found is not None and isinstance(found.upper, sympy.Integer) else None

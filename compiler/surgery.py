@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +42,7 @@ def add_weight(program: Program, name: str, tensor: torch.Tensor) -> Node:
         node for node in exported.graph.nodes if node.op != "placeholder"
     )  # fmt: skip
     with exported.graph.inserting_before(anchor):
-        node = exported.graph.placeholder("b_" + name.replace(".", "_"))
+        node: Node = exported.graph.placeholder("b_" + re.sub(r"\W", "_", name))
     node.meta["val"] = fake_mode(program).from_tensor(tensor, static_shapes=True)
     spec = InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, True)
     specs.insert(index, spec)
@@ -58,12 +59,22 @@ def replace_call(
         new = graph.call_function(target, tuple(args), kwargs or {})
     new.meta = {key: value for key, value in old.meta.items() if key not in ("val", "tensor_meta")}
     infer_meta(program, new)
-    old.replace_all_uses_with(new)
-    graph.erase_node(old)
+    replace_node(program, old, new)
     return new
 
 
-def insert_call(program: Program, before: Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> Node:
+def replace_node(program: Program, old: Node, new: Node) -> None:
+    """Let everything that read `old`, the program's outputs among it, read `new`; erase `old`."""
+    for spec in program.exported.graph_signature.output_specs:
+        if spec.arg.name == old.name:
+            spec.arg.name = new.name
+    old.replace_all_uses_with(new)
+    program.graph.erase_node(old)
+
+
+def insert_call(
+    program: Program, before: Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None
+) -> Node:
     """Insert a call before a node, with its fake value; source lines are taken from `before`."""
     with program.graph.inserting_before(before):
         new = program.graph.call_function(target, tuple(args), kwargs or {})
@@ -80,8 +91,13 @@ def infer_meta(program: Program, node: Node) -> None:
 
 
 def drop_dead(program: Program) -> None:
-    """Remove nodes that nothing reads, then weights that no node reads."""
+    """Remove nodes that nothing reads, then weights that no node reads.
+
+    Metadata asserts go first: they repeat what the fake values say, and keep dead values alive.
+    """
     exported = program.exported
+    for node in program.calls(torch.ops.aten._assert_tensor_metadata.default):
+        exported.graph.erase_node(node)
     exported.graph.eliminate_dead_code()
     specs = exported.graph_signature.input_specs
     unread = {node.name: node for node in exported.graph.nodes if node.op == "placeholder" and not node.users}

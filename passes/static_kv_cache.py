@@ -22,7 +22,8 @@ from torch.export import Dim
 from optc.compiler.contract import Contract, Input, KVCache, Output
 from optc.compiler.program import Program
 from optc.compiler.retrace import Replay, axis_limit, retrace
-from optc.compiler.rewriting import Miss, Pass, PassContext, PassResult
+from optc.compiler.rewriting import Pass, PassContext, PassResult
+from optc.compiler.tokenwise import cache_misses
 
 _ATTENTION = torch.ops.optc.attention.default
 
@@ -41,31 +42,10 @@ class StaticKVCache(Pass):
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         calls = program.calls(_ATTENTION)
-        misses = cache_misses(program)
+        misses = cache_misses(program, sinks=True)
         if misses:
             return PassResult(program, 0, len(calls), misses)
         return PassResult(_retrace(program, self.in_place), len(calls), len(calls))
-
-
-def cache_misses(program: Program) -> tuple[Miss, ...]:
-    """Why the attention of a program cannot read a KV cache; empty when it can."""
-    contract, calls = program.contract, program.calls(_ATTENTION)
-    roles = [spec.role for spec in contract.inputs]
-    if contract.kv_cache.kind != "none":
-        return (Miss("program", f"it has a {contract.kv_cache.kind} KV cache already"),)
-    if not calls:
-        return (Miss("program", "it has no optc.attention (run fuse-attention first)"),)
-    if contract.kind != "decoder" or not contract.position_rule:
-        return (Miss("program", f"the {contract.kind} has no positions that continue from one call to the next"),)
-    if roles != ["input_ids", "position_ids"]:
-        return (Miss("program", f"its inputs are {', '.join(roles)} instead of input_ids, position_ids"),)
-    misses = []
-    for node in calls:
-        if not node.kwargs["causal"]:
-            misses.append(Miss(node.name, "the attention is not causal: old outputs depend on new tokens"))
-        elif node.args[3] is not None:
-            misses.append(Miss(node.name, "the attention has a padding mask beside the causal one"))
-    return tuple(misses)
 
 
 def _retrace(program: Program, in_place: bool) -> Program:
@@ -91,7 +71,7 @@ def _retrace(program: Program, in_place: bool) -> Program:
             return out
 
         logits = Replay(program, {_ATTENTION: attend}).outputs(input_ids, position)[0]
-        return (logits, *presents)
+        return logits if in_place else (logits, *presents)
 
     args, shapes = _examples(program, in_place)
     return retrace(program, forward, args, shapes, contract)

@@ -17,6 +17,9 @@ import numpy.typing as npt
 from optc.compiler.diagnostics import GateError, UsageError
 
 
+Weights = npt.NDArray[np.float32]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen.
@@ -39,17 +42,21 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"temperature {self.temperature} is out of range", remedy="use 0 (greedy) or a positive number")
-        if self.top_k < 0:
-            raise UsageError(f"top-k {self.top_k} is out of range", remedy="use 0 (off) or a positive count")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top-p {self.top_p} is out of range", remedy="use a number above 0 and up to 1 (off)")
-        if self.seed < 0:
-            raise UsageError(f"seed {self.seed} is negative", remedy="use 0 or more")
+        for name, good, allowed in (
+            ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "0 (greedy) or above"),
+            ("top_k", self.top_k >= 0, "0 (off) or a positive count"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, up to 1 (off)"),
+            ("seed", self.seed >= 0, "0 or more"),
+        ):
+            if not good:
+                plain = name.replace("_", "-")
+                raise UsageError(
+                    f"{plain} {getattr(self, name)} is out of range", remedy=f"it must be {allowed}"
+                )
         if self.greedy and (self.top_k or self.top_p < 1):
             raise UsageError(
-                "top-k and top-p do nothing at temperature 0", remedy="give a temperature above 0, or leave them out"
+                "top-k and top-p do nothing at temperature 0",
+                remedy="give a temperature above 0, or leave them out",
             )
 
     @property
@@ -61,26 +68,46 @@ def distribution(logits: npt.NDArray[np.floating], sampling: Sampling) -> npt.ND
     """Probabilities [B, V] that a draw is made from; dropped tokens have exactly 0.
 
     Args:
-        logits: [B, V], finite.
+        logits: [B, V], without NaN.
         sampling: with a temperature above 0.
     """
+    out = np.zeros(logits.shape)
+    for row, scores in zip(out, logits, strict=True):
+        ids, weights = _kept(scores, sampling)
+        row[ids] = weights / weights.sum(dtype=np.float64)
+    return out
+
+
+def _kept(
+    logits: npt.NDArray[np.floating], sampling: Sampling
+) -> tuple[npt.NDArray[np.intp] | slice, Weights]:
+    """The tokens of a row [V] that can be drawn, by ascending id, and their unnormalized probabilities."""
     assert not sampling.greedy
-    scores = logits.astype(np.float64) / sampling.temperature
-    size = scores.shape[1]
+    scores = logits.astype(np.float32) / np.float32(sampling.temperature)
+    size, ids = len(scores), None
     if 0 < sampling.top_k < size:
-        kth = np.partition(scores, size - sampling.top_k, axis=1)[:, size - sampling.top_k]
-        scores[scores < kth[:, None]] = -np.inf
-    scores -= scores.max(axis=1, keepdims=True)
-    probabilities = np.exp(scores)
-    probabilities /= probabilities.sum(axis=1, keepdims=True)
+        kth = np.partition(scores, size - sampling.top_k)[size - sampling.top_k]
+        ids = np.flatnonzero(scores >= kth)
+        scores = scores[ids]
+    weights: Weights = np.exp(scores - scores.max())
     if sampling.top_p < 1:
-        descending = np.sort(probabilities, axis=1)[:, ::-1]
-        before = np.cumsum(descending, axis=1) - descending
-        last = np.count_nonzero(before < sampling.top_p, axis=1) - 1
-        smallest = np.take_along_axis(descending, last[:, None], axis=1)
-        probabilities[probabilities < smallest] = 0
-        probabilities /= probabilities.sum(axis=1, keepdims=True)
-    return probabilities
+        chosen = _nucleus(weights, sampling.top_p)
+        ids, weights = (chosen if ids is None else ids[chosen]), weights[chosen]
+    return (slice(None) if ids is None else ids), weights
+
+
+def _nucleus(weights: Weights, top_p: float) -> npt.NDArray[np.intp]:
+    """Indices of the fewest largest weights that make up `top_p` of the sum, with the last one's equals.
+
+    Weights below (1 - top_p) / n of the sum cannot be among them, since all of those together are
+    less than 1 - top_p: only the others are sorted.
+    """
+    total = weights.sum(dtype=np.float64)
+    large = np.flatnonzero(weights >= (1 - top_p) * total / len(weights))
+    descending = np.sort(weights[large])[::-1].astype(np.float64)
+    before = np.cumsum(descending) - descending
+    smallest = descending[np.count_nonzero(before < top_p * total) - 1]
+    return large[weights[large] >= smallest]
 
 
 class Sampler:
@@ -117,7 +144,14 @@ class Sampler:
             )
         if self.sampling.greedy:
             return [int(token) for token in best]
-        cumulative = np.cumsum(distribution(logits, self.sampling), axis=1)
-        drawn = np.array([stream.random() for stream in self._streams]) * cumulative[:, -1]
-        # The first token whose cumulative probability exceeds the draw; one of probability 0 never does.
-        return [int(np.searchsorted(row, u, side="right")) for row, u in zip(cumulative, drawn, strict=True)]
+        return [_draw(row, self.sampling, stream) for row, stream in zip(logits, self._streams, strict=True)]
+
+
+def _draw(logits: npt.NDArray[np.floating], sampling: Sampling, stream: np.random.Generator) -> int:
+    """One token of a row, by inversion: the first whose cumulative probability exceeds a uniform number."""
+    ids, weights = _kept(logits, sampling)
+    cumulative = np.cumsum(weights, dtype=np.float64)
+    total = cumulative[-1]
+    # Rounding must not lift the draw to the total, which no cumulative probability exceeds.
+    index = np.searchsorted(cumulative, min(stream.random() * total, np.nextafter(total, 0)), side="right")
+    return int(index if isinstance(ids, slice) else ids[index])

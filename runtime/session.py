@@ -108,6 +108,7 @@ class Session(ABC):
         for start in range(0, len(tokens), self.chunk):
             yield self._score(tokens[start : start + self.chunk])
 
+    @abstractmethod
     def close(self) -> None:
         """Give the engine and its memory back; the session cannot be used after this."""
 
@@ -139,13 +140,16 @@ class Session(ABC):
         return self._advance([[token] for token in tokens])
 
     def _rewind(self, lengths: Sequence[int]) -> None:
-        """Called before `lengths` shrinks."""
+        """Called before `lengths` shrinks. Linear caches have nothing to do: the tail is overwritten."""
+        return
 
     # -- checks -----------------------------------------------------------------------------
 
     def _check_batch(self, count: int) -> None:
         if count != len(self.lengths):
-            raise UsageError(f"{count} row(s) given to a session of {len(self.lengths)}", remedy="prefill starts a batch")
+            raise UsageError(
+                f"{count} row(s) given to a session of {len(self.lengths)}", remedy="prefill starts a batch"
+            )
 
     def _check(self, rows: Rows, held: Sequence[int]) -> None:
         for index, (row, length) in enumerate(zip(rows, held, strict=True)):
@@ -158,11 +162,12 @@ class Session(ABC):
                         where=f"prompt {index}, position {position}",
                         why=f"the model has {self.vocab_size} token ids, from 0 to {self.vocab_size - 1}",
                     )
-            if length + len(row) > self.context_length:
+            excess = length + len(row) - self.context_length
+            if excess > 0:
                 raise InputError(
                     f"a row of {length + len(row)} tokens does not fit the context of {self.context_length}",
-                    where=f"prompt {index}" + (f", {length} tokens of it already in the cache" if length else ""),
-                    remedy=f"shorten it by {length + len(row) - self.context_length} token(s)",
+                    where=f"prompt {index}" + (f", after {length} tokens in the cache" if length else ""),
+                    remedy=f"shorten it by {excess} token(s)",
                 )
 
 

@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.export import Dim
 
 from optc.compiler.capture.attention import NAME, register
-from optc.compiler.capture.checkpoint import CheckpointInfo, check_folder, check_values, compare_shapes
+from optc.compiler.capture.checkpoint import (
+    CheckpointInfo,
+    check_folder,
+    check_values,
+    compare_shapes,
+    tied_names,
+)
 from optc.compiler.capture.facts import attention_layers, model_facts, refuse_unsupported
 from optc.compiler.contract import Contract, Input, Output
 from optc.compiler.diagnostics import CaptureError, InputError
@@ -60,18 +66,34 @@ def load_model(
     info = check_folder(Path(folder), trust_remote_code=trust_remote_code)
     check_values(info)
     skeleton = meta_model(info, trust_remote_code=trust_remote_code)
-    expected = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-    compare_shapes(info, expected)
+    state = skeleton.state_dict(keep_vars=True)
+    state = skeleton.state_dict(keep_vars=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    compare_shapes(info, shapes, tied=tied_names(state))
     try:
-        model = type(skeleton).from_pretrained(
-            str(info.path), dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
-        )
+        model, report = type(skeleton).from_pretrained(
+            str(info.path), dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )  # fmt: skip
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         raise InputError(
             "transformers cannot load the model", where=str(info.path), why=str(error).splitlines()[0],
             remedy="check that config.json and the weights belong together",
         ) from error  # fmt: skip
+    _check_report(info, report)
     return model.eval().requires_grad_(False), info
+
+
+def _check_report(info: CheckpointInfo, report: dict[str, Any]) -> None:
+    """Refuse a model that transformers loaded with gaps: it fills them with random numbers."""
+    for kind in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report.get(kind) or ())
+        if names:
+            raise InputError(
+                f"{len(names)} tensor(s) of the model were not in the checkpoint", where=f"{info.path}: {names[0]}",
+                why=f"transformers reports {kind.replace('_', ' ')}",
+                remedy="check that config.json and the weights belong together",
+            )  # fmt: skip
 
 
 def meta_model(info: CheckpointInfo, *, trust_remote_code: bool = False) -> Any:

@@ -239,7 +239,7 @@ def _text_probe(program: Program, info: CheckpointInfo | None, settings: Compile
         text = (resources.files("optc.compiler") / "data" / "passage.txt").read_text()
     tokens = load_tokenizer(info.path).encode(text)
     longest = min(96, program.contract.model.context_length or 96)
-    return text_probe(tokens, longest=longest) if len(tokens) > 2 * longest + 8 else None
+    return text_probe(tokens, longest=longest) if len(tokens) > 3 * longest else None
 
 
 def _write(

@@ -1,0 +1,90 @@
+"""What every benchmark shares: a random model folder, interleaved rounds, and the JSON record."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+TOKENIZER = ROOT / "examples" / "fiction-3m"
+
+
+def random_llama(folder: Path, *, layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocab: int) -> int:
+    """Write a random Llama in Hugging Face layout; returns its parameter count. It shows speed only."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        intermediate_size=mlp, vocab_size=vocab, max_position_embeddings=2048, tie_word_embeddings=False,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((TOKENIZER / name).read_bytes())
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Call every contender once per round, in turn; returns the figures of the rounds after the warm-up.
+
+    The order rotates from round to round, so that no contender always runs behind the same one.
+    """
+    names = list(contenders)
+    figures: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds + warmup):
+        for step in range(len(names)):
+            name = names[(turn + step) % len(names)]
+            value = contenders[name]()
+            if turn >= warmup:
+                figures[name].append(value)
+        print(f"round {turn + 1} of {rounds + warmup}", flush=True)
+    return figures
+
+
+def ratio(above: list[float], below: list[float]) -> dict[str, Any]:
+    """Median of the rounds' ratios, with a 95 % bootstrap interval."""
+    from optc.runtime.benchmark import median_rate
+
+    return median_rate([float(a / b) for a, b in zip(above, below, strict=True)]).to_dict()
+
+
+def commit() -> str:
+    """The commit that was measured, marked when the tree had changes."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def record(name: str, result: dict[str, Any], threads: int) -> Path:
+    """Write benchmarks/results/NAME.json with the environment, the commit and the date."""
+    from optc.runtime.benchmark import environment, read_bandwidth
+
+    full = {
+        "benchmark": name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "environment": environment(threads),
+        "read_bandwidth_gb_per_s": read_bandwidth(threads) / 1e9,
+        **result,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(full, indent=2, default=_plain) + "\n")
+    print(json.dumps(full, indent=2, default=_plain))
+    return path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"cannot write {type(value).__name__} as JSON")

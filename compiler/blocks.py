@@ -1,0 +1,241 @@
+"""Blocks of a paged KV pool: who owns which, and which hold a prefix that another request can use.
+
+Paging: Kwon et al. 2023 (PagedAttention, vLLM), https://arxiv.org/abs/2309.06180. Prefix reuse by
+hashing full blocks, each chained to the block before it: the idea of vLLM's automatic prefix
+caching; SGLang's RadixAttention (Zheng et al. 2023, https://arxiv.org/abs/2312.07104) keeps a tree
+instead. Only full blocks are shared, and a shared block is never written, so nothing is copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optc.compiler.diagnostics import ResourceError
+
+
+class StepInputs(NamedTuple):
+    """The tensors of one call of a paged Program, before the pools.
+
+    N new tokens of R requests: input_ids, position_ids, slot_mapping int64 [N]; block_tables int32
+    [R, MB]; context_lens int32 [R] (tokens with the new ones); cu_seqlens int32 [R + 1].
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    slot_mapping: Tensor
+    block_tables: Tensor
+    context_lens: Tensor
+    cu_seqlens: Tensor
+
+
+@dataclass
+class _Request:
+    tokens: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)  # of the full blocks that are computed or found
+
+
+class BlockManager:
+    """Hands out the blocks of a pool of `num_blocks` blocks with `block_size` slots each.
+
+    A request lives through `start` (which may find a cached prefix), any number of `step` and
+    `commit`, perhaps `rewind`, and `free`. `commit` says that the pool now holds what `step` laid
+    out: only then can other requests reuse it.
+
+    Args:
+        order: the block numbers in the order of their first use (default: ascending).
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, order: Iterable[int] | None = None) -> None:
+        assert num_blocks > 0
+        assert block_size > 0
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self._free = deque(range(num_blocks) if order is None else order)
+        assert sorted(self._free) == list(range(num_blocks)), "order must name every block once"
+        self._cached: OrderedDict[int, None] = OrderedDict()  # without an owner, oldest first
+        self._references: dict[int, int] = {}
+        self._digest_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+        self._requests: dict[Hashable, _Request] = {}
+        self.peak_waste = 0
+        self.peak_used_blocks = 0
+
+    # -- the life of a request --------------------------------------------------------------
+
+    def start(self, request: Hashable, tokens: Sequence[int] = ()) -> int:
+        """Begin a request and return how many of its `tokens` the pool holds already.
+
+        The rest, tokens[n:], is the caller's to feed through `step`. At least one token is always
+        left, for its logits.
+        """
+        assert request not in self._requests, f"request {request!r} exists"
+        state = self._requests[request] = _Request()
+        digest = b""
+        for end in range(self.block_size, len(tokens), self.block_size):
+            content = list(tokens[end - self.block_size : end])
+            digest = _chain(digest, content)
+            block = self._block_of.get(digest)
+            if block is None:
+                break
+            self._acquire(block)
+            state.blocks.append(block)
+            state.digests.append(digest)
+            state.tokens += content
+        self._note_peaks()
+        return len(state.tokens)
+
+    def step(self, work: Sequence[tuple[Hashable, Sequence[int]]]) -> StepInputs:
+        """Reserve slots for new tokens of some requests and return the tensors of the call.
+
+        Raises:
+            ResourceError: the pool has too few free blocks; nothing is reserved then.
+        """
+        assert len({request for request, _ in work}) == len(work), "a request appears once in a step"
+        needed = sum(self._missing_blocks(request, len(tokens)) for request, tokens in work)
+        if needed > self.free_blocks:
+            raise ResourceError(
+                "the KV pool is out of blocks",
+                why=f"{needed} blocks needed, {self.free_blocks} of {self.num_blocks} free",
+                remedy="use a larger pool, fewer sequences at a time or shorter prompts",
+            )
+        positions: list[int] = []
+        for request, tokens in work:
+            state = self._requests[request]
+            positions += range(len(state.tokens), len(state.tokens) + len(tokens))
+            for _ in range(self._missing_blocks(request, len(tokens))):
+                state.blocks.append(self._take())
+            state.tokens += tokens
+        self._note_peaks()
+        return self._tensors(work, positions)
+
+    def commit(self, request: Hashable) -> None:
+        """The pool holds every token that was laid out: full blocks may now be shared."""
+        state, size = self._requests[request], self.block_size
+        for index in range(len(state.digests), len(state.tokens) // size):
+            content = state.tokens[index * size : (index + 1) * size]
+            digest = _chain(state.digests[-1] if state.digests else b"", content)
+            state.digests.append(digest)
+            if digest not in self._block_of:
+                self._block_of[digest] = state.blocks[index]
+                self._digest_of[state.blocks[index]] = digest
+
+    def rewind(self, request: Hashable, length: int) -> int:
+        """Forget the tokens of a request beyond `length`; returns how many are kept.
+
+        When `length` falls inside a block that another request reads, that block cannot be written
+        again: the request keeps the tokens before it, fewer than `length`, and the caller feeds the
+        others once more.
+        """
+        state, size = self._requests[request], self.block_size
+        assert 0 <= length <= len(state.tokens), f"cannot rewind {len(state.tokens)} tokens to {length}"
+        last = length // size
+        if length % size and self._references[state.blocks[last]] > 1:
+            length = last * size
+        elif length % size:
+            self._forget(state.blocks[last])
+        kept = -(-length // size)
+        for block in reversed(state.blocks[kept:]):
+            self._release(block)
+        del state.blocks[kept:], state.tokens[length:], state.digests[length // size :]
+        return length
+
+    def free(self, request: Hashable) -> None:
+        """End a request. Its full blocks stay findable until their space is needed."""
+        for block in reversed(self._requests.pop(request).blocks):  # so that the tail is evicted first
+            self._release(block)
+
+    # -- questions --------------------------------------------------------------------------
+
+    def length(self, request: Hashable) -> int:
+        """Tokens of a request that have slots."""
+        return len(self._requests[request].tokens)
+
+    def slots(self, request: Hashable, start: int = 0) -> list[int]:
+        """Slot numbers (block * block_size + offset) of a request's tokens from `start` on."""
+        state, size = self._requests[request], self.block_size
+        return [state.blocks[i // size] * size + i % size for i in range(start, len(state.tokens))]
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that some request owns."""
+        return len(self._references)
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that can be had: never used, or cached without an owner."""
+        return len(self._free) + len(self._cached)
+
+    def waste(self) -> int:
+        """Allocated slots that hold no token: the tails of the requests' last blocks."""
+        return sum(len(r.blocks) * self.block_size - len(r.tokens) for r in self._requests.values())
+
+    # -- blocks -----------------------------------------------------------------------------
+
+    def _missing_blocks(self, request: Hashable, new: int) -> int:
+        state = self._requests[request]
+        return -(-(len(state.tokens) + new) // self.block_size) - len(state.blocks)
+
+    def _take(self) -> int:
+        """A block to write: a never used one, else the cached one that was left the longest ago."""
+        if self._free:
+            block = self._free.popleft()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            self._forget(block)
+        self._references[block] = 1
+        return block
+
+    def _acquire(self, block: int) -> None:
+        self._cached.pop(block, None)
+        self._references[block] = self._references.get(block, 0) + 1
+
+    def _release(self, block: int) -> None:
+        self._references[block] -= 1
+        if self._references[block]:
+            return
+        del self._references[block]
+        if block in self._digest_of:
+            self._cached[block] = None
+        else:
+            self._free.append(block)
+
+    def _forget(self, block: int) -> None:
+        """The block will be written: nobody may find its old content."""
+        digest = self._digest_of.pop(block, None)
+        if digest is not None:
+            del self._block_of[digest]
+
+    def _note_peaks(self) -> None:
+        self.peak_waste = max(self.peak_waste, self.waste())
+        self.peak_used_blocks = max(self.peak_used_blocks, self.used_blocks)
+
+    def _tensors(self, work: Sequence[tuple[Hashable, Sequence[int]]], positions: list[int]) -> StepInputs:
+        states = [self._requests[request] for request, _ in work]
+        slots = [
+            slot for request, new in work for slot in self.slots(request, self.length(request) - len(new))
+        ]
+        tables = torch.zeros((len(work), max(len(state.blocks) for state in states)), dtype=torch.int32)
+        for row, state in enumerate(states):
+            tables[row, : len(state.blocks)] = torch.tensor(state.blocks, dtype=torch.int32)
+        counts = torch.tensor([0, *(len(tokens) for _, tokens in work)])
+        return StepInputs(
+            input_ids=torch.tensor([token for _, tokens in work for token in tokens]),
+            position_ids=torch.tensor(positions),
+            slot_mapping=torch.tensor(slots),
+            block_tables=tables,
+            context_lens=torch.tensor([len(state.tokens) for state in states], dtype=torch.int32),
+            cu_seqlens=counts.cumsum(0).to(torch.int32),
+        )
+
+
+def _chain(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Digest of a full block and all before it; sha256, as prompts can be chosen to collide."""
+    return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()

@@ -1,0 +1,115 @@
+"""Private or changing torch APIs that optc relies on, for torch 2.11 to 2.13, in one file.
+
+Everything here is a thin shim: what torch may rename or move is named once, so that a new torch
+breaks (and is repaired) here.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._export.serde import schema as graph_schema
+from torch._export.serde import serialize as _serde
+from torch._export.serde.union import _Union
+from torch._export.verifier import SpecViolationError
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+from torch.utils._sympy import functions as sympy_functions
+
+__all__ = [
+    "DESERIALIZE_ERRORS",
+    "SCHEMA_MAJOR",
+    "SYMBOLIC_OPERATORS",
+    "SpecViolationError",
+    "deserialize_graph",
+    "graph_schema",
+    "is_union",
+    "serialize_graph",
+    "static_shape",
+    "sympy_functions",
+    "torch_dtype",
+    "unflatten_inputs",
+]
+
+SCHEMA_MAJOR: int = graph_schema.SCHEMA_VERSION[0]
+
+SYMBOLIC_OPERATORS: Mapping[str, Callable[..., Any]] = {
+    f"{op.__module__}.{op.__name__}": op
+    for op in (
+        operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod,
+        operator.pow, operator.neg, operator.pos, operator.and_, operator.or_, operator.lshift,
+        operator.rshift, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
+        math.trunc, torch.sym_not, torch.sym_int, torch.sym_float, torch.sym_ite,
+        torch.sym_max, torch.sym_min, torch.sym_sqrt,
+    )
+}  # fmt: skip
+"""Functions over sizes that an exported graph may call, by the name the graph file gives them."""
+
+DESERIALIZE_ERRORS = (
+    RuntimeError,  # with torch's SerializeError, RecursionError and NotImplementedError
+    AssertionError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    ArithmeticError,
+    SyntaxError,
+    SpecViolationError,
+)
+"""What torch raises on a graph file that is well typed and makes no sense."""
+
+
+def serialize_graph(exported: ExportedProgram) -> dict[str, Any]:
+    """The graph, signature and shapes in torch's schema as JSON-able values; no tensor data."""
+    serialized = _serde.ExportedProgramSerializer().serialize(
+        exported, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
+    )
+    plain: dict[str, Any] = _serde._dataclass_to_dict(serialized.exported_program)
+    return plain
+
+
+def deserialize_graph(
+    program: Any,
+    state_dict: dict[str, Tensor],
+    constants: dict[str, Tensor],
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None,
+) -> ExportedProgram:
+    """An ExportedProgram from a `graph_schema.ExportedProgram` and its tensors.
+
+    The tensors must be given as dicts: torch would unpickle bytes.
+
+    Raises:
+        DESERIALIZE_ERRORS: the program is inconsistent.
+    """
+    assert isinstance(state_dict, dict) and isinstance(constants, dict)  # noqa: PT018
+    assert example_inputs is None or isinstance(example_inputs, tuple)
+    return _serde.ExportedProgramDeserializer().deserialize(program, state_dict, constants, example_inputs)
+
+
+def unflatten_inputs(in_spec: str, leaves: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of a call from its flat tensors. The spec must have been checked: torch imports
+    modules that some specs name."""
+    args, kwargs = pytree.tree_unflatten(list(leaves), pytree.treespec_loads(in_spec))
+    return args, kwargs
+
+
+def is_union(cls: type) -> bool:
+    """Whether a class of `graph_schema` is one of its tagged unions."""
+    return issubclass(cls, _Union)
+
+
+def torch_dtype(scalar_type: Any) -> torch.dtype:
+    """The dtype that a `graph_schema.ScalarType` stands for."""
+    dtype: torch.dtype = _serde._SERIALIZE_TO_TORCH_DTYPE[scalar_type]
+    return dtype
+
+
+def static_shape(sizes: Sequence[Any]) -> tuple[int, ...] | None:
+    """The ints of a list of `graph_schema.SymInt`, None when one of them is symbolic."""
+    values = [size.as_int for size in sizes if size.type == "as_int"]
+    return tuple(values) if len(values) == len(sizes) else None

@@ -1,0 +1,138 @@
+"""Round-to-nearest quantization of weights in groups, the arithmetic under every weight-only method.
+
+value = (code - zero) * scale, as `optc.dequantize` computes it; symmetric codes have the middle code
+2^(bits-1) as their zero. A group is `group_size` neighbours along K; 0 makes a row one group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from optc.compiler.diagnostics import InputError, UsageError
+
+BITS = (2, 3, 4, 8)
+DEFAULT_GROUP_SIZES = (128, 64, 32)
+
+
+def quantize_groups(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Quantize a weight [N, K], each group on its own, to the nearest representable value.
+
+    Symmetric: scale = max|w| / (2^(bits-1) - 1), so the lowest code stays unused and -w codes as the mirror
+    of w (Jacob et al. 2018, https://arxiv.org/abs/1712.05877, restricted range). Asymmetric: the range
+    [min(w, 0), max(w, 0)] over all 2^bits codes, with an integer zero point, so that 0 is exact.
+    The scale is rounded to the weight's dtype before the codes are chosen: dequantizing with the stored
+    scale is then off by at most scale / 2 (asymmetric in 16-bit types: plus the scale's own rounding).
+
+    Args:
+        weight: floating [N, K], finite; K a multiple of `group_size`.
+
+    Returns:
+        codes uint8 [N, K]; scale [N, G] in the weight's dtype; zero uint8 [N, G], or None when symmetric.
+        A group of zeros gets scale 1.
+
+    Raises:
+        UsageError: bits other than 2, 3, 4, 8.
+        InputError: `weight` is no matrix, is not finite, or the group size does not divide K.
+    """
+    check_bits(bits)
+    if weight.dim() != 2:
+        raise InputError(f"only matrices are quantized, this has {weight.dim()} axes", remedy="leave it out")
+    check_group_size(group_size, [weight.shape[1]])
+    rows, columns = weight.shape
+    groups = weight.detach().reshape(rows, -1, group_size or columns).float()
+    low, high = groups.amin(-1), groups.amax(-1)
+    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise InputError("the weight holds NaN or infinity", remedy="repair the checkpoint")
+    if symmetric:
+        top = 2 ** (bits - 1) - 1
+        scale = _stored_scale(torch.maximum(high, -low) / top, weight.dtype)
+        codes = _ratio(groups, scale).clamp_(-top, top) + 2 ** (bits - 1)
+        zero = None
+    else:
+        top = 2**bits - 1
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        # Divided before subtracting: high - low may exceed the largest float.
+        scale = _stored_scale(high / top - low / top, weight.dtype)
+        offset = torch.round(-low / scale.float()).clamp_(0, top)
+        codes = (_ratio(groups, scale) + offset[..., None]).clamp_(0, top)
+        zero = offset.to(torch.uint8)
+    return codes.reshape(rows, columns).to(torch.uint8), scale, zero
+
+
+def _ratio(groups: Tensor, scale: Tensor) -> Tensor:
+    return torch.round(groups / scale.float()[..., None])
+
+
+def _stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as they are kept: in `dtype` and never zero; a group of zeros gets 1, a tiny one the least."""
+    facts = torch.finfo(dtype)
+    least = max(facts.smallest_normal * facts.eps, torch.finfo(torch.float32).smallest_normal)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=least))
+    return scale.to(dtype)
+
+
+def check_bits(bits: int) -> None:
+    """Refuse bit widths that the canonical form does not know.
+
+    Raises:
+        UsageError: not 2, 3, 4 or 8.
+    """
+    if bits not in BITS:
+        raise UsageError(f"{bits}-bit weights are not supported", remedy="choose 2, 3, 4 or 8 bits")
+
+
+def check_group_size(group_size: int, columns: Sequence[int], names: Sequence[str] = ()) -> None:
+    """Refuse a group size that does not divide every K; 0 (one group per row) always does.
+
+    Args:
+        columns: K of each weight.
+        names: the weights' names, for the message.
+
+    Raises:
+        InputError: names the first weight that it does not divide, its K, and the nearest size that fits all.
+    """
+    if group_size < 0:
+        raise InputError(f"group size {group_size} is negative", remedy="use 0 for one group per row")
+    odd = next((i for i, size in enumerate(columns) if group_size and size % group_size), None)
+    if odd is None:
+        return
+    near = nearest_group_size(group_size, columns)
+    raise InputError(
+        f"group size {group_size} does not divide every weight",
+        where=names[odd] if names else None,
+        why=f"it has K = {columns[odd]}",
+        remedy=f"use {near}, the nearest that divides every weight, or ignore this weight",
+    )
+
+
+def nearest_group_size(group_size: int, columns: Sequence[int]) -> int:
+    """The power of two (or, where there is none above 1, the divisor) of every K closest to `group_size`."""
+    common = math.gcd(*columns)
+    divisors = [size for size in range(2, min(common, 1 << 16) + 1) if common % size == 0] or [common]
+    powers = [size for size in divisors if size & (size - 1) == 0 and size > 1]
+    return min(powers or divisors, key=lambda size: (abs(math.log2(size / group_size)), -size))
+
+
+def default_group_size(columns: Sequence[int], names: Sequence[str] = ()) -> int:
+    """The largest of 128, 64 and 32 that divides every K.
+
+    Raises:
+        InputError: none does; names the first weight in the way.
+    """
+    for size in DEFAULT_GROUP_SIZES:
+        if all(count % size == 0 for count in columns):
+            return size
+    odd = next((i for i, count in enumerate(columns) if count % DEFAULT_GROUP_SIZES[-1]), 0)
+    near = nearest_group_size(DEFAULT_GROUP_SIZES[-1], columns)
+    raise InputError(
+        "none of the group sizes 128, 64 and 32 divides every weight",
+        where=names[odd] if names else None,
+        why=f"it has K = {columns[odd]}",
+        remedy=f"use {near}, the nearest that divides every weight, or ignore this weight",
+    )

@@ -1,0 +1,128 @@
+"""Text to token ids and back, through the artifact's `tokenizer.json`; text that arrives in pieces."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from optc.compiler.diagnostics import InputError
+
+_MAX_JSON = 1 << 20
+_BROKEN = "\ufffd"
+
+
+class Tokenizer:
+    """A `tokenizer.json` and the ids that end a text."""
+
+    def __init__(self, core: Any, eos_token_ids: tuple[int, ...]) -> None:
+        self._core = core
+        self.eos_token_ids = eos_token_ids
+
+    @property
+    def size(self) -> int:
+        """Ids that the tokenizer knows, added tokens included."""
+        return int(self._core.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with the special tokens that `tokenizer.json` adds (as transformers does)."""
+        return list(self._core.encode(text, add_special_tokens=True).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of the tokens without special ones; incomplete UTF-8 becomes U+FFFD."""
+        return str(self._core.decode(list(tokens), skip_special_tokens=True))
+
+
+class TextStream:
+    """Text of tokens that come one by one, never cut inside a character.
+
+    Tokens of a byte-level vocabulary may hold parts of a character. A piece is given out once the
+    text does not end in an incomplete one. A few tokens before it are decoded along, because a
+    decoder may treat the start of a text specially (SentencePiece drops its leading space).
+    The pieces and `finish()` together are `tokenizer.decode` of all tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._start = 0  # tokens[start:shown] are given out already and decoded along
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; empty while a character is incomplete."""
+        self._tokens.append(token)
+        return self._take(hold=True)
+
+    def finish(self) -> str:
+        """The rest, an incomplete character as U+FFFD."""
+        return self._take(hold=False)
+
+    def _take(self, *, hold: bool) -> str:
+        before = self._tokenizer.decode(self._tokens[self._start : self._shown])
+        text = self._tokenizer.decode(self._tokens[self._start :])
+        if len(text) <= len(before) or (hold and text.endswith(_BROKEN)):
+            return ""
+        self._start, self._shown = self._shown, len(self._tokens)
+        return text[len(before) :]
+
+
+def load_tokenizer(folder: Path, default_eos: Iterable[int] = ()) -> Tokenizer | None:
+    """The tokenizer of a folder, or None where there is no `tokenizer.json`.
+
+    Args:
+        folder: an artifact or a model folder; its files are already verified.
+        default_eos: end-of-text ids where neither `generation_config.json` nor `config.json` has any.
+
+    Raises:
+        InputError: a file that does not parse.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    try:
+        core = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the binding raises plain Exception for whatever its parser refuses
+        raise InputError(
+            "the tokenizer cannot be read", where=str(path), why=str(error),
+            remedy="use a tokenizer.json written by the tokenizers library",
+        ) from error  # fmt: skip
+    core.no_padding()
+    core.no_truncation()
+    return Tokenizer(core, eos_token_ids(folder, default_eos))
+
+
+def eos_token_ids(folder: Path, default: Iterable[int] = ()) -> tuple[int, ...]:
+    """Ids that end a text: from `generation_config.json`, else `config.json`, else `default`.
+
+    Raises:
+        InputError: a config that is not JSON, or ids that are not integers.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        found = _read_json(path).get("eos_token_id")
+        if found is None:
+            continue
+        ids = found if isinstance(found, list) else [found]
+        if not all(type(item) is int for item in ids):
+            raise InputError("eos_token_id is not an integer or a list of them", where=str(path))
+        return tuple(ids)
+    return tuple(default)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_JSON:
+        raise InputError(
+            "the file is too large for a config", where=str(path), why=f"more than {_MAX_JSON} bytes"
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError("the file is not JSON", where=str(path), why=str(error)) from error
+    if not isinstance(found, dict):
+        raise InputError("the file does not hold a JSON object", where=str(path))
+    return found

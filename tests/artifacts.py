@@ -1,0 +1,49 @@
+"""A small artifact without an engine, for tests of what is around the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from optc.compiler.artifact import finish, write_folder
+from optc.compiler.contract import AttentionFacts, Contract, Input, Output, WeightQuantization
+from optc.compiler.manifest import FileEntry, Manifest, PassRecord, Source
+
+FILES = {"model.onnx": b"graph" * 100, "model.onnx.data": bytes(range(256)) * 40, "ir/00-capture.txt": b"%0"}
+
+
+def make_manifest(**changes: Any) -> Manifest:
+    record = PassRecord(
+        name="quantize-rtn", options={"bits": 4, "ignore": ["lm_head"], "scale": 1.0, "group_size": None},
+        matched=32, candidates=33, seconds=0.5, lossy=True, max_abs_diff=0.25, kl=1e-9, top1_agreement=None,
+        layer_drift=(0.1, 1 / 3), nodes=200, notes=("group size 64",), misses=("lm_head: ignored",),
+    )  # fmt: skip
+    contract = Contract(
+        kind="decoder",
+        inputs=(Input(name="input_ids", role="input_ids", dtype="int64", dims=("batch", 7)),),
+        outputs=(Output(name="logits", role="logits"),),
+        layers=(
+            AttentionFacts(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=8, scale=0.5, causal=True),
+        ),
+        quantization={
+            "w": WeightQuantization(method="rtn", bits=4, group_size=64, symmetric=False, source="w")
+        },
+    )
+    fields: dict[str, Any] = {
+        "optc_version": "0.1.0", "created": "2026-01-01T00:00:00+00:00", "target": "onnx-cpu",
+        "engine": "onnx", "engine_info": {"model": "model.onnx", "shape": [1, 2.5], "nested": {"ü": None}},
+        "needs": {"machine": "x86_64", "isa": ["avx2", "fma"], "opset": 24}, "dtype": "float32",
+        "contract": contract, "passes": (record,), "weight_bytes": 10, "quantization": {"bits": [4]},
+        "source": Source(path="/m", config_sha256="", weights_sha256="", parameters=3, dtype="bfloat16"),
+        "files": (FileEntry(path="ir/00-capture.txt", size=3, sha256="a" * 64),), "seconds": {"total": 1.5},
+    }  # fmt: skip
+    return Manifest(**{**fields, **changes})
+
+
+def make_artifact(folder: Path, *, force: bool = False, **changes: Any) -> Manifest:
+    """Write an artifact of `FILES`."""
+    with write_folder(folder, force=force) as directory:
+        for name, data in FILES.items():
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_bytes(data)
+        return finish(directory, make_manifest(**changes))

@@ -1,0 +1,125 @@
+"""The manifest: what it says survives the disk, and one changed byte is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from artifacts import make_manifest
+
+from optc.compiler.diagnostics import ArtifactError
+from optc.compiler.manifest import decode, encode
+
+
+def sealed(edit: Callable[[dict[str, Any]], None]) -> bytes:
+    """A manifest that a forger changed and sealed again."""
+    data = json.loads(encode(make_manifest()))
+    edit(data)
+    data["self_sha256"] = ""
+    text = json.dumps(data, indent=2, ensure_ascii=False).encode() + b"\n"
+    digest = hashlib.sha256(text).hexdigest().encode()
+    return text.replace(b'"self_sha256": ""', b'"self_sha256": "' + digest + b'"')
+
+
+def test_round_trip_keeps_every_field() -> None:
+    manifest = make_manifest(quality={"perplexity": 22.935}, speed=None)
+    read = decode(encode(manifest), "manifest.json")
+    assert msgspec.structs.replace(read, self_sha256="") == manifest
+    assert encode(read) == encode(manifest)
+
+
+def test_seal_is_the_hash_of_the_file_with_the_seal_empty() -> None:
+    data = encode(make_manifest())
+    digest = json.loads(data)["self_sha256"]
+    assert hashlib.sha256(data.replace(digest.encode(), b"")).hexdigest() == digest
+
+
+def test_a_forged_manifest_with_a_right_seal_is_read() -> None:
+    """The forger of the tests below makes valid files, so that they fail for the reason they name."""
+    assert decode(sealed(lambda data: data.update(target="other")), "m").target == "other"
+
+
+def test_every_changed_byte_is_noticed() -> None:
+    data = encode(make_manifest())
+    for place in range(len(data)):
+        changed = bytearray(data)
+        changed[place] ^= 1 << place % 8
+        with pytest.raises(ArtifactError):
+            decode(bytes(changed), "manifest.json")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 20, 200, -2, -1])
+def test_truncated(keep: int) -> None:
+    with pytest.raises(ArtifactError, match="the manifest is damaged"):
+        decode(encode(make_manifest())[:keep], "manifest.json")
+
+
+def test_white_space_is_sealed_too() -> None:
+    with pytest.raises(ArtifactError, match="it was changed after it was written"):
+        decode(encode(make_manifest()).replace(b": 24", b":  24"), "manifest.json")
+    with pytest.raises(ArtifactError, match="it does not end with self_sha256"):
+        decode(encode(make_manifest()) + b"\n", "manifest.json")
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"null", b"{}", b"\xff{}", b'{"format_version": "1"}', b"[" * 100_000]
+)
+def test_not_a_manifest(text: bytes) -> None:
+    with pytest.raises(ArtifactError) as caught:
+        decode(text, "out/x/manifest.json")
+    assert caught.value.exit_code == 7
+    assert caught.value.where == "out/x/manifest.json"
+    assert caught.value.why
+    assert caught.value.remedy == "copy the artifact again from where it was made, or compile it again"
+
+
+def test_other_version_names_both() -> None:
+    with pytest.raises(ArtifactError) as caught:
+        decode(sealed(lambda data: data.update(format_version=2, new_field=1)), "m")
+    assert caught.value.what == "the manifest has format version 2, this optc reads 1"
+    assert caught.value.remedy == "use the optc that wrote the artifact, or compile it again"
+
+
+@pytest.mark.parametrize(
+    ("edit", "cause"),
+    [
+        (lambda d: d.update(engine="tensorrt"), r"Invalid enum value 'tensorrt' - at `\$.engine`"),
+        (lambda d: d.update(weight_bytes="10"), r"Expected `int`, got `str` - at `\$.weight_bytes`"),
+        (lambda d: d.update(weight_bytes=-1), r"Expected `int` >= 0 - at `\$.weight_bytes`"),
+        (lambda d: d["source"].update(surprise=1), "Object contains unknown field `surprise`"),
+        (lambda d: d.pop("target"), "Object missing required field `target`"),
+        (lambda d: d["files"][0].update(sha256="A" * 64), r"at `\$.files\[0\].sha256`"),
+        (lambda d: d["passes"][0].update(layer_drift=[None]), r"Expected `float`, got `null`"),
+        (lambda d: d["contract"].update(kind="other"), "Invalid enum value 'other'"),
+    ],
+)
+def test_wrong_types(edit: Callable[[dict[str, Any]], None], cause: str) -> None:
+    with pytest.raises(ArtifactError, match=cause) as caught:
+        decode(sealed(edit), "m")
+    assert caught.value.what == "the manifest is damaged"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", ".", "..", "/a", "../x", "a/../../x", "a//b", "./a", "a/", "a\\b", "a\0b", "a\nb", "manifest.json"],
+)
+def test_paths_that_leave_the_folder(path: str) -> None:
+    with pytest.raises(ArtifactError, match="is not a plain path inside the artifact"):
+        decode(sealed(lambda data: data["files"][0].update(path=path)), "m")
+
+
+def test_a_file_listed_twice() -> None:
+    with pytest.raises(ArtifactError, match=r"'ir/00-capture\.txt' is listed twice"):
+        decode(sealed(lambda data: data["files"].append(data["files"][0])), "m")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_drift_that_json_cannot_hold_is_a_bug(value: float) -> None:
+    record = msgspec.structs.replace(make_manifest().passes[0], layer_drift=(value,))
+    with pytest.raises(AssertionError, match="layer drift that is not finite"):
+        encode(make_manifest(passes=(record,)))

@@ -1,0 +1,201 @@
+"""Bad input through the command line: exit code, what the message names, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from optc.cli.main import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def model(tmp_path: Path, example_model: Path) -> Path:
+    """A private copy of the example model."""
+    return Path(shutil.copytree(example_model, tmp_path / "model"))
+
+
+def optc(*args: object) -> int:
+    """Run the command line in this process; its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(arg) for arg in args])
+    return int(caught.value.code or 0)
+
+
+def compile_to(model: Path, output: Path, *more: str) -> int:
+    return optc("compile", model, "--target", "onnx-cpu", "-o", output, *more)
+
+
+def edit_header(model: Path, edit: Callable[[dict[str, dict[str, object]]], None]) -> None:
+    """Rewrite the safetensors header of the model."""
+    path = model / "model.safetensors"
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + size])
+    edit(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+
+
+def edit_config(model: Path, **changes: object) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _missing_folder(model: Path) -> None:
+    shutil.rmtree(model)
+
+
+def _no_config(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def _remote_code(model: Path) -> None:
+    (model / "evil.py").write_text("raise SystemExit('executed')")
+    edit_config(model, model_type="evil", architectures=["EvilForCausalLM"],
+                auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})  # fmt: skip
+
+
+def _truncated(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _flipped_header(model: Path) -> None:
+    path = model / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[9] ^= 0x40
+    path.write_bytes(bytes(data))
+
+
+def _missing_shard(model: Path) -> None:
+    os.rename(model / "model.safetensors", model / "model-00001-of-00002.safetensors")
+    names = {"model.norm.weight": "model-00001-of-00002.safetensors", "lm_head.weight": "model-00002-of-00002.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def _nan(model: Path) -> None:
+    path = model / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    (size,) = struct.unpack("<Q", data[:8])
+    start = json.loads(data[8 : 8 + size])["model.norm.weight"]["data_offsets"][0]
+    data[8 + size + start : 8 + size + start + 2] = b"\xc0\x7f"  # a bfloat16 NaN
+    path.write_bytes(bytes(data))
+
+
+def _wrong_shape(model: Path) -> None:
+    def edit(header: dict[str, dict[str, object]]) -> None:
+        header["model.norm.weight"]["shape"] = [96, 2]
+
+    edit_header(model, edit)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (_missing_folder, ["model"]),
+        (_no_config, ["config.json"]),
+        (_remote_code, ["config.json", "--trust-remote-code"]),
+        (_truncated, ["model.safetensors"]),
+        (_flipped_header, ["model.safetensors"]),
+        (_missing_shard, ["model-00002-of-00002.safetensors"]),
+        (_nan, ["model.norm.weight", "model.safetensors"]),
+        (_wrong_shape, ["model.norm.weight", "192"]),
+    ],
+    ids=lambda value: value.__name__.strip("_") if callable(value) else "",
+)
+def test_unusable_model(
+    model: Path, tmp_path: Path, capsys: Capture, damage: Callable[[Path], None], named: list[str]
+) -> None:
+    damage(model)
+    (tmp_path / "out").mkdir()
+    assert compile_to(model, tmp_path / "out" / "artifact") == 3
+    message = capsys.readouterr().err
+    for word in [*named, "remedy"]:
+        assert word in message
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_group_size_that_does_not_divide(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert compile_to(model, tmp_path / "out", "--quant", "rtn", "--group-size", "128") == 3
+    message = capsys.readouterr().err
+    assert "192" in message
+    assert "64" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_output(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine.txt").write_text("keep me")
+    assert compile_to(model, output) == 3
+    assert "--force" in capsys.readouterr().err
+    assert compile_to(model, output, "--force") == 3  # a folder that is no artifact is never replaced
+    assert (output / "mine.txt").read_text() == "keep me"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere; see test_output_below_a_file")
+def test_unwritable_output(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    assert compile_to(model, folder / "out") == 3
+    assert "locked" in capsys.readouterr().err
+
+
+def test_output_below_a_file(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").write_text("")
+    assert compile_to(model, tmp_path / "file" / "out") == 3
+    assert "file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "near"),
+    [
+        (["--target", "onnx-cpux"], 2, "onnx-cpu"),
+        (["--target", "onnx-cpu", "--quant", "rtx"], 2, "rtn"),
+        (["--target", "onnx-cpu", "--passes", "fuse-rotery"], 2, "fuse-rotary"),
+        (["--target", "onnx-cpu", "--dtype", "fp31"], 2, "fp32"),
+        (["--target", "onnx-cpu", "--quant", "rtn", "--bits", "3"], 4, "4"),
+        (["--target", "onnx-cpu", "--kv-cache", "paged"], 4, "static"),
+        (["--target", "onnx-cpu", "--passes", "fuse-attention"], 6, "--allow-noop"),
+        (["--target", "onnx-cpu", "--pass-option", "quantize-rtn.bits=2"], 2, "static-kv-cache"),
+    ],
+)
+def test_bad_request(model: Path, tmp_path: Path, capsys: Capture, args: list[str], code: int, near: str) -> None:
+    assert optc("compile", model, "-o", tmp_path / "out", *args) == code
+    assert near in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_as_json(tmp_path: Path, capsys: Capture) -> None:
+    assert optc("plan", tmp_path / "none", "--target", "onnx-cpu", "--json") == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["exit_code"] == 3
+    assert found["error"] == "bad-input"
+    assert str(tmp_path / "none") in found["where"]
+
+
+def test_full_disk(model: Path, tmp_path: Path) -> None:
+    """A file-size limit of 1 MB stands in for a full disk: writing the weights fails half-way."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+               "from optc.cli.main import main; main()", "compile", str(model), "--target", "onnx-cpu",
+               "-o", str(tmp_path / "out" / "artifact")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
+    assert done.returncode == 8, done.stderr
+    assert "disk" in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []

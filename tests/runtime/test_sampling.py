@@ -1,0 +1,105 @@
+"""Sampling against hand-computed distributions and transformers' logits processors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from optc.compiler.diagnostics import GateError, UsageError
+from optc.runtime.sampling import Sampler, Sampling, distribution
+
+
+def _logits(*probabilities: float) -> np.ndarray:
+    return np.log(np.array([probabilities], np.float32))
+
+
+def test_greedy_takes_the_largest_and_the_first_of_equals() -> None:
+    logits = np.array([[0.0, 3.0, 1.0], [2.0, 2.0, -1.0]], np.float32)
+    assert Sampler(Sampling(), [[1], [2]])(logits) == [1, 0]
+
+
+def test_temperature_sharpens_by_hand() -> None:
+    # softmax(log p / 0.5) is p^2, normalized: 16, 9, 1 over 26.
+    found = distribution(_logits(0.5, 0.375, 0.125), Sampling(temperature=0.5))
+    np.testing.assert_allclose(found, [[16 / 26, 9 / 26, 1 / 26]], atol=1e-6)
+
+
+def test_top_k_by_hand_keeps_ties_of_the_last() -> None:
+    found = distribution(_logits(0.4, 0.1, 0.25, 0.25), Sampling(temperature=1, top_k=2))
+    np.testing.assert_allclose(found, [[0.4 / 0.9, 0, 0.25 / 0.9, 0.25 / 0.9]], atol=1e-6)
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.3, [0]), (0.39, [0]), (0.41, [0, 2]), (0.95, [0, 1, 2, 3])])
+def test_top_p_by_hand(top_p: float, kept: list[int]) -> None:
+    p = np.array([0.4, 0.1, 0.3, 0.2])
+    expected = np.where(np.isin(range(4), kept), p, 0)
+    found = distribution(np.log(p)[None], Sampling(temperature=1, top_p=top_p))
+    np.testing.assert_allclose(found[0], expected / expected.sum(), atol=1e-6)
+
+
+def test_top_p_counts_after_top_k() -> None:
+    # Of 0.4, 0.3 alone the first has 4/7 = 0.57 of the mass: top-p 0.5 keeps only it.
+    found = distribution(_logits(0.4, 0.3, 0.2, 0.1), Sampling(temperature=1, top_k=2, top_p=0.5))
+    assert found[0].tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+@pytest.mark.parametrize("top_k", [0, 1, 7, 50, 1000])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
+def test_equals_transformers(temperature: float, top_k: int, top_p: float) -> None:
+    scores = torch.randn(4, 500, generator=torch.Generator().manual_seed(0)) * 3
+    expected = TemperatureLogitsWarper(temperature)(None, scores)
+    expected = TopKLogitsWarper(top_k)(None, expected) if top_k else expected
+    expected = TopPLogitsWarper(top_p)(None, expected) if top_p < 1 else expected
+    found = distribution(scores.numpy(), Sampling(temperature=temperature, top_k=top_k, top_p=top_p))
+    assert ((found > 0) == (expected > -torch.inf).numpy()).all()
+    np.testing.assert_allclose(found, expected.softmax(-1).numpy(), atol=1e-6)
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = np.repeat(_logits(0.5, 0.3, 0.0001, 0.2), 4000, axis=0)
+    sampler = Sampler(Sampling(temperature=1, top_k=3), [[row] for row in range(4000)])
+    shares = np.bincount(sampler(logits), minlength=4) / 4000
+    assert shares[2] == 0
+    np.testing.assert_allclose(shares, [0.5, 0.3, 0, 0.2], atol=0.03)  # about four standard errors
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    logits = np.zeros((1, 1000), np.float32)
+    sampling = Sampling(temperature=1, seed=7)
+    alone = [Sampler(sampling, [[5, 6]])(logits)[0] for _ in range(2)]
+    batch = Sampler(sampling, [[9], [5, 6], [5, 6]])(np.repeat(logits, 3, axis=0))
+    assert alone[0] == alone[1] == batch[1]
+    assert batch[2] != batch[1], "equal prompts draw differently"
+    assert Sampler(Sampling(temperature=1, seed=8), [[5, 6]])(logits)[0] != alone[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.5}, "temperature -0.5 is out of range"),
+        ({"temperature": float("nan")}, "temperature nan is out of range"),
+        ({"temperature": float("inf")}, "temperature inf is out of range"),
+        ({"temperature": 1.0, "top_k": -1}, "top-k -1 is out of range"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top-p 0.0 is out of range"),
+        ({"temperature": 1.0, "top_p": 1.1}, "top-p 1.1 is out of range"),
+        ({"seed": -1}, "seed -1 is out of range"),
+        ({"top_k": 5}, "top-k and top-p do nothing at temperature 0"),
+    ],
+)
+def test_refuses(options: dict[str, float], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Sampling(**options)  # type: ignore[arg-type]
+    assert caught.value.what == message
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_named(temperature: float, bad: float) -> None:
+    logits = np.zeros((2, 4), np.float32)
+    logits[1, 2] = bad
+    with pytest.raises(GateError) as caught:
+        Sampler(Sampling(temperature=temperature), [[1], [2]])(logits)
+    assert caught.value.where == "row 1, token 2"
