@@ -203,5 +203,5 @@ def _reading(folder: Path) -> Iterator[None]:
 def _tampered(
     folder: Path, path: str, what: str, why: str | None = None, *, remedy: str = _REMEDY
 ) -> ArtifactError:
-    name = path if path.isprintable() else ascii(path)
+    name = path if path.isprintable() else path.encode("unicode_escape").decode()
     return ArtifactError(f"'{name}' {what}", where=str(folder), why=why, remedy=remedy)

@@ -96,6 +96,11 @@ def scalar(argument: object) -> float | None:
     return float(argument) if isinstance(argument, int | float) and not isinstance(argument, bool) else None
 
 
+def inputs_of(node: Node) -> list[Node]:
+    """The nodes whose values a call reads: `type_as` reads its second tensor for the type alone."""
+    return node.all_input_nodes[:1] if node.target in CASTS else node.all_input_nodes
+
+
 def leaves(node: Node, through: Callable[[Node], bool], stop: frozenset[Node] = frozenset()) -> list[Node]:
     """What `node` is made from, walking back through nodes that `through` accepts; in first-seen order."""
     found: dict[Node, None] = {}
@@ -109,9 +114,7 @@ def leaves(node: Node, through: Callable[[Node], bool], stop: frozenset[Node] = 
         if current in stop or current.op != "call_function" or not through(current):
             found[current] = None
         else:
-            # A cast reads its other tensor for the type alone.
-            inputs = current.all_input_nodes[:1] if current.target in CASTS else current.all_input_nodes
-            stack += reversed(inputs)
+            stack += reversed(inputs_of(current))
     return list(found)
 
 
@@ -181,5 +184,5 @@ def pointwise_source(program: Program, node: Node) -> Node | None:
     """The one activation that a cast, a move or an elementwise call with constants reads, else None."""
     if node.op != "call_function" or node.target not in CASTS | COPIES | MOVES | ELEMENTWISE:
         return None
-    read = [item for item in node.all_input_nodes if is_tensor(item) and program.weight_of(item) is None]
+    read = [item for item in inputs_of(node) if is_tensor(item) and program.weight_of(item) is None]
     return read[0] if len(read) == 1 else None

@@ -70,7 +70,9 @@ def _memory(tensor: Tensor) -> tuple[Any, ...] | None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, contiguous; an older file is replaced, not overwritten.
+    """Write a safetensors file, contiguous.
+
+    An older file is replaced, not overwritten: a loaded Program may have it mapped.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -84,7 +86,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         seen.add(data.untyped_storage().data_ptr())
         apart[name] = data
     try:
-        save_file(apart, path)
+        save_file(apart, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error

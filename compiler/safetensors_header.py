@@ -76,7 +76,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def shown(name: str) -> str:
     """A tensor name fit for a message: no control characters, not endless."""
     name = name if len(name) <= 200 else name[:200] + "..."
-    return name if name.isprintable() else ascii(name)
+    return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
 def damaged(path: Path, why: str, tensor: str | None = None) -> InputError:

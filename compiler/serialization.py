@@ -12,6 +12,7 @@ module paths are kept.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,6 +41,8 @@ FORMAT_VERSION = 1
 GRAPH_FILE = "graph.json"
 WEIGHTS_FILE = "weights.safetensors"
 CONSTANTS_FILE = "constants.safetensors"
+_CANNOT_SAVE = "the program cannot be saved"
+_REWRITE = "rewrite these nodes with aten or optc operators over tensors"
 
 
 class _Header(msgspec.Struct):
@@ -85,12 +88,16 @@ def save_program(program: Program, directory: Path) -> None:
         write_tensors(directory / WEIGHTS_FILE, weights)
         write_tensors(directory / CONSTANTS_FILE, constants)
         (directory / GRAPH_FILE).write_text(data, encoding="ascii")
+        for name in (WEIGHTS_FILE, CONSTANTS_FILE):  # safetensors makes files that only their owner may read
+            shutil.copymode(directory / GRAPH_FILE, directory / name)
 
 
 def _graph_values(exported: ExportedProgram) -> dict[str, Any]:
     """torch's schema of the program, less what a Program does not need and a reader cannot check."""
-    graph = compat.serialize_graph(exported)
-    graph["guards_code"] = []
+    try:
+        graph = compat.serialize_graph(exported)
+    except compat.SERDE_ERRORS as error:
+        raise InputError(_CANNOT_SAVE, where="graph", why=_root(error)[:500], remedy=_REWRITE) from error
     module = graph["graph_module"]
     module["metadata"], module["treespec_namedtuple_fields"] = {}, {}
     module["module_call_graph"] = module["module_call_graph"][:1]
@@ -98,6 +105,8 @@ def _graph_values(exported: ExportedProgram) -> dict[str, Any]:
         node["metadata"] = {
             key: clean_trace(value) for key, value in node["metadata"].items() if key in KEPT_METADATA
         }
+    for meta in module["graph"]["tensor_values"].values():
+        meta["storage_offset"] = {"as_int": 0}  # torch does not read it back; a saved program must not differ
     return graph
 
 
@@ -106,10 +115,7 @@ def _check_readable(data: str) -> None:
     try:
         read_graph(msgspec.json.decode(data)["program"], GRAPH_FILE)
     except ArtifactError as error:
-        raise InputError(
-            "the program cannot be saved", where=error.where, why=error.why,
-            remedy="rewrite these nodes with aten or optc operators over tensors",
-        ) from error  # fmt: skip
+        raise InputError(_CANNOT_SAVE, where=error.where, why=error.why, remedy=_REWRITE) from error
 
 
 # -- load -----------------------------------------------------------------------------------
@@ -121,6 +127,7 @@ def load_program(directory: Path) -> Program:
     Raises:
         ArtifactError: a file is missing, damaged, of another version, or says what is not allowed;
             names the file and the place in it.
+        TargetError: the program runs on CUDA and this machine has none.
     """
     path = directory / GRAPH_FILE
     file = _read_graph_file(path)
@@ -153,11 +160,15 @@ def _deserialize(
     try:
         inputs = compat.unflatten_inputs(call.in_spec, examples) if examples else None
         return compat.deserialize_graph(graph, weights, constants, inputs)
-    except compat.DESERIALIZE_ERRORS as error:
-        root: BaseException = error
-        while root.__cause__ is not None:
-            root = root.__cause__
-        _damaged(path, f"{type(root).__name__}: {root}", error)
+    except compat.SERDE_ERRORS as error:
+        _damaged(path, _root(error), error)
+
+
+def _root(error: BaseException) -> str:
+    """The first cause of an exception: torch wraps it in pages of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 def _require_devices(graph: Any, path: Path) -> None:

@@ -127,16 +127,12 @@ def _operator_problem(target: str) -> str | None:
     )
 
 
-def check_trace(trace: str) -> str:
-    """A stack trace that is safe to put into generated source: see `clean_trace`."""
-    require(clean_trace(trace) == trace, "a stack trace holds characters that are not allowed")
-    return trace
-
-
+@lru_cache(maxsize=4096)
 def clean_trace(trace: str) -> str:
     """Replace what could end a comment or a raw string where inductor quotes a stack trace."""
-    kept = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in trace)
-    return kept.replace(')"', ') "')
+    if not trace.replace("\n", "").replace("\t", "").isprintable():
+        trace = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in trace)
+    return trace.replace(')"', ') "')
 
 
 def _check_node(item: Any) -> None:
@@ -147,7 +143,7 @@ def _check_node(item: Any) -> None:
     extra = sorted(item.metadata.keys() - set(KEPT_METADATA))
     require(not extra, f"metadata {', '.join(extra)[:80]} is not allowed")
     for value in item.metadata.values():
-        check_trace(value)
+        require(clean_trace(value) == value, "a stack trace holds characters that are not allowed")
 
 
 def _check_graph(item: Any) -> None:

@@ -147,7 +147,10 @@ def _angles(program: Program, cos: Node, sin: Node, sizes: Sizes) -> _Angles | s
 
 
 def _describe(program: Program, roots: list[Node]) -> str:
-    return ", ".join(program.weight_of(root) or f"{root.name} ({root.target})" for root in roots)
+    return ", ".join(
+        program.weight_of(root) or (root.name if root.op == "placeholder" else f"{root.name} ({root.target})")
+        for root in roots
+    )
 
 
 def _style(node: Node, x: Node, angles: _Angles, sizes: Sizes) -> bool | None:

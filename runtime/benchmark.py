@@ -63,6 +63,27 @@ class Benchmark:
     peak_rss_bytes: int
     read_bytes_per_s: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON; those of the first prompt length stand at the top as well."""
+        rows = [
+            {
+                "prompt_tokens": item.prompt_length,
+                "ttft_ms": item.ttft_ms.to_dict(),
+                "prefill_tokens_per_s": item.prefill_tokens_per_s.to_dict(),
+                "decode_tokens_per_s": item.decode_tokens_per_s.to_dict(),
+            }
+            for item in self.prompts
+        ]
+        return {
+            **rows[0],
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "samples": self.samples,
+            "batch": self.batch,
+            "new_tokens": self.new_tokens,
+            "read_bytes_per_s": self.read_bytes_per_s,
+            "prompts": rows,
+        }
+
 
 def benchmark(
     session: Session,

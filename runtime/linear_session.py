@@ -56,7 +56,8 @@ class LinearSession(Session):
         together = longest == 1 or not any(self.lengths)
         if together and len(rows) * longest <= self.chunk:
             return self._together(rows, longest)
-        return np.concatenate([self._row(index, row) for index, row in enumerate(rows)])
+        logits: Logits = np.concatenate([self._row(index, row) for index, row in enumerate(rows)])
+        return logits
 
     def _score(self, tokens: Sequence[int]) -> Logits:
         self._reserve(self.lengths[0] + len(tokens))
@@ -78,7 +79,8 @@ class LinearSession(Session):
     def _row(self, index: int, tokens: Sequence[int]) -> Logits:
         for start in range(0, len(tokens), self.chunk):
             logits = self._chunk(index, tokens[start : start + self.chunk])
-        return logits[:, -1].copy()
+        last: Logits = logits[:, -1].copy()
+        return last
 
     def _chunk(self, index: int, tokens: Sequence[int]) -> Logits:
         total = self.lengths[index] + len(tokens)

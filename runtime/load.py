@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import TypedDict, Unpack
 
 from optc.compiler.artifact import open_verified
-from optc.compiler.diagnostics import InputError, TargetError
+from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.compiler.manifest import Manifest
 from optc.runtime.generate import StopReason, generate
 from optc.runtime.sampling import Sampling
@@ -40,6 +40,18 @@ class Generation:
     tpot_ms: float | None
 
 
+class GenerateOptions(TypedDict, total=False):
+    """Options of `Model.generate`; see `Model.generate_batch`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    ignore_eos: bool
+    on_text: OnText | None
+
+
 class Model:
     """An open artifact: its session, tokenizer and manifest."""
 
@@ -61,20 +73,18 @@ class Model:
         """
         if self.tokenizer is None:
             raise InputError(
-                "the artifact has no tokenizer", why="its source model had no tokenizer.json",
+                "the artifact has no tokenizer", why="its source model had none",
                 remedy="give token ids: --prompt-tokens 5,17,33",
             )  # fmt: skip
         return self.tokenizer.encode(text)
 
-    @overload
-    def generate(self, prompt: str | Sequence[int], **options: Any) -> Generation: ...
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Generation:
+        """Continue one prompt, text or token ids; see `generate_batch`."""
+        return self.generate_batch([prompt], **options)[0]
 
-    @overload
-    def generate(self, prompt: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> list[Generation]: ...
-
-    def generate(
+    def generate_batch(
         self,
-        prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]],
+        prompts: Sequence[str | Sequence[int]],
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -83,11 +93,10 @@ class Model:
         seed: int = 0,
         ignore_eos: bool = False,
         on_text: OnText | None = None,
-    ) -> Generation | list[Generation]:
-        """Continue a prompt, or a batch of prompts of any lengths.
+    ) -> list[Generation]:
+        """Continue prompts of any lengths together, each text or token ids.
 
         Args:
-            prompt: text or token ids, or a list of either; a list gives a list.
             temperature, top_k, top_p, seed: see `Sampling`; greedy by default.
             ignore_eos: go on after end-of-text tokens.
             on_text: gets the text as it comes, whole characters only.
@@ -97,20 +106,18 @@ class Model:
             InputError: an empty prompt, one too long, unknown token ids, or text without a tokenizer.
         """
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))
-        rows: Sequence[Any] = [prompt] if single else prompt
-        prompts = [self.encode(row) if isinstance(row, str) else list(row) for row in rows]
-        streams = _Streams(self.tokenizer, len(prompts), on_text)
+        rows = [self.encode(item) if isinstance(item, str) else list(map(int, item)) for item in prompts]
+        streams = _Streams(self.tokenizer, len(rows), on_text)
         result = generate(
             self.session,
-            prompts,
+            rows,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop_ids=() if ignore_eos else self.stop_ids,
             on_token=streams.push if streams.wanted else None,
         )
         streams.finish()
-        found = [
+        return [
             Generation(
                 prompt_tokens=row,
                 tokens=tokens,
@@ -119,9 +126,8 @@ class Model:
                 ttft_ms=result.ttft_ms,
                 tpot_ms=result.tpot_ms,
             )
-            for row, tokens, stop in zip(prompts, result.tokens, result.stop, strict=True)
+            for row, tokens, stop in zip(rows, result.tokens, result.stop, strict=True)
         ]
-        return found[0] if single else found
 
     def close(self) -> None:
         """Close the session."""
@@ -166,3 +172,42 @@ def load(folder: str | Path, *, threads: int | None = None, num_blocks: int | No
     session = open_session(folder, manifest, threads=threads, num_blocks=num_blocks)
     tokenizer = load_tokenizer(folder, manifest.contract.model.eos_token_ids)
     return Model(manifest, session, tokenizer)
+
+
+def open_session(
+    folder: Path, manifest: Manifest, *, threads: int | None = None, num_blocks: int | None = None
+) -> Session:
+    """The session for a verified artifact, picked by its engine and KV cache; arguments as `load`.
+
+    Raises:
+        TargetError: not a decoder, the engine is not installed, or it cannot run the artifact.
+        UsageError: an option out of range or without effect on this artifact.
+    """
+    contract = manifest.contract
+    if contract.kind != "decoder" or contract.kv_cache.kind == "none":
+        raise TargetError(
+            f"the artifact is a model of kind '{contract.kind}', which does not generate", where=str(folder),
+            remedy="run its engine file with the engine itself; optc inspect lists inputs and outputs",
+        )  # fmt: skip
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads {threads} is out of range", remedy="use 1 or more")
+    if num_blocks is not None and contract.kv_cache.kind != "paged":
+        raise UsageError("kv-blocks does nothing here: the KV cache of the artifact is not paged")
+    if manifest.engine == "onnx":
+        return _open_onnx(folder, manifest, threads)
+    from optc.runtime.package_session import open_package
+
+    return open_package(folder, manifest, threads=threads, num_blocks=num_blocks)
+
+
+def _open_onnx(folder: Path, manifest: Manifest, threads: int | None) -> Session:
+    try:
+        from optc.runtime.ort_session import OrtSession
+    except ModuleNotFoundError as error:
+        raise TargetError(
+            "ONNX Runtime is not installed",
+            where=str(folder),
+            why=str(error),
+            remedy='pip install "optc[onnx]"',
+        ) from error
+    return OrtSession(folder / manifest.engine_info["model"], manifest.contract, threads=threads)

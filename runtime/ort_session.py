@@ -143,7 +143,8 @@ def open_engine(path: Path, threads: int) -> Any:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the binding raises classes of its own, without a common base
         raise TargetError(
-            f"ONNX Runtime {ort.__version__} cannot load the graph", where=str(path), why=str(error).splitlines()[0],
+            f"ONNX Runtime {ort.__version__} cannot load the graph",
+            where=str(path), why=str(error).splitlines()[0],
             remedy="use the version that the manifest names under needs, or a later one",
         ) from error  # fmt: skip
 

@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from optc.compiler.diagnostics import GateError, UsageError
 
-
 Weights = npt.NDArray[np.float32]
 
 
@@ -107,7 +106,8 @@ def _nucleus(weights: Weights, top_p: float) -> npt.NDArray[np.intp]:
     descending = np.sort(weights[large])[::-1].astype(np.float64)
     before = np.cumsum(descending) - descending
     smallest = descending[np.count_nonzero(before < top_p * total) - 1]
-    return large[weights[large] >= smallest]
+    nucleus: npt.NDArray[np.intp] = large[weights[large] >= smallest]
+    return nucleus
 
 
 class Sampler:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from families import make_model
+from stages import captured
 from torch import Tensor
 
 from optc.compiler.capture import capture_model
@@ -29,7 +30,16 @@ def stir(model: Any) -> Any:
 @functools.cache
 def stirred(name: str, dtype: torch.dtype = torch.float32) -> Program:
     """The stage-0 Program of a tiny family with uneven norm weights; treat it as read-only."""
-    return capture_model(stir(make_model(name)).to(dtype))
+    if dtype is not torch.float32:
+        return capture_model(stir(make_model(name)).to(dtype))
+    program = captured(name).clone()
+    generator = torch.Generator().manual_seed(1)
+    for weight in program.exported.graph_signature.parameters:
+        tensor = program.weight(weight)
+        if tensor.ndim == 1:
+            moved = tensor + torch.rand(tensor.shape, generator=generator) - 0.5
+            program.exported.state_dict[weight] = torch.nn.Parameter(moved, requires_grad=False)
+    return program
 
 
 def arguments(program: Program, batch: int, length: int) -> tuple[Tensor, ...]:

@@ -67,7 +67,6 @@ def load_model(
     check_values(info)
     skeleton = meta_model(info, trust_remote_code=trust_remote_code)
     state = skeleton.state_dict(keep_vars=True)
-    state = skeleton.state_dict(keep_vars=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     compare_shapes(info, shapes, tied=tied_names(state))
     try:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 _LIBRARY = torch.library.Library("optc", "FRAGMENT")
+_REFERENCES: dict[str, Callable[..., Any]] = {}
 
 
 def define(schema: str, reference: Callable[..., object], fake: Callable[..., object]) -> None:
@@ -18,6 +20,13 @@ def define(schema: str, reference: Callable[..., object], fake: Callable[..., ob
         fake: shape and dtype propagation.
     """
     name = schema.split("(", 1)[0]
-    _LIBRARY.define(schema)
+    _REFERENCES[name] = reference
+    if not hasattr(torch.ops.optc, name):  # a loaded C++ op library may have defined it
+        _LIBRARY.define(schema)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"optc::{name}", fake, lib=_LIBRARY)
+
+
+def reference(name: str) -> Callable[..., Any]:
+    """The eager reference of an op, past the dispatcher (where a C++ kernel may stand in front of it)."""
+    return _REFERENCES[name]

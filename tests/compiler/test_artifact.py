@@ -41,10 +41,8 @@ def test_written_artifact_verifies(tmp_path: Path) -> None:
 
 
 def test_missing_parents_are_made_and_unmade(tmp_path: Path) -> None:
-    with (
-        pytest.raises(RuntimeError, match=r"\['a'\]"),
-        write_folder(tmp_path / "a" / "b" / "out", force=False),
-    ):
+    output = tmp_path / "a" / "b" / "out"
+    with pytest.raises(RuntimeError, match=r"\['a'\]"), write_folder(output, force=False):
         raise RuntimeError(names(tmp_path))
     assert names(tmp_path) == []
     make_artifact(output)
@@ -241,11 +239,15 @@ def _dies_at(step: int, job: Callable[[], None]) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(count)
+        code = 1
         try:
             job()
+            code = 0
         finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
 
 
 @pytest.mark.parametrize("job", [_write_new, _rewrite_new])

@@ -15,8 +15,17 @@ from optc.compiler.execution import StageRun
 from optc.compiler.gate import Budget, Drift, Probe
 
 
-def _check(drift: Drift, *, lossy: bool = False, budget: Budget | None = None, dtype: torch.dtype = torch.float32) -> None:
-    gate.check("some-pass", drift, lossy=lossy, budget=budget or Budget(), dtype=dtype, layer_names=["a.attn", "b.attn"])
+def _check(
+    drift: Drift, *, lossy: bool = False, budget: Budget | None = None, dtype: torch.dtype = torch.float32
+) -> None:
+    gate.check(
+        "some-pass",
+        drift,
+        lossy=lossy,
+        budget=budget or Budget(),
+        dtype=dtype,
+        layer_names=["a.attn", "b.attn"],
+    )
 
 
 def test_measure_by_hand() -> None:
@@ -33,7 +42,9 @@ def test_measure_by_hand() -> None:
 
 def test_perplexity_change_on_text() -> None:
     sure, unsure = torch.tensor([[9.0, 0.0], [0.0, 0.0]]), torch.zeros(2, 2)
-    drift = gate.measure(StageRun([unsure], []), StageRun([sure], []), Probe(sequences=((0, 0),), is_text=True))
+    drift = gate.measure(
+        StageRun([unsure], []), StageRun([sure], []), Probe(sequences=((0, 0),), is_text=True)
+    )
     assert drift.perplexity == pytest.approx((1 + math.exp(-9.0)) / 2 - 1)
 
 

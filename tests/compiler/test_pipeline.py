@@ -109,7 +109,10 @@ def test_records_stages_and_dumps(llama: Program, tmp_path: Path) -> None:
     assert (row.name, row.matched, row.candidates, row.max_abs_diff) == ("never-pass", 1, 2, 0.0)
     assert row.options == {"first": 1}
     assert result.program.contract.passes == ("never-pass(first=1)",)
-    assert sorted(path.name for path in (tmp_path / "ir").iterdir()) == ["00-capture.txt", "01-never-pass.txt"]
+    assert sorted(path.name for path in (tmp_path / "ir").iterdir()) == [
+        "00-capture.txt",
+        "01-never-pass.txt",
+    ]
     assert (tmp_path / "ir" / "01-never-pass.txt").read_text() == result.stages[1].text
 
 
@@ -119,7 +122,9 @@ def test_input_program_is_unchanged(llama: Program) -> None:
     assert str(llama.graph) == before
 
 
-def test_resume_skips_finished_stages(llama: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_skips_finished_stages(
+    llama: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps = [NeverPass(first=1), NeverPass(first=0)]
     options = PipelineOptions(work_dir=tmp_path)
     first = Pipeline(steps).run(llama, options)
@@ -151,7 +156,9 @@ def test_damaged_stage_is_named(llama: Program, tmp_path: Path) -> None:
 
 def test_modules_are_gated_on_their_example_inputs() -> None:
     program = capture_module(
-        torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.SiLU()), (torch.ones(2, 3),), dynamic={"input_0": {0: "rows"}}
+        torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.SiLU()),
+        (torch.ones(2, 3),),
+        dynamic={"input_0": {0: "rows"}},
     )
     with pytest.raises(GateError, match="wrong-pass"):
         Pipeline([WrongPass()]).run(program)

@@ -80,7 +80,10 @@ def _flipped_header(model: Path) -> None:
 
 def _missing_shard(model: Path) -> None:
     os.rename(model / "model.safetensors", model / "model-00001-of-00002.safetensors")
-    names = {"model.norm.weight": "model-00001-of-00002.safetensors", "lm_head.weight": "model-00002-of-00002.safetensors"}
+    names = {
+        "model.norm.weight": "model-00001-of-00002.safetensors",
+        "lm_head.weight": "model-00002-of-00002.safetensors",
+    }
     (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
 
 
@@ -171,7 +174,9 @@ def test_output_below_a_file(model: Path, tmp_path: Path, capsys: Capture) -> No
         (["--target", "onnx-cpu", "--pass-option", "quantize-rtn.bits=2"], 2, "static-kv-cache"),
     ],
 )
-def test_bad_request(model: Path, tmp_path: Path, capsys: Capture, args: list[str], code: int, near: str) -> None:
+def test_bad_request(
+    model: Path, tmp_path: Path, capsys: Capture, args: list[str], code: int, near: str
+) -> None:
     assert optc("compile", model, "-o", tmp_path / "out", *args) == code
     assert near in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 from conftest import EXAMPLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -68,6 +69,21 @@ def test_stream_of_text_has_no_replacement_character(tokenizer: Tokenizer, text:
     )
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_stream_keeps_the_spaces_of_a_metaspace_vocabulary() -> None:
+    vocabulary = {"▁the": 0, "▁old": 1, "er": 2, "<0xC3>": 3, "<0xA9>": 4}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="er"))
+    core.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(content=" ", left=1),
+        ]
+    )
+    stream = TextStream(Tokenizer(core, ()))
+    assert [stream.push(token) for token in (0, 1, 2, 3, 4, 1)] == ["the", " old", "er", "", "é", " old"]
 
 
 def test_absent_tokenizer_is_none(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""Which memory a graph overwrites, and when.
+
+Exported graphs are not functional: `masked_fill_` on a mask, or `fill_` on a view of it, changes what
+later nodes read under the old name. Whoever reasons about values across nodes asks here first.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+aten = torch.ops.aten
+
+_MAY_ALIAS = frozenset((
+    operator.getitem, aten.dropout.default, aten.type_as.default, aten.lift_fresh.default,
+))  # fmt: skip
+"""Calls that may return (a part of) their first argument and do not say so in their schema."""
+
+
+class Storage:
+    """Who shares memory with whom in a graph, and the calls that write it."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._order: dict[Node, int] = {}
+        self._root: dict[Node, Node] = {}
+        self._writes: dict[Node, list[tuple[int, Node]]] = defaultdict(list)
+        for position, node in enumerate(graph.nodes):
+            source = _alias_source(node)
+            self._order[node] = position
+            self._root[node] = node if source is None else self._root[source]
+            for written in _written(node):
+                self._writes[self._root[written]].append((position, node))
+
+    def overwritten(self, node: Node, reader: Node) -> Node | None:
+        """A call between `node` and its reader that writes the memory of `node`, or None."""
+        writes = self._writes.get(self._root.get(node, node))
+        if not writes:
+            return None
+        first, last = self._order[node], self._order[reader]
+        return next((call for position, call in writes if first < position < last), None)
+
+    def replaced(self, old: Node, new: Node) -> None:
+        """Tell that `new` stands where `old` stood."""
+        self._order[new], self._root[new] = self._order[old], self._root[old]
+
+
+def _alias_source(node: Node) -> Node | None:
+    """The argument whose memory the result may share."""
+    if node.target in _MAY_ALIAS:
+        source = node.args[0]
+        return source if isinstance(source, Node) else None
+    return next((value for argument, value in _arguments(node) if argument.alias_info is not None), None)
+
+
+def _written(node: Node) -> Iterator[Node]:
+    for argument, value in _arguments(node):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield value
+
+
+def _arguments(node: Node) -> Iterator[tuple[Any, Node]]:
+    """(schema argument, node) of a call of an operator; the nodes of a list one by one."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or node.op != "call_function":
+        return
+    for index, argument in enumerate(schema.arguments):
+        value: Any = node.args[index] if index < len(node.args) else node.kwargs.get(argument.name)
+        for item in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(item, Node):
+                yield argument, item

@@ -1,0 +1,6 @@
+"""ExportedProgram -> ONNX, by a walker of our own into onnx-ir."""
+
+from optc.exporters.onnx.export import export_onnx
+from optc.exporters.onnx.table import LEGAL
+
+__all__ = ["LEGAL", "export_onnx"]

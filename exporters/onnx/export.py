@@ -1,0 +1,107 @@
+"""Write a legalized Program as model.onnx with its weights beside it, and read it back."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from optc.compiler.contract import Contract
+from optc.compiler.diagnostics import ArtifactError, TargetError, os_errors
+from optc.compiler.onnx_check import check_onnx
+from optc.compiler.program import Program
+from optc.compiler.target import ExportRequest, ExportResult
+from optc.exporters.companions import copy_companions
+from optc.exporters.onnx.genai import genai_config
+from optc.exporters.onnx.table import LOWERINGS
+from optc.exporters.onnx.walker import OPSET, Walker
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+
+
+def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
+    """Write the last stage for ONNX Runtime: `model.onnx`, `model.onnx.data` and companions.
+
+    Decoders with a linear KV cache also get `genai_config.json`. Every weight is read back and
+    compared with the program's.
+
+    Raises:
+        ArtifactError: what was read back is not what was written.
+        ResourceError, InputError: the disk is full or not writable.
+    """
+    directory, contract = request.directory, program.contract
+    model = Walker(program, LOWERINGS).run()
+    digests = {name: _digest(value.const_value) for name, value in model.graph.initializers.items()}
+    histogram = collections.Counter(node.op_type for node in model.graph)
+    with os_errors("writing the ONNX model", str(directory / MODEL)):
+        ir.save(model, directory / MODEL, external_data=DATA, size_threshold_bytes=0)
+        _align_names(directory)
+    check_onnx(directory, MODEL)
+    _read_back(directory / MODEL, digests)
+    companions = copy_companions(request.source, directory)
+    decoder = contract.kind == "decoder" and contract.kv_cache.kind == "linear"
+    if decoder:
+        _check_uniform(contract)
+        config = json.dumps(genai_config(contract, MODEL), indent=2) + "\n"
+        with os_errors("writing genai_config.json", str(directory)):
+            (directory / "genai_config.json").write_text(config)
+    weights = (directory / DATA).stat().st_size if (directory / DATA).exists() else 0
+    return ExportResult(
+        engine="onnx",
+        info=_info(contract, request, histogram, companions, genai=decoder),
+        needs={"onnxruntime": f">={metadata.version('onnxruntime')}"},
+        weight_bytes=weights,
+    )
+
+
+def _info(
+    contract: Contract, request: ExportRequest, histogram: dict[str, int], companions: list[str], *, genai: bool
+) -> dict[str, Any]:
+    info: dict[str, Any] = {
+        "model": MODEL,
+        "data": DATA,
+        "opset": OPSET,
+        "inputs": [spec.name for spec in contract.inputs],
+        "outputs": [spec.name for spec in contract.outputs],
+        "operators": dict(sorted(histogram.items())),
+        "companions": companions,
+        "genai": genai,
+    }
+    if request.options.quant is not None:
+        info["accuracy_level"] = request.options.accuracy_level
+    return info
+
+
+def _align_names(directory: Path) -> None:
+    """A model without any weight has no data file; an empty one keeps the layout the same."""
+    (directory / DATA).touch(exist_ok=True)
+
+
+def _check_uniform(contract: Contract) -> None:
+    """genai_config names one head size for all layers."""
+    shapes = {(layer.num_kv_heads, layer.head_dim) for layer in contract.layers}
+    if len(shapes) > 1:
+        raise TargetError(
+            "layers with different KV heads or head sizes cannot be described to onnxruntime-genai",
+            where=", ".join(map(str, sorted(shapes))),
+            remedy="choose --target inductor-cpu",
+        )
+
+
+def _digest(tensor: Any) -> str:
+    return hashlib.sha256(tensor.tobytes()).hexdigest()
+
+
+def _read_back(path: Path, digests: dict[str, str]) -> None:
+    """Compare every weight on disk with the one that was to be written."""
+    stored = {name: value.const_value for name, value in ir.load(path).graph.initializers.items()}
+    for name, digest in digests.items():
+        if name not in stored or _digest(stored[name]) != digest:
+            raise ArtifactError(
+                "a weight was not written as it is", where=f"{path}: {name}", remedy="check the disk and compile again"
+            )

@@ -1,0 +1,169 @@
+"""Lowerings of reductions, softmax, indexing and ordering."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.fx import Node
+
+from optc.exporters.onnx.walker import Lowering, Walker, argument
+
+_aten = torch.ops.aten
+
+
+def _axes(node: Node, given: Any) -> list[int] | None:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    rank = source.meta["val"].dim()
+    if given is None or given == []:
+        return None
+    return sorted(axis % rank for axis in ([given] if isinstance(given, int) else given))
+
+
+def _reduce(kind: str) -> Lowering:
+    def lower(walker: Walker, node: Node) -> ir.Value:
+        val = node.meta["val"]
+        dtype = val.dtype if isinstance(val, torch.Tensor) else val[0].dtype
+        axes = _axes(node, argument(node, 1, "dim"))
+        keep = bool(argument(node, 2, "keepdim", False))
+        inputs = [walker.value(node.args[0], dtype), None if axes is None else walker.constant(axes)]
+        return walker.op(kind, inputs, {"keepdims": int(keep)})  # type: ignore[no-any-return]
+
+    return lower
+
+
+def _reduce_with_index(kind: str, largest: int) -> Lowering:
+    """max.dim and min.dim: values and the index of one of them."""
+
+    def lower(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value]:
+        (axis,) = _axes(node, node.args[1]) or [0]
+        keep = int(bool(argument(node, 2, "keepdim", False)))
+        x = walker.value(node.args[0])
+        values = walker.op(kind, [x, walker.constant([axis])], {"keepdims": keep})
+        indices = walker.op("ArgMax" if largest else "ArgMin", [x], {"axis": axis, "keepdims": keep})
+        return values, indices
+
+    return lower
+
+
+def _any_all(kind: str) -> Lowering:
+    def lower(walker: Walker, node: Node) -> ir.Value:
+        axes = _axes(node, argument(node, 1, "dim"))
+        x = walker.cast(walker.value(node.args[0], torch.bool), torch.int32)
+        inputs = [x, None if axes is None else walker.constant(axes)]
+        out = walker.op(kind, inputs, {"keepdims": int(bool(argument(node, 2, "keepdim", False)))})
+        return walker.cast(out, torch.bool)
+
+    return lower
+
+
+def _arg(kind: str) -> Lowering:
+    def lower(walker: Walker, node: Node) -> ir.Value:
+        axes = _axes(node, argument(node, 1, "dim"))
+        keep = int(bool(argument(node, 2, "keepdim", False)))
+        x = walker.value(node.args[0])
+        if axes is None:
+            x, axes, keep = walker.op("Reshape", [x, walker.constant([-1])]), [0], 0
+        return walker.op(kind, [x], {"axis": axes[0], "keepdims": keep})  # type: ignore[no-any-return]
+
+    return lower
+
+
+def _softmax(kind: str) -> Lowering:
+    def lower(walker: Walker, node: Node) -> ir.Value:
+        x = walker.value(node.args[0], node.meta["val"].dtype)
+        return walker.op(kind, [x], {"axis": int(argument(node, 1, "dim", -1))})  # type: ignore[no-any-return]
+
+    return lower
+
+
+def _cumsum(walker: Walker, node: Node) -> ir.Value:
+    x = walker.value(node.args[0], node.meta["val"].dtype)
+    return walker.op("CumSum", [x, walker.constant(int(node.args[1]))])  # type: ignore[no-any-return, arg-type]
+
+
+def _topk(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value]:
+    axis = int(argument(node, 2, "dim", -1))
+    attributes = {"axis": axis, "largest": int(argument(node, 3, "largest", True)), "sorted": 1}
+    return walker.op("TopK", [walker.value(node.args[0]), walker.size(node.args[1])], attributes, outputs=2)  # type: ignore[no-any-return]
+
+
+def _sort(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value]:
+    axis, descending = int(argument(node, 1, "dim", -1)), bool(argument(node, 2, "descending", False))
+    x = walker.value(node.args[0])
+    rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    count = walker.op("Shape", [x], {"start": axis % rank, "end": axis % rank + 1})
+    return walker.op("TopK", [x, count], {"axis": axis, "largest": int(descending)}, outputs=2)  # type: ignore[no-any-return]
+
+
+def _gather(walker: Walker, node: Node) -> ir.Value:
+    x, axis, index = node.args[:3]
+    return walker.op("GatherElements", [walker.value(x), walker.value(index)], {"axis": int(axis)})  # type: ignore[no-any-return, arg-type]
+
+
+def _index_select(walker: Walker, node: Node) -> ir.Value:
+    x, axis, index = node.args[:3]
+    return walker.op("Gather", [walker.value(x), walker.value(index)], {"axis": int(axis)})  # type: ignore[no-any-return, arg-type]
+
+
+def _one_hot(walker: Walker, node: Node) -> ir.Value:
+    depth = walker.constant([int(node.args[1])])  # type: ignore[arg-type]
+    return walker.op("OneHot", [walker.value(node.args[0]), depth, walker.constant([0, 1])], {"axis": -1})  # type: ignore[no-any-return]
+
+
+def _index(walker: Walker, node: Node) -> ir.Value:
+    """x[i, j, ...] with index tensors on the leading axes, broadcast against each other."""
+    x, indices = node.args[:2]
+    given = list(indices)  # type: ignore[arg-type]
+    if len(given) == 1:
+        return walker.op("Gather", [walker.value(x), walker.value(given[0])], {"axis": 0})  # type: ignore[no-any-return]
+    shape = walker.op("Shape", [walker.op("Add", [walker.value(given[0]), walker.value(given[1])])])
+    for more in given[2:]:
+        total = walker.op("Add", [walker.op("Expand", [walker.constant(0), shape]), walker.value(more)])
+        shape = walker.op("Shape", [total])
+    last = walker.constant([-1])
+    parts = [walker.op("Unsqueeze", [walker.op("Expand", [walker.value(i), shape]), last]) for i in given]
+    return walker.op("GatherND", [walker.value(x), walker.op("Concat", parts, {"axis": -1})])  # type: ignore[no-any-return]
+
+
+def leading_indices(node: Node) -> str | None:
+    """A predicate for `index`: only integer tensors on the leading axes are lowered."""
+    for item in node.args[1]:  # type: ignore[union-attr]
+        if item is None:
+            return "an index behind a full slice is not lowered"
+        if item.meta["val"].dtype is torch.bool:  # type: ignore[union-attr]
+            return "a boolean index has a data-dependent shape"
+    return None
+
+
+def _table() -> dict[Any, Lowering]:
+    table: dict[Any, Lowering] = {}
+    for lower, targets in (
+        (_reduce("ReduceSum"), (_aten.sum.default, _aten.sum.dim_IntList)),
+        (_reduce("ReduceMean"), (_aten.mean.default, _aten.mean.dim)),
+        (_reduce("ReduceMax"), (_aten.amax.default, _aten.max.default)),
+        (_reduce("ReduceMin"), (_aten.amin.default, _aten.min.default)),
+        (_reduce("ReduceProd"), (_aten.prod.default,)),
+        (_reduce_with_index("ReduceMax", 1), (_aten.max.dim,)),
+        (_reduce_with_index("ReduceMin", 0), (_aten.min.dim,)),
+        (_any_all("ReduceMax"), (_aten.any.default, _aten.any.dim)),
+        (_any_all("ReduceMin"), (_aten.all.default, _aten.all.dim)),
+        (_arg("ArgMax"), (_aten.argmax.default,)),
+        (_arg("ArgMin"), (_aten.argmin.default,)),
+        (_softmax("Softmax"), (_aten.softmax.int, _aten._softmax.default)),
+        (_softmax("LogSoftmax"), (_aten.log_softmax.int, _aten._log_softmax.default)),
+        (_cumsum, (_aten.cumsum.default,)),
+        (_topk, (_aten.topk.default,)),
+        (_sort, (_aten.sort.default,)),
+        (_gather, (_aten.gather.default,)),
+        (_index_select, (_aten.index_select.default,)),
+        (_one_hot, (_aten.one_hot.default,)),
+        (_index, (_aten.index.Tensor,)),
+    ):
+        table.update(dict.fromkeys(targets, lower))
+    return table
+
+
+TABLE = _table()

@@ -1,0 +1,227 @@
+"""Lowerings of views, slices, joins and constructors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.fx import Node
+
+from optc.exporters.onnx.walker import Lowering, Walker, argument, axis_of
+
+_aten = torch.ops.aten
+_END = 2**63 - 1
+
+
+def _shape(node: Node) -> list[Any]:
+    return list(node.meta["val"].shape)
+
+
+def reshape(walker: Walker, node: Node, value: ir.Value, source: Sequence[Any], sizes: Sequence[Any]) -> ir.Value:
+    """Reshape to the shape of `node`; a constant shape where axes are copied (0) and one is inferred (-1)."""
+    target = _shape(node)
+    plan: list[int] = []
+    for axis, size in enumerate(target):
+        if isinstance(size, int) and size:
+            plan.append(size)
+        elif axis < len(source) and str(source[axis]) == str(size) and not isinstance(size, int):
+            plan.append(0)
+        else:
+            plan.append(-1)
+    if plan.count(-1) <= 1 and 0 not in target:
+        return walker.op("Reshape", [value, walker.constant(plan) if plan else walker.constant([], torch.int64)])  # type: ignore[no-any-return]
+    return walker.op("Reshape", [value, walker.sizes(sizes)], {"allowzero": 1})  # type: ignore[no-any-return]
+
+
+def _view(walker: Walker, node: Node) -> ir.Value:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return reshape(walker, node, walker.value(source), _shape(source), node.args[1])  # type: ignore[arg-type]
+
+
+def _reshape_like(walker: Walker, node: Node) -> ir.Value:
+    """flatten, unflatten: the result's shape says it all."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return reshape(walker, node, walker.value(source), _shape(source), _shape(node))
+
+
+def _transpose(walker: Walker, node: Node) -> ir.Value:
+    rank = len(_shape(node))
+    order = list(range(rank))
+    if node.target is _aten.permute.default:
+        order = [int(axis) % rank for axis in node.args[1]]  # type: ignore[union-attr]
+    else:
+        first, second = (0, 1) if node.target is _aten.t.default else (int(a) % rank for a in node.args[1:3])  # type: ignore[arg-type]
+        if rank > 1:
+            order[first], order[second] = order[second], order[first]
+    return walker.op("Transpose", [walker.value(node.args[0])], {"perm": order})  # type: ignore[no-any-return]
+
+
+def _unsqueeze(walker: Walker, node: Node) -> ir.Value:
+    axis = int(node.args[1]) % len(_shape(node))  # type: ignore[arg-type]
+    return walker.op("Unsqueeze", [walker.value(node.args[0]), walker.constant([axis])])  # type: ignore[no-any-return]
+
+
+def _squeeze(walker: Walker, node: Node) -> ir.Value:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    given = argument(node, 1, "dim")
+    rank = len(_shape(source))
+    axes = range(rank) if given is None else [given] if isinstance(given, int) else given
+    drop = [axis % rank for axis in axes if _shape(source)[axis] == 1]
+    return walker.op("Squeeze", [walker.value(source), walker.constant(drop)]) if drop else walker.value(source)  # type: ignore[no-any-return]
+
+
+def _expand(walker: Walker, node: Node) -> ir.Value:
+    sizes = [1 if size == -1 else size for size in node.args[1]]  # type: ignore[union-attr]
+    return walker.op("Expand", [walker.value(node.args[0]), walker.sizes(sizes)])  # type: ignore[no-any-return]
+
+
+def _repeat(walker: Walker, node: Node) -> ir.Value:
+    source, repeats = node.args[:2]
+    value = walker.value(source)
+    missing = len(repeats) - len(_shape(source))  # type: ignore[arg-type]
+    if missing:
+        value = walker.op("Unsqueeze", [value, walker.constant(list(range(missing)))])
+    return walker.op("Tile", [value, walker.sizes(repeats)])  # type: ignore[no-any-return, arg-type]
+
+
+def _slice(walker: Walker, node: Node) -> ir.Value:
+    axis = int(argument(node, 1, "dim", 0)) % len(_shape(node))
+    start, end, step = (argument(node, i, name, default) for i, name, default in
+                        ((2, "start", None), (3, "end", None), (4, "step", 1)))  # fmt: skip
+    bounds = [walker.size(0 if start is None else start), walker.size(_END if end is None else end)]
+    return walker.op("Slice", [walker.value(node.args[0]), *bounds, walker.constant([axis]), walker.size(step)])  # type: ignore[no-any-return]
+
+
+def _select(walker: Walker, node: Node) -> ir.Value:
+    source, axis, index = node.args[:3]
+    rank = len(_shape(source))  # type: ignore[arg-type]
+    value = walker.scalar(index)
+    return walker.op("Gather", [walker.value(source), value], {"axis": int(axis) % rank})  # type: ignore[no-any-return, arg-type]
+
+
+def _split(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
+    """chunk, split, split_with_sizes, unbind: sizes are read off the results."""
+    parts = node.meta["val"]
+    axis = int(argument(node, 2, "dim", 0)) % parts[0].dim()
+    sizes = [part.shape[axis] for part in parts]
+    if not all(isinstance(size, int) for size in sizes):
+        sizes = node.args[1]  # type: ignore[assignment]
+    value = walker.value(node.args[0])
+    if len(parts) == 1:
+        return (value,)
+    return walker.op("Split", [value, walker.sizes(sizes)], {"axis": axis}, outputs=len(parts))  # type: ignore[no-any-return]
+
+
+def _unbind(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
+    source = node.args[0]
+    axis = int(argument(node, 1, "dim", 0)) % len(_shape(source))  # type: ignore[arg-type]
+    value = walker.value(source)
+    return tuple(
+        walker.op("Gather", [value, walker.constant(index)], {"axis": axis}) for index in range(len(node.meta["val"]))
+    )
+
+
+def _cat(walker: Walker, node: Node) -> ir.Value:
+    dtype = node.meta["val"].dtype
+    # torch.cat lets empty 1-D tensors through; they add nothing
+    parts = [item for item in node.args[0] if _shape(item) != [0]]  # type: ignore[union-attr, arg-type]
+    axis = int(argument(node, 1, "dim", 0)) % len(_shape(node))
+    return walker.op("Concat", [walker.value(item, dtype) for item in parts], {"axis": axis})  # type: ignore[no-any-return]
+
+
+def _stack(walker: Walker, node: Node) -> ir.Value:
+    dtype = node.meta["val"].dtype
+    axis = int(argument(node, 1, "dim", 0)) % len(_shape(node))
+    parts = [walker.op("Unsqueeze", [walker.value(item, dtype), walker.constant([axis])]) for item in node.args[0]]  # type: ignore[union-attr]
+    return walker.op("Concat", parts, {"axis": axis})  # type: ignore[no-any-return]
+
+
+def _sym_size(walker: Walker, node: Node) -> ir.Value:
+    axis = axis_of(node.args[0], int(node.args[1]))  # type: ignore[arg-type]
+    return walker.op("Shape", [walker.value(node.args[0])], {"start": axis, "end": axis + 1})  # type: ignore[no-any-return]
+
+
+def _arange(walker: Walker, node: Node) -> ir.Value:
+    dtype = node.meta["val"].dtype
+    start, end, step = 0, node.args[0], 1
+    if node.target is not _aten.arange.default:
+        start, end = node.args[:2]  # type: ignore[assignment]
+        step = argument(node, 2, "step", 1)
+    bounds = [walker.scalar(item) for item in (start, end, step)]
+    out = walker.op("Range", bounds)
+    return out if dtype is torch.int64 else walker.cast(out, dtype)
+
+
+def _full(walker: Walker, node: Node) -> ir.Value:
+    """full, zeros, ones and their _like and new_ forms: a constant expanded to the result's shape."""
+    name = str(node.target).split(".")[1]
+    val = node.meta["val"]
+    fills = {"zeros": 0, "ones": 1, "empty": 0}
+    fill: Any = next((value for key, value in fills.items() if key in name), None)
+    like = name.endswith("_like")
+    if fill is None:
+        fill = node.args[2] if name.startswith("new_") else node.args[1]
+    constant = walker.value(fill, val.dtype)
+    if all(isinstance(size, int) for size in val.shape):
+        sizes = walker.constant([int(size) for size in val.shape], torch.int64)
+    elif like:
+        sizes = walker.op("Shape", [walker.value(node.args[0])])
+    else:
+        sizes = walker.sizes(node.args[1] if name.startswith("new_") else node.args[0])  # type: ignore[arg-type]
+    return walker.op("Expand", [constant, sizes])  # type: ignore[no-any-return]
+
+
+def _scalar_tensor(walker: Walker, node: Node) -> ir.Value:
+    value = walker.scalar(node.args[0]) if isinstance(node.args[0], Node) else None
+    dtype = node.meta["val"].dtype
+    if value is None:
+        return walker.constant(node.args[0], dtype)
+    return value if dtype is torch.int64 else walker.cast(value, dtype)
+
+
+def _triangle(upper: int) -> Lowering:
+    def lower(walker: Walker, node: Node) -> ir.Value:
+        diagonal = walker.scalar(argument(node, 1, "diagonal", 0))
+        dtype = node.meta["val"].dtype
+        value = walker.value(node.args[0], torch.int64 if dtype is torch.bool else dtype)
+        out = walker.op("Trilu", [value, diagonal], {"upper": upper})
+        return walker.cast(out, torch.bool) if dtype is torch.bool else out
+
+    return lower
+
+
+def _table() -> dict[Any, Lowering]:
+    table: dict[Any, Lowering] = {}
+    for lower, targets in (
+        (_view, (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default)),
+        (_reshape_like, (_aten.flatten.using_ints, _aten.unflatten.int)),
+        (_transpose, (_aten.transpose.int, _aten.permute.default, _aten.t.default)),
+        (_unsqueeze, (_aten.unsqueeze.default,)),
+        (_squeeze, (_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims)),
+        (_expand, (_aten.expand.default,)),
+        (_repeat, (_aten.repeat.default,)),
+        (_slice, (_aten.slice.Tensor,)),
+        (_select, (_aten.select.int,)),
+        (_split, (_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default)),
+        (_unbind, (_aten.unbind.int,)),
+        (_cat, (_aten.cat.default,)),
+        (_stack, (_aten.stack.default,)),
+        (_sym_size, (_aten.sym_size.int,)),
+        (_arange, (_aten.arange.default, _aten.arange.start, _aten.arange.start_step)),
+        (_full, (_aten.full.default, _aten.zeros.default, _aten.ones.default, _aten.empty.memory_format,
+                 _aten.zeros_like.default, _aten.ones_like.default, _aten.full_like.default,
+                 _aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default)),
+        (_scalar_tensor, (_aten.scalar_tensor.default,)),
+        (_triangle(1), (_aten.triu.default,)),
+        (_triangle(0), (_aten.tril.default,)),
+    ):  # fmt: skip
+        table.update(dict.fromkeys(targets, lower))
+    return table
+
+
+TABLE = _table()

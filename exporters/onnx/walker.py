@@ -1,0 +1,242 @@
+"""Walk an FX graph into an onnx-ir model.
+
+One lowering per operator (see `table`). Sizes that depend on the input (SymInts) are int64 tensors of
+shape [1]; they broadcast in arithmetic and concatenate into shapes without reshaping.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir import tensor_adapters
+from torch.fx import Node
+
+from optc.compiler.contract import Contract
+from optc.compiler.program import Program
+
+OPSET = 24  # from 25 on, ONNX Runtime's CPU Attention has no kernel
+IR_VERSION = 11
+MICROSOFT = "com.microsoft"
+
+DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.float64: ir.DataType.DOUBLE,
+    torch.int64: ir.DataType.INT64,
+    torch.int32: ir.DataType.INT32,
+    torch.int16: ir.DataType.INT16,
+    torch.int8: ir.DataType.INT8,
+    torch.uint8: ir.DataType.UINT8,
+    torch.bool: ir.DataType.BOOL,
+}
+_AXIS_NAMES = {  # the names that onnxruntime-genai's own models use
+    "batch": "batch_size", "seq": "sequence_length", "total": "total_sequence_length",
+    "past": "past_sequence_length", "present": "max_sequence_length",
+}  # fmt: skip
+
+Lowering = Callable[["Walker", Node], Any]
+
+
+class Walker:
+    """The state of one translation: values by node, initializers by weight name, nodes in order."""
+
+    def __init__(self, program: Program, table: dict[Any, Lowering]) -> None:
+        self.program, self.table = program, table
+        self.values: dict[Node, Any] = {}
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self._weight_names = program.weight_names()
+        self._constants: dict[Any, ir.Value] = {}
+        self._transposed: dict[str, ir.Value] = {}
+        self._scope = ""
+        self._serial: dict[str, int] = {}
+
+    def run(self) -> ir.Model:
+        """Translate the whole graph."""
+        contract = self.program.contract
+        specs = dict(zip(self.program.user_inputs(), contract.inputs, strict=True))
+        inputs = []
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                if node in specs:
+                    spec = specs[node]
+                    dims = [_AXIS_NAMES.get(d, d) if isinstance(d, str) else d for d in spec.dims]
+                    self.values[node] = self._graph_value(spec.name, node, dims)
+                    inputs.append(self.values[node])
+            elif node.op == "call_function":
+                self._scope = _module_path(node)
+                self.values[node] = self._lower(node)
+        outputs = self._outputs(contract)
+        used = {id(value) for item in self.nodes for value in item.inputs if value is not None}
+        used |= {id(value) for value in outputs}
+        kept = [value for value in self.initializers.values() if id(value) in used]
+        graph = ir.Graph(
+            inputs, outputs, nodes=self.nodes, initializers=kept, name="optc",
+            opset_imports={"": OPSET, MICROSOFT: 1},
+        )  # fmt: skip
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="optc")
+
+    def _lower(self, node: Node) -> Any:
+        if node.target is operator.getitem and isinstance(self.values.get(node.args[0]), list | tuple):  # type: ignore[call-overload]
+            return self.values[node.args[0]][node.args[1]]  # type: ignore[index]
+        return self.table[node.target](self, node)
+
+    def _graph_value(self, name: str, node: Node, dims: Sequence[int | str]) -> ir.Value:
+        return ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(DTYPES[node.meta["val"].dtype]))
+
+    def _outputs(self, contract: Contract) -> list[ir.Value]:
+        result = next(reversed(self.program.graph.nodes))
+        flat = [item for item in torch.utils._pytree.tree_leaves(result.args[0]) if isinstance(item, Node)]
+        names = _symbol_names(self.program)
+        outputs: list[ir.Value] = []
+        for node, spec in zip(flat, contract.outputs, strict=True):
+            value = self.values[node]
+            if value in outputs or value.name in self.initializers or value.producer() is None:
+                value = self.op("Identity", [value])  # one name per output
+            val = node.meta["val"]
+            cache = spec.role in ("key_cache", "value_cache")
+            dims = [
+                size if isinstance(size, int) else names.get(str(size), f"{spec.name}_dim{axis}")
+                for axis, size in enumerate(val.shape)
+            ]
+            if cache and not isinstance(val.shape[2], int):
+                dims[2] = _AXIS_NAMES["present"]
+            value.name, value.type, value.shape = spec.name, ir.TensorType(DTYPES[val.dtype]), ir.Shape(dims)
+            outputs.append(value)
+        return outputs
+
+    # -- building --------------------------------------------------------------------------
+
+    def op(
+        self, kind: str, inputs: Sequence[ir.Value | None], attributes: dict[str, Any] | None = None, *,
+        domain: str = "", outputs: int = 1,
+    ) -> Any:  # fmt: skip
+        """Append a node; its output, or the tuple of its outputs when there are several."""
+        trimmed = list(inputs)
+        while trimmed and trimmed[-1] is None:
+            trimmed.pop()
+        name = self._unique(f"{self._scope}/{kind}")
+        made = ir.Node(
+            domain, kind, trimmed, ir.convenience.convert_attributes(attributes or {}), num_outputs=outputs, name=name
+        )
+        for index, value in enumerate(made.outputs):
+            value.name = f"{name}.{index}" if outputs > 1 else f"{name}.out"
+        self.nodes.append(made)
+        return made.outputs[0] if outputs == 1 else tuple(made.outputs)
+
+    def constant(self, value: Any, dtype: torch.dtype = torch.int64) -> ir.Value:
+        """A constant tensor (list or number), shared with equal ones."""
+        tensor = torch.tensor(value, dtype=dtype)
+        key = (dtype, tuple(tensor.shape), tuple(tensor.flatten().tolist()))
+        if key not in self._constants:
+            name = self._unique("const")
+            self._constants[key] = self._initializer(name, tensor)
+        return self._constants[key]
+
+    def weight(self, node: Node, *, transposed: bool = False) -> ir.Value:
+        """The initializer of a weight placeholder; `transposed` stores [N, K] as [K, N].
+
+        A weight that is read both ways is stored once and transposed in the graph.
+        """
+        name = self._weight_names[node.name]
+        if not transposed:
+            if name not in self.initializers:
+                self._initializer(name, self.program.weight(name))
+            return self.initializers[name]
+        if name not in self._transposed:
+            others = any(user.target is not torch.ops.aten.linear.default for user in node.users)
+            self._transposed[name] = (
+                self.op("Transpose", [self.weight(node)], {"perm": [1, 0]})
+                if others
+                else self._initializer(f"{name}.T", self.program.weight(name).t())
+            )
+        return self._transposed[name]
+
+    def _initializer(self, name: str, tensor: torch.Tensor) -> ir.Value:
+        stored = tensor_adapters.TorchTensor(tensor.detach().contiguous(), name=name)
+        value = ir.Value(name=name, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)
+        self.initializers[name] = value
+        return value
+
+    def _unique(self, name: str) -> str:
+        count = self._serial.get(name, 0)
+        self._serial[name] = count + 1
+        return f"{name}_{count}" if count else name
+
+    # -- arguments -------------------------------------------------------------------------
+
+    def value(self, argument: Any, dtype: torch.dtype | None = None) -> ir.Value:
+        """A node's value, a weight, or a number as a constant; cast to `dtype` when it has another."""
+        if not isinstance(argument, Node):
+            assert dtype is not None, "a number takes the type of what it meets"
+            return self.constant(argument, dtype)
+        if argument.op == "placeholder" and argument.name in self._weight_names:
+            found = self.weight(argument)
+        else:
+            found = self.values[argument]
+        val = argument.meta["val"]
+        own = val.dtype if isinstance(val, torch.Tensor) else torch.int64
+        return found if dtype is None or own is dtype else self.cast(found, dtype)
+
+    def cast(self, value: ir.Value, dtype: torch.dtype) -> ir.Value:
+        return self.op("Cast", [value], {"to": int(DTYPES[dtype])})
+
+    def size(self, argument: Any) -> ir.Value:
+        """A size (int or SymInt node) as int64 [1]."""
+        return self.values[argument] if isinstance(argument, Node) else self.constant([int(argument)])
+
+    def sizes(self, arguments: Sequence[Any]) -> ir.Value:
+        """Several sizes as one int64 vector."""
+        if all(isinstance(item, int) for item in arguments):
+            return self.constant([int(item) for item in arguments])
+        return self.op("Concat", [self.size(item) for item in arguments], {"axis": 0})
+
+    def scalar(self, argument: Any) -> ir.Value:
+        """A size as an int64 scalar."""
+        if not isinstance(argument, Node):
+            return self.constant(int(argument))
+        return self.op("Squeeze", [self.size(argument), self.constant([0])])
+
+
+def is_symbolic(node: object) -> bool:
+    """Whether a node computes a size."""
+    return isinstance(node, Node) and not isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _module_path(node: Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return "/" + str(path).replace(".", "/") if path else ""
+
+
+def _symbol_names(program: Program) -> dict[str, str]:
+    """Symbolic size -> axis name, from the inputs."""
+    names: dict[str, str] = {}
+    for node, spec in zip(program.user_inputs(), program.contract.inputs, strict=True):
+        for size, dim in zip(node.meta["val"].shape, spec.dims, strict=True):
+            if not isinstance(size, int) and isinstance(dim, str):
+                names.setdefault(str(size), _AXIS_NAMES.get(dim, dim))
+    return names
+
+
+def axis_of(node: Node, axis: int) -> int:
+    """A non-negative axis of a node's tensor."""
+    return axis % max(node.meta["val"].dim(), 1)
+
+
+def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
+    """An argument by position or keyword, as the operator's schema has it."""
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """The NumPy type of a torch type that ONNX constants use."""
+    return np.dtype(str(dtype).removeprefix("torch."))

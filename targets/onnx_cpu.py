@@ -1,0 +1,50 @@
+"""onnx-cpu: ONNX Runtime and onnxruntime-genai on the CPU."""
+
+from __future__ import annotations
+
+from optc.compiler.target import CompileOptions, QuantSupport, Step, Target
+from optc.exporters.onnx import LEGAL, export_onnx
+from optc.passes.fuse_attention import FuseAttention
+from optc.passes.fuse_norm import FuseNorm
+from optc.passes.fuse_rotary import FuseRotary
+from optc.passes.legalize_ort import LegalizeOrt
+from optc.passes.merge_projections import MergeProjections
+from optc.passes.quantize_rtn import QuantizeRtn
+from optc.passes.static_kv_cache import StaticKVCache
+
+
+def _recipe(kind: str, options: CompileOptions) -> list[Step]:
+    steps = [
+        Step(FuseAttention(), optional=True),
+        Step(FuseRotary(), optional=True),
+        Step(FuseNorm(), optional=True),
+    ]
+    if kind == "decoder":
+        steps.append(Step(StaticKVCache()))
+    if options.quant == "rtn":
+        steps.append(
+            Step(
+                QuantizeRtn(
+                    bits=options.bits, group_size=options.group_size, symmetric=options.symmetric,
+                    ignore=options.ignore,
+                )
+            )
+        )  # fmt: skip
+    if kind == "decoder":
+        steps.append(Step(MergeProjections(), optional=True))
+    return [*steps, Step(LegalizeOrt(accuracy_level=options.accuracy_level), optional=True)]
+
+
+TARGET = Target(
+    name="onnx-cpu",
+    aliases=("edge", "onnx"),
+    summary="ONNX Runtime on the CPU; the folder loads in unmodified onnxruntime-genai",
+    device="cpu",
+    dtypes=("fp32",),
+    kv_caches=("static",),
+    quant={"rtn": QuantSupport(bits=(2, 4, 8), group_sizes=(16, 32, 64, 128, 256))},
+    legal=LEGAL,
+    recipe=_recipe,
+    export=export_onnx,
+    needs_extra="onnx",
+)

@@ -1,0 +1,170 @@
+"""Rounding to nearest: cases computed by hand, and bounds for any weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.quantize import (
+    BITS,
+    check_group_size,
+    default_group_size,
+    nearest_group_size,
+    quantize_groups,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _restore(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Tensor:
+    codes, scale, zero = quantize_groups(weight, bits, group_size, symmetric)
+    return torch.ops.optc.dequantize(codes, scale, zero, bits=bits, group_size=group_size)
+
+
+def test_symmetric_by_hand() -> None:
+    weight = torch.tensor([[7.0, -3.4, 0.5, -7.0], [1.4, 0.0, -0.1, 0.3]])
+    codes, scale, zero = quantize_groups(weight, 4, 0, True)
+    assert zero is None
+    torch.testing.assert_close(scale, torch.tensor([[1.0], [0.2]]))
+    # 0.5 rounds to even; 0.3 / 0.2 = 1.5 in real numbers, and just above in float32.
+    assert codes.tolist() == [[15, 5, 8, 1], [15, 8, 8, 10]]
+    assert codes.dtype is torch.uint8
+
+
+def test_asymmetric_by_hand() -> None:
+    weight = torch.tensor([[-1.0, 0.0, 2.0, 0.4], [1.0, 2.0, 3.0, 3.0]])
+    codes, scale, zero = quantize_groups(weight, 2, 0, False)
+    assert zero is not None
+    assert scale.tolist() == [[1.0], [1.0]]
+    assert zero.tolist() == [[1], [0]]  # the range of a positive row starts at 0
+    assert codes.tolist() == [[0, 1, 3, 1], [1, 2, 3, 3]]
+
+
+def test_two_bits_symmetric_is_ternary() -> None:
+    codes, scale, _ = quantize_groups(torch.tensor([[3.0, -1.4, 1.6, -3.0]]), 2, 0, True)
+    assert (scale.tolist(), codes.tolist()) == ([[3.0]], [[3, 2, 3, 1]])
+
+
+def test_groups_run_along_columns() -> None:
+    weight = torch.tensor([[1.0, 1.0, 127.0, 0.0]])
+    codes, scale, _ = quantize_groups(weight, 8, 2, True)
+    torch.testing.assert_close(scale, torch.tensor([[1 / 127, 1.0]]))
+    assert codes.tolist() == [[255, 255, 255, 128]]
+    _, whole, _ = quantize_groups(weight, 8, 0, True)
+    assert whole.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_groups_of_zeros_stay_zero(symmetric: bool, dtype: torch.dtype) -> None:
+    weight = torch.zeros((2, 8), dtype=dtype)
+    _, scale, _ = quantize_groups(weight, 4, 4, symmetric)
+    assert scale.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert torch.equal(_restore(weight, 4, 4, symmetric), weight)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_magnitudes(dtype: torch.dtype, bits: int, symmetric: bool) -> None:
+    facts = torch.finfo(dtype)
+    for size in (facts.max, facts.smallest_normal, facts.smallest_normal * facts.eps):
+        weight = torch.tensor([[size, -size, 0.0, size]], dtype=dtype)
+        _, scale, _ = quantize_groups(weight, bits, 0, symmetric)
+        restored = _restore(weight, bits, 0, symmetric)
+        assert bool(torch.isfinite(restored).all())
+        error = (restored.double() - weight.double()).abs().max()
+        slack = 2**bits * facts.eps
+        assert float(error) <= float(scale.double().max()) * (0.5 + slack)
+
+
+def test_one_column_and_one_row() -> None:
+    weight = torch.tensor([[-2.0], [3.0], [0.0]])
+    assert torch.equal(_restore(weight, 4, 0, True), weight)
+    assert torch.equal(_restore(weight, 4, 1, False), weight)
+    assert _restore(torch.rand(1, 64), 4, 32, True).shape == (1, 64)
+
+
+def test_the_scale_is_rounded_before_the_codes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((64, 128), generator=generator).bfloat16()
+    codes, scale, _ = quantize_groups(weight, 8, 128, True)
+    assert scale.dtype is torch.bfloat16
+    expected = torch.round(weight.float() / scale.float()).clamp(-127, 127) + 128
+    assert torch.equal(codes.float(), expected)
+
+
+@st.composite
+def _weights(draw: st.DrawFn) -> tuple[Tensor, int]:
+    rows, groups = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    size = draw(st.sampled_from([1, 2, 5, 32]))
+    seed = draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn((rows, groups * size), generator=generator) * 10.0 ** draw(st.integers(-4, 3))
+    return (weight + draw(st.sampled_from([0.0, 1.0, -3.0]))).to(draw(st.sampled_from(DTYPES))), size
+
+
+@settings(max_examples=60, deadline=None)
+@given(_weights(), st.sampled_from(BITS), st.booleans())
+def test_error_is_at_most_half_a_step(case: tuple[Tensor, int], bits: int, symmetric: bool) -> None:
+    weight, size = case
+    codes, scale, zero = quantize_groups(weight, bits, size, symmetric)
+    assert int(codes.max()) < 2**bits
+    middle = 2 ** (bits - 1) if zero is None else zero.double().repeat_interleave(size, 1)
+    step = scale.double().repeat_interleave(size, 1)
+    error = ((codes.double() - middle) * step - weight.double()).abs()
+    # The scale of an asymmetric group is itself rounded to the weight's type: up to 2^bits codes from zero.
+    slack = 2**bits * torch.finfo(weight.dtype).eps
+    assert bool((error <= step * (0.5 + slack)).all())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite(value: float) -> None:
+    weight = torch.ones((2, 4))
+    weight[1, 2] = value
+    with pytest.raises(InputError, match="the weight holds NaN or infinity"):
+        quantize_groups(weight, 4, 0, True)
+
+
+def test_refusals() -> None:
+    with pytest.raises(UsageError, match="5-bit weights are not supported"):
+        quantize_groups(torch.ones(2, 4), 5, 0, True)
+    with pytest.raises(InputError, match="only matrices are quantized, this has 1 axes"):
+        quantize_groups(torch.ones(4), 4, 0, True)
+    with pytest.raises(InputError, match="group size -1 is negative"):
+        check_group_size(-1, [64])
+    with pytest.raises(InputError) as caught:
+        check_group_size(128, [256, 192], ["a.weight", "b.weight"])
+    assert str(caught.value) == (
+        "group size 128 does not divide every weight\n  where: b.weight\n  cause: it has K = 192\n"
+        "  remedy: use 64, the nearest that divides every weight, or ignore this weight"
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "columns", "nearest"),
+    [
+        (128, [192, 320], 64),
+        (32, [64, 48], 16),
+        (64, [75, 15], 15),
+        (128, [7], 7),
+        (48, [64], 64),
+        (8, [1], 1),
+    ],
+)
+def test_nearest_group_size(size: int, columns: list[int], nearest: int) -> None:
+    assert nearest_group_size(size, columns) == nearest
+
+
+def test_default_group_size() -> None:
+    assert default_group_size([256, 384]) == 128
+    assert default_group_size([256, 192]) == 64
+    assert default_group_size([96, 128]) == 32
+    with pytest.raises(InputError) as caught:
+        default_group_size([256, 48], ["a.weight", "b.weight"])
+    assert (caught.value.where, caught.value.why) == ("b.weight", "it has K = 48")
+    assert caught.value.remedy == "use 16, the nearest that divides every weight, or ignore this weight"
