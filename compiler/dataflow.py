@@ -69,14 +69,14 @@ def truncates(node: Node) -> bool:
     """Whether a node casts real numbers to integers: a change of value, not of precision."""
     if node.target not in CASTS:
         return False
-    source = value_of(node.args[0])  # type: ignore[arg-type]
+    source = value_of(node.args[0])
     return source.is_floating_point() and not value_of(node).is_floating_point()
 
 
 def peel_casts(node: Node) -> Node:
     """Like `peel`, but through casts to other precisions too."""
     while (inner := peel(node)).target in CASTS and not truncates(inner):
-        node = inner.args[0]  # type: ignore[assignment]
+        node = inner.args[0]
     return inner
 
 
@@ -152,7 +152,7 @@ def evaluate(node: Node, values: Mapping[Node, Any], sizes: Sizes | None = None)
             if sizes and isinstance(number, int | torch.SymInt):
                 memo[current] = sizes.number(number)
             elif sizes and (current.target in CASTS or current.target in COPIES):
-                memo[current] = run(current.args[0])  # type: ignore[arg-type]
+                memo[current] = run(current.args[0])
             else:
                 assert callable(current.target), f"{current.name} has no given value"
                 args, kwargs = torch.fx.node.map_arg((current.args, current.kwargs), run)

@@ -146,7 +146,7 @@ def _reshape(elements: Elements, node: Node, index: Index) -> Any:
 @_rule("transpose", "swapaxes")
 def _transpose(elements: Elements, node: Node, index: Index) -> Any:
     moved = list(index)
-    a, b = (int(axis) % len(index) for axis in node.args[1:3])  # type: ignore[arg-type]
+    a, b = (int(axis) % len(index) for axis in node.args[1:3])
     moved[a], moved[b] = moved[b], moved[a]
     return elements.at(_first(node), tuple(moved), node)
 
@@ -183,7 +183,7 @@ def _slice(elements: Elements, node: Node, index: Index) -> Any:
     axis, start, _, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
     if operator_name(node) == "narrow":
         step = 1
-    axis = int(axis) % len(index)  # type: ignore[call-overload]
+    axis = int(axis) % len(index)
     first = elements.size(start or 0, node)
     if first.is_negative:
         first = sp.expand(first + shape_of(source)[axis])
@@ -196,7 +196,7 @@ def _slice(elements: Elements, node: Node, index: Index) -> Any:
 @_rule("select")
 def _select(elements: Elements, node: Node, index: Index) -> Any:
     source = _first(node)
-    axis = int(node.args[1]) % (len(index) + 1)  # type: ignore[arg-type]
+    axis = int(node.args[1]) % (len(index) + 1)
     place = elements.size(node.args[2], node)
     if place.is_negative:
         place = sp.expand(place + shape_of(source)[axis])
@@ -211,7 +211,7 @@ def _index(elements: Elements, node: Node, index: Index) -> Any:
     assert isinstance(places, list | tuple)
     if len(places) != len(shape_of(source)) or any(not isinstance(item, Node) for item in places):
         raise UnprovenError(f"{node.name} indexes some axes only")
-    if any(item.meta["val"].dtype not in (torch.int64, torch.int32) for item in places):  # type: ignore[union-attr]
+    if any(item.meta["val"].dtype not in (torch.int64, torch.int32) for item in places):
         raise UnprovenError(f"{node.name} selects by a mask")
     found = tuple(number(elements.operand(item, index, node)) for item in places)
     for place in found:
@@ -251,7 +251,7 @@ def _diff(elements: Elements, node: Node, index: Index) -> Any:
 
 @_rule("cumsum")
 def _cumsum(elements: Elements, node: Node, index: Index) -> Any:
-    axis = int(node.args[1]) % len(index)  # type: ignore[arg-type]
+    axis = int(node.args[1]) % len(index)
     place = sp.Symbol("i", integer=True, nonnegative=True)
     step = _elsewhere(elements, node, _first(node), index, axis, place)
     if not step.is_number:
@@ -308,278 +308,6 @@ def _arithmetic(arity: int, numbers: Callable[..., Any], truths: Callable[..., A
         return logic(elements, node, index)
 
     return rule
-
-
-_RULES.update(dict.fromkeys(names, rule))
-        return rule
-
-    return register
-
-
-def _is_bool(node: Node) -> bool:
-    return bool(node.meta["val"].dtype == torch.bool)
-
-
-def _first(node: Node) -> Node:
-    source = node.args[0]
-    if not isinstance(source, Node) or not isinstance(source.meta["val"], Tensor):
-        raise UnprovenError(f"{node.name} ({node.target}) reads no tensor")
-    return source
-
-
-def _choose(node: Node, condition: Any, then: Any, other: Any) -> Any:
-    """`condition ? then : other` as an element of `node`."""
-    if _is_bool(node):
-        condition, then, other = truth(condition), truth(then), truth(other)
-        return sp.Or(sp.And(condition, then), sp.And(sp.Not(condition), other))
-    return Where(truth(condition), number(then), number(other))
-
-
-# -- made from nothing ---------------------------------------------------------------------------
-
-
-def _filled(node: Node, value: Any) -> Any:
-    return truth(value) if _is_bool(node) else number(value)
-
-
-@_rule("ones", "ones_like", "new_ones")
-def _ones(elements: Elements, node: Node, index: Index) -> Any:
-    return _filled(node, sp.Integer(1))
-
-
-@_rule("zeros", "zeros_like", "new_zeros", "zero")
-def _zeros(elements: Elements, node: Node, index: Index) -> Any:
-    return _filled(node, sp.Integer(0))
-
-
-@_rule("full", "full_like", "new_full", "scalar_tensor", "fill")
-def _full(elements: Elements, node: Node, index: Index) -> Any:
-    position = {"scalar_tensor": 0, "new_full": 2}.get(operator_name(node), 1)
-    return _filled(node, elements.operand(node.args[position], (), node))
-
-
-@_rule("arange")
-def _arange(elements: Elements, node: Node, index: Index) -> Any:
-    sizes = [elements.size(argument, node) for argument in node.args]
-    start = sizes[0] if len(sizes) > 1 else sp.Integer(0)
-    return start + index[0] * (sizes[2] if len(sizes) > 2 else 1)
-
-
-# -- the same elements at other places -----------------------------------------------------------
-
-
-@_rule("copy")
-def _copy(elements: Elements, node: Node, index: Index) -> Any:
-    return _filled(node, elements.operand(node.args[1], index, node))
-
-
-@_rule("alias", "contiguous", "clone", "detach", "lift_fresh_copy", "lift_fresh")
-def _same(elements: Elements, node: Node, index: Index) -> Any:
-    return elements.at(_first(node), index, node)
-
-
-@_rule("to", "_to_copy", "type_as")
-def _cast(elements: Elements, node: Node, index: Index) -> Any:
-    source = _first(node)
-    value, old, new = elements.at(source, index, node), source.meta["val"].dtype, node.meta["val"].dtype
-    if old == new:
-        return value
-    if new == torch.bool:
-        return truth(value)
-    value = number(value)
-    if old.is_floating_point and not new.is_floating_point and not value.is_integer:
-        raise UnprovenError(f"{node.name} cuts off fractions")
-    return value
-
-
-@_rule("expand", "expand_as")
-def _expand(elements: Elements, node: Node, index: Index) -> Any:
-    return elements.operand(_first(node), index, node)
-
-
-@_rule(
-    "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as", "reshape_as"
-)
-def _reshape(elements: Elements, node: Node, index: Index) -> Any:
-    source = _first(node)
-    if source.meta["val"].dtype != node.meta["val"].dtype:
-        raise UnprovenError(f"{node.name} reads the bits of {source.name} as another type")
-    return elements.at(source, regroup(index, shape_of(node), shape_of(source), elements.extents, node), node)
-
-
-@_rule("transpose", "swapaxes")
-def _transpose(elements: Elements, node: Node, index: Index) -> Any:
-    moved = list(index)
-    a, b = (int(axis) % len(index) for axis in node.args[1:3])  # type: ignore[arg-type]
-    moved[a], moved[b] = moved[b], moved[a]
-    return elements.at(_first(node), tuple(moved), node)
-
-
-@_rule("t")
-def _matrix_transpose(elements: Elements, node: Node, index: Index) -> Any:
-    return elements.at(_first(node), index[::-1], node)
-
-
-@_rule("permute")
-def _permute(elements: Elements, node: Node, index: Index) -> Any:
-    moved = list(index)
-    axes: Any = node.args[1]
-    for position, axis in enumerate(axes):
-        moved[axis % len(index)] = index[position]
-    return elements.at(_first(node), tuple(moved), node)
-
-
-@_rule("repeat")
-def _repeat(elements: Elements, node: Node, index: Index) -> Any:
-    source = _first(node)
-    shape = shape_of(source)
-    tail = index[len(index) - len(shape) :]
-    same = zip(tail, shape, shape_of(node)[len(index) - len(shape) :], strict=True)
-    found = [sp.Integer(0) if size == 1 else i if size == out else None for i, size, out in same]
-    if None in found:
-        raise UnprovenError(f"{node.name} repeats an axis of more than one element")
-    return elements.at(source, tuple(found), node)
-
-
-@_rule("slice", "narrow")
-def _slice(elements: Elements, node: Node, index: Index) -> Any:
-    source = _first(node)
-    axis, start, _, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
-    if operator_name(node) == "narrow":
-        step = 1
-    axis = int(axis) % len(index)  # type: ignore[call-overload]
-    first = elements.size(start or 0, node)
-    if first.is_negative:
-        first = sp.expand(first + shape_of(source)[axis])
-    if not first.is_nonnegative:
-        raise UnprovenError(f"{node.name} starts at {first}, which may count from the end")
-    place = first + index[axis] * elements.size(step, node)
-    return elements.at(source, (*index[:axis], place, *index[axis + 1 :]), node)
-
-
-@_rule("select")
-def _select(elements: Elements, node: Node, index: Index) -> Any:
-    source = _first(node)
-    axis = int(node.args[1]) % (len(index) + 1)  # type: ignore[arg-type]
-    place = elements.size(node.args[2], node)
-    if place.is_negative:
-        place = sp.expand(place + shape_of(source)[axis])
-    if not place.is_nonnegative:
-        raise UnprovenError(f"{node.name} takes element {place}, which may count from the end")
-    return elements.at(source, (*index[:axis], place, *index[axis:]), node)
-
-
-@_rule("index")
-def _index(elements: Elements, node: Node, index: Index) -> Any:
-    source, places = _first(node), node.args[1]
-    assert isinstance(places, list | tuple)
-    if len(places) != len(shape_of(source)) or any(not isinstance(item, Node) for item in places):
-        raise UnprovenError(f"{node.name} indexes some axes only")
-    if any(item.meta["val"].dtype not in (torch.int64, torch.int32) for item in places):  # type: ignore[union-attr]
-        raise UnprovenError(f"{node.name} selects by a mask")
-    found = tuple(number(elements.operand(item, index, node)) for item in places)
-    for place in found:
-        if not place.is_nonnegative:
-            raise UnprovenError(f"{node.name} indexes with {place}, which may count from the end")
-    return elements.at(source, found, node)
-
-
-# -- positions -----------------------------------------------------------------------------------
-
-
-def _elsewhere(elements: Elements, node: Node, source: Any, index: Index, axis: int, place: Any) -> Any:
-    assert isinstance(source, Node)
-    return number(elements.at(source, (*index[:axis], place, *index[axis + 1 :]), node))
-
-
-@_rule("diff")
-def _diff(elements: Elements, node: Node, index: Index) -> Any:
-    """x[i] - x[i - 1] with one element before the first, where that is the same number throughout."""
-    source, order, axis, before, after = (*node.args, *(None, 1, -1, None, None)[len(node.args) :])
-    if order != 1 or after is not None or not isinstance(before, Node) or not isinstance(axis, int):
-        raise UnprovenError(f"{node.name} is no difference of neighbours")
-    axis %= len(index)
-    if shape_of(before)[axis] != 1:
-        raise UnprovenError(f"{node.name} is no difference of neighbours")
-    place = sp.Symbol("i", integer=True, nonnegative=True)
-
-    def at(tensor: Any, where: Any) -> Any:
-        return _elsewhere(elements, node, tensor, index, axis, where)
-
-    inner = sp.expand(at(source, place) - at(source, place - 1))
-    first = sp.expand(at(source, sp.Integer(0)) - at(before, sp.Integer(0)))
-    if inner != first or not inner.is_number:
-        raise UnprovenError(f"{node.name} is not the same number everywhere")
-    return inner
-
-
-@_rule("cumsum")
-def _cumsum(elements: Elements, node: Node, index: Index) -> Any:
-    axis = int(node.args[1]) % len(index)  # type: ignore[arg-type]
-    place = sp.Symbol("i", integer=True, nonnegative=True)
-    step = _elsewhere(elements, node, _first(node), index, axis, place)
-    if not step.is_number:
-        raise UnprovenError(f"{node.name} sums up what is not the same number everywhere")
-    return step * (index[axis] + 1)
-
-
-@_rule("tril", "triu")
-def _triangle(elements: Elements, node: Node, index: Index) -> Any:
-    diagonal = elements.size(node.args[1] if len(node.args) > 1 else 0, node)
-    beyond = index[-1] - index[-2]
-    inside = sp.Le(beyond, diagonal) if operator_name(node) == "tril" else sp.Ge(beyond, diagonal)
-    return _choose(node, inside, elements.at(_first(node), index, node), sp.Integer(0))
-
-
-# -- arithmetic and logic ------------------------------------------------------------------------
-
-
-def _elementwise(arity: int, compute: Callable[..., Any], convert: Callable[[Any], Any]) -> Rule:
-    def rule(elements: Elements, node: Node, index: Index) -> Any:
-        if node.kwargs or len(node.args) != arity:
-            raise UnprovenError(f"{node.name} ({node.target}) has options that are not understood")
-        values = [convert(elements.operand(item, index, node)) for item in node.args]
-        if sp.nan in values:
-            raise UnprovenError(f"{node.name} reads NaN")
-        return compute(*values)
-
-    return rule
-
-
-def _logic(arity: int, compute: Callable[..., Any], *, bitwise: bool) -> Rule:
-    plain = _elementwise(arity, compute, truth)
-
-    def rule(elements: Elements, node: Node, index: Index) -> Any:
-        if bitwise and not _is_bool(node):
-            raise UnprovenError(f"{node.name} ({node.target}) works on the bits of numbers")
-        return plain(elements, node, index)
-
-    return rule
-
-
-def _arithmetic(arity: int, numbers: Callable[..., Any], truths: Callable[..., Any] | None = None) -> Rule:
-    """A rule of an operator on numbers, which may mean logic on truth values."""
-    plain = _elementwise(arity, numbers, number)
-    logic = None if truths is None else _elementwise(arity, truths, truth)
-
-    def rule(elements: Elements, node: Node, index: Index) -> Any:
-        if node.meta["val"].dtype in _WRAPPING:
-            raise UnprovenError(f"{node.name} ({node.target}) may overflow {node.meta['val'].dtype}")
-        if not _is_bool(node):
-            return plain(elements, node, index)
-        if logic is None:
-            raise UnprovenError(f"{node.name} ({node.target}) of truth values is not understood")
-        return logic(elements, node, index)
-
-    return rule
-
-
-def _product(left: Any, right: Any) -> Any:
-    """Positions may be multiplied with whole numbers only: other products are rounded."""
-    fractions = any(not bare_symbols(item) and item.is_integer is False for item in (left, right))
-    if fractions and bare_symbols(left) | bare_symbols(right):
-        raise UnprovenError("positions or padding are multiplied with a fraction or infinity")
-    return left * right
 
 
 _RULES.update(

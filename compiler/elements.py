@@ -158,6 +158,8 @@ class Elements:
         value = argument.meta["val"]
         if not isinstance(value, Tensor):
             return self.size(argument, reader)
+        if value.dim() > len(index):
+            raise UnprovenError(f"{argument.name} has more axes than {reader.name}")
         tail = index[len(index) - value.dim() :]
         return self.at(argument, tuple(_clip(i, n) for i, n in zip(tail, shape_of(argument), strict=True)), reader)
 

@@ -51,7 +51,7 @@ def diff_text(a: str, b: str, *, name_a: str, name_b: str, context: int = 2) -> 
             removed += lines_a[a_start:a_end]
             added += lines_b[b_start:b_end]
     if any(new != old for new, old in names.items()):
-        rows.append(f"values of {name_b} that only changed their name have the one of {name_a}")
+        rows.append(f"(values of {name_b} are shown under their names in {name_a})")
     counts = [sum(_operator(line) is not None for line in lines) for lines in (lines_a, lines_b)]
     rows.append(f"nodes {counts[0]} -> {counts[1]}: {_summary(removed, added) or 'no change'}")
     return "\n".join(rows) + "\n"

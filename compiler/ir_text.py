@@ -11,6 +11,7 @@ that the contract gives to dynamic axes. The text depends on nothing but the Pro
 
 from __future__ import annotations
 
+import operator
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -78,10 +79,7 @@ def _header(program: Program, printer: _Printer) -> Iterator[str]:
     yield from _rows(
         "inputs", [f"%{node.name}: {printer.type_of(node)}{_alias(spec)}" for spec, node in values]
     )
-    roles = [
-        f"{spec.name}" + (f" ({spec.role})" if spec.role != spec.name else "") for spec in contract.outputs
-    ]
-    yield from _rows("outputs", roles)
+    yield from _rows("outputs", printer.outputs())
     yield from _rows("sizes", printer.sizes())
     if contract.position_rule:
         yield from _rows("positions", ["position[b, i] = base[b] + i"])
@@ -187,6 +185,17 @@ class _Printer:
             rows.append(f"{self._expression(symbol)} {values.lower}..{high}")
         return [", ".join(sorted(rows))] if rows else []
 
+    def outputs(self) -> list[str]:
+        """Name, type and role of the outputs."""
+        (returned,) = (node for node in self.program.graph.nodes if node.op == "output")
+        specs, rows = self.program.contract.outputs, []
+        for spec, value in zip(specs, returned.args[0][-len(specs) :], strict=True):  # mutations come first
+            kind = self.type_of(value) if isinstance(value, Node) else self._value(value)
+            rows.append(
+                f"{spec.name}: {kind}" + ("" if spec.role in ("output", spec.name) else f" ({spec.role})")
+            )
+        return rows
+
     def graph(self) -> Iterator[str]:
         for node in self.program.graph.nodes:
             if node.op == "call_function":
@@ -248,7 +257,9 @@ def _operator(target: Any) -> str:
     """`aten.linear` for aten::linear.default; other overloads are named."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target).removesuffix(".default")
-    return str(target.__name__)
+    if target is operator.getitem:
+        return "getitem"
+    return f"{target.__module__.lstrip('_')}.{target.__name__}"
 
 
 def _module_path(node: Node) -> str:

@@ -49,7 +49,7 @@ def linear_site(program: Program, node: Node) -> Linear | None:
     if node.target is aten.linear.default:
         x, weight, bias, transposed = node.args[0], node.args[1], (*node.args, None)[2], False
     elif node.target is aten.addmm.default:
-        bias, x, weight, transposed = *node.args[:3], True
+        (bias, x, weight), transposed = node.args[:3], True
         if node.kwargs or not isinstance(bias, Node) or value_of(bias).dim() != 1:
             return None
     else:

@@ -14,7 +14,7 @@ torch's gives zeros or NaN, and `optc.attention` averages.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,10 +89,11 @@ class MaskProver:
         self._program, self._storage = program, storage
         self._proved: dict[Any, ProvedMask] = {}
 
-    def prove(self, terms: Sequence[Term], query: Node, key: Node, *, is_causal: bool = False) -> ProvedMask:
-        """The conjunction of masks on the scores of `query` [B, (H,) S, D] and `key` [B, (Hkv,) T, D].
+    def prove(self, terms: Sequence[Term], extents: Mapping[Any, Any], *, is_causal: bool = False) -> ProvedMask:
+        """The conjunction of masks on the scores [B, (H,) S, T].
 
         Args:
+            extents: the sizes of BATCH, HEAD (absent in 3 axes), QUERY and KEY.
             is_causal: also mask k > q, both counted from the start (torch's flag).
 
         Raises:
@@ -102,7 +103,6 @@ class MaskProver:
             written = self._storage.overwritten(term.node, term.reader)
             if written is not None:
                 raise UnprovenError(f"{written.name} overwrites {term.node.name}")
-        extents = self._extents(query, key)
         masks = tuple((term.node, term.kind, term.factor) for term in terms)
         memo = (masks, tuple(extents.items()), is_causal)
         if memo not in self._proved:
@@ -119,12 +119,6 @@ class MaskProver:
         except UnprovenError:
             return None
         return float(value) if value.is_number else None
-
-    @staticmethod
-    def _extents(query: Node, key: Node) -> dict[Any, Any]:
-        shape = shape_of(query)
-        extents = {BATCH: shape[0], QUERY: shape[-2], KEY: shape_of(key)[-2]}
-        return extents if len(shape) == 3 else {**extents, HEAD: shape[1]}
 
 
 class _Proof:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from typing import Any
@@ -10,11 +11,20 @@ from typing import Any
 import msgspec
 import torch
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.fx import GraphModule, Node
 
 import optc.compiler.ops  # noqa: F401  (registers the dialect)
 from optc.compiler.contract import Contract
+
+def _copy_signature(signature: ExportGraphSignature) -> ExportGraphSignature:
+    """A signature whose specs and arguments can be edited without touching the original."""
+
+    def copied(specs: list[Any]) -> list[Any]:
+        return [dataclasses.replace(spec, arg=copy.copy(spec.arg)) for spec in specs]
+
+    return ExportGraphSignature(copied(signature.input_specs), copied(signature.output_specs))
+
 
 _WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -63,15 +73,17 @@ class Program:
         graph = torch.fx.Graph()
         values: dict[Node, Node] = {}
         result = graph.graph_copy(source.graph, values)
+        for old, new in values.items():
+            new.name = old.name  # names such as "input" are not kept by themselves; the signature needs them
         output = graph.output(result)
         output.meta = dict(next(reversed(source.graph.nodes)).meta)
         exported = ExportedProgram(
             root=source.graph_module,
             graph=graph,
-            graph_signature=copy.deepcopy(source.graph_signature),
+            graph_signature=_copy_signature(source.graph_signature),
             state_dict=dict(source.state_dict),
             range_constraints=dict(source.range_constraints),
-            module_call_graph=copy.deepcopy(source.module_call_graph),
+            module_call_graph=list(source.module_call_graph),
             example_inputs=source.example_inputs,
             constants=dict(source.constants),
             verifiers=[source.verifier],
@@ -117,7 +129,7 @@ class Program:
         for name, tensor in self.weights():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             data = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(memoryview(data.view(torch.uint8).numpy()))
+            digest.update(data.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def user_inputs(self) -> list[Node]:

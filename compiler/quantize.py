@@ -26,8 +26,8 @@ def quantize_groups(
     Symmetric: scale = max|w| / (2^(bits-1) - 1), so the lowest code stays unused and -w codes as the mirror
     of w (Jacob et al. 2018, https://arxiv.org/abs/1712.05877, restricted range). Asymmetric: the range
     [min(w, 0), max(w, 0)] over all 2^bits codes, with an integer zero point, so that 0 is exact.
-    The scale is rounded to the weight's dtype before the codes are chosen: dequantizing with the stored
-    scale is then off by at most scale / 2 (asymmetric in 16-bit types: plus the scale's own rounding).
+    The scale is rounded to the weight's dtype before the codes are chosen: a weight is then off by at most
+    scale / 2 (asymmetric in 16-bit types, where a rounded scale may not reach both ends: by at most scale).
 
     Args:
         weight: floating [N, K], finite; K a multiple of `group_size`.
@@ -51,14 +51,14 @@ def quantize_groups(
         raise InputError("the weight holds NaN or infinity", remedy="repair the checkpoint")
     if symmetric:
         top = 2 ** (bits - 1) - 1
-        scale = _stored_scale(torch.maximum(high, -low) / top, weight.dtype)
+        scale = _stored_scale(torch.maximum(high, -low) / top, top, weight.dtype)
         codes = _ratio(groups, scale).clamp_(-top, top) + 2 ** (bits - 1)
         zero = None
     else:
         top = 2**bits - 1
         low, high = low.clamp(max=0), high.clamp(min=0)
         # Divided before subtracting: high - low may exceed the largest float.
-        scale = _stored_scale(high / top - low / top, weight.dtype)
+        scale = _stored_scale(high / top - low / top, top, weight.dtype)
         offset = torch.round(-low / scale.float()).clamp_(0, top)
         codes = (_ratio(groups, scale) + offset[..., None]).clamp_(0, top)
         zero = offset.to(torch.uint8)
@@ -69,12 +69,19 @@ def _ratio(groups: Tensor, scale: Tensor) -> Tensor:
     return torch.round(groups / scale.float()[..., None])
 
 
-def _stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as they are kept: in `dtype` and never zero; a group of zeros gets 1, a tiny one the least."""
+def _stored_scale(scale: Tensor, top: int, dtype: torch.dtype) -> Tensor:
+    """Scales as they are kept: in `dtype` and never zero; a group of zeros gets 1, a tiny one the least.
+
+    A scale among float16's subnormals (weights of 0.01 at 8 bits) may be rounded down so far that `top`
+    steps fall short of the group's range by more than half a step: it goes up instead.
+    """
     facts = torch.finfo(dtype)
-    least = max(facts.smallest_normal * facts.eps, torch.finfo(torch.float32).smallest_normal)
+    spacing = facts.smallest_normal * facts.eps
+    least = max(spacing, torch.finfo(torch.float32).smallest_normal)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=least))
-    return scale.to(dtype)
+    stored = scale.to(dtype)
+    short = stored.float() * (1 + 0.5 / top) < scale
+    return torch.where(short, stored + spacing, stored)
 
 
 def check_bits(bits: int) -> None:

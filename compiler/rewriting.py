@@ -81,6 +81,9 @@ class Match:
 class Rule(ABC):
     """Pattern, check and rewrite of one kind of site."""
 
+    def prepare(self, program: Program) -> None:
+        """Called once with the clone that will be edited, before any site is matched."""
+
     @abstractmethod
     def match(self, program: Program, node: Node) -> Match | Miss | None:
         """Match when the site can be rewritten, Miss (with a reason) when nearly, else None."""
@@ -93,6 +96,8 @@ class Rule(ABC):
 def apply_rules(program: Program, rules: Sequence[Rule]) -> PassResult:
     """Apply rules to every node of a clone of `program`, in graph order, then drop dead nodes."""
     edited = program.clone()
+    for rule in rules:
+        rule.prepare(edited)
     matched, misses = 0, []
     for node in list(edited.graph.nodes):
         if getattr(node, "_erased", False):

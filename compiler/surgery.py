@@ -87,7 +87,7 @@ def infer_meta(program: Program, node: Node) -> None:
     """Compute node.meta["val"] from the fake values of its inputs."""
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     with fake_mode(program):
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+        node.meta["val"] = node.target(*args, **kwargs)
 
 
 def drop_dead(program: Program) -> None:

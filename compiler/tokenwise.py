@@ -50,7 +50,7 @@ def cache_misses(program: Program, *, sinks: bool) -> tuple[Miss, ...]:
 
 
 def _attention_miss(node: Node, sinks: bool) -> str | None:
-    q, k = (argument.meta["val"] for argument in node.args[:2])  # type: ignore[union-attr]
+    q, k = (argument.meta["val"] for argument in node.args[:2])
     if not node.kwargs["causal"]:
         return "the attention is not causal: old tokens see new ones"
     if node.args[3] is not None:

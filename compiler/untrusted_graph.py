@@ -174,9 +174,12 @@ def _count_leaves(tree: Any) -> int:
     )
     if kind == "builtins.dict":
         keys = json.loads(context)
+        # torch imports the module that an object in this place names, so it must be a list of names.
+        require(
+            isinstance(keys, list) and len(keys) == len(children), f"keys {context[:80]!r} in a tree spec"
+        )
         for key in keys:
             _name(key)
-        require(len(keys) == len(children), "a dict in a tree spec has keys without values")
     else:
         require(context == "null", f"context {str(context)[:80]!r} in a tree spec")
     return sum(_count_leaves(child) for child in children)

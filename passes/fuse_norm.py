@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch.fx import Node
 
@@ -114,7 +114,7 @@ def _rsqrt_argument(node: Node) -> Node | None:
     return peel(inner) if isinstance(inner, Node) else None
 
 
-def _squared(node: object) -> Node | None:
+def _squared(node: Any) -> Node | None:
     """What `v ** 2`, `v * v` or `square(v)` is taken of."""
     if not isinstance(node, Node):
         return None

@@ -78,7 +78,7 @@ class LegalizeInductor(Pass):
 
 def _common_group_size(sites: list[Node]) -> int:
     sizes = Counter(node.kwargs["group_size"] for node in sites)
-    return int(max(sizes, key=lambda size: sizes[size])) if sizes else 0  # type: ignore[call-overload]
+    return int(max(sizes, key=lambda size: sizes[size])) if sizes else 0
 
 
 def _obstacle(program: Program, node: Node, common: int) -> str | None:
@@ -107,7 +107,7 @@ def _pack(program: Program, node: Node) -> None:
     assert names[0] is not None
     assert codes is not None
     assert scale is not None
-    group_size = int(node.kwargs["group_size"])  # type: ignore[arg-type]
+    group_size = int(node.kwargs["group_size"])
     packed, scales = pack_int4(codes, scale, zero)
     contract = program.contract
     entry, sources = contract.quantization.get(names[0]), contract.sources.get(names[0], (names[0],))

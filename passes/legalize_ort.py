@@ -91,9 +91,9 @@ class _Attention(Rule):
         lengths = insert_call(program, node, _aten.sub.Tensor, (last, 1))
         seqlens = insert_call(program, node, _aten.to.dtype, (lengths, torch.int32))
         streams = self._streams(program, node, q, k, v)
-        window = int(node.kwargs["window"]) or -1  # type: ignore[call-overload]
+        window = int(node.kwargs["window"]) or -1
         kernel |= {"scale": node.kwargs["scale"], "local_window_size": window, "softcap": node.kwargs["softcap"],
-                   "rotary_interleaved": interleaved}  # type: ignore[dict-item] # fmt: skip
+                   "rotary_interleaved": interleaved} # fmt: skip
         args = (*streams, past_key, past_value, seqlens, total, *tables)
         call = insert_call(program, node, _optc.group_query_attention.default, args, kernel)
         self._connect(program, node, call)
@@ -124,7 +124,7 @@ class _Attention(Rule):
         """Let the readers of out [B,H,S,D] and of the caches read the kernel's outputs."""
         outputs = [user for user in list(node.users) if user.op == "call_function"]
         for user in outputs:
-            index = int(user.args[1])  # type: ignore[call-overload]
+            index = int(user.args[1])
             part = insert_call(program, user, user.target, (call, index))
             if index:
                 replace_node(program, user, part)
@@ -143,7 +143,7 @@ def rotary_tables(program: Program, rotary: Node, positions: int) -> tuple[Node,
     """cos and sin [positions, R] of a rotary node as weights, made once per source of frequencies."""
     name = program.weight_of(rotary.args[2])
     assert name is not None, "rotary frequencies are a weight"
-    scaling = float(rotary.kwargs["scaling"])  # type: ignore[arg-type]
+    scaling = float(rotary.kwargs["scaling"])
     dtype = value_of(rotary).dtype
     placeholders = {weight: placeholder for placeholder, weight in program.weight_names().items()}
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
@@ -191,7 +191,7 @@ def _packed_source(flat: list[Node]) -> Node | None:
         return None
     splits = {part.args[0] for part in parts if part is not None}
     split = _call(splits.pop(), _aten.split_with_sizes.default) if len(splits) == 1 else None
-    if split is None or len(split.args[1]) != 3:  # type: ignore[arg-type]
+    if split is None or len(split.args[1]) != 3:
         return None
     source = split.args[0]
     assert isinstance(source, Node)
@@ -232,7 +232,7 @@ class _QuantizedLinear(Rule):
         if None in names:
             return Miss(node.name, "codes or scales are computed, not weights")
         columns = int(value_of(weight).shape[1])
-        size = int(weight.kwargs["group_size"]) or columns  # type: ignore[call-overload]
+        size = int(weight.kwargs["group_size"]) or columns
         if weight.kwargs["bits"] not in (2, 4, 8):
             return Miss(node.name, f"MatMulNBits has no {weight.kwargs['bits']}-bit kernel")
         if size < 16 or size & (size - 1):
@@ -275,10 +275,10 @@ class _SkipNorm(Rule):
         add = _call(source, _aten.add.Tensor)
         if add is None or add.kwargs or not all(isinstance(part, Node) for part in add.args):
             return None
-        left, right = (value_of(part) for part in add.args)  # type: ignore[arg-type]
+        left, right = (value_of(part) for part in add.args)
         if [str(s) for s in left.shape] != [str(s) for s in right.shape] or left.dtype != right.dtype or left.dim() != 3:
             return None
-        if value_of(node).dtype != left.dtype or value_of(node.args[2]).dtype != left.dtype:  # type: ignore[arg-type]
+        if value_of(node).dtype != left.dtype or value_of(node.args[2]).dtype != left.dtype:
             return None
         return Match(node, {"add": add, "cast": cast})
 

@@ -61,7 +61,8 @@ class LinearSession(Session):
 
     def _score(self, tokens: Sequence[int]) -> Logits:
         self._reserve(self.lengths[0] + len(tokens))
-        return self._chunk(0, tokens)[0].copy()
+        logits: Logits = self._chunk(0, tokens)[0].copy()
+        return logits
 
     # -- runs -------------------------------------------------------------------------------
 

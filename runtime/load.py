@@ -10,6 +10,7 @@ from typing import TypedDict, Unpack
 from optc.compiler.artifact import open_verified
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.compiler.manifest import Manifest
+from optc.compiler.onnx_check import check_onnx
 from optc.runtime.generate import StopReason, generate
 from optc.runtime.sampling import Sampling
 from optc.runtime.session import Session
@@ -201,6 +202,8 @@ def open_session(
 
 
 def _open_onnx(folder: Path, manifest: Manifest, threads: int | None) -> Session:
+    name = manifest.engine_info.get("model")
+    check_onnx(folder, name if isinstance(name, str) else "")
     try:
         from optc.runtime.ort_session import OrtSession
     except ModuleNotFoundError as error:
@@ -210,4 +213,4 @@ def _open_onnx(folder: Path, manifest: Manifest, threads: int | None) -> Session
             why=str(error),
             remedy='pip install "optc[onnx]"',
         ) from error
-    return OrtSession(folder / manifest.engine_info["model"], manifest.contract, threads=threads)
+    return OrtSession(folder / str(name), manifest.contract, threads=threads)

@@ -16,17 +16,17 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 def attention_facts(node: Node) -> AttentionFacts:
     """The facts of one `optc.attention` call, from its arguments and fake values."""
-    q, k, v = (argument.meta["val"] for argument in node.args[:3])  # type: ignore[union-attr]
+    q, k, v = (argument.meta["val"] for argument in node.args[:3])
     knobs = node.kwargs
     return AttentionFacts(
         num_heads=int(q.shape[1]),
         num_kv_heads=int(k.shape[1]),
         head_dim=int(q.shape[3]),
         value_dim=int(v.shape[3]),
-        scale=float(knobs["scale"]),  # type: ignore[arg-type]
+        scale=float(knobs["scale"]),
         causal=bool(knobs["causal"]),
-        window=int(knobs["window"]),  # type: ignore[call-overload]
-        softcap=float(knobs["softcap"]),  # type: ignore[arg-type]
+        window=int(knobs["window"]),
+        softcap=float(knobs["softcap"]),
         sinks=len(node.args) > 4 and node.args[4] is not None,
     )
 

@@ -20,15 +20,18 @@ from optc.compiler.capture.checkpoint import (
 )
 from optc.compiler.capture.facts import attention_layers, model_facts, refuse_unsupported
 from optc.compiler.contract import Contract, Input, Output
-from optc.compiler.diagnostics import CaptureError, InputError
+from optc.compiler.diagnostics import CaptureError, InputError, unknown_name
 from optc.compiler.program import Program
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ATTENTIONS = (NAME, "sdpa", "eager")
 _MAX_BATCH = 1024
 
 
 class _Shell(torch.nn.Module):
     """A forward of our own over a model, without a level of its own in the parameter names."""
+
+    _inner: Any
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -41,14 +44,14 @@ class _Shell(torch.nn.Module):
 class _Decoder(_Shell):
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         out = self._inner(input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True)
-        return out.logits  # type: ignore[no-any-return]
+        return out.logits
 
 
 class _Encoder(_Shell):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         more = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         out = self._inner(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **more)
-        return out.logits if hasattr(out, "logits") else out[0]  # type: ignore[no-any-return]
+        return out.logits if hasattr(out, "logits") else out[0]
 
 
 def load_model(
@@ -147,16 +150,31 @@ def capture_pretrained(
     return capture_model(model), info
 
 
-def capture_model(model: torch.nn.Module) -> Program:
+def capture_model(model: torch.nn.Module, *, attention: str = NAME) -> Program:
     """Capture a transformers model in memory: decoder when it makes causal attention, else encoder.
 
-    The model's attention implementation is set to optc's for the time of the capture.
+    The model's attention implementation is set for the time of the capture.
+
+    Args:
+        attention: "optc" gives one `optc.attention` per layer. "sdpa" and "eager" give transformers' own
+            attention, mask and all, for the pass fuse-attention to find.
+
+    Raises:
+        UsageError: unknown attention implementation.
+        CaptureError: the model cannot be exported, or does not support this attention.
     """
+    if attention not in ATTENTIONS:
+        raise unknown_name("attention implementation", attention, ATTENTIONS)
     config: Any = model.config
     refuse_unsupported(config)
+    if attention == "sdpa" and not getattr(model, "_supports_sdpa", False):
+        raise CaptureError(
+            "the model does not support transformers' sdpa attention", where=type(model).__name__,
+            remedy="capture with attention='optc' or 'eager'",
+        )  # fmt: skip
     register()
     before = {name: getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation")}
-    config._attn_implementation = NAME
+    config._attn_implementation = attention
     config._experts_implementation = NAME
     try:
         program = _export(model.eval(), config)

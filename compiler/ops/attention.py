@@ -69,8 +69,7 @@ def _attention(
     softcap: float,
 ) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
-    where = {"device": q.device}
-    query, key = torch.arange(queries, **where) + (keys - queries), torch.arange(keys, **where)
+    query, key = torch.arange(queries, device=q.device) + (keys - queries), torch.arange(keys, device=q.device)
     keep = position_mask(query, key, causal=causal, window=window)[None, None]
     if key_padding is not None:
         keep = keep & key_padding[:, None, None, :].bool()
@@ -93,9 +92,8 @@ def attend_cache(
     softcap: float,
 ) -> Tensor:
     """Causal attention of S new tokens at positions past_lengths[b] + i over keys [B,Hkv,T,D]."""
-    where = {"device": q.device}
-    query = past_lengths[:, None] + torch.arange(q.shape[2], **where)
-    keep = position_mask(query, torch.arange(keys.shape[2], **where), causal=True, window=window)
+    query = past_lengths[:, None] + torch.arange(q.shape[2], device=q.device)
+    keep = position_mask(query, torch.arange(keys.shape[2], device=q.device), causal=True, window=window)
     return masked_attention(q, keys, values, keep[:, None], sinks, scale=scale, softcap=softcap)
 
 

@@ -21,7 +21,7 @@ def _heads_repeated(walker: Walker, node: Node, heads: int) -> ir.Value:
     groups = heads // kv_heads
     wide = walker.op("Unsqueeze", [value, walker.constant([2])])
     wide = walker.op("Expand", [wide, walker.constant([1, 1, groups, 1, 1])])
-    return walker.op("Reshape", [wide, walker.constant([0, heads, -1, int(size)])])  # type: ignore[no-any-return]
+    return walker.op("Reshape", [wide, walker.constant([0, heads, -1, int(size)])])
 
 
 def _position_mask(walker: Walker, q: Node, k: Node, *, causal: bool, window: int) -> ir.Value | None:
@@ -38,7 +38,7 @@ def _position_mask(walker: Walker, q: Node, k: Node, *, causal: bool, window: in
     if window > 0:
         near = walker.op("Greater", [key, walker.op("Sub", [query, walker.constant(window)])])
         keep = near if keep is None else walker.op("And", [keep, near])
-    return keep  # type: ignore[no-any-return]
+    return keep
 
 
 def _attention(walker: Walker, node: Node) -> ir.Value:
@@ -51,11 +51,11 @@ def _attention(walker: Walker, node: Node) -> ir.Value:
     keys = walker.op("Transpose", [_heads_repeated(walker, k, heads)], {"perm": [0, 1, 3, 2]})
     scores = walker.op("MatMul", [walker.value(q), keys])
     scores = scores if dtype is torch.float32 else walker.cast(scores, torch.float32)
-    scores = walker.op("Mul", [scores, walker.constant(float(node.kwargs["scale"]), torch.float32)])  # type: ignore[arg-type]
+    scores = walker.op("Mul", [scores, walker.constant(float(node.kwargs["scale"]), torch.float32)])
     if node.kwargs["softcap"]:
-        cap = walker.constant(float(node.kwargs["softcap"]), torch.float32)  # type: ignore[arg-type]
+        cap = walker.constant(float(node.kwargs["softcap"]), torch.float32)
         scores = walker.op("Mul", [walker.op("Tanh", [walker.op("Div", [scores, cap])]), cap])
-    keep = _position_mask(walker, q, k, causal=bool(node.kwargs["causal"]), window=int(node.kwargs["window"]))  # type: ignore[call-overload]
+    keep = _position_mask(walker, q, k, causal=bool(node.kwargs["causal"]), window=int(node.kwargs["window"]))
     if padding is not None:
         real = walker.op("Unsqueeze", [walker.value(padding, torch.bool), walker.constant([1, 2])])
         keep = real if keep is None else walker.op("And", [keep, real])
@@ -64,7 +64,7 @@ def _attention(walker: Walker, node: Node) -> ir.Value:
         scores = walker.op("Where", [keep, scores, lowest])
     weights = walker.op("Softmax", [scores], {"axis": -1})
     weights = weights if dtype is torch.float32 else walker.cast(weights, dtype)
-    return walker.op("MatMul", [weights, _heads_repeated(walker, v, heads)])  # type: ignore[no-any-return]
+    return walker.op("MatMul", [weights, _heads_repeated(walker, v, heads)])
 
 
 def no_sinks(node: Node) -> str | None:
@@ -78,14 +78,14 @@ def _rotary(walker: Walker, node: Node) -> ir.Value:
     dtype, size = node.meta["val"].dtype, int(node.meta["val"].shape[3])
     places = walker.op("Unsqueeze", [walker.value(position, torch.float32), walker.constant([-1])])
     angle = walker.op("Mul", [places, walker.value(frequencies, torch.float32)])
-    scale = walker.constant(float(node.kwargs["scaling"]), torch.float32)  # type: ignore[arg-type]
+    scale = walker.constant(float(node.kwargs["scaling"]), torch.float32)
     tables = [walker.op("Mul", [walker.op(kind, [angle]), scale]) for kind in ("Cos", "Sin")]
     tables = [table if dtype is torch.float32 else walker.cast(table, dtype) for table in tables]
-    half = int(frequencies.meta["val"].shape[0])  # type: ignore[union-attr]
+    half = int(frequencies.meta["val"].shape[0])
     attributes: dict[str, Any] = {"interleaved": int(bool(node.kwargs["interleaved"]))}
     if 2 * half != size:
         attributes["rotary_embedding_dim"] = 2 * half
-    return walker.op("RotaryEmbedding", [walker.value(x), *tables], attributes)  # type: ignore[no-any-return]
+    return walker.op("RotaryEmbedding", [walker.value(x), *tables], attributes)
 
 
 def _group_query_attention(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
@@ -97,26 +97,26 @@ def _group_query_attention(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
     attributes = {
         "num_heads": knobs["num_heads"],
         "kv_num_heads": knobs["kv_num_heads"],
-        "scale": float(knobs["scale"]),  # type: ignore[arg-type]
-        "softcap": float(knobs["softcap"]),  # type: ignore[arg-type]
+        "scale": float(knobs["scale"]),
+        "softcap": float(knobs["softcap"]),
         "local_window_size": knobs["local_window_size"],
         "do_rotary": int(cos is not None),
         "rotary_interleaved": int(bool(knobs["rotary_interleaved"])),
     }
     inputs = [*streams, walker.value(past_key), walker.value(past_value), walker.value(seqlens), length, *tables]
-    return walker.op("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, outputs=3)  # type: ignore[no-any-return]
+    return walker.op("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, outputs=3)
 
 
 def _matmul_nbits(walker: Walker, node: Node) -> ir.Value:
     x, packed, scales, zeros, bias = node.args
     inputs = [walker.value(x), walker.value(packed), walker.value(scales),
               None if zeros is None else walker.value(zeros), None, None if bias is None else walker.value(bias)]  # fmt: skip
-    return walker.op("MatMulNBits", inputs, dict(node.kwargs), domain=MICROSOFT)  # type: ignore[no-any-return]
+    return walker.op("MatMulNBits", inputs, dict(node.kwargs), domain=MICROSOFT)
 
 
 def _skip_rms_norm(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value]:
     inputs = [walker.value(item) for item in node.args]
-    attributes = {"epsilon": float(node.kwargs["eps"])}  # type: ignore[arg-type]
+    attributes = {"epsilon": float(node.kwargs["eps"])}
     made = walker.op("SkipSimplifiedLayerNormalization", inputs, attributes, domain=MICROSOFT, outputs=4)
     for unused in made[1:3]:
         unused.name = ""

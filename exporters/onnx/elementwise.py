@@ -32,7 +32,7 @@ def promoted(node: Node) -> torch.dtype:
 
 def _unary(kind: str, **attributes: Any) -> Lowering:
     def lower(walker: Walker, node: Node) -> ir.Value:
-        return walker.op(kind, [walker.value(node.args[0], _out(node))], attributes)  # type: ignore[no-any-return]
+        return walker.op(kind, [walker.value(node.args[0], _out(node))], attributes)
 
     return lower
 
@@ -54,7 +54,7 @@ def scalar_shaped(walker: Walker, node: Node, value: ir.Value) -> ir.Value:
     """A rank-0 result that took the [1] shape of a size operand, as rank 0."""
     val = node.meta["val"]
     if isinstance(val, torch.Tensor) and val.dim() == 0 and any(is_symbolic(item) for item in node.args):
-        return walker.op("Reshape", [value, walker.constant([], torch.int64)])  # type: ignore[no-any-return]
+        return walker.op("Reshape", [value, walker.constant([], torch.int64)])
     return value
 
 
@@ -62,7 +62,7 @@ def _comparison(kind: str, negated: bool = False) -> Lowering:
     def lower(walker: Walker, node: Node) -> ir.Value:
         dtype = promoted(node)
         out = walker.op(kind, [walker.value(item, dtype) for item in node.args[:2]])
-        return walker.op("Not", [out]) if negated else out  # type: ignore[no-any-return]
+        return walker.op("Not", [out]) if negated else out
 
     return lower
 
@@ -74,7 +74,7 @@ def _logical(kind: str) -> Lowering:
         dtype = _out(node)
         name = kind if dtype is torch.bool else f"Bitwise{kind}"
         operands = [walker.value(item, dtype) for item in node.args[:2]]
-        return walker.op(name, operands)  # type: ignore[no-any-return]
+        return walker.op(name, operands)
 
     return lower
 
@@ -86,13 +86,13 @@ def _to(walker: Walker, node: Node) -> ir.Value:
 def _where(walker: Walker, node: Node) -> ir.Value:
     dtype = _out(node)
     condition = walker.value(node.args[0], torch.bool)
-    return walker.op("Where", [condition, walker.value(node.args[1], dtype), walker.value(node.args[2], dtype)])  # type: ignore[no-any-return]
+    return walker.op("Where", [condition, walker.value(node.args[1], dtype), walker.value(node.args[2], dtype)])
 
 
 def _masked_fill(walker: Walker, node: Node) -> ir.Value:
     x, mask, value = node.args[:3]
     dtype = _out(node)
-    return walker.op("Where", [walker.value(mask, torch.bool), walker.value(value, dtype), walker.value(x, dtype)])  # type: ignore[no-any-return]
+    return walker.op("Where", [walker.value(mask, torch.bool), walker.value(value, dtype), walker.value(x, dtype)])
 
 
 def _divide(walker: Walker, node: Node) -> ir.Value:
@@ -122,34 +122,34 @@ def _pow(walker: Walker, node: Node) -> ir.Value:
     dtype, (base, exponent) = _out(node), node.args[:2]
     if exponent == 2:
         x = walker.value(base, dtype)
-        return walker.op("Mul", [x, x])  # type: ignore[no-any-return]
-    return walker.op("Pow", [walker.value(base, dtype), walker.value(exponent, dtype)])  # type: ignore[no-any-return]
+        return walker.op("Mul", [x, x])
+    return walker.op("Pow", [walker.value(base, dtype), walker.value(exponent, dtype)])
 
 
 def _rsqrt(walker: Walker, node: Node) -> ir.Value:
-    return walker.op("Reciprocal", [walker.op("Sqrt", [walker.value(node.args[0], _out(node))])])  # type: ignore[no-any-return]
+    return walker.op("Reciprocal", [walker.op("Sqrt", [walker.value(node.args[0], _out(node))])])
 
 
 def _silu(walker: Walker, node: Node) -> ir.Value:
     x = walker.value(node.args[0])
-    return walker.op("Mul", [x, walker.op("Sigmoid", [x])])  # type: ignore[no-any-return]
+    return walker.op("Mul", [x, walker.op("Sigmoid", [x])])
 
 
 def _gelu(walker: Walker, node: Node) -> ir.Value:
     approximate = node.kwargs.get("approximate", "none")
-    return walker.op("Gelu", [walker.value(node.args[0])], {"approximate": approximate})  # type: ignore[no-any-return]
+    return walker.op("Gelu", [walker.value(node.args[0])], {"approximate": approximate})
 
 
 def _leaky_relu(walker: Walker, node: Node) -> ir.Value:
     slope = argument(node, 1, "negative_slope", 0.01)
-    return walker.op("LeakyRelu", [walker.value(node.args[0])], {"alpha": float(slope)})  # type: ignore[no-any-return]
+    return walker.op("LeakyRelu", [walker.value(node.args[0])], {"alpha": float(slope)})
 
 
 def _log_base(base: float) -> Lowering:
     def lower(walker: Walker, node: Node) -> ir.Value:
         dtype = _out(node)
         out = walker.op("Log", [walker.value(node.args[0], dtype)])
-        return walker.op("Mul", [out, walker.constant(1.0 / math.log(base), dtype)])  # type: ignore[no-any-return]
+        return walker.op("Mul", [out, walker.constant(1.0 / math.log(base), dtype)])
 
     return lower
 
@@ -160,7 +160,7 @@ def _same(walker: Walker, node: Node) -> ir.Value:
 
 def _size_arithmetic(kind: str) -> Lowering:
     def lower(walker: Walker, node: Node) -> ir.Value:
-        return walker.op(kind, [walker.size(item) for item in node.args])  # type: ignore[no-any-return]
+        return walker.op(kind, [walker.size(item) for item in node.args])
 
     return lower
 
@@ -171,8 +171,8 @@ def _fmod(walker: Walker, node: Node) -> ir.Value:
     left, right = (walker.value(item, dtype) for item in node.args[:2])
     if dtype.is_floating_point and not attributes:  # remainder: a - floor(a / b) * b
         floor = walker.op("Floor", [walker.op("Div", [left, right])])
-        return walker.op("Sub", [left, walker.op("Mul", [floor, right])])  # type: ignore[no-any-return]
-    return walker.op("Mod", [left, right], attributes)  # type: ignore[no-any-return]
+        return walker.op("Sub", [left, walker.op("Mul", [floor, right])])
+    return walker.op("Mod", [left, right], attributes)
 
 
 def _table() -> dict[Any, Lowering]:

@@ -22,6 +22,7 @@ from optc.exporters.onnx.table import LOWERINGS
 from optc.exporters.onnx.walker import OPSET, Walker
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
+_INLINE_BYTES = 256  # ONNX Runtime's shape inference reads axes and shapes, and cannot from another file
 
 
 def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
@@ -39,7 +40,7 @@ def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
     digests = {name: _digest(value.const_value) for name, value in model.graph.initializers.items()}
     histogram = collections.Counter(node.op_type for node in model.graph)
     with os_errors("writing the ONNX model", str(directory / MODEL)):
-        ir.save(model, directory / MODEL, external_data=DATA, size_threshold_bytes=0)
+        ir.save(model, directory / MODEL, external_data=DATA, size_threshold_bytes=_INLINE_BYTES)
         _align_names(directory)
     check_onnx(directory, MODEL)
     _read_back(directory / MODEL, digests)

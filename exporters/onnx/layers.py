@@ -21,17 +21,17 @@ def _linear(walker: Walker, node: Node) -> ir.Value:
     else:
         matrix = walker.op("Transpose", [walker.value(weight)], {"perm": [1, 0]})
     out = walker.op("MatMul", [walker.value(x), matrix])
-    return out if bias is None else walker.op("Add", [out, walker.value(bias)])  # type: ignore[no-any-return]
+    return out if bias is None else walker.op("Add", [out, walker.value(bias)])
 
 
 def _matmul(walker: Walker, node: Node) -> ir.Value:
-    return walker.op("MatMul", [walker.value(item) for item in node.args[:2]])  # type: ignore[no-any-return]
+    return walker.op("MatMul", [walker.value(item) for item in node.args[:2]])
 
 
 def _addmm(walker: Walker, node: Node) -> ir.Value:
     bias, left, right = node.args[:3]
     product = walker.op("MatMul", [walker.value(left), walker.value(right)])
-    return walker.op("Add", [product, walker.value(bias)])  # type: ignore[no-any-return]
+    return walker.op("Add", [product, walker.value(bias)])
 
 
 def no_scaling(node: Node) -> str | None:
@@ -41,16 +41,16 @@ def no_scaling(node: Node) -> str | None:
 
 
 def _einsum(walker: Walker, node: Node) -> ir.Value:
-    operands = [walker.value(item) for item in node.args[1]]  # type: ignore[union-attr]
-    return walker.op("Einsum", operands, {"equation": str(node.args[0]).replace(" ", "")})  # type: ignore[no-any-return]
+    operands = [walker.value(item) for item in node.args[1]]
+    return walker.op("Einsum", operands, {"equation": str(node.args[0]).replace(" ", "")})
 
 
 def _embedding(walker: Walker, node: Node) -> ir.Value:
-    return walker.op("Gather", [walker.value(node.args[0]), walker.value(node.args[1])], {"axis": 0})  # type: ignore[no-any-return]
+    return walker.op("Gather", [walker.value(node.args[0]), walker.value(node.args[1])], {"axis": 0})
 
 
 def _ones(walker: Walker, node: Node) -> ir.Value:
-    sizes = [int(size) for size in node.args[1]]  # type: ignore[union-attr, arg-type]
+    sizes = [int(size) for size in node.args[1]]
     return walker.constant(torch.ones(sizes).tolist(), node.meta["val"].dtype)
 
 
@@ -59,27 +59,27 @@ def _rms_norm(walker: Walker, node: Node) -> ir.Value:
     weight, eps = argument(node, 2, "weight"), argument(node, 3, "eps")
     dtype = node.meta["val"].dtype
     scale = _ones(walker, node) if weight is None else walker.value(weight, dtype)
-    attributes = {"axis": -len(node.args[1]), "epsilon": torch.finfo(dtype).eps if eps is None else float(eps),  # type: ignore[arg-type]
+    attributes = {"axis": -len(node.args[1]), "epsilon": torch.finfo(dtype).eps if eps is None else float(eps),
                   "stash_type": 1}  # fmt: skip
-    return walker.op("SimplifiedLayerNormalization", [walker.value(node.args[0], dtype), scale], attributes)  # type: ignore[no-any-return]
+    return walker.op("SimplifiedLayerNormalization", [walker.value(node.args[0], dtype), scale], attributes)
 
 
 def _layer_norm(walker: Walker, node: Node) -> ir.Value:
     weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
     scale = _ones(walker, node) if weight is None else walker.value(weight)
     inputs = [walker.value(node.args[0]), scale, None if bias is None else walker.value(bias)]
-    attributes = {"axis": -len(node.args[1]), "epsilon": float(argument(node, 4, "eps", 1e-5))}  # type: ignore[arg-type]
-    return walker.op("LayerNormalization", inputs, attributes)  # type: ignore[no-any-return]
+    attributes = {"axis": -len(node.args[1]), "epsilon": float(argument(node, 4, "eps", 1e-5))}
+    return walker.op("LayerNormalization", inputs, attributes)
 
 
 def _group_norm(walker: Walker, node: Node) -> ir.Value:
     x, groups, weight, bias = (*node.args, None, None)[:4]
-    channels = int(x.meta["val"].shape[1])  # type: ignore[union-attr]
+    channels = int(x.meta["val"].shape[1])
     dtype = node.meta["val"].dtype
     scale = walker.constant([1.0] * channels, dtype) if weight is None else walker.value(weight)
     shift = walker.constant([0.0] * channels, dtype) if bias is None else walker.value(bias)
-    attributes = {"num_groups": int(groups), "epsilon": float(argument(node, 4, "eps", 1e-5))}  # type: ignore[arg-type]
-    return walker.op("GroupNormalization", [walker.value(x), scale, shift], attributes)  # type: ignore[no-any-return]
+    attributes = {"num_groups": int(groups), "epsilon": float(argument(node, 4, "eps", 1e-5))}
+    return walker.op("GroupNormalization", [walker.value(x), scale, shift], attributes)
 
 
 def _batch_norm(walker: Walker, node: Node) -> ir.Value:
@@ -90,7 +90,7 @@ def _batch_norm(walker: Walker, node: Node) -> ir.Value:
     shift = walker.constant([0.0] * channels, dtype) if bias is None else walker.value(bias)
     eps = float(argument(node, 7, "eps", 1e-5))
     inputs = [walker.value(x), scale, shift, walker.value(mean), walker.value(var)]
-    return walker.op("BatchNormalization", inputs, {"epsilon": eps})  # type: ignore[no-any-return]
+    return walker.op("BatchNormalization", inputs, {"epsilon": eps})
 
 
 def eval_mode(node: Node) -> str | None:
@@ -122,14 +122,14 @@ def _conv(walker: Walker, node: Node) -> ir.Value:
     else:
         attributes["pads"] = _pair(padding, rank) * 2
     inputs = [walker.value(x), walker.value(weight), None if bias is None else walker.value(bias)]
-    return walker.op("Conv", inputs, attributes)  # type: ignore[no-any-return]
+    return walker.op("Conv", inputs, attributes)
 
 
 def _pool(kind: str) -> Lowering:
     def lower(walker: Walker, node: Node) -> ir.Value:
         kernel = _pair(node.args[1], 2)
         stride = argument(node, 2, "stride", [])
-        attributes = {"kernel_shape": kernel, "strides": _pair(stride or kernel, 2),
+        attributes: dict[str, Any] = {"kernel_shape": kernel, "strides": _pair(stride or kernel, 2),
                       "pads": _pair(argument(node, 3, "padding", 0), 2) * 2}  # fmt: skip
         if kind == "AveragePool":
             attributes["ceil_mode"] = int(argument(node, 4, "ceil_mode", False))
@@ -137,18 +137,18 @@ def _pool(kind: str) -> Lowering:
         else:
             attributes["dilations"] = _pair(argument(node, 4, "dilation", 1), 2)
             attributes["ceil_mode"] = int(argument(node, 5, "ceil_mode", False))
-        return walker.op(kind, [walker.value(node.args[0])], attributes)  # type: ignore[no-any-return]
+        return walker.op(kind, [walker.value(node.args[0])], attributes)
 
     return lower
 
 
 def _adaptive_average(walker: Walker, node: Node) -> ir.Value:
-    return walker.op("GlobalAveragePool", [walker.value(node.args[0])])  # type: ignore[no-any-return]
+    return walker.op("GlobalAveragePool", [walker.value(node.args[0])])
 
 
 def to_one(node: Node) -> str | None:
     """A predicate for adaptive_avg_pool2d: output size 1x1 only."""
-    return None if list(node.args[1]) == [1, 1] else "only an output of 1x1 is lowered"  # type: ignore[arg-type]
+    return None if list(node.args[1]) == [1, 1] else "only an output of 1x1 is lowered"
 
 
 TABLE: dict[Any, Lowering] = {

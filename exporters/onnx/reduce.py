@@ -29,7 +29,7 @@ def _reduce(kind: str) -> Lowering:
         axes = _axes(node, argument(node, 1, "dim"))
         keep = bool(argument(node, 2, "keepdim", False))
         inputs = [walker.value(node.args[0], dtype), None if axes is None else walker.constant(axes)]
-        return walker.op(kind, inputs, {"keepdims": int(keep)})  # type: ignore[no-any-return]
+        return walker.op(kind, inputs, {"keepdims": int(keep)})
 
     return lower
 
@@ -66,7 +66,7 @@ def _arg(kind: str) -> Lowering:
         x = walker.value(node.args[0])
         if axes is None:
             x, axes, keep = walker.op("Reshape", [x, walker.constant([-1])]), [0], 0
-        return walker.op(kind, [x], {"axis": axes[0], "keepdims": keep})  # type: ignore[no-any-return]
+        return walker.op(kind, [x], {"axis": axes[0], "keepdims": keep})
 
     return lower
 
@@ -74,66 +74,66 @@ def _arg(kind: str) -> Lowering:
 def _softmax(kind: str) -> Lowering:
     def lower(walker: Walker, node: Node) -> ir.Value:
         x = walker.value(node.args[0], node.meta["val"].dtype)
-        return walker.op(kind, [x], {"axis": int(argument(node, 1, "dim", -1))})  # type: ignore[no-any-return]
+        return walker.op(kind, [x], {"axis": int(argument(node, 1, "dim", -1))})
 
     return lower
 
 
 def _cumsum(walker: Walker, node: Node) -> ir.Value:
     x = walker.value(node.args[0], node.meta["val"].dtype)
-    return walker.op("CumSum", [x, walker.constant(int(node.args[1]))])  # type: ignore[no-any-return, arg-type]
+    return walker.op("CumSum", [x, walker.constant(int(node.args[1]))])
 
 
 def _topk(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value]:
     axis = int(argument(node, 2, "dim", -1))
     attributes = {"axis": axis, "largest": int(argument(node, 3, "largest", True)), "sorted": 1}
-    return walker.op("TopK", [walker.value(node.args[0]), walker.size(node.args[1])], attributes, outputs=2)  # type: ignore[no-any-return]
+    return walker.op("TopK", [walker.value(node.args[0]), walker.size(node.args[1])], attributes, outputs=2)
 
 
 def _sort(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value]:
     axis, descending = int(argument(node, 1, "dim", -1)), bool(argument(node, 2, "descending", False))
     x = walker.value(node.args[0])
-    rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+    rank = node.args[0].meta["val"].dim()
     count = walker.op("Shape", [x], {"start": axis % rank, "end": axis % rank + 1})
-    return walker.op("TopK", [x, count], {"axis": axis, "largest": int(descending)}, outputs=2)  # type: ignore[no-any-return]
+    return walker.op("TopK", [x, count], {"axis": axis, "largest": int(descending)}, outputs=2)
 
 
 def _gather(walker: Walker, node: Node) -> ir.Value:
     x, axis, index = node.args[:3]
-    return walker.op("GatherElements", [walker.value(x), walker.value(index)], {"axis": int(axis)})  # type: ignore[no-any-return, arg-type]
+    return walker.op("GatherElements", [walker.value(x), walker.value(index)], {"axis": int(axis)})
 
 
 def _index_select(walker: Walker, node: Node) -> ir.Value:
     x, axis, index = node.args[:3]
-    return walker.op("Gather", [walker.value(x), walker.value(index)], {"axis": int(axis)})  # type: ignore[no-any-return, arg-type]
+    return walker.op("Gather", [walker.value(x), walker.value(index)], {"axis": int(axis)})
 
 
 def _one_hot(walker: Walker, node: Node) -> ir.Value:
-    depth = walker.constant([int(node.args[1])])  # type: ignore[arg-type]
-    return walker.op("OneHot", [walker.value(node.args[0]), depth, walker.constant([0, 1])], {"axis": -1})  # type: ignore[no-any-return]
+    depth = walker.constant([int(node.args[1])])
+    return walker.op("OneHot", [walker.value(node.args[0]), depth, walker.constant([0, 1])], {"axis": -1})
 
 
 def _index(walker: Walker, node: Node) -> ir.Value:
     """x[i, j, ...] with index tensors on the leading axes, broadcast against each other."""
     x, indices = node.args[:2]
-    given = list(indices)  # type: ignore[arg-type]
+    given = list(indices)
     if len(given) == 1:
-        return walker.op("Gather", [walker.value(x), walker.value(given[0])], {"axis": 0})  # type: ignore[no-any-return]
+        return walker.op("Gather", [walker.value(x), walker.value(given[0])], {"axis": 0})
     shape = walker.op("Shape", [walker.op("Add", [walker.value(given[0]), walker.value(given[1])])])
     for more in given[2:]:
         total = walker.op("Add", [walker.op("Expand", [walker.constant(0), shape]), walker.value(more)])
         shape = walker.op("Shape", [total])
     last = walker.constant([-1])
     parts = [walker.op("Unsqueeze", [walker.op("Expand", [walker.value(i), shape]), last]) for i in given]
-    return walker.op("GatherND", [walker.value(x), walker.op("Concat", parts, {"axis": -1})])  # type: ignore[no-any-return]
+    return walker.op("GatherND", [walker.value(x), walker.op("Concat", parts, {"axis": -1})])
 
 
 def leading_indices(node: Node) -> str | None:
     """A predicate for `index`: only integer tensors on the leading axes are lowered."""
-    for item in node.args[1]:  # type: ignore[union-attr]
+    for item in node.args[1]:
         if item is None:
             return "an index behind a full slice is not lowered"
-        if item.meta["val"].dtype is torch.bool:  # type: ignore[union-attr]
+        if item.meta["val"].dtype is torch.bool:
             return "a boolean index has a data-dependent shape"
     return None
 

@@ -31,14 +31,14 @@ def reshape(walker: Walker, node: Node, value: ir.Value, source: Sequence[Any], 
         else:
             plan.append(-1)
     if plan.count(-1) <= 1 and 0 not in target:
-        return walker.op("Reshape", [value, walker.constant(plan) if plan else walker.constant([], torch.int64)])  # type: ignore[no-any-return]
-    return walker.op("Reshape", [value, walker.sizes(sizes)], {"allowzero": 1})  # type: ignore[no-any-return]
+        return walker.op("Reshape", [value, walker.constant(plan) if plan else walker.constant([], torch.int64)])
+    return walker.op("Reshape", [value, walker.sizes(sizes)], {"allowzero": 1})
 
 
 def _view(walker: Walker, node: Node) -> ir.Value:
     source = node.args[0]
     assert isinstance(source, Node)
-    return reshape(walker, node, walker.value(source), _shape(source), node.args[1])  # type: ignore[arg-type]
+    return reshape(walker, node, walker.value(source), _shape(source), node.args[1])
 
 
 def _reshape_like(walker: Walker, node: Node) -> ir.Value:
@@ -52,17 +52,17 @@ def _transpose(walker: Walker, node: Node) -> ir.Value:
     rank = len(_shape(node))
     order = list(range(rank))
     if node.target is _aten.permute.default:
-        order = [int(axis) % rank for axis in node.args[1]]  # type: ignore[union-attr]
+        order = [int(axis) % rank for axis in node.args[1]]
     else:
-        first, second = (0, 1) if node.target is _aten.t.default else (int(a) % rank for a in node.args[1:3])  # type: ignore[arg-type]
+        first, second = (0, 1) if node.target is _aten.t.default else (int(a) % rank for a in node.args[1:3])
         if rank > 1:
             order[first], order[second] = order[second], order[first]
-    return walker.op("Transpose", [walker.value(node.args[0])], {"perm": order})  # type: ignore[no-any-return]
+    return walker.op("Transpose", [walker.value(node.args[0])], {"perm": order})
 
 
 def _unsqueeze(walker: Walker, node: Node) -> ir.Value:
-    axis = int(node.args[1]) % len(_shape(node))  # type: ignore[arg-type]
-    return walker.op("Unsqueeze", [walker.value(node.args[0]), walker.constant([axis])])  # type: ignore[no-any-return]
+    axis = int(node.args[1]) % len(_shape(node))
+    return walker.op("Unsqueeze", [walker.value(node.args[0]), walker.constant([axis])])
 
 
 def _squeeze(walker: Walker, node: Node) -> ir.Value:
@@ -72,21 +72,21 @@ def _squeeze(walker: Walker, node: Node) -> ir.Value:
     rank = len(_shape(source))
     axes = range(rank) if given is None else [given] if isinstance(given, int) else given
     drop = [axis % rank for axis in axes if _shape(source)[axis] == 1]
-    return walker.op("Squeeze", [walker.value(source), walker.constant(drop)]) if drop else walker.value(source)  # type: ignore[no-any-return]
+    return walker.op("Squeeze", [walker.value(source), walker.constant(drop)]) if drop else walker.value(source)
 
 
 def _expand(walker: Walker, node: Node) -> ir.Value:
-    sizes = [1 if size == -1 else size for size in node.args[1]]  # type: ignore[union-attr]
-    return walker.op("Expand", [walker.value(node.args[0]), walker.sizes(sizes)])  # type: ignore[no-any-return]
+    sizes = [1 if size == -1 else size for size in node.args[1]]
+    return walker.op("Expand", [walker.value(node.args[0]), walker.sizes(sizes)])
 
 
 def _repeat(walker: Walker, node: Node) -> ir.Value:
     source, repeats = node.args[:2]
     value = walker.value(source)
-    missing = len(repeats) - len(_shape(source))  # type: ignore[arg-type]
+    missing = len(repeats) - len(_shape(source))
     if missing:
         value = walker.op("Unsqueeze", [value, walker.constant(list(range(missing)))])
-    return walker.op("Tile", [value, walker.sizes(repeats)])  # type: ignore[no-any-return, arg-type]
+    return walker.op("Tile", [value, walker.sizes(repeats)])
 
 
 def _slice(walker: Walker, node: Node) -> ir.Value:
@@ -94,14 +94,14 @@ def _slice(walker: Walker, node: Node) -> ir.Value:
     start, end, step = (argument(node, i, name, default) for i, name, default in
                         ((2, "start", None), (3, "end", None), (4, "step", 1)))  # fmt: skip
     bounds = [walker.size(0 if start is None else start), walker.size(_END if end is None else end)]
-    return walker.op("Slice", [walker.value(node.args[0]), *bounds, walker.constant([axis]), walker.size(step)])  # type: ignore[no-any-return]
+    return walker.op("Slice", [walker.value(node.args[0]), *bounds, walker.constant([axis]), walker.size(step)])
 
 
 def _select(walker: Walker, node: Node) -> ir.Value:
     source, axis, index = node.args[:3]
-    rank = len(_shape(source))  # type: ignore[arg-type]
+    rank = len(_shape(source))
     value = walker.scalar(index)
-    return walker.op("Gather", [walker.value(source), value], {"axis": int(axis) % rank})  # type: ignore[no-any-return, arg-type]
+    return walker.op("Gather", [walker.value(source), value], {"axis": int(axis) % rank})
 
 
 def _split(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
@@ -110,16 +110,16 @@ def _split(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
     axis = int(argument(node, 2, "dim", 0)) % parts[0].dim()
     sizes = [part.shape[axis] for part in parts]
     if not all(isinstance(size, int) for size in sizes):
-        sizes = node.args[1]  # type: ignore[assignment]
+        sizes = node.args[1]
     value = walker.value(node.args[0])
     if len(parts) == 1:
         return (value,)
-    return walker.op("Split", [value, walker.sizes(sizes)], {"axis": axis}, outputs=len(parts))  # type: ignore[no-any-return]
+    return walker.op("Split", [value, walker.sizes(sizes)], {"axis": axis}, outputs=len(parts))
 
 
 def _unbind(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
     source = node.args[0]
-    axis = int(argument(node, 1, "dim", 0)) % len(_shape(source))  # type: ignore[arg-type]
+    axis = int(argument(node, 1, "dim", 0)) % len(_shape(source))
     value = walker.value(source)
     return tuple(
         walker.op("Gather", [value, walker.constant(index)], {"axis": axis}) for index in range(len(node.meta["val"]))
@@ -129,28 +129,28 @@ def _unbind(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
 def _cat(walker: Walker, node: Node) -> ir.Value:
     dtype = node.meta["val"].dtype
     # torch.cat lets empty 1-D tensors through; they add nothing
-    parts = [item for item in node.args[0] if _shape(item) != [0]]  # type: ignore[union-attr, arg-type]
+    parts = [item for item in node.args[0] if _shape(item) != [0]]
     axis = int(argument(node, 1, "dim", 0)) % len(_shape(node))
-    return walker.op("Concat", [walker.value(item, dtype) for item in parts], {"axis": axis})  # type: ignore[no-any-return]
+    return walker.op("Concat", [walker.value(item, dtype) for item in parts], {"axis": axis})
 
 
 def _stack(walker: Walker, node: Node) -> ir.Value:
     dtype = node.meta["val"].dtype
     axis = int(argument(node, 1, "dim", 0)) % len(_shape(node))
-    parts = [walker.op("Unsqueeze", [walker.value(item, dtype), walker.constant([axis])]) for item in node.args[0]]  # type: ignore[union-attr]
-    return walker.op("Concat", parts, {"axis": axis})  # type: ignore[no-any-return]
+    parts = [walker.op("Unsqueeze", [walker.value(item, dtype), walker.constant([axis])]) for item in node.args[0]]
+    return walker.op("Concat", parts, {"axis": axis})
 
 
 def _sym_size(walker: Walker, node: Node) -> ir.Value:
-    axis = axis_of(node.args[0], int(node.args[1]))  # type: ignore[arg-type]
-    return walker.op("Shape", [walker.value(node.args[0])], {"start": axis, "end": axis + 1})  # type: ignore[no-any-return]
+    axis = axis_of(node.args[0], int(node.args[1]))
+    return walker.op("Shape", [walker.value(node.args[0])], {"start": axis, "end": axis + 1})
 
 
 def _arange(walker: Walker, node: Node) -> ir.Value:
     dtype = node.meta["val"].dtype
     start, end, step = 0, node.args[0], 1
     if node.target is not _aten.arange.default:
-        start, end = node.args[:2]  # type: ignore[assignment]
+        start, end = node.args[:2]
         step = argument(node, 2, "step", 1)
     bounds = [walker.scalar(item) for item in (start, end, step)]
     out = walker.op("Range", bounds)
@@ -172,8 +172,8 @@ def _full(walker: Walker, node: Node) -> ir.Value:
     elif like:
         sizes = walker.op("Shape", [walker.value(node.args[0])])
     else:
-        sizes = walker.sizes(node.args[1] if name.startswith("new_") else node.args[0])  # type: ignore[arg-type]
-    return walker.op("Expand", [constant, sizes])  # type: ignore[no-any-return]
+        sizes = walker.sizes(node.args[1] if name.startswith("new_") else node.args[0])
+    return walker.op("Expand", [constant, sizes])
 
 
 def _scalar_tensor(walker: Walker, node: Node) -> ir.Value:

@@ -83,8 +83,8 @@ class Walker:
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="optc")
 
     def _lower(self, node: Node) -> Any:
-        if node.target is operator.getitem and isinstance(self.values.get(node.args[0]), list | tuple):  # type: ignore[call-overload]
-            return self.values[node.args[0]][node.args[1]]  # type: ignore[index]
+        if node.target is operator.getitem and isinstance(self.values.get(node.args[0]), list | tuple):
+            return self.values[node.args[0]][node.args[1]]
         return self.table[node.target](self, node)
 
     def _graph_value(self, name: str, node: Node, dims: Sequence[int | str]) -> ir.Value:

@@ -182,7 +182,7 @@ def recipe_steps(target: Target, kind: str, settings: CompileSettings) -> list[S
 
 def _settings(settings: CompileSettings | None, quant: str | None, options: dict[str, Any]) -> CompileSettings:
     settings = settings or CompileSettings()
-    chosen = {"quant": quant} if quant is not None else {}
+    chosen: dict[str, Any] = {"quant": quant} if quant is not None else {}
     names = {item.name for item in dataclasses.fields(CompileOptions)}
     outer = {item.name for item in dataclasses.fields(CompileSettings)} - {"options", "seconds"}
     for key, value in options.items():
@@ -237,7 +237,9 @@ def _text_probe(program: Program, info: CheckpointInfo | None, settings: Compile
             text = settings.text.read_text(errors="replace")[:20_000]
     else:
         text = (resources.files("optc.compiler") / "data" / "passage.txt").read_text()
-    tokens = load_tokenizer(info.path).encode(text)
+    tokenizer = load_tokenizer(info.path)
+    assert tokenizer is not None
+    tokens = tokenizer.encode(text)
     longest = min(96, program.contract.model.context_length or 96)
     return text_probe(tokens, longest=longest) if len(tokens) > 3 * longest else None
 

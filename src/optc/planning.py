@@ -42,17 +42,18 @@ def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[st
     }
 
 
-def _linears(skeleton: torch.nn.Module) -> dict[str, tuple[int, int]]:
+def _linears(skeleton: Any) -> dict[str, tuple[int, int]]:
     """Name -> (N, K) of the linears that a quantization pass takes: all but the output head."""
     head = skeleton.get_output_embeddings() if hasattr(skeleton, "get_output_embeddings") else None
-    return {
-        name: tuple(module.weight.shape) if isinstance(module, torch.nn.Linear) else tuple(module.weight.shape)[::-1]
-        for name, module in skeleton.named_modules()
-        if module is not head and type(module).__name__ in ("Linear", "Conv1D")
-    }  # type: ignore[misc]
+    found = {}
+    for name, module in skeleton.named_modules():
+        if module is not head and type(module).__name__ in ("Linear", "Conv1D"):
+            first, second = (int(size) for size in module.weight.shape)
+            found[name] = (first, second) if isinstance(module, torch.nn.Linear) else (second, first)
+    return found
 
 
-def _sizes(skeleton: torch.nn.Module, options: CompileOptions) -> dict[str, Any]:
+def _sizes(skeleton: Any, options: CompileOptions) -> dict[str, Any]:
     width = DTYPES[options.dtype].itemsize
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     linears = _linears(skeleton)

@@ -1,25 +1,21 @@
-"""Saving and loading Programs: exact round trips, and refusal of damaged or hostile files."""
+"""Saving and loading Programs: round trips are exact, and what cannot be saved is refused."""
 
 from __future__ import annotations
 
-import json
 import pickle
-import random
-import re
 import resource
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sympy
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from optc.compiler.capture.module import capture_module
-from optc.compiler.diagnostics import ArtifactError, InputError, OptcError, ResourceError
+from optc.compiler.diagnostics import InputError, ResourceError
 from optc.compiler.program import Program
 from optc.compiler.serialization import load_program, save_program
 from optc.compiler.surgery import add_weight
@@ -46,17 +42,19 @@ class Decoder(nn.Module):
         self.register_buffer("inv_freq", 1.0 / 10 ** torch.linspace(0, 1, SIZE // 2), persistent=False)
         self.requires_grad_(False)
 
-    def forward(self, ids: Tensor, position: Tensor, *caches: Tensor) -> Any:
+    def forward(
+        self, ids: Tensor, position: Tensor, keys: Tensor | None = None, values: Tensor | None = None
+    ) -> Any:
         x = self.embed(ids)
         q, k, v = self.qkv(x).view(*ids.shape, 3, HEADS, SIZE).permute(2, 0, 3, 1, 4).unbind(0)
         rotary = {"scaling": 1.0, "interleaved": False}
         q, k = (torch.ops.optc.rotary(each, position, self.inv_freq, **rotary) for each in (q, k))
-        out, grown = self.attend(q, k, v, position, caches)
+        out, grown = self.attend(q, k, v, position, (keys, values))
         weight = torch.ops.optc.dequantize(self.codes, self.scale, None, bits=4, group_size=SIZE)
         x = x + nn.functional.linear(out.transpose(1, 2).reshape(x.shape), weight)
         return (self.head(x), *grown) if grown else self.head(x)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, caches: tuple[Tensor, ...]) -> Any:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, caches: tuple[Any, Any]) -> Any:
         if self.cache == "none":
             return torch.ops.optc.attention(q, k, v, None, None, causal=True, **KNOBS), ()
         past, total = position[:, 0], q.shape[2] + 4
@@ -282,238 +280,3 @@ def test_a_file_in_the_place_of_the_folder_is_exit_code_3(tmp_path: Path) -> Non
     with pytest.raises(InputError, match="failed while saving a program") as caught:
         save_program(decoder(), tmp_path / "out")
     assert caught.value.exit_code == 3
-
-
-# -- hostile and damaged files --------------------------------------------------------------
-
-
-def refusal(folder: Path) -> str:
-    """The message of the ArtifactError that loading raises."""
-    with pytest.raises(ArtifactError) as caught:
-        load_program(folder)
-    assert caught.value.exit_code == 7
-    return str(caught.value)
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    data = json.loads((folder / "graph.json").read_text())
-    change(data)
-    (folder / "graph.json").write_text(json.dumps(data))
-
-
-def graph_of(data: dict[str, Any]) -> dict[str, Any]:
-    return data["program"]["graph_module"]["graph"]
-
-
-def replace(data: Any, old: str, new: str) -> Any:
-    """JSON values with a string replaced wherever it is all of a string or key."""
-    if isinstance(data, dict):
-        return {new if key == old else key: replace(value, old, new) for key, value in data.items()}
-    if isinstance(data, list):
-        return [replace(value, old, new) for value in data]
-    return new if data == old else data
-
-
-def expression(data: dict[str, Any]) -> dict[str, Any]:
-    sizes = [s for v in graph_of(data)["tensor_values"].values() for s in v["sizes"] if "as_expr" in s]
-    return sizes[0]["as_expr"]
-
-
-def call_signature(data: dict[str, Any]) -> dict[str, Any]:
-    return data["program"]["graph_module"]["module_call_graph"][0]["signature"]
-
-
-def dict_spec(context: str, kind: str = "builtins.dict") -> str:
-    return json.dumps([1, {"type": kind, "context": context, "children_spec": []}])
-
-
-HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "code in a shape": (
-        lambda d: expression(d).update(expr_str="__import__('os').system('touch pwned')"),
-        "is not allowed in a shape expression",
-    ),
-    "attribute in a shape": (
-        lambda d: expression(d).update(expr_str="Symbol('s0').__class__"), "is not allowed in a shape expression"
-    ),
-    "code in a symbol": (
-        lambda d: expression(d).update(expr_str="Symbol('s0; import os')"), "'s0; import os' is not the name of a size"
-    ),
-    "endless power": (
-        lambda d: expression(d).update(expr_str="Pow(Integer(9), Integer(999999999))"), "Pow by 999999999"
-    ),
-    "code in a value name": (
-        lambda d: d.update(program=replace(d["program"], "ids", "ids=print(1)")), "'ids=print(1)' cannot name a value"
-    ),
-    "keyword as a value name": (
-        lambda d: d.update(program=replace(d["program"], "embedding", "import")), "'import' cannot name a value"
-    ),
-    "code in a weight name": (
-        lambda d: d.update(program=replace(d["program"], "qkv.bias", 'a.b") or print(1) or ("')), "cannot name a tensor"
-    ),
-    "weight name of a module attribute": (
-        lambda d: d.update(program=replace(d["program"], "qkv.bias", "__class__.forward")),
-        "'__class__.forward' cannot name a tensor",
-    ),
-    "code in an argument name": (
-        lambda d: call_signature(d).update(forward_arg_names=["a", "b=print(1)"]), "'b=print(1)' cannot name a value"
-    ),
-    "module named by a tree spec": (
-        lambda d: call_signature(d).update(
-            in_spec=dict_spec('{"__enum__": true, "fqn": "antigravity:X", "name": "Y"}')
-        ),
-        "in_spec|cannot name a value|tree spec",
-    ),
-    "type named by a tree spec": (
-        lambda d: call_signature(d).update(in_spec=dict_spec("[]", "collections.defaultdict")),
-        "type 'collections.defaultdict' is not allowed in a tree spec",
-    ),
-    "function as an operator": (
-        lambda d: graph_of(d)["nodes"][0].update(target="torch.os.system"), "operator 'torch.os.system' is not allowed"
-    ),
-    "operator that opens files": (
-        lambda d: graph_of(d)["nodes"][0].update(target="torch.ops.aten.from_file.default"),
-        "operator 'torch.ops.aten.from_file.default' is not allowed",
-    ),
-    "unknown operator": (
-        lambda d: graph_of(d)["nodes"][0].update(target="torch.ops.aten.nothing.default"), "is not known here"
-    ),
-    "attribute as an operator": (
-        lambda d: graph_of(d)["nodes"][0].update(target="torch.ops.aten.__class__.mro"), "is not known here"
-    ),
-    "operator as an argument": (
-        lambda d: graph_of(d)["nodes"][0]["inputs"][0].update(arg={"as_operator": "torch.os.system"}),
-        "as_operator is not allowed",
-    ),
-    "metadata with types": (
-        lambda d: graph_of(d)["nodes"][0]["metadata"].update(source_fn_stack="x,torch.os.system"),
-        "metadata source_fn_stack is not allowed",
-    ),
-    "stack trace that ends a C++ string": (
-        lambda d: graph_of(d)["nodes"][0]["metadata"].update(stack_trace='x)"; system("id");'), "a stack trace holds"
-    ),
-    "guard source": (lambda d: d["program"].update(guards_code=["print(1)"]), "guard source code is not allowed"),
-    "custom object": (
-        lambda d: graph_of(d)["custom_obj_values"].update(x={"name": "x", "class_fqn": "y"}), "CustomObjArgument"
-    ),
-    "unknown device": (
-        lambda d: graph_of(d)["tensor_values"]["ids"]["device"].update(type="hpu"), "device hpu:None is not allowed"
-    ),
-    "float as a size": (
-        lambda d: graph_of(d)["tensor_values"]["ids"].update(requires_grad=1.5), "expected bool, found float"
-    ),
-    "unknown field": (lambda d: graph_of(d).update(hook="x"), "Graph has unknown fields: hook"),
-    "no nodes field": (lambda d: graph_of(d).pop("nodes"), "Graph lacks nodes"),
-    "later schema": (
-        lambda d: d["program"]["schema_version"].update(major=99), "schema 99 of torch"
-    ),
-    "endless counter": (
-        lambda d: d["program"]["range_constraints"].update(u99999999999={"min_val": 0, "max_val": 1}), "is not a size"
-    ),
-    "value that nothing defines": (
-        lambda d: graph_of(d)["outputs"][0].update(as_tensor={"name": "nothing"}), "KeyError: 'nothing'"
-    ),
-    "value defined twice": (
-        lambda d: graph_of(d)["nodes"].append(graph_of(d)["nodes"][-1]), "has already been deserialized"
-    ),
-    "wrong format": (lambda d: d.update(format="zip"), "'zip' version 1"),
-    "later version": (lambda d: d.update(version=2), "'optc-program' version 2"),
-    "unknown part": (lambda d: d.update(hook="x"), "unknown field `hook`"),
-    "contract of the wrong type": (lambda d: d["contract"].update(kind="x"), r"Invalid enum value 'x' - at `\$.contract"),
-    "contract of other inputs": (
-        lambda d: d["contract"]["inputs"][0].update(dtype="float32"), "input ids is torch.int64, the contract says"
-    ),
-    "control characters": (lambda d: d["contract"].update(passes=["\x1b[2J"]), "the contract holds"),
-    "alias of nothing": (lambda d: d["aliases"].update(x="y"), "alias 'x' of 'y' has no source"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_graph_is_refused(name: str, copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    change, message = HOSTILE[name]
-    monkeypatch.chdir(tmp_path)
-    edit(copy, change)
-    found = refusal(copy)
-    assert re.search(message, found), found
-    assert str(copy) in found
-    assert not (tmp_path / "pwned").exists()
-
-
-def test_the_place_in_the_graph_is_named(copy: Path) -> None:
-    edit(copy, lambda data: graph_of(data)["nodes"][2].update(target="torch.os.system"))
-    name = graph_of(json.loads((copy / "graph.json").read_text()))["nodes"][2]["name"]
-    assert f"program.graph_module.graph.nodes[2] ({name})" in refusal(copy)
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_missing_file(name: str, copy: Path) -> None:
-    (copy / name).unlink()
-    assert str(copy / name) in refusal(copy)
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("keep", [0.0, 0.3, 0.999])
-def test_truncated_file(name: str, keep: float, copy: Path) -> None:
-    data = (copy / name).read_bytes()
-    (copy / name).write_bytes(data[: int(len(data) * keep)])
-    assert str(copy / name) in refusal(copy)
-
-
-def test_deeply_nested_json(copy: Path) -> None:
-    (copy / "graph.json").write_text("[" * 100_000)
-    assert "graph.json" in refusal(copy)
-
-
-def change_tensor(name: str, change: Callable[[dict[str, Tensor]], object], folder: Path) -> str:
-    tensors = load_file(folder / name)
-    change(tensors)
-    save_file(tensors, folder / name)
-    return refusal(folder)
-
-
-def test_tensors_must_be_what_the_graph_says(saved: Path, tmp_path: Path) -> None:
-    cases: list[tuple[str, Callable[[dict[str, Tensor]], object], str]] = [
-        (FILES[1], lambda t: t.update({"qkv.bias": torch.zeros(49)}), "'qkv.bias' is torch.float32 [49], the graph"),
-        (FILES[1], lambda t: t.update({"qkv.bias": torch.zeros(48).half()}), "'qkv.bias' is torch.float16 [48]"),
-        (FILES[1], lambda t: t.pop("scale"), "tensor 'scale' is missing"),
-        (FILES[1], lambda t: t.update(more=torch.zeros(1)), "tensor 'more' is not read by the graph"),
-        (FILES[2], lambda t: t.pop("inv_freq"), "tensor 'inv_freq' is missing"),
-        (FILES[2], lambda t: t.pop("example/0"), "1 example inputs for 2 inputs"),
-        (FILES[2], lambda t: t.update({"example/0": torch.zeros(2, 7)}), "example input 0 is not what"),
-    ]
-    for i, (name, change, message) in enumerate(cases):
-        folder = Path(shutil.copytree(saved, tmp_path / str(i)))
-        assert message in change_tensor(name, change, folder)
-
-
-def test_random_damage_never_escapes_as_another_error(tmp_path: Path) -> None:
-    """Any change of one JSON value is either harmless or an OptcError."""
-
-    class Small(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.cat([x, x.reshape(x.shape[0], -1)], 1).softmax(-1)
-
-    save_program(capture_module(Small(), [torch.randn(3, 4)], dynamic={"input_0": {0: "n"}}), tmp_path)
-    text = (tmp_path / "graph.json").read_text()
-    generator = random.Random(0)
-    strange = [None, -1, 2**70, 1.5, "", "x", "\u0000", [], {}, [[]], {"as_int": 1}, True, "torch.ops.aten.add.Tensor"]
-    refused = 0
-    for _ in range(150):
-        data = json.loads(text)
-        places: list[tuple[Any, Any]] = []
-        stack = [data]
-        while stack:
-            value = stack.pop()
-            items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
-            places += [(value, key) for key, _ in items]
-            stack += [item for _, item in items if isinstance(item, dict | list)]
-        parent, key = generator.choice(places)
-        if generator.random() < 0.3:
-            del parent[key]
-        else:
-            parent[key] = generator.choice(strange)
-        (tmp_path / "graph.json").write_text(json.dumps(data))
-        try:
-            load_program(tmp_path)
-        except OptcError:
-            refused += 1
-    assert 75 < refused < 150

@@ -43,7 +43,11 @@ def progress(title: str, total: int | None = None) -> Iterator[Callable[[int, st
                TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(title, total=total, note="")
-        yield lambda done, note="": bar.update(task, completed=done, note=note)
+
+        def update(done: int, note: str = "") -> None:
+            bar.update(task, completed=done, note=note)
+
+        yield update
 
 
 def fail(error: OptcError, as_json: bool) -> int:
