@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from optc.compiler.attention_products import Operand, score_factors, weighted_values
 from optc.compiler.dataflow import COPIES, aten, is_tensor, readers, scalar, value_of
-from optc.compiler.element_rules import operator_name
-from optc.compiler.elements import UnprovenError, shape_of
+from optc.compiler.elements import UnprovenError, operator_name
 from optc.compiler.mask_proof import MASKED, MaskProver, Term
 from optc.compiler.storage import Storage
 
@@ -19,25 +20,6 @@ SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 
 _MASKINGS = ("add", "masked_fill", "where")
 _SDPA_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A tensor and the order of its axes that makes it [B, (H,) positions, features]."""
-
-    node: Node
-    axes: tuple[int, ...]
-
-    @property
-    def plain(self) -> bool:
-        """Whether the axes are in order already."""
-        return self.axes == tuple(range(len(self.axes)))
-
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        """Sizes in order, as sympy expressions."""
-        sizes = shape_of(self.node)
-        return tuple(sizes[axis] for axis in self.axes)
 
 
 @dataclass(frozen=True)
@@ -88,108 +70,14 @@ def sdpa_site(node: Node) -> Site:
     if scalar(scale) is None:
         raise UnprovenError(f"its scale {scale} is no number")
     mask = options["attn_mask"]
-    terms = ()
+    terms: tuple[Term, ...] = ()
     if mask is not None:
         terms = (Term(mask, "keep" if value_of(mask).dtype == torch.bool else "add", node),)
     axes = tuple(range(value_of(q).dim()))
-    operands = (Operand(item, axes) for item in (q, k, v))
     return Site(
-        node, *operands, float(scale), terms=terms, is_causal=bool(options["is_causal"]),
-        gqa=bool(options["enable_gqa"]), result_axes=axes,
+        node, Operand(q, axes), Operand(k, axes), Operand(v, axes), float(scale),
+        terms=terms, is_causal=bool(options["is_causal"]), gqa=bool(options["enable_gqa"]), result_axes=axes,
     )  # fmt: skip
-
-
-# -- products ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Product:
-    """A product of two activations: einsum letters of its operands and of the result."""
-
-    left: Node
-    right: Node
-    letters: tuple[str, str, str]
-
-
-def _product(node: Node) -> _Product | None:
-    """`node` as a batched product of two activations, else None."""
-    name = operator_name(node)
-    if name in ("matmul", "bmm"):
-        left, right = node.args
-        batch = "abcdefgh"[: value_of(node).dim() - 2] if is_tensor(node) else ""
-        letters = (f"{batch}xy", f"{batch}yz", f"{batch}xz")
-    elif name == "einsum":
-        equation: Any = node.args[0]
-        operands: Any = node.args[1]
-        inputs, arrow, output = equation.replace(" ", "").partition("->")
-        parts = inputs.split(",")
-        if len(parts) != 2 or not arrow or len(node.args) > 2 or not (inputs + output).replace(",", "").isalpha():
-            return None
-        (left, right), letters = operands, (parts[0], parts[1], output)
-    else:
-        return None
-    if not (isinstance(left, Node) and isinstance(right, Node) and len(letters[2]) >= 2):
-        return None
-    fits = all(value_of(item).dim() == len(part) == len(set(part))
-               for item, part in zip((left, right), letters, strict=False))  # fmt: skip
-    return _Product(left, right, letters) if fits else None
-
-
-def _factors(node: Node) -> tuple[Operand, Operand] | None:
-    """q and k of the scores [B, (H,) S, T] that a product computes, else None."""
-    product = _product(node)
-    if product is None:
-        return None
-    left, right, out = product.letters
-    batch, query, key = out[:-2], out[-2], out[-1]
-    first, second = product.left, product.right
-    if key in left and query in right:
-        left, right, first, second = right, left, second, first
-    summed = set(left) & set(right) - set(out)
-    if len(summed) != 1:
-        return None
-    feature = summed.pop()
-    if set(left) != {*batch, query, feature} or set(right) != {*batch, key, feature}:
-        return None
-    q = Operand(first, tuple(left.index(letter) for letter in batch + query + feature))
-    k = Operand(second, tuple(right.index(letter) for letter in batch + key + feature))
-    return q, _through_transpose(k)
-
-
-def _weighted(node: Node, weights: Node) -> tuple[Operand, tuple[int, ...]] | None:
-    """v, and the order of the result's axes, of the product of `weights` [B, (H,) S, T] with v."""
-    product = _product(node)
-    if product is None or weights not in (product.left, product.right):
-        return None
-    left, right, out = product.letters
-    value = product.right
-    if product.left is not weights:
-        if operator_name(node) != "einsum":
-            return None
-        left, right, value = right, left, product.left
-    batch, query, key = left[:-2], left[-2], left[-1]
-    feature = set(right) - set(left)
-    if len(feature) != 1 or value is weights:
-        return None
-    letter = feature.pop()
-    if set(right) != {*batch, key, letter} or set(out) != {*batch, query, letter}:
-        return None
-    v = Operand(value, tuple(right.index(item) for item in batch + key + letter))
-    return _through_transpose(v), tuple((batch + query + letter).index(item) for item in out)
-
-
-def _through_transpose(operand: Operand) -> Operand:
-    """The operand before a transposition of its last two axes, when that puts them in order."""
-    node, rank = operand.node, len(operand.axes)
-    swapped = (*range(rank - 2), rank - 1, rank - 2)
-    if operand.axes != swapped or node.target is not aten.transpose.int:
-        return operand
-    axes = {int(axis) % rank for axis in node.args[1:3]}
-    if axes != {rank - 2, rank - 1}:
-        return operand
-    source = node.args[0]
-    assert isinstance(source, Node)
-    return Operand(source, tuple(range(rank)))
 
 
 # -- softmax -------------------------------------------------------------------------------------
@@ -208,7 +96,7 @@ class SoftmaxReader:
             UnprovenError: it is attention, and something in it is not understood.
         """
         weights = _last_identity(softmax)
-        products = [user for user in readers(weights) if _weighted(user, weights) is not None]
+        products = [user for user in readers(weights) if weighted_values(user, weights) is not None]
         start = softmax.args[0]
         assert isinstance(start, Node)
         if not products or not _leads_to_scores(start):
@@ -220,7 +108,7 @@ class SoftmaxReader:
         axis = softmax.args[1]
         if axis not in (-1, value_of(softmax).dim() - 1):
             raise UnprovenError(f"it is taken over axis {axis}, not over the keys")
-        weighted = _weighted(result, weights)
+        weighted = weighted_values(result, weights)
         assert weighted is not None
         v, axes = weighted
         site = self._scores(start, softmax, result, v)
@@ -229,7 +117,7 @@ class SoftmaxReader:
     def _scores(self, node: Node, reader: Node, result: Node, v: Operand) -> Site:
         """Walk from the softmax back to q k^T."""
         factor, softcap, terms = 1.0, 0.0, []
-        while (factors := _factors(node)) is None:
+        while (factors := score_factors(node)) is None:
             self._check(node, reader)
             name, tensors = operator_name(node), _tensors(node)
             number = self._multiplier(node)
@@ -267,7 +155,7 @@ class SoftmaxReader:
         if not isinstance(left, Node):
             return None
         number = self._number(right, node)
-        if number is None or (name == "div" and number == 0.0):
+        if number is None or number == 0.0 or not math.isfinite(number):
             raise UnprovenError(f"{node.name} scales by {right}, which is not one number")
         return left, number if name == "mul" else 1.0 / number
 
@@ -346,7 +234,7 @@ def _leads_to_scores(node: Node) -> bool:
         if current in seen:
             continue
         seen.add(current)
-        if _factors(current) is not None:
+        if score_factors(current) is not None:
             return True
         name = operator_name(current)
         if _is_identity(current) or name in ("mul", "div", "tanh", *_MASKINGS):

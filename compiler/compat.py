@@ -26,14 +26,18 @@ __all__ = [
     "SERDE_ERRORS",
     "SYMBOLIC_OPERATORS",
     "SpecViolationError",
+    "aoti_compile",
+    "aoti_errors",
     "deserialize_graph",
     "graph_schema",
+    "has_inductor_march",
     "is_union",
     "serialize_graph",
     "static_shape",
     "sympy_functions",
     "torch_dtype",
     "unflatten_inputs",
+    "vector_flags",
 ]
 
 SCHEMA_MAJOR: int = graph_schema.SCHEMA_VERSION[0]
@@ -140,3 +144,36 @@ def static_shape(sizes: Sequence[Any]) -> tuple[int, ...] | None:
     """The ints of a list of `graph_schema.SymInt`, None when one of them is symbolic."""
     values = [size.as_int for size in sizes if size.type == "as_int"]
     return tuple(values) if len(values) == len(sizes) else None
+
+
+def has_inductor_march() -> bool:
+    """Whether Inductor lets the `-march` of its C++ be chosen (torch 2.13)."""
+    from torch._inductor import config
+
+    return hasattr(config.cpp, "march")
+
+
+def vector_flags() -> list[str]:
+    """Compiler flags (`-mavx2`) of the vector instructions that Inductor generates on this machine."""
+    from torch._inductor.cpu_vec_isa import invalid_vec_isa, pick_vec_isa
+
+    chosen = pick_vec_isa()
+    return [] if chosen == invalid_vec_isa else str(chosen.build_arch_flags()).split()
+
+
+def aoti_compile(exported: ExportedProgram, path: str, configs: dict[str, Any]) -> None:
+    """Compile a program into an AOTInductor package at `path` (`.pt2`).
+
+    Raises:
+        aoti_errors(): the C++ compiler is missing or failed.
+    """
+    from torch import _inductor
+
+    _inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=configs)
+
+
+def aoti_errors() -> tuple[type[Exception], ...]:
+    """What `aoti_compile` raises when the C++ compiler is missing or fails."""
+    from torch._inductor import exc
+
+    return (exc.CppCompileError, exc.InvalidCxxCompiler)

@@ -1,4 +1,4 @@
-"""How operators make elements: one rule per operator, for those that masks and positions are made of."""
+"""How operators make elements: a rule for each operator that masks and positions are made of."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import sympy as sp
 import torch
-from torch import Tensor
 from torch.fx import Node
 
+from optc.compiler.element_moves import MOVES
 from optc.compiler.elements import (
     Elements,
     Index,
@@ -17,26 +17,17 @@ from optc.compiler.elements import (
     UnprovenError,
     Where,
     bare_symbols,
+    first_tensor,
     number,
-    regroup,
+    operator_name,
+    registrar,
     shape_of,
     truth,
 )
 
-_RULES: dict[str, Rule] = {}
+_RULES: dict[str, Rule] = dict(MOVES)
+_rule = registrar(_RULES)
 _WRAPPING = (torch.uint8, torch.int8, torch.int16)
-
-
-def operator_name(node: Node) -> str:
-    """The name of an ATen operator without its overload; an in-place one is called like its plain twin.
-
-    Empty for anything else.
-    """
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.name.startswith("aten::"):
-        return ""
-    name: str = schema.name.removeprefix("aten::")
-    return name.removesuffix("_") if schema.is_mutable and not name.endswith("__") else name
 
 
 def find_rule(node: Node) -> Rule | None:
@@ -44,23 +35,8 @@ def find_rule(node: Node) -> Rule | None:
     return _RULES.get(operator_name(node))
 
 
-def _rule(*names: str) -> Callable[[Rule], Rule]:
-    def register(rule: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(names, rule))
-        return rule
-
-    return register
-
-
 def _is_bool(node: Node) -> bool:
     return bool(node.meta["val"].dtype == torch.bool)
-
-
-def _first(node: Node) -> Node:
-    source = node.args[0]
-    if not isinstance(source, Node) or not isinstance(source.meta["val"], Tensor):
-        raise UnprovenError(f"{node.name} ({node.target}) reads no tensor")
-    return source
 
 
 def _choose(node: Node, condition: Any, then: Any, other: Any) -> Any:
@@ -101,7 +77,7 @@ def _arange(elements: Elements, node: Node, index: Index) -> Any:
     return start + index[0] * (sizes[2] if len(sizes) > 2 else 1)
 
 
-# -- the same elements at other places -----------------------------------------------------------
+# -- the same values in another type -------------------------------------------------------------
 
 
 @_rule("copy")
@@ -109,14 +85,9 @@ def _copy(elements: Elements, node: Node, index: Index) -> Any:
     return _filled(node, elements.operand(node.args[1], index, node))
 
 
-@_rule("alias", "contiguous", "clone", "detach", "lift_fresh_copy", "lift_fresh")
-def _same(elements: Elements, node: Node, index: Index) -> Any:
-    return elements.at(_first(node), index, node)
-
-
 @_rule("to", "_to_copy", "type_as")
 def _cast(elements: Elements, node: Node, index: Index) -> Any:
-    source = _first(node)
+    source = first_tensor(node)
     value, old, new = elements.at(source, index, node), source.meta["val"].dtype, node.meta["val"].dtype
     if old == new:
         return value
@@ -126,98 +97,6 @@ def _cast(elements: Elements, node: Node, index: Index) -> Any:
     if old.is_floating_point and not new.is_floating_point and not value.is_integer:
         raise UnprovenError(f"{node.name} cuts off fractions")
     return value
-
-
-@_rule("expand", "expand_as")
-def _expand(elements: Elements, node: Node, index: Index) -> Any:
-    return elements.operand(_first(node), index, node)
-
-
-@_rule(
-    "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as", "reshape_as"
-)
-def _reshape(elements: Elements, node: Node, index: Index) -> Any:
-    source = _first(node)
-    if source.meta["val"].dtype != node.meta["val"].dtype:
-        raise UnprovenError(f"{node.name} reads the bits of {source.name} as another type")
-    return elements.at(source, regroup(index, shape_of(node), shape_of(source), elements.extents, node), node)
-
-
-@_rule("transpose", "swapaxes")
-def _transpose(elements: Elements, node: Node, index: Index) -> Any:
-    moved = list(index)
-    a, b = (int(axis) % len(index) for axis in node.args[1:3])
-    moved[a], moved[b] = moved[b], moved[a]
-    return elements.at(_first(node), tuple(moved), node)
-
-
-@_rule("t")
-def _matrix_transpose(elements: Elements, node: Node, index: Index) -> Any:
-    return elements.at(_first(node), index[::-1], node)
-
-
-@_rule("permute")
-def _permute(elements: Elements, node: Node, index: Index) -> Any:
-    moved = list(index)
-    axes: Any = node.args[1]
-    for position, axis in enumerate(axes):
-        moved[axis % len(index)] = index[position]
-    return elements.at(_first(node), tuple(moved), node)
-
-
-@_rule("repeat")
-def _repeat(elements: Elements, node: Node, index: Index) -> Any:
-    source = _first(node)
-    shape = shape_of(source)
-    tail = index[len(index) - len(shape) :]
-    same = zip(tail, shape, shape_of(node)[len(index) - len(shape) :], strict=True)
-    found = [sp.Integer(0) if size == 1 else i if size == out else None for i, size, out in same]
-    if None in found:
-        raise UnprovenError(f"{node.name} repeats an axis of more than one element")
-    return elements.at(source, tuple(found), node)
-
-
-@_rule("slice", "narrow")
-def _slice(elements: Elements, node: Node, index: Index) -> Any:
-    source = _first(node)
-    axis, start, _, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
-    if operator_name(node) == "narrow":
-        step = 1
-    axis = int(axis) % len(index)
-    first = elements.size(start or 0, node)
-    if first.is_negative:
-        first = sp.expand(first + shape_of(source)[axis])
-    if not first.is_nonnegative:
-        raise UnprovenError(f"{node.name} starts at {first}, which may count from the end")
-    place = first + index[axis] * elements.size(step, node)
-    return elements.at(source, (*index[:axis], place, *index[axis + 1 :]), node)
-
-
-@_rule("select")
-def _select(elements: Elements, node: Node, index: Index) -> Any:
-    source = _first(node)
-    axis = int(node.args[1]) % (len(index) + 1)
-    place = elements.size(node.args[2], node)
-    if place.is_negative:
-        place = sp.expand(place + shape_of(source)[axis])
-    if not place.is_nonnegative:
-        raise UnprovenError(f"{node.name} takes element {place}, which may count from the end")
-    return elements.at(source, (*index[:axis], place, *index[axis:]), node)
-
-
-@_rule("index")
-def _index(elements: Elements, node: Node, index: Index) -> Any:
-    source, places = _first(node), node.args[1]
-    assert isinstance(places, list | tuple)
-    if len(places) != len(shape_of(source)) or any(not isinstance(item, Node) for item in places):
-        raise UnprovenError(f"{node.name} indexes some axes only")
-    if any(item.meta["val"].dtype not in (torch.int64, torch.int32) for item in places):
-        raise UnprovenError(f"{node.name} selects by a mask")
-    found = tuple(number(elements.operand(item, index, node)) for item in places)
-    for place in found:
-        if not place.is_nonnegative:
-            raise UnprovenError(f"{node.name} indexes with {place}, which may count from the end")
-    return elements.at(source, found, node)
 
 
 # -- positions -----------------------------------------------------------------------------------
@@ -231,7 +110,8 @@ def _elsewhere(elements: Elements, node: Node, source: Any, index: Index, axis: 
 @_rule("diff")
 def _diff(elements: Elements, node: Node, index: Index) -> Any:
     """x[i] - x[i - 1] with one element before the first, where that is the same number throughout."""
-    source, order, axis, before, after = (*node.args, *(None, 1, -1, None, None)[len(node.args) :])
+    given: list[Any] = [*node.args, *(None, 1, -1, None, None)[len(node.args) :]]
+    source, order, axis, before, after = given
     if order != 1 or after is not None or not isinstance(before, Node) or not isinstance(axis, int):
         raise UnprovenError(f"{node.name} is no difference of neighbours")
     axis %= len(index)
@@ -253,7 +133,7 @@ def _diff(elements: Elements, node: Node, index: Index) -> Any:
 def _cumsum(elements: Elements, node: Node, index: Index) -> Any:
     axis = int(node.args[1]) % len(index)
     place = sp.Symbol("i", integer=True, nonnegative=True)
-    step = _elsewhere(elements, node, _first(node), index, axis, place)
+    step = _elsewhere(elements, node, first_tensor(node), index, axis, place)
     if not step.is_number:
         raise UnprovenError(f"{node.name} sums up what is not the same number everywhere")
     return step * (index[axis] + 1)
@@ -264,7 +144,7 @@ def _triangle(elements: Elements, node: Node, index: Index) -> Any:
     diagonal = elements.size(node.args[1] if len(node.args) > 1 else 0, node)
     beyond = index[-1] - index[-2]
     inside = sp.Le(beyond, diagonal) if operator_name(node) == "tril" else sp.Ge(beyond, diagonal)
-    return _choose(node, inside, elements.at(_first(node), index, node), sp.Integer(0))
+    return _choose(node, inside, elements.at(first_tensor(node), index, node), sp.Integer(0))
 
 
 # -- arithmetic and logic ------------------------------------------------------------------------

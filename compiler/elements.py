@@ -7,7 +7,7 @@ not understood raises; nothing is guessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +52,43 @@ class Where(sp.Function):
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor of zeros and ones that is read per batch row and key. `axes` are those of b (or None) and k."""
+    """A tensor of zeros and ones, read per batch row and key. `axes` are those of b (or None) and k."""
 
     node: Node
     axes: tuple[int | None, int]
+
+
+def operator_name(node: Node) -> str:
+    """The name of an ATen operator without its overload; an in-place one is called like its plain twin.
+
+    Empty for anything else.
+    """
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None or not schema.name.startswith("aten::"):
+        return ""
+    name: str = schema.name.removeprefix("aten::")
+    return name.removesuffix("_") if schema.is_mutable and not name.endswith("__") else name
+
+
+def registrar(table: dict[str, Rule]) -> Callable[..., Callable[[Rule], Rule]]:
+    """A decorator that enters a rule into `table` under the names of operators."""
+
+    def names(*operators: str) -> Callable[[Rule], Rule]:
+        def register(rule: Rule) -> Rule:
+            table.update(dict.fromkeys(operators, rule))
+            return rule
+
+        return register
+
+    return names
+
+
+def first_tensor(node: Node) -> Node:
+    """The first argument of a call, which must be a tensor."""
+    source = node.args[0]
+    if not isinstance(source, Node) or not isinstance(source.meta["val"], Tensor):
+        raise UnprovenError(f"{node.name} ({node.target}) reads no tensor")
+    return source
 
 
 def is_truth(value: Any) -> bool:
@@ -120,9 +153,7 @@ class Elements:
         self.leaves: dict[Any, Leaf] = {}
         self._weights = program.weight_names()
         specs = program.contract.inputs
-        self._roles = {
-            node: spec.role for node, spec in zip(program.user_inputs(), specs, strict=True)
-        }
+        self._roles = {node: spec.role for node, spec in zip(program.user_inputs(), specs, strict=True)}
         self._memo: dict[tuple[Node, Index], Any] = {}
         self._sizes: dict[Any, int] = {}
         self._depth = 0
@@ -161,7 +192,9 @@ class Elements:
         if value.dim() > len(index):
             raise UnprovenError(f"{argument.name} has more axes than {reader.name}")
         tail = index[len(index) - value.dim() :]
-        return self.at(argument, tuple(_clip(i, n) for i, n in zip(tail, shape_of(argument), strict=True)), reader)
+        return self.at(
+            argument, tuple(_clip(i, n) for i, n in zip(tail, shape_of(argument), strict=True)), reader
+        )
 
     def size(self, argument: Any, reader: Node) -> Any:
         """An integer argument, symbolic or not."""
@@ -201,11 +234,13 @@ class Elements:
         """A tensor of zeros and ones that says which keys of a row count, as a symbol of its own."""
         rows = [axis for axis, item in enumerate(index) if item == BATCH]
         keys = [axis for axis, item in enumerate(index) if item == KEY]
-        rest = [item for item in index if item not in (BATCH, KEY)]
         one_row = self.extents.get(BATCH) == 1
-        if not binary or len(keys) != 1 or len(rows) > 1 or any(rest) or not (rows or one_row):
+        if not binary or len(keys) != 1 or len(rows) > 1 or not (rows or one_row) or rows > keys:
             return None
-        if rows and rows[0] > keys[0]:
+        if any(item not in (BATCH, KEY, 0) for item in index):
+            return None
+        shape = shape_of(node)
+        if any(sp.expand(shape[axis] - self.extents[index[axis]]) != 0 for axis in (*rows, *keys)):
             return None
         symbol = sp.Symbol(f"{node.name}[{', '.join(map(str, index))}]", integer=True, nonnegative=True)
         self.leaves[symbol] = Leaf(node, (rows[0] if rows else None, keys[0]))
@@ -216,7 +251,9 @@ class Elements:
             raise UnprovenError(f"{node.name} is too complicated")
         dtype = node.meta["val"].dtype
         if dtype in _NARROW and bare_symbols(found) - set(self.leaves):
-            raise UnprovenError(f"{node.name} has positions in {str(dtype).removeprefix('torch.')}, which rounds")
+            raise UnprovenError(
+                f"{node.name} has positions in {str(dtype).removeprefix('torch.')}, which rounds"
+            )
 
     def _size(self, value: Any) -> int:
         if value not in self._sizes:
@@ -246,7 +283,7 @@ def _constant(name: str, weight: Tensor, index: Index) -> Any:
         levels, counts = torch.unique_consecutive(diagonals, return_counts=True)
         if len(levels) <= _MAX_STEPS:
             return _steps(levels, counts, free[1] - free[0], 1 - values.shape[0])
-    raise UnprovenError(f"the values of {name} follow no bound on the key's position")
+    raise UnprovenError(f"the weight {name} is no bound on k - q")
 
 
 def _steps(levels: Tensor, counts: Tensor, variable: Any, start: int) -> Any:
@@ -260,37 +297,3 @@ def _steps(levels: Tensor, counts: Tensor, variable: Any, start: int) -> Any:
         else:
             found = Where(condition, value, found)
     return found
-
-
-def regroup(index: Index, shape: Sequence[Any], source: Sequence[Any], extents: Mapping[Any, Any], node: Node) -> Index:
-    """The index into a tensor of shape `source` behind an index into its reshaping to `shape`."""
-    outer = [(i, n) for i, n in zip(index, shape, strict=True) if n != 1]
-    inner = [(axis, n) for axis, n in enumerate(source) if n != 1]
-    found: list[Any] = [sp.Integer(0)] * len(source)
-    while outer and inner and sp.expand(outer[-1][1] - inner[-1][1]) == 0:
-        found[inner.pop()[0]] = outer.pop()[0]
-    while outer and inner and sp.expand(outer[0][1] - inner[0][1]) == 0:
-        found[inner.pop(0)[0]] = outer.pop(0)[0]
-    flat: Any = sp.Integer(0)
-    for i, n in outer:
-        flat = flat * n + i
-    for axis, n in reversed(inner[1:]):
-        flat, found[axis] = _divide(flat, n, extents, node)
-    if inner:
-        found[inner[0][0]] = flat
-    return tuple(found)
-
-
-def _divide(value: Any, divisor: Any, extents: Mapping[Any, Any], node: Node) -> tuple[Any, Any]:
-    """Quotient and remainder of an index, when the remainder is plainly below the divisor."""
-    quotient = remainder = sp.Integer(0)
-    for term in sp.Add.make_args(sp.expand(value)):
-        ratio = sp.cancel(term / divisor)
-        if ratio.as_numer_denom()[1] == 1:
-            quotient += ratio
-        else:
-            remainder += term
-    bounded = remainder == 0 or (remainder in extents and sp.expand(extents[remainder] - divisor) == 0)
-    if not bounded:
-        raise UnprovenError(f"{node.name} cuts an axis in a way that is not understood")
-    return quotient, remainder

@@ -42,7 +42,7 @@ from optc.compiler.program import Program
 from optc.compiler.storage import Storage
 
 MASKED = -1e4
-"""A number at most this, added to a score, masks it: exp underflows in every float type."""
+"""A number at most this, added to a score or put in its place, masks it: scores are far smaller."""
 
 _DISTANCE = sp.Symbol("d", integer=True)
 _MAX_LEAVES = 4
@@ -89,7 +89,9 @@ class MaskProver:
         self._program, self._storage = program, storage
         self._proved: dict[Any, ProvedMask] = {}
 
-    def prove(self, terms: Sequence[Term], extents: Mapping[Any, Any], *, is_causal: bool = False) -> ProvedMask:
+    def prove(
+        self, terms: Sequence[Term], extents: Mapping[Any, Any], *, is_causal: bool = False
+    ) -> ProvedMask:
         """The conjunction of masks on the scores [B, (H,) S, T].
 
         Args:
@@ -113,12 +115,18 @@ class MaskProver:
     def number(self, node: Node, reader: Node) -> float | None:
         """The value of a tensor that is the same number everywhere, else None."""
         elements = Elements(self._program, self._storage, find_rule, {})
-        indices = (sp.Symbol(f"i{axis}", integer=True, nonnegative=True) for axis, _ in enumerate(shape_of(node)))
+        indices = (
+            sp.Symbol(f"i{axis}", integer=True, nonnegative=True) for axis, _ in enumerate(shape_of(node))
+        )
         try:
             value = number(elements.at(node, tuple(indices), reader))
         except UnprovenError:
             return None
         return float(value) if value.is_number else None
+
+
+_Mask = tuple[Any, Term | None]
+"""A mask at the distance d, and the term it came from (None: torch's flag)."""
 
 
 class _Proof:
@@ -128,12 +136,15 @@ class _Proof:
         self.elements = elements
         extents = elements.extents
         self.index = tuple(symbol for symbol in (BATCH, HEAD, QUERY, KEY) if symbol in extents)
-        self.from_end = {KEY: _DISTANCE + QUERY + sp.expand(extents[KEY] - extents[QUERY])}
+        older = sp.expand(extents[KEY] - extents[QUERY])
+        self.distance = KEY - QUERY - older
+        self.from_end = {KEY: _DISTANCE + QUERY + older}
 
     def run(self, terms: Sequence[Term], is_causal: bool) -> ProvedMask:
-        masks = [(self._condition(term), term) for term in terms]
+        masks: list[_Mask] = [(self._condition(term), term) for term in terms]
         if is_causal:
-            masks.append((sp.Le(KEY, QUERY).xreplace(self.from_end), None))
+            self._check_square()
+            masks.append((sp.Le(_DISTANCE, 0), None))
         leaves = self._leaves(masks)
         cases = {
             values: [
@@ -142,9 +153,13 @@ class _Proof:
             ]
             for values in itertools.product((1, 0), repeat=len(leaves))
         }
-        cuts = {cut for case in cases.values() for value, term in case for cut in _cuts(value, term)}
-        samples = sorted({sp.floor(cut) + shift for cut in cuts for shift in (-1, 0, 1, 2)} or {sp.Integer(0)})
-        kept = {values: [int(d) for d in samples if _all_keep(case, d)] for values, case in cases.items()}
+        cuts = {cut for case in cases.values() for value, term in case for cut in self._cuts(value, term)}
+        samples = sorted(
+            {sp.floor(cut) + shift for cut in cuts for shift in (-1, 0, 1, 2)} or {sp.Integer(0)}
+        )
+        kept = {
+            values: [int(d) for d in samples if self._all_keep(case, d)] for values, case in cases.items()
+        }
         relevant = [i for i in range(len(leaves)) if any(kept[v] != kept[_flipped(v, i)] for v in kept)]
         seen = {tuple(values[i] for i in relevant): found for values, found in kept.items() if found}
         if len(seen) != 1:
@@ -152,68 +167,83 @@ class _Proof:
             raise UnprovenError(f"the parts {names} are no conjunction" if seen else "everything is masked")
         ((signs, distances),) = seen.items()
         padding = tuple(
-            Padding(self.elements.leaves[leaves[i]], bool(sign)) for i, sign in zip(relevant, signs, strict=True)
+            Padding(self.elements.leaves[leaves[i]], bool(sign))
+            for i, sign in zip(relevant, signs, strict=True)
         )
         return _interval(distances, [int(d) for d in samples], padding)
+
+    def _check_square(self) -> None:
+        queries, keys = self.elements.extents[QUERY], self.elements.extents[KEY]
+        if sp.expand(queries - keys) != 0:
+            raise UnprovenError(
+                f"is_causal aligns the first of {queries} queries with the first of {keys} keys, not the last"
+            )
 
     def _condition(self, term: Term) -> Any:
         value = self.elements.operand(term.node, self.index, term.reader)
         value = number(value) if term.kind == "add" else truth(value)
         return value.xreplace(self.from_end)
 
-    def _leaves(self, masks: Iterable[tuple[Any, Term | None]]) -> list[Any]:
+    def _leaves(self, masks: Iterable[_Mask]) -> list[Any]:
         used = {symbol for value, _ in masks for symbol in value.free_symbols}
         leaves = sorted((symbol for symbol in self.elements.leaves if symbol in used), key=str)
         if len(leaves) > _MAX_LEAVES:
             raise UnprovenError(f"more than {_MAX_LEAVES} tensors of padding take part")
         return leaves
 
+    def _cuts(self, value: Any, term: Term | None) -> set[Any]:
+        """The distances where a mask may change. Between them it is constant, or this raises."""
+        if _DISTANCE in bare_symbols(value):
+            assert term is not None
+            raise UnprovenError(f"{term.node.name} adds {self._shown(value)}, which varies with the position")
+        cuts = set()
+        for relation in value.atoms(Relational):
+            sides = bare_symbols(relation.lhs) | bare_symbols(relation.rhs)
+            if relation.has(Where):
+                if sides:
+                    raise UnprovenError(f"{self._shown(relation)} is no bound on k - q")
+                continue
+            gap = sp.expand(relation.lhs - relation.rhs)
+            slope = gap.coeff(_DISTANCE, 1)
+            constant = sp.expand(gap - slope * _DISTANCE)
+            if not slope.is_number or slope == 0 or not (constant.is_number and constant.is_finite):
+                raise UnprovenError(f"{self._shown(relation)} is no bound on k - q")
+            cuts.add(-constant / slope)
+        return cuts
+
+    def _all_keep(self, masks: Sequence[_Mask], distance: Any) -> bool:
+        kept = [
+            self._keeps(value, term, distance) for value, term in masks
+        ]  # each must be known, not only the first
+        return all(kept)
+
+    def _keeps(self, value: Any, term: Term | None, distance: Any) -> bool:
+        """Whether a mask keeps the score at a distance."""
+        try:
+            found = value.xreplace({_DISTANCE: distance})
+        except TypeError as error:  # sympy's answer to a comparison with NaN
+            raise UnprovenError(f"{self._shown(value)} compares with NaN") from error
+        if is_truth(found):
+            if found not in (sp.true, sp.false):
+                raise UnprovenError(f"{self._shown(found)} is not known")
+            return bool(found) != (term is not None and term.kind == "drop")
+        assert term is not None
+        if found == 0:
+            return True
+        if found.is_number and found.is_extended_real and found * term.factor <= MASKED:
+            return False
+        raise UnprovenError(f"{term.node.name} adds {self._shown(found)} to a score")
+
+    def _shown(self, value: Any) -> str:
+        """A condition or number as text, in k and q."""
+        if isinstance(value, Relational):
+            return f"{self._shown(value.lhs)} {value.rel_op} {self._shown(value.rhs)}"
+        shown = str(sp.expand(value.subs(_DISTANCE, self.distance)))
+        return shown if len(shown) <= 80 else shown[:77] + "..."
+
 
 def _flipped(values: tuple[int, ...], place: int) -> tuple[int, ...]:
     return (*values[:place], 1 - values[place], *values[place + 1 :])
-
-
-def _cuts(value: Any, term: Term | None) -> set[Any]:
-    """The distances where a mask may change. Between them it is constant, or this raises."""
-    if _DISTANCE in bare_symbols(value):
-        assert term is not None
-        raise UnprovenError(f"{term.node.name} adds {_shown(value)}, which varies with the position")
-    cuts = set()
-    for relation in value.atoms(Relational):
-        sides = bare_symbols(relation.lhs) | bare_symbols(relation.rhs)
-        if relation.has(Where):
-            if sides:
-                raise UnprovenError(f"{_shown(relation)} is no bound on k - q")
-            continue
-        gap = sp.expand(relation.lhs - relation.rhs)
-        slope = gap.coeff(_DISTANCE, 1)
-        constant = sp.expand(gap - slope * _DISTANCE)
-        if not slope.is_number or slope == 0 or not (constant.is_number and constant.is_finite):
-            raise UnprovenError(f"{_shown(relation)} is no bound on k - q")
-        cuts.add(-constant / slope)
-    return cuts
-
-
-def _all_keep(masks: Sequence[tuple[Any, Term | None]], distance: Any) -> bool:
-    return all([_keeps(value, term, distance) for value, term in masks])
-
-
-def _keeps(value: Any, term: Term | None, distance: Any) -> bool:
-    """Whether a mask keeps the score at a distance."""
-    try:
-        found = value.xreplace({_DISTANCE: distance})
-    except TypeError as error:  # sympy's answer to a comparison with NaN
-        raise UnprovenError(f"{_shown(value)} compares with NaN") from error
-    if is_truth(found):
-        if found not in (sp.true, sp.false):
-            raise UnprovenError(f"{_shown(found)} is not known")
-        return bool(found) != (term is not None and term.kind == "drop")
-    assert term is not None
-    if found == 0:
-        return True
-    if found.is_number and found.is_extended_real and found * term.factor <= MASKED:
-        return False
-    raise UnprovenError(f"{term.node.name} adds {_shown(found)} to a score")
 
 
 def _interval(kept: list[int], samples: list[int], padding: tuple[Padding, ...]) -> ProvedMask:
@@ -229,9 +259,3 @@ def _interval(kept: list[int], samples: list[int], padding: tuple[Padding, ...])
     if first > 0:
         raise UnprovenError(f"it keeps keys from k = q {first:+d} on, which is no window")
     return ProvedMask(causal, 1 - first, padding)
-
-
-def _shown(value: Any) -> str:
-    """A condition as text, in k and q."""
-    shown = str(value.subs(_DISTANCE, sp.Symbol("(k - q)")))
-    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -23,8 +23,7 @@ from optc.compiler.publishing import leftovers
 DOMAINS = {"": range(17, 25), "com.microsoft": range(1, 2)}
 """Domain -> operator set versions. From 25 on, ONNX Runtime's CPU Attention has no kernel."""
 
-STANDARD_OPS = frozenset(
-    """
+_STANDARD = """
     Abs Acos Add And ArgMax ArgMin Asin Atan Attention AveragePool BatchNormalization BitwiseAnd BitwiseNot
     BitwiseOr BitwiseXor Cast Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh
     CumSum DepthToSpace DequantizeLinear Div Einsum Elu Equal Erf Exp Expand Flatten Floor Gather
@@ -36,16 +35,15 @@ STANDARD_OPS = frozenset(
     Round ScatterElements ScatterND Selu Shape Sigmoid Sign SimplifiedLayerNormalization Sin Sinh Size Slice
     Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tan Tanh TensorScatter Tile TopK
     Transpose Trilu Unsqueeze Where Xor
-    """.split()
-)
+    """
+STANDARD_OPS = frozenset(_STANDARD.split())
 """Pure functions of tensors: nothing that runs a subgraph, reads a file or draws random numbers."""
 
-MICROSOFT_OPS = frozenset(
-    """
+_MICROSOFT = """
     BiasGelu FastGelu FusedMatMul Gelu GatherBlockQuantized GroupQueryAttention MatMulNBits
     MultiHeadAttention QuickGelu RotaryEmbedding SkipLayerNormalization SkipSimplifiedLayerNormalization
-    """.split()
-)
+    """
+MICROSOFT_OPS = frozenset(_MICROSOFT.split())
 
 _ITEM_SIZES = {1: 4, 2: 1, 3: 1, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2}
 """TensorProto.DataType -> bytes: float, uint8, int8, int16, int32, int64, bool, float16, double, bfloat16."""
@@ -53,6 +51,15 @@ _TYPED_FIELDS = {1: "float_data", 6: "int32_data", 7: "int64_data", 11: "double_
     (2, 3, 5, 9, 10, 16), "int32_data"
 )
 _PLAIN_ATTRIBUTES = {1, 2, 3, 4, 6, 7, 8}  # float, int, string, tensor, and lists of the numbers and strings
+_DATA_FIELDS = (
+    "raw_data",
+    "float_data",
+    "int32_data",
+    "string_data",
+    "int64_data",
+    "double_data",
+    "uint64_data",
+)
 _EXTERNAL = 1
 _MAX_MODEL = 1 << 28
 _MAX_RANK, _MAX_SIZE = 16, 1 << 48
@@ -193,7 +200,8 @@ def _check_flow(graph: Any) -> None:
     known: set[str] = set()
     for kind, items in (("input", graph.input), ("initializer", graph.initializer)):
         for item in items:
-            _require(bool(item.name) and item.name not in known, f"{kind} {item.name!r} has no name of its own")
+            fine = isinstance(item.name, str) and bool(item.name) and item.name not in known
+            _require(fine, f"{kind} {item.name!r} has no name of its own")
             known.add(item.name)
     for node in graph.node:
         for name in node.input:
@@ -234,8 +242,8 @@ def _check_tensor(tensor: Any, what: str, spans: dict[str, list[_Span]]) -> int:
 
 def _inline_fields(tensor: Any) -> list[tuple[str, int]]:
     """The data fields that hold something, with their lengths."""
-    names = ("raw_data", "float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
-    return [(name, len(getattr(tensor, name))) for name in names if len(getattr(tensor, name))]
+    lengths = [(name, len(getattr(tensor, name))) for name in _DATA_FIELDS]
+    return [(name, length) for name, length in lengths if length]
 
 
 def _external(tensor: Any, what: str, size: int, item: int) -> tuple[str, int]:
@@ -244,6 +252,8 @@ def _external(tensor: Any, what: str, size: int, item: int) -> tuple[str, int]:
     for entry in tensor.external_data:
         _require(entry.key in ("location", "offset", "length"), f"{what}: unknown key {entry.key!r}")
         _require(entry.key not in entries, f"{what}: {entry.key} is given twice")
+        # Text that is not UTF-8 comes out of the decoder as bytes.
+        _require(isinstance(entry.value, str), f"{what}: {entry.key} is no text")
         entries[entry.key] = entry.value
     _require(len(entries) == 3, f"{what}: location, offset or length is missing")
     location = entries["location"]
@@ -263,8 +273,8 @@ def _check_spans(folder: Path, model: str, location: str, spans: Iterable[_Span]
     size = _plain_file(folder, location)
     behind = _Span(0, 0, "")
     for span in sorted(spans, key=lambda span: (span.start, span.end)):
-        inside = span.end <= size
-        _require(inside, f"initializer {span.name!r} ends at byte {span.end} of {location!r}, which has {size}")
+        where = f"byte {span.end} of {location!r}, which has {size}"
+        _require(span.end <= size, f"initializer {span.name!r} ends at {where}")
         if span.end > span.start:
             _require(span.start >= behind.end, f"initializers {behind.name!r} and {span.name!r} overlap")
             behind = span

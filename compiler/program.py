@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -76,7 +77,7 @@ class Program:
         for old, new in values.items():
             new.name = old.name  # names such as "input" are not kept by themselves; the signature needs them
         output = graph.output(result)
-        output.meta = dict(next(reversed(source.graph.nodes)).meta)
+        output.meta = dict(source.graph.output_node().meta)
         exported = ExportedProgram(
             root=source.graph_module,
             graph=graph,
@@ -120,6 +121,23 @@ class Program:
         """Every weight the graph reads, once each, in placeholder order."""
         for name in dict.fromkeys(self.weight_names().values()):
             yield name, self.weight(name)
+
+    def save(self, directory: Path) -> None:
+        """Write graph, contract and weights into a folder, without pickle; see `serialization`."""
+        from optc.compiler.serialization import save_program
+
+        save_program(self, directory)
+
+    @staticmethod
+    def load(directory: Path) -> Program:
+        """Read a Program back; the files are treated as hostile.
+
+        Raises:
+            ArtifactError: damaged or not trusted (7).
+        """
+        from optc.compiler.serialization import load_program
+
+        return load_program(directory)
 
     def fingerprint(self) -> str:
         """sha256 over graph text, contract and weight bytes: equal Programs compute equal numbers."""

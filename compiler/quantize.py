@@ -46,13 +46,13 @@ def quantize_groups(
     check_group_size(group_size, [weight.shape[1]])
     rows, columns = weight.shape
     groups = weight.detach().reshape(rows, -1, group_size or columns).float()
-    low, high = groups.amin(-1), groups.amax(-1)
+    low, high = torch.aminmax(groups, dim=-1)
     if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise InputError("the weight holds NaN or infinity", remedy="repair the checkpoint")
     if symmetric:
         top = 2 ** (bits - 1) - 1
         scale = _stored_scale(torch.maximum(high, -low) / top, top, weight.dtype)
-        codes = _ratio(groups, scale).clamp_(-top, top) + 2 ** (bits - 1)
+        codes = _ratio(groups, scale).clamp_(-top, top).add_(2 ** (bits - 1))
         zero = None
     else:
         top = 2**bits - 1
@@ -60,13 +60,13 @@ def quantize_groups(
         # Divided before subtracting: high - low may exceed the largest float.
         scale = _stored_scale(high / top - low / top, top, weight.dtype)
         offset = torch.round(-low / scale.float()).clamp_(0, top)
-        codes = (_ratio(groups, scale) + offset[..., None]).clamp_(0, top)
+        codes = _ratio(groups, scale).add_(offset[..., None]).clamp_(0, top)
         zero = offset.to(torch.uint8)
     return codes.reshape(rows, columns).to(torch.uint8), scale, zero
 
 
 def _ratio(groups: Tensor, scale: Tensor) -> Tensor:
-    return torch.round(groups / scale.float()[..., None])
+    return (groups / scale.float()[..., None]).round_()
 
 
 def _stored_scale(scale: Tensor, top: int, dtype: torch.dtype) -> Tensor:

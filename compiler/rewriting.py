@@ -81,7 +81,7 @@ class Match:
 class Rule(ABC):
     """Pattern, check and rewrite of one kind of site."""
 
-    def prepare(self, program: Program) -> None:
+    def prepare(self, program: Program) -> None:  # noqa: B027  (most rules need none)
         """Called once with the clone that will be edited, before any site is matched."""
 
     @abstractmethod

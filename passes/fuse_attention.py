@@ -6,18 +6,19 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import sympy as sp
 import torch
 from torch.fx import Node
 
 from optc.compiler.attention_pattern import (
     SDPA,
     SOFTMAXES,
-    Operand,
     Site,
     SoftmaxReader,
     bypass_dropout,
     sdpa_site,
 )
+from optc.compiler.attention_products import Operand
 from optc.compiler.capture.facts import attention_layers
 from optc.compiler.dataflow import CASTS, COPIES, MOVES, Sizes, aten, evaluate, is_tensor, readers, value_of
 from optc.compiler.elements import BATCH, HEAD, KEY, QUERY, UnprovenError, shape_of
@@ -68,30 +69,35 @@ class _Attention(Rule):
 
     def match(self, program: Program, node: Node) -> Match | Miss | None:
         try:
-            if node.target is SDPA:
-                site: Site | None = sdpa_site(node)
-            elif node.target in SOFTMAXES:
-                site = self._reader.site(node)
-            else:
-                return None
+            site = self._site(node)
             if site is None:
                 return None
-            self._check(site)
-            proved = self._prover.prove(site.terms, _extents(site), is_causal=site.is_causal)
-            for padding in proved.padding:
+            keys, values = self._check(site)
+            mask = self._prover.prove(site.terms, _extents(site), is_causal=site.is_causal)
+            for padding in mask.padding:
                 self._check_unwritten(padding.leaf.node, site.result)
         except UnprovenError as error:
             return Miss(node.name, str(error))
-        return Match(site.result, {"site": site, "mask": proved})
+        return Match(site.result, {"site": site, "keys": keys, "values": values, "mask": mask})
+
+    def _site(self, node: Node) -> Site | None:
+        if node.target is SDPA:
+            return sdpa_site(node)
+        return self._reader.site(node) if node.target in SOFTMAXES else None
 
     def rewrite(self, program: Program, match: Match) -> None:
         site: Site = match.found["site"]
         mask: ProvedMask = match.found["mask"]
-        keys, values = _shared_heads(site)
-        q, k, v = (_in_order(program, item, site.result) for item in (site.q, keys, values))
+        operands = (site.q, match.found["keys"], match.found["values"])
+        q, k, v = (_in_order(program, item, site.result) for item in operands)
         padding = self._key_padding(program, mask, site.result)
-        knobs = {"scale": site.scale, "causal": mask.causal, "window": mask.window, "softcap": site.softcap}
-        arguments = (q, k, v, padding, None)
+        knobs: dict[str, Any] = {
+            "scale": site.scale,
+            "causal": mask.causal,
+            "window": mask.window,
+            "softcap": site.softcap,
+        }
+        arguments: tuple[Any, ...] = (q, k, v, padding, None)
         if site.weights is not None:
             bypass_dropout(site.weights)
         last: list[tuple[Any, Any]] = []
@@ -99,35 +105,55 @@ class _Attention(Rule):
             last.append((aten.squeeze.dim, 1))
         if site.result_axes != tuple(range(len(site.result_axes))):
             last.append((aten.permute.default, list(site.result_axes)))
-        target, rest = _ATTENTION, (arguments, knobs)
+        target: Any = _ATTENTION
         for after, option in last:
-            made = insert_call(program, site.result, target, *rest)
-            target, rest = after, ((made, option), {})
-        new = replace_call(program, site.result, target, *rest)
+            arguments, knobs = (insert_call(program, site.result, target, arguments, knobs), option), {}
+            target = after
+        new = replace_call(program, site.result, target, arguments, knobs)
         self._storage.replaced(site.result, new)
         _allow_copies(program, new)
 
-    def _check(self, site: Site) -> None:
-        """Refuse operands that `optc.attention` does not take."""
+    def _check(self, site: Site) -> tuple[Operand, Operand]:
+        """Refuse operands that `optc.attention` does not take; keys and values, not repeated, otherwise."""
         q, k, v = site.q.shape, site.k.shape, site.v.shape
         rank = len(q)
         if rank not in (3, 4) or len(k) != rank or len(v) != rank:
             raise UnprovenError(f"{site.q.node.name} has {rank} axes, not [B, H, S, D]")
         if rank == 3 and q[0] not in self._batches:
             raise UnprovenError(f"the first axis of {site.q.node.name}, {q[0]}, is no input's batch axis")
-        if not (q[0] == k[0] == v[0] and q[-1] == k[-1] and k[-2] == v[-2]):
-            raise UnprovenError(f"its operands do not fit: {q}, {k} and {v}")
-        heads, kv_heads = (1, 1) if rank == 3 else (q[1], k[1])
-        grouped = heads == kv_heads or kv_heads == 1 or (site.gqa and heads % kv_heads == 0)
-        if not grouped or (rank == 4 and k[1] != v[1]):
-            raise UnprovenError(f"{heads} query heads do not share {kv_heads} key heads in groups")
-        if not all(size.is_Integer for size in (heads, kv_heads, q[-1], v[-1]) if not isinstance(size, int)):
+        result = shape_of(site.result)
+        fits = q[0] == k[0] == v[0] and q[-1] == k[-1] and k[-2] == v[-2]
+        if not fits or result != tuple((*q[:-1], v[-1])[axis] for axis in site.result_axes):
+            raise UnprovenError(f"its operands {q}, {k} and {v} do not fit or are broadcast")
+        heads, kv_heads, v_heads = (q[1], k[1], v[1]) if rank == 4 else (sp.Integer(1),) * 3
+        if not all(size.is_Integer for size in (heads, kv_heads, v_heads, q[-1], v[-1])):
             raise UnprovenError("the number of heads or their size is not fixed")
+        grouped = heads == kv_heads or kv_heads == 1 or (site.gqa and heads % kv_heads == 0)
+        if not grouped or kv_heads != v_heads:
+            raise UnprovenError(f"{heads} query heads do not share {kv_heads} key and {v_heads} value heads")
         dtypes = {value_of(item).dtype for item in (site.q.node, site.k.node, site.v.node, site.result)}
         if len(dtypes) != 1:
             raise UnprovenError(f"its operands are of several types: {', '.join(sorted(map(str, dtypes)))}")
-        for item in (site.q, *_shared_heads(site)):
+        keys, values = self._shared_heads(site)
+        for item in (site.q, site.k, site.v, keys, values):
             self._check_unwritten(item.node, site.result)
+        return keys, values
+
+    def _shared_heads(self, site: Site) -> tuple[Operand, Operand]:
+        """Keys and values before they were repeated for every query head, when both were, alike."""
+        keys, values = self._before_repeat(site.k), self._before_repeat(site.v)
+        return (keys, values) if keys.shape[1] == values.shape[1] else (site.k, site.v)
+
+    def _before_repeat(self, operand: Operand) -> Operand:
+        """[B, Hkv, T, D] that `operand` [B, H, T, D] repeats, head by head, H / Hkv times; or `operand`."""
+        node = operand.node
+        while operand.plain and node.target in _REARRANGEMENTS and is_tensor(node.args[0]):
+            reader, node = node, node.args[0]
+            if self._storage.overwritten(node, reader) is not None:
+                break
+            if _repeats(node, operand.node):
+                return Operand(node, operand.axes)
+        return operand
 
     def _key_padding(self, program: Program, mask: ProvedMask, before: Node) -> Node | None:
         """bool [B, T]: the keys of each row that count, or None when all do."""
@@ -141,7 +167,9 @@ class _Attention(Rule):
         """One part of the padding as bool [B, T], made right behind its source and once for all layers."""
         node, (row, key) = padding.leaf.node, padding.leaf.axes
         steps: list[tuple[Any, ...]] = [
-            (aten.select.int, axis, 0) for axis in reversed(range(value_of(node).dim())) if axis not in (row, key)
+            (aten.select.int, axis, 0)
+            for axis in reversed(range(value_of(node).dim()))
+            if axis not in (row, key)
         ]
         steps += [(aten.unsqueeze.default, 0)] if row is None else []
         steps += [(aten.to.dtype, torch.bool)] if value_of(node).dtype != torch.bool else []
@@ -167,37 +195,16 @@ def _extents(site: Site) -> dict[Any, Any]:
     return {BATCH: batch, **dict(zip((HEAD,), heads, strict=False)), QUERY: queries, KEY: site.k.shape[-2]}
 
 
-# -- grouped-query attention -----------------------------------------------------------------------
-
-
-def _shared_heads(site: Site) -> tuple[Operand, Operand]:
-    """Keys and values before they were repeated for every query head, when both were, alike."""
-    pairs = [(item, _before_repeat(item)) for item in (site.k, site.v)]
-    sources = [source for _, source in pairs]
-    if len({int(source.shape[1]) for source in sources if len(source.axes) == 4}) == 1:
-        return sources[0], sources[1]
-    return site.k, site.v
-
-
-def _before_repeat(operand: Operand) -> Operand:
-    """[B, Hkv, T, D] that `operand` [B, H, T, D] repeats H / Hkv times, head by head; else the operand.
+def _repeats(source: Node, node: Node) -> bool:
+    """Whether `node` [B, H, T, D], made from `source` [B, Hkv, T, D] by rearranging, repeats each head.
 
     The moves in between are run on distinct numbers at small sizes: what they do does not depend on
     the values, and the shapes are compared as they are.
     """
-    source = operand.node
-    if not operand.plain or len(operand.axes) != 4:
-        return operand
-    while source.target in _REARRANGEMENTS and is_tensor(source.args[0]):
-        source = source.args[0]
-        if _repeats(source, operand.node):
-            return Operand(source, operand.axes)
-    return operand
-
-
-def _repeats(source: Node, node: Node) -> bool:
     few, many = shape_of(source), shape_of(node)
-    if len(few) != 4 or (few[0], *few[2:]) != (many[0], *many[2:]) or not few[1].is_Integer:
+    if len(few) != 4 or len(many) != 4 or (few[0], *few[2:]) != (many[0], *many[2:]):
+        return False
+    if not few[1].is_Integer or not many[1].is_Integer:
         return False
     groups, rest = divmod(int(many[1]), int(few[1]))
     if rest or groups < 2:
@@ -206,9 +213,6 @@ def _repeats(source: Node, node: Node) -> bool:
     shape = sizes.shape(source)
     probe = torch.arange(torch.Size(shape).numel()).reshape(shape)
     return torch.equal(evaluate(node, {source: probe}, sizes), probe.repeat_interleave(groups, 1))
-
-
-# -- edits -----------------------------------------------------------------------------------------
 
 
 def _in_order(program: Program, operand: Operand, before: Node) -> Node:

@@ -77,9 +77,8 @@ class _Rotation(Rule):
             return Miss(node.name, f"{x.name} has {value_of(x).dim()} axes, not [B, H, S, D]")
         style = _style(node, x, angles, sizes)
         if style is None:
-            return Miss(
-                node.name, "it does not rotate the feature pairs of [B, H, S, D] by position * inv_freq"
-            )
+            reason = "it does not rotate the feature pairs of [B, H, S, D] by position * inv_freq"
+            return Miss(node.name, reason)
         return Match(node, {"x": x, "angles": angles, "interleaved": style})
 
     def rewrite(self, program: Program, match: Match) -> None:
@@ -165,11 +164,10 @@ def _style(node: Node, x: Node, angles: _Angles, sizes: Sizes) -> bool | None:
         item: torch.rand(sizes.shape(item), generator=generator, dtype=torch.float64)
         for item in (x, angles.position, angles.inv_freq)
     }
+    if values[x].shape[-1] != 2 * values[angles.inv_freq].shape[0]:
+        return None
     computed = evaluate(node, values, sizes)
     for interleaved in (False, True):
-        size = 2 * values[angles.inv_freq].shape[0]
-        if values[x].shape[-1] != size:
-            return None
         expected = torch.ops.optc.rotary(*values.values(), scaling=angles.scaling, interleaved=interleaved)
         if computed.shape == expected.shape and torch.allclose(computed, expected, rtol=0.0, atol=1e-5):
             return interleaved

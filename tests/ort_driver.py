@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 import torch
 from torch import Tensor
@@ -29,6 +28,11 @@ def compiled(program: Program, directory: Path, **options: Any) -> tuple[Program
     check_legal(program, TARGET)
     directory.mkdir(exist_ok=True)
     return program, TARGET.export(program, ExportRequest(directory=directory, options=chosen))
+
+
+def exported(program: Program, directory: Path) -> ExportResult:
+    """Export a program as it is."""
+    return TARGET.export(program, ExportRequest(directory=directory, options=CompileOptions()))
 
 
 def gated(program: Program, directory: Path, **options: Any) -> ExportResult:
@@ -88,7 +92,7 @@ def schedules(session: Any, contract: Contract, rows: Sequence[Sequence[int]]) -
     for row in rows:
         for way, cuts in (
             ("prefill", [len(row)]),
-            ("chunks", [len(row) // 2, len(row) // 2 + 3, len(row)]),
+            ("chunks", sorted({len(row) // 2, len(row) // 2 + 3, len(row)})),
             ("steps", list(range(1, len(row) + 1))),
         ):
             decoder, start, parts = Decoder(session, contract, 1), 0, []
@@ -100,9 +104,7 @@ def schedules(session: Any, contract: Contract, rows: Sequence[Sequence[int]]) -
     return ways
 
 
-def _ragged(
-    session: Any, contract: Contract, rows: Sequence[Sequence[int]], steps: int
-) -> list[Tensor]:
+def _ragged(session: Any, contract: Contract, rows: Sequence[Sequence[int]], steps: int) -> list[Tensor]:
     """A right-padded prefill of unequal rows, then one token per row and step."""
     decoder = Decoder(session, contract, len(rows))
     parts = [[part] for part in decoder.feed([row[:-steps] for row in rows])]

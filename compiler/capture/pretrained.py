@@ -48,7 +48,9 @@ class _Decoder(_Shell):
 
 
 class _Encoder(_Shell):
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
         more = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         out = self._inner(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **more)
         return out.logits if hasattr(out, "logits") else out[0]
@@ -132,7 +134,8 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
     raise CaptureError(
         f"unknown architecture {names[0] if names else '(none named)'}",
         where="config.json: architectures",
-        why="transformers has no such class" + ("" if trust_remote_code else ", and remote code is never executed"),
+        why="transformers has no such class"
+        + ("" if trust_remote_code else ", and remote code is never executed"),
         remedy="use a model whose class is part of transformers",
     )
 
@@ -173,7 +176,9 @@ def capture_model(model: torch.nn.Module, *, attention: str = NAME) -> Program:
             remedy="capture with attention='optc' or 'eager'",
         )  # fmt: skip
     register()
-    before = {name: getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation")}
+    before = {
+        name: getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation")
+    }
     config._attn_implementation = attention
     config._experts_implementation = NAME
     try:
@@ -206,7 +211,11 @@ def _export(model: torch.nn.Module, config: Any) -> Program:
             args += (torch.zeros_like(ids),)
             inputs.append(Input(name="token_type_ids", role="token_type_ids", **i64))
     exported = run_export(shell, args, tuple(dims for _ in args), where=type(model).__name__)
-    output = Output(name="logits", role="logits") if hasattr(model, "lm_head") or decoder else Output(name="hidden", role="hidden")
+    output = (
+        Output(name="logits", role="logits")
+        if hasattr(model, "lm_head") or decoder
+        else Output(name="hidden", role="hidden")
+    )
     contract = Contract(
         kind="decoder" if decoder else "encoder",
         inputs=tuple(inputs),

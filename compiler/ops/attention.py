@@ -52,7 +52,7 @@ def masked_attention(
 def position_mask(query: Tensor, key: Tensor, *, causal: bool, window: int) -> Tensor:
     """keep[..., i, j] for query positions [..., S] and key positions [T]."""
     query, key = query[..., :, None], key[None, :]
-    keep = key <= query if causal else (key >= 0) & (query >= 0)
+    keep = key <= query if causal else torch.ones_like(key <= query)
     return keep & (key > query - window) if window > 0 else keep
 
 

@@ -1,133 +1,66 @@
-"""Lowerings of elementwise operators, casts and comparisons, with ATen's type promotion."""
+"""Lowerings of functions of one tensor, casts, selection and copies."""
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch.fx import Node
 
-from optc.exporters.onnx.walker import DTYPES, Lowering, Walker, argument, is_symbolic
+from optc.exporters.onnx.walker import Lowering, Walker, argument, result_dtype
 
 _aten = torch.ops.aten
 
 
-def _out(node: Node) -> torch.dtype:
-    val = node.meta["val"]
-    return val.dtype if isinstance(val, torch.Tensor) else torch.int64
-
-
-def promoted(node: Node) -> torch.dtype:
-    """The type in which the operands of a comparison meet."""
-    operands = []
-    for item in node.args[:2]:
-        val = item.meta["val"] if isinstance(item, Node) else item
-        operands.append(val if isinstance(val, torch.Tensor | int | float | bool) else 0)
-    return torch.result_type(operands[0], operands[1]) if len(operands) > 1 else torch.result_type(operands[0], 0)
-
-
 def _unary(kind: str, **attributes: Any) -> Lowering:
     def lower(walker: Walker, node: Node) -> ir.Value:
-        return walker.op(kind, [walker.value(node.args[0], _out(node))], attributes)
+        return walker.op(kind, [walker.value(node.args[0], result_dtype(node))], attributes)
 
     return lower
 
 
-def _binary(kind: str) -> Lowering:
-    def lower(walker: Walker, node: Node) -> ir.Value:
-        dtype = _out(node)
-        left, right = (walker.value(item, dtype) for item in node.args[:2])
-        alpha = node.kwargs.get("alpha", 1)
-        if alpha != 1:
-            right = walker.op("Mul", [right, walker.constant(alpha, dtype)])
-        out = walker.op(kind, [left, right])
-        return scalar_shaped(walker, node, out)
-
-    return lower
-
-
-def scalar_shaped(walker: Walker, node: Node, value: ir.Value) -> ir.Value:
-    """A rank-0 result that took the [1] shape of a size operand, as rank 0."""
-    val = node.meta["val"]
-    if isinstance(val, torch.Tensor) and val.dim() == 0 and any(is_symbolic(item) for item in node.args):
-        return walker.op("Reshape", [value, walker.constant([], torch.int64)])
-    return value
-
-
-def _comparison(kind: str, negated: bool = False) -> Lowering:
-    def lower(walker: Walker, node: Node) -> ir.Value:
-        dtype = promoted(node)
-        out = walker.op(kind, [walker.value(item, dtype) for item in node.args[:2]])
-        return walker.op("Not", [out]) if negated else out
-
-    return lower
-
-
-def _logical(kind: str) -> Lowering:
-    """and, or, xor, not: on bools the logical operator, on integers the bitwise one."""
+def _rounding(kind: str) -> Lowering:
+    """floor, ceil, round: integers stay as they are."""
 
     def lower(walker: Walker, node: Node) -> ir.Value:
-        dtype = _out(node)
-        name = kind if dtype is torch.bool else f"Bitwise{kind}"
-        operands = [walker.value(item, dtype) for item in node.args[:2]]
-        return walker.op(name, operands)
+        x = walker.value(node.args[0])
+        return walker.op(kind, [x]) if result_dtype(node).is_floating_point else x
 
     return lower
 
 
-def _to(walker: Walker, node: Node) -> ir.Value:
-    return walker.value(node.args[0], _out(node))
+def _is_nan(walker: Walker, node: Node) -> ir.Value:
+    source = node.args[0].meta["val"].dtype
+    return walker.op("IsNaN", [walker.value(node.args[0], source if source.is_floating_point else torch.float32)])
 
 
-def _where(walker: Walker, node: Node) -> ir.Value:
-    dtype = _out(node)
-    condition = walker.value(node.args[0], torch.bool)
-    return walker.op("Where", [condition, walker.value(node.args[1], dtype), walker.value(node.args[2], dtype)])
-
-
-def _masked_fill(walker: Walker, node: Node) -> ir.Value:
-    x, mask, value = node.args[:3]
-    dtype = _out(node)
-    return walker.op("Where", [walker.value(mask, torch.bool), walker.value(value, dtype), walker.value(x, dtype)])
-
-
-def _divide(walker: Walker, node: Node) -> ir.Value:
-    dtype, mode = _out(node), node.kwargs.get("rounding_mode")
-    work = torch.float32 if mode and not dtype.is_floating_point else dtype
-    out = walker.op("Div", [walker.value(item, work) for item in node.args[:2]])
-    if mode == "floor":
-        out = walker.op("Floor", [out])
-    elif mode == "trunc":
-        out = walker.op("Where", [walker.op("Less", [out, walker.constant(0, work)]),
-                                  walker.op("Ceil", [out]), walker.op("Floor", [out])])  # fmt: skip
-    return out if work is dtype else walker.cast(out, dtype)
-
-
-def _clamp(walker: Walker, node: Node) -> ir.Value:
-    dtype = _out(node)
-    low, high = argument(node, 1, "min"), argument(node, 2, "max")
-    out = walker.value(node.args[0], dtype)
-    if low is not None:
-        out = walker.op("Max", [out, walker.value(low, dtype)])
-    if high is not None:
-        out = walker.op("Min", [out, walker.value(high, dtype)])
-    return out
-
-
-def _pow(walker: Walker, node: Node) -> ir.Value:
-    dtype, (base, exponent) = _out(node), node.args[:2]
-    if exponent == 2:
-        x = walker.value(base, dtype)
-        return walker.op("Mul", [x, x])
-    return walker.op("Pow", [walker.value(base, dtype), walker.value(exponent, dtype)])
+def _relu(walker: Walker, node: Node) -> ir.Value:
+    dtype, x = result_dtype(node), walker.value(node.args[0])
+    # ONNX Runtime has no Relu of int64
+    return walker.op("Relu", [x]) if dtype.is_floating_point else walker.op("Max", [x, walker.constant(0, dtype)])
 
 
 def _rsqrt(walker: Walker, node: Node) -> ir.Value:
-    return walker.op("Reciprocal", [walker.op("Sqrt", [walker.value(node.args[0], _out(node))])])
+    return walker.op("Reciprocal", [walker.op("Sqrt", [walker.value(node.args[0], result_dtype(node))])])
+
+
+def _square(walker: Walker, node: Node) -> ir.Value:
+    x = walker.value(node.args[0])
+    return walker.op("Mul", [x, x])
+
+
+def _log_base(base: float) -> Lowering:
+    def lower(walker: Walker, node: Node) -> ir.Value:
+        dtype = result_dtype(node)
+        out = walker.op("Log", [walker.value(node.args[0], dtype)])
+        return walker.op("Mul", [out, walker.constant(1.0 / math.log(base), dtype)])
+
+    return lower
+
+
+# -- activations ------------------------------------------------------------------------------
 
 
 def _silu(walker: Walker, node: Node) -> ir.Value:
@@ -145,89 +78,154 @@ def _leaky_relu(walker: Walker, node: Node) -> ir.Value:
     return walker.op("LeakyRelu", [walker.value(node.args[0])], {"alpha": float(slope)})
 
 
-def _log_base(base: float) -> Lowering:
-    def lower(walker: Walker, node: Node) -> ir.Value:
-        dtype = _out(node)
-        out = walker.op("Log", [walker.value(node.args[0], dtype)])
-        return walker.op("Mul", [out, walker.constant(1.0 / math.log(base), dtype)])
+def _elu(walker: Walker, node: Node) -> ir.Value:
+    """scale * x where positive, scale * alpha * (exp(input_scale * x) - 1) elsewhere."""
+    dtype, x = result_dtype(node), walker.value(node.args[0])
+    alpha, scale, input_scale = (float(argument(node, i, name, 1)) for i, name in
+                                 ((1, "alpha"), (2, "scale"), (3, "input_scale")))  # fmt: skip
+    if scale == input_scale == 1.0:
+        return walker.op("Elu", [x], {"alpha": alpha})
+    inner = walker.op("Elu", [walker.op("Mul", [x, walker.constant(input_scale, dtype)])])
+    low = walker.op("Mul", [inner, walker.constant(scale * alpha, dtype)])
+    positive = walker.op("Greater", [x, walker.constant(0, dtype)])
+    return walker.op("Where", [positive, walker.op("Mul", [x, walker.constant(scale, dtype)]), low])
 
-    return lower
+
+def _softplus(walker: Walker, node: Node) -> ir.Value:
+    """log(1 + exp(beta * x)) / beta, and x itself where beta * x is above the threshold."""
+    dtype, x = result_dtype(node), walker.value(node.args[0])
+    beta, threshold = (float(argument(node, i, name, default)) for i, name, default in
+                       ((1, "beta", 1), (2, "threshold", 20)))  # fmt: skip
+    scaled = x if beta == 1 else walker.op("Mul", [x, walker.constant(beta, dtype)])
+    soft = walker.op("Softplus", [scaled])
+    soft = soft if beta == 1 else walker.op("Div", [soft, walker.constant(beta, dtype)])
+    return walker.op("Where", [walker.op("Greater", [scaled, walker.constant(threshold, dtype)]), x, soft])
+
+
+def _hard_sigmoid(walker: Walker, node: Node) -> ir.Value:
+    return walker.op("HardSigmoid", [walker.value(node.args[0])], {"alpha": 1 / 6, "beta": 0.5})
+
+
+# -- clamping and selection -------------------------------------------------------------------
+
+
+def _between(walker: Walker, node: Node, low: Any, high: Any) -> ir.Value:
+    dtype = result_dtype(node)
+    out = walker.value(node.args[0], dtype)
+    if low is not None:
+        out = walker.op("Max", [out, walker.value(low, dtype)])
+    return out if high is None else walker.op("Min", [out, walker.value(high, dtype)])
+
+
+def _clamp(walker: Walker, node: Node) -> ir.Value:
+    if node.target is _aten.clamp_max.default:
+        return _between(walker, node, None, node.args[1])
+    return _between(walker, node, argument(node, 1, "min"), argument(node, 2, "max"))
+
+
+def _relu6(walker: Walker, node: Node) -> ir.Value:
+    return _between(walker, node, 0, 6)
+
+
+def _hard_tanh(walker: Walker, node: Node) -> ir.Value:
+    return _between(walker, node, argument(node, 1, "min_val", -1), argument(node, 2, "max_val", 1))
+
+
+def select(walker: Walker, dtype: torch.dtype, condition: ir.Value, yes: ir.Value, no: ir.Value) -> ir.Value:
+    """Where; ONNX Runtime has no kernel for bools, so these are selected by logic."""
+    if dtype is not torch.bool:
+        return walker.op("Where", [condition, yes, no])
+    chosen = walker.op("And", [condition, yes])
+    return walker.op("Or", [chosen, walker.op("And", [walker.op("Not", [condition]), no])])
+
+
+def _where(walker: Walker, node: Node) -> ir.Value:
+    dtype = result_dtype(node)
+    condition = walker.value(node.args[0], torch.bool)
+    return select(walker, dtype, condition, walker.value(node.args[1], dtype), walker.value(node.args[2], dtype))
+
+
+def _masked_fill(walker: Walker, node: Node) -> ir.Value:
+    (x, mask, value), dtype = node.args[:3], result_dtype(node)
+    return select(walker, dtype, walker.value(mask, torch.bool), walker.value(value, dtype), walker.value(x, dtype))
+
+
+# -- casts and copies -------------------------------------------------------------------------
+
+
+def _to(walker: Walker, node: Node) -> ir.Value:
+    return walker.value(node.args[0], result_dtype(node))
 
 
 def _same(walker: Walker, node: Node) -> ir.Value:
     return walker.value(node.args[0])
 
 
-def _size_arithmetic(kind: str) -> Lowering:
-    def lower(walker: Walker, node: Node) -> ir.Value:
-        return walker.op(kind, [walker.size(item) for item in node.args])
-
-    return lower
+def _nothing(walker: Walker, node: Node) -> None:
+    """Metadata asserts repeat what the graph's types say."""
 
 
-def _fmod(walker: Walker, node: Node) -> ir.Value:
-    dtype = _out(node)
-    attributes = {"fmod": 1} if node.target in (_aten.fmod.Scalar, _aten.fmod.Tensor) else {}
-    left, right = (walker.value(item, dtype) for item in node.args[:2])
-    if dtype.is_floating_point and not attributes:  # remainder: a - floor(a / b) * b
-        floor = walker.op("Floor", [walker.op("Div", [left, right])])
-        return walker.op("Sub", [left, walker.op("Mul", [floor, right])])
-    return walker.op("Mod", [left, right], attributes)
+_MAY_SHARE = (_aten.dropout.default, _aten.type_as.default, _aten.einsum.default, _aten._unsafe_view.default)  # and do not say so
+
+
+def unshared(node: Node) -> str | None:
+    """A predicate for in-place operators: nothing else sees the memory that they write.
+
+    Reads that come later go through the in-place node itself, as torch.export traces them. What
+    cannot be lowered are views: of the written tensor, or a written tensor that is one.
+    """
+    written = node.args[0]
+    if written.op != "call_function" or _shares(written):
+        return "it writes to an input, a weight or a view"
+    if any(_shares(user) or user > node for user in written.users if user is not node):
+        return "it writes to a tensor that has views, or is read later as it was"
+    return None
+
+
+def _shares(node: Node) -> bool:
+    """Whether a node's result may be memory of its input: views, and in-place operators behind views."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or node.target in _MAY_SHARE:
+        return True
+    if schema.is_mutable:
+        return _shares(node.args[0]) if isinstance(node.args[0], Node) else True
+    return any(item.alias_info is not None for item in schema.returns)
 
 
 def _table() -> dict[Any, Lowering]:
     table: dict[Any, Lowering] = {}
 
-    def add(lower: Lowering, *targets: Callable[..., Any]) -> None:
+    def add(lower: Lowering, *targets: Any) -> None:
         table.update(dict.fromkeys(targets, lower))
 
-    for name, kind in (("neg", "Neg"), ("abs", "Abs"), ("exp", "Exp"), ("log", "Log"), ("sqrt", "Sqrt"),
-                       ("sin", "Sin"), ("cos", "Cos"), ("tan", "Tan"), ("tanh", "Tanh"), ("erf", "Erf"), ("sigmoid", "Sigmoid"),
-                       ("relu", "Relu"), ("floor", "Floor"), ("ceil", "Ceil"), ("round", "Round"), ("sign", "Sign"),
-                       ("reciprocal", "Reciprocal"), ("softplus", "Softplus"), ("mish", "Mish"),
-                       ("hardswish", "HardSwish"), ("selu", "Selu"), ("isnan", "IsNaN")):  # fmt: skip
-        add(_unary(kind), getattr(_aten, name).default)
-    add(_unary("Elu"), _aten.elu.default)
+    for kind in ("Neg", "Abs", "Exp", "Log", "Sqrt", "Sin", "Cos", "Tan", "Tanh", "Erf", "Sigmoid", "Sign",
+                 "Reciprocal", "Mish", "HardSwish", "Selu"):  # fmt: skip
+        add(_unary(kind), getattr(_aten, kind.lower()).default)
+    for kind in ("Floor", "Ceil", "Round"):
+        add(_rounding(kind), getattr(_aten, kind.lower()).default)
+    add(_is_nan, _aten.isnan.default)
+    add(_relu, _aten.relu.default, _aten.relu_.default)
     add(_rsqrt, _aten.rsqrt.default)
-    add(_silu, _aten.silu.default, _aten.silu_.default)
-    add(_unary("Relu"), _aten.relu_.default)
-    add(_gelu, _aten.gelu.default)
-    add(_leaky_relu, _aten.leaky_relu.default)
+    add(_square, _aten.square.default)
     add(_log_base(2.0), _aten.log2.default)
     add(_log_base(10.0), _aten.log10.default)
-    add(_binary("Add"), _aten.add.Tensor, _aten.add.Scalar, _aten.add_.Tensor)
-    add(_binary("Sub"), _aten.sub.Tensor, _aten.sub.Scalar, _aten.sub_.Tensor)
-    add(_binary("Mul"), _aten.mul.Tensor, _aten.mul.Scalar, _aten.mul_.Tensor)
-    add(_binary("Max"), _aten.maximum.default)
-    add(_binary("Min"), _aten.minimum.default)
-    add(_divide, _aten.div.Tensor, _aten.div.Scalar, _aten.div_.Tensor, _aten.div.Tensor_mode, _aten.div.Scalar_mode)
-    add(_fmod, _aten.fmod.Scalar, _aten.fmod.Tensor, _aten.remainder.Scalar, _aten.remainder.Tensor)
-    add(_pow, _aten.pow.Tensor_Scalar, _aten.pow.Tensor_Tensor, _aten.pow.Scalar)
-    for name, kind, negated in (("eq", "Equal", False), ("ne", "Equal", True), ("lt", "Less", False),
-                                ("le", "LessOrEqual", False), ("gt", "Greater", False), ("ge", "GreaterOrEqual", False)):  # fmt: skip
-        add(_comparison(kind, negated), getattr(_aten, name).Tensor, getattr(_aten, name).Scalar)
-    add(_logical("And"), _aten.logical_and.default, _aten.bitwise_and.Tensor, getattr(_aten, "__and__").Tensor)
-    add(_logical("Or"), _aten.logical_or.default, _aten.bitwise_or.Tensor, getattr(_aten, "__or__").Tensor)
-    add(_logical("Xor"), _aten.logical_xor.default, _aten.bitwise_xor.Tensor)
-    add(_logical("Not"), _aten.logical_not.default, _aten.bitwise_not.default)
+    add(_silu, _aten.silu.default, _aten.silu_.default)
+    add(_gelu, _aten.gelu.default)
+    add(_leaky_relu, _aten.leaky_relu.default)
+    add(_elu, _aten.elu.default)
+    add(_softplus, _aten.softplus.default)
+    add(_hard_sigmoid, _aten.hardsigmoid.default)
+    add(_relu6, _aten.relu6.default)
+    add(_hard_tanh, _aten.hardtanh.default, _aten.hardtanh_.default)
+    add(_clamp, _aten.clamp.default, _aten.clamp.Tensor, _aten.clamp_min.default, _aten.clamp_max.default)
     add(_where, _aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar)
     add(_masked_fill, _aten.masked_fill.Scalar, _aten.masked_fill.Tensor, _aten.masked_fill_.Scalar)
-    add(_clamp, _aten.clamp.default, _aten.clamp.Tensor, _aten.clamp_min.default, _aten.clamp_max.default)
-    table[_aten.clamp_max.default] = lambda walker, node: walker.op(
-        "Min", [walker.value(node.args[0], _out(node)), walker.value(node.args[1], _out(node))]
-    )
-    add(_to, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten.to.other, _aten._to_copy.default, _aten.type_as.default)
+    add(_to, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten.to.other, _aten._to_copy.default,
+        _aten.type_as.default)  # fmt: skip
     add(_same, _aten.contiguous.default, _aten.clone.default, _aten.alias.default, _aten.detach.default,
         _aten.detach_.default, _aten.lift_fresh_copy.default, _aten.dropout.default)  # fmt: skip
-    add(_size_arithmetic("Add"), operator.add)
-    add(_size_arithmetic("Sub"), operator.sub)
-    add(_size_arithmetic("Mul"), operator.mul)
-    add(_size_arithmetic("Div"), operator.floordiv)
-    add(_size_arithmetic("Mod"), operator.mod)
-    add(_size_arithmetic("Max"), torch.sym_max)
-    add(_size_arithmetic("Min"), torch.sym_min)
+    add(_nothing, _aten._assert_tensor_metadata.default)
     return table
 
 
 TABLE = _table()
-__all__ = ["DTYPES", "TABLE", "promoted"]

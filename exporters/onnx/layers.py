@@ -117,10 +117,11 @@ def _conv(walker: Walker, node: Node) -> ir.Value:
         "dilations": _pair(argument(node, 5, "dilation", 1), rank),
         "group": int(argument(node, 6, "groups", 1)),
     }
-    if isinstance(padding, str):
-        attributes["auto_pad"] = {"same": "SAME_UPPER", "valid": "VALID"}[padding]
+    if padding == "same":  # spelled out: ONNX Runtime takes no dilation with auto_pad
+        spans = [d * (int(k) - 1) for d, k in zip(attributes["dilations"], weight.meta["val"].shape[2:], strict=True)]
+        attributes["pads"] = [span // 2 for span in spans] + [span - span // 2 for span in spans]
     else:
-        attributes["pads"] = _pair(padding, rank) * 2
+        attributes["pads"] = _pair(0 if padding == "valid" else padding, rank) * 2
     inputs = [walker.value(x), walker.value(weight), None if bias is None else walker.value(bias)]
     return walker.op("Conv", inputs, attributes)
 
@@ -151,7 +152,34 @@ def to_one(node: Node) -> str | None:
     return None if list(node.args[1]) == [1, 1] else "only an output of 1x1 is lowered"
 
 
+def batched(node: Node) -> str | None:
+    """A predicate for convolutions and pooling: ONNX needs the batch axis."""
+    rank = {"conv1d": 3}.get(node.target._schema.name.removeprefix("aten::"), 4)
+    return None if node.meta["val"].dim() == rank else "an input without batch axis is not lowered"
+
+
+def plain_average(node: Node) -> str | None:
+    """A predicate for avg_pool2d: ONNX has no other divisor than the size of the window."""
+    return "divisor_override is not lowered" if argument(node, 6, "divisor_override") else batched(node)
+
+
+def _pad(walker: Walker, node: Node) -> ir.Value:
+    """pad(x, [left, right, top, bottom, ...]) from the last axis on; negative amounts crop."""
+    amounts, rank, dtype = list(node.args[1]), node.meta["val"].dim(), node.meta["val"].dtype
+    pairs = [(0, 0)] * (rank - len(amounts) // 2) + [tuple(amounts[i : i + 2]) for i in range(0, len(amounts), 2)][::-1]
+    pads = walker.sizes([before for before, _ in pairs] + [after for _, after in pairs])
+    fill = walker.value(argument(node, 3, "value") or 0, dtype)
+    return walker.op("Pad", [walker.value(node.args[0]), pads, fill], {"mode": "constant"})
+
+
+def constant_fill(node: Node) -> str | None:
+    """A predicate for pad."""
+    mode = argument(node, 2, "mode", "constant")
+    return None if mode == "constant" else f"mode {mode!r} is not lowered"
+
+
 TABLE: dict[Any, Lowering] = {
+    _aten.pad.default: _pad,
     _aten.linear.default: _linear,
     _aten.matmul.default: _matmul,
     _aten.mm.default: _matmul,

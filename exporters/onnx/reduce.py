@@ -113,18 +113,24 @@ def _one_hot(walker: Walker, node: Node) -> ir.Value:
     return walker.op("OneHot", [walker.value(node.args[0]), depth, walker.constant([0, 1])], {"axis": -1})
 
 
+def known_depth(node: Node) -> str | None:
+    """A predicate for one_hot."""
+    return "the number of classes depends on the data" if argument(node, 1, "num_classes", -1) == -1 else None
+
+
 def _index(walker: Walker, node: Node) -> ir.Value:
     """x[i, j, ...] with index tensors on the leading axes, broadcast against each other."""
     x, indices = node.args[:2]
     given = list(indices)
     if len(given) == 1:
         return walker.op("Gather", [walker.value(x), walker.value(given[0])], {"axis": 0})
-    shape = walker.op("Shape", [walker.op("Add", [walker.value(given[0]), walker.value(given[1])])])
-    for more in given[2:]:
-        total = walker.op("Add", [walker.op("Expand", [walker.constant(0), shape]), walker.value(more)])
-        shape = walker.op("Shape", [total])
+    places = [walker.value(item, torch.int64) for item in given]
+    total = places[0]
+    for more in places[1:]:
+        total = walker.op("Add", [total, more])
+    shape = walker.op("Shape", [total])
     last = walker.constant([-1])
-    parts = [walker.op("Unsqueeze", [walker.op("Expand", [walker.value(i), shape]), last]) for i in given]
+    parts = [walker.op("Unsqueeze", [walker.op("Expand", [i, shape]), last]) for i in places]
     return walker.op("GatherND", [walker.value(x), walker.op("Concat", parts, {"axis": -1})])
 
 
@@ -133,7 +139,7 @@ def leading_indices(node: Node) -> str | None:
     for item in node.args[1]:
         if item is None:
             return "an index behind a full slice is not lowered"
-        if item.meta["val"].dtype is torch.bool:
+        if item.meta["val"].dtype in (torch.bool, torch.uint8):
             return "a boolean index has a data-dependent shape"
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -19,33 +19,57 @@ def _shape(node: Node) -> list[Any]:
     return list(node.meta["val"].shape)
 
 
-def reshape(walker: Walker, node: Node, value: ir.Value, source: Sequence[Any], sizes: Sequence[Any]) -> ir.Value:
-    """Reshape to the shape of `node`; a constant shape where axes are copied (0) and one is inferred (-1)."""
-    target = _shape(node)
+def _constant_shape(source: Sequence[Any], target: Sequence[Any]) -> list[int] | None:
+    """The target as constants, where an axis is copied (0) and at most one inferred (-1); else None."""
+    if any(isinstance(size, int) and size == 0 for size in target):
+        return None
     plan: list[int] = []
     for axis, size in enumerate(target):
-        if isinstance(size, int) and size:
+        if isinstance(size, int):
             plan.append(size)
-        elif axis < len(source) and str(source[axis]) == str(size) and not isinstance(size, int):
-            plan.append(0)
         else:
-            plan.append(-1)
-    if plan.count(-1) <= 1 and 0 not in target:
-        return walker.op("Reshape", [value, walker.constant(plan) if plan else walker.constant([], torch.int64)])
-    return walker.op("Reshape", [value, walker.sizes(sizes)], {"allowzero": 1})
+            plan.append(0 if axis < len(source) and str(source[axis]) == str(size) else -1)
+    return plan if plan.count(-1) <= 1 else None
+
+
+def _reshape(walker: Walker, node: Node, sizes: Callable[[], ir.Value]) -> ir.Value:
+    """Reshape args[0] to the shape of `node`, by `sizes()` where constants cannot say it."""
+    source = node.args[0]
+    plan = _constant_shape(_shape(source), _shape(node))
+    if plan is not None:
+        return walker.op("Reshape", [walker.value(source), walker.constant(plan)])
+    return walker.op("Reshape", [walker.value(source), sizes()], {"allowzero": 1})
 
 
 def _view(walker: Walker, node: Node) -> ir.Value:
-    source = node.args[0]
-    assert isinstance(source, Node)
-    return reshape(walker, node, walker.value(source), _shape(source), node.args[1])
+    return _reshape(walker, node, lambda: walker.sizes(node.args[1]))
 
 
-def _reshape_like(walker: Walker, node: Node) -> ir.Value:
-    """flatten, unflatten: the result's shape says it all."""
+def _like(walker: Walker, node: Node) -> ir.Value:
+    """view_as, expand_as."""
+    kind = "Expand" if node.target is _aten.expand_as.default else "Reshape"
+    return walker.op(kind, [walker.value(node.args[0]), walker.op("Shape", [walker.value(node.args[1])])])
+
+
+def _middle_replaced(walker: Walker, source: Node, first: int, last: int, middle: ir.Value) -> ir.Value:
+    """The shape of `source` with the axes first..last replaced."""
+    value, rank = walker.value(source), len(_shape(source))
+    ends = [(0, first), (last + 1, rank)]
+    before, after = ([walker.op("Shape", [value], {"start": i, "end": j})] if j > i else [] for i, j in ends)
+    return walker.op("Concat", [*before, middle, *after], {"axis": 0})
+
+
+def _flatten(walker: Walker, node: Node) -> ir.Value:
     source = node.args[0]
-    assert isinstance(source, Node)
-    return reshape(walker, node, walker.value(source), _shape(source), _shape(node))
+    first, last = (axis_of(source, int(argument(node, i, name, default)))
+                   for i, name, default in ((1, "start_dim", 0), (2, "end_dim", -1)))  # fmt: skip
+    return _reshape(walker, node, lambda: _middle_replaced(walker, source, first, last, walker.constant([-1])))
+
+
+def _unflatten(walker: Walker, node: Node) -> ir.Value:
+    source, sizes = node.args[0], node.args[2]
+    axis = axis_of(source, int(node.args[1]))
+    return _reshape(walker, node, lambda: _middle_replaced(walker, source, axis, axis, walker.sizes(sizes)))
 
 
 def _transpose(walker: Walker, node: Node) -> ir.Value:
@@ -71,7 +95,7 @@ def _squeeze(walker: Walker, node: Node) -> ir.Value:
     given = argument(node, 1, "dim")
     rank = len(_shape(source))
     axes = range(rank) if given is None else [given] if isinstance(given, int) else given
-    drop = [axis % rank for axis in axes if _shape(source)[axis] == 1]
+    drop = [axis % rank for axis in axes if isinstance(size := _shape(source)[axis], int) and size == 1]
     return walker.op("Squeeze", [walker.value(source), walker.constant(drop)]) if drop else walker.value(source)
 
 
@@ -105,16 +129,22 @@ def _select(walker: Walker, node: Node) -> ir.Value:
 
 
 def _split(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
-    """chunk, split, split_with_sizes, unbind: sizes are read off the results."""
-    parts = node.meta["val"]
+    """chunk, split, split_with_sizes: sizes are read off the results."""
+    parts, value = node.meta["val"], walker.value(node.args[0])
     axis = int(argument(node, 2, "dim", 0)) % parts[0].dim()
-    sizes = [part.shape[axis] for part in parts]
-    if not all(isinstance(size, int) for size in sizes):
-        sizes = node.args[1]
-    value = walker.value(node.args[0])
+    sizes: Any = [part.shape[axis] for part in parts]
     if len(parts) == 1:
         return (value,)
+    if not all(isinstance(size, int) for size in sizes):
+        sizes = node.args[1]
     return walker.op("Split", [value, walker.sizes(sizes)], {"axis": axis}, outputs=len(parts))
+
+
+def known_parts(node: Node) -> str | None:
+    """A predicate for chunk and split: the sizes of their parts are constants."""
+    axis = int(argument(node, 2, "dim", 0))
+    known = all(isinstance(part.shape[axis], int) for part in node.meta["val"])
+    return None if known else "the sizes of the parts depend on the input"
 
 
 def _unbind(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
@@ -152,9 +182,19 @@ def _arange(walker: Walker, node: Node) -> ir.Value:
     if node.target is not _aten.arange.default:
         start, end = node.args[:2]
         step = argument(node, 2, "step", 1)
-    bounds = [walker.scalar(item) for item in (start, end, step)]
-    out = walker.op("Range", bounds)
+    bounds = (start, end, step)
+    if any(isinstance(item, float) for item in bounds):
+        return walker.op("Range", [walker.value(item, dtype) for item in bounds])
+    out = walker.op("Range", [walker.scalar(item) for item in bounds])
     return out if dtype is torch.int64 else walker.cast(out, dtype)
+
+
+def no_truncation(node: Node) -> str | None:
+    """A predicate for arange: fractions in the bounds of integers are not lowered."""
+    bounds = [*node.args, node.kwargs.get("step")]
+    if any(isinstance(item, float) for item in bounds) and not node.meta["val"].dtype.is_floating_point:
+        return "an integer range with fractional bounds is not lowered"
+    return None
 
 
 def _full(walker: Walker, node: Node) -> ir.Value:
@@ -177,20 +217,16 @@ def _full(walker: Walker, node: Node) -> ir.Value:
 
 
 def _scalar_tensor(walker: Walker, node: Node) -> ir.Value:
-    value = walker.scalar(node.args[0]) if isinstance(node.args[0], Node) else None
-    dtype = node.meta["val"].dtype
-    if value is None:
-        return walker.constant(node.args[0], dtype)
-    return value if dtype is torch.int64 else walker.cast(value, dtype)
+    return walker.value(node.args[0], node.meta["val"].dtype)
 
 
 def _triangle(upper: int) -> Lowering:
     def lower(walker: Walker, node: Node) -> ir.Value:
         diagonal = walker.scalar(argument(node, 1, "diagonal", 0))
         dtype = node.meta["val"].dtype
-        value = walker.value(node.args[0], torch.int64 if dtype is torch.bool else dtype)
-        out = walker.op("Trilu", [value, diagonal], {"upper": upper})
-        return walker.cast(out, torch.bool) if dtype is torch.bool else out
+        work = dtype if dtype.is_floating_point else torch.int64  # ONNX Runtime has no kernel for the others
+        out = walker.op("Trilu", [walker.value(node.args[0], work), diagonal], {"upper": upper})
+        return out if work is dtype else walker.cast(out, dtype)
 
     return lower
 
@@ -199,7 +235,9 @@ def _table() -> dict[Any, Lowering]:
     table: dict[Any, Lowering] = {}
     for lower, targets in (
         (_view, (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default)),
-        (_reshape_like, (_aten.flatten.using_ints, _aten.unflatten.int)),
+        (_flatten, (_aten.flatten.using_ints,)),
+        (_unflatten, (_aten.unflatten.int,)),
+        (_like, (_aten.view_as.default, _aten.expand_as.default)),
         (_transpose, (_aten.transpose.int, _aten.permute.default, _aten.t.default)),
         (_unsqueeze, (_aten.unsqueeze.default,)),
         (_squeeze, (_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims)),

@@ -9,12 +9,13 @@ import torch
 from torch.fx import Node
 
 from optc.compiler.target import Predicate
-from optc.exporters.onnx import dialect, elementwise, layers, reduce, shape
+from optc.exporters.onnx import arithmetic, dialect, elementwise, layers, reduce, shape
 from optc.exporters.onnx.walker import Lowering
 
 _aten, _optc = torch.ops.aten, torch.ops.optc
 
 LOWERINGS: dict[Any, Lowering] = {
+    **arithmetic.TABLE,
     **elementwise.TABLE,
     **shape.TABLE,
     **reduce.TABLE,
@@ -22,12 +23,29 @@ LOWERINGS: dict[Any, Lowering] = {
     **dialect.TABLE,
 }
 
+_IN_PLACE = [
+    target
+    for target in LOWERINGS
+    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target is not _aten.detach_.default
+]
+
 _PREDICATES: dict[Any, Predicate] = {
+    **dict.fromkeys(_IN_PLACE, elementwise.unshared),
     _aten.addmm.default: layers.no_scaling,
+    _aten.arange.default: shape.no_truncation,
+    _aten.arange.start: shape.no_truncation,
+    _aten.arange.start_step: shape.no_truncation,
     _aten.batch_norm.default: layers.eval_mode,
     _aten.dropout.default: layers.inactive,
     _aten.adaptive_avg_pool2d.default: layers.to_one,
+    _aten.avg_pool2d.default: layers.plain_average,
+    _aten.chunk.default: shape.known_parts,
+    _aten.split.Tensor: shape.known_parts,
+    **dict.fromkeys((_aten.conv1d.default, _aten.conv2d.default, _aten.conv1d.padding, _aten.conv2d.padding,
+                     _aten.max_pool2d.default), layers.batched),
+    _aten.pad.default: layers.constant_fill,
     _aten.index.Tensor: reduce.leading_indices,
+    _aten.one_hot.default: reduce.known_depth,
     _optc.attention.default: dialect.no_sinks,
 }
 

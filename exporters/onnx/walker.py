@@ -10,7 +10,6 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir import tensor_adapters
@@ -54,6 +53,7 @@ class Walker:
         self._weight_names = program.weight_names()
         self._constants: dict[Any, ir.Value] = {}
         self._transposed: dict[str, ir.Value] = {}
+        self._scalars: dict[Node, ir.Value] = {}
         self._scope = ""
         self._serial: dict[str, int] = {}
 
@@ -91,7 +91,7 @@ class Walker:
         return ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(DTYPES[node.meta["val"].dtype]))
 
     def _outputs(self, contract: Contract) -> list[ir.Value]:
-        result = next(reversed(self.program.graph.nodes))
+        result = self.program.graph.output_node()
         flat = [item for item in torch.utils._pytree.tree_leaves(result.args[0]) if isinstance(item, Node)]
         names = _symbol_names(self.program)
         outputs: list[ir.Value] = []
@@ -133,7 +133,7 @@ class Walker:
     def constant(self, value: Any, dtype: torch.dtype = torch.int64) -> ir.Value:
         """A constant tensor (list or number), shared with equal ones."""
         tensor = torch.tensor(value, dtype=dtype)
-        key = (dtype, tuple(tensor.shape), tuple(tensor.flatten().tolist()))
+        key = (dtype, tuple(tensor.shape), str(tensor.tolist()))  # as text, -0.0 is not 0.0
         if key not in self._constants:
             name = self._unique("const")
             self._constants[key] = self._initializer(name, tensor)
@@ -172,12 +172,14 @@ class Walker:
     # -- arguments -------------------------------------------------------------------------
 
     def value(self, argument: Any, dtype: torch.dtype | None = None) -> ir.Value:
-        """A node's value, a weight, or a number as a constant; cast to `dtype` when it has another."""
+        """A node's value, a weight, a size or a number as a scalar; cast to `dtype` when it has another."""
         if not isinstance(argument, Node):
             assert dtype is not None, "a number takes the type of what it meets"
             return self.constant(argument, dtype)
         if argument.op == "placeholder" and argument.name in self._weight_names:
             found = self.weight(argument)
+        elif is_symbolic(argument):
+            found = self.scalar(argument)
         else:
             found = self.values[argument]
         val = argument.meta["val"]
@@ -189,7 +191,10 @@ class Walker:
 
     def size(self, argument: Any) -> ir.Value:
         """A size (int or SymInt node) as int64 [1]."""
-        return self.values[argument] if isinstance(argument, Node) else self.constant([int(argument)])
+        if isinstance(argument, Node):
+            return self.values[argument]
+        assert isinstance(argument, int), f"{argument!r} is known to the tracer only"
+        return self.constant([argument])
 
     def sizes(self, arguments: Sequence[Any]) -> ir.Value:
         """Several sizes as one int64 vector."""
@@ -200,13 +205,23 @@ class Walker:
     def scalar(self, argument: Any) -> ir.Value:
         """A size as an int64 scalar."""
         if not isinstance(argument, Node):
-            return self.constant(int(argument))
-        return self.op("Squeeze", [self.size(argument), self.constant([0])])
+            assert isinstance(argument, int), f"{argument!r} is no size"
+            return self.constant(argument)
+        if argument not in self._scalars:
+            self._scalars[argument] = self.op("Squeeze", [self.size(argument), self.constant([0])])
+        return self._scalars[argument]
 
 
 def is_symbolic(node: object) -> bool:
     """Whether a node computes a size."""
     return isinstance(node, Node) and not isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def result_dtype(node: Node) -> torch.dtype:
+    """The element type of a node's (first) result; int64 for a size."""
+    val = node.meta["val"]
+    val = val[0] if isinstance(val, list | tuple) else val
+    return val.dtype if isinstance(val, torch.Tensor) else torch.int64
 
 
 def _module_path(node: Node) -> str:
@@ -235,8 +250,3 @@ def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
     if len(node.args) > index:
         return node.args[index]
     return node.kwargs.get(name, default)
-
-
-def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """The NumPy type of a torch type that ONNX constants use."""
-    return np.dtype(str(dtype).removeprefix("torch."))

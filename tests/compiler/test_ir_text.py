@@ -198,11 +198,33 @@ def test_a_value_that_took_another_place_is_not_hidden(program: Program) -> None
     )
 
 
-def test_inputs_keep_their_names() -> None:
-    before = "inputs      %x: f32[n]\n\n%a: f32[n] = aten.neg(%x)\nreturn %a\n"
-    after = "inputs      %y: f32[n]\n\n%b: f32[n] = aten.neg(%y)\nreturn %b\n"
+def test_inputs_keep_their_names_and_lend_them_to_nobody() -> None:
+    before = "inputs      %x: f32[n]\n\n%v: f32[n] = aten.neg(%x)\n%b: f32[n] = aten.exp(%v)\n"
+    after = (
+        "inputs      %x: f32[n]\n            %v: f32[n]\n\n"
+        "%w: f32[n] = aten.cos(%x)\n%b: f32[n] = aten.exp(%w)\n"
+    )
+    assert body(diff_text(before, after, name_a="a", name_b="b")) == [
+        "+            %v: f32[n]",
+        "-%v: f32[n] = aten.neg(%x)",
+        "-%b: f32[n] = aten.exp(%v)",
+        "+%w: f32[n] = aten.cos(%x)",
+        "+%b: f32[n] = aten.exp(%w)",
+    ]
+
+
+def test_a_node_put_in_front_of_another_changes_what_that_reads() -> None:
+    before = "inputs      %p: f32[n]\n\n%a: f32[n] = aten.neg(%p)\n"
+    after = "inputs      %x: f32[n]\n\n%c: f32[n] = aten.cos(%x)\n%a: f32[n] = aten.neg(%c)\n"
     text = diff_text(before, after, name_a="a", name_b="b")
-    assert "+%a: f32[n] = aten.neg(%y)" in body(text)
+    assert body(text) == [
+        "-inputs      %p: f32[n]",
+        "+inputs      %x: f32[n]",
+        "-%a: f32[n] = aten.neg(%p)",
+        "+%c: f32[n] = aten.cos(%x)",
+        "+%a: f32[n] = aten.neg(%c)",
+    ]
+    assert text.splitlines()[-1] == "nodes 1 -> 2: + 1 aten.cos, ~ 1 aten.neg"
 
 
 def test_source_lines_are_no_change() -> None:

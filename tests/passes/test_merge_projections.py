@@ -10,6 +10,8 @@ from torch import Tensor
 
 from optc.compiler.capture import capture_module
 from optc.compiler.program import Program
+from optc.passes.fuse_norm import FuseNorm
+from optc.passes.fuse_rotary import FuseRotary
 from optc.passes.merge_projections import MergeProjections, join_names
 from optc.passes.quantize_rtn import QuantizeRtn
 
@@ -45,6 +47,17 @@ def test_quantized_weights_merge_by_their_codes(name: str, symmetric: bool) -> N
         result.program, LINEAR
     )
     assert difference(program, result.program) <= 1e-5
+
+
+def test_it_commutes_with_quantization() -> None:
+    fused = rewritten(FuseNorm(), rewritten(FuseRotary(), stirred("qwen2")).program).program
+    quantize, merge = QuantizeRtn(bits=3, group_size=16, symmetric=False), MergeProjections()
+    one = rewritten(merge, rewritten(quantize, fused).program).program
+    other = rewritten(quantize, rewritten(merge, fused).program).program
+    assert set(one.contract.quantization) == set(other.contract.quantization)
+    for codes in one.contract.quantization:
+        assert torch.equal(one.weight(codes), other.weight(codes))
+    assert difference(one, other) <= 1e-6
 
 
 def test_names_sources_and_tensors() -> None:

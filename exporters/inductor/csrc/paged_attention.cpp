@@ -8,6 +8,7 @@
 // is in float, whatever the type of the pool.
 
 #include <ATen/Parallel.h>
+#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -26,6 +27,18 @@ namespace optc {
 namespace {
 
 using at::Tensor;
+
+const Tile& tile() {
+#ifdef OPTC_HAS_AVX2
+  static const Tile& chosen = at::get_cpu_capability() == "DEFAULT" ? tile_baseline : tile_avx2;
+  return chosen;
+#else
+  return tile_baseline;
+#endif
+}
+
+void widen(const c10::BFloat16* from, int64_t count, float* to) { tile().widen_bfloat16(from, count, to); }
+void widen(const c10::Half* from, int64_t count, float* to) { tile().widen_half(from, count, to); }
 
 struct Knobs {
   float scale;
@@ -176,8 +189,8 @@ void attend(const T* q, const T* k_pool, const T* v_pool, T* out, const Layout& 
     const int64_t count = std::min<int64_t>(kTileKeys, end - start);
     find_rows(k_pool, at.width, at, task, start, count, scratch.keys, scratch.key_rows);
     find_rows(v_pool, at.value_width, at, task, start, count, scratch.values, scratch.value_rows);
-    scores_of(scratch.queries.data(), rows, scratch.key_rows.data(), count, at.width, scratch.scores.data());
-    if (knobs.softcap > 0) cap(scratch.scores.data(), rows, knobs.softcap);
+    tile().scores(scratch.queries.data(), rows, scratch.key_rows.data(), count, at.width, scratch.scores.data());
+    if (knobs.softcap > 0) tile().cap(scratch.scores.data(), rows, knobs.softcap);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t position = task.position + r / groups;
       const int64_t from = knobs.window > 0 ? std::max<int64_t>(0, position - knobs.window + 1 - start) : 0;
@@ -186,8 +199,10 @@ void attend(const T* q, const T* k_pool, const T* v_pool, T* out, const Layout& 
       std::fill(scores, scores + std::min(from, to), -FLT_MAX);
       std::fill(scores + to, scores + kTileKeys, -FLT_MAX);
     }
-    soften(scratch.scores.data(), rows, scratch.top.data(), scratch.sum.data(), scratch.out.data(), at.value_width);
-    accumulate(scratch.scores.data(), rows, scratch.value_rows.data(), count, at.value_width, scratch.out.data());
+    tile().soften(scratch.scores.data(), rows, scratch.top.data(), scratch.sum.data(), scratch.out.data(),
+                  at.value_width);
+    tile().accumulate(scratch.scores.data(), rows, scratch.value_rows.data(), count, at.value_width,
+                      scratch.out.data());
   }
   for (int64_t r = 0; r < rows; ++r) {
     T* target = out + offset(r, at.value_width);

@@ -1,0 +1,140 @@
+"""compile, inspect, verify, diff, plan, passes, targets on the example model, through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import EXAMPLE
+
+from optc.cli.main import main, normalize
+
+Capture = pytest.CaptureFixture[str]
+
+
+def optc(*args: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(arg) for arg in args])
+    return int(caught.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    assert optc("compile", EXAMPLE, "--target", "onnx_cpu", "--quant", "rtn", "-o", folder / "out", "--dump-ir", folder / "ir") == 0
+    return folder / "out"
+
+
+def result(capsys: Capture, *args: object) -> Any:
+    capsys.readouterr()
+    assert optc(*args, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_compile_json(tmp_path: Path, capsys: Capture) -> None:
+    found = result(capsys, "compile", EXAMPLE, "--target", "onnx-cpu", "-o", tmp_path / "out")
+    assert set(found) >= {"artifact", "target", "seconds", "passes"}
+    assert found["target"] == "onnx-cpu"
+    rows = {row["name"]: row for row in found["passes"]}
+    assert (rows["fuse-rotary"]["matched"], rows["fuse-norm"]["matched"]) == (8, 9)
+    assert rows["static-kv-cache"]["max_abs_diff"] < 1e-4
+    assert set(rows["fuse-norm"]) >= {"name", "matched", "seconds", "max_abs_diff", "kl"}
+
+
+def test_group_size_is_chosen_and_printed(artifact: Path, capsys: Capture) -> None:
+    found = result(capsys, "inspect", artifact)
+    assert found["quantization"] == {"method": "rtn", "bits": [4], "group_size": [64], "symmetric": True, "linears": 16}
+    (row,) = (row for row in found["passes"] if row["name"] == "quantize-rtn")
+    assert (row["matched"], row["candidates"]) == (28, 29)
+    assert row["kl"] > 0
+    assert any("64" in note for note in row["notes"])
+
+
+def test_inspect_for_people(artifact: Path, capsys: Capture) -> None:
+    assert optc("inspect", artifact) == 0
+    out = capsys.readouterr().out
+    for part in ("onnx-cpu artifact", "rtn, 4 bits, groups of 64", "fuse-rotary: matched 8 of 8", "model.onnx.data"):
+        assert part in out
+
+
+def test_inspect_ir_of_model_and_stage(artifact: Path, capsys: Capture) -> None:
+    assert optc("inspect", EXAMPLE, "--ir") == 0
+    assert capsys.readouterr().out.count("optc.attention(") == 4
+    assert optc("inspect", artifact, "--ir", "--stage", "legalize-ort") == 0
+    text = capsys.readouterr().out
+    assert text.count("optc.group_query_attention(") == 4
+    assert text.count("optc.matmul_nbits(") == 16
+
+
+def test_dump_ir_and_diff(artifact: Path, capsys: Capture) -> None:
+    names = sorted(path.name for path in (artifact.parent / "ir").iterdir())
+    assert names[:2] == ["00-capture.txt", "01-fuse-attention.txt"]
+    assert [path.name for path in sorted((artifact / "ir").iterdir())] == names
+    for run in (artifact, artifact.parent / "ir"):
+        assert optc("diff", run, "01", "fuse-rotary") == 0
+        assert "optc.rotary" in capsys.readouterr().out
+    assert optc("diff", artifact, "00", "99") == 3
+    assert "00-capture" in capsys.readouterr().err
+
+
+def test_verify_and_tampering(artifact: Path, capsys: Capture) -> None:
+    assert result(capsys, "verify", artifact)["ok"] is True
+    path = artifact / "genai_config.json"
+    before = path.read_bytes()
+    path.write_bytes(before.replace(b"false", b"true ", 1))
+    try:
+        for command in (("verify", artifact), ("inspect", artifact), ("run", artifact, "--prompt-tokens", "5")):
+            assert optc(*command) == 7
+            assert "genai_config.json" in capsys.readouterr().err
+    finally:
+        path.write_bytes(before)
+
+
+def test_recipe_equals_flags(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {EXAMPLE}\ntarget: onnx-cpu\nquant: rtn\noutput: {tmp_path / 'out'}\n")
+    by_recipe = result(capsys, "compile", "--recipe", recipe)
+    by_flags = result(capsys, "inspect", artifact)
+    assert [row["matched"] for row in by_recipe["passes"]] == [row["matched"] for row in by_flags["passes"]]
+    files = {entry["path"]: entry["sha256"] for entry in by_flags["files"]}
+    again = {entry["path"]: entry["sha256"] for entry in result(capsys, "inspect", tmp_path / "out")["files"]}
+    engine = [name for name in files if name != "report.html"]
+    assert {name: files[name] for name in engine} == {name: again[name] for name in engine}
+    recipe.write_text("modell: x\n")
+    assert optc("compile", "--recipe", recipe) == 2
+    assert "did you mean 'model'" in capsys.readouterr().err
+
+
+def test_plan_reads_no_weights(capsys: Capture, tmp_path: Path, artifact: Path) -> None:
+    found = result(capsys, "plan", EXAMPLE, "--target", "onnx-cpu", "--quant", "rtn")
+    assert found["group_size"] == 64
+    assert found["linears"] == 28
+    assert found["kv_cache_bytes_per_token"] == 2 * 4 * 2 * 32 * 4
+    written = result(capsys, "inspect", artifact)["weight_bytes"]
+    assert abs(found["weight_bytes"] / written - 1) < 0.1
+    assert optc("plan", EXAMPLE, "--target", "onnx-cpu", "--quant", "rtn", "--bits", "3") == 4
+
+
+def test_passes_and_targets(capsys: Capture) -> None:
+    names = [row["name"] for row in result(capsys, "passes")["passes"]]
+    assert {"fuse-attention", "fuse-rotary", "static-kv-cache", "page-kv-cache", "quantize-rtn"} <= set(names)
+    targets = {row["name"]: row for row in result(capsys, "targets")["targets"]}
+    assert targets["onnx-cpu"]["aliases"] == ["edge", "onnx"]
+    assert targets["onnx-cpu"]["quant"]["rtn"]["bits"] == [2, 4, 8]
+
+
+def test_help_of_every_command_has_an_example(capsys: Capture) -> None:
+    from optc.cli.main import _COMMANDS
+
+    for name in _COMMANDS:
+        assert optc(name, "--help") == 0
+        assert f"optc {name} " in capsys.readouterr().out.split("Options:")[0].replace("\n", " \n")
+
+
+def test_unknown_command_and_underscores(capsys: Capture) -> None:
+    assert optc("complie") == 2
+    assert "compile" in capsys.readouterr().err
+    assert normalize(["--group_size=64", "--max_new_tokens", "a_b", "--", "--x_y"]) == [
+        "--group-size=64", "--max-new-tokens", "a_b", "--", "--x_y"]  # fmt: skip

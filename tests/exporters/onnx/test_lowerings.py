@@ -1,0 +1,74 @@
+"""Every lowering against eager PyTorch, in ONNX Runtime: 3 rows and 1 row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ort_driver
+import pytest
+import torch
+from onnx_cases import CASES, Case, name_of
+from torch import Tensor
+
+from optc.compiler.capture import capture_module
+from optc.compiler.program import Program
+from optc.compiler.target import check_legal
+from optc.exporters.onnx.table import LOWERINGS
+from optc.targets.onnx_cpu import TARGET
+
+ELSEWHERE = {
+    "optc.group_query_attention.default": "tests/compiler/test_packed_ops.py",
+    "optc.matmul_nbits.default": "tests/compiler/test_packed_ops.py",
+}
+PARAMETERS = [pytest.param(name, case, id=f"{name}-{n}") for name, cases in CASES.items() for n, case in enumerate(cases)]
+
+
+class _Calls(torch.nn.Module):
+    """A function as a module with a fixed number of inputs."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, a: Tensor, b: Tensor | None = None, c: Tensor | None = None, d: Tensor | None = None) -> Any:
+        return self.function(*(x for x in (a, b, c, d) if x is not None))
+
+
+def captured(case: Case) -> Program:
+    function, *inputs = case
+    names = [f"input_{n}" for n in range(len(inputs))]
+    return capture_module(_Calls(function), inputs, dynamic={name: {0: "batch"} for name in names})
+
+
+def flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def compare(program: Program, function: Callable[..., Any], inputs: list[Tensor], session: Any) -> None:
+    expected = flat(function(*inputs))
+    found = ort_driver.run(session, *inputs)
+    assert len(found) == len(expected)
+    for got, want in zip(found, expected, strict=True):
+        assert (got.shape, got.dtype) == (want.shape, want.dtype)
+        if want.dtype.is_floating_point:
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
+        else:
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("name", "case"), PARAMETERS)
+def test_lowering_agrees_with_eager(name: str, case: Case, tmp_path: Path) -> None:
+    program = captured(case)
+    assert name in {name_of(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    check_legal(program, TARGET)
+    ort_driver.exported(program, tmp_path)
+    session = ort_driver.open_session(tmp_path)
+    function, *inputs = case
+    compare(program, function, inputs, session)
+    compare(program, function, [x[:1] for x in inputs], session)
+
+
+def test_every_lowering_has_a_case() -> None:
+    assert {name_of(target) for target in LOWERINGS} - set(ELSEWHERE) == set(CASES)
