@@ -19,6 +19,10 @@ SDPA = aten.scaled_dot_product_attention.default
 SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 
 _MASKINGS = ("add", "masked_fill", "where")
+_POINTWISE = frozenset((
+    "mul", "div", "tanh", *_MASKINGS, "sub", "neg", "relu", "clamp", "clamp_min", "clamp_max", "cat",
+))  # fmt: skip
+"""What scores may pass through and be told to be scores still, in a report of what is not understood."""
 _SDPA_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 
 
@@ -27,13 +31,15 @@ class Site:
     """softmax(softcap(q k^T * scale) + masks) v as it was found.
 
     Attributes:
-        result: the node that holds the result.
+        result: the node that holds the result; v is read there.
+        product: the node that reads q and k.
         result_axes: the order of [B, (H,) S, Dv]'s axes in it.
         gqa: whether query heads may share key and value heads in groups.
         weights: what `result` multiplies with v, when it is spelled out.
     """
 
     result: Node
+    product: Node
     q: Operand
     k: Operand
     v: Operand
@@ -75,7 +81,7 @@ def sdpa_site(node: Node) -> Site:
         terms = (Term(mask, "keep" if value_of(mask).dtype == torch.bool else "add", node),)
     axes = tuple(range(value_of(q).dim()))
     return Site(
-        node, Operand(q, axes), Operand(k, axes), Operand(v, axes), float(scale),
+        node, node, Operand(q, axes), Operand(k, axes), Operand(v, axes), float(scale),
         terms=terms, is_causal=bool(options["is_causal"]), gqa=bool(options["enable_gqa"]), result_axes=axes,
     )  # fmt: skip
 
@@ -99,7 +105,10 @@ class SoftmaxReader:
         products = [user for user in readers(weights) if weighted_values(user, weights) is not None]
         start = softmax.args[0]
         assert isinstance(start, Node)
-        if not products or not _leads_to_scores(start):
+        if not _leads_to_scores(start):
+            return None
+        if not products:
+            self._check_weights(weights)
             return None
         result = products[0]
         others = [user.name for user in readers(weights) if user is not result]
@@ -113,6 +122,13 @@ class SoftmaxReader:
         v, axes = weighted
         site = self._scores(start, softmax, result, v)
         return replace(site, result_axes=axes, weights=weights)
+
+    @staticmethod
+    def _check_weights(weights: Node) -> None:
+        """Tell weights that are changed on their way to the values from a softmax that is no attention."""
+        for changed in (user for user in readers(weights) if is_tensor(user)):
+            if any(weighted_values(user, changed) is not None for user in readers(changed)):
+                raise UnprovenError(f"{changed.name} ({changed.target}) changes its weights")
 
     def _scores(self, node: Node, reader: Node, result: Node, v: Operand) -> Site:
         """Walk from the softmax back to q k^T."""
@@ -137,7 +153,7 @@ class SoftmaxReader:
                 raise UnprovenError(f"{node.name} ({node.target}) is no scale, mask or softcap of scores")
             node, reader = step, node
         self._check(node, reader)
-        return Site(result, *factors, v, factor * (softcap or 1.0), softcap, tuple(terms))
+        return Site(result, node, *factors, v, factor * (softcap or 1.0), softcap, tuple(terms))
 
     def _check(self, node: Node, reader: Node) -> None:
         written = self._storage.overwritten(node, reader)
@@ -193,7 +209,8 @@ class SoftmaxReader:
 
 
 def _tensors(node: Node) -> list[Node]:
-    return [item for item in node.args if isinstance(item, Node) and is_tensor(item)]
+    """The tensors among the arguments of a call."""
+    return [item for item in node.all_input_nodes if is_tensor(item)]
 
 
 def _is_identity(node: Node) -> bool:
@@ -227,7 +244,7 @@ def _last_identity(node: Node) -> Node:
 
 
 def _leads_to_scores(node: Node) -> bool:
-    """Whether a product of two activations lies behind scales, masks and softcaps."""
+    """Whether a product of two activations lies behind scales, masks, softcaps and the like."""
     seen, stack = set(), [node]
     while stack:
         current = stack.pop()
@@ -237,6 +254,6 @@ def _leads_to_scores(node: Node) -> bool:
         if score_factors(current) is not None:
             return True
         name = operator_name(current)
-        if _is_identity(current) or name in ("mul", "div", "tanh", *_MASKINGS):
+        if _is_identity(current) or name in _POINTWISE:
             stack += _tensors(current)
     return False

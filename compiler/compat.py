@@ -27,6 +27,7 @@ __all__ = [
     "SYMBOLIC_OPERATORS",
     "SpecViolationError",
     "aoti_compile",
+    "aoti_constant_names",
     "aoti_errors",
     "deserialize_graph",
     "graph_schema",
@@ -177,3 +178,9 @@ def aoti_errors() -> tuple[type[Exception], ...]:
     from torch._inductor import exc
 
     return (exc.CppCompileError, exc.InvalidCxxCompiler)
+
+
+def aoti_constant_names(path: str) -> list[str]:
+    """Names of the constants that a package must be given before it runs."""
+    loader = torch._C._aoti.AOTIModelPackageLoader(path, "model", False, 1, -1)
+    return list(loader.get_constant_fqns())

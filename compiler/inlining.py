@@ -48,7 +48,7 @@ def inline_call(program: Program, node: Node, function: Callable[..., Any], *ext
                 values[item] = program.graph.node_copy(item, values.__getitem__)
                 values[item].meta = {**kept, "val": item.meta.get("val")}
             assert item.op in ("placeholder", "call_function", "output"), f"the function captures {item.name}"
-    (result,) = next(reversed(traced.graph.nodes)).args
+    (result,) = traced.graph.output_node().args
     assert isinstance(result, Node), "the function must return one tensor"
     replaced = values[result]
     replace_node(program, node, replaced)

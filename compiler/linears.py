@@ -83,7 +83,7 @@ def head_linear(program: Program) -> Node | None:
     index = next((i for i, spec in enumerate(program.contract.outputs) if spec.role in roles), None)
     if index is None:
         return None
-    output = next(reversed(program.graph.nodes))
+    output = program.graph.output_node()
     node: Node | None = output.args[0][index]
     while node is not None and node.target not in LINEARS:
         node = pointwise_source(program, node)

@@ -36,12 +36,12 @@ class Storage:
             for written in _written(node):
                 self._writes[self._root[written]].append((position, node))
 
-    def overwritten(self, node: Node, reader: Node) -> Node | None:
-        """A call between `node` and its reader that writes the memory of `node`, or None."""
+    def overwritten(self, node: Node, reader: Node, since: Node | None = None) -> Node | None:
+        """A call between `node` (or `since`) and its reader that writes the memory of `node`, or None."""
         writes = self._writes.get(self._root.get(node, node))
         if not writes:
             return None
-        first, last = self._order[node], self._order[reader]
+        first, last = self._order[since or node], self._order[reader]
         return next((call for position, call in writes if first < position < last), None)
 
     def replaced(self, old: Node, new: Node) -> None:

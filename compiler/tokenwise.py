@@ -106,7 +106,7 @@ def _context(program: Program) -> int:
 
 def _vocabulary(program: Program) -> int:
     """Token ids below this number are safe to feed."""
-    output = next(reversed(program.graph.nodes)).args[0]
+    output = program.graph.output_node().args[0]
     width = int(output[0].meta["val"].shape[-1])
     return min(width, program.contract.model.vocab_size or width)
 

@@ -134,24 +134,23 @@ class _Attention(Rule):
         dtypes = {value_of(item).dtype for item in (site.q.node, site.k.node, site.v.node, site.result)}
         if len(dtypes) != 1:
             raise UnprovenError(f"its operands are of several types: {', '.join(sorted(map(str, dtypes)))}")
-        keys, values = self._shared_heads(site)
-        for item in (site.q, site.k, site.v, keys, values):
-            self._check_unwritten(item.node, site.result)
-        return keys, values
+        for item in (site.q, site.k):
+            self._check_unwritten(item.node, site.result, site.product)
+        return self._shared_heads(site)
 
     def _shared_heads(self, site: Site) -> tuple[Operand, Operand]:
         """Keys and values before they were repeated for every query head, when both were, alike."""
-        keys, values = self._before_repeat(site.k), self._before_repeat(site.v)
+        keys, values = self._before_repeat(site.k, site), self._before_repeat(site.v, site)
         return (keys, values) if keys.shape[1] == values.shape[1] else (site.k, site.v)
 
-    def _before_repeat(self, operand: Operand) -> Operand:
+    def _before_repeat(self, operand: Operand, site: Site) -> Operand:
         """[B, Hkv, T, D] that `operand` [B, H, T, D] repeats, head by head, H / Hkv times; or `operand`."""
-        node = operand.node
-        while operand.plain and node.target in _REARRANGEMENTS and is_tensor(node.args[0]):
-            reader, node = node, node.args[0]
-            if self._storage.overwritten(node, reader) is not None:
+        node, reader = operand.node, site.result
+        while operand.plain and self._storage.overwritten(node, reader) is None:
+            if node.target not in _REARRANGEMENTS or not is_tensor(node.args[0]):
                 break
-            if _repeats(node, operand.node):
+            reader, node = node, node.args[0]
+            if _repeats(node, operand.node) and self._storage.overwritten(node, site.result) is None:
                 return Operand(node, operand.axes)
         return operand
 
@@ -184,8 +183,8 @@ class _Attention(Rule):
             node = self._made[call]
         return node
 
-    def _check_unwritten(self, node: Node, reader: Node) -> None:
-        written = self._storage.overwritten(node, reader)
+    def _check_unwritten(self, node: Node, reader: Node, since: Node | None = None) -> None:
+        written = self._storage.overwritten(node, reader, since)
         if written is not None:
             raise UnprovenError(f"{written.name} overwrites {node.name} before {reader.name}")
 

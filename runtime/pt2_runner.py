@@ -66,7 +66,9 @@ class Package:
             raise PackageError(f"{path}: the package cannot be loaded: {_first_line(error)}") from error
         found, listed = set(self._runner.get_constant_fqns()), set(info["constants"])
         if found != listed:
-            raise PackageError(f"{path}: the package wants other weights than listed: {sorted(found ^ listed)[:4]}")
+            raise PackageError(
+                f"{path}: the package wants other weights than listed: {sorted(found ^ listed)[:4]}"
+            )
         if weights:
             self.load_weights(_file(folder, info["weights"]))
 
@@ -81,7 +83,9 @@ class Package:
             with safe_open(str(path), framework="pt") as file:
                 names = set(file.keys())
                 if names != set(expected):
-                    raise PackageError(f"{path}: not this package's weights: {sorted(names ^ set(expected))[:4]}")
+                    raise PackageError(
+                        f"{path}: not this package's weights: {sorted(names ^ set(expected))[:4]}"
+                    )
                 weights = {name: file.get_tensor(name) for name in sorted(names)}
         except (SafetensorError, OSError, ValueError) as error:
             raise PackageError(f"{path}: the weights cannot be read: {_first_line(error)}") from error
@@ -127,7 +131,9 @@ class Package:
     def caches(self, **sizes: int) -> list[Tensor]:
         """Caches of zeros for the dynamic sizes: batch and capacity, or num_blocks."""
         return [
-            torch.zeros([size if isinstance(size, int) else sizes[size] for size in spec.dims], dtype=spec.dtype)
+            torch.zeros(
+                [size if isinstance(size, int) else sizes[size] for size in spec.dims], dtype=spec.dtype
+            )
             for spec in self._specs
             if spec.role in _ROLES_OF_CACHES
         ]
@@ -211,7 +217,11 @@ class Decoder:
 
     def _run_paged(self, rows: Sequence[Sequence[int]], totals: list[int]) -> Tensor:
         """Rows laid end to end; row r owns the blocks from r * blocks on."""
-        positions = [position for held, total in zip(self.lengths, totals, strict=True) for position in range(held, total)]
+        positions = [
+            position
+            for held, total in zip(self.lengths, totals, strict=True)
+            for position in range(held, total)
+        ]
         row_of = [index for index, row in enumerate(rows) for _ in row]
         position = torch.tensor(positions)
         block = self._tables[torch.tensor(row_of), position // self._size].long()
@@ -252,7 +262,9 @@ def check_host(needs: Mapping[str, Any]) -> None:
     """
     version = ".".join(torch.__version__.split(".")[:2])
     if needs["torch"] != version:
-        raise PackageError(f"the package was compiled for torch {needs['torch']}, this is {torch.__version__}")
+        raise PackageError(
+            f"the package was compiled for torch {needs['torch']}, this is {torch.__version__}"
+        )
     if needs.get("machine", platform.machine()) != platform.machine():
         raise PackageError(f"the package was compiled for {needs['machine']}, this is {platform.machine()}")
     missing = sorted(set(needs["cpu_flags"]) - _cpu_flags())
@@ -260,13 +272,17 @@ def check_host(needs: Mapping[str, Any]) -> None:
         raise PackageError(f"the processor lacks {', '.join(missing)}; compile on a machine like this one")
     layout = needs.get("packed_for")  # int4 weights are laid out for torch's kernels of one instruction set
     if layout and layout != torch.backends.cpu.get_cpu_capability():
-        raise PackageError(f"the int4 weights are packed for {layout} kernels; compile on a machine like this one")
+        raise PackageError(
+            f"the int4 weights are packed for {layout} kernels; compile on a machine like this one"
+        )
 
 
 def _cpu_flags() -> set[str]:
     path = Path("/proc/cpuinfo")
     lines = (line.partition(":") for line in path.read_text().splitlines()) if path.is_file() else ()
-    return next((set(value.split()) for key, _, value in lines if key.strip() in ("flags", "Features")), set())
+    return next(
+        (set(value.split()) for key, _, value in lines if key.strip() in ("flags", "Features")), set()
+    )
 
 
 def open_folder(folder: Path) -> Package:

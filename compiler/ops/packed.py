@@ -53,14 +53,15 @@ def _group_query_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """query [B,S,H*D] with key, value [B,S,Hkv*D], or packed [B,S,(H+2*Hkv)*D] with neither.
 
-    seqlens_k int32 [B] is the total length of each row minus one. Returns the output [B,S,H*D] and
-    the caches [B,Hkv,max(P, total_sequence_length),D].
+    seqlens_k int32 [B] is the total length of each row minus one; in a right-padded first prompt it
+    may be less than S - 1. Returns the output [B,S,H*D] and the caches
+    [B,Hkv,max(P, total_sequence_length),D].
     """
     if key is None or value is None:
         size = query.shape[-1] // (num_heads + 2 * kv_num_heads)
         query, key, value = query.split([num_heads * size, kv_num_heads * size, kv_num_heads * size], -1)
     q, k, v = _heads(query, num_heads), _heads(key, kv_num_heads), _heads(value, kv_num_heads)
-    past = seqlens_k.long() + 1 - q.shape[2]
+    past = (seqlens_k.long() + 1 - q.shape[2]).clamp(min=0)
     if cos_cache is not None and sin_cache is not None:
         position = past[:, None] + torch.arange(q.shape[2], device=q.device)
         q, k = (rotate_cached(x, position, cos_cache, sin_cache, interleaved=rotary_interleaved) for x in (q, k))

@@ -142,7 +142,8 @@ class _Module(nn.Module):
         self.register_buffer("root", torch.tensor(8.0).sqrt())
         self.register_buffer("triangle", torch.ones(1, 1, 16, 16).tril())
 
-    def forward(self, x: Tensor, *rest: Tensor) -> Any:
+    def forward(self, x: Tensor, extra: Tensor | None = None) -> Any:
+        rest = () if extra is None else (extra,)
         q, k, v = _heads(self.query(x), 4), _heads(self.key(x)), _heads(self.value(x))
         return self.function(self, q, k, v, *rest)
 
@@ -331,7 +332,7 @@ def test_masks_that_cannot_be_proved_are_named() -> None:
     assert _misses(attend, _x(), _x(width=9)) == [
         "rand (aten.rand.default) is not understood",
         "the weight query.weight is no bound on k - q",
-        "it depends on input_1[b, q, k], an input",
+        "it depends on extra[b, q, k], an input",
         "the weight lifted_tensor_0 is no bound on k - q",
         "add adds transpose_4 to the scores, which is no mask",
     ]
@@ -359,7 +360,7 @@ def test_scales_softmaxes_and_dropout_that_cannot_be_taken_are_named() -> None:
         "mul scales by p_per_head, which is not one number",
         "div scales by mean, which is not one number",
         "it is taken over axis 2, not over the keys",
-        "its weights are dropped out (p = 0.1)",
+        "dropout (aten.dropout.default) changes its weights",
         "it drops out weights (p = 0.25)",
         "masked_fill masks scores before their softcap",
         "masked_fill_1 puts -8.0 in place of scores, which does not mask them",
@@ -375,16 +376,16 @@ def test_operands_that_do_not_fit_are_named() -> None:
             F.scaled_dot_product_attention(one, k, v),
             F.scaled_dot_product_attention(folded, folded, folded),
             torch.softmax(grouped @ k[:, :, None].transpose(-1, -2), -1) @ v[:, :, None],
-            F.scaled_dot_product_attention(q.half(), q.half(), q.half()).float() * 0.0
-            + torch.softmax((q @ q.mT).half(), -1).float() @ q,
         )
 
-    program = _capture(_Module(attend), _x(length=9))
+    program = _capture(_Module(attend), _x(), length=9)
     result = apply(FuseAttention(), program)
     reasons = [miss.reason for miss in result.misses]
-    assert [reason.split("(")[0] for reason in reasons] == [
-        "its operands ",
-        "the first axis of flatten, 4*s97, is no input's batch axis",
+    batch = program.user_inputs()[0].meta["val"].shape[0]
+    few = f"({batch}, 2, 9, 8)"
+    assert reasons == [
+        f"its operands ({batch}, 1, 9, 8), {few} and {few} do not fit or are broadcast",
+        f"the first axis of flatten, 4*{batch}, is no input's batch axis",
         "unflatten_3 has 5 axes, not [B, H, S, D]",
     ]
 
@@ -401,7 +402,7 @@ def test_a_mask_written_through_a_view_stays() -> None:
 
 def test_a_softmax_that_is_no_attention_is_no_candidate() -> None:
     def route(m: _Module, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.softmax(q.sum(-1), -1), torch.softmax(q, -1) @ k.transpose(1, 2).flatten(2)[:, None].mT
+        return torch.softmax(q.sum(-1), -1), torch.softmax(q, -1) @ k.new_ones(8, 3)
 
     assert _misses(route) == []
 
@@ -410,7 +411,7 @@ def test_a_softmax_that_is_no_attention_is_no_candidate() -> None:
 def test_random_masks_change_no_number(seed: int) -> None:
     """Whatever is fused under a random mask computes what it did, wherever a query sees any key."""
     source = random.Random(seed)
-    makers = [random_mask(source, depth=1) for _ in range(24)]
+    makers = [random_mask(source, depth=1) for _ in range(16)]
 
     class Attentions(nn.Module):
         def forward(self, x: Tensor, pad: Tensor) -> tuple[Tensor, ...]:
@@ -423,11 +424,11 @@ def test_random_masks_change_no_number(seed: int) -> None:
 
     program = _capture(Attentions(), *inputs(2, 7))
     result = apply(FuseAttention(), program)
-    assert result.candidates == 24
-    assert 4 <= result.matched <= 20
+    assert result.candidates == 16
+    assert 3 <= result.matched <= 13
     for batch, length in ((1, 1), (2, 7), (3, 12)):
         given = inputs(batch, length)
         before, after = program(*given), result.program(*given)
-        for mask, old, new in zip(before[:24], before[24:], after[24:], strict=True):
+        for mask, old, new in zip(before[:16], before[16:], after[16:], strict=True):
             sees = mask.expand(batch, 1, length, length).any(-1)[..., None]
             assert float(torch.where(sees, old - new, 0.0).abs().max()) <= 1e-5

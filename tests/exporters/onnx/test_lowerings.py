@@ -9,10 +9,11 @@ from typing import Any
 import ort_driver
 import pytest
 import torch
-from onnx_cases import CASES, Case, name_of
+from onnx_cases import CASES, REFUSED, SEVERAL_AXES, Case, name_of
 from torch import Tensor
 
 from optc.compiler.capture import capture_module
+from optc.compiler.diagnostics import TargetError
 from optc.compiler.program import Program
 from optc.compiler.target import check_legal
 from optc.exporters.onnx.table import LOWERINGS
@@ -46,7 +47,7 @@ def flat(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def compare(program: Program, function: Callable[..., Any], inputs: list[Tensor], session: Any) -> None:
+def compare(function: Callable[..., Any], inputs: list[Tensor], session: Any) -> None:
     expected = flat(function(*inputs))
     found = ort_driver.run(session, *inputs)
     assert len(found) == len(expected)
@@ -66,8 +67,26 @@ def test_lowering_agrees_with_eager(name: str, case: Case, tmp_path: Path) -> No
     ort_driver.exported(program, tmp_path)
     session = ort_driver.open_session(tmp_path)
     function, *inputs = case
-    compare(program, function, inputs, session)
-    compare(program, function, [x[:1] for x in inputs], session)
+    compare(function, inputs, session)
+    compare(function, [x[:1] for x in inputs], session)
+
+
+@pytest.mark.parametrize("index", range(len(SEVERAL_AXES)))
+def test_reshapes_with_several_dynamic_axes(index: int, tmp_path: Path) -> None:
+    function, x = SEVERAL_AXES[index], torch.arange(60.0).reshape(3, 4, 5)
+    axes = {"input_0": {0: "batch", 1: "seq", 2: "total"}}
+    program = capture_module(_Calls(function), [x], dynamic=axes)
+    ort_driver.exported(program, tmp_path)
+    session = ort_driver.open_session(tmp_path)
+    for inputs in (x, x[:1, :2], torch.ones(2, 1, 7)):
+        compare(function, [inputs], session)
+
+
+@pytest.mark.parametrize(("text", "case"), REFUSED, ids=[text.split(":")[0] for text, _ in REFUSED])
+def test_what_cannot_be_lowered_is_refused(text: str, case: Case) -> None:
+    with pytest.raises(TargetError) as error:
+        check_legal(captured(case), TARGET)
+    assert error.value.where == text
 
 
 def test_every_lowering_has_a_case() -> None:

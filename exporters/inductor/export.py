@@ -1,0 +1,179 @@
+"""Write a legalized Program as model.pt2 with model.safetensors beside it, load it and run it once."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optc.compiler import compat
+from optc.compiler.diagnostics import ResourceError, TargetError, os_errors
+from optc.compiler.program import Program
+from optc.compiler.program_tensors import write_tensors
+from optc.compiler.target import ExportRequest, ExportResult
+from optc.exporters.companions import copy_companions
+from optc.exporters.inductor.legal import OP_LIBRARY_OPS
+from optc.exporters.inductor.library import FILE_NAME, build_library
+from optc.exporters.inductor.selfcheck import check_package
+from optc.exporters.inductor.toolchain import InstructionSet, find_compiler, instruction_set
+
+MODEL, WEIGHTS, RUNNER = "model.pt2", "model.safetensors", "generate.py"
+_INT4_PRODUCT = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+_OWN_CONSTANT = re.compile(r"constant\d+", re.ASCII)
+
+
+def export_inductor(program: Program, request: ExportRequest) -> ExportResult:
+    """Write the last stage for AOTInductor.
+
+    Files: `model.pt2` (native code without weights), `model.safetensors` (weights under their names),
+    `liboptc_ops.so` when the program uses an op of the library, `generate.py` (a runner that needs torch
+    and safetensors alone) and the model's tokenizer and config. The package is loaded through that
+    runner and compared with the program before anything is published.
+
+    Raises:
+        TargetError: no C++ compiler, or it fails.
+        GateError: the package computes other numbers than the program.
+        ResourceError, InputError: the disk is full or not writable.
+    """
+    directory = request.directory
+    find_compiler()
+    program = _contiguous(program)
+    instructions = instruction_set()
+    library = _add_library(program, directory)
+    _compile(program, directory / MODEL, instructions)
+    constants = _constants(program, directory / MODEL)
+    with os_errors("writing the weights", str(directory / WEIGHTS)):
+        write_tensors(directory / WEIGHTS, constants)
+        runner = resources.files("optc.runtime") / "pt2_runner.py"
+        (directory / RUNNER).write_bytes(runner.read_bytes())
+    companions = copy_companions(request.source, directory)
+    info = _info(program, request, library, constants, companions)
+    needs = _needs(program, instructions)
+    check_package(program, directory, info, needs)
+    return ExportResult(
+        engine="aotinductor",
+        info=info,
+        needs=needs,
+        weight_bytes=sum(tensor.nbytes for tensor in constants.values()),
+    )
+
+
+def _contiguous(program: Program) -> Program:
+    """The program with every weight contiguous, as a file holds it: packages assume the strides they saw."""
+    odd = [name for name, tensor in program.weights() if not tensor.is_contiguous()]
+    if not odd:
+        return program
+    edited = program.clone()
+    names = edited.weight_names()
+    for table in (edited.exported.state_dict, edited.exported.constants):
+        table.update({name: table[name].contiguous() for name in odd if name in table})
+    for node in edited.graph.nodes:
+        if names.get(node.name) in odd:
+            node.meta["val"] = node.meta["val"].contiguous()
+    return edited.changed()
+
+
+def _add_library(program: Program, directory: Path) -> str | None:
+    """Put the op library beside the package when the graph calls one of its ops; its file name."""
+    ops = [getattr(torch.ops.optc, name).default for name in OP_LIBRARY_OPS]
+    if not program.calls(*ops):
+        return None
+    source = build_library()
+    with os_errors("copying the op library", str(directory)):
+        shutil.copyfile(source, directory / FILE_NAME)
+    return FILE_NAME
+
+
+def _compile(program: Program, path: Path, instructions: InstructionSet) -> None:
+    configs: dict[str, Any] = {"aot_inductor.package_constants_in_so": False, "compile_threads": 1}
+    if instructions.march:
+        configs["cpp.march"] = instructions.march
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), os_errors("compiling the package", str(path)):
+            warnings.simplefilter("ignore")
+            compat.aoti_compile(program.exported, str(path), configs)
+    except compat.aoti_errors() as error:
+        raise TargetError(
+            "AOTInductor's C++ compiler failed",
+            where=str(path),
+            why=_first_error(str(error)),
+            remedy="use g++ 12 or newer; name it in $CXX",
+        ) from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):
+            raise
+        raise ResourceError(
+            "the package could not be written", where=str(path), why=str(error).splitlines()[0],
+            remedy="free space and run again",
+        ) from error  # fmt: skip
+
+
+def _first_error(text: str) -> str:
+    lines = [line for line in text.splitlines() if "error" in line] or text.splitlines()
+    return (lines or ["no output"])[0][:300]
+
+
+def _constants(program: Program, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors that the package asks for by name.
+
+    Inductor inlines tiny ones, and adds the group size of each packed int4 product as a constant of its
+    own; all products of a program have one group size (see legalize-inductor).
+    """
+    weights, sizes = dict(program.weights()), {node.args[2] for node in program.calls(_INT4_PRODUCT)}
+    found = {}
+    for name in sorted(compat.aoti_constant_names(str(path))):
+        if name in weights:
+            found[name] = weights[name]
+            continue
+        assert _OWN_CONSTANT.fullmatch(name) and len(sizes) == 1, f"{name} is no weight of the program"  # noqa: PT018
+        found[name] = torch.tensor(next(iter(sizes)), dtype=torch.int64)
+    return found
+
+
+def _info(
+    program: Program,
+    request: ExportRequest,
+    library: str | None,
+    constants: dict[str, torch.Tensor],
+    companions: list[str],
+) -> dict[str, Any]:
+    """What the runner needs to know; everything it checks before native code runs."""
+    contract = program.contract
+    context = contract.model.context_length
+    return {
+        "model": MODEL,
+        "weights": WEIGHTS,
+        "library": library,
+        "runner": RUNNER,
+        "companions": companions,
+        "kind": contract.kind,
+        "kv_cache": contract.kv_cache.kind,
+        "block_size": contract.kv_cache.block_size,
+        "vocab_size": contract.model.vocab_size,
+        "context_length": min(context, request.options.max_seq_len or context),
+        "eos_token_ids": list(contract.model.eos_token_ids),
+        "inputs": [
+            {"name": spec.name, "role": spec.role, "dtype": spec.dtype, "dims": list(spec.dims)}
+            for spec in contract.inputs
+        ],
+        "outputs": [spec.name for spec in contract.outputs],
+        "constants": {
+            name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+            for name, tensor in constants.items()
+        },
+    }
+
+
+def _needs(program: Program, instructions: InstructionSet) -> dict[str, Any]:
+    needs: dict[str, Any] = {
+        "torch": ".".join(torch.__version__.split(".")[:2]),
+        "cpu_flags": list(instructions.flags),
+    }
+    if program.calls(_INT4_PRODUCT):
+        needs["packed_for"] = torch.backends.cpu.get_cpu_capability()
+    return needs

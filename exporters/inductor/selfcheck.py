@@ -1,0 +1,145 @@
+"""Load a package as its users will, through the runner beside it, and compare it with its Program."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optc.compiler.contract import Input
+from optc.compiler.diagnostics import GateError
+from optc.compiler.gate import TOLERANCE
+from optc.compiler.pipeline import compute_dtype
+from optc.compiler.program import Program
+
+Inputs = list[Tensor]
+
+
+def check_package(program: Program, directory: Path, info: Mapping[str, Any], needs: Mapping[str, Any]) -> None:
+    """Run package and Program on the same inputs, a prompt and then single tokens.
+
+    Raises:
+        GateError: an output or a cache differs by more than rounding.
+    """
+    package = _runner(directory / info["runner"]).Package(directory, info, needs)
+    caches = [_caches(program), _caches(program)]
+    for call, inputs in enumerate(_calls(program)):
+        with torch.no_grad():
+            expected = program(*inputs, *caches[0])
+        found = package(*inputs, *caches[1])
+        expected = list(expected) if isinstance(expected, tuple | list) else [expected]
+        written = list(zip(*caches, strict=True)) if program.contract.kv_cache.in_place else []
+        for index, (old, new) in enumerate([*zip(expected, found, strict=True), *written]):
+            _compare(program, old, new, f"call {call}, " + _name(program, index))
+
+
+def _runner(path: Path) -> Any:
+    """The runner's module, from the very file that is shipped."""
+    spec = importlib.util.spec_from_file_location("_optc_shipped_runner", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = written
+    return module
+
+
+def _compare(program: Program, old: Tensor, new: Tensor, where: str) -> None:
+    old, new = old.double(), new.double()
+    same = old.shape == new.shape
+    limit = TOLERANCE[compute_dtype(program)] * max(1.0, float(old.abs().max()) if old.numel() else 1.0)
+    gap = float((old - new).abs().max()) if same and old.numel() else 0.0
+    if not same or not gap <= limit:
+        raise GateError(
+            "the compiled package computes other numbers than the program",
+            where=where,
+            why=f"max abs difference {gap:.3g} > {limit:.3g}" if same else f"{list(new.shape)}, not {list(old.shape)}",
+            remedy="report this with the model's config: AOTInductor miscompiled it",
+        )
+
+
+def _name(program: Program, index: int) -> str:
+    contract = program.contract
+    names = [spec.name for spec in contract.outputs] + [spec.name for spec in contract.inputs if _is_cache(spec)]
+    return names[index]
+
+
+def _is_cache(spec: Input) -> bool:
+    return spec.role in ("key_cache", "value_cache")
+
+
+_SIZES = {"batch": 2, "capacity": 24, "past": 0, "num_blocks": 8}
+
+
+def _caches(program: Program) -> Inputs:
+    shapes = [(spec.dims, spec.dtype) for spec in program.contract.inputs if _is_cache(spec)]
+    return [
+        torch.zeros([size if isinstance(size, int) else _SIZES[size] for size in dims], dtype=getattr(torch, dtype))
+        for dims, dtype in shapes
+    ]
+
+
+def _calls(program: Program) -> Iterator[Inputs]:
+    """Inputs before the caches: prefill of two rows, then one token for each (one call without a cache)."""
+    contract = program.contract
+    if contract.kind == "module":
+        yield _module_inputs(program)
+        return
+    length = min(5, contract.model.context_length or 5)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, contract.model.vocab_size, (2, length), generator=generator)
+    if contract.kv_cache.kind == "none":
+        made = {
+            "input_ids": ids,
+            "position_ids": torch.arange(length).repeat(2, 1),
+            "attention_mask": torch.ones_like(ids),
+            "token_type_ids": torch.zeros_like(ids),
+        }
+        yield [made[spec.role] for spec in contract.inputs]
+        return
+    step = _linear if contract.kv_cache.kind == "linear" else _paged
+    if length > 1:
+        yield step(program, ids[:, :-1], 0)
+    yield step(program, ids[:, -1:], length - 1)
+
+
+def _linear(program: Program, ids: Tensor, past: int) -> Inputs:
+    return [ids.contiguous(), torch.ones((2, past + ids.shape[1]), dtype=torch.long)]
+
+
+def _paged(program: Program, ids: Tensor, past: int) -> Inputs:
+    """Rows laid end to end, with blocks in falling order."""
+    size, count = program.contract.kv_cache.block_size, ids.shape[1]
+    blocks = -(-(past + count) // size)
+    needed = min(blocks, _SIZES["num_blocks"] // 2)
+    assert needed == blocks, "a few tokens fit a few blocks"
+    order = torch.arange(_SIZES["num_blocks"] - 1, -1, -1, dtype=torch.int32)
+    tables = order.view(2, -1)
+    position = torch.arange(past, past + count).repeat(2)
+    row = torch.arange(2).repeat_interleave(count)
+    slots = tables[row, position // size].long() * size + position % size
+    lengths = torch.full((2,), past + count, dtype=torch.int32)
+    starts = torch.tensor([0, count, 2 * count], dtype=torch.int32)
+    return [ids.reshape(-1).contiguous(), position, slots, tables, lengths, starts]
+
+
+def _module_inputs(program: Program) -> Inputs:
+    """The example inputs of a module, or ones and random numbers of its shapes."""
+    if program.exported.example_inputs is not None:
+        return [tensor.contiguous() for tensor in program.exported.example_inputs[0]]
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for spec in program.contract.inputs:
+        shape = [size if isinstance(size, int) else 3 for size in spec.dims]
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        random = torch.randn(shape, generator=generator).to(dtype)
+        inputs.append(random if dtype.is_floating_point else torch.ones(shape, dtype=dtype))
+    return inputs

@@ -1,0 +1,54 @@
+"""Sessions over an AOTInductor package: native code, weights in safetensors, caches written in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from optc.compiler.diagnostics import ResourceError, TargetError
+from optc.compiler.manifest import Manifest
+from optc.runtime.paged_session import PagedSession
+from optc.runtime.pt2_runner import Package, PackageError
+from optc.runtime.session import Session, default_threads
+from optc.runtime.torch_session import TorchSession
+
+_NO_MEMORY = "can't allocate memory"
+
+
+def open_package(
+    folder: Path, manifest: Manifest, *, threads: int | None = None, num_blocks: int | None = None
+) -> Session:
+    """The session for a verified package, static or paged.
+
+    Args:
+        threads: of torch in this process; None takes one per physical core that it may use.
+        num_blocks: of a paged package; see `PagedSession`.
+
+    Raises:
+        TargetError: this host cannot run the package.
+    """
+    torch.set_num_threads(threads or default_threads())
+    try:
+        package = Package(folder, manifest.engine_info, manifest.needs)
+    except PackageError as error:
+        raise TargetError(
+            "the package cannot run on this host", where=str(folder), why=str(error),
+            remedy="compile the model on this machine, or on one like it",
+        ) from error  # fmt: skip
+
+    def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        try:
+            return package(*inputs)
+        except RuntimeError as error:
+            if _NO_MEMORY not in str(error):
+                raise
+            raise ResourceError(
+                "out of memory while running the package", why=str(error).splitlines()[0],
+                remedy="use shorter prompts or a smaller batch",
+            ) from error  # fmt: skip
+
+    contract = manifest.contract
+    if contract.kv_cache.kind == "paged":
+        return PagedSession(run, contract, num_blocks=num_blocks)
+    return TorchSession(run, contract)

@@ -1,0 +1,44 @@
+"""AOTInductor on the CPU: native code for torch's runtime, no Python and no compiler where it runs."""
+
+from __future__ import annotations
+
+from optc.compiler.target import CompileOptions, QuantSupport, Step, Target
+from optc.exporters.inductor import LEGAL, export_inductor
+from optc.passes.legalize_inductor import INT4_GROUP_SIZES, LegalizeInductor
+from optc.passes.page_kv_cache import PageKVCache
+from optc.passes.quantize_rtn import QuantizeRtn
+from optc.passes.static_kv_cache import StaticKVCache
+
+
+def recipe(kind: str, options: CompileOptions) -> list[Step]:
+    """Decoder: [quantize] -> KV cache -> legalize. Encoder and module: [quantize] -> legalize.
+
+    Rotary embeddings and norms are left as they are: Inductor fuses them itself.
+    """
+    steps = []
+    if options.quant == "rtn":
+        rewrite = QuantizeRtn(
+            bits=options.bits,
+            group_size=options.group_size,
+            symmetric=options.symmetric,
+            ignore=options.ignore,
+        )
+        steps.append(Step(rewrite))
+    if kind == "decoder":
+        steps.append(Step(PageKVCache() if options.kv_cache == "paged" else StaticKVCache(in_place=True)))
+    return [*steps, Step(LegalizeInductor(), optional=True)]
+
+
+TARGET = Target(
+    name="inductor-cpu",
+    summary="AOTInductor package (.pt2) with its weights beside it, for the CPU",
+    device="cpu",
+    dtypes=("fp32", "bf16", "fp16"),
+    kv_caches=("static", "paged"),
+    quant={"rtn": QuantSupport(bits=(4,), group_sizes=INT4_GROUP_SIZES, note="packed for the build machine's kernels")},
+    legal=LEGAL,
+    recipe=recipe,
+    export=export_inductor,
+    aliases=("inductor",),
+    needs_extra="inductor",
+)
