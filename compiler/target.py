@@ -30,7 +30,7 @@ class CompileOptions:
     ignore: tuple[str, ...] = ()
     kv_cache: str | None = None
     max_seq_len: int | None = None
-    accuracy_level: int = 4
+    accuracy_level: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +89,7 @@ class Target:
         legal: operator -> predicate (or None when every use of it is legal).
         recipe: the default passes for a kind of model ("decoder", "encoder", "module") and options.
         export: writes the legalized Program.
+        takes: names of options that only some targets have (max_seq_len, accuracy_level).
         quant: quantization method -> what the target can run of it.
     """
 
@@ -103,6 +104,7 @@ class Target:
     export: Callable[[Program, ExportRequest], ExportResult]
     aliases: tuple[str, ...] = ()
     needs_extra: str = ""
+    takes: tuple[str, ...] = ()
 
 
 def check_legal(program: Program, target: Target) -> None:
@@ -126,6 +128,9 @@ def check_legal(program: Program, target: Target) -> None:
         )
 
 
+_SPECIAL_OPTIONS = ("max_seq_len", "accuracy_level")
+
+
 def check_options(target: Target, options: CompileOptions) -> None:
     """Refuse what the target cannot do, before any weight is read.
 
@@ -140,6 +145,9 @@ def check_options(target: Target, options: CompileOptions) -> None:
         refuse(f"dtype {options.dtype}", ", ".join(target.dtypes))
     if options.kv_cache is not None and options.kv_cache not in target.kv_caches:
         refuse(f"a {options.kv_cache} KV cache", ", ".join(target.kv_caches))
+    for name in _SPECIAL_OPTIONS:
+        if getattr(options, name) is not None and name not in target.takes:
+            refuse(f"--{name.replace('_', '-')}", ", ".join(target.takes).replace("_", "-") or "no such options")
     if options.quant is None:
         return
     if options.quant not in target.quant:

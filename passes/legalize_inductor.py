@@ -22,6 +22,7 @@ from optc.compiler.ops import decompositions
 from optc.compiler.ops.library import reference
 from optc.compiler.program import Program
 from optc.compiler.rewriting import Miss, Pass, PassContext, PassResult
+from optc.compiler.sharing import share_expressions
 from optc.compiler.surgery import add_weight, drop_dead
 from optc.compiler.weights import prune_contract, record_weight
 
@@ -58,6 +59,7 @@ class LegalizeInductor(Pass):
             inline_call(edited, node, ATEN_FORMS[node.target])
         if not sites:
             return PassResult(program, 0, 0)
+        share_expressions(edited)  # positions and masks are the same in every layer
         drop_dead(edited)
         slow = f"{len(misses)} weights are dequantized before each use: slower than unquantized ones"
         notes = (slow,) if misses else ()

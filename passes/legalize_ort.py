@@ -27,6 +27,7 @@ _aten, _optc = torch.ops.aten, torch.ops.optc
 CACHED = _optc.cached_attention.default
 ROTARY = _optc.rotary.default
 _RESHAPES = (_aten.view.default, _aten.reshape.default)
+_SPLITS = (_aten.split_with_sizes.default, _aten.split.Tensor, _aten.chunk.default)
 _COPIES = (_aten.contiguous.default, _aten.clone.default)
 
 
@@ -67,13 +68,17 @@ class _Attention(Rule):
 
     def __init__(self, positions: int) -> None:
         self.positions = positions
+        self._lengths: dict[tuple[Node, str], Node] = {}
+        self._made: dict[tuple[str, float, torch.dtype], tuple[Node, ...]] = {}
 
     def match(self, program: Program, node: Node) -> Match | Miss | None:
         if node.target is not CACHED:
             return None
-        q, k, v = (argument for argument in node.args[:3] if isinstance(argument, Node))
-        if value_of(q).shape[3] != value_of(v).shape[3]:
+        key_size, value_size = (int(value_of(item).shape[3]) for item in node.args[1:3])
+        if key_size != value_size:
             return Miss(node.name, "head sizes of keys and values differ: GroupQueryAttention has one")
+        if key_size % 8:
+            return Miss(node.name, f"GroupQueryAttention takes head sizes that are multiples of 8, not {key_size}")
         if node.args[7] is not None:
             return Miss(node.name, "attention sinks are not lowered")
         return Match(node)
@@ -81,39 +86,53 @@ class _Attention(Rule):
     def rewrite(self, program: Program, match: Match) -> None:
         node = match.node
         q, k, v, past_key, past_value, past, total, _ = node.args
-        assert isinstance(q, Node)
-        assert isinstance(k, Node)
-        assert isinstance(v, Node)
         kernel = {"num_heads": int(value_of(q).shape[1]), "kv_num_heads": int(value_of(k).shape[1])}
         tables, q, k, interleaved = self._rotary(program, q, k, past)
-        size = insert_call(program, node, _aten.sym_size.int, (q, 2))
-        last = insert_call(program, node, _aten.add.Tensor, (past, size))
-        lengths = insert_call(program, node, _aten.sub.Tensor, (last, 1))
-        seqlens = insert_call(program, node, _aten.to.dtype, (lengths, torch.int32))
         streams = self._streams(program, node, q, k, v)
+        lengths = self._last_places(program, node, streams[0], past)
         window = int(node.kwargs["window"]) or -1
         kernel |= {"scale": node.kwargs["scale"], "local_window_size": window, "softcap": node.kwargs["softcap"],
-                   "rotary_interleaved": interleaved} # fmt: skip
-        args = (*streams, past_key, past_value, seqlens, total, *tables)
+                   "rotary_interleaved": interleaved}  # fmt: skip
+        args = (*streams, past_key, past_value, lengths, total, *tables)
         call = insert_call(program, node, _optc.group_query_attention.default, args, kernel)
         self._connect(program, node, call)
 
-    def _rotary(self, program: Program, q: Node, k: Node, past: Any) -> tuple[tuple[Any, Any], Node, Node, bool]:
+    def _last_places(self, program: Program, node: Node, query: Node, past: Node) -> Node:
+        """past + S - 1 as int32 [B] for a query [B,S,C], made in front of the first layer for all of them."""
+        key = (past, _shape(query)[1])
+        if key not in self._lengths:
+            size = insert_call(program, node, _aten.sym_size.int, (query, 1))
+            total = insert_call(program, node, _aten.add.Tensor, (past, size))
+            last = insert_call(program, node, _aten.sub.Tensor, (total, 1))
+            self._lengths[key] = insert_call(program, node, _aten.to.dtype, (last, torch.int32))
+        return self._lengths[key]
+
+    def _rotary(self, program: Program, q: Node, k: Node, past: Any) -> tuple[tuple[Any, ...], Node, Node, bool]:
         """Tables for the kernel's own rotary embedding and q, k before it; (None, None) when it stays outside."""
         first, second = _call(q, ROTARY), _call(k, ROTARY)
         outside = (None, None), q, k, False
         if first is None or second is None or first.args[1:] != second.args[1:] or first.kwargs != second.kwargs:
             return outside
+        if value_of(q).shape[3] % 16 or value_of(first.args[2]).shape[0] % 8:
+            return outside  # limits of the CPU kernel
         if not _counts_up_from(first.args[1], past):
             return outside
-        tables = rotary_tables(program, first, self.positions)
-        inner = first.args[0], second.args[0]
-        assert isinstance(inner[0], Node)
-        assert isinstance(inner[1], Node)
-        size = int(value_of(q).shape[3])
-        if 2 * value_of(tables[0]).shape[1] != size:
-            return outside  # the CPU kernel rotates whole heads
-        return tables, inner[0], inner[1], bool(first.kwargs["interleaved"])
+        return self._tables(program, first), first.args[0], second.args[0], bool(first.kwargs["interleaved"])
+
+    def _tables(self, program: Program, rotary: Node) -> tuple[Node, ...]:
+        """cos and sin [positions, R] as weights, made once per source of frequencies, scaling and type."""
+        name = program.weight_of(rotary.args[2])
+        assert name is not None, "rotary frequencies are a weight"
+        scaling, dtype = float(rotary.kwargs["scaling"]), value_of(rotary).dtype
+        key = (name, scaling, dtype)
+        if key not in self._made:
+            angle = torch.arange(self.positions).float()[:, None] * program.weight(name).float()
+            number = sum(other == name for other, *_ in self._made) or ""
+            self._made[key] = tuple(
+                add_weight(program, f"{name}_{kind}{number}_cache", (table * scaling).to(dtype))
+                for kind, table in (("cos", torch.cos(angle)), ("sin", torch.sin(angle)))
+            )
+        return self._made[key]
 
     def _streams(self, program: Program, node: Node, q: Node, k: Node, v: Node) -> tuple[Any, Any, Any]:
         flat = [flat_heads(program, node, x) for x in (q, k, v)]
@@ -137,25 +156,6 @@ class _Attention(Rule):
             if user.users:
                 shaped = insert_call(program, user, _aten.unflatten.int, (part, -1, [heads, -1]))
                 replace_call(program, user, _aten.transpose.int, (shaped, 1, 2))
-
-
-def rotary_tables(program: Program, rotary: Node, positions: int) -> tuple[Node, Node]:
-    """cos and sin [positions, R] of a rotary node as weights, made once per source of frequencies."""
-    name = program.weight_of(rotary.args[2])
-    assert name is not None, "rotary frequencies are a weight"
-    scaling = float(rotary.kwargs["scaling"])
-    dtype = value_of(rotary).dtype
-    placeholders = {weight: placeholder for placeholder, weight in program.weight_names().items()}
-    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    angle = torch.arange(positions).float()[:, None] * program.weight(name).float()
-    made = []
-    for kind, table in (("cos", torch.cos(angle)), ("sin", torch.sin(angle))):
-        key = f"{name}.{kind}_cache" + ("" if scaling == 1.0 else f"_{scaling:g}")
-        if key in placeholders:
-            made.append(nodes[placeholders[key]])
-        else:
-            made.append(add_weight(program, key, (table * scaling).to(dtype)))
-    return made[0], made[1]
 
 
 def _counts_up_from(position: object, past: Any) -> bool:
@@ -190,8 +190,8 @@ def _packed_source(flat: list[Node]) -> Node | None:
     if any(part is None or part.args[1] != index for index, part in enumerate(parts)):
         return None
     splits = {part.args[0] for part in parts if part is not None}
-    split = _call(splits.pop(), _aten.split_with_sizes.default) if len(splits) == 1 else None
-    if split is None or len(split.args[1]) != 3:
+    split = _call(splits.pop(), *_SPLITS) if len(splits) == 1 else None
+    if split is None or len(split.meta["val"]) != 3:
         return None
     source = split.args[0]
     assert isinstance(source, Node)
@@ -217,11 +217,15 @@ def _merged_heads(reader: Node, out: Node) -> Node | None:
 # -- linears and norms ------------------------------------------------------------------------
 
 
+_GROUPS = (16, 32, 64, 128, 256)
+
+
 class _QuantizedLinear(Rule):
     """linear(x, dequantize(codes, scale, zero), bias) -> matmul_nbits"""
 
     def __init__(self, accuracy_level: int) -> None:
         self.accuracy_level = accuracy_level
+        self._made: dict[str, tuple[Node | None, ...]] = {}
 
     def match(self, program: Program, node: Node) -> Match | Miss | None:
         source = _call(node, _aten.linear.default)
@@ -233,40 +237,46 @@ class _QuantizedLinear(Rule):
             return Miss(node.name, "codes or scales are computed, not weights")
         columns = int(value_of(weight).shape[1])
         size = int(weight.kwargs["group_size"]) or columns
-        if weight.kwargs["bits"] not in (2, 4, 8):
-            return Miss(node.name, f"MatMulNBits has no {weight.kwargs['bits']}-bit kernel")
-        if size < 16 or size & (size - 1):
-            return Miss(node.name, f"MatMulNBits takes groups of 16, 32, 64, ..., not of {size}")
-        return Match(node, {"dequantize": weight, "size": size})
+        bits = int(weight.kwargs["bits"])
+        if bits not in (2, 4, 8):
+            return Miss(node.name, f"MatMulNBits has no {bits}-bit kernel")
+        if size not in _GROUPS:
+            return Miss(node.name, f"MatMulNBits takes groups of {', '.join(map(str, _GROUPS))}, not of {size}")
+        kernel = {"K": columns, "N": int(value_of(weight).shape[0]), "bits": bits, "block_size": size}
+        return Match(node, {"dequantize": weight, "kernel": kernel})
 
     def rewrite(self, program: Program, match: Match) -> None:
-        node, weight, size = match.node, match.found["dequantize"], match.found["size"]
-        bits = int(weight.kwargs["bits"])
-        codes_name = str(program.weight_of(weight.args[0]))
-        codes, scale = program.weight(codes_name), program.weight(str(program.weight_of(weight.args[1])))
-        rows, columns = codes.shape
-        packed = pack_nbits(codes.reshape(rows, columns // size, size), bits)
-        base = codes_name.removesuffix(".codes").removesuffix("_codes")
-        args = [node.args[0], add_weight(program, f"{base}.packed", packed)]
-        args.append(add_weight(program, f"{base}.scales", scale.reshape(rows, columns // size).contiguous()))
-        zero_name = program.weight_of(weight.args[2])
-        if zero_name is None:
-            args.append(None)
-        else:
-            zero = program.weight(zero_name).reshape(rows, columns // size)
-            args.append(add_weight(program, f"{base}.zero_points", pack_nbits(zero, bits)))
-        args.append((*node.args, None)[2])
-        kernel = {"K": columns, "N": rows, "bits": bits, "block_size": size, "accuracy_level": self.accuracy_level}
-        replace_call(program, node, _optc.matmul_nbits.default, args, kernel)
-        contract = program.contract
-        record_weight(program, f"{base}.packed", contract.sources.get(codes_name, ()), contract.quantization[codes_name])
+        node, kernel = match.node, match.found["kernel"]
+        codes, scale, zero = (program.weight_of(item) for item in match.found["dequantize"].args)
+        assert codes is not None
+        assert scale is not None
+        if codes not in self._made:
+            self._made[codes] = self._pack(program, codes, scale, zero, kernel)
+        args = (node.args[0], *self._made[codes], (*node.args, None)[2])
+        knobs = {**kernel, "accuracy_level": self.accuracy_level}
+        replace_call(program, node, _optc.matmul_nbits.default, args, knobs)
+
+    def _pack(
+        self, program: Program, codes: str, scale: str, zero: str | None, kernel: dict[str, int]
+    ) -> tuple[Node | None, ...]:
+        """Add the packed weight, scales and zero points; names beside those of the codes, not below them."""
+        rows, groups, bits = kernel["N"], kernel["K"] // kernel["block_size"], kernel["bits"]
+        base, contract = codes.removesuffix("_codes"), program.contract
+        packed = pack_nbits(program.weight(codes).reshape(rows, groups, -1), bits)
+        points = None if zero is None else pack_nbits(program.weight(zero).reshape(rows, groups), bits)
+        record_weight(program, f"{base}_packed", contract.sources.get(codes, ()), contract.quantization[codes])
+        return (
+            add_weight(program, f"{base}_packed", packed),
+            add_weight(program, f"{base}_scales", program.weight(scale).reshape(rows, groups).contiguous()),
+            None if points is None else add_weight(program, f"{base}_zero_points", points),
+        )
 
 
 class _SkipNorm(Rule):
     """rms_norm(x + y) -> skip_rms_norm(x, y), whose second output is the sum"""
 
     def match(self, program: Program, node: Node) -> Match | Miss | None:
-        if node.target is not _aten.rms_norm.default or node.args[2] is None or len(node.args) < 4:
+        if node.target is not _aten.rms_norm.default or len(node.args) < 4 or None in node.args[2:4]:
             return None
         source = node.args[0]
         cast = _call(source, _aten.to.dtype)

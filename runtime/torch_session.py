@@ -43,7 +43,8 @@ class TorchSession(LinearSession):
             self._caches.append(cache)
 
     def _run(self, ids: Ids, mask: Ids, rows: slice) -> Logits:
-        caches = [cache[rows] for cache in self._caches]
+        whole = len(ids) == self._batch
+        caches = self._caches if whole else [cache[rows] for cache in self._caches]
         with torch.inference_mode():
             outputs = self._graph(torch.from_numpy(ids), torch.from_numpy(mask), *caches)
             outputs = list(outputs) if isinstance(outputs, tuple | list) else [outputs]

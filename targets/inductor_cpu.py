@@ -41,4 +41,5 @@ TARGET = Target(
     export=export_inductor,
     aliases=("inductor",),
     needs_extra="inductor",
+    takes=("max_seq_len",),
 )

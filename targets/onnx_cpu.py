@@ -12,6 +12,9 @@ from optc.passes.merge_projections import MergeProjections
 from optc.passes.quantize_rtn import QuantizeRtn
 from optc.passes.static_kv_cache import StaticKVCache
 
+FAST = 4
+"""MatMulNBits' accuracy level that rounds activations to int8."""
+
 
 def _recipe(kind: str, options: CompileOptions) -> list[Step]:
     steps = [
@@ -32,7 +35,8 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
         )  # fmt: skip
     if kind == "decoder":
         steps.append(Step(MergeProjections(), optional=True))
-    return [*steps, Step(LegalizeOrt(accuracy_level=options.accuracy_level), optional=True)]
+    level = FAST if options.accuracy_level is None else options.accuracy_level
+    return [*steps, Step(LegalizeOrt(accuracy_level=level), optional=True)]
 
 
 TARGET = Target(
@@ -47,4 +51,5 @@ TARGET = Target(
     recipe=_recipe,
     export=export_onnx,
     needs_extra="onnx",
+    takes=("accuracy_level",),
 )

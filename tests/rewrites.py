@@ -14,7 +14,7 @@ from optc.compiler.capture import capture_model
 from optc.compiler.program import Program
 from optc.compiler.rewriting import Pass, PassContext, PassResult
 
-SHAPES = ((2, 11), (1, 1), (3, 37))
+SHAPES = ((3, 19), (1, 1))
 
 
 def stir(model: Any) -> Any:
@@ -54,12 +54,16 @@ def arguments(program: Program, batch: int, length: int) -> tuple[Tensor, ...]:
     return tuple(table[spec.role] for spec in program.contract.inputs)
 
 
+@functools.lru_cache(maxsize=64)
+def outputs(program: Program) -> tuple[Tensor, ...]:
+    """What a program computes at shapes other than the one it was captured with."""
+    return tuple(program(*arguments(program, batch, length)).double() for batch, length in SHAPES)
+
+
 def difference(before: Program, after: Program) -> float:
     """Largest difference of the outputs over several shapes, as a share of their largest magnitude."""
     worst = 0.0
-    for batch, length in SHAPES:
-        inputs = arguments(before, batch, length)
-        expected, computed = before(*inputs).double(), after(*inputs).double()
+    for expected, computed in zip(outputs(before), outputs(after), strict=True):
         assert computed.shape == expected.shape
         worst = max(worst, float((computed - expected).abs().max() / expected.abs().max()))
     return worst

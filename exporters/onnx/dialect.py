@@ -91,7 +91,6 @@ def _rotary(walker: Walker, node: Node) -> ir.Value:
 def _group_query_attention(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
     query, key, value, past_key, past_value, seqlens, total, cos, sin = node.args
     streams = [None if x is None else walker.value(x) for x in (query, key, value)]
-    length = walker.op("Cast", [walker.scalar(total)], {"to": int(ir.DataType.INT32)})
     tables = [None if x is None else walker.value(x) for x in (cos, sin)]
     knobs = dict(node.kwargs)
     attributes = {
@@ -103,7 +102,7 @@ def _group_query_attention(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
         "do_rotary": int(cos is not None),
         "rotary_interleaved": int(bool(knobs["rotary_interleaved"])),
     }
-    inputs = [*streams, walker.value(past_key), walker.value(past_value), walker.value(seqlens), length, *tables]
+    inputs = [*streams, walker.value(past_key), walker.value(past_value), walker.value(seqlens), walker.value(total, torch.int32), *tables]
     return walker.op("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, outputs=3)
 
 

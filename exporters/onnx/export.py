@@ -73,8 +73,6 @@ def _info(
         "companions": companions,
         "genai": genai,
     }
-    if request.options.quant is not None:
-        info["accuracy_level"] = request.options.accuracy_level
     return info
 
 

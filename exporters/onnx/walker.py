@@ -54,6 +54,7 @@ class Walker:
         self._constants: dict[Any, ir.Value] = {}
         self._transposed: dict[str, ir.Value] = {}
         self._scalars: dict[Node, ir.Value] = {}
+        self._casts: dict[tuple[int, torch.dtype], ir.Value] = {}
         self._scope = ""
         self._serial: dict[str, int] = {}
 
@@ -187,7 +188,11 @@ class Walker:
         return found if dtype is None or own is dtype else self.cast(found, dtype)
 
     def cast(self, value: ir.Value, dtype: torch.dtype) -> ir.Value:
-        return self.op("Cast", [value], {"to": int(DTYPES[dtype])})
+        """A value in another type, made once."""
+        key = (id(value), dtype)
+        if key not in self._casts:
+            self._casts[key] = self.op("Cast", [value], {"to": int(DTYPES[dtype])})
+        return self._casts[key]
 
     def size(self, argument: Any) -> ir.Value:
         """A size (int or SymInt node) as int64 [1]."""

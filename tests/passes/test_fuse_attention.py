@@ -326,7 +326,7 @@ def test_masks_that_cannot_be_proved_are_named() -> None:
             attend(m.query.weight[:9, :9]),
             attend(bias[:, None]),
             torch.softmax(scores + slopes * distance, -1) @ q,
-            torch.softmax(scores + scores.transpose(2, 3), -1) @ q,
+            torch.softmax(scores + q.sin() @ q.mT, -1) @ q,
         )
 
     assert _misses(attend, _x(), _x(width=9)) == [
@@ -334,7 +334,7 @@ def test_masks_that_cannot_be_proved_are_named() -> None:
         "the weight query.weight is no bound on k - q",
         "it depends on extra[b, q, k], an input",
         "the weight lifted_tensor_0 is no bound on k - q",
-        "add adds transpose_4 to the scores, which is no mask",
+        "add_1 adds matmul_3 to the scores, which is no mask",
     ]
 
 

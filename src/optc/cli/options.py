@@ -69,10 +69,19 @@ def _check_types(merged: dict[str, Any]) -> None:
         value = merged.get(key)
         if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
             raise UsageError(f"'{key.replace('_', '-')}' must be of type {kind.__name__}, not {value!r}")
+    if merged.get("accuracy_level") not in (None, 0, 1, 2, 3, 4):
+        raise UsageError(f"accuracy level {merged['accuracy_level']} is unknown", remedy="use 0 (exact) to 4 (int8)")
 
 
 def to_settings(merged: dict[str, Any], **more: Any) -> CompileSettings:
-    """CompileSettings from merged flags."""
+    """CompileSettings from merged flags.
+
+    Raises:
+        UsageError: flags of quantization without a quantization.
+    """
+    idle = [key for key in ("bits", "group_size", "symmetric", "ignore") if merged.get(key) not in (None, ())]
+    if idle and not merged.get("quant") and not merged.get("passes"):
+        raise UsageError(f"--{idle[0].replace('_', '-')} does nothing without --quant", remedy="add --quant rtn")
     options = {key: merged[key] for key in _OPTION_KEYS if merged.get(key) is not None}
     limits = {"kl": "max_kl", "top1": "min_top1", "perplexity": "max_perplexity_increase"}
     budget = {name: float(merged[key]) for name, key in limits.items() if merged.get(key) is not None}

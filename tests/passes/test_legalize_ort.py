@@ -1,0 +1,156 @@
+"""legalize-ort: which kernel takes what, and that a legalized decoder computes what it did before."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import pytest
+import torch
+from families import DECODERS
+from stages import captured, largest, sequences, tiny_decoder
+
+from optc.compiler.contract import ModelFacts
+from optc.compiler.diagnostics import TargetError
+from optc.compiler.execution import run_stage
+from optc.compiler.program import Program
+from optc.compiler.rewriting import Pass, PassContext, PassResult
+from optc.compiler.target import CompileOptions, check_legal
+from optc.passes.fuse_norm import FuseNorm
+from optc.passes.legalize_ort import LegalizeOrt
+from optc.passes.merge_projections import MergeProjections
+from optc.passes.quantize_rtn import QuantizeRtn
+from optc.passes.static_kv_cache import StaticKVCache
+from optc.targets.onnx_cpu import TARGET
+
+_aten, _optc = torch.ops.aten, torch.ops.optc
+KERNEL, CACHED, ROTARY = (
+    getattr(_optc, name).default for name in ("group_query_attention", "cached_attention", "rotary")
+)
+PACKED, SKIP_NORM = _optc.matmul_nbits.default, _optc.skip_rms_norm.default
+
+
+def run(program: Program, *passes: Pass) -> PassResult:
+    result = PassResult(program, 0, 0)
+    for step in passes:
+        result = step.run(result.program, PassContext())
+    return result
+
+
+@functools.cache
+def canonical(name: str, **options: Any) -> Program:
+    """The recipe of the target up to the legalization; treat it as read-only."""
+    steps = TARGET.recipe("decoder", CompileOptions(**options))
+    assert isinstance(steps[-1].rewrite, LegalizeOrt)
+    return run(captured(name), *(step.rewrite for step in steps[:-1])).program
+
+
+@functools.cache
+def legalized(name: str, **options: Any) -> PassResult:
+    return run(canonical(name, **options), LegalizeOrt())
+
+
+def drift(before: Program, after: Program) -> float:
+    """Largest difference of the logits over ragged prefill, a chunk and steps, as a share of the largest logit."""
+    rows = sequences(19, 7, 12)
+    old, new = run_stage(before, rows).logits, run_stage(after, rows).logits
+    return largest(old, new) / max(float(row.abs().max()) for row in old)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi", "gpt2", "gpt-neox", "qwen2-window", "granite"])
+def test_a_legalized_decoder_computes_the_same(name: str) -> None:
+    result = legalized(name)
+    check_legal(result.program, TARGET)
+    assert len(result.program.calls(KERNEL)) == 2
+    assert not result.program.calls(CACHED)
+    assert drift(canonical(name), result.program) <= 1e-5
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_quantized_decoder_computes_the_same(bits: int, symmetric: bool) -> None:
+    options: dict[str, Any] = {"quant": "rtn", "bits": bits, "group_size": 32, "symmetric": symmetric}
+    before, after = canonical("llama", **options), legalized("llama", **options).program
+    check_legal(after, TARGET)
+    assert drift(before, after) <= 1e-5
+    calls = after.calls(PACKED)
+    assert [(call.kwargs["N"], call.kwargs["K"]) for call in calls] == [(128, 64), (64, 64), (256, 64), (64, 128)] * 2
+    assert {call.args[3] is None for call in calls} == {symmetric}
+    weight = after.contract.quantization[after.weight_of(calls[0].args[1])]
+    assert (weight.method, weight.bits, weight.group_size, weight.symmetric) == ("rtn", bits, 32, symmetric)
+
+
+# -- attention --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "gemma", "gpt2", "olmo2", "opt", "phi", "gpt-neox", "qwen3"])
+def test_query_key_and_value_arrive_packed_where_nothing_stands_between(name: str) -> None:
+    """Norms of q and k (olmo2, qwen3) and rotary embeddings outside of the kernel (phi, gpt-neox) do."""
+    packed = name not in ("olmo2", "qwen3", "phi", "gpt-neox")
+    program = legalized(name).program
+    for call in program.calls(KERNEL):
+        heads = call.kwargs["num_heads"] + 2 * call.kwargs["kv_num_heads"]
+        assert (call.args[1] is None, call.args[2] is None) == (packed, packed)
+        assert call.args[0].meta["val"].shape[2] == 16 * (heads if packed else call.kwargs["num_heads"])
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_rotary_embeddings_go_into_the_kernel_where_it_can(name: str) -> None:
+    """Heads of 16: phi rotates 8 features and gpt-neox 4, and the kernel takes multiples of 16."""
+    program = legalized(name).program
+    outside = {"phi": 4, "gpt-neox": 4}.get(name, 0)
+    assert len(program.calls(ROTARY)) == outside
+    inside = name not in ("phi", "gpt-neox", "gpt2", "opt")
+    for call in program.calls(KERNEL):
+        assert [None if table is None else tuple(table.meta["val"].shape) for table in call.args[7:9]] == (
+            [(256, 8), (256, 8)] if inside else [None, None]
+        )
+
+
+def test_layers_share_tables_and_lengths() -> None:
+    program = legalized("llama").program
+    first, second = program.calls(KERNEL)
+    assert first.args[5:] == second.args[5:]
+    assert program.weight_of(first.args[7]) == "model.rotary_emb.inv_freq_cos_cache"
+
+
+def test_frequencies_of_their_own_get_tables_of_their_own() -> None:
+    """gemma3: local and global layers."""
+    first, second = canonical("gemma3").calls(ROTARY)[::2]
+    assert first.args[2] is not second.args[2]
+    program = legalized("gemma3").program
+    tables = [program.weight(program.weight_of(call.args[8])) for call in program.calls(KERNEL)]
+    assert not torch.equal(*tables)
+
+
+@pytest.mark.parametrize(
+    ("name", "windows", "softcap"),
+    [("llama", [-1, -1], 0.0), ("mistral", [8, 8], 0.0), ("qwen2-window", [-1, 8], 0.0), ("gemma2", [8, -1], 50.0)],
+)
+def test_windows_and_softcap(name: str, windows: list[int], softcap: float) -> None:
+    """A window counts tokens with the query itself, there as here; -1 is none."""
+    calls = legalized(name).program.calls(KERNEL)
+    assert [call.kwargs["local_window_size"] for call in calls] == windows
+    assert {call.kwargs["softcap"] for call in calls} == {softcap}
+    assert len(sequences(19)[0]) > 2 * 8  # so that the drift above would show a window of 7 or 9
+
+
+def test_a_window_one_token_wider_shows() -> None:
+    program = legalized("mistral").program.clone()
+    for call in program.calls(KERNEL):
+        call.update_kwarg("local_window_size", 9)
+    assert drift(canonical("mistral"), program.changed()) > 1e-3
+
+
+def test_heads_of_an_odd_size_are_a_miss() -> None:
+    program = run(_heads_of(4), StaticKVCache()).program
+    result = run(program, LegalizeOrt())
+    assert [miss.reason for miss in result.misses] == ["GroupQueryAttention takes head sizes that are multiples of 8, not 4"]
+    with pytest.raises(TargetError, match="optc.cached_attention.default has no lowering"):
+        check_legal(result.program, TARGET)
+
+
+def test_sinks_are_a_miss() -> None:
+    result = run(tiny_decoder(sinks=True), StaticKVCache(), LegalizeOrt())
+    assert [miss.reason for miss in result.misses] == ["attention sinks are not lowered"]
