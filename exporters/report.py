@@ -15,6 +15,7 @@ from optc.compiler.diagnostics import os_errors
 from optc.compiler.manifest import Manifest, PassRecord
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 260, 64, 34
+_LONG = 40  # entries of a table's value beyond which only their number is shown
 _COLORS = ("#2563eb", "#d97706", "#059669", "#be185d", "#7c3aed", "#0891b2", "#65a30d", "#57534e")
 
 
@@ -61,6 +62,9 @@ def _rows(table: dict[str, Any] | None) -> list[tuple[str, str]]:
     """A flat table for people: nested values as short JSON."""
     rows = []
     for key, value in (table or {}).items():
+        if isinstance(value, list | tuple | dict) and len(value) > _LONG:
+            rows.append((key.replace("_", " "), f"{len(value)}"))
+            continue
         plain = isinstance(value, str | int | float | bool)
         text = f"{value:,.4g}" if isinstance(value, float) else str(value) if plain else msgspec.json.encode(value).decode()
         rows.append((key.replace("_", " "), text if len(text) < 400 else text[:400] + " …"))

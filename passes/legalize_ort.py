@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from optc.compiler.dataflow import value_of
+from optc.compiler.dataflow import is_tensor, peel, value_of
 from optc.compiler.ops.packed import pack_nbits
 from optc.compiler.program import Program
 from optc.compiler.rewriting import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
@@ -109,7 +109,7 @@ class _Attention(Rule):
 
     def _rotary(self, program: Program, q: Node, k: Node, past: Any) -> tuple[tuple[Any, ...], Node, Node, bool]:
         """Tables for the kernel's own rotary embedding and q, k before it; (None, None) when it stays outside."""
-        first, second = _call(q, ROTARY), _call(k, ROTARY)
+        first, second = _call(peel(q), ROTARY), _call(peel(k), ROTARY)
         outside = (None, None), q, k, False
         if first is None or second is None or first.args[1:] != second.args[1:] or first.kwargs != second.kwargs:
             return outside
@@ -278,25 +278,18 @@ class _SkipNorm(Rule):
     def match(self, program: Program, node: Node) -> Match | Miss | None:
         if node.target is not _aten.rms_norm.default or len(node.args) < 4 or None in node.args[2:4]:
             return None
-        source = node.args[0]
-        cast = _call(source, _aten.to.dtype)
-        if cast is not None and isinstance(cast.args[0], Node) and value_of(cast.args[0]).dtype == value_of(cast).dtype:
-            source = cast.args[0]
-        add = _call(source, _aten.add.Tensor)
-        if add is None or add.kwargs or not all(isinstance(part, Node) for part in add.args):
+        add = _call(peel(node.args[0]), _aten.add.Tensor)
+        if add is None or add.kwargs or not all(is_tensor(part) for part in add.args):
             return None
-        left, right = (value_of(part) for part in add.args)
-        if [str(s) for s in left.shape] != [str(s) for s in right.shape] or left.dtype != right.dtype or left.dim() != 3:
-            return None
-        if value_of(node).dtype != left.dtype or value_of(node.args[2]).dtype != left.dtype:
-            return None
-        return Match(node, {"add": add, "cast": cast})
+        if program.weight_of(node.args[2]) is None:
+            return None  # computed behind the sum, perhaps
+        shapes = {tuple(_shape(part)) for part in add.args}
+        types = {value_of(part).dtype for part in (node, node.args[2], *add.args)}
+        return Match(node, {"add": add}) if len(shapes) == len(types) == 1 and value_of(add).dim() == 3 else None
 
     def rewrite(self, program: Program, match: Match) -> None:
         node, add = match.node, match.found["add"]
         call = insert_call(program, add, _optc.skip_rms_norm.default, (*add.args, node.args[2]), {"eps": node.args[3]})
         normed, total = (insert_call(program, add, operator.getitem, (call, i)) for i in (0, 1))
         replace_node(program, node, normed)
-        for old in (match.found["cast"], add):
-            if old is not None:
-                old.replace_all_uses_with(total, delete_user_cb=lambda user: user is not call)
+        replace_node(program, add, total)

@@ -35,7 +35,11 @@ TARGET = Target(
     device="cpu",
     dtypes=("fp32", "bf16", "fp16"),
     kv_caches=("static", "paged"),
-    quant={"rtn": QuantSupport(bits=(4,), group_sizes=INT4_GROUP_SIZES, note="packed for the build machine's kernels")},
+    quant={
+        "rtn": QuantSupport(
+            bits=(4,), group_sizes=INT4_GROUP_SIZES, note="packed for the build machine's kernels"
+        )
+    },
     legal=LEGAL,
     recipe=recipe,
     export=export_inductor,

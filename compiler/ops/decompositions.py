@@ -69,19 +69,26 @@ def write_cache_(cache: Tensor, new: Tensor, past_lengths: Tensor) -> None:
     Those (right padding that reaches past the buffer) are turned into a second write of the row's first
     token to its own place, as a masked scatter would have to read the cache.
     """
-    where = {"device": cache.device}
-    offset = torch.arange(new.shape[2], **where)
+    device = cache.device
+    offset = torch.arange(new.shape[2], device=device)
     fits = past_lengths[:, None] + offset < cache.shape[2]
     source = torch.where(fits, offset, 0)[:, None, :]
-    row = torch.arange(new.shape[0], **where)[:, None, None]
-    head = torch.arange(new.shape[1], **where)[None, :, None]
+    row = torch.arange(new.shape[0], device=device)[:, None, None]
+    head = torch.arange(new.shape[1], device=device)[None, :, None]
     place = past_lengths[:, None, None] + source
     tokens = torch.ops.aten.index.Tensor(new, [row, head, source])
     cache.index_put_((row, head, place), tokens.to(cache.dtype))
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, sinks: Tensor | None, *, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    scale: float,
+    softcap: float,
 ) -> Tensor:
     """Attention of q [B,H,S,D] over k/v [B,Hkv,T,D] where `keep` [B or 1, 1, S or 1, T] says so.
 
@@ -104,7 +111,11 @@ def _bias(keep: Tensor, size: int, groups: int, dtype: torch.dtype) -> Tensor:
 
     Not minus infinity: a row without a key would become NaN.
     """
-    wide = keep[:, :, None].expand(-1, -1, groups, size, -1).reshape(keep.shape[0], 1, groups * size, keep.shape[3])
+    wide = (
+        keep[:, :, None]
+        .expand(-1, -1, groups, size, -1)
+        .reshape(keep.shape[0], 1, groups * size, keep.shape[3])
+    )
     return torch.zeros_like(wide, dtype=dtype).masked_fill(~wide, torch.finfo(dtype).min)
 
 

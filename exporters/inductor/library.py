@@ -28,9 +28,13 @@ def build_library() -> Path:
     """
     compiler = find_compiler()
     version = run_compiler([compiler, "--version"], "--version")
-    sources = {name: (resources.files("optc.exporters.inductor") / "csrc" / name).read_bytes() for name in _SOURCES}
+    sources = {
+        name: (resources.files("optc.exporters.inductor") / "csrc" / name).read_bytes() for name in _SOURCES
+    }
     abi = str(torch._C._GLIBCXX_USE_CXX11_ABI)
-    digest = hashlib.sha256(repr((compiler, version, torch.__version__, abi, _FLAGS, platform.machine())).encode())
+    digest = hashlib.sha256(
+        repr((compiler, version, torch.__version__, abi, _FLAGS, platform.machine())).encode()
+    )
     for text in sources.values():
         digest.update(hashlib.sha256(text).digest())
     folder = cache_folder() / f"ops-{digest.hexdigest()[:24]}"
@@ -57,8 +61,14 @@ def cache_folder() -> Path:
 def _compile(compiler: str, place: Path, abi: str) -> None:
     """Compile the tile arithmetic for each instruction set, the op, and link them."""
     root = Path(torch.__path__[0])
-    common = [compiler, *_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(abi == 'True')}", "-isystem", str(root / "include")]
-    tiles = {"tile_baseline": []}
+    common = [
+        compiler,
+        *_FLAGS,
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(abi == 'True')}",
+        "-isystem",
+        str(root / "include"),
+    ]
+    tiles: dict[str, list[str]] = {"tile_baseline": []}
     if platform.machine() == "x86_64":
         tiles["tile_avx2"] = ["-march=x86-64-v3"]
     objects = []

@@ -20,7 +20,9 @@ from optc.compiler.program import Program
 Inputs = list[Tensor]
 
 
-def check_package(program: Program, directory: Path, info: Mapping[str, Any], needs: Mapping[str, Any]) -> None:
+def check_package(
+    program: Program, directory: Path, info: Mapping[str, Any], needs: Mapping[str, Any]
+) -> None:
     """Run package and Program on the same inputs, a prompt and then single tokens.
 
     Raises:
@@ -61,14 +63,18 @@ def _compare(program: Program, old: Tensor, new: Tensor, where: str) -> None:
         raise GateError(
             "the compiled package computes other numbers than the program",
             where=where,
-            why=f"max abs difference {gap:.3g} > {limit:.3g}" if same else f"{list(new.shape)}, not {list(old.shape)}",
+            why=f"max abs difference {gap:.3g} > {limit:.3g}"
+            if same
+            else f"{list(new.shape)}, not {list(old.shape)}",
             remedy="report this with the model's config: AOTInductor miscompiled it",
         )
 
 
 def _name(program: Program, index: int) -> str:
     contract = program.contract
-    names = [spec.name for spec in contract.outputs] + [spec.name for spec in contract.inputs if _is_cache(spec)]
+    names = [spec.name for spec in contract.outputs] + [
+        spec.name for spec in contract.inputs if _is_cache(spec)
+    ]
     return names[index]
 
 
@@ -82,7 +88,9 @@ _SIZES = {"batch": 2, "capacity": 24, "past": 0, "num_blocks": 8}
 def _caches(program: Program) -> Inputs:
     shapes = [(spec.dims, spec.dtype) for spec in program.contract.inputs if _is_cache(spec)]
     return [
-        torch.zeros([size if isinstance(size, int) else _SIZES[size] for size in dims], dtype=getattr(torch, dtype))
+        torch.zeros(
+            [size if isinstance(size, int) else _SIZES[size] for size in dims], dtype=getattr(torch, dtype)
+        )
         for dims, dtype in shapes
     ]
 

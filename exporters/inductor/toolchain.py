@@ -44,9 +44,12 @@ def instruction_set() -> InstructionSet:
         return InstructionSet(None, tuple(sorted(host_flags())))
     used = [flag.removeprefix("-m") for flag in compat.vector_flags()]
     extra = {_KERNEL_NAMES.get(flag, flag) for flag in used}
-    march, level = ("x86-64-v4", _LEVEL_4) if "avx512f" in extra else ("x86-64-v3", _LEVEL_3)
-    if not extra:
-        march, level = "x86-64-v2", _LEVEL_2
+    march: str
+    level: tuple[str, ...]
+    if "avx512f" in extra:
+        march, level = "x86-64-v4", _LEVEL_4
+    else:
+        march, level = ("x86-64-v3", _LEVEL_3) if extra else ("x86-64-v2", _LEVEL_2)
     return InstructionSet(march, tuple(sorted(extra | set(level))))
 
 
@@ -56,7 +59,9 @@ def host_flags() -> set[str]:
     if not path.is_file():
         return set()
     lines = (line.partition(":") for line in path.read_text().splitlines())
-    return next((set(value.split()) for key, _, value in lines if key.strip() in ("flags", "Features")), set())
+    return next(
+        (set(value.split()) for key, _, value in lines if key.strip() in ("flags", "Features")), set()
+    )
 
 
 def find_compiler() -> str:

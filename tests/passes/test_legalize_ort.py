@@ -8,19 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from families import DECODERS
+from families import DECODERS, FAMILIES
 from stages import captured, largest, sequences, tiny_decoder
+from torch import Tensor
 
-from optc.compiler.contract import ModelFacts
+from optc.compiler.capture import capture_model, capture_module
+from optc.compiler.contract import WeightQuantization
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.execution import run_stage
 from optc.compiler.program import Program
+from optc.compiler.quantize import quantize_groups
 from optc.compiler.rewriting import Pass, PassContext, PassResult
 from optc.compiler.target import CompileOptions, check_legal
-from optc.passes.fuse_norm import FuseNorm
+from optc.passes.fuse_rotary import FuseRotary
 from optc.passes.legalize_ort import LegalizeOrt
-from optc.passes.merge_projections import MergeProjections
-from optc.passes.quantize_rtn import QuantizeRtn
 from optc.passes.static_kv_cache import StaticKVCache
 from optc.targets.onnx_cpu import TARGET
 
@@ -81,10 +82,42 @@ def test_a_quantized_decoder_computes_the_same(bits: int, symmetric: bool) -> No
     assert (weight.method, weight.bits, weight.group_size, weight.symmetric) == ("rtn", bits, 32, symmetric)
 
 
+RTN = WeightQuantization(method="rtn", bits=4, group_size=16, symmetric=False, source="w")
+
+
+class _Linears(torch.nn.Module):
+    """One quantized weight [48, 48] in two linears."""
+
+    def __init__(self, bits: int, group: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        codes, scale, zero = quantize_groups(torch.randn(48, 48, generator=generator), bits, group or 48, False)
+        self.register_buffer("w_codes", codes)
+        self.register_buffer("w_scale", scale)
+        self.register_buffer("w_zero", zero)
+        self.knobs = {"bits": bits, "group_size": group}
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = _optc.dequantize(self.w_codes, self.w_scale, self.w_zero, **self.knobs)
+        linear = torch.nn.functional.linear
+        return linear(linear(x, weight).relu(), weight)
+
+
+def _model(name: str, **changes: Any) -> Any:
+    """A tiny family in other sizes."""
+    cls, config_cls, sizes = FAMILIES[name]
+    torch.manual_seed(0)
+    return cls(config_cls(**{**sizes, **changes})).eval().requires_grad_(False)
+
+
+def _wide(name: str) -> Program:
+    return capture_model(_model(name, hidden_size=128))
+
+
 # -- attention --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "gemma", "gpt2", "olmo2", "opt", "phi", "gpt-neox", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "gpt2", "olmo2", "phi", "gpt-neox", "qwen3"])
 def test_query_key_and_value_arrive_packed_where_nothing_stands_between(name: str) -> None:
     """Norms of q and k (olmo2, qwen3) and rotary embeddings outside of the kernel (phi, gpt-neox) do."""
     packed = name not in ("olmo2", "qwen3", "phi", "gpt-neox")
@@ -143,14 +176,78 @@ def test_a_window_one_token_wider_shows() -> None:
     assert drift(canonical("mistral"), program.changed()) > 1e-3
 
 
+@pytest.mark.parametrize(("name", "inside"), [("phi", True), ("gpt-neox", False)])
+def test_partial_rotary_of_whole_sixteenths_goes_in(name: str, inside: bool) -> None:
+    """phi with heads of 32 rotates 16 features of each; gpt-neox with heads of 32 rotates 8."""
+    before = run(_wide(name), *(step.rewrite for step in TARGET.recipe("decoder", CompileOptions())[:-1])).program
+    after = run(before, LegalizeOrt()).program
+    assert [call.args[7] is not None for call in after.calls(KERNEL)] == [inside, inside]
+    assert drift(before, after) <= 1e-5
+
+
 def test_heads_of_an_odd_size_are_a_miss() -> None:
-    program = run(_heads_of(4), StaticKVCache()).program
-    result = run(program, LegalizeOrt())
-    assert [miss.reason for miss in result.misses] == ["GroupQueryAttention takes head sizes that are multiples of 8, not 4"]
+    result = run(capture_model(_model("llama", head_dim=12)), StaticKVCache(), LegalizeOrt())
+    reason = "GroupQueryAttention takes head sizes that are multiples of 8, not 12"
+    assert [miss.reason for miss in result.misses] == [reason, reason]
     with pytest.raises(TargetError, match="optc.cached_attention.default has no lowering"):
         check_legal(result.program, TARGET)
+
+
+def test_rotary_stays_outside_heads_of_eight() -> None:
+    before = run(capture_model(_model("llama", head_dim=8)), FuseRotary(), StaticKVCache()).program
+    after = run(before, LegalizeOrt()).program
+    assert len(after.calls(ROTARY)) == 4
+    assert [call.args[7] for call in after.calls(KERNEL)] == [None, None]
+    assert drift(before, after) <= 1e-5
 
 
 def test_sinks_are_a_miss() -> None:
     result = run(tiny_decoder(sinks=True), StaticKVCache(), LegalizeOrt())
     assert [miss.reason for miss in result.misses] == ["attention sinks are not lowered"]
+
+
+# -- linears and norms ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "reason"),
+    [
+        (3, 32, "MatMulNBits has no 3-bit kernel"),
+        (4, 8, "MatMulNBits takes groups of 16, 32, 64, 128, 256, not of 8"),
+        (4, 0, "MatMulNBits takes groups of 16, 32, 64, 128, 256, not of 48"),
+    ],
+)
+def test_what_no_kernel_takes_is_a_miss(bits: int, group: int, reason: str) -> None:
+    program = capture_module(_Linears(bits, group), [torch.randn(2, 48)], dynamic={"input_0": {0: "batch"}})
+    result = run(program, LegalizeOrt())
+    assert [miss.reason for miss in result.misses] == [reason, reason]
+    with pytest.raises(TargetError, match="optc.dequantize.default has no lowering"):
+        check_legal(result.program, TARGET)
+
+
+def test_a_weight_read_twice_is_packed_once() -> None:
+    module = _Linears(4, 16)
+    program = capture_module(module, [torch.randn(2, 48)], dynamic={"input_0": {0: "batch"}})
+    program = program.with_contract(quantization={"w_codes": RTN})
+    after = run(program, LegalizeOrt(accuracy_level=0)).program
+    first, second = after.calls(PACKED)
+    assert first.args[1:4] == second.args[1:4]
+    assert dict(first.kwargs) == {"K": 48, "N": 48, "bits": 4, "block_size": 16, "accuracy_level": 0}
+    assert sorted(name for name, _ in after.weights()) == ["w_packed", "w_scales", "w_zero_points"]
+    assert after.weight("w_packed").shape == (48, 3, 8)
+    x = torch.randn(5, 48)
+    torch.testing.assert_close(after(x), module(x), rtol=1e-6, atol=1e-6)
+
+
+def test_sums_in_front_of_norms_are_fused() -> None:
+    """Both outputs are read: the norm, and the sum by the next residual."""
+    program = legalized("llama").program
+    assert len(program.calls(SKIP_NORM)) == 4  # of 5: the first norm reads the embedding
+    assert len(program.calls(_aten.rms_norm.default)) == 1
+    taken = [user.args[1] for call in program.calls(SKIP_NORM) for user in call.users if user.target is operator.getitem]
+    assert sorted(taken) == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_nothing_to_do_is_no_match() -> None:
+    result = run(captured("gpt2"), LegalizeOrt())
+    assert (result.matched, result.candidates, result.misses) == (0, 0, ())
