@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
+import msgspec
 import pytest
 import torch
 from masks import ADDITIVE, Maker, Places, random_mask
@@ -128,7 +129,10 @@ PROVED: dict[str, tuple[Callable[..., Tensor], tuple[bool, int, int]]] = {
     "causal by difference": (lambda p, m, i: (p.query - p.key) >= 0, (True, 0, 0)),
     "causal, shifted": (lambda p, m, i: p.key < p.query + 1, (True, 0, 0)),
     "causal, doubled": (lambda p, m, i: 2 * p.key <= 2 * p.query + 1, (True, 0, 0)),
-    "causal with a redundant bound": (lambda p, m, i: (p.key <= p.query) & (p.key <= p.query + 3), (True, 0, 0)),
+    "causal with a redundant bound": (
+        lambda p, m, i: (p.key <= p.query) & (p.key <= p.query + 3),
+        (True, 0, 0),
+    ),
     "causal from a union": (lambda p, m, i: (p.key < p.query) | (p.key == p.query), (True, 0, 0)),
     "window": (lambda p, m, i: (p.key <= p.query) & (p.key > p.query - 4), (True, 4, 0)),
     "window of one": (lambda p, m, i: p.key == p.query, (True, 1, 0)),
@@ -157,16 +161,18 @@ PROVED: dict[str, tuple[Callable[..., Tensor], tuple[bool, int, int]]] = {
         lambda p, m, i: (p.query <= p.key).permute(1, 0)[None].reshape(1, 1, *(p.query >= p.key).shape),
         (True, 0, 0),
     ),
+    "permuted out of order": (lambda p, m, i: p.pad[:, :, None, None].permute(0, 2, 3, 1), (False, 0, 1)),
     "merged with the heads and split again": (
-        lambda p, m, i: (p.pad[:, None, None, :].expand(-1, 2, -1, -1).reshape(-1, 1, p.pad.shape[1])
-                         & (p.key <= p.query)).view(p.pad.shape[0], 2, p.pad.shape[1], -1)[:, :1],
+        lambda p, m, i: (
+            p.pad[:, None, None, :].expand(-1, 2, -1, -1).reshape(-1, 1, p.pad.shape[1]) & (p.key <= p.query)
+        ).view(p.pad.shape[0], 2, p.pad.shape[1], -1)[:, :1],
         (True, 0, 1),
     ),
     "indexed": (
         lambda p, m, i: torch.arange(p.pad.shape[1])[p.query] >= torch.arange(p.pad.shape[1])[p.key],
         (True, 0, 0),
     ),
-}  # fmt: skip
+}
 
 
 def test_masks_that_models_use_are_proved() -> None:
@@ -198,6 +204,10 @@ def _written_through_a_view(places: Places, *_: object) -> Tensor:
     return mask
 
 
+def _written_and_viewed(places: Places, *_: object) -> Tensor:
+    return _written_through_a_view(places)[None, None]
+
+
 def _written_later(places: Places, *_: object) -> Tensor:
     mask = places.key <= places.query
     mask.logical_or_(places.key == 0)
@@ -210,44 +220,61 @@ def _alibi(places: Places, *_: object) -> Tensor:
 
 
 UNPROVED: dict[str, tuple[Callable[..., Tensor], str]] = {
-    "one key too many": (lambda p, m, i: p.key <= p.query + 1, "it keeps keys up to k = q +1, not up to k = q"),
+    "one key too many": (
+        lambda p, m, i: p.key <= p.query + 1,
+        "it keeps keys up to k = q +1, not up to k = q",
+    ),
     "one key too few": (lambda p, m, i: p.key < p.query, "it keeps keys up to k = q -1, not up to k = q"),
     "anti-causal": (
-        lambda p, m, i: p.key > p.query, "it keeps keys from k = q +1 on, which is no window",
+        lambda p, m, i: p.key > p.query,
+        "it keeps keys from k = q +1 on, which is no window",
     ),
     "all but itself": (
-        lambda p, m, i: p.key != p.query, "it leaves a gap between the keys that it keeps",
+        lambda p, m, i: p.key != p.query,
+        "it leaves a gap between the keys that it keeps",
     ),
     "nothing kept": (lambda p, m, i: (p.key < p.query) & (p.key > p.query), "everything is masked"),
     "a fixed prefix": (lambda p, m, i: (p.key <= p.query) | (p.key < 3), "k < 3 is no bound on k - q"),
     "a dilated window": (
-        lambda p, m, i: (p.query - p.key) % 2 == 0, "remainder (aten.remainder.Scalar) is not understood",
+        lambda p, m, i: (p.query - p.key) % 2 == 0,
+        "remainder (aten.remainder.Scalar) is not understood",
     ),
     "padding of queries": (lambda p, m, i: p.pad[:, None, :, None], "it depends on pad[b, q], an input"),
     "padding or causal": (
-        lambda p, m, i: (p.key <= p.query) | p.pad[:, None, None, :], "the parts pad[b, k] are no conjunction",
+        lambda p, m, i: (p.key <= p.query) | p.pad[:, None, None, :],
+        "the parts pad[b, k] are no conjunction",
     ),
     "a random mask": (
-        lambda p, m, i: torch.rand(p.pad.shape[1], p.pad.shape[1]) > 0.5, "rand (aten.rand.default) is not understood",
+        lambda p, m, i: torch.rand(p.pad.shape[1], p.pad.shape[1]) > 0.5,
+        "rand (aten.rand.default) is not understood",
     ),
     "ALiBi": (_alibi, "the weight lifted_tensor_0 is no bound on k - q"),
     "a slope": (
-        lambda p, m, i: (p.key - p.query) * 1.0, "mul_1 adds k - q, which varies with the position",
+        lambda p, m, i: (p.key - p.query) * 1.0,
+        "mul_1 adds k - q, which varies with the position",
     ),
     "a bias": (
-        lambda p, m, i: torch.where(p.key <= p.query, 0.0, -8.0), "where adds -8 to a score",
+        lambda p, m, i: torch.where(p.key <= p.query, 0.0, -8.0),
+        "where adds -8 to a score",
     ),
     "zero times infinity": (
-        lambda p, m, i: (p.key > p.query).float() * float("-inf"), "mul_2 adds nan to a score",
+        lambda p, m, i: (p.key > p.query).float() * float("-inf"),
+        "mul_2 adds nan to a score",
     ),
     "written through a view": (_written_through_a_view, "fill_ overwrites where_1"),
+    "written before it is viewed": (
+        _written_and_viewed,
+        "fill__1 overwrites where_2 before unsqueeze_8 reads it",
+    ),
     "positions of the user": (
-        lambda p, m, i: i[:, None, None, :] <= i[:, None, :, None], "it depends on positions[b, k], an input",
+        lambda p, m, i: i[:, None, None, :] <= i[:, None, :, None],
+        "it depends on positions[b, k], an input",
     ),
     "positions in half precision": (
-        lambda p, m, i: p.key.half() <= p.query.half(), "to_1 has positions in float16, which rounds",
+        lambda p, m, i: p.key.half() <= p.query.half(),
+        "to_1 has positions in float16, which rounds",
     ),
-}  # fmt: skip
+}
 
 
 def test_other_masks_are_named() -> None:
@@ -261,8 +288,6 @@ def test_a_mask_that_is_changed_in_place_is_read_as_changed() -> None:
 
 
 def _ruled(program: Program, rule: bool) -> Program:
-    import msgspec
-
     inputs = [
         msgspec.structs.replace(spec, role="position_ids" if spec.name == "positions" else spec.role)
         for spec in program.contract.inputs

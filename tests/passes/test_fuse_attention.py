@@ -334,7 +334,7 @@ def test_masks_that_cannot_be_proved_are_named() -> None:
         "the weight query.weight is no bound on k - q",
         "it depends on extra[b, q, k], an input",
         "the weight lifted_tensor_0 is no bound on k - q",
-        "add_1 adds matmul_3 to the scores, which is no mask",
+        "add_1 adds matmul_2 to the scores, which is no mask",
     ]
 
 

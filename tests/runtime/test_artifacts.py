@@ -48,7 +48,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def model(artifact: Path) -> Iterator[Model]:
-    found = load(artifact)
+    found = load(artifact, threads=1)  # on a busy machine, threads that wait for each other take minutes
     yield found
     found.close()
 
@@ -119,7 +119,7 @@ def test_commands_in_a_fresh_process(artifact: Path, tmp_path: Path) -> None:
 
     def call(*args: object) -> Any:
         done = subprocess.run(
-            [sys.executable, "-m", "optc", *map(str, args), "--json"],
+            [sys.executable, "-m", "optc", *map(str, args), "--threads", "1", "--json"],
             capture_output=True,
             text=True,
             check=True,
