@@ -7,6 +7,7 @@ from typing import Any
 
 import sympy as sp
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.elements import (
@@ -14,7 +15,6 @@ from optc.compiler.elements import (
     Index,
     Rule,
     UnprovenError,
-    first_tensor,
     number,
     registrar,
     shape_of,
@@ -22,6 +22,14 @@ from optc.compiler.elements import (
 
 MOVES: dict[str, Rule] = {}
 _rule = registrar(MOVES)
+
+
+def first_tensor(node: Node) -> Node:
+    """The first argument of a call, which must be a tensor."""
+    source = node.args[0]
+    if not isinstance(source, Node) or not isinstance(source.meta["val"], Tensor):
+        raise UnprovenError(f"{node.name} ({node.target}) reads no tensor")
+    return source
 
 
 @_rule("alias", "contiguous", "clone", "detach", "lift_fresh_copy", "lift_fresh")

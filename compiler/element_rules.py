@@ -9,7 +9,7 @@ import sympy as sp
 import torch
 from torch.fx import Node
 
-from optc.compiler.element_moves import MOVES
+from optc.compiler.element_moves import MOVES, first_tensor
 from optc.compiler.elements import (
     Elements,
     Index,
@@ -17,7 +17,6 @@ from optc.compiler.elements import (
     UnprovenError,
     Where,
     bare_symbols,
-    first_tensor,
     number,
     operator_name,
     registrar,

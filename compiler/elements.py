@@ -83,14 +83,6 @@ def registrar(table: dict[str, Rule]) -> Callable[..., Callable[[Rule], Rule]]:
     return names
 
 
-def first_tensor(node: Node) -> Node:
-    """The first argument of a call, which must be a tensor."""
-    source = node.args[0]
-    if not isinstance(source, Node) or not isinstance(source.meta["val"], Tensor):
-        raise UnprovenError(f"{node.name} ({node.target}) reads no tensor")
-    return source
-
-
 def is_truth(value: Any) -> bool:
     """Whether an element is a truth value (a sympy Symbol is a Boolean to sympy, and a number here)."""
     return isinstance(value, BooleanFunction | BooleanAtom | sp.core.relational.Relational)
@@ -220,6 +212,9 @@ class Elements:
     def _input(self, node: Node, index: Index) -> Any:
         name = self._weights.get(node.name)
         if name is not None:
+            mutated = self.program.exported.graph_signature.buffers_to_mutate.values()
+            if self.storage.written(node) or name in mutated:
+                raise UnprovenError(f"the weight {name} is written")
             return _constant(name, self.program.weight(name), index)
         role = self._roles.get(node, "input")
         if role == "position_ids" and self.program.contract.position_rule and len(index) == 2:
@@ -269,13 +264,15 @@ def _clip(index: Any, size: Any) -> Any:
 def _constant(name: str, weight: Tensor, index: Index) -> Any:
     """An element of a weight: a number, arithmetic in its index, or steps along a difference of indices."""
     for axis in reversed([axis for axis, item in enumerate(index) if item.is_Integer]):
+        if not 0 <= index[axis] < weight.shape[axis]:
+            raise UnprovenError(f"the weight {name} has no element {index[axis]} along axis {axis}")
         weight = weight.select(axis, int(index[axis]))
     free = [item for item in index if not item.is_Integer]
     values = weight.detach().cpu()
     if values.numel() and bool((values == values.reshape(-1)[0]).all()):
         return constant_element(values.reshape(-1)[0].item())
     if len(free) == 1 and not values.is_floating_point() and values.dtype != torch.bool:
-        step = values[1:] - values[:-1]
+        step = values[1:].long() - values[:-1].long()
         if bool((step == step[0]).all()):
             return sp.Integer(int(values[0])) + sp.Integer(int(step[0])) * free[0]
     if len(free) == 2 and bool((values[1:, 1:] == values[:-1, :-1]).all()):

@@ -44,6 +44,10 @@ class Storage:
         first, last = self._order[since or node], self._order[reader]
         return next((call for position, call in writes if first < position < last), None)
 
+    def written(self, node: Node) -> bool:
+        """Whether any call writes the memory of `node`; such a weight is no constant."""
+        return bool(self._writes.get(self._root.get(node, node)))
+
     def replaced(self, old: Node, new: Node) -> None:
         """Tell that `new` stands where `old` stood."""
         self._order[new], self._root[new] = self._order[old], self._root[old]

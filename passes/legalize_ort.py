@@ -17,6 +17,7 @@ import torch
 from torch.fx import Node
 
 from optc.compiler.dataflow import is_tensor, peel, value_of
+from optc.compiler.head_layout import call_of, flat_heads, merged_heads, packed_source
 from optc.compiler.ops.packed import pack_nbits
 from optc.compiler.program import Program
 from optc.compiler.rewriting import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
@@ -26,9 +27,8 @@ from optc.compiler.weights import prune_contract, record_weight
 _aten, _optc = torch.ops.aten, torch.ops.optc
 CACHED = _optc.cached_attention.default
 ROTARY = _optc.rotary.default
-_RESHAPES = (_aten.view.default, _aten.reshape.default)
-_SPLITS = (_aten.split_with_sizes.default, _aten.split.Tensor, _aten.chunk.default)
-_COPIES = (_aten.contiguous.default, _aten.clone.default)
+_GROUPS = (16, 32, 64, 128, 256)  # of MatMulNBits
+_MAX_POSITIONS = 1 << 18  # rows of cos and sin tables; with more, angles are computed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +43,15 @@ class LegalizeOrt(Pass):
     accuracy_level: int = 4
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        positions = program.contract.model.context_length or 4096
-        rules = [_Attention(positions), _QuantizedLinear(self.accuracy_level), _SkipNorm()]
+        rules = [
+            _Attention(program.contract.model.context_length),
+            _QuantizedLinear(self.accuracy_level),
+            _SkipNorm(),
+        ]
         result = apply_rules(program, rules)
         if not result.matched:
             return result
         return PassResult(prune_contract(result.program), result.matched, result.candidates, result.misses)
-
-
-def _call(node: object, *targets: object) -> Node | None:
-    """`node` when it is a call of one of these targets."""
-    return node if isinstance(node, Node) and node.op == "call_function" and node.target in targets else None
-
-
-def _shape(node: Node) -> list[str]:
-    return [str(size) for size in value_of(node).shape]
 
 
 # -- attention --------------------------------------------------------------------------------
@@ -78,7 +72,9 @@ class _Attention(Rule):
         if key_size != value_size:
             return Miss(node.name, "head sizes of keys and values differ: GroupQueryAttention has one")
         if key_size % 8:
-            return Miss(node.name, f"GroupQueryAttention takes head sizes that are multiples of 8, not {key_size}")
+            return Miss(
+                node.name, f"GroupQueryAttention takes head sizes that are multiples of 8, not {key_size}"
+            )
         if node.args[7] is not None:
             return Miss(node.name, "attention sinks are not lowered")
         return Match(node)
@@ -91,15 +87,15 @@ class _Attention(Rule):
         streams = self._streams(program, node, q, k, v)
         lengths = self._last_places(program, node, streams[0], past)
         window = int(node.kwargs["window"]) or -1
-        kernel |= {"scale": node.kwargs["scale"], "local_window_size": window, "softcap": node.kwargs["softcap"],
-                   "rotary_interleaved": interleaved}  # fmt: skip
+        kernel |= {name: node.kwargs[name] for name in ("scale", "softcap")}
+        kernel |= {"local_window_size": window, "rotary_interleaved": interleaved}
         args = (*streams, past_key, past_value, lengths, total, *tables)
         call = insert_call(program, node, _optc.group_query_attention.default, args, kernel)
         self._connect(program, node, call)
 
     def _last_places(self, program: Program, node: Node, query: Node, past: Node) -> Node:
         """past + S - 1 as int32 [B] for a query [B,S,C], made in front of the first layer for all of them."""
-        key = (past, _shape(query)[1])
+        key = (past, str(value_of(query).shape[1]))
         if key not in self._lengths:
             size = insert_call(program, node, _aten.sym_size.int, (query, 1))
             total = insert_call(program, node, _aten.add.Tensor, (past, size))
@@ -107,14 +103,23 @@ class _Attention(Rule):
             self._lengths[key] = insert_call(program, node, _aten.to.dtype, (last, torch.int32))
         return self._lengths[key]
 
-    def _rotary(self, program: Program, q: Node, k: Node, past: Any) -> tuple[tuple[Any, ...], Node, Node, bool]:
-        """Tables for the kernel's own rotary embedding and q, k before it; (None, None) when it stays outside."""
-        first, second = _call(peel(q), ROTARY), _call(peel(k), ROTARY)
+    def _rotary(
+        self, program: Program, q: Node, k: Node, past: Any
+    ) -> tuple[tuple[Any, ...], Node, Node, bool]:
+        """Tables for the kernel's own rotary embedding, and q and k before it; no tables: it stays outside."""
+        first, second = call_of(peel(q), ROTARY), call_of(peel(k), ROTARY)
         outside = (None, None), q, k, False
-        if first is None or second is None or first.args[1:] != second.args[1:] or first.kwargs != second.kwargs:
+        if (
+            first is None
+            or second is None
+            or first.args[1:] != second.args[1:]
+            or first.kwargs != second.kwargs
+        ):
             return outside
         if value_of(q).shape[3] % 16 or value_of(first.args[2]).shape[0] % 8:
             return outside  # limits of the CPU kernel
+        if not 0 < self.positions <= _MAX_POSITIONS:
+            return outside
         if not _counts_up_from(first.args[1], past):
             return outside
         return self._tables(program, first), first.args[0], second.args[0], bool(first.kwargs["interleaved"])
@@ -136,7 +141,7 @@ class _Attention(Rule):
 
     def _streams(self, program: Program, node: Node, q: Node, k: Node, v: Node) -> tuple[Any, Any, Any]:
         flat = [flat_heads(program, node, x) for x in (q, k, v)]
-        split = _packed_source(flat)
+        split = packed_source(flat)
         return (split, None, None) if split is not None else (flat[0], flat[1], flat[2])
 
     def _connect(self, program: Program, node: Node, call: Node) -> None:
@@ -150,7 +155,7 @@ class _Attention(Rule):
                 continue
             heads = int(value_of(user).shape[1])
             for reader in list(user.users):
-                merged = _merged_heads(reader, user)
+                merged = merged_heads(reader, user)
                 if merged is not None:
                     replace_node(program, merged, part)
             if user.users:
@@ -160,64 +165,14 @@ class _Attention(Rule):
 
 def _counts_up_from(position: object, past: Any) -> bool:
     """Whether position is past[:, None] + arange(S), as static-kv-cache makes it."""
-    add = _call(position, _aten.add.Tensor)
+    add = call_of(position, _aten.add.Tensor)
     if add is None:
         return False
-    left, right = _call(add.args[0], _aten.unsqueeze.default), _call(add.args[1], _aten.arange.default)
+    left, right = call_of(add.args[0], _aten.unsqueeze.default), call_of(add.args[1], _aten.arange.default)
     return left is not None and right is not None and left.args == (past, 1)
 
 
-def flat_heads(program: Program, before: Node, x: Node) -> Node:
-    """x [B,H,S,D] as [B,S,H*D], by undoing its view and transpose where they are there."""
-    transpose = _call(x, _aten.transpose.int)
-    if transpose is not None and transpose.args[1:] in ((1, 2), (2, 1)):
-        inner = transpose.args[0]
-        assert isinstance(inner, Node)
-        view = _call(inner, *_RESHAPES)
-        size = value_of(inner).shape[2] * value_of(inner).shape[3]
-        if view is not None and isinstance(view.args[0], Node):
-            source = view.args[0]
-            if _shape(source) == [*_shape(inner)[:2], str(size)]:
-                return source
-    else:
-        inner = insert_call(program, before, _aten.transpose.int, (x, 1, 2))
-    return insert_call(program, before, _aten.flatten.using_ints, (inner, 2, 3))
-
-
-def _packed_source(flat: list[Node]) -> Node | None:
-    """The tensor whose consecutive parts q, k and v are, or None."""
-    parts = [_call(x, operator.getitem) for x in flat]
-    if any(part is None or part.args[1] != index for index, part in enumerate(parts)):
-        return None
-    splits = {part.args[0] for part in parts if part is not None}
-    split = _call(splits.pop(), *_SPLITS) if len(splits) == 1 else None
-    if split is None or len(split.meta["val"]) != 3:
-        return None
-    source = split.args[0]
-    assert isinstance(source, Node)
-    axis = (*split.args, 0)[2]
-    return source if axis in (-1, value_of(source).dim() - 1) else None
-
-
-def _merged_heads(reader: Node, out: Node) -> Node | None:
-    """The node that is out [B,H,S,D] as [B,S,H*D]: transpose, perhaps a copy, and a view; else None."""
-    if _call(reader, _aten.transpose.int) is None or reader.args[1:] not in ((1, 2), (2, 1)):
-        return None
-    _, heads, _, size = value_of(out).shape
-    node = reader
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        if _call(node, *_COPIES):
-            continue
-        merged = [_shape(reader)[0], _shape(reader)[1], str(heads * size)]
-        return node if _call(node, *_RESHAPES) and _shape(node) == merged else None
-    return None
-
-
 # -- linears and norms ------------------------------------------------------------------------
-
-
-_GROUPS = (16, 32, 64, 128, 256)
 
 
 class _QuantizedLinear(Rule):
@@ -228,8 +183,8 @@ class _QuantizedLinear(Rule):
         self._made: dict[str, tuple[Node | None, ...]] = {}
 
     def match(self, program: Program, node: Node) -> Match | Miss | None:
-        source = _call(node, _aten.linear.default)
-        weight = _call(source.args[1], _optc.dequantize.default) if source is not None else None
+        source = call_of(node, _aten.linear.default)
+        weight = call_of(source.args[1], _optc.dequantize.default) if source is not None else None
         if weight is None:
             return None
         names = [program.weight_of(argument) for argument in weight.args[:2]]
@@ -241,7 +196,9 @@ class _QuantizedLinear(Rule):
         if bits not in (2, 4, 8):
             return Miss(node.name, f"MatMulNBits has no {bits}-bit kernel")
         if size not in _GROUPS:
-            return Miss(node.name, f"MatMulNBits takes groups of {', '.join(map(str, _GROUPS))}, not of {size}")
+            return Miss(
+                node.name, f"MatMulNBits takes groups of {', '.join(map(str, _GROUPS))}, not of {size}"
+            )
         kernel = {"K": columns, "N": int(value_of(weight).shape[0]), "bits": bits, "block_size": size}
         return Match(node, {"dequantize": weight, "kernel": kernel})
 
@@ -264,7 +221,9 @@ class _QuantizedLinear(Rule):
         base, contract = codes.removesuffix("_codes"), program.contract
         packed = pack_nbits(program.weight(codes).reshape(rows, groups, -1), bits)
         points = None if zero is None else pack_nbits(program.weight(zero).reshape(rows, groups), bits)
-        record_weight(program, f"{base}_packed", contract.sources.get(codes, ()), contract.quantization[codes])
+        record_weight(
+            program, f"{base}_packed", contract.sources.get(codes, ()), contract.quantization[codes]
+        )
         return (
             add_weight(program, f"{base}_packed", packed),
             add_weight(program, f"{base}_scales", program.weight(scale).reshape(rows, groups).contiguous()),
@@ -278,18 +237,22 @@ class _SkipNorm(Rule):
     def match(self, program: Program, node: Node) -> Match | Miss | None:
         if node.target is not _aten.rms_norm.default or len(node.args) < 4 or None in node.args[2:4]:
             return None
-        add = _call(peel(node.args[0]), _aten.add.Tensor)
+        add = call_of(peel(node.args[0]), _aten.add.Tensor)
         if add is None or add.kwargs or not all(is_tensor(part) for part in add.args):
             return None
         if program.weight_of(node.args[2]) is None:
             return None  # computed behind the sum, perhaps
-        shapes = {tuple(_shape(part)) for part in add.args}
+        shapes = {str(value_of(part).shape) for part in add.args}
         types = {value_of(part).dtype for part in (node, node.args[2], *add.args)}
-        return Match(node, {"add": add}) if len(shapes) == len(types) == 1 and value_of(add).dim() == 3 else None
+        return (
+            Match(node, {"add": add}) if len(shapes) == len(types) == 1 and value_of(add).dim() == 3 else None
+        )
 
     def rewrite(self, program: Program, match: Match) -> None:
         node, add = match.node, match.found["add"]
-        call = insert_call(program, add, _optc.skip_rms_norm.default, (*add.args, node.args[2]), {"eps": node.args[3]})
+        call = insert_call(
+            program, add, _optc.skip_rms_norm.default, (*add.args, node.args[2]), {"eps": node.args[3]}
+        )
         normed, total = (insert_call(program, add, operator.getitem, (call, i)) for i in (0, 1))
         replace_node(program, node, normed)
         replace_node(program, add, total)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import torch
 
+from optc.compiler.contract import Contract
 from optc.compiler.diagnostics import ResourceError, TargetError
 from optc.compiler.manifest import Manifest
 from optc.runtime.paged_session import PagedSession
@@ -48,7 +50,14 @@ def open_package(
                 remedy="use shorter prompts or a smaller batch",
             ) from error  # fmt: skip
 
-    contract = manifest.contract
+    contract = _limited(manifest)
     if contract.kv_cache.kind == "paged":
         return PagedSession(run, contract, num_blocks=num_blocks)
     return TorchSession(run, contract)
+
+
+def _limited(manifest: Manifest) -> Contract:
+    """The contract with the context that the package was compiled for (--max-seq-len)."""
+    contract, limit = manifest.contract, manifest.engine_info["context_length"]
+    model = msgspec.structs.replace(contract.model, context_length=limit or contract.model.context_length)
+    return msgspec.structs.replace(contract, model=model)

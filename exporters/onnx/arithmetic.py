@@ -13,6 +13,15 @@ from optc.exporters.onnx.walker import Lowering, Walker, result_dtype
 
 _aten = torch.ops.aten
 _ON_BOOLS = {"Add": "Or", "Mul": "And", "Max": "Or", "Min": "And"}
+_ON_SIZES = {
+    "Add": operator.add,
+    "Sub": operator.sub,
+    "Mul": operator.mul,
+    "Mod": operator.mod,
+    "FloorDiv": operator.floordiv,
+    "Max": torch.sym_max,
+    "Min": torch.sym_min,
+}
 
 
 def _pair(walker: Walker, node: Node, dtype: torch.dtype) -> tuple[ir.Value, ir.Value]:
@@ -166,13 +175,13 @@ def _table() -> dict[Any, Lowering]:
         add(_comparison(kind), getattr(_aten, name).Tensor, getattr(_aten, name).Scalar)
     add(_comparison("Equal", negated=True), _aten.ne.Tensor, _aten.ne.Scalar)
     for kind in ("And", "Or", "Xor"):
-        name = kind.lower()
-        add(_logical(kind), getattr(_aten, f"logical_{name}").default, getattr(_aten, f"bitwise_{name}").Tensor,
-            getattr(_aten, f"__{name}__").Tensor, getattr(_aten, f"__{name}__").Scalar)  # fmt: skip
+        plain, bitwise, dunder = (
+            getattr(_aten, form.format(kind.lower())) for form in ("logical_{}", "bitwise_{}", "__{}__")
+        )
+        add(_logical(kind), plain.default, bitwise.Tensor, dunder.Tensor, dunder.Scalar)
     add(lambda walker, node: walker.op("Neg", [walker.size(node.args[0])]), operator.neg)
     add(_logical("Not"), _aten.logical_not.default, _aten.bitwise_not.default)
-    for kind, target in (("Add", operator.add), ("Sub", operator.sub), ("Mul", operator.mul), ("Mod", operator.mod),
-                         ("FloorDiv", operator.floordiv), ("Max", torch.sym_max), ("Min", torch.sym_min)):  # fmt: skip
+    for kind, target in _ON_SIZES.items():
         add(_size_arithmetic(kind), target)
     return table
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import onnx_ir as ir
@@ -33,13 +34,19 @@ def _rounding(kind: str) -> Lowering:
 
 def _is_nan(walker: Walker, node: Node) -> ir.Value:
     source = node.args[0].meta["val"].dtype
-    return walker.op("IsNaN", [walker.value(node.args[0], source if source.is_floating_point else torch.float32)])
+    return walker.op(
+        "IsNaN", [walker.value(node.args[0], source if source.is_floating_point else torch.float32)]
+    )
 
 
 def _relu(walker: Walker, node: Node) -> ir.Value:
     dtype, x = result_dtype(node), walker.value(node.args[0])
     # ONNX Runtime has no Relu of int64
-    return walker.op("Relu", [x]) if dtype.is_floating_point else walker.op("Max", [x, walker.constant(0, dtype)])
+    return (
+        walker.op("Relu", [x])
+        if dtype.is_floating_point
+        else walker.op("Max", [x, walker.constant(0, dtype)])
+    )
 
 
 def _rsqrt(walker: Walker, node: Node) -> ir.Value:
@@ -142,12 +149,16 @@ def select(walker: Walker, dtype: torch.dtype, condition: ir.Value, yes: ir.Valu
 def _where(walker: Walker, node: Node) -> ir.Value:
     dtype = result_dtype(node)
     condition = walker.value(node.args[0], torch.bool)
-    return select(walker, dtype, condition, walker.value(node.args[1], dtype), walker.value(node.args[2], dtype))
+    return select(
+        walker, dtype, condition, walker.value(node.args[1], dtype), walker.value(node.args[2], dtype)
+    )
 
 
 def _masked_fill(walker: Walker, node: Node) -> ir.Value:
     (x, mask, value), dtype = node.args[:3], result_dtype(node)
-    return select(walker, dtype, walker.value(mask, torch.bool), walker.value(value, dtype), walker.value(x, dtype))
+    return select(
+        walker, dtype, walker.value(mask, torch.bool), walker.value(value, dtype), walker.value(x, dtype)
+    )
 
 
 # -- casts and copies -------------------------------------------------------------------------
@@ -165,7 +176,8 @@ def _nothing(walker: Walker, node: Node) -> None:
     """Metadata asserts repeat what the graph's types say."""
 
 
-_MAY_SHARE = (_aten.dropout.default, _aten.type_as.default, _aten.einsum.default, _aten._unsafe_view.default)  # and do not say so
+# Views, at times, whose schemas do not say so
+_MAY_SHARE = (_aten.dropout.default, _aten.type_as.default, _aten.einsum.default, _aten._unsafe_view.default)
 
 
 def unshared(node: Node) -> str | None:
@@ -184,6 +196,8 @@ def unshared(node: Node) -> str | None:
 
 def _shares(node: Node) -> bool:
     """Whether a node's result may be memory of its input: views, and in-place operators behind views."""
+    if node.target is operator.getitem:  # one of several results
+        return _shares(node.args[0])
     schema = getattr(node.target, "_schema", None)
     if schema is None or node.target in _MAY_SHARE:
         return True

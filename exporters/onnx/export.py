@@ -61,7 +61,12 @@ def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
 
 
 def _info(
-    contract: Contract, request: ExportRequest, histogram: dict[str, int], companions: list[str], *, genai: bool
+    contract: Contract,
+    request: ExportRequest,
+    histogram: dict[str, int],
+    companions: list[str],
+    *,
+    genai: bool,
 ) -> dict[str, Any]:
     info: dict[str, Any] = {
         "model": MODEL,
@@ -102,5 +107,7 @@ def _read_back(path: Path, digests: dict[str, str]) -> None:
     for name, digest in digests.items():
         if name not in stored or _digest(stored[name]) != digest:
             raise ArtifactError(
-                "a weight was not written as it is", where=f"{path}: {name}", remedy="check the disk and compile again"
+                "a weight was not written as it is",
+                where=f"{path}: {name}",
+                remedy="check the disk and compile again",
             )

@@ -55,13 +55,12 @@ def _ones(walker: Walker, node: Node) -> ir.Value:
 
 
 def _rms_norm(walker: Walker, node: Node) -> ir.Value:
-    """SimplifiedLayerNormalization: ONNX Runtime's name for RMS norm since before opset 23 had one."""
     weight, eps = argument(node, 2, "weight"), argument(node, 3, "eps")
     dtype = node.meta["val"].dtype
     scale = _ones(walker, node) if weight is None else walker.value(weight, dtype)
-    attributes = {"axis": -len(node.args[1]), "epsilon": torch.finfo(dtype).eps if eps is None else float(eps),
-                  "stash_type": 1}  # fmt: skip
-    return walker.op("SimplifiedLayerNormalization", [walker.value(node.args[0], dtype), scale], attributes)
+    epsilon = torch.finfo(dtype).eps if eps is None else float(eps)
+    attributes = {"axis": -len(node.args[1]), "epsilon": epsilon, "stash_type": 1}
+    return walker.op("RMSNormalization", [walker.value(node.args[0], dtype), scale], attributes)
 
 
 def _layer_norm(walker: Walker, node: Node) -> ir.Value:
@@ -95,7 +94,9 @@ def _batch_norm(walker: Walker, node: Node) -> ir.Value:
 
 def eval_mode(node: Node) -> str | None:
     """A predicate for batch_norm: running statistics only."""
-    return "batch statistics (training mode) are not lowered" if node.args[5] or node.args[3] is None else None
+    return (
+        "batch statistics (training mode) are not lowered" if node.args[5] or node.args[3] is None else None
+    )
 
 
 def inactive(node: Node) -> str | None:
@@ -118,7 +119,10 @@ def _conv(walker: Walker, node: Node) -> ir.Value:
         "group": int(argument(node, 6, "groups", 1)),
     }
     if padding == "same":  # spelled out: ONNX Runtime takes no dilation with auto_pad
-        spans = [d * (int(k) - 1) for d, k in zip(attributes["dilations"], weight.meta["val"].shape[2:], strict=True)]
+        spans = [
+            d * (int(k) - 1)
+            for d, k in zip(attributes["dilations"], weight.meta["val"].shape[2:], strict=True)
+        ]
         attributes["pads"] = [span // 2 for span in spans] + [span - span // 2 for span in spans]
     else:
         attributes["pads"] = _pair(0 if padding == "valid" else padding, rank) * 2
@@ -166,7 +170,9 @@ def plain_average(node: Node) -> str | None:
 def _pad(walker: Walker, node: Node) -> ir.Value:
     """pad(x, [left, right, top, bottom, ...]) from the last axis on; negative amounts crop."""
     amounts, rank, dtype = list(node.args[1]), node.meta["val"].dim(), node.meta["val"].dtype
-    pairs = [(0, 0)] * (rank - len(amounts) // 2) + [tuple(amounts[i : i + 2]) for i in range(0, len(amounts), 2)][::-1]
+    pairs = [(0, 0)] * (rank - len(amounts) // 2) + [
+        tuple(amounts[i : i + 2]) for i in range(0, len(amounts), 2)
+    ][::-1]
     pads = walker.sizes([before for before, _ in pairs] + [after for _, after in pairs])
     fill = walker.value(argument(node, 3, "value") or 0, dtype)
     return walker.op("Pad", [walker.value(node.args[0]), pads, fill], {"mode": "constant"})

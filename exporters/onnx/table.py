@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from optc.compiler.target import Predicate
-from optc.exporters.onnx import arithmetic, dialect, elementwise, layers, reduce, shape
+from optc.exporters.onnx import arithmetic, attention, dialect, elementwise, layers, reduce, shape
 from optc.exporters.onnx.walker import Lowering
 
 _aten, _optc = torch.ops.aten, torch.ops.optc
@@ -20,13 +20,16 @@ LOWERINGS: dict[Any, Lowering] = {
     **shape.TABLE,
     **reduce.TABLE,
     **layers.TABLE,
+    **attention.TABLE,
     **dialect.TABLE,
 }
 
 _IN_PLACE = [
     target
     for target in LOWERINGS
-    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target is not _aten.detach_.default
+    if isinstance(target, torch._ops.OpOverload)
+    and target._schema.is_mutable
+    and target is not _aten.detach_.default
 ]
 
 _PREDICATES: dict[Any, Predicate] = {
@@ -41,12 +44,21 @@ _PREDICATES: dict[Any, Predicate] = {
     _aten.avg_pool2d.default: layers.plain_average,
     _aten.chunk.default: shape.known_parts,
     _aten.split.Tensor: shape.known_parts,
-    **dict.fromkeys((_aten.conv1d.default, _aten.conv2d.default, _aten.conv1d.padding, _aten.conv2d.padding,
-                     _aten.max_pool2d.default), layers.batched),
+    **dict.fromkeys(
+        (
+            _aten.conv1d.default,
+            _aten.conv2d.default,
+            _aten.conv1d.padding,
+            _aten.conv2d.padding,
+            _aten.max_pool2d.default,
+        ),
+        layers.batched,
+    ),
     _aten.pad.default: layers.constant_fill,
     _aten.index.Tensor: reduce.leading_indices,
     _aten.one_hot.default: reduce.known_depth,
-    _optc.attention.default: dialect.no_sinks,
+    _optc.attention.default: attention.no_sinks,
+    _optc.cached_attention.default: attention.no_sinks,
 }
 
 

@@ -124,7 +124,12 @@ class Walker:
             trimmed.pop()
         name = self._unique(f"{self._scope}/{kind}")
         made = ir.Node(
-            domain, kind, trimmed, ir.convenience.convert_attributes(attributes or {}), num_outputs=outputs, name=name
+            domain,
+            kind,
+            trimmed,
+            ir.convenience.convert_attributes(attributes or {}),
+            num_outputs=outputs,
+            name=name,
         )
         for index, value in enumerate(made.outputs):
             value.name = f"{name}.{index}" if outputs > 1 else f"{name}.out"

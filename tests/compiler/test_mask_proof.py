@@ -198,6 +198,15 @@ def test_weights_serve_as_masks_by_their_values() -> None:
     assert proofs == [ProvedMask(causal=True), ProvedMask(causal=True, window=4), ProvedMask(causal=True)]
 
 
+def test_a_weight_that_is_written_is_no_constant() -> None:
+    def turned(places: Places, module: _Masks, _: Tensor) -> Tensor:
+        mask = module.band[:9, :9].clone()
+        module.band.logical_not_()
+        return mask
+
+    assert _proofs(_program([turned], length=9)) == ["the weight band is written"]
+
+
 def _written_through_a_view(places: Places, *_: object) -> Tensor:
     mask = _negative(places.key <= places.query)
     mask[:, 0] = 0.0

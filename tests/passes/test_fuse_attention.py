@@ -197,6 +197,20 @@ def test_sdpa_with_and_without_grouped_heads() -> None:
     assert [layer.scale for layer in result.program.contract.layers[:2]] == [8**-0.5, 0.3]
 
 
+def test_a_view_that_relied_on_the_layout_of_sdpa() -> None:
+    """torch's result lies in memory as [B, S, H, D], so that export leaves `contiguous` out before a view."""
+
+    def attend(m: _Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+        return out.transpose(1, 2).contiguous().view(q.shape[0], q.shape[2], 32)
+
+    program = _capture(_Module(attend), _x())
+    (call,) = program.calls(torch.ops.aten.scaled_dot_product_attention.default)
+    (transpose,) = call.users
+    assert [user.target for user in transpose.users] == [torch.ops.aten.view.default]
+    _check(program, 1, [_x()], [_x(1, 1)])
+
+
 def test_keys_that_are_changed_after_their_repetition_stay_repeated() -> None:
     def attend(m: _Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
@@ -301,6 +315,16 @@ def test_torch_multihead_attention(causal: bool) -> None:
     padding = call.args[3].meta["val"]
     assert (padding.dtype, padding.dim()) == (torch.bool, 2)
     assert _facts(result.program) == [(2, 2, causal, 0)]
+
+
+def test_padding_that_is_longer_than_the_keys() -> None:
+    def attend(m: _Module, q: Tensor, k: Tensor, v: Tensor, kept: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, q, q, kept[:, None, None, :9])
+
+    kept = torch.arange(12)[None] < torch.tensor([12, 4, 6])[:, None]
+    result = _check(_capture(_Module(attend), _x(), kept, length=9), 1, [_x(), kept])
+    (call,) = result.program.calls(ATTENTION)
+    assert call.args[3].meta["val"].shape[1] == 9
 
 
 # -- near misses -----------------------------------------------------------------------------------

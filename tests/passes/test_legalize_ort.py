@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, make_model
+from families import FAMILIES
 from stages import captured, largest, sequences, tiny_decoder
 from torch import Tensor
 
@@ -42,7 +42,7 @@ def run(program: Program, *passes: Pass) -> PassResult:
 @functools.cache
 def canonical(name: str, **options: Any) -> Program:
     """A family up to the legalization; treat it as read-only."""
-    return _prepared(make_model(name), **options)
+    return _prepared(captured(name), **options)
 
 
 @functools.cache
@@ -51,13 +51,13 @@ def legalized(name: str, **options: Any) -> PassResult:
 
 
 def drift(before: Program, after: Program) -> float:
-    """Largest difference of the logits over ragged prefill, a chunk and steps, as a share of the largest logit."""
+    """Largest difference over ragged prefill, a chunk and steps, as a share of the largest logit."""
     rows = sequences(19, 7, 12)
     old, new = run_stage(before, rows).logits, run_stage(after, rows).logits
     return largest(old, new) / max(float(row.abs().max()) for row in old)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi", "gpt2", "gpt-neox", "qwen2-window", "granite"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi", "gpt2", "qwen2-window"])
 def test_a_legalized_decoder_computes_the_same(name: str) -> None:
     result = legalized(name)
     check_legal(result.program, TARGET)
@@ -66,15 +66,19 @@ def test_a_legalized_decoder_computes_the_same(name: str) -> None:
     assert drift(canonical(name), result.program) <= 1e-5
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (4, True), (4, False), (8, True)])
 def test_a_quantized_decoder_computes_the_same(bits: int, symmetric: bool) -> None:
     options: dict[str, Any] = {"quant": "rtn", "bits": bits, "group_size": 32, "symmetric": symmetric}
     before, after = canonical("llama", **options), legalized("llama", **options).program
     check_legal(after, TARGET)
     assert drift(before, after) <= 1e-5
     calls = after.calls(PACKED)
-    assert [(call.kwargs["N"], call.kwargs["K"]) for call in calls] == [(128, 64), (64, 64), (256, 64), (64, 128)] * 2
+    assert [(call.kwargs["N"], call.kwargs["K"]) for call in calls] == [
+        (128, 64),
+        (64, 64),
+        (256, 64),
+        (64, 128),
+    ] * 2
     assert {call.args[3] is None for call in calls} == {symmetric}
     weight = after.contract.quantization[after.weight_of(calls[0].args[1])]
     assert (weight.method, weight.bits, weight.group_size, weight.symmetric) == ("rtn", bits, 32, symmetric)
@@ -89,7 +93,9 @@ class _Linears(torch.nn.Module):
     def __init__(self, bits: int, group: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        codes, scale, zero = quantize_groups(torch.randn(48, 48, generator=generator), bits, group or 48, False)
+        codes, scale, zero = quantize_groups(
+            torch.randn(48, 48, generator=generator), bits, group or 48, False
+        )
         self.register_buffer("w_codes", codes)
         self.register_buffer("w_scale", scale)
         self.register_buffer("w_zero", zero)
@@ -108,20 +114,20 @@ def _model(name: str, **changes: Any) -> Any:
     return cls(config_cls(**{**sizes, **changes})).eval().requires_grad_(False)
 
 
-def _prepared(model: Any, **options: Any) -> Program:
-    """Captured and taken through the recipe of the target, up to the legalization."""
+def _prepared(program: Program, **options: Any) -> Program:
+    """Taken through the recipe of the target, up to the legalization."""
     steps = TARGET.recipe("decoder", CompileOptions(**options))
     assert isinstance(steps[-1].rewrite, LegalizeOrt)
-    return run(capture_model(model), *(step.rewrite for step in steps[:-1])).program
+    return run(program, *(step.rewrite for step in steps[:-1])).program
 
 
 # -- attention --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "gpt2", "olmo2", "phi", "gpt-neox", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2", "phi", "qwen3"])
 def test_query_key_and_value_arrive_packed_where_nothing_stands_between(name: str) -> None:
-    """Norms of q and k (olmo2, qwen3) and rotary embeddings outside of the kernel (phi, gpt-neox) do."""
-    packed = name not in ("olmo2", "qwen3", "phi", "gpt-neox")
+    """Norms of q and k (olmo2, qwen3) and a rotary embedding outside of the kernel (phi) do."""
+    packed = name in ("llama", "gpt2")
     program = legalized(name).program
     for call in program.calls(KERNEL):
         heads = call.kwargs["num_heads"] + 2 * call.kwargs["kv_num_heads"]
@@ -129,13 +135,12 @@ def test_query_key_and_value_arrive_packed_where_nothing_stands_between(name: st
         assert call.args[0].meta["val"].shape[2] == 16 * (heads if packed else call.kwargs["num_heads"])
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "gpt2", "olmo2", "phi", "gpt-neox", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2", "phi", "qwen3"])
 def test_rotary_embeddings_go_into_the_kernel_where_it_can(name: str) -> None:
-    """Heads of 16: phi rotates 8 features and gpt-neox 4, and the kernel takes multiples of 16."""
+    """Of its heads of 16 phi rotates 8 features, and the kernel takes multiples of 16; gpt2 has none."""
     program = legalized(name).program
-    outside = {"phi": 4, "gpt-neox": 4}.get(name, 0)
-    assert len(program.calls(ROTARY)) == outside
-    inside = name not in ("phi", "gpt-neox", "gpt2")
+    assert len(program.calls(ROTARY)) == (4 if name == "phi" else 0)
+    inside = name not in ("phi", "gpt2")
     for call in program.calls(KERNEL):
         assert [None if table is None else tuple(table.meta["val"].shape) for table in call.args[7:9]] == (
             [(256, 8), (256, 8)] if inside else [None, None]
@@ -152,7 +157,7 @@ def test_layers_share_tables_and_lengths() -> None:
 def test_frequencies_of_their_own_get_tables_of_their_own() -> None:
     """gemma3: local and global layers."""
     types = ["sliding_attention", "full_attention"]
-    program = run(_prepared(_model("gemma3", layer_types=types)), LegalizeOrt()).program
+    program = run(_prepared(capture_model(_model("gemma3", layer_types=types))), LegalizeOrt()).program
     names = [program.weight_of(call.args[8]) for call in program.calls(KERNEL)]
     assert names == [f"model.rotary_emb.{kind}_inv_freq_sin_cache" for kind in types]
     assert not torch.equal(*(program.weight(name) for name in names))
@@ -160,7 +165,7 @@ def test_frequencies_of_their_own_get_tables_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("name", "windows", "softcap"),
-    [("llama", [-1, -1], 0.0), ("mistral", [8, 8], 0.0), ("qwen2-window", [-1, 8], 0.0), ("gemma2", [8, -1], 50.0)],
+    [("llama", [-1, -1], 0.0), ("qwen2-window", [-1, 8], 0.0), ("gemma2", [8, -1], 50.0)],
 )
 def test_windows_and_softcap(name: str, windows: list[int], softcap: float) -> None:
     """A window counts tokens with the query itself, there as here; -1 is none."""
@@ -171,27 +176,27 @@ def test_windows_and_softcap(name: str, windows: list[int], softcap: float) -> N
 
 
 def test_a_window_one_token_wider_shows() -> None:
-    program = legalized("mistral").program.clone()
-    for call in program.calls(KERNEL):
-        call.update_kwarg("local_window_size", 9)
-    assert drift(canonical("mistral"), program.changed()) > 1e-3
+    program = legalized("qwen2-window").program.clone()
+    program.calls(KERNEL)[1].update_kwarg("local_window_size", 9)
+    assert drift(canonical("qwen2-window"), program.changed()) > 1e-3
 
 
 @pytest.mark.parametrize(("name", "inside"), [("phi", True), ("gpt-neox", False)])
 def test_partial_rotary_of_whole_sixteenths_goes_in(name: str, inside: bool) -> None:
     """phi with heads of 32 rotates 16 features of each; gpt-neox with heads of 32 rotates 8."""
-    before = _prepared(_model(name, hidden_size=128))
+    before = _prepared(capture_model(_model(name, hidden_size=128)))
     after = run(before, LegalizeOrt()).program
     assert [call.args[7] is not None for call in after.calls(KERNEL)] == [inside, inside]
     assert drift(before, after) <= 1e-5
 
 
 def test_heads_of_an_odd_size_are_a_miss() -> None:
-    result = run(capture_model(_model("llama", head_dim=12)), StaticKVCache(), LegalizeOrt())
+    """They keep the canonical operator, which is spelled out in standard ones."""
+    result = run(capture_model(_model("llama", head_dim=12)), FuseRotary(), StaticKVCache(), LegalizeOrt())
     reason = "GroupQueryAttention takes head sizes that are multiples of 8, not 12"
     assert [miss.reason for miss in result.misses] == [reason, reason]
-    with pytest.raises(TargetError, match="optc.cached_attention.default has no lowering"):
-        check_legal(result.program, TARGET)
+    assert len(result.program.calls(CACHED)) == 2
+    check_legal(result.program, TARGET)
 
 
 def test_rotary_stays_outside_heads_of_eight() -> None:
@@ -222,7 +227,7 @@ def test_what_no_kernel_takes_is_a_miss(bits: int, group: int, reason: str) -> N
     program = capture_module(_Linears(bits, group), [torch.randn(2, 48)], dynamic={"input_0": {0: "batch"}})
     result = run(program, LegalizeOrt())
     assert [miss.reason for miss in result.misses] == [reason, reason]
-    with pytest.raises(TargetError, match="optc.dequantize.default has no lowering"):
+    with pytest.raises(TargetError, match=r"optc\.dequantize\.default has no lowering"):
         check_legal(result.program, TARGET)
 
 
@@ -245,7 +250,12 @@ def test_sums_in_front_of_norms_are_fused() -> None:
     program = legalized("llama").program
     assert len(program.calls(SKIP_NORM)) == 4  # of 5: the first norm reads the embedding
     assert len(program.calls(_aten.rms_norm.default)) == 1
-    taken = [user.args[1] for call in program.calls(SKIP_NORM) for user in call.users if user.target is operator.getitem]
+    taken = [
+        user.args[1]
+        for call in program.calls(SKIP_NORM)
+        for user in call.users
+        if user.target is operator.getitem
+    ]
     assert sorted(taken) == [0, 0, 0, 0, 1, 1, 1]
 
 

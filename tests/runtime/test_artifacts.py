@@ -22,7 +22,7 @@ from optc.runtime.load import Model, load
 
 ENGINES = {
     "onnx": {"target": "onnx-cpu"},
-    "package-static": {"target": "inductor-cpu", "kv_cache": "static"},
+    "package-static": {"target": "inductor-cpu", "kv_cache": "static", "max_seq_len": 1024},
     "package-paged": {"target": "inductor-cpu", "kv_cache": "paged"},
 }
 RAGGED = [[0, 493, 718, 435, 875], [8], list(range(300, 339)), [100, 4, 100, 4]]
@@ -95,13 +95,13 @@ def test_score(model: Model) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
-def test_the_whole_context(model: Model) -> None:
-    session = model.session
-    assert session.context_length == 2048
-    rows = [[(11 * i) % 8192 for i in range(2047)]]
+def test_the_whole_context(artifact: Path, model: Model) -> None:
+    session, size = model.session, 1024 if artifact.parent.name.startswith("package-static") else 2048
+    assert session.context_length == size
+    rows = [[(11 * i) % 8192 for i in range(size - 1)]]
     session.prefill(rows)
     _close(session.decode([5]), [[*rows[0], 5]])
-    with pytest.raises(InputError, match="a row of 2049 tokens does not fit the context of 2048"):
+    with pytest.raises(InputError, match=f"a row of {size + 1} tokens does not fit the context of {size}"):
         session.decode([5])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import ort_driver
 import pytest
 import torch
@@ -23,7 +24,11 @@ ELSEWHERE = {
     "optc.group_query_attention.default": "tests/compiler/test_packed_ops.py",
     "optc.matmul_nbits.default": "tests/compiler/test_packed_ops.py",
 }
-PARAMETERS = [pytest.param(name, case, id=f"{name}-{n}") for name, cases in CASES.items() for n, case in enumerate(cases)]
+PARAMETERS = [
+    pytest.param(name, case, id=f"{name}-{n}")
+    for name, cases in CASES.items()
+    for n, case in enumerate(cases)
+]
 
 
 class _Calls(torch.nn.Module):
@@ -33,8 +38,16 @@ class _Calls(torch.nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, a: Tensor, b: Tensor | None = None, c: Tensor | None = None, d: Tensor | None = None) -> Any:
-        return self.function(*(x for x in (a, b, c, d) if x is not None))
+    def forward(
+        self,
+        a: Tensor,
+        b: Tensor | None = None,
+        c: Tensor | None = None,
+        d: Tensor | None = None,
+        e: Tensor | None = None,
+        f: Tensor | None = None,
+    ) -> Any:
+        return self.function(*(x for x in (a, b, c, d, e, f) if x is not None))
 
 
 def captured(case: Case) -> Program:
@@ -65,6 +78,7 @@ def test_lowering_agrees_with_eager(name: str, case: Case, tmp_path: Path) -> No
     assert name in {name_of(node.target) for node in program.graph.nodes if node.op == "call_function"}
     check_legal(program, TARGET)
     ort_driver.exported(program, tmp_path)
+    onnx.checker.check_model(tmp_path / "model.onnx")
     session = ort_driver.open_session(tmp_path)
     function, *inputs = case
     compare(function, inputs, session)
