@@ -28,7 +28,7 @@ lint: env
 	$(BIN)/lint-imports
 
 unit: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test: lint unit
 

@@ -16,7 +16,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 TOKENIZER = ROOT / "examples" / "fiction-3m"
 
 
-def random_llama(folder: Path, *, layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocab: int) -> int:
+def random_llama(
+    folder: Path, *, layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocab: int
+) -> int:
     """Write a random Llama in Hugging Face layout; returns its parameter count. It shows speed only."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,7 +36,9 @@ def random_llama(folder: Path, *, layers: int, hidden: int, heads: int, kv_heads
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleave(
+    contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
     """Call every contender once per round, in turn; returns the figures of the rounds after the warm-up.
 
     The order rotates from round to round, so that no contender always runs behind the same one.
@@ -61,7 +65,9 @@ def ratio(above: list[float], below: list[float]) -> dict[str, Any]:
 def commit() -> str:
     """The commit that was measured, marked when the tree had changes."""
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 

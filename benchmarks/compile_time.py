@@ -50,7 +50,8 @@ def main() -> None:
             folder = work / f"layers-{layers}"
             random_llama(folder, layers=layers, hidden=256, heads=4, kv_heads=2, mlp=704, vocab=8192)
             depths[layers] = min(
-                (compile_once(folder, work / "deep") for _ in range(2)), key=lambda row: row["process_seconds"]
+                (compile_once(folder, work / "deep") for _ in range(2)),
+                key=lambda row: row["process_seconds"],
             )
     growth = {
         key: round((depths[DEPTHS[-1]][key] / depths[DEPTHS[0]][key]) / (DEPTHS[-1] / DEPTHS[0]), 3)

@@ -96,7 +96,9 @@ def transformers_contender(folder: Path, prompt: list[int]) -> Callable[[], floa
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
     @torch.no_grad()
     def once() -> float:
@@ -124,7 +126,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name:
         folder, artifact = Path(name) / "model", Path(name) / "artifact"
-        shape = {"layers": arguments.layers, "hidden": 768, "heads": 12, "kv_heads": 4, "mlp": 2048, "vocab": 24576}
+        shape = {
+            "layers": arguments.layers,
+            "hidden": 768,
+            "heads": 12,
+            "kv_heads": 4,
+            "mlp": 2048,
+            "vocab": 24576,
+        }
         parameters = random_llama(folder, **shape)
         # Random weights say nothing about quality, so the gate's budget for lossy passes is open.
         budget: Any = optc.CompileSettings(budget=open_budget(), pass_options=("quantize-rtn.head=true",))

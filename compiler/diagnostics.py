@@ -136,7 +136,10 @@ def os_errors(action: str, where: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise ResourceError(
-                f"the disk is full while {action}", where=where, why=str(error), remedy="free space and run again"
+                f"the disk is full while {action}",
+                where=where,
+                why=str(error),
+                remedy="free space and run again",
             ) from error
         raise InputError(
             f"failed while {action}", where=where, why=str(error), remedy="choose a writable place"

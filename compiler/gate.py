@@ -117,7 +117,10 @@ def measure(before: StageRun, after: StageRun, probe: Probe) -> Drift:
     old, new = (_flat(run, bool(probe.sequences)) for run in (before, after))
     # NaN on both sides at the same place is no drift of this pass; NaN on one side is.
     gap = torch.where(old.isnan() & new.isnan(), 0.0, (new - old).abs())
-    drift = {"max_abs_diff": float(gap.nan_to_num(nan=math.inf).max()), "scale": float(old.nan_to_num().abs().max())}
+    drift = {
+        "max_abs_diff": float(gap.nan_to_num(nan=math.inf).max()),
+        "scale": float(old.nan_to_num().abs().max()),
+    }
     layers = _layer_drift(before, after)
     if not probe.sequences:
         return Drift(**drift, layers=layers)
@@ -143,7 +146,9 @@ def _worst_layer(drift: Drift, names: Sequence[str]) -> str | None:
     return f"layer {index}{name}, relative difference {drift.layers[index]:.2e}"
 
 
-def check(name: str, drift: Drift, *, lossy: bool, budget: Budget, dtype: torch.dtype, layer_names: Sequence[str]) -> None:
+def check(
+    name: str, drift: Drift, *, lossy: bool, budget: Budget, dtype: torch.dtype, layer_names: Sequence[str]
+) -> None:
     """Raise GateError when a pass moved the numbers by more than it may.
 
     Raises:

@@ -72,7 +72,7 @@ def _piece(part: Node) -> tuple[Node, int, int] | None:
     split = call_of(item.args[0], *_SPLITS) if item is not None else None
     if item is not None and split is not None:
         sizes: Any = [piece.shape[-1] for piece in split.meta["val"]]
-        source, axis = split.args[0], (*split.args, 0)[2] if len(split.args) > 1 else 0
+        source, axis = split.args[0], (*split.args, split.kwargs.get("dim", 0))[2]
         if axis not in (-1, value_of(source).dim() - 1):
             return None
         index: Any = item.args[1]
@@ -80,7 +80,7 @@ def _piece(part: Node) -> tuple[Node, int, int] | None:
     cut = call_of(part, aten.slice.Tensor)
     if cut is None:
         return None
-    source, axis, start, _, step = (*cut.args, *(0, None, None, 1)[len(cut.args) - 1 :])
+    source, axis, start, _, step = list(cut.args) + [0, None, None, 1][len(cut.args) - 1 :]
     last, start = value_of(source).dim() - 1, start or 0
     plain = axis in (-1, last) and step == 1 and isinstance(start, int) and start >= 0
     return (source, start, start + int(value_of(part).shape[last])) if plain else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -69,7 +69,7 @@ class PipelineOptions:
     dump_ir: Path | None = None
     work_dir: Path | None = None
     allow_noop: bool = False
-    context: PassContext = PassContext()
+    context: PassContext = field(default_factory=PassContext)
     progress: Progress | None = None
 
 
@@ -213,14 +213,21 @@ def default_probe(program: Program, seed: int) -> Probe:
         shape = [size if isinstance(size, int) else 3 for size in spec.dims]
         dtype = getattr(torch, spec.dtype)
         floating = dtype.is_floating_point
-        tensors.append(torch.randn(shape, generator=generator).to(dtype) if floating else torch.ones(shape, dtype=dtype))
+        tensors.append(
+            torch.randn(shape, generator=generator).to(dtype) if floating else torch.ones(shape, dtype=dtype)
+        )
     return Probe(tensors=tuple(tensors))
 
 
-def _record(rewrite: Pass, result: PassResult, drift: Drift | None, seconds: float, after: Program) -> PassRecord:
+def _record(
+    rewrite: Pass, result: PassResult, drift: Drift | None, seconds: float, after: Program
+) -> PassRecord:
     return PassRecord(
         name=rewrite.name,
-        options={key: list(value) if isinstance(value, tuple) else value for key, value in rewrite.options().items()},
+        options={
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in rewrite.options().items()
+        },
         matched=result.matched,
         candidates=result.candidates,
         seconds=round(seconds, 4),

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 import optc.compiler.ops  # noqa: F401  (registers the dialect)
 from optc.compiler.contract import Contract
 
+
 def _copy_signature(signature: ExportGraphSignature) -> ExportGraphSignature:
     """A signature whose specs and arguments can be edited without touching the original."""
 

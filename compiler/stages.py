@@ -42,6 +42,9 @@ def load_stage(folder: Path) -> tuple[Program, PassRecord]:
         record = msgspec.json.decode(data, type=PassRecord)
     except msgspec.DecodeError as error:
         raise InputError(
-            "a saved stage is damaged", where=str(folder / _RECORD), why=str(error), remedy="delete the work folder"
+            "a saved stage is damaged",
+            where=str(folder / _RECORD),
+            why=str(error),
+            remedy="delete the work folder",
         ) from error
     return load_program(folder), record

@@ -147,7 +147,9 @@ def check_options(target: Target, options: CompileOptions) -> None:
         refuse(f"a {options.kv_cache} KV cache", ", ".join(target.kv_caches))
     for name in _SPECIAL_OPTIONS:
         if getattr(options, name) is not None and name not in target.takes:
-            refuse(f"--{name.replace('_', '-')}", ", ".join(target.takes).replace("_", "-") or "no such options")
+            refuse(
+                f"--{name.replace('_', '-')}", ", ".join(target.takes).replace("_", "-") or "no such options"
+            )
     if options.quant is None:
         return
     if options.quant not in target.quant:

@@ -52,7 +52,11 @@ def _problems(program: Program) -> list[str]:
     if len(outputs) != len(contract.outputs):
         found.append(f"{len(outputs)} graph outputs, {len(contract.outputs)} in the contract")
     names = set(program.weight_names().values())
-    found += [f"contract.quantization names '{name}', which is no weight" for name in contract.quantization if name not in names]
+    found += [
+        f"contract.quantization names '{name}', which is no weight"
+        for name in contract.quantization
+        if name not in names
+    ]
     for placeholder, name in program.weight_names().items():
         if name not in program.exported.state_dict and name not in program.exported.constants:
             found.append(f"placeholder {placeholder} reads '{name}', which has no tensor")

@@ -36,7 +36,9 @@ def write_report(directory: Path, manifest: Manifest) -> None:
         ResourceError, InputError: the file cannot be written.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("optc.exporters", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("optc.exporters", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(number=_number, megabytes=lambda size: f"{size / 1e6:.2f} MB")
     stages = [(path.stem, path.read_text()) for path in sorted((directory / "ir").glob("*.txt"))]
@@ -66,7 +68,13 @@ def _rows(table: dict[str, Any] | None) -> list[tuple[str, str]]:
             rows.append((key.replace("_", " "), f"{len(value)}"))
             continue
         plain = isinstance(value, str | int | float | bool)
-        text = f"{value:,.4g}" if isinstance(value, float) else str(value) if plain else msgspec.json.encode(value).decode()
+        text = (
+            f"{value:,.4g}"
+            if isinstance(value, float)
+            else str(value)
+            if plain
+            else msgspec.json.encode(value).decode()
+        )
         rows.append((key.replace("_", " "), text if len(text) < 400 else text[:400] + " …"))
     return rows
 
@@ -90,7 +98,9 @@ def drift_plot(passes: Sequence[PassRecord]) -> dict[str, Any] | None:
 
     series = []
     for index, row in enumerate(drifting):
-        places = [(x(i), y(value), f"{row.name}, layer {i}: {value:.2e}") for i, value in enumerate(row.layer_drift)]
+        places = [
+            (x(i), y(value), f"{row.name}, layer {i}: {value:.2e}") for i, value in enumerate(row.layer_drift)
+        ]
         points = " ".join(f"{px:.1f},{py:.1f}" for px, py, _ in places)
         series.append(_Series(row.name, _COLORS[index % len(_COLORS)], points, tuple(places)))
     step = max(1, (high - low) // 6)

@@ -2,8 +2,9 @@
 
 What is left of the dialect is `optc.paged_attention_`, which has a C++ kernel. ATen's packed int4 product
 takes codes two per byte in a layout of the machine's instruction set, and value = (code - 8) * scale + zero
-with scale and zero interleaved as [K / group_size, N, 2]. A dequantization that it cannot take becomes
-arithmetic on the weight before each use: right, but slower than an unquantized weight.
+with scale and zero interleaved as [K / group_size, N, 2]. It is taken for bfloat16 alone: in other types its
+kernels are scalar loops, 25 times slower than the unquantized product. A dequantization that it cannot take
+becomes arithmetic on the weight before each use: right, but slower than an unquantized weight.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ def _obstacle(program: Program, node: Node, common: int) -> str | None:
         return f"groups of {group_size} have no packed product ({', '.join(map(str, INT4_GROUP_SIZES))} have)"
     if group_size != common:
         return f"groups of {group_size} among groups of {common}: a package has packed products of one size"
+    if node.meta["val"].dtype is not torch.bfloat16:
+        return f"torch's packed product is fast in bfloat16 only, the weight is {node.meta['val'].dtype}"
     if rows % _INT4_ROWS:
         return f"{rows} rows are not a multiple of {_INT4_ROWS}"
     if any(program.weight_of(item) is None for item in node.args if item is not None):

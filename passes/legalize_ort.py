@@ -106,7 +106,7 @@ class _Attention(Rule):
     def _rotary(
         self, program: Program, q: Node, k: Node, past: Any
     ) -> tuple[tuple[Any, ...], Node, Node, bool]:
-        """Tables for the kernel's own rotary embedding, and q and k before it; no tables: it stays outside."""
+        """Tables for the kernel's rotary embedding, and q and k before it; no tables: it stays outside."""
         first, second = call_of(peel(q), ROTARY), call_of(peel(k), ROTARY)
         outside = (None, None), q, k, False
         if (

@@ -14,7 +14,7 @@ from optc.compiler.onnx_check import check_onnx
 from optc.runtime.generate import StopReason, generate
 from optc.runtime.sampling import Sampling
 from optc.runtime.session import Session
-from optc.runtime.tokenizer import TextStream, Tokenizer, load_tokenizer
+from optc.runtime.tokenizer import TextStream, Tokenizer, eos_token_ids, load_tokenizer
 
 OnText = Callable[[int, str], None]
 """Called with (row, piece of text) as text is generated."""
@@ -54,17 +54,13 @@ class GenerateOptions(TypedDict, total=False):
 
 
 class Model:
-    """An open artifact: its session, tokenizer and manifest."""
+    """An open artifact: its manifest, session, tokenizer, and the ids that end a text."""
 
-    def __init__(self, manifest: Manifest, session: Session, tokenizer: Tokenizer | None) -> None:
-        self.manifest, self.session, self.tokenizer = manifest, session, tokenizer
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a text."""
-        if self.tokenizer is not None:
-            return self.tokenizer.eos_token_ids
-        return self.manifest.contract.model.eos_token_ids
+    def __init__(
+        self, manifest: Manifest, session: Session, tokenizer: Tokenizer | None, stop_ids: tuple[int, ...]
+    ) -> None:
+        self.manifest, self.session = manifest, session
+        self.tokenizer, self.stop_ids = tokenizer, stop_ids
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text.
@@ -171,8 +167,8 @@ def load(folder: str | Path, *, threads: int | None = None, num_blocks: int | No
     folder = Path(folder)
     manifest = open_verified(folder)
     session = open_session(folder, manifest, threads=threads, num_blocks=num_blocks)
-    tokenizer = load_tokenizer(folder, manifest.contract.model.eos_token_ids)
-    return Model(manifest, session, tokenizer)
+    stop_ids = eos_token_ids(folder, manifest.contract.model.eos_token_ids)
+    return Model(manifest, session, load_tokenizer(folder), stop_ids)
 
 
 def open_session(

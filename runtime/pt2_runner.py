@@ -27,6 +27,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _ROLES_OF_CACHES = ("key_cache", "value_cache")
+_DTYPES = {
+    str(item).removeprefix("torch."): item
+    for item in (
+        torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16,
+        torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
 
 
 class PackageError(RuntimeError):
@@ -121,11 +128,18 @@ class Package:
             vocabulary = self.info["vocab_size"] or 1 << 62
             if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
                 raise PackageError(f"token ids must be from 0 to {vocabulary - 1}")
+        if (positions := table.get("position_ids")) is not None and self.info["context_length"]:
+            limit = self.info["context_length"]
+            if positions.numel() and (int(positions.min()) < 0 or int(positions.max()) >= limit):
+                raise PackageError(f"positions must be from 0 to {limit - 1}")
         if "capacity" in sizes:
-            total = int(table["attention_mask"].sum(1).max())
-            if not (1 <= sizes["seq"] <= sizes["total"] <= sizes["capacity"]) or total > sizes["total"]:
+            mask = table["attention_mask"]
+            limit = min(sizes["capacity"], self.info["context_length"] or sizes["capacity"])
+            ordered = 1 <= sizes["seq"] <= sizes["total"] <= limit
+            if not ordered or int(mask.min()) < 0 or int(mask.max()) > 1:
                 raise PackageError(
-                    f"{sizes['seq']} new tokens of {sizes['total']} do not fit caches of {sizes['capacity']}"
+                    f"{sizes['seq']} new tokens of {sizes['total']} do not fit caches of {limit}, "
+                    "or the mask is not 0 and 1"
                 )
 
     def caches(self, **sizes: int) -> list[Tensor]:
@@ -144,7 +158,7 @@ class _Spec:
 
     def __init__(self, item: Mapping[str, Any]) -> None:
         self.name, self.role, self.dims = str(item["name"]), str(item["role"]), list(item["dims"])
-        self.dtype: torch.dtype = getattr(torch, item["dtype"])
+        self.dtype = _DTYPES[item["dtype"]]
 
     def check(self, tensor: Tensor, sizes: dict[str, int]) -> None:
         shape = tensor.shape

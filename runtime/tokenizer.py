@@ -16,11 +16,10 @@ _BROKEN = "\ufffd"
 
 
 class Tokenizer:
-    """A `tokenizer.json` and the ids that end a text."""
+    """A `tokenizer.json`."""
 
-    def __init__(self, core: Any, eos_token_ids: tuple[int, ...]) -> None:
+    def __init__(self, core: Any) -> None:
         self._core = core
-        self.eos_token_ids = eos_token_ids
 
     @property
     def size(self) -> int:
@@ -69,15 +68,11 @@ class TextStream:
         return text[len(before) :]
 
 
-def load_tokenizer(folder: Path, default_eos: Iterable[int] = ()) -> Tokenizer | None:
+def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder, or None where there is no `tokenizer.json`.
 
-    Args:
-        folder: an artifact or a model folder; its files are already verified.
-        default_eos: end-of-text ids where neither `generation_config.json` nor `config.json` has any.
-
     Raises:
-        InputError: a file that does not parse.
+        InputError: it does not parse.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -91,7 +86,7 @@ def load_tokenizer(folder: Path, default_eos: Iterable[int] = ()) -> Tokenizer |
         ) from error  # fmt: skip
     core.no_padding()
     core.no_truncation()
-    return Tokenizer(core, eos_token_ids(folder, default_eos))
+    return Tokenizer(core)
 
 
 def eos_token_ids(folder: Path, default: Iterable[int] = ()) -> tuple[int, ...]:

@@ -29,17 +29,20 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
     return [*steps, Step(LegalizeInductor(), optional=True)]
 
 
+_RTN = QuantSupport(
+    bits=(2, 3, 4, 8),
+    group_sizes=(0, *INT4_GROUP_SIZES),
+    note="4 bits with --dtype bf16 have a packed kernel; all else is dequantized before each use, "
+    "slower than unquantized weights",
+)
+
 TARGET = Target(
     name="inductor-cpu",
     summary="AOTInductor package (.pt2) with its weights beside it, for the CPU",
     device="cpu",
     dtypes=("fp32", "bf16", "fp16"),
     kv_caches=("static", "paged"),
-    quant={
-        "rtn": QuantSupport(
-            bits=(4,), group_sizes=INT4_GROUP_SIZES, note="packed for the build machine's kernels"
-        )
-    },
+    quant={"rtn": _RTN},
     legal=LEGAL,
     recipe=recipe,
     export=export_inductor,

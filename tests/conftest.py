@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
-import torch
+# Two workers on two cores: one thread each, also in the processes that tests start.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "fiction-3m"
 SHARED = ROOT.parent / "shared"
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(2)
+torch.set_num_threads(THREADS)
 
 
 def shared_path(*parts: str) -> Path:

@@ -211,11 +211,7 @@ def _export(model: torch.nn.Module, config: Any) -> Program:
             args += (torch.zeros_like(ids),)
             inputs.append(Input(name="token_type_ids", role="token_type_ids", **i64))
     exported = run_export(shell, args, tuple(dims for _ in args), where=type(model).__name__)
-    output = (
-        Output(name="logits", role="logits")
-        if hasattr(model, "lm_head") or decoder
-        else Output(name="hidden", role="hidden")
-    )
+    output = _output(exported, config, decoder)
     contract = Contract(
         kind="decoder" if decoder else "encoder",
         inputs=tuple(inputs),
@@ -226,6 +222,13 @@ def _export(model: torch.nn.Module, config: Any) -> Program:
         sources={name: (name,) for name in exported.state_dict},
     )
     return Program(exported, contract)
+
+
+def _output(exported: torch.export.ExportedProgram, config: Any, decoder: bool) -> Output:
+    """A decoder's logits; of an encoder logits when they are as wide as the vocabulary, else hidden states."""
+    width = exported.graph.output_node().args[0][0].meta["val"].shape[-1]
+    kind: Any = "logits" if decoder or width == getattr(config, "vocab_size", None) else "hidden"
+    return Output(name=kind, role=kind)
 
 
 def run_export(

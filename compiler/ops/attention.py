@@ -69,7 +69,10 @@ def _attention(
     softcap: float,
 ) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
-    query, key = torch.arange(queries, device=q.device) + (keys - queries), torch.arange(keys, device=q.device)
+    query, key = (
+        torch.arange(queries, device=q.device) + (keys - queries),
+        torch.arange(keys, device=q.device),
+    )
     keep = position_mask(query, key, causal=causal, window=window)[None, None]
     if key_padding is not None:
         keep = keep & key_padding[:, None, None, :].bool()

@@ -64,7 +64,9 @@ def _group_query_attention(
     past = (seqlens_k.long() + 1 - q.shape[2]).clamp(min=0)
     if cos_cache is not None and sin_cache is not None:
         position = past[:, None] + torch.arange(q.shape[2], device=q.device)
-        q, k = (rotate_cached(x, position, cos_cache, sin_cache, interleaved=rotary_interleaved) for x in (q, k))
+        q, k = (
+            rotate_cached(x, position, cos_cache, sin_cache, interleaved=rotary_interleaved) for x in (q, k)
+        )
     length = max(past_key.shape[2], total_sequence_length)
     caches = []
     for cache, new in ((past_key, k), (past_value, v)):

@@ -7,7 +7,6 @@ value = (code - zero) * scale, where an absent zero means the middle code 2^(bit
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from optc.compiler.ops.library import define

@@ -71,11 +71,16 @@ def _contiguous(program: Program) -> Program:
     edited = program.clone()
     names = edited.weight_names()
     for table in (edited.exported.state_dict, edited.exported.constants):
-        table.update({name: table[name].contiguous() for name in odd if name in table})
+        table.update({name: _like(table[name].contiguous(), table[name]) for name in odd if name in table})
     for node in edited.graph.nodes:
         if names.get(node.name) in odd:
             node.meta["val"] = node.meta["val"].contiguous()
     return edited.changed()
+
+
+def _like(value: torch.Tensor, old: object) -> torch.Tensor:
+    """A tensor as the Parameter that it stands in for, or as it is."""
+    return torch.nn.Parameter(value, requires_grad=False) if isinstance(old, torch.nn.Parameter) else value
 
 
 def _add_library(program: Program, directory: Path) -> str | None:
@@ -144,7 +149,7 @@ def _info(
 ) -> dict[str, Any]:
     """What the runner needs to know; everything it checks before native code runs."""
     contract = program.contract
-    context = contract.model.context_length
+    limits = [size for size in (contract.model.context_length, request.options.max_seq_len) if size]
     return {
         "model": MODEL,
         "weights": WEIGHTS,
@@ -155,7 +160,7 @@ def _info(
         "kv_cache": contract.kv_cache.kind,
         "block_size": contract.kv_cache.block_size,
         "vocab_size": contract.model.vocab_size,
-        "context_length": min(context, request.options.max_seq_len or context),
+        "context_length": min(limits, default=0),
         "eos_token_ids": list(contract.model.eos_token_ids),
         "inputs": [
             {"name": spec.name, "role": spec.role, "dtype": spec.dtype, "dims": list(spec.dims)}

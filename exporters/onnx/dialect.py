@@ -56,7 +56,8 @@ def _group_query_attention(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
 
 def _matmul_nbits(walker: Walker, node: Node) -> ir.Value:
     x, packed, scales, zeros, bias = node.args
-    tensors = [None if item is None else walker.value(item) for item in (x, packed, scales, zeros, None, bias)]
+    slots = (x, packed, scales, zeros, None, bias)  # between zeros and bias: the deprecated g_idx
+    tensors = [None if item is None else walker.value(item) for item in slots]
     return walker.op("MatMulNBits", tensors, dict(node.kwargs), domain=MICROSOFT)
 
 

@@ -8,19 +8,23 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
-from optc.exporters.onnx.walker import Lowering, Walker, argument
+from optc.exporters.onnx.walker import MICROSOFT, Lowering, Walker, argument, result_dtype
 
 _aten = torch.ops.aten
 
 
 def _linear(walker: Walker, node: Node) -> ir.Value:
     x, weight, bias = (*node.args, None)[:3]
-    assert isinstance(weight, Node)
-    if walker.program.weight_of(weight) is not None:
-        matrix = walker.weight(weight, transposed=True)
+    stored = walker.program.weight_of(weight) is not None
+    shared = any(user.target is not _aten.linear.default for user in weight.users)
+    if stored and shared and result_dtype(node) is torch.float32:  # tied with an embedding: stored once
+        inputs = [walker.value(x), walker.weight(weight)]
+        out = walker.op("FusedMatMul", inputs, {"transB": 1}, domain=MICROSOFT)
+    elif stored and not shared:
+        out = walker.op("MatMul", [walker.value(x), walker.weight(weight, transposed=True)])
     else:
         matrix = walker.op("Transpose", [walker.value(weight)], {"perm": [1, 0]})
-    out = walker.op("MatMul", [walker.value(x), matrix])
+        out = walker.op("MatMul", [walker.value(x), matrix])
     return out if bias is None else walker.op("Add", [out, walker.value(bias)])
 
 

@@ -146,22 +146,14 @@ class Walker:
         return self._constants[key]
 
     def weight(self, node: Node, *, transposed: bool = False) -> ir.Value:
-        """The initializer of a weight placeholder; `transposed` stores [N, K] as [K, N].
-
-        A weight that is read both ways is stored once and transposed in the graph.
-        """
+        """The initializer of a weight placeholder; `transposed` stores [N, K] as [K, N]."""
         name = self._weight_names[node.name]
         if not transposed:
             if name not in self.initializers:
                 self._initializer(name, self.program.weight(name))
             return self.initializers[name]
         if name not in self._transposed:
-            others = any(user.target is not torch.ops.aten.linear.default for user in node.users)
-            self._transposed[name] = (
-                self.op("Transpose", [self.weight(node)], {"perm": [1, 0]})
-                if others
-                else self._initializer(f"{name}.T", self.program.weight(name).t())
-            )
+            self._transposed[name] = self._initializer(f"{name}.T", self.program.weight(name).t())
         return self._transposed[name]
 
     def _initializer(self, name: str, tensor: torch.Tensor) -> ir.Value:

@@ -76,7 +76,7 @@ class CompileSettings:
         budget: limits for lossy passes; None takes the default for the bits.
     """
 
-    options: CompileOptions = CompileOptions()
+    options: CompileOptions = field(default_factory=CompileOptions)
     passes: Sequence[str | dict[str, Any] | Pass] | None = None
     pass_options: Sequence[str] = ()
     force: bool = False
@@ -119,7 +119,8 @@ def capture(
     if hasattr(model, "config") and hasattr(model.config, "model_type"):
         return capture_model(model)
     raise UsageError(
-        f"{type(model).__name__} needs example inputs", remedy="optc.capture(module, (tensor, ...), dynamic={...})"
+        f"{type(model).__name__} needs example inputs",
+        remedy="optc.capture(module, (tensor, ...), dynamic={...})",
     )
 
 
@@ -180,7 +181,9 @@ def recipe_steps(target: Target, kind: str, settings: CompileSettings) -> list[S
     return apply_pass_options(steps, settings.pass_options)
 
 
-def _settings(settings: CompileSettings | None, quant: str | None, options: dict[str, Any]) -> CompileSettings:
+def _settings(
+    settings: CompileSettings | None, quant: str | None, options: dict[str, Any]
+) -> CompileSettings:
     settings = settings or CompileSettings()
     chosen: dict[str, Any] = {"quant": quant} if quant is not None else {}
     names = {item.name for item in dataclasses.fields(CompileOptions)}
@@ -253,7 +256,9 @@ def _write(
         settings.progress(len(result.records), "exporting")
     with artifact.write_folder(folder, force=settings.force) as directory:
         start = time.perf_counter()
-        request = ExportRequest(directory=directory, options=settings.options, source=info.path if info else None)
+        request = ExportRequest(
+            directory=directory, options=settings.options, source=info.path if info else None
+        )
         exported = target.export(result.program, request)
         seconds["export"] = time.perf_counter() - start
         with os_errors("writing the stages' text", str(directory)):
@@ -280,7 +285,9 @@ def _manifest(
         needs={"machine": platform.machine(), **exported.needs},
         dtype=str(compute_dtype(program)).removeprefix("torch."),
         contract=program.contract,
-        source=_source(info) if info else Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""),
+        source=_source(info)
+        if info
+        else Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""),
         passes=result.records,
         weight_bytes=exported.weight_bytes,
         quantization=_quantization(program),
@@ -289,8 +296,7 @@ def _manifest(
 
 
 def _source(info: CheckpointInfo) -> Source:
-    sizes = [tensor for tensor in info.tensors.values()]
-    parameters = sum(int(torch.Size(tensor.shape).numel()) for tensor in sizes)
+    parameters = sum(int(torch.Size(tensor.shape).numel()) for tensor in info.tensors.values())
     return Source(
         path=str(info.path.resolve()),
         config_sha256=config_digest(info),

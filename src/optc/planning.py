@@ -62,7 +62,9 @@ def _sizes(skeleton: Any, options: CompileOptions) -> dict[str, Any]:
         group = options.group_size
         if group is None:
             group = default_group_size([columns for _, columns in linears.values()])
-        odd = next(((name, columns) for name, (_, columns) in linears.items() if group and columns % group), None)
+        odd = next(
+            ((name, columns) for name, (_, columns) in linears.items() if group and columns % group), None
+        )
         if odd:
             raise InputError(
                 f"group size {group} does not divide every linear", where=f"{odd[0]} has {odd[1]} columns",

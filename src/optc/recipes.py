@@ -57,7 +57,9 @@ def make_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
     try:
         return msgspec.convert(given, cls, strict=False)
     except msgspec.ValidationError as error:
-        raise UsageError(f"bad option of pass '{cls.name}'", why=str(error), remedy="see optc passes") from error
+        raise UsageError(
+            f"bad option of pass '{cls.name}'", why=str(error), remedy="see optc passes"
+        ) from error
 
 
 def parse_passes(items: Sequence[str | Mapping[str, Any]], options: CompileOptions) -> list[Step]:
@@ -77,7 +79,11 @@ def parse_passes(items: Sequence[str | Mapping[str, Any]], options: CompileOptio
 def flags_for(cls: type[Pass], options: CompileOptions) -> dict[str, Any]:
     """The compile flags that a pass has fields for."""
     fields = {field.name for field in dataclasses.fields(cls)}
-    return {key: value for key, value in dataclasses.asdict(options).items() if key in fields and value is not None}
+    return {
+        key: value
+        for key, value in dataclasses.asdict(options).items()
+        if key in fields and value is not None
+    }
 
 
 def apply_pass_options(steps: Sequence[Step], settings: Sequence[str]) -> list[Step]:

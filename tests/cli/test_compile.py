@@ -23,7 +23,21 @@ def optc(*args: object) -> int:
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
-    assert optc("compile", EXAMPLE, "--target", "onnx_cpu", "--quant", "rtn", "-o", folder / "out", "--dump-ir", folder / "ir") == 0
+    assert (
+        optc(
+            "compile",
+            EXAMPLE,
+            "--target",
+            "onnx_cpu",
+            "--quant",
+            "rtn",
+            "-o",
+            folder / "out",
+            "--dump-ir",
+            folder / "ir",
+        )
+        == 0
+    )
     return folder / "out"
 
 
@@ -45,7 +59,13 @@ def test_compile_json(tmp_path: Path, capsys: Capture) -> None:
 
 def test_group_size_is_chosen_and_printed(artifact: Path, capsys: Capture) -> None:
     found = result(capsys, "inspect", artifact)
-    assert found["quantization"] == {"method": "rtn", "bits": [4], "group_size": [64], "symmetric": True, "linears": 16}
+    assert found["quantization"] == {
+        "method": "rtn",
+        "bits": [4],
+        "group_size": [64],
+        "symmetric": True,
+        "linears": 16,
+    }
     (row,) = (row for row in found["passes"] if row["name"] == "quantize-rtn")
     assert (row["matched"], row["candidates"]) == (28, 29)
     assert row["kl"] > 0
@@ -55,7 +75,12 @@ def test_group_size_is_chosen_and_printed(artifact: Path, capsys: Capture) -> No
 def test_inspect_for_people(artifact: Path, capsys: Capture) -> None:
     assert optc("inspect", artifact) == 0
     out = capsys.readouterr().out
-    for part in ("onnx-cpu artifact", "rtn, 4 bits, groups of 64", "fuse-rotary: matched 8 of 8", "model.onnx.data"):
+    for part in (
+        "onnx-cpu artifact",
+        "rtn, 4 bits, groups of 64",
+        "fuse-rotary: matched 8 of 8",
+        "model.onnx.data",
+    ):
         assert part in out
 
 
@@ -85,7 +110,11 @@ def test_verify_and_tampering(artifact: Path, capsys: Capture) -> None:
     before = path.read_bytes()
     path.write_bytes(before.replace(b"false", b"true ", 1))
     try:
-        for command in (("verify", artifact), ("inspect", artifact), ("run", artifact, "--prompt-tokens", "5")):
+        for command in (
+            ("verify", artifact),
+            ("inspect", artifact),
+            ("run", artifact, "--prompt-tokens", "5"),
+        ):
             assert optc(*command) == 7
             assert "genai_config.json" in capsys.readouterr().err
     finally:

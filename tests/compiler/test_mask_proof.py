@@ -29,6 +29,7 @@ class _Masks(torch.nn.Module):
         self.register_buffer("triangle", torch.ones(1, 1, 64, 64).tril())
         self.register_buffer("band", torch.ones(64, 64).triu(-3).tril().bool())
         self.register_buffer("places", torch.arange(64))
+        self.register_buffer("holed", torch.ones(64, 64).tril() * (torch.arange(64 * 64).view(64, 64) != 195))
         generator = torch.Generator().manual_seed(0)
         self.learned = torch.nn.Parameter(torch.randn(64, 64, generator=generator))
 
@@ -192,9 +193,10 @@ def test_weights_serve_as_masks_by_their_values() -> None:
         lambda p, m, i: m.band[:9, :9],
         lambda p, m, i: m.places[:9][None] <= m.places[3:12][:, None] - 3,
     ]
-    makers.append(lambda p, m, i: m.learned[:9, :9])
-    *proofs, learned = _proofs(_program(makers, length=9))
+    makers += [lambda p, m, i: m.learned[:9, :9], lambda p, m, i: m.holed[:9, :9] != 0]
+    *proofs, learned, holed = _proofs(_program(makers, length=9))
     assert learned == "the weight learned is no bound on k - q"
+    assert holed == "the weight holed is no bound on k - q"
     assert proofs == [ProvedMask(causal=True), ProvedMask(causal=True, window=4), ProvedMask(causal=True)]
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ort_driver
 import pytest
 import torch
 from conftest import EXAMPLE
+from families import make_model
+from stages import captured, sequences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optc.compiler.capture import capture_pretrained
-from optc.compiler.rewriting import PassContext
-from optc.compiler.target import CompileOptions, ExportRequest
-from optc.targets.onnx_cpu import TARGET
+import optc
 
 og = pytest.importorskip("onnxruntime_genai")
 
@@ -29,13 +30,10 @@ NEW = 64
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example model in fp32 for onnx-cpu, exported beside its tokenizer."""
-    directory = tmp_path_factory.mktemp("genai")
-    program, _ = capture_pretrained(EXAMPLE, dtype="fp32")
-    for step in TARGET.recipe("decoder", CompileOptions()):
-        program = step.rewrite.run(program, PassContext()).program
-    TARGET.export(program, ExportRequest(directory=directory, options=CompileOptions(), source=EXAMPLE))
-    return directory
+    """The example model in fp32, compiled for onnx-cpu."""
+    return optc.compile(
+        EXAMPLE, target="onnx-cpu", output=tmp_path_factory.mktemp("genai") / "artifact"
+    ).artifact
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +50,9 @@ def encode(text: str) -> list[int]:
     return list(AutoTokenizer.from_pretrained(EXAMPLE).encode(text))
 
 
-def generated(model: Any, rows: list[list[int]], new: int) -> list[list[int]]:
+def generated(model: Any, rows: list[list[int]], new: int, pad: int) -> list[list[int]]:
     """Greedy continuations of right-padded rows: what follows the prompt and its padding."""
     width = max(map(len, rows))
-    pad = int(og.Tokenizer(model).pad_token_id)
     ids = np.array([row + [pad] * (width - len(row)) for row in rows], np.int32)
     parameters = og.GeneratorParams(model)
     length = width + new
@@ -65,6 +62,10 @@ def generated(model: Any, rows: list[list[int]], new: int) -> list[list[int]]:
     while not generator.is_done():
         generator.generate_next_token()
     return [list(map(int, generator.get_sequence(i)))[width:] for i in range(len(rows))]
+
+
+def pad_of(model: Any) -> int:
+    return int(og.Tokenizer(model).pad_token_id)
 
 
 def expected(reference: Any, row: list[int], new: int) -> list[int]:
@@ -92,13 +93,13 @@ def test_its_tokenizer_encodes_as_the_models_does(model: Any, text: str) -> None
 
 def test_greedy_tokens_are_those_of_transformers(model: Any, reference: Any) -> None:
     row = encode(PROMPT)
-    assert generated(model, [row], NEW) == [expected(reference, row, NEW)]
+    assert generated(model, [row], NEW, pad_of(model)) == [expected(reference, row, NEW)]
 
 
 def test_a_right_padded_ragged_batch(model: Any, reference: Any) -> None:
     rows = [encode(text) for text in (PROMPT, "Once", "She said that he", PROMPT + " nothing more was")]
     assert len({len(row) for row in rows}) == 4
-    assert generated(model, rows, NEW) == [expected(reference, row, NEW) for row in rows]
+    assert generated(model, rows, NEW, pad_of(model)) == [expected(reference, row, NEW) for row in rows]
 
 
 def test_a_second_turn_and_a_rewind(model: Any, reference: Any) -> None:
@@ -121,3 +122,23 @@ def test_a_second_turn_and_a_rewind(model: Any, reference: Any) -> None:
     again = list(map(int, generator.get_sequence(0)))[len(first) :]
     assert again
     assert again == expected(reference, first, len(again))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("qwen3", "qwen3"),
+        ("gemma", "gemma"),
+        ("mistral", "mistral"),
+        ("gpt2", "decoder"),
+        ("olmo2", "decoder"),
+    ],
+)
+def test_other_model_types(name: str, kind: str, tmp_path: Path) -> None:
+    """A tiny random model of each family, past the window of 8 tokens that mistral has here."""
+    ort_driver.compiled(captured(name), tmp_path)
+    config = json.loads((tmp_path / "genai_config.json").read_text())
+    assert config["model"]["type"] == kind
+    rows = sequences(5, 11)
+    wanted = [expected(make_model(name), row, 12) for row in rows]
+    assert generated(og.Model(str(tmp_path)), rows, 12, config["model"]["pad_token_id"]) == wanted

@@ -18,13 +18,14 @@ from optc.runtime.evaluate import evaluate
 PROMPT = "The old man looked at the sea, and"
 LIMIT = 1e-4  # on logits of magnitude 10 to 20
 
+_SLOW, _BIG = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.shared]
 CASES = [
-    pytest.param("fiction-3m", "onnx-cpu", None, id="3m-onnx"),
-    pytest.param("fiction-3m", "inductor-cpu", "static", id="3m-inductor", marks=pytest.mark.slow),
-    pytest.param("fiction-3m", "inductor-cpu", "paged", id="3m-inductor-paged", marks=pytest.mark.slow),
-    pytest.param("fiction-26m", "onnx-cpu", None, id="26m-onnx", marks=[pytest.mark.slow, pytest.mark.shared]),
-    pytest.param("fiction-26m", "inductor-cpu", "static", id="26m-inductor", marks=[pytest.mark.slow, pytest.mark.shared]),
-]  # fmt: skip
+    pytest.param(("fiction-3m", "onnx-cpu", None), id="3m-onnx"),
+    pytest.param(("fiction-3m", "inductor-cpu", "static"), id="3m-inductor", marks=_SLOW),
+    pytest.param(("fiction-3m", "inductor-cpu", "paged"), id="3m-inductor-paged", marks=_SLOW),
+    pytest.param(("fiction-26m", "onnx-cpu", None), id="26m-onnx", marks=_BIG),
+    pytest.param(("fiction-26m", "inductor-cpu", "static"), id="26m-inductor", marks=_BIG),
+]
 
 
 class Pair:
@@ -79,7 +80,9 @@ def test_ragged_batch_of_four(pair: Pair) -> None:
     logits = session.prefill(rows)
     for step in range(7):
         for row in range(4):
-            worst = max(worst, float(np.abs(logits[row] - pair.logits([*rows[row], *more[row][:step]])[-1]).max()))
+            worst = max(
+                worst, float(np.abs(logits[row] - pair.logits([*rows[row], *more[row][:step]])[-1]).max())
+            )
         if step < 6:
             logits = session.decode([tokens[step] for tokens in more])
     assert worst <= LIMIT
@@ -96,7 +99,9 @@ def test_rewind(pair: Pair) -> None:
 def test_greedy_tokens(pair: Pair) -> None:
     found = pair.model.generate(PROMPT, max_new_tokens=64, ignore_eos=True)
     ids = torch.tensor([found.prompt_tokens])
-    expected = pair.reference.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None)
+    expected = pair.reference.generate(
+        ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None
+    )
     assert found.tokens == expected[0, ids.shape[1] :].tolist()
 
 

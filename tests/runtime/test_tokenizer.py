@@ -82,7 +82,7 @@ def test_stream_keeps_the_spaces_of_a_metaspace_vocabulary() -> None:
             tokenizers.decoders.Strip(content=" ", left=1),
         ]
     )
-    stream = TextStream(Tokenizer(core, ()))
+    stream = TextStream(Tokenizer(core))
     assert [stream.push(token) for token in (0, 1, 2, 3, 4, 1)] == ["the", " old", "er", "", "é", " old"]
 
 

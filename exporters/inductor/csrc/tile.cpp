@@ -98,12 +98,21 @@ void scores_of(const float* queries, int64_t rows, const float* const* keys, int
   }
 }
 
-// tanh(x) = 1 - 2 / (e^2x + 1)
+// tanh x = 1 - 2 / (e^2x + 1); near 0, where that cancels, a polynomial (Cephes, tanhf).
+OPTC_INLINE Floats hyperbolic_tangent(Floats x) {
+  const Floats capped = x > 20.0f ? Floats{} + 20.0f : x;  // tanh is 1 long before e^x overflows
+  const Floats far = 1.0f - 2.0f / (exponential(capped * 2.0f) + 1.0f);
+  const Floats square = x * x;
+  Floats p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  return square < 0.390625f ? x + x * square * p : far;
+}
+
 void cap(float* scores, int64_t rows, float softcap) {
   for (int64_t i = 0; i < rows * kTileKeys; i += kLanes) {
-    const Floats x = load(scores + i) * (2.0f / softcap);
-    const Floats power = exponential(x > 80.0f ? Floats{} + 80.0f : x);  // tanh is 1 long before e^x overflows
-    store(scores + i, softcap - (2.0f * softcap) / (power + 1.0f));
+    store(scores + i, softcap * hyperbolic_tangent(load(scores + i) / softcap));
   }
 }
 

@@ -19,8 +19,12 @@ from optc.cli.options import compile_flags, merge_recipe, require, to_settings
 @click.option("--force", is_flag=True, help="Replace an existing artifact.")
 @click.option("--allow-noop", is_flag=True, help="Let a requested pass match nothing.")
 @click.option("--dump-ir", type=click.Path(path_type=Path), help="Write every stage's IR to this folder.")
-@click.option("--work-dir", type=click.Path(path_type=Path), help="Keep finished stages here; a rerun continues.")
-@click.option("--text", type=click.Path(path_type=Path), help="Text for the numerics gate (default: a built-in page).")
+@click.option(
+    "--work-dir", type=click.Path(path_type=Path), help="Keep finished stages here; a rerun continues."
+)
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="Text for the numerics gate (default: a built-in page)."
+)
 @click.option("--max-kl", type=float, help="Gate: largest KL a lossy pass may cause, nats per token.")
 @click.option("--min-top1", type=float, help="Gate: smallest top-1 agreement after a lossy pass.")
 @click.option("--max-perplexity-increase", type=float, help="Gate: largest relative rise, e.g. 0.1.")
@@ -69,7 +73,9 @@ def _show(result: dict[str, Any]) -> None:
         for note in row["notes"]:
             console.print(f"  {row['name']}: {note}", markup=False)
     size = result["weight_bytes"] / 1e6
-    click.echo(f"{result['artifact']}: {result['target']}, {size:.1f} MB of weights, {result['seconds']:.1f} s")
+    click.echo(
+        f"{result['artifact']}: {result['target']}, {size:.1f} MB of weights, {result['seconds']:.1f} s"
+    )
 
 
 def _number(value: float | None, form: str) -> str:

@@ -14,7 +14,12 @@ from optc.compiler.diagnostics import InputError
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--ir", "as_ir", is_flag=True, help="Print the text IR: of a model as captured, of an artifact's last stage.")
+@click.option(
+    "--ir",
+    "as_ir",
+    is_flag=True,
+    help="Print the text IR: of a model as captured, of an artifact's last stage.",
+)
 @click.option("--stage", help="With --ir on an artifact: this stage, by number or name.")
 @click.option("--dtype", default="fp32", show_default=True, help="With --ir on a model: compute type.")
 @json_option
@@ -57,14 +62,18 @@ def _model(path: Path, as_json: bool) -> None:
     from optc.compiler.capture.checkpoint import check_folder
 
     info = check_folder(path)
-    rows = {name: {"file": t.file, "dtype": t.dtype, "shape": list(t.shape)} for name, t in info.tensors.items()}
+    rows = {
+        name: {"file": t.file, "dtype": t.dtype, "shape": list(t.shape)} for name, t in info.tensors.items()
+    }
     result = {"model": str(path), "config": info.config, "tokenizer": info.has_tokenizer, "tensors": rows}
     emit(result, as_json, _show_model)
 
 
 def _show_model(result: dict[str, Any]) -> None:
     config = result["config"]
-    click.echo(f"{result['model']}: {', '.join(config.get('architectures', []))} ({config.get('model_type')})")
+    click.echo(
+        f"{result['model']}: {', '.join(config.get('architectures', []))} ({config.get('model_type')})"
+    )
     click.echo(f"tokenizer: {'yes' if result['tokenizer'] else 'none (works on token ids)'}")
     for name, row in result["tensors"].items():
         click.echo(f"  {name}  {row['dtype']}{row['shape']}  {row['file']}")
@@ -73,9 +82,15 @@ def _show_model(result: dict[str, Any]) -> None:
 def _show(manifest: dict[str, Any]) -> None:
     contract = manifest["contract"]
     source = manifest["source"]
-    click.echo(f"{manifest['target']} artifact ({manifest['engine']}, {manifest['dtype']}), optc {manifest['optc_version']}, {manifest['created']}")
-    click.echo(f"source: {source['path'] or 'a module in memory'} ({source['parameters'] / 1e6:.1f} M parameters)")
-    click.echo(f"weights: {manifest['weight_bytes'] / 1e6:.2f} MB; quantization: {_quantization(manifest['quantization'])}")
+    click.echo(
+        f"{manifest['target']} artifact ({manifest['engine']}, {manifest['dtype']}), optc {manifest['optc_version']}, {manifest['created']}"
+    )
+    click.echo(
+        f"source: {source['path'] or 'a module in memory'} ({source['parameters'] / 1e6:.1f} M parameters)"
+    )
+    click.echo(
+        f"weights: {manifest['weight_bytes'] / 1e6:.2f} MB; quantization: {_quantization(manifest['quantization'])}"
+    )
     click.echo(f"needs: {', '.join(f'{key} {value}' for key, value in manifest['needs'].items())}")
     click.echo("inputs:")
     for spec in contract["inputs"][:4]:
@@ -83,12 +98,16 @@ def _show(manifest: dict[str, Any]) -> None:
     if len(contract["inputs"]) > 4:
         click.echo(f"  and {len(contract['inputs']) - 4} more")
     cache = contract["kv_cache"]
-    click.echo(f"KV cache: {cache['kind']}{' in place' if cache['in_place'] else ''}; {len(contract['layers'])} attention layers")
+    click.echo(
+        f"KV cache: {cache['kind']}{' in place' if cache['in_place'] else ''}; {len(contract['layers'])} attention layers"
+    )
     click.echo("passes:")
     for row in manifest["passes"]:
         drift = "" if row["max_abs_diff"] is None else f", max |diff| {row['max_abs_diff']:.1e}"
         kl = "" if row["kl"] is None else f", KL {row['kl']:.1e}"
-        click.echo(f"  {row['name']}: matched {row['matched']} of {row['candidates']}{drift}{kl}, {row['seconds']:.2f} s")
+        click.echo(
+            f"  {row['name']}: matched {row['matched']} of {row['candidates']}{drift}{kl}, {row['seconds']:.2f} s"
+        )
     click.echo("files:")
     for entry in manifest["files"]:
         click.echo(f"  {entry['path']}  {entry['size']}  {entry['sha256'][:12]}")

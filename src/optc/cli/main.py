@@ -18,7 +18,11 @@ _COMMANDS = {
     "run": ("optc.cli.run", "run", "Generate text with an artifact."),
     "eval": ("optc.cli.evaluate", "evaluate", "Perplexity, KL and top-1 agreement against the source model."),
     "bench": ("optc.cli.bench", "bench", "Time to first token, decode and prefill speed, memory."),
-    "inspect": ("optc.cli.inspect", "inspect", "Manifest, contract and passes of an artifact; IR of a model."),
+    "inspect": (
+        "optc.cli.inspect",
+        "inspect",
+        "Manifest, contract and passes of an artifact; IR of a model.",
+    ),
     "diff": ("optc.cli.diff", "diff", "The difference between two stages of a run."),
     "verify": ("optc.cli.verify", "verify", "Check an artifact's files against its manifest."),
     "passes": ("optc.cli.passes", "passes", "List the passes and their options."),

@@ -15,7 +15,16 @@ from optc.compiler.gate import Budget
 from optc.compiler.target import CompileOptions
 from optc.recipes import read_recipe
 
-_OPTION_KEYS = ("dtype", "quant", "bits", "group_size", "symmetric", "kv_cache", "max_seq_len", "accuracy_level")
+_OPTION_KEYS = (
+    "dtype",
+    "quant",
+    "bits",
+    "group_size",
+    "symmetric",
+    "kv_cache",
+    "max_seq_len",
+    "accuracy_level",
+)
 _SETTING_KEYS = ("force", "allow_noop", "seed", "trust_remote_code")
 _OTHER_KEYS = ("target", "output", "model", "ignore", "passes", "pass_option", "dump_ir", "work_dir", "text",
                "max_kl", "min_top1", "max_perplexity_increase")  # fmt: skip
@@ -49,7 +58,11 @@ def merge_recipe(flags: dict[str, Any]) -> dict[str, Any]:
     """Flags given on the command line over the recipe's keys; what neither gives is absent."""
     recipe = flags.pop("recipe", None)
     merged = read_recipe(recipe, RECIPE_KEYS) if recipe else {}
-    given = {key: value for key, value in flags.items() if value not in (None, (), False) or (key == "symmetric" and value is False)}
+    given = {
+        key: value
+        for key, value in flags.items()
+        if value not in (None, (), False) or (key == "symmetric" and value is False)
+    }
     merged.update(given)
     for key in ("dump_ir", "work_dir", "text", "output"):
         if merged.get(key) is not None:
@@ -64,13 +77,22 @@ def merge_recipe(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_types(merged: dict[str, Any]) -> None:
-    kinds = {"bits": int, "group_size": int, "max_seq_len": int, "accuracy_level": int, "seed": int, "symmetric": bool}
+    kinds = {
+        "bits": int,
+        "group_size": int,
+        "max_seq_len": int,
+        "accuracy_level": int,
+        "seed": int,
+        "symmetric": bool,
+    }
     for key, kind in kinds.items():
         value = merged.get(key)
         if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
             raise UsageError(f"'{key.replace('_', '-')}' must be of type {kind.__name__}, not {value!r}")
     if merged.get("accuracy_level") not in (None, 0, 1, 2, 3, 4):
-        raise UsageError(f"accuracy level {merged['accuracy_level']} is unknown", remedy="use 0 (exact) to 4 (int8)")
+        raise UsageError(
+            f"accuracy level {merged['accuracy_level']} is unknown", remedy="use 0 (exact) to 4 (int8)"
+        )
 
 
 def to_settings(merged: dict[str, Any], **more: Any) -> CompileSettings:
@@ -81,11 +103,17 @@ def to_settings(merged: dict[str, Any], **more: Any) -> CompileSettings:
     """
     idle = [key for key in ("bits", "group_size", "symmetric", "ignore") if merged.get(key) not in (None, ())]
     if idle and not merged.get("quant") and not merged.get("passes"):
-        raise UsageError(f"--{idle[0].replace('_', '-')} does nothing without --quant", remedy="add --quant rtn")
+        raise UsageError(
+            f"--{idle[0].replace('_', '-')} does nothing without --quant", remedy="add --quant rtn"
+        )
     options = {key: merged[key] for key in _OPTION_KEYS if merged.get(key) is not None}
     limits = {"kl": "max_kl", "top1": "min_top1", "perplexity": "max_perplexity_increase"}
     budget = {name: float(merged[key]) for name, key in limits.items() if merged.get(key) is not None}
-    settings = {key: merged[key] for key in (*_SETTING_KEYS, "dump_ir", "work_dir", "text") if merged.get(key) is not None}
+    settings = {
+        key: merged[key]
+        for key in (*_SETTING_KEYS, "dump_ir", "work_dir", "text")
+        if merged.get(key) is not None
+    }
     return CompileSettings(
         options=CompileOptions(ignore=tuple(merged.get("ignore") or ()), **options),
         passes=merged.get("passes"),

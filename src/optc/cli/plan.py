@@ -31,13 +31,17 @@ def plan(as_json: bool, **flags: Any) -> None:
 
 
 def _show(result: dict[str, Any]) -> None:
-    click.echo(f"{result['model']} for {result['target']}, {result['dtype']}, quantization {result['quant'] or 'none'}")
+    click.echo(
+        f"{result['model']} for {result['target']}, {result['dtype']}, quantization {result['quant'] or 'none'}"
+    )
     click.echo(f"  parameters: {result['parameters'] / 1e6:.1f} M, {result['linears']} linears")
     names = [row["name"] + (" (if it matches)" if row["optional"] else "") for row in result["passes"]]
     click.echo(f"  passes: {', '.join(names)}")
     if result["quant"]:
         click.echo(f"  group size: {result['group_size'] or 'channel'}")
-    click.echo(f"  weights: {result['source_weight_bytes'] / 1e6:.1f} MB -> {result['weight_bytes'] / 1e6:.1f} MB")
+    click.echo(
+        f"  weights: {result['source_weight_bytes'] / 1e6:.1f} MB -> {result['weight_bytes'] / 1e6:.1f} MB"
+    )
     if result["kv_cache_bytes_per_token"]:
         click.echo(f"  KV cache: {result['kv_cache_bytes_per_token']} bytes per token")
     if result["note"]:

@@ -23,9 +23,17 @@ def verify(folder: Path, as_json: bool) -> None:
 
     manifest = verify_folder(folder)
     total = sum(entry.size for entry in manifest.files)
-    result = {"artifact": str(folder), "ok": True, "files": len(manifest.files), "bytes": total, "target": manifest.target}
+    result = {
+        "artifact": str(folder),
+        "ok": True,
+        "files": len(manifest.files),
+        "bytes": total,
+        "target": manifest.target,
+    }
     emit(result, as_json, _show)
 
 
 def _show(result: dict[str, Any]) -> None:
-    click.echo(f"{result['artifact']}: intact ({result['files']} files, {result['bytes'] / 1e6:.1f} MB, {result['target']})")
+    click.echo(
+        f"{result['artifact']}: intact ({result['files']} files, {result['bytes'] / 1e6:.1f} MB, {result['target']})"
+    )

@@ -1,0 +1,56 @@
+"""AOTInductor packages of encoders and plain modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import make_model
+from package_driver import build, packaged
+from stages import sequences
+from torch import Tensor, nn
+
+from optc.compiler.capture import capture_module
+from optc.runtime.pt2_runner import PackageError
+
+pytestmark = pytest.mark.slow
+
+
+def test_encoder_with_padding() -> None:
+    package, rows = packaged("bert").load(), sequences(12, 7, 1)
+    ids = torch.tensor([[*row, *[0] * (12 - len(row))] for row in rows])
+    mask = (torch.arange(12) < torch.tensor([[12], [7], [1]])).long()
+    (found,) = package(ids, mask, torch.zeros_like(ids))
+    with torch.no_grad():
+        expected = make_model("bert")(input_ids=ids, attention_mask=mask).logits
+    for row, length in enumerate((12, 7, 1)):
+        torch.testing.assert_close(found[row, :length], expected[row, :length], atol=1e-4, rtol=0)
+
+
+class _Net(nn.Module):
+    """A convolution, a transposed (not contiguous) weight, a constant tensor, two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv1d(4, 8, 3, padding=1)
+        self.mix = nn.Parameter(torch.randn(8, 24).t())
+        self.register_buffer("shift", torch.randn(8, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.relu(self.conv(x)) + self.shift
+        return torch.matmul(self.mix, hidden), hidden.mean(-1)
+
+
+def test_plain_module(tmp_path: Path) -> None:
+    net = _Net().requires_grad_(False)
+    assert not net.mix.is_contiguous()
+    program = capture_module(net, (torch.randn(3, 4, 10),), dynamic={"input_0": {0: "rows", 2: "length"}})
+    package = build(program, tmp_path / "net").load()
+    for shape in ((3, 4, 10), (1, 4, 5), (7, 4, 64)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(shape[2]))
+        for found, expected in zip(package(x), net(x), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    with pytest.raises(PackageError, match=r"input input_0 is torch.float32 \[2, 5, 4\]; the package takes"):
+        package(torch.zeros(2, 5, 4))

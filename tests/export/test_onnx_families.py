@@ -1,0 +1,107 @@
+"""Quantized models and head sizes without a kernel, exported, in ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ort_driver
+import pytest
+import torch
+from families import FAMILIES
+from ort_driver import schedules
+from stages import captured, full_logits, sequences
+from torch import Tensor, nn
+
+from optc.compiler.capture import capture_model, capture_module
+from optc.compiler.ops.packed import unpack_nbits
+from optc.compiler.program import Program
+from optc.compiler.rewriting import PassContext
+from optc.passes.quantize_rtn import QuantizeRtn
+
+_LENGTHS = (21, 9, 14, 5)
+
+
+class _Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(256, 384), nn.Linear(384, 40, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.up(x)))
+
+
+def _quantized_mlp(
+    bits: int, group: int, symmetric: bool, level: int, folder: Path
+) -> tuple[Program, Tensor, Tensor]:
+    """The canonical quantized program, its outputs and those of ONNX Runtime."""
+    program = capture_module(_Mlp(), [torch.randn(3, 256)], dynamic={"input_0": {0: "batch"}})
+    options = {"bits": bits, "group_size": group, "symmetric": symmetric}
+    canonical = QuantizeRtn(**options, head=True).run(program, PassContext()).program
+    x = torch.randn(17, 256, generator=torch.Generator().manual_seed(1))
+    after, _ = ort_driver.compiled(program, folder, quant="rtn", accuracy_level=level, **options)
+    found = ort_driver.run(ort_driver.open_session(folder), x)[0]
+    return after, canonical(x), found
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_quantized_module(bits: int, group: int, symmetric: bool, tmp_path: Path) -> None:
+    """Without rounding of activations the kernel computes what Q/DQ says; with it, nearly."""
+    after, expected, found = _quantized_mlp(bits, group, symmetric, 0, tmp_path / "exact")
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-5
+    packed = after.weight("up.weight_packed")
+    assert packed.shape == (384, 256 // group, group * bits // 8)
+    assert int(unpack_nbits(packed, bits, group).max()) <= 2**bits - 1
+    _, expected, found = _quantized_mlp(bits, group, symmetric, 4, tmp_path / "fast")
+    assert 1e-5 < float((found - expected).abs().max() / expected.abs().max()) <= 0.05
+
+
+def test_a_quantized_decoder(tmp_path: Path) -> None:
+    """4 bits, zero points: every schedule of ONNX Runtime within 1e-4 of the whole quantized sequence in eager mode."""
+    options = {"bits": 4, "group_size": 32, "symmetric": False}
+    program, result = ort_driver.compiled(
+        captured("llama"), tmp_path, quant="rtn", accuracy_level=0, **options
+    )
+    assert result.info["operators"]["MatMulNBits"] == 8
+    canonical = QuantizeRtn(**options).run(captured("llama"), PassContext()).program
+    rows = sequences(*_LENGTHS)
+    expected = [full_logits(canonical, row) for row in rows]
+    scale = max(float(row.abs().max()) for row in expected)
+    session = ort_driver.open_session(tmp_path)
+    for way, logits in schedules(session, program.contract, rows).items():
+        worst = max(float((got - want).abs().max()) for got, want in zip(logits, expected, strict=True))
+        assert worst <= 1e-4 * max(1.0, scale), f"{way}: {worst:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "operators"),
+    [
+        ("llama", {"head_dim": 12}, {"TensorScatter": 4, "RotaryEmbedding": 4}),  # no kernel for such heads
+        (
+            "llama",
+            {"head_dim": 8},
+            {"GroupQueryAttention": 2, "RotaryEmbedding": 4},
+        ),  # which cannot rotate such
+        ("phi", {"hidden_size": 128}, {"GroupQueryAttention": 2}),  # which rotates half of each head
+        ("gpt2", {"n_embd": 48}, {"TensorScatter": 4}),
+    ],
+    ids=["llama-12", "llama-8", "phi-32", "gpt2-12"],
+)
+def test_other_head_sizes(
+    name: str, sizes: dict[str, int], operators: dict[str, int], tmp_path: Path
+) -> None:
+    cls, config_cls, usual = FAMILIES[name]
+    torch.manual_seed(0)
+    model = cls(config_cls(**{**usual, **sizes})).eval().requires_grad_(False)
+    program, result = ort_driver.compiled(capture_model(model), tmp_path)
+    kinds = ("TensorScatter", "GroupQueryAttention", "RotaryEmbedding")
+    assert {kind: n for kind, n in result.info["operators"].items() if kind in kinds} == operators
+    rows = sequences(*_LENGTHS)
+    with torch.no_grad():
+        expected = [model(torch.tensor([row])).logits[0] for row in rows]
+    session = ort_driver.open_session(tmp_path)
+    for way, logits in schedules(session, program.contract, rows).items():
+        worst = max(float((got - want).abs().max()) for got, want in zip(logits, expected, strict=True))
+        assert worst <= 1e-5, f"{way}: {worst:.2e}"

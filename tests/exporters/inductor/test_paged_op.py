@@ -1,0 +1,188 @@
+"""The C++ kernel of optc.paged_attention_ against its Python reference."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import optc.compiler.program  # noqa: F401  (registers the dialect)
+from optc.compiler.ops.library import reference
+from optc.exporters.inductor.library import build_library
+
+pytestmark = pytest.mark.slow  # the first build takes 10 s; later ones come from the user's cache
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Callable[..., Tensor]:
+    torch.ops.load_library(str(build_library()))
+    return torch.ops.optc.paged_attention_.default
+
+
+@dataclass
+class Case:
+    """Ragged requests over shuffled blocks. Slots without a token hold NaN, unused table entries nonsense."""
+
+    new: tuple[int, ...] = (1, 37, 1, 5)
+    past: tuple[int, ...] = (200, 0, 3, 64)
+    heads: int = 4
+    kv_heads: int = 2
+    width: int = 16
+    value_width: int = 16
+    block_size: int = 4
+    window: int = 0
+    softcap: float = 0.0
+    dtype: torch.dtype = torch.float32
+
+    def inputs(self) -> tuple[list[Tensor], dict[str, float]]:
+        generator = torch.Generator().manual_seed(7)
+        totals = [a + b for a, b in zip(self.new, self.past, strict=True)]
+        needed = [-(-n // self.block_size) for n in totals]
+        order = torch.randperm(sum(needed) + 2, generator=generator).int()
+        tables = torch.full((len(totals), max(needed)), -9, dtype=torch.int32)
+        slots, used, start = [], [], 0
+        for row, (count, total, past) in enumerate(zip(needed, totals, self.past, strict=True)):
+            tables[row, :count] = order[start : start + count]
+            start += count
+            position = torch.arange(total)
+            slot = tables[row, position // self.block_size] * self.block_size + position % self.block_size
+            slots.append(slot[past:])
+            used.append(slot)
+        pools = []
+        for width in (self.width, self.value_width):
+            pool = torch.randn((len(order), self.block_size, self.kv_heads, width), generator=generator)
+            dead = torch.ones(len(order) * self.block_size, dtype=torch.bool)
+            dead[torch.cat(used)] = False
+            pool.view(-1, self.kv_heads, width)[dead] = float("nan")
+            pools.append(pool.to(self.dtype))
+        shapes = [(self.heads, self.width), (self.kv_heads, self.width), (self.kv_heads, self.value_width)]
+        qkv = [torch.randn((sum(self.new), *s), generator=generator).to(self.dtype) for s in shapes]
+        starts = torch.tensor([0, *self.new]).cumsum(0).int()
+        lengths = torch.tensor(totals, dtype=torch.int32)
+        knobs = {"scale": self.width**-0.5, "window": self.window, "softcap": self.softcap}
+        return [*qkv, *pools, torch.cat(slots).long(), tables, lengths, starts], knobs
+
+    def compare(self, kernel: Callable[..., Tensor]) -> float:
+        """Largest difference from the reference in float64; both must write the same pools."""
+        inputs, knobs = self.inputs()
+        k_pool, v_pool = inputs[3].clone(), inputs[4].clone()
+        found = kernel(*inputs[:3], k_pool, v_pool, *inputs[5:], **knobs)
+        exact = [item.double() if item.is_floating_point() else item for item in inputs]
+        exact[6] = exact[6].clamp(min=0)  # the reference reads the whole table before it cuts it
+        expected = reference("paged_attention_")(*exact, **knobs)
+        assert found.dtype == self.dtype
+        assert found.shape == (sum(self.new), self.heads, self.value_width)
+        for pool, wanted in ((k_pool, exact[3]), (v_pool, exact[4])):
+            torch.testing.assert_close(pool.double(), wanted, rtol=0, atol=0, equal_nan=True)
+        return float((found.double() - expected).abs().max())
+
+
+CASES = {
+    "plain": Case(),
+    "block size 1": Case(block_size=1),
+    "block size 16": Case(block_size=16),
+    "window 1": Case(window=1),
+    "window 8": Case(window=8, block_size=16),
+    "window over tiles": Case(window=100),
+    "softcap": Case(softcap=5.0),
+    "softcap and window": Case(softcap=50.0, window=70),
+    "one head per group": Case(heads=2),
+    "seven heads per group": Case(heads=14),
+    "more heads than a tile has rows": Case(heads=80, kv_heads=2),
+    "odd widths": Case(width=20, value_width=12),
+    "wide": Case(width=128, value_width=128, heads=8),
+    "long prefill": Case(new=(150,), past=(0,)),
+    "decode": Case(new=(1,) * 5, past=(0, 1, 63, 64, 130)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_equals_reference(kernel: Callable[..., Tensor], name: str) -> None:
+    assert CASES[name].compare(kernel) <= 3e-6
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 1.6e-2), (torch.float16, 2e-3)])
+def test_kernel_in_sixteen_bits(kernel: Callable[..., Tensor], dtype: torch.dtype, limit: float) -> None:
+    """One rounding of the result: the arithmetic is in float32."""
+    assert Case(dtype=dtype, block_size=16, softcap=30.0).compare(kernel) <= limit
+
+
+def test_baseline_instructions(tmp_path: Path) -> None:
+    """The code for processors without AVX2 gives the same numbers (in a process of its own)."""
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "from test_paged_op import CASES, build_library\n"
+        "torch.ops.load_library(str(build_library()))\n"
+        "assert torch.backends.cpu.get_cpu_capability() == 'DEFAULT'\n"
+        "op = torch.ops.optc.paged_attention_.default\n"
+        "print(max(CASES[name].compare(op) for name in ('odd widths', 'softcap and window', 'long prefill')))\n"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    command = [sys.executable, str(script), str(Path(__file__).parent)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) <= 3e-6
+
+
+def _broken(index: int, value: Any) -> tuple[list[Tensor], dict[str, float]]:
+    inputs, knobs = Case().inputs()
+    inputs[index] = value(inputs[index])
+    return inputs, knobs
+
+
+def _set(place: Any, value: int) -> Callable[[Tensor], Tensor]:
+    def change(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor[place] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (5, _set(0, 1 << 40), "is outside the pool"),
+        (5, _set(0, -1), "slot -1 is outside the pool"),
+        (6, _set((0, 0), 1 << 20), "block 1048576 is outside the pool"),
+        (6, _set((0, 0), -2), "block -2 is outside the pool"),
+        (7, _set(1, 3), "has 37 new tokens, but a context of 3"),
+        (7, _set(0, 1 << 20), "exceeds its block table"),
+        (8, _set(-1, 99), "cu_seqlens must run from 0"),
+        (8, _set(1, 40), "cu_seqlens must not fall"),
+        (6, lambda table: table.long(), "block_tables, context_lens and cu_seqlens int32"),
+        (3, lambda pool: pool.double(), "differ in type"),
+        (4, lambda pool: pool.transpose(0, 1), "the pools"),
+        (0, lambda q: q[:, :3], "heads do not divide"),
+    ],
+)
+def test_bad_indices_are_refused(
+    kernel: Callable[..., Tensor], index: int, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    """They would read or write memory of others."""
+    inputs, knobs = _broken(index, change)
+    with pytest.raises(RuntimeError, match=message):
+        kernel(*inputs, **knobs)
+
+
+def test_library_without_the_python_dialect() -> None:
+    """In a process that has only the library, the schema is the same and the Python dialect can follow."""
+    script = (
+        "import sys, torch; torch.ops.load_library(sys.argv[1])\n"
+        "before = str(torch.ops.optc.paged_attention_.default._schema)\n"
+        "import optc.compiler.program\n"
+        "print(before == str(torch.ops.optc.paged_attention_.default._schema), before)\n"
+    )
+    command = [sys.executable, "-c", script, str(build_library())]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(
+        "True optc::paged_attention_(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pool"
+    )

@@ -1,0 +1,94 @@
+"""What the exporter refuses, and reshapes whose axes are all dynamic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as nn
+from torch import Tensor
+
+from onnx_cases.values import I64, Case, f, grown
+
+_aten, _optc = torch.ops.aten, torch.ops.optc
+
+SEVERAL_AXES: list[Callable[[Tensor], Tensor]] = [  # of x [batch, seq, total], all dynamic
+    lambda x: x.flatten(0, 1),
+    lambda x: x.flatten(1),
+    lambda x: x.view(x.shape[0] * x.shape[1], x.shape[2]),
+    lambda x: x.view(x.shape[0], 1, x.shape[1], 1, -1),
+    lambda x: x.view(x.shape[1], x.shape[2], x.shape[0]),
+    lambda x: x.unflatten(1, (1, -1)).unflatten(-1, (-1, 1)),
+    lambda x: x.transpose(0, 2).reshape(x.shape[2] * x.shape[1], x.shape[0]),
+    lambda x: x.mean(-1) / x.shape[2] + x.shape[1],
+]
+
+
+def _in_place_on_view(x: Tensor) -> Tensor:
+    total = x * 2
+    total[:, 0].add_(1)
+    return total
+
+
+def _in_place_under_view(x: Tensor) -> Tensor:
+    total = x * 2
+    column = total[:, 0]
+    total.mul_(3)
+    return column
+
+
+def _in_place_on_input(x: Tensor) -> Tensor:
+    return x.relu_()
+
+
+_VIEW = "it writes to an input, a weight or a view"
+_WEIGHT, _IMAGE = f(5, 4), f(3, 4, 9, 8)
+
+REFUSED: dict[str, Case] = {
+    f"add_: aten.add_.Tensor: {_VIEW}": (_in_place_on_view, f()),
+    f"mul_: aten.mul_.Tensor: {_VIEW}": (lambda x: x.unbind(1)[0].mul_(2), f()),
+    f"relu_: aten.relu_.default: {_VIEW}": (_in_place_on_input, f()),
+    "mul_: aten.mul_.Tensor: it writes to a tensor that has views, or is read later as it was": (
+        _in_place_under_view,
+        f(),
+    ),
+    "addmm: aten.addmm.default: {'alpha': 2} is not lowered": (
+        lambda x: torch.addmm(_WEIGHT[:, 0], x, _WEIGHT.t(), alpha=2),
+        f(),
+    ),
+    "arange: aten.arange.start: an integer range with fractional bounds is not lowered": (
+        lambda x: x[0, 0] + torch.arange(0.5, 3, dtype=I64),
+        f(),
+    ),
+    "split: aten.split.Tensor: the sizes of the parts depend on the input": (
+        lambda x: grown(x).split(x.shape[0] + 4),
+        f(),
+    ),
+    "avg_pool2d: aten.avg_pool2d.default: divisor_override is not lowered": (
+        lambda x: nn.avg_pool2d(x, 2, divisor_override=3),
+        _IMAGE,
+    ),
+    "max_pool2d: aten.max_pool2d.default: an input without batch axis is not lowered": (
+        lambda x: nn.max_pool2d(x, 2),
+        _IMAGE[0],
+    ),
+    "adaptive_avg_pool2d: aten.adaptive_avg_pool2d.default: only an output of 1x1 is lowered": (
+        lambda x: nn.adaptive_avg_pool2d(x, 2),
+        _IMAGE,
+    ),
+    "batch_norm: aten.batch_norm.default: batch statistics (training mode) are not lowered": (
+        lambda x: nn.batch_norm(x, None, None, training=True),
+        _IMAGE,
+    ),
+    "dropout: aten.dropout.default: dropout is active (training mode)": (
+        lambda x: nn.dropout(x, 0.5, True),
+        f(),
+    ),
+    "pad: aten.pad.default: mode 'reflect' is not lowered": (lambda x: nn.pad(x, (1, 1), "reflect"), f()),
+    "index: aten.index.Tensor: an index behind a full slice is not lowered": (lambda x: x[:, [0, 2]], f()),
+    "attention: optc.attention.default: attention sinks are not lowered": (
+        lambda q: _optc.attention(q, q, q, None, _WEIGHT[0], scale=1.0, causal=True, window=0, softcap=0.0),
+        f(3, 4, 5, 8),
+    ),
+    "erfinv: aten.erfinv.default has no lowering": (torch.erfinv, f(low=-0.5, high=0.5)),
+}

@@ -1,0 +1,86 @@
+"""Compiles Programs to AOTInductor packages and drives them in plain tensors, without optc's sessions."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from families import make_model
+from stages import captured
+from torch import Tensor
+
+from optc.compiler import execution
+from optc.compiler.artifact import finish
+from optc.compiler.capture import capture_model
+from optc.compiler.manifest import Manifest, Source
+from optc.compiler.program import Program
+from optc.compiler.rewriting import PassContext
+from optc.compiler.target import CompileOptions, ExportRequest, ExportResult, check_legal
+from optc.runtime.pt2_runner import Package
+from optc.targets.inductor_cpu import TARGET
+
+
+@dataclass(frozen=True)
+class Built:
+    """A package on disk and the Program that it was made from."""
+
+    folder: Path
+    program: Program
+    result: ExportResult
+
+    def load(self, **options: Any) -> Package:
+        return Package(self.folder, self.result.info, self.result.needs, **options)
+
+
+def build(program: Program, folder: Path, **options: Any) -> Built:
+    """Run the target's recipe without the gate (numbers are compared in the tests) and export."""
+    chosen = CompileOptions(**options)
+    for step in TARGET.recipe(program.contract.kind, chosen):
+        program = step.rewrite.run(program, PassContext()).program
+    check_legal(program, TARGET)
+    folder.mkdir()
+    return Built(folder, program, TARGET.export(program, ExportRequest(directory=folder, options=chosen)))
+
+
+def describe(built: Built) -> None:
+    """Write the manifest that makes the folder an artifact."""
+    manifest = Manifest(
+        optc_version=metadata.version("optc"), created="2026-01-01T00:00:00+00:00", target=TARGET.name,
+        engine="aotinductor", engine_info=built.result.info, needs=built.result.needs, dtype="float32",
+        contract=built.program.contract, passes=(), weight_bytes=built.result.weight_bytes, quantization={},
+        source=Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""), seconds={},
+    )  # fmt: skip
+    finish(built.folder, manifest)
+
+
+def drive(package: Package, program: Program, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Logits [len, V] of every row: ragged prefill, a chunk, single steps, over caches full of garbage."""
+    with mock.patch.object(execution, "_tapped", return_value=package):
+        return execution.run_stage(program, rows).logits
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma2-static": ("gemma2", {}),  # window, softcap, grouped heads: scores spelled out
+    "gpt2-static": ("gpt2", {"max_seq_len": 200}),  # torch's fused attention, learned positions, biases
+    "gemma2-paged": ("gemma2", {"kv_cache": "paged"}),
+    "llama-int4": ("llama", {"dtype": "bf16", "quant": "rtn", "group_size": 32}),
+    "bert": ("bert", {}),
+}
+_FOLDER = tempfile.TemporaryDirectory(prefix="optc-packages-")
+
+
+@functools.cache
+def packaged(name: str) -> Built:
+    """A variant, compiled once per process (10 to 30 s)."""
+    family, options = VARIANTS[name]
+    program = captured(family)
+    if options.get("dtype") == "bf16":
+        program = capture_model(make_model(family).to(torch.bfloat16))
+    return build(program, Path(_FOLDER.name) / name, **options)
