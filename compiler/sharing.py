@@ -10,7 +10,7 @@ from torch.fx import Node
 from optc.compiler.program import Program
 from optc.compiler.surgery import replace_node
 
-_UNSET = frozenset((torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default))
+_UNSET: frozenset[object] = frozenset((torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default))
 
 
 def share_expressions(program: Program) -> int:
@@ -25,16 +25,28 @@ def share_expressions(program: Program) -> int:
     for node in list(program.graph.nodes):
         if node.op != "call_function":
             continue
-        if _is_impure(node.target) or not written.isdisjoint((node, *node.all_input_nodes)):
+        reads_written = not written.isdisjoint((node, *node.all_input_nodes)) and not _is_size(node)
+        if _is_impure(node.target) or reads_written:
             written.add(node)
             continue
-        key = f"{node.target} {node.args!r} {node.kwargs!r}"  # nodes print as their names
+        key = _key(node)
         if key in first:
             replace_node(program, node, first[key])
             removed += 1
         else:
             first[key] = node
     return removed
+
+
+def _key(node: Node) -> str:
+    """Equal for calls with equal results; sizes by their symbols, wherever they are read off."""
+    if _is_size(node):
+        return f"size {node.meta['val'].node.expr}"
+    return f"{node.target} {node.args!r} {node.kwargs!r}"  # nodes print as their names
+
+
+def _is_size(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def _written(program: Program) -> set[Node]:

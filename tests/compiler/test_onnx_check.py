@@ -243,3 +243,16 @@ def test_damage_anywhere_is_an_artifact_error_or_harmless(folder: Path) -> None:
         except ArtifactError:
             refused += 1
     assert refused > len(good) * 2
+
+
+def test_a_truncated_file_is_an_artifact_error_or_harmless(folder: Path) -> None:
+    """Cut the message at every byte: what is left is refused, or a whole message by itself."""
+    good = model(external()).SerializeToString()
+    refused = 0
+    for length in range(len(good)):
+        (folder / "model.onnx").write_bytes(good[:length])
+        try:
+            check_onnx(folder, "model.onnx")
+        except ArtifactError:
+            refused += 1
+    assert refused > 0.9 * len(good)

@@ -1,0 +1,94 @@
+"""The C++ compiler, the cache of compiled libraries and what a host must have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from stages import captured
+
+from optc.compiler import compat
+from optc.compiler.diagnostics import InputError, TargetError
+from optc.compiler.target import CompileOptions, ExportRequest, check_legal
+from optc.exporters.inductor import export_inductor, library, toolchain
+from optc.passes.static_kv_cache import StaticKVCache
+from optc.targets.inductor_cpu import TARGET
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Exit code 4, before anything is compiled or written."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(TargetError) as caught:
+        export_inductor(captured("bert"), ExportRequest(directory=tmp_path, options=CompileOptions()))
+    assert caught.value.exit_code == 4
+    assert str(caught.value) == (
+        "no C++ compiler was found\n"
+        "  cause: AOTInductor compiles its kernels with one, and so does the op library\n"
+        "  remedy: install g++ 12 or newer (Debian and Ubuntu: apt install g++), or name one in $CXX"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its first error is told, and nothing stays in the cache."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "x.cpp:1: error: no such thing" >&2\nexit 1\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(TargetError, match="the C\\+\\+ compiler failed on the op library") as caught:
+        library.build_library()
+    assert caught.value.why == "x.cpp:1: error: no such thing"
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="failed while building the op library"):
+        library.build_library()
+
+
+@pytest.mark.parametrize(
+    ("flags", "march", "some"),
+    [
+        (["-mavx512f", "-mavx512vnni", "-mfma"], "x86-64-v4", {"avx512f", "avx512_vnni", "avx2", "fma"}),
+        (["-mavx2", "-mfma", "-mf16c"], "x86-64-v3", {"avx2", "fma", "f16c", "abm"}),
+        ([], "x86-64-v2", {"sse4_2", "popcnt"}),
+    ],
+)
+def test_instruction_sets(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], march: str, some: set[str]
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(compat, "has_inductor_march", lambda: True)
+    monkeypatch.setattr(compat, "vector_flags", lambda: flags)
+    chosen = toolchain.instruction_set()
+    assert chosen.march == march
+    assert some <= set(chosen.flags)
+    assert ("avx512f" in chosen.flags) == (march == "x86-64-v4")
+
+
+def test_without_a_choice_the_host_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "has_inductor_march", lambda: False)
+    chosen = toolchain.instruction_set()
+    assert (chosen.march, set(chosen.flags)) == (None, toolchain.host_flags())
+
+
+def test_this_host_can_run_what_it_compiles() -> None:
+    assert set(toolchain.instruction_set().flags) <= toolchain.host_flags()
+
+
+def test_illegal_operators_are_named() -> None:
+    """The dialect before legalization, and operators of other libraries."""
+    program = StaticKVCache(in_place=True).run(captured("llama"), None).program  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match="'inductor-cpu' cannot run 2 node") as caught:
+        check_legal(program, TARGET)
+    assert "optc.cached_attention_.default has no lowering" in str(caught.value.where)
+    assert torch.ops.aten.mm.default in TARGET.legal
+    assert torch.ops.quantized.linear.default not in TARGET.legal
+    assert torch.ops.optc.paged_attention_.default in TARGET.legal
