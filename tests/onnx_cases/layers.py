@@ -139,6 +139,8 @@ LAYERS: Cases = {
         (lambda x: nn.avg_pool2d(x, 2), _IMAGE), (lambda x: nn.avg_pool2d(x, 3, 2, 1), _IMAGE),
         (lambda x: nn.avg_pool2d(x, 3, 2, 1, count_include_pad=False), _IMAGE),
         (lambda x: nn.avg_pool2d(x, (3, 1), (2, 1), ceil_mode=True), _IMAGE),
+        (lambda x: nn.avg_pool2d(x, 3, 2, 1, ceil_mode=True), _IMAGE),
+        (lambda x: nn.avg_pool2d(x, 4, 3, 2, ceil_mode=True, count_include_pad=False), _IMAGE),
     ],
     "aten.adaptive_avg_pool2d.default": [(lambda x: nn.adaptive_avg_pool2d(x, 1), _IMAGE)],
 }  # fmt: skip
