@@ -4,7 +4,7 @@ What is left of the dialect is `optc.paged_attention_`, which has a C++ kernel. 
 takes codes two per byte in a layout of the machine's instruction set, and value = (code - 8) * scale + zero
 with scale and zero interleaved as [K / group_size, N, 2]. It is taken for bfloat16 alone: in other types its
 kernels are scalar loops, 25 times slower than the unquantized product. A dequantization that it cannot take
-becomes arithmetic on the weight before each use: right, but slower than an unquantized weight.
+becomes arithmetic on the weight before each use.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ class LegalizeInductor(Pass):
             return PassResult(program, 0, 0)
         share_expressions(edited)  # positions and masks are the same in every layer
         drop_dead(edited)
-        slow = f"{len(misses)} weights are dequantized before each use: slower than unquantized ones"
-        notes = (slow,) if misses else ()
+        notes = (f"{len(misses)} weights are dequantized before each use",) if misses else ()
         return PassResult(prune_contract(edited).changed(), len(sites), len(sites), tuple(misses), notes)
 
     def _pack_linears(self, program: Program, sites: list[Node]) -> list[Miss]:

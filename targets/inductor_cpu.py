@@ -32,8 +32,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
 _RTN = QuantSupport(
     bits=(2, 3, 4, 8),
     group_sizes=(0, *INT4_GROUP_SIZES),
-    note="4 bits with --dtype bf16 have a packed kernel; all else is dequantized before each use, "
-    "slower than unquantized weights",
+    note="4 bits with --dtype bf16 have a packed kernel, all else is dequantized before each use",
 )
 
 TARGET = Target(

@@ -135,7 +135,8 @@ def _constants(program: Program, path: Path) -> dict[str, torch.Tensor]:
         if name in weights:
             found[name] = weights[name]
             continue
-        assert _OWN_CONSTANT.fullmatch(name) and len(sizes) == 1, f"{name} is no weight of the program"  # noqa: PT018
+        assert _OWN_CONSTANT.fullmatch(name), f"{name} is no weight of the program"
+        assert len(sizes) == 1, f"{name} could be one of the group sizes {sizes}"
         found[name] = torch.tensor(next(iter(sizes)), dtype=torch.int64)
     return found
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,10 +20,7 @@ class _AtenAndLibrary(Mapping[Any, Predicate | None]):
         if isinstance(target, torch._ops.OpOverload):
             name = target._schema.name
             return name.split("::")[0] in ("aten", "prims") or name in self._library()
-        return getattr(target, "__module__", None) in ("_operator", "math", "torch") or target in (
-            operator.getitem,
-            math.trunc,
-        )
+        return getattr(target, "__module__", None) in ("_operator", "math", "torch")  # arithmetic on sizes
 
     def __getitem__(self, target: Any) -> Predicate | None:
         if target not in self:
