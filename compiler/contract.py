@@ -66,14 +66,24 @@ class KVCache(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 0
 
 
+WeightFormat = Literal["int", "fp8", "nf4"]
+ActivationFormat = Literal["", "int8", "fp8"]
+
+
 class WeightQuantization(msgspec.Struct, frozen=True, kw_only=True):
-    """How one linear's weight [N, K] is stored. `group_size` runs along K; 0 means per channel."""
+    """How one linear's weight [N, K] is stored, and what its input is rounded to.
+
+    `group_size` runs along K; 0 means per channel (fp8: or one scale for the whole weight). `activations` is ""
+    when the input is not quantized.
+    """
 
     method: str
     bits: int
     group_size: int
     symmetric: bool
     source: str
+    format: WeightFormat = "int"
+    activations: ActivationFormat = ""
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):

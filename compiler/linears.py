@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,18 @@ import torch
 from torch.fx import Node
 
 from optc.compiler.dataflow import aten, pointwise_source, value_of
+from optc.compiler.ops import quantization as _quantization  # noqa: F401  (registers the operators)
 from optc.compiler.program import Program
 
 LINEARS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+DEQUANTIZERS = (
+    torch.ops.optc.dequantize.default,
+    torch.ops.optc.dequantize_float.default,
+    torch.ops.optc.dequantize_codebook.default,
+)
+"""Calls that make a weight [N, K] of codes."""
+QUANTIZERS = (torch.ops.optc.quantize.default, torch.ops.optc.quantize_dynamic.default)
+"""Calls that make codes of activations."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,12 @@ class Linear:
         """K, the length of the sums."""
         return int(value_of(self.weight).shape[0 if self.transposed else 1])
 
+    @property
+    def activations(self) -> str:
+        """How the input is quantized ("int8", "fp8"), "" when it is not."""
+        call = quantized_activation(self.input)
+        return str(call.kwargs["format"]) if call is not None else ""
+
 
 def linear_site(program: Program, node: Node) -> Linear | None:
     """`node` as a Linear, or None when it is none: both factors are activations, or the scales are not 1."""
@@ -64,9 +80,20 @@ def linear_site(program: Program, node: Node) -> Linear | None:
     if root.target is aten.select.int and root.args[1] == 0 and isinstance(root.args[2], int):
         root, index = root.args[0], root.args[2]
     held = root if program.weight_of(root) is not None else None
-    if held is None and weight.target is not torch.ops.optc.dequantize.default:
+    if held is None and weight.target not in DEQUANTIZERS:
         return None
     return Linear(node, x, weight, bias, transposed, held, index)
+
+
+def quantized_activation(node: Node) -> Node | None:
+    """The `quantize` or `quantize_dynamic` call behind a dequantized activation, None when `node` is none."""
+    if node.target is not torch.ops.optc.dequantize_activation.default:
+        return None
+    codes = node.args[0]
+    assert isinstance(codes, Node)
+    made = codes.args[0] if codes.target is operator.getitem else codes
+    assert isinstance(made, Node)
+    return made if made.target in QUANTIZERS else None
 
 
 def linear_sites(program: Program) -> Iterator[Linear]:

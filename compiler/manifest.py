@@ -16,6 +16,7 @@ import msgspec
 
 from optc.compiler.contract import Contract
 from optc.compiler.diagnostics import ArtifactError
+from optc.compiler.quantization_record import LinearRecord
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -48,6 +49,7 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         layer_drift: per attention layer, relative L2 change of its output.
         nodes: graph nodes after the pass.
         notes, misses: what the pass says, and why near-misses were left alone.
+        linears: per weight that a quantization pass rounded.
     """
 
     name: str
@@ -63,6 +65,7 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     nodes: _Count
     notes: tuple[str, ...]
     misses: tuple[str, ...]
+    linears: tuple[LinearRecord, ...] = ()
 
 
 class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

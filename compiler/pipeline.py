@@ -106,7 +106,10 @@ class _Run:
         verify_program(program, "capture")
         self.probe = self.options.probe or default_probe(program, self.options.context.seed)
         self._finish_stage("capture", program)
-        key = program.fingerprint() if self.options.work_dir else ""
+        context = self.options.context
+        key = (
+            f"{program.fingerprint()} {context.calibration!r} {context.seed}" if self.options.work_dir else ""
+        )
         keys = []
         for step in self.steps:
             key = hashlib.sha256(f"{key} {step.rewrite!r}".encode()).hexdigest()
@@ -239,4 +242,5 @@ def _record(
         nodes=len(after.graph.nodes),
         notes=result.notes,
         misses=tuple(f"{miss.node}: {miss.reason}" for miss in result.misses[:64]),
+        linears=result.linears,
     )

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch.fx import Node
 
+from optc.compiler.calibration import Calibration
 from optc.compiler.program import Program
+from optc.compiler.quantization_record import LinearRecord
 
 
 @dataclass(frozen=True)
@@ -27,21 +30,34 @@ class Miss:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did. `candidates` counts the sites looked at: "matched 32 of 32"."""
+    """What a pass did. `candidates` counts the sites looked at: "matched 32 of 32".
+
+    `linears` has a record per weight that a quantization pass rounded.
+    """
 
     program: Program
     matched: int
     candidates: int
     misses: tuple[Miss, ...] = ()
     notes: tuple[str, ...] = ()
+    linears: tuple[LinearRecord, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassContext:
-    """What a pass may know beside the program."""
+    """What a pass may know beside the program.
+
+    Attributes:
+        calibration: token sequences for passes that read activations; None when there are none.
+        progress: told (done, total, what) by passes that take long.
+        work_dir: where such a pass keeps what it has finished, to continue after a kill.
+    """
 
     seed: int = 0
     target: str = ""
+    calibration: Calibration | None = None
+    progress: Callable[[int, int, str], None] | None = None
+    work_dir: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

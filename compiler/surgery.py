@@ -50,6 +50,18 @@ def add_weight(program: Program, name: str, tensor: torch.Tensor) -> Node:
     return node
 
 
+def set_weight(program: Program, name: str, tensor: torch.Tensor) -> None:
+    """Replace the value of a weight of a clone under edit; shape and dtype stay."""
+    table = program.exported.state_dict if name in program.exported.state_dict else program.exported.constants
+    old = table[name]
+    assert isinstance(old, torch.Tensor), name
+    assert (old.shape, old.dtype) == (tensor.shape, tensor.dtype), f"{name} would change its shape or type"
+    # A parameter stays one: torch.export distinguishes them from buffers by type.
+    table[name] = (
+        torch.nn.Parameter(tensor, requires_grad=False) if isinstance(old, torch.nn.Parameter) else tensor
+    )
+
+
 def replace_call(
     program: Program, old: Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None
 ) -> Node:

@@ -16,7 +16,12 @@ NAMES = (
     "static-kv-cache",
     "page-kv-cache",
     "quantize-rtn",
+    "quantize-clip",
+    "quantize-gptq",
+    "scale-awq",
+    "scale-smoothquant",
     "legalize-ort",
+    "legalize-inductor",
 )
 
 

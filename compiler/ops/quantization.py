@@ -1,15 +1,43 @@
-"""The canonical form of weight quantization: linear(x, dequantize(codes, scale, zero)).
+"""The canonical forms of quantization: linear(x, dequantize(codes, scale, zero)) and its kin.
 
-Codes are stored one per byte (uint8 [N, K]); packing belongs to legalization and exporters. A group
-is `group_size` neighbours along K; `group_size` 0 means one group per row.
-value = (code - zero) * scale, where an absent zero means the middle code 2^(bits-1) (symmetric).
+Weights. Codes are stored one per byte, [N, K]; packing belongs to legalization and exporters. A group is
+`group_size` neighbours along K that share a scale; `group_size` 0 means one group per row.
+
+    dequantize            uint8 codes    value = (code - zero) * scale, an absent zero is the middle code 2^(bits-1)
+    dequantize_float      float8 E4M3    value = code * scale
+    dequantize_codebook   uint8 codes    value = table[code] * scale
+
+Activations. `quantize_dynamic` takes its scales from the values at hand, one per token (per row of the last
+axis); `quantize` takes calibrated ones. Both are symmetric; `dequantize_activation` brings the numbers back:
+
+    linear(dequantize_activation(*quantize_dynamic(x, "int8")), dequantize(codes, scale, None), bias)      W8A8
+
+E4M3 is that of Micikevicius et al. 2022 (https://arxiv.org/abs/2209.05433): no infinity, largest 448.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from optc.compiler.ops.library import define
+
+FORMATS: dict[str, tuple[torch.dtype, float]] = {
+    "int8": (torch.int8, 127.0),
+    "fp8": (torch.float8_e4m3fn, 448.0),
+}
+"""Formats of activations: the type of the codes and their largest magnitude (int8 leaves -128 unused)."""
+
+SMALLEST_SCALE = torch.finfo(torch.float32).smallest_normal
+"""Scales of zero rows: division by it gives zeros, not NaN."""
+
+
+def _scaled(values: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    """values float32 [N,K] * scale [N,G] (or [1,1], one for all), rounded to the type of scale."""
+    rows, columns = values.shape
+    size = group_size or columns
+    grouped = values.reshape(rows, columns // size, size)
+    return (grouped * scale.float()[..., None]).reshape(rows, columns).to(scale.dtype)
 
 
 def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int, group_size: int) -> Tensor:
@@ -18,11 +46,82 @@ def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int,
     size = group_size or columns
     grouped = codes.reshape(rows, columns // size, size).float()
     middle = float(2 ** (bits - 1)) if zero is None else zero.float()[..., None]
-    return ((grouped - middle) * scale.float()[..., None]).reshape(rows, columns).to(scale.dtype)
+    return _scaled((grouped - middle).reshape(rows, columns), scale, group_size)
+
+
+def _dequantize_float(codes: Tensor, scale: Tensor, *, group_size: int = 0) -> Tensor:
+    """codes float8 [N,K], scale [N,G], or [1,1] for the whole weight -> [N,K] in scale's dtype."""
+    return _scaled(codes.float(), scale, group_size)
+
+
+def _dequantize_codebook(
+    codes: Tensor, scale: Tensor, table: Tensor, *, bits: int, group_size: int
+) -> Tensor:
+    """codes uint8 [N,K] below 2^bits, scale [N,G], table float32 [2^bits] -> [N,K] in scale's dtype."""
+    return _scaled(table.float()[codes.long()], scale, group_size)
+
+
+def _quantize_dynamic(x: Tensor, *, format: str) -> tuple[Tensor, Tensor]:
+    """x [...,K] -> codes [...,K], scale float32 [...,1] = max|x| / largest code, of each token alone."""
+    _, top = FORMATS[format]
+    values = x.float()
+    scale = (values.abs().amax(-1, keepdim=True) / top).clamp(min=SMALLEST_SCALE)
+    return _rounded(values / scale, format), scale
+
+
+def _quantize(x: Tensor, scale: Tensor, *, format: str) -> Tensor:
+    """x, scale that broadcasts to it -> codes of x's shape; what is out of range takes the last code."""
+    return _rounded(x.float() / scale.float(), format)
+
+
+def _rounded(ratio: Tensor, format: str) -> Tensor:
+    """Nearest codes, ties to even."""
+    dtype, top = FORMATS[format]
+    ratio = ratio.clamp(-top, top)
+    return (ratio.round() if dtype is torch.int8 else ratio).to(dtype)
+
+
+def _dequantize_activation(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """codes * scale, computed in float32, in `dtype`."""
+    return (codes.float() * scale.float()).to(dtype)
+
+
+def _codes_like(x: Tensor, format: str) -> Tensor:
+    return torch.empty_like(x, dtype=FORMATS[format][0], memory_format=torch.contiguous_format)
 
 
 define(
     "dequantize(Tensor codes, Tensor scale, Tensor? zero, *, int bits, int group_size) -> Tensor",
     _dequantize,
     lambda codes, scale, *_, **__: scale.new_empty(codes.shape),
+)
+define(
+    "dequantize_float(Tensor codes, Tensor scale, *, int group_size=0) -> Tensor",
+    _dequantize_float,
+    lambda codes, scale, **_: scale.new_empty(codes.shape),
+)
+define(
+    "dequantize_codebook(Tensor codes, Tensor scale, Tensor table, *, int bits, int group_size) -> Tensor",
+    _dequantize_codebook,
+    lambda codes, scale, *_, **__: scale.new_empty(codes.shape),
+)
+define(
+    "quantize_dynamic(Tensor x, *, str format) -> (Tensor, Tensor)",
+    _quantize_dynamic,
+    lambda x, *, format: (
+        _codes_like(x, format),
+        x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
+    ),
+)
+define(
+    "quantize(Tensor x, Tensor scale, *, str format) -> Tensor",
+    _quantize,
+    lambda x, _scale, *, format: _codes_like(x, format),
+)
+define(
+    "dequantize_activation(Tensor codes, Tensor scale, *, ScalarType dtype) -> Tensor",
+    _dequantize_activation,
+    lambda codes, _scale, *, dtype: torch.empty_like(
+        codes, dtype=dtype, memory_format=torch.contiguous_format
+    ),
 )

@@ -1,0 +1,1 @@
+"""Arithmetic and bookkeeping shared by the quantization passes."""

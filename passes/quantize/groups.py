@@ -1,0 +1,116 @@
+"""Linears that read one input: they share its statistics, and a scale on it concerns all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from optc.compiler.dataflow import aten, peel, readers, value_of
+from optc.compiler.diagnostics import InputError
+from optc.compiler.linears import Linear, linear_site
+from optc.compiler.program import Program
+from optc.passes.quantize.stream import Stream
+
+_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of one input.
+
+    Attributes:
+        root: the node whose rows they multiply, [..., K].
+        sites: in graph order.
+    """
+
+    root: Node
+    sites: tuple[Linear, ...]
+
+
+def input_root(node: Node) -> Node:
+    """The node whose rows a linear's input has: behind aliases, and views that keep the last axis."""
+    while (inner := peel(node)).target in _RESHAPES and _same_rows(inner):
+        node = inner.args[0]
+    return inner
+
+
+def _same_rows(view: Node) -> bool:
+    before, after = value_of(view.args[0]).shape[-1], value_of(view).shape[-1]
+    return isinstance(before, int) and before == after
+
+
+def input_groups(sites: Sequence[Linear]) -> list[Group]:
+    """Linears by their input, in the order in which the inputs are computed."""
+    table: dict[Node, list[Linear]] = {}
+    for site in sites:
+        table.setdefault(input_root(site.input), []).append(site)
+    return [Group(root, tuple(found)) for root, found in sorted(table.items())]
+
+
+def input_readers(program: Program, root: Node) -> tuple[list[Linear], list[Node]]:
+    """(all linears that read the rows of `root`, everything else that does), looking through aliases and views."""
+    linears, others, pending = [], [], [root]
+    while pending:
+        for user in readers(pending.pop()):
+            site = linear_site(program, user)
+            if site is not None and input_root(site.input) is root and site.placeholder is not None:
+                linears.append(site)
+            elif site is None and user.op == "call_function" and _passes_on(user, root):
+                pending.append(user)
+            else:
+                others.append(user)
+    return linears, others
+
+
+def _passes_on(user: Node, root: Node) -> bool:
+    value = user.meta.get("val")
+    return isinstance(value, Tensor) and input_root(user) is root
+
+
+def rows(stream: Stream, root: Node) -> Iterator[Tensor]:
+    """The rows [n, K] of a group's input, batch by batch, in float32."""
+    for value in stream.values(root):
+        yield value.detach().reshape(-1, value.shape[-1]).float()
+
+
+def gram_matrix(stream: Stream, group: Group) -> tuple[Tensor, int]:
+    """(X X^T / n as [K, K] float32, n) of a group's input over the calibration rows.
+
+    Raises:
+        InputError: NaN or infinity among the activations; names the layer.
+    """
+    total: Tensor | None = None
+    count = 0
+    for x in rows(stream, group.root):
+        product = x.t() @ x
+        total = product if total is None else total.add_(product)
+        count += len(x)
+    assert total is not None
+    gram = total / max(count, 1)
+    if not bool(torch.isfinite(gram).all()):
+        raise InputError(
+            "the calibration text gives activations that are NaN or infinite",
+            where=f"input of {weight_label(stream.program, group.sites[0])}",
+            remedy="use --dtype fp32 or bf16, and look at the model's own outputs on this text",
+        )
+    return gram, count
+
+
+def weight_label(program: Program, site: Linear) -> str:
+    """The name of a linear's weight, with the expert's number for a stacked one."""
+    name = program.weight_of(site.placeholder)
+    assert name is not None
+    return name if site.index is None else f"{name}[{site.index}]"
+
+
+def weight_rows(program: Program, site: Linear) -> Tensor:
+    """The weight of a linear as [N, K], whatever its layout, of its expert where it is stacked."""
+    name = program.weight_of(site.placeholder)
+    assert name is not None
+    weight = program.weight(name).detach()
+    weight = weight if site.index is None else weight[site.index]
+    return weight.t() if site.transposed else weight

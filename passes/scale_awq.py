@@ -1,0 +1,59 @@
+"""linear(x, W)  ->  linear(x / s, W * s), s searched for the least error of rounding (AWQ)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from optc.compiler.linears import Linear
+from optc.compiler.program import Program
+from optc.compiler.quantize import check_bits, check_group_size, default_group_size
+from optc.passes.quantize.folding import Fold
+from optc.passes.quantize.groups import Group, gram_matrix, weight_label, weight_rows
+from optc.passes.quantize.scale_pass import ScalePass
+from optc.passes.quantize.scaling import awq_scales
+from optc.passes.quantize.stream import Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleAwq(ScalePass):
+    """linear(norm(x, w), W)  ->  linear(norm(x, w / s), W * s), s by AWQ
+
+    Activation-aware scales (Lin et al. 2023, https://arxiv.org/abs/2306.00978): channels with large inputs get
+    large weights, which rounding to a grid hurts less. Candidates are powers of the inputs' magnitude; the one with
+    the least output error, computed from the inputs' Gram matrix, wins. Where s can be divided out is read off the
+    dataflow: norm weights, rows of an earlier linear, the value path through attention.
+
+    Attributes:
+        bits, group_size, symmetric: of the rounding that follows.
+    """
+
+    name: ClassVar[str] = "scale-awq"
+
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        if self.group_size is not None:
+            check_group_size(self.group_size, [])
+
+    def check(self, program: Program, sites: list[Linear]) -> None:
+        if self.group_size is not None:
+            check_group_size(
+                self.group_size,
+                [site.columns for site in sites],
+                [weight_label(program, site) for site in sites],
+            )
+
+    def choose(self, program: Program, stream: Stream, group: Group, fold: Fold) -> Tensor:
+        gram, _ = gram_matrix(stream, group)
+        weights = [weight_rows(program, site) for site in group.sites]
+        size = self.group_size
+        if size is None:
+            size = default_group_size([int(gram.shape[0])])
+        scales, _ = awq_scales(weights, gram, fold, bits=self.bits, group_size=size, symmetric=self.symmetric)
+        return scales

@@ -1,0 +1,47 @@
+"""linear(x, W)  ->  linear(x / s, W * s), s balancing the ranges of inputs and weights (SmoothQuant)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.program import Program
+from optc.passes.quantize.folding import Fold
+from optc.passes.quantize.groups import Group, rows, weight_label, weight_rows
+from optc.passes.quantize.scale_pass import ScalePass
+from optc.passes.quantize.scaling import smooth_scales
+from optc.passes.quantize.stream import Stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleSmoothQuant(ScalePass):
+    """linear(norm(x, w), W)  ->  linear(norm(x, w / s), W * s), s = max|x|^alpha / max|W|^(1 - alpha)
+
+    SmoothQuant (Xiao et al. 2022, https://arxiv.org/abs/2211.10438): outliers of activations are moved into the
+    weights, so that 8-bit activations keep their small channels.
+
+    Attributes:
+        alpha: 0 moves nothing of the inputs' range into the weights, 1 all of it.
+    """
+
+    name: ClassVar[str] = "scale-smoothquant"
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise UsageError(f"alpha {self.alpha} is out of range", remedy="use a value from 0 to 1")
+
+    def choose(self, program: Program, stream: Stream, group: Group, fold: Fold) -> Tensor:
+        largest = torch.stack([x.abs().amax(0) for x in rows(stream, group.root)]).amax(0)
+        if not bool(torch.isfinite(largest).all()):
+            raise InputError(
+                "the calibration text gives activations that are NaN or infinite",
+                where=f"input of {weight_label(program, group.sites[0])}",
+                remedy="use --dtype fp32 or bf16, and look at the model's own outputs on this text",
+            )
+        return smooth_scales([weight_rows(program, site) for site in group.sites], largest, fold, self.alpha)
