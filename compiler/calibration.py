@@ -76,7 +76,7 @@ def read_documents(path: Path, encoder: Encoder | None) -> list[list[int]]:
     return [_encode(text, str(path), encoder)]
 
 
-def make_calibration(
+def cut_sequences(
     documents: list[list[int]], *, samples: int, length: int, vocab_size: int, seed: int, source: str
 ) -> Calibration:
     """Cut sequences of `length` tokens at random places of the documents, without overlap where there is room.

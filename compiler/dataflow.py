@@ -85,6 +85,18 @@ def readers(node: Node) -> list[Node]:
     return sorted(user for user in node.users if user.target is not aten._assert_tensor_metadata.default)
 
 
+SHAPE_ONLY = frozenset((
+    aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default, aten.full_like.default,
+    aten.new_zeros.default, aten.new_ones.default, aten.sym_size.int,
+))  # fmt: skip
+"""Ops that read the shape of their input, not its values."""
+
+
+def value_readers(node: Node) -> list[Node]:
+    """The readers of a node's values."""
+    return [user for user in readers(node) if user.target not in SHAPE_ONLY]
+
+
 def sole_user(node: Node) -> Node | None:
     """The one node that reads this one, or None when there are several or none."""
     users = readers(node)

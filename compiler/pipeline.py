@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from optc.compiler.gate import Budget, Drift, Probe
 from optc.compiler.ir_text import format_program
 from optc.compiler.manifest import PassRecord
 from optc.compiler.program import Program
+from optc.compiler.quantization_summary import measured_records
 from optc.compiler.rewriting import Pass, PassContext, PassResult
 from optc.compiler.stages import load_stage, save_stage
 from optc.compiler.target import Step
@@ -138,7 +139,7 @@ class _Run:
 
     def _step(self, step: Step, before: Program) -> Program:
         rewrite, begin = step.rewrite, time.perf_counter()
-        result = rewrite.run(before, self.options.context)
+        result = rewrite.run(before, self._context(rewrite))
         if not result.matched:
             self._no_match(step, result)
             after, drift = before, None
@@ -146,9 +147,23 @@ class _Run:
             after = result.program.with_contract(passes=(*result.program.contract.passes, str(rewrite)))
             verify_program(after, rewrite.name)
             drift = self._gate(rewrite, before, after)
+            if rewrite.lossy and not result.linears:
+                result = replace(result, linears=measured_records(before, after))
         self.records.append(_record(rewrite, result, drift, time.perf_counter() - begin, after))
         self._finish_stage(rewrite.name, after)
         return after
+
+    def _context(self, rewrite: Pass) -> PassContext:
+        """What the pass may know; its own progress goes to the run's, with the time that is left."""
+        tell, number, begin = self.options.progress, len(self.records), time.perf_counter()
+
+        def progress(done: int, total: int, what: str) -> None:
+            if tell:
+                left = (time.perf_counter() - begin) / done * (total - done) if done else 0.0
+                note = f", {left:.0f} s left" if done else ""
+                tell(number, f"{rewrite.name}: {what} ({done} of {total}{note})")
+
+        return replace(self.options.context, progress=progress, work_dir=self.options.work_dir)
 
     def _no_match(self, step: Step, result: PassResult) -> None:
         if step.optional or self.options.allow_noop:

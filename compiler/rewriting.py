@@ -67,10 +67,12 @@ class Pass(ABC):
     Attributes:
         name: the pass name, hyphenated; the file is the same in snake case.
         lossy: whether the numbers may move beyond rounding (quantization).
+        calibrated: whether it reads `PassContext.calibration`.
     """
 
     name: ClassVar[str]
     lossy: ClassVar[bool] = False
+    calibrated: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, program: Program, context: PassContext) -> PassResult:

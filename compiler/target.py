@@ -24,13 +24,17 @@ class CompileOptions:
 
     dtype: str = "fp32"
     quant: str | None = None
-    bits: int = 4
+    bits: int | None = None
     group_size: int | None = None
     symmetric: bool = True
     ignore: tuple[str, ...] = ()
     kv_cache: str | None = None
     max_seq_len: int | None = None
     accuracy_level: int | None = None
+
+    def bits_or(self, default: int) -> int:
+        """The bits that were asked for, else `default`."""
+        return default if self.bits is None else self.bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +77,15 @@ class ExportResult:
         info: facts the session needs (file names, cache layout, capacity ...), JSON-able.
         needs: what the host must have, JSON-able (library versions, instruction sets).
         weight_bytes: bytes of weights on disk, counted from what was written.
+        tensor_bytes: the same by tensor, under the program's names (of a quantized weight `w`: what is called
+            `w_...`: its codes, scales and zero points).
     """
 
     engine: Literal["onnx", "aotinductor"]
     info: dict[str, Any]
     needs: dict[str, Any] = field(default_factory=dict)
     weight_bytes: int = 0
+    tensor_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +162,7 @@ def check_options(target: Target, options: CompileOptions) -> None:
     if options.quant not in target.quant:
         refuse(f"quantization '{options.quant}'", ", ".join(target.quant) or "none")
     support = target.quant[options.quant]
-    if options.bits not in support.bits:
+    if options.bits is not None and options.bits not in support.bits:
         refuse(f"{options.bits}-bit weights", f"{', '.join(map(str, support.bits))} bits")
     if options.group_size is not None and options.group_size not in support.group_sizes:
         refuse(f"group size {options.group_size}", f"group sizes {', '.join(map(str, support.group_sizes))}")

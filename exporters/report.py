@@ -1,4 +1,4 @@
-"""report.html: what a compile did, for people. Self-contained: no script, no network, no fonts."""
+"""report.html: what a compile did, for people. Self-contained: no network, no fonts; one small script sorts a table."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import msgspec
 
 from optc.compiler.diagnostics import os_errors
 from optc.compiler.manifest import Manifest, PassRecord
+from optc.exporters.quantization_report import quantization_section
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 260, 64, 34
 _LONG = 40  # entries of a table's value beyond which only their number is shown
@@ -46,6 +47,7 @@ def write_report(directory: Path, manifest: Manifest) -> None:
         m=manifest,
         contract=manifest.contract,
         plot=drift_plot(manifest.passes),
+        quantized=quantization_section(manifest),
         stages=stages,
         quality=_rows(manifest.quality),
         speed=_rows(manifest.speed),

@@ -20,6 +20,7 @@ NAMES = (
     "quantize-gptq",
     "scale-awq",
     "scale-smoothquant",
+    "quantize-activations",
     "legalize-ort",
     "legalize-inductor",
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,6 +30,7 @@ class ScaleAwq(ScalePass):
 
     Attributes:
         bits, group_size, symmetric: of the rounding that follows.
+        samples: calibration sequences that the search reads, at most: a few scales need less than a rounding.
     """
 
     name: ClassVar[str] = "scale-awq"
@@ -35,25 +38,25 @@ class ScaleAwq(ScalePass):
     bits: int = 4
     group_size: int | None = None
     symmetric: bool = True
+    samples: int = 32
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
         if self.group_size is not None:
             check_group_size(self.group_size, [])
 
-    def check(self, program: Program, sites: list[Linear]) -> None:
-        if self.group_size is not None:
-            check_group_size(
-                self.group_size,
-                [site.columns for site in sites],
-                [weight_label(program, site) for site in sites],
-            )
+    def resolved(self, program: Program, sites: Sequence[Linear]) -> ScaleAwq:
+        columns, names = [site.columns for site in sites], [weight_label(program, site) for site in sites]
+        if self.group_size is None:
+            return dataclasses.replace(self, group_size=default_group_size(columns, names))
+        check_group_size(self.group_size, columns, names)
+        return self
 
     def choose(self, program: Program, stream: Stream, group: Group, fold: Fold) -> Tensor:
+        assert self.group_size is not None
         gram, _ = gram_matrix(stream, group)
         weights = [weight_rows(program, site) for site in group.sites]
-        size = self.group_size
-        if size is None:
-            size = default_group_size([int(gram.shape[0])])
-        scales, _ = awq_scales(weights, gram, fold, bits=self.bits, group_size=size, symmetric=self.symmetric)
+        scales, _ = awq_scales(
+            weights, gram, fold, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric
+        )
         return scales

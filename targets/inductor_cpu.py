@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from optc.compiler.target import CompileOptions, QuantSupport, Step, Target
 from optc.exporters.inductor import LEGAL, export_inductor
+from optc.passes.fuse_norm import FuseNorm
 from optc.passes.legalize_inductor import INT4_GROUP_SIZES, LegalizeInductor
 from optc.passes.page_kv_cache import PageKVCache
-from optc.passes.quantize_rtn import QuantizeRtn
+from optc.passes.quantize.methods import WEIGHT_ONLY, quantization_steps
 from optc.passes.static_kv_cache import StaticKVCache
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
     """Decoder: [quantize] -> KV cache -> legalize. Encoder and module: [quantize] -> legalize.
 
-    Rotary embeddings and norms are left as they are: Inductor fuses them itself.
+    Rotary embeddings and norms are left as they are: Inductor fuses them itself. Norms are made whole for
+    quantization, which folds scales into them.
     """
-    steps = []
-    if options.quant == "rtn":
-        rewrite = QuantizeRtn(
-            bits=options.bits,
-            group_size=options.group_size,
-            symmetric=options.symmetric,
-            ignore=options.ignore,
-        )
-        steps.append(Step(rewrite))
+    steps: list[Step] = []
+    if options.quant is not None:
+        steps += [Step(FuseNorm(), optional=True), *quantization_steps(options)]
     if kind == "decoder":
         steps.append(Step(PageKVCache() if options.kv_cache == "paged" else StaticKVCache(in_place=True)))
     return [*steps, Step(LegalizeInductor(), optional=True)]
@@ -41,7 +37,7 @@ TARGET = Target(
     device="cpu",
     dtypes=("fp32", "bf16", "fp16"),
     kv_caches=("static", "paged"),
-    quant={"rtn": _RTN},
+    quant={**dict.fromkeys(WEIGHT_ONLY, _RTN), "int8": QuantSupport(bits=(8,), group_sizes=(0,))},
     legal=LEGAL,
     recipe=recipe,
     export=export_inductor,

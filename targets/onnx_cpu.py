@@ -9,7 +9,7 @@ from optc.passes.fuse_norm import FuseNorm
 from optc.passes.fuse_rotary import FuseRotary
 from optc.passes.legalize_ort import LegalizeOrt
 from optc.passes.merge_projections import MergeProjections
-from optc.passes.quantize_rtn import QuantizeRtn
+from optc.passes.quantize.methods import WEIGHT_ONLY, quantization_steps
 from optc.passes.static_kv_cache import StaticKVCache
 
 FAST = 4
@@ -22,17 +22,9 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
         Step(FuseRotary(), optional=True),
         Step(FuseNorm(), optional=True),
     ]
+    steps += quantization_steps(options)
     if kind == "decoder":
         steps.append(Step(StaticKVCache()))
-    if options.quant == "rtn":
-        steps.append(
-            Step(
-                QuantizeRtn(
-                    bits=options.bits, group_size=options.group_size, symmetric=options.symmetric,
-                    ignore=options.ignore,
-                )
-            )
-        )  # fmt: skip
     if kind == "decoder":
         steps.append(Step(MergeProjections(), optional=True))
     level = FAST if options.accuracy_level is None else options.accuracy_level
@@ -46,7 +38,7 @@ TARGET = Target(
     device="cpu",
     dtypes=("fp32",),
     kv_caches=("static",),
-    quant={"rtn": QuantSupport(bits=(2, 4, 8), group_sizes=(16, 32, 64, 128, 256))},
+    quant=dict.fromkeys(WEIGHT_ONLY, QuantSupport(bits=(2, 4, 8), group_sizes=(16, 32, 64, 128, 256))),
     legal=LEGAL,
     recipe=_recipe,
     export=export_onnx,

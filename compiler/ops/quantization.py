@@ -66,7 +66,7 @@ def _quantize_dynamic(x: Tensor, *, format: str) -> tuple[Tensor, Tensor]:
     _, top = FORMATS[format]
     values = x.float()
     scale = (values.abs().amax(-1, keepdim=True) / top).clamp(min=SMALLEST_SCALE)
-    return _rounded(values / scale, format), scale
+    return _rounded(values / scale, format), scale.contiguous()
 
 
 def _quantize(x: Tensor, scale: Tensor, *, format: str) -> Tensor:
@@ -78,12 +78,12 @@ def _rounded(ratio: Tensor, format: str) -> Tensor:
     """Nearest codes, ties to even."""
     dtype, top = FORMATS[format]
     ratio = ratio.clamp(-top, top)
-    return (ratio.round() if dtype is torch.int8 else ratio).to(dtype)
+    return (ratio.round() if dtype is torch.int8 else ratio).to(dtype).contiguous()
 
 
 def _dequantize_activation(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
     """codes * scale, computed in float32, in `dtype`."""
-    return (codes.float() * scale.float()).to(dtype)
+    return (codes.float() * scale.float()).to(dtype).contiguous()
 
 
 def _codes_like(x: Tensor, format: str) -> Tensor:

@@ -15,6 +15,7 @@ from optc.compiler import compat
 from optc.compiler.diagnostics import ResourceError, TargetError, os_errors
 from optc.compiler.program import Program
 from optc.compiler.program_tensors import write_tensors
+from optc.compiler.safetensors_header import read_header
 from optc.compiler.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
 from optc.exporters.inductor.legal import OP_LIBRARY_OPS
@@ -60,6 +61,7 @@ def export_inductor(program: Program, request: ExportRequest) -> ExportResult:
         info=info,
         needs=needs,
         weight_bytes=sum(tensor.nbytes for tensor in constants.values()),
+        tensor_bytes={name: info.nbytes for name, info in read_header(directory / WEIGHTS).items()},
     )
 
 

@@ -43,7 +43,7 @@ def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
         ir.save(model, directory / MODEL, external_data=DATA, size_threshold_bytes=_INLINE_BYTES)
         _align_names(directory)
     check_onnx(directory, MODEL)
-    _read_back(directory / MODEL, digests)
+    sizes = _read_back(directory / MODEL, digests)
     companions = copy_companions(request.source, directory)
     decoder = contract.kind == "decoder" and contract.kv_cache.kind == "linear"
     if decoder:
@@ -57,6 +57,7 @@ def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
         info=_info(contract, request, histogram, companions, genai=decoder),
         needs={"onnxruntime": f">={metadata.version('onnxruntime')}"},
         weight_bytes=weights,
+        tensor_bytes=sizes,
     )
 
 
@@ -101,8 +102,8 @@ def _digest(tensor: Any) -> str:
     return hashlib.sha256(tensor.tobytes()).hexdigest()
 
 
-def _read_back(path: Path, digests: dict[str, str]) -> None:
-    """Compare every weight on disk with the one that was to be written."""
+def _read_back(path: Path, digests: dict[str, str]) -> dict[str, int]:
+    """Compare every weight on disk with the one that was to be written; bytes of each, by name."""
     stored = {name: value.const_value for name, value in ir.load(path).graph.initializers.items()}
     for name, digest in digests.items():
         if name not in stored or _digest(stored[name]) != digest:
@@ -111,3 +112,4 @@ def _read_back(path: Path, digests: dict[str, str]) -> None:
                 where=f"{path}: {name}",
                 remedy="check the disk and compile again",
             )
+    return {name: int(stored[name].nbytes) for name in digests}

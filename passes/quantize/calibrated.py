@@ -25,12 +25,16 @@ from optc.compiler.program import Program
 from optc.compiler.quantization_record import LinearRecord, linear_record
 from optc.compiler.quantize import check_bits, check_group_size, default_group_size
 from optc.compiler.rewriting import Pass, PassContext, PassResult
-from optc.compiler.surgery import drop_dead
-from optc.compiler.weights import prune_contract
 from optc.passes.quantize.gptq import output_error, relative
 from optc.passes.quantize.grid import Grid, full_range
 from optc.passes.quantize.groups import Group, gram_matrix, input_groups, weight_label, weight_rows
-from optc.passes.quantize.selection import Selection, replace_weight, select_linears
+from optc.passes.quantize.selection import (
+    Selection,
+    quantize_selected,
+    replace_weight,
+    select_linears,
+    weight_name,
+)
 from optc.passes.quantize.store import Entry, GroupStore
 from optc.passes.quantize.stream import Stream
 
@@ -76,6 +80,7 @@ class CalibratedPass(Pass):
     """
 
     lossy: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = True
     method: ClassVar[str]
 
     bits: int = 4
@@ -279,36 +284,22 @@ class _Run:
         self.values[placeholder] = value
 
     def _result(self) -> PassResult:
-        edited = self.program.clone()
-        selection = select_linears(edited, self.rewrite.ignore, self.rewrite.head)
-        assert [site.node.name for site in selection.chosen] == [
-            site.node.name for site in self.selection.chosen
-        ]
-        made: dict[str, Node] = {}
-        for site in selection.chosen:
+        def put(edited: Program, site: Linear) -> None:
             rounded = self.made[weight_label(edited, site)]
-            grid = rounded.grid
-            source = edited.weight_of(site.placeholder)
-            assert source is not None
-            dtype = edited.weight(source).dtype
-            replace_weight(
-                edited, site, rounded.codes.to(torch.uint8), grid.scale.to(dtype),
-                None if grid.symmetric else grid.zero.to(torch.uint8),
-                WeightQuantization(
-                    method=self.rewrite.method, bits=grid.bits, group_size=self.group_size,
-                    symmetric=grid.symmetric, source=source,
-                ),
-                made,
+            grid, source = rounded.grid, weight_name(edited, site)
+            entry = WeightQuantization(
+                method=self.rewrite.method, bits=grid.bits, group_size=self.group_size, symmetric=grid.symmetric,
+                source=source,
             )  # fmt: skip
-        drop_dead(edited)
-        edited = prune_contract(edited.changed())
-        chosen, misses = len(selection.chosen), selection.misses
-        return PassResult(
-            edited, chosen, chosen + len(misses), misses, self._notes(), linears=tuple(self.records)
-        )
+            zero = None if grid.symmetric else grid.zero.to(torch.uint8)
+            dtype = edited.weight(source).dtype
+            replace_weight(edited, site, rounded.codes.to(torch.uint8), grid.scale.to(dtype), zero, entry)
+
+        result = quantize_selected(self.program, self.selection, put, self._notes())
+        return dataclasses.replace(result, linears=tuple(self.records))
 
     def _notes(self) -> tuple[str, ...]:
-        notes = list(self.selection.notes)
+        notes = []
         if self.rewrite.group_size is None:
             notes.append(f"group size {self.group_size}: the largest of 128, 64, 32 that divides every K")
         raised = [record.name for record in self.records if record.damping and record.damping > 0.011]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.dataflow import aten, is_tensor, peel, readers, value_of
+from optc.compiler.dataflow import aten, is_tensor, peel, value_of, value_readers
 from optc.compiler.linears import linear_site
 from optc.compiler.program import Program
 
@@ -144,7 +144,7 @@ class _Walk:
     # -- what a scale can pass ----------------------------------------------------------------
 
     def _check_readers(self, node: Node, allowed: frozenset[Node]) -> None:
-        others = [user for user in readers(node) if user not in allowed]
+        others = [user for user in value_readers(node) if user not in allowed]
         if others:
             raise _BlockedError(f"{others[0].name} ({others[0].target}) reads {node.name} too")
 
@@ -155,7 +155,7 @@ class _Walk:
         name = self.program.weight_of(node)
         if name is None:
             raise _BlockedError(f"the weight of {reader.name} is computed")
-        if [user for user in readers(node) if user is not reader] and index is None:
+        if [user for user in value_readers(node) if user is not reader] and index is None:
             raise _BlockedError(f"{name} is read elsewhere too")
         self.found.append(Division(node, index, axis, labels))
 
@@ -175,7 +175,7 @@ class _Walk:
         flat = _last_axis(labels, node)
         # A stacked weight is selected first; the readers of the selection are checked instead.
         reader = node if site.index is None else site.weight
-        if site.index is not None and readers(site.weight) != [node]:
+        if site.index is not None and value_readers(site.weight) != [node]:
             raise _BlockedError(f"{self.program.weight_of(site.placeholder)} is read elsewhere too")
         self._divide(site.placeholder, 1 if site.transposed else 0, flat, site.index, reader=reader)
         if site.bias is not None:
@@ -193,7 +193,9 @@ class _Walk:
         else:
             base, axis = source, _axis_of(node)
             places = _picked(node, axis)
-            siblings = frozenset(user for user in readers(base) if user is node or _apart(user, axis, places))
+            siblings = frozenset(
+                user for user in value_readers(base) if user is node or _apart(user, axis, places)
+            )
         rank = value_of(base).dim()
         axis %= rank
         size = value_of(base).shape[axis]

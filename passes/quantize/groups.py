@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.dataflow import aten, peel, readers, value_of
+from optc.compiler.dataflow import aten, peel, value_of, value_readers
 from optc.compiler.diagnostics import InputError
 from optc.compiler.linears import Linear, linear_site
 from optc.compiler.program import Program
 from optc.passes.quantize.stream import Stream
 
+_GRAM_BLOCK = 256
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
 
 
@@ -55,7 +56,7 @@ def input_readers(program: Program, root: Node) -> tuple[list[Linear], list[Node
     """(all linears that read the rows of `root`, everything else that does), looking through aliases and views."""
     linears, others, pending = [], [], [root]
     while pending:
-        for user in readers(pending.pop()):
+        for user in value_readers(pending.pop()):
             site = linear_site(program, user)
             if site is not None and input_root(site.input) is root and site.placeholder is not None:
                 linears.append(site)
@@ -83,14 +84,16 @@ def gram_matrix(stream: Stream, group: Group) -> tuple[Tensor, int]:
     Raises:
         InputError: NaN or infinity among the activations; names the layer.
     """
-    total: Tensor | None = None
+    columns = int(value_of(group.root).shape[-1])
+    gram = torch.zeros(columns, columns)
     count = 0
     for x in rows(stream, group.root):
-        product = x.t() @ x
-        total = product if total is None else total.add_(product)
+        gram = gram.to(x.device)
+        for start in range(0, columns, _GRAM_BLOCK):  # the matrix is symmetric: its upper half is enough
+            end = start + _GRAM_BLOCK
+            gram[start:end, start:].addmm_(x[:, start:end].t(), x[:, start:])
         count += len(x)
-    assert total is not None
-    gram = total / max(count, 1)
+    gram = (gram.triu() + gram.triu(1).t()) / max(count, 1)
     if not bool(torch.isfinite(gram).all()):
         raise InputError(
             "the calibration text gives activations that are NaN or infinite",

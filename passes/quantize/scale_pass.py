@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
-from optc.compiler.dataflow import readers
+from optc.compiler.dataflow import value_readers
 from optc.compiler.diagnostics import InputError
 from optc.compiler.linears import Linear
 from optc.compiler.program import Program
 from optc.compiler.rewriting import Miss, Pass, PassContext, PassResult
 from optc.passes.quantize.folding import Fold, trace
-from optc.passes.quantize.groups import Group, input_groups, input_readers, input_root, weight_label
+from optc.passes.quantize.groups import Group, input_groups, input_readers, weight_label
 from optc.passes.quantize.scaling import apply_scales
 from optc.passes.quantize.selection import select_linears
 from optc.passes.quantize.stream import Stream
@@ -29,17 +30,22 @@ class ScalePass(Pass):
 
     Attributes:
         ignore, head: as the quantization that follows has them: only linears that it rounds matter.
+        samples: calibration sequences that are read, at most; 0 is all.
     """
+
+    calibrated: ClassVar[bool] = True
 
     ignore: tuple[str, ...] = ()
     head: bool = False
+    samples: int = 0
 
     @abstractmethod
     def choose(self, program: Program, stream: Stream, group: Group, fold: Fold) -> Tensor:
         """Scales [fold.free] for the input of a group, which `stream` holds."""
 
-    def check(self, program: Program, sites: list[Linear]) -> None:
-        """Refuse options that do not fit the linears, before anything is run."""
+    def resolved(self, program: Program, sites: Sequence[Linear]) -> Self:
+        """The pass with options that depend on the linears filled in; refuses what does not fit them."""
+        return self
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Scale in a clone of `program`; a group whose input cannot be divided is a miss with the reason.
@@ -55,9 +61,9 @@ class ScalePass(Pass):
                 f"pass '{self.name}' needs calibration tokens",
                 remedy="give a text by --calibration FILE (a model with a tokenizer uses a built-in one)",
             )
-        self.check(program, list(selection.chosen))
+        chooser = self.resolved(program, selection.chosen)
         groups = input_groups(selection.chosen)
-        stream = Stream(program, context.calibration.tokens)
+        stream = Stream(program, context.calibration.tokens[: self.samples or None])
         found: list[tuple[list[Linear], Fold, Tensor]] = []
         misses: list[Miss] = []
         with torch.no_grad():
@@ -69,7 +75,7 @@ class ScalePass(Pass):
                     misses += [Miss(site.node.name, fold.reason) for site in group.sites]
                     continue
                 stream.advance(group.root)
-                found.append((linears, fold, self.choose(program, stream, group, fold)))
+                found.append((linears, fold, chooser.choose(program, stream, group, fold)))
         return self._fold(program, found, misses, len(groups))
 
     def _fold(
@@ -92,7 +98,8 @@ class ScalePass(Pass):
 def foldable(program: Program, group: Group) -> tuple[list[Linear], Fold]:
     """All linears that read a group's input, and how that input can be divided (or the reason why not)."""
     linears, others = input_readers(program, group.root)
-    fold = trace(program, group.root, _direct(group.root))
+    # Each reader is a linear or leads to linears only: `input_readers` sees to it.
+    fold = trace(program, group.root, value_readers(group.root))
     if fold.reason:
         return linears, fold
     if others:
@@ -105,24 +112,16 @@ def foldable(program: Program, group: Group) -> tuple[list[Linear], Fold]:
     return linears, fold
 
 
-def _direct(root: Node) -> list[Node]:
-    """The readers of a group's input: each is a linear or leads to linears only (`input_readers` sees to it)."""
-    return readers(root)
-
-
 def _shared(program: Program, site: Linear, linears: list[Linear]) -> str:
     """Why the weight of a linear cannot be multiplied, or ''."""
     placeholder = site.placeholder
     assert placeholder is not None
     known = {item.node for item in linears}
-    for user in readers(placeholder):
-        calls = readers(user) if site.index is not None else [user]
+    for user in value_readers(placeholder):
+        calls = value_readers(user) if site.index is not None else [user]
         if site.index is not None and user is not site.weight:
             continue  # another expert
         for call in calls:
             if call not in known:
                 return f"{program.weight_of(placeholder)} is read by {call.name} ({call.target}) too"
     return ""
-
-
-__all__ = ["ScalePass", "foldable", "input_root"]

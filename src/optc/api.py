@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
+from optc.calibrating import make_calibration
 from optc.compiler import artifact
+from optc.compiler.calibration import DEFAULT_LENGTH, DEFAULT_SAMPLES, Calibration
 from optc.compiler.capture import capture_model, capture_module, capture_pretrained
 from optc.compiler.capture.checkpoint import CheckpointInfo, config_digest, weights_digest
 from optc.compiler.capture.pretrained import DTYPES
@@ -23,6 +25,7 @@ from optc.compiler.gate import Budget, Probe, text_probe
 from optc.compiler.manifest import Manifest, Source
 from optc.compiler.pipeline import Pipeline, PipelineOptions, PipelineResult, compute_dtype
 from optc.compiler.program import Program
+from optc.compiler.quantization_summary import quantized_linears, summarize
 from optc.compiler.rewriting import Pass, PassContext
 from optc.compiler.target import (
     CompileOptions,
@@ -34,7 +37,8 @@ from optc.compiler.target import (
     check_options,
 )
 from optc.exporters.report import write_report
-from optc.recipes import QUANT_PASSES, apply_pass_options, parse_passes
+from optc.passes.quantize.methods import resolve
+from optc.recipes import apply_pass_options, parse_passes
 from optc.targets import find_target
 
 Model = str | Path | torch.nn.Module | Program
@@ -74,6 +78,9 @@ class CompileSettings:
         pass_options: `NAME.OPTION=VALUE` settings on the recipe's passes.
         text: text for the gate; None takes a short built-in passage.
         budget: limits for lossy passes; None takes the default for the bits.
+        calibration: what calibrated quantization reads: a file (text, .jsonl or .json of token ids), token sequences
+            as int64 [n, L], or None for the built-in text.
+        calibration_samples, calibration_seq_len: how many sequences, and tokens in each.
     """
 
     options: CompileOptions = field(default_factory=CompileOptions)
@@ -86,6 +93,9 @@ class CompileSettings:
     text: Path | None = None
     budget: Budget | None = None
     seed: int = 0
+    calibration: Path | torch.Tensor | None = None
+    calibration_samples: int = DEFAULT_SAMPLES
+    calibration_seq_len: int = DEFAULT_LENGTH
     trust_remote_code: bool = False
     progress: Callable[[int, str], None] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -150,12 +160,17 @@ def compile(
     settings = _settings(settings, quant, options)
     found = find_target(target)
     check_request(found, settings.options)
+    settings = dataclasses.replace(settings, options=resolve(settings.options))
     folder = Path(output)
     artifact.check_output(folder, settings.force)
     program, info = _captured(model, example_inputs, settings)
     seconds = {"capture": time.perf_counter() - begin}
     steps = recipe_steps(found, program.contract.kind, settings)
-    result = Pipeline(steps).run(program, _pipeline_options(program, info, found, settings))
+    calibration = None
+    if any(step.rewrite.calibrated for step in steps):
+        calibration = make_calibration(program, info, settings)
+    pipeline_options = _pipeline_options(program, info, found, settings, calibration)
+    result = Pipeline(steps).run(program, pipeline_options)
     check_legal(result.program, found)
     seconds["passes"] = time.perf_counter() - begin - seconds["capture"]
     manifest = _write(folder, found, settings, result, info, seconds, begin)
@@ -165,15 +180,13 @@ def compile(
 def check_request(target: Target, options: CompileOptions) -> None:
     """Refuse unknown names (UsageError) and what the target cannot do (TargetError), weights unread."""
     _known_dtype(options.dtype)
-    if options.quant is not None and options.quant not in QUANT_PASSES:
-        raise unknown_name("quantization", options.quant, QUANT_PASSES)
-    check_options(target, options)
+    check_options(target, resolve(options))
 
 
 def recipe_steps(target: Target, kind: str, settings: CompileSettings) -> list[Step]:
     """The passes of a compile: the requested ones, or the target's recipe, with settings applied."""
     if settings.passes is None:
-        steps = target.recipe(kind, settings.options)
+        steps = target.recipe(kind, resolve(settings.options))
     else:
         steps = []
         for item in settings.passes:
@@ -214,15 +227,16 @@ def _captured(
 
 
 def _pipeline_options(
-    program: Program, info: CheckpointInfo | None, target: Target, settings: CompileSettings
-) -> PipelineOptions:
+    program: Program, info: CheckpointInfo | None, target: Target, settings: CompileSettings,
+    calibration: Calibration | None,
+) -> PipelineOptions:  # fmt: skip
     return PipelineOptions(
         probe=_text_probe(program, info, settings),
         budget=settings.budget,
         dump_ir=settings.dump_ir,
         work_dir=settings.work_dir,
         allow_noop=settings.allow_noop,
-        context=PassContext(seed=settings.seed, target=target.name),
+        context=PassContext(seed=settings.seed, target=target.name, calibration=calibration),
         progress=settings.progress,
     )
 
@@ -290,7 +304,7 @@ def _manifest(
         else Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""),
         passes=result.records,
         weight_bytes=exported.weight_bytes,
-        quantization=_quantization(program),
+        quantization=summarize(program.contract, quantized_linears(result.records), exported.tensor_bytes),
         seconds={key: round(value, 3) for key, value in seconds.items()},
     )
 
@@ -304,20 +318,6 @@ def _source(info: CheckpointInfo) -> Source:
         parameters=parameters,
         dtype=str(info.config.get("dtype") or info.config.get("torch_dtype") or ""),
     )
-
-
-def _quantization(program: Program) -> dict[str, Any]:
-    rows = list(program.contract.quantization.values())
-    if not rows:
-        return {}
-    first = rows[0]
-    return {
-        "method": first.method,
-        "bits": sorted({row.bits for row in rows}),
-        "group_size": sorted({row.group_size for row in rows}),
-        "symmetric": first.symmetric,
-        "linears": len(rows),
-    }
 
 
 def load(folder: str | Path, **options: Any) -> Any:

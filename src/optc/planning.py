@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from optc.compiler.capture.pretrained import DTYPES, meta_model
 from optc.compiler.diagnostics import InputError
 from optc.compiler.quantize import default_group_size
 from optc.compiler.target import CompileOptions, Target
+from optc.passes.quantize.methods import resolve
 
 
 def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[str, Any]:
@@ -25,6 +27,7 @@ def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[st
         UsageError, TargetError, InputError, CaptureError: as the compile itself would.
     """
     check_request(target, settings.options)
+    settings = dataclasses.replace(settings, options=resolve(settings.options))
     info = check_folder(model, trust_remote_code=settings.trust_remote_code)
     skeleton = meta_model(info, trust_remote_code=settings.trust_remote_code)
     decoder = hasattr(skeleton, "generate")
@@ -72,8 +75,8 @@ def _sizes(skeleton: Any, options: CompileOptions) -> dict[str, Any]:
             )  # fmt: skip
         for rows, columns in linears.values():
             groups = rows * (columns // group if group else 1)
-            zero = 0 if options.symmetric else groups * options.bits / 8
-            size += int(rows * columns * (options.bits / 8 - width) + groups * width + zero)
+            zero = 0 if options.symmetric else groups * options.bits_or(4) / 8
+            size += int(rows * columns * (options.bits_or(4) / 8 - width) + groups * width + zero)
     return {
         "parameters": parameters,
         "linears": len(linears),

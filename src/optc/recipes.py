@@ -15,8 +15,6 @@ from optc.compiler.rewriting import Pass
 from optc.compiler.target import CompileOptions, Step
 from optc.passes.registry import find_pass
 
-QUANT_PASSES = {"rtn": "quantize-rtn"}
-
 
 def read_recipe(path: Path, known: Sequence[str]) -> dict[str, Any]:
     """Read a YAML recipe; its keys are the flags of `optc compile` (hyphen or underscore).

@@ -61,9 +61,8 @@ def test_every_family(name: str) -> None:
         assert reasons == [f"model.layers.{i}.mlp.gate.weight routes tokens to experts" for i in (0, 1)]
     else:
         assert reasons == ([_tied(head)] if name in TIED else [])
-    notes = ["group size 64: the largest of 128, 64, 32 that divides every K"]
-    if name not in TIED:
-        notes.append(f"{head} makes the logits and stays as it is (head=True quantizes it)")
+    notes = [f"{head} makes the logits and stays as it is (head=True quantizes it)"] * (name not in TIED)
+    notes.append("group size 64: the largest of 128, 64, 32 that divides every K")
     assert list(result.notes) == notes
     assert difference(_restored(program, result.program), result.program) <= 1e-5
 

@@ -25,19 +25,29 @@ _OPTION_KEYS = (
     "max_seq_len",
     "accuracy_level",
 )
-_SETTING_KEYS = ("force", "allow_noop", "seed", "trust_remote_code")
-_OTHER_KEYS = ("target", "output", "model", "ignore", "passes", "pass_option", "dump_ir", "work_dir", "text",
+_SETTING_KEYS = (
+    "force",
+    "allow_noop",
+    "seed",
+    "trust_remote_code",
+    "calibration_samples",
+    "calibration_seq_len",
+)
+_OTHER_KEYS = ("target", "output", "model", "ignore", "passes", "pass_option", "dump_ir", "work_dir", "text", "calibration",
                "max_kl", "min_top1", "max_perplexity_increase")  # fmt: skip
 RECIPE_KEYS = (*_OPTION_KEYS, *_SETTING_KEYS, *_OTHER_KEYS)
 
 _FLAGS: tuple[Callable[[F], F], ...] = (
     click.option("--target", help="Where the model shall run; see optc targets."),
-    click.option("--quant", help="Quantization method: rtn (round to nearest)."),
+    click.option("--quant", help="Quantization method: rtn, gptq, awq, ...; see optc targets."),
     click.option("--dtype", help="Compute type: fp32, bf16 or fp16.  [default: fp32]"),
     click.option("--bits", type=int, help="Bits per weight.  [default: 4]"),
     click.option("--group-size", type=int, help="Weights per scale. Default: the largest of 128, 64, 32 that divides every linear."),
     click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points.  [default: symmetric]"),
     click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave weights of this name unquantized (repeatable), e.g. '*.down_proj.*'."),
+    click.option("--calibration", type=click.Path(path_type=Path), help="Text, or .jsonl or .json of token ids.  [default: a built-in text]"),
+    click.option("--calibration-samples", type=int, help="Calibration sequences.  [default: 128]"),
+    click.option("--calibration-seq-len", type=int, help="Tokens of each.  [default: 512]"),
     click.option("--kv-cache", help="static or paged; default is the target's first."),
     click.option("--max-seq-len", type=int, help="Capacity of a static KV cache, in tokens.  [default: the model's context, at most 2048]"),
     click.option("--accuracy-level", type=int, help="ONNX Runtime int4 kernels: 4 rounds activations to int8 (fast), 0 does not.  [default: 4]"),
@@ -64,7 +74,7 @@ def merge_recipe(flags: dict[str, Any]) -> dict[str, Any]:
         if value not in (None, (), False) or (key == "symmetric" and value is False)
     }
     merged.update(given)
-    for key in ("dump_ir", "work_dir", "text", "output"):
+    for key in ("dump_ir", "work_dir", "text", "output", "calibration"):
         if merged.get(key) is not None:
             merged[key] = Path(merged[key])
     if isinstance(merged.get("passes"), str):
@@ -83,6 +93,8 @@ def _check_types(merged: dict[str, Any]) -> None:
         "max_seq_len": int,
         "accuracy_level": int,
         "seed": int,
+        "calibration_samples": int,
+        "calibration_seq_len": int,
         "symmetric": bool,
     }
     for key, kind in kinds.items():
@@ -111,7 +123,7 @@ def to_settings(merged: dict[str, Any], **more: Any) -> CompileSettings:
     budget = {name: float(merged[key]) for name, key in limits.items() if merged.get(key) is not None}
     settings = {
         key: merged[key]
-        for key in (*_SETTING_KEYS, "dump_ir", "work_dir", "text")
+        for key in (*_SETTING_KEYS, "dump_ir", "work_dir", "text", "calibration")
         if merged.get(key) is not None
     }
     return CompileSettings(

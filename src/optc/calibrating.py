@@ -1,0 +1,73 @@
+"""Calibration tokens for a compile: from the user's file, or from the text that ships with optc."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import TYPE_CHECKING
+
+import torch
+
+from optc.compiler.calibration import Calibration, cut_sequences, read_documents
+from optc.compiler.capture.checkpoint import CheckpointInfo
+from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.program import Program
+
+if TYPE_CHECKING:
+    from optc.api import CompileSettings
+
+BUILT_IN = "built-in text"
+
+
+def make_calibration(program: Program, info: CheckpointInfo | None, settings: CompileSettings) -> Calibration:
+    """The calibration sequences of a compile.
+
+    Raises:
+        InputError: unreadable or too short a text, tokens outside the vocabulary, no tokenizer for a text.
+        UsageError: no samples, or a program that takes no tokens.
+    """
+    facts = program.contract.model
+    if program.contract.kind == "module":
+        raise UsageError(
+            "a plain module takes no calibration tokens", remedy="use --quant rtn or int8, which need none"
+        )
+    if settings.calibration_samples < 1:
+        raise UsageError("--calibration-samples must be 1 or more", remedy="leave it out for 128")
+    given = settings.calibration
+    if isinstance(given, torch.Tensor):
+        return _from_tensor(given, facts.vocab_size)
+    length = min(settings.calibration_seq_len, facts.context_length or settings.calibration_seq_len)
+    from optc.runtime.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(info.path) if info is not None and info.has_tokenizer else None
+    if given is not None:
+        documents, source = read_documents(given, tokenizer), str(given)
+    elif tokenizer is None:
+        raise InputError(
+            "the model has no tokenizer to read the built-in calibration text with",
+            where=str(info.path) if info else None,
+            remedy='give token ids: --calibration FILE.jsonl with lines of {"tokens": [...]}',
+        )
+    else:
+        text = (resources.files("optc.compiler") / "data" / "calibration.txt").read_text()
+        documents, source = [tokenizer.encode(text)], BUILT_IN
+    return cut_sequences(
+        documents, samples=settings.calibration_samples, length=length, vocab_size=facts.vocab_size,
+        seed=settings.seed, source=source,
+    )  # fmt: skip
+
+
+def _from_tensor(tokens: torch.Tensor, vocab_size: int) -> Calibration:
+    if tokens.dim() != 2 or tokens.dtype != torch.int64:
+        raise UsageError(
+            f"calibration tokens are {tokens.dtype} with {tokens.dim()} axes",
+            remedy="give int64 [samples, length]",
+        )
+    rows = [[int(token) for token in row] for row in tokens.tolist()]
+    return cut_sequences(
+        rows,
+        samples=len(rows),
+        length=int(tokens.shape[1]),
+        vocab_size=vocab_size,
+        seed=0,
+        source="given tokens",
+    )
