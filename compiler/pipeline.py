@@ -102,6 +102,8 @@ class _Run:
         self.records: list[PassRecord] = []
         self.stages: list[Stage] = []
         self.outputs: StageRun | None = None
+        self.keeps_reference = any(step.rewrite.needs_reference for step in steps)
+        self.reference: Program | None = None
 
     def run(self, program: Program) -> PipelineResult:
         verify_program(program, "capture")
@@ -131,6 +133,7 @@ class _Run:
         folder = self.options.work_dir
         start = 0
         while folder and start < len(keys) and (folder / keys[start]).is_dir():
+            self._note_reference(self.steps[start], program)
             program, record = load_stage(folder / keys[start])
             self.records.append(record)
             self._finish_stage(record.name, program)
@@ -139,6 +142,7 @@ class _Run:
 
     def _step(self, step: Step, before: Program) -> Program:
         rewrite, begin = step.rewrite, time.perf_counter()
+        self._note_reference(step, before)
         result = rewrite.run(before, self._context(rewrite))
         if not result.matched:
             self._no_match(step, result)
@@ -153,6 +157,11 @@ class _Run:
         self._finish_stage(rewrite.name, after)
         return after
 
+    def _note_reference(self, step: Step, before: Program) -> None:
+        """Keep the program in front of the first lossy pass, if any pass will ask for it."""
+        if step.rewrite.lossy and self.keeps_reference and self.reference is None:
+            self.reference = before
+
     def _context(self, rewrite: Pass) -> PassContext:
         """What the pass may know; its own progress goes to the run's, with the time that is left."""
         tell, number, begin = self.options.progress, len(self.records), time.perf_counter()
@@ -163,7 +172,10 @@ class _Run:
                 note = f", {left:.0f} s left" if done else ""
                 tell(number, f"{rewrite.name}: {what} ({done} of {total}{note})")
 
-        return replace(self.options.context, progress=progress, work_dir=self.options.work_dir)
+        reference = self.reference if rewrite.needs_reference else None
+        return replace(
+            self.options.context, progress=progress, work_dir=self.options.work_dir, reference=reference
+        )
 
     def _no_match(self, step: Step, result: PassResult) -> None:
         if step.optional or self.options.allow_noop:

@@ -49,6 +49,7 @@ class PassContext:
 
     Attributes:
         calibration: token sequences for passes that read activations; None when there are none.
+        reference: the program in front of the first lossy pass, for passes that say they need it.
         progress: told (done, total, what) by passes that take long.
         work_dir: where such a pass keeps what it has finished, to continue after a kill.
     """
@@ -56,6 +57,7 @@ class PassContext:
     seed: int = 0
     target: str = ""
     calibration: Calibration | None = None
+    reference: Program | None = None
     progress: Callable[[int, int, str], None] | None = None
     work_dir: Path | None = None
 
@@ -68,11 +70,13 @@ class Pass(ABC):
         name: the pass name, hyphenated; the file is the same in snake case.
         lossy: whether the numbers may move beyond rounding (quantization).
         calibrated: whether it reads `PassContext.calibration`.
+        needs_reference: whether it reads `PassContext.reference`.
     """
 
     name: ClassVar[str]
     lossy: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
 
     @abstractmethod
     def run(self, program: Program, context: PassContext) -> PassResult:

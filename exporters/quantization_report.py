@@ -69,6 +69,7 @@ def quantization_section(manifest: Manifest) -> dict[str, Any] | None:
     records = sorted(quantized_linears(manifest.passes), key=_badness, reverse=True)
     return {
         "summary": _summary(manifest, records),
+        "ideal": manifest.quantization.get("ideal", ""),
         "plot": error_plot(quantized_linears(manifest.passes)),
         "columns": COLUMNS,
         "rows": [_cells(row) for row in records],

@@ -18,6 +18,7 @@ NAMES = (
     "quantize-rtn",
     "quantize-clip",
     "quantize-gptq",
+    "tune-scales",
     "scale-awq",
     "scale-smoothquant",
     "quantize-activations",

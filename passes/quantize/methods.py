@@ -13,6 +13,7 @@ from optc.passes.quantize_clip import QuantizeClip
 from optc.passes.quantize_gptq import QuantizeGptq
 from optc.passes.quantize_rtn import QuantizeRtn
 from optc.passes.scale_awq import ScaleAwq
+from optc.passes.tune_scales import TuneScales
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,14 @@ def _awq(options: CompileOptions) -> list[Pass]:
                                            symmetric=options.symmetric, ignore=options.ignore)]  # fmt: skip
 
 
+def _best(options: CompileOptions) -> list[Pass]:
+    gptq = QuantizeGptq(
+        bits=options.bits_or(4), group_size=options.group_size, symmetric=options.symmetric, ignore=options.ignore,
+        sweeps=2, follow=0.5,
+    )  # fmt: skip
+    return [_scales(options), gptq, TuneScales()]
+
+
 METHODS: dict[str, Method] = {
     "rtn": Method("round to nearest; needs no calibration", _rtn),
     "gptq": Method("GPTQ: errors of one column are made up for by the next ones", _gptq),
@@ -59,10 +68,13 @@ METHODS: dict[str, Method] = {
     "awq+gptq": Method(
         "AWQ's scales, then GPTQ's rounding", lambda options: [_scales(options), *_gptq(options)]
     ),
+    "best": Method(
+        "the strongest found here: AWQ's scales, GPTQ with refined codes, scales trained end to end", _best
+    ),
     "int8": Method("8-bit weights, one scale per output channel", _rtn, bits=8, fixed=True),
 }
 
-WEIGHT_ONLY = ("rtn", "gptq", "awq", "awq+gptq")
+WEIGHT_ONLY = ("rtn", "gptq", "awq", "awq+gptq", "best")
 """Methods that end in plain integer weights of any supported bits and group size."""
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.dataflow import CASTS, aten, peel
+from optc.compiler.dataflow import aten
 from optc.compiler.diagnostics import InputError
 from optc.compiler.program import Program
 
@@ -36,7 +36,6 @@ class Stream:
         tokens: int64 [n, L].
         weights: values in place of the program's, by placeholder; the caller may add to it while running.
         offload: keep what crosses a cut in host memory (for programs on a GPU).
-        gradients: record a graph for backward.
 
     Raises:
         InputError: the program takes something that cannot be made from tokens.
@@ -66,7 +65,7 @@ class Stream:
         self._device = next((weight.device for _, weight in program.weights()), torch.device("cpu"))
         self._hold = torch.device("cpu") if offload else self._device
         size = max(1, batch_tokens // tokens.shape[1])
-        self._batches = [self._inputs(part) for part in tokens.split(size)]
+        self._batches = [token_inputs(program, part.to(self._device)) for part in tokens.split(size)]
 
     def advance(self, node: Node) -> None:
         """Compute everything in front of `node` and `node` itself, for all sequences."""
@@ -90,26 +89,6 @@ class Stream:
     def holds(self, node: Node) -> bool:
         """Whether the value of a node is held at this cut."""
         return all(node in held for held in self._batches)
-
-    def _inputs(self, tokens: Tensor) -> dict[Node, Any]:
-        tokens = tokens.to(self._device)
-        rows, length = tokens.shape
-        made = {
-            "input_ids": lambda: tokens,
-            "position_ids": lambda: torch.arange(length, device=tokens.device).expand(rows, length),
-            "attention_mask": lambda: torch.ones_like(tokens),
-            "token_type_ids": lambda: torch.zeros_like(tokens),
-        }
-        held = {}
-        for node, spec in zip(self.program.user_inputs(), self.program.contract.inputs, strict=True):
-            if spec.role not in made:
-                raise InputError(
-                    "calibration feeds tokens, which this program does not take alone",
-                    where=f"input '{spec.name}' ({spec.role})",
-                    remedy="quantize before a KV cache is added; a plain module takes no calibration",
-                )
-            held[node] = made[spec.role]()
-        return held
 
     def _value(self, held: dict[Node, Any], node: Node) -> Any:
         if node in held:
@@ -139,30 +118,45 @@ class Stream:
         }
 
 
+def token_inputs(program: Program, tokens: Tensor) -> dict[Node, Any]:
+    """The user inputs of a program without a KV cache for tokens [B, S]: whole sequences from position 0.
+
+    Raises:
+        InputError: the program takes something that cannot be made from tokens.
+    """
+    rows, length = tokens.shape
+    made = {
+        "input_ids": lambda: tokens,
+        "position_ids": lambda: torch.arange(length, device=tokens.device).expand(rows, length),
+        "attention_mask": lambda: torch.ones_like(tokens),
+        "token_type_ids": lambda: torch.zeros_like(tokens),
+    }
+    inputs: dict[Node, Any] = {}
+    for node, spec in zip(program.user_inputs(), program.contract.inputs, strict=True):
+        if spec.role not in made:
+            raise InputError(
+                "calibration feeds tokens, which this program does not take alone",
+                where=f"input '{spec.name}' ({spec.role})",
+                remedy="quantize before a KV cache is added; a plain module takes no calibration",
+            )
+        inputs[node] = made[spec.role]()
+    return inputs
+
+
 def compute(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """One call of a graph; plain causal attention by PyTorch's fused kernel instead of the reference."""
-    if target is torch.ops.optc.attention.default and _plain(args, kwargs):
-        q, k, v = args[:3]
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=kwargs["causal"], scale=kwargs["scale"], enable_gqa=q.shape[1] != k.shape[1]
-        )
-    return target(*args, **kwargs)
+    fused = plain_attention(args, kwargs) if target is torch.ops.optc.attention.default else None
+    return target(*args, **kwargs) if fused is None else fused
 
 
-def _plain(args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether attention has neither padding, sinks nor softcap, and no window that hides anything."""
-    q, k = args[:2]
+def plain_attention(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+    """optc.attention by the fused kernel, or None when it has padding, sinks, softcap or a window that hides something."""
+    q, k, v = args[:3]
     window = int(kwargs.get("window", 0) or 0)
     if any(item is not None for item in args[3:]) or kwargs.get("softcap"):
-        return False
-    return q.shape[2] == k.shape[2] and (window == 0 or window >= k.shape[2])
-
-
-def root_of(node: Node) -> Node:
-    """The node whose values a linear's input has, behind aliases; casts to another type stop it."""
-    return peel(node)
-
-
-def is_cast(node: Node) -> bool:
-    """Whether a node only changes the type of another."""
-    return node.target in CASTS
+        return None
+    if q.shape[2] != k.shape[2] or 0 < window < k.shape[2]:
+        return None
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=kwargs["causal"], scale=kwargs["scale"], enable_gqa=q.shape[1] != k.shape[1]
+    )

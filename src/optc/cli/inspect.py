@@ -11,6 +11,8 @@ import msgspec
 from optc.cli.common import emit, json_option
 from optc.compiler.diagnostics import InputError
 
+_WORST = 5
+
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
@@ -108,6 +110,10 @@ def _show(manifest: dict[str, Any]) -> None:
         click.echo(
             f"  {row['name']}: matched {row['matched']} of {row['candidates']}{drift}{kl}, {row['seconds']:.2f} s"
         )
+    worst = _worst(manifest)
+    if worst:
+        click.echo("largest errors of quantized weights:")
+        click.echo("\n".join(worst))
     click.echo("files:")
     for entry in manifest["files"]:
         click.echo(f"  {entry['path']}  {entry['size']}  {entry['sha256'][:12]}")
@@ -121,4 +127,18 @@ def _quantization(row: dict[str, Any]) -> str:
         return "none"
     bits, sizes = ("/".join(map(str, row[key])) for key in ("bits", "group_size"))
     kind = "symmetric" if row["symmetric"] else "asymmetric"
-    return f"{row['method']}, {bits} bits, groups of {sizes}, {kind}, {row['linears']} linears"
+    text = f"{row['method']}, {bits} bits, groups of {sizes}, {kind}, {row['linears']} linears"
+    if "bits_per_parameter" not in row:
+        return text
+    return f"{text}; {row['bits_per_parameter']:.3f} bits per parameter, {row['ratio_to_ideal']:.3f} x ideal"
+
+
+def _worst(manifest: dict[str, Any]) -> list[str]:
+    """The linears with the largest errors, one line each; the report and --json have all."""
+    rows = {row["name"]: row for record in manifest["passes"] for row in record["linears"]}
+    measured = any(row["error"] is not None for row in rows.values())
+    key = "error" if measured else "weight_error"
+    worst = sorted(rows.values(), key=lambda row: row[key] or 0.0, reverse=True)[:_WORST]
+    title = "output error" if measured else "weight error"
+    before = {row["name"]: f" (round to nearest {row['error_rtn']:.2e})" for row in worst if measured}
+    return [f"  {row['name']}: {title} {row[key]:.2e}{before.get(row['name'], '')}" for row in worst]

@@ -1,0 +1,228 @@
+"""How much of round-to-nearest's loss each quantization method leaves, on real text.
+
+    python benchmarks/quant_quality.py --model ../shared/models/fiction-26m \
+        --calibration ../shared/text/calibration.txt --validation ../shared/text/validation.txt
+    python benchmarks/quant_quality.py ... --only gptq-4,best-4 --seeds 0 --windows 16   # a part of the table
+
+Loss is perplexity minus the unquantized model's, over windows of 1024 tokens as `optc eval` cuts them, by the
+program run eagerly in fp32. `share` is a method's loss over that of plain rounding to nearest in the same format;
+KL and top-1 agreement are over the first windows (--kl-windows). Seeds draw the calibration sequences; a share is
+the mean over seeds, with the smallest and largest beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import record
+
+WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `goal` is the largest share that the project set itself."""
+
+    name: str
+    method: str
+    bits: int
+    symmetric: bool
+    group_size: int | None = 128
+    goal: float | None = None
+
+    @property
+    def format(self) -> tuple[int, bool, int | None]:
+        return self.bits, self.symmetric, self.group_size
+
+
+ROWS = (
+    Row("rtn-4", "rtn", 4, True),
+    Row("rtn-4-asym", "rtn", 4, False),
+    Row("rtn-3", "rtn", 3, True),
+    Row("rtn-3-asym", "rtn", 3, False),
+    Row("gptq-4", "gptq", 4, True, goal=0.42),
+    Row("gptq-4-asym", "gptq", 4, False, goal=0.50),
+    Row("gptq-3", "gptq", 3, True, goal=0.34),
+    Row("awq-4", "awq", 4, True, goal=0.60),
+    Row("awq-4-asym", "awq", 4, False, goal=0.70),
+    Row("awq+gptq-4-asym", "awq+gptq", 4, False),
+    Row("best-4-asym", "best", 4, False, goal=0.42),
+    Row("best-3-asym", "best", 3, False, goal=0.30),
+    Row("int8", "int8", 8, True, 0),
+    Row("smoothquant", "smoothquant", 8, True, 0),
+    Row("llm-int8", "llm-int8", 8, True, 0),
+    Row("fp8", "fp8", 8, True, 0),
+    Row("nf4", "nf4", 4, True, 64),
+)
+
+
+class Quality:
+    """Perplexity, KL and top-1 agreement of programs on one text."""
+
+    def __init__(self, tokens: list[int], windows: int, kl_windows: int) -> None:
+        self.tokens = torch.tensor(tokens)
+        self.windows = min(windows, (len(tokens) - 1) // WINDOW)
+        self.kl_windows = min(kl_windows, self.windows)
+        self.reference: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def measure(self, program: Any) -> dict[str, float]:
+        from optc.passes.quantize.differentiable import Differentiable
+
+        run = Differentiable(program)
+        nll = kl = agree = 0.0
+        first = not self.reference
+        for window in range(self.windows):
+            start = window * WINDOW
+            logits = run(self.tokens[None, start : start + WINDOW])[0].float().log_softmax(-1)
+            target = self.tokens[start + 1 : start + WINDOW + 1]
+            nll -= float(logits.gather(1, target[:, None]).double().sum())
+            if window >= self.kl_windows:
+                continue
+            if first:
+                self.reference.append(logits)
+            known = self.reference[window]
+            kl += float((known.exp() * (known - logits)).double().sum())
+            agree += float((known.argmax(-1) == logits.argmax(-1)).sum())
+        seen = self.kl_windows * WINDOW
+        return {"perplexity": math.exp(nll / (self.windows * WINDOW)), "kl": kl / seen, "top1": agree / seen}
+
+
+def quantized(program: Any, row: Row, calibration: Any, seed: int) -> tuple[Any, float, list[Any]]:
+    """(the program after the method's passes, seconds, the linears' records of the last rounding)."""
+    from optc.compiler.gate import Budget
+    from optc.compiler.pipeline import Pipeline, PipelineOptions
+    from optc.compiler.rewriting import PassContext
+    from optc.compiler.target import CompileOptions
+    from optc.passes.quantize.methods import quantization_steps, resolve
+
+    fixed = row.method in ("int8", "smoothquant", "llm-int8", "fp8", "nf4")
+    options = CompileOptions(
+        quant=row.method,
+        bits=None if fixed else row.bits,
+        group_size=None if fixed else row.group_size,
+        symmetric=row.symmetric,
+    )
+    begin = time.perf_counter()
+    context = PassContext(seed=seed, calibration=calibration)
+    steps = quantization_steps(resolve(options))
+    result = Pipeline(steps).run(program, PipelineOptions(context=context, budget=Budget()))
+    return (
+        result.program,
+        time.perf_counter() - begin,
+        [item for row in result.records for item in row.linears],
+    )
+
+
+def captured(model: Path) -> Any:
+    """The program in front of quantization, as the recipes of the targets make it."""
+    from optc.compiler.capture import capture_pretrained
+    from optc.compiler.pipeline import Pipeline
+    from optc.compiler.target import Step
+    from optc.passes.fuse_norm import FuseNorm
+    from optc.passes.fuse_rotary import FuseRotary
+
+    program, _ = capture_pretrained(model, dtype="fp32")
+    return Pipeline([Step(FuseRotary(), optional=True), Step(FuseNorm(), optional=True)]).run(program).program
+
+
+def main() -> None:
+    """Measure the rows, print the table, write benchmarks/results/quant_quality.json after every row."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--validation", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--kl-windows", type=int, default=16)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", default="", help="Comma-separated rows.")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--name", default="quant_quality", help="Of the JSON file.")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    from optc.compiler.calibration import cut_sequences, read_documents
+    from optc.runtime.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(arguments.model)
+    assert tokenizer is not None
+    documents = read_documents(arguments.calibration, tokenizer)
+    quality = Quality(
+        tokenizer.encode(arguments.validation.read_text()), arguments.windows, arguments.kl_windows
+    )
+    program = captured(arguments.model)
+    base = quality.measure(program)
+    print(f"unquantized: perplexity {base['perplexity']:.4f} over {quality.windows} windows", flush=True)
+    wanted = [item for item in arguments.only.split(",") if item]
+    seeds = [int(item) for item in arguments.seeds.split(",")]
+    rows: list[dict[str, Any]] = []
+    plain: dict[Any, dict[str, float]] = {}
+    for row in ROWS:
+        baseline = next((item for item in ROWS if item.method == "rtn" and item.format == row.format), None)
+        needed = row.method == "rtn" and any(
+            other.name in wanted and other.format == row.format for other in ROWS
+        )
+        if wanted and row.name not in wanted and not needed:
+            continue
+        runs = []
+        for seed in seeds if row.method not in ("rtn", "int8", "fp8", "nf4") else seeds[:1]:
+            calibration = cut_sequences(
+                documents, samples=arguments.samples, length=arguments.seq_len,
+                vocab_size=program.contract.model.vocab_size, seed=seed, source=arguments.calibration.name,
+            )  # fmt: skip
+            made, seconds, linears = quantized(program, row, calibration, seed)
+            runs.append({"seed": seed, "seconds": seconds, **quality.measure(made)})
+            del made, linears
+        if row.method == "rtn":
+            plain[row.format] = runs[0]
+        rows.append(_summary(row, runs, base, plain.get(baseline.format) if baseline else None))
+        print(_line(rows[-1]), flush=True)
+        result = {
+            "model": arguments.model.name, "windows": quality.windows, "kl_windows": quality.kl_windows,
+            "samples": arguments.samples, "seq_len": arguments.seq_len, "unquantized": base, "rows": rows,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }  # fmt: skip
+    record(arguments.name, result, arguments.threads)
+    print("\n".join(_line(row) for row in rows))
+
+
+def _summary(
+    row: Row, runs: list[dict[str, float]], base: dict[str, float], plain: dict[str, float] | None
+) -> dict[str, Any]:
+    def mean(key: str) -> float:
+        return sum(run[key] for run in runs) / len(runs)
+
+    out: dict[str, Any] = {
+        "name": row.name, "method": row.method, "bits": row.bits, "symmetric": row.symmetric,
+        "group_size": row.group_size, "perplexity": mean("perplexity"), "kl": mean("kl"), "top1": mean("top1"),
+        "perplexity_increase": mean("perplexity") / base["perplexity"] - 1, "seconds": mean("seconds"), "runs": runs,
+    }  # fmt: skip
+    if plain is not None and row.method != "rtn":
+        whole = plain["perplexity"] - base["perplexity"]
+        shares = [(run["perplexity"] - base["perplexity"]) / whole for run in runs]
+        out |= {"share": sum(shares) / len(shares), "share_range": [min(shares), max(shares)],
+                "kl_share": out["kl"] / plain["kl"], "goal": row.goal}  # fmt: skip
+    return out
+
+
+def _line(row: dict[str, Any]) -> str:
+    text = f"{row['name']:18s} ppl {row['perplexity']:8.4f} ({row['perplexity_increase']:+.3%})  KL {row['kl']:.5f}  top-1 {row['top1']:.2%}"
+    if "share" in row:
+        low, high = row["share_range"]
+        goal = f" (goal {row['goal']:.2f})" if row["goal"] else ""
+        text += f"  share {row['share']:.3f} [{low:.3f}, {high:.3f}]{goal}  KL share {row['kl_share']:.3f}"
+    return f"{text}  {row['seconds']:.0f} s"
+
+
+if __name__ == "__main__":
+    main()
