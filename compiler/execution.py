@@ -20,8 +20,11 @@ from optc.compiler.contract import Input
 from optc.compiler.program import Program
 from optc.compiler.retrace import Handler, Replay
 
-_BHSD = ("attention", "cached_attention", "cached_attention_")
-_BSC = ("group_query_attention",)  # made by legalization for ONNX Runtime: [B, S, H * Dv]
+_BHSD = ("attention", "cached_attention", "cached_attention_", "cached_attention_codes")
+_BSC = (
+    "group_query_attention",
+    "group_query_attention_codes",
+)  # made by legalization for ONNX Runtime: [B, S, H * Dv]
 _NHD = ("paged_attention_",)
 
 

@@ -40,13 +40,15 @@ STANDARD_OPS = frozenset(_STANDARD.split())
 """Pure functions of tensors: nothing that runs a subgraph, reads a file or draws random numbers."""
 
 _MICROSOFT = """
-    BiasGelu FastGelu FusedMatMul Gelu GatherBlockQuantized GroupQueryAttention MatMulNBits
-    MultiHeadAttention QuickGelu RotaryEmbedding SkipLayerNormalization SkipSimplifiedLayerNormalization
+    BiasGelu FastGelu FusedMatMul Gelu GatherBlockQuantized GroupQueryAttention MatMulBnb4
+    MatMulIntegerToFloat MatMulNBits MultiHeadAttention QuickGelu RotaryEmbedding SkipLayerNormalization SkipSimplifiedLayerNormalization
     """
 MICROSOFT_OPS = frozenset(_MICROSOFT.split())
 
 _ITEM_SIZES = {1: 4, 2: 1, 3: 1, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2}
 """TensorProto.DataType -> bytes: float, uint8, int8, int16, int32, int64, bool, float16, double, bfloat16."""
+_HALF_BYTES = frozenset((21, 22))
+"""TensorProto.DataType of two elements per byte: uint4, int4."""
 _TYPED_FIELDS = {1: "float_data", 6: "int32_data", 7: "int64_data", 11: "double_data"} | dict.fromkeys(
     (2, 3, 5, 9, 10, 16), "int32_data"
 )
@@ -218,13 +220,14 @@ def _check_flow(graph: Any) -> None:
 
 def _check_tensor(tensor: Any, what: str, spans: dict[str, list[_Span]]) -> int:
     """Check one tensor; its size in bytes. External ones are noted in `spans`."""
-    item = _ITEM_SIZES.get(tensor.data_type)
+    half = tensor.data_type in _HALF_BYTES
+    item = 1 if half else _ITEM_SIZES.get(tensor.data_type)
     if item is None:
         raise _RefusedError(f"{what} has the element type {tensor.data_type}")
     dims = list(tensor.dims)
     _require(len(dims) <= _MAX_RANK and all(0 <= dim < _MAX_SIZE for dim in dims), f"{what} has shape {dims}")
     count = math.prod(dims)
-    size = count * item
+    size = (count + 1) // 2 if half else count * item
     _require(size < _MAX_SIZE, f"{what} has shape {dims}")
     _require(not tensor.HasField("segment"), f"{what} is split into segments")
     if tensor.data_location == _EXTERNAL:
@@ -234,7 +237,9 @@ def _check_tensor(tensor: Any, what: str, spans: dict[str, list[_Span]]) -> int:
         return size
     _require(not tensor.external_data, f"{what} names external data, but is kept in the model")
     filled = _inline_fields(tensor)
-    expected = {"raw_data": size, _TYPED_FIELDS[tensor.data_type]: count}
+    expected = {"raw_data": size}
+    if not half:
+        expected[_TYPED_FIELDS[tensor.data_type]] = count
     fits = not count if not filled else len(filled) == 1 and expected.get(filled[0][0]) == filled[0][1]
     _require(fits, f"{what}: its data do not fit the shape {dims}")
     return size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def _memory(tensor: Tensor) -> tuple[Any, ...] | None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file, contiguous.
 
-    An older file is replaced, not overwritten: a loaded Program may have it mapped.
+    An older file is replaced, not overwritten: a loaded Program may have it mapped. Its permissions are those that
+    the process gives new files; safetensors would make it private.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -85,9 +87,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         data = data.clone() if data.untyped_storage().data_ptr() in seen else data
         seen.add(data.untyped_storage().data_ptr())
         apart[name] = data
+    part = path.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    part.touch()
+    mode = stat.S_IMODE(part.stat().st_mode)
     try:
-        save_file(apart, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        save_file(apart, part)
+        part.chmod(mode)
+        part.replace(path)
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +32,7 @@ class CompileOptions:
     kv_cache: str | None = None
     max_seq_len: int | None = None
     accuracy_level: int | None = None
+    layout: str | None = None
 
     def bits_or(self, default: int) -> int:
         """The bits that were asked for, else `default`."""
@@ -73,7 +75,7 @@ class ExportResult:
     """What an exporter wrote.
 
     Attributes:
-        engine: "onnx" or "aotinductor"; picks the session that runs it.
+        engine: "onnx" or "aotinductor", which picks the session that runs it; or "huggingface", which has none.
         info: facts the session needs (file names, cache layout, capacity ...), JSON-able.
         needs: what the host must have, JSON-able (library versions, instruction sets).
         weight_bytes: bytes of weights on disk, counted from what was written.
@@ -81,7 +83,7 @@ class ExportResult:
             `w_...`: its codes, scales and zero points).
     """
 
-    engine: Literal["onnx", "aotinductor"]
+    engine: Literal["onnx", "aotinductor", "huggingface"]
     info: dict[str, Any]
     needs: dict[str, Any] = field(default_factory=dict)
     weight_bytes: int = 0
@@ -96,7 +98,7 @@ class Target:
         legal: operator -> predicate (or None when every use of it is legal).
         recipe: the default passes for a kind of model ("decoder", "encoder", "module") and options.
         export: writes the legalized Program.
-        takes: names of options that only some targets have (max_seq_len, accuracy_level).
+        takes: names of options that only some targets have (max_seq_len, accuracy_level, layout).
         quant: quantization method -> what the target can run of it.
     """
 
@@ -135,14 +137,20 @@ def check_legal(program: Program, target: Target) -> None:
         )
 
 
-_SPECIAL_OPTIONS = ("max_seq_len", "accuracy_level")
+_SPECIAL_OPTIONS = ("max_seq_len", "accuracy_level", "layout")
 
 
-def check_options(target: Target, options: CompileOptions) -> None:
+def check_options(
+    target: Target, options: CompileOptions, others: Callable[[], Iterable[Target]] = lambda: ()
+) -> None:
     """Refuse what the target cannot do, before any weight is read.
 
+    Args:
+        others: targets to name where they can run a quantization that this one cannot.
+
     Raises:
-        TargetError: dtype, cache kind, quantization method, bits or group size not supported.
+        TargetError: dtype, cache kind, quantization method, bits or group size not supported; names the nearest
+            that is.
     """
 
     def refuse(what: str, allowed: object) -> None:
@@ -151,23 +159,86 @@ def check_options(target: Target, options: CompileOptions) -> None:
     if options.dtype not in target.dtypes:
         refuse(f"dtype {options.dtype}", ", ".join(target.dtypes))
     if options.kv_cache is not None and options.kv_cache not in target.kv_caches:
-        refuse(f"a {options.kv_cache} KV cache", ", ".join(target.kv_caches))
+        refuse(f"a {options.kv_cache} KV cache", ", ".join(target.kv_caches) or "none")
     for name in _SPECIAL_OPTIONS:
         if getattr(options, name) is not None and name not in target.takes:
             refuse(
                 f"--{name.replace('_', '-')}", ", ".join(target.takes).replace("_", "-") or "no such options"
             )
+    problem = _quantization_problem(target, options)
+    if problem is not None:
+        what, allowed = problem
+        near = [*_nearest_here(target, options), *_same_elsewhere(target, options, others())]
+        refuse(what, "; ".join([allowed, *near]))
+
+
+def _quantization_problem(target: Target, options: CompileOptions) -> tuple[str, str] | None:
+    """(what the target does not take, what it does), or None when it can run the quantization."""
     if options.quant is None:
-        return
+        return None
     if options.quant not in target.quant:
-        refuse(f"quantization '{options.quant}'", ", ".join(target.quant) or "none")
+        return f"quantization '{options.quant}'", ", ".join(target.quant) or "none"
     support = target.quant[options.quant]
     if options.bits is not None and options.bits not in support.bits:
-        refuse(f"{options.bits}-bit weights", f"{', '.join(map(str, support.bits))} bits")
+        return f"{options.bits}-bit weights", f"{', '.join(map(str, support.bits))} bits"
     if options.group_size is not None and options.group_size not in support.group_sizes:
-        refuse(f"group size {options.group_size}", f"group sizes {', '.join(map(str, support.group_sizes))}")
+        return f"group size {options.group_size}", f"group sizes {', '.join(map(str, support.group_sizes))}"
     if options.symmetric not in support.symmetric:
-        refuse("this zero-point mode", "symmetric" if True in support.symmetric else "asymmetric")
+        modes = ("symmetric", "asymmetric") if True in support.symmetric else ("asymmetric", "symmetric")
+        return f"{modes[1]} quantization", modes[0]
+    return None
+
+
+def _nearest_here(target: Target, options: CompileOptions) -> list[str]:
+    """The flags of the nearest quantization that the target takes; empty when it takes none."""
+    found = [
+        (_distance(options, method, bits, size, symmetric), method, bits, size, symmetric)
+        for method, support in target.quant.items()
+        for bits in support.bits
+        for size in (support.group_sizes if options.group_size is not None else (None,))
+        for symmetric in support.symmetric
+    ]
+    if not found:
+        return []
+    _, method, bits, size, symmetric = min(found, key=lambda item: item[0])
+    support = target.quant[method]
+    flags = [f"--quant {method}"]
+    flags += [f"--bits {bits}"] if len(support.bits) > 1 else []
+    flags += [f"--group-size {size}"] if size is not None and len(support.group_sizes) > 1 else []
+    flags += [] if symmetric == options.symmetric else ["--symmetric" if symmetric else "--asymmetric"]
+    return [f"nearest here: {' '.join(flags)}"]
+
+
+def _distance(
+    options: CompileOptions, method: str, bits: int, group_size: int | None, symmetric: bool
+) -> tuple[float, ...]:
+    """How far a quantization is from the asked one: method first, then bits (fewer are worse), groups, zero points."""
+    wanted = bits if options.bits is None else options.bits
+    gap = 0.0
+    if group_size is not None and options.group_size is not None:
+        gap = abs(math.log2((group_size or _ROW) / (options.group_size or _ROW)))
+    return (method != options.quant, abs(bits - wanted), bits < wanted, gap, symmetric != options.symmetric)
+
+
+_ROW = 4096
+"""What a group of a whole row counts as when groups are compared."""
+
+
+def _same_elsewhere(target: Target, options: CompileOptions, others: Iterable[Target]) -> list[str]:
+    """The targets that run the asked quantization as it is, as one remedy; empty when there is none."""
+    names = []
+    for other in others:
+        plain = CompileOptions(
+            dtype=options.dtype if options.dtype in other.dtypes else other.dtypes[0], quant=options.quant,
+            bits=options.bits, group_size=options.group_size, symmetric=options.symmetric,
+        )  # fmt: skip
+        if other.name != target.name and _quantization_problem(other, plain) is None:
+            try:
+                other.recipe("decoder", plain)
+            except TargetError:
+                continue
+            names.append(other.name)
+    return [f"as asked it runs on --target {' or '.join(names)}"] if names else []
 
 
 def device_of(target: Target) -> torch.device:

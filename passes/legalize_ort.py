@@ -1,10 +1,11 @@
 """cached_attention, dequantize + linear, add + rms_norm  ->  ONNX Runtime's packed operators
 
-Three rewrites, each onto a kernel that ONNX Runtime has (compiler/ops/packed.py):
+Rewrites onto kernels that ONNX Runtime has (compiler/ops/packed.py, packed_products.py):
 
     cached_attention(rotary(q), rotary(k), v, caches)  ->  group_query_attention(qkv, caches)
-    linear(x, dequantize(codes, scale, zero))           ->  matmul_nbits(x, packed, scales, zeros)
+    cached_attention_codes(...)                          ->  group_query_attention_codes(...), int8 caches
     rms_norm(x + y)                                      ->  skip_rms_norm(x, y)
+    quantized linears                                    ->  see passes/ort/linears.py
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from torch.fx import Node
 
 from optc.compiler.dataflow import is_tensor, peel, value_of
 from optc.compiler.head_layout import call_of, flat_heads, merged_heads, packed_source
-from optc.compiler.ops.packed import pack_nbits
 from optc.compiler.program import Program
 from optc.compiler.rewriting import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
 from optc.compiler.surgery import add_weight, insert_call, replace_call, replace_node
-from optc.compiler.weights import prune_contract, record_weight
+from optc.compiler.weights import prune_contract
+from optc.passes.ort.linears import CodebookProduct, IntegerProduct, MatMulNBits
 
 _aten, _optc = torch.ops.aten, torch.ops.optc
 CACHED = _optc.cached_attention.default
+CACHED_CODES = _optc.cached_attention_codes.default
 ROTARY = _optc.rotary.default
-_GROUPS = (16, 32, 64, 128, 256)  # of MatMulNBits
 _MAX_POSITIONS = 1 << 18  # rows of cos and sin tables; with more, angles are computed
 
 
@@ -37,15 +38,20 @@ class LegalizeOrt(Pass):
 
     Attributes:
         accuracy_level: of MatMulNBits: 4 rounds activations to int8 (fast), 0 does not.
+        unsigned: keep the int8 weights of W8A8 unsigned: exact on every x86, but half as fast where the CPU has
+            VNNI. Signed ones need VNNI, or ARM.
     """
 
     name: ClassVar[str] = "legalize-ort"
     accuracy_level: int = 4
+    unsigned: bool = False
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         rules = [
             _Attention(program.contract.model.context_length),
-            _QuantizedLinear(self.accuracy_level),
+            IntegerProduct(self.unsigned),
+            MatMulNBits(self.accuracy_level),
+            CodebookProduct(),
             _SkipNorm(),
         ]
         result = apply_rules(program, rules)
@@ -66,7 +72,7 @@ class _Attention(Rule):
         self._made: dict[tuple[str, float, torch.dtype], tuple[Node, ...]] = {}
 
     def match(self, program: Program, node: Node) -> Match | Miss | None:
-        if node.target is not CACHED:
+        if node.target not in (CACHED, CACHED_CODES):
             return None
         key_size, value_size = (int(value_of(item).shape[3]) for item in node.args[1:3])
         if key_size != value_size:
@@ -75,13 +81,19 @@ class _Attention(Rule):
             return Miss(
                 node.name, f"GroupQueryAttention takes head sizes that are multiples of 8, not {key_size}"
             )
+        if node.target is CACHED_CODES:
+            reason = _codes_obstacle(program, node)
+            return Miss(node.name, reason) if reason else Match(node)
         if node.args[7] is not None:
             return Miss(node.name, "attention sinks are not lowered")
         return Match(node)
 
     def rewrite(self, program: Program, match: Match) -> None:
         node = match.node
-        q, k, v, past_key, past_value, past, total, _ = node.args
+        q, k, v, past_key, past_value, past, total = node.args[:7]
+        coded = node.target is CACHED_CODES
+        if coded:  # the kernel rounds by itself
+            k, v = k.args[0], v.args[0]
         kernel = {"num_heads": int(value_of(q).shape[1]), "kv_num_heads": int(value_of(k).shape[1])}
         tables, q, k, interleaved = self._rotary(program, q, k, past)
         streams = self._streams(program, node, q, k, v)
@@ -90,8 +102,20 @@ class _Attention(Rule):
         kernel |= {name: node.kwargs[name] for name in ("scale", "softcap")}
         kernel |= {"local_window_size": window, "rotary_interleaved": interleaved}
         args = (*streams, past_key, past_value, lengths, total, *tables)
-        call = insert_call(program, node, _optc.group_query_attention.default, args, kernel)
+        if coded:
+            size = (kernel["kv_num_heads"], int(value_of(past_key).shape[3]))
+            args = (*args, *(self._flat_scale(program, scale, *size) for scale in node.args[7:9]))
+        attend = _optc.group_query_attention_codes if coded else _optc.group_query_attention
+        call = insert_call(program, node, attend.default, args, kernel)
         self._connect(program, node, call)
+
+    def _flat_scale(self, program: Program, scale: Node, heads: int, width: int) -> Node:
+        """A scale as the kernel has it: [1], or [Hkv*D] with one per channel of each head."""
+        name = program.weight_of(scale)
+        assert name is not None
+        value = program.weight(name)
+        flat = value.reshape(1) if value.numel() == 1 else value.expand(heads, 1, width).reshape(-1)
+        return add_weight(program, f"{name}_flat", flat.contiguous())
 
     def _last_places(self, program: Program, node: Node, query: Node, past: Node) -> Node:
         """past + S - 1 as int32 [B] for a query [B,S,C], made in front of the first layer for all of them."""
@@ -163,6 +187,17 @@ class _Attention(Rule):
                 replace_call(program, user, _aten.transpose.int, (shaped, 1, 2))
 
 
+def _codes_obstacle(program: Program, node: Node) -> str | None:
+    """Why GroupQueryAttention cannot keep these codes, or None."""
+    for new, scale in zip(node.args[1:3], node.args[7:9], strict=True):
+        if value_of(new).dtype is not torch.int8:
+            return "caches of ONNX Runtime's CPU provider hold int8 codes, not fp8"
+        made = call_of(new, _optc.quantize.default)
+        if made is None or made.args[1] is not scale or program.weight_of(scale) is None:
+            return "its codes are not made with the scales of its cache"
+    return None
+
+
 def _counts_up_from(position: object, past: Any) -> bool:
     """Whether position is past[:, None] + arange(S), as static-kv-cache makes it."""
     add = call_of(position, _aten.add.Tensor)
@@ -172,63 +207,7 @@ def _counts_up_from(position: object, past: Any) -> bool:
     return left is not None and right is not None and left.args == (past, 1)
 
 
-# -- linears and norms ------------------------------------------------------------------------
-
-
-class _QuantizedLinear(Rule):
-    """linear(x, dequantize(codes, scale, zero), bias) -> matmul_nbits"""
-
-    def __init__(self, accuracy_level: int) -> None:
-        self.accuracy_level = accuracy_level
-        self._made: dict[str, tuple[Node | None, ...]] = {}
-
-    def match(self, program: Program, node: Node) -> Match | Miss | None:
-        source = call_of(node, _aten.linear.default)
-        weight = call_of(source.args[1], _optc.dequantize.default) if source is not None else None
-        if weight is None:
-            return None
-        names = [program.weight_of(argument) for argument in weight.args[:2]]
-        if None in names:
-            return Miss(node.name, "codes or scales are computed, not weights")
-        columns = int(value_of(weight).shape[1])
-        size = int(weight.kwargs["group_size"]) or columns
-        bits = int(weight.kwargs["bits"])
-        if bits not in (2, 4, 8):
-            return Miss(node.name, f"MatMulNBits has no {bits}-bit kernel")
-        if size not in _GROUPS:
-            return Miss(
-                node.name, f"MatMulNBits takes groups of {', '.join(map(str, _GROUPS))}, not of {size}"
-            )
-        kernel = {"K": columns, "N": int(value_of(weight).shape[0]), "bits": bits, "block_size": size}
-        return Match(node, {"dequantize": weight, "kernel": kernel})
-
-    def rewrite(self, program: Program, match: Match) -> None:
-        node, kernel = match.node, match.found["kernel"]
-        codes, scale, zero = (program.weight_of(item) for item in match.found["dequantize"].args)
-        assert codes is not None
-        assert scale is not None
-        if codes not in self._made:
-            self._made[codes] = self._pack(program, codes, scale, zero, kernel)
-        args = (node.args[0], *self._made[codes], (*node.args, None)[2])
-        knobs = {**kernel, "accuracy_level": self.accuracy_level}
-        replace_call(program, node, _optc.matmul_nbits.default, args, knobs)
-
-    def _pack(
-        self, program: Program, codes: str, scale: str, zero: str | None, kernel: dict[str, int]
-    ) -> tuple[Node | None, ...]:
-        """Add the packed weight, scales and zero points; names beside those of the codes, not below them."""
-        rows, groups, bits = kernel["N"], kernel["K"] // kernel["block_size"], kernel["bits"]
-        base, contract = codes.removesuffix("_codes"), program.contract
-        packed = pack_nbits(program.weight(codes).reshape(rows, groups, -1), bits)
-        points = None if zero is None else pack_nbits(program.weight(zero).reshape(rows, groups), bits)
-        record_weight(
-            program, f"{base}_packed", contract.sources.get(codes, ()), contract.quantization[codes]
-        )
-        return (
-            add_weight(program, f"{base}_packed", packed),
-            add_weight(program, f"{base}_scales", program.weight(scale).reshape(rows, groups).contiguous()),
-            None if points is None else add_weight(program, f"{base}_zero_points", points),
-        )
+# -- norms ----------------------------------------------------------------------------------
 
 
 class _SkipNorm(Rule):

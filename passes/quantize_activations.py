@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,11 +9,11 @@ import msgspec
 import torch
 from torch.fx import Node
 
-from optc.compiler.dataflow import peel, value_of
+from optc.compiler.dataflow import peel
 from optc.compiler.linears import Linear, linear_site
 from optc.compiler.program import Program
 from optc.compiler.rewriting import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
-from optc.compiler.surgery import insert_call
+from optc.passes.quantize.selection import quantized_input
 
 _optc = torch.ops.optc
 
@@ -81,14 +80,6 @@ def obstacle(site: Linear, format: str) -> str | None:
     if call.args[2] is not None:
         return "its weight has zero points: use symmetric codes"
     return None
-
-
-def quantized_input(program: Program, before: Node, x: Node, format: str) -> Node:
-    """x, rounded to codes per token and brought back, in front of a node."""
-    made = insert_call(program, before, _optc.quantize_dynamic.default, (x,), {"format": format})
-    parts = [insert_call(program, before, operator.getitem, (made, i)) for i in (0, 1)]
-    knobs = {"dtype": value_of(x).dtype}
-    return insert_call(program, before, _optc.dequantize_activation.default, parts, knobs)
 
 
 def record_activations(program: Program, site: Linear, format: Literal["int8", "fp8"]) -> None:

@@ -15,8 +15,8 @@ from optc.passes.quantize.calibrated import CalibratedPass, Rounded, Statistics
 class QuantizeClip(CalibratedPass):
     """linear(x, W)  ->  linear(x, optc.dequantize(codes, scale, zero, bits=, group_size=)), by a searched range
 
-    Rounding to nearest after the range of every group was shrunk to where the error, weighted by the mean square
-    of each input channel, is least: the clip search of AWQ (Lin et al. 2023, https://arxiv.org/abs/2306.00978).
+    Rounding to nearest after the range of every group was shrunk to where the error of the group's outputs on the
+    calibration inputs is least: the clip search of AWQ (Lin et al. 2023, https://arxiv.org/abs/2306.00978).
 
     Attributes:
         least: the smallest share of the full range that is tried.
@@ -30,6 +30,5 @@ class QuantizeClip(CalibratedPass):
     def round_group(
         self, weight: Tensor, statistics: Statistics, bits: int, group_size: int, where: str
     ) -> Rounded:
-        importance = statistics.gram.diagonal()
-        found = grid.search(weight, bits, group_size, self.symmetric, importance, least=self.least)
+        found = grid.search(weight, bits, group_size, self.symmetric, statistics.gram, least=self.least)
         return Rounded(found.codes(weight), found)

@@ -22,6 +22,12 @@ NAMES = (
     "scale-awq",
     "scale-smoothquant",
     "quantize-activations",
+    "quantize-llm-int8",
+    "quantize-fp8",
+    "quantize-nf4",
+    "quantize-kv-cache",
+    "store-kv-codes",
+    "round-scales",
     "legalize-ort",
     "legalize-inductor",
 )

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ _MOST_NATS = 700.0
 
 Reference = Callable[[Sequence[int]], torch.Tensor]
 """The source model: tokens [n] -> logits float32 [n, V]."""
+OnWindow = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Evaluation:
         perplexity_ci95: from the spread of the windows' means (normal, in log space); None for
             fewer than two windows.
         reference_perplexity, kl, top1_agreement: None without a reference.
+        top_k, top_k_kl: the k that was asked for, and the top-k KL; None where not.
+        seconds: spent on this session, the reference's time left out.
     """
 
     tokens: int
@@ -48,7 +52,34 @@ class Evaluation:
     reference_perplexity: float | None
     kl: float | None
     top1_agreement: float | None
+    top_k: int | None
+    top_k_kl: float | None
     seconds: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much more (above 0) or less likely the second session finds the text than the first.
+
+    Attributes:
+        first, second: indices of the sessions.
+        log_likelihood: the mean log-likelihood per token of `second` minus that of `first`, nats.
+        ci95: from the spread over the windows of their difference (normal): both saw the same windows, so what
+            makes a window hard cancels out. None for fewer than two windows.
+    """
+
+    first: int
+    second: int
+    log_likelihood: float
+    ci95: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several sessions on one text: an evaluation of each, in order, and the differences of all pairs."""
+
+    evaluations: tuple[Evaluation, ...]
+    differences: tuple[Difference, ...]
 
 
 @dataclass
@@ -59,16 +90,14 @@ class _Sums:
     nll: float = 0.0
     reference_nll: float = 0.0
     kl: float = 0.0
+    top_k_kl: float = 0.0
     agree: int = 0
+    seconds: float = 0.0
 
-
-@dataclass
-class _Totals:
-    windows: list[_Sums] = field(default_factory=list)
-
-    def mean(self, name: str) -> float:
-        tokens = sum(item.tokens for item in self.windows)
-        return math.fsum(getattr(item, name) for item in self.windows) / tokens
+    @property
+    def log_likelihood(self) -> float:
+        """Mean over the window's tokens."""
+        return -self.nll / self.tokens
 
 
 def cut_windows(tokens: Sequence[int], window: int = WINDOW) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
@@ -92,55 +121,112 @@ def evaluate(
     reference: Reference | None = None,
     *,
     windows: int | None = None,
-    on_window: Callable[[int, int], None] = lambda done, total: None,
+    top_k: int | None = None,
+    on_window: OnWindow = lambda done, total: None,
 ) -> Evaluation:
-    """Score a text with a session and, where given, with the source model.
+    """Score a text with a session and, where given, with the source model; see `compare`."""
+    found = compare([session], tokens, reference, windows=windows, top_k=top_k, on_window=on_window)
+    return found.evaluations[0]
+
+
+def compare(
+    sessions: Sequence[Session],
+    tokens: Sequence[int],
+    reference: Reference | None = None,
+    *,
+    windows: int | None = None,
+    top_k: int | None = None,
+    on_window: OnWindow = lambda done, total: None,
+) -> Comparison:
+    """Score a text with several sessions, window by window; the reference is run once per window.
 
     Args:
+        sessions: at least one, of one vocabulary. Windows fit the shortest context among them.
         tokens: the whole text, encoded once.
         windows: evaluate only the first so many windows; None is all.
+        top_k: k of the top-k KL; None leaves it out.
         on_window: called with (done, total) after each window.
 
     Raises:
         InputError: fewer than two tokens, or tokens outside the vocabulary.
-        UsageError: `windows` below 1.
+        UsageError: `windows` or `top_k` out of range, or `top_k` without a reference.
         GateError: logits that are not finite, or assign no probability at all to the text.
     """
+    _check(sessions, reference, windows, top_k)
+    window = min(WINDOW, *(session.context_length for session in sessions))
+    pairs = list(cut_windows(tokens, window))[:windows]
+    table: list[list[_Sums]] = [[] for _ in sessions]
+    for done, (inputs, targets) in enumerate(pairs, start=1):
+        expected = None if reference is None else reference(inputs)
+        for session, row in zip(sessions, table, strict=True):
+            begin = time.perf_counter()
+            sums = _window(session, inputs, targets, expected, top_k)
+            sums.seconds = time.perf_counter() - begin
+            row.append(sums)
+        on_window(done, len(pairs))
+    evaluations = tuple(_evaluation(row, reference is not None, top_k) for row in table)
+    differences = tuple(_difference(table, a, b) for a, b in combinations(range(len(table)), 2))
+    return Comparison(evaluations, differences)
+
+
+def _check(
+    sessions: Sequence[Session], reference: Reference | None, windows: int | None, top_k: int | None
+) -> None:
+    assert len({session.vocab_size for session in sessions}) == 1, "sessions of different vocabularies"
     if windows is not None and windows < 1:
         raise UsageError(f"windows {windows} is out of range", remedy="use 1 or more")
-    begin = time.perf_counter()
-    window = min(WINDOW, session.context_length)
-    pairs = list(cut_windows(tokens, window))[:windows]
-    totals = _Totals()
-    for inputs, targets in pairs:
-        totals.windows.append(_window(session, inputs, targets, reference))
-        on_window(len(totals.windows), len(pairs))
-    has = reference is not None
+    if top_k is not None and not 1 <= top_k <= sessions[0].vocab_size:
+        raise UsageError(f"top-k {top_k} is out of range", remedy=f"use 1 to {sessions[0].vocab_size}")
+    if top_k is not None and reference is None:
+        raise UsageError("top-k KL needs a reference", remedy="leave --top-k or --no-reference out")
+
+
+def _evaluation(row: Sequence[_Sums], has: bool, top_k: int | None) -> Evaluation:
+    tokens = sum(item.tokens for item in row)
+
+    def mean(name: str) -> float:
+        return math.fsum(getattr(item, name) for item in row) / tokens
+
     return Evaluation(
-        tokens=sum(item.tokens for item in totals.windows),
-        windows=len(pairs),
-        window=len(pairs[0][0]),
-        perplexity=_perplexity(totals.mean("nll"), "the artifact"),
-        perplexity_ci95=_interval([item.nll / item.tokens for item in totals.windows]),
-        reference_perplexity=_perplexity(totals.mean("reference_nll"), "the source model") if has else None,
-        kl=totals.mean("kl") if has else None,
-        top1_agreement=totals.mean("agree") if has else None,
-        seconds=time.perf_counter() - begin,
+        tokens=tokens,
+        windows=len(row),
+        window=row[0].tokens,
+        perplexity=_perplexity(mean("nll"), "the artifact"),
+        perplexity_ci95=_exp(_interval([-item.log_likelihood for item in row])),
+        reference_perplexity=_perplexity(mean("reference_nll"), "the source model") if has else None,
+        kl=mean("kl") if has else None,
+        top1_agreement=mean("agree") if has else None,
+        top_k=top_k,
+        top_k_kl=mean("top_k_kl") if top_k is not None else None,
+        seconds=math.fsum(item.seconds for item in row),
     )
 
 
+def _difference(table: Sequence[Sequence[_Sums]], first: int, second: int) -> Difference:
+    # Windows are of equal length, so the mean over windows is the mean over tokens.
+    gaps = [b.log_likelihood - a.log_likelihood for a, b in zip(table[first], table[second], strict=True)]
+    return Difference(first, second, math.fsum(gaps) / len(gaps), _interval(gaps))
+
+
 def _window(
-    session: Session, inputs: Sequence[int], targets: Sequence[int], reference: Reference | None
+    session: Session,
+    inputs: Sequence[int],
+    targets: Sequence[int],
+    expected: torch.Tensor | None,
+    top_k: int | None,
 ) -> _Sums:
-    sums, expected = _Sums(), None if reference is None else reference(inputs)
+    """Sums of one window; `expected` are the reference's logits [W, V]."""
+    sums = _Sums()
     for logits in session.score(inputs):
         start, end = sums.tokens, sums.tokens + len(logits)
         want = torch.tensor(targets[start:end])
-        _add(sums, torch.from_numpy(logits), want, None if expected is None else expected[start:end])
+        _add(sums, torch.from_numpy(logits), want, None if expected is None else expected[start:end], top_k)
     return sums
 
 
-def _add(sums: _Sums, logits: torch.Tensor, targets: torch.Tensor, expected: torch.Tensor | None) -> None:
+def _add(
+    sums: _Sums, logits: torch.Tensor, targets: torch.Tensor, expected: torch.Tensor | None, top_k: int | None
+) -> None:
     """Add the tokens of `logits` [n, V], a slice at a time, in float64 (a KL of 1e-9 is meant)."""
     size = max(1, _SLICE_BYTES // (8 * logits.shape[1]))
     for start in range(0, len(logits), size):
@@ -152,9 +238,26 @@ def _add(sums: _Sums, logits: torch.Tensor, targets: torch.Tensor, expected: tor
         if expected is not None:
             log_p = torch.log_softmax(expected[part].double(), -1)
             sums.reference_nll -= float(log_p.gather(1, index).sum())
-            p = log_p.exp()
-            sums.kl += float(torch.where(p > 0, p * (log_p - log_q), 0.0).sum())
+            sums.kl += _divergence(log_p, log_q)
             sums.agree += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+            if top_k is not None:
+                kept = log_p.topk(top_k, -1).indices
+                sums.top_k_kl += _divergence(_coarse(log_p, kept), _coarse(log_q, kept))
+
+
+def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
+    """Sum over rows of KL(p || q), nats; events without probability in p count nothing."""
+    p = log_p.exp()
+    return float(torch.where(p > 0, p * (log_p - log_q), 0.0).sum())
+
+
+def _coarse(log_p: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [n, V] -> [n, k + 1]: those of the tokens `kept` [n, k], and of all others together.
+
+    The others are summed, not taken as one minus the kept: near 1 that would leave rounding errors alone.
+    """
+    rest = log_p.scatter(1, kept, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([log_p.gather(1, kept), rest], -1)
 
 
 def _perplexity(nll: float, whose: str) -> float:
@@ -167,9 +270,14 @@ def _perplexity(nll: float, whose: str) -> float:
     return math.exp(nll)
 
 
-def _interval(means: Sequence[float]) -> tuple[float, float] | None:
-    if len(means) < 2:
+def _interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The mean's 95 % interval from the spread of the values; None for fewer than two."""
+    if len(values) < 2:
         return None
-    spread = 1.96 * float(np.std(means, ddof=1)) / math.sqrt(len(means))
-    center = float(np.mean(means))
-    return math.exp(center - spread), math.exp(center + spread)
+    spread = 1.96 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    center = float(np.mean(values))
+    return center - spread, center + spread
+
+
+def _exp(interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    return None if interval is None else (math.exp(interval[0]), math.exp(interval[1]))

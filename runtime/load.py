@@ -181,6 +181,11 @@ def open_session(
         UsageError: an option out of range or without effect on this artifact.
     """
     contract = manifest.contract
+    if manifest.engine == "huggingface":
+        raise TargetError(
+            "optc has no session for this artifact: it is a model folder", where=str(folder),
+            remedy="load it with transformers (AutoModelForCausalLM.from_pretrained), vLLM or SGLang",
+        )  # fmt: skip
     if contract.kind != "decoder" or contract.kv_cache.kind == "none":
         raise TargetError(
             f"the artifact is a model of kind '{contract.kind}', which does not generate", where=str(folder),

@@ -25,6 +25,7 @@ _ELEMENTS: dict[str, tuple[type[np.generic], Any]] = {
     "float32": (np.float32, np.float32),
     "float16": (np.float16, np.float16),
     "bfloat16": (np.uint16, 16),
+    "int8": (np.int8, np.int8),
 }
 _NO_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation")
 

@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from optc.compiler.contract import Contract
-from optc.compiler.diagnostics import ResourceError, TargetError
+from optc.compiler.diagnostics import InputError, ResourceError, TargetError
 from optc.compiler.manifest import Manifest
 from optc.runtime.paged_session import PagedSession
 from optc.runtime.pt2_runner import Package, PackageError
@@ -42,6 +42,11 @@ def open_package(
     def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
         try:
             return package(*inputs)
+        except PackageError as error:
+            raise InputError(
+                "the package does not take these inputs", where=str(folder), why=str(error),
+                remedy="use shorter prompts or a smaller batch; if they are short, compile the model again",
+            ) from error  # fmt: skip
         except RuntimeError as error:
             if _NO_MEMORY not in str(error):
                 raise

@@ -26,9 +26,9 @@ class Tokenizer:
         """Ids that the tokenizer knows, added tokens included."""
         return int(self._core.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that `tokenizer.json` adds (as transformers does)."""
-        return list(self._core.encode(text, add_special_tokens=True).ids)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids, with the special tokens that `tokenizer.json` adds (as transformers does) unless told not to."""
+        return list(self._core.encode(text, add_special_tokens=special).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of the tokens without special ones; incomplete UTF-8 becomes U+FFFD."""

@@ -11,8 +11,15 @@ from optc.compiler.target import Target
 TARGETS = {
     "onnx-cpu": "optc.targets.onnx_cpu",
     "inductor-cpu": "optc.targets.inductor_cpu",
+    "vllm": "optc.targets.vllm",
 }
-ALIASES = {"edge": "onnx-cpu", "onnx": "onnx-cpu", "inductor": "inductor-cpu"}
+ALIASES = {
+    "edge": "onnx-cpu",
+    "onnx": "onnx-cpu",
+    "inductor": "inductor-cpu",
+    "sglang": "vllm",
+    "transformers": "vllm",
+}
 
 
 def find_target(name: str) -> Target:
@@ -33,3 +40,12 @@ def find_target(name: str) -> Target:
 def all_targets() -> Iterator[Target]:
     """Every target, in registry order."""
     return (find_target(name) for name in TARGETS)
+
+
+def installed_targets() -> Iterator[Target]:
+    """The targets whose packages are installed."""
+    for name in TARGETS:
+        try:
+            yield find_target(name)
+        except ModuleNotFoundError:
+            continue

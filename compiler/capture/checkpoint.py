@@ -107,7 +107,7 @@ def compare_shapes(
     Raises:
         InputError: a tensor of another shape, a missing one, or layers beyond those of the config.
     """
-    found = _match_names(info.tensors, expected)
+    found = match_names(info.tensors, expected)
     for name, source in found.items():
         shape = info.tensors[source].shape
         if shape != expected[name]:
@@ -230,7 +230,7 @@ def _check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
 # -- names and shapes ----------------------------------------------------------------------------
 
 
-def _match_names(tensors: Iterable[str], expected: Iterable[str]) -> dict[str, str]:
+def match_names(tensors: Iterable[str], expected: Iterable[str]) -> dict[str, str]:
     """Expected name -> name in the checkpoint, for those found."""
     here = set(tensors)
     longer = {name.partition(".")[2]: name for name in here}

@@ -37,9 +37,15 @@ def attention_layers(exported: ExportedProgram) -> tuple[AttentionFacts, ...]:
     return tuple(attention_facts(node) for node in exported.graph.nodes if node.target is op)
 
 
-def model_facts(config: Any) -> ModelFacts:
-    """What runtimes ask for: ids, vocabulary, context length."""
-    eos = getattr(config, "eos_token_id", None)
+def model_facts(config: Any, generation: Any = None) -> ModelFacts:
+    """What runtimes ask for: ids, vocabulary, context length.
+
+    Args:
+        generation: the model's generation config, whose end-of-text ids win: chat models end a turn with another
+            token than a text.
+    """
+    eos = getattr(generation, "eos_token_id", None)
+    eos = getattr(config, "eos_token_id", None) if eos is None else eos
     ids = tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (int(eos),))
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return ModelFacts(

@@ -16,9 +16,11 @@ from optc.compiler.capture.checkpoint import (
     check_folder,
     check_values,
     compare_shapes,
+    match_names,
     tied_names,
 )
 from optc.compiler.capture.facts import attention_layers, model_facts, refuse_unsupported
+from optc.compiler.capture.quantized import quantized_folder, restore_codes
 from optc.compiler.contract import Contract, Input, Output
 from optc.compiler.diagnostics import CaptureError, InputError, unknown_name
 from optc.compiler.program import Program
@@ -59,7 +61,7 @@ class _Encoder(_Shell):
 def load_model(
     folder: str | Path, *, dtype: torch.dtype, attention: str = NAME, trust_remote_code: bool = False
 ) -> tuple[torch.nn.Module, CheckpointInfo]:
-    """A checked model folder as an eval-mode transformers model.
+    """A checked model folder as an eval-mode transformers model; weights of a quantized one become dense.
 
     Args:
         dtype: compute type of the weights.
@@ -70,15 +72,24 @@ def load_model(
     """
     info = check_folder(Path(folder), trust_remote_code=trust_remote_code)
     check_values(info)
+    quantized = quantized_folder(info)
     skeleton = meta_model(info, trust_remote_code=trust_remote_code)
     state = skeleton.state_dict(keep_vars=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    compare_shapes(info, shapes, tied=tied_names(state))
+    compare_shapes(quantized.dense if quantized else info, shapes, tied=tied_names(state))
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(info.path)}
+    if quantized is not None:
+        # Given tensors and a config without quantization, transformers does not look for a quantizer of its own.
+        source = {
+            "pretrained_model_name_or_path": None, "config": skeleton.config, "state_dict": quantized.state(dtype),
+        }  # fmt: skip
     try:
         model, report = type(skeleton).from_pretrained(
-            str(info.path), dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code,
+            **source, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )  # fmt: skip
+        if quantized is not None:
+            _read_generation_config(model, info.path)
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         raise InputError(
             "transformers cannot load the model", where=str(info.path), why=str(error).splitlines()[0],
@@ -86,6 +97,14 @@ def load_model(
         ) from error  # fmt: skip
     _check_report(info, report)
     return model.eval().requires_grad_(False), info
+
+
+def _read_generation_config(model: Any, folder: Path) -> None:
+    """Give a model that was loaded from tensors what transformers reads with a folder: end-of-text ids."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
 
 
 def _check_report(info: CheckpointInfo, report: dict[str, Any]) -> None:
@@ -121,6 +140,8 @@ def meta_model(info: CheckpointInfo, *, trust_remote_code: bool = False) -> Any:
             remedy="check model_type and the transformers version",
         ) from error
     refuse_unsupported(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the skeleton is that of the unquantized model
     with torch.device("meta"):
         return _model_class(config, trust_remote_code)(config)
 
@@ -129,8 +150,10 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
     import transformers
 
     names = getattr(config, "architectures", None) or []
-    if names and hasattr(transformers, names[0]):
-        return getattr(transformers, names[0])
+    found = getattr(transformers, names[0], None) if names else None
+    # transformers holds more than models: configs, functions, modules.
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
     raise CaptureError(
         f"unknown architecture {names[0] if names else '(none named)'}",
         where="config.json: architectures",
@@ -143,14 +166,20 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
 def capture_pretrained(
     folder: str | Path, *, dtype: str = "fp32", trust_remote_code: bool = False
 ) -> tuple[Program, CheckpointInfo]:
-    """Capture a model folder.
+    """Capture a model folder. Linears of a folder that is quantized already read `optc.dequantize` of its codes.
 
     Raises:
         InputError: unusable folder (see `load_model`).
         CaptureError: the model cannot be exported or has a mask that cannot be expressed.
     """
     model, info = load_model(folder, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
-    return capture_model(model), info
+    program = capture_model(model)
+    quantized = quantized_folder(info)
+    if quantized is not None:
+        program = restore_codes(
+            program, quantized, match_names(quantized.dense.tensors, program.exported.state_dict)
+        )
+    return program, info
 
 
 def capture_model(model: torch.nn.Module, *, attention: str = NAME) -> Program:
@@ -218,7 +247,7 @@ def _export(model: torch.nn.Module, config: Any) -> Program:
         outputs=(output,),
         position_rule=decoder,
         layers=attention_layers(exported),
-        model=model_facts(config),
+        model=model_facts(config, getattr(model, "generation_config", None)),
         sources={name: (name,) for name in exported.state_dict},
     )
     return Program(exported, contract)

@@ -1,5 +1,5 @@
 """The `optc::` dialect. Importing this package registers every op."""
 
-from optc.compiler.ops import attention, packed, packed_products, paged, quantization, rotary
+from optc.compiler.ops import attention, attention_codes, packed, packed_products, paged, quantization, rotary
 
-__all__ = ["attention", "packed", "packed_products", "paged", "quantization", "rotary"]
+__all__ = ["attention", "attention_codes", "packed", "packed_products", "paged", "quantization", "rotary"]

@@ -26,7 +26,7 @@ FORMATS: dict[str, tuple[torch.dtype, float]] = {
     "int8": (torch.int8, 127.0),
     "fp8": (torch.float8_e4m3fn, 448.0),
 }
-"""Formats of activations: the type of the codes and their largest magnitude (int8 leaves -128 unused)."""
+"""Formats of activations: the type of the codes and the magnitude that scales map the largest value to."""
 
 SMALLEST_SCALE = torch.finfo(torch.float32).smallest_normal
 """Scales of zero rows: division by it gives zeros, not NaN."""
@@ -66,18 +66,20 @@ def _quantize_dynamic(x: Tensor, *, format: str) -> tuple[Tensor, Tensor]:
     _, top = FORMATS[format]
     values = x.float()
     scale = (values.abs().amax(-1, keepdim=True) / top).clamp(min=SMALLEST_SCALE)
-    return _rounded(values / scale, format), scale.contiguous()
+    codes = (values / scale).clamp(-top, top)
+    return _rounded(codes, format), scale.contiguous()
 
 
 def _quantize(x: Tensor, scale: Tensor, *, format: str) -> Tensor:
-    """x, scale that broadcasts to it -> codes of x's shape; what is out of range takes the last code."""
-    return _rounded(x.float() / scale.float(), format)
+    """x, scale that broadcasts to it -> codes of x's shape; what is out of range takes the last code (-128 or 127)."""
+    _, top = FORMATS[format]
+    low = -128.0 if format == "int8" else -top
+    return _rounded((x.float() / scale.float()).clamp(low, top), format)
 
 
 def _rounded(ratio: Tensor, format: str) -> Tensor:
     """Nearest codes, ties to even."""
-    dtype, top = FORMATS[format]
-    ratio = ratio.clamp(-top, top)
+    dtype, _ = FORMATS[format]
     return (ratio.round() if dtype is torch.int8 else ratio).to(dtype).contiguous()
 
 

@@ -8,6 +8,8 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from optc.compiler.ops.packed_products import MIDDLE
+from optc.compiler.ops.quantization import SMALLEST_SCALE
 from optc.exporters.onnx.walker import MICROSOFT, Lowering, Walker
 
 _optc = torch.ops.optc
@@ -30,7 +32,8 @@ def _rotary(walker: Walker, node: Node) -> ir.Value:
 
 
 def _group_query_attention(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
-    query, key, value, past_key, past_value, seqlens, total, cos, sin = node.args
+    """Float caches, or int8 ones where two scales follow."""
+    query, key, value, past_key, past_value, seqlens, total, cos, sin, *scales = node.args
     streams = [None if x is None else walker.value(x) for x in (query, key, value)]
     tables = [None if x is None else walker.value(x) for x in (cos, sin)]
     knobs = dict(node.kwargs)
@@ -51,14 +54,53 @@ def _group_query_attention(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
         walker.value(total, torch.int32),
         *tables,
     ]
+    if scales:
+        inputs += [None, None, None, *(walker.value(item) for item in scales)]  # positions, bias, sinks
+        kinds = ["PER_TENSOR" if item.meta["val"].numel() == 1 else "PER_CHANNEL" for item in scales]
+        attributes |= {"kv_cache_bit_width": 8, "k_quant_type": kinds[0], "v_quant_type": kinds[1]}
     return walker.op("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, outputs=3)
 
 
 def _matmul_nbits(walker: Walker, node: Node) -> ir.Value:
     x, packed, scales, zeros, bias = node.args
-    slots = (x, packed, scales, zeros, None, bias)  # between zeros and bias: the deprecated g_idx
+    slots = (zeros, None, bias)  # between zeros and bias: the deprecated g_idx
     tensors = [None if item is None else walker.value(item) for item in slots]
+    tensors = [walker.value(x), walker.value(packed), walker.compact(scales), *tensors]
     return walker.op("MatMulNBits", tensors, dict(node.kwargs), domain=MICROSOFT)
+
+
+def _quantize_tokens(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value]:
+    """Scales of the tokens; codes by QuantizeLinear of the ratio, with 128 for zero."""
+    x = walker.value(node.args[0])
+    largest = walker.op("ReduceMax", [walker.op("Abs", [x]), walker.constant([-1])], {"keepdims": 1})
+    ratio = walker.op("Div", [largest, walker.constant(127.0, torch.float32)])
+    scale = walker.op("Max", [ratio, walker.constant(SMALLEST_SCALE, torch.float32)])
+    zero = walker.constant(MIDDLE, torch.uint8)
+    unit = walker.constant(1.0, torch.float32)
+    return walker.op("QuantizeLinear", [walker.op("Div", [x, scale]), unit, zero]), scale
+
+
+def _matmul_integer(walker: Walker, node: Node) -> ir.Value:
+    codes, weight, scale, weight_scale, bias = node.args
+    middle = walker.constant(MIDDLE, torch.uint8)
+    unsigned = weight.meta["val"].dtype is torch.uint8
+    inputs = [
+        walker.value(codes),
+        walker.value(weight),
+        walker.constant(1.0, torch.float32),
+        walker.value(weight_scale),
+        middle,
+        middle if unsigned else None,
+    ]
+    sums = walker.op("MatMulIntegerToFloat", inputs, domain=MICROSOFT)
+    out = walker.op("Mul", [sums, walker.value(scale)])
+    return out if bias is None else walker.op("Add", [out, walker.value(bias)])
+
+
+def _matmul_bnb4(walker: Walker, node: Node) -> ir.Value:
+    inputs = [*(walker.value(item) for item in node.args[:2]), walker.compact(node.args[2])]
+    attributes = {**node.kwargs, "quant_type": 1}  # NF4
+    return walker.op("MatMulBnb4", inputs, attributes, domain=MICROSOFT)
 
 
 def _skip_rms_norm(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value]:
@@ -73,6 +115,10 @@ def _skip_rms_norm(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value]:
 TABLE: dict[Any, Lowering] = {
     _optc.rotary.default: _rotary,
     _optc.group_query_attention.default: _group_query_attention,
+    _optc.group_query_attention_codes.default: _group_query_attention,
     _optc.matmul_nbits.default: _matmul_nbits,
     _optc.skip_rms_norm.default: _skip_rms_norm,
+    _optc.quantize_tokens.default: _quantize_tokens,
+    _optc.matmul_integer.default: _matmul_integer,
+    _optc.matmul_bnb4.default: _matmul_bnb4,
 }

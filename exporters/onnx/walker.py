@@ -156,6 +156,20 @@ class Walker:
             self._transposed[name] = self._initializer(f"{name}.T", self.program.weight(name).t())
         return self._transposed[name]
 
+    def compact(self, node: Node) -> ir.Value:
+        """A weight of float32, stored in float16 with a cast behind it where all of its values fit exactly.
+
+        ONNX Runtime folds the cast when it loads the model.
+        """
+        name = self._weight_names[node.name]
+        tensor = self.program.weight(name).detach()
+        half = tensor.half()
+        if tensor.dtype is not torch.float32 or not torch.equal(half.float(), tensor):
+            return self.weight(node)
+        if name not in self.initializers:
+            self._initializer(name, half)
+        return self.cast(self.initializers[name], torch.float32)
+
     def _initializer(self, name: str, tensor: torch.Tensor) -> ir.Value:
         stored = tensor_adapters.TorchTensor(tensor.detach().contiguous(), name=name)
         value = ir.Value(name=name, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)

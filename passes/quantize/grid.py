@@ -76,29 +76,30 @@ def search(
     bits: int,
     group_size: int,
     symmetric: bool,
-    importance: Tensor | None = None,
+    gram: Tensor | None = None,
     *,
     steps: int = STEPS,
     least: float = LEAST,
 ) -> Grid:
-    """The grid of each group with the least sum of importance * (w - nearest)^2.
+    """The grid of each group with the least error of rounding to nearest.
 
     Args:
         weight: [N, K].
-        importance: [K], how much an error of each column matters (the mean square of its input); None: alike.
+        gram: [K, K], the inputs' X X^T: the error is that of the group's outputs, ||(w - nearest) X_group||^2. None:
+            the squared error of the weights.
+        steps, least: ratios of the full range that are tried, from 1 down to `least`.
     """
     check_bits(bits)
     size = group_size or weight.shape[1]
     groups = weight.detach().float().reshape(weight.shape[0], -1, size)
     low, high = torch.aminmax(groups, dim=-1)
-    factor = None if importance is None else importance.float().reshape(1, -1, size)
+    blocks = None if gram is None else _diagonal_blocks(gram, size)
     best: Grid | None = None
     least_error = torch.full_like(low, torch.inf)
     for step in range(steps):
         ratio = 1.0 - step * (1.0 - least) / max(1, steps - 1)
         grid = _grid(low * ratio, high * ratio, bits, size, symmetric)
-        error = (grid.values(grid.codes(weight)).reshape(groups.shape) - groups).square_()
-        error = (error if factor is None else error.mul_(factor)).sum(-1)
+        error = _error(grid.values(grid.codes(weight)).reshape(groups.shape) - groups, blocks)
         if best is None:
             best, least_error = grid, error
             continue
@@ -110,6 +111,22 @@ def search(
         )  # fmt: skip
     assert best is not None
     return best
+
+
+def _diagonal_blocks(gram: Tensor, size: int) -> Tensor:
+    """The blocks [G, size, size] on the diagonal of a [K, K] matrix."""
+    count = gram.shape[0] // size
+    return torch.stack(
+        [gram[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(count)]
+    ).float()
+
+
+def _error(gap: Tensor, blocks: Tensor | None) -> Tensor:
+    """[N, G], the error of each group from the differences [N, G, size]."""
+    if blocks is None:
+        return gap.square_().sum(-1)
+    by_group = gap.transpose(0, 1)
+    return (torch.bmm(by_group, blocks) * by_group).sum(-1).t()
 
 
 def _grid(low: Tensor, high: Tensor, bits: int, size: int, symmetric: bool) -> Grid:

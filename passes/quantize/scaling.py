@@ -130,7 +130,7 @@ def _loss(
 ) -> float:
     per_channel = scales[fold.labels]
     scaled = weight * per_channel
-    importance = gram.diagonal() / per_channel.square()
-    grid = search(scaled, bits, group_size, symmetric, importance, steps=_GRID_STEPS, least=0.7)
+    inputs = gram / (per_channel[:, None] * per_channel)
+    grid = search(scaled, bits, group_size, symmetric, inputs, steps=_GRID_STEPS, least=0.7)
     gap = grid.values(grid.codes(scaled)) / per_channel - weight
     return float(((gap @ gram) * gap).sum())

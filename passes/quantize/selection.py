@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.contract import WeightQuantization
-from optc.compiler.dataflow import aten, readers
+from optc.compiler.dataflow import aten, readers, value_of
 from optc.compiler.linears import (
     DEQUANTIZERS,
     LINEARS,
@@ -130,11 +131,16 @@ def read_instead(program: Program, site: Linear, weight: Node, x: Node | None = 
 
 def dequantized_before(program: Program, site: Linear) -> Node | None:
     """The dequantization that an earlier linear of the same weight got, or None."""
-    name = f"{_stem(program, site)}_codes"
+    codes = existing_part(program, site, "codes")
+    return None if codes is None else next(user for user in codes.users if user.target in DEQUANTIZERS)
+
+
+def existing_part(program: Program, site: Linear, suffix: str) -> Node | None:
+    """What `weight_part` made of an earlier linear of the same weight, or None."""
+    name = f"{_stem(program, site)}_{suffix}"
     if name not in program.exported.state_dict:
         return None
-    codes = next(node for node in program.graph.nodes if program.weight_of(node) == name)
-    return next(user for user in codes.users if user.target in DEQUANTIZERS)
+    return next(node for node in program.graph.nodes if program.weight_of(node) == name)
 
 
 def place_codes(
@@ -167,6 +173,15 @@ def weight_part(
 def _stem(program: Program, site: Linear) -> str:
     name = weight_name(program, site)
     return name if site.index is None else f"{name}_{site.index}"
+
+
+def quantized_input(program: Program, before: Node, x: Node, format: str) -> Node:
+    """x, rounded to codes per token and brought back, in front of a node."""
+    optc = torch.ops.optc
+    made = insert_call(program, before, optc.quantize_dynamic.default, (x,), {"format": format})
+    parts = [insert_call(program, before, operator.getitem, (made, i)) for i in (0, 1)]
+    knobs = {"dtype": value_of(x).dtype}
+    return insert_call(program, before, optc.dequantize_activation.default, parts, knobs)
 
 
 def weight_name(program: Program, site: Linear) -> str:

@@ -40,6 +40,7 @@ from optc.exporters.report import write_report
 from optc.passes.quantize.methods import resolve
 from optc.recipes import apply_pass_options, parse_passes
 from optc.targets import find_target
+from optc.targets.registry import installed_targets
 
 Model = str | Path | torch.nn.Module | Program
 
@@ -180,7 +181,7 @@ def compile(
 def check_request(target: Target, options: CompileOptions) -> None:
     """Refuse unknown names (UsageError) and what the target cannot do (TargetError), weights unread."""
     _known_dtype(options.dtype)
-    check_options(target, resolve(options))
+    check_options(target, resolve(options), installed_targets)
 
 
 def recipe_steps(target: Target, kind: str, settings: CompileSettings) -> list[Step]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,7 @@ import torch
 from optc.api import CompileSettings, check_request, recipe_steps
 from optc.compiler.capture.checkpoint import check_folder
 from optc.compiler.capture.pretrained import DTYPES, meta_model
-from optc.compiler.diagnostics import InputError
-from optc.compiler.quantize import default_group_size
+from optc.compiler.quantize import check_group_size, default_group_size
 from optc.compiler.target import CompileOptions, Target
 from optc.passes.quantize.methods import resolve
 
@@ -45,34 +46,52 @@ def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[st
     }
 
 
-def _linears(skeleton: Any) -> dict[str, tuple[int, int]]:
-    """Name -> (N, K) of the linears that a quantization pass takes: all but the output head."""
+def quantizable(skeleton: Any, ignore: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
+    """Weight name -> (N, K) of the linears that a quantization pass takes.
+
+    All but the output head and the routers of experts. A router is a linear beside experts with one output for each
+    of them. Stacked experts [E, N, K] are E linears, `name[e]`.
+    """
     head = skeleton.get_output_embeddings() if hasattr(skeleton, "get_output_embeddings") else None
-    found = {}
-    for name, module in skeleton.named_modules():
-        if module is not head and type(module).__name__ in ("Linear", "Conv1D"):
-            first, second = (int(size) for size in module.weight.shape)
-            found[name] = (first, second) if isinstance(module, torch.nn.Linear) else (second, first)
-    return found
+    found: dict[str, tuple[int, int]] = {}
+    for path, module in skeleton.named_modules():
+        counts = {count for child in module.children() for count in _expert_counts(child)}
+        for name, child in module.named_children():
+            weight = f"{path}.{name}.weight" if path else f"{name}.weight"
+            if child is not head and type(child).__name__ in ("Linear", "Conv1D"):
+                first, second = (int(size) for size in child.weight.shape)
+                rows, columns = (first, second) if isinstance(child, torch.nn.Linear) else (second, first)
+                if rows not in counts:
+                    found[weight] = (rows, columns)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3:
+                experts, rows, columns = map(int, parameter.shape)
+                found |= {f"{path}.{name}[{index}]": (rows, columns) for index in range(experts)}
+    return {
+        name: shape
+        for name, shape in found.items()
+        if not any(fnmatchcase(name.partition("[")[0], pattern) for pattern in ignore)
+    }
+
+
+def _expert_counts(module: torch.nn.Module) -> set[int]:
+    """How many experts a module holds: stacked in parameters, or one by one in a list; empty when none."""
+    if isinstance(module, torch.nn.ModuleList):
+        return {len(module)}
+    return {int(item.shape[0]) for item in module.parameters(recurse=False) if item.dim() == 3}
 
 
 def _sizes(skeleton: Any, options: CompileOptions) -> dict[str, Any]:
     width = DTYPES[options.dtype].itemsize
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    linears = _linears(skeleton)
+    linears = quantizable(skeleton, options.ignore)
     size, group = parameters * width, None
     if options.quant is not None:
+        names, all_columns = list(linears), [columns for _, columns in linears.values()]
         group = options.group_size
         if group is None:
-            group = default_group_size([columns for _, columns in linears.values()])
-        odd = next(
-            ((name, columns) for name, (_, columns) in linears.items() if group and columns % group), None
-        )
-        if odd:
-            raise InputError(
-                f"group size {group} does not divide every linear", where=f"{odd[0]} has {odd[1]} columns",
-                remedy="leave --group-size out, or choose a divisor",
-            )  # fmt: skip
+            group = default_group_size(all_columns, names)
+        check_group_size(group, all_columns, names)
         for rows, columns in linears.values():
             groups = rows * (columns // group if group else 1)
             zero = 0 if options.symmetric else groups * options.bits_or(4) / 8

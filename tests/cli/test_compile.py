@@ -59,15 +59,19 @@ def test_compile_json(tmp_path: Path, capsys: Capture) -> None:
 
 def test_group_size_is_chosen_and_printed(artifact: Path, capsys: Capture) -> None:
     found = result(capsys, "inspect", artifact)
-    assert found["quantization"] == {
-        "method": "rtn",
-        "bits": [4],
-        "group_size": [64],
-        "symmetric": True,
-        "linears": 16,
-    }
+    summary = found["quantization"]
+    assert (summary["method"], summary["bits"], summary["group_size"]) == ("rtn", [4], [64])
+    assert (summary["symmetric"], summary["linears"]) == (True, 16)
+    weights = 4 * (2 * 192 * 192 + 2 * 64 * 192 + 3 * 512 * 192)
+    assert summary["parameters"] == weights
+    assert summary["bytes"] == weights // 2 + 4 * weights // 64, "4-bit codes and fp32 scales"
+    assert (summary["bits_per_parameter"], summary["ideal_bits"]) == (4.5, 4.25)
     (row,) = (row for row in found["passes"] if row["name"] == "quantize-rtn")
     assert (row["matched"], row["candidates"]) == (28, 29)
+    assert len(row["linears"]) == 28
+    assert all(0 < linear["weight_error"] < 0.05 for linear in row["linears"])
+    assert optc("inspect", artifact) == 0
+    assert "4.500 bits per parameter, 1.059 x ideal" in capsys.readouterr().out
     assert row["kl"] > 0
     assert any("64" in note for note in row["notes"])
 

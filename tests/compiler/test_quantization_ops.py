@@ -62,9 +62,9 @@ def test_fp8_codes_of_tokens_by_hand() -> None:
 
 
 def test_static_scales_clip() -> None:
-    x = torch.tensor([[-5.0, 0.24, 0.26, 70.0]])
+    x = torch.tensor([[-5.0, 0.24, 0.26, 70.0, -70.0]])
     codes = _optc.quantize(x, torch.tensor([0.5]), format="int8")
-    assert codes.tolist() == [[-10, 0, 1, 127]]
+    assert codes.tolist() == [[-10, 0, 1, 127, -128]]
     floats = _optc.quantize(torch.tensor([1000.0, -1000.0, 3.0]), torch.tensor([1.0]), format="fp8")
     assert floats.float().tolist() == [448.0, -448.0, 3.0]  # out of range is the last code, not NaN
 

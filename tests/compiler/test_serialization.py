@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import resource
 import shutil
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from optc.compiler.capture.module import capture_module
 from optc.compiler.diagnostics import InputError, ResourceError
 from optc.compiler.program import Program
+from optc.compiler.program_tensors import read_tensors, write_tensors
 from optc.compiler.serialization import load_program, save_program
 from optc.compiler.surgery import add_weight
 
@@ -280,3 +282,17 @@ def test_a_file_in_the_place_of_the_folder_is_exit_code_3(tmp_path: Path) -> Non
     with pytest.raises(InputError, match="failed while saving a program") as caught:
         save_program(decoder(), tmp_path / "out")
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_tensor_files_have_the_permissions_of_new_files(tmp_path: Path, mask: int, mode: int) -> None:
+    path = tmp_path / "model.safetensors"
+    before = os.umask(mask)
+    try:
+        write_tensors(path, {"a": torch.ones(3)})
+        write_tensors(path, {"a": torch.zeros(3)})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == mode
+    assert [item.name for item in tmp_path.iterdir()] == ["model.safetensors"]
+    assert torch.equal(read_tensors(path)["a"], torch.zeros(3))

@@ -90,11 +90,11 @@ RTN = WeightQuantization(method="rtn", bits=4, group_size=16, symmetric=False, s
 class _Linears(torch.nn.Module):
     """One quantized weight [48, 48] in two linears."""
 
-    def __init__(self, bits: int, group: int) -> None:
+    def __init__(self, bits: int, group: int, *, symmetric: bool = False) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         codes, scale, zero = quantize_groups(
-            torch.randn(48, 48, generator=generator), bits, group or 48, False
+            torch.randn(48, 48, generator=generator), bits, group or 48, symmetric
         )
         self.register_buffer("w_codes", codes)
         self.register_buffer("w_scale", scale)
@@ -218,9 +218,8 @@ def test_sinks_are_a_miss() -> None:
 @pytest.mark.parametrize(
     ("bits", "group", "reason"),
     [
-        (3, 16, "MatMulNBits has no 3-bit kernel"),
         (4, 8, "MatMulNBits takes groups of 16, 32, 64, 128, 256, not of 8"),
-        (4, 0, "MatMulNBits takes groups of 16, 32, 64, 128, 256, not of 48"),
+        (3, 24, "MatMulNBits takes groups of 16, 32, 64, 128, 256, not of 24"),
     ],
 )
 def test_what_no_kernel_takes_is_a_miss(bits: int, group: int, reason: str) -> None:
@@ -229,6 +228,23 @@ def test_what_no_kernel_takes_is_a_miss(bits: int, group: int, reason: str) -> N
     assert [miss.reason for miss in result.misses] == [reason, reason]
     with pytest.raises(TargetError, match=r"optc\.dequantize\.default has no lowering"):
         check_legal(result.program, TARGET)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "kernel"),
+    [(3, 16, (4, 16)), (3, 0, (4, 16)), (4, 0, (4, 16)), (8, 0, (8, 16)), (2, 48, (2, 16))],
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_that_fit_a_larger_field_or_smaller_blocks(
+    bits: int, group: int, kernel: tuple[int, int], symmetric: bool
+) -> None:
+    """3-bit codes go into 4 bits; a row of 48 is cut into blocks of 16, the largest power of two, of one scale."""
+    module = _Linears(bits, group, symmetric=symmetric)
+    program = capture_module(module, [torch.randn(2, 48)], dynamic={"input_0": {0: "batch"}})
+    after = run(program, LegalizeOrt(accuracy_level=0)).program
+    assert {(call.kwargs["bits"], call.kwargs["block_size"]) for call in after.calls(PACKED)} == {kernel}
+    x = torch.randn(5, 48)
+    torch.testing.assert_close(after(x), module(x), rtol=1e-6, atol=1e-6)
 
 
 def test_a_weight_read_twice_is_packed_once() -> None:

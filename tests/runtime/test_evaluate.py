@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from optc.compiler.diagnostics import GateError, InputError, UsageError
-from optc.runtime.evaluate import cut_windows, evaluate
+from optc.runtime.evaluate import compare, cut_windows, evaluate
 from optc.runtime.session import Logits, Rows, Session
 
 VOCAB = 7
@@ -124,3 +125,88 @@ def test_refuses() -> None:
         evaluate(Bigram(torch.full((VOCAB, VOCAB), math.nan)), [1, 2, 3])
     with pytest.raises(GateError, match="mean negative log-likelihood of the source model is nan"):
         evaluate(session, [1, 2, 3], lambda part: torch.full((2, VOCAB), math.nan))
+
+
+# -- top-k KL and comparisons -------------------------------------------------------------------
+
+
+def _top_k_by_hand(source: torch.Tensor, artifact: torch.Tensor, a: int, k: int) -> float:
+    p, q = (table[a].double().softmax(-1).tolist() for table in (source, artifact))
+    kept = sorted(range(VOCAB), key=lambda token: -p[token])[:k]
+    events = [(p[token], q[token]) for token in kept]
+    rest = [token for token in range(VOCAB) if token not in kept]
+    if rest:
+        events.append((sum(p[token] for token in rest), sum(q[token] for token in rest)))
+    return sum(x * math.log(x / y) for x, y in events)
+
+
+@pytest.mark.parametrize("k", [1, 3, VOCAB - 1, VOCAB])
+def test_top_k_kl_by_hand(k: int) -> None:
+    artifact, source, tokens = _table(0), _table(1), _tokens(400)
+    result = evaluate(Bigram(artifact), tokens, lambda part: source[torch.tensor(part)], top_k=k)
+    expected = [_top_k_by_hand(source, artifact, a, k) for a in tokens[:-1]]
+    assert result.top_k == k
+    assert result.kl is not None
+    assert result.top_k_kl == pytest.approx(sum(expected) / len(expected), rel=1e-9)
+    # Merging events loses divergence; all but one token are as good as all.
+    assert result.top_k_kl <= result.kl * (1 + 1e-12)
+    assert (result.top_k_kl == pytest.approx(result.kl, rel=1e-9)) is (k >= VOCAB - 1)
+
+
+def test_top_k_kl_where_all_probability_is_on_the_kept() -> None:
+    source, artifact = torch.full((VOCAB, VOCAB), -math.inf), torch.zeros(VOCAB, VOCAB)
+    source[:, 2] = 0.0
+    tokens = [2] * 50
+    result = evaluate(Bigram(artifact), tokens, lambda part: source[torch.tensor(part)], top_k=2)
+    assert result.top_k_kl == pytest.approx(math.log(VOCAB)) == result.kl
+
+
+def test_compare_runs_the_reference_once_and_equals_single_evaluations() -> None:
+    source, tokens, calls = _table(1), _tokens(3 * 1024 + 1), []
+
+    def reference(part: Sequence[int]) -> torch.Tensor:
+        calls.append(len(part))
+        return source[torch.tensor(part)]
+
+    tables = [_table(0), _table(2), _table(0)]
+    found = compare([Bigram(table) for table in tables], tokens, reference, top_k=3)
+    assert calls == [1024] * 3
+    for table, one in zip(tables, found.evaluations, strict=True):
+        alone = evaluate(Bigram(table), tokens, lambda part: source[torch.tensor(part)], top_k=3)
+        assert replace(one, seconds=0.0) == replace(alone, seconds=0.0)
+    assert [(row.first, row.second) for row in found.differences] == [(0, 1), (0, 2), (1, 2)]
+    same = found.differences[1]
+    assert (same.log_likelihood, same.ci95) == (0.0, (0.0, 0.0)), "equal models differ by nothing, surely"
+
+
+def test_paired_interval_by_hand() -> None:
+    tables, tokens = [_table(0), _table(2)], _tokens(3 * 64 + 1)
+    found = compare(
+        [Bigram(table, context_length=size) for table, size in zip(tables, (64, 99), strict=True)], tokens
+    )
+    assert [row.window for row in found.evaluations] == [64, 64], "the shortest context counts"
+    log_p = [table.double().log_softmax(-1) for table in tables]
+    gaps = []
+    for start in (0, 64, 128):
+        pairs = list(pairwise(tokens[start : start + 65]))
+        gaps.append(sum(float(log_p[1][a, b] - log_p[0][a, b]) for a, b in pairs) / 64)
+    mean = sum(gaps) / 3
+    spread = 1.96 * math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / 2 / 3)
+    (row,) = found.differences
+    assert row.log_likelihood == pytest.approx(mean, rel=1e-9)
+    assert row.ci95 == pytest.approx((mean - spread, mean + spread), rel=1e-9)
+    nll = [math.log(item.perplexity) for item in found.evaluations]
+    assert nll[0] - nll[1] == pytest.approx(row.log_likelihood, rel=1e-9)
+
+
+def test_one_window_has_no_interval() -> None:
+    (row,) = compare([Bigram(_table(0)), Bigram(_table(2))], _tokens(20)).differences
+    assert row.ci95 is None
+
+
+@pytest.mark.parametrize("k", [0, VOCAB + 1])
+def test_top_k_out_of_range(k: int) -> None:
+    with pytest.raises(UsageError, match=f"top-k {k} is out of range"):
+        evaluate(Bigram(_table(0)), _tokens(20), lambda part: _table(1)[torch.tensor(part)], top_k=k)
+    with pytest.raises(UsageError, match="top-k KL needs a reference"):
+        evaluate(Bigram(_table(0)), _tokens(20), top_k=2)

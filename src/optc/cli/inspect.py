@@ -138,7 +138,12 @@ def _worst(manifest: dict[str, Any]) -> list[str]:
     rows = {row["name"]: row for record in manifest["passes"] for row in record["linears"]}
     measured = any(row["error"] is not None for row in rows.values())
     key = "error" if measured else "weight_error"
-    worst = sorted(rows.values(), key=lambda row: row[key] or 0.0, reverse=True)[:_WORST]
+    known = [row for row in rows.values() if row[key] is not None]
+    worst = sorted(known, key=lambda row: row[key], reverse=True)[:_WORST]
     title = "output error" if measured else "weight error"
-    before = {row["name"]: f" (round to nearest {row['error_rtn']:.2e})" for row in worst if measured}
+    before = {
+        row["name"]: f" (round to nearest {row['error_rtn']:.2e})"
+        for row in worst
+        if row["error_rtn"] is not None
+    }
     return [f"  {row['name']}: {title} {row[key]:.2e}{before.get(row['name'], '')}" for row in worst]

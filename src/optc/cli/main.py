@@ -14,9 +14,14 @@ from optc.compiler.diagnostics import unknown_name
 # name -> (module, attribute, one-line help); modules are imported when used, so `optc --help` is quick.
 _COMMANDS = {
     "compile": ("optc.cli.compile", "compile_", "Compile a model folder into an artifact."),
+    "quantize": (
+        "optc.cli.quantize",
+        "quantize",
+        "Quantize a model folder to a checkpoint for vLLM, SGLang, transformers.",
+    ),
     "plan": ("optc.cli.plan", "plan", "Say what a compile would do, before any weight is read."),
     "run": ("optc.cli.run", "run", "Generate text with an artifact."),
-    "eval": ("optc.cli.evaluate", "evaluate", "Perplexity, KL and top-1 agreement against the source model."),
+    "eval": ("optc.cli.evaluate", "evaluate", "Perplexity, KL and tasks of one artifact or several."),
     "bench": ("optc.cli.bench", "bench", "Time to first token, decode and prefill speed, memory."),
     "inspect": (
         "optc.cli.inspect",

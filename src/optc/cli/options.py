@@ -24,6 +24,7 @@ _OPTION_KEYS = (
     "kv_cache",
     "max_seq_len",
     "accuracy_level",
+    "layout",
 )
 _SETTING_KEYS = (
     "force",
@@ -51,6 +52,7 @@ _FLAGS: tuple[Callable[[F], F], ...] = (
     click.option("--kv-cache", help="static or paged; default is the target's first."),
     click.option("--max-seq-len", type=int, help="Capacity of a static KV cache, in tokens.  [default: the model's context, at most 2048]"),
     click.option("--accuracy-level", type=int, help="ONNX Runtime int4 kernels: 4 rounds activations to int8 (fast), 0 does not.  [default: 4]"),
+    click.option("--layout", help="Form of quantized weights in a model folder: compressed-tensors, awq or gptq.  [default: compressed-tensors]"),
     click.option("--recipe", type=click.Path(path_type=Path, dir_okay=False), help="YAML file of these flags; flags on the command line win."),
     click.option("--passes", help="Comma-separated passes to run instead of the target's recipe."),
     click.option("--pass-option", multiple=True, metavar="NAME.OPTION=VALUE", help="Set an option of a pass (repeatable); see optc passes."),

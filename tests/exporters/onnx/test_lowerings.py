@@ -22,7 +22,11 @@ from optc.targets.onnx_cpu import TARGET
 
 ELSEWHERE = {
     "optc.group_query_attention.default": "tests/compiler/test_packed_ops.py",
+    "optc.group_query_attention_codes.default": "tests/export/test_onnx_kv_codes.py",
     "optc.matmul_nbits.default": "tests/compiler/test_packed_ops.py",
+    "optc.quantize_tokens.default": "tests/compiler/test_packed_products.py",
+    "optc.matmul_integer.default": "tests/compiler/test_packed_products.py",
+    "optc.matmul_bnb4.default": "tests/compiler/test_packed_products.py",
 }
 PARAMETERS = [
     pytest.param(name, case, id=f"{name}-{n}")

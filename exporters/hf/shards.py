@@ -1,0 +1,67 @@
+"""Safetensors files of bounded size, with the index that Hugging Face's loaders read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from optc.compiler.diagnostics import os_errors
+
+SHARD_BYTES = 5_000_000_000
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def write_shards(
+    directory: Path, tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES
+) -> dict[str, str]:
+    """Write tensors as they come, a file whenever `limit` bytes are reached; returns tensor -> file.
+
+    No more than one file's tensors are held at a time.
+
+    Raises:
+        ResourceError, InputError: the disk is full, or not writable.
+    """
+    parts: list[dict[str, int]] = []
+    held: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        path = directory / f"{len(parts)}.part"
+        with os_errors("writing the weights", str(path)):
+            try:
+                save_file(held, path, metadata={"format": "pt"})
+            except SafetensorError as error:
+                code = re.search(r"os error (\d+)", str(error))
+                raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
+        parts.append({name: tensor.nbytes for name, tensor in held.items()})
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and sum(item.nbytes for item in held.values()) + tensor.nbytes > limit:
+            flush()
+        held[name] = tensor.contiguous()
+    flush()
+    return _publish(directory, parts)
+
+
+def _publish(directory: Path, parts: list[dict[str, int]]) -> dict[str, str]:
+    """Give the files their names, which tell how many there are, and write the index."""
+    count = len(parts)
+    names = (
+        [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    )
+    placed = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
+    with os_errors("writing the weights", str(directory)):
+        for number, name in enumerate(names):
+            (directory / f"{number}.part").rename(directory / name)
+        if count > 1:
+            total = sum(size for part in parts for size in part.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return placed

@@ -1,0 +1,57 @@
+"""dequantize(codes, scale, zero)  ->  dequantize(codes, scale rounded to float16, zero)"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from optc.compiler.diagnostics import InputError
+from optc.compiler.linears import DEQUANTIZERS
+from optc.compiler.program import Program
+from optc.compiler.rewriting import Pass, PassContext, PassResult
+from optc.compiler.surgery import set_weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundScales(Pass):
+    """dequantize(codes, scale, zero)  ->  dequantize(codes, scale rounded to float16, zero)
+
+    The AWQ and GPTQ layouts keep scales in float16. Rounding them in the program makes what the gate sees the same as
+    what is written. Scales keep the program's type; those that are float16 numbers already are left alone.
+    """
+
+    name: ClassVar[str] = "round-scales"
+    lossy: ClassVar[bool] = True
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Round the scales of a clone of `program`.
+
+        Raises:
+            InputError: a scale beyond what float16 holds, or so small that it would become 0; names the weight.
+        """
+        edited, rounded = program.clone(), set()
+        names = {_scale_name(program, node) for node in program.graph.nodes if node.target in DEQUANTIZERS}
+        for name in sorted(names):
+            scale = program.weight(name).detach()
+            half = scale.to(torch.float16)
+            if not bool(torch.isfinite(half).all()) or bool((half == 0).any()):
+                raise InputError(
+                    "a scale does not fit float16", where=name,
+                    why=f"scales from {float(scale.min()):.3g} to {float(scale.max()):.3g}; float16 holds 6e-8 to 65504",
+                    remedy="use --layout compressed-tensors, which keeps scales in the compute type",
+                )  # fmt: skip
+            if not torch.equal(half.to(scale.dtype), scale):
+                set_weight(edited, name, half.to(scale.dtype))
+                rounded.add(name)
+        if not rounded:
+            return PassResult(program, 0, len(names))
+        return PassResult(edited.changed(), len(rounded), len(names))
+
+
+def _scale_name(program: Program, node: Node) -> str:
+    name = program.weight_of(node.args[1])
+    assert name is not None, f"{node.name} has a computed scale"
+    return name

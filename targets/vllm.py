@@ -1,0 +1,75 @@
+"""vllm: a Hugging Face model folder that vLLM, SGLang and transformers load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from optc.compiler.diagnostics import TargetError, unknown_name
+from optc.compiler.target import CompileOptions, Predicate, QuantSupport, Step, Target
+from optc.exporters.hf import LAYOUTS, export_hf
+from optc.passes.quantize.methods import METHODS, quantization_steps
+from optc.passes.round_scales import RoundScales
+
+_BITS = {"compressed-tensors": (4, 8), "awq": (4,), "gptq": (2, 3, 4, 8)}
+"""Bits of weight-only quantization that loaders run, by layout."""
+_FORMATS_WITHOUT_LAYOUT = ("nf4", "llm-int8")
+"""Methods whose weights no layout holds."""
+
+
+class _EveryOperator(Mapping[Any, Predicate | None]):
+    """The graph is not what runs: weights are written back and the loader has its own model. Any operator will do."""
+
+    def __getitem__(self, operator: Any) -> None:
+        return None
+
+    def __contains__(self, operator: object) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+def _recipe(kind: str, options: CompileOptions) -> list[Step]:
+    layout = options.layout or LAYOUTS[0]
+    if layout not in LAYOUTS:
+        raise unknown_name("layout", layout, LAYOUTS)
+    if options.quant is None:
+        if options.layout is not None:
+            raise TargetError(
+                "--layout says how quantized weights are written",
+                why="nothing is quantized",
+                remedy="add --quant",
+            )
+        return []
+    bits = options.bits_or(METHODS[options.quant].bits)
+    if bits not in _BITS[layout]:
+        fit = [name for name in LAYOUTS if bits in _BITS[name]]
+        raise TargetError(
+            f"the layout '{layout}' does not take {bits}-bit weights",
+            remedy=f"it takes {', '.join(map(str, _BITS[layout]))} bits; --layout {' or '.join(fit)} takes {bits}",
+        )
+    steps = quantization_steps(options)
+    return steps if layout == LAYOUTS[0] else [*steps, Step(RoundScales(), optional=True)]
+
+
+TARGET = Target(
+    name="vllm",
+    aliases=("sglang", "transformers"),
+    summary="a model folder for vLLM, SGLang and transformers (compressed-tensors, awq or gptq)",
+    device="cpu",
+    dtypes=("fp32", "bf16", "fp16"),
+    kv_caches=(),
+    quant={
+        name: QuantSupport(bits=(2, 3, 4, 8), group_sizes=(0, 32, 64, 128), note="bits by --layout")
+        for name in METHODS
+        if name not in _FORMATS_WITHOUT_LAYOUT
+    },
+    legal=_EveryOperator(),
+    recipe=_recipe,
+    export=export_hf,
+    takes=("layout",),
+)

@@ -1,0 +1,218 @@
+"""`optc eval` of several artifacts and of tasks, over the example model run eagerly in place of an engine."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from artifacts import make_manifest
+from conftest import EXAMPLE
+
+from optc.cli.main import main
+from optc.compiler.artifact import finish, read_manifest
+from optc.compiler.capture import capture_pretrained
+from optc.compiler.capture.checkpoint import check_folder, weights_digest
+from optc.compiler.manifest import Source
+from optc.compiler.program import Program
+from optc.compiler.rewriting import PassContext
+from optc.passes.quantize_rtn import QuantizeRtn
+from optc.runtime.program_session import open_program
+
+TEXT = "It was a dark night, and the ship lay at anchor. The captain had gone ashore. " * 12
+
+
+@cache
+def _program(bits: int) -> Program:
+    program = capture_pretrained(EXAMPLE)[0]
+    return QuantizeRtn(bits=bits).run(program, PassContext()).program if bits else program
+
+
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(folder: Path, manifest: Any, **options: Any) -> Any:
+        return open_program(_program(manifest.engine_info["bits"]))
+
+    monkeypatch.setattr("optc.runtime.load.open_session", opened)
+
+
+def _artifact(folder: Path, bits: int, digest: str = "") -> Path:
+    folder.mkdir()
+    for name in ("tokenizer.json", "generation_config.json"):
+        shutil.copyfile(EXAMPLE / name, folder / name)
+    digest = digest or weights_digest(check_folder(EXAMPLE))
+    source = Source(path=str(EXAMPLE), parameters=3, dtype="", config_sha256="", weights_sha256=digest)
+    contract = _program(0).contract
+    finish(
+        folder,
+        make_manifest(
+            contract=contract, source=source, files=(), quantization={}, engine_info={"bits": bits}
+        ),
+    )
+    return folder
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> list[Path]:
+    return [_artifact(tmp_path / name, bits) for name, bits in (("four", 4), ("eight", 8), ("plain", 0))]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "book.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def call(*args: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(arg) for arg in args])
+    code = caught.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def call_json(capsys: pytest.CaptureFixture[str], *args: object) -> Any:
+    assert call(*args, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_compare_json(
+    three: list[Path], text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    from optc.runtime.reference import SourceModel
+
+    run = SourceModel.__call__
+    monkeypatch.setattr(SourceModel, "__call__", lambda self, tokens: runs.append(1) or run(self, tokens))
+    found = call_json(capsys, "eval", "--compare", *three, "--text", text, "--top-k", 5)
+    rows = found["results"]
+    assert [row["artifact"] for row in rows] == list(map(str, three))
+    assert rows[0]["kl"] > 10 * rows[1]["kl"] > 0
+    assert rows[2]["kl"] < 1e-8
+    for row in rows:
+        assert 0 <= row["top_k_kl"] <= row["kl"] + 1e-12
+        assert (row["top_k"], row["source_matches"], row["text"]) == (5, True, "book.txt")
+    assert len(runs) == rows[0]["windows"] == 1, (
+        "the source model sees each window once, not once per artifact"
+    )
+    pairs = [(item["first"], item["second"]) for item in found["differences"]]
+    assert pairs == [(str(three[a]), str(three[b])) for a, b in ((0, 1), (0, 2), (1, 2))]
+    gain = math.log(rows[0]["perplexity"] / rows[1]["perplexity"])
+    assert found["differences"][0]["log_likelihood"] == pytest.approx(gain, rel=1e-9)
+    alone = call_json(capsys, "eval", three[0], "--text", text, "--top-k", 5)
+    assert all(alone[key] == rows[0][key] for key in alone if key != "seconds")
+    assert "artifact" not in alone
+
+
+def test_compare_for_people(three: list[Path], text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("eval", "--compare", *three[:2], "--text", text, "--top-k", 5) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert lines[0].startswith("reference perplexity ")
+    assert lines[1].split() == [
+        "artifact",
+        "perplexity",
+        "KL",
+        "top-5",
+        "KL",
+        "top-1",
+        "seconds",
+        "gain",
+        "(95",
+        "%)",
+    ]
+    assert lines[2].split()[0] == str(three[0])
+    assert lines[2].split()[-1] == "-"
+    assert lines[3].split()[-1].startswith(("+", "-0"))
+
+
+def test_compare_saves_each(three: list[Path], text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = call_json(capsys, "eval", "--compare", *three[:2], "--text", text, "--no-reference", "--save")[
+        "results"
+    ]
+    for path, row in zip(three[:2], rows, strict=True):
+        quality = read_manifest(path).quality
+        assert quality is not None
+        assert quality["perplexity"] == row["perplexity"]
+        assert "artifact" not in quality
+
+
+def test_refuses(three: list[Path], text: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    foreign = _artifact(tmp_path / "foreign", 8, digest="f" * 64)
+    cases: list[tuple[int, str, list[Any]]] = [
+        (2, "2 artifacts were given", [*three[:2], "--text", text]),
+        (2, "an artifact was named twice", ["--compare", three[0], three[0], "--text", text]),
+        (2, "there is nothing to evaluate on", [three[0]]),
+        (2, "--windows does nothing without --text", [three[0], "--tasks", "a.yaml", "--windows", 3]),
+        (2, "--no-reference does nothing without --text", [three[0], "--tasks", "a.yaml", "--no-reference"]),
+        (2, "--limit does nothing without --tasks", [three[0], "--text", text, "--limit", 3]),
+        (2, "top-k 0 is out of range", [three[0], "--text", text, "--top-k", 0]),
+        (2, "top-k KL needs a reference", [three[0], "--text", text, "--top-k", 3, "--no-reference"]),
+        (3, "compiled from different weights", ["--compare", three[0], foreign, "--text", text]),
+        (3, "the task does not exist", [three[0], "--tasks", tmp_path / "none.yaml"]),
+    ]
+    for code, message, args in cases:
+        assert call("eval", *args) == code, message
+        out, err = capsys.readouterr()
+        assert message in err
+        assert out == ""
+    found = call_json(capsys, "eval", "--compare", three[0], foreign, "--text", text, "--no-reference")
+    assert found["results"][1]["kl"] is None
+
+
+def test_other_tokens_are_refused(three: list[Path], text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = three[1] / "tokenizer.json"
+    data = json.loads(file.read_text())
+    data["post_processor"] = None
+    file.write_text(json.dumps(data))
+    finish(three[1], read_manifest(three[1]))
+    assert call("eval", "--compare", *three[:2], "--text", text) == 3
+    assert "the artifacts do not see the same tokens" in capsys.readouterr().err
+
+
+def test_tasks(
+    three: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"a": "The ship lay at", "b": " anchor"}\n{"a": "He opened the", "b": " door"}\n')
+    (tmp_path / "tiny.yaml").write_text(
+        f"""task: tiny
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {tmp_path / "cache"}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{a}}}}"
+doc_to_target: "{{{{b}}}}"
+metric_list: [{{metric: perplexity}}, {{metric: acc}}]
+"""
+    )
+    task = tmp_path / "tiny.yaml"
+    rows = call_json(capsys, "eval", "--compare", *three[1:], "--tasks", task)["results"]
+    assert [row["tasks"]["tiny"]["samples"] for row in rows] == [2, 2]
+    values = [row["tasks"]["tiny"]["perplexity"]["value"] for row in rows]
+    assert values[0] == pytest.approx(values[1], rel=0.1)
+    assert values[0] != values[1]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(EXAMPLE),
+    )
+    total = 0.0
+    for line in data.read_text().splitlines():
+        row = json.loads(line)
+        prompt, whole = (tokenizer(item)["input_ids"] for item in (row["a"], row["a"] + row["b"]))
+        with torch.no_grad():
+            log_p = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+        total += sum(float(log_p[i - 1, whole[i]]) for i in range(len(prompt), len(whole)))
+    assert values[1] == pytest.approx(math.exp(-total / 2), rel=1e-3)
+    assert call("eval", three[2], "--tasks", task) == 0
+    assert capsys.readouterr().out.startswith("tiny                 perplexity ")

@@ -1,0 +1,52 @@
+"""The linears that `optc plan` counts, against those that the quantization pass finds in the captured graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import FAMILIES, make_model
+from stages import rewritten
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from optc.passes.quantize_rtn import QuantizeRtn
+from optc.planning import quantizable
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "bert"])
+def test_counts_what_the_pass_takes(name: str) -> None:
+    result = rewritten(QuantizeRtn(bits=8), name)
+    planned = quantizable(make_model(name))
+    assert len(planned) == result.matched
+    program = result.program
+    shapes = sorted(tuple(program.weight(codes).shape) for codes in program.contract.quantization)
+    assert sorted(planned.values()) == shapes
+
+
+def test_ignored_weights_are_left_out() -> None:
+    rewrite = QuantizeRtn(bits=8, ignore=("*.down_proj*",))
+    for name in ("llama", "mixtral"):
+        assert len(quantizable(make_model(name), rewrite.ignore)) == rewritten(rewrite, name).matched
+
+
+class _Block(torch.nn.Module):
+    """Experts in a list, as older models have them, with a router that is a plain linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = torch.nn.Linear(16, 4)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(4))
+        self.out = torch.nn.Linear(16, 8)
+
+
+def test_routers_are_told_by_their_experts() -> None:
+    assert sorted(quantizable(_Block())) == [*(f"experts.{i}.weight" for i in range(4)), "out.weight"]
+    sizes = {
+        "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64, "num_experts": 4, "num_attention_heads": 4, "vocab_size": 128,
+        "num_key_value_heads": 2,
+    }  # fmt: skip
+    with torch.device("meta"):
+        found = quantizable(Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes)))
+    assert not [name for name in found if name.endswith("mlp.gate.weight")]
+    assert sum(".experts." in name for name in found) == 8
+    assert "model.layers.0.mlp.shared_expert.up_proj.weight" in found

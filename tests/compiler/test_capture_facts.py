@@ -1,0 +1,73 @@
+"""Facts that runtimes ask for, and which class a config may name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from families import make_model
+
+from optc.compiler.capture import capture_model
+from optc.compiler.capture.checkpoint import check_folder
+from optc.compiler.capture.pretrained import capture_pretrained, meta_model
+from optc.compiler.diagnostics import CaptureError
+from optc.compiler.rewriting import PassContext
+from optc.exporters.onnx.genai import genai_config
+from optc.passes.static_kv_cache import StaticKVCache
+from optc.runtime.tokenizer import eos_token_ids
+
+
+def _folder(path: Path, eos: object, generation: object) -> Path:
+    model = make_model("llama")
+    model.config.eos_token_id = eos
+    model.generation_config.eos_token_id = eos
+    model.save_pretrained(path)
+    file = path / "generation_config.json"
+    file.unlink(missing_ok=True)
+    if generation is not None:
+        file.write_text(json.dumps({"eos_token_id": generation, "transformers_version": "5.0.0"}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("eos", "generation", "expected"),
+    [
+        (2, [2, 7], (2, 7)),
+        (2, 9, (9,)),
+        (2, None, (2,)),
+        ([3, 4], None, (3, 4)),
+        (None, 5, (5,)),
+        (None, None, ()),
+    ],
+)
+def test_end_of_text_ids_agree(
+    tmp_path: Path, eos: object, generation: object, expected: tuple[int, ...]
+) -> None:
+    """The program, genai_config.json and `optc run` (which reads the copied files) stop at the same tokens."""
+    folder = _folder(tmp_path / "model", eos, generation)
+    program = capture_pretrained(folder)[0]
+    assert program.contract.model.eos_token_ids == expected
+    assert eos_token_ids(folder, program.contract.model.eos_token_ids) == expected
+    if expected:
+        cached = StaticKVCache().run(program, PassContext()).program
+        written = genai_config(cached.contract, "model.onnx")["model"]["eos_token_id"]
+        assert written == (list(expected) if len(expected) > 1 else expected[0])
+
+
+def test_a_model_in_memory_has_its_own_generation_config() -> None:
+    model = make_model("qwen2")
+    model.config.eos_token_id, model.generation_config.eos_token_id = 2, [2, 11]
+    assert capture_model(model).contract.model.eos_token_ids == (2, 11)
+
+
+@pytest.mark.parametrize(
+    "name", ["LlamaConfig", "pipeline", "PreTrainedTokenizerFast", "logging", "NoSuchModel"]
+)
+def test_only_model_classes_are_called(tmp_path: Path, name: str) -> None:
+    folder = _folder(tmp_path / "model", 2, None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+    info = check_folder(folder, trust_remote_code=True)
+    with pytest.raises(CaptureError, match=f"unknown architecture {name}"):
+        meta_model(info, trust_remote_code=True)

@@ -1,0 +1,95 @@
+"""Decoders whose KV cache holds int8 codes, in ONNX Runtime, against the Program with rounded keys and values."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import ort_driver
+import pytest
+import torch
+from stages import captured, full_logits, sequences
+
+from optc.compiler.calibration import random_calibration
+from optc.compiler.diagnostics import TargetError
+from optc.compiler.execution import run_stage
+from optc.compiler.program import Program
+from optc.compiler.rewriting import PassContext
+from optc.compiler.target import CompileOptions, check_legal
+from optc.passes.quantize_kv_cache import QuantizeKVCache
+from optc.passes.static_kv_cache import StaticKVCache
+from optc.passes.store_kv_codes import StoreKVCodes
+from optc.runtime.ort_session import OrtSession
+from optc.targets.onnx_cpu import TARGET
+
+CONTEXT = PassContext(calibration=random_calibration(128, samples=8, length=64, seed=0))
+LENGTHS = (21, 9, 14, 5)
+
+
+@functools.cache
+def stages(name: str, granularity: str, format: str = "int8") -> tuple[Program, Program, Program]:
+    """(rounded keys and values, caches of codes, legalized); treat them as read-only."""
+    program, rounded = captured(name), None
+    for step in TARGET.recipe("decoder", CompileOptions()):
+        if isinstance(step.rewrite, StaticKVCache):
+            rewrite = QuantizeKVCache(format=format, granularity=granularity)  # type: ignore[arg-type]
+            rounded = program = rewrite.run(program, CONTEXT).program
+        result = step.rewrite.run(program, CONTEXT)
+        program = result.program
+        if isinstance(step.rewrite, StaticKVCache):
+            result = StoreKVCodes().run(program, CONTEXT)
+            assert result.matched == 2
+            codes = program = result.program
+    assert rounded is not None
+    return rounded, codes, program
+
+
+@pytest.mark.parametrize("granularity", ["layer", "head", "channel"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "phi", "qwen2-window"])
+def test_engine_and_program_agree(name: str, granularity: str, tmp_path: Path) -> None:
+    """1e-3 of the logits; a key half-way between two codes may go either way and move a sequence by more."""
+    rounded, codes, program = stages(name, granularity)
+    check_legal(program, TARGET)
+    caches = [spec for spec in program.contract.inputs if spec.role in ("key_cache", "value_cache")]
+    assert {spec.dtype for spec in caches} == {"int8"}
+    ort_driver.exported(program, tmp_path)
+    session, rows = ort_driver.open_session(tmp_path), sequences(*LENGTHS)
+    expected = [full_logits(rounded, row) for row in rows]
+    for way, logits in ort_driver.schedules(session, program.contract, rows).items():
+        *most, last = sorted(float((a - b).abs().max()) for a, b in zip(logits, expected, strict=True))
+        assert max(most) <= 1e-3, way
+        assert last <= 0.05, way
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_every_stage_computes_the_same(name: str) -> None:
+    rounded, codes, program = stages(name, "head")
+    rows = sequences(19, 7, 12)
+    runs = [run_stage(stage, rows).logits for stage in (rounded, codes, program)]
+    for other in runs[1:]:
+        worst = sorted(float((a - b).abs().max()) for a, b in zip(runs[0], other, strict=True))
+        assert worst[-2] <= 1e-3
+        assert worst[-1] <= 0.05
+
+
+def test_rotary_stays_in_the_kernel() -> None:
+    program = stages("llama", "head")[2]
+    calls = program.calls(torch.ops.optc.group_query_attention_codes.default)
+    assert [call.args[7] is not None for call in calls] == [True, True]
+    assert not program.calls(torch.ops.optc.quantize.default)
+
+
+def test_the_session_keeps_int8(tmp_path: Path) -> None:
+    rounded, _, program = stages("llama", "channel")
+    ort_driver.exported(program, tmp_path)
+    session = OrtSession(tmp_path / "model.onnx", program.contract, threads=1)
+    row = sequences(9)[0]
+    session.start([row[:-1]])
+    found = torch.from_numpy(session.step([row[-1]])[0])
+    torch.testing.assert_close(found, full_logits(rounded, row)[-1], rtol=1e-2, atol=5e-3)
+    assert {cache.dtype.name for cache in session._caches} == {"int8"}
+
+
+def test_fp8_codes_are_refused() -> None:
+    with pytest.raises(TargetError, match="cached_attention_codes"):
+        check_legal(stages("llama", "layer", "fp8")[2], TARGET)

@@ -1,0 +1,132 @@
+"""Quantized decoders in ONNX Runtime against their Program, run eagerly: the same numbers within 1e-3 of the logits."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+import ort_driver
+import pytest
+from rewrites import stirred
+from stages import full_logits, sequences
+
+from optc.compiler.calibration import random_calibration
+from optc.compiler.linears import linear_sites
+from optc.compiler.program import Program
+from optc.compiler.rewriting import Pass, PassContext
+from optc.compiler.target import CompileOptions, check_legal
+from optc.passes.legalize_ort import LegalizeOrt
+from optc.passes.quantize_activations import QuantizeActivations
+from optc.passes.quantize_llm_int8 import QuantizeLlmInt8
+from optc.passes.quantize_nf4 import QuantizeNf4
+from optc.passes.quantize_rtn import QuantizeRtn
+from optc.targets.onnx_cpu import TARGET
+
+CALIBRATION = random_calibration(128, samples=4, length=32, seed=0)
+LENGTHS = (21, 9, 14, 5)
+SCHEMES: dict[str, tuple[Pass, ...]] = {
+    "w8a8": (QuantizeRtn(bits=8, group_size=0), QuantizeActivations()),
+    "int8": (QuantizeRtn(bits=8, group_size=0),),
+    "llm-int8": (QuantizeLlmInt8(threshold=3.0),),
+    "nf4": (QuantizeNf4(),),
+    "nf4 double": (QuantizeNf4(double_quant=True),),
+    "3-bit": (QuantizeRtn(bits=3, group_size=32, symmetric=False),),
+    "3-bit symmetric": (QuantizeRtn(bits=3, group_size=32),),
+}
+
+
+@functools.cache
+def quantized(name: str, scheme: str) -> Program:
+    """A family after the passes of a scheme, before a KV cache; treat it as read-only."""
+    program = stirred(name)
+    for rewrite in SCHEMES[scheme]:
+        result = rewrite.run(program, PassContext(calibration=CALIBRATION))
+        assert result.matched
+        program = result.program
+    return program
+
+
+def exported(program: Program, folder: Path, **options: Any) -> Program:
+    """Through the target's recipe, but for its legalization, which takes `options`; then to disk."""
+    for step in TARGET.recipe("decoder", CompileOptions())[:-1]:
+        program = step.rewrite.run(program, PassContext()).program
+    program = LegalizeOrt(accuracy_level=0, **options).run(program, PassContext()).program
+    check_legal(program, TARGET)
+    folder.mkdir(exist_ok=True)
+    ort_driver.exported(program, folder)
+    return program
+
+
+def drift(program: Program, folder: Path, **options: Any) -> dict[str, list[float]]:
+    """Largest difference of the engine's logits from the program's, per way of feeding tokens and sequence."""
+    legalized = exported(program, folder, **options)
+    session, rows = ort_driver.open_session(folder), sequences(*LENGTHS)
+    expected = [full_logits(program, row) for row in rows]
+    return {
+        way: [float((a - b).abs().max()) for a, b in zip(logits, expected, strict=True)]
+        for way, logits in ort_driver.schedules(session, legalized.contract, rows).items()
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_engine_and_program_agree(name: str, scheme: str, tmp_path: Path) -> None:
+    """1e-3 of the logits. Where activations are rounded, a ratio half-way between two codes may go either way,
+    and all later tokens of its sequence see it: one sequence may be off by more."""
+    program = quantized(name, scheme)
+    rounds = any(site.activations for site in linear_sites(program))
+    for way, worst in drift(program, tmp_path).items():
+        *most, last = sorted(worst)
+        assert max(most) <= 1e-3, way
+        assert last <= (0.05 if rounds else 1e-3), way
+
+
+def _operators(folder: Path) -> Counter[str]:
+    return Counter(
+        node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node
+    )
+
+
+def test_kernels(tmp_path: Path) -> None:
+    """Each scheme runs on the kernel meant for it, and nothing is dequantized before a product."""
+    wanted = {"w8a8": "MatMulIntegerToFloat", "int8": "MatMulNBits", "nf4": "MatMulBnb4"}
+    for scheme, kernel in wanted.items():
+        exported(quantized("llama", scheme), tmp_path / scheme)
+        found = _operators(tmp_path / scheme)
+        assert found[kernel] >= 8, scheme
+        assert found["MatMul"] == 1  # the head
+        assert found["DequantizeLinear"] == 0
+    assert _operators(tmp_path / "w8a8")["QuantizeLinear"] == 8  # one for each input
+
+
+def test_unsigned_weights_give_the_same(tmp_path: Path) -> None:
+    program = quantized("llama", "w8a8")
+    for worst in drift(program, tmp_path, unsigned=True).values():
+        assert sorted(worst)[-2] <= 1e-3
+
+
+def _scaled(program: Program, half: bool) -> Program:
+    """The program with scales that float16 holds exactly, or that it does not."""
+    changed = program.clone()
+    table = changed.exported.state_dict
+    for name in [name for name in table if name.endswith("_scale")]:
+        rounded = table[name].half().float()
+        table[name] = rounded if half else rounded * (1 + 2**-16)
+    return changed.changed()
+
+
+def test_scales_take_16_bits_where_that_is_exact(tmp_path: Path) -> None:
+    sizes = []
+    for half in (True, False):
+        folder = tmp_path / str(half)
+        program = _scaled(quantized("llama", "3-bit"), half)
+        for worst in drift(program, folder).values():
+            assert max(worst) <= 1e-3
+        sizes.append((folder / "model.onnx.data").stat().st_size)
+    scales = sum(
+        program.weight(name).numel() for name in program.exported.state_dict if name.endswith("_scale")
+    )
+    assert abs(sizes[1] - sizes[0] - 2 * scales) < 4096  # less the padding between tensors
