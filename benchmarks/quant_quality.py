@@ -82,7 +82,7 @@ class Quality:
         for window in range(self.windows):
             start = window * WINDOW
             logits = run(self.tokens[None, start : start + WINDOW])[0].float().log_softmax(-1)
-            target = self.tokens[start + 1 : start + WINDOW + 1]
+            target = self.tokens[start + 1 : start + WINDOW + 1].to(logits.device)
             nll -= float(logits.gather(1, target[:, None]).double().sum())
             if window >= self.kl_windows:
                 continue
@@ -97,8 +97,6 @@ class Quality:
 
 def quantized(program: Any, row: Row, calibration: Any, seed: int) -> tuple[Any, float, list[Any]]:
     """(the program after the method's passes, seconds, the linears' records of the last rounding)."""
-    from optc.compiler.gate import Budget
-    from optc.compiler.pipeline import Pipeline, PipelineOptions
     from optc.compiler.rewriting import PassContext
     from optc.compiler.target import CompileOptions
     from optc.passes.quantize.methods import quantization_steps, resolve
@@ -111,14 +109,13 @@ def quantized(program: Any, row: Row, calibration: Any, seed: int) -> tuple[Any,
         symmetric=row.symmetric,
     )
     begin = time.perf_counter()
-    context = PassContext(seed=seed, calibration=calibration)
-    steps = quantization_steps(resolve(options))
-    result = Pipeline(steps).run(program, PipelineOptions(context=context, budget=Budget()))
-    return (
-        result.program,
-        time.perf_counter() - begin,
-        [item for row in result.records for item in row.linears],
-    )
+    context = PassContext(seed=seed, calibration=calibration, reference=program)
+    linears: list[Any] = []
+    for step in quantization_steps(resolve(options)):
+        result = step.rewrite.run(program, context)
+        program = result.program
+        linears += result.linears
+    return program, time.perf_counter() - begin, linears
 
 
 def captured(model: Path) -> Any:
@@ -148,10 +145,12 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="Comma-separated rows.")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda: where passes and evaluation run.")
     parser.add_argument("--name", default="quant_quality", help="Of the JSON file.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     from optc.compiler.calibration import cut_sequences, read_documents
+    from optc.compiler.devices import to_device
     from optc.runtime.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.model)
@@ -160,7 +159,7 @@ def main() -> None:
     quality = Quality(
         tokenizer.encode(arguments.validation.read_text()), arguments.windows, arguments.kl_windows
     )
-    program = captured(arguments.model)
+    program = to_device(captured(arguments.model), torch.device(arguments.device))
     base = quality.measure(program)
     print(f"unquantized: perplexity {base['perplexity']:.4f} over {quality.windows} windows", flush=True)
     wanted = [item for item in arguments.only.split(",") if item]
@@ -188,12 +187,16 @@ def main() -> None:
         rows.append(_summary(row, runs, base, plain.get(baseline.format) if baseline else None))
         print(_line(rows[-1]), flush=True)
         result = {
-            "model": arguments.model.name, "windows": quality.windows, "kl_windows": quality.kl_windows,
+            "model": arguments.model.name, "device": _device_name(arguments.device), "windows": quality.windows, "kl_windows": quality.kl_windows,
             "samples": arguments.samples, "seq_len": arguments.seq_len, "unquantized": base, "rows": rows,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }  # fmt: skip
     record(arguments.name, result, arguments.threads)
     print("\n".join(_line(row) for row in rows))
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
 
 
 def _summary(

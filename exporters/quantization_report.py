@@ -93,7 +93,7 @@ def _summary(manifest: Manifest, records: Sequence[LinearRecord]) -> list[tuple[
             (f"{table['bits_per_parameter']:.3f}", "bits per parameter of theirs, counted from the files"),
             (
                 f"{table['ratio_to_ideal']:.3f} ×",
-                f"the ideal {table['ideal_bits']:.3f} bits: {table['ideal']}",
+                f"the ideal of {table['ideal_bits']:.3f} bits",
             ),
             (f"{table['ratio_to_bf16']:.1%}", "of their size in bf16"),
             (f"{table['bytes'] / 1e6:.2f} MB", f"for {table['parameters'] / 1e6:.2f} M parameters"),

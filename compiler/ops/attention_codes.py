@@ -44,11 +44,13 @@ def _cached_attention_codes(
     """q [B,H,S,D] float; k, v [B,Hkv,S,D] and caches [B,Hkv,P,D] codes -> output, caches with the new codes."""
     length = max(k_cache.shape[2], total_length)
     keys, values = (_grown(cache, new, past_lengths, length) for cache, new in ((k_cache, k), (v_cache, v)))
-    used = (
+    seen_keys, seen_values = (
         (codes[:, :, :total_length].float() * factor).to(q.dtype)
         for codes, factor in ((keys, k_scale), (values, v_scale))
     )
-    out = attend_cache(q, *used, past_lengths, None, scale=scale, window=window, softcap=softcap)
+    out = attend_cache(
+        q, seen_keys, seen_values, past_lengths, None, scale=scale, window=window, softcap=softcap
+    )
     return out, keys, values
 
 
@@ -96,14 +98,14 @@ def _group_query_attention_codes(
             rotate_cached(x, position, cos_cache, sin_cache, interleaved=rotary_interleaved) for x in (q, k)
         )
     factors = [x if x.numel() == 1 else x.reshape(kv_num_heads, 1, -1) for x in (k_scale, v_scale)]
-    codes = [
-        torch.ops.optc.quantize(x, factor, format="int8") for x, factor in zip((k, v), factors, strict=True)
-    ]
-    out, *grown = _cached_attention_codes(
-        q, *codes, past_key, past_value, past, total_sequence_length, *factors,
+    k_factor, v_factor = (x if x.numel() == 1 else x.reshape(kv_num_heads, 1, -1) for x in (k_scale, v_scale))
+    k_codes = torch.ops.optc.quantize(k, k_factor, format="int8")
+    v_codes = torch.ops.optc.quantize(v, v_factor, format="int8")
+    out, keys, values = _cached_attention_codes(
+        q, k_codes, v_codes, past_key, past_value, past, total_sequence_length, k_factor, v_factor,
         scale=scale, window=max(local_window_size, 0), softcap=softcap,
     )  # fmt: skip
-    return out.transpose(1, 2).flatten(2), grown[0], grown[1]
+    return out.transpose(1, 2).flatten(2), keys, values
 
 
 def _group_query_attention_codes_fake(

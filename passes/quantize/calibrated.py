@@ -269,7 +269,8 @@ class _Run:
         """Let later groups see the rounded weight."""
         placeholder = site.placeholder
         assert placeholder is not None
-        self.made[weight_label(self.program, site)] = rounded
+        small = dataclasses.replace(rounded, codes=rounded.codes.to(torch.uint8))
+        self.made[weight_label(self.program, site)] = small
         self.records.append(record)
         name = self.program.weight_of(placeholder)
         assert name is not None
@@ -293,7 +294,7 @@ class _Run:
             )  # fmt: skip
             zero = None if grid.symmetric else grid.zero.to(torch.uint8)
             dtype = edited.weight(source).dtype
-            replace_weight(edited, site, rounded.codes.to(torch.uint8), grid.scale.to(dtype), zero, entry)
+            replace_weight(edited, site, rounded.codes, grid.scale.to(dtype), zero, entry)
 
         result = quantize_selected(self.program, self.selection, put, self._notes())
         return dataclasses.replace(result, linears=tuple(self.records))

@@ -30,6 +30,7 @@ class Differentiable:
         self.program = program
         self.weights = dict(weights or {})
         self._names = program.weight_names()
+        self._device = next((weight.device for _, weight in program.weights()), torch.device("cpu"))
         self._output = program.graph.output_node()
         index = next(i for i, spec in enumerate(program.contract.outputs) if spec.role == "logits")
         self._logits: Node = self._output.args[0][index]
@@ -44,7 +45,7 @@ class Differentiable:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits [B, S, V] of tokens [B, S]."""
-        values: dict[Node, Any] = token_inputs(self.program, tokens)
+        values: dict[Node, Any] = token_inputs(self.program, tokens.to(self._device))
         for node in self.program.graph.nodes:
             if node.op == "placeholder" and node not in values:
                 name = self._names[node.name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.dataflow import aten, peel, value_of, value_readers
+from optc.compiler.devices import tensor_float_32
 from optc.compiler.diagnostics import InputError
 from optc.compiler.linears import Linear, linear_site
 from optc.compiler.program import Program
 from optc.passes.quantize.stream import Stream
 
-_GRAM_BLOCK = 256
+_GRAM_BLOCK = 512
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
 
 
@@ -85,14 +87,18 @@ def gram_matrix(stream: Stream, group: Group) -> tuple[Tensor, int]:
         InputError: NaN or infinity among the activations; names the layer.
     """
     columns = int(value_of(group.root).shape[-1])
-    gram = torch.zeros(columns, columns)
+    gram: Tensor | None = None
     count = 0
-    for x in rows(stream, group.root):
-        gram = gram.to(x.device)
-        for start in range(0, columns, _GRAM_BLOCK):  # the matrix is symmetric: its upper half is enough
-            end = start + _GRAM_BLOCK
-            gram[start:end, start:].addmm_(x[:, start:end].t(), x[:, start:])
-        count += len(x)
+    # Products of 16-bit inputs are exact in TF32; float32 inputs get the full product.
+    narrow = value_of(group.root).dtype in (torch.bfloat16, torch.float16)
+    with tensor_float_32() if narrow else nullcontext():
+        for x in rows(stream, group.root):
+            gram = torch.zeros(columns, columns, device=x.device) if gram is None else gram
+            for start in range(0, columns, _GRAM_BLOCK):  # the matrix is symmetric: its upper half is enough
+                end = start + _GRAM_BLOCK
+                gram[start:end, start:].addmm_(x[:, start:end].t(), x[:, start:])
+            count += len(x)
+    assert gram is not None
     gram = (gram.triu() + gram.triu(1).t()) / max(count, 1)
     if not bool(torch.isfinite(gram).all()):
         raise InputError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from optc.compiler.devices import tensor_float_32
 from optc.compiler.linears import Linear
 from optc.compiler.program import Program
 from optc.compiler.surgery import set_weight
@@ -133,4 +134,5 @@ def _loss(
     inputs = gram / (per_channel[:, None] * per_channel)
     grid = search(scaled, bits, group_size, symmetric, inputs, steps=_GRID_STEPS, least=0.7)
     gap = grid.values(grid.codes(scaled)) / per_channel - weight
-    return float(((gap @ gram) * gap).sum())
+    with tensor_float_32():  # a search compares errors of some percent
+        return float(((gap @ gram) * gap).sum())

@@ -34,7 +34,8 @@ class Stream:
 
     Args:
         tokens: int64 [n, L].
-        weights: values in place of the program's, by placeholder; the caller may add to it while running.
+        weights: values in place of the program's, by placeholder; the caller may add to it while running, and
+            what nothing reads any more is dropped.
         offload: keep what crosses a cut in host memory (for programs on a GPU).
 
     Raises:
@@ -75,6 +76,8 @@ class Stream:
         for index, held in enumerate(self._batches):
             self._batches[index] = self._run(held, target)
         self._place = target
+        for replaced in [item for item in self.weights if self._last[item] < target]:
+            del self.weights[replaced]  # nothing reads it any more
 
     def values(self, node: Node) -> Iterator[Tensor]:
         """The value of a node, batch by batch; it must cross the cut (be computed, and read further on)."""

@@ -1,0 +1,447 @@
+// The functions of nbits.h. This file is compiled once for every instruction set, with OPTC_NBITS naming the table;
+// it must not define anything that the linker could share between them, so everything is in an unnamed namespace
+// and nothing of the standard library is instantiated.
+//
+// A row of a tile is a lane, so that sums need no reduction across lanes. Rounding activations to int8 in groups,
+// so that products are of integers, is that of llama.cpp's Q8 blocks and of ONNX Runtime's accuracy_level 4.
+
+#include "nbits.h"
+
+#include <type_traits>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define OPTC_INLINE inline __attribute__((always_inline))
+#define OPTC_UNROLL _Pragma("GCC unroll 16")  // arrays of accumulators become registers only when unrolled
+
+namespace optc {
+namespace {
+
+#if defined(__AVX512VNNI__)
+constexpr int kLanes = 16;
+constexpr int kWide = 4;  // tiles beside each other where rows are many: registers allow it
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kWide = 1;
+#else
+constexpr int kLanes = 4;
+constexpr int kWide = 1;
+#endif
+constexpr int kParts = kTileRows / kLanes;
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Shorts __attribute__((vector_size(kLanes * 2)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+
+template <class Vector>
+OPTC_INLINE Vector load(const void* from) {
+  Vector value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+template <class Vector>
+OPTC_INLINE void store(void* to, Vector value) {
+  __builtin_memcpy(to, &value, sizeof value);
+}
+
+// -- numbers in memory -------------------------------------------------------------------------------------------
+
+OPTC_INLINE Floats widen_half(const void* from) {
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(from))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from))));
+#else
+  Floats value = {};
+  for (int i = 0; i < kLanes; ++i) {
+    _Float16 half;
+    __builtin_memcpy(&half, static_cast<const char*>(from) + 2 * i, 2);
+    value[i] = static_cast<float>(half);
+  }
+  return value;
+#endif
+}
+
+// Numbers [at, at + kLanes) as floats.
+OPTC_INLINE Floats numbers(const Numbers& from, int64_t at) {
+  const char* data = static_cast<const char*>(from.data);
+  if (from.type == c10::ScalarType::Float) return load<Floats>(data + 4 * at);
+  if (from.type == c10::ScalarType::Half) return widen_half(data + 2 * at);
+  return reinterpret_cast<Floats>(__builtin_convertvector(load<Shorts>(data + 2 * at), Words) << 16);
+}
+
+OPTC_INLINE float number(const Numbers& from, int64_t at) {
+  const char* data = static_cast<const char*>(from.data);
+  if (from.type == c10::ScalarType::Float) return load<float>(data + 4 * at);
+  if (from.type == c10::ScalarType::Half) return static_cast<float>(load<_Float16>(data + 2 * at));
+  const uint32_t bits = static_cast<uint32_t>(load<uint16_t>(data + 2 * at)) << 16;
+  return load<float>(&bits);
+}
+
+// The nearest bfloat16, ties to even; NaN stays NaN.
+OPTC_INLINE uint16_t bfloat16(float value) {
+  const uint32_t bits = load<uint32_t>(&value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+}
+
+OPTC_INLINE void put(void* to, c10::ScalarType type, int64_t at, const float* values, int64_t count) {
+  char* data = static_cast<char*>(to);
+  if (type == c10::ScalarType::Float) {
+    for (int64_t i = 0; i < count; ++i) store<float>(data + 4 * (at + i), values[i]);
+  } else if (type == c10::ScalarType::Half) {
+    for (int64_t i = 0; i < count; ++i) store<_Float16>(data + 2 * (at + i), static_cast<_Float16>(values[i]));
+  } else {
+    for (int64_t i = 0; i < count; ++i) store<uint16_t>(data + 2 * (at + i), bfloat16(values[i]));
+  }
+}
+
+// -- codes -------------------------------------------------------------------------------------------------------
+
+template <int Bits>
+struct Codes {
+  static constexpr int kColumns = block_columns(Bits);
+  static constexpr int kQuads = kColumns / 4;
+  static constexpr int kBytes = block_bytes(Bits);
+
+  // The quads of a block, for one part of its rows: four codes in each lane, a byte each.
+  static OPTC_INLINE void unpack(const uint8_t* block, Words (&quads)[kQuads]) {
+    if constexpr (Bits == 8) {
+      quads[0] = load<Words>(block);
+    } else if constexpr (Bits == 4) {
+      const Words packed = load<Words>(block);
+      quads[0] = packed & 0x0f0f0f0fu;
+      quads[1] = (packed >> 4) & 0x0f0f0f0fu;
+    } else if constexpr (Bits == 2) {
+      const Words packed = load<Words>(block);
+      OPTC_UNROLL for (int i = 0; i < 4; ++i) quads[i] = (packed >> (2 * i)) & 0x03030303u;
+    } else {
+      const Words high = load<Words>(block + 128);
+      OPTC_UNROLL for (int i = 0; i < 8; ++i) {
+        const Words low = load<Words>(block + 64 * (i / 4));
+        quads[i] = ((low >> (2 * (i % 4))) & 0x03030303u) | (((high >> i) & 0x01010101u) << 2);
+      }
+    }
+  }
+};
+
+// sums + the dot product of four unsigned codes with four signed ones, in each lane.
+template <int Bits>
+OPTC_INLINE Ints dot(Ints sums, Words codes, int32_t x) {
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Ints>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums),
+                                                    reinterpret_cast<__m512i>(codes), _mm512_set1_epi32(x)));
+#elif defined(__AVX2__)
+  const __m256i four = _mm256_set1_epi32(x), c = reinterpret_cast<__m256i>(codes);
+  __m256i products;
+  if constexpr (Bits < 8) {  // pairs of products fit 16 bits
+    products = _mm256_madd_epi16(_mm256_maddubs_epi16(c, four), _mm256_set1_epi16(1));
+  } else {
+    const __m256i low = _mm256_set1_epi16(0xff);
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(four, 8), 8), odd = _mm256_srai_epi16(four, 8);
+    products = _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(c, low), even),
+                                _mm256_madd_epi16(_mm256_srli_epi16(c, 8), odd));
+  }
+  return sums + reinterpret_cast<Ints>(products);
+#else
+  OPTC_UNROLL for (int j = 0; j < 4; ++j) {
+    const int32_t value = static_cast<int8_t>(static_cast<uint32_t>(x) >> (8 * j));
+    sums += reinterpret_cast<Ints>((codes >> (8 * j)) & 0xffu) * value;
+  }
+  return sums;
+#endif
+}
+
+#if defined(__AVX512VNNI__)
+constexpr bool kLooksUp = true;  // a lookup is no slower than a conversion
+#else
+constexpr bool kLooksUp = false;
+#endif
+alignas(64) constexpr float kCodes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// The values of code j of each lane.
+template <bool Lookup>
+OPTC_INLINE Floats value(Words codes, int j, const float* table) {
+  const Words index = codes >> (8 * j);
+  if constexpr (!Lookup) return __builtin_convertvector(reinterpret_cast<Ints>(index & 0xffu), Floats);
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Floats>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), _mm512_loadu_ps(table)));
+#elif defined(__AVX2__)
+  const __m256i place = reinterpret_cast<__m256i>(index);
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), place);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), place);
+  return reinterpret_cast<Floats>(
+      _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(place, 28))));
+#else
+  Floats found = {};
+  for (int i = 0; i < kLanes; ++i) found[i] = table[index[i] & 15];
+  return found;
+#endif
+}
+
+// Zero points of a part of a tile, 0 with a table.
+OPTC_INLINE Ints zeros(const Weight& w, int64_t at) {
+  if (w.table != nullptr) return Ints{};
+  if (w.zero == nullptr) return Ints{} + (1 << (w.bits - 1));
+  return __builtin_convertvector(load<Bytes>(w.zero + at), Ints);
+}
+
+// -- activations -------------------------------------------------------------------------------------------------
+
+void widen(const Numbers& from, const Weight& w, float* values, float* sums) {
+  const int64_t stride = w.blocks * block_columns(w.bits);
+  for (int64_t s = 0; s < w.segments; ++s) {
+    float* to = values + s * stride;
+    const int64_t start = s * w.segment;
+    Floats sum = {};
+    int64_t i = 0;
+    for (; i + kLanes <= w.segment; i += kLanes) {
+      const Floats part = numbers(from, start + i);
+      store(to + i, part);
+      sum += part;
+    }
+    float total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+    for (; i < w.segment; ++i) total += to[i] = number(from, start + i);
+    for (; i < stride; ++i) to[i] = 0;
+    sums[s] = total;
+  }
+}
+
+// The largest magnitude; NaN when there is one (as integers, magnitudes are ordered and NaN is above all).
+OPTC_INLINE float largest(const float* values, int64_t count) {
+  Ints top = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Ints bits = load<Ints>(values + i) & 0x7fffffff;
+    top = bits > top ? bits : top;
+  }
+  int32_t most = 0;
+  for (int lane = 0; lane < kLanes; ++lane) most = top[lane] > most ? top[lane] : most;
+  for (; i < count; ++i) {
+    const int32_t bits = load<int32_t>(values + i) & 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  return load<float>(&most);
+}
+
+OPTC_INLINE float scale_of(float magnitude) {
+  const float scale = magnitude / 127.0f, smallest = 1.17549435e-38f;
+  return scale < smallest ? smallest : scale;
+}
+
+// codes[i] = round(values[i] / scale), ties to even; count is a multiple of 4.
+OPTC_INLINE int32_t round_values(const float* values, int64_t count, float scale, int8_t* codes) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  Ints sum = {};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const Floats ratio = load<Floats>(values + i) / scale;
+    const Ints code = __builtin_convertvector((ratio + kShift) - kShift, Ints);
+    typedef int8_t Signed __attribute__((vector_size(kLanes)));
+    store(codes + i, __builtin_convertvector(code, Signed));
+    sum += code;
+  }
+  int32_t total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  for (; i < count; ++i) {
+    codes[i] = static_cast<int8_t>((values[i] / scale + kShift) - kShift);
+    total += codes[i];
+  }
+  return total;
+}
+
+void round_row(const float* values, const Weight& w, bool whole, int8_t* codes, float* scales, int32_t* totals) {
+  const int64_t stride = w.blocks * block_columns(w.bits);
+  const float common = whole ? scale_of(largest(values, w.segments * stride)) : 0;
+  for (int64_t s = 0; s < w.segments; ++s) {
+    const float* from = values + s * stride;
+    scales[s] = whole ? common : scale_of(largest(from, stride));
+    totals[s] = round_values(from, stride, scales[s], codes + s * stride);
+  }
+}
+
+// -- products ----------------------------------------------------------------------------------------------------
+
+enum Mode { kRounded, kConverted, kLookedUp };
+
+template <class Vector, int Rows, int Tiles>
+struct Grid {
+  Vector at[Rows][Tiles][kParts];
+};
+
+// Add the products of one block of one tile to the sums of `Rows` rows; x[r] points at the block's columns.
+template <int Bits, Mode M, int Rows, int Tiles, class Vector, class Number>
+OPTC_INLINE void add_block(const uint8_t* block, int t, const Number* const (&x)[Rows], int64_t column,
+                           const float* table, Grid<Vector, Rows, Tiles>& sums) {
+  using C = Codes<Bits>;
+  OPTC_UNROLL for (int p = 0; p < kParts; ++p) {
+    Words quads[C::kQuads];
+    C::unpack(block + p * kLanes * 4, quads);
+    OPTC_UNROLL for (int q = 0; q < C::kQuads; ++q) {
+      if constexpr (M == kRounded) {
+        OPTC_UNROLL for (int r = 0; r < Rows; ++r) {
+          const int32_t four = load<int32_t>(x[r] + column + 4 * q);
+          sums.at[r][t][p] = dot<Bits>(sums.at[r][t][p], quads[q], four);
+        }
+      } else {
+        OPTC_UNROLL for (int j = 0; j < 4; ++j) {
+          const Floats weight = value<M == kLookedUp>(quads[q], j, table);
+          OPTC_UNROLL for (int r = 0; r < Rows; ++r) sums.at[r][t][p] += weight * x[r][column + 4 * q + j];
+        }
+      }
+    }
+  }
+}
+
+// Rows [row, row + Rows) times tiles [tile, tile + Tiles).
+template <int Bits, Mode M, int Rows, int Tiles>
+void multiply(const Weight& w, const Activations& in, int64_t tile, int64_t row, const Output& out) {
+  constexpr bool kInt = M == kRounded;
+  using Vector = std::conditional_t<kInt, Ints, Floats>;
+  using Number = std::conditional_t<kInt, int8_t, float>;
+  using C = Codes<Bits>;
+  const float* table = w.table == nullptr ? kCodes : w.table;
+  const int64_t width = w.padded_columns(), stride = w.tile_bytes();
+  const uint8_t* codes = w.codes + tile * stride;
+  const Number* x[Rows];
+  OPTC_UNROLL for (int r = 0; r < Rows; ++r) {
+    if constexpr (kInt) x[r] = in.codes + (row + r) * width;
+    else x[r] = in.values + (row + r) * width;
+  }
+  Grid<Floats, Rows, Tiles> totals = {};
+  int64_t column = 0;
+  for (int64_t s = 0; s < w.segments; ++s) {
+    Grid<Vector, Rows, Tiles> sums = {};
+    for (int64_t b = 0; b < w.blocks; ++b, codes += C::kBytes, column += C::kColumns) {
+      OPTC_UNROLL for (int t = 0; t < Tiles; ++t) {
+        add_block<Bits, M, Rows, Tiles>(codes + t * stride, t, x, column, table, sums);
+      }
+    }
+    OPTC_UNROLL for (int t = 0; t < Tiles; ++t) {
+      OPTC_UNROLL for (int p = 0; p < kParts; ++p) {
+        const int64_t place = s / w.group * w.padded_rows + (tile + t) * kTileRows + p * kLanes;
+        const Floats scale = numbers(w.scale, place);
+        const Ints zero = zeros(w, place);
+        OPTC_UNROLL for (int r = 0; r < Rows; ++r) {
+          const int64_t at = (row + r) * w.segments + s;
+          if constexpr (kInt) {
+            const Ints exact = sums.at[r][t][p] - zero * in.totals[at];
+            totals.at[r][t][p] += __builtin_convertvector(exact, Floats) * (scale * in.scales[at]);
+          } else {
+            const Floats offset = __builtin_convertvector(zero, Floats) * in.sums[at];
+            totals.at[r][t][p] += (sums.at[r][t][p] - offset) * scale;
+          }
+        }
+      }
+    }
+  }
+  OPTC_UNROLL for (int r = 0; r < Rows; ++r) {
+    OPTC_UNROLL for (int t = 0; t < Tiles; ++t) {
+      const int64_t first = (tile + t) * kTileRows;
+      float values[kTileRows];
+      OPTC_UNROLL for (int p = 0; p < kParts; ++p) {
+        Floats total = totals.at[r][t][p];
+        if (out.bias != nullptr) total += load<Floats>(out.bias + first + p * kLanes);
+        store(values + p * kLanes, total);
+      }
+      const int64_t count = w.rows - first < kTileRows ? w.rows - first : kTileRows;
+      put(out.data, out.type, (row + r) * w.rows + first, values, count);
+    }
+  }
+}
+
+template <int Bits, Mode M, int Rows, int Tiles>
+OPTC_INLINE void rows_of(const Weight& w, const Activations& x, int64_t first, int64_t last, int64_t& row,
+                         int64_t end, const Output& out) {
+  for (; row + Rows <= end; row += Rows) {
+    int64_t tile = first;
+    for (; tile + Tiles <= last; tile += Tiles) multiply<Bits, M, Rows, Tiles>(w, x, tile, row, out);
+    if constexpr (Tiles > 1) {
+      for (; tile < last; ++tile) multiply<Bits, M, Rows, 1>(w, x, tile, row, out);
+    }
+  }
+}
+
+template <int Bits, Mode M>
+void product_of(const Weight& w, const Activations& x, int64_t first, int64_t last, int64_t begin, int64_t end,
+                const Output& out) {
+  constexpr int kFew = M == kRounded ? kWide : (kWide + 1) / 2;
+  if (end - begin >= 4) {  // a few tiles stay in the cache for all rows
+    int64_t row = begin;
+    for (int64_t tile = first; tile < last; tile += kWide) {
+      row = begin;
+      rows_of<Bits, M, 4, kFew>(w, x, tile, tile + kWide < last ? tile + kWide : last, row, end, out);
+    }
+    begin = row;
+  }
+  rows_of<Bits, M, 2, kFew>(w, x, first, last, begin, end, out);
+  rows_of<Bits, M, 1, 4>(w, x, first, last, begin, end, out);
+}
+
+template <int Bits>
+void product_in(const Weight& w, const Activations& x, int64_t first, int64_t last, int64_t begin, int64_t end,
+                const Output& out) {
+  if (x.codes != nullptr) return product_of<Bits, kRounded>(w, x, first, last, begin, end, out);
+  if constexpr (Bits <= 4) {
+    if (kLooksUp || w.table != nullptr) return product_of<Bits, kLookedUp>(w, x, first, last, begin, end, out);
+  }
+  product_of<Bits, kConverted>(w, x, first, last, begin, end, out);
+}
+
+void product(const Weight& w, const Activations& x, int64_t first, int64_t last, int64_t begin, int64_t end,
+             const Output& out) {
+  if (first >= last) return;
+  switch (w.bits) {
+    case 2: return product_in<2>(w, x, first, last, begin, end, out);
+    case 3: return product_in<3>(w, x, first, last, begin, end, out);
+    case 4: return product_in<4>(w, x, first, last, begin, end, out);
+    default: return product_in<8>(w, x, first, last, begin, end, out);
+  }
+}
+
+// -- dequantization ----------------------------------------------------------------------------------------------
+
+template <int Bits, bool Lookup>
+void dequantize_in(const Weight& w, int64_t tile, void* to, c10::ScalarType type, int64_t stride) {
+  using C = Codes<Bits>;
+  const uint8_t* codes = w.codes + tile * w.tile_bytes();
+  for (int64_t s = 0; s < w.segments; ++s) {
+    const int64_t place = s / w.group * w.padded_rows + tile * kTileRows;
+    for (int64_t b = 0; b < w.blocks; ++b, codes += C::kBytes) {
+      OPTC_UNROLL for (int p = 0; p < kParts; ++p) {
+        const Floats scale = numbers(w.scale, place + p * kLanes);
+        const Floats zero = __builtin_convertvector(zeros(w, place + p * kLanes), Floats);
+        Words quads[C::kQuads];
+        C::unpack(codes + p * kLanes * 4, quads);
+        OPTC_UNROLL for (int i = 0; i < C::kColumns; ++i) {
+          const int64_t column = b * C::kColumns + i;
+          if (column >= w.segment) break;
+          float values[kLanes];
+          store(values, (value<Lookup>(quads[i / 4], i % 4, w.table) - zero) * scale);
+          put(to, type, (s * w.segment + column) * stride + p * kLanes, values, kLanes);
+        }
+      }
+    }
+  }
+}
+
+void dequantize(const Weight& w, int64_t tile, void* to, c10::ScalarType type, int64_t stride) {
+  const bool lookup = w.table != nullptr;
+  switch (w.bits) {
+    case 2: return (lookup ? dequantize_in<2, true> : dequantize_in<2, false>)(w, tile, to, type, stride);
+    case 3: return (lookup ? dequantize_in<3, true> : dequantize_in<3, false>)(w, tile, to, type, stride);
+    case 4: return (lookup ? dequantize_in<4, true> : dequantize_in<4, false>)(w, tile, to, type, stride);
+    default: return dequantize_in<8, false>(w, tile, to, type, stride);
+  }
+}
+
+}  // namespace
+
+const Nbits OPTC_NBITS = {widen, round_row, product, dequantize};
+
+}  // namespace optc
