@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._export.serde import schema as graph_schema
-from torch._export.serde import serialize as _serde
 from torch._export.serde.union import _Union
 from torch._export.verifier import SpecViolationError
 from torch.export import ExportedProgram
@@ -35,6 +35,7 @@ __all__ = [
     "is_union",
     "serialize_graph",
     "static_shape",
+    "symbolic_dispatch",
     "sympy_functions",
     "torch_dtype",
     "unflatten_inputs",
@@ -69,6 +70,13 @@ SERDE_ERRORS = (
 """What torch raises on a graph, or the file of one, that makes no sense to it."""
 
 
+def _serde() -> Any:
+    """torch's serializer. Imported when it is used: it brings Dynamo, a second of `optc plan`'s three."""
+    from torch._export.serde import serialize
+
+    return serialize
+
+
 def serialize_graph(exported: ExportedProgram) -> dict[str, Any]:
     """The graph, signature and shapes in torch's schema as JSON-able values; no tensor data, no guards.
 
@@ -78,17 +86,17 @@ def serialize_graph(exported: ExportedProgram) -> dict[str, Any]:
         SERDE_ERRORS: torch's schema has no place for a node.
     """
     exported.validate()
-    module = _serde.GraphModuleSerializer(exported.graph_signature, exported.module_call_graph)
+    module = _serde().GraphModuleSerializer(exported.graph_signature, exported.module_call_graph)
     major, minor = graph_schema.SCHEMA_VERSION
     program = graph_schema.ExportedProgram(
         graph_module=module.serialize(exported.graph_module),
         opset_version={"aten": torch._C._get_max_operator_version()},
-        range_constraints=_serde.serialize_range_constraints(exported.range_constraints),
+        range_constraints=_serde().serialize_range_constraints(exported.range_constraints),
         schema_version=graph_schema.SchemaVersion(major=major, minor=minor),
         verifiers=[verifier.dialect for verifier in exported.verifiers],
         torch_version=str(torch.__version__),
     )
-    plain: dict[str, Any] = _serde._dataclass_to_dict(program)
+    plain: dict[str, Any] = _serde()._dataclass_to_dict(program)
     return plain
 
 
@@ -107,7 +115,7 @@ def deserialize_graph(
     """
     assert isinstance(state_dict, dict) and isinstance(constants, dict)  # noqa: PT018
     assert example_inputs is None or isinstance(example_inputs, tuple)
-    reader = _serde.ExportedProgramDeserializer()
+    reader = _serde().ExportedProgramDeserializer()
     exported = reader.deserialize(program, state_dict, constants, example_inputs)
     _drop_unused_outputs(exported.graph)
     exported.graph_module.recompile()
@@ -137,7 +145,7 @@ def is_union(cls: type) -> bool:
 
 def torch_dtype(scalar_type: Any) -> torch.dtype:
     """The dtype that a `graph_schema.ScalarType` stands for."""
-    dtype: torch.dtype = _serde._SERIALIZE_TO_TORCH_DTYPE[scalar_type]
+    dtype: torch.dtype = _serde()._SERIALIZE_TO_TORCH_DTYPE[scalar_type]
     return dtype
 
 
@@ -145,6 +153,13 @@ def static_shape(sizes: Sequence[Any]) -> tuple[int, ...] | None:
     """The ints of a list of `graph_schema.SymInt`, None when one of them is symbolic."""
     values = [size.as_int for size in sizes if size.type == "as_int"]
     return tuple(values) if len(values) == len(sizes) else None
+
+
+def symbolic_dispatch() -> AbstractContextManager[None]:
+    """Lets composite operators (linear) see symbolic sizes in Python; torch 2.11's C++ ones refuse them."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    return enable_python_dispatcher()
 
 
 def has_inductor_march() -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
+import torch
 from torch import Tensor
 
 
@@ -40,6 +43,11 @@ class LinearRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     note: str = ""
 
 
+def _finite(value: float | None) -> float | None:
+    """None for what JSON cannot hold; a manifest with NaN in it could not be read back."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def linear_record(
     name: str, weight: Tensor, values: Tensor, scale: Tensor, *, method: str, bits: int, group_size: int,
     symmetric: bool, format: str = "int", error_rtn: float | None = None, error: float | None = None,
@@ -52,11 +60,11 @@ def linear_record(
         scale: [N, G].
     """
     before = weight.detach().float()
-    size = float(before.square().sum())
-    gap = float((before - values.detach().float()).square().sum())
+    size = float(before.norm(dtype=torch.float64)) ** 2
+    gap = float((before - values.detach().float()).norm(dtype=torch.float64)) ** 2
     return LinearRecord(
         name=name, shape=(int(weight.shape[0]), int(weight.shape[1])), method=method, format=format, bits=bits,
         group_size=group_size, symmetric=symmetric, weight_error=gap / size if size else 0.0,
-        scale_min=float(scale.min()), scale_max=float(scale.max()), error_rtn=error_rtn, error=error, clip=clip,
+        scale_min=float(scale.min()), scale_max=float(scale.max()), error_rtn=_finite(error_rtn), error=_finite(error), clip=clip,
         damping=damping, tokens=tokens, seconds=round(seconds, 3), note=note,
     )  # fmt: skip

@@ -121,7 +121,8 @@ def summarize(
 def ideal_bits(record: LinearRecord) -> float:
     """Bits per parameter of perfectly packed codes with 16-bit scales; see `IDEAL`."""
     size = record.group_size or record.shape[1]
-    return record.bits + SCALE_BITS / size + (0 if record.symmetric else record.bits / size)
+    zero_points = record.format == "int" and not record.symmetric
+    return record.bits + SCALE_BITS / size + (record.bits / size if zero_points else 0)
 
 
 def _tensors(contract: Contract, tensor_bytes: Mapping[str, int]) -> Iterator[str]:

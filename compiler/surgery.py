@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
+from optc.compiler.compat import symbolic_dispatch
 from optc.compiler.program import Program
 
 _DROPPABLE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -98,7 +99,7 @@ def insert_call(
 def infer_meta(program: Program, node: Node) -> None:
     """Compute node.meta["val"] from the fake values of its inputs."""
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with fake_mode(program):
+    with fake_mode(program), symbolic_dispatch():
         node.meta["val"] = node.target(*args, **kwargs)
 
 

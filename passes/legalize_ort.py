@@ -23,7 +23,7 @@ from optc.compiler.program import Program
 from optc.compiler.rewriting import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
 from optc.compiler.surgery import add_weight, insert_call, replace_call, replace_node
 from optc.compiler.weights import prune_contract
-from optc.passes.ort.linears import CodebookProduct, IntegerProduct, MatMulNBits
+from optc.passes.ort.linears import CodebookProduct, DequantizedProduct, IntegerProduct, MatMulNBits
 
 _aten, _optc = torch.ops.aten, torch.ops.optc
 CACHED = _optc.cached_attention.default
@@ -40,17 +40,21 @@ class LegalizeOrt(Pass):
         accuracy_level: of MatMulNBits: 4 rounds activations to int8 (fast), 0 does not.
         unsigned: keep the int8 weights of W8A8 unsigned: exact on every x86, but half as fast where the CPU has
             VNNI. Signed ones need VNNI, or ARM.
+        qdq: standard DequantizeLinear and MatMul in place of MatMulNBits, for other engines and for inspection.
+            ONNX Runtime fuses blocks of 16 to 256 back when it loads the model, at an accuracy level of its own
+            (session option `session.qdq_matmulnbits_accuracy_level`, 4).
     """
 
     name: ClassVar[str] = "legalize-ort"
     accuracy_level: int = 4
     unsigned: bool = False
+    qdq: bool = False
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         rules = [
             _Attention(program.contract.model.context_length),
             IntegerProduct(self.unsigned),
-            MatMulNBits(self.accuracy_level),
+            DequantizedProduct() if self.qdq else MatMulNBits(self.accuracy_level),
             CodebookProduct(),
             _SkipNorm(),
         ]

@@ -152,12 +152,15 @@ class _Streams:
             self._on_text(row, piece)
 
 
-def load(folder: str | Path, *, threads: int | None = None, num_blocks: int | None = None) -> Model:
+def load(
+    folder: str | Path, *, threads: int | None = None, num_blocks: int | None = None, eager: bool = False
+) -> Model:
     """Verify an artifact and open it for generation.
 
     Args:
         threads: of the engine; None takes one per physical core that this process may use.
         num_blocks: size of the KV pool of a paged artifact; see `PagedSession`.
+        eager: capture a model folder, which has no engine of optc's, and run its graph: slow, for measuring quality.
 
     Raises:
         InputError: there is no such folder.
@@ -166,13 +169,18 @@ def load(folder: str | Path, *, threads: int | None = None, num_blocks: int | No
     """
     folder = Path(folder)
     manifest = open_verified(folder)
-    session = open_session(folder, manifest, threads=threads, num_blocks=num_blocks)
+    session = open_session(folder, manifest, threads=threads, num_blocks=num_blocks, eager=eager)
     stop_ids = eos_token_ids(folder, manifest.contract.model.eos_token_ids)
     return Model(manifest, session, load_tokenizer(folder), stop_ids)
 
 
 def open_session(
-    folder: Path, manifest: Manifest, *, threads: int | None = None, num_blocks: int | None = None
+    folder: Path,
+    manifest: Manifest,
+    *,
+    threads: int | None = None,
+    num_blocks: int | None = None,
+    eager: bool = False,
 ) -> Session:
     """The session for a verified artifact, picked by its engine and KV cache; arguments as `load`.
 
@@ -181,12 +189,13 @@ def open_session(
         UsageError: an option out of range or without effect on this artifact.
     """
     contract = manifest.contract
-    if manifest.engine == "huggingface":
+    if manifest.engine == "huggingface" and not eager:
         raise TargetError(
             "optc has no session for this artifact: it is a model folder", where=str(folder),
             remedy="load it with transformers (AutoModelForCausalLM.from_pretrained), vLLM or SGLang",
         )  # fmt: skip
-    if contract.kind != "decoder" or contract.kv_cache.kind == "none":
+    folder_only = manifest.engine == "huggingface"
+    if contract.kind != "decoder" or (contract.kv_cache.kind == "none" and not folder_only):
         raise TargetError(
             f"the artifact is a model of kind '{contract.kind}', which does not generate", where=str(folder),
             remedy="run its engine file with the engine itself; optc inspect lists inputs and outputs",
@@ -195,11 +204,26 @@ def open_session(
         raise UsageError(f"threads {threads} is out of range", remedy="use 1 or more")
     if num_blocks is not None and contract.kv_cache.kind != "paged":
         raise UsageError("kv-blocks does nothing here: the KV cache of the artifact is not paged")
+    if folder_only:
+        return _open_eager(folder, manifest, threads)
     if manifest.engine == "onnx":
         return _open_onnx(folder, manifest, threads)
     from optc.runtime.package_session import open_package
 
     return open_package(folder, manifest, threads=threads, num_blocks=num_blocks)
+
+
+def _open_eager(folder: Path, manifest: Manifest, threads: int | None) -> Session:
+    """The graph that the folder's own config and tensors capture to, in the type that they were written in."""
+    import torch
+
+    from optc.compiler.capture.pretrained import DTYPES, capture_pretrained
+    from optc.runtime.program_session import open_program
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    dtype = next(name for name, kind in DTYPES.items() if str(kind) == f"torch.{manifest.dtype}")
+    return open_program(capture_pretrained(folder, dtype=dtype)[0])
 
 
 def _open_onnx(folder: Path, manifest: Manifest, threads: int | None) -> Session:

@@ -15,6 +15,7 @@ _BITS = {"compressed-tensors": (4, 8), "awq": (4,), "gptq": (2, 3, 4, 8)}
 """Bits of weight-only quantization that loaders run, by layout."""
 _FORMATS_WITHOUT_LAYOUT = ("nf4", "llm-int8")
 """Methods whose weights no layout holds."""
+_NOTE = "; ".join(f"{name}: {', '.join(map(str, bits))} bits" for name, bits in _BITS.items())
 
 
 class _EveryOperator(Mapping[Any, Predicate | None]):
@@ -64,8 +65,10 @@ TARGET = Target(
     dtypes=("fp32", "bf16", "fp16"),
     kv_caches=(),
     quant={
-        name: QuantSupport(bits=(2, 3, 4, 8), group_sizes=(0, 32, 64, 128), note="bits by --layout")
-        for name in METHODS
+        name: QuantSupport(bits=(method.bits,), group_sizes=(0,))
+        if method.fixed
+        else QuantSupport(bits=(2, 3, 4, 8), group_sizes=(0, 32, 64, 128), note=_NOTE)
+        for name, method in METHODS.items()
         if name not in _FORMATS_WITHOUT_LAYOUT
     },
     legal=_EveryOperator(),

@@ -173,7 +173,9 @@ def _dequantized(program: Program, site: Linear, name: str, weight: QuantizedWei
 
     def part(suffix: str, tensor: Tensor, entry: WeightQuantization | None = None) -> Node:
         record_weight(program, f"{name}_{suffix}", sources, entry)
-        plain = tensor.reshape(-1).view(tensor.shape)  # a transposed row counts as contiguous under odd strides
+        plain = tensor.reshape(-1).view(
+            tensor.shape
+        )  # a transposed row counts as contiguous under odd strides
         return add_weight(program, f"{name}_{suffix}", plain)
 
     scale_node = part("scale", scale)

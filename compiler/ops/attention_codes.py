@@ -97,7 +97,6 @@ def _group_query_attention_codes(
         q, k = (
             rotate_cached(x, position, cos_cache, sin_cache, interleaved=rotary_interleaved) for x in (q, k)
         )
-    factors = [x if x.numel() == 1 else x.reshape(kv_num_heads, 1, -1) for x in (k_scale, v_scale)]
     k_factor, v_factor = (x if x.numel() == 1 else x.reshape(kv_num_heads, 1, -1) for x in (k_scale, v_scale))
     k_codes = torch.ops.optc.quantize(k, k_factor, format="int8")
     v_codes = torch.ops.optc.quantize(v, v_factor, format="int8")

@@ -1,6 +1,7 @@
 """Packed products of 8-bit integers and of NF4 codes, as ONNX Runtime's CPU kernels take them.
 
-`quantize_tokens` and `matmul_integer` stand for QuantizeLinear and com.microsoft.MatMulIntegerToFloat around a
+`dequantize_linear` mirrors DequantizeLinear-24, blocked along K or one scale per channel, with the weight stored
+[K,N] as a matrix product reads it. `quantize_tokens` and `matmul_integer` stand for QuantizeLinear and com.microsoft.MatMulIntegerToFloat around a
 scale per token; `matmul_bnb4` mirrors com.microsoft.MatMulBnb4. Made by legalization only. See
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
 """
@@ -61,6 +62,42 @@ def _matmul_bnb4(
     return torch.nn.functional.linear(x, weight)
 
 
+def _dequantize_linear(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    *,
+    K: int,
+    N: int,
+    bits: int,
+    signed: bool,
+    block_size: int,
+) -> Tensor:
+    """The weight [K,N] of codes: int4 or uint4, two per byte in row-major order, low bits first; int8 or uint8.
+
+    Args:
+        codes: uint8 [K*N/2] of 4 bits; int8 or uint8 [K,N] of 8. scale: [K/block_size, N], or [N] for block_size 0.
+        zero: in the type of the codes, [K/block_size * N / 2] or [K/block_size, N]; None is 0.
+    """
+
+    def values(tensor: Tensor, rows: int) -> Tensor:
+        if bits == 8:
+            return tensor.float().reshape(rows, N)
+        plain = unpack_nbits(tensor, 4, rows * N).float().reshape(rows, N)
+        return torch.where(plain > 7, plain - 16, plain) if signed else plain
+
+    blocks = K // block_size if block_size else 1
+    offset = 0.0 if zero is None else values(zero, blocks)[:, None]
+    grouped = values(codes, K).reshape(blocks, K // blocks, N)
+    return ((grouped - offset) * scale.float().reshape(blocks, 1, N)).reshape(K, N).to(scale.dtype)
+
+
+define(
+    "dequantize_linear(Tensor codes, Tensor scale, Tensor? zero, *, int K, int N, int bits, bool signed, "
+    "int block_size) -> Tensor",
+    _dequantize_linear,
+    lambda codes, scale, *_, K, N, **__: scale.new_empty((K, N)),
+)
 define(
     "quantize_tokens(Tensor x) -> (Tensor, Tensor)",
     _quantize_tokens,

@@ -14,6 +14,7 @@ from torch.fx import Node
 from optc.compiler.capture.checkpoint import CheckpointInfo, check_folder, match_names, tied_names
 from optc.compiler.capture.pretrained import meta_model
 from optc.compiler.capture.quantized import quantized_folder
+from optc.compiler.capture.renames import renamed_tensors
 from optc.compiler.dataflow import aten
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.layouts import QuantizedWeight, Scheme
@@ -46,7 +47,7 @@ class FolderPlan:
         plain: checkpoint name -> weight of the program.
         quantized: in graph order.
         copied: tensors of the source that the program does not read.
-        linears: every `nn.Linear` of the model, by module name.
+        linears: every `nn.Linear` of the model, by module name, and by its name in the checkpoint where that differs.
         untied: a quantized head has codes of its own where the source model shares the embedding's tensor.
     """
 
@@ -74,7 +75,9 @@ def collect(program: Program, source: Path | None) -> FolderPlan:
     dense = folder.dense if folder else info
     skeleton = meta_model(info)
     state = skeleton.state_dict(keep_vars=True)
-    places = _Places(program, skeleton, state, match_names(dense.tensors, state), dense)
+    found = match_names(dense.tensors, state)
+    renamed = renamed_tensors(skeleton, set(dense.tensors) - set(found.values()))
+    places = _Places(program, skeleton, state, {**renamed, **found})
     quantized, parts = places.quantized()
     modules = {item.module for item in quantized}
     plain = places.plain(parts)
@@ -84,27 +87,19 @@ def collect(program: Program, source: Path | None) -> FolderPlan:
     stored = set(places.found.values())
     copied = [name for name in dense.tensors if name not in stored]
     copied += [source for name, source in places.found.items() if owners.get(name, name) not in held]
-    linears = tuple(name for name, module in skeleton.named_modules() if type(module) is torch.nn.Linear)
+    linears = [name for name, module in skeleton.named_modules() if type(module) is torch.nn.Linear]
+    old = [renamed[f"{name}.weight"] for name in linears if f"{name}.weight" in renamed]
+    linears += [name.removesuffix(".weight") for name in old]
     untied = any((places.shared(name) - {name}) & written for name in written)
-    return FolderPlan(info, plain, quantized, tuple(dict.fromkeys(copied)), linears, untied)
+    kept = {renamed.get(name, name): weight for name, weight in plain.items()}
+    return FolderPlan(info, kept, quantized, tuple(dict.fromkeys(copied)), tuple(linears), untied)
 
 
 class _Places:
     def __init__(
-        self,
-        program: Program,
-        skeleton: Any,
-        state: dict[str, Tensor],
-        found: dict[str, str],
-        dense: CheckpointInfo,
+        self, program: Program, skeleton: Any, state: dict[str, Tensor], found: dict[str, str]
     ) -> None:
-        self.program, self.skeleton, self.state, self.found, self.dense = (
-            program,
-            skeleton,
-            state,
-            found,
-            dense,
-        )
+        self.program, self.skeleton, self.state, self.found = program, skeleton, state, found
         self.tied = tied_names(state)
 
     def shared(self, name: str) -> set[str]:

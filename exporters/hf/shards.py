@@ -35,7 +35,10 @@ def write_shards(
         path = directory / f"{len(parts)}.part"
         with os_errors("writing the weights", str(path)):
             try:
+                path.touch()
+                mode = path.stat().st_mode
                 save_file(held, path, metadata={"format": "pt"})
+                path.chmod(mode)  # safetensors makes files that the owner alone can read
             except SafetensorError as error:
                 code = re.search(r"os error (\d+)", str(error))
                 raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error

@@ -9,7 +9,7 @@ import torch
 
 from optc.compiler.target import Predicate
 
-OP_LIBRARY_OPS = ("paged_attention_",)
+OP_LIBRARY_OPS = ("paged_attention_", "linear_nbits")
 """Ops of the dialect with a kernel in `csrc/`."""
 
 

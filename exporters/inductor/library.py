@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 
@@ -15,7 +16,15 @@ from optc.compiler.diagnostics import os_errors
 from optc.exporters.inductor.toolchain import find_compiler, run_compiler
 
 FILE_NAME = "liboptc_ops.so"
-_SOURCES = ("tile.h", "tile.cpp", "paged_attention.cpp")
+_SOURCES = ("tile.h", "tile.cpp", "paged_attention.cpp", "nbits.h", "nbits.cpp", "linear_nbits.cpp")
+_OPS = ("paged_attention", "linear_nbits")
+_INSTRUCTION_SETS: dict[str, list[str]] = {
+    "baseline": [],
+    "avx2": ["-march=x86-64-v3"],
+    "avx512": ["-march=x86-64-v4", "-mavx512vnni"],
+}
+_LOOPS = (("tile", "OPTC_TILE", ("baseline", "avx2")), ("nbits", "OPTC_NBITS", ("baseline", "avx2", "avx512")))
+"""Source, the macro that names its table of functions, and the instruction sets that it is compiled for."""
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
 
 
@@ -59,7 +68,7 @@ def cache_folder() -> Path:
 
 
 def _compile(compiler: str, place: Path, abi: str) -> None:
-    """Compile the tile arithmetic for each instruction set, the op, and link them."""
+    """Compile the inner loops for each instruction set, the ops, and link them."""
     root = Path(torch.__path__[0])
     common = [
         compiler,
@@ -68,15 +77,21 @@ def _compile(compiler: str, place: Path, abi: str) -> None:
         "-isystem",
         str(root / "include"),
     ]
-    tiles: dict[str, list[str]] = {"tile_baseline": []}
-    if platform.machine() == "x86_64":
-        tiles["tile_avx2"] = ["-march=x86-64-v3"]
-    objects = []
-    for name, flags in tiles.items():
-        objects.append(str(place / f"{name}.o"))
-        command = [*common, *flags, f"-DOPTC_TILE={name}", "-c", str(place / "tile.cpp"), "-o", objects[-1]]
-        run_compiler(command, "the op library")
-    defines = ["-DOPTC_HAS_AVX2"] if "tile_avx2" in tiles else []
+    x86 = platform.machine() == "x86_64"
+    commands = [
+        [f"-D{macro}={stem}_{name}", *flags, str(place / f"{stem}.cpp"), f"{stem}_{name}"]
+        for stem, macro, names in _LOOPS
+        for name, flags in _INSTRUCTION_SETS.items()
+        if name in names and (x86 or name == "baseline")
+    ]
+    defines = ["-DOPTC_HAS_AVX2"] if x86 else []
+    commands += [[*defines, str(place / f"{stem}.cpp"), stem] for stem in _OPS]
+    objects = [str(place / f"{name}.o") for *_, name in commands]
+
+    def run(command: list[str], target: str) -> str:
+        return run_compiler([*common, *command[:-1], "-c", "-o", target], "the op library")
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(run, commands, objects))
     link = ["-shared", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    source = str(place / "paged_attention.cpp")
-    run_compiler([*common, *defines, source, *objects, *link, "-o", str(place / FILE_NAME)], "the op library")
+    run_compiler([*common, *objects, *link, "-o", str(place / FILE_NAME)], "the op library")

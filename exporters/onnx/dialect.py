@@ -97,6 +97,25 @@ def _matmul_integer(walker: Walker, node: Node) -> ir.Value:
     return out if bias is None else walker.op("Add", [out, walker.value(bias)])
 
 
+def _dequantize_linear(walker: Walker, node: Node) -> ir.Value:
+    """DequantizeLinear of a weight [K,N]: blocks along axis 0, or one scale per column."""
+    codes, scale, zero = node.args
+    K, N, bits, signed, block = (node.kwargs[key] for key in ("K", "N", "bits", "signed", "block_size"))
+
+    def stored(item: Node, rows: int) -> ir.Value:
+        if bits == 8:
+            return walker.value(item)
+        kind = ir.DataType.INT4 if signed else ir.DataType.UINT4
+        return walker.packed(item, kind, [rows, N] if block or item is codes else [N])
+
+    blocks = K // block if block else 1
+    points = None if zero is None else stored(zero, blocks)
+    if points is not None and not block and bits == 8:
+        points = walker.op("Reshape", [points, walker.constant([-1])])
+    attributes = {"axis": 0, "block_size": block} if block else {"axis": 1}
+    return walker.op("DequantizeLinear", [stored(codes, K), walker.value(scale), points], attributes)
+
+
 def _matmul_bnb4(walker: Walker, node: Node) -> ir.Value:
     inputs = [*(walker.value(item) for item in node.args[:2]), walker.compact(node.args[2])]
     attributes = {**node.kwargs, "quant_type": 1}  # NF4
@@ -121,4 +140,5 @@ TABLE: dict[Any, Lowering] = {
     _optc.quantize_tokens.default: _quantize_tokens,
     _optc.matmul_integer.default: _matmul_integer,
     _optc.matmul_bnb4.default: _matmul_bnb4,
+    _optc.dequantize_linear.default: _dequantize_linear,
 }

@@ -156,6 +156,16 @@ class Walker:
             self._transposed[name] = self._initializer(f"{name}.T", self.program.weight(name).t())
         return self._transposed[name]
 
+    def packed(self, node: Node, kind: ir.DataType, shape: Sequence[int]) -> ir.Value:
+        """The initializer of bytes that hold two 4-bit numbers each, as numbers of a shape."""
+        name = self._weight_names[node.name]
+        if name not in self.initializers:
+            data = self.program.weight(name).detach().contiguous().numpy()
+            stored = ir.PackedTensor(data, kind, shape=ir.Shape(shape), name=name)
+            kinds = ir.TensorType(stored.dtype)
+            self.initializers[name] = ir.Value(name=name, shape=stored.shape, type=kinds, const_value=stored)
+        return self.initializers[name]
+
     def compact(self, node: Node) -> ir.Value:
         """A weight of float32, stored in float16 with a cast behind it where all of its values fit exactly.
 

@@ -102,6 +102,70 @@ class MatMulNBits(Rule):
         )
 
 
+class DequantizedProduct(Rule):
+    """linear(x, dequantize(codes, scale, zero), bias) -> x @ dequantize_linear(...) + bias
+
+    Standard operators, for engines that fuse them by themselves. Codes of 2 and 3 bits lie in 4-bit fields; they are
+    signed where there are no zero points.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, Node] = {}
+
+    def match(self, program: Program, node: Node) -> Match | Miss | None:
+        source = call_of(node, aten.linear.default)
+        weight = call_of(source.args[1], optc.dequantize.default) if source is not None else None
+        if weight is None:
+            return None
+        if None in [program.weight_of(argument) for argument in weight.args[:2]]:
+            return Miss(node.name, "codes or scales are computed, not weights")
+        return Match(node, {"dequantize": weight})
+
+    def rewrite(self, program: Program, match: Match) -> None:
+        node, weight = match.node, match.found["dequantize"]
+        codes = program.weight_of(weight.args[0])
+        assert codes is not None
+        if codes not in self._made:
+            self._made[codes] = self._dequantize(program, weight, codes)
+        product = insert_call(program, node, aten.matmul.default, (node.args[0], self._made[codes]))
+        bias = (*node.args, None)[2]
+        if bias is None:
+            replace_node(program, node, product)
+        else:
+            replace_call(program, node, aten.add.Tensor, (product, bias))
+
+    def _dequantize(self, program: Program, weight: Node, name: str) -> Node:
+        """The weight [K,N], made of codes that are laid out like it, where the canonical one was."""
+        scale, zero = (program.weight_of(item) for item in weight.args[1:3])
+        assert scale is not None
+        rows, columns = (int(size) for size in value_of(weight).shape)
+        bits, group = int(weight.kwargs["bits"]), int(weight.kwargs["group_size"])
+        signed, width = zero is None, 8 if bits == 8 else 4
+
+        def stored(tensor: Tensor, offset: int) -> Tensor:
+            """Codes or zero points [N, x] as [x, N], two per byte when they have 4 bits."""
+            flat = (tensor.t().to(torch.int16) - offset).contiguous()
+            if width == 8:
+                return flat.to(torch.int8 if signed else torch.uint8)
+            return pack_nbits((flat & 15).to(torch.uint8).flatten(), 4)
+
+        base, contract = name.removesuffix("_codes"), program.contract
+        offset = 2 ** (bits - 1) if signed else 0
+        record_weight(
+            program, f"{base}_packed", contract.sources.get(name, ()), contract.quantization.get(name)
+        )
+        factors = program.weight(scale).t().contiguous()
+        arguments: list[Node | None] = [
+            add_weight(program, f"{base}_packed", stored(program.weight(name), offset)),
+            add_weight(program, f"{base}_scales", factors if group else factors.flatten()),
+            None
+            if zero is None
+            else add_weight(program, f"{base}_zero_points", stored(program.weight(zero), 0)),
+        ]
+        knobs = {"K": columns, "N": rows, "bits": width, "signed": signed, "block_size": group}
+        return insert_call(program, weight, optc.dequantize_linear.default, arguments, knobs)
+
+
 class IntegerProduct(Rule):
     """linear(dequantize_activation(quantize_dynamic(x, int8)), dequantize(8 bits), bias) -> matmul_integer
 

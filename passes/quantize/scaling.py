@@ -8,6 +8,7 @@ https://arxiv.org/abs/2211.10438) balance the ranges of inputs and weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -87,7 +88,8 @@ def apply_scales(program: Program, readers: Sequence[Linear], fold: Fold, scales
         factor = per_channel[:, None] if site.transposed else per_channel
         _multiply(program, site.placeholder, site.index, factor)
     for item in fold.divisions:
-        factor = torch.where(item.labels >= 0, 1 / scales[item.labels.clamp(min=0)], torch.ones(()))
+        labels = item.labels.to(scales.device)
+        factor = torch.where(labels >= 0, 1 / scales[labels.clamp(min=0)], torch.ones_like(scales[:1]))
         tensor = program.weight(_name(program, item.placeholder))
         shape = [1] * (tensor.dim() - (item.index is not None))
         shape[item.axis] = -1
@@ -122,7 +124,7 @@ def _tied(values: Tensor, fold: Fold, reduce: str = "mean") -> Tensor:
 def _normal(scales: Tensor) -> Tensor:
     """Scales with geometric mean 1, none more than a factor of 100 from it."""
     logs = torch.log(scales.clamp(min=1e-12))
-    bound = torch.log(torch.tensor(_LIMIT)) / 2
+    bound = math.log(_LIMIT) / 2
     return torch.exp((logs - logs.mean()).clamp(-bound, bound))
 
 

@@ -42,6 +42,7 @@ def test_linear_record_by_hand() -> None:
         ({"symmetric": False}, 4 + 16 / 32 + 4 / 32),
         ({"group_size": 0, "bits": 8}, 8 + 16 / 64),
         ({"bits": 3, "group_size": 64, "symmetric": False}, 3 + 19 / 64),
+        ({"format": "nf4", "group_size": 64, "symmetric": False}, 4 + 16 / 64),
     ],
 )
 def test_ideal_bits(changes: dict[str, object], bits: float) -> None:
@@ -72,6 +73,17 @@ def test_summary_without_quantization_or_sizes() -> None:
     bare = Contract(kind="module", inputs=(), outputs=(), quantization={"a.weight_codes": ENTRY})
     assert "bytes" not in summarize(bare, [_record()], {})
     assert "bytes" not in summarize(bare, [], {"a.weight_codes": 3})
+
+
+def test_errors_that_are_no_numbers_are_not_recorded() -> None:
+    """JSON has none, and the manifest could not be read back."""
+    huge = torch.full((1, 2), 1e30)
+    record = linear_record(
+        "w", huge, huge / 2, torch.ones(1, 1), method="rtn", bits=4, group_size=0, symmetric=True,
+        error=float("nan"), error_rtn=float("inf"),
+    )  # fmt: skip
+    assert (record.error, record.error_rtn) == (None, None)
+    assert record.weight_error == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])

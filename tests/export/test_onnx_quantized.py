@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime as ort
 import ort_driver
 import pytest
 from rewrites import stirred
@@ -37,12 +38,25 @@ SCHEMES: dict[str, tuple[Pass, ...]] = {
     "3-bit symmetric": (QuantizeRtn(bits=3, group_size=32),),
 }
 
+QDQ: dict[str, tuple[Pass, ...]] = {
+    "qdq int4": (QuantizeRtn(bits=4, group_size=32),),
+    "qdq uint4": (QuantizeRtn(bits=4, group_size=32, symmetric=False),),
+    "qdq int4 channel": (QuantizeRtn(bits=4, group_size=0),),
+    "qdq uint4 channel": (QuantizeRtn(bits=4, group_size=0, symmetric=False),),
+    "qdq int8": (QuantizeRtn(bits=8, group_size=64),),
+    "qdq int8 channel": (QuantizeRtn(bits=8, group_size=0),),
+    "qdq uint8 channel": (QuantizeRtn(bits=8, group_size=0, symmetric=False),),
+    "qdq uint8": (QuantizeRtn(bits=8, group_size=64, symmetric=False),),
+    "qdq 3-bit": (QuantizeRtn(bits=3, group_size=32),),
+    "qdq 2-bit": (QuantizeRtn(bits=2, group_size=64, symmetric=False),),
+}
+
 
 @functools.cache
 def quantized(name: str, scheme: str) -> Program:
     """A family after the passes of a scheme, before a KV cache; treat it as read-only."""
     program = stirred(name)
-    for rewrite in SCHEMES[scheme]:
+    for rewrite in {**SCHEMES, **QDQ}[scheme]:
         result = rewrite.run(program, PassContext(calibration=CALIBRATION))
         assert result.matched
         program = result.program
@@ -130,3 +144,29 @@ def test_scales_take_16_bits_where_that_is_exact(tmp_path: Path) -> None:
         program.weight(name).numel() for name in program.exported.state_dict if name.endswith("_scale")
     )
     assert abs(sizes[1] - sizes[0] - 2 * scales) < 4096  # less the padding between tensors
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("scheme", QDQ)
+def test_standard_operators_where_asked(
+    name: str, scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DequantizeLinear and MatMul; ONNX Runtime's own fusion of them is kept from rounding activations."""
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    options.log_severity_level = 4
+    monkeypatch.setattr(
+        ort_driver, "open_session", lambda folder: ort.InferenceSession(folder / "model.onnx", options)
+    )
+    program = quantized(name, scheme)
+    for way, worst in drift(program, tmp_path, qdq=True).items():
+        assert max(worst) <= 1e-3, way
+    found = _operators(tmp_path)
+    assert found["DequantizeLinear"] == 8
+    assert found["MatMul"] == (9 if name == "llama" else 8)  # the head is tied in GPT-2, and another operator
+    assert found["MatMulNBits"] == 0
+    model = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    kinds = {item.data_type for item in model.graph.initializer if item.name.endswith("_packed")}
+    signed = "uint" not in scheme and "2-bit" not in scheme
+    wide = "int8" in scheme
+    assert kinds == {(3 if signed else 2) if wide else (22 if signed else 21)}

@@ -14,7 +14,11 @@
 #endif
 
 #define OPTC_INLINE inline __attribute__((always_inline))
+#if defined(__AVX2__)
 #define OPTC_UNROLL _Pragma("GCC unroll 16")  // arrays of accumulators become registers only when unrolled
+#else
+#define OPTC_UNROLL _Pragma("GCC unroll 1")  // too few registers: it would only make the code long
+#endif
 
 namespace optc {
 namespace {

@@ -87,7 +87,10 @@ def _show(result: dict[str, Any]) -> None:
     for row in result["passes"]:
         for note in row["notes"]:
             console.print(f"  {row['name']}: {note}", markup=False)
-    size = result["weight_bytes"] / 1e6
+    size, quantized = result["weight_bytes"] / 1e6, result["quantization"]
+    if "bits_per_parameter" in quantized:
+        bits, ideal = quantized["bits_per_parameter"], quantized["ideal_bits"]
+        console.print(f"  quantized weights: {bits:.3f} bits per parameter, ideal {ideal:.3f}", markup=False)
     click.echo(
         f"{result['artifact']}: {result['target']}, {size:.1f} MB of weights, {result['seconds']:.1f} s"
     )

@@ -106,7 +106,9 @@ def _check(artifacts: Sequence[Path], flags: dict[str, Any]) -> None:
 def _load(path: Path, flags: dict[str, Any], stack: ExitStack) -> Model:
     from optc.runtime.load import load
 
-    return stack.enter_context(closing(load(path, threads=flags["threads"], num_blocks=flags["kv_blocks"])))
+    return stack.enter_context(
+        closing(load(path, threads=flags["threads"], num_blocks=flags["kv_blocks"], eager=True))
+    )
 
 
 def _score(

@@ -42,7 +42,9 @@ def _show(result: dict[str, Any]) -> None:
     for row in result["targets"]:
         alias = f" (alias {', '.join(row['aliases'])})" if row["aliases"] else ""
         click.echo(f"{row['name']}{alias}: {row['summary']}")
-        click.echo(f"    dtypes {', '.join(row['dtypes'])}; KV caches {', '.join(row['kv_caches'])}")
+        click.echo(
+            f"    dtypes {', '.join(row['dtypes'])}; KV caches {', '.join(row['kv_caches']) or 'none'}"
+        )
         for name, quant in row["quant"].items():
             sizes = ", ".join("channel" if size == 0 else str(size) for size in quant["group_sizes"])
             note = f" ({quant['note']})" if quant["note"] else ""

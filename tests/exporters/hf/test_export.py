@@ -68,6 +68,19 @@ def test_half_precision_folders_say_so(tmp_path: Path) -> None:
     assert stored["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.bfloat16
 
 
+def test_names_that_transformers_changes_on_loading_stay_as_they_were(tmp_path: Path) -> None:
+    assert "embed_out.weight" in tensors(source("gpt-neox"))  # lm_head in the model
+    write(quantized("gpt-neox", "int4"), source("gpt-neox"), tmp_path)
+    stored = tensors(tmp_path)
+    assert torch.equal(stored["embed_out.weight"], tensors(source("gpt-neox"))["embed_out.weight"])
+    assert "lm_head.weight" not in stored
+    assert config(tmp_path)["quantization_config"]["ignore"] == ["lm_head", "embed_out"]
+    again, _ = capture_pretrained(tmp_path)
+    ours = codes_of(quantized("gpt-neox", "int4"))
+    assert len(ours) == 16
+    assert all(torch.equal(again.weight(name), tensor) for name, tensor in ours.items())
+
+
 def _tied(tmp_path: Path) -> Path:
     model = make_model("llama")
     model.config.tie_word_embeddings = True

@@ -27,6 +27,7 @@ ELSEWHERE = {
     "optc.quantize_tokens.default": "tests/compiler/test_packed_products.py",
     "optc.matmul_integer.default": "tests/compiler/test_packed_products.py",
     "optc.matmul_bnb4.default": "tests/compiler/test_packed_products.py",
+    "optc.dequantize_linear.default": "tests/export/test_onnx_quantized.py",
 }
 PARAMETERS = [
     pytest.param(name, case, id=f"{name}-{n}")
