@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import InputError
+from optc.passes.quantize.column_blocks import BlockRounder
 from optc.passes.quantize.grid import Grid
 
 _BLOCK = 128
@@ -92,8 +93,13 @@ def _indefinite(damping: float, where: str) -> InputError:
     )
 
 
-def solve(weight: Tensor, factor: Factor, grid: Grid) -> Tensor:
-    """Codes, float32 [N, K] of integers, for a weight [N, K] on a fixed grid."""
+def solve(weight: Tensor, factor: Factor, grid: Grid, rounder: BlockRounder | None = None) -> Tensor:
+    """Codes, float32 [N, K] of integers, for a weight [N, K] on a fixed grid.
+
+    Args:
+        rounder: keeps what it recorded for a GPU between calls.
+    """
+    rounder = rounder or BlockRounder()
     columns = weight.shape[1]
     order = factor.order
     work = weight.detach().float().clone()
@@ -102,21 +108,13 @@ def solve(weight: Tensor, factor: Factor, grid: Grid) -> Tensor:
     group = order // grid.group_size
     scale, zero = grid.scale.t().contiguous(), grid.zero.t().contiguous()  # [G, N]
     codes = torch.empty_like(work)
-    top = 2.0**grid.bits - 1
-    places = group.tolist()
-    diagonal = factor.upper.diagonal().tolist()
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
-        local, errors = factor.upper[start:end, start:end], torch.empty_like(work[start:end])
-        block = work[start:end]
-        for i in range(end - start):
-            step, offset = scale[places[start + i]], zero[places[start + i]]
-            code = torch.div(block[i], step).add_(offset).round_().clamp_(0, top)
-            codes[start + i] = code
-            error = (block[i] - code.sub(offset).mul_(step)).div_(diagonal[start + i])
-            errors[i] = error
-            if i + 1 < end - start:
-                block[i + 1 :].addr_(local[i, i + 1 :], error, alpha=-1)
+        grids = (scale[group[start:end]], zero[group[start:end]])
+        rounded, errors = rounder(
+            work[start:end], factor.upper[start:end, start:end], *grids, 2.0**grid.bits - 1
+        )
+        codes[start:end] = rounded
         if end < columns:
             work[end:].addmm_(factor.upper[start:end, end:].t(), errors, alpha=-1)
     result = torch.empty_like(codes)
