@@ -12,6 +12,7 @@ from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.compiler.manifest import Manifest
 from optc.compiler.onnx_check import check_onnx
 from optc.runtime.generate import StopReason, generate
+from optc.runtime.host_cpu import check_cpu
 from optc.runtime.sampling import Sampling
 from optc.runtime.session import Session
 from optc.runtime.tokenizer import TextStream, Tokenizer, eos_token_ids, load_tokenizer
@@ -229,6 +230,7 @@ def _open_eager(folder: Path, manifest: Manifest, threads: int | None) -> Sessio
 def _open_onnx(folder: Path, manifest: Manifest, threads: int | None) -> Session:
     name = manifest.engine_info.get("model")
     check_onnx(folder, name if isinstance(name, str) else "")
+    check_cpu(manifest.needs)
     try:
         from optc.runtime.ort_session import OrtSession
     except ModuleNotFoundError as error:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import torch
 
 from optc.compiler.contract import Contract
+from optc.compiler.dataflow import value_of
 from optc.compiler.diagnostics import ArtifactError, TargetError, os_errors
 from optc.compiler.onnx_check import check_onnx
 from optc.compiler.program import Program
@@ -55,10 +57,19 @@ def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
     return ExportResult(
         engine="onnx",
         info=_info(contract, request, histogram, companions, genai=decoder),
-        needs={"onnxruntime": f">={metadata.version('onnxruntime')}"},
+        needs=_needs(program),
         weight_bytes=weights,
         tensor_bytes=sizes,
     )
+
+
+def _needs(program: Program) -> dict[str, Any]:
+    """What the host must have; the product of unsigned codes and signed weights saturates without VNNI on x86."""
+    needs: dict[str, Any] = {"onnxruntime": f">={metadata.version('onnxruntime')}"}
+    products = program.calls(torch.ops.optc.matmul_integer.default)
+    if any(value_of(call.args[1]).dtype is torch.int8 for call in products):
+        needs["x86_flags_any"] = ["avx512_vnni", "avx_vnni"]
+    return needs
 
 
 def _info(

@@ -66,7 +66,7 @@ class BlockRounder:
         held = self._recorded[key]
         for target, source in zip(held.inputs, given, strict=True):
             target.copy_(source)
-        held.graph.replay()  # type: ignore[no-untyped-call]
+        held.graph.replay()
         return held.outputs
 
 

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optc.compiler.devices import tensor_float_32
 from optc.compiler.diagnostics import InputError
 from optc.passes.quantize.column_blocks import BlockRounder
 from optc.passes.quantize.grid import Grid
 
 _BLOCK = 128
 _MOST_DAMPING = 1.0
+_ROUNDER = BlockRounder()  # one for the process: it keeps what it recorded for a GPU
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,8 @@ def _indefinite(damping: float, where: str) -> InputError:
     )
 
 
-def solve(weight: Tensor, factor: Factor, grid: Grid, rounder: BlockRounder | None = None) -> Tensor:
-    """Codes, float32 [N, K] of integers, for a weight [N, K] on a fixed grid.
-
-    Args:
-        rounder: keeps what it recorded for a GPU between calls.
-    """
-    rounder = rounder or BlockRounder()
+def solve(weight: Tensor, factor: Factor, grid: Grid) -> Tensor:
+    """Codes, float32 [N, K] of integers, for a weight [N, K] on a fixed grid."""
     columns = weight.shape[1]
     order = factor.order
     work = weight.detach().float().clone()
@@ -111,7 +108,7 @@ def solve(weight: Tensor, factor: Factor, grid: Grid, rounder: BlockRounder | No
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
         grids = (scale[group[start:end]], zero[group[start:end]])
-        rounded, errors = rounder(
+        rounded, errors = _ROUNDER(
             work[start:end], factor.upper[start:end, start:end], *grids, 2.0**grid.bits - 1
         )
         codes[start:end] = rounded
@@ -124,9 +121,10 @@ def solve(weight: Tensor, factor: Factor, grid: Grid, rounder: BlockRounder | No
 
 def output_error(weight: Tensor, values: Tensor, gram: Tensor) -> tuple[float, float]:
     """(||(W - Q) X||^2, ||W X||^2) from the Gram matrix of X."""
-    gap = (weight - values).float()
-    gram = gram.float()
-    return float((gap @ gram * gap).sum()), float((weight.float() @ gram * weight.float()).sum())
+    weight, gram = weight.float(), gram.float()
+    gap = weight - values.float()
+    with tensor_float_32():  # figures for a report
+        return float((gap @ gram * gap).sum()), float((weight @ gram * weight).sum())
 
 
 def relative(pair: tuple[float, float]) -> float:

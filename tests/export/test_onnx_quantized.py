@@ -116,6 +116,13 @@ def test_kernels(tmp_path: Path) -> None:
     assert _operators(tmp_path / "w8a8")["QuantizeLinear"] == 8  # one for each input
 
 
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_signed_weights_need_a_processor_that_does_not_saturate(unsigned: bool, tmp_path: Path) -> None:
+    program = LegalizeOrt(unsigned=unsigned).run(quantized("llama", "w8a8"), PassContext()).program
+    needs = ort_driver.exported(program, tmp_path).needs
+    assert needs.get("x86_flags_any") == (None if unsigned else ["avx512_vnni", "avx_vnni"])
+
+
 def test_unsigned_weights_give_the_same(tmp_path: Path) -> None:
     program = quantized("llama", "w8a8")
     for worst in drift(program, tmp_path, unsigned=True).values():
