@@ -21,7 +21,13 @@ from torch import Tensor
 from optc.compiler.ops.packed_cpu import KEPT, pack_rows, pack_tiles
 from optc.exporters.inductor.library import build_library
 
-SHAPES = {"qo": (768, 768), "kv": (256, 768), "gate_up": (2048, 768), "down": (768, 2048), "head": (24576, 768)}
+SHAPES = {
+    "qo": (768, 768),
+    "kv": (256, 768),
+    "gate_up": (2048, 768),
+    "down": (768, 2048),
+    "head": (24576, 768),
+}
 """Name -> N, K."""
 GROUP = 128
 FOOTPRINT = 96 << 20  # bytes of copies; several times the last cache of common machines
@@ -67,7 +73,9 @@ def torch_int4(x: Tensor, codes: Tensor, scale: Tensor) -> list[Callable[[], Ten
     return [lambda p=p, s=s: torch.ops.aten._weight_int4pack_mm_for_cpu(x, p, GROUP, s) for p, s in made]
 
 
-def contenders(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, list[Callable[[], Tensor]]]:
+def contenders(
+    rows: int, shape: tuple[int, int], dtype: torch.dtype
+) -> dict[str, list[Callable[[], Tensor]]]:
     """Calls by name, for activations [rows, K] and a weight [N, K]."""
     generator = torch.Generator().manual_seed(0)
     n, k = shape
@@ -115,7 +123,9 @@ def main() -> None:
         for rows in arguments.rows
         for name in arguments.shapes
     }
-    record("cpu_linear", {"group_size": GROUP, "rounds": arguments.rounds, "linears": table}, arguments.threads)
+    record(
+        "cpu_linear", {"group_size": GROUP, "rounds": arguments.rounds, "linears": table}, arguments.threads
+    )
 
 
 if __name__ == "__main__":

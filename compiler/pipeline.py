@@ -196,7 +196,7 @@ class _Run:
         budget = self.options.budget or Budget.for_bits(bits)
         gate.check(
             rewrite.name, drift, lossy=rewrite.lossy, budget=budget, dtype=compute_dtype(after),
-            layer_names=attention_paths(before),
+            layer_names=attention_paths(before), rounds=gate.rounds_activations(before),
         )  # fmt: skip
         self.outputs = outputs
         return drift

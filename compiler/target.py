@@ -21,11 +21,16 @@ Predicate = Callable[[Node], str | None]
 
 @dataclass(frozen=True, kw_only=True)
 class CompileOptions:
-    """What the user asked for. None means the target's default."""
+    """What the user asked for. None means the target's default.
+
+    `bit_choices` is the target's own: the bits that --quant auto may choose from, () for all.
+    """
 
     dtype: str = "fp32"
     quant: str | None = None
     bits: int | None = None
+    average_bits: float | None = None
+    bit_choices: tuple[int, ...] = ()
     group_size: int | None = None
     symmetric: bool = True
     ignore: tuple[str, ...] = ()

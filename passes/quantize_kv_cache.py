@@ -41,6 +41,7 @@ class QuantizeKVCache(Pass):
 
     name: ClassVar[str] = "quantize-kv-cache"
     lossy: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = True
 
     format: Literal["int8", "fp8"] = "int8"
     granularity: Literal["layer", "head", "channel"] = "head"

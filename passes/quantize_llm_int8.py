@@ -45,15 +45,19 @@ class QuantizeLlmInt8(Pass):
     W8A8. Which linears: as quantize-rtn.
 
     Attributes:
-        threshold: magnitude from which a column of the input is an outlier.
+        threshold: magnitude above which a value of the input is an outlier.
+        frequency: a column is kept when more than this share of the calibration tokens has an outlier in it. 0: one
+            token is enough, as in the paper's operator; the paper counts features from 0.06 on.
         ignore: patterns (`*.down_proj.*`) of weight names to leave alone.
         head: quantize the linear that makes the logits too.
     """
 
     name: ClassVar[str] = "quantize-llm-int8"
     lossy: ClassVar[bool] = True
+    calibrated: ClassVar[bool] = True
 
     threshold: float = 6.0
+    frequency: float = 0.0
     ignore: tuple[str, ...] = ()
     head: bool = False
 
@@ -91,7 +95,7 @@ class QuantizeLlmInt8(Pass):
                 if context.progress:
                     context.progress(number, len(groups), label)
                 stream.advance(group.root)
-                large = largest_magnitudes(stream, group.root, f"input of {label}") > self.threshold
+                large = self._exceeds(stream, group.root, f"input of {label}")
                 for site in group.sites:
                     name = weight_label(program, site)
                     by_weight[name] = large | by_weight.get(name, torch.zeros_like(large))
@@ -99,6 +103,15 @@ class QuantizeLlmInt8(Pass):
             for site in group.sites:
                 found[site.node.name] = by_weight[weight_label(program, site)].nonzero().flatten()
         return found
+
+    def _exceeds(self, stream: Stream, root: Node, where: str) -> Tensor:
+        """Which columns of an input exceed the threshold often enough; bool [K]."""
+        large = largest_magnitudes(stream, root, where) > self.threshold
+        if not self.frequency:
+            return large
+        rows = [value.flatten(0, -2).abs() > self.threshold for value in stream.values(root)]
+        share: Tensor = sum(part.sum(0) for part in rows) / sum(len(part) for part in rows)  # type: ignore[assignment]
+        return share > self.frequency
 
 
 def _summary(program: Program, groups: Sequence[Group], outliers: dict[str, Tensor]) -> list[str]:

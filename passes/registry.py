@@ -18,6 +18,7 @@ NAMES = (
     "quantize-rtn",
     "quantize-clip",
     "quantize-gptq",
+    "quantize-auto",
     "tune-scales",
     "scale-awq",
     "scale-smoothquant",
@@ -30,6 +31,7 @@ NAMES = (
     "round-scales",
     "legalize-ort",
     "legalize-inductor",
+    "round-activations",
 )
 
 

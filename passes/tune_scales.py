@@ -42,7 +42,7 @@ class TuneScales(Pass):
     calibrated: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
 
-    epochs: int = 2
+    epochs: int = 4
     batch_tokens: int = 2048
     learning_rate: float = 5e-4
     vectors: bool = True

@@ -5,30 +5,42 @@ from __future__ import annotations
 from optc.compiler.target import CompileOptions, QuantSupport, Step, Target
 from optc.exporters.inductor import LEGAL, export_inductor
 from optc.passes.fuse_norm import FuseNorm
-from optc.passes.legalize_inductor import INT4_GROUP_SIZES, LegalizeInductor
+from optc.passes.legalize_inductor import LegalizeInductor
+from optc.passes.merge_projections import MergeProjections
 from optc.passes.page_kv_cache import PageKVCache
 from optc.passes.quantize.methods import WEIGHT_ONLY, quantization_steps
+from optc.passes.round_activations import RoundActivations
 from optc.passes.static_kv_cache import StaticKVCache
+
+FAST = 4
+"""The accuracy level at which packed products round activations to int8."""
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
-    """Decoder: [quantize] -> KV cache -> legalize. Encoder and module: [quantize] -> legalize.
+    """Decoder: [quantize] -> KV cache -> [merge] -> legalize. Encoder and module: [quantize] -> legalize.
 
     Rotary embeddings and norms are left as they are: Inductor fuses them itself. Norms are made whole for
-    quantization, which folds scales into them.
+    quantization, which folds scales into them. Quantized projections of one input are merged: fewer packed products.
+    Accuracy level 4, the default of quantized programs, rounds activations to int8 in a stage of its own, so that
+    the gate sees what it costs; below 4 they are left as they are.
     """
     steps: list[Step] = []
     if options.quant is not None:
         steps += [Step(FuseNorm(), optional=True), *quantization_steps(options)]
     if kind == "decoder":
         steps.append(Step(PageKVCache() if options.kv_cache == "paged" else StaticKVCache(in_place=True)))
-    return [*steps, Step(LegalizeInductor(), optional=True)]
+        if options.quant is not None:
+            steps.append(Step(MergeProjections(), optional=True))
+    steps.append(Step(LegalizeInductor(), optional=True))
+    if options.quant is not None and options.accuracy_level in (None, FAST):
+        steps.append(Step(RoundActivations(), optional=True))
+    return steps
 
 
-_RTN = QuantSupport(
+_INTEGERS = QuantSupport(
     bits=(2, 3, 4, 8),
-    group_sizes=(0, *INT4_GROUP_SIZES),
-    note="4 bits with --dtype bf16 have a packed kernel, all else is dequantized before each use",
+    group_sizes=(0, 16, 32, 64, 128, 256),
+    note="packed kernels for every dtype; --accuracy-level 4 (default) rounds activations to int8, 0 does not",
 )
 
 TARGET = Target(
@@ -37,11 +49,17 @@ TARGET = Target(
     device="cpu",
     dtypes=("fp32", "bf16", "fp16"),
     kv_caches=("static", "paged"),
-    quant={**dict.fromkeys(WEIGHT_ONLY, _RTN), "int8": QuantSupport(bits=(8,), group_sizes=(0,))},
+    quant={
+        **dict.fromkeys((*WEIGHT_ONLY, "auto"), _INTEGERS),
+        **dict.fromkeys(
+            ("int8", "smoothquant", "llm-int8", "fp8"), QuantSupport(bits=(8,), group_sizes=(0,))
+        ),
+        "nf4": QuantSupport(bits=(4,), group_sizes=()),
+    },
     legal=LEGAL,
     recipe=recipe,
     export=export_inductor,
     aliases=("inductor",),
     needs_extra="inductor",
-    takes=("max_seq_len",),
+    takes=("max_seq_len", "accuracy_level"),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from optc.compiler.target import CompileOptions, QuantSupport, Step, Target
 from optc.exporters.onnx import LEGAL, export_onnx
 from optc.passes.fuse_attention import FuseAttention
@@ -22,7 +24,7 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
         Step(FuseRotary(), optional=True),
         Step(FuseNorm(), optional=True),
     ]
-    steps += quantization_steps(options)
+    steps += quantization_steps(dataclasses.replace(options, bit_choices=(2, 4, 8)))
     if kind == "decoder":
         steps.append(Step(StaticKVCache()))
     if kind == "decoder":
@@ -31,6 +33,12 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
     return [*steps, Step(LegalizeOrt(accuracy_level=level), optional=True)]
 
 
+_INTEGERS = QuantSupport(
+    bits=(2, 3, 4, 8),
+    group_sizes=(16, 32, 64, 128, 256),
+    note="3-bit codes are stored in 4 bits: MatMulNBits has no 3-bit kernel",
+)
+
 TARGET = Target(
     name="onnx-cpu",
     aliases=("edge", "onnx"),
@@ -38,7 +46,11 @@ TARGET = Target(
     device="cpu",
     dtypes=("fp32",),
     kv_caches=("static",),
-    quant=dict.fromkeys(WEIGHT_ONLY, QuantSupport(bits=(2, 4, 8), group_sizes=(16, 32, 64, 128, 256))),
+    quant={
+        **dict.fromkeys((*WEIGHT_ONLY, "auto"), _INTEGERS),
+        **dict.fromkeys(("int8", "smoothquant", "llm-int8"), QuantSupport(bits=(8,), group_sizes=(0,))),
+        "nf4": QuantSupport(bits=(4,), group_sizes=()),
+    },
     legal=LEGAL,
     recipe=_recipe,
     export=export_onnx,

@@ -71,6 +71,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-static": ("gpt2", {"max_seq_len": 200}),  # torch's fused attention, learned positions, biases
     "gemma2-paged": ("gemma2", {"kv_cache": "paged"}),
     "llama-int4": ("llama", {"dtype": "bf16", "quant": "rtn", "group_size": 32}),
+    "gpt2-int3": ("gpt2", {"quant": "rtn", "bits": 3, "group_size": 32, "accuracy_level": 0}),
     "bert": ("bert", {}),
 }
 _FOLDER = tempfile.TemporaryDirectory(prefix="optc-packages-")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.capture.checkpoint import CheckpointInfo
+from optc.compiler.capture.config_file import CONFIG, read_json
 from optc.compiler.contract import WeightQuantization
 from optc.compiler.dataflow import aten, peel, value_of
-from optc.compiler.diagnostics import CaptureError, InputError
+from optc.compiler.diagnostics import CaptureError, InputError, UsageError
 from optc.compiler.layouts import QuantizedWeight, awq, compressed_tensors, gptq
 from optc.compiler.layouts.config import KEY, ConfigReader
 from optc.compiler.layouts.tensors import TOGETHER, TensorReader
@@ -72,6 +74,11 @@ class QuantizedFolder:
     modules: tuple[str, ...]
     dense: CheckpointInfo
 
+    def stored_bytes(self) -> int:
+        """Bytes of codes, scales and zero points in the files."""
+        names = (name for module in self.modules for name in self.layout.parts(module))
+        return sum(self.reader.tensors[name].nbytes for name in names)
+
     def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Every tensor of the dense model; the weights of quantized linears made from codes, in `dtype`."""
         names = {f"{module}.weight": module for module in self.modules}
@@ -90,7 +97,7 @@ def quantized_folder(info: CheckpointInfo) -> QuantizedFolder | None:
     """
     if KEY not in info.config:
         return None
-    path = info.path / "config.json"
+    path = info.path / CONFIG
     config = ConfigReader(info.config, path, "config").part(KEY)
     method = config.text("quant_method")
     config.choice("quant_method", method, tuple(_LAYOUTS))
@@ -115,6 +122,24 @@ def quantized_folder(info: CheckpointInfo) -> QuantizedFolder | None:
         info, tensors=tensors, config={k: v for k, v in info.config.items() if k != KEY}
     )
     return QuantizedFolder(method, layout, reader, modules, dense)
+
+
+def refuse_quantizing_again(folder: Path) -> None:
+    """Refuse to quantize a folder whose config says that it is quantized; weights unread.
+
+    Raises:
+        UsageError: it is quantized already.
+        InputError: config.json is malformed.
+    """
+    path = folder / CONFIG
+    config = read_json(path) if path.is_file() else {}
+    if KEY in config:
+        inner = config[KEY]
+        method = inner.get("quant_method") if isinstance(inner, dict) else None
+        raise UsageError(
+            "the model is quantized already", where=str(path), why=f"by {method}" if method else None,
+            remedy="leave --quant out: its codes are kept; or give the unquantized model",
+        )  # fmt: skip
 
 
 def restore_codes(program: Program, folder: QuantizedFolder, names: dict[str, str]) -> Program:

@@ -2,4 +2,13 @@
 
 from optc.compiler.ops import attention, attention_codes, packed, packed_products, paged, quantization, rotary
 
-__all__ = ["attention", "attention_codes", "packed", "packed_cpu", "packed_products", "paged", "quantization", "rotary"]
+__all__ = [
+    "attention",
+    "attention_codes",
+    "packed",
+    "packed_cpu",
+    "packed_products",
+    "paged",
+    "quantization",
+    "rotary",
+]

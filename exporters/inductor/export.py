@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import warnings
 from importlib import resources
@@ -24,8 +23,6 @@ from optc.exporters.inductor.selfcheck import check_package
 from optc.exporters.inductor.toolchain import InstructionSet, find_compiler, instruction_set
 
 MODEL, WEIGHTS, RUNNER = "model.pt2", "model.safetensors", "generate.py"
-_INT4_PRODUCT = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-_OWN_CONSTANT = re.compile(r"constant\d+", re.ASCII)
 
 
 def export_inductor(program: Program, request: ExportRequest) -> ExportResult:
@@ -54,7 +51,7 @@ def export_inductor(program: Program, request: ExportRequest) -> ExportResult:
         (directory / RUNNER).write_bytes(runner.read_bytes())
     companions = copy_companions(request.source, directory)
     info = _info(program, request, library, constants, companions)
-    needs = _needs(program, instructions)
+    needs = _needs(instructions)
     check_package(program, directory, info, needs)
     return ExportResult(
         engine="aotinductor",
@@ -126,20 +123,11 @@ def _first_error(text: str) -> str:
 
 
 def _constants(program: Program, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors that the package asks for by name.
-
-    Inductor inlines tiny ones, and adds the group size of each packed int4 product as a constant of its
-    own; all products of a program have one group size (see legalize-inductor).
-    """
-    weights, sizes = dict(program.weights()), {node.args[2] for node in program.calls(_INT4_PRODUCT)}
-    found = {}
+    """The tensors that the package asks for by name. Inductor inlines tiny ones."""
+    weights, found = dict(program.weights()), {}
     for name in sorted(compat.aoti_constant_names(str(path))):
-        if name in weights:
-            found[name] = weights[name]
-            continue
-        assert _OWN_CONSTANT.fullmatch(name), f"{name} is no weight of the program"
-        assert len(sizes) == 1, f"{name} could be one of the group sizes {sizes}"
-        found[name] = torch.tensor(next(iter(sizes)), dtype=torch.int64)
+        assert name in weights, f"{name} is no weight of the program"
+        found[name] = weights[name]
     return found
 
 
@@ -177,11 +165,8 @@ def _info(
     }
 
 
-def _needs(program: Program, instructions: InstructionSet) -> dict[str, Any]:
-    needs: dict[str, Any] = {
+def _needs(instructions: InstructionSet) -> dict[str, Any]:
+    return {
         "torch": ".".join(torch.__version__.split(".")[:2]),
         "cpu_flags": list(instructions.flags),
     }
-    if program.calls(_INT4_PRODUCT):
-        needs["packed_for"] = torch.backends.cpu.get_cpu_capability()
-    return needs

@@ -5,14 +5,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from optc.compiler.diagnostics import UsageError, unknown_name
+from optc.compiler.quantize import BITS
 from optc.compiler.rewriting import Pass
 from optc.compiler.target import CompileOptions, Step
+from optc.passes.quantize_activations import QuantizeActivations
+from optc.passes.quantize_auto import QuantizeAuto
 from optc.passes.quantize_clip import QuantizeClip
+from optc.passes.quantize_fp8 import QuantizeFp8
 from optc.passes.quantize_gptq import QuantizeGptq
+from optc.passes.quantize_llm_int8 import QuantizeLlmInt8
+from optc.passes.quantize_nf4 import QuantizeNf4
 from optc.passes.quantize_rtn import QuantizeRtn
 from optc.passes.scale_awq import ScaleAwq
+from optc.passes.scale_smoothquant import ScaleSmoothQuant
 from optc.passes.tune_scales import TuneScales
 
 
@@ -25,54 +33,75 @@ class Method:
         passes: the passes for options whose bits are known.
         bits: what `--bits` is when it is not given.
         fixed: bits and group size are part of the method and cannot be chosen.
+        own_bits: the method chooses the bits of each linear itself.
     """
 
     summary: str
     passes: Callable[[CompileOptions], list[Pass]]
     bits: int = 4
     fixed: bool = False
+    own_bits: bool = False
+
+
+def _common(options: CompileOptions) -> dict[str, Any]:
+    """What the integer quantizers have in common."""
+    return {
+        "bits": options.bits_or(4), "group_size": options.group_size, "symmetric": options.symmetric,
+        "ignore": options.ignore,
+    }  # fmt: skip
 
 
 def _rtn(options: CompileOptions) -> list[Pass]:
-    return [QuantizeRtn(bits=options.bits_or(4), group_size=options.group_size, symmetric=options.symmetric,
-                        ignore=options.ignore)]  # fmt: skip
+    return [QuantizeRtn(**_common(options))]
 
 
 def _gptq(options: CompileOptions) -> list[Pass]:
-    return [QuantizeGptq(bits=options.bits_or(4), group_size=options.group_size, symmetric=options.symmetric,
-                         ignore=options.ignore)]  # fmt: skip
-
-
-def _scales(options: CompileOptions) -> ScaleAwq:
-    return ScaleAwq(bits=options.bits_or(4), group_size=options.group_size, symmetric=options.symmetric,
-                    ignore=options.ignore)  # fmt: skip
+    return [QuantizeGptq(**_common(options))]
 
 
 def _awq(options: CompileOptions) -> list[Pass]:
-    return [_scales(options), QuantizeClip(bits=options.bits_or(4), group_size=options.group_size,
-                                           symmetric=options.symmetric, ignore=options.ignore)]  # fmt: skip
+    return [ScaleAwq(**_common(options)), QuantizeClip(**_common(options))]
+
+
+def _awq_gptq(options: CompileOptions) -> list[Pass]:
+    return [ScaleAwq(**_common(options)), QuantizeGptq(**_common(options))]
 
 
 def _best(options: CompileOptions) -> list[Pass]:
-    gptq = QuantizeGptq(
-        bits=options.bits_or(4), group_size=options.group_size, symmetric=options.symmetric, ignore=options.ignore,
-        sweeps=2, follow=0.5,
-    )  # fmt: skip
-    return [_scales(options), gptq, TuneScales()]
+    return [QuantizeGptq(**_common(options), sweeps=4, follow=0.5), TuneScales()]
+
+
+def _auto(options: CompileOptions) -> list[Pass]:
+    average: dict[str, Any] = {} if options.average_bits is None else {"average_bits": options.average_bits}
+    return [QuantizeAuto(group_size=options.group_size, symmetric=options.symmetric, ignore=options.ignore,
+                         choices=options.bit_choices or BITS, **average)]  # fmt: skip
+
+
+def _smoothquant(options: CompileOptions) -> list[Pass]:
+    return [
+        ScaleSmoothQuant(ignore=options.ignore),
+        QuantizeGptq(**_common(options)),
+        QuantizeActivations(format="int8"),
+    ]
 
 
 METHODS: dict[str, Method] = {
     "rtn": Method("round to nearest; needs no calibration", _rtn),
     "gptq": Method("GPTQ: errors of one column are made up for by the next ones", _gptq),
     "awq": Method("AWQ: activation-aware scales folded into earlier weights, clipped ranges", _awq),
-    "awq+gptq": Method(
-        "AWQ's scales, then GPTQ's rounding", lambda options: [_scales(options), *_gptq(options)]
-    ),
-    "best": Method(
-        "the strongest found here: AWQ's scales, GPTQ with refined codes, scales trained end to end", _best
-    ),
+    "awq+gptq": Method("AWQ's scales, then GPTQ's rounding", _awq_gptq),
+    "best": Method("the strongest found here: GPTQ that follows the unquantized model, codes refined, scales trained", _best),
+    "auto": Method("bits per linear by measured sensitivity, within --average-bits; then GPTQ", _auto, own_bits=True),
     "int8": Method("8-bit weights, one scale per output channel", _rtn, bits=8, fixed=True),
-}
+    "smoothquant": Method("W8A8: SmoothQuant's scales, 8-bit weights by GPTQ, 8-bit inputs per token", _smoothquant,
+                          bits=8, fixed=True),
+    "llm-int8": Method("W8A8 with outlier columns in full precision", lambda options: [QuantizeLlmInt8(ignore=options.ignore)],
+                       bits=8, fixed=True),
+    "fp8": Method("E4M3 weights per channel and inputs per token", lambda options: [
+        QuantizeFp8(ignore=options.ignore), QuantizeActivations(format="fp8")], bits=8, fixed=True),
+    "nf4": Method("4-bit NormalFloat, blocks of 64, scales in 8 bits", lambda options: [
+        QuantizeNf4(ignore=options.ignore, double_quant=True)], bits=4, fixed=True),
+}  # fmt: skip
 
 WEIGHT_ONLY = ("rtn", "gptq", "awq", "awq+gptq", "best")
 """Methods that end in plain integer weights of any supported bits and group size."""
@@ -89,16 +118,21 @@ def resolve(options: CompileOptions) -> CompileOptions:
     if options.quant not in METHODS:
         raise unknown_name("quantization", options.quant, METHODS)
     method = METHODS[options.quant]
+    if options.average_bits is not None and not method.own_bits:
+        raise UsageError("--average-bits is for --quant auto", remedy="use --bits, or --quant auto")
+    if method.own_bits and options.bits is not None:
+        raise UsageError(f"--quant {options.quant} chooses the bits itself", remedy="use --average-bits")
     if not method.fixed:
-        return dataclasses.replace(options, bits=options.bits_or(method.bits))
-    for name, value, own in (("bits", options.bits, method.bits), ("group-size", options.group_size, 0)):
-        if value not in (None, own):
+        return options if method.own_bits else dataclasses.replace(options, bits=options.bits_or(method.bits))
+    own = {"bits": method.bits, "group-size": 0 if method.bits == 8 else None}
+    for name, value in (("bits", options.bits), ("group-size", options.group_size)):
+        if value not in (None, own[name]):
             raise UsageError(
                 f"--quant {options.quant} takes no --{name} {value}",
                 why=method.summary,
                 remedy=f"leave --{name} out",
             )
-    return dataclasses.replace(options, bits=method.bits, group_size=0)
+    return dataclasses.replace(options, bits=method.bits, group_size=own["group-size"])
 
 
 def quantization_steps(options: CompileOptions) -> list[Step]:

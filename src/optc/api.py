@@ -20,6 +20,7 @@ from optc.compiler.calibration import DEFAULT_LENGTH, DEFAULT_SAMPLES, Calibrati
 from optc.compiler.capture import capture_model, capture_module, capture_pretrained
 from optc.compiler.capture.checkpoint import CheckpointInfo, config_digest, weights_digest
 from optc.compiler.capture.pretrained import DTYPES
+from optc.compiler.capture.quantized import refuse_quantizing_again
 from optc.compiler.diagnostics import TargetError, UsageError, os_errors, unknown_name
 from optc.compiler.gate import Budget, Probe, text_probe
 from optc.compiler.manifest import Manifest, Source
@@ -164,6 +165,8 @@ def compile(
     settings = dataclasses.replace(settings, options=resolve(settings.options))
     folder = Path(output)
     artifact.check_output(folder, settings.force)
+    if settings.options.quant is not None and isinstance(model, str | Path):
+        refuse_quantizing_again(Path(model))
     program, info = _captured(model, example_inputs, settings)
     seconds = {"capture": time.perf_counter() - begin}
     steps = recipe_steps(found, program.contract.kind, settings)

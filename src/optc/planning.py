@@ -13,6 +13,7 @@ import torch
 from optc.api import CompileSettings, check_request, recipe_steps
 from optc.compiler.capture.checkpoint import check_folder
 from optc.compiler.capture.pretrained import DTYPES, meta_model
+from optc.compiler.capture.quantized import quantized_folder, refuse_quantizing_again
 from optc.compiler.quantize import check_group_size, default_group_size
 from optc.compiler.target import CompileOptions, Target
 from optc.passes.quantize.methods import resolve
@@ -34,6 +35,15 @@ def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[st
     decoder = hasattr(skeleton, "generate")
     steps = recipe_steps(target, "decoder" if decoder else "encoder", settings)
     sizes = _sizes(skeleton, settings.options)
+    held = quantized_folder(info)
+    note = target.quant[settings.options.quant].note if settings.options.quant else ""
+    if held is not None:
+        if settings.options.quant is not None:
+            refuse_quantizing_again(model)
+        shapes = [held.layout.shape(module) for module in held.modules]
+        dense = sum(rows * columns for rows, columns in shapes) * DTYPES[settings.options.dtype].itemsize
+        sizes["weight_bytes"] += held.stored_bytes() - dense
+        note = f"quantized already ({held.method}): {len(shapes)} linears keep their codes"
     return {
         "model": str(model),
         "target": target.name,
@@ -42,7 +52,7 @@ def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[st
         "passes": [{"name": step.rewrite.name, "optional": step.optional} for step in steps],
         **sizes,
         "kv_cache_bytes_per_token": _cache_bytes(skeleton.config, settings.options) if decoder else 0,
-        "note": target.quant[settings.options.quant].note if settings.options.quant else "",
+        "note": note,
     }
 
 

@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from families import make_model
 from hf_folders import codes_of, config, logits, quantized, source, tensors, write
 from safetensors.torch import save_file
 
 import optc
+from optc.api import CompileSettings
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.capture.pretrained import load_model
-from optc.compiler.diagnostics import CaptureError, InputError, OptcError
+from optc.compiler.diagnostics import CaptureError, InputError, OptcError, UsageError
+from optc.compiler.target import CompileOptions
+from optc.planning import make_plan
+from optc.targets import find_target
 
 K_PROJ = "model.layers.1.self_attn.k_proj"
 
@@ -85,8 +90,75 @@ def test_compiled_further_without_requantizing(tmp_path: Path) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     first = int(logits(quantized("llama", "int4"), ids)[0, -1].argmax())
     assert text.tokens[0] == first
-    with pytest.raises(OptcError, match="quantized already"):
+    with pytest.raises(UsageError, match="the model is quantized already") as caught:
         optc.compile(tmp_path / "q", target="onnx-cpu", quant="rtn", output=tmp_path / "twice")
+    assert "by compressed-tensors" in str(caught.value)
+
+
+def test_the_plan_counts_what_the_folder_holds(tmp_path: Path) -> None:
+    write(quantized("llama", "int4"), source("llama"), tmp_path)
+    plan = make_plan(tmp_path, find_target("onnx-cpu"), CompileSettings())
+    assert plan["weight_bytes"] == sum(tensor.nbytes for tensor in tensors(tmp_path).values())
+    assert plan["note"] == "quantized already (compressed-tensors): 14 linears keep their codes"
+    with pytest.raises(UsageError, match="quantized already"):
+        make_plan(tmp_path, find_target("onnx-cpu"), CompileSettings(options=CompileOptions(quant="rtn")))
+
+
+_GROUP = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+_TOKEN = {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}
+
+
+@pytest.mark.parametrize(
+    ("weights", "inputs", "kind"),
+    [
+        ({**_GROUP, "symmetric": True}, None, ("int", "")),
+        ({**_GROUP, "symmetric": False}, None, ("int", "")),
+        ({"num_bits": 8, "type": "int", "strategy": "channel"}, _TOKEN, ("int", "int8")),
+        (
+            {"num_bits": 8, "type": "float", "strategy": "channel"},
+            {**_TOKEN, "type": "float"},
+            ("fp8", "fp8"),
+        ),
+        ({"num_bits": 8, "type": "float", "strategy": "tensor"}, {**_TOKEN, "type": "float"}, ("fp8", "fp8")),
+    ],
+)
+def test_a_folder_written_by_compressed_tensors(
+    tmp_path: Path, weights: dict[str, Any], inputs: dict[str, Any] | None, kind: tuple[str, str]
+) -> None:
+    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors (extra test-oracles)")
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    settings = QuantizationConfig(config_groups={"group_0": group}, ignore=["lm_head"])
+    model = make_model("llama")
+    apply_quantization_config(model, settings)
+    dense: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if not hasattr(module, "weight_scale"):
+            continue
+        args = module.quantization_scheme.weights
+        size = {"group": 32, "channel": module.weight.shape[1]}.get(weights["strategy"])
+        parts = module.weight.unflatten(1, (-1, size)) if size else module.weight[None, None]
+        axes = (-1,) if size else (-2, -1)
+        scale, zero = calculate_qparams(parts.amin(axes), parts.amax(axes), args)
+        module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
+        module.weight_zero_point.data.copy_(zero.reshape(module.weight_scale.shape))
+        dense[f"{name}.weight"] = module.weight
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path)
+    compressor.update_config(tmp_path)
+    compressor.decompress_model(model)
+    program, _ = capture_pretrained(tmp_path)
+    assert len(program.contract.quantization) == len(dense) == 14
+    kinds = {(entry.format, entry.activations) for entry in program.contract.quantization.values()}
+    assert kinds == {kind}
+    read, _ = load_model(tmp_path, dtype=torch.float32, attention="eager")
+    for name, module in model.named_modules():
+        if f"{name}.weight" in dense:
+            assert torch.equal(read.get_submodule(name).weight, module.weight), name
 
 
 # -- refusals ------------------------------------------------------------------------------------

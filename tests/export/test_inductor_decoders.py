@@ -16,6 +16,7 @@ from package_driver import VARIANTS, describe, drive, packaged
 from stages import sequences
 
 import optc
+from optc.compiler.execution import run_stage
 from optc.runtime.paged_session import PagedSession
 from optc.runtime.session import Session
 from optc.runtime.torch_session import TorchSession
@@ -55,17 +56,18 @@ def test_one_token_at_a_time(name: str) -> None:
     assert float(np.abs(np.concatenate(found) - expected.numpy()).max()) <= 1e-4
 
 
-def test_int4_package_equals_its_program() -> None:
-    """bfloat16 activations through torch's packed int4 product; the sum of a few roundings remains."""
-    built, rows = packaged("llama-int4"), sequences(*LENGTHS)
-    assert len(built.program.calls(torch.ops.aten._weight_int4pack_mm_for_cpu.default)) == 14
-    assert built.result.needs["packed_for"] == torch.backends.cpu.get_cpu_capability()
-    found, expected = drive(built.load(), built.program, rows), None
-    from optc.compiler.execution import run_stage
-
-    expected = run_stage(built.program, rows).logits
+@pytest.mark.parametrize(("name", "limit"), [("llama-int4", 6e-2), ("gpt2-int3", 2e-5)])
+def test_quantized_package_equals_its_program(name: str, limit: float) -> None:
+    """bfloat16 with activations rounded to int8, and float32 with activations as they are."""
+    built, rows = packaged(name), sequences(*LENGTHS)
+    products = built.program.calls(torch.ops.optc.linear_nbits.default)
+    assert len(products) == 8
+    level = {"llama-int4": {32}, "gpt2-int3": {-1}}[name]
+    assert {node.kwargs["activation_group"] for node in products} == level
+    assert not [key for key in built.result.tensor_bytes if key.endswith("_codes")]
+    found, expected = drive(built.load(), built.program, rows), run_stage(built.program, rows).logits
     worst = max(float((a.float() - b.float()).abs().max()) for a, b in zip(found, expected, strict=True))
-    assert worst <= 6e-2 * max(float(row.abs().max()) for row in expected)
+    assert worst <= limit * max(float(row.abs().max()) for row in expected)
 
 
 def test_a_step_touches_only_its_slots() -> None:
@@ -125,6 +127,17 @@ def test_fresh_process_without_optc(name: str) -> None:
     out = model.generate(torch.tensor([[5, 17, 33]]), max_new_tokens=24, do_sample=False, eos_token_id=None)
     found = _fresh(str(built.folder), "--prompt-tokens", "5,17,33", "--max-new-tokens", "24", "--ignore-eos")
     assert found == {"prompt_tokens": [5, 17, 33], "tokens": out[0, 3:].tolist(), "text": None}
+
+
+def test_fresh_process_runs_packed_products() -> None:
+    """The library registers the operator itself; tokens as greedy decoding of the Program."""
+    built = packaged("gpt2-int3")
+    describe(built)
+    tokens = [5, 17, 33]
+    for _ in range(12):
+        tokens.append(int(run_stage(built.program, [tokens]).logits[0][-1].argmax()))
+    found = _fresh(str(built.folder), "--prompt-tokens", "5,17,33", "--max-new-tokens", "12", "--ignore-eos")
+    assert found == {"prompt_tokens": [5, 17, 33], "tokens": tokens[3:], "text": None}
 
 
 def test_fresh_process_generates_text(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from hf_folders import logits, quantized, source, write
+from families import make_model
+from hf_folders import logits, quantized, source, tensors, write
+from rewrites import stir
 
 import optc
 from optc.compiler.capture import capture_pretrained
+from optc.compiler.capture.pretrained import load_model
 from optc.compiler.diagnostics import TargetError
 from optc.runtime.load import load
 
@@ -69,6 +72,51 @@ def _rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
     step = x.abs().amax(-1, keepdim=True) / {"int8": 127, "fp8": 448}[kind]
     ratio = x / step
     return (ratio.round() if kind == "int8" else ratio.to(torch.float8_e4m3fn).float()) * step
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layout"), [("int4", "gptq"), ("int4-asym", "gptq"), ("int8", "gptq"), ("int4-asym", "awq")]
+)
+def test_gptqmodel_reads_the_other_layouts(tmp_path: Path, recipe: str, layout: str) -> None:
+    pytest.importorskip("gptqmodel", reason="GPTQModel is not installed: it pins another torch")
+    from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
+
+    program = quantized("llama", recipe, half=True)
+    write(program, source("llama"), tmp_path, layout)
+    config = AwqConfig(backend="torch_awq") if layout == "awq" else GPTQConfig(bits=4, backend="torch")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, device_map="cpu", quantization_config=config
+    )
+    dense, _ = load_model(tmp_path, dtype=torch.float32, attention="eager")
+    with torch.no_grad():
+        for name, module in dense.named_modules():
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                module.weight.copy_(module.weight.half().float())  # its kernels make float16 weights
+        theirs, ours = model(_ids(128)).logits, dense(_ids(128)).logits
+    # The AWQ kernel rounds activations to float16 as well.
+    assert float((theirs - ours).abs().max()) < (0.01 if layout == "awq" else 1e-4)
+
+
+def test_scales_folded_into_other_weights_are_in_the_folder(tmp_path: Path) -> None:
+    model = stir(make_model("phi"))
+    model.save_pretrained(tmp_path / "source")
+    tokens = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1))
+    result = optc.compile(
+        tmp_path / "source",
+        target="vllm",
+        quant="awq",
+        group_size=32,
+        calibration=tokens,
+        output=tmp_path / "out",
+    )
+    assert next(record.matched for record in result.manifest.passes if record.name == "scale-awq") > 0
+    program, _ = capture_pretrained(tmp_path / "out")
+    before, after = tensors(tmp_path / "source"), tensors(tmp_path / "out")
+    changed = [name for name in before if name in after and not torch.equal(before[name], after[name])]
+    assert "model.layers.0.input_layernorm.weight" in changed
+    with torch.no_grad():
+        theirs = _loaded(tmp_path / "out")(_ids(128)).logits
+    assert float((theirs - logits(program, _ids(128))).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("layout", ["compressed-tensors", "awq", "gptq"])

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from families import make_model
 from stages import apply, captured, largest, rewritten, sequences, tiny_decoder
 from torch import Tensor
+from torch.fx import Node
 
-from optc.compiler.capture import capture_model
+from optc.compiler.capture import capture_model, capture_module
 from optc.compiler.execution import run_stage
-from optc.compiler.ops.library import reference
 from optc.compiler.program import Program
 from optc.compiler.target import check_legal
 from optc.compiler.verification import verify_program
-from optc.passes.legalize_inductor import LegalizeInductor, pack_int4
+from optc.passes.inductor.linears import narrow
+from optc.passes.legalize_inductor import LegalizeInductor
 from optc.passes.page_kv_cache import PageKVCache
 from optc.passes.quantize_rtn import QuantizeRtn
 from optc.passes.static_kv_cache import StaticKVCache
 from optc.targets.inductor_cpu import TARGET
 
-aten = torch.ops.aten
+aten, optc = torch.ops.aten, torch.ops.optc
+LINEAR = optc.linear_nbits.default
 STATIC, LEGALIZE = StaticKVCache(in_place=True), LegalizeInductor()
 LENGTHS = (21, 9, 14, 1)
 
@@ -80,57 +85,141 @@ def test_paged_attention_stays() -> None:
     check_legal(before, TARGET)
 
 
+def _sums(program: Program) -> list[Node]:
+    return program.calls(LINEAR)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_int4_codes_are_packed_in_bfloat16(symmetric: bool) -> None:
-    program = capture_model(make_model("llama").to(torch.bfloat16))
-    before = apply(QuantizeRtn(group_size=32, symmetric=symmetric), program).program
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_quantized_linears_become_packed_products(bits: int, symmetric: bool) -> None:
+    """Of a model with biases; float32 within rounding of the dequantized weights."""
+    quantize = QuantizeRtn(bits=bits, group_size=32, symmetric=symmetric)
+    before = apply(STATIC, apply(quantize, captured("gpt2")).program).program
     result = apply(LEGALIZE, before)
     verify_program(result.program, LEGALIZE.name)
-    products = result.program.calls(aten._weight_int4pack_mm_for_cpu.default)
-    assert len(products) == 14
+    check_legal(result.program, TARGET)
+    assert len(_sums(result.program)) == 8
     assert (result.misses, result.notes) == ((), ())
-    names = [f"model.layers.0.self_attn.{part}_proj.weight_codes_int4" for part in "qkvo"]
-    assert list(result.program.contract.quantization)[:4] == names
-    assert result.program.weight(names[0]).shape == (64, 32)
-    rows = sequences(*LENGTHS)
-    plain = LegalizeInductor(packed=False)
-    spread = largest(run_stage(before, rows).logits, run_stage(apply(plain, before).program, rows).logits)
-    found = run_stage(result.program, rows).logits
-    expected = run_stage(before, rows).logits
-    assert largest(expected, found) <= max(4 * spread, 2e-2 * max(float(row.abs().max()) for row in expected))
+    assert _dialect(result.program) == ["optc.linear_nbits.default"] * 8
+    names = [f"transformer.h.0.{part}.weight_packed" for part in ("attn.c_attn", "attn.c_proj")]
+    assert list(result.program.contract.quantization)[:2] == names
+    packed = result.program.weight(names[0])
+    assert packed.dtype is torch.uint8
+    assert packed.numel() * 8 == 192 * 64 * bits
+    assert not [name for name, _ in result.program.weights() if name.endswith("_codes")]
+    assert _same(before, result.program) <= 1e-5
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_other_codes_are_dequantized_in_the_graph(bits: int) -> None:
-    before = apply(STATIC, apply(QuantizeRtn(bits=bits, group_size=32), captured("gpt2")).program).program
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packed_products_in_sixteen_bits(dtype: torch.dtype) -> None:
+    """The program rounds its weights to 16 bits, the packed product does not: no further apart than that."""
+    program = capture_model(make_model("llama").to(dtype))
+    before = apply(QuantizeRtn(group_size=32), program).program
     result = apply(LEGALIZE, before)
-    reason = (
-        "torch's packed product is fast in bfloat16 only, the weight is torch.float32"
-        if bits == 4
-        else f"{bits}-bit codes have no packed product"
-    )
-    assert {miss.reason for miss in result.misses} == {reason}
+    assert len(_sums(result.program)) == 14
+    assert result.program.weight("model.layers.0.self_attn.q_proj.weight_scales").dtype is dtype
+    rows = sequences(*LENGTHS)
+    expected = run_stage(before, rows).logits
+    limit = 2e-2 if dtype is torch.bfloat16 else 4e-3
+    found = run_stage(result.program, rows).logits
+    assert largest(expected, found) <= limit * max(float(row.abs().max()) for row in expected)
+
+
+def test_nothing_packed_when_told_so() -> None:
+    before = apply(STATIC, apply(QuantizeRtn(group_size=32), captured("gpt2")).program).program
+    result = apply(LegalizeInductor(packed=False), before)
     assert result.notes == ("8 weights are dequantized before each use",)
     assert _dialect(result.program) == []
     assert _same(before, result.program) <= 1e-5
 
 
-def _exact(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
-    return reference("dequantize")(codes, scale, zero, bits=4, group_size=group_size)
+class _Net(torch.nn.Module):
+    """A quantized linear whose weight is made by `make`, of 20 x 48."""
+
+    def __init__(self, make: Callable[[torch.nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.make = make
+        self.register_buffer("codes", torch.randint(0, 16, (20, 48), generator=generator, dtype=torch.uint8))
+        self.register_buffer("small", torch.randn((20, 48), generator=generator).to(torch.float8_e4m3fn))
+        self.register_buffer("scale", torch.rand((20, 3), generator=generator))
+        self.register_buffer("row_scale", torch.rand((20, 1), generator=generator))
+        self.register_buffer("table", torch.linspace(-1, 1, 16))
+        self.register_buffer("bias", torch.randn(20, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.make(self, x)
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128, 256])
-@pytest.mark.parametrize("rows", [16, 48, 64, 96])
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_layout_of_the_packed_product(group_size: int, rows: int, symmetric: bool) -> None:
-    """Every weight, read back through torch's kernel as the product with the identity."""
-    generator = torch.Generator().manual_seed(rows)
-    codes = torch.randint(0, 16, (rows, 256), generator=generator, dtype=torch.uint8)
-    scale = torch.rand((rows, 256 // group_size), generator=generator) + 0.1
-    zero = torch.randint(0, 16, scale.shape, generator=generator, dtype=torch.uint8)
-    packed, scales = pack_int4(codes, scale, None if symmetric else zero)
-    assert packed.shape == (rows, 128)
-    assert scales.shape == (256 // group_size, rows, 2)
-    found = aten._weight_int4pack_mm_for_cpu(torch.eye(256), packed, group_size, scales).t()
-    expected = _exact(codes, scale, None if symmetric else zero, group_size)
-    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+def _net(make: Callable[[Any, Tensor], Tensor]) -> tuple[Program, Tensor]:
+    x = torch.randn((5, 48), generator=torch.Generator().manual_seed(3))
+    return capture_module(_Net(make), (x,), dynamic={"input_0": {0: "rows"}}), x
+
+
+def _codebook(net: Any, x: Tensor) -> Tensor:
+    weight = optc.dequantize_codebook(net.codes, net.scale, net.table, bits=4, group_size=16)
+    return torch.nn.functional.linear(x, weight, net.bias)
+
+
+def _second_level(net: Any, x: Tensor) -> Tensor:
+    """Scales that are made of scales, as in double quantization."""
+    weight = optc.dequantize_codebook(net.codes, net.scale * net.row_scale, net.table, bits=4, group_size=16)
+    return torch.nn.functional.linear(x, weight)
+
+
+def _rounded(net: Any, x: Tensor) -> Tensor:
+    codes, scale = optc.quantize_dynamic(x, format="int8")
+    x = optc.dequantize_activation(codes, scale, dtype=torch.float32)
+    weight = optc.dequantize(net.codes, net.row_scale, None, bits=8, group_size=0)
+    return torch.nn.functional.linear(x, weight, net.bias)
+
+
+def _float8(net: Any, x: Tensor) -> Tensor:
+    codes, scale = optc.quantize_dynamic(x, format="fp8")
+    x = optc.dequantize_activation(codes, scale, dtype=torch.float32)
+    return torch.nn.functional.linear(x, optc.dequantize_float(net.small, net.row_scale), net.bias)
+
+
+def _calibrated(net: Any, x: Tensor) -> Tensor:
+    x = optc.dequantize_activation(
+        optc.quantize(x, net.scale[0, 0], format="int8"), net.scale[0, 0], dtype=torch.float32
+    )
+    weight = optc.dequantize(net.codes, net.row_scale, None, bits=8, group_size=0)
+    return torch.nn.functional.linear(x, weight)
+
+
+def _six_bits(net: Any, x: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, optc.dequantize(net.codes, net.scale, None, bits=6, group_size=16))
+
+
+@pytest.mark.parametrize(
+    ("make", "level"), [(_codebook, -1), (_second_level, -1), (_rounded, 0), (_calibrated, -1)]
+)
+def test_other_forms_that_are_packed(make: Callable[[Any, Tensor], Tensor], level: int) -> None:
+    """NF4, and int8 activations: rounding per token goes into the product, calibrated scales stay outside."""
+    program, x = _net(make)
+    result = apply(LEGALIZE, program)
+    check_legal(result.program, TARGET)
+    assert _dialect(result.program) == ["optc.linear_nbits.default"]
+    (node,) = _sums(result.program)
+    assert node.kwargs["activation_group"] == level
+    torch.testing.assert_close(result.program(x), program(x), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "misses"), [(_float8, []), (_six_bits, ["6-bit codes have no packed product (2, 3, 4, 8 have)"])]
+)
+def test_forms_without_a_packed_product(make: Callable[[Any, Tensor], Tensor], misses: list[str]) -> None:
+    program, x = _net(make)
+    result = apply(LEGALIZE, program)
+    check_legal(result.program, TARGET)
+    assert _dialect(result.program) == []
+    assert [miss.reason for miss in result.misses] == misses
+    assert result.notes == ("1 weights are dequantized before each use",)
+    torch.testing.assert_close(result.program(x), program(x), atol=1e-5, rtol=0)
+
+
+def test_scales_are_narrowed_only_where_nothing_is_lost() -> None:
+    assert narrow(torch.tensor([0.5, 3.0])).dtype is torch.float16
+    assert narrow(torch.tensor([0.5, 2.0**100])).dtype is torch.bfloat16
+    assert narrow(torch.tensor([0.5, 1 / 3])).dtype is torch.float32

@@ -133,6 +133,27 @@ class _Pair(torch.nn.Module):
         return self.head(self.shared(self.shared(self.embed(input_ids)) + self.shift))
 
 
+def test_columns_that_are_rarely_large_need_not_be_kept() -> None:
+    """Two of 128 tokens select rows of the embedding with an outlier; the share of tokens decides."""
+    tokens = torch.arange(128)[None] % 64 + 3
+    program = stirred("llama").clone()
+    table = program.exported.state_dict
+    rows = table["model.embed_tokens.weight"].detach().clone()
+    rows[5, 11] = 1e4  # one token of 64; after the norm its column is far beyond the others
+    table["model.embed_tokens.weight"] = torch.nn.Parameter(rows, requires_grad=False)
+    stem = "model.layers.0.self_attn.q_proj.weight"
+    for frequency, kept in ((0.0, True), (0.01, True), (0.02, False)):
+        rewrite = QuantizeLlmInt8(threshold=6.0, frequency=frequency)
+        result = rewrite.run(program, PassContext(calibration=Calibration(tokens)))
+        names = set(result.program.weight_names().values())
+        columns = (
+            result.program.weight(f"{stem}_outlier_columns").tolist()
+            if f"{stem}_outlier_columns" in names
+            else []
+        )
+        assert (11 in columns) == kept
+
+
 def test_a_weight_of_two_linears_has_the_outliers_of_both() -> None:
     ids = torch.zeros((2, 11), dtype=torch.long)
     program = capture_module(
@@ -151,6 +172,8 @@ def test_a_weight_of_two_linears_has_the_outliers_of_both() -> None:
 def test_errors() -> None:
     with pytest.raises(UsageError, match="is not positive"):
         QuantizeLlmInt8(threshold=0.0)
+    with pytest.raises(UsageError, match="no share of tokens"):
+        QuantizeLlmInt8(frequency=1.0)
     with pytest.raises(InputError, match="needs calibration tokens"):
         calibrated(QuantizeLlmInt8(), stirred("llama"), None)
     broken = stirred("llama").clone()

@@ -20,6 +20,8 @@
 #define OPTC_UNROLL _Pragma("GCC unroll 1")  // too few registers: it would only make the code long
 #endif
 
+#define OPTC_ROLL _Pragma("GCC unroll 1")
+
 namespace optc {
 namespace {
 
@@ -109,26 +111,23 @@ OPTC_INLINE void put(void* to, c10::ScalarType type, int64_t at, const float* va
 template <int Bits>
 struct Codes {
   static constexpr int kColumns = block_columns(Bits);
-  static constexpr int kQuads = kColumns / 4;
   static constexpr int kBytes = block_bytes(Bits);
+  static constexpr int kSteps = Bits == 3 ? 2 : 1;  // halves of a block, unpacked one by one
+  static constexpr int kQuads = kColumns / 4 / kSteps;
 
-  // The quads of a block, for one part of its rows: four codes in each lane, a byte each.
-  static OPTC_INLINE void unpack(const uint8_t* block, Words (&quads)[kQuads]) {
+  // The quads of a step, for one part of the rows: four codes in each lane, a byte each.
+  static OPTC_INLINE void unpack(const uint8_t* block, int step, Words (&quads)[kQuads]) {
+    const Words packed = load<Words>(block + 64 * step);
     if constexpr (Bits == 8) {
-      quads[0] = load<Words>(block);
-    } else if constexpr (Bits == 4) {
-      const Words packed = load<Words>(block);
-      quads[0] = packed & 0x0f0f0f0fu;
-      quads[1] = (packed >> 4) & 0x0f0f0f0fu;
-    } else if constexpr (Bits == 2) {
-      const Words packed = load<Words>(block);
-      OPTC_UNROLL for (int i = 0; i < 4; ++i) quads[i] = (packed >> (2 * i)) & 0x03030303u;
+      quads[0] = packed;
     } else {
-      const Words high = load<Words>(block + 128);
-      OPTC_UNROLL for (int i = 0; i < 8; ++i) {
-        const Words low = load<Words>(block + 64 * (i / 4));
-        quads[i] = ((low >> (2 * (i % 4))) & 0x03030303u) | (((high >> i) & 0x01010101u) << 2);
-      }
+      constexpr int kWidth = Bits == 3 ? 2 : Bits;
+      constexpr uint32_t kMask = 0x01010101u * ((1 << kWidth) - 1);
+      OPTC_UNROLL for (int i = 0; i < kQuads; ++i) quads[i] = (packed >> (kWidth * i)) & kMask;
+    }
+    if constexpr (Bits == 3) {
+      const Words high = load<Words>(block + 128) >> (4 * step);
+      OPTC_UNROLL for (int i = 0; i < kQuads; ++i) quads[i] |= ((high >> i) & 0x01010101u) << 2;
     }
   }
 };
@@ -278,14 +277,14 @@ struct Grid {
   Vector at[Rows][Tiles][kParts];
 };
 
-// Add the products of one block of one tile to the sums of `Rows` rows; x[r] points at the block's columns.
+// Add the products of a step of one block of one tile to the sums of `Rows` rows.
 template <int Bits, Mode M, int Rows, int Tiles, class Vector, class Number>
-OPTC_INLINE void add_block(const uint8_t* block, int t, const Number* const (&x)[Rows], int64_t column,
-                           const float* table, Grid<Vector, Rows, Tiles>& sums) {
+OPTC_INLINE void add_step(const uint8_t* block, int step, int t, const Number* const (&x)[Rows], int64_t column,
+                          const float* table, Grid<Vector, Rows, Tiles>& sums) {
   using C = Codes<Bits>;
   OPTC_UNROLL for (int p = 0; p < kParts; ++p) {
     Words quads[C::kQuads];
-    C::unpack(block + p * kLanes * 4, quads);
+    C::unpack(block + p * kLanes * 4, step, quads);
     OPTC_UNROLL for (int q = 0; q < C::kQuads; ++q) {
       if constexpr (M == kRounded) {
         OPTC_UNROLL for (int r = 0; r < Rows; ++r) {
@@ -321,9 +320,11 @@ void multiply(const Weight& w, const Activations& in, int64_t tile, int64_t row,
   int64_t column = 0;
   for (int64_t s = 0; s < w.segments; ++s) {
     Grid<Vector, Rows, Tiles> sums = {};
-    for (int64_t b = 0; b < w.blocks; ++b, codes += C::kBytes, column += C::kColumns) {
-      OPTC_UNROLL for (int t = 0; t < Tiles; ++t) {
-        add_block<Bits, M, Rows, Tiles>(codes + t * stride, t, x, column, table, sums);
+    for (int64_t b = 0; b < w.blocks; ++b, codes += C::kBytes) {
+      OPTC_ROLL for (int step = 0; step < C::kSteps; ++step, column += 4 * C::kQuads) {
+        OPTC_UNROLL for (int t = 0; t < Tiles; ++t) {
+          add_step<Bits, M, Rows, Tiles>(codes + t * stride, step, t, x, column, table, sums);
+        }
       }
     }
     OPTC_UNROLL for (int t = 0; t < Tiles; ++t) {
@@ -420,14 +421,16 @@ void dequantize_in(const Weight& w, int64_t tile, void* to, c10::ScalarType type
       OPTC_UNROLL for (int p = 0; p < kParts; ++p) {
         const Floats scale = numbers(w.scale, place + p * kLanes);
         const Floats zero = __builtin_convertvector(zeros(w, place + p * kLanes), Floats);
-        Words quads[C::kQuads];
-        C::unpack(codes + p * kLanes * 4, quads);
-        OPTC_UNROLL for (int i = 0; i < C::kColumns; ++i) {
-          const int64_t column = b * C::kColumns + i;
-          if (column >= w.segment) break;
-          float values[kLanes];
-          store(values, (value<Lookup>(quads[i / 4], i % 4, w.table) - zero) * scale);
-          put(to, type, (s * w.segment + column) * stride + p * kLanes, values, kLanes);
+        OPTC_ROLL for (int step = 0; step < C::kSteps; ++step) {
+          Words quads[C::kQuads];
+          C::unpack(codes + p * kLanes * 4, step, quads);
+          OPTC_ROLL for (int i = 0; i < 4 * C::kQuads; ++i) {
+            const int64_t column = b * C::kColumns + step * 4 * C::kQuads + i;
+            if (column >= w.segment) break;
+            float values[kLanes];
+            store(values, (value<Lookup>(quads[i / 4], i % 4, w.table) - zero) * scale);
+            put(to, type, (s * w.segment + column) * stride + p * kLanes, values, kLanes);
+          }
         }
       }
     }

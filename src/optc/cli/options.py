@@ -19,6 +19,7 @@ _OPTION_KEYS = (
     "dtype",
     "quant",
     "bits",
+    "average_bits",
     "group_size",
     "symmetric",
     "kv_cache",
@@ -43,6 +44,7 @@ _FLAGS: tuple[Callable[[F], F], ...] = (
     click.option("--quant", help="Quantization method: rtn, gptq, awq, ...; see optc targets."),
     click.option("--dtype", help="Compute type: fp32, bf16 or fp16.  [default: fp32]"),
     click.option("--bits", type=int, help="Bits per weight.  [default: 4]"),
+    click.option("--average-bits", type=float, help="Mean bits per weight for --quant auto.  [default: 4]"),
     click.option("--group-size", type=int, help="Weights per scale. Default: the largest of 128, 64, 32 that divides every linear."),
     click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points.  [default: symmetric]"),
     click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave weights of this name unquantized (repeatable), e.g. '*.down_proj.*'."),
@@ -115,7 +117,11 @@ def to_settings(merged: dict[str, Any], **more: Any) -> CompileSettings:
     Raises:
         UsageError: flags of quantization without a quantization.
     """
-    idle = [key for key in ("bits", "group_size", "symmetric", "ignore") if merged.get(key) not in (None, ())]
+    idle = [
+        key
+        for key in ("bits", "average_bits", "group_size", "symmetric", "ignore")
+        if merged.get(key) not in (None, ())
+    ]
     if idle and not merged.get("quant") and not merged.get("passes"):
         raise UsageError(
             f"--{idle[0].replace('_', '-')} does nothing without --quant", remedy="add --quant rtn"

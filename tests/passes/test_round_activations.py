@@ -1,0 +1,75 @@
+"""round-activations: packed products whose activations are rounded to int8 in groups."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stages import apply, captured, largest, sequences
+
+from optc.compiler.execution import run_stage
+from optc.compiler.ops.packed_cpu import pack_rows, pack_tiles, round_activations, unpack_tiles
+from optc.compiler.program import Program
+from optc.compiler.verification import verify_program
+from optc.passes.legalize_inductor import LegalizeInductor
+from optc.passes.quantize_rtn import QuantizeRtn
+from optc.passes.round_activations import RoundActivations
+
+LINEAR = torch.ops.optc.linear_nbits.default
+
+
+def _packed(bits: int, group_size: int, name: str = "llama") -> Program:
+    program = apply(QuantizeRtn(bits=bits, group_size=group_size), captured(name)).program
+    return apply(LegalizeInductor(), program).program
+
+
+@pytest.mark.parametrize(
+    ("bits", "size", "group"), [(4, 32, 32), (4, 0, 64), (8, 0, 64), (3, 32, 32), (2, 64, 64)]
+)
+def test_groups(bits: int, size: int, group: int) -> None:
+    """The largest that divides the weight's groups and lets the packed layout be; hidden 64 or 128."""
+    before = _packed(bits, size)
+    result = apply(RoundActivations(), before)
+    verify_program(result.program, RoundActivations.name)
+    assert (result.matched, result.candidates, result.misses) == (14, 14, ())
+    found = {int(node.kwargs["activation_group"]) for node in result.program.calls(LINEAR)}
+    assert group in found
+    assert found <= {group, 128}
+    rows = sequences(21, 9, 1)
+    expected = run_stage(before, rows).logits
+    gap = largest(expected, run_stage(result.program, rows).logits)
+    assert 0 < gap <= 2e-2 * max(float(row.abs().max()) for row in expected)
+
+
+def test_a_second_time_matches_nothing() -> None:
+    once = apply(RoundActivations(), _packed(4, 32)).program
+    assert apply(RoundActivations(), once).matched == 0
+
+
+def test_rounding_by_hand() -> None:
+    """Scales 127 / 127 and 2.54 / 127; 0.5 steps go to the even code."""
+    x = torch.tensor([[127.0, 0.5, 1.5, -126.6, 2.54, 0.011, 0.0, -0.031]])
+    found = round_activations(x, 4)
+    torch.testing.assert_close(
+        found, torch.tensor([[127.0, 0.0, 2.0, -127.0, 2.54, 0.02, 0.0, -0.04]]), atol=1e-6, rtol=0
+    )
+    assert round_activations(x, 0)[0, 4:].tolist() == [3.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("rows", "columns", "segment"), [(16, 64, 32), (37, 96, 96), (5, 36, 12), (1, 4, 4)])
+def test_tiles_and_back(bits: int, rows: int, columns: int, segment: int) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    packed = pack_tiles(codes, bits, segment)
+    assert packed.shape[0] == -(-rows // 16)
+    assert torch.equal(unpack_tiles(packed, bits, segment, rows, columns), codes)
+
+
+def test_layout_by_hand() -> None:
+    """Row 1, columns 0 to 7 of 4-bit codes: bytes 4 to 7 hold columns 0 to 3 low and 4 to 7 high."""
+    codes = torch.zeros((2, 8), dtype=torch.uint8)
+    codes[1] = torch.arange(1, 9)
+    (tile,) = pack_tiles(codes, 4, 8)
+    assert tile[4:8].tolist() == [0x51, 0x62, 0x73, 0x84]
+    assert int(tile.count_nonzero()) == 4
+    assert pack_rows(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))[:, :3].tolist() == [[1, 3, 0], [2, 4, 0]]
