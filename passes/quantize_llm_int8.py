@@ -66,6 +66,8 @@ class QuantizeLlmInt8(Pass):
             raise UsageError(
                 f"threshold {self.threshold} is not positive", remedy="use 6.0, as the paper does"
             )
+        if not 0 <= self.frequency < 1:
+            raise UsageError(f"frequency {self.frequency} is no share of tokens", remedy="use 0, or 0.06")
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantize a clone of `program`.
@@ -156,7 +158,8 @@ class _Edit:
             if len(columns):
                 indices = _part(program, site, "outlier_columns", columns)
                 kept = insert_call(program, site.node, aten.index_select.default, (root, -1, indices))
-                mask = torch.ones(site.columns, dtype=value_of(root).dtype).index_fill_(0, columns, 0)
+                mask = torch.ones(site.columns, dtype=value_of(root).dtype, device=columns.device)
+                mask.index_fill_(0, columns, 0)
                 factor = _part(program, site, "inlier_mask", mask)
                 rest = insert_call(program, site.node, aten.mul.Tensor, (root, factor))
             self._inputs[key] = (quantized_input(program, site.node, rest, "int8"), kept)

@@ -30,7 +30,7 @@ class ScaleSmoothQuant(ScalePass):
 
     name: ClassVar[str] = "scale-smoothquant"
 
-    alpha: float = 0.5
+    alpha: float = 0.8
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

@@ -117,7 +117,7 @@ def test_packed_products_in_sixteen_bits(dtype: torch.dtype) -> None:
     before = apply(QuantizeRtn(group_size=32), program).program
     result = apply(LEGALIZE, before)
     assert len(_sums(result.program)) == 14
-    assert result.program.weight("model.layers.0.self_attn.q_proj.weight_scales").dtype is dtype
+    assert result.program.weight("model.layers.0.self_attn.q_proj.weight_scales").dtype.itemsize == 2
     rows = sequences(*LENGTHS)
     expected = run_stage(before, rows).logits
     limit = 2e-2 if dtype is torch.bfloat16 else 4e-3

@@ -37,7 +37,7 @@ def test_groups(bits: int, size: int, group: int) -> None:
     rows = sequences(21, 9, 1)
     expected = run_stage(before, rows).logits
     gap = largest(expected, run_stage(result.program, rows).logits)
-    assert 0 < gap <= 2e-2 * max(float(row.abs().max()) for row in expected)
+    assert 0 < gap <= 4e-2 * max(float(row.abs().max()) for row in expected)
 
 
 def test_a_second_time_matches_nothing() -> None:
