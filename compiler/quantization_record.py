@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
 import msgspec
-import torch
-from torch import Tensor
 
 
 class LinearRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,30 +37,3 @@ class LinearRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tokens: int = 0
     seconds: float = 0.0
     note: str = ""
-
-
-def _finite(value: float | None) -> float | None:
-    """None for what JSON cannot hold; a manifest with NaN in it could not be read back."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def linear_record(
-    name: str, weight: Tensor, values: Tensor, scale: Tensor, *, method: str, bits: int, group_size: int,
-    symmetric: bool, format: str = "int", error_rtn: float | None = None, error: float | None = None,
-    clip: float = 1.0, damping: float | None = None, tokens: int = 0, seconds: float = 0.0, note: str = "",
-) -> LinearRecord:  # fmt: skip
-    """A record with what can be computed from the tensors.
-
-    Args:
-        weight, values: [N, K], before and after rounding.
-        scale: [N, G].
-    """
-    before = weight.detach().float()
-    size = float(before.norm(dtype=torch.float64)) ** 2
-    gap = float((before - values.detach().float()).norm(dtype=torch.float64)) ** 2
-    return LinearRecord(
-        name=name, shape=(int(weight.shape[0]), int(weight.shape[1])), method=method, format=format, bits=bits,
-        group_size=group_size, symmetric=symmetric, weight_error=gap / size if size else 0.0,
-        scale_min=float(scale.min()), scale_max=float(scale.max()), error_rtn=_finite(error_rtn), error=_finite(error), clip=clip,
-        damping=damping, tokens=tokens, seconds=round(seconds, 3), note=note,
-    )  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -12,7 +14,7 @@ from optc.compiler.contract import Contract
 from optc.compiler.dataflow import evaluate
 from optc.compiler.linears import DEQUANTIZERS, Linear, linear_sites
 from optc.compiler.program import Program
-from optc.compiler.quantization_record import LinearRecord, linear_record
+from optc.compiler.quantization_record import LinearRecord
 
 SCALE_BITS = 16
 IDEAL = (
@@ -135,3 +137,30 @@ def quantized_linears(passes: Sequence[Any]) -> tuple[LinearRecord, ...]:
     """The records of all passes of a manifest, the last one for each weight."""
     table = {row.name: row for record in passes for row in record.linears}
     return tuple(table.values())
+
+
+def _finite(value: float | None) -> float | None:
+    """None for what JSON cannot hold; a manifest with NaN in it could not be read back."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def linear_record(
+    name: str, weight: Tensor, values: Tensor, scale: Tensor, *, method: str, bits: int, group_size: int,
+    symmetric: bool, format: str = "int", error_rtn: float | None = None, error: float | None = None,
+    clip: float = 1.0, damping: float | None = None, tokens: int = 0, seconds: float = 0.0, note: str = "",
+) -> LinearRecord:  # fmt: skip
+    """A record with what can be computed from the tensors.
+
+    Args:
+        weight, values: [N, K], before and after rounding.
+        scale: [N, G].
+    """
+    before = weight.detach().float()
+    size = float(before.norm(dtype=torch.float64)) ** 2
+    gap = float((before - values.detach().float()).norm(dtype=torch.float64)) ** 2
+    return LinearRecord(
+        name=name, shape=(int(weight.shape[0]), int(weight.shape[1])), method=method, format=format, bits=bits,
+        group_size=group_size, symmetric=symmetric, weight_error=gap / size if size else 0.0,
+        scale_min=float(scale.min()), scale_max=float(scale.max()), error_rtn=_finite(error_rtn), error=_finite(error), clip=clip,
+        damping=damping, tokens=tokens, seconds=round(seconds, 3), note=note,
+    )  # fmt: skip

@@ -40,8 +40,8 @@ class _Round(Rule):
             return None
         if node.args[5] is not None:
             return Miss(node.name, "products of a codebook take activations as they are")
-        size = int(node.kwargs["group_size"]) or int(node.kwargs["K"])  # type: ignore[call-overload]
-        unit = block_columns(int(node.kwargs["bits"]))  # type: ignore[call-overload]
+        size = int(node.kwargs["group_size"]) or int(node.kwargs["K"])
+        unit = block_columns(int(node.kwargs["bits"]))
         group = next((item for item in _GROUPS if size % item == 0 and item % unit == 0), None)
         if group is None and size <= _GROUPS[0]:
             group = size

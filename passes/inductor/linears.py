@@ -112,7 +112,7 @@ def _value(program: Program, item: Any) -> Tensor | None:
     if any(value is None for value in values.values()):
         return None
     args, kwargs = torch.fx.node.map_arg((item.args, item.kwargs), values.__getitem__)
-    found = item.target(*args, **kwargs)  # type: ignore[operator]
+    found = item.target(*args, **kwargs)
     return found if isinstance(found, Tensor) else None
 
 

@@ -22,7 +22,8 @@ from optc.compiler.contract import WeightQuantization
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.linears import Linear
 from optc.compiler.program import Program
-from optc.compiler.quantization_record import LinearRecord, linear_record
+from optc.compiler.quantization_record import LinearRecord
+from optc.compiler.quantization_summary import linear_record
 from optc.compiler.quantize import check_bits, check_group_size, default_group_size
 from optc.compiler.rewriting import Pass, PassContext, PassResult
 from optc.passes.quantize.gptq import output_error, relative

@@ -9,8 +9,14 @@ from stages import captured
 
 from optc.compiler.contract import Contract, WeightQuantization
 from optc.compiler.pipeline import Pipeline
-from optc.compiler.quantization_record import LinearRecord, linear_record
-from optc.compiler.quantization_summary import ideal_bits, measured_records, quantized_linears, summarize
+from optc.compiler.quantization_record import LinearRecord
+from optc.compiler.quantization_summary import (
+    ideal_bits,
+    linear_record,
+    measured_records,
+    quantized_linears,
+    summarize,
+)
 from optc.passes.quantize_rtn import QuantizeRtn
 
 ENTRY = WeightQuantization(method="rtn", bits=4, group_size=32, symmetric=True, source="a.weight")
