@@ -13,6 +13,7 @@ from optc.compiler.linears import DEQUANTIZERS
 from optc.compiler.program import Program
 from optc.compiler.rewriting import Pass, PassContext, PassResult
 from optc.compiler.surgery import set_weight
+from optc.passes.quantize.grid import storable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +22,15 @@ class RoundScales(Pass):
 
     The AWQ and GPTQ layouts keep scales in float16. Rounding them in the program makes what the gate sees the same as
     what is written. Scales keep the program's type; those that are float16 numbers already are left alone.
+
+    Attributes:
+        strict: refuse scales beyond float16's range; else those stay as they are, and take 32 bits.
     """
 
     name: ClassVar[str] = "round-scales"
     lossy: ClassVar[bool] = True
+
+    strict: bool = True
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Round the scales of a clone of `program`.
@@ -36,8 +42,8 @@ class RoundScales(Pass):
         names = {_scale_name(program, node) for node in program.graph.nodes if node.target in DEQUANTIZERS}
         for name in sorted(names):
             scale = program.weight(name).detach()
-            half = scale.to(torch.float16)
-            if not bool(torch.isfinite(half).all()) or bool((half == 0).any()):
+            half = scale.to(torch.float16) if self.strict else storable(scale.float())
+            if self.strict and not (bool(torch.isfinite(half).all()) and bool((half != 0).all())):
                 raise InputError(
                     "a scale does not fit float16", where=name,
                     why=f"scales from {float(scale.min()):.3g} to {float(scale.max()):.3g}; float16 holds 6e-8 to 65504",

@@ -8,7 +8,7 @@ from optc.passes.fuse_norm import FuseNorm
 from optc.passes.legalize_inductor import LegalizeInductor
 from optc.passes.merge_projections import MergeProjections
 from optc.passes.page_kv_cache import PageKVCache
-from optc.passes.quantize.methods import WEIGHT_ONLY, quantization_steps
+from optc.passes.quantize.methods import WEIGHT_ONLY, quantization_steps, stored_scales
 from optc.passes.round_activations import RoundActivations
 from optc.passes.static_kv_cache import StaticKVCache
 
@@ -26,7 +26,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
     """
     steps: list[Step] = []
     if options.quant is not None:
-        steps += [Step(FuseNorm(), optional=True), *quantization_steps(options)]
+        steps += [Step(FuseNorm(), optional=True), *quantization_steps(options), *stored_scales(options)]
     if kind == "decoder":
         steps.append(Step(PageKVCache() if options.kv_cache == "paged" else StaticKVCache(in_place=True)))
         if options.quant is not None:

@@ -11,7 +11,7 @@ from optc.passes.fuse_norm import FuseNorm
 from optc.passes.fuse_rotary import FuseRotary
 from optc.passes.legalize_ort import LegalizeOrt
 from optc.passes.merge_projections import MergeProjections
-from optc.passes.quantize.methods import WEIGHT_ONLY, quantization_steps
+from optc.passes.quantize.methods import WEIGHT_ONLY, quantization_steps, stored_scales
 from optc.passes.static_kv_cache import StaticKVCache
 
 FAST = 4
@@ -25,6 +25,7 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
         Step(FuseNorm(), optional=True),
     ]
     steps += quantization_steps(dataclasses.replace(options, bit_choices=(2, 4, 8)))
+    steps += stored_scales(options)
     if kind == "decoder":
         steps.append(Step(StaticKVCache()))
     if kind == "decoder":

@@ -19,6 +19,7 @@ from optc.passes.quantize_gptq import QuantizeGptq
 from optc.passes.quantize_llm_int8 import QuantizeLlmInt8
 from optc.passes.quantize_nf4 import QuantizeNf4
 from optc.passes.quantize_rtn import QuantizeRtn
+from optc.passes.round_scales import RoundScales
 from optc.passes.scale_awq import ScaleAwq
 from optc.passes.scale_smoothquant import ScaleSmoothQuant
 from optc.passes.tune_scales import TuneScales
@@ -103,6 +104,9 @@ METHODS: dict[str, Method] = {
         QuantizeNf4(ignore=options.ignore, double_quant=True)], bits=4, fixed=True),
 }  # fmt: skip
 
+_WIDE_SCALES = ("rtn", "int8")
+"""Methods whose scales are float32 numbers; those of the others are float16 ones, where these can hold them."""
+
 WEIGHT_ONLY = ("rtn", "gptq", "awq", "awq+gptq", "best")
 """Methods that end in plain integer weights of any supported bits and group size."""
 
@@ -141,3 +145,10 @@ def quantization_steps(options: CompileOptions) -> list[Step]:
         return []
     passes = METHODS[options.quant].passes(options)
     return [Step(item, optional=not item.lossy) for item in passes]
+
+
+def stored_scales(options: CompileOptions) -> list[Step]:
+    """A step that makes scales fit 16 bits, for methods whose own do not yet; an exporter then stores them so."""
+    if options.quant not in _WIDE_SCALES or options.dtype != "fp32":
+        return []
+    return [Step(RoundScales(strict=False), optional=True)]

@@ -53,7 +53,7 @@ _FLAGS: tuple[Callable[[F], F], ...] = (
     click.option("--calibration-seq-len", type=int, help="Tokens of each.  [default: 512]"),
     click.option("--kv-cache", help="static or paged; default is the target's first."),
     click.option("--max-seq-len", type=int, help="Capacity of a static KV cache, in tokens.  [default: the model's context, at most 2048]"),
-    click.option("--accuracy-level", type=int, help="ONNX Runtime int4 kernels: 4 rounds activations to int8 (fast), 0 does not.  [default: 4]"),
+    click.option("--accuracy-level", type=int, help="Quantized kernels: 4 rounds activations to int8 (fast), 0 does not.  [default: 4]"),
     click.option("--layout", help="Form of quantized weights in a model folder: compressed-tensors, awq or gptq.  [default: compressed-tensors]"),
     click.option("--recipe", type=click.Path(path_type=Path, dir_okay=False), help="YAML file of these flags; flags on the command line win."),
     click.option("--passes", help="Comma-separated passes to run instead of the target's recipe."),
@@ -75,7 +75,7 @@ def merge_recipe(flags: dict[str, Any]) -> dict[str, Any]:
     given = {
         key: value
         for key, value in flags.items()
-        if value not in (None, (), False) or (key == "symmetric" and value is False)
+        if not (value is None or value is False or value == ()) or (key == "symmetric" and value is False)
     }
     merged.update(given)
     for key in ("dump_ir", "work_dir", "text", "output", "calibration"):
