@@ -11,33 +11,29 @@ from torch import Tensor
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.program import Program
 from optc.passes.quantize.folding import Fold
-from optc.passes.quantize.groups import Group, rows, sample_rows, weight_label, weight_rows
+from optc.passes.quantize.groups import Group, rows, weight_label, weight_rows
 from optc.passes.quantize.scale_pass import ScalePass
-from optc.passes.quantize.scaling import fitted_scales, smooth_scales
+from optc.passes.quantize.scaling import smooth_scales
 from optc.passes.quantize.stream import Stream
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleSmoothQuant(ScalePass):
-    """linear(norm(x, w), W)  ->  linear(norm(x, w / s), W * s), s such that 8 bits of x / s and W s lose little
+    """linear(norm(x, w), W)  ->  linear(norm(x, w / s), W * s), s = max|x|^alpha / max|W|^(1 - alpha)
 
     SmoothQuant (Xiao et al. 2022, https://arxiv.org/abs/2211.10438): outliers of activations are moved into the
-    weights, so that 8-bit activations keep their small channels. There s = max|x|^alpha / max|W|^(1 - alpha); without
-    an alpha the scales are fitted to the least expected rounding noise of inputs (a scale per token) and weights
-    (a scale per channel).
+    weights, so that 8-bit activations keep their small channels.
 
     Attributes:
-        alpha: 0 moves nothing of the inputs' range into the weights, 1 all of it; None fits the scales.
-        fit_rows: rows of the input that the fit looks at.
+        alpha: 0 moves nothing of the inputs' range into the weights, 1 all of it.
     """
 
     name: ClassVar[str] = "scale-smoothquant"
 
-    alpha: float | None = None
-    fit_rows: int = 512
+    alpha: float = 0.8
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
+        if not 0 <= self.alpha <= 1:
             raise UsageError(f"alpha {self.alpha} is out of range", remedy="use a value from 0 to 1")
 
     def choose(self, program: Program, stream: Stream, group: Group, fold: Fold) -> Tensor:
@@ -49,6 +45,4 @@ class ScaleSmoothQuant(ScalePass):
                 remedy="use --dtype fp32 or bf16, and look at the model's own outputs on this text",
             )
         weights = [weight_rows(program, site) for site in group.sites]
-        if self.alpha is None:
-            return fitted_scales(weights, sample_rows(stream, group.root, self.fit_rows), fold)
         return smooth_scales(weights, largest, fold, self.alpha)

@@ -284,11 +284,6 @@ def check_host(needs: Mapping[str, Any]) -> None:
     missing = sorted(set(needs["cpu_flags"]) - _cpu_flags())
     if missing and sys.platform == "linux":
         raise PackageError(f"the processor lacks {', '.join(missing)}; compile on a machine like this one")
-    layout = needs.get("packed_for")  # int4 weights are laid out for torch's kernels of one instruction set
-    if layout and layout != torch.backends.cpu.get_cpu_capability():
-        raise PackageError(
-            f"the int4 weights are packed for {layout} kernels; compile on a machine like this one"
-        )
 
 
 def _cpu_flags() -> set[str]:

@@ -80,13 +80,6 @@ def rows(stream: Stream, root: Node) -> Iterator[Tensor]:
         yield value.detach().reshape(-1, value.shape[-1]).float()
 
 
-def sample_rows(stream: Stream, root: Node, count: int) -> Tensor:
-    """About `count` rows [n, K] of a group's input, evenly spread over the calibration."""
-    batches = list(rows(stream, root))
-    step = max(1, sum(len(item) for item in batches) // count)
-    return torch.cat([item[::step] for item in batches])
-
-
 def gram_matrix(stream: Stream, group: Group) -> tuple[Tensor, int]:
     """(X X^T / n as [K, K] float32, n) of a group's input over the calibration rows.
 

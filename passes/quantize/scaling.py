@@ -24,7 +24,6 @@ from optc.passes.quantize.grid import search
 
 _ALPHAS = tuple(i / 20 for i in range(1, 21))
 _GRID_STEPS = 6
-_RATE = 0.02
 _LIMIT = 1e4  # largest ratio of two scales
 
 
@@ -70,45 +69,6 @@ def smooth_scales(weights: Sequence[Tensor], largest: Tensor, fold: Fold, alpha:
     magnitudes = torch.stack([item.float().abs().amax(0) for item in weights]).amax(0)
     inputs, sizes = (_tied(item, fold, "amax").clamp(min=1e-5) for item in (largest, magnitudes))
     return _normal(inputs**alpha / sizes ** (1 - alpha))
-
-
-def fitted_scales(weights: Sequence[Tensor], x: Tensor, fold: Fold, *, steps: int = 100) -> Tensor:
-    """The scales with the least expected error of an 8-bit product, by gradient descent on their logarithms.
-
-    Rounding to steps of width d adds noise of variance d^2 / 12. With a scale per token, the noise of x / s reaches
-    the outputs as d_t^2 sum_k s_k^2 |w_k|^2, d_t = max_k |x_tk / s_k| / 127; with a scale per row, that of w s as
-    d_n^2 E|x / s|^2, d_n = max_k |w_nk s_k| / 127. Their sum is what is minimized, from the best of SmoothQuant's
-    scales over alpha.
-
-    Args:
-        x: [T, K], rows of the input, some thousand.
-    """
-    weight = torch.cat([item.float() for item in weights])
-    columns, squares = weight.square().sum(0), x.square().mean(0)
-    labels = fold.labels.to(x.device)
-
-    def noise(logs: Tensor) -> Tensor:
-        scale = torch.exp(logs)[labels]
-        token = (x / scale).abs().amax(-1).square().mean() * (scale.square() * columns).sum()
-        row = (weight * scale).abs().amax(-1).square().sum() * (squares / scale.square()).sum()
-        return torch.log(token + row)
-
-    starts = [torch.zeros(fold.free, device=x.device)]
-    starts += [torch.log(smooth_scales(weights, x.abs().amax(0), fold, i / 20)) for i in range(6, 20, 2)]
-    logs = min(starts, key=lambda start: float(noise(start))).clone()
-    best, least = logs.clone(), float(noise(logs))
-    with torch.enable_grad():
-        logs.requires_grad_()
-        optimizer = torch.optim.Adam([logs], lr=_RATE)
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = _RATE * (1 - step / steps)
-            optimizer.zero_grad(set_to_none=True)
-            loss = noise(logs)
-            if float(loss.detach()) < least:
-                best, least = logs.detach().clone(), float(loss.detach())
-            loss.backward()
-            optimizer.step()
-    return _normal(torch.exp(best))
 
 
 def apply_scales(program: Program, readers: Sequence[Linear], fold: Fold, scales: Tensor) -> None:

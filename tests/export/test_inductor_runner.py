@@ -137,7 +137,6 @@ def test_max_seq_len_limits_the_context(built: Built, package: Package) -> None:
         ({"torch": "1.13"}, "compiled for torch 1.13, this is"),
         ({"machine": "s390x"}, "compiled for s390x, this is"),
         ({"cpu_flags": ["fma", "warp_drive"]}, "the processor lacks warp_drive"),
-        ({"packed_for": "VSX"}, "packed for VSX kernels"),
     ],
 )
 def test_other_hosts_are_refused(built: Built, change: dict[str, Any], message: str) -> None:
