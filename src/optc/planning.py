@@ -91,6 +91,9 @@ def _expert_counts(module: torch.nn.Module) -> set[int]:
     return {int(item.shape[0]) for item in module.parameters(recurse=False) if item.dim() == 3}
 
 
+_SCALE_BYTES = 2  # scales are stored in 16 bits
+
+
 def _sizes(skeleton: Any, options: CompileOptions) -> dict[str, Any]:
     width = DTYPES[options.dtype].itemsize
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -105,7 +108,7 @@ def _sizes(skeleton: Any, options: CompileOptions) -> dict[str, Any]:
         for rows, columns in linears.values():
             groups = rows * (columns // group if group else 1)
             zero = 0 if options.symmetric else groups * options.bits_or(4) / 8
-            size += int(rows * columns * (options.bits_or(4) / 8 - width) + groups * width + zero)
+            size += int(rows * columns * (options.bits_or(4) / 8 - width) + groups * _SCALE_BYTES + zero)
     return {
         "parameters": parameters,
         "linears": len(linears),

@@ -64,8 +64,8 @@ def test_group_size_is_chosen_and_printed(artifact: Path, capsys: Capture) -> No
     assert (summary["symmetric"], summary["linears"]) == (True, 16)
     weights = 4 * (2 * 192 * 192 + 2 * 64 * 192 + 3 * 512 * 192)
     assert summary["parameters"] == weights
-    assert summary["bytes"] == weights // 2 + 4 * weights // 64, "4-bit codes and fp32 scales"
-    assert (summary["bits_per_parameter"], summary["ideal_bits"]) == (4.5, 4.25)
+    assert summary["bytes"] == weights // 2 + 2 * weights // 64, "4-bit codes and 16-bit scales"
+    assert (summary["bits_per_parameter"], summary["ideal_bits"]) == (4.25, 4.25)
     (row,) = (row for row in found["passes"] if row["name"] == "quantize-rtn")
     assert (row["matched"], row["candidates"]) == (28, 29)
     assert len(row["linears"]) == 28
@@ -155,7 +155,7 @@ def test_passes_and_targets(capsys: Capture) -> None:
     assert {"fuse-attention", "fuse-rotary", "static-kv-cache", "page-kv-cache", "quantize-rtn"} <= set(names)
     targets = {row["name"]: row for row in result(capsys, "targets")["targets"]}
     assert targets["onnx-cpu"]["aliases"] == ["edge", "onnx"]
-    assert targets["onnx-cpu"]["quant"]["rtn"]["bits"] == [2, 4, 8]
+    assert targets["onnx-cpu"]["quant"]["rtn"]["bits"] == [2, 3, 4, 8]
 
 
 def test_help_of_every_command_has_an_example(capsys: Capture) -> None:

@@ -1,0 +1,116 @@
+"""Calibrated quantization from the command line, on the example model: it works alone, and bad input is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLE
+
+from optc.cli.main import main
+
+Capture = pytest.CaptureFixture[str]
+QUICK = ("--calibration-samples", "8", "--calibration-seq-len", "64")
+
+
+def optc(*args: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(arg) for arg in args])
+    return int(caught.value.code or 0)
+
+
+def test_awq_with_nothing_else(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    code = optc("compile", EXAMPLE, "--target", "onnx-cpu", "--quant", "awq", *QUICK, "-o", out, "--json")
+    result = json.loads(capsys.readouterr().out)
+    assert code == 0
+    names = [row["name"] for row in result["passes"]]
+    assert names.index("scale-awq") < names.index("quantize-clip") < names.index("static-kv-cache")
+    scale = next(row for row in result["passes"] if row["name"] == "scale-awq")
+    assert scale["matched"] == 16
+    assert scale["kl"] < 1e-9
+    summary = result["quantization"]
+    assert (summary["method"], summary["bits"], summary["linears"]) == (
+        "clip",
+        [4],
+        16,
+    )  # q, k, v and gate, up are merged
+    assert summary["ratio_to_ideal"] <= 1.02
+    manifest = json.loads((out / "manifest.json").read_text())
+    clip = next(row for row in manifest["passes"] if row["name"] == "quantize-clip")
+    assert len(clip["linears"]) == 28
+    assert all(row["error"] < row["error_rtn"] for row in clip["linears"])
+    assert "built-in text" in " ".join(clip["notes"])
+
+
+def test_rtn_is_written_in_its_ideal_size(tmp_path: Path, capsys: Capture) -> None:
+    code = optc(
+        "compile", EXAMPLE, "--target", "onnx-cpu", "--quant", "rtn", "-o", tmp_path / "out", "--json"
+    )
+    assert code == 0
+    assert json.loads(capsys.readouterr().out)["quantization"]["ratio_to_ideal"] <= 1.02
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "words"),
+    [
+        ("few words", "a.txt", "too short"),
+        ('{"tokens": [1, 2, 99999]}\n' * 99, "a.jsonl", "99999 is outside the vocabulary"),
+        ("{oops", "a.jsonl", "is not JSON"),
+        (None, "a.txt", "calibration file"),
+    ],
+)
+def test_bad_calibration_files(
+    content: str | None, name: str, words: str, tmp_path: Path, capsys: Capture
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    out = tmp_path / "out"
+    code = optc(
+        "compile",
+        EXAMPLE,
+        "--target",
+        "onnx-cpu",
+        "--quant",
+        "gptq",
+        "--calibration",
+        path,
+        *QUICK,
+        "-o",
+        out,
+    )
+    captured = capsys.readouterr()
+    assert code == 3
+    assert words in captured.err
+    assert str(path) in captured.err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (("--quant", "gptqq"), 2, "did you mean 'gptq'"),
+        (("--quant", "int8", "--bits", "4"), 2, "takes no --bits 4"),
+        (("--quant", "auto", "--bits", "4"), 2, "use --average-bits"),
+        (("--quant", "gptq", "--average-bits", "3"), 2, "--quant auto"),
+        (("--quant", "gptq", "--calibration-samples", "0"), 2, "must be 1 or more"),
+        (("--quant", "fp8"), 4, "does not take"),
+    ],
+)
+def test_contradictions(
+    flags: tuple[str, ...], code: int, words: str, tmp_path: Path, capsys: Capture
+) -> None:
+    assert optc("compile", EXAMPLE, "--target", "onnx-cpu", *flags, "-o", tmp_path / "out") == code
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_zero_is_a_value(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    flags = ("--quant", "rtn", "--bits", "8", "--accuracy-level", "0")
+    assert optc("compile", EXAMPLE, "--target", "onnx-cpu", *flags, "-o", out) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    legalize = next(row for row in manifest["passes"] if row["name"] == "legalize-ort")
+    assert legalize["options"]["accuracy_level"] == 0
