@@ -22,7 +22,7 @@ from optc.compiler.surgery import set_weight
 from optc.passes.quantize.folding import Fold
 from optc.passes.quantize.grid import search
 
-_ALPHAS = tuple(i / 20 for i in range(1, 21))
+_ALPHAS = tuple(i / 10 for i in range(1, 11))
 _GRID_STEPS = 6
 _LIMIT = 1e4  # largest ratio of two scales
 
