@@ -18,6 +18,7 @@ from optc.compiler.rewriting import Pass, PassContext, PassResult
 from optc.passes.quantize.differentiable import Differentiable
 from optc.passes.quantize.grid import search
 from optc.passes.quantize.groups import Group, input_groups, weight_label, weight_rows
+from optc.passes.quantize.ranges import calibration_tokens
 from optc.passes.quantize.selection import select_linears, weight_name
 from optc.passes.quantize_gptq import QuantizeGptq
 
@@ -86,17 +87,13 @@ class QuantizeAuto(Pass):
         selection = select_linears(program, self.ignore, self.head)
         if not selection.chosen:
             return PassResult(program, 0, selection.candidates, selection.misses, selection.notes)
-        if context.calibration is None:
-            raise InputError(
-                f"pass '{self.name}' needs calibration tokens",
-                remedy="give a text by --calibration FILE (a model with a tokenizer uses a built-in one)",
-            )
+        tokens = calibration_tokens(self.name, context)[: self.samples]
         columns = [site.columns for site in selection.chosen]
         labels = [weight_label(program, site) for site in selection.chosen]
         size = default_group_size(columns, labels) if self.group_size is None else self.group_size
         check_group_size(size, columns, labels)
         groups = input_groups(selection.chosen)
-        measured = self._measure(program, context, groups, size)
+        measured = self._measure(program, context, tokens, groups, size)
         bits = allocate(measured, sorted(self.choices), self.average_bits, self.max_kl)
         overrides = tuple(
             f"{_literal(name)}={count}"
@@ -111,10 +108,8 @@ class QuantizeAuto(Pass):
         return dataclasses.replace(result, notes=(*result.notes, *_table(measured, bits)))
 
     def _measure(
-        self, program: Program, context: PassContext, groups: Sequence[Group], group_size: int
+        self, program: Program, context: PassContext, tokens: Tensor, groups: Sequence[Group], group_size: int
     ) -> list[Choice]:
-        assert context.calibration is not None
-        tokens = context.calibration.tokens[: self.samples]
         found = []
         with torch.no_grad():
             run = Differentiable(program)

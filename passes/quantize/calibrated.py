@@ -10,10 +10,12 @@ import dataclasses
 import hashlib
 import time
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -26,9 +28,11 @@ from optc.compiler.quantization_record import LinearRecord
 from optc.compiler.quantization_summary import linear_record
 from optc.compiler.quantize import check_bits, check_group_size, default_group_size
 from optc.compiler.rewriting import Pass, PassContext, PassResult
+from optc.passes.quantize.experts import FEW, RoutedTokens
 from optc.passes.quantize.gptq import output_error, relative
 from optc.passes.quantize.grid import Grid, full_range
 from optc.passes.quantize.groups import Group, gram_matrix, input_groups, weight_label, weight_rows
+from optc.passes.quantize.ranges import calibration_tokens
 from optc.passes.quantize.selection import (
     Selection,
     quantize_selected,
@@ -122,11 +126,7 @@ class CalibratedPass(Pass):
         selection = select_linears(program, self.ignore, self.head)
         if not selection.chosen:
             return PassResult(program, 0, len(selection.misses), selection.misses, selection.notes)
-        if context.calibration is None:
-            raise InputError(
-                f"pass '{self.name}' needs calibration tokens",
-                remedy="give a text by --calibration FILE (a model with a tokenizer uses a built-in one)",
-            )
+        calibration_tokens(self.name, context)
         sizes = self._group_size(program, selection)
         return _Run(self, program, context, selection, sizes).run()
 
@@ -167,6 +167,7 @@ class _Run:
         self.clean = Stream(program, tokens) if rewrite.follows_unquantized else None
         self.records: list[LinearRecord] = []
         self.made: dict[str, Rounded] = {}
+        self.routed = RoutedTokens()
         self.store = GroupStore.open(context.work_dir, self._key()) if context.work_dir else None
 
     def run(self) -> PassResult:
@@ -195,6 +196,8 @@ class _Run:
             return
         begin = time.perf_counter()
         self.stream.advance(group.root)
+        for site in sites:
+            self.routed.look(self.stream, site)
         statistics = self._statistics(group)
         by_bits: dict[int, list[Linear]] = {}
         for site in sites:
@@ -297,16 +300,36 @@ class _Run:
             dtype = edited.weight(source).dtype
             replace_weight(edited, site, rounded.codes, grid.scale.to(dtype), zero, entry)
 
-        result = quantize_selected(self.program, self.selection, put, self._notes())
-        return dataclasses.replace(result, linears=tuple(self.records))
+        records = self._with_routed_tokens()
+        result = quantize_selected(self.program, self.selection, put, self._notes(records))
+        return dataclasses.replace(result, linears=records)
 
-    def _notes(self) -> tuple[str, ...]:
+    def _tokens(self) -> int:
+        assert self.context.calibration is not None
+        return self.context.calibration.tokens.numel()
+
+    def _with_routed_tokens(self) -> tuple[LinearRecord, ...]:
+        """The records, experts with the number of tokens that their router sent them."""
+        sites = {weight_label(self.program, site): site for site in self.selection.chosen}
+        counts = {record.name: self.routed.count(sites[record.name]) for record in self.records}
+        return tuple(
+            record
+            if (count := counts[record.name]) is None
+            else msgspec.structs.replace(record, tokens=count)
+            for record in self.records
+        )
+
+    def _notes(self, records: Sequence[LinearRecord]) -> tuple[str, ...]:
         notes = []
         if self.rewrite.group_size is None:
             notes.append(f"group size {self.group_size}: the largest of 128, 64, 32 that divides every K")
         raised = [record.name for record in self.records if record.damping and record.damping > 0.011]
         if raised:
             notes.append(f"damping was raised for {len(raised)} linears, {raised[0]} among them")
+        few = [record for record in records if record.tokens < min(FEW, self._tokens())]
+        if few:
+            least = min(few, key=lambda record: record.tokens)
+            notes.append(f"{len(few)} experts saw fewer than {FEW} tokens; {least.name} saw {least.tokens}")
         notes.append(f"calibrated on {self.context.calibration!r}")
         return tuple(notes)
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from optc.compiler.dataflow import value_readers
-from optc.compiler.diagnostics import InputError
 from optc.compiler.linears import Linear
 from optc.compiler.program import Program
 from optc.compiler.rewriting import Miss, Pass, PassContext, PassResult
 from optc.passes.quantize.folding import Fold, trace
 from optc.passes.quantize.groups import Group, input_groups, input_readers, weight_label
+from optc.passes.quantize.ranges import calibration_tokens
 from optc.passes.quantize.scaling import apply_scales
 from optc.passes.quantize.selection import select_linears
 from optc.passes.quantize.stream import Stream
@@ -56,14 +56,10 @@ class ScalePass(Pass):
         selection = select_linears(program, self.ignore, self.head)
         if not selection.chosen:
             return PassResult(program, 0, len(selection.misses), selection.misses, selection.notes)
-        if context.calibration is None:
-            raise InputError(
-                f"pass '{self.name}' needs calibration tokens",
-                remedy="give a text by --calibration FILE (a model with a tokenizer uses a built-in one)",
-            )
+        tokens = calibration_tokens(self.name, context)
         chooser = self.resolved(program, selection.chosen)
         groups = input_groups(selection.chosen)
-        stream = Stream(program, context.calibration.tokens[: self.samples or None])
+        stream = Stream(program, tokens[: self.samples or None])
         found: list[tuple[list[Linear], Fold, Tensor]] = []
         misses: list[Miss] = []
         with torch.no_grad():

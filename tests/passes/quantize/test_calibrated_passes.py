@@ -57,7 +57,8 @@ def test_every_family_is_closer_than_by_rounding_to_nearest(name: str) -> None:
         assert [miss.reason for miss in result.misses] == [miss.reason for miss in plain.misses]
         assert len(result.linears) == result.matched
         assert _distance(program, result.program) < _distance(program, plain.program)
-        assert all(record.tokens == 144 and record.bits == 3 for record in result.linears)
+        assert all(record.bits == 3 for record in result.linears)
+        assert all(record.tokens == 144 for record in result.linears if "[" not in record.name)
         errors = [(record.error, record.error_rtn) for record in result.linears]
         assert all(after is not None and before is not None for after, before in errors)
         assert sum(after for after, _ in errors) < 0.95 * sum(before for _, before in errors)
@@ -219,3 +220,19 @@ def test_methods_make_pipelines(method: str) -> None:
     steps = quantization_steps(resolve(CompileOptions(quant=method, group_size=32)))
     result = Pipeline(steps).run(stirred("llama"), PipelineOptions(context=CONTEXT, budget=Budget()))
     assert len(result.program.contract.quantization) == 14
+
+
+def test_experts_say_how_many_tokens_reached_them() -> None:
+    program = stirred("mixtral")
+    result = QuantizeClip(group_size=32).run(program, CONTEXT)
+    experts = {record.name: record.tokens for record in result.linears if "[" in record.name}
+    assert len(experts) == 16  # 2 layers of 4 experts with 2 weights
+    for layer in range(2):
+        up, down = (
+            [experts[f"model.layers.{layer}.mlp.experts.{kind}[{index}]"] for index in range(4)]
+            for kind in ("gate_up_proj", "down_proj")
+        )
+        assert up == down
+        assert sum(up) == 2 * 144  # each token goes to two experts
+        assert max(up) < 144
+    assert any("experts saw fewer than 128 tokens" in note for note in result.notes)
