@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -63,7 +64,9 @@ def ratio(above: list[float], below: list[float]) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that was measured, marked when the tree had changes."""
+    """The commit that was measured, marked when the tree had changes; OPTC_COMMIT where there is no git."""
+    if named := os.environ.get("OPTC_COMMIT"):
+        return named
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     dirty = subprocess.run(
         ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -131,7 +131,7 @@ def captured(model: Path) -> Any:
 
 
 def main() -> None:
-    """Measure the rows, print the table, write benchmarks/results/quant_quality.json after every row."""
+    """Measure the rows, print the table, write benchmarks/results/quant_quality.json."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

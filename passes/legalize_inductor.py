@@ -33,6 +33,7 @@ ATEN_FORMS: dict[Any, Callable[..., Any]] = {
     optc.attention.default: decompositions.attention,
     optc.cached_attention_.default: decompositions.cached_attention_,
     optc.rotary.default: reference("rotary"),
+    optc.rotate_blocks.default: reference("rotate_blocks"),
     optc.dequantize.default: reference("dequantize"),
     optc.dequantize_float.default: reference("dequantize_float"),
     optc.dequantize_codebook.default: reference("dequantize_codebook"),

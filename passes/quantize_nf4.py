@@ -122,7 +122,7 @@ def quantize_codebook(weight: Tensor, table: Tensor, group_size: int, where: str
     if not bool(torch.isfinite(largest).all()):
         raise InputError("the weight holds NaN or infinity", where=where, remedy="repair the checkpoint")
     scale = torch.where(largest > 0, largest, 1.0)
-    middles = (table[1:] + table[:-1]) / 2
+    middles = ((table[1:] + table[:-1]) / 2).to(scale.device)
     codes = torch.bucketize(groups / scale[..., None], middles)
     return codes.reshape(rows, columns).to(torch.uint8), scale
 
@@ -146,7 +146,8 @@ def _table(program: Program) -> Node:
     if found is not None:
         return found
     record_weight(program, TABLE, ())
-    return add_weight(program, TABLE, normal_float().clone())
+    device = next(weight.device for _, weight in program.weights())
+    return add_weight(program, TABLE, normal_float().clone().to(device))
 
 
 def _double_quantized(program: Program, site: Linear, scale: Tensor, dtype: torch.dtype) -> Node:

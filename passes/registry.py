@@ -22,6 +22,7 @@ NAMES = (
     "tune-scales",
     "scale-awq",
     "scale-smoothquant",
+    "rotate-inputs",
     "quantize-activations",
     "quantize-llm-int8",
     "quantize-fp8",

@@ -32,7 +32,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
         if options.quant is not None:
             steps.append(Step(MergeProjections(), optional=True))
     steps.append(Step(LegalizeInductor(), optional=True))
-    if options.quant is not None and options.accuracy_level in (None, FAST):
+    if options.accuracy_level in (None, FAST):  # a model folder may hold quantized weights
         steps.append(Step(RoundActivations(), optional=True))
     return steps
 

@@ -53,7 +53,7 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
             f"the layout '{layout}' does not take {bits}-bit weights",
             remedy=f"it takes {', '.join(map(str, _BITS[layout]))} bits; --layout {' or '.join(fit)} takes {bits}",
         )
-    steps = quantization_steps(options)
+    steps = quantization_steps(options, rotations=False)  # the loader has a graph of its own
     return steps if layout == LAYOUTS[0] else [*steps, Step(RoundScales(), optional=True)]
 
 

@@ -1,6 +1,15 @@
 """The `optc::` dialect. Importing this package registers every op."""
 
-from optc.compiler.ops import attention, attention_codes, packed, packed_products, paged, quantization, rotary
+from optc.compiler.ops import (
+    attention,
+    attention_codes,
+    packed,
+    packed_products,
+    paged,
+    quantization,
+    rotary,
+    rotation,
+)
 
 __all__ = [
     "attention",
@@ -11,4 +20,5 @@ __all__ = [
     "paged",
     "quantization",
     "rotary",
+    "rotation",
 ]

@@ -31,6 +31,16 @@ def _rotary(walker: Walker, node: Node) -> ir.Value:
     return walker.op("RotaryEmbedding", [walker.value(x), *tables], attributes)
 
 
+def _rotate_blocks(walker: Walker, node: Node) -> ir.Value:
+    """A product of the channels as [..., K/n, n] with the matrix [n, n]."""
+    x, matrix = node.args
+    size, rank = int(matrix.meta["val"].shape[0]), node.meta["val"].dim()
+    columns = int(node.meta["val"].shape[-1])
+    apart = walker.constant([0] * (rank - 1) + [columns // size, size])
+    product = walker.op("MatMul", [walker.op("Reshape", [walker.value(x), apart]), walker.value(matrix)])
+    return walker.op("Reshape", [product, walker.constant([0] * (rank - 1) + [columns])])
+
+
 def _group_query_attention(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
     """Float caches, or int8 ones where two scales follow."""
     query, key, value, past_key, past_value, seqlens, total, cos, sin, *scales = node.args
@@ -133,6 +143,7 @@ def _skip_rms_norm(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value]:
 
 TABLE: dict[Any, Lowering] = {
     _optc.rotary.default: _rotary,
+    _optc.rotate_blocks.default: _rotate_blocks,
     _optc.group_query_attention.default: _group_query_attention,
     _optc.group_query_attention_codes.default: _group_query_attention,
     _optc.matmul_nbits.default: _matmul_nbits,

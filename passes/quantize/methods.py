@@ -19,6 +19,7 @@ from optc.passes.quantize_gptq import QuantizeGptq
 from optc.passes.quantize_llm_int8 import QuantizeLlmInt8
 from optc.passes.quantize_nf4 import QuantizeNf4
 from optc.passes.quantize_rtn import QuantizeRtn
+from optc.passes.rotate_inputs import RotateInputs
 from optc.passes.round_scales import RoundScales
 from optc.passes.scale_awq import ScaleAwq
 from optc.passes.scale_smoothquant import ScaleSmoothQuant
@@ -81,6 +82,7 @@ def _auto(options: CompileOptions) -> list[Pass]:
 def _smoothquant(options: CompileOptions) -> list[Pass]:
     return [
         ScaleSmoothQuant(ignore=options.ignore),
+        RotateInputs(ignore=options.ignore),
         QuantizeGptq(**_common(options)),
         QuantizeActivations(format="int8"),
     ]
@@ -94,7 +96,7 @@ METHODS: dict[str, Method] = {
     "best": Method("the strongest found here: GPTQ that follows the unquantized model, codes refined, scales trained", _best),
     "auto": Method("bits per linear by measured sensitivity, within --average-bits; then GPTQ", _auto, own_bits=True),
     "int8": Method("8-bit weights, one scale per output channel", _rtn, bits=8, fixed=True),
-    "smoothquant": Method("W8A8: SmoothQuant's scales, 8-bit weights by GPTQ, 8-bit inputs per token", _smoothquant,
+    "smoothquant": Method("W8A8: SmoothQuant's scales, rotations where they pay, 8-bit weights by GPTQ and inputs", _smoothquant,
                           bits=8, fixed=True),
     "llm-int8": Method("W8A8 with outlier columns in full precision", lambda options: [QuantizeLlmInt8(ignore=options.ignore)],
                        bits=8, fixed=True),
@@ -139,11 +141,16 @@ def resolve(options: CompileOptions) -> CompileOptions:
     return dataclasses.replace(options, bits=method.bits, group_size=own["group-size"])
 
 
-def quantization_steps(options: CompileOptions) -> list[Step]:
-    """The steps of the chosen method, none without one. Scale passes may find nothing to fold."""
+def quantization_steps(options: CompileOptions, *, rotations: bool = True) -> list[Step]:
+    """The steps of the chosen method, none without one. Scale passes may find nothing to fold.
+
+    Args:
+        rotations: whether the target can run operators in front of a linear that the model did not have.
+    """
     if options.quant is None:
         return []
     passes = METHODS[options.quant].passes(options)
+    passes = [item for item in passes if rotations or not isinstance(item, RotateInputs)]
     return [Step(item, optional=not item.lossy) for item in passes]
 
 

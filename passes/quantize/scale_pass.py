@@ -102,14 +102,14 @@ def foldable(program: Program, group: Group) -> tuple[list[Linear], Fold]:
         fold.reason = f"{others[0].name} ({others[0].target}) reads the input too"
         return linears, fold
     for site in linears:
-        shared = _shared(program, site, linears)
+        shared = read_elsewhere(program, site, linears)
         if shared:
             fold.reason = shared
     return linears, fold
 
 
-def _shared(program: Program, site: Linear, linears: list[Linear]) -> str:
-    """Why the weight of a linear cannot be multiplied, or ''."""
+def read_elsewhere(program: Program, site: Linear, linears: Sequence[Linear]) -> str:
+    """Who else reads the weight of a linear than these linears, as a reason to leave it alone, or ''."""
     placeholder = site.placeholder
     assert placeholder is not None
     known = {item.node for item in linears}

@@ -87,13 +87,14 @@ def quantize_selected(
     nodes = {node.name: node for node in edited.graph.nodes}
     with torch.no_grad():
         for site in selection.chosen:
-            quantize(edited, _counterpart(edited, nodes[site.node.name]))
+            quantize(edited, counterpart(edited, nodes[site.node.name]))
     drop_dead(edited)
     edited = prune_contract(edited.changed())
     return PassResult(edited, len(selection.chosen), selection.candidates, selection.misses, notes)
 
 
-def _counterpart(program: Program, node: Node) -> Linear:
+def counterpart(program: Program, node: Node) -> Linear:
+    """The linear at a node of a clone that stands where one was chosen."""
     site = linear_site(program, node)
     assert site is not None
     return site

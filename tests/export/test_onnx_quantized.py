@@ -24,12 +24,18 @@ from optc.passes.quantize_activations import QuantizeActivations
 from optc.passes.quantize_llm_int8 import QuantizeLlmInt8
 from optc.passes.quantize_nf4 import QuantizeNf4
 from optc.passes.quantize_rtn import QuantizeRtn
+from optc.passes.rotate_inputs import RotateInputs
 from optc.targets.onnx_cpu import TARGET
 
 CALIBRATION = random_calibration(128, samples=4, length=32, seed=0)
 LENGTHS = (21, 9, 14, 5)
 SCHEMES: dict[str, tuple[Pass, ...]] = {
     "w8a8": (QuantizeRtn(bits=8, group_size=0), QuantizeActivations()),
+    "w8a8 turned": (
+        RotateInputs(least_gain=0.0),
+        QuantizeRtn(bits=8, group_size=0),
+        QuantizeActivations(),
+    ),
     "int8": (QuantizeRtn(bits=8, group_size=0),),
     "llm-int8": (QuantizeLlmInt8(threshold=3.0),),
     "nf4": (QuantizeNf4(),),

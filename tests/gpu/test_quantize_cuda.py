@@ -11,6 +11,8 @@ from optc.compiler.devices import to_device
 from optc.compiler.rewriting import Pass, PassContext
 from optc.passes.quantize_clip import QuantizeClip
 from optc.passes.quantize_gptq import QuantizeGptq
+from optc.passes.quantize_nf4 import QuantizeNf4
+from optc.passes.rotate_inputs import RotateInputs
 from optc.passes.scale_awq import ScaleAwq
 
 pytestmark = [
@@ -21,7 +23,14 @@ CONTEXT = PassContext(calibration=random_calibration(128, samples=4, length=32, 
 
 
 @pytest.mark.parametrize(
-    "rewrite", [QuantizeGptq(group_size=32), QuantizeClip(group_size=32), ScaleAwq(group_size=32)]
+    "rewrite",
+    [
+        QuantizeGptq(group_size=32),
+        QuantizeClip(group_size=32),
+        ScaleAwq(group_size=32),
+        RotateInputs(least_gain=0.0),
+        QuantizeNf4(),
+    ],
 )
 def test_same_as_on_the_cpu(rewrite: Pass) -> None:
     program = stirred("llama")

@@ -12,15 +12,18 @@ from stages import apply, captured, largest, rewritten, sequences, tiny_decoder
 from torch import Tensor
 from torch.fx import Node
 
+from optc.compiler.calibration import random_calibration
 from optc.compiler.capture import capture_model, capture_module
 from optc.compiler.execution import run_stage
 from optc.compiler.program import Program
+from optc.compiler.rewriting import PassContext
 from optc.compiler.target import check_legal
 from optc.compiler.verification import verify_program
 from optc.passes.inductor.linears import narrow
 from optc.passes.legalize_inductor import LegalizeInductor
 from optc.passes.page_kv_cache import PageKVCache
 from optc.passes.quantize_rtn import QuantizeRtn
+from optc.passes.rotate_inputs import RotateInputs
 from optc.passes.static_kv_cache import StaticKVCache
 from optc.targets.inductor_cpu import TARGET
 
@@ -28,6 +31,7 @@ aten, optc = torch.ops.aten, torch.ops.optc
 LINEAR = optc.linear_nbits.default
 STATIC, LEGALIZE = StaticKVCache(in_place=True), LegalizeInductor()
 LENGTHS = (21, 9, 14, 1)
+CALIBRATED = PassContext(calibration=random_calibration(128, samples=2, length=16, seed=0))
 
 
 def _dialect(program: Program) -> list[str]:
@@ -75,6 +79,17 @@ def test_masks_are_made_once() -> None:
     assert len(after.calls(aten.le.Tensor)) == len(after.calls(aten.lt.Scalar)) == 1
     assert len(after.calls(aten.masked_fill.Scalar)) == 1
     assert len(after.calls(aten.index_put_.default)) == 4
+
+
+def test_turned_inputs() -> None:
+    """The rotation is a matrix product of its own; its weight product is packed like any other."""
+    program = RotateInputs(least_gain=0.0).run(captured("llama"), CALIBRATED).program
+    before = apply(STATIC, apply(QuantizeRtn(bits=8, group_size=0), program).program).program
+    after = apply(LEGALIZE, before).program
+    check_legal(after, TARGET)
+    assert _dialect(after) == ["optc.linear_nbits.default"] * 14
+    assert len(after.calls(aten.matmul.default)) == 8
+    assert _same(before, after) <= 1e-5
 
 
 def test_paged_attention_stays() -> None:

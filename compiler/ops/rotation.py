@@ -1,0 +1,21 @@
+"""Rotation of channels in blocks, for inputs that are easier to round turned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optc.compiler.ops.library import define
+
+
+def _rotate_blocks(x: Tensor, matrix: Tensor) -> Tensor:
+    """Each run of n neighbours of the last axis of x [..., K] times `matrix` [n, n]; n divides K."""
+    blocks = x.unflatten(-1, (x.shape[-1] // matrix.shape[0], matrix.shape[0]))
+    return torch.matmul(blocks, matrix).flatten(-2)
+
+
+define(
+    "rotate_blocks(Tensor x, Tensor matrix) -> Tensor",
+    _rotate_blocks,
+    lambda x, _matrix: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
