@@ -161,6 +161,6 @@ def linear_record(
     return LinearRecord(
         name=name, shape=(int(weight.shape[0]), int(weight.shape[1])), method=method, format=format, bits=bits,
         group_size=group_size, symmetric=symmetric, weight_error=gap / size if size else 0.0,
-        scale_min=float(scale.min()), scale_max=float(scale.max()), error_rtn=_finite(error_rtn), error=_finite(error), clip=clip,
+        scale_min=float(scale.float().min()), scale_max=float(scale.float().max()), error_rtn=_finite(error_rtn), error=_finite(error), clip=clip,
         damping=damping, tokens=tokens, seconds=round(seconds, 3), note=note,
     )  # fmt: skip

@@ -123,3 +123,15 @@ def weight_rows(program: Program, site: Linear) -> Tensor:
     weight = program.weight(name).detach()
     weight = weight if site.index is None else weight[site.index]
     return weight.t() if site.transposed else weight
+
+
+def shared_magnitudes(program: Program, sites: Sequence[Linear]) -> dict[str, float]:
+    """By weight: the largest |w| among the weights of linears that share an input, NaN where one is not finite."""
+    found: dict[str, float] = {}
+    for group in input_groups(sites):
+        rows = [weight_rows(program, site).float().abs().amax() for site in group.sites]
+        top = float(torch.stack(rows).amax())
+        for site in group.sites:
+            label = weight_label(program, site)
+            found[label] = max(found.get(label, 0.0), top) if top == top else top
+    return found
