@@ -19,8 +19,9 @@ from optc.compiler.layouts.tensors import TensorReader
 from optc.compiler.program import Program
 from optc.compiler.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
-from optc.exporters.hf.collect import CacheScale, FolderPlan, collect
+from optc.exporters.hf.collect import FolderPlan, collect
 from optc.exporters.hf.layouts import LAYOUTS, LayoutWriter, layout_writer
+from optc.exporters.hf.places import CacheScale
 from optc.exporters.hf.shards import write_shards
 
 CONFIG = "config.json"

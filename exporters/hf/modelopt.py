@@ -16,7 +16,8 @@ from torch import Tensor
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.layouts import QuantizedWeight, Scheme
 from optc.compiler.layouts.modelopt import AWQ, CACHE_FP8, FP8, INT8, KEY_SCALE, METHOD, NVFP4, VALUE_SCALE
-from optc.exporters.hf.collect import CacheScale, FolderPlan, Quantized
+from optc.exporters.hf.collect import FolderPlan
+from optc.exporters.hf.places import CacheScale, Quantized
 
 GROUP_SIZES = (64, 128)
 """Of W4A16_AWQ: those that TensorRT-LLM's kernels take."""
