@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 
 from optc.compiler.contract import WeightQuantization
-from optc.compiler.diagnostics import InputError
 from optc.compiler.linears import Linear
 from optc.compiler.ops.nvfp4 import BLOCK, scale_of
 from optc.compiler.program import Program
@@ -66,10 +65,6 @@ class QuantizeNvfp4(Pass):
         if weight is None:
             source, rows = weight_label(program, site), weight_rows(program, site)
             scale = scale_of(torch.tensor([largest]))
-            if not bool(torch.isfinite(scale).all()):
-                raise InputError(
-                    "the weight holds NaN or infinity", where=source, remedy="repair the checkpoint"
-                )
             codes, blocks = torch.ops.optc.quantize_nvfp4(rows, scale.to(rows.device))
             entry = WeightQuantization(
                 method="nvfp4", bits=4, group_size=BLOCK, symmetric=True, source=source, format="nvfp4"

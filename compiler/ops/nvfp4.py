@@ -41,7 +41,7 @@ def _quantize_nvfp4(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     ratio = torch.where(largest > 0, largest / (LARGEST * scale.float()), 1.0)
     block_scale = ratio.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float8_e4m3fn)
     values = blocks / (block_scale.float() * scale.float())[..., None]
-    size = values.abs()
+    size = values.abs().contiguous()
     codes = torch.bucketize(size, torch.tensor(_MIDDLES, device=x.device))
     up = torch.isin(size, torch.tensor(_UP, device=x.device))
     codes = codes + up + 8 * (values < 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -126,12 +127,22 @@ def weight_rows(program: Program, site: Linear) -> Tensor:
 
 
 def shared_magnitudes(program: Program, sites: Sequence[Linear]) -> dict[str, float]:
-    """By weight: the largest |w| among the weights of linears that share an input, NaN where one is not finite."""
+    """By weight: the largest |w| among the weights of linears that share an input.
+
+    Raises:
+        InputError: a weight is not finite; names it.
+    """
     found: dict[str, float] = {}
     for group in input_groups(sites):
-        rows = [weight_rows(program, site).float().abs().amax() for site in group.sites]
-        top = float(torch.stack(rows).amax())
-        for site in group.sites:
-            label = weight_label(program, site)
-            found[label] = max(found.get(label, 0.0), top) if top == top else top
+        table = {
+            weight_label(program, site): float(weight_rows(program, site).abs().amax())
+            for site in group.sites
+        }
+        for label, value in table.items():
+            if not math.isfinite(value):
+                raise InputError(
+                    "the weight holds NaN or infinity", where=label, remedy="repair the checkpoint"
+                )
+        top = max(table.values())
+        found |= {label: max(found.get(label, 0.0), top) for label in table}
     return found
