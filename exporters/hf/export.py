@@ -130,9 +130,9 @@ def _tensors(
             name = f"{item.stem}_{kind}"
             sizes[name] = sizes.get(name, 0) + tensor.nbytes
             yield f"{item.module}.{part}", tensor
-    for name, item in caches.items():
-        sizes[item.name] = item.scale.nbytes
-        yield name, item.scale.float().reshape(())
+    for name, cache in caches.items():
+        sizes[cache.name] = cache.scale.nbytes
+        yield name, cache.scale.float().reshape(())
     for name, tensor in _copied(plan, dtype):
         sizes[name] = tensor.nbytes
         yield name, tensor
