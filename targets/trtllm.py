@@ -51,10 +51,15 @@ TARGET = Target(
     kv_caches=(),
     quant={
         "fp8": QuantSupport(
-            bits=(8,), group_sizes=(0,), note="one calibrated scale per input; written as FP8"
+            bits=(8,),
+            group_sizes=(0,),
+            symmetric=(True,),
+            note="one calibrated scale per input; written as FP8",
         ),
         "int8": QuantSupport(bits=(8,), group_sizes=(0,), symmetric=(True,), note="written as W8A16"),
-        "nvfp4": QuantSupport(bits=(4,), group_sizes=(16,), note="runs on Blackwell; written as NVFP4"),
+        "nvfp4": QuantSupport(
+            bits=(4,), group_sizes=(16,), symmetric=(True,), note="runs on Blackwell; written as NVFP4"
+        ),
         **dict.fromkeys(WEIGHT_ONLY, _AWQ),
     },
     legal=EveryOperator(),
@@ -66,7 +71,7 @@ TARGET = Target(
         "llm-int8": _INTEGERS_ONLY_AS_WEIGHTS,
         "nf4": "TensorRT-LLM's loader has no codebooks",
         "auto": "the folder is written with one algorithm for all linears",
-        "asymmetric": "W4A16_AWQ has no zero points, and the loader has no GPTQ layout",
+        "asymmetric": "its schemes have no zero points, and the loader has no GPTQ layout",
         "bits": "the loader has 4-bit weights in groups (W4A16_AWQ), and 8-bit ones as --quant int8 (W8A16) or fp8",
         "group-size": "TensorRT-LLM's W4A16 kernels take groups of 64 and 128",
         "dtype": "TensorRT-LLM computes in 16 bits",

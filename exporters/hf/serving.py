@@ -45,7 +45,7 @@ def check_serving(options: CompileOptions, context_length: int = 0) -> None:
             "--draft-tokens does nothing without --speculative", remedy="add --speculative ngram"
         )
     method = options.speculative
-    if method is not None and method != _NGRAM and not method.removeprefix(_DRAFT) != method.strip():
+    if method is not None and method != _NGRAM and not method.startswith(_DRAFT):
         raise UsageError(
             f"unknown speculative decoding '{method}'", remedy="use --speculative ngram, or draft:DIR"
         )

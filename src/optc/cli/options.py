@@ -109,6 +109,8 @@ def _check_types(merged: dict[str, Any]) -> None:
         "max_batch": int,
         "max_num_tokens": int,
         "draft_tokens": int,
+        "kv_cache_dtype": str,
+        "speculative": str,
         "seed": int,
         "calibration_samples": int,
         "calibration_seq_len": int,

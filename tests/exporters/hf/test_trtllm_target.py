@@ -33,7 +33,7 @@ def _plan(capsys: Capture, *flags: str, model: Path | None = None) -> tuple[int,
     ("flags", "texts"),
     [
         (["--quant", "smoothquant"], ["does not take quantization 'smoothquant'", "has no int8 activations", "nearest here: --quant fp8"]),
-        (["--quant", "gptq", "--asymmetric"], ["asymmetric quantization", "has no zero points", "nearest here: --quant gptq --symmetric"]),
+        (["--quant", "gptq", "--asymmetric"], ["asymmetric quantization", "have no zero points", "nearest here: --quant gptq --symmetric"]),
         (["--quant", "awq", "--group-size", "32"], ["group size 32", "take groups of 64 and 128", "nearest here: --quant awq --group-size 64"]),
         (["--quant", "rtn", "--bits", "3"], ["3-bit weights", "W4A16_AWQ", "nearest here: --quant rtn"]),
         (["--quant", "nf4"], ["quantization 'nf4'", "no codebooks"]),
