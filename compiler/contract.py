@@ -66,8 +66,8 @@ class KVCache(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 0
 
 
-WeightFormat = Literal["int", "fp8", "nf4"]
-ActivationFormat = Literal["", "int8", "fp8"]
+WeightFormat = Literal["int", "fp8", "nf4", "nvfp4"]
+ActivationFormat = Literal["", "int8", "fp8", "nvfp4"]
 
 
 class WeightQuantization(msgspec.Struct, frozen=True, kw_only=True):

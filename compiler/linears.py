@@ -11,7 +11,8 @@ import torch
 from torch.fx import Node
 
 from optc.compiler.dataflow import aten, pointwise_source, value_of
-from optc.compiler.ops import quantization as _quantization  # noqa: F401  (registers the operators)
+from optc.compiler.ops import nvfp4 as _nvfp4  # noqa: F401  (registers the operators)
+from optc.compiler.ops import quantization as _quantization  # noqa: F401
 from optc.compiler.program import Program
 
 LINEARS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
@@ -19,10 +20,13 @@ DEQUANTIZERS = (
     torch.ops.optc.dequantize.default,
     torch.ops.optc.dequantize_float.default,
     torch.ops.optc.dequantize_codebook.default,
+    torch.ops.optc.dequantize_nvfp4.default,
 )
 """Calls that make a weight [N, K] of codes."""
-QUANTIZERS = (torch.ops.optc.quantize.default, torch.ops.optc.quantize_dynamic.default)
+NVFP4 = torch.ops.optc.quantize_nvfp4.default
+QUANTIZERS = (torch.ops.optc.quantize.default, torch.ops.optc.quantize_dynamic.default, NVFP4)
 """Calls that make codes of activations."""
+_DEQUANTIZED = (torch.ops.optc.dequantize_activation.default, torch.ops.optc.dequantize_nvfp4.default)
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,9 @@ class Linear:
 
     @property
     def activations(self) -> str:
-        """How the input is quantized ("int8", "fp8"), "" when it is not."""
+        """How the input is quantized ("int8", "fp8", "nvfp4"), "" when it is not."""
         call = quantized_activation(self.input)
-        return str(call.kwargs["format"]) if call is not None else ""
+        return activation_format(call) if call is not None else ""
 
 
 def linear_site(program: Program, node: Node) -> Linear | None:
@@ -86,14 +90,33 @@ def linear_site(program: Program, node: Node) -> Linear | None:
 
 
 def quantized_activation(node: Node) -> Node | None:
-    """The `quantize` or `quantize_dynamic` call behind a dequantized activation, None when `node` is none."""
-    if node.target is not torch.ops.optc.dequantize_activation.default:
+    """The call of `QUANTIZERS` behind a dequantized activation, None when `node` is none."""
+    if node.target not in _DEQUANTIZED:
         return None
     codes = node.args[0]
     assert isinstance(codes, Node)
     made = codes.args[0] if codes.target is operator.getitem else codes
     assert isinstance(made, Node)
     return made if made.target in QUANTIZERS else None
+
+
+def activation_format(call: Node) -> str:
+    """The format that a call of `QUANTIZERS` rounds to."""
+    return "nvfp4" if call.target is NVFP4 else str(call.kwargs["format"])
+
+
+def source_linears(program: Program, node: Node) -> list[Linear]:
+    """The linears that `node` is computed from with no other linear between, in graph order."""
+    found, seen, pending = [], {node}, [node]
+    while pending:
+        current = pending.pop()
+        site = linear_site(program, current)
+        if site is not None:
+            found.append(site)
+            continue
+        pending += [item for item in current.all_input_nodes if item not in seen]
+        seen.update(current.all_input_nodes)
+    return sorted(found, key=lambda site: site.node)
 
 
 def linear_sites(program: Program) -> Iterator[Linear]:

@@ -17,9 +17,7 @@ from optc.compiler.program import Program
 from optc.compiler.quantization_record import LinearRecord
 
 SCALE_BITS = 16
-IDEAL = (
-    "bits + 16 / group_size, and bits / group_size more with zero points; a whole row is one group at size 0"
-)
+IDEAL = "bits + 16 / group_size (nvfp4: 8), and bits / group_size more with zero points; a whole row is one group at size 0"
 
 
 def measured_records(before: Program, after: Program) -> tuple[LinearRecord, ...]:
@@ -124,7 +122,8 @@ def ideal_bits(record: LinearRecord) -> float:
     """Bits per parameter of perfectly packed codes with 16-bit scales; see `IDEAL`."""
     size = record.group_size or record.shape[1]
     zero_points = record.format == "int" and not record.symmetric
-    return record.bits + SCALE_BITS / size + (record.bits / size if zero_points else 0)
+    scale_bits = 8 if record.format == "nvfp4" else SCALE_BITS
+    return record.bits + scale_bits / size + (record.bits / size if zero_points else 0)
 
 
 def _tensors(contract: Contract, tensor_bytes: Mapping[str, int]) -> Iterator[str]:
@@ -161,6 +160,6 @@ def linear_record(
     return LinearRecord(
         name=name, shape=(int(weight.shape[0]), int(weight.shape[1])), method=method, format=format, bits=bits,
         group_size=group_size, symmetric=symmetric, weight_error=gap / size if size else 0.0,
-        scale_min=float(scale.min()), scale_max=float(scale.max()), error_rtn=_finite(error_rtn), error=_finite(error), clip=clip,
+        scale_min=float(scale.float().min()), scale_max=float(scale.float().max()), error_rtn=_finite(error_rtn), error=_finite(error), clip=clip,
         damping=damping, tokens=tokens, seconds=round(seconds, 3), note=note,
     )  # fmt: skip

@@ -23,7 +23,8 @@ Predicate = Callable[[Node], str | None]
 class CompileOptions:
     """What the user asked for. None means the target's default.
 
-    `bit_choices` is the target's own: the bits that --quant auto may choose from, () for all.
+    `bit_choices` is the target's own: the bits that --quant auto may choose from, () for all. `max_batch` requests and
+    `max_num_tokens` tokens run together in a server; `speculative` is "ngram" or "draft:DIR", with `draft_tokens`.
     """
 
     dtype: str = "fp32"
@@ -38,6 +39,11 @@ class CompileOptions:
     max_seq_len: int | None = None
     accuracy_level: int | None = None
     layout: str | None = None
+    kv_cache_dtype: str | None = None
+    max_batch: int | None = None
+    max_num_tokens: int | None = None
+    speculative: str | None = None
+    draft_tokens: int | None = None
 
     def bits_or(self, default: int) -> int:
         """The bits that were asked for, else `default`."""
@@ -103,8 +109,9 @@ class Target:
         legal: operator -> predicate (or None when every use of it is legal).
         recipe: the default passes for a kind of model ("decoder", "encoder", "module") and options.
         export: writes the legalized Program.
-        takes: names of options that only some targets have (max_seq_len, accuracy_level, layout).
+        takes: names of options that only some targets have (max_seq_len, accuracy_level, layout ...).
         quant: quantization method -> what the target can run of it.
+        lacks: why it takes no more: for a method, or for "asymmetric", "bits", "group-size" or "dtype".
     """
 
     name: str
@@ -119,6 +126,7 @@ class Target:
     aliases: tuple[str, ...] = ()
     needs_extra: str = ""
     takes: tuple[str, ...] = ()
+    lacks: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_legal(program: Program, target: Target) -> None:
@@ -142,7 +150,10 @@ def check_legal(program: Program, target: Target) -> None:
         )
 
 
-_SPECIAL_OPTIONS = ("max_seq_len", "accuracy_level", "layout")
+_SPECIAL_OPTIONS = (
+    "max_seq_len", "accuracy_level", "layout", "kv_cache_dtype", "max_batch", "max_num_tokens", "speculative",
+    "draft_tokens",
+)  # fmt: skip
 
 
 def check_options(
@@ -158,11 +169,14 @@ def check_options(
             that is.
     """
 
-    def refuse(what: str, allowed: object) -> None:
-        raise TargetError(f"target '{target.name}' does not take {what}", remedy=f"it takes: {allowed}")
+    def refuse(what: str, allowed: object, reason: str = "") -> None:
+        raise TargetError(
+            f"target '{target.name}' does not take {what}", why=target.lacks.get(reason),
+            remedy=f"it takes: {allowed}",
+        )  # fmt: skip
 
     if options.dtype not in target.dtypes:
-        refuse(f"dtype {options.dtype}", ", ".join(target.dtypes))
+        refuse(f"dtype {options.dtype}", ", ".join(target.dtypes), "dtype")
     if options.kv_cache is not None and options.kv_cache not in target.kv_caches:
         refuse(f"a {options.kv_cache} KV cache", ", ".join(target.kv_caches) or "none")
     for name in _SPECIAL_OPTIONS:
@@ -172,25 +186,26 @@ def check_options(
             )
     problem = _quantization_problem(target, options)
     if problem is not None:
-        what, allowed = problem
+        what, allowed, reason = problem
         near = [*_nearest_here(target, options), *_same_elsewhere(target, options, others())]
-        refuse(what, "; ".join([allowed, *near]))
+        refuse(what, "; ".join([allowed, *near]), reason)
 
 
-def _quantization_problem(target: Target, options: CompileOptions) -> tuple[str, str] | None:
-    """(what the target does not take, what it does), or None when it can run the quantization."""
+def _quantization_problem(target: Target, options: CompileOptions) -> tuple[str, str, str] | None:
+    """(what the target does not take, what it does, key of `Target.lacks`), or None when it can run it."""
     if options.quant is None:
         return None
     if options.quant not in target.quant:
-        return f"quantization '{options.quant}'", ", ".join(target.quant) or "none"
+        return f"quantization '{options.quant}'", ", ".join(target.quant) or "none", options.quant
     support = target.quant[options.quant]
     if options.bits is not None and options.bits not in support.bits:
-        return f"{options.bits}-bit weights", f"{', '.join(map(str, support.bits))} bits"
+        return f"{options.bits}-bit weights", f"{', '.join(map(str, support.bits))} bits", "bits"
     if options.group_size is not None and options.group_size not in support.group_sizes:
-        return f"group size {options.group_size}", f"group sizes {', '.join(map(str, support.group_sizes))}"
+        sizes = ", ".join(map(str, support.group_sizes))
+        return f"group size {options.group_size}", f"group sizes {sizes}", "group-size"
     if options.symmetric not in support.symmetric:
         modes = ("symmetric", "asymmetric") if True in support.symmetric else ("asymmetric", "symmetric")
-        return f"{modes[1]} quantization", modes[0]
+        return f"{modes[1]} quantization", modes[0], modes[1]
     return None
 
 

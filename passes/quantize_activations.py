@@ -13,7 +13,7 @@ from optc.compiler.dataflow import peel
 from optc.compiler.linears import Linear, linear_site
 from optc.compiler.program import Program
 from optc.compiler.rewriting import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
-from optc.passes.quantize.selection import quantized_input
+from optc.compiler.rounding import rounded_input
 
 _optc = torch.ops.optc
 
@@ -59,7 +59,7 @@ class _Input(Rule):
         site: Linear = match.found["site"]
         root = peel(site.input)
         if root not in self._made:
-            self._made[root] = quantized_input(program, site.node, root, self.format)
+            self._made[root] = rounded_input(program, site.node, root, self.format)
         site.node.replace_input_with(site.input, self._made[root])
         record_activations(program, site, self.format)
 
@@ -67,6 +67,9 @@ class _Input(Rule):
 def obstacle(site: Linear, format: str) -> str | None:
     """Why the product of a quantized weight with inputs in a format cannot be one of codes, or None."""
     call = site.weight
+    if format == "nvfp4":
+        fits = call.target is _optc.dequantize_nvfp4.default
+        return None if fits else "its weight has no nvfp4 codes: see quantize-nvfp4"
     if format == "fp8":
         return (
             None
@@ -82,7 +85,7 @@ def obstacle(site: Linear, format: str) -> str | None:
     return None
 
 
-def record_activations(program: Program, site: Linear, format: Literal["int8", "fp8"]) -> None:
+def record_activations(program: Program, site: Linear, format: Literal["int8", "fp8", "nvfp4"]) -> None:
     """Note in the contract what the input of a quantized linear is rounded to."""
     name = program.weight_of(site.weight.args[0])
     table = program.contract.quantization

@@ -14,7 +14,7 @@ from optc.compiler.linears import Linear
 from optc.compiler.ops.quantization import FORMATS
 from optc.compiler.program import Program
 from optc.compiler.rewriting import Pass, PassContext, PassResult
-from optc.passes.quantize.groups import weight_label, weight_rows
+from optc.passes.quantize.groups import shared_magnitudes, weight_label, weight_rows
 from optc.passes.quantize.selection import (
     dequantized_before,
     place_codes,
@@ -24,7 +24,7 @@ from optc.passes.quantize.selection import (
     weight_part,
 )
 
-Granularity = Literal["channel", "tensor"]
+Granularity = Literal["channel", "tensor", "input"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,8 @@ class QuantizeFp8(Pass):
     Which linears: as quantize-rtn.
 
     Attributes:
-        granularity: one scale per output channel, or one for the whole weight.
+        granularity: one scale per output channel, one for the whole weight, or one for all weights that share an input,
+            so that an engine may run them as one product.
         ignore: patterns (`*.down_proj.*`) of weight names to leave alone.
         head: quantize the linear that makes the logits too.
     """
@@ -54,13 +55,19 @@ class QuantizeFp8(Pass):
         Raises:
             InputError: a weight is not finite.
         """
-        return quantize_selected(program, select_linears(program, self.ignore, self.head), self._quantize)
+        selection = select_linears(program, self.ignore, self.head)
+        shared = shared_magnitudes(program, selection.chosen) if self.granularity == "input" else {}
 
-    def _quantize(self, program: Program, site: Linear) -> None:
+        def quantize(edited: Program, site: Linear) -> None:
+            self._quantize(edited, site, shared.get(weight_label(edited, site)))
+
+        return quantize_selected(program, selection, quantize)
+
+    def _quantize(self, program: Program, site: Linear, shared: float | None) -> None:
         weight = dequantized_before(program, site)
         if weight is None:
             source = weight_label(program, site)
-            codes, scale = quantize_float(weight_rows(program, site), self.granularity, source)
+            codes, scale = quantize_float(weight_rows(program, site), self.granularity, source, shared)
             entry = WeightQuantization(
                 method="fp8", bits=8, group_size=0, symmetric=True, source=source, format="fp8"
             )
@@ -70,10 +77,12 @@ class QuantizeFp8(Pass):
         read_instead(program, site, weight)
 
 
-def quantize_float(weight: Tensor, granularity: Granularity, where: str) -> tuple[Tensor, Tensor]:
+def quantize_float(
+    weight: Tensor, granularity: Granularity, where: str, shared: float | None = None
+) -> tuple[Tensor, Tensor]:
     """(codes float8 E4M3 [N,K], scale [N,1] or [1,1] in the weight's dtype) of a weight [N,K].
 
-    A channel of zeros gets scale 1.
+    A channel of zeros gets scale 1. `shared` is the largest magnitude that granularity "input" scales by.
 
     Raises:
         InputError: the weight is not finite; `where` names it.
@@ -81,8 +90,10 @@ def quantize_float(weight: Tensor, granularity: Granularity, where: str) -> tupl
     dtype, top = FORMATS["fp8"]
     values = weight.detach().float()
     largest = values.abs().amax(dim=1, keepdim=True)
-    if granularity == "tensor":
+    if granularity != "channel":
         largest = largest.amax(dim=0, keepdim=True)
+    if shared is not None:
+        largest = torch.full_like(largest, shared)
     if not bool(torch.isfinite(largest).all()):
         raise InputError("the weight holds NaN or infinity", where=where, remedy="repair the checkpoint")
     # Rounded to how it is kept before codes are chosen; a scale that rounds down clips the largest weight a little.

@@ -14,8 +14,7 @@ from optc.compiler.dataflow import value_of
 from optc.compiler.ops.quantization import FORMATS
 from optc.compiler.program import Program
 from optc.compiler.rewriting import Miss, Pass, PassContext, PassResult
-from optc.compiler.surgery import add_weight, insert_call
-from optc.compiler.weights import record_weight
+from optc.compiler.rounding import round_cache
 from optc.passes.quantize.ranges import calibration_tokens, largest_magnitudes
 from optc.passes.quantize.stream import Stream
 
@@ -91,16 +90,7 @@ class QuantizeKVCache(Pass):
 
     def _round(self, program: Program, call: Node, stem: str, scales: Sequence[Tensor]) -> None:
         for index, part, scale in ((1, "key", scales[0]), (2, "value", scales[1])):
-            source = call.args[index]
-            name = f"{stem}.{part}_scale"
-            record_weight(program, name, ())
-            node = add_weight(program, name, scale.contiguous())
-            codes = insert_call(
-                program, call, _optc.quantize.default, (source, node), {"format": self.format}
-            )
-            knobs = {"dtype": value_of(source).dtype}
-            made = insert_call(program, call, _optc.dequantize_activation.default, (codes, node), knobs)
-            call.update_arg(index, made)
+            round_cache(program, call, index, f"{stem}.{part}_scale", scale, self.format)
 
 
 def _rounded(call: Node) -> bool:

@@ -17,6 +17,7 @@ from optc.compiler.linears import Linear
 from optc.compiler.program import Program
 from optc.compiler.quantize import quantize_groups
 from optc.compiler.rewriting import Pass, PassContext, PassResult
+from optc.compiler.rounding import rounded_input
 from optc.compiler.surgery import insert_call, replace_call
 from optc.passes.quantize.groups import Group, input_groups, weight_label, weight_rows
 from optc.passes.quantize.ranges import calibration_tokens, largest_magnitudes
@@ -25,7 +26,6 @@ from optc.passes.quantize.selection import (
     existing_part,
     place_codes,
     quantize_selected,
-    quantized_input,
     select_linears,
     weight_part,
 )
@@ -162,7 +162,7 @@ class _Edit:
                 mask.index_fill_(0, columns, 0)
                 factor = _part(program, site, "inlier_mask", mask)
                 rest = insert_call(program, site.node, aten.mul.Tensor, (root, factor))
-            self._inputs[key] = (quantized_input(program, site.node, rest, "int8"), kept)
+            self._inputs[key] = (rounded_input(program, site.node, rest, "int8"), kept)
         return self._inputs[key]
 
 

@@ -27,6 +27,8 @@ NAMES = (
     "quantize-llm-int8",
     "quantize-fp8",
     "quantize-nf4",
+    "quantize-nvfp4",
+    "quantize-inputs",
     "quantize-kv-cache",
     "store-kv-codes",
     "round-scales",

@@ -12,6 +12,7 @@ TARGETS = {
     "onnx-cpu": "optc.targets.onnx_cpu",
     "inductor-cpu": "optc.targets.inductor_cpu",
     "vllm": "optc.targets.vllm",
+    "trtllm": "optc.targets.trtllm",
 }
 ALIASES = {
     "edge": "onnx-cpu",
@@ -19,6 +20,7 @@ ALIASES = {
     "inductor": "inductor-cpu",
     "sglang": "vllm",
     "transformers": "vllm",
+    "tensorrt-llm": "trtllm",
 }
 
 

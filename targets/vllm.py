@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
 from optc.compiler.diagnostics import TargetError, unknown_name
-from optc.compiler.target import CompileOptions, Predicate, QuantSupport, Step, Target
+from optc.compiler.target import CompileOptions, QuantSupport, Step, Target
 from optc.exporters.hf import LAYOUTS, export_hf
 from optc.passes.quantize.methods import METHODS, quantization_steps
 from optc.passes.round_scales import RoundScales
+from optc.targets.every_operator import EveryOperator
 
 _BITS = {"compressed-tensors": (4, 8), "awq": (4,), "gptq": (2, 3, 4, 8)}
 """Bits of weight-only quantization that loaders run, by layout."""
 _FORMATS_WITHOUT_LAYOUT = ("nf4", "llm-int8")
 """Methods whose weights no layout holds."""
 _NOTE = "; ".join(f"{name}: {', '.join(map(str, bits))} bits" for name, bits in _BITS.items())
-
-
-class _EveryOperator(Mapping[Any, Predicate | None]):
-    """The graph is not what runs: weights are written back and the loader has its own model. Any operator will do."""
-
-    def __getitem__(self, operator: Any) -> None:
-        return None
-
-    def __contains__(self, operator: object) -> bool:
-        return True
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
 
 
 def _recipe(kind: str, options: CompileOptions) -> list[Step]:
@@ -71,7 +53,7 @@ TARGET = Target(
         for name, method in METHODS.items()
         if name not in _FORMATS_WITHOUT_LAYOUT
     },
-    legal=_EveryOperator(),
+    legal=EveryOperator(),
     recipe=_recipe,
     export=export_hf,
     takes=("layout",),

@@ -20,7 +20,8 @@ from optc.compiler.capture.checkpoint import (
     tied_names,
 )
 from optc.compiler.capture.facts import attention_layers, model_facts, refuse_unsupported
-from optc.compiler.capture.quantized import quantized_folder, restore_codes
+from optc.compiler.capture.quantized import quantized_folder
+from optc.compiler.capture.restored import restore_codes
 from optc.compiler.contract import Contract, Input, Output
 from optc.compiler.diagnostics import CaptureError, InputError, unknown_name
 from optc.compiler.program import Program

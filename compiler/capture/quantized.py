@@ -1,8 +1,7 @@
-"""Model folders that are quantized already: from compressed-tensors, AWQ or GPTQ to the canonical form.
+"""Model folders that are quantized already: from compressed-tensors, AWQ, GPTQ or ModelOpt to the canonical form.
 
-The model is built with dense weights, captured as any other, and each quantized linear then reads its codes:
-
-    linear(x, W)  ->  linear(x, optc.dequantize(codes, scale, zero))
+The model is built with dense weights, captured as any other, and each quantized linear then reads its codes
+(`optc.compiler.capture.restored`).
 
 Nothing is quantized anew: the codes are those of the folder, scales are cast to the compute type.
 """
@@ -10,29 +9,19 @@ Nothing is quantized anew: the codes are those of the folder, scales are cast to
 from __future__ import annotations
 
 import dataclasses
-import operator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from optc.compiler.capture.checkpoint import CheckpointInfo
 from optc.compiler.capture.config_file import CONFIG, read_json
-from optc.compiler.contract import WeightQuantization
-from optc.compiler.dataflow import aten, peel, value_of
-from optc.compiler.diagnostics import CaptureError, InputError, UsageError
-from optc.compiler.layouts import QuantizedWeight, awq, compressed_tensors, gptq
+from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.layouts import QuantizedWeight, awq, compressed_tensors, gptq, modelopt
 from optc.compiler.layouts.config import KEY, ConfigReader
 from optc.compiler.layouts.tensors import TOGETHER, TensorReader
-from optc.compiler.linears import Linear, linear_site
-from optc.compiler.program import Program
 from optc.compiler.safetensors_header import TensorInfo, shown
-from optc.compiler.surgery import add_weight, drop_dead, insert_call, replace_call
-from optc.compiler.weights import prune_contract, record_weight
-
-_optc = torch.ops.optc
 
 
 class Layout(Protocol):
@@ -55,6 +44,7 @@ _LAYOUTS: dict[str, Any] = {
     compressed_tensors.METHOD: compressed_tensors.CompressedTensors,
     awq.METHOD: awq.Awq,
     gptq.METHOD: gptq.Gptq,
+    modelopt.METHOD: modelopt.ModelOpt,
 }
 
 
@@ -63,7 +53,7 @@ class QuantizedFolder:
     """The quantized side of a checked model folder.
 
     Attributes:
-        method: compressed-tensors, awq or gptq.
+        method: compressed-tensors, awq, gptq or modelopt.
         modules: names of the quantized linears, as in the checkpoint.
         dense: the folder as it would be unquantized: `M.weight` [N, K] in place of a linear's parts.
     """
@@ -73,6 +63,10 @@ class QuantizedFolder:
     reader: TensorReader
     modules: tuple[str, ...]
     dense: CheckpointInfo
+
+    def cache_scales(self) -> dict[str, Tensor]:
+        """Scales of an fp8 KV cache by tensor name, none in layouts that have no such thing."""
+        return self.layout.cache_scales() if isinstance(self.layout, modelopt.ModelOpt) else {}
 
     def stored_bytes(self) -> int:
         """Bytes of codes, scales and zero points in the files."""
@@ -95,18 +89,19 @@ def quantized_folder(info: CheckpointInfo) -> QuantizedFolder | None:
         InputError: a quantization that optc does not read (says which ones it does), tensors that are missing or do
             not fit.
     """
-    if KEY not in info.config:
+    found = _settings(info)
+    if found is None:
         return None
-    path = info.path / CONFIG
-    config = ConfigReader(info.config, path, "config").part(KEY)
-    method = config.text("quant_method")
-    config.choice("quant_method", method, tuple(_LAYOUTS))
+    method, config = found
     reader = TensorReader(info.path, info.tensors)
     layout: Layout = _LAYOUTS[method](config, reader)
     modules = tuple(layout.modules())
-    if not modules:
-        raise config.refusal("no linear of the weight files is quantized")
     tensors = dict(info.tensors)
+    caches = layout.cache_scales() if isinstance(layout, modelopt.ModelOpt) else {}
+    if not modules and not caches:
+        raise config.refusal("no linear of the weight files is quantized")
+    for name in caches:
+        del tensors[name]
     for module in modules:
         rows, columns = layout.shape(module)
         file = info.path.name
@@ -124,6 +119,20 @@ def quantized_folder(info: CheckpointInfo) -> QuantizedFolder | None:
     return QuantizedFolder(method, layout, reader, modules, dense)
 
 
+def _settings(info: CheckpointInfo) -> tuple[str, ConfigReader] | None:
+    """(layout, what its config says), None when nothing says that the folder is quantized."""
+    own = info.path / modelopt.FILE
+    if KEY in info.config:
+        config = ConfigReader(info.config, info.path / CONFIG, "config").part(KEY)
+        method = config.text("quant_method")
+        config.choice("quant_method", method, tuple(_LAYOUTS))
+        if method != modelopt.METHOD or not own.is_file():
+            return method, config
+    elif not own.is_file():
+        return None
+    return modelopt.METHOD, ConfigReader(read_json(own), own, "config").part("quantization")
+
+
 def refuse_quantizing_again(folder: Path) -> None:
     """Refuse to quantize a folder whose config says that it is quantized; weights unread.
 
@@ -133,113 +142,12 @@ def refuse_quantizing_again(folder: Path) -> None:
     """
     path = folder / CONFIG
     config = read_json(path) if path.is_file() else {}
-    if KEY in config:
-        inner = config[KEY]
+    own = folder / modelopt.FILE
+    if KEY in config or own.is_file():
+        inner = config.get(KEY)
         method = inner.get("quant_method") if isinstance(inner, dict) else None
         raise UsageError(
-            "the model is quantized already", where=str(path), why=f"by {method}" if method else None,
+            "the model is quantized already", where=str(path if KEY in config else own),
+            why=f"by {method}" if method else None,
             remedy="leave --quant out: its codes are kept; or give the unquantized model",
         )  # fmt: skip
-
-
-def restore_codes(program: Program, folder: QuantizedFolder, names: dict[str, str]) -> Program:
-    """Let the linears of a captured dense model read the folder's codes.
-
-    Args:
-        names: weight of the program -> name in `folder.dense`.
-
-    Raises:
-        CaptureError: a quantized weight that is not read by linears alone; names it.
-    """
-    edited = program.clone()
-    modules = {f"{module}.weight" for module in folder.modules}
-    made: dict[str, Node] = {}
-    inputs: dict[tuple[Node, str], Node] = {}
-    with torch.no_grad():
-        for node in list(edited.graph.nodes):
-            site = linear_site(edited, node)
-            name = edited.weight_of(site.placeholder) if site is not None else None
-            if site is None or name is None or names.get(name) not in modules:
-                continue
-            if site.transposed or site.index is not None:
-                raise _unusable(folder, name, "it is stacked or transposed in the model")
-            weight = folder.layout.read(names[name].removesuffix(".weight"))
-            if name not in made:
-                made[name] = _dequantized(edited, site, name, weight, folder.method)
-            _read_codes(edited, site, made[name], weight.scheme.activations, inputs)
-    left = [
-        name
-        for name in edited.weight_names().values()
-        if names.get(name) in modules and _is_read(edited, name)
-    ]
-    missing = modules - {names[name] for name in made}
-    if left or missing:
-        raise _unusable(
-            folder, left[0] if left else min(missing), "the model does not read it in a linear alone"
-        )
-    drop_dead(edited)
-    return prune_contract(edited.changed())
-
-
-def _dequantized(program: Program, site: Linear, name: str, weight: QuantizedWeight, method: str) -> Node:
-    """The call that makes the weight of its codes, and the new weights that it reads."""
-    scheme, dtype = weight.scheme, value_of(site.weight).dtype
-    scale = weight.scale.to(dtype)
-    if not bool(torch.isfinite(scale).all()):
-        raise InputError(
-            "the scales of a quantized weight are not finite", where=name, why=f"in {dtype}",
-            remedy="choose --dtype fp32 or bf16, or use another copy of the model",
-        )  # fmt: skip
-    entry = WeightQuantization(
-        method=method, bits=scheme.bits, group_size=scheme.group_size, symmetric=scheme.symmetric, source=name,
-        format=scheme.format, activations=scheme.activations,
-    )  # fmt: skip
-    sources = program.contract.sources.get(name, (name,))
-
-    def part(suffix: str, tensor: Tensor, entry: WeightQuantization | None = None) -> Node:
-        record_weight(program, f"{name}_{suffix}", sources, entry)
-        plain = tensor.reshape(-1).view(
-            tensor.shape
-        )  # a transposed row counts as contiguous under odd strides
-        return add_weight(program, f"{name}_{suffix}", plain)
-
-    scale_node = part("scale", scale)
-    zero = None if weight.zero is None else part("zero", weight.zero)
-    codes = part("codes", weight.codes, entry)
-    if scheme.format == "fp8":
-        knobs: dict[str, Any] = {"group_size": scheme.group_size}
-        return insert_call(program, site.node, _optc.dequantize_float.default, (codes, scale_node), knobs)
-    knobs = {"bits": scheme.bits, "group_size": scheme.group_size}
-    return insert_call(program, site.node, _optc.dequantize.default, (codes, scale_node, zero), knobs)
-
-
-def _read_codes(
-    program: Program, site: Linear, weight: Node, activations: str, inputs: dict[tuple[Node, str], Node]
-) -> None:
-    """Replace a linear by one that reads `weight`, its input rounded per token where the scheme says so."""
-    x = site.input
-    if activations:
-        root = peel(x)
-        if (root, activations) not in inputs:
-            inputs[root, activations] = _rounded(program, site.node, root, activations)
-        x = inputs[root, activations]
-    replace_call(program, site.node, aten.linear.default, (x, weight, site.bias))
-
-
-def _rounded(program: Program, before: Node, x: Node, activations: str) -> Node:
-    codes = insert_call(program, before, _optc.quantize_dynamic.default, (x,), {"format": activations})
-    pair = [insert_call(program, before, operator.getitem, (codes, i)) for i in (0, 1)]
-    return insert_call(
-        program, before, _optc.dequantize_activation.default, pair, {"dtype": value_of(x).dtype}
-    )
-
-
-def _is_read(program: Program, name: str) -> bool:
-    return any(node.users for node in program.graph.nodes if program.weight_of(node) == name)
-
-
-def _unusable(folder: QuantizedFolder, name: str, why: str) -> CaptureError:
-    return CaptureError(
-        "a quantized weight cannot keep its codes", where=f"{folder.reader.folder}: {shown(name)}", why=why,
-        remedy="use the unquantized model, and --quant",
-    )  # fmt: skip

@@ -19,6 +19,7 @@ class Scheme:
     Attributes:
         group_size: along K; 0 is one scale per row, or (fp8 alone) with `per_tensor` one for the whole weight.
         activations: "" when the input is not quantized; else per token, scales from the values at hand.
+        static: the input's scale is calibrated: one for all tokens (nvfp4: the one above the blocks' own).
     """
 
     bits: int
@@ -27,22 +28,29 @@ class Scheme:
     format: WeightFormat = "int"
     activations: ActivationFormat = ""
     per_tensor: bool = False
+    static: bool = False
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Codes, scales and zero points as `optc.dequantize` or `optc.dequantize_float` read them.
+    """Codes, scales and zero points as `optc.dequantize`, `dequantize_float` or `dequantize_nvfp4` read them.
 
     Attributes:
         codes: uint8 [N, K], or float8_e4m3fn [N, K].
-        scale: floating [N, G]; [1, 1] with `scheme.per_tensor`.
+        scale: floating [N, G]; [1, 1] with `scheme.per_tensor`; nvfp4: the blocks' scales, float8_e4m3fn [N, K/16].
         zero: uint8 [N, G], or None when symmetric or fp8.
+        global_scale: float32 [1], nvfp4 alone.
+        input_scale: float32 [1], with `scheme.static`.
+        input_factor: [K] that the input is multiplied by first, or None.
     """
 
     scheme: Scheme
     codes: Tensor
     scale: Tensor
     zero: Tensor | None = None
+    global_scale: Tensor | None = None
+    input_scale: Tensor | None = None
+    input_factor: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,9 +58,12 @@ class QuantizedWeight:
         return int(rows), int(columns)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight [N, K] that the codes stand for, scales rounded to `dtype` first."""
-        scale, size = self.scale.to(dtype), self.scheme.group_size
+        """The weight [N, K] that the codes stand for, scales (but those of nvfp4) rounded to `dtype` first."""
         value: Tensor
+        if self.scheme.format == "nvfp4":
+            value = torch.ops.optc.dequantize_nvfp4(self.codes, self.scale, self.global_scale, dtype=dtype)
+            return value
+        scale, size = self.scale.to(dtype), self.scheme.group_size
         if self.scheme.format == "fp8":
             value = torch.ops.optc.dequantize_float(self.codes, scale, group_size=size)
         else:

@@ -3,6 +3,7 @@
 from optc.compiler.ops import (
     attention,
     attention_codes,
+    nvfp4,
     packed,
     packed_products,
     paged,
@@ -14,6 +15,7 @@ from optc.compiler.ops import (
 __all__ = [
     "attention",
     "attention_codes",
+    "nvfp4",
     "packed",
     "packed_cpu",
     "packed_products",

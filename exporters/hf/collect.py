@@ -4,38 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.export.graph_signature import InputKind
-from torch.fx import Node
 
-from optc.compiler.capture.checkpoint import CheckpointInfo, check_folder, match_names, tied_names
+from optc.compiler.capture.checkpoint import CheckpointInfo, check_folder, match_names
 from optc.compiler.capture.pretrained import meta_model
 from optc.compiler.capture.quantized import quantized_folder
 from optc.compiler.capture.renames import renamed_tensors
-from optc.compiler.dataflow import aten
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.layouts import QuantizedWeight, Scheme
-from optc.compiler.linears import DEQUANTIZERS, linear_site, quantized_activation
 from optc.compiler.program import Program
-
-_optc = torch.ops.optc
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """The weight of one linear module.
-
-    Attributes:
-        stem: what its tensors are called in the program, without `_codes` and so on.
-        weight: tensors of the program, not copies.
-    """
-
-    module: str
-    stem: str
-    weight: QuantizedWeight
+from optc.exporters.hf.places import CacheScale, Places, Quantized
 
 
 @dataclass(frozen=True)
@@ -48,6 +26,8 @@ class FolderPlan:
         quantized: in graph order.
         copied: tensors of the source that the program does not read.
         linears: every `nn.Linear` of the model, by module name, and by its name in the checkpoint where that differs.
+        embeddings: every `nn.Embedding`.
+        caches: rounded keys and values, two for each layer that has them.
         untied: a quantized head has codes of its own where the source model shares the embedding's tensor.
     """
 
@@ -57,6 +37,8 @@ class FolderPlan:
     copied: tuple[str, ...]
     linears: tuple[str, ...]
     untied: bool
+    embeddings: tuple[str, ...] = ()
+    caches: tuple[CacheScale, ...] = ()
 
 
 def collect(program: Program, source: Path | None) -> FolderPlan:
@@ -77,8 +59,10 @@ def collect(program: Program, source: Path | None) -> FolderPlan:
     state = skeleton.state_dict(keep_vars=True)
     found = match_names(dense.tensors, state)
     renamed = renamed_tensors(skeleton, set(dense.tensors) - set(found.values()))
-    places = _Places(program, skeleton, state, {**renamed, **found})
+    places = Places(program, skeleton, state, {**renamed, **found})
     quantized, parts = places.quantized()
+    caches = places.caches()
+    parts |= {item.name for item in caches}
     modules = {item.module for item in quantized}
     plain = places.plain(parts)
     written = {*plain, *(f"{module}.weight" for module in modules)}
@@ -92,128 +76,7 @@ def collect(program: Program, source: Path | None) -> FolderPlan:
     linears += [name.removesuffix(".weight") for name in old]
     untied = any((places.shared(name) - {name}) & written for name in written)
     kept = {renamed.get(name, name): weight for name, weight in plain.items()}
-    return FolderPlan(info, kept, quantized, tuple(dict.fromkeys(copied)), tuple(linears), untied)
-
-
-class _Places:
-    def __init__(
-        self, program: Program, skeleton: Any, state: dict[str, Tensor], found: dict[str, str]
-    ) -> None:
-        self.program, self.skeleton, self.state, self.found = program, skeleton, state, found
-        self.tied = tied_names(state)
-
-    def shared(self, name: str) -> set[str]:
-        """The names that share the tensor of a name, itself included."""
-        owner = self.tied.get(name, name)
-        return {owner, *(other for other, first in self.tied.items() if first == owner)}
-
-    def quantized(self) -> tuple[tuple[Quantized, ...], set[str]]:
-        """The quantized weights, and the names of all tensors that they are made of."""
-        calls: dict[Node, str] = {}
-        for node in self.program.graph.nodes:
-            site = linear_site(self.program, node)
-            if site is None or site.placeholder is not None:
-                continue
-            kind = self._activations(site.input)
-            name = self._name(site.weight.args[0])
-            if calls.setdefault(site.weight, kind) != kind:
-                raise _refusal(name, "two linears read it, and only one rounds its input")
-            if site.transposed:
-                raise _refusal(name, "a product reads it transposed")
-        items, parts = [], set()
-        for call in self.program.graph.nodes:
-            if call.target not in DEQUANTIZERS:
-                continue
-            if call not in calls or any(user.target is not aten.linear.default for user in call.users):
-                raise _refusal(self._name(call.args[0]), "something else than a linear reads it")
-            items.append(self._item(call, calls[call]))
-            parts |= {self._name(node) for node in call.all_input_nodes}
-        return tuple(items), parts
-
-    def plain(self, parts: set[str]) -> dict[str, str]:
-        """Checkpoint name -> weight, of everything that is not quantized."""
-        out: dict[str, str] = {}
-        for spec in self.program.exported.graph_signature.input_specs:
-            name = spec.target
-            if name is None or spec.kind is InputKind.USER_INPUT or name in parts:
-                continue
-            if spec.kind is not InputKind.PARAMETER and not spec.persistent and name not in self.state:
-                continue  # the model computes it when it is built: rotary frequencies, for one
-            if name not in self.found and not (self.shared(name) & set(self.found)):
-                raise _refusal(
-                    name, "the checkpoint has no tensor of this name: a pass, or the loader, made it"
-                )
-            if tuple(self.program.weight(name).shape) != tuple(self.state[name].shape):
-                raise _refusal(name, "its shape is not that of the checkpoint's tensor")
-            owner = self.tied.get(name, name)
-            alike = owner not in out or torch.equal(
-                self.program.weight(out[owner]), self.program.weight(name)
-            )
-            out[owner if alike else name] = name
-        return out
-
-    def _item(self, call: Node, activations: str) -> Quantized:
-        codes_name = self._name(call.args[0])
-        entry = self.program.contract.quantization.get(codes_name)
-        if entry is None:
-            raise _refusal(codes_name, "the contract does not say which weight its codes stand for")
-        weight = self._weight(call, codes_name, activations)
-        sources = self.program.contract.sources.get(codes_name, ())
-        if len(sources) > 1 or entry.source not in self.state:
-            raise _refusal(codes_name, f"it is made of {', '.join(sources) or entry.source}")
-        for name in sorted(self.shared(entry.source)):
-            module = self.skeleton.get_submodule(name.rpartition(".")[0])
-            if type(module) is torch.nn.Linear and name.endswith(".weight"):
-                if tuple(module.weight.shape) != weight.shape:
-                    raise _refusal(
-                        codes_name, f"the checkpoint's tensor has shape {list(module.weight.shape)}"
-                    )
-                return Quantized(name.removesuffix(".weight"), codes_name.removesuffix("_codes"), weight)
-        kind = type(self.skeleton.get_submodule(entry.source.rpartition(".")[0])).__name__
-        raise _refusal(
-            codes_name, f"{entry.source} belongs to a {kind}, and quantized layouts replace nn.Linear alone"
-        )
-
-    def _weight(self, call: Node, name: str, activations: str) -> QuantizedWeight:
-        if call.target is _optc.dequantize_codebook.default:
-            raise _refusal(name, "no layout holds codes of a table (nf4)")
-        tensors = [
-            None if node is None else self.program.weight(self._name(node)).detach() for node in call.args
-        ]
-        codes, scale = tensors[0], tensors[1]
-        assert codes is not None
-        assert scale is not None
-        knobs = call.kwargs
-        size = int(knobs.get("group_size", 0))
-        size = 0 if size == codes.shape[1] and activations else size
-        fp8 = call.target is _optc.dequantize_float.default
-        zero = None if fp8 else tensors[2]
-        scheme = Scheme(
-            bits=8 if fp8 else int(knobs["bits"]), group_size=size, symmetric=zero is None,
-            format="fp8" if fp8 else "int", activations=activations,  # type: ignore[arg-type]
-            per_tensor=fp8 and tuple(scale.shape) == (1, 1) and codes.shape[0] > 1,
-        )  # fmt: skip
-        return QuantizedWeight(scheme, codes, scale, zero)
-
-    def _activations(self, x: Node) -> str:
-        call = quantized_activation(x)
-        if call is None:
-            return ""
-        if call.target is not _optc.quantize_dynamic.default:
-            raise _refusal(
-                x.name, "its scales are calibrated ones; folders are written with scales per token"
-            )
-        return str(call.kwargs["format"])
-
-    def _name(self, node: object) -> str:
-        name = self.program.weight_of(node)
-        if name is None:
-            raise _refusal(str(node), "a dequantization reads something that is no weight")
-        return name
-
-
-def _refusal(name: str, why: str) -> TargetError:
-    return TargetError(
-        "the program cannot be written back as a model folder", where=name, why=why,
-        remedy="compile a model folder with quantization passes alone, or choose another target (optc targets)",
-    )  # fmt: skip
+    embeddings = [name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Embedding)]
+    return FolderPlan(
+        info, kept, quantized, tuple(dict.fromkeys(copied)), tuple(linears), untied, tuple(embeddings), caches
+    )

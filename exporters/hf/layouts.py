@@ -52,6 +52,8 @@ class CompressedTensorsWriter:
 
     def obstacle(self, weight: QuantizedWeight) -> str | None:
         scheme = weight.scheme
+        if foreign := _foreign(weight):
+            return foreign
         if scheme.format == "int" and scheme.bits not in (4, 8):
             return f"{scheme.bits}-bit weights: vLLM runs 4 and 8 bits in this layout; use --layout gptq"
         if scheme.activations == "fp8" and scheme.format != "fp8":
@@ -143,6 +145,8 @@ class AwqWriter:
 
     def obstacle(self, weight: QuantizedWeight) -> str | None:
         scheme = weight.scheme
+        if foreign := _foreign(weight):
+            return foreign
         if scheme.format != "int" or scheme.bits != awq.BITS or scheme.activations:
             return "it holds 4-bit integer weights alone, activations as they are"
         if weight.shape[0] % 8:
@@ -178,6 +182,8 @@ class GptqWriter:
 
     def obstacle(self, weight: QuantizedWeight) -> str | None:
         scheme, (rows, columns) = weight.scheme, weight.shape
+        if foreign := _foreign(weight):
+            return foreign
         if scheme.format != "int" or scheme.activations:
             return "it holds integer weights alone, activations as they are"
         step = 32 // scheme.bits if 32 % scheme.bits == 0 else 32
@@ -236,6 +242,15 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     for place, column in enumerate(awq.ORDER):
         out |= wide[..., column] << (awq.BITS * place)
     return out
+
+
+def _foreign(weight: QuantizedWeight) -> str | None:
+    """What only ModelOpt's layout holds, or None."""
+    if weight.scheme.format == "nvfp4":
+        return "nvfp4 weights; use --target trtllm"
+    if weight.scheme.static:
+        return "its input has a calibrated scale, and the layout has scales per token"
+    return "its input is multiplied by a factor of its own" if weight.input_factor is not None else None
 
 
 def _zero(weight: QuantizedWeight) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -123,3 +124,25 @@ def weight_rows(program: Program, site: Linear) -> Tensor:
     weight = program.weight(name).detach()
     weight = weight if site.index is None else weight[site.index]
     return weight.t() if site.transposed else weight
+
+
+def shared_magnitudes(program: Program, sites: Sequence[Linear]) -> dict[str, float]:
+    """By weight: the largest |w| among the weights of linears that share an input.
+
+    Raises:
+        InputError: a weight is not finite; names it.
+    """
+    found: dict[str, float] = {}
+    for group in input_groups(sites):
+        table = {
+            weight_label(program, site): float(weight_rows(program, site).abs().amax())
+            for site in group.sites
+        }
+        for label, value in table.items():
+            if not math.isfinite(value):
+                raise InputError(
+                    "the weight holds NaN or infinity", where=label, remedy="repair the checkpoint"
+                )
+        top = max(table.values())
+        found |= {label: max(found.get(label, 0.0), top) for label in table}
+    return found

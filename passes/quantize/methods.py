@@ -16,8 +16,10 @@ from optc.passes.quantize_auto import QuantizeAuto
 from optc.passes.quantize_clip import QuantizeClip
 from optc.passes.quantize_fp8 import QuantizeFp8
 from optc.passes.quantize_gptq import QuantizeGptq
+from optc.passes.quantize_inputs import QuantizeInputs
 from optc.passes.quantize_llm_int8 import QuantizeLlmInt8
 from optc.passes.quantize_nf4 import QuantizeNf4
+from optc.passes.quantize_nvfp4 import QuantizeNvfp4
 from optc.passes.quantize_rtn import QuantizeRtn
 from optc.passes.rotate_inputs import RotateInputs
 from optc.passes.round_scales import RoundScales
@@ -36,6 +38,7 @@ class Method:
         bits: what `--bits` is when it is not given.
         fixed: bits and group size are part of the method and cannot be chosen.
         own_bits: the method chooses the bits of each linear itself.
+        group_size: of a fixed method with groups of its own.
     """
 
     summary: str
@@ -43,6 +46,7 @@ class Method:
     bits: int = 4
     fixed: bool = False
     own_bits: bool = False
+    group_size: int | None = None
 
 
 def _common(options: CompileOptions) -> dict[str, Any]:
@@ -88,6 +92,10 @@ def _smoothquant(options: CompileOptions) -> list[Pass]:
     ]
 
 
+def _nvfp4(options: CompileOptions) -> list[Pass]:
+    return [QuantizeNvfp4(ignore=options.ignore), QuantizeInputs(format="nvfp4")]
+
+
 METHODS: dict[str, Method] = {
     "rtn": Method("round to nearest; needs no calibration", _rtn),
     "gptq": Method("GPTQ: errors of one column are made up for by the next ones", _gptq),
@@ -104,6 +112,8 @@ METHODS: dict[str, Method] = {
         QuantizeFp8(ignore=options.ignore), QuantizeActivations(format="fp8")], bits=8, fixed=True),
     "nf4": Method("4-bit NormalFloat, blocks of 64, scales in 8 bits", lambda options: [
         QuantizeNf4(ignore=options.ignore, double_quant=True)], bits=4, fixed=True),
+    "nvfp4": Method("4-bit floats in blocks of 16 with E4M3 scales, weights and inputs; scales of inputs calibrated", _nvfp4,
+                    bits=4, fixed=True, group_size=16),
 }  # fmt: skip
 
 _WIDE_SCALES = ("rtn", "int8")
@@ -130,7 +140,7 @@ def resolve(options: CompileOptions) -> CompileOptions:
         raise UsageError(f"--quant {options.quant} chooses the bits itself", remedy="use --average-bits")
     if not method.fixed:
         return options if method.own_bits else dataclasses.replace(options, bits=options.bits_or(method.bits))
-    own = {"bits": method.bits, "group-size": 0 if method.bits == 8 else None}
+    own = {"bits": method.bits, "group-size": 0 if method.bits == 8 else method.group_size}
     for name, value in (("bits", options.bits), ("group-size", options.group_size)):
         if value not in (None, own[name]):
             raise UsageError(

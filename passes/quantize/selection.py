@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.contract import WeightQuantization
-from optc.compiler.dataflow import aten, readers, value_of
+from optc.compiler.dataflow import aten, readers
 from optc.compiler.linears import (
     DEQUANTIZERS,
     LINEARS,
@@ -174,15 +173,6 @@ def weight_part(
 def _stem(program: Program, site: Linear) -> str:
     name = weight_name(program, site)
     return name if site.index is None else f"{name}_{site.index}"
-
-
-def quantized_input(program: Program, before: Node, x: Node, format: str) -> Node:
-    """x, rounded to codes per token and brought back, in front of a node."""
-    optc = torch.ops.optc
-    made = insert_call(program, before, optc.quantize_dynamic.default, (x,), {"format": format})
-    parts = [insert_call(program, before, operator.getitem, (made, i)) for i in (0, 1)]
-    knobs = {"dtype": value_of(x).dtype}
-    return insert_call(program, before, optc.dequantize_activation.default, parts, knobs)
 
 
 def weight_name(program: Program, site: Linear) -> str:

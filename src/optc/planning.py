@@ -15,8 +15,9 @@ from optc.compiler.capture.checkpoint import check_folder
 from optc.compiler.capture.pretrained import DTYPES, meta_model
 from optc.compiler.capture.quantized import quantized_folder, refuse_quantizing_again
 from optc.compiler.quantize import check_group_size, default_group_size
-from optc.compiler.target import CompileOptions, Target
-from optc.passes.quantize.methods import resolve
+from optc.compiler.target import CompileOptions, Target, check_options
+from optc.passes.quantize.methods import METHODS, resolve
+from optc.targets.registry import installed_targets
 
 
 def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[str, Any]:
@@ -35,6 +36,11 @@ def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[st
     decoder = hasattr(skeleton, "generate")
     steps = recipe_steps(target, "decoder" if decoder else "encoder", settings)
     sizes = _sizes(skeleton, settings.options)
+    method = METHODS.get(settings.options.quant or "")
+    if method is not None and not method.fixed and settings.options.group_size is None:
+        # The default group size follows from the model, and the target may have no kernel for it.
+        chosen = dataclasses.replace(settings.options, group_size=sizes["group_size"])
+        check_options(target, chosen, installed_targets)
     held = quantized_folder(info)
     note = target.quant[settings.options.quant].note if settings.options.quant else ""
     if held is not None:
@@ -122,4 +128,5 @@ def _cache_bytes(config: Any, options: CompileOptions) -> int:
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 2 * int(config.num_hidden_layers) * kv_heads * head_dim * DTYPES[options.dtype].itemsize
+    width = 1 if options.kv_cache_dtype == "fp8" else DTYPES[options.dtype].itemsize
+    return 2 * int(config.num_hidden_layers) * kv_heads * head_dim * width

@@ -78,3 +78,19 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     with pytest.raises(InputError) as caught:
         quantize_float(torch.tensor([[1.0, float("inf")]]), "channel", "some.weight")
     assert caught.value.where == "some.weight"
+
+
+def test_linears_of_one_input_share_a_scale() -> None:
+    program = stirred("llama")
+    made = rewritten(QuantizeFp8(granularity="input"), program).program
+    names = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
+    top = max(float(program.weight(name).abs().max()) for name in names)
+    for name in names:
+        assert made.weight(f"{name}_scale").tolist() == [[pytest.approx(top / 448, rel=1e-6)]]
+        back = made.weight(f"{name}_codes").float() * made.weight(f"{name}_scale")
+        assert bool(
+            ((back - program.weight(name)).abs() <= program.weight(name).abs() / 16 + top * 2**-18).all()
+        )
+    down = "model.layers.0.mlp.down_proj.weight"
+    alone = float(program.weight(down).abs().max()) / 448
+    assert made.weight(f"{down}_scale").tolist() == [[pytest.approx(alone, rel=1e-6)]]

@@ -1,0 +1,174 @@
+"""Linears of a captured model read the codes of the folder that it came from.
+
+    linear(x, W)  ->  linear(x, optc.dequantize(codes, scale, zero))
+
+with the input multiplied and rounded, and keys and values rounded, where the folder's layout says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from optc.compiler.capture.quantized import QuantizedFolder
+from optc.compiler.contract import WeightQuantization
+from optc.compiler.dataflow import aten, peel, value_of
+from optc.compiler.diagnostics import CaptureError, InputError
+from optc.compiler.layouts import QuantizedWeight, modelopt
+from optc.compiler.linears import Linear, linear_site, source_linears
+from optc.compiler.program import Program
+from optc.compiler.rounding import round_cache, rounded_input
+from optc.compiler.safetensors_header import shown
+from optc.compiler.surgery import add_weight, drop_dead, insert_call, replace_call
+from optc.compiler.weights import prune_contract, record_weight
+
+_optc = torch.ops.optc
+
+
+def restore_codes(program: Program, folder: QuantizedFolder, names: dict[str, str]) -> Program:
+    """Let the linears of a captured dense model read the folder's codes.
+
+    Args:
+        names: weight of the program -> name in `folder.dense`.
+
+    Raises:
+        CaptureError: a quantized weight that is not read by linears alone; names it.
+    """
+    edited = program.clone()
+    modules = {f"{module}.weight" for module in folder.modules}
+    made: dict[str, Node] = {}
+    inputs: dict[tuple[Node, str, float], Node] = {}
+    with torch.no_grad():
+        for node in list(edited.graph.nodes):
+            site = linear_site(edited, node)
+            name = edited.weight_of(site.placeholder) if site is not None else None
+            if site is None or name is None or names.get(name) not in modules:
+                continue
+            if site.transposed or site.index is not None:
+                raise _unusable(folder, name, "it is stacked or transposed in the model")
+            weight = folder.layout.read(names[name].removesuffix(".weight"))
+            if name not in made:
+                made[name] = _dequantized(edited, site, name, weight, folder.method)
+            _read_codes(edited, site, name, made[name], weight, inputs)
+    left = [
+        name
+        for name in edited.weight_names().values()
+        if names.get(name) in modules and _is_read(edited, name)
+    ]
+    missing = modules - {names[name] for name in made}
+    if left or missing:
+        raise _unusable(
+            folder, left[0] if left else min(missing), "the model does not read it in a linear alone"
+        )
+    _round_caches(edited, folder, names)
+    drop_dead(edited)
+    return prune_contract(edited.changed())
+
+
+def _dequantized(program: Program, site: Linear, name: str, weight: QuantizedWeight, method: str) -> Node:
+    """The call that makes the weight of its codes, and the new weights that it reads."""
+    scheme, dtype = weight.scheme, value_of(site.weight).dtype
+    scale = weight.scale if scheme.format == "nvfp4" else weight.scale.to(dtype)
+    if not bool(torch.isfinite(scale.float()).all()):
+        raise InputError(
+            "the scales of a quantized weight are not finite", where=name, why=f"in {dtype}",
+            remedy="choose --dtype fp32 or bf16, or use another copy of the model",
+        )  # fmt: skip
+    entry = WeightQuantization(
+        method=method, bits=scheme.bits, group_size=scheme.group_size, symmetric=scheme.symmetric, source=name,
+        format=scheme.format, activations=scheme.activations,
+    )  # fmt: skip
+
+    def part(suffix: str, tensor: Tensor, entry: WeightQuantization | None = None) -> Node:
+        return _part(program, name, suffix, tensor, entry)
+
+    scale_node = part("scale", scale)
+    zero = None if weight.zero is None else part("zero", weight.zero)
+    codes = part("codes", weight.codes, entry)
+    if weight.global_scale is not None:
+        arguments = (codes, scale_node, part("global_scale", weight.global_scale))
+        return insert_call(program, site.node, _optc.dequantize_nvfp4.default, arguments, {"dtype": dtype})
+    if scheme.format == "fp8":
+        knobs: dict[str, Any] = {"group_size": scheme.group_size}
+        return insert_call(program, site.node, _optc.dequantize_float.default, (codes, scale_node), knobs)
+    knobs = {"bits": scheme.bits, "group_size": scheme.group_size}
+    return insert_call(program, site.node, _optc.dequantize.default, (codes, scale_node, zero), knobs)
+
+
+def _part(
+    program: Program, name: str, suffix: str, tensor: Tensor, entry: WeightQuantization | None = None
+) -> Node:
+    """Add one tensor that belongs to the weight `name`."""
+    record_weight(program, f"{name}_{suffix}", program.contract.sources.get(name, (name,)), entry)
+    plain = tensor.reshape(-1).view(tensor.shape)  # a transposed row counts as contiguous under odd strides
+    return add_weight(program, f"{name}_{suffix}", plain)
+
+
+def _read_codes(
+    program: Program, site: Linear, name: str, weight: Node, stored: QuantizedWeight,
+    inputs: dict[tuple[Node, str, float], Node],
+) -> None:  # fmt: skip
+    """Replace a linear by one that reads `weight`, its input multiplied and rounded where the layout says so."""
+    x, dtype = site.input, value_of(site.input).dtype
+    if stored.input_factor is not None:
+        factor = _part(program, name, "input_factor", stored.input_factor.to(dtype))
+        x = insert_call(program, site.node, aten.mul.Tensor, (x, factor))
+    if stored.scheme.activations:
+        known = 0.0 if stored.input_scale is None else float(stored.input_scale)
+        key = (peel(x), stored.scheme.activations, known)
+        if key not in inputs:
+            scale = None
+            if stored.input_scale is not None:
+                scale = _part(program, name, "input_scale", stored.input_scale)
+            inputs[key] = rounded_input(program, site.node, key[0], key[1], scale)
+        x = inputs[key]
+    replace_call(program, site.node, aten.linear.default, (x, weight, site.bias))
+
+
+def _round_caches(program: Program, folder: QuantizedFolder, names: dict[str, str]) -> None:
+    """Round keys and values by the folder's scales: those of the attention that the layer's linears lead to."""
+    scales = folder.cache_scales()
+    used: set[str] = set()
+    for number, call in enumerate(program.calls(_optc.attention.default)):
+        for index, part, suffix in ((1, "key", modelopt.KEY_SCALE), (2, "value", modelopt.VALUE_SCALE)):
+            found = {
+                f"{layer}{suffix}" for layer in layers_of(program, call.args[index], names)
+            } & scales.keys()
+            if len(found) != 1:
+                continue
+            name = found.pop()
+            used.add(name)
+            round_cache(program, call, index, f"kv_cache.{number}.{part}_scale", scales[name], "fp8")
+    if used != set(scales):
+        raise _unusable(folder, min(set(scales) - used), "no attention of the model has these keys or values")
+
+
+def layers_of(program: Program, node: Node, names: dict[str, str]) -> set[str]:
+    """The modules, by their names in the checkpoint, whose linears make a key or a value.
+
+    Args:
+        names: weight of the program -> name in the checkpoint.
+    """
+    found = set()
+    for site in source_linears(program, node):
+        held = site.placeholder if site.placeholder is not None else site.weight.args[0]
+        weight = program.weight_of(held)
+        entry = program.contract.quantization.get(weight or "")
+        name = entry.source if entry is not None else weight
+        if name is not None:
+            found.add(names.get(name, name).rsplit(".", 2)[0])
+    return found
+
+
+def _is_read(program: Program, name: str) -> bool:
+    return any(node.users for node in program.graph.nodes if program.weight_of(node) == name)
+
+
+def _unusable(folder: QuantizedFolder, name: str, why: str) -> CaptureError:
+    return CaptureError(
+        "a quantized weight cannot keep its codes", where=f"{folder.reader.folder}: {shown(name)}", why=why,
+        remedy="use the unquantized model, and --quant",
+    )  # fmt: skip

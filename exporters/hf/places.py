@@ -1,0 +1,260 @@
+"""The weights of a Program in the modules of a transformers model: plain ones, quantized ones, scales of a KV cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export.graph_signature import InputKind
+from torch.fx import Node
+
+from optc.compiler.capture.checkpoint import tied_names
+from optc.compiler.capture.restored import layers_of
+from optc.compiler.dataflow import aten, peel
+from optc.compiler.diagnostics import TargetError
+from optc.compiler.layouts import QuantizedWeight, Scheme
+from optc.compiler.linears import DEQUANTIZERS, Linear, activation_format, linear_site, quantized_activation
+from optc.compiler.ops.nvfp4 import BLOCK
+from optc.compiler.program import Program
+
+_optc = torch.ops.optc
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The weight of one linear module.
+
+    Attributes:
+        stem: what its tensors are called in the program, without `_codes` and so on.
+        weight: tensors of the program, not copies.
+        beside: the other linears of its input, by module name.
+    """
+
+    module: str
+    stem: str
+    weight: QuantizedWeight
+    beside: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CacheScale:
+    """The scale that the keys or values of one attention are rounded by.
+
+    Attributes:
+        layer: the module, by its name in the checkpoint, whose linears make them.
+        part: "key" or "value".
+        name: of the scale in the program.
+    """
+
+    layer: str
+    part: str
+    format: str
+    name: str
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What happens to the input of a linear: the format it is rounded to, the scale and the factor by name."""
+
+    format: str = ""
+    scale: str | None = None
+    factor: str | None = None
+
+
+class Places:
+    """Where the weights of a program stand in a model.
+
+    Args:
+        skeleton: the model on the meta device; `state` is its state.
+        found: name in `state` -> name in the checkpoint.
+    """
+
+    def __init__(
+        self, program: Program, skeleton: Any, state: dict[str, Tensor], found: dict[str, str]
+    ) -> None:
+        self.program, self.skeleton, self.state, self.found = program, skeleton, state, found
+        self.tied = tied_names(state)
+
+    def shared(self, name: str) -> set[str]:
+        """The names that share the tensor of a name, itself included."""
+        owner = self.tied.get(name, name)
+        return {owner, *(other for other, first in self.tied.items() if first == owner)}
+
+    def quantized(self) -> tuple[tuple[Quantized, ...], set[str]]:
+        """The quantized weights, and the names of all tensors that they are made of."""
+        calls: dict[Node, _Input] = {}
+        readers: dict[Node, list[str]] = {}
+        for node in self.program.graph.nodes:
+            site = linear_site(self.program, node)
+            if site is None:
+                continue
+            source = self._input(site)
+            readers.setdefault(self._root(site), []).append(self._module(site))
+            if site.placeholder is not None:
+                continue
+            name = self._name(site.weight.args[0])
+            if calls.setdefault(site.weight, source) != source:
+                raise _refusal(name, "two linears read it, and only one rounds its input")
+            if site.transposed:
+                raise _refusal(name, "a product reads it transposed")
+        items, parts = [], set()
+        for call in self.program.graph.nodes:
+            if call.target not in DEQUANTIZERS or quantized_activation(call) is not None:
+                continue
+            if call not in calls or any(user.target is not aten.linear.default for user in call.users):
+                raise _refusal(self._name(call.args[0]), "something else than a linear reads it")
+            item = self._item(call, calls[call])
+            beside = {name for names in readers.values() if item.module in names for name in names}
+            items.append(dataclasses.replace(item, beside=tuple(sorted(beside - {item.module}))))
+            found = calls[call]
+            parts |= {self._name(node) for node in call.all_input_nodes}
+            parts |= {name for name in (found.scale, found.factor) if name is not None}
+        return tuple(items), parts
+
+    def caches(self) -> tuple[CacheScale, ...]:
+        """The scales of rounded keys and values."""
+        found = []
+        for call in self.program.calls(_optc.attention.default):
+            for part, node in zip(("key", "value"), call.args[1:3], strict=True):
+                rounding = quantized_activation(node)
+                if rounding is None:
+                    continue
+                if rounding.target is not _optc.quantize.default:
+                    raise _refusal(call.name, "its keys or values are rounded by scales per token")
+                name = self._name(rounding.args[1])
+                layers = layers_of(self.program, rounding.args[0], self.found)
+                if len(layers) != 1:
+                    raise _refusal(name, f"the linears of {len(layers)} modules make the {part}s")
+                scale = self.program.weight(name).detach()
+                found.append(CacheScale(layers.pop(), part, activation_format(rounding), name, scale))
+        return tuple(found)
+
+    def plain(self, parts: set[str]) -> dict[str, str]:
+        """Checkpoint name -> weight, of everything that is not quantized."""
+        out: dict[str, str] = {}
+        for spec in self.program.exported.graph_signature.input_specs:
+            name = spec.target
+            if name is None or spec.kind is InputKind.USER_INPUT or name in parts:
+                continue
+            if spec.kind is not InputKind.PARAMETER and not spec.persistent and name not in self.state:
+                continue  # the model computes it when it is built: rotary frequencies, for one
+            if name not in self.found and not (self.shared(name) & set(self.found)):
+                raise _refusal(
+                    name, "the checkpoint has no tensor of this name: a pass, or the loader, made it"
+                )
+            if tuple(self.program.weight(name).shape) != tuple(self.state[name].shape):
+                raise _refusal(name, "its shape is not that of the checkpoint's tensor")
+            owner = self.tied.get(name, name)
+            alike = owner not in out or torch.equal(
+                self.program.weight(out[owner]), self.program.weight(name)
+            )
+            out[owner if alike else name] = name
+        return out
+
+    def _item(self, call: Node, source: _Input) -> Quantized:
+        codes_name = self._name(call.args[0])
+        entry = self.program.contract.quantization.get(codes_name)
+        if entry is None:
+            raise _refusal(codes_name, "the contract does not say which weight its codes stand for")
+        weight = self._weight(call, codes_name, source)
+        sources = self.program.contract.sources.get(codes_name, ())
+        if len(sources) > 1 or entry.source not in self.state:
+            raise _refusal(codes_name, f"it is made of {', '.join(sources) or entry.source}")
+        for name in sorted(self.shared(entry.source)):
+            if self._is_linear(name):
+                module = self.skeleton.get_submodule(name.rpartition(".")[0])
+                if tuple(module.weight.shape) != weight.shape:
+                    raise _refusal(
+                        codes_name, f"the checkpoint's tensor has shape {list(module.weight.shape)}"
+                    )
+                return Quantized(name.removesuffix(".weight"), codes_name.removesuffix("_codes"), weight)
+        kind = type(self.skeleton.get_submodule(entry.source.rpartition(".")[0])).__name__
+        raise _refusal(
+            codes_name, f"{entry.source} belongs to a {kind}, and quantized layouts replace nn.Linear alone"
+        )
+
+    def _weight(self, call: Node, name: str, source: _Input) -> QuantizedWeight:
+        if call.target is _optc.dequantize_codebook.default:
+            raise _refusal(name, "no layout holds codes of a table (nf4)")
+        tensors = [
+            None if node is None else self.program.weight(self._name(node)).detach() for node in call.args
+        ]
+        codes, scale = tensors[0], tensors[1]
+        assert codes is not None
+        assert scale is not None
+        scheme = _scheme(call, codes, scale, source)
+        last = tensors[2] if len(tensors) > 2 else None
+        nvfp4 = scheme.format == "nvfp4"
+        return QuantizedWeight(
+            scheme, codes, scale, zero=None if nvfp4 else last, global_scale=last if nvfp4 else None,
+            input_scale=self._tensor(source.scale), input_factor=self._tensor(source.factor),
+        )  # fmt: skip
+
+    def _tensor(self, name: str | None) -> Tensor | None:
+        return None if name is None else self.program.weight(name).detach()
+
+    def _input(self, site: Linear) -> _Input:
+        x, call = site.input, quantized_activation(site.input)
+        format, scale, factor = "", None, None
+        if call is not None:
+            x, format = call.args[0], activation_format(call)
+            scale = None if call.target is _optc.quantize_dynamic.default else self._name(call.args[1])
+        product = peel(x)
+        if product.target is aten.mul.Tensor and site.placeholder is None:
+            name = self.program.weight_of(product.args[1])
+            factor = name if name is not None and name.endswith("_input_factor") else None
+        return _Input(format, scale, factor)
+
+    def _root(self, site: Linear) -> Node:
+        """The node that a linear's input is, before it is multiplied and rounded."""
+        call = quantized_activation(site.input)
+        root = peel(call.args[0] if call is not None else site.input)
+        return peel(root.args[0]) if self._input(site).factor is not None else root
+
+    def _module(self, site: Linear) -> str:
+        """The module that a linear's weight belongs to; "" where none of the checkpoint's does."""
+        if site.placeholder is None:
+            entry = self.program.contract.quantization.get(self._name(site.weight.args[0]))
+            name = entry.source if entry is not None else ""
+        else:
+            name = self._name(site.placeholder)
+        names = [other for other in sorted(self.shared(name)) if self._is_linear(other)]
+        return names[0].removesuffix(".weight") if names else name
+
+    def _is_linear(self, name: str) -> bool:
+        module, _, last = name.rpartition(".")
+        return (
+            last == "weight"
+            and name in self.state
+            and type(self.skeleton.get_submodule(module)) is torch.nn.Linear
+        )
+
+    def _name(self, node: object) -> str:
+        name = self.program.weight_of(node)
+        if name is None:
+            raise _refusal(str(node), "a dequantization reads something that is no weight")
+        return name
+
+
+def _scheme(call: Node, codes: Tensor, scale: Tensor, source: _Input) -> Scheme:
+    """How the weight of a dequantization is stored."""
+    knobs: dict[str, Any] = {"activations": source.format, "static": source.scale is not None}
+    if call.target is _optc.dequantize_nvfp4.default:
+        return Scheme(bits=4, group_size=BLOCK, symmetric=True, format="nvfp4", **knobs)
+    size = int(call.kwargs.get("group_size", 0))
+    size = 0 if size == codes.shape[1] and source.format else size
+    if call.target is _optc.dequantize_float.default:
+        whole = tuple(scale.shape) == (1, 1) and codes.shape[0] > 1
+        return Scheme(bits=8, group_size=size, symmetric=True, format="fp8", per_tensor=whole, **knobs)
+    return Scheme(bits=int(call.kwargs["bits"]), group_size=size, symmetric=call.args[2] is None, **knobs)
+
+
+def _refusal(name: str, why: str) -> TargetError:
+    return TargetError(
+        "the program cannot be written back as a model folder", where=name, why=why,
+        remedy="compile a model folder with quantization passes alone, or choose another target (optc targets)",
+    )  # fmt: skip

@@ -1,0 +1,38 @@
+"""A model folder for `trtllm-serve`: ModelOpt's layout, hf_quant_config.json and serving options."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+from optc.compiler.layouts import modelopt
+from optc.compiler.program import Program
+from optc.compiler.target import ExportRequest, ExportResult
+from optc.exporters.hf.collect import collect
+from optc.exporters.hf.export import write_folder
+from optc.exporters.hf.modelopt import ModelOptWriter, cache_tensors, fit_for_loading
+from optc.exporters.hf.serving import FILE, check_serving, serving_options
+
+
+def export_trtllm(program: Program, request: ExportRequest) -> ExportResult:
+    """Write the folder; every tensor is read back and compared with the program, as `export_hf` does.
+
+    Raises:
+        TargetError: a weight has no place in a model folder, or TensorRT-LLM has no loader for it; names it.
+        UsageError: serving options that contradict the model.
+        ArtifactError: what was read back is not what was written.
+        ResourceError, InputError: the disk is full or not writable.
+    """
+    context = program.contract.model.context_length
+    check_serving(request.options, context)
+    plan = fit_for_loading(collect(program, request.source))
+    caches = cache_tensors(plan.caches)
+    writer = ModelOptWriter(embeddings=plan.embeddings, caches=bool(caches))
+    texts = {FILE: serving_options(request.options, context, bool(caches))}
+    if plan.quantized or caches:
+        schemes = {item.module: item.weight.scheme for item in plan.quantized}
+        texts[modelopt.FILE] = json.dumps(writer.own_config(schemes, plan.linears), indent=4) + "\n"
+    remedy = "choose another --quant, or --target vllm"
+    result = write_folder(program, request, plan, writer, remedy, texts, caches)
+    info = {**result.info, "serving_options": FILE, "kv_cache_scales": len(caches)}
+    return dataclasses.replace(result, info=info)
