@@ -31,6 +31,7 @@ NAMES = (
     "round-scales",
     "legalize-ort",
     "legalize-inductor",
+    "legalize-executorch",
     "round-activations",
 )
 

@@ -11,12 +11,14 @@ from optc.compiler.target import Target
 TARGETS = {
     "onnx-cpu": "optc.targets.onnx_cpu",
     "inductor-cpu": "optc.targets.inductor_cpu",
+    "executorch": "optc.targets.executorch",
     "vllm": "optc.targets.vllm",
 }
 ALIASES = {
     "edge": "onnx-cpu",
     "onnx": "onnx-cpu",
     "inductor": "inductor-cpu",
+    "pte": "executorch",
     "sglang": "vllm",
     "transformers": "vllm",
 }

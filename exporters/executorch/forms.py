@@ -1,0 +1,137 @@
+"""The dialect for one sequence at a time, in operators that XNNPACK takes.
+
+Shapes: S new tokens (dynamic, one sequence), C capacity, H query heads, Hkv key/value heads, D head size. Where a
+size depends on S, reshapes name it -1: XNNPACK infers one size and takes no symbols.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from optc.compiler.dataflow import value_of
+from optc.compiler.program import Program
+
+aten = torch.ops.aten
+ROTARY = torch.ops.optc.rotary.default
+
+
+Tables = dict[str, Tensor]
+"""Constants of the rotary embeddings by buffer name."""
+
+
+class Forms:
+    """Answers calls of the dialect while a program is replayed under torch.export.
+
+    Masks and rotary tables are made once and shared by all layers.
+
+    Args:
+        program: whose calls are answered. position: int64 [S], the places of the new tokens. capacity: C.
+        tables: what `rotary_tables` made, as buffers of the module under export.
+    """
+
+    def __init__(self, program: Program, position: Tensor, capacity: int, tables: Tables) -> None:
+        self._position, self._capacity, self._tables = position, capacity, tables
+        self._masks: dict[int, Tensor] = {}
+        self._rows: dict[str, tuple[Tensor, Tensor]] = {}
+        self._rotary_calls = iter([_rotary_key(program, node) for node in program.calls(ROTARY)])
+
+    def handlers(self) -> dict[Any, Any]:
+        """Operator -> what answers it, for `Replay`."""
+        return {
+            torch.ops.optc.cached_attention_.default: self._attention,
+            ROTARY: self._rotary,
+            aten.view.default: _reshape,
+            aten.reshape.default: _reshape,
+            aten._unsafe_view.default: _reshape,
+        }
+
+    def _attention(self, args: tuple[Any, ...], knobs: dict[str, Any]) -> Tensor:
+        """New keys and values go to their places in the caches [1,Hkv,C,D]; queries see all that lie before them."""
+        q, k, v, key_cache, value_cache = args[:5]
+        key_cache.index_copy_(2, self._position, k)
+        value_cache.index_copy_(2, self._position, v)
+        keys, values = key_cache.view(key_cache.shape[1:]), value_cache.view(value_cache.shape[1:])
+        heads, shared = q.shape[1], keys.shape[0]
+        rows = _contiguous(q).view(shared, -1, q.shape[3])
+        scores = torch.bmm(rows * knobs["scale"], keys.transpose(1, 2))
+        if knobs["softcap"]:
+            scores = torch.tanh(scores * (1.0 / knobs["softcap"])) * knobs["softcap"]
+        scores = scores.view(heads, -1, self._capacity) + self._mask(int(knobs["window"]))
+        weights = torch.softmax(scores, -1).view(shared, -1, self._capacity)
+        return torch.bmm(weights, values).view(1, heads, -1, values.shape[2])
+
+    def _mask(self, window: int) -> Tensor:
+        """[S,C]: 0 where a new token sees a place of the cache, the lowest number elsewhere."""
+        if window not in self._masks:
+            place, query = torch.arange(self._capacity), self._position[:, None]
+            keep = place <= query
+            if window > 0:
+                keep = keep & (place > query - window)
+            zeros = torch.zeros_like(keep, dtype=torch.float32)
+            self._masks[window] = zeros.masked_fill(keep.logical_not(), torch.finfo(torch.float32).min)
+        return self._masks[window]
+
+    def _rotary(self, args: tuple[Any, ...], knobs: dict[str, Any]) -> Tensor:
+        """x * cos + (x turned by a quarter) * sin, the turn as a product with a constant matrix.
+
+        Slices of tensors with a dynamic size are not XNNPACK's. Features that are not rotated have cos 1 and sin 0.
+        """
+        key = next(self._rotary_calls)
+        if key not in self._rows:
+            pick = torch.nn.functional.embedding
+            cos, sin = (pick(self._position, self._tables[f"{key}_{part}"]) for part in ("cos", "sin"))
+            self._rows[key] = cos, sin
+        cos, sin = self._rows[key]
+        return args[0] * cos + torch.nn.functional.linear(args[0], self._tables[f"{key}_turn"]) * sin
+
+
+def rotary_tables(program: Program, capacity: int) -> Tables:
+    """For every kind of rotary embedding: cos and sin [C,D], and the matrix [D,D] of the turn."""
+    tables: Tables = {}
+    for node in program.calls(ROTARY):
+        key = _rotary_key(program, node)
+        if f"{key}_cos" in tables:
+            continue
+        name = program.weight_of(node.args[2])
+        assert name is not None, "rotary frequencies are a weight"
+        inv_freq, width = program.weight(name).float(), int(value_of(node).shape[3])
+        first, second = _pairs(inv_freq.shape[0], bool(node.kwargs["interleaved"]))
+        turn = torch.zeros(width, width)
+        turn[first, second], turn[second, first] = -1.0, 1.0
+        cos, sin = torch.ones(capacity, width), torch.zeros(capacity, width)
+        angle = torch.arange(capacity).float()[:, None] * inv_freq
+        for table, values in ((cos, torch.cos(angle)), (sin, torch.sin(angle))):
+            table[:, first] = table[:, second] = values * float(node.kwargs["scaling"])
+        tables |= {f"{key}_cos": cos, f"{key}_sin": sin, f"{key}_turn": turn}
+    return tables
+
+
+def _rotary_key(program: Program, node: Node) -> str:
+    """A buffer name for what the constants of a call depend on."""
+    facts = (program.weight_of(node.args[2]), int(value_of(node).shape[3]), *node.kwargs.values())
+    return "rotary_" + re.sub(r"\W", "_", "_".join(map(str, facts)))
+
+
+def _pairs(count: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The two features of each rotated pair: (2i, 2i+1), or (i, i + count)."""
+    index = torch.arange(count)
+    return (2 * index, 2 * index + 1) if interleaved else (index, index + count)
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _reshape(args: tuple[Any, ...], _: dict[str, Any]) -> Tensor:
+    """The same reshape with the one symbolic size as -1, where all others are known."""
+    x, sizes = args
+    shape = list(torch.empty_like(x, device="meta").reshape(sizes).shape) if -1 in sizes else list(sizes)
+    symbolic = [index for index, size in enumerate(shape) if not isinstance(size, int)]
+    if len(symbolic) == 1:
+        shape[symbolic[0]] = -1
+    return x.reshape(shape)
