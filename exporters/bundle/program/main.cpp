@@ -85,6 +85,8 @@ std::string default_folder(const std::string& program) {
 Options parse(int count, char** arguments) {
   Options options;
   int prompts = 0;
+  bool from_file = false;
+  std::string prompt;
   for (int i = 1; i < count; ++i) {
     const std::string flag = arguments[i];
     if (flag == "--ignore-eos") {
@@ -108,10 +110,12 @@ Options parse(int count, char** arguments) {
         options.max_new_tokens = number;
     } else {
       ++prompts;
-      options.prompt = token_ids(flag == "--prompt-file" ? contents(value) : value);
+      from_file = flag == "--prompt-file";
+      prompt = value;
     }
   }
   if (prompts != 1) throw Failure(optc::kUsage, "give --prompt-tokens or --prompt-file, once (see --help)");
+  options.prompt = token_ids(from_file ? contents(prompt) : prompt);
   return options;
 }
 
