@@ -32,6 +32,7 @@ NAMES = (
     "legalize-ort",
     "legalize-inductor",
     "legalize-executorch",
+    "pack-xnnpack",
     "round-activations",
 )
 

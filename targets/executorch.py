@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.target import CompileOptions, Step, Target
+from optc.compiler.target import CompileOptions, QuantSupport, Step, Target
 from optc.exporters.executorch import LEGAL, export_executorch, require_executorch
 from optc.passes.fuse_attention import FuseAttention
 from optc.passes.fuse_norm import FuseNorm
 from optc.passes.fuse_rotary import FuseRotary
 from optc.passes.legalize_executorch import LegalizeExecutorch
+from optc.passes.pack_xnnpack import PackXnnpack
+from optc.passes.quantize.methods import METHODS, WEIGHT_ONLY, quantization_steps
 from optc.passes.static_kv_cache import StaticKVCache
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
-    """Whole attention, rotary embeddings and norms, then caches and legalization.
+    """Whole attention, rotary embeddings and norms, [quantize], then caches and legalization, [XNNPACK's products].
 
     Raises:
         TargetError: not a decoder, or ExecuTorch is not installed.
@@ -24,14 +26,20 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
             f"target 'executorch' takes decoders, not a model of kind '{kind}'",
             remedy="--target onnx-cpu takes encoders and plain modules",
         )
-    return [
+    steps = [
         Step(FuseAttention(), optional=True),
         Step(FuseRotary(), optional=True),
         Step(FuseNorm(), optional=True),
+        *quantization_steps(options),
         Step(StaticKVCache(in_place=True)),
         Step(LegalizeExecutorch(), optional=True),
     ]
+    if options.quant is not None:
+        steps.append(Step(PackXnnpack(bits=options.bits_or(METHODS[options.quant].bits))))
+    return steps
 
+
+_NOTE = "XNNPACK rounds activations to int8, with a scale and zero point of each token"
 
 TARGET = Target(
     name="executorch",
@@ -40,7 +48,13 @@ TARGET = Target(
     device="cpu",
     dtypes=("fp32",),
     kv_caches=("static",),
-    quant={},
+    quant={
+        **dict.fromkeys(
+            WEIGHT_ONLY,
+            QuantSupport(bits=(4,), group_sizes=(0, 32, 64, 128, 256), symmetric=(True,), note=_NOTE),
+        ),
+        "int8": QuantSupport(bits=(8,), group_sizes=(0,), symmetric=(True,), note=_NOTE),
+    },
     legal=LEGAL,
     recipe=recipe,
     export=export_executorch,

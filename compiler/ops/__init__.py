@@ -1,6 +1,15 @@
 """The `optc::` dialect. Importing this package registers every op."""
 
-from optc.compiler.ops import attention, attention_codes, packed, packed_products, paged, quantization, rotary
+from optc.compiler.ops import (
+    attention,
+    attention_codes,
+    packed,
+    packed_products,
+    packed_xnnpack,
+    paged,
+    quantization,
+    rotary,
+)
 
 __all__ = [
     "attention",
@@ -8,6 +17,7 @@ __all__ = [
     "packed",
     "packed_cpu",
     "packed_products",
+    "packed_xnnpack",
     "paged",
     "quantization",
     "rotary",

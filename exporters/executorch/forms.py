@@ -6,10 +6,12 @@ size depends on S, reshapes name it -1: XNNPACK infers one size and takes no sym
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
 import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed, which XNNPACK's partitioner reads
 from torch import Tensor
 from torch.fx import Node
 
@@ -17,11 +19,12 @@ from optc.compiler.dataflow import value_of
 from optc.compiler.program import Program
 
 aten = torch.ops.aten
-ROTARY = torch.ops.optc.rotary.default
+ROTARY, LINEAR = torch.ops.optc.rotary.default, torch.ops.optc.linear_dynamic.default
+_decomposed = torch.ops.quantized_decomposed
 
 
 Tables = dict[str, Tensor]
-"""Constants of the rotary embeddings by buffer name."""
+"""Constants by buffer name: of rotary embeddings, and zero points of weights."""
 
 
 class Forms:
@@ -31,7 +34,7 @@ class Forms:
 
     Args:
         program: whose calls are answered. position: int64 [S], the places of the new tokens. capacity: C.
-        tables: what `rotary_tables` made, as buffers of the module under export.
+        tables: what `constant_tables` made, as buffers of the module under export.
     """
 
     def __init__(self, program: Program, position: Tensor, capacity: int, tables: Tables) -> None:
@@ -45,6 +48,8 @@ class Forms:
         return {
             torch.ops.optc.cached_attention_.default: self._attention,
             ROTARY: self._rotary,
+            LINEAR: self._linear,
+            aten.gelu.default: _gelu,
             aten.view.default: _reshape,
             aten.reshape.default: _reshape,
             aten._unsafe_view.default: _reshape,
@@ -89,6 +94,33 @@ class Forms:
         cos, sin = self._rows[key]
         return args[0] * cos + torch.nn.functional.linear(args[0], self._tables[f"{key}_turn"]) * sin
 
+    def _linear(self, args: tuple[Any, ...], knobs: dict[str, Any]) -> Tensor:
+        """The forms that XNNPACK's partitioner takes for rounded activations and weights of 4 or 8 bits."""
+        x, codes, scale, bias = args
+        bounds = (-128, 127, torch.int8)
+        steps, zero = _decomposed.choose_qparams_per_token_asymmetric(x, torch.int8)
+        rounded = _decomposed.quantize_per_token(x, steps, zero, *bounds)
+        rounded = _decomposed.dequantize_per_token(rounded, steps, zero, *bounds, torch.float32)
+        middle = self._tables[_zeros_name(scale.shape)]
+        if knobs["group_size"]:
+            weight = _decomposed.dequantize_per_channel_group(
+                codes, scale, middle, -8, 7, torch.int8, int(knobs["group_size"]), torch.float32
+            )
+        else:
+            weight = _decomposed.dequantize_per_channel(codes, scale, middle, 0, *bounds)
+        return torch.nn.functional.linear(rounded, weight, bias)
+
+
+def constant_tables(program: Program, capacity: int) -> Tables:
+    """What the forms need beside the program's weights."""
+    shapes = {tuple(value_of(node.args[2]).shape) for node in program.calls(LINEAR)}
+    zeros = {_zeros_name(shape): torch.zeros(shape, dtype=torch.long) for shape in shapes}
+    return rotary_tables(program, capacity) | zeros
+
+
+def _zeros_name(shape: Any) -> str:
+    return "zero_points_" + "_".join(str(int(size)) for size in shape)
+
 
 def rotary_tables(program: Program, capacity: int) -> Tables:
     """For every kind of rotary embedding: cos and sin [C,D], and the matrix [D,D] of the turn."""
@@ -125,6 +157,18 @@ def _pairs(count: int, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 def _contiguous(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _gelu(args: tuple[Any, ...], knobs: dict[str, Any]) -> Tensor:
+    """GELU by tanh (Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415) spelled out.
+
+    XNNPACK's delegate takes `gelu(approximate="tanh")` and computes the exact one, 5e-4 off.
+    """
+    (x,) = args
+    if knobs.get("approximate", "none") != "tanh":
+        return torch.nn.functional.gelu(x)
+    inner = (x + x * x * x * 0.044715) * math.sqrt(2.0 / math.pi)
+    return x * (torch.tanh(inner) + 1.0) * 0.5
 
 
 def _reshape(args: tuple[Any, ...], _: dict[str, Any]) -> Tensor:

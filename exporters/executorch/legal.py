@@ -16,7 +16,7 @@ from optc.compiler.diagnostics import TargetError
 from optc.compiler.target import Predicate
 
 _optc = torch.ops.optc
-DIALECT = (_optc.cached_attention_.default, _optc.rotary.default)
+DIALECT = (_optc.cached_attention_.default, _optc.rotary.default, _optc.linear_dynamic.default)
 
 
 class _AtenAndForms(Mapping[Any, Predicate | None]):

@@ -14,11 +14,11 @@ from torch.export import Dim, ExportedProgram
 from optc.compiler.contract import Input
 from optc.compiler.program import Program
 from optc.compiler.retrace import Replay
-from optc.exporters.executorch.forms import Forms, rotary_tables
+from optc.exporters.executorch.forms import Forms, constant_tables
 
 
 class _Shell(torch.nn.Module):
-    """A program as a submodule, with caches [1,Hkv,C,D] and rotary tables beside it, and the new forward."""
+    """A program as a submodule, with caches [1,Hkv,C,D] and constants beside it, and the new forward."""
 
     def __init__(self, program: Program, capacity: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class _Shell(torch.nn.Module):
             for spec in program.contract.inputs
             if spec.role in ("key_cache", "value_cache")
         }
-        tables = rotary_tables(program, capacity)
+        tables = constant_tables(program, capacity)
         for name, tensor in (caches | tables).items():
             self.register_buffer(name, tensor)
         self._caches, self._tables = list(caches), list(tables)
