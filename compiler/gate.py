@@ -41,7 +41,7 @@ class Budget:
 ROUNDING = Budget(kl=2e-3, top1=0.95, perplexity=5e-3)
 """What a meaning-preserving pass may move in a program that rounds activations."""
 
-_ROUNDING_OPS = ("quantize_dynamic", "quantize_tokens", "quantize", "quantize_nvfp4")
+_ROUNDING_OPS = ("quantize_dynamic", "quantize_tokens", "quantize", "quantize_nvfp4", "linear_dynamic")
 
 
 def rounds_activations(program: Program) -> bool:

@@ -86,7 +86,7 @@ class ExportResult:
     """What an exporter wrote.
 
     Attributes:
-        engine: "onnx" or "aotinductor", which picks the session that runs it; or "huggingface", which has none.
+        engine: "onnx", "aotinductor" or "executorch", which picks the session that runs it; or "huggingface", which has none.
         info: facts the session needs (file names, cache layout, capacity ...), JSON-able.
         needs: what the host must have, JSON-able (library versions, instruction sets).
         weight_bytes: bytes of weights on disk, counted from what was written.
@@ -94,7 +94,7 @@ class ExportResult:
             `w_...`: its codes, scales and zero points).
     """
 
-    engine: Literal["onnx", "aotinductor", "huggingface"]
+    engine: Literal["onnx", "aotinductor", "huggingface", "executorch"]
     info: dict[str, Any]
     needs: dict[str, Any] = field(default_factory=dict)
     weight_bytes: int = 0

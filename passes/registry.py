@@ -34,6 +34,8 @@ NAMES = (
     "round-scales",
     "legalize-ort",
     "legalize-inductor",
+    "legalize-executorch",
+    "pack-xnnpack",
     "round-activations",
 )
 

@@ -209,6 +209,10 @@ def open_session(
         return _open_eager(folder, manifest, threads)
     if manifest.engine == "onnx":
         return _open_onnx(folder, manifest, threads)
+    if manifest.engine == "executorch":
+        from optc.runtime.executorch_session import ExecutorchSession
+
+        return ExecutorchSession(folder, manifest, threads=threads)
     from optc.runtime.package_session import open_package
 
     return open_package(folder, manifest, threads=threads, num_blocks=num_blocks)

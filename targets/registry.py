@@ -11,6 +11,7 @@ from optc.compiler.target import Target
 TARGETS = {
     "onnx-cpu": "optc.targets.onnx_cpu",
     "inductor-cpu": "optc.targets.inductor_cpu",
+    "executorch": "optc.targets.executorch",
     "vllm": "optc.targets.vllm",
     "trtllm": "optc.targets.trtllm",
 }
@@ -18,6 +19,7 @@ ALIASES = {
     "edge": "onnx-cpu",
     "onnx": "onnx-cpu",
     "inductor": "inductor-cpu",
+    "pte": "executorch",
     "sglang": "vllm",
     "transformers": "vllm",
     "tensorrt-llm": "trtllm",

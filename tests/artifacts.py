@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import platform
 from pathlib import Path
 from typing import Any
 
 from optc.compiler.artifact import finish, write_folder
+from optc.compiler.capture import capture_pretrained
 from optc.compiler.contract import AttentionFacts, Contract, Input, Output, WeightQuantization
 from optc.compiler.manifest import FileEntry, Manifest, PassRecord, Source
+from optc.compiler.program import Program
+from optc.compiler.rewriting import PassContext
+from optc.compiler.target import CompileOptions, ExportRequest, check_legal
+from optc.targets import find_target
 
 FILES = {"model.onnx": b"graph" * 100, "model.onnx.data": bytes(range(256)) * 40, "ir/00-capture.txt": b"%0"}
 
@@ -47,3 +54,30 @@ def make_artifact(folder: Path, *, force: bool = False, **changes: Any) -> Manif
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(data)
         return finish(directory, make_manifest(**changes))
+
+
+@functools.cache
+def captured_folder(model: Path) -> Program:
+    """The stage-0 Program of a model folder; treat it as read-only."""
+    return capture_pretrained(model)[0]
+
+
+def quick_artifact(
+    target: str, program: Program, folder: Path, *, source: Path | None = None, **options: Any
+) -> Path:
+    """What `optc.compile` writes, without its gate: for tests that compare the numbers themselves."""
+    found, chosen = find_target(target), CompileOptions(**options)
+    for step in found.recipe(program.contract.kind, chosen):
+        program = step.rewrite.run(program, PassContext(target=found.name)).program
+    check_legal(program, found)
+    with write_folder(folder, force=False) as directory:
+        result = found.export(program, ExportRequest(directory=directory, options=chosen, source=source))
+        needs = {"machine": platform.machine(), **result.needs}
+        finish(
+            directory,
+            make_manifest(
+                target=found.name, engine=result.engine, engine_info=result.info, needs=needs, passes=(),
+                contract=program.contract, weight_bytes=result.weight_bytes, quantization={}, files=(),
+            ),
+        )  # fmt: skip
+    return folder

@@ -10,6 +10,12 @@ from optc.compiler.ops import (
     quantization,
     rotary,
     rotation,
+    packed,
+    packed_products,
+    packed_xnnpack,
+    paged,
+    quantization,
+    rotary,
 )
 
 __all__ = [
@@ -19,6 +25,7 @@ __all__ = [
     "packed",
     "packed_cpu",
     "packed_products",
+    "packed_xnnpack",
     "paged",
     "quantization",
     "rotary",

@@ -1,0 +1,121 @@
+"""model.h: what the manifest says, as constants of the C++ program. So the program needs no parser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from optc.compiler.manifest import Manifest
+from optc.compiler.safetensors_header import read_header
+
+_CODES = {
+    "F32": "kFloat32", "F16": "kFloat16", "BF16": "kBFloat16", "F64": "kFloat64", "I64": "kInt64", "I32": "kInt32",
+    "I16": "kInt16", "I8": "kInt8", "U8": "kUInt8", "BOOL": "kBool",
+}  # fmt: skip
+_TYPES = {
+    "float32": "kFloat32", "float16": "kFloat16", "bfloat16": "kBFloat16", "float64": "kFloat64", "int64": "kInt64",
+    "int32": "kInt32", "int16": "kInt16", "int8": "kInt8", "uint8": "kUInt8", "bool": "kBool",
+}  # fmt: skip
+"""safetensors' and the contract's names of types -> those of the program."""
+
+
+def genai_header(manifest: Manifest) -> str:
+    """The constants of a program over onnxruntime-genai."""
+    any_flag = manifest.needs.get("x86_flags_any", [])
+    assert isinstance(any_flag, list)
+    return _header(manifest, manifest.contract.model.context_length, "", (), any_flag)
+
+
+def aotinductor_header(manifest: Manifest, folder: Path) -> str:
+    """The constants of a program over AOTInductor: caches and the places of the weights as well.
+
+    Args:
+        folder: of the artifact, for the header of its weights.
+    """
+    info, needs = manifest.engine_info, manifest.needs
+    flags, machine = needs["cpu_flags"], needs["machine"]
+    assert isinstance(flags, list)
+    assert isinstance(machine, str)
+    files = {entry.path: entry.size for entry in manifest.files}
+    lines = [
+        f"constexpr const char* kWeightsFile = {quoted(info['weights'])};",
+        f"constexpr const char* kLibraryFile = {quoted(info['library'] or '')};",
+        f"constexpr std::int64_t kEngineBytes = {files[info['model']]}, kWeightsBytes = {files[info['weights']]};",
+        f"constexpr const char* kTorchVersion = {quoted(str(needs['torch']))};",
+        f"constexpr bool kPaged = {'true' if info['kv_cache'] == 'paged' else 'false'};",
+        f"constexpr std::int64_t kBlockSize = {int(info['block_size'])};",
+        "",
+        "enum Type { kFloat32, kFloat16, kBFloat16, kFloat64, kInt64, kInt32, kInt16, kInt8, kUInt8, kBool };",
+        "// A KV cache: [batch, heads, capacity, width], or [blocks, block size, heads, width] when paged.",
+        "struct Cache {\n  Type type;\n  std::int64_t heads, width;\n};",
+        *_array(
+            "Cache", "kCaches", [_cache(item) for item in info["inputs"] if item["role"].endswith("_cache")]
+        ),
+        "// A tensor of the weights: its shape, and where its bytes begin in the file.",
+        "struct Weight {\n  const char* name;\n  Type type;\n  std::int64_t offset;\n  int rank;\n"
+        "  std::int64_t shape[8];\n};",
+        *_array("Weight", "kWeights", _weights(folder / info["weights"])),
+    ]
+    return _header(manifest, int(info["context_length"]), machine, flags, (), lines)
+
+
+def quoted(text: str) -> str:
+    """A C++ string literal of any text."""
+    return '"' + "".join(map(_escaped, text.encode())) + '"'
+
+
+def _escaped(byte: int) -> str:
+    plain = 32 <= byte < 127 and chr(byte) not in '"\\?'
+    return chr(byte) if plain else f"\\{byte:03o}"
+
+
+def _header(
+    manifest: Manifest, context: int, machine: str, every: Iterable[str], some: Iterable[str], lines: Iterable[str] = ()
+) -> str:  # fmt: skip
+    model = manifest.contract.model
+    rows = [
+        "// The model of this bundle, written by optc from manifest.json.",
+        "#pragma once\n",
+        "#include <array>",
+        "#include <cstdint>\n",
+        "namespace optc {\n",
+        f"constexpr const char* kEngineFile = {quoted(manifest.engine_info['model'])};",
+        f"constexpr std::int64_t kVocabSize = {model.vocab_size};",
+        f"constexpr std::int64_t kContextLength = {context};  // 0: not known",
+        *_array("std::int64_t", "kEndOfText", map(str, model.eos_token_ids)),
+        f"constexpr const char* kMachine = {quoted(machine)};  // empty: any",
+        *_array("const char*", "kEveryFlag", map(quoted, every)),
+        *_array("const char*", "kAnyFlag", map(quoted, some)),
+        *lines,
+        "\n}  // namespace optc\n",
+    ]
+    return "\n".join(rows)
+
+
+def _array(kind: str, name: str, items: Iterable[str]) -> list[str]:
+    rows = list(items)
+    long = sum(map(len, rows)) > 80
+    body = "".join(f"\n    {row}," for row in rows) + "\n" if long else ", ".join(rows)
+    return [
+        f"constexpr std::array<{kind}, {len(rows)}> {name}{{{{{body}}}}};"
+        if rows
+        else f"constexpr std::array<{kind}, 0> {name}{{}};"
+    ]
+
+
+def _cache(item: Mapping[str, Any]) -> str:
+    numbers = [size for size in item["dims"] if isinstance(size, int)]
+    heads, width = numbers[-2:]
+    return f"{{{_TYPES[item['dtype']]}, {heads}, {width}}}"
+
+
+def _weights(path: Path) -> list[str]:
+    rows = []
+    for name, info in read_header(path).items():
+        assert len(info.shape) <= 8, f"{name} has {len(info.shape)} axes"
+        shape = ", ".join(map(str, info.shape))
+        rows.append(
+            f"{{{quoted(name)}, {_CODES[info.dtype]}, {info.offset}, {len(info.shape)}, {{{shape}}}}}"
+        )
+    return rows

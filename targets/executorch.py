@@ -1,0 +1,63 @@
+"""executorch: a .pte for ExecuTorch's runtime on phones and boards, on the CPU through XNNPACK."""
+
+from __future__ import annotations
+
+from optc.compiler.diagnostics import TargetError
+from optc.compiler.target import CompileOptions, QuantSupport, Step, Target
+from optc.exporters.executorch import LEGAL, export_executorch, require_executorch
+from optc.passes.fuse_attention import FuseAttention
+from optc.passes.fuse_norm import FuseNorm
+from optc.passes.fuse_rotary import FuseRotary
+from optc.passes.legalize_executorch import LegalizeExecutorch
+from optc.passes.pack_xnnpack import PackXnnpack
+from optc.passes.quantize.methods import METHODS, WEIGHT_ONLY, quantization_steps
+from optc.passes.static_kv_cache import StaticKVCache
+
+
+def recipe(kind: str, options: CompileOptions) -> list[Step]:
+    """Whole attention, rotary embeddings and norms, [quantize], then caches and legalization, [XNNPACK's products].
+
+    Raises:
+        TargetError: not a decoder, or ExecuTorch is not installed.
+    """
+    require_executorch()
+    if kind != "decoder":
+        raise TargetError(
+            f"target 'executorch' takes decoders, not a model of kind '{kind}'",
+            remedy="--target onnx-cpu takes encoders and plain modules",
+        )
+    steps = [
+        Step(FuseAttention(), optional=True),
+        Step(FuseRotary(), optional=True),
+        Step(FuseNorm(), optional=True),
+        *quantization_steps(options),
+        Step(StaticKVCache(in_place=True)),
+        Step(LegalizeExecutorch(), optional=True),
+    ]
+    if options.quant is not None:
+        steps.append(Step(PackXnnpack(bits=options.bits_or(METHODS[options.quant].bits))))
+    return steps
+
+
+_NOTE = "XNNPACK rounds activations to int8, with a scale and zero point of each token"
+
+TARGET = Target(
+    name="executorch",
+    aliases=("pte",),
+    summary="ExecuTorch program (.pte) for phones and boards: XNNPACK on the CPU",
+    device="cpu",
+    dtypes=("fp32",),
+    kv_caches=("static",),
+    quant={
+        **dict.fromkeys(
+            WEIGHT_ONLY,
+            QuantSupport(bits=(4,), group_sizes=(0, 32, 64, 128, 256), symmetric=(True,), note=_NOTE),
+        ),
+        "int8": QuantSupport(bits=(8,), group_sizes=(0,), symmetric=(True,), note=_NOTE),
+    },
+    legal=LEGAL,
+    recipe=recipe,
+    export=export_executorch,
+    needs_extra="executorch",
+    takes=("max_seq_len",),
+)
