@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ class CompileOptions:
     `bit_choices` is the target's own: the bits that --quant auto may choose from, () for all.
     """
 
-    dtype: str = "fp32"
+    dtype: str | None = None
     quant: str | None = None
     bits: int | None = None
     average_bits: float | None = None
@@ -38,6 +39,10 @@ class CompileOptions:
     max_seq_len: int | None = None
     accuracy_level: int | None = None
     layout: str | None = None
+    max_batch: int | None = None
+    arch: str | None = None
+    trt_ops: str | None = None
+    trt_runtime: str | None = None
 
     def bits_or(self, default: int) -> int:
         """The bits that were asked for, else `default`."""
@@ -80,7 +85,8 @@ class ExportResult:
     """What an exporter wrote.
 
     Attributes:
-        engine: "onnx" or "aotinductor", which picks the session that runs it; or "huggingface", which has none.
+        engine: "onnx", "aotinductor" or "tensorrt", which picks the session that runs it; or "huggingface", which has
+            none.
         info: facts the session needs (file names, cache layout, capacity ...), JSON-able.
         needs: what the host must have, JSON-able (library versions, instruction sets).
         weight_bytes: bytes of weights on disk, counted from what was written.
@@ -88,7 +94,7 @@ class ExportResult:
             `w_...`: its codes, scales and zero points).
     """
 
-    engine: Literal["onnx", "aotinductor", "huggingface"]
+    engine: Literal["onnx", "aotinductor", "tensorrt", "huggingface"]
     info: dict[str, Any]
     needs: dict[str, Any] = field(default_factory=dict)
     weight_bytes: int = 0
@@ -103,7 +109,7 @@ class Target:
         legal: operator -> predicate (or None when every use of it is legal).
         recipe: the default passes for a kind of model ("decoder", "encoder", "module") and options.
         export: writes the legalized Program.
-        takes: names of options that only some targets have (max_seq_len, accuracy_level, layout).
+        takes: names of options that only some targets have (max_seq_len, accuracy_level, layout, arch ...).
         quant: quantization method -> what the target can run of it.
     """
 
@@ -123,26 +129,36 @@ class Target:
 
 def check_legal(program: Program, target: Target) -> None:
     """Raise one TargetError that lists every node the target cannot run, with reasons."""
+    check_lowered(program, target.legal, f"target '{target.name}'")
+
+
+def check_lowered(program: Program, legal: Mapping[Any, Predicate | None], what: str) -> None:
+    """Raise one TargetError that lists every node that `legal` does not allow, with reasons."""
     problems = []
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target not in target.legal:
+        if node.target not in legal:
             problems.append(f"{node.name}: {node.target} has no lowering")
             continue
-        predicate = target.legal[node.target]
+        predicate = legal[node.target]
         reason = predicate(node) if predicate else None
         if reason:
             problems.append(f"{node.name}: {node.target}: {reason}")
     if problems:
         raise TargetError(
-            f"target '{target.name}' cannot run {len(problems)} node(s)",
+            f"{what} cannot run {len(problems)} node(s)",
             where="; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else ""),
             remedy="choose another target (optc targets), or rewrite the nodes in a pass",
         )
 
 
-_SPECIAL_OPTIONS = ("max_seq_len", "accuracy_level", "layout")
+_SPECIAL_OPTIONS = ("max_seq_len", "accuracy_level", "layout", "max_batch", "arch", "trt_ops", "trt_runtime")
+
+
+def with_defaults(target: Target, options: CompileOptions) -> CompileOptions:
+    """Options with the target's dtype where none was asked for."""
+    return options if options.dtype is not None else dataclasses.replace(options, dtype=target.dtypes[0])
 
 
 def check_options(
@@ -161,7 +177,7 @@ def check_options(
     def refuse(what: str, allowed: object) -> None:
         raise TargetError(f"target '{target.name}' does not take {what}", remedy=f"it takes: {allowed}")
 
-    if options.dtype not in target.dtypes:
+    if options.dtype is not None and options.dtype not in target.dtypes:
         refuse(f"dtype {options.dtype}", ", ".join(target.dtypes))
     if options.kv_cache is not None and options.kv_cache not in target.kv_caches:
         refuse(f"a {options.kv_cache} KV cache", ", ".join(target.kv_caches) or "none")

@@ -14,6 +14,7 @@ NAMES = (
     "fuse-norm",
     "merge-projections",
     "static-kv-cache",
+    "fixed-kv-cache",
     "page-kv-cache",
     "quantize-rtn",
     "quantize-clip",
@@ -31,6 +32,7 @@ NAMES = (
     "round-scales",
     "legalize-ort",
     "legalize-inductor",
+    "legalize-trt",
     "round-activations",
 )
 

@@ -12,6 +12,7 @@ TARGETS = {
     "onnx-cpu": "optc.targets.onnx_cpu",
     "inductor-cpu": "optc.targets.inductor_cpu",
     "vllm": "optc.targets.vllm",
+    "trt": "optc.targets.trt",
 }
 ALIASES = {
     "edge": "onnx-cpu",
@@ -19,6 +20,8 @@ ALIASES = {
     "inductor": "inductor-cpu",
     "sglang": "vllm",
     "transformers": "vllm",
+    "tensorrt": "trt",
+    "rtx": "trt",
 }
 
 

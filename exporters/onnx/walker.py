@@ -43,10 +43,22 @@ Lowering = Callable[["Walker", Node], Any]
 
 
 class Walker:
-    """The state of one translation: values by node, initializers by weight name, nodes in order."""
+    """The state of one translation: values by node, initializers by weight name, nodes in order.
 
-    def __init__(self, program: Program, table: dict[Any, Lowering]) -> None:
+    `microsoft`: whether operators of ONNX Runtime's own domain may be used.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        table: dict[Any, Lowering],
+        *,
+        opset: int = OPSET,
+        ir_version: int = IR_VERSION,
+        microsoft: bool = True,
+    ) -> None:
         self.program, self.table = program, table
+        self.opset, self.ir_version, self.microsoft = opset, ir_version, microsoft
         self.values: dict[Node, Any] = {}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
@@ -79,9 +91,9 @@ class Walker:
         kept = [value for value in self.initializers.values() if id(value) in used]
         graph = ir.Graph(
             inputs, outputs, nodes=self.nodes, initializers=kept, name="optc",
-            opset_imports={"": OPSET, MICROSOFT: 1},
+            opset_imports={"": self.opset, **({MICROSOFT: 1} if self.microsoft else {})},
         )  # fmt: skip
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="optc")
+        return ir.Model(graph, ir_version=self.ir_version, producer_name="optc")
 
     def _lower(self, node: Node) -> Any:
         if node.target is operator.getitem and isinstance(self.values.get(node.args[0]), list | tuple):
@@ -119,6 +131,7 @@ class Walker:
         domain: str = "", outputs: int = 1,
     ) -> Any:  # fmt: skip
         """Append a node; its output, or the tuple of its outputs when there are several."""
+        assert self.microsoft or domain != MICROSOFT, f"{kind} is an operator of ONNX Runtime's own"
         trimmed = list(inputs)
         while trimmed and trimmed[-1] is None:
             trimmed.pop()
@@ -153,7 +166,7 @@ class Walker:
                 self._initializer(name, self.program.weight(name))
             return self.initializers[name]
         if name not in self._transposed:
-            self._transposed[name] = self._initializer(f"{name}.T", self.program.weight(name).t())
+            self._transposed[name] = self._turned(f"{name}.T", self.program.weight(name).detach().t())
         return self._transposed[name]
 
     def packed(self, node: Node, kind: ir.DataType, shape: Sequence[int]) -> ir.Value:
@@ -183,6 +196,18 @@ class Walker:
     def _initializer(self, name: str, tensor: torch.Tensor) -> ir.Value:
         stored = tensor_adapters.TorchTensor(tensor.detach().contiguous(), name=name)
         value = ir.Value(name=name, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)
+        self.initializers[name] = value
+        return value
+
+    def _turned(self, name: str, tensor: torch.Tensor) -> ir.Value:
+        """An initializer whose bytes are laid out when they are written, one weight at a time."""
+        kind, shape = DTYPES[tensor.dtype], ir.Shape(tensor.shape)
+
+        def lay_out() -> Any:
+            return tensor_adapters.TorchTensor(tensor.contiguous(), name=name)
+
+        stored = ir.LazyTensor(lay_out, dtype=kind, shape=shape, name=name)
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(kind), const_value=stored)
         self.initializers[name] = value
         return value
 

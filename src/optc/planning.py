@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from optc.api import CompileSettings, check_request, recipe_steps
+from optc.api import CompileSettings, check_request, chosen_options, recipe_steps
 from optc.compiler.capture.checkpoint import check_folder
 from optc.compiler.capture.pretrained import DTYPES, meta_model
 from optc.compiler.capture.quantized import quantized_folder, refuse_quantizing_again
 from optc.compiler.quantize import check_group_size, default_group_size
 from optc.compiler.target import CompileOptions, Target
-from optc.passes.quantize.methods import resolve
 
 
 def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[st
         UsageError, TargetError, InputError, CaptureError: as the compile itself would.
     """
     check_request(target, settings.options)
-    settings = dataclasses.replace(settings, options=resolve(settings.options))
+    settings = dataclasses.replace(settings, options=chosen_options(target, settings.options))
     info = check_folder(model, trust_remote_code=settings.trust_remote_code)
     skeleton = meta_model(info, trust_remote_code=settings.trust_remote_code)
     decoder = hasattr(skeleton, "generate")
@@ -41,7 +40,7 @@ def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[st
         if settings.options.quant is not None:
             refuse_quantizing_again(model)
         shapes = [held.layout.shape(module) for module in held.modules]
-        dense = sum(rows * columns for rows, columns in shapes) * DTYPES[settings.options.dtype].itemsize
+        dense = sum(rows * columns for rows, columns in shapes) * _width(settings.options)
         sizes["weight_bytes"] += held.stored_bytes() - dense
         note = f"quantized already ({held.method}): {len(shapes)} linears keep their codes"
     return {
@@ -95,7 +94,7 @@ _SCALE_BYTES = 2  # scales are stored in 16 bits
 
 
 def _sizes(skeleton: Any, options: CompileOptions) -> dict[str, Any]:
-    width = DTYPES[options.dtype].itemsize
+    width = _width(options)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     linears = quantizable(skeleton, options.ignore)
     size, group = parameters * width, None
@@ -122,4 +121,10 @@ def _cache_bytes(config: Any, options: CompileOptions) -> int:
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 2 * int(config.num_hidden_layers) * kv_heads * head_dim * DTYPES[options.dtype].itemsize
+    return 2 * int(config.num_hidden_layers) * kv_heads * head_dim * _width(options)
+
+
+def _width(options: CompileOptions) -> int:
+    """Bytes of a number of the compute type."""
+    assert options.dtype is not None
+    return DTYPES[options.dtype].itemsize
