@@ -30,6 +30,7 @@ _COMMANDS = {
     ),
     "diff": ("optc.cli.diff", "diff", "The difference between two stages of a run."),
     "verify": ("optc.cli.verify", "verify", "Check an artifact's files against its manifest."),
+    "check": ("optc.cli.check", "check", "Say whether this machine can run an artifact."),
     "passes": ("optc.cli.passes", "passes", "List the passes and their options."),
     "targets": ("optc.cli.targets", "targets", "List the targets and what they take."),
 }
