@@ -45,7 +45,7 @@ def _tensor_scatter(walker: Walker, node: Node) -> ir.Value:
     )
     parts = (
         _axes_of(walker, _places(walker, batch), 1, 2),
-        walker.constant([[[head]] for head in range(heads)]),
+        walker.constant([[[head] for head in range(heads)]]),
         place,
     )
     columns = [_axes_of(walker, walker.op("Expand", [part, shape]), 3) for part in parts]
