@@ -17,6 +17,7 @@ import torch
 from torch.fx import Node
 
 from optc.compiler.dataflow import value_of
+from optc.compiler.diagnostics import TargetError
 from optc.compiler.program import Program
 from optc.compiler.rewriting import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
 from optc.compiler.surgery import add_weight, insert_call, replace_call, replace_node
@@ -35,7 +36,11 @@ class LegalizeTrt(Pass):
     name: ClassVar[str] = "legalize-trt"
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        """Rewrite a clone of `program`."""
+        """Rewrite a clone of `program`.
+
+        Raises:
+            TargetError: a weight with zero points, or of other than 4 or 8 bits; names it.
+        """
         capacity = program.contract.kv_cache.capacity
         result = apply_rules(program, [_Attention(capacity), _Rotary(capacity), _Symmetric()])
         if not result.matched:
@@ -138,6 +143,18 @@ class _Symmetric(DequantizedProduct):
 
     def match(self, program: Program, node: Node) -> Match | Miss | None:
         found = super().match(program, node)
-        if isinstance(found, Match) and found.found["dequantize"].args[2] is not None:
-            return Miss(node.name, "its weight has zero points, which TensorRT does not take with int4")
+        if isinstance(found, Match):
+            weight = found.found["dequantize"]
+            if weight.args[2] is not None:
+                raise TargetError(
+                    "TensorRT does not take weights with zero points",
+                    where=program.weight_of(weight.args[0]),
+                    remedy="quantize with --symmetric (the default), or choose --target onnx-cpu or inductor-cpu",
+                )
+            if int(weight.kwargs["bits"]) not in (4, 8):
+                raise TargetError(
+                    f"TensorRT does not take {weight.kwargs['bits']}-bit weights",
+                    where=program.weight_of(weight.args[0]),
+                    remedy="quantize to 4 or 8 bits, or choose --target onnx-cpu or inductor-cpu",
+                )
         return found

@@ -24,6 +24,7 @@ NAMES = (
     "scale-awq",
     "scale-smoothquant",
     "quantize-activations",
+    "quantize-static",
     "quantize-llm-int8",
     "quantize-fp8",
     "quantize-nf4",

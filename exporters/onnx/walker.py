@@ -33,6 +33,7 @@ DTYPES = {
     torch.int8: ir.DataType.INT8,
     torch.uint8: ir.DataType.UINT8,
     torch.bool: ir.DataType.BOOL,
+    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
 }
 _AXIS_NAMES = {  # the names that onnxruntime-genai's own models use
     "batch": "batch_size", "seq": "sequence_length", "total": "total_sequence_length",

@@ -55,6 +55,21 @@ def _dequantize_weight(walker: Walker, node: Node) -> ir.Value:
     return out if _for_products(node) else walker.cast(out, dtype)
 
 
+def _dequantize_float(walker: Walker, node: Node) -> ir.Value:
+    """A weight [N,K] of fp8 codes, with one scale per row or one for all."""
+    codes, scale = node.args[:2]
+    if scale.meta["val"].numel() == 1:
+        return walker.op("DequantizeLinear", [walker.value(codes), _scale(walker, scale, node.meta["val"].dtype)])
+    per_row = walker.op("Reshape", [walker.value(scale), walker.constant([-1])])
+    return walker.op("DequantizeLinear", [walker.value(codes), per_row], {"axis": 0})
+
+
+def one_scale_per_row(node: Node) -> str | None:
+    """A predicate for fp8 weights."""
+    groups = node.args[1].meta["val"].shape[1]
+    return None if groups == 1 else "fp8 weights have one scale per channel or one for all"
+
+
 def _for_products(node: Node) -> bool:
     """Whether only products of two dequantized factors read a dequantized one."""
     return all(_is_integer_product(user) for user in node.users)
@@ -85,4 +100,5 @@ TABLE: dict[Any, Lowering] = {
     _optc.dequantize_activation.default: _dequantize_activation,
     _optc.dequantize_linear.default: _dequantize_weight,
 }
+FUSED: dict[Any, Lowering] = {**TABLE, _optc.dequantize_float.default: _dequantize_float}
 BASIC: dict[Any, Lowering] = {**TABLE, _aten.matmul.default: _matmul}
