@@ -9,8 +9,9 @@ On the GPU's machine (TensorRT in a Python of its own; torch and transformers in
     python benchmarks/gpu_tensorrt86.py all --trt-python ./trt-python --reference carry/reference.json \
         --artifacts fp16=carry/fp16 int8=carry/int8 -o results
 
-`all` builds every plan at once (`build_plan.py` of each folder), runs `measure` in TensorRT's Python and `eager` in
-this one, and writes gpu_tensorrt86.json. A step that fails is recorded with its output, and the others go on.
+`build` builds every plan at once (`build_plan.py` of each folder) and stops. `all` builds what is missing, runs
+`measure` in TensorRT's Python and `eager` in this one, and writes gpu_tensorrt86.json. A step that fails is recorded
+with its output, and the others go on.
 """
 
 from __future__ import annotations
@@ -219,18 +220,28 @@ def clocked(action: Callable[[], None]) -> float:
 # -- the whole ------------------------------------------------------------------------------------
 
 
-def everything(options: argparse.Namespace) -> dict[str, Any]:
-    """Build all, then measure one after another, then the baseline."""
+def build(options: argparse.Namespace) -> dict[str, Any]:
+    """Build the plans that are not there yet, all at once; what was said of each lies in build.json beside it."""
     artifacts = dict(item.split("=", 1) for item in options.artifacts)
 
-    def build(folder: str) -> dict[str, Any]:
-        extra = [] if options.opt_level is None else ["--opt-level", str(options.opt_level)]
-        return run_json(
-            [options.trt_python, f"{folder}/build_plan.py", "--json", *extra], options.build_timeout
-        )
+    def one(folder: str) -> dict[str, Any]:
+        note = Path(folder) / "build.json"
+        if not note.is_file():
+            said = run_json([options.trt_python, f"{folder}/build_plan.py", "--json"], options.build_timeout)
+            if "error" in said:
+                return said
+            note.write_text(json.dumps(said))
+        found: dict[str, Any] = json.loads(note.read_text())
+        return found
 
     with ThreadPoolExecutor(len(artifacts)) as pool:
-        builds = dict(zip(artifacts, pool.map(build, artifacts.values())))
+        return dict(zip(artifacts, pool.map(one, artifacts.values())))
+
+
+def everything(options: argparse.Namespace) -> dict[str, Any]:
+    """Build what is missing, then measure one after another, then the baseline."""
+    artifacts = dict(item.split("=", 1) for item in options.artifacts)
+    builds = build(options)
     print(json.dumps(builds), flush=True)
     here, variants = [__file__], {}
     for name, folder in artifacts.items():
@@ -290,12 +301,12 @@ def parse() -> argparse.Namespace:
     base.add_argument("--config", required=True, help="a folder with config.json")
     base.add_argument("--device", default="cuda")
     base.add_argument("--rounds", type=int, default=10)
-    whole = steps.add_parser("all")
-    whole.add_argument("--trt-python", required=True)
+    plans, whole = steps.add_parser("build"), steps.add_parser("all")
+    for step in (plans, whole):
+        step.add_argument("--trt-python", required=True)
+        step.add_argument("--artifacts", nargs="+", required=True, metavar="NAME=FOLDER")
+        step.add_argument("--build-timeout", type=float, default=540)
     whole.add_argument("--reference", type=Path, required=True)
-    whole.add_argument("--artifacts", nargs="+", required=True, metavar="NAME=FOLDER")
-    whole.add_argument("--opt-level", type=int)
-    whole.add_argument("--build-timeout", type=float, default=330)
     whole.add_argument("-o", "--output", type=Path, required=True)
     return parser.parse_args()
 
@@ -306,7 +317,7 @@ def main() -> None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(reference(options)) + "\n")
         return
-    steps = {"measure": measure, "eager": eager, "all": everything}
+    steps = {"measure": measure, "eager": eager, "build": build, "all": everything}
     result = steps[options.step](options)
     if options.step == "all":
         options.output.mkdir(parents=True, exist_ok=True)

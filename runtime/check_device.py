@@ -149,7 +149,10 @@ def check(folder: str, manifest: dict[str, Any], engine: dict[str, Any] | None, 
     lines: list[Line] = []
     needs = manifest.get("needs", {})
     gpu = machine.gpu() if _uses_gpu(manifest, engine) else None
+    in_place = engine is not None and engine.get("runtime") in (None, "tensorrt")
     for name, wanted in needs.items():
+        if name == "machine" and in_place:
+            continue  # the machine that compiled; the plan is built on the one that runs it
         lines.append(_need(name, wanted, machine, gpu))
     lines += _native_lines(folder, machine)
     if engine is not None:
