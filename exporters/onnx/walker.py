@@ -131,7 +131,15 @@ class Walker:
         self, kind: str, inputs: Sequence[ir.Value | None], attributes: dict[str, Any] | None = None, *,
         domain: str = "", outputs: int = 1,
     ) -> Any:  # fmt: skip
-        """Append a node; its output, or the tuple of its outputs when there are several."""
+        """Append a node; its output, or the tuple of its outputs when there are several.
+
+        A part of a shape becomes Shape and Slice before opset 19: TensorRT 8's parser ignores Shape's start and end,
+        and gives the whole shape.
+        """
+        if kind == "Shape" and attributes and self.opset < 19:
+            ends = [[attributes[key]] for key in ("start", "end")]
+            whole = self.op("Shape", inputs)
+            return self.op("Slice", [whole, *map(self.constant, ends), self.constant([0])])
         assert self.microsoft or domain != MICROSOFT, f"{kind} is an operator of ONNX Runtime's own"
         trimmed = list(inputs)
         while trimmed and trimmed[-1] is None:
@@ -201,14 +209,19 @@ class Walker:
         return value
 
     def _turned(self, name: str, tensor: torch.Tensor) -> ir.Value:
-        """An initializer whose bytes are laid out when they are written, one weight at a time."""
-        kind, shape = DTYPES[tensor.dtype], ir.Shape(tensor.shape)
+        return self.computed(name, tensor.contiguous, tensor.dtype, tensor.shape)
 
-        def lay_out() -> Any:
-            return tensor_adapters.TorchTensor(tensor.contiguous(), name=name)
+    def computed(
+        self, name: str, compute: Callable[[], torch.Tensor], dtype: torch.dtype, shape: Sequence[int]
+    ) -> ir.Value:
+        """An initializer whose bytes are made when they are written, one weight at a time."""
+        kind, dims = DTYPES[dtype], ir.Shape(shape)
 
-        stored = ir.LazyTensor(lay_out, dtype=kind, shape=shape, name=name)
-        value = ir.Value(name=name, shape=shape, type=ir.TensorType(kind), const_value=stored)
+        def make() -> Any:
+            return tensor_adapters.TorchTensor(compute(), name=name)
+
+        stored = ir.LazyTensor(make, dtype=kind, shape=dims, name=name)
+        value = ir.Value(name=name, shape=dims, type=ir.TensorType(kind), const_value=stored)
         self.initializers[name] = value
         return value
 

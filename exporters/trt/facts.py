@@ -84,7 +84,7 @@ def network_facts(program: Program, ops: str) -> dict[str, Any]:
         "kv_updates": scatters if fused else 0,
         "scatter": 0 if fused else scatters,
         "rotary": count[_optc.rotary_cached.default] if fused else 0,
-        "quantize": count[_optc.quantize.default],
+        "quantize": count[_optc.quantize.default] + (0 if fused else count[_optc.dequantize_linear.default]),
         "dequantize": _dequantized(program),
     }
 

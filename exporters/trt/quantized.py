@@ -44,22 +44,37 @@ def _dequantize_activation(walker: Walker, node: Node) -> ir.Value:
     return walker.cast(out, dtype) if wide and not _for_products(node) else out
 
 
-def _dequantize_weight(walker: Walker, node: Node) -> ir.Value:
-    """As the dialect's; in opset 17 with scales of float32."""
-    dtype = node.meta["val"].dtype
-    if walker.opset >= 19 or dtype is torch.float32:
-        return dequantize_linear(walker, node)
-    codes, scale = node.args[:2]
-    inputs = [walker.value(codes), walker.value(scale, torch.float32)]
-    out = walker.op("DequantizeLinear", inputs, {"axis": 1})
-    return out if _for_products(node) else walker.cast(out, dtype)
+def _requantized_weight(walker: Walker, node: Node) -> ir.Value:
+    """A weight [K,N] for TensorRT before 10: in float32, [N,K], behind QuantizeLinear and DequantizeLinear.
+
+    Its parser wants zero points, and takes no codes as weights; codes * scale rounds to the same codes again. Only this
+    form is a product of integers there: channels along axis 0, and a Transpose in front of the MatMul.
+    """
+    names = [walker.program.weight_of(item) for item in node.args[:2]]
+    assert names[0] is not None
+    assert names[1] is not None, "codes and scales are weights"
+    codes, scale = (walker.program.weight(name).detach() for name in names if name is not None)
+    rows, channels = codes.shape
+    scales = scale.float().reshape(-1)
+
+    def wide() -> torch.Tensor:
+        return (codes.float() * scales).t().contiguous()
+
+    weight = walker.computed(f"{names[0]}.wide", wide, torch.float32, (channels, rows))
+    points = walker.constant([0] * channels, torch.int8)
+    per_channel = walker.constant(scales.tolist(), torch.float32)
+    quantized = walker.op("QuantizeLinear", [weight, per_channel, points], {"axis": 0})
+    out = walker.op("DequantizeLinear", [quantized, per_channel, points], {"axis": 0})
+    return walker.op("Transpose", [out], {"perm": [1, 0]})
 
 
 def _dequantize_float(walker: Walker, node: Node) -> ir.Value:
     """A weight [N,K] of fp8 codes, with one scale per row or one for all."""
     codes, scale = node.args[:2]
     if scale.meta["val"].numel() == 1:
-        return walker.op("DequantizeLinear", [walker.value(codes), _scale(walker, scale, node.meta["val"].dtype)])
+        return walker.op(
+            "DequantizeLinear", [walker.value(codes), _scale(walker, scale, node.meta["val"].dtype)]
+        )
     per_row = walker.op("Reshape", [walker.value(scale), walker.constant([-1])])
     return walker.op("DequantizeLinear", [walker.value(codes), per_row], {"axis": 0})
 
@@ -98,7 +113,14 @@ def whole_channels(node: Node) -> str | None:
 TABLE: dict[Any, Lowering] = {
     _optc.quantize.default: _quantize,
     _optc.dequantize_activation.default: _dequantize_activation,
-    _optc.dequantize_linear.default: _dequantize_weight,
 }
-FUSED: dict[Any, Lowering] = {**TABLE, _optc.dequantize_float.default: _dequantize_float}
-BASIC: dict[Any, Lowering] = {**TABLE, _aten.matmul.default: _matmul}
+FUSED: dict[Any, Lowering] = {
+    **TABLE,
+    _optc.dequantize_linear.default: dequantize_linear,
+    _optc.dequantize_float.default: _dequantize_float,
+}
+BASIC: dict[Any, Lowering] = {
+    **TABLE,
+    _optc.dequantize_linear.default: _requantized_weight,
+    _aten.matmul.default: _matmul,
+}
