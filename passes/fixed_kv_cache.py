@@ -62,7 +62,9 @@ def cache_capacity(asked: int | None, context_length: int) -> int:
     if asked is None:
         return min(context_length or LARGEST_DEFAULT, LARGEST_DEFAULT)
     if asked < 2:
-        raise TargetError(f"a KV cache of {asked} tokens holds no conversation", remedy="--max-seq-len 2 or more")
+        raise TargetError(
+            f"a KV cache of {asked} tokens holds no conversation", remedy="--max-seq-len 2 or more"
+        )
     if context_length and asked > context_length:
         raise TargetError(
             f"--max-seq-len {asked} is beyond the model's context of {context_length} tokens",

@@ -86,7 +86,11 @@ class _Attention(Rule):
             def call(target: Any, *args: Any, **knobs: Any) -> Node:
                 return insert_call(program, node, target, args, knobs)
 
-            like: dict[str, Any] = {"dtype": torch.int32, "device": value_of(past).device, "pin_memory": False}
+            like: dict[str, Any] = {
+                "dtype": torch.int32,
+                "device": value_of(past).device,
+                "pin_memory": False,
+            }
             size = call(_aten.sym_size.int, q, 2)
             start = call(_aten.unsqueeze.default, past, 1)
             query = call(_aten.add.Tensor, start, call(_aten.arange.default, size, **like))

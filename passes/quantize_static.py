@@ -71,9 +71,7 @@ class QuantizeStatic(Pass):
         for site in linear_sites(program):
             if site.placeholder is not None:
                 continue
-            reason = (
-                "its input is quantized already" if site.activations else obstacle(site, self.format)
-            )
+            reason = "its input is quantized already" if site.activations else obstacle(site, self.format)
             if reason:
                 misses.append(Miss(site.node.name, reason))
             else:

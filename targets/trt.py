@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.program import Program
-from optc.compiler.target import CompileOptions, ExportRequest, ExportResult, QuantSupport, Step, Target
+from optc.compiler.target import CompileOptions, QuantSupport, Step, Target
 from optc.exporters.trt import LEGAL, Choice, choose, export_trt
 from optc.passes.fixed_kv_cache import FixedKVCache
 from optc.passes.fuse_attention import FuseAttention
@@ -18,8 +16,6 @@ from optc.passes.quantize.methods import WEIGHT_ONLY, quantization_steps, stored
 from optc.passes.quantize_activations import QuantizeActivations
 from optc.passes.quantize_static import QuantizeStatic
 
-_RUNTIME = Path(__file__).resolve().parent.parent / "runtime"
-_SCRIPTS = ("run_trt.py", "build.sh")
 _BASIC_QUANT = ("smoothquant",)
 _FP8_ARCHITECTURES = ("sm89", "sm120", "sm121")
 
@@ -74,10 +70,6 @@ def _check(options: CompileOptions, choice: Choice) -> None:
         )
 
 
-def _export(program: Program, request: ExportRequest) -> ExportResult:
-    return export_trt(program, request, [_RUNTIME / name for name in _SCRIPTS if (_RUNTIME / name).exists()])
-
-
 _INTEGERS = QuantSupport(
     bits=(4, 8), group_sizes=(0, 32, 64, 128), symmetric=(True,), note="op set fused; no zero points"
 )
@@ -103,7 +95,7 @@ TARGET = Target(
     },
     legal=LEGAL,
     recipe=_recipe,
-    export=_export,
+    export=export_trt,
     needs_extra="trt",
     takes=("max_seq_len", "max_batch", "arch", "trt_ops", "trt_runtime"),
 )

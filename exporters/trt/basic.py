@@ -7,6 +7,7 @@ TensorRT 8 reads int64 as int32.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import onnx_ir as ir
@@ -91,7 +92,7 @@ def _rotary_cached(walker: Walker, node: Node) -> ir.Value:
     if node.kwargs["interleaved"]:
         return _rotated_pairs(walker, value, tables, half, width)
     bounds = [0, half, 2 * half, width]
-    a, b, *rest = (_cut(walker, value, i, j) for i, j in zip(bounds, bounds[1:], strict=False) if j > i)
+    a, b, *rest = (_cut(walker, value, i, j) for i, j in itertools.pairwise(bounds) if j > i)
     return walker.op("Concat", [*_turned(walker, a, b, *tables), *rest], {"axis": 3})
 
 
@@ -120,7 +121,11 @@ def _rotated_pairs(
     shape = walker.op("Concat", [_size(walker, value, 0), _size(walker, value, 1), _size(walker, value, 2),
                                  walker.constant([2 * half])], {"axis": 0})  # fmt: skip
     out = walker.op("Reshape", [out, shape])
-    return out if 2 * half == width else walker.op("Concat", [out, _cut(walker, value, 2 * half, width)], {"axis": 3})
+    return (
+        out
+        if 2 * half == width
+        else walker.op("Concat", [out, _cut(walker, value, 2 * half, width)], {"axis": 3})
+    )
 
 
 def _mean(walker: Walker, value: ir.Value, axes: list[int]) -> ir.Value:
@@ -179,10 +184,12 @@ def _reduce(kind: str) -> Lowering:
 
     def lower(walker: Walker, node: Node) -> ir.Value:
         given = argument(node, 1, "dim")
-        rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
+        rank = node.args[0].meta["val"].dim()
         attributes: dict[str, Any] = {"keepdims": int(bool(argument(node, 2, "keepdim", False)))}
         if given not in (None, []):
-            attributes["axes"] = sorted(axis % rank for axis in ([given] if isinstance(given, int) else given))
+            attributes["axes"] = sorted(
+                axis % rank for axis in ([given] if isinstance(given, int) else given)
+            )
         return walker.op(kind, [walker.value(node.args[0], result_dtype(node))], attributes)
 
     return lower

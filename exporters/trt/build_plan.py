@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import argparse
 import collections
+import ctypes
 import errno
 import hashlib
 import importlib
 import json
+import mmap
 import os
 import sys
 import time
+from typing import Any, Iterator  # noqa: UP035  (Python 3.8)
 
 FORMAT = 1
 PACKAGES = {"tensorrt": ("tensorrt",), "rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
@@ -33,18 +36,18 @@ FIRST_VERSIONS = {"fused": (10, 15), "basic": (8, 6)}
 class BuildError(Exception):
     """What is wrong, why, and what to do; `code` is the exit code."""
 
-    def __init__(self, what, why="", remedy="", code=4):
+    def __init__(self, what: str, why: object = "", remedy: str = "", code: int = 4) -> None:
         super().__init__(what)
         self.what, self.why, self.remedy, self.code = what, str(why), remedy, code
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         return {"error": self.what, "why": self.why, "remedy": self.remedy, "code": self.code}
 
 
 # -- the package ------------------------------------------------------------------------------
 
 
-def load(runtime):
+def load(runtime: str) -> tuple[Any, str]:
     """(the module, "tensorrt" or "rtx") of the first package of a runtime that is installed here."""
     kinds = ("tensorrt", "rtx") if runtime == "auto" else (runtime,)
     for kind in kinds:
@@ -60,36 +63,38 @@ def load(runtime):
     )
 
 
-def version_of(trt):
+def version_of(trt: Any) -> tuple[int, int]:
     """(major, minor) of a TensorRT module."""
     parts = trt.__version__.split(".")
     return int(parts[0]), int(parts[1])
 
 
-def check_version(trt, kind, ops):
+def check_version(trt: Any, kind: str, ops: str) -> None:
     """TensorRT for RTX parses both op sets, the standard one from some version on."""
     need = FIRST_VERSIONS[ops]
     if kind == "tensorrt" and version_of(trt) < need:
         raise BuildError(
-            "TensorRT %s does not parse the op set '%s', which needs %d.%d" % (trt.__version__, ops, *need),
+            f"TensorRT {trt.__version__} does not parse the op set '{ops}', which needs {need[0]}.{need[1]}",
             remedy="compile with --trt-ops basic" if ops == "fused" else "install a newer TensorRT",
         )
 
 
-def make_logger(trt):
+def make_logger(trt: Any) -> Any:
     """A logger that keeps what went wrong."""
 
     class Log(trt.ILogger):
-        def __init__(self):
+        def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors = []
+            self.errors: list[str] = []
 
-        def log(self, severity, message):
+        def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(message)
 
-        def why(self):
-            quiet = [text for text in self.errors if "cudaError 35" not in text]  # no driver: not needed by RTX
+        def why(self) -> str:
+            quiet = [
+                text for text in self.errors if "cudaError 35" not in text
+            ]  # no driver: not needed by RTX
             return " | ".join(text.strip() for text in (quiet or self.errors)[-4:])[-2000:]
 
     return Log()
@@ -98,7 +103,7 @@ def make_logger(trt):
 # -- the network ------------------------------------------------------------------------------
 
 
-def parse(trt, builder, log, model):
+def parse(trt: Any, builder: Any, log: Any, model: str) -> tuple[Any, Any]:
     """The network of an ONNX file, and the parser, which must live as long."""
     flags = 0
     known = trt.NetworkDefinitionCreationFlag
@@ -110,37 +115,38 @@ def parse(trt, builder, log, model):
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(model):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        why = "; ".join("%s (node %s)" % (item.desc().strip(), item.node()) for item in errors[:4])
+        why = "; ".join(f"{item.desc().strip()} (node {item.node()})" for item in errors[:4])
         raise BuildError("TensorRT's parser refuses the model", why or log.why(), code=4)
     return network, parser
 
 
-def layers(trt, network):
+def layers(network: Any) -> Iterator[tuple[str, Any]]:
     """(name of the type, layer) of every layer."""
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         yield str(layer.type).rsplit(".", 1)[-1], layer
 
 
-def attentions(trt, network):
+def attentions(trt: Any, network: Any) -> Iterator[Any]:
     """Every IAttention of a network; none where TensorRT has no such layer."""
     if not hasattr(trt, "IAttentionInputLayer"):
         return
-    for kind, layer in layers(trt, network):
+    for kind, layer in layers(network):
         if kind == "ATTENTION_INPUT":
             layer.__class__ = trt.IAttentionInputLayer
             yield layer.attention
 
 
-def dtype_name(dtype):
+def dtype_name(dtype: object) -> str:
     """HALF, FLOAT, INT32 ... of a TensorRT data type."""
     return str(dtype).rsplit(".", 1)[-1].upper()
 
 
-def summarize(trt, network):
+def summarize(network: Any) -> dict[str, Any]:
     """What a network holds, in the terms of engine.json's "network"."""
-    kinds, codes = collections.Counter(), collections.Counter()
-    for kind, layer in layers(trt, network):
+    kinds: collections.Counter[str] = collections.Counter()
+    codes: collections.Counter[str] = collections.Counter()
+    for kind, layer in layers(network):
         kinds[kind] += 1
         if kind == "DEQUANTIZE":
             codes[dtype_name(layer.get_input(0).dtype)] += 1
@@ -155,34 +161,34 @@ def summarize(trt, network):
     }
 
 
-def check_network(trt, network, facts):
+def check_network(trt: Any, network: Any, facts: dict[str, Any]) -> dict[str, Any]:
     """Compare a parsed network with the program; raises BuildError (7) with every difference."""
-    found = summarize(trt, network)
+    found = summarize(network)
     wrong = [
-        "%s: %s, the program has %s" % (name, found[name], wanted)
+        f"{name}: {found[name]}, the program has {wanted}"
         for name, wanted in sorted(facts["network"].items())
         if found[name] != wanted
     ]
     for number, attention in enumerate(attentions(trt, network)):
-        where = "attention %d (%s)" % (number, attention.name)
+        where = f"attention {number} ({attention.name})"
         if hasattr(attention, "causal_kind"):
             if dtype_name(attention.causal_kind) != "NONE":
-                wrong.append("%s: causal kind %s, not NONE" % (where, dtype_name(attention.causal_kind)))
+                wrong.append(f"{where}: causal kind {dtype_name(attention.causal_kind)}, not NONE")
         elif attention.causal:
-            wrong.append("%s: causal by itself, not by its mask" % where)
+            wrong.append(f"{where}: causal by itself, not by its mask")
         if attention.mask is None:
-            wrong.append("%s: no mask attached" % where)
+            wrong.append(f"{where}: no mask attached")
         elif dtype_name(attention.mask.dtype) != "BOOL":
-            wrong.append("%s: a mask of %s, not of bools" % (where, dtype_name(attention.mask.dtype)))
+            wrong.append(f"{where}: a mask of {dtype_name(attention.mask.dtype)}, not of bools")
         if getattr(attention, "key_value_lengths", None) is not None:
-            wrong.append("%s: lengths beside the mask" % where)
+            wrong.append(f"{where}: lengths beside the mask")
     for count, get, table in (
         (network.num_inputs, network.get_input, facts["inputs"]),
         (network.num_outputs, network.get_output, facts["outputs"]),
     ):
         names = [get(index).name for index in range(count)]
         if names != list(table):
-            wrong.append("tensors %s, not %s" % (names, list(table)))
+            wrong.append(f"tensors {names}, not {list(table)}")
     if wrong:
         raise BuildError(
             "the parsed network is not the program that was compiled",
@@ -196,9 +202,9 @@ def check_network(trt, network, facts):
 # -- configuration ----------------------------------------------------------------------------
 
 
-def set_architectures(trt, config, kind, architectures):
+def set_architectures(trt: Any, config: Any, kind: str, architectures: list[str] | None) -> None:
     """Compute capabilities of a plan of TensorRT for RTX; none of them leaves it portable."""
-    if architectures in (None, "portable"):
+    if not architectures:
         return
     if kind != "rtx":
         raise BuildError(
@@ -209,14 +215,14 @@ def set_architectures(trt, config, kind, architectures):
         if name.upper() not in known:
             taken = ", ".join(sorted(item.lower() for item in known if item.startswith("SM")))
             raise BuildError(
-                "TensorRT for RTX does not support the architecture %s" % name, remedy="it takes " + taken
+                f"TensorRT for RTX does not support the architecture {name}", remedy="it takes " + taken
             )
     config.num_compute_capabilities = len(architectures)
     for index, name in enumerate(architectures):
         config.set_compute_capability(known[name.upper()], index)
 
 
-def add_profiles(builder, network, config, facts):
+def add_profiles(builder: Any, network: Any, config: Any, facts: dict[str, Any]) -> None:
     """One optimization profile for each of engine.json's, over every input."""
     for row in facts["profiles"]:
         profile = builder.create_optimization_profile()
@@ -228,10 +234,10 @@ def add_profiles(builder, network, config, facts):
             ]
             profile.set_shape(name, *shapes)
         if config.add_optimization_profile(profile) < 0:
-            raise BuildError("TensorRT does not take the profile '%s'" % row["name"], json.dumps(row))
+            raise BuildError("TensorRT does not take the profile '{}'".format(row["name"]), json.dumps(row))
 
 
-def set_precision(trt, network, config, facts, all_tactics):
+def set_precision(trt: Any, network: Any, config: Any, facts: dict[str, Any], all_tactics: bool) -> None:
     """Types of TensorRT before 10, which chooses them itself within what is allowed."""
     flag = trt.BuilderFlag
     if hasattr(flag, "TF32"):
@@ -241,7 +247,7 @@ def set_precision(trt, network, config, facts, all_tactics):
     if facts["dtype"] == "fp16":
         config.set_flag(flag.FP16)
         config.set_flag(flag.PREFER_PRECISION_CONSTRAINTS)
-        for kind, layer in layers(trt, network):
+        for kind, layer in layers(network):
             fixed = kind in ("REDUCE", "UNARY", "ELEMENTWISE", "SOFTMAX")
             if fixed and layer.get_output(0).dtype == trt.float32:
                 layer.precision = trt.float32
@@ -256,18 +262,19 @@ def set_precision(trt, network, config, facts, all_tactics):
 # -- building ---------------------------------------------------------------------------------
 
 
-def write_plan(trt, builder, network, config, path):
+def write_plan(trt: Any, builder: Any, network: Any, config: Any, path: str) -> tuple[int, str] | None:
     """Build into a file, streamed where the API can; (bytes, sha256), or None where the build failed."""
     digest, size = hashlib.sha256(), 0
     with open(path, "wb") as file:
         if hasattr(builder, "build_serialized_network_to_stream"):
 
             class Writer(trt.IStreamWriter):
-                def __init__(self):
+                def __init__(self) -> None:
                     trt.IStreamWriter.__init__(self)
-                    self.size, self.error = 0, None
+                    self.size = 0
+                    self.error: OSError | None = None
 
-                def write(self, data):
+                def write(self, data: Any) -> int:
                     data = bytes(data)
                     try:
                         file.write(data)
@@ -293,7 +300,22 @@ def write_plan(trt, builder, network, config, path):
     return size, digest.hexdigest()
 
 
-def build(folder, output=None, runtime="auto", architectures=None, all_tactics=False):
+def check_names(path: str, facts: dict[str, Any]) -> None:
+    """Every input and output must be named in a plan; without a driver it cannot be opened to ask it."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        names = [*facts["inputs"], *facts["outputs"]]
+        missing = [name for name in names if plan.find(name.encode()) < 0]
+    if missing:
+        raise BuildError("the plan does not name its tensors", ", ".join(missing[:8]), code=7)
+
+
+def build(
+    folder: str,
+    output: str | None = None,
+    runtime: str = "auto",
+    architectures: list[str] | None = None,
+    all_tactics: bool = False,
+) -> dict[str, Any]:
     """Build the plan of a folder; the fields of engine.json that it fills.
 
     Raises:
@@ -315,9 +337,9 @@ def build(folder, output=None, runtime="auto", architectures=None, all_tactics=F
     set_architectures(trt, config, kind, architectures)
     set_precision(trt, network, config, facts, all_tactics)
     add_profiles(builder, network, config, facts)
-    name = output or os.path.join(folder, "model.plan")
+    name = output or os.path.join(folder, "model.plan")  # the folder's own is noted in engine.json
     attempts = ["dedicated kernels", "decomposed"] if held["attention"] else [""]
-    temporary = "%s.tmp-%d" % (name, os.getpid())
+    temporary = f"{name}.tmp-{os.getpid()}"
     try:
         for attempt in attempts:
             log.errors.clear()
@@ -328,6 +350,7 @@ def build(folder, output=None, runtime="auto", architectures=None, all_tactics=F
                 break
         if not done:
             raise BuildError("TensorRT could not build the plan", log.why(), code=4)
+        check_names(temporary, facts)
         os.replace(temporary, name)
     finally:
         if os.path.exists(temporary):
@@ -339,7 +362,7 @@ def build(folder, output=None, runtime="auto", architectures=None, all_tactics=F
         "plan": os.path.basename(name),
         "plan_bytes": done[0],
         "plan_sha256": done[1],
-        "compute_capabilities": (architectures or "portable") if kind == "rtx" else None,
+        "compute_capabilities": (architectures or "portable") if kind == "rtx" else gpu_architectures(),
         "attention_kernels": attempt or None,
         "network_found": held,
         "build_seconds": round(time.time() - begin, 3),
@@ -347,7 +370,24 @@ def build(folder, output=None, runtime="auto", architectures=None, all_tactics=F
     }
 
 
-def peak_bytes():
+def gpu_architectures() -> list[str] | None:
+    """The compute capability of the first GPU, as in engine.json; None where the driver does not say."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return None
+    device, numbers = ctypes.c_int(0), []
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    for attribute in (75, 76):  # major and minor
+        number = ctypes.c_int(0)
+        if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
+            return None
+        numbers.append(number.value)
+    return [f"sm{numbers[0]}{numbers[1]}"]
+
+
+def peak_bytes() -> int | None:
     """The most memory that this process has held, or None where the system does not say."""
     try:
         import resource
@@ -356,43 +396,91 @@ def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def read_facts(folder):
+def read_facts(folder: str) -> dict[str, Any]:
     """engine.json of a folder."""
     path = os.path.join(folder, "engine.json")
     try:
         with open(path, encoding="utf-8") as file:
             facts = json.load(file)
     except (OSError, ValueError) as error:
-        raise BuildError("the folder has no readable engine.json", error, "give the folder that optc wrote", 3) from error
+        raise BuildError(
+            "the folder has no readable engine.json", error, "give the folder that optc wrote", 3
+        ) from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise BuildError("engine.json is of another format", path, "use the build_plan.py beside it", 3)
     return facts
 
 
-def record(folder, facts, built):
-    """Write what was built into engine.json, in one step."""
-    path = os.path.join(folder, "engine.json")
-    temporary = "%s.tmp-%d" % (path, os.getpid())
+def record(folder: str, facts: dict[str, Any], built: dict[str, Any]) -> None:
+    """Write what was built into engine.json, and into manifest.json where optc has written one."""
     timing = ("build_seconds", "build_peak_bytes")  # not facts of the plan
+    text = json.dumps(
+        {**facts, **{key: value for key, value in built.items() if key not in timing}}, indent=2
+    )
+    replace_file(os.path.join(folder, "engine.json"), text + "\n")
+    if os.path.exists(os.path.join(folder, "manifest.json")):
+        reseal(folder, built)
+
+
+def reseal(folder: str, built: dict[str, Any]) -> None:
+    """Let the manifest name the files as they are now: its last field is the sha256 of its text with that one empty."""
+    path = os.path.join(folder, "manifest.json")
+    with open(path, encoding="utf-8") as file:
+        manifest = json.load(file)
+    entries = {entry["path"]: entry for entry in manifest["files"]}
+    for name in ("engine.json", built["plan"]):
+        entries[name] = {"path": name, **file_facts(os.path.join(folder, name))}
+    manifest["files"] = [entries[name] for name in sorted(entries)]
+    manifest["engine_info"].update(built)
+    needs = {key: value for key, value in manifest["needs"].items() if key not in NAMES.values()}
+    needs[built["runtime"]] = f"=={built['runtime_version']}"
+    if built["compute_capabilities"] is not None:
+        given = built["compute_capabilities"]
+        needs["compute_capabilities"] = [given] if isinstance(given, str) else given
+    manifest["needs"] = needs
+    del manifest["self_sha256"]
+    empty = json.dumps({**manifest, "self_sha256": ""}, indent=2, ensure_ascii=False) + "\n"
+    seal = hashlib.sha256(empty.encode()).hexdigest()
+    replace_file(path, json.dumps({**manifest, "self_sha256": seal}, indent=2, ensure_ascii=False) + "\n")
+
+
+def file_facts(path: str) -> dict[str, Any]:
+    """Size and sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return {"size": os.path.getsize(path), "sha256": digest.hexdigest()}
+
+
+def replace_file(path: str, text: str) -> None:
+    """Write a file in one step."""
+    temporary = f"{path}.tmp-{os.getpid()}"
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump({**facts, **{k: v for k, v in built.items() if k not in timing}}, file, indent=2)
-        file.write("\n")
+        file.write(text)
     os.replace(temporary, path)
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", default=os.path.dirname(os.path.abspath(__file__)))
-    parser.add_argument("--output", help="the plan's file; default: model.plan in the folder")
+    parser.add_argument(
+        "--output", help="the plan's file, which engine.json then does not name; default: model.plan"
+    )
     parser.add_argument("--runtime", choices=("auto", *PACKAGES), default="auto")
-    parser.add_argument("--arch", help="sm80,sm89,...: compute capabilities (TensorRT for RTX); default: portable")
-    parser.add_argument("--all-tactics", action="store_true", help="TensorRT 8: cuBLAS's and cuDNN's kernels too")
+    parser.add_argument(
+        "--arch", help="sm80,sm89,...: compute capabilities (TensorRT for RTX); default: portable"
+    )
+    parser.add_argument(
+        "--all-tactics", action="store_true", help="TensorRT 8: cuBLAS's and cuDNN's kernels too"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
     architectures = None if given.arch in (None, "portable") else given.arch.split(",")
     try:
         built = build(given.folder, given.output, given.runtime, architectures, given.all_tactics)
-        record(given.folder, read_facts(given.folder), built)
+        if given.output is None:
+            record(given.folder, read_facts(given.folder), built)
     except BuildError as error:
         return fail(error, given.json)
     except MemoryError as error:
@@ -404,15 +492,21 @@ def main(arguments=None):
         print(json.dumps(built))
     else:
         size = built["plan_bytes"] / 1e6
-        print("%s: %.1f MB, %.1f s, sha256 %s" % (built["plan"], size, built["build_seconds"], built["plan_sha256"]))
+        print(
+            "{}: {:.1f} MB, {:.1f} s, sha256 {}".format(
+                built["plan"], size, built["build_seconds"], built["plan_sha256"]
+            )
+        )
     return 0
 
 
-def fail(error, as_json):
+def fail(error: BuildError, as_json: bool) -> int:
     """Say what went wrong; the exit code."""
     if as_json:
         print(json.dumps(error.to_dict()))
-    text = error.what + "".join("\n  %s: %s" % (k, v) for k, v in (("why", error.why), ("remedy", error.remedy)) if v)
+    text = error.what + "".join(
+        f"\n  {k}: {v}" for k, v in (("why", error.why), ("remedy", error.remedy)) if v
+    )
     print("error: " + text, file=sys.stderr)
     return error.code
 

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from optc.compiler.diagnostics import TargetError, unknown_name
 from optc.compiler.target import CompileOptions
@@ -20,7 +20,9 @@ PORTABLE = "portable"
 RTX_ARCHITECTURES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """What TensorRT for RTX 1.7 compiles for."""
 _INSTALL = 'pip install "optc[trt]" (TensorRT for RTX, which builds without a GPU)'
-_WITHOUT = "or --trt-runtime none: the folder with model.onnx and build_plan.py, to build the plan on the device"
+_WITHOUT = (
+    "or --trt-runtime none: the folder with model.onnx and build_plan.py, to build the plan on the device"
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,7 @@ def choose(options: CompileOptions) -> Choice:
             else "no plan is built",
             remedy="leave --arch out",
         )
-    assert runtime in ("tensorrt", "rtx", "none")
-    return Choice(ops, runtime, architectures)
+    return Choice(ops, cast(Runtime, runtime), architectures)
 
 
 def _first_runtime(ops: str) -> str:
@@ -93,7 +94,9 @@ def _first_runtime(ops: str) -> str:
         )
     if _installed("rtx"):
         return "rtx"
-    raise TargetError("no TensorRT is installed that could build a plan here", remedy=f"{_INSTALL}, {_WITHOUT}")
+    raise TargetError(
+        "no TensorRT is installed that could build a plan here", remedy=f"{_INSTALL}, {_WITHOUT}"
+    )
 
 
 def _architectures(text: str | None) -> tuple[str, ...]:
@@ -107,7 +110,9 @@ def _architectures(text: str | None) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(re.sub(r"[ _.]", "", item.lower()) for item in text.split(",") if item))
     for name in names:
         if name not in RTX_ARCHITECTURES:
-            near = {"sm90": "an H100 or H200", "sm100": "a B200", "sm87": "a Jetson Orin"}.get(name, "such a GPU")
+            near = {"sm90": "an H100 or H200", "sm100": "a B200", "sm87": "a Jetson Orin"}.get(
+                name, "such a GPU"
+            )
             raise TargetError(
                 f"TensorRT for RTX does not support the architecture {name}",
                 why=f"{near} takes standard TensorRT" if name.startswith("sm") else None,

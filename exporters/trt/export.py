@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from optc.exporters.companions import copy_companions
 from optc.exporters.onnx.export import DATA, MODEL, write_model
 from optc.exporters.onnx.walker import Walker
 from optc.exporters.trt.builders import PORTABLE, Choice, choose
+from optc.exporters.trt.companions import write_companions
 from optc.exporters.trt.facts import engine_facts
 from optc.exporters.trt.table import OP_SETS
 
@@ -29,11 +29,8 @@ ENGINE, BUILDER = "engine.json", "build_plan.py"
 _SCRIPT = Path(__file__).with_name(BUILDER)
 
 
-def export_trt(program: Program, request: ExportRequest, scripts: Sequence[Path] = ()) -> ExportResult:
+def export_trt(program: Program, request: ExportRequest) -> ExportResult:
     """Write the last stage for TensorRT; the builder runs in a process of its own.
-
-    Args:
-        scripts: files that run the plan, copied beside it.
 
     Raises:
         TargetError: no builder for it here, an operator that the op set lacks, layers of different shapes, or
@@ -53,11 +50,10 @@ def export_trt(program: Program, request: ExportRequest, scripts: Sequence[Path]
     del model, walker
     onnx.checker.check_model(str(directory / MODEL))  # no operator or attribute newer than the opset
     facts = engine_facts(program, request.options, choice)
-    companions = copy_companions(request.source, directory)
+    companions = [*copy_companions(request.source, directory), *write_companions(directory, facts), BUILDER]
     with os_errors("writing the files of the plan", str(directory)):
         (directory / ENGINE).write_text(json.dumps(facts, indent=2) + "\n")
-        for script in (_SCRIPT, *scripts):
-            shutil.copyfile(script, directory / script.name)
+        shutil.copyfile(_SCRIPT, directory / BUILDER)
     built = {} if choice.runtime == "none" else build_plan(directory, choice)
     return ExportResult(
         engine="tensorrt",
@@ -88,7 +84,15 @@ def build_plan(directory: Path, choice: Choice) -> dict[str, Any]:
     Raises:
         OptcError: as its exit code says.
     """
-    command = [sys.executable, "-I", str(directory / BUILDER), str(directory), "--json", "--runtime", choice.runtime]
+    command = [
+        sys.executable,
+        "-I",
+        str(directory / BUILDER),
+        str(directory),
+        "--json",
+        "--runtime",
+        choice.runtime,
+    ]
     if choice.architectures:
         command += ["--arch", ",".join(choice.architectures)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
