@@ -64,8 +64,8 @@ def reference(options: argparse.Namespace) -> dict[str, Any]:
         "commit": commit(),
         "text": options.text.name,
         "rows": rows,
-        "windows": windows,
         **perplexity(decoder, windows),
+        "windows": windows,
     }
 
 

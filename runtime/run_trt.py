@@ -429,6 +429,9 @@ class TrtEngine:
             raise RunnerError("the plan's inputs and outputs are not those of engine.json", 7)
         self._shape = {name: tuple(engine.get_tensor_shape(name)) for name in names}
         self._size = {name: _BYTES[engine.get_tensor_dtype(name).name] for name in names}
+        pairs = list(zip(self._past, self._present))
+        if any((self._shape[a], self._size[a]) != (self._shape[b], self._size[b]) for a, b in pairs):
+            raise RunnerError("the plan's caches go in with another shape or type than they come out", 7)
         self.vocab_size, self.capacity = self._shape["logits"][-1], self._shape[self._past[0]][2]
         if (self.vocab_size, self.capacity) != (info["vocab_size"], info["cache"]["capacity"]):
             raise RunnerError("the plan's vocabulary or capacity is not that of engine.json", 7)

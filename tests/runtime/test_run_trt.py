@@ -276,3 +276,24 @@ def test_bad_arguments(
 def test_the_file_is_python_3_8() -> None:
     ast.parse(Path(run_trt.__file__).read_text(), feature_version=(3, 8))
     assert description()["format"] == run_trt.FORMAT
+
+
+def test_caches_that_come_out_in_another_type_are_refused(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their buffers are of one size: the plan would write past the end."""
+    info = run_trt.read_description(str(built))
+    original = run_trt.TrtEngine._read_bindings
+
+    def halved(engine: run_trt.TrtEngine, facts: dict[str, Any]) -> None:
+        plan, real = engine._engine, engine._engine.get_tensor_dtype
+        half = type("Half", (), {"name": "HALF"})
+        monkeypatch.setattr(plan, "get_tensor_dtype", lambda n: half if n.startswith("present") else real(n))
+        original(engine, facts)
+
+    monkeypatch.setattr(run_trt.TrtEngine, "_read_bindings", halved)
+    with pytest.raises(
+        RunnerError, match="caches go in with another shape or type than they come out"
+    ) as caught:
+        run_trt.TrtEngine(str(built), info)
+    assert caught.value.exit_code == 7
