@@ -164,10 +164,12 @@ def summarize(network: Any) -> dict[str, Any]:
 def check_network(trt: Any, network: Any, facts: dict[str, Any]) -> dict[str, Any]:
     """Compare a parsed network with the program; raises BuildError (7) with every difference."""
     found = summarize(network)
+    counted = version_of(trt)[0] < 10  # chooses types itself: the number of layers is what it can be held to
     wrong = [
         f"{name}: {found[name]}, the program has {wanted}"
         for name, wanted in sorted(facts["network"].items())
         if found[name] != wanted
+        and not (counted and name == "dequantize" and sum(found[name].values()) == sum(wanted.values()))
     ]
     for number, attention in enumerate(attentions(trt, network)):
         where = f"attention {number} ({attention.name})"

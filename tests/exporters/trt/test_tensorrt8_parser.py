@@ -5,12 +5,16 @@ What it does not take it refuses or, worse, reads as something else; it cannot b
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import onnx
 import pytest
 import torch
 import trt_driver
 from onnx import TensorProto, numpy_helper
 from rewrites import stirred
+
+from optc.exporters.trt import build_plan
 
 OPERATORS = {
     "Add", "And", "Cast", "Concat", "Constant", "DequantizeLinear", "Div", "Erf", "Exp", "Expand", "Gather",
@@ -85,3 +89,23 @@ def test_axes_are_stored(graph: onnx.GraphProto) -> None:
     stored = {item.name for item in graph.initializer}
     moved = [node for node in graph.node if node.op_type in ("Squeeze", "Unsqueeze")]
     assert all(node.input[1] in stored for node in moved)
+
+
+def network_of(count: int, reported: str) -> SimpleNamespace:
+    """A parsed network of DequantizeLinear layers only, whose codes are reported as of a type."""
+    codes = SimpleNamespace(dtype=f"DataType.{reported}")
+    layer = SimpleNamespace(type="LayerType.DEQUANTIZE", get_input=lambda index: codes)
+    return SimpleNamespace(num_layers=count, get_layer=lambda index: layer, num_inputs=0, num_outputs=0,
+                           get_input=None, get_output=None)  # fmt: skip
+
+
+def test_before_10_the_number_of_rounded_tensors_is_compared() -> None:
+    """The API reports types there that it chose by itself."""
+    facts = {"network": {"dequantize": {"INT8": 3}}, "inputs": {}, "outputs": {}}
+    old, new = SimpleNamespace(__version__="8.6.0"), SimpleNamespace(__version__="10.9.0")
+    build_plan.check_network(old, network_of(3, "FLOAT"), facts)
+    with pytest.raises(build_plan.BuildError, match="the parsed network is not the program") as caught:
+        build_plan.check_network(old, network_of(2, "FLOAT"), facts)
+    assert "dequantize: {'FLOAT': 2}, the program has {'INT8': 3}" in caught.value.why
+    with pytest.raises(build_plan.BuildError, match="the parsed network is not the program"):
+        build_plan.check_network(new, network_of(3, "FLOAT"), facts)
