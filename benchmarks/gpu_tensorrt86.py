@@ -227,7 +227,9 @@ def build(options: argparse.Namespace) -> dict[str, Any]:
     def one(folder: str) -> dict[str, Any]:
         note = Path(folder) / "build.json"
         if not note.is_file():
-            said = run_json([options.trt_python, f"{folder}/build_plan.py", "--json"], options.build_timeout)
+            level = [] if options.opt_level is None else ["--opt-level", str(options.opt_level)]
+            command = [options.trt_python, f"{folder}/build_plan.py", "--json", *level]
+            said = run_json(command, options.build_timeout)
             if "error" in said:
                 return said
             note.write_text(json.dumps(said))
@@ -306,6 +308,7 @@ def parse() -> argparse.Namespace:
         step.add_argument("--trt-python", required=True)
         step.add_argument("--artifacts", nargs="+", required=True, metavar="NAME=FOLDER")
         step.add_argument("--build-timeout", type=float, default=540)
+        step.add_argument("--opt-level", type=int, help="of build_plan.py")
     whole.add_argument("--reference", type=Path, required=True)
     whole.add_argument("-o", "--output", type=Path, required=True)
     return parser.parse_args()
