@@ -60,6 +60,7 @@ def test_what_is_recorded(int4: tuple[Path, ExportResult]) -> None:
     assert engine["runtime"] == "tensorrt_rtx"
     assert engine["compute_capabilities"] == ["sm89", "sm120"]
     assert engine["attention_kernels"] == "dedicated kernels"
+    assert engine["reproducible"] is True
     assert engine["network_found"]["dequantize"] == {"INT4": 14}
     assert engine["network_found"] == engine["network"]
     assert result.engine == "tensorrt"

@@ -83,7 +83,7 @@ def test_an_old_tensorrt(machine: Machine) -> None:
     [
         (
             {"arch": "sm90"},
-            "does not support the architecture sm90\n  why: an H100 or H200 takes standard TensorRT",
+            "does not support the architecture sm90\n  cause: an H100 or H200 takes standard TensorRT",
         ),
         ({"arch": "sm87"}, "a Jetson Orin takes standard TensorRT"),
         ({"arch": "sm89", "trt_runtime": "none"}, "--arch is for TensorRT for RTX"),
