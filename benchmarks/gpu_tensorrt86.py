@@ -3,6 +3,7 @@
 Here, without a GPU (needs optc with its extra onnx):
 
     python benchmarks/gpu_tensorrt86.py reference --fp32 out/trt-fp32 --text book.txt -o carry/reference.json
+    python benchmarks/gpu_tensorrt86.py graphs --reference carry/reference.json --artifacts fp16=carry/fp16 int8=carry/int8
 
 On the GPU's machine (TensorRT in a Python of its own; torch and transformers in this one, for the baseline):
 
@@ -69,6 +70,28 @@ def reference(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def graphs(options: argparse.Namespace) -> dict[str, Any]:
+    """What ONNX Runtime makes of other graphs along fp32's text: it tells rounding from errors of an engine."""
+    from optc.runtime.onnx_engine import OnnxEngine
+    from optc.runtime.run_trt import Decoder
+
+    known: dict[str, Any] = json.loads(options.reference.read_text())
+    for name, folder in (item.split("=", 1) for item in options.artifacts):
+        info = json.loads((Path(folder) / "engine.json").read_text())
+        decoder = Decoder(OnnxEngine(Path(folder) / "model.onnx", info["profiles"]))
+        rows = []
+        for index, row in enumerate(known["rows"]):
+            logits = forced_logits(decoder, row)
+            best = np.argsort(-logits, axis=1, kind="stable")[:, :CANDIDATES]
+            rows.append({
+                "tokens": best[:, 0].tolist(), "candidates": best.tolist(),
+                "logits": np.take_along_axis(logits, best, 1).round(5).tolist(),
+            })  # fmt: skip
+            print(f"{name}: text {index + 1} of {len(known['rows'])}", flush=True)
+        known.setdefault("graphs", {})[name] = rows
+    return known
+
+
 def greedy_with_candidates(decoder: Any, prompt: Row, count: int) -> dict[str, Any]:
     """`count` greedy tokens; of each step the likeliest ids and their logits."""
     tokens: list[int] = []
@@ -97,10 +120,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     spec.loader.exec_module(runner)
     info = runner.read_description(str(options.artifact))
     engine = runner.TrtEngine(str(options.artifact), info)
-    return figures(runner, runner.Decoder(engine), json.loads(options.reference.read_text()))
+    return figures(runner, runner.Decoder(engine), json.loads(options.reference.read_text()), options.name)
 
 
-def figures(runner: Any, decoder: Any, known: dict[str, Any]) -> dict[str, Any]:
+def figures(runner: Any, decoder: Any, known: dict[str, Any], name: str) -> dict[str, Any]:
     """Agreement, perplexity and latency; `runner` is the module run_trt."""
     prompts = [row["prompt"] for row in known["rows"]]
 
@@ -109,12 +132,16 @@ def figures(runner: Any, decoder: Any, known: dict[str, Any]) -> dict[str, Any]:
 
     alone = [greedy([prompt])[0] for prompt in prompts]
     free = [compare_free(row, got) for row, got in zip(known["rows"], alone)]
-    forced = [compare_forced(decoder, row) for row in known["rows"]]
+    logits = [forced_logits(decoder, row) for row in known["rows"]]
+    forced = [compare_forced(found, row) for found, row in zip(logits, known["rows"])]
+    same_graph = [compare_forced(*pair) for pair in zip(logits, known.get("graphs", {}).get(name, []))]
     result = {
         "free_running": free,
         "free_running_equal": [row["equal"] for row in free],
         "teacher_forced": forced,
         "teacher_forced_equal": [row["equal"] for row in forced],
+        "same_graph_in_onnxruntime": same_graph,
+        "same_graph_equal": [row["equal"] for row in same_graph],
     }
     most = max(profile.batch[1] for profile in decoder.engine.profiles)
     together = [
@@ -157,18 +184,21 @@ def margin(row: dict[str, Any], step: int, token: int) -> float | None:
     return round(scores[0] - scores[ids.index(token)], 5) if token in ids else None
 
 
-def compare_forced(decoder: Any, row: dict[str, Any]) -> dict[str, Any]:
-    """Best tokens along fp32's own text, with the margins of those that differ, and the largest error of a logit."""
+def forced_logits(decoder: Any, row: dict[str, Any]) -> Any:
+    """Logits [64, V] along fp32's own text."""
     decoder.start(1)
-    text = row["prompt"] + row["tokens"][:-1]
-    logits = decoder.score(text)[len(row["prompt"]) - 1 :]
+    return decoder.score(row["prompt"] + row["tokens"][:-1])[len(row["prompt"]) - 1 :]
+
+
+def compare_forced(logits: Any, row: dict[str, Any]) -> dict[str, Any]:
+    """Best tokens against those of a row, with its margins where they differ, and the largest error of a logit."""
     best = logits.argmax(1)
     wrong = [i for i, token in enumerate(row["tokens"]) if best[i] != token]
     ids = np.asarray(row["candidates"])
     errors = np.abs(np.take_along_axis(logits, ids, 1) - np.asarray(row["logits"]))
     return {
         "equal": len(best) - len(wrong),
-        "differences": [{"step": i, "fp32_margin": margin(row, i, int(best[i]))} for i in wrong],
+        "differences": [{"step": i, "margin": margin(row, i, int(best[i]))} for i in wrong],
         "largest_logit_error": float(errors.max()),
         "mean_logit_error": float(errors.mean()),
     }
@@ -250,7 +280,7 @@ def everything(options: argparse.Namespace) -> dict[str, Any]:
         if "error" in builds[name]:
             variants[name] = {"build": builds[name]}
             continue
-        asked = ["measure", "--artifact", folder, "--reference", str(options.reference)]
+        asked = ["measure", "--artifact", folder, "--name", name, "--reference", str(options.reference)]
         found = run_json([options.trt_python, *here, *asked], 240)
         command = [options.trt_python, f"{folder}/run_trt.py", "--prompt-tokens", "5,17,33", "--json"]
         variants[name] = {"build": builds[name], **found, "command_line": run_json(command, 60)}
@@ -299,6 +329,10 @@ def parse() -> argparse.Namespace:
     one = steps.add_parser("measure")
     one.add_argument("--artifact", type=Path, required=True)
     one.add_argument("--reference", type=Path, required=True)
+    one.add_argument("--name", default="", help="which of the reference's graphs this is")
+    more = steps.add_parser("graphs")
+    more.add_argument("--reference", type=Path, required=True, help="is read and written")
+    more.add_argument("--artifacts", nargs="+", required=True, metavar="NAME=FOLDER")
     base = steps.add_parser("eager")
     base.add_argument("--config", required=True, help="a folder with config.json")
     base.add_argument("--device", default="cuda")
@@ -319,6 +353,9 @@ def main() -> None:
     if options.step == "reference":
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(reference(options)) + "\n")
+        return
+    if options.step == "graphs":
+        options.reference.write_text(json.dumps(graphs(options)) + "\n")
         return
     steps = {"measure": measure, "eager": eager, "build": build, "all": everything}
     result = steps[options.step](options)
