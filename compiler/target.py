@@ -193,6 +193,20 @@ def check_options(
         refuse(what, "; ".join([allowed, *near]))
 
 
+def check_context(options: CompileOptions, context_length: int) -> None:
+    """Refuse a cache that is longer than the model's context (0: unknown).
+
+    Raises:
+        TargetError: --max-seq-len beyond the context.
+    """
+    asked = options.max_seq_len
+    if asked is not None and context_length and asked > context_length:
+        raise TargetError(
+            f"--max-seq-len {asked} is beyond the model's context of {context_length} tokens",
+            remedy=f"use --max-seq-len {context_length} or less",
+        )
+
+
 def _quantization_problem(target: Target, options: CompileOptions) -> tuple[str, str] | None:
     """(what the target does not take, what it does), or None when it can run the quantization."""
     if options.quant is None:

@@ -22,6 +22,7 @@ from optc.compiler.diagnostics import TargetError
 from optc.compiler.program import Program
 from optc.compiler.retrace import Replay, axis_limit, retrace
 from optc.compiler.rewriting import Pass, PassContext, PassResult
+from optc.compiler.target import CompileOptions, check_context
 from optc.compiler.tokenwise import cache_misses
 
 _ATTENTION = torch.ops.optc.attention.default
@@ -65,11 +66,7 @@ def cache_capacity(asked: int | None, context_length: int) -> int:
         raise TargetError(
             f"a KV cache of {asked} tokens holds no conversation", remedy="--max-seq-len 2 or more"
         )
-    if context_length and asked > context_length:
-        raise TargetError(
-            f"--max-seq-len {asked} is beyond the model's context of {context_length} tokens",
-            remedy=f"use --max-seq-len {context_length} or less",
-        )
+    check_context(CompileOptions(max_seq_len=asked), context_length)
     return asked
 
 

@@ -34,6 +34,7 @@ from optc.compiler.target import (
     ExportResult,
     Step,
     Target,
+    check_context,
     check_legal,
     check_options,
     with_defaults,
@@ -169,6 +170,7 @@ def compile(
     if settings.options.quant is not None and isinstance(model, str | Path):
         refuse_quantizing_again(Path(model))
     program, info = _captured(model, example_inputs, settings)
+    check_context(settings.options, program.contract.model.context_length)
     seconds = {"capture": time.perf_counter() - begin}
     steps = recipe_steps(found, program.contract.kind, settings)
     calibration = None

@@ -15,7 +15,7 @@ from optc.compiler.capture.checkpoint import check_folder
 from optc.compiler.capture.pretrained import DTYPES, meta_model
 from optc.compiler.capture.quantized import quantized_folder, refuse_quantizing_again
 from optc.compiler.quantize import check_group_size, default_group_size
-from optc.compiler.target import CompileOptions, Target
+from optc.compiler.target import CompileOptions, Target, check_context
 
 
 def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[str, Any]:
@@ -32,6 +32,7 @@ def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[st
     info = check_folder(model, trust_remote_code=settings.trust_remote_code)
     skeleton = meta_model(info, trust_remote_code=settings.trust_remote_code)
     decoder = hasattr(skeleton, "generate")
+    check_context(settings.options, int(getattr(skeleton.config, "max_position_embeddings", 0) or 0))
     steps = recipe_steps(target, "decoder" if decoder else "encoder", settings)
     sizes = _sizes(skeleton, settings.options)
     held = quantized_folder(info)
