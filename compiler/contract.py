@@ -15,6 +15,7 @@ InputRole = Literal[
     "block_tables",
     "context_lens",
     "cu_seqlens",
+    "past_lengths",
     "key_cache",
     "value_cache",
     "input",
@@ -59,11 +60,14 @@ class KVCache(msgspec.Struct, frozen=True, kw_only=True):
     none: the whole sequence is an input. linear: key/value caches [B, Hkv, P, D], either grown
     and returned (`in_place` False) or of fixed capacity and written in place. paged: one pool
     [num_blocks, block_size, Hkv, D] per layer for K and one for V, over a flattened token axis.
+
+    `capacity` > 0: linear caches of that many tokens, taken and returned whole, written from `past_lengths` on.
     """
 
     kind: Literal["none", "linear", "paged"] = "none"
     in_place: bool = False
     block_size: int = 0
+    capacity: int = 0
 
 
 WeightFormat = Literal["int", "fp8", "nf4", "nvfp4"]

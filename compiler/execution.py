@@ -20,7 +20,7 @@ from optc.compiler.contract import Input
 from optc.compiler.program import Program
 from optc.compiler.retrace import Handler, Replay
 
-_BHSD = ("attention", "cached_attention", "cached_attention_", "cached_attention_codes")
+_BHSD = ("attention", "cached_attention", "cached_attention_", "cached_attention_codes", "masked_attention")
 _BSC = (
     "group_query_attention",
     "group_query_attention_codes",
@@ -211,23 +211,32 @@ def _run_linear(
     """Caches live in a store of full size; a call gets the rows it needs and writes them back.
 
     Caches that are returned go in as long as the longest past (0 at first) and come back grown;
-    caches written in place have spare capacity.
+    caches written in place have spare capacity; those of a fixed capacity have that.
     """
-    capacity = max(len(tokens) for tokens in sequences) + 3
+    cache = program.contract.kv_cache
+    capacity = cache.capacity or max(len(tokens) for tokens in sequences) + 3
+    assert max(len(tokens) for tokens in sequences) <= capacity, "a sequence is longer than the KV cache"
     sizes = dict.fromkeys(("capacity", "past"), capacity) | {"batch": len(sequences)}
     stores = _caches(program, sizes, generator)
     collector = _Collector(len(sequences))
     for call in plan:
         taps: list[Tensor] = []
         rows = torch.tensor([row for row, _, _ in call])
-        in_place = program.contract.kv_cache.in_place
-        past = capacity if in_place else max(start for _, start, _ in call)
+        past = capacity if cache.in_place or cache.capacity else max(start for _, start, _ in call)
         caches = [store[rows, :, :past].contiguous() for store in stores]
-        logits, *presents = _tapped(program, taps)(_padded(sequences, call), _mask(call), *caches)
+        logits, *presents = _tapped(program, taps)(*_tokens(program, sequences, call), *caches)
         collector.add(call, _unpadded(call), logits, taps)
-        for store, cache in zip(stores, caches if in_place else presents, strict=True):
-            store[rows, :, : cache.shape[2]] = cache
+        for store, held in zip(stores, caches if cache.in_place else presents, strict=True):
+            store[rows, :, : held.shape[2]] = held
     return collector.result()
+
+
+def _tokens(program: Program, sequences: Sequence[Sequence[int]], call: Call) -> tuple[Tensor, Tensor]:
+    """Tokens of a call, and where they go: a mask, or how many tokens each row holds already."""
+    ids = _padded(sequences, call)
+    if not program.contract.kv_cache.capacity:
+        return ids, _mask(call)
+    return ids.int(), torch.tensor([start for _, start, _ in call], dtype=torch.int32)
 
 
 def _run_paged(

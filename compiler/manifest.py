@@ -97,7 +97,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     optc_version: str
     created: str
     target: str
-    engine: Literal["onnx", "aotinductor", "huggingface", "executorch"]
+    engine: Literal["onnx", "aotinductor", "tensorrt", "huggingface", "executorch"]
     engine_info: dict[str, Any]
     needs: dict[str, str | int | list[str]]
     dtype: str

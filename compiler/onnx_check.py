@@ -45,12 +45,12 @@ _MICROSOFT = """
     """
 MICROSOFT_OPS = frozenset(_MICROSOFT.split())
 
-_ITEM_SIZES = {1: 4, 2: 1, 3: 1, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2}
-"""TensorProto.DataType -> bytes: float, uint8, int8, int16, int32, int64, bool, float16, double, bfloat16."""
+_ITEM_SIZES = {1: 4, 2: 1, 3: 1, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2, 17: 1}
+"""TensorProto.DataType -> bytes: float, uint8, int8, int16, int32, int64, bool, float16, double, bfloat16, fp8 E4M3."""
 _HALF_BYTES = frozenset((21, 22))
 """TensorProto.DataType of two elements per byte: uint4, int4."""
 _TYPED_FIELDS = {1: "float_data", 6: "int32_data", 7: "int64_data", 11: "double_data"} | dict.fromkeys(
-    (2, 3, 5, 9, 10, 16), "int32_data"
+    (2, 3, 5, 9, 10, 16, 17), "int32_data"
 )
 _PLAIN_ATTRIBUTES = {1, 2, 3, 4, 6, 7, 8}  # float, int, string, tensor, and lists of the numbers and strings
 _DATA_FIELDS = (

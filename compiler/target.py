@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class CompileOptions:
     `max_num_tokens` tokens run together in a server; `speculative` is "ngram" or "draft:DIR", with `draft_tokens`.
     """
 
-    dtype: str = "fp32"
+    dtype: str | None = None
     quant: str | None = None
     bits: int | None = None
     average_bits: float | None = None
@@ -44,6 +45,9 @@ class CompileOptions:
     max_num_tokens: int | None = None
     speculative: str | None = None
     draft_tokens: int | None = None
+    arch: str | None = None
+    trt_ops: str | None = None
+    trt_runtime: str | None = None
 
     def bits_or(self, default: int) -> int:
         """The bits that were asked for, else `default`."""
@@ -86,7 +90,8 @@ class ExportResult:
     """What an exporter wrote.
 
     Attributes:
-        engine: "onnx", "aotinductor" or "executorch", which picks the session that runs it; or "huggingface", which has none.
+        engine: "onnx", "aotinductor", "tensorrt" or "executorch", which picks the session that runs it; or
+            "huggingface", which has none.
         info: facts the session needs (file names, cache layout, capacity ...), JSON-able.
         needs: what the host must have, JSON-able (library versions, instruction sets).
         weight_bytes: bytes of weights on disk, counted from what was written.
@@ -94,7 +99,7 @@ class ExportResult:
             `w_...`: its codes, scales and zero points).
     """
 
-    engine: Literal["onnx", "aotinductor", "huggingface", "executorch"]
+    engine: Literal["onnx", "aotinductor", "tensorrt", "huggingface", "executorch"]
     info: dict[str, Any]
     needs: dict[str, Any] = field(default_factory=dict)
     weight_bytes: int = 0
@@ -109,7 +114,7 @@ class Target:
         legal: operator -> predicate (or None when every use of it is legal).
         recipe: the default passes for a kind of model ("decoder", "encoder", "module") and options.
         export: writes the legalized Program.
-        takes: names of options that only some targets have (max_seq_len, accuracy_level, layout ...).
+        takes: names of options that only some targets have (max_seq_len, accuracy_level, layout, arch ...).
         quant: quantization method -> what the target can run of it.
         lacks: why it takes no more: for a method, or for "asymmetric", "bits", "group-size" or "dtype".
     """
@@ -131,20 +136,25 @@ class Target:
 
 def check_legal(program: Program, target: Target) -> None:
     """Raise one TargetError that lists every node the target cannot run, with reasons."""
+    check_lowered(program, target.legal, f"target '{target.name}'")
+
+
+def check_lowered(program: Program, legal: Mapping[Any, Predicate | None], what: str) -> None:
+    """Raise one TargetError that lists every node that `legal` does not allow, with reasons."""
     problems = []
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target not in target.legal:
+        if node.target not in legal:
             problems.append(f"{node.name}: {node.target} has no lowering")
             continue
-        predicate = target.legal[node.target]
+        predicate = legal[node.target]
         reason = predicate(node) if predicate else None
         if reason:
             problems.append(f"{node.name}: {node.target}: {reason}")
     if problems:
         raise TargetError(
-            f"target '{target.name}' cannot run {len(problems)} node(s)",
+            f"{what} cannot run {len(problems)} node(s)",
             where="; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else ""),
             remedy="choose another target (optc targets), or rewrite the nodes in a pass",
         )
@@ -152,8 +162,13 @@ def check_legal(program: Program, target: Target) -> None:
 
 _SPECIAL_OPTIONS = (
     "max_seq_len", "accuracy_level", "layout", "kv_cache_dtype", "max_batch", "max_num_tokens", "speculative",
-    "draft_tokens",
+    "draft_tokens", "arch", "trt_ops", "trt_runtime",
 )  # fmt: skip
+
+
+def with_defaults(target: Target, options: CompileOptions) -> CompileOptions:
+    """Options with the target's dtype where none was asked for."""
+    return options if options.dtype is not None else dataclasses.replace(options, dtype=target.dtypes[0])
 
 
 def check_options(
@@ -175,7 +190,7 @@ def check_options(
             remedy=f"it takes: {allowed}",
         )  # fmt: skip
 
-    if options.dtype not in target.dtypes:
+    if options.dtype is not None and options.dtype not in target.dtypes:
         refuse(f"dtype {options.dtype}", ", ".join(target.dtypes), "dtype")
     if options.kv_cache is not None and options.kv_cache not in target.kv_caches:
         refuse(f"a {options.kv_cache} KV cache", ", ".join(target.kv_caches) or "none")
@@ -189,6 +204,20 @@ def check_options(
         what, allowed, reason = problem
         near = [*_nearest_here(target, options), *_same_elsewhere(target, options, others())]
         refuse(what, "; ".join([allowed, *near]), reason)
+
+
+def check_context(options: CompileOptions, context_length: int) -> None:
+    """Refuse a cache that is longer than the model's context (0: unknown).
+
+    Raises:
+        TargetError: --max-seq-len beyond the context.
+    """
+    asked = options.max_seq_len
+    if asked is not None and context_length and asked > context_length:
+        raise TargetError(
+            f"--max-seq-len {asked} is beyond the model's context of {context_length} tokens",
+            remedy=f"use --max-seq-len {context_length} or less",
+        )
 
 
 def _quantization_problem(target: Target, options: CompileOptions) -> tuple[str, str, str] | None:

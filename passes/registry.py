@@ -14,6 +14,7 @@ NAMES = (
     "fuse-norm",
     "merge-projections",
     "static-kv-cache",
+    "fixed-kv-cache",
     "page-kv-cache",
     "quantize-rtn",
     "quantize-clip",
@@ -24,6 +25,7 @@ NAMES = (
     "scale-smoothquant",
     "rotate-inputs",
     "quantize-activations",
+    "quantize-static",
     "quantize-llm-int8",
     "quantize-fp8",
     "quantize-nf4",
@@ -36,6 +38,7 @@ NAMES = (
     "legalize-inductor",
     "legalize-executorch",
     "pack-xnnpack",
+    "legalize-trt",
     "round-activations",
 )
 

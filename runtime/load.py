@@ -213,6 +213,12 @@ def open_session(
         from optc.runtime.executorch_session import ExecutorchSession
 
         return ExecutorchSession(folder, manifest, threads=threads)
+    if manifest.engine == "tensorrt":
+        if threads is not None:
+            raise UsageError("threads does nothing here: the plan runs on the GPU")
+        from optc.runtime.trt_session import open_trt
+
+        return open_trt(folder)
     from optc.runtime.package_session import open_package
 
     return open_package(folder, manifest, threads=threads, num_blocks=num_blocks)

@@ -14,6 +14,7 @@ TARGETS = {
     "executorch": "optc.targets.executorch",
     "vllm": "optc.targets.vllm",
     "trtllm": "optc.targets.trtllm",
+    "trt": "optc.targets.trt",
 }
 ALIASES = {
     "edge": "onnx-cpu",
@@ -23,6 +24,8 @@ ALIASES = {
     "sglang": "vllm",
     "transformers": "vllm",
     "tensorrt-llm": "trtllm",
+    "tensorrt": "trt",
+    "rtx": "trt",
 }
 
 

@@ -5,17 +5,13 @@ from optc.compiler.ops import (
     attention_codes,
     nvfp4,
     packed,
-    packed_products,
-    paged,
-    quantization,
-    rotary,
-    rotation,
-    packed,
+    packed_cache,
     packed_products,
     packed_xnnpack,
     paged,
     quantization,
     rotary,
+    rotation,
 )
 
 __all__ = [
@@ -23,6 +19,7 @@ __all__ = [
     "attention_codes",
     "nvfp4",
     "packed",
+    "packed_cache",
     "packed_cpu",
     "packed_products",
     "packed_xnnpack",

@@ -107,7 +107,7 @@ def _matmul_integer(walker: Walker, node: Node) -> ir.Value:
     return out if bias is None else walker.op("Add", [out, walker.value(bias)])
 
 
-def _dequantize_linear(walker: Walker, node: Node) -> ir.Value:
+def dequantize_linear(walker: Walker, node: Node) -> ir.Value:
     """DequantizeLinear of a weight [K,N]: blocks along axis 0, or one scale per column."""
     codes, scale, zero = node.args
     K, N, bits, signed, block = (node.kwargs[key] for key in ("K", "N", "bits", "signed", "block_size"))
@@ -151,5 +151,5 @@ TABLE: dict[Any, Lowering] = {
     _optc.quantize_tokens.default: _quantize_tokens,
     _optc.matmul_integer.default: _matmul_integer,
     _optc.matmul_bnb4.default: _matmul_bnb4,
-    _optc.dequantize_linear.default: _dequantize_linear,
+    _optc.dequantize_linear.default: dequantize_linear,
 }

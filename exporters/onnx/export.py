@@ -39,13 +39,8 @@ def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
     """
     directory, contract = request.directory, program.contract
     model = Walker(program, LOWERINGS).run()
-    digests = {name: _digest(value.const_value) for name, value in model.graph.initializers.items()}
     histogram = collections.Counter(node.op_type for node in model.graph)
-    with os_errors("writing the ONNX model", str(directory / MODEL)):
-        ir.save(model, directory / MODEL, external_data=DATA, size_threshold_bytes=_INLINE_BYTES)
-        _align_names(directory)
-    check_onnx(directory, MODEL)
-    sizes = _read_back(directory / MODEL, digests)
+    sizes = write_model(model, directory)
     companions = copy_companions(request.source, directory)
     decoder = contract.kind == "decoder" and contract.kv_cache.kind == "linear"
     if decoder:
@@ -53,7 +48,7 @@ def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
         config = json.dumps(genai_config(contract, MODEL), indent=2) + "\n"
         with os_errors("writing genai_config.json", str(directory)):
             (directory / "genai_config.json").write_text(config)
-    weights = (directory / DATA).stat().st_size if (directory / DATA).exists() else 0
+    weights = (directory / DATA).stat().st_size
     return ExportResult(
         engine="onnx",
         info=_info(contract, request, histogram, companions, genai=decoder),
@@ -61,6 +56,21 @@ def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
         weight_bytes=weights,
         tensor_bytes=sizes,
     )
+
+
+def write_model(model: ir.Model, directory: Path) -> dict[str, int]:
+    """Write `model.onnx` and `model.onnx.data` and compare every weight on disk; bytes of each weight, by name.
+
+    Raises:
+        ArtifactError: what was read back is not what was written.
+        ResourceError, InputError: the disk is full or not writable.
+    """
+    digests = {name: _digest(value.const_value) for name, value in model.graph.initializers.items()}
+    with os_errors("writing the ONNX model", str(directory / MODEL)):
+        ir.save(model, directory / MODEL, external_data=DATA, size_threshold_bytes=_INLINE_BYTES)
+        _align_names(directory)
+    check_onnx(directory, MODEL)
+    return _read_back(directory / MODEL, digests)
 
 
 def _needs(program: Program) -> dict[str, Any]:

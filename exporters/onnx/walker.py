@@ -33,6 +33,7 @@ DTYPES = {
     torch.int8: ir.DataType.INT8,
     torch.uint8: ir.DataType.UINT8,
     torch.bool: ir.DataType.BOOL,
+    torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
 }
 _AXIS_NAMES = {  # the names that onnxruntime-genai's own models use
     "batch": "batch_size", "seq": "sequence_length", "total": "total_sequence_length",
@@ -43,10 +44,22 @@ Lowering = Callable[["Walker", Node], Any]
 
 
 class Walker:
-    """The state of one translation: values by node, initializers by weight name, nodes in order."""
+    """The state of one translation: values by node, initializers by weight name, nodes in order.
 
-    def __init__(self, program: Program, table: dict[Any, Lowering]) -> None:
+    `microsoft`: whether operators of ONNX Runtime's own domain may be used.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        table: dict[Any, Lowering],
+        *,
+        opset: int = OPSET,
+        ir_version: int = IR_VERSION,
+        microsoft: bool = True,
+    ) -> None:
         self.program, self.table = program, table
+        self.opset, self.ir_version, self.microsoft = opset, ir_version, microsoft
         self.values: dict[Node, Any] = {}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
@@ -79,9 +92,9 @@ class Walker:
         kept = [value for value in self.initializers.values() if id(value) in used]
         graph = ir.Graph(
             inputs, outputs, nodes=self.nodes, initializers=kept, name="optc",
-            opset_imports={"": OPSET, MICROSOFT: 1},
+            opset_imports={"": self.opset, **({MICROSOFT: 1} if self.microsoft else {})},
         )  # fmt: skip
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="optc")
+        return ir.Model(graph, ir_version=self.ir_version, producer_name="optc")
 
     def _lower(self, node: Node) -> Any:
         if node.target is operator.getitem and isinstance(self.values.get(node.args[0]), list | tuple):
@@ -118,7 +131,16 @@ class Walker:
         self, kind: str, inputs: Sequence[ir.Value | None], attributes: dict[str, Any] | None = None, *,
         domain: str = "", outputs: int = 1,
     ) -> Any:  # fmt: skip
-        """Append a node; its output, or the tuple of its outputs when there are several."""
+        """Append a node; its output, or the tuple of its outputs when there are several.
+
+        A part of a shape becomes Shape and Slice before opset 19: TensorRT 8's parser ignores Shape's start and end,
+        and gives the whole shape.
+        """
+        if kind == "Shape" and attributes and self.opset < 19:
+            ends = [[attributes[key]] for key in ("start", "end")]
+            whole = self.op("Shape", inputs)
+            return self.op("Slice", [whole, *map(self.constant, ends), self.constant([0])])
+        assert self.microsoft or domain != MICROSOFT, f"{kind} is an operator of ONNX Runtime's own"
         trimmed = list(inputs)
         while trimmed and trimmed[-1] is None:
             trimmed.pop()
@@ -153,7 +175,7 @@ class Walker:
                 self._initializer(name, self.program.weight(name))
             return self.initializers[name]
         if name not in self._transposed:
-            self._transposed[name] = self._initializer(f"{name}.T", self.program.weight(name).t())
+            self._transposed[name] = self._turned(f"{name}.T", self.program.weight(name).detach().t())
         return self._transposed[name]
 
     def packed(self, node: Node, kind: ir.DataType, shape: Sequence[int]) -> ir.Value:
@@ -183,6 +205,23 @@ class Walker:
     def _initializer(self, name: str, tensor: torch.Tensor) -> ir.Value:
         stored = tensor_adapters.TorchTensor(tensor.detach().contiguous(), name=name)
         value = ir.Value(name=name, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)
+        self.initializers[name] = value
+        return value
+
+    def _turned(self, name: str, tensor: torch.Tensor) -> ir.Value:
+        return self.computed(name, tensor.contiguous, tensor.dtype, tensor.shape)
+
+    def computed(
+        self, name: str, compute: Callable[[], torch.Tensor], dtype: torch.dtype, shape: Sequence[int]
+    ) -> ir.Value:
+        """An initializer whose bytes are made when they are written, one weight at a time."""
+        kind, dims = DTYPES[dtype], ir.Shape(shape)
+
+        def make() -> Any:
+            return tensor_adapters.TorchTensor(compute(), name=name)
+
+        stored = ir.LazyTensor(make, dtype=kind, shape=dims, name=name)
+        value = ir.Value(name=name, shape=dims, type=ir.TensorType(kind), const_value=stored)
         self.initializers[name] = value
         return value
 

@@ -166,6 +166,6 @@ def quantization_steps(options: CompileOptions, *, rotations: bool = True) -> li
 
 def stored_scales(options: CompileOptions) -> list[Step]:
     """A step that makes scales fit 16 bits, for methods whose own do not yet; an exporter then stores them so."""
-    if options.quant not in _WIDE_SCALES or options.dtype != "fp32":
+    if options.quant not in _WIDE_SCALES or options.dtype not in (None, "fp32"):
         return []
     return [Step(RoundScales(strict=False), optional=True)]

@@ -34,8 +34,10 @@ from optc.compiler.target import (
     ExportResult,
     Step,
     Target,
+    check_context,
     check_legal,
     check_options,
+    with_defaults,
 )
 from optc.exporters.report import write_report
 from optc.passes.quantize.methods import resolve
@@ -162,12 +164,13 @@ def compile(
     settings = _settings(settings, quant, options)
     found = find_target(target)
     check_request(found, settings.options)
-    settings = dataclasses.replace(settings, options=resolve(settings.options))
+    settings = dataclasses.replace(settings, options=chosen_options(found, settings.options))
     folder = Path(output)
     artifact.check_output(folder, settings.force)
     if settings.options.quant is not None and isinstance(model, str | Path):
         refuse_quantizing_again(Path(model))
     program, info = _captured(model, example_inputs, settings)
+    check_context(settings.options, program.contract.model.context_length)
     seconds = {"capture": time.perf_counter() - begin}
     steps = recipe_steps(found, program.contract.kind, settings)
     calibration = None
@@ -183,14 +186,23 @@ def compile(
 
 def check_request(target: Target, options: CompileOptions) -> None:
     """Refuse unknown names (UsageError) and what the target cannot do (TargetError), weights unread."""
-    _known_dtype(options.dtype)
-    check_options(target, resolve(options), installed_targets)
+    _known_dtype(options.dtype or target.dtypes[0])
+    check_options(target, chosen_options(target, options), installed_targets)
+
+
+def chosen_options(target: Target, options: CompileOptions) -> CompileOptions:
+    """Options with what the target and the quantization method stand for filled in.
+
+    Raises:
+        UsageError: unknown method, or bits or a group size for a method that has its own.
+    """
+    return resolve(with_defaults(target, options))
 
 
 def recipe_steps(target: Target, kind: str, settings: CompileSettings) -> list[Step]:
     """The passes of a compile: the requested ones, or the target's recipe, with settings applied."""
     if settings.passes is None:
-        steps = target.recipe(kind, resolve(settings.options))
+        steps = target.recipe(kind, chosen_options(target, settings.options))
     else:
         steps = []
         for item in settings.passes:
@@ -224,6 +236,7 @@ def _captured(
     model: Model, example_inputs: Sequence[torch.Tensor] | None, settings: CompileSettings
 ) -> tuple[Program, CheckpointInfo | None]:
     if isinstance(model, str | Path):
+        assert settings.options.dtype is not None
         return capture_pretrained(
             model, dtype=settings.options.dtype, trust_remote_code=settings.trust_remote_code
         )
@@ -261,7 +274,7 @@ def _text_probe(program: Program, info: CheckpointInfo | None, settings: Compile
     tokenizer = load_tokenizer(info.path)
     assert tokenizer is not None
     tokens = tokenizer.encode(text)
-    longest = min(96, program.contract.model.context_length or 96)
+    longest = min(96, program.contract.model.context_length or 96, settings.options.max_seq_len or 96)
     return text_probe(tokens, longest=longest) if len(tokens) > 3 * longest else None
 
 

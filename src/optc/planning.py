@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from optc.api import CompileSettings, check_request, recipe_steps
+from optc.api import CompileSettings, check_request, chosen_options, recipe_steps
 from optc.compiler.capture.checkpoint import check_folder
 from optc.compiler.capture.pretrained import DTYPES, meta_model
 from optc.compiler.capture.quantized import quantized_folder, refuse_quantizing_again
 from optc.compiler.quantize import check_group_size, default_group_size
-from optc.compiler.target import CompileOptions, Target, check_options
-from optc.passes.quantize.methods import METHODS, resolve
+from optc.compiler.target import CompileOptions, Target, check_context, check_options
+from optc.passes.quantize.methods import METHODS
 from optc.targets.registry import installed_targets
 
 
@@ -30,10 +30,11 @@ def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[st
         UsageError, TargetError, InputError, CaptureError: as the compile itself would.
     """
     check_request(target, settings.options)
-    settings = dataclasses.replace(settings, options=resolve(settings.options))
+    settings = dataclasses.replace(settings, options=chosen_options(target, settings.options))
     info = check_folder(model, trust_remote_code=settings.trust_remote_code)
     skeleton = meta_model(info, trust_remote_code=settings.trust_remote_code)
     decoder = hasattr(skeleton, "generate")
+    check_context(settings.options, int(getattr(skeleton.config, "max_position_embeddings", 0) or 0))
     steps = recipe_steps(target, "decoder" if decoder else "encoder", settings)
     sizes = _sizes(skeleton, settings.options)
     method = METHODS.get(settings.options.quant or "")
@@ -47,7 +48,7 @@ def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[st
         if settings.options.quant is not None:
             refuse_quantizing_again(model)
         shapes = [held.layout.shape(module) for module in held.modules]
-        dense = sum(rows * columns for rows, columns in shapes) * DTYPES[settings.options.dtype].itemsize
+        dense = sum(rows * columns for rows, columns in shapes) * _width(settings.options)
         sizes["weight_bytes"] += held.stored_bytes() - dense
         note = f"quantized already ({held.method}): {len(shapes)} linears keep their codes"
     return {
@@ -101,7 +102,7 @@ _SCALE_BYTES = 2  # scales are stored in 16 bits
 
 
 def _sizes(skeleton: Any, options: CompileOptions) -> dict[str, Any]:
-    width = DTYPES[options.dtype].itemsize
+    width = _width(options)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     linears = quantizable(skeleton, options.ignore)
     size, group = parameters * width, None
@@ -128,5 +129,11 @@ def _cache_bytes(config: Any, options: CompileOptions) -> int:
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    width = 1 if options.kv_cache_dtype == "fp8" else DTYPES[options.dtype].itemsize
+    width = 1 if options.kv_cache_dtype == "fp8" else _width(options)
     return 2 * int(config.num_hidden_layers) * kv_heads * head_dim * width
+
+
+def _width(options: CompileOptions) -> int:
+    """Bytes of a number of the compute type."""
+    assert options.dtype is not None
+    return DTYPES[options.dtype].itemsize

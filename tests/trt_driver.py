@@ -1,0 +1,114 @@
+"""Compiles tiny decoders for TensorRT, and runs the very same model.onnx in ONNX Runtime by the folder's contract."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from optc.compiler.calibration import random_calibration
+from optc.compiler.execution import run_stage
+from optc.compiler.program import Program
+from optc.compiler.rewriting import PassContext
+from optc.compiler.target import CompileOptions, ExportRequest, ExportResult
+from optc.passes.quantize.methods import resolve
+from optc.targets.trt import TARGET
+
+CAPACITY = 32
+LENGTHS = (21, 9, 14, 5)
+_CONTEXT = PassContext(calibration=random_calibration(128, samples=4, length=32, seed=0))
+
+
+def options(**given: Any) -> CompileOptions:
+    """Options of a small compile that builds no plan unless asked to."""
+    return resolve(CompileOptions(**{"max_seq_len": CAPACITY, "trt_runtime": "none", **given}))
+
+
+def stages(program: Program, chosen: CompileOptions) -> tuple[Program, Program]:
+    """The program in front of the KV cache (quantized, if it is), and the last stage; without the gate."""
+    before = program
+    for step in TARGET.recipe("decoder", chosen):
+        if step.rewrite.name == "fixed-kv-cache":
+            before = program
+        result = step.rewrite.run(program, _CONTEXT)
+        assert result.matched or step.optional, step.rewrite.name
+        program = result.program
+    return before, program
+
+
+def export(program: Program, folder: Path, chosen: CompileOptions) -> ExportResult:
+    """Export a last stage."""
+    folder.mkdir(exist_ok=True)
+    return TARGET.export(program, ExportRequest(directory=folder, options=chosen))
+
+
+def open_session(folder: Path) -> Any:
+    """The folder's model in ONNX Runtime, whose own fusions are kept from rounding activations."""
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads, settings.log_severity_level = 2, 4
+    settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
+    return ort.InferenceSession(str(folder / "model.onnx"), settings, providers=["CPUExecutionProvider"])
+
+
+class Runner:
+    """A batch over caches of fixed capacity in ONNX Runtime; caches start full of garbage."""
+
+    def __init__(self, session: Any, folder: Path, rows: int) -> None:
+        self.session = session
+        self.facts = json.loads((folder / "engine.json").read_text())
+        self.held = np.zeros(rows, np.int32)
+        generator = np.random.default_rng(0)
+        self.caches = {
+            name: generator.standard_normal([rows, *spec["dims"][1:]]).astype(spec["dtype"])
+            for name, spec in self.facts["inputs"].items()
+            if name.startswith("past")
+        }
+
+    def feed(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Append tokens to each row (right-padded when unequal); their logits, per row [len, V]."""
+        width = max(map(len, rows))
+        ids = np.array([[*row, *[0] * (width - len(row))] for row in rows], np.int32)
+        feed = {"input_ids": ids, "positions": self.held, **self.caches}
+        made = dict(zip(self.facts["outputs"], self.session.run(None, feed), strict=True))
+        assert made["logits"].dtype == np.float32
+        self.caches = {name: made[name.replace("past_key_values", "present")] for name in self.caches}
+        self.held = self.held + np.array([len(row) for row in rows], np.int32)
+        return [torch.from_numpy(part[: len(row)]) for part, row in zip(made["logits"], rows, strict=True)]
+
+
+def schedules(folder: Path, rows: Sequence[Sequence[int]]) -> dict[str, list[Tensor]]:
+    """Logits of every token, in several ways of feeding them: per schedule, one [len, V] per row."""
+    ways: dict[str, list[Tensor]] = {}
+    session = open_session(folder)
+    for way in ("prefill", "chunks", "steps"):
+        ways[way] = []
+        for row in rows:
+            runner, start, parts = Runner(session, folder, 1), 0, []
+            ends = {"prefill": [len(row)], "chunks": [len(row) // 2, len(row) // 2 + 2, len(row)],
+                    "steps": list(range(1, len(row) + 1))}[way]  # fmt: skip
+            for end in ends:
+                parts += runner.feed([row[start:end]])
+                start = end
+            ways[way].append(torch.cat(parts))
+    runner = Runner(session, folder, len(rows))
+    parts = [[part] for part in runner.feed([row[:-4] for row in rows])]
+    for step in range(-4, 0):
+        for store, part in zip(parts, runner.feed([[row[step]] for row in rows]), strict=True):
+            store.append(part)
+    ways["ragged"] = [torch.cat(store) for store in parts]
+    return ways
+
+
+def drift(program: Program, folder: Path, rows: Sequence[Sequence[int]]) -> dict[str, list[float]]:
+    """Largest difference of ONNX Runtime's logits from a program's, per way of feeding tokens and sequence."""
+    expected = run_stage(program, rows).logits
+    return {
+        way: [float((a - b.float()).abs().max()) for a, b in zip(logits, expected, strict=True)]
+        for way, logits in schedules(folder, rows).items()
+    }
