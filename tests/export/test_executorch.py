@@ -90,7 +90,7 @@ def test_layers_are_one_piece_each(tiny: Path, model: Any) -> None:
     """A piece up to the caches of each layer, and what lies around: norms and rotations do not cut a layer."""
     info = model.manifest.engine_info
     layers = len(model.manifest.contract.layers)
-    assert info["delegates"] <= layers + 2
+    assert info["delegates"] <= layers + 3
     assert "aten::index_put_.default" in info["operators"] or "aten::index_put_" in info["operators"]
     assert not [
         name for name in info["operators"] if name.startswith(("aten::bmm", "aten::linear", "aten::mean"))
