@@ -374,7 +374,6 @@ def build(
         "compute_capabilities": (architectures or "portable") if kind == "rtx" else gpu_architectures(),
         "attention_kernels": attempt or None,
         "network_found": held,
-        "reproducible": fixed_addresses(),
         "build_seconds": round(time.time() - begin, 3),
         "build_peak_bytes": peak_bytes(),
     }
@@ -398,12 +397,15 @@ def gpu_architectures() -> list[str] | None:
 
 
 def peak_bytes() -> int | None:
-    """The most memory that this process has held, or None where the system does not say."""
+    """The most memory that this program has held, or None where the system does not say.
+
+    Not ru_maxrss: that counts what the parent held when it started this process.
+    """
     try:
-        import resource
-    except ImportError:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def read_facts(folder: str) -> dict[str, Any]:
@@ -526,29 +528,5 @@ def fail(error: BuildError, as_json: bool) -> int:
     return error.code
 
 
-def fix_addresses() -> None:
-    """Start again without randomized addresses, on Linux: the builder orders some of a plan by them.
-
-    So that two builds are equal byte for byte. Where the system refuses, the plan is as good, but not reproducible.
-    """
-    if not sys.platform.startswith("linux") or fixed_addresses():
-        return
-    libc = ctypes.CDLL(None)
-    if libc.personality(libc.personality(_QUERY) | _NO_RANDOMIZE) != -1 and fixed_addresses():
-        isolated = ["-I"] if sys.flags.isolated else []
-        os.execv(sys.executable, [sys.executable, *isolated, os.path.abspath(__file__), *sys.argv[1:]])
-
-
-def fixed_addresses() -> bool:
-    """Whether this process was told not to randomize addresses."""
-    if not sys.platform.startswith("linux"):
-        return False
-    found = ctypes.CDLL(None).personality(_QUERY)
-    return bool(found != -1 and found & _NO_RANDOMIZE)
-
-
-_QUERY, _NO_RANDOMIZE = 0xFFFFFFFF, 0x0040000  # of personality(2)
-
 if __name__ == "__main__":
-    fix_addresses()
     sys.exit(main())

@@ -84,18 +84,10 @@ def build_plan(directory: Path, choice: Choice) -> dict[str, Any]:
     Raises:
         OptcError: as its exit code says.
     """
-    command = [
-        sys.executable,
-        "-I",
-        str(directory / BUILDER),
-        str(directory),
-        "--json",
-        "--runtime",
-        choice.runtime,
-    ]
+    command = [sys.executable, "-I", BUILDER, ".", "--json", "--runtime", choice.runtime]
     if choice.architectures:
         command += ["--arch", ",".join(choice.architectures)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         built: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return built

@@ -1,0 +1,31 @@
+"""A trained model with 4-bit weights: ONNX Runtime on the written graph against the quantized program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trt_driver
+
+from optc.compiler.capture import capture_pretrained
+from optc.runtime.tokenizer import load_tokenizer
+
+TEXT = "The old man looked at the sea, and said nothing for a long while. Then he turned to the boy and smiled. "
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "limit"), [("fp32", 1e-3), ("fp16", 2e-2)])
+def test_fiction_26m(shared_model: Callable[[str], Path], dtype: str, limit: float, tmp_path: Path) -> None:
+    """Measured: 1.6e-5 and 1.8e-2, of logits of up to some 20."""
+    folder = shared_model("fiction-26m")
+    chosen = trt_driver.options(dtype=dtype, quant="rtn", max_seq_len=64)
+    before, last = trt_driver.stages(capture_pretrained(folder, dtype=dtype)[0], chosen)
+    trt_driver.export(last, tmp_path, chosen)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer is not None
+    tokens = tokenizer.encode(TEXT * 3)
+    rows = [tokens[:29], tokens[5:16], tokens[9:29]]
+    for way, worst in trt_driver.drift(before, tmp_path, rows).items():
+        assert max(worst) <= limit, way
