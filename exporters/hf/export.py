@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,59 @@ def export_hf(program: Program, request: ExportRequest) -> ExportResult:
         ArtifactError: what was read back is not what was written.
         ResourceError, InputError: the disk is full or not writable.
     """
-    directory = request.directory
     plan = collect(program, request.source)
     writer = layout_writer(request.options.layout or LAYOUTS[0], [item.weight for item in plan.quantized])
+    written = write_model(plan, program.weight, writer, request.directory, request.source)
+    return ExportResult(
+        engine="huggingface",
+        info={
+            "layout": writer.name if plan.quantized else "none",
+            "quantization_config": written.config.get(KEY),
+            "files": sorted(set(written.files.values())),
+            "quantized_linears": len(plan.quantized),
+            "copied": list(plan.copied),
+            "companions": written.companions,
+        },
+        weight_bytes=sum((request.directory / name).stat().st_size for name in set(written.files.values())),
+        tensor_bytes=written.sizes,
+    )
+
+
+@dataclass(frozen=True)
+class WrittenFolder:
+    """What `write_model` wrote.
+
+    Attributes:
+        config: config.json.
+        files: tensor -> file.
+        companions: copied files.
+        sizes: bytes of the tensors, by the names that the plan gives their sources.
+    """
+
+    config: dict[str, Any]
+    files: dict[str, str]
+    companions: list[str]
+    sizes: dict[str, int]
+
+
+def write_model(
+    plan: FolderPlan,
+    weight: Callable[[str], Tensor],
+    writer: LayoutWriter,
+    directory: Path,
+    source: Path | None,
+) -> WrittenFolder:
+    """Write the model folder that a plan lays out, read it back, and compare it bit by bit.
+
+    Args:
+        weight: the tensor of a name that `plan.plain` maps to.
+        source: where the tokenizer and other companions come from.
+
+    Raises:
+        TargetError: the layout cannot hold a weight; names it.
+        ArtifactError: what was read back is not what was written.
+        ResourceError, InputError: the disk is full or not writable.
+    """
     for item in plan.quantized:
         reason = writer.obstacle(item.weight)
         if reason:
@@ -47,27 +98,15 @@ def export_hf(program: Program, request: ExportRequest) -> ExportResult:
                 f"the layout '{writer.name}' cannot hold a weight", where=item.module, why=reason,
                 remedy=f"choose another of --layout {', '.join(LAYOUTS)}, or other quantization options",
             )  # fmt: skip
-    companions = copy_companions(request.source, directory)
-    dtype = _compute_dtype(program, plan)
+    companions = copy_companions(source, directory)
+    dtype = _compute_dtype(weight, plan)
     config = _config(plan, writer, dtype)
     with os_errors("writing config.json", str(directory)):
         (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     sizes: dict[str, int] = {}
-    files = write_shards(directory, _tensors(program, plan, writer, sizes))
-    _read_back(directory, program, plan)
-    return ExportResult(
-        engine="huggingface",
-        info={
-            "layout": writer.name if plan.quantized else "none",
-            "quantization_config": config.get(KEY),
-            "files": sorted(set(files.values())),
-            "quantized_linears": len(plan.quantized),
-            "copied": list(plan.copied),
-            "companions": companions,
-        },
-        weight_bytes=sum((directory / name).stat().st_size for name in set(files.values())),
-        tensor_bytes=sizes,
-    )
+    files = write_shards(directory, _tensors(weight, plan, writer, dtype, sizes))
+    _read_back(directory, weight, plan)
+    return WrittenFolder(config, files, companions, sizes)
 
 
 def _config(plan: FolderPlan, writer: LayoutWriter, dtype: torch.dtype) -> dict[str, Any]:
@@ -82,23 +121,26 @@ def _config(plan: FolderPlan, writer: LayoutWriter, dtype: torch.dtype) -> dict[
     return config
 
 
-def _compute_dtype(program: Program, plan: FolderPlan) -> torch.dtype:
+def _compute_dtype(weight: Callable[[str], Tensor], plan: FolderPlan) -> torch.dtype:
     """The type that linears compute in: of the quantized ones' scales, else of the largest weight."""
     if plan.quantized:
         return plan.quantized[0].weight.scale.dtype
-    weights = [program.weight(name) for name in plan.plain.values()]
+    weights = [weight(name) for name in plan.plain.values()]
     floating = [tensor for tensor in weights if tensor.is_floating_point()]
     return max(floating, key=lambda tensor: tensor.numel()).dtype
 
 
 def _tensors(
-    program: Program, plan: FolderPlan, writer: LayoutWriter, sizes: dict[str, int]
+    weight: Callable[[str], Tensor],
+    plan: FolderPlan,
+    writer: LayoutWriter,
+    dtype: torch.dtype,
+    sizes: dict[str, int],
 ) -> Iterator[tuple[str, Tensor]]:
-    """What is written, in the source's order as far as it goes; fills `sizes` by the program's names."""
-    dtype = _compute_dtype(program, plan)
-    for name, weight in plan.plain.items():
-        tensor = program.weight(weight).detach()
-        sizes[weight] = tensor.nbytes
+    """What is written, in the source's order as far as it goes; fills `sizes` by the names of the sources."""
+    for name, held in plan.plain.items():
+        tensor = weight(held).detach()
+        sizes[held] = tensor.nbytes
         yield name, tensor
     for item in plan.quantized:
         for part, tensor in writer.tensors(item.weight).items():
@@ -118,13 +160,13 @@ def _copied(plan: FolderPlan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]
         yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _read_back(directory: Path, program: Program, plan: FolderPlan) -> None:
-    """Compare the written folder with the program, through the code that captures such folders."""
+def _read_back(directory: Path, weight: Callable[[str], Tensor], plan: FolderPlan) -> None:
+    """Compare the written folder with its sources, through the code that captures such folders."""
     try:
         info = check_folder(directory)
         folder = quantized_folder(info)
         _compare_quantized(folder.layout if folder else None, plan, directory)
-        _compare_plain(info, program, plan, directory)
+        _compare_plain(info, weight, plan, directory)
     except ArtifactError:
         raise
     except OptcError as error:
@@ -134,7 +176,7 @@ def _read_back(directory: Path, program: Program, plan: FolderPlan) -> None:
 def _compare_quantized(layout: Any, plan: FolderPlan, directory: Path) -> None:
     found = set(layout.modules()) if layout is not None else set()
     if found != {item.module for item in plan.quantized}:
-        raise _differs(directory, CONFIG, "the quantized linears are not those of the program")
+        raise _differs(directory, CONFIG, "the quantized linears are not those of the model")
     for item in plan.quantized:
         read: QuantizedWeight = layout.read(item.module)
         mine = item.weight
@@ -154,10 +196,12 @@ def _same_zero(left: QuantizedWeight, right: QuantizedWeight) -> bool:
     return given is None or bool((given == middle).all())
 
 
-def _compare_plain(info: CheckpointInfo, program: Program, plan: FolderPlan, directory: Path) -> None:
+def _compare_plain(
+    info: CheckpointInfo, weight: Callable[[str], Tensor], plan: FolderPlan, directory: Path
+) -> None:
     reader = TensorReader(info.path, info.tensors)
-    for name, weight in plan.plain.items():
-        mine = program.weight(weight).detach().contiguous()
+    for name, held in plan.plain.items():
+        mine = weight(held).detach().contiguous()
         read = reader.read(name, mine.dtype)
         if read.shape != mine.shape or not torch.equal(_bytes(read), _bytes(mine)):
             raise _differs(directory, name, "its bytes differ")

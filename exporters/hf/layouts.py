@@ -46,13 +46,18 @@ class LayoutWriter(Protocol):
 
 @dataclass(frozen=True)
 class CompressedTensorsWriter:
-    """compressed-tensors: pack-quantized, int-quantized (W8A8) and float-quantized (fp8)."""
+    """compressed-tensors: pack-quantized, int-quantized (W8A8) and float-quantized (fp8).
+
+    Attributes:
+        bits: of integer weights: 4 and 8 for vLLM; the layout itself, and optc, take 2 and 3 too.
+    """
 
     name: str = compressed_tensors.METHOD
+    bits: tuple[int, ...] = (4, 8)
 
     def obstacle(self, weight: QuantizedWeight) -> str | None:
         scheme = weight.scheme
-        if scheme.format == "int" and scheme.bits not in (4, 8):
+        if scheme.format == "int" and scheme.bits not in self.bits:
             return f"{scheme.bits}-bit weights: vLLM runs 4 and 8 bits in this layout; use --layout gptq"
         if scheme.activations == "fp8" and scheme.format != "fp8":
             return "integer weights with fp8 activations"
