@@ -25,7 +25,7 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             and (0.965, 0.99).
         eps: added to the denominator (adamw and sophia).
         hessian_every: sophia: steps between two estimates of the Hessian's diagonal.
-        clip_update: sophia: largest entry of the preconditioned update (the paper's rho).
+        gamma: sophia: entries of the Hessian below |gradient| / gamma are not divided by; such a weight moves by lr.
     """
 
     name: Literal["adamw", "lion", "sophia"] = "adamw"
@@ -34,7 +34,7 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     betas: tuple[float, float] | None = None
     eps: float = 1e-8
     hessian_every: int = 10
-    clip_update: float = 1.0
+    gamma: float = 0.01
 
 
 class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,0 +1,78 @@
+"""The loss of a batch: cross-entropy with the text, and the KL divergence from a teacher's distributions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from optc.compiler.diagnostics import InputError, UsageError
+from optc.training.config import TrainConfig
+from optc.training.data import IGNORED, Batch
+from optc.training.models import load_frozen
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over the label tokens of a batch, in nats; divide by the tokens of the whole step.
+
+    Attributes:
+        total: what is minimized (with a graph).
+        cross_entropy, divergence: its parts, detached; no teacher, no divergence.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    divergence: Tensor | None
+
+
+def load_teacher(config: TrainConfig, vocab_size: int) -> Any | None:
+    """The teacher, frozen, or None.
+
+    Raises:
+        InputError: an unusable folder, or another vocabulary.
+        UsageError: a model from scratch as its own teacher.
+    """
+    name = config.distill.teacher
+    if name is None:
+        return None
+    if name == "self" and config.from_scratch:
+        raise UsageError("a model from scratch cannot be its own teacher", remedy="give distill.teacher a model folder")
+    folder = Path(config.model if name == "self" else name)
+    teacher = load_frozen(folder)
+    if teacher.config.vocab_size != vocab_size:
+        raise InputError(
+            f"the teacher has {teacher.config.vocab_size} tokens in its vocabulary, the model {vocab_size}",
+            where=str(folder), remedy="give a teacher with the model's tokenizer",
+        )  # fmt: skip
+    return teacher
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits [B, S, V] of a batch."""
+    return model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+
+
+def loss_sums(logits: Tensor, batch: Batch, config: TrainConfig, teacher: nn.Module | None) -> LossSums:
+    """The loss of a batch from its logits [B, S, V], in fp32."""
+    student = logits.float().flatten(0, 1)
+    labels = batch.labels.flatten()
+    entropy = functional.cross_entropy(student, labels, ignore_index=IGNORED, reduction="sum")
+    if teacher is None:
+        return LossSums(entropy, entropy.detach(), None)
+    with torch.no_grad():
+        target = logits_of(teacher, batch).float().flatten(0, 1)
+    kept = labels != IGNORED
+    temperature, weight = config.distill.temperature, config.distill.weight
+    divergence = functional.kl_div(
+        (student[kept] / temperature).log_softmax(-1),
+        (target[kept] / temperature).log_softmax(-1),
+        log_target=True,
+        reduction="sum",
+    )
+    total = (1 - weight) * entropy + weight * temperature**2 * divergence
+    return LossSums(total, entropy.detach(), divergence.detach())

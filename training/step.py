@@ -1,0 +1,168 @@
+"""One optimizer step: micro-batches, token-weighted loss, clipping, loss scale, learning rate."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from optc.compiler.diagnostics import GateError
+from optc.training.data import Batch
+from optc.training.distill import logits_of, loss_sums
+from optc.training.metrics import StepRecord, flops_per_token, measure_memory, peak_flops, tensor_bytes
+from optc.training.nonfinite import find_nonfinite
+from optc.training.optimizers import estimate_hessian, set_learning_rate
+from optc.training.precision import autocast
+from optc.training.saved_tensors import SavedTensors
+from optc.training.schedule import learning_rate_share
+from optc.training.setup import Run
+
+_MOST_SKIPPED = 10  # steps in a row without an update, before a run that may skip stops
+
+
+def train_step(run: Run, *, last_good: str | None, with_memory: bool = False) -> StepRecord:
+    """Do one step; gradients are those of (sum of the losses of all tokens) / (number of label tokens of the step).
+
+    The step's random numbers come from seed, step and rank alone, so a resumed run draws the same ones.
+
+    Raises:
+        GateError: a loss or gradient that is not finite, by policy; names step, layer and `last_good` checkpoint.
+    """
+    started = time.perf_counter()
+    config, device = run.config, run.device
+    epoch = run.reader.position.epoch
+    batches = [batch.to(device) for batch in run.reader.next_step()]
+    tokens = int(_sum_over_ranks(run, sum(batch.label_tokens for batch in batches)))
+    torch.manual_seed((config.seed * 1_000_003 + run.step) * 4096 + run.world.rank)
+    set_learning_rate(run.optimizer, learning_rate_share(config.schedule, run.step, config.max_steps))
+    if with_memory and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    sums, activations = _backward(run, batches, tokens, with_memory)
+    loss, entropy, divergence = (float(item) for item in _sum_over_ranks(run, sums) / tokens)
+    gradients = tensor_bytes(item.grad for item in run.model.parameters() if item.grad is not None)
+    skipped, norm = _update(run, batches, loss)
+    if skipped == "not finite":
+        _not_finite(run, batches, last_good)
+    memory = None
+    if with_memory:
+        memory = measure_memory(
+            run.model, run.optimizer, gradients=gradients, activations=activations, device=device
+        )
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    seconds = time.perf_counter() - started
+    peak = peak_flops(device, config.precision, config.peak_tflops)
+    rate = tokens / seconds
+    return StepRecord(
+        step=run.step, epoch=epoch, loss=_finite(loss), cross_entropy=_finite(entropy),
+        divergence=None if run.teacher is None else _finite(divergence),
+        lr=run.optimizer.param_groups[0]["lr"], grad_norm=_finite(norm), tokens=tokens, seconds=seconds,
+        tokens_per_s=rate,
+        mfu=None if peak is None else rate * flops_per_token(run.model, config.seq_len) / run.world.size / peak,
+        scale=run.scaler.get_scale() if run.scaler.is_enabled() else None, skipped=skipped, memory=memory,
+    )  # fmt: skip
+
+
+def _backward(run: Run, batches: Sequence[Batch], tokens: int, with_memory: bool) -> tuple[Tensor, int]:
+    """Gradients of a step. Returns the sums [loss, cross-entropy, KL] of this rank, and bytes of saved activations."""
+    sums = torch.zeros(3, dtype=torch.float64)
+    activations = 0
+    for number, batch in enumerate(batches):
+        saved = SavedTensors([*run.model.parameters(), *run.model.buffers()])
+        with _synchronizing(run, last=number == len(batches) - 1):
+            with saved if with_memory and number == 0 else contextlib.nullcontext():
+                with autocast(run.config, run.device):
+                    logits = logits_of(run.module, batch)
+                    found = loss_sums(logits, batch, run.config, run.teacher)
+                activations = max(activations, saved.bytes)
+            # Data parallel wrappers average gradients over the ranks; the sum is wanted.
+            run.scaler.scale(found.total * (run.world.size / tokens)).backward()
+        parts = (found.total.detach(), found.cross_entropy, found.divergence)
+        sums += torch.tensor([0.0 if item is None else float(item) for item in parts], dtype=torch.float64)
+    return sums, activations
+
+
+def _update(run: Run, batches: Sequence[Batch], loss: float) -> tuple[str | None, float]:
+    """Clip and step. Returns why no update was made, and the norm of the gradient."""
+    run.scaler.unscale_(run.optimizer)
+    trained = [item for item in run.model.parameters() if item.requires_grad]
+    limit = run.config.clip_norm or math.inf
+    found = torch.nn.utils.clip_grad_norm_(trained, limit, foreach=True)
+    norm = float(found.full_tensor() if hasattr(found, "full_tensor") else found)
+    if not math.isfinite(loss) or (not math.isfinite(norm) and not run.scaler.is_enabled()):
+        return "not finite", norm
+    before = run.scaler.get_scale()
+    if run.config.optimizer.name == "sophia" and run.step % run.config.optimizer.hessian_every == 0:
+        hessian = _hessian(run, batches[0])
+        run.optimizer.step(hessian=hessian)  # type: ignore[call-arg]
+    else:
+        run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.skipped = 0
+    return ("overflow" if run.scaler.get_scale() < before else None), norm
+
+
+def _hessian(run: Run, batch: Batch) -> list[Tensor]:
+    generator = torch.Generator(run.device).manual_seed(run.config.seed * 1_000_003 + run.step)
+
+    def loss() -> Tensor:
+        found = loss_sums(logits_of(run.model, batch), batch, run.config, run.teacher)
+        return found.total / max(1, batch.label_tokens)
+
+    found = estimate_hessian(run.optimizer, loss, generator)
+    if run.world.size > 1:
+        for item in found:
+            dist.all_reduce(item)
+            item /= run.world.size
+    return found
+
+
+def _not_finite(run: Run, batches: Sequence[Batch], last_good: str | None) -> None:
+    """Skip the step, or stop, by the run's policy."""
+
+    def forward() -> None:
+        for batch in batches:
+            with autocast(run.config, run.device):
+                logits_of(run.model, batch)
+
+    run.skipped += 1
+    if run.config.on_nan == "skip" and run.skipped <= _MOST_SKIPPED:
+        # The loss scale saw no step: tell it that none was meant.
+        run.scaler.update(run.scaler.get_scale()) if run.scaler.is_enabled() else None
+        return
+    layer = find_nonfinite(run.model, forward)
+    raise GateError(
+        f"the loss or its gradient is not finite in step {run.step + 1}"
+        + (f", the {run.skipped}th in a row" if run.config.on_nan == "skip" else ""),
+        where=layer,
+        why=f"last good checkpoint: {last_good or 'none yet'}",
+        remedy="lower optimizer.lr, train in fp32 or bf16, or leave such steps out with --set on_nan=skip",
+    )
+
+
+def _synchronizing(run: Run, *, last: bool) -> AbstractContextManager[object]:
+    """Gradients are exchanged over ranks with the last micro-batch only."""
+    if isinstance(run.module, DistributedDataParallel) and not last:
+        return run.module.no_sync()
+    if hasattr(run.module, "set_requires_gradient_sync"):
+        run.module.set_requires_gradient_sync(last)
+    return contextlib.nullcontext()
+
+
+def _sum_over_ranks(run: Run, value: Tensor | int) -> Tensor:
+    found = torch.as_tensor(value, dtype=torch.float64)
+    if run.world.size > 1:
+        found = found.to(run.device)
+        dist.all_reduce(found)
+    return found.cpu()
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
