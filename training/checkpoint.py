@@ -68,7 +68,9 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def save(run: Path, state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
+def save(
+    run: Path, state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int
+) -> Path:
     """Write a checkpoint of one process (or of the first of several that hold the same); removes the oldest.
 
     Raises:
@@ -107,7 +109,10 @@ def read_state(folder: Path) -> RunState:
         state = msgspec.json.decode(data, type=RunState)
     except (msgspec.DecodeError, RecursionError) as error:
         raise InputError(
-            "the checkpoint is damaged", where=str(path), why=str(error), remedy="remove this checkpoint's folder"
+            "the checkpoint is damaged",
+            where=str(path),
+            why=str(error),
+            remedy="remove this checkpoint's folder",
         ) from error
     if state.format != FORMAT:
         raise InputError(

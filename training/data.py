@@ -62,7 +62,9 @@ def read_corpus(
         InputError: no file, one that is missing or malformed, or a token outside the vocabulary.
     """
     if not paths:
-        raise InputError("no training text", remedy="give --text FILE (text, .jsonl or .json), or data.text in the recipe")
+        raise InputError(
+            "no training text", remedy="give --text FILE (text, .jsonl or .json), or data.text in the recipe"
+        )
     documents = []
     for path in paths:
         if not Path(path).is_file():
@@ -106,10 +108,11 @@ class Reader:
         ]
         self._epoch = -1
         self._units: list[list[list[int]]] = []
-        if not self._pieces:
+        total = sum(size for _, _, size in self._pieces)
+        if total < length:
             raise InputError(
-                "the training text is too short: not one document of two tokens",
-                where=", ".join(config.data.text) or None, remedy="give a longer text",
+                f"the training text is too short: {total} tokens to learn, {length} for one row",
+                where=", ".join(config.data.text) or None, remedy="give a longer text, or shorter rows by --set seq_len",
             )  # fmt: skip
 
     @property

@@ -41,7 +41,9 @@ def load_teacher(config: TrainConfig, vocab_size: int) -> Any | None:
     if name is None:
         return None
     if name == "self" and config.from_scratch:
-        raise UsageError("a model from scratch cannot be its own teacher", remedy="give distill.teacher a model folder")
+        raise UsageError(
+            "a model from scratch cannot be its own teacher", remedy="give distill.teacher a model folder"
+        )
     folder = Path(config.model if name == "self" else name)
     teacher = load_frozen(folder)
     if teacher.config.vocab_size != vocab_size:

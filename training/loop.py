@@ -58,6 +58,11 @@ class TrainResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     last: StepRecord
 
 
+def plain_config(config: TrainConfig) -> dict[str, Any]:
+    """The config as JSON has it."""
+    return msgspec.json.decode(msgspec.json.encode(config), type=dict[str, Any])
+
+
 def run_folder(output: Path) -> Path:
     """Where the log and the checkpoints of a run stand until it is done."""
     return output.with_name(output.name + ".run")
@@ -108,7 +113,7 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None =
 def _initial_state(run: Run) -> RunState:
     return RunState(
         step=0, position=run.reader.position, model=model_identity(run.config), corpus=run.reader.digest,
-        config=msgspec.to_builtins(run.config), run=secrets.token_hex(8),
+        config=plain_config(run.config), run=secrets.token_hex(8),
     )  # fmt: skip
 
 
@@ -150,7 +155,11 @@ def _steps(run: Run, state: RunState, folder: Path, on_step: OnStep | None) -> l
 
 def _save(run: Run, state: RunState, folder: Path) -> Path:
     now = msgspec.structs.replace(
-        state, step=run.step, position=run.reader.position, skipped=run.skipped, scaler=run.scaler.state_dict()
+        state,
+        step=run.step,
+        position=run.reader.position,
+        skipped=run.skipped,
+        scaler=run.scaler.state_dict(),
     )
     if run.world.rank == 0:
         checkpoint.save(folder, now, run.model, run.optimizer, keep=run.config.saving.keep)
@@ -166,7 +175,7 @@ def _result(run: Run, state: RunState, records: list[StepRecord], resumed: RunSt
         first_loss=records[0].loss, last_loss=records[-1].loss, tokens=sum(row.tokens for row in records),
         seconds=sum(row.seconds for row in records), parameters=sum(item.numel() for item in parameters),
         trainable=sum(item.numel() for item in parameters if item.requires_grad),
-        config=msgspec.to_builtins(run.config), last=records[-1],
+        config=plain_config(run.config), last=records[-1],
     )  # fmt: skip
 
 

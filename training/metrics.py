@@ -83,7 +83,12 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def measure_memory(
-    model: nn.Module, optimizer: torch.optim.Optimizer, *, gradients: int, activations: int, device: torch.device
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    gradients: int,
+    activations: int,
+    device: torch.device,
 ) -> Memory:
     """The memory of this rank, after a step."""
     weights = tensor_bytes([*model.parameters(), *model.buffers()])
@@ -94,9 +99,7 @@ def measure_memory(
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         activations = max(0, peak - weights - gradients - state)
-    return Memory(
-        weights=weights, gradients=gradients, optimizer=state, activations=activations, peak=peak
-    )
+    return Memory(weights=weights, gradients=gradients, optimizer=state, activations=activations, peak=peak)
 
 
 def flops_per_token(model: nn.Module, seq_len: int) -> int:
@@ -154,7 +157,16 @@ class MetricsLog:
             self._file.write(msgspec.json.encode(record) + b"\n")
             self._file.flush()
         if self._writer is not None:
-            for key in ("loss", "cross_entropy", "divergence", "lr", "grad_norm", "tokens_per_s", "mfu", "scale"):
+            for key in (
+                "loss",
+                "cross_entropy",
+                "divergence",
+                "lr",
+                "grad_norm",
+                "tokens_per_s",
+                "mfu",
+                "scale",
+            ):
                 value = getattr(record, key)
                 if value is not None:
                     self._writer.add_scalar(key, value, record.step)
@@ -188,6 +200,8 @@ def _summary_writer(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError as error:
         raise UsageError(
-            "tensorboard is not installed", why=str(error), remedy="pip install 'optc[train]', or leave tensorboard out"
+            "tensorboard is not installed",
+            why=str(error),
+            remedy="pip install 'optc[train]', or leave tensorboard out",
         ) from error
     return SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]

@@ -49,7 +49,9 @@ def load_frozen(folder: Path) -> Any:
 def _fresh(folder: Path) -> Any:
     """Weights drawn by the model's own initialization, with torch's seed; the folder needs no weights."""
     if not folder.is_dir():
-        raise InputError("the model folder does not exist", where=str(folder), remedy="give a folder with config.json")
+        raise InputError(
+            "the model folder does not exist", where=str(folder), remedy="give a folder with config.json"
+        )
     config = read_config(folder, trust_remote_code=False)
     skeleton = meta_model(CheckpointInfo(folder, config, {}, (folder / "tokenizer.json").is_file()))
     shape = skeleton.config

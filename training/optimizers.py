@@ -21,14 +21,18 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     Raises:
         InputError: nothing is trainable.
     """
-    decayed, plain = [], []
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             still = parameter.dim() < 2 or getattr(parameter, "no_weight_decay", False)
             (plain if still else decayed).append(parameter)
     if not decayed and not plain:
         raise InputError("the model has no trainable parameter", remedy="enable lora, or train all weights")
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -47,7 +51,9 @@ def optimizer_class(config: OptimizerConfig) -> tuple[Callable[..., torch.optim.
         import pytorch_optimizer
     except ImportError as error:
         raise UsageError(
-            f"optimizer '{config.name}' needs pytorch_optimizer", why=str(error), remedy="pip install 'optc[train]'"
+            f"optimizer '{config.name}' needs pytorch_optimizer",
+            why=str(error),
+            remedy="pip install 'optc[train]'",
         ) from error
     if config.name == "lion":
         return pytorch_optimizer.Lion, {"lr": config.lr, "betas": config.betas or (0.9, 0.99)}
@@ -89,7 +95,8 @@ def estimate_hessian(
     with sdpa_kernel(SDPBackend.MATH):
         gradients = torch.autograd.grad(loss(), parameters, create_graph=True, allow_unused=True)
     noise = [
-        torch.randn(item.shape, generator=generator, device=item.device, dtype=item.dtype) for item in parameters
+        torch.randn(item.shape, generator=generator, device=item.device, dtype=item.dtype)
+        for item in parameters
     ]
     product = sum(
         (gradient * z).sum() for gradient, z in zip(gradients, noise, strict=True) if gradient is not None

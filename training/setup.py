@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from optc.compiler.capture.checkpoint import check_folder, config_digest, weights_digest
+from optc.compiler.capture.checkpoint import CheckpointInfo, check_folder, config_digest, weights_digest
+from optc.compiler.capture.config_file import read_config
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.runtime.tokenizer import eos_token_ids, load_tokenizer
 from optc.training.activation_checkpointing import apply_activation_checkpointing
@@ -21,7 +22,7 @@ from optc.training.distill import load_teacher
 from optc.training.lora import apply_lora
 from optc.training.models import load_trainable
 from optc.training.optimizers import make_optimizer
-from optc.training.parallel import apply_data_parallel
+from optc.training.parallel import apply_data_parallel, shard_optimizer
 from optc.training.precision import make_scaler
 from optc.training.qat import apply_qat
 
@@ -57,14 +58,13 @@ class Run:
     world: World
     device: torch.device
     model: Any
-    module: nn.Module
+    module: Any
     teacher: nn.Module | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     reader: Reader
     step: int = 0
     skipped: int = 0
-    hessian: list[Tensor] | None = field(default=None, repr=False)
 
 
 def check_config(config: TrainConfig, world: World) -> None:
@@ -75,7 +75,9 @@ def check_config(config: TrainConfig, world: World) -> None:
         InputError: ranks and accumulation that do not divide the batch.
     """
     if not config.model:
-        raise UsageError("no model given", remedy="optc train --recipe finetune --model FOLDER --text FILE -o OUT")
+        raise UsageError(
+            "no model given", remedy="optc train --recipe finetune --model FOLDER --text FILE -o OUT"
+        )
     parts = world.size * config.gradient_accumulation
     if config.batch_size % parts:
         raise UsageError(
@@ -86,8 +88,14 @@ def check_config(config: TrainConfig, world: World) -> None:
         )  # fmt: skip
     if world.size > 1 and config.parallel.kind == "none":
         raise UsageError(
-            f"{world.size} processes, but parallel.kind is none", remedy="use --set parallel.kind=ddp (or fsdp, zero1)"
+            f"{world.size} processes, but parallel.kind is none",
+            remedy="use --set parallel.kind=ddp (or fsdp, zero1)",
         )
+    if config.optimizer.name == "sophia" and config.precision == "fp16":
+        raise UsageError(
+            "sophia does not run with a loss scale", why="its Hessian estimate is computed in fp32 without one",
+            remedy="use precision fp32 or bf16",
+        )  # fmt: skip
     if config.optimizer.name == "sophia" and config.parallel.kind not in ("none", "ddp"):
         raise UsageError(
             "sophia does not run on shards", why="its Hessian estimate differentiates whole weights twice",
@@ -122,7 +130,9 @@ def prepare(config: TrainConfig, world: World) -> Run:
     torch.manual_seed(config.seed)
     folder = Path(config.model)
     if not folder.is_dir():
-        raise InputError("the model folder does not exist", where=config.model, remedy="give a folder with config.json")
+        raise InputError(
+            "the model folder does not exist", where=config.model, remedy="give a folder with config.json"
+        )
     reader = _reader(config, world, folder)
     model = load_trainable(config)
     teacher = load_teacher(config, model.config.vocab_size)
@@ -130,8 +140,8 @@ def prepare(config: TrainConfig, world: World) -> Run:
     model = apply_qat(model, config.qat).to(device)
     model = apply_activation_checkpointing(model, config.checkpointing)
     model = apply_compile(model, config.compile)
-    module = model if config.parallel.kind == "none" else apply_data_parallel(model, config.parallel)
-    optimizer = make_optimizer(model, config.optimizer)
+    module = apply_data_parallel(model, config.parallel)
+    optimizer = shard_optimizer(make_optimizer(model, config.optimizer), config.parallel)
     return Run(
         config=config, world=world, device=device, model=model, module=module,
         teacher=None if teacher is None else teacher.to(device), optimizer=optimizer,
@@ -140,8 +150,6 @@ def prepare(config: TrainConfig, world: World) -> Run:
 
 
 def _reader(config: TrainConfig, world: World, folder: Path) -> Reader:
-    from optc.compiler.capture.config_file import read_config
-
     ends = eos_token_ids(folder) if config.data.append_eos else ()
     documents = read_corpus(
         config.data.text, load_tokenizer(folder),
@@ -155,8 +163,6 @@ def model_identity(config: TrainConfig) -> str:
     """What the run started from: digest of config.json, and of the weights unless they were drawn."""
     folder = Path(config.model)
     if config.from_scratch:
-        from optc.compiler.capture.checkpoint import CheckpointInfo
-
         return config_digest(CheckpointInfo(folder, {}, {}, False))
     info = check_folder(folder)
     return f"{weights_digest(info)}:{config_digest(info)}"

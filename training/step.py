@@ -6,12 +6,11 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from optc.compiler.diagnostics import GateError
 from optc.training.data import Batch
@@ -19,6 +18,7 @@ from optc.training.distill import logits_of, loss_sums
 from optc.training.metrics import StepRecord, flops_per_token, measure_memory, peak_flops, tensor_bytes
 from optc.training.nonfinite import find_nonfinite
 from optc.training.optimizers import estimate_hessian, set_learning_rate
+from optc.training.parallel import clip_grad_norm, scale_loss, sum_over_ranks, synchronizing
 from optc.training.precision import autocast
 from optc.training.saved_tensors import SavedTensors
 from optc.training.schedule import learning_rate_share
@@ -39,13 +39,13 @@ def train_step(run: Run, *, last_good: str | None, with_memory: bool = False) ->
     config, device = run.config, run.device
     epoch = run.reader.position.epoch
     batches = [batch.to(device) for batch in run.reader.next_step()]
-    tokens = int(_sum_over_ranks(run, sum(batch.label_tokens for batch in batches)))
+    tokens = int(sum_over_ranks(sum(batch.label_tokens for batch in batches), device))
     torch.manual_seed((config.seed * 1_000_003 + run.step) * 4096 + run.world.rank)
     set_learning_rate(run.optimizer, learning_rate_share(config.schedule, run.step, config.max_steps))
     if with_memory and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     sums, activations = _backward(run, batches, tokens, with_memory)
-    loss, entropy, divergence = (float(item) for item in _sum_over_ranks(run, sums) / tokens)
+    loss, entropy, divergence = (sum_over_ranks(item, device) / tokens for item in sums)
     gradients = tensor_bytes(item.grad for item in run.model.parameters() if item.grad is not None)
     skipped, norm = _update(run, batches, loss)
     if skipped == "not finite":
@@ -70,22 +70,23 @@ def train_step(run: Run, *, last_good: str | None, with_memory: bool = False) ->
     )  # fmt: skip
 
 
-def _backward(run: Run, batches: Sequence[Batch], tokens: int, with_memory: bool) -> tuple[Tensor, int]:
+def _backward(run: Run, batches: Sequence[Batch], tokens: int, with_memory: bool) -> tuple[list[float], int]:
     """Gradients of a step. Returns the sums [loss, cross-entropy, KL] of this rank, and bytes of saved activations."""
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = [0.0, 0.0, 0.0]
     activations = 0
     for number, batch in enumerate(batches):
         saved = SavedTensors([*run.model.parameters(), *run.model.buffers()])
-        with _synchronizing(run, last=number == len(batches) - 1):
+        with synchronizing(run.module, last=number == len(batches) - 1):
             with saved if with_memory and number == 0 else contextlib.nullcontext():
                 with autocast(run.config, run.device):
                     logits = logits_of(run.module, batch)
                     found = loss_sums(logits, batch, run.config, run.teacher)
                 activations = max(activations, saved.bytes)
-            # Data parallel wrappers average gradients over the ranks; the sum is wanted.
-            run.scaler.scale(found.total * (run.world.size / tokens)).backward()
+            run.scaler.scale(scale_loss(found.total, tokens)).backward()
         parts = (found.total.detach(), found.cross_entropy, found.divergence)
-        sums += torch.tensor([0.0 if item is None else float(item) for item in parts], dtype=torch.float64)
+        sums = [
+            total + (0.0 if part is None else float(part)) for total, part in zip(sums, parts, strict=True)
+        ]
     return sums, activations
 
 
@@ -93,15 +94,13 @@ def _update(run: Run, batches: Sequence[Batch], loss: float) -> tuple[str | None
     """Clip and step. Returns why no update was made, and the norm of the gradient."""
     run.scaler.unscale_(run.optimizer)
     trained = [item for item in run.model.parameters() if item.requires_grad]
-    limit = run.config.clip_norm or math.inf
-    found = torch.nn.utils.clip_grad_norm_(trained, limit, foreach=True)
-    norm = float(found.full_tensor() if hasattr(found, "full_tensor") else found)
+    norm = clip_grad_norm(trained, run.config.clip_norm or math.inf)
     if not math.isfinite(loss) or (not math.isfinite(norm) and not run.scaler.is_enabled()):
         return "not finite", norm
     before = run.scaler.get_scale()
     if run.config.optimizer.name == "sophia" and run.step % run.config.optimizer.hessian_every == 0:
-        hessian = _hessian(run, batches[0])
-        run.optimizer.step(hessian=hessian)  # type: ignore[call-arg]
+        step: Any = run.optimizer.step
+        step(hessian=_hessian(run, batches[0]))
     else:
         run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -134,8 +133,8 @@ def _not_finite(run: Run, batches: Sequence[Batch], last_good: str | None) -> No
 
     run.skipped += 1
     if run.config.on_nan == "skip" and run.skipped <= _MOST_SKIPPED:
-        # The loss scale saw no step: tell it that none was meant.
-        run.scaler.update(run.scaler.get_scale()) if run.scaler.is_enabled() else None
+        if run.scaler.is_enabled():
+            run.scaler.update(run.scaler.get_scale())  # it unscaled gradients and waits for a step
         return
     layer = find_nonfinite(run.model, forward)
     raise GateError(
@@ -145,23 +144,6 @@ def _not_finite(run: Run, batches: Sequence[Batch], last_good: str | None) -> No
         why=f"last good checkpoint: {last_good or 'none yet'}",
         remedy="lower optimizer.lr, train in fp32 or bf16, or leave such steps out with --set on_nan=skip",
     )
-
-
-def _synchronizing(run: Run, *, last: bool) -> AbstractContextManager[object]:
-    """Gradients are exchanged over ranks with the last micro-batch only."""
-    if isinstance(run.module, DistributedDataParallel) and not last:
-        return run.module.no_sync()
-    if hasattr(run.module, "set_requires_gradient_sync"):
-        run.module.set_requires_gradient_sync(last)
-    return contextlib.nullcontext()
-
-
-def _sum_over_ranks(run: Run, value: Tensor | int) -> Tensor:
-    found = torch.as_tensor(value, dtype=torch.float64)
-    if run.world.size > 1:
-        found = found.to(run.device)
-        dist.all_reduce(found)
-    return found.cpu()
 
 
 def _finite(value: float) -> float | None:

@@ -15,12 +15,20 @@ from optc.compiler.diagnostics import UsageError
 @click.argument("recipe_file", required=False, metavar="[RECIPE.yaml]")
 @click.option("--recipe", help="pretrain, finetune, lora, qlora, qat or distill; or a YAML file.")
 @click.option("--model", help="Model folder to start from.")
-@click.option("--text", multiple=True, metavar="FILE", help="Training text, .jsonl or .json of token ids (repeatable).")
+@click.option(
+    "--text", multiple=True, metavar="FILE", help="Training text, .jsonl or .json of token ids (repeatable)."
+)
 @click.option("--max-steps", type=int, help="Optimizer steps.")
 @click.option("--bits", type=int, help="QAT: bits per weight.")
 @click.option("--group-size", type=int, help="QAT: weights per scale.")
 @click.option("--seed", type=int, help="Seed of weights, data order and dropout.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set any key of the config (repeatable), e.g. optimizer.lr=3e-4.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set any key of the config (repeatable), e.g. optimizer.lr=3e-4.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of this output.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the trained model.")
 @json_option
@@ -77,7 +85,8 @@ def make_config(flags: dict[str, Any]) -> Any:
     for key in ("qat.bits", "qat.group_size"):
         if key in given and not config.qat.enabled:
             raise UsageError(
-                f"--{key[4:].replace('_', '-')} does nothing without QAT", remedy="use --recipe qat, or --set qat.enabled=true"
+                f"--{key[4:].replace('_', '-')} does nothing without QAT",
+                remedy="use --recipe qat, or --set qat.enabled=true",
             )
     return config
 
@@ -90,7 +99,10 @@ def _show(result: dict[str, Any]) -> None:
     )
     memory = last["memory"]
     if memory is not None:
-        parts = ", ".join(f"{key} {memory[key] / 1e6:.1f} MB" for key in ("weights", "gradients", "optimizer", "activations"))
+        parts = ", ".join(
+            f"{key} {memory[key] / 1e6:.1f} MB"
+            for key in ("weights", "gradients", "optimizer", "activations")
+        )
         stderr().print(f"  memory: {parts}; peak {memory['peak'] / 1e6:.0f} MB", markup=False)
 
 
