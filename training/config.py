@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from optc.training.activation_checkpointing import CheckpointingConfig
 from optc.training.compile import CompileConfig
 from optc.training.lora import LoraConfig
 from optc.training.parallel import ParallelConfig
 from optc.training.qat import QatConfig
+
+
+Count = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,12 +36,12 @@ class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """
 
     name: Literal["adamw", "lion", "sophia"] = "adamw"
-    lr: float = 3e-4
-    weight_decay: float = 0.0
+    lr: Positive = 3e-4
+    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
     betas: tuple[float, float] | None = None
-    eps: float = 1e-8
-    hessian_every: int = 10
-    gamma: float = 0.01
+    eps: Positive = 1e-8
+    hessian_every: Count = 10
+    gamma: Positive = 0.01
 
 
 class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,8 +54,8 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """
 
     kind: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: int = 0
-    min_ratio: float = 0.1
+    warmup_steps: NotNegative = 0
+    min_ratio: Share = 0.1
 
 
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -77,8 +84,8 @@ class ScalerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         growth_interval: steps without overflow after which the scale doubles; an overflow halves it and skips the step.
     """
 
-    initial: float = 65536.0
-    growth_interval: int = 2000
+    initial: Positive = 65536.0
+    growth_interval: Count = 2000
 
 
 class DistillConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,8 +101,8 @@ class DistillConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """
 
     teacher: str | None = None
-    weight: float = 0.5
-    temperature: float = 1.0
+    weight: Share = 0.5
+    temperature: Positive = 1.0
 
 
 class SavingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -107,8 +114,8 @@ class SavingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         keep_run: leave the folder of checkpoints when the run has ended.
     """
 
-    every: int = 50
-    keep: int = 2
+    every: NotNegative = 50
+    keep: Count = 2
     keep_run: bool = False
 
 
@@ -135,16 +142,16 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     model: str = ""
     from_scratch: bool = False
     output: str = ""
-    max_steps: int = 200
-    batch_size: int = 8
-    seq_len: int = 512
-    gradient_accumulation: int = 1
+    max_steps: Count = 200
+    batch_size: Count = 8
+    seq_len: Count = 512
+    gradient_accumulation: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    clip_norm: float = 1.0
-    seed: int = 0
+    clip_norm: Annotated[float, Meta(ge=0)] = 1.0
+    seed: NotNegative = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     on_nan: Literal["stop", "skip"] = "stop"
-    peak_tflops: float | None = None
+    peak_tflops: Positive | None = None
     tensorboard: bool = False
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

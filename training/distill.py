@@ -61,20 +61,21 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
 
 def loss_sums(logits: Tensor, batch: Batch, config: TrainConfig, teacher: nn.Module | None) -> LossSums:
     """The loss of a batch from its logits [B, S, V], in fp32."""
-    student = logits.float().flatten(0, 1)
-    labels = batch.labels.flatten()
-    entropy = functional.cross_entropy(student, labels, ignore_index=IGNORED, reduction="sum")
+    student, labels = logits.float().flatten(0, 1), batch.labels.flatten()
+    kept = labels != IGNORED
     if teacher is None:
+        entropy = functional.cross_entropy(student, labels, ignore_index=IGNORED, reduction="sum")
         return LossSums(entropy, entropy.detach(), None)
     with torch.no_grad():
         target = logits_of(teacher, batch).float().flatten(0, 1)
-    kept = labels != IGNORED
+    if not bool(kept.all()):
+        student, target, labels = student[kept], target[kept], labels[kept]
     temperature, weight = config.distill.temperature, config.distill.weight
-    divergence = functional.kl_div(
-        (student[kept] / temperature).log_softmax(-1),
-        (target[kept] / temperature).log_softmax(-1),
-        log_target=True,
-        reduction="sum",
-    )
+    log_q = (student / temperature if temperature != 1 else student).log_softmax(-1)
+    log_p = (target / temperature).log_softmax(-1)
+    divergence = functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
+    # At temperature 1 both terms read the same log-probabilities.
+    plain = log_q if temperature == 1 else student.log_softmax(-1)
+    entropy = -plain.gather(1, labels[:, None]).sum()
     total = (1 - weight) * entropy + weight * temperature**2 * divergence
     return LossSums(total, entropy.detach(), divergence.detach())
