@@ -28,7 +28,9 @@ def small_model(folder: Path, *, seed: int = 0, dropout: float = 0.0, layers: in
     return folder
 
 
-def token_file(path: Path, *, lengths: tuple[int, ...] = (40, 7, 23, 64, 3, 31, 50, 12, 18, 28), seed: int = 0) -> Path:
+def token_file(
+    path: Path, *, lengths: tuple[int, ...] = (40, 7, 23, 64, 3, 31, 50, 12, 18, 28), seed: int = 0
+) -> Path:
     """Write documents of random tokens, each a pattern that repeats, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
     rows = []

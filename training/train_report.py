@@ -46,7 +46,10 @@ def write_train_report(directory: Path, result: TrainResult, records: Sequence[S
     """
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(
-            [jinja2.PackageLoader("optc.training", "templates"), jinja2.PackageLoader("optc.exporters", "templates")]
+            [
+                jinja2.PackageLoader("optc.training", "templates"),
+                jinja2.PackageLoader("optc.exporters", "templates"),
+            ]
         ),
         autoescape=True,
         undefined=jinja2.StrictUndefined,

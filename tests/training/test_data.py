@@ -37,7 +37,11 @@ def test_an_epoch_reads_every_pair_of_neighbours_once(tmp_path: Path, batching: 
         step = found.next_step()
         if found.position.epoch == 0:
             seen += [pair for batch in step for pair in pairs(batch)]
-    expected = [pair for tokens in found.documents for pair in zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True)]
+    expected = [
+        pair
+        for tokens in found.documents
+        for pair in zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True)
+    ]
     assert sorted(seen) == sorted(expected)
     assert len(seen) == sum(LENGTHS) - len(LENGTHS)
 
@@ -79,7 +83,9 @@ def test_a_packed_documents_loss_is_its_loss_alone(tmp_path: Path, batching: str
             if batch.labels[row, start] == IGNORED:
                 continue
             ids, labels = batch.input_ids[row : row + 1, start:end], batch.labels[row, start:end]
-            alone = torch.nn.functional.cross_entropy(model(ids).logits[0], labels, ignore_index=IGNORED, reduction="none")
+            alone = torch.nn.functional.cross_entropy(
+                model(ids).logits[0], labels, ignore_index=IGNORED, reduction="none"
+            )
             torch.testing.assert_close(together[row, start:end], alone, rtol=1e-5, atol=1e-5)
             checked += 1
     assert checked >= 12
@@ -182,5 +188,7 @@ class TestErrors:
         text = token_file(tmp_path / "text.jsonl", lengths=(5, 6))
         config = small_config(tmp_path, text, tmp_path / "out")
         documents = read_corpus(config.data.text, None, vocab_size=VOCAB, end_token=None)
-        with pytest.raises(InputError, match="the training text is too short: 9 tokens to learn, 32 for one row"):
+        with pytest.raises(
+            InputError, match="the training text is too short: 9 tokens to learn, 32 for one row"
+        ):
             Reader(documents, config)

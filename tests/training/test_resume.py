@@ -48,8 +48,17 @@ def interrupted(config: TrainConfig, step: int) -> None:
         train(config, on_step=on_step)
 
 
-def test_killed_at_random_times_and_resumed_equals_the_whole_run(start: tuple[Path, Path], tmp_path: Path) -> None:
-    command = [sys.executable, str(TESTS / "training_kill_driver.py"), *map(str, start), str(tmp_path / "killed"), "5", "3"]
+def test_killed_at_random_times_and_resumed_equals_the_whole_run(
+    start: tuple[Path, Path], tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        str(TESTS / "training_kill_driver.py"),
+        *map(str, start),
+        str(tmp_path / "killed"),
+        "5",
+        "3",
+    ]
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}", "OMP_NUM_THREADS": "1"}
     found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=True)
     report = json.loads(found.stdout.splitlines()[-1])
@@ -78,7 +87,10 @@ def test_resumed_equals_the_whole_run(
     train(small_config(*start, tmp_path / "whole", **more))
     config = small_config(*start, tmp_path / "parts", **more)
     interrupted(config, 5)
-    assert [path.name for path in checkpoint.checkpoints(run_folder(tmp_path / "parts"))] == ["step-00000002", "step-00000004"]
+    assert [path.name for path in checkpoint.checkpoints(run_folder(tmp_path / "parts"))] == [
+        "step-00000002",
+        "step-00000004",
+    ]
     result = train(config, resume=True)
     assert result.resumed_from == 4
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
@@ -100,11 +112,17 @@ def test_a_run_killed_after_publishing_is_done(start: tuple[Path, Path], tmp_pat
 
 
 def test_only_the_newest_checkpoints_stay(start: tuple[Path, Path], tmp_path: Path) -> None:
-    config = small_config(*start, tmp_path / "out", max_steps=5, saving={"every": 1, "keep": 2, "keep_run": True})
+    config = small_config(
+        *start, tmp_path / "out", max_steps=5, saving={"every": 1, "keep": 2, "keep_run": True}
+    )
     train(config)
     found = checkpoint.checkpoints(run_folder(tmp_path / "out"))
     assert [path.name for path in found] == ["step-00000004", "step-00000005"]
-    assert sorted(item.name for item in found[-1].iterdir()) == ["checkpoint.json", "model.safetensors", "optimizer.safetensors"]
+    assert sorted(item.name for item in found[-1].iterdir()) == [
+        "checkpoint.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+    ]
 
 
 class TestRefused:
