@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from torch import Tensor, nn
 
 from optc.compiler.capture.checkpoint import CheckpointInfo, tied_names
@@ -16,6 +15,7 @@ from optc.compiler.quantize import BITS
 from optc.exporters.hf.collect import FolderPlan, Quantized
 from optc.exporters.hf.export import write_model
 from optc.exporters.hf.layouts import CompressedTensorsWriter
+from optc.training.kv_rounding import MODULE, kv_roundings
 from optc.training.lora import LoraConfig
 from optc.training.qat import FakeQuantizedLinear, QatConfig, quantized_linears
 
@@ -71,16 +71,21 @@ def _plan(model: Any) -> tuple[FolderPlan, dict[str, Tensor]]:
     for name, tensor in held.items():
         owner = owners.get(name, name)
         # Of tied tensors the first is written, or the first that is not kept as codes.
-        if name in coded or name in left or (owner in plain):
+        if name in coded or name in left or owner in plain or f".{MODULE}." in name:
             continue
         plain[name] = tensor.detach().cpu().contiguous()
     untied = any(owners.get(name, name) in plain or name in owners.values() for name in coded)
     quantized = tuple(
         Quantized(name, f"{name}.weight", _on_cpu(module)) for name, module in linears.items()
     )
+    scheme = None
+    for name, rounding in kv_roundings(model):
+        scheme = rounding.scheme
+        for part, scale in zip(("k_scale", "v_scale"), rounding.scales(), strict=True):
+            plain[f"{name}.{part}"] = scale.detach().cpu()
     info = CheckpointInfo(Path(), _config(model), {}, has_tokenizer=False)
     names = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return FolderPlan(info, {name: name for name in plain}, quantized, (), names, untied), plain
+    return FolderPlan(info, {name: name for name in plain}, quantized, (), names, untied, scheme), plain
 
 
 def _on_cpu(module: FakeQuantizedLinear) -> Any:

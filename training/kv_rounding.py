@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optc.compiler.diagnostics import InputError
+from optc.compiler.layouts.key_values import KeyValueScheme
 from optc.compiler.ops.quantization import FORMATS
 from optc.training.fake_quantize import fake_quantize_static
 
@@ -32,9 +33,10 @@ class KVRounding(nn.Module):
     key_largest: Tensor
     value_largest: Tensor
 
-    def __init__(self, shape: tuple[int, ...], format: str) -> None:
+    def __init__(self, scheme: KeyValueScheme, heads: int) -> None:
         super().__init__()
-        self.format = format
+        self.scheme, self.format = scheme, scheme.format
+        shape = (1,) if scheme.granularity == "layer" else (heads, 1, 1)
         self.register_buffer("key_largest", torch.zeros(shape))
         self.register_buffer("value_largest", torch.zeros(shape))
 
@@ -60,7 +62,7 @@ class KVRounding(nn.Module):
         return key, value
 
 
-def round_keys_and_values(model: Any, format: str, granularity: Literal["layer", "head"]) -> None:
+def round_keys_and_values(model: Any, scheme: KeyValueScheme) -> None:
     """Give every attention of a transformers model, in place, a `KVRounding`.
 
     Raises:
@@ -79,8 +81,7 @@ def round_keys_and_values(model: Any, format: str, granularity: Literal["layer",
         )  # fmt: skip
     heads = _key_value_heads(model, base)
     for module, count in heads.items():
-        shape = (count, 1, 1) if granularity == "head" else (1,)
-        made = KVRounding(shape, format).to(next(model.parameters()).device)
+        made = KVRounding(scheme, count).to(next(model.parameters()).device)
         module.add_module(MODULE, made.train(module.training))
     name = _PREFIX + base
     AttentionInterface.register(name, _rounded(ALL_ATTENTION_FUNCTIONS[base]))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.layouts import QuantizedWeight, Scheme
+from optc.compiler.layouts.key_values import KeyValueScheme
 from optc.compiler.quantize import check_bits, check_group_size
 from optc.passes.quantize.grid import Grid, full_range, search
 from optc.training.fake_quantize import fake_quantize_tokens, fake_quantize_weight, storable_scale
@@ -159,7 +160,7 @@ def apply_qat(model: nn.Module, config: QatConfig) -> nn.Module:
             if id(child) in made:
                 setattr(parent, name, made[id(child)])
     if config.kv_cache != "none":
-        round_keys_and_values(model, config.kv_cache, config.kv_granularity)
+        round_keys_and_values(model, KeyValueScheme(config.kv_cache, config.kv_granularity))
     return model
 
 

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.capture.checkpoint import CheckpointInfo
+from optc.compiler.capture.checkpoint import CheckpointInfo, match_names
 from optc.compiler.capture.config_file import CONFIG, read_json
 from optc.compiler.contract import WeightQuantization
 from optc.compiler.dataflow import aten, peel, value_of
 from optc.compiler.diagnostics import CaptureError, InputError, UsageError
+from optc.compiler.key_values import module_path, round_key_values
 from optc.compiler.layouts import QuantizedWeight, awq, compressed_tensors, gptq
 from optc.compiler.layouts.config import KEY, ConfigReader
 from optc.compiler.layouts.tensors import TOGETHER, TensorReader
@@ -50,6 +51,9 @@ class Layout(Protocol):
     def read(self, module: str) -> QuantizedWeight:
         """One linear's weight in the canonical form."""
 
+    def attentions(self) -> list[str]:
+        """Attentions whose keys and values are rounded; each A has A.k_scale and A.v_scale."""
+
 
 _LAYOUTS: dict[str, Any] = {
     compressed_tensors.METHOD: compressed_tensors.CompressedTensors,
@@ -65,6 +69,7 @@ class QuantizedFolder:
     Attributes:
         method: compressed-tensors, awq or gptq.
         modules: names of the quantized linears, as in the checkpoint.
+        attentions: names of the attentions whose keys and values are rounded.
         dense: the folder as it would be unquantized: `M.weight` [N, K] in place of a linear's parts.
     """
 
@@ -72,6 +77,7 @@ class QuantizedFolder:
     layout: Layout
     reader: TensorReader
     modules: tuple[str, ...]
+    attentions: tuple[str, ...]
     dense: CheckpointInfo
 
     def stored_bytes(self) -> int:
@@ -103,10 +109,13 @@ def quantized_folder(info: CheckpointInfo) -> QuantizedFolder | None:
     config.choice("quant_method", method, tuple(_LAYOUTS))
     reader = TensorReader(info.path, info.tensors)
     layout: Layout = _LAYOUTS[method](config, reader)
-    modules = tuple(layout.modules())
-    if not modules:
+    modules, attentions = tuple(layout.modules()), tuple(layout.attentions())
+    if not modules and not attentions:
         raise config.refusal("no linear of the weight files is quantized")
     tensors = dict(info.tensors)
+    for name in attentions:
+        for part in (f"{name}.k_scale", f"{name}.v_scale"):
+            tensors.pop(part, None)
     for module in modules:
         rows, columns = layout.shape(module)
         file = info.path.name
@@ -121,7 +130,7 @@ def quantized_folder(info: CheckpointInfo) -> QuantizedFolder | None:
     dense = dataclasses.replace(
         info, tensors=tensors, config={k: v for k, v in info.config.items() if k != KEY}
     )
-    return QuantizedFolder(method, layout, reader, modules, dense)
+    return QuantizedFolder(method, layout, reader, modules, attentions, dense)
 
 
 def refuse_quantizing_again(folder: Path) -> None:
@@ -177,8 +186,35 @@ def restore_codes(program: Program, folder: QuantizedFolder, names: dict[str, st
         raise _unusable(
             folder, left[0] if left else min(missing), "the model does not read it in a linear alone"
         )
+    _restore_key_values(edited, folder)
     drop_dead(edited)
     return prune_contract(edited.changed())
+
+
+def _restore_key_values(program: Program, folder: QuantizedFolder) -> None:
+    """Round the keys and values of the attentions that the folder has scales for."""
+    if not folder.attentions:
+        return
+    assert isinstance(folder.layout, compressed_tensors.CompressedTensors)
+    calls = {module_path(call): call for call in program.calls(_optc.attention.default)}
+    found = match_names(folder.attentions, calls)
+    missing = set(folder.attentions) - set(found.values())
+    if missing:
+        raise CaptureError(
+            "scales of keys and values belong to no attention", where=f"{folder.reader.folder}: {shown(min(missing))}",
+            why="the model has no attention of this name", remedy="use the unquantized model, and --quant",
+        )  # fmt: skip
+    for number, (path, call) in enumerate(calls.items()):
+        if path not in found:
+            continue
+        name = found[path]
+        scales = folder.layout.scales(name)
+        heads = int(value_of(call.args[1]).shape[1])
+        if scales.key.numel() not in (1, heads) or scales.value.numel() not in (1, heads):
+            raise folder.reader.wrong_shape(f"{name}.k_scale", f"the attention has {heads} key/value heads")
+        sources = ((f"{name}.k_scale",), (f"{name}.v_scale",))
+        pair = (scales.key, scales.value)
+        round_key_values(program, call, f"kv_cache.{number}", pair, scales.scheme.format, sources)
 
 
 def _dequantized(program: Program, site: Linear, name: str, weight: QuantizedWeight, method: str) -> Node:

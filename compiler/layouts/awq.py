@@ -42,6 +42,10 @@ class Awq:
         """The linears that the files hold quantized."""
         return [name.removesuffix(".qweight") for name in self._reader.tensors if name.endswith(".qweight")]
 
+    def attentions(self) -> list[str]:
+        """None: the layout has no quantized keys and values."""
+        return []
+
     def parts(self, module: str) -> tuple[str, ...]:
         """The tensors of one linear's weight."""
         return tuple(f"{module}.{name}" for name in ("qweight", "qzeros", "scales"))

@@ -46,6 +46,10 @@ class Gptq:
         """The linears that the files hold quantized."""
         return [name.removesuffix(".qweight") for name in self._reader.tensors if name.endswith(".qweight")]
 
+    def attentions(self) -> list[str]:
+        """None: the layout has no quantized keys and values."""
+        return []
+
     def parts(self, module: str) -> tuple[str, ...]:
         """The tensors of one linear's weight; older folders have no g_idx."""
         names = [f"{module}.{name}" for name in ("qweight", "qzeros", "scales", "g_idx")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +15,11 @@ from optc.compiler.capture.checkpoint import CheckpointInfo, check_folder, match
 from optc.compiler.capture.pretrained import meta_model
 from optc.compiler.capture.quantized import quantized_folder
 from optc.compiler.capture.renames import renamed_tensors
-from optc.compiler.dataflow import aten
+from optc.compiler.dataflow import aten, value_of
 from optc.compiler.diagnostics import TargetError
+from optc.compiler.key_values import key_value_scales, module_path, rounded
 from optc.compiler.layouts import QuantizedWeight, Scheme
+from optc.compiler.layouts.key_values import KeyValueScheme
 from optc.compiler.linears import DEQUANTIZERS, linear_site, quantized_activation
 from optc.compiler.program import Program
 
@@ -49,6 +51,7 @@ class FolderPlan:
         copied: tensors of the source that the program does not read.
         linears: every `nn.Linear` of the model, by module name, and by its name in the checkpoint where that differs.
         untied: a quantized head has codes of its own where the source model shares the embedding's tensor.
+        key_values: how keys and values are rounded; their scales are among `plain`.
     """
 
     info: CheckpointInfo
@@ -57,6 +60,7 @@ class FolderPlan:
     copied: tuple[str, ...]
     linears: tuple[str, ...]
     untied: bool
+    key_values: KeyValueScheme | None = None
 
 
 def collect(program: Program, source: Path | None) -> FolderPlan:
@@ -80,7 +84,8 @@ def collect(program: Program, source: Path | None) -> FolderPlan:
     places = _Places(program, skeleton, state, {**renamed, **found})
     quantized, parts = places.quantized()
     modules = {item.module for item in quantized}
-    plain = places.plain(parts)
+    key_values, scales = places.key_values()
+    plain = places.plain(parts | set(scales.values()))
     written = {*plain, *(f"{module}.weight" for module in modules)}
     owners = places.tied
     held = {owners.get(name, name) for name in written}
@@ -91,8 +96,8 @@ def collect(program: Program, source: Path | None) -> FolderPlan:
     old = [renamed[f"{name}.weight"] for name in linears if f"{name}.weight" in renamed]
     linears += [name.removesuffix(".weight") for name in old]
     untied = any((places.shared(name) - {name}) & written for name in written)
-    kept = {renamed.get(name, name): weight for name, weight in plain.items()}
-    return FolderPlan(info, kept, quantized, tuple(dict.fromkeys(copied)), tuple(linears), untied)
+    kept = {renamed.get(name, name): weight for name, weight in plain.items()} | scales
+    return FolderPlan(info, kept, quantized, tuple(dict.fromkeys(copied)), tuple(linears), untied, key_values)
 
 
 class _Places:
@@ -129,6 +134,26 @@ class _Places:
             items.append(self._item(call, calls[call]))
             parts |= {self._name(node) for node in call.all_input_nodes}
         return tuple(items), parts
+
+    def key_values(self) -> tuple[KeyValueScheme | None, dict[str, str]]:
+        """How keys and values are rounded, and checkpoint name -> weight of their scales."""
+        calls = [call for call in self.program.calls(_optc.attention.default) if rounded(call)]
+        scales: dict[str, str] = {}
+        schemes: set[KeyValueScheme] = set()
+        for call in calls:
+            found, path = key_value_scales(self.program, call), module_path(call)
+            if found is None or not path:
+                raise _refusal(call.name, "a folder keeps one format and fixed scales for keys and values")
+            format, names = found
+            shapes = {tuple(self.program.weight(name).shape) for name in names}
+            granularity = _granularity(shapes, int(value_of(call.args[1]).shape[1]))
+            if granularity is None:
+                raise _refusal(names[0], "a folder keeps one scale per layer or per head for keys and values")
+            schemes.add(KeyValueScheme(format, granularity))
+            scales |= {f"{path}.k_scale": names[0], f"{path}.v_scale": names[1]}
+        if len(schemes) > 1:
+            raise _refusal(calls[0].name, "attentions round their keys and values in different ways")
+        return (schemes.pop() if schemes else None), scales
 
     def plain(self, parts: set[str]) -> dict[str, str]:
         """Checkpoint name -> weight, of everything that is not quantized."""
@@ -210,6 +235,12 @@ class _Places:
         if name is None:
             raise _refusal(str(node), "a dequantization reads something that is no weight")
         return name
+
+
+def _granularity(shapes: set[tuple[int, ...]], heads: int) -> Literal["layer", "head"] | None:
+    if shapes == {(1,)}:
+        return "layer"
+    return "head" if shapes == {(heads, 1, 1)} else None
 
 
 def _refusal(name: str, why: str) -> TargetError:

@@ -44,7 +44,7 @@ def export_hf(program: Program, request: ExportRequest) -> ExportResult:
     return ExportResult(
         engine="huggingface",
         info={
-            "layout": writer.name if plan.quantized else "none",
+            "layout": writer.name if KEY in written.config else "none",
             "quantization_config": written.config.get(KEY),
             "files": sorted(set(written.files.values())),
             "quantized_linears": len(plan.quantized),
@@ -115,9 +115,9 @@ def _config(plan: FolderPlan, writer: LayoutWriter, dtype: torch.dtype) -> dict[
     config["dtype"] = str(dtype).removeprefix("torch.")
     if plan.untied:
         config["tie_word_embeddings"] = False
-    if plan.quantized:
+    if plan.quantized or plan.key_values:
         schemes = {item.module: item.weight.scheme for item in plan.quantized}
-        config[KEY] = writer.config(schemes, plan.linears)
+        config[KEY] = writer.config(schemes, plan.linears) | writer.key_values(plan.key_values)
     return config
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.layouts import QuantizedWeight, Scheme, awq, compressed_tensors, gptq
+from optc.compiler.layouts.key_values import KeyValueScheme
 from optc.exporters.hf.words import pack_words
 
 
@@ -41,6 +42,13 @@ class LayoutWriter(Protocol):
 
         Raises:
             TargetError: the layout cannot name this mixture.
+        """
+
+    def key_values(self, scheme: KeyValueScheme | None) -> dict[str, Any]:
+        """What quantization_config says of keys and values.
+
+        Raises:
+            TargetError: the layout has no place for their scales.
         """
 
 
@@ -103,13 +111,21 @@ class CompressedTensorsWriter:
         formats = {group["format"] for group in groups.values()}
         return {
             "quant_method": self.name,
-            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else compressed_tensors.DENSE,
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": [module for module in linears if module not in schemes],
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
+
+    def key_values(self, scheme: KeyValueScheme | None) -> dict[str, Any]:
+        if scheme is None:
+            return {}
+        strategy = next(name for name, one in compressed_tensors.STRATEGIES.items() if one == scheme.granularity)
+        kind = "int" if scheme.format == "int8" else "float"
+        return {"kv_cache_scheme": {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy,
+                "group_size": None, "dynamic": False, "actorder": None, "block_structure": None}}  # fmt: skip
 
 
 def _format(scheme: Scheme) -> str:
@@ -161,6 +177,9 @@ class AwqWriter:
             "scales": weight.scale.t().to(torch.float16).contiguous(),
         }
 
+    def key_values(self, scheme: KeyValueScheme | None) -> dict[str, Any]:
+        return _no_key_values(self.name, scheme)
+
     def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
         scheme = _only(self.name, schemes)
         return {
@@ -200,6 +219,9 @@ class GptqWriter:
             "scales": weight.scale.t().to(torch.float16).contiguous(),
             "g_idx": groups.to(torch.int32),
         }
+
+    def key_values(self, scheme: KeyValueScheme | None) -> dict[str, Any]:
+        return _no_key_values(self.name, scheme)
 
     def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
         scheme = _only(self.name, schemes)
@@ -255,6 +277,15 @@ def _scale_obstacle(weight: QuantizedWeight) -> str | None:
     if torch.equal(half.to(weight.scale.dtype), weight.scale):
         return None
     return "its scales are not float16 numbers, which the layout keeps: put the pass round-scales behind quantization"
+
+
+def _no_key_values(layout: str, scheme: KeyValueScheme | None) -> dict[str, Any]:
+    if scheme is not None:
+        raise TargetError(
+            f"the layout '{layout}' has no place for the scales of keys and values",
+            remedy="use --layout compressed-tensors",
+        )
+    return {}
 
 
 def _only(layout: str, schemes: Mapping[str, Scheme]) -> Scheme:
