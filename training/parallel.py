@@ -28,7 +28,6 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from optc.compiler.capture.pretrained import DTYPES
-from optc.compiler.diagnostics import UsageError
 from optc.training.blocks import transformer_blocks
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -166,19 +165,3 @@ def clip_grad_norm(parameters: Iterable[Tensor], limit: float) -> float:
     norm = nn.utils.clip_grad_norm_(list(parameters), limit, foreach=True)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
-
-def check_deepspeed() -> Any:
-    """The deepspeed module.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise UsageError(
-            "parallel.kind deepspeed needs DeepSpeed", why=str(error),
-            remedy="pip install 'optc[deepspeed]', or use zero1 (ZeRO-1) or fsdp (ZeRO-2 and ZeRO-3 with "
-            "parallel.reshard_after_forward=false and true)",
-        ) from error  # fmt: skip
-    return deepspeed

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from optc.training import deepspeed_zero
 from optc.training.parallel import (
     ParallelConfig,
     apply_data_parallel,
@@ -31,6 +32,11 @@ MODES: dict[str, tuple[ParallelConfig, int]] = {
     "fsdp": (ParallelConfig(kind="fsdp"), 1),
     "fsdp, accumulation": (ParallelConfig(kind="fsdp"), 2),
     "fsdp as zero2": (ParallelConfig(kind="fsdp", reshard_after_forward=False), 1),
+}
+DEEPSPEED: dict[str, tuple[ParallelConfig, int]] = {
+    "deepspeed 1": (ParallelConfig(kind="deepspeed", zero_stage=1), 1),
+    "deepspeed 2, accumulation": (ParallelConfig(kind="deepspeed", zero_stage=2), 2),
+    "deepspeed 3": (ParallelConfig(kind="deepspeed", zero_stage=3), 1),
 }
 
 
@@ -69,7 +75,10 @@ def curve(folder: Path, config: ParallelConfig, accumulation: int, steps: int = 
     model = load(folder)
     module = apply_data_parallel(model, config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1)
-    optimizer = shard_optimizer(optimizer, config)
+    if config.kind == "deepspeed":
+        module, optimizer = deepspeed_zero.connect(model, optimizer, config, clip_norm=CLIP)
+    else:
+        optimizer = shard_optimizer(optimizer, config)
     losses = []
     for batch in batches(folder)[:steps]:
         rows = torch.arange(ROWS).view(accumulation * size, -1)[rank * accumulation : (rank + 1) * accumulation]
@@ -79,9 +88,13 @@ def curve(folder: Path, config: ParallelConfig, accumulation: int, steps: int = 
             part = {name: value[mine] for name, value in batch.items()}
             with synchronizing(module, last=number == len(rows) - 1):
                 found = loss_sum(module, part)
-                scale_loss(found, tokens).backward()
+                if config.kind == "deepspeed":
+                    deepspeed_zero.backward(module, scale_loss(found, tokens), last=number == len(rows) - 1)
+                else:
+                    scale_loss(found, tokens).backward()
             total += found.item()
-        clip_grad_norm(model.parameters(), CLIP)
+        if config.kind != "deepspeed":
+            clip_grad_norm(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(sum_over_ranks(total, torch.device("cpu")) / tokens)
@@ -93,7 +106,7 @@ def main() -> None:
     torch.set_num_threads(1)
     start_processes(torch.device("cpu"), ParallelConfig())
     found: dict[str, Any] = {}
-    for name, (config, accumulation) in MODES.items():
+    for name, (config, accumulation) in (DEEPSPEED if sys.argv[3:] else MODES).items():
         found[name] = curve(folder, config, accumulation)
     if dist.get_rank() == 0:
         output.write_text(json.dumps(found))
