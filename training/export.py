@@ -16,7 +16,7 @@ from optc.exporters.hf.collect import FolderPlan, Quantized
 from optc.exporters.hf.export import write_model
 from optc.exporters.hf.layouts import CompressedTensorsWriter
 from optc.training.kv_rounding import MODULE, kv_roundings
-from optc.training.lora import LoraConfig
+from optc.training.lora import LoraConfig, lora_config, merged_state, write_adapters
 from optc.training.qat import FakeQuantizedLinear, QatConfig, quantized_linears
 
 _PARTS = ("scale_log", "scale_start", "zero")
@@ -56,6 +56,10 @@ def save_trained(model: nn.Module, tokenizer_source: Path, folder: Path, config:
 
 def write_trained(model: nn.Module, tokenizer_source: Path, directory: Path) -> None:
     """The same into a folder that is there already, file by file."""
+    adapters = lora_config(model)
+    if adapters is not None and adapters.export == "adapters":
+        write_adapters(model, tokenizer_source, directory)
+        return
     plan, state = _plan(model)
     write_model(plan, state.__getitem__, CompressedTensorsWriter(bits=BITS), directory, tokenizer_source)
 
@@ -63,7 +67,7 @@ def write_trained(model: nn.Module, tokenizer_source: Path, directory: Path) -> 
 def _plan(model: Any) -> tuple[FolderPlan, dict[str, Tensor]]:
     """The folder of a model in memory, and the tensors that are written as they are."""
     linears = dict(quantized_linears(model))
-    held = model.state_dict(keep_vars=True)
+    held = merged_state(model) if lora_config(model) is not None else model.state_dict(keep_vars=True)
     owners = tied_names(held)
     coded = {f"{name}.weight" for name in linears}
     left = {f"{name}.{part}" for name in linears for part in _PARTS}

@@ -20,6 +20,8 @@ from optc.compiler.quantize import check_bits, check_group_size
 from optc.passes.quantize.grid import Grid, full_range, search
 from optc.training.fake_quantize import fake_quantize_tokens, fake_quantize_weight, storable_scale
 from optc.training.kv_rounding import round_keys_and_values
+from optc.training.linears import quantizable_linears, replace_modules
+from optc.training.lora import lora_config
 
 
 class QatConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -145,20 +147,22 @@ def apply_qat(model: nn.Module, config: QatConfig) -> nn.Module:
     Raises:
         InputError: no linear is left to quantize, the group size does not divide a K (names the weight), two
             linears share a weight, or an attention cannot be reached for rounding keys and values.
-        UsageError: QAT was applied already, or an ignore pattern fits nothing.
+        UsageError: QAT was applied already, the model has adapters, or an ignore pattern fits nothing.
     """
     if not config.enabled:
         return model
     if next(quantized_linears(model), None) is not None:
         raise UsageError("the model is prepared for quantization-aware training already", remedy="load it anew")
+    if lora_config(model) is not None:
+        raise UsageError(
+            "adapters and quantization-aware training exclude each other",
+            why="QAT trains the weights that LoRA freezes", remedy="set lora.enabled=false or qat.enabled=false",
+        )  # fmt: skip
     chosen = _choose(model, config)
     columns = [linear.in_features for linear in chosen.values()]
     check_group_size(config.group_size, columns, [f"{name}.weight" for name in chosen])
     made = {id(linear): FakeQuantizedLinear(linear, config) for linear in chosen.values()}
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if id(child) in made:
-                setattr(parent, name, made[id(child)])
+    replace_modules(model, made)
     if config.kv_cache != "none":
         round_keys_and_values(model, KeyValueScheme(config.kv_cache, config.kv_granularity))
     return model
@@ -173,14 +177,12 @@ def quantized_linears(model: nn.Module) -> Iterator[tuple[str, FakeQuantizedLine
 
 def _choose(model: Any, config: QatConfig) -> dict[str, nn.Linear]:
     """Linears to replace, by name."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    linears = quantizable_linears(model, head=config.head)
     _check_patterns(config.ignore, [f"{name}.weight" for name in linears])
     chosen: dict[str, nn.Linear] = {}
     owner: dict[int, str] = {}
     for name, linear in linears.items():
-        ignored = any(fnmatchcase(f"{name}.weight", pattern) for pattern in config.ignore)
-        if ignored or (linear is head and not config.head) or _routes(model, name, linear):
+        if any(fnmatchcase(f"{name}.weight", pattern) for pattern in config.ignore):
             continue
         first = owner.setdefault(id(linear.weight), name)
         if first != name:
@@ -205,17 +207,3 @@ def _check_patterns(ignore: Sequence[str], names: Sequence[str]) -> None:
             f"qat.ignore: '{unused[0]}' fits no weight of a linear", why=f"names are such as {near}",
             remedy="correct the pattern, or leave it out",
         )  # fmt: skip
-
-
-def _routes(model: nn.Module, name: str, linear: nn.Linear) -> bool:
-    """Whether a linear chooses experts: beside it stand as many experts as it has outputs, as a list or stacked."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    for child in parent.children():
-        stacked = any(
-            item.dim() == 3 and item.shape[0] == linear.out_features
-            for item in child.parameters(recurse=False)
-        )
-        listed = isinstance(child, nn.ModuleList) and len(child) == linear.out_features
-        if child is not linear and (stacked or listed):
-            return True
-    return False
