@@ -19,10 +19,10 @@ import torch
 torch.set_num_threads(1)
 
 import transformers.models.llama.modeling_llama  # noqa: E402, F401  (imported once, not in each child)
+from training_runs import small_config  # noqa: E402
 
 from optc.training.loop import train  # noqa: E402
 from optc.training.models import load_frozen  # noqa: E402
-from training_runs import small_config  # noqa: E402
 
 
 def child(model: Path, text: Path, output: Path) -> int:

@@ -13,7 +13,6 @@ from optc.training.lora import LoraConfig
 from optc.training.parallel import ParallelConfig
 from optc.training.qat import QatConfig
 
-
 Count = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]

@@ -12,6 +12,8 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from optc.compiler.diagnostics import InputError, ResourceError, UsageError, os_errors
 from optc.compiler.publishing import check_output, write_folder
@@ -20,7 +22,7 @@ from optc.training.checkpoint import RunState
 from optc.training.config import TrainConfig
 from optc.training.export import write_trained
 from optc.training.metrics import MetricsLog, StepRecord
-from optc.training.setup import Run, World, check_config, model_identity, prepare
+from optc.training.setup import Run, World, build_model, check_config, model_identity, prepare
 from optc.training.step import train_step
 from optc.training.train_report import write_train_report
 
@@ -68,8 +70,8 @@ def run_folder(output: Path) -> Path:
     return output.with_name(output.name + ".run")
 
 
-def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None = None) -> TrainResult:
-    """Train, and write a Hugging Face model folder to `config.output`.
+def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None = None) -> TrainResult | None:
+    """Train, and write a Hugging Face model folder to `config.output`. Every rank calls it; only the first has a result.
 
     Args:
         resume: go on from the newest checkpoint of the run for this output; without one, start.
@@ -105,8 +107,12 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None =
         with os_errors("making the run's folder", str(folder)):
             folder.mkdir(parents=True, exist_ok=True)
         records = _steps(run, state, folder, on_step)
+        whole = _whole_model(run)
+        if world.rank > 0:
+            return None
+        assert whole is not None
         result = _result(run, state, records, resumed)
-        _publish(run, result, records, folder)
+        _publish(run, whole, result, records, folder)
     return result
 
 
@@ -179,11 +185,26 @@ def _result(run: Run, state: RunState, records: list[StepRecord], resumed: RunSt
     )  # fmt: skip
 
 
-def _publish(run: Run, result: TrainResult, records: list[StepRecord], folder: Path) -> None:
+def _whole_model(run: Run) -> nn.Module | None:
+    """The model with all its weights on the first rank (of shards: a copy on the CPU); None on the others."""
+    if run.config.parallel.kind == "fsdp":
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(run.model, options=options)
+        if run.world.rank > 0:
+            return None
+        whole: nn.Module = build_model(run.config)
+        whole.load_state_dict(state)
+        return whole
+    return None if run.world.rank > 0 else run.model
+
+
+def _publish(
+    run: Run, model: nn.Module, result: TrainResult, records: list[StepRecord], folder: Path
+) -> None:
     """The model folder with log, report and summary, in one rename; then the run's folder goes."""
     output = Path(run.config.output)
     with write_folder(output, force=False) as directory:
-        write_trained(run.model, Path(run.config.model), directory)
+        write_trained(model, Path(run.config.model), directory)
         shutil.copyfile(folder / "log.jsonl", directory / "log.jsonl")
         if (folder / "tensorboard").is_dir():
             shutil.copytree(folder / "tensorboard", directory / "tensorboard")

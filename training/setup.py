@@ -18,6 +18,7 @@ from optc.training.activation_checkpointing import apply_activation_checkpointin
 from optc.training.compile import apply_compile
 from optc.training.config import TrainConfig
 from optc.training.data import Reader, read_corpus
+from optc.training.deepspeed_zero import connect
 from optc.training.distill import load_teacher
 from optc.training.lora import apply_lora
 from optc.training.models import load_trainable
@@ -102,6 +103,12 @@ def check_config(config: TrainConfig, world: World) -> None:
             remedy="use adamw or lion, or parallel.kind=ddp",
         )  # fmt: skip
 
+    if config.parallel.kind == "deepspeed" and config.precision != "fp32":
+        raise UsageError(
+            f"deepspeed trains in fp32 here, not in {config.precision}",
+            remedy="use parallel.kind=fsdp or ddp for mixed precision",
+        )
+
 
 def pick_device(config: TrainConfig, world: World) -> torch.device:
     """The device of this rank.
@@ -134,19 +141,25 @@ def prepare(config: TrainConfig, world: World) -> Run:
             "the model folder does not exist", where=config.model, remedy="give a folder with config.json"
         )
     reader = _reader(config, world, folder)
-    model = load_trainable(config)
+    model = build_model(config)
     teacher = load_teacher(config, model.config.vocab_size)
-    model = apply_lora(model, config.lora)
-    model = apply_qat(model, config.qat).to(device)
+    model = model.to(device)
     model = apply_activation_checkpointing(model, config.checkpointing)
     model = apply_compile(model, config.compile)
     module = apply_data_parallel(model, config.parallel)
     optimizer = shard_optimizer(make_optimizer(model, config.optimizer), config.parallel)
+    if config.parallel.kind == "deepspeed":
+        module, optimizer = connect(model, optimizer, config.parallel, clip_norm=config.clip_norm)
     return Run(
         config=config, world=world, device=device, model=model, module=module,
         teacher=None if teacher is None else teacher.to(device), optimizer=optimizer,
         scaler=make_scaler(config, device), reader=reader,
     )  # fmt: skip
+
+
+def build_model(config: TrainConfig) -> Any:
+    """The model with its adapters and fake quantization, on the CPU."""
+    return apply_qat(apply_lora(load_trainable(config), config.lora), config.qat)
 
 
 def _reader(config: TrainConfig, world: World, folder: Path) -> Reader:

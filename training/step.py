@@ -14,6 +14,7 @@ from torch import Tensor
 
 from optc.compiler.diagnostics import GateError
 from optc.training.data import Batch
+from optc.training.deepspeed_zero import EngineOptimizer, backward
 from optc.training.distill import logits_of, loss_sums
 from optc.training.metrics import StepRecord, flops_per_token, measure_memory, peak_flops, tensor_bytes
 from optc.training.nonfinite import find_nonfinite
@@ -76,13 +77,18 @@ def _backward(run: Run, batches: Sequence[Batch], tokens: int, with_memory: bool
     activations = 0
     for number, batch in enumerate(batches):
         saved = SavedTensors([*run.model.parameters(), *run.model.buffers()])
-        with synchronizing(run.module, last=number == len(batches) - 1):
+        last = number == len(batches) - 1
+        with synchronizing(run.module, last=last):
             with saved if with_memory and number == 0 else contextlib.nullcontext():
                 with autocast(run.config, run.device):
                     logits = logits_of(run.module, batch)
                     found = loss_sums(logits, batch, run.config, run.teacher)
                 activations = max(activations, saved.bytes)
-            run.scaler.scale(scale_loss(found.total, tokens)).backward()
+            loss = scale_loss(found.total, tokens)
+            if isinstance(run.optimizer, EngineOptimizer):
+                backward(run.module, loss, last=last)
+            else:
+                run.scaler.scale(loss).backward()
         parts = (found.total.detach(), found.cross_entropy, found.divergence)
         sums = [
             total + (0.0 if part is None else float(part)) for total, part in zip(sums, parts, strict=True)
@@ -92,6 +98,12 @@ def _backward(run: Run, batches: Sequence[Batch], tokens: int, with_memory: bool
 
 def _update(run: Run, batches: Sequence[Batch], loss: float) -> tuple[str | None, float]:
     """Clip and step. Returns why no update was made, and the norm of the gradient."""
+    if isinstance(run.optimizer, EngineOptimizer):  # it clips and steps at once
+        if math.isfinite(loss):
+            run.optimizer.step()
+            run.skipped = 0
+        norm = run.optimizer.grad_norm or 0.0
+        return (None if math.isfinite(loss) and math.isfinite(norm) else "not finite"), norm
     run.scaler.unscale_(run.optimizer)
     trained = [item for item in run.model.parameters() if item.requires_grad]
     norm = clip_grad_norm(trained, run.config.clip_norm or math.inf)

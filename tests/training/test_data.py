@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_a_packed_documents_loss_is_its_loss_alone(tmp_path: Path, batching: str
     checked = 0
     for row in range(len(batch.labels)):
         starts = [*(batch.position_ids[row] == 0).nonzero().flatten().tolist(), batch.labels.shape[1]]
-        for start, end in zip(starts[:-1], starts[1:], strict=True):
+        for start, end in itertools.pairwise(starts):
             if batch.labels[row, start] == IGNORED:
                 continue
             ids, labels = batch.input_ids[row : row + 1, start:end], batch.labels[row, start:end]

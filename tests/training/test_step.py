@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(start: tuple[Path, Path
     done = [row for row in records if row.skipped is None]
     assert done
     assert run.scaler.get_scale() < 2.0**39
-    assert any(later.scale > earlier.scale for earlier, later in zip(done, done[1:], strict=False))  # type: ignore[operator]
+    assert any(later.scale > earlier.scale for earlier, later in itertools.pairwise(done))  # type: ignore[operator]
 
 
 class TestNotFinite:

@@ -47,7 +47,6 @@ def train(as_json: bool, **flags: Any) -> None:
 
     from optc.training.loop import train as run_training
     from optc.training.metrics import StepRecord
-    from optc.training.setup import World
 
     config = make_config(flags)
     with progress("training", total=config.max_steps) as update:
@@ -57,7 +56,7 @@ def train(as_json: bool, **flags: Any) -> None:
             update(record.step, f"step {record.step}  loss {loss}  {record.tokens_per_s:.0f} tokens/s")
 
         result = run_training(config, resume=flags["resume"], on_step=on_step)
-    if World.from_environment().rank == 0:
+    if result is not None:  # the first rank's
         emit(msgspec.to_builtins(result), as_json, _show)
 
 
