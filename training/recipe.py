@@ -121,7 +121,7 @@ def _check_keys(tree: Mapping[str, Any], cls: type[msgspec.Struct], prefix: str,
     hints = typing.get_type_hints(cls)
     for key, value in tree.items():
         if key not in hints:
-            known = _dotted(TrainConfig)
+            known = dotted_keys(TrainConfig)
             close = nearest(f"{prefix}{key}", known) or nearest(key, [name.split(".")[-1] for name in known])
             raise UsageError(
                 f"unknown key '{prefix}{key}'", where=where,
@@ -132,12 +132,12 @@ def _check_keys(tree: Mapping[str, Any], cls: type[msgspec.Struct], prefix: str,
             _check_keys(value, inner, f"{prefix}{key}.", where)
 
 
-def _dotted(cls: type[msgspec.Struct], prefix: str = "") -> list[str]:
+def dotted_keys(cls: type[msgspec.Struct], prefix: str = "") -> list[str]:
     """Every key of a config, dotted."""
     found = []
     for key, hint in typing.get_type_hints(cls).items():
         inner = _struct(hint)
-        found += [f"{prefix}{key}"] if inner is None else _dotted(inner, f"{prefix}{key}.")
+        found += [f"{prefix}{key}"] if inner is None else dotted_keys(inner, f"{prefix}{key}.")
     return found
 
 
