@@ -98,6 +98,32 @@ def test_resumed_equals_the_whole_run(
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"lora": {"enabled": True, "rank": 4, "dropout": 0.1}},
+        {"lora": {"enabled": True, "rank": 4, "base": "nf4", "group_size": 16}},
+        {"qat": {"enabled": True, "group_size": 16}, "distill": {"teacher": "self", "weight": 0.9}},
+        {"qat": {"enabled": True, "group_size": 16, "kv_cache": "int8"}},
+        {"checkpointing": {"policy": "full"}, "data": {"batching": "tokens"}},
+    ],
+    ids=["lora", "qlora", "qat", "qat-kv", "checkpointing"],
+)
+def test_what_is_applied_to_a_model_resumes_too(
+    start: tuple[Path, Path], tmp_path: Path, more: dict[str, Any]
+) -> None:
+    config = small_config(*start, tmp_path / "parts", **more)
+    whole = train(small_config(*start, tmp_path / "whole", **more))
+    interrupted(config, 5)
+    parts = train(config, resume=True)
+    assert whole is not None
+    assert parts is not None
+    assert parts.resumed_from == 4
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert one == two
+
+
 def test_resume_without_a_checkpoint_starts(start: tuple[Path, Path], tmp_path: Path) -> None:
     config = small_config(*start, tmp_path / "out", max_steps=2)
     assert train(config, resume=True).resumed_from is None
