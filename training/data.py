@@ -27,14 +27,16 @@ class Batch:
 
     Attributes:
         input_ids: int64 [B, S]; rows end in padding where documents are shorter.
-        position_ids: int64 [B, S]; restarts at 0 with each document, and at the padding. transformers masks attention
-            between documents where positions restart.
+        position_ids: int64 [B, S]; restarts at 0 with each document and goes on through the padding, which nothing
+            before it sees. transformers masks attention between documents where positions restart.
         labels: int64 [B, S]; labels[b, i] is the token behind input_ids[b, i] (already shifted), -100 at padding.
+        packed: whether any row holds more than one document.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
+    packed: bool
 
     @property
     def label_tokens(self) -> int:
@@ -43,7 +45,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
-        return Batch(self.input_ids.to(device), self.position_ids.to(device), self.labels.to(device))
+        moved = (item.to(device) for item in (self.input_ids, self.position_ids, self.labels))
+        return Batch(*moved, packed=self.packed)
 
 
 class Position(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -204,10 +207,9 @@ class Reader:
                 tokens = self.documents[document][start : start + size + 1]
                 place = slice(at, at + size)
                 ids[number, place], labels[number, place] = tokens[:-1], tokens[1:]
-                positions[number, place] = torch.arange(size)
+                positions[number, at:] = torch.arange(width - at)
                 at += size
-            positions[number, at:] = torch.arange(width - at)
-        return Batch(ids, positions, labels)
+        return Batch(ids, positions, labels, packed=any(len(row) > 1 for row in rows))
 
 
 def _fitting(lengths: Sequence[int], budget: int) -> int:

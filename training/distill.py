@@ -55,8 +55,13 @@ def load_teacher(config: TrainConfig, vocab_size: int) -> Any | None:
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits [B, S, V] of a batch."""
-    return model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    """Logits [B, S, V] of a batch.
+
+    Without packed rows the model counts positions itself: told them, a compiled model would build masks that cut
+    nothing, and leave the attention kernels that are causal by nature.
+    """
+    positions = batch.position_ids if batch.packed else None
+    return model(input_ids=batch.input_ids, position_ids=positions, use_cache=False).logits
 
 
 def loss_sums(logits: Tensor, batch: Batch, config: TrainConfig, teacher: nn.Module | None) -> LossSums:

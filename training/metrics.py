@@ -102,7 +102,7 @@ def measure_memory(
     return Memory(weights=weights, gradients=gradients, optimizer=state, activations=activations, peak=peak)
 
 
-def flops_per_token(model: nn.Module, seq_len: int) -> int:
+def flops_per_token(model: Any, seq_len: int) -> int:
     """Floating-point operations per token of a training step (Chowdhery et al. 2022, PaLM, appendix B).
 
     6 per weight that multiplies (4 for a frozen one: no gradient of its own), and 12 * layers * hidden * seq_len for
@@ -204,4 +204,4 @@ def _summary_writer(folder: Path, step: int) -> Any:
             why=str(error),
             remedy="pip install 'optc[train]', or leave tensorboard out",
         ) from error
-    return SummaryWriter(str(folder), purge_step=step + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -39,8 +39,9 @@ def train_step(run: Run, *, last_good: str | None, with_memory: bool = False) ->
     started = time.perf_counter()
     config, device = run.config, run.device
     epoch = run.reader.position.epoch
-    batches = [batch.to(device) for batch in run.reader.next_step()]
+    batches = run.reader.next_step()
     tokens = int(sum_over_ranks(sum(batch.label_tokens for batch in batches), device))
+    batches = [batch.to(device) for batch in batches]
     torch.manual_seed((config.seed * 1_000_003 + run.step) * 4096 + run.world.rank)
     set_learning_rate(run.optimizer, learning_rate_share(config.schedule, run.step, config.max_steps))
     if with_memory and device.type == "cuda":
@@ -73,7 +74,7 @@ def train_step(run: Run, *, last_good: str | None, with_memory: bool = False) ->
 
 def _backward(run: Run, batches: Sequence[Batch], tokens: int, with_memory: bool) -> tuple[list[float], int]:
     """Gradients of a step. Returns the sums [loss, cross-entropy, KL] of this rank, and bytes of saved activations."""
-    sums = [0.0, 0.0, 0.0]
+    parts: list[tuple[Tensor | None, ...]] = []
     activations = 0
     for number, batch in enumerate(batches):
         saved = SavedTensors([*run.model.parameters(), *run.model.buffers()])
@@ -89,10 +90,12 @@ def _backward(run: Run, batches: Sequence[Batch], tokens: int, with_memory: bool
                 backward(run.module, loss, last=last)
             else:
                 run.scaler.scale(loss).backward()
-        parts = (found.total.detach(), found.cross_entropy, found.divergence)
-        sums = [
-            total + (0.0 if part is None else float(part)) for total, part in zip(sums, parts, strict=True)
-        ]
+        parts.append((found.total.detach(), found.cross_entropy, found.divergence))
+    # Read here, so that a GPU is not waited for between micro-batches.
+    sums = [
+        math.fsum(0.0 if part is None else float(part) for part in column)
+        for column in zip(*parts, strict=True)
+    ]
     return sums, activations
 
 

@@ -58,13 +58,14 @@ def test_packing_fills_rows(tmp_path: Path) -> None:
     assert len(used) in (9, 10)
 
 
-def test_positions_restart_with_each_document_and_at_the_padding(tmp_path: Path) -> None:
+def test_positions_restart_with_each_document(tmp_path: Path) -> None:
     found = reader(tmp_path, batch_size=10, data={"shuffle": False})
     batch = found.next_step()[0]
     # Rows are filled first fit: 32 of document 0; its other 7, then document 1's 6 and 17 of document 2 ...
     assert batch.position_ids[1, :8].tolist() == [0, 1, 2, 3, 4, 5, 6, 0]
     starts = (batch.position_ids[1] == 0).nonzero().flatten().tolist()
     assert starts[:3] == [0, 7, 13]
+    assert batch.packed
     padding = (batch.labels == IGNORED).nonzero()
     assert all(batch.input_ids[row, column] == 0 for row, column in padding.tolist())
 
@@ -74,6 +75,7 @@ def test_a_packed_documents_loss_is_its_loss_alone(tmp_path: Path, batching: str
     model = load_frozen(small_model(tmp_path / "model"))
     found = reader(tmp_path, batch_size=12, data={"batching": batching})
     batch = found.next_step()[0]
+    assert batch.packed == (batching == "pack")
     together = torch.nn.functional.cross_entropy(
         logits_of(model, batch).transpose(1, 2), batch.labels, ignore_index=IGNORED, reduction="none"
     )
@@ -81,8 +83,8 @@ def test_a_packed_documents_loss_is_its_loss_alone(tmp_path: Path, batching: str
     for row in range(len(batch.labels)):
         starts = [*(batch.position_ids[row] == 0).nonzero().flatten().tolist(), batch.labels.shape[1]]
         for start, end in itertools.pairwise(starts):
-            if batch.labels[row, start] == IGNORED:
-                continue
+            kept = batch.labels[row, start:end] != IGNORED
+            end = start + int(kept.sum())
             ids, labels = batch.input_ids[row : row + 1, start:end], batch.labels[row, start:end]
             alone = torch.nn.functional.cross_entropy(
                 model(ids).logits[0], labels, ignore_index=IGNORED, reduction="none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,14 @@ def train(as_json: bool, **flags: Any) -> None:
 
     from optc.training.loop import train as run_training
     from optc.training.metrics import StepRecord
+    from optc.training.setup import World
 
     config = make_config(flags)
-    with progress("training", total=config.max_steps) as update:
+    first = World.from_environment().rank == 0
+    with progress("training", total=config.max_steps) if first else nullcontext() as update:
 
         def on_step(record: StepRecord) -> None:
+            assert update is not None  # called on the first rank only
             loss = "not finite" if record.loss is None else f"{record.loss:.4f}"
             update(record.step, f"step {record.step}  loss {loss}  {record.tokens_per_s:.0f} tokens/s")
 
