@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from types import MethodType
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -74,14 +75,17 @@ def apply_activation_checkpointing(model: M, config: CheckpointingConfig) -> M:
         policy = op_policy(config.keep)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     step = config.every_n if config.policy == "every-n" else 1
+    run = _checkpointed(blocks[0].forward.__func__, options)
     for block in blocks[::step]:
-        block.forward = _checkpointed(block.forward, options)  # type: ignore[method-assign]
+        block.forward = MethodType(run, block)  # type: ignore[method-assign]
     return model
 
 
 def _checkpointed(forward: Forward, options: dict[str, Any]) -> Forward:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+    """One function for all blocks: with one each, torch.compile would compile each."""
+
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, self, *args, use_reentrant=False, **options, **kwargs)
 
     return run
 

@@ -22,8 +22,11 @@ class SavedTensors:
     """
 
     def __init__(self, weights: Iterable[Tensor] = ()) -> None:
+        weights = list(weights)
         self._skip = {_storage(weight) for weight in weights}
+        self._shapes = {shape for item in weights if item.dim() == 2 for shape in (item.shape, item.t().shape)}
         self._sizes: dict[int, int] = {}
+        self._copies: set[int] = set()
         self._held: list[Tensor] = []  # keeps storages alive, so that no address is used twice
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
@@ -32,12 +35,20 @@ class SavedTensors:
         if key not in self._skip and key not in self._sizes:
             self._sizes[key] = tensor.untyped_storage().nbytes()
             self._held.append(detached)
+            if tensor.shape in self._shapes:
+                self._copies.add(key)
         return detached  # the tensor itself would hold the node that holds it
 
     @property
     def bytes(self) -> int:
         """Bytes saved so far."""
         return sum(self._sizes.values())
+
+    @property
+    def weight_copies(self) -> int:
+        """Bytes of those that have the shape of a weight or its transpose: autocast's copies. They do not grow with
+        the batch. (Right where the number of tokens is no weight's size.)"""
+        return sum(self._sizes[key] for key in self._copies)
 
     def __enter__(self) -> Self:
         self._hooks.__enter__()
