@@ -34,6 +34,21 @@ _FREE = ("model", "output", "max_steps", "gradient_accumulation", "device", "on_
 """Keys of the config that a resumed run may change: they do not change what is computed, but by rounding."""
 
 
+Plain = float | int | bool
+
+
+class OptimizerValues(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an optimizer keeps beside tensors.
+
+    Attributes:
+        parameters: name of a parameter -> key -> value.
+        groups: key -> value of each group.
+    """
+
+    parameters: dict[str, dict[str, Plain]] = {}
+    groups: list[dict[str, Plain]] = []
+
+
 class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything about a run that is not a tensor.
 
@@ -42,7 +57,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         position: the next unit to read.
         skipped: steps in a row that were left out for a loss that is not finite.
         scaler: state of the loss scale; empty without one.
-        optimizer: plain values of each parameter (name -> key -> value) and of each group.
+        optimizer: plain values of the optimizer.
         model: digests of config.json and of the weights that the run started from.
         corpus: digest of the tokens.
         config: the run's config.
@@ -53,7 +68,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     position: Position
     skipped: int = 0
     scaler: dict[str, float | int] = {}
-    optimizer: dict[str, Any] = {}
+    optimizer: OptimizerValues = OptimizerValues()
     model: str
     corpus: str
     config: dict[str, Any]
@@ -162,19 +177,34 @@ def restore(folder: Path, state: RunState, model: nn.Module, optimizer: torch.op
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(found[name])
+    _restore_optimizer(folder, state.optimizer, model, optimizer)
+
+
+def _restore_optimizer(
+    folder: Path, values: OptimizerValues, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
     named = {name: item for name, item in model.named_parameters() if item.requires_grad}
-    for key, tensor in _read(folder / "optimizer.safetensors").items():
+    tensors = _read(folder / "optimizer.safetensors")
+    for name in {key.partition("::")[0] for key in tensors} | values.parameters.keys():
+        if name not in named:
+            raise _another(folder, f"it has optimizer state of {name}")
+    if len(values.groups) != len(optimizer.param_groups):
+        raise _another(
+            folder,
+            f"{len(values.groups)} groups of parameters, the optimizer has {len(optimizer.param_groups)}",
+        )
+    for key, tensor in tensors.items():
         name, _, field = key.partition("::")
-        if name not in named:
-            raise _another(folder, f"it has optimizer state of {name}")
-        home = torch.device("cpu") if field == "step" else named[name].device
-        optimizer.state[named[name]][field] = tensor.to(home)
-    for name, values in state.optimizer["parameters"].items():
-        if name not in named:
-            raise _another(folder, f"it has optimizer state of {name}")
-        optimizer.state[named[name]].update(values)
-    for group, values in zip(optimizer.param_groups, state.optimizer["groups"], strict=True):
-        group.update(values)
+        parameter = named[name]
+        if tensor.dim() and tensor.shape != parameter.shape:
+            raise _another(
+                folder, f"{key} is {tuple(tensor.shape)} there, {tuple(parameter.shape)} in the model"
+            )
+        optimizer.state[parameter][field] = tensor.to(parameter.device if tensor.dim() else "cpu")
+    for name, row in values.parameters.items():
+        optimizer.state[named[name]].update(row)
+    for group, row in zip(optimizer.param_groups, values.groups, strict=True):
+        group.update(row)
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -189,7 +219,7 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], OptimizerValues]:
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -202,7 +232,7 @@ def _optimizer_state(
         {key: value for key, value in group.items() if type(value) in (int, float, bool)}
         for group in optimizer.param_groups
     ]
-    return tensors, {"parameters": plain, "groups": groups}
+    return tensors, OptimizerValues(parameters=plain, groups=groups)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -147,7 +147,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     gradient_accumulation: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     clip_norm: Annotated[float, Meta(ge=0)] = 1.0
-    seed: NotNegative = 0
+    seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     on_nan: Literal["stop", "skip"] = "stop"
     peak_tflops: Positive | None = None

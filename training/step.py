@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -42,7 +44,7 @@ def train_step(run: Run, *, last_good: str | None, with_memory: bool = False) ->
     batches = run.reader.next_step()
     tokens = int(sum_over_ranks(sum(batch.label_tokens for batch in batches), device))
     batches = [batch.to(device) for batch in batches]
-    torch.manual_seed((config.seed * 1_000_003 + run.step) * 4096 + run.world.rank)
+    _seed((config.seed * 1_000_003 + run.step) * 4096 + run.world.rank)
     set_learning_rate(run.optimizer, learning_rate_share(config.schedule, run.step, config.max_steps))
     if with_memory and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -159,6 +161,12 @@ def _not_finite(run: Run, batches: Sequence[Batch], last_good: str | None) -> No
         why=f"last good checkpoint: {last_good or 'none yet'}",
         remedy="lower optimizer.lr, train in fp32 or bf16, or leave such steps out with --set on_nan=skip",
     )
+
+
+def _seed(number: int) -> None:
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % (1 << 32))
 
 
 def _finite(value: float) -> float | None:
