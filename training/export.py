@@ -79,9 +79,7 @@ def _plan(model: Any) -> tuple[FolderPlan, dict[str, Tensor]]:
             continue
         plain[name] = tensor.detach().cpu().contiguous()
     untied = any(owners.get(name, name) in plain or name in owners.values() for name in coded)
-    quantized = tuple(
-        Quantized(name, f"{name}.weight", _on_cpu(module)) for name, module in linears.items()
-    )
+    quantized = tuple(Quantized(name, f"{name}.weight", _on_cpu(module)) for name, module in linears.items())
     scheme = None
     for name, rounding in kv_roundings(model):
         scheme = rounding.scheme

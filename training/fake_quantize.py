@@ -30,7 +30,7 @@ class _Weight(torch.autograd.Function):
         return grid.values(grid.codes(weight.float()))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, zero = ctx.saved_tensors
         top, size = 2**ctx.bits - 1, weight.shape[1] // scale.shape[1]
@@ -80,7 +80,7 @@ class _Static(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (inside,) = ctx.saved_tensors
         return grads[0] * inside, None, None

@@ -45,7 +45,8 @@ class KVRounding(nn.Module):
         if self.training:
             with torch.no_grad():
                 for largest, x in ((self.key_largest, key), (self.value_largest, value)):
-                    seen = x.detach().abs().amax((0, 2, 3) if largest.dim() == 3 else None).float()
+                    axes = (0, 2, 3) if largest.dim() == 3 else (0, 1, 2, 3)
+                    seen = x.detach().abs().amax(axes).float()
                     largest.copy_(torch.maximum(largest, seen.view(largest.shape)))
         key_scale, value_scale = self.scales()
         return (
@@ -104,7 +105,9 @@ def plain_attention_name(name: str) -> str:
 
 
 def _rounded(attention: Callable[..., Any]) -> Callable[..., Any]:
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         key, value = getattr(module, MODULE)(key, value)
         return attention(module, query, key, value, *args, **kwargs)
 

@@ -127,10 +127,13 @@ def write_adapters(model: nn.Module, base: Path, directory: Path) -> None:
     from safetensors.torch import save_file
 
     peft = _peft()
-    settings = model.peft_config[ADAPTER]  # type: ignore[index, union-attr]
+    configs: Any = model.peft_config
+    settings = configs[ADAPTER]
     settings.base_model_name_or_path, settings.inference_mode = str(base), True
     state = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER)
-    tensors = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {
+        f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()
+    }
     with os_errors("writing the adapters", str(directory)):
         settings.save_pretrained(directory)
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -140,9 +143,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise UsageError(
-            "adapters need peft", why=str(error), remedy="pip install 'optc[train]'"
-        ) from error
+        raise UsageError("adapters need peft", why=str(error), remedy="pip install 'optc[train]'") from error
     return peft
 
 

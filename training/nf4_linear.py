@@ -94,9 +94,7 @@ class Nf4Linear(nn.Linear):
         return sum(part.nbytes for part in self.buffers() if part is not self.table)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, nf4, group_size={self.group_size}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, nf4, group_size={self.group_size}"
 
 
 class _Product(torch.autograd.Function):
@@ -108,6 +106,6 @@ class _Product(torch.autograd.Function):
         return nn.functional.linear(x, linear.dense(x.dtype))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] @ ctx.linear.dense(grads[0].dtype), None

@@ -64,7 +64,9 @@ class QatConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         check_bits(self.bits)
         check_group_size(self.group_size, [])
         if not self.scale_rate > 0:
-            raise UsageError(f"qat.scale_rate is {self.scale_rate}", remedy="choose a positive rate, such as 1")
+            raise UsageError(
+                f"qat.scale_rate is {self.scale_rate}", remedy="choose a positive rate, such as 1"
+            )
         if self.activations != "none" and (self.bits, self.group_size, self.symmetric) != (8, 0, True):
             raise UsageError(
                 "rounded activations need symmetric 8-bit weights with one scale per row",
@@ -152,7 +154,9 @@ def apply_qat(model: nn.Module, config: QatConfig) -> nn.Module:
     if not config.enabled:
         return model
     if next(quantized_linears(model), None) is not None:
-        raise UsageError("the model is prepared for quantization-aware training already", remedy="load it anew")
+        raise UsageError(
+            "the model is prepared for quantization-aware training already", remedy="load it anew"
+        )
     if lora_config(model) is not None:
         raise UsageError(
             "adapters and quantization-aware training exclude each other",

@@ -111,7 +111,11 @@ class CompressedTensorsWriter:
         formats = {group["format"] for group in groups.values()}
         return {
             "quant_method": self.name,
-            "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else compressed_tensors.DENSE,
+            "format": formats.pop()
+            if len(formats) == 1
+            else "mixed-precision"
+            if formats
+            else compressed_tensors.DENSE,
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": [module for module in linears if module not in schemes],
@@ -122,7 +126,9 @@ class CompressedTensorsWriter:
     def key_values(self, scheme: KeyValueScheme | None) -> dict[str, Any]:
         if scheme is None:
             return {}
-        strategy = next(name for name, one in compressed_tensors.STRATEGIES.items() if one == scheme.granularity)
+        strategy = next(
+            name for name, one in compressed_tensors.STRATEGIES.items() if one == scheme.granularity
+        )
         kind = "int" if scheme.format == "int8" else "float"
         return {"kv_cache_scheme": {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy,
                 "group_size": None, "dynamic": False, "actorder": None, "block_structure": None}}  # fmt: skip

@@ -104,7 +104,9 @@ def test_the_base_takes_four_bits_and_no_dense_copy() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         half = linear(x)
     assert half.dtype == torch.bfloat16
-    assert torch.equal(half, nn.functional.linear(x.bfloat16(), linear.dense(torch.bfloat16)) + plain.bias.bfloat16())
+    assert torch.equal(
+        half, nn.functional.linear(x.bfloat16(), linear.dense(torch.bfloat16)) + plain.bias.bfloat16()
+    )
 
 
 def test_trainable_and_optimizer_bytes_fall_by_nine_tenths(example_model: Path) -> None:
@@ -145,7 +147,9 @@ def test_an_adapter_folder_is_peft_s(tmp_path: Path, base: Any) -> None:
     """peft itself loads the folder onto the base; for QLoRA the base is what quantize-nf4 makes."""
     from peft import PeftModel
 
-    model = trained(LoraConfig(enabled=True, rank=4, base=base, export="adapters", targets=("q_proj", "v_proj")))
+    model = trained(
+        LoraConfig(enabled=True, rank=4, base=base, export="adapters", targets=("q_proj", "v_proj"))
+    )
     save_trained(model, source("llama"), tmp_path / "out", SaveConfig())
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {
         "adapter_config.json", "adapter_model.safetensors",
@@ -165,7 +169,10 @@ def test_any_decoder_gets_adapters(family: str) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     adapted = [name for name, _ in adapted_linears(model)]
     assert adapted
-    assert all(any(name.startswith(f"{one}.") for one in adapted) or model.get_submodule(name) is head for name in linears)
+    assert all(
+        any(name.startswith(f"{one}.") for one in adapted) or model.get_submodule(name) is head
+        for name in linears
+    )
     assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
@@ -177,7 +184,7 @@ def test_what_cannot_be_adapted_is_refused() -> None:
         apply_lora(model, LoraConfig(enabled=True, base="nf4", group_size=48))
     with pytest.raises(InputError, match="the model has no linear to adapt"):
         apply_lora(nn.Module(), LoraConfig(enabled=True))
-    with pytest.raises(UsageError, match="lora.rank=0"):
+    with pytest.raises(UsageError, match=r"lora\.rank=0"):
         LoraConfig(rank=0)
     with pytest.raises(InputError, match=r"(?s)K = 3 is odd.*two codes in a byte"):
         Nf4Linear(nn.Linear(3, 4), "w", 0, double_quant=False)
