@@ -39,6 +39,10 @@ def export_hf(program: Program, request: ExportRequest) -> ExportResult:
         ResourceError, InputError: the disk is full or not writable.
     """
     plan = collect(program, request.source)
+    if request.options.layout and not plan.quantized and not plan.key_values:
+        raise TargetError(
+            "--layout says how quantized weights are written", why="nothing is quantized", remedy="add --quant"
+        )
     writer = layout_writer(request.options.layout or LAYOUTS[0], [item.weight for item in plan.quantized])
     written = write_model(plan, program.weight, writer, request.directory, request.source)
     return ExportResult(
