@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or absent, without pickle, and resumed to the same numbers.
+"""Checkpoints of one process: whole or absent, without pickle, and resumed to the same numbers.
 
 A checkpoint is a folder RUN/checkpoints/step-00000040 with
 
@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -34,6 +34,7 @@ _FREE = ("model", "output", "max_steps", "gradient_accumulation", "device", "on_
 """Keys of the config that a resumed run may change: they do not change what is computed, but by rounding."""
 
 
+T = TypeVar("T")
 Plain = float | int | bool
 
 
@@ -76,6 +77,11 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     format: int = FORMAT
 
 
+def folder_of(run: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run folder, oldest first."""
     folder = run / "checkpoints"
@@ -86,12 +92,12 @@ def checkpoints(run: Path) -> list[Path]:
 def save(
     run: Path, state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int
 ) -> Path:
-    """Write a checkpoint of one process (or of the first of several that hold the same); removes the oldest.
+    """Write a checkpoint of one process; removes the oldest.
 
     Raises:
         InputError, ResourceError: it cannot be written; then nothing of it is left.
     """
-    folder = run / "checkpoints" / f"step-{state.step:08d}"
+    folder = folder_of(run, state.step)
     tensors, plain = _optimizer_state(model, optimizer)
     state = msgspec.structs.replace(state, optimizer=plain)
     with write_folder(folder, force=False) as directory:
@@ -120,8 +126,17 @@ def read_state(folder: Path) -> RunState:
     path = folder / "checkpoint.json"
     with os_errors("reading the checkpoint", str(path)):
         data = path.read_bytes()
+    return check_format(decode(data, RunState, path), path)
+
+
+def decode(data: bytes, cls: type[T], path: Path) -> T:
+    """The JSON of a checkpoint.
+
+    Raises:
+        InputError: it is not what it should be.
+    """
     try:
-        state = msgspec.json.decode(data, type=RunState)
+        return msgspec.json.decode(data, type=cls)
     except (msgspec.DecodeError, RecursionError) as error:
         raise InputError(
             "the checkpoint is damaged",
@@ -129,6 +144,14 @@ def read_state(folder: Path) -> RunState:
             why=str(error),
             remedy="remove this checkpoint's folder",
         ) from error
+
+
+def check_format(state: RunState, path: Path) -> RunState:
+    """The state, when this version reads its format.
+
+    Raises:
+        InputError: another format.
+    """
     if state.format != FORMAT:
         raise InputError(
             f"the checkpoint has format {state.format}, this optc reads {FORMAT}", where=str(path),

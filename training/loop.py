@@ -11,17 +11,18 @@ from typing import Any
 
 import msgspec
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from optc.compiler.diagnostics import InputError, ResourceError, UsageError, os_errors
+from optc.compiler.diagnostics import InputError, UsageError, os_errors
 from optc.compiler.publishing import check_output, write_folder
 from optc.training import checkpoint
 from optc.training.checkpoint import RunState
 from optc.training.config import TrainConfig
 from optc.training.export import write_trained
 from optc.training.metrics import MetricsLog, StepRecord
+from optc.training.out_of_memory import out_of_memory
+from optc.training.saving import read_state, resume_run, save_run
 from optc.training.setup import Run, World, build_model, check_config, model_identity, prepare
 from optc.training.step import train_step
 from optc.training.train_report import write_train_report
@@ -102,7 +103,7 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None =
     with _memory_errors(config, world):
         run = prepare(config, world)
         state = _initial_state(run)
-        resumed = _resume(run, state, folder) if resume else None
+        resumed = resume_run(run, state, folder) if resume else None
         state = resumed or state
         with os_errors("making the run's folder", str(folder)):
             folder.mkdir(parents=True, exist_ok=True)
@@ -123,26 +124,12 @@ def _initial_state(run: Run) -> RunState:
     )  # fmt: skip
 
 
-def _resume(run: Run, now: RunState, folder: Path) -> RunState | None:
-    """Bring a run to the state of its newest checkpoint; None when there is none."""
-    found = checkpoint.checkpoints(folder)
-    if not found:
-        return None
-    state = checkpoint.read_state(found[-1])
-    checkpoint.check_same_run(found[-1], state, now)
-    checkpoint.restore(found[-1], state, run.model, run.optimizer)
-    run.step, run.skipped, run.reader.position = state.step, state.skipped, state.position
-    if run.scaler.is_enabled():
-        run.scaler.load_state_dict(state.scaler)
-    return state
-
-
 def _steps(run: Run, state: RunState, folder: Path, on_step: OnStep | None) -> list[StepRecord]:
     """All steps that are left. The first rank keeps the log and calls `on_step`."""
     config, every = run.config, run.config.saving.every
     log = MetricsLog(folder, step=run.step, tensorboard=config.tensorboard) if run.world.rank == 0 else None
     first = run.step
-    last_good: str | None = None if state.step == 0 else f"{folder}/checkpoints/step-{state.step:08d}"
+    last_good: str | None = None if state.step == 0 else str(checkpoint.folder_of(folder, state.step))
     try:
         while run.step < config.max_steps:
             ends = run.step in (first, config.max_steps - 1)
@@ -152,26 +139,11 @@ def _steps(run: Run, state: RunState, folder: Path, on_step: OnStep | None) -> l
                 if on_step is not None:
                     on_step(record)
             if every and (run.step % every == 0 or run.step == config.max_steps):
-                last_good = str(_save(run, state, folder))
+                last_good = str(save_run(run, state, folder))
         return [] if log is None else log.records
     finally:
         if log is not None:
             log.close()
-
-
-def _save(run: Run, state: RunState, folder: Path) -> Path:
-    now = msgspec.structs.replace(
-        state,
-        step=run.step,
-        position=run.reader.position,
-        skipped=run.skipped,
-        scaler=run.scaler.state_dict(),
-    )
-    if run.world.rank == 0:
-        checkpoint.save(folder, now, run.model, run.optimizer, keep=run.config.saving.keep)
-    if run.world.size > 1:
-        dist.barrier()
-    return folder / "checkpoints" / f"step-{run.step:08d}"
 
 
 def _result(run: Run, state: RunState, records: list[StepRecord], resumed: RunState | None) -> TrainResult:
@@ -226,7 +198,7 @@ def _finished(output: Path, folder: Path) -> TrainResult | None:
         result = msgspec.json.decode(data, type=TrainResult)
     except (msgspec.DecodeError, RecursionError) as error:
         raise InputError("the summary of the run is damaged", where=str(path), why=str(error)) from error
-    if found and checkpoint.read_state(found[-1]).run != result.run:
+    if found and read_state(found[-1]).run != result.run:
         return None
     shutil.rmtree(folder, ignore_errors=True)
     return result
@@ -238,15 +210,8 @@ def _memory_errors(config: TrainConfig, world: World) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(config, world, error) from error
+        raise out_of_memory(config, world.size, error) from error
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):
             raise
-        raise _out_of_memory(config, world, error) from error
-
-
-def _out_of_memory(config: TrainConfig, world: World, error: BaseException) -> ResourceError:
-    return ResourceError(
-        "out of memory while training", where=config.model, why=str(error).splitlines()[0] if str(error) else None,
-        remedy="raise gradient_accumulation, or use checkpointing.policy=full",
-    )  # fmt: skip
+        raise out_of_memory(config, world.size, error) from error

@@ -25,7 +25,7 @@ from optc.training.config import TrainConfig
 from optc.training.data import IGNORED
 from optc.training.lora import apply_lora
 from optc.training.metrics import tensor_bytes
-from optc.training.models import _attention
+from optc.training.models import attention_for
 from optc.training.precision import autocast
 from optc.training.qat import apply_qat
 from optc.training.saved_tensors import LiveTensors
@@ -136,7 +136,7 @@ def _fake_model(config: TrainConfig) -> Any:
         raise InputError("the model folder does not exist", where=config.model, remedy="give a folder with config.json")
     skeleton = meta_model(CheckpointInfo(folder, read_config(folder, trust_remote_code=False), {}, False))
     shape = skeleton.config
-    shape._attn_implementation = _attention(skeleton)
+    shape._attn_implementation = attention_for(skeleton)
     shape.use_cache = False
     return type(skeleton)(shape).train()
 

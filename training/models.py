@@ -41,7 +41,7 @@ def load_frozen(folder: Path) -> Any:
     Raises:
         InputError, CaptureError: the folder is unusable.
     """
-    attention = _attention(meta_model(check_folder(folder)))
+    attention = attention_for(meta_model(check_folder(folder)))
     model, _ = load_model(folder, dtype=torch.float32, attention=attention)
     return model
 
@@ -55,11 +55,11 @@ def _fresh(folder: Path) -> Any:
     config = read_config(folder, trust_remote_code=False)
     skeleton = meta_model(CheckpointInfo(folder, config, {}, (folder / "tokenizer.json").is_file()))
     shape = skeleton.config
-    shape._attn_implementation = _attention(skeleton)
+    shape._attn_implementation = attention_for(skeleton)
     return type(skeleton)(shape).float()
 
 
-def _attention(skeleton: Any) -> str:
+def attention_for(skeleton: Any) -> str:
     """sdpa where the model can; a softcap or sinks need the eager implementation."""
     capped = getattr(skeleton.config, "attn_logit_softcapping", None) is not None
     return "sdpa" if skeleton._supports_sdpa and not capped else "eager"

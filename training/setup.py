@@ -103,10 +103,10 @@ def check_config(config: TrainConfig, world: World) -> None:
             remedy="use adamw or lion, or parallel.kind=ddp",
         )  # fmt: skip
 
-    if config.parallel.kind in ("fsdp", "zero1", "deepspeed") and config.saving.every:
+    if config.parallel.kind == "deepspeed" and config.saving.every:
         raise UsageError(
-            f"checkpoints of parallel.kind={config.parallel.kind} are not written", why="each rank holds a part of the state",
-            remedy="use --set saving.every=0, or parallel.kind=ddp",
+            "checkpoints of parallel.kind=deepspeed are not written", why="DeepSpeed keeps its state in flat shards of its own",
+            remedy="use --set saving.every=0, or parallel.kind=zero1 or fsdp",
         )  # fmt: skip
     if config.parallel.kind == "deepspeed" and config.precision != "fp32":
         raise UsageError(

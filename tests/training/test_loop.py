@@ -160,7 +160,9 @@ class TestErrors:
         with pytest.raises(ResourceError, match="out of memory while training") as found:
             train(small_config(*start, tmp_path / "out"))
         assert found.value.exit_code == 8
-        assert "gradient_accumulation" in str(found.value.remedy)
+        assert "the plan predicts a peak of" in str(found.value.why)
+        assert "--set gradient_accumulation=4 (" in str(found.value.remedy)
+        assert "--set checkpointing.policy=full" in str(found.value.remedy)
 
     def test_a_damaged_log(self, tmp_path: Path) -> None:
         (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
