@@ -30,7 +30,9 @@ from optc.training.parallel import ParallelConfig, apply_data_parallel, start_pr
 from optc.training.saved_tensors import LiveTensors, SavedTensors
 
 
-def measure(model: Any, data: dict[str, torch.Tensor], place: torch.device, *, amp: bool, eager: bool) -> dict[str, Any]:
+def measure(
+    model: Any, data: dict[str, torch.Tensor], place: torch.device, *, amp: bool, eager: bool
+) -> dict[str, Any]:
     """Bytes of one forward and backward pass."""
 
     def loss() -> torch.Tensor:
@@ -97,14 +99,20 @@ def one_device(arguments: argparse.Namespace, shape: str, place: torch.device) -
 
 def sharded(shape: str) -> dict[str, Any]:
     """Bytes of weights and AdamW state on this rank after a step, against 1/N of the whole."""
-    place = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    place = (
+        torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     start_processes(place, ParallelConfig())
     model = random_model(shape, place)
     whole = sum(item.nbytes for item in model.parameters())
     module = apply_data_parallel(model, ParallelConfig(kind="fsdp"))
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6)
     data = batch(shape, 1, 64, place)
-    nn.functional.cross_entropy(module(input_ids=data["input_ids"]).logits[0].float(), data["labels"][0]).backward()
+    nn.functional.cross_entropy(
+        module(input_ids=data["input_ids"]).logits[0].float(), data["labels"][0]
+    ).backward()
     optimizer.step()
     state = tensor_bytes(
         item for row in optimizer.state.values() for item in row.values() if isinstance(item, torch.Tensor)

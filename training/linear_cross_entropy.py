@@ -37,7 +37,13 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk: int, compiled: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        dtype: torch.dtype,
+        chunk: int,
+        compiled: bool,
     ) -> Tensor:
         step = _compiled_chunk() if compiled else _chunk
         with torch.autocast(hidden.device.type, enabled=False):

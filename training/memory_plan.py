@@ -133,7 +133,9 @@ def _dry_run(config: TrainConfig, world_size: int) -> _DryRun:
 def _fake_model(config: TrainConfig) -> Any:
     folder = Path(config.model)
     if not folder.is_dir():
-        raise InputError("the model folder does not exist", where=config.model, remedy="give a folder with config.json")
+        raise InputError(
+            "the model folder does not exist", where=config.model, remedy="give a folder with config.json"
+        )
     skeleton = meta_model(CheckpointInfo(folder, read_config(folder, trust_remote_code=False), {}, False))
     shape = skeleton.config
     shape._attn_implementation = attention_for(skeleton)

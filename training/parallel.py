@@ -164,4 +164,3 @@ def clip_grad_norm(parameters: Iterable[Tensor], limit: float) -> float:
     """
     norm = nn.utils.clip_grad_norm_(list(parameters), limit, foreach=True)
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-

@@ -65,7 +65,10 @@ def batches(folder: Path) -> list[dict[str, Tensor]]:
 def loss_sum(module: nn.Module, part: dict[str, Tensor]) -> Tensor:
     logits = module(input_ids=part["input_ids"], use_cache=False).logits
     return nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), part["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum"
+        logits[:, :-1].flatten(0, 1).float(),
+        part["labels"][:, 1:].flatten(),
+        ignore_index=-100,
+        reduction="sum",
     )
 
 
@@ -81,7 +84,9 @@ def curve(folder: Path, config: ParallelConfig, accumulation: int, steps: int = 
         optimizer = shard_optimizer(optimizer, config)
     losses = []
     for batch in batches(folder)[:steps]:
-        rows = torch.arange(ROWS).view(accumulation * size, -1)[rank * accumulation : (rank + 1) * accumulation]
+        rows = torch.arange(ROWS).view(accumulation * size, -1)[
+            rank * accumulation : (rank + 1) * accumulation
+        ]
         tokens = int((batch["labels"][:, 1:] != -100).sum())
         total = 0.0
         for number, mine in enumerate(rows):

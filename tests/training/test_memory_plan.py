@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from optc.training.parallel import ParallelConfig
 from optc.training.saved_tensors import LiveTensors
 from optc.training.setup import World, prepare
 from optc.training.step import train_step
-
-del replace
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +79,8 @@ def test_what_ranks_share(config: TrainConfig) -> None:
     )  # fmt: skip
     two = plan(kind="deepspeed", zero_stage=2)
     assert (two.weights, two.gradients) == (whole.weights, whole.gradients // 4)
-    assert fsdp.peak < two.peak < whole.peak
+    assert two.peak < whole.peak
+    assert fsdp.activations > whole.activations  # gathered weights
 
 
 def test_the_command(config: TrainConfig, tmp_path: Path) -> None:
@@ -91,7 +89,9 @@ def test_the_command(config: TrainConfig, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["plan", "--train", str(recipe), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.output) == msgspec.to_builtins(predict(config))
-    shown = CliRunner().invoke(main, ["plan", "--train", str(recipe), "--world-size", "2", "--set", "parallel.kind=fsdp"])
+    shown = CliRunner().invoke(
+        main, ["plan", "--train", str(recipe), "--world-size", "2", "--set", "parallel.kind=fsdp"]
+    )
     assert "memory on each of 2 ranks" in shown.output
     assert "weights" in shown.output
 

@@ -26,9 +26,20 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 def torchrun(processes: int, script: Path, *arguments: object, timeout: float = 300) -> None:
     source = Path(__file__).resolve().parents[2] / "src"
     environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        script,
+    ]
     done = subprocess.run(
-        [*map(str, command), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=timeout
+        [*map(str, command), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
@@ -77,8 +88,12 @@ def test_deepspeed_gives_the_same_curves(example_model: Path, expected: list[flo
 
 def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(UsageError, match=r"needs DeepSpeed\n(.*\n)*  remedy: pip install 'optc\[deepspeed\]', or use zero1"):
-        deepspeed_zero.connect(nn.Linear(2, 2), torch.optim.SGD([torch.zeros(1)]), ParallelConfig(kind="deepspeed"))
+    with pytest.raises(
+        UsageError, match=r"needs DeepSpeed\n(.*\n)*  remedy: pip install 'optc\[deepspeed\]', or use zero1"
+    ):
+        deepspeed_zero.connect(
+            nn.Linear(2, 2), torch.optim.SGD([torch.zeros(1)]), ParallelConfig(kind="deepspeed")
+        )
 
 
 def test_none_changes_nothing() -> None:
