@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -100,20 +101,29 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None =
                 "an unfinished run of this output is there", where=str(folder),
                 remedy="continue it with --resume, or remove the folder",
             )  # fmt: skip
+    ours = not dist.is_initialized()
     with _memory_errors(config, world):
-        run = prepare(config, world)
-        state = _initial_state(run)
-        resumed = resume_run(run, state, folder) if resume else None
-        state = resumed or state
-        with os_errors("making the run's folder", str(folder)):
-            folder.mkdir(parents=True, exist_ok=True)
-        records = _steps(run, state, folder, on_step)
-        whole = _whole_model(run)
-        if world.rank > 0:
-            return None
-        assert whole is not None
-        result = _result(run, state, records, resumed)
-        _publish(run, whole, result, records, folder)
+        result = _run(config, world, folder, resume, on_step)
+    if ours and dist.is_initialized():
+        dist.destroy_process_group()
+    return result
+
+
+def _run(
+    config: TrainConfig, world: World, folder: Path, resume: bool, on_step: OnStep | None
+) -> TrainResult | None:
+    run = prepare(config, world)
+    start = _initial_state(run)
+    resumed = resume_run(run, start, folder) if resume else None
+    with os_errors("making the run's folder", str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+    records = _steps(run, resumed or start, folder, on_step)
+    whole = _whole_model(run)
+    if world.rank > 0:
+        return None
+    assert whole is not None
+    result = _result(run, resumed or start, records, resumed)
+    _publish(run, whole, result, records, folder)
     return result
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from training_runs import small_config, small_model, token_file
 
@@ -122,6 +123,26 @@ def test_what_is_applied_to_a_model_resumes_too(
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert one == two
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero1", "fsdp"])
+def test_sharded_checkpoints_resume(start: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
+    """A group of one rank; test_sharded_checkpoint has several."""
+    more = {"parallel": {"kind": kind}}
+    train(small_config(*start, tmp_path / "whole"))
+    config = small_config(*start, tmp_path / "parts", **more)
+    interrupted(config, 5)
+    dist.destroy_process_group()
+    with pytest.raises(InputError, match="the checkpoint was written by several processes"):
+        train(small_config(*start, tmp_path / "parts"), resume=True)
+    parts = train(config, resume=True)
+    assert not dist.is_initialized()
+    assert parts is not None
+    assert parts.resumed_from == 4
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
 def test_resume_without_a_checkpoint_starts(start: tuple[Path, Path], tmp_path: Path) -> None:
