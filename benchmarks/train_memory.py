@@ -21,7 +21,15 @@ import torch.distributed as dist
 from common import record
 from torch import nn
 from train_common import (
-    POLICIES, SHAPES, autocast, batch, chunked_loss, device, prepared, random_model, synchronize,
+    POLICIES,
+    SHAPES,
+    autocast,
+    batch,
+    chunked_loss,
+    device,
+    prepared,
+    random_model,
+    synchronize,
 )  # fmt: skip
 
 from optc.training.activation_checkpointing import CheckpointingConfig

@@ -17,7 +17,16 @@ from typing import Any
 import torch
 from common import interleave, ratio, record
 from train_common import (
-    POLICIES, SHAPES, batch, chunked_loss, device, make_step, plain_loss, prepared, random_model, twin,
+    POLICIES,
+    SHAPES,
+    batch,
+    chunked_loss,
+    device,
+    make_step,
+    plain_loss,
+    prepared,
+    random_model,
+    twin,
 )  # fmt: skip
 
 from optc.runtime.benchmark import median_rate
@@ -72,7 +81,7 @@ def summary(
     """The figures per contender."""
     work = flops_per_token(model, length) * rows * length
     peak = peak_flops(place, "bf16", None)
-    base = seconds["optc, none"] if "optc, none" in seconds else None
+    base = seconds.get("optc, none")
     table = {}
     for name, values in seconds.items():
         table[name] = {

@@ -66,7 +66,7 @@ def apply_activation_checkpointing(model: M, config: CheckpointingConfig) -> M:
     if config.policy == "budget":
         budget = _Budget(config.budget, len(blocks))
         for index, block in enumerate(blocks):
-            block.forward = partial(budget.run, index, block.forward)  # type: ignore[method-assign]
+            block.forward = partial(budget.run, index, block.forward)
         return model
     if config.every_n < 1:
         raise UsageError(f"checkpointing.every_n {config.every_n} is out of range", remedy="use 1 or more")
@@ -75,9 +75,12 @@ def apply_activation_checkpointing(model: M, config: CheckpointingConfig) -> M:
         policy = op_policy(config.keep)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     step = config.every_n if config.policy == "every-n" else 1
-    run = _checkpointed(blocks[0].forward.__func__, options)
+    wrappers: dict[Forward, Forward] = {}
     for block in blocks[::step]:
-        block.forward = MethodType(run, block)  # type: ignore[method-assign]
+        bound: Any = block.forward
+        assert bound.__self__ is block, "a block's forward is a method"
+        run = wrappers.setdefault(bound.__func__, _checkpointed(bound.__func__, options))
+        block.forward = MethodType(run, block)
     return model
 
 

@@ -46,7 +46,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         self.engine = engine
         self.defaults = engine.optimizer.optimizer.defaults
         self.grad_norm: float | None = None
-        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}  # type: ignore[assignment]
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]

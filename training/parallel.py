@@ -95,11 +95,10 @@ def apply_data_parallel(model: Any, config: ParallelConfig) -> Any:
 
 def _shard(model: nn.Module, device: torch.device, config: ParallelConfig) -> nn.Module:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    dtypes = {
-        "param_dtype": DTYPES[config.param_dtype] if config.param_dtype != "fp32" else None,
-        "reduce_dtype": DTYPES[config.reduce_dtype],
-    }
-    policy = MixedPrecisionPolicy(**dtypes)
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if config.param_dtype == "fp32" else DTYPES[config.param_dtype],
+        reduce_dtype=DTYPES[config.reduce_dtype],
+    )
     for block in transformer_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
     # The root's own weights (embeddings, norm, head) are needed again at once: they stay gathered.

@@ -100,7 +100,7 @@ def _failures(action: str, folder: Path) -> Iterator[None]:
         rank, (cause, _) = next(iter(error.failures.items()))
         with os_errors(action, str(folder)):
             if isinstance(cause, OSError | MemoryError):
-                raise cause
+                raise cause from error
         raise InputError(f"failed while {action}", where=str(folder), why=f"rank {rank}: {cause}") from error
 
 

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from optc.cli.main import main
+from optc.cli.main import cli
 from optc.compiler.diagnostics import InputError
 from optc.training.activation_checkpointing import CheckpointingConfig
 from optc.training.config import DataConfig, TrainConfig
@@ -86,11 +86,11 @@ def test_what_ranks_share(config: TrainConfig) -> None:
 def test_the_command(config: TrainConfig, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {config.model}\nbatch_size: 2\nseq_len: 256\ndevice: cpu\n")
-    done = CliRunner().invoke(main, ["plan", "--train", str(recipe), "--json"])
+    done = CliRunner().invoke(cli, ["plan", "--train", str(recipe), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.output) == msgspec.to_builtins(predict(config))
     shown = CliRunner().invoke(
-        main, ["plan", "--train", str(recipe), "--world-size", "2", "--set", "parallel.kind=fsdp"]
+        cli, ["plan", "--train", str(recipe), "--world-size", "2", "--set", "parallel.kind=fsdp"]
     )
     assert "memory on each of 2 ranks" in shown.output
     assert "weights" in shown.output
