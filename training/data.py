@@ -45,8 +45,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
-        moved = (item.to(device) for item in (self.input_ids, self.position_ids, self.labels))
-        return Batch(*moved, packed=self.packed)
+        return Batch(
+            self.input_ids.to(device), self.position_ids.to(device), self.labels.to(device), self.packed
+        )
 
 
 class Position(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -209,7 +210,7 @@ class Reader:
                 ids[number, place], labels[number, place] = tokens[:-1], tokens[1:]
                 positions[number, at:] = torch.arange(width - at)
                 at += size
-        return Batch(ids, positions, labels, packed=any(len(row) > 1 for row in rows))
+        return Batch(ids, positions, labels, any(len(row) > 1 for row in rows))
 
 
 def _fitting(lengths: Sequence[int], budget: int) -> int:
