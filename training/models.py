@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ def load_trainable(config: TrainConfig) -> Any:
         model = _fresh(folder)
     else:
         model = load_frozen(folder).requires_grad_(True)
+    takes = inspect.signature(model.forward).parameters
+    if model.get_output_embeddings() is None or "position_ids" not in takes or "labels" not in takes:
+        raise InputError(
+            f"{type(model).__name__} is not a causal language model that takes position_ids", where=config.model,
+            remedy="give a decoder with a language-model head, such as LlamaForCausalLM",
+        )  # fmt: skip
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and config.seq_len > context:
         raise InputError(

@@ -117,6 +117,16 @@ class TestErrors:
         with pytest.raises(InputError, match="the model folder does not exist"):
             train(small_config(tmp_path / "none", start[1], tmp_path / "out"))
 
+    def test_an_encoder(self, start: tuple[Path, Path], tmp_path: Path) -> None:
+        from transformers import BertConfig, BertModel
+
+        shape = BertConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=64
+        )
+        BertModel(shape).save_pretrained(tmp_path / "bert")
+        with pytest.raises(InputError, match="BertModel is not a causal language model"):
+            train(small_config(tmp_path / "bert", start[1], tmp_path / "out"))
+
     def test_rows_longer_than_the_context(self, start: tuple[Path, Path], tmp_path: Path) -> None:
         text = token_file(tmp_path / "long.jsonl", lengths=(200,))
         with pytest.raises(InputError, match="seq_len 65 is longer than the model's context of 64"):
