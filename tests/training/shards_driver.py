@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from optc.training.parallel import ParallelConfig, apply_data_parallel, shard_optimizer, start_processes
+from optc.training.parallel import (
+    ParallelConfig,
+    apply_data_parallel,
+    shard_optimizer,
+    start_processes,
+    synchronizing,
+)
 from optc.training.sharded_checkpoint import load_sharded, save_sharded
 
 WIDTH, BLOCKS = 48, 3
@@ -67,12 +75,23 @@ def local_bytes(tensors: list[Tensor]) -> int:
     return sum((item.to_local() if hasattr(item, "to_local") else item).nbytes for item in tensors)
 
 
+def exchanges(module: nn.Module) -> list[list[str]]:
+    """Reductions over ranks in a micro-batch that is not the last of its step, and in the last."""
+    found = []
+    for last in (False, True):
+        with profile(activities=[ProfilerActivity.CPU]) as trace, synchronizing(module, last=last):
+            module(torch.arange(8).view(1, 8)).sum().backward()
+        names = {event.key for event in trace.key_averages()}
+        found.append(sorted(name for name in names if name.startswith("gloo:") and "reduce" in name))
+    return found
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     start_processes(torch.device("cpu"), ParallelConfig())
     rank, size = dist.get_rank(), dist.get_world_size()
-    report: dict[str, object] = {}
+    report: dict[str, Any] = {"exchanges": {}}
     for kind in ("fsdp", "zero1"):
         if size == 2:
             model, module, optimizer = make(kind, seed=0)
@@ -86,6 +105,7 @@ def main() -> None:
                     folder / f"{kind}.safetensors",
                 )
             report[kind] = [step(module, optimizer) for _ in range(3)]
+            report["exchanges"][kind] = exchanges(module)
         else:
             # FSDP's shards go to FSDP over four; ZeRO-1's are read by FSDP as well.
             model, module, optimizer = make("fsdp", seed=9)

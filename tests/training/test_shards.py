@@ -75,6 +75,13 @@ def test_bytes_per_rank(folder: Path) -> None:
         assert states == pytest.approx(2 * found["total"] / 4, rel=0.05)
 
 
+@pytest.mark.slow
+def test_gradients_cross_ranks_with_the_last_micro_batch_only(folder: Path) -> None:
+    """Collectives in a micro-batch that is not the last, and in the last. Gloo scatters by an all-reduce."""
+    expected = [[], ["gloo:all_reduce"]]
+    assert report(folder, 2)["exchanges"] == {"fsdp": expected, "zero1": expected}
+
+
 def test_a_checkpoint_is_whole_or_absent(tmp_path: Path, alone: None) -> None:
     model, module, optimizer = driver.make("none", seed=0)
     driver.step(module, optimizer)
