@@ -42,7 +42,12 @@ def recipe(start: tuple[Path, Path]) -> Path:
 
 
 def test_a_recipe_file_trains(recipe: Path, tmp_path: Path, capsys: Capture) -> None:
-    assert optc("train", recipe, "--max_steps", 3, "--set", "optimizer.lr=3e-3", "-o", tmp_path / "out", "--json") == 0
+    assert (
+        optc(
+            "train", recipe, "--max_steps", 3, "--set", "optimizer.lr=3e-3", "-o", tmp_path / "out", "--json"
+        )
+        == 0
+    )
     found = capsys.readouterr()
     result = json.loads(found.out)
     assert result["steps"] == 3
@@ -53,7 +58,9 @@ def test_a_recipe_file_trains(recipe: Path, tmp_path: Path, capsys: Capture) -> 
     ]  # fmt: skip
 
 
-def test_flags_win_over_the_recipe_that_ships(start: tuple[Path, Path], tmp_path: Path, capsys: Capture) -> None:
+def test_flags_win_over_the_recipe_that_ships(
+    start: tuple[Path, Path], tmp_path: Path, capsys: Capture
+) -> None:
     flags = ["--recipe", "finetune", "--model", start[0], "--text", start[1], "--text", start[1], "--max-steps", 1,
              "--seed", 3, "--set", "batch_size=2", "--set", "seq_len=32"]  # fmt: skip
     assert optc("train", *flags, "-o", tmp_path / "out", "--json") == 0
@@ -92,7 +99,17 @@ def test_torchrun_gives_the_curve_of_one_process(recipe: Path, tmp_path: Path) -
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     assert optc("train", recipe, "-o", tmp_path / "one") == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "optc", "train", str(recipe), "--set", "parallel.kind=ddp", "-o", str(tmp_path / "two")]
+    command = [
+        *torchrun,
+        "-m",
+        "optc",
+        "train",
+        str(recipe),
+        "--set",
+        "parallel.kind=ddp",
+        "-o",
+        str(tmp_path / "two"),
+    ]
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
     one, two = (
         [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
