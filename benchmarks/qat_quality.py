@@ -131,7 +131,7 @@ def measure_format(
     seconds = time.perf_counter() - begin
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "qat"
-        save_trained(student, arguments.model, folder, SaveConfig(qat=config))
+        save_trained(student, arguments.model, folder, SaveConfig())
         trained = quality.measure(to_device(captured(folder), device))
     return {
         "format": name, "bits": bits, "group_size": size, "symmetric": symmetric, "rtn": nearest, "qat": trained,

@@ -7,31 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from torch import Tensor, nn
 
 from optc.compiler.capture.checkpoint import CheckpointInfo, tied_names
+from optc.compiler.diagnostics import InputError
 from optc.compiler.publishing import write_folder
 from optc.compiler.quantize import BITS
 from optc.exporters.hf.collect import FolderPlan, Quantized
 from optc.exporters.hf.export import write_model
 from optc.exporters.hf.layouts import CompressedTensorsWriter
 from optc.training.kv_rounding import MODULE, kv_roundings
-from optc.training.lora import LoraConfig, lora_config, merged_state, write_adapters
-from optc.training.qat import FakeQuantizedLinear, QatConfig, quantized_linears
+from optc.training.lora import lora_config, merged_state, write_adapters
+from optc.training.qat import FakeQuantizedLinear, quantized_linears
 
 _PARTS = ("scale_log", "scale_start", "zero")
 """What QAT adds to a linear; its codes and scales are written instead."""
 
 
 class SaveConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What was applied to the model, and how the folder is written.
+    """How the folder is written; what was applied to the model is read off the model.
 
     Attributes:
-        force: replace a folder that exists.
+        force: write into a folder that exists and is empty, or replace an artifact.
     """
 
-    lora: LoraConfig = LoraConfig()
-    qat: QatConfig = QatConfig()
     force: bool = False
 
 
@@ -73,6 +73,11 @@ def _plan(model: Any) -> tuple[FolderPlan, dict[str, Tensor]]:
     left = {f"{name}.{part}" for name in linears for part in _PARTS}
     plain: dict[str, Tensor] = {}
     for name, tensor in held.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                "a trained weight holds NaN or infinity", where=name, why="the run diverged",
+                remedy="train with a smaller optimizer.lr, or go on from an earlier checkpoint",
+            )  # fmt: skip
         owner = owners.get(name, name)
         # Of tied tensors the first is written, or the first that is not kept as codes.
         if name in coded or name in left or owner in plain or f".{MODULE}." in name:

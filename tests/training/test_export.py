@@ -143,14 +143,16 @@ def test_a_trained_folder_goes_on_to_vllm(tmp_path: Path, layout: str | None) ->
 
 
 @pytest.mark.parametrize(
-    ("target", "options"),
+    ("target", "options", "limit"),
     [
-        pytest.param("onnx-cpu", {"bits": 3, "symmetric": False}, id="onnx"),
-        pytest.param("inductor-cpu", {}, id="inductor", marks=pytest.mark.slow),
+        pytest.param("onnx-cpu", {"bits": 3, "symmetric": False}, 1e-4, id="onnx"),
+        # A key half-way between two codes may go either way.
+        pytest.param("onnx-cpu", FORMATS["w4-kv-head"], 1e-2, id="onnx-kv"),
+        pytest.param("inductor-cpu", {}, 1e-4, id="inductor", marks=pytest.mark.slow),
     ],
 )
 def test_an_artifact_gives_the_fake_quantized_logits(
-    tmp_path: Path, target: str, options: dict[str, Any]
+    tmp_path: Path, target: str, options: dict[str, Any], limit: float
 ) -> None:
     """Export parity, activations unrounded: the engine against the model in training's own arithmetic."""
     model = trained(options)
@@ -160,7 +162,7 @@ def test_an_artifact_gives_the_fake_quantized_logits(
     rows = sequences(21, 14, 9, 5)
     found = torch.from_numpy(artifact.session.prefill(rows))
     last = torch.stack([expected(model, torch.tensor([row]))[0, -1] for row in rows])
-    assert float((found - last).abs().max()) <= 1e-4
+    assert float((found - last).abs().max()) <= limit
     assert artifact.manifest.quantization["method"] == "compressed-tensors"
     assert artifact.manifest.quantization["bits"] == [options.get("bits", 4)]
 
@@ -181,3 +183,11 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt):
         save_trained(model, source("llama"), tmp_path / "other", SaveConfig())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    model = trained({})
+    model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+    with pytest.raises(InputError, match=r"(?s)NaN or infinity.*model.layers.1.mlp.up_proj.weight"):
+        save_trained(model, source("llama"), tmp_path / "out", SaveConfig())
+    assert not list(tmp_path.iterdir())
