@@ -46,34 +46,38 @@ class Calibration:
         return f"Calibration({samples} x {length} tokens of {self.source}, {self.digest[:12]})"
 
 
-def read_documents(path: Path, encoder: Encoder | None) -> list[list[int]]:
-    """The token sequences of a calibration file.
+def read_documents(path: Path, encoder: Encoder | None, *, kind: str = "calibration") -> list[list[int]]:
+    """The token sequences of a file of text or tokens.
 
     `.jsonl`: one object per line with "text" (needs a tokenizer), or "tokens" or "input_ids", a list of ids. `.json`: a
     list of ids, or a list of such lists. Anything else is UTF-8 text.
 
+    Args:
+        kind: what the file is for, as errors name it.
+
     Raises:
         InputError: unreadable, malformed (with the line), or text without a tokenizer.
     """
-    with os_errors("reading the calibration file", str(path)):
+    with os_errors(f"reading the {kind} file", str(path)):
         data = path.read_bytes()
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise InputError("the calibration file is not UTF-8", where=str(path), why=str(error)) from error
+        raise InputError(f"the {kind} file is not UTF-8", where=str(path), why=str(error)) from error
     if path.suffix == ".jsonl":
         lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
         return [
-            _record(_json(line, f"{path}:{number}"), f"{path}:{number}", encoder) for number, line in lines
+            _record(_json(line, f"{path}:{number}", kind), f"{path}:{number}", encoder, kind)
+            for number, line in lines
         ]
     if path.suffix == ".json":
-        rows = _json(text, str(path))
+        rows = _json(text, str(path), kind)
         if isinstance(rows, list) and rows and isinstance(rows[0], int):
             rows = [rows]
         if not isinstance(rows, list):
-            raise _malformed(str(path))
-        return [_ids(row, str(path)) for row in rows]
-    return [_encode(text, str(path), encoder)]
+            raise _malformed(str(path), kind)
+        return [_ids(row, str(path), kind) for row in rows]
+    return [_encode(text, str(path), encoder, kind)]
 
 
 def cut_sequences(
@@ -115,42 +119,42 @@ def random_calibration(vocab_size: int, *, samples: int, length: int, seed: int)
     return Calibration(torch.randint(0, vocab_size, (samples, length), generator=generator), "random tokens")
 
 
-def _json(text: str, where: str) -> Any:
+def _json(text: str, where: str, kind: str) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError("the calibration file is not JSON", where=where, why=str(error)) from error
+        raise InputError(f"the {kind} file is not JSON", where=where, why=str(error)) from error
 
 
-def _record(row: Any, where: str, encoder: Encoder | None) -> list[int]:
+def _record(row: Any, where: str, encoder: Encoder | None, kind: str) -> list[int]:
     if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return _encode(row["text"], where, encoder)
+        return _encode(row["text"], where, encoder, kind)
     if isinstance(row, dict):
         row = row.get("tokens", row.get("input_ids"))
-    return _ids(row, where)
+    return _ids(row, where, kind)
 
 
-def _encode(text: str, where: str, encoder: Encoder | None) -> list[int]:
+def _encode(text: str, where: str, encoder: Encoder | None, kind: str) -> list[int]:
     if encoder is None:
         raise InputError(
-            "calibration text needs a tokenizer, and the model has none",
+            f"{kind} text needs a tokenizer, and the model has none",
             where=where,
             remedy='give token ids: lines of {"tokens": [...]} in a .jsonl file',
         )
     return encoder.encode(text)
 
 
-def _ids(row: Any, where: str) -> list[int]:
+def _ids(row: Any, where: str, kind: str) -> list[int]:
     if not isinstance(row, list) or not all(
         isinstance(item, int) and not isinstance(item, bool) for item in row
     ):
-        raise _malformed(where)
+        raise _malformed(where, kind)
     return row
 
 
-def _malformed(where: str) -> InputError:
+def _malformed(where: str, kind: str) -> InputError:
     return InputError(
-        "the calibration file holds neither text nor lists of token ids",
+        f"the {kind} file holds neither text nor lists of token ids",
         where=where,
         remedy='write text, or lines of {"text": "..."} or {"tokens": [1, 2, 3]} in a .jsonl file',
     )

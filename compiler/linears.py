@@ -105,20 +105,6 @@ def activation_format(call: Node) -> str:
     return "nvfp4" if call.target is NVFP4 else str(call.kwargs["format"])
 
 
-def source_linears(program: Program, node: Node) -> list[Linear]:
-    """The linears that `node` is computed from with no other linear between, in graph order."""
-    found, seen, pending = [], {node}, [node]
-    while pending:
-        current = pending.pop()
-        site = linear_site(program, current)
-        if site is not None:
-            found.append(site)
-            continue
-        pending += [item for item in current.all_input_nodes if item not in seen]
-        seen.update(current.all_input_nodes)
-    return sorted(found, key=lambda site: site.node)
-
-
 def linear_sites(program: Program) -> Iterator[Linear]:
     """Every Linear of a program, in graph order."""
     for node in program.graph.nodes:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.dataflow import value_of
 from optc.compiler.linears import NVFP4
 from optc.compiler.program import Program
-from optc.compiler.surgery import add_weight, insert_call
-from optc.compiler.weights import record_weight
+from optc.compiler.surgery import insert_call
 
 _optc = torch.ops.optc
 
@@ -22,7 +20,8 @@ def rounded_input(program: Program, before: Node, x: Node, format: str, scale: N
 
     Args:
         format: int8, fp8 or nvfp4.
-        scale: the calibrated scale float32 [1]; without it each token has its own.
+        scale: the calibrated scale, float32 [1], or for int8 and fp8 of a shape that broadcasts to x; without it each
+            token has its own.
     """
     knobs = {"dtype": value_of(x).dtype}
     if scale is not None and format != "nvfp4":
@@ -35,15 +34,3 @@ def rounded_input(program: Program, before: Node, x: Node, format: str, scale: N
     made = insert_call(program, before, _optc.quantize_dynamic.default, (x,), {"format": format})
     parts = [insert_call(program, before, operator.getitem, (made, i)) for i in (0, 1)]
     return insert_call(program, before, _optc.dequantize_activation.default, parts, knobs)
-
-
-def round_cache(program: Program, attention: Node, index: int, name: str, scale: Tensor, format: str) -> None:
-    """Round the keys (`index` 1) or values (2) of an attention, by a scale that becomes the weight `name`."""
-    source = attention.args[index]
-    assert isinstance(source, Node)
-    record_weight(program, name, ())
-    node = add_weight(program, name, scale.contiguous())
-    codes = insert_call(program, attention, _optc.quantize.default, (source, node), {"format": format})
-    knobs = {"dtype": value_of(source).dtype}
-    made = insert_call(program, attention, _optc.dequantize_activation.default, (codes, node), knobs)
-    attention.update_arg(index, made)

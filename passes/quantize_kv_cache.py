@@ -11,15 +11,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.dataflow import value_of
+from optc.compiler.key_values import round_key_values, rounded
 from optc.compiler.ops.quantization import FORMATS
 from optc.compiler.program import Program
 from optc.compiler.rewriting import Miss, Pass, PassContext, PassResult
-from optc.compiler.rounding import round_cache
 from optc.passes.quantize.ranges import calibration_tokens, largest_magnitudes
 from optc.passes.quantize.stream import Stream
 
-_optc = torch.ops.optc
-ATTENTION = _optc.attention.default
+ATTENTION = torch.ops.optc.attention.default
 _KEPT = {"layer": (), "head": (1,), "channel": (1, 3)}
 """Axes of [B, Hkv, S, D] along which scales differ."""
 
@@ -52,7 +51,7 @@ class QuantizeKVCache(Pass):
             InputError: no calibration tokens, or keys or values that are not finite (the layer is named).
         """
         calls = program.calls(ATTENTION)
-        done = [call for call in calls if _rounded(call)]
+        done = [call for call in calls if rounded(call)]
         misses = tuple(Miss(call.name, "its keys and values are quantized already") for call in done)
         if len(done) == len(calls):
             return PassResult(program, 0, len(calls), misses)
@@ -61,7 +60,7 @@ class QuantizeKVCache(Pass):
         edited = program.clone()
         nodes = {node.name: node for node in edited.graph.nodes}
         for number, (call, pair) in enumerate(zip(todo, scales, strict=True)):
-            self._round(edited, nodes[call.name], f"kv_cache.{number}", pair)
+            round_key_values(edited, nodes[call.name], f"kv_cache.{number}", pair, self.format)
         return PassResult(edited.changed(), len(todo), len(calls), misses)
 
     def _scales(
@@ -87,11 +86,3 @@ class QuantizeKVCache(Pass):
     def _shape(self, value: Tensor) -> tuple[int, ...]:
         heads, width = int(value.shape[1]), int(value.shape[3])
         return {"layer": (1,), "head": (heads, 1, 1), "channel": (heads, 1, width)}[self.granularity]
-
-    def _round(self, program: Program, call: Node, stem: str, scales: Sequence[Tensor]) -> None:
-        for index, part, scale in ((1, "key", scales[0]), (2, "value", scales[1])):
-            round_cache(program, call, index, f"{stem}.{part}_scale", scale, self.format)
-
-
-def _rounded(call: Node) -> bool:
-    return any(item.target is _optc.dequantize_activation.default for item in call.args[1:3])

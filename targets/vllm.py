@@ -21,13 +21,8 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
     if layout not in LAYOUTS:
         raise unknown_name("layout", layout, LAYOUTS)
     if options.quant is None:
-        if options.layout is not None:
-            raise TargetError(
-                "--layout says how quantized weights are written",
-                why="nothing is quantized",
-                remedy="add --quant",
-            )
-        return []
+        # A folder that is quantized already may change its layout; export refuses one for plain weights.
+        return [] if layout == LAYOUTS[0] else [Step(RoundScales(), optional=True)]
     bits = options.bits_or(METHODS[options.quant].bits)
     if bits not in _BITS[layout]:
         fit = [name for name in LAYOUTS if bits in _BITS[name]]

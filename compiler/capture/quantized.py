@@ -20,6 +20,7 @@ from optc.compiler.capture.config_file import CONFIG, read_json
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.layouts import QuantizedWeight, awq, compressed_tensors, gptq, modelopt
 from optc.compiler.layouts.config import KEY, ConfigReader
+from optc.compiler.layouts.key_values import FolderKeyValues
 from optc.compiler.layouts.tensors import TOGETHER, TensorReader
 from optc.compiler.safetensors_header import TensorInfo, shown
 
@@ -39,6 +40,9 @@ class Layout(Protocol):
     def read(self, module: str) -> QuantizedWeight:
         """One linear's weight in the canonical form."""
 
+    def key_values(self) -> FolderKeyValues | None:
+        """Where the scales of rounded keys and values are, None where nothing rounds them."""
+
 
 _LAYOUTS: dict[str, Any] = {
     compressed_tensors.METHOD: compressed_tensors.CompressedTensors,
@@ -55,6 +59,7 @@ class QuantizedFolder:
     Attributes:
         method: compressed-tensors, awq, gptq or modelopt.
         modules: names of the quantized linears, as in the checkpoint.
+        key_values: the scales of keys and values, None where they are not rounded.
         dense: the folder as it would be unquantized: `M.weight` [N, K] in place of a linear's parts.
     """
 
@@ -62,11 +67,8 @@ class QuantizedFolder:
     layout: Layout
     reader: TensorReader
     modules: tuple[str, ...]
+    key_values: FolderKeyValues | None
     dense: CheckpointInfo
-
-    def cache_scales(self) -> dict[str, Tensor]:
-        """Scales of an fp8 KV cache by tensor name, none in layouts that have no such thing."""
-        return self.layout.cache_scales() if isinstance(self.layout, modelopt.ModelOpt) else {}
 
     def stored_bytes(self) -> int:
         """Bytes of codes, scales and zero points in the files."""
@@ -95,13 +97,14 @@ def quantized_folder(info: CheckpointInfo) -> QuantizedFolder | None:
     method, config = found
     reader = TensorReader(info.path, info.tensors)
     layout: Layout = _LAYOUTS[method](config, reader)
-    modules = tuple(layout.modules())
-    tensors = dict(info.tensors)
-    caches = layout.cache_scales() if isinstance(layout, modelopt.ModelOpt) else {}
-    if not modules and not caches:
+    modules, key_values = tuple(layout.modules()), layout.key_values()
+    if not modules and key_values is None:
         raise config.refusal("no linear of the weight files is quantized")
-    for name in caches:
-        del tensors[name]
+    tensors = dict(info.tensors)
+    if key_values is not None:
+        for attention in key_values.attentions:
+            for name in key_values.names(attention):
+                tensors.pop(name, None)  # one that is missing is refused when it is read
     for module in modules:
         rows, columns = layout.shape(module)
         file = info.path.name
@@ -116,7 +119,7 @@ def quantized_folder(info: CheckpointInfo) -> QuantizedFolder | None:
     dense = dataclasses.replace(
         info, tensors=tensors, config={k: v for k, v in info.config.items() if k != KEY}
     )
-    return QuantizedFolder(method, layout, reader, modules, dense)
+    return QuantizedFolder(method, layout, reader, modules, key_values, dense)
 
 
 def _settings(info: CheckpointInfo) -> tuple[str, ConfigReader] | None:

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from optc.compiler.capture.checkpoint import match_names
 from optc.compiler.capture.quantized import QuantizedFolder
 from optc.compiler.contract import WeightQuantization
 from optc.compiler.dataflow import aten, peel, value_of
 from optc.compiler.diagnostics import CaptureError, InputError
-from optc.compiler.layouts import QuantizedWeight, modelopt
-from optc.compiler.linears import Linear, linear_site, source_linears
+from optc.compiler.key_values import module_path, round_key_values
+from optc.compiler.layouts import QuantizedWeight
+from optc.compiler.linears import Linear, linear_site
 from optc.compiler.program import Program
-from optc.compiler.rounding import round_cache, rounded_input
+from optc.compiler.rounding import rounded_input
 from optc.compiler.safetensors_header import shown
 from optc.compiler.surgery import add_weight, drop_dead, insert_call, replace_call
 from optc.compiler.weights import prune_contract, record_weight
@@ -35,7 +37,9 @@ def restore_codes(program: Program, folder: QuantizedFolder, names: dict[str, st
         names: weight of the program -> name in `folder.dense`.
 
     Raises:
-        CaptureError: a quantized weight that is not read by linears alone; names it.
+        CaptureError: a quantized weight that is not read by linears alone, or scales of keys and values of which the
+            model has no attention; names it.
+        InputError: tensors that are missing or do not fit.
     """
     edited = program.clone()
     modules = {f"{module}.weight" for module in folder.modules}
@@ -63,7 +67,7 @@ def restore_codes(program: Program, folder: QuantizedFolder, names: dict[str, st
         raise _unusable(
             folder, left[0] if left else min(missing), "the model does not read it in a linear alone"
         )
-    _round_caches(edited, folder, names)
+    _round_key_values(edited, folder)
     drop_dead(edited)
     return prune_contract(edited.changed())
 
@@ -128,39 +132,30 @@ def _read_codes(
     replace_call(program, site.node, aten.linear.default, (x, weight, site.bias))
 
 
-def _round_caches(program: Program, folder: QuantizedFolder, names: dict[str, str]) -> None:
-    """Round keys and values by the folder's scales: those of the attention that the layer's linears lead to."""
-    scales = folder.cache_scales()
-    used: set[str] = set()
-    for number, call in enumerate(program.calls(_optc.attention.default)):
-        for index, part, suffix in ((1, "key", modelopt.KEY_SCALE), (2, "value", modelopt.VALUE_SCALE)):
-            found = {
-                f"{layer}{suffix}" for layer in layers_of(program, call.args[index], names)
-            } & scales.keys()
-            if len(found) != 1:
-                continue
-            name = found.pop()
-            used.add(name)
-            round_cache(program, call, index, f"kv_cache.{number}.{part}_scale", scales[name], "fp8")
-    if used != set(scales):
-        raise _unusable(folder, min(set(scales) - used), "no attention of the model has these keys or values")
-
-
-def layers_of(program: Program, node: Node, names: dict[str, str]) -> set[str]:
-    """The modules, by their names in the checkpoint, whose linears make a key or a value.
-
-    Args:
-        names: weight of the program -> name in the checkpoint.
-    """
-    found = set()
-    for site in source_linears(program, node):
-        held = site.placeholder if site.placeholder is not None else site.weight.args[0]
-        weight = program.weight_of(held)
-        entry = program.contract.quantization.get(weight or "")
-        name = entry.source if entry is not None else weight
-        if name is not None:
-            found.add(names.get(name, name).rsplit(".", 2)[0])
-    return found
+def _round_key_values(program: Program, folder: QuantizedFolder) -> None:
+    """Round keys and values by the folder's scales: each belongs to the module that the attention is in."""
+    kept = folder.key_values
+    if kept is None:
+        return
+    calls = [(module_path(call), call) for call in program.calls(_optc.attention.default)]
+    found = match_names(kept.attentions, [path for path, _ in calls])
+    missing = set(kept.attentions) - set(found.values())
+    if missing:
+        name = next(name for name in kept.names(min(missing)) if name in folder.reader)
+        raise CaptureError(
+            "scales of keys and values belong to no attention", where=f"{folder.reader.folder}: {shown(name)}",
+            why="the model has no attention of this name", remedy="use the unquantized model, and --quant",
+        )  # fmt: skip
+    for number, (path, call) in enumerate(calls):
+        if path not in found:
+            continue
+        names, scales = kept.names(found[path]), kept.read(folder.reader, found[path])
+        heads = int(value_of(call.args[1]).shape[1])
+        for name, scale in zip(names, scales, strict=True):
+            if scale.numel() not in (1, heads):
+                raise folder.reader.wrong_shape(name, f"the attention has {heads} key/value heads")
+        sources = [(name,) for name in names]
+        round_key_values(program, call, f"kv_cache.{number}", scales, kept.scheme.format, sources)
 
 
 def _is_read(program: Program, name: str) -> bool:

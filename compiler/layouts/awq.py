@@ -42,6 +42,9 @@ class Awq:
         """The linears that the files hold quantized."""
         return [name.removesuffix(".qweight") for name in self._reader.tensors if name.endswith(".qweight")]
 
+    def key_values(self) -> None:
+        """None: the layout has no quantized keys and values."""
+
     def parts(self, module: str) -> tuple[str, ...]:
         """The tensors of one linear's weight."""
         return tuple(f"{module}.{name}" for name in ("qweight", "qzeros", "scales"))

@@ -7,34 +7,35 @@ Source: github.com/vllm-project/compressed-tensors (README and `compressors/`). 
                       [ceil(N * bits / 32), G], packed alike along N
     int-quantized     M.weight int8 [N, K], M.weight_scale [N, 1]
     float-quantized   M.weight float8_e4m3fn [N, K], M.weight_scale [N, 1], or [1] for the whole weight
+
+With `kv_cache_scheme`, of an attention A: A.k_scale and A.v_scale [1], or [Hkv, 1, 1] by the strategy "attn_head".
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from optc.compiler.contract import ActivationFormat
 from optc.compiler.layouts.config import ConfigReader
+from optc.compiler.layouts.key_values import FolderKeyValues, KeyValueScheme, find_key_values
 from optc.compiler.layouts.tensors import FLOATS, TensorReader
 from optc.compiler.layouts.weight import QuantizedWeight, Scheme, check_parts
 from optc.compiler.layouts.words import unpack_words, word_count
 
 PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 METHOD = "compressed-tensors"
+DENSE = "dense"  # nothing but keys and values is quantized
 _FORMATS = (PACKED, INT, FLOAT, "naive-quantized")
 _SUFFIXES = ("weight_packed", "weight_scale")
-_OTHER_PARTS = (
-    "input_scale",
-    "input_zero_point",
-    "weight_global_scale",
-    "input_global_scale",
-    "k_scale",
-    "v_scale",
-)
+KEY_VALUE_PARTS = ("k_scale", "v_scale")
+_OTHER_PARTS = ("input_scale", "input_zero_point", "weight_global_scale", "input_global_scale")
+STRATEGIES: dict[str, Literal["layer", "head"]] = {"tensor": "layer", "attn_head": "head"}
+"""`kv_cache_scheme.strategy` -> granularity."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ class CompressedTensors:
     def __init__(self, config: ConfigReader, reader: TensorReader) -> None:
         self._config, self._reader = config, reader
         top = config.text("format", PACKED)
-        config.choice("format", top, (*_FORMATS, "mixed-precision"))
-        if not config.absent("kv_cache_scheme"):
-            raise config.refusal("'kv_cache_scheme' is set, and optc does not read quantized KV caches")
+        config.choice("format", top, (*_FORMATS, DENSE, "mixed-precision"))
+        self._key_values = (
+            None if config.absent("kv_cache_scheme") else _key_values(config.part("kv_cache_scheme"))
+        )
         for key in ("sparsity_config", "transform_config"):
             if any(
                 not inner.absent("format") or not inner.absent("config_groups")
@@ -73,7 +75,7 @@ class CompressedTensors:
             module, _, last = name.rpartition(".")
             if last in _SUFFIXES:
                 found[module] = None
-            elif last in _OTHER_PARTS:
+            elif last in _OTHER_PARTS or (last in KEY_VALUE_PARTS and self._key_values is None):
                 raise self._config.refusal(f"optc has no form for the tensor '{name}'")
         return list(found)
 
@@ -129,6 +131,15 @@ class CompressedTensors:
                 torch.uint8
             )
         return check_parts(QuantizedWeight(group.scheme, codes, scale, zero), module)
+
+    def key_values(self) -> FolderKeyValues | None:
+        """The scales of keys and values, None where the config has no scheme for them."""
+        if self._key_values is None:
+            return None
+        found = find_key_values(self._reader, self._key_values, KEY_VALUE_PARTS)
+        if found is None:
+            raise self._config.refusal("'kv_cache_scheme' is set, and no tensor is a k_scale or v_scale")
+        return found
 
     def _zero(self, module: str, bits: int, rows: int) -> Tensor:
         name = f"{module}.weight_zero_point"
@@ -209,6 +220,16 @@ def _group(name: str, part: ConfigReader, top: str) -> _Group:
         per_tensor=strategy == "tensor",
     )
     return _Group(name, tuple(part.texts("targets")), scheme, layout == PACKED)
+
+
+def _key_values(part: ConfigReader) -> KeyValueScheme:
+    kind, strategy = part.text("type", "int"), part.text("strategy", "tensor")
+    part.choice("type", kind, ("int", "float"))
+    part.choice("num_bits", part.integer("num_bits", 8), (8,))
+    part.choice("strategy", strategy, tuple(STRATEGIES))
+    if not part.boolean("symmetric", True) or part.boolean("dynamic", False):
+        raise part.refusal("optc rounds keys and values symmetrically, with fixed scales")
+    return KeyValueScheme("int8" if kind == "int" else "fp8", STRATEGIES[strategy])
 
 
 def _activations(part: ConfigReader) -> ActivationFormat:

@@ -46,6 +46,9 @@ class Gptq:
         """The linears that the files hold quantized."""
         return [name.removesuffix(".qweight") for name in self._reader.tensors if name.endswith(".qweight")]
 
+    def key_values(self) -> None:
+        """None: the layout has no quantized keys and values."""
+
     def parts(self, module: str) -> tuple[str, ...]:
         """The tensors of one linear's weight; older folders have no g_idx."""
         names = [f"{module}.{name}" for name in ("qweight", "qzeros", "scales", "g_idx")]

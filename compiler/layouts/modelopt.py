@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.layouts.config import ConfigReader
+from optc.compiler.layouts.key_values import FolderKeyValues, KeyValueScheme, find_key_values
 from optc.compiler.layouts.tensors import FLOATS, TensorReader
 from optc.compiler.layouts.weight import QuantizedWeight, Scheme, check_parts
 from optc.compiler.ops.nvfp4 import BLOCK
@@ -28,7 +29,8 @@ FILE = "hf_quant_config.json"
 AWQ, INT8, FP8, NVFP4 = "W4A16_AWQ", "W8A16", "FP8", "NVFP4"
 ALGORITHMS = (AWQ, INT8, FP8, NVFP4)
 CACHE_FP8 = "FP8"
-KEY_SCALE, VALUE_SCALE = ".k_proj.k_scale", ".v_proj.v_scale"
+KEY_VALUES = KeyValueScheme("fp8", "layer")
+KEY_VALUE_PARTS = ("k_proj.k_scale", "v_proj.v_scale")
 _PARTS = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
 
 
@@ -76,10 +78,9 @@ class ModelOpt:
         read = {AWQ: self._awq, INT8: self._int8, FP8: self._fp8, NVFP4: self._nvfp4}[self._algorithm]
         return check_parts(read(module), module)
 
-    def cache_scales(self) -> dict[str, Tensor]:
-        """Scales of keys and values, float32 [1], by tensor name."""
-        names = [name for name in self._reader.tensors if name.endswith((KEY_SCALE, VALUE_SCALE))]
-        return {name: self._one(name) for name in names}
+    def key_values(self) -> FolderKeyValues | None:
+        """The scales of keys and values, where the files hold any."""
+        return find_key_values(self._reader, KEY_VALUES, KEY_VALUE_PARTS)
 
     def _awq(self, module: str) -> QuantizedWeight:
         packed = self._reader.matrix(f"{module}.weight", torch.uint8)
@@ -131,9 +132,7 @@ class ModelOpt:
 
     def _one(self, name: str) -> Tensor:
         """A tensor of one positive number, as float32 [1]."""
-        value = self._reader.read(name, *FLOATS).float()
+        value = self._reader.positive(name)
         if value.numel() != 1:
             raise self._reader.wrong_shape(name, f"found {list(value.shape)}, expected one number")
-        if not bool(torch.isfinite(value).all() and (value > 0).all()):
-            raise self._config.refusal(f"'{name}' is {float(value)}, no positive number")
         return value.reshape(1)

@@ -60,6 +60,20 @@ class TensorReader:
             raise self.wrong_shape(name, f"found {list(tensor.shape)}, expected two axes")
         return tensor
 
+    def positive(self, name: str) -> Tensor:
+        """A tensor of fixed scales as float32.
+
+        Raises:
+            InputError: as `read` does, or one of them is no positive number.
+        """
+        value = self.read(name, *FLOATS).float()
+        if not bool((torch.isfinite(value) & (value > 0)).all()):
+            raise InputError(
+                f"tensor '{shown(name)}' cannot be a scale", where=str(self.folder / self.tensors[name].file),
+                why="it holds what is no positive number", remedy="use another copy of the model",
+            )  # fmt: skip
+        return value
+
     def wrong_shape(self, name: str, why: str) -> InputError:
         """The error for a tensor whose shape does not fit the layout."""
         path = self.folder / self.tensors[name].file

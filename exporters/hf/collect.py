@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ from optc.compiler.capture.pretrained import meta_model
 from optc.compiler.capture.quantized import quantized_folder
 from optc.compiler.capture.renames import renamed_tensors
 from optc.compiler.diagnostics import TargetError
+from optc.compiler.layouts.key_values import KeyValueScheme
 from optc.compiler.program import Program
-from optc.exporters.hf.places import CacheScale, Places, Quantized
+from optc.exporters.hf.places import Places, Quantized
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class FolderPlan:
         copied: tensors of the source that the program does not read.
         linears: every `nn.Linear` of the model, by module name, and by its name in the checkpoint where that differs.
         embeddings: every `nn.Embedding`.
-        caches: rounded keys and values, two for each layer that has them.
         untied: a quantized head has codes of its own where the source model shares the embedding's tensor.
+        key_values: how keys and values are rounded, None where they are not.
+        scales: attention module -> weights of the program that its keys and its values are rounded by.
     """
 
     info: CheckpointInfo
@@ -38,7 +41,8 @@ class FolderPlan:
     linears: tuple[str, ...]
     untied: bool
     embeddings: tuple[str, ...] = ()
-    caches: tuple[CacheScale, ...] = ()
+    key_values: KeyValueScheme | None = None
+    scales: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 def collect(program: Program, source: Path | None) -> FolderPlan:
@@ -61,8 +65,8 @@ def collect(program: Program, source: Path | None) -> FolderPlan:
     renamed = renamed_tensors(skeleton, set(dense.tensors) - set(found.values()))
     places = Places(program, skeleton, state, {**renamed, **found})
     quantized, parts = places.quantized()
-    caches = places.caches()
-    parts |= {item.name for item in caches}
+    key_values, scales = places.key_values()
+    parts |= {name for pair in scales.values() for name in pair}
     modules = {item.module for item in quantized}
     plain = places.plain(parts)
     written = {*plain, *(f"{module}.weight" for module in modules)}
@@ -78,5 +82,6 @@ def collect(program: Program, source: Path | None) -> FolderPlan:
     kept = {renamed.get(name, name): weight for name, weight in plain.items()}
     embeddings = [name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Embedding)]
     return FolderPlan(
-        info, kept, quantized, tuple(dict.fromkeys(copied)), tuple(linears), untied, tuple(embeddings), caches
-    )
+        info, kept, quantized, tuple(dict.fromkeys(copied)), tuple(linears), untied, tuple(embeddings),
+        key_values, scales,
+    )  # fmt: skip

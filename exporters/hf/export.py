@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.capture.checkpoint import CheckpointInfo, check_folder
-from optc.compiler.capture.quantized import quantized_folder
+from optc.compiler.capture.quantized import QuantizedFolder, quantized_folder
 from optc.compiler.diagnostics import ArtifactError, OptcError, TargetError, os_errors
 from optc.compiler.layouts import QuantizedWeight
 from optc.compiler.layouts.config import KEY
@@ -21,7 +22,6 @@ from optc.compiler.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
 from optc.exporters.hf.collect import FolderPlan, collect
 from optc.exporters.hf.layouts import LAYOUTS, LayoutWriter, layout_writer
-from optc.exporters.hf.places import CacheScale
 from optc.exporters.hf.shards import write_shards
 
 CONFIG = "config.json"
@@ -39,44 +39,44 @@ def export_hf(program: Program, request: ExportRequest) -> ExportResult:
         ResourceError, InputError: the disk is full or not writable.
     """
     plan = collect(program, request.source)
-    writer = layout_writer(request.options.layout or LAYOUTS[0], [item.weight for item in plan.quantized])
-    remedy = f"choose another of --layout {', '.join(LAYOUTS)}, or other quantization options"
-    if plan.caches:
+    if request.options.layout and not plan.quantized and not plan.key_values:
         raise TargetError(
-            f"the layout '{writer.name}' cannot hold a rounded KV cache", where=plan.caches[0].name,
-            remedy="leave quantize-kv-cache out, or use --target trtllm",
-        )  # fmt: skip
-    return write_folder(program, request, plan, writer, remedy)
+            "--layout says how quantized weights are written",
+            why="nothing is quantized",
+            remedy="add --quant",
+        )
+    writer = layout_writer(request.options.layout or LAYOUTS[0], [item.weight for item in plan.quantized])
+    return write_model(plan, program.weight, writer, request.directory, request.source)
 
 
-def write_folder(
-    program: Program, request: ExportRequest, plan: FolderPlan, writer: LayoutWriter, remedy: str,
-    texts: Mapping[str, str] | None = None, caches: Mapping[str, CacheScale] | None = None,
+def write_model(
+    plan: FolderPlan, weight: Callable[[str], Tensor], writer: LayoutWriter, directory: Path, source: Path | None,
+    texts: Mapping[str, str] | None = None,
 ) -> ExportResult:  # fmt: skip
-    """Write what `plan` says, and read it back; see `export_hf`.
+    """Write the model folder that a plan lays out, read it back, and compare it bit by bit; see `export_hf`.
 
     Args:
-        remedy: for a weight that the layout cannot hold.
+        weight: the tensor of a name that `plan.plain` or `plan.scales` maps to.
+        source: where the tokenizer and other companions come from.
         texts: further files by name.
-        caches: scales of keys and values by tensor name.
     """
     for item in plan.quantized:
         reason = writer.obstacle(item.weight)
         if reason:
             raise TargetError(
                 f"the layout '{writer.name}' cannot hold a weight", where=item.module, why=reason,
-                remedy=remedy,
+                remedy=writer.remedy,
             )  # fmt: skip
-    directory, caches = request.directory, caches or {}
-    companions = copy_companions(request.source, directory)
-    dtype = _compute_dtype(program, plan)
-    config = _config(plan, writer, dtype)
+    dtype = _compute_dtype(weight, plan)
+    config, scales = _config(plan, weight, writer, dtype)
+    companions = copy_companions(source, directory)
     for name, text in {CONFIG: json.dumps(config, indent=2) + "\n", **(texts or {})}.items():
         with os_errors(f"writing {name}", str(directory)):
             (directory / name).write_text(text)
-    sizes: dict[str, int] = {}
-    files = write_shards(directory, _tensors(program, plan, writer, sizes, caches))
-    _read_back(directory, program, plan, caches)
+    sizes = {name: weight(name).nbytes for pair in plan.scales.values() for name in pair}
+    tensors = itertools.chain(_tensors(plan, weight, writer, dtype, sizes), scales.items())
+    files = write_shards(directory, tensors)
+    _read_back(directory, weight, plan)
     return ExportResult(
         engine="huggingface",
         info={
@@ -92,37 +92,43 @@ def write_folder(
     )
 
 
-def _config(plan: FolderPlan, writer: LayoutWriter, dtype: torch.dtype) -> dict[str, Any]:
-    """The source's config under the written type and quantization."""
+def _config(
+    plan: FolderPlan, weight: Callable[[str], Tensor], writer: LayoutWriter, dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The source's config under the written type and quantization, and the scales of keys and values by name."""
     config = {key: value for key, value in plan.info.config.items() if key not in (KEY, "torch_dtype")}
     config["dtype"] = str(dtype).removeprefix("torch.")
     if plan.untied:
         config["tie_word_embeddings"] = False
-    if plan.quantized or plan.caches:
+    said: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    if plan.key_values is not None:
+        scales = {module: (weight(keys), weight(values)) for module, (keys, values) in plan.scales.items()}
+        said, tensors = writer.key_values(plan.key_values, scales)
+    if plan.quantized or said:
         schemes = {item.module: item.weight.scheme for item in plan.quantized}
-        config[KEY] = writer.config(schemes, plan.linears)
-    return config
+        config[KEY] = writer.config(schemes, plan.linears) | said
+    return config, tensors
 
 
-def _compute_dtype(program: Program, plan: FolderPlan) -> torch.dtype:
+def _compute_dtype(weight: Callable[[str], Tensor], plan: FolderPlan) -> torch.dtype:
     """The type that linears compute in: of the quantized ones' scales, else of the largest weight."""
     scales = [item.weight.scale for item in plan.quantized if item.weight.scheme.format != "nvfp4"]
     if scales:
         return scales[0].dtype
-    weights = [program.weight(name) for name in plan.plain.values()]
+    weights = [weight(name) for name in plan.plain.values()]
     floating = [tensor for tensor in weights if tensor.is_floating_point()]
     return max(floating, key=lambda tensor: tensor.numel()).dtype
 
 
 def _tensors(
-    program: Program, plan: FolderPlan, writer: LayoutWriter, sizes: dict[str, int],
-    caches: Mapping[str, CacheScale],
+    plan: FolderPlan, weight: Callable[[str], Tensor], writer: LayoutWriter, dtype: torch.dtype,
+    sizes: dict[str, int],
 ) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
-    """What is written, in the source's order as far as it goes; fills `sizes` by the program's names."""
-    dtype = _compute_dtype(program, plan)
-    for name, weight in plan.plain.items():
-        tensor = program.weight(weight).detach()
-        sizes[weight] = tensor.nbytes
+    """Weights, in the source's order as far as it goes; fills `sizes` by the names that the plan gives them."""
+    for name, held in plan.plain.items():
+        tensor = weight(held).detach()
+        sizes[held] = tensor.nbytes
         yield name, tensor
     for item in plan.quantized:
         for part, tensor in writer.tensors(item.weight).items():
@@ -130,9 +136,6 @@ def _tensors(
             name = f"{item.stem}_{kind}"
             sizes[name] = sizes.get(name, 0) + tensor.nbytes
             yield f"{item.module}.{part}", tensor
-    for name, cache in caches.items():
-        sizes[cache.name] = cache.scale.nbytes
-        yield name, cache.scale.float().reshape(())
     for name, tensor in _copied(plan, dtype):
         sizes[name] = tensor.nbytes
         yield name, tensor
@@ -145,27 +148,41 @@ def _copied(plan: FolderPlan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]
         yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _read_back(directory: Path, program: Program, plan: FolderPlan, caches: Mapping[str, CacheScale]) -> None:
-    """Compare the written folder with the program, through the code that captures such folders."""
+def _read_back(directory: Path, weight: Callable[[str], Tensor], plan: FolderPlan) -> None:
+    """Compare the written folder with what the plan names, through the code that captures such folders."""
     try:
         info = check_folder(directory)
         folder = quantized_folder(info)
         _compare_quantized(folder.layout if folder else None, plan, directory)
-        _compare_plain(info, program, plan, directory)
-        found = folder.cache_scales() if folder else {}
-        for name in caches.keys() | found.keys():
-            if name not in caches or name not in found or not _same(found[name], caches[name].scale):
-                raise _differs(directory, name, "its scale differs")
+        _compare_plain(info, weight, plan, directory)
+        _compare_key_values(folder, weight, plan, directory)
     except ArtifactError:
         raise
     except OptcError as error:
         raise _differs(directory, str(error.where or ""), str(error)) from error
 
 
+def _compare_key_values(
+    folder: QuantizedFolder | None, weight: Callable[[str], Tensor], plan: FolderPlan, directory: Path
+) -> None:
+    found = folder.key_values if folder is not None else None
+    if found is None or folder is None:
+        if plan.key_values is not None:
+            raise _differs(directory, CONFIG, "keys and values are not rounded")
+        return
+    if found.scheme != plan.key_values or set(found.attentions) != set(plan.scales):
+        raise _differs(directory, CONFIG, "keys and values are not rounded as those of the model")
+    for module in found.attentions:
+        read = found.read(folder.reader, module)
+        for name, scale, mine in zip(found.names(module), read, plan.scales[module], strict=True):
+            if not _same(scale, weight(mine)):
+                raise _differs(directory, name, "its scale differs")
+
+
 def _compare_quantized(layout: Any, plan: FolderPlan, directory: Path) -> None:
     found = set(layout.modules()) if layout is not None else set()
     if found != {item.module for item in plan.quantized}:
-        raise _differs(directory, CONFIG, "the quantized linears are not those of the program")
+        raise _differs(directory, CONFIG, "the quantized linears are not those of the model")
     for item in plan.quantized:
         read: QuantizedWeight = layout.read(item.module)
         mine = item.weight
@@ -206,10 +223,12 @@ def _same_zero(left: QuantizedWeight, right: QuantizedWeight) -> bool:
     return given is None or bool((given == middle).all())
 
 
-def _compare_plain(info: CheckpointInfo, program: Program, plan: FolderPlan, directory: Path) -> None:
+def _compare_plain(
+    info: CheckpointInfo, weight: Callable[[str], Tensor], plan: FolderPlan, directory: Path
+) -> None:
     reader = TensorReader(info.path, info.tensors)
-    for name, weight in plan.plain.items():
-        mine = program.weight(weight).detach().contiguous()
+    for name, held in plan.plain.items():
+        mine = weight(held).detach().contiguous()
         read = reader.read(name, mine.dtype)
         if read.shape != mine.shape or not torch.equal(_bytes(read), _bytes(mine)):
             raise _differs(directory, name, "its bytes differ")

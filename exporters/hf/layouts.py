@@ -16,7 +16,11 @@ from torch import Tensor
 
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.layouts import QuantizedWeight, Scheme, awq, compressed_tensors, gptq
+from optc.compiler.layouts.key_values import KeyValueScheme
 from optc.exporters.hf.words import pack_words
+
+LAYOUTS = (compressed_tensors.METHOD, awq.METHOD, gptq.METHOD)
+_REMEDY = f"choose another of --layout {', '.join(LAYOUTS)}, or other quantization options"
 
 
 class LayoutWriter(Protocol):
@@ -25,6 +29,10 @@ class LayoutWriter(Protocol):
     @property
     def name(self) -> str:
         """As `--layout` calls it."""
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a weight that cannot be written."""
 
     def obstacle(self, weight: QuantizedWeight) -> str | None:
         """Why a weight cannot be written, or None."""
@@ -43,18 +51,36 @@ class LayoutWriter(Protocol):
             TargetError: the layout cannot name this mixture.
         """
 
+    def key_values(
+        self, scheme: KeyValueScheme, scales: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What quantization_config says of rounded keys and values, and the tensors of their scales by name.
+
+        Args:
+            scales: attention module -> scales of its keys and values, float32 [1] or [Hkv, 1, 1].
+
+        Raises:
+            TargetError: the layout has no place for them.
+        """
+
 
 @dataclass(frozen=True)
 class CompressedTensorsWriter:
-    """compressed-tensors: pack-quantized, int-quantized (W8A8) and float-quantized (fp8)."""
+    """compressed-tensors: pack-quantized, int-quantized (W8A8) and float-quantized (fp8).
+
+    Attributes:
+        bits: of integer weights: 4 and 8 for vLLM; the layout itself, and optc, take 2 and 3 too.
+    """
 
     name: str = compressed_tensors.METHOD
+    remedy: str = _REMEDY
+    bits: tuple[int, ...] = (4, 8)
 
     def obstacle(self, weight: QuantizedWeight) -> str | None:
         scheme = weight.scheme
         if foreign := _foreign(weight):
             return foreign
-        if scheme.format == "int" and scheme.bits not in (4, 8):
+        if scheme.format == "int" and scheme.bits not in self.bits:
             return f"{scheme.bits}-bit weights: vLLM runs 4 and 8 bits in this layout; use --layout gptq"
         if scheme.activations == "fp8" and scheme.format != "fp8":
             return "integer weights with fp8 activations"
@@ -87,7 +113,7 @@ class CompressedTensorsWriter:
 
     def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
         kinds = list(dict.fromkeys(schemes.values()))
-        groups = {}
+        groups: dict[str, dict[str, Any]] = {}
         for index, kind in enumerate(kinds):
             named = [module for module, scheme in schemes.items() if scheme == kind]
             groups[f"group_{index}"] = {
@@ -97,16 +123,32 @@ class CompressedTensorsWriter:
                 "output_activations": None,
                 "format": _format(kind),
             }
-        formats = {group["format"] for group in groups.values()}
         return {
             "quant_method": self.name,
-            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "format": _whole_format({group["format"] for group in groups.values()}),
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": [module for module in linears if module not in schemes],
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
+
+    def key_values(
+        self, scheme: KeyValueScheme, scales: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        strategy = next(
+            name for name, one in compressed_tensors.STRATEGIES.items() if one == scheme.granularity
+        )
+        kind = "int" if scheme.format == "int8" else "float"
+        form = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy, "group_size": None,
+                "dynamic": False, "actorder": None, "block_structure": None}  # fmt: skip
+        return {"kv_cache_scheme": form}, named_scales(scales, compressed_tensors.KEY_VALUE_PARTS)
+
+
+def _whole_format(formats: set[str]) -> str:
+    if len(formats) > 1:
+        return "mixed-precision"
+    return next(iter(formats), compressed_tensors.DENSE)
 
 
 def _format(scheme: Scheme) -> str:
@@ -142,6 +184,7 @@ class AwqWriter:
     """AutoAWQ's GEMM layout. Symmetric weights get zero points of the middle code: the kernels read them anyway."""
 
     name: str = awq.METHOD
+    remedy: str = _REMEDY
 
     def obstacle(self, weight: QuantizedWeight) -> str | None:
         scheme = weight.scheme
@@ -159,6 +202,11 @@ class AwqWriter:
             "qzeros": pack_nibbles(_zero(weight)),
             "scales": weight.scale.t().to(torch.float16).contiguous(),
         }
+
+    def key_values(
+        self, scheme: KeyValueScheme, scales: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        raise _no_key_values(self.name, scales)
 
     def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
         scheme = _only(self.name, schemes)
@@ -179,6 +227,7 @@ class GptqWriter:
 
     exact_zero: bool = False
     name: str = gptq.METHOD
+    remedy: str = _REMEDY
 
     def obstacle(self, weight: QuantizedWeight) -> str | None:
         scheme, (rows, columns) = weight.scheme, weight.shape
@@ -202,6 +251,11 @@ class GptqWriter:
             "g_idx": groups.to(torch.int32),
         }
 
+    def key_values(
+        self, scheme: KeyValueScheme, scales: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        raise _no_key_values(self.name, scales)
+
     def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
         scheme = _only(self.name, schemes)
         layout = gptq.V2 if self.exact_zero else gptq.V1
@@ -222,9 +276,6 @@ class GptqWriter:
         }
 
 
-LAYOUTS = (compressed_tensors.METHOD, awq.METHOD, gptq.METHOD)
-
-
 def layout_writer(name: str, weights: Sequence[QuantizedWeight]) -> LayoutWriter:
     """The writer for a layout, fit for these weights."""
     if name == awq.METHOD:
@@ -233,6 +284,15 @@ def layout_writer(name: str, weights: Sequence[QuantizedWeight]) -> LayoutWriter
         return GptqWriter(any(bool((item.zero == 0).any()) for item in weights if item.zero is not None))
     assert name == compressed_tensors.METHOD, name
     return CompressedTensorsWriter()
+
+
+def named_scales(scales: Mapping[str, tuple[Tensor, Tensor]], parts: tuple[str, str]) -> dict[str, Tensor]:
+    """Tensor name -> scale, of an attention's keys and values."""
+    return {
+        f"{module}.{part}": scale
+        for module, pair in scales.items()
+        for part, scale in zip(parts, pair, strict=True)
+    }
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -265,6 +325,13 @@ def _scale_obstacle(weight: QuantizedWeight) -> str | None:
     if torch.equal(half.to(weight.scale.dtype), weight.scale):
         return None
     return "its scales are not float16 numbers, which the layout keeps: put the pass round-scales behind quantization"
+
+
+def _no_key_values(layout: str, scales: Iterable[str]) -> TargetError:
+    return TargetError(
+        f"the layout '{layout}' has no place for the scales of keys and values", where=next(iter(scales)),
+        remedy="use --layout compressed-tensors",
+    )  # fmt: skip
 
 
 def _only(layout: str, schemes: Mapping[str, Scheme]) -> Scheme:

@@ -6,7 +6,7 @@ config.json and hf_quant_config.json say the same in two forms; TensorRT-LLM rea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -15,9 +15,20 @@ from torch import Tensor
 
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.layouts import QuantizedWeight, Scheme
-from optc.compiler.layouts.modelopt import AWQ, CACHE_FP8, FP8, INT8, KEY_SCALE, METHOD, NVFP4, VALUE_SCALE
+from optc.compiler.layouts.key_values import KeyValueScheme
+from optc.compiler.layouts.modelopt import (
+    AWQ,
+    CACHE_FP8,
+    FP8,
+    INT8,
+    KEY_VALUE_PARTS,
+    KEY_VALUES,
+    METHOD,
+    NVFP4,
+)
 from optc.exporters.hf.collect import FolderPlan
-from optc.exporters.hf.places import CacheScale, Quantized
+from optc.exporters.hf.layouts import named_scales
+from optc.exporters.hf.places import Quantized
 
 GROUP_SIZES = (64, 128)
 """Of W4A16_AWQ: those that TensorRT-LLM's kernels take."""
@@ -31,12 +42,11 @@ class ModelOptWriter:
 
     Attributes:
         embeddings: of the model; they are listed with the linears that are left alone.
-        caches: keys and values are rounded to fp8.
     """
 
     embeddings: tuple[str, ...] = ()
-    caches: bool = False
     name: str = METHOD
+    remedy: str = "choose another --quant, or --target vllm"
 
     def obstacle(self, weight: QuantizedWeight) -> str | None:
         scheme = weight.scheme
@@ -81,14 +91,30 @@ class ModelOptWriter:
             groups["config_groups"] = {
                 "group_0": {"input_activations": form, "weights": form, "targets": ["Linear"]}
             }
-        caches = {"kv_cache_scheme": _FLOAT8} if self.caches else {}
         return {
-            **groups, "ignore": self._left(schemes, linears), "quant_algo": algorithm, **caches,
-            "producer": _producer(), "quant_method": METHOD,
+            **groups, "ignore": self._left(schemes, linears), "quant_algo": algorithm, "producer": _producer(),
+            "quant_method": METHOD,
         }  # fmt: skip
 
-    def own_config(self, schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
+    def key_values(
+        self, scheme: KeyValueScheme, scales: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if scheme != KEY_VALUES:
+            raise _refusal(
+                next(iter(scales)), "TensorRT-LLM's KV caches take fp8 with one scale per layer",
+                "use quantize-kv-cache with format=fp8 and granularity=layer",
+            )  # fmt: skip
+        named = named_scales(scales, KEY_VALUE_PARTS)
+        tensors = {name: scale.float().reshape(()) for name, scale in named.items()}
+        return {"kv_cache_scheme": _FLOAT8}, tensors
+
+    def own_config(
+        self, schemes: Mapping[str, Scheme], linears: Iterable[str], *, caches: bool
+    ) -> dict[str, Any]:
         """hf_quant_config.json.
+
+        Args:
+            caches: keys and values are rounded.
 
         Raises:
             TargetError: linears differ in how they are quantized.
@@ -100,7 +126,7 @@ class ModelOptWriter:
         if algorithm == AWQ:
             knobs |= {"has_zero_point": False, "pre_quant_scale": True}
         inner = {
-            "quant_algo": algorithm, "kv_cache_quant_algo": CACHE_FP8 if self.caches else None, **knobs,
+            "quant_algo": algorithm, "kv_cache_quant_algo": CACHE_FP8 if caches else None, **knobs,
             "exclude_modules": self._left(schemes, linears),
         }  # fmt: skip
         return {"producer": _producer(), "quantization": inner}
@@ -154,25 +180,6 @@ def _fitted(item: Quantized, table: Mapping[str, Quantized]) -> Quantized:
         return item
     ones = torch.ones(weight.shape[1], dtype=weight.scale.dtype)
     return dataclasses.replace(item, weight=dataclasses.replace(weight, input_factor=ones))
-
-
-def cache_tensors(caches: Sequence[CacheScale]) -> dict[str, CacheScale]:
-    """Tensor name -> scale of keys or values.
-
-    Raises:
-        TargetError: another format than fp8, several scales per layer, or a layer with keys or values alone.
-    """
-    out = {}
-    for item in caches:
-        if item.format != "fp8" or item.scale.numel() != 1:
-            raise _refusal(
-                item.name, "TensorRT-LLM's KV caches take fp8 with one scale per layer",
-                "use quantize-kv-cache with format=fp8 and granularity=layer",
-            )  # fmt: skip
-        out[item.layer + (KEY_SCALE if item.part == "key" else VALUE_SCALE)] = item
-    if len(out) != 2 * len({item.layer for item in caches}):
-        raise _refusal(caches[0].name, "a layer has a scale for its keys or its values alone")
-    return out
 
 
 def _alike(left: Tensor | None, right: Tensor | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,10 +12,11 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from optc.compiler.capture.checkpoint import tied_names
-from optc.compiler.capture.restored import layers_of
-from optc.compiler.dataflow import aten, peel
+from optc.compiler.dataflow import aten, peel, value_of
 from optc.compiler.diagnostics import TargetError
+from optc.compiler.key_values import key_value_scales, module_path, rounded
 from optc.compiler.layouts import QuantizedWeight, Scheme
+from optc.compiler.layouts.key_values import KeyValueScheme
 from optc.compiler.linears import DEQUANTIZERS, Linear, activation_format, linear_site, quantized_activation
 from optc.compiler.ops.nvfp4 import BLOCK
 from optc.compiler.program import Program
@@ -37,23 +38,6 @@ class Quantized:
     stem: str
     weight: QuantizedWeight
     beside: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class CacheScale:
-    """The scale that the keys or values of one attention are rounded by.
-
-    Attributes:
-        layer: the module, by its name in the checkpoint, whose linears make them.
-        part: "key" or "value".
-        name: of the scale in the program.
-    """
-
-    layer: str
-    part: str
-    format: str
-    name: str
-    scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -115,23 +99,27 @@ class Places:
             parts |= {name for name in (found.scale, found.factor) if name is not None}
         return tuple(items), parts
 
-    def caches(self) -> tuple[CacheScale, ...]:
-        """The scales of rounded keys and values."""
-        found = []
+    def key_values(self) -> tuple[KeyValueScheme | None, dict[str, tuple[str, str]]]:
+        """How keys and values are rounded, and attention module -> the weights that are their scales."""
+        scales: dict[str, tuple[str, str]] = {}
+        schemes: set[KeyValueScheme] = set()
         for call in self.program.calls(_optc.attention.default):
-            for part, node in zip(("key", "value"), call.args[1:3], strict=True):
-                rounding = quantized_activation(node)
-                if rounding is None:
-                    continue
-                if rounding.target is not _optc.quantize.default:
-                    raise _refusal(call.name, "its keys or values are rounded by scales per token")
-                name = self._name(rounding.args[1])
-                layers = layers_of(self.program, rounding.args[0], self.found)
-                if len(layers) != 1:
-                    raise _refusal(name, f"the linears of {len(layers)} modules make the {part}s")
-                scale = self.program.weight(name).detach()
-                found.append(CacheScale(layers.pop(), part, activation_format(rounding), name, scale))
-        return tuple(found)
+            if not rounded(call):
+                continue
+            found, path = key_value_scales(self.program, call), module_path(call)
+            if found is None or not path or path in scales:
+                raise _refusal(call.name, "a folder keeps one format and fixed scales for keys and values")
+            format, names = found
+            shapes = {tuple(self.program.weight(name).shape) for name in names}
+            granularity = _granularity(shapes, int(value_of(call.args[1]).shape[1]))
+            if granularity is None:
+                raise _refusal(names[0], "a folder keeps one scale per layer or per head for keys and values")
+            schemes.add(KeyValueScheme(format, granularity))
+            scales[path] = names
+        if len(schemes) > 1:
+            where = next(iter(scales))
+            raise _refusal(where, "attentions round their keys and values in different ways")
+        return (schemes.pop() if schemes else None), scales
 
     def plain(self, parts: set[str]) -> dict[str, str]:
         """Checkpoint name -> weight, of everything that is not quantized."""
@@ -251,6 +239,12 @@ def _scheme(call: Node, codes: Tensor, scale: Tensor, source: _Input) -> Scheme:
         whole = tuple(scale.shape) == (1, 1) and codes.shape[0] > 1
         return Scheme(bits=8, group_size=size, symmetric=True, format="fp8", per_tensor=whole, **knobs)
     return Scheme(bits=int(call.kwargs["bits"]), group_size=size, symmetric=call.args[2] is None, **knobs)
+
+
+def _granularity(shapes: set[tuple[int, ...]], heads: int) -> Literal["layer", "head"] | None:
+    if shapes == {(1,)}:
+        return "layer"
+    return "head" if shapes == {(heads, 1, 1)} else None
 
 
 def _refusal(name: str, why: str) -> TargetError:

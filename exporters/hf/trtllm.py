@@ -9,8 +9,8 @@ from optc.compiler.layouts import modelopt
 from optc.compiler.program import Program
 from optc.compiler.target import ExportRequest, ExportResult
 from optc.exporters.hf.collect import collect
-from optc.exporters.hf.export import write_folder
-from optc.exporters.hf.modelopt import ModelOptWriter, cache_tensors, fit_for_loading
+from optc.exporters.hf.export import write_model
+from optc.exporters.hf.modelopt import ModelOptWriter, fit_for_loading
 from optc.exporters.hf.serving import FILE, check_serving, serving_options
 
 
@@ -26,13 +26,13 @@ def export_trtllm(program: Program, request: ExportRequest) -> ExportResult:
     context = program.contract.model.context_length
     check_serving(request.options, context)
     plan = fit_for_loading(collect(program, request.source))
-    caches = cache_tensors(plan.caches)
-    writer = ModelOptWriter(embeddings=plan.embeddings, caches=bool(caches))
-    texts = {FILE: serving_options(request.options, context, bool(caches))}
+    caches = plan.key_values is not None
+    writer = ModelOptWriter(embeddings=plan.embeddings)
+    texts = {FILE: serving_options(request.options, context, caches)}
     if plan.quantized or caches:
         schemes = {item.module: item.weight.scheme for item in plan.quantized}
-        texts[modelopt.FILE] = json.dumps(writer.own_config(schemes, plan.linears), indent=4) + "\n"
-    remedy = "choose another --quant, or --target vllm"
-    result = write_folder(program, request, plan, writer, remedy, texts, caches)
-    info = {**result.info, "serving_options": FILE, "kv_cache_scales": len(caches)}
+        own = writer.own_config(schemes, plan.linears, caches=caches)
+        texts[modelopt.FILE] = json.dumps(own, indent=4) + "\n"
+    result = write_model(plan, program.weight, writer, request.directory, request.source, texts)
+    info = {**result.info, "serving_options": FILE, "kv_cache_scales": 2 * len(plan.scales)}
     return dataclasses.replace(result, info=info)

@@ -19,6 +19,7 @@ _COMMANDS = {
         "quantize",
         "Quantize a model folder to a checkpoint for vLLM, SGLang, transformers.",
     ),
+    "train": ("optc.cli.train", "train", "Train or fine-tune a model folder; LoRA, QAT, distillation."),
     "plan": ("optc.cli.plan", "plan", "Say what a compile would do, before any weight is read."),
     "run": ("optc.cli.run", "run", "Generate text with an artifact."),
     "eval": ("optc.cli.evaluate", "evaluate", "Perplexity, KL and tasks of one artifact or several."),

@@ -9,18 +9,43 @@ import click
 
 from optc.cli.common import emit, json_option
 from optc.cli.options import compile_flags, merge_recipe, require, to_settings
+from optc.compiler.diagnostics import UsageError
 
 
 @click.command()
 @click.argument("model", required=False)
+@click.option(
+    "--train",
+    "train_recipe",
+    metavar="RECIPE",
+    help="Predict the memory of a training recipe (name or YAML file) in place of a compile.",
+)
+@click.option(
+    "--world-size", type=click.IntRange(min=1), default=1, show_default=True, help="With --train: processes."
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="With --train: set a key of the recipe (repeatable).",
+)
 @compile_flags
 @json_option
-def plan(as_json: bool, **flags: Any) -> None:
-    """Say what a compile would do, and refuse what it could not, before any weight is read.
+def plan(
+    as_json: bool, train_recipe: str | None, world_size: int, settings: tuple[str, ...], **flags: Any
+) -> None:
+    """Say what a compile or a training run would do, before any weight is read.
 
     \b
     optc plan examples/fiction-3m --target onnx-cpu --quant rtn
+    optc plan --train recipe.yaml --world-size 4 --set parallel.kind=fsdp
     """
+    if train_recipe is not None:
+        _plan_training(as_json, train_recipe, world_size, settings, flags)
+        return
+    if settings or world_size != 1:
+        raise UsageError("--set and --world-size belong to --train", remedy="optc plan --train RECIPE")
     from optc.planning import make_plan
     from optc.targets import find_target
 
@@ -28,6 +53,31 @@ def plan(as_json: bool, **flags: Any) -> None:
     model = require(merged, "model", "optc plan MODEL --target onnx-cpu")
     target = find_target(require(merged, "target", "--target onnx-cpu (see optc targets)"))
     emit(make_plan(Path(model), target, to_settings(merged)), as_json, _show)
+
+
+def _plan_training(
+    as_json: bool, recipe: str, world_size: int, settings: tuple[str, ...], flags: dict[str, Any]
+) -> None:
+    import msgspec
+
+    from optc.training.memory_plan import predict
+    from optc.training.recipe import load_config
+
+    values = {"model": flags["model"]} if flags["model"] else {}
+    config = load_config(recipe, values=values, settings=settings)
+    emit(msgspec.to_builtins(predict(config, world_size)), as_json, _show_memory)
+
+
+def _show_memory(result: dict[str, Any]) -> None:
+    ranks = result["ranks"]
+    click.echo("memory" + (f" on each of {ranks} ranks" if ranks > 1 else ""))
+    for name in ("weights", "gradients", "optimizer", "activations"):
+        click.echo(f"  {name + ':':13} {result[name] / 1e6:10.1f} MB")
+    click.echo(
+        f"  {'peak:':13} {result['peak'] / 1e6:10.1f} MB, in the {result['peak_at']} {'pass' if result['peak_at'] == 'backward' else 'step'}"
+    )
+    if result["note"]:
+        click.echo(f"  note: {result['note']}")
 
 
 def _show(result: dict[str, Any]) -> None:

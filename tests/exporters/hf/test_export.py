@@ -239,12 +239,12 @@ def test_the_target_says_what_it_does_not_take() -> None:
         return [step.rewrite.name for step in target.recipe("decoder", options)]
 
     assert recipe() == []
+    assert recipe(layout="gptq") == ["round-scales"]  # of a folder that is quantized already
     assert recipe(quant="rtn") == ["quantize-rtn"]
     assert recipe(quant="rtn", layout="awq") == ["quantize-rtn", "round-scales"]
     assert recipe(quant="rtn", layout="gptq", bits=3) == ["quantize-rtn", "round-scales"]
     for options, text in (
         ({"quant": "rtn", "layout": "ggml"}, "unknown layout 'ggml'"),
-        ({"layout": "awq"}, "nothing is quantized"),
         ({"quant": "rtn", "layout": "awq", "bits": 8}, "--layout compressed-tensors or gptq takes 8"),
         ({"quant": "rtn", "bits": 3}, "--layout gptq takes 3"),
         ({"quant": "nf4"}, "does not take quantization 'nf4'"),
@@ -254,3 +254,9 @@ def test_the_target_says_what_it_does_not_take() -> None:
             recipe(**options)
     with pytest.raises(TargetError, match="does not take --layout"):
         check_options(find_target("onnx-cpu"), CompileOptions(layout="awq"))
+
+
+def test_a_layout_without_quantization_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match=r"(?s)--layout says how.*nothing is quantized"):
+        write(quantized("llama", "none"), source("llama"), tmp_path, "awq")
+    assert not list(tmp_path.iterdir())

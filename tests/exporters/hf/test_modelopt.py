@@ -16,6 +16,7 @@ from optc.compiler.capture import capture_pretrained
 from optc.compiler.diagnostics import ArtifactError, TargetError
 from optc.compiler.layouts import QuantizedWeight, Scheme
 from optc.compiler.surgery import set_weight
+from optc.compiler.target import CompileOptions, ExportRequest
 from optc.exporters.hf import export as module
 from optc.exporters.hf import export_hf
 from optc.exporters.hf.modelopt import ModelOptWriter, algorithm_of
@@ -183,14 +184,34 @@ def test_unequal_global_scales_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ["FP8", "NVFP4", ""])
 def test_other_layouts_refuse_what_only_this_one_holds(tmp_path: Path, algorithm: str) -> None:
-    from optc.compiler.target import CompileOptions, ExportRequest
-
     program = rewritten(captured("llama"), RECIPES[algorithm][: 1 if not algorithm else 2])
-    request = ExportRequest(directory=tmp_path, options=CompileOptions(), source=source("llama"))
+    layout = None if algorithm else "awq"
+    request = ExportRequest(directory=tmp_path, options=CompileOptions(layout=layout), source=source("llama"))
     with pytest.raises(TargetError) as caught:
         export_hf(program, request)
     text = f"{caught.value.what} {caught.value.why}"
-    assert {"FP8": "calibrated scale", "NVFP4": "nvfp4 weights", "": "a rounded KV cache"}[algorithm] in text
+    assert {
+        "FP8": "calibrated scale",
+        "NVFP4": "nvfp4 weights",
+        "": "no place for the scales of keys and values",
+    }[algorithm] in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_scales_of_keys_and_values_go_on_to_compressed_tensors(tmp_path: Path) -> None:
+    """One layout's scales, captured and written in the other's: the same numbers under other names."""
+    write(made("llama", ""), source("llama"), tmp_path / "a")
+    program = capture_pretrained(tmp_path / "a")[0]
+    (tmp_path / "b").mkdir()
+    request = ExportRequest(directory=tmp_path / "b", options=CompileOptions(), source=tmp_path / "a")
+    result = export_hf(program, request)
+    scheme = result.info["quantization_config"]["kv_cache_scheme"]
+    assert (scheme["type"], scheme["num_bits"], scheme["strategy"]) == ("float", 8, "tensor")
+    before, after = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    for letter in "kv":
+        name = f"model.layers.1.self_attn.{letter}_proj.{letter}_scale"
+        assert torch.equal(after[f"model.layers.1.self_attn.{letter}_scale"], before[name].reshape(1))
+    assert torch.equal(logits(capture_pretrained(tmp_path / "b")[0], IDS), logits(made("llama", ""), IDS))
 
 
 def test_two_rows_share_a_byte() -> None:

@@ -1,0 +1,103 @@
+"""Step time of training a 1B Llama per checkpointing policy, MFU, and the ratio to a plain torch loop.
+
+    python benchmarks/train_throughput.py                  # Llama 3.2 1B shape, random weights, rows x 4096 tokens, bf16
+    python benchmarks/train_throughput.py --tiny           # a rehearsal on the CPU
+
+Every contender does whole steps (forward in bf16 autocast over fp32 weights, backward, clip, fused AdamW) on the same
+weights and batch, in rotating turns. "plain torch" is transformers' model under torch.compile with whole logits and
+torch's cross-entropy; "optc" compiles blocks and makes the loss in chunks. Ratios are medians over rounds with 95 %
+intervals. MFU counts the model's arithmetic (attention in full), not what is computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from common import interleave, ratio, record
+from train_common import (
+    POLICIES,
+    SHAPES,
+    batch,
+    chunked_loss,
+    device,
+    make_step,
+    plain_loss,
+    prepared,
+    random_model,
+    twin,
+)  # fmt: skip
+
+from optc.runtime.benchmark import median_rate
+from optc.training.metrics import flops_per_token, peak_flops
+
+
+def main() -> None:
+    """Time, print and record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tiny", action="store_true", help="tiny shape, 2 x 64 tokens")
+    parser.add_argument("--rows", type=int, default=0, help="0: as many as surely fit: 4 with 120 GB, else 2")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--policies", nargs="*", default=list(POLICIES), help="default: all")
+    parser.add_argument("--plain-scope", default="model", choices=["model", "blocks", "none"])
+    arguments = parser.parse_args()
+    shape, place = "tiny" if arguments.tiny else "1b", device()
+    rows, length = (2, 64) if arguments.tiny else (arguments.rows or fitting_rows(place), 4096)
+    torch._dynamo.config.recompile_limit = 64
+    torch.set_float32_matmul_precision("high")
+    model = random_model(shape, place)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    data = batch(shape, rows, length, place)
+    scope = "blocks"
+    contenders = {}
+    plain = twin(model)
+    if arguments.plain_scope == "model":
+        plain = torch.compile(plain, dynamic=False)
+    elif arguments.plain_scope == "blocks":
+        for block in plain.model.layers:
+            block.compile(dynamic=False)
+    contenders["plain torch"] = make_step(lambda: plain_loss(plain, data), optimizer, place)
+    for name in arguments.policies:
+        contender = prepared(model, POLICIES[name], scope)
+        contenders[f"optc, {name}"] = make_step(
+            lambda contender=contender: chunked_loss(contender, data, compiled=True), optimizer, place
+        )
+    seconds = interleave(contenders, arguments.rounds, warmup=3)
+    record(f"train_throughput_{shape}", summary(model, seconds, rows, length, shape, place), 1)
+
+
+def fitting_rows(place: torch.device) -> int:
+    """Rows of 4096 tokens for which whole fp32 logits and the activations of policy none fit."""
+    large = place.type == "cuda" and torch.cuda.get_device_properties(place).total_memory > 120e9
+    return 4 if large else 2
+
+
+def summary(
+    model: Any, seconds: dict[str, list[float]], rows: int, length: int, shape: str, place: torch.device
+) -> dict[str, Any]:
+    """The figures per contender."""
+    work = flops_per_token(model, length) * rows * length
+    peak = peak_flops(place, "bf16", None)
+    base = seconds.get("optc, none")
+    table = {}
+    for name, values in seconds.items():
+        table[name] = {
+            "seconds_per_step": median_rate(values).to_dict(),
+            "tokens_per_s": median_rate([rows * length / value for value in values]).to_dict(),
+            "mfu": None if peak is None else median_rate([work / value / peak for value in values]).to_dict(),
+            "speed_against_plain_torch": ratio(seconds["plain torch"], values),
+            "step_time_against_policy_none": None if base is None else ratio(values, base),
+        }
+    return {
+        "shape": {**SHAPES[shape], "name": shape}, "rows": rows, "seq_len": length, "precision": "bf16 autocast, fp32 weights",
+        "device": torch.cuda.get_device_name() if place.type == "cuda" else "cpu",
+        "parameters": sum(item.numel() for item in model.parameters()), "flops_per_step": work,
+        "peak_flops": peak, "contenders": table,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

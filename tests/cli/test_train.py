@@ -1,0 +1,140 @@
+"""optc train through the command line, and the whole way of QAT: train, compile, evaluate."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import EXAMPLE, ROOT
+from training_runs import small_model, token_file
+
+from optc.cli.main import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+def optc(*args: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(arg) for arg in args])
+    return int(caught.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("start")
+    return small_model(folder / "model"), token_file(folder / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def recipe(start: tuple[Path, Path]) -> Path:
+    """A recipe file that changes one that ships."""
+    path = start[0].parent / "recipe.yaml"
+    path.write_text(
+        f"recipe: finetune\nmodel: {start[0]}\nbatch_size: 4\nseq_len: 32\ndevice: cpu\nmax_steps: 4\n"
+        f"data: {{text: [{start[1]}]}}\noptimizer: {{lr: 1e-2}}\nsaving: {{every: 2}}\n"
+    )
+    return path
+
+
+def test_a_recipe_file_trains(recipe: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert (
+        optc(
+            "train", recipe, "--max_steps", 3, "--set", "optimizer.lr=3e-3", "-o", tmp_path / "out", "--json"
+        )
+        == 0
+    )
+    found = capsys.readouterr()
+    result = json.loads(found.out)
+    assert result["steps"] == 3
+    assert result["config"]["optimizer"]["lr"] == 3e-3
+    assert found.err == ""  # no progress bar without a terminal
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json", "generation_config.json", "log.jsonl", "model.safetensors", "report.html", "train.json",
+    ]  # fmt: skip
+
+
+def test_flags_win_over_the_recipe_that_ships(
+    start: tuple[Path, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    flags = ["--recipe", "finetune", "--model", start[0], "--text", start[1], "--text", start[1], "--max-steps", 1,
+             "--seed", 3, "--set", "batch_size=2", "--set", "seq_len=32"]  # fmt: skip
+    assert optc("train", *flags, "-o", tmp_path / "out", "--json") == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert config["seed"] == 3
+    assert config["data"]["text"] == [str(start[1])] * 2
+    assert optc("train", *flags, "-o", tmp_path / "out") == 3
+    assert "the output exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        ([], 2, "give one recipe"),
+        (["a.yaml", "--recipe", "qat"], 2, "give one recipe, not two"),
+        (["--recipe", "qatt"], 2, "did you mean 'qat'?"),
+        (["--recipe", "finetune", "--set", "optimizer.learning=1"], 2, "unknown key 'optimizer.learning'"),
+        (["--recipe", "finetune"], 2, "no model given"),
+        (["--recipe", "finetune", "--model", "none", "--text", "none"], 2, "no output given"),
+        (["--recipe", "finetune", "--bits", "4"], 2, "--bits does nothing without QAT"),
+        (["--recipe", "finetune", "--group-size", "4"], 2, "--group-size does nothing without QAT"),
+        (["--recipe", "finetune", "--model", "none", "--text", "none", "-o", "OUT"], 3, "the model folder does not exist"),
+        (["--recipe", "finetune", "--model", EXAMPLE, "--text", "none", "-o", "OUT"], 3, "the training text does not exist"),
+        (["--recipe", "finetune", "--model", EXAMPLE, "-o", "OUT"], 3, "no training text"),
+    ],
+)  # fmt: skip
+def test_errors(flags: list[Any], code: int, message: str, tmp_path: Path, capsys: Capture) -> None:
+    given = [tmp_path / "out" if flag == "OUT" else flag for flag in flags]
+    assert optc("train", *given) == code
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_curve_of_one_process(recipe: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    assert optc("train", recipe, "-o", tmp_path / "one") == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        *torchrun,
+        "-m",
+        "optc",
+        "train",
+        str(recipe),
+        "--set",
+        "parallel.kind=ddp",
+        "-o",
+        str(tmp_path / "two"),
+    ]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
+    one, two = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert len(one) == 4
+    assert two == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_qat_is_trained_compiled_and_better_than_rounding(tmp_path: Path, capsys: Capture) -> None:
+    """Few steps on one half of the book, judged on the other half."""
+    book = (ROOT / "examples" / "book.txt").read_text()
+    middle = book.index("\n\n", len(book) // 2)
+    (tmp_path / "train.txt").write_text(book[:middle])
+    (tmp_path / "unseen.txt").write_text(book[middle:])
+    small = ["--set", "batch_size=4", "--set", "seq_len=128", "--set", "optimizer.lr=2e-4"]
+    assert optc("train", "--recipe", "qat", "--model", EXAMPLE, "--text", tmp_path / "train.txt", "--bits", 3, "--group-size", 32,
+                "--max-steps", 12, *small, "-o", tmp_path / "qat") == 0  # fmt: skip
+    assert optc("compile", tmp_path / "qat", "--target", "onnx-cpu", "-o", tmp_path / "trained") == 0
+    assert optc("compile", EXAMPLE, "--target", "onnx-cpu", "--quant", "rtn", "--bits", 3, "--group-size", 32,
+                "--allow-noop", "--max-kl", "1e9", "--max-perplexity-increase", "1e9", "-o", tmp_path / "rounded") == 0  # fmt: skip
+    capsys.readouterr()
+    nll = {}
+    for name in ("trained", "rounded"):
+        assert optc("eval", tmp_path / name, "--text", tmp_path / "unseen.txt", "--json") == 0
+        nll[name] = json.loads(capsys.readouterr().out)["perplexity"]
+    assert nll["trained"] < nll["rounded"]

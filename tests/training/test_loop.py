@@ -1,0 +1,222 @@
+"""Whole runs: the folder that is written, its log and report, and the errors of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import small_config, small_model, token_file
+
+from optc.compiler.capture import capture_pretrained
+from optc.compiler.diagnostics import GateError, InputError, ResourceError, UsageError
+from optc.training.loop import run_folder, train
+from optc.training.metrics import MetricsLog, StepRecord, read_log
+from optc.training.models import load_frozen, load_trainable
+from optc.training.train_report import curve
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("start")
+    return small_model(folder / "model"), token_file(folder / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def trained(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained") / "out"
+    train(small_config(*start, output, max_steps=12, tensorboard=True))
+    return output
+
+
+def test_the_output_is_a_model_folder_that_is_captured(trained: Path, start: tuple[Path, Path]) -> None:
+    program, info = capture_pretrained(trained)
+    assert info.config["architectures"] == ["LlamaForCausalLM"]
+    before, after = load_file(start[0] / "model.safetensors"), load_file(trained / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+    ids = torch.arange(3, 15)[None]
+    positions = torch.arange(12)[None]
+    expected = load_frozen(trained)(input_ids=ids, position_ids=positions).logits
+    torch.testing.assert_close(program(ids, positions), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_summary_and_the_log_tell_the_run(trained: Path) -> None:
+    summary, rows = json.loads((trained / "train.json").read_text()), read_log(trained / "log.jsonl")
+    assert [row.step for row in rows] == list(range(1, 13))
+    assert summary["steps"] == 12
+    assert summary["tokens"] == sum(row.tokens for row in rows)
+    assert (summary["first_loss"], summary["last_loss"]) == (rows[0].loss, rows[-1].loss)
+    assert summary["last_loss"] < summary["first_loss"]
+    assert summary["trainable"] == summary["parameters"]
+    assert [row.step for row in rows if row.memory is not None] == [1, 12]
+    assert all(row.tokens_per_s == pytest.approx(row.tokens / row.seconds) for row in rows)
+    assert not run_folder(trained).exists()
+
+
+def test_the_report_has_curves_and_needs_no_network(trained: Path) -> None:
+    text = (trained / "report.html").read_text()
+    for word in ("Loss, nats per label token", "Learning rate", "Norm of the gradient", "Tokens per second", "<polyline",
+                 "optimizer.lr", "activations"):  # fmt: skip
+        assert word in text
+    assert "http" not in text
+    assert "<script" not in text
+
+
+def test_tensorboard_has_each_step(trained: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(trained / "tensorboard"))
+    events.Reload()
+    rows = read_log(trained / "log.jsonl")
+    found = events.Scalars("loss")
+    assert [item.step for item in found] == [row.step for row in rows]
+    assert [item.value for item in found] == pytest.approx([row.loss for row in rows], rel=1e-6)
+
+
+def test_pretraining_draws_weights_with_the_seed(start: tuple[Path, Path], tmp_path: Path) -> None:
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    (shape / "config.json").write_bytes((start[0] / "config.json").read_bytes())
+
+    def weights(seed: int) -> Any:
+        torch.manual_seed(seed)
+        config = small_config(shape, start[1], tmp_path / "out", from_scratch=True)
+        return load_trainable(config).model.embed_tokens.weight
+
+    one, again, other = weights(0), weights(0), weights(1)
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert float(one.detach().std()) == pytest.approx(0.02, rel=0.1)
+    result = train(small_config(shape, start[1], tmp_path / "out", from_scratch=True, max_steps=2))
+    assert result.first_loss == pytest.approx(4.16, abs=0.2)  # log 64: nothing is known at the start
+
+
+class TestErrors:
+    def test_the_output_exists(self, start: tuple[Path, Path], tmp_path: Path) -> None:
+        (tmp_path / "out").mkdir()
+        with pytest.raises(InputError, match="the output exists") as found:
+            train(small_config(*start, tmp_path / "out"))
+        assert found.value.exit_code == 3
+        assert not run_folder(tmp_path / "out").exists()
+
+    def test_no_output(self, start: tuple[Path, Path]) -> None:
+        config = msgspec.structs.replace(small_config(*start, Path("x")), output="")
+        with pytest.raises(UsageError, match="no output given"):
+            train(config)
+
+    def test_no_model(self, start: tuple[Path, Path]) -> None:
+        config = msgspec.structs.replace(small_config(*start, Path("x")), model="")
+        with pytest.raises(UsageError, match="no model given"):
+            train(config)
+
+    def test_missing_model(self, start: tuple[Path, Path], tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="the model folder does not exist"):
+            train(small_config(tmp_path / "none", start[1], tmp_path / "out"))
+
+    def test_an_encoder(self, start: tuple[Path, Path], tmp_path: Path) -> None:
+        from transformers import BertConfig, BertModel
+
+        shape = BertConfig(
+            hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=64
+        )
+        BertModel(shape).save_pretrained(tmp_path / "bert")
+        with pytest.raises(InputError, match="BertModel is not a causal language model"):
+            train(small_config(tmp_path / "bert", start[1], tmp_path / "out"))
+
+    def test_rows_longer_than_the_context(self, start: tuple[Path, Path], tmp_path: Path) -> None:
+        text = token_file(tmp_path / "long.jsonl", lengths=(200,))
+        with pytest.raises(InputError, match="seq_len 65 is longer than the model's context of 64"):
+            train(small_config(start[0], text, tmp_path / "out", seq_len=65))
+
+    def test_another_vocabulary_of_the_teacher(
+        self, start: tuple[Path, Path], tmp_path: Path, example_model: Path
+    ) -> None:
+        config = small_config(*start, tmp_path / "out", distill={"teacher": str(example_model)})
+        with pytest.raises(InputError, match="the teacher has 8192 tokens in its vocabulary, the model 64"):
+            train(config)
+
+    def test_a_loss_that_is_not_finite_leaves_checkpoints(
+        self, start: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        config = small_config(
+            *start, tmp_path / "out", optimizer={"lr": 1e30}, max_steps=10, clip_norm=0, saving={"every": 1}
+        )
+        with pytest.raises(GateError, match="not finite in step") as found:
+            train(config)
+        assert str(run_folder(tmp_path / "out") / "checkpoints" / "step-0000000") in str(found.value.why)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+            ),
+            MemoryError(),
+        ],
+    )
+    def test_out_of_memory_says_what_needs_less(
+        self, start: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    ) -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("optc.training.step.logits_of", fail)
+        with pytest.raises(ResourceError, match="out of memory while training") as found:
+            train(small_config(*start, tmp_path / "out"))
+        assert found.value.exit_code == 8
+        assert "the plan predicts a peak of" in str(found.value.why)
+        assert "--set gradient_accumulation=4 (" in str(found.value.remedy)
+        assert "--set checkpointing.policy=full" in str(found.value.remedy)
+
+    def test_a_damaged_log(self, tmp_path: Path) -> None:
+        (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
+        with pytest.raises(InputError, match="the log is damaged"):
+            read_log(tmp_path / "log.jsonl")
+
+
+def record(step: int, **more: Any) -> StepRecord:
+    fields = {
+        "epoch": 0,
+        "loss": 1.0,
+        "cross_entropy": 1.0,
+        "lr": 0.1,
+        "grad_norm": 1.0,
+        "tokens": 8,
+        "seconds": 1.0,
+        "tokens_per_s": 8.0,
+    }
+    return StepRecord(step=step, **{**fields, **more})
+
+
+def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, step=0, tensorboard=False)
+    for step in (1, 2, 3):
+        log.add(record(step))
+    log.close()
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"step": 4, "los')  # a kill cut it short
+    log = MetricsLog(tmp_path, step=2, tensorboard=False)
+    log.add(record(3, loss=0.5))
+    log.close()
+    assert [(row.step, row.loss) for row in read_log(path)] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+
+
+def test_a_curve_spans_the_plot() -> None:
+    rows = [
+        record(step, loss=value, cross_entropy=value)
+        for step, value in ((1, 4.0), (2, 3.0), (3, 2.0), (4, None))
+    ]
+    plot = curve("Loss", rows, ("loss", "cross_entropy", "divergence"))
+    assert plot is not None
+    assert [line.name for line in plot["series"]] == [
+        "loss"
+    ]  # cross-entropy is the same, there is no divergence
+    points = [tuple(map(float, item.split(","))) for item in plot["series"][0].points.split()]
+    assert points == [(64, 10), (279.3, 98), (494.7, 186)]
+    assert curve("Loss scale", rows, ("scale",)) is None

@@ -1,0 +1,194 @@
+"""LoRA and QLoRA: what trains, what is held, what is written, against peft and the pass quantize-nf4."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import make_model
+from hf_folders import logits, source, tensors
+from stages import apply, captured
+from torch import Tensor, nn
+from torch.fx import Node
+
+pytest.importorskip("peft", reason="needs peft (extra train)")
+
+from optc.compiler.capture import capture_pretrained
+from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.linears import linear_sites
+from optc.compiler.program import Program
+from optc.passes.quantize_nf4 import QuantizeNf4
+from optc.training.export import SaveConfig, save_trained
+from optc.training.lora import LoraConfig, adapted_linears, apply_lora
+from optc.training.nf4_linear import Nf4Linear
+
+IDS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def trained(config: LoraConfig, steps: int = 3, family: str = "llama") -> Any:
+    """A tiny model with adapters after some steps, in eval mode."""
+    model = apply_lora(make_model(family, attention="sdpa").requires_grad_(True).train(), config)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses == sorted(losses, reverse=True)
+    return model.eval()
+
+
+def expected(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return out
+
+
+def nf4_weights(double_quant: bool, group_size: int) -> dict[str, Tensor]:
+    """What the linears of the captured model multiply with after the pass, by weight name."""
+    program = apply(QuantizeNf4(double_quant=double_quant, group_size=group_size), captured("llama")).program
+    found = {}
+    for site in linear_sites(program):
+        if site.placeholder is None:
+            name = program.contract.quantization[program.weight_of(site.weight.args[0]) or ""].source
+            found[name] = value_from_weights(program, site.weight)
+    return found
+
+
+def value_from_weights(program: Program, node: Node) -> Tensor:
+    """What a node computes of weights alone."""
+    weight = program.weight_of(node)
+    if weight is not None:
+        return program.weight(weight)
+    args = torch.fx.node.map_arg(node.args, lambda item: value_from_weights(program, item))
+    value: Tensor = node.target(*args, **node.kwargs)  # type: ignore[operator]
+    return value
+
+
+@pytest.mark.parametrize(("double_quant", "group_size"), [(True, 64), (False, 32), (True, 0)])
+def test_the_base_of_qlora_is_what_the_pass_makes(double_quant: bool, group_size: int) -> None:
+    config = LoraConfig(enabled=True, base="nf4", double_quant=double_quant, group_size=group_size, rank=2)
+    model = apply_lora(make_model("llama", attention="sdpa"), config)
+    base = {
+        f"{name.removesuffix('.base_layer')}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, Nf4Linear)
+    }
+    passed = nf4_weights(double_quant, group_size)
+    assert base.keys() == passed.keys()
+    assert len(base) == 14
+    for name, weight in base.items():
+        assert torch.equal(weight, passed[name]), name
+
+
+def test_the_base_takes_four_bits_and_no_dense_copy() -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(256, 512)
+    linear = Nf4Linear(plain, "w", 64, double_quant=True)
+    assert linear.packed.nbytes == 256 * 512 // 2
+    assert 8 * linear.stored_bytes() / (256 * 512) < 4.14  # 4 + 8 / 64 bits, steps of 256 scales and a mean
+    assert "weight" not in dict(linear.named_parameters())
+    x = torch.randn(3, 256, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = linear(x)
+    assert all(tensor.numel() < plain.weight.numel() for tensor in kept)
+    dense = linear.weight
+    assert torch.equal(out, nn.functional.linear(x, dense) + plain.bias)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert torch.allclose(grad, dense.sum(0).expand(3, -1), atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = linear(x)
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(
+        half, nn.functional.linear(x.bfloat16(), linear.dense(torch.bfloat16)) + plain.bias.bfloat16()
+    )
+
+
+def test_trainable_and_optimizer_bytes_fall_by_nine_tenths(example_model: Path) -> None:
+    """Of the model that ships, counted after one step of AdamW: parameters that train, and its two moments."""
+    from transformers import AutoModelForCausalLM
+
+    def held(config: LoraConfig) -> int:
+        model = AutoModelForCausalLM.from_pretrained(example_model, dtype=torch.float32)
+        model = apply_lora(model, config)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable)
+        for parameter in trainable:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        moments = [
+            item for state in optimizer.state.values() for item in state.values() if torch.is_tensor(item)
+        ]
+        return sum(item.nbytes for item in [*trainable, *moments])
+
+    full, qlora = held(LoraConfig()), held(LoraConfig(enabled=True, base="nf4"))
+    assert full > 3 * 4 * 3_000_000
+    assert qlora <= 0.1 * full
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_a_merged_folder_computes_what_was_trained(tmp_path: Path, base: Any) -> None:
+    model = trained(LoraConfig(enabled=True, rank=4, base=base))
+    save_trained(model, source("llama"), tmp_path / "out", SaveConfig())
+    program, _ = capture_pretrained(tmp_path / "out")
+    assert float((logits(program, IDS) - expected(model)).abs().max()) <= 1e-4
+    names = set(tensors(source("llama")))
+    assert set(tensors(tmp_path / "out")) == names
+    assert not program.contract.quantization
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_an_adapter_folder_is_peft_s(tmp_path: Path, base: Any) -> None:
+    """peft itself loads the folder onto the base; for QLoRA the base is what quantize-nf4 makes."""
+    from peft import PeftModel
+
+    model = trained(
+        LoraConfig(enabled=True, rank=4, base=base, export="adapters", targets=("q_proj", "v_proj"))
+    )
+    save_trained(model, source("llama"), tmp_path / "out", SaveConfig())
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+    plain = make_model("llama", attention="sdpa")
+    if base == "nf4":
+        for name, weight in nf4_weights(double_quant=True, group_size=64).items():
+            plain.get_parameter(name).copy_(weight)
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "out")
+    assert torch.equal(expected(loaded), expected(model))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "gpt-neox"])
+def test_any_decoder_gets_adapters(family: str) -> None:
+    model = trained(LoraConfig(enabled=True, rank=2), 2, family)
+    head = model.get_output_embeddings()
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    adapted = [name for name, _ in adapted_linears(model)]
+    assert adapted
+    assert all(
+        any(name.startswith(f"{one}.") for one in adapted) or model.get_submodule(name) is head
+        for name in linears
+    )
+    assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def test_what_cannot_be_adapted_is_refused() -> None:
+    model = make_model("llama")
+    with pytest.raises(UsageError, match=r"(?s)unknown target of lora.targets 'q_prj'.*q_proj"):
+        apply_lora(model, LoraConfig(enabled=True, targets=("q_prj",)))
+    with pytest.raises(InputError, match=r"(?s)group size 48 does not divide every weight.*q_proj.weight"):
+        apply_lora(model, LoraConfig(enabled=True, base="nf4", group_size=48))
+    with pytest.raises(InputError, match="the model has no linear to adapt"):
+        apply_lora(nn.Module(), LoraConfig(enabled=True))
+    with pytest.raises(UsageError, match=r"lora\.rank=0"):
+        LoraConfig(rank=0)
+    with pytest.raises(InputError, match=r"(?s)K = 3 is odd.*two codes in a byte"):
+        Nf4Linear(nn.Linear(3, 4), "w", 0, double_quant=False)
+    broken = nn.Linear(64, 4)
+    broken.weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"(?s)the weight holds NaN or infinity.*w\.weight"):
+        Nf4Linear(broken, "w.weight", 64, double_quant=False)

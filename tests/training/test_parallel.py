@@ -1,0 +1,110 @@
+"""Data parallel training gives the loss curve of one process: fiction-3m, fp32, 50 steps, two gloo processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from optc.compiler.diagnostics import UsageError
+from optc.training import deepspeed_zero
+from optc.training.parallel import ParallelConfig, apply_data_parallel, clip_grad_norm, shard_optimizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+import parallel_driver as driver
+
+DRIVER = Path(__file__).with_name("parallel_driver.py")
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+
+
+def torchrun(processes: int, script: Path, *arguments: object, timeout: float = 300) -> None:
+    source = Path(__file__).resolve().parents[2] / "src"
+    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        script,
+    ]
+    done = subprocess.run(
+        [*map(str, command), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def expected(example_model: Path) -> list[float]:
+    return driver.curve(example_model, ParallelConfig(), 1)
+
+
+@pytest.fixture(scope="module")
+def curves(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    output = tmp_path_factory.mktemp("curves") / "curves.json"
+    torchrun(2, DRIVER, example_model, output)
+    found: dict[str, list[float]] = json.loads(output.read_text())
+    return found
+
+
+def largest(one: list[float], other: list[float]) -> float:
+    assert len(one) == len(other) == driver.STEPS
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", driver.MODES)
+def test_two_processes_give_the_curve_of_one(
+    mode: str, curves: dict[str, list[float]], expected: list[float]
+) -> None:
+    assert largest(curves[mode], expected) < 1e-4
+    assert len(set(expected)) == driver.STEPS  # it does move
+
+
+@pytest.mark.slow
+def test_accumulation_gives_the_same_curve(example_model: Path, expected: list[float]) -> None:
+    assert largest(driver.curve(example_model, ParallelConfig(), 2), expected) < 1e-4
+
+
+@pytest.mark.slow
+def test_deepspeed_gives_the_same_curves(example_model: Path, expected: list[float], tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
+    torchrun(2, DRIVER, example_model, tmp_path / "curves.json", "deepspeed")
+    found = json.loads((tmp_path / "curves.json").read_text())
+    assert {name: largest(curve, expected) < 1e-4 for name, curve in found.items()} == dict.fromkeys(
+        driver.DEEPSPEED, True
+    )
+
+
+def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(
+        UsageError, match=r"needs DeepSpeed\n(.*\n)*  remedy: pip install 'optc\[deepspeed\]', or use zero1"
+    ):
+        deepspeed_zero.connect(
+            nn.Linear(2, 2), torch.optim.SGD([torch.zeros(1)]), ParallelConfig(kind="deepspeed")
+        )
+
+
+def test_none_changes_nothing() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    assert apply_data_parallel(model, ParallelConfig()) is model
+    assert shard_optimizer(optimizer, ParallelConfig()) is optimizer
+
+
+def test_clipping_of_a_hand_computed_case() -> None:
+    weights = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    weights[0].grad, weights[1].grad = torch.tensor([3.0]), torch.tensor([4.0])
+    assert clip_grad_norm(weights, 1.0) == pytest.approx(5.0)
+    assert weights[0].grad.item() == pytest.approx(0.6, abs=1e-5)

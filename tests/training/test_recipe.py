@@ -1,0 +1,103 @@
+"""Recipes, --set, and what is said about a typo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from optc.compiler.diagnostics import InputError, UsageError
+from optc.training.config import TrainConfig
+from optc.training.recipe import RECIPES, load_config
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_that_ships_is_valid(name: str) -> None:
+    config = load_config(name)
+    assert config.from_scratch == (name == "pretrain")
+    assert config.lora.enabled == (name in ("lora", "qlora"))
+    assert config.qat.enabled == (name == "qat")
+    assert config.lora.base == ("nf4" if name == "qlora" else "dense")
+
+
+def test_later_settings_win_and_take_the_fields_type(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("recipe: finetune\nmax_steps: 7\noptimizer: {weight_decay: 0.5}\n")
+    config = load_config(
+        str(path), values={"max_steps": 8, "data.text": ["a.txt"]},
+        settings=["optimizer.lr=3e-4", "seed=5", "optimizer.betas=[0.8, 0.9]", "data.shuffle=false", "max_steps=9"],
+    )  # fmt: skip
+    assert config.optimizer.lr == 3e-4
+    assert config.optimizer.weight_decay == 0.5
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.schedule.warmup_steps == 10  # of the recipe it changes
+    assert (config.max_steps, config.seed, config.data.shuffle) == (9, 5, False)
+    assert config.data.text == ("a.txt",)
+
+
+def test_a_config_survives_json() -> None:
+    config = load_config("qat", settings=["data.text=[a.txt, b.txt]"])
+    assert msgspec.json.decode(msgspec.json.encode(config), type=TrainConfig) == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "message", "hint"),
+    [
+        ("optimiser.lr=1", "unknown key 'optimiser'", "did you mean 'optimizer"),
+        ("optimizer.lrr=1", "unknown key 'optimizer.lrr'", "did you mean 'optimizer.lr'?"),
+        ("batchsize=4", "unknown key 'batchsize'", "did you mean 'batch_size'?"),
+        ("learning_rate=1", "unknown key 'learning_rate'", "docs/train.md"),
+        ("warmup_steps=4", "unknown key 'warmup_steps'", "did you mean 'schedule.warmup_steps'?"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(setting: str, message: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=message) as found:
+        load_config("finetune", settings=[setting])
+    assert found.value.exit_code == 2
+    assert hint in str(found.value.remedy)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("max_steps=many", "bad value of 'max_steps'"),
+        ("optimizer.name=adam", "bad value of 'optimizer.name'"),
+        ("precision=fp8", "bad value of 'precision'"),
+        ("batch_size=0", "bad value of 'batch_size'"),
+        ("optimizer.lr=-1", "bad value of 'optimizer.lr'"),
+        ("distill.weight=2", "bad value of 'distill.weight'"),
+        ("gradient_accumulation=0", "bad value of 'gradient_accumulation'"),
+        ("max_steps.x=1", "'max_steps' of 'max_steps.x' is not a group of keys"),
+        ("max_steps", "cannot read --set 'max_steps'"),
+        ("seed=[", "cannot read --set 'seed=['"),
+    ],
+)
+def test_a_bad_value_names_its_key(setting: str, message: str) -> None:
+    with pytest.raises(UsageError, match="^" + message.replace("[", r"\[")):
+        load_config("finetune", settings=[setting])
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="unknown recipe 'finetun'") as found:
+        load_config("finetun")
+    assert "did you mean 'finetune'?" in str(found.value.remedy)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n", "the recipe is not a mapping"), ("a: [", "the recipe is not YAML"),
+        ("recipe: qta\n", "unknown recipe 'qta'"), ("1: 2\n", "the recipe is not a mapping"),
+    ],
+)  # fmt: skip
+def test_a_malformed_recipe(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises((InputError, UsageError), match=message):
+        load_config(str(path))
+
+
+def test_a_missing_recipe_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the recipe cannot be read"):
+        load_config(str(tmp_path / "none.yaml"))

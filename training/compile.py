@@ -1,0 +1,58 @@
+"""torch.compile over a model that is to be trained."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import torch._functorch.config
+from torch import nn
+
+from optc.compiler.diagnostics import UsageError
+from optc.training.blocks import transformer_blocks
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class CompileConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is compiled. Needs a C++ compiler on the CPU and Triton on a GPU.
+
+    Attributes:
+        scope: none is eager; blocks compiles each transformer block (equal blocks share one compilation); model
+            compiles the whole forward pass.
+        mode: torch.compile's mode.
+        dynamic: compile once for all shapes of batches instead of once per shape.
+        activation_budget: 0 to 1: the share of activations that each compiled graph may keep; torch's solver chooses
+            which ops to compute again (torch._functorch.config.activation_memory_budget, for the whole process).
+            1 recomputes only what is free.
+    """
+
+    scope: Literal["none", "blocks", "model"] = "none"
+    mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    dynamic: bool = False
+    activation_budget: float = 1.0
+
+
+def apply_compile(model: M, config: CompileConfig) -> M:
+    """Compile the model, or each of its blocks, in place; returns the model. Names of parameters stay.
+
+    Raises:
+        UsageError: scope `blocks` for a model without repeated blocks; a budget out of range or without compile.
+    """
+    if not 0 <= config.activation_budget <= 1:
+        raise UsageError(
+            f"compile.activation_budget {config.activation_budget:g} is out of range", remedy="use 0 to 1"
+        )
+    if config.scope == "none":
+        if config.activation_budget < 1:
+            raise UsageError(
+                "compile.activation_budget without compile",
+                why="torch's compiler chooses what is recomputed",
+                remedy="use --set compile.scope=blocks, or checkpointing.policy=budget",
+            )
+        return model
+    torch._functorch.config.activation_memory_budget = config.activation_budget
+    options: dict[str, Any] = {"mode": config.mode, "dynamic": config.dynamic}
+    for module in transformer_blocks(model) if config.scope == "blocks" else [model]:
+        module.compile(**options)
+    return model

@@ -1,0 +1,218 @@
+"""Documents to batches: rows packed with several documents, or batches of similar lengths; no token sees another document."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor
+
+from optc.compiler.calibration import Encoder, read_documents
+from optc.compiler.diagnostics import InputError
+from optc.training.config import TrainConfig
+
+IGNORED = -100  # a label without a target, as torch's cross_entropy skips it
+_OPEN_ROWS = 64  # rows that packing may still fill
+_SORTED_WINDOW = 64  # batches whose documents are sorted by length together
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank.
+
+    Attributes:
+        input_ids: int64 [B, S]; rows end in padding where documents are shorter.
+        position_ids: int64 [B, S]; restarts at 0 with each document and goes on through the padding, which nothing
+            before it sees. transformers masks attention between documents where positions restart.
+        labels: int64 [B, S]; labels[b, i] is the token behind input_ids[b, i] (already shifted), -100 at padding.
+        packed: whether any row holds more than one document.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    packed: bool
+
+    @property
+    def label_tokens(self) -> int:
+        """Labels that count in the loss."""
+        return int((self.labels != IGNORED).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on another device."""
+        return Batch(
+            self.input_ids.to(device), self.position_ids.to(device), self.labels.to(device), self.packed
+        )
+
+
+class Position(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the reading stands: the next unit (row, or micro-batch of the token budget) of an epoch."""
+
+    epoch: int = 0
+    unit: int = 0
+
+
+def read_corpus(
+    paths: Sequence[str], encoder: Encoder | None, *, vocab_size: int, end_token: int | None
+) -> list[Tensor]:
+    """The documents of some files as token ids, each an int64 vector ending with `end_token` where one is given.
+
+    Raises:
+        InputError: no file, one that is missing or malformed, or a token outside the vocabulary.
+    """
+    if not paths:
+        raise InputError(
+            "no training text", remedy="give --text FILE (text, .jsonl or .json), or data.text in the recipe"
+        )
+    documents = []
+    for path in paths:
+        if not Path(path).is_file():
+            raise InputError(
+                "the training text does not exist" if not Path(path).exists() else "the training text is not a file",
+                where=path, remedy="give a file: text, .jsonl or .json of token ids",
+            )  # fmt: skip
+        for number, tokens in enumerate(read_documents(Path(path), encoder, kind="training"), 1):
+            if end_token is not None and tokens and tokens[-1] != end_token:
+                tokens = [*tokens, end_token]
+            found = torch.tensor(tokens, dtype=torch.int64)
+            if len(found) and (int(found.min()) < 0 or int(found.max()) >= vocab_size):
+                bad = int(found.max()) if int(found.max()) >= vocab_size else int(found.min())
+                raise InputError(
+                    f"token {bad} is outside the vocabulary of {vocab_size}", where=f"{path}, document {number}",
+                    remedy="encode the text with the model's own tokenizer",
+                )  # fmt: skip
+            documents.append(found)
+    return documents
+
+
+class Reader:
+    """Batches of a corpus for one rank, in an order that seed, epoch and position alone decide.
+
+    A document of n tokens gives n - 1 inputs; a longer one than seq_len is cut into pieces that do not overlap, each
+    with positions of its own. An optimizer step takes `batch_size` rows over all ranks (pack), or as many micro-batches as ranks times
+    accumulation, each of at most batch_size * seq_len / (ranks * accumulation) tokens with padding (tokens).
+    """
+
+    def __init__(
+        self, documents: Sequence[Tensor], config: TrainConfig, *, world_size: int = 1, rank: int = 0
+    ) -> None:
+        self.documents, self.config = documents, config
+        self.world_size, self.rank = world_size, rank
+        self.position = Position()
+        length = config.seq_len
+        self._pieces = [
+            (number, start, min(length, len(tokens) - 1 - start))
+            for number, tokens in enumerate(documents)
+            for start in range(0, len(tokens) - 1, length)
+        ]
+        self._epoch = -1
+        self._units: list[list[list[int]]] = []
+        total = sum(size for _, _, size in self._pieces)
+        if total < length:
+            raise InputError(
+                f"the training text is too short: {total} tokens to learn, {length} for one row",
+                where=", ".join(config.data.text) or None, remedy="give a longer text, or shorter rows by --set seq_len",
+            )  # fmt: skip
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the tokens of all documents."""
+        found = hashlib.sha256()
+        for tokens in self.documents:
+            found.update(len(tokens).to_bytes(8, "little") + tokens.numpy().tobytes())
+        return found.hexdigest()
+
+    def next_step(self) -> list[Batch]:
+        """This rank's micro-batches of the next optimizer step; moves the position."""
+        config = self.config
+        parts = self.world_size * config.gradient_accumulation
+        if config.data.batching == "pack":
+            rows = [row for _ in range(config.batch_size) for row in self._next_unit()]
+            size = config.batch_size // parts
+            micro = [rows[start : start + size] for start in range(0, len(rows), size)]
+        else:
+            micro = [self._next_unit() for _ in range(parts)]
+        return [self._batch(rows) for rows in micro[self.rank :: self.world_size]]
+
+    def _next_unit(self) -> list[list[int]]:
+        epoch, unit = self.position.epoch, self.position.unit
+        if epoch != self._epoch:
+            self._units, self._epoch = self._plan(epoch), epoch
+        if unit >= len(self._units):
+            self.position = Position(epoch + 1, 0)
+            return self._next_unit()
+        self.position = Position(epoch, unit + 1)
+        return self._units[unit]
+
+    def _plan(self, epoch: int) -> list[list[list[int]]]:
+        """The units of an epoch; a unit is a list of rows, a row a list of pieces."""
+        order = list(range(len(self._pieces)))
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        if self.config.data.shuffle:
+            order = torch.randperm(len(order), generator=generator).tolist()
+        if self.config.data.batching == "pack":
+            return [[row] for row in self._pack(order)]
+        return self._budget(order, generator)
+
+    def _pack(self, order: Sequence[int]) -> list[list[int]]:
+        """First fit over the last rows that still have room."""
+        rows: list[list[int]] = []
+        room: list[int] = []
+        first = 0
+        for piece in order:
+            size = self._pieces[piece][2]
+            place = next((row for row in range(first, len(rows)) if room[row] >= size), None)
+            if place is None:
+                rows.append([])
+                room.append(self.config.seq_len)
+                place = len(rows) - 1
+            rows[place].append(piece)
+            room[place] -= size
+            while first < len(rows) and (room[first] == 0 or len(rows) - first > _OPEN_ROWS):
+                first += 1
+        return rows
+
+    def _budget(self, order: Sequence[int], generator: torch.Generator) -> list[list[list[int]]]:
+        config = self.config
+        parts = self.world_size * config.gradient_accumulation
+        budget = config.batch_size // parts * config.seq_len
+        units: list[list[list[int]]] = []
+        window = _SORTED_WINDOW * max(1, budget // config.seq_len)
+        for start in range(0, len(order), window):
+            part = sorted(order[start : start + window], key=lambda piece: self._pieces[piece][2])
+            while part:
+                longest = [self._pieces[piece][2] for piece in part]
+                count = _fitting(longest, budget)
+                units.append([[piece] for piece in part[:count]])
+                part = part[count:]
+        if config.data.shuffle:
+            units = [units[i] for i in torch.randperm(len(units), generator=generator).tolist()]
+        return units
+
+    def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
+        width = self.config.seq_len
+        if self.config.data.batching == "tokens":
+            width = max(self._pieces[piece][2] for row in rows for piece in row)
+        shape = (len(rows), width)
+        ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED, dtype=torch.int64)
+        positions = torch.zeros(shape, dtype=torch.int64)
+        for number, row in enumerate(rows):
+            at = 0
+            for piece in row:
+                document, start, size = self._pieces[piece]
+                tokens = self.documents[document][start : start + size + 1]
+                place = slice(at, at + size)
+                ids[number, place], labels[number, place] = tokens[:-1], tokens[1:]
+                positions[number, at:] = torch.arange(width - at)
+                at += size
+        return Batch(ids, positions, labels, any(len(row) > 1 for row in rows))
+
+
+def _fitting(lengths: Sequence[int], budget: int) -> int:
+    """How many of ascending lengths fit into a budget of tokens when all are padded to the longest taken; at least one."""
+    return max(1, bisect.bisect_right(range(len(lengths)), budget, key=lambda i: (i + 1) * lengths[i]))

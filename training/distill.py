@@ -1,0 +1,86 @@
+"""The loss of a batch: cross-entropy with the text, and the KL divergence from a teacher's distributions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from optc.compiler.diagnostics import InputError, UsageError
+from optc.training.config import TrainConfig
+from optc.training.data import IGNORED, Batch
+from optc.training.models import load_frozen
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over the label tokens of a batch, in nats; divide by the tokens of the whole step.
+
+    Attributes:
+        total: what is minimized (with a graph).
+        cross_entropy, divergence: its parts, detached; no teacher, no divergence.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    divergence: Tensor | None
+
+
+def load_teacher(config: TrainConfig, vocab_size: int) -> Any | None:
+    """The teacher, frozen, or None.
+
+    Raises:
+        InputError: an unusable folder, or another vocabulary.
+        UsageError: a model from scratch as its own teacher.
+    """
+    name = config.distill.teacher
+    if name is None:
+        return None
+    if name == "self" and config.from_scratch:
+        raise UsageError(
+            "a model from scratch cannot be its own teacher", remedy="give distill.teacher a model folder"
+        )
+    folder = Path(config.model if name == "self" else name)
+    teacher = load_frozen(folder)
+    if teacher.config.vocab_size != vocab_size:
+        raise InputError(
+            f"the teacher has {teacher.config.vocab_size} tokens in its vocabulary, the model {vocab_size}",
+            where=str(folder), remedy="give a teacher with the model's tokenizer",
+        )  # fmt: skip
+    return teacher
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits [B, S, V] of a batch.
+
+    Without packed rows the model counts positions itself: told them, a compiled model would build masks that cut
+    nothing, and leave the attention kernels that are causal by nature.
+    """
+    positions = batch.position_ids if batch.packed else None
+    return model(input_ids=batch.input_ids, position_ids=positions, use_cache=False).logits
+
+
+def loss_sums(logits: Tensor, batch: Batch, config: TrainConfig, teacher: nn.Module | None) -> LossSums:
+    """The loss of a batch from its logits [B, S, V], in fp32."""
+    student, labels = logits.float().flatten(0, 1), batch.labels.flatten()
+    kept = labels != IGNORED
+    if teacher is None:
+        entropy = functional.cross_entropy(student, labels, ignore_index=IGNORED, reduction="sum")
+        return LossSums(entropy, entropy.detach(), None)
+    with torch.no_grad():
+        target = logits_of(teacher, batch).float().flatten(0, 1)
+    if not bool(kept.all()):
+        student, target, labels = student[kept], target[kept], labels[kept]
+    temperature, weight = config.distill.temperature, config.distill.weight
+    log_q = (student / temperature if temperature != 1 else student).log_softmax(-1)
+    log_p = (target / temperature).log_softmax(-1)
+    divergence = functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
+    # At temperature 1 both terms read the same log-probabilities.
+    plain = log_q if temperature == 1 else student.log_softmax(-1)
+    entropy = -plain.gather(1, labels[:, None]).sum()
+    total = (1 - weight) * entropy + weight * temperature**2 * divergence
+    return LossSums(total, entropy.detach(), divergence.detach())

@@ -1,0 +1,112 @@
+"""From a trained model to a Hugging Face folder that `optc compile` captures with the trained quantization."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from optc.compiler.capture.checkpoint import CheckpointInfo, tied_names
+from optc.compiler.diagnostics import InputError
+from optc.compiler.publishing import write_folder
+from optc.compiler.quantize import BITS
+from optc.exporters.hf.collect import FolderPlan, Quantized
+from optc.exporters.hf.export import write_model
+from optc.exporters.hf.layouts import CompressedTensorsWriter
+from optc.training.kv_rounding import MODULE, kv_roundings
+from optc.training.lora import lora_config, merged_state, write_adapters
+from optc.training.qat import FakeQuantizedLinear, quantized_linears
+
+_PARTS = ("scale_log", "scale_start", "zero")
+"""What QAT adds to a linear; its codes and scales are written instead."""
+
+
+class SaveConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the folder is written; what was applied to the model is read off the model.
+
+    Attributes:
+        force: write into a folder that exists and is empty, or replace an artifact.
+    """
+
+    force: bool = False
+
+
+def save_trained(model: nn.Module, tokenizer_source: Path, folder: Path, config: SaveConfig) -> None:
+    """Write a trained model as a model folder, whole or not at all.
+
+    Linears that were trained with fake quantization are written as codes in the layout compressed-tensors; capturing
+    the folder gives `optc.dequantize` of just these codes, so nothing is calibrated or rounded a second time.
+
+    Args:
+        tokenizer_source: the folder that training started from: tokenizer, generation config and the like.
+        folder: a new folder, or with `config.force` an empty one.
+
+    Raises:
+        InputError: the folder exists, or the disk is not writable; a weight is not finite.
+        ArtifactError: what was read back is not what was written.
+        ResourceError: the disk is full.
+    """
+    with write_folder(folder, force=config.force) as directory:
+        write_trained(model, tokenizer_source, directory)
+
+
+def write_trained(model: nn.Module, tokenizer_source: Path, directory: Path) -> None:
+    """The same into a folder that is there already, file by file."""
+    adapters = lora_config(model)
+    if adapters is not None and adapters.export == "adapters":
+        write_adapters(model, tokenizer_source, directory)
+        return
+    plan, state = _plan(model)
+    write_model(plan, state.__getitem__, CompressedTensorsWriter(bits=BITS), directory, tokenizer_source)
+
+
+def _plan(model: Any) -> tuple[FolderPlan, dict[str, Tensor]]:
+    """The folder of a model in memory, and the tensors that it names."""
+    linears = dict(quantized_linears(model))
+    held = merged_state(model) if lora_config(model) is not None else model.state_dict(keep_vars=True)
+    owners = tied_names(held)
+    coded = {f"{name}.weight" for name in linears}
+    left = {f"{name}.{part}" for name in linears for part in _PARTS}
+    plain: dict[str, Tensor] = {}
+    for name, tensor in held.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                "a trained weight holds NaN or infinity", where=name, why="the run diverged",
+                remedy="train with a smaller optimizer.lr, or go on from an earlier checkpoint",
+            )  # fmt: skip
+        owner = owners.get(name, name)
+        # Of tied tensors the first is written, or the first that is not kept as codes.
+        if name in coded or name in left or owner in plain or f".{MODULE}." in name:
+            continue
+        plain[name] = tensor.detach().cpu().contiguous()
+    untied = any(owners.get(name, name) in plain or name in owners.values() for name in coded)
+    quantized = tuple(Quantized(name, f"{name}.weight", _on_cpu(module)) for name, module in linears.items())
+    scheme, scales = None, {}
+    state = dict(plain)
+    for name, rounding in kv_roundings(model):
+        scheme = rounding.scheme
+        scales[name] = f"{name}.key_scale", f"{name}.value_scale"
+        state |= zip(scales[name], (scale.detach().cpu() for scale in rounding.scales()), strict=True)
+    info = CheckpointInfo(Path(), _config(model), {}, has_tokenizer=False)
+    names = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    plan = FolderPlan(
+        info, {name: name for name in plain}, quantized, (), names, untied, key_values=scheme, scales=scales
+    )
+    return plan, state
+
+
+def _on_cpu(module: FakeQuantizedLinear) -> Any:
+    weight = module.quantized()
+    zero = None if weight.zero is None else weight.zero.cpu()
+    return type(weight)(weight.scheme, weight.codes.cpu(), weight.scale.cpu(), zero)
+
+
+def _config(model: Any) -> dict[str, Any]:
+    """config.json of a model in memory."""
+    values: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
+    values["architectures"] = [type(model).__name__]
+    return {key: value for key, value in values.items() if not key.startswith("_")}

@@ -1,0 +1,227 @@
+"""A training run from config to model folder: steps, log, checkpoints, resume, and the folder that is published."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from optc.compiler.diagnostics import InputError, UsageError, os_errors
+from optc.compiler.publishing import check_output, write_folder
+from optc.training import checkpoint
+from optc.training.checkpoint import RunState
+from optc.training.config import TrainConfig
+from optc.training.export import write_trained
+from optc.training.metrics import MetricsLog, StepRecord
+from optc.training.out_of_memory import out_of_memory
+from optc.training.saving import read_state, resume_run, save_run
+from optc.training.setup import Run, World, build_model, check_config, model_identity, prepare
+from optc.training.step import train_step
+from optc.training.train_report import write_train_report
+
+SUMMARY = "train.json"
+OnStep = Callable[[StepRecord], None]
+
+
+class TrainResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a run wrote, as OUTPUT/train.json and `optc train --json` have it.
+
+    Attributes:
+        output: the model folder.
+        run: identity of the run, kept over resumes.
+        steps: optimizer steps of the run.
+        resumed_from: step of the checkpoint that this process started from, or None.
+        first_loss, last_loss: nats per label token, of the first step and the last.
+        tokens: label tokens that were trained on.
+        seconds: sum over the steps.
+        parameters, trainable: how many.
+        config: the run's config.
+        last: the last step.
+    """
+
+    output: str
+    run: str
+    steps: int
+    resumed_from: int | None
+    first_loss: float | None
+    last_loss: float | None
+    tokens: int
+    seconds: float
+    parameters: int
+    trainable: int
+    config: dict[str, Any]
+    last: StepRecord
+
+
+def plain_config(config: TrainConfig) -> dict[str, Any]:
+    """The config as JSON has it."""
+    return msgspec.json.decode(msgspec.json.encode(config), type=dict[str, Any])
+
+
+def run_folder(output: Path) -> Path:
+    """Where the log and the checkpoints of a run stand until it is done."""
+    return output.with_name(output.name + ".run")
+
+
+def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None = None) -> TrainResult | None:
+    """Train, and write a Hugging Face model folder to `config.output`. Every rank calls it; only the first has a result.
+
+    Args:
+        resume: go on from the newest checkpoint of the run for this output; without one, start.
+        on_step: called after each step on the first rank.
+
+    Raises:
+        UsageError: a contradicting config.
+        InputError: unusable model or text; the output exists, or an unfinished run of it and not `resume`; a
+            checkpoint of another run.
+        GateError: a loss that is not finite.
+        ResourceError: out of memory or disk.
+    """
+    world = World.from_environment()
+    check_config(config, world)
+    if not config.output:
+        raise UsageError("no output given", remedy="-o OUT")
+    output = Path(config.output)
+    folder = run_folder(output)
+    if resume and (done := _finished(output, folder)) is not None:
+        return done
+    if world.rank == 0:
+        check_output(output, force=False)
+        if not resume and folder.exists():
+            raise InputError(
+                "an unfinished run of this output is there", where=str(folder),
+                remedy="continue it with --resume, or remove the folder",
+            )  # fmt: skip
+    ours = not dist.is_initialized()
+    with _memory_errors(config, world):
+        result = _run(config, world, folder, resume, on_step)
+    if ours and dist.is_initialized():
+        dist.destroy_process_group()
+    return result
+
+
+def _run(
+    config: TrainConfig, world: World, folder: Path, resume: bool, on_step: OnStep | None
+) -> TrainResult | None:
+    run = prepare(config, world)
+    start = _initial_state(run)
+    resumed = resume_run(run, start, folder) if resume else None
+    with os_errors("making the run's folder", str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
+    records = _steps(run, resumed or start, folder, on_step)
+    whole = _whole_model(run)
+    if world.rank > 0:
+        return None
+    assert whole is not None
+    result = _result(run, resumed or start, records, resumed)
+    _publish(run, whole, result, records, folder)
+    return result
+
+
+def _initial_state(run: Run) -> RunState:
+    return RunState(
+        step=0, position=run.reader.position, model=model_identity(run.config), corpus=run.reader.digest,
+        config=plain_config(run.config), run=secrets.token_hex(8),
+    )  # fmt: skip
+
+
+def _steps(run: Run, state: RunState, folder: Path, on_step: OnStep | None) -> list[StepRecord]:
+    """All steps that are left. The first rank keeps the log and calls `on_step`."""
+    config, every = run.config, run.config.saving.every
+    log = MetricsLog(folder, step=run.step, tensorboard=config.tensorboard) if run.world.rank == 0 else None
+    first = run.step
+    last_good: str | None = None if state.step == 0 else str(checkpoint.folder_of(folder, state.step))
+    try:
+        while run.step < config.max_steps:
+            ends = run.step in (first, config.max_steps - 1)
+            record = train_step(run, last_good=last_good, with_memory=ends)
+            if log is not None:
+                log.add(record)
+                if on_step is not None:
+                    on_step(record)
+            if every and (run.step % every == 0 or run.step == config.max_steps):
+                last_good = str(save_run(run, state, folder))
+        return [] if log is None else log.records
+    finally:
+        if log is not None:
+            log.close()
+
+
+def _result(run: Run, state: RunState, records: list[StepRecord], resumed: RunState | None) -> TrainResult:
+    parameters = list(run.model.parameters())
+    return TrainResult(
+        output=run.config.output, run=state.run, steps=run.step, resumed_from=resumed.step if resumed else None,
+        first_loss=records[0].loss, last_loss=records[-1].loss, tokens=sum(row.tokens for row in records),
+        seconds=sum(row.seconds for row in records), parameters=sum(item.numel() for item in parameters),
+        trainable=sum(item.numel() for item in parameters if item.requires_grad),
+        config=plain_config(run.config), last=records[-1],
+    )  # fmt: skip
+
+
+def _whole_model(run: Run) -> nn.Module | None:
+    """The model with all its weights on the first rank (of shards: a copy on the CPU); None on the others."""
+    if run.config.parallel.kind == "fsdp":
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(run.model, options=options)
+        if run.world.rank > 0:
+            return None
+        whole: nn.Module = build_model(run.config)
+        whole.load_state_dict(state)
+        return whole
+    return None if run.world.rank > 0 else run.model
+
+
+def _publish(
+    run: Run, model: nn.Module, result: TrainResult, records: list[StepRecord], folder: Path
+) -> None:
+    """The model folder with log, report and summary, in one rename; then the run's folder goes."""
+    output = Path(run.config.output)
+    with write_folder(output, force=False) as directory:
+        write_trained(model, Path(run.config.model), directory)
+        shutil.copyfile(folder / "log.jsonl", directory / "log.jsonl")
+        if (folder / "tensorboard").is_dir():
+            shutil.copytree(folder / "tensorboard", directory / "tensorboard")
+        write_train_report(directory, result, records)
+        (directory / SUMMARY).write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+    if not run.config.saving.keep_run:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _finished(output: Path, folder: Path) -> TrainResult | None:
+    """The result of a run that was killed after it had published its output, or None."""
+    path = output / SUMMARY
+    found = checkpoint.checkpoints(folder)
+    if not path.is_file():
+        return None
+    with os_errors("reading the summary of the run", str(path)):
+        data = path.read_bytes()
+    try:
+        result = msgspec.json.decode(data, type=TrainResult)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InputError("the summary of the run is damaged", where=str(path), why=str(error)) from error
+    if found and read_state(found[-1]).run != result.run:
+        return None
+    shutil.rmtree(folder, ignore_errors=True)
+    return result
+
+
+@contextmanager
+def _memory_errors(config: TrainConfig, world: World) -> Iterator[None]:
+    """Exhausted memory as a ResourceError that says what would need less."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise out_of_memory(config, world.size, error) from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise out_of_memory(config, world.size, error) from error

@@ -1,0 +1,90 @@
+"""Which checkpoint a run writes and reads: one process in its own layout, several processes sharded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from optc.compiler.diagnostics import InputError, os_errors
+from optc.training import checkpoint
+from optc.training.checkpoint import RunState
+from optc.training.setup import Run
+from optc.training.sharded_checkpoint import load_sharded, save_sharded
+
+_SHARDED = "state.json"  # what only a sharded checkpoint has
+
+
+class _ShardedState(msgspec.Struct, frozen=True):
+    """The part of a sharded checkpoint's state.json that is about the run."""
+
+    extra: RunState
+
+
+def save_run(run: Run, start: RunState, folder: Path) -> Path:
+    """Write the checkpoint of a run's step; every rank calls it.
+
+    Args:
+        start: the state that the run started or resumed from.
+        folder: the run's folder.
+
+    Raises:
+        InputError, ResourceError: it cannot be written.
+    """
+    keep = run.config.saving.keep
+    state = msgspec.structs.replace(
+        start, step=run.step, position=run.reader.position, skipped=run.skipped, scaler=run.scaler.state_dict(),
+        optimizer=checkpoint.OptimizerValues(),
+    )  # fmt: skip
+    if run.config.parallel.kind == "none":
+        return checkpoint.save(folder, state, run.model, run.optimizer, keep=keep)
+    place = checkpoint.folder_of(folder, run.step)
+    save_sharded(place, run.model, run.optimizer, msgspec.to_builtins(state))
+    if run.world.rank == 0:
+        checkpoint.remove_oldest(folder, keep)
+    return place
+
+
+def resume_run(run: Run, now: RunState, folder: Path) -> RunState | None:
+    """Bring a run to the state of its newest checkpoint; None when there is none.
+
+    Raises:
+        InputError: damaged, of another run, or of one process where there are several now (or the reverse).
+    """
+    found = checkpoint.checkpoints(folder)
+    if not found:
+        return None
+    state = read_state(found[-1])
+    checkpoint.check_same_run(found[-1], state, now)
+    several = run.config.parallel.kind != "none"
+    if several != _is_sharded(found[-1]):
+        raise InputError(
+            "the checkpoint was written by " + ("one process" if several else "several processes"), where=str(found[-1]),
+            remedy=f"resume with parallel.kind={'none' if several else 'ddp, zero1 or fsdp'}",
+        )  # fmt: skip
+    if several:
+        load_sharded(found[-1], run.model, run.optimizer)
+    else:
+        checkpoint.restore(found[-1], state, run.model, run.optimizer)
+    run.step, run.skipped, run.reader.position = state.step, state.skipped, state.position
+    if run.scaler.is_enabled():
+        run.scaler.load_state_dict(state.scaler)
+    return state
+
+
+def read_state(folder: Path) -> RunState:
+    """The plain part of a checkpoint of either layout.
+
+    Raises:
+        InputError: missing, malformed, or of another format.
+    """
+    if not _is_sharded(folder):
+        return checkpoint.read_state(folder)
+    path = folder / _SHARDED
+    with os_errors("reading the checkpoint", str(path)):
+        data = path.read_bytes()
+    return checkpoint.check_format(checkpoint.decode(data, _ShardedState, path).extra, path)
+
+
+def _is_sharded(folder: Path) -> bool:
+    return (folder / _SHARDED).is_file()

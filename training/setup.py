@@ -1,0 +1,186 @@
+"""Everything a run needs before its first step, made in a visible order."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from optc.compiler.capture.checkpoint import CheckpointInfo, check_folder, config_digest, weights_digest
+from optc.compiler.capture.config_file import read_config
+from optc.compiler.diagnostics import InputError, UsageError
+from optc.runtime.tokenizer import eos_token_ids, load_tokenizer
+from optc.training.activation_checkpointing import apply_activation_checkpointing
+from optc.training.compile import apply_compile
+from optc.training.config import TrainConfig
+from optc.training.data import Reader, read_corpus
+from optc.training.deepspeed_zero import connect
+from optc.training.distill import load_teacher
+from optc.training.lora import apply_lora
+from optc.training.models import load_trainable
+from optc.training.optimizers import make_optimizer
+from optc.training.parallel import apply_data_parallel, shard_optimizer
+from optc.training.precision import make_scaler
+from optc.training.qat import apply_qat
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that torchrun started; one without it."""
+
+    size: int = 1
+    rank: int = 0
+    local_rank: int = 0
+
+    @staticmethod
+    def from_environment() -> World:
+        """WORLD_SIZE, RANK and LOCAL_RANK."""
+        read = {key: os.environ.get(key, default) for key, default in
+                (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))}  # fmt: skip
+        return World(int(read["WORLD_SIZE"]), int(read["RANK"]), int(read["LOCAL_RANK"]))
+
+
+@dataclass
+class Run:
+    """A run that is ready to step.
+
+    Attributes:
+        model: the transformers model (adapters, fake quantization and shards in place).
+        module: what is called: the model, or its data-parallel wrapper.
+        teacher: frozen, or None.
+        skipped: steps in a row without an update for a loss that is not finite.
+    """
+
+    config: TrainConfig
+    world: World
+    device: torch.device
+    model: Any
+    module: Any
+    teacher: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    reader: Reader
+    step: int = 0
+    skipped: int = 0
+
+
+def check_config(config: TrainConfig, world: World) -> None:
+    """What can be refused before a weight is read.
+
+    Raises:
+        UsageError: missing or contradicting values.
+        InputError: ranks and accumulation that do not divide the batch.
+    """
+    if not config.model:
+        raise UsageError(
+            "no model given", remedy="optc train --recipe finetune --model FOLDER --text FILE -o OUT"
+        )
+    parts = world.size * config.gradient_accumulation
+    if config.batch_size % parts:
+        raise UsageError(
+            f"batch_size {config.batch_size} does not divide into {world.size} rank(s) x "
+            f"{config.gradient_accumulation} micro-batch(es)",
+            why="batch_size counts the rows of an optimizer step over all ranks and micro-batches",
+            remedy=f"use --set batch_size={-(-config.batch_size // parts) * parts}",
+        )  # fmt: skip
+    if world.size > 1 and config.parallel.kind == "none":
+        raise UsageError(
+            f"{world.size} processes, but parallel.kind is none",
+            remedy="use --set parallel.kind=ddp (or fsdp, zero1)",
+        )
+    if config.optimizer.name == "sophia" and config.precision == "fp16":
+        raise UsageError(
+            "sophia does not run with a loss scale", why="its Hessian estimate is computed in fp32 without one",
+            remedy="use precision fp32 or bf16",
+        )  # fmt: skip
+    if config.optimizer.name == "sophia" and config.parallel.kind not in ("none", "ddp"):
+        raise UsageError(
+            "sophia does not run on shards", why="its Hessian estimate differentiates whole weights twice",
+            remedy="use adamw or lion, or parallel.kind=ddp",
+        )  # fmt: skip
+
+    if config.parallel.kind == "deepspeed" and config.saving.every:
+        raise UsageError(
+            "checkpoints of parallel.kind=deepspeed are not written", why="DeepSpeed keeps its state in flat shards of its own",
+            remedy="use --set saving.every=0, or parallel.kind=zero1 or fsdp",
+        )  # fmt: skip
+    if config.parallel.kind == "deepspeed" and config.precision != "fp32":
+        raise UsageError(
+            f"deepspeed trains in fp32 here, not in {config.precision}",
+            remedy="use parallel.kind=fsdp or ddp for mixed precision",
+        )
+
+
+def pick_device(config: TrainConfig, world: World) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        UsageError: cuda is asked for and there is none.
+    """
+    present = torch.cuda.is_available()
+    if config.device == "cuda" and not present:
+        raise UsageError("device cuda: there is no CUDA device", remedy="use --set device=cpu")
+    if config.device == "cpu" or not present:
+        return torch.device("cpu")
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def prepare(config: TrainConfig, world: World) -> Run:
+    """Read the text and the model, and apply what the config asks for.
+
+    Raises:
+        OptcError: see `check_config`, `read_corpus`, `load_trainable` and the functions called.
+    """
+    check_config(config, world)
+    device = pick_device(config, world)
+    torch.manual_seed(config.seed)
+    folder = Path(config.model)
+    if not folder.is_dir():
+        raise InputError(
+            "the model folder does not exist", where=config.model, remedy="give a folder with config.json"
+        )
+    reader = _reader(config, world, folder)
+    model = build_model(config)
+    teacher = load_teacher(config, model.config.vocab_size)
+    model = model.to(device)
+    model = apply_activation_checkpointing(model, config.checkpointing)
+    model = apply_compile(model, config.compile)
+    module = apply_data_parallel(model, config.parallel)
+    optimizer = shard_optimizer(make_optimizer(model, config.optimizer), config.parallel)
+    if config.parallel.kind == "deepspeed":
+        module, optimizer = connect(model, optimizer, config.parallel, clip_norm=config.clip_norm)
+    return Run(
+        config=config, world=world, device=device, model=model, module=module,
+        teacher=None if teacher is None else teacher.to(device), optimizer=optimizer,
+        scaler=make_scaler(config, device), reader=reader,
+    )  # fmt: skip
+
+
+def build_model(config: TrainConfig) -> Any:
+    """The model with its adapters and fake quantization, on the CPU."""
+    return apply_qat(apply_lora(load_trainable(config), config.lora), config.qat)
+
+
+def _reader(config: TrainConfig, world: World, folder: Path) -> Reader:
+    ends = eos_token_ids(folder) if config.data.append_eos else ()
+    documents = read_corpus(
+        config.data.text, load_tokenizer(folder),
+        vocab_size=int(read_config(folder, trust_remote_code=False).get("vocab_size", 0)),
+        end_token=ends[0] if ends else None,
+    )  # fmt: skip
+    return Reader(documents, config, world_size=world.size, rank=world.rank)
+
+
+def model_identity(config: TrainConfig) -> str:
+    """What the run started from: digest of config.json, and of the weights unless they were drawn."""
+    folder = Path(config.model)
+    if config.from_scratch:
+        return config_digest(CheckpointInfo(folder, {}, {}, False))
+    info = check_folder(folder)
+    return f"{weights_digest(info)}:{config_digest(info)}"
