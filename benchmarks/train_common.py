@@ -41,12 +41,13 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def random_model(shape: str, place: torch.device) -> Any:
+def random_model(shape: str, place: torch.device, layers: int | None = None) -> Any:
     """A Llama of the shape with random fp32 weights, made on the device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    sizes = SHAPES[shape] if layers is None else {**SHAPES[shape], "num_hidden_layers": layers}
     config = LlamaConfig(
-        **SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=True, use_cache=False,
+        **sizes, max_position_embeddings=8192, tie_word_embeddings=True, use_cache=False,
         attn_implementation="sdpa",
     )  # fmt: skip
     torch.manual_seed(0)

@@ -4,7 +4,7 @@
     python benchmarks/train_throughput.py --tiny           # a rehearsal on the CPU
 
 Every contender does whole steps (forward in bf16 autocast over fp32 weights, backward, clip, fused AdamW) on the same
-weights and batch, in rotating turns. "plain torch" is transformers' model under torch.compile with whole logits and
+weights and batch, in rotating turns, each policy in turns with "none". "plain torch" is transformers' model under torch.compile with whole logits and
 torch's cross-entropy; "optc" compiles blocks and makes the loss in chunks. Ratios are medians over rounds with 95 %
 intervals. MFU counts the model's arithmetic (attention in full), not what is computed again.
 """
@@ -12,6 +12,8 @@ intervals. MFU counts the model's arithmetic (attention in full), not what is co
 from __future__ import annotations
 
 import argparse
+import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,22 +53,34 @@ def main() -> None:
     model = random_model(shape, place)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     data = batch(shape, rows, length, place)
-    scope = "blocks"
-    contenders = {}
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for name in arguments.policies:
+        # One policy at a time: a compiled block would be used again under another policy.
+        torch.compiler.reset()
+        contenders = {"optc, none": _optc(model, "none", data, optimizer, place)}
+        if name == "none":
+            contenders["plain torch"] = _plain(model, arguments.plain_scope, data, optimizer, place)
+        else:
+            contenders[f"optc, {name}"] = _optc(model, name, data, optimizer, place)
+        seconds[name] = interleave(contenders, arguments.rounds, warmup=3)
+        del contenders
+        gc.collect()
+    record(f"train_throughput_{shape}", summary(model, seconds, rows, length, shape, place), 1)
+
+
+def _optc(model: Any, policy: str, data: Any, optimizer: Any, place: torch.device) -> Callable[[], float]:
+    contender = prepared(model, POLICIES[policy], "blocks")
+    return make_step(lambda: chunked_loss(contender, data, compiled=True), optimizer, place)
+
+
+def _plain(model: Any, scope: str, data: Any, optimizer: Any, place: torch.device) -> Callable[[], float]:
     plain = twin(model)
-    if arguments.plain_scope == "model":
+    if scope == "model":
         plain = torch.compile(plain, dynamic=False)
-    elif arguments.plain_scope == "blocks":
+    elif scope == "blocks":
         for block in plain.model.layers:
             block.compile(dynamic=False)
-    contenders["plain torch"] = make_step(lambda: plain_loss(plain, data), optimizer, place)
-    for name in arguments.policies:
-        contender = prepared(model, POLICIES[name], scope)
-        contenders[f"optc, {name}"] = make_step(
-            lambda contender=contender: chunked_loss(contender, data, compiled=True), optimizer, place
-        )
-    seconds = interleave(contenders, arguments.rounds, warmup=3)
-    record(f"train_throughput_{shape}", summary(model, seconds, rows, length, shape, place), 1)
+    return make_step(lambda: plain_loss(plain, data), optimizer, place)
 
 
 def fitting_rows(place: torch.device) -> int:
@@ -76,21 +90,32 @@ def fitting_rows(place: torch.device) -> int:
 
 
 def summary(
-    model: Any, seconds: dict[str, list[float]], rows: int, length: int, shape: str, place: torch.device
+    model: Any,
+    seconds: dict[str, dict[str, list[float]]],
+    rows: int,
+    length: int,
+    shape: str,
+    place: torch.device,
 ) -> dict[str, Any]:
-    """The figures per contender."""
+    """The figures per contender; ratios are to the contender that ran in turns with it."""
     work = flops_per_token(model, length) * rows * length
     peak = peak_flops(place, "bf16", None)
-    base = seconds.get("optc, none")
     table = {}
-    for name, values in seconds.items():
-        table[name] = {
-            "seconds_per_step": median_rate(values).to_dict(),
-            "tokens_per_s": median_rate([rows * length / value for value in values]).to_dict(),
-            "mfu": None if peak is None else median_rate([work / value / peak for value in values]).to_dict(),
-            "speed_against_plain_torch": ratio(seconds["plain torch"], values),
-            "step_time_against_policy_none": None if base is None else ratio(values, base),
-        }
+    for run in seconds.values():
+        base = run["optc, none"]
+        for name, values in run.items():
+            if name in table:
+                continue
+            table[name] = {
+                "seconds_per_step": median_rate(values).to_dict(),
+                "tokens_per_s": median_rate([rows * length / value for value in values]).to_dict(),
+                "mfu": None
+                if peak is None
+                else median_rate([work / value / peak for value in values]).to_dict(),
+                "step_time_against_policy_none": ratio(values, base),
+            }
+            if "plain torch" in run:
+                table[name]["speed_against_plain_torch"] = ratio(run["plain torch"], values)
     return {
         "shape": {**SHAPES[shape], "name": shape}, "rows": rows, "seq_len": length, "precision": "bf16 autocast, fp32 weights",
         "device": torch.cuda.get_device_name() if place.type == "cuda" else "cpu",
