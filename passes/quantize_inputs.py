@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from optc.compiler.dataflow import value_of
 from optc.compiler.linears import Linear, linear_site, linear_sites
 from optc.compiler.ops.nvfp4 import scale_of
 from optc.compiler.ops.quantization import FORMATS
@@ -34,6 +35,7 @@ class QuantizeInputs(Pass):
     Attributes:
         format: "fp8" (E4M3) for fp8 weights, "int8" for symmetric 8-bit ones with one scale per channel, "nvfp4" for
             nvfp4 ones: the scale above those of the blocks of 16, which are the values' own.
+        own_type: scales are numbers of the inputs' type rather than float32 ones, as QuantizeLinear asks for.
     """
 
     name: ClassVar[str] = "quantize-inputs"
@@ -41,6 +43,7 @@ class QuantizeInputs(Pass):
     calibrated: ClassVar[bool] = True
 
     format: Literal["fp8", "int8", "nvfp4"] = "fp8"
+    own_type: bool = False
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantize inputs in a clone of `program`.
@@ -68,7 +71,7 @@ class QuantizeInputs(Pass):
     def _scales(
         self, program: Program, groups: list[Group], tokens: Tensor, context: PassContext
     ) -> list[Tensor]:
-        """One scale float32 [1] per group."""
+        """One scale [1] per group."""
         stream, found = Stream(program, tokens), []
         with torch.no_grad():
             for number, group in enumerate(groups):
@@ -78,9 +81,10 @@ class QuantizeInputs(Pass):
                 stream.advance(group.root)
                 largest = largest_magnitudes(stream, group.root, f"input of {label}", ()).reshape(1)
                 if self.format == "nvfp4":
-                    found.append(scale_of(largest))
+                    scale = scale_of(largest)
                 else:
-                    found.append(torch.where(largest > 0, largest / FORMATS[self.format][1], 1.0))
+                    scale = torch.where(largest > 0, largest / FORMATS[self.format][1], 1.0)
+                found.append(scale.to(value_of(group.root).dtype) if self.own_type else scale)
         return found
 
     def _round(self, program: Program, sites: list[Linear], scale: Tensor) -> None:

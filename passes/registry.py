@@ -25,7 +25,6 @@ NAMES = (
     "scale-smoothquant",
     "rotate-inputs",
     "quantize-activations",
-    "quantize-static",
     "quantize-llm-int8",
     "quantize-fp8",
     "quantize-nf4",

@@ -14,7 +14,7 @@ from optc.passes.fuse_rotary import FuseRotary
 from optc.passes.legalize_trt import LegalizeTrt
 from optc.passes.quantize.methods import WEIGHT_ONLY, quantization_steps, stored_scales
 from optc.passes.quantize_activations import QuantizeActivations
-from optc.passes.quantize_static import QuantizeStatic
+from optc.passes.quantize_inputs import QuantizeInputs
 
 _BASIC_QUANT = ("smoothquant",)
 _FP8_ARCHITECTURES = ("sm89", "sm120", "sm121")
@@ -41,7 +41,7 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
 def _static(step: Step) -> Step:
     """TensorRT has no dynamic quantization of these: scales of inputs are calibrated."""
     if isinstance(step.rewrite, QuantizeActivations):
-        return dataclasses.replace(step, rewrite=QuantizeStatic(format=step.rewrite.format))
+        return dataclasses.replace(step, rewrite=QuantizeInputs(format=step.rewrite.format, own_type=True))
     return step
 
 

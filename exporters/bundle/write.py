@@ -112,7 +112,7 @@ def _copy_libraries(directory: Path, runtime: Runtime) -> list[str]:
 
 
 def _write_program(directory: Path, manifest: Manifest, engine: BundleEngine) -> list[str]:
-    """Sources, build file and README; the paths written."""
+    """Sources, build file, README and the check of a device; the paths written."""
     base = resources.files("optc.exporters.bundle") / "program"
     texts = {f"program/{name}": (base / name).read_text() for name in _SHARED}
     for file in _files(base / engine.name):
@@ -120,6 +120,7 @@ def _write_program(directory: Path, manifest: Manifest, engine: BundleEngine) ->
         texts[folder + file.name] = file.read_text()
     texts["program/model.h"] = engine.header(manifest, directory)
     texts["README.txt"] = string.Template(texts["README.txt"]).substitute(_facts(manifest))
+    texts["check.py"] = (resources.files("optc.runtime") / "check_device.py").read_text()
     with os_errors("writing the program", str(directory)):
         (directory / "program").mkdir()
         for name, text in texts.items():

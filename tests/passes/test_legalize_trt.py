@@ -1,4 +1,4 @@
-"""legalize-trt, fixed-kv-cache and quantize-static: what they make, what they leave alone, and that numbers stay."""
+"""legalize-trt, fixed-kv-cache and quantize-inputs: what they make, what they leave alone, and that numbers stay."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from optc.passes.fixed_kv_cache import FixedKVCache
 from optc.passes.fuse_norm import FuseNorm
 from optc.passes.fuse_rotary import FuseRotary
 from optc.passes.legalize_trt import LegalizeTrt
+from optc.passes.quantize_inputs import QuantizeInputs
 from optc.passes.quantize_rtn import QuantizeRtn
-from optc.passes.quantize_static import QuantizeStatic
 from optc.passes.store_kv_codes import StoreKVCodes
 
 _aten, _optc = torch.ops.aten, torch.ops.optc
 ROWS = sequences(21, 9, 14, 5)
+STATIC_INPUTS = QuantizeInputs(format="int8", own_type=True)
 CONTEXT = PassContext(calibration=random_calibration(128, samples=4, length=32, seed=0))
 
 
@@ -129,7 +130,7 @@ def eight_bits() -> Program:
 
 def test_static_scales() -> None:
     """One scale per input, shared by the linears that read it: the largest magnitude of the text / 127."""
-    result = QuantizeStatic().run(eight_bits(), CONTEXT)
+    result = STATIC_INPUTS.run(eight_bits(), CONTEXT)
     program = result.program
     assert (result.matched, result.candidates) == (14, 14)
     calls = program.calls(_optc.quantize.default)
@@ -157,19 +158,19 @@ def test_static_scales() -> None:
 def test_static_scales_cost_little() -> None:
     before, after = (
         run_stage(item, ROWS).logits
-        for item in (eight_bits(), QuantizeStatic().run(eight_bits(), CONTEXT).program)
+        for item in (eight_bits(), STATIC_INPUTS.run(eight_bits(), CONTEXT).program)
     )
     assert largest(before, after) <= 0.25  # of logits of up to 2.9
 
 
 def test_static_scales_need_a_text_and_codes() -> None:
     with pytest.raises(InputError, match="needs calibration tokens"):
-        apply(QuantizeStatic(), eight_bits())
+        apply(STATIC_INPUTS, eight_bits())
     grouped = apply(QuantizeRtn(bits=8, group_size=32), fused("llama")).program
-    result = QuantizeStatic().run(grouped, CONTEXT)
+    result = STATIC_INPUTS.run(grouped, CONTEXT)
     assert result.matched == 0
     assert {miss.reason for miss in result.misses} == {
         "its weight has several scales per channel: use group size 0"
     }
-    again = QuantizeStatic().run(QuantizeStatic().run(eight_bits(), CONTEXT).program, CONTEXT)
+    again = STATIC_INPUTS.run(STATIC_INPUTS.run(eight_bits(), CONTEXT).program, CONTEXT)
     assert {miss.reason for miss in again.misses} == {"its input is quantized already"}
