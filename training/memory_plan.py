@@ -7,6 +7,7 @@ kernels' scratch memory take beside it is not known here.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from optc.training.data import IGNORED
 from optc.training.lora import apply_lora
 from optc.training.metrics import tensor_bytes
 from optc.training.models import attention_for
+from optc.training.parallel import ParallelConfig
 from optc.training.precision import autocast
 from optc.training.qat import apply_qat
 from optc.training.saved_tensors import LiveTensors
@@ -84,7 +86,8 @@ def predict(config: TrainConfig, world_size: int = 1) -> MemoryPlan:
         InputError: the model folder is missing or has no usable config.
     """
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    found = _dry_run(config, world_size)
+    rows = max(1, config.batch_size // (world_size * config.gradient_accumulation))
+    found = _dry_run(msgspec.structs.replace(config, parallel=ParallelConfig()), rows)
     states = found.trained * _STATES[config.optimizer.name]
     kind, stage = config.parallel.kind, config.parallel.zero_stage
     split_state = kind in ("zero1", "fsdp", "deepspeed")
@@ -112,8 +115,8 @@ def predict(config: TrainConfig, world_size: int = 1) -> MemoryPlan:
     )  # fmt: skip
 
 
-def _dry_run(config: TrainConfig, world_size: int) -> _DryRun:
-    rows = max(1, config.batch_size // (world_size * config.gradient_accumulation))
+@lru_cache(maxsize=16)
+def _dry_run(config: TrainConfig, rows: int) -> _DryRun:
     with FakeTensorMode():
         model = apply_qat(apply_lora(_fake_model(config), config.lora), config.qat)
         model = apply_activation_checkpointing(model, config.checkpointing)

@@ -154,6 +154,25 @@ def test_tensors_that_do_not_fit(
     assert "up_proj" in f"{caught.value.what} {caught.value.where} {caught.value.why}"
 
 
+@pytest.mark.parametrize(
+    ("tensor", "text"),
+    [
+        (None, "missing tensor"),
+        (torch.ones(2, 1, 1), "expected one number"),
+        (torch.tensor(-1.0), "no positive number"),
+    ],
+)
+def test_scales_of_a_cache_that_do_not_fit(
+    tmp_path: Path, folders: Callable[[str], Path], tensor: Any, text: str
+) -> None:
+    name = "model.layers.1.self_attn.v_proj.v_scale"
+    folder = _copy(folders(""), tmp_path, **{name: tensor})
+    with pytest.raises(InputError) as caught:
+        capture_pretrained(folder)
+    assert name in caught.value.what
+    assert text in f"{caught.value.what} {caught.value.why}"
+
+
 def test_scales_of_a_cache_that_no_attention_has(tmp_path: Path, folders: Callable[[str], Path]) -> None:
     name = "model.layers.7.self_attn.k_proj.k_scale"
     folder = _copy(folders("FP8"), tmp_path, **{name: torch.ones(())})
