@@ -26,7 +26,10 @@ def plan(model: Path, *flags: str) -> str:
     ("flags", "text"),
     [
         (("--max-seq-len", "100000"), "is beyond the model's context of"),
-        (("--quant", "awq", "--asymmetric"), "nearest here: --quant awq --bits 4 --symmetric; as asked it runs on"),
+        (
+            ("--quant", "awq", "--asymmetric"),
+            "nearest here: --quant awq --bits 4 --symmetric; as asked it runs on",
+        ),
         (("--quant", "nf4"), "does not take quantization 'nf4'"),
         (("--trt-ops", "basic", "--quant", "awq"), "nearest here: --quant smoothquant"),
         (("--arch", "sm89"), "--arch is for TensorRT for RTX"),
