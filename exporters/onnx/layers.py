@@ -17,10 +17,9 @@ def _linear(walker: Walker, node: Node) -> ir.Value:
     x, weight, bias = (*node.args, None)[:3]
     stored = walker.program.weight_of(weight) is not None
     shared = any(user.target is not _aten.linear.default for user in weight.users)
-    if (
-        walker.microsoft and stored and shared and result_dtype(node) is torch.float32
-    ):  # tied with an embedding: stored once
-        inputs = [walker.value(x), walker.weight(weight)]
+    tied = stored and shared and result_dtype(node) is torch.float32
+    if tied and walker.microsoft:
+        inputs = [walker.value(x), walker.weight(weight)]  # an embedding too: stored once
         out = walker.op("FusedMatMul", inputs, {"transB": 1}, domain=MICROSOFT)
     elif stored and not shared:
         out = walker.op("MatMul", [walker.value(x), walker.weight(weight, transposed=True)])
