@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.models.llama.modeling_llama  # noqa: F401  (imported once, not in each process)
+import transformers.models.auto.modeling_auto  # noqa: F401  (imported once, not in each process)
+import transformers.models.llama.modeling_llama  # noqa: F401
 from common import ROOT, record
 
 from optc.cli.main import main as optc
 from optc.training import loop  # noqa: F401
-from optc.training.models import load_frozen
 
 
 def launch(output: Path, steps: int, resume: bool) -> int:
@@ -71,12 +71,14 @@ def kill_once(pid: int, output: Path, chance: random.Random, startup: float) -> 
         time.sleep(chance.uniform(0, startup))
     else:
         goal = logged(output) + chance.randint(1, 5)
-        while logged(output) < goal and os.waitpid(pid, os.WNOHANG)[0] == 0:
+        while logged(output) < goal:
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                sys.exit("the run ended before it was killed")
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.3))
     os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
-    assert os.WIFSIGNALED(status), "the run ended before it was killed: raise its steps"
+    if not os.WIFSIGNALED(os.waitpid(pid, 0)[1]):
+        sys.exit("the run ended before it was killed")
     return {"seconds": round(time.monotonic() - begin, 3), "steps_logged": logged(output)}
 
 
@@ -88,7 +90,6 @@ def main() -> None:
     arguments = parser.parse_args()
     steps = 4 * arguments.kills
     torch.set_num_threads(arguments.threads)
-    load_frozen(ROOT / "examples" / "fiction-3m")  # what it imports, too
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         whole, killed = Path(name) / "whole", Path(name) / "killed"

@@ -18,11 +18,12 @@ import torch
 
 torch.set_num_threads(1)
 
-import transformers.models.llama.modeling_llama  # noqa: E402, F401  (imported once, not in each child)
+# Imported once, not in each child; no tensor is touched before the forks, which threads would not survive.
+import transformers.models.auto.modeling_auto  # noqa: E402, F401
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
 from training_runs import small_config  # noqa: E402
 
 from optc.training.loop import train  # noqa: E402
-from optc.training.models import load_frozen  # noqa: E402
 
 
 def child(model: Path, text: Path, output: Path) -> int:
@@ -45,7 +46,6 @@ def steps(output: Path) -> int:
 def main() -> None:
     model, text, output = (Path(item) for item in sys.argv[1:4])
     chance, kills = random.Random(int(sys.argv[4])), int(sys.argv[5])
-    load_frozen(model)  # its imports too
     assert os.waitpid(child(model, text, output.with_name("whole")), 0)[1] == 0
     done: list[int] = []
     while len(done) < kills:

@@ -105,6 +105,7 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None =
     with _memory_errors(config, world):
         result = _run(config, world, folder, resume, on_step)
     if ours and dist.is_initialized():
+        dist.barrier()  # the first rank writes the output while the others wait here
         dist.destroy_process_group()
     return result
 
