@@ -123,7 +123,7 @@ def quantize_codebook(weight: Tensor, table: Tensor, group_size: int, where: str
         raise InputError("the weight holds NaN or infinity", where=where, remedy="repair the checkpoint")
     scale = torch.where(largest > 0, largest, 1.0)
     middles = ((table[1:] + table[:-1]) / 2).to(scale.device)
-    codes = torch.bucketize(groups / scale[..., None], middles)
+    codes = torch.bucketize((groups / scale[..., None]).contiguous(), middles)
     return codes.reshape(rows, columns).to(torch.uint8), scale
 
 

@@ -183,6 +183,10 @@ DIALECT: Cases = {
         for interleaved in (False, True)
         for x in (f(3, 2, 5, 4), f(3, 2, 5, 8))
     ],
+    "optc.rotate_blocks.default": [
+        (lambda x, matrix: _optc.rotate_blocks(x, matrix), f(3, 2, 8), f(4, 4)),
+        (lambda x, matrix: _optc.rotate_blocks(x, matrix), f(5, 12), f(4, 4)),
+    ],
     "optc.skip_rms_norm.default": [
         (lambda x, y: _optc.skip_rms_norm(x, y, _INV.repeat(4), eps=1e-6), f(3, 2, 8), f(3, 2, 8)),
     ],
