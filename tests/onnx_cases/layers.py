@@ -146,6 +146,7 @@ LAYERS: Cases = {
 }  # fmt: skip
 
 _INV = torch.tensor([1.0, 0.1])
+_MATRIX = f(4, 4)
 _Q, _K, _V = f(3, 4, 5, 8), f(3, 2, 5, 8), f(3, 2, 5, 8)
 _PADDING = torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [0, 1, 1, 0, 1]])
 _PLACES = torch.arange(5).repeat(3, 1) + torch.tensor([[0], [3], [9]])
@@ -184,8 +185,8 @@ DIALECT: Cases = {
         for x in (f(3, 2, 5, 4), f(3, 2, 5, 8))
     ],
     "optc.rotate_blocks.default": [
-        (lambda x, matrix: _optc.rotate_blocks(x, matrix), f(3, 2, 8), f(4, 4)),
-        (lambda x, matrix: _optc.rotate_blocks(x, matrix), f(5, 12), f(4, 4)),
+        (lambda x: _optc.rotate_blocks(x, _MATRIX), f(3, 2, 8)),
+        (lambda x: _optc.rotate_blocks(x, _MATRIX), f(5, 12)),
     ],
     "optc.skip_rms_norm.default": [
         (lambda x, y: _optc.skip_rms_norm(x, y, _INV.repeat(4), eps=1e-6), f(3, 2, 8), f(3, 2, 8)),
