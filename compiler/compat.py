@@ -6,6 +6,7 @@ breaks (and is repaired) here.
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,11 @@ __all__ = [
     "unflatten_inputs",
     "vector_flags",
 ]
+
+# torchao, which ExecuTorch brings and transformers imports where it finds it, tries to load kernels for GPUs, and
+# registers enums in a way that torch 2.13 warns of: neither is about the model at hand.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 SCHEMA_MAJOR: int = graph_schema.SCHEMA_VERSION[0]
 
