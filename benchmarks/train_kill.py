@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.models.auto.modeling_auto  # noqa: F401  (imported once, not in each process)
+import transformers.models.auto.modeling_auto
 import transformers.models.llama.modeling_llama  # noqa: F401
 from common import ROOT, record
 

@@ -19,7 +19,7 @@ import torch
 torch.set_num_threads(1)
 
 # Imported once, not in each child; no tensor is touched before the forks, which threads would not survive.
-import transformers.models.auto.modeling_auto  # noqa: E402, F401
+import transformers.models.auto.modeling_auto  # noqa: E402
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 from training_runs import small_config  # noqa: E402
 
