@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +53,25 @@ def small_config(model: Path, text: Path, output: Path, **more: Any) -> TrainCon
     for key, value in more.items():
         tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) else value  # type: ignore[dict-item]
     return convert(tree, where="test")
+
+
+def torchrun(processes: int, script: Path | str, *arguments: object, timeout: float = 300) -> None:
+    """Run a script (or -m MODULE) in gloo processes of one thread each."""
+    source = Path(__file__).resolve().parents[1] / "src"
+    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        script,
+    ]
+    done = subprocess.run(
+        [*map(str, command), *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]

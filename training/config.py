@@ -131,6 +131,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         gradient_accumulation: micro-batches per optimizer step and rank; it must divide batch_size / ranks.
         precision: fp32; bf16 and fp16 by autocast over fp32 weights (fp16 with a loss scale).
         clip_norm: largest L2 norm of the gradient; 0 does not clip.
+        loss_chunk: tokens whose logits are alive at a time; 0 makes the logits of a micro-batch whole. Where a teacher,
+            fp16, compile.scope=model or the model itself needs whole logits, they are made whole.
         seed: of weights, data order and dropout.
         device: cpu, cuda, or auto: cuda where there is one.
         on_nan: a loss that is not finite: "stop" ends the run, "skip" leaves that step out (at most 10 in a row).
@@ -147,6 +149,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     gradient_accumulation: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     clip_norm: Annotated[float, Meta(ge=0)] = 1.0
+    loss_chunk: NotNegative = 2048
     seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     on_nan: Literal["stop", "skip"] = "stop"

@@ -31,12 +31,14 @@ class Batch:
             before it sees. transformers masks attention between documents where positions restart.
         labels: int64 [B, S]; labels[b, i] is the token behind input_ids[b, i] (already shifted), -100 at padding.
         packed: whether any row holds more than one document.
+        padded: whether any label is -100.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
     packed: bool
+    padded: bool
 
     @property
     def label_tokens(self) -> int:
@@ -46,7 +48,11 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
         return Batch(
-            self.input_ids.to(device), self.position_ids.to(device), self.labels.to(device), self.packed
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            self.labels.to(device),
+            packed=self.packed,
+            padded=self.padded,
         )
 
 
@@ -210,7 +216,8 @@ class Reader:
                 ids[number, place], labels[number, place] = tokens[:-1], tokens[1:]
                 positions[number, at:] = torch.arange(width - at)
                 at += size
-        return Batch(ids, positions, labels, any(len(row) > 1 for row in rows))
+        packed, padded = any(len(row) > 1 for row in rows), bool((labels == IGNORED).any())
+        return Batch(ids, positions, labels, packed=packed, padded=padded)
 
 
 def _fitting(lengths: Sequence[int], budget: int) -> int:

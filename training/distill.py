@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from optc.compiler.diagnostics import InputError, UsageError
@@ -54,26 +55,29 @@ def load_teacher(config: TrainConfig, vocab_size: int) -> Any | None:
     return teacher
 
 
-def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+def logits_of(model: Callable[..., Any], batch: Batch) -> Tensor:
     """Logits [B, S, V] of a batch.
 
     Without packed rows the model counts positions itself: told them, a compiled model would build masks that cut
     nothing, and leave the attention kernels that are causal by nature.
     """
     positions = batch.position_ids if batch.packed else None
-    return model(input_ids=batch.input_ids, position_ids=positions, use_cache=False).logits
+    logits: Tensor = model(input_ids=batch.input_ids, position_ids=positions, use_cache=False).logits
+    return logits
 
 
-def loss_sums(logits: Tensor, batch: Batch, config: TrainConfig, teacher: nn.Module | None) -> LossSums:
+def loss_sums(
+    logits: Tensor, batch: Batch, config: TrainConfig, teacher: Callable[..., Any] | None
+) -> LossSums:
     """The loss of a batch from its logits [B, S, V], in fp32."""
     student, labels = logits.float().flatten(0, 1), batch.labels.flatten()
-    kept = labels != IGNORED
     if teacher is None:
         entropy = functional.cross_entropy(student, labels, ignore_index=IGNORED, reduction="sum")
         return LossSums(entropy, entropy.detach(), None)
     with torch.no_grad():
         target = logits_of(teacher, batch).float().flatten(0, 1)
-    if not bool(kept.all()):
+    if batch.padded:
+        kept = labels != IGNORED
         student, target, labels = student[kept], target[kept], labels[kept]
     temperature, weight = config.distill.temperature, config.distill.weight
     log_q = (student / temperature if temperature != 1 else student).log_softmax(-1)

@@ -7,7 +7,7 @@ tokens x vocabulary. The idea of Liger Kernel (Hsu et al. 2024, https://arxiv.or
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -73,18 +73,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
 
 
-def _chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss sum of a chunk, and its gradient by the logits in their type."""
-    scores = logits.float()
-    log_total = scores.logsumexp(-1, keepdim=True)
+def _chunk(logits: Tensor, labels: Tensor, fused: bool = False) -> tuple[Tensor, Tensor]:
+    """The loss sum of a chunk, and its gradient by the logits in their type.
+
+    Args:
+        fused: make the one-hot labels by comparing columns: torch.compile fuses that with the softmax, eager torch
+            would write it out.
+    """
+    found = logits.float().log_softmax(-1)
     labelled = (labels != IGNORED).unsqueeze(-1)
     target = labels.clamp_min(0).unsqueeze(-1)
-    loss = ((log_total - scores.gather(-1, target)) * labelled).sum()
-    columns = torch.arange(scores.shape[-1], device=scores.device)
-    slope = ((scores - log_total).exp() - (columns == target).float()) * labelled
+    loss = -(found.gather(-1, target) * labelled).sum()
+    if fused:
+        columns = torch.arange(found.shape[-1], device=found.device)
+        slope = (found.exp() - (columns == target).float()) * labelled
+    else:
+        slope = found.exp_()
+        slope.scatter_add_(-1, target, slope.new_full(target.shape, -1.0))
+        slope *= labelled
     return loss, slope.to(logits.dtype)
 
 
 @cache
 def _compiled_chunk() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    return torch.compile(_chunk, dynamic=False)
+    return torch.compile(partial(_chunk, fused=True), dynamic=False)

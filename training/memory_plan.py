@@ -7,13 +7,13 @@ kernels' scratch memory take beside it is not known here.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optc.compiler.capture.checkpoint import CheckpointInfo
@@ -22,8 +22,9 @@ from optc.compiler.capture.pretrained import meta_model
 from optc.compiler.diagnostics import InputError
 from optc.training.activation_checkpointing import apply_activation_checkpointing
 from optc.training.blocks import transformer_blocks
+from optc.training.chunked_head import chunked_head, loss_of
 from optc.training.config import TrainConfig
-from optc.training.data import IGNORED
+from optc.training.data import Batch
 from optc.training.lora import apply_lora
 from optc.training.metrics import tensor_bytes
 from optc.training.models import attention_for
@@ -40,7 +41,7 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Predicted bytes on each rank.
 
     Attributes:
-        weights, gradients, optimizer: what the rank holds of them.
+        weights, gradients, optimizer: what the rank holds of them; the teacher's weights among the first.
         activations: what else lives at the peak of the forward and backward pass of a micro-batch, with the weights
             that fsdp gathers. A first micro-batch has its gradients only when most activations are gone, so
             `peak` can be less than the sum.
@@ -65,12 +66,14 @@ class _DryRun(msgspec.Struct, frozen=True):
 
     Attributes:
         weights: of all parameters and buffers; trained: of those that train, and so of their gradients.
+        teacher: weights of the teacher, which every rank holds whole.
         largest: the largest trained parameter; block: the largest block; root: weights outside the blocks.
         live: peak of what a micro-batch makes while gradients of an earlier one are there already.
         live_first: the same with the gradients that it makes itself, where none were there.
     """
 
     weights: int
+    teacher: int
     trained: int
     largest: int
     block: int
@@ -93,7 +96,7 @@ def predict(config: TrainConfig, world_size: int = 1) -> MemoryPlan:
     split_state = kind in ("zero1", "fsdp", "deepspeed")
     split_gradients = kind == "fsdp" or (kind == "deepspeed" and stage >= 2)
     split_weights = kind == "fsdp" or (kind == "deepspeed" and stage == 3)
-    weights = found.weights // world_size if split_weights else found.weights
+    weights = found.teacher + (found.weights // world_size if split_weights else found.weights)
     gradients = found.trained // world_size if split_gradients else found.trained
     optimizer = states // world_size if split_state else states
     activations = found.live
@@ -118,26 +121,38 @@ def predict(config: TrainConfig, world_size: int = 1) -> MemoryPlan:
 @lru_cache(maxsize=16)
 def _dry_run(config: TrainConfig, rows: int) -> _DryRun:
     with FakeTensorMode():
-        model = apply_qat(apply_lora(_fake_model(config), config.lora), config.qat)
+        model = apply_qat(apply_lora(_fake_model(Path(config.model)), config.lora), config.qat)
         model = apply_activation_checkpointing(model, config.checkpointing)
         trained = [item for item in model.parameters() if item.requires_grad]
-        weights = tensor_bytes([*model.parameters(), *model.buffers()])
+        weights = _bytes(model)
         blocks = [tensor_bytes(block.parameters()) for block in transformer_blocks(model)]
+        teacher = _fake_teacher(config)
         with LiveTensors() as first:
-            _backward(model, config, rows)
+            _backward(model, teacher, config, rows)
         with LiveTensors() as later:
-            _backward(model, config, rows)
+            _backward(model, teacher, config, rows)
         return _DryRun(
-            weights=weights, trained=tensor_bytes(trained), largest=max(item.nbytes for item in trained),
+            weights=weights, teacher=0 if teacher is None else _bytes(teacher),
+            trained=tensor_bytes(trained), largest=max(item.nbytes for item in trained),
             block=max(blocks), root=weights - sum(blocks), live=later.peak, live_first=first.peak,
         )  # fmt: skip
 
 
-def _fake_model(config: TrainConfig) -> Any:
-    folder = Path(config.model)
+def _bytes(model: nn.Module) -> int:
+    return tensor_bytes([*model.parameters(), *model.buffers()])
+
+
+def _fake_teacher(config: TrainConfig) -> Any | None:
+    name = config.distill.teacher
+    if name is None:
+        return None
+    return _fake_model(Path(config.model if name == "self" else name)).requires_grad_(False).eval()
+
+
+def _fake_model(folder: Path) -> Any:
     if not folder.is_dir():
         raise InputError(
-            "the model folder does not exist", where=config.model, remedy="give a folder with config.json"
+            "the model folder does not exist", where=str(folder), remedy="give a folder with config.json"
         )
     skeleton = meta_model(CheckpointInfo(folder, read_config(folder, trust_remote_code=False), {}, False))
     shape = skeleton.config
@@ -146,16 +161,15 @@ def _fake_model(config: TrainConfig) -> Any:
     return type(skeleton)(shape).train()
 
 
-def _backward(model: nn.Module, config: TrainConfig, rows: int) -> None:
+def _backward(model: nn.Module, teacher: nn.Module | None, config: TrainConfig, rows: int) -> None:
     """One micro-batch; gradients stay."""
     tokens = torch.zeros(rows, config.seq_len, dtype=torch.int64)
     # transformers would look into the positions for the bounds of documents: hand it the mask that it would make.
     mask = torch.ones(rows, 1, config.seq_len, config.seq_len, dtype=torch.bool)
+    batch = Batch(tokens, tokens, tokens, packed=True, padded=False)
     with autocast(config, tokens.device):
-        logits: Tensor = model(
-            input_ids=tokens, position_ids=tokens, attention_mask=mask, use_cache=False
-        ).logits
-        loss = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), tokens.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-    loss.backward()
+        loss = loss_of(
+            partial(model, attention_mask=mask), batch, config, head=chunked_head(model, config),
+            teacher=None if teacher is None else partial(teacher, attention_mask=mask),
+        )  # fmt: skip
+    loss.total.backward()

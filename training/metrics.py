@@ -23,7 +23,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Bytes on this rank.
 
     Attributes:
-        weights: parameters and buffers.
+        weights: parameters and buffers, the teacher's too.
         gradients: of trainable parameters, after a backward pass.
         optimizer: its state, after a step.
         activations: what autograd keeps from the forward pass of one micro-batch; on a GPU the peak of the allocator
@@ -86,12 +86,14 @@ def measure_memory(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
+    teacher: nn.Module | None,
     gradients: int,
     activations: int,
     device: torch.device,
 ) -> Memory:
     """The memory of this rank, after a step."""
-    weights = tensor_bytes([*model.parameters(), *model.buffers()])
+    models = [model] if teacher is None else [model, teacher]
+    weights = tensor_bytes(item for each in models for item in (*each.parameters(), *each.buffers()))
     state = tensor_bytes(
         item for values in optimizer.state.values() for item in values.values() if isinstance(item, Tensor)
     )

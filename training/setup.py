@@ -15,6 +15,7 @@ from optc.compiler.capture.config_file import read_config
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.runtime.tokenizer import eos_token_ids, load_tokenizer
 from optc.training.activation_checkpointing import apply_activation_checkpointing
+from optc.training.chunked_head import check_head, chunked_head
 from optc.training.compile import apply_compile
 from optc.training.config import TrainConfig
 from optc.training.data import Reader, read_corpus
@@ -52,6 +53,7 @@ class Run:
         model: the transformers model (adapters, fake quantization and shards in place).
         module: what is called: the model, or its data-parallel wrapper.
         teacher: frozen, or None.
+        head: the model's head where the loss is made in it, in chunks; None with whole logits.
         skipped: steps in a row without an update for a loss that is not finite.
     """
 
@@ -64,6 +66,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     reader: Reader
+    head: nn.Linear | None = None
     step: int = 0
     skipped: int = 0
 
@@ -149,6 +152,9 @@ def prepare(config: TrainConfig, world: World) -> Run:
     model = build_model(config)
     teacher = load_teacher(config, model.config.vocab_size)
     model = model.to(device)
+    head = chunked_head(model, config)
+    if head is not None:
+        check_head(model, head, config)
     model = apply_activation_checkpointing(model, config.checkpointing)
     model = apply_compile(model, config.compile)
     module = apply_data_parallel(model, config.parallel)
@@ -158,7 +164,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     return Run(
         config=config, world=world, device=device, model=model, module=module,
         teacher=None if teacher is None else teacher.to(device), optimizer=optimizer,
-        scaler=make_scaler(config, device), reader=reader,
+        scaler=make_scaler(config, device), reader=reader, head=head,
     )  # fmt: skip
 
 

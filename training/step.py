@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from optc.compiler.diagnostics import GateError
+from optc.training.chunked_head import loss_of
 from optc.training.data import Batch
 from optc.training.deepspeed_zero import EngineOptimizer, backward
 from optc.training.distill import logits_of, loss_sums
@@ -57,7 +58,12 @@ def train_step(run: Run, *, last_good: str | None, with_memory: bool = False) ->
     memory = None
     if with_memory:
         memory = measure_memory(
-            run.model, run.optimizer, gradients=gradients, activations=activations, device=device
+            run.model,
+            run.optimizer,
+            teacher=run.teacher,
+            gradients=gradients,
+            activations=activations,
+            device=device,
         )
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
@@ -84,8 +90,7 @@ def _backward(run: Run, batches: Sequence[Batch], tokens: int, with_memory: bool
         with synchronizing(run.module, last=last):
             with saved if with_memory and number == 0 else contextlib.nullcontext():
                 with autocast(run.config, run.device):
-                    logits = logits_of(run.module, batch)
-                    found = loss_sums(logits, batch, run.config, run.teacher)
+                    found = loss_of(run.module, batch, run.config, head=run.head, teacher=run.teacher)
                 activations = max(activations, saved.bytes)
             loss = scale_loss(found.total, tokens)
             if isinstance(run.optimizer, EngineOptimizer):

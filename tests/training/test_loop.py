@@ -166,7 +166,7 @@ class TestErrors:
         def fail(*_: Any, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr("optc.training.step.logits_of", fail)
+        monkeypatch.setattr("optc.training.step.loss_of", fail)
         with pytest.raises(ResourceError, match="out of memory while training") as found:
             train(small_config(*start, tmp_path / "out"))
         assert found.value.exit_code == 8

@@ -13,10 +13,11 @@ from click.testing import CliRunner
 from optc.cli.main import cli
 from optc.compiler.diagnostics import InputError
 from optc.training.activation_checkpointing import CheckpointingConfig
-from optc.training.config import DataConfig, TrainConfig
+from optc.training.config import DataConfig, DistillConfig, TrainConfig
 from optc.training.memory_plan import MemoryPlan, predict
 from optc.training.metrics import tensor_bytes
 from optc.training.parallel import ParallelConfig
+from optc.training.qat import QatConfig
 from optc.training.saved_tensors import LiveTensors
 from optc.training.setup import World, prepare
 from optc.training.step import train_step
@@ -38,7 +39,8 @@ def measured(config: TrainConfig) -> tuple[int, int, int, int]:
     """Bytes of weights, gradients and optimizer, and the peak of a second step."""
     run = prepare(config, World())
     train_step(run, last_good=None)
-    weights = tensor_bytes([*run.model.parameters(), *run.model.buffers()])
+    models = [run.model] if run.teacher is None else [run.model, run.teacher]
+    weights = tensor_bytes(item for model in models for item in (*model.parameters(), *model.buffers()))
     states = tensor_bytes(
         item for row in run.optimizer.state.values() for item in row.values() if hasattr(item, "dim")
     )
@@ -54,6 +56,9 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {"checkpointing": CheckpointingConfig(policy="full"), "batch_size": 8},
     "selective": {"checkpointing": CheckpointingConfig(policy="selective"), "batch_size": 4},
     "bf16": {"precision": "bf16", "batch_size": 4},
+    "whole logits": {"loss_chunk": 0},
+    "teacher": {"distill": DistillConfig(teacher="self"), "batch_size": 4},
+    "qat": {"distill": DistillConfig(teacher="self"), "qat": QatConfig(enabled=True)},
 }
 
 

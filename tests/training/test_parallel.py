@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,30 +16,10 @@ from optc.training.parallel import ParallelConfig, apply_data_parallel, clip_gra
 
 sys.path.insert(0, str(Path(__file__).parent))
 import parallel_driver as driver
+from training_runs import torchrun
 
 DRIVER = Path(__file__).with_name("parallel_driver.py")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
-
-
-def torchrun(processes: int, script: Path, *arguments: object, timeout: float = 300) -> None:
-    source = Path(__file__).resolve().parents[2] / "src"
-    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        script,
-    ]
-    done = subprocess.run(
-        [*map(str, command), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")

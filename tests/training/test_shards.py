@@ -19,7 +19,7 @@ from optc.training.sharded_checkpoint import load_sharded, save_sharded
 
 sys.path.insert(0, str(Path(__file__).parent))
 import shards_driver as driver
-from test_parallel import torchrun
+from training_runs import torchrun
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 KINDS = ("fsdp", "zero1")

@@ -1,0 +1,103 @@
+"""The loss inside the language-model head: no whole logits in training.
+
+The model's own forward pass runs, in whatever wrapper it is; only its head gives the summed loss where it would give
+logits. So weights that FSDP gathers, hooks and precision are those of any other forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optc.compiler.diagnostics import GateError
+from optc.training.config import TrainConfig
+from optc.training.data import Batch
+from optc.training.distill import LossSums, logits_of, loss_sums
+from optc.training.linear_cross_entropy import linear_cross_entropy
+
+_AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Config keys of models that change the logits behind their head (Gemma 2, Cohere, Granite)."""
+
+
+def chunked_head(model: Any, config: TrainConfig) -> nn.Linear | None:
+    """The head whose loss can be made in chunks; None where whole logits are needed.
+
+    They are needed by a teacher's KL, by fp16 (gradients are scaled behind the head), by scope `model` of compile
+    (which compiles the head), by DeepSpeed, and where the head is no plain linear or something follows it.
+    """
+    needs_logits = (
+        config.loss_chunk == 0 or config.distill.teacher is not None or config.precision == "fp16"
+        or config.compile.scope == "model" or config.parallel.kind == "deepspeed"
+    )  # fmt: skip
+    head: nn.Module = model.get_output_embeddings()
+    if needs_logits or type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
+        return None
+    if any(getattr(model.config, key, None) is not None for key in _AFTER_THE_HEAD):
+        return None
+    return head
+
+
+def check_head(model: Any, head: nn.Linear, config: TrainConfig) -> None:
+    """Compare the loss in the head with that of the logits on a few tokens.
+
+    Raises:
+        GateError: they differ: this model does something else with its logits.
+    """
+    tokens = torch.arange(16, device=head.weight.device).view(2, 8) % head.out_features
+    batch = Batch(tokens, torch.zeros_like(tokens), tokens.roll(-1, 1), packed=False, padded=False)
+    model.eval()
+    with torch.no_grad():
+        expected = loss_sums(logits_of(model, batch), batch, config, None).total
+        found = _chunked(model, head, batch, config).total
+    model.train()
+    if not torch.allclose(expected, found, rtol=1e-4, equal_nan=True):
+        raise GateError(
+            f"the loss made in the head is {float(found):.6g}, that of the logits {float(expected):.6g}",
+            where=type(model).__name__, why="the model changes its logits behind the head",
+            remedy="train on whole logits: --set loss_chunk=0",
+        )  # fmt: skip
+
+
+def loss_of(
+    module: Callable[..., Any],
+    batch: Batch,
+    config: TrainConfig,
+    *,
+    head: nn.Linear | None,
+    teacher: Callable[..., Any] | None,
+) -> LossSums:
+    """The loss of a batch: made in `head`, the one inside the module, or from whole logits where that is None.
+
+    Fewer tokens than the head is wide have smaller logits than the head's gradient, which chunks keep: whole logits.
+    """
+    if head is None or batch.labels.numel() < head.in_features:
+        return loss_sums(logits_of(module, batch), batch, config, teacher)
+    return _chunked(module, head, batch, config)
+
+
+def _chunked(module: Callable[..., Any], head: nn.Linear, batch: Batch, config: TrainConfig) -> LossSums:
+    with _loss_in_place_of_logits(head, batch.labels, config):
+        total = logits_of(module, batch).sum()
+    return LossSums(total, total.detach(), None)
+
+
+@contextmanager
+def _loss_in_place_of_logits(head: nn.Linear, labels: Tensor, config: TrainConfig) -> Iterator[None]:
+    def forward(hidden: Tensor) -> Tensor:
+        assert hidden.shape[:-1] == labels.shape, "the head sees every position"
+        loss = linear_cross_entropy(
+            hidden.flatten(0, 1), head.weight, labels.flatten(), chunk=config.loss_chunk,
+            compiled=config.compile.scope == "blocks",
+        )  # fmt: skip
+        return loss.view(1, 1, 1)
+
+    assert "forward" not in vars(head)
+    head.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del head.forward
