@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optc.training.activation_checkpointing import CheckpointingConfig, apply_activation_checkpointing
+from optc.training.chunked_head import loss_of
 from optc.training.compile import CompileConfig, apply_compile
-from optc.training.linear_cross_entropy import linear_cross_entropy
+from optc.training.config import DataConfig, OptimizerConfig, TrainConfig
+from optc.training.data import Batch
+from optc.training.setup import World, prepare
+from optc.training.step import train_step
 
 SHAPES = {  # Llama 3.2 1B; a rehearsal
     "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
@@ -41,15 +47,22 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def random_model(shape: str, place: torch.device, layers: int | None = None) -> Any:
-    """A Llama of the shape with random fp32 weights, made on the device."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(shape: str, layers: int | None = None) -> Any:
+    """The shape as transformers has it."""
+    from transformers import LlamaConfig
 
     sizes = SHAPES[shape] if layers is None else {**SHAPES[shape], "num_hidden_layers": layers}
-    config = LlamaConfig(
+    return LlamaConfig(
         **sizes, max_position_embeddings=8192, tie_word_embeddings=True, use_cache=False,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa", architectures=["LlamaForCausalLM"],
     )  # fmt: skip
+
+
+def random_model(shape: str, place: torch.device, layers: int | None = None) -> Any:
+    """A Llama of the shape with random fp32 weights, made on the device."""
+    from transformers import LlamaForCausalLM
+
+    config = llama_config(shape, layers)
     torch.manual_seed(0)
     with place:
         model = LlamaForCausalLM(config)
@@ -77,10 +90,11 @@ def batch(shape: str, rows: int, length: int, place: torch.device) -> dict[str, 
 
 
 def chunked_loss(model: Any, data: dict[str, Tensor], *, compiled: bool) -> Tensor:
-    """Mean loss without whole logits."""
-    hidden = model.model(input_ids=data["input_ids"]).last_hidden_state.flatten(0, 1)
-    labels = data["labels"].flatten()
-    return linear_cross_entropy(hidden, model.lm_head.weight, labels, compiled=compiled) / labels.numel()
+    """Mean loss without whole logits, as `optc train` makes it."""
+    config = TrainConfig(compile=CompileConfig(scope="blocks" if compiled else "none"))
+    tokens = Batch(data["input_ids"], data["input_ids"], data["labels"], packed=False, padded=False)
+    found = loss_of(model, tokens, config, head=model.get_output_embeddings(), teacher=None)
+    return found.total / tokens.labels.numel()
 
 
 def plain_loss(model: Any, data: dict[str, Tensor]) -> Tensor:
@@ -109,6 +123,31 @@ def make_step(
         nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        synchronize()
+        return time.perf_counter() - begin
+
+    return step
+
+
+def product_step(shape: str, rows: int, length: int, folder: Path) -> Callable[[], float]:
+    """A whole step of `optc train` (its data, loss, clipping, log record), and its seconds; weights of its own."""
+    llama_config(shape).save_pretrained(folder)
+    tokens = torch.randint(
+        3, SHAPES[shape]["vocab_size"], (64 * length + 1,), generator=torch.Generator().manual_seed(0)
+    )
+    (folder / "text.jsonl").write_text(json.dumps({"tokens": tokens.tolist()}) + "\n")
+    run = prepare(
+        TrainConfig(
+            model=str(folder), from_scratch=True, batch_size=rows, seq_len=length, precision="bf16",
+            data=DataConfig(text=(str(folder / "text.jsonl"),), append_eos=False),
+            optimizer=OptimizerConfig(lr=1e-6), compile=CompileConfig(scope="blocks"),
+        ), World(),
+    )  # fmt: skip
+
+    def step() -> float:
+        synchronize()
+        begin = time.perf_counter()
+        train_step(run, last_good=None)
         synchronize()
         return time.perf_counter() - begin
 

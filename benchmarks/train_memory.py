@@ -1,6 +1,6 @@
 """Activation memory of training a 1B Llama per checkpointing policy and precision, and bytes per rank under FSDP.
 
-    python benchmarks/train_memory.py                                       # one GPU: Llama 3.2 1B shape, 2 x 4096 tokens
+    python benchmarks/train_memory.py                                       # one GPU: Llama 3.2 1B shape, 3 x 4096 tokens
     torchrun --standalone --nproc-per-node 2 benchmarks/train_memory.py --fsdp     # 2 (or 4) GPUs, or CPU processes
     python benchmarks/train_memory.py --tiny                                # a rehearsal on the CPU
 
@@ -77,7 +77,9 @@ def measure(
 
 def one_device(arguments: argparse.Namespace, shape: str, place: torch.device) -> dict[str, Any]:
     """Every policy in bf16 autocast, and none in fp32."""
-    rows, length = (2, 64) if arguments.tiny else (arguments.rows, 4096)
+    rows, length = (3, 64) if arguments.tiny else (arguments.rows, 4096)
+    clash = {rows * length, length} & set(SHAPES[shape].values())
+    assert not clash, f"{clash} tokens: weights of this size would be taken for activations"
     torch._dynamo.config.recompile_limit = 64
     torch.set_float32_matmul_precision("high")
     model = random_model(shape, place)
@@ -158,8 +160,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tiny", action="store_true", help="tiny shape, 2 x 64 tokens")
-    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--tiny", action="store_true", help="tiny shape, 3 x 64 tokens")
+    parser.add_argument("--rows", type=int, default=3)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--fsdp", action="store_true", help="bytes per rank, under torchrun")
     arguments = parser.parse_args()

@@ -4,8 +4,10 @@
     python benchmarks/train_throughput.py --tiny           # a rehearsal on the CPU
 
 Every contender does whole steps (forward in bf16 autocast over fp32 weights, backward, clip, fused AdamW) on the same
-weights and batch, in rotating turns, each policy in turns with "none". "plain torch" is transformers' model under torch.compile with whole logits and
-torch's cross-entropy; "optc" compiles blocks and makes the loss in chunks. Ratios are medians over rounds with 95 %
+weights and batch, in rotating turns, each policy in turns with "none". "plain torch" is transformers' model under
+torch.compile with whole logits and torch's cross-entropy; "optc" compiles blocks and makes the loss in chunks; "optc
+train" is the step of the command with all that it does (reading its batch, numbers for the log), on weights of its
+own. Ratios are medians over rounds with 95 %
 intervals. MFU counts the model's arithmetic (attention in full), not what is computed again.
 """
 
@@ -13,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +31,7 @@ from train_common import (
     make_step,
     plain_loss,
     prepared,
+    product_step,
     random_model,
     twin,
 )  # fmt: skip
@@ -60,6 +65,8 @@ def main() -> None:
         contenders = {"optc, none": _optc(model, "none", data, optimizer, place)}
         if name == "none":
             contenders["plain torch"] = _plain(model, arguments.plain_scope, data, optimizer, place)
+            with tempfile.TemporaryDirectory() as folder:
+                contenders["optc train"] = product_step(shape, rows, length, Path(folder))
         else:
             contenders[f"optc, {name}"] = _optc(model, name, data, optimizer, place)
         seconds[name] = interleave(contenders, arguments.rounds, warmup=3)

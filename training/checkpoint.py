@@ -223,7 +223,9 @@ def _restore_optimizer(
             raise _another(
                 folder, f"{key} is {tuple(tensor.shape)} there, {tuple(parameter.shape)} in the model"
             )
-        optimizer.state[parameter][field] = tensor.to(parameter.device if tensor.dim() else "cpu")
+        # Counters of steps: a fused optimizer wants them where the weight is, others on the CPU.
+        beside = tensor.dim() or optimizer.defaults.get("fused")
+        optimizer.state[parameter][field] = tensor.to(parameter.device if beside else "cpu")
     for name, row in values.parameters.items():
         optimizer.state[named[name]].update(row)
     for group, row in zip(optimizer.param_groups, values.groups, strict=True):

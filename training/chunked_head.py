@@ -93,7 +93,7 @@ def _loss_in_place_of_logits(head: nn.Linear, labels: Tensor, config: TrainConfi
             hidden.flatten(0, 1), head.weight, labels.flatten(), chunk=config.loss_chunk,
             compiled=config.compile.scope == "blocks",
         )  # fmt: skip
-        return loss.view(1, 1, 1)
+        return loss.view(1, 1, 1).clone()  # FSDP warns of views
 
     assert "forward" not in vars(head)
     head.forward = forward  # type: ignore[method-assign, assignment]

@@ -104,8 +104,9 @@ def predict(config: TrainConfig, world_size: int = 1) -> MemoryPlan:
         # The root's weights stay gathered with their gradients; of the blocks two (the next is fetched ahead), or all.
         blocks = 2 * found.block if config.parallel.reshard_after_forward else found.weights - found.root
         activations += 2 * found.root + blocks + found.block
-    # foreach (the default on CUDA) makes the square roots of all second moments at once, else one weight at a time.
-    scratch = found.trained // (world_size if split_weights else 1) if cuda else 2 * found.largest
+    # AdamW is fused. The others work on all weights at once on CUDA, else on one at a time.
+    together = found.trained // (world_size if split_weights else 1)
+    scratch = 0 if config.optimizer.name == "adamw" else together if cuda else 2 * found.largest
     at_step = weights + gradients + optimizer + scratch
     in_backward = weights + gradients + optimizer + activations
     if config.gradient_accumulation == 1 and not split_gradients:

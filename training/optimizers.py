@@ -46,7 +46,8 @@ def optimizer_class(config: OptimizerConfig) -> tuple[Callable[..., torch.optim.
         UsageError: the extra `train` is not installed.
     """
     if config.name == "adamw":
-        return torch.optim.AdamW, {"lr": config.lr, "betas": config.betas or (0.9, 0.95), "eps": config.eps}
+        options = {"lr": config.lr, "betas": config.betas or (0.9, 0.95), "eps": config.eps, "fused": True}
+        return torch.optim.AdamW, options
     try:
         import pytorch_optimizer
     except ImportError as error:

@@ -48,7 +48,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(start: tuple[Path, Path], 
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"precision": "bf16"}, {"lora": {"rank": 2}}, {"gradient_accumulation": 2}]
+    "more", [{}, {"precision": "bf16"}, {"lora": {"enabled": True, "rank": 2}}, {"gradient_accumulation": 2}]
 )
 def test_a_run_has_the_curve_of_whole_logits(start: tuple[Path, Path], more: dict[str, Any]) -> None:
     curves = []

@@ -58,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16", "batch_size": 4},
     "whole logits": {"loss_chunk": 0},
     "teacher": {"distill": DistillConfig(teacher="self"), "batch_size": 4},
-    "qat": {"distill": DistillConfig(teacher="self"), "qat": QatConfig(enabled=True)},
+    "qat": {"distill": DistillConfig(teacher="self"), "qat": QatConfig(enabled=True, start="full")},
 }
 
 
