@@ -1,0 +1,107 @@
+"""Training on a GPU gives the curves of the CPU, and goes on from checkpoints there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from training_runs import small_config, small_model, token_file
+
+from optc.training.checkpoint import checkpoints
+from optc.training.loop import run_folder, train
+from optc.training.metrics import read_log
+from optc.training.setup import World, prepare
+from optc.training.step import train_step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CASES: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "lion": {"optimizer": {"name": "lion", "lr": 1e-3}},
+    "sophia": {"optimizer": {"name": "sophia", "lr": 1e-3, "hessian_every": 3}},
+    "accumulation": {"gradient_accumulation": 2},
+    "token budget": {"data": {"batching": "tokens"}},
+    "checkpointing": {"checkpointing": {"policy": "selective"}},
+    "qlora": {"lora": {"enabled": True, "rank": 4, "base": "nf4", "group_size": 16}},
+    "qat": {"qat": {"enabled": True, "group_size": 16}, "distill": {"teacher": "self", "weight": 0.9}},
+    "qat-kv": {"qat": {"enabled": True, "group_size": 16, "kv_cache": "int8"}},
+    "ddp": {"parallel": {"kind": "ddp"}},
+    "fsdp": {"parallel": {"kind": "fsdp"}},
+    "zero1": {"parallel": {"kind": "zero1"}},
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("start")
+    return small_model(folder / "model"), token_file(folder / "text.jsonl")
+
+
+def curve(start: tuple[Path, Path], device: str, **more: Any) -> list[float | None]:
+    run = prepare(small_config(*start, Path("unused"), device=device, **more), World())
+    try:
+        return [train_step(run, last_good=None).loss for _ in range(6)]
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_curve_is_that_of_the_cpu(start: tuple[Path, Path], case: str) -> None:
+    more = CASES[case]
+    # Sophia draws its noise on the device; a rounded number may move by a step: both curves go down alike.
+    tolerance = {"sophia": 0.1, "qat": 5e-3, "qat-kv": 5e-3}.get(case, 2e-4)
+    assert curve(start, "cuda", **more) == pytest.approx(curve(start, "cpu", **more), abs=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_stays_near_fp32(start: tuple[Path, Path], precision: str) -> None:
+    found = curve(start, "cuda", precision=precision, scaler={"initial": 1024.0})
+    assert found == pytest.approx(curve(start, "cuda"), abs=0.05)
+
+
+def test_compiled_blocks_give_the_eager_curve(start: tuple[Path, Path]) -> None:
+    found = curve(start, "cuda", compile={"scope": "blocks"}, loss_chunk=24)
+    assert found == pytest.approx(curve(start, "cuda", loss_chunk=0), abs=2e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_resumed_goes_on_to_the_same_curve(start: tuple[Path, Path], tmp_path: Path, precision: str) -> None:
+    class Stop(BaseException):
+        pass
+
+    def stop(record: Any) -> None:
+        if record.step == 5:
+            raise Stop
+
+    more: dict[str, Any] = {
+        "device": "cuda",
+        "precision": precision,
+        "scaler": {"initial": 1024.0},
+        "max_steps": 8,
+    }
+    train(small_config(*start, tmp_path / "whole", **more))
+    config = small_config(*start, tmp_path / "parts", **more)
+    with pytest.raises(Stop):
+        train(config, on_step=stop)
+    assert len(checkpoints(run_folder(tmp_path / "parts"))) == 2
+    result = train(config, resume=True)
+    assert result is not None
+    assert result.resumed_from == 4
+    whole, parts = (
+        [row.loss for row in read_log(tmp_path / name / "log.jsonl")] for name in ("whole", "parts")
+    )
+    assert parts == pytest.approx(whole, abs=1e-4)
+
+
+def test_memory_is_split(start: tuple[Path, Path]) -> None:
+    run = prepare(small_config(*start, Path("unused"), device="cuda"), World())
+    found = train_step(run, last_good=None, with_memory=True).memory
+    assert found is not None
+    assert found.activations > 0
+    assert found.peak >= found.weights + found.gradients + found.optimizer
