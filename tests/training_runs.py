@@ -58,7 +58,8 @@ def small_config(model: Path, text: Path, output: Path, **more: Any) -> TrainCon
 def torchrun(processes: int, script: Path | str, *arguments: object, timeout: float = 300) -> None:
     """Run a script (or -m MODULE) in gloo processes of one thread each."""
     source = Path(__file__).resolve().parents[1] / "src"
-    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,
         "-m",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from training_runs import small_config, small_model, token_file
+from training_runs import small_config, small_model, token_file, torchrun
 
 from optc.training.checkpoint import checkpoints
 from optc.training.loop import run_folder, train
@@ -54,6 +54,8 @@ def curve(start: tuple[Path, Path], device: str, **more: Any) -> list[float | No
 @pytest.mark.parametrize("case", CASES)
 def test_the_curve_is_that_of_the_cpu(start: tuple[Path, Path], case: str) -> None:
     more = CASES[case]
+    if case in ("lion", "sophia"):
+        pytest.importorskip("pytorch_optimizer", reason="needs the extra `train`")
     # Sophia draws its noise on the device; a rounded number may move by a step: both curves go down alike.
     tolerance = {"sophia": 0.1, "qat": 5e-3, "qat-kv": 5e-3}.get(case, 2e-4)
     assert curve(start, "cuda", **more) == pytest.approx(curve(start, "cpu", **more), abs=tolerance)
@@ -105,3 +107,20 @@ def test_memory_is_split(start: tuple[Path, Path]) -> None:
     assert found is not None
     assert found.activations > 0
     assert found.peak >= found.weights + found.gradients + found.optimizer
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero1"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_of_the_command_give_the_curve_of_one_process(
+    start: tuple[Path, Path], tmp_path: Path, kind: str, ranks: int
+) -> None:
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {start[0]}\ndata: {{text: [{start[1]}]}}\nmax_steps: 6\nbatch_size: 4\nseq_len: 32\ndevice: cuda\n"
+        "optimizer: {lr: 0.01}\nsaving: {every: 4}\n"
+    )
+    torchrun(ranks, "-m", "optc", "train", recipe, "--set", f"parallel.kind={kind}", "-o", tmp_path / "out")
+    found = [row.loss for row in read_log(tmp_path / "out" / "log.jsonl")]
+    assert found == pytest.approx(curve(start, "cuda"), abs=2e-4)
