@@ -102,7 +102,6 @@ def main() -> None:
         }
         best = {key: min(rows, key=lambda row: row["final_loss"])["lr"] for key, rows in search.items()}
         final = {key: run(key, rate, text, arguments.steps, *shape) for key, rate in best.items()}
-    (ROOT / "docs" / "optimizers.svg").write_text(picture(final))
     result = {
         "text": arguments.text.name, "steps": arguments.steps, "search_steps": arguments.search_steps,
         "tokens_per_step": arguments.batch_size * arguments.seq_len,
@@ -110,6 +109,7 @@ def main() -> None:
         "final": {key: {**row, "losses": [round(loss, 4) for loss in row["losses"]]} for key, row in final.items()},
     }  # fmt: skip
     record("optimizers", result, arguments.threads)
+    (ROOT / "docs" / "optimizers.svg").write_text(picture(final))
 
 
 if __name__ == "__main__":
