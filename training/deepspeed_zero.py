@@ -105,3 +105,18 @@ def backward(engine: Any, loss: Tensor, *, last: bool) -> None:
     """Backpropagate a micro-batch's share of the loss; gradients are reduced over ranks with the last one."""
     engine.set_gradient_accumulation_boundary(last)
     engine.backward(loss, scale_wrt_gas=False)
+
+
+def gather_parameters(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """The parameters whole, on the CPU, whatever the stage. A collective: every rank calls it.
+
+    Args:
+        keep: collect them on this rank; False only takes part.
+    """
+    deepspeed = check_deepspeed()
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):  # of stage 3; does nothing for whole parameters
+            if keep:
+                found[name] = parameter.detach().cpu().clone()
+    return found

@@ -20,6 +20,7 @@ from optc.compiler.publishing import check_output, write_folder
 from optc.training import checkpoint
 from optc.training.checkpoint import RunState
 from optc.training.config import TrainConfig
+from optc.training.deepspeed_zero import gather_parameters
 from optc.training.export import write_trained
 from optc.training.metrics import MetricsLog, StepRecord
 from optc.training.out_of_memory import out_of_memory
@@ -178,7 +179,24 @@ def _whole_model(run: Run) -> nn.Module | None:
         whole: nn.Module = build_model(run.config)
         whole.load_state_dict(state)
         return whole
+    if run.config.parallel.kind == "deepspeed":
+        return _gathered(run)
     return None if run.world.rank > 0 else run.model
+
+
+def _gathered(run: Run) -> nn.Module | None:
+    """DeepSpeed's parameters, which stage 3 splits, in a model of their own; buffers are those of this rank."""
+    state = gather_parameters(run.model, keep=run.world.rank == 0)
+    if run.world.rank > 0:
+        return None
+    whole: nn.Module = build_model(run.config)
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            parameter.copy_(state[name])
+        buffers = dict(run.model.named_buffers())
+        for name, buffer in whole.named_buffers():
+            buffer.copy_(buffers[name])
+    return whole
 
 
 def _publish(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from training_runs import small_config, small_model, token_file, torchrun
+from training_runs import small_config, small_model, token_file
 
 from optc.compiler.diagnostics import GateError
 from optc.training.chunked_head import check_head, chunked_head, loss_of
@@ -113,21 +112,3 @@ def test_a_model_that_changes_its_logits_is_refused(start: tuple[Path, Path]) ->
         check_head(Doubled(), model.lm_head, config)
     assert error.value.where == "Doubled"
     assert error.value.remedy == "train on whole logits: --set loss_chunk=0"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_ranks_of_the_command_give_the_curve_of_one_process(
-    start: tuple[Path, Path], tmp_path: Path, kind: str
-) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"model: {start[0]}\ndata: {{text: [{start[1]}]}}\nmax_steps: 8\nbatch_size: 4\nseq_len: 32\ndevice: cpu\n"
-        "loss_chunk: 24\noptimizer: {lr: 0.01}\nsaving: {every: 4}\n"
-    )
-    output = tmp_path / kind
-    torchrun(2, "-m", "optc", "train", recipe, "--set", f"parallel.kind={kind}", "-o", output)
-    lines = (output / "log.jsonl").read_text().splitlines()
-    run = prepare(make(start, max_steps=8, loss_chunk=24), World())
-    expected = [train_step(run, last_good=None).loss for _ in range(8)]
-    assert [json.loads(line)["loss"] for line in lines] == pytest.approx(expected, abs=1e-4)
