@@ -66,6 +66,7 @@ def test_group_size_is_chosen_and_printed(artifact: Path, capsys: Capture) -> No
     weights = 4 * (2 * 192 * 192 + 2 * 64 * 192 + 3 * 512 * 192)
     assert summary["parameters"] == weights
     assert summary["bytes"] == weights // 2 + 2 * weights // 64, "4-bit codes and 16-bit scales"
+    assert summary["ratio_to_ideal"] <= 1.02
     assert (summary["bits_per_parameter"], summary["ideal_bits"]) == (4.25, 4.25)
     (row,) = (row for row in found["passes"] if row["name"] == "quantize-rtn")
     assert (row["matched"], row["candidates"]) == (28, 29)

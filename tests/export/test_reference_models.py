@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLE, ROOT, shared_path
+from once import example_artifact
 from transformers import AutoModelForCausalLM
 
 import optc
@@ -32,7 +33,11 @@ class Pair:
     """An artifact and the transformers model it was made from."""
 
     def __init__(self, folder: Path, target: str, kv_cache: str | None, output: Path) -> None:
-        self.artifact = optc.compile(folder, target=target, output=output, kv_cache=kv_cache).artifact
+        options = {"kv_cache": kv_cache} if kv_cache else {}
+        if folder == EXAMPLE:
+            self.artifact = example_artifact(target, **options)
+        else:
+            self.artifact = optc.compile(folder, target=target, output=output, **options).artifact
         self.model = optc.load(self.artifact)
         self.reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
