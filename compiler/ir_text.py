@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.contract import AttentionFacts, Contract
+from optc.compiler.dataflow import module_path
 from optc.compiler.ir_diff import diff_text
 from optc.compiler.program import Program
 
@@ -199,7 +200,8 @@ class _Printer:
     def graph(self) -> Iterator[str]:
         for node in self.program.graph.nodes:
             if node.op == "call_function":
-                comment = " · ".join(filter(None, (_module_path(node), _source_line(node))))
+                module = _printable(_SLICE.sub("", module_path(node)))
+                comment = " · ".join(filter(None, (module, _source_line(node))))
                 yield self._call(node) + (f"    # {comment}" if comment else "")
             elif node.op == "output":
                 yield f"return {', '.join(self._value(value) for value in node.args[0])}"
@@ -260,14 +262,6 @@ def _operator(target: Any) -> str:
     if target is operator.getitem:
         return "getitem"
     return f"{target.__module__.lstrip('_')}.{target.__name__}"
-
-
-def _module_path(node: Node) -> str:
-    """The innermost module that the node was traced in, as a dotted path."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = str(next(reversed(stack.values()))[0]) if stack else ""
-    path = "" if path.startswith("_empty_nn_module_stack") else path  # torch's mark for nodes it made itself
-    return _printable(_SLICE.sub("", path))
 
 
 def _source_line(node: Node) -> str:

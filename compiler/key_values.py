@@ -49,9 +49,3 @@ def key_value_scales(program: Program, call: Node) -> tuple[ValueFormat, tuple[s
     if names[0] is None or names[1] is None or len(formats) != 1:
         return None
     return formats.pop(), (names[0], names[1])
-
-
-def module_path(node: Node) -> str:
-    """The module of the captured model that a node comes from, "" when it is not known."""
-    stack = node.meta.get("nn_module_stack")
-    return str(next(reversed(stack.values()))[0]) if stack else ""

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from optc.compiler import gate
+from optc.compiler.dataflow import module_path
 from optc.compiler.diagnostics import NoMatchError, os_errors
 from optc.compiler.execution import StageRun
 from optc.compiler.gate import Budget, Drift, Probe
@@ -119,6 +120,8 @@ class _Run:
             keys.append(key)
         start, program = self._resume(program, keys)
         for number, step in enumerate(self.steps[start:], start=start):
+            if not step.applies(program):
+                continue
             if self.options.progress:
                 self.options.progress(number, step.rewrite.name)
             program = self._step(step, program)
@@ -132,7 +135,12 @@ class _Run:
         """Load the finished stages of an earlier run of the same recipe on the same program."""
         folder = self.options.work_dir
         start = 0
-        while folder and start < len(keys) and (folder / keys[start]).is_dir():
+        while folder and start < len(keys):
+            if not self.steps[start].applies(program):
+                start += 1
+                continue
+            if not (folder / keys[start]).is_dir():
+                break
             self._note_reference(self.steps[start], program)
             program, record = load_stage(folder / keys[start])
             self.records.append(record)
@@ -223,7 +231,7 @@ def compute_dtype(program: Program) -> torch.dtype:
 def attention_paths(program: Program) -> list[str]:
     """Module path of every attention operator, in graph order; for messages and plots."""
     return [
-        next(reversed(node.meta["nn_module_stack"].values()))[0]
+        module_path(node)
         for node in program.graph.nodes
         if node.op == "call_function" and "attention" in str(node.target) and node.meta.get("nn_module_stack")
     ]

@@ -66,10 +66,18 @@ class QuantSupport:
 
 @dataclass(frozen=True)
 class Step:
-    """A pass in a target's default recipe. An optional one may match nothing; a requested one may not."""
+    """A pass in a target's default recipe. An optional one may match nothing; a requested one may not.
+
+    `when` says which programs it is for (None: all); of others it is no step at all.
+    """
 
     rewrite: Pass
     optional: bool = False
+    when: Callable[[Program], bool] | None = None
+
+    def applies(self, program: Program) -> bool:
+        """Whether the step is for a program, as the steps before it left it."""
+        return self.when is None or self.when(program)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,13 @@ def cache_misses(program: Program, *, sinks: bool) -> tuple[Miss, ...]:
     return ()
 
 
+def cache_dtype(program: Program) -> torch.dtype:
+    """The dtype of a cache: that of the keys which the first attention reads."""
+    key: Any = program.calls(_ATTENTION)[0].args[1]
+    dtype: torch.dtype = key.meta["val"].dtype
+    return dtype
+
+
 def _attention_miss(node: Node, sinks: bool) -> str | None:
     q, k = (argument.meta["val"] for argument in node.args[:2])
     if not node.kwargs["causal"]:

@@ -23,7 +23,7 @@ from optc.compiler.program import Program
 from optc.compiler.retrace import Replay, axis_limit, retrace
 from optc.compiler.rewriting import Pass, PassContext, PassResult
 from optc.compiler.target import CompileOptions, check_context
-from optc.compiler.tokenwise import cache_misses
+from optc.compiler.tokenwise import cache_dtype, cache_misses
 
 _ATTENTION = torch.ops.optc.attention.default
 LARGEST_DEFAULT = 2048
@@ -95,7 +95,7 @@ def _retrace(program: Program, capacity: int) -> Program:
 
 def _contract(program: Program, capacity: int) -> Contract:
     old = program.contract
-    dtype = str(_cache_dtype(program)).removeprefix("torch.")
+    dtype = str(cache_dtype(program)).removeprefix("torch.")
     inputs = [
         Input(name="input_ids", role="input_ids", dtype="int32", dims=("batch", "tokens")),
         Input(name="positions", role="past_lengths", dtype="int32", dims=("batch",)),
@@ -115,12 +115,6 @@ def _contract(program: Program, capacity: int) -> Contract:
     )
 
 
-def _cache_dtype(program: Program) -> torch.dtype:
-    key: Any = program.calls(_ATTENTION)[0].args[1]
-    dtype: torch.dtype = key.meta["val"].dtype
-    return dtype
-
-
 def _examples(program: Program, capacity: int) -> tuple[list[Tensor], list[dict[int, Any]]]:
     """Example inputs, whose dynamic axes all differ in size, and their dynamic shapes."""
     rows = axis_limit(program.user_inputs()[0], program, 0)
@@ -131,6 +125,6 @@ def _examples(program: Program, capacity: int) -> tuple[list[Tensor], list[dict[
     for layer in program.contract.layers:
         for width in (layer.head_dim, layer.value_dim):
             shape = (3, layer.num_kv_heads, capacity, width)
-            args.append(torch.zeros(shape, dtype=_cache_dtype(program)))
+            args.append(torch.zeros(shape, dtype=cache_dtype(program)))
             shapes.append({0: batch})
     return args, shapes

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.dataflow import value_of
-from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.diagnostics import UsageError
 from optc.compiler.linears import Linear
 from optc.compiler.program import Program
 from optc.compiler.rewriting import Miss, Pass, PassContext, PassResult
 from optc.compiler.surgery import add_weight, insert_call, set_weight
 from optc.compiler.weights import record_weight
 from optc.passes.quantize.groups import Group, input_groups, rows, weight_label, weight_rows
-from optc.passes.quantize.ranges import calibration_tokens
+from optc.passes.quantize.ranges import calibration_tokens, check_finite
 from optc.passes.quantize.scale_pass import read_elsewhere
 from optc.passes.quantize.selection import counterpart, select_linears, weight_name
 from optc.passes.quantize.stream import Stream
@@ -95,12 +95,7 @@ class RotateInputs(Pass):
         for x in rows(stream, group.root):
             before = before.to(x.device) + x.square().amax(-1).sum()
             after = after.to(x.device) + _rotated(x, matrix).square().amax(-1).sum()
-        if not bool(torch.isfinite(before)):
-            raise InputError(
-                "the calibration text gives activations that are NaN or infinite",
-                where=f"input of {weight_label(stream.program, group.sites[0])}",
-                remedy="use --dtype fp32 or bf16, and look at the model's own outputs on this text",
-            )
+        check_finite(before, f"input of {weight_label(stream.program, group.sites[0])}")
         gain = float(before) / max(float(after), 1e-30)
         if gain >= self.least_gain:
             return ""

@@ -8,10 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.diagnostics import UsageError
 from optc.compiler.program import Program
 from optc.passes.quantize.folding import Fold
 from optc.passes.quantize.groups import Group, rows, weight_label, weight_rows
+from optc.passes.quantize.ranges import check_finite
 from optc.passes.quantize.scale_pass import ScalePass
 from optc.passes.quantize.scaling import smooth_scales
 from optc.passes.quantize.stream import Stream
@@ -38,11 +39,6 @@ class ScaleSmoothQuant(ScalePass):
 
     def choose(self, program: Program, stream: Stream, group: Group, fold: Fold) -> Tensor:
         largest = torch.stack([x.abs().amax(0) for x in rows(stream, group.root)]).amax(0)
-        if not bool(torch.isfinite(largest).all()):
-            raise InputError(
-                "the calibration text gives activations that are NaN or infinite",
-                where=f"input of {weight_label(program, group.sites[0])}",
-                remedy="use --dtype fp32 or bf16, and look at the model's own outputs on this text",
-            )
+        check_finite(largest, f"input of {weight_label(program, group.sites[0])}")
         weights = [weight_rows(program, site) for site in group.sites]
         return smooth_scales(weights, largest, fold, self.alpha)

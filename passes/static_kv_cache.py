@@ -23,7 +23,7 @@ from optc.compiler.contract import Contract, Input, KVCache, Output
 from optc.compiler.program import Program
 from optc.compiler.retrace import Replay, axis_limit, retrace
 from optc.compiler.rewriting import Pass, PassContext, PassResult
-from optc.compiler.tokenwise import cache_misses
+from optc.compiler.tokenwise import cache_dtype, cache_misses
 
 _ATTENTION = torch.ops.optc.attention.default
 
@@ -79,7 +79,7 @@ def _retrace(program: Program, in_place: bool) -> Program:
 
 def _contract(program: Program, in_place: bool) -> Contract:
     old = program.contract
-    dtype = str(_cache_dtype(program)).removeprefix("torch.")
+    dtype = str(cache_dtype(program)).removeprefix("torch.")
     length = "capacity" if in_place else "past"
     inputs = [
         Input(name="input_ids", role="input_ids", dtype="int64", dims=("batch", "seq")),
@@ -101,12 +101,6 @@ def _contract(program: Program, in_place: bool) -> Contract:
     )
 
 
-def _cache_dtype(program: Program) -> torch.dtype:
-    key: Any = program.calls(_ATTENTION)[0].args[1]
-    dtype: torch.dtype = key.meta["val"].dtype
-    return dtype
-
-
 def _examples(program: Program, in_place: bool) -> tuple[list[Tensor], list[dict[int, Any]]]:
     """Example inputs, whose dynamic axes all differ in size, and their dynamic shapes."""
     limit = axis_limit(program.user_inputs()[0], program, 1)
@@ -120,6 +114,6 @@ def _examples(program: Program, in_place: bool) -> tuple[list[Tensor], list[dict
     shapes: list[dict[int, Any]] = [{0: b, 1: s}, {0: b, 1: t}]
     for layer in program.contract.layers:
         for width in (layer.head_dim, layer.value_dim):
-            args.append(torch.zeros((batch, layer.num_kv_heads, past, width), dtype=_cache_dtype(program)))
+            args.append(torch.zeros((batch, layer.num_kv_heads, past, width), dtype=cache_dtype(program)))
             shapes.append({0: b, 2: p})
     return args, shapes

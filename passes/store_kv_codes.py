@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from optc.compiler.contract import Contract
 from optc.compiler.dataflow import value_of
+from optc.compiler.key_values import rounded
 from optc.compiler.program import Program
 from optc.compiler.retrace import Replay, retrace
 from optc.compiler.rewriting import Miss, Pass, PassContext, PassResult
@@ -45,6 +46,11 @@ class StoreKVCodes(Pass):
         if len(types) != 1:
             return PassResult(program, 0, len(calls), misses)
         return PassResult(_retrace(program, types.pop()), len(calls), len(calls))
+
+
+def rounds_keys_and_values(program: Program) -> bool:
+    """Whether any cache of a program could hold codes: an attention reads rounded keys or values."""
+    return any(rounded(call) for call in program.calls(CACHED))
 
 
 def _obstacle(call: Node) -> str | None:

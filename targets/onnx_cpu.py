@@ -13,7 +13,7 @@ from optc.passes.legalize_ort import LegalizeOrt
 from optc.passes.merge_projections import MergeProjections
 from optc.passes.quantize.methods import WEIGHT_ONLY, quantization_steps, stored_scales
 from optc.passes.static_kv_cache import StaticKVCache
-from optc.passes.store_kv_codes import StoreKVCodes
+from optc.passes.store_kv_codes import StoreKVCodes, rounds_keys_and_values
 
 FAST = 4
 """MatMulNBits' accuracy level that rounds activations to int8."""
@@ -29,7 +29,7 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
     steps += stored_scales(options)
     if kind == "decoder":
         # Of a model whose keys and values are rounded (a folder with a kv_cache_scheme) the caches hold the codes.
-        steps += [Step(StaticKVCache()), Step(StoreKVCodes(), optional=True)]
+        steps += [Step(StaticKVCache()), Step(StoreKVCodes(), optional=True, when=rounds_keys_and_values)]
     if kind == "decoder":
         steps.append(Step(MergeProjections(), optional=True))
     level = FAST if options.accuracy_level is None else options.accuracy_level

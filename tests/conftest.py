@@ -9,6 +9,7 @@ from pathlib import Path
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
+import psutil  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -18,6 +19,8 @@ SHARED = ROOT.parent / "shared"
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(THREADS)
+if THREADS == 1:  # engines ask for the number of cores; threads that wait for each other compute, too
+    psutil.cpu_count = lambda logical=True: 1
 
 
 def shared_path(*parts: str) -> Path:
@@ -26,6 +29,15 @@ def shared_path(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs ../shared/{'/'.join(parts)}, which stands only where the project is developed")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def place_of_shared_things(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """See `once`: all workers of a run share the parent of their folders."""
+    from once import set_place
+
+    own = tmp_path_factory.getbasetemp()
+    set_place(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)
 
 
 @pytest.fixture(scope="session")

@@ -50,10 +50,10 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 DECODERS = [name for name in FAMILIES if name != "bert"]
 
 
-def make_model(name: str, *, attention: str = "eager", seed: int = 0) -> Any:
+def make_model(name: str, *, attention: str = "eager", seed: int = 0, layers: int = 2) -> Any:
     """A tiny model in eval mode, fp32, with weights large enough that errors show."""
     cls, config_cls, sizes = FAMILIES[name]
-    config = config_cls(**sizes)
+    config = config_cls(**{**sizes, "n_layer" if "n_layer" in sizes else "num_hidden_layers": layers})
     config._attn_implementation = attention
     torch.manual_seed(seed)
     model = cls(config).eval().requires_grad_(False)

@@ -47,7 +47,7 @@ def gated(program: Program, directory: Path, **options: Any) -> ExportResult:
 
 def open_session(directory: Path) -> Any:
     options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 2, 4
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
     return ort.InferenceSession(str(directory / MODEL), options, providers=["CPUExecutionProvider"])
 
 

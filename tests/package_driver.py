@@ -79,9 +79,10 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="optc-packages-")
 
 @functools.cache
 def packaged(name: str) -> Built:
-    """A variant, compiled once per process (10 to 30 s)."""
+    """A variant, compiled once per process (10 to 30 s); of one layer where it is the products that matter."""
     family, options = VARIANTS[name]
     program = captured(family)
-    if options.get("dtype") == "bf16":
-        program = capture_model(make_model(family).to(torch.bfloat16))
+    if "quant" in options:
+        dtype = torch.bfloat16 if options.get("dtype") == "bf16" else torch.float32
+        program = capture_model(make_model(family, layers=1).to(dtype))
     return build(program, Path(_FOLDER.name) / name, **options)

@@ -51,7 +51,7 @@ def export(program: Program, folder: Path, chosen: CompileOptions) -> ExportResu
 def open_session(folder: Path) -> Any:
     """The folder's model in ONNX Runtime, whose own fusions are kept from rounding activations."""
     settings = ort.SessionOptions()
-    settings.intra_op_num_threads, settings.log_severity_level = 2, 4
+    settings.intra_op_num_threads, settings.log_severity_level = 1, 4
     settings.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     return ort.InferenceSession(str(folder / "model.onnx"), settings, providers=["CPUExecutionProvider"])
 

@@ -16,9 +16,9 @@ from torch.fx import Node
 from optc.compiler.capture.checkpoint import match_names
 from optc.compiler.capture.quantized import QuantizedFolder
 from optc.compiler.contract import WeightQuantization
-from optc.compiler.dataflow import aten, peel, value_of
+from optc.compiler.dataflow import aten, module_path, peel, value_of
 from optc.compiler.diagnostics import CaptureError, InputError
-from optc.compiler.key_values import module_path, round_key_values
+from optc.compiler.key_values import round_key_values
 from optc.compiler.layouts import QuantizedWeight
 from optc.compiler.linears import Linear, linear_site
 from optc.compiler.program import Program

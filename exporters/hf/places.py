@@ -12,9 +12,9 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from optc.compiler.capture.checkpoint import tied_names
-from optc.compiler.dataflow import aten, peel, value_of
+from optc.compiler.dataflow import aten, module_path, peel, value_of
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.key_values import key_value_scales, module_path, rounded
+from optc.compiler.key_values import key_value_scales, rounded
 from optc.compiler.layouts import QuantizedWeight, Scheme
 from optc.compiler.layouts.key_values import KeyValueScheme
 from optc.compiler.linears import DEQUANTIZERS, Linear, activation_format, linear_site, quantized_activation

@@ -18,8 +18,8 @@ _NGRAM, _DRAFT = "ngram", "draft:"
 _MATCHED = 4  # longest run of tokens that is looked up in the text so far
 
 
-def check_serving(options: CompileOptions, context_length: int = 0) -> None:
-    """Refuse options that contradict each other, or the model's context (0: not known).
+def check_serving(options: CompileOptions) -> None:
+    """Refuse options that contradict each other.
 
     Raises:
         UsageError: names the flag.
@@ -28,12 +28,6 @@ def check_serving(options: CompileOptions, context_length: int = 0) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"{_flag(name)} {value} is not positive", remedy=f"leave {_flag(name)} out")
-    length = options.max_seq_len
-    if length is not None and context_length and length > context_length:
-        raise UsageError(
-            f"--max-seq-len {length} is longer than the model's context", why=f"it has {context_length} tokens",
-            remedy=f"use at most {context_length}",
-        )  # fmt: skip
     batch, tokens = options.max_batch, options.max_num_tokens
     if batch is not None and tokens is not None and tokens < batch:
         raise UsageError(

@@ -19,12 +19,12 @@ def export_trtllm(program: Program, request: ExportRequest) -> ExportResult:
 
     Raises:
         TargetError: a weight has no place in a model folder, or TensorRT-LLM has no loader for it; names it.
-        UsageError: serving options that contradict the model.
+        UsageError: serving options that contradict each other.
         ArtifactError: what was read back is not what was written.
         ResourceError, InputError: the disk is full or not writable.
     """
     context = program.contract.model.context_length
-    check_serving(request.options, context)
+    check_serving(request.options)
     plan = fit_for_loading(collect(program, request.source))
     caches = plan.key_values is not None
     writer = ModelOptWriter(embeddings=plan.embeddings)

@@ -16,6 +16,7 @@ from onnx_ir import tensor_adapters
 from torch.fx import Node
 
 from optc.compiler.contract import Contract
+from optc.compiler.dataflow import module_path
 from optc.compiler.program import Program
 
 OPSET = 24  # from 25 on, ONNX Runtime's CPU Attention has no kernel
@@ -84,7 +85,8 @@ class Walker:
                     self.values[node] = self._graph_value(spec.name, node, dims)
                     inputs.append(self.values[node])
             elif node.op == "call_function":
-                self._scope = _module_path(node)
+                path = module_path(node)
+                self._scope = "/" + path.replace(".", "/") if path else ""
                 self.values[node] = self._lower(node)
         outputs = self._outputs(contract)
         used = {id(value) for item in self.nodes for value in item.inputs if value is not None}
@@ -287,12 +289,6 @@ def result_dtype(node: Node) -> torch.dtype:
     val = node.meta["val"]
     val = val[0] if isinstance(val, list | tuple) else val
     return val.dtype if isinstance(val, torch.Tensor) else torch.int64
-
-
-def _module_path(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0] if stack else ""
-    return "/" + str(path).replace(".", "/") if path else ""
 
 
 def _symbol_names(program: Program) -> dict[str, str]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -311,6 +312,44 @@ def check_names(path: str, facts: dict[str, Any]) -> None:
         raise BuildError("the plan does not name its tensors", ", ".join(missing[:8]), code=7)
 
 
+@contextlib.contextmanager
+def new_file(name: str) -> Iterator[str]:
+    """A temporary path that becomes `name` when the block ends well, and is removed otherwise."""
+    temporary = f"{name}.tmp-{os.getpid()}"
+    try:
+        yield temporary
+        os.replace(temporary, name)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def make_builder(trt: Any, log: Any) -> Any:
+    """TensorRT's builder."""
+    try:
+        return trt.Builder(log)
+    except TypeError as error:  # what pybind makes of a null pointer
+        raise BuildError(
+            "TensorRT cannot start here", log.why() or error, "it needs an NVIDIA GPU and its driver"
+        ) from error
+
+
+def write_some_plan(
+    trt: Any, builder: Any, network: Any, config: Any, path: str, log: Any, held: dict[str, Any]
+) -> tuple[tuple[int, str], str]:
+    """Build into a file, with dedicated kernels for attention where there are any; ((bytes, sha256), which kernels)."""
+    for attempt in ["dedicated kernels", "decomposed"] if held["attention"] else [""]:
+        log.errors.clear()
+        for attention in attentions(trt, network) if attempt else ():
+            attention.decomposable = attempt == "decomposed"
+        done = write_plan(trt, builder, network, config, path)
+        if done:
+            return done, attempt
+        if "decomposable" not in log.why():
+            break
+    raise BuildError("TensorRT could not build the plan", log.why(), code=4)
+
+
 def build(
     folder: str,
     output: str | None = None,
@@ -331,12 +370,7 @@ def build(
     trt, kind = load(runtime)
     check_version(trt, kind, facts["ops"])
     begin, log = time.time(), make_logger(trt)
-    try:
-        builder = trt.Builder(log)
-    except TypeError as error:  # what pybind makes of a null pointer
-        raise BuildError(
-            "TensorRT cannot start here", log.why() or error, "it needs an NVIDIA GPU and its driver"
-        ) from error
+    builder = make_builder(trt, log)
     network, parser = parse(trt, builder, log, os.path.join(folder, "model.onnx"))
     held = check_network(trt, network, facts)
     config = builder.create_builder_config()
@@ -346,31 +380,17 @@ def build(
         config.builder_optimization_level = opt_level
     add_profiles(builder, network, config, facts)
     name = output or os.path.join(folder, "model.plan")  # the folder's own is noted in engine.json
-    attempts = ["dedicated kernels", "decomposed"] if held["attention"] else [""]
-    temporary = f"{name}.tmp-{os.getpid()}"
-    try:
-        for attempt in attempts:
-            log.errors.clear()
-            for attention in attentions(trt, network) if attempt else ():
-                attention.decomposable = attempt == "decomposed"
-            done = write_plan(trt, builder, network, config, temporary)
-            if done or "decomposable" not in log.why():
-                break
-        if not done:
-            raise BuildError("TensorRT could not build the plan", log.why(), code=4)
+    with new_file(name) as temporary:
+        written, attempt = write_some_plan(trt, builder, network, config, temporary, log, held)
         if kind == "rtx":  # a plan of the others can be opened here, and run_trt.py asks it
             check_names(temporary, facts)
-        os.replace(temporary, name)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
     del parser
     return {
         "runtime": NAMES[kind],
         "runtime_version": trt.__version__,
         "plan": os.path.basename(name),
-        "plan_bytes": done[0],
-        "plan_sha256": done[1],
+        "plan_bytes": written[0],
+        "plan_sha256": written[1],
         "compute_capabilities": (architectures or "portable") if kind == "rtx" else gpu_architectures(),
         "attention_kernels": attempt or None,
         "network_found": held,

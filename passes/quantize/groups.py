@@ -16,6 +16,7 @@ from optc.compiler.devices import tensor_float_32
 from optc.compiler.diagnostics import InputError
 from optc.compiler.linears import Linear, linear_site
 from optc.compiler.program import Program
+from optc.passes.quantize.ranges import check_finite
 from optc.passes.quantize.stream import Stream
 
 _GRAM_BLOCK = 512
@@ -101,12 +102,7 @@ def gram_matrix(stream: Stream, group: Group) -> tuple[Tensor, int]:
             count += len(x)
     assert gram is not None
     gram = (gram.triu() + gram.triu(1).t()) / max(count, 1)
-    if not bool(torch.isfinite(gram).all()):
-        raise InputError(
-            "the calibration text gives activations that are NaN or infinite",
-            where=f"input of {weight_label(stream.program, group.sites[0])}",
-            remedy="use --dtype fp32 or bf16, and look at the model's own outputs on this text",
-        )
+    check_finite(gram, f"input of {weight_label(stream.program, group.sites[0])}")
     return gram, count
 
 

@@ -47,10 +47,22 @@ def largest_magnitudes(stream: Stream, node: Node, where: str, keep: tuple[int, 
         raise InputError(
             "no calibration token reaches a layer", where=where, remedy="give a longer calibration text"
         )
-    if not bool(torch.isfinite(total).all()):
+    check_finite(total, where)
+    return total
+
+
+def check_finite(statistics: Tensor, where: str) -> None:
+    """Refuse what was computed from activations that are not all finite.
+
+    Args:
+        where: the layer, for the error.
+
+    Raises:
+        InputError: NaN or infinity in `statistics`.
+    """
+    if not bool(torch.isfinite(statistics).all()):
         raise InputError(
             "the calibration text gives activations that are NaN or infinite",
             where=where,
             remedy="use --dtype fp32 or bf16, and look at the model's own outputs on this text",
         )
-    return total

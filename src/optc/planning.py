@@ -56,7 +56,11 @@ def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[st
         "target": target.name,
         "dtype": settings.options.dtype,
         "quant": settings.options.quant,
-        "passes": [{"name": step.rewrite.name, "optional": step.optional} for step in steps],
+        "passes": [
+            {"name": step.rewrite.name, "optional": step.optional}
+            for step in steps
+            if step.when is None or held is not None  # such steps are for what a quantized folder can hold
+        ],
         **sizes,
         "kv_cache_bytes_per_token": _cache_bytes(skeleton.config, settings.options) if decoder else 0,
         "note": note,

@@ -102,5 +102,5 @@ def apply_pass_options(steps: Sequence[Step], settings: Sequence[str]) -> list[S
             raise unknown_name("pass of this recipe", name, [step.rewrite.name for step in out])
         for i in places:
             merged = {**out[i].rewrite.options(), option.replace("-", "_"): yaml.safe_load(text)}
-            out[i] = Step(make_pass(cls.name, merged), out[i].optional)
+            out[i] = dataclasses.replace(out[i], rewrite=make_pass(cls.name, merged))
     return out

@@ -24,6 +24,11 @@ from optc.targets import find_target
 
 K_PROJ = "model.layers.1.self_attn.k_proj"
 
+_FAMILIES = {
+    ("int4", "compressed-tensors"): ("llama", "phi3"),
+    ("int4", "awq"): ("phi3",),
+    ("int4", "gptq"): ("llama",),
+}
 CASES = [
     (family, recipe, layout)
     for recipe, layout in (
@@ -32,7 +37,7 @@ CASES = [
         ("fp8-weights", "compressed-tensors"), ("int4", "awq"), ("int4-asym", "awq"), ("int4", "gptq"),
         ("int4-asym", "gptq"), ("int8", "gptq"),
     )
-    for family in (("llama", "phi3") if recipe == "int4" else ("qwen2",))
+    for family in _FAMILIES.get((recipe, layout), ("qwen2",))
 ]  # fmt: skip
 
 

@@ -15,9 +15,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from artifacts import captured_folder, make_artifact, make_manifest, quick_artifact
-from conftest import EXAMPLE
-from stages import captured
+from artifacts import make_artifact, make_manifest
+from once import example_artifact
 
 import optc
 from optc.cli.main import main
@@ -78,11 +77,10 @@ def build(artifact: Path, place: Path, *, configured: bool = True) -> Built:
 
 
 @pytest.fixture(scope="module")
-def onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def onnx() -> Path:
     """The example model for onnx-cpu."""
     pytest.importorskip("onnxruntime_genai")
-    place = tmp_path_factory.mktemp("onnx") / "artifact"
-    return quick_artifact("edge", captured_folder(EXAMPLE), place, source=EXAMPLE)
+    return example_artifact("onnx-cpu")
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +300,7 @@ def test_other_hosts_are_refused_by_the_program(tmp_path: Path, needs: dict[str,
 @pytest.mark.slow
 def test_aotinductor_program_gives_the_tokens_of_optc_run(tmp_path: Path) -> None:
     """The example model with static caches; then a host without torch, and files that are not what they were."""
-    artifact = quick_artifact("inductor-cpu", captured_folder(EXAMPLE), tmp_path / "artifact", source=EXAMPLE)
+    artifact = example_artifact("inductor-cpu", kv_cache="static")
     built = build(artifact, tmp_path)
     wanted = expected(artifact, PROMPT)
     assert len(wanted) == NEW
@@ -329,7 +327,7 @@ def _aotinductor_faults(built: Built, place: Path) -> None:
 @needs_cmake
 @pytest.mark.slow
 def test_aotinductor_program_with_the_op_library_and_paged_caches(tmp_path: Path) -> None:
-    artifact = quick_artifact("inductor-cpu", captured("llama"), tmp_path / "artifact", kv_cache="paged")
+    artifact = example_artifact("inductor-cpu", kv_cache="paged")
     built = build(artifact, tmp_path)
     prompt = list(range(3, 40))
     assert built.tokens(prompt) == expected(artifact, prompt)

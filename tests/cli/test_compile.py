@@ -54,6 +54,7 @@ def test_compile_json(tmp_path: Path, capsys: Capture) -> None:
     rows = {row["name"]: row for row in found["passes"]}
     assert (rows["fuse-rotary"]["matched"], rows["fuse-norm"]["matched"]) == (8, 9)
     assert rows["static-kv-cache"]["max_abs_diff"] < 1e-4
+    assert "store-kv-codes" not in rows, "nothing rounds its keys and values"
     assert set(rows["fuse-norm"]) >= {"name", "matched", "seconds", "max_abs_diff", "kl"}
 
 
@@ -65,6 +66,7 @@ def test_group_size_is_chosen_and_printed(artifact: Path, capsys: Capture) -> No
     weights = 4 * (2 * 192 * 192 + 2 * 64 * 192 + 3 * 512 * 192)
     assert summary["parameters"] == weights
     assert summary["bytes"] == weights // 2 + 2 * weights // 64, "4-bit codes and 16-bit scales"
+    assert summary["ratio_to_ideal"] <= 1.02
     assert (summary["bits_per_parameter"], summary["ideal_bits"]) == (4.25, 4.25)
     (row,) = (row for row in found["passes"] if row["name"] == "quantize-rtn")
     assert (row["matched"], row["candidates"]) == (28, 29)
@@ -143,6 +145,7 @@ def test_recipe_equals_flags(artifact: Path, tmp_path: Path, capsys: Capture) ->
 def test_plan_reads_no_weights(capsys: Capture, tmp_path: Path, artifact: Path) -> None:
     found = result(capsys, "plan", EXAMPLE, "--target", "onnx-cpu", "--quant", "rtn")
     assert found["group_size"] == 64
+    assert "store-kv-codes" not in [row["name"] for row in found["passes"]]
     assert found["linears"] == 28
     assert found["kv_cache_bytes_per_token"] == 2 * 4 * 2 * 32 * 4
     written = result(capsys, "inspect", artifact)["weight_bytes"]
@@ -156,6 +159,10 @@ def test_passes_and_targets(capsys: Capture) -> None:
     targets = {row["name"]: row for row in result(capsys, "targets")["targets"]}
     assert targets["onnx-cpu"]["aliases"] == ["edge", "onnx"]
     assert targets["onnx-cpu"]["quant"]["rtn"]["bits"] == [2, 3, 4, 8]
+    assert optc("targets") == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert "    rtn: 2, 3, 4, 8 bits; groups of 16, 32, 64, 128, 256" in "\n".join(rows)
+    assert "    nf4: 4 bits" in rows, "it has no groups to choose"
 
 
 def test_help_of_every_command_has_an_example(capsys: Capture) -> None:

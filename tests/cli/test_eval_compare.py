@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import make_manifest
+from artifacts import captured_folder, make_manifest
 from conftest import EXAMPLE
 
 from optc.cli.main import main
 from optc.compiler.artifact import finish, read_manifest
-from optc.compiler.capture import capture_pretrained
 from optc.compiler.capture.checkpoint import check_folder, weights_digest
 from optc.compiler.manifest import Source
 from optc.compiler.program import Program
@@ -29,7 +28,7 @@ TEXT = "It was a dark night, and the ship lay at anchor. The captain had gone as
 
 @cache
 def _program(bits: int) -> Program:
-    program = capture_pretrained(EXAMPLE)[0]
+    program = captured_folder(EXAMPLE)
     return QuantizeRtn(bits=bits).run(program, PassContext()).program if bits else program
 
 

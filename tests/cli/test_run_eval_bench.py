@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import make_manifest
+from artifacts import captured_folder, make_manifest
 from conftest import EXAMPLE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optc.cli.main import main
 from optc.compiler.artifact import finish, read_manifest
-from optc.compiler.capture import capture_pretrained
 from optc.compiler.capture.checkpoint import check_folder, config_digest, weights_digest
 from optc.compiler.manifest import Source
 from optc.compiler.program import Program
@@ -35,7 +34,7 @@ TEXT = "It was a dark night, and the ship lay at anchor. " * 40
 
 @cache
 def _program() -> Program:
-    return PageKVCache().run(capture_pretrained(EXAMPLE)[0], PassContext()).program
+    return PageKVCache().run(captured_folder(EXAMPLE), PassContext()).program
 
 
 @cache

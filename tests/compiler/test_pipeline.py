@@ -145,6 +145,24 @@ def test_resume_skips_finished_stages(
     assert ran == [1]  # only the step whose options changed
 
 
+def test_a_step_for_other_programs_is_no_step(llama: Program, tmp_path: Path) -> None:
+    """It leaves no record and no stage, and a rerun goes on behind it."""
+    seen: list[str] = []
+
+    def never(program: Program) -> bool:
+        seen.append(program.contract.passes[-1])
+        return False
+
+    steps = [Step(NeverPass(first=1)), Step(NeverPass(), when=never), Step(NeverPass(first=0))]
+    options = PipelineOptions(work_dir=tmp_path)
+    for _ in range(2):
+        result = Pipeline(steps).run(llama, options)
+        assert [row.options for row in result.records] == [{"first": 1}, {"first": 0}]
+        assert [stage.number for stage in result.stages] == [0, 1, 2]
+    assert seen == ["never-pass(first=1)"] * 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_damaged_stage_is_named(llama: Program, tmp_path: Path) -> None:
     options = PipelineOptions(work_dir=tmp_path)
     Pipeline([NeverPass(first=0)]).run(llama, options)

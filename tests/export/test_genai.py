@@ -12,10 +12,9 @@ import pytest
 import torch
 from conftest import EXAMPLE
 from families import make_model
+from once import example_artifact
 from stages import captured, sequences
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import optc
 
 og = pytest.importorskip("onnxruntime_genai")
 
@@ -29,11 +28,9 @@ NEW = 64
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder() -> Path:
     """The example model in fp32, compiled for onnx-cpu."""
-    return optc.compile(
-        EXAMPLE, target="onnx-cpu", output=tmp_path_factory.mktemp("genai") / "artifact"
-    ).artifact
+    return example_artifact("onnx-cpu")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import ort_driver
 import pytest
 import torch
-from stages import captured, full_logits, sequences
+from stages import captured, full_logits, rewritten, sequences
 
 from optc.compiler.calibration import random_calibration
 from optc.compiler.diagnostics import TargetError
@@ -29,19 +29,28 @@ LENGTHS = (21, 9, 14, 5)
 @functools.cache
 def stages(name: str, granularity: str, format: str = "int8") -> tuple[Program, Program, Program]:
     """(rounded keys and values, caches of codes, legalized); treat them as read-only."""
-    program, rounded = captured(name), None
+    program, rounded, codes = captured(name), None, None
     for step in TARGET.recipe("decoder", CompileOptions()):
         if isinstance(step.rewrite, StaticKVCache):
             rewrite = QuantizeKVCache(format=format, granularity=granularity)  # type: ignore[arg-type]
             rounded = program = rewrite.run(program, CONTEXT).program
+        if not step.applies(program):
+            continue
         result = step.rewrite.run(program, CONTEXT)
         program = result.program
-        if isinstance(step.rewrite, StaticKVCache):
-            result = StoreKVCodes().run(program, CONTEXT)
+        if isinstance(step.rewrite, StoreKVCodes):
             assert result.matched == 2
-            codes = program = result.program
+            codes = program
     assert rounded is not None
+    assert codes is not None
     return rounded, codes, program
+
+
+def test_nothing_is_stored_as_codes_where_nothing_is_rounded() -> None:
+    (step,) = (
+        step for step in TARGET.recipe("decoder", CompileOptions()) if isinstance(step.rewrite, StoreKVCodes)
+    )
+    assert not step.applies(rewritten(StaticKVCache(), "llama").program)
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head", "channel"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLE, ROOT, shared_path
+from once import example_artifact
 from transformers import AutoModelForCausalLM
 
 import optc
@@ -18,11 +19,9 @@ from optc.runtime.evaluate import evaluate
 PROMPT = "The old man looked at the sea, and"
 LIMIT = 1e-4  # on logits of magnitude 10 to 20
 
-_SLOW, _BIG = [pytest.mark.slow], [pytest.mark.slow, pytest.mark.shared]
-CASES = [
+_BIG = [pytest.mark.slow, pytest.mark.shared]
+CASES = [  # the packages of the example model are in tests/runtime/test_artifacts.py
     pytest.param(("fiction-3m", "onnx-cpu", None), id="3m-onnx"),
-    pytest.param(("fiction-3m", "inductor-cpu", "static"), id="3m-inductor", marks=_SLOW),
-    pytest.param(("fiction-3m", "inductor-cpu", "paged"), id="3m-inductor-paged", marks=_SLOW),
     pytest.param(("fiction-26m", "onnx-cpu", None), id="26m-onnx", marks=_BIG),
     pytest.param(("fiction-26m", "inductor-cpu", "static"), id="26m-inductor", marks=_BIG),
 ]
@@ -32,7 +31,11 @@ class Pair:
     """An artifact and the transformers model it was made from."""
 
     def __init__(self, folder: Path, target: str, kv_cache: str | None, output: Path) -> None:
-        self.artifact = optc.compile(folder, target=target, output=output, kv_cache=kv_cache).artifact
+        options = {"kv_cache": kv_cache} if kv_cache else {}
+        if folder == EXAMPLE:
+            self.artifact = example_artifact(target, **options)
+        else:
+            self.artifact = optc.compile(folder, target=target, output=output, **options).artifact
         self.model = optc.load(self.artifact)
         self.reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLE
+from hf_folders import source
 
 import optc
 from optc.compiler.artifact import verify
@@ -18,10 +18,10 @@ from optc.compiler.artifact import verify
 
 @pytest.mark.slow
 def test_kill_leaves_old_artifact_or_new(tmp_path: Path) -> None:
-    output = tmp_path / "artifact"
-    old = optc.compile(EXAMPLE, target="onnx-cpu", output=output).manifest.self_sha256
-    command = [sys.executable, "-m", "optc", "compile", str(EXAMPLE), "--target", "onnx-cpu", "--quant", "rtn",
-               "-o", str(output), "--force"]  # fmt: skip
+    model, output = source("llama"), tmp_path / "artifact"
+    old = optc.compile(model, target="onnx-cpu", output=output).manifest.self_sha256
+    command = [sys.executable, "-m", "optc", "compile", str(model), "--target", "onnx-cpu", "--quant", "rtn",
+               "--group-size", "32", "-o", str(output), "--force"]  # fmt: skip
     begin = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True)
     whole = time.perf_counter() - begin

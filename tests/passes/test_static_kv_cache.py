@@ -27,9 +27,12 @@ def _garbage(program: Program, rows: int, length: int) -> list[Tensor]:
     return [torch.randn((rows, dims[1], length, dims[3]), generator=generator) for dims in shapes]
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "in_place"),
+    [("gemma2", False), ("mistral", False), *((family, True) for family in FAMILIES)],
+)
 def test_equals_full_forward(family: str, in_place: bool) -> None:
+    """tests/export/test_onnx_decoders.py has growing caches of every family."""
     program, rows = captured(family), sequences(*LENGTHS)
     result = rewritten(StaticKVCache(in_place=in_place), family)
     assert (result.matched, result.candidates) == (2, 2)

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import EXAMPLE
+from once import example_artifact
 from transformers import AutoModelForCausalLM
 
-import optc
 from optc.compiler.diagnostics import InputError
 from optc.runtime.load import Model, load
 
 ENGINES = {
     "onnx": {"target": "onnx-cpu"},
-    "package-static": {"target": "inductor-cpu", "kv_cache": "static", "max_seq_len": 1024},
+    "package-static": {"target": "inductor-cpu", "kv_cache": "static"},
     "package-paged": {"target": "inductor-cpu", "kv_cache": "paged"},
 }
 RAGGED = [[0, 493, 718, 435, 875], [8], list(range(300, 339)), [100, 4, 100, 4]]
@@ -40,10 +40,8 @@ def _greedy(prompt: tuple[int, ...]) -> list[int]:
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ENGINES])
-def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp(request.param) / "artifact"
-    optc.compile(EXAMPLE, output=folder, **ENGINES[request.param])
-    return folder
+def artifact(request: pytest.FixtureRequest) -> Path:
+    return example_artifact(**ENGINES[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +93,8 @@ def test_score(model: Model) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
-def test_the_whole_context(artifact: Path, model: Model) -> None:
-    session, size = model.session, 1024 if artifact.parent.name.startswith("package-static") else 2048
+def test_the_whole_context(model: Model) -> None:
+    session, size = model.session, 2048
     assert session.context_length == size
     rows = [[(11 * i) % 8192 for i in range(size - 1)]]
     session.prefill(rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from artifacts import make_manifest
+from artifacts import captured_folder, make_manifest
 from conftest import EXAMPLE
 from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
@@ -18,7 +18,6 @@ from lm_eval.tasks import TaskManager
 from msgspec.structs import replace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optc.compiler.capture import capture_pretrained
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.program import Program
 from optc.runtime.lm_eval_adapter import ArtifactLM
@@ -37,9 +36,8 @@ PAIRS = [
 TEXTS = ["A.", "It was a dark night, and the ship lay at anchor. " * 6, 'Fire!\n\n"No," he said.']
 
 
-@cache
 def _program() -> Program:
-    return capture_pretrained(EXAMPLE)[0]
+    return captured_folder(EXAMPLE)
 
 
 def _model(context: int = 0) -> Model:

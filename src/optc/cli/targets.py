@@ -47,5 +47,6 @@ def _show(result: dict[str, Any]) -> None:
         )
         for name, quant in row["quant"].items():
             sizes = ", ".join("channel" if size == 0 else str(size) for size in quant["group_sizes"])
+            groups = f"; groups of {sizes}" if sizes else ""  # none to choose
             note = f" ({quant['note']})" if quant["note"] else ""
-            click.echo(f"    {name}: {', '.join(map(str, quant['bits']))} bits; groups of {sizes}{note}")
+            click.echo(f"    {name}: {', '.join(map(str, quant['bits']))} bits{groups}{note}")

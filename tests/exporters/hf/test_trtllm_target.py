@@ -120,7 +120,7 @@ def test_serving_options(tmp_path: Path) -> None:
     ("options", "text"),
     [
         ({"max_batch": 0}, "--max-batch 0 is not positive"),
-        ({"max_seq_len": 512}, "--max-seq-len 512 is longer than the model's context"),
+        ({"max_seq_len": 0}, "--max-seq-len 0 is not positive"),
         ({"max_batch": 16, "max_num_tokens": 8}, "--max-num-tokens 8 is less than --max-batch 16"),
         ({"draft_tokens": 4}, "--draft-tokens does nothing without --speculative"),
         ({"speculative": "medusa"}, "unknown speculative decoding 'medusa'"),
@@ -129,9 +129,15 @@ def test_serving_options(tmp_path: Path) -> None:
 )
 def test_serving_options_that_contradict(options: dict, text: str) -> None:
     with pytest.raises(UsageError) as caught:
-        check_serving(CompileOptions(**options), 256)
+        check_serving(CompileOptions(**options))
     assert text in str(caught.value)
     assert caught.value.remedy
+
+
+def test_a_longer_sequence_than_the_models_context_is_refused(capsys: Capture) -> None:
+    code, output = _plan(capsys, "--dtype", "bf16", "--max-seq-len", "512")
+    assert code == 4
+    assert "--max-seq-len 512 is beyond the model's context of 256 tokens" in output
 
 
 def test_compile_writes_a_folder_and_its_record(tmp_path: Path) -> None:

@@ -246,12 +246,14 @@ def test_library_without_the_python_dialect() -> None:
     """In a process that has only the library, the schema is the same and the Python dialect can follow."""
     script = (
         "import sys, torch; torch.ops.load_library(sys.argv[1])\n"
-        "before = str(torch.ops.optc.linear_nbits.default._schema)\n"
+        "ops = [torch.ops.optc.linear_nbits.default, torch.ops.optc.paged_attention_.default]\n"
+        "before = [str(op._schema) for op in ops]\n"
         "import optc.compiler.program\n"
-        "print(before == str(torch.ops.optc.linear_nbits.default._schema), before)\n"
+        "ops = [torch.ops.optc.linear_nbits.default, torch.ops.optc.paged_attention_.default]\n"
+        "for op, text in zip(ops, before): print(text == str(op._schema), text)\n"
     )
     command = [sys.executable, "-c", script, str(build_library())]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(
-        "True optc::linear_nbits(Tensor x, Tensor packed, Tensor scale, Tensor? zero"
-    )
+    packed, paged = done.stdout.splitlines()
+    assert packed.startswith("True optc::linear_nbits(Tensor x, Tensor packed, Tensor scale, Tensor? zero")
+    assert paged.startswith("True optc::paged_attention_(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pool")

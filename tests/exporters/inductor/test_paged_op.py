@@ -171,18 +171,3 @@ def test_bad_indices_are_refused(
     inputs, knobs = _broken(index, change)
     with pytest.raises(RuntimeError, match=message):
         kernel(*inputs, **knobs)
-
-
-def test_library_without_the_python_dialect() -> None:
-    """In a process that has only the library, the schema is the same and the Python dialect can follow."""
-    script = (
-        "import sys, torch; torch.ops.load_library(sys.argv[1])\n"
-        "before = str(torch.ops.optc.paged_attention_.default._schema)\n"
-        "import optc.compiler.program\n"
-        "print(before == str(torch.ops.optc.paged_attention_.default._schema), before)\n"
-    )
-    command = [sys.executable, "-c", script, str(build_library())]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(
-        "True optc::paged_attention_(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pool"
-    )
