@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,31 +89,6 @@ def test_errors(flags: list[Any], code: int, message: str, tmp_path: Path, capsy
     assert optc("train", *given) == code
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_torchrun_gives_the_curve_of_one_process(recipe: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    assert optc("train", recipe, "-o", tmp_path / "one") == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [
-        *torchrun,
-        "-m",
-        "optc",
-        "train",
-        str(recipe),
-        "--set",
-        "parallel.kind=ddp",
-        "-o",
-        str(tmp_path / "two"),
-    ]
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
-    one, two = (
-        [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
-    )
-    assert len(one) == 4
-    assert two == pytest.approx(one, abs=1e-5)
 
 
 @pytest.mark.slow
