@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from optc.compiler.dataset_rows import is_dataset, read_rows
 from optc.compiler.diagnostics import InputError, os_errors
 
 DEFAULT_SAMPLES, DEFAULT_LENGTH = 128, 512
@@ -50,14 +51,19 @@ def read_documents(path: Path, encoder: Encoder | None, *, kind: str = "calibrat
     """The token sequences of a file of text or tokens.
 
     `.jsonl`: one object per line with "text" (needs a tokenizer), or "tokens" or "input_ids", a list of ids. `.json`: a
-    list of ids, or a list of such lists. Anything else is UTF-8 text.
+    list of ids, or a list of such lists. `.parquet`, or a folder by `datasets.save_to_disk`: the same keys as columns
+    (extra `datasets`). Anything else is UTF-8 text.
 
     Args:
         kind: what the file is for, as errors name it.
 
     Raises:
         InputError: unreadable, malformed (with the line), or text without a tokenizer.
+        UsageError: a dataset without the extra.
     """
+    if is_dataset(path):
+        rows = enumerate(read_rows(path, kind=kind), 1)
+        return [_record(row, f"{path}, row {number}", encoder, kind) for number, row in rows]
     with os_errors(f"reading the {kind} file", str(path)):
         data = path.read_bytes()
     try:
@@ -71,12 +77,12 @@ def read_documents(path: Path, encoder: Encoder | None, *, kind: str = "calibrat
             for number, line in lines
         ]
     if path.suffix == ".json":
-        rows = _json(text, str(path), kind)
-        if isinstance(rows, list) and rows and isinstance(rows[0], int):
-            rows = [rows]
-        if not isinstance(rows, list):
+        found = _json(text, str(path), kind)
+        if isinstance(found, list) and found and isinstance(found[0], int):
+            found = [found]
+        if not isinstance(found, list):
             raise _malformed(str(path), kind)
-        return [_ids(row, str(path), kind) for row in rows]
+        return [_ids(row, str(path), kind) for row in found]
     return [_encode(text, str(path), encoder, kind)]
 
 

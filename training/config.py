@@ -61,7 +61,8 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """What is read and how it is cut into batches.
 
     Attributes:
-        text: files: UTF-8 text (one document each), or .jsonl or .json as `optc compile --calibration` takes them.
+        text: files: UTF-8 text (one document each), or .jsonl, .json, .parquet or a folder of `datasets`, as `optc
+            compile --calibration` takes them.
         batching: "pack" lays several documents into each row of seq_len tokens; "tokens" puts documents of similar
             length together, each in a row of its own, up to the same number of tokens per batch. In neither does a
             token attend to another document.

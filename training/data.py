@@ -77,10 +77,10 @@ def read_corpus(
         )
     documents = []
     for path in paths:
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise InputError(
-                "the training text does not exist" if not Path(path).exists() else "the training text is not a file",
-                where=path, remedy="give a file: text, .jsonl or .json of token ids",
+                "the training text does not exist", where=path,
+                remedy="give a file (text, .jsonl, .json of token ids, .parquet) or a folder of datasets' save_to_disk",
             )  # fmt: skip
         for number, tokens in enumerate(read_documents(Path(path), encoder, kind="training"), 1):
             if end_token is not None and tokens and tokens[-1] != end_token:

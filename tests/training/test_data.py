@@ -165,7 +165,7 @@ class TestErrors:
         assert str(tmp_path / "no.txt") in str(found.value)
 
     def test_folder_as_text(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="the training text is not a file"):
+        with pytest.raises(InputError, match="the training data is a folder, and no dataset"):
             read_corpus([str(tmp_path)], None, vocab_size=VOCAB, end_token=None)
 
     def test_text_without_a_tokenizer(self, tmp_path: Path) -> None:

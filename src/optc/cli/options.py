@@ -56,7 +56,7 @@ _FLAGS: tuple[Callable[[F], F], ...] = (
     click.option("--group-size", type=int, help="Weights per scale. Default: the largest of 128, 64, 32 that divides every linear."),
     click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points.  [default: symmetric]"),
     click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave weights of this name unquantized (repeatable), e.g. '*.down_proj.*'."),
-    click.option("--calibration", type=click.Path(path_type=Path), help="Text, or .jsonl or .json of token ids.  [default: a built-in text]"),
+    click.option("--calibration", type=click.Path(path_type=Path), help="Text, .jsonl, .json, .parquet, or a dataset's folder.  [default: built-in]"),
     click.option("--calibration-samples", type=int, help="Calibration sequences.  [default: 128]"),
     click.option("--calibration-seq-len", type=int, help="Tokens of each.  [default: 512]"),
     click.option("--kv-cache", help="static or paged; default is the target's first."),

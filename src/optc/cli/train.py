@@ -17,7 +17,10 @@ from optc.compiler.diagnostics import UsageError
 @click.option("--recipe", help="pretrain, finetune, lora, qlora, qat or distill; or a YAML file.")
 @click.option("--model", help="Model folder to start from.")
 @click.option(
-    "--text", multiple=True, metavar="FILE", help="Training text, .jsonl or .json of token ids (repeatable)."
+    "--text",
+    multiple=True,
+    metavar="FILE",
+    help="Training text, .jsonl, .json of token ids, .parquet or a dataset's folder (repeatable).",
 )
 @click.option("--max-steps", type=int, help="Optimizer steps.")
 @click.option("--bits", type=int, help="QAT: bits per weight.")

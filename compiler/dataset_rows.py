@@ -1,0 +1,76 @@
+"""Rows of Parquet files and of folders written by `datasets.save_to_disk` (extra `datasets`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from optc.compiler.diagnostics import InputError, UsageError, os_errors
+
+_COLUMNS = ("text", "tokens", "input_ids")
+_ROWS = 1024  # read at a time
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether `read_rows` reads it: a folder, or a .parquet file."""
+    return path.is_dir() or path.suffix == ".parquet"
+
+
+def read_rows(path: Path, *, kind: str) -> Iterator[dict[str, Any]]:
+    """Each row's "text", "tokens" or "input_ids", the first of them that is a column.
+
+    Args:
+        kind: what the data is for, as errors name it.
+
+    Raises:
+        UsageError: the extra `datasets` is not installed.
+        InputError: no dataset, several splits, damaged, or none of the columns.
+    """
+    try:
+        import datasets
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UsageError(
+            f"the {kind} data is a dataset, which needs the library datasets", why=str(error),
+            remedy="pip install 'optc[datasets]'",
+        ) from error  # fmt: skip
+    with os_errors(f"reading the {kind} data", str(path)):
+        try:
+            if path.suffix == ".parquet":
+                file = pyarrow.parquet.ParquetFile(path)
+                column = _column(file.schema_arrow.names, path, kind)
+                for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
+                    yield from batch.to_pylist()
+                return
+            _check_folder(path, kind)
+            found = datasets.load_from_disk(str(path))
+            column = _column(found.column_names, path, kind)
+            yield from found.select_columns([column]).with_format(None)
+        except (pyarrow.ArrowException, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(f"the {kind} data is damaged", where=str(path), why=str(error)) from error
+
+
+def _check_folder(path: Path, kind: str) -> None:
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(item.parent.name for item in path.glob("*/state.json"))
+        raise InputError(
+            f"the {kind} data has several splits: {', '.join(splits)}", where=str(path),
+            remedy=f"give one of them, such as {path / splits[0]}" if splits else None,
+        )  # fmt: skip
+    if not (path / "state.json").is_file():
+        raise InputError(
+            f"the {kind} data is a folder, and no dataset", where=str(path),
+            why="it has no state.json", remedy="give a folder written by datasets' save_to_disk, or files",
+        )  # fmt: skip
+
+
+def _column(names: list[str], path: Path, kind: str) -> str:
+    found = next((name for name in _COLUMNS if name in names), None)
+    if found is None:
+        raise InputError(
+            f"the {kind} data has no column of text or token ids", where=str(path),
+            why=f"its columns are {', '.join(names)}", remedy="name a column text, tokens or input_ids",
+        )  # fmt: skip
+    return found
