@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from optc.compiler.diagnostics import InputError, os_errors
 from optc.compiler.publishing import write_folder
 from optc.training.data import Position
+from optc.training.optimizers import counter_device
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,12})")
@@ -223,9 +224,8 @@ def _restore_optimizer(
             raise _another(
                 folder, f"{key} is {tuple(tensor.shape)} there, {tuple(parameter.shape)} in the model"
             )
-        # Counters of steps: a fused optimizer wants them where the weight is, others on the CPU.
-        beside = tensor.dim() or optimizer.defaults.get("fused")
-        optimizer.state[parameter][field] = tensor.to(parameter.device if beside else "cpu")
+        device = parameter.device if tensor.dim() else counter_device(optimizer, parameter)
+        optimizer.state[parameter][field] = tensor.to(device)
     for name, row in values.parameters.items():
         optimizer.state[named[name]].update(row)
     for group, row in zip(optimizer.param_groups, values.groups, strict=True):

@@ -78,6 +78,11 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     return build(groups, **options)
 
 
+def counter_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch.device:
+    """Where the optimizer wants its counters of steps: a fused one beside the weight, others on the CPU."""
+    return parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
     """Set every group's rate to a share of its peak, which the group keeps as `peak_lr`."""
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run writes and reads: one process in its own layout, several processes sharded."""
+"""Which checkpoint a run writes and reads: one process in its own layout, several processes sharded, DeepSpeed its own."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ import msgspec
 from optc.compiler.diagnostics import InputError, os_errors
 from optc.training import checkpoint
 from optc.training.checkpoint import RunState
+from optc.training.deepspeed_checkpoint import STATE as _DEEPSPEED
+from optc.training.deepspeed_checkpoint import load_deepspeed, save_deepspeed
+from optc.training.deepspeed_zero import EngineOptimizer
 from optc.training.setup import Run
 from optc.training.sharded_checkpoint import load_sharded, save_sharded
 
 _SHARDED = "state.json"  # what only a sharded checkpoint has
+_ONE, _SEVERAL = "one process", "several processes"
+_WRITERS = {"none": _ONE, "deepspeed": "DeepSpeed"}
+_KINDS = {_ONE: "none", _SEVERAL: "ddp, zero1 or fsdp", "DeepSpeed": "deepspeed"}
 
 
 class _ShardedState(msgspec.Struct, frozen=True):
@@ -39,7 +45,10 @@ def save_run(run: Run, start: RunState, folder: Path) -> Path:
     if run.config.parallel.kind == "none":
         return checkpoint.save(folder, state, run.model, run.optimizer, keep=keep)
     place = checkpoint.folder_of(folder, run.step)
-    save_sharded(place, run.model, run.optimizer, msgspec.to_builtins(state))
+    if isinstance(run.optimizer, EngineOptimizer):
+        save_deepspeed(place, run.model, run.optimizer, msgspec.to_builtins(state))
+    else:
+        save_sharded(place, run.model, run.optimizer, msgspec.to_builtins(state))
     if run.world.rank == 0:
         checkpoint.remove_oldest(folder, keep)
     return place
@@ -56,13 +65,15 @@ def resume_run(run: Run, now: RunState, folder: Path) -> RunState | None:
         return None
     state = read_state(found[-1])
     checkpoint.check_same_run(found[-1], state, now)
-    several = run.config.parallel.kind != "none"
-    if several != _is_sharded(found[-1]):
+    written, kind = _written_by(found[-1]), run.config.parallel.kind
+    if written != _WRITERS.get(kind, _SEVERAL):
         raise InputError(
-            "the checkpoint was written by " + ("one process" if several else "several processes"), where=str(found[-1]),
-            remedy=f"resume with parallel.kind={'none' if several else 'ddp, zero1 or fsdp'}",
+            f"the checkpoint was written by {written}", where=str(found[-1]),
+            remedy=f"resume with parallel.kind={_KINDS[written]}",
         )  # fmt: skip
-    if several:
+    if isinstance(run.optimizer, EngineOptimizer):
+        load_deepspeed(found[-1], run.model, run.optimizer)
+    elif written == _SEVERAL:
         load_sharded(found[-1], run.model, run.optimizer)
     else:
         checkpoint.restore(found[-1], state, run.model, run.optimizer)
@@ -78,13 +89,16 @@ def read_state(folder: Path) -> RunState:
     Raises:
         InputError: missing, malformed, or of another format.
     """
-    if not _is_sharded(folder):
+    written = _written_by(folder)
+    if written == _ONE:
         return checkpoint.read_state(folder)
-    path = folder / _SHARDED
+    path = folder / (_DEEPSPEED if written == "DeepSpeed" else _SHARDED)
     with os_errors("reading the checkpoint", str(path)):
         data = path.read_bytes()
     return checkpoint.check_format(checkpoint.decode(data, _ShardedState, path).extra, path)
 
 
-def _is_sharded(folder: Path) -> bool:
-    return (folder / _SHARDED).is_file()
+def _written_by(folder: Path) -> str:
+    if (folder / _DEEPSPEED).is_file():
+        return "DeepSpeed"
+    return _SEVERAL if (folder / _SHARDED).is_file() else _ONE

@@ -105,12 +105,6 @@ def check_config(config: TrainConfig, world: World) -> None:
             "sophia does not run on shards", why="its Hessian estimate differentiates whole weights twice",
             remedy="use adamw or lion, or parallel.kind=ddp",
         )  # fmt: skip
-
-    if config.parallel.kind == "deepspeed" and config.saving.every:
-        raise UsageError(
-            "checkpoints of parallel.kind=deepspeed are not written", why="DeepSpeed keeps its state in flat shards of its own",
-            remedy="use --set saving.every=0, or parallel.kind=zero1 or fsdp",
-        )  # fmt: skip
     if config.parallel.kind == "deepspeed" and config.precision != "fp32":
         raise UsageError(
             f"deepspeed trains in fp32 here, not in {config.precision}",

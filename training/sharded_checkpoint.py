@@ -24,6 +24,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from optc.compiler.diagnostics import InputError, os_errors
 from optc.compiler.publishing import write_folder
+from optc.training.optimizers import counter_device
 
 _STATE = "state.json"
 
@@ -45,6 +46,23 @@ def save_sharded(
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer::{name}::{key}"] = value
+    with shared_folder(folder) as place:
+        with _failures("writing the checkpoint", folder):
+            dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(place), save_distributed=True))
+        if dist.get_rank() == 0:
+            groups = [plain_values(group) for group in optimizer.param_groups]
+            text = msgspec.json.encode({"groups": groups, "extra": extra or {}})
+            (place / _STATE).write_bytes(text)
+    dist.barrier()  # published
+
+
+@contextmanager
+def shared_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that all ranks write into; rank 0 renames it to `folder` when its block ends.
+
+    Raises:
+        InputError, ResourceError: the folder exists or cannot be made.
+    """
     with ExitStack() as stack:
         place: list[Any] = [None]
         try:
@@ -54,13 +72,7 @@ def save_sharded(
             dist.broadcast_object_list(place)  # None: rank 0 could not
         if place[0] is None:
             raise InputError("rank 0 could not make the checkpoint's folder", where=str(folder))
-        with _failures("writing the checkpoint", folder):
-            dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(place[0], save_distributed=True))
-        if dist.get_rank() == 0:
-            groups = [_plain(group) for group in optimizer.param_groups]
-            text = msgspec.json.encode({"groups": groups, "extra": extra or {}})
-            (Path(place[0]) / _STATE).write_bytes(text)
-    dist.barrier()  # published
+        yield Path(place[0])
 
 
 def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -81,7 +93,8 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
             if shape is None:
                 continue
             same = shape == tuple(parameter.shape)
-            value = torch.zeros_like(parameter) if same else torch.zeros(shape, dtype=torch.float32)
+            count = torch.zeros(shape, dtype=torch.float32, device=counter_device(optimizer, parameter))
+            value = torch.zeros_like(parameter) if same else count
             optimizer.state[parameter][key] = wanted[f"optimizer::{name}::{key}"] = value.detach()
     with torch.no_grad(), _failures("reading the checkpoint", folder):
         dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)))
@@ -124,7 +137,8 @@ def _owned(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple
             yield name, parameter
 
 
-def _plain(group: dict[str, Any]) -> dict[str, Any]:
+def plain_values(group: dict[str, Any]) -> dict[str, Any]:
+    """The numbers and flags of an optimizer's group."""
     return {key: value for key, value in group.items() if type(value) in (int, float, bool)}
 
 

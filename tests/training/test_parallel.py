@@ -14,7 +14,7 @@ from optc.compiler.diagnostics import UsageError
 from optc.training import deepspeed_zero
 from optc.training.parallel import ParallelConfig, apply_data_parallel, clip_grad_norm, shard_optimizer
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent))  # behind tests/, whose conftest others import
 import parallel_driver as driver
 from training_runs import torchrun
 

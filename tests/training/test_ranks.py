@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,27 @@ def test_two_ranks_give_the_curve_and_the_weights_of_one_process(
     ) in expected.items():  # AdamW moves a weight by up to 3e-4 a step, whichever way noise points
         assert found[name].shape == tensor.shape, name
         assert float((found[name] - tensor).abs().mean()) < 1e-5, name
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_resumes(recipe: Path, alone: Path, tmp_path: Path, stage: int) -> None:
+    """Two steps, then a process that goes on from their checkpoint."""
+    pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
+    output = tmp_path / "out"
+    words = [
+        "--set",
+        "parallel.kind=deepspeed",
+        "--set",
+        f"parallel.zero_stage={stage}",
+        "--set",
+        "schedule.kind=constant",
+    ]
+    keep = ["--set", "saving.every=2", "--set", "saving.keep_run=true", "-o", output]
+    torchrun(2, "-m", "optc", "train", recipe, *words, "--max-steps", 2, *keep)
+    shutil.rmtree(output)
+    torchrun(2, "-m", "optc", "train", recipe, *words, "--resume", *keep)
+    expected = tmp_path / "whole"
+    train(load_config(str(recipe), values={"output": str(expected), "schedule.kind": "constant"}))
+    curves = [[row.loss for row in read_log(folder / "log.jsonl")] for folder in (output, expected)]
+    assert json.loads((output / "train.json").read_text())["resumed_from"] == 2
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)

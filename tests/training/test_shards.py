@@ -17,7 +17,7 @@ from optc.compiler.diagnostics import InputError
 from optc.training.parallel import ParallelConfig, start_processes
 from optc.training.sharded_checkpoint import load_sharded, save_sharded
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent))  # behind tests/, whose conftest others import
 import shards_driver as driver
 from training_runs import torchrun
 
