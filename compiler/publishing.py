@@ -60,7 +60,7 @@ def write_folder(output: Path, *, force: bool) -> Iterator[Path]:
     _remove_abandoned(output, "tmp")
     temporary, parents, lock = _sibling(output, "tmp"), _missing_parents(output), -1
     try:
-        with _disk_errors(output):
+        with disk_errors(output):
             for folder in parents:
                 folder.mkdir(exist_ok=True)
             temporary.mkdir()
@@ -138,7 +138,7 @@ def _is_artifact(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _disk_errors(output: Path) -> Iterator[None]:
+def disk_errors(output: Path) -> Iterator[None]:
     """os_errors, and the full disk that engines written in Rust or C++ report in words of their own."""
     try:
         with os_errors("writing the artifact", str(output)):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from optc.compiler.diagnostics import InputError, os_errors
 from optc.compiler.publishing import write_folder
 from optc.training.data import Position
-from optc.training.optimizers import counter_device
+from optc.training.optimizers import place_state, plain_values
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,12})")
@@ -196,8 +196,8 @@ def restore(folder: Path, state: RunState, model: nn.Module, optimizer: torch.op
         InputError: damaged, or tensors of another model.
     """
     expected = _model_tensors(model)
-    found = _read(folder / "model.safetensors")
-    _compare(folder, {name: tuple(item.shape) for name, item in expected.items()}, found)
+    found = read_tensors(folder / "model.safetensors")
+    compare_shapes(folder, {name: tuple(item.shape) for name, item in expected.items()}, found)
     with torch.no_grad():
         for name, tensor in expected.items():
             tensor.copy_(found[name])
@@ -208,12 +208,12 @@ def _restore_optimizer(
     folder: Path, values: OptimizerValues, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
     named = {name: item for name, item in model.named_parameters() if item.requires_grad}
-    tensors = _read(folder / "optimizer.safetensors")
+    tensors = read_tensors(folder / "optimizer.safetensors")
     for name in {key.partition("::")[0] for key in tensors} | values.parameters.keys():
         if name not in named:
-            raise _another(folder, f"it has optimizer state of {name}")
+            raise another_model(folder, f"it has optimizer state of {name}")
     if len(values.groups) != len(optimizer.param_groups):
-        raise _another(
+        raise another_model(
             folder,
             f"{len(values.groups)} groups of parameters, the optimizer has {len(optimizer.param_groups)}",
         )
@@ -221,11 +221,10 @@ def _restore_optimizer(
         name, _, field = key.partition("::")
         parameter = named[name]
         if tensor.dim() and tensor.shape != parameter.shape:
-            raise _another(
+            raise another_model(
                 folder, f"{key} is {tuple(tensor.shape)} there, {tuple(parameter.shape)} in the model"
             )
-        device = parameter.device if tensor.dim() else counter_device(optimizer, parameter)
-        optimizer.state[parameter][field] = tensor.to(device)
+        optimizer.state[parameter][field] = place_state(optimizer, parameter, tensor)
     for name, row in values.parameters.items():
         optimizer.state[named[name]].update(row)
     for group, row in zip(optimizer.param_groups, values.groups, strict=True):
@@ -253,14 +252,16 @@ def _optimizer_state(
                 tensors[f"{name}::{key}"] = value.detach().contiguous()
             else:
                 plain.setdefault(name, {})[key] = value
-    groups = [
-        {key: value for key, value in group.items() if type(value) in (int, float, bool)}
-        for group in optimizer.param_groups
-    ]
+    groups = [plain_values(group) for group in optimizer.param_groups]
     return tensors, OptimizerValues(parameters=plain, groups=groups)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's file, on the CPU.
+
+    Raises:
+        InputError: missing or damaged.
+    """
     with os_errors("reading the checkpoint", str(path)):
         try:
             return load_file(path)
@@ -271,15 +272,24 @@ def _read(path: Path) -> dict[str, Tensor]:
             ) from error  # fmt: skip
 
 
-def _compare(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, Tensor]) -> None:
+def compare_shapes(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, Tensor]) -> None:
+    """Refuse tensors that are not those of the model.
+
+    Args:
+        expected: name -> shape in the model.
+
+    Raises:
+        InputError: names the first that differs.
+    """
     for name in sorted(expected.keys() ^ found.keys()):
-        raise _another(folder, f"{name} is only in the {'model' if name in expected else 'checkpoint'}")
+        raise another_model(folder, f"{name} is only in the {'model' if name in expected else 'checkpoint'}")
     for name, shape in expected.items():
         if tuple(found[name].shape) != shape:
-            raise _another(folder, f"{name} is {tuple(found[name].shape)} there, {shape} in the model")
+            raise another_model(folder, f"{name} is {tuple(found[name].shape)} there, {shape} in the model")
 
 
-def _another(folder: Path, why: str) -> InputError:
+def another_model(folder: Path, why: str) -> InputError:
+    """The error for a checkpoint of another model."""
     return InputError(
         "the checkpoint is of another model", where=str(folder), why=why,
         remedy="give the model folder that the run started from, or another output",

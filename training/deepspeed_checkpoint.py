@@ -6,7 +6,6 @@ stage read it back: how parameters lie in a flat part depends on both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,17 @@ import msgspec
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from optc.compiler.diagnostics import InputError, OptcError, os_errors
-from optc.training.deepspeed_zero import EngineOptimizer, check_deepspeed, gather_parameters
-from optc.training.optimizers import counter_device
-from optc.training.sharded_checkpoint import plain_values, shared_folder
+from optc.compiler.publishing import disk_errors
+from optc.training.checkpoint import another_model, compare_shapes, decode, read_tensors
+from optc.training.deepspeed_zero import EngineOptimizer, check_deepspeed, gather_state
+from optc.training.optimizers import place_state, plain_values
+from optc.training.sharded_checkpoint import model_tensors, shared_folder
 
-STATE = "deepspeed.json"
+_STATE = "deepspeed.json"
 _WEIGHTS = "model.safetensors"
 
 
@@ -40,18 +41,20 @@ def save_deepspeed(folder: Path, model: nn.Module, optimizer: EngineOptimizer, e
         InputError, ResourceError: the folder exists or cannot be written; then nothing of it is left.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    weights = gather_parameters(model, keep=rank == 0)
+    state = gather_state(model, keep=rank == 0)
     with shared_folder(folder) as place:
-        failure: OptcError | None = None
+        failure: OptcError | SafetensorError | None = None
         try:
-            with os_errors("writing the checkpoint", str(folder)):
+            with disk_errors(folder):
                 save_file(_flat_tensors(optimizer), place / _part(rank, size))
                 if rank == 0:
-                    save_file({name: item.contiguous() for name, item in weights.items()}, place / _WEIGHTS)
+                    save_file(
+                        {name: state[name].contiguous() for name in model_tensors(model)}, place / _WEIGHTS
+                    )
                     groups = [plain_values(group) for group in optimizer.param_groups]
-                    state = _State(ranks=size, stage=_stage(optimizer), groups=groups, extra=extra)
-                    (place / STATE).write_bytes(msgspec.json.encode(state))
-        except OptcError as error:
+                    plain = _State(ranks=size, stage=_stage(optimizer), groups=groups, extra=extra)
+                    (place / _STATE).write_bytes(msgspec.json.encode(plain))
+        except (OptcError, SafetensorError) as error:
             failure = error
         _raise_together(failure, folder)
     dist.barrier()  # published
@@ -64,54 +67,57 @@ def load_deepspeed(folder: Path, model: nn.Module, optimizer: EngineOptimizer) -
         InputError: missing, damaged, of another model, number of ranks or stage.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    state = read_deepspeed_state(folder)
+    state = _read_state(folder / _STATE)
     if (state.ranks, state.stage) != (size, _stage(optimizer)):
         raise InputError(
             f"the checkpoint is of {state.ranks} rank(s) and ZeRO stage {state.stage}, the run of {size} and "
             f"{_stage(optimizer)}",
             where=str(folder), remedy="resume with the same number of processes and parallel.zero_stage",
         )  # fmt: skip
-    weights, flat = _read(folder / _WEIGHTS), _read(folder / _part(rank, size))
-    shapes = {name: tuple(getattr(item, "ds_shape", item.shape)) for name, item in model.named_parameters()}
-    _compare(folder, shapes, {name: tuple(item.shape) for name, item in weights.items()})
-    parts = dict(_flat_parts(optimizer))
-    found = {key: tuple(item.shape) for key, item in flat.items() if "::" not in key}
-    _compare(folder, {key: tuple(item.shape) for key, item in parts.items()}, found)
-    deepspeed = check_deepspeed()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            with deepspeed.zero.GatheredParameters(
-                [parameter], modifier_rank=0
-            ):  # of stage 3: sent by rank 0
-                if parameter.shape == weights[name].shape:
-                    parameter.copy_(weights[name])
-        for key, part in parts.items():
-            part.data.copy_(flat[key])
-    for key, item in flat.items():
-        name, _, field = key.partition("::")
-        if field:
-            part = parts[name]
-            optimizer.state[part][field] = item.to(
-                part.device if item.dim() else counter_device(optimizer, part)
-            )
+    _load_weights(folder, model)
+    _load_flat(folder, _part(rank, size), optimizer)
+    if len(state.groups) != len(optimizer.param_groups):
+        raise another_model(
+            folder, f"{len(state.groups)} groups of parameters, not {len(optimizer.param_groups)}"
+        )
     for group, values in zip(optimizer.param_groups, state.groups, strict=True):
         group.update(values)
     return state.extra
 
 
-def read_deepspeed_state(folder: Path) -> _State:
-    """What is no tensor.
+def _load_weights(folder: Path, model: nn.Module) -> None:
+    deepspeed = check_deepspeed()
+    items, weights = model_tensors(model), read_tensors(folder / _WEIGHTS)
+    compare_shapes(
+        folder, {name: tuple(getattr(item, "ds_shape", item.shape)) for name, item in items.items()}, weights
+    )
+    with torch.no_grad():
+        for name, item in items.items():
+            split = item.shape != weights[name].shape  # stage 3: the first rank sets it for all
+            with deepspeed.zero.GatheredParameters([item], modifier_rank=0):
+                if not split or dist.get_rank() == 0:
+                    item.copy_(weights[name])
 
-    Raises:
-        InputError: missing or damaged.
-    """
-    path = folder / STATE
+
+def _load_flat(folder: Path, name: str, optimizer: EngineOptimizer) -> None:
+    """This rank's master weights and moments."""
+    parts, found = _flat_parts(optimizer), read_tensors(folder / name)
+    shapes = {key: tuple(part.shape) for key, part in parts.items()}
+    compare_shapes(folder, shapes, {key: item for key, item in found.items() if "::" not in key})
+    for key, item in found.items():
+        number, _, field = key.partition("::")
+        if number not in parts or (item.dim() and item.shape != parts[number].shape):
+            raise another_model(folder, f"{key} of {name} has no place in the optimizer")
+        if field:
+            optimizer.state[parts[number]][field] = place_state(optimizer, parts[number], item)
+        else:
+            parts[number].data.copy_(item)
+
+
+def _read_state(path: Path) -> _State:
     with os_errors("reading the checkpoint", str(path)):
         data = path.read_bytes()
-    try:
-        return msgspec.json.decode(data, type=_State)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise InputError("the checkpoint is damaged", where=str(path), why=str(error)) from error
+    return decode(data, _State, path)
 
 
 def _part(rank: int, size: int) -> str:
@@ -122,28 +128,23 @@ def _stage(optimizer: EngineOptimizer) -> int:
     return int(optimizer.engine.zero_optimization_stage())
 
 
-def _flat_parts(optimizer: EngineOptimizer) -> Iterator[tuple[str, Tensor]]:
+def _flat_parts(optimizer: EngineOptimizer) -> dict[str, Tensor]:
     """This rank's fp32 master weights, one vector per group, as DeepSpeed 0.19 holds them."""
-    inner = optimizer.engine.optimizer
-    parts = (
-        inner.fp32_partitioned_groups_flat
-        if _stage(optimizer) == 3
-        else inner.single_partition_of_fp32_groups
-    )
-    for number, part in enumerate(parts):
-        yield str(number), part
+    split = _stage(optimizer) == 3
+    name = "fp32_partitioned_groups_flat" if split else "single_partition_of_fp32_groups"
+    return {str(number): part for number, part in enumerate(getattr(optimizer.engine.optimizer, name))}
 
 
 def _flat_tensors(optimizer: EngineOptimizer) -> dict[str, Tensor]:
     found = {}
-    for key, part in _flat_parts(optimizer):
-        found[key] = part.detach().contiguous()
-        for field, value in optimizer.state.get(part, {}).items():
-            found[f"{key}::{field}"] = value.detach().contiguous()
-    return {key: item.clone() for key, item in found.items()}  # safetensors wants storages of their own
+    for key, part in _flat_parts(optimizer).items():
+        found[key] = part
+        found |= {f"{key}::{field}": value for field, value in optimizer.state.get(part, {}).items()}
+    # safetensors wants storages of their own
+    return {key: item.detach().to("cpu", copy=True) for key, item in found.items()}
 
 
-def _raise_together(failure: OptcError | None, folder: Path) -> None:
+def _raise_together(failure: OptcError | SafetensorError | None, folder: Path) -> None:
     """A rank that fails takes the others with it, so that none waits."""
     texts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(texts, None if failure is None else str(failure))
@@ -152,21 +153,3 @@ def _raise_together(failure: OptcError | None, folder: Path) -> None:
     for rank, text in enumerate(texts):
         if text is not None:
             raise InputError(f"rank {rank} could not write the checkpoint", where=str(folder), why=text)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    with os_errors("reading the checkpoint", str(path)):
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise InputError("the checkpoint is damaged", where=str(path), why=str(error)) from error
-
-
-def _compare(folder: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            raise InputError(
-                "the checkpoint is of another model", where=str(folder),
-                why=f"{name} is {found.get(name, 'absent')} there, {wanted.get(name, 'absent')} in the model",
-                remedy="give the model that the run started from",
-            )  # fmt: skip

@@ -107,16 +107,17 @@ def backward(engine: Any, loss: Tensor, *, last: bool) -> None:
     engine.backward(loss, scale_wrt_gas=False)
 
 
-def gather_parameters(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The parameters whole, on the CPU, whatever the stage. A collective: every rank calls it.
+def gather_state(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """The model's state dict with whole tensors on the CPU, whatever the stage. A collective: every rank calls it.
 
     Args:
-        keep: collect them on this rank; False only takes part.
+        keep: collect them on this rank (a tied weight is one tensor under its names); False only takes part.
     """
     deepspeed = check_deepspeed()
-    found: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):  # of stage 3; does nothing for whole parameters
+    items = model.state_dict(keep_vars=True)
+    found: dict[int, Tensor] = {}
+    for item in {id(item): item for item in items.values()}.values():
+        with deepspeed.zero.GatheredParameters([item]):  # of stage 3; does nothing for whole tensors
             if keep:
-                found[name] = parameter.detach().cpu().clone()
-    return found
+                found[id(item)] = item.detach().to("cpu", copy=True)
+    return {name: found[id(item)] for name, item in items.items()} if keep else {}

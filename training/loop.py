@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from optc.compiler.publishing import check_output, write_folder
 from optc.training import checkpoint
 from optc.training.checkpoint import RunState
 from optc.training.config import TrainConfig
-from optc.training.deepspeed_zero import gather_parameters
+from optc.training.deepspeed_zero import gather_state
 from optc.training.export import write_trained
 from optc.training.metrics import MetricsLog, StepRecord
 from optc.training.out_of_memory import out_of_memory
@@ -171,31 +171,19 @@ def _result(run: Run, state: RunState, records: list[StepRecord], resumed: RunSt
 
 def _whole_model(run: Run) -> nn.Module | None:
     """The model with all its weights on the first rank (of shards: a copy on the CPU); None on the others."""
+    first = run.world.rank == 0
+    state: Mapping[str, Any]
     if run.config.parallel.kind == "fsdp":
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(run.model, options=options)
-        if run.world.rank > 0:
-            return None
-        whole: nn.Module = build_model(run.config)
-        whole.load_state_dict(state)
-        return whole
-    if run.config.parallel.kind == "deepspeed":
-        return _gathered(run)
-    return None if run.world.rank > 0 else run.model
-
-
-def _gathered(run: Run) -> nn.Module | None:
-    """DeepSpeed's parameters, which stage 3 splits, in a model of their own; buffers are those of this rank."""
-    state = gather_parameters(run.model, keep=run.world.rank == 0)
-    if run.world.rank > 0:
+    elif run.config.parallel.kind == "deepspeed":
+        state = gather_state(run.model, keep=first)
+    else:
+        return run.model if first else None
+    if not first:
         return None
     whole: nn.Module = build_model(run.config)
-    with torch.no_grad():
-        for name, parameter in whole.named_parameters():
-            parameter.copy_(state[name])
-        buffers = dict(run.model.named_buffers())
-        for name, buffer in whole.named_buffers():
-            buffer.copy_(buffers[name])
+    whole.load_state_dict(state)
     return whole
 
 

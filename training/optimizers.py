@@ -83,6 +83,16 @@ def counter_device(optimizer: torch.optim.Optimizer, parameter: Tensor) -> torch
     return parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
 
 
+def place_state(optimizer: torch.optim.Optimizer, parameter: Tensor, value: Tensor) -> Tensor:
+    """A tensor of a parameter's state on the device where the optimizer wants it; one without axes is a counter."""
+    return value.to(parameter.device if value.dim() else counter_device(optimizer, parameter))
+
+
+def plain_values(group: dict[str, Any]) -> dict[str, int | float | bool]:
+    """The numbers and flags of an optimizer's group: what a checkpoint keeps of it."""
+    return {key: value for key, value in group.items() if type(value) in (int, float, bool)}
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
     """Set every group's rate to a share of its peak, which the group keeps as `peak_lr`."""
     for group in optimizer.param_groups:

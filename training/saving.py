@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from optc.compiler.diagnostics import InputError, os_errors
 from optc.training import checkpoint
 from optc.training.checkpoint import RunState
-from optc.training.deepspeed_checkpoint import STATE as _DEEPSPEED
 from optc.training.deepspeed_checkpoint import load_deepspeed, save_deepspeed
 from optc.training.deepspeed_zero import EngineOptimizer
 from optc.training.setup import Run
 from optc.training.sharded_checkpoint import load_sharded, save_sharded
 
-_SHARDED = "state.json"  # what only a sharded checkpoint has
-_ONE, _SEVERAL = "one process", "several processes"
-_WRITERS = {"none": _ONE, "deepspeed": "DeepSpeed"}
-_KINDS = {_ONE: "none", _SEVERAL: "ddp, zero1 or fsdp", "DeepSpeed": "deepspeed"}
+
+class _Layout(NamedTuple):
+    """A way to write checkpoints: who does, the file that only it has, and the values of parallel.kind that read it."""
+
+    writer: str
+    state: str
+    kinds: str
 
 
-class _ShardedState(msgspec.Struct, frozen=True):
-    """The part of a sharded checkpoint's state.json that is about the run."""
+_ONE = _Layout("one process", "checkpoint.json", "none")
+_SHARDED = _Layout("several processes", "state.json", "ddp, zero1 or fsdp")
+_DEEPSPEED = _Layout("DeepSpeed", "deepspeed.json", "deepspeed")
+_OF_KIND = {"none": _ONE, "deepspeed": _DEEPSPEED}  # the others: several processes
+
+
+class _RunOfSeveral(msgspec.Struct, frozen=True):
+    """The part of state.json and deepspeed.json that is about the run."""
 
     extra: RunState
 
@@ -65,15 +74,15 @@ def resume_run(run: Run, now: RunState, folder: Path) -> RunState | None:
         return None
     state = read_state(found[-1])
     checkpoint.check_same_run(found[-1], state, now)
-    written, kind = _written_by(found[-1]), run.config.parallel.kind
-    if written != _WRITERS.get(kind, _SEVERAL):
+    layout = _layout_of(found[-1])
+    if layout is not _OF_KIND.get(run.config.parallel.kind, _SHARDED):
         raise InputError(
-            f"the checkpoint was written by {written}", where=str(found[-1]),
-            remedy=f"resume with parallel.kind={_KINDS[written]}",
+            f"the checkpoint was written by {layout.writer}", where=str(found[-1]),
+            remedy=f"resume with parallel.kind={layout.kinds}",
         )  # fmt: skip
     if isinstance(run.optimizer, EngineOptimizer):
         load_deepspeed(found[-1], run.model, run.optimizer)
-    elif written == _SEVERAL:
+    elif layout is _SHARDED:
         load_sharded(found[-1], run.model, run.optimizer)
     else:
         checkpoint.restore(found[-1], state, run.model, run.optimizer)
@@ -84,21 +93,19 @@ def resume_run(run: Run, now: RunState, folder: Path) -> RunState | None:
 
 
 def read_state(folder: Path) -> RunState:
-    """The plain part of a checkpoint of either layout.
+    """The plain part of a checkpoint of any layout.
 
     Raises:
         InputError: missing, malformed, or of another format.
     """
-    written = _written_by(folder)
-    if written == _ONE:
+    layout = _layout_of(folder)
+    if layout is _ONE:
         return checkpoint.read_state(folder)
-    path = folder / (_DEEPSPEED if written == "DeepSpeed" else _SHARDED)
+    path = folder / layout.state
     with os_errors("reading the checkpoint", str(path)):
         data = path.read_bytes()
-    return checkpoint.check_format(checkpoint.decode(data, _ShardedState, path).extra, path)
+    return checkpoint.check_format(checkpoint.decode(data, _RunOfSeveral, path).extra, path)
 
 
-def _written_by(folder: Path) -> str:
-    if (folder / _DEEPSPEED).is_file():
-        return "DeepSpeed"
-    return _SEVERAL if (folder / _SHARDED).is_file() else _ONE
+def _layout_of(folder: Path) -> _Layout:
+    return next((layout for layout in (_SHARDED, _DEEPSPEED) if (folder / layout.state).is_file()), _ONE)

@@ -24,7 +24,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from optc.compiler.diagnostics import InputError, os_errors
 from optc.compiler.publishing import write_folder
-from optc.training.optimizers import counter_device
+from optc.training.optimizers import counter_device, plain_values
 
 _STATE = "state.json"
 
@@ -41,7 +41,7 @@ def save_sharded(
     Raises:
         InputError, ResourceError: the folder exists or cannot be written; then nothing of it is left.
     """
-    tensors = {f"model::{name}": item for name, item in _model_tensors(model).items()}
+    tensors = {f"model::{name}": item.detach() for name, item in model_tensors(model).items()}
     for name, parameter in _owned(model, optimizer):
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
@@ -84,7 +84,7 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
         InputError: missing, damaged, or of another model.
     """
     saved = _saved_shapes(folder)
-    wanted: dict[str, Any] = {f"model::{name}": item for name, item in _model_tensors(model).items()}
+    wanted: dict[str, Any] = {f"model::{name}": item.detach() for name, item in model_tensors(model).items()}
     _compare(folder, saved, {name: tuple(item.shape) for name, item in wanted.items()})
     keys = sorted({name.split("::")[2] for name in saved if name.startswith("optimizer::")})
     for name, parameter in _owned(model, optimizer):
@@ -117,14 +117,14 @@ def _failures(action: str, folder: Path) -> Iterator[None]:
         raise InputError(f"failed while {action}", where=str(folder), why=f"rank {rank}: {cause}") from error
 
 
-def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers, a tied weight once."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, item in model.state_dict(keep_vars=True).items():
         if id(item) not in seen:
             seen.add(id(item))
-            found[name] = item.detach()
+            found[name] = item
     return found
 
 
@@ -135,11 +135,6 @@ def _owned(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple
     for name, parameter in model.named_parameters():
         if id(parameter) in mine:
             yield name, parameter
-
-
-def plain_values(group: dict[str, Any]) -> dict[str, Any]:
-    """The numbers and flags of an optimizer's group."""
-    return {key: value for key, value in group.items() if type(value) in (int, float, bool)}
 
 
 def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
