@@ -62,8 +62,10 @@ def read_documents(path: Path, encoder: Encoder | None, *, kind: str = "calibrat
         UsageError: a dataset without the extra.
     """
     if is_dataset(path):
-        rows = enumerate(read_rows(path, kind=kind), 1)
-        return [_record(row, f"{path}, row {number}", encoder, kind) for number, row in rows]
+        return [
+            _record(row, f"{path}, row {number}", encoder, kind)
+            for number, row in enumerate(read_rows(path, kind=kind), 1)
+        ]
     with os_errors(f"reading the {kind} file", str(path)):
         data = path.read_bytes()
     try:
@@ -77,12 +79,12 @@ def read_documents(path: Path, encoder: Encoder | None, *, kind: str = "calibrat
             for number, line in lines
         ]
     if path.suffix == ".json":
-        found = _json(text, str(path), kind)
-        if isinstance(found, list) and found and isinstance(found[0], int):
-            found = [found]
-        if not isinstance(found, list):
+        rows = _json(text, str(path), kind)
+        if isinstance(rows, list) and rows and isinstance(rows[0], int):
+            rows = [rows]
+        if not isinstance(rows, list):
             raise _malformed(str(path), kind)
-        return [_ids(row, str(path), kind) for row in found]
+        return [_ids(row, str(path), kind) for row in rows]
     return [_encode(text, str(path), encoder, kind)]
 
 

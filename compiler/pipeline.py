@@ -231,9 +231,9 @@ def compute_dtype(program: Program) -> torch.dtype:
 def attention_paths(program: Program) -> list[str]:
     """Module path of every attention operator, in graph order; for messages and plots."""
     return [
-        module_path(node)
+        path
         for node in program.graph.nodes
-        if node.op == "call_function" and "attention" in str(node.target) and node.meta.get("nn_module_stack")
+        if node.op == "call_function" and "attention" in str(node.target) and (path := module_path(node))
     ]
 
 

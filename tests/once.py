@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import pickle
+import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +21,8 @@ def set_place(folder: Path) -> None:
     _PLACE[:] = [folder]
 
 
-def once(name: str, make: Callable[[Path], Any]) -> tuple[Path, Any]:
-    """(a folder, what `make(folder)` returned), by the first caller of this name; treat both as read-only."""
+def once(name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make(folder)` filled, by the first caller of this name; read-only."""
     place = _PLACE[0] / name
     done = place.with_name(f"{name}.done")
     with open(place.with_name(f"{name}.lock"), "w") as lock:
@@ -30,17 +30,17 @@ def once(name: str, make: Callable[[Path], Any]) -> tuple[Path, Any]:
         if not done.exists():
             shutil.rmtree(place, ignore_errors=True)  # left by a maker that failed
             place.mkdir()
-            done.write_bytes(pickle.dumps(make(place)))
-        return place, pickle.loads(done.read_bytes())
+            make(place)
+            done.touch()
+    return place
 
 
 def example_artifact(target: str, **options: Any) -> Path:
     """The example model, compiled as `optc compile` does; read-only: what edits it takes a copy."""
     name = "-".join(["example", target, *(f"{key}={value}" for key, value in sorted(options.items()))])
-    folder, _ = once(
-        name,
-        lambda place: (
-            optc.compile(EXAMPLE, target=target, output=place / "artifact", **options).manifest.target
-        ),
-    )
-    return folder / "artifact"
+    make = functools.partial(_compile_example, target=target, **options)
+    return once(name, make) / "artifact"
+
+
+def _compile_example(folder: Path, **options: Any) -> None:
+    optc.compile(EXAMPLE, output=folder / "artifact", **options)

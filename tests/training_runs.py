@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from optc.training.config import TrainConfig
+from optc.training.loop import train
 from optc.training.recipe import convert
 
 VOCAB = 64
@@ -76,3 +78,17 @@ def torchrun(processes: int, script: Path | str, *arguments: object, timeout: fl
         timeout=timeout,
     )
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def interrupted(config: TrainConfig, step: int) -> None:
+    """Run, and stop as hard as one process can stop itself."""
+
+    class Stop(BaseException):
+        pass
+
+    def on_step(record: Any) -> None:
+        if record.step == step:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(config, on_step=on_step)

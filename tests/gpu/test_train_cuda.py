@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from training_runs import small_config, small_model, token_file, torchrun
+from training_runs import interrupted, small_config, small_model, token_file, torchrun
 
 from optc.training.checkpoint import checkpoints
 from optc.training.loop import run_folder, train
@@ -74,13 +74,6 @@ def test_compiled_blocks_give_the_eager_curve(start: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_resumed_goes_on_to_the_same_curve(start: tuple[Path, Path], tmp_path: Path, precision: str) -> None:
-    class Stop(BaseException):
-        pass
-
-    def stop(record: Any) -> None:
-        if record.step == 5:
-            raise Stop
-
     more: dict[str, Any] = {
         "device": "cuda",
         "precision": precision,
@@ -89,8 +82,7 @@ def test_resumed_goes_on_to_the_same_curve(start: tuple[Path, Path], tmp_path: P
     }
     train(small_config(*start, tmp_path / "whole", **more))
     config = small_config(*start, tmp_path / "parts", **more)
-    with pytest.raises(Stop):
-        train(config, on_step=stop)
+    interrupted(config, 5)
     assert len(checkpoints(run_folder(tmp_path / "parts"))) == 2
     result = train(config, resume=True)
     assert result is not None

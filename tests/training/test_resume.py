@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from training_runs import small_config, small_model, token_file
+from training_runs import interrupted, small_config, small_model, token_file
 
 from optc.compiler.diagnostics import InputError
 from optc.training import checkpoint
@@ -33,20 +33,6 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def losses(folder: Path) -> list[float | None]:
     return [row.loss for row in read_log(folder / "log.jsonl")]
-
-
-def interrupted(config: TrainConfig, step: int) -> None:
-    """Run, and stop as hard as one process can stop itself."""
-
-    class Stop(BaseException):
-        pass
-
-    def on_step(record: Any) -> None:
-        if record.step == step:
-            raise Stop
-
-    with pytest.raises(Stop):
-        train(config, on_step=on_step)
 
 
 def test_killed_at_random_times_and_resumed_equals_the_whole_run(
