@@ -58,7 +58,7 @@ def interleave(
 
 def ratio(above: list[float], below: list[float]) -> dict[str, Any]:
     """Median of the rounds' ratios, with a 95 % bootstrap interval."""
-    from optc.runtime.benchmark import median_rate
+    from optc.runtime.measuring.benchmark import median_rate
 
     return median_rate([float(a / b) for a, b in zip(above, below, strict=True)]).to_dict()
 
@@ -76,7 +76,7 @@ def commit() -> str:
 
 def record(name: str, result: dict[str, Any], threads: int) -> Path:
     """Write benchmarks/results/NAME.json with the environment, the commit and the date."""
-    from optc.runtime.benchmark import environment, read_bandwidth
+    from optc.runtime.measuring.benchmark import environment, read_bandwidth
 
     full = {
         "benchmark": name,

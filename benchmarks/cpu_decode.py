@@ -148,7 +148,7 @@ def main() -> None:
             "transformers-eager-fp32": transformers_contender(folder, prompt),
         }
         figures = interleave(contenders, arguments.rounds)
-    from optc.runtime.benchmark import median_rate, read_bandwidth
+    from optc.runtime.measuring.benchmark import median_rate, read_bandwidth
 
     result = {
         "model": {**shape, "parameters": parameters, "weight_bytes": compiled.manifest.weight_bytes},
@@ -164,7 +164,7 @@ def main() -> None:
 
 def open_budget() -> Any:
     """A gate budget without limits."""
-    from optc.compiler.gate import Budget
+    from optc.compiler.pipeline.gate import Budget
 
     return Budget()
 

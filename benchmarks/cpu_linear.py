@@ -18,7 +18,7 @@ import torch
 from common import interleave, ratio, record
 from torch import Tensor
 
-from optc.compiler.ops.packed_cpu import KEPT, pack_rows, pack_tiles
+from optc.compiler.ops.packed.inductor_cpu import KEPT, pack_rows, pack_tiles
 from optc.exporters.inductor.library import build_library
 
 SHAPES = {
@@ -93,7 +93,7 @@ def contenders(
 
 def measure(rows: int, shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """Microseconds of every contender, and the speed of each as a multiple of the unquantized linear."""
-    from optc.runtime.benchmark import median_rate
+    from optc.runtime.measuring.benchmark import median_rate
 
     work = rows * shape[0] * shape[1]
     repeats = max(3, min(200, (1 << 30) // work))

@@ -32,10 +32,10 @@ def random_program(shape: str, layers: int | None, device: torch.device) -> Any:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     from optc.compiler.capture import capture_model
-    from optc.compiler.devices import to_device
-    from optc.compiler.rewriting import PassContext
-    from optc.passes.fuse_norm import FuseNorm
-    from optc.passes.fuse_rotary import FuseRotary
+    from optc.compiler.ir.devices import to_device
+    from optc.compiler.rewriting.passes import PassContext
+    from optc.passes.fusion.norm import FuseNorm
+    from optc.passes.fusion.rotary import FuseRotary
 
     sizes = dict(SHAPES[shape])
     sizes["num_hidden_layers"] = layers or sizes["num_hidden_layers"]
@@ -85,7 +85,7 @@ def _synchronize() -> None:
 
 def rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP per second of a large matrix product (float32 with TF32)."""
-    from optc.compiler.devices import tensor_float_32
+    from optc.compiler.ir.devices import tensor_float_32
 
     size = 8192 if device.type == "cuda" else 512
     a = torch.randn(size, size, device=device).to(dtype)
@@ -111,13 +111,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
     arguments = parser.parse_args()
-    from optc.compiler.calibration import random_calibration
-    from optc.compiler.linears import head_linear, linear_sites
-    from optc.compiler.rewriting import PassContext
-    from optc.compiler.target import CompileOptions
-    from optc.passes.quantize import calibrated, scale_pass
-    from optc.passes.quantize.methods import quantization_steps, resolve
-    from optc.passes.quantize.stream import Stream
+    from optc.compiler.analysis.linears import head_linear, linear_sites
+    from optc.compiler.calibration.sequences import random_calibration
+    from optc.compiler.rewriting.passes import PassContext
+    from optc.compiler.target.target import CompileOptions
+    from optc.passes.quantization.arithmetic import calibrated, scale_pass
+    from optc.passes.quantization.arithmetic.stream import Stream
+    from optc.targets.methods import quantization_steps, resolve
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = Clock()

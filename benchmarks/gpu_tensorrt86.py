@@ -46,8 +46,8 @@ def reference(options: argparse.Namespace) -> dict[str, Any]:
     from common import commit
     from tokenizers import Tokenizer
 
-    from optc.runtime.onnx_engine import OnnxEngine
-    from optc.runtime.run_trt import Decoder, perplexity
+    from optc.runtime.carried.run_trt import Decoder, perplexity
+    from optc.runtime.sessions.onnx_engine import OnnxEngine
 
     info = json.loads((options.fp32 / "engine.json").read_text())
     tokens = Tokenizer.from_file(str(options.fp32 / "tokenizer.json")).encode(options.text.read_text()).ids
@@ -72,8 +72,8 @@ def reference(options: argparse.Namespace) -> dict[str, Any]:
 
 def graphs(options: argparse.Namespace) -> dict[str, Any]:
     """What ONNX Runtime makes of other graphs along fp32's text: it tells rounding from errors of an engine."""
-    from optc.runtime.onnx_engine import OnnxEngine
-    from optc.runtime.run_trt import Decoder
+    from optc.runtime.carried.run_trt import Decoder
+    from optc.runtime.sessions.onnx_engine import OnnxEngine
 
     known: dict[str, Any] = json.loads(options.reference.read_text())
     for name, folder in (item.split("=", 1) for item in options.artifacts):

@@ -110,7 +110,7 @@ def measure_format(
     name: str, arguments: argparse.Namespace, how: Training, teacher: Any, tokens: Tensor, quality: Quality
 ) -> dict[str, Any]:
     """Perplexity of rounding to nearest and of QAT in one format."""
-    from optc.compiler.devices import to_device
+    from optc.compiler.ir.devices import to_device
     from optc.training.export import SaveConfig, save_trained
     from optc.training.qat import QatConfig, apply_qat
 
@@ -164,8 +164,8 @@ def main() -> None:
     parser.add_argument("--name", default="qat_quality", help="Of the JSON file.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    from optc.compiler.devices import to_device
-    from optc.runtime.tokenizer import load_tokenizer
+    from optc.compiler.ir.devices import to_device
+    from optc.runtime.generation.tokenizer import load_tokenizer
 
     device = torch.device(arguments.device)
     tokenizer = load_tokenizer(arguments.model)

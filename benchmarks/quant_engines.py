@@ -27,7 +27,7 @@ LEVELS = (0, 4)
 
 def program_logits(program: Any, windows: list[list[int]]) -> list[np.ndarray]:
     """Logits [W, V] of each window, by the Program run eagerly."""
-    from optc.passes.quantize.differentiable import Differentiable
+    from optc.passes.quantization.arithmetic.differentiable import Differentiable
 
     run = Differentiable(program)
     with torch.no_grad():
@@ -68,8 +68,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    from optc.compiler.calibration import cut_sequences, read_documents
-    from optc.runtime.tokenizer import load_tokenizer
+    from optc.compiler.calibration.sequences import cut_sequences, read_documents
+    from optc.runtime.generation.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.model)
     assert tokenizer is not None

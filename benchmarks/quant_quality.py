@@ -74,7 +74,7 @@ class Quality:
 
     @torch.no_grad()
     def measure(self, program: Any) -> dict[str, float]:
-        from optc.passes.quantize.differentiable import Differentiable
+        from optc.passes.quantization.arithmetic.differentiable import Differentiable
 
         run = Differentiable(program)
         nll = kl = agree = 0.0
@@ -97,9 +97,9 @@ class Quality:
 
 def quantized(program: Any, row: Row, calibration: Any, seed: int) -> tuple[Any, float, list[Any]]:
     """(the program after the method's passes, seconds, the linears' records of the last rounding)."""
-    from optc.compiler.rewriting import PassContext
-    from optc.compiler.target import CompileOptions
-    from optc.passes.quantize.methods import quantization_steps, resolve
+    from optc.compiler.rewriting.passes import PassContext
+    from optc.compiler.target.target import CompileOptions
+    from optc.targets.methods import quantization_steps, resolve
 
     fixed = row.method in ("int8", "smoothquant", "llm-int8", "fp8", "nf4")
     options = CompileOptions(
@@ -121,10 +121,10 @@ def quantized(program: Any, row: Row, calibration: Any, seed: int) -> tuple[Any,
 def captured(model: Path) -> Any:
     """The program in front of quantization, as the recipes of the targets make it."""
     from optc.compiler.capture import capture_pretrained
-    from optc.compiler.pipeline import Pipeline
-    from optc.compiler.target import Step
-    from optc.passes.fuse_norm import FuseNorm
-    from optc.passes.fuse_rotary import FuseRotary
+    from optc.compiler.pipeline.pipeline import Pipeline
+    from optc.compiler.target.target import Step
+    from optc.passes.fusion.norm import FuseNorm
+    from optc.passes.fusion.rotary import FuseRotary
 
     program, _ = capture_pretrained(model, dtype="fp32")
     return Pipeline([Step(FuseRotary(), optional=True), Step(FuseNorm(), optional=True)]).run(program).program
@@ -149,9 +149,9 @@ def main() -> None:
     parser.add_argument("--name", default="quant_quality", help="Of the JSON file.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    from optc.compiler.calibration import cut_sequences, read_documents
-    from optc.compiler.devices import to_device
-    from optc.runtime.tokenizer import load_tokenizer
+    from optc.compiler.calibration.sequences import cut_sequences, read_documents
+    from optc.compiler.ir.devices import to_device
+    from optc.runtime.generation.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.model)
     assert tokenizer is not None

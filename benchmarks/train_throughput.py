@@ -36,7 +36,7 @@ from train_common import (
     twin,
 )  # fmt: skip
 
-from optc.runtime.benchmark import median_rate
+from optc.runtime.measuring.benchmark import median_rate
 from optc.training.metrics import flops_per_token, peak_flops
 
 

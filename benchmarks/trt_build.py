@@ -22,12 +22,12 @@ import transformers
 from common import record
 
 from optc.compiler.capture import capture_model
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext
-from optc.compiler.target import CompileOptions, ExportRequest
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import PassContext
+from optc.compiler.target.target import CompileOptions, ExportRequest
 from optc.exporters.trt.builders import Choice
 from optc.exporters.trt.export import build_plan
-from optc.passes.quantize.methods import resolve
+from optc.targets.methods import resolve
 from optc.targets.trt import TARGET
 
 GIB = 1 << 30

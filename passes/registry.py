@@ -1,45 +1,43 @@
-"""The passes by name. A pass lives in the file of its name in snake case."""
+"""The passes by name: every concrete `Pass` in this package, and those that other packages register.
+
+Another package adds its passes by an entry point of the group `optc.passes`, whose value is a module that holds
+them or a pass class.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
+import pkgutil
+from collections.abc import Iterator
+from importlib import metadata
+from types import ModuleType
 
-from optc.compiler.diagnostics import unknown_name
-from optc.compiler.rewriting import Pass
+import optc.passes
+from optc.compiler.diagnostics import UsageError, unknown_name
+from optc.compiler.rewriting.passes import Pass
 
-NAMES = (
-    "fuse-attention",
-    "fuse-rotary",
-    "fuse-norm",
-    "merge-projections",
-    "static-kv-cache",
-    "fixed-kv-cache",
-    "page-kv-cache",
-    "quantize-rtn",
-    "quantize-clip",
-    "quantize-gptq",
-    "quantize-auto",
-    "tune-scales",
-    "scale-awq",
-    "scale-smoothquant",
-    "rotate-inputs",
-    "quantize-activations",
-    "quantize-llm-int8",
-    "quantize-fp8",
-    "quantize-nf4",
-    "quantize-nvfp4",
-    "quantize-inputs",
-    "quantize-kv-cache",
-    "store-kv-codes",
-    "round-scales",
-    "legalize-ort",
-    "legalize-inductor",
-    "legalize-executorch",
-    "pack-xnnpack",
-    "legalize-trt",
-    "round-activations",
-)
+ENTRY_POINTS = "optc.passes"
+
+
+@functools.cache
+def passes() -> dict[str, type[Pass]]:
+    """Every pass by its name, sorted.
+
+    Raises:
+        UsageError: a registered module cannot be imported, or two passes have one name.
+    """
+    found: dict[str, type[Pass]] = {}
+    for cls in (*_own(), *_registered()):
+        other = found.setdefault(cls.name, cls)
+        if other is not cls:
+            raise UsageError(
+                f"two passes are named '{cls.name}'",
+                where=f"{other.__module__} and {cls.__module__}",
+                remedy="rename one, or uninstall the package that it comes from",
+            )
+    return dict(sorted(found.items()))
 
 
 def find_pass(name: str) -> type[Pass]:
@@ -49,10 +47,43 @@ def find_pass(name: str) -> type[Pass]:
         UsageError: unknown, with the nearest name.
     """
     plain = name.replace("_", "-")
-    if plain not in NAMES:
-        raise unknown_name("pass", name, NAMES)
-    module = importlib.import_module(f"optc.passes.{plain.replace('-', '_')}")
-    for _, found in inspect.getmembers(module, inspect.isclass):
-        if issubclass(found, Pass) and getattr(found, "name", None) == plain:
-            return found
-    raise AssertionError(f"passes/{plain.replace('-', '_')}.py holds no pass named {plain}")
+    known = passes()
+    if plain not in known:
+        raise unknown_name("pass", name, known)
+    return known[plain]
+
+
+def _own() -> Iterator[type[Pass]]:
+    for info in pkgutil.walk_packages(optc.passes.__path__, "optc.passes."):
+        if not info.ispkg and info.name != __name__:
+            yield from _in_module(importlib.import_module(info.name))
+
+
+def _registered() -> Iterator[type[Pass]]:
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            loaded = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise UsageError(
+                f"the passes '{entry.name}' of another package cannot be imported",
+                where=entry.value,
+                why=str(error),
+                remedy="repair or uninstall the package",
+            ) from error
+        if inspect.ismodule(loaded):
+            yield from _in_module(loaded)
+        elif inspect.isclass(loaded) and issubclass(loaded, Pass):
+            yield loaded
+        else:
+            raise UsageError(
+                f"the entry point '{entry.name}' is neither a pass nor a module of passes",
+                where=entry.value,
+                remedy="repair or uninstall the package that registers it",
+            )
+
+
+def _in_module(module: ModuleType) -> Iterator[type[Pass]]:
+    """The passes that a module defines itself (bases without a name are not passes)."""
+    for _, cls in inspect.getmembers(module, inspect.isclass):
+        if issubclass(cls, Pass) and cls.__module__ == module.__name__ and hasattr(cls, "name"):
+            yield cls

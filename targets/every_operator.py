@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from optc.compiler.target import Predicate
+from optc.compiler.target.target import Predicate
 
 
 class EveryOperator(Mapping[Any, Predicate | None]):

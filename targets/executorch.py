@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.target import CompileOptions, QuantSupport, Step, Target
+from optc.compiler.target.target import CompileOptions, QuantSupport, Step, Target
 from optc.exporters.executorch import LEGAL, export_executorch, require_executorch
-from optc.passes.fuse_attention import FuseAttention
-from optc.passes.fuse_norm import FuseNorm
-from optc.passes.fuse_rotary import FuseRotary
-from optc.passes.legalize_executorch import LegalizeExecutorch
-from optc.passes.pack_xnnpack import PackXnnpack
-from optc.passes.quantize.methods import METHODS, WEIGHT_ONLY, quantization_steps
-from optc.passes.static_kv_cache import StaticKVCache
+from optc.passes.fusion.attention import FuseAttention
+from optc.passes.fusion.norm import FuseNorm
+from optc.passes.fusion.rotary import FuseRotary
+from optc.passes.kv_cache.static import StaticKVCache
+from optc.passes.legalization.executorch import LegalizeExecutorch
+from optc.passes.legalization.xnnpack import PackXnnpack
+from optc.targets.methods import METHODS, WEIGHT_ONLY, quantization_steps
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from optc.compiler.target import CompileOptions, QuantSupport, Step, Target
+from optc.compiler.target.target import CompileOptions, QuantSupport, Step, Target
 from optc.exporters.inductor import LEGAL, export_inductor
-from optc.passes.fuse_norm import FuseNorm
-from optc.passes.legalize_inductor import LegalizeInductor
-from optc.passes.merge_projections import MergeProjections
-from optc.passes.page_kv_cache import PageKVCache
-from optc.passes.quantize.methods import WEIGHT_ONLY, quantization_steps, stored_scales
-from optc.passes.round_activations import RoundActivations
-from optc.passes.static_kv_cache import StaticKVCache
+from optc.passes.fusion.norm import FuseNorm
+from optc.passes.fusion.projections import MergeProjections
+from optc.passes.kv_cache.paged import PageKVCache
+from optc.passes.kv_cache.static import StaticKVCache
+from optc.passes.legalization.inductor import LegalizeInductor
+from optc.passes.legalization.round_activations import RoundActivations
+from optc.targets.methods import WEIGHT_ONLY, quantization_steps, stored_scales
 
 FAST = 4
 """The accuracy level at which packed products round activations to int8."""

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
-from optc.compiler.target import CompileOptions, QuantSupport, Step, Target
+from optc.compiler.target.target import CompileOptions, QuantSupport, Step, Target
 from optc.exporters.onnx import LEGAL, export_onnx
-from optc.passes.fuse_attention import FuseAttention
-from optc.passes.fuse_norm import FuseNorm
-from optc.passes.fuse_rotary import FuseRotary
-from optc.passes.legalize_ort import LegalizeOrt
-from optc.passes.merge_projections import MergeProjections
-from optc.passes.quantize.methods import WEIGHT_ONLY, quantization_steps, stored_scales
-from optc.passes.static_kv_cache import StaticKVCache
-from optc.passes.store_kv_codes import StoreKVCodes, rounds_keys_and_values
+from optc.passes.fusion.attention import FuseAttention
+from optc.passes.fusion.norm import FuseNorm
+from optc.passes.fusion.projections import MergeProjections
+from optc.passes.fusion.rotary import FuseRotary
+from optc.passes.kv_cache.codes import StoreKVCodes, rounds_keys_and_values
+from optc.passes.kv_cache.static import StaticKVCache
+from optc.passes.legalization.ort import LegalizeOrt
+from optc.targets.methods import WEIGHT_ONLY, quantization_steps, stored_scales
 
 FAST = 4
 """MatMulNBits' accuracy level that rounds activations to int8."""

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterator
 
 from optc.compiler.diagnostics import unknown_name
-from optc.compiler.target import Target
+from optc.compiler.target.target import Target
 
 TARGETS = {
     "onnx-cpu": "optc.targets.onnx_cpu",

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.target import CompileOptions, QuantSupport, Step, Target
+from optc.compiler.target.target import CompileOptions, QuantSupport, Step, Target
 from optc.exporters.trt import LEGAL, Choice, choose, export_trt
-from optc.passes.fixed_kv_cache import FixedKVCache
-from optc.passes.fuse_attention import FuseAttention
-from optc.passes.fuse_norm import FuseNorm
-from optc.passes.fuse_rotary import FuseRotary
-from optc.passes.legalize_trt import LegalizeTrt
-from optc.passes.quantize.methods import WEIGHT_ONLY, quantization_steps, stored_scales
-from optc.passes.quantize_activations import QuantizeActivations
-from optc.passes.quantize_inputs import QuantizeInputs
+from optc.passes.fusion.attention import FuseAttention
+from optc.passes.fusion.norm import FuseNorm
+from optc.passes.fusion.rotary import FuseRotary
+from optc.passes.kv_cache.fixed import FixedKVCache
+from optc.passes.legalization.trt import LegalizeTrt
+from optc.passes.quantization.activations import QuantizeActivations
+from optc.passes.quantization.inputs import QuantizeInputs
+from optc.targets.methods import WEIGHT_ONLY, quantization_steps, stored_scales
 
 _BASIC_QUANT = ("smoothquant",)
 _FP8_ARCHITECTURES = ("sm89", "sm120", "sm121")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from optc.compiler.diagnostics import UsageError
-from optc.compiler.target import CompileOptions, QuantSupport, Step, Target
+from optc.compiler.target.target import CompileOptions, QuantSupport, Step, Target
 from optc.exporters.hf import export_trtllm
 from optc.exporters.hf.modelopt import GROUP_SIZES
 from optc.exporters.hf.serving import check_serving
-from optc.passes.quantize.methods import WEIGHT_ONLY, quantization_steps
-from optc.passes.quantize_fp8 import QuantizeFp8
-from optc.passes.quantize_inputs import QuantizeInputs
-from optc.passes.quantize_kv_cache import QuantizeKVCache
+from optc.passes.kv_cache.quantize import QuantizeKVCache
+from optc.passes.quantization.fp8 import QuantizeFp8
+from optc.passes.quantization.inputs import QuantizeInputs
 from optc.targets.every_operator import EveryOperator
+from optc.targets.methods import WEIGHT_ONLY, quantization_steps
 
 _CACHE_TYPES = ("auto", "fp8")
 

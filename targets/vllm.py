@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from optc.compiler.diagnostics import TargetError, unknown_name
-from optc.compiler.target import CompileOptions, QuantSupport, Step, Target
+from optc.compiler.target.target import CompileOptions, QuantSupport, Step, Target
 from optc.exporters.hf import LAYOUTS, export_hf
-from optc.passes.quantize.methods import METHODS, quantization_steps
-from optc.passes.round_scales import RoundScales
+from optc.passes.quantization.round_scales import RoundScales
 from optc.targets.every_operator import EveryOperator
+from optc.targets.methods import METHODS, quantization_steps
 
 _BITS = {"compressed-tensors": (4, 8), "awq": (4,), "gptq": (2, 3, 4, 8)}
 """Bits of weight-only quantization that loaders run, by layout."""

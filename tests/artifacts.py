@@ -7,13 +7,13 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from optc.compiler.artifact import finish, write_folder
+from optc.compiler.artifact.folder import finish, write_folder
+from optc.compiler.artifact.manifest import FileEntry, Manifest, PassRecord, Source
 from optc.compiler.capture import capture_pretrained
-from optc.compiler.contract import AttentionFacts, Contract, Input, Output, WeightQuantization
-from optc.compiler.manifest import FileEntry, Manifest, PassRecord, Source
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext
-from optc.compiler.target import CompileOptions, ExportRequest, check_legal
+from optc.compiler.ir.contract import AttentionFacts, Contract, Input, Output, WeightQuantization
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import PassContext
+from optc.compiler.target.target import CompileOptions, ExportRequest, check_legal
 from optc.targets import find_target
 
 FILES = {"model.onnx": b"graph" * 100, "model.onnx.data": bytes(range(256)) * 40, "ir/00-capture.txt": b"%0"}

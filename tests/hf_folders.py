@@ -16,14 +16,14 @@ from safetensors import safe_open
 from stages import apply, captured
 from torch import Tensor
 
-from optc.compiler.program import Program
-from optc.compiler.rewriting import Pass
-from optc.compiler.target import CompileOptions, ExportRequest, ExportResult
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import Pass
+from optc.compiler.target.target import CompileOptions, ExportRequest, ExportResult
 from optc.exporters.hf import export_hf
-from optc.passes.quantize_activations import QuantizeActivations
-from optc.passes.quantize_fp8 import QuantizeFp8
-from optc.passes.quantize_rtn import QuantizeRtn
-from optc.passes.round_scales import RoundScales
+from optc.passes.quantization.activations import QuantizeActivations
+from optc.passes.quantization.fp8 import QuantizeFp8
+from optc.passes.quantization.round_scales import RoundScales
+from optc.passes.quantization.rtn import QuantizeRtn
 
 RECIPES: dict[str, tuple[Pass, ...]] = {
     "int4": (QuantizeRtn(group_size=32),),

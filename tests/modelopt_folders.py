@@ -12,16 +12,16 @@ from hf_folders import tensors
 from stages import captured
 from torch import Tensor
 
-from optc.compiler.calibration import random_calibration
-from optc.compiler.program import Program
-from optc.compiler.rewriting import Pass, PassContext
-from optc.compiler.target import CompileOptions, ExportRequest, ExportResult
+from optc.compiler.calibration.sequences import random_calibration
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import Pass, PassContext
+from optc.compiler.target.target import CompileOptions, ExportRequest, ExportResult
 from optc.exporters.hf import export_trtllm
-from optc.passes.quantize_fp8 import QuantizeFp8
-from optc.passes.quantize_inputs import QuantizeInputs
-from optc.passes.quantize_kv_cache import QuantizeKVCache
-from optc.passes.quantize_nvfp4 import QuantizeNvfp4
-from optc.passes.quantize_rtn import QuantizeRtn
+from optc.passes.kv_cache.quantize import QuantizeKVCache
+from optc.passes.quantization.fp8 import QuantizeFp8
+from optc.passes.quantization.inputs import QuantizeInputs
+from optc.passes.quantization.nvfp4 import QuantizeNvfp4
+from optc.passes.quantization.rtn import QuantizeRtn
 
 CONTEXT = PassContext(calibration=random_calibration(128, samples=4, length=32, seed=0))
 _KV = QuantizeKVCache(format="fp8", granularity="layer")

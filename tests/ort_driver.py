@@ -10,11 +10,11 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from optc.compiler.contract import Contract
-from optc.compiler.pipeline import Pipeline, PipelineOptions
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext
-from optc.compiler.target import CompileOptions, ExportRequest, ExportResult, check_legal
+from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.program import Program
+from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
+from optc.compiler.rewriting.passes import PassContext
+from optc.compiler.target.target import CompileOptions, ExportRequest, ExportResult, check_legal
 from optc.targets.onnx_cpu import TARGET
 
 MODEL = "model.onnx"

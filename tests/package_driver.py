@@ -16,14 +16,14 @@ from families import make_model
 from stages import captured
 from torch import Tensor
 
-from optc.compiler import execution
-from optc.compiler.artifact import finish
+from optc.compiler.artifact.folder import finish
+from optc.compiler.artifact.manifest import Manifest, Source
 from optc.compiler.capture import capture_model
-from optc.compiler.manifest import Manifest, Source
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext
-from optc.compiler.target import CompileOptions, ExportRequest, ExportResult, check_legal
-from optc.runtime.pt2_runner import Package
+from optc.compiler.execution import stage_driver as execution
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import PassContext
+from optc.compiler.target.target import CompileOptions, ExportRequest, ExportResult, check_legal
+from optc.runtime.carried.pt2_runner import Package
 from optc.targets.inductor_cpu import TARGET
 
 

@@ -11,8 +11,8 @@ from stages import captured
 from torch import Tensor
 
 from optc.compiler.capture import capture_model
-from optc.compiler.program import Program
-from optc.compiler.rewriting import Pass, PassContext, PassResult
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 
 SHAPES = ((3, 19), (1, 1))
 

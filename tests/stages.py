@@ -11,9 +11,9 @@ from families import make_model
 from torch import Tensor
 
 from optc.compiler.capture import capture_model, capture_module
-from optc.compiler.contract import ModelFacts
-from optc.compiler.program import Program
-from optc.compiler.rewriting import Pass, PassContext, PassResult
+from optc.compiler.ir.contract import ModelFacts
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 
 VOCAB = 128
 

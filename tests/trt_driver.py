@@ -12,12 +12,12 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from optc.compiler.calibration import random_calibration
-from optc.compiler.execution import run_stage
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext
-from optc.compiler.target import CompileOptions, ExportRequest, ExportResult
-from optc.passes.quantize.methods import resolve
+from optc.compiler.calibration.sequences import random_calibration
+from optc.compiler.execution.stage_driver import run_stage
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import PassContext
+from optc.compiler.target.target import CompileOptions, ExportRequest, ExportResult
+from optc.targets.methods import resolve
 from optc.targets.trt import TARGET
 
 CAPACITY = 32

@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from optc.compiler.artifact.publishing import write_folder
 from optc.compiler.diagnostics import InputError, os_errors
-from optc.compiler.publishing import write_folder
 from optc.training.data import Position
 from optc.training.optimizers import place_state, plain_values
 

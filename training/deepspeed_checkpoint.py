@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from optc.compiler.artifact.publishing import disk_errors
 from optc.compiler.diagnostics import InputError, OptcError, os_errors
-from optc.compiler.publishing import disk_errors
 from optc.training.checkpoint import another_model, compare_shapes, decode, read_tensors
 from optc.training.deepspeed_zero import EngineOptimizer, check_deepspeed, gather_state
 from optc.training.optimizers import place_state, plain_values

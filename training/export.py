@@ -10,10 +10,10 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from optc.compiler.capture.checkpoint import CheckpointInfo, tied_names
+from optc.compiler.artifact.publishing import write_folder
 from optc.compiler.diagnostics import InputError
-from optc.compiler.publishing import write_folder
-from optc.compiler.quantize import BITS
+from optc.compiler.formats.integer import BITS
+from optc.compiler.model_folder.checkpoint import CheckpointInfo, tied_names
 from optc.exporters.hf.collect import FolderPlan, Quantized
 from optc.exporters.hf.export import write_model
 from optc.exporters.hf.layouts import CompressedTensorsWriter

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from optc.compiler.ops import quantization as _quantization  # noqa: F401  (registers the operators)
-from optc.compiler.ops.quantization import FORMATS
-from optc.passes.quantize.grid import Grid, storable
+from optc.compiler.ops.dialect import quantization as _quantization  # noqa: F401  (registers the operators)
+from optc.compiler.ops.dialect.quantization import FORMATS
+from optc.passes.quantization.arithmetic.grid import Grid, storable
 
 _optc = torch.ops.optc
 
@@ -101,7 +101,7 @@ def fake_quantize_weight(weight: Tensor, grid: Grid) -> Tensor:
 
 
 def storable_scale(scale: Tensor) -> Tensor:
-    """Scales as the exporters keep them (`optc.passes.quantize.grid.storable`); the gradient passes."""
+    """Scales as the exporters keep them (`optc.passes.quantization.arithmetic.grid.storable`); the gradient passes."""
     value: Tensor = _StorableScale.apply(scale)
     return value
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from optc.compiler.diagnostics import InputError
-from optc.compiler.layouts.key_values import KeyValueScheme
-from optc.compiler.ops.quantization import FORMATS
+from optc.compiler.formats.layouts.key_values import KeyValueScheme
+from optc.compiler.ops.dialect.quantization import FORMATS
 from optc.training.fake_quantize import fake_quantize_static
 
 MODULE = "kv_rounding"

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from optc.compiler.artifact.publishing import check_output, write_folder
 from optc.compiler.diagnostics import InputError, UsageError, os_errors
-from optc.compiler.publishing import check_output, write_folder
 from optc.training import checkpoint
 from optc.training.checkpoint import RunState
 from optc.training.config import TrainConfig

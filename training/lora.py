@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optc.compiler.diagnostics import InputError, UsageError, os_errors, unknown_name
-from optc.compiler.quantize import check_group_size
+from optc.compiler.formats.integer import check_group_size
 from optc.training.linears import quantizable_linears, replace_modules
 from optc.training.nf4_linear import Nf4Linear
 

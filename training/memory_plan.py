@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from optc.compiler.capture.checkpoint import CheckpointInfo
-from optc.compiler.capture.config_file import read_config
 from optc.compiler.capture.pretrained import meta_model
 from optc.compiler.diagnostics import InputError
+from optc.compiler.model_folder.checkpoint import CheckpointInfo
+from optc.compiler.model_folder.config_file import read_config
 from optc.training.activation_checkpointing import apply_activation_checkpointing
 from optc.training.blocks import transformer_blocks
 from optc.training.chunked_head import chunked_head, loss_of

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from optc.compiler.diagnostics import InputError
-from optc.passes.quantize_nf4 import normal_float, quantize_codebook, quantize_scales
+from optc.passes.quantization.nf4 import normal_float, quantize_codebook, quantize_scales
 
 _optc = torch.ops.optc
 

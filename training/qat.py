@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.layouts import QuantizedWeight, Scheme
-from optc.compiler.layouts.key_values import KeyValueScheme
-from optc.compiler.quantize import check_bits, check_group_size
-from optc.passes.quantize.grid import Grid, full_range, search
+from optc.compiler.formats.integer import check_bits, check_group_size
+from optc.compiler.formats.layouts import QuantizedWeight, Scheme
+from optc.compiler.formats.layouts.key_values import KeyValueScheme
+from optc.passes.quantization.arithmetic.grid import Grid, full_range, search
 from optc.training.fake_quantize import fake_quantize_tokens, fake_quantize_weight, storable_scale
 from optc.training.kv_rounding import round_keys_and_values
 from optc.training.linears import quantizable_linears, replace_modules

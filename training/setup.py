@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from optc.compiler.capture.checkpoint import CheckpointInfo, check_folder, config_digest, weights_digest
-from optc.compiler.capture.config_file import read_config
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.runtime.tokenizer import eos_token_ids, load_tokenizer
+from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, config_digest, weights_digest
+from optc.compiler.model_folder.config_file import read_config
+from optc.runtime.generation.tokenizer import eos_token_ids, load_tokenizer
 from optc.training.activation_checkpointing import apply_activation_checkpointing
 from optc.training.chunked_head import check_head, chunked_head
 from optc.training.compile import apply_compile

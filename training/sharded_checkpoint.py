@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from optc.compiler.artifact.publishing import write_folder
 from optc.compiler.diagnostics import InputError, os_errors
-from optc.compiler.publishing import write_folder
 from optc.training.optimizers import counter_device, plain_values
 
 _STATE = "state.json"

@@ -48,7 +48,7 @@ def write_train_report(directory: Path, result: TrainResult, records: Sequence[S
         loader=jinja2.ChoiceLoader(
             [
                 jinja2.PackageLoader("optc.training", "templates"),
-                jinja2.PackageLoader("optc.exporters", "templates"),
+                jinja2.PackageLoader("optc.exporters.reports", "templates"),
             ]
         ),
         autoescape=True,

@@ -8,8 +8,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from optc.compiler.contract import AttentionFacts, ModelFacts
 from optc.compiler.diagnostics import CaptureError
+from optc.compiler.ir.contract import AttentionFacts, ModelFacts
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 

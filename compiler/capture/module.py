@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.export import Dim
 
 from optc.compiler.capture.facts import attention_layers
-from optc.compiler.contract import Contract, Input, Output
 from optc.compiler.diagnostics import UsageError
-from optc.compiler.program import Program
+from optc.compiler.ir.contract import Contract, Input, Output
+from optc.compiler.ir.program import Program
 
 
 def capture_module(

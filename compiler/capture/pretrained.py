@@ -11,7 +11,12 @@ from torch import Tensor
 from torch.export import Dim
 
 from optc.compiler.capture.attention import NAME, register
-from optc.compiler.capture.checkpoint import (
+from optc.compiler.capture.facts import attention_layers, model_facts, refuse_unsupported
+from optc.compiler.capture.restored import restore_codes
+from optc.compiler.diagnostics import CaptureError, InputError, unknown_name
+from optc.compiler.ir.contract import Contract, Input, Output
+from optc.compiler.ir.program import Program
+from optc.compiler.model_folder.checkpoint import (
     CheckpointInfo,
     check_folder,
     check_values,
@@ -19,12 +24,7 @@ from optc.compiler.capture.checkpoint import (
     match_names,
     tied_names,
 )
-from optc.compiler.capture.facts import attention_layers, model_facts, refuse_unsupported
-from optc.compiler.capture.quantized import quantized_folder
-from optc.compiler.capture.restored import restore_codes
-from optc.compiler.contract import Contract, Input, Output
-from optc.compiler.diagnostics import CaptureError, InputError, unknown_name
-from optc.compiler.program import Program
+from optc.compiler.model_folder.quantized import quantized_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTIONS = (NAME, "sdpa", "eager")

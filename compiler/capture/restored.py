@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.capture.checkpoint import match_names
-from optc.compiler.capture.quantized import QuantizedFolder
-from optc.compiler.contract import WeightQuantization
-from optc.compiler.dataflow import aten, module_path, peel, value_of
+from optc.compiler.analysis.dataflow import aten, module_path, peel, value_of
+from optc.compiler.analysis.linears import Linear, linear_site
 from optc.compiler.diagnostics import CaptureError, InputError
-from optc.compiler.key_values import round_key_values
-from optc.compiler.layouts import QuantizedWeight
-from optc.compiler.linears import Linear, linear_site
-from optc.compiler.program import Program
-from optc.compiler.rounding import rounded_input
-from optc.compiler.safetensors_header import shown
-from optc.compiler.surgery import add_weight, drop_dead, insert_call, replace_call
-from optc.compiler.weights import prune_contract, record_weight
+from optc.compiler.formats.layouts import QuantizedWeight
+from optc.compiler.formats.safetensors_header import shown
+from optc.compiler.ir.contract import WeightQuantization
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.surgery import add_weight, drop_dead, insert_call, replace_call
+from optc.compiler.model_folder.checkpoint import match_names
+from optc.compiler.model_folder.quantized import QuantizedFolder
+from optc.compiler.rewriting.key_values import round_key_values
+from optc.compiler.rewriting.rounded_inputs import rounded_input
+from optc.compiler.rewriting.weights import prune_contract, record_weight
 
 _optc = torch.ops.optc
 

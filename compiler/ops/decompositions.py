@@ -1,7 +1,7 @@
 """The dialect in plain ATen: traceable, without loops over rows, for targets without kernels of their own.
 
 Each function takes what its op takes and computes the same numbers up to rounding. Shapes as in
-`optc.compiler.ops.attention`: B batch, H query heads, Hkv key/value heads, G = H / Hkv, S new tokens, T keys.
+`optc.compiler.ops.dialect.attention`: B batch, H query heads, Hkv key/value heads, G = H / Hkv, S new tokens, T keys.
 
 Query heads of one key/value head are laid behind each other as rows of one query [B, Hkv, G*S, D], so
 that keys and values are read once and never repeated in memory.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optc.compiler.ops.attention import position_mask
+from optc.compiler.ops.dialect.attention import position_mask
 
 
 def attention(

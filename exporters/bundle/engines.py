@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.manifest import Manifest
 from optc.exporters.bundle.header import aotinductor_header, genai_header
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from optc.compiler.manifest import Manifest
-from optc.compiler.safetensors_header import read_header
+from optc.compiler.artifact.manifest import Manifest
+from optc.compiler.formats.safetensors_header import read_header
 
 _CODES = {
     "F32": "kFloat32", "F16": "kFloat16", "BF16": "kBFloat16", "F64": "kFloat64", "I64": "kInt64", "I32": "kInt32",

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import msgspec
 
-from optc.compiler.artifact import finish, verify, write_folder
+from optc.compiler.artifact.folder import finish, verify, write_folder
+from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import ArtifactError, InputError, TargetError, os_errors
-from optc.compiler.manifest import Manifest
 from optc.exporters.bundle.engines import BundleEngine, Runtime, find_engine
 
 SUMS, LIBRARIES = "SHA256SUMS", "lib"
@@ -120,7 +120,7 @@ def _write_program(directory: Path, manifest: Manifest, engine: BundleEngine) ->
         texts[folder + file.name] = file.read_text()
     texts["program/model.h"] = engine.header(manifest, directory)
     texts["README.txt"] = string.Template(texts["README.txt"]).substitute(_facts(manifest))
-    texts["check.py"] = (resources.files("optc.runtime") / "check_device.py").read_text()
+    texts["check.py"] = (resources.files("optc.runtime.carried") / "check_device.py").read_text()
     with os_errors("writing the program", str(directory)):
         (directory / "program").mkdir()
         for name, text in texts.items():

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import ArtifactError, GateError, InputError, os_errors
-from optc.compiler.gate import TOLERANCE
-from optc.compiler.program import Program
-from optc.compiler.target import ExportRequest, ExportResult
+from optc.compiler.ir.program import Program
+from optc.compiler.pipeline.gate import TOLERANCE
+from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
 from optc.exporters.executorch.forms import LINEAR
 from optc.exporters.executorch.lower import Lowered, lower

@@ -15,8 +15,8 @@ import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed, w
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.dataflow import value_of
-from optc.compiler.program import Program
+from optc.compiler.analysis.dataflow import value_of
+from optc.compiler.ir.program import Program
 
 aten = torch.ops.aten
 ROTARY, LINEAR = torch.ops.optc.rotary.default, torch.ops.optc.linear_dynamic.default

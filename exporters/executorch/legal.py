@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.target import Predicate
+from optc.compiler.target.target import Predicate
 
 _optc = torch.ops.optc
 DIALECT = (_optc.cached_attention_.default, _optc.rotary.default, _optc.linear_dynamic.default)

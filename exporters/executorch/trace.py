@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from optc.compiler.contract import Input
-from optc.compiler.program import Program
-from optc.compiler.retrace import Replay
+from optc.compiler.ir.contract import Input
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.retrace import Replay
 from optc.exporters.executorch.forms import Forms, constant_tables
 
 

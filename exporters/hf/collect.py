@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from optc.compiler.capture.checkpoint import CheckpointInfo, check_folder, match_names
 from optc.compiler.capture.pretrained import meta_model
-from optc.compiler.capture.quantized import quantized_folder
 from optc.compiler.capture.renames import renamed_tensors
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.layouts.key_values import KeyValueScheme
-from optc.compiler.program import Program
+from optc.compiler.formats.layouts.key_values import KeyValueScheme
+from optc.compiler.ir.program import Program
+from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, match_names
+from optc.compiler.model_folder.quantized import quantized_folder
 from optc.exporters.hf.places import Places, Quantized
 
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optc.compiler.capture.checkpoint import CheckpointInfo, check_folder
-from optc.compiler.capture.quantized import QuantizedFolder, quantized_folder
 from optc.compiler.diagnostics import ArtifactError, OptcError, TargetError, os_errors
-from optc.compiler.layouts import QuantizedWeight
-from optc.compiler.layouts.config import KEY
-from optc.compiler.layouts.tensors import TensorReader
-from optc.compiler.program import Program
-from optc.compiler.target import ExportRequest, ExportResult
+from optc.compiler.formats.layouts import QuantizedWeight
+from optc.compiler.formats.layouts.config import KEY
+from optc.compiler.formats.layouts.tensors import TensorReader
+from optc.compiler.ir.program import Program
+from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder
+from optc.compiler.model_folder.quantized import QuantizedFolder, quantized_folder
+from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
 from optc.exporters.hf.collect import FolderPlan, collect
 from optc.exporters.hf.layouts import LAYOUTS, LayoutWriter, layout_writer
@@ -31,7 +31,7 @@ def export_hf(program: Program, request: ExportRequest) -> ExportResult:
     """Write a model folder: config.json, safetensors, tokenizer and companions.
 
     Every tensor comes from the program, not from the source folder, but for those that the graph does not read. What
-    was written is read back through `optc.compiler.layouts` and compared with the program bit by bit.
+    was written is read back through `optc.compiler.formats.layouts` and compared with the program bit by bit.
 
     Raises:
         TargetError: a weight has no place in a model folder, or the layout cannot hold it; names it.

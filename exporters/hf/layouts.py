@@ -1,6 +1,6 @@
 """The layouts that quantized weights are written in: what each can hold, its tensors and its config.
 
-Sources and shapes: `optc.compiler.layouts`, which reads what is written here.
+Sources and shapes: `optc.compiler.formats.layouts`, which reads what is written here.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.layouts import QuantizedWeight, Scheme, awq, compressed_tensors, gptq
-from optc.compiler.layouts.key_values import KeyValueScheme
+from optc.compiler.formats.layouts import QuantizedWeight, Scheme, awq, compressed_tensors, gptq
+from optc.compiler.formats.layouts.key_values import KeyValueScheme
 from optc.exporters.hf.words import pack_words
 
 LAYOUTS = (compressed_tensors.METHOD, awq.METHOD, gptq.METHOD)

@@ -1,4 +1,4 @@
-"""Write quantized linears in ModelOpt's layout; see `optc.compiler.layouts.modelopt`, which reads it back.
+"""Write quantized linears in ModelOpt's layout; see `optc.compiler.formats.layouts.modelopt`, which reads it back.
 
 config.json and hf_quant_config.json say the same in two forms; TensorRT-LLM reads the latter.
 """
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.layouts import QuantizedWeight, Scheme
-from optc.compiler.layouts.key_values import KeyValueScheme
-from optc.compiler.layouts.modelopt import (
+from optc.compiler.formats.layouts import QuantizedWeight, Scheme
+from optc.compiler.formats.layouts.key_values import KeyValueScheme
+from optc.compiler.formats.layouts.modelopt import (
     AWQ,
     CACHE_FP8,
     FP8,

@@ -11,15 +11,21 @@ from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from optc.compiler.capture.checkpoint import tied_names
-from optc.compiler.dataflow import aten, module_path, peel, value_of
+from optc.compiler.analysis.dataflow import aten, module_path, peel, value_of
+from optc.compiler.analysis.linears import (
+    DEQUANTIZERS,
+    Linear,
+    activation_format,
+    linear_site,
+    quantized_activation,
+)
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.key_values import key_value_scales, rounded
-from optc.compiler.layouts import QuantizedWeight, Scheme
-from optc.compiler.layouts.key_values import KeyValueScheme
-from optc.compiler.linears import DEQUANTIZERS, Linear, activation_format, linear_site, quantized_activation
-from optc.compiler.ops.nvfp4 import BLOCK
-from optc.compiler.program import Program
+from optc.compiler.formats.layouts import QuantizedWeight, Scheme
+from optc.compiler.formats.layouts.key_values import KeyValueScheme
+from optc.compiler.ir.program import Program
+from optc.compiler.model_folder.checkpoint import tied_names
+from optc.compiler.ops.dialect.nvfp4 import BLOCK
+from optc.compiler.rewriting.key_values import key_value_scales, rounded
 
 _optc = torch.ops.optc
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from optc.compiler.diagnostics import UsageError
-from optc.compiler.target import CompileOptions
+from optc.compiler.target.target import CompileOptions
 
 FILE = "serve.yaml"
 DRAFT_TOKENS = 4

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from optc.compiler.layouts import modelopt
-from optc.compiler.program import Program
-from optc.compiler.target import ExportRequest, ExportResult
+from optc.compiler.formats.layouts import modelopt
+from optc.compiler.ir.program import Program
+from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.hf.collect import collect
 from optc.exporters.hf.export import write_model
 from optc.exporters.hf.modelopt import ModelOptWriter, fit_for_loading

@@ -1,4 +1,4 @@
-"""Codes of a few bits into 32-bit words without gaps, lowest bits first; see `optc.compiler.layouts.words`."""
+"""Codes of a few bits into 32-bit words without gaps, lowest bits first; see `optc.compiler.formats.layouts.words`."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ import torch
 
 from optc.compiler import compat
 from optc.compiler.diagnostics import ResourceError, TargetError, os_errors
-from optc.compiler.program import Program
-from optc.compiler.program_tensors import write_tensors
-from optc.compiler.safetensors_header import read_header
-from optc.compiler.target import ExportRequest, ExportResult
+from optc.compiler.formats.safetensors_header import read_header
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.saved.tensors import write_tensors
+from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
 from optc.exporters.inductor.legal import OP_LIBRARY_OPS
 from optc.exporters.inductor.library import FILE_NAME, build_library
@@ -47,7 +47,7 @@ def export_inductor(program: Program, request: ExportRequest) -> ExportResult:
     constants = _constants(program, directory / MODEL)
     with os_errors("writing the weights", str(directory / WEIGHTS)):
         write_tensors(directory / WEIGHTS, constants)
-        runner = resources.files("optc.runtime") / "pt2_runner.py"
+        runner = resources.files("optc.runtime.carried") / "pt2_runner.py"
         (directory / RUNNER).write_bytes(runner.read_bytes())
     companions = copy_companions(request.source, directory)
     info = _info(program, request, library, constants, companions)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from optc.compiler.target import Predicate
+from optc.compiler.target.target import Predicate
 
 OP_LIBRARY_OPS = ("paged_attention_", "linear_nbits")
 """Ops of the dialect with a kernel in `csrc/`."""

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optc.compiler.contract import Input
 from optc.compiler.diagnostics import GateError
-from optc.compiler.gate import TOLERANCE
-from optc.compiler.ops.packed_cpu import KEPT
-from optc.compiler.pipeline import compute_dtype
-from optc.compiler.program import Program
+from optc.compiler.ir.contract import Input
+from optc.compiler.ir.program import Program
+from optc.compiler.ops.packed.inductor_cpu import KEPT
+from optc.compiler.pipeline.gate import TOLERANCE
+from optc.compiler.pipeline.pipeline import compute_dtype
 
 Inputs = list[Tensor]
 ROUNDED_TOLERANCE = 2e-2

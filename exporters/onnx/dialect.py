@@ -8,8 +8,8 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
-from optc.compiler.ops.packed_products import MIDDLE
-from optc.compiler.ops.quantization import SMALLEST_SCALE
+from optc.compiler.ops.dialect.quantization import SMALLEST_SCALE
+from optc.compiler.ops.packed.onnxruntime_products import MIDDLE
 from optc.exporters.onnx.walker import MICROSOFT, Lowering, Walker
 
 _optc = torch.ops.optc

@@ -12,12 +12,12 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from optc.compiler.contract import Contract
-from optc.compiler.dataflow import value_of
+from optc.compiler.analysis.dataflow import value_of
+from optc.compiler.artifact.onnx_check import check_onnx
 from optc.compiler.diagnostics import ArtifactError, TargetError, os_errors
-from optc.compiler.onnx_check import check_onnx
-from optc.compiler.program import Program
-from optc.compiler.target import ExportRequest, ExportResult
+from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.program import Program
+from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
 from optc.exporters.onnx.genai import genai_config
 from optc.exporters.onnx.table import LOWERINGS

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from optc.compiler.contract import Contract
+from optc.compiler.ir.contract import Contract
 
 # Decoder types that onnxruntime-genai 0.18 lists; any other decoder is "decoder" to it.
 _TYPES = frozenset({

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from optc.compiler.target import Predicate
+from optc.compiler.target.target import Predicate
 from optc.exporters.onnx import arithmetic, attention, dialect, elementwise, layers, reduce, shape
 from optc.exporters.onnx.walker import Lowering
 

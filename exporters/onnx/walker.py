@@ -15,9 +15,9 @@ import torch
 from onnx_ir import tensor_adapters
 from torch.fx import Node
 
-from optc.compiler.contract import Contract
-from optc.compiler.dataflow import module_path
-from optc.compiler.program import Program
+from optc.compiler.analysis.dataflow import module_path
+from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.program import Program
 
 OPSET = 24  # from 25 on, ONNX Runtime's CPU Attention has no kernel
 IR_VERSION = 11

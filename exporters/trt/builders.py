@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from optc.compiler.diagnostics import TargetError, unknown_name
-from optc.compiler.target import CompileOptions
+from optc.compiler.target.target import CompileOptions
 from optc.exporters.trt.build_plan import FIRST_VERSIONS, PACKAGES, version_of
 
 Runtime = Literal["tensorrt", "rtx", "none"]

@@ -36,7 +36,7 @@ def write_companions(directory: Path, engine: dict[str, Any]) -> list[str]:
     """
     with os_errors("writing the scripts of the plan", str(directory)):
         for name, source in _SOURCES.items():
-            with resources.as_file(resources.files("optc.runtime") / source) as path:
+            with resources.as_file(resources.files("optc.runtime.carried") / source) as path:
                 shutil.copyfile(path, directory / name)
         script = directory / SCRIPT
         script.write_text(build_script(engine))

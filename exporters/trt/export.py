@@ -12,11 +12,11 @@ from typing import Any
 
 import onnx
 
-from optc.compiler.contract import Contract
 from optc.compiler.diagnostics import OptcError, ResourceError, TargetError, os_errors
-from optc.compiler.program import Program
-from optc.compiler.target import ExportRequest, ExportResult, check_lowered
-from optc.compiler.verification import VerificationError
+from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.verification import VerificationError
+from optc.compiler.target.target import ExportRequest, ExportResult, check_lowered
 from optc.exporters.companions import copy_companions
 from optc.exporters.onnx.export import DATA, MODEL, write_model
 from optc.exporters.onnx.walker import Walker

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from optc.compiler.contract import Contract
-from optc.compiler.pipeline import compute_dtype
-from optc.compiler.program import Program
-from optc.compiler.target import CompileOptions
+from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.program import Program
+from optc.compiler.pipeline.pipeline import compute_dtype
+from optc.compiler.target.target import CompileOptions
 from optc.exporters.trt.builders import Choice
 from optc.exporters.trt.table import OP_SETS
 

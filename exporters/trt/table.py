@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from optc.compiler.target import Predicate
+from optc.compiler.target.target import Predicate
 from optc.exporters.onnx.table import LEGAL as ONNX_LEGAL
 from optc.exporters.onnx.table import LOWERINGS
 from optc.exporters.onnx.walker import Lowering

@@ -15,19 +15,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optc.api import CompileResult, CompileSettings, capture, compile, load
-    from optc.compiler.contract import Contract
     from optc.compiler.diagnostics import OptcError
-    from optc.compiler.pipeline import Pipeline, PipelineOptions
-    from optc.compiler.program import Program
-    from optc.compiler.rewriting import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
+    from optc.compiler.ir.contract import Contract
+    from optc.compiler.ir.program import Program
+    from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
+    from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
 
 _HOMES = {
     "optc.api": ("CompileResult", "CompileSettings", "capture", "compile", "load"),
-    "optc.compiler.contract": ("Contract",),
+    "optc.compiler.ir.contract": ("Contract",),
     "optc.compiler.diagnostics": ("OptcError",),
-    "optc.compiler.pipeline": ("Pipeline", "PipelineOptions"),
-    "optc.compiler.program": ("Program",),
-    "optc.compiler.rewriting": ("Match", "Miss", "Pass", "PassContext", "PassResult", "Rule", "apply_rules"),
+    "optc.compiler.pipeline.pipeline": ("Pipeline", "PipelineOptions"),
+    "optc.compiler.ir.program": ("Program",),
+    "optc.compiler.rewriting.passes": (
+        "Match",
+        "Miss",
+        "Pass",
+        "PassContext",
+        "PassResult",
+        "Rule",
+        "apply_rules",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

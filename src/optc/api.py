@@ -15,20 +15,20 @@ from typing import Any
 import torch
 
 from optc.calibrating import make_calibration
-from optc.compiler import artifact
-from optc.compiler.calibration import DEFAULT_LENGTH, DEFAULT_SAMPLES, Calibration
+from optc.compiler.artifact import folder as artifact
+from optc.compiler.artifact.manifest import Manifest, Source
+from optc.compiler.calibration.sequences import DEFAULT_LENGTH, DEFAULT_SAMPLES, Calibration
 from optc.compiler.capture import capture_model, capture_module, capture_pretrained
-from optc.compiler.capture.checkpoint import CheckpointInfo, config_digest, weights_digest
 from optc.compiler.capture.pretrained import DTYPES
-from optc.compiler.capture.quantized import refuse_quantizing_again
 from optc.compiler.diagnostics import TargetError, UsageError, os_errors, unknown_name
-from optc.compiler.gate import Budget, Probe, text_probe
-from optc.compiler.manifest import Manifest, Source
-from optc.compiler.pipeline import Pipeline, PipelineOptions, PipelineResult, compute_dtype
-from optc.compiler.program import Program
-from optc.compiler.quantization_summary import quantized_linears, summarize
-from optc.compiler.rewriting import Pass, PassContext
-from optc.compiler.target import (
+from optc.compiler.ir.program import Program
+from optc.compiler.model_folder.checkpoint import CheckpointInfo, config_digest, weights_digest
+from optc.compiler.model_folder.quantized import refuse_quantizing_again
+from optc.compiler.pipeline.gate import Budget, Probe, text_probe
+from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions, PipelineResult, compute_dtype
+from optc.compiler.pipeline.quantization_summary import quantized_linears, summarize
+from optc.compiler.rewriting.passes import Pass, PassContext
+from optc.compiler.target.target import (
     CompileOptions,
     ExportRequest,
     ExportResult,
@@ -39,10 +39,10 @@ from optc.compiler.target import (
     check_options,
     with_defaults,
 )
-from optc.exporters.report import write_report
-from optc.passes.quantize.methods import resolve
+from optc.exporters.reports.report import write_report
 from optc.recipes import apply_pass_options, parse_passes
 from optc.targets import find_target
+from optc.targets.methods import resolve
 from optc.targets.registry import installed_targets
 
 Model = str | Path | torch.nn.Module | Program
@@ -264,7 +264,7 @@ def _text_probe(program: Program, info: CheckpointInfo | None, settings: Compile
         if settings.text is not None:
             raise UsageError("--text needs a model folder with a tokenizer", remedy="leave --text out")
         return None
-    from optc.runtime.tokenizer import load_tokenizer
+    from optc.runtime.generation.tokenizer import load_tokenizer
 
     if settings.text is not None:
         with os_errors("reading the gate's text", str(settings.text)):
@@ -343,7 +343,7 @@ def load(folder: str | Path, **options: Any) -> Any:
     Raises:
         ArtifactError: damaged or incomplete (7).  TargetError: this host cannot run it (4).
     """
-    from optc.runtime.load import load as load_artifact
+    from optc.runtime.sessions.load import load as load_artifact
 
     return load_artifact(Path(folder), **options)
 

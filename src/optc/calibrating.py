@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optc.compiler.calibration import Calibration, cut_sequences, read_documents
-from optc.compiler.capture.checkpoint import CheckpointInfo
+from optc.compiler.calibration.sequences import Calibration, cut_sequences, read_documents
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.program import Program
+from optc.compiler.ir.program import Program
+from optc.compiler.model_folder.checkpoint import CheckpointInfo
 
 if TYPE_CHECKING:
     from optc.api import CompileSettings
@@ -36,7 +36,7 @@ def make_calibration(program: Program, info: CheckpointInfo | None, settings: Co
     if isinstance(given, torch.Tensor):
         return _from_tensor(given, facts.vocab_size)
     length = min(settings.calibration_seq_len, facts.context_length or settings.calibration_seq_len)
-    from optc.runtime.tokenizer import load_tokenizer
+    from optc.runtime.generation.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(info.path) if info is not None and info.has_tokenizer else None
     if given is not None:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from optc.api import CompileSettings, check_request, chosen_options, recipe_steps
-from optc.compiler.capture.checkpoint import check_folder
 from optc.compiler.capture.pretrained import DTYPES, meta_model
-from optc.compiler.capture.quantized import quantized_folder, refuse_quantizing_again
-from optc.compiler.quantize import check_group_size, default_group_size
-from optc.compiler.target import CompileOptions, Target, check_context, check_options
-from optc.passes.quantize.methods import METHODS
+from optc.compiler.formats.integer import check_group_size, default_group_size
+from optc.compiler.model_folder.checkpoint import check_folder
+from optc.compiler.model_folder.quantized import quantized_folder, refuse_quantizing_again
+from optc.compiler.target.target import CompileOptions, Target, check_context, check_options
+from optc.targets.methods import METHODS
 from optc.targets.registry import installed_targets
 
 

@@ -11,8 +11,8 @@ import msgspec
 import yaml
 
 from optc.compiler.diagnostics import InputError, UsageError, unknown_name
-from optc.compiler.rewriting import Pass
-from optc.compiler.target import CompileOptions, Step
+from optc.compiler.rewriting.passes import Pass
+from optc.compiler.target.target import CompileOptions, Step
 from optc.passes.registry import find_pass
 
 

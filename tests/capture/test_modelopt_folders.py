@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from optc.api import CompileSettings
 from optc.compiler.capture import capture_pretrained
-from optc.compiler.capture.checkpoint import check_folder
-from optc.compiler.capture.quantized import quantized_folder
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.target import CompileOptions
+from optc.compiler.model_folder.checkpoint import check_folder
+from optc.compiler.model_folder.quantized import quantized_folder
+from optc.compiler.target.target import CompileOptions
 from optc.planning import make_plan
 from optc.targets import find_target
 

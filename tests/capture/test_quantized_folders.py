@@ -18,7 +18,7 @@ from optc.api import CompileSettings
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.capture.pretrained import load_model
 from optc.compiler.diagnostics import CaptureError, InputError, OptcError, UsageError
-from optc.compiler.target import CompileOptions
+from optc.compiler.target.target import CompileOptions
 from optc.planning import make_plan
 from optc.targets import find_target
 

@@ -20,9 +20,9 @@ from once import example_artifact
 
 import optc
 from optc.cli.main import main
-from optc.compiler.artifact import read_manifest, verify
-from optc.compiler.contract import AttentionFacts, Contract, KVCache
+from optc.compiler.artifact.folder import read_manifest, verify
 from optc.compiler.diagnostics import ArtifactError, InputError, TargetError
+from optc.compiler.ir.contract import AttentionFacts, Contract, KVCache
 from optc.exporters.bundle import write_bundle
 from optc.exporters.bundle.header import genai_header, quoted
 from optc.exporters.inductor.toolchain import find_compiler

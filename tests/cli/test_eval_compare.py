@@ -15,13 +15,13 @@ from artifacts import captured_folder, make_manifest
 from conftest import EXAMPLE
 
 from optc.cli.main import main
-from optc.compiler.artifact import finish, read_manifest
-from optc.compiler.capture.checkpoint import check_folder, weights_digest
-from optc.compiler.manifest import Source
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext
-from optc.passes.quantize_rtn import QuantizeRtn
-from optc.runtime.program_session import open_program
+from optc.compiler.artifact.folder import finish, read_manifest
+from optc.compiler.artifact.manifest import Source
+from optc.compiler.ir.program import Program
+from optc.compiler.model_folder.checkpoint import check_folder, weights_digest
+from optc.compiler.rewriting.passes import PassContext
+from optc.passes.quantization.rtn import QuantizeRtn
+from optc.runtime.sessions.program import open_program
 
 TEXT = "It was a dark night, and the ship lay at anchor. The captain had gone ashore. " * 12
 
@@ -37,7 +37,7 @@ def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(folder: Path, manifest: Any, **options: Any) -> Any:
         return open_program(_program(manifest.engine_info["bits"]))
 
-    monkeypatch.setattr("optc.runtime.load.open_session", opened)
+    monkeypatch.setattr("optc.runtime.sessions.load.open_session", opened)
 
 
 def _artifact(folder: Path, bits: int, digest: str = "") -> Path:
@@ -85,7 +85,7 @@ def test_compare_json(
     three: list[Path], text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = []
-    from optc.runtime.reference import SourceModel
+    from optc.runtime.measuring.reference import SourceModel
 
     run = SourceModel.__call__
     monkeypatch.setattr(SourceModel, "__call__", lambda self, tokens: runs.append(1) or run(self, tokens))

@@ -8,7 +8,7 @@ from families import FAMILIES, make_model
 from stages import rewritten
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from optc.passes.quantize_rtn import QuantizeRtn
+from optc.passes.quantization.rtn import QuantizeRtn
 from optc.planning import quantizable
 
 

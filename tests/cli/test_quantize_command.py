@@ -12,7 +12,7 @@ from families import make_model
 from transformers import AutoModelForCausalLM
 
 from optc.cli.main import main
-from optc.compiler.artifact import verify
+from optc.compiler.artifact.folder import verify
 
 Capture = pytest.CaptureFixture[str]
 

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optc.cli.main import main
-from optc.compiler.artifact import finish, read_manifest
-from optc.compiler.capture.checkpoint import check_folder, config_digest, weights_digest
-from optc.compiler.manifest import Source
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext
-from optc.passes.page_kv_cache import PageKVCache
-from optc.runtime.program_session import open_program
+from optc.compiler.artifact.folder import finish, read_manifest
+from optc.compiler.artifact.manifest import Source
+from optc.compiler.ir.program import Program
+from optc.compiler.model_folder.checkpoint import check_folder, config_digest, weights_digest
+from optc.compiler.rewriting.passes import PassContext
+from optc.passes.kv_cache.paged import PageKVCache
+from optc.runtime.sessions.program import open_program
 
 PROMPT = "The old man looked at the sea, and"
 TEXT = "It was a dark night, and the ship lay at anchor. " * 40
@@ -61,7 +61,7 @@ def artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def opened(folder: Path, manifest: Any, **options: Any) -> Any:
         return open_program(_program(), num_blocks=options["num_blocks"] or 256)
 
-    monkeypatch.setattr("optc.runtime.load.open_session", opened)
+    monkeypatch.setattr("optc.runtime.sessions.load.open_session", opened)
     return _artifact(tmp_path / "artifact")
 
 
@@ -214,7 +214,7 @@ def test_empty_prompts(
     # The tokenizer adds a begin-of-text token, so even empty text is a prompt of one token ...
     assert len(call_json(capsys, "run", artifact, "--prompt", "", "--max-new-tokens", 2)["tokens"]) == 2
     # ... and where it adds none, it is refused.
-    monkeypatch.setattr("optc.runtime.tokenizer.Tokenizer.encode", lambda self, text: [])
+    monkeypatch.setattr("optc.runtime.generation.tokenizer.Tokenizer.encode", lambda self, text: [])
     expect(capsys, 3, "prompt 0 is empty", "run", artifact, "--prompt", "")
 
 
@@ -330,7 +330,7 @@ def test_eval_refuses(artifact: Path, text: Path, capsys: pytest.CaptureFixture[
 
 @pytest.fixture
 def quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optc.runtime.benchmark.read_bandwidth", lambda threads: 24e9)
+    monkeypatch.setattr("optc.runtime.measuring.benchmark.read_bandwidth", lambda threads: 24e9)
 
 
 @pytest.mark.usefixtures("quick_bandwidth")

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from optc.cli.main import cli
-from optc.compiler.artifact import verify
+from optc.compiler.artifact.folder import verify
 from optc.compiler.diagnostics import OptcError
 
 

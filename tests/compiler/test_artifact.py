@@ -17,10 +17,10 @@ import msgspec
 import pytest
 from artifacts import FILES, make_artifact, make_manifest
 
-from optc.compiler import publishing
-from optc.compiler.artifact import check_output, finish, rewrite, verify, write_folder
+from optc.compiler.artifact import publishing
+from optc.compiler.artifact.folder import check_output, finish, rewrite, verify, write_folder
+from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import ArtifactError, InputError, OptcError, ResourceError
-from optc.compiler.manifest import Manifest
 
 
 def names(folder: Path) -> list[str]:

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from optc.compiler.blocks import BlockManager
 from optc.compiler.diagnostics import ResourceError
+from optc.compiler.execution.block_manager import BlockManager
 
 
 def _fill(manager: BlockManager, request: object, tokens: list[int]) -> int:

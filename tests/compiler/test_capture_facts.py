@@ -9,13 +9,13 @@ import pytest
 from families import make_model
 
 from optc.compiler.capture import capture_model
-from optc.compiler.capture.checkpoint import check_folder
 from optc.compiler.capture.pretrained import capture_pretrained, meta_model
 from optc.compiler.diagnostics import CaptureError
-from optc.compiler.rewriting import PassContext
+from optc.compiler.model_folder.checkpoint import check_folder
+from optc.compiler.rewriting.passes import PassContext
 from optc.exporters.onnx.genai import genai_config
-from optc.passes.static_kv_cache import StaticKVCache
-from optc.runtime.tokenizer import eos_token_ids
+from optc.passes.kv_cache.static import StaticKVCache
+from optc.runtime.generation.tokenizer import eos_token_ids
 
 
 def _folder(path: Path, eos: object, generation: object) -> Path:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.program import Program
-from optc.compiler.target import (
+from optc.compiler.ir.program import Program
+from optc.compiler.target.target import (
     CompileOptions,
     ExportRequest,
     ExportResult,

@@ -10,9 +10,7 @@ from rewrites import stirred
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.capture import capture_module
-from optc.compiler.contract import Output
-from optc.compiler.dataflow import (
+from optc.compiler.analysis.dataflow import (
     CASTS,
     MOVES,
     Sizes,
@@ -26,10 +24,12 @@ from optc.compiler.dataflow import (
     sole_user,
     truncates,
 )
-from optc.compiler.linears import chooses_experts, head_linear, linear_site, linear_sites
-from optc.compiler.program import Program
-from optc.compiler.surgery import add_weight, drop_dead, replace_call, replace_node
-from optc.compiler.weights import as_weight, prune_contract
+from optc.compiler.analysis.linears import chooses_experts, head_linear, linear_site, linear_sites
+from optc.compiler.capture import capture_module
+from optc.compiler.ir.contract import Output
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.surgery import add_weight, drop_dead, replace_call, replace_node
+from optc.compiler.rewriting.weights import as_weight, prune_contract
 
 
 class _Chain(torch.nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from rewrites import difference, stirred
 
-from optc.compiler.devices import tensor_float_32, to_device
+from optc.compiler.ir.devices import tensor_float_32, to_device
 
 
 def test_a_moved_program_computes_the_same() -> None:

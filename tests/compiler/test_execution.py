@@ -7,12 +7,12 @@ import torch
 from stages import captured, full_logits, largest, rewritten, sequences
 
 from optc.compiler.capture import capture_module
-from optc.compiler.execution import _plan, run_module, run_stage
-from optc.compiler.program import Program
-from optc.compiler.rewriting import Pass
-from optc.compiler.surgery import replace_call
-from optc.passes.page_kv_cache import PageKVCache
-from optc.passes.static_kv_cache import StaticKVCache
+from optc.compiler.execution.stage_driver import _plan, run_module, run_stage
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.surgery import replace_call
+from optc.compiler.rewriting.passes import Pass
+from optc.passes.kv_cache.paged import PageKVCache
+from optc.passes.kv_cache.static import StaticKVCache
 
 PASSES = [StaticKVCache(), StaticKVCache(in_place=True), PageKVCache(block_size=4)]
 

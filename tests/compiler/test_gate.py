@@ -8,11 +8,11 @@ import pytest
 import torch
 from families import make_model
 
-from optc.compiler import gate
 from optc.compiler.capture import capture_model, capture_module
 from optc.compiler.diagnostics import GateError
-from optc.compiler.execution import StageRun
-from optc.compiler.gate import Budget, Drift, Probe
+from optc.compiler.execution.stage_driver import StageRun
+from optc.compiler.pipeline import gate
+from optc.compiler.pipeline.gate import Budget, Drift, Probe
 
 
 def _check(

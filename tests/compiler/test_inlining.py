@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from optc.compiler.capture import capture_module
-from optc.compiler.inlining import inline_call
-from optc.compiler.surgery import drop_dead
+from optc.compiler.ir.surgery import drop_dead
+from optc.compiler.rewriting.inlining import inline_call
 
 aten = torch.ops.aten
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from optc.compiler.capture.facts import attention_layers
 from optc.compiler.capture.module import capture_module
-from optc.compiler.contract import Input, KVCache, Output, WeightQuantization
-from optc.compiler.ir_text import diff_text, format_program, summarize
-from optc.compiler.program import Program
-from optc.compiler.serialization import load_program, save_program
-from optc.compiler.surgery import replace_call
+from optc.compiler.ir.contract import Input, KVCache, Output, WeightQuantization
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.saved.programs import load_program, save_program
+from optc.compiler.ir.surgery import replace_call
+from optc.compiler.ir.text import diff_text, format_program, summarize
 
 GOLDEN = Path(__file__).parent / "golden"
 

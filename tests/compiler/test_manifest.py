@@ -12,8 +12,8 @@ import msgspec
 import pytest
 from artifacts import make_manifest
 
+from optc.compiler.artifact.manifest import decode, encode
 from optc.compiler.diagnostics import ArtifactError
-from optc.compiler.manifest import decode, encode
 
 
 def sealed(edit: Callable[[dict[str, Any]], None]) -> bytes:

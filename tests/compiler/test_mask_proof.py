@@ -11,11 +11,11 @@ import torch
 from masks import ADDITIVE, Maker, Places, random_mask
 from torch import Tensor
 
+from optc.compiler.analysis.aliases import Storage
+from optc.compiler.analysis.masks.elements import BATCH, HEAD, KEY, QUERY, UnprovenError, shape_of
+from optc.compiler.analysis.masks.proof import MaskProver, ProvedMask, Term
 from optc.compiler.capture import capture_module
-from optc.compiler.elements import BATCH, HEAD, KEY, QUERY, UnprovenError, shape_of
-from optc.compiler.mask_proof import MaskProver, ProvedMask, Term
-from optc.compiler.program import Program
-from optc.compiler.storage import Storage
+from optc.compiler.ir.program import Program
 
 SHAPES = ((1, 1), (2, 5), (3, 11))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optc.compiler.ops.nvfp4 import BLOCK, scale_of
+from optc.compiler.ops.dialect.nvfp4 import BLOCK, scale_of
 
 _optc = torch.ops.optc
 VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]

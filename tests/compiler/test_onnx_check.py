@@ -12,8 +12,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from optc.compiler.artifact.onnx_check import check_onnx
 from optc.compiler.diagnostics import ArtifactError
-from optc.compiler.onnx_check import check_onnx
 
 WEIGHT = np.arange(16, dtype=np.float32)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.capture import capture_module
-from optc.compiler.ops.packed import pack_nbits, unpack_nbits
+from optc.compiler.ops.packed.onnxruntime import pack_nbits, unpack_nbits
 
 _optc = torch.ops.optc
 HEADS, KV_HEADS = 4, 2

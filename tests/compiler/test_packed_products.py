@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from optc.compiler.capture import capture_module
-from optc.compiler.ops.packed_products import pack_bnb4
-from optc.passes.quantize_nf4 import normal_float
+from optc.compiler.ops.packed.onnxruntime_products import pack_bnb4
+from optc.passes.quantization.nf4 import normal_float
 
 _optc = torch.ops.optc
 

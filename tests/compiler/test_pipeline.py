@@ -13,12 +13,12 @@ from torch.fx import Node
 
 from optc.compiler.capture import capture_model, capture_module
 from optc.compiler.diagnostics import GateError, InputError, NoMatchError
-from optc.compiler.pipeline import Pipeline, PipelineOptions
-from optc.compiler.program import Program
-from optc.compiler.rewriting import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
-from optc.compiler.surgery import replace_call
-from optc.compiler.target import Step
-from optc.compiler.verification import VerificationError
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.surgery import replace_call
+from optc.compiler.ir.verification import VerificationError
+from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
+from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
+from optc.compiler.target.target import Step
 
 SILU = torch.ops.aten.silu.default
 

@@ -7,17 +7,17 @@ import torch
 from rewrites import rewritten, stirred
 from stages import captured
 
-from optc.compiler.contract import Contract, WeightQuantization
-from optc.compiler.pipeline import Pipeline
-from optc.compiler.quantization_record import LinearRecord
-from optc.compiler.quantization_summary import (
+from optc.compiler.ir.contract import Contract, WeightQuantization
+from optc.compiler.pipeline.pipeline import Pipeline
+from optc.compiler.pipeline.quantization_summary import (
     ideal_bits,
     linear_record,
     measured_records,
     quantized_linears,
     summarize,
 )
-from optc.passes.quantize_rtn import QuantizeRtn
+from optc.compiler.rewriting.quantization_record import LinearRecord
+from optc.passes.quantization.rtn import QuantizeRtn
 
 ENTRY = WeightQuantization(method="rtn", bits=4, group_size=32, symmetric=True, source="a.weight")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import optc.compiler.ops  # noqa: F401  (registers optc.dequantize)
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.quantize import (
+from optc.compiler.formats.integer import (
     BITS,
     check_group_size,
     default_group_size,

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from optc.compiler.capture.module import capture_module
 from optc.compiler.diagnostics import InputError, ResourceError
-from optc.compiler.program import Program
-from optc.compiler.program_tensors import read_tensors, write_tensors
-from optc.compiler.serialization import load_program, save_program
-from optc.compiler.surgery import add_weight
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.saved.programs import load_program, save_program
+from optc.compiler.ir.saved.tensors import read_tensors, write_tensors
+from optc.compiler.ir.surgery import add_weight
 
 HEADS, SIZE, VOCABULARY = 2, 8, 32
 WIDTH = HEADS * SIZE

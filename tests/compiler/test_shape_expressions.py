@@ -8,7 +8,7 @@ import pytest
 import sympy
 from torch.utils._sympy.functions import FloorDiv, Max, Mod, PythonMod
 
-from optc.compiler.shape_expressions import parse_shape_expression
+from optc.compiler.ir.saved.shape_expressions import parse_shape_expression
 
 S = sympy.Symbol("s7", positive=True, integer=True)
 U = sympy.Symbol("u0", integer=True)

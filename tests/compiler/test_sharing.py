@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from optc.compiler.capture import capture_module
-from optc.compiler.program import Program
-from optc.compiler.sharing import share_expressions
-from optc.compiler.surgery import drop_dead
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.surgery import drop_dead
+from optc.compiler.rewriting.common_subexpressions import share_expressions
 
 aten = torch.ops.aten
 

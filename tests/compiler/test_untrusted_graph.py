@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from optc.compiler.capture.module import capture_module
 from optc.compiler.diagnostics import ArtifactError, OptcError
-from optc.compiler.serialization import load_program, save_program
+from optc.compiler.ir.saved.programs import load_program, save_program
 
 FILES = ("graph.json", "weights.safetensors", "constants.safetensors")
 Json = dict[str, Any]

@@ -17,16 +17,16 @@ from stages import captured, sequences
 from transformers import AutoModelForCausalLM
 
 import optc
-from optc.compiler.artifact import read_manifest
+from optc.compiler.artifact.folder import read_manifest
 from optc.compiler.capture import capture_module
-from optc.compiler.contract import AttentionFacts, Contract, KVCache
 from optc.compiler.diagnostics import GateError, InputError, TargetError
-from optc.compiler.rewriting import PassContext, PassResult
-from optc.compiler.target import CompileOptions, check_options
-from optc.passes.fuse_norm import FuseNorm
-from optc.passes.legalize_executorch import LegalizeExecutorch
-from optc.passes.pack_xnnpack import PackXnnpack
-from optc.passes.quantize_rtn import QuantizeRtn
+from optc.compiler.ir.contract import AttentionFacts, Contract, KVCache
+from optc.compiler.rewriting.passes import PassContext, PassResult
+from optc.compiler.target.target import CompileOptions, check_options
+from optc.passes.fusion.norm import FuseNorm
+from optc.passes.legalization.executorch import LegalizeExecutorch
+from optc.passes.legalization.xnnpack import PackXnnpack
+from optc.passes.quantization.rtn import QuantizeRtn
 from optc.targets import find_target
 from optc.targets.registry import installed_targets
 

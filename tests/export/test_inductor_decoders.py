@@ -16,10 +16,10 @@ from once import example_artifact
 from package_driver import VARIANTS, describe, drive, packaged
 from stages import sequences
 
-from optc.compiler.execution import run_stage
-from optc.runtime.paged_session import PagedSession
-from optc.runtime.session import Session
-from optc.runtime.torch_session import TorchSession
+from optc.compiler.execution.stage_driver import run_stage
+from optc.runtime.sessions.paged import PagedSession
+from optc.runtime.sessions.session import Session
+from optc.runtime.sessions.torch_linear import TorchSession
 
 pytestmark = pytest.mark.slow
 FLOAT = ("gemma2-static", "gpt2-static", "gemma2-paged")

@@ -12,7 +12,7 @@ from stages import sequences
 from torch import Tensor, nn
 
 from optc.compiler.capture import capture_module
-from optc.runtime.pt2_runner import PackageError
+from optc.runtime.carried.pt2_runner import PackageError
 
 pytestmark = pytest.mark.slow
 

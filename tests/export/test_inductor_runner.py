@@ -13,7 +13,7 @@ from package_driver import Built, describe, packaged
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from optc.runtime.pt2_runner import Decoder, Package, PackageError, check_host, main, open_folder
+from optc.runtime.carried.pt2_runner import Decoder, Package, PackageError, check_host, main, open_folder
 
 pytestmark = pytest.mark.slow
 NAME = "transformer.h.0.attn.c_attn.weight"

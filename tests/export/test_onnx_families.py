@@ -13,11 +13,11 @@ from stages import captured, full_logits, sequences
 from torch import Tensor, nn
 
 from optc.compiler.capture import capture_model, capture_module
-from optc.compiler.ops.packed import unpack_nbits
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext
-from optc.passes.quantize_rtn import QuantizeRtn
-from optc.passes.round_scales import RoundScales
+from optc.compiler.ir.program import Program
+from optc.compiler.ops.packed.onnxruntime import unpack_nbits
+from optc.compiler.rewriting.passes import PassContext
+from optc.passes.quantization.round_scales import RoundScales
+from optc.passes.quantization.rtn import QuantizeRtn
 
 _LENGTHS = (21, 9, 14, 5)
 

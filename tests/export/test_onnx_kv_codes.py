@@ -10,16 +10,16 @@ import pytest
 import torch
 from stages import captured, full_logits, rewritten, sequences
 
-from optc.compiler.calibration import random_calibration
+from optc.compiler.calibration.sequences import random_calibration
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.execution import run_stage
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext
-from optc.compiler.target import CompileOptions, check_legal
-from optc.passes.quantize_kv_cache import QuantizeKVCache
-from optc.passes.static_kv_cache import StaticKVCache
-from optc.passes.store_kv_codes import StoreKVCodes
-from optc.runtime.ort_session import OrtSession
+from optc.compiler.execution.stage_driver import run_stage
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import PassContext
+from optc.compiler.target.target import CompileOptions, check_legal
+from optc.passes.kv_cache.codes import StoreKVCodes
+from optc.passes.kv_cache.quantize import QuantizeKVCache
+from optc.passes.kv_cache.static import StaticKVCache
+from optc.runtime.sessions.ort import OrtSession
 from optc.targets.onnx_cpu import TARGET
 
 CONTEXT = PassContext(calibration=random_calibration(128, samples=8, length=64, seed=0))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from optc.compiler.artifact.onnx_check import check_onnx
 from optc.compiler.capture import capture_module
-from optc.compiler.onnx_check import check_onnx
 
 
 class _Cnn(nn.Module):

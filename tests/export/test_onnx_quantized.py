@@ -14,17 +14,17 @@ import pytest
 from rewrites import stirred
 from stages import full_logits, sequences
 
-from optc.compiler.calibration import random_calibration
-from optc.compiler.linears import linear_sites
-from optc.compiler.program import Program
-from optc.compiler.rewriting import Pass, PassContext
-from optc.compiler.target import CompileOptions, check_legal
-from optc.passes.legalize_ort import LegalizeOrt
-from optc.passes.quantize_activations import QuantizeActivations
-from optc.passes.quantize_llm_int8 import QuantizeLlmInt8
-from optc.passes.quantize_nf4 import QuantizeNf4
-from optc.passes.quantize_rtn import QuantizeRtn
-from optc.passes.rotate_inputs import RotateInputs
+from optc.compiler.analysis.linears import linear_sites
+from optc.compiler.calibration.sequences import random_calibration
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import Pass, PassContext
+from optc.compiler.target.target import CompileOptions, check_legal
+from optc.passes.legalization.ort import LegalizeOrt
+from optc.passes.quantization.activations import QuantizeActivations
+from optc.passes.quantization.llm_int8 import QuantizeLlmInt8
+from optc.passes.quantization.nf4 import QuantizeNf4
+from optc.passes.quantization.rotate_inputs import RotateInputs
+from optc.passes.quantization.rtn import QuantizeRtn
 from optc.targets.onnx_cpu import TARGET
 
 CALIBRATION = random_calibration(128, samples=4, length=32, seed=0)

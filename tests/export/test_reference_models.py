@@ -14,7 +14,7 @@ from once import example_artifact
 from transformers import AutoModelForCausalLM
 
 import optc
-from optc.runtime.evaluate import evaluate
+from optc.runtime.measuring.evaluate import evaluate
 
 PROMPT = "The old man looked at the sea, and"
 LIMIT = 1e-4  # on logits of magnitude 10 to 20

@@ -15,7 +15,7 @@ import optc
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.capture.pretrained import load_model
 from optc.compiler.diagnostics import TargetError
-from optc.runtime.load import load
+from optc.runtime.sessions.load import load
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "fiction-3m"
 

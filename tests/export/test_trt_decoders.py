@@ -11,8 +11,8 @@ import trt_driver
 from rewrites import stirred
 from stages import sequences
 
-from optc.compiler.execution import run_stage
-from optc.compiler.program import Program
+from optc.compiler.execution.stage_driver import run_stage
+from optc.compiler.ir.program import Program
 
 LIMIT = {"fp32": 1e-3, "fp16": 2e-2}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}

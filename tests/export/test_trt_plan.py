@@ -18,13 +18,13 @@ import torch
 import trt_driver
 from rewrites import stirred
 
-from optc.compiler.artifact import finish, verify
-from optc.compiler.contract import Contract
+from optc.compiler.artifact.folder import finish, verify
+from optc.compiler.artifact.manifest import Manifest, Source
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.manifest import Manifest, Source
-from optc.compiler.program import Program
-from optc.compiler.target import ExportResult
-from optc.compiler.verification import VerificationError
+from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.verification import VerificationError
+from optc.compiler.target.target import ExportResult
 from optc.exporters.trt import build_plan
 from optc.exporters.trt.builders import Choice
 from optc.exporters.trt.export import build_plan as build

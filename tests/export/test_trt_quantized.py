@@ -13,7 +13,7 @@ import trt_driver
 from rewrites import stirred
 from stages import sequences
 
-from optc.compiler.program import Program
+from optc.compiler.ir.program import Program
 from optc.exporters.trt.facts import network_facts
 
 LIMIT = {"fp32": 1e-3, "fp16": 2e-2}

@@ -9,7 +9,7 @@ import pytest
 import trt_driver
 
 from optc.compiler.capture import capture_pretrained
-from optc.runtime.tokenizer import load_tokenizer
+from optc.runtime.generation.tokenizer import load_tokenizer
 
 TEXT = (
     "The old man looked at the sea, and said nothing for a long while. Then he turned to the boy and smiled. "

@@ -11,10 +11,10 @@ import msgspec
 import pytest
 from artifacts import make_manifest
 
-from optc.compiler.manifest import Manifest
-from optc.compiler.quantization_record import LinearRecord
-from optc.exporters.quantization_report import COLUMNS, MOST_BARS, error_plot, quantization_section
-from optc.exporters.report import write_report
+from optc.compiler.artifact.manifest import Manifest
+from optc.compiler.rewriting.quantization_record import LinearRecord
+from optc.exporters.reports.quantization import COLUMNS, MOST_BARS, error_plot, quantization_section
+from optc.exporters.reports.report import write_report
 
 SUMMARY = {
     "method": "gptq", "bits": [4], "group_size": [32], "symmetric": True, "linears": 2, "parameters": 1000,

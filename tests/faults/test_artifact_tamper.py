@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from artifacts import FILES, make_artifact
 
-from optc.compiler.artifact import open_verified, read_manifest, verify
+from optc.compiler.artifact.folder import open_verified, read_manifest, verify
 from optc.compiler.diagnostics import ArtifactError, InputError
 
 

@@ -16,7 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from optc.compiler.capture.checkpoint import (
+from optc.compiler.diagnostics import InputError
+from optc.compiler.formats.safetensors_header import read_header
+from optc.compiler.model_folder.checkpoint import (
     check_folder,
     check_values,
     compare_shapes,
@@ -24,8 +26,6 @@ from optc.compiler.capture.checkpoint import (
     tied_names,
     weights_digest,
 )
-from optc.compiler.diagnostics import InputError
-from optc.compiler.safetensors_header import read_header
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 INDEX = "model.safetensors.index.json"

@@ -13,7 +13,7 @@ import pytest
 from hf_folders import source
 
 import optc
-from optc.compiler.artifact import verify
+from optc.compiler.artifact.folder import verify
 
 
 @pytest.mark.slow

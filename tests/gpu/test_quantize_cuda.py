@@ -6,14 +6,14 @@ import pytest
 import torch
 from rewrites import stirred
 
-from optc.compiler.calibration import random_calibration
-from optc.compiler.devices import to_device
-from optc.compiler.rewriting import Pass, PassContext
-from optc.passes.quantize_clip import QuantizeClip
-from optc.passes.quantize_gptq import QuantizeGptq
-from optc.passes.quantize_nf4 import QuantizeNf4
-from optc.passes.rotate_inputs import RotateInputs
-from optc.passes.scale_awq import ScaleAwq
+from optc.compiler.calibration.sequences import random_calibration
+from optc.compiler.ir.devices import to_device
+from optc.compiler.rewriting.passes import Pass, PassContext
+from optc.passes.quantization.clip import QuantizeClip
+from optc.passes.quantization.gptq import QuantizeGptq
+from optc.passes.quantization.nf4 import QuantizeNf4
+from optc.passes.quantization.rotate_inputs import RotateInputs
+from optc.passes.quantization.scale_awq import ScaleAwq
 
 pytestmark = [
     pytest.mark.gpu,

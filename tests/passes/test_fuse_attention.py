@@ -17,15 +17,15 @@ from stages import apply, captured, full_logits, largest, sequences
 from torch import Tensor, nn
 
 from optc.compiler.capture import capture_model, capture_module
-from optc.compiler.contract import AttentionFacts
 from optc.compiler.diagnostics import CaptureError, UsageError
-from optc.compiler.execution import run_stage
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassResult
-from optc.compiler.verification import verify_program
-from optc.passes.fuse_attention import FuseAttention
-from optc.passes.fuse_rotary import FuseRotary
-from optc.passes.static_kv_cache import StaticKVCache
+from optc.compiler.execution.stage_driver import run_stage
+from optc.compiler.ir.contract import AttentionFacts
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.verification import verify_program
+from optc.compiler.rewriting.passes import PassResult
+from optc.passes.fusion.attention import FuseAttention
+from optc.passes.fusion.rotary import FuseRotary
+from optc.passes.kv_cache.static import StaticKVCache
 
 ATTENTION = torch.ops.optc.attention.default
 REPEATS = (

@@ -9,8 +9,8 @@ from rewrites import count, difference, rewritten, stirred
 from torch import Tensor
 
 from optc.compiler.capture import capture_module
-from optc.compiler.program import Program
-from optc.passes.fuse_norm import FuseNorm
+from optc.compiler.ir.program import Program
+from optc.passes.fusion.norm import FuseNorm
 
 RMS_NORM = torch.ops.aten.rms_norm.default
 RSQRT = torch.ops.aten.rsqrt.default

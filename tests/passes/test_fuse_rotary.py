@@ -13,8 +13,8 @@ from rewrites import count, difference, rewritten, stir, stirred
 from torch import Tensor
 
 from optc.compiler.capture import capture_model, capture_module
-from optc.compiler.program import Program
-from optc.passes.fuse_rotary import FuseRotary
+from optc.compiler.ir.program import Program
+from optc.passes.fusion.rotary import FuseRotary
 
 ROTARY = torch.ops.optc.rotary.default
 TRIG = (torch.ops.aten.cos.default, torch.ops.aten.sin.default)

@@ -12,19 +12,19 @@ from stages import apply, captured, largest, rewritten, sequences, tiny_decoder
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.calibration import random_calibration
+from optc.compiler.calibration.sequences import random_calibration
 from optc.compiler.capture import capture_model, capture_module
-from optc.compiler.execution import run_stage
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext
-from optc.compiler.target import check_legal
-from optc.compiler.verification import verify_program
-from optc.passes.inductor.linears import narrow
-from optc.passes.legalize_inductor import LegalizeInductor
-from optc.passes.page_kv_cache import PageKVCache
-from optc.passes.quantize_rtn import QuantizeRtn
-from optc.passes.rotate_inputs import RotateInputs
-from optc.passes.static_kv_cache import StaticKVCache
+from optc.compiler.execution.stage_driver import run_stage
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.verification import verify_program
+from optc.compiler.rewriting.passes import PassContext
+from optc.compiler.target.target import check_legal
+from optc.passes.kv_cache.paged import PageKVCache
+from optc.passes.kv_cache.static import StaticKVCache
+from optc.passes.legalization.inductor import LegalizeInductor
+from optc.passes.legalization.inductor_linears import narrow
+from optc.passes.quantization.rotate_inputs import RotateInputs
+from optc.passes.quantization.rtn import QuantizeRtn
 from optc.targets.inductor_cpu import TARGET
 
 aten, optc = torch.ops.aten, torch.ops.optc

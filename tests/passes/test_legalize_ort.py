@@ -13,16 +13,16 @@ from stages import captured, largest, sequences, tiny_decoder
 from torch import Tensor
 
 from optc.compiler.capture import capture_model, capture_module
-from optc.compiler.contract import WeightQuantization
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.execution import run_stage
-from optc.compiler.program import Program
-from optc.compiler.quantize import quantize_groups
-from optc.compiler.rewriting import Pass, PassContext, PassResult
-from optc.compiler.target import CompileOptions, check_legal
-from optc.passes.fuse_rotary import FuseRotary
-from optc.passes.legalize_ort import LegalizeOrt
-from optc.passes.static_kv_cache import StaticKVCache
+from optc.compiler.execution.stage_driver import run_stage
+from optc.compiler.formats.integer import quantize_groups
+from optc.compiler.ir.contract import WeightQuantization
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.compiler.target.target import CompileOptions, check_legal
+from optc.passes.fusion.rotary import FuseRotary
+from optc.passes.kv_cache.static import StaticKVCache
+from optc.passes.legalization.ort import LegalizeOrt
 from optc.targets.onnx_cpu import TARGET
 
 _aten, _optc = torch.ops.aten, torch.ops.optc

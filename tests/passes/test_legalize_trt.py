@@ -9,20 +9,20 @@ import torch
 from rewrites import stirred
 from stages import apply, largest, sequences, tiny_decoder
 
-from optc.compiler.calibration import random_calibration
+from optc.compiler.calibration.sequences import random_calibration
 from optc.compiler.diagnostics import InputError, TargetError
-from optc.compiler.execution import run_stage
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext
-from optc.compiler.target import check_lowered
+from optc.compiler.execution.stage_driver import run_stage
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import PassContext
+from optc.compiler.target.target import check_lowered
 from optc.exporters.trt.table import OP_SETS
-from optc.passes.fixed_kv_cache import FixedKVCache
-from optc.passes.fuse_norm import FuseNorm
-from optc.passes.fuse_rotary import FuseRotary
-from optc.passes.legalize_trt import LegalizeTrt
-from optc.passes.quantize_inputs import QuantizeInputs
-from optc.passes.quantize_rtn import QuantizeRtn
-from optc.passes.store_kv_codes import StoreKVCodes
+from optc.passes.fusion.norm import FuseNorm
+from optc.passes.fusion.rotary import FuseRotary
+from optc.passes.kv_cache.codes import StoreKVCodes
+from optc.passes.kv_cache.fixed import FixedKVCache
+from optc.passes.legalization.trt import LegalizeTrt
+from optc.passes.quantization.inputs import QuantizeInputs
+from optc.passes.quantization.rtn import QuantizeRtn
 
 _aten, _optc = torch.ops.aten, torch.ops.optc
 ROWS = sequences(21, 9, 14, 5)
@@ -104,7 +104,7 @@ def test_weights_that_tensorrt_lacks_are_named(rewrite: QuantizeRtn, text: str) 
 
 
 def test_a_growing_cache_is_left_alone() -> None:
-    from optc.passes.static_kv_cache import StaticKVCache
+    from optc.passes.kv_cache.static import StaticKVCache
 
     result = apply(LegalizeTrt(), apply(StaticKVCache(), fused("gemma3")).program)
     assert result.matched == 0

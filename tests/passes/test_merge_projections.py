@@ -9,11 +9,11 @@ from rewrites import count, difference, rewritten, stirred
 from torch import Tensor
 
 from optc.compiler.capture import capture_module
-from optc.compiler.program import Program
-from optc.passes.fuse_norm import FuseNorm
-from optc.passes.fuse_rotary import FuseRotary
-from optc.passes.merge_projections import MergeProjections, join_names
-from optc.passes.quantize_rtn import QuantizeRtn
+from optc.compiler.ir.program import Program
+from optc.passes.fusion.norm import FuseNorm
+from optc.passes.fusion.projections import MergeProjections, join_names
+from optc.passes.fusion.rotary import FuseRotary
+from optc.passes.quantization.rtn import QuantizeRtn
 
 LINEAR = torch.ops.aten.linear.default
 DEQUANTIZE = torch.ops.optc.dequantize.default

@@ -10,13 +10,13 @@ import torch
 from stages import apply, captured, full_logits, largest, rewritten, sequences, tiny_decoder
 from torch import Tensor
 
-from optc.compiler.blocks import BlockManager
-from optc.compiler.contract import Input
 from optc.compiler.diagnostics import UsageError
-from optc.compiler.execution import run_stage
-from optc.compiler.program import Program
-from optc.compiler.tokenwise import mixing_error
-from optc.passes.page_kv_cache import PageKVCache
+from optc.compiler.execution.block_manager import BlockManager
+from optc.compiler.execution.stage_driver import run_stage
+from optc.compiler.ir.contract import Input
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.tokenwise import mixing_error
+from optc.passes.kv_cache.paged import PageKVCache
 
 FAMILIES = ["llama", "gpt2", "gemma2", "gemma3", "mistral", "phi", "mixtral"]
 BLOCK = 4

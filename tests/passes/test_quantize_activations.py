@@ -9,12 +9,12 @@ import torch
 from rewrites import count, difference, rewritten, stirred
 from torch import Tensor
 
+from optc.compiler.analysis.linears import linear_sites
 from optc.compiler.capture import capture_module
-from optc.compiler.linears import linear_sites
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassResult
-from optc.passes.quantize_activations import QuantizeActivations
-from optc.passes.quantize_rtn import QuantizeRtn
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import PassResult
+from optc.passes.quantization.activations import QuantizeActivations
+from optc.passes.quantization.rtn import QuantizeRtn
 
 _optc = torch.ops.optc
 DYNAMIC = _optc.quantize_dynamic.default

@@ -7,11 +7,11 @@ import torch
 from families import FAMILIES
 from rewrites import count, difference, rewritten, stirred
 
-from optc.compiler.contract import WeightQuantization
 from optc.compiler.diagnostics import InputError
-from optc.passes.quantize_activations import QuantizeActivations
-from optc.passes.quantize_fp8 import QuantizeFp8, quantize_float
-from optc.passes.quantize_rtn import QuantizeRtn
+from optc.compiler.ir.contract import WeightQuantization
+from optc.passes.quantization.activations import QuantizeActivations
+from optc.passes.quantization.fp8 import QuantizeFp8, quantize_float
+from optc.passes.quantization.rtn import QuantizeRtn
 
 FLOAT = torch.ops.optc.dequantize_float.default
 WEIGHT = torch.tensor([[448.0, -17.0, 0.3], [0.0, 0.0, 0.0], [-44.8, 2.24, 0.0]])

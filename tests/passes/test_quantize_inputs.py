@@ -8,13 +8,13 @@ from modelopt_folders import CONTEXT
 from rewrites import count, difference, rewritten, stirred
 
 from optc.compiler.diagnostics import InputError
-from optc.compiler.gate import rounds_activations
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext
-from optc.passes.quantize_fp8 import QuantizeFp8
-from optc.passes.quantize_inputs import QuantizeInputs
-from optc.passes.quantize_nvfp4 import QuantizeNvfp4
-from optc.passes.quantize_rtn import QuantizeRtn
+from optc.compiler.ir.program import Program
+from optc.compiler.pipeline.gate import rounds_activations
+from optc.compiler.rewriting.passes import PassContext
+from optc.passes.quantization.fp8 import QuantizeFp8
+from optc.passes.quantization.inputs import QuantizeInputs
+from optc.passes.quantization.nvfp4 import QuantizeNvfp4
+from optc.passes.quantization.rtn import QuantizeRtn
 
 _optc = torch.ops.optc
 WEIGHTS = {

@@ -8,14 +8,14 @@ from rewrites import difference, stirred
 from stages import captured
 from torch import Tensor
 
-from optc.compiler.calibration import Calibration, random_calibration
+from optc.compiler.calibration.sequences import Calibration, random_calibration
 from optc.compiler.diagnostics import InputError
-from optc.compiler.execution import run_stage
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext, PassResult
-from optc.passes.fuse_rotary import FuseRotary
-from optc.passes.quantize_kv_cache import ATTENTION, QuantizeKVCache
-from optc.passes.static_kv_cache import StaticKVCache
+from optc.compiler.execution.stage_driver import run_stage
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import PassContext, PassResult
+from optc.passes.fusion.rotary import FuseRotary
+from optc.passes.kv_cache.quantize import ATTENTION, QuantizeKVCache
+from optc.passes.kv_cache.static import StaticKVCache
 
 _optc = torch.ops.optc
 CALIBRATION = random_calibration(128, samples=4, length=32, seed=0)

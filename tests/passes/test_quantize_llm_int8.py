@@ -10,14 +10,14 @@ import torch
 from rewrites import count, difference, stirred
 from torch import Tensor
 
-from optc.compiler.calibration import Calibration, random_calibration
+from optc.compiler.calibration.sequences import Calibration, random_calibration
 from optc.compiler.capture import capture_module
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.program import Program
-from optc.compiler.rewriting import Pass, PassContext, PassResult
-from optc.passes.quantize_activations import QuantizeActivations
-from optc.passes.quantize_llm_int8 import QuantizeLlmInt8
-from optc.passes.quantize_rtn import QuantizeRtn
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.passes.quantization.activations import QuantizeActivations
+from optc.passes.quantization.llm_int8 import QuantizeLlmInt8
+from optc.passes.quantization.rtn import QuantizeRtn
 
 _aten, _optc = torch.ops.aten, torch.ops.optc
 CALIBRATION = random_calibration(128, samples=4, length=32, seed=0)

@@ -7,11 +7,11 @@ import torch
 from families import FAMILIES
 from rewrites import count, difference, rewritten, stirred
 
-from optc.compiler.contract import WeightQuantization
 from optc.compiler.diagnostics import InputError
-from optc.compiler.quantize import quantize_groups
-from optc.passes.quantize_nf4 import TABLE, QuantizeNf4, normal_float, quantize_codebook, quantize_scales
-from optc.passes.quantize_rtn import QuantizeRtn
+from optc.compiler.formats.integer import quantize_groups
+from optc.compiler.ir.contract import WeightQuantization
+from optc.passes.quantization.nf4 import TABLE, QuantizeNf4, normal_float, quantize_codebook, quantize_scales
+from optc.passes.quantization.rtn import QuantizeRtn
 
 CODEBOOK = torch.ops.optc.dequantize_codebook.default
 # Appendix E of QLoRA, https://arxiv.org/abs/2305.14314.

@@ -6,12 +6,12 @@ import pytest
 import torch
 from rewrites import count, difference, rewritten, stirred
 
-from optc.compiler.contract import WeightQuantization
 from optc.compiler.diagnostics import InputError
-from optc.compiler.gate import rounds_activations
-from optc.compiler.rewriting import PassContext
-from optc.compiler.surgery import set_weight
-from optc.passes.quantize_nvfp4 import QuantizeNvfp4
+from optc.compiler.ir.contract import WeightQuantization
+from optc.compiler.ir.surgery import set_weight
+from optc.compiler.pipeline.gate import rounds_activations
+from optc.compiler.rewriting.passes import PassContext
+from optc.passes.quantization.nvfp4 import QuantizeNvfp4
 
 WEIGHT = torch.ops.optc.dequantize_nvfp4.default
 LAYER = "model.layers.1"

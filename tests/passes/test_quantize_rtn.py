@@ -9,10 +9,10 @@ from rewrites import count, difference, rewritten, stirred
 from torch import Tensor
 
 from optc.compiler.capture import capture_module
-from optc.compiler.contract import WeightQuantization
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.program import Program
-from optc.passes.quantize_rtn import QuantizeRtn
+from optc.compiler.ir.contract import WeightQuantization
+from optc.compiler.ir.program import Program
+from optc.passes.quantization.rtn import QuantizeRtn
 
 DEQUANTIZE = torch.ops.optc.dequantize.default
 LINEAR = torch.ops.aten.linear.default

@@ -8,18 +8,18 @@ from families import FAMILIES
 from rewrites import difference, stirred
 from torch import nn
 
-from optc.compiler.calibration import random_calibration
+from optc.compiler.analysis.linears import linear_sites
+from optc.compiler.calibration.sequences import random_calibration
 from optc.compiler.capture import capture_model, capture_module
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.linears import linear_sites
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext, PassResult
-from optc.compiler.surgery import set_weight
-from optc.compiler.target import CompileOptions
-from optc.compiler.verification import verify_program
-from optc.passes.fuse_norm import FuseNorm
-from optc.passes.quantize.methods import quantization_steps, resolve
-from optc.passes.rotate_inputs import RotateInputs, _hadamard, _rotated, _turn_weight
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.surgery import set_weight
+from optc.compiler.ir.verification import verify_program
+from optc.compiler.rewriting.passes import PassContext, PassResult
+from optc.compiler.target.target import CompileOptions
+from optc.passes.fusion.norm import FuseNorm
+from optc.passes.quantization.rotate_inputs import RotateInputs, _hadamard, _rotated, _turn_weight
+from optc.targets.methods import quantization_steps, resolve
 
 ROTATE = torch.ops.optc.rotate_blocks.default
 CONTEXT = PassContext(calibration=random_calibration(128, samples=2, length=16, seed=0))

@@ -6,13 +6,13 @@ import pytest
 import torch
 from stages import apply, captured, largest, sequences
 
-from optc.compiler.execution import run_stage
-from optc.compiler.ops.packed_cpu import pack_rows, pack_tiles, round_activations, unpack_tiles
-from optc.compiler.program import Program
-from optc.compiler.verification import verify_program
-from optc.passes.legalize_inductor import LegalizeInductor
-from optc.passes.quantize_rtn import QuantizeRtn
-from optc.passes.round_activations import RoundActivations
+from optc.compiler.execution.stage_driver import run_stage
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.verification import verify_program
+from optc.compiler.ops.packed.inductor_cpu import pack_rows, pack_tiles, round_activations, unpack_tiles
+from optc.passes.legalization.inductor import LegalizeInductor
+from optc.passes.legalization.round_activations import RoundActivations
+from optc.passes.quantization.rtn import QuantizeRtn
 
 LINEAR = torch.ops.optc.linear_nbits.default
 

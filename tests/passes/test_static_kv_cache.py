@@ -7,10 +7,10 @@ import torch
 from stages import apply, captured, full_logits, largest, rewritten, sequences, tiny_decoder
 from torch import Tensor
 
-from optc.compiler.contract import Input
-from optc.compiler.execution import run_stage
-from optc.compiler.program import Program
-from optc.passes.static_kv_cache import StaticKVCache
+from optc.compiler.execution.stage_driver import run_stage
+from optc.compiler.ir.contract import Input
+from optc.compiler.ir.program import Program
+from optc.passes.kv_cache.static import StaticKVCache
 
 FAMILIES = ["llama", "gpt2", "gemma2", "gemma3", "mistral", "phi", "mixtral"]
 LENGTHS = (29, 1, 41, 6)

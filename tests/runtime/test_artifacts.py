@@ -18,7 +18,7 @@ from once import example_artifact
 from transformers import AutoModelForCausalLM
 
 from optc.compiler.diagnostics import InputError
-from optc.runtime.load import Model, load
+from optc.runtime.sessions.load import Model, load
 
 ENGINES = {
     "onnx": {"target": "onnx-cpu"},

@@ -9,8 +9,14 @@ import psutil
 import pytest
 
 from optc.compiler.diagnostics import UsageError
-from optc.runtime.benchmark import benchmark, environment, median_rate, peak_rss_bytes, read_bandwidth
-from optc.runtime.session import Logits, Rows, Session
+from optc.runtime.measuring.benchmark import (
+    benchmark,
+    environment,
+    median_rate,
+    peak_rss_bytes,
+    read_bandwidth,
+)
+from optc.runtime.sessions.session import Logits, Rows, Session
 
 
 class Counting(Session):
@@ -40,7 +46,7 @@ class Counting(Session):
 
 
 def test_counts_samples_warm_up_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optc.runtime.benchmark.read_bandwidth", lambda threads: 1e9 * threads)
+    monkeypatch.setattr("optc.runtime.measuring.benchmark.read_bandwidth", lambda threads: 1e9 * threads)
     session, seen = Counting(), []
     result = benchmark(
         session, prompt_lengths=(8, 16), new_tokens=5, batch=3, samples=4, warmup=2, threads=2,

@@ -16,8 +16,8 @@ from click.testing import CliRunner
 from trt_graphs import description
 
 from optc.cli.check import check as command
-from optc.runtime import check_device
-from optc.runtime.check_device import Machine, report, satisfies, text_of
+from optc.runtime.carried import check_device
+from optc.runtime.carried.check_device import Machine, report, satisfies, text_of
 
 
 @dataclass

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from optc.compiler.diagnostics import GateError, InputError, UsageError
-from optc.runtime.evaluate import compare, cut_windows, evaluate
-from optc.runtime.session import Logits, Rows, Session
+from optc.runtime.measuring.evaluate import compare, cut_windows, evaluate
+from optc.runtime.sessions.session import Logits, Rows, Session
 
 VOCAB = 7
 

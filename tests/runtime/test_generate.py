@@ -10,13 +10,13 @@ from families import make_model
 
 from optc.compiler.capture import capture_model
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext
-from optc.passes.page_kv_cache import PageKVCache
-from optc.runtime.generate import generate
-from optc.runtime.program_session import open_program
-from optc.runtime.sampling import Sampling
-from optc.runtime.session import Session
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import PassContext
+from optc.passes.kv_cache.paged import PageKVCache
+from optc.runtime.generation.generate import generate
+from optc.runtime.generation.sampling import Sampling
+from optc.runtime.sessions.program import open_program
+from optc.runtime.sessions.session import Session
 
 PROMPTS = [[5, 9, 2, 77, 31], [8, 8], list(range(3, 42)), [100, 4, 100]]
 

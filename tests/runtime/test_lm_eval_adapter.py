@@ -19,12 +19,12 @@ from msgspec.structs import replace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.program import Program
-from optc.runtime.lm_eval_adapter import ArtifactLM
-from optc.runtime.load import Model
-from optc.runtime.program_session import open_program
-from optc.runtime.tasks import run_tasks
-from optc.runtime.tokenizer import eos_token_ids, load_tokenizer
+from optc.compiler.ir.program import Program
+from optc.runtime.generation.tokenizer import eos_token_ids, load_tokenizer
+from optc.runtime.measuring.lm_eval_adapter import ArtifactLM
+from optc.runtime.measuring.tasks import run_tasks
+from optc.runtime.sessions.load import Model
+from optc.runtime.sessions.program import open_program
 
 PAIRS = [
     ("The old man looked at the sea, and", " said nothing"),

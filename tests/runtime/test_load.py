@@ -12,9 +12,9 @@ import msgspec
 import pytest
 from artifacts import make_artifact, make_manifest
 
-from optc.compiler.contract import Contract, KVCache
 from optc.compiler.diagnostics import ArtifactError, InputError, OptcError, TargetError, UsageError
-from optc.runtime.load import load
+from optc.compiler.ir.contract import Contract, KVCache
+from optc.runtime.sessions.load import load
 
 
 def _contract(**changes: Any) -> Contract:
@@ -62,8 +62,8 @@ def test_missing_engine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return importing(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.delitem(sys.modules, "optc.runtime.ort_session", raising=False)
-    monkeypatch.setattr("optc.runtime.load.check_onnx", lambda folder, name: None)
+    monkeypatch.delitem(sys.modules, "optc.runtime.sessions.ort", raising=False)
+    monkeypatch.setattr("optc.runtime.sessions.load.check_onnx", lambda folder, name: None)
     with pytest.raises(TargetError, match="ONNX Runtime is not installed") as caught:
         load(tmp_path / "artifact")
     assert caught.value.remedy == 'pip install "optc[onnx]"'

@@ -10,10 +10,10 @@ import pytest
 import torch
 from artifacts import make_manifest
 
-from optc.compiler.contract import KVCache, ModelFacts
 from optc.compiler.diagnostics import InputError, OptcError, ResourceError, TargetError
-from optc.runtime import package_session
-from optc.runtime.pt2_runner import PackageError
+from optc.compiler.ir.contract import KVCache, ModelFacts
+from optc.runtime.carried.pt2_runner import PackageError
+from optc.runtime.sessions import package as package_session
 
 
 class _Broken:

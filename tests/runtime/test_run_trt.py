@@ -15,11 +15,11 @@ import trt_graphs
 from fake_tensorrt import FakeCuda, fake_tensorrt
 from trt_graphs import CAPACITY, PROFILES, VOCAB, description, save_folder
 
-from optc.runtime import run_trt
-from optc.runtime.onnx_engine import OnnxEngine
-from optc.runtime.run_trt import Decoder, RunnerError, Sampler, generate, main, perplexity
-from optc.runtime.sampling import Sampler as OwnSampler
-from optc.runtime.sampling import Sampling
+from optc.runtime.carried import run_trt
+from optc.runtime.carried.run_trt import Decoder, RunnerError, Sampler, generate, main, perplexity
+from optc.runtime.generation.sampling import Sampler as OwnSampler
+from optc.runtime.generation.sampling import Sampling
+from optc.runtime.sessions.onnx_engine import OnnxEngine
 
 PROMPTS = [[3, 4, 5], [7], [2, 9, 11, 12, 13, 14, 15, 16]]  # the last is longer than the widest profile
 

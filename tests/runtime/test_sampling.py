@@ -8,7 +8,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from optc.compiler.diagnostics import GateError, UsageError
-from optc.runtime.sampling import Sampler, Sampling, distribution
+from optc.runtime.generation.sampling import Sampler, Sampling, distribution
 
 
 def _logits(*probabilities: float) -> np.ndarray:

@@ -12,15 +12,15 @@ from families import make_model
 
 from optc.compiler.capture import capture_model
 from optc.compiler.diagnostics import InputError, ResourceError, UsageError
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext
-from optc.passes.page_kv_cache import PageKVCache
-from optc.passes.static_kv_cache import StaticKVCache
-from optc.runtime import session as session_module
-from optc.runtime.linear_session import lazy_zeros
-from optc.runtime.paged_session import PagedSession
-from optc.runtime.program_session import open_program
-from optc.runtime.session import Session
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import PassContext
+from optc.passes.kv_cache.paged import PageKVCache
+from optc.passes.kv_cache.static import StaticKVCache
+from optc.runtime.sessions import session as session_module
+from optc.runtime.sessions.linear import lazy_zeros
+from optc.runtime.sessions.paged import PagedSession
+from optc.runtime.sessions.program import open_program
+from optc.runtime.sessions.session import Session
 
 KINDS = ("recompute", "functional", "in-place", "paged")
 RAGGED = [[5, 9, 2, 77, 31], [8], list(range(3, 42)), [100, 4, 100, 4]]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from optc.compiler.diagnostics import InputError
-from optc.runtime.tokenizer import TextStream, Tokenizer, eos_token_ids, load_tokenizer
+from optc.runtime.generation.tokenizer import TextStream, Tokenizer, eos_token_ids, load_tokenizer
 
 
 @pytest.fixture(scope="module")

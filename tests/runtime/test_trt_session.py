@@ -10,10 +10,10 @@ import trt_graphs
 from trt_graphs import CAPACITY, PROFILES, save_folder
 
 from optc.compiler.diagnostics import ArtifactError, InputError, TargetError
-from optc.runtime.generate import generate
-from optc.runtime.onnx_engine import OnnxEngine
-from optc.runtime.sampling import Sampling
-from optc.runtime.trt_session import TrtSession, open_trt
+from optc.runtime.generation.generate import generate
+from optc.runtime.generation.sampling import Sampling
+from optc.runtime.sessions.onnx_engine import OnnxEngine
+from optc.runtime.sessions.trt import TrtSession, open_trt
 
 PROMPTS = [[3, 4, 5], [7], [2, 9, 11, 12, 13, 14, 15, 16]]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 import optc
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.diagnostics import InputError
-from optc.compiler.program import Program
-from optc.compiler.target import CompileOptions, ExportRequest
+from optc.compiler.ir.program import Program
+from optc.compiler.target.target import CompileOptions, ExportRequest
 from optc.exporters.hf import export_hf
 from optc.training.export import SaveConfig, save_trained
 from optc.training.kv_rounding import kv_roundings

@@ -15,11 +15,11 @@ from torch.fx import Node
 
 pytest.importorskip("peft", reason="needs peft (extra train)")
 
+from optc.compiler.analysis.linears import linear_sites
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.linears import linear_sites
-from optc.compiler.program import Program
-from optc.passes.quantize_nf4 import QuantizeNf4
+from optc.compiler.ir.program import Program
+from optc.passes.quantization.nf4 import QuantizeNf4
 from optc.training.export import SaveConfig, save_trained
 from optc.training.lora import LoraConfig, adapted_linears, apply_lora
 from optc.training.nf4_linear import Nf4Linear

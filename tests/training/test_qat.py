@@ -11,8 +11,8 @@ from families import make_model
 from torch import nn
 
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.layouts.key_values import KeyValueScheme
-from optc.passes.quantize.grid import Grid, full_range, search
+from optc.compiler.formats.layouts.key_values import KeyValueScheme
+from optc.passes.quantization.arithmetic.grid import Grid, full_range, search
 from optc.training.fake_quantize import (
     fake_quantize_static,
     fake_quantize_tokens,

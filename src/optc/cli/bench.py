@@ -34,9 +34,9 @@ def bench(artifact: Path, as_json: bool, **flags: Any) -> None:
     optc bench out/fiction-onnx
     optc bench out/fiction-onnx --prompt-length 128 --prompt-length 1024 --batch 4 --samples 10 --json
     """
-    from optc.runtime.benchmark import benchmark, environment
-    from optc.runtime.load import load
-    from optc.runtime.session import default_threads
+    from optc.runtime.measuring.benchmark import benchmark, environment
+    from optc.runtime.sessions.load import load
+    from optc.runtime.sessions.session import default_threads
 
     threads = flags["threads"] or default_threads()
     model = load(artifact, threads=flags["threads"], num_blocks=flags["kv_blocks"])

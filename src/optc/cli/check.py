@@ -24,7 +24,7 @@ def check(folder: Path, as_json: bool) -> None:
     \b
     optc check out/fiction-trt
     """
-    from optc.runtime.check_device import report, text_of
+    from optc.runtime.carried.check_device import report, text_of
 
     if not folder.is_dir():
         raise InputError(

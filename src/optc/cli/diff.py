@@ -44,7 +44,7 @@ def diff(run: Path, first: str, second: str, as_json: bool) -> None:
     optc diff out/fiction-onnx 02 03
     optc diff out/fiction-onnx capture fuse-norm
     """
-    from optc.compiler.ir_text import diff_text
+    from optc.compiler.ir.text import diff_text
 
     paths = [find_stage(run, stage) for stage in (first, second)]
     texts = [path.read_text() for path in paths]

@@ -17,7 +17,7 @@ from optc.cli.session_options import save_figures, save_option, session_options
 from optc.compiler.diagnostics import InputError, UsageError
 
 if TYPE_CHECKING:
-    from optc.runtime.load import Model
+    from optc.runtime.sessions.load import Model
 
 
 @click.command(name="eval")
@@ -104,7 +104,7 @@ def _check(artifacts: Sequence[Path], flags: dict[str, Any]) -> None:
 
 
 def _load(path: Path, flags: dict[str, Any], stack: ExitStack) -> Model:
-    from optc.runtime.load import load
+    from optc.runtime.sessions.load import load
 
     return stack.enter_context(
         closing(load(path, threads=flags["threads"], num_blocks=flags["kv_blocks"], eager=True))
@@ -115,8 +115,8 @@ def _score(
     artifacts: Sequence[Path], models: Sequence[Model], rows: list[dict[str, Any]], flags: dict[str, Any]
 ) -> dict[str, Any]:
     """Score the text, add each artifact's figures to its row; what concerns all is returned."""
-    from optc.runtime.evaluate import compare
-    from optc.runtime.reference import open_reference
+    from optc.runtime.measuring.evaluate import compare
+    from optc.runtime.measuring.reference import open_reference
 
     text = _read(flags["text"])
     tokens = models[0].encode(text)
@@ -167,7 +167,7 @@ def _check_same(
 
 
 def _run_tasks(model: Model, names: Sequence[str], flags: dict[str, Any]) -> dict[str, Any]:
-    from optc.runtime.tasks import run_tasks
+    from optc.runtime.measuring.tasks import run_tasks
 
     with progress("requests") as update:
         return run_tasks(

@@ -39,7 +39,7 @@ def inspect(path: Path, as_ir: bool, stage: str | None, dtype: str, as_json: boo
         _model(path, as_json)
     else:
         from optc.api import capture
-        from optc.compiler.ir_text import format_program
+        from optc.compiler.ir.text import format_program
 
         text = format_program(capture(path, dtype=dtype))
         emit({"model": str(path), "ir": text}, as_json, lambda result: click.echo(result["ir"]))
@@ -47,7 +47,7 @@ def inspect(path: Path, as_ir: bool, stage: str | None, dtype: str, as_json: boo
 
 def _artifact(path: Path, as_ir: bool, stage: str | None, as_json: bool) -> None:
     from optc.cli.diff import find_stage
-    from optc.compiler.artifact import verify
+    from optc.compiler.artifact.folder import verify
 
     manifest = verify(path)
     if as_ir:
@@ -61,7 +61,7 @@ def _artifact(path: Path, as_ir: bool, stage: str | None, as_json: bool) -> None
 
 
 def _model(path: Path, as_json: bool) -> None:
-    from optc.compiler.capture.checkpoint import check_folder
+    from optc.compiler.model_folder.checkpoint import check_folder
 
     info = check_folder(path)
     rows = {

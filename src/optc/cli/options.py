@@ -11,8 +11,8 @@ import click
 from optc.api import CompileSettings
 from optc.cli.common import F
 from optc.compiler.diagnostics import UsageError
-from optc.compiler.gate import Budget
-from optc.compiler.target import CompileOptions
+from optc.compiler.pipeline.gate import Budget
+from optc.compiler.target.target import CompileOptions
 from optc.recipes import read_recipe
 
 _OPTION_KEYS = (

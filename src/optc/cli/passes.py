@@ -19,11 +19,10 @@ def passes(as_json: bool) -> None:
     optc passes
     optc compile MODEL --target onnx-cpu -o OUT --pass-option quantize-rtn.bits=8
     """
-    from optc.passes.registry import NAMES, find_pass
+    from optc.passes import registry
 
     rows = []
-    for name in NAMES:
-        cls = find_pass(name)
+    for name, cls in registry.passes().items():
         options = [
             {"name": field.name.replace("_", "-"), "type": str(field.type), "default": _plain(field.default)}
             for field in dataclasses.fields(cls)

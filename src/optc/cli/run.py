@@ -45,7 +45,7 @@ def run(
     optc run out/fiction-onnx --prompt "Once" --prompt "It was" --temperature 0.8 --top-p 0.95 --seed 7
     optc run out/fiction-onnx --prompt-tokens 5,17,33 --json
     """
-    from optc.runtime.load import load
+    from optc.runtime.sessions.load import load
 
     wanted = _prompts(prompts, token_lists)
     options = _sampling(flags) | {key: flags[key] for key in ("max_new_tokens", "ignore_eos")}

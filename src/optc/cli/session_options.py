@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from optc.compiler.manifest import Manifest
-from optc.runtime.session import Session
+from optc.compiler.artifact.manifest import Manifest
+from optc.runtime.sessions.session import Session
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -41,8 +41,8 @@ save_option = click.option(
 
 def save_figures(folder: Path, **figures: dict[str, Any]) -> None:
     """Put `quality` or `speed` figures into the manifest and the report, in one atomic step."""
-    from optc.compiler.artifact import rewrite
-    from optc.exporters.report import write_report
+    from optc.compiler.artifact.folder import rewrite
+    from optc.exporters.reports.report import write_report
 
     def edit(directory: Path, manifest: Manifest) -> Manifest:
         edited = msgspec.structs.replace(manifest, **figures)

@@ -19,7 +19,7 @@ def verify(folder: Path, as_json: bool) -> None:
     \b
     optc verify out/fiction-onnx
     """
-    from optc.compiler.artifact import verify as verify_folder
+    from optc.compiler.artifact.folder import verify as verify_folder
 
     manifest = verify_folder(folder)
     total = sum(entry.size for entry in manifest.files)

@@ -11,14 +11,14 @@ from stages import apply, captured
 
 from optc.compiler.capture import capture_module, capture_pretrained
 from optc.compiler.diagnostics import ArtifactError, InputError, TargetError
-from optc.compiler.surgery import set_weight
-from optc.compiler.target import CompileOptions, check_options
+from optc.compiler.ir.surgery import set_weight
+from optc.compiler.target.target import CompileOptions, check_options
 from optc.exporters.hf import export as module
 from optc.exporters.hf.shards import INDEX, write_shards
-from optc.passes.merge_projections import MergeProjections
-from optc.passes.quantize_nf4 import QuantizeNf4
-from optc.passes.quantize_rtn import QuantizeRtn
-from optc.passes.round_scales import RoundScales
+from optc.passes.fusion.projections import MergeProjections
+from optc.passes.quantization.nf4 import QuantizeNf4
+from optc.passes.quantization.round_scales import RoundScales
+from optc.passes.quantization.rtn import QuantizeRtn
 from optc.targets import find_target
 
 

@@ -11,7 +11,7 @@ from hf_folders import codes_of, config, quantized, source, tensors, write
 from torch import Tensor
 
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.layouts import QuantizedWeight, Scheme
+from optc.compiler.formats.layouts import QuantizedWeight, Scheme
 from optc.exporters.hf.layouts import AwqWriter, CompressedTensorsWriter, GptqWriter, layout_writer
 
 K_PROJ = "model.layers.1.self_attn.k_proj"

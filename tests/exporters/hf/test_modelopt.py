@@ -14,20 +14,20 @@ from stages import captured
 
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.diagnostics import ArtifactError, TargetError
-from optc.compiler.layouts import QuantizedWeight, Scheme
-from optc.compiler.surgery import set_weight
-from optc.compiler.target import CompileOptions, ExportRequest
+from optc.compiler.formats.layouts import QuantizedWeight, Scheme
+from optc.compiler.ir.surgery import set_weight
+from optc.compiler.target.target import CompileOptions, ExportRequest
 from optc.exporters.hf import export as module
 from optc.exporters.hf import export_hf
 from optc.exporters.hf.modelopt import ModelOptWriter, algorithm_of
 from optc.exporters.hf.shards import write_shards
-from optc.passes.quantize_activations import QuantizeActivations
-from optc.passes.quantize_fp8 import QuantizeFp8
-from optc.passes.quantize_inputs import QuantizeInputs
-from optc.passes.quantize_kv_cache import QuantizeKVCache
-from optc.passes.quantize_nvfp4 import QuantizeNvfp4
-from optc.passes.quantize_rtn import QuantizeRtn
-from optc.passes.scale_smoothquant import ScaleSmoothQuant
+from optc.passes.kv_cache.quantize import QuantizeKVCache
+from optc.passes.quantization.activations import QuantizeActivations
+from optc.passes.quantization.fp8 import QuantizeFp8
+from optc.passes.quantization.inputs import QuantizeInputs
+from optc.passes.quantization.nvfp4 import QuantizeNvfp4
+from optc.passes.quantization.rtn import QuantizeRtn
+from optc.passes.quantization.scale_smoothquant import ScaleSmoothQuant
 
 IDS = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(1))
 CASES = [("llama", name) for name in RECIPES] + [("qwen2", "FP8")]

@@ -14,7 +14,7 @@ from stages import captured
 import optc
 from optc.cli.main import main
 from optc.compiler.diagnostics import TargetError, UsageError
-from optc.compiler.target import CompileOptions, check_options
+from optc.compiler.target.target import CompileOptions, check_options
 from optc.exporters.hf.serving import check_serving
 from optc.targets import find_target
 from optc.targets.registry import installed_targets

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from optc.compiler.layouts.words import unpack_words, word_count
+from optc.compiler.formats.layouts.words import unpack_words, word_count
 from optc.exporters.hf.words import pack_words
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.ops.library import reference
-from optc.compiler.ops.packed_cpu import KEPT, PER_TOKEN, pack_rows, pack_tiles, segment_size
+from optc.compiler.ops.packed.inductor_cpu import KEPT, PER_TOKEN, pack_rows, pack_tiles, segment_size
 from optc.exporters.inductor.library import build_library
 
 pytestmark = pytest.mark.slow  # the first build takes 30 s; later ones come from the user's cache

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import optc.compiler.program  # noqa: F401  (registers the dialect)
+import optc.compiler.ir.program  # noqa: F401  (registers the dialect)
 from optc.compiler.ops.library import reference
 from optc.exporters.inductor.library import build_library
 

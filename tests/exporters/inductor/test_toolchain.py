@@ -10,9 +10,9 @@ from stages import captured
 
 from optc.compiler import compat
 from optc.compiler.diagnostics import InputError, TargetError
-from optc.compiler.target import CompileOptions, ExportRequest, check_legal
+from optc.compiler.target.target import CompileOptions, ExportRequest, check_legal
 from optc.exporters.inductor import export_inductor, library, toolchain
-from optc.passes.static_kv_cache import StaticKVCache
+from optc.passes.kv_cache.static import StaticKVCache
 from optc.targets.inductor_cpu import TARGET
 
 

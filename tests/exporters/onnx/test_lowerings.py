@@ -15,8 +15,8 @@ from torch import Tensor
 
 from optc.compiler.capture import capture_module
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.program import Program
-from optc.compiler.target import check_legal
+from optc.compiler.ir.program import Program
+from optc.compiler.target.target import check_legal
 from optc.exporters.onnx.table import LOWERINGS
 from optc.targets.onnx_cpu import TARGET
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from optc.compiler.diagnostics import OptcError, TargetError, UsageError
-from optc.compiler.target import CompileOptions, check_options
+from optc.compiler.target.target import CompileOptions, check_options
 from optc.exporters.trt import builders
 from optc.exporters.trt.facts import profiles
-from optc.passes.fixed_kv_cache import cache_capacity
-from optc.passes.quantize.methods import resolve
+from optc.passes.kv_cache.fixed import cache_capacity
+from optc.targets.methods import resolve
 from optc.targets.trt import TARGET
 
 Machine = Callable[..., None]

@@ -10,7 +10,7 @@ import pytest
 from trt_graphs import CAPACITY, HEADS, WIDTH, description
 
 from optc.exporters.trt.companions import build_script, write_companions
-from optc.runtime import check_device, run_trt
+from optc.runtime.carried import check_device, run_trt
 
 CACHE = ["batch", HEADS, CAPACITY, WIDTH]
 

@@ -22,7 +22,7 @@ from onnx import TensorProto, numpy_helper
 from rewrites import stirred
 from trt_parsed import BOOL, HKV, INT64, QKV, D, H, T, half, model, nibbles, node
 
-from optc.compiler.onnx_check import DOMAINS
+from optc.compiler.artifact.onnx_check import DOMAINS
 from optc.exporters.trt import build_plan
 from optc.exporters.trt.table import OP_SETS
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from rewrites import stirred
 
-from optc.compiler.calibration import random_calibration
+from optc.compiler.calibration.sequences import random_calibration
 from optc.compiler.diagnostics import UsageError
-from optc.compiler.rewriting import PassContext
-from optc.passes.quantize_auto import Choice, QuantizeAuto, allocate
+from optc.compiler.rewriting.passes import PassContext
+from optc.passes.quantization.auto import Choice, QuantizeAuto, allocate
 
 CONTEXT = PassContext(calibration=random_calibration(128, samples=4, length=24, seed=0))
 

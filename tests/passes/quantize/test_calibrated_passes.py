@@ -11,21 +11,21 @@ from families import FAMILIES
 from rewrites import stirred
 from torch import Tensor, nn
 
-from optc.compiler.calibration import Calibration, random_calibration
+from optc.compiler.calibration.sequences import Calibration, random_calibration
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.gate import Budget
-from optc.compiler.pipeline import Pipeline, PipelineOptions
-from optc.compiler.program import Program
-from optc.compiler.rewriting import Pass, PassContext, PassResult
-from optc.compiler.target import CompileOptions
-from optc.passes.quantize.methods import quantization_steps, resolve
-from optc.passes.quantize.stream import Stream
-from optc.passes.quantize_clip import QuantizeClip
-from optc.passes.quantize_gptq import QuantizeGptq
-from optc.passes.quantize_rtn import QuantizeRtn
-from optc.passes.scale_awq import ScaleAwq
-from optc.passes.scale_smoothquant import ScaleSmoothQuant
-from optc.passes.tune_scales import TuneScales
+from optc.compiler.ir.program import Program
+from optc.compiler.pipeline.gate import Budget
+from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
+from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.compiler.target.target import CompileOptions
+from optc.passes.quantization.arithmetic.stream import Stream
+from optc.passes.quantization.clip import QuantizeClip
+from optc.passes.quantization.gptq import QuantizeGptq
+from optc.passes.quantization.rtn import QuantizeRtn
+from optc.passes.quantization.scale_awq import ScaleAwq
+from optc.passes.quantization.scale_smoothquant import ScaleSmoothQuant
+from optc.passes.quantization.tune_scales import TuneScales
+from optc.targets.methods import quantization_steps, resolve
 
 CALIBRATION = random_calibration(128, samples=6, length=24, seed=0)
 CONTEXT = PassContext(calibration=CALIBRATION)

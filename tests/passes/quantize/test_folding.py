@@ -8,19 +8,19 @@ from families import FAMILIES
 from rewrites import difference, stirred
 from torch import Tensor, nn
 
-from optc.compiler.calibration import random_calibration
+from optc.compiler.analysis.linears import linear_sites
+from optc.compiler.calibration.sequences import random_calibration
 from optc.compiler.capture import capture_module
-from optc.compiler.linears import linear_sites
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext
-from optc.passes.fuse_norm import FuseNorm
-from optc.passes.quantize.folding import Fold
-from optc.passes.quantize.groups import input_groups
-from optc.passes.quantize.scale_pass import foldable
-from optc.passes.quantize.scaling import apply_scales, smooth_scales
-from optc.passes.quantize.selection import select_linears
-from optc.passes.scale_awq import ScaleAwq
-from optc.passes.scale_smoothquant import ScaleSmoothQuant
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import PassContext
+from optc.passes.fusion.norm import FuseNorm
+from optc.passes.quantization.arithmetic.folding import Fold
+from optc.passes.quantization.arithmetic.groups import input_groups
+from optc.passes.quantization.arithmetic.scale_pass import foldable
+from optc.passes.quantization.arithmetic.scaling import apply_scales, smooth_scales
+from optc.passes.quantization.arithmetic.selection import select_linears
+from optc.passes.quantization.scale_awq import ScaleAwq
+from optc.passes.quantization.scale_smoothquant import ScaleSmoothQuant
 
 # Inputs that a scale can be folded into, of all inputs of chosen linears (two layers).
 FOLDED = {

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import InputError
-from optc.passes.quantize.gptq import compensated, factorize, output_error, solve
-from optc.passes.quantize.grid import Grid, full_range, search
-from optc.passes.quantize.refine import descend, refit
+from optc.passes.quantization.arithmetic.gptq import compensated, factorize, output_error, solve
+from optc.passes.quantization.arithmetic.grid import Grid, full_range, search
+from optc.passes.quantization.arithmetic.refine import descend, refit
 
 
 def _problem(rows: int, columns: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

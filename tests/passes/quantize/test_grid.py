@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optc.passes.quantize.grid import full_range, search, storable
+from optc.passes.quantization.arithmetic.grid import full_range, search, storable
 
 
 def _weight(rows: int = 5, columns: int = 64, seed: int = 0) -> torch.Tensor:

@@ -10,15 +10,15 @@ from rewrites import stirred
 from torch import Tensor
 from torch.fx import Node
 
+from optc.compiler.analysis.linears import linear_sites
 from optc.compiler.diagnostics import InputError
-from optc.compiler.linears import linear_sites
-from optc.compiler.program import Program
-from optc.compiler.rewriting import PassContext
-from optc.passes.fuse_rotary import FuseRotary
-from optc.passes.quantize.differentiable import Differentiable
-from optc.passes.quantize.groups import gram_matrix, input_groups, rows
-from optc.passes.quantize.stream import Stream
-from optc.passes.static_kv_cache import StaticKVCache
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import PassContext
+from optc.passes.fusion.rotary import FuseRotary
+from optc.passes.kv_cache.static import StaticKVCache
+from optc.passes.quantization.arithmetic.differentiable import Differentiable
+from optc.passes.quantization.arithmetic.groups import gram_matrix, input_groups, rows
+from optc.passes.quantization.arithmetic.stream import Stream
 
 
 def _tokens(count: int, length: int) -> Tensor:

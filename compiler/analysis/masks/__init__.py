@@ -1,0 +1,1 @@
+"""Symbolic proof of what an attention mask lets through."""

@@ -1,0 +1,181 @@
+"""manifest.json: what an artifact is, and the proof that it is intact.
+
+The file seals itself: `self_sha256`, its last field, is the sha256 of the file's own bytes with that
+field empty. One changed byte anywhere, white space included, is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from optc.compiler.diagnostics import ArtifactError
+from optc.compiler.ir.contract import Contract
+from optc.compiler.rewriting.quantization_record import LinearRecord
+
+FORMAT_VERSION = 1
+FILE_NAME = "manifest.json"
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+_SEAL = re.compile(rb'"self_sha256": "([0-9a-f]{64})"\n}\n\Z')
+_EMPTY_SEAL = b'"self_sha256": ""\n}\n'
+_REMEDY = "copy the artifact again from where it was made, or compile it again"
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One file of the artifact: POSIX path inside the folder, size in bytes, sha256 in hex."""
+
+    path: str
+    size: _Count
+    sha256: _Sha256
+
+
+class PassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one pass did.
+
+    Attributes:
+        options: the pass's settings.
+        matched, candidates: sites rewritten, and sites that could have been.
+        seconds: wall time of the pass with its verification and gate.
+        lossy: whether it may change the numbers (then its budget was checked, not a tolerance).
+        max_abs_diff: largest absolute change of the outputs; None when nothing was measured.
+        kl: mean KL(before || after) in nats per token. top1_agreement: share of equal argmax tokens.
+        layer_drift: per attention layer, relative L2 change of its output.
+        nodes: graph nodes after the pass.
+        notes, misses: what the pass says, and why near-misses were left alone.
+        linears: per weight that a quantization pass rounded.
+    """
+
+    name: str
+    options: dict[str, str | int | float | bool | list[Any] | None]
+    matched: _Count
+    candidates: _Count
+    seconds: float
+    lossy: bool
+    max_abs_diff: float | None
+    kl: float | None
+    top1_agreement: float | None
+    layer_drift: tuple[float, ...]
+    nodes: _Count
+    notes: tuple[str, ...]
+    misses: tuple[str, ...]
+    linears: tuple[LinearRecord, ...] = ()
+
+
+class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The model that was compiled; `path` and the hashes are empty for a module in memory."""
+
+    path: str
+    config_sha256: str
+    weights_sha256: str
+    parameters: _Count
+    dtype: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The identity of an artifact.
+
+    Attributes:
+        created: UTC, ISO 8601.
+        engine_info: facts of the exporter (file names, shapes, threads).
+        needs: what a host must have: instruction sets, library versions.
+        dtype: compute type.
+        files: every file of the folder but this one, by path; filled by `artifact.finish`.
+        weight_bytes: size of the weights as stored.
+        quantization: summary (method, bits, group_size, symmetric, linears); empty without.
+        seconds: wall time of capture, passes, export and total.
+        quality, speed: figures of `optc eval` and `optc bench`, once measured.
+    """
+
+    format_version: int = FORMAT_VERSION
+    optc_version: str
+    created: str
+    target: str
+    engine: Literal["onnx", "aotinductor", "tensorrt", "huggingface", "executorch"]
+    engine_info: dict[str, Any]
+    needs: dict[str, str | int | list[str]]
+    dtype: str
+    contract: Contract
+    source: Source
+    files: tuple[FileEntry, ...] = ()
+    passes: tuple[PassRecord, ...]
+    weight_bytes: _Count
+    quantization: dict[str, Any]
+    seconds: dict[str, float]
+    quality: dict[str, Any] | None = None
+    speed: dict[str, Any] | None = None
+    self_sha256: str = ""  # last: the seal is at the end of the file
+
+
+class _Head(msgspec.Struct):
+    format_version: int
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json: indented JSON, sealed. Equal manifests give equal bytes."""
+    drift = [value for row in manifest.passes for value in row.layer_drift]
+    # JSON has no NaN: it would be written as null and the artifact could not be read back.
+    assert all(map(math.isfinite, drift)), "a pass recorded a layer drift that is not finite"
+    text = _json(msgspec.structs.replace(manifest, self_sha256=""))
+    return _json(msgspec.structs.replace(manifest, self_sha256=hashlib.sha256(text).hexdigest()))
+
+
+def decode(data: bytes, where: str) -> Manifest:
+    """Read the bytes of a manifest.json.
+
+    Raises:
+        ArtifactError: not JSON, another format version, changed since it was written, a field of the
+            wrong type, or file paths that leave the folder.
+    """
+    try:
+        version = msgspec.json.decode(data, type=_Head).format_version
+        if version != FORMAT_VERSION:
+            raise ArtifactError(
+                f"the manifest has format version {version}, this optc reads {FORMAT_VERSION}", where=where,
+                remedy="use the optc that wrote the artifact, or compile it again",
+            )  # fmt: skip
+        _check_seal(data, where)
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _damaged(where, str(error)) from error
+    _check_paths(manifest.files, where)
+    return manifest
+
+
+def _json(manifest: Manifest) -> bytes:
+    compact = msgspec.json.encode(manifest, order="deterministic")
+    return msgspec.json.format(compact, indent=2) + b"\n"
+
+
+def _check_seal(data: bytes, where: str) -> None:
+    seal = _SEAL.search(data)
+    if seal is None:
+        raise _damaged(where, "it does not end with self_sha256: cut off, or not written by optc")
+    found = hashlib.sha256(data[: seal.start()] + _EMPTY_SEAL).hexdigest()
+    if found != seal[1].decode():
+        raise _damaged(
+            where, f"it was changed after it was written: sha256 {found}, sealed {seal[1].decode()}"
+        )
+
+
+def _check_paths(files: tuple[FileEntry, ...], where: str) -> None:
+    """Only plain relative paths, each once: nothing outside the folder is ever opened."""
+    seen: set[str] = set()
+    for entry in files:
+        parts = PurePosixPath(entry.path).parts
+        plain = entry.path.isprintable() and "\\" not in entry.path and "/".join(parts) == entry.path
+        if not plain or not parts or parts[0] == "/" or ".." in parts or entry.path == FILE_NAME:
+            raise _damaged(where, f"{entry.path!r} is not a plain path inside the artifact")
+        if entry.path in seen:
+            raise _damaged(where, f"'{entry.path}' is listed twice")
+        seen.add(entry.path)
+
+
+def _damaged(where: str, why: str) -> ArtifactError:
+    return ArtifactError("the manifest is damaged", where=where, why=why, remedy=_REMEDY)

@@ -1,0 +1,245 @@
+"""Publishing a folder: it appears whole under its name, or it does not appear.
+
+The folder is written under a hidden name beside its own (`.NAME.tmp-PID-RANDOM`), synced to the disk
+and renamed. What a killed run leaves under such a name is removed by the next run for the same output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from optc.compiler.artifact.manifest import FILE_NAME
+from optc.compiler.diagnostics import InputError, OptcError, ResourceError, os_errors
+
+_MARK = b'"optc_version"'
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Refuse an output that could not be published, before any work is spent on it.
+
+    Raises:
+        InputError: it exists and `force` is not given; it is a file, a link, or a folder that is
+            neither empty nor an artifact (never replaced); or its place is not writable.
+        ResourceError: the disk has no room for even a folder.
+    """
+    output = _absolute(output)
+    with os_errors("checking the output folder", str(output)):
+        if os.path.lexists(output):
+            _check_existing(output, force)
+        anchor = next(folder for folder in output.parents if folder.exists())
+        probe = _sibling(
+            anchor / output.name, "tmp"
+        )  # asking for permission misses read-only mounts and /proc
+        probe.mkdir()
+        probe.rmdir()
+
+
+@contextlib.contextmanager
+def write_folder(output: Path, *, force: bool) -> Iterator[Path]:
+    """A temporary folder that becomes `output` when the block ends without an exception.
+
+    Missing parents are made. After an exception, KeyboardInterrupt included, nothing is left.
+
+    Raises:
+        InputError: see `check_output`; also any other OSError of the block.
+        ResourceError: out of disk or memory in the block.
+    """
+    output = _absolute(output)
+    check_output(output, force)
+    _remove_abandoned(output, "tmp")
+    temporary, parents, lock = _sibling(output, "tmp"), _missing_parents(output), -1
+    try:
+        with disk_errors(output):
+            for folder in parents:
+                folder.mkdir(exist_ok=True)
+            temporary.mkdir()
+            lock = _hold(temporary)
+            yield temporary
+            _sync_tree(temporary)
+            _publish(temporary, output, force)
+            for folder in (output, *parents):
+                _sync(folder.parent)
+    finally:
+        # After an exchange this is the replaced artifact; after a plain rename there is nothing here.
+        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in reversed(parents):
+            with contextlib.suppress(OSError):  # not empty: it holds the output
+                folder.rmdir()
+        if lock >= 0:
+            os.close(lock)
+    _remove_abandoned(output, "old")
+
+
+def leftovers(output: Path, kind: str = "tmp|old") -> dict[Path, int]:
+    """Folders beside `output` that a run made for it -> the pid of that run."""
+    pattern = re.compile(rf"\.{re.escape(output.name)}\.(?:{kind})-(\d{{1,7}})-[0-9a-f]{{8}}")
+    found = {}
+    if output.parent.is_dir():
+        for path in output.parent.iterdir():
+            match = pattern.fullmatch(path.name)
+            if match and path.is_dir() and not path.is_symlink():
+                found[path] = int(match[1])
+    return found
+
+
+def _absolute(output: Path) -> Path:
+    """The output with its parents resolved; the last part stays, so that a link is seen as one."""
+    if output.name in ("", ".."):
+        raise InputError(f"'{output}' does not name a new folder", remedy="give a path such as out/model")
+    with os_errors("looking up the output folder", str(output)):
+        return output.parent.resolve() / output.name
+
+
+def _missing_parents(output: Path) -> list[Path]:
+    return [folder for folder in reversed(output.parents) if not folder.exists()]
+
+
+def _sibling(output: Path, kind: str) -> Path:
+    return output.with_name(f".{output.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _check_existing(output: Path, force: bool) -> None:
+    where = str(output)
+    if output.is_symlink():
+        raise InputError(
+            "the output is a symbolic link", where=where, remedy="give the folder that it points to"
+        )
+    if not output.is_dir():
+        raise InputError("the output exists and is not a folder", where=where, remedy="choose another output")
+    if not force:
+        raise InputError(
+            "the output exists", where=where, remedy="choose another output, or replace it with --force"
+        )
+    if any(output.iterdir()) and not _is_artifact(output):
+        raise InputError(
+            "the output is a folder that optc did not write", where=where, why=f"no {FILE_NAME} of optc's",
+            remedy="choose another output; --force replaces only artifacts and empty folders",
+        )  # fmt: skip
+
+
+def _is_artifact(folder: Path) -> bool:
+    """Whether the manifest looks like optc's; it may be damaged, replacing such an artifact is fine."""
+    manifest = folder / FILE_NAME
+    if not manifest.is_file():
+        return False
+    with manifest.open("rb") as file:
+        return _MARK in file.read(4096)
+
+
+@contextlib.contextmanager
+def disk_errors(output: Path) -> Iterator[None]:
+    """os_errors, and the full disk that engines written in Rust or C++ report in words of their own."""
+    try:
+        with os_errors("writing the artifact", str(output)):
+            yield
+    except Exception as error:
+        if isinstance(error, OptcError) or not any(words in str(error) for words in _FULL):
+            raise
+        raise ResourceError(
+            "the disk is full while writing the artifact", where=str(output), why=str(error),
+            remedy="free space and run again",
+        ) from error  # fmt: skip
+
+
+# -- renaming ------------------------------------------------------------------------------------
+
+
+def _publish(temporary: Path, output: Path, force: bool) -> None:
+    if not os.path.lexists(output):
+        os.rename(temporary, output)
+        return
+    _check_existing(output, force)  # again: it may have appeared while the block ran
+    if _exchange(temporary, output):
+        return
+    # Two renames. A crash between them leaves nothing under the name, the old artifact whole beside
+    # it as .NAME.old-*, and the new one whole as .NAME.tmp-*.
+    aside = _sibling(output, "old")
+    os.rename(output, aside)
+    os.rename(temporary, output)
+    shutil.rmtree(aside)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two paths in one step (renameat2, Linux 3.15); False where kernel or filesystem cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    paths = os.fsencode(first), os.fsencode(second)
+    if renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _sync_tree(folder: Path) -> None:
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            _sync_tree(Path(entry.path))
+        elif entry.is_file(follow_symlinks=False):
+            _sync(Path(entry.path))
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- what killed runs left -----------------------------------------------------------------------
+
+
+def _hold(folder: Path) -> int:
+    """Lock a folder for as long as this process lives; the kernel drops the lock with the process."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with contextlib.suppress(OSError):  # a filesystem without locks: the pid alone tells
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return handle
+
+
+def _remove_abandoned(output: Path, kind: str) -> None:
+    """Remove what killed runs left. The old artifact of a crashed swap stays until a new one stands."""
+    with os_errors("looking for interrupted runs", str(output.parent)):
+        for folder, pid in leftovers(output, kind).items():
+            with contextlib.suppress(FileNotFoundError):  # another run removed it just now
+                if _is_dead(pid) and not _is_held(folder):
+                    shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed costs only space
+
+
+def _is_dead(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False  # somebody else's
+    return False
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a live process holds the folder: pids mean nothing across containers, locks do."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # a filesystem without locks: the pid alone tells
+    finally:
+        os.close(handle)
+    return False

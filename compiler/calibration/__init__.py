@@ -1,0 +1,1 @@
+"""The token sequences that statistics of activations are taken from."""

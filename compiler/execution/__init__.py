@@ -1,0 +1,1 @@
+"""Running any stage on token sequences."""

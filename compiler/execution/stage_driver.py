@@ -1,0 +1,257 @@
+"""Run any stage of a compile on token sequences, so that stages can be compared.
+
+Whatever a stage takes (whole sequences, a linear cache, a paged pool), the result is the same: the
+logits of every token of every sequence, and what each attention layer returned. Stages with a cache
+are driven the hard way: a ragged right-padded prefill, a chunk, single-token steps, over caches that
+start full of garbage and blocks in shuffled order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optc.compiler.execution.block_manager import BlockManager
+from optc.compiler.ir.contract import Input
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.retrace import Handler, Replay
+
+_BHSD = ("attention", "cached_attention", "cached_attention_", "cached_attention_codes", "masked_attention")
+_BSC = (
+    "group_query_attention",
+    "group_query_attention_codes",
+)  # made by legalization for ONNX Runtime: [B, S, H * Dv]
+_NHD = ("paged_attention_",)
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What a stage computed.
+
+    Attributes:
+        logits: per sequence [len, V] (an encoder's hidden states: [len, C]).
+        taps: per attention layer, in graph order, per sequence: the output [len, H * Dv].
+    """
+
+    logits: list[Tensor]
+    taps: list[list[Tensor]]
+
+
+def run_stage(
+    program: Program,
+    sequences: Sequence[Sequence[int]],
+    *,
+    chunk: int = 4,
+    steps: int = 3,
+    seed: int = 0,
+) -> StageRun:
+    """Run a decoder or encoder Program on token sequences of unequal length.
+
+    Args:
+        chunk: tokens per row in the one chunk of prefill that follows the first (cached stages).
+        steps: single-token decode steps at the end of each sequence (cached stages). A sequence too
+            short for all of these has fewer.
+        seed: of the garbage in caches and the order of blocks.
+    """
+    assert sequences, "at least one sequence"
+    assert all(len(tokens) > 0 for tokens in sequences), "no empty sequences"
+    kind = program.contract.kv_cache.kind
+    if kind == "none":
+        return _run_whole(program, sequences)
+    plan = _plan([len(tokens) for tokens in sequences], chunk, steps)
+    drive = _run_linear if kind == "linear" else _run_paged
+    return drive(program, sequences, plan, torch.Generator().manual_seed(seed))
+
+
+def run_module(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Run a program of kind "module" on example tensors; its outputs, flat."""
+    with torch.no_grad():
+        return Replay(program, {}).outputs(*inputs)
+
+
+Call = list[tuple[int, int, int]]
+"""One call: (sequence, start, end), the tokens that it feeds."""
+
+Rows = Callable[[Tensor], Iterable[Tensor]]
+"""Takes a tensor laid out like the tokens of a call apart into each sequence's rows [n, ...]."""
+
+
+def _plan(lengths: Sequence[int], chunk: int, steps: int) -> list[Call]:
+    """Ragged prefill of all but the last tokens, then a chunk, then single tokens.
+
+    A sequence too short to take part in all of the later calls takes part in the last ones, so that
+    every sequence ends with the last call that it can reach.
+    """
+    tail = [size for size in (chunk, *[1] * steps) if size > 0]
+    first = [next(i for i in range(len(tail) + 1) if sum(tail[i:]) < length) for length in lengths]
+    done = [length - sum(tail[i:]) for length, i in zip(lengths, first, strict=True)]
+    plan: list[Call] = [[(row, 0, end) for row, end in enumerate(done)]]
+    for index, size in enumerate(tail):
+        call = [(row, done[row], done[row] + size) for row in range(len(done)) if index >= first[row]]
+        for row, _, end in call:
+            done[row] = end
+        plan += [call] if call else []
+    return plan
+
+
+# -- one call with taps -----------------------------------------------------------------------
+
+
+def _tapped(program: Program, taps: list[Tensor]) -> Callable[..., list[Any]]:
+    """The program as a function of flat inputs that also appends attention outputs to `taps`.
+
+    Taps are laid out like the tokens: [B, S, H * Dv], or [N, H * Dv] for a flattened token axis.
+    """
+
+    def handler(name: str, flatten: Callable[[Tensor], Tensor]) -> Handler:
+        op = getattr(torch.ops.optc, name).default
+
+        def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            result = op(*args, **kwargs)
+            taps.append(flatten(result[0] if isinstance(result, tuple | list) else result))
+            return result
+
+        return call
+
+    layouts: list[tuple[tuple[str, ...], Callable[[Tensor], Tensor]]] = [
+        (_BHSD, lambda out: out.transpose(1, 2).flatten(2)),
+        (_BSC, lambda out: out),
+        (_NHD, lambda out: out.flatten(1)),
+    ]
+    handlers: dict[Any, Handler] = {}
+    for names, flatten in layouts:
+        for name in names:
+            if hasattr(torch.ops.optc, name):
+                handlers[getattr(torch.ops.optc, name).default] = handler(name, flatten)
+
+    def run(*inputs: Tensor) -> list[Any]:
+        with torch.no_grad():
+            return Replay(program, handlers).outputs(*inputs)
+
+    return run
+
+
+class _Collector:
+    """Puts rows of logits and taps back where their tokens are."""
+
+    def __init__(self, count: int) -> None:
+        self._logits: list[list[Tensor]] = [[] for _ in range(count)]
+        self._taps: list[list[list[Tensor]]] = []
+
+    def add(self, call: Call, rows: Rows, logits: Tensor, taps: list[Tensor]) -> None:
+        """Append what one call returned."""
+        if not self._taps:
+            self._taps = [[[] for _ in self._logits] for _ in taps]
+        for store, tensor in zip([self._logits, *self._taps], [logits, *taps], strict=True):
+            for (index, _, _), row in zip(call, rows(tensor), strict=True):
+                store[index].append(row)
+
+    def result(self) -> StageRun:
+        logits, *taps = ([torch.cat(parts) for parts in store] for store in (self._logits, *self._taps))
+        return StageRun(logits, taps)
+
+
+# -- the three kinds of stage -----------------------------------------------------------------
+
+
+def _padded(sequences: Sequence[Sequence[int]], call: Call) -> Tensor:
+    """The tokens of a call, right-padded with the last one: [B, S]."""
+    size = max(end - start for _, start, end in call)
+    parts = [list(sequences[row][start:end]) for row, start, end in call]
+    return torch.tensor([part + part[-1:] * (size - len(part)) for part in parts])
+
+
+def _unpadded(call: Call) -> Rows:
+    return lambda tensor: [part[: end - start] for part, (_, start, end) in zip(tensor, call, strict=True)]
+
+
+def _split(call: Call) -> Rows:
+    return lambda tensor: tensor.split([end - start for _, start, end in call])
+
+
+def _mask(call: Call) -> Tensor:
+    """attention_mask [B, T] with as many ones per row as it has tokens after the call."""
+    ends = torch.tensor([end for _, _, end in call])
+    return (torch.arange(int(ends.max())) < ends[:, None]).long()
+
+
+def _run_whole(program: Program, sequences: Sequence[Sequence[int]]) -> StageRun:
+    call = [(row, 0, len(tokens)) for row, tokens in enumerate(sequences)]
+    ids = _padded(sequences, call)
+    made = {
+        "input_ids": lambda: ids,
+        "position_ids": lambda: torch.arange(ids.shape[1]).expand(ids.shape).contiguous(),
+        "attention_mask": lambda: _mask(call),
+        "token_type_ids": lambda: torch.zeros_like(ids),
+    }
+    taps: list[Tensor] = []
+    out = _tapped(program, taps)(*(made[spec.role]() for spec in program.contract.inputs))
+    collector = _Collector(len(sequences))
+    collector.add(call, _unpadded(call), out[0], taps)
+    return collector.result()
+
+
+def _caches(program: Program, sizes: dict[str, int], generator: torch.Generator) -> list[Tensor]:
+    """Caches or pools full of garbage, with dynamic axes of the given sizes."""
+
+    def garbage(spec: Input) -> Tensor:
+        shape = [size if isinstance(size, int) else sizes[size] for size in spec.dims]
+        return torch.randn(shape, generator=generator).to(getattr(torch, spec.dtype))
+
+    return [garbage(spec) for spec in program.contract.inputs if spec.role in ("key_cache", "value_cache")]
+
+
+def _run_linear(
+    program: Program, sequences: Sequence[Sequence[int]], plan: list[Call], generator: torch.Generator
+) -> StageRun:
+    """Caches live in a store of full size; a call gets the rows it needs and writes them back.
+
+    Caches that are returned go in as long as the longest past (0 at first) and come back grown;
+    caches written in place have spare capacity; those of a fixed capacity have that.
+    """
+    cache = program.contract.kv_cache
+    capacity = cache.capacity or max(len(tokens) for tokens in sequences) + 3
+    assert max(len(tokens) for tokens in sequences) <= capacity, "a sequence is longer than the KV cache"
+    sizes = dict.fromkeys(("capacity", "past"), capacity) | {"batch": len(sequences)}
+    stores = _caches(program, sizes, generator)
+    collector = _Collector(len(sequences))
+    for call in plan:
+        taps: list[Tensor] = []
+        rows = torch.tensor([row for row, _, _ in call])
+        past = capacity if cache.in_place or cache.capacity else max(start for _, start, _ in call)
+        caches = [store[rows, :, :past].contiguous() for store in stores]
+        logits, *presents = _tapped(program, taps)(*_tokens(program, sequences, call), *caches)
+        collector.add(call, _unpadded(call), logits, taps)
+        for store, held in zip(stores, caches if cache.in_place else presents, strict=True):
+            store[rows, :, : held.shape[2]] = held
+    return collector.result()
+
+
+def _tokens(program: Program, sequences: Sequence[Sequence[int]], call: Call) -> tuple[Tensor, Tensor]:
+    """Tokens of a call, and where they go: a mask, or how many tokens each row holds already."""
+    ids = _padded(sequences, call)
+    if not program.contract.kv_cache.capacity:
+        return ids, _mask(call)
+    return ids.int(), torch.tensor([start for _, start, _ in call], dtype=torch.int32)
+
+
+def _run_paged(
+    program: Program, sequences: Sequence[Sequence[int]], plan: list[Call], generator: torch.Generator
+) -> StageRun:
+    size = program.contract.kv_cache.block_size
+    count = sum(-(-len(tokens) // size) for tokens in sequences) + 2
+    manager = BlockManager(count, size, order=torch.randperm(count, generator=generator).tolist())
+    pools = _caches(program, {"num_blocks": count}, generator)
+    for request in range(len(sequences)):
+        manager.start(request)
+    collector = _Collector(len(sequences))
+    for call in plan:
+        taps: list[Tensor] = []
+        inputs = manager.step([(row, sequences[row][start:end]) for row, start, end in call])
+        logits = _tapped(program, taps)(*inputs, *pools)[0]
+        collector.add(call, _split(call), logits, taps)
+    return collector.result()

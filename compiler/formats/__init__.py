@@ -1,0 +1,1 @@
+"""How weights are stored: integer grids and the layouts of checkpoints."""

@@ -1,0 +1,247 @@
+"""compressed-tensors folders: pack-quantized, int-quantized and float-quantized weights of linears.
+
+Source: github.com/vllm-project/compressed-tensors (README and `compressors/`). Of a linear M with weight [N, K]:
+
+    pack-quantized    M.weight_packed int32 [N, ceil(K * bits / 32)], signed codes plus 2^(bits-1), lowest bits first;
+                      M.weight_scale [N, G]; M.weight_shape int64 [2]; asymmetric: M.weight_zero_point int32
+                      [ceil(N * bits / 32), G], packed alike along N
+    int-quantized     M.weight int8 [N, K], M.weight_scale [N, 1]
+    float-quantized   M.weight float8_e4m3fn [N, K], M.weight_scale [N, 1], or [1] for the whole weight
+
+With `kv_cache_scheme`, of an attention A: A.k_scale and A.v_scale [1], or [Hkv, 1, 1] by the strategy "attn_head".
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from optc.compiler.formats.layouts.config import ConfigReader
+from optc.compiler.formats.layouts.key_values import FolderKeyValues, KeyValueScheme, find_key_values
+from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
+from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme, check_parts
+from optc.compiler.formats.layouts.words import unpack_words, word_count
+from optc.compiler.ir.contract import ActivationFormat
+
+PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
+METHOD = "compressed-tensors"
+DENSE = "dense"  # nothing but keys and values is quantized
+_FORMATS = (PACKED, INT, FLOAT, "naive-quantized")
+_SUFFIXES = ("weight_packed", "weight_scale")
+KEY_VALUE_PARTS = ("k_scale", "v_scale")
+_OTHER_PARTS = ("input_scale", "input_zero_point", "weight_global_scale", "input_global_scale")
+STRATEGIES: dict[str, Literal["layer", "head"]] = {"tensor": "layer", "attn_head": "head"}
+"""`kv_cache_scheme.strategy` -> granularity."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    name: str
+    targets: tuple[str, ...]
+    scheme: Scheme
+    packed: bool
+
+
+class CompressedTensors:
+    """Reads the linears of one folder.
+
+    Raises (all methods):
+        InputError: a scheme that optc has no form for, or tensors that do not fit it.
+    """
+
+    def __init__(self, config: ConfigReader, reader: TensorReader) -> None:
+        self._config, self._reader = config, reader
+        top = config.text("format", PACKED)
+        config.choice("format", top, (*_FORMATS, DENSE, "mixed-precision"))
+        self._key_values = (
+            None if config.absent("kv_cache_scheme") else _key_values(config.part("kv_cache_scheme"))
+        )
+        for key in ("sparsity_config", "transform_config"):
+            if any(
+                not inner.absent("format") or not inner.absent("config_groups")
+                for inner in _optional(config, key)
+            ):
+                raise config.refusal(f"'{key}' is set, and optc reads no sparse or rotated weights")
+        self._groups = [_group(name, part, top) for name, part in config.parts("config_groups").items()]
+
+    def modules(self) -> list[str]:
+        """The linears that the files hold quantized."""
+        found: dict[str, None] = {}
+        for name in self._reader.tensors:
+            module, _, last = name.rpartition(".")
+            if last in _SUFFIXES:
+                found[module] = None
+            elif last in _OTHER_PARTS or (last in KEY_VALUE_PARTS and self._key_values is None):
+                raise self._config.refusal(f"optc has no form for the tensor '{name}'")
+        return list(found)
+
+    def parts(self, module: str) -> tuple[str, ...]:
+        """The tensors of one linear's weight."""
+        names = (
+            "weight",
+            "weight_packed",
+            "weight_scale",
+            "weight_shape",
+            "weight_zero_point",
+            "weight_g_idx",
+        )
+        return tuple(f"{module}.{name}" for name in names if f"{module}.{name}" in self._reader)
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """[N, K] of one linear, from the headers where they tell it."""
+        if not self._group(module).packed:
+            rows, columns = self._two(f"{module}.weight")
+            return rows, columns
+        name = f"{module}.weight_shape"
+        stored = self._reader.read(name, torch.int64, torch.int32).reshape(-1).tolist()
+        rows, words = self._two(f"{module}.weight_packed")
+        bits = self._group(module).scheme.bits
+        if (
+            len(stored) != 2
+            or stored[0] != rows
+            or stored[1] <= 0
+            or word_count(int(stored[1]), bits) != words
+        ):
+            raise self._reader.wrong_shape(
+                name, f"it says {stored}, and weight_packed is {[rows, words]} of {bits} bits"
+            )
+        return int(stored[0]), int(stored[1])
+
+    def read(self, module: str) -> QuantizedWeight:
+        """One linear's weight."""
+        group = self._group(module)
+        rows, columns = self.shape(module)
+        scale = self._reader.read(f"{module}.weight_scale", *FLOATS)
+        scale = scale.reshape(1, 1) if group.scheme.per_tensor and scale.numel() == 1 else scale
+        scale = scale[:, None] if scale.dim() == 1 else scale
+        zero = None
+        if group.packed:
+            words = self._reader.matrix(f"{module}.weight_packed", torch.int32)
+            codes = unpack_words(words, group.scheme.bits, columns)
+            zero = None if group.scheme.symmetric else self._zero(module, group.scheme.bits, rows)
+            self._check_order(module, group.scheme, columns)
+        elif group.scheme.format == "fp8":
+            codes = self._reader.matrix(f"{module}.weight", torch.float8_e4m3fn)
+        else:
+            codes = (self._reader.matrix(f"{module}.weight", torch.int8).to(torch.int16) + 128).to(
+                torch.uint8
+            )
+        return check_parts(QuantizedWeight(group.scheme, codes, scale, zero), module)
+
+    def key_values(self) -> FolderKeyValues | None:
+        """The scales of keys and values, None where the config has no scheme for them."""
+        if self._key_values is None:
+            return None
+        found = find_key_values(self._reader, self._key_values, KEY_VALUE_PARTS)
+        if found is None:
+            raise self._config.refusal("'kv_cache_scheme' is set, and no tensor is a k_scale or v_scale")
+        return found
+
+    def _zero(self, module: str, bits: int, rows: int) -> Tensor:
+        name = f"{module}.weight_zero_point"
+        words = self._reader.matrix(name, torch.int32).t().contiguous()
+        if words.shape[1] != word_count(rows, bits):
+            raise self._reader.wrong_shape(
+                name, f"it has {words.shape[1]} words for {rows} rows of {bits} bits"
+            )
+        return unpack_words(words, bits, rows).t().contiguous()
+
+    def _check_order(self, module: str, scheme: Scheme, columns: int) -> None:
+        """Columns in an order of their own (GPTQ's act-order) have no canonical form."""
+        name = f"{module}.weight_g_idx"
+        if name not in self._reader:
+            return
+        order = self._reader.read(name, torch.int32, torch.int64).long()
+        if bool((order == -1).all()):  # the library's mark for "not used"
+            return
+        if not torch.equal(order, torch.arange(columns) // (scheme.group_size or columns)):
+            raise self._config.refusal(f"'{name}' spreads the groups over the columns (act-order)")
+
+    def _two(self, name: str) -> tuple[int, int]:
+        shape = self._reader.shape(name)
+        if len(shape) != 2:
+            raise self._reader.wrong_shape(name, f"found {list(shape)}, expected two axes")
+        return shape[0], shape[1]
+
+    def _group(self, module: str) -> _Group:
+        """The group whose targets name a linear: by its full name or a pattern first, then by class."""
+        if len(self._groups) == 1:
+            return self._groups[0]
+        for group in self._groups:
+            if any(_names(target, module) for target in group.targets):
+                return group
+        for group in self._groups:
+            if "Linear" in group.targets:
+                return group
+        raise self._config.refusal(f"no group of config_groups names the quantized linear '{module}'")
+
+
+def _optional(config: ConfigReader, key: str) -> list[ConfigReader]:
+    return [] if config.absent(key) else [config.part(key)]
+
+
+def _names(target: str, module: str) -> bool:
+    """Whether a target is a linear's name, or a pattern ("re:...") that fits it."""
+    if not target.startswith("re:"):
+        return target == module
+    try:
+        return re.match(target[3:], module) is not None
+    except re.error:
+        return False
+
+
+def _group(name: str, part: ConfigReader, top: str) -> _Group:
+    layout = part.text("format", top)
+    part.choice("format", layout, _FORMATS)
+    if not part.absent("output_activations"):
+        raise part.refusal("'output_activations' is set, and optc rounds no outputs")
+    weights = part.part("weights")
+    kind = weights.text("type", "int")
+    weights.choice("type", kind, ("int", "float"))
+    strategy = weights.text("strategy", "group" if not weights.absent("group_size") else "channel")
+    weights.choice("strategy", strategy, ("group", "channel") if kind == "int" else ("channel", "tensor"))
+    bits = weights.integer("num_bits", 8)
+    weights.choice("num_bits", bits, (2, 3, 4, 8) if layout == PACKED else (8,))
+    symmetric = weights.boolean("symmetric", True)
+    if layout != PACKED and not symmetric:
+        raise weights.refusal("zero points are read in the pack-quantized format alone")
+    if (layout == PACKED and kind != "int") or (layout == FLOAT and kind != "float"):
+        raise weights.refusal(f"weights of type {kind} do not go with the format {layout}")
+    scheme = Scheme(
+        bits=bits,
+        group_size=weights.integer("group_size") if strategy == "group" else 0,
+        symmetric=symmetric,
+        format="int" if kind == "int" else "fp8",
+        activations=_activations(part),
+        per_tensor=strategy == "tensor",
+    )
+    return _Group(name, tuple(part.texts("targets")), scheme, layout == PACKED)
+
+
+def _key_values(part: ConfigReader) -> KeyValueScheme:
+    kind, strategy = part.text("type", "int"), part.text("strategy", "tensor")
+    part.choice("type", kind, ("int", "float"))
+    part.choice("num_bits", part.integer("num_bits", 8), (8,))
+    part.choice("strategy", strategy, tuple(STRATEGIES))
+    if not part.boolean("symmetric", True) or part.boolean("dynamic", False):
+        raise part.refusal("optc rounds keys and values symmetrically, with fixed scales")
+    return KeyValueScheme("int8" if kind == "int" else "fp8", STRATEGIES[strategy])
+
+
+def _activations(part: ConfigReader) -> ActivationFormat:
+    if part.absent("input_activations"):
+        return ""
+    inputs = part.part("input_activations")
+    if inputs.text("strategy") != "token" or not inputs.boolean("dynamic", False):
+        raise inputs.refusal(
+            "optc reads activation scales that are taken per token at run time (strategy token, dynamic)"
+        )
+    if inputs.integer("num_bits", 8) != 8 or not inputs.boolean("symmetric", True):
+        raise inputs.refusal("optc rounds activations to 8 bits, symmetrically")
+    kind = inputs.text("type", "int")
+    inputs.choice("type", kind, ("int", "float"))
+    return "int8" if kind == "int" else "fp8"

@@ -1,0 +1,98 @@
+"""A quantized weight in the canonical form, and what a layout's config says of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optc.compiler.diagnostics import InputError
+from optc.compiler.ir.contract import ActivationFormat, WeightFormat
+from optc.compiler.ops.dialect import quantization as _quantization  # noqa: F401  (registers the operators)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How one linear's weight [N, K] is stored, and what its input is rounded to.
+
+    Attributes:
+        group_size: along K; 0 is one scale per row, or (fp8 alone) with `per_tensor` one for the whole weight.
+        activations: "" when the input is not quantized; else per token, scales from the values at hand.
+        static: the input's scale is calibrated: one for all tokens (nvfp4: the one above the blocks' own).
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    format: WeightFormat = "int"
+    activations: ActivationFormat = ""
+    per_tensor: bool = False
+    static: bool = False
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Codes, scales and zero points as `optc.dequantize`, `dequantize_float` or `dequantize_nvfp4` read them.
+
+    Attributes:
+        codes: uint8 [N, K], or float8_e4m3fn [N, K].
+        scale: floating [N, G]; [1, 1] with `scheme.per_tensor`; nvfp4: the blocks' scales, float8_e4m3fn [N, K/16].
+        zero: uint8 [N, G], or None when symmetric or fp8.
+        global_scale: float32 [1], nvfp4 alone.
+        input_scale: float32 [1], with `scheme.static`.
+        input_factor: [K] that the input is multiplied by first, or None.
+    """
+
+    scheme: Scheme
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    global_scale: Tensor | None = None
+    input_scale: Tensor | None = None
+    input_factor: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.codes.shape
+        return int(rows), int(columns)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [N, K] that the codes stand for, scales (but those of nvfp4) rounded to `dtype` first."""
+        value: Tensor
+        if self.scheme.format == "nvfp4":
+            value = torch.ops.optc.dequantize_nvfp4(self.codes, self.scale, self.global_scale, dtype=dtype)
+            return value
+        scale, size = self.scale.to(dtype), self.scheme.group_size
+        if self.scheme.format == "fp8":
+            value = torch.ops.optc.dequantize_float(self.codes, scale, group_size=size)
+        else:
+            value = torch.ops.optc.dequantize(
+                self.codes, scale, self.zero, bits=self.scheme.bits, group_size=size
+            )
+        return value
+
+
+def check_parts(weight: QuantizedWeight, where: str) -> QuantizedWeight:
+    """Refuse scales or zero points whose shape does not fit the codes.
+
+    Raises:
+        InputError: names the weight and the shapes.
+    """
+    rows, columns = weight.shape
+    size = weight.scheme.group_size or columns
+    if size <= 0 or columns % size:
+        raise InputError(
+            f"group size {size} does not divide the weight", where=where, why=f"it has K = {columns}",
+            remedy="check that config.json and the weights belong together",
+        )  # fmt: skip
+    shape = (1, 1) if weight.scheme.per_tensor else (rows, columns // size)
+    parts = {"scales": weight.scale, "zero points": weight.zero}
+    for name, tensor in parts.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise InputError(
+                f"the {name} have the wrong shape", where=where,
+                why=f"found {list(tensor.shape)}, expected {list(shape)} for codes {[rows, columns]}",
+                remedy="check that config.json and the weights belong together",
+            )  # fmt: skip
+    return weight

@@ -1,0 +1,1 @@
+"""The program: graph, contract, surgery on it, its text and its structural verification."""

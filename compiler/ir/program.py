@@ -1,0 +1,163 @@
+"""Program: an executable graph and its contract."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind
+from torch.fx import GraphModule, Node
+
+import optc.compiler.ops  # noqa: F401  (registers the dialect)
+from optc.compiler.ir.contract import Contract
+
+
+def _copy_signature(signature: ExportGraphSignature) -> ExportGraphSignature:
+    """A signature whose specs and arguments can be edited without touching the original."""
+
+    def copied(specs: list[Any]) -> list[Any]:
+        return [dataclasses.replace(spec, arg=copy.copy(spec.arg)) for spec in specs]
+
+    return ExportGraphSignature(copied(signature.input_specs), copied(signature.output_specs))
+
+
+_WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+class Program:
+    """A `torch.export.ExportedProgram` and its `Contract`; callable, printable, savable.
+
+    A pass returns a new Program, or edits the one it got from `clone()`: tensors are shared between
+    clones, graphs are not.
+    """
+
+    def __init__(self, exported: ExportedProgram, contract: Contract) -> None:
+        self.exported = exported
+        self.contract = contract
+        self._module: GraphModule | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the graph on user inputs, in the order of `contract.inputs`.
+
+        List inputs (KV caches) are passed flat.
+        """
+        with torch.no_grad():
+            return self.module()(*args)
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        return self.exported.graph
+
+    def module(self) -> GraphModule:
+        """The graph with weights attached, without shape guards; built once."""
+        if self._module is None:
+            self._module = self.exported.module(check_guards=False)
+        return self._module
+
+    def changed(self) -> Program:
+        """Tell that the graph was edited: recompiles, validates, forgets the built module."""
+        self.exported.graph.lint()
+        self.exported.graph_module.recompile()
+        self.exported.validate()
+        self._module = None
+        return self
+
+    def clone(self) -> Program:
+        """A Program with its own graph and signature, sharing tensors with this one."""
+        source = self.exported
+        graph = torch.fx.Graph()
+        values: dict[Node, Node] = {}
+        result = graph.graph_copy(source.graph, values)
+        for old, new in values.items():
+            new.name = old.name  # names such as "input" are not kept by themselves; the signature needs them
+        output = graph.output(result)
+        output.meta = dict(source.graph.output_node().meta)
+        exported = ExportedProgram(
+            root=source.graph_module,
+            graph=graph,
+            graph_signature=_copy_signature(source.graph_signature),
+            state_dict=dict(source.state_dict),
+            range_constraints=dict(source.range_constraints),
+            module_call_graph=list(source.module_call_graph),
+            example_inputs=source.example_inputs,
+            constants=dict(source.constants),
+            verifiers=[source.verifier],
+        )
+        return Program(exported, self.contract)
+
+    def with_contract(self, **changes: Any) -> Program:
+        """The same graph under a contract with some fields replaced."""
+        program = Program(self.exported, msgspec.structs.replace(self.contract, **changes))
+        program._module = self._module
+        return program
+
+    # -- weights ----------------------------------------------------------------------------
+
+    def weight_names(self) -> dict[str, str]:
+        """Placeholder name -> weight name, for parameters, buffers and lifted constants."""
+        specs = self.exported.graph_signature.input_specs
+        return {spec.arg.name: spec.target or "" for spec in specs if spec.kind in _WEIGHT_KINDS}
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The tensor of a weight name (parameter, buffer or lifted constant)."""
+        found = self.exported.state_dict.get(name)
+        tensor = self.exported.constants[name] if found is None else found
+        assert isinstance(tensor, torch.Tensor), name
+        return tensor
+
+    def weight_of(self, node: object) -> str | None:
+        """The weight name that a placeholder node stands for, or None."""
+        if not isinstance(node, Node) or node.op != "placeholder":
+            return None
+        return self.weight_names().get(node.name)
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every weight the graph reads, once each, in placeholder order."""
+        for name in dict.fromkeys(self.weight_names().values()):
+            yield name, self.weight(name)
+
+    def save(self, directory: Path) -> None:
+        """Write graph, contract and weights into a folder, without pickle; see `serialization`."""
+        from optc.compiler.ir.saved.programs import save_program
+
+        save_program(self, directory)
+
+    @staticmethod
+    def load(directory: Path) -> Program:
+        """Read a Program back; the files are treated as hostile.
+
+        Raises:
+            ArtifactError: damaged or not trusted (7).
+        """
+        from optc.compiler.ir.saved.programs import load_program
+
+        return load_program(directory)
+
+    def fingerprint(self) -> str:
+        """sha256 over graph text, contract and weight bytes: equal Programs compute equal numbers."""
+        digest = hashlib.sha256()
+        digest.update(str(self.graph).encode())
+        digest.update(msgspec.json.encode(self.contract, order="sorted"))
+        for name, tensor in self.weights():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            data = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(data.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def user_inputs(self) -> list[Node]:
+        """Placeholders of the user inputs, in call order."""
+        names = [spec.arg.name for spec in self.exported.graph_signature.input_specs
+                 if spec.kind is InputKind.USER_INPUT]  # fmt: skip
+        by_name = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
+        return [by_name[name] for name in names]
+
+    def calls(self, *targets: object) -> list[Node]:
+        """The call_function nodes with one of these targets, in graph order."""
+        return [node for node in self.graph.nodes if node.op == "call_function" and node.target in targets]

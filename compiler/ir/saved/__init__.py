@@ -1,0 +1,1 @@
+"""Programs on disk, without pickle; every file is read as hostile."""

@@ -1,0 +1,123 @@
+"""Edits of an ExportedProgram in place: new weights, dropped weights, replaced nodes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.fx import Node
+
+from optc.compiler.compat import symbolic_dispatch
+from optc.compiler.ir.program import Program
+
+_DROPPABLE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+def fake_mode(program: Program) -> FakeTensorMode:
+    """The fake mode that the graph's shapes live in."""
+    for node in program.graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            assert isinstance(mode, FakeTensorMode)
+            return mode
+    raise AssertionError("a Program without any tensor")
+
+
+def add_weight(program: Program, name: str, tensor: torch.Tensor) -> Node:
+    """Add a weight (as a persistent buffer) and return its placeholder.
+
+    The placeholder goes behind the last buffer, which keeps the order that torch.export demands:
+    parameters, buffers, constants, user inputs.
+    """
+    exported = program.exported
+    assert name not in exported.state_dict, f"weight {name} exists"
+    specs = exported.graph_signature.input_specs
+    placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    early = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.TOKEN)
+    index = max((i for i, spec in enumerate(specs) if spec.kind in early), default=-1) + 1
+    anchor = placeholders[index] if index < len(placeholders) else next(
+        node for node in exported.graph.nodes if node.op != "placeholder"
+    )  # fmt: skip
+    with exported.graph.inserting_before(anchor):
+        node: Node = exported.graph.placeholder("b_" + re.sub(r"\W", "_", name))
+    node.meta["val"] = fake_mode(program).from_tensor(tensor, static_shapes=True)
+    spec = InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, True)
+    specs.insert(index, spec)
+    exported.state_dict[name] = tensor
+    return node
+
+
+def set_weight(program: Program, name: str, tensor: torch.Tensor) -> None:
+    """Replace the value of a weight of a clone under edit; shape and dtype stay."""
+    table = program.exported.state_dict if name in program.exported.state_dict else program.exported.constants
+    old = table[name]
+    assert isinstance(old, torch.Tensor), name
+    assert (old.shape, old.dtype) == (tensor.shape, tensor.dtype), f"{name} would change its shape or type"
+    # A parameter stays one: torch.export distinguishes them from buffers by type.
+    table[name] = (
+        torch.nn.Parameter(tensor, requires_grad=False) if isinstance(old, torch.nn.Parameter) else tensor
+    )
+
+
+def replace_call(
+    program: Program, old: Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None
+) -> Node:
+    """Put a call of `target` in place of `old`; shapes are recomputed, source lines are kept."""
+    graph = program.graph
+    with graph.inserting_before(old):
+        new = graph.call_function(target, tuple(args), kwargs or {})
+    new.meta = {key: value for key, value in old.meta.items() if key not in ("val", "tensor_meta")}
+    infer_meta(program, new)
+    replace_node(program, old, new)
+    return new
+
+
+def replace_node(program: Program, old: Node, new: Node) -> None:
+    """Let everything that read `old`, the program's outputs among it, read `new`; erase `old`."""
+    for spec in program.exported.graph_signature.output_specs:
+        if spec.arg.name == old.name:
+            spec.arg.name = new.name
+    old.replace_all_uses_with(new)
+    program.graph.erase_node(old)
+
+
+def insert_call(
+    program: Program, before: Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None
+) -> Node:
+    """Insert a call before a node, with its fake value; source lines are taken from `before`."""
+    with program.graph.inserting_before(before):
+        new = program.graph.call_function(target, tuple(args), kwargs or {})
+    new.meta = {key: value for key, value in before.meta.items() if key not in ("val", "tensor_meta")}
+    infer_meta(program, new)
+    return new
+
+
+def infer_meta(program: Program, node: Node) -> None:
+    """Compute node.meta["val"] from the fake values of its inputs."""
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    with fake_mode(program), symbolic_dispatch():
+        node.meta["val"] = node.target(*args, **kwargs)
+
+
+def drop_dead(program: Program) -> None:
+    """Remove nodes that nothing reads, then weights that no node reads.
+
+    Metadata asserts go first: they repeat what the fake values say, and keep dead values alive.
+    """
+    exported = program.exported
+    for node in program.calls(torch.ops.aten._assert_tensor_metadata.default):
+        exported.graph.erase_node(node)
+    exported.graph.eliminate_dead_code()
+    specs = exported.graph_signature.input_specs
+    unread = {node.name: node for node in exported.graph.nodes if node.op == "placeholder" and not node.users}
+    for spec in [spec for spec in specs if spec.kind in _DROPPABLE and spec.arg.name in unread]:
+        exported.graph.erase_node(unread[spec.arg.name])
+        specs.remove(spec)
+    kept = {spec.target for spec in specs}
+    for table in (exported.state_dict, exported.constants):
+        for name in [name for name in table if name not in kept]:
+            del table[name]

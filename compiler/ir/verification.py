@@ -1,0 +1,63 @@
+"""Structural verification of a Program: what every stage must satisfy, whoever made it."""
+
+from __future__ import annotations
+
+import torch
+from torch._export.verifier import SpecViolationError
+
+from optc.compiler.diagnostics import OptcError
+from optc.compiler.ir.program import Program
+
+
+class VerificationError(OptcError):
+    """A pass left a Program that is not well formed: a bug of the pass."""
+
+    kind = "verification"
+
+
+def verify_program(program: Program, after: str) -> None:
+    """Check graph, signature, weights and contract against each other.
+
+    Raises:
+        VerificationError: names the pass (`after`) and what is wrong.
+    """
+    problems = list(_problems(program))
+    if problems:
+        raise VerificationError(
+            f"the program is malformed after '{after}'",
+            where="; ".join(problems[:6]),
+            remedy="this is a bug of the pass; report it with --dump-ir",
+        )
+
+
+def _problems(program: Program) -> list[str]:
+    found = []
+    try:
+        program.graph.lint()
+        program.exported.validate()
+    except (RuntimeError, AssertionError, SpecViolationError) as error:
+        found.append(str(error).splitlines()[0])
+    contract = program.contract
+    inputs = program.user_inputs()
+    if len(inputs) != len(contract.inputs):
+        found.append(f"{len(inputs)} graph inputs, {len(contract.inputs)} in the contract")
+    for node, spec in zip(inputs, contract.inputs, strict=False):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            if str(value.dtype).removeprefix("torch.") != spec.dtype:
+                found.append(f"input {spec.name} is {value.dtype}, the contract says {spec.dtype}")
+            if value.dim() != len(spec.dims):
+                found.append(f"input {spec.name} has {value.dim()} axes, the contract says {len(spec.dims)}")
+    outputs = program.exported.graph_signature.user_outputs
+    if len(outputs) != len(contract.outputs):
+        found.append(f"{len(outputs)} graph outputs, {len(contract.outputs)} in the contract")
+    names = set(program.weight_names().values())
+    found += [
+        f"contract.quantization names '{name}', which is no weight"
+        for name in contract.quantization
+        if name not in names
+    ]
+    for placeholder, name in program.weight_names().items():
+        if name not in program.exported.state_dict and name not in program.exported.constants:
+            found.append(f"placeholder {placeholder} reads '{name}', which has no tensor")
+    return found

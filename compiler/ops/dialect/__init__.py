@@ -1,0 +1,1 @@
+"""The operators that passes reason about."""

@@ -1,0 +1,160 @@
+"""Packed operators: made by legalization only, one per kernel of a destination.
+
+`group_query_attention`, `matmul_nbits` and `skip_rms_norm` mirror ONNX Runtime's contrib operators
+(com.microsoft: GroupQueryAttention, MatMulNBits, SkipSimplifiedLayerNormalization); the references
+here follow https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md, so that a
+legalized Program still runs and is gated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optc.compiler.ops.dialect.attention import attend_cache, write_cache_
+from optc.compiler.ops.library import define
+
+
+def rotate_cached(x: Tensor, position: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotate the first 2*R features of x [B,H,S,D] by rows `position` [B,S] of cos and sin [positions,R]."""
+    cos, sin = (table[position][:, None].to(x.dtype) for table in (cos, sin))
+    size = 2 * cos.shape[-1]
+    rotated, rest = x[..., :size], x[..., size:]
+    if interleaved:
+        a, b = rotated[..., 0::2], rotated[..., 1::2]
+        out = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    else:
+        a, b = rotated.chunk(2, -1)
+        out = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([out, rest], -1)
+
+
+def _heads(x: Tensor, count: int) -> Tensor:
+    return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+
+def _group_query_attention(
+    query: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    past_key: Tensor,
+    past_value: Tensor,
+    seqlens_k: Tensor,
+    total_sequence_length: int,
+    cos_cache: Tensor | None,
+    sin_cache: Tensor | None,
+    *,
+    num_heads: int,
+    kv_num_heads: int,
+    scale: float,
+    local_window_size: int,
+    softcap: float,
+    rotary_interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """query [B,S,H*D] with key, value [B,S,Hkv*D], or packed [B,S,(H+2*Hkv)*D] with neither.
+
+    seqlens_k int32 [B] is the total length of each row minus one; in a right-padded first prompt it
+    may be less than S - 1. Returns the output [B,S,H*D] and the caches
+    [B,Hkv,max(P, total_sequence_length),D].
+    """
+    if key is None or value is None:
+        size = query.shape[-1] // (num_heads + 2 * kv_num_heads)
+        query, key, value = query.split([num_heads * size, kv_num_heads * size, kv_num_heads * size], -1)
+    q, k, v = _heads(query, num_heads), _heads(key, kv_num_heads), _heads(value, kv_num_heads)
+    past = (seqlens_k.long() + 1 - q.shape[2]).clamp(min=0)
+    if cos_cache is not None and sin_cache is not None:
+        position = past[:, None] + torch.arange(q.shape[2], device=q.device)
+        q, k = (
+            rotate_cached(x, position, cos_cache, sin_cache, interleaved=rotary_interleaved) for x in (q, k)
+        )
+    length = max(past_key.shape[2], total_sequence_length)
+    caches = []
+    for cache, new in ((past_key, k), (past_value, v)):
+        room = cache.new_zeros((*cache.shape[:2], length - cache.shape[2], cache.shape[3]))
+        whole = torch.cat([cache, room], 2)
+        write_cache_(whole, new, past)
+        caches.append(whole)
+    keys, values = (cache[:, :, :total_sequence_length] for cache in caches)
+    window = max(local_window_size, 0)
+    out = attend_cache(q, keys, values, past, None, scale=scale, window=window, softcap=softcap)
+    return out.transpose(1, 2).flatten(2), caches[0], caches[1]
+
+
+def _group_query_attention_fake(
+    query: Tensor, key: Tensor | None, value: Tensor | None, past_key: Tensor, past_value: Tensor,
+    seqlens_k: Tensor, total_sequence_length: int, *_: object, num_heads: int, **__: object,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    length = torch.sym_max(past_key.shape[2], total_sequence_length)
+    grown = [cache.new_empty((*cache.shape[:2], length, cache.shape[3])) for cache in (past_key, past_value)]
+    return query.new_empty((*query.shape[:2], num_heads * past_value.shape[3])), grown[0], grown[1]
+
+
+def pack_nbits(codes: Tensor, bits: int) -> Tensor:
+    """codes uint8 [..., n] -> uint8 [..., n*bits/8], the first code in the lowest bits (bits 2, 4, 8).
+
+    The last byte is filled up with zeros where n*bits is no multiple of 8.
+    """
+    each = 8 // bits
+    missing = -codes.shape[-1] % each
+    parts = torch.nn.functional.pad(codes, (0, missing)).unflatten(-1, (-1, each)).to(torch.int32)
+    shifts = torch.arange(each, dtype=torch.int32, device=codes.device) * bits
+    return (parts << shifts).sum(-1).to(torch.uint8)
+
+
+def unpack_nbits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `pack_nbits`; `count` codes along the last axis."""
+    shifts = torch.arange(8 // bits, dtype=torch.int32, device=packed.device) * bits
+    parts = (packed.to(torch.int32)[..., None] >> shifts) & (2**bits - 1)
+    return parts.flatten(-2)[..., :count].to(torch.uint8)
+
+
+def _matmul_nbits(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    bias: Tensor | None,
+    *,
+    K: int,
+    N: int,
+    bits: int,
+    block_size: int,
+    accuracy_level: int,
+) -> Tensor:
+    """x [..., K], packed uint8 [N, K/block, block*bits/8], scales [N, K/block], zero_points uint8 [N, ...].
+
+    `accuracy_level` 4 lets the kernel round x to int8 per block; the reference computes with x as it
+    is, and what the kernel's rounding costs is measured on the artifact.
+    """
+    blocks = K // block_size
+    codes = unpack_nbits(packed, bits, block_size).reshape(N, K)
+    zero = None if zero_points is None else unpack_nbits(zero_points, bits, blocks)
+    weight = torch.ops.optc.dequantize(codes, scales, zero, bits=bits, group_size=block_size)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _skip_rms_norm(x: Tensor, skip: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """s = x + skip; (rms_norm(s) * weight, s)."""
+    total = x + skip
+    return torch.nn.functional.rms_norm(total, [total.shape[-1]], weight, eps), total
+
+
+define(
+    "group_query_attention(Tensor query, Tensor? key, Tensor? value, Tensor past_key, Tensor past_value, "
+    "Tensor seqlens_k, SymInt total_sequence_length, Tensor? cos_cache, Tensor? sin_cache, *, int num_heads, "
+    "int kv_num_heads, float scale, int local_window_size, float softcap, bool rotary_interleaved) "
+    "-> (Tensor, Tensor, Tensor)",
+    _group_query_attention,
+    _group_query_attention_fake,
+)
+define(
+    "matmul_nbits(Tensor x, Tensor packed, Tensor scales, Tensor? zero_points, Tensor? bias, *, int K, int N, "
+    "int bits, int block_size, int accuracy_level) -> Tensor",
+    _matmul_nbits,
+    lambda x, *_, N, **__: x.new_empty((*x.shape[:-1], N)),
+)
+define(
+    "skip_rms_norm(Tensor x, Tensor skip, Tensor weight, *, float eps) -> (Tensor, Tensor)",
+    _skip_rms_norm,
+    lambda x, skip, *_, **__: (torch.empty_like(x), torch.empty_like(x)),
+)

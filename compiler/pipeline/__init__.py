@@ -1,0 +1,1 @@
+"""A recipe of passes, run, verified, gated and resumed."""

@@ -1,0 +1,281 @@
+"""Pipeline: an ordered, printable recipe of passes that verifies, gates, dumps, times and resumes.
+
+What the Pipeline does no pass can forget: structural verification before and after, detection of
+passes that matched nothing, the numerics gate, a numbered text dump of every stage, and resuming
+from the last finished stage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from optc.compiler.analysis.dataflow import module_path
+from optc.compiler.artifact.manifest import PassRecord
+from optc.compiler.diagnostics import NoMatchError, os_errors
+from optc.compiler.execution.stage_driver import StageRun
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.text import format_program
+from optc.compiler.ir.verification import verify_program
+from optc.compiler.pipeline import gate
+from optc.compiler.pipeline.gate import Budget, Drift, Probe
+from optc.compiler.pipeline.quantization_summary import measured_records
+from optc.compiler.pipeline.stages import load_stage, save_stage
+from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.compiler.target.target import Step
+
+Progress = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One executable stage: its number, the pass that made it, its text."""
+
+    number: int
+    name: str
+    text: str
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.number:02d}-{self.name}.txt"
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """The last stage, a record per pass, and the text of every stage (stage 0 is the capture)."""
+
+    program: Program
+    records: tuple[PassRecord, ...]
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineOptions:
+    """How to run a recipe.
+
+    Attributes:
+        probe: what the gate feeds; None takes random tokens (or the module's example inputs).
+        budget: for lossy passes; None takes the default for the pass's bits.
+        dump_ir: folder for numbered text files, one per stage.
+        work_dir: folder of finished stages; a rerun continues after the last one.
+        allow_noop: let requested passes match nothing.
+    """
+
+    probe: Probe | None = None
+    budget: Budget | None = None
+    dump_ir: Path | None = None
+    work_dir: Path | None = None
+    allow_noop: bool = False
+    context: PassContext = field(default_factory=PassContext)
+    progress: Progress | None = None
+
+
+class Pipeline:
+    """A recipe of passes. Plain passes are requested; `Step(..., optional=True)` may match nothing."""
+
+    def __init__(self, steps: Sequence[Pass | Step]) -> None:
+        self.steps = tuple(step if isinstance(step, Step) else Step(step) for step in steps)
+
+    def __str__(self) -> str:
+        return " -> ".join(f"{step.rewrite}{'?' if step.optional else ''}" for step in self.steps)
+
+    def run(self, program: Program, options: PipelineOptions | None = None) -> PipelineResult:
+        """Run the passes in order.
+
+        Raises:
+            NoMatchError: a requested pass matched nothing (exit code 6).
+            GateError: a pass moved the numbers by more than it may (5).
+            VerificationError: a pass left a malformed program (1).
+        """
+        return _Run(self.steps, options or PipelineOptions()).run(program)
+
+
+class _Run:
+    """The state of one run: the current program, its outputs on the probe, and what was recorded."""
+
+    def __init__(self, steps: Sequence[Step], options: PipelineOptions) -> None:
+        self.steps, self.options = steps, options
+        self.records: list[PassRecord] = []
+        self.stages: list[Stage] = []
+        self.outputs: StageRun | None = None
+        self.keeps_reference = any(step.rewrite.needs_reference for step in steps)
+        self.reference: Program | None = None
+
+    def run(self, program: Program) -> PipelineResult:
+        verify_program(program, "capture")
+        self.probe = self.options.probe or default_probe(program, self.options.context.seed)
+        self._finish_stage("capture", program)
+        context = self.options.context
+        key = (
+            f"{program.fingerprint()} {context.calibration!r} {context.seed}" if self.options.work_dir else ""
+        )
+        keys = []
+        for step in self.steps:
+            key = hashlib.sha256(f"{key} {step.rewrite!r}".encode()).hexdigest()
+            keys.append(key)
+        start, program = self._resume(program, keys)
+        for number, step in enumerate(self.steps[start:], start=start):
+            if not step.applies(program):
+                continue
+            if self.options.progress:
+                self.options.progress(number, step.rewrite.name)
+            program = self._step(step, program)
+            if self.options.work_dir:
+                save_stage(self.options.work_dir / keys[number], program, self.records[-1])
+        if self.options.progress:
+            self.options.progress(len(self.steps), "done")
+        return PipelineResult(program, tuple(self.records), tuple(self.stages))
+
+    def _resume(self, program: Program, keys: Sequence[str]) -> tuple[int, Program]:
+        """Load the finished stages of an earlier run of the same recipe on the same program."""
+        folder = self.options.work_dir
+        start = 0
+        while folder and start < len(keys):
+            if not self.steps[start].applies(program):
+                start += 1
+                continue
+            if not (folder / keys[start]).is_dir():
+                break
+            self._note_reference(self.steps[start], program)
+            program, record = load_stage(folder / keys[start])
+            self.records.append(record)
+            self._finish_stage(record.name, program)
+            start += 1
+        return start, program
+
+    def _step(self, step: Step, before: Program) -> Program:
+        rewrite, begin = step.rewrite, time.perf_counter()
+        self._note_reference(step, before)
+        result = rewrite.run(before, self._context(rewrite))
+        if not result.matched:
+            self._no_match(step, result)
+            after, drift = before, None
+        else:
+            after = result.program.with_contract(passes=(*result.program.contract.passes, str(rewrite)))
+            verify_program(after, rewrite.name)
+            drift = self._gate(rewrite, before, after)
+            if rewrite.lossy and not result.linears:
+                result = replace(result, linears=measured_records(before, after))
+        self.records.append(_record(rewrite, result, drift, time.perf_counter() - begin, after))
+        self._finish_stage(rewrite.name, after)
+        return after
+
+    def _note_reference(self, step: Step, before: Program) -> None:
+        """Keep the program in front of the first lossy pass, if any pass will ask for it."""
+        if step.rewrite.lossy and self.keeps_reference and self.reference is None:
+            self.reference = before
+
+    def _context(self, rewrite: Pass) -> PassContext:
+        """What the pass may know; its own progress goes to the run's, with the time that is left."""
+        tell, number, begin = self.options.progress, len(self.records), time.perf_counter()
+
+        def progress(done: int, total: int, what: str) -> None:
+            if tell:
+                left = (time.perf_counter() - begin) / done * (total - done) if done else 0.0
+                note = f", {left:.0f} s left" if done else ""
+                tell(number, f"{rewrite.name}: {what} ({done} of {total}{note})")
+
+        reference = self.reference if rewrite.needs_reference else None
+        return replace(
+            self.options.context, progress=progress, work_dir=self.options.work_dir, reference=reference
+        )
+
+    def _no_match(self, step: Step, result: PassResult) -> None:
+        if step.optional or self.options.allow_noop:
+            return
+        misses = "; ".join(f"{miss.node}: {miss.reason}" for miss in result.misses[:8])
+        raise NoMatchError(
+            f"pass '{step.rewrite.name}' matched nothing",
+            where=misses or "no site looked like its pattern",
+            remedy="leave the pass out, or allow it to match nothing with --allow-noop",
+        )
+
+    def _gate(self, rewrite: Pass, before: Program, after: Program) -> Drift:
+        if self.outputs is None:
+            self.outputs = gate.run_probe(before, self.probe)
+        outputs = gate.run_probe(after, self.probe)
+        drift = gate.measure(self.outputs, outputs, self.probe)
+        bits = int(rewrite.options().get("bits", 0) or 0)
+        budget = self.options.budget or Budget.for_bits(bits)
+        gate.check(
+            rewrite.name, drift, lossy=rewrite.lossy, budget=budget, dtype=compute_dtype(after),
+            layer_names=attention_paths(before), rounds=gate.rounds_activations(before),
+        )  # fmt: skip
+        self.outputs = outputs
+        return drift
+
+    def _finish_stage(self, name: str, program: Program) -> None:
+        stage = Stage(len(self.stages), name, format_program(program))
+        self.stages.append(stage)
+        if self.options.dump_ir:
+            folder = self.options.dump_ir
+            with os_errors("writing the IR dump", str(folder)):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / stage.file_name).write_text(stage.text)
+
+
+def compute_dtype(program: Program) -> torch.dtype:
+    """The floating dtype that most weight bytes have, codes of 8 bits apart (fp32 when there is none)."""
+    sizes: dict[torch.dtype, int] = {}
+    for _, tensor in program.weights():
+        if tensor.is_floating_point() and tensor.itemsize > 1:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.float32
+
+
+def attention_paths(program: Program) -> list[str]:
+    """Module path of every attention operator, in graph order; for messages and plots."""
+    return [
+        path
+        for node in program.graph.nodes
+        if node.op == "call_function" and "attention" in str(node.target) and (path := module_path(node))
+    ]
+
+
+def default_probe(program: Program, seed: int) -> Probe:
+    """Random tokens for language models; the example inputs for plain modules."""
+    if program.contract.kind != "module":
+        model = program.contract.model
+        return gate.random_probe(model.vocab_size, seed, longest=min(40, model.context_length or 40))
+    inputs = program.exported.example_inputs
+    if inputs is not None:
+        return Probe(tensors=tuple(inputs[0]))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for spec in program.contract.inputs:
+        shape = [size if isinstance(size, int) else 3 for size in spec.dims]
+        dtype = getattr(torch, spec.dtype)
+        floating = dtype.is_floating_point
+        tensors.append(
+            torch.randn(shape, generator=generator).to(dtype) if floating else torch.ones(shape, dtype=dtype)
+        )
+    return Probe(tensors=tuple(tensors))
+
+
+def _record(
+    rewrite: Pass, result: PassResult, drift: Drift | None, seconds: float, after: Program
+) -> PassRecord:
+    return PassRecord(
+        name=rewrite.name,
+        options={
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in rewrite.options().items()
+        },
+        matched=result.matched,
+        candidates=result.candidates,
+        seconds=round(seconds, 4),
+        lossy=rewrite.lossy,
+        max_abs_diff=drift.max_abs_diff if drift else None,
+        kl=drift.kl if drift else None,
+        top1_agreement=drift.top1 if drift else None,
+        layer_drift=drift.layers if drift else (),
+        nodes=len(after.graph.nodes),
+        notes=result.notes,
+        misses=tuple(f"{miss.node}: {miss.reason}" for miss in result.misses[:64]),
+        linears=result.linears,
+    )

@@ -1,0 +1,1 @@
+"""What passes are made of: passes, rules, re-tracing, edits of weights."""

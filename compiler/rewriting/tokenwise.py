@@ -1,0 +1,130 @@
+"""What a KV cache demands: causal attention, and proof by trial that nothing else mixes tokens.
+
+Feeding tokens in pieces must change nothing but what attention sees. With every attention replaced
+by a token-wise stand-in, the logits of a token may depend on its id and its position alone, so
+permuting the tokens, or dropping some, must commute with the model. A model that counts its own
+positions, averages over the sequence or convolves along it does not commute.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import Miss
+from optc.compiler.rewriting.retrace import Replay, axis_limit
+
+_ATTENTION = torch.ops.optc.attention.default
+_TOKENS = 13
+_KEPT = 5
+
+
+def cache_misses(program: Program, *, sinks: bool) -> tuple[Miss, ...]:
+    """Why the attention of a program cannot read a KV cache; empty when it can.
+
+    Args:
+        sinks: whether the cache's attention has sinks.
+    """
+    contract, calls = program.contract, program.calls(_ATTENTION)
+    roles = [spec.role for spec in contract.inputs]
+    if contract.kv_cache.kind != "none":
+        return (Miss("program", f"it has a {contract.kv_cache.kind} KV cache already"),)
+    if contract.kind != "decoder":
+        return (Miss("program", f"its kind is {contract.kind}: only a decoder continues a sequence"),)
+    if roles != ["input_ids", "position_ids"] or not contract.position_rule:
+        return (Miss("program", "its inputs are not input_ids and position_ids, counted up within a row"),)
+    if not calls:
+        return (Miss("program", "it has no optc.attention (fuse-attention makes it)"),)
+    misses = tuple(Miss(node.name, reason) for node in calls if (reason := _attention_miss(node, sinks)))
+    if misses:
+        return misses
+    error, tolerance = mixing_error(program), mixing_tolerance(calls[0].meta["val"].dtype)
+    if not error <= tolerance:
+        why = f"the logits of a token depend on other tokens outside attention (by {error:.1e} of the largest"
+        return (Miss("program", f"{why} logit, {tolerance:.1e} is rounding): they cannot be fed in pieces"),)
+    return ()
+
+
+def cache_dtype(program: Program) -> torch.dtype:
+    """The dtype of a cache: that of the keys which the first attention reads."""
+    key: Any = program.calls(_ATTENTION)[0].args[1]
+    dtype: torch.dtype = key.meta["val"].dtype
+    return dtype
+
+
+def _attention_miss(node: Node, sinks: bool) -> str | None:
+    q, k = (argument.meta["val"] for argument in node.args[:2])
+    if not node.kwargs["causal"]:
+        return "the attention is not causal: old tokens see new ones"
+    if node.args[3] is not None:
+        return "the attention has a padding mask beside the causal one"
+    if node.args[4] is not None and not sinks:
+        return "the attention has sinks, which this cache's attention lacks"
+    if str(q.shape[2]) != str(k.shape[2]):
+        return f"{k.shape[2]} keys for {q.shape[2]} queries: the keys come from other tokens"
+    return None
+
+
+def mixing_error(program: Program, *, seed: int = 0) -> float:
+    """How much the logits of one token depend on the others when attention is cut; 0 is not at all.
+
+    The largest difference over a permutation and a subset of 13 random tokens at random positions,
+    relative to the largest logit. `program` takes input_ids and position_ids [B,S].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    limit = _context(program)
+    count = min(_TOKENS, limit)
+    vocabulary = _vocabulary(program)
+    ids = torch.randint(0, vocabulary, (1, count), generator=generator)
+    positions = torch.randint(0, limit, (1, count), generator=generator)
+
+    def logits(chosen: Tensor) -> Tensor:
+        replay = Replay(program, {_ATTENTION: _stand_in})
+        with torch.no_grad():
+            out: Tensor = replay.outputs(ids[:, chosen], positions[:, chosen])[0]
+        return out[0].double()
+
+    full = logits(torch.arange(count))
+    order = torch.randperm(count, generator=generator)
+    error = max(
+        float((logits(chosen) - full[chosen]).abs().max()) for chosen in (order, order[: min(_KEPT, count)])
+    )
+    return error / max(float(full.abs().max()), 1e-30)
+
+
+def mixing_tolerance(dtype: torch.dtype) -> float:
+    """The error that rounding may cause: half the digits of the dtype.
+
+    Matrix kernels sum in an order that depends on the number of rows (1e-7 in float32), mixing
+    tokens moves logits by tenths.
+    """
+    return float(torch.finfo(dtype).eps ** 0.5)
+
+
+def _context(program: Program) -> int:
+    """Positions below this number are safe to feed."""
+    known = (axis_limit(program.user_inputs()[0], program, 1), program.contract.model.context_length)
+    return min((limit for limit in known if limit), default=_TOKENS)
+
+
+def _vocabulary(program: Program) -> int:
+    """Token ids below this number are safe to feed."""
+    output = program.graph.output_node().args[0]
+    width = int(output[0].meta["val"].shape[-1])
+    return min(width, program.contract.model.vocab_size or width)
+
+
+def _stand_in(args: tuple[Any, ...], knobs: dict[str, Any]) -> Tensor:
+    """A token-wise function of q, k and v in attention's output shape [B,H,S,Dv]."""
+    q, k, v = args[:3]
+    heads, width = q.shape[1], v.shape[3]
+    total: Tensor = v.new_zeros((*q.shape[:3], width))
+    for part in (q, k, v):
+        wide = part.repeat_interleave(heads // part.shape[1], 1)
+        times = -(-width // wide.shape[3])
+        total = total + wide.repeat(1, 1, 1, times)[..., :width]
+    return total

@@ -1,0 +1,1 @@
+"""What a destination can run, and refusals that name the nearest that works."""

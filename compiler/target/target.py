@@ -1,0 +1,303 @@
+"""Target: what a destination can run, as data, and the check that a Program obeys it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.fx import Node
+
+from optc.compiler.diagnostics import TargetError
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import Pass
+
+Predicate = Callable[[Node], str | None]
+"""None when the node can run, else the reason why not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompileOptions:
+    """What the user asked for. None means the target's default.
+
+    `bit_choices` is the target's own: the bits that --quant auto may choose from, () for all. `max_batch` requests and
+    `max_num_tokens` tokens run together in a server; `speculative` is "ngram" or "draft:DIR", with `draft_tokens`.
+    """
+
+    dtype: str | None = None
+    quant: str | None = None
+    bits: int | None = None
+    average_bits: float | None = None
+    bit_choices: tuple[int, ...] = ()
+    group_size: int | None = None
+    symmetric: bool = True
+    ignore: tuple[str, ...] = ()
+    kv_cache: str | None = None
+    max_seq_len: int | None = None
+    accuracy_level: int | None = None
+    layout: str | None = None
+    kv_cache_dtype: str | None = None
+    max_batch: int | None = None
+    max_num_tokens: int | None = None
+    speculative: str | None = None
+    draft_tokens: int | None = None
+    arch: str | None = None
+    trt_ops: str | None = None
+    trt_runtime: str | None = None
+
+    def bits_or(self, default: int) -> int:
+        """The bits that were asked for, else `default`."""
+        return default if self.bits is None else self.bits
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSupport:
+    """Weight quantization that a target has a kernel for."""
+
+    bits: tuple[int, ...]
+    group_sizes: tuple[int, ...]
+    symmetric: tuple[bool, ...] = (True, False)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A pass in a target's default recipe. An optional one may match nothing; a requested one may not.
+
+    `when` says which programs it is for (None: all); of others it is no step at all.
+    """
+
+    rewrite: Pass
+    optional: bool = False
+    when: Callable[[Program], bool] | None = None
+
+    def applies(self, program: Program) -> bool:
+        """Whether the step is for a program, as the steps before it left it."""
+        return self.when is None or self.when(program)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What an exporter gets beside the legalized Program.
+
+    `directory` is empty and temporary; `source` is the model folder (tokenizer and config files) or
+    None for a module in memory.
+    """
+
+    directory: Path
+    options: CompileOptions
+    source: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """What an exporter wrote.
+
+    Attributes:
+        engine: "onnx", "aotinductor", "tensorrt" or "executorch", which picks the session that runs it; or
+            "huggingface", which has none.
+        info: facts the session needs (file names, cache layout, capacity ...), JSON-able.
+        needs: what the host must have, JSON-able (library versions, instruction sets).
+        weight_bytes: bytes of weights on disk, counted from what was written.
+        tensor_bytes: the same by tensor, under the program's names (of a quantized weight `w`: what is called
+            `w_...`: its codes, scales and zero points).
+    """
+
+    engine: Literal["onnx", "aotinductor", "tensorrt", "huggingface", "executorch"]
+    info: dict[str, Any]
+    needs: dict[str, Any] = field(default_factory=dict)
+    weight_bytes: int = 0
+    tensor_bytes: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A destination.
+
+    Attributes:
+        legal: operator -> predicate (or None when every use of it is legal).
+        recipe: the default passes for a kind of model ("decoder", "encoder", "module") and options.
+        export: writes the legalized Program.
+        takes: names of options that only some targets have (max_seq_len, accuracy_level, layout, arch ...).
+        quant: quantization method -> what the target can run of it.
+        lacks: why it takes no more: for a method, or for "asymmetric", "bits", "group-size" or "dtype".
+    """
+
+    name: str
+    summary: str
+    device: Literal["cpu", "cuda"]
+    dtypes: tuple[str, ...]
+    kv_caches: tuple[str, ...]
+    quant: Mapping[str, QuantSupport]
+    legal: Mapping[Any, Predicate | None]
+    recipe: Callable[[str, CompileOptions], list[Step]]
+    export: Callable[[Program, ExportRequest], ExportResult]
+    aliases: tuple[str, ...] = ()
+    needs_extra: str = ""
+    takes: tuple[str, ...] = ()
+    lacks: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_legal(program: Program, target: Target) -> None:
+    """Raise one TargetError that lists every node the target cannot run, with reasons."""
+    check_lowered(program, target.legal, f"target '{target.name}'")
+
+
+def check_lowered(program: Program, legal: Mapping[Any, Predicate | None], what: str) -> None:
+    """Raise one TargetError that lists every node that `legal` does not allow, with reasons."""
+    problems = []
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target not in legal:
+            problems.append(f"{node.name}: {node.target} has no lowering")
+            continue
+        predicate = legal[node.target]
+        reason = predicate(node) if predicate else None
+        if reason:
+            problems.append(f"{node.name}: {node.target}: {reason}")
+    if problems:
+        raise TargetError(
+            f"{what} cannot run {len(problems)} node(s)",
+            where="; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else ""),
+            remedy="choose another target (optc targets), or rewrite the nodes in a pass",
+        )
+
+
+_SPECIAL_OPTIONS = (
+    "max_seq_len", "accuracy_level", "layout", "kv_cache_dtype", "max_batch", "max_num_tokens", "speculative",
+    "draft_tokens", "arch", "trt_ops", "trt_runtime",
+)  # fmt: skip
+
+
+def with_defaults(target: Target, options: CompileOptions) -> CompileOptions:
+    """Options with the target's dtype where none was asked for."""
+    return options if options.dtype is not None else dataclasses.replace(options, dtype=target.dtypes[0])
+
+
+def check_options(
+    target: Target, options: CompileOptions, others: Callable[[], Iterable[Target]] = lambda: ()
+) -> None:
+    """Refuse what the target cannot do, before any weight is read.
+
+    Args:
+        others: targets to name where they can run a quantization that this one cannot.
+
+    Raises:
+        TargetError: dtype, cache kind, quantization method, bits or group size not supported; names the nearest
+            that is.
+    """
+
+    def refuse(what: str, allowed: object, reason: str = "") -> None:
+        raise TargetError(
+            f"target '{target.name}' does not take {what}", why=target.lacks.get(reason),
+            remedy=f"it takes: {allowed}",
+        )  # fmt: skip
+
+    if options.dtype is not None and options.dtype not in target.dtypes:
+        refuse(f"dtype {options.dtype}", ", ".join(target.dtypes), "dtype")
+    if options.kv_cache is not None and options.kv_cache not in target.kv_caches:
+        refuse(f"a {options.kv_cache} KV cache", ", ".join(target.kv_caches) or "none")
+    for name in _SPECIAL_OPTIONS:
+        if getattr(options, name) is not None and name not in target.takes:
+            refuse(
+                f"--{name.replace('_', '-')}", ", ".join(target.takes).replace("_", "-") or "no such options"
+            )
+    problem = _quantization_problem(target, options)
+    if problem is not None:
+        what, allowed, reason = problem
+        near = [*_nearest_here(target, options), *_same_elsewhere(target, options, others())]
+        refuse(what, "; ".join([allowed, *near]), reason)
+
+
+def check_context(options: CompileOptions, context_length: int) -> None:
+    """Refuse a cache that is longer than the model's context (0: unknown).
+
+    Raises:
+        TargetError: --max-seq-len beyond the context.
+    """
+    asked = options.max_seq_len
+    if asked is not None and context_length and asked > context_length:
+        raise TargetError(
+            f"--max-seq-len {asked} is beyond the model's context of {context_length} tokens",
+            remedy=f"use --max-seq-len {context_length} or less",
+        )
+
+
+def _quantization_problem(target: Target, options: CompileOptions) -> tuple[str, str, str] | None:
+    """(what the target does not take, what it does, key of `Target.lacks`), or None when it can run it."""
+    if options.quant is None:
+        return None
+    if options.quant not in target.quant:
+        return f"quantization '{options.quant}'", ", ".join(target.quant) or "none", options.quant
+    support = target.quant[options.quant]
+    if options.bits is not None and options.bits not in support.bits:
+        return f"{options.bits}-bit weights", f"{', '.join(map(str, support.bits))} bits", "bits"
+    if options.group_size is not None and options.group_size not in support.group_sizes:
+        sizes = ", ".join(map(str, support.group_sizes))
+        return f"group size {options.group_size}", f"group sizes {sizes}", "group-size"
+    if options.symmetric not in support.symmetric:
+        modes = ("symmetric", "asymmetric") if True in support.symmetric else ("asymmetric", "symmetric")
+        return f"{modes[1]} quantization", modes[0], modes[1]
+    return None
+
+
+def _nearest_here(target: Target, options: CompileOptions) -> list[str]:
+    """The flags of the nearest quantization that the target takes; empty when it takes none."""
+    found = [
+        (_distance(options, method, bits, size, symmetric), method, bits, size, symmetric)
+        for method, support in target.quant.items()
+        for bits in support.bits
+        for size in (support.group_sizes if options.group_size is not None else (None,))
+        for symmetric in support.symmetric
+    ]
+    if not found:
+        return []
+    _, method, bits, size, symmetric = min(found, key=lambda item: item[0])
+    support = target.quant[method]
+    flags = [f"--quant {method}"]
+    flags += [f"--bits {bits}"] if len(support.bits) > 1 else []
+    flags += [f"--group-size {size}"] if size is not None and len(support.group_sizes) > 1 else []
+    flags += [] if symmetric == options.symmetric else ["--symmetric" if symmetric else "--asymmetric"]
+    return [f"nearest here: {' '.join(flags)}"]
+
+
+def _distance(
+    options: CompileOptions, method: str, bits: int, group_size: int | None, symmetric: bool
+) -> tuple[float, ...]:
+    """How far a quantization is from the asked one: method first, then bits (fewer are worse), groups, zero points."""
+    wanted = bits if options.bits is None else options.bits
+    gap = 0.0
+    if group_size is not None and options.group_size is not None:
+        gap = abs(math.log2((group_size or _ROW) / (options.group_size or _ROW)))
+    return (method != options.quant, abs(bits - wanted), bits < wanted, gap, symmetric != options.symmetric)
+
+
+_ROW = 4096
+"""What a group of a whole row counts as when groups are compared."""
+
+
+def _same_elsewhere(target: Target, options: CompileOptions, others: Iterable[Target]) -> list[str]:
+    """The targets that run the asked quantization as it is, as one remedy; empty when there is none."""
+    names = []
+    for other in others:
+        plain = CompileOptions(
+            dtype=options.dtype if options.dtype in other.dtypes else other.dtypes[0], quant=options.quant,
+            bits=options.bits, group_size=options.group_size, symmetric=options.symmetric,
+        )  # fmt: skip
+        if other.name != target.name and _quantization_problem(other, plain) is None:
+            try:
+                other.recipe("decoder", plain)
+            except TargetError:
+                continue
+            names.append(other.name)
+    return [f"as asked it runs on --target {' or '.join(names)}"] if names else []
+
+
+def device_of(target: Target) -> torch.device:
+    """The torch device that the target's programs run on."""
+    return torch.device(target.device)

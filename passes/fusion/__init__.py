@@ -1,0 +1,1 @@
+"""Rewrites that find whole operators in spelled-out graphs."""

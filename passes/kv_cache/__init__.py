@@ -1,0 +1,1 @@
+"""Rewrites that give a program a KV cache, or store it in fewer bits."""

@@ -1,0 +1,112 @@
+"""attention(q, k, v)  ->  paged_attention_(q, k, v, key pool, value pool, slots, block tables, ...)
+
+A decoder over [B, S] becomes one over a flattened token axis [N]: the new tokens of R requests laid
+end to end, each with its position, its slot in the pool and, per request, a block table (Kwon et
+al. 2023, https://arxiv.org/abs/2309.06180). Prefill, chunked prefill and decode mix freely in one
+call. Each layer has one pool for keys and one for values: a stacked pool of dynamic block count is
+miscompiled by AOTInductor (pytorch issue 198068).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import msgspec
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from optc.compiler.diagnostics import UsageError
+from optc.compiler.ir.contract import Contract, Input, InputRole, KVCache
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.compiler.rewriting.retrace import Replay, retrace
+from optc.compiler.rewriting.tokenwise import cache_misses
+
+_ATTENTION = torch.ops.optc.attention.default
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageKVCache(Pass):
+    """attention(q, k, v) -> paged_attention_(...) over pools that are written in place.
+
+    Attributes:
+        block_size: tokens per block of the pool.
+    """
+
+    name: ClassVar[str] = "page-kv-cache"
+    block_size: int = 16
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        if self.block_size < 1:
+            raise UsageError(f"block size {self.block_size} is not positive", remedy="use 16, the default")
+        calls = program.calls(_ATTENTION)
+        misses = cache_misses(program, sinks=False)
+        if misses:
+            return PassResult(program, 0, len(calls), misses)
+        return PassResult(_retrace(program, self.block_size), len(calls), len(calls))
+
+
+def _retrace(program: Program, block_size: int) -> Program:
+    contract = _contract(program, block_size)
+
+    def forward(input_ids: Tensor, position_ids: Tensor, slot_mapping: Tensor, *rest: Tensor) -> Tensor:
+        tables, pools = rest[:3], rest[3:]
+        pairs = iter(zip(pools[::2], pools[1::2], strict=True))
+
+        def attend(args: tuple[Any, ...], knobs: dict[str, Any]) -> Tensor:
+            q, k, v = (part[0].transpose(0, 1).contiguous() for part in args[:3])
+            same = {name: knobs[name] for name in ("scale", "window", "softcap")}
+            out: Tensor = torch.ops.optc.paged_attention_(
+                q, k, v, *next(pairs), slot_mapping, *tables, **same
+            )
+            return out.transpose(0, 1)[None]
+
+        replay = Replay(program, {_ATTENTION: attend})
+        logits: Tensor = replay.outputs(input_ids[None], position_ids[None])[0]
+        return logits[0]
+
+    args, shapes = _examples(contract)
+    return retrace(program, forward, args, shapes, contract)
+
+
+def _contract(program: Program, block_size: int) -> Contract:
+    old = program.contract
+    assert len(old.outputs) == 1, "a decoder returns its logits"
+    key: Any = program.calls(_ATTENTION)[0].args[1]
+    dtype = str(key.meta["val"].dtype).removeprefix("torch.")
+
+    def table(role: InputRole, kind: str, *dims: str) -> Input:
+        return Input(name=role, role=role, dtype=kind, dims=dims)
+
+    inputs = [
+        table("input_ids", "int64", "tokens"),
+        table("position_ids", "int64", "tokens"),
+        table("slot_mapping", "int64", "tokens"),
+        table("block_tables", "int32", "requests", "max_blocks"),
+        table("context_lens", "int32", "requests"),
+        table("cu_seqlens", "int32", "requests_plus_1"),
+    ]
+    for i, layer in enumerate(old.layers):
+        key_dims = ("num_blocks", block_size, layer.num_kv_heads, layer.head_dim)
+        value_dims = (*key_dims[:3], layer.value_dim)
+        inputs.append(Input(name=f"past_key_values.{i}.key", role="key_cache", dtype=dtype, dims=key_dims))
+        inputs.append(
+            Input(name=f"past_key_values.{i}.value", role="value_cache", dtype=dtype, dims=value_dims)
+        )
+    cache = KVCache(kind="paged", in_place=True, block_size=block_size)
+    return msgspec.structs.replace(old, inputs=tuple(inputs), kv_cache=cache)
+
+
+def _examples(contract: Contract) -> tuple[list[Tensor], list[dict[int, Any]]]:
+    """Example inputs, whose dynamic axes all differ in size, and their dynamic shapes."""
+    sizes = {"tokens": 7, "requests": 3, "max_blocks": 5, "requests_plus_1": 4, "num_blocks": 11}
+    dims: dict[str, Any] = {name: Dim(name, min=1) for name in sizes if name != "requests_plus_1"}
+    dims["requests_plus_1"] = dims["requests"] + 1
+    args, shapes = [], []
+    for spec in contract.inputs:
+        shape = [size if isinstance(size, int) else sizes[size] for size in spec.dims]
+        args.append(torch.zeros(shape, dtype=getattr(torch, spec.dtype)))
+        shapes.append({axis: dims[size] for axis, size in enumerate(spec.dims) if isinstance(size, str)})
+    return args, shapes

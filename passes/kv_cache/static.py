@@ -1,0 +1,119 @@
+"""attention(q, k, v)  ->  cached_attention(q, k, v, key cache, value cache, past lengths)
+
+A decoder that takes the whole sequence becomes one that takes new tokens and a linear KV cache, one
+graph for prefill, chunked prefill and decode. The inputs are those that ONNX runtimes feed
+(input_ids [B,S], attention_mask [B,T], past_key_values.{i}.key/value [B,Hkv,P,D]), of the mask only
+the row sums count: row b holds total[b] tokens, so its new ones start at total[b] - S. A first
+prompt may be ragged (right-padded, total[b] <= S = T), then every row starts at 0; both are
+past[b] = max(total[b] - S, 0). Padding lies to the right, where causal attention cannot see it, and
+is overwritten by the tokens that come later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import msgspec
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from optc.compiler.ir.contract import Contract, Input, KVCache, Output
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.compiler.rewriting.retrace import Replay, axis_limit, retrace
+from optc.compiler.rewriting.tokenwise import cache_dtype, cache_misses
+
+_ATTENTION = torch.ops.optc.attention.default
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticKVCache(Pass):
+    """attention(q, k, v) -> cached_attention(q, k, v, cache), with positions made in the graph.
+
+    Attributes:
+        in_place: False returns the grown caches as outputs (`present.{i}.key/value`, ONNX); True
+            writes caches of fixed capacity in place (AOTInductor).
+    """
+
+    name: ClassVar[str] = "static-kv-cache"
+    in_place: bool = False
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        calls = program.calls(_ATTENTION)
+        misses = cache_misses(program, sinks=True)
+        if misses:
+            return PassResult(program, 0, len(calls), misses)
+        return PassResult(_retrace(program, self.in_place), len(calls), len(calls))
+
+
+def _retrace(program: Program, in_place: bool) -> Program:
+    contract = _contract(program, in_place)
+
+    def forward(input_ids: Tensor, attention_mask: Tensor, *caches: Tensor) -> Any:
+        size = input_ids.shape[1]
+        past = (attention_mask.sum(1) - size).clamp(min=0)
+        position = past[:, None] + torch.arange(size, device=input_ids.device)
+        pairs = iter(zip(caches[::2], caches[1::2], strict=True))
+        presents: list[Tensor] = []
+
+        def attend(args: tuple[Any, ...], knobs: dict[str, Any]) -> Tensor:
+            q, k, v, _, sinks = args
+            keys, values = next(pairs)
+            same = {name: knobs[name] for name in ("scale", "window", "softcap")}
+            rest = (keys, values, past, attention_mask.shape[1], sinks)
+            if in_place:
+                out: Tensor = torch.ops.optc.cached_attention_(q, k, v, *rest, **same)
+                return out
+            out, *grown = torch.ops.optc.cached_attention(q, k, v, *rest, **same)
+            presents.extend(grown)
+            return out
+
+        logits = Replay(program, {_ATTENTION: attend}).outputs(input_ids, position)[0]
+        return logits if in_place else (logits, *presents)
+
+    args, shapes = _examples(program, in_place)
+    return retrace(program, forward, args, shapes, contract)
+
+
+def _contract(program: Program, in_place: bool) -> Contract:
+    old = program.contract
+    dtype = str(cache_dtype(program)).removeprefix("torch.")
+    length = "capacity" if in_place else "past"
+    inputs = [
+        Input(name="input_ids", role="input_ids", dtype="int64", dims=("batch", "seq")),
+        Input(name="attention_mask", role="attention_mask", dtype="int64", dims=("batch", "total")),
+    ]
+    outputs = list(old.outputs)
+    for i, layer in enumerate(old.layers):
+        for part, width in (("key", layer.head_dim), ("value", layer.value_dim)):
+            role: Any = f"{part}_cache"
+            dims = ("batch", layer.num_kv_heads, length, width)
+            inputs.append(Input(name=f"past_key_values.{i}.{part}", role=role, dtype=dtype, dims=dims))
+            if not in_place:
+                outputs.append(Output(name=f"present.{i}.{part}", role=role))
+    return msgspec.structs.replace(
+        old,
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        kv_cache=KVCache(kind="linear", in_place=in_place),
+    )
+
+
+def _examples(program: Program, in_place: bool) -> tuple[list[Tensor], list[dict[int, Any]]]:
+    """Example inputs, whose dynamic axes all differ in size, and their dynamic shapes."""
+    limit = axis_limit(program.user_inputs()[0], program, 1)
+    rows = axis_limit(program.user_inputs()[0], program, 0)
+    batch, total = 2, min(11, limit or 11)
+    seq, past = min(7, total - 1), 13
+    b, s = Dim("batch", min=1, max=rows), Dim("seq", min=1, max=limit)
+    t = Dim("total", min=1, max=limit)
+    p = Dim("capacity", min=1) if in_place else Dim("past", min=0)
+    args = [torch.zeros((batch, seq), dtype=torch.long), torch.ones((batch, total), dtype=torch.long)]
+    shapes: list[dict[int, Any]] = [{0: b, 1: s}, {0: b, 1: t}]
+    for layer in program.contract.layers:
+        for width in (layer.head_dim, layer.value_dim):
+            args.append(torch.zeros((batch, layer.num_kv_heads, past, width), dtype=cache_dtype(program)))
+            shapes.append({0: b, 2: p})
+    return args, shapes

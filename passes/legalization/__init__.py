@@ -1,0 +1,1 @@
+"""Rewrites into what an engine has operators for."""

@@ -1,0 +1,94 @@
+"""linear(x, dequantize(W))  ->  linear(dequantize_activation(*quantize_dynamic(x)), dequantize(W))"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import msgspec
+import torch
+from torch.fx import Node
+
+from optc.compiler.analysis.dataflow import peel
+from optc.compiler.analysis.linears import Linear, linear_site
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
+from optc.compiler.rewriting.rounded_inputs import rounded_input
+
+_optc = torch.ops.optc
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeActivations(Pass):
+    """linear(x, dequantize(W))  ->  linear(dequantize_activation(*quantize_dynamic(x)), dequantize(W))
+
+    8-bit inputs for linears whose weights have 8 bits already, so that the product of codes can be taken and
+    scaled once per token and channel: W8A8 is `quantize-rtn(bits=8, group_size=0)`, or any other rounding, and
+    this pass. Scales are those of the token at hand (max|x| / 127, or / 448). Linears of one input share its codes.
+
+    Attributes:
+        format: "int8" for integer weights with one scale per channel and no zero point; "fp8" (E4M3) for fp8
+            weights with one scale per channel or for the whole weight.
+    """
+
+    name: ClassVar[str] = "quantize-activations"
+    lossy: ClassVar[bool] = True
+
+    format: Literal["int8", "fp8"] = "int8"
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Quantize inputs in a clone of `program`."""
+        return apply_rules(program, [_Input(self.format)])
+
+
+class _Input(Rule):
+    """The input of one linear."""
+
+    def __init__(self, format: Literal["int8", "fp8"]) -> None:
+        self.format: Literal["int8", "fp8"] = format
+        self._made: dict[Node, Node] = {}
+
+    def match(self, program: Program, node: Node) -> Match | Miss | None:
+        site = linear_site(program, node)
+        if site is None or site.placeholder is not None:
+            return None
+        reason = "its input is quantized already" if site.activations else obstacle(site, self.format)
+        return Miss(node.name, reason) if reason else Match(node, {"site": site})
+
+    def rewrite(self, program: Program, match: Match) -> None:
+        site: Linear = match.found["site"]
+        root = peel(site.input)
+        if root not in self._made:
+            self._made[root] = rounded_input(program, site.node, root, self.format)
+        site.node.replace_input_with(site.input, self._made[root])
+        record_activations(program, site, self.format)
+
+
+def obstacle(site: Linear, format: str) -> str | None:
+    """Why the product of a quantized weight with inputs in a format cannot be one of codes, or None."""
+    call = site.weight
+    if format == "nvfp4":
+        fits = call.target is _optc.dequantize_nvfp4.default
+        return None if fits else "its weight has no nvfp4 codes: see quantize-nvfp4"
+    if format == "fp8":
+        return (
+            None
+            if call.target is _optc.dequantize_float.default
+            else "its weight has no fp8 codes: see quantize-fp8"
+        )
+    if call.target is not _optc.dequantize.default or call.kwargs["bits"] != 8:
+        return "its weight has no 8-bit integer codes"
+    if call.kwargs["group_size"] not in (0, site.columns):
+        return "its weight has several scales per channel: use group size 0"
+    if call.args[2] is not None:
+        return "its weight has zero points: use symmetric codes"
+    return None
+
+
+def record_activations(program: Program, site: Linear, format: Literal["int8", "fp8", "nvfp4"]) -> None:
+    """Note in the contract what the input of a quantized linear is rounded to."""
+    name = program.weight_of(site.weight.args[0])
+    table = program.contract.quantization
+    if name in table:
+        entry = msgspec.structs.replace(table[name], activations=format)
+        program.contract = msgspec.structs.replace(program.contract, quantization={**table, name: entry})

@@ -1,0 +1,68 @@
+"""Largest magnitudes of activations over the calibration text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from optc.compiler.diagnostics import InputError
+from optc.compiler.rewriting.passes import PassContext
+from optc.passes.quantization.arithmetic.stream import Stream
+
+
+def calibration_tokens(name: str, context: PassContext) -> Tensor:
+    """The calibration tokens [n, L] of a pass.
+
+    Raises:
+        InputError: there are none.
+    """
+    if context.calibration is None:
+        raise InputError(
+            f"pass '{name}' needs calibration tokens",
+            remedy="give a text by --calibration FILE (a model with a tokenizer uses a built-in one)",
+        )
+    return context.calibration.tokens
+
+
+def largest_magnitudes(stream: Stream, node: Node, where: str, keep: tuple[int, ...] = (-1,)) -> Tensor:
+    """The largest |value| of a node over all sequences and along every axis but those in `keep`, in float32.
+
+    Args:
+        stream: already advanced to `node`.
+        where: the layer, for errors.
+
+    Raises:
+        InputError: no values, or NaN or infinity among them.
+    """
+    total: Tensor | None = None
+    for value in stream.values(node):
+        if not value.numel():
+            continue
+        kept = {axis % value.dim() for axis in keep}
+        others = [axis for axis in range(value.dim()) if axis not in kept]
+        largest = value.detach().float().abs().amax(others)
+        total = largest if total is None else torch.maximum(total, largest)
+    if total is None:
+        raise InputError(
+            "no calibration token reaches a layer", where=where, remedy="give a longer calibration text"
+        )
+    check_finite(total, where)
+    return total
+
+
+def check_finite(statistics: Tensor, where: str) -> None:
+    """Refuse what was computed from activations that are not all finite.
+
+    Args:
+        where: the layer, for the error.
+
+    Raises:
+        InputError: NaN or infinity in `statistics`.
+    """
+    if not bool(torch.isfinite(statistics).all()):
+        raise InputError(
+            "the calibration text gives activations that are NaN or infinite",
+            where=where,
+            remedy="use --dtype fp32 or bf16, and look at the model's own outputs on this text",
+        )

@@ -1,0 +1,211 @@
+"""Which linears a quantization pass takes, and how a quantized weight is put in place: the same for all methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from optc.compiler.analysis.dataflow import aten, readers
+from optc.compiler.analysis.linears import (
+    DEQUANTIZERS,
+    LINEARS,
+    Linear,
+    chooses_experts,
+    head_linear,
+    linear_site,
+    linear_sites,
+)
+from optc.compiler.ir.contract import WeightQuantization
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.surgery import add_weight, drop_dead, insert_call, replace_call
+from optc.compiler.rewriting.passes import Miss, PassResult
+from optc.compiler.rewriting.weights import prune_contract, record_weight
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The linears of a program as quantization sees them.
+
+    Attributes:
+        chosen: to be quantized, in graph order.
+        misses: left alone, with the reason.
+        notes: ignore patterns that fit nothing, the head that stays.
+        candidates: all linears.
+    """
+
+    chosen: tuple[Linear, ...]
+    misses: tuple[Miss, ...]
+    notes: tuple[str, ...]
+    candidates: int
+
+
+def select_linears(program: Program, ignore: Sequence[str], head: bool) -> Selection:
+    """Choose the linears whose weight is read by linears alone.
+
+    Left alone: the linear that makes the logits unless `head` (its errors reach the output undamped), the routers of
+    experts (a changed choice is no small error), weights that an embedding reads too, weights that `ignore` names.
+    """
+    sites = list(linear_sites(program))
+    last = head_linear(program)
+    chosen: list[Linear] = []
+    misses: list[Miss] = []
+    notes: list[str] = []
+    for site in sites:
+        reason = _obstacle(program, site, ignore, last, head)
+        if reason:
+            misses.append(Miss(site.node.name, reason))
+        elif site.node is last and not head:
+            notes.append(
+                f"{weight_name(program, site)} makes the logits and stays as it is (head=True quantizes it)"
+            )
+        else:
+            chosen.append(site)
+    names = [weight_name(program, site) for site in sites if site.placeholder]
+    unused = [item for item in ignore if not any(fnmatchcase(name, item) for name in names)]
+    notes = [f"ignore pattern '{item}' fits no weight of a linear" for item in unused] + notes
+    return Selection(tuple(chosen), tuple(misses), tuple(notes), len(sites))
+
+
+def quantize_selected(
+    program: Program,
+    selection: Selection,
+    quantize: Callable[[Program, Linear], None],
+    notes: Sequence[str] = (),
+) -> PassResult:
+    """The result of a pass that calls `quantize` for every chosen linear of a clone, in graph order."""
+    notes = (*selection.notes, *notes)
+    if not selection.chosen:
+        return PassResult(program, 0, selection.candidates, selection.misses, notes)
+    edited = program.clone()
+    nodes = {node.name: node for node in edited.graph.nodes}
+    with torch.no_grad():
+        for site in selection.chosen:
+            quantize(edited, counterpart(edited, nodes[site.node.name]))
+    drop_dead(edited)
+    edited = prune_contract(edited.changed())
+    return PassResult(edited, len(selection.chosen), selection.candidates, selection.misses, notes)
+
+
+def counterpart(program: Program, node: Node) -> Linear:
+    """The linear at a node of a clone that stands where one was chosen."""
+    site = linear_site(program, node)
+    assert site is not None
+    return site
+
+
+def replace_weight(
+    program: Program,
+    site: Linear,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    entry: WeightQuantization,
+) -> Node:
+    """Let a linear read `optc.dequantize` of new weights; returns the new linear.
+
+    Args:
+        codes, scale, zero: uint8 [N, K], [N, G] and uint8 [N, G] or None.
+    """
+    knobs = {"bits": entry.bits, "group_size": entry.group_size}
+    target = torch.ops.optc.dequantize.default
+    weight = dequantized_before(program, site)
+    if weight is None:
+        scale_node, zero_node = weight_part(program, site, "scale", scale), None
+        if zero is not None:
+            zero_node = weight_part(program, site, "zero", zero)
+        weight = place_codes(program, site, target, codes, [scale_node, zero_node], entry, knobs)
+    return read_instead(program, site, weight)
+
+
+def read_instead(program: Program, site: Linear, weight: Node, x: Node | None = None) -> Node:
+    """Let a linear read the weight [N, K] (and the input `x`) in place of its own; returns the new linear."""
+    arguments = (site.input if x is None else x, weight, site.bias)
+    return replace_call(program, site.node, aten.linear.default, arguments)
+
+
+def dequantized_before(program: Program, site: Linear) -> Node | None:
+    """The dequantization that an earlier linear of the same weight got, or None."""
+    codes = existing_part(program, site, "codes")
+    return None if codes is None else next(user for user in codes.users if user.target in DEQUANTIZERS)
+
+
+def existing_part(program: Program, site: Linear, suffix: str) -> Node | None:
+    """What `weight_part` made of an earlier linear of the same weight, or None."""
+    name = f"{_stem(program, site)}_{suffix}"
+    if name not in program.exported.state_dict:
+        return None
+    return next(node for node in program.graph.nodes if program.weight_of(node) == name)
+
+
+def place_codes(
+    program: Program,
+    site: Linear,
+    target: Any,
+    codes: Tensor,
+    parts: Sequence[Node | None],
+    entry: WeightQuantization,
+    knobs: dict[str, Any],
+) -> Node:
+    """Add the codes of a weight, and the call of `target` that makes [N, K] of them and of `parts`."""
+    node = weight_part(program, site, "codes", codes, entry)
+    return insert_call(program, site.node, target, [node, *parts], knobs)
+
+
+def weight_part(
+    program: Program, site: Linear, suffix: str, tensor: Tensor, entry: WeightQuantization | None = None
+) -> Node:
+    """Add one tensor (codes, scale, ...) of a linear's quantized weight, recorded in the contract.
+
+    It is called after the weight with `_suffix`: beside it, not below, as a tied weight stays, and a name is a
+    leaf or a branch.
+    """
+    stem, name = weight_name(program, site), f"{_stem(program, site)}_{suffix}"
+    record_weight(program, name, program.contract.sources.get(stem, (stem,)), entry)
+    return add_weight(program, name, tensor.contiguous())
+
+
+def _stem(program: Program, site: Linear) -> str:
+    name = weight_name(program, site)
+    return name if site.index is None else f"{name}_{site.index}"
+
+
+def weight_name(program: Program, site: Linear) -> str:
+    """The name of a linear's weight (of all experts, where it is stacked)."""
+    name = program.weight_of(site.placeholder)
+    assert name is not None
+    return name
+
+
+def _obstacle(
+    program: Program, site: Linear, ignore: Sequence[str], last: Node | None, head: bool
+) -> str | None:
+    if site.placeholder is None:
+        return "its weight is quantized already"
+    name = weight_name(program, site)
+    pattern = next((item for item in ignore if fnmatchcase(name, item)), None)
+    if pattern is not None:
+        return f"{name} is ignored ('{pattern}')"
+    others = sorted({str(user.target) for user in _calls(site.placeholder) if user.target not in LINEARS})
+    tied = str(aten.embedding.default) in others
+    if site.node is last and not head:
+        return f"{name} is tied with the embedding (head=True quantizes a copy)" if tied else None
+    if others and not (head and last is site.node):
+        return f"{name} is read by {', '.join(others)} too"
+    if chooses_experts(program, site.node):
+        return f"{name} routes tokens to experts"
+    return None
+
+
+def _calls(placeholder: Node) -> list[Node]:
+    """The calls that read a weight, looking through the selection of one expert."""
+    return [
+        call
+        for reader in readers(placeholder)
+        for call in (readers(reader) if reader.target is aten.select.int else [reader])
+    ]

@@ -1,0 +1,97 @@
+"""Rounded weights on disk, group by group, so that a killed quantization continues where it was."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import msgspec
+import safetensors
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from optc.compiler.diagnostics import os_errors
+from optc.compiler.rewriting.quantization_record import LinearRecord
+from optc.passes.quantization.arithmetic.grid import Grid
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """What is not a tensor about a rounded weight."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    damping: float | None
+    note: str
+    record: LinearRecord
+
+
+class _Header(msgspec.Struct, frozen=True):
+    entries: tuple[Entry, ...]
+
+
+class GroupStore:
+    """A folder with one file per finished group; a file is whole or absent, a damaged one counts as absent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @staticmethod
+    def open(work_dir: Path, key: str) -> GroupStore:
+        """The store of one run: `key` says all that its results depend on.
+
+        Raises:
+            InputError, ResourceError: the folder cannot be made.
+        """
+        folder = work_dir / f"groups-{key[:32]}"
+        with os_errors("making the work folder", str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+        return GroupStore(folder)
+
+    def save(self, number: int, entries: list[tuple[Entry, torch.Tensor, Grid]]) -> None:
+        """Write the codes and grids of a group.
+
+        Raises:
+            InputError, ResourceError: it cannot be written.
+        """
+        tensors = {}
+        for index, (_, codes, grid) in enumerate(entries):
+            tensors[f"{index}.codes"] = codes.to(torch.uint8).contiguous().cpu()
+            tensors[f"{index}.scale"] = grid.scale.contiguous().cpu()
+            tensors[f"{index}.zero"] = grid.zero.contiguous().cpu()
+        header = msgspec.json.encode(_Header(tuple(entry for entry, _, _ in entries))).decode()
+        data = save_tensors(tensors, {"entries": header})
+        with os_errors("saving a rounded group", str(self.folder)):
+            handle, name = tempfile.mkstemp(dir=self.folder, prefix=".part-")
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, self._path(number))
+
+    def load(self, number: int) -> list[tuple[Entry, torch.Tensor, Grid]] | None:
+        """What `save` wrote for a group, or None when there is nothing usable."""
+        path = self._path(number)
+        if not path.is_file():
+            return None
+        with os_errors("reading a rounded group", str(path)):
+            data = path.read_bytes()
+        try:
+            tensors = load_tensors(data)
+            size = int.from_bytes(data[:8], "little")
+            text = msgspec.json.decode(data[8 : 8 + size])["__metadata__"]["entries"]
+            header = msgspec.json.decode(text, type=_Header)
+            return [self._entry(index, entry, tensors) for index, entry in enumerate(header.entries)]
+        except (safetensors.SafetensorError, msgspec.DecodeError, KeyError):
+            return None  # damaged: it is computed again
+
+    def _entry(
+        self, index: int, entry: Entry, tensors: dict[str, torch.Tensor]
+    ) -> tuple[Entry, torch.Tensor, Grid]:
+        codes, scale, zero = (tensors[f"{index}.{part}"] for part in ("codes", "scale", "zero"))
+        return entry, codes.float(), Grid(scale, zero, entry.bits, entry.group_size, entry.symmetric)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.safetensors"

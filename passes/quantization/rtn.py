@@ -1,0 +1,93 @@
+"""linear(x, W)  ->  linear(x, dequantize(codes, scale, zero)), codes by rounding to nearest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from optc.compiler.analysis.linears import Linear
+from optc.compiler.diagnostics import InputError
+from optc.compiler.formats.integer import check_bits, check_group_size, default_group_size, quantize_groups
+from optc.compiler.ir.contract import WeightQuantization
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.passes.quantization.arithmetic.groups import weight_rows
+from optc.passes.quantization.arithmetic.selection import (
+    quantize_selected,
+    replace_weight,
+    select_linears,
+    weight_name,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeRtn(Pass):
+    """linear(x, W)  ->  linear(x, optc.dequantize(codes, scale, zero, bits=, group_size=))
+
+    Weights whose every reader is a linear are quantized, stacked experts one by one. Left alone: the
+    linear that makes the logits (its errors reach the output undamped), the routers of experts (a
+    changed choice is no small error), weights that an embedding reads too.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: neighbours along K that share a scale; 0 is a whole row; None takes the largest of
+            128, 64 and 32 that divides the K of every quantized linear.
+        symmetric: no zero point.
+        ignore: patterns (`*.down_proj.*`) of weight names to leave alone.
+        head: quantize the linear that makes the logits too. One that is tied with the embedding gets
+            codes of its own; the embedding keeps its tensor.
+    """
+
+    name: ClassVar[str] = "quantize-rtn"
+    lossy: ClassVar[bool] = True
+
+    bits: int = 4
+    group_size: int | None = None
+    symmetric: bool = True
+    ignore: tuple[str, ...] = ()
+    head: bool = False
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        if self.group_size is not None:
+            check_group_size(self.group_size, [])
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Quantize a clone of `program`.
+
+        Raises:
+            InputError: the group size does not divide a K (names the weight), or a weight is not finite.
+        """
+        selection = select_linears(program, self.ignore, self.head)
+        columns = [site.columns for site in selection.chosen]
+        names = [weight_name(program, site) for site in selection.chosen]
+        notes: tuple[str, ...] = ()
+        size = self.group_size
+        if size is not None:
+            check_group_size(size, columns, names)
+        elif columns:
+            size = default_group_size(columns, names)
+            notes = (f"group size {size}: the largest of 128, 64, 32 that divides every K",)
+
+        def quantize(edited: Program, site: Linear) -> None:
+            assert size is not None
+            self._quantize(edited, site, size)
+
+        return quantize_selected(program, selection, quantize, notes)
+
+    def _quantize(self, program: Program, site: Linear, group_size: int) -> None:
+        source = weight_name(program, site)
+        try:
+            codes, scale, zero = quantize_groups(
+                weight_rows(program, site), self.bits, group_size, self.symmetric
+            )
+        except InputError as error:
+            raise InputError(error.what, where=source, why=error.why, remedy=error.remedy) from error
+        entry = WeightQuantization(
+            method="rtn",
+            bits=self.bits,
+            group_size=group_size,
+            symmetric=self.symmetric,
+            source=source,
+        )
+        replace_weight(program, site, codes, scale, zero, entry)

@@ -1,1 +1,0 @@
-"""Arithmetic and bookkeeping shared by the quantization passes."""

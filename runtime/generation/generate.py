@@ -1,0 +1,124 @@
+"""Generation over any session: ragged batches, stop tokens, streaming, timing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Literal
+
+from optc.compiler.diagnostics import UsageError
+from optc.runtime.generation.sampling import Sampler, Sampling
+from optc.runtime.sessions.session import Logits, Rows, Session
+
+StopReason = Literal["stop-token", "length", "context"]
+OnToken = Callable[[int, int], None]
+"""Called with (row, token) as each token is chosen."""
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What was generated, row by row.
+
+    Attributes:
+        tokens: generated ids, a final stop token included.
+        stop: why each row ended: a stop token, `max_new_tokens`, or a full context.
+        ttft_ms: from the call to the first token chosen.
+        tpot_ms: mean time per step after the first token; None when there was no such step.
+        steps: decode steps of the batch.
+    """
+
+    tokens: list[list[int]]
+    stop: list[StopReason]
+    ttft_ms: float
+    tpot_ms: float | None
+    steps: int
+
+
+def generate(
+    session: Session,
+    prompts: Rows,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop_ids: Collection[int] = (),
+    on_token: OnToken | None = None,
+) -> GenerationResult:
+    """Prefill the prompts and decode until every row has stopped.
+
+    A row that has stopped is fed a filler token that is rewound at once, so the others go on as if
+    they were alone; afterwards each row of the session holds its prompt and all generated tokens
+    but the last (a row whose context was full may have lost one more).
+
+    Raises:
+        UsageError: `max_new_tokens` below 1.
+        InputError: prompts that the session refuses.
+        GateError: logits that are not finite.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"max-new-tokens {max_new_tokens} is out of range", remedy="use 1 or more")
+    batch = _Batch(session, stop_ids, max_new_tokens, on_token)
+    begin = time.perf_counter()
+    sampler = Sampler(sampling or Sampling(), prompts)
+    batch.take(sampler(session.prefill(prompts)))
+    first = time.perf_counter()
+    steps = 0
+    while batch.running:
+        batch.take(sampler(batch.step()))
+        steps += 1
+    end = time.perf_counter()
+    return GenerationResult(
+        tokens=batch.tokens,
+        stop=[reason or "length" for reason in batch.stop],
+        ttft_ms=(first - begin) * 1e3,
+        tpot_ms=(end - first) * 1e3 / steps if steps else None,
+        steps=steps,
+    )
+
+
+class _Batch:
+    """Which rows run, and what each has so far."""
+
+    def __init__(
+        self, session: Session, stop_ids: Collection[int], max_new_tokens: int, on_token: OnToken | None
+    ) -> None:
+        self._session, self._on_token = session, on_token
+        self._stop_ids, self._limit = frozenset(stop_ids), max_new_tokens
+        self.tokens: list[list[int]] = []
+        self.stop: list[StopReason | None] = []
+        self.running = 0
+
+    def take(self, chosen: list[int]) -> None:
+        """Note the chosen token of every running row, and whether the row ends with it."""
+        if not self.tokens:
+            self.tokens, self.stop = [[] for _ in chosen], [None for _ in chosen]
+        for row, token in enumerate(chosen):
+            if self.stop[row] is not None:
+                continue
+            self.tokens[row].append(token)
+            if self._on_token is not None:
+                self._on_token(row, token)
+            self.stop[row] = self._reason(row, token)
+        self.running = self.stop.count(None)
+
+    def _reason(self, row: int, token: int) -> StopReason | None:
+        if token in self._stop_ids:
+            return "stop-token"
+        if len(self.tokens[row]) >= self._limit:
+            return "length"
+        return "context" if self._session.lengths[row] >= self._session.context_length else None
+
+    def step(self) -> Logits:
+        """Feed every row its last token; logits [B, V]. A row that has stopped stays as it was.
+
+        The token of a stopped row is a filler, and its logits mean nothing.
+        """
+        session, stopped = self._session, [reason is not None for reason in self.stop]
+        if not any(stopped):
+            return session.decode([row[-1] for row in self.tokens])
+        room = session.context_length - 1
+        kept = [min(n, room) if done else n for n, done in zip(session.lengths, stopped, strict=True)]
+        session.rewind(kept)
+        logits = session.decode([row[-1] for row in self.tokens])
+        session.rewind([n if done else n + 1 for n, done in zip(kept, stopped, strict=True)])
+        return logits

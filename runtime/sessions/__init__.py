@@ -1,0 +1,1 @@
+"""One session per engine: prefill, decode, extend, rewind, score."""

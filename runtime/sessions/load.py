@@ -1,0 +1,253 @@
+"""From an artifact's folder to a model that generates. Every file is verified before any is parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+from optc.compiler.artifact.folder import open_verified
+from optc.compiler.artifact.manifest import Manifest
+from optc.compiler.artifact.onnx_check import check_onnx
+from optc.compiler.diagnostics import InputError, TargetError, UsageError
+from optc.runtime.generation.generate import StopReason, generate
+from optc.runtime.generation.sampling import Sampling
+from optc.runtime.generation.tokenizer import TextStream, Tokenizer, eos_token_ids, load_tokenizer
+from optc.runtime.measuring.host_cpu import check_cpu
+from optc.runtime.sessions.session import Session
+
+OnText = Callable[[int, str], None]
+"""Called with (row, piece of text) as text is generated."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one prompt gave.
+
+    Attributes:
+        prompt_tokens: ids of the prompt.
+        tokens: generated ids, a final stop token included.
+        text: their text without special tokens; None without a tokenizer.
+        stop: why it ended: "stop-token", "length" or "context".
+        ttft_ms: from the call to the first token (of the whole batch).
+        tpot_ms: mean time per step after the first token; None when there was none.
+    """
+
+    prompt_tokens: list[int]
+    tokens: list[int]
+    text: str | None
+    stop: StopReason
+    ttft_ms: float
+    tpot_ms: float | None
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Options of `Model.generate`; see `Model.generate_batch`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    ignore_eos: bool
+    on_text: OnText | None
+
+
+class Model:
+    """An open artifact: its manifest, session, tokenizer, and the ids that end a text."""
+
+    def __init__(
+        self, manifest: Manifest, session: Session, tokenizer: Tokenizer | None, stop_ids: tuple[int, ...]
+    ) -> None:
+        self.manifest, self.session = manifest, session
+        self.tokenizer, self.stop_ids = tokenizer, stop_ids
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            InputError: the artifact has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise InputError(
+                "the artifact has no tokenizer", why="its source model had none",
+                remedy="give token ids: --prompt-tokens 5,17,33",
+            )  # fmt: skip
+        return self.tokenizer.encode(text)
+
+    def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Generation:
+        """Continue one prompt, text or token ids; see `generate_batch`."""
+        return self.generate_batch([prompt], **options)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        ignore_eos: bool = False,
+        on_text: OnText | None = None,
+    ) -> list[Generation]:
+        """Continue prompts of any lengths together, each text or token ids.
+
+        Args:
+            temperature, top_k, top_p, seed: see `Sampling`; greedy by default.
+            ignore_eos: go on after end-of-text tokens.
+            on_text: gets the text as it comes, whole characters only.
+
+        Raises:
+            UsageError: an option out of range.
+            InputError: an empty prompt, one too long, unknown token ids, or text without a tokenizer.
+        """
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        rows = [self.encode(item) if isinstance(item, str) else list(map(int, item)) for item in prompts]
+        streams = _Streams(self.tokenizer, len(rows), on_text)
+        result = generate(
+            self.session,
+            rows,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop_ids=() if ignore_eos else self.stop_ids,
+            on_token=streams.push if streams.wanted else None,
+        )
+        streams.finish()
+        return [
+            Generation(
+                prompt_tokens=row,
+                tokens=tokens,
+                text=None if self.tokenizer is None else self.tokenizer.decode(tokens),
+                stop=stop,
+                ttft_ms=result.ttft_ms,
+                tpot_ms=result.tpot_ms,
+            )
+            for row, tokens, stop in zip(rows, result.tokens, result.stop, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Close the session."""
+        self.session.close()
+
+
+class _Streams:
+    """One text stream per row."""
+
+    def __init__(self, tokenizer: Tokenizer | None, rows: int, on_text: OnText | None) -> None:
+        self._on_text = on_text
+        self.wanted = tokenizer is not None and on_text is not None
+        self._streams = [TextStream(tokenizer) for _ in range(rows)] if tokenizer is not None else []
+
+    def push(self, row: int, token: int) -> None:
+        self._tell(row, self._streams[row].push(token))
+
+    def finish(self) -> None:
+        if self.wanted:
+            for row, stream in enumerate(self._streams):
+                self._tell(row, stream.finish())
+
+    def _tell(self, row: int, piece: str) -> None:
+        if piece and self._on_text is not None:
+            self._on_text(row, piece)
+
+
+def load(
+    folder: str | Path, *, threads: int | None = None, num_blocks: int | None = None, eager: bool = False
+) -> Model:
+    """Verify an artifact and open it for generation.
+
+    Args:
+        threads: of the engine; None takes one per physical core that this process may use.
+        num_blocks: size of the KV pool of a paged artifact; see `PagedSession`.
+        eager: capture a model folder, which has no engine of optc's, and run its graph: slow, for measuring quality.
+
+    Raises:
+        InputError: there is no such folder.
+        ArtifactError: a file is missing, changed or not plain.
+        TargetError: not a decoder, or this host cannot run it.
+    """
+    folder = Path(folder)
+    manifest = open_verified(folder)
+    session = open_session(folder, manifest, threads=threads, num_blocks=num_blocks, eager=eager)
+    stop_ids = eos_token_ids(folder, manifest.contract.model.eos_token_ids)
+    return Model(manifest, session, load_tokenizer(folder), stop_ids)
+
+
+def open_session(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    threads: int | None = None,
+    num_blocks: int | None = None,
+    eager: bool = False,
+) -> Session:
+    """The session for a verified artifact, picked by its engine and KV cache; arguments as `load`.
+
+    Raises:
+        TargetError: not a decoder, the engine is not installed, or it cannot run the artifact.
+        UsageError: an option out of range or without effect on this artifact.
+    """
+    contract = manifest.contract
+    if manifest.engine == "huggingface" and not eager:
+        raise TargetError(
+            "optc has no session for this artifact: it is a model folder", where=str(folder),
+            remedy="load it with transformers (AutoModelForCausalLM.from_pretrained), vLLM or SGLang",
+        )  # fmt: skip
+    folder_only = manifest.engine == "huggingface"
+    if contract.kind != "decoder" or (contract.kv_cache.kind == "none" and not folder_only):
+        raise TargetError(
+            f"the artifact is a model of kind '{contract.kind}', which does not generate", where=str(folder),
+            remedy="run its engine file with the engine itself; optc inspect lists inputs and outputs",
+        )  # fmt: skip
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads {threads} is out of range", remedy="use 1 or more")
+    if num_blocks is not None and contract.kv_cache.kind != "paged":
+        raise UsageError("kv-blocks does nothing here: the KV cache of the artifact is not paged")
+    if folder_only:
+        return _open_eager(folder, manifest, threads)
+    if manifest.engine == "onnx":
+        return _open_onnx(folder, manifest, threads)
+    if manifest.engine == "executorch":
+        from optc.runtime.sessions.executorch import ExecutorchSession
+
+        return ExecutorchSession(folder, manifest, threads=threads)
+    if manifest.engine == "tensorrt":
+        if threads is not None:
+            raise UsageError("threads does nothing here: the plan runs on the GPU")
+        from optc.runtime.sessions.trt import open_trt
+
+        return open_trt(folder)
+    from optc.runtime.sessions.package import open_package
+
+    return open_package(folder, manifest, threads=threads, num_blocks=num_blocks)
+
+
+def _open_eager(folder: Path, manifest: Manifest, threads: int | None) -> Session:
+    """The graph that the folder's own config and tensors capture to, in the type that they were written in."""
+    import torch
+
+    from optc.compiler.capture.pretrained import DTYPES, capture_pretrained
+    from optc.runtime.sessions.program import open_program
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    dtype = next(name for name, kind in DTYPES.items() if str(kind) == f"torch.{manifest.dtype}")
+    return open_program(capture_pretrained(folder, dtype=dtype)[0])
+
+
+def _open_onnx(folder: Path, manifest: Manifest, threads: int | None) -> Session:
+    name = manifest.engine_info.get("model")
+    check_onnx(folder, name if isinstance(name, str) else "")
+    check_cpu(manifest.needs)
+    try:
+        from optc.runtime.sessions.ort import OrtSession
+    except ModuleNotFoundError as error:
+        raise TargetError(
+            "ONNX Runtime is not installed",
+            where=str(folder),
+            why=str(error),
+            remedy='pip install "optc[onnx]"',
+        ) from error
+    return OrtSession(folder / str(name), manifest.contract, threads=threads)

@@ -1,0 +1,165 @@
+"""Session over an ONNX graph in ONNX Runtime, on the CPU.
+
+`past_key_values.{i}` and `present.{i}` are bound to the same buffers, of more capacity than is used
+yet: GroupQueryAttention then writes new keys and values in place and copies nothing. All inputs and
+outputs of a decode step stay bound; only the attention mask, which grows, is bound anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from optc.compiler.diagnostics import ResourceError, TargetError
+from optc.compiler.ir.contract import Contract
+from optc.runtime.sessions.linear import Ids, LinearSession, lazy_zeros
+from optc.runtime.sessions.session import Logits, default_threads
+
+# contract dtype -> (array dtype, ONNX element type); NumPy has no bfloat16.
+_ELEMENTS: dict[str, tuple[type[np.generic], Any]] = {
+    "float32": (np.float32, np.float32),
+    "float16": (np.float16, np.float16),
+    "bfloat16": (np.uint16, 16),
+    "int8": (np.int8, np.int8),
+}
+_NO_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation")
+
+Array = npt.NDArray[Any]
+
+
+class OrtSession(LinearSession):
+    """A decoder with a linear KV cache in ONNX Runtime.
+
+    Args:
+        path: the graph; the caller has verified it and its external data.
+        contract: names and roles of its inputs and outputs.
+        threads: of one operator; None takes one per physical core that this process may use.
+
+    Raises:
+        TargetError: this ONNX Runtime cannot run the graph.
+    """
+
+    def __init__(self, path: Path, contract: Contract, *, threads: int | None = None) -> None:
+        assert contract.kv_cache.kind == "linear"
+        super().__init__(vocab_size=contract.model.vocab_size, context_length=contract.model.context_length)
+        self._session = open_engine(path, threads or default_threads())
+        self._ids, self._mask = (_named(contract, role) for role in ("input_ids", "attention_mask"))
+        outputs = {spec.role: spec.name for spec in contract.outputs}
+        self._logits = outputs["logits"]
+        cached = ("key_cache", "value_cache")
+        self._past = [spec for spec in contract.inputs if spec.role in cached]
+        self._present = [spec.name for spec in contract.outputs if spec.role in cached]
+        assert len(self._past) == len(self._present)
+        half = self._output_type(self._logits) == "tensor(float16)"
+        self._logits_type: type[np.generic] = np.float16 if half else np.float32
+        self._caches: list[Array] = []
+        self._ones: Array = np.empty(0, np.int64)
+
+    def close(self) -> None:
+        self._caches = []
+        self._session = self._step = None
+
+    # -- LinearSession ----------------------------------------------------------------------
+
+    def _allocate(self, batch: int, capacity: int, keep: int) -> None:
+        old, self._caches = self._caches, []
+        for index, spec in enumerate(self._past):
+            _, heads, _, width = spec.dims
+            assert isinstance(heads, int)
+            assert isinstance(width, int)
+            cache = lazy_zeros((batch, heads, capacity, width), _ELEMENTS[spec.dtype][0])
+            if keep:
+                cache[:, :, :keep] = old[index][:, :, :keep]
+            self._caches.append(cache)
+        self._ones = np.ones(batch * capacity, np.int64)
+        self._step_ids = np.zeros((batch, 1), np.int64)
+        self._step_logits = np.empty((batch, 1, self.vocab_size), self._logits_type)
+        self._step = self._bind(self._step_ids, self._step_logits, slice(0, batch))
+
+    def _run(self, ids: Ids, mask: Ids, rows: slice) -> Logits:
+        logits = np.empty((*ids.shape, self.vocab_size), self._logits_type)
+        binding = self._bind(ids, logits, rows)
+        _bind_input(binding, self._mask, mask)
+        self._execute(binding)
+        return logits.astype(np.float32, copy=False)
+
+    def _decode(self, tokens: Sequence[int]) -> Logits:
+        totals = [length + 1 for length in self.lengths]
+        width = max(totals)
+        self._reserve(width)
+        self._step_ids[:, 0] = tokens
+        mask = self._ones[: len(totals) * width].reshape(len(totals), width)
+        if len(totals) > 1:
+            mask[:] = np.arange(width) < np.array(totals)[:, None]
+        _bind_input(self._step, self._mask, mask)
+        self._execute(self._step)
+        self.lengths = totals
+        return self._step_logits[:, 0].astype(np.float32)  # a copy: the buffer is the next step's
+
+    # -- ONNX Runtime -----------------------------------------------------------------------
+
+    def _bind(self, ids: Array, logits: Array, rows: slice) -> Any:
+        """A binding of everything but the mask, over these rows of the caches."""
+        binding = self._session.io_binding()
+        _bind_input(binding, self._ids, ids)
+        _bind_output(binding, self._logits, logits)
+        for cache, spec, present in zip(self._caches, self._past, self._present, strict=True):
+            element = _ELEMENTS[spec.dtype][1]
+            _bind_input(binding, spec.name, cache[rows], element)
+            _bind_output(binding, present, cache[rows], element)
+        return binding
+
+    def _execute(self, binding: Any) -> None:
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # the binding raises classes of its own, without a common base
+            if any(text in str(error) for text in _NO_MEMORY):
+                raise ResourceError(
+                    "ONNX Runtime ran out of memory",
+                    why=str(error),
+                    remedy="use shorter prompts or a smaller batch",
+                ) from error
+            raise
+
+    def _output_type(self, name: str) -> str:
+        return str(next(item.type for item in self._session.get_outputs() if item.name == name))
+
+
+def open_engine(path: Path, threads: int) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU.
+
+    Raises:
+        TargetError: this ONNX Runtime cannot run the graph.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the binding raises classes of its own, without a common base
+        raise TargetError(
+            f"ONNX Runtime {ort.__version__} cannot load the graph",
+            where=str(path), why=str(error).splitlines()[0],
+            remedy="use the version that the manifest names under needs, or a later one",
+        ) from error  # fmt: skip
+
+
+def _bind_input(binding: Any, name: str, array: Array, element: Any = np.int64) -> None:
+    binding.bind_input(name, "cpu", 0, element, array.shape, array.ctypes.data)
+
+
+def _bind_output(binding: Any, name: str, array: Array, element: Any = None) -> None:
+    kind = array.dtype.type if element is None else element
+    binding.bind_output(name, "cpu", 0, kind, array.shape, array.ctypes.data)
+
+
+def _named(contract: Contract, role: Any) -> str:
+    index = contract.input_index(role)
+    assert index is not None, f"a linear-cache contract without {role}"
+    return contract.inputs[index].name

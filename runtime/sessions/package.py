@@ -1,0 +1,68 @@
+"""Sessions over an AOTInductor package: native code, weights in safetensors, caches written in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import torch
+
+from optc.compiler.artifact.manifest import Manifest
+from optc.compiler.diagnostics import InputError, ResourceError, TargetError
+from optc.compiler.ir.contract import Contract
+from optc.runtime.carried.pt2_runner import Package, PackageError
+from optc.runtime.sessions.paged import PagedSession
+from optc.runtime.sessions.session import Session, default_threads
+from optc.runtime.sessions.torch_linear import TorchSession
+
+_NO_MEMORY = "can't allocate memory"
+
+
+def open_package(
+    folder: Path, manifest: Manifest, *, threads: int | None = None, num_blocks: int | None = None
+) -> Session:
+    """The session for a verified package, static or paged.
+
+    Args:
+        threads: of torch in this process; None takes one per physical core that it may use.
+        num_blocks: of a paged package; see `PagedSession`.
+
+    Raises:
+        TargetError: this host cannot run the package.
+    """
+    torch.set_num_threads(threads or default_threads())
+    try:
+        package = Package(folder, manifest.engine_info, manifest.needs)
+    except PackageError as error:
+        raise TargetError(
+            "the package cannot run on this host", where=str(folder), why=str(error),
+            remedy="compile the model on this machine, or on one like it",
+        ) from error  # fmt: skip
+
+    def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        try:
+            return package(*inputs)
+        except PackageError as error:
+            raise InputError(
+                "the package does not take these inputs", where=str(folder), why=str(error),
+                remedy="use shorter prompts or a smaller batch; if they are short, compile the model again",
+            ) from error  # fmt: skip
+        except RuntimeError as error:
+            if _NO_MEMORY not in str(error):
+                raise
+            raise ResourceError(
+                "out of memory while running the package", why=str(error).splitlines()[0],
+                remedy="use shorter prompts or a smaller batch",
+            ) from error  # fmt: skip
+
+    contract = _limited(manifest)
+    if contract.kv_cache.kind == "paged":
+        return PagedSession(run, contract, num_blocks=num_blocks)
+    return TorchSession(run, contract)
+
+
+def _limited(manifest: Manifest) -> Contract:
+    """The contract with the context that the package was compiled for (--max-seq-len)."""
+    contract, limit = manifest.contract, manifest.engine_info["context_length"]
+    model = msgspec.structs.replace(contract.model, context_length=limit or contract.model.context_length)
+    return msgspec.structs.replace(contract, model=model)

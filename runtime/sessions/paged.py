@@ -1,0 +1,177 @@
+"""Sessions over paged graphs: rows are requests of a block manager, packed end to end into one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from optc.compiler.diagnostics import UsageError
+from optc.compiler.execution.block_manager import BlockManager
+from optc.compiler.ir.contract import Contract, Input
+from optc.runtime.sessions.session import Logits, Rows, Session
+from optc.runtime.sessions.torch_linear import Run, cache_inputs, to_logits, torch_zeros
+
+_DEFAULT_CONTEXTS = 8
+_DEFAULT_POOL_BYTES = 4 << 30
+
+Piece = tuple[int, list[int]]
+"""A row and tokens that it is about to get."""
+
+
+@dataclass(frozen=True)
+class PoolUse:
+    """How well the KV pool is used. A slot is room for one token in every layer.
+
+    Attributes:
+        peak_waste: most slots at any time that were in a row's blocks but held no token.
+        peak_used_blocks: most blocks that rows owned at any time.
+        reused_tokens: prompt tokens that were found in the pool and not computed again.
+    """
+
+    block_size: int
+    num_blocks: int
+    peak_used_blocks: int
+    peak_waste: int
+    reused_tokens: int
+
+
+class PagedSession(Session):
+    """A session over a paged graph.
+
+    Prompts that begin with full blocks the pool still holds, from this batch or an earlier one, are
+    computed from there on.
+
+    Args:
+        run: the graph; it writes the pools in place.
+        contract: its contract, of kv_cache kind "paged".
+        num_blocks: size of the pools; by default enough for 8 rows of full context, within 4 GiB.
+            Memory is taken as blocks are first used.
+
+    Raises:
+        UsageError: `num_blocks` below 1.
+    """
+
+    def __init__(self, run: Run, contract: Contract, *, num_blocks: int | None = None) -> None:
+        assert contract.kv_cache.kind == "paged"
+        super().__init__(vocab_size=contract.model.vocab_size, context_length=contract.model.context_length)
+        size = contract.kv_cache.block_size
+        if num_blocks is not None and num_blocks < 1:
+            raise UsageError(f"num-blocks {num_blocks} is out of range", remedy="use 1 or more")
+        pools = cache_inputs(contract)
+        count = num_blocks or _default_blocks(pools, size, self.context_length)
+        self._graph = run
+        self._pools = [torch_zeros(_shape(spec, count), spec.dtype) for spec in pools]
+        self._manager = BlockManager(count, size)
+        self._rows: list[list[int]] = []
+        self._waiting: set[int] = set()  # rows that the manager does not know yet
+        self._reused = 0
+
+    @property
+    def pool_use(self) -> PoolUse:
+        manager = self._manager
+        return PoolUse(
+            block_size=manager.block_size,
+            num_blocks=manager.num_blocks,
+            peak_used_blocks=manager.peak_used_blocks,
+            peak_waste=manager.peak_waste,
+            reused_tokens=self._reused,
+        )
+
+    def close(self) -> None:
+        self._pools = []
+
+    # -- Session ----------------------------------------------------------------------------
+
+    def _start(self, batch: int) -> None:
+        for row in set(range(len(self._rows))) - self._waiting:
+            self._manager.free(row)
+        self._rows = [[] for _ in range(batch)]
+        self._waiting = set(range(batch))
+
+    def _advance(self, rows: Rows) -> Logits:
+        out = np.empty((len(rows), self.vocab_size), np.float32)
+        group: list[Piece] = []
+        for row, tokens in enumerate(rows):
+            if self._waits_for(group, row, tokens):
+                self._flush(group, out)
+            rest = self._begin(row, list(tokens))
+            while sum(len(part) for _, part in group) + len(rest) > self.chunk:
+                room = self.chunk - sum(len(part) for _, part in group)
+                group += [(row, rest[:room])] if room else []
+                rest = rest[room:]
+                self._flush(group, out)
+            group += [(row, rest)] if rest else []
+        self._flush(group, out)
+        return out
+
+    def _score(self, tokens: Sequence[int]) -> Logits:
+        # Every token's logits are wanted, so nothing is taken from the pool's prefixes.
+        if 0 in self._waiting:
+            self._manager.start(0)
+            self._waiting.discard(0)
+        return self._call([(0, list(tokens))])
+
+    def _rewind(self, lengths: Sequence[int]) -> None:
+        for row, length in enumerate(lengths):
+            if length == len(self._rows[row]):
+                continue
+            kept = self._manager.rewind(row, length)
+            again = self._rows[row][kept:length]
+            del self._rows[row][kept:]
+            if again:  # the block with them belongs to another row as well
+                self._call([(row, again)])
+
+    # -- calls ------------------------------------------------------------------------------
+
+    def _begin(self, row: int, tokens: list[int]) -> list[int]:
+        """The tokens that must be computed; a new request may find its beginning in the pool."""
+        if row not in self._waiting:
+            return tokens
+        self._waiting.discard(row)
+        found = self._manager.start(row, tokens)
+        self._rows[row] = tokens[:found]
+        self._reused += found
+        return tokens[found:]
+
+    def _waits_for(self, group: list[Piece], row: int, tokens: Sequence[int]) -> bool:
+        """Whether a new row begins with a block that the group is about to compute."""
+        size = self._manager.block_size
+        first = list(tokens[:size])
+        return row in self._waiting and len(tokens) > size and any(
+            not self._rows[other] and part[:size] == first for other, part in group
+        )  # fmt: skip
+
+    def _flush(self, group: list[Piece], out: Logits) -> None:
+        if not group:
+            return
+        logits = self._call(group)
+        last = np.cumsum([len(part) for _, part in group]) - 1
+        out[[row for row, _ in group]] = logits[last]
+        group.clear()
+
+    def _call(self, work: list[Piece]) -> Logits:
+        inputs = self._manager.step(work)
+        with torch.inference_mode():
+            outputs = self._graph(*inputs, *self._pools)
+        for row, tokens in work:
+            self._manager.commit(row)
+            self._rows[row] += tokens
+            self.lengths[row] = len(self._rows[row])
+        return to_logits(outputs[0] if isinstance(outputs, tuple | list) else outputs)
+
+
+def _shape(spec: Input, num_blocks: int) -> list[int]:
+    return [size if isinstance(size, int) else num_blocks for size in spec.dims]
+
+
+def _default_blocks(pools: Sequence[Input], block_size: int, context_length: int) -> int:
+    per_row = -(-context_length // block_size)
+    block_bytes = 0
+    for spec in pools:
+        kind: torch.dtype = getattr(torch, spec.dtype)
+        block_bytes += math.prod(_shape(spec, 1)) * kind.itemsize
+    return max(1, min(_DEFAULT_CONTEXTS * per_row, _DEFAULT_POOL_BYTES // block_bytes))

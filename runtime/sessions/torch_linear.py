@@ -1,0 +1,74 @@
+"""Linear caches in torch tensors, for graphs that run in this process: eager Programs and packages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from optc.compiler.ir.contract import Contract, Input
+from optc.runtime.sessions.linear import Ids, LinearSession, lazy_zeros
+from optc.runtime.sessions.session import Logits
+
+Run = Callable[..., Any]
+"""A graph: its inputs, flat and in the order of the contract -> its output or outputs."""
+
+
+class TorchSession(LinearSession):
+    """A session over a linear-cache graph with torch tensors in and out.
+
+    Args:
+        run: the graph.
+        contract: its contract, of kv_cache kind "linear"; `in_place` says whether the graph writes
+            the caches itself or returns grown copies of them.
+    """
+
+    def __init__(self, run: Run, contract: Contract) -> None:
+        assert contract.kv_cache.kind == "linear"
+        super().__init__(vocab_size=contract.model.vocab_size, context_length=contract.model.context_length)
+        self._graph, self._contract = run, contract
+        self._caches: list[torch.Tensor] = []
+
+    def _allocate(self, batch: int, capacity: int, keep: int) -> None:
+        old, self._caches = self._caches, []
+        for index, spec in enumerate(cache_inputs(self._contract)):
+            _, heads, _, width = spec.dims
+            assert isinstance(heads, int)
+            assert isinstance(width, int)
+            cache = torch_zeros((batch, heads, capacity, width), spec.dtype)
+            if keep:
+                cache[:, :, :keep] = old[index][:, :, :keep]
+            self._caches.append(cache)
+
+    def _run(self, ids: Ids, mask: Ids, rows: slice) -> Logits:
+        whole = len(ids) == self._batch
+        caches = self._caches if whole else [cache[rows] for cache in self._caches]
+        with torch.inference_mode():
+            outputs = self._graph(torch.from_numpy(ids), torch.from_numpy(mask), *caches)
+            outputs = list(outputs) if isinstance(outputs, tuple | list) else [outputs]
+            if not self._contract.kv_cache.in_place:
+                for cache, grown in zip(caches, outputs[1:], strict=True):
+                    cache.copy_(grown)
+        return to_logits(outputs[0])
+
+    def close(self) -> None:
+        self._caches = []
+
+
+def cache_inputs(contract: Contract) -> list[Input]:
+    """The inputs that are caches or pools, in order: key and value of each layer."""
+    return [spec for spec in contract.inputs if spec.role in ("key_cache", "value_cache")]
+
+
+def torch_zeros(shape: Sequence[int], dtype: str) -> torch.Tensor:
+    """A tensor of zeros whose memory is taken when it is first written."""
+    kind: torch.dtype = getattr(torch, dtype)
+    size = int(np.prod(shape)) * kind.itemsize
+    return torch.from_numpy(lazy_zeros((size,), np.uint8)).view(kind).view(*shape)
+
+
+def to_logits(tensor: torch.Tensor) -> Logits:
+    """A logits tensor as a float32 array, without a copy where it is one already."""
+    return tensor.detach().float().numpy()
