@@ -48,13 +48,6 @@ def value_of(node: Node) -> Tensor:
     return value
 
 
-def module_path(node: Node) -> str:
-    """The innermost module of the captured model that a node was traced in, dotted; "" when it is not known."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = str(next(reversed(stack.values()))[0]) if stack else ""
-    return "" if path.startswith("_empty_nn_module_stack") else path  # torch's mark for nodes it made itself
-
-
 def is_tensor(node: object) -> bool:
     """Whether a node computes one tensor."""
     return isinstance(node, Node) and isinstance(node.meta.get("val"), Tensor)

@@ -12,6 +12,7 @@ from torch.export import Dim
 from optc.compiler.capture.facts import attention_layers
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.ir.contract import Contract, Input, Output
+from optc.compiler.ir.export import run_export
 from optc.compiler.ir.program import Program
 
 
@@ -33,7 +34,6 @@ def capture_module(
         UsageError: names and inputs do not fit.
         CaptureError: torch.export cannot trace the module.
     """
-    from optc.compiler.capture.pretrained import run_export
 
     names = list(input_names or (f"input_{i}" for i in range(len(example_inputs))))
     axes = {name: dict(dynamic.get(name, {})) for name in names} if dynamic else {name: {} for name in names}

@@ -15,6 +15,7 @@ from optc.compiler.capture.facts import attention_layers, model_facts, refuse_un
 from optc.compiler.capture.restored import restore_codes
 from optc.compiler.diagnostics import CaptureError, InputError, unknown_name
 from optc.compiler.ir.contract import Contract, Input, Output
+from optc.compiler.ir.export import run_export
 from optc.compiler.ir.program import Program
 from optc.compiler.model_folder.checkpoint import (
     CheckpointInfo,
@@ -259,25 +260,6 @@ def _output(exported: torch.export.ExportedProgram, config: Any, decoder: bool) 
     width = exported.graph.output_node().args[0][0].meta["val"].shape[-1]
     kind: Any = "logits" if decoder or width == getattr(config, "vocab_size", None) else "hidden"
     return Output(name=kind, role=kind)
-
-
-def run_export(
-    module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any, *, where: str
-) -> torch.export.ExportedProgram:
-    """torch.export in non-strict mode; its failures become CaptureErrors."""
-    try:
-        with torch.no_grad():
-            return torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
-    except torch._dynamo.exc.UserError as error:
-        raise CaptureError(
-            "torch.export cannot make one graph for all shapes", where=where, why=str(error).strip().splitlines()[0],
-            remedy="the model specializes on a shape or branches on data; see docs/compile.md",
-        ) from error  # fmt: skip
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise CaptureError(
-            "torch.export failed", where=where, why=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-            remedy="the model runs code that torch.export cannot trace",
-        ) from error  # fmt: skip
 
 
 def _context(config: Any) -> int:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import aten, module_path, peel, value_of
+from optc.compiler.analysis.dataflow import aten, peel, value_of
 from optc.compiler.analysis.linears import Linear, linear_site
 from optc.compiler.diagnostics import CaptureError, InputError
 from optc.compiler.formats.layouts import QuantizedWeight
 from optc.compiler.formats.safetensors_header import shown
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
+from optc.compiler.ir.provenance import module_path
 from optc.compiler.ir.surgery import add_weight, drop_dead, insert_call, replace_call
 from optc.compiler.model_folder.checkpoint import match_names
 from optc.compiler.model_folder.quantized import QuantizedFolder

@@ -17,6 +17,8 @@ from torch.fx import GraphModule, Node
 
 import optc.compiler.ops  # noqa: F401  (registers the dialect)
 from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.saved.programs import GRAPH_FILE, damaged, read_program, write_program
+from optc.compiler.ir.verification import VerificationError, verify_program
 
 
 def _copy_signature(signature: ExportGraphSignature) -> ExportGraphSignature:
@@ -124,10 +126,8 @@ class Program:
             yield name, self.weight(name)
 
     def save(self, directory: Path) -> None:
-        """Write graph, contract and weights into a folder, without pickle; see `serialization`."""
-        from optc.compiler.ir.saved.programs import save_program
-
-        save_program(self, directory)
+        """Write graph, contract and weights into a folder, without pickle; see `ir/saved/programs`."""
+        write_program(self.exported, self.contract, directory)
 
     @staticmethod
     def load(directory: Path) -> Program:
@@ -136,9 +136,12 @@ class Program:
         Raises:
             ArtifactError: damaged or not trusted (7).
         """
-        from optc.compiler.ir.saved.programs import load_program
-
-        return load_program(directory)
+        program = Program(*read_program(directory))
+        try:
+            verify_program(program, "load")
+        except VerificationError as error:
+            damaged(directory / GRAPH_FILE, error.where or error.what, error)
+        return program
 
     def fingerprint(self) -> str:
         """sha256 over graph text, contract and weight bytes: equal Programs compute equal numbers."""

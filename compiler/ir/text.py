@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import module_path
 from optc.compiler.ir.contract import AttentionFacts, Contract
 from optc.compiler.ir.diff import diff_text
 from optc.compiler.ir.program import Program
+from optc.compiler.ir.provenance import module_path
 
 __all__ = ["diff_text", "format_program", "summarize"]
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch._export.verifier import SpecViolationError
 
 from optc.compiler.diagnostics import OptcError
-from optc.compiler.ir.program import Program
+
+if TYPE_CHECKING:
+    from optc.compiler.ir.program import Program
 
 
 class VerificationError(OptcError):

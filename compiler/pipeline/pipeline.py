@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from optc.compiler.analysis.dataflow import module_path
 from optc.compiler.artifact.manifest import PassRecord
 from optc.compiler.diagnostics import NoMatchError, os_errors
 from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.ir.program import Program
+from optc.compiler.ir.provenance import module_path
 from optc.compiler.ir.text import format_program
 from optc.compiler.ir.verification import verify_program
 from optc.compiler.pipeline import gate

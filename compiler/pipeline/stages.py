@@ -12,7 +12,6 @@ import msgspec
 from optc.compiler.artifact.manifest import PassRecord
 from optc.compiler.diagnostics import InputError, os_errors
 from optc.compiler.ir.program import Program
-from optc.compiler.ir.saved.programs import load_program, save_program
 
 _RECORD = "record.json"
 
@@ -23,7 +22,7 @@ def save_stage(folder: Path, program: Program, record: PassRecord) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".stage-", dir=folder.parent))
         try:
-            save_program(program, temporary)
+            program.save(temporary)
             (temporary / _RECORD).write_bytes(msgspec.json.encode(record))
             os.rename(temporary, folder)
         finally:
@@ -47,4 +46,4 @@ def load_stage(folder: Path) -> tuple[Program, PassRecord]:
             why=str(error),
             remedy="delete the work folder",
         ) from error
-    return load_program(folder), record
+    return Program.load(folder), record

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.capture.pretrained import run_export
 from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.export import run_export
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import drop_dead
 

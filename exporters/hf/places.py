@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import aten, module_path, peel, value_of
+from optc.compiler.analysis.dataflow import aten, peel, value_of
 from optc.compiler.analysis.linears import (
     DEQUANTIZERS,
     Linear,
@@ -23,6 +23,7 @@ from optc.compiler.diagnostics import TargetError
 from optc.compiler.formats.layouts import QuantizedWeight, Scheme
 from optc.compiler.formats.layouts.key_values import KeyValueScheme
 from optc.compiler.ir.program import Program
+from optc.compiler.ir.provenance import module_path
 from optc.compiler.model_folder.checkpoint import tied_names
 from optc.compiler.ops.dialect.nvfp4 import BLOCK
 from optc.compiler.rewriting.key_values import key_value_scales, rounded

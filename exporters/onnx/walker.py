@@ -15,9 +15,9 @@ import torch
 from onnx_ir import tensor_adapters
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import module_path
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
+from optc.compiler.ir.provenance import module_path
 
 OPSET = 24  # from 25 on, ONNX Runtime's CPU Attention has no kernel
 IR_VERSION = 11

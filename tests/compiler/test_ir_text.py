@@ -18,7 +18,6 @@ from optc.compiler.capture.facts import attention_layers
 from optc.compiler.capture.module import capture_module
 from optc.compiler.ir.contract import Input, KVCache, Output, WeightQuantization
 from optc.compiler.ir.program import Program
-from optc.compiler.ir.saved.programs import load_program, save_program
 from optc.compiler.ir.surgery import replace_call
 from optc.compiler.ir.text import diff_text, format_program, summarize
 
@@ -122,8 +121,8 @@ def test_text_of_a_cached_program() -> None:
 def test_the_text_depends_only_on_the_program(program: Program, tmp_path: Path) -> None:
     text = format_program(program)
     assert format_program(program.clone()) == text
-    save_program(program, tmp_path)
-    assert format_program(load_program(tmp_path)) == text
+    program.save(tmp_path)
+    assert format_program(Program.load(tmp_path)) == text
 
 
 def test_summary(program: Program) -> None:

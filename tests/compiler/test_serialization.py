@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from optc.compiler.capture.module import capture_module
 from optc.compiler.diagnostics import InputError, ResourceError
 from optc.compiler.ir.program import Program
-from optc.compiler.ir.saved.programs import load_program, save_program
 from optc.compiler.ir.saved.tensors import read_tensors, write_tensors
 from optc.compiler.ir.surgery import add_weight
 
@@ -98,7 +97,7 @@ def same_results(a: Program, b: Program, arguments: list[Tensor]) -> bool:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved Program that nobody changes."""
     folder = tmp_path_factory.mktemp("saved")
-    save_program(decoder(), folder)
+    decoder().save(folder)
     return folder
 
 
@@ -114,14 +113,14 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("cache", ["none", "in place", "functional"])
 def test_round_trip_is_exact(cache: str, tmp_path: Path) -> None:
     program = decoder(cache)
-    save_program(program, tmp_path / "a")
-    loaded = load_program(tmp_path / "a")
+    program.save(tmp_path / "a")
+    loaded = Program.load(tmp_path / "a")
     for batch, length in ((2, 7), (1, 1), (3, 20)):
         assert same_results(program, loaded, inputs(batch, length, cache, seed=length))
     assert loaded.contract == program.contract
     assert loaded.fingerprint() == program.fingerprint()
     assert loaded.exported.range_constraints == program.exported.range_constraints
-    save_program(loaded, tmp_path / "b")
+    loaded.save(tmp_path / "b")
     for name in FILES:
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes(), name
 
@@ -130,15 +129,15 @@ def test_a_captured_model_round_trips(example_model: Path, tmp_path: Path) -> No
     from optc.compiler.capture import capture_pretrained
 
     program, _ = capture_pretrained(example_model)
-    save_program(program, tmp_path)
-    loaded = load_program(tmp_path)
+    program.save(tmp_path)
+    loaded = Program.load(tmp_path)
     ids = torch.randint(0, program.contract.model.vocab_size, (3, 33))
     assert same_results(program, loaded, [ids, torch.arange(33)[None].expand(3, -1).contiguous()])
     assert (loaded.fingerprint(), loaded.contract) == (program.fingerprint(), program.contract)
 
 
 def test_source_lines_and_module_paths_are_kept(saved: Path) -> None:
-    pairs = zip(decoder().graph.nodes, load_program(saved).graph.nodes, strict=True)
+    pairs = zip(decoder().graph.nodes, Program.load(saved).graph.nodes, strict=True)
     kept = [
         (new.meta.get(key), old.meta.get(key)) for old, new in pairs
         for key in ("stack_trace", "nn_module_stack") if old.op == "call_function" and old.meta.get(key)
@@ -151,14 +150,14 @@ def test_tied_weights_are_stored_once_and_stay_tied(saved: Path) -> None:
     assert sorted(load_file(saved / "weights.safetensors")) == [
         "codes", "embed.weight", "qkv.bias", "qkv.weight", "scale"
     ]  # fmt: skip
-    state = load_program(saved).exported.state_dict
+    state = Program.load(saved).exported.state_dict
     assert state["head.weight"] is state["embed.weight"]
     constants = load_file(saved / "constants.safetensors")
     assert sorted(constants) == ["example/0", "example/1", "inv_freq"]
 
 
 def test_example_inputs_are_kept(saved: Path) -> None:
-    (args, kwargs) = load_program(saved).exported.example_inputs
+    (args, kwargs) = Program.load(saved).exported.example_inputs
     assert kwargs == {}
     assert all(torch.equal(a, b) for a, b in zip(args, inputs(2, 7), strict=True))
 
@@ -176,8 +175,8 @@ def test_strides_are_restored_and_views_of_one_memory_are_stored_apart(tmp_path:
             return self.turned.permute(1, 2, 0).view(6, 4) @ x + (self.top.sum() - self.rest.sum())
 
     program = capture_module(Views(), [torch.randn(4, 5)])
-    save_program(program, tmp_path)
-    loaded = load_program(tmp_path)
+    program.save(tmp_path)
+    loaded = Program.load(tmp_path)
     assert loaded.weight("turned").stride() == program.weight("turned").stride() == (1, 12, 4)
     assert same_results(program, loaded, [torch.randn(4, 5)])
 
@@ -191,28 +190,28 @@ def test_outputs_that_nothing_reads_add_no_nodes(tmp_path: Path) -> None:
     for node in list(program.graph.nodes):
         if node.target.__class__ is not str and not node.users and node.op == "call_function":
             program.graph.erase_node(node)
-    save_program(program.changed(), tmp_path)
-    assert str(load_program(tmp_path).graph) == str(program.graph)
+    program.changed().save(tmp_path)
+    assert str(Program.load(tmp_path).graph) == str(program.graph)
 
 
 def test_a_loaded_program_can_be_edited(saved: Path) -> None:
-    loaded = load_program(saved).clone()
+    loaded = Program.load(saved).clone()
     node = add_weight(loaded, "bias", torch.ones(VOCABULARY))
     head = loaded.calls(torch.ops.aten.linear.default)[-1]
     head.args = (*head.args, node)
     changed = loaded.changed()
     arguments = inputs(3, 5)
-    assert torch.allclose(changed(*arguments), load_program(saved)(*arguments) + 1, atol=1e-6)
+    assert torch.allclose(changed(*arguments), Program.load(saved)(*arguments) + 1, atol=1e-6)
 
 
 def test_saving_over_a_loaded_program_leaves_it_intact(copy: Path) -> None:
-    loaded = load_program(copy)
+    loaded = Program.load(copy)
     before = loaded.fingerprint()
     changed = decoder()
     for _, tensor in changed.weights():
         tensor.zero_()
-    save_program(changed, copy)
-    assert loaded.fingerprint() == before != load_program(copy).fingerprint()
+    changed.save(copy)
+    assert loaded.fingerprint() == before != Program.load(copy).fingerprint()
 
 
 def test_nothing_is_unpickled_or_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,8 +228,8 @@ def test_nothing_is_unpickled_or_evaluated(tmp_path: Path, monkeypatch: pytest.M
 
     program = decoder()
     monkeypatch.setattr(sympy, "sympify", watch)
-    save_program(program, tmp_path)
-    load_program(tmp_path)
+    program.save(tmp_path)
+    Program.load(tmp_path)
     assert texts == []
 
 
@@ -247,7 +246,7 @@ def test_an_operator_of_another_library_is_refused_with_its_name(tmp_path: Path)
             return torch.ops.strange.double(x)
 
     with pytest.raises(InputError, match=r"(?s)nodes\[0\] \(double\).*torch\.ops\.strange\.double\.default"):
-        save_program(capture_module(Strange(), [torch.randn(3)]), tmp_path)
+        capture_module(Strange(), [torch.randn(3)]).save(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -261,7 +260,7 @@ def test_a_dtype_that_safetensors_lacks_is_refused_with_its_name(tmp_path: Path)
             return (x * self.factor).real
 
     with pytest.raises(InputError, match=r"(?s)where: factor.*complex128"):
-        save_program(capture_module(Complex(), [torch.randn(2)]), tmp_path)
+        capture_module(Complex(), [torch.randn(2)]).save(tmp_path)
 
 
 def test_a_full_disk_is_exit_code_8(tmp_path: Path) -> None:
@@ -270,7 +269,7 @@ def test_a_full_disk_is_exit_code_8(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
     try:
         with pytest.raises(ResourceError, match="the disk is full while saving a program") as caught:
-            save_program(program, tmp_path / "out")
+            program.save(tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caught.value.exit_code == 8
@@ -280,7 +279,7 @@ def test_a_full_disk_is_exit_code_8(tmp_path: Path) -> None:
 def test_a_file_in_the_place_of_the_folder_is_exit_code_3(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(InputError, match="failed while saving a program") as caught:
-        save_program(decoder(), tmp_path / "out")
+        decoder().save(tmp_path / "out")
     assert caught.value.exit_code == 3
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from optc.compiler.capture.module import capture_module
 from optc.compiler.diagnostics import ArtifactError, OptcError
-from optc.compiler.ir.saved.programs import load_program, save_program
+from optc.compiler.ir.program import Program
 
 FILES = ("graph.json", "weights.safetensors", "constants.safetensors")
 Json = dict[str, Any]
@@ -44,7 +44,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     ids = torch.randint(0, 8, (2, 3))
     axes = {"ids": {0: "batch", 1: "seq"}}
-    save_program(capture_module(Model(), [ids], input_names=["ids"], dynamic=axes), folder)
+    capture_module(Model(), [ids], input_names=["ids"], dynamic=axes).save(folder)
     return folder
 
 
@@ -57,7 +57,7 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 def refusal(folder: Path) -> str:
     """The message of the ArtifactError that loading raises."""
     with pytest.raises(ArtifactError) as caught:
-        load_program(folder)
+        Program.load(folder)
     assert caught.value.exit_code == 7
     assert caught.value.remedy
     return str(caught.value)
@@ -284,7 +284,7 @@ def test_random_damage_is_harmless_or_refused(copy: Path) -> None:
             container[key] = generator.choice(strange)
         (copy / "graph.json").write_text(json.dumps(data))
         try:
-            load_program(copy)
+            Program.load(copy)
         except OptcError:
             refused += 1
     assert 75 < refused < 150

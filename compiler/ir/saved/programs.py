@@ -25,7 +25,6 @@ from torch.export import ExportedProgram
 from optc.compiler import compat
 from optc.compiler.diagnostics import ArtifactError, InputError, TargetError, os_errors
 from optc.compiler.ir.contract import Contract
-from optc.compiler.ir.program import Program
 from optc.compiler.ir.saved.tensors import (
     attach_tensors,
     read_tensors,
@@ -34,7 +33,6 @@ from optc.compiler.ir.saved.tensors import (
     write_tensors,
 )
 from optc.compiler.ir.saved.untrusted_graph import KEPT_METADATA, clean_trace, read_graph
-from optc.compiler.ir.verification import VerificationError, verify_program
 
 FORMAT = "optc-program"
 FORMAT_VERSION = 1
@@ -62,8 +60,8 @@ class _GraphFile(_Header, forbid_unknown_fields=True):
 # -- save -----------------------------------------------------------------------------------
 
 
-def save_program(program: Program, directory: Path) -> None:
-    """Write a Program into a folder, which is made when absent; files of an older save are replaced.
+def write_program(exported: ExportedProgram, contract: Contract, directory: Path) -> None:
+    """Write the parts of a Program into a folder, which is made when absent; files of an older save are replaced.
 
     Tensors that no node reads are not written. `graph.json` is written last.
 
@@ -72,12 +70,12 @@ def save_program(program: Program, directory: Path) -> None:
             that are no tensors), or the folder cannot be written.
         ResourceError: the disk is full.
     """
-    graph = _graph_values(program.exported)
-    weights, constants, aliases = tensors_to_save(program.exported)
+    graph = _graph_values(exported)
+    weights, constants, aliases = tensors_to_save(exported)
     header = {"format": FORMAT, "version": FORMAT_VERSION, "torch": torch.__version__}
     content = {
         **header,
-        "contract": msgspec.to_builtins(program.contract),
+        "contract": msgspec.to_builtins(contract),
         "aliases": aliases,
         "program": graph,
     }
@@ -111,7 +109,7 @@ def _graph_values(exported: ExportedProgram) -> dict[str, Any]:
 
 
 def _check_readable(data: str) -> None:
-    """Refuse to write what `load_program` would refuse to read."""
+    """Refuse to write what `read_program` would refuse to read."""
     try:
         read_graph(msgspec.json.decode(data)["program"], GRAPH_FILE)
     except ArtifactError as error:
@@ -121,8 +119,8 @@ def _check_readable(data: str) -> None:
 # -- load -----------------------------------------------------------------------------------
 
 
-def load_program(directory: Path) -> Program:
-    """Read a Program that `save_program` wrote. Weights are mapped from the file, not copied.
+def read_program(directory: Path) -> tuple[ExportedProgram, Contract]:
+    """Read what `write_program` wrote; not yet verified. Weights are mapped from the file, not copied.
 
     Raises:
         ArtifactError: a file is missing, damaged, of another version, or says what is not allowed;
@@ -138,19 +136,14 @@ def load_program(directory: Path) -> Program:
         try:
             tables.append(read_tensors(directory / name))
         except ValueError as error:
-            _damaged(directory / name, str(error), error)
+            damaged(directory / name, str(error), error)
     weights, constants = tables
     try:
         examples = take_examples(graph, constants)
         attach_tensors(graph, weights, constants, file.aliases)
     except ValueError as error:
-        _damaged(directory, str(error), error)
-    program = Program(_deserialize(graph, weights, constants, examples, path), file.contract)
-    try:
-        verify_program(program, "load")
-    except VerificationError as error:
-        _damaged(path, error.where or error.what, error)
-    return program
+        damaged(directory, str(error), error)
+    return _deserialize(graph, weights, constants, examples, path), file.contract
 
 
 def _deserialize(
@@ -161,7 +154,7 @@ def _deserialize(
         inputs = compat.unflatten_inputs(call.in_spec, examples) if examples else None
         return compat.deserialize_graph(graph, weights, constants, inputs)
     except compat.SERDE_ERRORS as error:
-        _damaged(path, _root(error), error)
+        damaged(path, _root(error), error)
 
 
 def _root(error: BaseException) -> str:
@@ -180,7 +173,8 @@ def _require_devices(graph: Any, path: Path) -> None:
         )
 
 
-def _damaged(path: Path, why: str, cause: Exception | None = None) -> NoReturn:
+def damaged(path: Path, why: str, cause: Exception | None = None) -> NoReturn:
+    """Raise the error for a file of a saved program that cannot be right."""
     remedy = "save the program again"
     raise ArtifactError(
         "the saved program is damaged", where=str(path), why=why[:500], remedy=remedy
@@ -191,18 +185,18 @@ def _read_graph_file(path: Path) -> _GraphFile:
     try:
         data = path.read_bytes()
     except OSError as error:
-        _damaged(path, error.strerror or str(error), error)
+        damaged(path, error.strerror or str(error), error)
     try:
         header = msgspec.json.decode(data, type=_Header)
         if (header.format, header.version) != (FORMAT, FORMAT_VERSION):
             found = f"'{header.format[:40]}' version {header.version} (torch {header.torch[:40]})"
-            _damaged(path, f"it is {found}; this optc reads '{FORMAT}' version {FORMAT_VERSION}")
+            damaged(path, f"it is {found}; this optc reads '{FORMAT}' version {FORMAT_VERSION}")
         file = msgspec.json.decode(data, type=_GraphFile)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        _damaged(path, str(error), error)
+        damaged(path, str(error), error)
     strange = [text for text in _strings(msgspec.to_builtins(file.contract)) if not text.isprintable()]
     if strange:
-        _damaged(path, f"the contract holds {strange[0][:80]!r}")
+        damaged(path, f"the contract holds {strange[0][:80]!r}")
     return file
 
 
