@@ -310,7 +310,7 @@ def test_full_disk(tmp_path: Path) -> None:
     code = f"""
         import resource, signal, sys
         from pathlib import Path
-        from optc.compiler.artifact import write_folder
+        from optc.compiler.artifact.folder import write_folder
         from optc.compiler.diagnostics import ResourceError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

@@ -72,7 +72,7 @@ def test_missing_engine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_onnx_artifacts_run_without_torch() -> None:
     code = """
 import sys
-import optc.cli.main, optc.cli.run, optc.cli.bench, optc.runtime.load, optc.runtime.ort_session
+import optc.cli.main, optc.cli.run, optc.cli.bench, optc.runtime.sessions.load, optc.runtime.sessions.ort
 heavy = {"torch", "transformers", "sympy"} & set(sys.modules)
 sys.exit(f"imported {heavy}" if heavy else 0)
 """
