@@ -1,7 +1,7 @@
 """run, eval and bench through the command line, over the example model run eagerly.
 
 The engine is replaced by the captured Program, so that what the commands say and print is tested by
-itself; tests/runtime/test_artifacts.py runs them over real engines.
+itself; tests/runtime/sessions/test_artifacts.py runs them over real engines.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ PROMPT = "The old man looked at the sea, and"
 LIMIT = 1e-4  # on logits of magnitude 10 to 20
 
 _BIG = [pytest.mark.slow, pytest.mark.shared]
-CASES = [  # the packages of the example model are in tests/runtime/test_artifacts.py
+CASES = [  # the packages of the example model are in tests/runtime/sessions/test_artifacts.py
     pytest.param(("fiction-3m", "onnx-cpu", None), id="3m-onnx"),
     pytest.param(("fiction-26m", "onnx-cpu", None), id="26m-onnx", marks=_BIG),
     pytest.param(("fiction-26m", "inductor-cpu", "static"), id="26m-inductor", marks=_BIG),

@@ -21,12 +21,12 @@ from optc.exporters.onnx.table import LOWERINGS
 from optc.targets.onnx_cpu import TARGET
 
 ELSEWHERE = {
-    "optc.group_query_attention.default": "tests/compiler/test_packed_ops.py",
+    "optc.group_query_attention.default": "tests/compiler/ops/packed/test_onnxruntime.py",
     "optc.group_query_attention_codes.default": "tests/export/test_onnx_kv_codes.py",
-    "optc.matmul_nbits.default": "tests/compiler/test_packed_ops.py",
-    "optc.quantize_tokens.default": "tests/compiler/test_packed_products.py",
-    "optc.matmul_integer.default": "tests/compiler/test_packed_products.py",
-    "optc.matmul_bnb4.default": "tests/compiler/test_packed_products.py",
+    "optc.matmul_nbits.default": "tests/compiler/ops/packed/test_onnxruntime.py",
+    "optc.quantize_tokens.default": "tests/compiler/ops/packed/test_onnxruntime_products.py",
+    "optc.matmul_integer.default": "tests/compiler/ops/packed/test_onnxruntime_products.py",
+    "optc.matmul_bnb4.default": "tests/compiler/ops/packed/test_onnxruntime_products.py",
     "optc.dequantize_linear.default": "tests/export/test_onnx_quantized.py",
 }
 PARAMETERS = [

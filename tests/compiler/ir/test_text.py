@@ -1,6 +1,6 @@
 """Text of Programs and differences of texts.
 
-`OPTC_UPDATE_GOLDEN=1 pytest tests/compiler/test_ir_text.py` rewrites the golden files.
+`OPTC_UPDATE_GOLDEN=1 pytest tests/compiler/ir/test_text.py` rewrites the golden files.
 """
 
 from __future__ import annotations
