@@ -115,7 +115,7 @@ def linear_sites(program: Program) -> Iterator[Linear]:
 
 def head_linear(program: Program) -> Node | None:
     """The linear whose result is the model's output, after pointwise calls at most, or None."""
-    roles = ("logits", "hidden")
+    roles = ("logits", "classes", "hidden")
     index = next((i for i, spec in enumerate(program.contract.outputs) if spec.role in roles), None)
     if index is None:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,12 +53,19 @@ class _Decoder(_Shell):
 
 
 class _Encoder(_Shell):
+    _answer: SimpleNamespace  # what the forward learns of the model: whether it calls its answer logits
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        object.__setattr__(self, "_answer", SimpleNamespace(is_logits=False))
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
         more = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         out = self._inner(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **more)
-        return out.logits if hasattr(out, "logits") else out[0]
+        self._answer.is_logits = hasattr(out, "logits")
+        return out.logits if self._answer.is_logits else out[0]
 
 
 def load_model(
@@ -228,7 +236,7 @@ def _export(model: torch.nn.Module, config: Any) -> Program:
     dims = {0: batch, 1: seq}
     i64: dict[str, Any] = {"dtype": "int64", "dims": ("batch", "seq")}
     inputs = [Input(name="input_ids", role="input_ids", **i64)]
-    shell: torch.nn.Module
+    shell: _Decoder | _Encoder
     if decoder:
         position = torch.arange(length)[None].expand(2, -1).contiguous()
         _require_positions(model)
@@ -242,7 +250,7 @@ def _export(model: torch.nn.Module, config: Any) -> Program:
             args += (torch.zeros_like(ids),)
             inputs.append(Input(name="token_type_ids", role="token_type_ids", **i64))
     exported = run_export(shell, args, tuple(dims for _ in args), where=type(model).__name__)
-    output = _output(exported, config, decoder)
+    output = _output(exported, config, shell)
     contract = Contract(
         kind="decoder" if decoder else "encoder",
         inputs=tuple(inputs),
@@ -255,11 +263,15 @@ def _export(model: torch.nn.Module, config: Any) -> Program:
     return Program(exported, contract)
 
 
-def _output(exported: torch.export.ExportedProgram, config: Any, decoder: bool) -> Output:
-    """A decoder's logits; of an encoder logits when they are as wide as the vocabulary, else hidden states."""
+def _output(exported: torch.export.ExportedProgram, config: Any, shell: _Decoder | _Encoder) -> Output:
+    """Logits over the vocabulary, logits over classes, or hidden states."""
+    if isinstance(shell, _Decoder):
+        return Output(name="logits", role="logits")
+    if not shell._answer.is_logits:
+        return Output(name="hidden", role="hidden")
     width = exported.graph.output_node().args[0][0].meta["val"].shape[-1]
-    kind: Any = "logits" if decoder or width == getattr(config, "vocab_size", None) else "hidden"
-    return Output(name=kind, role=kind)
+    vocabulary = width == getattr(config, "vocab_size", None)
+    return Output(name="logits", role="logits" if vocabulary else "classes")
 
 
 def _context(config: Any) -> int:

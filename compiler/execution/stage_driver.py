@@ -9,14 +9,14 @@ start full of garbage and blocks in shuffled order.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optc.compiler.execution.block_manager import BlockManager
-from optc.compiler.ir.contract import Input
+from optc.compiler.ir.contract import Input, OutputRole
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.retrace import Handler, Replay
 
@@ -33,12 +33,16 @@ class StageRun:
     """What a stage computed.
 
     Attributes:
-        logits: per sequence [len, V] (an encoder's hidden states: [len, C]).
+        logits: what `role` says. logits: per sequence [len, V]; hidden (of an encoder): [len, C]; classes: [len, C],
+            or [1, C] for one answer per sequence; output: each output of a plain module, whatever its shape.
         taps: per attention layer, in graph order, per sequence: the output [len, H * Dv].
+        predicts_next: whether the row of a token is about the token after it (decoders).
     """
 
     logits: list[Tensor]
     taps: list[list[Tensor]]
+    role: OutputRole = "logits"
+    predicts_next: bool = True
 
 
 def run_stage(
@@ -190,9 +194,17 @@ def _run_whole(program: Program, sequences: Sequence[Sequence[int]]) -> StageRun
     }
     taps: list[Tensor] = []
     out = _tapped(program, taps)(*(made[spec.role]() for spec in program.contract.inputs))
+    role = program.contract.outputs[0].role
     collector = _Collector(len(sequences))
-    collector.add(call, _unpadded(call), out[0], taps)
-    return collector.result()
+    collector.add(call, _unpadded(call), _by_token(out[0], role, ids.shape[1]), taps)
+    return replace(collector.result(), role=role, predicts_next=program.contract.kind == "decoder")
+
+
+def _by_token(out: Tensor, role: OutputRole, size: int) -> Tensor:
+    """An output as [B, S, ...]. One answer for a whole sequence stands at its first token, and nothing after it."""
+    if out.dim() > 2:
+        return out
+    return out[:, None] if role == "classes" else out[..., None]
 
 
 def _caches(program: Program, sizes: dict[str, int], generator: torch.Generator) -> list[Tensor]:

@@ -20,7 +20,8 @@ InputRole = Literal[
     "value_cache",
     "input",
 ]
-OutputRole = Literal["logits", "hidden", "key_cache", "value_cache", "output"]
+OutputRole = Literal["logits", "classes", "hidden", "key_cache", "value_cache", "output"]
+"""logits: over the vocabulary. classes: logits over few classes, per token or per sequence. hidden: of an encoder."""
 Kind = Literal["decoder", "encoder", "module"]
 
 

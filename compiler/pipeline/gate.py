@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from optc.compiler.diagnostics import GateError
-from optc.compiler.execution.stage_driver import StageRun, run_module, run_stage
+from optc.compiler.execution.drift import Drift
 from optc.compiler.ir.program import Program
 
 # Tolerance on logits, as a share of their largest magnitude (at least 1). A rewrite may reorder
@@ -51,106 +50,6 @@ def rounds_activations(program: Program) -> bool:
         isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in names
         for node in program.graph.nodes
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drift:
-    """Difference of a stage from the one before.
-
-    Attributes:
-        max_abs_diff: largest absolute difference of the outputs.
-        scale: largest magnitude of the outputs before.
-        kl: mean KL(before || after) in nats per token; None for programs without logits.
-        top1: share of tokens whose most likely successor is the same.
-        perplexity: after / before - 1 over the gate's own text; None on random tokens.
-        layers: per attention layer, relative L2 difference of its output.
-    """
-
-    max_abs_diff: float
-    scale: float
-    kl: float | None = None
-    top1: float | None = None
-    perplexity: float | None = None
-    layers: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probe:
-    """What the gate feeds: token sequences (ragged), or the tensors of a plain module."""
-
-    sequences: tuple[tuple[int, ...], ...] = ()
-    is_text: bool = False
-    tensors: tuple[Tensor, ...] = field(default=())
-
-
-def random_probe(vocab_size: int, seed: int = 0, longest: int = 40) -> Probe:
-    """Random token sequences of unequal length, long enough to be prefilled, chunked and decoded."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = (longest, max(2, longest // 4), max(2, longest // 2), max(2, longest // 3))
-    rows = tuple(tuple(torch.randint(0, vocab_size, (n,), generator=generator).tolist()) for n in lengths)
-    return Probe(sequences=rows)
-
-
-def text_probe(tokens: Sequence[int], longest: int = 96) -> Probe:
-    """Ragged sequences cut from encoded text, long enough to be prefilled, chunked and decoded."""
-    lengths, rows, start = (longest, longest // 4, longest // 2, longest // 3), [], 0
-    for length in lengths:
-        rows.append(tuple(tokens[start : start + length]))
-        start += length
-    return Probe(sequences=tuple(row for row in rows if row), is_text=True)
-
-
-def run_probe(program: Program, probe: Probe) -> StageRun:
-    """Run a stage on a probe; the outputs of a plain module count as logits without tokens."""
-    if probe.sequences:
-        return run_stage(program, probe.sequences)
-    return StageRun(run_module(program, probe.tensors), [])
-
-
-def _perplexity(logits: Sequence[Tensor], sequences: Sequence[Sequence[int]]) -> float:
-    losses = [
-        torch.nn.functional.cross_entropy(row[:-1].float(), torch.tensor(tokens[1:]), reduction="none")
-        for row, tokens in zip(logits, sequences, strict=True)
-        if len(tokens) > 1
-    ]
-    return math.exp(min(float(torch.cat(losses).double().mean()), 80.0))
-
-
-def _relative(before: Tensor, after: Tensor) -> float:
-    return float((after.float() - before.float()).norm() / before.float().norm().clamp(min=1e-12))
-
-
-def _layer_drift(before: StageRun, after: StageRun) -> tuple[float, ...]:
-    if len(before.taps) != len(after.taps):
-        return ()  # the pass made or removed attention operators; only the outputs can be compared
-    rows = zip(before.taps, after.taps, strict=True)
-    return tuple(_relative(torch.cat(list(old)), torch.cat(list(new))) for old, new in rows)
-
-
-def measure(before: StageRun, after: StageRun, probe: Probe) -> Drift:
-    """Compare two stages run on the same probe."""
-    old, new = (_flat(run, bool(probe.sequences)) for run in (before, after))
-    # NaN on both sides at the same place is no drift of this pass; NaN on one side is.
-    gap = torch.where(old.isnan() & new.isnan(), 0.0, (new - old).abs())
-    drift = {
-        "max_abs_diff": float(gap.nan_to_num(nan=math.inf).max()),
-        "scale": float(old.nan_to_num().abs().max()),
-    }
-    layers = _layer_drift(before, after)
-    if not probe.sequences:
-        return Drift(**drift, layers=layers)
-    log_old, log_new = old.double().log_softmax(-1), new.double().log_softmax(-1)
-    kl = float((log_old.exp() * (log_old - log_new)).sum(-1).mean())
-    top1 = float((old.argmax(-1) == new.argmax(-1)).double().mean())
-    ratio = None
-    if probe.is_text:
-        ratio = _perplexity(after.logits, probe.sequences) / _perplexity(before.logits, probe.sequences) - 1
-    return Drift(**drift, kl=kl, top1=top1, perplexity=ratio, layers=layers)
-
-
-def _flat(run: StageRun, tokens: bool) -> Tensor:
-    """All outputs of a stage: [tokens, V], or one long vector for a plain module."""
-    return torch.cat([row if tokens else row.reshape(-1) for row in run.logits]).float()
 
 
 def _worst_layer(drift: Drift, names: Sequence[str]) -> str | None:

@@ -17,13 +17,15 @@ import torch
 
 from optc.compiler.artifact.manifest import PassRecord
 from optc.compiler.diagnostics import NoMatchError, os_errors
+from optc.compiler.execution.drift import Drift, measure
+from optc.compiler.execution.probe import Probe, random_probe, run_probe
 from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.provenance import module_path
 from optc.compiler.ir.text import format_program
 from optc.compiler.ir.verification import verify_program
 from optc.compiler.pipeline import gate
-from optc.compiler.pipeline.gate import Budget, Drift, Probe
+from optc.compiler.pipeline.gate import Budget
 from optc.compiler.pipeline.quantization_summary import measured_records
 from optc.compiler.pipeline.stages import load_stage, save_stage
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
@@ -197,9 +199,9 @@ class _Run:
 
     def _gate(self, rewrite: Pass, before: Program, after: Program) -> Drift:
         if self.outputs is None:
-            self.outputs = gate.run_probe(before, self.probe)
-        outputs = gate.run_probe(after, self.probe)
-        drift = gate.measure(self.outputs, outputs, self.probe)
+            self.outputs = run_probe(before, self.probe)
+        outputs = run_probe(after, self.probe)
+        drift = measure(self.outputs, outputs, self.probe.text)
         bits = int(rewrite.options().get("bits", 0) or 0)
         budget = self.options.budget or Budget.for_bits(bits)
         gate.check(
@@ -241,7 +243,7 @@ def default_probe(program: Program, seed: int) -> Probe:
     """Random tokens for language models; the example inputs for plain modules."""
     if program.contract.kind != "module":
         model = program.contract.model
-        return gate.random_probe(model.vocab_size, seed, longest=min(40, model.context_length or 40))
+        return random_probe(model.vocab_size, seed, longest=min(40, model.context_length or 40))
     inputs = program.exported.example_inputs
     if inputs is not None:
         return Probe(tensors=tuple(inputs[0]))

@@ -21,10 +21,11 @@ from optc.compiler.calibration.sequences import DEFAULT_LENGTH, DEFAULT_SAMPLES,
 from optc.compiler.capture import capture_model, capture_module, capture_pretrained
 from optc.compiler.capture.pretrained import DTYPES
 from optc.compiler.diagnostics import TargetError, UsageError, os_errors, unknown_name
+from optc.compiler.execution.probe import Probe, text_probe
 from optc.compiler.ir.program import Program
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, config_digest, weights_digest
 from optc.compiler.model_folder.quantized import refuse_quantizing_again
-from optc.compiler.pipeline.gate import Budget, Probe, text_probe
+from optc.compiler.pipeline.gate import Budget
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions, PipelineResult, compute_dtype
 from optc.compiler.pipeline.quantization_summary import quantized_linears, summarize
 from optc.compiler.rewriting.passes import Pass, PassContext

@@ -1,0 +1,183 @@
+"""How far one run of a program is from another: on distributions, on plain tensors, on layers.
+
+Logits of a vocabulary or of classes are compared as distributions (Kullback and Leibler, 1951), everything else by
+relative error and direction. Measuring only: what may be lost is decided by the pipeline's gate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optc.compiler.execution.stage_driver import StageRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """Difference of a run from a reference run.
+
+    Attributes:
+        max_abs_diff: largest absolute difference of the outputs; infinite when only one side is NaN.
+        scale: largest magnitude of the reference's outputs.
+        relative: |after - before| / |before| (L2); of logits over a vocabulary after each token's mean is taken off,
+            as a softmax does not see it; of several outputs the worst.
+        cosine: mean cosine of the rows (tokens); of the outputs of a plain module the least.
+        kl: mean KL(before || after) in nats per row; None where the outputs are no distribution.
+        top1: share of rows whose most likely class (successor) is the same.
+        entropy: mean entropy of the reference's distribution in nats; log(classes) is a flat one.
+        classes: size of the vocabulary, or number of classes.
+        kept, flipped: lead log(p1 / p2) of the reference's most likely class over its second, for each row where
+            the most likely class stayed, and where it changed.
+        perplexity: after / before - 1; None on anything but text fed to a decoder.
+        layers: per attention layer, relative L2 difference of its output.
+    """
+
+    max_abs_diff: float
+    scale: float
+    relative: float = 0.0
+    cosine: float = 1.0
+    kl: float | None = None
+    top1: float | None = None
+    entropy: float | None = None
+    classes: int = 0
+    kept: tuple[float, ...] = ()
+    flipped: tuple[float, ...] = ()
+    perplexity: float | None = None
+    layers: tuple[float, ...] = ()
+
+    def decided(self, lead: float) -> tuple[int, float]:
+        """Rows whose most likely class leads by more than `lead`, and the share of them that kept it (1 of none)."""
+        kept = sum(value > lead for value in self.kept)
+        count = kept + sum(value > lead for value in self.flipped)
+        return count, kept / count if count else 1.0
+
+    @property
+    def flatness(self) -> float:
+        """Entropy of the reference as a share of a flat distribution's; 0 without a distribution."""
+        return self.entropy / math.log(self.classes) if self.entropy is not None and self.classes > 1 else 0.0
+
+
+def measure(before: StageRun, after: StageRun, text: Sequence[Sequence[int]] = ()) -> Drift:
+    """Compare two runs on the same inputs.
+
+    Args:
+        before: the reference.
+        text: the token sequences that were fed, where they are text; for the perplexity of decoders.
+    """
+    pairs = [
+        (_plain(old), _plain(new))
+        for old, new in zip(before.logits, after.logits, strict=True)
+        if old.numel()
+    ]
+    centred = before.role == "logits"
+    whole = before.role == "output"  # each tensor is an output of its own; else each is a sequence of rows
+    errors = [_squares(old, new, centred) for old, new in pairs]
+    cosines = [_cosines(old, new, centred, whole) for old, new in pairs]
+    classes = pairs[0][0].shape[-1] if before.role in ("logits", "classes") else 0
+    return Drift(
+        max_abs_diff=max(_largest_gap(old, new) for old, new in pairs),
+        scale=max(float(old.nan_to_num().abs().max()) for old, _ in pairs),
+        relative=max(
+            _ratio(*error) for error in (errors if whole else [tuple(map(sum, zip(*errors, strict=True)))])
+        ),
+        cosine=min(map(float, cosines)) if whole else float(torch.cat(cosines).mean()),
+        perplexity=_perplexity_change(before, after, text),
+        layers=_layer_drift(before, after),
+        **(_distribution(pairs) if classes > 1 else {}),
+    )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """As real numbers, fp32 at least, with a last axis."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return torch.atleast_1d(real if real.dtype == torch.float64 else real.float())
+
+
+def _largest_gap(old: Tensor, new: Tensor) -> float:
+    # NaN on both sides at the same place is no drift; NaN on one side is.
+    gap = torch.where(old.isnan() & new.isnan(), 0.0, (new - old).abs())
+    return float(gap.nan_to_num(nan=math.inf).max())
+
+
+def _centre(tensor: Tensor, centred: bool) -> Tensor:
+    return tensor.double() - tensor.double().mean(-1, keepdim=True) if centred else tensor.double()
+
+
+def _squares(old: Tensor, new: Tensor, centred: bool) -> tuple[float, float]:
+    """Squared norms of the difference and of the reference."""
+    reference = _centre(old, centred)
+    gap = _centre(new, centred) - reference
+    return float(gap.square().sum()), float(reference.square().sum())
+
+
+def _ratio(gap: float, reference: float) -> float:
+    if gap == 0.0:
+        return 0.0
+    return math.sqrt(gap / reference) if reference else math.inf
+
+
+def _cosines(old: Tensor, new: Tensor, centred: bool, whole: bool) -> Tensor:
+    """Cosine of each row, [rows], or of the whole tensor, []; 1 where both are zero."""
+    left, right = (_centre(side, centred) for side in (old, new))
+    if whole:
+        left, right = left.flatten(), right.flatten()
+    else:
+        left, right = left.flatten(0, -2), right.flatten(0, -2)
+    sizes = left.norm(dim=-1), right.norm(dim=-1)
+    cosine = (left * right).sum(-1) / (sizes[0] * sizes[1])
+    return torch.where((sizes[0] == 0) & (sizes[1] == 0), 1.0, cosine)
+
+
+def _distribution(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """The fields of a Drift that compare rows [..., classes] as distributions."""
+    divergences, entropies, leads, same = [], [], [], []
+    for old, new in pairs:
+        log_old, log_new = (side.flatten(0, -2).double().log_softmax(-1) for side in (old, new))
+        # 0 log 0 is 0: a class that both rule out (a logit of minus infinity) says nothing.
+        ruled_out = log_old == -math.inf
+        terms = (log_old.exp() * (log_old - log_new)).masked_fill(ruled_out, 0.0)
+        divergences.append(terms.sum(-1))
+        entropies.append(-(log_old.exp() * log_old).masked_fill(ruled_out, 0.0).sum(-1))
+        first = log_old.topk(2, -1).values
+        leads.append(first[..., 0] - first[..., 1])
+        same.append(log_old.argmax(-1) == log_new.argmax(-1))
+    lead, kept = torch.cat(leads), torch.cat(same)
+    return {
+        "kl": float(torch.cat(divergences).mean()),
+        "top1": float(kept.double().mean()),
+        "entropy": float(torch.cat(entropies).mean()),
+        "classes": pairs[0][0].shape[-1],
+        "kept": tuple(lead[kept].tolist()),
+        "flipped": tuple(lead[~kept].tolist()),
+    }
+
+
+def _perplexity_change(before: StageRun, after: StageRun, text: Sequence[Sequence[int]]) -> float | None:
+    if not text or not before.predicts_next or before.role != "logits":
+        return None
+    return _perplexity(after.logits, text) / _perplexity(before.logits, text) - 1
+
+
+def _perplexity(logits: Sequence[Tensor], sequences: Sequence[Sequence[int]]) -> float:
+    losses = [
+        torch.nn.functional.cross_entropy(row[:-1].float(), torch.tensor(tokens[1:]), reduction="none")
+        for row, tokens in zip(logits, sequences, strict=True)
+        if len(tokens) > 1
+    ]
+    return math.exp(min(float(torch.cat(losses).double().mean()), 80.0))
+
+
+def _layer_drift(before: StageRun, after: StageRun) -> tuple[float, ...]:
+    if len(before.taps) != len(after.taps):
+        return ()  # attention operators were made or removed; only the outputs can be compared
+    rows = zip(before.taps, after.taps, strict=True)
+    return tuple(_layer_error(torch.cat(list(old)), torch.cat(list(new))) for old, new in rows)
+
+
+def _layer_error(before: Tensor, after: Tensor) -> float:
+    return float((after.float() - before.float()).norm() / before.float().norm().clamp(min=1e-12))
