@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import optc.compiler.ops  # noqa: F401  (registers the dialect)
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.saved.programs import GRAPH_FILE, damaged, read_program, write_program
 from optc.compiler.ir.verification import VerificationError, verify_program
+from optc.compiler.ir.weight_table import WeightTable
 
 
 def _copy_signature(signature: ExportGraphSignature) -> ExportGraphSignature:
@@ -30,9 +31,6 @@ def _copy_signature(signature: ExportGraphSignature) -> ExportGraphSignature:
     return ExportGraphSignature(copied(signature.input_specs), copied(signature.output_specs))
 
 
-_WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-
-
 class Program:
     """A `torch.export.ExportedProgram` and its `Contract`; callable, printable, savable.
 
@@ -40,9 +38,12 @@ class Program:
     clones, graphs are not.
     """
 
-    def __init__(self, exported: ExportedProgram, contract: Contract) -> None:
+    def __init__(
+        self, exported: ExportedProgram, contract: Contract, *, weight_table: WeightTable | None = None
+    ) -> None:
         self.exported = exported
         self.contract = contract
+        self.weight_table = weight_table or WeightTable(exported)
         self._module: GraphModule | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -96,16 +97,16 @@ class Program:
 
     def with_contract(self, **changes: Any) -> Program:
         """The same graph under a contract with some fields replaced."""
-        program = Program(self.exported, msgspec.structs.replace(self.contract, **changes))
+        contract = msgspec.structs.replace(self.contract, **changes)
+        program = Program(self.exported, contract, weight_table=self.weight_table)
         program._module = self._module
         return program
 
     # -- weights ----------------------------------------------------------------------------
 
-    def weight_names(self) -> dict[str, str]:
+    def weight_names(self) -> Mapping[str, str]:
         """Placeholder name -> weight name, for parameters, buffers and lifted constants."""
-        specs = self.exported.graph_signature.input_specs
-        return {spec.arg.name: spec.target or "" for spec in specs if spec.kind in _WEIGHT_KINDS}
+        return self.weight_table.names
 
     def weight(self, name: str) -> torch.Tensor:
         """The tensor of a weight name (parameter, buffer or lifted constant)."""
@@ -118,7 +119,7 @@ class Program:
         """The weight name that a placeholder node stands for, or None."""
         if not isinstance(node, Node) or node.op != "placeholder":
             return None
-        return self.weight_names().get(node.name)
+        return self.weight_table.names.get(node.name)
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight the graph reads, once each, in placeholder order."""

@@ -8,13 +8,10 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
 from optc.compiler.compat import symbolic_dispatch
 from optc.compiler.ir.program import Program
-
-_DROPPABLE = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
 def fake_mode(program: Program) -> FakeTensorMode:
@@ -28,26 +25,12 @@ def fake_mode(program: Program) -> FakeTensorMode:
 
 
 def add_weight(program: Program, name: str, tensor: torch.Tensor) -> Node:
-    """Add a weight (as a persistent buffer) and return its placeholder.
-
-    The placeholder goes behind the last buffer, which keeps the order that torch.export demands:
-    parameters, buffers, constants, user inputs.
-    """
-    exported = program.exported
-    assert name not in exported.state_dict, f"weight {name} exists"
-    specs = exported.graph_signature.input_specs
-    placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"]
-    early = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.TOKEN)
-    index = max((i for i, spec in enumerate(specs) if spec.kind in early), default=-1) + 1
-    anchor = placeholders[index] if index < len(placeholders) else next(
-        node for node in exported.graph.nodes if node.op != "placeholder"
-    )  # fmt: skip
-    with exported.graph.inserting_before(anchor):
-        node: Node = exported.graph.placeholder("b_" + re.sub(r"\W", "_", name))
+    """Add a weight (as a persistent buffer) and return its placeholder."""
+    state = program.exported.state_dict
+    assert name not in state, f"weight {name} exists"
+    node = program.weight_table.add_buffer("b_" + re.sub(r"\W", "_", name), name)
     node.meta["val"] = fake_mode(program).from_tensor(tensor, static_shapes=True)
-    spec = InputSpec(InputKind.BUFFER, TensorArgument(node.name), name, True)
-    specs.insert(index, spec)
-    exported.state_dict[name] = tensor
+    state[name] = tensor
     return node
 
 
@@ -112,12 +95,10 @@ def drop_dead(program: Program) -> None:
     for node in program.calls(torch.ops.aten._assert_tensor_metadata.default):
         exported.graph.erase_node(node)
     exported.graph.eliminate_dead_code()
-    specs = exported.graph_signature.input_specs
-    unread = {node.name: node for node in exported.graph.nodes if node.op == "placeholder" and not node.users}
-    for spec in [spec for spec in specs if spec.kind in _DROPPABLE and spec.arg.name in unread]:
-        exported.graph.erase_node(unread[spec.arg.name])
-        specs.remove(spec)
-    kept = {spec.target for spec in specs}
+    names = program.weight_names()
+    placeholders = exported.graph.find_nodes(op="placeholder")
+    program.weight_table.drop([node for node in placeholders if node.name in names and not node.users])
+    kept = {spec.target for spec in exported.graph_signature.input_specs}
     for table in (exported.state_dict, exported.constants):
         for name in [name for name in table if name not in kept]:
             del table[name]

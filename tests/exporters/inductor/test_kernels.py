@@ -248,7 +248,7 @@ def test_library_without_the_python_dialect() -> None:
         "import sys, torch; torch.ops.load_library(sys.argv[1])\n"
         "ops = [torch.ops.optc.linear_nbits.default, torch.ops.optc.paged_attention_.default]\n"
         "before = [str(op._schema) for op in ops]\n"
-        "import optc.compiler.program\n"
+        "import optc.compiler.ir.program\n"
         "ops = [torch.ops.optc.linear_nbits.default, torch.ops.optc.paged_attention_.default]\n"
         "for op, text in zip(ops, before): print(text == str(op._schema), text)\n"
     )
