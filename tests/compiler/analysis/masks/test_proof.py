@@ -56,7 +56,7 @@ def _proofs(program: Program) -> list[ProvedMask | str]:
     prover = MaskProver(program, Storage(program.graph))
     batch, length = shape_of(program.user_inputs()[0])
     extents = {BATCH: batch, HEAD: 2, QUERY: length, KEY: length}
-    output = next(reversed(program.graph.nodes))
+    output = program.graph.output_node()
     found: list[ProvedMask | str] = []
     for node in output.args[0]:
         kind = "keep" if node.meta["val"].dtype == torch.bool else "add"
@@ -341,7 +341,7 @@ def test_queries_count_from_the_end_of_the_keys() -> None:
     prover = MaskProver(program, Storage(program.graph))
     (batch, queries), (_, keys) = (shape_of(node) for node in program.user_inputs())
     extents = {BATCH: batch, HEAD: 2, QUERY: queries, KEY: keys}
-    output = next(reversed(program.graph.nodes))
+    output = program.graph.output_node()
     bottom, top = output.args[0]
     assert prover.prove([Term(bottom, "keep", output)], extents) == ProvedMask(causal=True)
     with pytest.raises(UnprovenError, match=r"is no bound on k - q$"):
