@@ -58,6 +58,5 @@ TARGET = Target(
     legal=LEGAL,
     recipe=recipe,
     export=export_executorch,
-    needs_extra="executorch",
     takes=("max_seq_len",),
 )

@@ -60,6 +60,5 @@ TARGET = Target(
     recipe=recipe,
     export=export_inductor,
     aliases=("inductor",),
-    needs_extra="inductor",
     takes=("max_seq_len", "accuracy_level"),
 )

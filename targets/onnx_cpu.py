@@ -57,6 +57,5 @@ TARGET = Target(
     legal=LEGAL,
     recipe=_recipe,
     export=export_onnx,
-    needs_extra="onnx",
     takes=("accuracy_level",),
 )

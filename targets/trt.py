@@ -96,6 +96,5 @@ TARGET = Target(
     legal=LEGAL,
     recipe=_recipe,
     export=export_trt,
-    needs_extra="trt",
     takes=("max_seq_len", "max_batch", "arch", "trt_ops", "trt_runtime"),
 )

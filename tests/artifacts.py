@@ -68,7 +68,7 @@ def quick_artifact(
     """What `optc.compile` writes, without its gate: for tests that compare the numbers themselves."""
     found, chosen = find_target(target), CompileOptions(**options)
     for step in found.recipe(program.contract.kind, chosen):
-        program = step.rewrite.run(program, PassContext(target=found.name)).program
+        program = step.rewrite.run(program, PassContext()).program
     check_legal(program, found)
     with write_folder(folder, force=False) as directory:
         result = found.export(program, ExportRequest(directory=directory, options=chosen, source=source))

@@ -99,11 +99,6 @@ def kv_roundings(model: nn.Module) -> Iterator[tuple[str, KVRounding]]:
             yield name.removesuffix(f".{MODULE}"), module
 
 
-def plain_attention_name(name: str) -> str:
-    """The attention implementation that the model had before."""
-    return name.removeprefix(_PREFIX)
-
-
 def _rounded(attention: Callable[..., Any]) -> Callable[..., Any]:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any

@@ -24,43 +24,13 @@ from optc.training.deepspeed_zero import gather_state
 from optc.training.export import write_trained
 from optc.training.metrics import MetricsLog, StepRecord
 from optc.training.out_of_memory import out_of_memory
+from optc.training.result import SUMMARY, TrainResult
 from optc.training.saving import read_state, resume_run, save_run
 from optc.training.setup import Run, World, build_model, check_config, model_identity, prepare
 from optc.training.step import train_step
 from optc.training.train_report import write_train_report
 
-SUMMARY = "train.json"
 OnStep = Callable[[StepRecord], None]
-
-
-class TrainResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a run wrote, as OUTPUT/train.json and `optc train --json` have it.
-
-    Attributes:
-        output: the model folder.
-        run: identity of the run, kept over resumes.
-        steps: optimizer steps of the run.
-        resumed_from: step of the checkpoint that this process started from, or None.
-        first_loss, last_loss: nats per label token, of the first step and the last.
-        tokens: label tokens that were trained on.
-        seconds: sum over the steps.
-        parameters, trainable: how many.
-        config: the run's config.
-        last: the last step.
-    """
-
-    output: str
-    run: str
-    steps: int
-    resumed_from: int | None
-    first_loss: float | None
-    last_loss: float | None
-    tokens: int
-    seconds: float
-    parameters: int
-    trainable: int
-    config: dict[str, Any]
-    last: StepRecord
 
 
 def plain_config(config: TrainConfig) -> dict[str, Any]:

@@ -7,15 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 
 from optc.compiler.diagnostics import os_errors
 from optc.training.metrics import StepRecord
-
-if TYPE_CHECKING:
-    from optc.training.loop import TrainResult
+from optc.training.result import TrainResult
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 220, 64, 34
 _COLORS = ("#2563eb", "#d97706", "#059669", "#be185d")

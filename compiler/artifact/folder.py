@@ -16,7 +16,7 @@ from optc.compiler.artifact.manifest import FILE_NAME, FileEntry, Manifest, deco
 from optc.compiler.artifact.publishing import check_output, leftovers, write_folder
 from optc.compiler.diagnostics import ArtifactError, InputError, os_errors
 
-__all__ = ["check_output", "finish", "open_verified", "read_manifest", "rewrite", "verify", "write_folder"]
+__all__ = ["check_output", "finish", "read_manifest", "rewrite", "verify", "write_folder"]
 
 _MAX_MANIFEST = 64 << 20
 _REMEDY = "copy the artifact again from where it was made, or compile it again"
@@ -68,7 +68,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """Check every file of an artifact against its manifest.
+    """Check every file of an artifact against its manifest, before any engine sees one.
 
     Each listed file must be there, a plain file without other names, of the listed size and sha256;
     no other file may be there.
@@ -99,14 +99,6 @@ def verify(folder: Path) -> Manifest:
             if sha256 != entry.sha256:
                 raise _tampered(folder, path, "was changed", f"sha256 {sha256}, not {entry.sha256}")
     return manifest
-
-
-def open_verified(folder: Path) -> Manifest:
-    """The manifest of an artifact that is about to be loaded. Call it before any engine sees a file.
-
-    Raises: as `verify`.
-    """
-    return verify(folder)
 
 
 def rewrite(

@@ -55,7 +55,6 @@ class PassContext:
     """
 
     seed: int = 0
-    target: str = ""
     calibration: Calibration | None = None
     reference: Program | None = None
     progress: Callable[[int, int, str], None] | None = None

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch.fx import Node
 
 from optc.compiler.diagnostics import TargetError
@@ -137,7 +136,6 @@ class Target:
     recipe: Callable[[str, CompileOptions], list[Step]]
     export: Callable[[Program, ExportRequest], ExportResult]
     aliases: tuple[str, ...] = ()
-    needs_extra: str = ""
     takes: tuple[str, ...] = ()
     lacks: Mapping[str, str] = field(default_factory=dict)
 
@@ -296,8 +294,3 @@ def _same_elsewhere(target: Target, options: CompileOptions, others: Iterable[Ta
                 continue
             names.append(other.name)
     return [f"as asked it runs on --target {' or '.join(names)}"] if names else []
-
-
-def device_of(target: Target) -> torch.device:
-    """The torch device that the target's programs run on."""
-    return torch.device(target.device)

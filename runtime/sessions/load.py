@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from optc.compiler.artifact.folder import open_verified
+from optc.compiler.artifact.folder import verify
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.artifact.onnx_check import check_onnx
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.runtime.generation.generate import StopReason, generate
 from optc.runtime.generation.sampling import Sampling
 from optc.runtime.generation.tokenizer import TextStream, Tokenizer, eos_token_ids, load_tokenizer
-from optc.runtime.measuring.host_cpu import check_cpu
+from optc.runtime.sessions.host_cpu import check_cpu
 from optc.runtime.sessions.session import Session
 
 OnText = Callable[[int, str], None]
@@ -169,7 +169,7 @@ def load(
         TargetError: not a decoder, or this host cannot run it.
     """
     folder = Path(folder)
-    manifest = open_verified(folder)
+    manifest = verify(folder)
     session = open_session(folder, manifest, threads=threads, num_blocks=num_blocks, eager=eager)
     stop_ids = eos_token_ids(folder, manifest.contract.model.eos_token_ids)
     return Model(manifest, session, load_tokenizer(folder), stop_ids)

@@ -254,7 +254,7 @@ def _pipeline_options(
         dump_ir=settings.dump_ir,
         work_dir=settings.work_dir,
         allow_noop=settings.allow_noop,
-        context=PassContext(seed=settings.seed, target=target.name, calibration=calibration),
+        context=PassContext(seed=settings.seed, calibration=calibration),
         progress=settings.progress,
     )
 

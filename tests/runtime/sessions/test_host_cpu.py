@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from optc.compiler.diagnostics import TargetError
-from optc.runtime.measuring.host_cpu import check_cpu
+from optc.runtime.sessions.host_cpu import check_cpu
 
 NEEDS = {"x86_flags_any": ["avx512_vnni", "avx_vnni"]}
 
