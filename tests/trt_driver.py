@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import bounds
 import numpy as np
 import onnxruntime as ort
 import torch
@@ -105,10 +106,19 @@ def schedules(folder: Path, rows: Sequence[Sequence[int]]) -> dict[str, list[Ten
     return ways
 
 
-def drift(program: Program, folder: Path, rows: Sequence[Sequence[int]]) -> dict[str, list[float]]:
-    """Largest difference of ONNX Runtime's logits from a program's, per way of feeding tokens and sequence."""
-    expected = run_stage(program, rows).logits
-    return {
-        way: [float((a - b.float()).abs().max()) for a, b in zip(logits, expected, strict=True)]
-        for way, logits in schedules(folder, rows).items()
-    }
+def check(program: Program, folder: Path, rows: Sequence[Sequence[int]], *, codes: bool = False) -> None:
+    """Assert that ONNX Runtime gives a program's logits in every way of feeding tokens.
+
+    Args:
+        codes: the program rounds inputs to codes. A float32 program that does not is held to 1e-4 of its logits.
+    """
+    expected, rounding = run_stage(program, rows).logits, None
+    if expected[0].dtype is torch.float16:
+        expected, rounding = bounds.of_half(program, rows)
+    elif codes:
+        expected, rounding = bounds.of_codes(program, rows)
+    for way, logits in schedules(folder, rows).items():
+        if rounding:
+            bounds.check(logits, expected, rounding, way)
+        else:
+            assert bounds.gap(logits, expected).largest <= 1e-4, way

@@ -18,9 +18,8 @@ TEXT = (
 
 @pytest.mark.shared
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "limit"), [("fp32", 1e-3), ("fp16", 2e-2)])
-def test_fiction_26m(shared_model: Callable[[str], Path], dtype: str, limit: float, tmp_path: Path) -> None:
-    """Measured: 1.6e-5 and 1.8e-2, of logits of up to some 20."""
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_fiction_26m(shared_model: Callable[[str], Path], dtype: str, tmp_path: Path) -> None:
     folder = shared_model("fiction-26m")
     chosen = trt_driver.options(dtype=dtype, quant="rtn", max_seq_len=64)
     before, last = trt_driver.stages(capture_pretrained(folder, dtype=dtype)[0], chosen)
@@ -29,5 +28,4 @@ def test_fiction_26m(shared_model: Callable[[str], Path], dtype: str, limit: flo
     assert tokenizer is not None
     tokens = tokenizer.encode(TEXT * 3)
     rows = [tokens[:29], tokens[5:16], tokens[9:29]]
-    for way, worst in trt_driver.drift(before, tmp_path, rows).items():
-        assert max(worst) <= limit, way
+    trt_driver.check(before, tmp_path, rows)

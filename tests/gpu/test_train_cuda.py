@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CASES: dict[str, dict[str, Any]] = {
     "adamw": {},
     "lion": {"optimizer": {"name": "lion", "lr": 1e-3}},
@@ -64,7 +65,7 @@ def test_the_curve_is_that_of_the_cpu(start: tuple[Path, Path], case: str) -> No
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precision_stays_near_fp32(start: tuple[Path, Path], precision: str) -> None:
     found = curve(start, "cuda", precision=precision, scaler={"initial": 1024.0})
-    assert found == pytest.approx(curve(start, "cuda"), abs=0.05)
+    assert found == pytest.approx(curve(start, "cuda"), rel=torch.finfo(DTYPES[precision]).eps / 8)
 
 
 def test_compiled_blocks_give_the_eager_curve(start: tuple[Path, Path]) -> None:

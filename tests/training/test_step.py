@@ -19,6 +19,8 @@ from optc.training.schedule import learning_rate_share
 from optc.training.setup import Run, World, prepare
 from optc.training.step import train_step
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
@@ -87,7 +89,7 @@ def test_mixed_precision_follows_fp32(start: tuple[Path, Path], precision: str) 
     expected = curve(make(start), 5)
     run = make(start, precision=precision, scaler={"initial": 1024.0})
     found = curve(run, 5)
-    assert found == pytest.approx(expected, abs=0.05)
+    assert found == pytest.approx(expected, rel=torch.finfo(DTYPES[precision]).eps / 8)
     assert found != expected
     assert all(item.dtype == torch.float32 for item in run.model.parameters())
 

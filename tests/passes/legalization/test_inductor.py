@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import bounds
 import pytest
 import torch
 from families import make_model
@@ -133,10 +134,8 @@ def test_packed_products_in_sixteen_bits(dtype: torch.dtype) -> None:
     assert len(_sums(result.program)) == 14
     assert result.program.weight("model.layers.0.self_attn.q_proj.weight_scales").dtype.itemsize == 2
     rows = sequences(*LENGTHS)
-    expected = run_stage(before, rows).logits
-    limit = 2e-2 if dtype is torch.bfloat16 else 4e-3
-    found = run_stage(result.program, rows).logits
-    assert largest(expected, found) <= limit * max(float(row.abs().max()) for row in expected)
+    expected, rounding = bounds.of_half(before, rows)
+    bounds.check(run_stage(result.program, rows).logits, expected, rounding)
 
 
 def test_nothing_packed_when_told_so() -> None:
