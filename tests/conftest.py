@@ -1,13 +1,17 @@
-"""Fixtures: where the example model and, when present, the larger reference models are."""
+"""Threads of a run, where the example model and, when present, the larger reference models are, why tests skip."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
-# Two workers on two cores: one thread each, also in the processes that tests start.
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+# OMP_NUM_THREADS given from outside holds, in the processes that tests start too. Without it, two workers on two
+# cores take one thread each. A worker inherits what the process that started it has set: the second name tells it
+# what came from outside.
+GIVEN_THREADS = os.environ.setdefault("OPTC_TESTS_THREADS", os.environ.get("OMP_NUM_THREADS", ""))
+THREADS = int(GIVEN_THREADS.split(",")[0] or (1 if "PYTEST_XDIST_WORKER" in os.environ else 2))
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
 import psutil  # noqa: E402
 import pytest  # noqa: E402
@@ -19,8 +23,8 @@ SHARED = ROOT.parent / "shared"
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(THREADS)
-if THREADS == 1:  # engines ask for the number of cores; threads that wait for each other compute, too
-    psutil.cpu_count = lambda logical=True: 1
+# Engines ask for the number of cores; threads that wait for each other compute, too.
+psutil.cpu_count = lambda logical=True: THREADS
 
 
 def shared_path(*parts: str) -> Path:
@@ -29,6 +33,17 @@ def shared_path(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs ../shared/{'/'.join(parts)}, which stands only where the project is developed")
     return path
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print why tests were skipped: how many for each reason, the most frequent first."""
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reasons[report.longrepr[2].removeprefix("Skipped: ")] += 1  # (file, line, reason)
+    if reasons:
+        terminalreporter.section(f"{reasons.total()} skipped")
+        for reason, number in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):
+            terminalreporter.write_line(f"{number:5}  {reason}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,7 +1,7 @@
 """Runs a training in child processes that are killed at random times and resumed: prints how often, and when.
 
 Arguments: model folder, text, output folder, seed, kills. The children are forked after the imports, so that a
-run costs a fraction of a second.
+run costs a fraction of a second. Where one is done before its kill comes, on a busy machine, all begins anew.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -43,6 +44,11 @@ def steps(output: Path) -> int:
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
+def exited(pid: int) -> bool:
+    """Whether a child has ended by itself; it is still there to be waited for."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def main() -> None:
     model, text, output = (Path(item) for item in sys.argv[1:4])
     chance, kills = random.Random(int(sys.argv[4])), int(sys.argv[5])
@@ -51,12 +57,17 @@ def main() -> None:
     while len(done) < kills:
         pid = child(model, text, output)
         goal = steps(output) + chance.randint(3, 8)
-        while steps(output) < goal and os.waitpid(pid, os.WNOHANG)[0] == 0:
+        while steps(output) < goal and not exited(pid):
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.02))  # somewhere in the step or the checkpoint behind it
         os.kill(pid, signal.SIGKILL)
-        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-        done.append(steps(output))
+        status = os.waitpid(pid, 0)[1]
+        if os.WIFSIGNALED(status):
+            done.append(steps(output))
+        else:
+            assert status == 0
+            shutil.rmtree(output)
+            done.clear()
     status = os.waitpid(child(model, text, output), 0)[1]
     print(json.dumps({"killed_at": done, "status": status}))
 

@@ -58,10 +58,14 @@ def small_config(model: Path, text: Path, output: Path, **more: Any) -> TrainCon
 
 
 def torchrun(processes: int, script: Path | str, *arguments: object, timeout: float = 300) -> None:
-    """Run a script (or -m MODULE) in gloo processes of one thread each."""
+    """Run a script (or -m MODULE) in gloo processes of one thread each, or as many as the tests are told to use."""
     source = Path(__file__).resolve().parents[1] / "src"
     path = os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": os.environ.get("OPTC_TESTS_THREADS") or "1",
+    }
     command = [
         sys.executable,
         "-m",

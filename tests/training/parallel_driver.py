@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,6 @@ def curve(folder: Path, config: ParallelConfig, accumulation: int, steps: int = 
 
 def main() -> None:
     folder, output = Path(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
     start_processes(torch.device("cpu"), ParallelConfig())
     found: dict[str, Any] = {}
     for name, (config, accumulation) in (DEEPSPEED if sys.argv[3:] else MODES).items():
@@ -119,5 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

@@ -88,7 +88,6 @@ def exchanges(module: nn.Module) -> list[list[str]]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
     start_processes(torch.device("cpu"), ParallelConfig())
     rank, size = dist.get_rank(), dist.get_world_size()
     report: dict[str, Any] = {"exchanges": {}}
