@@ -11,11 +11,11 @@ present shared, argmax. Its graph is the artifact's.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from common import interleave, random_llama, ratio, record
@@ -136,10 +136,10 @@ def main() -> None:
         }
         parameters = random_llama(folder, **shape)
         # Random weights say nothing about quality, so the gate's budget for lossy passes is open.
-        budget: Any = optc.CompileSettings(budget=open_budget(), pass_options=("quantize-rtn.head=true",))
         compiled = optc.compile(
-            folder, target="onnx-cpu", quant="rtn", bits=4, group_size=128, output=artifact, settings=budget
-        )
+            folder, target="onnx-cpu", quant="rtn", bits=4, group_size=128, output=artifact,
+            max_kl=math.inf, min_top1=0.0, max_perplexity_increase=math.inf, pass_option="quantize-rtn.head=true",
+        )  # fmt: skip
         prompt = np.random.default_rng(0).integers(3, shape["vocab"], PROMPT).tolist()
         contenders = {
             "optc": optc_contender(artifact, prompt),
@@ -160,13 +160,6 @@ def main() -> None:
         "bandwidth_limit_tokens_per_s": read_bandwidth(arguments.threads) / compiled.manifest.weight_bytes,
     }
     record("cpu_decode", result, arguments.threads)
-
-
-def open_budget() -> Any:
-    """A gate budget without limits."""
-    from optc.compiler.pipeline.gate import Budget
-
-    return Budget()
 
 
 if __name__ == "__main__":

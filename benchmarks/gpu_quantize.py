@@ -114,10 +114,10 @@ def main() -> None:
     from optc.compiler.analysis.linears import head_linear, linear_sites
     from optc.compiler.calibration.sequences import random_calibration
     from optc.compiler.rewriting.passes import PassContext
-    from optc.compiler.target.target import CompileOptions
+    from optc.compiler.target.options import QuantRequest
     from optc.passes.quantization.arithmetic import calibrated, scale_pass
     from optc.passes.quantization.arithmetic.stream import Stream
-    from optc.targets.methods import quantization_steps, resolve
+    from optc.targets.methods import choose_quantization, quantization_steps
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clock = Clock()
@@ -127,7 +127,7 @@ def main() -> None:
     context = PassContext(calibration=tokens)
     Stream.advance = clock.timed("forward", Stream.advance)  # type: ignore[method-assign]
     calibrated.gram_matrix = clock.timed("Gram matrices", calibrated.gram_matrix)  # type: ignore[attr-defined]
-    steps = quantization_steps(resolve(CompileOptions(quant=arguments.method, group_size=128)))
+    steps = quantization_steps(choose_quantization(QuantRequest(quant=arguments.method, group_size=128)))
     for step in steps:
         kind = type(step.rewrite)
         for name, label in (("round_group", "rounding"), ("choose", "scale search with its Gram matrices")):

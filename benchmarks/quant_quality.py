@@ -98,11 +98,11 @@ class Quality:
 def quantized(program: Any, row: Row, calibration: Any, seed: int) -> tuple[Any, float, list[Any]]:
     """(the program after the method's passes, seconds, the linears' records of the last rounding)."""
     from optc.compiler.rewriting.passes import PassContext
-    from optc.compiler.target.target import CompileOptions
-    from optc.targets.methods import quantization_steps, resolve
+    from optc.compiler.target.options import QuantRequest
+    from optc.targets.methods import choose_quantization, quantization_steps
 
     fixed = row.method in ("int8", "smoothquant", "llm-int8", "fp8", "nf4")
-    options = CompileOptions(
+    asked = QuantRequest(
         quant=row.method,
         bits=None if fixed else row.bits,
         group_size=None if fixed else row.group_size,
@@ -111,7 +111,7 @@ def quantized(program: Any, row: Row, calibration: Any, seed: int) -> tuple[Any,
     begin = time.perf_counter()
     context = PassContext(seed=seed, calibration=calibration, reference=program)
     linears: list[Any] = []
-    for step in quantization_steps(resolve(options)):
+    for step in quantization_steps(choose_quantization(asked)):
         result = step.rewrite.run(program, context)
         program = result.program
         linears += result.linears

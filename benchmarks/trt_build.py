@@ -24,10 +24,12 @@ from common import record
 from optc.compiler.capture import capture_model
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import PassContext
-from optc.compiler.target.target import CompileOptions, ExportRequest
+from optc.compiler.target.options import CompileOptions
+from optc.compiler.target.target import ExportRequest
 from optc.exporters.trt.builders import Choice
 from optc.exporters.trt.export import build_plan
-from optc.targets.methods import resolve
+from optc.request import from_python
+from optc.resolving import resolve
 from optc.targets.trt import TARGET
 
 GIB = 1 << 30
@@ -65,7 +67,7 @@ def write_folder(shape: dict[str, int], options: CompileOptions, folder: Path) -
     )  # tied: once
     for step in TARGET.recipe("decoder", options):
         program = step.rewrite.run(program, PassContext()).program
-    result = TARGET.export(program, ExportRequest(directory=folder, options=options))
+    result = TARGET.export(program, ExportRequest(directory=folder, options=options.own))
     return {
         "parameters": parameters,
         "seconds": round(time.perf_counter() - begin, 1),
@@ -84,9 +86,10 @@ def main() -> None:
     given = parser.parse_args()
     shape = {name: getattr(given, name) for name in MODEL}
     quant = None if given.quant == "none" else given.quant
-    options = resolve(
-        CompileOptions(dtype="fp16", quant=quant, max_seq_len=given.max_seq_len, trt_runtime="none")
+    request = from_python(
+        TARGET.name, dtype="fp16", quant=quant, max_seq_len=given.max_seq_len, trt_runtime="none"
     )
+    options = resolve(request).options
     folder = Path(tempfile.mkdtemp(prefix="trt-build-"))
     try:
         written = write_folder(shape, options, folder)

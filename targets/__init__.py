@@ -1,5 +1,5 @@
 """One file per target."""
 
-from optc.targets.registry import TARGETS, find_target
+from optc.targets.registry import find_target
 
-__all__ = ["TARGETS", "find_target"]
+__all__ = ["find_target"]

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.target.target import CompileOptions, QuantSupport, Step, Target
+from optc.compiler.target.options import CompileOptions
+from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.executorch import LEGAL, export_executorch, require_executorch
+from optc.exporters.executorch.options import ExecutorchOptions
 from optc.passes.fusion.attention import FuseAttention
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.static import StaticKVCache
 from optc.passes.legalization.executorch import LegalizeExecutorch
 from optc.passes.legalization.xnnpack import PackXnnpack
-from optc.targets.methods import METHODS, WEIGHT_ONLY, quantization_steps
+from optc.targets.methods import WEIGHT_ONLY, quantization_steps
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
     """Whole attention, rotary embeddings and norms, [quantize], then caches and legalization, [XNNPACK's products].
 
     Raises:
-        TargetError: not a decoder, or ExecuTorch is not installed.
+        TargetError: not a decoder.
     """
-    require_executorch()
     if kind != "decoder":
         raise TargetError(
             f"target 'executorch' takes decoders, not a model of kind '{kind}'",
@@ -30,12 +31,13 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
         Step(FuseAttention(), optional=True),
         Step(FuseRotary(), optional=True),
         Step(FuseNorm(), optional=True),
-        *quantization_steps(options),
+        *quantization_steps(options.quantization),
         Step(StaticKVCache(in_place=True)),
         Step(LegalizeExecutorch(), optional=True),
     ]
-    if options.quant is not None:
-        steps.append(Step(PackXnnpack(bits=options.bits_or(METHODS[options.quant].bits))))
+    if options.quantization is not None:
+        assert options.quantization.bits is not None  # no method here chooses them itself
+        steps.append(Step(PackXnnpack(bits=options.quantization.bits)))
     return steps
 
 
@@ -58,5 +60,6 @@ TARGET = Target(
     legal=LEGAL,
     recipe=recipe,
     export=export_executorch,
-    takes=("max_seq_len",),
+    options=ExecutorchOptions,
+    check_machine=lambda options: require_executorch(),
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from optc.compiler.target.target import CompileOptions, QuantSupport, Step, Target
+from optc.compiler.target.options import CompileOptions
+from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.inductor import LEGAL, export_inductor
+from optc.exporters.inductor.options import InductorOptions
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.kv_cache.paged import PageKVCache
@@ -25,14 +27,18 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
     the gate sees what it costs; below 4 they are left as they are.
     """
     steps: list[Step] = []
-    if options.quant is not None:
-        steps += [Step(FuseNorm(), optional=True), *quantization_steps(options), *stored_scales(options)]
+    if options.quantization is not None:
+        steps += [
+            Step(FuseNorm(), optional=True),
+            *quantization_steps(options.quantization),
+            *stored_scales(options),
+        ]
     if kind == "decoder":
         steps.append(Step(PageKVCache() if options.kv_cache == "paged" else StaticKVCache(in_place=True)))
-        if options.quant is not None:
+        if options.quantization is not None:
             steps.append(Step(MergeProjections(), optional=True))
     steps.append(Step(LegalizeInductor(), optional=True))
-    if options.accuracy_level in (None, FAST):  # a model folder may hold quantized weights
+    if options.of(InductorOptions).accuracy_level == FAST:  # a model folder may hold quantized weights
         steps.append(Step(RoundActivations(), optional=True))
     return steps
 
@@ -60,5 +66,5 @@ TARGET = Target(
     recipe=recipe,
     export=export_inductor,
     aliases=("inductor",),
-    takes=("max_seq_len", "accuracy_level"),
+    options=InductorOptions,
 )

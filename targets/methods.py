@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from optc.compiler.diagnostics import UsageError, unknown_name
 from optc.compiler.formats.integer import BITS
 from optc.compiler.rewriting.passes import Pass
-from optc.compiler.target.target import CompileOptions, Step
+from optc.compiler.target.options import CompileOptions, Quantization, QuantRequest
+from optc.compiler.target.target import Step
 from optc.passes.quantization.activations import QuantizeActivations
 from optc.passes.quantization.auto import QuantizeAuto
 from optc.passes.quantization.clip import QuantizeClip
@@ -42,58 +42,65 @@ class Method:
     """
 
     summary: str
-    passes: Callable[[CompileOptions], list[Pass]]
+    passes: Callable[[Quantization], list[Pass]]
     bits: int = 4
     fixed: bool = False
     own_bits: bool = False
     group_size: int | None = None
 
+    @property
+    def own_group_size(self) -> int | None:
+        """Group size of a fixed method: a row in 8 bits, else its own."""
+        return 0 if self.bits == 8 else self.group_size
 
-def _common(options: CompileOptions) -> dict[str, Any]:
+
+def _common(chosen: Quantization) -> dict[str, Any]:
     """What the integer quantizers have in common."""
     return {
-        "bits": options.bits_or(4), "group_size": options.group_size, "symmetric": options.symmetric,
-        "ignore": options.ignore,
+        "bits": chosen.bits, "group_size": chosen.group_size, "symmetric": chosen.symmetric, "ignore": chosen.ignore,
     }  # fmt: skip
 
 
-def _rtn(options: CompileOptions) -> list[Pass]:
-    return [QuantizeRtn(**_common(options))]
+def _rtn(chosen: Quantization) -> list[Pass]:
+    return [QuantizeRtn(**_common(chosen))]
 
 
-def _gptq(options: CompileOptions) -> list[Pass]:
-    return [QuantizeGptq(**_common(options))]
+def _gptq(chosen: Quantization) -> list[Pass]:
+    return [QuantizeGptq(**_common(chosen))]
 
 
-def _awq(options: CompileOptions) -> list[Pass]:
-    return [ScaleAwq(**_common(options)), QuantizeClip(**_common(options))]
+def _awq(chosen: Quantization) -> list[Pass]:
+    return [ScaleAwq(**_common(chosen)), QuantizeClip(**_common(chosen))]
 
 
-def _awq_gptq(options: CompileOptions) -> list[Pass]:
-    return [ScaleAwq(**_common(options)), QuantizeGptq(**_common(options))]
+def _awq_gptq(chosen: Quantization) -> list[Pass]:
+    return [ScaleAwq(**_common(chosen)), QuantizeGptq(**_common(chosen))]
 
 
-def _best(options: CompileOptions) -> list[Pass]:
-    return [QuantizeGptq(**_common(options), sweeps=4, follow=0.5), TuneScales()]
+def _best(chosen: Quantization) -> list[Pass]:
+    return [QuantizeGptq(**_common(chosen), sweeps=4, follow=0.5), TuneScales()]
 
 
-def _auto(options: CompileOptions) -> list[Pass]:
-    average: dict[str, Any] = {} if options.average_bits is None else {"average_bits": options.average_bits}
-    return [QuantizeAuto(group_size=options.group_size, symmetric=options.symmetric, ignore=options.ignore,
-                         choices=options.bit_choices or BITS, **average)]  # fmt: skip
-
-
-def _smoothquant(options: CompileOptions) -> list[Pass]:
+def _auto(chosen: Quantization) -> list[Pass]:
+    average: dict[str, Any] = {} if chosen.average_bits is None else {"average_bits": chosen.average_bits}
     return [
-        ScaleSmoothQuant(ignore=options.ignore),
-        RotateInputs(ignore=options.ignore),
-        QuantizeGptq(**_common(options)),
+        QuantizeAuto(
+            group_size=chosen.group_size, symmetric=chosen.symmetric, ignore=chosen.ignore, **average
+        )
+    ]
+
+
+def _smoothquant(chosen: Quantization) -> list[Pass]:
+    return [
+        ScaleSmoothQuant(ignore=chosen.ignore),
+        RotateInputs(ignore=chosen.ignore),
+        QuantizeGptq(**_common(chosen)),
         QuantizeActivations(format="int8"),
     ]
 
 
-def _nvfp4(options: CompileOptions) -> list[Pass]:
-    return [QuantizeNvfp4(ignore=options.ignore), QuantizeInputs(format="nvfp4")]
+def _nvfp4(chosen: Quantization) -> list[Pass]:
+    return [QuantizeNvfp4(ignore=chosen.ignore), QuantizeInputs(format="nvfp4")]
 
 
 METHODS: dict[str, Method] = {
@@ -106,12 +113,12 @@ METHODS: dict[str, Method] = {
     "int8": Method("8-bit weights, one scale per output channel", _rtn, bits=8, fixed=True),
     "smoothquant": Method("W8A8: SmoothQuant's scales, rotations where they pay, 8-bit weights by GPTQ and inputs", _smoothquant,
                           bits=8, fixed=True),
-    "llm-int8": Method("W8A8 with outlier columns in full precision", lambda options: [QuantizeLlmInt8(ignore=options.ignore)],
+    "llm-int8": Method("W8A8 with outlier columns in full precision", lambda chosen: [QuantizeLlmInt8(ignore=chosen.ignore)],
                        bits=8, fixed=True),
-    "fp8": Method("E4M3 weights per channel and inputs per token", lambda options: [
-        QuantizeFp8(ignore=options.ignore), QuantizeActivations(format="fp8")], bits=8, fixed=True),
-    "nf4": Method("4-bit NormalFloat, blocks of 64, scales in 8 bits", lambda options: [
-        QuantizeNf4(ignore=options.ignore, double_quant=True)], bits=4, fixed=True),
+    "fp8": Method("E4M3 weights per channel and inputs per token", lambda chosen: [
+        QuantizeFp8(ignore=chosen.ignore), QuantizeActivations(format="fp8")], bits=8, fixed=True),
+    "nf4": Method("4-bit NormalFloat, blocks of 64, scales in 8 bits", lambda chosen: [
+        QuantizeNf4(ignore=chosen.ignore, double_quant=True)], bits=4, fixed=True),
     "nvfp4": Method("4-bit floats in blocks of 16 with E4M3 scales, weights and inputs; scales of inputs calibrated", _nvfp4,
                     bits=4, fixed=True, group_size=16),
 }  # fmt: skip
@@ -123,49 +130,63 @@ WEIGHT_ONLY = ("rtn", "gptq", "awq", "awq+gptq", "best")
 """Methods that end in plain integer weights of any supported bits and group size."""
 
 
-def resolve(options: CompileOptions) -> CompileOptions:
-    """Options with the bits and group size that the method stands for.
+def choose_quantization(asked: QuantRequest) -> Quantization | None:
+    """The quantization that was asked for, with the bits and group size that its method stands for; None without one.
 
     Raises:
-        UsageError: unknown method, or bits or a group size for a method that has its own.
+        UsageError: unknown method, bits or a group size for a method that has its own, options without a method.
     """
-    if options.quant is None:
-        return options
-    if options.quant not in METHODS:
-        raise unknown_name("quantization", options.quant, METHODS)
-    method = METHODS[options.quant]
-    if options.average_bits is not None and not method.own_bits:
+    if asked.quant is None:
+        return None
+    if asked.quant not in METHODS:
+        raise unknown_name("quantization", asked.quant, METHODS)
+    method = METHODS[asked.quant]
+    if asked.average_bits is not None and not method.own_bits:
         raise UsageError("--average-bits is for --quant auto", remedy="use --bits, or --quant auto")
-    if method.own_bits and options.bits is not None:
-        raise UsageError(f"--quant {options.quant} chooses the bits itself", remedy="use --average-bits")
-    if not method.fixed:
-        return options if method.own_bits else dataclasses.replace(options, bits=options.bits_or(method.bits))
-    own = {"bits": method.bits, "group-size": 0 if method.bits == 8 else method.group_size}
-    for name, value in (("bits", options.bits), ("group-size", options.group_size)):
-        if value not in (None, own[name]):
+    if method.own_bits and asked.bits is not None:
+        raise UsageError(f"--quant {asked.quant} chooses the bits itself", remedy="use --average-bits")
+    if method.fixed:
+        _check_fixed(asked, method)
+    bits = None if method.own_bits else method.bits if asked.bits is None else asked.bits
+    return Quantization(
+        method=asked.quant, bits=bits, average_bits=asked.average_bits,
+        group_size=method.own_group_size if method.fixed else asked.group_size,
+        symmetric=asked.symmetric is not False, ignore=asked.ignore,
+    )  # fmt: skip
+
+
+def _check_fixed(asked: QuantRequest, method: Method) -> None:
+    """Refuse bits and a group size that are not the method's own."""
+    own = (("bits", asked.bits, method.bits), ("group-size", asked.group_size, method.own_group_size))
+    for name, value, fixed in own:
+        if value not in (None, fixed):
             raise UsageError(
-                f"--quant {options.quant} takes no --{name} {value}",
+                f"--quant {asked.quant} takes no --{name} {value}",
                 why=method.summary,
                 remedy=f"leave --{name} out",
             )
-    return dataclasses.replace(options, bits=method.bits, group_size=own["group-size"])
 
 
-def quantization_steps(options: CompileOptions, *, rotations: bool = True) -> list[Step]:
+def quantization_steps(
+    chosen: Quantization | None, *, rotations: bool = True, choices: Sequence[int] = BITS
+) -> list[Step]:
     """The steps of the chosen method, none without one. Scale passes may find nothing to fold.
 
     Args:
         rotations: whether the target can run operators in front of a linear that the model did not have.
+        choices: the bits that a method may choose from which chooses them itself.
     """
-    if options.quant is None:
+    if chosen is None:
         return []
-    passes = METHODS[options.quant].passes(options)
+    passes = METHODS[chosen.method].passes(chosen)
     passes = [item for item in passes if rotations or not isinstance(item, RotateInputs)]
+    passes = [
+        replace(item, choices=tuple(choices)) if isinstance(item, QuantizeAuto) else item for item in passes
+    ]
     return [Step(item, optional=not item.lossy) for item in passes]
 
 
 def stored_scales(options: CompileOptions) -> list[Step]:
     """A step that makes scales fit 16 bits, for methods whose own do not yet; an exporter then stores them so."""
-    if options.quant not in _WIDE_SCALES or options.dtype not in (None, "fp32"):
-        return []
-    return [Step(RoundScales(strict=False), optional=True)]
+    wide = options.quantization is not None and options.quantization.method in _WIDE_SCALES
+    return [Step(RoundScales(strict=False), optional=True)] if wide and options.dtype == "fp32" else []

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Annotated
 
-from optc.compiler.target.target import CompileOptions, QuantSupport, Step, Target
+from msgspec import Meta
+
+from optc.compiler.target.options import CompileOptions, TargetOptions
+from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.onnx import LEGAL, export_onnx
 from optc.passes.fusion.attention import FuseAttention
 from optc.passes.fusion.norm import FuseNorm
@@ -15,8 +18,14 @@ from optc.passes.kv_cache.static import StaticKVCache
 from optc.passes.legalization.ort import LegalizeOrt
 from optc.targets.methods import WEIGHT_ONLY, quantization_steps, stored_scales
 
-FAST = 4
-"""MatMulNBits' accuracy level that rounds activations to int8."""
+
+class OnnxOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of the target onnx-cpu."""
+
+    accuracy_level: Annotated[
+        int,
+        Meta(ge=0, le=4, description="Quantized kernels: 4 rounds activations to int8 (fast), 0 does not."),
+    ] = 4
 
 
 def _recipe(kind: str, options: CompileOptions) -> list[Step]:
@@ -25,14 +34,14 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
         Step(FuseRotary(), optional=True),
         Step(FuseNorm(), optional=True),
     ]
-    steps += quantization_steps(dataclasses.replace(options, bit_choices=(2, 4, 8)))
+    steps += quantization_steps(options.quantization, choices=(2, 4, 8))
     steps += stored_scales(options)
     if kind == "decoder":
         # Of a model whose keys and values are rounded (a folder with a kv_cache_scheme) the caches hold the codes.
         steps += [Step(StaticKVCache()), Step(StoreKVCodes(), optional=True, when=rounds_keys_and_values)]
     if kind == "decoder":
         steps.append(Step(MergeProjections(), optional=True))
-    level = FAST if options.accuracy_level is None else options.accuracy_level
+    level = options.of(OnnxOptions).accuracy_level
     return [*steps, Step(LegalizeOrt(accuracy_level=level), optional=True)]
 
 
@@ -57,5 +66,5 @@ TARGET = Target(
     legal=LEGAL,
     recipe=_recipe,
     export=export_onnx,
-    takes=("accuracy_level",),
+    options=OnnxOptions,
 )

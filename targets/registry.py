@@ -1,58 +1,113 @@
-"""The targets by name and alias. A target module is imported when it is asked for."""
+"""The targets by name and alias: every module of this package that has one, and those of other packages.
+
+Another package adds a target by an entry point of the group `optc.targets`, whose value is a `Target` or a module
+with one as its `TARGET`. A target module is imported when it is asked for.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
+import pkgutil
 from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
 
-from optc.compiler.diagnostics import unknown_name
+import optc.targets
+from optc.compiler.diagnostics import TargetError, UsageError, unknown_name
 from optc.compiler.target.target import Target
 
-TARGETS = {
-    "onnx-cpu": "optc.targets.onnx_cpu",
-    "inductor-cpu": "optc.targets.inductor_cpu",
-    "executorch": "optc.targets.executorch",
-    "vllm": "optc.targets.vllm",
-    "trtllm": "optc.targets.trtllm",
-    "trt": "optc.targets.trt",
-}
-ALIASES = {
-    "edge": "onnx-cpu",
-    "onnx": "onnx-cpu",
-    "inductor": "inductor-cpu",
-    "pte": "executorch",
-    "sglang": "vllm",
-    "transformers": "vllm",
-    "tensorrt-llm": "trtllm",
-    "tensorrt": "trt",
-    "rtx": "trt",
-}
+ENTRY_POINTS = "optc.targets"
 
 
 def find_target(name: str) -> Target:
     """The target of this name or alias; hyphen and underscore are the same.
 
     Raises:
-        UsageError: unknown, with the nearest name.
+        UsageError: unknown, with the nearest name; or two targets have one name.
+        TargetError: a package that it needs is not installed.
     """
     plain = name.replace("_", "-")
-    plain = ALIASES.get(plain, plain)
-    if plain not in TARGETS:
-        raise unknown_name("target", name, [*TARGETS, *ALIASES])
-    target = importlib.import_module(TARGETS[plain]).TARGET
-    assert isinstance(target, Target)
-    return target
+    module = f"optc.targets.{plain.replace('-', '_')}"
+    if plain.replace("-", "_").isidentifier() and importlib.util.find_spec(module) is not None:
+        found = _in_module(module, needed=True)  # named like its file: the others are not imported
+        if found is not None:
+            return found
+    known = targets()
+    if plain not in known:
+        raise unknown_name("target", name, known)
+    return known[plain]
+
+
+@functools.cache
+def targets() -> dict[str, Target]:
+    """Every target whose packages are installed, by name and by alias.
+
+    Raises:
+        UsageError: a registered target cannot be imported, or two have one name.
+    """
+    found: dict[str, Target] = {}
+    for target in (*_own(), *_registered()):
+        for name in (target.name, *target.aliases):
+            other = found.setdefault(name, target)
+            if other is not target:
+                raise UsageError(
+                    f"two targets are named '{name}'",
+                    where=f"{other.export.__module__} and {target.export.__module__}",
+                    remedy="rename one, or uninstall the package that it comes from",
+                )
+    return found
 
 
 def all_targets() -> Iterator[Target]:
-    """Every target, in registry order."""
-    return (find_target(name) for name in TARGETS)
+    """Every target whose packages are installed, once, by name."""
+    return (target for name, target in sorted(targets().items()) if name == target.name)
 
 
-def installed_targets() -> Iterator[Target]:
-    """The targets whose packages are installed."""
-    for name in TARGETS:
+def _own() -> Iterator[Target]:
+    for info in pkgutil.iter_modules(optc.targets.__path__, "optc.targets."):
+        found = _in_module(info.name) if info.name != __name__ else None
+        if found is not None:
+            yield found
+
+
+def _in_module(module: str, *, needed: bool = False) -> Target | None:
+    """The target of a module; None where it has none, or a package of others that it imports is missing.
+
+    Raises:
+        TargetError: such a package is missing, and the target is `needed`.
+    """
+    try:
+        found = getattr(importlib.import_module(module), "TARGET", None)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "optc":
+            raise
+        if not needed:
+            return None
+        raise TargetError(
+            f"the target of {module} needs the package '{error.name}', which is not installed",
+            remedy='install it, by an extra of optc: pip install "optc[onnx]", "optc[trt]", ...',
+        ) from error
+    return found if isinstance(found, Target) else None
+
+
+def _registered() -> Iterator[Target]:
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
         try:
-            yield find_target(name)
-        except ModuleNotFoundError:
-            continue
+            loaded: Any = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise UsageError(
+                f"the target '{entry.name}' of another package cannot be imported",
+                where=entry.value,
+                why=str(error),
+                remedy="repair or uninstall the package",
+            ) from error
+        target = getattr(loaded, "TARGET", loaded)
+        if not isinstance(target, Target):
+            raise UsageError(
+                f"the entry point '{entry.name}' is neither a target nor a module with a TARGET",
+                where=entry.value,
+                remedy="repair or uninstall the package that registers it",
+            )
+        yield target

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.target.target import CompileOptions, QuantSupport, Step, Target
-from optc.exporters.trt import LEGAL, Choice, choose, export_trt
+from optc.compiler.target.options import CompileOptions
+from optc.compiler.target.target import QuantSupport, Step, Target
+from optc.exporters.trt import LEGAL, TrtOptions, choose, export_trt
 from optc.passes.fusion.attention import FuseAttention
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.rotary import FuseRotary
@@ -25,15 +26,14 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
         raise TargetError(
             f"the target trt takes decoders, not a model of kind '{kind}'", remedy="choose --target onnx-cpu"
         )
-    _check(options, choose(options))
-    steps = quantization_steps(dataclasses.replace(options, bit_choices=(4, 8)))
+    steps = quantization_steps(options.quantization, choices=(4, 8))
     return [
         Step(FuseAttention(), optional=True),
         Step(FuseRotary(), optional=True),
         Step(FuseNorm(), optional=True),
         *(_static(step) for step in steps),
         *stored_scales(options),
-        Step(FixedKVCache(capacity=options.max_seq_len)),
+        Step(FixedKVCache(capacity=options.of(TrtOptions).max_seq_len)),
         Step(LegalizeTrt()),
     ]
 
@@ -45,24 +45,24 @@ def _static(step: Step) -> Step:
     return step
 
 
-def _check(options: CompileOptions, choice: Choice) -> None:
-    """What depends on the op set and the architectures.
+def _check(options: CompileOptions) -> None:
+    """What depends on the builder that this machine has, on the op set and the architectures.
 
     Raises:
         TargetError: names what would do.
     """
-    if options.max_batch is not None and options.max_batch < 1:
-        raise TargetError(f"--max-batch {options.max_batch} is out of range", remedy="use 1 or more")
+    choice = choose(options.of(TrtOptions))
+    method = None if options.quantization is None else options.quantization.method
     if choice.ops == "basic" and options.dtype == "bf16":
         raise TargetError("the op set 'basic' does not take dtype bf16", remedy="it takes: fp16, fp32")
-    if choice.ops == "basic" and options.quant not in (None, *_BASIC_QUANT):
+    if choice.ops == "basic" and method not in (None, *_BASIC_QUANT):
         raise TargetError(
-            f"the op set 'basic' does not take quantization '{options.quant}'",
+            f"the op set 'basic' does not take quantization '{method}'",
             why="TensorRT before 10 has no 4-bit weights, and multiplies 8-bit ones with 8-bit inputs only",
             remedy=f"nearest here: --quant {_BASIC_QUANT[0]}; or --trt-ops fused, for TensorRT 10.15 and RTX",
         )
     old = [name for name in choice.architectures or ("portable",) if name not in _FP8_ARCHITECTURES]
-    if options.quant == "fp8" and choice.runtime == "rtx" and old:
+    if method == "fp8" and choice.runtime == "rtx" and old:
         raise TargetError(
             f"fp8 does not run on {', '.join(old)}",
             why="GPUs have it from compute capability 8.9 on",
@@ -96,5 +96,6 @@ TARGET = Target(
     legal=LEGAL,
     recipe=_recipe,
     export=export_trt,
-    takes=("max_seq_len", "max_batch", "arch", "trt_ops", "trt_runtime"),
+    options=TrtOptions,
+    check_machine=_check,
 )

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from optc.compiler.diagnostics import UsageError
-from optc.compiler.target.target import CompileOptions, QuantSupport, Step, Target
-from optc.exporters.hf import export_trtllm
+from optc.compiler.target.options import CompileOptions
+from optc.compiler.target.target import QuantSupport, Step, Target
+from optc.exporters.hf import ServeOptions, export_trtllm
 from optc.exporters.hf.modelopt import GROUP_SIZES
-from optc.exporters.hf.serving import check_serving
 from optc.passes.kv_cache.quantize import QuantizeKVCache
 from optc.passes.quantization.fp8 import QuantizeFp8
 from optc.passes.quantization.inputs import QuantizeInputs
 from optc.targets.every_operator import EveryOperator
 from optc.targets.methods import WEIGHT_ONLY, quantization_steps
-
-_CACHE_TYPES = ("auto", "fp8")
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
@@ -22,17 +19,14 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
     fp8 has one scale per weight, shared by linears of one input, and a calibrated one per input: what TensorRT-LLM
     computes with. It would rescale q, k and v with scales of their own to the largest of them when it loads them.
     """
-    check_serving(options)
-    cache = options.kv_cache_dtype
-    if cache is not None and cache not in _CACHE_TYPES:
-        raise UsageError(f"unknown type of KV cache '{cache}'", remedy=f"use {' or '.join(_CACHE_TYPES)}")
-    steps = quantization_steps(options)
-    if options.quant == "fp8":
+    chosen = options.quantization
+    steps = quantization_steps(chosen)
+    if chosen is not None and chosen.method == "fp8":
         steps = [
-            Step(QuantizeFp8(granularity="input", ignore=options.ignore)),
+            Step(QuantizeFp8(granularity="input", ignore=chosen.ignore)),
             Step(QuantizeInputs(format="fp8")),
         ]
-    if cache == "fp8":
+    if options.of(ServeOptions).kv_cache_dtype == "fp8":
         steps.append(Step(QuantizeKVCache(format="fp8", granularity="layer")))
     return steps
 
@@ -65,7 +59,7 @@ TARGET = Target(
     legal=EveryOperator(),
     recipe=recipe,
     export=export_trtllm,
-    takes=("max_seq_len", "kv_cache_dtype", "max_batch", "max_num_tokens", "speculative", "draft_tokens"),
+    options=ServeOptions,
     lacks={
         "smoothquant": _INTEGERS_ONLY_AS_WEIGHTS,
         "llm-int8": _INTEGERS_ONLY_AS_WEIGHTS,

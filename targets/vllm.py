@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from optc.compiler.diagnostics import TargetError, unknown_name
-from optc.compiler.target.target import CompileOptions, QuantSupport, Step, Target
-from optc.exporters.hf import LAYOUTS, export_hf
+from optc.compiler.diagnostics import TargetError
+from optc.compiler.target.options import CompileOptions
+from optc.compiler.target.target import QuantSupport, Step, Target
+from optc.exporters.hf import LAYOUTS, FolderOptions, export_hf
 from optc.passes.quantization.round_scales import RoundScales
 from optc.targets.every_operator import EveryOperator
 from optc.targets.methods import METHODS, quantization_steps
@@ -17,20 +18,19 @@ _NOTE = "; ".join(f"{name}: {', '.join(map(str, bits))} bits" for name, bits in 
 
 
 def _recipe(kind: str, options: CompileOptions) -> list[Step]:
-    layout = options.layout or LAYOUTS[0]
-    if layout not in LAYOUTS:
-        raise unknown_name("layout", layout, LAYOUTS)
-    if options.quant is None:
+    layout = options.of(FolderOptions).layout or LAYOUTS[0]
+    chosen = options.quantization
+    if chosen is None:
         # A folder that is quantized already may change its layout; export refuses one for plain weights.
         return [] if layout == LAYOUTS[0] else [Step(RoundScales(), optional=True)]
-    bits = options.bits_or(METHODS[options.quant].bits)
-    if bits not in _BITS[layout]:
+    bits = chosen.bits
+    if bits is not None and bits not in _BITS[layout]:
         fit = [name for name in LAYOUTS if bits in _BITS[name]]
         raise TargetError(
             f"the layout '{layout}' does not take {bits}-bit weights",
             remedy=f"it takes {', '.join(map(str, _BITS[layout]))} bits; --layout {' or '.join(fit)} takes {bits}",
         )
-    steps = quantization_steps(options, rotations=False)  # the loader has a graph of its own
+    steps = quantization_steps(chosen, rotations=False)  # the loader has a graph of its own
     return steps if layout == LAYOUTS[0] else [*steps, Step(RoundScales(), optional=True)]
 
 
@@ -51,5 +51,5 @@ TARGET = Target(
     legal=EveryOperator(),
     recipe=_recipe,
     export=export_hf,
-    takes=("layout",),
+    options=FolderOptions,
 )

@@ -7,13 +7,15 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from chosen import chosen
+
 from optc.compiler.artifact.folder import finish, write_folder
 from optc.compiler.artifact.manifest import FileEntry, Manifest, PassRecord, Source
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.ir.contract import AttentionFacts, Contract, Input, Output, WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import PassContext
-from optc.compiler.target.target import CompileOptions, ExportRequest, check_legal
+from optc.compiler.target.target import ExportRequest, check_legal
 from optc.targets import find_target
 
 FILES = {"model.onnx": b"graph" * 100, "model.onnx.data": bytes(range(256)) * 40, "ir/00-capture.txt": b"%0"}
@@ -66,12 +68,12 @@ def quick_artifact(
     target: str, program: Program, folder: Path, *, source: Path | None = None, **options: Any
 ) -> Path:
     """What `optc.compile` writes, without its gate: for tests that compare the numbers themselves."""
-    found, chosen = find_target(target), CompileOptions(**options)
-    for step in found.recipe(program.contract.kind, chosen):
+    found, made = find_target(target), chosen(target, **options)
+    for step in found.recipe(program.contract.kind, made):
         program = step.rewrite.run(program, PassContext()).program
     check_legal(program, found)
     with write_folder(folder, force=False) as directory:
-        result = found.export(program, ExportRequest(directory=directory, options=chosen, source=source))
+        result = found.export(program, ExportRequest(directory=directory, options=made.own, source=source))
         needs = {"machine": platform.machine(), **result.needs}
         finish(
             directory,

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass
-from optc.compiler.target.target import CompileOptions, ExportRequest, ExportResult
-from optc.exporters.hf import export_hf
+from optc.compiler.target.target import ExportRequest, ExportResult
+from optc.exporters.hf import FolderOptions, export_hf
 from optc.passes.quantization.activations import QuantizeActivations
 from optc.passes.quantization.fp8 import QuantizeFp8
 from optc.passes.quantization.round_scales import RoundScales
@@ -59,7 +59,7 @@ def write(program: Program, folder: Path | None, out: Path, layout: str | None =
     """Export into a new folder."""
     out.mkdir(exist_ok=True)
     return export_hf(
-        program, ExportRequest(directory=out, options=CompileOptions(layout=layout), source=folder)
+        program, ExportRequest(directory=out, options=FolderOptions(layout=layout), source=folder)
     )
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from optc.compiler.calibration.sequences import random_calibration
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass, PassContext
-from optc.compiler.target.target import CompileOptions, ExportRequest, ExportResult
-from optc.exporters.hf import export_trtllm
+from optc.compiler.target.target import ExportRequest, ExportResult
+from optc.exporters.hf import ServeOptions, export_trtllm
 from optc.passes.kv_cache.quantize import QuantizeKVCache
 from optc.passes.quantization.fp8 import QuantizeFp8
 from optc.passes.quantization.inputs import QuantizeInputs
@@ -51,7 +51,7 @@ def write(program: Program, folder: Path, out: Path, **options: Any) -> ExportRe
     """Export into a new folder."""
     out.mkdir(exist_ok=True)
     return export_trtllm(
-        program, ExportRequest(directory=out, options=CompileOptions(**options), source=folder)
+        program, ExportRequest(directory=out, options=ServeOptions(**options), source=folder)
     )
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import onnxruntime as ort
 import torch
+from chosen import chosen
 from torch import Tensor
 
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
 from optc.compiler.rewriting.passes import PassContext
-from optc.compiler.target.target import CompileOptions, ExportRequest, ExportResult, check_legal
+from optc.compiler.target.target import ExportRequest, ExportResult, check_legal
 from optc.targets.onnx_cpu import TARGET
 
 MODEL = "model.onnx"
@@ -22,27 +23,27 @@ MODEL = "model.onnx"
 
 def compiled(program: Program, directory: Path, **options: Any) -> tuple[Program, ExportResult]:
     """Run the target's recipe without the gate (numbers are compared here) and export."""
-    chosen = CompileOptions(**options)
-    for step in TARGET.recipe(program.contract.kind, chosen):
+    made = chosen(TARGET.name, **options)
+    for step in TARGET.recipe(program.contract.kind, made):
         program = step.rewrite.run(program, PassContext()).program
     check_legal(program, TARGET)
     directory.mkdir(exist_ok=True)
-    return program, TARGET.export(program, ExportRequest(directory=directory, options=chosen))
+    return program, TARGET.export(program, ExportRequest(directory=directory, options=made.own))
 
 
 def exported(program: Program, directory: Path) -> ExportResult:
     """Export a program as it is."""
-    return TARGET.export(program, ExportRequest(directory=directory, options=CompileOptions()))
+    return TARGET.export(program, ExportRequest(directory=directory))
 
 
 def gated(program: Program, directory: Path, **options: Any) -> ExportResult:
     """As `compiled`, through the pipeline with its verification and gate."""
-    chosen = CompileOptions(**options)
-    steps = TARGET.recipe(program.contract.kind, chosen)
+    made = chosen(TARGET.name, **options)
+    steps = TARGET.recipe(program.contract.kind, made)
     result = Pipeline(steps).run(program, PipelineOptions())
     check_legal(result.program, TARGET)
     directory.mkdir(exist_ok=True)
-    return TARGET.export(result.program, ExportRequest(directory=directory, options=chosen))
+    return TARGET.export(result.program, ExportRequest(directory=directory, options=made.own))
 
 
 def open_session(directory: Path) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from chosen import chosen
 from families import make_model
 from stages import captured
 from torch import Tensor
@@ -22,7 +23,7 @@ from optc.compiler.capture import capture_model
 from optc.compiler.execution import stage_driver as execution
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import PassContext
-from optc.compiler.target.target import CompileOptions, ExportRequest, ExportResult, check_legal
+from optc.compiler.target.target import ExportRequest, ExportResult, check_legal
 from optc.runtime.carried.pt2_runner import Package
 from optc.targets.inductor_cpu import TARGET
 
@@ -41,12 +42,12 @@ class Built:
 
 def build(program: Program, folder: Path, **options: Any) -> Built:
     """Run the target's recipe without the gate (numbers are compared in the tests) and export."""
-    chosen = CompileOptions(**options)
-    for step in TARGET.recipe(program.contract.kind, chosen):
+    made = chosen(TARGET.name, **options)
+    for step in TARGET.recipe(program.contract.kind, made):
         program = step.rewrite.run(program, PassContext()).program
     check_legal(program, TARGET)
     folder.mkdir()
-    return Built(folder, program, TARGET.export(program, ExportRequest(directory=folder, options=chosen)))
+    return Built(folder, program, TARGET.export(program, ExportRequest(directory=folder, options=made.own)))
 
 
 def describe(built: Built) -> None:

@@ -11,14 +11,15 @@ import bounds
 import numpy as np
 import onnxruntime as ort
 import torch
+from chosen import chosen
 from torch import Tensor
 
 from optc.compiler.calibration.sequences import random_calibration
 from optc.compiler.execution.stage_driver import run_stage
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import PassContext
-from optc.compiler.target.target import CompileOptions, ExportRequest, ExportResult
-from optc.targets.methods import resolve
+from optc.compiler.target.options import CompileOptions
+from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.targets.trt import TARGET
 
 CAPACITY = 32
@@ -28,13 +29,13 @@ _CONTEXT = PassContext(calibration=random_calibration(128, samples=4, length=32,
 
 def options(**given: Any) -> CompileOptions:
     """Options of a small compile that builds no plan unless asked to."""
-    return resolve(CompileOptions(**{"max_seq_len": CAPACITY, "trt_runtime": "none", **given}))
+    return chosen("trt", **{"dtype": "fp32", "max_seq_len": CAPACITY, "trt_runtime": "none", **given})
 
 
-def stages(program: Program, chosen: CompileOptions) -> tuple[Program, Program]:
+def stages(program: Program, made: CompileOptions) -> tuple[Program, Program]:
     """The program in front of the KV cache (quantized, if it is), and the last stage; without the gate."""
     before = program
-    for step in TARGET.recipe("decoder", chosen):
+    for step in TARGET.recipe("decoder", made):
         if step.rewrite.name == "fixed-kv-cache":
             before = program
         result = step.rewrite.run(program, _CONTEXT)
@@ -43,10 +44,10 @@ def stages(program: Program, chosen: CompileOptions) -> tuple[Program, Program]:
     return before, program
 
 
-def export(program: Program, folder: Path, chosen: CompileOptions) -> ExportResult:
+def export(program: Program, folder: Path, made: CompileOptions) -> ExportResult:
     """Export a last stage."""
     folder.mkdir(exist_ok=True)
-    return TARGET.export(program, ExportRequest(directory=folder, options=chosen))
+    return TARGET.export(program, ExportRequest(directory=folder, options=made.own))
 
 
 def open_session(folder: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,43 +13,10 @@ from torch.fx import Node
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass
+from optc.compiler.target.options import CompileOptions, OwnT, Quantization, TargetOptions
 
 Predicate = Callable[[Node], str | None]
 """None when the node can run, else the reason why not."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompileOptions:
-    """What the user asked for. None means the target's default.
-
-    `bit_choices` is the target's own: the bits that --quant auto may choose from, () for all. `max_batch` requests and
-    `max_num_tokens` tokens run together in a server; `speculative` is "ngram" or "draft:DIR", with `draft_tokens`.
-    """
-
-    dtype: str | None = None
-    quant: str | None = None
-    bits: int | None = None
-    average_bits: float | None = None
-    bit_choices: tuple[int, ...] = ()
-    group_size: int | None = None
-    symmetric: bool = True
-    ignore: tuple[str, ...] = ()
-    kv_cache: str | None = None
-    max_seq_len: int | None = None
-    accuracy_level: int | None = None
-    layout: str | None = None
-    kv_cache_dtype: str | None = None
-    max_batch: int | None = None
-    max_num_tokens: int | None = None
-    speculative: str | None = None
-    draft_tokens: int | None = None
-    arch: str | None = None
-    trt_ops: str | None = None
-    trt_runtime: str | None = None
-
-    def bits_or(self, default: int) -> int:
-        """The bits that were asked for, else `default`."""
-        return default if self.bits is None else self.bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +49,18 @@ class Step:
 class ExportRequest:
     """What an exporter gets beside the legalized Program.
 
-    `directory` is empty and temporary; `source` is the model folder (tokenizer and config files) or
-    None for a module in memory.
+    `directory` is empty and temporary; `options` are the target's own; `source` is the model folder (tokenizer and
+    config files) or None for a module in memory.
     """
 
     directory: Path
-    options: CompileOptions
+    options: TargetOptions = field(default_factory=TargetOptions)
     source: Path | None = None
+
+    def of(self, cls: type[OwnT]) -> OwnT:
+        """The target's own options, which are of type `cls`."""
+        assert isinstance(self.options, cls), (self.options, cls)
+        return self.options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +90,11 @@ class Target:
 
     Attributes:
         legal: operator -> predicate (or None when every use of it is legal).
-        recipe: the default passes for a kind of model ("decoder", "encoder", "module") and options.
+        recipe: the default passes for a kind of model ("decoder", "encoder", "module") and options; says nothing of
+            the machine.
         export: writes the legalized Program.
-        takes: names of options that only some targets have (max_seq_len, accuracy_level, layout, arch ...).
+        options: the struct of the target's own options.
+        check_machine: raises TargetError where this machine cannot build for the target; None where any can.
         quant: quantization method -> what the target can run of it.
         lacks: why it takes no more: for a method, or for "asymmetric", "bits", "group-size" or "dtype".
     """
@@ -136,7 +109,8 @@ class Target:
     recipe: Callable[[str, CompileOptions], list[Step]]
     export: Callable[[Program, ExportRequest], ExportResult]
     aliases: tuple[str, ...] = ()
-    takes: tuple[str, ...] = ()
+    options: type[TargetOptions] = TargetOptions
+    check_machine: Callable[[CompileOptions], None] | None = None
     lacks: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -166,17 +140,6 @@ def check_lowered(program: Program, legal: Mapping[Any, Predicate | None], what:
         )
 
 
-_SPECIAL_OPTIONS = (
-    "max_seq_len", "accuracy_level", "layout", "kv_cache_dtype", "max_batch", "max_num_tokens", "speculative",
-    "draft_tokens", "arch", "trt_ops", "trt_runtime",
-)  # fmt: skip
-
-
-def with_defaults(target: Target, options: CompileOptions) -> CompileOptions:
-    """Options with the target's dtype where none was asked for."""
-    return options if options.dtype is not None else dataclasses.replace(options, dtype=target.dtypes[0])
-
-
 def check_options(
     target: Target, options: CompileOptions, others: Callable[[], Iterable[Target]] = lambda: ()
 ) -> None:
@@ -196,29 +159,24 @@ def check_options(
             remedy=f"it takes: {allowed}",
         )  # fmt: skip
 
-    if options.dtype is not None and options.dtype not in target.dtypes:
+    if options.dtype not in target.dtypes:
         refuse(f"dtype {options.dtype}", ", ".join(target.dtypes), "dtype")
     if options.kv_cache is not None and options.kv_cache not in target.kv_caches:
         refuse(f"a {options.kv_cache} KV cache", ", ".join(target.kv_caches) or "none")
-    for name in _SPECIAL_OPTIONS:
-        if getattr(options, name) is not None and name not in target.takes:
-            refuse(
-                f"--{name.replace('_', '-')}", ", ".join(target.takes).replace("_", "-") or "no such options"
-            )
-    problem = _quantization_problem(target, options)
-    if problem is not None:
+    chosen = options.quantization
+    problem = None if chosen is None else _quantization_problem(target, chosen)
+    if chosen is not None and problem is not None:
         what, allowed, reason = problem
-        near = [*_nearest_here(target, options), *_same_elsewhere(target, options, others())]
+        near = [*_nearest_here(target, chosen), *_same_elsewhere(target, options, others())]
         refuse(what, "; ".join([allowed, *near]), reason)
 
 
-def check_context(options: CompileOptions, context_length: int) -> None:
-    """Refuse a cache that is longer than the model's context (0: unknown).
+def check_context(asked: int | None, context_length: int) -> None:
+    """Refuse a cache of more tokens than the model's context has (0: unknown).
 
     Raises:
         TargetError: --max-seq-len beyond the context.
     """
-    asked = options.max_seq_len
     if asked is not None and context_length and asked > context_length:
         raise TargetError(
             f"--max-seq-len {asked} is beyond the model's context of {context_length} tokens",
@@ -226,31 +184,29 @@ def check_context(options: CompileOptions, context_length: int) -> None:
         )
 
 
-def _quantization_problem(target: Target, options: CompileOptions) -> tuple[str, str, str] | None:
+def _quantization_problem(target: Target, asked: Quantization) -> tuple[str, str, str] | None:
     """(what the target does not take, what it does, key of `Target.lacks`), or None when it can run it."""
-    if options.quant is None:
-        return None
-    if options.quant not in target.quant:
-        return f"quantization '{options.quant}'", ", ".join(target.quant) or "none", options.quant
-    support = target.quant[options.quant]
-    if options.bits is not None and options.bits not in support.bits:
-        return f"{options.bits}-bit weights", f"{', '.join(map(str, support.bits))} bits", "bits"
-    if options.group_size is not None and options.group_size not in support.group_sizes:
+    if asked.method not in target.quant:
+        return f"quantization '{asked.method}'", ", ".join(target.quant) or "none", asked.method
+    support = target.quant[asked.method]
+    if asked.bits is not None and asked.bits not in support.bits:
+        return f"{asked.bits}-bit weights", f"{', '.join(map(str, support.bits))} bits", "bits"
+    if asked.group_size is not None and asked.group_size not in support.group_sizes:
         sizes = ", ".join(map(str, support.group_sizes))
-        return f"group size {options.group_size}", f"group sizes {sizes}", "group-size"
-    if options.symmetric not in support.symmetric:
+        return f"group size {asked.group_size}", f"group sizes {sizes}", "group-size"
+    if asked.symmetric not in support.symmetric:
         modes = ("symmetric", "asymmetric") if True in support.symmetric else ("asymmetric", "symmetric")
         return f"{modes[1]} quantization", modes[0], modes[1]
     return None
 
 
-def _nearest_here(target: Target, options: CompileOptions) -> list[str]:
+def _nearest_here(target: Target, asked: Quantization) -> list[str]:
     """The flags of the nearest quantization that the target takes; empty when it takes none."""
     found = [
-        (_distance(options, method, bits, size, symmetric), method, bits, size, symmetric)
+        (_distance(asked, method, bits, size, symmetric), method, bits, size, symmetric)
         for method, support in target.quant.items()
         for bits in support.bits
-        for size in (support.group_sizes if options.group_size is not None else (None,))
+        for size in (support.group_sizes if asked.group_size is not None else (None,))
         for symmetric in support.symmetric
     ]
     if not found:
@@ -260,19 +216,19 @@ def _nearest_here(target: Target, options: CompileOptions) -> list[str]:
     flags = [f"--quant {method}"]
     flags += [f"--bits {bits}"] if len(support.bits) > 1 else []
     flags += [f"--group-size {size}"] if size is not None and len(support.group_sizes) > 1 else []
-    flags += [] if symmetric == options.symmetric else ["--symmetric" if symmetric else "--asymmetric"]
+    flags += [] if symmetric == asked.symmetric else ["--symmetric" if symmetric else "--asymmetric"]
     return [f"nearest here: {' '.join(flags)}"]
 
 
 def _distance(
-    options: CompileOptions, method: str, bits: int, group_size: int | None, symmetric: bool
+    asked: Quantization, method: str, bits: int, group_size: int | None, symmetric: bool
 ) -> tuple[float, ...]:
     """How far a quantization is from the asked one: method first, then bits (fewer are worse), groups, zero points."""
-    wanted = bits if options.bits is None else options.bits
+    wanted = bits if asked.bits is None else asked.bits
     gap = 0.0
-    if group_size is not None and options.group_size is not None:
-        gap = abs(math.log2((group_size or _ROW) / (options.group_size or _ROW)))
-    return (method != options.quant, abs(bits - wanted), bits < wanted, gap, symmetric != options.symmetric)
+    if group_size is not None and asked.group_size is not None:
+        gap = abs(math.log2((group_size or _ROW) / (asked.group_size or _ROW)))
+    return (method != asked.method, abs(bits - wanted), bits < wanted, gap, symmetric != asked.symmetric)
 
 
 _ROW = 4096
@@ -282,15 +238,24 @@ _ROW = 4096
 def _same_elsewhere(target: Target, options: CompileOptions, others: Iterable[Target]) -> list[str]:
     """The targets that run the asked quantization as it is, as one remedy; empty when there is none."""
     names = []
+    asked = options.quantization
+    assert asked is not None
     for other in others:
         plain = CompileOptions(
-            dtype=options.dtype if options.dtype in other.dtypes else other.dtypes[0], quant=options.quant,
-            bits=options.bits, group_size=options.group_size, symmetric=options.symmetric,
+            dtype=options.dtype if options.dtype in other.dtypes else other.dtypes[0], quantization=asked,
+            kv_cache=other.kv_caches[0] if other.kv_caches else None, own=other.options(),
         )  # fmt: skip
-        if other.name != target.name and _quantization_problem(other, plain) is None:
-            try:
-                other.recipe("decoder", plain)
-            except TargetError:
-                continue
+        if other.name != target.name and _quantization_problem(other, asked) is None and _runs(other, plain):
             names.append(other.name)
     return [f"as asked it runs on --target {' or '.join(names)}"] if names else []
+
+
+def _runs(target: Target, options: CompileOptions) -> bool:
+    """Whether a target has a recipe for options, and this machine can build it."""
+    try:
+        target.recipe("decoder", options)
+        if target.check_machine is not None:
+            target.check_machine(options)
+    except TargetError:
+        return False
+    return True

@@ -17,6 +17,7 @@ from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
 from optc.exporters.executorch.forms import LINEAR
 from optc.exporters.executorch.lower import Lowered, lower
+from optc.exporters.executorch.options import ExecutorchOptions
 from optc.exporters.executorch.trace import trace
 
 MODEL = "model.pte"
@@ -43,7 +44,7 @@ def export_executorch(program: Program, request: ExportRequest) -> ExportResult:
         ResourceError, InputError: the disk is full or not writable.
     """
     directory, contract = request.directory, program.contract
-    capacity = _capacity(program, request.options.max_seq_len)
+    capacity = _capacity(program, request.of(ExecutorchOptions).max_seq_len)
     chunk = min(CHUNK, capacity)
     lowered = lower(trace(program, capacity, chunk), _constants(program, capacity, chunk))
     with os_errors("writing the program", str(directory / MODEL)):

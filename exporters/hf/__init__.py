@@ -2,6 +2,7 @@
 
 from optc.exporters.hf.export import export_hf
 from optc.exporters.hf.layouts import LAYOUTS
+from optc.exporters.hf.options import FolderOptions, ServeOptions
 from optc.exporters.hf.trtllm import export_trtllm
 
-__all__ = ["LAYOUTS", "export_hf", "export_trtllm"]
+__all__ = ["LAYOUTS", "FolderOptions", "ServeOptions", "export_hf", "export_trtllm"]

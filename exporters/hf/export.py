@@ -22,6 +22,7 @@ from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
 from optc.exporters.hf.collect import FolderPlan, collect
 from optc.exporters.hf.layouts import LAYOUTS, LayoutWriter, layout_writer
+from optc.exporters.hf.options import FolderOptions
 from optc.exporters.hf.shards import write_shards
 
 CONFIG = "config.json"
@@ -39,13 +40,14 @@ def export_hf(program: Program, request: ExportRequest) -> ExportResult:
         ResourceError, InputError: the disk is full or not writable.
     """
     plan = collect(program, request.source)
-    if request.options.layout and not plan.quantized and not plan.key_values:
+    layout = request.of(FolderOptions).layout
+    if layout is not None and not plan.quantized and not plan.key_values:
         raise TargetError(
             "--layout says how quantized weights are written",
             why="nothing is quantized",
             remedy="add --quant",
         )
-    writer = layout_writer(request.options.layout or LAYOUTS[0], [item.weight for item in plan.quantized])
+    writer = layout_writer(layout or LAYOUTS[0], [item.weight for item in plan.quantized])
     return write_model(plan, program.weight, writer, request.directory, request.source)
 
 

@@ -11,7 +11,8 @@ from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.hf.collect import collect
 from optc.exporters.hf.export import write_model
 from optc.exporters.hf.modelopt import ModelOptWriter, fit_for_loading
-from optc.exporters.hf.serving import FILE, check_serving, serving_options
+from optc.exporters.hf.options import ServeOptions
+from optc.exporters.hf.serving import FILE, serving_options
 
 
 def export_trtllm(program: Program, request: ExportRequest) -> ExportResult:
@@ -24,11 +25,12 @@ def export_trtllm(program: Program, request: ExportRequest) -> ExportResult:
         ResourceError, InputError: the disk is full or not writable.
     """
     context = program.contract.model.context_length
-    check_serving(request.options)
+    options = request.of(ServeOptions)
+    options.check()
     plan = fit_for_loading(collect(program, request.source))
     caches = plan.key_values is not None
     writer = ModelOptWriter(embeddings=plan.embeddings)
-    texts = {FILE: serving_options(request.options, context, caches)}
+    texts = {FILE: serving_options(options, context, caches)}
     if plan.quantized or caches:
         schemes = {item.module: item.weight.scheme for item in plan.quantized}
         own = writer.own_config(schemes, plan.linears, caches=caches)

@@ -19,6 +19,7 @@ from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
 from optc.exporters.inductor.legal import OP_LIBRARY_OPS
 from optc.exporters.inductor.library import FILE_NAME, build_library
+from optc.exporters.inductor.options import InductorOptions
 from optc.exporters.inductor.selfcheck import check_package
 from optc.exporters.inductor.toolchain import InstructionSet, find_compiler, instruction_set
 
@@ -140,7 +141,9 @@ def _info(
 ) -> dict[str, Any]:
     """What the runner needs to know; everything it checks before native code runs."""
     contract = program.contract
-    limits = [size for size in (contract.model.context_length, request.options.max_seq_len) if size]
+    limits = [
+        size for size in (contract.model.context_length, request.of(InductorOptions).max_seq_len) if size
+    ]
     return {
         "model": MODEL,
         "weights": WEIGHTS,

@@ -2,6 +2,7 @@
 
 from optc.exporters.trt.builders import Choice, choose
 from optc.exporters.trt.export import export_trt
+from optc.exporters.trt.options import TrtOptions
 from optc.exporters.trt.table import LEGAL
 
-__all__ = ["LEGAL", "Choice", "choose", "export_trt"]
+__all__ = ["LEGAL", "Choice", "TrtOptions", "choose", "export_trt"]

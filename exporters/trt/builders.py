@@ -9,13 +9,11 @@ import re
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from optc.compiler.diagnostics import TargetError, unknown_name
-from optc.compiler.target.target import CompileOptions
+from optc.compiler.diagnostics import TargetError
 from optc.exporters.trt.build_plan import FIRST_VERSIONS, PACKAGES, version_of
+from optc.exporters.trt.options import TrtOptions
 
 Runtime = Literal["tensorrt", "rtx", "none"]
-OPS = ("auto", "fused", "basic")
-RUNTIMES = ("auto", "tensorrt", "rtx", "none")
 PORTABLE = "portable"
 RTX_ARCHITECTURES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """What TensorRT for RTX 1.7 compiles for."""
@@ -40,20 +38,17 @@ class Choice:
     architectures: tuple[str, ...] = ()
 
 
-def choose(options: CompileOptions) -> Choice:
+def choose(options: TrtOptions) -> Choice:
     """The builder and the op set for options; nothing is built.
 
     `auto` takes standard TensorRT where it and a GPU are present, else TensorRT for RTX. The op set follows the
     builder: `basic` for standard TensorRT before 10.15, else `fused`.
 
     Raises:
-        UsageError: unknown name.
         TargetError: no builder is installed, it cannot run here, or it does not take the op set or an architecture.
     """
-    ops, runtime = options.trt_ops or "auto", options.trt_runtime or "auto"
-    for what, name, known in (("op set", ops, OPS), ("TensorRT runtime", runtime, RUNTIMES)):
-        if name not in known:
-            raise unknown_name(what, name, known)
+    ops: str = options.trt_ops
+    runtime: str = options.trt_runtime
     architectures = _architectures(options.arch)
     if runtime == "auto":
         runtime = _first_runtime(ops)

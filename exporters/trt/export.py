@@ -23,6 +23,7 @@ from optc.exporters.onnx.walker import Walker
 from optc.exporters.trt.builders import PORTABLE, Choice, choose
 from optc.exporters.trt.companions import write_companions
 from optc.exporters.trt.facts import engine_facts
+from optc.exporters.trt.options import TrtOptions
 from optc.exporters.trt.table import OP_SETS
 
 ENGINE, BUILDER = "engine.json", "build_plan.py"
@@ -39,7 +40,8 @@ def export_trt(program: Program, request: ExportRequest) -> ExportResult:
         ArtifactError: what was read back is not what was written.
         ResourceError, InputError: out of memory; the disk is full or not writable.
     """
-    directory, contract, choice = request.directory, program.contract, choose(request.options)
+    options = request.of(TrtOptions)
+    directory, contract, choice = request.directory, program.contract, choose(options)
     _check_uniform(contract)
     ops = OP_SETS[choice.ops]
     check_lowered(program, ops.legal, f"the op set '{ops.name}'")
@@ -49,7 +51,7 @@ def export_trt(program: Program, request: ExportRequest) -> ExportResult:
     sizes = write_model(model, directory)
     del model, walker
     onnx.checker.check_model(str(directory / MODEL))  # no operator or attribute newer than the opset
-    facts = engine_facts(program, request.options, choice)
+    facts = engine_facts(program, options, choice)
     companions = [*copy_companions(request.source, directory), *write_companions(directory, facts), BUILDER]
     with os_errors("writing the files of the plan", str(directory)):
         (directory / ENGINE).write_text(json.dumps(facts, indent=2) + "\n")

@@ -10,23 +10,22 @@ import torch
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.pipeline import compute_dtype
-from optc.compiler.target.target import CompileOptions
 from optc.exporters.trt.builders import Choice
+from optc.exporters.trt.options import TrtOptions
 from optc.exporters.trt.table import OP_SETS
 
 FORMAT = 1
-DEFAULT_BATCH = 4
 _LOGITS_BYTES = 1 << 30  # of one prompt, all rows
 _SHORTEST = 128
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _optc = torch.ops.optc
 
 
-def engine_facts(program: Program, options: CompileOptions, choice: Choice) -> dict[str, Any]:
+def engine_facts(program: Program, options: TrtOptions, choice: Choice) -> dict[str, Any]:
     """The object of engine.json before a plan is built."""
     contract = program.contract
     model, layers, capacity = contract.model, contract.layers, contract.kv_cache.capacity
-    batch = options.max_batch or DEFAULT_BATCH
+    batch = options.max_batch
     return {
         "format": FORMAT,
         "ops": choice.ops,

@@ -23,7 +23,7 @@ from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.rewriting.retrace import Replay, axis_limit, retrace
 from optc.compiler.rewriting.tokenwise import cache_dtype, cache_misses
-from optc.compiler.target.target import CompileOptions, check_context
+from optc.compiler.target.target import check_context
 
 _ATTENTION = torch.ops.optc.attention.default
 LARGEST_DEFAULT = 2048
@@ -66,7 +66,7 @@ def cache_capacity(asked: int | None, context_length: int) -> int:
         raise TargetError(
             f"a KV cache of {asked} tokens holds no conversation", remedy="--max-seq-len 2 or more"
         )
-    check_context(CompileOptions(max_seq_len=asked), context_length)
+    check_context(asked, context_length)
     return asked
 
 

@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optc.api import CompileResult, CompileSettings, capture, compile, load
+    from optc.api import CompileResult, capture, compile, load
     from optc.compiler.diagnostics import OptcError
     from optc.compiler.ir.contract import Contract
     from optc.compiler.ir.program import Program
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
 
 _HOMES = {
-    "optc.api": ("CompileResult", "CompileSettings", "capture", "compile", "load"),
+    "optc.api": ("CompileResult", "capture", "compile", "load"),
     "optc.compiler.ir.contract": ("Contract",),
     "optc.compiler.diagnostics": ("OptcError",),
     "optc.compiler.pipeline.pipeline": ("Pipeline", "PipelineOptions"),
@@ -41,7 +41,6 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "CompileResult",
-    "CompileSettings",
     "Contract",
     "Match",
     "Miss",

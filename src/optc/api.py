@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata, resources
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from optc.calibrating import make_calibration
 from optc.compiler.artifact import folder as artifact
 from optc.compiler.artifact.manifest import Manifest, Source
-from optc.compiler.calibration.sequences import DEFAULT_LENGTH, DEFAULT_SAMPLES, Calibration
+from optc.compiler.calibration.sequences import Calibration
 from optc.compiler.capture import capture_model, capture_module, capture_pretrained
 from optc.compiler.capture.pretrained import DTYPES
 from optc.compiler.diagnostics import TargetError, UsageError, os_errors, unknown_name
@@ -28,24 +27,13 @@ from optc.compiler.model_folder.quantized import refuse_quantizing_again
 from optc.compiler.pipeline.gate import Budget
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions, PipelineResult, compute_dtype
 from optc.compiler.pipeline.quantization_summary import quantized_linears, summarize
-from optc.compiler.rewriting.passes import Pass, PassContext
-from optc.compiler.target.target import (
-    CompileOptions,
-    ExportRequest,
-    ExportResult,
-    Step,
-    Target,
-    check_context,
-    check_legal,
-    check_options,
-    with_defaults,
-)
+from optc.compiler.rewriting.passes import PassContext
+from optc.compiler.target.target import ExportRequest, ExportResult, Target, check_context, check_legal
 from optc.exporters.reports.report import write_report
-from optc.recipes import apply_pass_options, parse_passes
-from optc.targets import find_target
-from optc.targets.methods import resolve
-from optc.targets.registry import installed_targets
+from optc.request import GateRequest, Request, from_python
+from optc.resolving import Resolved, recipe_steps, resolve
 
+Progress = Callable[[int, str], None]
 Model = str | Path | torch.nn.Module | Program
 
 
@@ -74,38 +62,6 @@ class CompileResult:
         }
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompileSettings:
-    """Everything about a compile that is not the model: what, where to, and how it is watched.
-
-    Attributes:
-        passes: requested passes instead of the target's recipe (names, or {name: options}).
-        pass_options: `NAME.OPTION=VALUE` settings on the recipe's passes.
-        text: text for the gate; None takes a short built-in passage.
-        budget: limits for lossy passes; None takes the default for the bits.
-        calibration: what calibrated quantization reads: a file (text, .jsonl or .json of token ids), token sequences
-            as int64 [n, L], or None for the built-in text.
-        calibration_samples, calibration_seq_len: how many sequences, and tokens in each.
-    """
-
-    options: CompileOptions = field(default_factory=CompileOptions)
-    passes: Sequence[str | dict[str, Any] | Pass] | None = None
-    pass_options: Sequence[str] = ()
-    force: bool = False
-    allow_noop: bool = False
-    dump_ir: Path | None = None
-    work_dir: Path | None = None
-    text: Path | None = None
-    budget: Budget | None = None
-    seed: int = 0
-    calibration: Path | torch.Tensor | None = None
-    calibration_samples: int = DEFAULT_SAMPLES
-    calibration_seq_len: int = DEFAULT_LENGTH
-    trust_remote_code: bool = False
-    progress: Callable[[int, str], None] | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
 def capture(
     model: Model,
     example_inputs: Sequence[torch.Tensor] | None = None,
@@ -128,7 +84,9 @@ def capture(
     if isinstance(model, Program):
         return model
     if isinstance(model, str | Path):
-        return capture_pretrained(model, dtype=_known_dtype(dtype), trust_remote_code=trust_remote_code)[0]
+        if dtype not in DTYPES:
+            raise unknown_name("dtype", dtype, DTYPES)
+        return capture_pretrained(model, dtype=dtype, trust_remote_code=trust_remote_code)[0]
     if example_inputs is not None:
         return capture_module(model, example_inputs, dynamic=dynamic, input_names=input_names)
     if hasattr(model, "config") and hasattr(model.config, "model_type"):
@@ -142,11 +100,12 @@ def capture(
 def compile(
     model: Model,
     *,
-    target: str,
-    output: str | Path,
+    target: str | None = None,
+    output: str | Path | None = None,
     quant: str | None = None,
     example_inputs: Sequence[torch.Tensor] | None = None,
-    settings: CompileSettings | None = None,
+    request: Request | None = None,
+    progress: Progress | None = None,
     **options: Any,
 ) -> CompileResult:
     """Compile a model for a target and write the artifact.
@@ -156,140 +115,118 @@ def compile(
         target: target name (`optc targets`).
         output: the artifact's folder; must not exist unless `force=True`.
         quant: quantization method, or None.
-        options: fields of `CompileOptions` and `CompileSettings` (bits=, group_size=, force=, ...).
+        request: everything but the model in one object, in place of the other arguments.
+        progress: told (finished passes, what goes on).
+        options: keys of a request in snake case (bits=, group_size=, force=, max_seq_len=, ...); `calibration` is a
+            path or token ids as int64 [samples, length], `passes` may hold Pass objects.
 
     Raises:
         OptcError: of the class that fits; see `optc.compiler.diagnostics` for exit codes.
     """
     begin = time.perf_counter()
-    settings = _settings(settings, quant, options)
-    found = find_target(target)
-    check_request(found, settings.options)
-    settings = dataclasses.replace(settings, options=chosen_options(found, settings.options))
-    folder = Path(output)
-    artifact.check_output(folder, settings.force)
-    if settings.options.quant is not None and isinstance(model, str | Path):
+    values = {"output": output, "quant": quant, **options}
+    if request is None:
+        if target is None:
+            raise UsageError("no target given", remedy="target='onnx-cpu' (see optc targets)")
+        request = from_python(target, **values)
+    elif target is not None or any(value is not None for value in values.values()):
+        raise UsageError("a request was given, and options beside it", remedy="put them into the request")
+    resolved = resolve(request)
+    if request.run.output is None:
+        raise UsageError("no output given", remedy="output='out/model', or -o OUT")
+    folder = request.run.output
+    artifact.check_output(folder, request.run.force)
+    if resolved.options.quantization is not None and isinstance(model, str | Path):
         refuse_quantizing_again(Path(model))
-    program, info = _captured(model, example_inputs, settings)
-    check_context(settings.options, program.contract.model.context_length)
+    program, info = _captured(model, example_inputs, resolved)
+    check_context(_capacity(resolved), program.contract.model.context_length)
     seconds = {"capture": time.perf_counter() - begin}
-    steps = recipe_steps(found, program.contract.kind, settings)
+    steps = recipe_steps(resolved, program.contract.kind)
     calibration = None
     if any(step.rewrite.calibrated for step in steps):
-        calibration = make_calibration(program, info, settings)
-    pipeline_options = _pipeline_options(program, info, found, settings, calibration)
+        calibration = make_calibration(program, info, request)
+    pipeline_options = _pipeline_options(program, info, resolved, calibration, progress)
     result = Pipeline(steps).run(program, pipeline_options)
-    check_legal(result.program, found)
+    check_legal(result.program, resolved.target)
     seconds["passes"] = time.perf_counter() - begin - seconds["capture"]
-    manifest = _write(folder, found, settings, result, info, seconds, begin)
+    if progress:
+        progress(len(result.records), "exporting")
+    manifest = _write(folder, resolved, result, info, seconds, begin)
     return CompileResult(folder, manifest)
 
 
-def check_request(target: Target, options: CompileOptions) -> None:
-    """Refuse unknown names (UsageError) and what the target cannot do (TargetError), weights unread."""
-    _known_dtype(options.dtype or target.dtypes[0])
-    check_options(target, chosen_options(target, options), installed_targets)
-
-
-def chosen_options(target: Target, options: CompileOptions) -> CompileOptions:
-    """Options with what the target and the quantization method stand for filled in.
-
-    Raises:
-        UsageError: unknown method, or bits or a group size for a method that has its own.
-    """
-    return resolve(with_defaults(target, options))
-
-
-def recipe_steps(target: Target, kind: str, settings: CompileSettings) -> list[Step]:
-    """The passes of a compile: the requested ones, or the target's recipe, with settings applied."""
-    if settings.passes is None:
-        steps = target.recipe(kind, chosen_options(target, settings.options))
-    else:
-        steps = []
-        for item in settings.passes:
-            steps += [Step(item)] if isinstance(item, Pass) else parse_passes([item], settings.options)
-    return apply_pass_options(steps, settings.pass_options)
-
-
-def _settings(
-    settings: CompileSettings | None, quant: str | None, options: dict[str, Any]
-) -> CompileSettings:
-    settings = settings or CompileSettings()
-    chosen: dict[str, Any] = {"quant": quant} if quant is not None else {}
-    names = {item.name for item in dataclasses.fields(CompileOptions)}
-    outer = {item.name for item in dataclasses.fields(CompileSettings)} - {"options", "seconds"}
-    for key, value in options.items():
-        if key in names:
-            chosen[key] = value
-        elif key not in outer:
-            raise unknown_name("option", key, names | outer)
-    rest = {key: value for key, value in options.items() if key in outer}
-    return dataclasses.replace(settings, options=dataclasses.replace(settings.options, **chosen), **rest)
-
-
-def _known_dtype(dtype: str) -> str:
-    if dtype not in DTYPES:
-        raise unknown_name("dtype", dtype, DTYPES)
-    return dtype
+def _capacity(resolved: Resolved) -> int | None:
+    """Tokens of a cache that were asked for, of a target that has the option."""
+    asked: int | None = getattr(resolved.options.own, "max_seq_len", None)
+    return asked
 
 
 def _captured(
-    model: Model, example_inputs: Sequence[torch.Tensor] | None, settings: CompileSettings
+    model: Model, example_inputs: Sequence[torch.Tensor] | None, resolved: Resolved
 ) -> tuple[Program, CheckpointInfo | None]:
     if isinstance(model, str | Path):
-        assert settings.options.dtype is not None
         return capture_pretrained(
-            model, dtype=settings.options.dtype, trust_remote_code=settings.trust_remote_code
+            model,
+            dtype=resolved.options.dtype,
+            trust_remote_code=resolved.request.what.trust_remote_code,
         )
     return capture(model, example_inputs), None
 
 
 def _pipeline_options(
-    program: Program, info: CheckpointInfo | None, target: Target, settings: CompileSettings,
-    calibration: Calibration | None,
+    program: Program, info: CheckpointInfo | None, resolved: Resolved, calibration: Calibration | None,
+    progress: Progress | None,
 ) -> PipelineOptions:  # fmt: skip
+    run, limits = resolved.request.run, resolved.request.gate
     return PipelineOptions(
-        probe=_text_probe(program, info, settings),
-        budget=settings.budget,
-        dump_ir=settings.dump_ir,
-        work_dir=settings.work_dir,
-        allow_noop=settings.allow_noop,
-        context=PassContext(seed=settings.seed, calibration=calibration),
-        progress=settings.progress,
+        probe=_text_probe(program, info, resolved),
+        budget=_budget(limits),
+        dump_ir=run.dump_ir,
+        work_dir=run.work_dir,
+        allow_noop=limits.allow_noop,
+        context=PassContext(seed=limits.seed, calibration=calibration),
+        progress=progress,
     )
 
 
-def _text_probe(program: Program, info: CheckpointInfo | None, settings: CompileSettings) -> Probe | None:
+def _budget(limits: GateRequest) -> Budget | None:
+    """The limits that were asked for; None where there are none."""
+    asked = {"kl": limits.max_kl, "top1": limits.min_top1, "perplexity": limits.max_perplexity_increase}
+    given = {name: value for name, value in asked.items() if value is not None}
+    return Budget(**given) if given else None
+
+
+def _text_probe(program: Program, info: CheckpointInfo | None, resolved: Resolved) -> Probe | None:
     """Encoded text for the gate, or None (random tokens) where there is no tokenizer."""
+    asked = resolved.request.gate.text
     if info is None or not info.has_tokenizer or program.contract.kind == "module":
-        if settings.text is not None:
+        if asked is not None:
             raise UsageError("--text needs a model folder with a tokenizer", remedy="leave --text out")
         return None
     from optc.runtime.generation.tokenizer import load_tokenizer
 
-    if settings.text is not None:
-        with os_errors("reading the gate's text", str(settings.text)):
-            text = settings.text.read_text(errors="replace")[:20_000]
+    if asked is not None:
+        with os_errors("reading the gate's text", str(asked)):
+            text = asked.read_text(errors="replace")[:20_000]
     else:
         text = (resources.files("optc.compiler") / "data" / "passage.txt").read_text()
     tokenizer = load_tokenizer(info.path)
     assert tokenizer is not None
     tokens = tokenizer.encode(text)
-    longest = min(96, program.contract.model.context_length or 96, settings.options.max_seq_len or 96)
+    longest = min(96, program.contract.model.context_length or 96, _capacity(resolved) or 96)
     return text_probe(tokens, longest=longest) if len(tokens) > 3 * longest else None
 
 
 def _write(
-    folder: Path, target: Target, settings: CompileSettings, result: PipelineResult,
-    info: CheckpointInfo | None, seconds: dict[str, float], begin: float,
+    folder: Path, resolved: Resolved, result: PipelineResult, info: CheckpointInfo | None,
+    seconds: dict[str, float], begin: float,
 ) -> Manifest:  # fmt: skip
     """Export into a temporary sibling, describe it, read it back, publish it."""
-    if settings.progress:
-        settings.progress(len(result.records), "exporting")
-    with artifact.write_folder(folder, force=settings.force) as directory:
+    target = resolved.target
+    with artifact.write_folder(folder, force=resolved.request.run.force) as directory:
         start = time.perf_counter()
         request = ExportRequest(
-            directory=directory, options=settings.options, source=info.path if info else None
+            directory=directory, options=resolved.options.own, source=info.path if info else None
         )
         exported = target.export(result.program, request)
         seconds["export"] = time.perf_counter() - start
@@ -349,4 +286,4 @@ def load(folder: str | Path, **options: Any) -> Any:
     return load_artifact(Path(folder), **options)
 
 
-__all__ = ["CompileResult", "CompileSettings", "TargetError", "capture", "compile", "load"]
+__all__ = ["CompileResult", "TargetError", "capture", "compile", "load"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import resources
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,31 +10,28 @@ from optc.compiler.calibration.sequences import Calibration, cut_sequences, read
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.ir.program import Program
 from optc.compiler.model_folder.checkpoint import CheckpointInfo
-
-if TYPE_CHECKING:
-    from optc.api import CompileSettings
+from optc.request import Request
 
 BUILT_IN = "built-in text"
 
 
-def make_calibration(program: Program, info: CheckpointInfo | None, settings: CompileSettings) -> Calibration:
+def make_calibration(program: Program, info: CheckpointInfo | None, request: Request) -> Calibration:
     """The calibration sequences of a compile.
 
     Raises:
         InputError: unreadable or too short a text, tokens outside the vocabulary, no tokenizer for a text.
-        UsageError: no samples, or a program that takes no tokens.
+        UsageError: a program that takes no tokens, or a tensor that is none of tokens.
     """
     facts = program.contract.model
     if program.contract.kind == "module":
         raise UsageError(
             "a plain module takes no calibration tokens", remedy="use --quant rtn or int8, which need none"
         )
-    if settings.calibration_samples < 1:
-        raise UsageError("--calibration-samples must be 1 or more", remedy="leave it out for 128")
-    given = settings.calibration
+    asked = request.calibration
+    given = asked.calibration
     if isinstance(given, torch.Tensor):
         return _from_tensor(given, facts.vocab_size)
-    length = min(settings.calibration_seq_len, facts.context_length or settings.calibration_seq_len)
+    length = min(asked.calibration_seq_len, facts.context_length or asked.calibration_seq_len)
     from optc.runtime.generation.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(info.path) if info is not None and info.has_tokenizer else None
@@ -51,8 +47,8 @@ def make_calibration(program: Program, info: CheckpointInfo | None, settings: Co
         text = (resources.files("optc.compiler") / "data" / "calibration.txt").read_text()
         documents, source = [tokenizer.encode(text)], BUILT_IN
     return cut_sequences(
-        documents, samples=settings.calibration_samples, length=length, vocab_size=facts.vocab_size,
-        seed=settings.seed, source=source,
+        documents, samples=asked.calibration_samples, length=length, vocab_size=facts.vocab_size,
+        seed=request.gate.seed, source=source,
     )  # fmt: skip
 
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
-from optc.api import CompileSettings, check_request, chosen_options, recipe_steps
 from optc.compiler.capture.pretrained import DTYPES, meta_model
 from optc.compiler.formats.integer import check_group_size, default_group_size
 from optc.compiler.model_folder.checkpoint import check_folder
 from optc.compiler.model_folder.quantized import quantized_folder, refuse_quantizing_again
-from optc.compiler.target.target import CompileOptions, Target, check_context, check_options
-from optc.targets.methods import METHODS
-from optc.targets.registry import installed_targets
+from optc.compiler.target.options import CompileOptions
+from optc.compiler.target.target import check_context, check_options
+from optc.request import Request
+from optc.resolving import recipe_steps, resolve
+from optc.targets.registry import all_targets
 
 
-def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[str, Any]:
+def make_plan(model: Path, request: Request) -> dict[str, Any]:
     """Check the request and predict sizes.
 
     Returns a JSON-able dict: `passes` in order, `weight_bytes` before and after, `group_size`,
@@ -29,40 +30,41 @@ def make_plan(model: Path, target: Target, settings: CompileSettings) -> dict[st
     Raises:
         UsageError, TargetError, InputError, CaptureError: as the compile itself would.
     """
-    check_request(target, settings.options)
-    settings = dataclasses.replace(settings, options=chosen_options(target, settings.options))
-    info = check_folder(model, trust_remote_code=settings.trust_remote_code)
-    skeleton = meta_model(info, trust_remote_code=settings.trust_remote_code)
+    resolved = resolve(request)
+    target, options = resolved.target, resolved.options
+    info = check_folder(model, trust_remote_code=request.what.trust_remote_code)
+    skeleton = meta_model(info, trust_remote_code=request.what.trust_remote_code)
     decoder = hasattr(skeleton, "generate")
-    check_context(settings.options, int(getattr(skeleton.config, "max_position_embeddings", 0) or 0))
-    steps = recipe_steps(target, "decoder" if decoder else "encoder", settings)
-    sizes = _sizes(skeleton, settings.options)
-    method = METHODS.get(settings.options.quant or "")
-    if method is not None and not method.fixed and settings.options.group_size is None:
+    context = int(getattr(skeleton.config, "max_position_embeddings", 0) or 0)
+    check_context(getattr(options.own, "max_seq_len", None), context)
+    steps = recipe_steps(resolved, "decoder" if decoder else "encoder")
+    sizes = _sizes(skeleton, options)
+    chosen = options.quantization
+    if chosen is not None and target.quant[chosen.method].group_sizes and sizes["group_size"] is not None:
         # The default group size follows from the model, and the target may have no kernel for it.
-        chosen = dataclasses.replace(settings.options, group_size=sizes["group_size"])
-        check_options(target, chosen, installed_targets)
+        chosen = msgspec.structs.replace(chosen, group_size=sizes["group_size"])
+        check_options(target, msgspec.structs.replace(options, quantization=chosen), all_targets)
     held = quantized_folder(info)
-    note = target.quant[settings.options.quant].note if settings.options.quant else ""
+    note = target.quant[chosen.method].note if chosen is not None else ""
     if held is not None:
-        if settings.options.quant is not None:
+        if chosen is not None:
             refuse_quantizing_again(model)
         shapes = [held.layout.shape(module) for module in held.modules]
-        dense = sum(rows * columns for rows, columns in shapes) * _width(settings.options)
+        dense = sum(rows * columns for rows, columns in shapes) * _width(options)
         sizes["weight_bytes"] += held.stored_bytes() - dense
         note = f"quantized already ({held.method}): {len(shapes)} linears keep their codes"
     return {
         "model": str(model),
         "target": target.name,
-        "dtype": settings.options.dtype,
-        "quant": settings.options.quant,
+        "dtype": options.dtype,
+        "quant": None if chosen is None else chosen.method,
         "passes": [
             {"name": step.rewrite.name, "optional": step.optional}
             for step in steps
             if step.when is None or held is not None  # such steps are for what a quantized folder can hold
         ],
         **sizes,
-        "kv_cache_bytes_per_token": _cache_bytes(skeleton.config, settings.options) if decoder else 0,
+        "kv_cache_bytes_per_token": _cache_bytes(skeleton.config, options) if decoder else 0,
         "note": note,
     }
 
@@ -108,18 +110,20 @@ _SCALE_BYTES = 2  # scales are stored in 16 bits
 def _sizes(skeleton: Any, options: CompileOptions) -> dict[str, Any]:
     width = _width(options)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    linears = quantizable(skeleton, options.ignore)
+    chosen = options.quantization
+    linears = quantizable(skeleton, () if chosen is None else chosen.ignore)
     size, group = parameters * width, None
-    if options.quant is not None:
+    if chosen is not None:
         names, all_columns = list(linears), [columns for _, columns in linears.values()]
-        group = options.group_size
+        group = chosen.group_size
         if group is None:
             group = default_group_size(all_columns, names)
         check_group_size(group, all_columns, names)
+        bits = chosen.bits or chosen.average_bits or 4
         for rows, columns in linears.values():
             groups = rows * (columns // group if group else 1)
-            zero = 0 if options.symmetric else groups * options.bits_or(4) / 8
-            size += int(rows * columns * (options.bits_or(4) / 8 - width) + groups * _SCALE_BYTES + zero)
+            zero = 0 if chosen.symmetric else groups * bits / 8
+            size += int(rows * columns * (bits / 8 - width) + groups * _SCALE_BYTES + zero)
     return {
         "parameters": parameters,
         "linears": len(linears),
@@ -133,11 +137,10 @@ def _cache_bytes(config: Any, options: CompileOptions) -> int:
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    width = 1 if options.kv_cache_dtype == "fp8" else _width(options)
+    width = 1 if getattr(options.own, "kv_cache_dtype", None) == "fp8" else _width(options)
     return 2 * int(config.num_hidden_layers) * kv_heads * head_dim * width
 
 
 def _width(options: CompileOptions) -> int:
     """Bytes of a number of the compute type."""
-    assert options.dtype is not None
     return DTYPES[options.dtype].itemsize

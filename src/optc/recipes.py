@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +12,35 @@ import yaml
 
 from optc.compiler.diagnostics import InputError, UsageError, unknown_name
 from optc.compiler.rewriting.passes import Pass
-from optc.compiler.target.target import CompileOptions, Step
+from optc.compiler.target.options import QuantRequest
+from optc.compiler.target.target import Step
+from optc.fields import Given, unknown_key
 from optc.passes.registry import find_pass
 
 
-def read_recipe(path: Path, known: Sequence[str]) -> dict[str, Any]:
-    """Read a YAML recipe; its keys are the flags of `optc compile` (hyphen or underscore).
+def read_recipe(path: Path, known: Iterable[str]) -> dict[str, Given]:
+    """Read a YAML recipe; its keys are the flags of `optc compile` (hyphen or underscore). Empty values are left out.
 
     Raises:
         InputError: unreadable file or not a mapping.
         UsageError: a key that is no flag, with the nearest name.
     """
     try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(
             "the recipe cannot be read", where=str(path), why=str(error), remedy="give a YAML file of flags"
         ) from error
     if not isinstance(data, dict):
         raise InputError("the recipe is not a mapping", where=str(path), remedy="write `key: value` lines")
+    names = set(known)
     out = {}
     for key, value in data.items():
         name = str(key).replace("-", "_")
-        if name not in known:
-            raise unknown_name("recipe key", str(key), [item.replace("_", "-") for item in known])
-        out[name] = value
+        if name not in names:
+            raise unknown_key(str(key), names, str(path))
+        if value is not None:
+            out[name] = Given(value=value, where=f"{path}, key '{key}'")
     return out
 
 
@@ -60,7 +64,7 @@ def make_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
         ) from error
 
 
-def parse_passes(items: Sequence[str | Mapping[str, Any]], options: CompileOptions) -> list[Step]:
+def parse_passes(items: Sequence[str | Mapping[str, Any]], asked: QuantRequest) -> list[Step]:
     """Requested passes: names, or one-key mappings name -> options as YAML has them.
 
     Quantization passes that give no options of their own take the flags (`--bits` and so on).
@@ -69,19 +73,17 @@ def parse_passes(items: Sequence[str | Mapping[str, Any]], options: CompileOptio
     for item in items:
         name, given = (item, {}) if isinstance(item, str) else next(iter(item.items()))
         cls = find_pass(str(name))
-        merged = {**flags_for(cls, options), **(given or {})} if cls.lossy else dict(given or {})
+        own = {str(key).replace("-", "_"): value for key, value in (given or {}).items()}
+        merged = {**flags_for(cls, asked), **own} if cls.lossy else own
         steps.append(Step(make_pass(str(name), merged)))
     return steps
 
 
-def flags_for(cls: type[Pass], options: CompileOptions) -> dict[str, Any]:
-    """The compile flags that a pass has fields for."""
+def flags_for(cls: type[Pass], asked: QuantRequest) -> dict[str, Any]:
+    """The flags of quantization that were given and that a pass has fields for."""
     fields = {field.name for field in dataclasses.fields(cls)}
-    return {
-        key: value
-        for key, value in dataclasses.asdict(options).items()
-        if key in fields and value is not None
-    }
+    given = msgspec.structs.asdict(asked)
+    return {key: value for key, value in given.items() if key in fields and value not in (None, ())}
 
 
 def apply_pass_options(steps: Sequence[Step], settings: Sequence[str]) -> list[Step]:
@@ -101,6 +103,17 @@ def apply_pass_options(steps: Sequence[Step], settings: Sequence[str]) -> list[S
         if not places:
             raise unknown_name("pass of this recipe", name, [step.rewrite.name for step in out])
         for i in places:
-            merged = {**out[i].rewrite.options(), option.replace("-", "_"): yaml.safe_load(text)}
+            merged = {**out[i].rewrite.options(), option.replace("-", "_"): _plain_value(setting, text)}
             out[i] = dataclasses.replace(out[i], rewrite=make_pass(cls.name, merged))
     return out
+
+
+def _plain_value(setting: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"cannot read --pass-option '{setting}'",
+            why=str(error).splitlines()[0],
+            remedy="write NAME.OPTION=VALUE, the value as in YAML",
+        ) from error

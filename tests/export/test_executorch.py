@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from artifacts import captured_folder, make_artifact, quick_artifact
+from chosen import chosen
 from conftest import EXAMPLE
 from families import make_model
 from stages import captured, sequences
@@ -23,13 +24,11 @@ from optc.compiler.capture import capture_module
 from optc.compiler.diagnostics import GateError, InputError, TargetError
 from optc.compiler.ir.contract import AttentionFacts, Contract, KVCache
 from optc.compiler.rewriting.passes import PassContext, PassResult
-from optc.compiler.target.target import CompileOptions, check_options
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.legalization.executorch import LegalizeExecutorch
 from optc.passes.legalization.xnnpack import PackXnnpack
 from optc.passes.quantization.rtn import QuantizeRtn
 from optc.targets import find_target
-from optc.targets.registry import installed_targets
 
 pytest.importorskip("executorch")
 
@@ -222,15 +221,15 @@ def test_what_cannot_be_packed(options: dict[str, Any], reason: str) -> None:
 
 def test_quantization_is_refused_with_the_targets_that_take_it() -> None:
     with pytest.raises(TargetError, match="does not take quantization 'smoothquant'") as caught:
-        check_options(find_target("pte"), CompileOptions(quant="smoothquant"), installed_targets)
+        chosen("pte", quant="smoothquant")
     assert "as asked it runs on --target onnx-cpu" in str(caught.value)
     with pytest.raises(TargetError, match="does not take asymmetric quantization"):
-        check_options(find_target("pte"), CompileOptions(quant="rtn", symmetric=False))
+        chosen("pte", quant="rtn", symmetric=False)
 
 
 def test_other_kinds_of_models_are_refused() -> None:
     with pytest.raises(TargetError, match="takes decoders, not a model of kind 'encoder'"):
-        find_target("executorch").recipe("encoder", CompileOptions())
+        find_target("executorch").recipe("encoder", chosen("executorch"))
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +237,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         TargetError, match=r'ExecuTorch is not installed\n  remedy: pip install "optc\[executorch\]"'
     ):
-        find_target("executorch").recipe("decoder", CompileOptions())
+        chosen("executorch")
 
 
 def test_a_length_beyond_the_context_is_refused(tmp_path: Path) -> None:

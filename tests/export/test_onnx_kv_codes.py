@@ -9,6 +9,7 @@ import bounds
 import ort_driver
 import pytest
 import torch
+from chosen import chosen
 from stages import captured, rewritten, sequences
 
 from optc.compiler.calibration.sequences import random_calibration
@@ -16,7 +17,7 @@ from optc.compiler.diagnostics import TargetError
 from optc.compiler.execution.stage_driver import run_stage
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import PassContext
-from optc.compiler.target.target import CompileOptions, check_legal
+from optc.compiler.target.target import check_legal
 from optc.passes.kv_cache.codes import StoreKVCodes
 from optc.passes.kv_cache.quantize import QuantizeKVCache
 from optc.passes.kv_cache.static import StaticKVCache
@@ -31,7 +32,7 @@ LENGTHS = (21, 9, 14, 5)
 def stages(name: str, granularity: str, format: str = "int8") -> tuple[Program, Program, Program]:
     """(rounded keys and values, caches of codes, legalized); treat them as read-only."""
     program, rounded, codes = captured(name), None, None
-    for step in TARGET.recipe("decoder", CompileOptions()):
+    for step in TARGET.recipe("decoder", chosen("onnx-cpu")):
         if isinstance(step.rewrite, StaticKVCache):
             rewrite = QuantizeKVCache(format=format, granularity=granularity)  # type: ignore[arg-type]
             rounded = program = rewrite.run(program, CONTEXT).program
@@ -49,7 +50,9 @@ def stages(name: str, granularity: str, format: str = "int8") -> tuple[Program, 
 
 def test_nothing_is_stored_as_codes_where_nothing_is_rounded() -> None:
     (step,) = (
-        step for step in TARGET.recipe("decoder", CompileOptions()) if isinstance(step.rewrite, StoreKVCodes)
+        step
+        for step in TARGET.recipe("decoder", chosen("onnx-cpu"))
+        if isinstance(step.rewrite, StoreKVCodes)
     )
     assert not step.applies(rewritten(StaticKVCache(), "llama").program)
 

@@ -12,6 +12,7 @@ import onnx
 import onnxruntime as ort
 import ort_driver
 import pytest
+from chosen import chosen
 from rewrites import stirred
 from stages import full_logits, sequences
 
@@ -19,7 +20,7 @@ from optc.compiler.analysis.linears import linear_sites
 from optc.compiler.calibration.sequences import random_calibration
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass, PassContext
-from optc.compiler.target.target import CompileOptions, check_legal
+from optc.compiler.target.target import check_legal
 from optc.passes.legalization.ort import LegalizeOrt
 from optc.passes.quantization.activations import QuantizeActivations
 from optc.passes.quantization.llm_int8 import QuantizeLlmInt8
@@ -72,7 +73,7 @@ def quantized(name: str, scheme: str) -> Program:
 
 def exported(program: Program, folder: Path, **options: Any) -> Program:
     """Through the target's recipe, but for its legalization, which takes `options`; then to disk."""
-    for step in TARGET.recipe("decoder", CompileOptions())[:-1]:
+    for step in TARGET.recipe("decoder", chosen("onnx-cpu"))[:-1]:
         program = step.rewrite.run(program, PassContext()).program
     program = LegalizeOrt(accuracy_level=0, **options).run(program, PassContext()).program
     check_legal(program, TARGET)

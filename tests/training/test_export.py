@@ -17,8 +17,8 @@ import optc
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.diagnostics import InputError
 from optc.compiler.ir.program import Program
-from optc.compiler.target.target import CompileOptions, ExportRequest
-from optc.exporters.hf import export_hf
+from optc.compiler.target.target import ExportRequest
+from optc.exporters.hf import FolderOptions, export_hf
 from optc.training.export import SaveConfig, save_trained
 from optc.training.kv_rounding import kv_roundings
 from optc.training.qat import QatConfig, apply_qat, quantized_linears
@@ -134,7 +134,7 @@ def test_a_trained_folder_goes_on_to_vllm(tmp_path: Path, layout: str | None) ->
     program = saved(trained(options), tmp_path / "out")
     again = tmp_path / "again"
     again.mkdir()
-    request = ExportRequest(directory=again, options=CompileOptions(layout=layout), source=tmp_path / "out")
+    request = ExportRequest(directory=again, options=FolderOptions(layout=layout), source=tmp_path / "out")
     export_hf(program, request)
     second, _ = capture_pretrained(again)
     assert torch.equal(logits(program, IDS), logits(second, IDS))

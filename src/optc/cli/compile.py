@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 from rich.table import Table
 
-from optc.cli.common import F, emit, json_option, progress, stderr
-from optc.cli.options import compile_flags, merge_recipe, require, to_settings
-
-_RUN_FLAGS: tuple[Callable[[F], F], ...] = (
-    click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the artifact."),
-    click.option("--force", is_flag=True, help="Replace an existing artifact."),
-    click.option("--allow-noop", is_flag=True, help="Let a requested pass match nothing."),
-    click.option("--dump-ir", type=click.Path(path_type=Path), help="Write every stage's IR to this folder."),
-    click.option("--work-dir", type=click.Path(path_type=Path), help="Keep finished stages here; a rerun continues."),
-    click.option("--text", type=click.Path(path_type=Path), help="Text for the numerics gate (default: a built-in page)."),
-    click.option("--max-kl", type=float, help="Gate: largest KL a lossy pass may cause, nats per token."),
-    click.option("--min-top1", type=float, help="Gate: smallest top-1 agreement after a lossy pass."),
-    click.option("--max-perplexity-increase", type=float, help="Gate: largest relative rise, e.g. 0.1."),
-    click.option("--seed", type=int, help="Seed of the gate's random tokens."),
-    click.option("--trust-remote-code", is_flag=True, help="Allow code that comes with the model to run."),
-    json_option,
-)  # fmt: skip
-
-
-def run_flags(command: F) -> F:
-    """Add the flags of a command that compiles: where to, and how it is watched."""
-    for flag in reversed(_RUN_FLAGS):
-        command = flag(command)
-    return command
+from optc.cli.common import emit, json_option, progress, stderr
+from optc.cli.options import merge_recipe, request_flags, request_of, require
+from optc.compiler.diagnostics import UsageError
+from optc.request import SECTIONS, Request
 
 
 @click.command(name="compile")
 @click.argument("model", required=False)
-@compile_flags
-@run_flags
+@request_flags(SECTIONS)
+@json_option
 def compile_(as_json: bool, **flags: Any) -> None:
     """Compile MODEL (a Hugging Face folder) for a target.
 
@@ -51,25 +29,21 @@ def compile_(as_json: bool, **flags: Any) -> None:
     optc compile --recipe recipe.yaml --force
     """
     merged = merge_recipe(flags)
-    require(merged, "model", "optc compile MODEL --target onnx-cpu -o OUT")
-    require(merged, "target", "--target onnx-cpu (see optc targets)")
-    run_compile(merged, as_json, "compiling")
+    model = require(merged, "model", "optc compile MODEL --target onnx-cpu -o OUT")
+    target = require(merged, "target", "--target onnx-cpu (see optc targets)")
+    run_compile(model, request_of(merged, target), as_json, "compiling")
 
 
-def run_compile(merged: dict[str, Any], as_json: bool, doing: str) -> None:
-    """Compile by merged flags that name a model and a target, and print the result."""
-    from optc.api import check_request, compile, recipe_steps
-    from optc.targets import find_target
+def run_compile(model: str, request: Request, as_json: bool, doing: str) -> None:
+    """Compile, with a progress bar, and print the result."""
+    from optc.api import compile
+    from optc.resolving import recipe_steps, resolve
 
-    output = require(merged, "output", "-o OUT")
-    settings = to_settings(merged)
-    found = find_target(merged["target"])
-    check_request(found, settings.options)
-    steps = len(recipe_steps(found, "decoder", settings))
-    with progress(f"{doing} for {found.name}", total=steps + 1) as update:
-        result = compile(
-            merged["model"], target=found.name, output=output, settings=to_settings(merged, progress=update)
-        )
+    if request.run.output is None:
+        raise UsageError("no output given", remedy="-o OUT")
+    steps = len(recipe_steps(resolve(request), "decoder"))
+    with progress(f"{doing} for {request.target.name}", total=steps + 1) as update:
+        result = compile(model, request=request, progress=update)
     emit(result.to_dict(), as_json, _show)
 
 

@@ -1,175 +1,127 @@
-"""The flags of `optc compile`, shared with `optc plan` and with YAML recipes."""
+"""Flags made of the fields of a request, and a request made of flags and a YAML recipe."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from optc.api import CompileSettings
 from optc.cli.common import F
 from optc.compiler.diagnostics import UsageError
-from optc.compiler.pipeline.gate import Budget
-from optc.compiler.target.target import CompileOptions
+from optc.fields import Field, Given, fields_of
 from optc.recipes import read_recipe
+from optc.request import SECTIONS, Request, known_keys, make_request, target_fields
+from optc.targets.registry import find_target
 
-_OPTION_KEYS = (
-    "dtype",
-    "quant",
-    "bits",
-    "average_bits",
-    "group_size",
-    "symmetric",
-    "kv_cache",
-    "max_seq_len",
-    "accuracy_level",
-    "layout",
-    "kv_cache_dtype",
-    "max_batch",
-    "max_num_tokens",
-    "speculative",
-    "draft_tokens",
-    "arch",
-    "trt_ops",
-    "trt_runtime",
-)
-_SETTING_KEYS = (
-    "force",
-    "allow_noop",
-    "seed",
-    "trust_remote_code",
-    "calibration_samples",
-    "calibration_seq_len",
-)
-_OTHER_KEYS = ("target", "output", "model", "ignore", "passes", "pass_option", "dump_ir", "work_dir", "text", "calibration",
-               "max_kl", "min_top1", "max_perplexity_increase")  # fmt: skip
-RECIPE_KEYS = (*_OPTION_KEYS, *_SETTING_KEYS, *_OTHER_KEYS)
-
-_FLAGS: tuple[Callable[[F], F], ...] = (
-    click.option("--target", help="Where the model shall run; see optc targets."),
-    click.option("--quant", help="Quantization method: rtn, gptq, awq, ...; see optc targets."),
-    click.option("--dtype", help="Compute type: fp32, bf16 or fp16; default is the target's first."),
-    click.option("--bits", type=int, help="Bits per weight.  [default: 4]"),
-    click.option("--average-bits", type=float, help="Mean bits per weight for --quant auto.  [default: 4]"),
-    click.option("--group-size", type=int, help="Weights per scale. Default: the largest of 128, 64, 32 that divides every linear."),
-    click.option("--symmetric/--asymmetric", default=None, help="Without or with zero points.  [default: symmetric]"),
-    click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave weights of this name unquantized (repeatable), e.g. '*.down_proj.*'."),
-    click.option("--calibration", type=click.Path(path_type=Path), help="Text, .jsonl, .json, .parquet, or a dataset's folder.  [default: built-in]"),
-    click.option("--calibration-samples", type=int, help="Calibration sequences.  [default: 128]"),
-    click.option("--calibration-seq-len", type=int, help="Tokens of each.  [default: 512]"),
-    click.option("--kv-cache", help="static or paged; default is the target's first."),
-    click.option("--max-seq-len", type=int, help="Capacity of a static KV cache, in tokens.  [default: the model's context, at most 2048]"),
-    click.option("--accuracy-level", type=int, help="Quantized kernels: 4 rounds activations to int8 (fast), 0 does not.  [default: 4]"),
-    click.option("--layout", help="Form of quantized weights in a model folder: compressed-tensors, awq or gptq.  [default: compressed-tensors]"),
-    click.option("--kv-cache-dtype", help="fp8: keys and values in 8 bits, calibrated (trtllm).  [default: the compute type]"),
-    click.option("--max-batch", type=int, help="Sequences of one call (trt; default 4), requests that a server runs together (trtllm)."),
-    click.option("--max-num-tokens", type=int, help="Tokens that a server runs together.  [default: the server's]"),
-    click.option("--speculative", metavar="ngram|draft:DIR", help="Speculative decoding in the serving options."),
-    click.option("--draft-tokens", type=int, help="Tokens drafted in each step.  [default: 4]"),
-    click.option("--arch", help="TensorRT for RTX: sm80,sm89,... or portable.  [default: portable]"),
-    click.option("--trt-ops", help="TensorRT: fused, basic (for TensorRT 8.6 to 10.13) or auto.  [default: auto]"),
-    click.option("--trt-runtime", help="TensorRT that builds the plan: tensorrt, rtx, none (build later, on the device) or auto.  [default: auto]"),
-    click.option("--recipe", type=click.Path(path_type=Path, dir_okay=False), help="YAML file of these flags; flags on the command line win."),
-    click.option("--passes", help="Comma-separated passes to run instead of the target's recipe."),
-    click.option("--pass-option", multiple=True, metavar="NAME.OPTION=VALUE", help="Set an option of a pass (repeatable); see optc passes."),
-)  # fmt: skip
+TARGET_HELP = "Where the model shall run; see optc targets."
+_METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
-def compile_flags(command: F) -> F:
-    """Add the shared flags to a command."""
-    for flag in reversed(_FLAGS):
-        command = flag(command)
-    return command
+def request_flags(
+    sections: Iterable[str], *, target: str | None = None, leave_out: Iterable[str] = ()
+) -> Callable[[F], F]:
+    """Add to a command the flags of sections of a request, and of targets' own options.
+
+    Args:
+        target: the only target of the command; None offers --target and the options of all.
+        leave_out: fields of the sections that the command has no use for.
+    """
+    flags = [click.option("--target", help=TARGET_HELP)] if target is None else []
+    for section in sections:
+        fields = fields_of(SECTIONS[section])
+        flags += [flag(field, field.help) for name, field in fields.items() if name not in set(leave_out)]
+    flags += _target_flags(target)
+    flags.append(
+        click.option(
+            "--recipe",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="YAML file of the flags of optc compile; flags on the command line win.",
+        )
+    )
+
+    def add(command: F) -> F:
+        return functools.reduce(lambda made, item: item(made), reversed(flags), command)
+
+    return add
 
 
-def merge_recipe(flags: dict[str, Any]) -> dict[str, Any]:
+def flag(field: Field, text: str) -> Any:
+    """The click option of a field. Values stay text: `Field.read` checks those of recipes in the same way."""
+    default = f"  [default: {field.default_text}]" if field.default_text else ""
+    names = [item for item in (field.extra.get("short"), f"--{field.key}") if item]
+    if field.kind is bool:
+        negation = field.extra.get("negation")
+        if negation:
+            return click.option(f"--{field.key}/--{negation}", field.name, default=None, help=text + default)
+        return click.option(*names, field.name, is_flag=True, default=None, help=text)
+    metavar = field.extra.get("metavar") or "|".join(field.choices) or _METAVARS.get(field.kind, "TEXT")
+    return click.option(
+        *names, field.name, metavar=metavar, multiple=field.repeatable and "read" not in field.extra,
+        help=text + default,
+    )  # fmt: skip
+
+
+def option_help(rows: Iterable[tuple[Any, Field]]) -> str:
+    """The help of an option that several targets may have: (target, its field) for each."""
+    names: dict[str, list[str]] = {}
+    for target, field in rows:
+        default = f" (default: {field.default_text})" if field.default_text else ""
+        names.setdefault(field.help.rstrip(".") + default, []).append(target.name)
+    return " ".join(f"{', '.join(targets)}: {text}." for text, targets in names.items())
+
+
+def _target_flags(target: str | None) -> list[Any]:
+    if target is not None:
+        return [flag(field, field.help) for field in fields_of(find_target(target).options).values()]
+    found = []
+    for rows in target_fields().values():
+        first = rows[0][1]
+        option = flag(first, "")
+        found.append(_with_help(option, option_help(rows)))
+    return found
+
+
+def _with_help(option: Any, text: str) -> Any:
+    def add(command: Any) -> Any:
+        made = option(command)
+        made.__click_params__[-1].help = text
+        return made
+
+    return add
+
+
+def merge_recipe(flags: dict[str, Any]) -> dict[str, Given]:
     """Flags given on the command line over the recipe's keys; what neither gives is absent."""
     recipe = flags.pop("recipe", None)
-    merged = read_recipe(recipe, RECIPE_KEYS) if recipe else {}
-    given = {
-        key: value
-        for key, value in flags.items()
-        if not (value is None or value is False or value == ()) or (key == "symmetric" and value is False)
-    }
-    merged.update(given)
-    for key in ("dump_ir", "work_dir", "text", "output", "calibration"):
-        if merged.get(key) is not None:
-            merged[key] = Path(merged[key])
-    if isinstance(merged.get("passes"), str):
-        merged["passes"] = [name.strip() for name in merged["passes"].split(",") if name.strip()]
-    for key in ("ignore", "pass_option"):
-        if isinstance(merged.get(key), str):
-            merged[key] = (merged[key],)
-    _check_types(merged)
+    merged = read_recipe(recipe, (*known_keys(), "model")) if recipe else {}
+    for key, value in flags.items():
+        if value is not None and value != ():
+            text = not isinstance(value, bool)
+            merged[key] = Given(value=value, where=f"the command line, --{key.replace('_', '-')}", text=text)
     return merged
 
 
-def _check_types(merged: dict[str, Any]) -> None:
-    kinds = {
-        "bits": int,
-        "group_size": int,
-        "max_seq_len": int,
-        "arch": str,
-        "trt_ops": str,
-        "trt_runtime": str,
-        "accuracy_level": int,
-        "max_batch": int,
-        "max_num_tokens": int,
-        "draft_tokens": int,
-        "kv_cache_dtype": str,
-        "speculative": str,
-        "seed": int,
-        "calibration_samples": int,
-        "calibration_seq_len": int,
-        "symmetric": bool,
-    }
-    for key, kind in kinds.items():
-        value = merged.get(key)
-        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
-            raise UsageError(f"'{key.replace('_', '-')}' must be of type {kind.__name__}, not {value!r}")
-    if merged.get("accuracy_level") not in (None, 0, 1, 2, 3, 4):
-        raise UsageError(
-            f"accuracy level {merged['accuracy_level']} is unknown", remedy="use 0 (exact) to 4 (int8)"
-        )
-
-
-def to_settings(merged: dict[str, Any], **more: Any) -> CompileSettings:
-    """CompileSettings from merged flags.
-
-    Raises:
-        UsageError: flags of quantization without a quantization.
-    """
-    idle = [
-        key
-        for key in ("bits", "average_bits", "group_size", "symmetric", "ignore")
-        if merged.get(key) not in (None, ())
-    ]
-    if idle and not merged.get("quant") and not merged.get("passes"):
-        raise UsageError(
-            f"--{idle[0].replace('_', '-')} does nothing without --quant", remedy="add --quant rtn"
-        )
-    options = {key: merged[key] for key in _OPTION_KEYS if merged.get(key) is not None}
-    limits = {"kl": "max_kl", "top1": "min_top1", "perplexity": "max_perplexity_increase"}
-    budget = {name: float(merged[key]) for name, key in limits.items() if merged.get(key) is not None}
-    settings = {
-        key: merged[key]
-        for key in (*_SETTING_KEYS, "dump_ir", "work_dir", "text", "calibration")
-        if merged.get(key) is not None
-    }
-    return CompileSettings(
-        options=CompileOptions(ignore=tuple(merged.get("ignore") or ()), **options),
-        passes=merged.get("passes"),
-        pass_options=tuple(merged.get("pass_option") or ()),
-        budget=Budget(**budget) if budget else None,
-        **settings,
-        **more,
+def request_of(merged: dict[str, Given], target: str) -> Request:
+    """The request for a target, of merged flags that may name a model too."""
+    return make_request(
+        target, {key: value for key, value in merged.items() if key not in ("model", "target")}
     )
 
 
-def require(merged: dict[str, Any], key: str, example: str) -> Any:
-    """A value that must come from a flag or the recipe."""
-    if not merged.get(key):
+def require(merged: dict[str, Given], key: str, example: str) -> str:
+    """A text that must come from a flag or the recipe.
+
+    Raises:
+        UsageError: it is absent, or no text.
+    """
+    found = merged.get(key)
+    if found is None or found.value in ("", ()):
         raise UsageError(f"no {key} given", remedy=example)
-    return merged[key]
+    if not isinstance(found.value, str) or "\0" in found.value:
+        raise UsageError(
+            f"'{key}' cannot be {found.value!r}", where=found.where, remedy=f"give text: {example}"
+        )
+    return found.value

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from optc.cli.common import emit, json_option
-from optc.cli.options import compile_flags, merge_recipe, require, to_settings
+from optc.cli.options import merge_recipe, request_flags, request_of, require
 from optc.compiler.diagnostics import UsageError
 
 
@@ -30,7 +30,7 @@ from optc.compiler.diagnostics import UsageError
     metavar="KEY=VALUE",
     help="With --train: set a key of the recipe (repeatable).",
 )
-@compile_flags
+@request_flags(("what", "quantization", "cache"))
 @json_option
 def plan(
     as_json: bool, train_recipe: str | None, world_size: int, settings: tuple[str, ...], **flags: Any
@@ -47,12 +47,11 @@ def plan(
     if settings or world_size != 1:
         raise UsageError("--set and --world-size belong to --train", remedy="optc plan --train RECIPE")
     from optc.planning import make_plan
-    from optc.targets import find_target
 
     merged = merge_recipe(flags)
     model = require(merged, "model", "optc plan MODEL --target onnx-cpu")
-    target = find_target(require(merged, "target", "--target onnx-cpu (see optc targets)"))
-    emit(make_plan(Path(model), target, to_settings(merged)), as_json, _show)
+    request = request_of(merged, require(merged, "target", "--target onnx-cpu (see optc targets)"))
+    emit(make_plan(Path(model), request), as_json, _show)
 
 
 def _plan_training(

@@ -12,11 +12,12 @@ from optc.cli.common import emit, json_option
 @click.command()
 @json_option
 def targets(as_json: bool) -> None:
-    """List the targets, with the dtypes, KV caches and quantizations each one takes.
+    """List the targets, with the dtypes, KV caches, options and quantizations each one takes.
 
     \b
     optc targets
     """
+    from optc.fields import fields_of
     from optc.targets.registry import all_targets
 
     rows = [
@@ -27,6 +28,10 @@ def targets(as_json: bool) -> None:
             "device": target.device,
             "dtypes": list(target.dtypes),
             "kv_caches": list(target.kv_caches),
+            "options": [
+                {"name": field.key, "takes": field.expected, "default": field.default_text, "help": field.help}
+                for field in fields_of(target.options).values()
+            ],
             "quant": {
                 name: {"bits": list(row.bits), "group_sizes": list(row.group_sizes), "symmetric": list(row.symmetric),
                        "note": row.note}
@@ -45,6 +50,9 @@ def _show(result: dict[str, Any]) -> None:
         click.echo(
             f"    dtypes {', '.join(row['dtypes'])}; KV caches {', '.join(row['kv_caches']) or 'none'}"
         )
+        for option in row["options"]:
+            default = f"; default: {option['default']}" if option["default"] else ""
+            click.echo(f"    --{option['name']}: {option['takes']}{default}")
         for name, quant in row["quant"].items():
             sizes = ", ".join("channel" if size == 0 else str(size) for size in quant["group_sizes"])
             groups = f"; groups of {sizes}" if sizes else ""  # none to choose

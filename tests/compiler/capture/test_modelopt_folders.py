@@ -15,14 +15,12 @@ from hf_folders import config, logits, source, tensors
 from modelopt_folders import made, write
 from safetensors.torch import save_file
 
-from optc.api import CompileSettings
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.model_folder.checkpoint import check_folder
 from optc.compiler.model_folder.quantized import quantized_folder
-from optc.compiler.target.target import CompileOptions
 from optc.planning import make_plan
-from optc.targets import find_target
+from optc.request import from_python
 
 IDS = torch.arange(3, 20)[None]
 UP = "model.layers.1.mlp.up_proj"
@@ -70,9 +68,7 @@ def test_either_config_is_enough(tmp_path: Path, folders: Callable[[str], Path])
     (second / "config.json").write_text(json.dumps(plain))
     assert torch.equal(logits(capture_pretrained(second)[0], IDS), ours)
     with pytest.raises(UsageError, match="quantized already") as caught:
-        make_plan(
-            second, find_target("trtllm"), CompileSettings(options=CompileOptions(dtype="bf16", quant="awq"))
-        )
+        make_plan(second, from_python("trtllm", dtype="bf16", quant="awq"))
     assert str(caught.value.where).endswith("hf_quant_config.json")
 
 
@@ -91,9 +87,7 @@ def test_factors_of_inputs_are_in_the_graph(tmp_path: Path, folders: Callable[[s
 
 
 def test_the_plan_counts_what_the_folder_holds(folders: Callable[[str], Path]) -> None:
-    plan = make_plan(
-        folders("W8A16"), find_target("trtllm"), CompileSettings(options=CompileOptions(dtype="bf16"))
-    )
+    plan = make_plan(folders("W8A16"), from_python("trtllm", dtype="bf16"))
     assert plan["note"] == "quantized already (modelopt): 14 linears keep their codes"
 
 

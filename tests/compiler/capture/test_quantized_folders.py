@@ -14,13 +14,11 @@ from hf_folders import codes_of, config, logits, quantized, source, tensors, wri
 from safetensors.torch import save_file
 
 import optc
-from optc.api import CompileSettings
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.capture.pretrained import load_model
 from optc.compiler.diagnostics import CaptureError, InputError, OptcError, UsageError
-from optc.compiler.target.target import CompileOptions
 from optc.planning import make_plan
-from optc.targets import find_target
+from optc.request import from_python
 
 K_PROJ = "model.layers.1.self_attn.k_proj"
 
@@ -102,11 +100,11 @@ def test_compiled_further_without_requantizing(tmp_path: Path) -> None:
 
 def test_the_plan_counts_what_the_folder_holds(tmp_path: Path) -> None:
     write(quantized("llama", "int4"), source("llama"), tmp_path)
-    plan = make_plan(tmp_path, find_target("onnx-cpu"), CompileSettings())
+    plan = make_plan(tmp_path, from_python("onnx-cpu"))
     assert plan["weight_bytes"] == sum(tensor.nbytes for tensor in tensors(tmp_path).values())
     assert plan["note"] == "quantized already (compressed-tensors): 14 linears keep their codes"
     with pytest.raises(UsageError, match="quantized already"):
-        make_plan(tmp_path, find_target("onnx-cpu"), CompileSettings(options=CompileOptions(quant="rtn")))
+        make_plan(tmp_path, from_python("onnx-cpu", quant="rtn"))
 
 
 _GROUP = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}

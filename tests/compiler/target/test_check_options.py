@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.ir.program import Program
+from optc.compiler.target.options import CompileOptions, Quantization
 from optc.compiler.target.target import (
-    CompileOptions,
     ExportRequest,
     ExportResult,
     QuantSupport,
@@ -43,6 +44,10 @@ THERE = target(
 )
 
 
+def asked(method: str, **options: Any) -> CompileOptions:
+    return CompileOptions(dtype="fp32", quantization=Quantization(method=method, **options))
+
+
 def refusal(options: CompileOptions, of: Target = HERE) -> tuple[str, str]:
     with pytest.raises(TargetError) as caught:
         check_options(of, options, lambda: (HERE, THERE))
@@ -53,27 +58,27 @@ def refusal(options: CompileOptions, of: Target = HERE) -> tuple[str, str]:
     ("options", "what", "remedy"),
     [
         (
-            CompileOptions(quant="rtn", bits=3),
+            asked("rtn", bits=3),
             "3-bit weights",
             "2, 4, 8 bits; nearest here: --quant rtn --bits 4; as asked it runs on --target there",
         ),
         (
-            CompileOptions(quant="rtn", bits=7, group_size=32),
+            asked("rtn", bits=7, group_size=32),
             "7-bit weights",
             "2, 4, 8 bits; nearest here: --quant rtn --bits 8 --group-size 32",
         ),
         (
-            CompileOptions(quant="rtn", bits=4, group_size=96),
+            asked("rtn", bits=4, group_size=96),
             "group size 96",
             "group sizes 0, 32, 128; nearest here: --quant rtn --bits 4 --group-size 128",
         ),
         (
-            CompileOptions(quant="nf4", bits=4),
+            asked("nf4", bits=4),
             "quantization 'nf4'",
             "rtn, awq; nearest here: --quant rtn --bits 4; as asked it runs on --target there",
         ),
         (
-            CompileOptions(quant="awq", bits=4, symmetric=False),
+            asked("awq", bits=4, symmetric=False),
             "asymmetric quantization",
             "symmetric; nearest here: --quant awq --symmetric",
         ),
@@ -85,17 +90,16 @@ def test_names_the_nearest(options: CompileOptions, what: str, remedy: str) -> N
 
 def test_nearest_is_taken() -> None:
     """What is named as the nearest passes the same check."""
-    check_options(HERE, CompileOptions(quant="rtn", bits=4, group_size=128))
-    check_options(HERE, CompileOptions(quant="awq", bits=4))
+    check_options(HERE, asked("rtn", bits=4, group_size=128))
+    check_options(HERE, asked("awq", bits=4))
 
 
 def test_a_target_without_quantization() -> None:
-    what, remedy = refusal(CompileOptions(quant="rtn", bits=4), target("bare", {}))
+    what, remedy = refusal(asked("rtn", bits=4), target("bare", {}))
     assert what == "target 'bare' does not take quantization 'rtn'"
     assert remedy == "it takes: none; as asked it runs on --target here or there"
 
 
 def test_other_refusals() -> None:
     assert refusal(CompileOptions(dtype="bf16"))[1] == "it takes: fp32"
-    assert refusal(CompileOptions(kv_cache="paged"))[1] == "it takes: none"
-    assert refusal(CompileOptions(layout="awq"))[1] == "it takes: no such options"
+    assert refusal(CompileOptions(dtype="fp32", kv_cache="paged"))[1] == "it takes: none"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chosen import chosen
 from families import make_model
 from hf_folders import codes_of, config, quantized, source, tensors, write
 from stages import apply, captured
@@ -12,7 +13,6 @@ from stages import apply, captured
 from optc.compiler.capture import capture_module, capture_pretrained
 from optc.compiler.diagnostics import ArtifactError, InputError, TargetError
 from optc.compiler.ir.surgery import set_weight
-from optc.compiler.target.target import CompileOptions, check_options
 from optc.exporters.hf import export as module
 from optc.exporters.hf.shards import INDEX, write_shards
 from optc.passes.fusion.projections import MergeProjections
@@ -234,9 +234,7 @@ def test_the_target_says_what_it_does_not_take() -> None:
     assert target.name == "vllm"
 
     def recipe(**options):
-        options = CompileOptions(**options)
-        check_options(target, options)
-        return [step.rewrite.name for step in target.recipe("decoder", options)]
+        return [step.rewrite.name for step in target.recipe("decoder", chosen("sglang", **options))]
 
     assert recipe() == []
     assert recipe(layout="gptq") == ["round-scales"]  # of a folder that is quantized already
@@ -253,7 +251,7 @@ def test_the_target_says_what_it_does_not_take() -> None:
         with pytest.raises(Exception, match=text):
             recipe(**options)
     with pytest.raises(TargetError, match="does not take --layout"):
-        check_options(find_target("onnx-cpu"), CompileOptions(layout="awq"))
+        chosen("onnx-cpu", layout="awq")
 
 
 def test_a_layout_without_quantization_is_refused(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from optc.compiler.capture import capture_pretrained
 from optc.compiler.diagnostics import ArtifactError, TargetError
 from optc.compiler.formats.layouts import QuantizedWeight, Scheme
 from optc.compiler.ir.surgery import set_weight
-from optc.compiler.target.target import CompileOptions, ExportRequest
+from optc.compiler.target.target import ExportRequest
+from optc.exporters.hf import FolderOptions, export_hf
 from optc.exporters.hf import export as module
-from optc.exporters.hf import export_hf
 from optc.exporters.hf.modelopt import ModelOptWriter, algorithm_of
 from optc.exporters.hf.shards import write_shards
 from optc.passes.kv_cache.quantize import QuantizeKVCache
@@ -186,7 +186,7 @@ def test_unequal_global_scales_are_refused(tmp_path: Path) -> None:
 def test_other_layouts_refuse_what_only_this_one_holds(tmp_path: Path, algorithm: str) -> None:
     program = rewritten(captured("llama"), RECIPES[algorithm][: 1 if not algorithm else 2])
     layout = None if algorithm else "awq"
-    request = ExportRequest(directory=tmp_path, options=CompileOptions(layout=layout), source=source("llama"))
+    request = ExportRequest(directory=tmp_path, options=FolderOptions(layout=layout), source=source("llama"))
     with pytest.raises(TargetError) as caught:
         export_hf(program, request)
     text = f"{caught.value.what} {caught.value.why}"
@@ -203,7 +203,7 @@ def test_scales_of_keys_and_values_go_on_to_compressed_tensors(tmp_path: Path) -
     write(made("llama", ""), source("llama"), tmp_path / "a")
     program = capture_pretrained(tmp_path / "a")[0]
     (tmp_path / "b").mkdir()
-    request = ExportRequest(directory=tmp_path / "b", options=CompileOptions(), source=tmp_path / "a")
+    request = ExportRequest(directory=tmp_path / "b", options=FolderOptions(), source=tmp_path / "a")
     result = export_hf(program, request)
     scheme = result.info["quantization_config"]["kv_cache_scheme"]
     assert (scheme["type"], scheme["num_bits"], scheme["strategy"]) == ("float", 8, "tensor")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from chosen import chosen
 from hf_folders import config, source, tensors
 from modelopt_folders import CONTEXT, write
 from stages import captured
@@ -14,10 +15,7 @@ from stages import captured
 import optc
 from optc.cli.main import main
 from optc.compiler.diagnostics import TargetError, UsageError
-from optc.compiler.target.target import CompileOptions, check_options
-from optc.exporters.hf.serving import check_serving
 from optc.targets import find_target
-from optc.targets.registry import installed_targets
 
 Capture = pytest.CaptureFixture[str]
 
@@ -77,8 +75,7 @@ def test_the_passes_of_each_method() -> None:
     assert target.name == "trtllm"
 
     def recipe(**options: str) -> list[str]:
-        made = CompileOptions(dtype="bf16", **options)  # type: ignore[arg-type]
-        check_options(target, made, installed_targets)
+        made = chosen("trtllm", dtype="bf16", **options)
         return [step.rewrite.name for step in target.recipe("decoder", made)]
 
     assert recipe() == []
@@ -90,10 +87,10 @@ def test_the_passes_of_each_method() -> None:
         "quantize-kv-cache",
     ]
     assert recipe(quant="nvfp4") == ["quantize-nvfp4", "quantize-inputs"]
-    with pytest.raises(UsageError, match="unknown type of KV cache 'int4'"):
+    with pytest.raises(UsageError, match="unknown kv-cache-dtype 'int4'"):
         recipe(kv_cache_dtype="int4")
     with pytest.raises(TargetError, match="does not take --max-batch"):
-        check_options(find_target("vllm"), CompileOptions(max_batch=4))
+        chosen("vllm", max_batch=4)
 
 
 def test_serving_options(tmp_path: Path) -> None:
@@ -119,8 +116,8 @@ def test_serving_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"max_batch": 0}, "--max-batch 0 is not positive"),
-        ({"max_seq_len": 0}, "--max-seq-len 0 is not positive"),
+        ({"max_batch": 0}, "'max-batch' cannot be 0"),
+        ({"max_seq_len": 0}, "'max-seq-len' cannot be 0"),
         ({"max_batch": 16, "max_num_tokens": 8}, "--max-num-tokens 8 is less than --max-batch 16"),
         ({"draft_tokens": 4}, "--draft-tokens does nothing without --speculative"),
         ({"speculative": "medusa"}, "unknown speculative decoding 'medusa'"),
@@ -129,7 +126,7 @@ def test_serving_options(tmp_path: Path) -> None:
 )
 def test_serving_options_that_contradict(options: dict, text: str) -> None:
     with pytest.raises(UsageError) as caught:
-        check_serving(CompileOptions(**options))
+        chosen("trtllm", **options)
     assert text in str(caught.value)
     assert caught.value.remedy
 

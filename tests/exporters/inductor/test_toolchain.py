@@ -10,8 +10,9 @@ from stages import captured
 
 from optc.compiler import compat
 from optc.compiler.diagnostics import InputError, TargetError
-from optc.compiler.target.target import CompileOptions, ExportRequest, check_legal
+from optc.compiler.target.target import ExportRequest, check_legal
 from optc.exporters.inductor import export_inductor, library, toolchain
+from optc.exporters.inductor.options import InductorOptions
 from optc.passes.kv_cache.static import StaticKVCache
 from optc.targets.inductor_cpu import TARGET
 
@@ -21,7 +22,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(TargetError) as caught:
-        export_inductor(captured("bert"), ExportRequest(directory=tmp_path, options=CompileOptions()))
+        export_inductor(captured("bert"), ExportRequest(directory=tmp_path, options=InductorOptions()))
     assert caught.value.exit_code == 4
     assert str(caught.value) == (
         "no C++ compiler was found\n"

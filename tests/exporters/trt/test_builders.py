@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from chosen import chosen
 
 from optc.compiler.diagnostics import OptcError, TargetError, UsageError
-from optc.compiler.target.target import CompileOptions, check_options
 from optc.exporters.trt import builders
 from optc.exporters.trt.facts import profiles
+from optc.exporters.trt.options import TrtOptions
 from optc.passes.kv_cache.fixed import cache_capacity
-from optc.targets.methods import resolve
-from optc.targets.trt import TARGET
 
 Machine = Callable[..., None]
 
@@ -30,30 +29,30 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return install
 
 
-def chosen(**options: Any) -> tuple[str, str]:
-    choice = builders.choose(CompileOptions(**options))
+def builder(**options: Any) -> tuple[str, str]:
+    choice = builders.choose(TrtOptions(**options))
     return choice.ops, choice.runtime
 
 
 def refused(**options: Any) -> OptcError:
     with pytest.raises(OptcError) as caught:
-        TARGET.recipe("decoder", resolve(CompileOptions(**options)))
+        chosen("trt", **options)
     return caught.value
 
 
 def test_auto(machine: Machine) -> None:
     machine("rtx")
-    assert chosen() == ("fused", "rtx")
-    assert chosen(trt_runtime="none") == ("fused", "none")
-    assert chosen(trt_runtime="rtx", trt_ops="basic") == ("basic", "rtx")
+    assert builder() == ("fused", "rtx")
+    assert builder(trt_runtime="none") == ("fused", "none")
+    assert builder(trt_runtime="rtx", trt_ops="basic") == ("basic", "rtx")
     machine("tensorrt", "rtx", gpu=True)
-    assert chosen() == ("fused", "tensorrt")
-    assert chosen(trt_ops="basic") == ("basic", "tensorrt")
+    assert builder() == ("fused", "tensorrt")
+    assert builder(trt_ops="basic") == ("basic", "tensorrt")
     machine("tensorrt", "rtx", gpu=True, version=(8, 6))
-    assert chosen() == ("basic", "tensorrt")
-    assert chosen(trt_ops="fused") == ("fused", "rtx")
+    assert builder() == ("basic", "tensorrt")
+    assert builder(trt_ops="fused") == ("fused", "rtx")
     machine("tensorrt", "rtx", gpu=False)
-    assert chosen() == ("fused", "rtx")
+    assert builder() == ("fused", "rtx")
 
 
 def test_nothing_is_installed(machine: Machine) -> None:
@@ -92,7 +91,7 @@ def test_an_old_tensorrt(machine: Machine) -> None:
         ({"trt_ops": "basic", "trt_runtime": "none", "dtype": "bf16"}, "does not take dtype bf16"),
         ({"quant": "fp8"}, "fp8 does not run on portable"),
         ({"quant": "fp8", "arch": "sm80,sm89"}, "fp8 does not run on sm80"),
-        ({"max_batch": 0}, "--max-batch 0 is out of range"),
+        ({"max_batch": 0}, "'max-batch' cannot be 0"),
     ],
 )
 def test_refused(machine: Machine, options: dict[str, Any], text: str) -> None:
@@ -120,16 +119,14 @@ def test_unknown_names(machine: Machine) -> None:
 )
 def test_refused_before_any_weight_is_read(options: dict[str, Any], text: str) -> None:
     with pytest.raises(TargetError) as caught:
-        check_options(TARGET, resolve(CompileOptions(**options)))
+        chosen("trt", **options)
     assert text in str(caught.value)
 
 
 def test_other_targets_have_no_tensorrt() -> None:
-    from optc.targets.onnx_cpu import TARGET as ONNX
-
     for name, value in (("arch", "sm89"), ("trt_ops", "fused"), ("trt_runtime", "rtx"), ("max_batch", 2)):
         with pytest.raises(TargetError, match=f"does not take --{name.replace('_', '-')}"):
-            check_options(ONNX, CompileOptions(**{name: value}))
+            chosen("onnx-cpu", **{name: value})
 
 
 def test_capacity() -> None:

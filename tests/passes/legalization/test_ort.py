@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from chosen import chosen
 from families import FAMILIES
 from stages import captured, largest, sequences, tiny_decoder
 from torch import Tensor
@@ -19,7 +20,7 @@ from optc.compiler.formats.integer import quantize_groups
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
-from optc.compiler.target.target import CompileOptions, check_legal
+from optc.compiler.target.target import check_legal
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.static import StaticKVCache
 from optc.passes.legalization.ort import LegalizeOrt
@@ -116,7 +117,7 @@ def _model(name: str, **changes: Any) -> Any:
 
 def _prepared(program: Program, **options: Any) -> Program:
     """Taken through the recipe of the target, up to the legalization."""
-    steps = TARGET.recipe("decoder", CompileOptions(**options))
+    steps = TARGET.recipe("decoder", chosen("onnx-cpu", **options))
     assert isinstance(steps[-1].rewrite, LegalizeOrt)
     return run(program, *(step.rewrite for step in steps[:-1])).program
 

@@ -17,7 +17,7 @@ from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.gate import Budget
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
-from optc.compiler.target.target import CompileOptions
+from optc.compiler.target.options import QuantRequest
 from optc.passes.quantization.arithmetic.stream import Stream
 from optc.passes.quantization.clip import QuantizeClip
 from optc.passes.quantization.gptq import QuantizeGptq
@@ -25,7 +25,7 @@ from optc.passes.quantization.rtn import QuantizeRtn
 from optc.passes.quantization.scale_awq import ScaleAwq
 from optc.passes.quantization.scale_smoothquant import ScaleSmoothQuant
 from optc.passes.quantization.tune_scales import TuneScales
-from optc.targets.methods import quantization_steps, resolve
+from optc.targets.methods import choose_quantization, quantization_steps
 
 CALIBRATION = random_calibration(128, samples=6, length=24, seed=0)
 CONTEXT = PassContext(calibration=CALIBRATION)
@@ -217,7 +217,7 @@ def test_tune_scales_in_a_pipeline_reads_the_unquantized_program() -> None:
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq", "best", "rtn"])
 def test_methods_make_pipelines(method: str) -> None:
-    steps = quantization_steps(resolve(CompileOptions(quant=method, group_size=32)))
+    steps = quantization_steps(choose_quantization(QuantRequest(quant=method, group_size=32)))
     result = Pipeline(steps).run(stirred("llama"), PipelineOptions(context=CONTEXT, budget=Budget()))
     assert len(result.program.contract.quantization) == 14
 

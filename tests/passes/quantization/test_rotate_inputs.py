@@ -16,10 +16,10 @@ from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import set_weight
 from optc.compiler.ir.verification import verify_program
 from optc.compiler.rewriting.passes import PassContext, PassResult
-from optc.compiler.target.target import CompileOptions
+from optc.compiler.target.options import QuantRequest
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.quantization.rotate_inputs import RotateInputs, _hadamard, _rotated, _turn_weight
-from optc.targets.methods import quantization_steps, resolve
+from optc.targets.methods import choose_quantization, quantization_steps
 
 ROTATE = torch.ops.optc.rotate_blocks.default
 CONTEXT = PassContext(calibration=random_calibration(128, samples=2, length=16, seed=0))
@@ -96,7 +96,7 @@ def test_odd_widths_stay() -> None:
 
 
 def test_smoothquant_turns_unless_the_loader_has_its_own_graph() -> None:
-    options = resolve(CompileOptions(quant="smoothquant"))
+    options = choose_quantization(QuantRequest(quant="smoothquant"))
     names = [step.rewrite.name for step in quantization_steps(options)]
     assert names == ["scale-smoothquant", "rotate-inputs", "quantize-gptq", "quantize-activations"]
     assert "rotate-inputs" not in [step.rewrite.name for step in quantization_steps(options, rotations=False)]

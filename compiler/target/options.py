@@ -1,0 +1,135 @@
+"""What a compile is asked for, as typed structs, and what a target gets of it with nothing left open.
+
+A field's type holds its bounds and its help (`msgspec.Meta`). Command-line flags, the keys of recipes, `optc targets`
+and the tables in the docs are made of these fields; nothing else lists them. A field's name is its key and, with
+hyphens, its flag; names are unique among all structs of a request, and two targets may share one.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+MaxSeqLen = Annotated[
+    int,
+    Meta(
+        ge=1,
+        description="Capacity of a static KV cache, in tokens.",
+        extra={"default": "the model's context, at most 2048"},
+    ),
+]
+
+
+class QuantRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How weights (and activations) are quantized; None takes the method's or the target's own."""
+
+    quant: (
+        Annotated[str, Meta(description="Quantization method: rtn, gptq, awq, ...; see optc targets.")] | None
+    ) = None
+    bits: (
+        Annotated[
+            int, Meta(ge=2, le=8, description="Bits per weight.", extra={"default": "4, or the method's own"})
+        ]
+        | None
+    ) = None
+    average_bits: (
+        Annotated[
+            float,
+            Meta(ge=2, le=8, description="Mean bits per weight for --quant auto.", extra={"default": "4"}),
+        ]
+        | None
+    ) = None
+    group_size: Annotated[
+        int,
+        Meta(
+            ge=0, le=1 << 20, description="Weights per scale; 0 is one scale per row.",
+            extra={"default": "the largest of 128, 64, 32 that divides every linear"},
+        ),
+    ] | None = None  # fmt: skip
+    symmetric: (
+        Annotated[
+            bool,
+            Meta(
+                description="Without or with zero points.",
+                extra={"negation": "asymmetric", "default": "symmetric"},
+            ),
+        ]
+        | None
+    ) = None
+    ignore: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Leave weights of this name unquantized (repeatable), e.g. '*.down_proj.*'.",
+            extra={"metavar": "PATTERN"},
+        ),
+    ] = ()
+
+
+class CacheRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The KV cache of a decoder."""
+
+    kv_cache: (
+        Annotated[
+            Literal["static", "paged"],
+            Meta(description="Kind of KV cache.", extra={"default": "the target's first"}),
+        ]
+        | None
+    ) = None
+
+
+class TargetOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of a target's own options; each target that has some declares a subclass. This one has none."""
+
+    def check(self) -> None:
+        """Refuse options that contradict each other.
+
+        Raises:
+            UsageError: names the flag.
+        """
+
+
+class Quantization(msgspec.Struct, frozen=True, kw_only=True):
+    """A chosen quantization.
+
+    Attributes:
+        method: name of a method (`targets/methods.py`).
+        bits: per weight; None where the method chooses them for each linear.
+        average_bits: the mean that such a method keeps; None for other methods.
+        group_size: weights per scale, 0 for a row; None: the largest of the default sizes that divides every linear,
+            which only the model's shapes say.
+        symmetric: without zero points.
+        ignore: patterns of weights that stay as they are.
+    """
+
+    method: str
+    bits: int | None
+    average_bits: float | None = None
+    group_size: int | None = None
+    symmetric: bool = True
+    ignore: tuple[str, ...] = ()
+
+
+OwnT = TypeVar("OwnT", bound=TargetOptions)
+
+
+class CompileOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a target's recipe gets: dtype, quantization, cache and the target's own options, all chosen.
+
+    Attributes:
+        dtype: fp32, bf16 or fp16.
+        quantization: None compiles the weights as they are.
+        kv_cache: None for targets whose engine has caches of its own.
+        own: an instance of the target's `options`.
+    """
+
+    dtype: str
+    quantization: Quantization | None = None
+    kv_cache: str | None = None
+    own: TargetOptions = TargetOptions()
+
+    def of(self, cls: type[OwnT]) -> OwnT:
+        """The target's own options, which are of type `cls`."""
+        assert isinstance(self.own, cls), (self.own, cls)
+        return self.own

@@ -1,0 +1,100 @@
+"""Options of the targets that are model folders: vllm and trtllm."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from optc.compiler.diagnostics import UsageError
+from optc.compiler.target.options import TargetOptions
+
+NGRAM, DRAFT = "ngram", "draft:"
+
+
+class FolderOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of the target vllm. No layout is compressed-tensors; a given one is refused where nothing is quantized."""
+
+    layout: (
+        Annotated[
+            Literal["compressed-tensors", "awq", "gptq"],
+            Meta(
+                description="Form of quantized weights in a model folder.",
+                extra={"default": "compressed-tensors"},
+            ),
+        ]
+        | None
+    ) = None
+
+
+class ServeOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of the target trtllm: what its server is told. None leaves the choice to the server."""
+
+    max_seq_len: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                description="Longest sequence of the server, in tokens.",
+                extra={"default": "the model's context"},
+            ),
+        ]
+        | None
+    ) = None
+    max_batch: (
+        Annotated[
+            int,
+            Meta(
+                ge=1, description="Requests that a server runs together.", extra={"default": "the server's"}
+            ),
+        ]
+        | None
+    ) = None
+    max_num_tokens: (
+        Annotated[
+            int,
+            Meta(ge=1, description="Tokens that a server runs together.", extra={"default": "the server's"}),
+        ]
+        | None
+    ) = None
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8"],
+        Meta(description="fp8: keys and values in 8 bits, calibrated; auto: the compute type."),
+    ] = "auto"
+    speculative: (
+        Annotated[
+            str,
+            Meta(
+                description="Speculative decoding in the serving options.",
+                extra={"metavar": "ngram|draft:DIR"},
+            ),
+        ]
+        | None
+    ) = None
+    draft_tokens: (
+        Annotated[int, Meta(ge=1, description="Tokens drafted in each step.", extra={"default": "4"})] | None
+    ) = None
+
+    def check(self) -> None:
+        """Refuse options that contradict each other.
+
+        Raises:
+            UsageError: names the flag.
+        """
+        batch, tokens = self.max_batch, self.max_num_tokens
+        if batch is not None and tokens is not None and tokens < batch:
+            raise UsageError(
+                f"--max-num-tokens {tokens} is less than --max-batch {batch}",
+                why="each request of a batch runs one token at least", remedy=f"use {batch} or more",
+            )  # fmt: skip
+        if self.speculative is None and self.draft_tokens is not None:
+            raise UsageError(
+                "--draft-tokens does nothing without --speculative", remedy="add --speculative ngram"
+            )
+        method = self.speculative
+        if method is not None and method != NGRAM and not method.startswith(DRAFT):
+            raise UsageError(
+                f"unknown speculative decoding '{method}'", remedy="use --speculative ngram, or draft:DIR"
+            )
+        if method == DRAFT:
+            raise UsageError("--speculative draft: names no model", remedy="use draft:DIR")

@@ -1,0 +1,221 @@
+"""The request of a compile: what, how, where to, and how it is watched; one typed struct, however it is given.
+
+The command line, a YAML recipe and keyword arguments of `optc.compile` give the same flat keys; `make_request` reads
+them into the struct that has the field, with one kind of error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from optc.compiler.calibration.sequences import DEFAULT_LENGTH, DEFAULT_SAMPLES
+from optc.compiler.diagnostics import TargetError
+from optc.compiler.rewriting.passes import Pass
+from optc.compiler.target.options import CacheRequest, QuantRequest, TargetOptions
+from optc.compiler.target.target import Target
+from optc.fields import Field, Given, fields_of, read_fields, unknown_key
+from optc.targets.registry import all_targets, find_target
+
+
+def _read_passes(value: Any) -> tuple[Any, ...]:
+    """Passes by name ("a,b" or a list), {name: {option: value}}, or pass objects."""
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",")]
+    if not isinstance(value, list | tuple) or not value:
+        raise TypeError
+    for item in value:
+        plain = isinstance(item, Pass) or (isinstance(item, str) and item)
+        if not plain and not (isinstance(item, Mapping) and len(item) == 1 and _is_options(*item.items())):
+            raise TypeError
+    return tuple(value)
+
+
+def _is_options(item: tuple[Any, Any]) -> bool:
+    name, options = item
+    keys = {} if options is None else options
+    return isinstance(name, str) and isinstance(keys, Mapping) and all(isinstance(key, str) for key in keys)
+
+
+def _read_calibration(value: Any) -> Any:
+    """A path, or token ids as a tensor."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise TypeError
+    return Path(value)
+
+
+class WhatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is compiled, and by which passes."""
+
+    dtype: (
+        Annotated[
+            Literal["fp32", "bf16", "fp16"],
+            Meta(description="Compute type.", extra={"default": "the target's first"}),
+        ]
+        | None
+    ) = None
+    passes: (
+        Annotated[
+            tuple[Any, ...],
+            Meta(
+                description="Comma-separated passes to run instead of the target's recipe.",
+                extra={
+                    "read": _read_passes,
+                    "expected": "names of passes, as text with commas or a list (see optc passes)",
+                },
+            ),
+        ]
+        | None
+    ) = None
+    pass_option: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Set an option of a pass (repeatable); see optc passes.",
+            extra={"metavar": "NAME.OPTION=VALUE"},
+        ),
+    ] = ()
+    trust_remote_code: Annotated[bool, Meta(description="Allow code that comes with the model to run.")] = (
+        False
+    )
+
+
+class CalibrationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What calibrated quantization reads."""
+
+    calibration: Annotated[
+        Any,
+        Meta(
+            description="Text, .jsonl, .json, .parquet, or a dataset's folder.",
+            extra={
+                "default": "built-in", "metavar": "PATH", "read": _read_calibration,
+                "expected": "a path (or, in Python, token ids as int64 [samples, length])",
+            },
+        ),
+    ] = None  # fmt: skip
+    calibration_samples: Annotated[int, Meta(ge=1, le=1 << 31, description="Calibration sequences.")] = (
+        DEFAULT_SAMPLES
+    )
+    calibration_seq_len: Annotated[int, Meta(ge=1, le=1 << 31, description="Tokens of each.")] = (
+        DEFAULT_LENGTH
+    )
+
+
+class GateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the numerics gate feeds, and its limits for lossy passes; None takes the pass's own budget."""
+
+    text: (
+        Annotated[Path, Meta(description="Text for the numerics gate.", extra={"default": "a built-in page"})]
+        | None
+    ) = None
+    max_kl: (
+        Annotated[float, Meta(ge=0, description="Gate: largest KL a lossy pass may cause, nats per token.")]
+        | None
+    ) = None
+    min_top1: (
+        Annotated[float, Meta(ge=0, le=1, description="Gate: smallest top-1 agreement after a lossy pass.")]
+        | None
+    ) = None
+    max_perplexity_increase: (
+        Annotated[float, Meta(ge=0, description="Gate: largest relative rise, e.g. 0.1.")] | None
+    ) = None
+    seed: Annotated[int, Meta(ge=0, le=2**31 - 1, description="Seed of the gate's random tokens.")] = 0
+    allow_noop: Annotated[bool, Meta(description="Let a requested pass match nothing.")] = False
+
+
+class RunRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the compile writes."""
+
+    output: Annotated[Path, Meta(description="Folder of the artifact.", extra={"short": "-o"})] | None = None
+    force: Annotated[bool, Meta(description="Replace an existing artifact.")] = False
+    dump_ir: Annotated[Path, Meta(description="Write every stage's IR to this folder.")] | None = None
+    work_dir: Annotated[Path, Meta(description="Keep finished stages here; a rerun continues.")] | None = None
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything about a compile but the model: for which target, what, how, and where to."""
+
+    target: Target
+    what: WhatRequest = WhatRequest()
+    quantization: QuantRequest = QuantRequest()
+    cache: CacheRequest = CacheRequest()
+    calibration: CalibrationRequest = CalibrationRequest()
+    gate: GateRequest = GateRequest()
+    run: RunRequest = RunRequest()
+    options: TargetOptions = TargetOptions()
+
+
+SECTIONS: dict[str, type[msgspec.Struct]] = {
+    "what": WhatRequest,
+    "quantization": QuantRequest,
+    "cache": CacheRequest,
+    "calibration": CalibrationRequest,
+    "gate": GateRequest,
+    "run": RunRequest,
+}
+
+
+def target_fields() -> dict[str, list[tuple[Target, Field]]]:
+    """Name -> the targets that have an option of this name, each with its own field."""
+    found: dict[str, list[tuple[Target, Field]]] = {}
+    for target in all_targets():
+        for name, field in fields_of(target.options).items():
+            found.setdefault(name, []).append((target, field))
+    return found
+
+
+def known_keys() -> Iterator[str]:
+    """Every key of a request."""
+    yield "target"
+    for cls in SECTIONS.values():
+        yield from fields_of(cls)
+    yield from target_fields()
+
+
+def make_request(target: str, given: Mapping[str, Given]) -> Request:
+    """The request of flat keys (in snake case) for a target.
+
+    Raises:
+        UsageError: an unknown target or key, or a value of another type or out of its bounds.
+        TargetError: an option of other targets; says which ones this one has.
+    """
+    found = find_target(target)
+    own = fields_of(found.options)
+    sections = {section: fields_of(cls) for section, cls in SECTIONS.items()}
+    plain = {name for fields in sections.values() for name in fields}
+    foreign = [name for name in given if name not in plain and name not in own]
+    if foreign:
+        others = target_fields()
+        for name in foreign:
+            if name not in others:
+                raise unknown_key(name, {*plain, *others, "target"}, given[name].where)
+            others[name][0][1].read(given[name])
+        raise not_taken(found, foreign[0])
+    parts: dict[str, Any] = {section: cls(**read_fields(cls, given)) for section, cls in SECTIONS.items()}
+    return Request(target=found, options=found.options(**read_fields(found.options, given)), **parts)
+
+
+def not_taken(target: Target, name: str) -> TargetError:
+    """The error for an option that the target does not have."""
+    own = ", ".join(field.key for field in fields_of(target.options).values())
+    return TargetError(
+        f"target '{target.name}' does not take --{name.replace('_', '-')}",
+        remedy=f"it takes: {own or 'no such options'}",
+    )
+
+
+def from_python(target: str, **values: Any) -> Request:
+    """The request of keyword arguments, as `optc.compile` takes them; None leaves a field out."""
+    given = {
+        name: Given(value=value, where=f"optc.compile({name}=...)")
+        for name, value in values.items()
+        if value is not None
+    }
+    return make_request(target, given)

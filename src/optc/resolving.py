@@ -1,0 +1,86 @@
+"""From a request to choices that are all made: checked against the target and this machine, no weight read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from optc.compiler.diagnostics import UsageError
+from optc.compiler.rewriting.passes import Pass
+from optc.compiler.target.options import CompileOptions, QuantRequest
+from optc.compiler.target.target import Step, Target, check_options
+from optc.fields import fields_of
+from optc.recipes import apply_pass_options, parse_passes
+from optc.request import Request
+from optc.targets.methods import choose_quantization
+from optc.targets.registry import all_targets
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A request and what was chosen for it.
+
+    Attributes:
+        options: dtype, quantization, cache and the target's own options, as its recipe gets them.
+    """
+
+    request: Request
+    options: CompileOptions
+
+    @property
+    def target(self) -> Target:
+        return self.request.target
+
+
+def resolve(request: Request) -> Resolved:
+    """Choose what the request leaves open, and refuse what cannot be done.
+
+    Raises:
+        UsageError: unknown names, options that contradict each other or do nothing.
+        TargetError: what the target cannot do, or this machine cannot build.
+    """
+    target, asked = request.target, request.quantization
+    _refuse_idle(request)
+    request.options.check()
+    kind = request.cache.kv_cache or (target.kv_caches[0] if target.kv_caches else None)
+    options = CompileOptions(
+        dtype=request.what.dtype or target.dtypes[0],
+        quantization=choose_quantization(asked),
+        kv_cache=kind,
+        own=request.options,
+    )
+    check_options(target, options, all_targets)
+    if target.check_machine is not None:
+        target.check_machine(options)
+    return Resolved(request, options)
+
+
+def recipe_steps(resolved: Resolved, kind: str) -> list[Step]:
+    """The passes of a compile for a kind of model: the requested ones, or the target's recipe, with options applied.
+
+    Raises:
+        UsageError: an unknown pass or option, or a value that does not fit.
+        TargetError: the target does not take the kind.
+    """
+    what = resolved.request.what
+    if what.passes is None:
+        steps = resolved.target.recipe(kind, resolved.options)
+    else:
+        steps = []
+        for item in what.passes:
+            asked = resolved.request.quantization
+            steps += [Step(item)] if isinstance(item, Pass) else parse_passes([item], asked)
+    return apply_pass_options(steps, what.pass_option)
+
+
+def _refuse_idle(request: Request) -> None:
+    asked = request.quantization
+    if asked.quant is None and not request.what.passes:
+        for name in _given(asked):
+            raise UsageError(
+                f"--{name.replace('_', '-')} does nothing without --quant", remedy="add --quant rtn"
+            )
+
+
+def _given(asked: QuantRequest) -> Iterator[str]:
+    return (name for name, field in fields_of(QuantRequest).items() if getattr(asked, name) != field.default)
