@@ -1,0 +1,254 @@
+"""The flags of each command, and that a wrong value of any field is a typed error from everywhere it can come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+import pytest
+import yaml
+from conftest import EXAMPLE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optc.cli.compile import compile_
+from optc.cli.main import main
+from optc.cli.plan import plan
+from optc.cli.quantize import quantize
+from optc.compiler.diagnostics import TargetError, UsageError
+from optc.fields import Field, fields_of
+from optc.request import SECTIONS, from_python, target_fields
+
+Capture = pytest.CaptureFixture[str]
+
+WHAT = {"--dtype", "--passes", "--pass-option", "--trust-remote-code"}
+QUANTIZATION = {
+    "--quant", "--bits", "--average-bits", "--group-size", "--symmetric", "--asymmetric", "--ignore",
+}  # fmt: skip
+CALIBRATION = {"--calibration", "--calibration-samples", "--calibration-seq-len"}
+GATE = {"--text", "--max-kl", "--min-top1", "--max-perplexity-increase", "--seed", "--allow-noop"}
+RUN = {"-o", "--output", "--force", "--dump-ir", "--work-dir"}
+TARGETS = {
+    "--max-seq-len", "--accuracy-level", "--max-batch", "--arch", "--trt-ops", "--trt-runtime", "--max-num-tokens",
+    "--kv-cache-dtype", "--speculative", "--draft-tokens", "--layout",
+}  # fmt: skip
+TRAIN = {"--train", "--world-size", "--set"}
+COMMON = {"--recipe", "--json"}
+
+
+def flags(command: click.Command) -> set[str]:
+    found = [item for item in command.params if isinstance(item, click.Option)]
+    return {name for item in found for name in (*item.opts, *item.secondary_opts)}
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (
+            compile_,
+            {"--target", "--kv-cache", *WHAT, *QUANTIZATION, *CALIBRATION, *GATE, *RUN, *TARGETS, *COMMON},
+        ),
+        (quantize, {"--layout", *WHAT, *QUANTIZATION, *CALIBRATION, *GATE, *RUN, *COMMON}),
+        (plan, {"--target", "--kv-cache", *WHAT, *QUANTIZATION, *TARGETS, *TRAIN, *COMMON}),
+    ],
+    ids=["compile", "quantize", "plan"],
+)
+def test_the_flags_of_a_command(command: click.Command, expected: set[str]) -> None:
+    """Exactly these: a flag that is added, lost or renamed shows here."""
+    assert flags(command) == expected
+
+
+def every_field() -> list[tuple[str, Field]]:
+    """(target, field): the sections' fields with a target that takes all, and each target's own."""
+    shared = [("inductor-cpu", field) for cls in SECTIONS.values() for field in fields_of(cls).values()]
+    own = [(target.name, field) for rows in target_fields().values() for target, field in rows]
+    return shared + own
+
+
+def test_every_field_has_help_and_a_name_of_its_own() -> None:
+    names = [name for cls in SECTIONS.values() for name in fields_of(cls)]
+    assert len(names) == len(set(names))
+    assert not set(names) & set(target_fields())
+    for _, field in every_field():
+        assert field.help.endswith("."), field.name
+        assert "\n" not in field.help
+
+
+def wrong_values(field: Field) -> list[Any]:
+    """Values of another type or out of bounds, as YAML and Python can give them."""
+    ge, _, le, _ = field.bounds
+    outside = [
+        value
+        for value in (None if ge is None else ge - 1, None if le is None else le + 1)
+        if value is not None
+    ]
+    if field.kind is int:
+        return ["x", "4", 1.5, True, [4], {"a": 4}, *map(int, outside)]
+    if field.kind is float:
+        return ["abc", "0.5", True, [0.5], float("nan"), *outside]
+    if field.kind is bool:
+        return ["no", "true", 0, 1, [True], {}]
+    if field.kind is Path:
+        return [5, True, "", [], {"a": 1}, "a\0b"]
+    if field.kind is str:
+        return [4, True, ["a"], {"a": 1}, "a\0b"]
+    if field.choices:
+        return ["nope", 16, True, [field.choices[0]]]
+    if field.name == "passes":
+        return [
+            4,
+            True,
+            [],
+            [4],
+            {"fuse-norm": {}},
+            [{"fuse-norm": 3}],
+            [{"a": {}, "b": {}}],
+            ["fuse-norm", ""],
+        ]
+    if field.name == "calibration":
+        return [4, True, "", [1, 2], {"a": 1}]
+    assert field.repeatable, field.name
+    return [5, True, {"a": 1}, [5], ["a", None]]
+
+
+CASES = [(target, field, value) for target, field in every_field() for value in wrong_values(field)]
+
+
+def exit_code(*args: object) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([str(arg) for arg in args])
+    return int(caught.value.code or 0)
+
+
+def test_wrong_values_from_python(tmp_path: Path) -> None:
+    for target, field, value in CASES:
+        with pytest.raises(UsageError) as caught:
+            from_python(target, **{"output": tmp_path / "out", field.name: value})
+        error = caught.value
+        assert error.exit_code == 2
+        assert f"'{field.key}' cannot be " in error.what or error.what == f"unknown {field.key} '{value}'"
+        assert error.where == f"optc.compile({field.name}=...)"
+        assert field.expected in str(error.remedy) or ", ".join(sorted(field.choices)) in str(error.remedy)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_values_from_a_recipe(tmp_path: Path, capsys: Capture) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    for target, field, value in CASES:
+        keys = {"model": str(EXAMPLE), "target": target, "output": str(tmp_path / "out"), field.key: value}
+        recipe.write_text(yaml.safe_dump(keys))
+        assert exit_code("compile", "--recipe", recipe, "--json") == 2, (field.name, value)
+        said = json.loads(capsys.readouterr().out)
+        assert field.key in said["what"], (field.name, value)
+        assert said["where"] == f"{recipe}, key '{field.key}'"
+    assert list(tmp_path.iterdir()) == [recipe]
+
+
+def test_wrong_values_from_the_command_line(tmp_path: Path, capsys: Capture) -> None:
+    for target, field, value in CASES:
+        numeric = field.kind in (int, float)
+        if field.kind is bool or not isinstance(value, int | float | str) or isinstance(value, bool):
+            continue  # no text on a command line
+        if (not numeric and not field.choices) or (numeric and value in ("4", "0.5")) or "\0" in str(value):
+            continue  # any text is a text
+        arguments = (EXAMPLE, "--target", target, "-o", tmp_path / "out", f"--{field.key}={value}")
+        assert exit_code("compile", *arguments, "--json") == 2, (field.name, value)
+        said = json.loads(capsys.readouterr().out)
+        assert field.key in said["what"]
+        assert said["where"] == f"the command line, --{field.key}"
+    assert not list(tmp_path.iterdir())
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_value_is_taken_or_refused_with_a_type(data: st.DataObject) -> None:
+    target, field = data.draw(st.sampled_from(every_field()))
+    value = data.draw(PLAIN)
+    try:
+        request = from_python(target, **{field.name: value})
+    except (UsageError, TargetError):  # 2 and 4; anything else fails the test
+        return
+    parts = [request.options, *(getattr(request, section) for section in SECTIONS)]
+    made = next(part for part in parts if field.name in part.__struct_fields__)
+    hint = field.hint if field.kind not in (Path,) and "read" not in field.extra else Any
+    if value is not None:
+        msgspec.convert(getattr(made, field.name), hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("force: 'no'", "'force' cannot be 'no'"),
+        ("dtype: 16", "'dtype' cannot be 16"),
+        ("quant: 4", "'quant' cannot be 4"),
+        ("ignore: 5", "'ignore' cannot be 5"),
+        ("max-kl: abc", "'max-kl' cannot be 'abc'"),
+        ("passes: 4", "'passes' cannot be 4"),
+        ("group-size: -1", "'group-size' cannot be -1"),
+        ("max_seq_len: -5", "'max-seq-len' cannot be -5"),
+        ("model: 5", "'model' cannot be 5"),
+        ("target: [trt]", "'target' cannot be ['trt']"),
+    ],
+)
+def test_faults_that_were_found(text: str, what: str, tmp_path: Path, capsys: Capture) -> None:
+    """An existing artifact is never replaced by them."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "manifest.json").write_text("{}")
+    keys = {"model": str(EXAMPLE), "target": "inductor-cpu", "output": str(output), "quant": "rtn"}
+    recipe = tmp_path / "recipe.yaml"
+    name = text.partition(":")[0]
+    recipe.write_text(
+        yaml.safe_dump({key: value for key, value in keys.items() if key != name}) + text + "\n"
+    )
+    assert exit_code("compile", "--recipe", recipe, "--json") == 2
+    said = json.loads(capsys.readouterr().out)
+    assert said["what"] == what
+    assert (output / "manifest.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "quantize-rtn.bits=[",
+        "quantize-rtn.bits=x",
+        "quantize-rtn.group_size=-1",
+        "quantize-rtn.head=5",
+        "a",
+        "a.b=1",
+    ],
+)
+def test_wrong_options_of_passes(setting: str, tmp_path: Path, capsys: Capture) -> None:
+    arguments = (EXAMPLE, "--target", "onnx-cpu", "--quant", "rtn", "-o", tmp_path / "out")
+    assert exit_code("compile", *arguments, "--pass-option", setting) in (2, 3)
+    assert "Traceback" not in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_option_of_other_targets(capsys: Capture, tmp_path: Path) -> None:
+    arguments = (EXAMPLE, "--target", "onnx-cpu", "-o", tmp_path / "out", "--layout", "awq")
+    assert exit_code("compile", *arguments, "--json") == 4
+    said = json.loads(capsys.readouterr().out)
+    assert said["what"] == "target 'onnx-cpu' does not take --layout"
+    assert said["remedy"] == "it takes: accuracy-level"
+
+
+def test_targets_lists_the_options(capsys: Capture) -> None:
+    assert exit_code("targets", "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["targets"]}
+    assert rows["vllm"]["options"] == [
+        {
+            "name": "layout", "takes": "one of compressed-tensors, awq, gptq", "default": "compressed-tensors",
+            "help": "Form of quantized weights in a model folder.",
+        }
+    ]  # fmt: skip
