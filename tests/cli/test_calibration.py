@@ -102,7 +102,7 @@ def test_bad_calibration_files(
         (("--quant", "int8", "--bits", "4"), 2, "takes no --bits 4"),
         (("--quant", "auto", "--bits", "4"), 2, "use --average-bits"),
         (("--quant", "gptq", "--average-bits", "3"), 2, "--quant auto"),
-        (("--quant", "gptq", "--calibration-samples", "0"), 2, "must be 1 or more"),
+        (("--quant", "gptq", "--calibration-samples", "0"), 2, "give an integer from 1"),
         (("--quant", "fp8"), 4, "does not take"),
     ],
 )
