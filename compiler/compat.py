@@ -31,6 +31,7 @@ __all__ = [
     "aoti_constant_names",
     "aoti_errors",
     "deserialize_graph",
+    "export_program",
     "graph_schema",
     "has_inductor_march",
     "is_union",
@@ -181,6 +182,22 @@ def vector_flags() -> list[str]:
 
     chosen = pick_vec_isa()
     return [] if chosen == invalid_vec_isa else str(chosen.build_arch_flags()).split()
+
+
+def export_program(module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any) -> ExportedProgram:
+    """torch.export in non-strict mode.
+
+    torch 2.11 cannot simplify guards such as `min(16*s, 32*s) == 16*s` on the strides of grouped heads and takes them
+    for a constraint on the shape; deferred, they are checks at run time that always hold.
+    """
+    deferred = torch.__version__.startswith("2.11.")
+    return torch.export.export(
+        module,
+        args,
+        dynamic_shapes=dynamic_shapes,
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=deferred,
+    )
 
 
 def aoti_compile(exported: ExportedProgram, path: str, configs: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from optc.compiler import compat
 from optc.compiler.diagnostics import CaptureError
 
 
@@ -15,7 +16,7 @@ def run_export(
     """torch.export in non-strict mode; its failures become CaptureErrors."""
     try:
         with torch.no_grad():
-            return torch.export.export(module, args, dynamic_shapes=dynamic_shapes, strict=False)
+            return compat.export_program(module, args, dynamic_shapes)
     except torch._dynamo.exc.UserError as error:
         raise CaptureError(
             "torch.export cannot make one graph for all shapes", where=where, why=str(error).strip().splitlines()[0],
