@@ -105,7 +105,7 @@ def _nvfp4(chosen: Quantization) -> list[Pass]:
 
 METHODS: dict[str, Method] = {
     "rtn": Method("round to nearest; needs no calibration", _rtn),
-    "gptq": Method("GPTQ: errors of one column are made up for by the next ones", _gptq),
+    "gptq": Method("GPTQ: the error of each column is compensated in the columns after it", _gptq),
     "awq": Method("AWQ: activation-aware scales folded into earlier weights, clipped ranges", _awq),
     "awq+gptq": Method("AWQ's scales, then GPTQ's rounding", _awq_gptq),
     "best": Method("the strongest found here: GPTQ that follows the unquantized model, codes refined, scales trained", _best),
@@ -161,7 +161,7 @@ def _check_fixed(asked: QuantRequest, method: Method) -> None:
     for name, value, fixed in own:
         if value not in (None, fixed):
             raise UsageError(
-                f"--quant {asked.quant} takes no --{name} {value}",
+                f"--quant {asked.quant} does not support --{name} {value}",
                 why=method.summary,
                 remedy=f"leave --{name} out",
             )

@@ -33,7 +33,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
 
 _AWQ = QuantSupport(bits=(4,), group_sizes=GROUP_SIZES, symmetric=(True,), note="written as W4A16_AWQ")
 _INTEGERS_ONLY_AS_WEIGHTS = (
-    "TensorRT-LLM's loader has no int8 activations: SmoothQuant went with its engine backend"
+    "TensorRT-LLM's loader has no int8 activations: SmoothQuant was removed together with its engine backend"
 )
 
 TARGET = Target(

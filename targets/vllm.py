@@ -21,7 +21,7 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
     layout = options.of(FolderOptions).layout or LAYOUTS[0]
     chosen = options.quantization
     if chosen is None:
-        # A folder that is quantized already may change its layout; export refuses one for plain weights.
+        # A folder that is already quantized may change its layout; export refuses one for plain weights.
         return [] if layout == LAYOUTS[0] else [Step(RoundScales(), optional=True)]
     bits = chosen.bits
     if bits is not None and bits not in _BITS[layout]:

@@ -169,7 +169,7 @@ def check_same_run(folder: Path, found: RunState, now: RunState) -> None:
     """
     if found.model != now.model:
         raise InputError(
-            "the checkpoint is of another model", where=str(folder),
+            "the checkpoint belongs to another model", where=str(folder),
             why=f"it was trained from weights {found.model[:12]}, the model has {now.model[:12]}",
             remedy="give the model folder that the run started from, or another output",
         )  # fmt: skip
@@ -222,7 +222,8 @@ def _restore_optimizer(
         parameter = named[name]
         if tensor.dim() and tensor.shape != parameter.shape:
             raise another_model(
-                folder, f"{key} is {tuple(tensor.shape)} there, {tuple(parameter.shape)} in the model"
+                folder,
+                f"{key} is {tuple(tensor.shape)} in the checkpoint, {tuple(parameter.shape)} in the model",
             )
         optimizer.state[parameter][field] = place_state(optimizer, parameter, tensor)
     for name, row in values.parameters.items():
@@ -285,13 +286,15 @@ def compare_shapes(folder: Path, expected: dict[str, tuple[int, ...]], found: di
         raise another_model(folder, f"{name} is only in the {'model' if name in expected else 'checkpoint'}")
     for name, shape in expected.items():
         if tuple(found[name].shape) != shape:
-            raise another_model(folder, f"{name} is {tuple(found[name].shape)} there, {shape} in the model")
+            raise another_model(
+                folder, f"{name} is {tuple(found[name].shape)} in the checkpoint, {shape} in the model"
+            )
 
 
 def another_model(folder: Path, why: str) -> InputError:
     """The error for a checkpoint of another model."""
     return InputError(
-        "the checkpoint is of another model", where=str(folder), why=why,
+        "the checkpoint belongs to another model", where=str(folder), why=why,
         remedy="give the model folder that the run started from, or another output",
     )  # fmt: skip
 

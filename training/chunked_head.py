@@ -57,7 +57,7 @@ def check_head(model: Any, head: nn.Linear, config: TrainConfig) -> None:
     if not torch.allclose(expected, found, rtol=1e-4, equal_nan=True):
         raise GateError(
             f"the loss made in the head is {float(found):.6g}, that of the logits {float(expected):.6g}",
-            where=type(model).__name__, why="the model changes its logits behind the head",
+            where=type(model).__name__, why="the model changes its logits after the head",
             remedy="train on whole logits: --set loss_chunk=0",
         )  # fmt: skip
 

@@ -121,8 +121,8 @@ class Reader:
         total = sum(size for _, _, size in self._pieces)
         if total < length:
             raise InputError(
-                f"the training text is too short: {total} tokens to learn, {length} for one row",
-                where=", ".join(config.data.text) or None, remedy="give a longer text, or shorter rows by --set seq_len",
+                f"the training text is too short: {total} tokens to learn, and one row takes {length}",
+                where=", ".join(config.data.text) or None, remedy="give a longer text, or shorter rows with --set seq_len",
             )  # fmt: skip
 
     @property

@@ -70,8 +70,8 @@ def load_deepspeed(folder: Path, model: nn.Module, optimizer: EngineOptimizer) -
     state = _read_state(folder / _STATE)
     if (state.ranks, state.stage) != (size, _stage(optimizer)):
         raise InputError(
-            f"the checkpoint is of {state.ranks} rank(s) and ZeRO stage {state.stage}, the run of {size} and "
-            f"{_stage(optimizer)}",
+            f"the checkpoint was written by {state.ranks} rank(s) with ZeRO stage {state.stage}, the run has "
+            f"{size} with stage {_stage(optimizer)}",
             where=str(folder), remedy="resume with the same number of processes and parallel.zero_stage",
         )  # fmt: skip
     _load_weights(folder, model)

@@ -76,7 +76,7 @@ def _plan(model: Any) -> tuple[FolderPlan, dict[str, Tensor]]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(
                 "a trained weight holds NaN or infinity", where=name, why="the run diverged",
-                remedy="train with a smaller optimizer.lr, or go on from an earlier checkpoint",
+                remedy="train with a smaller optimizer.lr, or continue from an earlier checkpoint",
             )  # fmt: skip
         owner = owners.get(name, name)
         # Of tied tensors the first is written, or the first that is not kept as codes.

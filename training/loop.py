@@ -69,7 +69,7 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None =
         check_output(output, force=False)
         if not resume and folder.exists():
             raise InputError(
-                "an unfinished run of this output is there", where=str(folder),
+                "an unfinished run of this output exists", where=str(folder),
                 remedy="continue it with --resume, or remove the folder",
             )  # fmt: skip
     ours = not dist.is_initialized()

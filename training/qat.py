@@ -155,11 +155,11 @@ def apply_qat(model: nn.Module, config: QatConfig) -> nn.Module:
         return model
     if next(quantized_linears(model), None) is not None:
         raise UsageError(
-            "the model is prepared for quantization-aware training already", remedy="load it anew"
+            "the model is already prepared for quantization-aware training", remedy="load it again"
         )
     if lora_config(model) is not None:
         raise UsageError(
-            "adapters and quantization-aware training exclude each other",
+            "adapters and quantization-aware training cannot be combined",
             why="QAT trains the weights that LoRA freezes", remedy="set lora.enabled=false or qat.enabled=false",
         )  # fmt: skip
     chosen = _choose(model, config)
@@ -208,6 +208,6 @@ def _check_patterns(ignore: Sequence[str], names: Sequence[str]) -> None:
     if unused:
         near = ", ".join(list(names)[:3])
         raise UsageError(
-            f"qat.ignore: '{unused[0]}' fits no weight of a linear", why=f"names are such as {near}",
+            f"qat.ignore: '{unused[0]}' matches no weight of a linear", why=f"names look like {near}",
             remedy="correct the pattern, or leave it out",
         )  # fmt: skip

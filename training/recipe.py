@@ -54,7 +54,7 @@ def convert(tree: Mapping[str, Any], *, where: str) -> TrainConfig:
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$.")
         raise UsageError(
-            f"bad value of '{place.rstrip('`')}'" if place else "a bad value", where=where, why=reason,
+            f"invalid value of '{place.rstrip('`')}'" if place else "an invalid value", where=where, why=reason,
             remedy="docs/train.md lists every key with its type and default",
         ) from error  # fmt: skip
     return config

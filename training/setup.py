@@ -97,12 +97,12 @@ def check_config(config: TrainConfig, world: World) -> None:
         )
     if config.optimizer.name == "sophia" and config.precision == "fp16":
         raise UsageError(
-            "sophia does not run with a loss scale", why="its Hessian estimate is computed in fp32 without one",
+            "sophia does not work with a loss scale", why="its Hessian estimate is computed in fp32 without one",
             remedy="use precision fp32 or bf16",
         )  # fmt: skip
     if config.optimizer.name == "sophia" and config.parallel.kind not in ("none", "ddp"):
         raise UsageError(
-            "sophia does not run on shards", why="its Hessian estimate differentiates whole weights twice",
+            "sophia does not work on shards", why="its Hessian estimate differentiates whole weights twice",
             remedy="use adamw or lion, or parallel.kind=ddp",
         )  # fmt: skip
     if config.parallel.kind == "deepspeed" and config.precision != "fp32":

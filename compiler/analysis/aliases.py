@@ -45,7 +45,7 @@ class Storage:
         return next((call for position, call in writes if first < position < last), None)
 
     def written(self, node: Node) -> bool:
-        """Whether any call writes the memory of `node`; such a weight is no constant."""
+        """Whether any call writes the memory of `node`; such a weight is not a constant."""
         return bool(self._writes.get(self._root.get(node, node)))
 
     def replaced(self, old: Node, new: Node) -> None:

@@ -59,7 +59,7 @@ def sdpa_site(node: Node) -> Site:
     """What a call of `aten.scaled_dot_product_attention` computes.
 
     Raises:
-        UnprovenError: dropout, or a scale that is no number.
+        UnprovenError: dropout, or a scale that is not a number.
     """
     q, k, v = node.args[:3]
     assert isinstance(q, Node)
@@ -68,13 +68,13 @@ def sdpa_site(node: Node) -> Site:
     given = dict(zip(("attn_mask", "dropout_p", "is_causal"), node.args[3:], strict=False))
     options: dict[str, Any] = {**_SDPA_DEFAULTS, **given, **node.kwargs}
     if options["dropout_p"]:
-        raise UnprovenError(f"it drops out weights (p = {options['dropout_p']})")
+        raise UnprovenError(f"it applies dropout to its weights (p = {options['dropout_p']})")
     width = value_of(q).shape[-1]
     scale = options["scale"]
     if scale is None and isinstance(width, int):
         scale = float(width) ** -0.5
     if scalar(scale) is None:
-        raise UnprovenError(f"its scale {scale} is no number")
+        raise UnprovenError(f"its scale {scale} is not a number")
     mask = options["attn_mask"]
     terms: tuple[Term, ...] = ()
     if mask is not None:
@@ -150,7 +150,7 @@ class SoftmaxReader:
                 step, term = self._mask(node, factor)
                 terms.append(term)
             else:
-                raise UnprovenError(f"{node.name} ({node.target}) is no scale, mask or softcap of scores")
+                raise UnprovenError(f"{node.name} ({node.target}) is not a scale, mask or softcap of scores")
             node, reader = step, node
         self._check(node, reader)
         return Site(result, node, *factors, v, factor * (softcap or 1.0), softcap, tuple(terms))
@@ -184,13 +184,13 @@ class SoftmaxReader:
         """The scores and the mask of a call that puts a mask on scores."""
         name, arguments = operator_name(node), node.args
         if node.kwargs or len(arguments) != (2 if name == "add" else 3):
-            raise UnprovenError(f"{node.name} ({node.target}) has options that are not understood")
+            raise UnprovenError(f"{node.name} ({node.target}) has options that are not supported")
         if name == "add":
             left, right = arguments
             paths = [isinstance(item, Node) and _leads_to_scores(item) for item in (left, right)]
             scores, mask = (left, right) if paths[0] else (right, left)
             if all(paths) or not isinstance(mask, Node):
-                raise UnprovenError(f"{node.name} adds {mask} to the scores, which is no mask")
+                raise UnprovenError(f"{node.name} adds {mask} to the scores, which is not a mask")
             return scores, Term(mask, "add", node, factor)
         if name == "masked_fill":
             scores, mask, number = arguments

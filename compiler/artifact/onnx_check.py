@@ -163,7 +163,7 @@ def _decode(data: bytes) -> Any:
     try:
         return onnx.ModelProto.FromString(data)
     except (DecodeError, RecursionError) as error:
-        raise _RefusedError(f"no ONNX message: {error}") from error
+        raise _RefusedError(f"not an ONNX message: {error}") from error
 
 
 def _check_header(model: Any) -> None:
@@ -189,7 +189,7 @@ def _check_node(node: Any) -> None:
     _require(not node.overload, f"{what}: it names a function")
     for attribute in node.attribute:
         kind = f"{what}: attribute {attribute.name!r}"
-        _require(attribute.type in _PLAIN_ATTRIBUTES, f"{kind} is no number, string or tensor")
+        _require(attribute.type in _PLAIN_ATTRIBUTES, f"{kind} is not a number, string or tensor")
         _require(not attribute.ref_attr_name, f"{kind} refers to a function's")
         _require(not (attribute.HasField("g") or attribute.graphs), f"{kind} holds a graph")
         if attribute.HasField("t"):
@@ -207,12 +207,14 @@ def _check_flow(graph: Any) -> None:
             known.add(item.name)
     for node in graph.node:
         for name in node.input:
-            _require(not name or name in known, f"node {node.name!r} reads {name!r}, which is not made yet")
+            _require(
+                not name or name in known, f"node {node.name!r} reads {name!r}, which is not computed yet"
+            )
         for name in filter(None, node.output):
-            _require(name not in known, f"node {node.name!r} makes {name!r} again")
+            _require(name not in known, f"node {node.name!r} computes {name!r} again")
             known.add(name)
     for item in graph.output:
-        _require(item.name in known, f"output {item.name!r} is never made")
+        _require(item.name in known, f"output {item.name!r} is never computed")
 
 
 # -- tensors -----------------------------------------------------------------------------------
@@ -258,7 +260,7 @@ def _external(tensor: Any, what: str, size: int, item: int) -> tuple[str, int]:
         _require(entry.key in ("location", "offset", "length"), f"{what}: unknown key {entry.key!r}")
         _require(entry.key not in entries, f"{what}: {entry.key} is given twice")
         # Text that is not UTF-8 comes out of the decoder as bytes.
-        _require(isinstance(entry.value, str), f"{what}: {entry.key} is no text")
+        _require(isinstance(entry.value, str), f"{what}: {entry.key} is not a string")
         entries[entry.key] = entry.value
     _require(len(entries) == 3, f"{what}: location, offset or length is missing")
     location = entries["location"]
@@ -301,7 +303,7 @@ def _plain_file(folder: Path, name: str) -> int:
         info = path.lstat()
     except FileNotFoundError as error:
         raise _RefusedError(f"the file {name!r} is missing") from error
-    _require(stat.S_ISREG(info.st_mode), f"{name!r} is a link or another thing that is no regular file")
+    _require(stat.S_ISREG(info.st_mode), f"{name!r} is a link or something else that is not a regular file")
     # An artifact being rewritten shares its files with a temporary sibling of ours; nobody else may.
     others = [sibling / name for sibling in leftovers(folder.resolve())]
     known = sum(other.is_file() and other.samefile(path) for other in others)

@@ -123,7 +123,7 @@ def _check_existing(output: Path, force: bool) -> None:
         )
     if any(output.iterdir()) and not _is_artifact(output):
         raise InputError(
-            "the output is a folder that optc did not write", where=where, why=f"no {FILE_NAME} of optc's",
+            "the output is a folder that optc did not write", where=where, why=f"it has no {FILE_NAME} written by optc",
             remedy="choose another output; --force replaces only artifacts and empty folders",
         )  # fmt: skip
 

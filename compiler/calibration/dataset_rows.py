@@ -61,7 +61,7 @@ def _check_folder(path: Path, kind: str) -> None:
         )  # fmt: skip
     if not (path / "state.json").is_file():
         raise InputError(
-            f"the {kind} data is a folder, and no dataset", where=str(path),
+            f"the {kind} data is a folder but not a dataset", where=str(path),
             why="it has no state.json", remedy="give a folder written by datasets' save_to_disk, or files",
         )  # fmt: skip
 

@@ -102,10 +102,10 @@ def cut_sequences(
     stream = [token for document in documents for token in document]
     if not stream or length < _SHORTEST or len(stream) < length:
         raise InputError(
-            f"the calibration text is too short: {len(stream)} tokens, {length} for one sequence",
+            f"the calibration text is too short: {len(stream)} tokens, and one sequence takes {length}",
             where=source,
             why=f"a sequence has at least {_SHORTEST} tokens" if length < _SHORTEST else None,
-            remedy="give a longer text, or shorter sequences by --calibration-seq-len",
+            remedy="give a longer text, or shorter sequences with --calibration-seq-len",
         )
     low, high = min(stream), max(stream)
     if vocab_size and (low < 0 or high >= vocab_size):

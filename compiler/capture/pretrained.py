@@ -176,7 +176,7 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
 def capture_pretrained(
     folder: str | Path, *, dtype: str = "fp32", trust_remote_code: bool = False
 ) -> tuple[Program, CheckpointInfo]:
-    """Capture a model folder. Linears of a folder that is quantized already read `optc.dequantize` of its codes.
+    """Capture a model folder. Linears of a folder that is already quantized read `optc.dequantize` of its codes.
 
     Raises:
         InputError: unusable folder (see `load_model`).
@@ -291,6 +291,6 @@ def _require_positions(model: torch.nn.Module) -> None:
         raise CaptureError(
             "the model takes no position_ids",
             where=type(model).__name__,
-            why="KV caches need positions as an input; a model that counts its own cannot be continued",
+            why="KV caches need positions as an input; a model that computes its own positions cannot continue a sequence",
             remedy="use a model with rotary or learned positions",
         )

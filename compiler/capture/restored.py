@@ -65,9 +65,7 @@ def restore_codes(program: Program, folder: QuantizedFolder, names: dict[str, st
     ]
     missing = modules - {names[name] for name in made}
     if left or missing:
-        raise _unusable(
-            folder, left[0] if left else min(missing), "the model does not read it in a linear alone"
-        )
+        raise _unusable(folder, left[0] if left else min(missing), "the model reads it outside linears too")
     _round_key_values(edited, folder)
     drop_dead(edited)
     return prune_contract(edited.changed())
@@ -144,7 +142,7 @@ def _round_key_values(program: Program, folder: QuantizedFolder) -> None:
     if missing:
         name = next(name for name in kept.names(min(missing)) if name in folder.reader)
         raise CaptureError(
-            "scales of keys and values belong to no attention", where=f"{folder.reader.folder}: {shown(name)}",
+            "scales of keys and values do not belong to any attention", where=f"{folder.reader.folder}: {shown(name)}",
             why="the model has no attention of this name", remedy="use the unquantized model, and --quant",
         )  # fmt: skip
     for number, (path, call) in enumerate(calls):

@@ -57,7 +57,7 @@ def _problems(program: Program) -> list[str]:
         found.append(f"{len(outputs)} graph outputs, {len(contract.outputs)} in the contract")
     names = set(program.weight_names().values())
     found += [
-        f"contract.quantization names '{name}', which is no weight"
+        f"contract.quantization names '{name}', which is not a weight"
         for name in contract.quantization
         if name not in names
     ]

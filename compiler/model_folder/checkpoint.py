@@ -158,7 +158,7 @@ def _tensors(folder: Path) -> dict[str, TensorInfo]:
     else:
         raise _no_weights(folder)
     if not tensors:
-        raise damaged(folder / (_SINGLE if (folder / _SINGLE).is_file() else _INDEX), "it holds no tensor")
+        raise damaged(folder / (_SINGLE if (folder / _SINGLE).is_file() else _INDEX), "it holds no tensors")
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""Model folders that are quantized already: from compressed-tensors, AWQ, GPTQ or ModelOpt to the canonical form.
+"""Model folders that are already quantized: from compressed-tensors, AWQ, GPTQ or ModelOpt to the canonical form.
 
 The model is built with dense weights, captured as any other, and each quantized linear then reads its codes
 (`optc.compiler.capture.restored`).
@@ -140,7 +140,7 @@ def refuse_quantizing_again(folder: Path) -> None:
     """Refuse to quantize a folder whose config says that it is quantized; weights unread.
 
     Raises:
-        UsageError: it is quantized already.
+        UsageError: it is already quantized.
         InputError: config.json is malformed.
     """
     path = folder / CONFIG
@@ -150,7 +150,7 @@ def refuse_quantizing_again(folder: Path) -> None:
         inner = config.get(KEY)
         method = inner.get("quant_method") if isinstance(inner, dict) else None
         raise UsageError(
-            "the model is quantized already", where=str(path if KEY in config else own),
+            "the model is already quantized", where=str(path if KEY in config else own),
             why=f"by {method}" if method else None,
             remedy="leave --quant out: its codes are kept; or give the unquantized model",
         )  # fmt: skip

@@ -50,7 +50,7 @@ def _check_same_schema(name: str, schema: str) -> None:
     found = getattr(torch.ops.optc, name).default._schema
     if str(found) != str(torch._C.parse_schema(f"optc::{schema}")):
         raise TargetError(
-            f"a C++ op library in this process defines the operator optc::{name} otherwise than this optc",
+            f"a C++ op library in this process defines the operator optc::{name} differently from this version of optc",
             why=f"it has {found}",
             remedy="import optc in a process that has not loaded the library of another version",
         )

@@ -32,7 +32,7 @@ def cache_misses(program: Program, *, sinks: bool) -> tuple[Miss, ...]:
     contract, calls = program.contract, program.calls(_ATTENTION)
     roles = [spec.role for spec in contract.inputs]
     if contract.kv_cache.kind != "none":
-        return (Miss("program", f"it has a {contract.kv_cache.kind} KV cache already"),)
+        return (Miss("program", f"it already has a {contract.kv_cache.kind} KV cache"),)
     if contract.kind != "decoder":
         return (Miss("program", f"its kind is {contract.kind}: only a decoder continues a sequence"),)
     if roles != ["input_ids", "position_ids"] or not contract.position_rule:

@@ -22,7 +22,7 @@ def as_weight(program: Program, node: Node, dtype: torch.dtype, suffix: str) -> 
     if program.weight_of(node) is not None and value_of(node).dtype == dtype:
         return node
     names, value = list(constant_roots(program, node).values()), constant(program, node)
-    assert value is not None, f"{node.name} is no constant"
+    assert value is not None, f"{node.name} is not a constant"
     value = value.detach().to(dtype)
     stem, number = f"{names[0]}_{suffix}", 0
     while (name := stem if not number else f"{stem}{number}") in program.exported.state_dict:

@@ -247,7 +247,7 @@ def _same_elsewhere(target: Target, options: CompileOptions, others: Iterable[Ta
         )  # fmt: skip
         if other.name != target.name and _quantization_problem(other, asked) is None and _runs(other, plain):
             names.append(other.name)
-    return [f"as asked it runs on --target {' or '.join(names)}"] if names else []
+    return [f"the same request runs on --target {' or '.join(names)}"] if names else []
 
 
 def _runs(target: Target, options: CompileOptions) -> bool:

@@ -51,7 +51,7 @@ def write_bundle(
     Raises:
         ArtifactError: the artifact is damaged.
         TargetError: no program for its engine, or `with_libraries` and the engine is not installed here.
-        InputError: the artifact is a bundle already, or the output exists or lies inside the artifact.
+        InputError: the artifact is already a bundle, or the output exists or lies inside the artifact.
         ResourceError: the disk is full.
     """
     manifest = verify(artifact)
@@ -80,7 +80,7 @@ def write_bundle(
 def _check_places(artifact: Path, output: Path, manifest: Manifest) -> None:
     if "bundle" in manifest.engine_info:
         raise InputError(
-            "the artifact is a bundle already", where=str(artifact), remedy="copy the folder as it is"
+            "the artifact is already a bundle", where=str(artifact), remedy="copy the folder as it is"
         )
     inside = artifact.resolve()
     if inside in (output.resolve(), *output.resolve().parents):

@@ -115,7 +115,9 @@ def _check(program: Program, path: Path, lowered: Lowered, capacity: int, chunk:
     from executorch.runtime import Runtime
 
     if path.read_bytes() != lowered.data:
-        raise ArtifactError("the program was not written as it is", where=str(path), remedy="check the disk")
+        raise ArtifactError(
+            "the written program differs from the one in memory", where=str(path), remedy="check the disk"
+        )
     method = Runtime.get().load_program(path).load_method("forward")
     assert method is not None
     caches = _caches(program, capacity)
@@ -137,7 +139,7 @@ def _compare(expected: Tensor, found: Tensor, tolerance: float, where: str) -> N
     gap = float((expected - found).abs().max()) if same else float("inf")
     if not gap <= limit:
         raise GateError(
-            "the ExecuTorch program computes other numbers than the program", where=where,
+            "the ExecuTorch program computes different numbers from the captured program", where=where,
             why=f"max abs difference {gap:.3g} > {limit:.3g}" if same else f"{list(found.shape)}, not {list(expected.shape)}",
             remedy="report this with the model's config",
         )  # fmt: skip

@@ -242,6 +242,6 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _differs(directory: Path, name: str, why: str) -> ArtifactError:
     return ArtifactError(
-        "a weight was not written as it is", where=f"{directory}: {name}", why=why,
+        "a written weight differs from the one in memory", where=f"{directory}: {name}", why=why,
         remedy="check the disk and compile again",
     )  # fmt: skip

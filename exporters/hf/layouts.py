@@ -191,9 +191,9 @@ class AwqWriter:
         if foreign := _foreign(weight):
             return foreign
         if scheme.format != "int" or scheme.bits != awq.BITS or scheme.activations:
-            return "it holds 4-bit integer weights alone, activations as they are"
+            return "it holds 4-bit integer weights only, with unquantized activations"
         if weight.shape[0] % 8:
-            return f"its N = {weight.shape[0]} is no multiple of 8"
+            return f"its N = {weight.shape[0]} is not a multiple of 8"
         return _scale_obstacle(weight)
 
     def tensors(self, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -234,7 +234,7 @@ class GptqWriter:
         if foreign := _foreign(weight):
             return foreign
         if scheme.format != "int" or scheme.activations:
-            return "it holds integer weights alone, activations as they are"
+            return "it holds integer weights only, with unquantized activations"
         step = 32 // scheme.bits if 32 % scheme.bits == 0 else 32
         if rows % step or columns % step:
             return f"[{rows}, {columns}] does not fill words of {scheme.bits}-bit codes (multiples of {step})"
@@ -324,7 +324,7 @@ def _scale_obstacle(weight: QuantizedWeight) -> str | None:
     half = weight.scale.to(torch.float16)
     if torch.equal(half.to(weight.scale.dtype), weight.scale):
         return None
-    return "its scales are not float16 numbers, which the layout keeps: put the pass round-scales behind quantization"
+    return "its scales are not float16 numbers, which the layout keeps: run the pass round-scales after quantization"
 
 
 def _no_key_values(layout: str, scales: Iterable[str]) -> TargetError:
@@ -340,6 +340,6 @@ def _only(layout: str, schemes: Mapping[str, Scheme]) -> Scheme:
         return min(kinds.values(), key=lambda scheme: scheme.symmetric)
     raise TargetError(
         f"the layout '{layout}' has one setting for all linears",
-        why=f"{len(kinds)} are asked for: " + ", ".join(f"{bits} bits g{size}" for bits, size, _ in kinds),
+        why=f"{len(kinds)} are requested: " + ", ".join(f"{bits} bits g{size}" for bits, size, _ in kinds),
         remedy="use --layout compressed-tensors",
     )

@@ -52,7 +52,7 @@ class ModelOptWriter:
         scheme = weight.scheme
         algorithm = algorithm_of(scheme)
         if algorithm is None:
-            return f"no algorithm of the layout has {_described(scheme)}"
+            return f"the layout has no algorithm for {_described(scheme)}"
         if algorithm == AWQ and scheme.group_size not in GROUP_SIZES:
             return f"groups of {scheme.group_size or 'a row'}: TensorRT-LLM's kernels take 64 and 128"
         if algorithm == AWQ and weight.shape[0] % 2:
@@ -170,7 +170,7 @@ def _fitted(item: Quantized, table: Mapping[str, Quantized]) -> Quantized:
         other = table.get(name)
         if other is None or other.weight.scheme != weight.scheme:
             raise _refusal(
-                item.module, f"{name} has the same input, and is quantized otherwise or not at all"
+                item.module, f"{name} has the same input, and is quantized differently or not at all"
             )
         if not _alike(other.weight.global_scale, weight.global_scale):
             raise _refusal(item.module, f"{name} has the same input, and another weight_scale_2")
@@ -192,7 +192,7 @@ def _algorithm(schemes: Mapping[str, Scheme]) -> str | None:
         names = ", ".join(f"{name} g{size}" for name, size in sorted(kinds, key=str))
         raise TargetError(
             f"the layout '{METHOD}' is written with one algorithm for all linears", why=f"there are {names}",
-            remedy="quantize all linears alike, or use --target vllm",
+            remedy="quantize all linears in the same way, or use --target vllm",
         )  # fmt: skip
     return next(iter(kinds))[0] if kinds else None
 
@@ -209,5 +209,7 @@ def _producer() -> dict[str, str]:
     return {"name": "optc", "version": metadata.version("optc")}
 
 
-def _refusal(where: str, why: str, remedy: str = "quantize all linears of one input alike") -> TargetError:
+def _refusal(
+    where: str, why: str, remedy: str = "quantize all linears of one input in the same way"
+) -> TargetError:
     return TargetError("TensorRT-LLM cannot load the quantized linears", where=where, why=why, remedy=remedy)

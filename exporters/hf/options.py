@@ -89,7 +89,7 @@ class ServeOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fiel
             )  # fmt: skip
         if self.speculative is None and self.draft_tokens is not None:
             raise UsageError(
-                "--draft-tokens does nothing without --speculative", remedy="add --speculative ngram"
+                "--draft-tokens has no effect without --speculative", remedy="add --speculative ngram"
             )
         method = self.speculative
         if method is not None and method != NGRAM and not method.startswith(DRAFT):

@@ -97,7 +97,7 @@ class Places:
             if call.target not in DEQUANTIZERS or quantized_activation(call) is not None:
                 continue
             if call not in calls or any(user.target is not aten.linear.default for user in call.users):
-                raise _refusal(self._name(call.args[0]), "something else than a linear reads it")
+                raise _refusal(self._name(call.args[0]), "something other than a linear reads it")
             item = self._item(call, calls[call])
             beside = {name for names in readers.values() if item.module in names for name in names}
             items.append(dataclasses.replace(item, beside=tuple(sorted(beside - {item.module}))))
@@ -169,7 +169,7 @@ class Places:
                 return Quantized(name.removesuffix(".weight"), codes_name.removesuffix("_codes"), weight)
         kind = type(self.skeleton.get_submodule(entry.source.rpartition(".")[0])).__name__
         raise _refusal(
-            codes_name, f"{entry.source} belongs to a {kind}, and quantized layouts replace nn.Linear alone"
+            codes_name, f"{entry.source} belongs to a {kind}, and quantized layouts replace only nn.Linear"
         )
 
     def _weight(self, call: Node, name: str, source: _Input) -> QuantizedWeight:
@@ -231,7 +231,7 @@ class Places:
     def _name(self, node: object) -> str:
         name = self.program.weight_of(node)
         if name is None:
-            raise _refusal(str(node), "a dequantization reads something that is no weight")
+            raise _refusal(str(node), "a dequantization reads something that is not a weight")
         return name
 
 
@@ -257,5 +257,5 @@ def _granularity(shapes: set[tuple[int, ...]], heads: int) -> Literal["layer", "
 def _refusal(name: str, why: str) -> TargetError:
     return TargetError(
         "the program cannot be written back as a model folder", where=name, why=why,
-        remedy="compile a model folder with quantization passes alone, or choose another target (optc targets)",
+        remedy="compile a model folder with quantization passes only, or choose another target (optc targets)",
     )  # fmt: skip

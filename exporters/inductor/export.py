@@ -127,7 +127,7 @@ def _constants(program: Program, path: Path) -> dict[str, torch.Tensor]:
     """The tensors that the package asks for by name. Inductor inlines tiny ones."""
     weights, found = dict(program.weights()), {}
     for name in sorted(compat.aoti_constant_names(str(path))):
-        assert name in weights, f"{name} is no weight of the program"
+        assert name in weights, f"{name} is not a weight of the program"
         found[name] = weights[name]
     return found
 

@@ -63,7 +63,7 @@ def _compare(program: Program, old: Tensor, new: Tensor, where: str) -> None:
     gap = float((old - new).abs().max()) if same and old.numel() else 0.0
     if not same or not gap <= limit:
         raise GateError(
-            "the compiled package computes other numbers than the program",
+            "the compiled package computes different numbers from the captured program",
             where=where,
             why=f"max abs difference {gap:.3g} > {limit:.3g}"
             if same

@@ -129,7 +129,7 @@ def _read_back(path: Path, digests: dict[str, str]) -> dict[str, int]:
     for name, digest in digests.items():
         if name not in stored or _digest(stored[name]) != digest:
             raise ArtifactError(
-                "a weight was not written as it is",
+                "a written weight differs from the one in memory",
                 where=f"{path}: {name}",
                 remedy="check the disk and compile again",
             )

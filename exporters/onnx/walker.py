@@ -272,7 +272,7 @@ class Walker:
     def scalar(self, argument: Any) -> ir.Value:
         """A size as an int64 scalar."""
         if not isinstance(argument, Node):
-            assert isinstance(argument, int), f"{argument!r} is no size"
+            assert isinstance(argument, int), f"{argument!r} is not a size"
             return self.constant(argument)
         if argument not in self._scalars:
             self._scalars[argument] = self.op("Squeeze", [self.size(argument), self.constant([0])])

@@ -90,7 +90,10 @@ def _summary(manifest: Manifest, records: Sequence[LinearRecord]) -> list[tuple[
     rows = [(f"{len(records)}" if records else f"{table.get('linears', 0)}", "weights quantized")]
     if "bits_per_parameter" in table:
         rows += [
-            (f"{table['bits_per_parameter']:.3f}", "bits per parameter of theirs, counted from the files"),
+            (
+                f"{table['bits_per_parameter']:.3f}",
+                "bits per parameter of the quantized weights, counted from the files",
+            ),
             (
                 f"{table['ratio_to_ideal']:.3f} ×",
                 f"the ideal of {table['ideal_bits']:.3f} bits",

@@ -439,7 +439,7 @@ def read_facts(folder: str) -> dict[str, Any]:
             "the folder has no readable engine.json", error, "give the folder that optc wrote", 3
         ) from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise BuildError("engine.json is of another format", path, "use the build_plan.py beside it", 3)
+        raise BuildError("engine.json has a different format", path, "use the build_plan.py beside it", 3)
     return facts
 
 

@@ -89,9 +89,7 @@ def _first_runtime(ops: str) -> str:
         )
     if _installed("rtx"):
         return "rtx"
-    raise TargetError(
-        "no TensorRT is installed that could build a plan here", remedy=f"{_INSTALL}, {_WITHOUT}"
-    )
+    raise TargetError("no installed TensorRT can build a plan here", remedy=f"{_INSTALL}, {_WITHOUT}")
 
 
 def _architectures(text: str | None) -> tuple[str, ...]:
@@ -110,7 +108,7 @@ def _architectures(text: str | None) -> tuple[str, ...]:
             )
             raise TargetError(
                 f"TensorRT for RTX does not support the architecture {name}",
-                why=f"{near} takes standard TensorRT" if name.startswith("sm") else None,
+                why=f"{near} needs standard TensorRT" if name.startswith("sm") else None,
                 remedy=f"it takes {', '.join(RTX_ARCHITECTURES)} and {PORTABLE}; for others --trt-runtime none, and "
                 "build_plan.py on the device",
             )

@@ -97,7 +97,7 @@ def build_plan(directory: Path, choice: Choice) -> dict[str, Any]:
         raise ResourceError(
             f"TensorRT's builder was ended by signal {-done.returncode}",
             why=done.stderr.strip()[-1000:] or None,
-            remedy="signal 9 is the system's, for want of memory: use a smaller model or a larger machine",
+            remedy="signal 9 usually means that the system ran out of memory: use a smaller model or a larger machine",
         )
     raise _error(done.stdout, done.stderr)
 

@@ -60,10 +60,10 @@ class _RootMeanSquare(Rule):
         if not last or keep is not True:
             return Miss(node.name, f"the mean runs over axes {axes}, not over the last one, kept")
         if eps is None:
-            return Miss(node.name, "eps is no number")
+            return Miss(node.name, "eps is not a number")
         base = _squared(squared)
         if base is None:
-            return Miss(node.name, "the mean is not one of squares")
+            return Miss(node.name, "the mean is not a mean of squares")
         if peel_casts(base) is not peel_casts(x):
             return Miss(node.name, f"{x.name} is scaled by the mean square of {base.name}")
         if not isinstance(value_of(x).shape[-1], int):

@@ -134,11 +134,11 @@ def _angles(program: Program, cos: Node, sin: Node, sizes: Sizes) -> _Angles | s
 
     roots = list(dict.fromkeys(root for side in (cos, sin) for root in leaves(side, through)))
     if not _TRIG.issubset(node.target for node in seen):
-        return f"its factors are no cos and sin, but come from {_describe(program, roots)}"
+        return f"its factors are not cos and sin but come from {_describe(program, roots)}"
     weights = [root for root in roots if program.weight_of(root) is not None and value_of(root).dim() == 1]
     positions = [root for root in roots if is_tensor(root) and not value_of(root).is_floating_point()]
     if len(roots) != 2 or len(weights) != 1 or len(positions) != 1 or value_of(positions[0]).dim() != 2:
-        return f"its angles are not position [B, S] * inv_freq, but come from {_describe(program, roots)}"
+        return f"its angles are not position [B, S] * inv_freq but come from {_describe(program, roots)}"
     zeros = torch.zeros(sizes.shape(positions[0]), dtype=torch.float64)
     ones = torch.ones(sizes.shape(weights[0]), dtype=torch.float64)
     factor: Tensor = evaluate(cos, {positions[0]: zeros, weights[0]: ones}, sizes)

@@ -64,7 +64,7 @@ def cache_capacity(asked: int | None, context_length: int) -> int:
         return min(context_length or LARGEST_DEFAULT, LARGEST_DEFAULT)
     if asked < 2:
         raise TargetError(
-            f"a KV cache of {asked} tokens holds no conversation", remedy="--max-seq-len 2 or more"
+            f"a KV cache of {asked} tokens is too small to generate with", remedy="--max-seq-len 2 or more"
         )
     check_context(asked, context_length)
     return asked

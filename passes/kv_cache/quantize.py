@@ -52,7 +52,7 @@ class QuantizeKVCache(Pass):
         """
         calls = program.calls(ATTENTION)
         done = [call for call in calls if rounded(call)]
-        misses = tuple(Miss(call.name, "its keys and values are quantized already") for call in done)
+        misses = tuple(Miss(call.name, "its keys and values are already quantized") for call in done)
         if len(done) == len(calls):
             return PassResult(program, 0, len(calls), misses)
         todo = [call for call in calls if call not in done]

@@ -96,9 +96,9 @@ def _obstacle(program: Program, weight: Node, level: int) -> str | None:
     if bits not in BITS:
         return f"{bits}-bit codes have no packed product ({', '.join(map(str, BITS))} have)"
     if weight.target is CODEBOOK and (bits == 8 or level != KEPT):
-        return "a codebook has a packed product up to 4 bits, and with activations as they are"
+        return "a codebook has a packed product up to 4 bits only, and with unrounded activations only"
     if level != KEPT and segment_size(columns, int(weight.kwargs["group_size"]), level) > LONGEST_SUM:
-        return f"sums of {columns} products do not fit 32 bits"
+        return f"sums of {columns} products do not fit in 32 bits"
     names = ("codes", "scales", "zero points" if weight.target is INTEGERS else "table")
     for what, item in zip(names, weight.args, strict=True):
         if item is not None and _value(program, item) is None:

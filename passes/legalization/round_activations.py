@@ -39,7 +39,7 @@ class _Round(Rule):
         if node.target is not LINEAR or node.kwargs["activation_group"] != KEPT:
             return None
         if node.args[5] is not None:
-            return Miss(node.name, "products of a codebook take activations as they are")
+            return Miss(node.name, "products with a codebook take unrounded activations")
         size = int(node.kwargs["group_size"]) or int(node.kwargs["K"])
         unit = block_columns(int(node.kwargs["bits"]))
         group = next((item for item in _GROUPS if size % item == 0 and item % unit == 0), None)

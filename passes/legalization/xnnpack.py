@@ -59,14 +59,14 @@ class _Product(Rule):
         if not isinstance(weight, Node) or weight.target not in DEQUANTIZERS:
             return None
         call = call_of(weight, _optc.dequantize.default)
-        reason = "its weight is no integer codes" if call is None else self._obstacle(program, call)
+        reason = "its weight is not made of integer codes" if call is None else self._obstacle(program, call)
         return Miss(node.name, reason) if reason else Match(node, {"weight": call})
 
     def _obstacle(self, program: Program, weight: Node) -> str | None:
         bits, columns = int(weight.kwargs["bits"]), int(value_of(weight).shape[1])
         group = int(weight.kwargs["group_size"]) or columns
         if bits not in (4, 8):
-            return f"its weight has {bits} bits: 4 and 8 have a product"
+            return f"its weight has {bits} bits: there are products for 4 and 8"
         if bits != self.bits:
             return f"its weight has {bits} bits, not {self.bits}"
         if weight.args[2] is not None:
@@ -74,7 +74,7 @@ class _Product(Rule):
         if bits == 8 and group != columns:
             return "its 8-bit weight has several scales per channel: use group size 0"
         if bits == 4 and group % _STEP:
-            return f"its groups of {group} columns are no multiple of {_STEP}"
+            return f"its groups of {group} columns are not a multiple of {_STEP}"
         known = all(program.weight_of(item) is not None for item in weight.args[:2])
         return None if known else "its codes are computed"
 

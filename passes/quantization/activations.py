@@ -52,7 +52,7 @@ class _Input(Rule):
         site = linear_site(program, node)
         if site is None or site.placeholder is not None:
             return None
-        reason = "its input is quantized already" if site.activations else obstacle(site, self.format)
+        reason = "its input is already quantized" if site.activations else obstacle(site, self.format)
         return Miss(node.name, reason) if reason else Match(node, {"site": site})
 
     def rewrite(self, program: Program, match: Match) -> None:

@@ -66,7 +66,7 @@ class QuantizeInputs(Pass):
         return PassResult(edited.changed(), matched, len(sites), tuple(misses))
 
     def _obstacle(self, site: Linear) -> str | None:
-        return "its input is quantized already" if site.activations else obstacle(site, self.format)
+        return "its input is already quantized" if site.activations else obstacle(site, self.format)
 
     def _scales(
         self, program: Program, groups: list[Group], tokens: Tensor, context: PassContext

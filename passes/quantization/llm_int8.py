@@ -67,7 +67,9 @@ class QuantizeLlmInt8(Pass):
                 f"threshold {self.threshold} is not positive", remedy="use 6.0, as the paper does"
             )
         if not 0 <= self.frequency < 1:
-            raise UsageError(f"frequency {self.frequency} is no share of tokens", remedy="use 0, or 0.06")
+            raise UsageError(
+                f"frequency {self.frequency} is not a share of the tokens", remedy="use 0, or 0.06"
+            )
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantize a clone of `program`.

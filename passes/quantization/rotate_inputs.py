@@ -55,7 +55,7 @@ class RotateInputs(Pass):
     def __post_init__(self) -> None:
         if self.block_size < _LEAST_BLOCK or self.block_size & (self.block_size - 1):
             raise UsageError(
-                f"block size {self.block_size} is no power of two from {_LEAST_BLOCK} on",
+                f"block size {self.block_size} is not a power of two of at least {_LEAST_BLOCK}",
                 remedy="use 64, 128 or 256",
             )
 
@@ -99,14 +99,14 @@ class RotateInputs(Pass):
         gain = float(before) / max(float(after), 1e-30)
         if gain >= self.least_gain:
             return ""
-        return f"turned, its noise would fall by a factor of {gain:.1f} only, {self.least_gain:g} is asked"
+        return f"a rotation would reduce its noise by a factor of {gain:.1f} only, and {self.least_gain:g} is required"
 
 
 def _obstacle(program: Program, group: Group, matrix: Tensor) -> str:
     """Why the weights of a group cannot be turned, or ''."""
     if len(matrix) < _LEAST_BLOCK:
         columns = int(value_of(group.root).shape[-1])
-        return f"no power of two from {_LEAST_BLOCK} on divides its {columns} channels"
+        return f"no power of two of at least {_LEAST_BLOCK} divides its {columns} channels"
     return next(filter(None, (read_elsewhere(program, site, group.sites) for site in group.sites)), "")
 
 

@@ -63,7 +63,7 @@ class TuneScales(Pass):
         if context.calibration is None or context.reference is None:
             raise InputError(
                 "pass 'tune-scales' needs calibration tokens and the unquantized program",
-                remedy="run it in a Pipeline behind a quantization, with --calibration FILE",
+                remedy="run it in a Pipeline after a quantization, with --calibration FILE",
             )
         vectors = _vector_names(program) if self.vectors else []
         trainer = _Trainer(self, program, context, names, vectors)

@@ -318,7 +318,7 @@ def read(folder: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         if not isinstance(found[-1], dict):
-            raise ValueError(f"{path} is no JSON object")
+            raise ValueError(f"{path} is not a JSON object")
     if found == [None, None]:
         raise ValueError(f"{folder} has neither manifest.json nor engine.json")
     return found[0] or {}, found[1]

@@ -74,7 +74,7 @@ class Package:
         found, listed = set(self._runner.get_constant_fqns()), set(info["constants"])
         if found != listed:
             raise PackageError(
-                f"{path}: the package wants other weights than listed: {sorted(found ^ listed)[:4]}"
+                f"{path}: the package expects other weights than those listed: {sorted(found ^ listed)[:4]}"
             )
         if weights:
             self.load_weights(_file(folder, info["weights"]))
@@ -186,7 +186,7 @@ class Decoder:
     def __init__(self, package: Package, batch: int, capacity: int) -> None:
         kind, self._size = package.info["kv_cache"], package.info["block_size"]
         if kind not in ("linear", "paged"):
-            raise PackageError("the package is no decoder with a KV cache")
+            raise PackageError("the package is not a decoder with a KV cache")
         self._package, self._paged, self.capacity = package, kind == "paged", capacity
         self.lengths = [0] * batch
         if self._paged:
@@ -337,7 +337,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     prompt.add_argument("--prompt", help="text (needs tokenizer.json and the tokenizers library)")
     prompt.add_argument("--prompt-tokens", help="token ids: 5,17,33")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after end-of-text tokens")
+    parser.add_argument("--ignore-eos", action="store_true", help="continue after end-of-text tokens")
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     parser.add_argument("--json", action="store_true", help="print prompt_tokens, tokens and text as JSON")
     return parser.parse_args(arguments)

@@ -175,7 +175,7 @@ class Sampler:
         if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or seed < 0:
             raise RunnerError("temperature, top-k and seed must be 0 or more, top-p above 0 and at most 1", 2)
         if temperature == 0 and (top_k or top_p < 1):
-            raise RunnerError("top-k and top-p do nothing at temperature 0", 2)
+            raise RunnerError("top-k and top-p have no effect at temperature 0", 2)
         self._options = (temperature, top_k, top_p)
         self._streams: list[Any] = []
         seen: dict[tuple[int, ...], int] = collections.Counter()
@@ -435,7 +435,7 @@ class TrtEngine:
         self._size = {name: _BYTES[engine.get_tensor_dtype(name).name] for name in names}
         pairs = list(zip(self._past, self._present))
         if any((self._shape[a], self._size[a]) != (self._shape[b], self._size[b]) for a, b in pairs):
-            raise RunnerError("the plan's caches go in with another shape or type than they come out", 7)
+            raise RunnerError("the plan's cache inputs and outputs differ in shape or type", 7)
         self.vocab_size, self.capacity = self._shape["logits"][-1], self._shape[self._past[0]][2]
         if (self.vocab_size, self.capacity) != (info["vocab_size"], info["cache"]["capacity"]):
             raise RunnerError("the plan's vocabulary or capacity is not that of engine.json", 7)
@@ -642,7 +642,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--top-k", type=int, default=0)
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=0)
-    add("--ignore-eos", action="store_true", help="go on after end-of-text tokens")
+    add("--ignore-eos", action="store_true", help="continue after end-of-text tokens")
     add("--perplexity", metavar="FILE", help="JSON list of windows of token ids: print their perplexity")
     add("--bench", action="store_true", help="median latency of prefill and decode on random tokens")
     add("--batch", type=int, default=1, help="rows of --bench")

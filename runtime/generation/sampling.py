@@ -54,7 +54,7 @@ class Sampling:
                 )
         if self.greedy and (self.top_k or self.top_p < 1):
             raise UsageError(
-                "top-k and top-p do nothing at temperature 0",
+                "top-k and top-p have no effect at temperature 0",
                 remedy="give a temperature above 0, or leave them out",
             )
 

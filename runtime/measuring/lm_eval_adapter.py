@@ -121,9 +121,7 @@ class ArtifactLM(TemplateLM):
         limit = self._model.session.context_length
         if len(continuation) > limit or not prompt:
             why = (
-                f"it has {len(continuation)} tokens, the context {limit}"
-                if prompt
-                else "its prompt has no token"
+                f"it has {len(continuation)} tokens, the context {limit}" if prompt else "its prompt is empty"
             )
             raise InputError("a continuation cannot be scored", where=repr(text[1][:60]), why=why)
         return [*prompt, *continuation][-(limit + 1) : -1]

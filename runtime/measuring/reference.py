@@ -50,7 +50,7 @@ def open_reference(manifest: Manifest, source: Path | None = None) -> SourceMode
         raise InputError(
             "the source model is not the one that was compiled", where=str(folder),
             why="its weights have changed since",
-            remedy="compile again, or name a model to compare with by --source DIR",
+            remedy="compile again, or name a model to compare with: --source DIR",
         )  # fmt: skip
     # Eager attention, because it is the definition: some models have no other (softcap).
     model, _ = load_model(folder, dtype=torch.float32, attention="eager")
@@ -58,7 +58,7 @@ def open_reference(manifest: Manifest, source: Path | None = None) -> SourceMode
     if vocab != manifest.contract.model.vocab_size:
         raise InputError(
             f"the source model has {vocab} token ids, the artifact {manifest.contract.model.vocab_size}",
-            where=str(folder), remedy="name the model that was compiled by --source DIR",
+            where=str(folder), remedy="name the model that was compiled: --source DIR",
         )  # fmt: skip
     return SourceModel(folder, matches, model)
 
@@ -70,5 +70,5 @@ def _recorded(manifest: Manifest) -> Path:
     raise InputError(
         "the source model is not there" if path else "the artifact was compiled from a module in memory",
         where=path or None,
-        remedy="name its folder by --source DIR, or leave the comparison out with --no-reference",
+        remedy="name its folder: --source DIR, or leave the comparison out with --no-reference",
     )

@@ -96,7 +96,7 @@ class Model:
 
         Args:
             temperature, top_k, top_p, seed: see `Sampling`; greedy by default.
-            ignore_eos: go on after end-of-text tokens.
+            ignore_eos: continue after end-of-text tokens.
             on_text: gets the text as it comes, whole characters only.
 
         Raises:
@@ -204,7 +204,7 @@ def open_session(
     if threads is not None and threads < 1:
         raise UsageError(f"threads {threads} is out of range", remedy="use 1 or more")
     if num_blocks is not None and contract.kv_cache.kind != "paged":
-        raise UsageError("kv-blocks does nothing here: the KV cache of the artifact is not paged")
+        raise UsageError("kv-blocks has no effect here: the KV cache of the artifact is not paged")
     if folder_only:
         return _open_eager(folder, manifest, threads)
     if manifest.engine == "onnx":
@@ -215,7 +215,7 @@ def open_session(
         return ExecutorchSession(folder, manifest, threads=threads)
     if manifest.engine == "tensorrt":
         if threads is not None:
-            raise UsageError("threads does nothing here: the plan runs on the GPU")
+            raise UsageError("threads has no effect here: the plan runs on the GPU")
         from optc.runtime.sessions.trt import open_trt
 
         return open_trt(folder)

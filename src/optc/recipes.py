@@ -60,7 +60,7 @@ def make_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
         return msgspec.convert(given, cls, strict=False)
     except msgspec.ValidationError as error:
         raise UsageError(
-            f"bad option of pass '{cls.name}'", why=str(error), remedy="see optc passes"
+            f"invalid option of pass '{cls.name}'", why=str(error), remedy="see optc passes"
         ) from error
 
 

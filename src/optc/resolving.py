@@ -78,7 +78,7 @@ def _refuse_idle(request: Request) -> None:
     if asked.quant is None and not request.what.passes:
         for name in _given(asked):
             raise UsageError(
-                f"--{name.replace('_', '-')} does nothing without --quant", remedy="add --quant rtn"
+                f"--{name.replace('_', '-')} has no effect without --quant", remedy="add --quant rtn"
             )
 
 

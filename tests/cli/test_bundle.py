@@ -372,7 +372,7 @@ def test_an_existing_output_is_kept_without_force(tmp_path: Path) -> None:
 def test_a_bundle_is_not_bundled_again(tmp_path: Path) -> None:
     make_artifact(tmp_path / "artifact", **_decoder())
     write_bundle(tmp_path / "artifact", tmp_path / "bundle")
-    with pytest.raises(InputError, match="the artifact is a bundle already"):
+    with pytest.raises(InputError, match="the artifact is already a bundle"):
         write_bundle(tmp_path / "bundle", tmp_path / "again")
 
 

@@ -99,7 +99,7 @@ def test_bad_calibration_files(
     ("flags", "code", "words"),
     [
         (("--quant", "gptqq"), 2, "did you mean 'gptq'"),
-        (("--quant", "int8", "--bits", "4"), 2, "takes no --bits 4"),
+        (("--quant", "int8", "--bits", "4"), 2, "does not support --bits 4"),
         (("--quant", "auto", "--bits", "4"), 2, "use --average-bits"),
         (("--quant", "gptq", "--average-bits", "3"), 2, "--quant auto"),
         (("--quant", "gptq", "--calibration-samples", "0"), 2, "give an integer from 1"),

@@ -191,7 +191,7 @@ def test_run_without_a_tokenizer(artifact: Path, capsys: pytest.CaptureFixture[s
         (2, "top-p 1.5 is out of range", ["--prompt", "a", "--top-p", "1.5"]),
         (
             2,
-            "top-k and top-p do nothing at temperature 0",
+            "top-k and top-p have no effect at temperature 0",
             ["--prompt", "a", "--temperature", "0", "--top-k", "3"],
         ),
         (2, "max-new-tokens 0 is out of range", ["--prompt", "a", "--max-new-tokens", "0"]),

@@ -28,7 +28,7 @@ def plan(model: Path, *flags: str) -> str:
         (("--max-seq-len", "100000"), "is beyond the model's context of"),
         (
             ("--quant", "awq", "--asymmetric"),
-            "nearest here: --quant awq --bits 4 --symmetric; as asked it runs on",
+            "nearest here: --quant awq --bits 4 --symmetric; the same request runs on",
         ),
         (("--quant", "nf4"), "does not take quantization 'nf4'"),
         (("--trt-ops", "basic", "--quant", "awq"), "nearest here: --quant smoothquant"),

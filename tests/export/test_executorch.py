@@ -201,13 +201,13 @@ def test_packing_keeps_the_codes() -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"bits": 4, "group_size": 16}, "its groups of 16 columns are no multiple of 32"),
+        ({"bits": 4, "group_size": 16}, "its groups of 16 columns are not a multiple of 32"),
         (
             {"bits": 4, "group_size": 32, "symmetric": False},
             "its weight has zero points: use symmetric codes",
         ),
         ({"bits": 8, "group_size": 32}, "its 8-bit weight has several scales per channel: use group size 0"),
-        ({"bits": 3, "group_size": 32}, "its weight has 3 bits: 4 and 8 have a product"),
+        ({"bits": 3, "group_size": 32}, "its weight has 3 bits: there are products for 4 and 8"),
     ],
 )
 def test_what_cannot_be_packed(options: dict[str, Any], reason: str) -> None:
@@ -222,7 +222,7 @@ def test_what_cannot_be_packed(options: dict[str, Any], reason: str) -> None:
 def test_quantization_is_refused_with_the_targets_that_take_it() -> None:
     with pytest.raises(TargetError, match="does not take quantization 'smoothquant'") as caught:
         chosen("pte", quant="smoothquant")
-    assert "as asked it runs on --target onnx-cpu" in str(caught.value)
+    assert "the same request runs on --target onnx-cpu" in str(caught.value)
     with pytest.raises(TargetError, match="does not take asymmetric quantization"):
         chosen("pte", quant="rtn", symmetric=False)
 
@@ -282,7 +282,7 @@ def test_the_comparison_notices_other_numbers() -> None:
 
     numbers = torch.linspace(-3, 3, 8).double()
     _compare(numbers, numbers + 1e-6, 3e-5, "tokens 0 to 3")
-    with pytest.raises(GateError, match="computes other numbers than the program") as caught:
+    with pytest.raises(GateError, match="computes different numbers from the captured program") as caught:
         _compare(numbers, numbers + 1e-2, 3e-5, "tokens 0 to 3")
     assert "max abs difference 0.01" in str(caught.value)
     with pytest.raises(GateError, match=r"\[7\], not \[8\]"):

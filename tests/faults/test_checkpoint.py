@@ -269,7 +269,7 @@ def test_weights_without_a_tensor(tmp_path: Path) -> None:
     make_model(tmp_path)
     path = raw_file(tmp_path / "model.safetensors", {})
     refused(
-        lambda: check_folder(tmp_path), "the safetensors file is damaged", path, "it holds no tensor", AGAIN
+        lambda: check_folder(tmp_path), "the safetensors file is damaged", path, "it holds no tensors", AGAIN
     )
 
 

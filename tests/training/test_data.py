@@ -165,7 +165,7 @@ class TestErrors:
         assert str(tmp_path / "no.txt") in str(found.value)
 
     def test_folder_as_text(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="the training data is a folder, and no dataset"):
+        with pytest.raises(InputError, match="the training data is a folder but not a dataset"):
             read_corpus([str(tmp_path)], None, vocab_size=VOCAB, end_token=None)
 
     def test_text_without_a_tokenizer(self, tmp_path: Path) -> None:
@@ -192,6 +192,6 @@ class TestErrors:
         config = small_config(tmp_path, text, tmp_path / "out")
         documents = read_corpus(config.data.text, None, vocab_size=VOCAB, end_token=None)
         with pytest.raises(
-            InputError, match="the training text is too short: 9 tokens to learn, 32 for one row"
+            InputError, match="the training text is too short: 9 tokens to learn, and one row takes 32"
         ):
             Reader(documents, config)

@@ -140,8 +140,8 @@ def test_each_optimizer_learns(tmp_path: Path, name: str, lr: float) -> None:
         ({"batch_size": 4, "gradient_accumulation": 3}, 1, r"batch_size 4 does not divide into 1 rank\(s\) x 3 micro-batch"),
         ({"batch_size": 4, "parallel": {"kind": "ddp"}}, 3, r"batch_size 4 does not divide into 3 rank\(s\) x 1"),
         ({"batch_size": 4}, 2, "2 processes, but parallel.kind is none"),
-        ({"optimizer": {"name": "sophia"}, "precision": "fp16"}, 1, "sophia does not run with a loss scale"),
-        ({"optimizer": {"name": "sophia"}, "parallel": {"kind": "fsdp"}}, 1, "sophia does not run on shards"),
+        ({"optimizer": {"name": "sophia"}, "precision": "fp16"}, 1, "sophia does not work with a loss scale"),
+        ({"optimizer": {"name": "sophia"}, "parallel": {"kind": "fsdp"}}, 1, "sophia does not work on shards"),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused_first(

@@ -208,9 +208,9 @@ def test_a_rounding_is_that_of_the_operators() -> None:
 def test_what_cannot_be_trained_is_refused() -> None:
     with pytest.raises(InputError, match=r"(?s)group size 48 does not divide every weight.*q_proj.weight"):
         apply_qat(trainable(), QatConfig(enabled=True, group_size=48))
-    with pytest.raises(UsageError, match=r"'\*\.up\.\*' fits no weight of a linear"):
+    with pytest.raises(UsageError, match=r"'\*\.up\.\*' matches no weight of a linear"):
         apply_qat(trainable(), QatConfig(enabled=True, ignore=("*.up.*",)))
-    with pytest.raises(UsageError, match="prepared for quantization-aware training already"):
+    with pytest.raises(UsageError, match="already prepared for quantization-aware training"):
         apply_qat(apply_qat(trainable(), QatConfig(enabled=True)), QatConfig(enabled=True))
     with pytest.raises(InputError, match="the model has no linear to quantize"):
         apply_qat(trainable(), QatConfig(enabled=True, ignore=("*",)))
@@ -229,5 +229,5 @@ def test_what_cannot_be_trained_is_refused() -> None:
         apply_qat(shared, QatConfig(enabled=True))
     pytest.importorskip("peft", reason="needs peft (extra train)")
     adapted = apply_lora(trainable(), LoraConfig(enabled=True, rank=2))
-    with pytest.raises(UsageError, match="adapters and quantization-aware training exclude each other"):
+    with pytest.raises(UsageError, match="adapters and quantization-aware training cannot be combined"):
         apply_qat(adapted, QatConfig(enabled=True))

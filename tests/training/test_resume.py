@@ -167,7 +167,7 @@ class TestRefused:
 
     def test_another_model(self, stopped: TrainConfig, start: tuple[Path, Path], tmp_path: Path) -> None:
         other = small_model(tmp_path / "other", seed=1, dropout=0.3)
-        with pytest.raises(InputError, match="the checkpoint is of another model") as found:
+        with pytest.raises(InputError, match="the checkpoint belongs to another model") as found:
             train(small_config(other, start[1], tmp_path / "out"), resume=True)
         assert "step-00000002" in str(found.value)
         assert found.value.exit_code == 3
@@ -183,7 +183,7 @@ class TestRefused:
         assert found.value.why == "optimizer.lr was 0.01, is 0.001"
 
     def test_an_unfinished_run_without_resume(self, stopped: TrainConfig) -> None:
-        with pytest.raises(InputError, match="an unfinished run of this output is there") as found:
+        with pytest.raises(InputError, match="an unfinished run of this output exists") as found:
             train(stopped)
         assert "--resume" in str(found.value.remedy)
 
@@ -199,9 +199,9 @@ class TestRefused:
         path = checkpoint.checkpoints(run_folder(tmp_path / "out"))[-1] / "model.safetensors"
         tensors = load_file(path)
         save_file({**tensors, "model.norm.weight": torch.ones(3)}, path)
-        with pytest.raises(InputError, match="of another model") as found:
+        with pytest.raises(InputError, match="belongs to another model") as found:
             train(stopped, resume=True)
-        assert found.value.why == "model.norm.weight is (3,) there, (16,) in the model"
+        assert found.value.why == "model.norm.weight is (3,) in the checkpoint, (16,) in the model"
 
     def test_another_format(self, stopped: TrainConfig, tmp_path: Path) -> None:
         path = checkpoint.checkpoints(run_folder(tmp_path / "out"))[-1] / "checkpoint.json"

@@ -104,7 +104,8 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path, alone: None) -> None:
     save_sharded(tmp_path / "saved", model, optimizer)
     other = driver.Tiny(width=24)
     with pytest.raises(
-        InputError, match=r"another model\n.*\n  cause: embed.weight is \(64, 48\) there, \(64, 24\)"
+        InputError,
+        match=r"another model\n.*\n  cause: embed.weight is \(64, 48\) in the checkpoint, \(64, 24\)",
     ):
         load_sharded(tmp_path / "saved", other, torch.optim.AdamW(other.parameters()))
     with pytest.raises(InputError, match="there is no such checkpoint"):

@@ -160,5 +160,5 @@ def _divide(value: Any, divisor: Any, extents: Mapping[Any, Any], node: Node) ->
             remainder += term
     bounded = remainder == 0 or (remainder in extents and sp.expand(extents[remainder] - divisor) == 0)
     if not bounded:
-        raise UnprovenError(f"{node.name} cuts an axis in a way that is not understood")
+        raise UnprovenError(f"{node.name} slices an axis in a way that is not supported")
     return quotient, remainder

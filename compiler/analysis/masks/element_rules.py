@@ -94,7 +94,7 @@ def _cast(elements: Elements, node: Node, index: Index) -> Any:
         return truth(value)
     value = number(value)
     if old.is_floating_point and not new.is_floating_point and not value.is_integer:
-        raise UnprovenError(f"{node.name} cuts off fractions")
+        raise UnprovenError(f"{node.name} truncates fractions")
     return value
 
 
@@ -112,10 +112,10 @@ def _diff(elements: Elements, node: Node, index: Index) -> Any:
     given: list[Any] = [*node.args, *(None, 1, -1, None, None)[len(node.args) :]]
     source, order, axis, before, after = given
     if order != 1 or after is not None or not isinstance(before, Node) or not isinstance(axis, int):
-        raise UnprovenError(f"{node.name} is no difference of neighbours")
+        raise UnprovenError(f"{node.name} is not a difference of neighbours")
     axis %= len(index)
     if shape_of(before)[axis] != 1:
-        raise UnprovenError(f"{node.name} is no difference of neighbours")
+        raise UnprovenError(f"{node.name} is not a difference of neighbours")
     place = sp.Symbol("i", integer=True, nonnegative=True)
 
     def at(tensor: Any, where: Any) -> Any:
@@ -124,7 +124,7 @@ def _diff(elements: Elements, node: Node, index: Index) -> Any:
     inner = sp.expand(at(source, place) - at(source, place - 1))
     first = sp.expand(at(source, sp.Integer(0)) - at(before, sp.Integer(0)))
     if inner != first or not inner.is_number:
-        raise UnprovenError(f"{node.name} is not the same number everywhere")
+        raise UnprovenError(f"{node.name} does not hold the same value everywhere")
     return inner
 
 
@@ -134,7 +134,7 @@ def _cumsum(elements: Elements, node: Node, index: Index) -> Any:
     place = sp.Symbol("i", integer=True, nonnegative=True)
     step = _elsewhere(elements, node, first_tensor(node), index, axis, place)
     if not step.is_number:
-        raise UnprovenError(f"{node.name} sums up what is not the same number everywhere")
+        raise UnprovenError(f"{node.name} sums values that are not the same everywhere")
     return step * (index[axis] + 1)
 
 
@@ -152,7 +152,7 @@ def _triangle(elements: Elements, node: Node, index: Index) -> Any:
 def _elementwise(arity: int, compute: Callable[..., Any], convert: Callable[[Any], Any]) -> Rule:
     def rule(elements: Elements, node: Node, index: Index) -> Any:
         if node.kwargs or len(node.args) != arity:
-            raise UnprovenError(f"{node.name} ({node.target}) has options that are not understood")
+            raise UnprovenError(f"{node.name} ({node.target}) has options that are not supported")
         values = [convert(elements.operand(item, index, node)) for item in node.args]
         if sp.nan in values:
             raise UnprovenError(f"{node.name} reads NaN")
@@ -183,7 +183,7 @@ def _arithmetic(arity: int, numbers: Callable[..., Any], truths: Callable[..., A
         if not _is_bool(node):
             return plain(elements, node, index)
         if logic is None:
-            raise UnprovenError(f"{node.name} ({node.target}) of truth values is not understood")
+            raise UnprovenError(f"{node.name} ({node.target}) of booleans is not supported")
         return logic(elements, node, index)
 
     return rule
@@ -226,7 +226,7 @@ def _divide(elements: Elements, node: Node, index: Index) -> Any:
 @_rule("where")
 def _where(elements: Elements, node: Node, index: Index) -> Any:
     if len(node.args) != 3:
-        raise UnprovenError(f"{node.name} finds places")
+        raise UnprovenError(f"{node.name} computes the indices of nonzero elements")
     return _choose(node, *(elements.operand(item, index, node) for item in node.args))
 
 

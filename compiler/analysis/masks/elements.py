@@ -193,7 +193,7 @@ class Elements:
         value = argument.meta["val"] if isinstance(argument, Node) else argument
         if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
             return size_of(value)
-        raise UnprovenError(f"{reader.name} has an argument that is no integer")
+        raise UnprovenError(f"{reader.name} has an argument that is not an integer")
 
     def _element(self, node: Node, index: Index) -> Any:
         if node.op == "placeholder":
@@ -201,7 +201,7 @@ class Elements:
         try:
             rule = self._find_rule(node)
             if rule is None:
-                raise UnprovenError(f"{node.name} ({node.target}) is not understood")
+                raise UnprovenError(f"{node.name} ({node.target}) is not supported")
             return rule(self, node, index)
         except UnprovenError:
             leaf = self._leaf(node, index, binary=node.meta["val"].dtype == torch.bool)
@@ -280,7 +280,7 @@ def _constant(name: str, weight: Tensor, index: Index) -> Any:
         levels, counts = torch.unique_consecutive(diagonals, return_counts=True)
         if len(levels) <= _MAX_STEPS:
             return _steps(levels, counts, free[1] - free[0], 1 - values.shape[0])
-    raise UnprovenError(f"the weight {name} is no bound on k - q")
+    raise UnprovenError(f"the weight {name} is not a bound on k - q")
 
 
 def _steps(levels: Tensor, counts: Tensor, variable: Any, start: int) -> Any:

@@ -164,7 +164,9 @@ class _Proof:
         seen = {tuple(values[i] for i in relevant): found for values, found in kept.items() if found}
         if len(seen) != 1:
             names = ", ".join(sorted(str(leaf) for leaf in leaves))
-            raise UnprovenError(f"the parts {names} are no conjunction" if seen else "everything is masked")
+            raise UnprovenError(
+                f"the parts {names} are not a conjunction" if seen else "everything is masked"
+            )
         ((signs, distances),) = seen.items()
         padding = tuple(
             Padding(self.elements.leaves[leaves[i]], bool(sign))
@@ -201,13 +203,13 @@ class _Proof:
             sides = bare_symbols(relation.lhs) | bare_symbols(relation.rhs)
             if relation.has(Where):
                 if sides:
-                    raise UnprovenError(f"{self._shown(relation)} is no bound on k - q")
+                    raise UnprovenError(f"{self._shown(relation)} is not a bound on k - q")
                 continue
             gap = sp.expand(relation.lhs - relation.rhs)
             slope = gap.coeff(_DISTANCE, 1)
             constant = sp.expand(gap - slope * _DISTANCE)
             if not slope.is_number or slope == 0 or not (constant.is_number and constant.is_finite):
-                raise UnprovenError(f"{self._shown(relation)} is no bound on k - q")
+                raise UnprovenError(f"{self._shown(relation)} is not a bound on k - q")
             cuts.add(-constant / slope)
         return cuts
 
@@ -257,5 +259,5 @@ def _interval(kept: list[int], samples: list[int], padding: tuple[Padding, ...])
     if first == samples[0]:
         return ProvedMask(causal, 0, padding)
     if first > 0:
-        raise UnprovenError(f"it keeps keys from k = q {first:+d} on, which is no window")
+        raise UnprovenError(f"it keeps keys from k = q {first:+d} on, which is not a window")
     return ProvedMask(causal, 1 - first, padding)

@@ -65,7 +65,7 @@ class CompressedTensors:
                 not inner.absent("format") or not inner.absent("config_groups")
                 for inner in _optional(config, key)
             ):
-                raise config.refusal(f"'{key}' is set, and optc reads no sparse or rotated weights")
+                raise config.refusal(f"'{key}' is set, and optc does not read sparse or rotated weights")
         self._groups = [_group(name, part, top) for name, part in config.parts("config_groups").items()]
 
     def modules(self) -> list[str]:
@@ -76,7 +76,7 @@ class CompressedTensors:
             if last in _SUFFIXES:
                 found[module] = None
             elif last in _OTHER_PARTS or (last in KEY_VALUE_PARTS and self._key_values is None):
-                raise self._config.refusal(f"optc has no form for the tensor '{name}'")
+                raise self._config.refusal(f"optc cannot represent the tensor '{name}'")
         return list(found)
 
     def parts(self, module: str) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ class CompressedTensors:
             return None
         found = find_key_values(self._reader, self._key_values, KEY_VALUE_PARTS)
         if found is None:
-            raise self._config.refusal("'kv_cache_scheme' is set, and no tensor is a k_scale or v_scale")
+            raise self._config.refusal("'kv_cache_scheme' is set, but there is no k_scale or v_scale tensor")
         return found
 
     def _zero(self, module: str, bits: int, rows: int) -> Tensor:
@@ -198,7 +198,7 @@ def _group(name: str, part: ConfigReader, top: str) -> _Group:
     layout = part.text("format", top)
     part.choice("format", layout, _FORMATS)
     if not part.absent("output_activations"):
-        raise part.refusal("'output_activations' is set, and optc rounds no outputs")
+        raise part.refusal("'output_activations' is set, and optc does not round outputs")
     weights = part.part("weights")
     kind = weights.text("type", "int")
     weights.choice("type", kind, ("int", "float"))
@@ -208,9 +208,9 @@ def _group(name: str, part: ConfigReader, top: str) -> _Group:
     weights.choice("num_bits", bits, (2, 3, 4, 8) if layout == PACKED else (8,))
     symmetric = weights.boolean("symmetric", True)
     if layout != PACKED and not symmetric:
-        raise weights.refusal("zero points are read in the pack-quantized format alone")
+        raise weights.refusal("zero points are read in the pack-quantized format only")
     if (layout == PACKED and kind != "int") or (layout == FLOAT and kind != "float"):
-        raise weights.refusal(f"weights of type {kind} do not go with the format {layout}")
+        raise weights.refusal(f"weights of type {kind} are not compatible with the format {layout}")
     scheme = Scheme(
         bits=bits,
         group_size=weights.integer("group_size") if strategy == "group" else 0,

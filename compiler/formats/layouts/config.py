@@ -21,7 +21,7 @@ class ConfigReader:
         """The object under a key that must be there."""
         value = self._values.get(key)
         if not isinstance(value, dict):
-            raise self.refusal(f"'{key}' is no object")
+            raise self.refusal(f"'{key}' is not an object")
         return ConfigReader(value, self._path, f"{self._place}.{key}")
 
     def parts(self, key: str) -> dict[str, ConfigReader]:
@@ -57,14 +57,14 @@ class ConfigReader:
         value = self._values.get(key)
         value = default if value is None else value
         if not isinstance(value, str):
-            raise self.refusal(f"'{key}' is {value!a}, not a text")
+            raise self.refusal(f"'{key}' is {value!a}, not a string")
         return value
 
     def texts(self, key: str) -> list[str]:
         """A list of strings; null counts as empty."""
         value = self._values.get(key) or []
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.refusal(f"'{key}' is no list of texts")
+            raise self.refusal(f"'{key}' is not a list of strings")
         return value
 
     def choice(self, key: str, value: object, known: tuple[object, ...]) -> None:

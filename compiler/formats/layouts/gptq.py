@@ -40,7 +40,7 @@ class Gptq:
             raise config.refusal(f"'group_size' is {size}")
         rules = [] if config.absent("dynamic") else config.part("dynamic").keys()
         if not all(rule.startswith("-:") for rule in rules):
-            raise config.refusal("'dynamic' has settings of its own for some layers")
+            raise config.refusal("'dynamic' has separate settings for some layers")
 
     def modules(self) -> list[str]:
         """The linears that the files hold quantized."""
@@ -87,7 +87,7 @@ class Gptq:
         if bool((zero >= 2**self._bits).any()):
             # Readers disagree: AutoGPTQ's kernels wrap it to 0, vLLM's take 2^bits.
             raise self._config.refusal(
-                f"'{name}' has a zero point above {2**self._bits - 1}, which readers take differently"
+                f"'{name}' has a zero point above {2**self._bits - 1}, which readers interpret differently"
             )
         return zero.to(torch.uint8).contiguous()
 

@@ -70,7 +70,7 @@ class TensorReader:
         if not bool((torch.isfinite(value) & (value > 0)).all()):
             raise InputError(
                 f"tensor '{shown(name)}' cannot be a scale", where=str(self.folder / self.tensors[name].file),
-                why="it holds what is no positive number", remedy="use another copy of the model",
+                why="it holds a value that is not a positive number", remedy="use another copy of the model",
             )  # fmt: skip
         return value
 

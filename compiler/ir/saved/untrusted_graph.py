@@ -97,7 +97,7 @@ def _check_expression(item: Any) -> None:
 
 def _check_size(item: Any) -> None:
     if item.type == "as_int":
-        require(abs(item.as_int) < _MAX_SIZE, f"{item.as_int} is no size")
+        require(abs(item.as_int) < _MAX_SIZE, f"{item.as_int} is not a size")
 
 
 def _check_tensor(item: Any) -> None:

@@ -92,7 +92,7 @@ def _group_query_attention_fake(
 def pack_nbits(codes: Tensor, bits: int) -> Tensor:
     """codes uint8 [..., n] -> uint8 [..., n*bits/8], the first code in the lowest bits (bits 2, 4, 8).
 
-    The last byte is filled up with zeros where n*bits is no multiple of 8.
+    The last byte is filled up with zeros where n*bits is not a multiple of 8.
     """
     each = 8 // bits
     missing = -codes.shape[-1] % each

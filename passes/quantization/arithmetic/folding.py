@@ -126,7 +126,7 @@ class _Walk:
         elif target is aten.add.Tensor and not node.kwargs:
             self._sum(node, labels)
         else:
-            raise _BlockedError(f"{node.name} ({target}) makes the input: a scale does not pass it")
+            raise _BlockedError(f"{node.name} ({target}) makes the input: a scale cannot pass through it")
 
     def finish(self) -> Fold:
         """Number the tied labels and check that no weight is divided twice."""
@@ -171,7 +171,7 @@ class _Walk:
         site = linear_site(self.program, node)
         assert site is not None
         if site.placeholder is None:
-            raise _BlockedError(f"the weight of {node.name} is quantized already")
+            raise _BlockedError(f"the weight of {node.name} is already quantized")
         flat = _last_axis(labels, node)
         # A stacked weight is selected first; the readers of the selection are checked instead.
         reader = node if site.index is None else site.weight
@@ -200,7 +200,7 @@ class _Walk:
         axis %= rank
         size = value_of(base).shape[axis]
         if not isinstance(size, int):
-            raise _BlockedError(f"{node.name} cuts an axis of tokens")
+            raise _BlockedError(f"{node.name} slices an axis of tokens")
         moved = labels.unsqueeze(axis) if node.target is aten.select.int else labels
         shape = list(moved.shape)
         shape[axis] = size
@@ -255,7 +255,7 @@ class _Walk:
 
     def _vector(self, weight: Node, labels: Tensor, reader: Node) -> None:
         if tuple(value_of(weight).shape) != (labels.shape[-1],):
-            raise _BlockedError(f"{self.program.weight_of(weight)} is no vector over the channels")
+            raise _BlockedError(f"{self.program.weight_of(weight)} is not a vector over the channels")
         self._divide(weight, 0, _last_axis(labels, reader), reader=reader)
 
     # -- tied labels ----------------------------------------------------------------------------
@@ -268,7 +268,7 @@ class _Walk:
     def _tie(self, left: int, right: int) -> None:
         if left < 0 or right < 0:
             if left != right:
-                raise _BlockedError("heads that share a value head are read apart")
+                raise _BlockedError("heads that share a value head are read separately")
             return
         self.parent[self._root(right)] = self._root(left)
 
@@ -340,7 +340,7 @@ def _picked(node: Node, axis: int) -> list[int]:
     """The places along `axis` of its source that a slice, narrow or select reads."""
     size = value_of(node.args[0]).shape[axis]
     if not isinstance(size, int):
-        raise _BlockedError(f"{node.name} cuts an axis of tokens")
+        raise _BlockedError(f"{node.name} slices an axis of tokens")
     places = torch.arange(size)
     if node.target is aten.select.int:
         return [int(places[int(node.args[2])])]
@@ -356,6 +356,6 @@ def _part(split: Node, index: int, axis: int) -> list[int]:
     parts = split.meta["val"]
     sizes = [part.shape[axis] for part in parts]
     if not all(isinstance(size, int) for size in sizes):
-        raise _BlockedError(f"{split.name} cuts an axis of tokens")
+        raise _BlockedError(f"{split.name} slices an axis of tokens")
     start = sum(sizes[:index])
     return list(range(start, start + sizes[index]))

@@ -20,7 +20,7 @@ def calibration_tokens(name: str, context: PassContext) -> Tensor:
     if context.calibration is None:
         raise InputError(
             f"pass '{name}' needs calibration tokens",
-            remedy="give a text by --calibration FILE (a model with a tokenizer uses a built-in one)",
+            remedy="give a text with --calibration FILE (a model with a tokenizer uses a built-in one)",
         )
     return context.calibration.tokens
 

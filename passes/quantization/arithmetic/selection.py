@@ -62,13 +62,13 @@ def select_linears(program: Program, ignore: Sequence[str], head: bool) -> Selec
             misses.append(Miss(site.node.name, reason))
         elif site.node is last and not head:
             notes.append(
-                f"{weight_name(program, site)} makes the logits and stays as it is (head=True quantizes it)"
+                f"{weight_name(program, site)} computes the logits and is not quantized (head=True quantizes it)"
             )
         else:
             chosen.append(site)
     names = [weight_name(program, site) for site in sites if site.placeholder]
     unused = [item for item in ignore if not any(fnmatchcase(name, item) for name in names)]
-    notes = [f"ignore pattern '{item}' fits no weight of a linear" for item in unused] + notes
+    notes = [f"ignore pattern '{item}' matches no weight of a linear" for item in unused] + notes
     return Selection(tuple(chosen), tuple(misses), tuple(notes), len(sites))
 
 
@@ -186,7 +186,7 @@ def _obstacle(
     program: Program, site: Linear, ignore: Sequence[str], last: Node | None, head: bool
 ) -> str | None:
     if site.placeholder is None:
-        return "its weight is quantized already"
+        return "its weight is already quantized"
     name = weight_name(program, site)
     pattern = next((item for item in ignore if fnmatchcase(name, item)), None)
     if pattern is not None:

@@ -18,9 +18,11 @@ from optc.cli.session_options import artifact_argument, kv_pool, save_figures, s
     help="Prompt tokens; repeat it for several lengths.  [default: 512, or what the context holds]",
 )  # fmt: skip
 @click.option("--new-tokens", default=64, show_default=True, help="Tokens to generate per sample.")
-@click.option("--batch", default=1, show_default=True, help="Prompts at a time.")
+@click.option("--batch", default=1, show_default=True, help="Prompts per batch.")
 @click.option("--samples", default=5, show_default=True, help="Timed generations per prompt length.")
-@click.option("--warmup", default=1, show_default=True, help="Untimed generations before them.")
+@click.option(
+    "--warmup", default=1, show_default=True, help="Untimed warm-up generations before the timed ones."
+)
 @save_option
 @session_options
 @json_option

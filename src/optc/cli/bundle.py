@@ -15,7 +15,7 @@ from optc.cli.common import emit, json_option
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
 @click.option(
-    "--with-libraries", is_flag=True, help="Put the engine's shared libraries of this machine into lib/."
+    "--with-libraries", is_flag=True, help="Copy the engine's shared libraries of this machine into lib/."
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @json_option

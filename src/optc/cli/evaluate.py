@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 @click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ARTIFACT...")
 @click.option("--compare", "comparing", is_flag=True, help="Several artifacts on the same text: one table.")
 @click.option("--text", type=click.Path(path_type=Path), help="Text file, UTF-8.")
-@click.option("--windows", type=int, help="Evaluate only the first so many windows of 1024 tokens.")
+@click.option("--windows", type=int, help="Evaluate at most this many windows of 1024 tokens.")
 @click.option(
     "--top-k", type=int, metavar="K",
-    help="Also the KL over the source's K most likely tokens, all others as one event.",
+    help="Also report the KL over the source's K most likely tokens, with all others as one event.",
 )  # fmt: skip
 @click.option(
     "--source", type=click.Path(path_type=Path), metavar="DIR",
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 @click.option(
     "--num-fewshot", type=int, help="With --tasks: examples in the prompt (default: what the task says)."
 )
-@click.option("--limit", type=int, help="With --tasks: use only so many examples of each.")
+@click.option("--limit", type=int, help="With --tasks: use at most this many examples of each.")
 @save_option
 @session_options
 @json_option
@@ -95,11 +95,11 @@ def _check(artifacts: Sequence[Path], flags: dict[str, Any]) -> None:
     idle = [name for name in ("windows", "top_k", "source") if flags[name] is not None]
     if flags["text"] is None and (idle or flags["no_reference"]):
         name = (idle or ["no_reference"])[0].replace("_", "-")
-        raise UsageError(f"--{name} does nothing without --text", remedy="add --text FILE")
+        raise UsageError(f"--{name} has no effect without --text", remedy="add --text FILE")
     for name in ("num_fewshot", "limit"):
         if flags[name] is not None and not flags["tasks"]:
             raise UsageError(
-                f"--{name.replace('_', '-')} does nothing without --tasks", remedy="add --tasks NAME"
+                f"--{name.replace('_', '-')} has no effect without --tasks", remedy="add --tasks NAME"
             )
 
 
@@ -162,7 +162,7 @@ def _check_same(
     if _weights(model) != _weights(other) and flags["source"] is None and not flags["no_reference"]:
         raise InputError(
             "the artifacts were compiled from different weights", where=pair,
-            remedy="name the model to compare all with by --source DIR, or add --no-reference",
+            remedy="name the model to compare all of them with: --source DIR, or add --no-reference",
         )  # fmt: skip
 
 

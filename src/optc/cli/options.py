@@ -16,7 +16,7 @@ from optc.recipes import read_recipe
 from optc.request import SECTIONS, Request, known_keys, make_request, target_fields
 from optc.targets.registry import find_target
 
-TARGET_HELP = "Where the model shall run; see optc targets."
+TARGET_HELP = "Where the model will run; see optc targets."
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 

@@ -22,14 +22,23 @@ from optc.compiler.diagnostics import UsageError
     "--prompt-tokens", "token_lists", multiple=True, metavar="IDS",
     help="Token ids to continue, e.g. 5,17,33; repeat it for a batch.",
 )  # fmt: skip
-@click.option("--max-new-tokens", default=128, show_default=True, help="Most tokens to generate per prompt.")
+@click.option(
+    "--max-new-tokens",
+    default=128,
+    show_default=True,
+    help="Maximum number of tokens to generate per prompt.",
+)
 @click.option("--temperature", type=float, help="Sample at this temperature; 0 is greedy.  [default: 0]")
-@click.option("--top-k", type=int, help="Sample among the k likeliest tokens.")
-@click.option("--top-p", type=float, help="Sample among the likeliest tokens that hold this share, e.g. 0.9.")
+@click.option("--top-k", type=int, help="Sample among the k most likely tokens.")
+@click.option(
+    "--top-p",
+    type=float,
+    help="Sample among the most likely tokens that together reach this probability, e.g. 0.9.",
+)
 @click.option(
     "--seed", default=0, show_default=True, help="Seed of the sampling; greedy decoding needs none."
 )
-@click.option("--ignore-eos", is_flag=True, help="Go on after an end-of-text token.")
+@click.option("--ignore-eos", is_flag=True, help="Continue after an end-of-text token.")
 @session_options
 @json_option
 def run(

@@ -35,7 +35,7 @@ def kv_pool(session: Session) -> dict[str, Any]:
 
 
 save_option = click.option(
-    "--save", is_flag=True, help="Keep the figures in the artifact's manifest and report.html as well."
+    "--save", is_flag=True, help="Also store the figures in the artifact's manifest and report.html."
 )
 
 

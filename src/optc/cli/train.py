@@ -33,7 +33,7 @@ from optc.compiler.diagnostics import UsageError
     metavar="KEY=VALUE",
     help="Set any key of the config (repeatable), e.g. optimizer.lr=3e-4.",
 )
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint of this output.")
+@click.option("--resume", is_flag=True, help="Continue from the newest checkpoint of this output.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the trained model.")
 @json_option
 def train(as_json: bool, **flags: Any) -> None:
@@ -91,7 +91,7 @@ def make_config(flags: dict[str, Any]) -> Any:
     for key in ("qat.bits", "qat.group_size"):
         if key in given and not config.qat.enabled:
             raise UsageError(
-                f"--{key[4:].replace('_', '-')} does nothing without QAT",
+                f"--{key[4:].replace('_', '-')} has no effect without QAT",
                 remedy="use --recipe qat, or --set qat.enabled=true",
             )
     return config

@@ -83,7 +83,7 @@ PLACES: dict[str, tuple[TensorProto, str]] = {
     "through a folder": (external("sub/../../secret.bin"), "'sub/../../secret.bin' is not a bare file name"),
     "backslashes": (external("..\\secret.bin"), r"'..\\secret.bin' is not a bare file name"),
     "absolute": (external("/etc/hostname"), "'/etc/hostname' is not a bare file name"),
-    "a folder": (external("sub"), "'sub' is a link or another thing that is no regular file"),
+    "a folder": (external("sub"), "'sub' is a link or something else that is not a regular file"),
     "the folder itself": (external("."), "'.' is not a bare file name"),
     "nowhere": (external("", 0), "'' is not a bare file name"),
     "missing": (external("nope.bin"), "the file 'nope.bin' is missing"),
@@ -130,10 +130,10 @@ def _pipe(folder: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (_symlink, "is a link or another thing that is no regular file"),
-        (_inside, "is a link or another thing that is no regular file"),
+        (_symlink, "is a link or something else that is not a regular file"),
+        (_inside, "is a link or something else that is not a regular file"),
         (_hard, "has 1 more hard links"),
-        (_pipe, "is a link or another thing that is no regular file"),
+        (_pipe, "is a link or something else that is not a regular file"),
     ],
 )
 def test_a_data_file_that_is_not_plain(folder: Path, make: Callable[[Path, str], None], reason: str) -> None:
@@ -166,7 +166,7 @@ NODES: dict[str, tuple[Any, str]] = {
     "subgraph": (_if(), "node 'branch' (If): the operator is not allowed"),
     "hidden subgraph": (
         helper.make_node("Identity", ["w"], ["y"], name="n", body=helper.make_graph([], "b", [], [])),
-        "node 'n' (Identity): attribute 'body' is no number, string or tensor",
+        "node 'n' (Identity): attribute 'body' is not a number, string or tensor",
     ),
     "other domain": (
         helper.make_node("Evil", ["w"], ["y"], name="n", domain="custom"),
@@ -182,7 +182,7 @@ NODES: dict[str, tuple[Any, str]] = {
     ),
     "reads what is not there": (
         helper.make_node("Add", ["w", "x"], ["y"], name="n"),
-        "node 'n' reads 'x', which is not made yet",
+        "node 'n' reads 'x', which is not computed yet",
     ),
     "attribute outside": (
         helper.make_node("Constant", [], ["y"], name="n", value=external("../secret.bin")),
@@ -199,8 +199,8 @@ def test_nodes_that_optc_does_not_write(folder: Path, case: str) -> None:
 
 def test_values_are_made_once(folder: Path) -> None:
     twice = [helper.make_node("Identity", ["w"], ["y"], name=name) for name in ("one", "two")]
-    assert refusal(folder, model(external(), nodes=twice)) == "node 'two' makes 'y' again"
-    assert refusal(folder, model(external(), nodes=[])) == "output 'y' is never made"
+    assert refusal(folder, model(external(), nodes=twice)) == "node 'two' computes 'y' again"
+    assert refusal(folder, model(external(), nodes=[])) == "output 'y' is never computed"
     same = external(length=32, shape=(8,)), external(offset=32, length=32, shape=(8,))
     assert refusal(folder, model(*same)) == "initializer 'w' has no name of its own"
 

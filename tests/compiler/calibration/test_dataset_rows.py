@@ -77,7 +77,7 @@ def test_several_splits(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_something_else(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="a folder, and no dataset"):
+    with pytest.raises(InputError, match="a folder but not a dataset"):
         read_documents(tmp_path, None)
 
 

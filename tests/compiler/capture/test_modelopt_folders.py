@@ -67,7 +67,7 @@ def test_either_config_is_enough(tmp_path: Path, folders: Callable[[str], Path])
     plain = {key: value for key, value in config(second).items() if key != "quantization_config"}
     (second / "config.json").write_text(json.dumps(plain))
     assert torch.equal(logits(capture_pretrained(second)[0], IDS), ours)
-    with pytest.raises(UsageError, match="quantized already") as caught:
+    with pytest.raises(UsageError, match="already quantized") as caught:
         make_plan(second, from_python("trtllm", dtype="bf16", quant="awq"))
     assert str(caught.value.where).endswith("hf_quant_config.json")
 
@@ -122,7 +122,7 @@ def _read(folder: Path) -> None:
     [
         ("FP8", "input_scale", None, "missing tensor"),
         ("FP8", "input_scale", torch.ones(3), "expected one number"),
-        ("FP8", "weight_scale", torch.zeros(()), "no positive number"),
+        ("FP8", "weight_scale", torch.zeros(()), "a value that is not a positive number"),
         ("FP8", "weight", torch.zeros(128, 64), "wrong type"),
         (
             "NVFP4",
@@ -153,7 +153,7 @@ def test_tensors_that_do_not_fit(
     [
         (None, "missing tensor"),
         (torch.ones(2, 1, 1), "expected one number"),
-        (torch.tensor(-1.0), "no positive number"),
+        (torch.tensor(-1.0), "a value that is not a positive number"),
     ],
 )
 def test_scales_of_a_cache_that_do_not_fit(
@@ -170,6 +170,6 @@ def test_scales_of_a_cache_that_do_not_fit(
 def test_scales_of_a_cache_that_no_attention_has(tmp_path: Path, folders: Callable[[str], Path]) -> None:
     name = "model.layers.7.self_attn.k_proj.k_scale"
     folder = _copy(folders("FP8"), tmp_path, **{name: torch.ones(())})
-    with pytest.raises(Exception, match="belong to no attention") as caught:
+    with pytest.raises(Exception, match="do not belong to any attention") as caught:
         capture_pretrained(folder)
     assert name in str(caught.value.where)

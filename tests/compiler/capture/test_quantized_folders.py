@@ -1,4 +1,4 @@
-"""Model folders that are quantized already: the codes of the folder, and refusals."""
+"""Model folders that are already quantized: the codes of the folder, and refusals."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_compiled_further_without_requantizing(tmp_path: Path) -> None:
     ids = torch.tensor([[5, 6, 7, 8]])
     first = int(logits(quantized("llama", "int4"), ids)[0, -1].argmax())
     assert text.tokens[0] == first
-    with pytest.raises(UsageError, match="the model is quantized already") as caught:
+    with pytest.raises(UsageError, match="the model is already quantized") as caught:
         optc.compile(tmp_path / "q", target="onnx-cpu", quant="rtn", output=tmp_path / "twice")
     assert "by compressed-tensors" in str(caught.value)
 
@@ -103,7 +103,7 @@ def test_the_plan_counts_what_the_folder_holds(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, from_python("onnx-cpu"))
     assert plan["weight_bytes"] == sum(tensor.nbytes for tensor in tensors(tmp_path).values())
     assert plan["note"] == "quantized already (compressed-tensors): 14 linears keep their codes"
-    with pytest.raises(UsageError, match="quantized already"):
+    with pytest.raises(UsageError, match="already quantized"):
         make_plan(tmp_path, from_python("onnx-cpu", quant="rtn"))
 
 
@@ -213,8 +213,8 @@ def test_unknown_methods_are_refused_with_those_that_are_taken(tmp_path: Path) -
     [
         ({"format": "nvfp4-pack-quantized"}, "'format' is 'nvfp4-pack-quantized'"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "'kv_cache_scheme' is set"),
-        ({"config_groups": {"W4A16": ["Linear"]}}, "'W4A16' is no object"),
-        ({"config_groups": 5}, "'config_groups' is no object"),
+        ({"config_groups": {"W4A16": ["Linear"]}}, "'W4A16' is not an object"),
+        ({"config_groups": 5}, "'config_groups' is not an object"),
     ],
 )
 def test_compressed_tensors_that_optc_does_not_read(
@@ -234,7 +234,7 @@ def test_compressed_tensors_that_optc_does_not_read(
         ("weights", "type", "float", "optc takes channel, tensor"),
         ("weights", "group_size", 48, "does not divide the weight"),
         ("weights", "group_size", 64, "the scales have the wrong shape"),
-        (None, "output_activations", {"num_bits": 8}, "rounds no outputs"),
+        (None, "output_activations", {"num_bits": 8}, "does not round outputs"),
         (
             None,
             "input_activations",
@@ -300,7 +300,7 @@ def test_a_gptq_folder_without_g_idx_is_read(tmp_path: Path) -> None:
         ("gptq", {"bits": 5}, "'bits' is 5"),
         ("gptq", {"group_size": -2}, "'group_size' is -2"),
         ("gptq", {"checkpoint_format": "marlin"}, "'checkpoint_format' is 'marlin'"),
-        ("gptq", {"dynamic": {"+:.*down.*": {"bits": 8}}}, "settings of its own"),
+        ("gptq", {"dynamic": {"+:.*down.*": {"bits": 8}}}, "separate settings"),
         ("gptq", {"bits": 8}, "wrong shape"),
         ("awq", {"version": "gemv"}, "'version' is 'gemv'"),
         ("awq", {"bits": 8}, "'bits' is 8"),
@@ -344,4 +344,4 @@ def test_a_quantized_weight_outside_linears_is_refused(tmp_path: Path) -> None:
     save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
     text = _refused(folder, CaptureError)
     assert f"{stem}.weight" in text
-    assert "does not read it in a linear alone" in text
+    assert "reads it outside linears too" in text

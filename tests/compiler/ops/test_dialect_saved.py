@@ -187,6 +187,6 @@ def test_library_of_another_version_is_refused() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == (
-        "a C++ op library in this process defines the operator optc::rotary otherwise than this optc"
+        "a C++ op library in this process defines the operator optc::rotary differently from this version of optc"
         " | it has optc::rotary(Tensor x, Tensor position) -> Tensor"
     )

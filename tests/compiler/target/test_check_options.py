@@ -60,7 +60,7 @@ def refusal(options: CompileOptions, of: Target = HERE) -> tuple[str, str]:
         (
             asked("rtn", bits=3),
             "3-bit weights",
-            "2, 4, 8 bits; nearest here: --quant rtn --bits 4; as asked it runs on --target there",
+            "2, 4, 8 bits; nearest here: --quant rtn --bits 4; the same request runs on --target there",
         ),
         (
             asked("rtn", bits=7, group_size=32),
@@ -75,7 +75,7 @@ def refusal(options: CompileOptions, of: Target = HERE) -> tuple[str, str]:
         (
             asked("nf4", bits=4),
             "quantization 'nf4'",
-            "rtn, awq; nearest here: --quant rtn --bits 4; as asked it runs on --target there",
+            "rtn, awq; nearest here: --quant rtn --bits 4; the same request runs on --target there",
         ),
         (
             asked("awq", bits=4, symmetric=False),
@@ -97,7 +97,7 @@ def test_nearest_is_taken() -> None:
 def test_a_target_without_quantization() -> None:
     what, remedy = refusal(asked("rtn", bits=4), target("bare", {}))
     assert what == "target 'bare' does not take quantization 'rtn'"
-    assert remedy == "it takes: none; as asked it runs on --target here or there"
+    assert remedy == "it takes: none; the same request runs on --target here or there"
 
 
 def test_other_refusals() -> None:

@@ -164,7 +164,7 @@ def test_a_changed_byte_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return write_shards(folder, change())
 
     monkeypatch.setattr(module, "write_shards", spoiled)
-    with pytest.raises(ArtifactError, match="not written as it is") as caught:
+    with pytest.raises(ArtifactError, match="a written weight differs from the one in memory") as caught:
         write(quantized("llama", "int4"), source("llama"), tmp_path)
     assert name.rpartition(".weight")[0] in caught.value.where
 
@@ -198,7 +198,7 @@ def test_refusals_name_the_weight(tmp_path: Path) -> None:
         assert why in caught.value.why
     with pytest.raises(TargetError, match="codes of a table"):
         write(apply(QuantizeNf4(), captured("llama")).program, source("llama"), tmp_path)
-    with pytest.raises(TargetError, match="put the pass round-scales behind") as caught:
+    with pytest.raises(TargetError, match="run the pass round-scales after") as caught:
         write(quantized("llama", "int4"), source("llama"), tmp_path, "gptq")
     assert caught.value.where == "model.layers.0.self_attn.q_proj"
 
@@ -237,7 +237,7 @@ def test_the_target_says_what_it_does_not_take() -> None:
         return [step.rewrite.name for step in target.recipe("decoder", chosen("sglang", **options))]
 
     assert recipe() == []
-    assert recipe(layout="gptq") == ["round-scales"]  # of a folder that is quantized already
+    assert recipe(layout="gptq") == ["round-scales"]  # of a folder that is already quantized
     assert recipe(quant="rtn") == ["quantize-rtn"]
     assert recipe(quant="rtn", layout="awq") == ["quantize-rtn", "round-scales"]
     assert recipe(quant="rtn", layout="gptq", bits=3) == ["quantize-rtn", "round-scales"]

@@ -191,10 +191,10 @@ def test_mixed_schemes_name_their_linears() -> None:
         (CompressedTensorsWriter(), Scheme(bits=3, group_size=0, symmetric=True), (8, 8), "3-bit weights"),
         (CompressedTensorsWriter(), Scheme(bits=8, group_size=4, symmetric=True, activations="int8"), (8, 8), "one scale per"),
         (CompressedTensorsWriter(), Scheme(bits=8, group_size=4, symmetric=True, format="fp8"), (8, 8), "in groups"),
-        (AwqWriter(), Scheme(bits=8, group_size=0, symmetric=True), (8, 8), "4-bit integer weights alone"),
-        (AwqWriter(), Scheme(bits=4, group_size=0, symmetric=True), (12, 8), "no multiple of 8"),
+        (AwqWriter(), Scheme(bits=8, group_size=0, symmetric=True), (8, 8), "4-bit integer weights only"),
+        (AwqWriter(), Scheme(bits=4, group_size=0, symmetric=True), (12, 8), "not a multiple of 8"),
         (GptqWriter(), Scheme(bits=3, group_size=0, symmetric=True), (32, 48), "multiples of 32"),
-        (GptqWriter(), Scheme(bits=8, group_size=0, symmetric=True, activations="int8"), (8, 8), "activations as they are"),
+        (GptqWriter(), Scheme(bits=8, group_size=0, symmetric=True, activations="int8"), (8, 8), "with unquantized activations"),
     ],
 )  # fmt: skip
 def test_what_a_layout_cannot_hold(writer, scheme: Scheme, shape: tuple[int, int], reason: str) -> None:

@@ -119,7 +119,7 @@ def test_serving_options(tmp_path: Path) -> None:
         ({"max_batch": 0}, "'max-batch' cannot be 0"),
         ({"max_seq_len": 0}, "'max-seq-len' cannot be 0"),
         ({"max_batch": 16, "max_num_tokens": 8}, "--max-num-tokens 8 is less than --max-batch 16"),
-        ({"draft_tokens": 4}, "--draft-tokens does nothing without --speculative"),
+        ({"draft_tokens": 4}, "--draft-tokens has no effect without --speculative"),
         ({"speculative": "medusa"}, "unknown speculative decoding 'medusa'"),
         ({"speculative": "draft:"}, "--speculative draft: names no model"),
     ],

@@ -45,7 +45,7 @@ def test_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no readable engine.json" in capsys.readouterr().err
     (tmp_path / "engine.json").write_text('{"format": 2}')
     assert build_plan.main([str(tmp_path)]) == 3
-    assert "engine.json is of another format" in capsys.readouterr().err
+    assert "engine.json has a different format" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -354,11 +354,11 @@ def test_masks_that_cannot_be_proved_are_named() -> None:
         )
 
     assert _misses(attend, _x(), _x(width=9)) == [
-        "rand (aten.rand.default) is not understood",
-        "the weight query.weight is no bound on k - q",
+        "rand (aten.rand.default) is not supported",
+        "the weight query.weight is not a bound on k - q",
         "it depends on extra[b, q, k], an input",
-        "the weight lifted_tensor_0 is no bound on k - q",
-        "add_1 adds matmul_2 to the scores, which is no mask",
+        "the weight lifted_tensor_0 is not a bound on k - q",
+        "add_1 adds matmul_2 to the scores, which is not a mask",
     ]
 
 
@@ -385,10 +385,10 @@ def test_scales_softmaxes_and_dropout_that_cannot_be_taken_are_named() -> None:
         "div scales by mean, which is not one number",
         "it is taken over axis 2, not over the keys",
         "dropout (aten.dropout.default) changes its weights",
-        "it drops out weights (p = 0.25)",
+        "it applies dropout to its weights (p = 0.25)",
         "masked_fill masks scores before their softcap",
         "masked_fill_1 puts -8.0 in place of scores, which does not mask them",
-        "relu (aten.relu.default) is no scale, mask or softcap of scores",
+        "relu (aten.relu.default) is not a scale, mask or softcap of scores",
     ]
 
 
@@ -408,8 +408,8 @@ def test_operands_that_do_not_fit_are_named() -> None:
     batch = program.user_inputs()[0].meta["val"].shape[0]
     few = f"({batch}, 2, 9, 8)"
     assert reasons == [
-        f"its operands ({batch}, 1, 9, 8), {few} and {few} do not fit or are broadcast",
-        f"the first axis of flatten, 4*{batch}, is no input's batch axis",
+        f"its operands ({batch}, 1, 9, 8), {few} and {few} have shapes that do not match or are broadcast",
+        f"the first axis of flatten, 4*{batch}, is not the batch axis of an input",
         "unflatten_3 has 5 axes, not [B, H, S, D]",
     ]
 

@@ -122,8 +122,8 @@ def test_large_values_do_not_overflow_in_fp16() -> None:
     ("kind", "reason"),
     [
         ("axis", "the mean runs over axes [1], not over the last one, kept"),
-        ("eps", "eps is no number"),
-        ("absolute", "the mean is not one of squares"),
+        ("eps", "eps is not a number"),
+        ("absolute", "the mean is not a mean of squares"),
         ("other", "to is scaled by the mean square of to_1"),
     ],
 )

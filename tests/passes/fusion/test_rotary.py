@@ -170,8 +170,8 @@ def test_angles_as_product_and_as_matmul(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("table", "its factors are no cos and sin, but come from index (aten.index.Tensor)"),
-        ("phase", "its angles are not position [B, S] * inv_freq, but come from position, inv_freq, phase"),
+        ("table", "its factors are not cos and sin but come from index (aten.index.Tensor)"),
+        ("phase", "its angles are not position [B, S] * inv_freq but come from position, inv_freq, phase"),
         ("factor", "it does not rotate the feature pairs of [B, H, S, D] by position * inv_freq"),
         ("backwards", "it does not rotate the feature pairs of [B, H, S, D] by position * inv_freq"),
         ("flat", "x has 3 axes, not [B, H, S, D]"),

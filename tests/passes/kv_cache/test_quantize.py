@@ -94,7 +94,7 @@ def test_twice_is_refused() -> None:
     once = calibrated(QuantizeKVCache(), stirred("llama")).program
     again = calibrated(QuantizeKVCache(), once)
     assert (again.matched, again.candidates) == (0, 2)
-    assert {miss.reason for miss in again.misses} == {"its keys and values are quantized already"}
+    assert {miss.reason for miss in again.misses} == {"its keys and values are already quantized"}
 
 
 def test_errors() -> None:

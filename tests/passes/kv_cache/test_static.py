@@ -193,4 +193,4 @@ def test_refuses_encoders_and_programs_with_a_cache(grown: Program) -> None:
     result = apply(StaticKVCache(), captured("bert"))
     assert (result.matched, result.candidates) == (0, 2)
     assert result.misses[0].reason == "its kind is encoder: only a decoder continues a sequence"
-    assert apply(StaticKVCache(), grown).misses[0].reason == "it has a linear KV cache already"
+    assert apply(StaticKVCache(), grown).misses[0].reason == "it already has a linear KV cache"

@@ -176,4 +176,4 @@ def test_static_scales_need_a_text_and_codes() -> None:
         "its weight has several scales per channel: use group size 0"
     }
     again = STATIC_INPUTS.run(STATIC_INPUTS.run(eight_bits(), CONTEXT).program, CONTEXT)
-    assert {miss.reason for miss in again.misses} == {"its input is quantized already"}
+    assert {miss.reason for miss in again.misses} == {"its input is already quantized"}

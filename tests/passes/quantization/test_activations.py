@@ -103,6 +103,6 @@ def test_other_weights_are_misses(weights: QuantizeRtn, format: str, reason: str
 
 def test_twice_is_refused_and_no_weights_are_no_match() -> None:
     again = rewritten(QuantizeActivations(), w8a8("llama")[1].program)
-    assert (again.matched, {miss.reason for miss in again.misses}) == (0, {"its input is quantized already"})
+    assert (again.matched, {miss.reason for miss in again.misses}) == (0, {"its input is already quantized"})
     none = rewritten(QuantizeActivations(), stirred("llama"))
     assert (none.matched, none.misses) == (0, ())

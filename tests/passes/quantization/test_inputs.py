@@ -60,7 +60,7 @@ def test_scales_are_the_largest_magnitudes(format: str) -> None:
     assert 0 < difference(program, made) < (3.0 if format == "nvfp4" else 0.5)
     again = QuantizeInputs(format=format).run(made, CONTEXT)  # type: ignore[arg-type]
     assert again.matched == 0
-    assert again.misses[0].reason == "its input is quantized already"
+    assert again.misses[0].reason == "its input is already quantized"
 
 
 def test_linears_whose_weights_do_not_fit_are_misses() -> None:

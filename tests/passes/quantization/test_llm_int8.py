@@ -172,7 +172,7 @@ def test_a_weight_of_two_linears_has_the_outliers_of_both() -> None:
 def test_errors() -> None:
     with pytest.raises(UsageError, match="is not positive"):
         QuantizeLlmInt8(threshold=0.0)
-    with pytest.raises(UsageError, match="no share of tokens"):
+    with pytest.raises(UsageError, match="not a share of the tokens"):
         QuantizeLlmInt8(frequency=1.0)
     with pytest.raises(InputError, match="needs calibration tokens"):
         calibrated(QuantizeLlmInt8(), stirred("llama"), None)

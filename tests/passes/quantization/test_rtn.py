@@ -61,7 +61,7 @@ def test_every_family(name: str) -> None:
         assert reasons == [f"model.layers.{i}.mlp.gate.weight routes tokens to experts" for i in (0, 1)]
     else:
         assert reasons == ([_tied(head)] if name in TIED else [])
-    notes = [f"{head} makes the logits and stays as it is (head=True quantizes it)"] * (name not in TIED)
+    notes = [f"{head} computes the logits and is not quantized (head=True quantizes it)"] * (name not in TIED)
     notes.append("group size 64: the largest of 128, 64, 32 that divides every K")
     assert list(result.notes) == notes
     assert difference(_restored(program, result.program), result.program) <= 1e-5
@@ -134,7 +134,7 @@ def test_ignored_by_pattern() -> None:
         "model.layers.0.self_attn.q_proj.weight is ignored ('*.q_proj.weight')",
         "model.layers.0.mlp.down_proj.weight is ignored ('*.down_proj.*')",
     ]
-    assert result.notes[0] == "ignore pattern '*.wq.*' fits no weight of a linear"
+    assert result.notes[0] == "ignore pattern '*.wq.*' matches no weight of a linear"
 
 
 def test_a_group_size_that_does_not_divide() -> None:
@@ -153,7 +153,7 @@ def test_twice_is_refused_with_a_reason() -> None:
     once = rewritten(QuantizeRtn(bits=8), stirred("llama")).program
     again = rewritten(QuantizeRtn(bits=4), once)
     assert (again.matched, again.candidates, again.program is once) == (0, 15, True)
-    assert {miss.reason for miss in again.misses} == {"its weight is quantized already"}
+    assert {miss.reason for miss in again.misses} == {"its weight is already quantized"}
 
 
 def test_options() -> None:

@@ -86,7 +86,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         ({"temperature": 1.0, "top_p": 0.0}, "top-p 0.0 is out of range"),
         ({"temperature": 1.0, "top_p": 1.1}, "top-p 1.1 is out of range"),
         ({"seed": -1}, "seed -1 is out of range"),
-        ({"top_k": 5}, "top-k and top-p do nothing at temperature 0"),
+        ({"top_k": 5}, "top-k and top-p have no effect at temperature 0"),
     ],
 )
 def test_refuses(options: dict[str, float], message: str) -> None:

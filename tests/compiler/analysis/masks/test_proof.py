@@ -195,8 +195,8 @@ def test_weights_serve_as_masks_by_their_values() -> None:
     ]
     makers += [lambda p, m, i: m.learned[:9, :9], lambda p, m, i: m.holed[:9, :9] != 0]
     *proofs, learned, holed = _proofs(_program(makers, length=9))
-    assert learned == "the weight learned is no bound on k - q"
-    assert holed == "the weight holed is no bound on k - q"
+    assert learned == "the weight learned is not a bound on k - q"
+    assert holed == "the weight holed is not a bound on k - q"
     assert proofs == [ProvedMask(causal=True), ProvedMask(causal=True, window=4), ProvedMask(causal=True)]
 
 
@@ -238,28 +238,28 @@ UNPROVED: dict[str, tuple[Callable[..., Tensor], str]] = {
     "one key too few": (lambda p, m, i: p.key < p.query, "it keeps keys up to k = q -1, not up to k = q"),
     "anti-causal": (
         lambda p, m, i: p.key > p.query,
-        "it keeps keys from k = q +1 on, which is no window",
+        "it keeps keys from k = q +1 on, which is not a window",
     ),
     "all but itself": (
         lambda p, m, i: p.key != p.query,
         "it leaves a gap between the keys that it keeps",
     ),
     "nothing kept": (lambda p, m, i: (p.key < p.query) & (p.key > p.query), "everything is masked"),
-    "a fixed prefix": (lambda p, m, i: (p.key <= p.query) | (p.key < 3), "k < 3 is no bound on k - q"),
+    "a fixed prefix": (lambda p, m, i: (p.key <= p.query) | (p.key < 3), "k < 3 is not a bound on k - q"),
     "a dilated window": (
         lambda p, m, i: (p.query - p.key) % 2 == 0,
-        "remainder (aten.remainder.Scalar) is not understood",
+        "remainder (aten.remainder.Scalar) is not supported",
     ),
     "padding of queries": (lambda p, m, i: p.pad[:, None, :, None], "it depends on pad[b, q], an input"),
     "padding or causal": (
         lambda p, m, i: (p.key <= p.query) | p.pad[:, None, None, :],
-        "the parts pad[b, k] are no conjunction",
+        "the parts pad[b, k] are not a conjunction",
     ),
     "a random mask": (
         lambda p, m, i: torch.rand(p.pad.shape[1], p.pad.shape[1]) > 0.5,
-        "rand (aten.rand.default) is not understood",
+        "rand (aten.rand.default) is not supported",
     ),
-    "ALiBi": (_alibi, "the weight lifted_tensor_0 is no bound on k - q"),
+    "ALiBi": (_alibi, "the weight lifted_tensor_0 is not a bound on k - q"),
     "a slope": (
         lambda p, m, i: (p.key - p.query) * 1.0,
         "mul_1 adds k - q, which varies with the position",
@@ -295,7 +295,7 @@ def test_other_masks_are_named() -> None:
 
 def test_a_mask_that_is_changed_in_place_is_read_as_changed() -> None:
     program = _program([_written_later])
-    assert _proofs(program) == ["k == 0 is no bound on k - q"]
+    assert _proofs(program) == ["k == 0 is not a bound on k - q"]
 
 
 def _ruled(program: Program, rule: bool) -> Program:
@@ -344,7 +344,7 @@ def test_queries_count_from_the_end_of_the_keys() -> None:
     output = program.graph.output_node()
     bottom, top = output.args[0]
     assert prover.prove([Term(bottom, "keep", output)], extents) == ProvedMask(causal=True)
-    with pytest.raises(UnprovenError, match=r"is no bound on k - q$"):
+    with pytest.raises(UnprovenError, match=r"is not a bound on k - q$"):
         prover.prove([Term(top, "keep", output)], extents)
     with pytest.raises(
         UnprovenError, match=r"^is_causal aligns the first of s\d+ queries with the first of s\d+ keys"

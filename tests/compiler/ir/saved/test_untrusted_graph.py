@@ -157,7 +157,7 @@ HOSTILE: list[tuple[Callable[[Json], Any], Json, str]] = [
     (meta, {"dtype": 99}, "expected ScalarType, found int '99'"),
     (meta, {"layout": 1}, "not a dense tensor"),
     (meta, {"strides": []}, "sizes and strides differ in number"),
-    (meta, {"sizes": [{"as_int": 2**60}, {"as_int": 1}]}, f"{2**60} is no size"),
+    (meta, {"sizes": [{"as_int": 2**60}, {"as_int": 1}]}, f"{2**60} is not a size"),
     (ranges, {"u99999999999": {"min_val": 0, "max_val": 1}}, "'u99999999999' is not a size"),
     (ranges, {"s1": {"min_val": 2, "max_val": 1}}, "range 2..1 is empty"),
     (top, {"format": "zip"}, "'zip' version 1"),
