@@ -1,0 +1,117 @@
+"""The commands in README.md and docs/: all of them parse, requests resolve, and README's are run on the example model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import EXAMPLE, ROOT
+from once import once
+
+import optc
+from optc.cli.main import cli, main, normalize
+
+FENCED = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SMALL = {  # README's commands as they stand, and these flags, which only make them short
+    "run": "--max-new-tokens 4",
+    "eval": "--windows 1",
+    "bench": "--samples 2 --warmup 1 --new-tokens 4 --prompt-length 8",
+    "quantize": "--calibration-samples 4 --calibration-seq-len 64",
+    "train": "--set max_steps=1 --set seq_len=64 --set batch_size=2",
+}
+ELSEWHERE = {  # slow commands, which these files run
+    "compile examples/fiction-3m --target inductor-cpu -o out/fiction-pt2": "runtime/sessions/test_artifacts.py",
+    "compile examples/fiction-3m --target executorch -o out/phone": "export/test_executorch.py",
+}
+
+
+def commands(*files: Path) -> Iterator[str]:
+    """What stands behind `optc` in code blocks: without comments, with what is optional, with the first of alternatives."""
+    for file in files:
+        for block in FENCED.findall(file.read_text()):
+            for line in block.splitlines():
+                line = re.sub(r"\s#.*", "", line).strip().removeprefix("$ ")
+                line = re.sub(r"\[([^]|]*)\|?[^]]*\]", r"\1", line)
+                line = re.sub(r"(\S+?)\|\S+", r"\1", line)
+                for part in line.split(";"):
+                    if found := re.match(r"(?:torchrun .* -m )?optc (.*)", part.strip()):
+                        yield re.sub(r"\s+", " ", found[1])
+
+
+README = list(commands(ROOT / "README.md"))
+ALL = list(dict.fromkeys(commands(ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))))
+
+
+def call(*args: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(list(args))
+    return int(caught.value.code or 0)
+
+
+def test_commands_are_found() -> None:
+    assert (len(README), len(ALL)) >= (18, 40)
+    assert set(ELSEWHERE) <= set(README)
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_the_command_parses(command: str) -> None:
+    name, *rest = normalize(shlex.split(command))
+    with cli.make_context("optc", [name]) as context:
+        found = cli.get_command(context, name)
+        assert found is not None
+        found.make_context(name, rest)
+
+
+@pytest.mark.parametrize("command", [item for item in ALL if item.startswith(("compile ", "plan MODEL"))])
+def test_the_request_is_one_that_its_target_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, _model, *rest = shlex.split(re.sub(r" -o \S+", "", command))
+    filled = {"TARGET": "onnx-cpu", "METHOD": "rtn", "PATTERN": "*.down_proj.*"}
+    refused = "--quant fp8" in command  # which its line in the docs says
+    assert call("plan", str(EXAMPLE), *(filled.get(item, item) for item in rest)) == (4 if refused else 0)
+    assert not refused or "nearest here" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def place() -> Path:
+    """A folder like the repository's, in which README's first command was run."""
+
+    def make(folder: Path) -> None:
+        (folder / "examples").symlink_to(ROOT / "examples")
+        optc.compile(EXAMPLE, target="onnx-cpu", quant="rtn", output=folder / "out" / "fiction-onnx")
+
+    return once("readme", make)
+
+
+def _run(place: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    name, *rest = shlex.split(command)
+    assert call(name, *rest, *SMALL.get(name, "").split()) == 0
+
+
+@pytest.mark.slow
+def test_readme_runs(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checks: dict[str, Callable[[str], bool]] = {
+        "run": lambda text: len(text.split()) >= 1,
+        "eval": lambda text: "top-1 agreement" in text,
+        "verify": lambda text: "intact" in text,
+        "diff": lambda text: "nodes " in text,
+    }
+    first, *rest = [command for command in README if command not in ELSEWHERE]
+    assert first == "compile examples/fiction-3m --target onnx-cpu --quant rtn -o out/fiction-onnx"
+    for command in rest:
+        _run(place, command, monkeypatch)
+        shown = capsys.readouterr().out
+        name = command.split()[0]
+        assert name not in checks or "--compare" in command or checks[name](shown), command
+
+
+@pytest.mark.parametrize("command", ELSEWHERE)
+def test_slow_commands_have_a_test(command: str) -> None:
+    target = re.search(r"--target (\S+)", command)
+    assert target is not None
+    assert f'"{target[1]}"' in (ROOT / "tests" / ELSEWHERE[command]).read_text()
