@@ -10,7 +10,7 @@ from typing import Any
 from chosen import chosen
 
 from optc.compiler.artifact.folder import finish, write_folder
-from optc.compiler.artifact.manifest import FileEntry, Manifest, PassRecord, Source
+from optc.compiler.artifact.manifest import DriftRecord, FileEntry, Manifest, PassRecord, Source
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.ir.contract import AttentionFacts, Contract, Input, Output, WeightQuantization
 from optc.compiler.ir.program import Program
@@ -24,7 +24,8 @@ FILES = {"model.onnx": b"graph" * 100, "model.onnx.data": bytes(range(256)) * 40
 def make_manifest(**changes: Any) -> Manifest:
     record = PassRecord(
         name="quantize-rtn", options={"bits": 4, "ignore": ["lm_head"], "scale": 1.0, "group_size": None},
-        matched=32, candidates=33, seconds=0.5, lossy=True, max_abs_diff=0.25, kl=1e-9, top1_agreement=None,
+        matched=32, candidates=33, seconds=0.5, lossy=True, drift=DriftRecord(max_abs_diff=0.25, kl=1e-9),
+        since_capture=DriftRecord(max_abs_diff=0.5, kl=2e-9),
         layer_drift=(0.1, 1 / 3), nodes=200, notes=("group size 64",), misses=("lm_head: ignored",),
     )  # fmt: skip
     contract = Contract(

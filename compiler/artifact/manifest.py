@@ -36,6 +36,27 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     sha256: _Sha256
 
 
+class DriftRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far the outputs on the gate's inputs are from a reference's.
+
+    Attributes:
+        max_abs_diff: largest absolute change.
+        relative_error: |after - before| / |before|, of logits less their mean; of several outputs the worst. None where
+            the reference is zero.
+        cosine: mean over tokens; of several outputs the least.
+        kl: mean KL(reference || stage), nats per token; None without a distribution.
+        top1_agreement: share of equal argmax tokens.
+        perplexity_increase: relative, on the gate's text; None without text.
+    """
+
+    max_abs_diff: float
+    relative_error: float | None = None
+    cosine: float | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+    perplexity_increase: float | None = None
+
+
 class PassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one pass did.
 
@@ -44,8 +65,7 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         matched, candidates: sites rewritten, and sites that could have been.
         seconds: wall time of the pass with its verification and gate.
         lossy: whether it may change the numbers (then its budget was checked, not a tolerance).
-        max_abs_diff: largest absolute change of the outputs; None when nothing was measured.
-        kl: mean KL(before || after) in nats per token. top1_agreement: share of equal argmax tokens.
+        drift: from the stage before; None when the pass matched nothing. since_capture: what is lost in all.
         layer_drift: per attention layer, relative L2 change of its output.
         nodes: graph nodes after the pass.
         notes, misses: what the pass says, and why near-misses were left alone.
@@ -58,9 +78,8 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     candidates: _Count
     seconds: float
     lossy: bool
-    max_abs_diff: float | None
-    kl: float | None
-    top1_agreement: float | None
+    drift: DriftRecord | None
+    since_capture: DriftRecord | None
     layer_drift: tuple[float, ...]
     nodes: _Count
     notes: tuple[str, ...]

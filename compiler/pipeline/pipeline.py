@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from optc.compiler.artifact.manifest import PassRecord
+from optc.compiler.artifact.manifest import DriftRecord, PassRecord
 from optc.compiler.diagnostics import NoMatchError, os_errors
 from optc.compiler.execution.drift import Drift, measure
 from optc.compiler.execution.probe import Probe, random_probe, run_probe
@@ -24,10 +24,10 @@ from optc.compiler.ir.program import Program
 from optc.compiler.ir.provenance import module_path
 from optc.compiler.ir.text import format_program
 from optc.compiler.ir.verification import verify_program
-from optc.compiler.pipeline import gate
-from optc.compiler.pipeline.gate import Budget
-from optc.compiler.pipeline.quantization_summary import measured_records
+from optc.compiler.pipeline.gate import PASSES_OWN, ROUNDING, Ledger, Limits, Verdict, rounds_activations
+from optc.compiler.pipeline.quantization_summary import finite, measured_records
 from optc.compiler.pipeline.stages import load_stage, save_stage
+from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.target.target import Step
 
@@ -62,14 +62,14 @@ class PipelineOptions:
 
     Attributes:
         probe: what the gate feeds; None takes random tokens (or the module's example inputs).
-        budget: for lossy passes; None takes the default for the pass's bits.
+        limits: what may be lost in all; what they leave open is the sum of the passes' budgets.
         dump_ir: folder for numbered text files, one per stage.
         work_dir: folder of finished stages; a rerun continues after the last one.
         allow_noop: let requested passes match nothing.
     """
 
     probe: Probe | None = None
-    budget: Budget | None = None
+    limits: Limits = PASSES_OWN
     dump_ir: Path | None = None
     work_dir: Path | None = None
     allow_noop: bool = False
@@ -98,13 +98,15 @@ class Pipeline:
 
 
 class _Run:
-    """The state of one run: the current program, its outputs on the probe, and what was recorded."""
+    """The state of one run: outputs of the capture and of the current program on the probe, and what was recorded."""
 
     def __init__(self, steps: Sequence[Step], options: PipelineOptions) -> None:
         self.steps, self.options = steps, options
         self.records: list[PassRecord] = []
         self.stages: list[Stage] = []
+        self.first: StageRun | None = None
         self.outputs: StageRun | None = None
+        self.ledger = Ledger()
         self.keeps_reference = any(step.rewrite.needs_reference for step in steps)
         self.reference: Program | None = None
 
@@ -120,7 +122,12 @@ class _Run:
         for step in self.steps:
             key = hashlib.sha256(f"{key} {step.rewrite!r}".encode()).hexdigest()
             keys.append(key)
+        capture = program
         start, program = self._resume(program, keys)
+        if start < len(self.steps):
+            self.first = run_probe(capture, self.probe)
+            self.outputs = self.first if program is capture else run_probe(program, self.probe)
+        del capture  # its weights may be many
         for number, step in enumerate(self.steps[start:], start=start):
             if not step.applies(program):
                 continue
@@ -144,7 +151,12 @@ class _Run:
             if not (folder / keys[start]).is_dir():
                 break
             self._note_reference(self.steps[start], program)
+            before = program
             program, record = load_stage(folder / keys[start])
+            if record.matched:
+                self.ledger.note(
+                    _budget(self.steps[start].rewrite, before), self.steps[start].rewrite.restores
+                )
             self.records.append(record)
             self._finish_stage(record.name, program)
             start += 1
@@ -156,14 +168,14 @@ class _Run:
         result = rewrite.run(before, self._context(rewrite))
         if not result.matched:
             self._no_match(step, result)
-            after, drift = before, None
+            after, verdict = before, None
         else:
             after = result.program.with_contract(passes=(*result.program.contract.passes, str(rewrite)))
             verify_program(after, rewrite.name)
-            drift = self._gate(rewrite, before, after)
+            verdict = self._gate(rewrite, before, after)
             if rewrite.lossy and not result.linears:
                 result = replace(result, linears=measured_records(before, after))
-        self.records.append(_record(rewrite, result, drift, time.perf_counter() - begin, after))
+        self.records.append(_record(rewrite, result, verdict, time.perf_counter() - begin, after))
         self._finish_stage(rewrite.name, after)
         return after
 
@@ -197,19 +209,19 @@ class _Run:
             remedy="leave the pass out, or allow it to match nothing with --allow-noop",
         )
 
-    def _gate(self, rewrite: Pass, before: Program, after: Program) -> Drift:
-        if self.outputs is None:
-            self.outputs = run_probe(before, self.probe)
+    def _gate(self, rewrite: Pass, before: Program, after: Program) -> Verdict:
+        """Hold a stage to the one before and to the capture."""
+        assert self.first is not None
+        assert self.outputs is not None
         outputs = run_probe(after, self.probe)
         drift = measure(self.outputs, outputs, self.probe.text)
-        bits = int(rewrite.options().get("bits", 0) or 0)
-        budget = self.options.budget or Budget.for_bits(bits)
-        gate.check(
-            rewrite.name, drift, lossy=rewrite.lossy, budget=budget, dtype=compute_dtype(after),
-            layer_names=attention_paths(before), rounds=gate.rounds_activations(before),
-        )  # fmt: skip
+        total = drift if self.outputs is self.first else measure(self.first, outputs, self.probe.text)
+        budget = _budget(rewrite, before)
+        verdict = Verdict(rewrite.name, drift, total, budget, compute_dtype(after), rewrite.lossy)
+        self.ledger.note(budget, rewrite.restores)
+        verdict.check(self.ledger, self.options.limits, attention_paths(before))
         self.outputs = outputs
-        return drift
+        return verdict
 
     def _finish_stage(self, name: str, program: Program) -> None:
         stage = Stage(len(self.stages), name, format_program(program))
@@ -219,6 +231,17 @@ class _Run:
             with os_errors("writing the IR dump", str(folder)):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / stage.file_name).write_text(stage.text)
+
+
+def _budget(rewrite: Pass, before: Program) -> Budget | None:
+    """What a pass may cost behind this program; None: it must keep the numbers.
+
+    Where activations are rounded while the program runs, a sum in another order moves some of them to the next code,
+    and a logit by far more than rounding: what is lost is bounded instead, by `ROUNDING`.
+    """
+    if rewrite.lossy:
+        return rewrite.budget(before)
+    return ROUNDING if rounds_activations(before) else None
 
 
 def compute_dtype(program: Program) -> torch.dtype:
@@ -260,7 +283,7 @@ def default_probe(program: Program, seed: int) -> Probe:
 
 
 def _record(
-    rewrite: Pass, result: PassResult, drift: Drift | None, seconds: float, after: Program
+    rewrite: Pass, result: PassResult, verdict: Verdict | None, seconds: float, after: Program
 ) -> PassRecord:
     return PassRecord(
         name=rewrite.name,
@@ -272,12 +295,22 @@ def _record(
         candidates=result.candidates,
         seconds=round(seconds, 4),
         lossy=rewrite.lossy,
-        max_abs_diff=drift.max_abs_diff if drift else None,
-        kl=drift.kl if drift else None,
-        top1_agreement=drift.top1 if drift else None,
-        layer_drift=drift.layers if drift else (),
+        drift=_drift_record(verdict.drift) if verdict else None,
+        since_capture=_drift_record(verdict.since_capture) if verdict else None,
+        layer_drift=verdict.drift.layers if verdict else (),
         nodes=len(after.graph.nodes),
         notes=result.notes,
         misses=tuple(f"{miss.node}: {miss.reason}" for miss in result.misses[:64]),
         linears=result.linears,
+    )
+
+
+def _drift_record(drift: Drift) -> DriftRecord:
+    return DriftRecord(
+        max_abs_diff=drift.max_abs_diff,
+        relative_error=finite(drift.relative),
+        cosine=finite(drift.cosine),
+        kl=drift.kl,
+        top1_agreement=drift.top1,
+        perplexity_increase=drift.perplexity,
     )

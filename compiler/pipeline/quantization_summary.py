@@ -138,7 +138,7 @@ def quantized_linears(passes: Sequence[Any]) -> tuple[LinearRecord, ...]:
     return tuple(table.values())
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
     """None for what JSON cannot hold; a manifest with NaN in it could not be read back."""
     return value if value is not None and math.isfinite(value) else None
 
@@ -160,6 +160,6 @@ def linear_record(
     return LinearRecord(
         name=name, shape=(int(weight.shape[0]), int(weight.shape[1])), method=method, format=format, bits=bits,
         group_size=group_size, symmetric=symmetric, weight_error=gap / size if size else 0.0,
-        scale_min=float(scale.float().min()), scale_max=float(scale.float().max()), error_rtn=_finite(error_rtn), error=_finite(error), clip=clip,
+        scale_min=float(scale.float().min()), scale_max=float(scale.float().max()), error_rtn=finite(error_rtn), error=finite(error), clip=clip,
         damping=damping, tokens=tokens, seconds=round(seconds, 3), note=note,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from optc.compiler.calibration.sequences import Calibration
 from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.quantization_record import LinearRecord
 
 
@@ -67,19 +68,32 @@ class Pass(ABC):
 
     Attributes:
         name: the pass name, hyphenated; the file is the same in snake case.
-        lossy: whether the numbers may move beyond rounding (quantization).
+        lossy: whether the numbers may move beyond rounding (quantization); such a pass overrides `budget`.
+        restores: whether it brings a lossy program closer to what it was; it adds nothing to what all may lose.
         calibrated: whether it reads `PassContext.calibration`.
         needs_reference: whether it reads `PassContext.reference`.
     """
 
     name: ClassVar[str]
     lossy: ClassVar[bool] = False
+    restores: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.lossy and cls.budget is Pass.budget:
+            raise TypeError(f"{cls.__name__} is a lossy pass: it must say in budget() what it may cost")
+        if not cls.lossy and cls.budget is not Pass.budget:
+            raise TypeError(f"{cls.__name__} has a budget but is not lossy")
 
     @abstractmethod
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Rewrite `program` and return the result; `program` itself must stay runnable."""
+
+    def budget(self, before: Program) -> Budget:
+        """What this pass may cost behind `before`; lossy passes override it, with the measured costs beside."""
+        raise TypeError(f"pass '{self.name}' is not lossy: it has no budget")
 
     def options(self) -> dict[str, Any]:
         """Option names and values."""

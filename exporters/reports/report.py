@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 import msgspec
 
+from optc.compiler.artifact.drift_table import drift_table
 from optc.compiler.artifact.manifest import Manifest, PassRecord
 from optc.compiler.diagnostics import os_errors
 from optc.exporters.reports.quantization import quantization_section
@@ -43,9 +44,12 @@ def write_report(directory: Path, manifest: Manifest) -> None:
     )
     environment.filters.update(number=_number, megabytes=lambda size: f"{size / 1e6:.2f} MB")
     stages = [(path.stem, path.read_text()) for path in sorted((directory / "ir").glob("*.txt"))]
+    titles, cells = drift_table(msgspec.to_builtins(manifest.passes))
     text = environment.get_template("report.html").render(
         m=manifest,
         contract=manifest.contract,
+        drift_titles=titles,
+        drift_cells=cells,
         plot=drift_plot(manifest.passes),
         quantized=quantization_section(manifest),
         stages=stages,

@@ -13,8 +13,10 @@ from torch.fx import Node
 from optc.compiler.analysis.dataflow import value_of
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.dialect.quantization import FORMATS
+from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.key_values import round_key_values, rounded
 from optc.compiler.rewriting.passes import Miss, Pass, PassContext, PassResult
+from optc.passes.quantization.arithmetic.budgets import FP8_KEYS_VALUES, INT8_KEYS_VALUES
 from optc.passes.quantization.arithmetic.ranges import calibration_tokens, largest_magnitudes
 from optc.passes.quantization.arithmetic.stream import Stream
 
@@ -43,6 +45,9 @@ class QuantizeKVCache(Pass):
 
     format: Literal["int8", "fp8"] = "int8"
     granularity: Literal["layer", "head", "channel"] = "head"
+
+    def budget(self, before: Program) -> Budget:
+        return FP8_KEYS_VALUES if self.format == "fp8" else INT8_KEYS_VALUES
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Round keys and values in a clone of `program`.

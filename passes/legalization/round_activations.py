@@ -11,7 +11,9 @@ from torch.fx import Node
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import replace_call
 from optc.compiler.ops.packed.inductor_cpu import KEPT, block_columns
+from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
+from optc.passes.quantization.arithmetic.budgets import INT8_INPUTS
 
 LINEAR = torch.ops.optc.linear_nbits.default
 _GROUPS = (128, 64, 32)
@@ -27,6 +29,9 @@ class RoundActivations(Pass):
 
     name: ClassVar[str] = "round-activations"
     lossy: ClassVar[bool] = True
+
+    def budget(self, before: Program) -> Budget:
+        return INT8_INPUTS
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         return apply_rules(program, [_Round()])

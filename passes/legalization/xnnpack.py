@@ -17,8 +17,10 @@ from optc.compiler.analysis.head_layout import call_of
 from optc.compiler.analysis.linears import DEQUANTIZERS
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight, replace_call
+from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
 from optc.compiler.rewriting.weights import prune_contract, record_weight
+from optc.passes.quantization.arithmetic.budgets import INT8_INPUTS
 
 _optc, _aten = torch.ops.optc, torch.ops.aten
 _STEP = 32
@@ -30,13 +32,16 @@ class PackXnnpack(Pass):
     """linear(x, dequantize(codes, scale)) -> linear_dynamic(x, codes - middle, scale)
 
     Attributes:
-        bits: of the weights, 4 in groups or 8 with one scale per channel; says the gate's budget as well.
+        bits: of the weights, 4 in groups or 8 with one scale per channel.
     """
 
     name: ClassVar[str] = "pack-xnnpack"
     lossy: ClassVar[bool] = True
 
     bits: int = 4
+
+    def budget(self, before: Program) -> Budget:
+        return INT8_INPUTS
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         result = apply_rules(program, [_Product(self.bits)])

@@ -12,8 +12,10 @@ from torch.fx import Node
 from optc.compiler.analysis.dataflow import peel
 from optc.compiler.analysis.linears import Linear, linear_site
 from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
 from optc.compiler.rewriting.rounded_inputs import rounded_input
+from optc.passes.quantization.arithmetic.budgets import FP8_INPUTS, INT8_INPUTS
 
 _optc = torch.ops.optc
 
@@ -35,6 +37,9 @@ class QuantizeActivations(Pass):
     lossy: ClassVar[bool] = True
 
     format: Literal["int8", "fp8"] = "int8"
+
+    def budget(self, before: Program) -> Budget:
+        return FP8_INPUTS if self.format == "fp8" else INT8_INPUTS
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantize inputs in a clone of `program`."""

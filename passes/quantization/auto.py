@@ -14,7 +14,9 @@ from torch import Tensor
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.formats.integer import BITS, check_bits, check_group_size, default_group_size
 from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.passes.quantization.arithmetic.budgets import weight_budget
 from optc.passes.quantization.arithmetic.differentiable import Differentiable
 from optc.passes.quantization.arithmetic.grid import search
 from optc.passes.quantization.arithmetic.groups import Group, input_groups, weight_label, weight_rows
@@ -77,6 +79,14 @@ class QuantizeAuto(Pass):
                 f"average_bits {self.average_bits} is out of range",
                 remedy=f"use a value from {low} to {high}",
             )
+
+    def budget(self, before: Program) -> Budget:
+        """Of the bits that the average comes to; with `max_kl`, of the fewest bits that this divergence may come from."""
+        bits = max(item for item in BITS if item <= self.average_bits)
+        fewer = [item for item in BITS if item < bits and weight_budget(item).kl >= 3 * self.max_kl]
+        return weight_budget(
+            max(fewer, default=min(BITS)) if 3 * self.max_kl > weight_budget(bits).kl else bits
+        )
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantize a clone of `program`; the notes hold the table of choices.

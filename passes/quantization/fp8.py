@@ -13,7 +13,9 @@ from optc.compiler.diagnostics import InputError
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.dialect.quantization import FORMATS
+from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.passes.quantization.arithmetic.budgets import FP8_WEIGHTS
 from optc.passes.quantization.arithmetic.groups import shared_magnitudes, weight_label, weight_rows
 from optc.passes.quantization.arithmetic.selection import (
     dequantized_before,
@@ -48,6 +50,9 @@ class QuantizeFp8(Pass):
     granularity: Granularity = "channel"
     ignore: tuple[str, ...] = ()
     head: bool = False
+
+    def budget(self, before: Program) -> Budget:
+        return FP8_WEIGHTS
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantize a clone of `program`.

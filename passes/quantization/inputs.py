@@ -14,10 +14,12 @@ from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight
 from optc.compiler.ops.dialect.nvfp4 import scale_of
 from optc.compiler.ops.dialect.quantization import FORMATS
+from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Miss, Pass, PassContext, PassResult
 from optc.compiler.rewriting.rounded_inputs import rounded_input
 from optc.compiler.rewriting.weights import record_weight
 from optc.passes.quantization.activations import obstacle, record_activations
+from optc.passes.quantization.arithmetic.budgets import FP8_INPUTS, INT8_INPUTS, NVFP4_INPUTS
 from optc.passes.quantization.arithmetic.groups import Group, input_groups
 from optc.passes.quantization.arithmetic.ranges import calibration_tokens, largest_magnitudes
 from optc.passes.quantization.arithmetic.stream import Stream
@@ -44,6 +46,9 @@ class QuantizeInputs(Pass):
 
     format: Literal["fp8", "int8", "nvfp4"] = "fp8"
     own_type: bool = False
+
+    def budget(self, before: Program) -> Budget:
+        return {"fp8": FP8_INPUTS, "int8": INT8_INPUTS, "nvfp4": NVFP4_INPUTS}[self.format]
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantize inputs in a clone of `program`.

@@ -17,8 +17,10 @@ from optc.compiler.formats.integer import quantize_groups
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import insert_call, replace_call
+from optc.compiler.rewriting.budget import Budget, total_budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.rewriting.rounded_inputs import rounded_input
+from optc.passes.quantization.arithmetic.budgets import INT8_INPUTS, weight_budget
 from optc.passes.quantization.arithmetic.groups import Group, input_groups, weight_label, weight_rows
 from optc.passes.quantization.arithmetic.ranges import calibration_tokens, largest_magnitudes
 from optc.passes.quantization.arithmetic.selection import (
@@ -70,6 +72,10 @@ class QuantizeLlmInt8(Pass):
             raise UsageError(
                 f"frequency {self.frequency} is not a share of the tokens", remedy="use 0, or 0.06"
             )
+
+    def budget(self, before: Program) -> Budget:
+        """Weights and inputs are rounded in one step."""
+        return total_budget((weight_budget(8), INT8_INPUTS))
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantize a clone of `program`.

@@ -17,8 +17,10 @@ from optc.compiler.formats.integer import check_group_size, quantize_groups
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight, insert_call
+from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.rewriting.weights import record_weight
+from optc.passes.quantization.arithmetic.budgets import weight_budget
 from optc.passes.quantization.arithmetic.groups import weight_label, weight_rows
 from optc.passes.quantization.arithmetic.selection import (
     dequantized_before,
@@ -60,6 +62,9 @@ class QuantizeNf4(Pass):
 
     def __post_init__(self) -> None:
         check_group_size(self.group_size, [])
+
+    def budget(self, before: Program) -> Budget:
+        return weight_budget(4)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantize a clone of `program`.

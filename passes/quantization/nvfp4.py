@@ -12,7 +12,9 @@ from optc.compiler.formats.integer import check_group_size
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.dialect.nvfp4 import BLOCK, scale_of
+from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.passes.quantization.arithmetic.budgets import weight_budget
 from optc.passes.quantization.arithmetic.groups import shared_magnitudes, weight_label, weight_rows
 from optc.passes.quantization.arithmetic.selection import (
     dequantized_before,
@@ -43,6 +45,9 @@ class QuantizeNvfp4(Pass):
 
     ignore: tuple[str, ...] = ()
     head: bool = False
+
+    def budget(self, before: Program) -> Budget:
+        return weight_budget(4)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantize a clone of `program`.

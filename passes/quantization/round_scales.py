@@ -12,7 +12,9 @@ from optc.compiler.analysis.linears import DEQUANTIZERS
 from optc.compiler.diagnostics import InputError
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import set_weight
+from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.passes.quantization.arithmetic.budgets import FLOAT16_SCALES
 from optc.passes.quantization.arithmetic.grid import storable
 
 
@@ -31,6 +33,9 @@ class RoundScales(Pass):
     lossy: ClassVar[bool] = True
 
     strict: bool = True
+
+    def budget(self, before: Program) -> Budget:
+        return FLOAT16_SCALES
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Round the scales of a clone of `program`.

@@ -10,7 +10,9 @@ from optc.compiler.diagnostics import InputError
 from optc.compiler.formats.integer import check_bits, check_group_size, default_group_size, quantize_groups
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.passes.quantization.arithmetic.budgets import weight_budget
 from optc.passes.quantization.arithmetic.groups import weight_rows
 from optc.passes.quantization.arithmetic.selection import (
     quantize_selected,
@@ -51,6 +53,9 @@ class QuantizeRtn(Pass):
         check_bits(self.bits)
         if self.group_size is not None:
             check_group_size(self.group_size, [])
+
+    def budget(self, before: Program) -> Budget:
+        return weight_budget(self.bits)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantize a clone of `program`.

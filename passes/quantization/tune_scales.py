@@ -16,7 +16,9 @@ from optc.compiler.calibration.sequences import Calibration
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import set_weight
+from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.passes.quantization.arithmetic.budgets import weight_budget
 from optc.passes.quantization.arithmetic.differentiable import Differentiable
 from optc.passes.quantization.arithmetic.grid import storable
 
@@ -39,6 +41,7 @@ class TuneScales(Pass):
 
     name: ClassVar[str] = "tune-scales"
     lossy: ClassVar[bool] = True
+    restores: ClassVar[bool] = True
     calibrated: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
 
@@ -50,6 +53,10 @@ class TuneScales(Pass):
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_tokens < 1 or not self.learning_rate > 0:
             raise UsageError("epochs, batch_tokens and learning_rate must be positive")
+
+    def budget(self, before: Program) -> Budget:
+        """Codes stay, so the numbers move by less than rounding moved them."""
+        return weight_budget(min((entry.bits for entry in before.contract.quantization.values()), default=8))
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Train in a clone of `program`.

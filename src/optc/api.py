@@ -11,6 +11,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from optc.calibrating import make_calibration
@@ -19,12 +20,12 @@ from optc.compiler.artifact.manifest import Manifest, Source
 from optc.compiler.calibration.sequences import Calibration
 from optc.compiler.capture import capture_model, capture_module, capture_pretrained
 from optc.compiler.capture.pretrained import DTYPES
-from optc.compiler.diagnostics import TargetError, UsageError, os_errors, unknown_name
+from optc.compiler.diagnostics import InputError, TargetError, UsageError, os_errors, unknown_name
 from optc.compiler.execution.probe import Probe, text_probe
 from optc.compiler.ir.program import Program
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, config_digest, weights_digest
 from optc.compiler.model_folder.quantized import refuse_quantizing_again
-from optc.compiler.pipeline.gate import Budget
+from optc.compiler.pipeline.gate import Limits
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions, PipelineResult, compute_dtype
 from optc.compiler.pipeline.quantization_summary import quantized_linears, summarize
 from optc.compiler.rewriting.passes import PassContext
@@ -48,7 +49,7 @@ class CompileResult:
         """The object that `optc compile --json` prints."""
         rows = [
             {"name": row.name, "matched": row.matched, "candidates": row.candidates, "seconds": row.seconds,
-             "max_abs_diff": row.max_abs_diff, "kl": row.kl, "top1_agreement": row.top1_agreement,
+             "drift": msgspec.to_builtins(row.drift), "since_capture": msgspec.to_builtins(row.since_capture),
              "notes": list(row.notes)}
             for row in self.manifest.passes
         ]  # fmt: skip
@@ -180,7 +181,7 @@ def _pipeline_options(
     run, limits = resolved.request.run, resolved.request.gate
     return PipelineOptions(
         probe=_text_probe(program, info, resolved),
-        budget=_budget(limits),
+        limits=_limits(limits),
         dump_ir=run.dump_ir,
         work_dir=run.work_dir,
         allow_noop=limits.allow_noop,
@@ -189,11 +190,13 @@ def _pipeline_options(
     )
 
 
-def _budget(limits: GateRequest) -> Budget | None:
-    """The limits that were asked for; None where there are none."""
-    asked = {"kl": limits.max_kl, "top1": limits.min_top1, "perplexity": limits.max_perplexity_increase}
-    given = {name: value for name, value in asked.items() if value is not None}
-    return Budget(**given) if given else None
+def _limits(asked: GateRequest) -> Limits:
+    return Limits(
+        kl=asked.max_kl,
+        top1=asked.min_top1,
+        perplexity=asked.max_perplexity_increase,
+        relative=asked.max_relative_error,
+    )
 
 
 def _text_probe(program: Program, info: CheckpointInfo | None, resolved: Resolved) -> Probe | None:
@@ -214,7 +217,14 @@ def _text_probe(program: Program, info: CheckpointInfo | None, resolved: Resolve
     assert tokenizer is not None
     tokens = tokenizer.encode(text)
     longest = min(96, program.contract.model.context_length or 96, _capacity(resolved) or 96)
-    return text_probe(tokens, longest=longest) if len(tokens) > 3 * longest else None
+    if len(tokens) > 3 * longest:
+        return text_probe(tokens, longest=longest)
+    if asked is not None:
+        raise InputError(
+            "the gate's text is too short", where=str(asked), why=f"{len(tokens)} tokens, more than {3 * longest} are needed",
+            remedy="give a longer text, or leave --text out",
+        )  # fmt: skip
+    return None
 
 
 def _write(

@@ -108,24 +108,54 @@ class CalibrationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     )
 
 
+_SUM = "the sum of the passes' budgets"
+
+
 class GateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the numerics gate feeds, and its limits for lossy passes; None takes the pass's own budget."""
+    """What the numerics gate feeds, and what all lossy passes together may cost; None is the sum of their budgets."""
 
     text: (
         Annotated[Path, Meta(description="Text for the numerics gate.", extra={"default": "a built-in page"})]
         | None
     ) = None
     max_kl: (
-        Annotated[float, Meta(ge=0, description="Gate: largest KL a lossy pass may cause, nats per token.")]
+        Annotated[
+            float,
+            Meta(
+                ge=0, description="Gate: largest KL to the capture, nats per token.", extra={"default": _SUM}
+            ),
+        ]
         | None
     ) = None
     min_top1: (
-        Annotated[float, Meta(ge=0, le=1, description="Gate: smallest top-1 agreement after a lossy pass.")]
+        Annotated[
+            float,
+            Meta(
+                ge=0,
+                le=1,
+                description="Gate: least top-1 agreement with the capture.",
+                extra={"default": _SUM},
+            ),
+        ]
         | None
     ) = None
     max_perplexity_increase: (
-        Annotated[float, Meta(ge=0, description="Gate: largest relative rise, e.g. 0.1.")] | None
+        Annotated[
+            float,
+            Meta(ge=0, description="Gate: largest relative rise since the capture.", extra={"default": _SUM}),
+        ]
+        | None
     ) = None
+    max_relative_error: (
+        Annotated[
+            float,
+            Meta(
+                ge=0, description="Gate: largest relative error to the capture, of outputs that are no distribution, or "
+                "a flat one.", extra={"default": _SUM},
+            ),
+        ]
+        | None
+    ) = None  # fmt: skip
     seed: Annotated[int, Meta(ge=0, le=2**31 - 1, description="Seed of the gate's random tokens.")] = 0
     allow_noop: Annotated[bool, Meta(description="Let a requested pass match nothing.")] = False
 

@@ -53,9 +53,10 @@ def test_compile_json(tmp_path: Path, capsys: Capture) -> None:
     assert found["target"] == "onnx-cpu"
     rows = {row["name"]: row for row in found["passes"]}
     assert (rows["fuse-rotary"]["matched"], rows["fuse-norm"]["matched"]) == (8, 9)
-    assert rows["static-kv-cache"]["max_abs_diff"] < 1e-4
+    assert rows["static-kv-cache"]["drift"]["max_abs_diff"] < 1e-4
+    assert rows["static-kv-cache"]["since_capture"]["max_abs_diff"] < 1e-4
     assert "store-kv-codes" not in rows, "nothing rounds its keys and values"
-    assert set(rows["fuse-norm"]) >= {"name", "matched", "seconds", "max_abs_diff", "kl"}
+    assert set(rows["fuse-norm"]) >= {"name", "matched", "seconds", "drift", "since_capture"}
 
 
 def test_group_size_is_chosen_and_printed(artifact: Path, capsys: Capture) -> None:
@@ -74,7 +75,7 @@ def test_group_size_is_chosen_and_printed(artifact: Path, capsys: Capture) -> No
     assert all(0 < linear["weight_error"] < 0.05 for linear in row["linears"])
     assert optc("inspect", artifact) == 0
     assert "4.250 bits per parameter, 1.000 x ideal" in capsys.readouterr().out
-    assert row["kl"] > 0
+    assert row["drift"]["kl"] > 0
     assert any("64" in note for note in row["notes"])
 
 

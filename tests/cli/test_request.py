@@ -29,7 +29,15 @@ QUANTIZATION = {
     "--quant", "--bits", "--average-bits", "--group-size", "--symmetric", "--asymmetric", "--ignore",
 }  # fmt: skip
 CALIBRATION = {"--calibration", "--calibration-samples", "--calibration-seq-len"}
-GATE = {"--text", "--max-kl", "--min-top1", "--max-perplexity-increase", "--seed", "--allow-noop"}
+GATE = {
+    "--text",
+    "--max-kl",
+    "--min-top1",
+    "--max-perplexity-increase",
+    "--max-relative-error",
+    "--seed",
+    "--allow-noop",
+}
 RUN = {"-o", "--output", "--force", "--dump-ir", "--work-dir"}
 TARGETS = {
     "--max-seq-len", "--accuracy-level", "--max-batch", "--arch", "--trt-ops", "--trt-runtime", "--max-num-tokens",

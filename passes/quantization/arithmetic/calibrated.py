@@ -26,8 +26,10 @@ from optc.compiler.formats.integer import check_bits, check_group_size, default_
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.quantization_summary import linear_record
+from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.rewriting.quantization_record import LinearRecord
+from optc.passes.quantization.arithmetic.budgets import weight_budget
 from optc.passes.quantization.arithmetic.experts import FEW, RoutedTokens
 from optc.passes.quantization.arithmetic.gptq import output_error, relative
 from optc.passes.quantization.arithmetic.grid import Grid, full_range
@@ -121,6 +123,9 @@ class CalibratedPass(Pass):
     def follows_unquantized(self) -> bool:
         """Whether `round_group` needs `Statistics.drift`."""
         return False
+
+    def budget(self, before: Program) -> Budget:
+        return weight_budget(self.bits)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantize a clone of `program`.

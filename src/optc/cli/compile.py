@@ -9,8 +9,11 @@ from rich.table import Table
 
 from optc.cli.common import emit, json_option, progress, stderr
 from optc.cli.options import merge_recipe, request_flags, request_of, require
+from optc.compiler.artifact.drift_table import drift_table
 from optc.compiler.diagnostics import UsageError
 from optc.request import SECTIONS, Request
+
+_TABLE_WIDTH = 110  # a narrower terminal wraps lines rather than cut numbers
 
 
 @click.command(name="compile")
@@ -20,7 +23,7 @@ from optc.request import SECTIONS, Request
 def compile_(as_json: bool, **flags: Any) -> None:
     """Compile MODEL (a Hugging Face folder) for a target.
 
-    After each pass the program is run and compared with the stage before; a miss names the pass and
+    After each pass the program is run and compared with the stage before and with the capture; a miss names the pass and
     exits with 5, a requested pass that matches nothing with 6.
 
     \b
@@ -49,15 +52,14 @@ def run_compile(model: str, request: Request, as_json: bool, doing: str) -> None
 
 def _show(result: dict[str, Any]) -> None:
     table = Table(box=None, header_style="bold")
-    for title in ("pass", "matched", "seconds", "max |diff|", "KL", "top-1"):
+    titles, cells = drift_table(result["passes"])
+    for title in ("pass", "matched", "seconds", *titles):
         table.add_column(title, justify="left" if title == "pass" else "right")
-    for row in result["passes"]:
-        table.add_row(
-            row["name"], f"{row['matched']} of {row['candidates']}", f"{row['seconds']:.2f}",
-            _number(row["max_abs_diff"], "{:.1e}"), _number(row["kl"], "{:.1e}"), _number(row["top1_agreement"], "{:.1%}"),
-        )  # fmt: skip
+    for row, drift in zip(result["passes"], cells, strict=True):
+        matched = f"{row['matched']} of {row['candidates']}"
+        table.add_row(row["name"], matched, f"{row['seconds']:.2f}", *drift)
     console = stderr()
-    console.print(table)
+    console.print(table, width=max(console.width, _TABLE_WIDTH))
     for row in result["passes"]:
         for note in row["notes"]:
             console.print(f"  {row['name']}: {note}", markup=False)
@@ -68,7 +70,3 @@ def _show(result: dict[str, Any]) -> None:
     click.echo(
         f"{result['artifact']}: {result['target']}, {size:.1f} MB of weights, {result['seconds']:.1f} s"
     )
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)

@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from optc.cli.common import emit, json_option
+from optc.compiler.artifact.drift_table import EMPTY, drift_table
 from optc.compiler.diagnostics import InputError
 
 _WORST = 5
@@ -104,11 +105,13 @@ def _show(manifest: dict[str, Any]) -> None:
         f"KV cache: {cache['kind']}{' in place' if cache['in_place'] else ''}; {len(contract['layers'])} attention layers"
     )
     click.echo("passes:")
-    for row in manifest["passes"]:
-        drift = "" if row["max_abs_diff"] is None else f", max |diff| {row['max_abs_diff']:.1e}"
-        kl = "" if row["kl"] is None else f", KL {row['kl']:.1e}"
+    titles, cells = drift_table(manifest["passes"])
+    for row, values in zip(manifest["passes"], cells, strict=True):
+        drift = "".join(
+            f", {title} {value}" for title, value in zip(titles, values, strict=True) if value != EMPTY
+        )
         click.echo(
-            f"  {row['name']}: matched {row['matched']} of {row['candidates']}{drift}{kl}, {row['seconds']:.2f} s"
+            f"  {row['name']}: matched {row['matched']} of {row['candidates']}{drift}, {row['seconds']:.2f} s"
         )
     worst = _worst(manifest)
     if worst:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -9,16 +10,22 @@ from typing import ClassVar
 import pytest
 import torch
 from families import make_model
+from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.capture import capture_model, capture_module
 from optc.compiler.diagnostics import GateError, InputError, NoMatchError
+from optc.compiler.execution.probe import random_probe
 from optc.compiler.ir.program import Program
-from optc.compiler.ir.surgery import replace_call
+from optc.compiler.ir.surgery import replace_call, set_weight
 from optc.compiler.ir.verification import VerificationError
+from optc.compiler.pipeline.gate import Limits
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
+from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
 from optc.compiler.target.target import Step
+from optc.passes.quantization.arithmetic.budgets import weight_budget
+from optc.passes.quantization.rtn import QuantizeRtn
 
 SILU = torch.ops.aten.silu.default
 
@@ -94,7 +101,7 @@ def test_pass_that_matches_nothing_lists_near_misses(llama: Program) -> None:
     for allowed in (Pipeline([Step(NeverPass(), optional=True)]).run(llama),
                     Pipeline([NeverPass()]).run(llama, PipelineOptions(allow_noop=True))):  # fmt: skip
         assert [(row.matched, row.candidates) for row in allowed.records] == [(0, 2)]
-        assert allowed.records[0].max_abs_diff is None
+        assert allowed.records[0].drift is None
 
 
 def test_malformed_program_is_caught(llama: Program) -> None:
@@ -106,7 +113,10 @@ def test_malformed_program_is_caught(llama: Program) -> None:
 def test_records_stages_and_dumps(llama: Program, tmp_path: Path) -> None:
     result = Pipeline([NeverPass(first=1)]).run(llama, PipelineOptions(dump_ir=tmp_path / "ir"))
     row = result.records[0]
-    assert (row.name, row.matched, row.candidates, row.max_abs_diff) == ("never-pass", 1, 2, 0.0)
+    assert (row.name, row.matched, row.candidates) == ("never-pass", 1, 2)
+    assert row.drift is not None
+    assert (row.drift.max_abs_diff, row.drift.kl, row.drift.top1_agreement) == (0.0, 0.0, 1.0)
+    assert row.since_capture == row.drift
     assert row.options == {"first": 1}
     assert result.program.contract.passes == ("never-pass(first=1)",)
     assert sorted(path.name for path in (tmp_path / "ir").iterdir()) == [
@@ -180,3 +190,122 @@ def test_modules_are_gated_on_their_example_inputs() -> None:
     )
     with pytest.raises(GateError, match="wrong-pass"):
         Pipeline([WrongPass()]).run(program)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lose(Pass):
+    """linear(x, W)  ->  linear(x, W * factor), of the last linear alone: a loss of any size"""
+
+    name: ClassVar[str] = "lose"
+    lossy: ClassVar[bool] = True
+    factor: float = 1.0
+    kl: float = 1e-3
+
+    def budget(self, before: Program) -> Budget:
+        return Budget(kl=self.kl, top1=0.5, perplexity=0.1, relative=0.1, cosine=0.9)
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        edited = program.clone()
+        name = "lm_head.weight"
+        set_weight(edited, name, edited.weight(name).detach() * self.factor)
+        return PassResult(edited.changed(), 1, 1)
+
+
+def test_losses_add_up_to_the_sum(llama: Program) -> None:
+    """Every step is within its budget; all of them point one way and are more than independent ones would be."""
+    step = Pipeline([Lose(factor=1.02, kl=1.0)]).run(llama).records[0]
+    assert step.drift is not None
+    assert step.drift.relative_error == pytest.approx(0.02, rel=1e-3)
+    cost = float(step.drift.kl or 0.0)
+    result = Pipeline([Lose(factor=1.02, kl=1.5 * cost)] * 1).run(llama)
+    assert result.records[0].since_capture == result.records[0].drift
+    with pytest.raises(GateError) as caught:
+        Pipeline([Lose(factor=1.02, kl=1.5 * cost)] * 3).run(llama)
+    assert caught.value.what == "pass 'lose' failed the numerics gate: too much is lost since the capture"
+    assert str(caught.value.why).startswith("KL ")
+
+
+def test_both_comparisons_are_recorded(llama: Program) -> None:
+    first, second = Pipeline([Lose(factor=1.02, kl=1.0), Lose(factor=1 / 1.02, kl=1.0)]).run(llama).records
+    assert first.since_capture == first.drift
+    assert second.drift is not None
+    assert second.since_capture is not None
+    assert second.drift.relative_error == pytest.approx(0.02 / 1.02, rel=1e-3)
+    assert float(second.since_capture.relative_error or 0.0) < 1e-6
+
+
+def test_the_sum_is_kept_across_a_resume(llama: Program, tmp_path: Path) -> None:
+    """The capture and the budgets of finished stages count in a later run as they did in the first."""
+    steps = [Lose(factor=1.02, kl=1.0), Lose(factor=1.02, kl=1.0)]
+    whole = Pipeline(steps).run(llama).records[-1]
+    options = PipelineOptions(work_dir=tmp_path)
+    Pipeline(steps[:1]).run(llama, options)
+    resumed = Pipeline(steps).run(llama, options).records[-1]
+    assert (resumed.drift, resumed.since_capture) == (whole.drift, whole.since_capture)
+    limits = Limits(kl=1.01 * float((whole.drift and whole.drift.kl) or 0.0))
+    with pytest.raises(GateError, match="since the capture"):
+        Pipeline([*steps, Lose(factor=1.02, kl=1.0)]).run(
+            llama, PipelineOptions(work_dir=tmp_path, limits=limits)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Negate(Pass):
+    """gelu(x)  ->  -x"""
+
+    name: ClassVar[str] = "negate"
+    lossy: ClassVar[bool] = True
+
+    def budget(self, before: Program) -> Budget:
+        return weight_budget(8)
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        edited = program.clone()
+        for node in edited.calls(torch.ops.aten.gelu.default):
+            replace_call(edited, node, torch.ops.aten.neg.default, (node.args[0],))
+        return PassResult(edited.changed(), 1, 1)
+
+
+class _TwoOutputs(torch.nn.Module):
+    """A large output that is right beside a small one that is not."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return 1000.0 * x, torch.nn.functional.gelu(x)
+
+
+def test_a_lossy_pass_on_a_module_is_gated_per_output() -> None:
+    torch.manual_seed(0)
+    program = capture_module(_TwoOutputs(), (torch.randn(8, 16),))
+    with pytest.raises(GateError, match="pass 'negate' failed the numerics gate") as caught:
+        Pipeline([Negate()]).run(program)
+    assert "relative error" in str(caught.value.why)
+    assert "cosine" in str(caught.value.why)
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "BertForSequenceClassification", "BertForTokenClassification"])
+@pytest.mark.parametrize("is_text", [False, True])
+def test_encoders_are_gated(kind: str, is_text: bool) -> None:
+    """Hidden states by relative error, classes by KL too; text makes no perplexity."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        vocab_size=64,
+        num_labels=3,
+    )
+    model = getattr(hf, kind)(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(4.0)
+    program = capture_model(model)
+    options = PipelineOptions(probe=dataclasses.replace(random_probe(64), is_text=is_text))
+    (row,) = Pipeline([QuantizeRtn(bits=8, group_size=32)]).run(program, options).records
+    assert row.drift is not None
+    assert (row.drift.kl is None) == (kind == "BertModel")
+    assert row.drift.perplexity_increase is None
+    assert 0 < float(row.drift.relative_error or 0.0) < 0.05
+    with pytest.raises(GateError, match="pass 'negate'"):
+        Pipeline([Negate()]).run(program, options)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from optc.compiler.calibration.sequences import Calibration, random_calibration
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.ir.program import Program
-from optc.compiler.pipeline.gate import Budget
+from optc.compiler.pipeline.gate import UNLIMITED
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.target.options import QuantRequest
@@ -209,7 +209,7 @@ def test_tuned_scales_lower_the_divergence() -> None:
 
 def test_tune_scales_in_a_pipeline_reads_the_unquantized_program() -> None:
     steps = [QuantizeRtn(bits=2, group_size=32), TuneScales(epochs=2)]
-    result = Pipeline(steps).run(stirred("llama"), PipelineOptions(context=CONTEXT, budget=Budget()))
+    result = Pipeline(steps).run(stirred("llama"), PipelineOptions(context=CONTEXT, limits=UNLIMITED))
     assert "KL to the unquantized model" in result.records[-1].notes[0]
     with pytest.raises(InputError, match="the unquantized program"):
         TuneScales().run(result.program, CONTEXT)
@@ -218,7 +218,7 @@ def test_tune_scales_in_a_pipeline_reads_the_unquantized_program() -> None:
 @pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq", "best", "rtn"])
 def test_methods_make_pipelines(method: str) -> None:
     steps = quantization_steps(choose_quantization(QuantRequest(quant=method, group_size=32)))
-    result = Pipeline(steps).run(stirred("llama"), PipelineOptions(context=CONTEXT, budget=Budget()))
+    result = Pipeline(steps).run(stirred("llama"), PipelineOptions(context=CONTEXT, limits=UNLIMITED))
     assert len(result.program.contract.quantization) == 14
 
 

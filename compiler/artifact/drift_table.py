@@ -1,0 +1,36 @@
+"""The drift of every pass as a table, for terminals and reports: from the stage before, and since the capture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_FORMS = {
+    "max_abs_diff": ("max |diff|", "{:.1e}"),
+    "relative_error": ("relative error", "{:.1e}"),
+    "cosine": ("cosine", "{:.5f}"),
+    "kl": ("KL", "{:.1e}"),
+    "top1_agreement": ("top-1", "{:.1%}"),
+    "perplexity_increase": ("perplexity", "{:+.1%}"),
+}
+_DISTRIBUTIONS = ("kl", "top1_agreement", "perplexity_increase")
+_TENSORS = ("relative_error", "cosine")
+EMPTY = "–"
+
+Row = Mapping[str, Any]
+"""A PassRecord as plain values."""
+
+
+def drift_table(passes: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """(titles, cells of each pass): the measures that say most of these outputs, and were taken."""
+    known = [row[part] for row in passes for part in ("drift", "since_capture") if row[part] is not None]
+    taken = {key for drift in known for key, value in drift.items() if value is not None}
+    kinds = [key for key in (_DISTRIBUTIONS if "kl" in taken else _TENSORS) if key in taken]
+    columns = [("drift", key) for key in ("max_abs_diff", *kinds)] + [("since_capture", key) for key in kinds]
+    titles = [f"{'sum: ' if part == 'since_capture' else ''}{_FORMS[key][0]}" for part, key in columns]
+    return titles, [[_cell(row[part], key) for part, key in columns] for row in passes]
+
+
+def _cell(drift: Mapping[str, float | None] | None, key: str) -> str:
+    value = None if drift is None else drift[key]
+    return EMPTY if value is None else _FORMS[key][1].format(value)

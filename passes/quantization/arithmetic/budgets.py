@@ -1,0 +1,48 @@
+"""What rounding may cost: the budgets of quantization passes, beside what was measured.
+
+Measured by `benchmarks/pass_drift.py` on the built-in passage (random models: on random tokens): fiction-3m and
+fiction-26m; "wide" and "deep" are random Llamas as transformers initializes them (4 and 22 layers of 256), "large" is
+such a one with weights four times as large, which amplifies every error. Worst of the methods and granularities:
+
+                          fiction-3m             fiction-26m            deep       large
+                          KL      ppl    rel     KL      ppl    rel     rel        KL      rel    cosine
+    weights, 8 bits       0.0006  +0.4%  0.014   FILL
+    weights, 4 bits       0.19    +24%   0.25
+    weights, 3 bits       0.86    +135%  0.48
+    weights, 2 bits       6.9     x1194  1.13
+    weights, FP8          0.0061  +1.9%  0.043
+    inputs, int8          0.0020  +1.0%  0.025
+    inputs, FP8           0.0059  +1.9%  0.043
+    inputs, NVFP4         0.090   +18%   0.157
+    keys, values, int8    0.0008  +0.3%  0.016
+    keys, values, FP8     0.012   +0.5%  0.060
+    scales, float16       0.00001 +0.02% 0.0005
+
+Margins: KL and perplexity three times the worst of the trained models, relative error and 1 - cosine 1.4 times the
+worst of all, as the random models are judged by these.
+"""
+
+from __future__ import annotations
+
+from optc.compiler.rewriting.budget import Budget
+
+_WEIGHTS = {
+    8: Budget(kl=0.005, top1=0.95, perplexity=0.015, relative=0.1, cosine=0.997),
+    4: Budget(kl=0.6, top1=0.8, perplexity=0.7, relative=0.75, cosine=0.7),
+    3: Budget(kl=2.5, top1=0.5, perplexity=4.0, relative=1.15, cosine=0.35),
+    2: Budget(kl=12.0, top1=0.0, perplexity=4000.0, relative=1.5, cosine=-0.05),
+}
+
+
+def weight_budget(bits: int) -> Budget:
+    """Of rounding the weights of all linears to so many bits: integers, or 4-bit floats and codebooks."""
+    return _WEIGHTS[bits]
+
+
+FP8_WEIGHTS = Budget(kl=0.04, top1=0.93, perplexity=0.06, relative=0.25, cosine=0.97)
+INT8_INPUTS = Budget(kl=0.006, top1=0.95, perplexity=0.03, relative=0.1, cosine=0.996)
+FP8_INPUTS = Budget(kl=0.05, top1=0.9, perplexity=0.06, relative=0.25, cosine=0.97)
+NVFP4_INPUTS = Budget(kl=0.4, top1=0.8, perplexity=0.6, relative=0.75, cosine=0.75)
+INT8_KEYS_VALUES = Budget(kl=0.005, top1=0.95, perplexity=0.02, relative=0.1, cosine=0.996)
+FP8_KEYS_VALUES = Budget(kl=0.05, top1=0.9, perplexity=0.06, relative=0.3, cosine=0.96)
+FLOAT16_SCALES = Budget(kl=1e-4, top1=0.97, perplexity=2e-3, relative=0.01, cosine=0.9999)

@@ -1,0 +1,50 @@
+"""Passes as classes: a lossy one says what it may cost, or it cannot be written."""
+
+from __future__ import annotations
+
+import pytest
+from stages import tiny_decoder
+
+from optc.compiler.rewriting.budget import Budget
+from optc.compiler.rewriting.passes import Pass
+from optc.passes.registry import passes
+
+
+def test_a_lossy_pass_without_a_budget_is_no_class() -> None:
+    with pytest.raises(
+        TypeError, match=r"Careless is a lossy pass: it must say in budget\(\) what it may cost"
+    ):
+        type("Careless", (Pass,), {"name": "careless", "lossy": True})
+
+
+def test_a_budget_is_for_lossy_passes() -> None:
+    with pytest.raises(TypeError, match="Confused has a budget but is not lossy"):
+        type("Confused", (Pass,), {"name": "confused", "budget": lambda self, before: None})
+
+
+def test_an_exact_pass_has_no_budget() -> None:
+    with pytest.raises(TypeError, match="pass 'fuse-norm' is not lossy: it has no budget"):
+        passes()["fuse-norm"]().budget(tiny_decoder())
+
+
+def test_budgets_of_all_passes() -> None:
+    """The budget of every lossy pass with its default options, so that a wider one is seen."""
+    program = tiny_decoder()
+    found: dict[str, Budget] = {name: cls().budget(program) for name, cls in passes().items() if cls.lossy}
+    assert {name: (row.kl, row.relative) for name, row in found.items()} == {
+        "pack-xnnpack": (0.006, 0.1),
+        "quantize-activations": (0.006, 0.1),
+        "quantize-auto": (0.6, 0.75),
+        "quantize-clip": (0.6, 0.75),
+        "quantize-fp8": (0.04, 0.25),
+        "quantize-gptq": (0.6, 0.75),
+        "quantize-inputs": (0.05, 0.25),
+        "quantize-kv-cache": (0.005, 0.1),
+        "quantize-llm-int8": (0.011, pytest.approx(0.02**0.5)),
+        "quantize-nf4": (0.6, 0.75),
+        "quantize-nvfp4": (0.6, 0.75),
+        "quantize-rtn": (0.6, 0.75),
+        "round-activations": (0.006, 0.1),
+        "round-scales": (1e-4, 0.01),
+        "tune-scales": (0.005, 0.1),
+    }
