@@ -7,26 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import aten, pointwise_source, value_of
 from optc.compiler.ir.program import Program
-from optc.compiler.ops.dialect import nvfp4 as _nvfp4  # noqa: F401  (registers the operators)
-from optc.compiler.ops.dialect import quantization as _quantization  # noqa: F401
+from optc.compiler.ops import library
+from optc.compiler.ops.library import makes_weight
 
 LINEARS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
-DEQUANTIZERS = (
-    torch.ops.optc.dequantize.default,
-    torch.ops.optc.dequantize_float.default,
-    torch.ops.optc.dequantize_codebook.default,
-    torch.ops.optc.dequantize_nvfp4.default,
-)
-"""Calls that make a weight [N, K] of codes."""
-NVFP4 = torch.ops.optc.quantize_nvfp4.default
-QUANTIZERS = (torch.ops.optc.quantize.default, torch.ops.optc.quantize_dynamic.default, NVFP4)
-"""Calls that make codes of activations."""
-_DEQUANTIZED = (torch.ops.optc.dequantize_activation.default, torch.ops.optc.dequantize_nvfp4.default)
 
 
 @dataclass(frozen=True)
@@ -84,25 +72,35 @@ def linear_site(program: Program, node: Node) -> Linear | None:
     if root.target is aten.select.int and root.args[1] == 0 and isinstance(root.args[2], int):
         root, index = root.args[0], root.args[2]
     held = root if program.weight_of(root) is not None else None
-    if held is None and weight.target not in DEQUANTIZERS:
+    if held is None and not makes_weight(weight.target):
         return None
     return Linear(node, x, weight, bias, transposed, held, index)
 
 
 def quantized_activation(node: Node) -> Node | None:
-    """The call of `QUANTIZERS` behind a dequantized activation, None when `node` is none."""
-    if node.target not in _DEQUANTIZED:
+    """The call that made the codes behind a dequantized activation, None when `node` is none."""
+    spec = library.find(node.target)
+    if spec is None or not spec.makes_activation:
         return None
     codes = node.args[0]
     assert isinstance(codes, Node)
     made = codes.args[0] if codes.target is operator.getitem else codes
     assert isinstance(made, Node)
-    return made if made.target in QUANTIZERS else None
+    source = library.find(made.target)
+    return made if source is not None and source.activation_codes is not None else None
 
 
 def activation_format(call: Node) -> str:
-    """The format that a call of `QUANTIZERS` rounds to."""
-    return "nvfp4" if call.target is NVFP4 else str(call.kwargs["format"])
+    """The format that a call which makes codes of activations rounds to."""
+    spec = library.find(call.target)
+    assert spec is not None
+    assert spec.activation_codes is not None
+    return spec.activation_codes(call.kwargs)
+
+
+def weight_calls(program: Program) -> list[Node]:
+    """The calls that make a weight of codes, in graph order."""
+    return [node for node in program.graph.nodes if makes_weight(node.target)]
 
 
 def linear_sites(program: Program) -> Iterator[Linear]:

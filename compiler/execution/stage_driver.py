@@ -18,14 +18,15 @@ from torch import Tensor
 from optc.compiler.execution.block_manager import BlockManager
 from optc.compiler.ir.contract import Input, OutputRole
 from optc.compiler.ir.program import Program
+from optc.compiler.ops.library import Axes, OpSpec, specs
 from optc.compiler.rewriting.retrace import Handler, Replay
 
-_BHSD = ("attention", "cached_attention", "cached_attention_", "cached_attention_codes", "masked_attention")
-_BSC = (
-    "group_query_attention",
-    "group_query_attention_codes",
-)  # made by legalization for ONNX Runtime: [B, S, H * Dv]
-_NHD = ("paged_attention_",)
+_FLAT: dict[Axes, Callable[[Tensor], Tensor]] = {
+    "BHSD": lambda out: out.transpose(1, 2).flatten(2),
+    "BSC": lambda out: out,
+    "NHD": lambda out: out.flatten(1),
+}
+"""An attention's result laid out like the tokens: [B, S, H * Dv], or [N, H * Dv]."""
 
 
 @dataclass(frozen=True)
@@ -111,26 +112,15 @@ def _tapped(program: Program, taps: list[Tensor]) -> Callable[..., list[Any]]:
     Taps are laid out like the tokens: [B, S, H * Dv], or [N, H * Dv] for a flattened token axis.
     """
 
-    def handler(name: str, flatten: Callable[[Tensor], Tensor]) -> Handler:
-        op = getattr(torch.ops.optc, name).default
-
+    def handler(spec: OpSpec, flatten: Callable[[Tensor], Tensor]) -> Handler:
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            result = op(*args, **kwargs)
+            result = spec.op(*args, **kwargs)
             taps.append(flatten(result[0] if isinstance(result, tuple | list) else result))
             return result
 
         return call
 
-    layouts: list[tuple[tuple[str, ...], Callable[[Tensor], Tensor]]] = [
-        (_BHSD, lambda out: out.transpose(1, 2).flatten(2)),
-        (_BSC, lambda out: out),
-        (_NHD, lambda out: out.flatten(1)),
-    ]
-    handlers: dict[Any, Handler] = {}
-    for names, flatten in layouts:
-        for name in names:
-            if hasattr(torch.ops.optc, name):
-                handlers[getattr(torch.ops.optc, name).default] = handler(name, flatten)
+    handlers = {spec.op: handler(spec, _FLAT[spec.attends]) for spec in specs() if spec.attends is not None}
 
     def run(*inputs: Tensor) -> list[Any]:
         with torch.no_grad():

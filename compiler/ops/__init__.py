@@ -1,7 +1,14 @@
 """The `optc::` dialect. Importing this package registers every op."""
 
 from optc.compiler.ops.dialect import attention, attention_codes, nvfp4, paged, quantization, rotary, rotation
-from optc.compiler.ops.packed import inductor_cpu, onnxruntime, onnxruntime_products, tensorrt, xnnpack
+from optc.compiler.ops.packed import (
+    inductor_cpu,
+    onnxruntime,
+    onnxruntime_codes,
+    onnxruntime_products,
+    tensorrt,
+    xnnpack,
+)
 
 __all__ = [
     "attention",
@@ -9,6 +16,7 @@ __all__ = [
     "inductor_cpu",
     "nvfp4",
     "onnxruntime",
+    "onnxruntime_codes",
     "onnxruntime_products",
     "paged",
     "quantization",

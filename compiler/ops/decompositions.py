@@ -1,7 +1,7 @@
 """The dialect in plain ATen: traceable, without loops over rows, for targets without kernels of their own.
 
 Each function takes what its op takes and computes the same numbers up to rounding. Shapes as in
-`optc.compiler.ops.dialect.attention`: B batch, H query heads, Hkv key/value heads, G = H / Hkv, S new tokens, T keys.
+`optc.compiler.ops.attention_arguments`, and G = H / Hkv.
 
 Query heads of one key/value head are laid behind each other as rows of one query [B, Hkv, G*S, D], so
 that keys and values are read once and never repeated in memory.
@@ -9,10 +9,12 @@ that keys and values are read once and never repeated in memory.
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
-from optc.compiler.ops.dialect.attention import position_mask
+from optc.compiler.ops.attention_arguments import Cached, Knobs, position_mask, takes_cached
 
 
 def attention(
@@ -22,45 +24,31 @@ def attention(
     key_padding: Tensor | None,
     sinks: Tensor | None,
     *,
-    scale: float,
     causal: bool,
-    window: int,
-    softcap: float,
+    **knobs: Unpack[Knobs],
 ) -> Tensor:
     """`optc::attention`: q [B,H,S,D], k/v [B,Hkv,T,D], key_padding [B,T] -> [B,H,S,Dv]."""
     keep = None
-    if causal or window > 0:
+    if causal or knobs["window"] > 0:
         query = torch.arange(q.shape[2], device=q.device) + (k.shape[2] - q.shape[2])
         key = torch.arange(k.shape[2], device=q.device)
-        keep = position_mask(query, key, causal=causal, window=window)[None, None]
+        keep = position_mask(query, key, causal=causal, window=knobs["window"])[None, None]
     if key_padding is not None:
         seen = key_padding[:, None, None, :].bool()
         keep = seen if keep is None else keep & seen
-    return attend(q, k, v, keep, sinks, scale=scale, softcap=softcap)
+    return attend(q, k, v, keep, sinks, scale=knobs["scale"], softcap=knobs["softcap"])
 
 
-def cached_attention_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    past_lengths: Tensor,
-    total_length: int,
-    sinks: Tensor | None,
-    *,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> Tensor:
-    """`optc::cached_attention_`: writes k/v [B,Hkv,S,D] into the caches, reads their first T slots only."""
-    write_cache_(k_cache, k, past_lengths)
-    write_cache_(v_cache, v, past_lengths)
-    keys, values = k_cache[:, :, :total_length], v_cache[:, :, :total_length]
-    query = past_lengths[:, None] + torch.arange(q.shape[2], device=q.device)
-    key = torch.arange(total_length, device=q.device)
-    keep = position_mask(query, key, causal=True, window=window)[:, None]
-    return attend(q, keys, values, keep, sinks, scale=scale, softcap=softcap)
+@takes_cached
+def cached_attention_(call: Cached, sinks: Tensor | None, **knobs: Unpack[Knobs]) -> Tensor:
+    """`optc::cached_attention_`: writes k, v into the caches, reads their first `total_length` slots only."""
+    write_cache_(call.k_cache, call.k, call.past_lengths)
+    write_cache_(call.v_cache, call.v, call.past_lengths)
+    keys, values = (cache[:, :, : call.total_length] for cache in (call.k_cache, call.v_cache))
+    query = call.past_lengths[:, None] + torch.arange(call.q.shape[2], device=call.q.device)
+    key = torch.arange(call.total_length, device=call.q.device)
+    keep = position_mask(query, key, causal=True, window=knobs["window"])[:, None]
+    return attend(call.q, keys, values, keep, sinks, scale=knobs["scale"], softcap=knobs["softcap"])
 
 
 def write_cache_(cache: Tensor, new: Tensor, past_lengths: Tensor) -> None:

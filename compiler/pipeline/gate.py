@@ -17,6 +17,7 @@ import torch
 from optc.compiler.diagnostics import GateError
 from optc.compiler.execution.drift import Drift
 from optc.compiler.ir.program import Program
+from optc.compiler.ops import library
 from optc.compiler.rewriting.budget import Budget, total_budget
 
 # Tolerance on logits, as a share of their largest magnitude (at least 1). A rewrite may reorder
@@ -32,16 +33,11 @@ DECIDED = 10
 ROUNDING = Budget(kl=2e-3, top1=0.95, perplexity=5e-3, relative=0.05, cosine=0.998)
 """What a meaning-preserving pass may move in a program that rounds activations."""
 
-_ROUNDING_OPS = ("quantize_dynamic", "quantize_tokens", "quantize", "quantize_nvfp4", "linear_dynamic")
-
 
 def rounds_activations(program: Program) -> bool:
     """Whether a program rounds activations to codes while it runs."""
-    names = {f"optc::{name}" for name in _ROUNDING_OPS}
-    return any(
-        isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in names
-        for node in program.graph.nodes
-    )
+    calls = ((library.find(node.target), node.kwargs) for node in program.graph.nodes)
+    return any(spec is not None and spec.rounds_activations(keywords) for spec, keywords in calls)
 
 
 @dataclass(frozen=True, kw_only=True)

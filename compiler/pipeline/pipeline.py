@@ -24,6 +24,7 @@ from optc.compiler.ir.program import Program
 from optc.compiler.ir.provenance import module_path
 from optc.compiler.ir.text import format_program
 from optc.compiler.ir.verification import verify_program
+from optc.compiler.ops.library import attends
 from optc.compiler.pipeline.gate import PASSES_OWN, ROUNDING, Ledger, Limits, Verdict, rounds_activations
 from optc.compiler.pipeline.quantization_summary import finite, measured_records
 from optc.compiler.pipeline.stages import load_stage, save_stage
@@ -255,11 +256,7 @@ def compute_dtype(program: Program) -> torch.dtype:
 
 def attention_paths(program: Program) -> list[str]:
     """Module path of every attention operator, in graph order; for messages and plots."""
-    return [
-        path
-        for node in program.graph.nodes
-        if node.op == "call_function" and "attention" in str(node.target) and (path := module_path(node))
-    ]
+    return [path for node in program.graph.nodes if attends(node.target) and (path := module_path(node))]
 
 
 def default_probe(program: Program, seed: int) -> Probe:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import evaluate
-from optc.compiler.analysis.linears import DEQUANTIZERS, Linear, linear_sites
+from optc.compiler.analysis.linears import Linear, linear_sites, weight_calls
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.quantization_record import LinearRecord
@@ -28,8 +28,8 @@ def measured_records(before: Program, after: Program) -> tuple[LinearRecord, ...
     old = before.contract.quantization
     sites = {_codes_name(before, site): site for site in linear_sites(before) if site.placeholder is not None}
     found: dict[str, LinearRecord] = {}
-    for node in after.graph.nodes:
-        name = after.weight_of(node.args[0]) if node.target in DEQUANTIZERS else None
+    for node in weight_calls(after):
+        name = after.weight_of(node.args[0])
         entry = after.contract.quantization.get(name or "")
         if name is None or entry is None or name in old or name in found or name not in sites:
             continue

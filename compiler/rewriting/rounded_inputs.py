@@ -8,7 +8,6 @@ import torch
 from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import value_of
-from optc.compiler.analysis.linears import NVFP4
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import insert_call
 
@@ -28,7 +27,7 @@ def rounded_input(program: Program, before: Node, x: Node, format: str, scale: N
         codes = insert_call(program, before, _optc.quantize.default, (x, scale), {"format": format})
         return insert_call(program, before, _optc.dequantize_activation.default, (codes, scale), knobs)
     if scale is not None:
-        made = insert_call(program, before, NVFP4, (x, scale))
+        made = insert_call(program, before, _optc.quantize_nvfp4.default, (x, scale))
         parts = [insert_call(program, before, operator.getitem, (made, i)) for i in (0, 1)]
         return insert_call(program, before, _optc.dequantize_nvfp4.default, (*parts, scale), knobs)
     made = insert_call(program, before, _optc.quantize_dynamic.default, (x,), {"format": format})

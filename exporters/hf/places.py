@@ -13,7 +13,6 @@ from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import aten, peel, value_of
 from optc.compiler.analysis.linears import (
-    DEQUANTIZERS,
     Linear,
     activation_format,
     linear_site,
@@ -26,6 +25,7 @@ from optc.compiler.ir.program import Program
 from optc.compiler.ir.provenance import module_path
 from optc.compiler.model_folder.checkpoint import tied_names
 from optc.compiler.ops.dialect.nvfp4 import BLOCK
+from optc.compiler.ops.library import makes_weight
 from optc.compiler.rewriting.key_values import key_value_scales, rounded
 
 _optc = torch.ops.optc
@@ -94,7 +94,7 @@ class Places:
                 raise _refusal(name, "a product reads it transposed")
         items, parts = [], set()
         for call in self.program.graph.nodes:
-            if call.target not in DEQUANTIZERS or quantized_activation(call) is not None:
+            if not makes_weight(call.target) or quantized_activation(call) is not None:
                 continue
             if call not in calls or any(user.target is not aten.linear.default for user in call.users):
                 raise _refusal(self._name(call.args[0]), "something other than a linear reads it")

@@ -13,37 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import drop_dead
-from optc.compiler.ops import decompositions
-from optc.compiler.ops.library import reference
+from optc.compiler.ops.library import OpSpec, find
 from optc.compiler.rewriting.common_subexpressions import share_expressions
 from optc.compiler.rewriting.inlining import inline_call
 from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult
 from optc.compiler.rewriting.weights import prune_contract
 from optc.passes.legalization.inductor_linears import PackedProduct
-
-optc = torch.ops.optc
-
-ATEN_FORMS: dict[Any, Callable[..., Any]] = {
-    optc.attention.default: decompositions.attention,
-    optc.cached_attention_.default: decompositions.cached_attention_,
-    optc.rotary.default: reference("rotary"),
-    optc.rotate_blocks.default: reference("rotate_blocks"),
-    optc.dequantize.default: reference("dequantize"),
-    optc.dequantize_float.default: reference("dequantize_float"),
-    optc.dequantize_codebook.default: reference("dequantize_codebook"),
-    optc.quantize.default: reference("quantize"),
-    optc.dequantize_activation.default: reference("dequantize_activation"),
-}
-"""Operator of the dialect -> the same in traceable ATen."""
-DYNAMIC = optc.quantize_dynamic.default
-"""Has two results, each of which becomes arithmetic of its own."""
-_WEIGHTS = (optc.dequantize.default, optc.dequantize_float.default, optc.dequantize_codebook.default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +39,24 @@ class LegalizeInductor(Pass):
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         edited = program.clone()
-        sites = edited.calls(*ATEN_FORMS, DYNAMIC)
+        sites = _calls(edited)
         misses = _pack_linears(edited) if self.packed else []
-        left = len(edited.calls(*_WEIGHTS))
-        for node in edited.calls(DYNAMIC):
-            _inline_results(edited, node)
-        for node in edited.calls(*ATEN_FORMS):
-            inline_call(edited, node, ATEN_FORMS[node.target])
+        calls = _calls(edited)
+        left = sum(spec.makes_weight for _, spec in calls)
+        for node, spec in calls:
+            _inline(edited, node, spec)
         if not sites:
             return PassResult(program, 0, 0)
         share_expressions(edited)  # positions and masks are the same in every layer
         drop_dead(edited)
         notes = (f"{left} weights are dequantized before each use",) if left else ()
         return PassResult(prune_contract(edited).changed(), len(sites), len(sites), tuple(misses), notes)
+
+
+def _calls(program: Program) -> list[tuple[Node, OpSpec]]:
+    """The calls of ops that have a form in plain ATen, in graph order."""
+    found = ((node, find(node.target)) for node in program.graph.nodes)
+    return [(node, spec) for node, spec in found if spec is not None and spec.aten is not None]
 
 
 def _pack_linears(program: Program) -> list[Miss]:
@@ -87,19 +72,26 @@ def _pack_linears(program: Program) -> list[Miss]:
     return misses
 
 
-def _inline_results(program: Program, node: Node) -> None:
-    """Spell out both results of `quantize_dynamic`, (codes, scale), where they are read."""
-    x, form = node.args[0], str(node.kwargs["format"])
+def _inline(program: Program, node: Node, spec: OpSpec) -> None:
+    """Spell out a call, or each of its results where it is read."""
+    form = spec.aten
+    assert form is not None
+    if len(spec.op._schema.returns) == 1:
+        inline_call(program, node, form)
+        return
     for user in list(node.users):
         assert user.target is operator.getitem
         index = user.args[1]
         assert isinstance(index, int)
-
-        def result(values: Tensor, index: int = index) -> Tensor:
-            part = reference("quantize_dynamic")(values, format=form)[index]
-            assert isinstance(part, Tensor)
-            return part
-
-        user.args = (x,)
-        inline_call(program, user, result)
+        user.args, user.kwargs = node.args, node.kwargs
+        inline_call(program, user, _result(form, index))
     program.graph.erase_node(node)
+
+
+def _result(form: Callable[..., Any], index: int) -> Callable[..., Tensor]:
+    def result(*args: Any, **kwargs: Any) -> Tensor:
+        part = form(*args, **kwargs)[index]
+        assert isinstance(part, Tensor)
+        return part
+
+    return result

@@ -14,9 +14,9 @@ from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import value_of
 from optc.compiler.analysis.head_layout import call_of
-from optc.compiler.analysis.linears import DEQUANTIZERS
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight, replace_call
+from optc.compiler.ops.library import makes_weight
 from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
 from optc.compiler.rewriting.weights import prune_contract, record_weight
@@ -61,7 +61,7 @@ class _Product(Rule):
         if node.op != "call_function" or node.target is not _aten.linear.default:
             return None
         weight = node.args[1]
-        if not isinstance(weight, Node) or weight.target not in DEQUANTIZERS:
+        if not isinstance(weight, Node) or not makes_weight(weight.target):
             return None
         call = call_of(weight, _optc.dequantize.default)
         reason = "its weight is not made of integer codes" if call is None else self._obstacle(program, call)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
-from optc.compiler.analysis.linears import DEQUANTIZERS
+from optc.compiler.analysis.linears import weight_calls
 from optc.compiler.diagnostics import InputError
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import set_weight
@@ -44,7 +44,7 @@ class RoundScales(Pass):
             InputError: a scale beyond what float16 holds, or so small that it would become 0; names the weight.
         """
         edited, rounded = program.clone(), set()
-        names = {_scale_name(program, node) for node in program.graph.nodes if node.target in DEQUANTIZERS}
+        names = {_scale_name(program, node) for node in weight_calls(program)}
         for name in sorted(names):
             scale = program.weight(name).detach()
             half = scale.to(torch.float16) if self.strict else storable(scale.float())

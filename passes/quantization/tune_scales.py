@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.analysis.dataflow import is_tensor, value_of
-from optc.compiler.analysis.linears import DEQUANTIZERS
+from optc.compiler.analysis.linears import weight_calls
 from optc.compiler.calibration.sequences import Calibration
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.ir.program import Program
@@ -160,7 +160,7 @@ class _Trainer:
 
 def _scale_names(program: Program) -> list[str]:
     """The scales of every dequantized weight that are weights themselves."""
-    names = [program.weight_of(node.args[1]) for node in program.calls(*DEQUANTIZERS)]
+    names = [program.weight_of(node.args[1]) for node in weight_calls(program)]
     return list(dict.fromkeys(name for name in names if name is not None))
 
 

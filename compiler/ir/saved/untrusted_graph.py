@@ -21,6 +21,7 @@ from optc.compiler import compat
 from optc.compiler.diagnostics import ArtifactError
 from optc.compiler.ir.saved.shape_expressions import parse_shape_expression
 from optc.compiler.ir.saved.strict_decoding import RefusedError, decode, require
+from optc.compiler.ops import library
 
 KEPT_METADATA = ("stack_trace", "nn_module_stack")
 _OPERATOR = re.compile(r"torch\.ops\.(aten|optc)\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
@@ -118,6 +119,8 @@ def _operator_problem(target: str) -> str | None:
     match = _OPERATOR.fullmatch(target)
     if match is None or match[2] in _FORBIDDEN_OPERATORS:
         return f"operator {target[:120]!r} is not allowed: aten, optc and arithmetic on sizes are"
+    if match[1] == "optc" and library.named(match[2]) is None:
+        return f"operator {target[:120]!r} is not one of this optc's"
     packet = getattr(getattr(torch.ops, match[1]), match[2], None)
     overload = getattr(packet, match[3], None)
     return (

@@ -1,8 +1,6 @@
-"""Stateless attention and attention over a linear KV cache.
+"""Stateless attention and attention over a linear KV cache; arguments as `optc.compiler.ops.attention_arguments` says.
 
-Shapes: B batch, H query heads, Hkv key/value heads (H % Hkv == 0), S new tokens, T keys, D head
-size. `window` counts tokens including the query itself (0: none); `softcap` 0 is none. Scores and
-softmax are computed in float32, as transformers' eager attention does.
+Scores and softmax are computed in float32, as transformers' eager attention does.
 
 Grouped-query attention: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245. Softcap: Gemma 2
 report, https://arxiv.org/abs/2408.00118. Sinks: a learned logit per head that joins the softmax
@@ -11,12 +9,23 @@ and is then dropped (gpt-oss).
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
+from optc.compiler.ops import decompositions
+from optc.compiler.ops.attention_arguments import (
+    CAUSAL_KNOBS,
+    KNOBS,
+    Cached,
+    Knobs,
+    cached_schema,
+    grown_caches,
+    position_mask,
+    takes_cached,
+)
 from optc.compiler.ops.library import define
-
-_KNOBS = "*, float scale, {causal}int window, float softcap"
 
 
 def masked_attention(
@@ -49,13 +58,6 @@ def masked_attention(
     return torch.matmul(scores_BHST.to(v.dtype), v)
 
 
-def position_mask(query: Tensor, key: Tensor, *, causal: bool, window: int) -> Tensor:
-    """keep[..., i, j] for query positions [..., S] and key positions [T]."""
-    query, key = query[..., :, None], key[None, :]
-    keep = key <= query if causal else torch.ones_like(key <= query)
-    return keep & (key > query - window) if window > 0 else keep
-
-
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -63,23 +65,20 @@ def _attention(
     key_padding: Tensor | None,
     sinks: Tensor | None,
     *,
-    scale: float,
     causal: bool,
-    window: int,
-    softcap: float,
+    **knobs: Unpack[Knobs],
 ) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
-    query, key = (
-        torch.arange(queries, device=q.device) + (keys - queries),
-        torch.arange(keys, device=q.device),
-    )
-    keep = position_mask(query, key, causal=causal, window=window)[None, None]
+    query = torch.arange(queries, device=q.device) + (keys - queries)
+    key = torch.arange(keys, device=q.device)
+    keep = position_mask(query, key, causal=causal, window=knobs["window"])[None, None]
     if key_padding is not None:
         keep = keep & key_padding[:, None, None, :].bool()
-    return masked_attention(q, k, v, keep, sinks, scale=scale, softcap=softcap)
+    return masked_attention(q, k, v, keep, sinks, scale=knobs["scale"], softcap=knobs["softcap"])
 
 
-def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+def attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+    """[B,H,S,Dv]"""
     return q.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
 
 
@@ -89,15 +88,13 @@ def attend_cache(
     values: Tensor,
     past_lengths: Tensor,
     sinks: Tensor | None,
-    *,
-    scale: float,
-    window: int,
-    softcap: float,
+    **knobs: Unpack[Knobs],
 ) -> Tensor:
     """Causal attention of S new tokens at positions past_lengths[b] + i over keys [B,Hkv,T,D]."""
     query = past_lengths[:, None] + torch.arange(q.shape[2], device=q.device)
-    keep = position_mask(query, torch.arange(keys.shape[2], device=q.device), causal=True, window=window)
-    return masked_attention(q, keys, values, keep[:, None], sinks, scale=scale, softcap=softcap)
+    key = torch.arange(keys.shape[2], device=q.device)
+    keep = position_mask(query, key, causal=True, window=knobs["window"])[:, None]
+    return masked_attention(q, keys, values, keep, sinks, scale=knobs["scale"], softcap=knobs["softcap"])
 
 
 def write_cache_(cache: Tensor, new: Tensor, past_lengths: Tensor) -> None:
@@ -112,76 +109,49 @@ def write_cache_(cache: Tensor, new: Tensor, past_lengths: Tensor) -> None:
 
 
 def _cached_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    past_lengths: Tensor,
-    total_length: int,
-    sinks: Tensor | None,
-    *,
-    scale: float,
-    window: int,
-    softcap: float,
+    call: Cached, sinks: Tensor | None, **knobs: Unpack[Knobs]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    length = max(k_cache.shape[2], total_length)
+    length = max(call.k_cache.shape[2], call.total_length)
     grown = []
-    for cache, new in ((k_cache, k), (v_cache, v)):
+    for cache, new in ((call.k_cache, call.k), (call.v_cache, call.v)):
         room = cache.new_zeros((*cache.shape[:2], length - cache.shape[2], cache.shape[3]))
         whole = torch.cat([cache, room], 2)
-        write_cache_(whole, new, past_lengths)
+        write_cache_(whole, new, call.past_lengths)
         grown.append(whole)
-    keys, values = (cache[:, :, :total_length] for cache in grown)
-    out = attend_cache(q, keys, values, past_lengths, sinks, scale=scale, window=window, softcap=softcap)
-    return out, grown[0], grown[1]
+    keys, values = (cache[:, :, : call.total_length] for cache in grown)
+    return attend_cache(call.q, keys, values, call.past_lengths, sinks, **knobs), grown[0], grown[1]
 
 
-def _cached_attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, past_lengths: Tensor, total_length: int,
-    *_: object, **__: object,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    length = torch.sym_max(k_cache.shape[2], total_length)
-    grown = [cache.new_empty((*cache.shape[:2], length, cache.shape[3])) for cache in (k_cache, v_cache)]
-    return _attention_fake(q, k, v), grown[0], grown[1]
+def cached_attention_fake(call: Cached, *_: object, **__: object) -> tuple[Tensor, Tensor, Tensor]:
+    """[B,H,S,Dv], and the grown caches."""
+    return attention_fake(call.q, call.k, call.v), *grown_caches(call)
 
 
-def _cached_attention_in_place(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    past_lengths: Tensor,
-    total_length: int,
-    sinks: Tensor | None,
-    *,
-    scale: float,
-    window: int,
-    softcap: float,
-) -> Tensor:
-    write_cache_(k_cache, k, past_lengths)
-    write_cache_(v_cache, v, past_lengths)
-    keys, values = k_cache[:, :, :total_length], v_cache[:, :, :total_length]
-    return attend_cache(q, keys, values, past_lengths, sinks, scale=scale, window=window, softcap=softcap)
+def _cached_attention_in_place(call: Cached, sinks: Tensor | None, **knobs: Unpack[Knobs]) -> Tensor:
+    write_cache_(call.k_cache, call.k, call.past_lengths)
+    write_cache_(call.v_cache, call.v, call.past_lengths)
+    keys, values = (cache[:, :, : call.total_length] for cache in (call.k_cache, call.v_cache))
+    return attend_cache(call.q, keys, values, call.past_lengths, sinks, **knobs)
 
 
 define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? key_padding, Tensor? sinks, "
-    + _KNOBS.format(causal="bool causal, ")
-    + ") -> Tensor",
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor? key_padding, Tensor? sinks, *, {KNOBS}) -> Tensor",
     _attention,
-    _attention_fake,
+    attention_fake,
+    aten=decompositions.attention,
+    attends="BHSD",
 )
 define(
-    "cached_attention(Tensor q, Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor past_lengths, "
-    "SymInt total_length, Tensor? sinks, " + _KNOBS.format(causal="") + ") -> (Tensor, Tensor, Tensor)",
-    _cached_attention,
-    _cached_attention_fake,
+    f"cached_attention({cached_schema(in_place=False)}, Tensor? sinks, *, {CAUSAL_KNOBS}) "
+    "-> (Tensor, Tensor, Tensor)",
+    takes_cached(_cached_attention),
+    takes_cached(cached_attention_fake),
+    attends="BHSD",
 )
 define(
-    "cached_attention_(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    "Tensor past_lengths, SymInt total_length, Tensor? sinks, " + _KNOBS.format(causal="") + ") -> Tensor",
-    _cached_attention_in_place,
-    _attention_fake,
+    f"cached_attention_({cached_schema(in_place=True)}, Tensor? sinks, *, {CAUSAL_KNOBS}) -> Tensor",
+    takes_cached(_cached_attention_in_place),
+    attention_fake,
+    aten=decompositions.cached_attention_,
+    attends="BHSD",
 )

@@ -62,6 +62,7 @@ define(
         torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format),
         x.new_empty((*x.shape[:-1], x.shape[-1] // BLOCK), dtype=torch.float8_e4m3fn),
     ),
+    activation_codes=lambda _: "nvfp4",
 )
 define(
     "dequantize_nvfp4(Tensor codes, Tensor block_scale, Tensor scale, *, ScalarType dtype) -> Tensor",
@@ -69,4 +70,6 @@ define(
     lambda codes, _block_scale, _scale, *, dtype: torch.empty_like(
         codes, dtype=dtype, memory_format=torch.contiguous_format
     ),
+    makes_weight=True,
+    makes_activation=True,
 )

@@ -7,9 +7,12 @@ block count is miscompiled by AOTInductor (pytorch issue 198068).
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
+from optc.compiler.ops.attention_arguments import CAUSAL_KNOBS, Knobs
 from optc.compiler.ops.dialect.attention import attend_cache
 from optc.compiler.ops.library import define
 
@@ -24,10 +27,7 @@ def _paged_attention(
     block_tables: Tensor,
     context_lens: Tensor,
     cu_seqlens: Tensor,
-    *,
-    scale: float,
-    window: int,
-    softcap: float,
+    **knobs: Unpack[Knobs],
 ) -> Tensor:
     for pool, new in ((k_pool, k), (v_pool, v)):
         pool.view(-1, *pool.shape[2:]).index_copy_(0, slot_mapping, new.to(pool.dtype))
@@ -41,7 +41,7 @@ def _paged_attention(
         )
         past = torch.full((1,), length - (end - start), device=q.device)
         query = q[start:end].transpose(0, 1)[None]
-        rows = attend_cache(query, keys, values, past, None, scale=scale, window=window, softcap=softcap)
+        rows = attend_cache(query, keys, values, past, None, **knobs)
         out[start:end] = rows[0].transpose(0, 1)
     return out
 
@@ -53,7 +53,8 @@ def _paged_attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: obj
 define(
     "paged_attention_(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, "
     "Tensor slot_mapping, Tensor block_tables, Tensor context_lens, Tensor cu_seqlens, "
-    "*, float scale, int window, float softcap) -> Tensor",
+    f"*, {CAUSAL_KNOBS}) -> Tensor",
     _paged_attention,
     _paged_attention_fake,
+    attends="NHD",
 )

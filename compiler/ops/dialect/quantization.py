@@ -96,16 +96,22 @@ define(
     "dequantize(Tensor codes, Tensor scale, Tensor? zero, *, int bits, int group_size) -> Tensor",
     _dequantize,
     lambda codes, scale, *_, **__: scale.new_empty(codes.shape),
+    aten=_dequantize,
+    makes_weight=True,
 )
 define(
     "dequantize_float(Tensor codes, Tensor scale, *, int group_size=0) -> Tensor",
     _dequantize_float,
     lambda codes, scale, **_: scale.new_empty(codes.shape),
+    aten=_dequantize_float,
+    makes_weight=True,
 )
 define(
     "dequantize_codebook(Tensor codes, Tensor scale, Tensor table, *, int bits, int group_size) -> Tensor",
     _dequantize_codebook,
     lambda codes, scale, *_, **__: scale.new_empty(codes.shape),
+    aten=_dequantize_codebook,
+    makes_weight=True,
 )
 define(
     "quantize_dynamic(Tensor x, *, str format) -> (Tensor, Tensor)",
@@ -114,11 +120,15 @@ define(
         _codes_like(x, format),
         x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
     ),
+    aten=_quantize_dynamic,
+    activation_codes=lambda keywords: str(keywords["format"]),
 )
 define(
     "quantize(Tensor x, Tensor scale, *, str format) -> Tensor",
     _quantize,
     lambda x, _scale, *, format: _codes_like(x, format),
+    aten=_quantize,
+    activation_codes=lambda keywords: str(keywords["format"]),
 )
 define(
     "dequantize_activation(Tensor codes, Tensor scale, *, ScalarType dtype) -> Tensor",
@@ -126,4 +136,6 @@ define(
     lambda codes, _scale, *, dtype: torch.empty_like(
         codes, dtype=dtype, memory_format=torch.contiguous_format
     ),
+    aten=_dequantize_activation,
+    makes_activation=True,
 )

@@ -31,4 +31,5 @@ define(
     "rotary(Tensor x, Tensor position, Tensor inv_freq, *, float scaling, bool interleaved) -> Tensor",
     _rotary,
     lambda x, *_, **__: torch.empty_like(x, memory_format=torch.contiguous_format),
+    aten=_rotary,
 )

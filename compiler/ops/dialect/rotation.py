@@ -18,4 +18,5 @@ define(
     "rotate_blocks(Tensor x, Tensor matrix) -> Tensor",
     _rotate_blocks,
     lambda x, _matrix: torch.empty_like(x, memory_format=torch.contiguous_format),
+    aten=_rotate_blocks,
 )

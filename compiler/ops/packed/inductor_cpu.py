@@ -125,4 +125,5 @@ define(
     "int bits, int group_size, int activation_group, int K, int N) -> Tensor",
     _linear_nbits,
     lambda x, *_, N, **__: x.new_empty((*x.shape[:-1], N)),
+    rounds_inside=lambda keywords: keywords["activation_group"] != KEPT,
 )

@@ -8,10 +8,13 @@ legalized Program still runs and is gated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypedDict, Unpack
+
 import torch
 from torch import Tensor
 
-from optc.compiler.ops.dialect.attention import attend_cache, write_cache_
+from optc.compiler.ops.attention_arguments import Cached, Knobs
 from optc.compiler.ops.library import define
 
 
@@ -33,60 +36,89 @@ def _heads(x: Tensor, count: int) -> Tensor:
     return x.unflatten(-1, (count, -1)).transpose(1, 2)
 
 
-def _group_query_attention(
-    query: Tensor,
-    key: Tensor | None,
-    value: Tensor | None,
-    past_key: Tensor,
-    past_value: Tensor,
-    seqlens_k: Tensor,
-    total_sequence_length: int,
-    cos_cache: Tensor | None,
-    sin_cache: Tensor | None,
-    *,
-    num_heads: int,
-    kv_num_heads: int,
-    scale: float,
-    local_window_size: int,
-    softcap: float,
-    rotary_interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """query [B,S,H*D] with key, value [B,S,Hkv*D], or packed [B,S,(H+2*Hkv)*D] with neither.
+GROUP_QUERY = (
+    "Tensor query, Tensor? key, Tensor? value, Tensor past_key, Tensor past_value, Tensor seqlens_k, "
+    "SymInt total_sequence_length, Tensor? cos_cache, Tensor? sin_cache"
+)
+GROUP_QUERY_KNOBS = "int num_heads, int kv_num_heads, float scale, int local_window_size, float softcap, bool rotary_interleaved"
 
-    seqlens_k int32 [B] is the total length of each row minus one; in a right-padded first prompt it
-    may be less than S - 1. Returns the output [B,S,H*D] and the caches
-    [B,Hkv,max(P, total_sequence_length),D].
+
+class GroupQuery(NamedTuple):
+    """Positional arguments of GroupQueryAttention, whatever its caches hold.
+
+    query [B,S,H*D] with key, value [B,S,Hkv*D], or packed [B,S,(H+2*Hkv)*D] with neither. seqlens_k int32 [B] is the
+    total length of each row minus one; in a right-padded first prompt it may be less than S - 1.
     """
+
+    query: Tensor
+    key: Tensor | None
+    value: Tensor | None
+    past_key: Tensor
+    past_value: Tensor
+    seqlens_k: Tensor
+    total_sequence_length: int
+    cos_cache: Tensor | None
+    sin_cache: Tensor | None
+
+
+class GroupQueryKnobs(TypedDict):
+    """Keyword arguments of GroupQueryAttention; a `local_window_size` below 1 is none."""
+
+    num_heads: int
+    kv_num_heads: int
+    scale: float
+    local_window_size: int
+    softcap: float
+    rotary_interleaved: bool
+
+
+def takes_group_query(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(call, *rest, **knobs)` as an op is called: with the fields of `GroupQuery` one by one."""
+    count = len(GroupQuery._fields)
+
+    def call(*args: Any, **knobs: Any) -> Any:
+        return function(GroupQuery(*args[:count]), *args[count:], **knobs)
+
+    return call
+
+
+def as_cached(call: GroupQuery, knobs: GroupQueryKnobs) -> tuple[Cached, Knobs]:
+    """The same attention in the dialect's terms: heads apart, rotated, with the lengths of the past."""
+    query, key, value = call.query, call.key, call.value
+    heads, kv_heads = knobs["num_heads"], knobs["kv_num_heads"]
     if key is None or value is None:
-        size = query.shape[-1] // (num_heads + 2 * kv_num_heads)
-        query, key, value = query.split([num_heads * size, kv_num_heads * size, kv_num_heads * size], -1)
-    q, k, v = _heads(query, num_heads), _heads(key, kv_num_heads), _heads(value, kv_num_heads)
-    past = (seqlens_k.long() + 1 - q.shape[2]).clamp(min=0)
-    if cos_cache is not None and sin_cache is not None:
+        size = query.shape[-1] // (heads + 2 * kv_heads)
+        query, key, value = query.split([heads * size, kv_heads * size, kv_heads * size], -1)
+    q, k, v = _heads(query, heads), _heads(key, kv_heads), _heads(value, kv_heads)
+    past = (call.seqlens_k.long() + 1 - q.shape[2]).clamp(min=0)
+    if call.cos_cache is not None and call.sin_cache is not None:
         position = past[:, None] + torch.arange(q.shape[2], device=q.device)
-        q, k = (
-            rotate_cached(x, position, cos_cache, sin_cache, interleaved=rotary_interleaved) for x in (q, k)
-        )
-    length = max(past_key.shape[2], total_sequence_length)
-    caches = []
-    for cache, new in ((past_key, k), (past_value, v)):
-        room = cache.new_zeros((*cache.shape[:2], length - cache.shape[2], cache.shape[3]))
-        whole = torch.cat([cache, room], 2)
-        write_cache_(whole, new, past)
-        caches.append(whole)
-    keys, values = (cache[:, :, :total_sequence_length] for cache in caches)
-    window = max(local_window_size, 0)
-    out = attend_cache(q, keys, values, past, None, scale=scale, window=window, softcap=softcap)
-    return out.transpose(1, 2).flatten(2), caches[0], caches[1]
+        tables = (call.cos_cache, call.sin_cache)
+        q, k = (rotate_cached(x, position, *tables, interleaved=knobs["rotary_interleaved"]) for x in (q, k))
+    window = max(knobs["local_window_size"], 0)
+    cached = Cached(q, k, v, call.past_key, call.past_value, past, call.total_sequence_length)
+    return cached, {"scale": knobs["scale"], "window": window, "softcap": knobs["softcap"]}
 
 
-def _group_query_attention_fake(
-    query: Tensor, key: Tensor | None, value: Tensor | None, past_key: Tensor, past_value: Tensor,
-    seqlens_k: Tensor, total_sequence_length: int, *_: object, num_heads: int, **__: object,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    length = torch.sym_max(past_key.shape[2], total_sequence_length)
-    grown = [cache.new_empty((*cache.shape[:2], length, cache.shape[3])) for cache in (past_key, past_value)]
-    return query.new_empty((*query.shape[:2], num_heads * past_value.shape[3])), grown[0], grown[1]
+def _group_query_attention(
+    call: GroupQuery, **knobs: Unpack[GroupQueryKnobs]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output [B,S,H*D] and the caches [B,Hkv,max(P, total_sequence_length),D]."""
+    cached, plain = as_cached(call, knobs)
+    out, keys, values = torch.ops.optc.cached_attention(*cached, None, **plain)
+    return out.transpose(1, 2).flatten(2), keys, values
+
+
+def group_query_fake(
+    call: GroupQuery, *_: object, num_heads: int, **__: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B,S,H*Dv], and the grown caches."""
+    length = torch.sym_max(call.past_key.shape[2], call.total_sequence_length)
+    keys, values = (
+        cache.new_empty((*cache.shape[:2], length, cache.shape[3]))
+        for cache in (call.past_key, call.past_value)
+    )
+    return call.query.new_empty((*call.query.shape[:2], num_heads * values.shape[3])), keys, values
 
 
 def pack_nbits(codes: Tensor, bits: int) -> Tensor:
@@ -140,12 +172,10 @@ def _skip_rms_norm(x: Tensor, skip: Tensor, weight: Tensor, *, eps: float) -> tu
 
 
 define(
-    "group_query_attention(Tensor query, Tensor? key, Tensor? value, Tensor past_key, Tensor past_value, "
-    "Tensor seqlens_k, SymInt total_sequence_length, Tensor? cos_cache, Tensor? sin_cache, *, int num_heads, "
-    "int kv_num_heads, float scale, int local_window_size, float softcap, bool rotary_interleaved) "
-    "-> (Tensor, Tensor, Tensor)",
-    _group_query_attention,
-    _group_query_attention_fake,
+    f"group_query_attention({GROUP_QUERY}, *, {GROUP_QUERY_KNOBS}) -> (Tensor, Tensor, Tensor)",
+    takes_group_query(_group_query_attention),
+    takes_group_query(group_query_fake),
+    attends="BSC",
 )
 define(
     "matmul_nbits(Tensor x, Tensor packed, Tensor scales, Tensor? zero_points, Tensor? bias, *, int K, int N, "

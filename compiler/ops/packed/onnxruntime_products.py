@@ -105,6 +105,7 @@ define(
         torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format),
         x.new_empty((*x.shape[:-1], 1)),
     ),
+    activation_codes=lambda _: "int8",
 )
 define(
     "matmul_integer(Tensor codes, Tensor weight, Tensor scale, Tensor weight_scale, Tensor? bias) -> Tensor",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optc.compiler.ops.dialect.attention import masked_attention, write_cache_
+from optc.compiler.ops.dialect.attention import attention_fake, masked_attention, write_cache_
 from optc.compiler.ops.library import define
 from optc.compiler.ops.packed.onnxruntime import rotate_cached
 
@@ -41,7 +41,8 @@ define(
 define(
     "masked_attention(Tensor q, Tensor k, Tensor v, Tensor keep, *, float scale, float softcap) -> Tensor",
     _masked_attention,
-    lambda q, k, v, *_, **__: q.new_empty((*q.shape[:3], v.shape[3])),
+    attention_fake,
+    attends="BHSD",
 )
 define(
     "rotary_cached(Tensor x, Tensor position, Tensor cos, Tensor sin, *, bool interleaved) -> Tensor",

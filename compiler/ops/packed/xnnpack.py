@@ -46,4 +46,5 @@ define(
     "linear_dynamic(Tensor x, Tensor codes, Tensor scale, Tensor? bias, *, int bits, int group_size) -> Tensor",
     _linear_dynamic,
     lambda x, codes, *_, **__: x.new_empty((*x.shape[:-1], codes.shape[0])),
+    rounds_inside=lambda _: True,
 )

@@ -14,8 +14,7 @@ from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import aten
 from optc.compiler.ir.program import Program
-from optc.compiler.ops import decompositions
-from optc.compiler.ops.library import reference
+from optc.compiler.ops.library import find
 from optc.passes.quantization.arithmetic.stream import plain_attention, token_inputs
 
 
@@ -61,9 +60,7 @@ class Differentiable:
 
 
 def _call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if target is torch.ops.optc.attention.default:
-        fused = plain_attention(args, kwargs)
-        return decompositions.attention(*args, **kwargs) if fused is None else fused
-    if getattr(target, "namespace", "") == "optc":
-        return reference(target._schema.name.split("::")[1])(*args, **kwargs)
-    return target(*args, **kwargs)
+    if target is torch.ops.optc.attention.default and (fused := plain_attention(args, kwargs)) is not None:
+        return fused
+    spec = find(target)
+    return (target if spec is None else spec.aten or spec.reference)(*args, **kwargs)

@@ -13,7 +13,6 @@ from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import aten, readers
 from optc.compiler.analysis.linears import (
-    DEQUANTIZERS,
     LINEARS,
     Linear,
     chooses_experts,
@@ -24,6 +23,7 @@ from optc.compiler.analysis.linears import (
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight, drop_dead, insert_call, replace_call
+from optc.compiler.ops.library import makes_weight
 from optc.compiler.rewriting.passes import Miss, PassResult
 from optc.compiler.rewriting.weights import prune_contract, record_weight
 
@@ -132,7 +132,7 @@ def read_instead(program: Program, site: Linear, weight: Node, x: Node | None = 
 def dequantized_before(program: Program, site: Linear) -> Node | None:
     """The dequantization that an earlier linear of the same weight got, or None."""
     codes = existing_part(program, site, "codes")
-    return None if codes is None else next(user for user in codes.users if user.target in DEQUANTIZERS)
+    return None if codes is None else next(user for user in codes.users if makes_weight(user.target))
 
 
 def existing_part(program: Program, site: Linear, suffix: str) -> Node | None:
