@@ -18,8 +18,8 @@ import torch
 from common import interleave, ratio, record
 from torch import Tensor
 
+from optc.compiler.kernels.cpu.library import build_library
 from optc.compiler.ops.packed.inductor_cpu import KEPT, pack_rows, pack_tiles
-from optc.exporters.inductor.library import build_library
 
 SHAPES = {
     "qo": (768, 768),

@@ -15,13 +15,13 @@ from optc.compiler.diagnostics import ResourceError, TargetError, os_errors
 from optc.compiler.formats.safetensors_header import read_header
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.saved.tensors import write_tensors
+from optc.compiler.kernels.cpu.library import FILE_NAME, build_library
+from optc.compiler.kernels.cpu.toolchain import InstructionSet, find_compiler, instruction_set
 from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
 from optc.exporters.inductor.legal import OP_LIBRARY_OPS
-from optc.exporters.inductor.library import FILE_NAME, build_library
 from optc.exporters.inductor.options import InductorOptions
 from optc.exporters.inductor.selfcheck import check_package
-from optc.exporters.inductor.toolchain import InstructionSet, find_compiler, instruction_set
 
 MODEL, WEIGHTS, RUNNER = "model.pt2", "model.safetensors", "generate.py"
 

@@ -23,9 +23,9 @@ from optc.cli.main import main
 from optc.compiler.artifact.folder import read_manifest, verify
 from optc.compiler.diagnostics import ArtifactError, InputError, TargetError
 from optc.compiler.ir.contract import AttentionFacts, Contract, KVCache
+from optc.compiler.kernels.cpu.toolchain import find_compiler
 from optc.exporters.bundle import write_bundle
 from optc.exporters.bundle.header import genai_header, quoted
-from optc.exporters.inductor.toolchain import find_compiler
 
 PROMPT = [0, 493, 718, 435, 875, 360, 263, 1597, 14, 283]
 NEW = 64

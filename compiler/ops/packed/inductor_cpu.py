@@ -1,7 +1,7 @@
-"""Linears over packed codes, as the C++ op library (exporters/inductor/csrc) multiplies them on the CPU.
+"""Linears over packed codes, as the C++ op library (compiler/kernels/cpu) multiplies them on the CPU.
 
 `linear_nbits` is made by legalization only. Codes lie in tiles of 16 rows of the weight; the layout is described in
-`csrc/nbits.h`, and `pack_tiles` writes it. Rounding activations to int8 per group, so that products are of integers,
+`compiler/kernels/cpu/nbits.h`, and `pack_tiles` writes it. Rounding activations to int8 per group, so that products are of integers,
 is what llama.cpp's Q8 blocks and ONNX Runtime's accuracy_level 4 do.
 """
 

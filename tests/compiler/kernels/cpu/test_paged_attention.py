@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import optc.compiler.ir.program  # noqa: F401  (registers the dialect)
+from optc.compiler.kernels.cpu.library import build_library
 from optc.compiler.ops.library import reference
-from optc.exporters.inductor.library import build_library
 
 pytestmark = pytest.mark.slow  # the first build takes 10 s; later ones come from the user's cache
 
@@ -125,7 +125,7 @@ def test_baseline_instructions(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text(
         "import sys, torch; sys.path[:0] = sys.argv[1:]\n"
-        "from test_paged_op import CASES, build_library\n"
+        "from test_paged_attention import CASES, build_library\n"
         "torch.ops.load_library(str(build_library()))\n"
         "assert torch.backends.cpu.get_cpu_capability() == 'DEFAULT'\n"
         "op = torch.ops.optc.paged_attention_.default\n"

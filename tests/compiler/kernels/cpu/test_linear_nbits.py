@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from optc.compiler.kernels.cpu.library import build_library
 from optc.compiler.ops.library import reference
 from optc.compiler.ops.packed.inductor_cpu import KEPT, PER_TOKEN, pack_rows, pack_tiles, segment_size
-from optc.exporters.inductor.library import build_library
 
 pytestmark = pytest.mark.slow  # the first build takes 30 s; later ones come from the user's cache
 
@@ -201,7 +201,7 @@ def test_other_instruction_sets(capability: str) -> None:
     """The code for lesser processors gives the same numbers (in a process of its own)."""
     script = (
         "import sys, torch; sys.path[:0] = sys.argv[1:]\n"
-        "import test_kernels as t\n"
+        "import test_linear_nbits as t\n"
         "torch.ops.load_library(str(t.build_library()))\n"
         "print(torch.backends.cpu.get_cpu_capability())\n"
         "op = torch.ops.optc.linear_nbits.default\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from optc.compiler.diagnostics import os_errors
-from optc.exporters.inductor.toolchain import find_compiler, run_compiler
+from optc.compiler.kernels.cpu.toolchain import find_compiler, run_compiler
 
 FILE_NAME = "liboptc_ops.so"
 _SOURCES = ("tile.h", "tile.cpp", "paged_attention.cpp", "nbits.h", "nbits.cpp", "linear_nbits.cpp")
@@ -40,9 +40,7 @@ def build_library() -> Path:
     """
     compiler = find_compiler()
     version = run_compiler([compiler, "--version"], "--version")
-    sources = {
-        name: (resources.files("optc.exporters.inductor") / "csrc" / name).read_bytes() for name in _SOURCES
-    }
+    sources = {name: (resources.files("optc.compiler.kernels.cpu") / name).read_bytes() for name in _SOURCES}
     abi = str(torch._C._GLIBCXX_USE_CXX11_ABI)
     digest = hashlib.sha256(
         repr((compiler, version, torch.__version__, abi, _FLAGS, _LOOPS, platform.machine())).encode()

@@ -1,0 +1,1 @@
+"""Implementations of ops of the dialect, one folder per device."""
