@@ -19,6 +19,7 @@ from common import interleave, ratio, record
 from torch import Tensor
 
 from optc.compiler.kernels.cpu.library import build_library
+from optc.compiler.kernels.cpu.linear_nbits import LINEAR_NBITS
 from optc.compiler.ops.packed.inductor_cpu import KEPT, pack_rows, pack_tiles
 
 SHAPES = {
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.ops.load_library(str(build_library()))
+    torch.ops.load_library(str(build_library([LINEAR_NBITS])))
     table = {
         f"{dtype} {rows}x{name}": {"N": SHAPES[name][0], "K": SHAPES[name][1]}
         | measure(rows, SHAPES[name], DTYPES[dtype], arguments.rounds)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from importlib import resources
+from collections.abc import Sequence
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from optc.compiler.ir.program import Program
 from optc.compiler.ir.saved.tensors import write_tensors
 from optc.compiler.kernels.cpu.library import FILE_NAME, build_library
 from optc.compiler.kernels.cpu.toolchain import InstructionSet, find_compiler, instruction_set
+from optc.compiler.kernels.kernel import Kernel, needs_of, used_kernels
 from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
-from optc.exporters.inductor.legal import OP_LIBRARY_OPS
 from optc.exporters.inductor.options import InductorOptions
 from optc.exporters.inductor.selfcheck import check_package
 
@@ -43,7 +44,8 @@ def export_inductor(program: Program, request: ExportRequest) -> ExportResult:
     find_compiler()
     program = _contiguous(program)
     instructions = instruction_set()
-    library = _add_library(program, directory)
+    kernels = used_kernels(program, "cpu")
+    library = _add_library(kernels, directory)
     _compile(program, directory / MODEL, instructions)
     constants = _constants(program, directory / MODEL)
     with os_errors("writing the weights", str(directory / WEIGHTS)):
@@ -52,7 +54,7 @@ def export_inductor(program: Program, request: ExportRequest) -> ExportResult:
         (directory / RUNNER).write_bytes(runner.read_bytes())
     companions = copy_companions(request.source, directory)
     info = _info(program, request, library, constants, companions)
-    needs = _needs(instructions)
+    needs = _needs(instructions, kernels)
     check_package(program, directory, info, needs)
     return ExportResult(
         engine="aotinductor",
@@ -83,12 +85,11 @@ def _like(value: torch.Tensor, old: object) -> torch.Tensor:
     return torch.nn.Parameter(value, requires_grad=False) if isinstance(old, torch.nn.Parameter) else value
 
 
-def _add_library(program: Program, directory: Path) -> str | None:
-    """Put the op library beside the package when the graph calls one of its ops; its file name."""
-    ops = [getattr(torch.ops.optc, name).default for name in OP_LIBRARY_OPS]
-    if not program.calls(*ops):
+def _add_library(kernels: Sequence[Kernel], directory: Path) -> str | None:
+    """Put the op library of the kernels that the graph calls beside the package; its file name, None without any."""
+    if not kernels:
         return None
-    source = build_library()
+    source = build_library(kernels)
     with os_errors("copying the op library", str(directory)):
         shutil.copyfile(source, directory / FILE_NAME)
     return FILE_NAME
@@ -168,8 +169,8 @@ def _info(
     }
 
 
-def _needs(instructions: InstructionSet) -> dict[str, Any]:
-    return {
-        "torch": ".".join(torch.__version__.split(".")[:2]),
-        "cpu_flags": list(instructions.flags),
-    }
+def _needs(instructions: InstructionSet, kernels: Sequence[Kernel]) -> dict[str, Any]:
+    """What a host must have: for the package itself, and for the kernels beside it."""
+    needs = needs_of(kernels, metadata.version)
+    flags = sorted({*instructions.flags, *needs.pop("cpu_flags", ())})
+    return {"torch": ".".join(torch.__version__.split(".")[:2]), **needs, "cpu_flags": flags}

@@ -14,8 +14,7 @@ from torch import Tensor
 from optc.compiler.diagnostics import GateError
 from optc.compiler.ir.contract import Input
 from optc.compiler.ir.program import Program
-from optc.compiler.ops.packed.inductor_cpu import KEPT
-from optc.compiler.pipeline.gate import TOLERANCE
+from optc.compiler.pipeline.gate import TOLERANCE, rounds_activations
 from optc.compiler.pipeline.pipeline import compute_dtype
 
 Inputs = list[Tensor]
@@ -77,11 +76,8 @@ def _tolerance(program: Program) -> float:
 
     Where activations are rounded, a difference in the last bit of one can move its code by one step.
     """
-    rounded = any(
-        node.kwargs["activation_group"] != KEPT for node in program.calls(torch.ops.optc.linear_nbits.default)
-    )
     tolerance = TOLERANCE[compute_dtype(program)]
-    return max(tolerance, ROUNDED_TOLERANCE) if rounded else tolerance
+    return max(tolerance, ROUNDED_TOLERANCE) if rounds_activations(program) else tolerance
 
 
 def _name(program: Program, index: int) -> str:

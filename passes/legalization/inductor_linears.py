@@ -18,6 +18,7 @@ from optc.compiler.analysis.head_layout import call_of
 from optc.compiler.analysis.linears import quantized_activation
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight, replace_call
+from optc.compiler.kernels.cpu.linear_nbits import obstacle
 from optc.compiler.ops.packed.inductor_cpu import (
     KEPT,
     PER_TOKEN,
@@ -31,9 +32,6 @@ from optc.compiler.rewriting.weights import record_weight
 
 aten, optc = torch.ops.aten, torch.ops.optc
 INTEGERS, CODEBOOK = optc.dequantize.default, optc.dequantize_codebook.default
-BITS = (2, 3, 4, 8)
-LONGEST_SUM = 65536
-"""Products of 8-bit codes that a sum in 32 bits holds."""
 
 
 class PackedProduct(Rule):
@@ -59,7 +57,7 @@ class PackedProduct(Rule):
             assert isinstance(source, Node)
             if value_of(source).dtype is value_of(x).dtype:
                 x, level = source, PER_TOKEN
-        reason = _obstacle(program, weight, level)
+        reason = _obstacle(program, value_of(x).dtype, weight, level)
         if reason is not None:
             return Miss(node.name, reason)
         return Match(node, {"weight": weight, "x": x, "level": level})
@@ -89,16 +87,14 @@ def _is_per_token(rounding: Node) -> bool:
     return rounding.target is optc.quantize_dynamic.default and rounding.kwargs["format"] == "int8"
 
 
-def _obstacle(program: Program, weight: Node, level: int) -> str | None:
+def _obstacle(program: Program, dtype: torch.dtype, weight: Node, level: int) -> str | None:
     """Why the packed product cannot take a weight, or None."""
-    bits = int(weight.kwargs["bits"])
-    columns = int(value_of(weight).shape[1])
-    if bits not in BITS:
-        return f"{bits}-bit codes have no packed product ({', '.join(map(str, BITS))} have)"
-    if weight.target is CODEBOOK and (bits == 8 or level != KEPT):
-        return "a codebook has a packed product up to 4 bits only, and with unrounded activations only"
-    if level != KEPT and segment_size(columns, int(weight.kwargs["group_size"]), level) > LONGEST_SUM:
-        return f"sums of {columns} products do not fit in 32 bits"
+    reason = obstacle(
+        dtype, bits=int(weight.kwargs["bits"]), columns=int(value_of(weight).shape[1]),
+        group_size=int(weight.kwargs["group_size"]), activation_group=level, codebook=weight.target is CODEBOOK,
+    )  # fmt: skip
+    if reason is not None:
+        return reason
     names = ("codes", "scales", "zero points" if weight.target is INTEGERS else "table")
     for what, item in zip(names, weight.args, strict=True):
         if item is not None and _value(program, item) is None:

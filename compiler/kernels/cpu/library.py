@@ -1,4 +1,4 @@
-"""The C++ op library: built once per source, compiler and torch, and kept in the user's cache."""
+"""The C++ op library of some kernels: objects compiled once per source, compiler and torch, kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import hashlib
 import os
 import platform
 import tempfile
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -14,25 +16,33 @@ import torch
 
 from optc.compiler.diagnostics import os_errors
 from optc.compiler.kernels.cpu.toolchain import find_compiler, run_compiler
+from optc.compiler.kernels.kernel import CppSources, Kernel
 
 FILE_NAME = "liboptc_ops.so"
-_SOURCES = ("tile.h", "tile.cpp", "paged_attention.cpp", "nbits.h", "nbits.cpp", "linear_nbits.cpp")
-_OPS = ("paged_attention", "linear_nbits")
-_INSTRUCTION_SETS: dict[str, list[str]] = {
-    "baseline": [],
-    "avx2": ["-march=x86-64-v3"],
-    "avx512": ["-march=x86-64-v4", "-mavx512vnni"],
+INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
+    "baseline": (),
+    "avx2": ("-march=x86-64-v3",),
+    "avx512": ("-march=x86-64-v4", "-mavx512vnni"),
 }
-_LOOPS = (
-    ("tile", "OPTC_TILE", "-O3", ("baseline", "avx2")),
-    ("nbits", "OPTC_NBITS", "-O2", ("baseline", "avx2", "avx512")),  # unrolled by hand: -O3 is no faster
-)
-"""Source, the macro that names its table of functions, optimization, and the instruction sets to compile for."""
 _FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
 
 
-def build_library() -> Path:
-    """The compiled op library of this machine.
+@dataclass(frozen=True)
+class _Unit:
+    """One object file: its source, what it includes, and flags behind the common ones."""
+
+    package: str
+    source: str
+    headers: tuple[str, ...]
+    flags: tuple[str, ...]
+
+    def files(self) -> dict[str, bytes]:
+        place = resources.files(self.package)
+        return {name: (place / name).read_bytes() for name in (*self.headers, self.source)}
+
+
+def build_library(kernels: Sequence[Kernel]) -> Path:
+    """The compiled op library of this machine that holds these kernels.
 
     Raises:
         TargetError: there is no C++ compiler, or it cannot compile the sources.
@@ -40,25 +50,26 @@ def build_library() -> Path:
     """
     compiler = find_compiler()
     version = run_compiler([compiler, "--version"], "--version")
-    sources = {name: (resources.files("optc.compiler.kernels.cpu") / name).read_bytes() for name in _SOURCES}
-    abi = str(torch._C._GLIBCXX_USE_CXX11_ABI)
-    digest = hashlib.sha256(
-        repr((compiler, version, torch.__version__, abi, _FLAGS, _LOOPS, platform.machine())).encode()
-    )
-    for text in sources.values():
-        digest.update(hashlib.sha256(text).digest())
-    folder = cache_folder() / f"ops-{digest.hexdigest()[:24]}"
-    library = folder / FILE_NAME
+    common = _common(compiler)
+    setting = (*common, version, torch.__version__, platform.machine())
+    units = list(dict.fromkeys(unit for kernel in kernels for unit in _units(kernel.sources)))
+    names = [_object_name(unit, setting) for unit in units]
+    folder = cache_folder()
+    library = folder / f"ops-{_digest(sorted(names))}" / FILE_NAME
     if library.is_file():
         return library
     with os_errors("building the op library", str(folder)):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        objects = folder / "objects"
+        for place in (objects, library.parent):
+            place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        missing = [
+            (unit, name) for unit, name in zip(units, names, strict=True) if not (objects / name).is_file()
+        ]
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            place = Path(scratch)
-            for name, text in sources.items():
-                (place / name).write_bytes(text)
-            _compile(compiler, place, abi)
-            os.replace(place / FILE_NAME, library)
+            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+                list(pool.map(lambda item: _compile(common, Path(scratch), objects, *item), missing))
+            _link(common, [objects / name for name in names], Path(scratch) / FILE_NAME)
+            os.replace(Path(scratch) / FILE_NAME, library)
     return library
 
 
@@ -68,31 +79,50 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "optc"
 
 
-def _compile(compiler: str, place: Path, abi: str) -> None:
-    """Compile the inner loops for each instruction set, the ops, and link them."""
-    root = Path(torch.__path__[0])
-    common = [
-        compiler,
-        *_FLAGS,
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(abi == 'True')}",
-        "-isystem",
-        str(root / "include"),
-    ]
+def _common(compiler: str) -> list[str]:
+    abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
+    include = Path(torch.__path__[0]) / "include"
+    return [compiler, *_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-isystem", str(include)]
+
+
+def _units(sources: CppSources) -> list[_Unit]:
+    """The inner loops for each instruction set, and the op."""
     x86 = platform.machine() == "x86_64"
-    commands = [
-        [level, f"-D{macro}={stem}_{name}", *flags, str(place / f"{stem}.cpp"), f"{stem}_{name}"]
-        for stem, macro, level, names in _LOOPS
-        for name, flags in _INSTRUCTION_SETS.items()
-        if name in names and (x86 or name == "baseline")
+    units = [
+        _Unit(
+            sources.package,
+            f"{loop.stem}.cpp",
+            sources.headers,
+            (loop.optimization, f"-D{loop.macro}={loop.stem}_{level}", *INSTRUCTION_SETS[level]),
+        )
+        for loop in sources.loops
+        for level in loop.levels
+        if x86 or level == "baseline"
     ]
-    defines = ["-DOPTC_HAS_AVX2"] if x86 else []
-    commands += [[*defines, str(place / f"{stem}.cpp"), stem] for stem in _OPS]
-    objects = [str(place / f"{name}.o") for *_, name in commands]
+    defines = ("-DOPTC_HAS_AVX2",) if x86 else ()
+    return [*units, _Unit(sources.package, f"{sources.op}.cpp", sources.headers, defines)]
 
-    def run(command: list[str], target: str) -> str:
-        return run_compiler([*common, *command[:-1], "-c", "-o", target], "the op library")
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(run, commands, objects))
-    link = ["-shared", f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    run_compiler([*common, *objects, *link, "-o", str(place / FILE_NAME)], "the op library")
+def _digest(parts: Iterable[object]) -> str:
+    return hashlib.sha256(repr(list(parts)).encode()).hexdigest()[:24]
+
+
+def _object_name(unit: _Unit, setting: Sequence[str]) -> str:
+    texts = [hashlib.sha256(text).hexdigest() for text in unit.files().values()]
+    return f"{Path(unit.source).stem}-{_digest([*setting, *unit.flags, *texts])}.o"
+
+
+def _compile(common: list[str], scratch: Path, objects: Path, unit: _Unit, name: str) -> None:
+    place = scratch / name.removesuffix(".o")
+    place.mkdir()
+    for file, text in unit.files().items():
+        (place / file).write_bytes(text)
+    made = place / name
+    command = [*common, *unit.flags, str(place / unit.source), "-c", "-o", str(made)]
+    run_compiler(command, "the op library")
+    os.replace(made, objects / name)
+
+
+def _link(common: list[str], objects: Sequence[Path], library: Path) -> None:
+    link = ["-shared", f"-L{Path(torch.__path__[0]) / 'lib'}", "-ltorch_cpu", "-lc10"]
+    run_compiler([*common, *map(str, objects), *link, "-o", str(library)], "the op library")

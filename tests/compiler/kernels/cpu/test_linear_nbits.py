@@ -17,11 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from optc.compiler.kernels.cpu.library import build_library
+from optc.compiler.kernels.cpu.linear_nbits import LINEAR_NBITS
+from optc.compiler.kernels.kernel import kernels_for
 from optc.compiler.ops.library import reference
 from optc.compiler.ops.packed.inductor_cpu import KEPT, PER_TOKEN, pack_rows, pack_tiles, segment_size
 
 pytestmark = pytest.mark.slow  # the first build takes 30 s; later ones come from the user's cache
 
+KERNELS = kernels_for("cpu")
+TOLERANCE = LINEAR_NBITS.tolerance
 COLUMNS = 192
 ROWS = (1, 2, 7, 64)
 WEIGHT_ROWS = (48, 37)  # whole tiles, and a ragged last one
@@ -29,7 +33,7 @@ WEIGHT_ROWS = (48, 37)  # whole tiles, and a ragged last one
 
 @pytest.fixture(scope="module")
 def kernel() -> Callable[..., Tensor]:
-    torch.ops.load_library(str(build_library()))
+    torch.ops.load_library(str(build_library(KERNELS)))
     return torch.ops.optc.linear_nbits.default
 
 
@@ -106,7 +110,7 @@ def test_kernel_equals_reference(
     """Every size of batch, ragged tiles, zero points, bias; sums of 192 terms in another order."""
     for rows, weight_rows, extra in itertools.product(ROWS, WEIGHT_ROWS, (False, True)):
         case = Case(bits, group_size, LEVELS[level], rows, weight_rows, zero=extra, bias=extra)
-        assert case.difference(kernel) <= 3e-6, case
+        assert case.difference(kernel) <= TOLERANCE, case
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -115,7 +119,7 @@ def test_segments_that_fill_no_block(kernel: Callable[..., Tensor], bits: int) -
     for level, group_size in itertools.product((KEPT, PER_TOKEN, 12, 4), (12, 0)):
         for rows in (1, 5, 40):
             case = Case(bits, group_size, level, rows, 20, zero=True, columns=36)
-            assert case.difference(kernel) <= 3e-6, case
+            assert case.difference(kernel) <= TOLERANCE, case
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -202,7 +206,7 @@ def test_other_instruction_sets(capability: str) -> None:
     script = (
         "import sys, torch; sys.path[:0] = sys.argv[1:]\n"
         "import test_linear_nbits as t\n"
-        "torch.ops.load_library(str(t.build_library()))\n"
+        "torch.ops.load_library(str(t.build_library(t.KERNELS)))\n"
         "print(torch.backends.cpu.get_cpu_capability())\n"
         "op = torch.ops.optc.linear_nbits.default\n"
         "cases = [t.Case(b, g, a, r, 37, zero=True, bias=True)\n"
@@ -265,7 +269,7 @@ def test_library_without_the_python_dialect() -> None:
         "ops = [torch.ops.optc.linear_nbits.default, torch.ops.optc.paged_attention_.default]\n"
         "for op, text in zip(ops, before): print(text == str(op._schema), text)\n"
     )
-    command = [sys.executable, "-c", script, str(build_library())]
+    command = [sys.executable, "-c", script, str(build_library(KERNELS))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     packed, paged = done.stdout.splitlines()
     assert packed.startswith("True optc::linear_nbits(Tensor x, Tensor packed, Tensor scale, Tensor? zero")

@@ -11,10 +11,14 @@ from stages import captured
 from optc.compiler import compat
 from optc.compiler.diagnostics import InputError, TargetError
 from optc.compiler.target.target import ExportRequest, check_legal
-from optc.exporters.inductor import export_inductor, library, toolchain
 from optc.exporters.inductor.options import InductorOptions
+from optc.compiler.kernels.cpu import library, toolchain
+from optc.compiler.kernels.kernel import kernels_for
+from optc.exporters.inductor import export_inductor
 from optc.passes.kv_cache.static import StaticKVCache
 from optc.targets.inductor_cpu import TARGET
+
+CPU = kernels_for("cpu")
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -42,7 +46,7 @@ def test_failing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(TargetError, match="the C\\+\\+ compiler failed on the op library") as caught:
-        library.build_library()
+        library.build_library(CPU)
     assert caught.value.why == "x.cpp:1: error: no such thing"
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
@@ -51,7 +55,7 @@ def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     (tmp_path / "cache").write_text("a file where the folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(InputError, match="failed while building the op library"):
-        library.build_library()
+        library.build_library(CPU)
 
 
 @pytest.mark.parametrize(

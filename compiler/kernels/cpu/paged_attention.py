@@ -1,0 +1,42 @@
+"""`paged_attention_` on the CPU: an online softmax over blocks of the pool, heads and queries across threads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from optc.compiler.kernels.kernel import CppSources, Kernel, Loop, one_of, register
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_POSITIONS = {5: torch.int64, 6: torch.int32, 7: torch.int32, 8: torch.int32}
+"""Argument -> its type: slot_mapping, block_tables, context_lens, cu_seqlens."""
+
+
+def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """One dtype for queries, keys, values and pools; positions in the types that the paged session makes."""
+    dtypes = {tensor.dtype for tensor in args[:5]}
+    if len(dtypes) != 1:
+        return "q, k, v and the pools differ in type"
+    odd = next((index for index, dtype in _POSITIONS.items() if args[index].dtype is not dtype), None)
+    if odd is not None:
+        return f"argument {odd} is {args[odd].dtype}; the kernel takes {_POSITIONS[odd]}"
+    return one_of(dtypes.pop(), DTYPES, "keys and values")
+
+
+PAGED_ATTENTION = register(
+    Kernel(
+        op="paged_attention_",
+        device="cpu",
+        accepts=accepts,
+        tolerance=3e-6,
+        sources=CppSources(
+            package="optc.compiler.kernels.cpu",
+            op="paged_attention",
+            headers=("tile.h",),
+            loops=(Loop(stem="tile", macro="OPTC_TILE", optimization="-O3", levels=("baseline", "avx2")),),
+        ),
+        libraries=("torch",),
+    )
+)
