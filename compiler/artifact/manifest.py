@@ -10,10 +10,11 @@ import hashlib
 import math
 import re
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 
+from optc.compiler.artifact.engines import find_engine
 from optc.compiler.diagnostics import ArtifactError
 from optc.compiler.ir.contract import Contract
 from optc.compiler.rewriting.quantization_record import LinearRecord
@@ -102,6 +103,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     Attributes:
         created: UTC, ISO 8601.
+        engine: name of an `optc.compiler.artifact.engines.Engine`.
         engine_info: facts of the exporter (file names, shapes, threads).
         needs: what a host must have: instruction sets, library versions.
         dtype: compute type.
@@ -116,7 +118,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     optc_version: str
     created: str
     target: str
-    engine: Literal["onnx", "aotinductor", "tensorrt", "huggingface", "executorch"]
+    engine: str
     engine_info: dict[str, Any]
     needs: dict[str, str | int | list[str]]
     dtype: str
@@ -164,6 +166,7 @@ def decode(data: bytes, where: str) -> Manifest:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _damaged(where, str(error)) from error
     _check_paths(manifest.files, where)
+    find_engine(manifest.engine, where)
     return manifest
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch.fx import Node
 
+from optc.compiler.artifact.engines import Engine
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass
@@ -68,8 +69,7 @@ class ExportResult:
     """What an exporter wrote.
 
     Attributes:
-        engine: "onnx", "aotinductor", "tensorrt" or "executorch", which picks the session that runs it; or
-            "huggingface", which has none.
+        engine: picks the session that runs it.
         info: facts the session needs (file names, cache layout, capacity ...), JSON-able.
         needs: what the host must have, JSON-able (library versions, instruction sets).
         weight_bytes: bytes of weights on disk, counted from what was written.
@@ -77,7 +77,7 @@ class ExportResult:
             `w_...`: its codes, scales and zero points).
     """
 
-    engine: Literal["onnx", "aotinductor", "tensorrt", "huggingface", "executorch"]
+    engine: Engine
     info: dict[str, Any]
     needs: dict[str, Any] = field(default_factory=dict)
     weight_bytes: int = 0

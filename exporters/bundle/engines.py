@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from optc.compiler.artifact.engines import find_engine as find
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import TargetError
 from optc.exporters.bundle.header import aotinductor_header, genai_header
@@ -50,7 +51,7 @@ def find_engine(manifest: Manifest) -> BundleEngine:
     Raises:
         TargetError: there is no program for it, or the artifact does not generate.
     """
-    engine = _ENGINES.get(manifest.engine)
+    engine: BundleEngine | None = find(manifest.engine, manifest.target).bundle_engine()
     if engine is None:
         raise TargetError(
             f"there is no C++ program for artifacts of the target '{manifest.target}'",
@@ -108,13 +109,17 @@ def _package(name: str) -> Path | None:
     return Path(next(iter(places))) if places else None
 
 
-_ENGINES = {
-    "onnx": BundleEngine(
-        name="genai", obstacle=_genai_obstacle, header=lambda manifest, _: genai_header(manifest),
-        runtime=_genai_runtime, extra="genai",
-    ),
-    "aotinductor": BundleEngine(
-        name="aotinductor", obstacle=_inductor_obstacle, header=aotinductor_header, runtime=_torch_runtime,
-        extra="inductor",
-    ),
-}  # fmt: skip
+GENAI = BundleEngine(
+    name="genai",
+    obstacle=_genai_obstacle,
+    header=lambda manifest, _: genai_header(manifest),
+    runtime=_genai_runtime,
+    extra="genai",
+)
+AOTINDUCTOR = BundleEngine(
+    name="aotinductor",
+    obstacle=_inductor_obstacle,
+    header=aotinductor_header,
+    runtime=_torch_runtime,
+    extra="inductor",
+)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optc.compiler.artifact.engines import EXECUTORCH
 from optc.compiler.diagnostics import ArtifactError, GateError, InputError, os_errors
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.gate import TOLERANCE
@@ -62,7 +63,7 @@ def export_executorch(program: Program, request: ExportRequest) -> ExportResult:
     _check(program, directory / MODEL, lowered, capacity, chunk)
     sizes = _stored_bytes(program)
     return ExportResult(
-        engine="executorch",
+        engine=EXECUTORCH,
         info=info,
         needs={"executorch": f">={metadata.version('executorch')}"},
         weight_bytes=sum(sizes.values()),

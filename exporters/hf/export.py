@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optc.compiler.artifact.engines import HUGGINGFACE
 from optc.compiler.diagnostics import ArtifactError, OptcError, TargetError, os_errors
 from optc.compiler.formats.layouts import QuantizedWeight
 from optc.compiler.formats.layouts.config import KEY
@@ -80,7 +81,7 @@ def write_model(
     files = write_shards(directory, tensors)
     _read_back(directory, weight, plan)
     return ExportResult(
-        engine="huggingface",
+        engine=HUGGINGFACE,
         info={
             "layout": writer.name if KEY in config else "none",
             "quantization_config": config.get(KEY),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from optc.compiler import compat
+from optc.compiler.artifact.engines import AOTINDUCTOR
 from optc.compiler.diagnostics import ResourceError, TargetError, os_errors
 from optc.compiler.formats.safetensors_header import read_header
 from optc.compiler.ir.program import Program
@@ -57,7 +58,7 @@ def export_inductor(program: Program, request: ExportRequest) -> ExportResult:
     needs = _needs(instructions, kernels)
     check_package(program, directory, info, needs)
     return ExportResult(
-        engine="aotinductor",
+        engine=AOTINDUCTOR,
         info=info,
         needs=needs,
         weight_bytes=sum(tensor.nbytes for tensor in constants.values()),

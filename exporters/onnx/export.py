@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 
 from optc.compiler.analysis.dataflow import value_of
+from optc.compiler.artifact.engines import ONNX
 from optc.compiler.artifact.onnx_check import check_onnx
 from optc.compiler.diagnostics import ArtifactError, TargetError, os_errors
 from optc.compiler.ir.contract import Contract
@@ -50,7 +51,7 @@ def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
             (directory / "genai_config.json").write_text(config)
     weights = (directory / DATA).stat().st_size
     return ExportResult(
-        engine="onnx",
+        engine=ONNX,
         info=_info(contract, request, histogram, companions, genai=decoder),
         needs=_needs(program),
         weight_bytes=weights,

@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx
 
+from optc.compiler.artifact.engines import TENSORRT
 from optc.compiler.diagnostics import OptcError, ResourceError, TargetError, os_errors
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
@@ -58,7 +59,7 @@ def export_trt(program: Program, request: ExportRequest) -> ExportResult:
         shutil.copyfile(_SCRIPT, directory / BUILDER)
     built = {} if choice.runtime == "none" else build_plan(directory, choice)
     return ExportResult(
-        engine="tensorrt",
+        engine=TENSORRT,
         info={
             "model": MODEL,
             "data": DATA,

@@ -15,7 +15,7 @@ import torch
 
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import TargetError
-from optc.runtime.sessions.session import Logits, Rows, Session
+from optc.runtime.sessions.session import Logits, Rows, Session, SessionOptions
 
 
 class ExecutorchSession(Session):
@@ -90,3 +90,8 @@ class ExecutorchSession(Session):
         self.lengths[row] += len(tokens)
         found: Logits = logits[0].float().numpy()
         return found
+
+
+def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> Session:
+    """The session for a verified ExecuTorch artifact; see `ExecutorchSession`."""
+    return ExecutorchSession(folder, manifest, threads=options.threads)

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
 
+from optc.compiler.artifact.engines import check_files, find_engine
 from optc.compiler.artifact.folder import verify
 from optc.compiler.artifact.manifest import Manifest
-from optc.compiler.artifact.onnx_check import check_onnx
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.runtime.generation.generate import StopReason, generate
 from optc.runtime.generation.sampling import Sampling
 from optc.runtime.generation.tokenizer import TextStream, Tokenizer, eos_token_ids, load_tokenizer
-from optc.runtime.sessions.host_cpu import check_cpu
-from optc.runtime.sessions.session import Session
+from optc.runtime.sessions.session import Session, SessionOptions
 
 OnText = Callable[[int, str], None]
 """Called with (row, piece of text) as text is generated."""
@@ -189,65 +188,24 @@ def open_session(
         TargetError: not a decoder, the engine is not installed, or it cannot run the artifact.
         UsageError: an option out of range or without effect on this artifact.
     """
-    contract = manifest.contract
-    if manifest.engine == "huggingface" and not eager:
+    contract, engine = manifest.contract, find_engine(manifest.engine, str(folder))
+    if engine.eager and not eager:
         raise TargetError(
             "optc has no session for this artifact: it is a model folder", where=str(folder),
             remedy="load it with transformers (AutoModelForCausalLM.from_pretrained), vLLM or SGLang",
         )  # fmt: skip
-    folder_only = manifest.engine == "huggingface"
-    if contract.kind != "decoder" or (contract.kv_cache.kind == "none" and not folder_only):
+    if contract.kind != "decoder" or (contract.kv_cache.kind == "none" and not engine.eager):
         raise TargetError(
             f"the artifact is a model of kind '{contract.kind}', which does not generate", where=str(folder),
             remedy="run its engine file with the engine itself; optc inspect lists inputs and outputs",
         )  # fmt: skip
     if threads is not None and threads < 1:
         raise UsageError(f"threads {threads} is out of range", remedy="use 1 or more")
+    if threads is not None and not engine.has_threads:
+        raise UsageError("threads has no effect here: the plan runs on the GPU")
     if num_blocks is not None and contract.kv_cache.kind != "paged":
         raise UsageError("kv-blocks has no effect here: the KV cache of the artifact is not paged")
-    if folder_only:
-        return _open_eager(folder, manifest, threads)
-    if manifest.engine == "onnx":
-        return _open_onnx(folder, manifest, threads)
-    if manifest.engine == "executorch":
-        from optc.runtime.sessions.executorch import ExecutorchSession
-
-        return ExecutorchSession(folder, manifest, threads=threads)
-    if manifest.engine == "tensorrt":
-        if threads is not None:
-            raise UsageError("threads has no effect here: the plan runs on the GPU")
-        from optc.runtime.sessions.trt import open_trt
-
-        return open_trt(folder)
-    from optc.runtime.sessions.package import open_package
-
-    return open_package(folder, manifest, threads=threads, num_blocks=num_blocks)
-
-
-def _open_eager(folder: Path, manifest: Manifest, threads: int | None) -> Session:
-    """The graph that the folder's own config and tensors capture to, in the type that they were written in."""
-    import torch
-
-    from optc.compiler.capture.pretrained import DTYPES, capture_pretrained
-    from optc.runtime.sessions.program import open_program
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    dtype = next(name for name, kind in DTYPES.items() if str(kind) == f"torch.{manifest.dtype}")
-    return open_program(capture_pretrained(folder, dtype=dtype)[0])
-
-
-def _open_onnx(folder: Path, manifest: Manifest, threads: int | None) -> Session:
-    name = manifest.engine_info.get("model")
-    check_onnx(folder, name if isinstance(name, str) else "")
-    check_cpu(manifest.needs)
-    try:
-        from optc.runtime.sessions.ort import OrtSession
-    except ModuleNotFoundError as error:
-        raise TargetError(
-            "ONNX Runtime is not installed",
-            where=str(folder),
-            why=str(error),
-            remedy='pip install "optc[onnx]"',
-        ) from error
-    return OrtSession(folder / str(name), manifest.contract, threads=threads)
+    check_files(engine, manifest.engine_info, {entry.path for entry in manifest.files}, str(folder))
+    options = SessionOptions(threads=threads, num_blocks=num_blocks)
+    session: Session = engine.open_session(folder, manifest, options)
+    return session

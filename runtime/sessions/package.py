@@ -12,25 +12,21 @@ from optc.compiler.diagnostics import InputError, ResourceError, TargetError
 from optc.compiler.ir.contract import Contract
 from optc.runtime.carried.pt2_runner import Package, PackageError
 from optc.runtime.sessions.paged import PagedSession
-from optc.runtime.sessions.session import Session, default_threads
+from optc.runtime.sessions.session import Session, SessionOptions, default_threads
 from optc.runtime.sessions.torch_linear import TorchSession
 
 _NO_MEMORY = "can't allocate memory"
 
 
-def open_package(
-    folder: Path, manifest: Manifest, *, threads: int | None = None, num_blocks: int | None = None
-) -> Session:
+def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> Session:
     """The session for a verified package, static or paged.
 
-    Args:
-        threads: of torch in this process; None takes one per physical core that it may use.
-        num_blocks: of a paged package; see `PagedSession`.
+    `options.threads` are those of torch in this process; None takes one per physical core that it may use.
 
     Raises:
         TargetError: this host cannot run the package.
     """
-    torch.set_num_threads(threads or default_threads())
+    torch.set_num_threads(options.threads or default_threads())
     try:
         package = Package(folder, manifest.engine_info, manifest.needs)
     except PackageError as error:
@@ -57,7 +53,7 @@ def open_package(
 
     contract = _limited(manifest)
     if contract.kv_cache.kind == "paged":
-        return PagedSession(run, contract, num_blocks=num_blocks)
+        return PagedSession(run, contract, num_blocks=options.num_blocks)
     return TorchSession(run, contract)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -26,6 +27,19 @@ LOGITS_BYTES = 1 << 28
 
 UNKNOWN_CONTEXT = 1 << 20
 """The context of a model whose config names none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """How a session is opened.
+
+    Attributes:
+        threads: of the engine; None takes one per physical core that this process may use.
+        num_blocks: size of the KV pool of a paged artifact; see `PagedSession`.
+    """
+
+    threads: int | None = None
+    num_blocks: int | None = None
 
 
 class Session(ABC):

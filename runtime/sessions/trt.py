@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import (
     ArtifactError,
     GateError,
@@ -16,7 +17,7 @@ from optc.compiler.diagnostics import (
     UsageError,
 )
 from optc.runtime.carried.run_trt import Decoder, RunnerError, TrtEngine, read_description
-from optc.runtime.sessions.session import Logits, Rows, Session
+from optc.runtime.sessions.session import Logits, Rows, Session, SessionOptions
 
 T = TypeVar("T")
 _KINDS: dict[int, type[OptcError]] = {
@@ -56,7 +57,7 @@ class TrtSession(Session):
         self._decoder.rewind(lengths)
 
 
-def open_trt(folder: Path) -> Session:
+def open_artifact(folder: Path, _manifest: Manifest, _options: SessionOptions) -> Session:
     """The session for a verified TensorRT artifact.
 
     Raises:

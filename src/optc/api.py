@@ -259,7 +259,7 @@ def _manifest(
         optc_version=metadata.version("optc"),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         target=target.name,
-        engine=exported.engine,
+        engine=exported.engine.name,
         engine_info=exported.info,
         needs={"machine": platform.machine(), **exported.needs},
         dtype=str(compute_dtype(program)).removeprefix("torch."),

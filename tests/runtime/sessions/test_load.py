@@ -32,7 +32,7 @@ def _contract(**changes: Any) -> Contract:
         ({}, {"num_blocks": 8}, UsageError, "kv-blocks has no effect here"),
         ({}, {}, ArtifactError, "the ONNX model is damaged or not trusted"),
         ({"engine_info": {}}, {}, ArtifactError, "the ONNX model is damaged or not trusted"),
-        ({"engine_info": {"model": "../model.onnx"}}, {}, ArtifactError, "not trusted"),
+        ({"engine_info": {"model": "../model.onnx"}}, {}, ArtifactError, "the manifest does not list"),
     ],
 )
 def test_refused_before_the_engine(
@@ -63,7 +63,7 @@ def test_missing_engine_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.delitem(sys.modules, "optc.runtime.sessions.ort", raising=False)
-    monkeypatch.setattr("optc.runtime.sessions.load.check_onnx", lambda folder, name: None)
+    monkeypatch.setattr("optc.runtime.sessions.onnx_artifact.check_onnx", lambda folder, name: None)
     with pytest.raises(TargetError, match="ONNX Runtime is not installed") as caught:
         load(tmp_path / "artifact")
     assert caught.value.remedy == 'pip install "optc[onnx]"'

@@ -14,6 +14,7 @@ from optc.compiler.diagnostics import InputError, OptcError, ResourceError, Targ
 from optc.compiler.ir.contract import KVCache, ModelFacts
 from optc.runtime.carried.pt2_runner import PackageError
 from optc.runtime.sessions import package as package_session
+from optc.runtime.sessions.session import SessionOptions
 
 
 class _Broken:
@@ -48,7 +49,7 @@ def test_failures_of_a_running_package(
         model=ModelFacts(vocab_size=9),
     )
     manifest = make_manifest(contract=contract, engine="aotinductor", engine_info={"context_length": 16})
-    session = package_session.open_package(Path("somewhere"), manifest)
+    session = package_session.open_artifact(Path("somewhere"), manifest, SessionOptions())
     with pytest.raises(kind, match=message) as caught:
         session.prefill([[1, 2, 3]])
     assert isinstance(caught.value, OptcError) is (kind is not RuntimeError)
@@ -62,4 +63,4 @@ def test_failure_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package_session, "Package", Absent)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     with pytest.raises(TargetError, match="the package cannot run on this host"):
-        package_session.open_package(Path("somewhere"), make_manifest())
+        package_session.open_artifact(Path("somewhere"), make_manifest(), SessionOptions())

@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trt_graphs
+from artifacts import make_manifest
 from trt_graphs import CAPACITY, PROFILES, save_folder
 
 from optc.compiler.diagnostics import ArtifactError, InputError, TargetError
 from optc.runtime.generation.generate import generate
 from optc.runtime.generation.sampling import Sampling
 from optc.runtime.sessions.onnx_engine import OnnxEngine
-from optc.runtime.sessions.trt import TrtSession, open_trt
+from optc.runtime.sessions.session import SessionOptions
+from optc.runtime.sessions.trt import TrtSession, open_artifact
 
 PROMPTS = [[3, 4, 5], [7], [2, 9, 11, 12, 13, 14, 15, 16]]
 
@@ -53,6 +55,6 @@ def test_a_batch_beyond_the_profiles_is_refused(session: TrtSession) -> None:
 
 def test_errors_of_the_runner_are_optc_errors(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="there is no plan yet"):
-        open_trt(save_folder(tmp_path / "out"))
+        open_artifact(save_folder(tmp_path / "out"), make_manifest(), SessionOptions())
     with pytest.raises(ArtifactError, match=r"no readable engine\.json"):
-        open_trt(tmp_path)
+        open_artifact(tmp_path, make_manifest(), SessionOptions())

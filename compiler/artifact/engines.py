@@ -1,0 +1,138 @@
+"""The engines that artifacts are for: what opens one, which of its files, and where it runs, once for all.
+
+`load`, `bundle`, `check` and the manifest's reader ask here. Sessions and programs of bundles lie on higher floors: an
+engine names them as "module:object", which is imported when it is asked for, so that no engine pulls in another's
+packages. Packages may add engines by entry points of the group `optc.engines`, each an `Engine`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from typing import Any, Literal
+
+from optc.compiler.diagnostics import ArtifactError
+
+ENTRY_POINTS = "optc.engines"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What runs artifacts of a kind.
+
+    Attributes:
+        name: as manifests have it.
+        session: "module:function" of (folder, manifest, SessionOptions) -> Session.
+        device: where it runs, which is where a check of a host looks for memory; "target": as the target says.
+        bundle: "module:object", the `BundleEngine` with its C++ program; None where there is none.
+        files: keys of `engine_info` that name files which the engine opens; a value may be null.
+        has_threads: the number of a session's threads can be chosen.
+        eager: it is no engine of optc's: the session captures a model folder and runs its graph, slowly, and is opened
+            only where that is asked for.
+    """
+
+    name: str
+    session: str
+    device: Literal["target", "cpu", "cuda"] = "target"
+    bundle: str | None = None
+    files: tuple[str, ...] = ()
+    has_threads: bool = True
+    eager: bool = False
+
+    def open_session(self, *arguments: Any) -> Any:
+        """Call what `session` names."""
+        return _resolve(self.session)(*arguments)
+
+    def bundle_engine(self) -> Any | None:
+        """What `bundle` names, or None."""
+        return None if self.bundle is None else _resolve(self.bundle)
+
+    def opened_files(self, info: Mapping[str, Any]) -> dict[str, str]:
+        """Key of `engine_info` -> path, of the files that the engine opens."""
+        return {key: str(info[key]) for key in self.files if info.get(key) is not None}
+
+
+ONNX = Engine(
+    name="onnx",
+    session="optc.runtime.sessions.onnx_artifact:open_artifact",
+    bundle="optc.exporters.bundle.engines:GENAI",
+    files=("model",),
+)
+AOTINDUCTOR = Engine(
+    name="aotinductor",
+    session="optc.runtime.sessions.package:open_artifact",
+    bundle="optc.exporters.bundle.engines:AOTINDUCTOR",
+    files=("model", "weights", "library", "runner"),
+)
+TENSORRT = Engine(
+    name="tensorrt",
+    session="optc.runtime.sessions.trt:open_artifact",
+    device="cuda",
+    files=("model", "data", "engine", "plan"),
+    has_threads=False,
+)
+EXECUTORCH = Engine(
+    name="executorch",
+    session="optc.runtime.sessions.executorch:open_artifact",
+    device="cpu",
+    files=("model",),
+)
+HUGGINGFACE = Engine(
+    name="huggingface",
+    session="optc.runtime.sessions.model_folder:open_artifact",
+    device="cpu",
+    eager=True,
+)
+"""A model folder: transformers, vLLM or SGLang run it, on whatever device they find."""
+
+
+@lru_cache(maxsize=1)
+def engines() -> Mapping[str, Engine]:
+    """Every engine by name, those of other packages among them."""
+    found = {engine.name: engine for engine in (ONNX, AOTINDUCTOR, TENSORRT, EXECUTORCH, HUGGINGFACE)}
+    for point in metadata.entry_points(group=ENTRY_POINTS):
+        engine = point.load()
+        assert isinstance(engine, Engine), f"entry point '{point.name}' of {ENTRY_POINTS} is not an Engine"
+        found.setdefault(engine.name, engine)
+    return found
+
+
+def find_engine(name: str, where: str) -> Engine:
+    """The engine of a manifest.
+
+    Raises:
+        ArtifactError: there is none of this name.
+    """
+    engine = engines().get(name)
+    if engine is None:
+        raise ArtifactError(
+            "the artifact is for an engine that this optc does not know", where=where,
+            why=f"its engine is {name[:80]!r}; known are {', '.join(sorted(engines()))}",
+            remedy="install the package that adds the engine, or use the optc that wrote the artifact",
+        )  # fmt: skip
+    return engine
+
+
+def check_files(engine: Engine, info: Mapping[str, Any], listed: Collection[str], where: str) -> None:
+    """Refuse an artifact whose engine would open what its manifest does not list.
+
+    Args:
+        info: `engine_info`. listed: paths of the manifest's files.
+
+    Raises:
+        ArtifactError: names the file.
+    """
+    for key, path in engine.opened_files(info).items():
+        if path not in listed:
+            raise ArtifactError(
+                "the engine would open a file that the manifest does not list", where=where,
+                why=f"'{key}' is {path[:80]!r}", remedy="compile the model again",
+            )  # fmt: skip
+
+
+def _resolve(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

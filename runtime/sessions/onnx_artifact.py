@@ -1,0 +1,33 @@
+"""The session of an ONNX artifact, after its graph was checked and before ONNX Runtime is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from optc.compiler.artifact.manifest import Manifest
+from optc.compiler.artifact.onnx_check import check_onnx
+from optc.compiler.diagnostics import TargetError
+from optc.runtime.sessions.host_cpu import check_cpu
+from optc.runtime.sessions.session import Session, SessionOptions
+
+
+def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> Session:
+    """The session for a verified ONNX artifact.
+
+    Raises:
+        ArtifactError: the graph opens what it must not.
+        TargetError: ONNX Runtime is not installed, or this host cannot run the graph.
+    """
+    name = manifest.engine_info.get("model")
+    check_onnx(folder, name if isinstance(name, str) else "")
+    check_cpu(manifest.needs)
+    try:
+        from optc.runtime.sessions.ort import OrtSession
+    except ModuleNotFoundError as error:
+        raise TargetError(
+            "ONNX Runtime is not installed",
+            where=str(folder),
+            why=str(error),
+            remedy='pip install "optc[onnx]"',
+        ) from error
+    return OrtSession(folder / str(name), manifest.contract, threads=options.threads)
