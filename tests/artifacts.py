@@ -10,7 +10,14 @@ from typing import Any
 from chosen import chosen
 
 from optc.compiler.artifact.folder import finish, write_folder
-from optc.compiler.artifact.manifest import DriftRecord, FileEntry, Manifest, PassRecord, Source
+from optc.compiler.artifact.manifest import (
+    DriftRecord,
+    FileEntry,
+    Manifest,
+    PassRecord,
+    ProgramEntry,
+    Source,
+)
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.ir.contract import AttentionFacts, Contract, Input, Output, WeightQuantization
 from optc.compiler.ir.program import Program
@@ -22,6 +29,7 @@ FILES = {"model.onnx": b"graph" * 100, "model.onnx.data": bytes(range(256)) * 40
 
 
 def make_manifest(**changes: Any) -> Manifest:
+    """A manifest with some of its fields, or of its model's (contract, engine_info), replaced."""
     record = PassRecord(
         name="quantize-rtn", options={"bits": 4, "ignore": ["lm_head"], "scale": 1.0, "group_size": None},
         matched=32, candidates=33, seconds=0.5, lossy=True, drift=DriftRecord(max_abs_diff=0.25, kl=1e-9),
@@ -41,13 +49,16 @@ def make_manifest(**changes: Any) -> Manifest:
     )
     fields: dict[str, Any] = {
         "optc_version": "0.1.0", "created": "2026-01-01T00:00:00+00:00", "target": "onnx-cpu",
-        "engine": "onnx", "engine_info": {"model": "model.onnx", "shape": [1, 2.5], "nested": {"ü": None}},
+        "engine": "onnx", "device": "cpu",
         "needs": {"machine": "x86_64", "isa": ["avx2", "fma"], "opset": 24}, "dtype": "float32",
-        "contract": contract, "passes": (record,), "weight_bytes": 10, "quantization": {"bits": [4]},
+        "passes": (record,), "weight_bytes": 10, "quantization": {"bits": [4]},
         "source": Source(path="/m", config_sha256="", weights_sha256="", parameters=3, dtype="bfloat16"),
         "files": (FileEntry(path="ir/00-capture.txt", size=3, sha256="a" * 64),), "seconds": {"total": 1.5},
     }  # fmt: skip
-    return Manifest(**{**fields, **changes})
+    info = {"model": "model.onnx", "shape": [1, 2.5], "nested": {"ü": None}}
+    program = {"contract": contract, "engine_info": info}
+    program |= {name: changes.pop(name) for name in tuple(program) if name in changes}
+    return Manifest(**{**fields, "programs": {"model": ProgramEntry(**program)}, **changes})
 
 
 def make_artifact(folder: Path, *, force: bool = False, **changes: Any) -> Manifest:
@@ -79,7 +90,7 @@ def quick_artifact(
         finish(
             directory,
             make_manifest(
-                target=found.name, engine=result.engine, engine_info=result.info, needs=needs, passes=(),
+                target=found.name, engine=result.engine.name, engine_info=result.info, needs=needs, passes=(),
                 contract=program.contract, weight_bytes=result.weight_bytes, quantization={}, files=(),
             ),
         )  # fmt: skip

@@ -18,7 +18,7 @@ from stages import captured
 from torch import Tensor
 
 from optc.compiler.artifact.folder import finish
-from optc.compiler.artifact.manifest import Manifest, Source
+from optc.compiler.artifact.manifest import Manifest, ProgramEntry, Source
 from optc.compiler.capture import capture_model
 from optc.compiler.execution import stage_driver as execution
 from optc.compiler.ir.program import Program
@@ -52,10 +52,11 @@ def build(program: Program, folder: Path, **options: Any) -> Built:
 
 def describe(built: Built) -> None:
     """Write the manifest that makes the folder an artifact."""
+    program = ProgramEntry(contract=built.program.contract, engine_info=built.result.info)
     manifest = Manifest(
         optc_version=metadata.version("optc"), created="2026-01-01T00:00:00+00:00", target=TARGET.name,
-        engine="aotinductor", engine_info=built.result.info, needs=built.result.needs, dtype="float32",
-        contract=built.program.contract, passes=(), weight_bytes=built.result.weight_bytes, quantization={},
+        engine="aotinductor", device="cpu", needs=built.result.needs, dtype="float32",
+        programs={"model": program}, passes=(), weight_bytes=built.result.weight_bytes, quantization={},
         source=Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""), seconds={},
     )  # fmt: skip
     finish(built.folder, manifest)

@@ -10,7 +10,7 @@ import hashlib
 import math
 import re
 from pathlib import PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -19,7 +19,7 @@ from optc.compiler.diagnostics import ArtifactError
 from optc.compiler.ir.contract import Contract
 from optc.compiler.rewriting.quantization_record import LinearRecord
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -98,13 +98,30 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     dtype: str
 
 
+Role = Literal["model", "draft", "heads"]
+"""What a program of an artifact is for: the model itself; a smaller model, or heads on it, that guess its next tokens."""
+
+
+class ProgramEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One program of an artifact.
+
+    Attributes:
+        contract: what its inputs and outputs mean.
+        engine_info: facts of the exporter (file names, shapes, threads).
+    """
+
+    contract: Contract
+    engine_info: dict[str, Any]
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The identity of an artifact.
 
     Attributes:
         created: UTC, ISO 8601.
         engine: name of an `optc.compiler.artifact.engines.Engine`.
-        engine_info: facts of the exporter (file names, shapes, threads).
+        device: where it runs.
+        programs: by role; there is always a "model".
         needs: what a host must have: instruction sets, library versions.
         dtype: compute type.
         files: every file of the folder but this one, by path; filled by `artifact.finish`.
@@ -119,10 +136,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     created: str
     target: str
     engine: str
-    engine_info: dict[str, Any]
+    device: Literal["cpu", "cuda"]
+    programs: dict[Role, ProgramEntry]
     needs: dict[str, str | int | list[str]]
     dtype: str
-    contract: Contract
     source: Source
     files: tuple[FileEntry, ...] = ()
     passes: tuple[PassRecord, ...]
@@ -132,6 +149,21 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     quality: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None
     self_sha256: str = ""  # last: the seal is at the end of the file
+
+    @property
+    def contract(self) -> Contract:
+        """Of the model."""
+        return self.programs["model"].contract
+
+    @property
+    def engine_info(self) -> dict[str, Any]:
+        """Of the model."""
+        return self.programs["model"].engine_info
+
+    def with_program(self, role: Role = "model", **changes: Any) -> Manifest:
+        """The manifest with some fields of one program replaced."""
+        edited = msgspec.structs.replace(self.programs[role], **changes)
+        return msgspec.structs.replace(self, programs={**self.programs, role: edited})
 
 
 class _Head(msgspec.Struct):
@@ -166,6 +198,8 @@ def decode(data: bytes, where: str) -> Manifest:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _damaged(where, str(error)) from error
     _check_paths(manifest.files, where)
+    if "model" not in manifest.programs:
+        raise _damaged(where, "its programs lack the role 'model'")
     find_engine(manifest.engine, where)
     return manifest
 

@@ -13,8 +13,6 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-import msgspec
-
 from optc.compiler.artifact.folder import finish, verify, write_folder
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import ArtifactError, InputError, TargetError, os_errors
@@ -67,7 +65,7 @@ def write_bundle(
         libraries = _copy_libraries(directory, runtime) if with_libraries and runtime is not None else []
         program = _write_program(directory, manifest, engine)
         facts = {"engine": engine.name, "program": program, "libraries": libraries}
-        edited = msgspec.structs.replace(manifest, engine_info={**manifest.engine_info, "bundle": facts})
+        edited = manifest.with_program(engine_info={**manifest.engine_info, "bundle": facts})
         draft = finish(directory, edited)
         _check_copies(manifest, draft, str(artifact))
         with os_errors("writing the checksums", str(directory / SUMS)):

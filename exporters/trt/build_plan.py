@@ -463,7 +463,7 @@ def reseal(folder: str, built: dict[str, Any]) -> None:
     for name in ("engine.json", built["plan"]):
         entries[name] = {"path": name, **file_facts(os.path.join(folder, name))}
     manifest["files"] = [entries[name] for name in sorted(entries)]
-    manifest["engine_info"].update(built)
+    manifest["programs"]["model"]["engine_info"].update(built)
     needs = {key: value for key, value in manifest["needs"].items() if key not in NAMES.values()}
     needs[built["runtime"]] = f"=={built['runtime_version']}"
     if built["compute_capabilities"] is not None:

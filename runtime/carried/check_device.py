@@ -166,11 +166,7 @@ def check(folder: str, manifest: dict[str, Any], engine: dict[str, Any] | None, 
 
 
 def _uses_gpu(manifest: dict[str, Any], engine: dict[str, Any] | None) -> bool:
-    return (
-        engine is not None
-        or manifest.get("engine") == "tensorrt"
-        or str(manifest.get("target", "")).endswith("-cuda")
-    )
+    return engine is not None or manifest.get("device") == "cuda"
 
 
 def _need(name: str, wanted: Any, machine: Any, gpu: Any) -> Line:

@@ -49,7 +49,7 @@ class Package:
 
     Args:
         folder: the artifact; its files are already verified.
-        info: the manifest's `engine_info`. needs: the manifest's `needs`.
+        info: the `engine_info` of the manifest's model. needs: the manifest's `needs`.
         weights: False leaves `load_weights` to the caller.
 
     Raises:
@@ -303,7 +303,11 @@ def open_folder(folder: Path) -> Package:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         entries = [(str(item["path"]), int(item["size"]), str(item["sha256"])) for item in manifest["files"]]
-        engine, info, needs = manifest["engine"], manifest["engine_info"], manifest["needs"]
+        engine, info, needs = (
+            manifest["engine"],
+            manifest["programs"]["model"]["engine_info"],
+            manifest["needs"],
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PackageError(f"{folder}: no readable manifest.json: {_first_line(error)}") from error
     if engine != "aotinductor":

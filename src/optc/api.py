@@ -16,7 +16,7 @@ import torch
 
 from optc.calibrating import make_calibration
 from optc.compiler.artifact import folder as artifact
-from optc.compiler.artifact.manifest import Manifest, Source
+from optc.compiler.artifact.manifest import Manifest, ProgramEntry, Source
 from optc.compiler.calibration.sequences import Calibration
 from optc.compiler.capture import capture_model, capture_module, capture_pretrained
 from optc.compiler.capture.pretrained import DTYPES
@@ -260,10 +260,10 @@ def _manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         target=target.name,
         engine=exported.engine.name,
-        engine_info=exported.info,
+        device=target.device if exported.engine.device == "target" else exported.engine.device,
+        programs={"model": ProgramEntry(contract=program.contract, engine_info=exported.info)},
         needs={"machine": platform.machine(), **exported.needs},
         dtype=str(compute_dtype(program)).removeprefix("torch."),
-        contract=program.contract,
         source=_source(info)
         if info
         else Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""),

@@ -233,7 +233,7 @@ def counting(place: Path, **needs: Any) -> Path:
     contract = msgspec.structs.replace(
         manifest.contract, model=msgspec.structs.replace(manifest.contract.model, **facts)
     )
-    header = genai_header(msgspec.structs.replace(manifest, contract=contract))
+    header = genai_header(manifest.with_program(contract=contract))
     if "machine" in needs:
         header = header.replace('kMachine = ""', f'kMachine = "{needs["machine"]}"')
     (place / "model.h").write_text(header)
@@ -421,9 +421,7 @@ def test_the_header_holds_what_the_manifest_says() -> None:
     model = msgspec.structs.replace(
         manifest.contract.model, vocab_size=9, context_length=7, eos_token_ids=(2, 3)
     )
-    manifest = msgspec.structs.replace(
-        manifest, contract=msgspec.structs.replace(manifest.contract, model=model)
-    )
+    manifest = manifest.with_program(contract=msgspec.structs.replace(manifest.contract, model=model))
     lines = genai_header(manifest).splitlines()
     assert "constexpr std::int64_t kVocabSize = 9;" in lines
     assert "constexpr std::int64_t kContextLength = 7;  // 0: not known" in lines

@@ -19,7 +19,7 @@ import trt_driver
 from rewrites import stirred
 
 from optc.compiler.artifact.folder import finish, verify
-from optc.compiler.artifact.manifest import Manifest, Source
+from optc.compiler.artifact.manifest import Manifest, ProgramEntry, Source
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
@@ -177,8 +177,11 @@ def test_a_plan_built_later_is_sealed_into_the_manifest(
 
 def _manifest() -> Manifest:
     source = Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype="")
+    program = ProgramEntry(
+        contract=Contract(kind="decoder", inputs=(), outputs=()), engine_info={"plan": None}
+    )
     return Manifest(
-        optc_version="0", created="", target="trt", engine="tensorrt", engine_info={"plan": None},
+        optc_version="0", created="", target="trt", engine="tensorrt", device="cuda",
         needs={"machine": "x86_64", "tensorrt": ">=8.6"}, dtype="float16", source=source, passes=(),
-        contract=Contract(kind="decoder", inputs=(), outputs=()), weight_bytes=0, quantization={}, seconds={},
+        weight_bytes=0, quantization={}, seconds={}, programs={"model": program},
     )  # fmt: skip

@@ -83,7 +83,7 @@ def _show_model(result: dict[str, Any]) -> None:
 
 
 def _show(manifest: dict[str, Any]) -> None:
-    contract = manifest["contract"]
+    contract = manifest["programs"]["model"]["contract"]
     source = manifest["source"]
     click.echo(
         f"{manifest['target']} artifact ({manifest['engine']}, {manifest['dtype']}), optc {manifest['optc_version']}, {manifest['created']}"

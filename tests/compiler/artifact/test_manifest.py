@@ -80,8 +80,8 @@ def test_not_a_manifest(text: bytes) -> None:
 
 def test_other_version_names_both() -> None:
     with pytest.raises(ArtifactError) as caught:
-        decode(sealed(lambda data: data.update(format_version=2, new_field=1)), "m")
-    assert caught.value.what == "the manifest has format version 2, this optc reads 1"
+        decode(sealed(lambda data: data.update(format_version=1, new_field=1)), "m")
+    assert caught.value.what == "the manifest has format version 1, this optc reads 2"
     assert caught.value.remedy == "use the optc that wrote the artifact, or compile it again"
 
 
@@ -95,7 +95,7 @@ def test_other_version_names_both() -> None:
         (lambda d: d.pop("target"), "Object missing required field `target`"),
         (lambda d: d["files"][0].update(sha256="A" * 64), r"at `\$.files\[0\].sha256`"),
         (lambda d: d["passes"][0].update(layer_drift=[None]), r"Expected `float`, got `null`"),
-        (lambda d: d["contract"].update(kind="other"), "Invalid enum value 'other'"),
+        (lambda d: d["programs"]["model"]["contract"].update(kind="other"), "Invalid enum value 'other'"),
     ],
 )
 def test_wrong_types(edit: Callable[[dict[str, Any]], None], cause: str) -> None:
@@ -123,3 +123,21 @@ def test_a_drift_that_json_cannot_hold_is_a_bug(value: float) -> None:
     record = msgspec.structs.replace(make_manifest().passes[0], layer_drift=(value,))
     with pytest.raises(AssertionError, match="layer drift that is not finite"):
         encode(make_manifest(passes=(record,)))
+
+
+def test_programs_by_role() -> None:
+    """An artifact may hold a draft beside the model; what is said of "the" contract is the model's."""
+    model = make_manifest().programs["model"]
+    draft = msgspec.structs.replace(model, engine_info={"model": "draft/model.onnx"})
+    manifest = make_manifest(programs={"model": model, "draft": draft})
+    read = decode(encode(manifest), "m")
+    assert read.programs["draft"].engine_info == {"model": "draft/model.onnx"}
+    assert (read.contract, read.engine_info) == (model.contract, model.engine_info)
+    edited = read.with_program("draft", engine_info={})
+    assert (edited.programs["draft"].engine_info, edited.engine_info) == ({}, model.engine_info)
+    for programs, cause in (
+        ({}, "its programs lack the role 'model'"),
+        ({"tail": {}}, "Invalid enum value 'tail'"),
+    ):
+        with pytest.raises(ArtifactError, match=cause):
+            decode(sealed(lambda data, programs=programs: data.update(programs=programs)), "m")
