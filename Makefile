@@ -3,17 +3,22 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: demo test env lint unit clean
 
 env: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt # what the example needs; nothing is built from source
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "optc needs Python 3.11 or later"'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[deepspeed]'  # wants torch first
+	$(INSTALL) --only-binary :all: setuptools wheel
+	$(INSTALL) --only-binary :all: --no-build-isolation --editable '.[onnx,genai]'
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation --editable '.[deepspeed]' # its setup imports torch
 	touch $@
 
 demo: env
@@ -22,13 +27,13 @@ demo: env
 	$(BIN)/optc eval $(OUT)/fiction-onnx --text examples/book.txt
 	$(BIN)/optc bench $(OUT)/fiction-onnx
 
-lint: env
+lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: env
+unit: $(VENV)/.ready-test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test: lint unit
