@@ -11,11 +11,11 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator
-from importlib import metadata
 from types import ModuleType
 
 import optc.passes
 from optc.compiler.diagnostics import UsageError, unknown_name
+from optc.compiler.plugins import plugins
 from optc.compiler.rewriting.passes import Pass
 
 ENTRY_POINTS = "optc.passes"
@@ -60,26 +60,14 @@ def _own() -> Iterator[type[Pass]]:
 
 
 def _registered() -> Iterator[type[Pass]]:
-    for entry in metadata.entry_points(group=ENTRY_POINTS):
-        try:
-            loaded = entry.load()
-        except (ImportError, AttributeError) as error:
-            raise UsageError(
-                f"the passes '{entry.name}' of another package cannot be imported",
-                where=entry.value,
-                why=str(error),
-                remedy="repair or uninstall the package",
-            ) from error
-        if inspect.ismodule(loaded):
-            yield from _in_module(loaded)
-        elif inspect.isclass(loaded) and issubclass(loaded, Pass):
-            yield loaded
-        else:
-            raise UsageError(
-                f"the entry point '{entry.name}' is neither a pass nor a module of passes",
-                where=entry.value,
-                remedy="repair or uninstall the package that registers it",
-            )
+    for found in plugins(ENTRY_POINTS, "a pass or a module of passes", _taken):
+        yield from found
+
+
+def _taken(loaded: object) -> list[type[Pass]] | None:
+    if inspect.ismodule(loaded):
+        return list(_in_module(loaded))
+    return [loaded] if inspect.isclass(loaded) and issubclass(loaded, Pass) else None
 
 
 def _in_module(module: ModuleType) -> Iterator[type[Pass]]:

@@ -11,11 +11,10 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Iterator
-from importlib import metadata
-from typing import Any
 
 import optc.targets
 from optc.compiler.diagnostics import TargetError, UsageError, unknown_name
+from optc.compiler.plugins import plugins
 from optc.compiler.target.target import Target
 
 ENTRY_POINTS = "optc.targets"
@@ -48,7 +47,7 @@ def targets() -> dict[str, Target]:
         UsageError: a registered target cannot be imported, or two have one name.
     """
     found: dict[str, Target] = {}
-    for target in (*_own(), *_registered()):
+    for target in (*_own(), *plugins(ENTRY_POINTS, "a target or a module with a TARGET", _taken)):
         for name in (target.name, *target.aliases):
             other = found.setdefault(name, target)
             if other is not target:
@@ -92,22 +91,6 @@ def _in_module(module: str, *, needed: bool = False) -> Target | None:
     return found if isinstance(found, Target) else None
 
 
-def _registered() -> Iterator[Target]:
-    for entry in metadata.entry_points(group=ENTRY_POINTS):
-        try:
-            loaded: Any = entry.load()
-        except (ImportError, AttributeError) as error:
-            raise UsageError(
-                f"the target '{entry.name}' of another package cannot be imported",
-                where=entry.value,
-                why=str(error),
-                remedy="repair or uninstall the package",
-            ) from error
-        target = getattr(loaded, "TARGET", loaded)
-        if not isinstance(target, Target):
-            raise UsageError(
-                f"the entry point '{entry.name}' is neither a target nor a module with a TARGET",
-                where=entry.value,
-                remedy="repair or uninstall the package that registers it",
-            )
-        yield target
+def _taken(loaded: object) -> Target | None:
+    target = getattr(loaded, "TARGET", loaded)
+    return target if isinstance(target, Target) else None

@@ -1,0 +1,40 @@
+"""What other packages register by entry points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import TypeVar
+
+from optc.compiler.diagnostics import UsageError
+
+T = TypeVar("T")
+
+
+def plugins(group: str, wanted: str, take: Callable[[object], T | None]) -> Iterator[T]:
+    """What `take` makes of the value of each entry point of a group; None says that it is something else.
+
+    Args:
+        wanted: what the group holds, for the error: "a pass or a module of passes".
+
+    Raises:
+        UsageError: a value cannot be imported, or is something else; names the entry point.
+    """
+    for entry in metadata.entry_points(group=group):
+        where, remedy = (
+            f"{group}: {entry.name} = {entry.value}",
+            "repair or uninstall the package that registers it",
+        )
+        try:
+            loaded = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise UsageError(
+                f"the entry point '{entry.name}' of another package cannot be imported",
+                where=where,
+                why=str(error),
+                remedy=remedy,
+            ) from error
+        found = take(loaded)
+        if found is None:
+            raise UsageError(f"the entry point '{entry.name}' is not {wanted}", where=where, remedy=remedy)
+        yield found
