@@ -8,20 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import optc
 from conftest import EXAMPLE
 from hf_folders import source
 
-from optc.cli.main import main
 from optc.compiler.capture import capture_pretrained
 
 Capture = pytest.CaptureFixture[str]
 QUICK = ("--calibration-samples", "8", "--calibration-seq-len", "64")
-
-
-def optc(*args: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(arg) for arg in args])
-    return int(caught.value.code or 0)
 
 
 def test_awq_with_nothing_else(tmp_path: Path, capsys: Capture) -> None:

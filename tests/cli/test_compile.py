@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from command_line import optc, optc_json
 from conftest import EXAMPLE
 
-from optc.cli.main import main, normalize
+from optc.cli.main import normalize
 
 Capture = pytest.CaptureFixture[str]
-
-
-def optc(*args: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(arg) for arg in args])
-    return int(caught.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +34,8 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def result(capsys: Capture, *args: object) -> Any:
-    capsys.readouterr()
-    assert optc(*args, "--json") == 0
-    return json.loads(capsys.readouterr().out)
-
-
 def test_compile_json(tmp_path: Path, capsys: Capture) -> None:
-    found = result(capsys, "compile", EXAMPLE, "--target", "onnx-cpu", "-o", tmp_path / "out")
+    found = optc_json(capsys, "compile", EXAMPLE, "--target", "onnx-cpu", "-o", tmp_path / "out")
     assert set(found) >= {"artifact", "target", "seconds", "passes"}
     assert found["target"] == "onnx-cpu"
     rows = {row["name"]: row for row in found["passes"]}
@@ -60,7 +47,7 @@ def test_compile_json(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_group_size_is_chosen_and_printed(artifact: Path, capsys: Capture) -> None:
-    found = result(capsys, "inspect", artifact)
+    found = optc_json(capsys, "inspect", artifact)
     summary = found["quantization"]
     assert (summary["method"], summary["bits"], summary["group_size"]) == ("rtn", [4], [64])
     assert (summary["symmetric"], summary["linears"]) == (True, 16)
@@ -112,7 +99,7 @@ def test_dump_ir_and_diff(artifact: Path, capsys: Capture) -> None:
 
 
 def test_verify_and_tampering(artifact: Path, capsys: Capture) -> None:
-    assert result(capsys, "verify", artifact)["ok"] is True
+    assert optc_json(capsys, "verify", artifact)["ok"] is True
     path = artifact / "genai_config.json"
     before = path.read_bytes()
     path.write_bytes(before.replace(b"false", b"true ", 1))
@@ -131,11 +118,13 @@ def test_verify_and_tampering(artifact: Path, capsys: Capture) -> None:
 def test_recipe_equals_flags(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {EXAMPLE}\ntarget: onnx-cpu\nquant: rtn\noutput: {tmp_path / 'out'}\n")
-    by_recipe = result(capsys, "compile", "--recipe", recipe)
-    by_flags = result(capsys, "inspect", artifact)
+    by_recipe = optc_json(capsys, "compile", "--recipe", recipe)
+    by_flags = optc_json(capsys, "inspect", artifact)
     assert [row["matched"] for row in by_recipe["passes"]] == [row["matched"] for row in by_flags["passes"]]
     files = {entry["path"]: entry["sha256"] for entry in by_flags["files"]}
-    again = {entry["path"]: entry["sha256"] for entry in result(capsys, "inspect", tmp_path / "out")["files"]}
+    again = {
+        entry["path"]: entry["sha256"] for entry in optc_json(capsys, "inspect", tmp_path / "out")["files"]
+    }
     engine = [name for name in files if name != "report.html"]
     assert {name: files[name] for name in engine} == {name: again[name] for name in engine}
     recipe.write_text("modell: x\n")
@@ -144,20 +133,20 @@ def test_recipe_equals_flags(artifact: Path, tmp_path: Path, capsys: Capture) ->
 
 
 def test_plan_reads_no_weights(capsys: Capture, tmp_path: Path, artifact: Path) -> None:
-    found = result(capsys, "plan", EXAMPLE, "--target", "onnx-cpu", "--quant", "rtn")
+    found = optc_json(capsys, "plan", EXAMPLE, "--target", "onnx-cpu", "--quant", "rtn")
     assert found["group_size"] == 64
     assert "store-kv-codes" not in [row["name"] for row in found["passes"]]
     assert found["linears"] == 28
     assert found["kv_cache_bytes_per_token"] == 2 * 4 * 2 * 32 * 4
-    written = result(capsys, "inspect", artifact)["weight_bytes"]
+    written = optc_json(capsys, "inspect", artifact)["weight_bytes"]
     assert abs(found["weight_bytes"] / written - 1) < 0.1
     assert optc("plan", EXAMPLE, "--target", "onnx-cpu", "--quant", "rtn", "--kv-cache", "paged") == 4
 
 
 def test_passes_and_targets(capsys: Capture) -> None:
-    names = [row["name"] for row in result(capsys, "passes")["passes"]]
+    names = [row["name"] for row in optc_json(capsys, "passes")["passes"]]
     assert {"fuse-attention", "fuse-rotary", "static-kv-cache", "page-kv-cache", "quantize-rtn"} <= set(names)
-    targets = {row["name"]: row for row in result(capsys, "targets")["targets"]}
+    targets = {row["name"]: row for row in optc_json(capsys, "targets")["targets"]}
     assert targets["onnx-cpu"]["aliases"] == ["edge", "onnx"]
     assert targets["onnx-cpu"]["quant"]["rtn"]["bits"] == [2, 3, 4, 8]
     assert optc("targets") == 0

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from command_line import optc as call
 from conftest import EXAMPLE, ROOT
 from once import once
 
 import optc
-from optc.cli.main import cli, main, normalize
+from optc.cli.main import cli, normalize
 
 FENCED = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SMALL = {  # README's commands as they stand, and these flags, which only make them short
@@ -43,12 +44,6 @@ def commands(*files: Path) -> Iterator[str]:
 
 README = list(commands(ROOT / "README.md"))
 ALL = list(dict.fromkeys(commands(ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))))
-
-
-def call(*args: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(list(args))
-    return int(caught.value.code or 0)
 
 
 def test_commands_are_found() -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from artifacts import captured_folder, make_manifest
+from command_line import optc, optc_json
 from conftest import EXAMPLE
 
-from optc.cli.main import main
 from optc.compiler.artifact.folder import finish, read_manifest
 from optc.compiler.artifact.manifest import Source
 from optc.compiler.ir.program import Program
@@ -68,19 +68,6 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def call(*args: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(arg) for arg in args])
-    code = caught.value.code
-    assert isinstance(code, int)
-    return code
-
-
-def call_json(capsys: pytest.CaptureFixture[str], *args: object) -> Any:
-    assert call(*args, "--json") == 0
-    return json.loads(capsys.readouterr().out)
-
-
 def test_compare_json(
     three: list[Path], text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +76,7 @@ def test_compare_json(
 
     run = SourceModel.__call__
     monkeypatch.setattr(SourceModel, "__call__", lambda self, tokens: runs.append(1) or run(self, tokens))
-    found = call_json(capsys, "eval", "--compare", *three, "--text", text, "--top-k", 5)
+    found = optc_json(capsys, "eval", "--compare", *three, "--text", text, "--top-k", 5)
     rows = found["results"]
     assert [row["artifact"] for row in rows] == list(map(str, three))
     assert rows[0]["kl"] > 10 * rows[1]["kl"] > 0
@@ -104,13 +91,13 @@ def test_compare_json(
     assert pairs == [(str(three[a]), str(three[b])) for a, b in ((0, 1), (0, 2), (1, 2))]
     gain = math.log(rows[0]["perplexity"] / rows[1]["perplexity"])
     assert found["differences"][0]["log_likelihood"] == pytest.approx(gain, rel=1e-9)
-    alone = call_json(capsys, "eval", three[0], "--text", text, "--top-k", 5)
+    alone = optc_json(capsys, "eval", three[0], "--text", text, "--top-k", 5)
     assert all(alone[key] == rows[0][key] for key in alone if key != "seconds")
     assert "artifact" not in alone
 
 
 def test_compare_for_people(three: list[Path], text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("eval", "--compare", *three[:2], "--text", text, "--top-k", 5) == 0
+    assert optc("eval", "--compare", *three[:2], "--text", text, "--top-k", 5) == 0
     out, err = capsys.readouterr()
     assert err == ""
     lines = out.splitlines()
@@ -133,7 +120,7 @@ def test_compare_for_people(three: list[Path], text: Path, capsys: pytest.Captur
 
 
 def test_compare_saves_each(three: list[Path], text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = call_json(capsys, "eval", "--compare", *three[:2], "--text", text, "--no-reference", "--save")[
+    rows = optc_json(capsys, "eval", "--compare", *three[:2], "--text", text, "--no-reference", "--save")[
         "results"
     ]
     for path, row in zip(three[:2], rows, strict=True):
@@ -158,11 +145,11 @@ def test_refuses(three: list[Path], text: Path, capsys: pytest.CaptureFixture[st
         (3, "the task does not exist", [three[0], "--tasks", tmp_path / "none.yaml"]),
     ]
     for code, message, args in cases:
-        assert call("eval", *args) == code, message
+        assert optc("eval", *args) == code, message
         out, err = capsys.readouterr()
         assert message in err
         assert out == ""
-    found = call_json(capsys, "eval", "--compare", three[0], foreign, "--text", text, "--no-reference")
+    found = optc_json(capsys, "eval", "--compare", three[0], foreign, "--text", text, "--no-reference")
     assert found["results"][1]["kl"] is None
 
 
@@ -172,7 +159,7 @@ def test_other_tokens_are_refused(three: list[Path], text: Path, capsys: pytest.
     data["post_processor"] = None
     file.write_text(json.dumps(data))
     finish(three[1], read_manifest(three[1]))
-    assert call("eval", "--compare", *three[:2], "--text", text) == 3
+    assert optc("eval", "--compare", *three[:2], "--text", text) == 3
     assert "the artifacts do not see the same tokens" in capsys.readouterr().err
 
 
@@ -194,7 +181,7 @@ metric_list: [{{metric: perplexity}}, {{metric: acc}}]
 """
     )
     task = tmp_path / "tiny.yaml"
-    rows = call_json(capsys, "eval", "--compare", *three[1:], "--tasks", task)["results"]
+    rows = optc_json(capsys, "eval", "--compare", *three[1:], "--tasks", task)["results"]
     assert [row["tasks"]["tiny"]["samples"] for row in rows] == [2, 2]
     values = [row["tasks"]["tiny"]["perplexity"]["value"] for row in rows]
     assert values[0] == pytest.approx(values[1], rel=0.1)
@@ -213,5 +200,5 @@ metric_list: [{{metric: perplexity}}, {{metric: acc}}]
             log_p = model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
         total += sum(float(log_p[i - 1, whole[i]]) for i in range(len(prompt), len(whole)))
     assert values[1] == pytest.approx(math.exp(-total / 2), rel=1e-3)
-    assert call("eval", three[2], "--tasks", task) == 0
+    assert optc("eval", three[2], "--tasks", task) == 0
     assert capsys.readouterr().out.startswith("tiny                 perplexity ")

@@ -8,19 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import optc
 from families import make_model
 from transformers import AutoModelForCausalLM
 
-from optc.cli.main import main
 from optc.compiler.artifact.folder import verify
 
 Capture = pytest.CaptureFixture[str]
-
-
-def optc(*args: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(arg) for arg in args])
-    return int(caught.value.code or 0)
 
 
 @pytest.fixture(scope="module")

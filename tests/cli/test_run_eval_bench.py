@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from artifacts import captured_folder, make_manifest
+from command_line import optc, optc_json
 from conftest import EXAMPLE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optc.cli.main import main
 from optc.compiler.artifact.folder import finish, read_manifest
 from optc.compiler.artifact.manifest import Source
 from optc.compiler.ir.program import Program
@@ -72,21 +72,8 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
-def call(*args: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(arg) for arg in args])
-    code = caught.value.code
-    assert isinstance(code, int)
-    return code
-
-
-def call_json(capsys: pytest.CaptureFixture[str], *args: object) -> Any:
-    assert call(*args, "--json") == 0
-    return json.loads(capsys.readouterr().out)
-
-
 def expect(capsys: pytest.CaptureFixture[str], code: int, message: str, *args: object) -> None:
-    assert call(*args) == code
+    assert optc(*args) == code
     out, err = capsys.readouterr()
     assert message in err
     assert out == ""
@@ -102,7 +89,7 @@ def _greedy(prompt: str, count: int) -> tuple[list[int], list[int]]:
 
 
 def test_run_json_equals_transformers(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = call_json(capsys, "run", artifact, "--prompt", PROMPT, "--max-new-tokens", 24)
+    found = optc_json(capsys, "run", artifact, "--prompt", PROMPT, "--max-new-tokens", 24)
     ids, expected = _greedy(PROMPT, 24)
     assert found["prompt_tokens"] == ids
     assert found["tokens"] == expected
@@ -117,8 +104,8 @@ def test_run_json_equals_transformers(artifact: Path, capsys: pytest.CaptureFixt
 
 def test_run_streams_the_same_text(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ("run", artifact, "--prompt", PROMPT, "--max-new-tokens", 24)
-    text = call_json(capsys, *args)["text"]
-    assert call(*args) == 0
+    text = optc_json(capsys, *args)["text"]
+    assert optc(*args) == 0
     out, err = capsys.readouterr()
     assert out == text + "\n"
     assert err == "", "remarks are for terminals"
@@ -127,26 +114,26 @@ def test_run_streams_the_same_text(artifact: Path, capsys: pytest.CaptureFixture
 def test_run_token_ids(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids, expected = _greedy(PROMPT, 8)
     listed = ",".join(map(str, ids))
-    found = call_json(capsys, "run", artifact, "--prompt_tokens", listed, "--max_new_tokens", 8)
+    found = optc_json(capsys, "run", artifact, "--prompt_tokens", listed, "--max_new_tokens", 8)
     assert (found["prompt_tokens"], found["tokens"]) == (ids, expected)
 
 
 def test_run_batch(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = [PROMPT, "Once", "It was raining when they"]
     flags = [part for prompt in prompts for part in ("--prompt", prompt)]
-    found = call_json(capsys, "run", artifact, *flags, "--max-new-tokens", 12)
+    found = optc_json(capsys, "run", artifact, *flags, "--max-new-tokens", 12)
     assert set(found) == {"results", "ttft_ms", "tpot_ms", "kv_pool"}
     assert [(row["prompt_tokens"], row["tokens"]) for row in found["results"]] == [
         _greedy(p, 12) for p in prompts
     ]
-    assert call("run", artifact, *flags, "--max-new-tokens", 12) == 0
+    assert optc("run", artifact, *flags, "--max-new-tokens", 12) == 0
     lines = capsys.readouterr().out
     assert lines == "".join(f"[{i}] {row['text']}\n" for i, row in enumerate(found["results"]))
 
 
 def test_run_sampling_is_seeded(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def tokens(*flags: object) -> list[int]:
-        found: list[int] = call_json(
+        found: list[int] = optc_json(
             capsys, "run", artifact, "--prompt", "Once", "--max-new-tokens", 12, *flags
         )["tokens"]
         return found
@@ -165,18 +152,18 @@ def test_run_stops_at_eos_unless_told(artifact: Path, capsys: pytest.CaptureFixt
     config.write_text(json.dumps({"eos_token_id": [expected[3]]}))
     finish(artifact, read_manifest(artifact))
     args = ("run", artifact, "--prompt", PROMPT, "--max-new-tokens", 8)
-    found = call_json(capsys, *args)
+    found = optc_json(capsys, *args)
     assert (found["tokens"], found["stop"]) == (expected[: expected.index(expected[3]) + 1], "stop-token")
-    assert call_json(capsys, *args, "--ignore-eos")["tokens"] == expected
+    assert optc_json(capsys, *args, "--ignore-eos")["tokens"] == expected
 
 
 def test_run_without_a_tokenizer(artifact: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plain = _artifact(tmp_path / "plain", tokenizer=False)
     ids, expected = _greedy(PROMPT, 8)
     listed = ",".join(map(str, ids))
-    found = call_json(capsys, "run", plain, "--prompt-tokens", listed, "--max-new-tokens", 8)
+    found = optc_json(capsys, "run", plain, "--prompt-tokens", listed, "--max-new-tokens", 8)
     assert (found["tokens"], found["text"]) == (expected, None)
-    assert call("run", plain, "--prompt-tokens", listed, "--max-new-tokens", 8) == 0
+    assert optc("run", plain, "--prompt-tokens", listed, "--max-new-tokens", 8) == 0
     assert capsys.readouterr().out == ",".join(map(str, expected)) + "\n"
     expect(capsys, 3, "remedy: give token ids: --prompt-tokens 5,17,33", "run", plain, "--prompt", PROMPT)
 
@@ -212,7 +199,7 @@ def test_empty_prompts(
     artifact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The tokenizer adds a begin-of-text token, so even empty text is a prompt of one token ...
-    assert len(call_json(capsys, "run", artifact, "--prompt", "", "--max-new-tokens", 2)["tokens"]) == 2
+    assert len(optc_json(capsys, "run", artifact, "--prompt", "", "--max-new-tokens", 2)["tokens"]) == 2
     # ... and where it adds none, it is refused.
     monkeypatch.setattr("optc.runtime.generation.tokenizer.Tokenizer.encode", lambda self, text: [])
     expect(capsys, 3, "prompt 0 is empty", "run", artifact, "--prompt", "")
@@ -230,7 +217,7 @@ def test_tampered_and_missing_artifacts(
 
 
 def test_eval_json(artifact: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = call_json(capsys, "eval", artifact, "--text", text)
+    found = optc_json(capsys, "eval", artifact, "--text", text)
     ids = torch.tensor([AutoTokenizer.from_pretrained(EXAMPLE)(TEXT)["input_ids"]])
     size = min(1024, ids.shape[1] - 1)
     with torch.no_grad():
@@ -245,7 +232,7 @@ def test_eval_json(artifact: Path, text: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_eval_for_people(artifact: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("eval", artifact, "--text", text) == 0
+    assert optc("eval", artifact, "--text", text) == 0
     out, err = capsys.readouterr()
     assert err == "", "progress is for terminals"
     assert [line.split("  ")[0] for line in out.splitlines()] == [
@@ -267,7 +254,7 @@ def test_eval_against_another_model(
     artifact: Path, text: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     other = _changed_model(tmp_path / "other")
-    found = call_json(capsys, "eval", artifact, "--text", text, "--source", other)
+    found = optc_json(capsys, "eval", artifact, "--text", text, "--source", other)
     assert found["kl"] > 1e-4
     assert found["source_matches"] is False
     assert found["reference_perplexity"] != pytest.approx(found["perplexity"], rel=1e-3)
@@ -282,17 +269,17 @@ def test_eval_notices_a_changed_source(
     expect(capsys, 3, "the source model is not there", "eval", mine, "--text", text)
     _changed_model(source)
     expect(capsys, 3, "the source model is not the one that was compiled", "eval", mine, "--text", text)
-    found = call_json(capsys, "eval", mine, "--text", text, "--no-reference")
+    found = optc_json(capsys, "eval", mine, "--text", text, "--no-reference")
     assert (found["kl"], found["reference_perplexity"], found["source"]) == (None, None, None)
 
 
 def test_eval_saves_figures(artifact: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = call_json(capsys, "eval", artifact, "--text", text, "--save", "--no-reference")
+    found = optc_json(capsys, "eval", artifact, "--text", text, "--save", "--no-reference")
     quality = read_manifest(artifact).quality
     assert quality is not None
     assert quality["perplexity"] == found["perplexity"]
     assert f"{found['perplexity']:,.4g}" in (artifact / "report.html").read_text()
-    assert call("verify", artifact) == 0
+    assert optc("verify", artifact) == 0
 
 
 def test_eval_refuses(artifact: Path, text: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -336,7 +323,7 @@ def quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick_bandwidth")
 def test_bench_json(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lengths = ("--prompt-length", 16, "--prompt-length", 5)
-    found = call_json(capsys, "bench", artifact, *lengths, "--new-tokens", 4, "--samples", 3, "--batch", 2)
+    found = optc_json(capsys, "bench", artifact, *lengths, "--new-tokens", 4, "--samples", 3, "--batch", 2)
     for key in ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms"):
         assert 0 < found[key]["ci95"][0] <= found[key]["median"] <= found[key]["ci95"][1]
         assert found[key] == found["prompts"][0][key]
@@ -350,7 +337,7 @@ def test_bench_json(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("quick_bandwidth")
 def test_bench_for_people_and_saved(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ("--prompt-length", 8, "--new-tokens", 4, "--samples", 2, "--warmup", 0, "--threads", 2, "--save")
-    assert call("bench", artifact, *args) == 0
+    assert optc("bench", artifact, *args) == 0
     out = capsys.readouterr().out
     assert out.startswith("prompt of 8 tokens, batch 1, 2 samples\n  decode ")
     assert "24.0 GB/s measured read bandwidth: at most 2000 tokens/s, each weight read once per step" in out

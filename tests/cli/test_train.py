@@ -7,18 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import optc
 from conftest import EXAMPLE, ROOT
 from training_runs import small_model, token_file
 
-from optc.cli.main import main
-
 Capture = pytest.CaptureFixture[str]
-
-
-def optc(*args: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(arg) for arg in args])
-    return int(caught.value.code or 0)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from optc.cli.main import main
+from command_line import optc
 
 Capture = pytest.CaptureFixture[str]
 
@@ -23,13 +22,6 @@ Capture = pytest.CaptureFixture[str]
 def model(tmp_path: Path, example_model: Path) -> Path:
     """A private copy of the example model."""
     return Path(shutil.copytree(example_model, tmp_path / "model"))
-
-
-def optc(*args: object) -> int:
-    """Run the command line in this process; its exit code."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(arg) for arg in args])
-    return int(caught.value.code or 0)
 
 
 def compile_to(model: Path, output: Path, *more: str) -> int:
