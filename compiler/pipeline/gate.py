@@ -71,10 +71,13 @@ class Ledger:
     exact: int = 0
 
     def note(self, budget: Budget | None, restores: bool = False) -> None:
-        """Add a pass: its budget, or None for one that keeps the numbers. One that restores them costs nothing."""
+        """Add a pass: its budget, or None for one that keeps the numbers.
+
+        One that restores them adds nothing to what was lost before it.
+        """
         if budget is None:
             self.exact += 1
-        elif not restores:
+        elif not (restores and self.budgets):
             self.budgets.append(budget)
 
     @property

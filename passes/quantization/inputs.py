@@ -19,7 +19,7 @@ from optc.compiler.rewriting.passes import Miss, Pass, PassContext, PassResult
 from optc.compiler.rewriting.rounded_inputs import rounded_input
 from optc.compiler.rewriting.weights import record_weight
 from optc.passes.quantization.activations import obstacle, record_activations
-from optc.passes.quantization.arithmetic.budgets import FP8_INPUTS, INT8_INPUTS, NVFP4_INPUTS
+from optc.passes.quantization.arithmetic.budgets import FP8_INPUTS, INT8_FIXED_INPUTS, NVFP4_INPUTS
 from optc.passes.quantization.arithmetic.groups import Group, input_groups
 from optc.passes.quantization.arithmetic.ranges import calibration_tokens, largest_magnitudes
 from optc.passes.quantization.arithmetic.stream import Stream
@@ -48,7 +48,7 @@ class QuantizeInputs(Pass):
     own_type: bool = False
 
     def budget(self, before: Program) -> Budget:
-        return {"fp8": FP8_INPUTS, "int8": INT8_INPUTS, "nvfp4": NVFP4_INPUTS}[self.format]
+        return {"fp8": FP8_INPUTS, "int8": INT8_FIXED_INPUTS, "nvfp4": NVFP4_INPUTS}[self.format]
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantize inputs in a clone of `program`.

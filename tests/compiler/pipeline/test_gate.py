@@ -215,6 +215,9 @@ def test_a_pass_that_restores_adds_nothing() -> None:
     ledger.note(BUDGET)
     ledger.note(BUDGET, restores=True)
     assert (ledger.exact, ledger.budgets) == (1, [BUDGET])
+    alone = Ledger()  # behind a model that was quantized elsewhere
+    alone.note(BUDGET, restores=True)
+    assert alone.budgets == [BUDGET]
 
 
 @pytest.mark.parametrize("field", ["kl", "top1", "perplexity", "relative", "cosine"])

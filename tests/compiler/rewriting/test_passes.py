@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import msgspec
 import pytest
 from stages import tiny_decoder
 
+from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass
+from optc.passes.quantization.arithmetic.budgets import weight_budget
+from optc.passes.quantization.auto import QuantizeAuto
+from optc.passes.quantization.tune_scales import TuneScales
 from optc.passes.registry import passes
 
 
@@ -48,3 +55,31 @@ def test_budgets_of_all_passes() -> None:
         "round-scales": (1e-4, 0.01),
         "tune-scales": (0.005, 0.1),
     }
+
+
+def test_budgets_of_weights() -> None:
+    assert {bits: dataclasses.astuple(weight_budget(bits)) for bits in (8, 4, 3, 2)} == {
+        8: (0.005, 0.95, 0.015, 0.1, 0.997),
+        4: (0.6, 0.8, 0.7, 0.75, 0.7),
+        3: (2.5, 0.5, 4.0, 1.15, 0.35),
+        2: (12.0, 0.0, 4000.0, 1.5, -0.05),
+    }
+
+
+@pytest.mark.parametrize(
+    ("average_bits", "max_kl", "bits"),
+    [(4.0, 0.0, 4), (3.9, 0.0, 3), (6.0, 0.0, 4), (8.0, 0.0, 8), (2.5, 0.0, 2), (8.0, 0.001, 8), (8.0, 0.05, 4), (8.0, 0.3, 3), (3.0, 5.0, 2)],
+)  # fmt: skip
+def test_the_budget_of_mixed_bits(average_bits: float, max_kl: float, bits: int) -> None:
+    """That of the bits which the average comes to, or of those that three times the asked divergence may come from."""
+    found = QuantizeAuto(average_bits=average_bits, max_kl=max_kl).budget(tiny_decoder())
+    assert found == weight_budget(bits)
+
+
+def test_training_scales_costs_what_their_bits_cost() -> None:
+    program = tiny_decoder()
+    entry = WeightQuantization(method="rtn", bits=3, group_size=32, symmetric=True, source="w")
+    more = msgspec.structs.replace(entry, bits=8)
+    assert TuneScales().budget(program.with_contract(quantization={"a": more, "b": entry})) == weight_budget(
+        3
+    )
