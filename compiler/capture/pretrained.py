@@ -15,8 +15,10 @@ from optc.compiler.capture.attention import NAME, register
 from optc.compiler.capture.facts import attention_layers, model_facts, refuse_unsupported
 from optc.compiler.capture.restored import restore_codes
 from optc.compiler.diagnostics import CaptureError, InputError, unknown_name
+from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.ir.contract import Contract, Input, Output
 from optc.compiler.ir.export import run_export
+from optc.compiler.ir.lazy_weights import LazyWeight, WorkFile, materialized
 from optc.compiler.ir.program import Program
 from optc.compiler.model_folder.checkpoint import (
     CheckpointInfo,
@@ -26,7 +28,11 @@ from optc.compiler.model_folder.checkpoint import (
     match_names,
     tied_names,
 )
-from optc.compiler.model_folder.quantized import quantized_folder
+from optc.compiler.model_folder.quantized import QuantizedFolder, quantized_folder
+
+RESIDENT_BYTES = 512 << 20
+"""Models whose weights take no more than this in the compute type are held in memory: reading them again and again
+would cost more time than their memory is worth."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTIONS = (NAME, "sdpa", "eager")
@@ -69,13 +75,16 @@ class _Encoder(_Shell):
 
 
 def load_model(
-    folder: str | Path, *, dtype: torch.dtype, attention: str = NAME, trust_remote_code: bool = False
-) -> tuple[torch.nn.Module, CheckpointInfo]:
+    folder: str | Path, *, dtype: torch.dtype, attention: str = NAME, trust_remote_code: bool = False,
+    resident_bytes: int | None = None,
+) -> tuple[torch.nn.Module, CheckpointInfo]:  # fmt: skip
     """A checked model folder as an eval-mode transformers model; weights of a quantized one become dense.
 
     Args:
         dtype: compute type of the weights.
         attention: transformers' attention implementation; "optc" for capture, "eager" for a reference.
+        resident_bytes: leave weights in their files (see `ir/lazy_weights`) where all of them take more in `dtype`;
+            None reads them in any case.
 
     Raises:
         InputError: the folder, its config or one of its tensors is unusable.
@@ -84,22 +93,16 @@ def load_model(
     check_values(info)
     quantized = quantized_folder(info)
     skeleton = meta_model(info, trust_remote_code=trust_remote_code)
-    state = skeleton.state_dict(keep_vars=True)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    compare_shapes(quantized.dense if quantized else info, shapes, tied=tied_names(state))
-    source: dict[str, Any] = {"pretrained_model_name_or_path": str(info.path)}
-    if quantized is not None:
-        # Given tensors and a config without quantization, transformers does not look for a quantizer of its own.
-        source = {
-            "pretrained_model_name_or_path": None, "config": skeleton.config, "state_dict": quantized.state(dtype),
-        }  # fmt: skip
+    places = skeleton.state_dict(keep_vars=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in places.items()}
+    compare_shapes(quantized.dense if quantized else info, shapes, tied=tied_names(places))
     try:
+        # Given tensors and a config without quantization, transformers does not look for a quantizer of its own.
         model, report = type(skeleton).from_pretrained(
-            **source, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code,
-            output_loading_info=True,
+            None, config=skeleton.config, state_dict=_state(info, quantized, dtype, resident_bytes), dtype=dtype,
+            attn_implementation=attention, trust_remote_code=trust_remote_code, output_loading_info=True,
         )  # fmt: skip
-        if quantized is not None:
-            _read_generation_config(model, info.path)
+        _read_generation_config(model, info.path)
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         raise InputError(
             "transformers cannot load the model", where=str(info.path), why=str(error).splitlines()[0],
@@ -107,6 +110,21 @@ def load_model(
         ) from error  # fmt: skip
     _check_report(info, report)
     return model.eval().requires_grad_(False), info
+
+
+def _state(
+    info: CheckpointInfo, quantized: QuantizedFolder | None, dtype: torch.dtype, resident_bytes: int | None
+) -> dict[str, Tensor]:
+    """The tensors of a folder: in their files, or in memory where they take no more than `resident_bytes`."""
+    if quantized is not None:
+        state = quantized.state(dtype)
+    else:
+        reader = TensorReader(info.path, info.tensors)
+        state = {name: reader.lazy(name) for name in info.tensors}
+    total = sum(tensor.numel() * dtype.itemsize for tensor in state.values())
+    if resident_bytes is None or total <= resident_bytes:
+        return {name: materialized(tensor) for name, tensor in state.items()}
+    return state
 
 
 def _read_generation_config(model: Any, folder: Path) -> None:
@@ -174,16 +192,30 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
 
 
 def capture_pretrained(
-    folder: str | Path, *, dtype: str = "fp32", trust_remote_code: bool = False
+    folder: str | Path,
+    *,
+    dtype: str = "fp32",
+    trust_remote_code: bool = False,
+    work_folder: Path | None = None,
 ) -> tuple[Program, CheckpointInfo]:
     """Capture a model folder. Linears of a folder that is already quantized read `optc.dequantize` of its codes.
+
+    Weights that take more than `RESIDENT_BYTES` in the compute type stay in the folder's files, and large tensors that
+    passes make go to a work file.
+
+    Args:
+        work_folder: where the work file is; None takes the system's folder for temporary files.
 
     Raises:
         InputError: unusable folder (see `load_model`).
         CaptureError: the model cannot be exported or has a mask that cannot be expressed.
     """
-    model, info = load_model(folder, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+    model, info = load_model(
+        folder, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, resident_bytes=RESIDENT_BYTES
+    )
     program = capture_model(model)
+    if any(isinstance(tensor, LazyWeight) for _, tensor in program.weights()):
+        program.work_file = WorkFile(work_folder)
     quantized = quantized_folder(info)
     if quantized is not None:
         program = restore_codes(

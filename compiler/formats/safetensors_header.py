@@ -16,12 +16,7 @@ from typing import Annotated
 import msgspec
 
 from optc.compiler.diagnostics import InputError
-
-BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
-    "F8_E4M3": 1, "F8_E5M2": 1, "BF16": 2, "F16": 2, "F32": 4, "F64": 8,
-}  # fmt: skip
-"""Bytes per element of the dtypes that optc reads, by their name in the header."""
+from optc.compiler.ir.saved.safetensors_file import TYPES
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 _MAX_RANK = 64
@@ -40,7 +35,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * BYTES[self.dtype]
+        return math.prod(self.shape) * TYPES[self.dtype].itemsize
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True):
@@ -101,10 +96,10 @@ def _tensor(path: Path, name: str, raw: msgspec.Raw, data_start: int) -> TensorI
         entry = msgspec.json.decode(raw, type=_Entry)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise damaged(path, f"its header entry is malformed: {error}", name) from error
-    if entry.dtype not in BYTES:
+    if entry.dtype not in TYPES:
         raise InputError(
             f"dtype {shown(entry.dtype)} is not supported", where=f"{path}: tensor '{shown(name)}'",
-            remedy=f"convert the tensor to one of {', '.join(BYTES)}",
+            remedy=f"convert the tensor to one of {', '.join(TYPES)}",
         )  # fmt: skip
     if len(entry.shape) > _MAX_RANK:
         raise damaged(path, f"it has {len(entry.shape)} dimensions; at most {_MAX_RANK} are allowed", name)

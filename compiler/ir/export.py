@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from optc.compiler import compat
 from optc.compiler.diagnostics import CaptureError
+from optc.compiler.ir.lazy_weights import LazyWeight
 
 
 def run_export(
     module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any, *, where: str
 ) -> torch.export.ExportedProgram:
-    """torch.export in non-strict mode; its failures become CaptureErrors."""
+    """torch.export in non-strict mode; its failures become CaptureErrors.
+
+    Lazy weights of the module are not read, and are those of the result.
+    """
     try:
-        with torch.no_grad():
-            return compat.export_program(module, args, dynamic_shapes)
+        with torch.no_grad(), _stand_ins(module) as lazy:
+            exported = compat.export_program(module, args, dynamic_shapes)
     except torch._dynamo.exc.UserError as error:
         raise CaptureError(
             "torch.export cannot make one graph for all shapes", where=where, why=str(error).strip().splitlines()[0],
@@ -27,3 +34,38 @@ def run_export(
             "torch.export failed", where=where, why=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
             remedy="the model runs code that torch.export cannot trace",
         ) from error  # fmt: skip
+    for table in (exported.state_dict, exported.constants):
+        table.update({name: lazy[id(value)] for name, value in table.items() if id(value) in lazy})
+    return exported
+
+
+@contextmanager
+def _stand_ins(module: torch.nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Put tensors without memory in the places of lazy weights, for torch.export; gives id of stand-in -> weight.
+
+    torch.export makes fakes of what it finds, and does not know how to of a tensor subclass.
+    """
+    made: dict[int, Tensor] = {}  # by the id of the weight: tied weights stay one
+    places: list[tuple[dict[str, Any], str, Tensor]] = []
+    for inner in module.modules():
+        tables: tuple[dict[str, Any], ...] = (inner._parameters, inner._buffers)
+        for table in tables:
+            for name, value in table.items():
+                if isinstance(value, LazyWeight):
+                    made.setdefault(id(value), _without_memory(value))
+                    places.append((table, name, value))
+    try:
+        for table, name, value in places:
+            table[name] = made[id(value)]
+        yield {id(made[id(value)]): value for _, _, value in places}
+    finally:
+        for table, name, value in places:
+            table[name] = value
+
+
+def _without_memory(weight: LazyWeight) -> Tensor:
+    tensor = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype)
+    tensor.untyped_storage().resize_(0)
+    if isinstance(weight, torch.nn.Parameter):
+        return torch.nn.Parameter(tensor, requires_grad=False)
+    return tensor

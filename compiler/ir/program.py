@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 import optc.compiler.ops  # noqa: F401  (registers the dialect)
 from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.lazy_weights import LazyWeight, WorkFile, materialized, pieces, raw_bytes
 from optc.compiler.ir.saved.programs import GRAPH_FILE, damaged, read_program, write_program
 from optc.compiler.ir.verification import VerificationError, verify_program
 from optc.compiler.ir.weight_table import WeightTable
@@ -36,14 +37,23 @@ class Program:
 
     A pass returns a new Program, or edits the one it got from `clone()`: tensors are shared between
     clones, graphs are not.
+
+    Attributes:
+        work_file: where large tensors that passes make are kept; None keeps them in memory.
     """
 
     def __init__(
-        self, exported: ExportedProgram, contract: Contract, *, weight_table: WeightTable | None = None
+        self,
+        exported: ExportedProgram,
+        contract: Contract,
+        *,
+        weight_table: WeightTable | None = None,
+        work_file: WorkFile | None = None,
     ) -> None:
         self.exported = exported
         self.contract = contract
         self.weight_table = weight_table or WeightTable(exported)
+        self.work_file = work_file
         self._module: GraphModule | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -93,12 +103,12 @@ class Program:
             constants=dict(source.constants),
             verifiers=[source.verifier],
         )
-        return Program(exported, self.contract)
+        return Program(exported, self.contract, work_file=self.work_file)
 
     def with_contract(self, **changes: Any) -> Program:
         """The same graph under a contract with some fields replaced."""
         contract = msgspec.structs.replace(self.contract, **changes)
-        program = Program(self.exported, contract, weight_table=self.weight_table)
+        program = Program(self.exported, contract, weight_table=self.weight_table, work_file=self.work_file)
         program._module = self._module
         return program
 
@@ -109,7 +119,11 @@ class Program:
         return self.weight_table.names
 
     def weight(self, name: str) -> torch.Tensor:
-        """The tensor of a weight name (parameter, buffer or lifted constant)."""
+        """The tensor of a weight name (parameter, buffer or lifted constant).
+
+        It may be lazy (see `ir/lazy_weights`): operators read it each time, shape and type cost nothing; who computes
+        with it several times, or needs its memory, takes `materialized(program.weight(name))`.
+        """
         found = self.exported.state_dict.get(name)
         tensor = self.exported.constants[name] if found is None else found
         assert isinstance(tensor, torch.Tensor), name
@@ -120,6 +134,27 @@ class Program:
         if not isinstance(node, Node) or node.op != "placeholder":
             return None
         return self.weight_table.names.get(node.name)
+
+    def stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as this program keeps it: in its work file, where it has one and the tensor is large."""
+        return tensor if self.work_file is None else self.work_file.store(tensor)
+
+    def in_memory(self) -> Program:
+        """The same program with every weight in memory; for engines and libraries that take nothing else."""
+        if not any(isinstance(tensor, LazyWeight) for _, tensor in self.weights()):
+            return self
+        program = self.clone()
+        program.work_file = None
+        read: dict[int, Any] = {}
+        for table in (program.exported.state_dict, program.exported.constants):
+            for name, value in table.items():
+                if isinstance(value, LazyWeight):
+                    if id(value.recipe) not in read:
+                        read[id(value.recipe)] = materialized(value)
+                    tensor = read[id(value.recipe)]
+                    is_parameter = isinstance(value, torch.nn.Parameter)
+                    table[name] = torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        return program
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight the graph reads, once each, in placeholder order."""
@@ -151,8 +186,8 @@ class Program:
         digest.update(msgspec.json.encode(self.contract, order="sorted"))
         for name, tensor in self.weights():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            data = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(data.view(torch.uint8).numpy().data)
+            for piece in pieces(tensor):
+                digest.update(raw_bytes(piece.cpu()))
         return digest.hexdigest()
 
     def user_inputs(self) -> list[Node]:

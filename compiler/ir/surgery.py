@@ -25,12 +25,15 @@ def fake_mode(program: Program) -> FakeTensorMode:
 
 
 def add_weight(program: Program, name: str, tensor: torch.Tensor) -> Node:
-    """Add a weight (as a persistent buffer) and return its placeholder."""
+    """Add a weight (as a persistent buffer, in the program's work file where it has one) and return its placeholder."""
     state = program.exported.state_dict
     assert name not in state, f"weight {name} exists"
     node = program.weight_table.add_buffer("b_" + re.sub(r"\W", "_", name), name)
-    node.meta["val"] = fake_mode(program).from_tensor(tensor, static_shapes=True)
-    state[name] = tensor
+    with fake_mode(program):
+        node.meta["val"] = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+    state[name] = program.stored(tensor)
     return node
 
 
@@ -40,6 +43,7 @@ def set_weight(program: Program, name: str, tensor: torch.Tensor) -> None:
     old = table[name]
     assert isinstance(old, torch.Tensor), name
     assert (old.shape, old.dtype) == (tensor.shape, tensor.dtype), f"{name} would change its shape or type"
+    tensor = program.stored(tensor)
     # A parameter stays one: torch.export distinguishes them from buffers by type.
     table[name] = (
         torch.nn.Parameter(tensor, requires_grad=False) if isinstance(old, torch.nn.Parameter) else tensor

@@ -13,10 +13,11 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 
 from optc.compiler.diagnostics import InputError
+from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.formats.safetensors_header import TensorInfo, damaged, read_header, shown
+from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.model_folder.config_file import CONFIG, read_config, read_json
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -25,6 +26,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # Elements looked at together. Reductions of this size stay on one thread: with busy cores, the barriers
 # of thousands of parallel ones cost seconds (0.06 s against 0.3 to 9 s for 28 M elements).
 _CHUNK = 1 << 15
+_PIECE = 1 << 23  # elements in memory together
 
 
 @dataclass(frozen=True)
@@ -73,18 +75,10 @@ def check_values(info: CheckpointInfo) -> None:
     Raises:
         InputError: NaN or Inf; names file, tensor and how many. Also data that cannot be read.
     """
-    for file in info.files:
-        path = info.path / file
-        names = [
-            name for name, tensor in info.tensors.items() if tensor.file == file and tensor.dtype in _FLOATS
-        ]
-        with _reading(path):
-            try:
-                with safe_open(path, framework="pt") as weights:
-                    for name in names:
-                        _check_finite(path, name, weights.get_tensor(name))
-            except SafetensorError as error:
-                raise damaged(path, str(error)) from error
+    reader = TensorReader(info.path, info.tensors)
+    for name, tensor in info.tensors.items():
+        if tensor.dtype in _FLOATS:
+            _check_finite(info.path / tensor.file, name, reader.lazy(name))
 
 
 def compare_shapes(
@@ -212,7 +206,8 @@ def _no_weights(folder: Path) -> InputError:
 
 def _check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
     values, nans, infs = tensor.reshape(-1), 0, 0
-    for chunk in values.split(_CHUNK) if values.numel() else ():
+    pieces = (materialized(values[i : i + _PIECE]) for i in range(0, values.numel(), _PIECE))
+    for chunk in (chunk for piece in pieces for chunk in piece.split(_CHUNK)):
         if chunk.element_size() == 1:
             chunk = chunk.float()  # float8 has no reductions
         # aminmax passes NaN on and is an order of magnitude faster than isfinite.

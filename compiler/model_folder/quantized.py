@@ -9,6 +9,7 @@ Nothing is quantized anew: the codes are those of the folder, scales are cast to
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from optc.compiler.formats.layouts.config import KEY, ConfigReader
 from optc.compiler.formats.layouts.key_values import FolderKeyValues
 from optc.compiler.formats.layouts.tensors import TOGETHER, TensorReader
 from optc.compiler.formats.safetensors_header import TensorInfo, shown
+from optc.compiler.ir.lazy_weights import computed
 from optc.compiler.model_folder.checkpoint import CheckpointInfo
 from optc.compiler.model_folder.config_file import CONFIG, read_json
 
@@ -76,11 +78,17 @@ class QuantizedFolder:
         return sum(self.reader.tensors[name].nbytes for name in names)
 
     def state(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Every tensor of the dense model; the weights of quantized linears made from codes, in `dtype`."""
-        names = {f"{module}.weight": module for module in self.modules}
+        """Every tensor of the dense model, lazy; the weights of quantized linears are made from codes, in `dtype`."""
+        modules = {f"{module}.weight": module for module in self.modules}
+
+        def dense(name: str) -> Tensor:
+            return self.layout.read(modules[name]).dense(dtype)
+
         return {
-            name: self.layout.read(names[name]).dense(dtype) if name in names else self.reader.read(name)
-            for name in self.dense.tensors
+            name: computed(partial(dense, name), info.shape, dtype)
+            if name in modules
+            else self.reader.lazy(name)
+            for name, info in self.dense.tensors.items()
         }
 
 

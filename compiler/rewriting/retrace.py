@@ -92,7 +92,7 @@ def retrace(
         exported = run_export(shell, tuple(args), tuple(dynamic_shapes), where="re-tracing")
     for node in [node for node in exported.graph.nodes if node.target in _ASSERTS]:
         exported.graph.erase_node(node)
-    result = Program(exported, contract)
+    result = Program(exported, contract, work_file=program.work_file)
     drop_dead(result)
     return result.changed()
 

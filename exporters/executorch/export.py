@@ -44,6 +44,7 @@ def export_executorch(program: Program, request: ExportRequest) -> ExportResult:
         InputError: --max-seq-len beyond the model's context.
         ResourceError, InputError: the disk is full or not writable.
     """
+    program = program.in_memory()
     directory, contract = request.directory, program.contract
     capacity = _capacity(program, request.of(ExecutorchOptions).max_seq_len)
     chunk = min(CHUNK, capacity)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from optc.compiler.diagnostics import os_errors
+from optc.compiler.ir.lazy_weights import WorkFile
+from optc.compiler.ir.saved.safetensors_file import write_safetensors
 
 SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -23,32 +21,28 @@ def write_shards(
 ) -> dict[str, str]:
     """Write tensors as they come, a file whenever `limit` bytes are reached; returns tensor -> file.
 
-    No more than one file's tensors are held at a time.
+    They wait in a file too, since the header in front of them is known with the last one.
 
     Raises:
         ResourceError, InputError: the disk is full, or not writable.
     """
     parts: list[dict[str, int]] = []
     held: dict[str, Tensor] = {}
+    work = WorkFile(directory)
 
     def flush() -> None:
+        nonlocal work
         path = directory / f"{len(parts)}.part"
         with os_errors("writing the weights", str(path)):
-            try:
-                path.touch()
-                mode = path.stat().st_mode
-                save_file(held, path, metadata={"format": "pt"})
-                path.chmod(mode)  # safetensors makes files that the owner alone can read
-            except SafetensorError as error:
-                code = re.search(r"os error (\d+)", str(error))
-                raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
+            write_safetensors(path, held, metadata={"format": "pt"})
         parts.append({name: tensor.nbytes for name, tensor in held.items()})
         held.clear()
+        work = WorkFile(directory)
 
     for name, tensor in tensors:
         if held and sum(item.nbytes for item in held.values()) + tensor.nbytes > limit:
             flush()
-        held[name] = tensor.contiguous()
+        held[name] = work.store(tensor)
     flush()
     return _publish(directory, parts)
 

@@ -43,7 +43,7 @@ def export_inductor(program: Program, request: ExportRequest) -> ExportResult:
     """
     directory = request.directory
     find_compiler()
-    program = _contiguous(program)
+    program = _contiguous(program.in_memory())
     instructions = instruction_set()
     kernels = used_kernels(program, "cpu")
     library = _add_library(kernels, directory)

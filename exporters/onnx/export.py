@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import hashlib
 import json
 from importlib import metadata
 from pathlib import Path
@@ -15,17 +14,17 @@ import torch
 from optc.compiler.analysis.dataflow import value_of
 from optc.compiler.artifact.engines import ONNX
 from optc.compiler.artifact.onnx_check import check_onnx
-from optc.compiler.diagnostics import ArtifactError, TargetError, os_errors
+from optc.compiler.diagnostics import TargetError, os_errors
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
 from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
+from optc.exporters.onnx.external_data import compare_data, write_data
 from optc.exporters.onnx.genai import genai_config
 from optc.exporters.onnx.table import LOWERINGS
 from optc.exporters.onnx.walker import OPSET, Walker
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
-_INLINE_BYTES = 256  # ONNX Runtime's shape inference reads axes and shapes, and cannot from another file
 
 
 def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
@@ -66,12 +65,11 @@ def write_model(model: ir.Model, directory: Path) -> dict[str, int]:
         ArtifactError: what was read back is not what was written.
         ResourceError, InputError: the disk is full or not writable.
     """
-    digests = {name: _digest(value.const_value) for name, value in model.graph.initializers.items()}
     with os_errors("writing the ONNX model", str(directory / MODEL)):
-        ir.save(model, directory / MODEL, external_data=DATA, size_threshold_bytes=_INLINE_BYTES)
-        _align_names(directory)
+        digests = write_data(model, directory / DATA)
+        ir.save(model, directory / MODEL)
     check_onnx(directory, MODEL)
-    return _read_back(directory / MODEL, digests)
+    return compare_data(directory / MODEL, digests)
 
 
 def _needs(program: Program) -> dict[str, Any]:
@@ -104,11 +102,6 @@ def _info(
     return info
 
 
-def _align_names(directory: Path) -> None:
-    """A model without any weight has no data file; an empty one keeps the layout the same."""
-    (directory / DATA).touch(exist_ok=True)
-
-
 def _check_uniform(contract: Contract) -> None:
     """genai_config names one head size for all layers."""
     shapes = {(layer.num_kv_heads, layer.head_dim) for layer in contract.layers}
@@ -118,20 +111,3 @@ def _check_uniform(contract: Contract) -> None:
             where=", ".join(map(str, sorted(shapes))),
             remedy="choose --target inductor-cpu",
         )
-
-
-def _digest(tensor: Any) -> str:
-    return hashlib.sha256(tensor.tobytes()).hexdigest()
-
-
-def _read_back(path: Path, digests: dict[str, str]) -> dict[str, int]:
-    """Compare every weight on disk with the one that was to be written; bytes of each, by name."""
-    stored = {name: value.const_value for name, value in ir.load(path).graph.initializers.items()}
-    for name, digest in digests.items():
-        if name not in stored or _digest(stored[name]) != digest:
-            raise ArtifactError(
-                "a written weight differs from the one in memory",
-                where=f"{path}: {name}",
-                remedy="check the disk and compile again",
-            )
-    return {name: int(stored[name].nbytes) for name in digests}

@@ -12,12 +12,13 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir import tensor_adapters
 from torch.fx import Node
 
 from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.provenance import module_path
+from optc.exporters.onnx.external_data import WeightTensor
 
 OPSET = 24  # from 25 on, ONNX Runtime's CPU Attention has no kernel
 IR_VERSION = 11
@@ -177,17 +178,15 @@ class Walker:
                 self._initializer(name, self.program.weight(name))
             return self.initializers[name]
         if name not in self._transposed:
-            self._transposed[name] = self._turned(f"{name}.T", self.program.weight(name).detach().t())
+            self._transposed[name] = self._initializer(f"{name}.T", self.program.weight(name).detach().t())
         return self._transposed[name]
 
     def packed(self, node: Node, kind: ir.DataType, shape: Sequence[int]) -> ir.Value:
         """The initializer of bytes that hold two 4-bit numbers each, as numbers of a shape."""
         name = self._weight_names[node.name]
         if name not in self.initializers:
-            data = self.program.weight(name).detach().contiguous().numpy()
-            stored = ir.PackedTensor(data, kind, shape=ir.Shape(shape), name=name)
-            kinds = ir.TensorType(stored.dtype)
-            self.initializers[name] = ir.Value(name=name, shape=stored.shape, type=kinds, const_value=stored)
+            tensor = self.program.weight(name).detach()
+            self._put(name, WeightTensor(name, lambda: tensor, kind, shape))
         return self.initializers[name]
 
     def compact(self, node: Node) -> ir.Value:
@@ -196,36 +195,28 @@ class Walker:
         ONNX Runtime folds the cast when it loads the model.
         """
         name = self._weight_names[node.name]
-        tensor = self.program.weight(name).detach()
+        tensor = materialized(self.program.weight(name).detach())
         half = tensor.half()
         if tensor.dtype is not torch.float32 or not torch.equal(half.float(), tensor):
             return self.weight(node)
         if name not in self.initializers:
-            self._initializer(name, half)
+            stored = self.program.weight(name).detach()
+            self.computed(name, lambda: materialized(stored).half(), torch.float16, half.shape)
         return self.cast(self.initializers[name], torch.float32)
 
     def _initializer(self, name: str, tensor: torch.Tensor) -> ir.Value:
-        stored = tensor_adapters.TorchTensor(tensor.detach().contiguous(), name=name)
-        value = ir.Value(name=name, shape=stored.shape, type=ir.TensorType(stored.dtype), const_value=stored)
-        self.initializers[name] = value
-        return value
-
-    def _turned(self, name: str, tensor: torch.Tensor) -> ir.Value:
-        return self.computed(name, tensor.contiguous, tensor.dtype, tensor.shape)
+        return self.computed(name, tensor.detach, tensor.dtype, tensor.shape)
 
     def computed(
         self, name: str, compute: Callable[[], torch.Tensor], dtype: torch.dtype, shape: Sequence[int]
     ) -> ir.Value:
         """An initializer whose bytes are made when they are written, one weight at a time."""
-        kind, dims = DTYPES[dtype], ir.Shape(shape)
+        return self._put(name, WeightTensor(name, compute, DTYPES[dtype], shape))
 
-        def make() -> Any:
-            return tensor_adapters.TorchTensor(compute(), name=name)
-
-        stored = ir.LazyTensor(make, dtype=kind, shape=dims, name=name)
-        value = ir.Value(name=name, shape=dims, type=ir.TensorType(kind), const_value=stored)
-        self.initializers[name] = value
-        return value
+    def _put(self, name: str, tensor: WeightTensor) -> ir.Value:
+        kind = ir.TensorType(tensor.dtype)
+        self.initializers[name] = ir.Value(name=name, shape=tensor.shape, type=kind, const_value=tensor)
+        return self.initializers[name]
 
     def _unique(self, name: str) -> str:
         count = self._serial.get(name, 0)

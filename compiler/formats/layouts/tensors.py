@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from optc.compiler.diagnostics import InputError
-from optc.compiler.formats.safetensors_header import TensorInfo, damaged, shown
+from optc.compiler.formats.safetensors_header import TensorInfo, shown
+from optc.compiler.ir.lazy_weights import LazyWeight, OpenFile, in_file, materialized
+from optc.compiler.ir.saved.safetensors_file import TYPES
 
 TOGETHER = "check that config.json and the weights belong together"
 
 
 class TensorReader:
-    """Reads tensors of a folder by name; files stay open until `close`."""
+    """Reads tensors of a folder by name; files stay open until `close`, or until the last lazy one of them is gone."""
 
     def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self.folder, self.tensors = folder, tensors
-        self._files: dict[str, Any] = {}
+        self._files: dict[Path, OpenFile] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -35,23 +35,32 @@ class TensorReader:
         """A tensor that must be there and have one of these types.
 
         Raises:
-            InputError: missing, of another type, or damaged.
+            InputError: missing, of another type, or cannot be read.
+        """
+        found: Tensor = materialized(self.lazy(name, *dtypes))
+        return found
+
+    def lazy(self, name: str, *dtypes: torch.dtype) -> LazyWeight:
+        """The same tensor, which is read when an operator needs it.
+
+        Raises:
+            InputError: missing, of another type, or the file cannot be opened.
         """
         self._require(name)
-        file = self.tensors[name].file
-        path = self.folder / file
-        try:
-            if file not in self._files:
-                self._files[file] = safe_open(path, framework="pt")
-            tensor: Tensor = self._files[file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise damaged(path, str(error), name) from error
-        if dtypes and tensor.dtype not in dtypes:
+        info = self.tensors[name]
+        path, dtype = self.folder / info.file, TYPES[info.dtype]
+        if dtypes and dtype not in dtypes:
             raise InputError(
                 f"tensor '{shown(name)}' has the wrong type", where=str(path),
-                why=f"it holds {tensor.dtype}, expected {' or '.join(map(str, dtypes))}", remedy=TOGETHER,
+                why=f"it holds {dtype}, expected {' or '.join(map(str, dtypes))}", remedy=TOGETHER,
             )  # fmt: skip
-        return tensor
+        try:
+            return in_file(path, info.offset, info.shape, dtype, self._files)
+        except OSError as error:
+            raise InputError(
+                "the model cannot be read", where=str(path), why=str(error),
+                remedy="check its permissions and the disk",
+            ) from error  # fmt: skip
 
     def matrix(self, name: str, *dtypes: torch.dtype) -> Tensor:
         """The same for a tensor of two axes."""

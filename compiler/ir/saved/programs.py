@@ -12,7 +12,6 @@ module paths are kept.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -86,8 +85,6 @@ def write_program(exported: ExportedProgram, contract: Contract, directory: Path
         write_tensors(directory / WEIGHTS_FILE, weights)
         write_tensors(directory / CONSTANTS_FILE, constants)
         (directory / GRAPH_FILE).write_text(data, encoding="ascii")
-        for name in (WEIGHTS_FILE, CONSTANTS_FILE):  # safetensors makes files that only their owner may read
-            shutil.copymode(directory / GRAPH_FILE, directory / name)
 
 
 def _graph_values(exported: ExportedProgram) -> dict[str, Any]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
@@ -19,6 +16,8 @@ from torch.utils import _pytree as pytree
 
 from optc.compiler import compat
 from optc.compiler.diagnostics import InputError
+from optc.compiler.ir.lazy_weights import LazyWeight
+from optc.compiler.ir.saved.safetensors_file import write_safetensors
 
 _EXAMPLE = re.compile(r"example/([0-9]{1,5})")
 
@@ -65,39 +64,22 @@ def _memory(tensor: Tensor) -> tuple[Any, ...] | None:
     """What two tensors that are the same memory in the same shape agree in; None for empty ones."""
     if tensor.numel() == 0:
         return None
+    if isinstance(tensor, LazyWeight):
+        return ("lazy", id(tensor.recipe), tensor.dtype, tuple(tensor.shape), tensor.stride())
     storage = tensor.untyped_storage()
     view = (tensor.storage_offset(), tensor.dtype, tuple(tensor.shape), tensor.stride())
     return (tensor.device, storage.data_ptr(), *view)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, contiguous.
-
-    An older file is replaced, not overwritten: a loaded Program may have it mapped. Its permissions are those that
-    the process gives new files; safetensors would make it private.
+    """Write a safetensors file; an older file is replaced, not overwritten: a loaded Program may have it mapped.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
     """
-    seen: set[int] = set()
-    apart = {}
-    for name, tensor in tensors.items():
-        data = tensor.detach().cpu().contiguous()
-        # Views of one memory (slices of a merged weight) are stored apart: safetensors wants it so.
-        data = data.clone() if data.untyped_storage().data_ptr() in seen else data
-        seen.add(data.untyped_storage().data_ptr())
-        apart[name] = data
     part = path.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    part.touch()
-    mode = stat.S_IMODE(part.stat().st_mode)
-    try:
-        save_file(apart, part)
-        part.chmod(mode)
-        part.replace(path)
-    except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
+    write_safetensors(part, tensors)
+    part.replace(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

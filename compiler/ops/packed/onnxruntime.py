@@ -128,16 +128,20 @@ def pack_nbits(codes: Tensor, bits: int) -> Tensor:
     """
     each = 8 // bits
     missing = -codes.shape[-1] % each
-    parts = torch.nn.functional.pad(codes, (0, missing)).unflatten(-1, (-1, each)).to(torch.int32)
-    shifts = torch.arange(each, dtype=torch.int32, device=codes.device) * bits
-    return (parts << shifts).sum(-1).to(torch.uint8)
+    parts = torch.nn.functional.pad(codes, (0, missing)).unflatten(-1, (-1, each))
+    packed = parts[..., 0].clone(memory_format=torch.contiguous_format)
+    for place in range(1, each):
+        packed |= parts[..., place] << (bits * place)
+    return packed
 
 
 def unpack_nbits(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack_nbits`; `count` codes along the last axis."""
-    shifts = torch.arange(8 // bits, dtype=torch.int32, device=packed.device) * bits
-    parts = (packed.to(torch.int32)[..., None] >> shifts) & (2**bits - 1)
-    return parts.flatten(-2)[..., :count].to(torch.uint8)
+    each = 8 // bits
+    parts = packed.new_empty((*packed.shape, each))
+    for place in range(each):
+        torch.bitwise_and(packed >> (bits * place), 2**bits - 1, out=parts[..., place])
+    return parts.flatten(-2)[..., :count].contiguous()
 
 
 def _matmul_nbits(

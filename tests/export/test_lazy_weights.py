@@ -1,0 +1,48 @@
+"""A model whose weights stay in its files compiles to the same artifact as one in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from hf_folders import source
+
+import optc
+from optc.compiler.capture import pretrained
+from optc.compiler.ir import lazy_weights
+
+TOKENS = torch.randint(3, 128, (8, 64), generator=torch.Generator().manual_seed(0))
+NOT_COMPARED = {"manifest.json", "report.html"}  # they hold times
+
+
+def _compiled(folder: Path, model: str, target: str, quant: str) -> dict[str, str]:
+    own = {} if quant in ("smoothquant", "fp8") else {"group_size": 32}
+    optc.compile(
+        source(model), target=target, output=folder, quant=quant, calibration=TOKENS, max_kl=1e9, **own
+    )
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in NOT_COMPARED]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "quant"),
+    [
+        ("llama", "onnx-cpu", "best"),
+        ("gemma2", "onnx-cpu", "awq"),
+        ("mixtral", "onnx-cpu", "gptq"),
+        ("gpt2", "onnx-cpu", "rtn"),
+        ("llama", "onnx-cpu", "smoothquant"),
+        ("llama", "vllm", "awq+gptq"),
+        ("phi3", "vllm", "fp8"),
+    ],
+)
+def test_same_artifact(
+    model: str, target: str, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _compiled(tmp_path / "resident", model, target, quant)
+    monkeypatch.setattr(pretrained, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(lazy_weights, "_SPILLED_BYTES", 0)
+    assert _compiled(tmp_path / "lazy", model, target, quant) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lazy", "resident"], "nothing is left beside"
