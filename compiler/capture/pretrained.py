@@ -18,7 +18,7 @@ from optc.compiler.diagnostics import CaptureError, InputError, unknown_name
 from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.ir.contract import Contract, Input, Output
 from optc.compiler.ir.export import run_export
-from optc.compiler.ir.lazy_weights import LazyWeight, WorkFile, materialized
+from optc.compiler.ir.lazy_weights import LazyWeight, WorkFile, materialized, return_freed_memory
 from optc.compiler.ir.program import Program
 from optc.compiler.model_folder.checkpoint import (
     CheckpointInfo,
@@ -216,6 +216,7 @@ def capture_pretrained(
     program = capture_model(model)
     if any(isinstance(tensor, LazyWeight) for _, tensor in program.weights()):
         program.work_file = WorkFile(work_folder)
+        return_freed_memory()
     quantized = quantized_folder(info)
     if quantized is not None:
         program = restore_codes(

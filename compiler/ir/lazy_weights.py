@@ -11,8 +11,10 @@ Passes put new tensors into a `WorkFile`, and what they get back is lazy too.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +31,7 @@ from optc.compiler.ops.dialect import quantization as _quantization  # noqa: F40
 from optc.compiler.ops.packed.onnxruntime import pack_nbits, unpack_nbits
 
 _SPILLED_BYTES = 1 << 16  # smaller tensors stay in memory
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 _CHUNK = 16 << 20  # bytes read together; at most this much is held beside the result
 _PRODUCT_BYTES = 256 << 20  # a matrix product reads a larger weight in blocks of rows
 
@@ -126,6 +129,17 @@ def in_file(
     if path not in files:
         files[path] = OpenFile(os.open(path, os.O_RDONLY), str(path))
     return _Stored(files[path], offset, tuple(shape), dtype, dtype).lazy()
+
+
+def return_freed_memory() -> None:
+    """Let the C library give every freed buffer of a megabyte and more back to the system at once.
+
+    glibc keeps freed buffers of up to 32 MB for later ones, between whatever else was allocated meanwhile: the weights
+    of a model, read one after the other, would leave a heap several times the size of the largest of them.
+    """
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if library is not None and hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 class OpenFile:
