@@ -162,6 +162,12 @@ def _capacity(resolved: Resolved) -> int | None:
     return asked
 
 
+def _work_folder(resolved: Resolved) -> Path | None:
+    """Where large tensors wait while a large model is compiled: on the disk that the artifact goes to."""
+    output = resolved.request.run.output
+    return None if output is None else next(parent for parent in output.resolve().parents if parent.is_dir())
+
+
 def _captured(
     model: Model, example_inputs: Sequence[torch.Tensor] | None, resolved: Resolved
 ) -> tuple[Program, CheckpointInfo | None]:
@@ -170,6 +176,7 @@ def _captured(
             model,
             dtype=resolved.options.dtype,
             trust_remote_code=resolved.request.what.trust_remote_code,
+            work_folder=_work_folder(resolved),
         )
     return capture(model, example_inputs), None
 
