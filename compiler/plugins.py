@@ -21,20 +21,19 @@ def plugins(group: str, wanted: str, take: Callable[[object], T | None]) -> Iter
         UsageError: a value cannot be imported, or is something else; names the entry point.
     """
     for entry in metadata.entry_points(group=group):
-        where, remedy = (
-            f"{group}: {entry.name} = {entry.value}",
-            "repair or uninstall the package that registers it",
-        )
         try:
-            loaded = entry.load()
+            found = take(entry.load())
         except (ImportError, AttributeError) as error:
-            raise UsageError(
-                f"the entry point '{entry.name}' of another package cannot be imported",
-                where=where,
-                why=str(error),
-                remedy=remedy,
-            ) from error
-        found = take(loaded)
+            raise _useless(entry, "of another package cannot be imported", str(error)) from error
         if found is None:
-            raise UsageError(f"the entry point '{entry.name}' is not {wanted}", where=where, remedy=remedy)
+            raise _useless(entry, f"is not {wanted}")
         yield found
+
+
+def _useless(entry: metadata.EntryPoint, problem: str, why: str | None = None) -> UsageError:
+    return UsageError(
+        f"the entry point '{entry.name}' {problem}",
+        where=f"{entry.group}: {entry.name} = {entry.value}",
+        why=why,
+        remedy="repair or uninstall the package that registers it",
+    )

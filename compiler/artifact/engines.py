@@ -11,10 +11,10 @@ import importlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import metadata
 from typing import Any, Literal
 
 from optc.compiler.diagnostics import ArtifactError
+from optc.compiler.plugins import plugins
 
 ENTRY_POINTS = "optc.engines"
 
@@ -93,9 +93,7 @@ HUGGINGFACE = Engine(
 def engines() -> Mapping[str, Engine]:
     """Every engine by name, those of other packages among them."""
     found = {engine.name: engine for engine in (ONNX, AOTINDUCTOR, TENSORRT, EXECUTORCH, HUGGINGFACE)}
-    for point in metadata.entry_points(group=ENTRY_POINTS):
-        engine = point.load()
-        assert isinstance(engine, Engine), f"entry point '{point.name}' of {ENTRY_POINTS} is not an Engine"
+    for engine in plugins(ENTRY_POINTS, "an Engine", lambda item: item if isinstance(item, Engine) else None):
         found.setdefault(engine.name, engine)
     return found
 
