@@ -6,7 +6,6 @@ import functools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +23,7 @@ from optc.compiler.execution import stage_driver as execution
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.target.target import ExportRequest, ExportResult, check_legal
+from optc.compiler.version import version
 from optc.runtime.carried.pt2_runner import Package
 from optc.targets.inductor_cpu import TARGET
 
@@ -54,7 +54,7 @@ def describe(built: Built) -> None:
     """Write the manifest that makes the folder an artifact."""
     program = ProgramEntry(contract=built.program.contract, engine_info=built.result.info)
     manifest = Manifest(
-        optc_version=metadata.version("optc"), created="2026-01-01T00:00:00+00:00", target=TARGET.name,
+        optc_version=version(), created="2026-01-01T00:00:00+00:00", target=TARGET.name,
         engine="aotinductor", device="cpu", needs=built.result.needs, dtype="float32",
         programs={"model": program}, passes=(), weight_bytes=built.result.weight_bytes, quantization={},
         source=Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""), seconds={},

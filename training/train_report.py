@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from optc.compiler.diagnostics import os_errors
+from optc.compiler.version import version
 from optc.training.metrics import StepRecord
 from optc.training.result import TrainResult
 
@@ -56,7 +56,7 @@ def write_train_report(directory: Path, result: TrainResult, records: Sequence[S
     text = environment.get_template("train_report.html").render(
         r=result,
         title=f"{Path(result.output).name}: {result.steps} steps",
-        version=metadata.version("optc"),
+        version=version(),
         facts=_facts(result, records),
         plots=[plot for title, keys in _CURVES if (plot := curve(title, records, keys)) is not None],
         memory=[] if memory is None else [(name, getattr(memory, name)) for name in memory.__struct_fields__],

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.formats.layouts import QuantizedWeight, Scheme, awq, compressed_tensors, gptq
 from optc.compiler.formats.layouts.key_values import KeyValueScheme
+from optc.compiler.version import version
 from optc.exporters.hf.words import pack_words
 
 LAYOUTS = (compressed_tensors.METHOD, awq.METHOD, gptq.METHOD)
@@ -272,7 +272,7 @@ class GptqWriter:
             "pack_dtype": "int32",
             # GPTQModel's and vLLM's way to name linears that stay as they are.
             "dynamic": {f"-:^{re.escape(module)}$": {} for module in left},
-            "meta": {"quantizer": [f"optc:{metadata.version('optc')}"]},
+            "meta": {"quantizer": [f"optc:{version()}"]},
         }
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from optc.compiler.formats.layouts.modelopt import (
     METHOD,
     NVFP4,
 )
+from optc.compiler.version import version
 from optc.exporters.hf.collect import FolderPlan
 from optc.exporters.hf.layouts import named_scales
 from optc.exporters.hf.places import Quantized
@@ -206,7 +206,7 @@ def _described(scheme: Scheme) -> str:
 
 
 def _producer() -> dict[str, str]:
-    return {"name": "optc", "version": metadata.version("optc")}
+    return {"name": "optc", "version": version()}
 
 
 def _refusal(

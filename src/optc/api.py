@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions, PipelineR
 from optc.compiler.pipeline.quantization_summary import quantized_linears, summarize
 from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.target.target import ExportRequest, ExportResult, Target, check_context, check_legal
+from optc.compiler.version import version
 from optc.exporters.reports.report import write_report
 from optc.request import GateRequest, Request, from_python
 from optc.resolving import Resolved, recipe_steps, resolve
@@ -263,7 +264,7 @@ def _manifest(
 ) -> Manifest:  # fmt: skip
     program = result.program
     return Manifest(
-        optc_version=metadata.version("optc"),
+        optc_version=version(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         target=target.name,
         engine=exported.engine.name,

@@ -10,6 +10,7 @@ import click
 
 from optc.cli.common import guarded
 from optc.compiler.diagnostics import unknown_name
+from optc.compiler.version import version
 
 # name -> (module, attribute, one-line help); modules are imported when used, so `optc --help` is quick.
 _COMMANDS = {
@@ -64,7 +65,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="optc")
+@click.version_option(version(), prog_name="optc")
 def cli() -> None:
     """Take a trained PyTorch model to the place where it runs fast.
 
