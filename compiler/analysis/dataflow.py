@@ -168,6 +168,8 @@ def evaluate(node: Node, values: Mapping[Node, Any], sizes: Sizes | None = None)
             else:
                 assert callable(current.target), f"{current.name} has no given value"
                 args, kwargs = torch.fx.node.map_arg((current.args, current.kwargs), run)
+                if sizes and kwargs.get("device") is not None:
+                    kwargs = {**kwargs, "device": torch.device("cpu")}  # where the probed values are
                 memo[current] = current.target(*args, **kwargs)
         return memo[current]
 

@@ -69,6 +69,7 @@ def measure(before: StageRun, after: StageRun, text: Sequence[Sequence[int]] = (
         before: the reference.
         text: the token sequences that were fed, where they are text; for the perplexity of decoders.
     """
+    after = after.beside(before)
     pairs = [
         (_plain(old), _plain(new))
         for old, new in zip(before.logits, after.logits, strict=True)
@@ -165,7 +166,9 @@ def _perplexity_change(before: StageRun, after: StageRun, text: Sequence[Sequenc
 
 def _perplexity(logits: Sequence[Tensor], sequences: Sequence[Sequence[int]]) -> float:
     losses = [
-        torch.nn.functional.cross_entropy(row[:-1].float(), torch.tensor(tokens[1:]), reduction="none")
+        torch.nn.functional.cross_entropy(
+            row[:-1].float(), torch.tensor(tokens[1:], device=row.device), reduction="none"
+        )
         for row, tokens in zip(logits, sequences, strict=True)
         if len(tokens) > 1
     ]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from optc.compiler.execution.block_manager import BlockManager
 from optc.compiler.ir.contract import Input, OutputRole
+from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.library import Axes, OpSpec, specs
 from optc.compiler.rewriting.retrace import Handler, Replay
@@ -44,6 +45,14 @@ class StageRun:
     taps: list[list[Tensor]]
     role: OutputRole = "logits"
     predicts_next: bool = True
+
+    def beside(self, other: StageRun) -> StageRun:
+        """The same on the device of another run, so that the two can be compared."""
+        device = other.logits[0].device
+        if self.logits[0].device == device:
+            return self
+        logits = [row.to(device) for row in self.logits]
+        return replace(self, logits=logits, taps=[[row.to(device) for row in tap] for tap in self.taps])
 
 
 def run_stage(
@@ -74,8 +83,9 @@ def run_stage(
 
 def run_module(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Run a program of kind "module" on example tensors; its outputs, flat."""
+    device = program_device(program)
     with torch.no_grad():
-        return Replay(program, {}).outputs(*inputs)
+        return Replay(program, {}).outputs(*(item.to(device) for item in inputs))
 
 
 Call = list[tuple[int, int, int]]
@@ -152,11 +162,11 @@ class _Collector:
 # -- the three kinds of stage -----------------------------------------------------------------
 
 
-def _padded(sequences: Sequence[Sequence[int]], call: Call) -> Tensor:
+def _padded(sequences: Sequence[Sequence[int]], call: Call, device: torch.device) -> Tensor:
     """The tokens of a call, right-padded with the last one: [B, S]."""
     size = max(end - start for _, start, end in call)
     parts = [list(sequences[row][start:end]) for row, start, end in call]
-    return torch.tensor([part + part[-1:] * (size - len(part)) for part in parts])
+    return torch.tensor([part + part[-1:] * (size - len(part)) for part in parts], device=device)
 
 
 def _unpadded(call: Call) -> Rows:
@@ -167,19 +177,20 @@ def _split(call: Call) -> Rows:
     return lambda tensor: tensor.split([end - start for _, start, end in call])
 
 
-def _mask(call: Call) -> Tensor:
+def _mask(call: Call, device: torch.device) -> Tensor:
     """attention_mask [B, T] with as many ones per row as it has tokens after the call."""
-    ends = torch.tensor([end for _, _, end in call])
-    return (torch.arange(int(ends.max())) < ends[:, None]).long()
+    ends = torch.tensor([end for _, _, end in call], device=device)
+    return (torch.arange(int(ends.max()), device=device) < ends[:, None]).long()
 
 
 def _run_whole(program: Program, sequences: Sequence[Sequence[int]]) -> StageRun:
     call = [(row, 0, len(tokens)) for row, tokens in enumerate(sequences)]
-    ids = _padded(sequences, call)
+    device = program_device(program)
+    ids = _padded(sequences, call, device)
     made = {
         "input_ids": lambda: ids,
-        "position_ids": lambda: torch.arange(ids.shape[1]).expand(ids.shape).contiguous(),
-        "attention_mask": lambda: _mask(call),
+        "position_ids": lambda: torch.arange(ids.shape[1], device=device).expand(ids.shape).contiguous(),
+        "attention_mask": lambda: _mask(call, device),
         "token_type_ids": lambda: torch.zeros_like(ids),
     }
     taps: list[Tensor] = []
@@ -200,9 +211,12 @@ def _by_token(out: Tensor, role: OutputRole, size: int) -> Tensor:
 def _caches(program: Program, sizes: dict[str, int], generator: torch.Generator) -> list[Tensor]:
     """Caches or pools full of garbage, with dynamic axes of the given sizes."""
 
+    device = program_device(program)
+
     def garbage(spec: Input) -> Tensor:
         shape = [size if isinstance(size, int) else sizes[size] for size in spec.dims]
-        return torch.randn(shape, generator=generator).to(getattr(torch, spec.dtype))
+        made = torch.randn(shape, generator=generator)  # the same numbers on every device
+        return made.to(device=device, dtype=getattr(torch, spec.dtype))
 
     return [garbage(spec) for spec in program.contract.inputs if spec.role in ("key_cache", "value_cache")]
 
@@ -223,7 +237,7 @@ def _run_linear(
     collector = _Collector(len(sequences))
     for call in plan:
         taps: list[Tensor] = []
-        rows = torch.tensor([row for row, _, _ in call])
+        rows = torch.tensor([row for row, _, _ in call], device=program_device(program))
         past = capacity if cache.in_place or cache.capacity else max(start for _, start, _ in call)
         caches = [store[rows, :, :past].contiguous() for store in stores]
         logits, *presents = _tapped(program, taps)(*_tokens(program, sequences, call), *caches)
@@ -235,10 +249,11 @@ def _run_linear(
 
 def _tokens(program: Program, sequences: Sequence[Sequence[int]], call: Call) -> tuple[Tensor, Tensor]:
     """Tokens of a call, and where they go: a mask, or how many tokens each row holds already."""
-    ids = _padded(sequences, call)
+    device = program_device(program)
+    ids = _padded(sequences, call, device)
     if not program.contract.kv_cache.capacity:
-        return ids, _mask(call)
-    return ids.int(), torch.tensor([start for _, start, _ in call], dtype=torch.int32)
+        return ids, _mask(call, device)
+    return ids.int(), torch.tensor([start for _, start, _ in call], dtype=torch.int32, device=device)
 
 
 def _run_paged(
@@ -248,12 +263,13 @@ def _run_paged(
     count = sum(-(-len(tokens) // size) for tokens in sequences) + 2
     manager = BlockManager(count, size, order=torch.randperm(count, generator=generator).tolist())
     pools = _caches(program, {"num_blocks": count}, generator)
+    device = program_device(program)
     for request in range(len(sequences)):
         manager.start(request)
     collector = _Collector(len(sequences))
     for call in plan:
         taps: list[Tensor] = []
         inputs = manager.step([(row, sequences[row][start:end]) for row, start, end in call])
-        logits = _tapped(program, taps)(*inputs, *pools)[0]
+        logits = _tapped(program, taps)(*(item.to(device) for item in inputs), *pools)[0]
         collector.add(call, _split(call), logits, taps)
     return collector.result()

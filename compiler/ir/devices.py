@@ -9,14 +9,55 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from optc.compiler.diagnostics import TargetError, UsageError
 from optc.compiler.ir.program import Program
+
+
+def program_device(program: Program) -> torch.device:
+    """The device of a program's weights; the CPU for a program without any."""
+    exported = program.exported
+    tables = (exported.state_dict, exported.constants)
+    tensors = (value for table in tables for value in table.values() if isinstance(value, Tensor))
+    return next((value.device for value in tensors), torch.device("cpu"))
+
+
+def choose_device(name: str) -> torch.device:
+    """cpu, cuda, cuda:N, or auto (cuda where there is one) as a device of this machine.
+
+    Raises:
+        UsageError: another name.
+        TargetError: CUDA is asked for, and there is none here or fewer devices.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, colon, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not index.isdecimal())):
+        raise UsageError(f"unknown device '{name}'", remedy="use cpu, cuda, cuda:N or auto")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        raise TargetError(
+            f"--device {name} needs a CUDA device, and there is none here",
+            why="torch finds no GPU or no driver" if built else "this torch was built without CUDA",
+            remedy="use --device cpu" + ("" if built else ", or install a torch with CUDA"),
+        )
+    count = torch.cuda.device_count()
+    if int(index or 0) >= count:
+        raise TargetError(
+            f"--device {name} is not there", why=f"this machine has {count} CUDA device(s), counted from 0",
+            remedy=f"use cuda:{count - 1} or less",
+        )  # fmt: skip
+    return torch.device("cuda", int(index) if colon else torch.cuda.current_device())
 
 
 def to_device(program: Program, device: torch.device) -> Program:
     """A program with the same graph on another device: weights are copied, calls that name a device name the new one.
 
-    Passes then run there: calibration of a large model on a GPU, for one.
+    Passes then run there: calibration of a large model on a GPU, for one. A program that is there is returned as it is.
     """
+    if program_device(program) == device:
+        return program
     moved = program.clone()
     exported = moved.exported
     tables = (exported.state_dict, exported.constants)

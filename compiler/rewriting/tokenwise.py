@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Miss
 from optc.compiler.rewriting.retrace import Replay, axis_limit
@@ -75,12 +76,12 @@ def mixing_error(program: Program, *, seed: int = 0) -> float:
     The largest difference over a permutation and a subset of 13 random tokens at random positions,
     relative to the largest logit. `program` takes input_ids and position_ids [B,S].
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, device = torch.Generator().manual_seed(seed), program_device(program)
     limit = _context(program)
     count = min(_TOKENS, limit)
     vocabulary = _vocabulary(program)
-    ids = torch.randint(0, vocabulary, (1, count), generator=generator)
-    positions = torch.randint(0, limit, (1, count), generator=generator)
+    ids = torch.randint(0, vocabulary, (1, count), generator=generator).to(device)
+    positions = torch.randint(0, limit, (1, count), generator=generator).to(device)
 
     def logits(chosen: Tensor) -> Tensor:
         replay = Replay(program, {_ATTENTION: _stand_in})
@@ -88,8 +89,8 @@ def mixing_error(program: Program, *, seed: int = 0) -> float:
             out: Tensor = replay.outputs(ids[:, chosen], positions[:, chosen])[0]
         return out[0].double()
 
-    full = logits(torch.arange(count))
-    order = torch.randperm(count, generator=generator)
+    full = logits(torch.arange(count, device=device))
+    order = torch.randperm(count, generator=generator).to(device)
     error = max(
         float((logits(chosen) - full[chosen]).abs().max()) for chosen in (order, order[: min(_KEPT, count)])
     )

@@ -19,6 +19,7 @@ from torch.export import Dim
 
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.ir.contract import Contract, Input, KVCache, Output
+from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.rewriting.retrace import Replay, axis_limit, retrace
@@ -120,11 +121,12 @@ def _examples(program: Program, capacity: int) -> tuple[list[Tensor], list[dict[
     rows = axis_limit(program.user_inputs()[0], program, 0)
     batch, tokens = Dim("batch", min=1, max=rows), Dim("tokens", min=1, max=capacity)
     size = min(7, capacity - 1)
-    args = [torch.zeros((3, size), dtype=torch.int32), torch.zeros(3, dtype=torch.int32)]
+    device = program_device(program)
+    args = [torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((3, size), (3,))]
     shapes: list[dict[int, Any]] = [{0: batch, 1: tokens}, {0: batch}]
     for layer in program.contract.layers:
         for width in (layer.head_dim, layer.value_dim):
             shape = (3, layer.num_kv_heads, capacity, width)
-            args.append(torch.zeros(shape, dtype=cache_dtype(program)))
+            args.append(torch.zeros(shape, dtype=cache_dtype(program), device=device))
             shapes.append({0: batch})
     return args, shapes

@@ -19,6 +19,7 @@ from torch.export import Dim
 
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.ir.contract import Contract, Input, InputRole, KVCache
+from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.rewriting.retrace import Replay, retrace
@@ -67,7 +68,7 @@ def _retrace(program: Program, block_size: int) -> Program:
         logits: Tensor = replay.outputs(input_ids[None], position_ids[None])[0]
         return logits[0]
 
-    args, shapes = _examples(contract)
+    args, shapes = _examples(contract, program_device(program))
     return retrace(program, forward, args, shapes, contract)
 
 
@@ -99,7 +100,7 @@ def _contract(program: Program, block_size: int) -> Contract:
     return msgspec.structs.replace(old, inputs=tuple(inputs), kv_cache=cache)
 
 
-def _examples(contract: Contract) -> tuple[list[Tensor], list[dict[int, Any]]]:
+def _examples(contract: Contract, device: torch.device) -> tuple[list[Tensor], list[dict[int, Any]]]:
     """Example inputs, whose dynamic axes all differ in size, and their dynamic shapes."""
     sizes = {"tokens": 7, "requests": 3, "max_blocks": 5, "requests_plus_1": 4, "num_blocks": 11}
     dims: dict[str, Any] = {name: Dim(name, min=1) for name in sizes if name != "requests_plus_1"}
@@ -107,6 +108,6 @@ def _examples(contract: Contract) -> tuple[list[Tensor], list[dict[int, Any]]]:
     args, shapes = [], []
     for spec in contract.inputs:
         shape = [size if isinstance(size, int) else sizes[size] for size in spec.dims]
-        args.append(torch.zeros(shape, dtype=getattr(torch, spec.dtype)))
+        args.append(torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=device))
         shapes.append({axis: dims[size] for axis, size in enumerate(spec.dims) if isinstance(size, str)})
     return args, shapes

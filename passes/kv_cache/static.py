@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from optc.compiler.ir.contract import Contract, Input, KVCache, Output
+from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.rewriting.retrace import Replay, axis_limit, retrace
@@ -110,10 +111,15 @@ def _examples(program: Program, in_place: bool) -> tuple[list[Tensor], list[dict
     b, s = Dim("batch", min=1, max=rows), Dim("seq", min=1, max=limit)
     t = Dim("total", min=1, max=limit)
     p = Dim("capacity", min=1) if in_place else Dim("past", min=0)
-    args = [torch.zeros((batch, seq), dtype=torch.long), torch.ones((batch, total), dtype=torch.long)]
+    device = program_device(program)
+    args = [
+        torch.zeros((batch, seq), dtype=torch.long, device=device),
+        torch.ones((batch, total), dtype=torch.long, device=device),
+    ]
     shapes: list[dict[int, Any]] = [{0: b, 1: s}, {0: b, 1: t}]
     for layer in program.contract.layers:
         for width in (layer.head_dim, layer.value_dim):
-            args.append(torch.zeros((batch, layer.num_kv_heads, past, width), dtype=cache_dtype(program)))
+            shape = (batch, layer.num_kv_heads, past, width)
+            args.append(torch.zeros(shape, dtype=cache_dtype(program), device=device))
             shapes.append({0: b, 2: p})
     return args, shapes

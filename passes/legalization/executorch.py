@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import value_of
+from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight, drop_dead
 from optc.compiler.rewriting.inlining import inline_call
@@ -41,7 +42,9 @@ class LegalizeExecutorch(Pass):
             if size not in rows:
                 kind = value_of(node).dtype
                 rows[size] = add_weight(
-                    edited, f"mean_of_{size}", torch.full((1, size), 1.0 / size, dtype=kind)
+                    edited,
+                    f"mean_of_{size}",
+                    torch.full((1, size), 1.0 / size, dtype=kind, device=program_device(program)),
                 )
             inline_call(edited, node, _norm, rows[size])
         matched = len(sites) - len(misses)

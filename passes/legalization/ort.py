@@ -164,7 +164,8 @@ class _Attention(Rule):
         scaling, dtype = float(rotary.kwargs["scaling"]), value_of(rotary).dtype
         key = (name, scaling, dtype)
         if key not in self._made:
-            angle = torch.arange(self.positions).float()[:, None] * program.weight(name).float()
+            frequencies = program.weight(name).float()
+            angle = torch.arange(self.positions, device=frequencies.device).float()[:, None] * frequencies
             number = sum(other == name for other, *_ in self._made) or ""
             self._made[key] = tuple(
                 add_weight(program, f"{name}_{kind}{number}_cache", (table * scaling).to(dtype))

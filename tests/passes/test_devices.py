@@ -1,0 +1,69 @@
+"""Passes and the stage driver on a second device: nothing is made on the CPU on the way, and the numbers are the same."""
+
+from __future__ import annotations
+
+import pytest
+from device_passes import PASSES
+from elsewhere import ELSEWHERE, There, second_device
+from rewrites import stirred
+from stages import captured
+
+from optc.compiler.calibration.sequences import random_calibration
+from optc.compiler.execution.drift import measure
+from optc.compiler.execution.stage_driver import run_stage
+from optc.compiler.ir.devices import program_device, to_device
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import PassContext
+
+CONTEXT = PassContext(calibration=random_calibration(128, samples=2, length=24, seed=0))
+ROWS = ([5, 6, 7, 8, 9, 10, 11, 12, 13], [3, 4, 5, 6, 7])
+
+
+def there(program: Program) -> Program:
+    moved = to_device(program, ELSEWHERE)
+    assert program_device(moved) == ELSEWHERE
+    return moved
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral", "bert"])
+def test_a_capture_runs(name: str) -> None:
+    program = captured(name)
+    with second_device():
+        run = run_stage(there(program), ROWS)
+        assert isinstance(run.logits[0], There)
+        drift = measure(run_stage(program, ROWS), run)
+    assert drift.max_abs_diff == 0.0
+
+
+TRACED = ("static", "static in place", "fixed", "kv codes", "onnx", "inductor", "trt", "executorch")
+"""torch.export cannot trace the second device where a new input is made; their stages are made here and moved."""
+TRAINED = ("best",)
+"""The second device has no gradients."""
+LISTS = ("nvfp4",)
+"""Its operator makes tensors of lists, which the second device does not see inside of an operator."""
+
+
+@pytest.mark.parametrize("name", [name for name in PASSES if name not in (*TRACED, *TRAINED, *LISTS)])
+def test_passes(name: str) -> None:
+    """The weights stay there, the stage runs there, and both are what the CPU gives."""
+    here = stirred("llama")
+    with second_device():
+        away = there(here)
+        for rewrite in PASSES[name]:
+            expected, found = rewrite.run(here, CONTEXT), rewrite.run(away, CONTEXT)
+            assert (found.matched, found.candidates) == (expected.matched, expected.candidates)
+            here, away = expected.program, found.program
+        strangers = [name for name, tensor in away.weights() if tensor.device != ELSEWHERE]
+        assert strangers == []
+        drift = measure(run_stage(here, ROWS), run_stage(away, ROWS))
+    assert drift.max_abs_diff < 1e-4 * max(1.0, drift.scale)
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_stages_with_caches(name: str) -> None:
+    program = stirred("llama")
+    for rewrite in PASSES[name]:
+        program = rewrite.run(program, CONTEXT).program
+    with second_device():
+        drift = measure(run_stage(program, ROWS), run_stage(there(program), ROWS))
+    assert drift.max_abs_diff < 1e-5 * max(1.0, drift.scale)
