@@ -107,7 +107,7 @@ def find_engine(name: str, where: str) -> Engine:
     engine = engines().get(name)
     if engine is None:
         raise ArtifactError(
-            "the artifact is for an engine that this optc does not know", where=where,
+            "the artifact is for an engine that this version of optc does not know", where=where,
             why=f"its engine is {name[:80]!r}; known are {', '.join(sorted(engines()))}",
             remedy="install the package that adds the engine, or use the optc that wrote the artifact",
         )  # fmt: skip

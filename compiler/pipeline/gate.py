@@ -227,6 +227,6 @@ _LOSSY = (
 _EXACT = "this pass must not change the numbers: leave it out and report a bug with --dump-ir"
 _SUM = "choose more bits, fewer lossy passes, or a wider limit on the sum (--max-kl, --min-top1, --max-perplexity-increase, --max-relative-error)"
 _NOTHING_TO_LOSE = (
-    "logits of random or untrained weights say nothing of quality: compile a trained model, or widen the limits if only "
+    "logits of random or untrained weights say nothing about quality: compile a trained model, or widen the limits if only "
     "speed matters"
 )

@@ -132,7 +132,7 @@ def compile(
             raise UsageError("no target given", remedy="target='onnx-cpu' (see optc targets)")
         request = from_python(target, **values)
     elif target is not None or any(value is not None for value in values.values()):
-        raise UsageError("a request was given, and options beside it", remedy="put them into the request")
+        raise UsageError("a request was given together with options", remedy="put them into the request")
     resolved = resolve(request)
     if request.run.output is None:
         raise UsageError("no output given", remedy="output='out/model', or -o OUT")

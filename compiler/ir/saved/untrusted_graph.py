@@ -120,7 +120,7 @@ def _operator_problem(target: str) -> str | None:
     if match is None or match[2] in _FORBIDDEN_OPERATORS:
         return f"operator {target[:120]!r} is not allowed: aten, optc and arithmetic on sizes are"
     if match[1] == "optc" and library.named(match[2]) is None:
-        return f"operator {target[:120]!r} is not one of this optc's"
+        return f"operator {target[:120]!r} is not known to this version of optc"
     packet = getattr(getattr(torch.ops, match[1]), match[2], None)
     overload = getattr(packet, match[3], None)
     return (

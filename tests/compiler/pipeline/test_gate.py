@@ -235,7 +235,7 @@ def test_a_nearly_flat_distribution_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         "KL 0.5 > 0.01; the model's own distribution is nearly flat: entropy 4.19 of log(100) = 4.61 nats"
     )
     assert str(caught.value.remedy).startswith(
-        "logits of random or untrained weights say nothing of quality: "
+        "logits of random or untrained weights say nothing about quality: "
     )
     with pytest.raises(GateError) as caught:
         _check(dataclasses.replace(flat, entropy=0.89 * math.log(100)), budget=BUDGET, lossy=True)
