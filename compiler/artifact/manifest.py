@@ -17,6 +17,7 @@ import msgspec
 from optc.compiler.artifact.engines import find_engine
 from optc.compiler.diagnostics import ArtifactError
 from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.proof import CaptureProof
 from optc.compiler.rewriting.quantization_record import LinearRecord
 
 FORMAT_VERSION = 2
@@ -124,6 +125,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         programs: by role; there is always a "model".
         needs: what a host must have: instruction sets, library versions.
         dtype: compute type.
+        capture: how the captured program was held to the model's own forward.
         files: every file of the folder but this one, by path; filled by `artifact.finish`.
         weight_bytes: size of the weights as stored.
         quantization: summary (method, bits, group_size, symmetric, linears); empty without.
@@ -142,6 +144,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     dtype: str
     source: Source
     files: tuple[FileEntry, ...] = ()
+    capture: CaptureProof | None = None
     passes: tuple[PassRecord, ...]
     weight_bytes: _Count
     quantization: dict[str, Any]

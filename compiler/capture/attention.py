@@ -18,6 +18,16 @@ from optc.compiler.diagnostics import CaptureError
 
 NAME = "optc"
 
+_MASK_ARGUMENTS = frozenset((
+    "batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "allow_is_causal_skip",
+    "allow_is_bidirectional_skip", "dtype", "config", "use_vmap", "device", "local_size",
+))  # fmt: skip
+"""What transformers tells a mask maker beside the mask itself: sizes, and how the mask may be stored."""
+_ATTENTION_ARGUMENTS = frozenset((
+    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
+))  # fmt: skip
+"""What models hand down to attention functions that does not change what attention computes."""
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -26,6 +36,41 @@ class Mask:
     causal: bool
     window: int = 0
     key_padding: Tensor | None = None
+
+    def _used(self, *_: Any) -> Any:
+        """A model that computes with its mask does not leave attention to transformers' interface."""
+        raise own_attention(None)
+
+    __add__ = __radd__ = __mul__ = __rmul__ = __getitem__ = _used
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise own_attention(None)
+
+
+def own_attention(model: str | None) -> CaptureError:
+    """The refusal of a model whose attention optc cannot stand in for."""
+    return CaptureError(
+        "the model picks its attention from a table of its own", where=model,
+        why="it does not call transformers' attention interface, through which optc captures attention",
+        remedy="use a model that takes attn_implementation from the interface, such as Llama, Qwen or GPT-2",
+    )  # fmt: skip
+
+
+def _refuse_unknown(given: dict[str, Any], known: frozenset[str], what: str, where: str | None) -> None:
+    """Nothing that a library hands over is dropped: what is not known to be harmless must not be there."""
+    names = [
+        name
+        for name, value in given.items()
+        if name not in known and value is not None and value is not False
+    ]
+    if names:
+        raise CaptureError(
+            f"the model gives its {what} an argument that optc does not know: {', '.join(sorted(names))}", where=where,
+            why="attention computed without it would be another model's",
+            remedy="use a model without it; relative position biases and sparse attention cannot be expressed",
+        )  # fmt: skip
 
 
 def _closure(function: Callable[..., Any]) -> dict[str, Any]:
@@ -64,9 +109,10 @@ def make_mask(
     *,
     mask_function: Callable[..., Any],
     attention_mask: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> Mask:
     """The registered mask maker: a Mask instead of a tensor."""
+    _refuse_unknown(others, _MASK_ARGUMENTS, "mask maker", None)
     atoms = _atoms(mask_function)
     windows = [number for kind, number in atoms if kind == "window"]
     return Mask(any(kind == "causal" for kind, _ in atoms), min(windows, default=0), attention_mask)
@@ -84,9 +130,10 @@ def attend(
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """The registered attention: query [B,H,S,D], key and value [B,Hkv,T,D] -> [B,S,H,D]."""
+    _refuse_unknown(others, _ATTENTION_ARGUMENTS, "attention", type(module).__name__)
     if attention_mask is None:
         causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
         mask = Mask(causal, int(sliding_window or 0))

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from optc.compiler.capture.facts import attention_layers
+from optc.compiler.capture.proof import prove_module
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.ir.contract import Contract, Input, Output
 from optc.compiler.ir.export import run_export
@@ -22,6 +23,7 @@ def capture_module(
     *,
     input_names: Sequence[str] | None = None,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    prove: bool = True,
 ) -> Program:
     """Capture an nn.Module of tensors in, tensors out.
 
@@ -29,10 +31,12 @@ def capture_module(
         example_inputs: one tensor per argument of `forward`; an axis named dynamic needs size >= 2.
         input_names: names of the inputs in the graph (default: input_0, input_1, ...).
         dynamic: input name -> axis -> name of the dynamic axis; equal names are equal sizes.
+        prove: run the program and compare it with the module, also with each dynamic axis at 1; see `prove_module`.
 
     Raises:
         UsageError: names and inputs do not fit.
         CaptureError: torch.export cannot trace the module.
+        GateError: the program is not what the module computes, at one of the sizes.
     """
 
     names = list(input_names or (f"input_{i}" for i in range(len(example_inputs))))
@@ -64,4 +68,7 @@ def capture_module(
         kind="module", inputs=inputs, outputs=outputs, layers=attention_layers(exported),
         sources={name: (name,) for name in exported.state_dict},
     )  # fmt: skip
-    return Program(exported, contract)
+    program = Program(exported, contract)
+    if prove:
+        program.proof = prove_module(program, module, example_inputs)
+    return program

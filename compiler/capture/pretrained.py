@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.export import Dim
 
-from optc.compiler.capture.attention import NAME, register
+from optc.compiler.capture.attention import NAME, own_attention, register
 from optc.compiler.capture.facts import attention_layers, model_facts, refuse_unsupported
+from optc.compiler.capture.positions import position_offset
+from optc.compiler.capture.proof import prove_model
 from optc.compiler.capture.restored import restore_codes
 from optc.compiler.diagnostics import CaptureError, InputError, unknown_name
 from optc.compiler.formats.layouts.tensors import TensorReader
@@ -53,7 +57,14 @@ class _Shell(torch.nn.Module):
 
 
 class _Decoder(_Shell):
+    _offset: int
+
+    def __init__(self, model: torch.nn.Module, offset: int) -> None:
+        super().__init__(model)
+        object.__setattr__(self, "_offset", offset)
+
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        position_ids = position_ids + self._offset if self._offset else position_ids
         out = self._inner(input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True)
         return out.logits
 
@@ -170,8 +181,16 @@ def meta_model(info: CheckpointInfo, *, trust_remote_code: bool = False) -> Any:
     refuse_unsupported(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton is that of the unquantized model
+    found = _model_class(config, trust_remote_code)
+    _refuse_own_attention(found)
     with torch.device("meta"):
-        return _model_class(config, trust_remote_code)(config)
+        return found(config)
+
+
+def _refuse_own_attention(model_class: Any) -> None:
+    """Refuse models that do not call transformers' attention interface, by transformers' own reading of their code."""
+    if not model_class._can_set_attn_implementation():
+        raise own_attention(model_class.__name__)
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> Any:
@@ -197,6 +216,8 @@ def capture_pretrained(
     dtype: str = "fp32",
     trust_remote_code: bool = False,
     work_folder: Path | None = None,
+    prove: bool = True,
+    tokens: Sequence[int] = (),
 ) -> tuple[Program, CheckpointInfo]:
     """Capture a model folder. Linears of a folder that is already quantized read `optc.dequantize` of its codes.
 
@@ -205,27 +226,33 @@ def capture_pretrained(
 
     Args:
         work_folder: where the work file is; None takes the system's folder for temporary files.
+        prove, tokens: see `capture_model`; of a quantized folder the capture is proved before it reads codes.
 
     Raises:
         InputError: unusable folder (see `load_model`).
         CaptureError: the model cannot be exported or has a mask that cannot be expressed.
+        GateError: the program is not what the model computes.
     """
     model, info = load_model(
         folder, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, resident_bytes=RESIDENT_BYTES
     )
-    program = capture_model(model)
+    program = capture_model(model, prove=prove, tokens=tokens)
     if any(isinstance(tensor, LazyWeight) for _, tensor in program.weights()):
         program.work_file = WorkFile(work_folder)
         return_freed_memory()
     quantized = quantized_folder(info)
     if quantized is not None:
+        proof = program.proof
         program = restore_codes(
             program, quantized, match_names(quantized.dense.tensors, program.exported.state_dict)
         )
+        program.proof = proof
     return program, info
 
 
-def capture_model(model: torch.nn.Module, *, attention: str = NAME) -> Program:
+def capture_model(
+    model: torch.nn.Module, *, attention: str = NAME, prove: bool = True, tokens: Sequence[int] = ()
+) -> Program:
     """Capture a transformers model in memory: decoder when it makes causal attention, else encoder.
 
     The model's attention implementation is set for the time of the capture.
@@ -233,15 +260,20 @@ def capture_model(model: torch.nn.Module, *, attention: str = NAME) -> Program:
     Args:
         attention: "optc" gives one `optc.attention` per layer. "sdpa" and "eager" give transformers' own
             attention, mask and all, for the pass fuse-attention to find.
+        prove: run the program and compare it with the model's own forward; the program's `proof` says how.
+        tokens: encoded text for the proof; random tokens are taken where there is too little.
 
     Raises:
         UsageError: unknown attention implementation.
         CaptureError: the model cannot be exported, or does not support this attention.
+        GateError: the program is not what the model computes, or the model overflows in its type.
     """
     if attention not in ATTENTIONS:
         raise unknown_name("attention implementation", attention, ATTENTIONS)
     config: Any = model.config
     refuse_unsupported(config)
+    if attention == NAME:
+        _refuse_own_attention(type(model))
     if attention == "sdpa" and not getattr(model, "_supports_sdpa", False):
         raise CaptureError(
             "the model does not support transformers' sdpa attention", where=type(model).__name__,
@@ -253,18 +285,25 @@ def capture_model(model: torch.nn.Module, *, attention: str = NAME) -> Program:
     }
     config._attn_implementation = attention
     config._experts_implementation = NAME
+    decoder = not _is_encoder(model)
     try:
-        program = _export(model.eval(), config)
+        if decoder:
+            _require_positions(model)
+        offset = position_offset(model.eval())
+        program = _export(model, config, offset)
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+    if prove:
+        program.proof = prove_model(program, model, tokens=tokens, offset=offset)
     return program
 
 
-def _export(model: torch.nn.Module, config: Any) -> Program:
-    decoder = not _is_encoder(model)
-    batch, seq = Dim("batch", min=1, max=_MAX_BATCH), Dim("seq", min=1, max=_context(config))
-    length = min(11, _context(config))
+def _export(model: torch.nn.Module, config: Any, offset: int) -> Program:
+    """The model as a program; a decoder adds `offset` to the positions that it takes, an encoder by itself."""
+    decoder, context = not _is_encoder(model), _context(config) - offset
+    batch, seq = Dim("batch", min=1, max=_MAX_BATCH), Dim("seq", min=1, max=context)
+    length = min(11, context)
     ids = torch.zeros((2, length), dtype=torch.long)
     dims = {0: batch, 1: seq}
     i64: dict[str, Any] = {"dtype": "int64", "dims": ("batch", "seq")}
@@ -272,8 +311,7 @@ def _export(model: torch.nn.Module, config: Any) -> Program:
     shell: _Decoder | _Encoder
     if decoder:
         position = torch.arange(length)[None].expand(2, -1).contiguous()
-        _require_positions(model)
-        shell = _Decoder(model)
+        shell = _Decoder(model, offset)
         args: tuple[Tensor, ...] = (ids, position)
         inputs.append(Input(name="position_ids", role="position_ids", **i64))
     else:
@@ -284,13 +322,14 @@ def _export(model: torch.nn.Module, config: Any) -> Program:
             inputs.append(Input(name="token_type_ids", role="token_type_ids", **i64))
     exported = run_export(shell, args, tuple(dims for _ in args), where=type(model).__name__)
     output = _output(exported, config, shell)
+    facts = model_facts(config, getattr(model, "generation_config", None))
     contract = Contract(
         kind="decoder" if decoder else "encoder",
         inputs=tuple(inputs),
         outputs=(output,),
         position_rule=decoder,
         layers=attention_layers(exported),
-        model=model_facts(config, getattr(model, "generation_config", None)),
+        model=msgspec.structs.replace(facts, context_length=max(0, facts.context_length - offset)),
         sources={name: (name,) for name in exported.state_dict},
     )
     return Program(exported, contract)

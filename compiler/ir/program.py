@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 import optc.compiler.ops  # noqa: F401  (registers the dialect)
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.lazy_weights import LazyWeight, WorkFile, materialized, pieces, raw_bytes
+from optc.compiler.ir.proof import CaptureProof
 from optc.compiler.ir.saved.programs import GRAPH_FILE, damaged, read_program, write_program
 from optc.compiler.ir.verification import VerificationError, verify_program
 from optc.compiler.ir.weight_table import WeightTable
@@ -54,6 +55,7 @@ class Program:
         self.contract = contract
         self.weight_table = weight_table or WeightTable(exported)
         self.work_file = work_file
+        self.proof: CaptureProof | None = None  # of the program as captured; passes make other programs
         self._module: GraphModule | None = None
 
     def __call__(self, *args: Any) -> Any:

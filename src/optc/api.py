@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,12 @@ import msgspec
 import torch
 
 from optc.calibrating import make_calibration
+from optc.capturing import Captured, Model, capture, capture_for_compile
 from optc.compiler.artifact import folder as artifact
 from optc.compiler.artifact.manifest import Manifest, ProgramEntry, Source
 from optc.compiler.calibration.sequences import Calibration
-from optc.compiler.capture import capture_model, capture_module, capture_pretrained
-from optc.compiler.capture.pretrained import DTYPES
-from optc.compiler.diagnostics import InputError, TargetError, UsageError, os_errors, unknown_name
+from optc.compiler.diagnostics import InputError, TargetError, UsageError, os_errors
 from optc.compiler.execution.probe import Probe, text_probe
-from optc.compiler.ir.program import Program
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, config_digest, weights_digest
 from optc.compiler.model_folder.quantized import refuse_quantizing_again
 from optc.compiler.pipeline.gate import Limits
@@ -36,7 +33,6 @@ from optc.request import GateRequest, Request, from_python
 from optc.resolving import Resolved, recipe_steps, resolve
 
 Progress = Callable[[int, str], None]
-Model = str | Path | torch.nn.Module | Program
 
 
 @dataclass(frozen=True)
@@ -60,43 +56,9 @@ class CompileResult:
             "seconds": self.manifest.seconds["total"],
             "weight_bytes": self.manifest.weight_bytes,
             "quantization": self.manifest.quantization,
+            "capture": msgspec.to_builtins(self.manifest.capture),
             "passes": rows,
         }
-
-
-def capture(
-    model: Model,
-    example_inputs: Sequence[torch.Tensor] | None = None,
-    *,
-    dtype: str = "fp32",
-    dynamic: dict[str, dict[int, str]] | None = None,
-    input_names: Sequence[str] | None = None,
-    trust_remote_code: bool = False,
-) -> Program:
-    """Capture a model folder, a transformers model, or an nn.Module with example inputs.
-
-    Args:
-        dtype: fp32, bf16 or fp16: compute type for a model folder (a module keeps its own).
-        dynamic, input_names: for an nn.Module, see `optc.compiler.capture.capture_module`.
-
-    Raises:
-        InputError, CaptureError: the model cannot be read or exported.
-        UsageError: an nn.Module without example inputs.
-    """
-    if isinstance(model, Program):
-        return model
-    if isinstance(model, str | Path):
-        if dtype not in DTYPES:
-            raise unknown_name("dtype", dtype, DTYPES)
-        return capture_pretrained(model, dtype=dtype, trust_remote_code=trust_remote_code)[0]
-    if example_inputs is not None:
-        return capture_module(model, example_inputs, dynamic=dynamic, input_names=input_names)
-    if hasattr(model, "config") and hasattr(model.config, "model_type"):
-        return capture_model(model)
-    raise UsageError(
-        f"{type(model).__name__} needs example inputs",
-        remedy="optc.capture(module, (tensor, ...), dynamic={...})",
-    )
 
 
 def compile(
@@ -140,20 +102,24 @@ def compile(
     artifact.check_output(folder, request.run.force)
     if resolved.options.quantization is not None and isinstance(model, str | Path):
         refuse_quantizing_again(Path(model))
-    program, info = _captured(model, example_inputs, resolved)
+    captured = capture_for_compile(
+        model, example_inputs, dtype=resolved.options.dtype, trust_remote_code=request.what.trust_remote_code,
+        text=request.gate.text, work_folder=_work_folder(resolved),
+    )  # fmt: skip
+    program, info = captured.program, captured.info
     check_context(_capacity(resolved), program.contract.model.context_length)
     seconds = {"capture": time.perf_counter() - begin}
     steps = recipe_steps(resolved, program.contract.kind)
     calibration = None
     if any(step.rewrite.calibrated for step in steps):
         calibration = make_calibration(program, info, request)
-    pipeline_options = _pipeline_options(program, info, resolved, calibration, progress)
+    pipeline_options = _pipeline_options(captured, resolved, calibration, progress)
     result = Pipeline(steps).run(program, pipeline_options)
     check_legal(result.program, resolved.target)
     seconds["passes"] = time.perf_counter() - begin - seconds["capture"]
     if progress:
         progress(len(result.records), "exporting")
-    manifest = _write(folder, resolved, result, info, seconds, begin)
+    manifest = _write(folder, resolved, result, captured, seconds, begin)
     return CompileResult(folder, manifest)
 
 
@@ -169,26 +135,12 @@ def _work_folder(resolved: Resolved) -> Path | None:
     return None if output is None else next(parent for parent in output.resolve().parents if parent.is_dir())
 
 
-def _captured(
-    model: Model, example_inputs: Sequence[torch.Tensor] | None, resolved: Resolved
-) -> tuple[Program, CheckpointInfo | None]:
-    if isinstance(model, str | Path):
-        return capture_pretrained(
-            model,
-            dtype=resolved.options.dtype,
-            trust_remote_code=resolved.request.what.trust_remote_code,
-            work_folder=_work_folder(resolved),
-        )
-    return capture(model, example_inputs), None
-
-
 def _pipeline_options(
-    program: Program, info: CheckpointInfo | None, resolved: Resolved, calibration: Calibration | None,
-    progress: Progress | None,
+    captured: Captured, resolved: Resolved, calibration: Calibration | None, progress: Progress | None
 ) -> PipelineOptions:  # fmt: skip
     run, limits = resolved.request.run, resolved.request.gate
     return PipelineOptions(
-        probe=_text_probe(program, info, resolved),
+        probe=_text_probe(captured, resolved),
         limits=_limits(limits),
         dump_ir=run.dump_ir,
         work_dir=run.work_dir,
@@ -207,24 +159,14 @@ def _limits(asked: GateRequest) -> Limits:
     )
 
 
-def _text_probe(program: Program, info: CheckpointInfo | None, resolved: Resolved) -> Probe | None:
-    """Encoded text for the gate, or None (random tokens) where there is no tokenizer."""
-    asked = resolved.request.gate.text
-    if info is None or not info.has_tokenizer or program.contract.kind == "module":
-        if asked is not None:
-            raise UsageError("--text needs a model folder with a tokenizer", remedy="leave --text out")
-        return None
-    from optc.runtime.generation.tokenizer import load_tokenizer
+def _text_probe(captured: Captured, resolved: Resolved) -> Probe | None:
+    """Encoded text for the gate, or None (random tokens) where there is no tokenizer.
 
-    if asked is not None:
-        with os_errors("reading the gate's text", str(asked)):
-            text = asked.read_text(errors="replace")[:20_000]
-    else:
-        text = (resources.files("optc.compiler") / "data" / "passage.txt").read_text()
-    tokenizer = load_tokenizer(info.path)
-    assert tokenizer is not None
-    tokens = tokenizer.encode(text)
-    longest = min(96, program.contract.model.context_length or 96, _capacity(resolved) or 96)
+    Raises:
+        InputError: a text was asked for and is too short.
+    """
+    tokens, asked = captured.tokens, resolved.request.gate.text
+    longest = min(96, captured.program.contract.model.context_length or 96, _capacity(resolved) or 96)
     if len(tokens) > 3 * longest:
         return text_probe(tokens, longest=longest)
     if asked is not None:
@@ -236,11 +178,11 @@ def _text_probe(program: Program, info: CheckpointInfo | None, resolved: Resolve
 
 
 def _write(
-    folder: Path, resolved: Resolved, result: PipelineResult, info: CheckpointInfo | None,
-    seconds: dict[str, float], begin: float,
+    folder: Path, resolved: Resolved, result: PipelineResult, captured: Captured, seconds: dict[str, float],
+    begin: float,
 ) -> Manifest:  # fmt: skip
     """Export into a temporary sibling, describe it, read it back, publish it."""
-    target = resolved.target
+    target, info = resolved.target, captured.info
     with artifact.write_folder(folder, force=resolved.request.run.force) as directory:
         start = time.perf_counter()
         request = ExportRequest(
@@ -253,16 +195,16 @@ def _write(
             for stage in result.stages:
                 (directory / "ir" / stage.file_name).write_text(stage.text)
         seconds["total"] = time.perf_counter() - begin
-        manifest = _manifest(target, result, exported, info, seconds)
+        manifest = _manifest(target, result, exported, captured, seconds)
         write_report(directory, manifest)
         return artifact.finish(directory, manifest)
 
 
 def _manifest(
-    target: Target, result: PipelineResult, exported: ExportResult, info: CheckpointInfo | None,
+    target: Target, result: PipelineResult, exported: ExportResult, captured: Captured,
     seconds: dict[str, float],
 ) -> Manifest:  # fmt: skip
-    program = result.program
+    program, info = result.program, captured.info
     return Manifest(
         optc_version=version(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -275,6 +217,7 @@ def _manifest(
         source=_source(info)
         if info
         else Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""),
+        capture=captured.proof,
         passes=result.records,
         weight_bytes=exported.weight_bytes,
         quantization=summarize(program.contract, quantized_linears(result.records), exported.tensor_bytes),

@@ -104,6 +104,7 @@ def _show(manifest: dict[str, Any]) -> None:
     click.echo(
         f"KV cache: {cache['kind']}{' in place' if cache['in_place'] else ''}; {len(contract['layers'])} attention layers"
     )
+    click.echo("\n".join(_capture(manifest["capture"])))
     click.echo("passes:")
     titles, cells = drift_table(manifest["passes"])
     for row, values in zip(manifest["passes"], cells, strict=True):
@@ -123,6 +124,22 @@ def _show(manifest: dict[str, Any]) -> None:
     for title in ("quality", "speed"):
         if manifest[title]:
             click.echo(f"{title}: {manifest[title]}")
+
+
+def _capture(row: dict[str, Any] | None) -> list[str]:
+    """How the capture was proved, a line per comparison and note."""
+    if row is None or not row["proved"]:
+        return ["capture: not proved", *(f"  {note}" for note in (row or {}).get("notes", ()))]
+    lines = [
+        f"capture: proved against {row['reference']}, {row['seconds']:.2f} s: {'; '.join(row['inputs'])}"
+    ]
+    for item in row["figures"]:
+        kl = "" if item["kl"] is None else f", KL {item['kl']:.1e}, top-1 {item['top1']:.3f}"
+        lines.append(
+            f"  {item['dtype']}: max |diff| {item['max_abs_diff']:.1e} on outputs of up to {item['scale']:.1f}, "
+            f"relative {item['relative']:.1e}{kl}"
+        )
+    return [*lines, *(f"  {note}" for note in row["notes"])]
 
 
 def _quantization(row: dict[str, Any]) -> str:

@@ -1,0 +1,273 @@
+"""A captured transformers model is run and compared with the model's own forward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optc.compiler.capture.proof.blame import first_difference, first_overflow
+from optc.compiler.capture.proof.reference import (
+    OWN_ERRORS,
+    Batch,
+    make_batches,
+    own_implementations,
+    own_output,
+)
+from optc.compiler.capture.proof.widened import WidenedReplay, is_narrow, widened
+from optc.compiler.diagnostics import GateError
+from optc.compiler.execution.drift import Drift, measure
+from optc.compiler.execution.stage_driver import StageRun
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.proof import CaptureFigures, CaptureProof
+from optc.compiler.rewriting.retrace import Replay
+
+TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-9, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference of outputs, as a share of their largest magnitude; in 16 bits the relative L2 difference."""
+
+_ROUNDINGS = 3.0
+"""In 16 bits the program may be as far from float32 as this many times the model itself is."""
+
+_LONGEST, _SHORTEST = 48, 8
+_WORK = 1e9
+"""Parameters times tokens of the longest sequence: the proof of a larger model reads shorter text."""
+
+
+_LARGE = 1e9
+"""Parameters beyond which weights are read as seldom as can be: they may lie in files."""
+
+
+def prove_model(
+    program: Program, model: Any, *, tokens: Sequence[int] = (), offset: int = 0, seed: int = 0
+) -> CaptureProof:
+    """Hold a captured decoder or encoder to its model's own attention, masks and positions.
+
+    Both run on ragged sequences, padded on the right and on the left, on a batch of one and on one token; in the type
+    of the weights, and in float32 where that is narrower. Padding is not compared.
+
+    Args:
+        tokens: encoded text; random tokens are taken where there is too little.
+        offset: the position that the model gives a first token.
+
+    Raises:
+        GateError: the program computes something else (names the first module that differs), the model overflows in
+            its type (names the first module), or its own forward fails.
+    """
+    begin = time.perf_counter()
+    proof = _Proof(program, model, tokens, offset, seed)
+    with own_implementations(model) as attention:
+        batches, figures = list(proof.batches), proof.figures()
+    return CaptureProof(
+        proved=True,
+        reference=f"{type(model).__name__} ({attention})",
+        inputs=tuple(batch.name for batch in batches),
+        tokens=sum(int(batch.mask.sum()) for batch in batches),
+        figures=figures,
+        seconds=round(time.perf_counter() - begin, 3),
+        notes=tuple(proof.notes),
+    )
+
+
+Rows = list[Tensor]
+"""Real tokens [n, C] of each row of a batch."""
+
+
+class _Proof:
+    """The inputs of one proof and what it noted."""
+
+    def __init__(self, program: Program, model: Any, tokens: Sequence[int], offset: int, seed: int) -> None:
+        self.program, self.model, self.offset = program, model, offset
+        self.decoder = program.contract.kind == "decoder"
+        weights = [weight for weight in model.parameters() if weight.is_floating_point()]
+        self.dtype = weights[0].dtype if weights else torch.float32
+        device = weights[0].device if weights else torch.device("cpu")
+        self.notes: list[str] = []
+        pad = program.contract.model.pad_token_id
+        pad = pad if pad is not None and pad >= 0 else 0
+        sequences, what = _sequences(program, model, tokens, pad, seed)
+        right, left, alone, one = make_batches(sequences, pad, what, device)
+        self.is_large = sum(weight.numel() for weight in model.parameters()) > _LARGE
+        self.batches = [right, left, one] if self.is_large else [right, left, alone, one]
+        widest, longest = (
+            max((layer.window for layer in program.contract.layers), default=0),
+            len(sequences[0]),
+        )
+        if widest >= longest:
+            self.notes.append(f"windows of {widest} tokens are longer than the {longest} tokens compared")
+
+    def figures(self) -> tuple[CaptureFigures, ...]:
+        """Compare in each type, the widest first."""
+        wide: list[Rows] | None = None
+        found = []
+        if is_narrow(self.dtype):
+            with widened(self.model):
+                wide = self._own_widened()
+                if wide is not None:
+                    found.append(self._compare(wide, WidenedReplay, torch.float32))
+        if wide is not None and self.is_large:  # what is left to see is whether the type overflows
+            self.batches = self.batches[:1]
+        own = [self._own(batch, self.dtype) for batch in self.batches]
+        return (*found, self._compare(own, Replay, self.dtype, wide))
+
+    def _own_widened(self) -> list[Rows] | None:
+        """The model's own rows in float32; None, with a note, where it mixes types in a way that cannot be widened."""
+        try:
+            return [self._own(batch, torch.float32) for batch in self.batches]
+        except GateError as error:
+            if not isinstance(error.__cause__, RuntimeError):
+                raise
+            self.notes.append(f"not compared in float32: {error.why}")
+            return None
+
+    def _own(self, batch: Batch, dtype: torch.dtype) -> Rows:
+        """The model's own rows of a batch.
+
+        Raises:
+            GateError: its forward fails, or gives NaN or infinity.
+        """
+        try:
+            rows = batch.rows(self._forward(batch))
+        except OWN_ERRORS as error:
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise GateError(
+                "the capture cannot be proved: the model's own forward fails", where=_name_of(self.model),
+                why=f"on {batch.name} in {_name(dtype)}: {type(error).__name__}: {reason}",
+                remedy="check that the model runs in transformers as it is; optc.capture(..., prove=False) takes it unproved",
+            ) from error  # fmt: skip
+        if not all(bool(torch.isfinite(row).all()) for row in rows):
+            raise self._overflow(batch, dtype)
+        return rows
+
+    def _forward(self, batch: Batch) -> Tensor:
+        return own_output(self.model, batch, decoder=self.decoder, offset=self.offset)
+
+    def _inputs(self, batch: Batch) -> list[Tensor]:
+        made = {
+            "input_ids": batch.ids, "position_ids": batch.positions, "attention_mask": batch.mask,
+            "token_type_ids": torch.zeros_like(batch.ids),
+        }  # fmt: skip
+        return [made[spec.role] for spec in self.program.contract.inputs]
+
+    def _ours(self, batch: Batch, replay: type[Replay], dtype: torch.dtype) -> Rows:
+        try:
+            with torch.no_grad():
+                return batch.rows(replay(self.program, {}).outputs(*self._inputs(batch))[0])
+        except OWN_ERRORS as error:
+            raise GateError(
+                "the capture failed the numerics gate: the program does not run", where=_name_of(self.model),
+                why=f"on {batch.name} in {_name(dtype)}: {str(error).strip().splitlines()[0]}", remedy=_REMEDY,
+            ) from error  # fmt: skip
+
+    def _compare(
+        self, own: list[Rows], replay: type[Replay], dtype: torch.dtype, wide: list[Rows] | None = None
+    ) -> CaptureFigures:
+        """Hold the program to the model's own rows in one type.
+
+        Args:
+            wide: the model's own rows in float32, where `dtype` is narrower.
+        """
+        drifts, misses = [], []
+        ours: Rows = []
+        for number, (batch, rows) in enumerate(zip(self.batches, own, strict=True)):
+            # A decoder's program takes no mask: of rows padded on the left it gets the tokens alone.
+            if not (self.decoder and batch.is_left):
+                ours = self._ours(batch, replay, dtype)
+            elif not self._excess(self._drift(own[number - 1], rows), dtype) <= 0:
+                self.notes.append(
+                    f"padding on the left changes what the model itself computes in {_name(dtype)}"
+                )
+                continue
+            drift = self._drift(rows, ours)
+            spread = self._drift(wide[number], rows).relative if wide is not None else 0.0
+            if not self._excess(drift, dtype, spread) <= 0:
+                misses.append((batch, drift))
+            drifts.append(drift)
+        if misses:
+            raise self._miss(misses, replay, dtype)
+        return CaptureFigures(
+            dtype=_name(dtype),
+            max_abs_diff=max(drift.max_abs_diff for drift in drifts),
+            scale=max(drift.scale for drift in drifts),
+            relative=max(drift.relative for drift in drifts),
+            kl=max((drift.kl for drift in drifts if drift.kl is not None), default=None),
+            top1=min((drift.top1 for drift in drifts if drift.top1 is not None), default=None),
+        )
+
+    def _drift(self, own: Rows, ours: Rows) -> Drift:
+        role = self.program.contract.outputs[0].role
+        return measure(StageRun(own, [], role=role), StageRun(ours, [], role=role))
+
+    def _excess(self, drift: Drift, dtype: torch.dtype, spread: float = 0.0) -> float:
+        """By how much a difference is beyond what the type explains; NaN counts as beyond.
+
+        Args:
+            spread: relative distance of the model itself from its float32.
+        """
+        if is_narrow(dtype):
+            return drift.relative - max(TOLERANCE[dtype], _ROUNDINGS * spread)
+        return drift.max_abs_diff - TOLERANCE.get(dtype, TOLERANCE[torch.float32]) * max(drift.scale, 1e-6)
+
+    def _miss(
+        self, misses: Sequence[tuple[Batch, Drift]], replay: type[Replay], dtype: torch.dtype
+    ) -> GateError:
+        aligned = [batch for batch, _ in misses if not (self.decoder and batch.is_left)]
+        batch = min(aligned, key=lambda item: item.ids.numel())
+        layer = first_difference(
+            self.model, lambda: self._forward(batch), replay(self.program, {}), self._inputs(batch), batch.mask,
+            10 * TOLERANCE.get(dtype, TOLERANCE[torch.float32]),
+        )  # fmt: skip
+        drift = max((drift for _, drift in misses), key=lambda item: item.max_abs_diff)
+        return GateError(
+            f"the capture failed the numerics gate: the program is not what {_name_of(self.model)} computes",
+            where=f"the first module whose output differs: {layer}" if layer else _name_of(self.model),
+            why=f"max abs difference {drift.max_abs_diff:.3g} on outputs of up to {drift.scale:.3g} ({_name(dtype)}), on "
+            + "; ".join(batch.name for batch, _ in misses),
+            remedy=_REMEDY,
+        )
+
+    def _overflow(self, batch: Batch, dtype: torch.dtype) -> GateError:
+        layer = first_overflow(self.model, lambda: self._forward(batch), batch.mask)
+        return GateError(
+            f"the capture failed the numerics gate: {_name_of(self.model)} is not finite in {_name(dtype)}",
+            where=f"the first that is NaN or infinite: {layer}" if layer else _name_of(self.model),
+            why=f"the model's own forward, on {batch.name}, gives NaN or infinity",
+            remedy="choose --dtype bf16 or fp32"
+            if dtype == torch.float16
+            else "check the weights of the model",
+        )
+
+
+_REMEDY = "the model computes something that optc does not capture; please report it with its config.json"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _name_of(model: object) -> str:
+    return type(model).__name__
+
+
+def _sequences(
+    program: Program, model: Any, tokens: Sequence[int], pad: int, seed: int
+) -> tuple[list[list[int]], str]:
+    """Ragged sequences without the padding token, shorter for larger models, and what they are."""
+    parameters = sum(weight.numel() for weight in model.parameters())
+    longest = int(min(max(_WORK / max(parameters, 1), _SHORTEST), _LONGEST))
+    longest = max(1, min(longest, program.contract.model.context_length or longest))
+    lengths = [longest, max(1, longest // 4), max(1, longest // 2), max(1, longest // 3)]
+    text = [token for token in tokens if token != pad]
+    what = "text"
+    if len(text) < sum(lengths):
+        generator = torch.Generator().manual_seed(seed)
+        size = int(model.get_input_embeddings().weight.shape[0])
+        drawn = torch.randint(0, max(size - 1, 1), (sum(lengths),), generator=generator)
+        text, what = (
+            [token + (token >= pad) if size > 1 else token for token in drawn.tolist()],
+            "random tokens",
+        )
+    starts = [sum(lengths[:number]) for number in range(len(lengths))]
+    return [text[start : start + length] for start, length in zip(starts, lengths, strict=True)], what

@@ -1,0 +1,103 @@
+"""The forward that a captured program is held to: the model's own, untouched by optc's registrations."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optc.compiler.capture.attention import NAME
+
+OWN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
+"""What a model's own forward raises when it cannot take the inputs."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids [B, S] with a mask [B, S] of the real ones; the rest is padding."""
+
+    name: str
+    ids: Tensor
+    mask: Tensor
+
+    @property
+    def is_left(self) -> bool:
+        """Whether padding stands before the tokens."""
+        return not bool(self.mask[:, 0].all())
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, S]: 0, 1, 2, ... over the real tokens of a row, as transformers' `generate` counts them; padding 0."""
+        return (self.mask.cumsum(-1) - 1).clamp(min=0)
+
+    def rows(self, output: Tensor) -> list[Tensor]:
+        """An output [B, S, C] as the real tokens [n, C] of each row; one without a token axis as it is, [1, C]."""
+        if output.dim() < 3 and output.shape[:2] != self.mask.shape:
+            return list(output.reshape(output.shape[0], 1, -1))
+        rows = output if output.dim() > 2 else output[..., None]
+        return [row[mask.bool()] for row, mask in zip(rows, self.mask, strict=True)]
+
+
+def make_batches(
+    sequences: Sequence[Sequence[int]], pad: int, what: str, device: torch.device
+) -> list[Batch]:
+    """Ragged sequences padded on the right and on the left; the second alone; one token alone."""
+    size = max(map(len, sequences))
+
+    def padded(left: bool) -> tuple[Tensor, Tensor]:
+        ids = torch.full((len(sequences), size), pad, device=device)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(sequences):
+            place = slice(size - len(tokens), size) if left else slice(0, len(tokens))
+            ids[row, place] = torch.tensor(tokens, device=device)
+            mask[row, place] = 1
+        return ids, mask
+
+    alone = torch.tensor([sequences[min(1, len(sequences) - 1)]], device=device)
+    one = torch.tensor([sequences[0][:1]], device=device)
+    return [
+        Batch(f"ragged {what}, right padded", *padded(left=False)),
+        Batch(f"ragged {what}, left padded", *padded(left=True)),
+        Batch(f"{what}, batch 1", alone, torch.ones_like(alone)),
+        Batch("one token", one, torch.ones_like(one)),
+    ]
+
+
+@contextmanager
+def own_implementations(model: Any) -> Iterator[str]:
+    """Give a model the attention that transformers would choose for it, or that its user chose, for a while.
+
+    Yields:
+        the attention implementation: "sdpa", "eager", ...
+    """
+    config = model.config
+    before = (config._attn_implementation, getattr(config, "_experts_implementation", None))
+    attention = before[0] if before[0] not in (NAME, None) else model.get_correct_attn_implementation(None)
+    config._attn_implementation = attention
+    config._experts_implementation = before[1] if before[1] not in (NAME, None) else "eager"
+    try:
+        yield attention
+    finally:
+        config._attn_implementation, config._experts_implementation = before
+
+
+def own_output(model: nn.Module, batch: Batch, *, decoder: bool, offset: int) -> Tensor:
+    """What the model itself returns: called with token ids and mask, as its users do.
+
+    Rows of a decoder that are padded on the left get positions too, since `generate` gives them.
+    """
+    takes = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask, "return_dict": True}
+    if decoder and batch.is_left and "position_ids" in takes:
+        arguments["position_ids"] = batch.positions + offset
+    if "use_cache" in takes:
+        arguments["use_cache"] = False
+    with torch.no_grad():
+        out = model(**arguments)
+    answer: Tensor = out.logits if hasattr(out, "logits") else out[0]
+    return answer

@@ -1,0 +1,134 @@
+"""From whatever users call a model to a captured and proved Program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from optc.compiler.capture import capture_model, capture_module, capture_pretrained
+from optc.compiler.capture.pretrained import DTYPES
+from optc.compiler.diagnostics import UsageError, os_errors, unknown_name
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.proof import CaptureProof
+from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder
+
+Model = str | Path | torch.nn.Module | Program
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What a compile starts from.
+
+    Attributes:
+        info: the model folder; None for a model in memory.
+        tokens: the gate's text, encoded; empty without a tokenizer.
+        proof: how the program was held to the model.
+    """
+
+    program: Program
+    info: CheckpointInfo | None
+    tokens: list[int]
+    proof: CaptureProof
+
+
+def capture(
+    model: Model,
+    example_inputs: Sequence[torch.Tensor] | None = None,
+    *,
+    dtype: str = "fp32",
+    dynamic: dict[str, dict[int, str]] | None = None,
+    input_names: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
+    prove: bool = True,
+) -> Program:
+    """Capture a model folder, a transformers model, or an nn.Module with example inputs.
+
+    The program is run and compared with the model's own forward; its `proof` holds the figures.
+
+    Args:
+        dtype: fp32, bf16 or fp16: compute type for a model folder (a module keeps its own).
+        dynamic, input_names: for an nn.Module, see `optc.compiler.capture.capture_module`.
+        prove: False leaves the comparison out: whatever was captured is believed.
+
+    Raises:
+        InputError, CaptureError: the model cannot be read or exported.
+        GateError: the program is not what the model computes.
+        UsageError: an nn.Module without example inputs.
+    """
+    if isinstance(model, Program):
+        return model
+    if isinstance(model, str | Path):
+        return _folder(Path(model), dtype, trust_remote_code, prove=prove)[0]
+    if example_inputs is not None:
+        return capture_module(model, example_inputs, dynamic=dynamic, input_names=input_names, prove=prove)
+    if hasattr(model, "config") and hasattr(model.config, "model_type"):
+        return capture_model(model, prove=prove)
+    raise UsageError(
+        f"{type(model).__name__} needs example inputs",
+        remedy="optc.capture(module, (tensor, ...), dynamic={...})",
+    )
+
+
+def capture_for_compile(
+    model: Model, example_inputs: Sequence[torch.Tensor] | None, *, dtype: str, trust_remote_code: bool,
+    text: Path | None, work_folder: Path | None,
+) -> Captured:  # fmt: skip
+    """Capture what `compile` was given.
+
+    Args:
+        text: file of the gate's text; None takes the built-in passage.
+        work_folder: where large tensors wait while a large model is compiled.
+
+    Raises:
+        OptcError: as `capture`; UsageError for a text without a tokenizer.
+    """
+    if isinstance(model, str | Path):
+        program, info, tokens = _folder(Path(model), dtype, trust_remote_code, text, work_folder)
+        assert program.proof is not None
+        return Captured(program, info, tokens, program.proof)
+    tokens = gate_tokens(None, text)
+    program = capture(model, example_inputs)
+    given = CaptureProof(
+        proved=False, notes=("the program was given as it is, and not captured by this compile",)
+    )
+    return Captured(program, None, tokens, program.proof or given)
+
+
+def _folder(
+    folder: Path, dtype: str, trust_remote_code: bool, text: Path | None = None, work_folder: Path | None = None,
+    *, prove: bool = True,
+) -> tuple[Program, CheckpointInfo, list[int]]:  # fmt: skip
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    tokens = gate_tokens(check_folder(folder, trust_remote_code=trust_remote_code), text)
+    program, info = capture_pretrained(
+        folder, dtype=dtype, trust_remote_code=trust_remote_code, work_folder=work_folder, prove=prove,
+        tokens=tokens,
+    )  # fmt: skip
+    return program, info, tokens
+
+
+def gate_tokens(info: CheckpointInfo | None, text: Path | None) -> list[int]:
+    """The gate's text in the model's tokens: a file, else a built-in passage; empty where there is no tokenizer.
+
+    Raises:
+        UsageError: a file was given, and there is no tokenizer.
+    """
+    if info is None or not info.has_tokenizer:
+        if text is not None:
+            raise UsageError("--text needs a model folder with a tokenizer", remedy="leave --text out")
+        return []
+    from optc.runtime.generation.tokenizer import load_tokenizer
+
+    if text is not None:
+        with os_errors("reading the gate's text", str(text)):
+            page = text.read_text(errors="replace")[:20_000]
+    else:
+        page = (resources.files("optc.compiler") / "data" / "passage.txt").read_text()
+    tokenizer = load_tokenizer(info.path)
+    assert tokenizer is not None
+    return tokenizer.encode(page)
