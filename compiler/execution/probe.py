@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,16 +14,39 @@ from optc.compiler.ir.program import Program
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What the gate feeds: token sequences (ragged), or the tensors of a plain module."""
+    """What the gate feeds: token sequences (ragged), or the tensors of a plain module.
+
+    Attributes:
+        steps: single tokens that a stage with a cache is fed at the end of each sequence.
+    """
 
     sequences: tuple[tuple[int, ...], ...] = ()
     is_text: bool = False
     tensors: tuple[Tensor, ...] = field(default=())
+    steps: int = 3
 
     @property
     def text(self) -> tuple[tuple[int, ...], ...]:
         """The sequences where they are text, else nothing."""
         return self.sequences if self.is_text else ()
+
+
+STREAMED_TOKENS = 24
+"""Length of the longest sequence for programs whose weights stay in files; see `for_streaming`."""
+
+
+def for_streaming(program: Program, probe: Probe) -> tuple[Probe, str]:
+    """The probe that fits a program, and what to say about it: shorter where weights stay in files.
+
+    Each call of such a program reads, and dequantizes, every weight; so sequences are cut, and decoded for one step.
+    """
+    if program.work_file is None or not probe.sequences:
+        return probe, ""
+    longest = max(STREAMED_TOKENS, *map(len, probe.sequences))
+    sequences = tuple(row[: max(2, len(row) * STREAMED_TOKENS // longest)] for row in probe.sequences)
+    count = sum(map(len, sequences))
+    note = f"the gate fed {count} tokens, not {sum(map(len, probe.sequences))}, and decoded 1 step: the weights stay in files"
+    return replace(probe, sequences=sequences, steps=1), note
 
 
 def random_probe(vocab_size: int, seed: int = 0, longest: int = 40) -> Probe:
@@ -46,5 +69,5 @@ def text_probe(tokens: Sequence[int], longest: int = 96) -> Probe:
 def run_probe(program: Program, probe: Probe) -> StageRun:
     """Run a stage on a probe; of a plain module each output is an entry of `logits`."""
     if probe.sequences:
-        return run_stage(program, probe.sequences)
+        return run_stage(program, probe.sequences, steps=probe.steps)
     return StageRun(run_module(program, probe.tensors), [], role="output")

@@ -18,7 +18,7 @@ import torch
 from optc.compiler.artifact.manifest import DriftRecord, PassRecord
 from optc.compiler.diagnostics import NoMatchError, os_errors
 from optc.compiler.execution.drift import Drift, measure
-from optc.compiler.execution.probe import Probe, random_probe, run_probe
+from optc.compiler.execution.probe import Probe, for_streaming, random_probe, run_probe
 from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.provenance import module_path
@@ -108,12 +108,14 @@ class _Run:
         self.first: StageRun | None = None
         self.outputs: StageRun | None = None
         self.ledger = Ledger()
+        self.note = ""
         self.keeps_reference = any(step.rewrite.needs_reference for step in steps)
         self.reference: Program | None = None
 
     def run(self, program: Program) -> PipelineResult:
         verify_program(program, "capture")
-        self.probe = self.options.probe or default_probe(program, self.options.context.seed)
+        probe = self.options.probe or default_probe(program, self.options.context.seed)
+        self.probe, self.note = for_streaming(program, probe)
         self._finish_stage("capture", program)
         context = self.options.context
         key = (
@@ -174,6 +176,8 @@ class _Run:
             after = result.program.with_contract(passes=(*result.program.contract.passes, str(rewrite)))
             verify_program(after, rewrite.name)
             verdict = self._gate(rewrite, before, after)
+            if self.note:
+                result, self.note = replace(result, notes=(*result.notes, self.note)), ""  # once is enough
             if rewrite.lossy and not result.linears:
                 result = replace(result, linears=measured_records(before, after))
         self.records.append(_record(rewrite, result, verdict, time.perf_counter() - begin, after))

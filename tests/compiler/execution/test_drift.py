@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from families import make_model
 
 from optc.compiler.capture import capture_model, capture_module
 from optc.compiler.execution.drift import measure
-from optc.compiler.execution.probe import Probe, random_probe, run_probe, text_probe
+from optc.compiler.execution.probe import Probe, for_streaming, random_probe, run_probe, text_probe
 from optc.compiler.execution.stage_driver import StageRun
+from optc.compiler.ir.lazy_weights import WorkFile
 
 
 def test_measure_by_hand() -> None:
@@ -43,6 +45,19 @@ def test_probes_are_ragged_and_long_enough_to_decode() -> None:
         lengths = [len(row) for row in probe.sequences]
         assert len(set(lengths)) == 4
         assert min(lengths) >= 9
+
+
+def test_programs_whose_weights_stay_in_files_are_fed_less(tmp_path: Path) -> None:
+    program, probe = capture_model(make_model("llama")), text_probe(list(range(400)))
+    assert for_streaming(program, probe) == (probe, "")
+    program.work_file = WorkFile(tmp_path)
+    short, note = for_streaming(program, probe)
+    assert [len(row) for row in short.sequences] == [24, 6, 12, 8]
+    assert [row[0] for row in short.sequences] == [row[0] for row in probe.sequences]
+    assert (short.steps, short.is_text) == (1, True)
+    assert note == "the gate fed 50 tokens, not 200, and decoded 1 step: the weights stay in files"
+    module = Probe(tensors=(torch.ones(2, 3),))
+    assert for_streaming(program, module) == (module, "")
 
 
 def test_run_probe_takes_language_models_and_modules() -> None:
