@@ -156,6 +156,7 @@ class _Run:
             self._note_reference(self.steps[start], program)
             before = program
             program, record = load_stage(folder / keys[start])
+            program.work_file = before.work_file
             if record.matched:
                 self.ledger.note(
                     _budget(self.steps[start].rewrite, before), self.steps[start].rewrite.restores

@@ -13,6 +13,7 @@ from torch.fx import Node
 from optc.compiler.analysis.dataflow import evaluate
 from optc.compiler.analysis.linears import Linear, linear_sites, weight_calls
 from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.quantization_record import LinearRecord
 
@@ -72,6 +73,7 @@ def _weight(program: Program, site: Linear) -> tuple[str, Tensor]:
     weight = program.weight(name).detach()
     if site.index is not None:
         name, weight = f"{name}[{site.index}]", weight[site.index]
+    weight = materialized(weight)
     return name, weight.t() if site.transposed else weight
 
 

@@ -284,8 +284,11 @@ class _Run:
         """Let later groups see the rounded weight."""
         placeholder = site.placeholder
         assert placeholder is not None
-        small = dataclasses.replace(rounded, codes=rounded.codes.to(torch.uint8))
-        self.made[weight_label(self.program, site)] = small
+        store, grid = self.program.stored, rounded.grid
+        self.made[weight_label(self.program, site)] = dataclasses.replace(
+            rounded, codes=store(rounded.codes.to(torch.uint8)),
+            grid=dataclasses.replace(grid, scale=store(grid.scale), zero=store(grid.zero)),
+        )  # fmt: skip
         self.records.append(record)
         name = self.program.weight_of(placeholder)
         assert name is not None

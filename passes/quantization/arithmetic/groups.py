@@ -15,6 +15,7 @@ from optc.compiler.analysis.dataflow import aten, peel, value_of, value_readers
 from optc.compiler.analysis.linears import Linear, linear_site
 from optc.compiler.diagnostics import InputError
 from optc.compiler.ir.devices import tensor_float_32
+from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ir.program import Program
 from optc.passes.quantization.arithmetic.ranges import check_finite
 from optc.passes.quantization.arithmetic.stream import Stream
@@ -114,11 +115,11 @@ def weight_label(program: Program, site: Linear) -> str:
 
 
 def weight_rows(program: Program, site: Linear) -> Tensor:
-    """The weight of a linear as [N, K], whatever its layout, of its expert where it is stacked."""
+    """The weight of a linear as [N, K] in memory, whatever its layout, of its expert where it is stacked."""
     name = program.weight_of(site.placeholder)
     assert name is not None
     weight = program.weight(name).detach()
-    weight = weight if site.index is None else weight[site.index]
+    weight = materialized(weight if site.index is None else weight[site.index])
     return weight.t() if site.transposed else weight
 
 
