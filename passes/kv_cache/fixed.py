@@ -18,13 +18,14 @@ from torch import Tensor
 from torch.export import Dim
 
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.ir.contract import Contract, Input, KVCache, Output
+from optc.compiler.ir.contract import Contract, Input, KVCache
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.rewriting.retrace import Replay, axis_limit, retrace
-from optc.compiler.rewriting.tokenwise import cache_dtype, cache_misses
+from optc.compiler.rewriting.tokenwise import cache_misses
 from optc.compiler.target.target import check_context
+from optc.passes.kv_cache.linear import example_caches, linear_caches
 
 _ATTENTION = torch.ops.optc.attention.default
 LARGEST_DEFAULT = 2048
@@ -96,22 +97,15 @@ def _retrace(program: Program, capacity: int) -> Program:
 
 def _contract(program: Program, capacity: int) -> Contract:
     old = program.contract
-    dtype = str(cache_dtype(program)).removeprefix("torch.")
     inputs = [
         Input(name="input_ids", role="input_ids", dtype="int32", dims=("batch", "tokens")),
         Input(name="positions", role="past_lengths", dtype="int32", dims=("batch",)),
     ]
-    outputs = list(old.outputs)
-    for i, layer in enumerate(old.layers):
-        for part, width in (("key", layer.head_dim), ("value", layer.value_dim)):
-            role: Any = f"{part}_cache"
-            dims = ("batch", layer.num_kv_heads, capacity, width)
-            inputs.append(Input(name=f"past_key_values.{i}.{part}", role=role, dtype=dtype, dims=dims))
-            outputs.append(Output(name=f"present.{i}.{part}", role=role))
+    caches, written = linear_caches(program, capacity)
     return msgspec.structs.replace(
         old,
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
+        inputs=(*inputs, *caches),
+        outputs=(*old.outputs, *written),
         kv_cache=KVCache(kind="linear", capacity=capacity),
     )
 
@@ -123,10 +117,5 @@ def _examples(program: Program, capacity: int) -> tuple[list[Tensor], list[dict[
     size = min(7, capacity - 1)
     device = program_device(program)
     args = [torch.zeros(shape, dtype=torch.int32, device=device) for shape in ((3, size), (3,))]
-    shapes: list[dict[int, Any]] = [{0: batch, 1: tokens}, {0: batch}]
-    for layer in program.contract.layers:
-        for width in (layer.head_dim, layer.value_dim):
-            shape = (3, layer.num_kv_heads, capacity, width)
-            args.append(torch.zeros(shape, dtype=cache_dtype(program), device=device))
-            shapes.append({0: batch})
-    return args, shapes
+    caches = example_caches(program, 3, capacity)
+    return [*args, *caches], [{0: batch, 1: tokens}, {0: batch}, *({0: batch} for _ in caches)]

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from optc.compiler.ir.contract import Contract, Input, KVCache, Output
+from optc.compiler.ir.contract import Contract, Input, KVCache
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.rewriting.retrace import Replay, axis_limit, retrace
-from optc.compiler.rewriting.tokenwise import cache_dtype, cache_misses
+from optc.compiler.rewriting.tokenwise import cache_misses
+from optc.passes.kv_cache.linear import example_caches, linear_caches
 
 _ATTENTION = torch.ops.optc.attention.default
 
@@ -80,24 +81,15 @@ def _retrace(program: Program, in_place: bool) -> Program:
 
 def _contract(program: Program, in_place: bool) -> Contract:
     old = program.contract
-    dtype = str(cache_dtype(program)).removeprefix("torch.")
-    length = "capacity" if in_place else "past"
     inputs = [
         Input(name="input_ids", role="input_ids", dtype="int64", dims=("batch", "seq")),
         Input(name="attention_mask", role="attention_mask", dtype="int64", dims=("batch", "total")),
     ]
-    outputs = list(old.outputs)
-    for i, layer in enumerate(old.layers):
-        for part, width in (("key", layer.head_dim), ("value", layer.value_dim)):
-            role: Any = f"{part}_cache"
-            dims = ("batch", layer.num_kv_heads, length, width)
-            inputs.append(Input(name=f"past_key_values.{i}.{part}", role=role, dtype=dtype, dims=dims))
-            if not in_place:
-                outputs.append(Output(name=f"present.{i}.{part}", role=role))
+    caches, grown = linear_caches(program, "capacity" if in_place else "past")
     return msgspec.structs.replace(
         old,
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
+        inputs=(*inputs, *caches),
+        outputs=old.outputs if in_place else (*old.outputs, *grown),
         kv_cache=KVCache(kind="linear", in_place=in_place),
     )
 
@@ -116,10 +108,5 @@ def _examples(program: Program, in_place: bool) -> tuple[list[Tensor], list[dict
         torch.zeros((batch, seq), dtype=torch.long, device=device),
         torch.ones((batch, total), dtype=torch.long, device=device),
     ]
-    shapes: list[dict[int, Any]] = [{0: b, 1: s}, {0: b, 1: t}]
-    for layer in program.contract.layers:
-        for width in (layer.head_dim, layer.value_dim):
-            shape = (batch, layer.num_kv_heads, past, width)
-            args.append(torch.zeros(shape, dtype=cache_dtype(program), device=device))
-            shapes.append({0: b, 2: p})
-    return args, shapes
+    caches = example_caches(program, batch, past)
+    return [*args, *caches], [{0: b, 1: s}, {0: b, 1: t}, *({0: b, 2: p} for _ in caches)]
