@@ -68,7 +68,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    from optc.compiler.calibration.sequences import cut_sequences, read_documents
+    from optc.compiler.calibration.documents import read_documents
+    from optc.compiler.calibration.sequences import cut_sequences
     from optc.runtime.generation.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(arguments.model)

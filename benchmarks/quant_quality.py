@@ -149,7 +149,8 @@ def main() -> None:
     parser.add_argument("--name", default="quant_quality", help="Of the JSON file.")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    from optc.compiler.calibration.sequences import cut_sequences, read_documents
+    from optc.compiler.calibration.documents import read_documents
+    from optc.compiler.calibration.sequences import cut_sequences
     from optc.compiler.ir.devices import to_device
     from optc.runtime.generation.tokenizer import load_tokenizer
 

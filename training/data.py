@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from optc.compiler.calibration.sequences import Encoder, read_documents
+from optc.compiler.calibration.documents import Encoder, read_documents
 from optc.compiler.diagnostics import InputError
 from optc.training.config import TrainConfig
 

@@ -6,7 +6,8 @@ from importlib import resources
 
 import torch
 
-from optc.compiler.calibration.sequences import Calibration, cut_sequences, read_documents
+from optc.compiler.calibration.documents import read_documents
+from optc.compiler.calibration.sequences import Calibration, cut_sequences
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.ir.program import Program
 from optc.compiler.model_folder.checkpoint import CheckpointInfo

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from optc.compiler.calibration.sequences import read_documents
+from optc.compiler.calibration.documents import read_documents
 from optc.compiler.diagnostics import InputError, UsageError
 
 datasets = pytest.importorskip("datasets", reason="needs the extra `datasets`")

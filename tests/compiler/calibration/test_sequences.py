@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from optc.compiler.calibration.sequences import cut_sequences, random_calibration, read_documents
+from optc.compiler.calibration.documents import read_documents
+from optc.compiler.calibration.sequences import cut_sequences, random_calibration
 from optc.compiler.diagnostics import InputError
 
 

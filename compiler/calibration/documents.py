@@ -1,0 +1,98 @@
+"""Texts and token ids from files: what training and calibration read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from optc.compiler.calibration.dataset_rows import is_dataset, read_rows
+from optc.compiler.diagnostics import InputError, os_errors
+
+
+class Encoder(Protocol):
+    """What is needed of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+
+def read_documents(path: Path, encoder: Encoder | None, *, kind: str = "calibration") -> list[list[int]]:
+    """The token sequences of a file of text or tokens.
+
+    `.jsonl`: one object per line with "text" (needs a tokenizer), or "tokens" or "input_ids", a list of ids. `.json`: a
+    list of ids, or a list of such lists. `.parquet`, or a folder by `datasets.save_to_disk`: the same keys as columns
+    (extra `datasets`). Anything else is UTF-8 text.
+
+    Args:
+        kind: what the file is for, as errors name it.
+
+    Raises:
+        InputError: unreadable, malformed (with the line), or text without a tokenizer.
+        UsageError: a dataset without the extra.
+    """
+    if is_dataset(path):
+        return [
+            _record(row, f"{path}, row {number}", encoder, kind)
+            for number, row in enumerate(read_rows(path, kind=kind), 1)
+        ]
+    with os_errors(f"reading the {kind} file", str(path)):
+        data = path.read_bytes()
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"the {kind} file is not UTF-8", where=str(path), why=str(error)) from error
+    if path.suffix == ".jsonl":
+        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        return [
+            _record(_json(line, f"{path}:{number}", kind), f"{path}:{number}", encoder, kind)
+            for number, line in lines
+        ]
+    if path.suffix == ".json":
+        rows = _json(text, str(path), kind)
+        if isinstance(rows, list) and rows and isinstance(rows[0], int):
+            rows = [rows]
+        if not isinstance(rows, list):
+            raise _malformed(str(path), kind)
+        return [_ids(row, str(path), kind) for row in rows]
+    return [_encode(text, str(path), encoder, kind)]
+
+
+def _json(text: str, where: str, kind: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"the {kind} file is not JSON", where=where, why=str(error)) from error
+
+
+def _record(row: Any, where: str, encoder: Encoder | None, kind: str) -> list[int]:
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return _encode(row["text"], where, encoder, kind)
+    if isinstance(row, dict):
+        row = row.get("tokens", row.get("input_ids"))
+    return _ids(row, where, kind)
+
+
+def _encode(text: str, where: str, encoder: Encoder | None, kind: str) -> list[int]:
+    if encoder is None:
+        raise InputError(
+            f"{kind} text needs a tokenizer, and the model has none",
+            where=where,
+            remedy='give token ids: lines of {"tokens": [...]} in a .jsonl file',
+        )
+    return encoder.encode(text)
+
+
+def _ids(row: Any, where: str, kind: str) -> list[int]:
+    if not isinstance(row, list) or not all(
+        isinstance(item, int) and not isinstance(item, bool) for item in row
+    ):
+        raise _malformed(where, kind)
+    return row
+
+
+def _malformed(where: str, kind: str) -> InputError:
+    return InputError(
+        f"the {kind} file holds neither text nor lists of token ids",
+        where=where,
+        remedy='write text, or lines of {"text": "..."} or {"tokens": [1, 2, 3]} in a .jsonl file',
+    )
