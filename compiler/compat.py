@@ -188,16 +188,27 @@ def export_program(module: torch.nn.Module, args: tuple[Any, ...], dynamic_shape
     """torch.export in non-strict mode.
 
     torch 2.11 cannot simplify guards such as `min(16*s, 32*s) == 16*s` on the strides of grouped heads and takes them
-    for a constraint on the shape; deferred, they are checks at run time that always hold.
+    for a constraint on the shape. What it refuses so is exported once more with guards deferred: they become asserts
+    in the graph, which always hold.
     """
-    deferred = torch.__version__.startswith("2.11.")
-    return torch.export.export(
-        module,
-        args,
-        dynamic_shapes=dynamic_shapes,
-        strict=False,
-        prefer_deferred_runtime_asserts_over_guards=deferred,
-    )
+
+    def export(deferred: bool) -> ExportedProgram:
+        return torch.export.export(
+            module,
+            args,
+            dynamic_shapes=dynamic_shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=deferred,
+        )
+
+    if not torch.__version__.startswith("2.11."):
+        return export(False)
+    try:
+        return export(False)
+    except torch._dynamo.exc.UserError as error:
+        if "Constraints violated" not in str(error):
+            raise
+        return export(True)
 
 
 def aoti_compile(exported: ExportedProgram, path: str, configs: dict[str, Any]) -> None:
