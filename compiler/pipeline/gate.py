@@ -151,7 +151,7 @@ def _misses(
 
 def _cosine_of(relative: float) -> float:
     """The least cosine of vectors whose difference is this share of the first."""
-    return math.sqrt(1.0 - relative**2) if relative < 1.0 else -1.0
+    return math.sqrt(1.0 - relative**2) if relative <= 1.0 else -1.0
 
 
 def worst_layer(drift: Drift, names: Sequence[str]) -> str | None:

@@ -138,8 +138,25 @@ def test_waste_counts_the_tails_of_last_blocks() -> None:
 
 
 def test_order_must_name_every_block() -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=r"^order must name every block once"):
         BlockManager(3, 4, order=[0, 1, 1])
+
+
+def test_a_pool_has_blocks_and_blocks_have_slots() -> None:
+    for blocks, size in ((0, 1), (1, 0)):
+        with pytest.raises(AssertionError):
+            BlockManager(blocks, size)
+    least = BlockManager(1, 1)
+    assert (least.peak_waste, least.peak_used_blocks) == (0, 0)
+    assert _fill(least, "a", [7]) == 0
+    assert least.slots("a") == [0]
+
+
+def test_a_request_has_one_part_in_a_step() -> None:
+    manager = BlockManager(2, 4)
+    manager.start("a")
+    with pytest.raises(AssertionError, match=r"^a request appears once in a step"):
+        manager.step([("a", [1]), ("a", [2])])
 
 
 @pytest.mark.parametrize("seed", range(6))
