@@ -1,11 +1,12 @@
 # make demo: compile the example model to int4, generate, evaluate, measure.  make test: everything CI checks.
+# make mutants: whether the tests see small changes of the gate, verification, artifacts and arithmetic.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test env lint unit clean
+.PHONY: demo test env lint unit mutants clean
 
 env: $(VENV)/.ready
 
@@ -37,6 +38,10 @@ unit: $(VENV)/.ready-test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test: lint unit
+
+mutants: $(VENV)/.ready-test # hours; MODULES="gate budget" takes some
+	$(INSTALL) --editable '.[mutants]' --no-build-isolation
+	$(BIN)/python tests/mutation.py $(MODULES)
 
 clean:
 	rm -rf $(OUT)
