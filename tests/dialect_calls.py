@@ -64,7 +64,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "dequantize_activation": ((_i8(2, K), SCALE[:2, :1]), {"dtype": torch.float32}),
     "linear_nbits": (
         (_f(2, K), pack_tiles(_u(16, N, K), 4, 16), pack_rows(SCALE), None, _f(N), None),
-        {"bits": 4, "group_size": 16, "activation_group": 0, "K": K, "N": N},
+        {"bits": 4, "group_size": 16, "activation_group": -1, "K": K, "N": N},
     ),
     "group_query_attention": ((*FLAT, *CACHES, LENGTHS, T + S, *TURN), CONTRIB),
     "group_query_attention_codes": (

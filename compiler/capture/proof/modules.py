@@ -147,6 +147,8 @@ def _comparable(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     """Both without the infinities and NaNs that they share: masks are made of them."""
     if not (old.is_floating_point() or old.is_complex()):
         return old, new
+    if old.itemsize == 1:  # torch 2.11 has no isfinite for float8
+        old, new = old.float(), new.float()
     shared = ~torch.isfinite(old) & ((old == new) | (old.isnan() & new.isnan()))
     return old.masked_fill(shared, 0), new.masked_fill(shared, 0)
 
