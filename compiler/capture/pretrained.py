@@ -22,8 +22,9 @@ from optc.compiler.diagnostics import CaptureError, InputError, unknown_name
 from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.ir.contract import Contract, Input, Output
 from optc.compiler.ir.export import run_export
-from optc.compiler.ir.lazy_weights import LazyWeight, WorkFile, materialized, return_freed_memory
+from optc.compiler.ir.lazy_weights import LazyWeight, materialized
 from optc.compiler.ir.program import Program
+from optc.compiler.ir.stored_weights import WorkFile, return_freed_memory
 from optc.compiler.model_folder.checkpoint import (
     CheckpointInfo,
     check_folder,

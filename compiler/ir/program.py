@@ -17,9 +17,11 @@ from torch.fx import GraphModule, Node
 
 import optc.compiler.ops  # noqa: F401  (registers the dialect)
 from optc.compiler.ir.contract import Contract
-from optc.compiler.ir.lazy_weights import LazyWeight, WorkFile, materialized, pieces, raw_bytes
+from optc.compiler.ir.lazy_operators import pieces
+from optc.compiler.ir.lazy_weights import LazyWeight, materialized
 from optc.compiler.ir.proof import CaptureProof
 from optc.compiler.ir.saved.programs import GRAPH_FILE, damaged, read_program, write_program
+from optc.compiler.ir.stored_weights import WorkFile, raw_bytes
 from optc.compiler.ir.verification import VerificationError, verify_program
 from optc.compiler.ir.weight_table import WeightTable
 

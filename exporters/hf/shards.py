@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from optc.compiler.diagnostics import os_errors
-from optc.compiler.ir.lazy_weights import WorkFile
 from optc.compiler.ir.saved.safetensors_file import write_safetensors
+from optc.compiler.ir.stored_weights import WorkFile
 
 SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

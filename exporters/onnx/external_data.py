@@ -16,7 +16,8 @@ import torch
 from onnx_ir import tensor_adapters
 
 from optc.compiler.diagnostics import ArtifactError
-from optc.compiler.ir.lazy_weights import pieces, raw_bytes
+from optc.compiler.ir.lazy_operators import pieces
+from optc.compiler.ir.stored_weights import raw_bytes
 
 _INLINE_BYTES = 256  # ONNX Runtime's shape inference reads axes and shapes, and cannot from another file
 _READ = 16 << 20

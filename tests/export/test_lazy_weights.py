@@ -11,7 +11,7 @@ from hf_folders import source
 
 import optc
 from optc.compiler.capture import pretrained
-from optc.compiler.ir import lazy_weights
+from optc.compiler.ir import stored_weights
 
 TOKENS = torch.randint(3, 128, (8, 64), generator=torch.Generator().manual_seed(0))
 NOT_COMPARED = {"manifest.json", "report.html"}  # they hold times
@@ -43,6 +43,6 @@ def test_same_artifact(
 ) -> None:
     expected = _compiled(tmp_path / "resident", model, target, quant)
     monkeypatch.setattr(pretrained, "RESIDENT_BYTES", 0)
-    monkeypatch.setattr(lazy_weights, "_SPILLED_BYTES", 0)
+    monkeypatch.setattr(stored_weights, "_SPILLED_BYTES", 0)
     assert _compiled(tmp_path / "lazy", model, target, quant) == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lazy", "resident"], "nothing is left beside"

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from optc.compiler.diagnostics import InputError
 from optc.compiler.formats.safetensors_header import TensorInfo, shown
-from optc.compiler.ir.lazy_weights import LazyWeight, OpenFile, in_file, materialized
+from optc.compiler.ir.lazy_weights import LazyWeight, materialized
 from optc.compiler.ir.saved.safetensors_file import TYPES
+from optc.compiler.ir.stored_weights import OpenFile, in_file
 
 TOGETHER = "check that config.json and the weights belong together"
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from optc.compiler.ir.lazy_weights import pieces, raw_bytes
+from optc.compiler.ir.lazy_operators import pieces
+from optc.compiler.ir.stored_weights import raw_bytes
 
 TYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,

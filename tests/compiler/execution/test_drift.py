@@ -13,7 +13,7 @@ from optc.compiler.capture import capture_model, capture_module
 from optc.compiler.execution.drift import measure
 from optc.compiler.execution.probe import Probe, for_streaming, random_probe, run_probe, text_probe
 from optc.compiler.execution.stage_driver import StageRun
-from optc.compiler.ir.lazy_weights import WorkFile
+from optc.compiler.ir.stored_weights import WorkFile
 
 
 def test_measure_by_hand() -> None:

@@ -18,8 +18,10 @@ from torch.nn.functional import embedding, linear
 from optc.compiler.capture import capture_model, pretrained
 from optc.compiler.diagnostics import InputError, ResourceError
 from optc.compiler.execution.stage_driver import run_stage
-from optc.compiler.ir import lazy_weights
-from optc.compiler.ir.lazy_weights import LazyWeight, WorkFile, materialized, pieces
+from optc.compiler.ir import lazy_operators, stored_weights
+from optc.compiler.ir.lazy_operators import pieces
+from optc.compiler.ir.lazy_weights import LazyWeight, materialized
+from optc.compiler.ir.stored_weights import WorkFile
 from optc.compiler.ir.surgery import add_weight, set_weight
 from optc.compiler.ops.packed.onnxruntime import pack_nbits
 
@@ -34,13 +36,13 @@ def _random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lengths of all reads from now on."""
     lengths: list[int] = []
-    plain = lazy_weights.OpenFile.read_into
+    plain = stored_weights.OpenFile.read_into
 
-    def read(self: lazy_weights.OpenFile, buffer: memoryview, offset: int) -> None:
+    def read(self: stored_weights.OpenFile, buffer: memoryview, offset: int) -> None:
         lengths.append(len(buffer))
         plain(self, buffer, offset)
 
-    monkeypatch.setattr(lazy_weights.OpenFile, "read_into", read)
+    monkeypatch.setattr(stored_weights.OpenFile, "read_into", read)
     return lengths
 
 
@@ -90,6 +92,8 @@ def test_parts_of_a_weight_are_read_alone(store: Callable[[Tensor], Tensor], rea
     ids = torch.tensor([[5, 5, 999], [0, 5, 7]])
     assert torch.equal(embedding(ids, lazy.float()), embedding(ids, weight.float()))
     assert sum(reads) == 4 * 64 * 2, "each row that is looked up, once"
+    with pytest.raises(IndexError):
+        embedding(torch.tensor([1000]), lazy)
     reads.clear()
     assert torch.equal(materialized(lazy[10:12]), weight[10:12])
     assert reads == [2 * 64 * 2]
@@ -99,7 +103,7 @@ def test_a_product_with_a_large_weight_reads_it_in_blocks(
     store: Callable[[Tensor], Tensor], reads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, x = _random(1000, 64), _random(2, 3, 64, dtype=torch.float32)
-    monkeypatch.setattr(lazy_weights, "_PRODUCT_BYTES", 300 * 64 * 4)
+    monkeypatch.setattr(lazy_operators, "_PRODUCT_BYTES", 300 * 64 * 4)
     found = linear(x, store(weight).float())
     assert reads == [300 * 128, 300 * 128, 300 * 128, 100 * 128]
     torch.testing.assert_close(found, linear(x, weight.float()), rtol=1e-5, atol=1e-5)
@@ -123,7 +127,7 @@ def test_rows_of_weights_behind_each_other_are_read_alone(
 def test_codes_are_dequantized_and_multiplied_in_blocks(
     zero: bool, store: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lazy_weights, "_BLOCK", 100 * 256)
+    monkeypatch.setattr(lazy_operators, "_BLOCK", 100 * 256)
     generator = torch.Generator().manual_seed(0)
     codes, scale = torch.randint(0, 16, (1030, 256), dtype=torch.uint8, generator=generator), _random(1030, 2)
     points = torch.randint(0, 16, (1030, 2), dtype=torch.uint8, generator=generator) if zero else None
@@ -173,7 +177,7 @@ def test_a_lazy_weight_cannot_be_written(store: Callable[[Tensor], Tensor]) -> N
 def test_a_file_that_shrinks_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     path.write_bytes(bytes(8000))
-    lazy = lazy_weights.in_file(path, 0, (1000,), torch.float64, {})
+    lazy = stored_weights.in_file(path, 0, (1000,), torch.float64, {})
     os.truncate(path, 4000)
     with pytest.raises(InputError, match="the weights became shorter while they were read"):
         lazy + 1
@@ -209,7 +213,7 @@ def test_a_folder_is_captured_without_reading_its_weights(
 
 def test_new_weights_of_a_program_go_to_its_work_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrained, "RESIDENT_BYTES", 0)
-    monkeypatch.setattr(lazy_weights, "_SPILLED_BYTES", 0)
+    monkeypatch.setattr(stored_weights, "_SPILLED_BYTES", 0)
     program = pretrained.capture_pretrained(source("llama"))[0].clone()
     value = torch.arange(600.0).reshape(2, 300)
     node = add_weight(program, "new", value)
