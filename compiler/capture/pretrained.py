@@ -136,6 +136,7 @@ def _state(
     total = sum(tensor.numel() * dtype.itemsize for tensor in state.values())
     if resident_bytes is None or total <= resident_bytes:
         return {name: materialized(tensor) for name, tensor in state.items()}
+    return_freed_memory()
     return state
 
 
@@ -240,7 +241,6 @@ def capture_pretrained(
     program = capture_model(model, prove=prove, tokens=tokens)
     if any(isinstance(tensor, LazyWeight) for _, tensor in program.weights()):
         program.work_file = WorkFile(work_folder)
-        return_freed_memory()
     quantized = quantized_folder(info)
     if quantized is not None:
         proof = program.proof
