@@ -48,6 +48,10 @@ class There(Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"There({self.held!r})"
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Of the data: it tells which tensors are the same memory."""
+        return self.held.untyped_storage()
+
     def tolist(self) -> Any:
         """As of any device: the numbers are fetched."""
         return self.held.tolist()
@@ -97,6 +101,8 @@ class Factories(TorchDispatchMode):
     """Makes tensors on `ELSEWHERE` where a call says so."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+            return func(*args, **(kwargs or {}))  # shapes alone; this mode comes before that one
         return run(func, args, kwargs or {})
 
 

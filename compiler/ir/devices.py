@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.diagnostics import TargetError, UsageError
+from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ir.program import Program
+from optc.compiler.ir.saved.tensors import memory_of
+
+DEVICE_PATTERN = "^(auto|cpu|cuda|cuda:[0-9]{1,3})$"
+"""What --device may be."""
 
 
 def program_device(program: Program) -> torch.device:
@@ -31,7 +37,7 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, colon, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not index.isdecimal())):
+    if re.match(DEVICE_PATTERN, name) is None:
         raise UsageError(f"unknown device '{name}'", remedy="use cpu, cuda, cuda:N or auto")
     if kind == "cpu":
         return torch.device("cpu")
@@ -59,14 +65,22 @@ def to_device(program: Program, device: torch.device) -> Program:
     if program_device(program) == device:
         return program
     moved = program.clone()
+    if device.type != "cpu":
+        moved.work_file = None  # what passes make stays on the device
     exported = moved.exported
     tables = (exported.state_dict, exported.constants)
+    made: dict[object, Tensor] = {}  # what is one tensor (a tied weight) stays one
     for table in tables:
         for name, value in list(table.items()):
-            if isinstance(value, torch.nn.Parameter):
-                table[name] = torch.nn.Parameter(value.detach().to(device), requires_grad=False)
-            elif isinstance(value, Tensor):
-                table[name] = value.to(device)
+            if not isinstance(value, Tensor):
+                continue
+            place = memory_of(value)
+            copy = made.get(place)
+            if copy is None:
+                copy = materialized(value.detach()).to(device)
+                made.update({place: copy} if place is not None else {})
+            is_parameter = isinstance(value, torch.nn.Parameter)
+            table[name] = torch.nn.Parameter(copy, requires_grad=False) if is_parameter else copy
     for node in exported.graph.nodes:
         node.args = torch.fx.node.map_aggregate(node.args, lambda item: _moved(item, device))
         node.kwargs = torch.fx.node.map_aggregate(node.kwargs, lambda item: _moved(item, device))

@@ -20,6 +20,7 @@ from optc.compiler.diagnostics import NoMatchError, os_errors
 from optc.compiler.execution.drift import Drift, measure
 from optc.compiler.execution.probe import Probe, for_streaming, random_probe, run_probe
 from optc.compiler.execution.stage_driver import StageRun
+from optc.compiler.ir.devices import program_device, to_device
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.provenance import module_path
 from optc.compiler.ir.text import format_program
@@ -138,7 +139,8 @@ class _Run:
                 self.options.progress(number, step.rewrite.name)
             program = self._step(step, program)
             if self.options.work_dir:
-                save_stage(self.options.work_dir / keys[number], program, self.records[-1])
+                stage = to_device(program, torch.device("cpu"))  # a rerun may be without the device
+                save_stage(self.options.work_dir / keys[number], stage, self.records[-1])
         if self.options.progress:
             self.options.progress(len(self.steps), "done")
         return PipelineResult(program, tuple(self.records), tuple(self.stages))
@@ -157,6 +159,7 @@ class _Run:
             before = program
             program, record = load_stage(folder / keys[start])
             program.work_file = before.work_file
+            program = to_device(program, program_device(before))
             if record.matched:
                 self.ledger.note(
                     _budget(self.steps[start].rewrite, before), self.steps[start].rewrite.restores

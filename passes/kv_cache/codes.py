@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import value_of
 from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.key_values import rounded
 from optc.compiler.rewriting.passes import Miss, Pass, PassContext, PassResult
@@ -112,7 +113,7 @@ def _examples(program: Program, dtype: torch.dtype) -> tuple[list[Tensor], list[
         shape = [item if isinstance(item, int) else sizes[item] for item in spec.dims]
         kind = dtype if spec.role in _ROLES else value_of(node).dtype
         filled = torch.ones if spec.role == "attention_mask" else torch.zeros
-        args.append(filled(shape, dtype=kind))
+        args.append(filled(shape, dtype=kind, device=program_device(program)))
         shapes.append(dynamic)
     return args, shapes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from optc.compiler.artifact.manifest import Manifest, ProgramEntry, Source
 from optc.compiler.calibration.sequences import Calibration
 from optc.compiler.diagnostics import InputError, TargetError, UsageError, os_errors
 from optc.compiler.execution.probe import Probe, text_probe
+from optc.compiler.ir.devices import to_device
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, config_digest, weights_digest
 from optc.compiler.model_folder.quantized import refuse_quantizing_again
 from optc.compiler.pipeline.gate import Limits
@@ -109,14 +110,20 @@ def compile(
     program, info = captured.program, captured.info
     check_context(_capacity(resolved), program.contract.model.context_length)
     seconds = {"capture": time.perf_counter() - begin}
+    program = to_device(program, resolved.device)
+    seconds["move"] = time.perf_counter() - begin - seconds["capture"]
     steps = recipe_steps(resolved, program.contract.kind)
     calibration = None
     if any(step.rewrite.calibrated for step in steps):
         calibration = make_calibration(program, info, request)
     pipeline_options = _pipeline_options(captured, resolved, calibration, progress)
     result = Pipeline(steps).run(program, pipeline_options)
+    del program
     check_legal(result.program, resolved.target)
-    seconds["passes"] = time.perf_counter() - begin - seconds["capture"]
+    seconds["passes"] = time.perf_counter() - begin - sum(seconds.values())
+    result = replace(
+        result, program=to_device(result.program, torch.device("cpu"))
+    )  # exporters write from there
     if progress:
         progress(len(result.records), "exporting")
     manifest = _write(folder, resolved, result, captured, seconds, begin)

@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from optc.compiler.calibration.sequences import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from optc.compiler.diagnostics import TargetError
+from optc.compiler.ir.devices import DEVICE_PATTERN
 from optc.compiler.rewriting.passes import Pass
 from optc.compiler.target.options import CacheRequest, QuantRequest, TargetOptions
 from optc.compiler.target.target import Target
@@ -82,6 +83,14 @@ class WhatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             extra={"metavar": "NAME.OPTION=VALUE"},
         ),
     ] = ()
+    device: Annotated[
+        str,
+        Meta(
+            pattern=DEVICE_PATTERN,
+            description="Where capture, passes, calibration and the gate run; auto: cuda where there is one.",
+            extra={"metavar": "cpu|cuda|cuda:N|auto", "expected": "cpu, cuda, cuda:N or auto"},
+        ),
+    ] = "cpu"
     trust_remote_code: Annotated[bool, Meta(description="Allow code that comes with the model to run.")] = (
         False
     )

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from optc.compiler.diagnostics import UsageError
+from optc.compiler.ir.devices import choose_device
 from optc.compiler.rewriting.passes import Pass
 from optc.compiler.target.options import CompileOptions, QuantRequest
 from optc.compiler.target.target import Step, Target, check_options
@@ -22,10 +25,12 @@ class Resolved:
 
     Attributes:
         options: dtype, quantization, cache and the target's own options, as its recipe gets them.
+        device: where the passes run.
     """
 
     request: Request
     options: CompileOptions
+    device: torch.device
 
     @property
     def target(self) -> Target:
@@ -37,7 +42,7 @@ def resolve(request: Request) -> Resolved:
 
     Raises:
         UsageError: unknown names, options that contradict each other or do nothing.
-        TargetError: what the target cannot do, or this machine cannot build.
+        TargetError: what the target cannot do, or this machine cannot build; a device that is not here.
     """
     target, asked = request.target, request.quantization
     _refuse_idle(request)
@@ -52,7 +57,7 @@ def resolve(request: Request) -> Resolved:
     check_options(target, options, all_targets)
     if target.check_machine is not None:
         target.check_machine(options)
-    return Resolved(request, options)
+    return Resolved(request, options, choose_device(request.what.device))
 
 
 def recipe_steps(resolved: Resolved, kind: str) -> list[Step]:

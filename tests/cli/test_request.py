@@ -24,7 +24,7 @@ from optc.request import SECTIONS, from_python, target_fields
 
 Capture = pytest.CaptureFixture[str]
 
-WHAT = {"--dtype", "--passes", "--pass-option", "--trust-remote-code"}
+WHAT = {"--dtype", "--device", "--passes", "--pass-option", "--trust-remote-code"}
 QUANTIZATION = {
     "--quant", "--bits", "--average-bits", "--group-size", "--symmetric", "--asymmetric", "--ignore",
 }  # fmt: skip

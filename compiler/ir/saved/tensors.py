@@ -37,13 +37,13 @@ def tensors_to_save(
     read = {spec.target for spec in specs if spec.kind is not InputKind.USER_INPUT}
     constants = {name: value for name, value in exported.constants.items() if isinstance(value, Tensor)}
     tables: tuple[Mapping[str, Tensor], ...] = (exported.state_dict, constants)
-    places = {_memory(table[name]) for table in tables for name in read & table.keys()} - {None}
+    places = {memory_of(table[name]) for table in tables for name in read & table.keys()} - {None}
     aliases: dict[str, str] = {}
     stored: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     for table, kept in zip(tables, stored, strict=True):
         first: dict[Any, str] = {}
         for name, tensor in table.items():
-            place = _memory(tensor)
+            place = memory_of(tensor)
             if place in first:
                 aliases[name] = first[place]
             elif name in read or place in places:
@@ -60,7 +60,7 @@ def tensors_to_save(
     return *stored, aliases
 
 
-def _memory(tensor: Tensor) -> tuple[Any, ...] | None:
+def memory_of(tensor: Tensor) -> tuple[Any, ...] | None:
     """What two tensors that are the same memory in the same shape agree in; None for empty ones."""
     if tensor.numel() == 0:
         return None
