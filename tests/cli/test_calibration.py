@@ -64,7 +64,7 @@ def test_bad_calibration_files(
     capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("optc.api.capture_pretrained", _captured_once)
+    monkeypatch.setattr("optc.capturing.capture_pretrained", _captured_once)
     path = tmp_path / name
     if content is not None:
         path.write_text(content)
