@@ -7,8 +7,6 @@ with the input multiplied and rounded, and keys and values rounded, where the fo
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -73,8 +71,8 @@ def restore_codes(program: Program, folder: QuantizedFolder, names: dict[str, st
 
 def _dequantized(program: Program, site: Linear, name: str, weight: QuantizedWeight, method: str) -> Node:
     """The call that makes the weight of its codes, and the new weights that it reads."""
-    scheme, dtype = weight.scheme, value_of(site.weight).dtype
-    scale = weight.scale if scheme.format == "nvfp4" else weight.scale.to(dtype)
+    scheme, dtype, form = weight.scheme, value_of(site.weight).dtype, weight.format
+    scale = form.stored_scale(weight.scale, dtype)
     if not bool(torch.isfinite(scale.float()).all()):
         raise InputError(
             "the scales of a quantized weight are not finite", where=name, why=f"in {dtype}",
@@ -84,21 +82,12 @@ def _dequantized(program: Program, site: Linear, name: str, weight: QuantizedWei
         method=method, bits=scheme.bits, group_size=scheme.group_size, symmetric=scheme.symmetric, source=name,
         format=scheme.format, activations=scheme.activations,
     )  # fmt: skip
-
-    def part(suffix: str, tensor: Tensor, entry: WeightQuantization | None = None) -> Node:
-        return _part(program, name, suffix, tensor, entry)
-
-    scale_node = part("scale", scale)
-    zero = None if weight.zero is None else part("zero", weight.zero)
-    codes = part("codes", weight.codes, entry)
-    if weight.global_scale is not None:
-        arguments = (codes, scale_node, part("global_scale", weight.global_scale))
-        return insert_call(program, site.node, _optc.dequantize_nvfp4.default, arguments, {"dtype": dtype})
-    if scheme.format == "fp8":
-        knobs: dict[str, Any] = {"group_size": scheme.group_size}
-        return insert_call(program, site.node, _optc.dequantize_float.default, (codes, scale_node), knobs)
-    knobs = {"bits": scheme.bits, "group_size": scheme.group_size}
-    return insert_call(program, site.node, _optc.dequantize.default, (codes, scale_node, zero), knobs)
+    arguments = [
+        None if tensor is None else _part(program, name, part, tensor, entry if part == "codes" else None)
+        for part, tensor in {**weight.parts(), "scale": scale}.items()
+    ]
+    knobs = form.keywords(scheme.bits, scheme.group_size, dtype)
+    return insert_call(program, site.node, form.spec.op, arguments, knobs)
 
 
 def _part(

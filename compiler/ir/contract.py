@@ -71,7 +71,6 @@ class KVCache(msgspec.Struct, frozen=True, kw_only=True):
     capacity: int = 0
 
 
-WeightFormat = Literal["int", "fp8", "nf4", "nvfp4"]
 ActivationFormat = Literal["", "int8", "fp8", "nvfp4"]
 
 
@@ -87,7 +86,7 @@ class WeightQuantization(msgspec.Struct, frozen=True, kw_only=True):
     group_size: int
     symmetric: bool
     source: str
-    format: WeightFormat = "int"
+    format: str = "int"
     activations: ActivationFormat = ""
 
 

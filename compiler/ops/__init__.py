@@ -1,5 +1,6 @@
-"""The `optc::` dialect. Importing this package registers every op."""
+"""The `optc::` dialect. Importing this package registers every op, those of other packages (`optc.ops`) too."""
 
+from optc.compiler.ops import library
 from optc.compiler.ops.dialect import attention, attention_codes, nvfp4, paged, quantization, rotary, rotation
 from optc.compiler.ops.packed import (
     inductor_cpu,
@@ -25,3 +26,5 @@ __all__ = [
     "tensorrt",
     "xnnpack",
 ]
+
+library.load_entry_points()

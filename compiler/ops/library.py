@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, Literal
 
 import torch
 
 from optc.compiler.diagnostics import TargetError
 
+ENTRY_POINTS = "optc.ops"
 _LIBRARY = torch.library.Library("optc", "FRAGMENT")
 
 Axes = Literal["BHSD", "BSC", "NHD"]
@@ -99,6 +101,12 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
     torch.library.register_fake(f"optc::{name}", fake, lib=_LIBRARY)
     _SPECS[name] = _BY_OP[spec.op] = spec
     return spec
+
+
+def load_entry_points() -> None:
+    """Import the modules by which other packages add ops to the dialect; each calls `define`."""
+    for point in metadata.entry_points(group=ENTRY_POINTS):
+        point.load()
 
 
 def specs() -> Iterator[OpSpec]:

@@ -12,12 +12,12 @@ from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import evaluate
 from optc.compiler.analysis.linears import Linear, linear_sites, weight_calls
+from optc.compiler.formats.weight_format import weight_format
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.quantization_record import LinearRecord
 
-SCALE_BITS = 16
 IDEAL = "bits + 16 / group_size (nvfp4: 8), and bits / group_size more with zero points; a whole row is one group at size 0"
 
 
@@ -123,9 +123,7 @@ def summarize(
 def ideal_bits(record: LinearRecord) -> float:
     """Bits per parameter of perfectly packed codes with 16-bit scales; see `IDEAL`."""
     size = record.group_size or record.shape[1]
-    zero_points = record.format == "int" and not record.symmetric
-    scale_bits = 8 if record.format == "nvfp4" else SCALE_BITS
-    return record.bits + scale_bits / size + (record.bits / size if zero_points else 0)
+    return weight_format(record.format).ideal_bits(record.bits, size, symmetric=record.symmetric)
 
 
 def _tensors(contract: Contract, tensor_bytes: Mapping[str, int]) -> Iterator[str]:

@@ -21,10 +21,10 @@ from optc.compiler.analysis.linears import (
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.formats.layouts import QuantizedWeight, Scheme
 from optc.compiler.formats.layouts.key_values import KeyValueScheme
+from optc.compiler.formats.weight_format import WeightFormat, format_of
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.provenance import module_path
 from optc.compiler.model_folder.checkpoint import tied_names
-from optc.compiler.ops.dialect.nvfp4 import BLOCK
 from optc.compiler.ops.library import makes_weight
 from optc.compiler.rewriting.key_values import key_value_scales, rounded
 
@@ -173,21 +173,19 @@ class Places:
         )
 
     def _weight(self, call: Node, name: str, source: _Input) -> QuantizedWeight:
-        if call.target is _optc.dequantize_codebook.default:
-            raise _refusal(name, "no layout holds codes of a table (nf4)")
-        tensors = [
-            None if node is None else self.program.weight(self._name(node)).detach() for node in call.args
-        ]
-        codes, scale = tensors[0], tensors[1]
-        assert codes is not None
-        assert scale is not None
-        scheme = _scheme(call, codes, scale, source)
-        last = tensors[2] if len(tensors) > 2 else None
-        nvfp4 = scheme.format == "nvfp4"
+        form = format_of(call.target)
+        assert form is not None, call.name
+        if not form.in_folders:
+            raise _refusal(name, f"no layout holds weights of the format {form.name}")
+        parts = {
+            part: self.program.weight(self._name(node)).detach()
+            for part, node in form.parts_of(call.args).items()
+            if node is not None
+        }
+        scheme = _scheme(form, call, parts, source)
         return QuantizedWeight(
-            scheme, codes, scale, zero=None if nvfp4 else last, global_scale=last if nvfp4 else None,
-            input_scale=self._tensor(source.scale), input_factor=self._tensor(source.factor),
-        )  # fmt: skip
+            scheme, **parts, input_scale=self._tensor(source.scale), input_factor=self._tensor(source.factor)
+        )
 
     def _tensor(self, name: str | None) -> Tensor | None:
         return None if name is None else self.program.weight(name).detach()
@@ -235,17 +233,21 @@ class Places:
         return name
 
 
-def _scheme(call: Node, codes: Tensor, scale: Tensor, source: _Input) -> Scheme:
+def _scheme(form: WeightFormat, call: Node, parts: dict[str, Tensor], source: _Input) -> Scheme:
     """How the weight of a dequantization is stored."""
-    knobs: dict[str, Any] = {"activations": source.format, "static": source.scale is not None}
-    if call.target is _optc.dequantize_nvfp4.default:
-        return Scheme(bits=4, group_size=BLOCK, symmetric=True, format="nvfp4", **knobs)
-    size = int(call.kwargs.get("group_size", 0))
-    size = 0 if size == codes.shape[1] and source.format else size
-    if call.target is _optc.dequantize_float.default:
-        whole = tuple(scale.shape) == (1, 1) and codes.shape[0] > 1
-        return Scheme(bits=8, group_size=size, symmetric=True, format="fp8", per_tensor=whole, **knobs)
-    return Scheme(bits=int(call.kwargs["bits"]), group_size=size, symmetric=call.args[2] is None, **knobs)
+    codes, scale = parts["codes"], parts["scale"]
+    activations: Any = source.format
+    size = form.group_size or int(call.kwargs.get("group_size", 0))
+    whole_rows = size == codes.shape[1] and form.group_size is None and source.format
+    return Scheme(
+        bits=int(call.kwargs.get("bits", form.bits[0])),
+        group_size=0 if whole_rows else size,
+        symmetric="zero" not in parts,
+        format=form.name,
+        per_tensor=tuple(scale.shape) == (1, 1) and codes.shape[0] > 1,
+        activations=activations,
+        static=source.scale is not None,
+    )
 
 
 def _granularity(shapes: set[tuple[int, ...]], heads: int) -> Literal["layer", "head"] | None:

@@ -76,9 +76,8 @@ class QuantizeFp8(Pass):
             entry = WeightQuantization(
                 method="fp8", bits=8, group_size=0, symmetric=True, source=source, format="fp8"
             )
-            target = torch.ops.optc.dequantize_float.default
             parts = [weight_part(program, site, "scale", scale)]
-            weight = place_codes(program, site, target, codes, parts, entry, {})
+            weight = place_codes(program, site, codes, parts, entry)
         read_instead(program, site, weight)
 
 

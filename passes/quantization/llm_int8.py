@@ -188,8 +188,7 @@ def _rounded_weight(program: Program, site: Linear, columns: Tensor) -> Node:
         method="llm-int8", bits=8, group_size=0, symmetric=True, source=source, activations="int8"
     )
     parts = [weight_part(program, site, "scale", scale), None]
-    knobs = {"bits": 8, "group_size": 0}
-    return place_codes(program, site, _optc.dequantize.default, codes, parts, entry, knobs)
+    return place_codes(program, site, codes, parts, entry)
 
 
 def _kept_weight(program: Program, site: Linear, columns: Tensor) -> Node:

@@ -86,15 +86,13 @@ class QuantizeNf4(Pass):
             entry = WeightQuantization(
                 method="nf4", bits=4, group_size=self.group_size, symmetric=False, source=source, format="nf4"
             )
-            target = torch.ops.optc.dequantize_codebook.default
-            knobs = {"bits": 4, "group_size": self.group_size}
             table = _table(program)
             made = (
                 _double_quantized(program, site, scale, rows.dtype)
                 if self.double_quant
                 else weight_part(program, site, "scale", scale.to(rows.dtype))
             )
-            weight = place_codes(program, site, target, codes, [made, table], entry, knobs)
+            weight = place_codes(program, site, codes, [made, table], entry)
         read_instead(program, site, weight)
 
 

@@ -78,6 +78,5 @@ class QuantizeNvfp4(Pass):
                 weight_part(program, site, "scale", blocks),
                 weight_part(program, site, "global_scale", scale),
             ]
-            target = torch.ops.optc.dequantize_nvfp4.default
-            weight = place_codes(program, site, target, codes, parts, entry, {"dtype": rows.dtype})
+            weight = place_codes(program, site, codes, parts, entry)
         read_instead(program, site, weight)

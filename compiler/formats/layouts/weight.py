@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import InputError
-from optc.compiler.ir.contract import ActivationFormat, WeightFormat
-from optc.compiler.ops.dialect import quantization as _quantization  # noqa: F401  (registers the operators)
+from optc.compiler.formats.weight_format import WeightFormat, weight_format
+from optc.compiler.ir.contract import ActivationFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,7 @@ class Scheme:
     """How one linear's weight [N, K] is stored, and what its input is rounded to.
 
     Attributes:
+        format: name of a `WeightFormat`.
         group_size: along K; 0 is one scale per row, or (fp8 alone) with `per_tensor` one for the whole weight.
         activations: "" when the input is not quantized; else per token, scales from the values at hand.
         static: the input's scale is calibrated: one for all tokens (nvfp4: the one above the blocks' own).
@@ -25,7 +26,7 @@ class Scheme:
     bits: int
     group_size: int
     symmetric: bool
-    format: WeightFormat = "int"
+    format: str = "int"
     activations: ActivationFormat = ""
     per_tensor: bool = False
     static: bool = False
@@ -57,20 +58,18 @@ class QuantizedWeight:
         rows, columns = self.codes.shape
         return int(rows), int(columns)
 
+    @property
+    def format(self) -> WeightFormat:
+        """How it is stored."""
+        return weight_format(self.scheme.format)
+
+    def parts(self) -> dict[str, Tensor | None]:
+        """The tensors that the format's op takes, by name."""
+        return {part: getattr(self, part) for part in self.format.parts}
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] that the codes stand for, scales (but those of nvfp4) rounded to `dtype` first."""
-        value: Tensor
-        if self.scheme.format == "nvfp4":
-            value = torch.ops.optc.dequantize_nvfp4(self.codes, self.scale, self.global_scale, dtype=dtype)
-            return value
-        scale, size = self.scale.to(dtype), self.scheme.group_size
-        if self.scheme.format == "fp8":
-            value = torch.ops.optc.dequantize_float(self.codes, scale, group_size=size)
-        else:
-            value = torch.ops.optc.dequantize(
-                self.codes, scale, self.zero, bits=self.scheme.bits, group_size=size
-            )
-        return value
+        return self.format.dequantize(self.parts(), self.scheme.bits, self.scheme.group_size, dtype)
 
 
 def check_parts(weight: QuantizedWeight, where: str) -> QuantizedWeight:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import aten, readers
+from optc.compiler.analysis.dataflow import aten, readers, value_of
 from optc.compiler.analysis.linears import (
     LINEARS,
     Linear,
@@ -20,6 +19,7 @@ from optc.compiler.analysis.linears import (
     linear_site,
     linear_sites,
 )
+from optc.compiler.formats.weight_format import weight_format
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight, drop_dead, insert_call, replace_call
@@ -112,14 +112,12 @@ def replace_weight(
     Args:
         codes, scale, zero: uint8 [N, K], [N, G] and uint8 [N, G] or None.
     """
-    knobs = {"bits": entry.bits, "group_size": entry.group_size}
-    target = torch.ops.optc.dequantize.default
     weight = dequantized_before(program, site)
     if weight is None:
         scale_node, zero_node = weight_part(program, site, "scale", scale), None
         if zero is not None:
             zero_node = weight_part(program, site, "zero", zero)
-        weight = place_codes(program, site, target, codes, [scale_node, zero_node], entry, knobs)
+        weight = place_codes(program, site, codes, [scale_node, zero_node], entry)
     return read_instead(program, site, weight)
 
 
@@ -146,15 +144,15 @@ def existing_part(program: Program, site: Linear, suffix: str) -> Node | None:
 def place_codes(
     program: Program,
     site: Linear,
-    target: Any,
     codes: Tensor,
     parts: Sequence[Node | None],
     entry: WeightQuantization,
-    knobs: dict[str, Any],
 ) -> Node:
-    """Add the codes of a weight, and the call of `target` that makes [N, K] of them and of `parts`."""
+    """Add the codes of a weight, and the call that makes [N, K] of them and of the format's other parts."""
+    form = weight_format(entry.format)
     node = weight_part(program, site, "codes", codes, entry)
-    return insert_call(program, site.node, target, [node, *parts], knobs)
+    knobs = form.keywords(entry.bits, entry.group_size, value_of(site.weight).dtype)
+    return insert_call(program, site.node, form.spec.op, [node, *parts], knobs)
 
 
 def weight_part(
