@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from optc.compiler.formats.layouts.modelopt import GROUP_SIZES
 from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.hf import ServeOptions, export_trtllm
-from optc.exporters.hf.modelopt import GROUP_SIZES
 from optc.passes.kv_cache.quantize import QuantizeKVCache
 from optc.passes.quantization.fp8 import QuantizeFp8
 from optc.passes.quantization.inputs import QuantizeInputs

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from optc.compiler.diagnostics import TargetError
+from optc.compiler.formats.layouts.registry import CHOICES
 from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import QuantSupport, Step, Target
-from optc.exporters.hf import LAYOUTS, FolderOptions, export_hf
+from optc.exporters.hf import FolderOptions, export_hf
 from optc.passes.quantization.round_scales import RoundScales
 from optc.targets.every_operator import EveryOperator
 from optc.targets.methods import METHODS, quantization_steps
@@ -18,20 +19,20 @@ _NOTE = "; ".join(f"{name}: {', '.join(map(str, bits))} bits" for name, bits in 
 
 
 def _recipe(kind: str, options: CompileOptions) -> list[Step]:
-    layout = options.of(FolderOptions).layout or LAYOUTS[0]
+    layout = options.of(FolderOptions).layout or CHOICES[0]
     chosen = options.quantization
     if chosen is None:
         # A folder that is already quantized may change its layout; export refuses one for plain weights.
-        return [] if layout == LAYOUTS[0] else [Step(RoundScales(), optional=True)]
+        return [] if layout == CHOICES[0] else [Step(RoundScales(), optional=True)]
     bits = chosen.bits
     if bits is not None and bits not in _BITS[layout]:
-        fit = [name for name in LAYOUTS if bits in _BITS[name]]
+        fit = [name for name in CHOICES if bits in _BITS[name]]
         raise TargetError(
             f"the layout '{layout}' does not take {bits}-bit weights",
             remedy=f"it takes {', '.join(map(str, _BITS[layout]))} bits; --layout {' or '.join(fit)} takes {bits}",
         )
     steps = quantization_steps(chosen, rotations=False)  # the loader has a graph of its own
-    return steps if layout == LAYOUTS[0] else [*steps, Step(RoundScales(), optional=True)]
+    return steps if layout == CHOICES[0] else [*steps, Step(RoundScales(), optional=True)]
 
 
 TARGET = Target(

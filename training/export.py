@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from optc.compiler.artifact.publishing import write_folder
 from optc.compiler.diagnostics import InputError
 from optc.compiler.formats.integer import BITS
+from optc.compiler.formats.layouts.compressed_tensors.writer import CompressedTensorsWriter
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, tied_names
 from optc.exporters.hf.collect import FolderPlan, Quantized
 from optc.exporters.hf.export import write_model
-from optc.exporters.hf.layouts import CompressedTensorsWriter
 from optc.training.kv_rounding import MODULE, kv_roundings
 from optc.training.lora import lora_config, merged_state, write_adapters
 from optc.training.qat import FakeQuantizedLinear, quantized_linears

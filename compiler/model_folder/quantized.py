@@ -11,15 +11,16 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.formats.layouts import QuantizedWeight, awq, compressed_tensors, gptq, modelopt
+from optc.compiler.formats.layouts import QuantizedWeight, modelopt
 from optc.compiler.formats.layouts.config import KEY, ConfigReader
 from optc.compiler.formats.layouts.key_values import FolderKeyValues
+from optc.compiler.formats.layouts.registry import LAYOUTS
 from optc.compiler.formats.layouts.tensors import TOGETHER, TensorReader
 from optc.compiler.formats.safetensors_header import TensorInfo, shown
 from optc.compiler.ir.lazy_weights import computed
@@ -44,14 +45,6 @@ class Layout(Protocol):
 
     def key_values(self) -> FolderKeyValues | None:
         """Where the scales of rounded keys and values are, None where nothing rounds them."""
-
-
-_LAYOUTS: dict[str, Any] = {
-    compressed_tensors.METHOD: compressed_tensors.CompressedTensors,
-    awq.METHOD: awq.Awq,
-    gptq.METHOD: gptq.Gptq,
-    modelopt.METHOD: modelopt.ModelOpt,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +97,7 @@ def quantized_folder(info: CheckpointInfo) -> QuantizedFolder | None:
         return None
     method, config = found
     reader = TensorReader(info.path, info.tensors)
-    layout: Layout = _LAYOUTS[method](config, reader)
+    layout: Layout = LAYOUTS[method].reader(config, reader)
     modules, key_values = tuple(layout.modules()), layout.key_values()
     if not modules and key_values is None:
         raise config.refusal("no linear of the weight files is quantized")
@@ -136,7 +129,7 @@ def _settings(info: CheckpointInfo) -> tuple[str, ConfigReader] | None:
     if KEY in info.config:
         config = ConfigReader(info.config, info.path / CONFIG, "config").part(KEY)
         method = config.text("quant_method")
-        config.choice("quant_method", method, tuple(_LAYOUTS))
+        config.choice("quant_method", method, tuple(LAYOUTS))
         if method != modelopt.METHOD or not own.is_file():
             return method, config
     elif not own.is_file():

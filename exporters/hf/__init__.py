@@ -1,8 +1,7 @@
 """Model folders in the form of Hugging Face, quantized or not: what transformers, vLLM and TensorRT-LLM load."""
 
 from optc.exporters.hf.export import export_hf
-from optc.exporters.hf.layouts import LAYOUTS
 from optc.exporters.hf.options import FolderOptions, ServeOptions
 from optc.exporters.hf.trtllm import export_trtllm
 
-__all__ = ["LAYOUTS", "FolderOptions", "ServeOptions", "export_hf", "export_trtllm"]
+__all__ = ["FolderOptions", "ServeOptions", "export_hf", "export_trtllm"]

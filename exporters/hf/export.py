@@ -15,14 +15,15 @@ from optc.compiler.artifact.engines import HUGGINGFACE
 from optc.compiler.diagnostics import ArtifactError, OptcError, TargetError, os_errors
 from optc.compiler.formats.layouts import QuantizedWeight
 from optc.compiler.formats.layouts.config import KEY
+from optc.compiler.formats.layouts.registry import CHOICES, LAYOUTS
 from optc.compiler.formats.layouts.tensors import TensorReader
+from optc.compiler.formats.layouts.writing import LayoutWriter
 from optc.compiler.ir.program import Program
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder
 from optc.compiler.model_folder.quantized import QuantizedFolder, quantized_folder
 from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
 from optc.exporters.hf.collect import FolderPlan, collect
-from optc.exporters.hf.layouts import LAYOUTS, LayoutWriter, layout_writer
 from optc.exporters.hf.options import FolderOptions
 from optc.exporters.hf.shards import write_shards
 
@@ -48,7 +49,7 @@ def export_hf(program: Program, request: ExportRequest) -> ExportResult:
             why="nothing is quantized",
             remedy="add --quant",
         )
-    writer = layout_writer(layout or LAYOUTS[0], [item.weight for item in plan.quantized])
+    writer = LAYOUTS[layout or CHOICES[0]].writer([item.weight for item in plan.quantized])
     return write_model(plan, program.weight, writer, request.directory, request.source)
 
 

@@ -6,11 +6,12 @@ import dataclasses
 import json
 
 from optc.compiler.formats.layouts import modelopt
+from optc.compiler.formats.layouts.modelopt.writer import ModelOptWriter
 from optc.compiler.ir.program import Program
 from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.hf.collect import collect
 from optc.exporters.hf.export import write_model
-from optc.exporters.hf.modelopt import ModelOptWriter, fit_for_loading
+from optc.exporters.hf.modelopt import fit_for_loading
 from optc.exporters.hf.options import ServeOptions
 from optc.exporters.hf.serving import FILE, serving_options
 

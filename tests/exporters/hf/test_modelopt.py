@@ -15,11 +15,11 @@ from stages import captured
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.diagnostics import ArtifactError, TargetError
 from optc.compiler.formats.layouts import QuantizedWeight, Scheme
+from optc.compiler.formats.layouts.modelopt.writer import ModelOptWriter, algorithm_of
 from optc.compiler.ir.surgery import set_weight
 from optc.compiler.target.target import ExportRequest
 from optc.exporters.hf import FolderOptions, export_hf
 from optc.exporters.hf import export as module
-from optc.exporters.hf.modelopt import ModelOptWriter, algorithm_of
 from optc.exporters.hf.shards import write_shards
 from optc.passes.kv_cache.quantize import QuantizeKVCache
 from optc.passes.quantization.activations import QuantizeActivations

@@ -1,25 +1,21 @@
-"""compressed-tensors folders: pack-quantized, int-quantized and float-quantized weights of linears.
-
-Source: github.com/vllm-project/compressed-tensors (README and `compressors/`). Of a linear M with weight [N, K]:
-
-    pack-quantized    M.weight_packed int32 [N, ceil(K * bits / 32)], signed codes plus 2^(bits-1), lowest bits first;
-                      M.weight_scale [N, G]; M.weight_shape int64 [2]; asymmetric: M.weight_zero_point int32
-                      [ceil(N * bits / 32), G], packed alike along N
-    int-quantized     M.weight int8 [N, K], M.weight_scale [N, 1]
-    float-quantized   M.weight float8_e4m3fn [N, K], M.weight_scale [N, 1], or [1] for the whole weight
-
-With `kv_cache_scheme`, of an attention A: A.k_scale and A.v_scale [1], or [Hkv, 1, 1] by the strategy "attn_head".
-"""
+"""Reads linears of compressed-tensors folders; the layout is described in `optc.compiler.formats.layouts.compressed_tensors`."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from optc.compiler.formats.layouts.compressed_tensors import (
+    DENSE,
+    FLOAT,
+    INT,
+    KEY_VALUE_PARTS,
+    PACKED,
+    STRATEGIES,
+)
 from optc.compiler.formats.layouts.config import ConfigReader
 from optc.compiler.formats.layouts.key_values import FolderKeyValues, KeyValueScheme, find_key_values
 from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
@@ -27,15 +23,9 @@ from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme, check_
 from optc.compiler.formats.layouts.words import unpack_words, word_count
 from optc.compiler.ir.contract import ActivationFormat
 
-PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
-METHOD = "compressed-tensors"
-DENSE = "dense"  # nothing but keys and values is quantized
 _FORMATS = (PACKED, INT, FLOAT, "naive-quantized")
 _SUFFIXES = ("weight_packed", "weight_scale")
-KEY_VALUE_PARTS = ("k_scale", "v_scale")
 _OTHER_PARTS = ("input_scale", "input_zero_point", "weight_global_scale", "input_global_scale")
-STRATEGIES: dict[str, Literal["layer", "head"]] = {"tensor": "layer", "attn_head": "head"}
-"""`kv_cache_scheme.strategy` -> granularity."""
 
 
 @dataclass(frozen=True)

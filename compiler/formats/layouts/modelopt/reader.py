@@ -1,17 +1,4 @@
-"""ModelOpt folders, NVIDIA's layout for TensorRT-LLM: W4A16_AWQ, W8A16, FP8 and NVFP4 linears, fp8 KV caches.
-
-Source: github.com/NVIDIA/Model-Optimizer (`modelopt/torch/export/quant_utils.py`, `quantization/qtensor/`). Settings
-stand in hf_quant_config.json, or under `quantization_config` in config.json. Of a linear M with weight [N, K]:
-
-    W4A16_AWQ   M.weight uint8 [N/2, K], row 2i in the low nibble, 2i+1 in the high, signed; M.weight_scale float32
-                [N, K/g]; M.pre_quant_scale [K] multiplies the input, where linears of one norm have it in the norm
-    W8A16       M.weight int8 [N, K]; M.weight_scale float32 [N]
-    FP8         M.weight float8_e4m3fn [N, K]; M.weight_scale, M.input_scale float32 []
-    NVFP4       M.weight uint8 [N, K/2], column 2i in the low nibble; M.weight_scale float8_e4m3fn [N, K/16];
-                M.weight_scale_2, M.input_scale float32 []
-
-    fp8 KV cache of a layer L    L.k_proj.k_scale, L.v_proj.v_scale float32 []
-"""
+"""Reads linears of ModelOpt folders; the layout is described in `optc.compiler.formats.layouts.modelopt`."""
 
 from __future__ import annotations
 
@@ -19,18 +6,21 @@ import torch
 from torch import Tensor
 
 from optc.compiler.formats.layouts.config import ConfigReader
-from optc.compiler.formats.layouts.key_values import FolderKeyValues, KeyValueScheme, find_key_values
+from optc.compiler.formats.layouts.key_values import FolderKeyValues, find_key_values
+from optc.compiler.formats.layouts.modelopt import (
+    ALGORITHMS,
+    AWQ,
+    CACHE_FP8,
+    FP8,
+    INT8,
+    KEY_VALUE_PARTS,
+    KEY_VALUES,
+    NVFP4,
+)
 from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
 from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme, check_parts
 from optc.compiler.ops.dialect.nvfp4 import BLOCK
 
-METHOD = "modelopt"
-FILE = "hf_quant_config.json"
-AWQ, INT8, FP8, NVFP4 = "W4A16_AWQ", "W8A16", "FP8", "NVFP4"
-ALGORITHMS = (AWQ, INT8, FP8, NVFP4)
-CACHE_FP8 = "FP8"
-KEY_VALUES = KeyValueScheme("fp8", "layer")
-KEY_VALUE_PARTS = ("k_proj.k_scale", "v_proj.v_scale")
 _PARTS = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
 
 

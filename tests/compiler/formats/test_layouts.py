@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,11 @@ from torch import Tensor
 
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.formats.layouts import QuantizedWeight, Scheme
-from optc.exporters.hf.layouts import AwqWriter, CompressedTensorsWriter, GptqWriter, layout_writer
+from optc.compiler.formats.layouts.awq.writer import AwqWriter
+from optc.compiler.formats.layouts.compressed_tensors.writer import CompressedTensorsWriter
+from optc.compiler.formats.layouts.gptq.writer import GptqWriter
+from optc.compiler.formats.layouts.registry import CHOICES, LAYOUTS
+from optc.exporters.hf.options import FolderOptions
 
 K_PROJ = "model.layers.1.self_attn.k_proj"
 DOWN = "model.layers.0.mlp.down_proj"
@@ -120,11 +125,11 @@ def test_gptq_with_a_zero_point_of_zero_is_written_as_v2() -> None:
     scheme = Scheme(bits=4, group_size=0, symmetric=False)
     zero = torch.tensor([[0], [3], [15], [8], [1], [2], [4], [5]], dtype=torch.uint8)
     weight = QuantizedWeight(scheme, torch.zeros(8, 8, dtype=torch.uint8), torch.ones(8, 1), zero)
-    writer = layout_writer("gptq", [weight])
+    writer = LAYOUTS["gptq"].writer([weight])
     assert writer.config({"m": scheme}, ["m"])["checkpoint_format"] == "gptq_v2"
     assert hex(writer.tensors(weight)["qzeros"].item()) == "0x54218f30"
     above = QuantizedWeight(scheme, weight.codes, weight.scale, zero + 1)
-    assert layout_writer("gptq", [above]).config({"m": scheme}, ["m"])["checkpoint_format"] == "gptq"
+    assert LAYOUTS["gptq"].writer([above]).config({"m": scheme}, ["m"])["checkpoint_format"] == "gptq"
 
 
 @pytest.mark.parametrize(
@@ -209,3 +214,10 @@ def test_scales_that_are_not_float16_are_refused() -> None:
     assert "round-scales" in GptqWriter().obstacle(weight)
     weight = QuantizedWeight(scheme, weight.codes, weight.scale.half().float())
     assert GptqWriter().obstacle(weight) is None
+
+
+def test_layouts_to_choose_from() -> None:
+    """The option's type names those of the registry that belong to no target of their own."""
+    schema = msgspec.json.schema(FolderOptions)["$defs"]["FolderOptions"]["properties"]["layout"]
+    assert sorted(schema["anyOf"][0]["enum"]) == sorted(CHOICES)
+    assert [name for name in LAYOUTS if name not in CHOICES] == ["modelopt"]

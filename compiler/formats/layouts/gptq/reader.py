@@ -1,9 +1,4 @@
-"""GPTQ folders: codes packed along K, zero points along N.
-
-Source: github.com/AutoGPTQ/AutoGPTQ (`qlinear_cuda_old.py`) and github.com/ModelCloud/GPTQModel. Of a linear M with
-weight [N, K]: M.qweight int32 [K * bits / 32, N], M.qzeros int32 [K / g, N * bits / 32], M.scales float16 [K / g, N],
-M.g_idx int32 [K], the group of each k. `checkpoint_format` "gptq" keeps zero points minus one, "gptq_v2" as they are.
-"""
+"""Reads linears of GPTQ folders; the layout is described in `optc.compiler.formats.layouts.gptq`."""
 
 from __future__ import annotations
 
@@ -11,12 +6,11 @@ import torch
 from torch import Tensor
 
 from optc.compiler.formats.layouts.config import ConfigReader
+from optc.compiler.formats.layouts.gptq import V1, V2
 from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
 from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme, check_parts
 from optc.compiler.formats.layouts.words import unpack_words, word_count
 
-METHOD = "gptq"
-V1, V2 = "gptq", "gptq_v2"
 _KNOWN = (2, 3, 4, 8)
 
 

@@ -1,22 +1,15 @@
-"""AWQ folders, AutoAWQ's GEMM layout: 4-bit codes with zero points, in an interleaved order.
-
-Source: github.com/casper-hansen/AutoAWQ (`awq/modules/linear/gemm.py`, `awq/utils/packing_utils.py`). Of a linear M
-with weight [N, K]: M.qweight int32 [K, N / 8], M.qzeros int32 [K / g, N / 8], M.scales float16 [K / g, N]. Nibble i of
-a word, the lowest first, belongs to column 8 * word + ORDER[i]. value = (code - zero) * scale.
-"""
+"""Reads linears of AWQ folders; the layout is described in `optc.compiler.formats.layouts.awq`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from optc.compiler.formats.layouts.awq import BITS, ORDER
 from optc.compiler.formats.layouts.config import ConfigReader
 from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
 from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme, check_parts
 
-METHOD = "awq"
-BITS = 4
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _NIBBLES = 8
 
 

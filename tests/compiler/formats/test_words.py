@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from optc.compiler.formats.layouts.words import unpack_words, word_count
-from optc.exporters.hf.words import pack_words
+from optc.compiler.formats.layouts.words import pack_words, unpack_words, word_count
 
 
 def _codes(rows: int, columns: int, bits: int) -> torch.Tensor:

@@ -1,0 +1,23 @@
+"""compressed-tensors folders: pack-quantized, int-quantized and float-quantized weights of linears.
+
+Source: github.com/vllm-project/compressed-tensors (README and `compressors/`). Of a linear M with weight [N, K]:
+
+    pack-quantized    M.weight_packed int32 [N, ceil(K * bits / 32)], signed codes plus 2^(bits-1), lowest bits first;
+                      M.weight_scale [N, G]; M.weight_shape int64 [2]; asymmetric: M.weight_zero_point int32
+                      [ceil(N * bits / 32), G], packed alike along N
+    int-quantized     M.weight int8 [N, K], M.weight_scale [N, 1]
+    float-quantized   M.weight float8_e4m3fn [N, K], M.weight_scale [N, 1], or [1] for the whole weight
+
+With `kv_cache_scheme`, of an attention A: A.k_scale and A.v_scale [1], or [Hkv, 1, 1] by the strategy "attn_head".
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
+METHOD = "compressed-tensors"
+DENSE = "dense"  # nothing but keys and values is quantized
+KEY_VALUE_PARTS = ("k_scale", "v_scale")
+STRATEGIES: dict[str, Literal["layer", "head"]] = {"tensor": "layer", "attn_head": "head"}
+"""`kv_cache_scheme.strategy` -> granularity."""

@@ -1,0 +1,142 @@
+"""Writes linears in the compressed-tensors layout, which is described in `optc.compiler.formats.layouts.compressed_tensors`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optc.compiler.formats.layouts.compressed_tensors import (
+    DENSE,
+    FLOAT,
+    INT,
+    KEY_VALUE_PARTS,
+    METHOD,
+    PACKED,
+    STRATEGIES,
+)
+from optc.compiler.formats.layouts.key_values import KeyValueScheme
+from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme
+from optc.compiler.formats.layouts.words import pack_words
+from optc.compiler.formats.layouts.writing import (
+    REMEDY,
+    foreign,
+    named_scales,
+)
+from optc.compiler.formats.weight_format import weight_format
+
+
+@dataclass(frozen=True)
+class CompressedTensorsWriter:
+    """compressed-tensors: pack-quantized, int-quantized (W8A8) and float-quantized (fp8).
+
+    Attributes:
+        bits: of integer weights: 4 and 8 for vLLM; the layout itself, and optc, take 2 and 3 too.
+    """
+
+    name: str = METHOD
+    remedy: str = REMEDY
+    bits: tuple[int, ...] = (4, 8)
+
+    def obstacle(self, weight: QuantizedWeight) -> str | None:
+        scheme = weight.scheme
+        if reason := foreign(weight):
+            return reason
+        if scheme.format == "int" and scheme.bits not in self.bits:
+            return f"{scheme.bits}-bit weights: vLLM runs 4 and 8 bits in this layout; use --layout gptq"
+        if scheme.activations == "fp8" and scheme.format != "fp8":
+            return "integer weights with fp8 activations"
+        if scheme.activations == "int8" and scheme.format != "int":
+            return "fp8 weights with int8 activations"
+        if scheme.format == "fp8" and scheme.group_size:
+            return "fp8 weights in groups: the layout has one scale per channel, or for the whole weight"
+        if scheme.activations and (scheme.bits != 8 or scheme.group_size or not scheme.symmetric):
+            return "quantized activations with weights other than symmetric 8-bit ones, one scale per channel"
+        return None
+
+    def tensors(self, weight: QuantizedWeight) -> dict[str, Tensor]:
+        scheme = weight.scheme
+        if scheme.format == "fp8":
+            scale = weight.scale.reshape(1) if scheme.per_tensor else weight.scale
+            return {"weight": weight.codes, "weight_scale": scale}
+        if scheme.activations:
+            return {
+                "weight": (weight.codes.to(torch.int16) - 128).to(torch.int8),
+                "weight_scale": weight.scale,
+            }
+        out = {
+            "weight_packed": pack_words(weight.codes, scheme.bits),
+            "weight_scale": weight.scale,
+            "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+        }
+        if weight.zero is not None:
+            out["weight_zero_point"] = pack_words(weight.zero.t().contiguous(), scheme.bits).t().contiguous()
+        return out
+
+    def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
+        kinds = list(dict.fromkeys(schemes.values()))
+        groups: dict[str, dict[str, Any]] = {}
+        for index, kind in enumerate(kinds):
+            named = [module for module, scheme in schemes.items() if scheme == kind]
+            groups[f"group_{index}"] = {
+                "targets": ["Linear"] if len(kinds) == 1 else named,
+                "weights": _weights(kind),
+                "input_activations": _inputs(kind),
+                "output_activations": None,
+                "format": _format(kind),
+            }
+        return {
+            "quant_method": self.name,
+            "format": _whole_format({group["format"] for group in groups.values()}),
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": [module for module in linears if module not in schemes],
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+    def key_values(
+        self, scheme: KeyValueScheme, scales: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        strategy = next(name for name, one in STRATEGIES.items() if one == scheme.granularity)
+        kind = "int" if scheme.format == "int8" else "float"
+        form = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy, "group_size": None,
+                "dynamic": False, "actorder": None, "block_structure": None}  # fmt: skip
+        return {"kv_cache_scheme": form}, named_scales(scales, KEY_VALUE_PARTS)
+
+
+def _whole_format(formats: set[str]) -> str:
+    if len(formats) > 1:
+        return "mixed-precision"
+    return next(iter(formats), DENSE)
+
+
+def _format(scheme: Scheme) -> str:
+    if scheme.format == "fp8":
+        return FLOAT
+    return INT if scheme.activations else PACKED
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    strategy = "tensor" if scheme.per_tensor else "group" if scheme.group_size else "channel"
+    return {
+        "num_bits": scheme.bits,
+        "type": weight_format(scheme.format).kind,
+        "symmetric": scheme.symmetric,
+        "strategy": strategy,
+        "group_size": scheme.group_size or None,
+        "dynamic": False,
+        "actorder": None,
+        "block_structure": None,
+    }
+
+
+def _inputs(scheme: Scheme) -> dict[str, Any] | None:
+    if not scheme.activations:
+        return None
+    kind = "int" if scheme.activations == "int8" else "float"
+    return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "group_size": None,
+            "dynamic": True, "actorder": None, "block_structure": None}  # fmt: skip
