@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import value_of
 from optc.compiler.ir.program import Program
+from optc.exporters.executorch.legal import DIALECT
 
 aten = torch.ops.aten
 ROTARY, LINEAR = torch.ops.optc.rotary.default, torch.ops.optc.linear_dynamic.default
@@ -45,7 +46,7 @@ class Forms:
 
     def handlers(self) -> dict[Any, Any]:
         """Operator -> what answers it, for `Replay`."""
-        return {
+        table = {
             torch.ops.optc.cached_attention_.default: self._attention,
             ROTARY: self._rotary,
             LINEAR: self._linear,
@@ -54,6 +55,8 @@ class Forms:
             aten.reshape.default: _reshape,
             aten._unsafe_view.default: _reshape,
         }
+        assert table.keys() >= DIALECT.keys(), "an op that is called legal has no form"
+        return table
 
     def _attention(self, args: tuple[Any, ...], knobs: dict[str, Any]) -> Tensor:
         """New keys and values go to their places in the caches [1,Hkv,C,D]; queries see all that lie before them."""

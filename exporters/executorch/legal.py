@@ -16,7 +16,18 @@ from optc.compiler.diagnostics import TargetError
 from optc.compiler.target.target import Predicate
 
 _optc = torch.ops.optc
-DIALECT = (_optc.cached_attention_.default, _optc.rotary.default, _optc.linear_dynamic.default)
+
+
+def _no_sinks(node: torch.fx.Node) -> str | None:
+    return "attention sinks are not lowered" if node.args[7] is not None else None
+
+
+DIALECT: dict[Any, Predicate | None] = {
+    _optc.cached_attention_.default: _no_sinks,
+    _optc.rotary.default: None,
+    _optc.linear_dynamic.default: None,
+}
+"""Ops of the dialect that `forms.Forms` answers, which it asserts, and what it does not take of them."""
 
 
 class _AtenAndForms(Mapping[Any, Predicate | None]):
@@ -30,17 +41,13 @@ class _AtenAndForms(Mapping[Any, Predicate | None]):
     def __getitem__(self, target: Any) -> Predicate | None:
         if target not in self:
             raise KeyError(target)
-        return _no_sinks if target is DIALECT[0] else None
+        return DIALECT.get(target)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(DIALECT)
 
     def __len__(self) -> int:
         return len(DIALECT)
-
-
-def _no_sinks(node: torch.fx.Node) -> str | None:
-    return "attention sinks are not lowered" if node.args[7] is not None else None
 
 
 LEGAL: Mapping[Any, Predicate | None] = _AtenAndForms()
