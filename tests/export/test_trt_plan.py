@@ -63,7 +63,7 @@ def test_what_is_recorded(int4: tuple[Path, ExportResult]) -> None:
     assert engine["attention_kernels"] == "dedicated kernels"
     assert engine["network_found"]["dequantize"] == {"INT4": 14}
     assert engine["network_found"] == engine["network"]
-    assert result.engine == "tensorrt"
+    assert result.engine.name == "tensorrt"
     assert result.needs == {
         "tensorrt_rtx": f"=={engine['runtime_version']}",
         "compute_capabilities": ["sm89", "sm120"],

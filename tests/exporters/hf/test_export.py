@@ -28,7 +28,7 @@ def test_an_unquantized_folder_is_the_source_again(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert "quantization_config" not in config(tmp_path)
-    assert result.engine == "huggingface"
+    assert result.engine.name == "huggingface"
     assert result.info["layout"] == "none"
     assert sum(result.tensor_bytes.values()) == sum(tensor.nbytes for tensor in before.values())
     assert result.weight_bytes == (tmp_path / "model.safetensors").stat().st_size
