@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch._export.verifier import SpecViolationError
 
 from optc.compiler.diagnostics import OptcError
+from optc.compiler.ops.library import find
 
 if TYPE_CHECKING:
     from optc.compiler.ir.program import Program
@@ -64,4 +66,17 @@ def _problems(program: Program) -> list[str]:
     for placeholder, name in program.weight_names().items():
         if name not in program.exported.state_dict and name not in program.exported.constants:
             found.append(f"placeholder {placeholder} reads '{name}', which has no tensor")
-    return found
+    return found + list(_written_weights(program))
+
+
+def _written_weights(program: Program) -> Iterator[str]:
+    """Ops of the dialect that write in place what must stay: a weight is shared by clones and calls."""
+    for node in program.graph.nodes:
+        spec = find(node.target)
+        if spec is None:
+            continue
+        arguments = [argument.name for argument in spec.op._schema.arguments]
+        for name in spec.mutates:
+            weight = program.weight_of(node.args[arguments.index(name)])
+            if weight is not None:
+                yield f"{node.name} writes its {name} into the weight '{weight}'"

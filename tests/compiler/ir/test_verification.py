@@ -9,8 +9,10 @@ import pytest
 import torch
 from stages import tiny_decoder
 
+from optc.compiler.capture import capture_module
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
+from optc.compiler.ir.surgery import add_weight
 from optc.compiler.ir.verification import VerificationError, verify_program
 
 PROGRAM = tiny_decoder()
@@ -102,3 +104,26 @@ def test_six_problems_are_told() -> None:
     where = str(_fault(lambda program: program.with_contract(inputs=specs, quantization=table)).where)
     assert where.count("; ") == 5
     assert where.endswith("contract.quantization names 'b', which is not a weight")
+
+
+def test_no_op_writes_a_weight() -> None:
+    """In place belongs to caches, which are inputs; what an op writes its schema says."""
+    q = torch.randn(1, 2, 3, 8)
+
+    class Decoder(torch.nn.Module):
+        def forward(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            past, knobs = torch.zeros(1, dtype=torch.long), {"scale": 1.0, "window": 0, "softcap": 0.0}
+            out: torch.Tensor = torch.ops.optc.cached_attention_(
+                q, q, q, keys, values, past, 3, None, **knobs
+            )
+            return out
+
+    caches = (torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8))
+    program = capture_module(Decoder(), caches)
+    verify_program(program, "some-pass")
+    edited = program.clone()
+    call = edited.calls(torch.ops.optc.cached_attention_.default)[0]
+    call.update_arg(4, add_weight(edited, "held", caches[0]))
+    with pytest.raises(VerificationError) as caught:
+        verify_program(edited, "some-pass")
+    assert caught.value.where == f"{call.name} writes its v_cache into the weight 'held'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from dialect_calls import CALLS, D, H, N, tensors_of
 from torch import Tensor
 
+from optc.compiler.ops import library
 from optc.compiler.ops.library import OpSpec, attends, find, makes_weight, named, specs
 
 ATTENTION = {
@@ -95,3 +97,18 @@ def test_products_that_round_inside() -> None:
     assert dynamic is not None
     assert dynamic.rounds_activations({})
     assert find(torch.ops.aten.linear.default) is None
+
+
+def test_modules_of_other_packages_are_imported_with_the_dialect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their ops are then there when a saved program is read."""
+    loaded = []
+
+    class Point:
+        def load(self) -> None:
+            loaded.append("toy.ops")
+
+    monkeypatch.setattr(
+        metadata, "entry_points", lambda *, group: [Point()] if group == library.ENTRY_POINTS else []
+    )
+    library.load_entry_points()
+    assert loaded == ["toy.ops"]
