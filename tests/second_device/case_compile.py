@@ -1,0 +1,44 @@
+"""A compile whose passes run on the second device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import EXAMPLE
+from elsewhere import ELSEWHERE, There, second_device
+
+import optc
+from optc.compiler.capture.pretrained import capture_pretrained
+from optc.compiler.pipeline import pipeline
+
+
+def test_a_compile_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass and the gate run there, the folder is the one that the CPU makes, and a rerun goes on there."""
+    options = {"target": "vllm", "quant": "gptq", "calibration_samples": 4, "calibration_seq_len": 32}
+    captured = capture_pretrained(EXAMPLE)  # outside: torch.export does not know the second device
+    monkeypatch.setattr("optc.capturing.capture_pretrained", lambda *_, **__: captured)
+    optc.compile(EXAMPLE, output=tmp_path / "here", **options)
+    seen: list[bool] = []
+    run = pipeline.run_probe
+
+    def watched(*arguments: object) -> object:
+        found = run(*arguments)
+        seen.append(isinstance(found.logits[0], There))
+        return found
+
+    monkeypatch.setattr(pipeline, "run_probe", watched)
+    monkeypatch.setattr("optc.resolving.choose_device", lambda name: ELSEWHERE)
+    with second_device():
+        for name in ("first", "again"):
+            optc.compile(EXAMPLE, output=tmp_path / name, work_dir=tmp_path / "work", **options)
+    assert seen
+    assert all(seen)
+    for name in ("first", "again"):
+        for file in (tmp_path / "here").glob("*.safetensors"):
+            ours, theirs = (
+                np.frombuffer(path.read_bytes(), np.uint8) for path in (file, tmp_path / name / file.name)
+            )
+            different = float((ours != theirs).mean())
+            assert different < 0.05, "sums end in other last bits, and GPTQ carries a code on"
