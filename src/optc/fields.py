@@ -78,11 +78,11 @@ class Field:
             return "one of " + ", ".join(self.choices)
         names = {int: "an integer", float: "a number", bool: "true or false", Path: "a path", str: "text"}
         kind = "text, or a list of texts" if self.repeatable else names.get(self.kind, "a value")
-        ge, gt, le, lt = self.bounds
-        low = f"{ge:g} or more" if ge is not None else f"more than {gt:g}" if gt is not None else ""
-        high = f"{le:g} or less" if le is not None else f"less than {lt:g}" if lt is not None else ""
+        ge, gt, le, lt = (None if bound is None else _number(bound) for bound in self.bounds)
         if ge is not None and le is not None:
-            return f"{kind} from {ge:g} to {le:g}"
+            return f"{kind} from {ge} to {le}"
+        low = f"{ge} or more" if ge is not None else f"more than {gt}" if gt is not None else ""
+        high = f"{le} or less" if le is not None else f"less than {lt}" if lt is not None else ""
         return ", ".join(part for part in (kind, low, high) if part)
 
     def read(self, given: Given) -> Any:
@@ -174,6 +174,10 @@ def _stripped(hint: Any) -> tuple[Any, list[msgspec.Meta]]:
             (hint,) = parts
         else:
             return hint, metas
+
+
+def _number(bound: float) -> str:
+    return str(int(bound)) if bound == int(bound) else str(bound)
 
 
 def _shown(value: Any) -> str:

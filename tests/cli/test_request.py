@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optc.cli.compile import compile_
+from optc.cli.flag_tables import with_tables
 from optc.cli.main import main
 from optc.cli.plan import plan
 from optc.cli.quantize import quantize
 from optc.compiler.diagnostics import TargetError, UsageError
 from optc.fields import Field, fields_of
 from optc.request import SECTIONS, from_python, target_fields
+from optc.targets.registry import all_targets
 
 Capture = pytest.CaptureFixture[str]
 
@@ -260,3 +263,12 @@ def test_targets_lists_the_options(capsys: Capture) -> None:
             "help": "Form of quantized weights in a model folder.",
         }
     ]  # fmt: skip
+
+
+def test_the_docs_tables_are_current() -> None:
+    """`python -m optc.cli.flag_tables docs/compile.md` writes them; every section and target has one."""
+    path = Path(__file__).parents[2] / "docs" / "compile.md"
+    text = path.read_text(encoding="utf-8")
+    assert with_tables(text) == text
+    names = set(re.findall(r"<!-- table: ([a-z-]+) -->", text))
+    assert names == {*SECTIONS, *(target.name for target in all_targets() if fields_of(target.options))}

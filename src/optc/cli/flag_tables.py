@@ -1,0 +1,50 @@
+"""The tables of flags in the docs, made of the fields: `python -m optc.cli.flag_tables docs/compile.md` writes them.
+
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`; NAME is a section of a request, or a target.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from optc.fields import Field, fields_of
+from optc.request import SECTIONS
+from optc.targets.registry import find_target
+
+_TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def flag_table(name: str) -> str:
+    """The Markdown table of a section of a request, or of a target's own options."""
+    fields = fields_of(SECTIONS[name] if name in SECTIONS else find_target(name).options)
+    rows = ["| flag | value | default | meaning |", "|---|---|---|---|"]
+    return "\n".join(rows + [_row(field) for field in fields.values()]) + "\n"
+
+
+def with_tables(text: str) -> str:
+    """A document with its tables as they are now."""
+    return _TABLE.sub(lambda found: f"{found[1]}{flag_table(found[2])}{found[3]}", text)
+
+
+def _row(field: Field) -> str:
+    negation = field.extra.get("negation")
+    flag = f"`--{field.key}`" + (f", `--{negation}`" if negation else "")
+    value = "" if field.kind is bool else _escaped(field.expected)
+    return f"| {flag} | {value} | {_escaped(field.default_text)} | {_escaped(field.help)} |"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def main() -> None:
+    """Rewrite the tables of the files that are named."""
+    for name in sys.argv[1:]:
+        path = Path(name)
+        path.write_text(with_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
