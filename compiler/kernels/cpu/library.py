@@ -16,7 +16,7 @@ import torch
 
 from optc.compiler.diagnostics import os_errors
 from optc.compiler.kernels.cpu.toolchain import find_compiler, run_compiler
-from optc.compiler.kernels.kernel import CppSources, Kernel
+from optc.compiler.kernels.kernel import Kernel
 
 FILE_NAME = "liboptc_ops.so"
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
@@ -52,7 +52,7 @@ def build_library(kernels: Sequence[Kernel]) -> Path:
     version = run_compiler([compiler, "--version"], "--version")
     common = _common(compiler)
     setting = (*common, version, torch.__version__, platform.machine())
-    units = list(dict.fromkeys(unit for kernel in kernels for unit in _units(kernel.sources)))
+    units = list(dict.fromkeys(unit for kernel in kernels for unit in _units(kernel)))
     names = [_object_name(unit, setting) for unit in units]
     folder = cache_folder()
     library = folder / f"ops-{_digest(sorted(names))}" / FILE_NAME
@@ -85,8 +85,9 @@ def _common(compiler: str) -> list[str]:
     return [compiler, *_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-isystem", str(include)]
 
 
-def _units(sources: CppSources) -> list[_Unit]:
-    """The inner loops for each instruction set, and the op."""
+def _units(kernel: Kernel) -> list[_Unit]:
+    """The inner loops for each instruction set, and the op, which is told its schema."""
+    sources = kernel.sources
     x86 = platform.machine() == "x86_64"
     units = [
         _Unit(
@@ -99,7 +100,7 @@ def _units(sources: CppSources) -> list[_Unit]:
         for level in loop.levels
         if x86 or level == "baseline"
     ]
-    defines = ("-DOPTC_HAS_AVX2",) if x86 else ()
+    defines = (f'-DOPTC_SCHEMA="{kernel.spec.schema}"', *(("-DOPTC_HAS_AVX2",) if x86 else ()))
     return [*units, _Unit(sources.package, f"{sources.op}.cpp", sources.headers, defines)]
 
 

@@ -195,12 +195,11 @@ Tensor linear_nbits(const Tensor& x, const Tensor& packed, const Tensor& scale, 
 }  // namespace
 }  // namespace optc
 
-// A process that also has the dialect in Python has the schema already: a second definition would abort.
+// OPTC_SCHEMA is the schema of the op in Python, passed in when this is compiled. A process that also has the dialect
+// in Python has it already: a second definition would abort.
 TORCH_LIBRARY_FRAGMENT(optc, library) {
   if (!c10::Dispatcher::singleton().findSchema({"optc::linear_nbits", ""})) {
-    library.def(
-        "linear_nbits(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, Tensor? table, *, "
-        "int bits, int group_size, int activation_group, int K, int N) -> Tensor");
+    library.def(OPTC_SCHEMA);
   }
 }
 

@@ -252,13 +252,11 @@ Tensor paged_attention_(const Tensor& q, const Tensor& k, const Tensor& v, Tenso
 }  // namespace
 }  // namespace optc
 
-// A process that also has the dialect in Python has the schema already: a second definition would abort.
+// OPTC_SCHEMA is the schema of the op in Python, passed in when this is compiled. A process that also has the dialect
+// in Python has it already: a second definition would abort.
 TORCH_LIBRARY_FRAGMENT(optc, library) {
   if (!c10::Dispatcher::singleton().findSchema({"optc::paged_attention_", ""})) {
-    library.def(
-        "paged_attention_(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, "
-        "Tensor slot_mapping, Tensor block_tables, Tensor context_lens, Tensor cu_seqlens, "
-        "*, float scale, int window, float softcap) -> Tensor");
+    library.def(OPTC_SCHEMA);
   }
 }
 
