@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -81,20 +82,21 @@ class Subject:
 
 def subject(model: str, samples: int, length: int) -> Subject:
     """A model folder, or one of the random models."""
-    from optc.api import _text_probe
     from optc.calibrating import make_calibration
     from optc.compiler.calibration.sequences import random_calibration
     from optc.compiler.capture import capture_model, capture_pretrained
-    from optc.compiler.execution.probe import random_probe
+    from optc.compiler.execution.probe import random_probe, text_probe
     from optc.request import from_python
-    from optc.resolving import resolve
+    from optc.runtime.generation.tokenizer import load_tokenizer
 
     if model not in RANDOM:
         program, info = capture_pretrained(Path(model), dtype="fp32")
         request = from_python("vllm", calibration_samples=samples, calibration_seq_len=length)
-        return Subject(
-            program, _text_probe(program, info, resolve(request)), make_calibration(program, info, request)
-        )
+        tokenizer = load_tokenizer(info.path)
+        assert tokenizer is not None, f"{model} has no tokenizer"
+        passage = (resources.files("optc.compiler") / "data" / "passage.txt").read_text()
+        probe = text_probe(tokenizer.encode(passage))
+        return Subject(program, probe, make_calibration(program, info, request))
     program = capture_model(random_model(model))
     vocabulary = program.contract.model.vocab_size
     tokens = random_calibration(vocabulary, samples=samples, length=length, seed=0)

@@ -12,6 +12,7 @@ import optc.compiler.ops  # noqa: F401  (registers optc.dequantize)
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.formats.integer import (
     BITS,
+    _stored_scale,
     check_group_size,
     default_group_size,
     nearest_group_size,
@@ -142,17 +143,24 @@ def test_error_is_at_most_half_a_step(case: tuple[Tensor, int], bits: int, symme
 def test_not_finite(value: float) -> None:
     weight = torch.ones((2, 4))
     weight[1, 2] = value
-    with pytest.raises(InputError, match="the weight holds NaN or infinity"):
+    with pytest.raises(InputError) as caught:
         quantize_groups(weight, 4, 0, True)
+    assert str(caught.value) == "the weight holds NaN or infinity\n  remedy: repair the checkpoint"
 
 
 def test_refusals() -> None:
-    with pytest.raises(UsageError, match="5-bit weights are not supported"):
+    with pytest.raises(UsageError) as unknown:
         quantize_groups(torch.ones(2, 4), 5, 0, True)
-    with pytest.raises(InputError, match="only matrices are quantized, this has 1 axes"):
+    assert str(unknown.value) == "5-bit weights are not supported\n  remedy: choose 2, 3, 4 or 8 bits"
+    with pytest.raises(InputError) as caught:
         quantize_groups(torch.ones(4), 4, 0, True)
-    with pytest.raises(InputError, match="group size -1 is negative"):
+    assert str(caught.value) == "only matrices are quantized, this has 1 axes\n  remedy: leave it out"
+    with pytest.raises(InputError) as caught:
         check_group_size(-1, [64])
+    assert str(caught.value) == "group size -1 is negative\n  remedy: use 0 for one group per row"
+    with pytest.raises(InputError) as caught:
+        check_group_size(128, [192])
+    assert caught.value.where is None
     with pytest.raises(InputError) as caught:
         check_group_size(128, [256, 192], ["a.weight", "b.weight"])
     assert str(caught.value) == (
@@ -170,6 +178,10 @@ def test_refusals() -> None:
         (128, [7], 7),
         (48, [64], 64),
         (8, [1], 1),
+        (6, [24], 8),
+        (2, [6], 2),
+        (3, [6], 2),
+        (1 << 17, [1 << 17], 1 << 16),
     ],
 )
 def test_nearest_group_size(size: int, columns: list[int], nearest: int) -> None:
@@ -183,4 +195,30 @@ def test_default_group_size() -> None:
     with pytest.raises(InputError) as caught:
         default_group_size([256, 48], ["a.weight", "b.weight"])
     assert (caught.value.where, caught.value.why) == ("b.weight", "it has K = 48")
+    assert caught.value.what == "none of the group sizes 128, 64 and 32 divides every weight"
     assert caught.value.remedy == "use 16, the nearest that divides every weight, or ignore this weight"
+    with pytest.raises(InputError) as caught:  # 32 divides the first, 64 and 128 do not
+        default_group_size([96, 48])
+    assert (caught.value.where, caught.value.why) == (None, "it has K = 48")
+    with pytest.raises(InputError) as caught:  # 33 is near 32, 65 is near 64
+        default_group_size([3 * 5 * 11 * 13])
+    assert str(caught.value.remedy).startswith("use 33, ")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_asymmetric_codes_span_all_bits(bits: int) -> None:
+    """-1 to 3 takes every code, the lowest and the highest among them, and 0 is exact."""
+    top = 2**bits - 1
+    codes, scale, zero = quantize_groups(torch.tensor([[-1.0, 0.0, 3.0]]), bits, 0, False)
+    assert scale.item() == pytest.approx(4 / top)
+    assert zero is not None
+    assert zero.dtype == torch.uint8
+    assert codes.tolist() == [[0, zero.item(), top]] if bits > 2 else codes.tolist() == [[0, 1, 3]]
+
+
+@pytest.mark.parametrize(("steps", "stored"), [(125.49, 125), (10.49, 11), (10.02, 10), (3.0, 3)])
+def test_scales_among_subnormals_go_up_when_the_range_would_fall_short(steps: float, stored: int) -> None:
+    """127 steps of a scale that was rounded down by 0.49 of 10 fall short by more than half a step, of 125 they do not."""
+    spacing = 2.0**-24
+    scale = _stored_scale(torch.tensor([steps * spacing]), 127, torch.float16)
+    assert scale.item() == stored * spacing

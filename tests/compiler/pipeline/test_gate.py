@@ -13,6 +13,7 @@ from stages import tiny_decoder
 from optc.compiler.capture import capture_module
 from optc.compiler.diagnostics import GateError
 from optc.compiler.execution.drift import Drift
+from optc.compiler.ops.packed.inductor_cpu import KEPT
 from optc.compiler.pipeline.gate import (
     FLAT,
     PASSES_OWN,
@@ -293,3 +294,11 @@ def test_programs_that_round_activations_are_known_by_their_ops() -> None:
     assert program.calls(torch.ops.optc.attention.default)
     assert not rounds_activations(program)
     assert rounds_activations(capture_module(_Rounds(), (torch.ones(2, 4),)))
+
+
+@pytest.mark.parametrize(("group", "rounds"), [(KEPT, False), (64, True)])
+def test_a_packed_product_rounds_activations_when_it_says_so(group: int, rounds: bool) -> None:
+    program = tiny_decoder().clone()
+    node = program.calls(torch.ops.aten.linear.default)[0]
+    node.target, node.kwargs = torch.ops.optc.linear_nbits.default, {"activation_group": group}
+    assert rounds_activations(program) is rounds
