@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 from msgspec import Meta
 
+from optc.compiler.ir.program import Program
 from optc.compiler.target.options import CompileOptions, TargetOptions
 from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.onnx import LEGAL, export_onnx
@@ -45,6 +47,16 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
     return [*steps, Step(LegalizeOrt(accuracy_level=level), optional=True)]
 
 
+_ROUNDED = 0.08
+"""ONNX Runtime at accuracy level 4 against the last stage, which rounds no activations: 0.011 to 0.027 over random Llama,
+Gemma 2 and GPT-2 and both fiction models, 4 and 8 bits; a nibble order that is wrong makes more than 0.3."""
+
+
+def _tolerance(program: Program) -> float | None:
+    calls = program.calls(torch.ops.optc.matmul_nbits.default)
+    return _ROUNDED if any(call.kwargs["accuracy_level"] == 4 for call in calls) else None
+
+
 _INTEGERS = QuantSupport(
     bits=(2, 3, 4, 8),
     group_sizes=(16, 32, 64, 128, 256),
@@ -67,4 +79,5 @@ TARGET = Target(
     recipe=_recipe,
     export=export_onnx,
     options=OnnxOptions,
+    tolerance=_tolerance,
 )

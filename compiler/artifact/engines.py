@@ -26,6 +26,9 @@ class Engine:
     Attributes:
         name: as manifests have it.
         session: "module:function" of (folder, manifest, SessionOptions) -> Session.
+        runner: "module:function" of (folder, manifest) -> a function of a program's inputs, flat tensors, to its outputs:
+            what was written, without a session, for the check before an artifact is published; None where the exporter
+            itself opens what it wrote.
         device: where it runs, which is where a check of a host looks for memory; "target": as the target says.
         bundle: "module:object", the `BundleEngine` with its C++ program; None where there is none.
         files: keys of `engine_info` that name files which the engine opens; a value may be null.
@@ -36,6 +39,7 @@ class Engine:
 
     name: str
     session: str
+    runner: str | None = None
     device: Literal["target", "cpu", "cuda"] = "target"
     bundle: str | None = None
     files: tuple[str, ...] = ()
@@ -45,6 +49,11 @@ class Engine:
     def open_session(self, *arguments: Any) -> Any:
         """Call what `session` names."""
         return _resolve(self.session)(*arguments)
+
+    def open_runner(self, *arguments: Any) -> Any:
+        """Call what `runner` names."""
+        assert self.runner is not None
+        return _resolve(self.runner)(*arguments)
 
     def bundle_engine(self) -> Any | None:
         """What `bundle` names, or None."""
@@ -58,6 +67,7 @@ class Engine:
 ONNX = Engine(
     name="onnx",
     session="optc.runtime.sessions.onnx_artifact:open_artifact",
+    runner="optc.runtime.sessions.onnx_artifact:open_runner",
     bundle="optc.exporters.bundle.engines:GENAI",
     files=("model",),
 )
@@ -70,6 +80,7 @@ AOTINDUCTOR = Engine(
 TENSORRT = Engine(
     name="tensorrt",
     session="optc.runtime.sessions.trt:open_artifact",
+    runner="optc.runtime.sessions.onnx_artifact:open_runner",
     device="cuda",
     files=("model", "data", "engine", "plan"),
     has_threads=False,
@@ -83,6 +94,7 @@ EXECUTORCH = Engine(
 HUGGINGFACE = Engine(
     name="huggingface",
     session="optc.runtime.sessions.model_folder:open_artifact",
+    runner="optc.runtime.sessions.model_folder:open_runner",
     device="cpu",
     eager=True,
 )

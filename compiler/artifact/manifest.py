@@ -89,6 +89,34 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     linears: tuple[LinearRecord, ...] = ()
 
 
+class OpenedRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the written file computed in its engine, beside the last stage, before it was published.
+
+    Attributes:
+        opened: False where the engine could not be asked; `why` says why.
+        engine, version: what opened it; empty when nothing did.
+        tokens: fed; 0 for the inputs of a plain module.
+        max_abs_diff: of the outputs. scale: largest magnitude of the last stage's outputs.
+        relative: L2 norm of the difference over that of the last stage's outputs. limit: what it was held to;
+            None where each output and cache was held to the largest difference of its type.
+        kl, top1: of the distributions, where the outputs are one.
+        seconds: to open, run and compare.
+    """
+
+    opened: bool
+    why: str = ""
+    engine: str = ""
+    version: str = ""
+    tokens: int = 0
+    max_abs_diff: float | None = None
+    scale: float | None = None
+    relative: float | None = None
+    limit: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+    seconds: float = 0.0
+
+
 class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The model that was compiled; `path` and the hashes are empty for a module in memory."""
 
@@ -126,6 +154,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         needs: what a host must have: instruction sets, library versions.
         dtype: compute type.
         capture: how the captured program was held to the model's own forward.
+        opened: what the written file computed in its engine.
         files: every file of the folder but this one, by path; filled by `artifact.finish`.
         weight_bytes: size of the weights as stored.
         quantization: summary (method, bits, group_size, symmetric, linears); empty without.
@@ -145,6 +174,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     source: Source
     files: tuple[FileEntry, ...] = ()
     capture: CaptureProof | None = None
+    opened: OpenedRecord | None = None
     passes: tuple[PassRecord, ...]
     weight_bytes: _Count
     quantization: dict[str, Any]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from optc.compiler.capture.attention import make_mask
+from optc.compiler.capture.proof.reference import OWN_ERRORS
 from optc.compiler.diagnostics import CaptureError
 
 _NAME = "optc-positions"
@@ -34,7 +35,7 @@ def position_offset(model: Any) -> int:
     tensors that its modules receive are compared.
 
     Raises:
-        CaptureError: its own positions are not 0, 1, 2, ... from some start on.
+        CaptureError: its own positions are not 0, 1, 2, ... from some start on, or its forward fails.
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return 0
@@ -92,6 +93,12 @@ def _integers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[tuple[str,
             model(**arguments, return_dict=True)
     except _ReachedError:
         pass
+    except OWN_ERRORS as error:
+        raise CaptureError(
+            "the model's own forward fails", where=type(model).__name__,
+            why=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
+            remedy="check that the model runs in transformers as it is",
+        ) from error  # fmt: skip
     finally:
         for hook in hooks:
             hook.remove()

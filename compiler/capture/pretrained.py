@@ -116,6 +116,8 @@ def load_model(
         )  # fmt: skip
         _read_generation_config(model, info.path)
     except (ValueError, RuntimeError, KeyError, OSError) as error:
+        if isinstance(error, KeyError) and error.args == (NAME,):
+            raise own_attention(type(skeleton).__name__) from error
         raise InputError(
             "transformers cannot load the model", where=str(info.path), why=str(error).splitlines()[0],
             remedy="check that config.json and the weights belong together",
@@ -183,16 +185,8 @@ def meta_model(info: CheckpointInfo, *, trust_remote_code: bool = False) -> Any:
     refuse_unsupported(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton is that of the unquantized model
-    found = _model_class(config, trust_remote_code)
-    _refuse_own_attention(found)
     with torch.device("meta"):
-        return found(config)
-
-
-def _refuse_own_attention(model_class: Any) -> None:
-    """Refuse models that do not call transformers' attention interface, by transformers' own reading of their code."""
-    if not model_class._can_set_attn_implementation():
-        raise own_attention(model_class.__name__)
+        return _model_class(config, trust_remote_code)(config)
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> Any:
@@ -273,8 +267,6 @@ def capture_model(
         raise unknown_name("attention implementation", attention, ATTENTIONS)
     config: Any = model.config
     refuse_unsupported(config)
-    if attention == NAME:
-        _refuse_own_attention(type(model))
     if attention == "sdpa" and not getattr(model, "_supports_sdpa", False):
         raise CaptureError(
             "the model does not support transformers' sdpa attention", where=type(model).__name__,
@@ -292,6 +284,9 @@ def capture_model(
             _require_positions(model)
         offset = position_offset(model.eval())
         program = _export(model, config, offset)
+    except CaptureError as error:
+        error.where = error.where or type(model).__name__
+        raise
     finally:
         for name, value in before.items():
             setattr(config, name, value)

@@ -62,10 +62,13 @@ def run_stage(
     chunk: int = 4,
     steps: int = 3,
     seed: int = 0,
+    engine: Engine | None = None,
 ) -> StageRun:
     """Run a decoder or encoder Program on token sequences of unequal length.
 
     Args:
+        engine: runs what was written of the program in place of the program, which says what the inputs mean; there
+            are no taps then.
         chunk: tokens per row in the one chunk of prefill that follows the first (cached stages).
         steps: single-token decode steps at the end of each sequence (cached stages). A sequence too
             short for all of these has fewer.
@@ -74,11 +77,15 @@ def run_stage(
     assert sequences, "at least one sequence"
     assert all(len(tokens) > 0 for tokens in sequences), "no empty sequences"
     kind = program.contract.kv_cache.kind
+
+    def run(taps: list[Tensor]) -> Callable[..., list[Any]]:
+        return _tapped(program, taps) if engine is None else lambda *flat: list(engine(*flat))
+
     if kind == "none":
-        return _run_whole(program, sequences)
+        return _run_whole(program, run, sequences)
     plan = _plan([len(tokens) for tokens in sequences], chunk, steps)
     drive = _run_linear if kind == "linear" else _run_paged
-    return drive(program, sequences, plan, torch.Generator().manual_seed(seed))
+    return drive(program, run, sequences, plan, torch.Generator().manual_seed(seed))
 
 
 def run_module(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -87,6 +94,12 @@ def run_module(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
     with torch.no_grad():
         return Replay(program, {}).outputs(*(item.to(device) for item in inputs))
 
+
+Engine = Callable[..., Sequence[Tensor]]
+"""Called with the inputs of a contract, flat, it returns the outputs; caches that are kept in place it writes."""
+
+Runner = Callable[[list[Tensor]], Callable[..., list[Any]]]
+"""Given a list for attention outputs, a function of flat inputs."""
 
 Call = list[tuple[int, int, int]]
 """One call: (sequence, start, end), the tokens that it feeds."""
@@ -183,7 +196,7 @@ def _mask(call: Call, device: torch.device) -> Tensor:
     return (torch.arange(int(ends.max()), device=device) < ends[:, None]).long()
 
 
-def _run_whole(program: Program, sequences: Sequence[Sequence[int]]) -> StageRun:
+def _run_whole(program: Program, run: Runner, sequences: Sequence[Sequence[int]]) -> StageRun:
     call = [(row, 0, len(tokens)) for row, tokens in enumerate(sequences)]
     device = program_device(program)
     ids = _padded(sequences, call, device)
@@ -194,7 +207,7 @@ def _run_whole(program: Program, sequences: Sequence[Sequence[int]]) -> StageRun
         "token_type_ids": lambda: torch.zeros_like(ids),
     }
     taps: list[Tensor] = []
-    out = _tapped(program, taps)(*(made[spec.role]() for spec in program.contract.inputs))
+    out = run(taps)(*(made[spec.role]() for spec in program.contract.inputs))
     role = program.contract.outputs[0].role
     collector = _Collector(len(sequences))
     collector.add(call, _unpadded(call), _by_token(out[0], role, ids.shape[1]), taps)
@@ -222,8 +235,9 @@ def _caches(program: Program, sizes: dict[str, int], generator: torch.Generator)
 
 
 def _run_linear(
-    program: Program, sequences: Sequence[Sequence[int]], plan: list[Call], generator: torch.Generator
-) -> StageRun:
+    program: Program, run: Runner, sequences: Sequence[Sequence[int]], plan: list[Call],
+    generator: torch.Generator,
+) -> StageRun:  # fmt: skip
     """Caches live in a store of full size; a call gets the rows it needs and writes them back.
 
     Caches that are returned go in as long as the longest past (0 at first) and come back grown;
@@ -240,7 +254,7 @@ def _run_linear(
         rows = torch.tensor([row for row, _, _ in call], device=program_device(program))
         past = capacity if cache.in_place or cache.capacity else max(start for _, start, _ in call)
         caches = [store[rows, :, :past].contiguous() for store in stores]
-        logits, *presents = _tapped(program, taps)(*_tokens(program, sequences, call), *caches)
+        logits, *presents = run(taps)(*_tokens(program, sequences, call), *caches)
         collector.add(call, _unpadded(call), logits, taps)
         for store, held in zip(stores, caches if cache.in_place else presents, strict=True):
             store[rows, :, : held.shape[2]] = held
@@ -257,8 +271,9 @@ def _tokens(program: Program, sequences: Sequence[Sequence[int]], call: Call) ->
 
 
 def _run_paged(
-    program: Program, sequences: Sequence[Sequence[int]], plan: list[Call], generator: torch.Generator
-) -> StageRun:
+    program: Program, run: Runner, sequences: Sequence[Sequence[int]], plan: list[Call],
+    generator: torch.Generator,
+) -> StageRun:  # fmt: skip
     size = program.contract.kv_cache.block_size
     count = sum(-(-len(tokens) // size) for tokens in sequences) + 2
     manager = BlockManager(count, size, order=torch.randperm(count, generator=generator).tolist())
@@ -270,6 +285,6 @@ def _run_paged(
     for call in plan:
         taps: list[Tensor] = []
         inputs = manager.step([(row, sequences[row][start:end]) for row, start, end in call])
-        logits = _tapped(program, taps)(*(item.to(device) for item in inputs), *pools)[0]
+        logits = run(taps)(*(item.to(device) for item in inputs), *pools)[0]
         collector.add(call, _split(call), logits, taps)
     return collector.result()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch.fx import Node
 
 from optc.compiler.artifact.engines import Engine
+from optc.compiler.artifact.manifest import OpenedRecord
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass
@@ -75,6 +76,7 @@ class ExportResult:
         weight_bytes: bytes of weights on disk, counted from what was written.
         tensor_bytes: the same by tensor, under the program's names (of a quantized weight `w`: what is called
             `w_...`: its codes, scales and zero points).
+        opened: what the file computed, where the exporter opened it in its engine.
     """
 
     engine: Engine
@@ -82,6 +84,7 @@ class ExportResult:
     needs: dict[str, Any] = field(default_factory=dict)
     weight_bytes: int = 0
     tensor_bytes: Mapping[str, int] = field(default_factory=dict)
+    opened: OpenedRecord | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,8 @@ class Target:
         check_machine: raises TargetError where this machine cannot build for the target; None where any can.
         quant: quantization method -> what the target can run of it.
         lacks: why it takes no more: for a method, or for "asymmetric", "bits", "group-size" or "dtype".
+        tolerance: largest relative L2 difference of the outputs of the last stage in the target's engine, where
+            that rounds more than the program does; None where it does not.
     """
 
     name: str
@@ -112,6 +117,7 @@ class Target:
     options: type[TargetOptions] = TargetOptions
     check_machine: Callable[[CompileOptions], None] | None = None
     lacks: Mapping[str, str] = field(default_factory=dict)
+    tolerance: Callable[[Program], float | None] = lambda program: None
 
 
 def check_legal(program: Program, target: Target) -> None:

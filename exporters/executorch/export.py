@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch
 from torch import Tensor
 
 from optc.compiler.artifact.engines import EXECUTORCH
+from optc.compiler.artifact.manifest import OpenedRecord
 from optc.compiler.diagnostics import ArtifactError, GateError, InputError, os_errors
+from optc.compiler.execution.drift import measure
+from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.gate import TOLERANCE
 from optc.compiler.target.target import ExportRequest, ExportResult
@@ -61,7 +65,7 @@ def export_executorch(program: Program, request: ExportRequest) -> ExportResult:
         "delegates": lowered.delegates,
         "operators": list(lowered.operators),
     }
-    _check(program, directory / MODEL, lowered, capacity, chunk)
+    opened = _check(program, directory / MODEL, lowered, capacity, chunk)
     sizes = _stored_bytes(program)
     return ExportResult(
         engine=EXECUTORCH,
@@ -69,6 +73,7 @@ def export_executorch(program: Program, request: ExportRequest) -> ExportResult:
         needs={"executorch": f">={metadata.version('executorch')}"},
         weight_bytes=sum(sizes.values()),
         tensor_bytes=sizes,
+        opened=opened,
     )
 
 
@@ -112,8 +117,9 @@ def _constants(program: Program, capacity: int, chunk: int) -> dict[str, Any]:
     return constants
 
 
-def _check(program: Program, path: Path, lowered: Lowered, capacity: int, chunk: int) -> None:
+def _check(program: Program, path: Path, lowered: Lowered, capacity: int, chunk: int) -> OpenedRecord:
     """Compare logits and the caches' effect: a prompt, a chunk, and single tokens."""
+    begin = time.perf_counter()
     from executorch.runtime import Runtime
 
     if path.read_bytes() != lowered.data:
@@ -122,6 +128,7 @@ def _check(program: Program, path: Path, lowered: Lowered, capacity: int, chunk:
         )
     method = Runtime.get().load_program(path).load_method("forward")
     assert method is not None
+    logits: tuple[list[Tensor], list[Tensor]] = ([], [])
     caches = _caches(program, capacity)
     tolerance = ROUNDED_TOLERANCE if program.calls(LINEAR) else TOLERANCE[torch.float32]
     for ids, start in _calls(program, capacity, chunk):
@@ -133,6 +140,15 @@ def _check(program: Program, path: Path, lowered: Lowered, capacity: int, chunk:
         _compare(
             expected.double(), found.double(), tolerance, f"tokens {start} to {start + ids.shape[1] - 1}"
         )
+        logits[0].append(expected[0])
+        logits[1].append(found[0])
+    ours, theirs = (StageRun(rows, []) for rows in logits)
+    drift = measure(ours, theirs)
+    return OpenedRecord(
+        opened=True, engine="executorch", version=metadata.version("executorch"),
+        tokens=sum(map(len, logits[0])), max_abs_diff=drift.max_abs_diff, scale=drift.scale, relative=drift.relative,
+        kl=drift.kl, top1=drift.top1, seconds=round(time.perf_counter() - begin, 3),
+    )  # fmt: skip
 
 
 def _compare(expected: Tensor, found: Tensor, tolerance: float, where: str) -> None:

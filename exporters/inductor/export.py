@@ -56,11 +56,11 @@ def export_inductor(program: Program, request: ExportRequest) -> ExportResult:
     companions = copy_companions(request.source, directory)
     info = _info(program, request, library, constants, companions)
     needs = _needs(instructions, kernels)
-    check_package(program, directory, info, needs)
     return ExportResult(
         engine=AOTINDUCTOR,
         info=info,
         needs=needs,
+        opened=check_package(program, directory, info, needs),
         weight_bytes=sum(tensor.nbytes for tensor in constants.values()),
         tensor_bytes={name: info.nbytes for name, info in read_header(directory / WEIGHTS).items()},
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optc.compiler.artifact.manifest import OpenedRecord
 from optc.compiler.diagnostics import GateError
+from optc.compiler.execution.drift import measure
+from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.ir.contract import Input
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.gate import TOLERANCE, rounds_activations
@@ -23,12 +27,17 @@ ROUNDED_TOLERANCE = 2e-2
 
 def check_package(
     program: Program, directory: Path, info: Mapping[str, Any], needs: Mapping[str, Any]
-) -> None:
+) -> OpenedRecord:
     """Run package and Program on the same inputs, a prompt and then single tokens.
+
+    Returns:
+        How far the first outputs of all calls were apart.
 
     Raises:
         GateError: an output or a cache differs by more than rounding.
     """
+    begin = time.perf_counter()
+    first: tuple[list[Tensor], list[Tensor]] = ([], [])
     package = _runner(directory / info["runner"]).Package(directory, info, needs)
     caches = [_caches(program), _caches(program)]
     for call, inputs in enumerate(_calls(program)):
@@ -39,6 +48,19 @@ def check_package(
         written = list(zip(*caches, strict=True)) if program.contract.kv_cache.in_place else []
         for index, (old, new) in enumerate([*zip(expected, found, strict=True), *written]):
             _compare(program, old, new, f"call {call}, " + _name(program, index))
+        first[0].append(expected[0])
+        first[1].append(found[0])
+    ours, theirs = (StageRun(outputs, [], role="output") for outputs in first)
+    drift = measure(ours, theirs)
+    return OpenedRecord(
+        opened=True, engine="aotinductor", version=str(torch.__version__), tokens=_tokens(program),
+        max_abs_diff=drift.max_abs_diff, scale=drift.scale, relative=drift.relative,
+        seconds=round(time.perf_counter() - begin, 3),
+    )  # fmt: skip
+
+
+def _tokens(program: Program) -> int:
+    return 0 if program.contract.kind == "module" else 2 * _length(program)
 
 
 def _runner(path: Path) -> Any:
@@ -111,7 +133,7 @@ def _calls(program: Program) -> Iterator[Inputs]:
     if contract.kind == "module":
         yield _module_inputs(program)
         return
-    length = min(5, contract.model.context_length or 5)
+    length = _length(program)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, contract.model.vocab_size, (2, length), generator=generator)
     if contract.kv_cache.kind == "none":
@@ -127,6 +149,10 @@ def _calls(program: Program) -> Iterator[Inputs]:
     if length > 1:
         yield step(program, ids[:, :-1], 0)
     yield step(program, ids[:, -1:], length - 1)
+
+
+def _length(program: Program) -> int:
+    return min(5, program.contract.model.context_length or 5)
 
 
 def _linear(program: Program, ids: Tensor, past: int) -> Inputs:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from optc.compiler.artifact.manifest import Manifest
-from optc.compiler.capture.pretrained import DTYPES, capture_pretrained
+from optc.compiler.capture.pretrained import DTYPES, RESIDENT_BYTES, capture_pretrained, load_model
 from optc.runtime.sessions.program import open_program
 from optc.runtime.sessions.session import Session, SessionOptions
 
@@ -20,5 +21,38 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    dtype = next(name for name, kind in DTYPES.items() if str(kind) == f"torch.{manifest.dtype}")
-    return open_program(capture_pretrained(folder, dtype=dtype)[0])
+    return open_program(capture_pretrained(folder, dtype=_dtype(manifest))[0])
+
+
+def open_runner(folder: Path, manifest: Manifest) -> Callable[..., list[torch.Tensor]]:
+    """What the folder's own config and tensors compute, as a function of the inputs of the program they came from.
+
+    Weights of a quantized folder are read through its layout and become dense. Where the layout rounds activations, keys
+    or values, the folder is captured instead, and its graph rounds them.
+
+    Raises:
+        InputError, CaptureError: the folder cannot be read back.
+    """
+    dtype = _dtype(manifest)
+    rounds = any(item.activations for item in manifest.contract.quantization.values())
+    if rounds or any(name.startswith("kv_cache.") for name in manifest.contract.sources):
+        module = capture_pretrained(folder, dtype=dtype, prove=False)[0]
+        return lambda *inputs: [out for out in (module(*inputs),) if isinstance(out, torch.Tensor)]
+    model, _ = load_model(folder, dtype=DTYPES[dtype], attention="eager", resident_bytes=RESIDENT_BYTES)
+
+    def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
+        # Rows are padded on the right: a causal model needs neither a mask nor positions, and makes its own.
+        given = {
+            spec.role: value
+            for spec, value in zip(manifest.contract.inputs, inputs, strict=True)
+            if spec.role != "position_ids"
+        }
+        with torch.no_grad():
+            out = model(**given, return_dict=True)
+        return [out.logits if hasattr(out, "logits") else out[0]]
+
+    return run
+
+
+def _dtype(manifest: Manifest) -> str:
+    return next(name for name, kind in DTYPES.items() if str(kind) == f"torch.{manifest.dtype}")

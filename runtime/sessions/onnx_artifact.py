@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+
+from torch import Tensor
 
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.artifact.onnx_check import check_onnx
@@ -31,3 +34,24 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
             remedy='pip install "optc[onnx]"',
         ) from error
     return OrtSession(folder / str(name), manifest.contract, threads=options.threads)
+
+
+def open_runner(folder: Path, manifest: Manifest) -> Callable[..., list[Tensor]]:
+    """The graph of an ONNX or TensorRT artifact as a function of flat tensors, on the CPU.
+
+    Raises:
+        ArtifactError: the graph opens what it must not.
+        TargetError: ONNX Runtime is not installed, or cannot load the graph.
+    """
+    name = str(manifest.engine_info["model"])
+    check_onnx(folder, name)
+    try:
+        from optc.runtime.sessions.ort import GraphRunner
+    except ModuleNotFoundError as error:
+        raise TargetError(
+            "ONNX Runtime is not installed",
+            where=str(folder),
+            why=str(error),
+            remedy='pip install "optc[onnx]"',
+        ) from error
+    return GraphRunner(folder / name)

@@ -30,6 +30,7 @@ from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.target.target import ExportRequest, ExportResult, Target, check_context, check_legal
 from optc.compiler.version import version
 from optc.exporters.reports.report import write_report
+from optc.opening import open_written
 from optc.request import GateRequest, Request, from_python
 from optc.resolving import Resolved, recipe_steps, resolve
 
@@ -58,6 +59,7 @@ class CompileResult:
             "weight_bytes": self.manifest.weight_bytes,
             "quantization": self.manifest.quantization,
             "capture": msgspec.to_builtins(self.manifest.capture),
+            "opened": msgspec.to_builtins(self.manifest.opened),
             "passes": rows,
         }
 
@@ -201,8 +203,18 @@ def _write(
             (directory / "ir").mkdir()
             for stage in result.stages:
                 (directory / "ir" / stage.file_name).write_text(stage.text)
-        seconds["total"] = time.perf_counter() - begin
         manifest = _manifest(target, result, exported, captured, seconds)
+        opened = exported.opened or open_written(
+            directory,
+            manifest,
+            result.program,
+            exported.engine,
+            captured.tokens,
+            target.tolerance(result.program),
+        )
+        seconds["total"] = time.perf_counter() - begin
+        rounded = {key: round(value, 3) for key, value in seconds.items()}
+        manifest = msgspec.structs.replace(manifest, opened=opened, seconds=rounded)
         write_report(directory, manifest)
         return artifact.finish(directory, manifest)
 
@@ -228,7 +240,7 @@ def _manifest(
         passes=result.records,
         weight_bytes=exported.weight_bytes,
         quantization=summarize(program.contract, quantized_linears(result.records), exported.tensor_bytes),
-        seconds={key: round(value, 3) for key, value in seconds.items()},
+        seconds=seconds,
     )
 
 

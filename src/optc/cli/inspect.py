@@ -115,6 +115,7 @@ def _show(manifest: dict[str, Any]) -> None:
             f"  {row['name']}: matched {row['matched']} of {row['candidates']}{drift}, {row['seconds']:.2f} s"
         )
     worst = _worst(manifest)
+    click.echo(_opened(manifest["opened"]))
     if worst:
         click.echo("largest errors of quantized weights:")
         click.echo("\n".join(worst))
@@ -140,6 +141,19 @@ def _capture(row: dict[str, Any] | None) -> list[str]:
             f"relative {item['relative']:.1e}{kl}"
         )
     return [*lines, *(f"  {note}" for note in row["notes"])]
+
+
+def _opened(row: dict[str, Any] | None) -> str:
+    """What the written file computed in its engine."""
+    if row is None or not row["opened"]:
+        return f"written file: not opened: {row['why'] if row else 'made by an optc that did not'}"
+    kl = "" if row["kl"] is None else f", KL {row['kl']:.1e}, top-1 {row['top1']:.3f}"
+    note = f" ({row['why']})" if row["why"] else ""
+    limit = "" if row["limit"] is None else f" of {row['limit']:.1e}"
+    return (
+        f"written file: opened in {row['engine']} {row['version']}{note}: max |diff| {row['max_abs_diff']:.1e} on outputs "
+        f"of up to {row['scale']:.1f}, relative {row['relative']:.1e}{limit}{kl}, {row['seconds']:.2f} s"
+    )
 
 
 def _quantization(row: dict[str, Any]) -> str:

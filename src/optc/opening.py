@@ -1,0 +1,130 @@
+"""The file that was written is opened in its engine and compared with the last stage, before it is published."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optc.compiler.artifact.engines import Engine
+from optc.compiler.artifact.manifest import Manifest, OpenedRecord
+from optc.compiler.diagnostics import GateError, OptcError, TargetError
+from optc.compiler.execution.drift import Drift, measure
+from optc.compiler.execution.probe import random_probe
+from optc.compiler.execution.stage_driver import StageRun, run_module, run_stage
+from optc.compiler.ir.program import Program
+from optc.compiler.pipeline.gate import rounds_activations
+from optc.compiler.pipeline.pipeline import compute_dtype, default_probe
+
+_LENGTHS = (9, 5)
+"""Tokens of the two sequences: a ragged prefill, then one decode step."""
+
+_PACKAGES = {"onnx": "onnxruntime", "tensorrt": "onnxruntime", "huggingface": "transformers"}
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_ROUNDED_TOLERANCE = 3e-2  # a sum in another order moves a code of an activation to the next
+
+
+def open_written(
+    directory: Path, manifest: Manifest, program: Program, engine: Engine, tokens: Sequence[int],
+    limit: float | None = None,
+) -> OpenedRecord:  # fmt: skip
+    """Run what was written beside the last stage: a prefill of a few tokens and one step of decoding.
+
+    Args:
+        directory: the artifact before it is published.
+        program: the last stage.
+        tokens: encoded text; random tokens are taken where there is too little.
+        limit: largest relative L2 difference of the outputs; None takes that of an engine that computes in the
+            program's types.
+
+    Raises:
+        GateError: the engine cannot open the file, or it computes other numbers than the last stage.
+    """
+    begin = time.perf_counter()
+    limit = _tolerance(program) if limit is None else limit
+    if engine.runner is None:
+        return OpenedRecord(opened=False, why=f"optc has no way to open files of {engine.name} here")
+    try:
+        runner = engine.open_runner(directory, manifest)
+    except TargetError as error:
+        if isinstance(error.__cause__, ImportError):
+            return OpenedRecord(opened=False, why=error.what)
+        raise _unopened(engine, error) from error
+    except OptcError as error:
+        raise _unopened(engine, error) from error
+    drift, count = _compared(program, runner, engine, tokens)
+    record = OpenedRecord(
+        opened=True, why=_why(engine), engine=_PACKAGES.get(engine.name, engine.name),
+        version=metadata.version(_PACKAGES.get(engine.name, engine.name)), tokens=count,
+        max_abs_diff=drift.max_abs_diff, scale=drift.scale, relative=drift.relative, limit=limit, kl=drift.kl,
+        top1=drift.top1, seconds=round(time.perf_counter() - begin, 3),
+    )  # fmt: skip
+    if not drift.relative <= limit:
+        raise GateError(
+            f"the written file computes other numbers than the last stage in {record.engine} {record.version}",
+            where=str(manifest.engine_info.get("model", "")) or manifest.target,
+            why=f"relative difference {drift.relative:.3g} > {limit:.3g}, max abs difference {drift.max_abs_diff:.3g} on "
+            f"outputs of up to {drift.scale:.3g}",
+            remedy="nothing was published; report this with the model's config and --dump-ir",
+        )
+    return record
+
+
+def _tolerance(program: Program) -> float:
+    tolerance = _TOLERANCE[compute_dtype(program)]
+    return max(tolerance, _ROUNDED_TOLERANCE) if rounds_activations(program) else tolerance
+
+
+def _why(engine: Engine) -> str:
+    """What was opened, where it is not what users run."""
+    if engine.name == "tensorrt":
+        return "the plan's ONNX graph in ONNX Runtime on the CPU, not the plan"
+    return ""
+
+
+def _unopened(engine: Engine, error: OptcError) -> GateError:
+    return GateError(
+        f"the written file cannot be opened by {engine.name}", where=error.where,
+        why=f"{error.what}: {error.why}" if error.why else error.what,
+        remedy="nothing was published; report this with the model's config",
+    )  # fmt: skip
+
+
+def _compared(
+    program: Program, runner: Callable[..., Any], engine: Engine, tokens: Sequence[int]
+) -> tuple[Drift, int]:
+    """(difference of the engine from the last stage, tokens fed)."""
+    try:
+        if program.contract.kind == "module":
+            inputs = default_probe(program, 0).tensors
+            ours = StageRun(run_module(program, inputs), [], role="output")
+            found = StageRun(
+                [item for item in runner(*inputs) if isinstance(item, Tensor)], [], role="output"
+            )
+            return measure(ours, found), 0
+        sequences = _sequences(program, tokens)
+        ours, found = (run_stage(program, sequences, chunk=0, steps=1, engine=run) for run in (None, runner))
+    except (RuntimeError, ValueError, TypeError, torch.OutOfMemoryError) as error:
+        raise GateError(
+            f"the written file does not run in {engine.name}", where=engine.name,
+            why=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
+            remedy="nothing was published; report this with the model's config",
+        ) from error  # fmt: skip
+    return measure(ours, found), sum(map(len, sequences))
+
+
+def _sequences(program: Program, tokens: Sequence[int]) -> list[list[int]]:
+    model, capacity = program.contract.model, program.contract.kv_cache.capacity
+    longest = min(_LENGTHS[0], model.context_length or _LENGTHS[0], capacity or _LENGTHS[0])
+    if len(tokens) < sum(_LENGTHS):
+        return [list(row[:longest]) for row in random_probe(model.vocab_size, longest=longest).sequences[:2]]
+    return [
+        list(tokens[: min(longest, _LENGTHS[0])]),
+        list(tokens[_LENGTHS[0] : _LENGTHS[0] + min(longest, _LENGTHS[1])]),
+    ]
