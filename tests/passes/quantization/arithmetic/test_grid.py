@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import optc.compiler.ops  # noqa: F401  (registers optc.dequantize)
 from optc.passes.quantization.arithmetic.grid import full_range, search, storable
 
 
