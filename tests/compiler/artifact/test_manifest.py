@@ -60,10 +60,13 @@ def test_truncated(keep: int) -> None:
 
 
 def test_white_space_is_sealed_too() -> None:
-    with pytest.raises(ArtifactError, match="it was changed after it was written"):
-        decode(encode(make_manifest()).replace(b": 24", b":  24"), "manifest.json")
-    with pytest.raises(ArtifactError, match="it does not end with self_sha256"):
-        decode(encode(make_manifest()) + b"\n", "manifest.json")
+    with pytest.raises(ArtifactError, match="cause: it was changed after it was written") as caught:
+        decode(encode(make_manifest()).replace(b": 24", b":  24"), "m")
+    assert caught.value.where == "m"
+    with pytest.raises(ArtifactError) as caught:
+        decode(encode(make_manifest()) + b"\n", "m")
+    assert caught.value.where == "m"
+    assert caught.value.why == "it does not end with self_sha256: cut off, or not written by optc"
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,7 @@ def test_other_version_names_both() -> None:
     with pytest.raises(ArtifactError) as caught:
         decode(sealed(lambda data: data.update(format_version=1, new_field=1)), "m")
     assert caught.value.what == "the manifest has format version 1, this optc reads 2"
+    assert caught.value.where == "m"
     assert caught.value.remedy == "use the optc that wrote the artifact, or compile it again"
 
 
@@ -109,19 +113,37 @@ def test_wrong_types(edit: Callable[[dict[str, Any]], None], cause: str) -> None
     ["", ".", "..", "/a", "../x", "a/../../x", "a//b", "./a", "a/", "a\\b", "a\0b", "a\nb", "manifest.json"],
 )
 def test_paths_that_leave_the_folder(path: str) -> None:
-    with pytest.raises(ArtifactError, match="is not a plain path inside the artifact"):
+    with pytest.raises(ArtifactError, match="is not a plain path inside the artifact") as caught:
         decode(sealed(lambda data: data["files"][0].update(path=path)), "m")
+    assert caught.value.where == "m"
 
 
 def test_a_file_listed_twice() -> None:
-    with pytest.raises(ArtifactError, match=r"'ir/00-capture\.txt' is listed twice"):
+    with pytest.raises(ArtifactError, match=r"'ir/00-capture\.txt' is listed twice") as caught:
         decode(sealed(lambda data: data["files"].append(data["files"][0])), "m")
+    assert caught.value.where == "m"
+
+
+def test_an_unknown_engine_is_said_of_the_file() -> None:
+    with pytest.raises(ArtifactError) as caught:
+        decode(sealed(lambda data: data.update(engine="steam")), "m")
+    assert caught.value.where == "m"
+
+
+def test_equal_manifests_give_equal_bytes_that_people_can_read() -> None:
+    """Whatever the order in which tables were filled."""
+    one, two = (
+        encode(make_manifest(seconds=dict(items)))
+        for items in ((("a", 1.0), ("b", 2.0)), (("b", 2.0), ("a", 1.0)))
+    )
+    assert one == two
+    assert one.startswith(b'{\n  "format_version": 2,\n')
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_drift_that_json_cannot_hold_is_a_bug(value: float) -> None:
     record = msgspec.structs.replace(make_manifest().passes[0], layer_drift=(value,))
-    with pytest.raises(AssertionError, match="layer drift that is not finite"):
+    with pytest.raises(AssertionError, match=r"^a pass recorded a layer drift that is not finite"):
         encode(make_manifest(passes=(record,)))
 
 
@@ -135,9 +157,11 @@ def test_programs_by_role() -> None:
     assert (read.contract, read.engine_info) == (model.contract, model.engine_info)
     edited = read.with_program("draft", engine_info={})
     assert (edited.programs["draft"].engine_info, edited.engine_info) == ({}, model.engine_info)
+    assert read.with_program(engine_info={}).engine_info == {}
     for programs, cause in (
         ({}, "its programs lack the role 'model'"),
         ({"tail": {}}, "Invalid enum value 'tail'"),
     ):
-        with pytest.raises(ArtifactError, match=cause):
+        with pytest.raises(ArtifactError, match=f"cause: {cause}") as caught:
             decode(sealed(lambda data, programs=programs: data.update(programs=programs)), "m")
+        assert caught.value.where == "m"
