@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.calibration.sequences import cut_sequences
-from optc.compiler.capture import capture_pretrained
+from optc.compiler.capture import capture_model, capture_pretrained
 from optc.compiler.diagnostics import GateError
 from optc.compiler.execution.probe import text_probe
 from optc.compiler.ir.program import Program
@@ -276,3 +276,31 @@ def test_what_rounding_jumps_by_is_let_through() -> None:
     result = LegalizeInductor().run(_prepared(before), PassContext())
     assert result.matched
     _gate(LegalizeInductor(), before, result)
+
+
+@functools.cache
+def _random_model() -> Program:
+    """A Llama as transformers initializes it: its distribution over 2048 tokens is nearly flat."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
+    config = LlamaConfig(**sizes, vocab_size=2048, max_position_embeddings=64)
+    return capture_model(LlamaForCausalLM(config).eval().requires_grad_(False))
+
+
+def test_random_weights_are_judged_by_relative_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of their tokens none is decided: a third of them may have another successor, which says nothing."""
+    rewrite = QuantizeRtn(bits=4, group_size=32)
+    (row,) = Pipeline([rewrite]).run(_random_model()).records
+    assert row.drift is not None
+    assert float(row.drift.top1_agreement or 0.0) < 0.8
+    assert 0.1 < float(row.drift.relative_error or 0.0) < 0.5
+    edited = rewrite.run(_random_model(), PassContext()).program.clone()
+    SCALE(edited)
+    result = PassResult(edited.changed(), 1, 1)
+    monkeypatch.setattr(QuantizeRtn, "run", lambda *_: result)
+    with pytest.raises(GateError) as caught:
+        Pipeline([rewrite]).run(_random_model())
+    assert "relative error" in str(caught.value.why)
+    assert "the model's own distribution is nearly flat: entropy 7.6" in str(caught.value.why)
