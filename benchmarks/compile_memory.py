@@ -91,7 +91,7 @@ class Watch(threading.Thread):
         self.timeline: list[tuple[float, float]] = []
 
     def run(self) -> None:
-        begin, told = time.monotonic(), -10.0
+        begin, told = time.monotonic(), -60.0
         while True:
             try:
                 lines = self.path.read_text().splitlines()
@@ -102,7 +102,7 @@ class Watch(threading.Thread):
                 if key in ("VmHWM", "RssAnon", "RssFile", "RssShmem", "VmData"):
                     self.peaks[key] = max(self.peaks.get(key, 0), int(value.split()[0]) * 1024)
                     passed = time.monotonic() - begin
-                    if key == "RssAnon" and passed - told > 5:
+                    if key == "RssAnon" and passed - told > 60:
                         told = passed
                         self.timeline.append((round(passed, 1), round(int(value.split()[0]) / (1 << 20), 2)))
             time.sleep(0.02)

@@ -174,7 +174,9 @@ def evaluate(node: Node, values: Mapping[Node, Any], sizes: Sizes | None = None)
         return memo[current]
 
     with torch.no_grad():
-        return run(node)
+        result = run(node)
+    memo.clear()  # `run` refers to itself: what it holds would stay until the next collection of cycles
+    return result
 
 
 def constant(program: Program, node: Node) -> Tensor | None:

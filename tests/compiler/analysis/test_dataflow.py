@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -188,3 +190,19 @@ def test_new_weights_may_have_any_name_and_be_the_output(name: str) -> None:
     x = torch.rand(2, 4)
     assert torch.equal(program.changed()(x), 2.0 * x)
     assert [name for name, _ in program.weights()] == [name]
+
+
+def test_values_are_let_go_without_a_collection_of_cycles() -> None:
+    """Weights of large models are among them."""
+    graph = torch.fx.Graph()
+    leaf = graph.placeholder("leaf")
+    node = graph.call_function(torch.add, (leaf, 1))
+    values = {leaf: torch.ones(3)}
+    held = weakref.ref(values[leaf])
+    gc.disable()
+    try:
+        assert torch.equal(evaluate(node, values), torch.full((3,), 2.0))
+        values.clear()
+        assert held() is None
+    finally:
+        gc.enable()
