@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import metadata
 from typing import Any, Literal
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from optc.compiler.diagnostics import InputError
 from optc.compiler.ops.dialect.nvfp4 import BLOCK
 from optc.compiler.ops.library import OpSpec, find, named
+from optc.compiler.plugins import plugins
 
 ENTRY_POINTS = "optc.formats"
 HALF = 16
@@ -144,12 +144,10 @@ NVFP4 = WeightFormat(
 def weight_formats() -> Mapping[str, WeightFormat]:
     """Every format by name, those of other packages among them."""
     found = {item.name: item for item in (INT, FP8, NF4, NVFP4)}
-    for point in metadata.entry_points(group=ENTRY_POINTS):
-        item = point.load()
-        assert isinstance(item, WeightFormat), (
-            f"entry point '{point.name}' of {ENTRY_POINTS} is no WeightFormat"
-        )
-        found.setdefault(item.name, item)
+    for form in plugins(
+        ENTRY_POINTS, "a WeightFormat", lambda item: item if isinstance(item, WeightFormat) else None
+    ):
+        found.setdefault(form.name, form)
     return found
 
 

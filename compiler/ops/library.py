@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any, Literal
 
 import torch
 
 from optc.compiler.diagnostics import TargetError
+from optc.compiler.plugins import plugins
 
 ENTRY_POINTS = "optc.ops"
 _LIBRARY = torch.library.Library("optc", "FRAGMENT")
@@ -105,8 +105,8 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any],
 
 def load_entry_points() -> None:
     """Import the modules by which other packages add ops to the dialect; each calls `define`."""
-    for point in metadata.entry_points(group=ENTRY_POINTS):
-        point.load()
+    for _ in plugins(ENTRY_POINTS, "a module", lambda _: True):
+        pass
 
 
 def specs() -> Iterator[OpSpec]:

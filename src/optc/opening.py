@@ -44,7 +44,7 @@ def open_written(
             program's types.
 
     Raises:
-        GateError: the engine cannot open the file, or it computes other numbers than the last stage.
+        GateError: the engine cannot open the file, or it computes different numbers from the last stage.
     """
     begin = time.perf_counter()
     limit = _tolerance(program) if limit is None else limit
@@ -67,7 +67,7 @@ def open_written(
     )  # fmt: skip
     if not drift.relative <= limit:
         raise GateError(
-            f"the written file computes other numbers than the last stage in {record.engine} {record.version}",
+            f"the written file computes different numbers from the last stage in {record.engine} {record.version}",
             where=str(manifest.engine_info.get("model", "")) or manifest.target,
             why=f"relative difference {drift.relative:.3g} > {limit:.3g}, max abs difference {drift.max_abs_diff:.3g} on "
             f"outputs of up to {drift.scale:.3g}",

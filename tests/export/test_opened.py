@@ -88,7 +88,7 @@ def test_an_encoder_is_opened(tmp_path: Path) -> None:
 def test_damaged_weights_stop_the_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _damaged(monkeypatch, _scaled("model.onnx.data"))
     with pytest.raises(
-        GateError, match="computes other numbers than the last stage in onnxruntime"
+        GateError, match="computes different numbers from the last stage in onnxruntime"
     ) as caught:
         _compile(_net(), tmp_path)
     assert caught.value.exit_code == 5
@@ -131,5 +131,5 @@ def test_a_model_folder_is_read_back(
         save_file({**tensors, name: tensors[name] * 1.5}, path, metadata={"format": "pt"})
 
     _damaged(monkeypatch, damage)
-    with pytest.raises(GateError, match="computes other numbers than the last stage in transformers"):
+    with pytest.raises(GateError, match="computes different numbers from the last stage in transformers"):
         _compile(example_model, tmp_path / "second", "vllm", quant="rtn")

@@ -31,7 +31,7 @@ def prove_module(program: Program, module: nn.Module, example_inputs: Sequence[T
 
     Raises:
         GateError: the program computes something else or does not run (names the sizes and the first submodule that
-            differs), or the module gives other numbers each time.
+            differs), or the module gives different numbers each time.
     """
     begin = time.perf_counter()
     figures: list[CaptureFigures] = []
@@ -122,7 +122,7 @@ def _compare(
     shapes = [[tuple(tensor.shape) for tensor in side] for side in (own, ours)]
     if shapes[0] != shapes[1]:
         raise GateError(
-            "the capture failed the numerics gate: the program's outputs have other shapes", where=kind,
+            "the capture failed the numerics gate: the program's outputs have different shapes", where=kind,
             why=f"with {name}: {shapes[1]}, not {shapes[0]}",
             remedy="declare dynamic only axes whose every size the module treats alike",
         )  # fmt: skip
@@ -167,7 +167,7 @@ def _miss(
         again = _tensors(module(*inputs))
     if any(not torch.equal(*_comparable(first, second)) for first, second in zip(own, again, strict=True)):
         return GateError(
-            f"the capture failed the numerics gate: {kind} gives other numbers each time", where=kind,
+            f"the capture failed the numerics gate: {kind} gives different numbers each time", where=kind,
             why="two runs of the module on the same inputs and seed differ", remedy="optc.capture(..., prove=False)",
         )  # fmt: skip
     with _same_state(module), torch.no_grad():

@@ -345,7 +345,7 @@ def test_random_modules_draw_the_same_numbers() -> None:
 
 
 def test_modules_with_other_numbers_each_time_are_named() -> None:
-    with pytest.raises(GateError, match="_Erratic gives other numbers each time"):
+    with pytest.raises(GateError, match="_Erratic gives different numbers each time"):
         capture_module(_Erratic(), (torch.randn(2, 4),))
 
 
