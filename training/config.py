@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from optc.compiler.ir.devices import DEVICE_PATTERN
 from optc.training.activation_checkpointing import CheckpointingConfig
 from optc.training.compile import CompileConfig
 from optc.training.lora import LoraConfig
@@ -135,7 +136,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         loss_chunk: tokens whose logits are alive at a time; 0 makes the logits of a micro-batch whole. Where a teacher,
             fp16, compile.scope=model or the model itself needs whole logits, they are made whole.
         seed: of weights, data order and dropout.
-        device: cpu, cuda, or auto: cuda where there is one.
+        device: cpu, cuda, cuda:N, or auto: cuda where there is one. With several ranks each takes its own GPU.
         on_nan: a loss that is not finite: "stop" ends the run, "skip" leaves that step out (at most 10 in a row).
         peak_tflops: the device's peak in TFLOP/s (1e12) at this precision, for MFU; None: known devices only.
         tensorboard: write event files to OUTPUT.run/tensorboard (extra `train`); they move into the output.
@@ -152,7 +153,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     clip_norm: Annotated[float, Meta(ge=0)] = 1.0
     loss_chunk: NotNegative = 2048
     seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[str, Meta(pattern=DEVICE_PATTERN)] = "auto"
     on_nan: Literal["stop", "skip"] = "stop"
     peak_tflops: Positive | None = None
     tensorboard: bool = False

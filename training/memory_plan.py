@@ -88,7 +88,7 @@ def predict(config: TrainConfig, world_size: int = 1) -> MemoryPlan:
     Raises:
         InputError: the model folder is missing or has no usable config.
     """
-    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     rows = max(1, config.batch_size // (world_size * config.gradient_accumulation))
     found = _dry_run(msgspec.structs.replace(config, parallel=ParallelConfig()), rows)
     states = found.trained * _STATES[config.optimizer.name]

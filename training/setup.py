@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.ir.devices import choose_device
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, config_digest, weights_digest
 from optc.compiler.model_folder.config_file import read_config
 from optc.runtime.generation.tokenizer import eos_token_ids, load_tokenizer
@@ -116,14 +117,18 @@ def pick_device(config: TrainConfig, world: World) -> torch.device:
     """The device of this rank.
 
     Raises:
-        UsageError: cuda is asked for and there is none.
+        UsageError: one GPU is named for several ranks.
+        TargetError: cuda is asked for and there is none, or not as many.
     """
-    present = torch.cuda.is_available()
-    if config.device == "cuda" and not present:
-        raise UsageError("device cuda: there is no CUDA device", remedy="use --set device=cpu")
-    if config.device == "cpu" or not present:
-        return torch.device("cpu")
-    device = torch.device("cuda", world.local_rank)
+    if ":" in config.device and world.size > 1:
+        raise UsageError(
+            f"device {config.device} is one GPU, for {world.size} ranks", remedy="use device=cuda"
+        )
+    device = choose_device(config.device)
+    if device.type == "cpu":
+        return device
+    if ":" not in config.device:
+        device = torch.device("cuda", world.local_rank)
     torch.cuda.set_device(device)
     return device
 

@@ -11,6 +11,7 @@ import torch
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.capture.pretrained import load_model
 from optc.compiler.diagnostics import InputError
+from optc.compiler.ir.devices import choose_device
 from optc.compiler.model_folder.checkpoint import check_folder, weights_digest
 
 
@@ -29,20 +30,24 @@ class SourceModel:
 
     def __call__(self, tokens: Sequence[int]) -> torch.Tensor:
         with torch.inference_mode():
-            logits: torch.Tensor = self.model(input_ids=torch.tensor([tokens]), use_cache=False).logits
-        return logits[0].float()
+            ids = torch.tensor([tokens], device=next(self.model.parameters()).device)
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits[0].float().cpu()
 
 
-def open_reference(manifest: Manifest, source: Path | None = None) -> SourceModel:
+def open_reference(manifest: Manifest, source: Path | None = None, device: str = "cpu") -> SourceModel:
     """Load the source model of an artifact in fp32 with transformers' own attention.
 
     Args:
         source: compare with this folder, whatever its weights; None takes the folder that the
             manifest names, whose weights must still be those that were compiled.
+        device: cpu, cuda, cuda:N or auto.
 
     Raises:
+        UsageError, TargetError: an unknown device, or one that is not here.
         InputError: the folder is gone, unusable, changed since, or has another vocabulary.
     """
+    place = choose_device(device)
     folder = source or _recorded(manifest)
     info = check_folder(folder)
     matches = weights_digest(info) == manifest.source.weights_sha256
@@ -60,7 +65,7 @@ def open_reference(manifest: Manifest, source: Path | None = None) -> SourceMode
             f"the source model has {vocab} token ids, the artifact {manifest.contract.model.vocab_size}",
             where=str(folder), remedy="name the model that was compiled: --source DIR",
         )  # fmt: skip
-    return SourceModel(folder, matches, model)
+    return SourceModel(folder, matches, model.to(place))
 
 
 def _recorded(manifest: Manifest) -> Path:

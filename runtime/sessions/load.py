@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from optc.compiler.artifact.engines import check_files, find_engine
+from optc.compiler.artifact.engines import Engine, check_files, find_engine
 from optc.compiler.artifact.folder import verify
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
@@ -153,14 +153,17 @@ class _Streams:
 
 
 def load(
-    folder: str | Path, *, threads: int | None = None, num_blocks: int | None = None, eager: bool = False
-) -> Model:
+    folder: str | Path, *, threads: int | None = None, num_blocks: int | None = None, eager: bool = False,
+    device: str | None = None, graph_device: str = "cpu",
+) -> Model:  # fmt: skip
     """Verify an artifact and open it for generation.
 
     Args:
         threads: of the engine; None takes one per physical core that this process may use.
         num_blocks: size of the KV pool of a paged artifact; see `PagedSession`.
         eager: capture a model folder, which has no engine of optc's, and run its graph: slow, for measuring quality.
+        device: cpu, cuda, cuda:N or auto, where the artifact must run; None is where its engine does.
+        graph_device: where such a graph runs, if `device` says nothing.
 
     Raises:
         InputError: there is no such folder.
@@ -169,9 +172,30 @@ def load(
     """
     folder = Path(folder)
     manifest = verify(folder)
-    session = open_session(folder, manifest, threads=threads, num_blocks=num_blocks, eager=eager)
+    session = open_session(
+        folder, manifest, threads=threads, num_blocks=num_blocks, eager=eager, device=device,
+        graph_device=graph_device,
+    )  # fmt: skip
     stop_ids = eos_token_ids(folder, manifest.contract.model.eos_token_ids)
     return Model(manifest, session, load_tokenizer(folder), stop_ids)
+
+
+def _check_device(engine: Engine, manifest: Manifest, asked: str, where: str) -> None:
+    """Refuse a device that is not the engine's.
+
+    Raises:
+        UsageError, TargetError: as `choose_device`; or the engine runs elsewhere.
+    """
+    from optc.compiler.ir.devices import choose_device
+
+    own = manifest.device if engine.device == "target" else engine.device
+    found = choose_device(own if asked == "auto" else asked)
+    if found.type != own or found.index not in (None, 0):
+        raise TargetError(
+            f"the artifact does not run on {asked}", where=where,
+            why=f"its engine, {engine.name}, runs on " + ("the CPU" if own == "cpu" else "the first GPU"),
+            remedy="leave --device out" + ("" if own == "cpu" else ", and choose the GPU by CUDA_VISIBLE_DEVICES"),
+        )  # fmt: skip
 
 
 def open_session(
@@ -181,6 +205,8 @@ def open_session(
     threads: int | None = None,
     num_blocks: int | None = None,
     eager: bool = False,
+    device: str | None = None,
+    graph_device: str = "cpu",
 ) -> Session:
     """The session for a verified artifact, picked by its engine and KV cache; arguments as `load`.
 
@@ -194,6 +220,8 @@ def open_session(
             "optc has no session for this artifact: it is a model folder", where=str(folder),
             remedy="load it with transformers (AutoModelForCausalLM.from_pretrained), vLLM or SGLang",
         )  # fmt: skip
+    if device is not None and not engine.eager:
+        _check_device(engine, manifest, device, str(folder))
     if contract.kind != "decoder" or (contract.kv_cache.kind == "none" and not engine.eager):
         raise TargetError(
             f"the artifact is a model of kind '{contract.kind}', which does not generate", where=str(folder),
@@ -206,6 +234,7 @@ def open_session(
     if num_blocks is not None and contract.kv_cache.kind != "paged":
         raise UsageError("kv-blocks has no effect here: the KV cache of the artifact is not paged")
     check_files(engine, manifest.engine_info, {entry.path for entry in manifest.files}, str(folder))
-    options = SessionOptions(threads=threads, num_blocks=num_blocks)
+    place = (device if engine.eager else None) or graph_device
+    options = SessionOptions(threads=threads, num_blocks=num_blocks, device=place)
     session: Session = engine.open_session(folder, manifest, options)
     return session

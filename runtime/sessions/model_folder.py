@@ -9,6 +9,7 @@ import torch
 
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.capture.pretrained import DTYPES, RESIDENT_BYTES, capture_pretrained, load_model
+from optc.compiler.ir.devices import choose_device, to_device
 from optc.runtime.sessions.program import open_program
 from optc.runtime.sessions.session import Session, SessionOptions
 
@@ -18,10 +19,12 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
 
     Raises:
         InputError: the folder cannot be captured.
+        UsageError, TargetError: an unknown device, or one that is not here.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    return open_program(capture_pretrained(folder, dtype=_dtype(manifest))[0])
+    place = choose_device(options.device)
+    return open_program(to_device(capture_pretrained(folder, dtype=_dtype(manifest))[0], place))
 
 
 def open_runner(folder: Path, manifest: Manifest) -> Callable[..., list[torch.Tensor]]:

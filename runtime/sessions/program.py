@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from optc.compiler.diagnostics import TargetError
+from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.runtime.sessions.paged import PagedSession
 from optc.runtime.sessions.session import Logits, Rows, Session
@@ -20,7 +21,7 @@ class RecomputeSession(Session):
     def __init__(self, program: Program) -> None:
         facts = program.contract.model
         super().__init__(vocab_size=facts.vocab_size, context_length=facts.context_length)
-        self._program = program
+        self._program, self._device = program, program_device(program)
         self._rows: list[list[int]] = []
 
     def close(self) -> None:
@@ -45,8 +46,9 @@ class RecomputeSession(Session):
             del row[length:]
 
     def _forward(self, tokens: Sequence[int]) -> Logits:
-        ids = torch.tensor([tokens])
-        return to_logits(self._program(ids, torch.arange(len(tokens))[None])[0])
+        ids = torch.tensor([tokens], device=self._device)
+        places = torch.arange(len(tokens), device=self._device)[None]
+        return to_logits(self._program(ids, places)[0].cpu())
 
 
 def open_program(program: Program, *, num_blocks: int = 256) -> Session:

@@ -36,10 +36,12 @@ class SessionOptions:
     Attributes:
         threads: of the engine; None takes one per physical core that this process may use.
         num_blocks: size of the KV pool of a paged artifact; see `PagedSession`.
+        device: where a graph without an engine is run: cpu, cuda, cuda:N or auto.
     """
 
     threads: int | None = None
     num_blocks: int | None = None
+    device: str = "cpu"
 
 
 class Session(ABC):

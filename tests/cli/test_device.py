@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from artifacts import make_artifact
 from conftest import EXAMPLE
 
 from optc.cli.main import main
@@ -57,3 +58,32 @@ def test_cuda_without_cuda(
     said = json.loads(capsys.readouterr().out)
     assert (said["what"], said["remedy"]) == ("'device' cannot be 'gpu'", "give cpu, cuda, cuda:N or auto")
     assert not list(tmp_path.iterdir())
+
+
+def test_eval_bench_and_train_without_cuda(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before anything is loaded; an artifact for the CPU is no bench of a GPU."""
+    text = EXAMPLE.parent / "book.txt"
+    artifact, output = tmp_path / "artifact", tmp_path / "out"
+    make_artifact(artifact, device="cpu")
+    commands = [
+        ("eval", artifact, "--text", text),
+        ("bench", artifact),
+        ("train", "--recipe", "finetune", "--model", EXAMPLE, "--text", text, "-o", output),
+    ]
+    cuda(monkeypatch, 0)
+    for command in commands:
+        assert exit_code(*command, "--device", "gpu") == 2, command
+        capsys.readouterr()
+        assert exit_code(*command, "--device", "cuda", "--json") == 4, command
+        said = json.loads(capsys.readouterr().out)
+        assert said["what"] == "--device cuda needs a CUDA device, and there is none here"
+    cuda(monkeypatch, 2)
+    assert exit_code("bench", artifact, "--device", "cuda:1", "--json") == 4
+    said = json.loads(capsys.readouterr().out)
+    assert (said["what"], said["cause"]) == (
+        "the artifact does not run on cuda:1",
+        "its engine, onnx, runs on the CPU",
+    )
+    assert not output.exists()

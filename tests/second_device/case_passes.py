@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from device_passes import PASSES
 from elsewhere import ELSEWHERE, There, second_device
@@ -14,6 +15,7 @@ from optc.compiler.execution.stage_driver import run_stage
 from optc.compiler.ir.devices import program_device, to_device
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import PassContext
+from optc.runtime.sessions.program import RecomputeSession
 
 CONTEXT = PassContext(calibration=random_calibration(128, samples=2, length=24, seed=0))
 ROWS = ([5, 6, 7, 8, 9, 10, 11, 12, 13], [3, 4, 5, 6, 7])
@@ -55,3 +57,13 @@ def test_passes(name: str) -> None:
         assert strangers == []
         drift = measure(run_stage(here, ROWS), run_stage(away, ROWS))
     assert drift.max_abs_diff < 1e-4 * max(1.0, drift.scale)
+
+
+def test_a_graph_and_the_source_model_run_elsewhere() -> None:
+    """Sessions without an engine, and the reference, feed the device and bring the numbers back."""
+    program = captured("llama")
+    tokens = [5, 6, 7, 8, 9]
+    expected = np.concatenate(list(RecomputeSession(program).score(tokens)))
+    with second_device():
+        found = np.concatenate(list(RecomputeSession(to_device(program, ELSEWHERE)).score(tokens)))
+    assert np.abs(found - expected).max() < 1e-5

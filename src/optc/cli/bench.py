@@ -8,7 +8,14 @@ from typing import Any
 import click
 
 from optc.cli.common import emit, json_option, progress
-from optc.cli.session_options import artifact_argument, kv_pool, save_figures, save_option, session_options
+from optc.cli.session_options import (
+    artifact_argument,
+    device_option,
+    kv_pool,
+    save_figures,
+    save_option,
+    session_options,
+)
 
 
 @click.command()
@@ -25,6 +32,7 @@ from optc.cli.session_options import artifact_argument, kv_pool, save_figures, s
 )
 @save_option
 @session_options
+@device_option("Where the engine shall run; refused where the artifact is for another.  [default: its own]")
 @json_option
 def bench(artifact: Path, as_json: bool, **flags: Any) -> None:
     """Time to first token, prefill and decode speed of ARTIFACT, and its memory.
@@ -41,7 +49,7 @@ def bench(artifact: Path, as_json: bool, **flags: Any) -> None:
     from optc.runtime.sessions.session import default_threads
 
     threads = flags["threads"] or default_threads()
-    model = load(artifact, threads=flags["threads"], num_blocks=flags["kv_blocks"])
+    model = load(artifact, threads=flags["threads"], num_blocks=flags["kv_blocks"], device=flags["device"])
     lengths = flags["prompt_lengths"] or (
         max(1, min(512, model.session.context_length - flags["new_tokens"])),
     )

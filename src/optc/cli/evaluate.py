@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from optc.cli.common import emit, json_option, progress
-from optc.cli.session_options import save_figures, save_option, session_options
+from optc.cli.session_options import device_option, save_figures, save_option, session_options
+from optc.compiler.artifact.engines import find_engine
 from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.ir.devices import choose_device
 
 if TYPE_CHECKING:
     from optc.runtime.sessions.load import Model
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 @click.option("--limit", type=int, help="With --tasks: use at most this many examples of each.")
 @save_option
 @session_options
+@device_option("Where the source model runs, and a model folder without an engine.  [default: cpu]")
 @json_option
 def evaluate(artifacts: tuple[Path, ...], as_json: bool, **flags: Any) -> None:
     """Perplexity of ARTIFACT on a text, KL and top-1 agreement against its source model; tasks of lm-eval.
@@ -61,8 +64,11 @@ def evaluate(artifacts: tuple[Path, ...], as_json: bool, **flags: Any) -> None:
     optc eval out/fiction-onnx --tasks ./my-tasks
     """
     _check(artifacts, flags)
+    if flags["device"] is not None:
+        choose_device(flags["device"])
     with ExitStack() as stack:
         models = [_load(path, flags, stack) for path in artifacts]
+        _check_device(models, flags)
         rows: list[dict[str, Any]] = [{"artifact": str(path)} for path in artifacts]
         extra: dict[str, Any] = {}
         if flags["text"] is not None:
@@ -103,12 +109,24 @@ def _check(artifacts: Sequence[Path], flags: dict[str, Any]) -> None:
             )
 
 
+def _check_device(models: Sequence[Model], flags: dict[str, Any]) -> None:
+    """Refuse --device where nothing runs there: engines have their own."""
+    compared = flags["text"] is not None and not flags["no_reference"]
+    if flags["device"] and not compared and not any(find_engine(m.manifest.engine, "").eager for m in models):
+        raise UsageError(
+            "--device has no effect here: no source model is run, and the engines have devices of their own",
+            remedy="leave it out",
+        )
+
+
 def _load(path: Path, flags: dict[str, Any], stack: ExitStack) -> Model:
     from optc.runtime.sessions.load import load
 
-    return stack.enter_context(
-        closing(load(path, threads=flags["threads"], num_blocks=flags["kv_blocks"], eager=True))
-    )
+    model = load(
+        path, threads=flags["threads"], num_blocks=flags["kv_blocks"], eager=True,
+        graph_device=flags["device"] or "cpu",
+    )  # fmt: skip
+    return stack.enter_context(closing(model))
 
 
 def _score(
@@ -122,7 +140,11 @@ def _score(
     tokens = models[0].encode(text)
     for path, model in zip(artifacts[1:], models[1:], strict=True):
         _check_same(artifacts[0], models[0], path, model, model.encode(text) == tokens, flags)
-    reference = None if flags["no_reference"] else open_reference(models[0].manifest, flags["source"])
+    reference = (
+        None
+        if flags["no_reference"]
+        else open_reference(models[0].manifest, flags["source"], flags["device"] or "cpu")
+    )
     with progress("windows") as update:
         found = compare(
             [model.session for model in models], tokens, reference, windows=flags["windows"], top_k=flags["top_k"],

@@ -34,6 +34,11 @@ def kv_pool(session: Session) -> dict[str, Any]:
     return {} if use is None else {"kv_pool": asdict(use)}
 
 
+def device_option(text: str) -> Callable[[F], F]:
+    """--device, with what it is for."""
+    return click.option("--device", metavar="cpu|cuda|cuda:N|auto", help=text)
+
+
 save_option = click.option(
     "--save", is_flag=True, help="Also store the figures in the artifact's manifest and report.html."
 )

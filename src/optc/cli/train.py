@@ -25,6 +25,7 @@ from optc.compiler.diagnostics import UsageError
 @click.option("--max-steps", type=int, help="Optimizer steps.")
 @click.option("--bits", type=int, help="QAT: bits per weight.")
 @click.option("--group-size", type=int, help="QAT: weights per scale.")
+@click.option("--device", metavar="cpu|cuda|cuda:N|auto", help="Where the training runs.  [default: auto]")
 @click.option("--seed", type=int, help="Seed of weights, data order and dropout.")
 @click.option(
     "--set",
@@ -83,7 +84,7 @@ def make_config(flags: dict[str, Any]) -> Any:
         )
     values = {
         "model": flags["model"], "data.text": list(flags["text"]) or None, "max_steps": flags["max_steps"],
-        "qat.bits": flags["bits"], "qat.group_size": flags["group_size"], "seed": flags["seed"],
+        "qat.bits": flags["bits"], "qat.group_size": flags["group_size"], "seed": flags["seed"], "device": flags["device"],
         "output": None if flags["output"] is None else str(flags["output"]),
     }  # fmt: skip
     given = {key: value for key, value in values.items() if value is not None}
