@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
+from optc.compiler.analysis.module_linears import expert_stacks, linear_shape, model_linears
 from optc.compiler.capture.pretrained import DTYPES, meta_model
 from optc.compiler.formats.integer import check_group_size, default_group_size
 from optc.compiler.model_folder.checkpoint import check_folder
@@ -70,38 +70,15 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
 
 
 def quantizable(skeleton: Any, ignore: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
-    """Weight name -> (N, K) of the linears that a quantization pass takes.
-
-    All but the output head and the routers of experts. A router is a linear beside experts with one output for each
-    of them. Stacked experts [E, N, K] are E linears, `name[e]`.
-    """
-    head = skeleton.get_output_embeddings() if hasattr(skeleton, "get_output_embeddings") else None
-    found: dict[str, tuple[int, int]] = {}
-    for path, module in skeleton.named_modules():
-        counts = {count for child in module.children() for count in _expert_counts(child)}
-        for name, child in module.named_children():
-            weight = f"{path}.{name}.weight" if path else f"{name}.weight"
-            if child is not head and type(child).__name__ in ("Linear", "Conv1D"):
-                first, second = (int(size) for size in child.weight.shape)
-                rows, columns = (first, second) if isinstance(child, torch.nn.Linear) else (second, first)
-                if rows not in counts:
-                    found[weight] = (rows, columns)
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3:
-                experts, rows, columns = map(int, parameter.shape)
-                found |= {f"{path}.{name}[{index}]": (rows, columns) for index in range(experts)}
+    """Weight name -> (N, K) of the linears that a quantization pass takes. Stacked experts are linears `name[e]`."""
+    found = {f"{name}.weight": linear_shape(module) for name, module in model_linears(skeleton).items()}
+    for name, (experts, rows, columns) in expert_stacks(skeleton).items():
+        found |= {f"{name}[{index}]": (rows, columns) for index in range(experts)}
     return {
         name: shape
         for name, shape in found.items()
         if not any(fnmatchcase(name.partition("[")[0], pattern) for pattern in ignore)
     }
-
-
-def _expert_counts(module: torch.nn.Module) -> set[int]:
-    """How many experts a module holds: stacked in parameters, or one by one in a list; empty when none."""
-    if isinstance(module, torch.nn.ModuleList):
-        return {len(module)}
-    return {int(item.shape[0]) for item in module.parameters(recurse=False) if item.dim() == 3}
 
 
 _SCALE_BYTES = 2  # scales are stored in 16 bits
