@@ -58,7 +58,14 @@ class Stream:
         ]
         self._order = {node: index for index, node in enumerate(self._nodes)}
         self._last = {
-            node: max((self._order.get(user, len(self._nodes)) for user in node.users), default=-1)
+            node: max(
+                (
+                    self._order.get(user, len(self._nodes))
+                    for user in node.users
+                    if user.target not in _SKIPPED
+                ),
+                default=-1,
+            )
             for node in self._nodes
         }
         self._names = {node: program.weight_of(node) for node in self._nodes if node.op == "placeholder"}
