@@ -91,3 +91,34 @@ def test_scales_fit_sixteen_bits() -> None:
     assert torch.equal(found[2:], scale[2:])  # below float16's normal numbers and above its largest
     grid = search(_weight(), 4, 16, True)
     assert torch.equal(grid.scale, grid.scale.half().float())
+
+
+def test_other_scales_are_made_storable_and_the_rest_stays() -> None:
+    grid = full_range(_weight(), 3, 16, False)
+    other = grid.with_scale(grid.scale * 1.1)
+    assert torch.equal(other.scale, storable(grid.scale * 1.1))
+    assert not torch.equal(other.scale, grid.scale * 1.1)
+    assert torch.equal(other.zero, grid.zero)
+    assert (other.bits, other.group_size, other.symmetric) == (3, 16, False)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_grids_say_whether_they_are_symmetric(symmetric: bool) -> None:
+    assert full_range(_weight(), 4, 16, symmetric).symmetric is symmetric
+    assert search(_weight(), 4, 16, symmetric).symmetric is symmetric
+    assert search(_weight(), 4, 16, symmetric, steps=1).symmetric is symmetric
+
+
+def test_zero_stays_in_the_range_of_positive_weights() -> None:
+    grid = full_range(torch.tensor([[3.0, 7.5]]), 4, 0, False)
+    assert (grid.scale.tolist(), grid.zero.tolist()) == ([[0.5]], [[0.0]])
+
+
+def test_codes_stay_in_range_on_a_grid_that_clips() -> None:
+    grid = full_range(_weight(), 4, 16, True).with_scale(full_range(_weight(), 4, 16, True).scale * 0.3)
+    codes = grid.codes(-_weight())
+    assert (codes.min(), codes.max()) == (0, 15)
+
+
+def test_a_whole_row_is_one_group() -> None:
+    assert search(_weight(), 4, 0, True).scale.shape == (5, 1)
