@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from optc.compiler.calibration.sequences import DEFAULT_LENGTH, DEFAULT_SAMPLES
-from optc.compiler.diagnostics import TargetError
+from optc.compiler.diagnostics import TargetError, UsageError
 from optc.compiler.ir.devices import DEVICE_PATTERN
 from optc.compiler.rewriting.passes import Pass
 from optc.compiler.target.options import CacheRequest, QuantRequest, TargetOptions
@@ -188,7 +188,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     calibration: CalibrationRequest = CalibrationRequest()
     gate: GateRequest = GateRequest()
     run: RunRequest = RunRequest()
-    options: TargetOptions = TargetOptions()
+    options: TargetOptions | None = None  # the target's defaults
 
 
 SECTIONS: dict[str, type[msgspec.Struct]] = {
@@ -258,3 +258,35 @@ def from_python(target: str, **values: Any) -> Request:
         if value is not None
     }
     return make_request(target, given)
+
+
+def check_request(request: Request) -> None:
+    """Read every value of a request that was made by hand, as those of flags and recipes are read.
+
+    Raises:
+        UsageError: a value of another type or out of its bounds; names the field.
+        TargetError: options of another target.
+    """
+    target = request.target
+    if not isinstance(target, Target):
+        raise UsageError(
+            f"a request's target cannot be {target!r}", remedy="optc.targets.find_target('onnx-cpu')"
+        )
+    if request.options is not None and type(request.options) is not target.options:
+        raise TargetError(
+            f"target '{target.name}' does not take {type(request.options).__name__}",
+            remedy=f"it takes {target.options.__name__}",
+        )
+    for section in (*SECTIONS, "options"):
+        part = getattr(request, section)
+        if part is None:
+            continue  # the target's defaults
+        wanted = SECTIONS.get(section, target.options)
+        if not isinstance(part, wanted):
+            raise UsageError(
+                f"'{section}' of a request cannot be {part!r}", remedy=f"give {wanted.__name__}(...)"
+            )
+        for name, field in fields_of(wanted).items():
+            value = getattr(part, name)
+            if value is not field.default:
+                field.read(Given(value=value, where=f"{wanted.__name__}({name}=...)"))

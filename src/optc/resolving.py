@@ -14,7 +14,7 @@ from optc.compiler.target.options import CompileOptions, QuantRequest
 from optc.compiler.target.target import Step, Target, check_options
 from optc.fields import fields_of
 from optc.recipes import apply_pass_options, parse_passes
-from optc.request import Request
+from optc.request import Request, check_request
 from optc.targets.methods import choose_quantization
 from optc.targets.registry import all_targets
 
@@ -44,15 +44,17 @@ def resolve(request: Request) -> Resolved:
         UsageError: unknown names, options that contradict each other or do nothing.
         TargetError: what the target cannot do, or this machine cannot build; a device that is not here.
     """
+    check_request(request)
     target, asked = request.target, request.quantization
     _refuse_idle(request)
-    request.options.check()
+    own = request.options or target.options()
+    own.check()
     kind = request.cache.kv_cache or (target.kv_caches[0] if target.kv_caches else None)
     options = CompileOptions(
         dtype=request.what.dtype or target.dtypes[0],
         quantization=choose_quantization(asked),
         kv_cache=kind,
-        own=request.options,
+        own=own,
     )
     check_options(target, options, all_targets)
     if target.check_machine is not None:

@@ -15,15 +15,18 @@ from conftest import EXAMPLE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import optc
 from optc.cli.compile import compile_
 from optc.cli.flag_tables import with_tables
 from optc.cli.main import main
 from optc.cli.plan import plan
 from optc.cli.quantize import quantize
 from optc.compiler.diagnostics import TargetError, UsageError
+from optc.compiler.target.options import QuantRequest, TargetOptions
 from optc.fields import Field, fields_of
-from optc.request import SECTIONS, from_python, target_fields
-from optc.targets.registry import all_targets
+from optc.request import SECTIONS, Request, RunRequest, from_python, target_fields
+from optc.resolving import resolve
+from optc.targets.registry import all_targets, find_target
 
 Capture = pytest.CaptureFixture[str]
 
@@ -272,3 +275,28 @@ def test_the_docs_tables_are_current() -> None:
     assert with_tables(text) == text
     names = set(re.findall(r"<!-- table: ([a-z-]+) -->", text))
     assert names == {*SECTIONS, *(target.name for target in all_targets() if fields_of(target.options))}
+
+
+def test_a_request_made_by_hand_is_read_too(tmp_path: Path) -> None:
+    """The structs check nothing themselves; a compile does, before it writes."""
+    onnx, vllm = find_target("onnx-cpu"), find_target("vllm")
+    output = RunRequest(output=tmp_path / "out")
+    for request, what in (
+        (Request(target=onnx, quantization=QuantRequest(quant="rtn", bits=-1)), "'bits' cannot be -1"),
+        (Request(target=onnx, quantization=QuantRequest(quant=4)), "'quant' cannot be 4"),  # type: ignore[arg-type]
+        (Request(target=onnx, run=RunRequest(force="no")), "'force' cannot be 'no'"),  # type: ignore[arg-type]
+        (Request(target=onnx, gate=3), "'gate' of a request cannot be 3"),  # type: ignore[arg-type]
+        (Request(target="onnx"), "a request's target cannot be 'onnx'"),  # type: ignore[arg-type]
+        (
+            Request(target=onnx, run=output, options=TargetOptions()),
+            "target 'onnx-cpu' does not take TargetOptions",
+        ),
+        (Request(target=vllm, options=onnx.options()), "target 'vllm' does not take OnnxOptions"),
+    ):
+        with pytest.raises((UsageError, TargetError)) as caught:
+            optc.compile(EXAMPLE, request=request)
+        assert caught.value.what == what
+    made = Request(target=onnx, quantization=QuantRequest(quant="rtn", group_size=32))
+    chosen = resolve(made).options.quantization
+    assert chosen is not None
+    assert (chosen.bits, chosen.group_size) == (4, 32)
