@@ -83,6 +83,12 @@ class _Encoder(_Shell):
         more = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         out = self._inner(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **more)
         self._answer.is_logits = hasattr(out, "logits")
+        if not self._answer.is_logits and "last_hidden_state" not in out and len(out) > 1:
+            raise CaptureError(
+                f"the model has several outputs: {', '.join(out)}", where=type(self._inner).__name__,
+                why="an encoder is captured with one: logits, or hidden states",
+                remedy="optc.capture(module, (tensor, ...)) with a module around the model takes any number of outputs",
+            )  # fmt: skip
         return out.logits if self._answer.is_logits else out[0]
 
 

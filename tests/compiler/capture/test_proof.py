@@ -162,6 +162,12 @@ def test_attention_of_a_models_own(tmp_path: Path, cls: Any, config: Any) -> Non
             capture()
 
 
+def test_several_outputs_are_refused_by_name() -> None:
+    """The first was kept and called hidden states."""
+    with pytest.raises(CaptureError, match="the model has several outputs: start_logits, end_logits"):
+        capture_model(_large(hf.BertForQuestionAnswering(hf.BertConfig(**_SIZE))))
+
+
 # -- damaged captures -----------------------------------------------------------------------------
 
 
