@@ -80,7 +80,7 @@ class TargetError(OptcError):
 
 
 class GateError(OptcError):
-    """A pass changed the numbers by more than it may."""
+    """A capture, a pass or a written file computes other numbers than it may."""
 
     exit_code = 5
     kind = "numerics-gate"
