@@ -17,19 +17,25 @@ RESULTS = ROOT / "benchmarks" / "results"
 TOKENIZER = ROOT / "examples" / "fiction-3m"
 
 
-def random_llama(
-    folder: Path, *, layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocab: int
-) -> int:
+def random_llama(folder: Path, *, layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocab: int) -> int:
     """Write a random Llama in Hugging Face layout; returns its parameter count. It shows speed only."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        intermediate_size=mlp, vocab_size=vocab, max_position_embeddings=2048, tie_word_embeddings=False,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=mlp,
+        vocab_size=vocab,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -37,9 +43,7 @@ def random_llama(
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def interleave(
-    contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1
-) -> dict[str, list[float]]:
+def interleave(contenders: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
     """Call every contender once per round, in turn; returns the figures of the rounds after the warm-up.
 
     The order rotates from round to round, so that no contender always runs behind the same one.
@@ -68,9 +72,7 @@ def commit() -> str:
     if named := os.environ.get("OPTC_COMMIT"):
         return named
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    dirty = subprocess.run(
-        ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
     return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 

@@ -46,9 +46,14 @@ def random_folder(folder: Path, shape: dict[str, Any]) -> int:
     from optc.compiler.ir.saved.safetensors_file import write_safetensors
 
     config = LlamaConfig(
-        **{"tie_word_embeddings": False, **shape}, max_position_embeddings=4096, bos_token_id=0, eos_token_id=1,
-        pad_token_id=2, dtype="bfloat16", architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+        **{"tie_word_embeddings": False, **shape},
+        max_position_embeddings=4096,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        dtype="bfloat16",
+        architectures=["LlamaForCausalLM"],
+    )
     with torch.device("meta"):
         state = LlamaForCausalLM(config).state_dict(keep_vars=True)
     torch.manual_seed(0)
@@ -116,9 +121,11 @@ def compile_limited(folder: Path, output: Path, quant: str, limit: int) -> dict[
         command += ["--calibration-samples", "16", "--calibration-seq-len", "512"]
     begin = time.monotonic()
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=None,
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=None,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
-    )  # fmt: skip
+    )
     watch = Watch(process.pid)
     watch.start()
     _, status, usage = os.wait4(process.pid, 0)
@@ -137,9 +144,7 @@ def compile_limited(folder: Path, output: Path, quant: str, limit: int) -> dict[
         "peak_data_bytes": watch.peaks["VmData"],
         "anonymous_gib_over_time": watch.timeline,
         "stages": manifest["seconds"],
-        "passes": [
-            {key: row[key] for key in ("name", "seconds", "drift", "notes")} for row in manifest["passes"]
-        ],
+        "passes": [{key: row[key] for key in ("name", "seconds", "drift", "notes")} for row in manifest["passes"]],
         "artifact_bytes": sum(path.stat().st_size for path in output.rglob("*") if path.is_file()),
     }
 

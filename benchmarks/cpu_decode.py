@@ -95,9 +95,7 @@ def transformers_contender(folder: Path, prompt: list[int]) -> Callable[[], floa
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
     @torch.no_grad()
     def once() -> float:
@@ -135,9 +133,14 @@ def main() -> None:
         }
         parameters = random_llama(folder, **shape)
         compiled = optc.compile(
-            folder, target="onnx-cpu", quant="rtn", bits=4, group_size=128, output=artifact,
+            folder,
+            target="onnx-cpu",
+            quant="rtn",
+            bits=4,
+            group_size=128,
+            output=artifact,
             pass_option="quantize-rtn.head=true",
-        )  # fmt: skip
+        )
         prompt = np.random.default_rng(0).integers(3, shape["vocab"], PROMPT).tolist()
         contenders = {
             "optc": optc_contender(artifact, prompt),

@@ -74,9 +74,7 @@ def torch_int4(x: Tensor, codes: Tensor, scale: Tensor) -> list[Callable[[], Ten
     return [lambda p=p, s=s: torch.ops.aten._weight_int4pack_mm_for_cpu(x, p, GROUP, s) for p, s in made]
 
 
-def contenders(
-    rows: int, shape: tuple[int, int], dtype: torch.dtype
-) -> dict[str, list[Callable[[], Tensor]]]:
+def contenders(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, list[Callable[[], Tensor]]]:
     """Calls by name, for activations [rows, K] and a weight [N, K]."""
     generator = torch.Generator().manual_seed(0)
     n, k = shape
@@ -124,9 +122,7 @@ def main() -> None:
         for rows in arguments.rows
         for name in arguments.shapes
     }
-    record(
-        "cpu_linear", {"group_size": GROUP, "rounds": arguments.rounds, "linears": table}, arguments.threads
-    )
+    record("cpu_linear", {"group_size": GROUP, "rounds": arguments.rounds, "linears": table}, arguments.threads)
 
 
 if __name__ == "__main__":

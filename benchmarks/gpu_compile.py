@@ -103,9 +103,7 @@ def quantize(model: Path, output: Path, tokens: Path, given: argparse.Namespace)
 
 def main() -> None:
     """Make the model, quantize it, print and record the breakdown."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--model", type=Path, help="folder of the random model; made where it is missing")
     parser.add_argument("--device", default=None, help="default: cuda, or cpu with --small")
@@ -128,11 +126,15 @@ def main() -> None:
     record(
         f"gpu_compile_{given.method}_{shape}",
         {
-            "shape": shape, "method": given.method, "card": card, "torch": torch.__version__,
-            "tokens": given.samples * given.seq_len, **result,
+            "shape": shape,
+            "method": given.method,
+            "card": card,
+            "torch": torch.__version__,
+            "tokens": given.samples * given.seq_len,
+            **result,
         },
         2,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -102,9 +102,7 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def main() -> None:
     """Quantize, print and record the breakdown."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="gptq", choices=["gptq", "awq"])
     parser.add_argument("--shape", default="8b", choices=list(SHAPES))
     parser.add_argument("--layers", type=int)
@@ -151,15 +149,21 @@ def main() -> None:
     record(
         f"gpu_quantize_{arguments.method}_{arguments.shape}",
         {
-            "method": arguments.method, "shape": arguments.shape, "layers": arguments.layers, "tokens": rows,
+            "method": arguments.method,
+            "shape": arguments.shape,
+            "layers": arguments.layers,
+            "tokens": rows,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "parameters_quantized": sum(n * k for n, k in sizes), "seconds": total, "parts": clock.seconds,
+            "parameters_quantized": sum(n * k for n, k in sizes),
+            "seconds": total,
+            "parts": clock.seconds,
             "floor_seconds": {"forward": forward, "two forwards": 2 * forward, "Gram matrices": grams},
             "peak_gpu_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
-            "linears": len(sites), "notes": list(result.notes),
+            "linears": len(sites),
+            "notes": list(result.notes),
         },
         2,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -83,10 +83,13 @@ def graphs(options: argparse.Namespace) -> dict[str, Any]:
         for index, row in enumerate(known["rows"]):
             logits = forced_logits(decoder, row)
             best = np.argsort(-logits, axis=1, kind="stable")[:, :CANDIDATES]
-            rows.append({
-                "tokens": best[:, 0].tolist(), "candidates": best.tolist(),
-                "logits": np.take_along_axis(logits, best, 1).round(5).tolist(),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "tokens": best[:, 0].tolist(),
+                    "candidates": best.tolist(),
+                    "logits": np.take_along_axis(logits, best, 1).round(5).tolist(),
+                }
+            )
             print(f"{name}: text {index + 1} of {len(known['rows'])}", flush=True)
         known.setdefault("graphs", {})[name] = rows
     return known
@@ -144,9 +147,7 @@ def figures(runner: Any, decoder: Any, known: dict[str, Any], name: str) -> dict
         "same_graph_equal": [row["equal"] for row in same_graph],
     }
     most = max(profile.batch[1] for profile in decoder.engine.profiles)
-    together = [
-        row for start in range(0, len(prompts), most) for row in greedy(prompts[start : start + most])
-    ]
+    together = [row for start in range(0, len(prompts), most) for row in greedy(prompts[start : start + most])]
     result["ragged_batch"] = {"rows": min(most, len(prompts)), "equal_to_alone": count_equal(together, alone)}
     found = runner.perplexity(decoder, known["windows"])
     found["fp32"] = known["perplexity"]
@@ -233,10 +234,15 @@ def eager(options: argparse.Namespace) -> dict[str, Any]:
             if turn:
                 prefill.append(first)
                 decode += each
-        rows.append({
-            "batch": batch, "prompt": prompt, "prefill_host_ms": statistics.median(prefill),
-            "decode_host_ms": statistics.median(decode), "attention": model.config._attn_implementation,
-        })  # fmt: skip
+        rows.append(
+            {
+                "batch": batch,
+                "prompt": prompt,
+                "prefill_host_ms": statistics.median(prefill),
+                "decode_host_ms": statistics.median(decode),
+                "attention": model.config._attn_implementation,
+            }
+        )
     return {"torch": torch.__version__, "transformers": transformers.__version__, "latency": rows}
 
 
@@ -305,9 +311,7 @@ def run_json(command: Sequence[str], timeout: float) -> dict[str, Any]:
     """The JSON object that a command prints last, or its failure."""
     begin = time.perf_counter()
     try:
-        done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, timeout=timeout, check=False
-        )
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {timeout} s", "command": list(map(str, command))}
     if done.returncode:
@@ -318,9 +322,7 @@ def run_json(command: Sequence[str], timeout: float) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     """One subcommand per step."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = parser.add_subparsers(dest="step", required=True)
     here = steps.add_parser("reference")
     here.add_argument("--fp32", type=Path, required=True, help="the artifact in fp32")

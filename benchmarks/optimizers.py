@@ -30,10 +30,16 @@ def run(name: str, rate: float, text: Path, steps: int, batch_size: int, seq_len
     from optc.training.step import train_step
 
     values = {
-        "model": str(ROOT / "examples" / "fiction-3m"), "data.text": [str(text)], "max_steps": steps, "device": "cpu",
-        "batch_size": batch_size, "seq_len": seq_len, "optimizer.name": name, "optimizer.lr": rate,
+        "model": str(ROOT / "examples" / "fiction-3m"),
+        "data.text": [str(text)],
+        "max_steps": steps,
+        "device": "cpu",
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "optimizer.name": name,
+        "optimizer.lr": rate,
         "schedule.warmup_steps": max(1, steps // 20),
-    }  # fmt: skip
+    }
     ready = prepare(load_config("pretrain", values=values), World())
     begin = time.perf_counter()
     losses = [train_step(ready, last_good=None).loss for _ in range(steps)]
@@ -61,16 +67,14 @@ def picture(rows: dict[str, dict[str, Any]]) -> str:
     def y(loss: float) -> float:
         return 12 + (high - loss) / (high - low) * (bottom - 12)
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">',
-             f'<rect width="{width}" height="{height}" fill="#ffffff"/>']  # fmt: skip
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
     for part in range(5):
         loss, step = low + (high - low) * part / 4, (steps - 1) * part / 4
-        parts.append(
-            f'<line x1="{left}" x2="{width - 10}" y1="{y(loss):.1f}" y2="{y(loss):.1f}" stroke="#d6d3d1"/>'
-        )
-        parts.append(
-            f'<text x="{left - 6}" y="{y(loss) + 4:.1f}" text-anchor="end" fill="#57534e">{loss:.2f}</text>'
-        )
+        parts.append(f'<line x1="{left}" x2="{width - 10}" y1="{y(loss):.1f}" y2="{y(loss):.1f}" stroke="#d6d3d1"/>')
+        parts.append(f'<text x="{left - 6}" y="{y(loss) + 4:.1f}" text-anchor="end" fill="#57534e">{loss:.2f}</text>')
         parts.append(
             f'<text x="{x(step):.1f}" y="{bottom + 18}" text-anchor="middle" fill="#57534e">{step + 1:.0f}</text>'
         )
@@ -103,11 +107,13 @@ def main() -> None:
         best = {key: min(rows, key=lambda row: row["final_loss"])["lr"] for key, rows in search.items()}
         final = {key: run(key, rate, text, arguments.steps, *shape) for key, rate in best.items()}
     result = {
-        "text": arguments.text.name, "steps": arguments.steps, "search_steps": arguments.search_steps,
+        "text": arguments.text.name,
+        "steps": arguments.steps,
+        "search_steps": arguments.search_steps,
         "tokens_per_step": arguments.batch_size * arguments.seq_len,
         "search": {key: {f"{row['lr']:g}": row["final_loss"] for row in rows} for key, rows in search.items()},
         "final": {key: {**row, "losses": [round(loss, 4) for loss in row["losses"]]} for key, row in final.items()},
-    }  # fmt: skip
+    }
     record("optimizers", result, arguments.threads)
     (ROOT / "docs" / "optimizers.svg").write_text(picture(final))
 

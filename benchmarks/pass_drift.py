@@ -109,9 +109,14 @@ def random_model(name: str) -> torch.nn.Module:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=256, num_hidden_layers=22 if name == "random-deep" else 4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=768,
-        vocab_size=8192, max_position_embeddings=512,
-    )  # fmt: skip
+        hidden_size=256,
+        num_hidden_layers=22 if name == "random-deep" else 4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=768,
+        vocab_size=8192,
+        max_position_embeddings=512,
+    )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.ndim > 1 and name == "random-large":
@@ -178,12 +183,8 @@ def row(recipe: str, rewrite: Any, step: Any, total: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", action="append", help=f"model folder, or one of {', '.join(RANDOM)} (repeatable)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", help=f"model folder, or one of {', '.join(RANDOM)} (repeatable)")
     parser.add_argument("--only", default="", help="recipes whose name starts with one of these, by comma")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)

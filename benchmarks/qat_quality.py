@@ -28,10 +28,15 @@ from torch import Tensor
 
 GOAL = 0.75
 FORMATS = {
-    "int4-g32": (4, 32, True), "int4-g128": (4, 128, True), "int4-g128-asym": (4, 128, False),
-    "int3-g32": (3, 32, True), "int3-g128": (3, 128, True), "int3-g128-asym": (3, 128, False),
-    "int2-g32-asym": (2, 32, False), "w8a8": (8, 0, True),
-}  # fmt: skip
+    "int4-g32": (4, 32, True),
+    "int4-g128": (4, 128, True),
+    "int4-g128-asym": (4, 128, False),
+    "int3-g32": (3, 32, True),
+    "int3-g128": (3, 128, True),
+    "int3-g128-asym": (3, 128, False),
+    "int2-g32-asym": (2, 32, False),
+    "w8a8": (8, 0, True),
+}
 
 
 @dataclass(frozen=True)
@@ -118,13 +123,21 @@ def measure_format(
     bits, size, symmetric = FORMATS[name]
     rounded, _, _ = quantized(
         to_device(captured(arguments.model), device),
-        Row(name, "int8" if name == "w8a8" else "rtn", bits, symmetric, size), None, 0,
-    )  # fmt: skip
+        Row(name, "int8" if name == "w8a8" else "rtn", bits, symmetric, size),
+        None,
+        0,
+    )
     nearest = quality.measure(rounded)
     config = QatConfig(
-        enabled=True, bits=bits, group_size=size, symmetric=symmetric, scales=how.scales,  # type: ignore[arg-type]
-        start=how.start, scale_rate=how.scale_rate, activations="int8" if name == "w8a8" else "none",  # type: ignore[arg-type]
-    )  # fmt: skip
+        enabled=True,
+        bits=bits,
+        group_size=size,
+        symmetric=symmetric,
+        scales=how.scales,  # type: ignore[arg-type]
+        start=how.start,
+        scale_rate=how.scale_rate,
+        activations="int8" if name == "w8a8" else "none",  # type: ignore[arg-type]
+    )
     begin = time.perf_counter()
     student = apply_qat(load(arguments.model, device), config)
     losses = train(teacher, student, tokens, how, device)
@@ -134,16 +147,21 @@ def measure_format(
         save_trained(student, arguments.model, folder, SaveConfig())
         trained = quality.measure(to_device(captured(folder), device))
     return {
-        "format": name, "bits": bits, "group_size": size, "symmetric": symmetric, "rtn": nearest, "qat": trained,
-        "seconds": seconds, "first_loss": losses[0], "last_loss": sum(losses[-10:]) / len(losses[-10:]),
-    }  # fmt: skip
+        "format": name,
+        "bits": bits,
+        "group_size": size,
+        "symmetric": symmetric,
+        "rtn": nearest,
+        "qat": trained,
+        "seconds": seconds,
+        "first_loss": losses[0],
+        "last_loss": sum(losses[-10:]) / len(losses[-10:]),
+    }
 
 
 def main() -> None:
     """Train and measure every format, print the table, write benchmarks/results/qat_quality.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--validation", type=Path, required=True)
@@ -171,16 +189,21 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.model)
     assert tokenizer is not None
     tokens = torch.tensor(tokenizer.encode(arguments.train.read_text()))
-    quality = Quality(
-        tokenizer.encode(arguments.validation.read_text()), arguments.windows, arguments.kl_windows
-    )
+    quality = Quality(tokenizer.encode(arguments.validation.read_text()), arguments.windows, arguments.kl_windows)
     base = quality.measure(to_device(captured(arguments.model), device))
     print(f"unquantized: perplexity {base['perplexity']:.4f}; {len(tokens)} training tokens", flush=True)
     teacher = load(arguments.model, device).eval().requires_grad_(False)
     how = Training(
-        arguments.steps, arguments.sequences, arguments.seq_len, arguments.rate, arguments.scale_rate,
-        arguments.kl_share, arguments.scales, arguments.start, arguments.seed,
-    )  # fmt: skip
+        arguments.steps,
+        arguments.sequences,
+        arguments.seq_len,
+        arguments.rate,
+        arguments.scale_rate,
+        arguments.kl_share,
+        arguments.scales,
+        arguments.start,
+        arguments.seed,
+    )
     rows = []
     for name in arguments.formats.split(","):
         row = measure_format(name, arguments, how, teacher, tokens, quality)
@@ -190,10 +213,13 @@ def main() -> None:
         rows.append(row)
         print(line(row), flush=True)
     result = {
-        "model": arguments.model.name, "windows": quality.windows, "unquantized": base, "rows": rows,
+        "model": arguments.model.name,
+        "windows": quality.windows,
+        "unquantized": base,
+        "rows": rows,
         "training": how.__dict__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-    }  # fmt: skip
+    }
     record(arguments.name, result, arguments.threads)
     print("\n".join(line(row) for row in rows))
 

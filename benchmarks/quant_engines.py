@@ -34,9 +34,7 @@ def program_logits(program: Any, windows: list[list[int]]) -> list[np.ndarray]:
         return [run(torch.tensor([window[:-1]]))[0].float().numpy() for window in windows]
 
 
-def engine_logits(
-    program: Any, target: str, level: int, windows: list[list[int]], folder: Path
-) -> list[np.ndarray]:
+def engine_logits(program: Any, target: str, level: int, windows: list[list[int]], folder: Path) -> list[np.ndarray]:
     """The same by the artifact that is compiled of it."""
     import optc
 
@@ -57,9 +55,7 @@ def perplexity(logits: list[np.ndarray], windows: list[list[int]]) -> float:
 
 def main() -> None:
     """Measure, print, write benchmarks/results/quant_engines.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--validation", type=Path, required=True)
@@ -78,9 +74,13 @@ def main() -> None:
     windows = [text[i * WINDOW : (i + 1) * WINDOW + 1] for i in range(arguments.windows)]
     source = captured(arguments.model)
     calibration = cut_sequences(
-        read_documents(arguments.calibration, tokenizer), samples=128, length=512,
-        vocab_size=source.contract.model.vocab_size, seed=0, source=arguments.calibration.name,
-    )  # fmt: skip
+        read_documents(arguments.calibration, tokenizer),
+        samples=128,
+        length=512,
+        vocab_size=source.contract.model.vocab_size,
+        seed=0,
+        source=arguments.calibration.name,
+    )
     rows: list[dict[str, Any]] = []
     for method in arguments.methods.split(","):
         bits = 8 if method in ("smoothquant", "int8", "llm-int8") else 4
@@ -93,11 +93,18 @@ def main() -> None:
                     found = engine_logits(program, target, level, windows, Path(folder) / "artifact")
                 gaps = np.abs(np.stack(found) - np.stack(expected))
                 own = perplexity(found, windows)
-                rows.append({
-                    "method": method, "target": target, "accuracy_level": level, "largest_logit_difference": float(gaps.max()),
-                    "difference_99.9": float(np.quantile(gaps.reshape(-1)[::17], 0.999)), "perplexity": own,
-                    "program_perplexity": base, "perplexity_difference": own / base - 1,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "method": method,
+                        "target": target,
+                        "accuracy_level": level,
+                        "largest_logit_difference": float(gaps.max()),
+                        "difference_99.9": float(np.quantile(gaps.reshape(-1)[::17], 0.999)),
+                        "perplexity": own,
+                        "program_perplexity": base,
+                        "perplexity_difference": own / base - 1,
+                    }
+                )
                 print(rows[-1], flush=True)
     record("quant_engines", {"model": arguments.model.name, "windows": len(windows), "rows": rows}, 2)
 

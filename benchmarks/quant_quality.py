@@ -132,9 +132,7 @@ def captured(model: Path) -> Any:
 
 def main() -> None:
     """Measure the rows, print the table, write benchmarks/results/quant_quality.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--validation", type=Path, required=True)
@@ -157,9 +155,7 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.model)
     assert tokenizer is not None
     documents = read_documents(arguments.calibration, tokenizer)
-    quality = Quality(
-        tokenizer.encode(arguments.validation.read_text()), arguments.windows, arguments.kl_windows
-    )
+    quality = Quality(tokenizer.encode(arguments.validation.read_text()), arguments.windows, arguments.kl_windows)
     program = to_device(captured(arguments.model), torch.device(arguments.device))
     base = quality.measure(program)
     print(f"unquantized: perplexity {base['perplexity']:.4f} over {quality.windows} windows", flush=True)
@@ -169,17 +165,19 @@ def main() -> None:
     plain: dict[Any, dict[str, float]] = {}
     for row in ROWS:
         baseline = next((item for item in ROWS if item.method == "rtn" and item.format == row.format), None)
-        needed = row.method == "rtn" and any(
-            other.name in wanted and other.format == row.format for other in ROWS
-        )
+        needed = row.method == "rtn" and any(other.name in wanted and other.format == row.format for other in ROWS)
         if wanted and row.name not in wanted and not needed:
             continue
         runs = []
         for seed in seeds if row.method not in ("rtn", "int8", "fp8", "nf4") else seeds[:1]:
             calibration = cut_sequences(
-                documents, samples=arguments.samples, length=arguments.seq_len,
-                vocab_size=program.contract.model.vocab_size, seed=seed, source=arguments.calibration.name,
-            )  # fmt: skip
+                documents,
+                samples=arguments.samples,
+                length=arguments.seq_len,
+                vocab_size=program.contract.model.vocab_size,
+                seed=seed,
+                source=arguments.calibration.name,
+            )
             made, seconds, linears = quantized(program, row, calibration, seed)
             runs.append({"seed": seed, "seconds": seconds, **quality.measure(made)})
             del made, linears
@@ -188,10 +186,16 @@ def main() -> None:
         rows.append(_summary(row, runs, base, plain.get(baseline.format) if baseline else None))
         print(_line(rows[-1]), flush=True)
         result = {
-            "model": arguments.model.name, "device": _device_name(arguments.device), "windows": quality.windows, "kl_windows": quality.kl_windows,
-            "samples": arguments.samples, "seq_len": arguments.seq_len, "unquantized": base, "rows": rows,
+            "model": arguments.model.name,
+            "device": _device_name(arguments.device),
+            "windows": quality.windows,
+            "kl_windows": quality.kl_windows,
+            "samples": arguments.samples,
+            "seq_len": arguments.seq_len,
+            "unquantized": base,
+            "rows": rows,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }  # fmt: skip
+        }
     record(arguments.name, result, arguments.threads)
     print("\n".join(_line(row) for row in rows))
 
@@ -207,15 +211,27 @@ def _summary(
         return sum(run[key] for run in runs) / len(runs)
 
     out: dict[str, Any] = {
-        "name": row.name, "method": row.method, "bits": row.bits, "symmetric": row.symmetric,
-        "group_size": row.group_size, "perplexity": mean("perplexity"), "kl": mean("kl"), "top1": mean("top1"),
-        "perplexity_increase": mean("perplexity") / base["perplexity"] - 1, "seconds": mean("seconds"), "runs": runs,
-    }  # fmt: skip
+        "name": row.name,
+        "method": row.method,
+        "bits": row.bits,
+        "symmetric": row.symmetric,
+        "group_size": row.group_size,
+        "perplexity": mean("perplexity"),
+        "kl": mean("kl"),
+        "top1": mean("top1"),
+        "perplexity_increase": mean("perplexity") / base["perplexity"] - 1,
+        "seconds": mean("seconds"),
+        "runs": runs,
+    }
     if plain is not None and row.method != "rtn":
         whole = plain["perplexity"] - base["perplexity"]
         shares = [(run["perplexity"] - base["perplexity"]) / whole for run in runs]
-        out |= {"share": sum(shares) / len(shares), "share_range": [min(shares), max(shares)],
-                "kl_share": out["kl"] / plain["kl"], "goal": row.goal}  # fmt: skip
+        out |= {
+            "share": sum(shares) / len(shares),
+            "share_range": [min(shares), max(shares)],
+            "kl_share": out["kl"] / plain["kl"],
+            "goal": row.goal,
+        }
     return out
 
 

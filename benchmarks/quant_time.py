@@ -39,22 +39,22 @@ def compiled(model: Path, method: str, calibration: Path, output: Path, samples:
     passes = {row["name"]: row["seconds"] for row in result["passes"]}
     summary = result["quantization"]
     return {
-        "method": method, "seconds": seconds, "peak_rss_bytes": usage.ru_maxrss * 1024, "passes": passes,
-        "bits_per_parameter": summary["bits_per_parameter"], "ratio_to_ideal": summary["ratio_to_ideal"],
-    }  # fmt: skip
+        "method": method,
+        "seconds": seconds,
+        "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "passes": passes,
+        "bits_per_parameter": summary["bits_per_parameter"],
+        "ratio_to_ideal": summary["ratio_to_ideal"],
+    }
 
 
 def main() -> None:
     """Measure, print, write benchmarks/results/quant_time.json."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--methods", default="rtn,gptq,awq")
-    parser.add_argument(
-        "--depths", default="", help="Layers of random models, for the cost per layer of GPTQ."
-    )
+    parser.add_argument("--depths", default="", help="Layers of random models, for the cost per layer of GPTQ.")
     arguments = parser.parse_args()
     rows, depths = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -65,9 +65,7 @@ def main() -> None:
             model = Path(folder) / f"depth-{layers}"
             random_llama(model, layers=layers, hidden=512, heads=8, kv_heads=4, mlp=1408, vocab=8192)
             row = compiled(model, "gptq", arguments.calibration, Path(folder) / f"out-{layers}", 16)
-            depths.append(
-                {"layers": layers, "gptq_seconds_per_layer": row["passes"]["quantize-gptq"] / layers, **row}
-            )
+            depths.append({"layers": layers, "gptq_seconds_per_layer": row["passes"]["quantize-gptq"] / layers, **row})
             print(json.dumps(depths[-1]), flush=True)
     record("quant_time", {"model": arguments.model.name, "methods": rows, "depths": depths}, 2)
 

@@ -53,9 +53,13 @@ def llama_config(shape: str, layers: int | None = None) -> Any:
 
     sizes = SHAPES[shape] if layers is None else {**SHAPES[shape], "num_hidden_layers": layers}
     return LlamaConfig(
-        **sizes, max_position_embeddings=8192, tie_word_embeddings=True, use_cache=False,
-        attn_implementation="sdpa", architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+        **sizes,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        use_cache=False,
+        attn_implementation="sdpa",
+        architectures=["LlamaForCausalLM"],
+    )
 
 
 def random_model(shape: str, place: torch.device, layers: int | None = None) -> Any:
@@ -83,9 +87,7 @@ def prepared(model: Any, policy: CheckpointingConfig, scope: str, budget: float 
 
 def batch(shape: str, rows: int, length: int, place: torch.device) -> dict[str, Tensor]:
     """Random tokens."""
-    tokens = torch.randint(
-        0, SHAPES[shape]["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(0)
-    )
+    tokens = torch.randint(0, SHAPES[shape]["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": tokens.to(place), "labels": tokens.roll(-1, 1).to(place)}
 
 
@@ -108,9 +110,7 @@ def autocast(place: torch.device, enabled: bool = True) -> torch.autocast:
     return torch.autocast(place.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def make_step(
-    loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, place: torch.device
-) -> Callable[[], float]:
+def make_step(loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, place: torch.device) -> Callable[[], float]:
     """A function that does one whole step (loss in bf16 autocast, backward, clip, AdamW) and returns its seconds."""
     parameters = [item for group in optimizer.param_groups for item in group["params"]]
 
@@ -138,11 +138,17 @@ def product_step(shape: str, rows: int, length: int, folder: Path) -> Callable[[
     (folder / "text.jsonl").write_text(json.dumps({"tokens": tokens.tolist()}) + "\n")
     run = prepare(
         TrainConfig(
-            model=str(folder), from_scratch=True, batch_size=rows, seq_len=length, precision="bf16",
+            model=str(folder),
+            from_scratch=True,
+            batch_size=rows,
+            seq_len=length,
+            precision="bf16",
             data=DataConfig(text=(str(folder / "text.jsonl"),), append_eos=False),
-            optimizer=OptimizerConfig(lr=1e-6), compile=CompileConfig(scope="blocks"),
-        ), World(),
-    )  # fmt: skip
+            optimizer=OptimizerConfig(lr=1e-6),
+            compile=CompileConfig(scope="blocks"),
+        ),
+        World(),
+    )
 
     def step() -> float:
         synchronize()

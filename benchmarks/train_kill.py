@@ -43,9 +43,7 @@ def losses(output: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (output / "log.jsonl").read_text().splitlines()]
 
 
-def kill_once(
-    process: subprocess.Popen[bytes], output: Path, chance: random.Random, startup: float
-) -> dict[str, Any]:
+def kill_once(process: subprocess.Popen[bytes], output: Path, chance: random.Random, startup: float) -> dict[str, Any]:
     """Kill at a random time: one in four while it starts, the others some steps later."""
     begin = time.monotonic()
     if chance.random() < 0.25:
@@ -88,13 +86,16 @@ def main() -> None:
                 sys.exit("the run ended before all kills: raise its steps")
         subprocess.run(command(killed, steps, True), env=environment, check=True, capture_output=True)
         digests = [
-            hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-            for folder in (whole, killed)
+            hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() for folder in (whole, killed)
         ]
         result = {
-            "steps": steps, "kills": kills, "same_weights": digests[0] == digests[1], "weights_sha256": digests,
-            "same_losses": losses(whole) == losses(killed), "last_loss": losses(whole)[-1],
-        }  # fmt: skip
+            "steps": steps,
+            "kills": kills,
+            "same_weights": digests[0] == digests[1],
+            "weights_sha256": digests,
+            "same_losses": losses(whole) == losses(killed),
+            "last_loss": losses(whole)[-1],
+        }
     record("train_kill", result, arguments.threads)
     if not (result["same_weights"] and result["same_losses"]):
         sys.exit("the resumed run differs from the whole one")

@@ -30,7 +30,7 @@ from train_common import (
     prepared,
     random_model,
     synchronize,
-)  # fmt: skip
+)
 
 from optc.training.activation_checkpointing import CheckpointingConfig
 from optc.training.metrics import tensor_bytes
@@ -101,20 +101,21 @@ def one_device(arguments: argparse.Namespace, shape: str, place: torch.device) -
     base = table["none"]["activations"]
     del model
     shallow = {
-        name: _shallow(shape, data, place, amp, arguments.eager)
-        for name, amp in (("bf16", True), ("fp32", False))
+        name: _shallow(shape, data, place, amp, arguments.eager) for name, amp in (("bf16", True), ("fp32", False))
     }
     for row in table.values():
         row["fewer_than_none"] = 1 - row["activations"] / base
     return {
-        "rows": rows, "seq_len": length, "compiled": not arguments.eager, "policies": table,
-        "four_layers": shallow, "bf16_over_fp32": shallow["bf16"]["activations"] / shallow["fp32"]["activations"],
-    }  # fmt: skip
+        "rows": rows,
+        "seq_len": length,
+        "compiled": not arguments.eager,
+        "policies": table,
+        "four_layers": shallow,
+        "bf16_over_fp32": shallow["bf16"]["activations"] / shallow["fp32"]["activations"],
+    }
 
 
-def _shallow(
-    shape: str, data: dict[str, torch.Tensor], place: torch.device, amp: bool, eager: bool
-) -> dict[str, Any]:
+def _shallow(shape: str, data: dict[str, torch.Tensor], place: torch.device, amp: bool, eager: bool) -> dict[str, Any]:
     """Four layers without checkpointing: in fp32 torch has no fused kernel for grouped heads, and scores are kept."""
     gc.collect()
     torch.compiler.reset()
@@ -129,20 +130,14 @@ def _shallow(
 
 def sharded(shape: str) -> dict[str, Any]:
     """Bytes of weights and AdamW state on this rank after a step, against 1/N of the whole."""
-    place = (
-        torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    place = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     start_processes(place, ParallelConfig())
     model = random_model(shape, place)
     whole = sum(item.nbytes for item in model.parameters())
     module = apply_data_parallel(model, ParallelConfig(kind="fsdp"))
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6)
     data = batch(shape, 1, 64, place)
-    nn.functional.cross_entropy(
-        module(input_ids=data["input_ids"]).logits[0].float(), data["labels"][0]
-    ).backward()
+    nn.functional.cross_entropy(module(input_ids=data["input_ids"]).logits[0].float(), data["labels"][0]).backward()
     optimizer.step()
     state = tensor_bytes(
         item for row in optimizer.state.values() for item in row.values() if isinstance(item, torch.Tensor)
@@ -151,15 +146,17 @@ def sharded(shape: str) -> dict[str, Any]:
     mine = tensor_bytes(module.parameters()) + state
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
-    return {"ranks": len(found), "bytes_per_rank": found, "whole": 3 * whole,
-            "over_one_nth": [item * len(found) / (3 * whole) for item in found]}  # fmt: skip
+    return {
+        "ranks": len(found),
+        "bytes_per_rank": found,
+        "whole": 3 * whole,
+        "over_one_nth": [item * len(found) / (3 * whole) for item in found],
+    }
 
 
 def main() -> None:
     """Measure, print and record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny shape, 3 x 64 tokens")
     parser.add_argument("--rows", type=int, default=3)
     parser.add_argument("--eager", action="store_true")
@@ -167,8 +164,10 @@ def main() -> None:
     arguments = parser.parse_args()
     shape = "tiny" if arguments.tiny else "1b"
     place = device()
-    about = {"shape": {**SHAPES[shape], "name": shape},
-             "device": torch.cuda.get_device_name() if place.type == "cuda" else "cpu"}  # fmt: skip
+    about = {
+        "shape": {**SHAPES[shape], "name": shape},
+        "device": torch.cuda.get_device_name() if place.type == "cuda" else "cpu",
+    }
     if arguments.fsdp:
         result = sharded(shape)
         if dist.get_rank() == 0:

@@ -34,7 +34,7 @@ from train_common import (
     product_step,
     random_model,
     twin,
-)  # fmt: skip
+)
 
 from optc.runtime.measuring.benchmark import median_rate
 from optc.training.metrics import flops_per_token, peak_flops
@@ -42,9 +42,7 @@ from optc.training.metrics import flops_per_token, peak_flops
 
 def main() -> None:
     """Time, print and record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny shape, 2 x 64 tokens")
     parser.add_argument("--rows", type=int, default=0, help="0: as many as surely fit: 4 with 120 GB, else 2")
     parser.add_argument("--rounds", type=int, default=12)
@@ -116,19 +114,22 @@ def summary(
             table[name] = {
                 "seconds_per_step": median_rate(values).to_dict(),
                 "tokens_per_s": median_rate([rows * length / value for value in values]).to_dict(),
-                "mfu": None
-                if peak is None
-                else median_rate([work / value / peak for value in values]).to_dict(),
+                "mfu": None if peak is None else median_rate([work / value / peak for value in values]).to_dict(),
                 "step_time_against_policy_none": ratio(values, base),
             }
             if "plain torch" in run:
                 table[name]["speed_against_plain_torch"] = ratio(run["plain torch"], values)
     return {
-        "shape": {**SHAPES[shape], "name": shape}, "rows": rows, "seq_len": length, "precision": "bf16 autocast, fp32 weights",
+        "shape": {**SHAPES[shape], "name": shape},
+        "rows": rows,
+        "seq_len": length,
+        "precision": "bf16 autocast, fp32 weights",
         "device": torch.cuda.get_device_name() if place.type == "cuda" else "cpu",
-        "parameters": sum(item.numel() for item in model.parameters()), "flops_per_step": work,
-        "peak_flops": peak, "contenders": table,
-    }  # fmt: skip
+        "parameters": sum(item.numel() for item in model.parameters()),
+        "flops_per_step": work,
+        "peak_flops": peak,
+        "contenders": table,
+    }
 
 
 if __name__ == "__main__":

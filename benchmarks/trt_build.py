@@ -46,10 +46,16 @@ MODEL = {
 def program_of(shape: dict[str, int]) -> Program:
     """A Llama of a shape with random weights in float16, its embedding tied to the head."""
     config = transformers.LlamaConfig(
-        hidden_size=shape["hidden"], intermediate_size=shape["mlp"], num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"], num_key_value_heads=shape["kv_heads"], vocab_size=shape["vocab"],
-        max_position_embeddings=2048, tie_word_embeddings=True, dtype=torch.float16,
-    )  # fmt: skip
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["mlp"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"],
+        vocab_size=shape["vocab"],
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        dtype=torch.float16,
+    )
     torch.set_default_dtype(torch.float16)
     try:
         model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
@@ -62,9 +68,7 @@ def write_folder(shape: dict[str, int], options: CompileOptions, folder: Path) -
     """Compile without the gate and without a plan; seconds and what was written."""
     begin = time.perf_counter()
     program = program_of(shape)
-    parameters = sum(
-        {tensor.data_ptr(): tensor.numel() for _, tensor in program.weights()}.values()
-    )  # tied: once
+    parameters = sum({tensor.data_ptr(): tensor.numel() for _, tensor in program.weights()}.values())  # tied: once
     for step in TARGET.recipe("decoder", options):
         program = step.rewrite.run(program, PassContext()).program
     result = TARGET.export(program, ExportRequest(directory=folder, options=options.own))
@@ -86,9 +90,7 @@ def main() -> None:
     given = parser.parse_args()
     shape = {name: getattr(given, name) for name in MODEL}
     quant = None if given.quant == "none" else given.quant
-    request = from_python(
-        TARGET.name, dtype="fp16", quant=quant, max_seq_len=given.max_seq_len, trt_runtime="none"
-    )
+    request = from_python(TARGET.name, dtype="fp16", quant=quant, max_seq_len=given.max_seq_len, trt_runtime="none")
     options = resolve(request).options
     folder = Path(tempfile.mkdtemp(prefix="trt-build-"))
     try:

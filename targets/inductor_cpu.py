@@ -57,9 +57,7 @@ TARGET = Target(
     kv_caches=("static", "paged"),
     quant={
         **dict.fromkeys((*WEIGHT_ONLY, "auto"), _INTEGERS),
-        **dict.fromkeys(
-            ("int8", "smoothquant", "llm-int8", "fp8"), QuantSupport(bits=(8,), group_sizes=(0,))
-        ),
+        **dict.fromkeys(("int8", "smoothquant", "llm-int8", "fp8"), QuantSupport(bits=(8,), group_sizes=(0,))),
         "nf4": QuantSupport(bits=(4,), group_sizes=()),
     },
     legal=LEGAL,

@@ -57,8 +57,11 @@ class Method:
 def _common(chosen: Quantization) -> dict[str, Any]:
     """What the integer quantizers have in common."""
     return {
-        "bits": chosen.bits, "group_size": chosen.group_size, "symmetric": chosen.symmetric, "ignore": chosen.ignore,
-    }  # fmt: skip
+        "bits": chosen.bits,
+        "group_size": chosen.group_size,
+        "symmetric": chosen.symmetric,
+        "ignore": chosen.ignore,
+    }
 
 
 def _rtn(chosen: Quantization) -> list[Pass]:
@@ -83,11 +86,7 @@ def _best(chosen: Quantization) -> list[Pass]:
 
 def _auto(chosen: Quantization) -> list[Pass]:
     average: dict[str, Any] = {} if chosen.average_bits is None else {"average_bits": chosen.average_bits}
-    return [
-        QuantizeAuto(
-            group_size=chosen.group_size, symmetric=chosen.symmetric, ignore=chosen.ignore, **average
-        )
-    ]
+    return [QuantizeAuto(group_size=chosen.group_size, symmetric=chosen.symmetric, ignore=chosen.ignore, **average)]
 
 
 def _smoothquant(chosen: Quantization) -> list[Pass]:
@@ -149,10 +148,13 @@ def choose_quantization(asked: QuantRequest) -> Quantization | None:
         _check_fixed(asked, method)
     bits = None if method.own_bits else method.bits if asked.bits is None else asked.bits
     return Quantization(
-        method=asked.quant, bits=bits, average_bits=asked.average_bits,
+        method=asked.quant,
+        bits=bits,
+        average_bits=asked.average_bits,
         group_size=method.own_group_size if method.fixed else asked.group_size,
-        symmetric=asked.symmetric is not False, ignore=asked.ignore,
-    )  # fmt: skip
+        symmetric=asked.symmetric is not False,
+        ignore=asked.ignore,
+    )
 
 
 def _check_fixed(asked: QuantRequest, method: Method) -> None:
@@ -180,9 +182,7 @@ def quantization_steps(
         return []
     passes = METHODS[chosen.method].passes(chosen)
     passes = [item for item in passes if rotations or not isinstance(item, RotateInputs)]
-    passes = [
-        replace(item, choices=tuple(choices)) if isinstance(item, QuantizeAuto) else item for item in passes
-    ]
+    passes = [replace(item, choices=tuple(choices)) if isinstance(item, QuantizeAuto) else item for item in passes]
     return [Step(item, optional=not item.lossy) for item in passes]
 
 

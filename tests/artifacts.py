@@ -31,30 +31,41 @@ FILES = {"model.onnx": b"graph" * 100, "model.onnx.data": bytes(range(256)) * 40
 def make_manifest(**changes: Any) -> Manifest:
     """A manifest with some of its fields, or of its model's (contract, engine_info), replaced."""
     record = PassRecord(
-        name="quantize-rtn", options={"bits": 4, "ignore": ["lm_head"], "scale": 1.0, "group_size": None},
-        matched=32, candidates=33, seconds=0.5, lossy=True, drift=DriftRecord(max_abs_diff=0.25, kl=1e-9),
+        name="quantize-rtn",
+        options={"bits": 4, "ignore": ["lm_head"], "scale": 1.0, "group_size": None},
+        matched=32,
+        candidates=33,
+        seconds=0.5,
+        lossy=True,
+        drift=DriftRecord(max_abs_diff=0.25, kl=1e-9),
         since_capture=DriftRecord(max_abs_diff=0.5, kl=2e-9),
-        layer_drift=(0.1, 1 / 3), nodes=200, notes=("group size 64",), misses=("lm_head: ignored",),
-    )  # fmt: skip
+        layer_drift=(0.1, 1 / 3),
+        nodes=200,
+        notes=("group size 64",),
+        misses=("lm_head: ignored",),
+    )
     contract = Contract(
         kind="decoder",
         inputs=(Input(name="input_ids", role="input_ids", dtype="int64", dims=("batch", 7)),),
         outputs=(Output(name="logits", role="logits"),),
-        layers=(
-            AttentionFacts(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=8, scale=0.5, causal=True),
-        ),
-        quantization={
-            "w": WeightQuantization(method="rtn", bits=4, group_size=64, symmetric=False, source="w")
-        },
+        layers=(AttentionFacts(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=8, scale=0.5, causal=True),),
+        quantization={"w": WeightQuantization(method="rtn", bits=4, group_size=64, symmetric=False, source="w")},
     )
     fields: dict[str, Any] = {
-        "optc_version": "0.1.0", "created": "2026-01-01T00:00:00+00:00", "target": "onnx-cpu",
-        "engine": "onnx", "device": "cpu",
-        "needs": {"machine": "x86_64", "isa": ["avx2", "fma"], "opset": 24}, "dtype": "float32",
-        "passes": (record,), "weight_bytes": 10, "quantization": {"bits": [4]},
+        "optc_version": "0.1.0",
+        "created": "2026-01-01T00:00:00+00:00",
+        "target": "onnx-cpu",
+        "engine": "onnx",
+        "device": "cpu",
+        "needs": {"machine": "x86_64", "isa": ["avx2", "fma"], "opset": 24},
+        "dtype": "float32",
+        "passes": (record,),
+        "weight_bytes": 10,
+        "quantization": {"bits": [4]},
         "source": Source(path="/m", config_sha256="", weights_sha256="", parameters=3, dtype="bfloat16"),
-        "files": (FileEntry(path="ir/00-capture.txt", size=3, sha256="a" * 64),), "seconds": {"total": 1.5},
-    }  # fmt: skip
+        "files": (FileEntry(path="ir/00-capture.txt", size=3, sha256="a" * 64),),
+        "seconds": {"total": 1.5},
+    }
     info = {"model": "model.onnx", "shape": [1, 2.5], "nested": {"ü": None}}
     program = {"contract": contract, "engine_info": info}
     program |= {name: changes.pop(name) for name in tuple(program) if name in changes}
@@ -76,9 +87,7 @@ def captured_folder(model: Path) -> Program:
     return capture_pretrained(model)[0]
 
 
-def quick_artifact(
-    target: str, program: Program, folder: Path, *, source: Path | None = None, **options: Any
-) -> Path:
+def quick_artifact(target: str, program: Program, folder: Path, *, source: Path | None = None, **options: Any) -> Path:
     """What `optc.compile` writes, without its gate: for tests that compare the numbers themselves."""
     found, made = find_target(target), chosen(target, **options)
     for step in found.recipe(program.contract.kind, made):
@@ -90,8 +99,15 @@ def quick_artifact(
         finish(
             directory,
             make_manifest(
-                target=found.name, engine=result.engine.name, engine_info=result.info, needs=needs, passes=(),
-                contract=program.contract, weight_bytes=result.weight_bytes, quantization={}, files=(),
+                target=found.name,
+                engine=result.engine.name,
+                engine_info=result.info,
+                needs=needs,
+                passes=(),
+                contract=program.contract,
+                weight_bytes=result.weight_bytes,
+                quantization={},
+                files=(),
             ),
-        )  # fmt: skip
+        )
     return folder

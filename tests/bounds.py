@@ -26,9 +26,13 @@ MARGIN = 4.0
 _SHORT = (torch.float16, torch.bfloat16)
 _HALF_BITS, _CALM_BITS = 11, 18  # of the significand: float16's, and 64 times the step of float32
 _SUMS = (
-    "aten::linear", "aten::addmm", "optc::attention", "optc::linear_nbits", "optc::linear_dynamic",
+    "aten::linear",
+    "aten::addmm",
+    "optc::attention",
+    "optc::linear_nbits",
+    "optc::linear_dynamic",
     "optc::matmul_nbits",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,7 @@ class Gap:
 def gap(found: Sequence[Tensor], expected: Sequence[Tensor]) -> Gap:
     """Compare two lists of logits [..., V] of equal shapes."""
     assert [tuple(item.shape) for item in found] == [tuple(item.shape) for item in expected]
-    new, old = (
-        torch.cat([item.detach().flatten(0, -2).double() for item in side]) for side in (found, expected)
-    )
+    new, old = (torch.cat([item.detach().flatten(0, -2).double() for item in side]) for side in (found, expected))
     assert bool(old.isfinite().all())
     difference = (new - old).abs().nan_to_num(nan=math.inf)
     log_new, log_old = new.log_softmax(-1), old.log_softmax(-1)
@@ -85,9 +87,7 @@ def check(found: Sequence[Tensor], expected: Sequence[Tensor], rounding: Gap, wh
     )
     for name in Gap.__dataclass_fields__:
         value, limit = getattr(made, name), getattr(limits, name)
-        assert value <= limit, (
-            f"{what} {name} {value:.2e} > {limit:.2e}; found {made}, rounding makes {rounding}"
-        )
+        assert value <= limit, f"{what} {name} {value:.2e} > {limit:.2e}; found {made}, rounding makes {rounding}"
     return made
 
 

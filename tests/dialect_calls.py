@@ -11,8 +11,14 @@ from optc.compiler.ops.packed.inductor_cpu import pack_rows, pack_tiles
 
 B, H, HKV, S, T, D, K, N = 2, 4, 2, 3, 5, 8, 32, 16
 KNOBS = {"scale": 0.3, "window": 0, "softcap": 0.0}
-CONTRIB = {"num_heads": H, "kv_num_heads": HKV, "scale": 0.3, "local_window_size": -1, "softcap": 0.0,
-           "rotary_interleaved": False}  # fmt: skip
+CONTRIB = {
+    "num_heads": H,
+    "kv_num_heads": HKV,
+    "scale": 0.3,
+    "local_window_size": -1,
+    "softcap": 0.0,
+    "rotary_interleaved": False,
+}
 
 
 def _f(*shape: int) -> Tensor:

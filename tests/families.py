@@ -19,9 +19,14 @@ _SIZE: dict[str, Any] = {
 }
 _GQA: dict[str, Any] = {**_SIZE, "num_key_value_heads": 2, "intermediate_size": 128}
 _GPT2: dict[str, Any] = {
-    "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 256,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 128,
+    "n_positions": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _OPT: dict[str, Any] = {**_SIZE, "ffn_dim": 128, "word_embed_proj_dim": 64}
 
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {

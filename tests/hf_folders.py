@@ -58,9 +58,7 @@ def quantized(name: str, recipe: str, half: bool = False) -> Program:
 def write(program: Program, folder: Path | None, out: Path, layout: str | None = None) -> ExportResult:
     """Export into a new folder."""
     out.mkdir(exist_ok=True)
-    return export_hf(
-        program, ExportRequest(directory=out, options=FolderOptions(layout=layout), source=folder)
-    )
+    return export_hf(program, ExportRequest(directory=out, options=FolderOptions(layout=layout), source=folder))
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

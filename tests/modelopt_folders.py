@@ -50,9 +50,7 @@ def rewritten(program: Program, passes: Sequence[Pass]) -> Program:
 def write(program: Program, folder: Path, out: Path, **options: Any) -> ExportResult:
     """Export into a new folder."""
     out.mkdir(exist_ok=True)
-    return export_trtllm(
-        program, ExportRequest(directory=out, options=ServeOptions(**options), source=folder)
-    )
+    return export_trtllm(program, ExportRequest(directory=out, options=ServeOptions(**options), source=folder))
 
 
 def dense(parts: dict[str, Tensor], algorithm: str) -> Tensor:
@@ -101,9 +99,7 @@ def transformers_logits(folder: Path, original: Path, algorithm: str, ids: Tenso
     from transformers import AutoModelForCausalLM
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    model = AutoModelForCausalLM.from_pretrained(
-        original, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32, attn_implementation="eager").eval()
     found = modules(folder)
     scales = {
         name: {key: float(value) for key, value in parts.items() if key in ("k_scale", "v_scale")}
@@ -153,6 +149,4 @@ def _eager(model: Any) -> Any:
 def _mask(ids: Tensor) -> Tensor:
     """Causal, as eager attention adds it: transformers makes none for attention that it does not know."""
     size = ids.shape[1]
-    return (
-        torch.full((size, size), torch.finfo(torch.float32).min).triu(1).expand(ids.shape[0], 1, size, size)
-    )
+    return torch.full((size, size), torch.finfo(torch.float32).min).triu(1).expand(ids.shape[0], 1, size, size)

@@ -51,9 +51,7 @@ def stage(folder: Path, module: str, tests: tuple[str, ...]) -> None:
     skipped = shutil.ignore_patterns("__pycache__", *_FOLDERS)
     shutil.copytree(ROOT / "src" / "optc", folder / "src" / "optc", ignore=skipped)
     for name in _FOLDERS:
-        shutil.copytree(
-            ROOT / name, folder / "src" / "optc" / name, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(ROOT / name, folder / "src" / "optc" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("tests", "examples"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     settings = [
@@ -76,11 +74,7 @@ def run(name: str, folder: Path) -> tuple[int, dict[str, str]]:
     """
     module, tests = MODULES[name]
     stage(folder, module, tests)
-    path = [
-        part
-        for part in os.environ.get("PYTHONPATH", "").split(os.pathsep)
-        if part and Path(part) != ROOT / "src"
-    ]
+    path = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part and Path(part) != ROOT / "src"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
 
     def mutmut(*arguments: str) -> str:
@@ -93,11 +87,7 @@ def run(name: str, folder: Path) -> tuple[int, dict[str, str]]:
         return ran.stdout
 
     mutmut("run", "--max-children", "1")
-    listed = [
-        line.strip().rsplit(": ", 1)
-        for line in mutmut("results", "--all", "true").splitlines()
-        if ": " in line
-    ]
+    listed = [line.strip().rsplit(": ", 1) for line in mutmut("results", "--all", "true").splitlines() if ": " in line]
     alive = {key: state for key, state in listed if state not in _DEAD}
     return len(listed), {_describe(key, mutmut("show", key)): state for key, state in alive.items()}
 
@@ -108,10 +98,7 @@ _DEAD = ("killed", "timeout", "caught by type check")
 def _describe(key: str, shown: str) -> str:
     """FUNCTION: what stood there -> what the mutant has instead."""
     function = (
-        re.sub(r"__mutmut_\d+$", "", key.rpartition(".")[2])
-        .removeprefix("x_")
-        .removeprefix("xǁ")
-        .replace("ǁ", ".")
+        re.sub(r"__mutmut_\d+$", "", key.rpartition(".")[2]).removeprefix("x_").removeprefix("xǁ").replace("ǁ", ".")
     )
     lines = [line for line in shown.splitlines() if not line.startswith(("---", "+++"))]
     parts = (" ".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+")
@@ -121,25 +108,17 @@ def _describe(key: str, shown: str) -> str:
 def judge(name: str, count: int, alive: dict[str, str], known: dict[str, str]) -> list[str]:
     """What is wrong with a module's result."""
     problems = [
-        f"{name}: {key} {state}, and is not in {KNOWN.name}"
-        for key, state in alive.items()
-        if key not in known
+        f"{name}: {key} {state}, and is not in {KNOWN.name}" for key, state in alive.items() if key not in known
     ]
-    problems += [
-        f"{name}: {key} is in {KNOWN.name} and does not survive" for key in known if key not in alive
-    ]
+    problems += [f"{name}: {key} is in {KNOWN.name} and does not survive" for key in known if key not in alive]
     killed = 1 - len(alive) / count if count else 0.0
     print(f"{name}: {count} mutants, {killed:.1%} killed")
     return problems + ([f"{name}: {killed:.1%} killed, {LEAST:.0%} are asked for"] if killed < LEAST else [])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "modules", nargs="*", metavar="MODULE", help=f"of {', '.join(MODULES)}  [default: all]"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of {', '.join(MODULES)}  [default: all]")
     names = parser.parse_args().modules or list(MODULES)
     unknown = sorted(set(names) - set(MODULES))
     if unknown:

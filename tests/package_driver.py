@@ -54,11 +54,20 @@ def describe(built: Built) -> None:
     """Write the manifest that makes the folder an artifact."""
     program = ProgramEntry(contract=built.program.contract, engine_info=built.result.info)
     manifest = Manifest(
-        optc_version=version(), created="2026-01-01T00:00:00+00:00", target=TARGET.name,
-        engine="aotinductor", device="cpu", needs=built.result.needs, dtype="float32",
-        programs={"model": program}, passes=(), weight_bytes=built.result.weight_bytes, quantization={},
-        source=Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""), seconds={},
-    )  # fmt: skip
+        optc_version=version(),
+        created="2026-01-01T00:00:00+00:00",
+        target=TARGET.name,
+        engine="aotinductor",
+        device="cpu",
+        needs=built.result.needs,
+        dtype="float32",
+        programs={"model": program},
+        passes=(),
+        weight_bytes=built.result.weight_bytes,
+        quantization={},
+        source=Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""),
+        seconds={},
+    )
     finish(built.folder, manifest)
 
 

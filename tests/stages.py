@@ -84,9 +84,7 @@ class _TinyDecoder(torch.nn.Module):
         return self.head(x + out.transpose(1, 2).flatten(2))
 
 
-def tiny_decoder(
-    mix: str = "", *, causal: bool = True, padding: bool = False, sinks: bool = False
-) -> Program:
+def tiny_decoder(mix: str = "", *, causal: bool = True, padding: bool = False, sinks: bool = False) -> Program:
     """A decoder Program that claims to follow the position rule.
 
     Args:
@@ -101,9 +99,7 @@ def tiny_decoder(
         dynamic={name: {0: "batch", 1: "seq"} for name in names},
     )
     inputs = [msgspec.structs.replace(spec, role=spec.name) for spec in program.contract.inputs]
-    outputs = [
-        msgspec.structs.replace(spec, name="logits", role="logits") for spec in program.contract.outputs
-    ]
+    outputs = [msgspec.structs.replace(spec, name="logits", role="logits") for spec in program.contract.outputs]
     return program.with_contract(
         kind="decoder",
         inputs=tuple(inputs),

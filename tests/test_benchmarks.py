@@ -13,9 +13,7 @@ from conftest import ROOT
 def imported(file: Path) -> set[tuple[str, str]]:
     """(module, name) of each import from optc, inside functions too."""
     nodes = ast.walk(ast.parse(file.read_text()))
-    froms = [
-        node for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("optc")
-    ]
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("optc")]
     return {(str(node.module), alias.name) for node in froms for alias in node.names}
 
 

@@ -71,9 +71,7 @@ def test_another_order_is_within_and_a_wrong_scale_is_not(kind: Callable[[], tup
     program, name = kind()
     measure = bounds.of_half if kind is _half else bounds.of_codes
     expected, rounding = measure(program, ROWS)
-    alone = [
-        run_stage(program, [row]).logits[0] for row in ROWS
-    ]  # other shapes of products, other orders of sums
+    alone = [run_stage(program, [row]).logits[0] for row in ROWS]  # other shapes of products, other orders of sums
     assert bounds.check(alone, expected, rounding).largest > 0
     wrong = run_stage(damaged(program, name, 1.03), ROWS).logits
     with pytest.raises(AssertionError, match=r"(largest|rms|calm|kl) \d"):

@@ -122,7 +122,5 @@ def install(site: Path) -> None:
     metadata.mkdir()
     for name, text in {"__init__": "", "ops": OPS, "passes": PASSES, "target": TARGET}.items():
         (package / f"{name}.py").write_text(text)
-    (metadata / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {PACKAGE.replace('_', '-')}\nVersion: 1.0\n"
-    )
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PACKAGE.replace('_', '-')}\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text(ENTRY_POINTS)

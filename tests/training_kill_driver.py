@@ -32,9 +32,14 @@ def child(model: Path, text: Path, output: Path) -> int:
     if pid:
         return pid
     config = small_config(
-        model, text, output, max_steps=30, saving={"every": 3}, gradient_accumulation=2,
+        model,
+        text,
+        output,
+        max_steps=30,
+        saving={"every": 3},
+        gradient_accumulation=2,
         optimizer={"name": "adamw", "lr": 3e-3},
-    )  # fmt: skip
+    )
     train(config, resume=True)
     os._exit(0)
 

@@ -25,17 +25,24 @@ def small_model(folder: Path, *, seed: int = 0, dropout: float = 0.0, layers: in
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=VOCAB, max_position_embeddings=64, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-        tie_word_embeddings=True, attention_dropout=dropout,
-    )  # fmt: skip
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=VOCAB,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=True,
+        attention_dropout=dropout,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
-def token_file(
-    path: Path, *, lengths: tuple[int, ...] = (40, 7, 23, 64, 3, 31, 50, 12, 18, 28), seed: int = 0
-) -> Path:
+def token_file(path: Path, *, lengths: tuple[int, ...] = (40, 7, 23, 64, 3, 31, 50, 12, 18, 28), seed: int = 0) -> Path:
     """Write documents of random tokens, each a pattern that repeats, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -49,9 +56,16 @@ def token_file(
 def small_config(model: Path, text: Path, output: Path, **more: Any) -> TrainConfig:
     """A run of a few fast steps on the CPU."""
     tree = {
-        "model": str(model), "output": str(output), "max_steps": 6, "batch_size": 4, "seq_len": 32, "device": "cpu",
-        "data": {"text": [str(text)]}, "optimizer": {"lr": 1e-2}, "saving": {"every": 2},
-    }  # fmt: skip
+        "model": str(model),
+        "output": str(output),
+        "max_steps": 6,
+        "batch_size": 4,
+        "seq_len": 32,
+        "device": "cpu",
+        "data": {"text": [str(text)]},
+        "optimizer": {"lr": 1e-2},
+        "saving": {"every": 2},
+    }
     for key, value in more.items():
         tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) else value  # type: ignore[dict-item]
     return convert(tree, where="test")

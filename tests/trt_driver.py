@@ -92,8 +92,11 @@ def schedules(folder: Path, rows: Sequence[Sequence[int]]) -> dict[str, list[Ten
         ways[way] = []
         for row in rows:
             runner, start, parts = Runner(session, folder, 1), 0, []
-            ends = {"prefill": [len(row)], "chunks": [len(row) // 2, len(row) // 2 + 2, len(row)],
-                    "steps": list(range(1, len(row) + 1))}[way]  # fmt: skip
+            ends = {
+                "prefill": [len(row)],
+                "chunks": [len(row) // 2, len(row) // 2 + 2, len(row)],
+                "steps": list(range(1, len(row) + 1)),
+            }[way]
             for end in ends:
                 parts += runner.feed([row[start:end]])
                 start = end

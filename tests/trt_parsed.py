@@ -14,14 +14,18 @@ HALF, BOOL, INT64 = TensorProto.FLOAT16, TensorProto.BOOL, TensorProto.INT64
 QKV = [("q", HALF, ["b", H, "s", D]), ("k", HALF, ["b", HKV, T, D]), ("v", HALF, ["b", HKV, T, D])]
 
 
-def model(nodes: list[Any], inputs: list[Any], weights: tuple[Any, ...] = (), *, opset: int = 24,
-          microsoft: bool = False) -> ModelProto:  # fmt: skip
+def model(
+    nodes: list[Any], inputs: list[Any], weights: tuple[Any, ...] = (), *, opset: int = 24, microsoft: bool = False
+) -> ModelProto:
     """A graph whose one output is `y`."""
     domains = [helper.make_opsetid("", opset)] + [helper.make_opsetid("com.microsoft", 1)] * microsoft
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info(*item) for item in inputs],
-        [helper.make_tensor_value_info("y", HALF, None)], list(weights),
-    )  # fmt: skip
+        nodes,
+        "g",
+        [helper.make_tensor_value_info(*item) for item in inputs],
+        [helper.make_tensor_value_info("y", HALF, None)],
+        list(weights),
+    )
     return helper.make_model(graph, opset_imports=domains, ir_version=11)
 
 

@@ -171,9 +171,7 @@ class _Budget:
             assert index == 0, "block 0 runs first"
             with SavedTensors(_parameters_of(forward)) as saved:
                 output = forward(*args, **kwargs)
-            inputs = [
-                arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor) and arg.requires_grad
-            ]
+            inputs = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor) and arg.requires_grad]
             self.recomputed[key] = self.choose(saved.bytes, sum(arg.nbytes for arg in inputs))
             if index not in self.recomputed[key]:
                 return output

@@ -90,9 +90,7 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def save(
-    run: Path, state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int
-) -> Path:
+def save(run: Path, state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
     """Write a checkpoint of one process; removes the oldest.
 
     Raises:
@@ -155,9 +153,10 @@ def check_format(state: RunState, path: Path) -> RunState:
     """
     if state.format != FORMAT:
         raise InputError(
-            f"the checkpoint has format {state.format}, this optc reads {FORMAT}", where=str(path),
+            f"the checkpoint has format {state.format}, this optc reads {FORMAT}",
+            where=str(path),
             remedy="resume with the version that wrote it",
-        )  # fmt: skip
+        )
     return state
 
 
@@ -169,24 +168,28 @@ def check_same_run(folder: Path, found: RunState, now: RunState) -> None:
     """
     if found.model != now.model:
         raise InputError(
-            "the checkpoint belongs to another model", where=str(folder),
+            "the checkpoint belongs to another model",
+            where=str(folder),
             why=f"it was trained from weights {found.model[:12]}, the model has {now.model[:12]}",
             remedy="give the model folder that the run started from, or another output",
-        )  # fmt: skip
+        )
     if found.corpus != now.corpus:
         raise InputError(
-            "the checkpoint was trained on another text", where=str(folder),
+            "the checkpoint was trained on another text",
+            where=str(folder),
             why=f"its tokens have digest {found.corpus[:12]}, those given {now.corpus[:12]}",
             remedy="give the same --text files, or another output",
-        )  # fmt: skip
+        )
     old, new = dict(_flat(_bound(found.config))), dict(_flat(_bound(now.config)))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
         rows = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:4])
         raise InputError(
-            "the checkpoint was made with another config", where=str(folder), why=rows,
+            "the checkpoint was made with another config",
+            where=str(folder),
+            why=rows,
             remedy="resume with the same recipe and flags, or choose another output",
-        )  # fmt: skip
+        )
 
 
 def restore(folder: Path, state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -237,14 +240,10 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     kept = model.state_dict(keep_vars=True)
     trained = {name for name, item in model.named_parameters() if item.requires_grad}
     buffers = {name for name, _ in model.named_buffers()}
-    return {
-        name: item.detach().contiguous() for name, item in kept.items() if name in trained or name in buffers
-    }
+    return {name: item.detach().contiguous() for name, item in kept.items() if name in trained or name in buffers}
 
 
-def _optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Tensor], OptimizerValues]:
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], OptimizerValues]:
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -268,9 +267,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise InputError(
-                "the checkpoint is damaged", where=str(path), why=str(error),
+                "the checkpoint is damaged",
+                where=str(path),
+                why=str(error),
                 remedy="remove this checkpoint's folder; the one before it is used then",
-            ) from error  # fmt: skip
+            ) from error
 
 
 def compare_shapes(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, Tensor]) -> None:
@@ -286,17 +287,17 @@ def compare_shapes(folder: Path, expected: dict[str, tuple[int, ...]], found: di
         raise another_model(folder, f"{name} is only in the {'model' if name in expected else 'checkpoint'}")
     for name, shape in expected.items():
         if tuple(found[name].shape) != shape:
-            raise another_model(
-                folder, f"{name} is {tuple(found[name].shape)} in the checkpoint, {shape} in the model"
-            )
+            raise another_model(folder, f"{name} is {tuple(found[name].shape)} in the checkpoint, {shape} in the model")
 
 
 def another_model(folder: Path, why: str) -> InputError:
     """The error for a checkpoint of another model."""
     return InputError(
-        "the checkpoint belongs to another model", where=str(folder), why=why,
+        "the checkpoint belongs to another model",
+        where=str(folder),
+        why=why,
         remedy="give the model folder that the run started from, or another output",
-    )  # fmt: skip
+    )
 
 
 def _bound(config: dict[str, Any]) -> dict[str, Any]:

@@ -30,9 +30,12 @@ def chunked_head(model: Any, config: TrainConfig) -> nn.Linear | None:
     (which compiles the head), by DeepSpeed, and where the head is no plain linear or something follows it.
     """
     needs_logits = (
-        config.loss_chunk == 0 or config.distill.teacher is not None or config.precision == "fp16"
-        or config.compile.scope == "model" or config.parallel.kind == "deepspeed"
-    )  # fmt: skip
+        config.loss_chunk == 0
+        or config.distill.teacher is not None
+        or config.precision == "fp16"
+        or config.compile.scope == "model"
+        or config.parallel.kind == "deepspeed"
+    )
     head: nn.Module = model.get_output_embeddings()
     if needs_logits or type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
         return None
@@ -57,9 +60,10 @@ def check_head(model: Any, head: nn.Linear, config: TrainConfig) -> None:
     if not torch.allclose(expected, found, rtol=1e-4, equal_nan=True):
         raise GateError(
             f"the loss made in the head is {float(found):.6g}, that of the logits {float(expected):.6g}",
-            where=type(model).__name__, why="the model changes its logits after the head",
+            where=type(model).__name__,
+            why="the model changes its logits after the head",
             remedy="train on whole logits: --set loss_chunk=0",
-        )  # fmt: skip
+        )
 
 
 def loss_of(
@@ -90,9 +94,12 @@ def _loss_in_place_of_logits(head: nn.Linear, labels: Tensor, config: TrainConfi
     def forward(hidden: Tensor) -> Tensor:
         assert hidden.shape[:-1] == labels.shape, "the head sees every position"
         loss = linear_cross_entropy(
-            hidden.flatten(0, 1), head.weight, labels.flatten(), chunk=config.loss_chunk,
+            hidden.flatten(0, 1),
+            head.weight,
+            labels.flatten(),
+            chunk=config.loss_chunk,
             compiled=config.compile.scope == "blocks",
-        )  # fmt: skip
+        )
         return loss.view(1, 1, 1).clone()  # FSDP warns of views
 
     assert "forward" not in vars(head)

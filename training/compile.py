@@ -40,9 +40,7 @@ def apply_compile(model: M, config: CompileConfig) -> M:
         UsageError: scope `blocks` for a model without repeated blocks; a budget out of range or without compile.
     """
     if not 0 <= config.activation_budget <= 1:
-        raise UsageError(
-            f"compile.activation_budget {config.activation_budget:g} is out of range", remedy="use 0 to 1"
-        )
+        raise UsageError(f"compile.activation_budget {config.activation_budget:g} is out of range", remedy="use 0 to 1")
     if config.scope == "none":
         if config.activation_budget < 1:
             raise UsageError(

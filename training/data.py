@@ -79,9 +79,10 @@ def read_corpus(
     for path in paths:
         if not Path(path).exists():
             raise InputError(
-                "the training text does not exist", where=path,
+                "the training text does not exist",
+                where=path,
                 remedy="give a file (text, .jsonl, .json of token ids, .parquet) or a folder of datasets' save_to_disk",
-            )  # fmt: skip
+            )
         for number, tokens in enumerate(read_documents(Path(path), encoder, kind="training"), 1):
             if end_token is not None and tokens and tokens[-1] != end_token:
                 tokens = [*tokens, end_token]
@@ -89,9 +90,10 @@ def read_corpus(
             if len(found) and (int(found.min()) < 0 or int(found.max()) >= vocab_size):
                 bad = int(found.max()) if int(found.max()) >= vocab_size else int(found.min())
                 raise InputError(
-                    f"token {bad} is outside the vocabulary of {vocab_size}", where=f"{path}, document {number}",
+                    f"token {bad} is outside the vocabulary of {vocab_size}",
+                    where=f"{path}, document {number}",
                     remedy="encode the text with the model's own tokenizer",
-                )  # fmt: skip
+                )
             documents.append(found)
     return documents
 
@@ -104,9 +106,7 @@ class Reader:
     accumulation, each of at most batch_size * seq_len / (ranks * accumulation) tokens with padding (tokens).
     """
 
-    def __init__(
-        self, documents: Sequence[Tensor], config: TrainConfig, *, world_size: int = 1, rank: int = 0
-    ) -> None:
+    def __init__(self, documents: Sequence[Tensor], config: TrainConfig, *, world_size: int = 1, rank: int = 0) -> None:
         self.documents, self.config = documents, config
         self.world_size, self.rank = world_size, rank
         self.position = Position()
@@ -122,8 +122,9 @@ class Reader:
         if total < length:
             raise InputError(
                 f"the training text is too short: {total} tokens to learn, and one row takes {length}",
-                where=", ".join(config.data.text) or None, remedy="give a longer text, or shorter rows with --set seq_len",
-            )  # fmt: skip
+                where=", ".join(config.data.text) or None,
+                remedy="give a longer text, or shorter rows with --set seq_len",
+            )
 
     @property
     def digest(self) -> str:

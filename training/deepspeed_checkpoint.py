@@ -48,9 +48,7 @@ def save_deepspeed(folder: Path, model: nn.Module, optimizer: EngineOptimizer, e
             with disk_errors(folder):
                 save_file(_flat_tensors(optimizer), place / _part(rank, size))
                 if rank == 0:
-                    save_file(
-                        {name: state[name].contiguous() for name in model_tensors(model)}, place / _WEIGHTS
-                    )
+                    save_file({name: state[name].contiguous() for name in model_tensors(model)}, place / _WEIGHTS)
                     groups = [plain_values(group) for group in optimizer.param_groups]
                     plain = _State(ranks=size, stage=_stage(optimizer), groups=groups, extra=extra)
                     (place / _STATE).write_bytes(msgspec.json.encode(plain))
@@ -72,14 +70,13 @@ def load_deepspeed(folder: Path, model: nn.Module, optimizer: EngineOptimizer) -
         raise InputError(
             f"the checkpoint was written by {state.ranks} rank(s) with ZeRO stage {state.stage}, the run has "
             f"{size} with stage {_stage(optimizer)}",
-            where=str(folder), remedy="resume with the same number of processes and parallel.zero_stage",
-        )  # fmt: skip
+            where=str(folder),
+            remedy="resume with the same number of processes and parallel.zero_stage",
+        )
     _load_weights(folder, model)
     _load_flat(folder, _part(rank, size), optimizer)
     if len(state.groups) != len(optimizer.param_groups):
-        raise another_model(
-            folder, f"{len(state.groups)} groups of parameters, not {len(optimizer.param_groups)}"
-        )
+        raise another_model(folder, f"{len(state.groups)} groups of parameters, not {len(optimizer.param_groups)}")
     for group, values in zip(optimizer.param_groups, state.groups, strict=True):
         group.update(values)
     return state.extra

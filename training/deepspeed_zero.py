@@ -27,10 +27,11 @@ def check_deepspeed() -> Any:
         import deepspeed
     except ImportError as error:
         raise UsageError(
-            "parallel.kind deepspeed needs DeepSpeed", why=str(error),
+            "parallel.kind deepspeed needs DeepSpeed",
+            why=str(error),
             remedy="pip install 'optc[deepspeed]', or use zero1 (ZeRO-1) or fsdp (ZeRO-2 and ZeRO-3: "
             "parallel.reshard_after_forward=false and true)",
-        ) from error  # fmt: skip
+        ) from error
     return deepspeed
 
 
@@ -95,9 +96,7 @@ def connect(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 40,
     }
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=settings, dist_init_required=False
-    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine, EngineOptimizer(engine)
 
 

@@ -42,16 +42,15 @@ def load_teacher(config: TrainConfig, vocab_size: int) -> Any | None:
     if name is None:
         return None
     if name == "self" and config.from_scratch:
-        raise UsageError(
-            "a model from scratch cannot be its own teacher", remedy="give distill.teacher a model folder"
-        )
+        raise UsageError("a model from scratch cannot be its own teacher", remedy="give distill.teacher a model folder")
     folder = Path(config.model if name == "self" else name)
     teacher = load_frozen(folder)
     if teacher.config.vocab_size != vocab_size:
         raise InputError(
             f"the teacher has {teacher.config.vocab_size} tokens in its vocabulary, the model {vocab_size}",
-            where=str(folder), remedy="give a teacher with the model's tokenizer",
-        )  # fmt: skip
+            where=str(folder),
+            remedy="give a teacher with the model's tokenizer",
+        )
     return teacher
 
 
@@ -66,9 +65,7 @@ def logits_of(model: Callable[..., Any], batch: Batch) -> Tensor:
     return logits
 
 
-def loss_sums(
-    logits: Tensor, batch: Batch, config: TrainConfig, teacher: Callable[..., Any] | None
-) -> LossSums:
+def loss_sums(logits: Tensor, batch: Batch, config: TrainConfig, teacher: Callable[..., Any] | None) -> LossSums:
     """The loss of a batch from its logits [B, S, V], in fp32."""
     student, labels = logits.float().flatten(0, 1), batch.labels.flatten()
     if teacher is None:

@@ -75,9 +75,11 @@ def _plan(model: Any) -> tuple[FolderPlan, dict[str, Tensor]]:
     for name, tensor in held.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(
-                "a trained weight holds NaN or infinity", where=name, why="the run diverged",
+                "a trained weight holds NaN or infinity",
+                where=name,
+                why="the run diverged",
                 remedy="train with a smaller optimizer.lr, or continue from an earlier checkpoint",
-            )  # fmt: skip
+            )
         owner = owners.get(name, name)
         # Of tied tensors the first is written, or the first that is not kept as codes.
         if name in coded or name in left or owner in plain or f".{MODULE}." in name:

@@ -74,9 +74,7 @@ class _Static(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, format: str) -> Tensor:
         ctx.save_for_backward(x.float().abs() <= scale * FORMATS[format][1])
-        value: Tensor = _optc.dequantize_activation(
-            _optc.quantize(x, scale, format=format), scale, dtype=x.dtype
-        )
+        value: Tensor = _optc.dequantize_activation(_optc.quantize(x, scale, format=format), scale, dtype=x.dtype)
         return value
 
     @staticmethod

@@ -76,10 +76,11 @@ def round_keys_and_values(model: Any, scheme: KeyValueScheme) -> None:
     base = model.config._attn_implementation
     if base not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         raise InputError(
-            "keys and values cannot be rounded in this model", where=type(model).__name__,
+            "keys and values cannot be rounded in this model",
+            where=type(model).__name__,
             why=f"its attention '{base}' is not one that transformers looks up by name",
             remedy="load it with attn_implementation='sdpa', or set qat.kv_cache=none",
-        )  # fmt: skip
+        )
     heads = _key_value_heads(model, base)
     for module, count in heads.items():
         made = KVRounding(scheme, count).to(next(model.parameters()).device)
@@ -100,9 +101,7 @@ def kv_roundings(model: nn.Module) -> Iterator[tuple[str, KVRounding]]:
 
 
 def _rounded(attention: Callable[..., Any]) -> Callable[..., Any]:
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         key, value = getattr(module, MODULE)(key, value)
         return attention(module, query, key, value, *args, **kwargs)
 
@@ -132,9 +131,11 @@ def _key_value_heads(model: Any, base: str) -> dict[nn.Module, int]:
         model(input_ids=tokens, use_cache=False)
     if not found:
         raise InputError(
-            "keys and values cannot be rounded in this model", where=type(model).__name__,
-            why="it calls no attention that transformers looks up by name", remedy="set qat.kv_cache=none",
-        )  # fmt: skip
+            "keys and values cannot be rounded in this model",
+            where=type(model).__name__,
+            why="it calls no attention that transformers looks up by name",
+            remedy="set qat.kv_cache=none",
+        )
     return found
 
 

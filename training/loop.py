@@ -69,9 +69,10 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None =
         check_output(output, force=False)
         if not resume and folder.exists():
             raise InputError(
-                "an unfinished run of this output exists", where=str(folder),
+                "an unfinished run of this output exists",
+                where=str(folder),
                 remedy="continue it with --resume, or remove the folder",
-            )  # fmt: skip
+            )
     ours = not dist.is_initialized()
     with _memory_errors(config, world):
         result = _run(config, world, folder, resume, on_step)
@@ -81,9 +82,7 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None =
     return result
 
 
-def _run(
-    config: TrainConfig, world: World, folder: Path, resume: bool, on_step: OnStep | None
-) -> TrainResult | None:
+def _run(config: TrainConfig, world: World, folder: Path, resume: bool, on_step: OnStep | None) -> TrainResult | None:
     run = prepare(config, world)
     start = _initial_state(run)
     resumed = resume_run(run, start, folder) if resume else None
@@ -101,9 +100,13 @@ def _run(
 
 def _initial_state(run: Run) -> RunState:
     return RunState(
-        step=0, position=run.reader.position, model=model_identity(run.config), corpus=run.reader.digest,
-        config=plain_config(run.config), run=secrets.token_hex(8),
-    )  # fmt: skip
+        step=0,
+        position=run.reader.position,
+        model=model_identity(run.config),
+        corpus=run.reader.digest,
+        config=plain_config(run.config),
+        run=secrets.token_hex(8),
+    )
 
 
 def _steps(run: Run, state: RunState, folder: Path, on_step: OnStep | None) -> list[StepRecord]:
@@ -131,12 +134,19 @@ def _steps(run: Run, state: RunState, folder: Path, on_step: OnStep | None) -> l
 def _result(run: Run, state: RunState, records: list[StepRecord], resumed: RunState | None) -> TrainResult:
     parameters = list(run.model.parameters())
     return TrainResult(
-        output=run.config.output, run=state.run, steps=run.step, resumed_from=resumed.step if resumed else None,
-        first_loss=records[0].loss, last_loss=records[-1].loss, tokens=sum(row.tokens for row in records),
-        seconds=sum(row.seconds for row in records), parameters=sum(item.numel() for item in parameters),
+        output=run.config.output,
+        run=state.run,
+        steps=run.step,
+        resumed_from=resumed.step if resumed else None,
+        first_loss=records[0].loss,
+        last_loss=records[-1].loss,
+        tokens=sum(row.tokens for row in records),
+        seconds=sum(row.seconds for row in records),
+        parameters=sum(item.numel() for item in parameters),
         trainable=sum(item.numel() for item in parameters if item.requires_grad),
-        config=plain_config(run.config), last=records[-1],
-    )  # fmt: skip
+        config=plain_config(run.config),
+        last=records[-1],
+    )
 
 
 def _whole_model(run: Run) -> nn.Module | None:
@@ -157,9 +167,7 @@ def _whole_model(run: Run) -> nn.Module | None:
     return whole
 
 
-def _publish(
-    run: Run, model: nn.Module, result: TrainResult, records: list[StepRecord], folder: Path
-) -> None:
+def _publish(run: Run, model: nn.Module, result: TrainResult, records: list[StepRecord], folder: Path) -> None:
     """The model folder with log, report and summary, in one rename; then the run's folder goes."""
     output = Path(run.config.output)
     with write_folder(output, force=False) as directory:

@@ -80,9 +80,12 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         }
         replace_modules(model, made)
     settings = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets,
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
         task_type="CAUSAL_LM",
-    )  # fmt: skip
+    )
     peft.inject_adapter_in_model(settings, model, ADAPTER)
     setattr(model, _MARK, config)
     return model
@@ -131,9 +134,7 @@ def write_adapters(model: nn.Module, base: Path, directory: Path) -> None:
     settings = configs[ADAPTER]
     settings.base_model_name_or_path, settings.inference_mode = str(base), True
     state = peft.get_peft_model_state_dict(model, adapter_name=ADAPTER)
-    tensors = {
-        f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()
-    }
+    tensors = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with os_errors("writing the adapters", str(directory)):
         settings.save_pretrained(directory)
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -113,10 +113,15 @@ def predict(config: TrainConfig, world_size: int = 1) -> MemoryPlan:
         in_backward = weights + optimizer + found.live_first  # gradients appear as activations go
     compiled = config.compile.scope != "none"
     return MemoryPlan(
-        weights=weights, gradients=gradients, optimizer=optimizer, activations=activations,
-        peak=max(at_step, in_backward), peak_at="optimizer" if at_step > in_backward else "backward",
-        ranks=world_size, note="activations of eager mode: compile keeps fewer" if compiled else "",
-    )  # fmt: skip
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        peak=max(at_step, in_backward),
+        peak_at="optimizer" if at_step > in_backward else "backward",
+        ranks=world_size,
+        note="activations of eager mode: compile keeps fewer" if compiled else "",
+    )
 
 
 @lru_cache(maxsize=16)
@@ -133,10 +138,15 @@ def _dry_run(config: TrainConfig, rows: int) -> _DryRun:
         with LiveTensors() as later:
             _backward(model, teacher, config, rows)
         return _DryRun(
-            weights=weights, teacher=0 if teacher is None else _bytes(teacher),
-            trained=tensor_bytes(trained), largest=max(item.nbytes for item in trained),
-            block=max(blocks), root=weights - sum(blocks), live=later.peak, live_first=first.peak,
-        )  # fmt: skip
+            weights=weights,
+            teacher=0 if teacher is None else _bytes(teacher),
+            trained=tensor_bytes(trained),
+            largest=max(item.nbytes for item in trained),
+            block=max(blocks),
+            root=weights - sum(blocks),
+            live=later.peak,
+            live_first=first.peak,
+        )
 
 
 def _bytes(model: nn.Module) -> int:
@@ -152,9 +162,7 @@ def _fake_teacher(config: TrainConfig) -> Any | None:
 
 def _fake_model(folder: Path) -> Any:
     if not folder.is_dir():
-        raise InputError(
-            "the model folder does not exist", where=str(folder), remedy="give a folder with config.json"
-        )
+        raise InputError("the model folder does not exist", where=str(folder), remedy="give a folder with config.json")
     skeleton = meta_model(CheckpointInfo(folder, read_config(folder, trust_remote_code=False), {}, False))
     shape = skeleton.config
     shape._attn_implementation = attention_for(skeleton)
@@ -170,7 +178,10 @@ def _backward(model: nn.Module, teacher: nn.Module | None, config: TrainConfig, 
     batch = Batch(tokens, tokens, tokens, packed=True, padded=False)
     with autocast(config, tokens.device):
         loss = loss_of(
-            partial(model, attention_mask=mask), batch, config, head=chunked_head(model, config),
+            partial(model, attention_mask=mask),
+            batch,
+            config,
+            head=chunked_head(model, config),
             teacher=None if teacher is None else partial(teacher, attention_mask=mask),
-        )  # fmt: skip
+        )
     loss.total.backward()

@@ -29,15 +29,17 @@ def load_trainable(config: TrainConfig) -> Any:
     takes = inspect.signature(model.forward).parameters
     if model.get_output_embeddings() is None or "position_ids" not in takes or "labels" not in takes:
         raise InputError(
-            f"{type(model).__name__} is not a causal language model that takes position_ids", where=config.model,
+            f"{type(model).__name__} is not a causal language model that takes position_ids",
+            where=config.model,
             remedy="give a decoder with a language-model head, such as LlamaForCausalLM",
-        )  # fmt: skip
+        )
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and config.seq_len > context:
         raise InputError(
-            f"seq_len {config.seq_len} is longer than the model's context of {context}", where=config.model,
+            f"seq_len {config.seq_len} is longer than the model's context of {context}",
+            where=config.model,
             remedy=f"use --set seq_len={context} or less",
-        )  # fmt: skip
+        )
     model.config.use_cache = False
     return model.train()
 
@@ -56,9 +58,7 @@ def load_frozen(folder: Path) -> Any:
 def _fresh(folder: Path) -> Any:
     """Weights drawn by the model's own initialization, with torch's seed; the folder needs no weights."""
     if not folder.is_dir():
-        raise InputError(
-            "the model folder does not exist", where=str(folder), remedy="give a folder with config.json"
-        )
+        raise InputError("the model folder does not exist", where=str(folder), remedy="give a folder with config.json")
     config = read_config(folder, trust_remote_code=False)
     skeleton = meta_model(CheckpointInfo(folder, config, {}, (folder / "tokenizer.json").is_file()))
     shape = skeleton.config

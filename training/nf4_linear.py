@@ -44,13 +44,13 @@ class Nf4Linear(nn.Linear):
         self.group_size, self.bias = group_size, linear.bias
         if self.in_features % 2:
             raise InputError(
-                f"K = {self.in_features} is odd", where=where, why="NF4 keeps two codes in a byte",
+                f"K = {self.in_features} is odd",
+                where=where,
+                why="NF4 keeps two codes in a byte",
                 remedy="use lora.base=dense",
-            )  # fmt: skip
-        with torch.no_grad():
-            codes, scale = quantize_codebook(
-                linear.weight, normal_float().to(linear.weight.device), group_size, where
             )
+        with torch.no_grad():
+            codes, scale = quantize_codebook(linear.weight, normal_float().to(linear.weight.device), group_size, where)
             self.register_buffer("packed", codes[:, 0::2] | codes[:, 1::2] << 4)
             parts = quantize_scales(scale) if double_quant else (scale, None, None)
         for name, part in zip(("scale", "scale_step", "scale_mean"), parts, strict=True):

@@ -59,9 +59,12 @@ def optimizer_class(config: OptimizerConfig) -> tuple[Callable[..., torch.optim.
     if config.name == "lion":
         return pytorch_optimizer.Lion, {"lr": config.lr, "betas": config.betas or (0.9, 0.99)}
     options = {
-        "lr": config.lr / config.gamma, "betas": config.betas or (0.965, 0.99), "p": config.gamma,
-        "eps": config.eps, "update_period": _NEVER,
-    }  # fmt: skip
+        "lr": config.lr / config.gamma,
+        "betas": config.betas or (0.965, 0.99),
+        "p": config.gamma,
+        "eps": config.eps,
+        "update_period": _NEVER,
+    }
     return pytorch_optimizer.SophiaH, options
 
 
@@ -110,16 +113,10 @@ def estimate_hessian(
     parameters: Sequence[Tensor] = [item for group in optimizer.param_groups for item in group["params"]]
     with sdpa_kernel(SDPBackend.MATH):
         gradients = torch.autograd.grad(loss(), parameters, create_graph=True, allow_unused=True)
-    noise = [
-        torch.randn(item.shape, generator=generator, device=item.device, dtype=item.dtype)
-        for item in parameters
-    ]
-    product = sum(
-        (gradient * z).sum() for gradient, z in zip(gradients, noise, strict=True) if gradient is not None
-    )
+    noise = [torch.randn(item.shape, generator=generator, device=item.device, dtype=item.dtype) for item in parameters]
+    product = sum((gradient * z).sum() for gradient, z in zip(gradients, noise, strict=True) if gradient is not None)
     assert isinstance(product, Tensor)
     found = torch.autograd.grad(product, parameters, allow_unused=True)
     return [
-        torch.zeros_like(z) if second is None else second.detach() * z
-        for second, z in zip(found, noise, strict=True)
+        torch.zeros_like(z) if second is None else second.detach() * z for second, z in zip(found, noise, strict=True)
     ]

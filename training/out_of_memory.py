@@ -19,10 +19,11 @@ def out_of_memory(config: TrainConfig, world_size: int, error: BaseException) ->
     ]
     cause = f"; {str(error).splitlines()[0]}" if str(error) else ""
     return ResourceError(
-        "out of memory while training", where=config.model,
+        "out of memory while training",
+        where=config.model,
         why=f"the plan predicts a peak of {_size(peak)} on each rank{cause}",
         remedy="; or ".join(rows) or "use a smaller seq_len, or more ranks with parallel.kind=fsdp",
-    )  # fmt: skip
+    )
 
 
 def _changes(config: TrainConfig, world_size: int) -> list[tuple[list[str], TrainConfig]]:

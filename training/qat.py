@@ -64,9 +64,7 @@ class QatConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         check_bits(self.bits)
         check_group_size(self.group_size, [])
         if not self.scale_rate > 0:
-            raise UsageError(
-                f"qat.scale_rate is {self.scale_rate}", remedy="choose a positive rate, such as 1"
-            )
+            raise UsageError(f"qat.scale_rate is {self.scale_rate}", remedy="choose a positive rate, such as 1")
         if self.activations != "none" and (self.bits, self.group_size, self.symmetric) != (8, 0, True):
             raise UsageError(
                 "rounded activations need symmetric 8-bit weights with one scale per row",
@@ -126,9 +124,11 @@ class FakeQuantizedLinear(nn.Linear):
         """Codes, scales and zero points of the weight as it is now; `dense()` of it is what forward multiplies with."""
         config, grid = self.config, self.grid()
         scheme = Scheme(
-            bits=config.bits, group_size=config.group_size, symmetric=config.symmetric,
+            bits=config.bits,
+            group_size=config.group_size,
+            symmetric=config.symmetric,
             activations="int8" if config.activations == "int8" else "",
-        )  # fmt: skip
+        )
         zero = None if config.symmetric else grid.zero.to(torch.uint8)
         return QuantizedWeight(scheme, grid.codes(self.weight.float()).to(torch.uint8), grid.scale, zero)
 
@@ -154,14 +154,13 @@ def apply_qat(model: nn.Module, config: QatConfig) -> nn.Module:
     if not config.enabled:
         return model
     if next(quantized_linears(model), None) is not None:
-        raise UsageError(
-            "the model is already prepared for quantization-aware training", remedy="load it again"
-        )
+        raise UsageError("the model is already prepared for quantization-aware training", remedy="load it again")
     if lora_config(model) is not None:
         raise UsageError(
             "adapters and quantization-aware training cannot be combined",
-            why="QAT trains the weights that LoRA freezes", remedy="set lora.enabled=false or qat.enabled=false",
-        )  # fmt: skip
+            why="QAT trains the weights that LoRA freezes",
+            remedy="set lora.enabled=false or qat.enabled=false",
+        )
     chosen = _choose(model, config)
     columns = [linear.in_features for linear in chosen.values()]
     check_group_size(config.group_size, columns, [f"{name}.weight" for name in chosen])
@@ -192,14 +191,17 @@ def _choose(model: Any, config: QatConfig) -> dict[str, nn.Linear]:
         if first != name:
             raise InputError(
                 "two linears share one weight, and a model folder keeps codes for one of them",
-                where=f"{first}.weight, {name}.weight", remedy=f"leave them out: qat.ignore=['{name}.weight', ...]",
-            )  # fmt: skip
+                where=f"{first}.weight, {name}.weight",
+                remedy=f"leave them out: qat.ignore=['{name}.weight', ...]",
+            )
         chosen[name] = linear
     if not chosen:
         raise InputError(
-            "the model has no linear to quantize", where=type(model).__name__,
-            why="no nn.Linear besides those that stay as they are", remedy="check qat.ignore, or set qat.head=true",
-        )  # fmt: skip
+            "the model has no linear to quantize",
+            where=type(model).__name__,
+            why="no nn.Linear besides those that stay as they are",
+            remedy="check qat.ignore, or set qat.head=true",
+        )
     return chosen
 
 
@@ -208,6 +210,7 @@ def _check_patterns(ignore: Sequence[str], names: Sequence[str]) -> None:
     if unused:
         near = ", ".join(list(names)[:3])
         raise UsageError(
-            f"qat.ignore: '{unused[0]}' matches no weight of a linear", why=f"names look like {near}",
+            f"qat.ignore: '{unused[0]}' matches no weight of a linear",
+            why=f"names look like {near}",
             remedy="correct the pattern, or leave it out",
-        )  # fmt: skip
+        )

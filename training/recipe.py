@@ -18,9 +18,7 @@ from optc.training.config import TrainConfig
 RECIPES = ("pretrain", "finetune", "lora", "qlora", "qat", "distill")
 
 
-def load_config(
-    recipe: str, *, values: Mapping[str, Any] | None = None, settings: Sequence[str] = ()
-) -> TrainConfig:
+def load_config(recipe: str, *, values: Mapping[str, Any] | None = None, settings: Sequence[str] = ()) -> TrainConfig:
     """The config of a run: the recipe, then `values` (dotted key -> value), then `settings` (`key=value` texts).
 
     Args:
@@ -54,9 +52,11 @@ def convert(tree: Mapping[str, Any], *, where: str) -> TrainConfig:
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$.")
         raise UsageError(
-            f"invalid value of '{place.rstrip('`')}'" if place else "an invalid value", where=where, why=reason,
+            f"invalid value of '{place.rstrip('`')}'" if place else "an invalid value",
+            where=where,
+            why=reason,
             remedy="docs/train.md lists every key with its type and default",
-        ) from error  # fmt: skip
+        ) from error
     return config
 
 
@@ -124,9 +124,10 @@ def _check_keys(tree: Mapping[str, Any], cls: type[msgspec.Struct], prefix: str,
             known = dotted_keys(TrainConfig)
             close = nearest(f"{prefix}{key}", known) or nearest(key, [name.split(".")[-1] for name in known])
             raise UsageError(
-                f"unknown key '{prefix}{key}'", where=where,
+                f"unknown key '{prefix}{key}'",
+                where=where,
                 remedy=(f"did you mean '{close}'? " if close else "") + "docs/train.md lists every key",
-            )  # fmt: skip
+            )
         inner = _struct(hints[key])
         if inner is not None and isinstance(value, Mapping):
             _check_keys(value, inner, f"{prefix}{key}.", where)
@@ -144,6 +145,4 @@ def dotted_keys(cls: type[msgspec.Struct], prefix: str = "") -> list[str]:
 def _struct(hint: Any) -> type[msgspec.Struct] | None:
     """The Struct that a type hint names, also inside a union with None."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next(
-        (item for item in options if isinstance(item, type) and issubclass(item, msgspec.Struct)), None
-    )
+    return next((item for item in options if isinstance(item, type) and issubclass(item, msgspec.Struct)), None)

@@ -24,9 +24,7 @@ class SavedTensors:
     def __init__(self, weights: Iterable[Tensor] = ()) -> None:
         weights = list(weights)
         self._skip = {_storage(weight) for weight in weights}
-        self._shapes = {
-            shape for item in weights if item.dim() == 2 for shape in (item.shape, item.t().shape)
-        }
+        self._shapes = {shape for item in weights if item.dim() == 2 for shape in (item.shape, item.t().shape)}
         self._sizes: dict[int, int] = {}
         self._copies: set[int] = set()
         self._held: list[Tensor] = []  # keeps storages alive, so that no address is used twice

@@ -48,9 +48,13 @@ def save_run(run: Run, start: RunState, folder: Path) -> Path:
     """
     keep = run.config.saving.keep
     state = msgspec.structs.replace(
-        start, step=run.step, position=run.reader.position, skipped=run.skipped, scaler=run.scaler.state_dict(),
+        start,
+        step=run.step,
+        position=run.reader.position,
+        skipped=run.skipped,
+        scaler=run.scaler.state_dict(),
         optimizer=checkpoint.OptimizerValues(),
-    )  # fmt: skip
+    )
     if run.config.parallel.kind == "none":
         return checkpoint.save(folder, state, run.model, run.optimizer, keep=keep)
     place = checkpoint.folder_of(folder, run.step)
@@ -77,9 +81,10 @@ def resume_run(run: Run, now: RunState, folder: Path) -> RunState | None:
     layout = _layout_of(found[-1])
     if layout is not _OF_KIND.get(run.config.parallel.kind, _SHARDED):
         raise InputError(
-            f"the checkpoint was written by {layout.writer}", where=str(found[-1]),
+            f"the checkpoint was written by {layout.writer}",
+            where=str(found[-1]),
             remedy=f"resume with parallel.kind={layout.kinds}",
-        )  # fmt: skip
+        )
     if isinstance(run.optimizer, EngineOptimizer):
         load_deepspeed(found[-1], run.model, run.optimizer)
     elif layout is _SHARDED:

@@ -41,8 +41,10 @@ class World:
     @staticmethod
     def from_environment() -> World:
         """WORLD_SIZE, RANK and LOCAL_RANK."""
-        read = {key: os.environ.get(key, default) for key, default in
-                (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))}  # fmt: skip
+        read = {
+            key: os.environ.get(key, default)
+            for key, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+        }
         return World(int(read["WORLD_SIZE"]), int(read["RANK"]), int(read["LOCAL_RANK"]))
 
 
@@ -80,9 +82,7 @@ def check_config(config: TrainConfig, world: World) -> None:
         InputError: ranks and accumulation that do not divide the batch.
     """
     if not config.model:
-        raise UsageError(
-            "no model given", remedy="optc train --recipe finetune --model FOLDER --text FILE -o OUT"
-        )
+        raise UsageError("no model given", remedy="optc train --recipe finetune --model FOLDER --text FILE -o OUT")
     parts = world.size * config.gradient_accumulation
     if config.batch_size % parts:
         raise UsageError(
@@ -90,7 +90,7 @@ def check_config(config: TrainConfig, world: World) -> None:
             f"{config.gradient_accumulation} micro-batch(es)",
             why="batch_size counts the rows of an optimizer step over all ranks and micro-batches",
             remedy=f"use --set batch_size={-(-config.batch_size // parts) * parts}",
-        )  # fmt: skip
+        )
     if world.size > 1 and config.parallel.kind == "none":
         raise UsageError(
             f"{world.size} processes, but parallel.kind is none",
@@ -98,14 +98,16 @@ def check_config(config: TrainConfig, world: World) -> None:
         )
     if config.optimizer.name == "sophia" and config.precision == "fp16":
         raise UsageError(
-            "sophia does not work with a loss scale", why="its Hessian estimate is computed in fp32 without one",
+            "sophia does not work with a loss scale",
+            why="its Hessian estimate is computed in fp32 without one",
             remedy="use precision fp32 or bf16",
-        )  # fmt: skip
+        )
     if config.optimizer.name == "sophia" and config.parallel.kind not in ("none", "ddp"):
         raise UsageError(
-            "sophia does not work on shards", why="its Hessian estimate differentiates whole weights twice",
+            "sophia does not work on shards",
+            why="its Hessian estimate differentiates whole weights twice",
             remedy="use adamw or lion, or parallel.kind=ddp",
-        )  # fmt: skip
+        )
     if config.parallel.kind == "deepspeed" and config.precision != "fp32":
         raise UsageError(
             f"deepspeed trains in fp32 here, not in {config.precision}",
@@ -121,9 +123,7 @@ def pick_device(config: TrainConfig, world: World) -> torch.device:
         TargetError: cuda is asked for and there is none, or not as many.
     """
     if ":" in config.device and world.size > 1:
-        raise UsageError(
-            f"device {config.device} is one GPU, for {world.size} ranks", remedy="use device=cuda"
-        )
+        raise UsageError(f"device {config.device} is one GPU, for {world.size} ranks", remedy="use device=cuda")
     device = choose_device(config.device)
     if device.type == "cpu":
         return device
@@ -144,9 +144,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     torch.manual_seed(config.seed)
     folder = Path(config.model)
     if not folder.is_dir():
-        raise InputError(
-            "the model folder does not exist", where=config.model, remedy="give a folder with config.json"
-        )
+        raise InputError("the model folder does not exist", where=config.model, remedy="give a folder with config.json")
     reader = _reader(config, world, folder)
     model = build_model(config)
     teacher = load_teacher(config, model.config.vocab_size)
@@ -161,10 +159,17 @@ def prepare(config: TrainConfig, world: World) -> Run:
     if config.parallel.kind == "deepspeed":
         module, optimizer = connect(model, optimizer, config.parallel, clip_norm=config.clip_norm)
     return Run(
-        config=config, world=world, device=device, model=model, module=module,
-        teacher=None if teacher is None else teacher.to(device), optimizer=optimizer,
-        scaler=make_scaler(config, device), reader=reader, head=head,
-    )  # fmt: skip
+        config=config,
+        world=world,
+        device=device,
+        model=model,
+        module=module,
+        teacher=None if teacher is None else teacher.to(device),
+        optimizer=optimizer,
+        scaler=make_scaler(config, device),
+        reader=reader,
+        head=head,
+    )
 
 
 def build_model(config: TrainConfig) -> Any:
@@ -175,10 +180,11 @@ def build_model(config: TrainConfig) -> Any:
 def _reader(config: TrainConfig, world: World, folder: Path) -> Reader:
     ends = eos_token_ids(folder) if config.data.append_eos else ()
     documents = read_corpus(
-        config.data.text, load_tokenizer(folder),
+        config.data.text,
+        load_tokenizer(folder),
         vocab_size=int(read_config(folder, trust_remote_code=False).get("vocab_size", 0)),
         end_token=ends[0] if ends else None,
-    )  # fmt: skip
+    )
     return Reader(documents, config, world_size=world.size, rank=world.rank)
 
 

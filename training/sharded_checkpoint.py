@@ -164,8 +164,9 @@ def _compare(folder: Path, saved: dict[str, tuple[int, ...]], wanted: dict[str, 
     if different:
         name = different[0]
         raise InputError(
-            "the checkpoint belongs to another model", where=str(folder),
+            "the checkpoint belongs to another model",
+            where=str(folder),
             why=f"{name.removeprefix('model::')} is {saved.get(name, 'absent')} in the checkpoint, "
             f"{wanted.get(name, 'absent')} in the model",
             remedy="give the model that the run started from",
-        )  # fmt: skip
+        )

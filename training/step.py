@@ -71,13 +71,21 @@ def train_step(run: Run, *, last_good: str | None, with_memory: bool = False) ->
     peak = peak_flops(device, config.precision, config.peak_tflops)
     rate = tokens / seconds
     return StepRecord(
-        step=run.step, epoch=epoch, loss=_finite(loss), cross_entropy=_finite(entropy),
+        step=run.step,
+        epoch=epoch,
+        loss=_finite(loss),
+        cross_entropy=_finite(entropy),
         divergence=None if run.teacher is None else _finite(divergence),
-        lr=run.optimizer.param_groups[0]["lr"], grad_norm=_finite(norm), tokens=tokens, seconds=seconds,
+        lr=run.optimizer.param_groups[0]["lr"],
+        grad_norm=_finite(norm),
+        tokens=tokens,
+        seconds=seconds,
         tokens_per_s=rate,
         mfu=None if peak is None else rate * flops_per_token(run.model, config.seq_len) / run.world.size / peak,
-        scale=run.scaler.get_scale() if run.scaler.is_enabled() else None, skipped=skipped, memory=memory,
-    )  # fmt: skip
+        scale=run.scaler.get_scale() if run.scaler.is_enabled() else None,
+        skipped=skipped,
+        memory=memory,
+    )
 
 
 def _backward(run: Run, batches: Sequence[Batch], tokens: int, with_memory: bool) -> tuple[list[float], int]:
@@ -99,10 +107,7 @@ def _backward(run: Run, batches: Sequence[Batch], tokens: int, with_memory: bool
                 run.scaler.scale(loss).backward()
         parts.append((found.total.detach(), found.cross_entropy, found.divergence))
     # Read here, so that a GPU is not waited for between micro-batches.
-    sums = [
-        math.fsum(0.0 if part is None else float(part) for part in column)
-        for column in zip(*parts, strict=True)
-    ]
+    sums = [math.fsum(0.0 if part is None else float(part) for part in column) for column in zip(*parts, strict=True)]
     return sums, activations
 
 

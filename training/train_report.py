@@ -98,11 +98,16 @@ def curve(title: str, records: Sequence[StepRecord], keys: Sequence[str]) -> dic
         lines.append(_Line(name, color, points, tuple(places) if len(places) <= _MOST_DOTS else ()))
     marks = sorted({first + round(part * (last - first) / 6) for part in range(7)})
     return {
-        "title": title, "width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "right": right, "bottom": bottom,
+        "title": title,
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "left": _LEFT,
+        "right": right,
+        "bottom": bottom,
         "series": lines,
         "levels": [(y(low + spread * part / 4), f"{low + spread * part / 4:.4g}") for part in range(5)],
         "steps": [(x(step), step) for step in marks],
-    }  # fmt: skip
+    }
 
 
 def _finite(rows: Sequence[tuple[int, float | None]]) -> list[tuple[int, float]]:

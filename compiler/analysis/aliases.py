@@ -16,9 +16,14 @@ from torch.fx import Graph, Node
 
 aten = torch.ops.aten
 
-_MAY_ALIAS = frozenset((
-    operator.getitem, aten.dropout.default, aten.type_as.default, aten.lift_fresh.default,
-))  # fmt: skip
+_MAY_ALIAS = frozenset(
+    (
+        operator.getitem,
+        aten.dropout.default,
+        aten.type_as.default,
+        aten.lift_fresh.default,
+    )
+)
 """Calls that may return (a part of) their first argument and do not say so in their schema."""
 
 

@@ -81,9 +81,17 @@ def sdpa_site(node: Node) -> Site:
         terms = (Term(mask, "keep" if value_of(mask).dtype == torch.bool else "add", node),)
     axes = tuple(range(value_of(q).dim()))
     return Site(
-        node, node, Operand(q, axes), Operand(k, axes), Operand(v, axes), float(scale),
-        terms=terms, is_causal=bool(options["is_causal"]), gqa=bool(options["enable_gqa"]), result_axes=axes,
-    )  # fmt: skip
+        node,
+        node,
+        Operand(q, axes),
+        Operand(k, axes),
+        Operand(v, axes),
+        float(scale),
+        terms=terms,
+        is_causal=bool(options["is_causal"]),
+        gqa=bool(options["enable_gqa"]),
+        result_axes=axes,
+    )
 
 
 # -- softmax -------------------------------------------------------------------------------------

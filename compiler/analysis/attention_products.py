@@ -51,20 +51,16 @@ def _product(node: Node) -> _Product | None:
         operands: Any = node.args[1]
         inputs, arrow, output = equation.replace(" ", "").partition("->")
         parts = inputs.split(",")
-        if (
-            len(parts) != 2
-            or not arrow
-            or len(node.args) > 2
-            or not (inputs + output).replace(",", "").isalpha()
-        ):
+        if len(parts) != 2 or not arrow or len(node.args) > 2 or not (inputs + output).replace(",", "").isalpha():
             return None
         (left, right), letters = operands, (parts[0], parts[1], output)
     else:
         return None
     if not (isinstance(left, Node) and isinstance(right, Node) and len(letters[2]) >= 2):
         return None
-    fits = all(value_of(item).dim() == len(part) == len(set(part))
-               for item, part in zip((left, right), letters, strict=False))  # fmt: skip
+    fits = all(
+        value_of(item).dim() == len(part) == len(set(part)) for item, part in zip((left, right), letters, strict=False)
+    )
     return _Product(left, right, letters) if fits else None
 
 

@@ -19,14 +19,26 @@ from optc.compiler.ir.program import Program
 
 aten = torch.ops.aten
 
-CASTS = frozenset((
-    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten._to_copy.default,
-    aten.type_as.default,
-))  # fmt: skip
-COPIES = frozenset((
-    aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default,
-    aten.lift_fresh_copy.default, aten.dropout.default,
-))  # fmt: skip
+CASTS = frozenset(
+    (
+        aten.to.dtype,
+        aten.to.device,
+        aten.to.dtype_layout,
+        aten.to.other,
+        aten._to_copy.default,
+        aten.type_as.default,
+    )
+)
+COPIES = frozenset(
+    (
+        aten.alias.default,
+        aten.contiguous.default,
+        aten.clone.default,
+        aten.detach.default,
+        aten.lift_fresh_copy.default,
+        aten.dropout.default,
+    )
+)
 MOVES = frozenset((
     aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.cat.default, aten.stack.default,
     aten.unsqueeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default,
@@ -35,10 +47,20 @@ MOVES = frozenset((
     aten.split_with_sizes.default, operator.getitem,
 ))  # fmt: skip
 """Ops whose result holds elements of their inputs, rearranged."""
-ELEMENTWISE = frozenset((
-    aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.tanh.default, aten.clamp.default,
-    aten.neg.default, aten.softmax.int, aten._softmax.default, aten.sigmoid.default,
-))  # fmt: skip
+ELEMENTWISE = frozenset(
+    (
+        aten.mul.Tensor,
+        aten.div.Tensor,
+        aten.add.Tensor,
+        aten.sub.Tensor,
+        aten.tanh.default,
+        aten.clamp.default,
+        aten.neg.default,
+        aten.softmax.int,
+        aten._softmax.default,
+        aten.sigmoid.default,
+    )
+)
 
 
 def value_of(node: Node) -> Tensor:
@@ -85,10 +107,17 @@ def readers(node: Node) -> list[Node]:
     return sorted(user for user in node.users if user.target is not aten._assert_tensor_metadata.default)
 
 
-SHAPE_ONLY = frozenset((
-    aten.zeros_like.default, aten.ones_like.default, aten.empty_like.default, aten.full_like.default,
-    aten.new_zeros.default, aten.new_ones.default, aten.sym_size.int,
-))  # fmt: skip
+SHAPE_ONLY = frozenset(
+    (
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.empty_like.default,
+        aten.full_like.default,
+        aten.new_zeros.default,
+        aten.new_ones.default,
+        aten.sym_size.int,
+    )
+)
 """Ops that read the shape of their input, not its values."""
 
 

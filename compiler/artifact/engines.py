@@ -119,10 +119,11 @@ def find_engine(name: str, where: str) -> Engine:
     engine = engines().get(name)
     if engine is None:
         raise ArtifactError(
-            "the artifact is for an engine that this version of optc does not know", where=where,
+            "the artifact is for an engine that this version of optc does not know",
+            where=where,
             why=f"its engine is {name[:80]!r}; known are {', '.join(sorted(engines()))}",
             remedy="install the package that adds the engine, or use the optc that wrote the artifact",
-        )  # fmt: skip
+        )
     return engine
 
 
@@ -138,9 +139,11 @@ def check_files(engine: Engine, info: Mapping[str, Any], listed: Collection[str]
     for key, path in engine.opened_files(info).items():
         if path not in listed:
             raise ArtifactError(
-                "the engine would open a file that the manifest does not list", where=where,
-                why=f"'{key}' is {path[:80]!r}", remedy="compile the model again",
-            )  # fmt: skip
+                "the engine would open a file that the manifest does not list",
+                where=where,
+                why=f"'{key}' is {path[:80]!r}",
+                remedy="compile the model again",
+            )
 
 
 def _resolve(path: str) -> Any:

@@ -55,15 +55,14 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / FILE_NAME
     if path.is_symlink() or not path.is_file():
         raise ArtifactError(
-            f"the folder has no {FILE_NAME}", where=str(folder),
+            f"the folder has no {FILE_NAME}",
+            where=str(folder),
             remedy="give the folder that `optc compile -o` wrote, or compile again",
-        )  # fmt: skip
+        )
     with _reading(folder):
         size = path.stat().st_size
         if size > _MAX_MANIFEST:
-            raise ArtifactError(
-                "the manifest is damaged", where=str(path), why=f"{size} bytes", remedy=_REMEDY
-            )
+            raise ArtifactError("the manifest is damaged", where=str(path), why=f"{size} bytes", remedy=_REMEDY)
         return decode(path.read_bytes(), str(path))
 
 
@@ -85,14 +84,10 @@ def verify(folder: Path) -> Manifest:
         for path in sorted(listed.keys() - found.keys()):
             raise _tampered(folder, path, "is missing")
         for path in sorted(found.keys() - listed.keys()):
-            raise _tampered(
-                folder, path, "is not in the manifest", remedy="remove the file, or compile again"
-            )
+            raise _tampered(folder, path, "is not in the manifest", remedy="remove the file, or compile again")
         for path, entry in listed.items():
             if found[path].st_size != entry.size:
-                raise _tampered(
-                    folder, path, "has the wrong size", f"{found[path].st_size} bytes, not {entry.size}"
-                )
+                raise _tampered(folder, path, "has the wrong size", f"{found[path].st_size} bytes, not {entry.size}")
             _check_links(folder, path, found[path])
         for path, entry in listed.items():
             sha256 = _sha256(folder / path)
@@ -187,13 +182,13 @@ def _reading(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ArtifactError(
-            "the artifact cannot be read", where=str(error.filename or folder), why=str(error),
+            "the artifact cannot be read",
+            where=str(error.filename or folder),
+            why=str(error),
             remedy="check its permissions and the disk",
-        ) from error  # fmt: skip
+        ) from error
 
 
-def _tampered(
-    folder: Path, path: str, what: str, why: str | None = None, *, remedy: str = _REMEDY
-) -> ArtifactError:
+def _tampered(folder: Path, path: str, what: str, why: str | None = None, *, remedy: str = _REMEDY) -> ArtifactError:
     name = path if path.isprintable() else path.encode("unicode_escape").decode()
     return ArtifactError(f"'{name}' {what}", where=str(folder), why=why, remedy=remedy)

@@ -223,9 +223,10 @@ def decode(data: bytes, where: str) -> Manifest:
         version = msgspec.json.decode(data, type=_Head).format_version
         if version != FORMAT_VERSION:
             raise ArtifactError(
-                f"the manifest has format version {version}, this optc reads {FORMAT_VERSION}", where=where,
+                f"the manifest has format version {version}, this optc reads {FORMAT_VERSION}",
+                where=where,
                 remedy="use the optc that wrote the artifact, or compile it again",
-            )  # fmt: skip
+            )
         _check_seal(data, where)
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -248,9 +249,7 @@ def _check_seal(data: bytes, where: str) -> None:
         raise _damaged(where, "it does not end with self_sha256: cut off, or not written by optc")
     found = hashlib.sha256(data[: seal.start()] + _EMPTY_SEAL).hexdigest()
     if found != seal[1].decode():
-        raise _damaged(
-            where, f"it was changed after it was written: sha256 {found}, sealed {seal[1].decode()}"
-        )
+        raise _damaged(where, f"it was changed after it was written: sha256 {found}, sealed {seal[1].decode()}")
 
 
 def _check_paths(files: tuple[FileEntry, ...], where: str) -> None:

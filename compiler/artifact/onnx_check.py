@@ -207,9 +207,7 @@ def _check_flow(graph: Any) -> None:
             known.add(item.name)
     for node in graph.node:
         for name in node.input:
-            _require(
-                not name or name in known, f"node {node.name!r} reads {name!r}, which is not computed yet"
-            )
+            _require(not name or name in known, f"node {node.name!r} reads {name!r}, which is not computed yet")
         for name in filter(None, node.output):
             _require(name not in known, f"node {node.name!r} computes {name!r} again")
             known.add(name)

@@ -38,9 +38,7 @@ def check_output(output: Path, force: bool) -> None:
         if os.path.lexists(output):
             _check_existing(output, force)
         anchor = next(folder for folder in output.parents if folder.exists())
-        probe = _sibling(
-            anchor / output.name, "tmp"
-        )  # asking for permission misses read-only mounts and /proc
+        probe = _sibling(anchor / output.name, "tmp")  # asking for permission misses read-only mounts and /proc
         probe.mkdir()
         probe.rmdir()
 
@@ -112,20 +110,18 @@ def _sibling(output: Path, kind: str) -> Path:
 def _check_existing(output: Path, force: bool) -> None:
     where = str(output)
     if output.is_symlink():
-        raise InputError(
-            "the output is a symbolic link", where=where, remedy="give the folder that it points to"
-        )
+        raise InputError("the output is a symbolic link", where=where, remedy="give the folder that it points to")
     if not output.is_dir():
         raise InputError("the output exists and is not a folder", where=where, remedy="choose another output")
     if not force:
-        raise InputError(
-            "the output exists", where=where, remedy="choose another output, or replace it with --force"
-        )
+        raise InputError("the output exists", where=where, remedy="choose another output, or replace it with --force")
     if any(output.iterdir()) and not _is_artifact(output):
         raise InputError(
-            "the output is a folder that optc did not write", where=where, why=f"it has no {FILE_NAME} written by optc",
+            "the output is a folder that optc did not write",
+            where=where,
+            why=f"it has no {FILE_NAME} written by optc",
             remedy="choose another output; --force replaces only artifacts and empty folders",
-        )  # fmt: skip
+        )
 
 
 def _is_artifact(folder: Path) -> bool:
@@ -147,9 +143,11 @@ def disk_errors(output: Path) -> Iterator[None]:
         if isinstance(error, OptcError) or not any(words in str(error) for words in _FULL):
             raise
         raise ResourceError(
-            "the disk is full while writing the artifact", where=str(output), why=str(error),
+            "the disk is full while writing the artifact",
+            where=str(output),
+            why=str(error),
             remedy="free space and run again",
-        ) from error  # fmt: skip
+        ) from error
 
 
 # -- renaming ------------------------------------------------------------------------------------

@@ -33,9 +33,10 @@ def read_rows(path: Path, *, kind: str) -> Iterator[dict[str, Any]]:
         import pyarrow.parquet
     except ImportError as error:
         raise UsageError(
-            f"the {kind} data is a dataset, which needs the library datasets", why=str(error),
+            f"the {kind} data is a dataset, which needs the library datasets",
+            why=str(error),
             remedy="pip install 'optc[datasets]'",
-        ) from error  # fmt: skip
+        ) from error
     with os_errors(f"reading the {kind} data", str(path)):
         try:
             if path.suffix == ".parquet":
@@ -56,21 +57,26 @@ def _check_folder(path: Path, kind: str) -> None:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(item.parent.name for item in path.glob("*/state.json"))
         raise InputError(
-            f"the {kind} data has several splits: {', '.join(splits)}", where=str(path),
+            f"the {kind} data has several splits: {', '.join(splits)}",
+            where=str(path),
             remedy=f"give one of them, such as {path / splits[0]}" if splits else None,
-        )  # fmt: skip
+        )
     if not (path / "state.json").is_file():
         raise InputError(
-            f"the {kind} data is a folder but not a dataset", where=str(path),
-            why="it has no state.json", remedy="give a folder written by datasets' save_to_disk, or files",
-        )  # fmt: skip
+            f"the {kind} data is a folder but not a dataset",
+            where=str(path),
+            why="it has no state.json",
+            remedy="give a folder written by datasets' save_to_disk, or files",
+        )
 
 
 def _column(names: list[str], path: Path, kind: str) -> str:
     found = next((name for name in _COLUMNS if name in names), None)
     if found is None:
         raise InputError(
-            f"the {kind} data has no column of text or token ids", where=str(path),
-            why=f"its columns are {', '.join(names)}", remedy="name a column text, tokens or input_ids",
-        )  # fmt: skip
+            f"the {kind} data has no column of text or token ids",
+            where=str(path),
+            why=f"its columns are {', '.join(names)}",
+            remedy="name a column text, tokens or input_ids",
+        )
     return found

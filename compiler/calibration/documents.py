@@ -44,8 +44,7 @@ def read_documents(path: Path, encoder: Encoder | None, *, kind: str = "calibrat
     if path.suffix == ".jsonl":
         lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
         return [
-            _record(_json(line, f"{path}:{number}", kind), f"{path}:{number}", encoder, kind)
-            for number, line in lines
+            _record(_json(line, f"{path}:{number}", kind), f"{path}:{number}", encoder, kind) for number, line in lines
         ]
     if path.suffix == ".json":
         rows = _json(text, str(path), kind)
@@ -83,9 +82,7 @@ def _encode(text: str, where: str, encoder: Encoder | None, kind: str) -> list[i
 
 
 def _ids(row: Any, where: str, kind: str) -> list[int]:
-    if not isinstance(row, list) or not all(
-        isinstance(item, int) and not isinstance(item, bool) for item in row
-    ):
+    if not isinstance(row, list) or not all(isinstance(item, int) and not isinstance(item, bool) for item in row):
         raise _malformed(where, kind)
     return row
 

@@ -23,9 +23,16 @@ _MASK_ARGUMENTS = frozenset((
     "allow_is_bidirectional_skip", "dtype", "config", "use_vmap", "device", "local_size",
 ))  # fmt: skip
 """What transformers tells a mask maker beside the mask itself: sizes, and how the mask may be stored."""
-_ATTENTION_ARGUMENTS = frozenset((
-    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
-))  # fmt: skip
+_ATTENTION_ARGUMENTS = frozenset(
+    (
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+    )
+)
 """What models hand down to attention functions that does not change what attention computes."""
 
 
@@ -52,25 +59,23 @@ class Mask:
 def own_attention(model: str | None) -> CaptureError:
     """The refusal of a model whose attention optc cannot stand in for."""
     return CaptureError(
-        "the model picks its attention from a table of its own", where=model,
+        "the model picks its attention from a table of its own",
+        where=model,
         why="it does not call transformers' attention interface, through which optc captures attention",
         remedy="use a model that takes attn_implementation from the interface, such as Llama, Qwen or GPT-2",
-    )  # fmt: skip
+    )
 
 
 def _refuse_unknown(given: dict[str, Any], known: frozenset[str], what: str, where: str | None) -> None:
     """Nothing that a library hands over is dropped: what is not known to be harmless must not be there."""
-    names = [
-        name
-        for name, value in given.items()
-        if name not in known and value is not None and value is not False
-    ]
+    names = [name for name, value in given.items() if name not in known and value is not None and value is not False]
     if names:
         raise CaptureError(
-            f"the model gives its {what} an argument that optc does not know: {', '.join(sorted(names))}", where=where,
+            f"the model gives its {what} an argument that optc does not know: {', '.join(sorted(names))}",
+            where=where,
             why="attention computed without it would be another model's",
             remedy="use a model without it; relative position biases and sparse attention cannot be expressed",
-        )  # fmt: skip
+        )
 
 
 def _closure(function: Callable[..., Any]) -> dict[str, Any]:
@@ -149,15 +154,20 @@ def attend(
         raise CaptureError("attention dropout is active", remedy="call model.eval() first")
     scale = float(scaling) if scaling is not None else float(query.shape[-1]) ** -0.5
     out = torch.ops.optc.attention(
-        query, key, value, mask.key_padding, s_aux,
-        scale=scale, causal=mask.causal, window=mask.window, softcap=float(softcap or 0.0),
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        mask.key_padding,
+        s_aux,
+        scale=scale,
+        causal=mask.causal,
+        window=mask.window,
+        softcap=float(softcap or 0.0),
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
-def run_experts(
-    module: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def run_experts(module: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Mixture of experts without data-dependent shapes: every expert sees every token.
 
     hidden_states [N,C], top_k_index and top_k_weights [N,K] -> [N,C]. Exact; costs E/K times the work.

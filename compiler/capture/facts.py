@@ -68,9 +68,11 @@ def refuse_unsupported(config: Any) -> None:
             lengths), or an encoder-decoder model.
     """
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [rope.get("rope_type")] if "rope_type" in rope else [
-        value.get("rope_type") for value in rope.values() if isinstance(value, dict)
-    ]  # fmt: skip
+    kinds = (
+        [rope.get("rope_type")]
+        if "rope_type" in rope
+        else [value.get("rope_type") for value in rope.values() if isinstance(value, dict)]
+    )
     for kind in kinds:
         if kind in _LENGTH_DEPENDENT_ROPE:
             raise CaptureError(

@@ -61,13 +61,14 @@ def capture_module(
         for name, tensor in zip(names, example_inputs, strict=True)
     )
     count = len(exported.graph_signature.user_outputs)
-    outputs = tuple(
-        Output(name=f"output_{i}" if count > 1 else "output", role="output") for i in range(count)
-    )
+    outputs = tuple(Output(name=f"output_{i}" if count > 1 else "output", role="output") for i in range(count))
     contract = Contract(
-        kind="module", inputs=inputs, outputs=outputs, layers=attention_layers(exported),
+        kind="module",
+        inputs=inputs,
+        outputs=outputs,
+        layers=attention_layers(exported),
         sources={name: (name,) for name in exported.state_dict},
-    )  # fmt: skip
+    )
     program = Program(exported, contract)
     if prove:
         program.proof = prove_module(program, module, example_inputs)

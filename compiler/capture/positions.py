@@ -64,10 +64,11 @@ def position_offset(model: Any) -> int:
     if len(firsts) > 1 or any(not bool((shift == shift[0, 0]).all()) for shift in shifts.values()):
         key = min(shifts)
         raise CaptureError(
-            "the model counts positions in its own way", where=f"{type(model).__name__}: {key[0]}",
+            "the model counts positions in its own way",
+            where=f"{type(model).__name__}: {key[0]}",
             why=f"without position_ids it makes {own[key].tolist()[0]} of four tokens",
             remedy="use a model whose positions go up by one",
-        )  # fmt: skip
+        )
     return firsts.pop() if firsts else 0
 
 
@@ -84,9 +85,7 @@ def _integers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[tuple[str,
         return hook
 
     hooks = [
-        module.register_forward_pre_hook(note(path), with_kwargs=True)
-        for path, module in model.named_modules()
-        if path
+        module.register_forward_pre_hook(note(path), with_kwargs=True) for path, module in model.named_modules() if path
     ]
     try:
         with torch.no_grad():
@@ -95,10 +94,11 @@ def _integers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[tuple[str,
         pass
     except OWN_ERRORS as error:
         raise CaptureError(
-            "the model's own forward fails", where=type(model).__name__,
+            "the model's own forward fails",
+            where=type(model).__name__,
             why=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
             remedy="check that the model runs in transformers as it is",
-        ) from error  # fmt: skip
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()

@@ -77,25 +77,28 @@ class _Encoder(_Shell):
         super().__init__(model)
         object.__setattr__(self, "_answer", SimpleNamespace(is_logits=False))
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         more = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         out = self._inner(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **more)
         self._answer.is_logits = hasattr(out, "logits")
         if not self._answer.is_logits and "last_hidden_state" not in out and len(out) > 1:
             raise CaptureError(
-                f"the model has several outputs: {', '.join(out)}", where=type(self._inner).__name__,
+                f"the model has several outputs: {', '.join(out)}",
+                where=type(self._inner).__name__,
                 why="an encoder is captured with one: logits, or hidden states",
                 remedy="optc.capture(module, (tensor, ...)) with a module around the model takes any number of outputs",
-            )  # fmt: skip
+            )
         return out.logits if self._answer.is_logits else out[0]
 
 
 def load_model(
-    folder: str | Path, *, dtype: torch.dtype, attention: str = NAME, trust_remote_code: bool = False,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    attention: str = NAME,
+    trust_remote_code: bool = False,
     resident_bytes: int | None = None,
-) -> tuple[torch.nn.Module, CheckpointInfo]:  # fmt: skip
+) -> tuple[torch.nn.Module, CheckpointInfo]:
     """A checked model folder as an eval-mode transformers model; weights of a quantized one become dense.
 
     Args:
@@ -117,17 +120,24 @@ def load_model(
     try:
         # Given tensors and a config without quantization, transformers does not look for a quantizer of its own.
         model, report = type(skeleton).from_pretrained(
-            None, config=skeleton.config, state_dict=_state(info, quantized, dtype, resident_bytes), dtype=dtype,
-            attn_implementation=attention, trust_remote_code=trust_remote_code, output_loading_info=True,
-        )  # fmt: skip
+            None,
+            config=skeleton.config,
+            state_dict=_state(info, quantized, dtype, resident_bytes),
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
         _read_generation_config(model, info.path)
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         if isinstance(error, KeyError) and error.args == (NAME,):
             raise own_attention(type(skeleton).__name__) from error
         raise InputError(
-            "transformers cannot load the model", where=str(info.path), why=str(error).splitlines()[0],
+            "transformers cannot load the model",
+            where=str(info.path),
+            why=str(error).splitlines()[0],
             remedy="check that config.json and the weights belong together",
-        ) from error  # fmt: skip
+        ) from error
     _check_report(info, report)
     return model.eval().requires_grad_(False), info
 
@@ -162,10 +172,11 @@ def _check_report(info: CheckpointInfo, report: dict[str, Any]) -> None:
         names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report.get(kind) or ())
         if names:
             raise InputError(
-                f"{len(names)} tensor(s) of the model were not in the checkpoint", where=f"{info.path}: {names[0]}",
+                f"{len(names)} tensor(s) of the model were not in the checkpoint",
+                where=f"{info.path}: {names[0]}",
                 why=f"transformers reports {kind.replace('_', ' ')}",
                 remedy="check that config.json and the weights belong together",
-            )  # fmt: skip
+            )
 
 
 def meta_model(info: CheckpointInfo, *, trust_remote_code: bool = False) -> Any:
@@ -206,8 +217,7 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
     raise CaptureError(
         f"unknown architecture {names[0] if names else '(none named)'}",
         where="config.json: architectures",
-        why="transformers has no such class"
-        + ("" if trust_remote_code else ", and remote code is never executed"),
+        why="transformers has no such class" + ("" if trust_remote_code else ", and remote code is never executed"),
         remedy="use a model whose class is part of transformers",
     )
 
@@ -244,9 +254,7 @@ def capture_pretrained(
     quantized = quantized_folder(info)
     if quantized is not None:
         proof = program.proof
-        program = restore_codes(
-            program, quantized, match_names(quantized.dense.tensors, program.exported.state_dict)
-        )
+        program = restore_codes(program, quantized, match_names(quantized.dense.tensors, program.exported.state_dict))
         program.proof = proof
     return program, info
 
@@ -275,13 +283,12 @@ def capture_model(
     refuse_unsupported(config)
     if attention == "sdpa" and not getattr(model, "_supports_sdpa", False):
         raise CaptureError(
-            "the model does not support transformers' sdpa attention", where=type(model).__name__,
+            "the model does not support transformers' sdpa attention",
+            where=type(model).__name__,
             remedy="capture with attention='optc' or 'eager'",
-        )  # fmt: skip
+        )
     register()
-    before = {
-        name: getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation")
-    }
+    before = {name: getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation")}
     config._attn_implementation = attention
     config._experts_implementation = NAME
     decoder = not _is_encoder(model)

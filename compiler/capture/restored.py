@@ -56,11 +56,7 @@ def restore_codes(program: Program, folder: QuantizedFolder, names: dict[str, st
             if name not in made:
                 made[name] = _dequantized(edited, site, name, weight, folder.method)
             _read_codes(edited, site, name, made[name], weight, inputs)
-    left = [
-        name
-        for name in edited.weight_names().values()
-        if names.get(name) in modules and _is_read(edited, name)
-    ]
+    left = [name for name in edited.weight_names().values() if names.get(name) in modules and _is_read(edited, name)]
     missing = modules - {names[name] for name in made}
     if left or missing:
         raise _unusable(folder, left[0] if left else min(missing), "the model reads it outside linears too")
@@ -75,13 +71,20 @@ def _dequantized(program: Program, site: Linear, name: str, weight: QuantizedWei
     scale = form.stored_scale(weight.scale, dtype)
     if not bool(torch.isfinite(scale.float()).all()):
         raise InputError(
-            "the scales of a quantized weight are not finite", where=name, why=f"in {dtype}",
+            "the scales of a quantized weight are not finite",
+            where=name,
+            why=f"in {dtype}",
             remedy="choose --dtype fp32 or bf16, or use another copy of the model",
-        )  # fmt: skip
+        )
     entry = WeightQuantization(
-        method=method, bits=scheme.bits, group_size=scheme.group_size, symmetric=scheme.symmetric, source=name,
-        format=scheme.format, activations=scheme.activations,
-    )  # fmt: skip
+        method=method,
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        symmetric=scheme.symmetric,
+        source=name,
+        format=scheme.format,
+        activations=scheme.activations,
+    )
     arguments = [
         None if tensor is None else _part(program, name, part, tensor, entry if part == "codes" else None)
         for part, tensor in {**weight.parts(), "scale": scale}.items()
@@ -90,9 +93,7 @@ def _dequantized(program: Program, site: Linear, name: str, weight: QuantizedWei
     return insert_call(program, site.node, form.spec.op, arguments, knobs)
 
 
-def _part(
-    program: Program, name: str, suffix: str, tensor: Tensor, entry: WeightQuantization | None = None
-) -> Node:
+def _part(program: Program, name: str, suffix: str, tensor: Tensor, entry: WeightQuantization | None = None) -> Node:
     """Add one tensor that belongs to the weight `name`."""
     record_weight(program, f"{name}_{suffix}", program.contract.sources.get(name, (name,)), entry)
     plain = tensor.reshape(-1).view(tensor.shape)  # a transposed row counts as contiguous under odd strides
@@ -100,9 +101,13 @@ def _part(
 
 
 def _read_codes(
-    program: Program, site: Linear, name: str, weight: Node, stored: QuantizedWeight,
+    program: Program,
+    site: Linear,
+    name: str,
+    weight: Node,
+    stored: QuantizedWeight,
     inputs: dict[tuple[Node, str, float], Node],
-) -> None:  # fmt: skip
+) -> None:
     """Replace a linear by one that reads `weight`, its input multiplied and rounded where the layout says so."""
     x, dtype = site.input, value_of(site.input).dtype
     if stored.input_factor is not None:
@@ -131,9 +136,11 @@ def _round_key_values(program: Program, folder: QuantizedFolder) -> None:
     if missing:
         name = next(name for name in kept.names(min(missing)) if name in folder.reader)
         raise CaptureError(
-            "scales of keys and values do not belong to any attention", where=f"{folder.reader.folder}: {shown(name)}",
-            why="the model has no attention of this name", remedy="use the unquantized model, and --quant",
-        )  # fmt: skip
+            "scales of keys and values do not belong to any attention",
+            where=f"{folder.reader.folder}: {shown(name)}",
+            why="the model has no attention of this name",
+            remedy="use the unquantized model, and --quant",
+        )
     for number, (path, call) in enumerate(calls):
         if path not in found:
             continue
@@ -152,6 +159,8 @@ def _is_read(program: Program, name: str) -> bool:
 
 def _unusable(folder: QuantizedFolder, name: str, why: str) -> CaptureError:
     return CaptureError(
-        "a quantized weight cannot keep its codes", where=f"{folder.reader.folder}: {shown(name)}", why=why,
+        "a quantized weight cannot keep its codes",
+        where=f"{folder.reader.folder}: {shown(name)}",
+        why=why,
         remedy="use the unquantized model, and --quant",
-    )  # fmt: skip
+    )

@@ -219,9 +219,7 @@ class BlockManager:
 
     def _tensors(self, work: Sequence[tuple[Hashable, Sequence[int]]], positions: list[int]) -> StepInputs:
         states = [self._requests[request] for request, _ in work]
-        slots = [
-            slot for request, new in work for slot in self.slots(request, self.length(request) - len(new))
-        ]
+        slots = [slot for request, new in work for slot in self.slots(request, self.length(request) - len(new))]
         tables = torch.zeros((len(work), max(len(state.blocks) for state in states)), dtype=torch.int32)
         for row, state in enumerate(states):
             tables[row, : len(state.blocks)] = torch.tensor(state.blocks, dtype=torch.int32)

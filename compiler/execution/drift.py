@@ -70,11 +70,7 @@ def measure(before: StageRun, after: StageRun, text: Sequence[Sequence[int]] = (
         text: the token sequences that were fed, where they are text; for the perplexity of decoders.
     """
     after = after.beside(before)
-    pairs = [
-        (_plain(old), _plain(new))
-        for old, new in zip(before.logits, after.logits, strict=True)
-        if old.numel()
-    ]
+    pairs = [(_plain(old), _plain(new)) for old, new in zip(before.logits, after.logits, strict=True) if old.numel()]
     centred = before.role == "logits"
     whole = before.role == "output"  # each tensor is an output of its own; else each is a sequence of rows
     errors = [_squares(old, new, centred) for old, new in pairs]
@@ -83,9 +79,7 @@ def measure(before: StageRun, after: StageRun, text: Sequence[Sequence[int]] = (
     return Drift(
         max_abs_diff=max(_largest_gap(old, new) for old, new in pairs),
         scale=max(float(old.nan_to_num().abs().max()) for old, _ in pairs),
-        relative=max(
-            _ratio(*error) for error in (errors if whole else [tuple(map(sum, zip(*errors, strict=True)))])
-        ),
+        relative=max(_ratio(*error) for error in (errors if whole else [tuple(map(sum, zip(*errors, strict=True)))])),
         cosine=min(map(float, cosines)) if whole else float(torch.cat(cosines).mean()),
         perplexity=_perplexity_change(before, after, text),
         layers=_layer_drift(before, after),

@@ -235,9 +235,12 @@ def _caches(program: Program, sizes: dict[str, int], generator: torch.Generator)
 
 
 def _run_linear(
-    program: Program, run: Runner, sequences: Sequence[Sequence[int]], plan: list[Call],
+    program: Program,
+    run: Runner,
+    sequences: Sequence[Sequence[int]],
+    plan: list[Call],
     generator: torch.Generator,
-) -> StageRun:  # fmt: skip
+) -> StageRun:
     """Caches live in a store of full size; a call gets the rows it needs and writes them back.
 
     Caches that are returned go in as long as the longest past (0 at first) and come back grown;
@@ -271,9 +274,12 @@ def _tokens(program: Program, sequences: Sequence[Sequence[int]], call: Call) ->
 
 
 def _run_paged(
-    program: Program, run: Runner, sequences: Sequence[Sequence[int]], plan: list[Call],
+    program: Program,
+    run: Runner,
+    sequences: Sequence[Sequence[int]],
+    plan: list[Call],
     generator: torch.Generator,
-) -> StageRun:  # fmt: skip
+) -> StageRun:
     size = program.contract.kv_cache.block_size
     count = sum(-(-len(tokens) // size) for tokens in sequences) + 2
     manager = BlockManager(count, size, order=torch.randperm(count, generator=generator).tolist())

@@ -98,9 +98,10 @@ def _tensor(path: Path, name: str, raw: msgspec.Raw, data_start: int) -> TensorI
         raise damaged(path, f"its header entry is malformed: {error}", name) from error
     if entry.dtype not in TYPES:
         raise InputError(
-            f"dtype {shown(entry.dtype)} is not supported", where=f"{path}: tensor '{shown(name)}'",
+            f"dtype {shown(entry.dtype)} is not supported",
+            where=f"{path}: tensor '{shown(name)}'",
             remedy=f"convert the tensor to one of {', '.join(TYPES)}",
-        )  # fmt: skip
+        )
     if len(entry.shape) > _MAX_RANK:
         raise damaged(path, f"it has {len(entry.shape)} dimensions; at most {_MAX_RANK} are allowed", name)
     begin, end = entry.data_offsets

@@ -82,9 +82,7 @@ class WeightFormat:
             tensors: by part.
         """
         held = {**tensors, "scale": self.stored_scale(_given(tensors["scale"]), dtype)}
-        value: Tensor = self.spec.op(
-            *(held[part] for part in self.parts), **self.keywords(bits, group_size, dtype)
-        )
+        value: Tensor = self.spec.op(*(held[part] for part in self.parts), **self.keywords(bits, group_size, dtype))
         return value
 
     def parts_of(self, arguments: Sequence[Any]) -> dict[str, Any]:
@@ -144,9 +142,7 @@ NVFP4 = WeightFormat(
 def weight_formats() -> Mapping[str, WeightFormat]:
     """Every format by name, those of other packages among them."""
     found = {item.name: item for item in (INT, FP8, NF4, NVFP4)}
-    for form in plugins(
-        ENTRY_POINTS, "a WeightFormat", lambda item: item if isinstance(item, WeightFormat) else None
-    ):
+    for form in plugins(ENTRY_POINTS, "a WeightFormat", lambda item: item if isinstance(item, WeightFormat) else None):
         found.setdefault(form.name, form)
     return found
 
@@ -160,9 +156,10 @@ def weight_format(name: str) -> WeightFormat:
     found = weight_formats().get(name)
     if found is None:
         raise InputError(
-            f"the weight format '{name[:80]}' is not known", why=f"known are {', '.join(weight_formats())}",
+            f"the weight format '{name[:80]}' is not known",
+            why=f"known are {', '.join(weight_formats())}",
             remedy="install the package that adds it",
-        )  # fmt: skip
+        )
     return found
 
 

@@ -51,9 +51,10 @@ def choose_device(name: str) -> torch.device:
     count = torch.cuda.device_count()
     if int(index or 0) >= count:
         raise TargetError(
-            f"--device {name} does not exist", why=f"this machine has {count} CUDA device(s), counted from 0",
+            f"--device {name} does not exist",
+            why=f"this machine has {count} CUDA device(s), counted from 0",
             remedy=f"use cuda:{count - 1} or less",
-        )  # fmt: skip
+        )
     return torch.device("cuda", int(index) if colon else torch.cuda.current_device())
 
 

@@ -120,13 +120,10 @@ def _rename(lines: Sequence[str], names: dict[str, str]) -> list[str]:
 def _summary(removed: Sequence[str], added: Sequence[str]) -> str:
     """Calls by operator: removed, added, and those that stayed with other operands."""
     old, new = (
-        {(*_definitions([line]), _operator(line)) for line in lines if _operator(line)}
-        for lines in (removed, added)
+        {(*_definitions([line]), _operator(line)) for line in lines if _operator(line)} for lines in (removed, added)
     )
     parts = []
     for sign, calls in (("-", old - new), ("+", new - old), ("~", old & new)):
         counts = Counter(str(operator) for *_, operator in calls)
-        parts += [
-            f"{sign} {count} {name}" for name, count in sorted(counts.items(), key=lambda x: (-x[1], x[0]))
-        ]
+        parts += [f"{sign} {count} {name}" for name, count in sorted(counts.items(), key=lambda x: (-x[1], x[0]))]
     return ", ".join(parts)

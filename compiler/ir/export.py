@@ -26,14 +26,18 @@ def run_export(
             exported = compat.export_program(module, args, dynamic_shapes)
     except torch._dynamo.exc.UserError as error:
         raise CaptureError(
-            "torch.export cannot make one graph for all shapes", where=where, why=str(error).strip().splitlines()[0],
+            "torch.export cannot make one graph for all shapes",
+            where=where,
+            why=str(error).strip().splitlines()[0],
             remedy="the model specializes on a shape or branches on data; see docs/compile.md",
-        ) from error  # fmt: skip
+        ) from error
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise CaptureError(
-            "torch.export failed", where=where, why=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            "torch.export failed",
+            where=where,
+            why=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
             remedy="the model runs code that torch.export cannot trace",
-        ) from error  # fmt: skip
+        ) from error
     for table in (exported.state_dict, exported.constants):
         table.update({name: lazy[id(value)] for name, value in table.items() if id(value) in lazy})
     return exported

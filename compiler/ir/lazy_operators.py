@@ -171,9 +171,15 @@ def _blocks(rows: int, columns: int) -> list[tuple[int, int]]:
 
 
 _MOVES = (
-    _aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.view.default, _aten._unsafe_view.default,
-    _aten.unsqueeze.default, _aten.cat.default, _aten.stack.default,
-)  # fmt: skip
+    _aten.t.default,
+    _aten.transpose.int,
+    _aten.permute.default,
+    _aten.view.default,
+    _aten._unsafe_view.default,
+    _aten.unsqueeze.default,
+    _aten.cat.default,
+    _aten.stack.default,
+)
 HANDLERS.update(
     {
         _aten.detach.default: _alias,

@@ -120,9 +120,7 @@ def _writes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         return False
     schema = func._schema.arguments
     named = {**dict(zip((item.name for item in schema), args, strict=False)), **kwargs}
-    written = (
-        named.get(item.name) for item in schema if item.alias_info is not None and item.alias_info.is_write
-    )
+    written = (named.get(item.name) for item in schema if item.alias_info is not None and item.alias_info.is_write)
     return any(isinstance(item, LazyWeight) for item in written)
 
 

@@ -196,8 +196,9 @@ class Program:
 
     def user_inputs(self) -> list[Node]:
         """Placeholders of the user inputs, in call order."""
-        names = [spec.arg.name for spec in self.exported.graph_signature.input_specs
-                 if spec.kind is InputKind.USER_INPUT]  # fmt: skip
+        names = [
+            spec.arg.name for spec in self.exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT
+        ]
         by_name = {node.name: node for node in self.graph.nodes if node.op == "placeholder"}
         return [by_name[name] for name in names]
 

@@ -80,10 +80,11 @@ class OpenFile:
                 ) from error
             if not count:
                 raise InputError(
-                    "the weights became shorter while they were read", where=self.name,
+                    "the weights became shorter while they were read",
+                    where=self.name,
                     why=f"the file ends before byte {offset + len(buffer)}",
                     remedy="leave the model alone while it is compiled",
-                )  # fmt: skip
+                )
             done += count
 
 

@@ -30,9 +30,7 @@ def add_weight(program: Program, name: str, tensor: torch.Tensor) -> Node:
     assert name not in state, f"weight {name} exists"
     node = program.weight_table.add_buffer("b_" + re.sub(r"\W", "_", name), name)
     with fake_mode(program):
-        node.meta["val"] = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-        )
+        node.meta["val"] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     state[name] = program.stored(tensor)
     return node
 
@@ -45,9 +43,7 @@ def set_weight(program: Program, name: str, tensor: torch.Tensor) -> None:
     assert (old.shape, old.dtype) == (tensor.shape, tensor.dtype), f"{name} would change its shape or type"
     tensor = program.stored(tensor)
     # A parameter stays one: torch.export distinguishes them from buffers by type.
-    table[name] = (
-        torch.nn.Parameter(tensor, requires_grad=False) if isinstance(old, torch.nn.Parameter) else tensor
-    )
+    table[name] = torch.nn.Parameter(tensor, requires_grad=False) if isinstance(old, torch.nn.Parameter) else tensor
 
 
 def replace_call(

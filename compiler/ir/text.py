@@ -32,10 +32,17 @@ from optc.compiler.ir.provenance import module_path
 __all__ = ["diff_text", "format_program", "summarize"]
 
 _DTYPES = {
-    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
-    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
     torch.bool: "bool",
-}  # fmt: skip
+}
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+)')
 _SLICE = re.compile(r"\.slice\([^()]*\)")
 _LIBRARY_FOLDERS = (("torch",), ("optc", "compiler"), ("optc", "passes"))
@@ -77,9 +84,7 @@ def _header(program: Program, printer: _Printer) -> Iterator[str]:
     contract = program.contract
     yield from _rows("program", [_title(contract)])
     values = zip(contract.inputs, program.user_inputs(), strict=True)
-    yield from _rows(
-        "inputs", [f"%{node.name}: {printer.type_of(node)}{_alias(spec)}" for spec, node in values]
-    )
+    yield from _rows("inputs", [f"%{node.name}: {printer.type_of(node)}{_alias(spec)}" for spec, node in values])
     yield from _rows("outputs", printer.outputs())
     yield from _rows("sizes", printer.sizes())
     if contract.position_rule:
@@ -153,11 +158,7 @@ def _quantization_rows(contract: Contract) -> list[str]:
 
 def _weight_rows(summary: Mapping[str, Any]) -> list[str]:
     parts = [f"{entry['weights']} {dtype}" for dtype, entry in summary["dtypes"].items()]
-    return (
-        [f"{summary['weights']} tensors ({', '.join(parts)}), {summary['weight_bytes']} bytes"]
-        if parts
-        else []
-    )
+    return [f"{summary['weights']} tensors ({', '.join(parts)}), {summary['weight_bytes']} bytes"] if parts else []
 
 
 # -- nodes ----------------------------------------------------------------------------------
@@ -192,9 +193,7 @@ class _Printer:
         specs, rows = self.program.contract.outputs, []
         for spec, value in zip(specs, returned.args[0][-len(specs) :], strict=True):  # mutations come first
             kind = self.type_of(value) if isinstance(value, Node) else self._value(value)
-            rows.append(
-                f"{spec.name}: {kind}" + ("" if spec.role in ("output", spec.name) else f" ({spec.role})")
-            )
+            rows.append(f"{spec.name}: {kind}" + ("" if spec.role in ("output", spec.name) else f" ({spec.role})"))
         return rows
 
     def graph(self) -> Iterator[str]:

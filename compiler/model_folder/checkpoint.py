@@ -106,9 +106,10 @@ def compare_shapes(
         shape = info.tensors[source].shape
         if shape != expected[name]:
             raise _mismatch(
-                f"tensor '{shown(source)}' has the wrong shape", info.path / info.tensors[source].file,
+                f"tensor '{shown(source)}' has the wrong shape",
+                info.path / info.tensors[source].file,
                 f"found {list(shape)}, expected {list(expected[name])} from {CONFIG}",
-            )  # fmt: skip
+            )
     used = set(found.values())
     spare = tuple(name for name in info.tensors if name not in used)
     _check_missing(info, expected, found, spare, tied or {})
@@ -162,21 +163,19 @@ def _sharded(folder: Path) -> dict[str, TensorInfo]:
         placed = msgspec.convert(read_json(index).get("weight_map"), dict[str, str])
     except msgspec.ValidationError as error:
         why = f"weight_map: {error}"
-        raise InputError(
-            "malformed index", where=str(index), why=why, remedy="download the file again"
-        ) from error
+        raise InputError("malformed index", where=str(index), why=why, remedy="download the file again") from error
     tensors: dict[str, TensorInfo] = {}
     for file in sorted(set(placed.values())):
         if not re.fullmatch(r"[\w.-]+\.safetensors", file, re.ASCII):
             why = f"{file!r} is not the name of a safetensors file in this folder"
-            raise InputError(
-                "the index names a bad file", where=str(index), why=why, remedy="use another copy"
-            )
+            raise InputError("the index names a bad file", where=str(index), why=why, remedy="use another copy")
         if not (folder / file).is_file():
             raise InputError(
-                f"the shard {file} is missing", where=str(folder), why=f"{_INDEX} names it",
+                f"the shard {file} is missing",
+                where=str(folder),
+                why=f"{_INDEX} names it",
                 remedy="download the missing file",
-            )  # fmt: skip
+            )
         for name, info in read_header(folder / file).items():
             if name in tensors:
                 raise damaged(folder / file, f"{tensors[name].file} has the same tensor", name)
@@ -191,9 +190,11 @@ def _no_weights(folder: Path) -> InputError:
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
     if pickled:
         return InputError(
-            "the weights are pickled", where=str(folder / pickled[0]), why="unpickling can run code",
+            "the weights are pickled",
+            where=str(folder / pickled[0]),
+            why="unpickling can run code",
             remedy="convert the weights to safetensors (in transformers: model.save_pretrained)",
-        )  # fmt: skip
+        )
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     why = f"found {', '.join(others[:4])} instead" if others else None
     return InputError(
@@ -216,10 +217,11 @@ def _check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
             infs += int(chunk.isinf().sum())
     if nans or infs:
         raise InputError(
-            f"tensor '{shown(name)}' has values that are not finite", where=str(path),
+            f"tensor '{shown(name)}' has values that are not finite",
+            where=str(path),
             why=f"{nans} NaN and {infs} Inf of {values.numel()} values",
             remedy="use another checkpoint: this one was saved from a diverged run, or is damaged",
-        )  # fmt: skip
+        )
 
 
 # -- names and shapes ----------------------------------------------------------------------------
@@ -239,9 +241,12 @@ def match_names(tensors: Iterable[str], expected: Iterable[str]) -> dict[str, st
 
 
 def _check_missing(
-    info: CheckpointInfo, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, str],
-    spare: tuple[str, ...], tied: Mapping[str, str],
-) -> None:  # fmt: skip
+    info: CheckpointInfo,
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, str],
+    spare: tuple[str, ...],
+    tied: Mapping[str, str],
+) -> None:
     owners = {name: tied.get(name, name) for name in expected}
     present = {owners[name] for name in found}
     missing = [name for name in expected if owners[name] not in present]
@@ -258,9 +263,7 @@ def _form(name: str) -> str:
 
 
 def _mismatch(what: str, where: Path, why: str) -> InputError:
-    return InputError(
-        what, where=str(where), why=why, remedy="check that config.json and the weights belong together"
-    )
+    return InputError(what, where=str(where), why=why, remedy="check that config.json and the weights belong together")
 
 
 # -- files ---------------------------------------------------------------------------------------
@@ -272,9 +275,11 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(
-            "the model cannot be read", where=str(error.filename or path), why=str(error),
+            "the model cannot be read",
+            where=str(error.filename or path),
+            why=str(error),
             remedy="check its permissions and the disk",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _sha256(path: Path) -> str:

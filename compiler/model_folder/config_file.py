@@ -29,9 +29,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
             f"the model folder has no {CONFIG}",
             where=str(folder),
             why="it holds an adapter, not a model" if adapter else None,
-            remedy="merge the adapter into its model first"
-            if adapter
-            else "give a model saved by transformers",
+            remedy="merge the adapter into its model first" if adapter else "give a model saved by transformers",
         )
     config = read_json(path)
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
@@ -71,9 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _refuse_other_weights(folder: Path, config: dict[str, Any]) -> None:
     """What makes transformers read weight files that were not checked, pickled ones among them."""
     if "transformers_weights" in config:
-        raise _unusable(
-            folder / CONFIG, "transformers_weights sends the loader to another file", "remove that key"
-        )
+        raise _unusable(folder / CONFIG, "transformers_weights sends the loader to another file", "remove that key")
     if (folder / _ADAPTER).is_file():  # loaded on top of the model where peft is installed
         raise InputError(
             "the model folder holds an adapter as well",

@@ -78,9 +78,7 @@ class QuantizedFolder:
             return self.layout.read(modules[name]).dense(dtype)
 
         return {
-            name: computed(partial(dense, name), info.shape, dtype)
-            if name in modules
-            else self.reader.lazy(name)
+            name: computed(partial(dense, name), info.shape, dtype) if name in modules else self.reader.lazy(name)
             for name, info in self.dense.tensors.items()
         }
 
@@ -112,14 +110,14 @@ def quantized_folder(info: CheckpointInfo) -> QuantizedFolder | None:
         for name in layout.parts(module):
             if name not in info.tensors:
                 raise InputError(
-                    f"missing tensor '{shown(name)}'", where=str(info.path),
-                    why=f"the linear '{shown(module)}' is quantized", remedy=TOGETHER,
-                )  # fmt: skip
+                    f"missing tensor '{shown(name)}'",
+                    where=str(info.path),
+                    why=f"the linear '{shown(module)}' is quantized",
+                    remedy=TOGETHER,
+                )
             file = tensors.pop(name).file
         tensors[f"{module}.weight"] = TensorInfo(file, "F32", (rows, columns), 0)
-    dense = dataclasses.replace(
-        info, tensors=tensors, config={k: v for k, v in info.config.items() if k != KEY}
-    )
+    dense = dataclasses.replace(info, tensors=tensors, config={k: v for k, v in info.config.items() if k != KEY})
     return QuantizedFolder(method, layout, reader, modules, key_values, dense)
 
 
@@ -151,7 +149,8 @@ def refuse_quantizing_again(folder: Path) -> None:
         inner = config.get(KEY)
         method = inner.get("quant_method") if isinstance(inner, dict) else None
         raise UsageError(
-            "the model is already quantized", where=str(path if KEY in config else own),
+            "the model is already quantized",
+            where=str(path if KEY in config else own),
             why=f"by {method}" if method else None,
             remedy="leave --quant out: its codes are kept; or give the unquantized model",
-        )  # fmt: skip
+        )

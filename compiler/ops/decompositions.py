@@ -99,11 +99,7 @@ def _bias(keep: Tensor, size: int, groups: int, dtype: torch.dtype) -> Tensor:
 
     Not minus infinity: a row without a key would become NaN.
     """
-    wide = (
-        keep[:, :, None]
-        .expand(-1, -1, groups, size, -1)
-        .reshape(keep.shape[0], 1, groups * size, keep.shape[3])
-    )
+    wide = keep[:, :, None].expand(-1, -1, groups, size, -1).reshape(keep.shape[0], 1, groups * size, keep.shape[3])
     return torch.zeros_like(wide, dtype=dtype).masked_fill(~wide, torch.finfo(dtype).min)
 
 

@@ -65,9 +65,7 @@ class OpSpec:
     def mutates(self) -> tuple[str, ...]:
         """Names of the arguments that it writes, as the schema says."""
         arguments = self.op._schema.arguments
-        return tuple(
-            item.name for item in arguments if item.alias_info is not None and item.alias_info.is_write
-        )
+        return tuple(item.name for item in arguments if item.alias_info is not None and item.alias_info.is_write)
 
     def rounds_activations(self, keywords: Keywords) -> bool:
         """Whether a call with these keyword arguments rounds activations to codes as they come."""

@@ -127,9 +127,15 @@ def _chosen(limit: float | None, budget: float) -> float:
 
 
 def _misses(
-    drift: Drift, budget: Budget, *, kl: float, top1: float, perplexity: float, relative: float,
+    drift: Drift,
+    budget: Budget,
+    *,
+    kl: float,
+    top1: float,
+    perplexity: float,
+    relative: float,
     always_relative: bool = False,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     misses = []
     if drift.kl is not None and not drift.kl <= kl:
         misses.append(f"KL {drift.kl:.3g} > {kl:.3g}")
@@ -194,9 +200,7 @@ class Verdict:
             misses = step_misses(self.drift, self.budget, limits)
         if misses:
             remedy = _LOSSY if self.lossy else _EXACT
-            raise self._error(
-                f"pass '{self.name}' failed the numerics gate", self.drift, misses, remedy, layer_names
-            )
+            raise self._error(f"pass '{self.name}' failed the numerics gate", self.drift, misses, remedy, layer_names)
         total = ledger.total
         if total is None:
             misses = tolerance_misses(self.since_capture, self.dtype, ledger.exact)

@@ -119,9 +119,7 @@ class _Run:
         self.probe, self.note = for_streaming(program, probe)
         self._finish_stage("capture", program)
         context = self.options.context
-        key = (
-            f"{program.fingerprint()} {context.calibration!r} {context.seed}" if self.options.work_dir else ""
-        )
+        key = f"{program.fingerprint()} {context.calibration!r} {context.seed}" if self.options.work_dir else ""
         keys = []
         for step in self.steps:
             key = hashlib.sha256(f"{key} {step.rewrite!r}".encode()).hexdigest()
@@ -161,9 +159,7 @@ class _Run:
             program.work_file = before.work_file
             program = to_device(program, program_device(before))
             if record.matched:
-                self.ledger.note(
-                    _budget(self.steps[start].rewrite, before), self.steps[start].rewrite.restores
-                )
+                self.ledger.note(_budget(self.steps[start].rewrite, before), self.steps[start].rewrite.restores)
             self.records.append(record)
             self._finish_stage(record.name, program)
             start += 1
@@ -204,9 +200,7 @@ class _Run:
                 tell(number, f"{rewrite.name}: {what} ({done} of {total}{note})")
 
         reference = self.reference if rewrite.needs_reference else None
-        return replace(
-            self.options.context, progress=progress, work_dir=self.options.work_dir, reference=reference
-        )
+        return replace(self.options.context, progress=progress, work_dir=self.options.work_dir, reference=reference)
 
     def _no_match(self, step: Step, result: PassResult) -> None:
         if step.optional or self.options.allow_noop:
@@ -287,15 +281,10 @@ def default_probe(program: Program, seed: int) -> Probe:
     return Probe(tensors=tuple(tensors))
 
 
-def _record(
-    rewrite: Pass, result: PassResult, verdict: Verdict | None, seconds: float, after: Program
-) -> PassRecord:
+def _record(rewrite: Pass, result: PassResult, verdict: Verdict | None, seconds: float, after: Program) -> PassRecord:
     return PassRecord(
         name=rewrite.name,
-        options={
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in rewrite.options().items()
-        },
+        options={key: list(value) if isinstance(value, tuple) else value for key, value in rewrite.options().items()},
         matched=result.matched,
         candidates=result.candidates,
         seconds=round(seconds, 4),

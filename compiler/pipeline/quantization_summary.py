@@ -18,7 +18,9 @@ from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.quantization_record import LinearRecord
 
-IDEAL = "bits + 16 / group_size (nvfp4: 8), and bits / group_size more with zero points; a whole row is one group at size 0"
+IDEAL = (
+    "bits + 16 / group_size (nvfp4: 8), and bits / group_size more with zero points; a whole row is one group at size 0"
+)
 
 
 def measured_records(before: Program, after: Program) -> tuple[LinearRecord, ...]:
@@ -37,9 +39,16 @@ def measured_records(before: Program, after: Program) -> tuple[LinearRecord, ...
         values, scale = _value(after, node), _value(after, node.args[1])
         label, weight = _weight(before, sites[name])
         found[name] = linear_record(
-            label, weight, values, scale, method=entry.method, format=entry.format, bits=entry.bits,
-            group_size=entry.group_size, symmetric=entry.symmetric,
-        )  # fmt: skip
+            label,
+            weight,
+            values,
+            scale,
+            method=entry.method,
+            format=entry.format,
+            bits=entry.bits,
+            group_size=entry.group_size,
+            symmetric=entry.symmetric,
+        )
     return tuple(found.values())
 
 
@@ -52,9 +61,7 @@ def _value(program: Program, node: Node) -> Tensor:
         name = program.weight_of(current)
         if name is not None:
             weights[current] = program.weight(name)
-        assert name is not None or current.op == "call_function", (
-            f"{node.name} reads the input {current.name}"
-        )
+        assert name is not None or current.op == "call_function", f"{node.name} reads the input {current.name}"
         pending += current.all_input_nodes
     value: Tensor = evaluate(node, weights)
     return value
@@ -77,9 +84,7 @@ def _weight(program: Program, site: Linear) -> tuple[str, Tensor]:
     return name, weight.t() if site.transposed else weight
 
 
-def summarize(
-    contract: Contract, records: Sequence[LinearRecord], tensor_bytes: Mapping[str, int]
-) -> dict[str, Any]:
+def summarize(contract: Contract, records: Sequence[LinearRecord], tensor_bytes: Mapping[str, int]) -> dict[str, Any]:
     """The manifest's summary of a quantization; empty without one.
 
     Args:
@@ -144,10 +149,24 @@ def finite(value: float | None) -> float | None:
 
 
 def linear_record(
-    name: str, weight: Tensor, values: Tensor, scale: Tensor, *, method: str, bits: int, group_size: int,
-    symmetric: bool, format: str = "int", error_rtn: float | None = None, error: float | None = None,
-    clip: float = 1.0, damping: float | None = None, tokens: int = 0, seconds: float = 0.0, note: str = "",
-) -> LinearRecord:  # fmt: skip
+    name: str,
+    weight: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    *,
+    method: str,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    format: str = "int",
+    error_rtn: float | None = None,
+    error: float | None = None,
+    clip: float = 1.0,
+    damping: float | None = None,
+    tokens: int = 0,
+    seconds: float = 0.0,
+    note: str = "",
+) -> LinearRecord:
     """A record with what can be computed from the tensors.
 
     Args:
@@ -158,8 +177,21 @@ def linear_record(
     size = float(before.norm(dtype=torch.float64)) ** 2
     gap = float((before - values.detach().float()).norm(dtype=torch.float64)) ** 2
     return LinearRecord(
-        name=name, shape=(int(weight.shape[0]), int(weight.shape[1])), method=method, format=format, bits=bits,
-        group_size=group_size, symmetric=symmetric, weight_error=gap / size if size else 0.0,
-        scale_min=float(scale.float().min()), scale_max=float(scale.float().max()), error_rtn=finite(error_rtn), error=finite(error), clip=clip,
-        damping=damping, tokens=tokens, seconds=round(seconds, 3), note=note,
-    )  # fmt: skip
+        name=name,
+        shape=(int(weight.shape[0]), int(weight.shape[1])),
+        method=method,
+        format=format,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        weight_error=gap / size if size else 0.0,
+        scale_min=float(scale.float().min()),
+        scale_max=float(scale.float().max()),
+        error_rtn=finite(error_rtn),
+        error=finite(error),
+        clip=clip,
+        damping=damping,
+        tokens=tokens,
+        seconds=round(seconds, 3),
+        note=note,
+    )

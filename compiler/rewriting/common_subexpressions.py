@@ -56,9 +56,7 @@ def _written(program: Program) -> set[Node]:
         if node.op == "call_function" and _is_mutable(node.target):
             schema = node.target._schema.arguments
             named = {**dict(zip((item.name for item in schema), node.args, strict=False)), **node.kwargs}
-            pending += [
-                named.get(item.name) for item in schema if item.alias_info and item.alias_info.is_write
-            ]
+            pending += [named.get(item.name) for item in schema if item.alias_info and item.alias_info.is_write]
     found: set[Node] = set()
     while pending:
         node = pending.pop()

@@ -25,9 +25,13 @@ def rounded(call: Node) -> bool:
 
 
 def round_key_values(
-    program: Program, call: Node, stem: str, scales: Sequence[Tensor], format: str,
+    program: Program,
+    call: Node,
+    stem: str,
+    scales: Sequence[Tensor],
+    format: str,
     sources: Sequence[tuple[str, ...]] = ((), ()),
-) -> None:  # fmt: skip
+) -> None:
     """Round what an attention reads, in place, with new weights STEM.key_scale and STEM.value_scale.
 
     Args:

@@ -91,9 +91,7 @@ def mixing_error(program: Program, *, seed: int = 0) -> float:
 
     full = logits(torch.arange(count, device=device))
     order = torch.randperm(count, generator=generator).to(device)
-    error = max(
-        float((logits(chosen) - full[chosen]).abs().max()) for chosen in (order, order[: min(_KEPT, count)])
-    )
+    error = max(float((logits(chosen) - full[chosen]).abs().max()) for chosen in (order, order[: min(_KEPT, count)]))
     return error / max(float(full.abs().max()), 1e-30)
 
 

@@ -25,13 +25,9 @@ MaxSeqLen = Annotated[
 class QuantRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How weights (and activations) are quantized; None takes the method's or the target's own."""
 
-    quant: (
-        Annotated[str, Meta(description="Quantization method: rtn, gptq, awq, ...; see optc targets.")] | None
-    ) = None
+    quant: Annotated[str, Meta(description="Quantization method: rtn, gptq, awq, ...; see optc targets.")] | None = None
     bits: (
-        Annotated[
-            int, Meta(ge=2, le=8, description="Bits per weight.", extra={"default": "4, or the method's own"})
-        ]
+        Annotated[int, Meta(ge=2, le=8, description="Bits per weight.", extra={"default": "4, or the method's own"})]
         | None
     ) = None
     average_bits: (
@@ -41,13 +37,18 @@ class QuantRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ]
         | None
     ) = None
-    group_size: Annotated[
-        int,
-        Meta(
-            ge=0, le=1 << 20, description="Weights per scale; 0 is one scale per row.",
-            extra={"default": "the largest of 128, 64, 32 that divides every linear"},
-        ),
-    ] | None = None  # fmt: skip
+    group_size: (
+        Annotated[
+            int,
+            Meta(
+                ge=0,
+                le=1 << 20,
+                description="Weights per scale; 0 is one scale per row.",
+                extra={"default": "the largest of 128, 64, 32 that divides every linear"},
+            ),
+        ]
+        | None
+    ) = None
     symmetric: (
         Annotated[
             bool,

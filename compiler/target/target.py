@@ -146,9 +146,7 @@ def check_lowered(program: Program, legal: Mapping[Any, Predicate | None], what:
         )
 
 
-def check_options(
-    target: Target, options: CompileOptions, others: Callable[[], Iterable[Target]] = lambda: ()
-) -> None:
+def check_options(target: Target, options: CompileOptions, others: Callable[[], Iterable[Target]] = lambda: ()) -> None:
     """Refuse what the target cannot do, before any weight is read.
 
     Args:
@@ -161,9 +159,10 @@ def check_options(
 
     def refuse(what: str, allowed: object, reason: str = "") -> None:
         raise TargetError(
-            f"target '{target.name}' does not take {what}", why=target.lacks.get(reason),
+            f"target '{target.name}' does not take {what}",
+            why=target.lacks.get(reason),
             remedy=f"it takes: {allowed}",
-        )  # fmt: skip
+        )
 
     if options.dtype not in target.dtypes:
         refuse(f"dtype {options.dtype}", ", ".join(target.dtypes), "dtype")
@@ -248,9 +247,11 @@ def _same_elsewhere(target: Target, options: CompileOptions, others: Iterable[Ta
     assert asked is not None
     for other in others:
         plain = CompileOptions(
-            dtype=options.dtype if options.dtype in other.dtypes else other.dtypes[0], quantization=asked,
-            kv_cache=other.kv_caches[0] if other.kv_caches else None, own=other.options(),
-        )  # fmt: skip
+            dtype=options.dtype if options.dtype in other.dtypes else other.dtypes[0],
+            quantization=asked,
+            kv_cache=other.kv_caches[0] if other.kv_caches else None,
+            own=other.options(),
+        )
         if other.name != target.name and _quantization_problem(other, asked) is None and _runs(other, plain):
             names.append(other.name)
     return [f"the same request runs on --target {' or '.join(names)}"] if names else []

@@ -10,13 +10,29 @@ from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.formats.safetensors_header import read_header
 
 _CODES = {
-    "F32": "kFloat32", "F16": "kFloat16", "BF16": "kBFloat16", "F64": "kFloat64", "I64": "kInt64", "I32": "kInt32",
-    "I16": "kInt16", "I8": "kInt8", "U8": "kUInt8", "BOOL": "kBool",
-}  # fmt: skip
+    "F32": "kFloat32",
+    "F16": "kFloat16",
+    "BF16": "kBFloat16",
+    "F64": "kFloat64",
+    "I64": "kInt64",
+    "I32": "kInt32",
+    "I16": "kInt16",
+    "I8": "kInt8",
+    "U8": "kUInt8",
+    "BOOL": "kBool",
+}
 _TYPES = {
-    "float32": "kFloat32", "float16": "kFloat16", "bfloat16": "kBFloat16", "float64": "kFloat64", "int64": "kInt64",
-    "int32": "kInt32", "int16": "kInt16", "int8": "kInt8", "uint8": "kUInt8", "bool": "kBool",
-}  # fmt: skip
+    "float32": "kFloat32",
+    "float16": "kFloat16",
+    "bfloat16": "kBFloat16",
+    "float64": "kFloat64",
+    "int64": "kInt64",
+    "int32": "kInt32",
+    "int16": "kInt16",
+    "int8": "kInt8",
+    "uint8": "kUInt8",
+    "bool": "kBool",
+}
 """safetensors' and the contract's names of types -> those of the program."""
 
 
@@ -49,9 +65,7 @@ def aotinductor_header(manifest: Manifest, folder: Path) -> str:
         "enum Type { kFloat32, kFloat16, kBFloat16, kFloat64, kInt64, kInt32, kInt16, kInt8, kUInt8, kBool };",
         "// A KV cache: [batch, heads, capacity, width], or [blocks, block size, heads, width] when paged.",
         "struct Cache {\n  Type type;\n  std::int64_t heads, width;\n};",
-        *_array(
-            "Cache", "kCaches", [_cache(item) for item in info["inputs"] if item["role"].endswith("_cache")]
-        ),
+        *_array("Cache", "kCaches", [_cache(item) for item in info["inputs"] if item["role"].endswith("_cache")]),
         "// A tensor of the weights: its shape, and where its bytes begin in the file.",
         "struct Weight {\n  const char* name;\n  Type type;\n  std::int64_t offset;\n  int rank;\n"
         "  std::int64_t shape[8];\n};",
@@ -72,7 +86,7 @@ def _escaped(byte: int) -> str:
 
 def _header(
     manifest: Manifest, context: int, machine: str, every: Iterable[str], some: Iterable[str], lines: Iterable[str] = ()
-) -> str:  # fmt: skip
+) -> str:
     model = manifest.contract.model
     rows = [
         "// The model of this bundle, written by optc from manifest.json.",
@@ -115,7 +129,5 @@ def _weights(path: Path) -> list[str]:
     for name, info in read_header(path).items():
         assert len(info.shape) <= 8, f"{name} has {len(info.shape)} axes"
         shape = ", ".join(map(str, info.shape))
-        rows.append(
-            f"{{{quoted(name)}, {_CODES[info.dtype]}, {info.offset}, {len(info.shape)}, {{{shape}}}}}"
-        )
+        rows.append(f"{{{quoted(name)}, {_CODES[info.dtype]}, {info.offset}, {len(info.shape)}, {{{shape}}}}}")
     return rows

@@ -37,9 +37,7 @@ class Bundle:
     variables: dict[str, str]
 
 
-def write_bundle(
-    artifact: Path, output: Path, *, with_libraries: bool = False, force: bool = False
-) -> Bundle:
+def write_bundle(artifact: Path, output: Path, *, with_libraries: bool = False, force: bool = False) -> Bundle:
     """Write a deployment folder, whole or not at all.
 
     Args:
@@ -57,9 +55,7 @@ def write_bundle(
     _check_places(artifact, output, manifest)
     runtime = engine.runtime()
     if with_libraries and runtime is None:
-        raise TargetError(
-            "the engine's libraries are not installed here", remedy=f'pip install "optc[{engine.extra}]"'
-        )
+        raise TargetError("the engine's libraries are not installed here", remedy=f'pip install "optc[{engine.extra}]"')
     with write_folder(output, force=force) as directory:
         _copy_artifact(artifact, directory, manifest)
         libraries = _copy_libraries(directory, runtime) if with_libraries and runtime is not None else []
@@ -77,15 +73,15 @@ def write_bundle(
 
 def _check_places(artifact: Path, output: Path, manifest: Manifest) -> None:
     if "bundle" in manifest.engine_info:
-        raise InputError(
-            "the artifact is already a bundle", where=str(artifact), remedy="copy the folder as it is"
-        )
+        raise InputError("the artifact is already a bundle", where=str(artifact), remedy="copy the folder as it is")
     inside = artifact.resolve()
     if inside in (output.resolve(), *output.resolve().parents):
         raise InputError(
-            "the output lies inside the artifact", where=str(output), why="the artifact would no longer be whole",
+            "the output lies inside the artifact",
+            where=str(output),
+            why="the artifact would no longer be whole",
             remedy="choose a folder beside it",
-        )  # fmt: skip
+        )
 
 
 def _copy_artifact(source: Path, directory: Path, manifest: Manifest) -> None:

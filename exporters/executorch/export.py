@@ -137,18 +137,23 @@ def _check(program: Program, path: Path, lowered: Lowered, capacity: int, chunk:
             expected = program(ids, mask, *caches)
         expected = expected[0] if isinstance(expected, tuple | list) else expected
         found = method.execute([ids, torch.tensor([start])])[0]
-        _compare(
-            expected.double(), found.double(), tolerance, f"tokens {start} to {start + ids.shape[1] - 1}"
-        )
+        _compare(expected.double(), found.double(), tolerance, f"tokens {start} to {start + ids.shape[1] - 1}")
         logits[0].append(expected[0])
         logits[1].append(found[0])
     ours, theirs = (StageRun(rows, []) for rows in logits)
     drift = measure(ours, theirs)
     return OpenedRecord(
-        opened=True, engine="executorch", version=metadata.version("executorch"),
-        tokens=sum(map(len, logits[0])), max_abs_diff=drift.max_abs_diff, scale=drift.scale, relative=drift.relative,
-        kl=drift.kl, top1=drift.top1, seconds=round(time.perf_counter() - begin, 3),
-    )  # fmt: skip
+        opened=True,
+        engine="executorch",
+        version=metadata.version("executorch"),
+        tokens=sum(map(len, logits[0])),
+        max_abs_diff=drift.max_abs_diff,
+        scale=drift.scale,
+        relative=drift.relative,
+        kl=drift.kl,
+        top1=drift.top1,
+        seconds=round(time.perf_counter() - begin, 3),
+    )
 
 
 def _compare(expected: Tensor, found: Tensor, tolerance: float, where: str) -> None:
@@ -157,19 +162,24 @@ def _compare(expected: Tensor, found: Tensor, tolerance: float, where: str) -> N
     gap = float((expected - found).abs().max()) if same else float("inf")
     if not gap <= limit:
         raise GateError(
-            "the ExecuTorch program computes different numbers from the captured program", where=where,
-            why=f"max abs difference {gap:.3g} > {limit:.3g}" if same else f"{list(found.shape)}, not {list(expected.shape)}",
+            "the ExecuTorch program computes different numbers from the captured program",
+            where=where,
+            why=f"max abs difference {gap:.3g} > {limit:.3g}"
+            if same
+            else f"{list(found.shape)}, not {list(expected.shape)}",
             remedy="report this with the model's config",
-        )  # fmt: skip
+        )
 
 
 def _caches(program: Program, capacity: int) -> list[Tensor]:
     sizes: dict[str, int] = {"batch": 1, "capacity": capacity}
     return [
-        torch.zeros([item if isinstance(item, int) else sizes[item] for item in spec.dims], dtype=getattr(torch, spec.dtype))
+        torch.zeros(
+            [item if isinstance(item, int) else sizes[item] for item in spec.dims], dtype=getattr(torch, spec.dtype)
+        )
         for spec in program.contract.inputs
         if spec.role in ("key_cache", "value_cache")
-    ]  # fmt: skip
+    ]
 
 
 def _calls(program: Program, capacity: int, chunk: int) -> Iterator[tuple[Tensor, int]]:

@@ -55,9 +55,11 @@ def lower(exported: ExportedProgram, constants: Mapping[str, Any]) -> Lowered:
         warnings.simplefilter("ignore")
         logging.getLogger("executorch").setLevel(logging.ERROR)
         edge = to_edge_transform_and_lower(
-            exported, partitioner=[XnnpackPartitioner()], compile_config=edge_config,
+            exported,
+            partitioner=[XnnpackPartitioner()],
+            compile_config=edge_config,
             constant_methods=dict(constants),
-        )  # fmt: skip
+        )
         try:
             result = edge.to_executorch(backend_config)
         except RuntimeError as error:
@@ -83,6 +85,7 @@ def _kernels() -> set[str]:
 
 def _no_kernels(names: list[str]) -> TargetError:
     return TargetError(
-        f"ExecuTorch has no kernel for {len(names)} operator(s) of this model", where=", ".join(names),
+        f"ExecuTorch has no kernel for {len(names)} operator(s) of this model",
+        where=", ".join(names),
         remedy="choose another target (optc targets), or rewrite them in a pass",
-    )  # fmt: skip
+    )

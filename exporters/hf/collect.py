@@ -53,9 +53,10 @@ def collect(program: Program, source: Path | None) -> FolderPlan:
     """
     if source is None:
         raise TargetError(
-            "a module in memory has no model folder to write back", why="config and tensor names come from it",
+            "a module in memory has no model folder to write back",
+            why="config and tensor names come from it",
             remedy="save the model first (model.save_pretrained), and compile the folder",
-        )  # fmt: skip
+        )
     info = check_folder(source)
     folder = quantized_folder(info)
     dense = folder.dense if folder else info
@@ -82,6 +83,13 @@ def collect(program: Program, source: Path | None) -> FolderPlan:
     kept = {renamed.get(name, name): weight for name, weight in plain.items()}
     embeddings = [name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Embedding)]
     return FolderPlan(
-        info, kept, quantized, tuple(dict.fromkeys(copied)), tuple(linears), untied, tuple(embeddings),
-        key_values, scales,
-    )  # fmt: skip
+        info,
+        kept,
+        quantized,
+        tuple(dict.fromkeys(copied)),
+        tuple(linears),
+        untied,
+        tuple(embeddings),
+        key_values,
+        scales,
+    )

@@ -54,9 +54,13 @@ def export_hf(program: Program, request: ExportRequest) -> ExportResult:
 
 
 def write_model(
-    plan: FolderPlan, weight: Callable[[str], Tensor], writer: LayoutWriter, directory: Path, source: Path | None,
+    plan: FolderPlan,
+    weight: Callable[[str], Tensor],
+    writer: LayoutWriter,
+    directory: Path,
+    source: Path | None,
     texts: Mapping[str, str] | None = None,
-) -> ExportResult:  # fmt: skip
+) -> ExportResult:
     """Write the model folder that a plan lays out, read it back, and compare it bit by bit; see `export_hf`.
 
     Args:
@@ -68,9 +72,11 @@ def write_model(
         reason = writer.obstacle(item.weight)
         if reason:
             raise TargetError(
-                f"the layout '{writer.name}' cannot hold a weight", where=item.module, why=reason,
+                f"the layout '{writer.name}' cannot hold a weight",
+                where=item.module,
+                why=reason,
                 remedy=writer.remedy,
-            )  # fmt: skip
+            )
     dtype = _compute_dtype(weight, plan)
     config, scales = _config(plan, weight, writer, dtype)
     companions = copy_companions(source, directory)
@@ -126,9 +132,12 @@ def _compute_dtype(weight: Callable[[str], Tensor], plan: FolderPlan) -> torch.d
 
 
 def _tensors(
-    plan: FolderPlan, weight: Callable[[str], Tensor], writer: LayoutWriter, dtype: torch.dtype,
+    plan: FolderPlan,
+    weight: Callable[[str], Tensor],
+    writer: LayoutWriter,
+    dtype: torch.dtype,
     sizes: dict[str, int],
-) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
+) -> Iterator[tuple[str, Tensor]]:
     """Weights, in the source's order as far as it goes; fills `sizes` by the names that the plan gives them."""
     for name, held in plan.plain.items():
         tensor = weight(held).detach()
@@ -199,8 +208,7 @@ def _compare_quantized(layout: Any, plan: FolderPlan, directory: Path) -> None:
         same = same and all(_same(left, right) for left, right in pairs)
         same = same and _same(read.input_factor, _factor(mine.input_factor))
         alike = [
-            (one.scheme.bits, one.scheme.group_size, one.scheme.activations, one.scheme.static)
-            for one in (read, mine)
+            (one.scheme.bits, one.scheme.group_size, one.scheme.activations, one.scheme.static) for one in (read, mine)
         ]
         if not same or alike[0] != alike[1]:
             raise _differs(directory, item.module, "its codes, scales or zero points differ")
@@ -227,9 +235,7 @@ def _same_zero(left: QuantizedWeight, right: QuantizedWeight) -> bool:
     return given is None or bool((given == middle).all())
 
 
-def _compare_plain(
-    info: CheckpointInfo, weight: Callable[[str], Tensor], plan: FolderPlan, directory: Path
-) -> None:
+def _compare_plain(info: CheckpointInfo, weight: Callable[[str], Tensor], plan: FolderPlan, directory: Path) -> None:
     reader = TensorReader(info.path, info.tensors)
     for name, held in plan.plain.items():
         mine = weight(held).detach().contiguous()
@@ -244,6 +250,8 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def _differs(directory: Path, name: str, why: str) -> ArtifactError:
     return ArtifactError(
-        "a written weight differs from the one in memory", where=f"{directory}: {name}", why=why,
+        "a written weight differs from the one in memory",
+        where=f"{directory}: {name}",
+        why=why,
         remedy="check the disk and compile again",
-    )  # fmt: skip
+    )

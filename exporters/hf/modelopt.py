@@ -32,9 +32,7 @@ def _fitted(item: Quantized, table: Mapping[str, Quantized]) -> Quantized:
     for name in item.beside:
         other = table.get(name)
         if other is None or other.weight.scheme != weight.scheme:
-            raise refusal(
-                item.module, f"{name} has the same input, and is quantized differently or not at all"
-            )
+            raise refusal(item.module, f"{name} has the same input, and is quantized differently or not at all")
         if not _alike(other.weight.global_scale, weight.global_scale):
             raise refusal(item.module, f"{name} has the same input, and another weight_scale_2")
     if item.beside and weight.input_factor is not None:

@@ -44,9 +44,7 @@ class ServeOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fiel
     max_batch: (
         Annotated[
             int,
-            Meta(
-                ge=1, description="Requests that a server runs together.", extra={"default": "the server's"}
-            ),
+            Meta(ge=1, description="Requests that a server runs together.", extra={"default": "the server's"}),
         ]
         | None
     ) = None
@@ -85,16 +83,13 @@ class ServeOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fiel
         if batch is not None and tokens is not None and tokens < batch:
             raise UsageError(
                 f"--max-num-tokens {tokens} is less than --max-batch {batch}",
-                why="each request of a batch runs one token at least", remedy=f"use {batch} or more",
-            )  # fmt: skip
-        if self.speculative is None and self.draft_tokens is not None:
-            raise UsageError(
-                "--draft-tokens has no effect without --speculative", remedy="add --speculative ngram"
+                why="each request of a batch runs one token at least",
+                remedy=f"use {batch} or more",
             )
+        if self.speculative is None and self.draft_tokens is not None:
+            raise UsageError("--draft-tokens has no effect without --speculative", remedy="add --speculative ngram")
         method = self.speculative
         if method is not None and method != NGRAM and not method.startswith(DRAFT):
-            raise UsageError(
-                f"unknown speculative decoding '{method}'", remedy="use --speculative ngram, or draft:DIR"
-            )
+            raise UsageError(f"unknown speculative decoding '{method}'", remedy="use --speculative ngram, or draft:DIR")
         if method == DRAFT:
             raise UsageError("--speculative draft: names no model", remedy="use draft:DIR")

@@ -64,9 +64,7 @@ class Places:
         found: name in `state` -> name in the checkpoint.
     """
 
-    def __init__(
-        self, program: Program, skeleton: Any, state: dict[str, Tensor], found: dict[str, str]
-    ) -> None:
+    def __init__(self, program: Program, skeleton: Any, state: dict[str, Tensor], found: dict[str, str]) -> None:
         self.program, self.skeleton, self.state, self.found = program, skeleton, state, found
         self.tied = tied_names(state)
 
@@ -138,15 +136,11 @@ class Places:
             if spec.kind is not InputKind.PARAMETER and not spec.persistent and name not in self.state:
                 continue  # the model computes it when it is built: rotary frequencies, for one
             if name not in self.found and not (self.shared(name) & set(self.found)):
-                raise _refusal(
-                    name, "the checkpoint has no tensor of this name: a pass, or the loader, made it"
-                )
+                raise _refusal(name, "the checkpoint has no tensor of this name: a pass, or the loader, made it")
             if tuple(self.program.weight(name).shape) != tuple(self.state[name].shape):
                 raise _refusal(name, "its shape is not that of the checkpoint's tensor")
             owner = self.tied.get(name, name)
-            alike = owner not in out or torch.equal(
-                self.program.weight(out[owner]), self.program.weight(name)
-            )
+            alike = owner not in out or torch.equal(self.program.weight(out[owner]), self.program.weight(name))
             out[owner if alike else name] = name
         return out
 
@@ -163,14 +157,10 @@ class Places:
             if self._is_linear(name):
                 module = self.skeleton.get_submodule(name.rpartition(".")[0])
                 if tuple(module.weight.shape) != weight.shape:
-                    raise _refusal(
-                        codes_name, f"the checkpoint's tensor has shape {list(module.weight.shape)}"
-                    )
+                    raise _refusal(codes_name, f"the checkpoint's tensor has shape {list(module.weight.shape)}")
                 return Quantized(name.removesuffix(".weight"), codes_name.removesuffix("_codes"), weight)
         kind = type(self.skeleton.get_submodule(entry.source.rpartition(".")[0])).__name__
-        raise _refusal(
-            codes_name, f"{entry.source} belongs to a {kind}, and quantized layouts replace only nn.Linear"
-        )
+        raise _refusal(codes_name, f"{entry.source} belongs to a {kind}, and quantized layouts replace only nn.Linear")
 
     def _weight(self, call: Node, name: str, source: _Input) -> QuantizedWeight:
         form = format_of(call.target)
@@ -220,11 +210,7 @@ class Places:
 
     def _is_linear(self, name: str) -> bool:
         module, _, last = name.rpartition(".")
-        return (
-            last == "weight"
-            and name in self.state
-            and type(self.skeleton.get_submodule(module)) is torch.nn.Linear
-        )
+        return last == "weight" and name in self.state and type(self.skeleton.get_submodule(module)) is torch.nn.Linear
 
     def _name(self, node: object) -> str:
         name = self.program.weight_of(node)
@@ -258,6 +244,8 @@ def _granularity(shapes: set[tuple[int, ...]], heads: int) -> Literal["layer", "
 
 def _refusal(name: str, why: str) -> TargetError:
     return TargetError(
-        "the program cannot be written back as a model folder", where=name, why=why,
+        "the program cannot be written back as a model folder",
+        where=name,
+        why=why,
         remedy="compile a model folder with quantization passes only, or choose another target (optc targets)",
-    )  # fmt: skip
+    )

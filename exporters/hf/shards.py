@@ -16,9 +16,7 @@ SHARD_BYTES = 5_000_000_000
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def write_shards(
-    directory: Path, tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES
-) -> dict[str, str]:
+def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]], limit: int = SHARD_BYTES) -> dict[str, str]:
     """Write tensors as they come, a file whenever `limit` bytes are reached; returns tensor -> file.
 
     They wait in a file too, since the header in front of them is known with the last one.
@@ -50,9 +48,7 @@ def write_shards(
 def _publish(directory: Path, parts: list[dict[str, int]]) -> dict[str, str]:
     """Give the files their names, which tell how many there are, and write the index."""
     count = len(parts)
-    names = (
-        [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    )
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     placed = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
     with os_errors("writing the weights", str(directory)):
         for number, name in enumerate(names):

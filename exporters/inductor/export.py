@@ -115,9 +115,11 @@ def _compile(program: Program, path: Path, instructions: InstructionSet) -> None
         if "PytorchStreamWriter" not in str(error):
             raise
         raise ResourceError(
-            "the package could not be written", where=str(path), why=str(error).splitlines()[0],
+            "the package could not be written",
+            where=str(path),
+            why=str(error).splitlines()[0],
             remedy="free space and run again",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _first_error(text: str) -> str:
@@ -143,9 +145,7 @@ def _info(
 ) -> dict[str, Any]:
     """What the runner needs to know; everything it checks before native code runs."""
     contract = program.contract
-    limits = [
-        size for size in (contract.model.context_length, request.of(InductorOptions).max_seq_len) if size
-    ]
+    limits = [size for size in (contract.model.context_length, request.of(InductorOptions).max_seq_len) if size]
     return {
         "model": MODEL,
         "weights": WEIGHTS,

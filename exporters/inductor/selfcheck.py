@@ -25,9 +25,7 @@ Inputs = list[Tensor]
 ROUNDED_TOLERANCE = 2e-2
 
 
-def check_package(
-    program: Program, directory: Path, info: Mapping[str, Any], needs: Mapping[str, Any]
-) -> OpenedRecord:
+def check_package(program: Program, directory: Path, info: Mapping[str, Any], needs: Mapping[str, Any]) -> OpenedRecord:
     """Run package and Program on the same inputs, a prompt and then single tokens.
 
     Returns:
@@ -53,10 +51,15 @@ def check_package(
     ours, theirs = (StageRun(outputs, [], role="output") for outputs in first)
     drift = measure(ours, theirs)
     return OpenedRecord(
-        opened=True, engine="aotinductor", version=str(torch.__version__), tokens=_tokens(program),
-        max_abs_diff=drift.max_abs_diff, scale=drift.scale, relative=drift.relative,
+        opened=True,
+        engine="aotinductor",
+        version=str(torch.__version__),
+        tokens=_tokens(program),
+        max_abs_diff=drift.max_abs_diff,
+        scale=drift.scale,
+        relative=drift.relative,
         seconds=round(time.perf_counter() - begin, 3),
-    )  # fmt: skip
+    )
 
 
 def _tokens(program: Program) -> int:
@@ -86,9 +89,7 @@ def _compare(program: Program, old: Tensor, new: Tensor, where: str) -> None:
         raise GateError(
             "the compiled package computes different numbers from the captured program",
             where=where,
-            why=f"max abs difference {gap:.3g} > {limit:.3g}"
-            if same
-            else f"{list(new.shape)}, not {list(old.shape)}",
+            why=f"max abs difference {gap:.3g} > {limit:.3g}" if same else f"{list(new.shape)}, not {list(old.shape)}",
             remedy="report this with the model's config: AOTInductor miscompiled it",
         )
 
@@ -104,9 +105,7 @@ def _tolerance(program: Program) -> float:
 
 def _name(program: Program, index: int) -> str:
     contract = program.contract
-    names = [spec.name for spec in contract.outputs] + [
-        spec.name for spec in contract.inputs if _is_cache(spec)
-    ]
+    names = [spec.name for spec in contract.outputs] + [spec.name for spec in contract.inputs if _is_cache(spec)]
     return names[index]
 
 
@@ -120,9 +119,7 @@ _SIZES = {"batch": 2, "capacity": 24, "past": 0, "num_blocks": 16}
 def _caches(program: Program) -> Inputs:
     shapes = [(spec.dims, spec.dtype) for spec in program.contract.inputs if _is_cache(spec)]
     return [
-        torch.zeros(
-            [size if isinstance(size, int) else _SIZES[size] for size in dims], dtype=getattr(torch, dtype)
-        )
+        torch.zeros([size if isinstance(size, int) else _SIZES[size] for size in dims], dtype=getattr(torch, dtype))
         for dims, dtype in shapes
     ]
 

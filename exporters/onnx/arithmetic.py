@@ -166,12 +166,24 @@ def _table() -> dict[Any, Lowering]:
     add(_binary("Max"), _aten.maximum.default)
     add(_binary("Min"), _aten.minimum.default)
     add(_reversed_subtract, _aten.rsub.Scalar)
-    add(_divide, _aten.div.Tensor, _aten.div.Scalar, _aten.div_.Tensor, _aten.div.Tensor_mode,
-        _aten.div.Scalar_mode, _aten.floor_divide.default)  # fmt: skip
+    add(
+        _divide,
+        _aten.div.Tensor,
+        _aten.div.Scalar,
+        _aten.div_.Tensor,
+        _aten.div.Tensor_mode,
+        _aten.div.Scalar_mode,
+        _aten.floor_divide.default,
+    )
     add(_modulo, _aten.fmod.Scalar, _aten.fmod.Tensor, _aten.remainder.Scalar, _aten.remainder.Tensor)
     add(_pow, _aten.pow.Tensor_Scalar, _aten.pow.Tensor_Tensor, _aten.pow.Scalar)
-    for name, kind in (("eq", "Equal"), ("lt", "Less"), ("le", "LessOrEqual"), ("gt", "Greater"),
-                       ("ge", "GreaterOrEqual")):  # fmt: skip
+    for name, kind in (
+        ("eq", "Equal"),
+        ("lt", "Less"),
+        ("le", "LessOrEqual"),
+        ("gt", "Greater"),
+        ("ge", "GreaterOrEqual"),
+    ):
         add(_comparison(kind), getattr(_aten, name).Tensor, getattr(_aten, name).Scalar)
     add(_comparison("Equal", negated=True), _aten.ne.Tensor, _aten.ne.Scalar)
     for kind in ("And", "Or", "Xor"):

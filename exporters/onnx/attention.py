@@ -33,9 +33,7 @@ def _size(walker: Walker, node: Node, axis: int) -> ir.Value:
     return walker.op("Shape", [walker.value(node)], {"start": axis, "end": axis + 1})
 
 
-def _position_mask(
-    walker: Walker, query: ir.Value, keys: ir.Value, *, causal: bool, window: int
-) -> ir.Value | None:
+def _position_mask(walker: Walker, query: ir.Value, keys: ir.Value, *, causal: bool, window: int) -> ir.Value | None:
     """keep [...,S,T] for query positions [...,S]: key <= query and key > query - window."""
     if not causal and window <= 0:
         return None
@@ -96,9 +94,7 @@ def _cached_attention(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value, i
     length, start = walker.size(total), walker.value(past)
     presents, used = [], []
     for cache, new in ((k_cache, k), (v_cache, v)):
-        whole = walker.op(
-            "TensorScatter", [_grown(walker, cache, length), walker.value(new), start], {"axis": 2}
-        )
+        whole = walker.op("TensorScatter", [_grown(walker, cache, length), walker.value(new), start], {"axis": 2})
         presents.append(whole)
         part = walker.op("Slice", [whole, walker.constant([0]), length, walker.constant([2])])
         used.append((part, new))

@@ -34,19 +34,13 @@ def _rounding(kind: str) -> Lowering:
 
 def _is_nan(walker: Walker, node: Node) -> ir.Value:
     source = node.args[0].meta["val"].dtype
-    return walker.op(
-        "IsNaN", [walker.value(node.args[0], source if source.is_floating_point else torch.float32)]
-    )
+    return walker.op("IsNaN", [walker.value(node.args[0], source if source.is_floating_point else torch.float32)])
 
 
 def _relu(walker: Walker, node: Node) -> ir.Value:
     dtype, x = result_dtype(node), walker.value(node.args[0])
     # ONNX Runtime has no Relu of int64
-    return (
-        walker.op("Relu", [x])
-        if dtype.is_floating_point
-        else walker.op("Max", [x, walker.constant(0, dtype)])
-    )
+    return walker.op("Relu", [x]) if dtype.is_floating_point else walker.op("Max", [x, walker.constant(0, dtype)])
 
 
 def _rsqrt(walker: Walker, node: Node) -> ir.Value:
@@ -88,8 +82,9 @@ def _leaky_relu(walker: Walker, node: Node) -> ir.Value:
 def _elu(walker: Walker, node: Node) -> ir.Value:
     """scale * x where positive, scale * alpha * (exp(input_scale * x) - 1) elsewhere."""
     dtype, x = result_dtype(node), walker.value(node.args[0])
-    alpha, scale, input_scale = (float(argument(node, i, name, 1)) for i, name in
-                                 ((1, "alpha"), (2, "scale"), (3, "input_scale")))  # fmt: skip
+    alpha, scale, input_scale = (
+        float(argument(node, i, name, 1)) for i, name in ((1, "alpha"), (2, "scale"), (3, "input_scale"))
+    )
     if scale == input_scale == 1.0:
         return walker.op("Elu", [x], {"alpha": alpha})
     inner = walker.op("Elu", [walker.op("Mul", [x, walker.constant(input_scale, dtype)])])
@@ -101,8 +96,9 @@ def _elu(walker: Walker, node: Node) -> ir.Value:
 def _softplus(walker: Walker, node: Node) -> ir.Value:
     """log(1 + exp(beta * x)) / beta, and x itself where beta * x is above the threshold."""
     dtype, x = result_dtype(node), walker.value(node.args[0])
-    beta, threshold = (float(argument(node, i, name, default)) for i, name, default in
-                       ((1, "beta", 1), (2, "threshold", 20)))  # fmt: skip
+    beta, threshold = (
+        float(argument(node, i, name, default)) for i, name, default in ((1, "beta", 1), (2, "threshold", 20))
+    )
     scaled = x if beta == 1 else walker.op("Mul", [x, walker.constant(beta, dtype)])
     soft = walker.op("Softplus", [scaled])
     soft = soft if beta == 1 else walker.op("Div", [soft, walker.constant(beta, dtype)])
@@ -149,16 +145,12 @@ def select(walker: Walker, dtype: torch.dtype, condition: ir.Value, yes: ir.Valu
 def _where(walker: Walker, node: Node) -> ir.Value:
     dtype = result_dtype(node)
     condition = walker.value(node.args[0], torch.bool)
-    return select(
-        walker, dtype, condition, walker.value(node.args[1], dtype), walker.value(node.args[2], dtype)
-    )
+    return select(walker, dtype, condition, walker.value(node.args[1], dtype), walker.value(node.args[2], dtype))
 
 
 def _masked_fill(walker: Walker, node: Node) -> ir.Value:
     (x, mask, value), dtype = node.args[:3], result_dtype(node)
-    return select(
-        walker, dtype, walker.value(mask, torch.bool), walker.value(value, dtype), walker.value(x, dtype)
-    )
+    return select(walker, dtype, walker.value(mask, torch.bool), walker.value(value, dtype), walker.value(x, dtype))
 
 
 # -- casts and copies -------------------------------------------------------------------------
@@ -234,10 +226,25 @@ def _table() -> dict[Any, Lowering]:
     add(_clamp, _aten.clamp.default, _aten.clamp.Tensor, _aten.clamp_min.default, _aten.clamp_max.default)
     add(_where, _aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar)
     add(_masked_fill, _aten.masked_fill.Scalar, _aten.masked_fill.Tensor, _aten.masked_fill_.Scalar)
-    add(_to, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten.to.other, _aten._to_copy.default,
-        _aten.type_as.default)  # fmt: skip
-    add(_same, _aten.contiguous.default, _aten.clone.default, _aten.alias.default, _aten.detach.default,
-        _aten.detach_.default, _aten.lift_fresh_copy.default, _aten.dropout.default)  # fmt: skip
+    add(
+        _to,
+        _aten.to.dtype,
+        _aten.to.dtype_layout,
+        _aten.to.device,
+        _aten.to.other,
+        _aten._to_copy.default,
+        _aten.type_as.default,
+    )
+    add(
+        _same,
+        _aten.contiguous.default,
+        _aten.clone.default,
+        _aten.alias.default,
+        _aten.detach.default,
+        _aten.detach_.default,
+        _aten.lift_fresh_copy.default,
+        _aten.dropout.default,
+    )
     add(_nothing, _aten._assert_tensor_metadata.default)
     return table
 

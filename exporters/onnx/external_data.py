@@ -30,9 +30,7 @@ class WeightTensor(ir.LazyTensor):
         make: the tensor, whose bytes, row by row, are those of numbers of `kind` in `shape`; it may be lazy.
     """
 
-    def __init__(
-        self, name: str, make: Callable[[], torch.Tensor], kind: ir.DataType, shape: Sequence[int]
-    ) -> None:
+    def __init__(self, name: str, make: Callable[[], torch.Tensor], kind: ir.DataType, shape: Sequence[int]) -> None:
         self.make = make
 
         def tensor() -> Any:
@@ -71,7 +69,7 @@ def write_data(model: ir.Model, path: Path) -> dict[str, str]:
             digests[name] = digest.hexdigest()
             value.const_value = ir.ExternalTensor(
                 path.name, start, file.tell() - start, tensor.dtype, shape=tensor.shape, name=name, base_dir=path.parent
-            )  # fmt: skip
+            )
     return digests
 
 

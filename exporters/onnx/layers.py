@@ -99,9 +99,7 @@ def _batch_norm(walker: Walker, node: Node) -> ir.Value:
 
 def eval_mode(node: Node) -> str | None:
     """A predicate for batch_norm: running statistics only."""
-    return (
-        "batch statistics (training mode) are not lowered" if node.args[5] or node.args[3] is None else None
-    )
+    return "batch statistics (training mode) are not lowered" if node.args[5] or node.args[3] is None else None
 
 
 def inactive(node: Node) -> str | None:
@@ -124,10 +122,7 @@ def _conv(walker: Walker, node: Node) -> ir.Value:
         "group": int(argument(node, 6, "groups", 1)),
     }
     if padding == "same":  # spelled out: ONNX Runtime takes no dilation with auto_pad
-        spans = [
-            d * (int(k) - 1)
-            for d, k in zip(attributes["dilations"], weight.meta["val"].shape[2:], strict=True)
-        ]
+        spans = [d * (int(k) - 1) for d, k in zip(attributes["dilations"], weight.meta["val"].shape[2:], strict=True)]
         attributes["pads"] = [span // 2 for span in spans] + [span - span // 2 for span in spans]
     else:
         attributes["pads"] = _pair(0 if padding == "valid" else padding, rank) * 2
@@ -139,8 +134,11 @@ def _pool(kind: str) -> Lowering:
     def lower(walker: Walker, node: Node) -> ir.Value:
         kernel = _pair(node.args[1], 2)
         stride = argument(node, 2, "stride", [])
-        attributes: dict[str, Any] = {"kernel_shape": kernel, "strides": _pair(stride or kernel, 2),
-                      "pads": _pair(argument(node, 3, "padding", 0), 2) * 2}  # fmt: skip
+        attributes: dict[str, Any] = {
+            "kernel_shape": kernel,
+            "strides": _pair(stride or kernel, 2),
+            "pads": _pair(argument(node, 3, "padding", 0), 2) * 2,
+        }
         if kind == "AveragePool":
             attributes["ceil_mode"] = int(argument(node, 4, "ceil_mode", False))
             attributes["count_include_pad"] = int(argument(node, 5, "count_include_pad", True))
@@ -175,9 +173,7 @@ def plain_average(node: Node) -> str | None:
 def _pad(walker: Walker, node: Node) -> ir.Value:
     """pad(x, [left, right, top, bottom, ...]) from the last axis on; negative amounts crop."""
     amounts, rank, dtype = list(node.args[1]), node.meta["val"].dim(), node.meta["val"].dtype
-    pairs = [(0, 0)] * (rank - len(amounts) // 2) + [
-        tuple(amounts[i : i + 2]) for i in range(0, len(amounts), 2)
-    ][::-1]
+    pairs = [(0, 0)] * (rank - len(amounts) // 2) + [tuple(amounts[i : i + 2]) for i in range(0, len(amounts), 2)][::-1]
     pads = walker.sizes([before for before, _ in pairs] + [after for _, after in pairs])
     fill = walker.value(argument(node, 3, "value") or 0, dtype)
     return walker.op("Pad", [walker.value(node.args[0]), pads, fill], {"mode": "constant"})

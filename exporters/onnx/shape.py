@@ -61,11 +61,11 @@ def _middle_replaced(walker: Walker, source: Node, first: int, last: int, middle
 
 def _flatten(walker: Walker, node: Node) -> ir.Value:
     source = node.args[0]
-    first, last = (axis_of(source, int(argument(node, i, name, default)))
-                   for i, name, default in ((1, "start_dim", 0), (2, "end_dim", -1)))  # fmt: skip
-    return _reshape(
-        walker, node, lambda: _middle_replaced(walker, source, first, last, walker.constant([-1]))
+    first, last = (
+        axis_of(source, int(argument(node, i, name, default)))
+        for i, name, default in ((1, "start_dim", 0), (2, "end_dim", -1))
     )
+    return _reshape(walker, node, lambda: _middle_replaced(walker, source, first, last, walker.constant([-1])))
 
 
 def _unflatten(walker: Walker, node: Node) -> ir.Value:
@@ -98,9 +98,7 @@ def _squeeze(walker: Walker, node: Node) -> ir.Value:
     rank = len(_shape(source))
     axes = range(rank) if given is None else [given] if isinstance(given, int) else given
     drop = [axis % rank for axis in axes if isinstance(size := _shape(source)[axis], int) and size == 1]
-    return (
-        walker.op("Squeeze", [walker.value(source), walker.constant(drop)]) if drop else walker.value(source)
-    )
+    return walker.op("Squeeze", [walker.value(source), walker.constant(drop)]) if drop else walker.value(source)
 
 
 def _expand(walker: Walker, node: Node) -> ir.Value:
@@ -119,12 +117,11 @@ def _repeat(walker: Walker, node: Node) -> ir.Value:
 
 def _slice(walker: Walker, node: Node) -> ir.Value:
     axis = int(argument(node, 1, "dim", 0)) % len(_shape(node))
-    start, end, step = (argument(node, i, name, default) for i, name, default in
-                        ((2, "start", None), (3, "end", None), (4, "step", 1)))  # fmt: skip
-    bounds = [walker.size(0 if start is None else start), walker.size(_END if end is None else end)]
-    return walker.op(
-        "Slice", [walker.value(node.args[0]), *bounds, walker.constant([axis]), walker.size(step)]
+    start, end, step = (
+        argument(node, i, name, default) for i, name, default in ((2, "start", None), (3, "end", None), (4, "step", 1))
     )
+    bounds = [walker.size(0 if start is None else start), walker.size(_END if end is None else end)]
+    return walker.op("Slice", [walker.value(node.args[0]), *bounds, walker.constant([axis]), walker.size(step)])
 
 
 def _select(walker: Walker, node: Node) -> ir.Value:
@@ -158,8 +155,7 @@ def _unbind(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
     axis = int(argument(node, 1, "dim", 0)) % len(_shape(source))
     value = walker.value(source)
     return tuple(
-        walker.op("Gather", [value, walker.constant(index)], {"axis": axis})
-        for index in range(len(node.meta["val"]))
+        walker.op("Gather", [value, walker.constant(index)], {"axis": axis}) for index in range(len(node.meta["val"]))
     )
 
 
@@ -174,9 +170,7 @@ def _cat(walker: Walker, node: Node) -> ir.Value:
 def _stack(walker: Walker, node: Node) -> ir.Value:
     dtype = node.meta["val"].dtype
     axis = int(argument(node, 1, "dim", 0)) % len(_shape(node))
-    parts = [
-        walker.op("Unsqueeze", [walker.value(item, dtype), walker.constant([axis])]) for item in node.args[0]
-    ]
+    parts = [walker.op("Unsqueeze", [walker.value(item, dtype), walker.constant([axis])]) for item in node.args[0]]
     return walker.op("Concat", parts, {"axis": axis})
 
 

@@ -27,9 +27,7 @@ LOWERINGS: dict[Any, Lowering] = {
 _IN_PLACE = [
     target
     for target in LOWERINGS
-    if isinstance(target, torch._ops.OpOverload)
-    and target._schema.is_mutable
-    and target is not _aten.detach_.default
+    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and target is not _aten.detach_.default
 ]
 
 _PREDICATES: dict[Any, Predicate] = {

@@ -38,9 +38,12 @@ DTYPES = {
     torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
 }
 _AXIS_NAMES = {  # the names that onnxruntime-genai's own models use
-    "batch": "batch_size", "seq": "sequence_length", "total": "total_sequence_length",
-    "past": "past_sequence_length", "present": "max_sequence_length",
-}  # fmt: skip
+    "batch": "batch_size",
+    "seq": "sequence_length",
+    "total": "total_sequence_length",
+    "past": "past_sequence_length",
+    "present": "max_sequence_length",
+}
 
 Lowering = Callable[["Walker", Node], Any]
 
@@ -94,9 +97,13 @@ class Walker:
         used |= {id(value) for value in outputs}
         kept = [value for value in self.initializers.values() if id(value) in used]
         graph = ir.Graph(
-            inputs, outputs, nodes=self.nodes, initializers=kept, name="optc",
+            inputs,
+            outputs,
+            nodes=self.nodes,
+            initializers=kept,
+            name="optc",
             opset_imports={"": self.opset, **({MICROSOFT: 1} if self.microsoft else {})},
-        )  # fmt: skip
+        )
         return ir.Model(graph, ir_version=self.ir_version, producer_name="optc")
 
     def _lower(self, node: Node) -> Any:
@@ -131,9 +138,14 @@ class Walker:
     # -- building --------------------------------------------------------------------------
 
     def op(
-        self, kind: str, inputs: Sequence[ir.Value | None], attributes: dict[str, Any] | None = None, *,
-        domain: str = "", outputs: int = 1,
-    ) -> Any:  # fmt: skip
+        self,
+        kind: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: dict[str, Any] | None = None,
+        *,
+        domain: str = "",
+        outputs: int = 1,
+    ) -> Any:
         """Append a node; its output, or the tuple of its outputs when there are several.
 
         A part of a shape becomes Shape and Slice before opset 19: TensorRT 8's parser ignores Shape's start and end,

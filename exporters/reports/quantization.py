@@ -160,10 +160,17 @@ def error_plot(records: Sequence[LinearRecord]) -> dict[str, Any] | None:
             bars.append(Bar(kind, x, y(value), width, bottom - y(value), title))
     step = max(1, (high - low) // 6)
     return {
-        "width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "right": _WIDTH - _RIGHT, "bottom": bottom, "bars": bars,
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "left": _LEFT,
+        "right": _WIDTH - _RIGHT,
+        "bottom": bottom,
+        "bars": bars,
         "levels": [(y(10.0**power), f"1e{power}") for power in range(low, high + 1, step)],
-        "measured": measured, "shown": len(rows), "total": len(records),
-    }  # fmt: skip
+        "measured": measured,
+        "shown": len(rows),
+        "total": len(records),
+    }
 
 
 _KINDS = {"rtn": "round to nearest", "written": "written"}

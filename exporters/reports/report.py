@@ -104,15 +104,16 @@ def drift_plot(passes: Sequence[PassRecord]) -> dict[str, Any] | None:
 
     series = []
     for index, row in enumerate(drifting):
-        places = [
-            (x(i), y(value), f"{row.name}, layer {i}: {value:.2e}") for i, value in enumerate(row.layer_drift)
-        ]
+        places = [(x(i), y(value), f"{row.name}, layer {i}: {value:.2e}") for i, value in enumerate(row.layer_drift)]
         points = " ".join(f"{px:.1f},{py:.1f}" for px, py, _ in places)
         series.append(_Series(row.name, _COLORS[index % len(_COLORS)], points, tuple(places)))
     step = max(1, (high - low) // 6)
     return {
-        "width": _WIDTH, "height": _HEIGHT, "left": _LEFT, "bottom": _HEIGHT - _BOTTOM,
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "left": _LEFT,
+        "bottom": _HEIGHT - _BOTTOM,
         "series": series,
         "levels": [(y(10.0**power), f"1e{power}") for power in range(low, high + 1, step)],
         "layers": [(x(i), i) for i in range(0, count, max(1, count // 16))],
-    }  # fmt: skip
+    }

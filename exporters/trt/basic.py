@@ -41,9 +41,7 @@ def _tensor_scatter(walker: Walker, node: Node) -> ir.Value:
     heads = int(cache.meta["val"].shape[1])
     batch, tokens = _size(walker, fresh, 0), _size(walker, fresh, 2)
     shape = walker.op("Concat", [batch, walker.constant([heads]), tokens], {"axis": 0})
-    place = walker.op(
-        "Add", [_axes_of(walker, walker.value(past, torch.int64), 1, 2), _places(walker, tokens)]
-    )
+    place = walker.op("Add", [_axes_of(walker, walker.value(past, torch.int64), 1, 2), _places(walker, tokens)])
     parts = (
         _axes_of(walker, _places(walker, batch), 1, 2),
         walker.constant([[[head] for head in range(heads)]]),
@@ -86,8 +84,7 @@ def _rotary_cached(walker: Walker, node: Node) -> ir.Value:
     width, half = int(node.meta["val"].shape[3]), int(cos.meta["val"].shape[1])
     value, places = walker.value(x), walker.value(position)
     tables = [
-        _axes_of(walker, walker.op("Gather", [walker.value(table), places], {"axis": 0}), 1)
-        for table in (cos, sin)
+        _axes_of(walker, walker.op("Gather", [walker.value(table), places], {"axis": 0}), 1) for table in (cos, sin)
     ]
     if node.kwargs["interleaved"]:
         return _rotated_pairs(walker, value, tables, half, width)
@@ -111,21 +108,18 @@ def _turned(walker: Walker, a: ir.Value, b: ir.Value, cos: ir.Value, sin: ir.Val
     return first, walker.op("Add", [product(b, cos), product(a, sin)])
 
 
-def _rotated_pairs(
-    walker: Walker, value: ir.Value, tables: list[ir.Value], half: int, width: int
-) -> ir.Value:
+def _rotated_pairs(walker: Walker, value: ir.Value, tables: list[ir.Value], half: int, width: int) -> ir.Value:
     """Features (2i, 2i+1) as pairs."""
     a, b = (_cut(walker, value, start, 2 * half, 2) for start in (0, 1))
     pairs = [_axes_of(walker, part, 4) for part in _turned(walker, a, b, *tables)]
     out = walker.op("Concat", pairs, {"axis": 4})
-    shape = walker.op("Concat", [_size(walker, value, 0), _size(walker, value, 1), _size(walker, value, 2),
-                                 walker.constant([2 * half])], {"axis": 0})  # fmt: skip
-    out = walker.op("Reshape", [out, shape])
-    return (
-        out
-        if 2 * half == width
-        else walker.op("Concat", [out, _cut(walker, value, 2 * half, width)], {"axis": 3})
+    shape = walker.op(
+        "Concat",
+        [_size(walker, value, 0), _size(walker, value, 1), _size(walker, value, 2), walker.constant([2 * half])],
+        {"axis": 0},
     )
+    out = walker.op("Reshape", [out, shape])
+    return out if 2 * half == width else walker.op("Concat", [out, _cut(walker, value, 2 * half, width)], {"axis": 3})
 
 
 def _mean(walker: Walker, value: ir.Value, axes: list[int]) -> ir.Value:
@@ -187,9 +181,7 @@ def _reduce(kind: str) -> Lowering:
         rank = node.args[0].meta["val"].dim()
         attributes: dict[str, Any] = {"keepdims": int(bool(argument(node, 2, "keepdim", False)))}
         if given not in (None, []):
-            attributes["axes"] = sorted(
-                axis % rank for axis in ([given] if isinstance(given, int) else given)
-            )
+            attributes["axes"] = sorted(axis % rank for axis in ([given] if isinstance(given, int) else given))
         return walker.op(kind, [walker.value(node.args[0], result_dtype(node))], attributes)
 
     return lower

@@ -93,9 +93,7 @@ def make_logger(trt: Any) -> Any:
                 self.errors.append(message)
 
         def why(self) -> str:
-            quiet = [
-                text for text in self.errors if "cudaError 35" not in text
-            ]  # no driver: not needed by RTX
+            quiet = [text for text in self.errors if "cudaError 35" not in text]  # no driver: not needed by RTX
             return " | ".join(text.strip() for text in (quiet or self.errors)[-4:])[-2000:]
 
     return Log()
@@ -210,16 +208,12 @@ def set_architectures(trt: Any, config: Any, kind: str, architectures: list[str]
     if not architectures:
         return
     if kind != "rtx":
-        raise BuildError(
-            "standard TensorRT builds for the GPU that is present", remedy="leave the architectures out"
-        )
+        raise BuildError("standard TensorRT builds for the GPU that is present", remedy="leave the architectures out")
     known = trt.ComputeCapability.__members__
     for name in architectures:
         if name.upper() not in known:
             taken = ", ".join(sorted(item.lower() for item in known if item.startswith("SM")))
-            raise BuildError(
-                f"TensorRT for RTX does not support the architecture {name}", remedy="it takes " + taken
-            )
+            raise BuildError(f"TensorRT for RTX does not support the architecture {name}", remedy="it takes " + taken)
     config.num_compute_capabilities = len(architectures)
     for index, name in enumerate(architectures):
         config.set_compute_capability(known[name.upper()], index)
@@ -232,9 +226,7 @@ def add_profiles(builder: Any, network: Any, config: Any, facts: dict[str, Any])
         for index in range(network.num_inputs):
             name = network.get_input(index).name
             dims = facts["inputs"][name]["dims"]
-            shapes = [
-                tuple(item if isinstance(item, int) else row[item][end] for item in dims) for end in range(3)
-            ]
+            shapes = [tuple(item if isinstance(item, int) else row[item][end] for item in dims) for end in range(3)]
             profile.set_shape(name, *shapes)
         if config.add_optimization_profile(profile) < 0:
             raise BuildError("TensorRT does not take the profile '{}'".format(row["name"]), json.dumps(row))
@@ -446,9 +438,7 @@ def read_facts(folder: str) -> dict[str, Any]:
 def record(folder: str, facts: dict[str, Any], built: dict[str, Any]) -> None:
     """Write what was built into engine.json, and into manifest.json where optc has written one."""
     timing = ("build_seconds", "build_peak_bytes")  # not facts of the plan
-    text = json.dumps(
-        {**facts, **{key: value for key, value in built.items() if key not in timing}}, indent=2
-    )
+    text = json.dumps({**facts, **{key: value for key, value in built.items() if key not in timing}}, indent=2)
     replace_file(os.path.join(folder, "engine.json"), text + "\n")
     if os.path.exists(os.path.join(folder, "manifest.json")):
         reseal(folder, built)
@@ -496,26 +486,16 @@ def replace_file(path: str, text: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", default=os.path.dirname(os.path.abspath(__file__)))
-    parser.add_argument(
-        "--output", help="the plan's file, which engine.json then does not name; default: model.plan"
-    )
+    parser.add_argument("--output", help="the plan's file, which engine.json then does not name; default: model.plan")
     parser.add_argument("--runtime", choices=("auto", *PACKAGES), default="auto")
-    parser.add_argument(
-        "--arch", help="sm80,sm89,...: compute capabilities (TensorRT for RTX); default: portable"
-    )
-    parser.add_argument(
-        "--all-tactics", action="store_true", help="TensorRT 8: cuBLAS's and cuDNN's kernels too"
-    )
-    parser.add_argument(
-        "--opt-level", type=int, choices=range(6), help="0 builds fastest, 5 searches longest"
-    )
+    parser.add_argument("--arch", help="sm80,sm89,...: compute capabilities (TensorRT for RTX); default: portable")
+    parser.add_argument("--all-tactics", action="store_true", help="TensorRT 8: cuBLAS's and cuDNN's kernels too")
+    parser.add_argument("--opt-level", type=int, choices=range(6), help="0 builds fastest, 5 searches longest")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
     architectures = None if given.arch in (None, "portable") else given.arch.split(",")
     try:
-        built = build(
-            given.folder, given.output, given.runtime, architectures, given.all_tactics, given.opt_level
-        )
+        built = build(given.folder, given.output, given.runtime, architectures, given.all_tactics, given.opt_level)
         if given.output is None:
             record(given.folder, read_facts(given.folder), built)
     except BuildError as error:
@@ -541,9 +521,7 @@ def fail(error: BuildError, as_json: bool) -> int:
     """Say what went wrong; the exit code."""
     if as_json:
         print(json.dumps(error.to_dict()))
-    text = error.what + "".join(
-        f"\n  {k}: {v}" for k, v in (("why", error.why), ("remedy", error.remedy)) if v
-    )
+    text = error.what + "".join(f"\n  {k}: {v}" for k, v in (("why", error.why), ("remedy", error.remedy)) if v)
     print("error: " + text, file=sys.stderr)
     return error.code
 

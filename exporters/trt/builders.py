@@ -18,9 +18,7 @@ PORTABLE = "portable"
 RTX_ARCHITECTURES = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 """What TensorRT for RTX 1.7 compiles for."""
 _INSTALL = 'pip install "optc[trt]" (TensorRT for RTX, which builds without a GPU)'
-_WITHOUT = (
-    "or --trt-runtime none: the folder with model.onnx and build_plan.py, to build the plan on the device"
-)
+_WITHOUT = "or --trt-runtime none: the folder with model.onnx and build_plan.py, to build the plan on the device"
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,7 @@ def choose(options: TrtOptions) -> Choice:
     if architectures and runtime != "rtx":
         raise TargetError(
             "--arch is for TensorRT for RTX",
-            why="standard TensorRT builds for the GPU that is present"
-            if runtime == "tensorrt"
-            else "no plan is built",
+            why="standard TensorRT builds for the GPU that is present" if runtime == "tensorrt" else "no plan is built",
             remedy="leave --arch out",
         )
     return Choice(ops, cast(Runtime, runtime), architectures)
@@ -103,9 +99,7 @@ def _architectures(text: str | None) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(re.sub(r"[ _.]", "", item.lower()) for item in text.split(",") if item))
     for name in names:
         if name not in RTX_ARCHITECTURES:
-            near = {"sm90": "an H100 or H200", "sm100": "a B200", "sm87": "a Jetson Orin"}.get(
-                name, "such a GPU"
-            )
+            near = {"sm90": "an H100 or H200", "sm100": "a B200", "sm87": "a Jetson Orin"}.get(name, "such a GPU")
             raise TargetError(
                 f"TensorRT for RTX does not support the architecture {name}",
                 why=f"{near} needs standard TensorRT" if name.startswith("sm") else None,

@@ -72,9 +72,7 @@ def _dequantize_float(walker: Walker, node: Node) -> ir.Value:
     """A weight [N,K] of fp8 codes, with one scale per row or one for all."""
     codes, scale = node.args[:2]
     if scale.meta["val"].numel() == 1:
-        return walker.op(
-            "DequantizeLinear", [walker.value(codes), _scale(walker, scale, node.meta["val"].dtype)]
-        )
+        return walker.op("DequantizeLinear", [walker.value(codes), _scale(walker, scale, node.meta["val"].dtype)])
     per_row = walker.op("Reshape", [walker.value(scale), walker.constant([-1])])
     return walker.op("DequantizeLinear", [walker.value(codes), per_row], {"axis": 0})
 

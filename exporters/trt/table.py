@@ -62,15 +62,20 @@ class OpSet:
 _SHARED = {target: lower for target, lower in LOWERINGS.items() if target not in _OTHERS}
 OP_SETS = {
     "fused": OpSet(
-        "fused", 24, 11, {**_SHARED, **fused.TABLE, **quantized.FUSED},
+        "fused",
+        24,
+        11,
+        {**_SHARED, **fused.TABLE, **quantized.FUSED},
         {_optc.dequantize_float.default: quantized.one_scale_per_row},
     ),
     "basic": OpSet(
-        "basic", 17, 8,
+        "basic",
+        17,
+        8,
         {**{k: v for k, v in _SHARED.items() if k not in _NEWER}, **basic.TABLE, **quantized.BASIC},
         {_optc.dequantize_linear.default: quantized.whole_channels},
     ),
-}  # fmt: skip
+}
 
 LEGAL = OP_SETS["fused"].legal
 """What either set takes; the exporter checks the one that is written."""

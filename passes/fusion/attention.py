@@ -41,8 +41,10 @@ from optc.compiler.rewriting.weights import prune_contract
 
 _ATTENTION = torch.ops.optc.attention.default
 _REARRANGEMENTS = (MOVES | COPIES | {aten.repeat.default}) - {
-    aten.cat.default, aten.stack.default, aten.dropout.default,
-}  # fmt: skip
+    aten.cat.default,
+    aten.stack.default,
+    aten.dropout.default,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,15 +132,11 @@ class _Attention(Rule):
         if rank not in (3, 4) or len(k) != rank or len(v) != rank:
             raise UnprovenError(f"{site.q.node.name} has {rank} axes, not [B, H, S, D]")
         if rank == 3 and q[0] not in self._batches:
-            raise UnprovenError(
-                f"the first axis of {site.q.node.name}, {q[0]}, is not the batch axis of an input"
-            )
+            raise UnprovenError(f"the first axis of {site.q.node.name}, {q[0]}, is not the batch axis of an input")
         result = shape_of(site.result)
         fits = q[0] == k[0] == v[0] and q[-1] == k[-1] and k[-2] == v[-2]
         if not fits or result != tuple((*q[:-1], v[-1])[axis] for axis in site.result_axes):
-            raise UnprovenError(
-                f"its operands {q}, {k} and {v} have shapes that do not match or are broadcast"
-            )
+            raise UnprovenError(f"its operands {q}, {k} and {v} have shapes that do not match or are broadcast")
         heads, kv_heads, v_heads = (q[1], k[1], v[1]) if rank == 4 else (sp.Integer(1),) * 3
         if not all(size.is_Integer for size in (heads, kv_heads, v_heads, q[-1], v[-1])):
             raise UnprovenError("the number of heads or their size is not fixed")
@@ -180,9 +178,7 @@ class _Attention(Rule):
         """One part of the padding as bool [B, T], made right behind its source and once for all layers."""
         node, (row, key) = padding.leaf.node, padding.leaf.axes
         steps: list[tuple[Any, ...]] = [
-            (aten.select.int, axis, 0)
-            for axis in reversed(range(value_of(node).dim()))
-            if axis not in (row, key)
+            (aten.select.int, axis, 0) for axis in reversed(range(value_of(node).dim())) if axis not in (row, key)
         ]
         steps += [(aten.unsqueeze.default, 0)] if row is None else []
         steps += [(aten.to.dtype, torch.bool)] if value_of(node).dtype != torch.bool else []

@@ -41,9 +41,7 @@ class StoreKVCodes(Pass):
         """Re-trace with caches of codes."""
         calls = program.calls(CACHED)
         misses = tuple(Miss(call.name, reason) for call in calls if (reason := _obstacle(call)))
-        types = (
-            {value_of(call.args[i].args[0]).dtype for call in calls for i in (1, 2)} if not misses else set()
-        )
+        types = {value_of(call.args[i].args[0]).dtype for call in calls for i in (1, 2)} if not misses else set()
         if len(types) != 1:
             return PassResult(program, 0, len(calls), misses)
         return PassResult(_retrace(program, types.pop()), len(calls), len(calls))
@@ -89,9 +87,7 @@ def _retrace(program: Program, dtype: torch.dtype) -> Program:
 
 def _contract(contract: Contract, dtype: torch.dtype) -> Contract:
     name = str(dtype).removeprefix("torch.")
-    inputs = [
-        msgspec.structs.replace(spec, dtype=name) if spec.role in _ROLES else spec for spec in contract.inputs
-    ]
+    inputs = [msgspec.structs.replace(spec, dtype=name) if spec.role in _ROLES else spec for spec in contract.inputs]
     return msgspec.structs.replace(contract, inputs=tuple(inputs))
 
 

@@ -59,9 +59,7 @@ def _retrace(program: Program, block_size: int) -> Program:
         def attend(args: tuple[Any, ...], knobs: dict[str, Any]) -> Tensor:
             q, k, v = (part[0].transpose(0, 1).contiguous() for part in args[:3])
             same = {name: knobs[name] for name in ("scale", "window", "softcap")}
-            out: Tensor = torch.ops.optc.paged_attention_(
-                q, k, v, *next(pairs), slot_mapping, *tables, **same
-            )
+            out: Tensor = torch.ops.optc.paged_attention_(q, k, v, *next(pairs), slot_mapping, *tables, **same)
             return out.transpose(0, 1)[None]
 
         replay = Replay(program, {_ATTENTION: attend})
@@ -93,9 +91,7 @@ def _contract(program: Program, block_size: int) -> Contract:
         key_dims = ("num_blocks", block_size, layer.num_kv_heads, layer.head_dim)
         value_dims = (*key_dims[:3], layer.value_dim)
         inputs.append(Input(name=f"past_key_values.{i}.key", role="key_cache", dtype=dtype, dims=key_dims))
-        inputs.append(
-            Input(name=f"past_key_values.{i}.value", role="value_cache", dtype=dtype, dims=value_dims)
-        )
+        inputs.append(Input(name=f"past_key_values.{i}.value", role="value_cache", dtype=dtype, dims=value_dims))
     cache = KVCache(kind="paged", in_place=True, block_size=block_size)
     return msgspec.structs.replace(old, inputs=tuple(inputs), kv_cache=cache)
 

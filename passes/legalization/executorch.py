@@ -54,9 +54,7 @@ class LegalizeExecutorch(Pass):
         return PassResult(edited.changed(), matched, len(sites), tuple(misses))
 
 
-def _norm(
-    row: Tensor, x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
+def _norm(row: Tensor, x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     mean = torch.nn.functional.linear(x * x, row)
     scale = torch.rsqrt(mean + (torch.finfo(x.dtype).eps if eps is None else eps))
     return x * scale if weight is None else x * scale * weight

@@ -90,9 +90,13 @@ def _is_per_token(rounding: Node) -> bool:
 def _obstacle(program: Program, dtype: torch.dtype, weight: Node, level: int) -> str | None:
     """Why the packed product cannot take a weight, or None."""
     reason = obstacle(
-        dtype, bits=int(weight.kwargs["bits"]), columns=int(value_of(weight).shape[1]),
-        group_size=int(weight.kwargs["group_size"]), activation_group=level, codebook=weight.target is CODEBOOK,
-    )  # fmt: skip
+        dtype,
+        bits=int(weight.kwargs["bits"]),
+        columns=int(value_of(weight).shape[1]),
+        group_size=int(weight.kwargs["group_size"]),
+        activation_group=level,
+        codebook=weight.target is CODEBOOK,
+    )
     if reason is not None:
         return reason
     names = ("codes", "scales", "zero points" if weight.target is INTEGERS else "table")

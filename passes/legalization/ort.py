@@ -87,9 +87,7 @@ class _Attention(Rule):
         if key_size != value_size:
             return Miss(node.name, "head sizes of keys and values differ: GroupQueryAttention has one")
         if key_size % 8:
-            return Miss(
-                node.name, f"GroupQueryAttention takes head sizes that are multiples of 8, not {key_size}"
-            )
+            return Miss(node.name, f"GroupQueryAttention takes head sizes that are multiples of 8, not {key_size}")
         if node.target is CACHED_CODES:
             reason = _codes_obstacle(program, node)
             return Miss(node.name, reason) if reason else Match(node)
@@ -136,18 +134,11 @@ class _Attention(Rule):
             self._lengths[key] = insert_call(program, node, _aten.to.dtype, (last, torch.int32))
         return self._lengths[key]
 
-    def _rotary(
-        self, program: Program, q: Node, k: Node, past: Any
-    ) -> tuple[tuple[Any, ...], Node, Node, bool]:
+    def _rotary(self, program: Program, q: Node, k: Node, past: Any) -> tuple[tuple[Any, ...], Node, Node, bool]:
         """Tables for the kernel's rotary embedding, and q and k before it; no tables: it stays outside."""
         first, second = call_of(peel(q), ROTARY), call_of(peel(k), ROTARY)
         outside = (None, None), q, k, False
-        if (
-            first is None
-            or second is None
-            or first.args[1:] != second.args[1:]
-            or first.kwargs != second.kwargs
-        ):
+        if first is None or second is None or first.args[1:] != second.args[1:] or first.kwargs != second.kwargs:
             return outside
         if value_of(q).shape[3] % 16 or value_of(first.args[2]).shape[0] % 8:
             return outside  # limits of the CPU kernel
@@ -233,15 +224,11 @@ class _SkipNorm(Rule):
             return None  # computed behind the sum, perhaps
         shapes = {str(value_of(part).shape) for part in add.args}
         types = {value_of(part).dtype for part in (node, node.args[2], *add.args)}
-        return (
-            Match(node, {"add": add}) if len(shapes) == len(types) == 1 and value_of(add).dim() == 3 else None
-        )
+        return Match(node, {"add": add}) if len(shapes) == len(types) == 1 and value_of(add).dim() == 3 else None
 
     def rewrite(self, program: Program, match: Match) -> None:
         node, add = match.node, match.found["add"]
-        call = insert_call(
-            program, add, _optc.skip_rms_norm.default, (*add.args, node.args[2]), {"eps": node.args[3]}
-        )
+        call = insert_call(program, add, _optc.skip_rms_norm.default, (*add.args, node.args[2]), {"eps": node.args[3]})
         normed, total = (insert_call(program, add, operator.getitem, (call, i)) for i in (0, 1))
         replace_node(program, node, normed)
         replace_node(program, add, total)

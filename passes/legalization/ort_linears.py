@@ -82,9 +82,7 @@ class MatMulNBits(Rule):
 
         def per_block(tensor: Tensor) -> Tensor:
             """[N,G] as [N,blocks]: a scale for the whole row is repeated."""
-            return (
-                tensor.reshape(rows, -1).repeat_interleave(blocks // (tensor.numel() // rows), 1).contiguous()
-            )
+            return tensor.reshape(rows, -1).repeat_interleave(blocks // (tensor.numel() // rows), 1).contiguous()
 
         base, contract = codes.removesuffix("_codes"), program.contract
         values = program.weight(codes)
@@ -92,9 +90,7 @@ class MatMulNBits(Rule):
             values = values + (2 ** (width - 1) - 2 ** (bits - 1))  # the middle codes coincide
         packed = pack_nbits(values.reshape(rows, blocks, -1), width)
         points = None if zero is None else pack_nbits(per_block(program.weight(zero)), width)
-        record_weight(
-            program, f"{base}_packed", contract.sources.get(codes, ()), contract.quantization.get(codes)
-        )
+        record_weight(program, f"{base}_packed", contract.sources.get(codes, ()), contract.quantization.get(codes))
         return (
             add_weight(program, f"{base}_packed", packed),
             add_weight(program, f"{base}_scales", per_block(program.weight(scale))),
@@ -151,16 +147,12 @@ class DequantizedProduct(Rule):
 
         base, contract = name.removesuffix("_codes"), program.contract
         offset = 2 ** (bits - 1) if signed else 0
-        record_weight(
-            program, f"{base}_packed", contract.sources.get(name, ()), contract.quantization.get(name)
-        )
+        record_weight(program, f"{base}_packed", contract.sources.get(name, ()), contract.quantization.get(name))
         factors = program.weight(scale).t().contiguous()
         arguments: list[Node | None] = [
             add_weight(program, f"{base}_packed", stored(program.weight(name), offset)),
             add_weight(program, f"{base}_scales", factors if group else factors.flatten()),
-            None
-            if zero is None
-            else add_weight(program, f"{base}_zero_points", stored(program.weight(zero), 0)),
+            None if zero is None else add_weight(program, f"{base}_zero_points", stored(program.weight(zero), 0)),
         ]
         knobs = {"K": columns, "N": rows, "bits": width, "signed": signed, "block_size": group}
         return insert_call(program, weight, optc.dequantize_linear.default, arguments, knobs)
@@ -282,11 +274,7 @@ class CodebookProduct(Rule):
 
 def _computed(program: Program, node: Node) -> Tensor:
     """The value of a weight, or of an expression over weights alone."""
-    values = {
-        leaf: program.weight(name)
-        for leaf in leaves(node, lambda _: True)
-        if (name := program.weight_of(leaf))
-    }
+    values = {leaf: program.weight(name) for leaf in leaves(node, lambda _: True) if (name := program.weight_of(leaf))}
     value = evaluate(node, values)
     assert isinstance(value, Tensor)
     return value

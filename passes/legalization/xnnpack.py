@@ -90,9 +90,7 @@ class _Product(Rule):
         columns = int(value_of(weight).shape[1])
         group = 0 if self.bits == 8 else int(weight.kwargs["group_size"]) or columns
         args = (node.args[0], *self._made[weight], (*node.args, None)[2])
-        replace_call(
-            program, node, _optc.linear_dynamic.default, args, {"bits": self.bits, "group_size": group}
-        )
+        replace_call(program, node, _optc.linear_dynamic.default, args, {"bits": self.bits, "group_size": group})
 
     def _pack(self, program: Program, weight: Node) -> tuple[Node, Node]:
         """Signed codes, and scales as XNNPACK keeps them, as weights."""

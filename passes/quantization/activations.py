@@ -77,9 +77,7 @@ def obstacle(site: Linear, format: str) -> str | None:
         return None if fits else "its weight has no nvfp4 codes: see quantize-nvfp4"
     if format == "fp8":
         return (
-            None
-            if call.target is _optc.dequantize_float.default
-            else "its weight has no fp8 codes: see quantize-fp8"
+            None if call.target is _optc.dequantize_float.default else "its weight has no fp8 codes: see quantize-fp8"
         )
     if call.target is not _optc.dequantize.default or call.kwargs["bits"] != 8:
         return "its weight has no 8-bit integer codes"

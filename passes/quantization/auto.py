@@ -84,9 +84,7 @@ class QuantizeAuto(Pass):
         """Of the bits that the average comes to; with `max_kl`, of the fewest bits that this divergence may come from."""
         bits = max(item for item in BITS if item <= self.average_bits)
         fewer = [item for item in BITS if item < bits and weight_budget(item).kl >= 3 * self.max_kl]
-        return weight_budget(
-            max(fewer, default=min(BITS)) if 3 * self.max_kl > weight_budget(bits).kl else bits
-        )
+        return weight_budget(max(fewer, default=min(BITS)) if 3 * self.max_kl > weight_budget(bits).kl else bits)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantize a clone of `program`; the notes hold the table of choices.
@@ -106,14 +104,16 @@ class QuantizeAuto(Pass):
         measured = self._measure(program, context, tokens, groups, size)
         bits = allocate(measured, sorted(self.choices), self.average_bits, self.max_kl)
         overrides = tuple(
-            f"{_literal(name)}={count}"
-            for choice, count in zip(measured, bits, strict=True)
-            for name in choice.names
+            f"{_literal(name)}={count}" for choice, count in zip(measured, bits, strict=True) for name in choice.names
         )
         gptq = QuantizeGptq(
-            bits=min(self.choices), group_size=size, symmetric=self.symmetric, ignore=self.ignore, head=self.head,
+            bits=min(self.choices),
+            group_size=size,
+            symmetric=self.symmetric,
+            ignore=self.ignore,
+            head=self.head,
             overrides=overrides,
-        )  # fmt: skip
+        )
         result = gptq.run(program, context)
         return dataclasses.replace(result, notes=(*result.notes, *_table(measured, bits)))
 
@@ -135,8 +135,9 @@ class QuantizeAuto(Pass):
                 if not all(math.isfinite(value) for value in kl.values()):
                     raise InputError(
                         "the model's outputs on the calibration text are NaN or infinite",
-                        where=names[0], remedy="use --dtype fp32 or bf16",
-                    )  # fmt: skip
+                        where=names[0],
+                        remedy="use --dtype fp32 or bf16",
+                    )
                 size = sum(weight_rows(program, site).numel() for site in group.sites)
                 found.append(Choice(names, size, kl))
         return found

@@ -27,8 +27,6 @@ class QuantizeClip(CalibratedPass):
 
     least: float = grid.LEAST
 
-    def round_group(
-        self, weight: Tensor, statistics: Statistics, bits: int, group_size: int, where: str
-    ) -> Rounded:
+    def round_group(self, weight: Tensor, statistics: Statistics, bits: int, group_size: int, where: str) -> Rounded:
         found = grid.search(weight, bits, group_size, self.symmetric, statistics.gram, least=self.least)
         return Rounded(found.codes(weight), found)

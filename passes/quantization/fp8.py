@@ -73,9 +73,7 @@ class QuantizeFp8(Pass):
         if weight is None:
             source = weight_label(program, site)
             codes, scale = quantize_float(weight_rows(program, site), self.granularity, source, shared)
-            entry = WeightQuantization(
-                method="fp8", bits=8, group_size=0, symmetric=True, source=source, format="fp8"
-            )
+            entry = WeightQuantization(method="fp8", bits=8, group_size=0, symmetric=True, source=source, format="fp8")
             parts = [weight_part(program, site, "scale", scale)]
             weight = place_codes(program, site, codes, parts, entry)
         read_instead(program, site, weight)

@@ -42,9 +42,7 @@ class QuantizeGptq(CalibratedPass):
     def follows_unquantized(self) -> bool:
         return self.follow > 0
 
-    def round_group(
-        self, weight: Tensor, statistics: Statistics, bits: int, group_size: int, where: str
-    ) -> Rounded:
+    def round_group(self, weight: Tensor, statistics: Statistics, bits: int, group_size: int, where: str) -> Rounded:
         factor = factorize(statistics.gram, self.damping, act_order=self.act_order, where=where)
         if statistics.drift is not None:
             weight = compensated(weight, statistics.gram, statistics.drift, self.follow, self.damping, where)

@@ -73,9 +73,7 @@ class QuantizeInputs(Pass):
     def _obstacle(self, site: Linear) -> str | None:
         return "its input is already quantized" if site.activations else obstacle(site, self.format)
 
-    def _scales(
-        self, program: Program, groups: list[Group], tokens: Tensor, context: PassContext
-    ) -> list[Tensor]:
+    def _scales(self, program: Program, groups: list[Group], tokens: Tensor, context: PassContext) -> list[Tensor]:
         """One scale [1] per group."""
         stream, found = Stream(program, tokens), []
         with torch.no_grad():

@@ -65,13 +65,9 @@ class QuantizeLlmInt8(Pass):
 
     def __post_init__(self) -> None:
         if not self.threshold > 0:
-            raise UsageError(
-                f"threshold {self.threshold} is not positive", remedy="use 6.0, as the paper does"
-            )
+            raise UsageError(f"threshold {self.threshold} is not positive", remedy="use 6.0, as the paper does")
         if not 0 <= self.frequency < 1:
-            raise UsageError(
-                f"frequency {self.frequency} is not a share of the tokens", remedy="use 0, or 0.06"
-            )
+            raise UsageError(f"frequency {self.frequency} is not a share of the tokens", remedy="use 0, or 0.06")
 
     def budget(self, before: Program) -> Budget:
         """Weights and inputs are rounded in one step."""
@@ -152,9 +148,7 @@ class _Edit:
             replace_call(program, site.node, aten.linear.default, arguments)
             return
         main = insert_call(program, site.node, aten.linear.default, arguments)
-        part = insert_call(
-            program, site.node, aten.linear.default, (kept, _kept_weight(program, site, columns))
-        )
+        part = insert_call(program, site.node, aten.linear.default, (kept, _kept_weight(program, site, columns)))
         replace_call(program, site.node, aten.add.Tensor, (main, part))
 
     def _input(self, program: Program, site: Linear, columns: Tensor) -> tuple[Node, Node | None]:

@@ -123,9 +123,7 @@ def _turn(program: Program, sites: list[Linear], matrix: Tensor) -> None:
         if site.input not in made:
             held = _held(program, site, matrix)
             arguments = (site.input, held)
-            made[site.input] = insert_call(
-                program, site.node, torch.ops.optc.rotate_blocks.default, arguments
-            )
+            made[site.input] = insert_call(program, site.node, torch.ops.optc.rotate_blocks.default, arguments)
         site.node.replace_input_with(site.input, made[site.input])
 
 
@@ -151,9 +149,7 @@ def _held(program: Program, site: Linear, matrix: Tensor) -> Node:
     if name in program.exported.state_dict:
         return next(node for node in program.graph.nodes if program.weight_of(node) == name)
     record_weight(program, name, ())
-    return add_weight(
-        program, name, matrix.to(value.dtype).to(program.weight(weight_name(program, site)).device)
-    )
+    return add_weight(program, name, matrix.to(value.dtype).to(program.weight(weight_name(program, site)).device))
 
 
 def _rotated(x: Tensor, matrix: Tensor) -> Tensor:

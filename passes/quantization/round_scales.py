@@ -50,10 +50,11 @@ class RoundScales(Pass):
             half = scale.to(torch.float16) if self.strict else storable(scale.float())
             if self.strict and not (bool(torch.isfinite(half).all()) and bool((half != 0).all())):
                 raise InputError(
-                    "a scale does not fit float16", where=name,
+                    "a scale does not fit float16",
+                    where=name,
                     why=f"scales from {float(scale.min()):.3g} to {float(scale.max()):.3g}; float16 holds 6e-8 to 65504",
                     remedy="use --layout compressed-tensors, which keeps scales in the compute type",
-                )  # fmt: skip
+                )
             if not torch.equal(half.to(scale.dtype), scale):
                 set_weight(edited, name, half.to(scale.dtype))
                 rounded.add(name)

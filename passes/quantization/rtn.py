@@ -83,9 +83,7 @@ class QuantizeRtn(Pass):
     def _quantize(self, program: Program, site: Linear, group_size: int) -> None:
         source = weight_name(program, site)
         try:
-            codes, scale, zero = quantize_groups(
-                weight_rows(program, site), self.bits, group_size, self.symmetric
-            )
+            codes, scale, zero = quantize_groups(weight_rows(program, site), self.bits, group_size, self.symmetric)
         except InputError as error:
             raise InputError(error.what, where=source, why=error.why, remedy=error.remedy) from error
         entry = WeightQuantization(

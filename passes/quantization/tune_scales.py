@@ -98,9 +98,7 @@ class _Trainer:
         self.start = {name: program.weight(name).detach().float() for name in scales}
         self.logs = {name: torch.zeros_like(value).requires_grad_() for name, value in self.start.items()}
         self.types = {name: program.weight(name).dtype for name in scales + vectors}
-        self.vectors = {
-            name: program.weight(name).detach().float().clone().requires_grad_() for name in vectors
-        }
+        self.vectors = {name: program.weight(name).detach().float().clone().requires_grad_() for name in vectors}
         self.student, self.teacher = Differentiable(program), Differentiable(context.reference)
 
     def train(self, calibration: Calibration) -> tuple[float, float]:
@@ -123,9 +121,10 @@ class _Trainer:
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise InputError(
-                    f"the loss became {value} while training scales", where=f"step {number}",
+                    f"the loss became {value} while training scales",
+                    where=f"step {number}",
                     remedy="use a smaller learning_rate, or leave tune-scales out",
-                )  # fmt: skip
+                )
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -170,6 +169,7 @@ def _vector_names(program: Program) -> list[str]:
     table = program.weight_names()
     found = [node for node in program.graph.nodes if node.name in table and is_tensor(node)]
     return [
-        table[node.name] for node in found
+        table[node.name]
+        for node in found
         if table[node.name] in parameters and value_of(node).dim() == 1 and value_of(node).is_floating_point()
-    ]  # fmt: skip
+    ]

@@ -62,9 +62,7 @@ class Machine:
                 lines = [line.partition(":") for line in file]
         except OSError:
             return set()
-        return next(
-            (set(value.split()) for key, _, value in lines if key.strip() in ("flags", "Features")), set()
-        )
+        return next((set(value.split()) for key, _, value in lines if key.strip() in ("flags", "Features")), set())
 
     def architecture(self) -> str:
         return platform.machine()
@@ -182,16 +180,12 @@ def _need(name: str, wanted: Any, machine: Any, gpu: Any) -> Line:
         return _capability_line(wanted, gpu)
     if name == "cuda_driver":
         found = gpu["cuda"] if isinstance(gpu, dict) else gpu
-        return Line(
-            f"driver for CUDA {wanted}", isinstance(gpu, dict) and satisfies(str(found), wanted), str(found)
-        )
+        return Line(f"driver for CUDA {wanted}", isinstance(gpu, dict) and satisfies(str(found), wanted), str(found))
     version = machine.package(name)
     rtx = machine.package("tensorrt_rtx") if version is None and "TensorRT for RTX" in str(wanted) else None
     if rtx is not None:
         return Line(f"{name} {wanted}", True, f"tensorrt_rtx {rtx}")
-    return Line(
-        f"{name} {wanted}", version is not None and satisfies(version, wanted), version or "not installed"
-    )
+    return Line(f"{name} {wanted}", version is not None and satisfies(version, wanted), version or "not installed")
 
 
 def _flags_line(need: str, missing: list[str], machine: Any) -> Line:

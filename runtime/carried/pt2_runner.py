@@ -30,10 +30,18 @@ _ROLES_OF_CACHES = ("key_cache", "value_cache")
 _DTYPES = {
     str(item).removeprefix("torch."): item
     for item in (
-        torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16,
-        torch.int8, torch.uint8, torch.bool,
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
     )
-}  # fmt: skip
+}
 
 
 class PackageError(RuntimeError):
@@ -90,9 +98,7 @@ class Package:
             with safe_open(str(path), framework="pt") as file:
                 names = set(file.keys())
                 if names != set(expected):
-                    raise PackageError(
-                        f"{path}: not this package's weights: {sorted(names ^ set(expected))[:4]}"
-                    )
+                    raise PackageError(f"{path}: not this package's weights: {sorted(names ^ set(expected))[:4]}")
                 weights = {name: file.get_tensor(name) for name in sorted(names)}
         except (SafetensorError, OSError, ValueError) as error:
             raise PackageError(f"{path}: the weights cannot be read: {_first_line(error)}") from error
@@ -145,9 +151,7 @@ class Package:
     def caches(self, **sizes: int) -> list[Tensor]:
         """Caches of zeros for the dynamic sizes: batch and capacity, or num_blocks."""
         return [
-            torch.zeros(
-                [size if isinstance(size, int) else sizes[size] for size in spec.dims], dtype=spec.dtype
-            )
+            torch.zeros([size if isinstance(size, int) else sizes[size] for size in spec.dims], dtype=spec.dtype)
             for spec in self._specs
             if spec.role in _ROLES_OF_CACHES
         ]
@@ -232,19 +236,21 @@ class Decoder:
     def _run_paged(self, rows: Sequence[Sequence[int]], totals: list[int]) -> Tensor:
         """Rows laid end to end; row r owns the blocks from r * blocks on."""
         positions = [
-            position
-            for held, total in zip(self.lengths, totals, strict=True)
-            for position in range(held, total)
+            position for held, total in zip(self.lengths, totals, strict=True) for position in range(held, total)
         ]
         row_of = [index for index, row in enumerate(rows) for _ in row]
         position = torch.tensor(positions)
         block = self._tables[torch.tensor(row_of), position // self._size].long()
         starts = torch.tensor([0, *map(len, rows)]).cumsum(0).int()
         logits = self._package(
-            torch.tensor([token for row in rows for token in row]), position,
-            block * self._size + position % self._size, self._tables,
-            torch.tensor(totals, dtype=torch.int32), starts, *self._caches,
-        )[0]  # fmt: skip
+            torch.tensor([token for row in rows for token in row]),
+            position,
+            block * self._size + position % self._size,
+            self._tables,
+            torch.tensor(totals, dtype=torch.int32),
+            starts,
+            *self._caches,
+        )[0]
         return logits[starts[1:].long() - 1]
 
 
@@ -276,9 +282,7 @@ def check_host(needs: Mapping[str, Any]) -> None:
     """
     version = ".".join(torch.__version__.split(".")[:2])
     if needs["torch"] != version:
-        raise PackageError(
-            f"the package was compiled for torch {needs['torch']}, this is {torch.__version__}"
-        )
+        raise PackageError(f"the package was compiled for torch {needs['torch']}, this is {torch.__version__}")
     if needs.get("machine", platform.machine()) != platform.machine():
         raise PackageError(f"the package was compiled for {needs['machine']}, this is {platform.machine()}")
     missing = sorted(set(needs["cpu_flags"]) - _cpu_flags())
@@ -289,9 +293,7 @@ def check_host(needs: Mapping[str, Any]) -> None:
 def _cpu_flags() -> set[str]:
     path = Path("/proc/cpuinfo")
     lines = (line.partition(":") for line in path.read_text().splitlines()) if path.is_file() else ()
-    return next(
-        (set(value.split()) for key, _, value in lines if key.strip() in ("flags", "Features")), set()
-    )
+    return next((set(value.split()) for key, _, value in lines if key.strip() in ("flags", "Features")), set())
 
 
 def open_folder(folder: Path) -> Package:

@@ -224,9 +224,7 @@ class Generated(NamedTuple):
     step_ms: list[float]
 
 
-def generate(
-    decoder: Decoder, prompts: Rows, limit: int, stop_ids: Sequence[int], sampler: Sampler
-) -> Generated:
+def generate(decoder: Decoder, prompts: Rows, limit: int, stop_ids: Sequence[int], sampler: Sampler) -> Generated:
     """Continue every prompt by at most `limit` tokens; a row ends with its first stop token, which is included."""
     if limit < 1:
         raise RunnerError("max-new-tokens must be 1 or more", 2)
@@ -354,9 +352,7 @@ class Cuda:
         return pointer.value
 
     def zero(self, pointer: int, size: int) -> None:
-        self.call(
-            "cuMemsetD8Async", ctypes.c_uint64(pointer), ctypes.c_ubyte(0), ctypes.c_size_t(size), self.stream
-        )
+        self.call("cuMemsetD8Async", ctypes.c_uint64(pointer), ctypes.c_ubyte(0), ctypes.c_size_t(size), self.stream)
 
     def free(self, pointer: int) -> None:
         self.call("cuMemFree_v2", ctypes.c_uint64(pointer))
@@ -364,15 +360,21 @@ class Cuda:
     def upload(self, pointer: int, array: Any) -> None:
         """The array must live until `synchronize`."""
         self.call(
-            "cuMemcpyHtoDAsync_v2", ctypes.c_uint64(pointer), ctypes.c_void_p(array.ctypes.data),
-            ctypes.c_size_t(array.nbytes), self.stream,
-        )  # fmt: skip
+            "cuMemcpyHtoDAsync_v2",
+            ctypes.c_uint64(pointer),
+            ctypes.c_void_p(array.ctypes.data),
+            ctypes.c_size_t(array.nbytes),
+            self.stream,
+        )
 
     def download(self, array: Any, pointer: int) -> None:
         self.call(
-            "cuMemcpyDtoHAsync_v2", ctypes.c_void_p(array.ctypes.data), ctypes.c_uint64(pointer),
-            ctypes.c_size_t(array.nbytes), self.stream,
-        )  # fmt: skip
+            "cuMemcpyDtoHAsync_v2",
+            ctypes.c_void_p(array.ctypes.data),
+            ctypes.c_uint64(pointer),
+            ctypes.c_size_t(array.nbytes),
+            self.stream,
+        )
 
     def mark(self, index: int) -> None:
         """Record event 0 or 1."""

@@ -49,9 +49,7 @@ class Sampling:
         ):
             if not good:
                 plain = name.replace("_", "-")
-                raise UsageError(
-                    f"{plain} {getattr(self, name)} is out of range", remedy=f"it must be {allowed}"
-                )
+                raise UsageError(f"{plain} {getattr(self, name)} is out of range", remedy=f"it must be {allowed}")
         if self.greedy and (self.top_k or self.top_p < 1):
             raise UsageError(
                 "top-k and top-p have no effect at temperature 0",
@@ -77,9 +75,7 @@ def distribution(logits: npt.NDArray[np.floating], sampling: Sampling) -> npt.ND
     return out
 
 
-def _kept(
-    logits: npt.NDArray[np.floating], sampling: Sampling
-) -> tuple[npt.NDArray[np.intp] | slice, Weights]:
+def _kept(logits: npt.NDArray[np.floating], sampling: Sampling) -> tuple[npt.NDArray[np.intp] | slice, Weights]:
     """The tokens of a row [V] that can be drawn, by ascending id, and their unnormalized probabilities."""
     assert not sampling.greedy
     scores = logits.astype(np.float32) / np.float32(sampling.temperature)

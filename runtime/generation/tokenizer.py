@@ -81,9 +81,11 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         core = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the binding raises plain Exception for whatever its parser refuses
         raise InputError(
-            "the tokenizer cannot be read", where=str(path), why=str(error),
+            "the tokenizer cannot be read",
+            where=str(path),
+            why=str(error),
             remedy="use a tokenizer.json written by the tokenizers library",
-        ) from error  # fmt: skip
+        ) from error
     core.no_padding()
     core.no_truncation()
     return Tokenizer(core)
@@ -111,9 +113,7 @@ def eos_token_ids(folder: Path, default: Iterable[int] = ()) -> tuple[int, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_JSON:
-        raise InputError(
-            "the file is too large for a config", where=str(path), why=f"more than {_MAX_JSON} bytes"
-        )
+        raise InputError("the file is too large for a config", where=str(path), why=f"more than {_MAX_JSON} bytes")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -169,9 +169,7 @@ def compare(
     return Comparison(evaluations, differences)
 
 
-def _check(
-    sessions: Sequence[Session], reference: Reference | None, windows: int | None, top_k: int | None
-) -> None:
+def _check(sessions: Sequence[Session], reference: Reference | None, windows: int | None, top_k: int | None) -> None:
     assert len({session.vocab_size for session in sessions}) == 1, "the sessions have different vocabularies"
     if windows is not None and windows < 1:
         raise UsageError(f"windows {windows} is out of range", remedy="use 1 or more")

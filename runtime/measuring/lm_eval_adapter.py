@@ -66,9 +66,10 @@ class ArtifactLM(TemplateLM):
         """
         if not self._model.stop_ids:
             raise InputError(
-                "the model has no end-of-text token", why="the task needs one before a text without a prompt",
+                "the model has no end-of-text token",
+                why="the task needs one before a text without a prompt",
                 remedy="add eos_token_id to generation_config.json and compile again",
-            )  # fmt: skip
+            )
         return self._model.stop_ids[0]
 
     @property
@@ -87,9 +88,7 @@ class ArtifactLM(TemplateLM):
             return tokens
         return [self._begin, *tokens]
 
-    def _loglikelihood_tokens(
-        self, requests: list[Encoded], disable_tqdm: bool = False, **kwargs: Any
-    ) -> list[Scored]:
+    def _loglikelihood_tokens(self, requests: list[Encoded], disable_tqdm: bool = False, **kwargs: Any) -> list[Scored]:
         """Score continuations; requests that feed the model the same tokens share one run of it.
 
         Raises:
@@ -120,9 +119,7 @@ class ArtifactLM(TemplateLM):
         """What the model is fed: all but the last token, as many as fit."""
         limit = self._model.session.context_length
         if len(continuation) > limit or not prompt:
-            why = (
-                f"it has {len(continuation)} tokens, the context {limit}" if prompt else "its prompt is empty"
-            )
+            why = f"it has {len(continuation)} tokens, the context {limit}" if prompt else "its prompt is empty"
             raise InputError("a continuation cannot be scored", where=repr(text[1][:60]), why=why)
         return [*prompt, *continuation][-(limit + 1) : -1]
 
@@ -204,9 +201,10 @@ def _score(logits: Logits, tokens: Sequence[int]) -> Scored:
     value = float(log_p.gather(1, index[:, None]).sum())
     if not np.isfinite(value):
         raise GateError(
-            f"the log-likelihood of a continuation is {value}", why="logits are not finite",
+            f"the log-likelihood of a continuation is {value}",
+            why="logits are not finite",
             remedy="compile with --dtype fp32 or bf16",
-        )  # fmt: skip
+        )
     return value, bool((log_p.argmax(-1) == index).all())
 
 
@@ -215,9 +213,10 @@ def _generation_options(options: dict[str, Any], seed: int) -> tuple[Sampling, l
     for name in options:
         if name not in _KNOWN:
             raise UsageError(
-                f"the task asks for generation option '{name}'", why=f"sessions take {', '.join(_KNOWN)}",
+                f"the task asks for generation option '{name}'",
+                why=f"sessions take {', '.join(_KNOWN)}",
                 remedy="leave the option out of the task",
-            )  # fmt: skip
+            )
     until = options.get("until") or []
     stops = [until] if isinstance(until, str) else list(until)
     temperature = float(options.get("temperature") or 0.0)
@@ -225,9 +224,11 @@ def _generation_options(options: dict[str, Any], seed: int) -> tuple[Sampling, l
     sampling = Sampling(seed=seed)
     if sampled:
         sampling = Sampling(
-            temperature=temperature or 1.0, top_k=int(options.get("top_k") or 0),
-            top_p=float(options.get("top_p") or 1.0), seed=seed,
-        )  # fmt: skip
+            temperature=temperature or 1.0,
+            top_k=int(options.get("top_k") or 0),
+            top_p=float(options.get("top_p") or 1.0),
+            seed=seed,
+        )
     return sampling, [stop for stop in stops if stop], int(options.get("max_gen_toks") or DEFAULT_NEW_TOKENS)
 
 

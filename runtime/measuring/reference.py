@@ -53,18 +53,20 @@ def open_reference(manifest: Manifest, source: Path | None = None, device: str =
     matches = weights_digest(info) == manifest.source.weights_sha256
     if not matches and source is None:
         raise InputError(
-            "the source model is not the one that was compiled", where=str(folder),
+            "the source model is not the one that was compiled",
+            where=str(folder),
             why="its weights have changed since",
             remedy="compile again, or name a model to compare with: --source DIR",
-        )  # fmt: skip
+        )
     # Eager attention, because it is the definition: some models have no other (softcap).
     model, _ = load_model(folder, dtype=torch.float32, attention="eager")
     vocab = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
     if vocab != manifest.contract.model.vocab_size:
         raise InputError(
             f"the source model has {vocab} token ids, the artifact {manifest.contract.model.vocab_size}",
-            where=str(folder), remedy="name the model that was compiled: --source DIR",
-        )  # fmt: skip
+            where=str(folder),
+            remedy="name the model that was compiled: --source DIR",
+        )
     return SourceModel(folder, matches, model.to(place))
 
 

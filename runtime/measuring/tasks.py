@@ -98,9 +98,7 @@ def _names_at(path: Path, manager: Any) -> list[str]:
         and place in Path(file).resolve().parents
     ]
     if not found:
-        raise InputError(
-            "no task is defined there", where=str(path), remedy="a task is a YAML file with `task: NAME`"
-        )
+        raise InputError("no task is defined there", where=str(path), remedy="a task is a YAML file with `task: NAME`")
     return found
 
 
@@ -109,13 +107,16 @@ def _load(manager: Any, names: list[str]) -> Any:
     for name in names:
         if name not in known and not Path(name).is_file():
             raise UsageError(
-                f"unknown task '{name}'", why=f"it is none of the {len(known)} tasks known",
+                f"unknown task '{name}'",
+                why=f"it is none of the {len(known)} tasks known",
                 remedy="lm-eval ls tasks lists the harness's own; a path needs a slash or .yaml",
-            )  # fmt: skip
+            )
     try:
         return manager.load(list(dict.fromkeys(names)))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError(
-            "a task cannot be loaded", where=", ".join(names), why=(str(error).strip().splitlines() or [repr(error)])[0],
+            "a task cannot be loaded",
+            where=", ".join(names),
+            why=(str(error).strip().splitlines() or [repr(error)])[0],
             remedy="check the task's YAML file and that its data set is on this machine",
-        ) from error  # fmt: skip
+        ) from error

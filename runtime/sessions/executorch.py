@@ -38,8 +38,11 @@ class ExecutorchSession(Session):
             from executorch.runtime import Runtime
         except ModuleNotFoundError as error:
             raise TargetError(
-                "ExecuTorch is not installed", where=str(folder), why=str(error), remedy='pip install "optc[executorch]"'
-            ) from error  # fmt: skip
+                "ExecuTorch is not installed",
+                where=str(folder),
+                why=str(error),
+                remedy='pip install "optc[executorch]"',
+            ) from error
         if threads is not None:
             portable_lib._unsafe_reset_threadpool(threads)
         self._runtime = Runtime.get()
@@ -60,9 +63,11 @@ class ExecutorchSession(Session):
                 method = self._runtime.load_program(self._path).load_method("forward")
             except RuntimeError as error:
                 raise TargetError(
-                    "ExecuTorch cannot load the program", where=str(self._path), why=str(error).splitlines()[0],
+                    "ExecuTorch cannot load the program",
+                    where=str(self._path),
+                    why=str(error).splitlines()[0],
                     remedy="use the version that the manifest names under needs, or a later one",
-                ) from error  # fmt: skip
+                ) from error
             assert method is not None
             self._methods.append(method)
 

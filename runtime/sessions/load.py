@@ -70,9 +70,10 @@ class Model:
         """
         if self.tokenizer is None:
             raise InputError(
-                "the artifact has no tokenizer", why="its source model had none",
+                "the artifact has no tokenizer",
+                why="its source model had none",
                 remedy="give token ids: --prompt-tokens 5,17,33",
-            )  # fmt: skip
+            )
         return self.tokenizer.encode(text)
 
     def generate(self, prompt: str | Sequence[int], **options: Unpack[GenerateOptions]) -> Generation:
@@ -153,9 +154,14 @@ class _Streams:
 
 
 def load(
-    folder: str | Path, *, threads: int | None = None, num_blocks: int | None = None, eager: bool = False,
-    device: str | None = None, graph_device: str = "cpu",
-) -> Model:  # fmt: skip
+    folder: str | Path,
+    *,
+    threads: int | None = None,
+    num_blocks: int | None = None,
+    eager: bool = False,
+    device: str | None = None,
+    graph_device: str = "cpu",
+) -> Model:
     """Verify an artifact and open it for generation.
 
     Args:
@@ -173,9 +179,14 @@ def load(
     folder = Path(folder)
     manifest = verify(folder)
     session = open_session(
-        folder, manifest, threads=threads, num_blocks=num_blocks, eager=eager, device=device,
+        folder,
+        manifest,
+        threads=threads,
+        num_blocks=num_blocks,
+        eager=eager,
+        device=device,
         graph_device=graph_device,
-    )  # fmt: skip
+    )
     stop_ids = eos_token_ids(folder, manifest.contract.model.eos_token_ids)
     return Model(manifest, session, load_tokenizer(folder), stop_ids)
 
@@ -192,10 +203,11 @@ def _check_device(engine: Engine, manifest: Manifest, asked: str, where: str) ->
     found = choose_device(own if asked == "auto" else asked)
     if found.type != own or found.index not in (None, 0):
         raise TargetError(
-            f"the artifact does not run on {asked}", where=where,
+            f"the artifact does not run on {asked}",
+            where=where,
             why=f"its engine, {engine.name}, runs on " + ("the CPU" if own == "cpu" else "the first GPU"),
             remedy="leave --device out" + ("" if own == "cpu" else ", and choose the GPU by CUDA_VISIBLE_DEVICES"),
-        )  # fmt: skip
+        )
 
 
 def open_session(
@@ -217,16 +229,18 @@ def open_session(
     contract, engine = manifest.contract, find_engine(manifest.engine, str(folder))
     if engine.eager and not eager:
         raise TargetError(
-            "optc has no session for this artifact: it is a model folder", where=str(folder),
+            "optc has no session for this artifact: it is a model folder",
+            where=str(folder),
             remedy="load it with transformers (AutoModelForCausalLM.from_pretrained), vLLM or SGLang",
-        )  # fmt: skip
+        )
     if device is not None and not engine.eager:
         _check_device(engine, manifest, device, str(folder))
     if contract.kind != "decoder" or (contract.kv_cache.kind == "none" and not engine.eager):
         raise TargetError(
-            f"the artifact is a model of kind '{contract.kind}', which does not generate", where=str(folder),
+            f"the artifact is a model of kind '{contract.kind}', which does not generate",
+            where=str(folder),
             remedy="run its engine file with the engine itself; optc inspect lists inputs and outputs",
-        )  # fmt: skip
+        )
     if threads is not None and threads < 1:
         raise UsageError(f"threads {threads} is out of range", remedy="use 1 or more")
     if threads is not None and not engine.has_threads:

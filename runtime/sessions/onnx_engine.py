@@ -42,8 +42,7 @@ class OnnxEngine:
         self.vocab_size = int(shapes["logits"][-1])
         self.capacity = int(next(iter(self._past.values())).shape[2])
         self.profiles = [
-            Profile((row["batch"][0], row["batch"][2]), (row["tokens"][0], row["tokens"][2]))
-            for row in profiles
+            Profile((row["batch"][0], row["batch"][2]), (row["tokens"][0], row["tokens"][2])) for row in profiles
         ]
         self.gpu_ms = 0.0
         self._caches: dict[str, npt.NDArray[Any]] = {}
@@ -67,9 +66,7 @@ class OnnxEngine:
         assert allowed.tokens[0] <= width <= allowed.tokens[1]
         assert int(positions.max()) + width <= self.capacity
         begin = time.perf_counter()
-        logits, *caches = self._session.run(
-            self._outputs, {"input_ids": ids, "positions": positions, **self._caches}
-        )
+        logits, *caches = self._session.run(self._outputs, {"input_ids": ids, "positions": positions, **self._caches})
         self.gpu_ms = (time.perf_counter() - begin) * 1e3
         self._caches = dict(zip(self._past, caches, strict=True))
         result: Logits = logits.astype(np.float32, copy=False)

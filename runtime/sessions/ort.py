@@ -147,16 +147,15 @@ class GraphRunner:
         odd = [item.name for item in ends if item.type == "tensor(bfloat16)"]
         if odd:
             raise TargetError(
-                "the graph has bfloat16 inputs or outputs", where=f"{path}: {odd[0]}",
-                why="NumPy has no such type, through which ONNX Runtime takes them", remedy="use --dtype fp16 or fp32",
-            )  # fmt: skip
+                "the graph has bfloat16 inputs or outputs",
+                where=f"{path}: {odd[0]}",
+                why="NumPy has no such type, through which ONNX Runtime takes them",
+                remedy="use --dtype fp16 or fp32",
+            )
 
     def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
         """Run on tensors in the order of the graph's inputs."""
-        feed = {
-            item.name: tensor.detach().cpu().numpy()
-            for item, tensor in zip(self._inputs, inputs, strict=True)
-        }
+        feed = {item.name: tensor.detach().cpu().numpy() for item, tensor in zip(self._inputs, inputs, strict=True)}
         return [torch.from_numpy(array) for array in self._session.run(None, feed)]
 
 
@@ -175,9 +174,10 @@ def open_engine(path: Path, threads: int) -> Any:
     except Exception as error:  # the binding raises classes of its own, without a common base
         raise TargetError(
             f"ONNX Runtime {ort.__version__} cannot load the graph",
-            where=str(path), why=str(error).splitlines()[0],
+            where=str(path),
+            why=str(error).splitlines()[0],
             remedy="use the version that the manifest names under needs, or a later one",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _bind_input(binding: Any, name: str, array: Array, element: Any = np.int64) -> None:

@@ -31,25 +31,30 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
         package = Package(folder, manifest.engine_info, manifest.needs)
     except PackageError as error:
         raise TargetError(
-            "the package cannot run on this host", where=str(folder), why=str(error),
+            "the package cannot run on this host",
+            where=str(folder),
+            why=str(error),
             remedy="compile the model on this machine, or on one like it",
-        ) from error  # fmt: skip
+        ) from error
 
     def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
         try:
             return package(*inputs)
         except PackageError as error:
             raise InputError(
-                "the package does not take these inputs", where=str(folder), why=str(error),
+                "the package does not take these inputs",
+                where=str(folder),
+                why=str(error),
                 remedy="use shorter prompts or a smaller batch; if they are short, compile the model again",
-            ) from error  # fmt: skip
+            ) from error
         except RuntimeError as error:
             if _NO_MEMORY not in str(error):
                 raise
             raise ResourceError(
-                "out of memory while running the package", why=str(error).splitlines()[0],
+                "out of memory while running the package",
+                why=str(error).splitlines()[0],
                 remedy="use shorter prompts or a smaller batch",
-            ) from error  # fmt: skip
+            ) from error
 
     contract = _limited(manifest)
     if contract.kv_cache.kind == "paged":

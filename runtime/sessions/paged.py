@@ -141,9 +141,11 @@ class PagedSession(Session):
         """Whether a new row begins with a block that the group is about to compute."""
         size = self._manager.block_size
         first = list(tokens[:size])
-        return row in self._waiting and len(tokens) > size and any(
-            not self._rows[other] and part[:size] == first for other, part in group
-        )  # fmt: skip
+        return (
+            row in self._waiting
+            and len(tokens) > size
+            and any(not self._rows[other] and part[:size] == first for other, part in group)
+        )
 
     def _flush(self, group: list[Piece], out: Logits) -> None:
         if not group:

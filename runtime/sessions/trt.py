@@ -21,8 +21,7 @@ from optc.runtime.sessions.session import Logits, Rows, Session, SessionOptions
 
 T = TypeVar("T")
 _KINDS: dict[int, type[OptcError]] = {
-    kind.exit_code: kind
-    for kind in (UsageError, InputError, TargetError, GateError, ArtifactError, ResourceError)
+    kind.exit_code: kind for kind in (UsageError, InputError, TargetError, GateError, ArtifactError, ResourceError)
 }
 
 

@@ -47,11 +47,17 @@ class CompileResult:
     def to_dict(self) -> dict[str, Any]:
         """The object that `optc compile --json` prints."""
         rows = [
-            {"name": row.name, "matched": row.matched, "candidates": row.candidates, "seconds": row.seconds,
-             "drift": msgspec.to_builtins(row.drift), "since_capture": msgspec.to_builtins(row.since_capture),
-             "notes": list(row.notes)}
+            {
+                "name": row.name,
+                "matched": row.matched,
+                "candidates": row.candidates,
+                "seconds": row.seconds,
+                "drift": msgspec.to_builtins(row.drift),
+                "since_capture": msgspec.to_builtins(row.since_capture),
+                "notes": list(row.notes),
+            }
             for row in self.manifest.passes
-        ]  # fmt: skip
+        ]
         return {
             "artifact": str(self.artifact),
             "target": self.manifest.target,
@@ -106,9 +112,13 @@ def compile(
     if resolved.options.quantization is not None and isinstance(model, str | Path):
         refuse_quantizing_again(Path(model))
     captured = capture_for_compile(
-        model, example_inputs, dtype=resolved.options.dtype, trust_remote_code=request.what.trust_remote_code,
-        text=request.gate.text, work_folder=_work_folder(resolved),
-    )  # fmt: skip
+        model,
+        example_inputs,
+        dtype=resolved.options.dtype,
+        trust_remote_code=request.what.trust_remote_code,
+        text=request.gate.text,
+        work_folder=_work_folder(resolved),
+    )
     program, info = captured.program, captured.info
     check_context(_capacity(resolved), program.contract.model.context_length)
     seconds = {"capture": time.perf_counter() - begin}
@@ -123,9 +133,7 @@ def compile(
     del program
     check_legal(result.program, resolved.target)
     seconds["passes"] = time.perf_counter() - begin - sum(seconds.values())
-    result = replace(
-        result, program=to_device(result.program, torch.device("cpu"))
-    )  # exporters write from there
+    result = replace(result, program=to_device(result.program, torch.device("cpu")))  # exporters write from there
     if progress:
         progress(len(result.records), "exporting")
     manifest = _write(folder, resolved, result, captured, seconds, begin)
@@ -146,7 +154,7 @@ def _work_folder(resolved: Resolved) -> Path | None:
 
 def _pipeline_options(
     captured: Captured, resolved: Resolved, calibration: Calibration | None, progress: Progress | None
-) -> PipelineOptions:  # fmt: skip
+) -> PipelineOptions:
     run, limits = resolved.request.run, resolved.request.gate
     return PipelineOptions(
         probe=_text_probe(captured, resolved),
@@ -180,23 +188,27 @@ def _text_probe(captured: Captured, resolved: Resolved) -> Probe | None:
         return text_probe(tokens, longest=longest)
     if asked is not None:
         raise InputError(
-            "the gate's text is too short", where=str(asked), why=f"{len(tokens)} tokens, more than {3 * longest} are needed",
+            "the gate's text is too short",
+            where=str(asked),
+            why=f"{len(tokens)} tokens, more than {3 * longest} are needed",
             remedy="give a longer text, or leave --text out",
-        )  # fmt: skip
+        )
     return None
 
 
 def _write(
-    folder: Path, resolved: Resolved, result: PipelineResult, captured: Captured, seconds: dict[str, float],
+    folder: Path,
+    resolved: Resolved,
+    result: PipelineResult,
+    captured: Captured,
+    seconds: dict[str, float],
     begin: float,
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Export into a temporary sibling, describe it, read it back, publish it."""
     target, info = resolved.target, captured.info
     with artifact.write_folder(folder, force=resolved.request.run.force) as directory:
         start = time.perf_counter()
-        request = ExportRequest(
-            directory=directory, options=resolved.options.own, source=info.path if info else None
-        )
+        request = ExportRequest(directory=directory, options=resolved.options.own, source=info.path if info else None)
         exported = target.export(result.program, request)
         seconds["export"] = time.perf_counter() - start
         with os_errors("writing the stages' text", str(directory)):
@@ -220,9 +232,12 @@ def _write(
 
 
 def _manifest(
-    target: Target, result: PipelineResult, exported: ExportResult, captured: Captured,
+    target: Target,
+    result: PipelineResult,
+    exported: ExportResult,
+    captured: Captured,
     seconds: dict[str, float],
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     program, info = result.program, captured.info
     return Manifest(
         optc_version=version(),
@@ -233,9 +248,7 @@ def _manifest(
         programs={"model": ProgramEntry(contract=program.contract, engine_info=exported.info)},
         needs={"machine": platform.machine(), **exported.needs},
         dtype=str(compute_dtype(program)).removeprefix("torch."),
-        source=_source(info)
-        if info
-        else Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""),
+        source=_source(info) if info else Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""),
         capture=captured.proof,
         passes=result.records,
         weight_bytes=exported.weight_bytes,

@@ -48,9 +48,13 @@ def make_calibration(program: Program, info: CheckpointInfo | None, request: Req
         text = (resources.files("optc.compiler") / "data" / "calibration.txt").read_text()
         documents, source = [tokenizer.encode(text)], BUILT_IN
     return cut_sequences(
-        documents, samples=asked.calibration_samples, length=length, vocab_size=facts.vocab_size,
-        seed=request.gate.seed, source=source,
-    )  # fmt: skip
+        documents,
+        samples=asked.calibration_samples,
+        length=length,
+        vocab_size=facts.vocab_size,
+        seed=request.gate.seed,
+        source=source,
+    )
 
 
 def _from_tensor(tokens: torch.Tensor, vocab_size: int) -> Calibration:

@@ -74,9 +74,14 @@ def capture(
 
 
 def capture_for_compile(
-    model: Model, example_inputs: Sequence[torch.Tensor] | None, *, dtype: str, trust_remote_code: bool,
-    text: Path | None, work_folder: Path | None,
-) -> Captured:  # fmt: skip
+    model: Model,
+    example_inputs: Sequence[torch.Tensor] | None,
+    *,
+    dtype: str,
+    trust_remote_code: bool,
+    text: Path | None,
+    work_folder: Path | None,
+) -> Captured:
     """Capture what `compile` was given.
 
     Args:
@@ -92,23 +97,30 @@ def capture_for_compile(
         return Captured(program, info, tokens, program.proof)
     tokens = gate_tokens(None, text)
     program = capture(model, example_inputs)
-    given = CaptureProof(
-        proved=False, notes=("the program was given as it is, and not captured by this compile",)
-    )
+    given = CaptureProof(proved=False, notes=("the program was given as it is, and not captured by this compile",))
     return Captured(program, None, tokens, program.proof or given)
 
 
 def _folder(
-    folder: Path, dtype: str, trust_remote_code: bool, text: Path | None = None, work_folder: Path | None = None,
-    *, prove: bool = True,
-) -> tuple[Program, CheckpointInfo, list[int]]:  # fmt: skip
+    folder: Path,
+    dtype: str,
+    trust_remote_code: bool,
+    text: Path | None = None,
+    work_folder: Path | None = None,
+    *,
+    prove: bool = True,
+) -> tuple[Program, CheckpointInfo, list[int]]:
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     tokens = gate_tokens(check_folder(folder, trust_remote_code=trust_remote_code), text)
     program, info = capture_pretrained(
-        folder, dtype=dtype, trust_remote_code=trust_remote_code, work_folder=work_folder, prove=prove,
+        folder,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        work_folder=work_folder,
+        prove=prove,
         tokens=tokens,
-    )  # fmt: skip
+    )
     return program, info, tokens
 
 

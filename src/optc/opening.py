@@ -31,9 +31,13 @@ _ROUNDED_TOLERANCE = 3e-2  # a sum in another order moves a code of an activatio
 
 
 def open_written(
-    directory: Path, manifest: Manifest, program: Program, engine: Engine, tokens: Sequence[int],
+    directory: Path,
+    manifest: Manifest,
+    program: Program,
+    engine: Engine,
+    tokens: Sequence[int],
     limit: float | None = None,
-) -> OpenedRecord:  # fmt: skip
+) -> OpenedRecord:
     """Run what was written beside the last stage: a prefill of a few tokens and one step of decoding.
 
     Args:
@@ -60,11 +64,19 @@ def open_written(
         raise _unopened(engine, error) from error
     drift, count = _compared(program, runner, engine, tokens)
     record = OpenedRecord(
-        opened=True, why=_why(engine), engine=_PACKAGES.get(engine.name, engine.name),
-        version=metadata.version(_PACKAGES.get(engine.name, engine.name)), tokens=count,
-        max_abs_diff=drift.max_abs_diff, scale=drift.scale, relative=drift.relative, limit=limit, kl=drift.kl,
-        top1=drift.top1, seconds=round(time.perf_counter() - begin, 3),
-    )  # fmt: skip
+        opened=True,
+        why=_why(engine),
+        engine=_PACKAGES.get(engine.name, engine.name),
+        version=metadata.version(_PACKAGES.get(engine.name, engine.name)),
+        tokens=count,
+        max_abs_diff=drift.max_abs_diff,
+        scale=drift.scale,
+        relative=drift.relative,
+        limit=limit,
+        kl=drift.kl,
+        top1=drift.top1,
+        seconds=round(time.perf_counter() - begin, 3),
+    )
     if not drift.relative <= limit:
         raise GateError(
             f"the written file computes different numbers from the last stage in {record.engine} {record.version}",
@@ -90,32 +102,30 @@ def _why(engine: Engine) -> str:
 
 def _unopened(engine: Engine, error: OptcError) -> GateError:
     return GateError(
-        f"the written file cannot be opened by {engine.name}", where=error.where,
+        f"the written file cannot be opened by {engine.name}",
+        where=error.where,
         why=f"{error.what}: {error.why}" if error.why else error.what,
         remedy="nothing was published; report this with the model's config",
-    )  # fmt: skip
+    )
 
 
-def _compared(
-    program: Program, runner: Callable[..., Any], engine: Engine, tokens: Sequence[int]
-) -> tuple[Drift, int]:
+def _compared(program: Program, runner: Callable[..., Any], engine: Engine, tokens: Sequence[int]) -> tuple[Drift, int]:
     """(difference of the engine from the last stage, tokens fed)."""
     try:
         if program.contract.kind == "module":
             inputs = default_probe(program, 0).tensors
             ours = StageRun(run_module(program, inputs), [], role="output")
-            found = StageRun(
-                [item for item in runner(*inputs) if isinstance(item, Tensor)], [], role="output"
-            )
+            found = StageRun([item for item in runner(*inputs) if isinstance(item, Tensor)], [], role="output")
             return measure(ours, found), 0
         sequences = _sequences(program, tokens)
         ours, found = (run_stage(program, sequences, chunk=0, steps=1, engine=run) for run in (None, runner))
     except (RuntimeError, ValueError, TypeError, torch.OutOfMemoryError) as error:
         raise GateError(
-            f"the written file does not run in {engine.name}", where=engine.name,
+            f"the written file does not run in {engine.name}",
+            where=engine.name,
             why=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
             remedy="nothing was published; report this with the model's config",
-        ) from error  # fmt: skip
+        ) from error
     return measure(ours, found), sum(map(len, sequences))
 
 

@@ -59,9 +59,7 @@ def make_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
     try:
         return msgspec.convert(given, cls, strict=False)
     except msgspec.ValidationError as error:
-        raise UsageError(
-            f"invalid option of pass '{cls.name}'", why=str(error), remedy="see optc passes"
-        ) from error
+        raise UsageError(f"invalid option of pass '{cls.name}'", why=str(error), remedy="see optc passes") from error
 
 
 def parse_passes(items: Sequence[str | Mapping[str, Any]], asked: QuantRequest) -> list[Step]:

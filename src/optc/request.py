@@ -91,9 +91,7 @@ class WhatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             extra={"metavar": "cpu|cuda|cuda:N|auto", "expected": "cpu, cuda, cuda:N or auto"},
         ),
     ] = "cpu"
-    trust_remote_code: Annotated[bool, Meta(description="Allow code that comes with the model to run.")] = (
-        False
-    )
+    trust_remote_code: Annotated[bool, Meta(description="Allow code that comes with the model to run.")] = False
 
 
 class CalibrationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -104,17 +102,15 @@ class CalibrationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         Meta(
             description="Text, .jsonl, .json, .parquet, or a dataset's folder.",
             extra={
-                "default": "built-in", "metavar": "PATH", "read": _read_calibration,
+                "default": "built-in",
+                "metavar": "PATH",
+                "read": _read_calibration,
                 "expected": "a path (or, in Python, token ids as int64 [samples, length])",
             },
         ),
-    ] = None  # fmt: skip
-    calibration_samples: Annotated[int, Meta(ge=1, le=1 << 31, description="Calibration sequences.")] = (
-        DEFAULT_SAMPLES
-    )
-    calibration_seq_len: Annotated[int, Meta(ge=1, le=1 << 31, description="Tokens of each.")] = (
-        DEFAULT_LENGTH
-    )
+    ] = None
+    calibration_samples: Annotated[int, Meta(ge=1, le=1 << 31, description="Calibration sequences.")] = DEFAULT_SAMPLES
+    calibration_seq_len: Annotated[int, Meta(ge=1, le=1 << 31, description="Tokens of each.")] = DEFAULT_LENGTH
 
 
 _SUM = "the sum of the passes' budgets"
@@ -124,15 +120,12 @@ class GateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What the numerics gate feeds, and what all lossy passes together may cost; None is the sum of their budgets."""
 
     text: (
-        Annotated[Path, Meta(description="Text for the numerics gate.", extra={"default": "a built-in page"})]
-        | None
+        Annotated[Path, Meta(description="Text for the numerics gate.", extra={"default": "a built-in page"})] | None
     ) = None
     max_kl: (
         Annotated[
             float,
-            Meta(
-                ge=0, description="Gate: largest KL to the capture, nats per token.", extra={"default": _SUM}
-            ),
+            Meta(ge=0, description="Gate: largest KL to the capture, nats per token.", extra={"default": _SUM}),
         ]
         | None
     ) = None
@@ -159,12 +152,14 @@ class GateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Annotated[
             float,
             Meta(
-                ge=0, description="Gate: largest relative error to the capture, of outputs that are no distribution, or "
-                "a flat one.", extra={"default": _SUM},
+                ge=0,
+                description="Gate: largest relative error to the capture, of outputs that are no distribution, or "
+                "a flat one.",
+                extra={"default": _SUM},
             ),
         ]
         | None
-    ) = None  # fmt: skip
+    ) = None
     seed: Annotated[int, Meta(ge=0, le=2**31 - 1, description="Seed of the gate's random tokens.")] = 0
     allow_noop: Annotated[bool, Meta(description="Let a requested pass match nothing.")] = False
 
@@ -269,9 +264,7 @@ def check_request(request: Request) -> None:
     """
     target = request.target
     if not isinstance(target, Target):
-        raise UsageError(
-            f"a request's target cannot be {target!r}", remedy="optc.targets.find_target('onnx-cpu')"
-        )
+        raise UsageError(f"a request's target cannot be {target!r}", remedy="optc.targets.find_target('onnx-cpu')")
     if request.options is not None and type(request.options) is not target.options:
         raise TargetError(
             f"target '{target.name}' does not take {type(request.options).__name__}",
@@ -283,9 +276,7 @@ def check_request(request: Request) -> None:
             continue  # the target's defaults
         wanted = SECTIONS.get(section, target.options)
         if not isinstance(part, wanted):
-            raise UsageError(
-                f"'{section}' of a request cannot be {part!r}", remedy=f"give {wanted.__name__}(...)"
-            )
+            raise UsageError(f"'{section}' of a request cannot be {part!r}", remedy=f"give {wanted.__name__}(...)")
         for name, field in fields_of(wanted).items():
             value = getattr(part, name)
             if value is not field.default:

@@ -84,9 +84,7 @@ def _refuse_idle(request: Request) -> None:
     asked = request.quantization
     if asked.quant is None and not request.what.passes:
         for name in _given(asked):
-            raise UsageError(
-                f"--{name.replace('_', '-')} has no effect without --quant", remedy="add --quant rtn"
-            )
+            raise UsageError(f"--{name.replace('_', '-')} has no effect without --quant", remedy="add --quant rtn")
 
 
 def _given(asked: QuantRequest) -> Iterator[str]:

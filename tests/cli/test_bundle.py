@@ -40,13 +40,9 @@ class Built:
     bundle: Path
     program: Path
 
-    def run(
-        self, *flags: str, model: Path | None = None, env: dict[str, str] | None = None, stdin: str = ""
-    ) -> Any:
+    def run(self, *flags: str, model: Path | None = None, env: dict[str, str] | None = None, stdin: str = "") -> Any:
         command = [str(self.program), "--model", str(model or self.bundle), *flags]
-        return subprocess.run(
-            command, capture_output=True, text=True, env=env or {}, input=stdin, check=False
-        )
+        return subprocess.run(command, capture_output=True, text=True, env=env or {}, input=stdin, check=False)
 
     def tokens(self, prompt: Sequence[int], **options: Any) -> list[int]:
         found = self.run("--prompt-tokens", ",".join(map(str, prompt)), "--threads", "1", **options)
@@ -144,7 +140,7 @@ def test_missing_libraries_are_named(genai: Built) -> None:
         (("--prompt-file", "/nowhere/ids"), 3, "cannot read /nowhere/ids"),
         (("--prompt-tokens", ",".join(["5"] * 2049)), 3, "a prompt of 2049 tokens does not fit the context of 2048"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_of_the_program(genai: Built, flags: tuple[str, ...], code: int, message: str) -> None:
     found = genai.run(*flags)
     assert found.returncode == code
@@ -190,9 +186,7 @@ def test_a_bundle_is_an_artifact_with_its_checksums(whole: Path, onnx: Path) -> 
     assert expected(whole, PROMPT, 4) == expected(onnx, PROMPT, 4)
 
 
-def test_the_command_says_how_to_build(
-    onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_says_how_to_build(onnx: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["bundle", str(onnx), "-o", str(tmp_path / "bundle"), "--json"])
     assert caught.value.code == 0
@@ -265,9 +259,7 @@ def test_where_decoding_ends(tmp_path: Path) -> None:
     assert run("--prompt-tokens", "3,4", "--max-new-tokens", "3") == "5,6,7\n"
     assert run("--prompt-tokens", "9,10") == "11,12\n"
     assert run("--prompt-tokens", "9,10", "--ignore-eos", "--max-new-tokens", "4") == "11,12,13,14\n"
-    longest = ",".join(
-        map(str, range(30, 49))
-    )  # 20 - 19 = 1 place is left, and the token after it needs none
+    longest = ",".join(map(str, range(30, 49)))  # 20 - 19 = 1 place is left, and the token after it needs none
     assert run("--prompt-tokens", longest) == "49,50\n"
     assert run("--help").startswith("usage: decode (--prompt-tokens IDS | --prompt-file FILE)")
 
@@ -338,9 +330,7 @@ def test_aotinductor_program_with_the_op_library_and_paged_caches(tmp_path: Path
 
 def _decoder(**changes: Any) -> dict[str, Any]:
     layer = AttentionFacts(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=8, scale=0.5, causal=True)
-    contract = Contract(
-        kind="decoder", inputs=(), outputs=(), layers=(layer,), kv_cache=KVCache(kind="linear")
-    )
+    contract = Contract(kind="decoder", inputs=(), outputs=(), layers=(layer,), kv_cache=KVCache(kind="linear"))
     return {
         "contract": contract,
         "engine_info": {"model": "model.onnx", "genai": True},
@@ -418,9 +408,7 @@ def test_texts_become_literals() -> None:
 
 def test_the_header_holds_what_the_manifest_says() -> None:
     manifest = make_manifest(**_decoder(needs={"x86_flags_any": ["avx512_vnni", "avx_vnni"]}))
-    model = msgspec.structs.replace(
-        manifest.contract.model, vocab_size=9, context_length=7, eos_token_ids=(2, 3)
-    )
+    model = msgspec.structs.replace(manifest.contract.model, vocab_size=9, context_length=7, eos_token_ids=(2, 3))
     manifest = manifest.with_program(contract=msgspec.structs.replace(manifest.contract, model=model))
     lines = genai_header(manifest).splitlines()
     assert "constexpr std::int64_t kVocabSize = 9;" in lines

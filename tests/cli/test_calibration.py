@@ -105,9 +105,7 @@ def test_bad_calibration_files(
         (("--quant", "fp8"), 4, "does not take"),
     ],
 )
-def test_contradictions(
-    flags: tuple[str, ...], code: int, words: str, tmp_path: Path, capsys: Capture
-) -> None:
+def test_contradictions(flags: tuple[str, ...], code: int, words: str, tmp_path: Path, capsys: Capture) -> None:
     assert optc("compile", EXAMPLE, "--target", "onnx-cpu", *flags, "-o", tmp_path / "out") == code
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

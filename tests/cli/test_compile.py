@@ -122,9 +122,7 @@ def test_recipe_equals_flags(artifact: Path, tmp_path: Path, capsys: Capture) ->
     by_flags = optc_json(capsys, "inspect", artifact)
     assert [row["matched"] for row in by_recipe["passes"]] == [row["matched"] for row in by_flags["passes"]]
     files = {entry["path"]: entry["sha256"] for entry in by_flags["files"]}
-    again = {
-        entry["path"]: entry["sha256"] for entry in optc_json(capsys, "inspect", tmp_path / "out")["files"]
-    }
+    again = {entry["path"]: entry["sha256"] for entry in optc_json(capsys, "inspect", tmp_path / "out")["files"]}
     engine = [name for name in files if name != "report.html"]
     assert {name: files[name] for name in engine} == {name: again[name] for name in engine}
     recipe.write_text("modell: x\n")
@@ -167,4 +165,9 @@ def test_unknown_command_and_underscores(capsys: Capture) -> None:
     assert optc("complie") == 2
     assert "compile" in capsys.readouterr().err
     assert normalize(["--group_size=64", "--max_new_tokens", "a_b", "--", "--x_y"]) == [
-        "--group-size=64", "--max-new-tokens", "a_b", "--", "--x_y"]  # fmt: skip
+        "--group-size=64",
+        "--max-new-tokens",
+        "a_b",
+        "--",
+        "--x_y",
+    ]

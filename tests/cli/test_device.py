@@ -60,9 +60,7 @@ def test_cuda_without_cuda(
     assert not list(tmp_path.iterdir())
 
 
-def test_eval_bench_and_train_without_cuda(
-    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eval_bench_and_train_without_cuda(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before anything is loaded; an artifact for the CPU is no bench of a GPU."""
     text = EXAMPLE.parent / "book.txt"
     artifact, output = tmp_path / "artifact", tmp_path / "out"

@@ -87,9 +87,7 @@ def _run(place: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_readme_runs(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_readme_runs(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     checks: dict[str, Callable[[str], bool]] = {
         "run": lambda text: len(text.split()) >= 1,
         "eval": lambda text: "top-1 agreement" in text,

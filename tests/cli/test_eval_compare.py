@@ -49,9 +49,7 @@ def _artifact(folder: Path, bits: int, digest: str = "") -> Path:
     contract = _program(0).contract
     finish(
         folder,
-        make_manifest(
-            contract=contract, source=source, files=(), quantization={}, engine_info={"bits": bits}
-        ),
+        make_manifest(contract=contract, source=source, files=(), quantization={}, engine_info={"bits": bits}),
     )
     return folder
 
@@ -84,9 +82,7 @@ def test_compare_json(
     for row in rows:
         assert 0 <= row["top_k_kl"] <= row["kl"] + 1e-12
         assert (row["top_k"], row["source_matches"], row["text"]) == (5, True, "book.txt")
-    assert len(runs) == rows[0]["windows"] == 1, (
-        "the source model sees each window once, not once per artifact"
-    )
+    assert len(runs) == rows[0]["windows"] == 1, "the source model sees each window once, not once per artifact"
     pairs = [(item["first"], item["second"]) for item in found["differences"]]
     assert pairs == [(str(three[a]), str(three[b])) for a, b in ((0, 1), (0, 2), (1, 2))]
     gain = math.log(rows[0]["perplexity"] / rows[1]["perplexity"])
@@ -120,9 +116,7 @@ def test_compare_for_people(three: list[Path], text: Path, capsys: pytest.Captur
 
 
 def test_compare_saves_each(three: list[Path], text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = optc_json(capsys, "eval", "--compare", *three[:2], "--text", text, "--no-reference", "--save")[
-        "results"
-    ]
+    rows = optc_json(capsys, "eval", "--compare", *three[:2], "--text", text, "--no-reference", "--save")["results"]
     for path, row in zip(three[:2], rows, strict=True):
         quality = read_manifest(path).quality
         assert quality is not None

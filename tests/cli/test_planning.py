@@ -41,10 +41,16 @@ class _Block(torch.nn.Module):
 def test_routers_are_told_by_their_experts() -> None:
     assert sorted(quantizable(_Block())) == [*(f"experts.{i}.weight" for i in range(4)), "out.weight"]
     sizes = {
-        "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 64, "num_experts": 4, "num_attention_heads": 4, "vocab_size": 128,
+        "num_hidden_layers": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+        "num_experts": 4,
+        "num_attention_heads": 4,
+        "vocab_size": 128,
         "num_key_value_heads": 2,
-    }  # fmt: skip
+    }
     with torch.device("meta"):
         found = quantizable(Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes)))
     assert not [name for name in found if name.endswith("mlp.gate.weight")]

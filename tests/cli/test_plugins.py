@@ -27,9 +27,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(site: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(site), SOURCES])
     return subprocess.run(
-        [sys.executable, "-m", "optc", *map(str, arguments)], env={**os.environ, "PYTHONPATH": path},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "optc", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def test_compiles_with_them(site: Path, tmp_path: Path) -> None:

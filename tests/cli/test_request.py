@@ -32,8 +32,14 @@ Capture = pytest.CaptureFixture[str]
 
 WHAT = {"--dtype", "--device", "--passes", "--pass-option", "--trust-remote-code"}
 QUANTIZATION = {
-    "--quant", "--bits", "--average-bits", "--group-size", "--symmetric", "--asymmetric", "--ignore",
-}  # fmt: skip
+    "--quant",
+    "--bits",
+    "--average-bits",
+    "--group-size",
+    "--symmetric",
+    "--asymmetric",
+    "--ignore",
+}
 CALIBRATION = {"--calibration", "--calibration-samples", "--calibration-seq-len"}
 GATE = {
     "--text",
@@ -46,9 +52,18 @@ GATE = {
 }
 RUN = {"-o", "--output", "--force", "--dump-ir", "--work-dir"}
 TARGETS = {
-    "--max-seq-len", "--accuracy-level", "--max-batch", "--arch", "--trt-ops", "--trt-runtime", "--max-num-tokens",
-    "--kv-cache-dtype", "--speculative", "--draft-tokens", "--layout",
-}  # fmt: skip
+    "--max-seq-len",
+    "--accuracy-level",
+    "--max-batch",
+    "--arch",
+    "--trt-ops",
+    "--trt-runtime",
+    "--max-num-tokens",
+    "--kv-cache-dtype",
+    "--speculative",
+    "--draft-tokens",
+    "--layout",
+}
 TRAIN = {"--train", "--world-size", "--set"}
 COMMON = {"--recipe", "--json"}
 
@@ -94,11 +109,7 @@ def test_every_field_has_help_and_a_name_of_its_own() -> None:
 def wrong_values(field: Field) -> list[Any]:
     """Values of another type or out of bounds, as YAML and Python can give them."""
     ge, _, le, _ = field.bounds
-    outside = [
-        value
-        for value in (None if ge is None else ge - 1, None if le is None else le + 1)
-        if value is not None
-    ]
+    outside = [value for value in (None if ge is None else ge - 1, None if le is None else le + 1) if value is not None]
     if field.kind is int:
         return ["x", "4", 1.5, True, [4], {"a": 4}, *map(int, outside)]
     if field.kind is float:
@@ -222,9 +233,7 @@ def test_faults_that_were_found(text: str, what: str, tmp_path: Path, capsys: Ca
     keys = {"model": str(EXAMPLE), "target": "inductor-cpu", "output": str(output), "quant": "rtn"}
     recipe = tmp_path / "recipe.yaml"
     name = text.partition(":")[0]
-    recipe.write_text(
-        yaml.safe_dump({key: value for key, value in keys.items() if key != name}) + text + "\n"
-    )
+    recipe.write_text(yaml.safe_dump({key: value for key, value in keys.items() if key != name}) + text + "\n")
     assert exit_code("compile", "--recipe", recipe, "--json") == 2
     said = json.loads(capsys.readouterr().out)
     assert said["what"] == what
@@ -262,10 +271,12 @@ def test_targets_lists_the_options(capsys: Capture) -> None:
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["targets"]}
     assert rows["vllm"]["options"] == [
         {
-            "name": "layout", "takes": "one of compressed-tensors, awq, gptq", "default": "compressed-tensors",
+            "name": "layout",
+            "takes": "one of compressed-tensors, awq, gptq",
+            "default": "compressed-tensors",
             "help": "Form of quantized weights in a model folder.",
         }
-    ]  # fmt: skip
+    ]
 
 
 def test_the_docs_tables_are_current() -> None:

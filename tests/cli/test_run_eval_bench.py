@@ -123,9 +123,7 @@ def test_run_batch(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = [part for prompt in prompts for part in ("--prompt", prompt)]
     found = optc_json(capsys, "run", artifact, *flags, "--max-new-tokens", 12)
     assert set(found) == {"results", "ttft_ms", "tpot_ms", "kv_pool"}
-    assert [(row["prompt_tokens"], row["tokens"]) for row in found["results"]] == [
-        _greedy(p, 12) for p in prompts
-    ]
+    assert [(row["prompt_tokens"], row["tokens"]) for row in found["results"]] == [_greedy(p, 12) for p in prompts]
     assert optc("run", artifact, *flags, "--max-new-tokens", 12) == 0
     lines = capsys.readouterr().out
     assert lines == "".join(f"[{i}] {row['text']}\n" for i, row in enumerate(found["results"]))
@@ -133,9 +131,9 @@ def test_run_batch(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_run_sampling_is_seeded(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def tokens(*flags: object) -> list[int]:
-        found: list[int] = optc_json(
-            capsys, "run", artifact, "--prompt", "Once", "--max-new-tokens", 12, *flags
-        )["tokens"]
+        found: list[int] = optc_json(capsys, "run", artifact, "--prompt", "Once", "--max-new-tokens", 12, *flags)[
+            "tokens"
+        ]
         return found
 
     greedy = tokens()
@@ -195,9 +193,7 @@ def test_run_refuses(
     expect(capsys, code, message, "run", artifact, *flags)
 
 
-def test_empty_prompts(
-    artifact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_empty_prompts(artifact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     # The tokenizer adds a begin-of-text token, so even empty text is a prompt of one token ...
     assert len(optc_json(capsys, "run", artifact, "--prompt", "", "--max-new-tokens", 2)["tokens"]) == 2
     # ... and where it adds none, it is refused.
@@ -205,9 +201,7 @@ def test_empty_prompts(
     expect(capsys, 3, "prompt 0 is empty", "run", artifact, "--prompt", "")
 
 
-def test_tampered_and_missing_artifacts(
-    artifact: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_tampered_and_missing_artifacts(artifact: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (artifact / "tokenizer.json").write_text("{}")
     expect(capsys, 7, "'tokenizer.json' has the wrong size", "run", artifact, "--prompt", "a")
     expect(capsys, 3, "the artifact does not exist", "run", tmp_path / "none", "--prompt", "a")
@@ -236,9 +230,12 @@ def test_eval_for_people(artifact: Path, text: Path, capsys: pytest.CaptureFixtu
     out, err = capsys.readouterr()
     assert err == "", "progress is for terminals"
     assert [line.split("  ")[0] for line in out.splitlines()] == [
-        "tokens", "perplexity", f"reference perplexity {out.splitlines()[2].split()[2]}",
-        f"KL(source||artifact) {out.splitlines()[3].split()[1]} nats per token", "top-1 agreement",
-    ]  # fmt: skip
+        "tokens",
+        "perplexity",
+        f"reference perplexity {out.splitlines()[2].split()[2]}",
+        f"KL(source||artifact) {out.splitlines()[3].split()[1]} nats per token",
+        "top-1 agreement",
+    ]
 
 
 def _changed_model(folder: Path) -> Path:

@@ -53,9 +53,7 @@ def test_compiles_without_metadata(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    project = tomllib.loads((Path(module.__file__).resolve().parents[1] / "pyproject.toml").read_text())[
-        "project"
-    ]
+    project = tomllib.loads((Path(module.__file__).resolve().parents[1] / "pyproject.toml").read_text())["project"]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["optc_version"] == project["version"]
 

@@ -32,25 +32,23 @@ def recipe(start: tuple[Path, Path]) -> Path:
 
 
 def test_a_recipe_file_trains(recipe: Path, tmp_path: Path, capsys: Capture) -> None:
-    assert (
-        optc(
-            "train", recipe, "--max_steps", 3, "--set", "optimizer.lr=3e-3", "-o", tmp_path / "out", "--json"
-        )
-        == 0
-    )
+    assert optc("train", recipe, "--max_steps", 3, "--set", "optimizer.lr=3e-3", "-o", tmp_path / "out", "--json") == 0
     found = capsys.readouterr()
     result = json.loads(found.out)
     assert result["steps"] == 3
     assert result["config"]["optimizer"]["lr"] == 3e-3
     assert found.err == ""  # no progress bar without a terminal
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "config.json", "generation_config.json", "log.jsonl", "model.safetensors", "report.html", "train.json",
-    ]  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "log.jsonl",
+        "model.safetensors",
+        "report.html",
+        "train.json",
+    ]
 
 
-def test_flags_win_over_the_recipe_that_ships(
-    start: tuple[Path, Path], tmp_path: Path, capsys: Capture
-) -> None:
+def test_flags_win_over_the_recipe_that_ships(start: tuple[Path, Path], tmp_path: Path, capsys: Capture) -> None:
     flags = ["--recipe", "finetune", "--model", start[0], "--text", start[1], "--text", start[1], "--max-steps", 1,
              "--seed", 3, "--set", "batch_size=2", "--set", "seq_len=32"]  # fmt: skip
     assert optc("train", *flags, "-o", tmp_path / "out", "--json") == 0
@@ -72,11 +70,19 @@ def test_flags_win_over_the_recipe_that_ships(
         (["--recipe", "finetune", "--model", "none", "--text", "none"], 2, "no output given"),
         (["--recipe", "finetune", "--bits", "4"], 2, "--bits has no effect without QAT"),
         (["--recipe", "finetune", "--group-size", "4"], 2, "--group-size has no effect without QAT"),
-        (["--recipe", "finetune", "--model", "none", "--text", "none", "-o", "OUT"], 3, "the model folder does not exist"),
-        (["--recipe", "finetune", "--model", EXAMPLE, "--text", "none", "-o", "OUT"], 3, "the training text does not exist"),
+        (
+            ["--recipe", "finetune", "--model", "none", "--text", "none", "-o", "OUT"],
+            3,
+            "the model folder does not exist",
+        ),
+        (
+            ["--recipe", "finetune", "--model", EXAMPLE, "--text", "none", "-o", "OUT"],
+            3,
+            "the training text does not exist",
+        ),
         (["--recipe", "finetune", "--model", EXAMPLE, "-o", "OUT"], 3, "no training text"),
     ],
-)  # fmt: skip
+)
 def test_errors(flags: list[Any], code: int, message: str, tmp_path: Path, capsys: Capture) -> None:
     given = [tmp_path / "out" if flag == "OUT" else flag for flag in flags]
     assert optc("train", *given) == code

@@ -13,9 +13,7 @@ from optc.compiler.plugins import plugins
 
 def found(monkeypatch: pytest.MonkeyPatch, value: str) -> list[float]:
     entry = EntryPoint(name="mine", value=value, group="optc.numbers")
-    monkeypatch.setattr(
-        module.metadata, "entry_points", lambda group: [entry] if group == "optc.numbers" else []
-    )
+    monkeypatch.setattr(module.metadata, "entry_points", lambda group: [entry] if group == "optc.numbers" else [])
     return list(plugins("optc.numbers", "a number", lambda item: item if isinstance(item, float) else None))
 
 

@@ -92,9 +92,7 @@ def test_layers_are_one_piece_each(tiny: Path, model: Any) -> None:
     layers = len(model.manifest.contract.layers)
     assert info["delegates"] <= layers + 3
     assert "aten::index_put_.default" in info["operators"] or "aten::index_put_" in info["operators"]
-    assert not [
-        name for name in info["operators"] if name.startswith(("aten::bmm", "aten::linear", "aten::mean"))
-    ]
+    assert not [name for name in info["operators"] if name.startswith(("aten::bmm", "aten::linear", "aten::mean"))]
 
 
 def test_what_runners_ask_for(tiny: Path) -> None:
@@ -102,9 +100,7 @@ def test_what_runners_ask_for(tiny: Path) -> None:
     from executorch.runtime import Runtime
 
     program = Runtime.get().load_program(tiny / "model.pte")
-    constants = {
-        name: program.load_method(name).execute(())[0] for name in program.method_names - {"forward"}
-    }
+    constants = {name: program.load_method(name).execute(())[0] for name in program.method_names - {"forward"}}
     assert constants["get_max_seq_len"] == 128
     assert constants["get_max_context_len"] == CAPACITY
     assert constants["get_vocab_size"] == 128
@@ -193,9 +189,7 @@ def test_packing_keeps_the_codes() -> None:
         assert torch.equal(scale, scale.bfloat16().float())
     eight = packed(8, 0)
     assert eight.matched == 14
-    assert {
-        node.kwargs["group_size"] for node in eight.program.calls(torch.ops.optc.linear_dynamic.default)
-    } == {0}
+    assert {node.kwargs["group_size"] for node in eight.program.calls(torch.ops.optc.linear_dynamic.default)} == {0}
 
 
 @pytest.mark.parametrize(
@@ -234,9 +228,7 @@ def test_other_kinds_of_models_are_refused() -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        TargetError, match=r'ExecuTorch is not installed\n  remedy: pip install "optc\[executorch\]"'
-    ):
+    with pytest.raises(TargetError, match=r'ExecuTorch is not installed\n  remedy: pip install "optc\[executorch\]"'):
         chosen("executorch")
 
 
@@ -262,13 +254,9 @@ def test_operators_without_a_kernel_are_listed_together() -> None:
 
 def _pte(folder: Path, data: bytes) -> Path:
     layer = AttentionFacts(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=8, scale=0.5, causal=True)
-    contract = Contract(
-        kind="decoder", inputs=(), outputs=(), layers=(layer,), kv_cache=KVCache(kind="linear")
-    )
+    contract = Contract(kind="decoder", inputs=(), outputs=(), layers=(layer,), kv_cache=KVCache(kind="linear"))
     info = {"model": "model.onnx", "vocab_size": 9, "context_length": 8, "chunk": 4}
-    make_artifact(
-        folder, engine="executorch", target="executorch", contract=contract, engine_info=info, files=()
-    )
+    make_artifact(folder, engine="executorch", target="executorch", contract=contract, engine_info=info, files=())
     return folder
 
 

@@ -102,9 +102,7 @@ def test_truncated_weights_are_refused(built: Built, tmp_path: Path) -> None:
         (3, torch.zeros((1, 4, 9, 16)), r"input past_key_values.0.value .*'capacity': 8"),
     ],
 )
-def test_inputs_that_would_crash_are_refused(
-    package: Package, index: int, value: Tensor, message: str
-) -> None:
+def test_inputs_that_would_crash_are_refused(package: Package, index: int, value: Tensor, message: str) -> None:
     inputs = _inputs(package)
     inputs[index] = value
     with pytest.raises(PackageError, match=message):

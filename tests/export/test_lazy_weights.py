@@ -19,9 +19,7 @@ NOT_COMPARED = {"manifest.json", "report.html"}  # they hold times
 
 def _compiled(folder: Path, model: str, target: str, quant: str) -> dict[str, str]:
     own = {} if quant in ("smoothquant", "fp8") else {"group_size": 32}
-    optc.compile(
-        source(model), target=target, output=folder, quant=quant, calibration=TOKENS, max_kl=1e9, **own
-    )
+    optc.compile(source(model), target=target, output=folder, quant=quant, calibration=TOKENS, max_kl=1e9, **own)
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in NOT_COMPARED]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -38,9 +36,7 @@ def _compiled(folder: Path, model: str, target: str, quant: str) -> dict[str, st
         ("phi3", "vllm", "fp8"),
     ],
 )
-def test_same_artifact(
-    model: str, target: str, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_same_artifact(model: str, target: str, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = _compiled(tmp_path / "resident", model, target, quant)
     monkeypatch.setattr(pretrained, "RESIDENT_BYTES", 0)
     monkeypatch.setattr(stored_weights, "_SPILLED_BYTES", 0)

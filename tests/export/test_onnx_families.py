@@ -74,9 +74,7 @@ def test_a_quantized_module(bits: int, group: int, symmetric: bool, tmp_path: Pa
 def test_a_quantized_decoder(tmp_path: Path) -> None:
     """4 bits, zero points: every schedule of ONNX Runtime within 1e-4 of the whole quantized sequence in eager mode."""
     options = {"bits": 4, "group_size": 32, "symmetric": False}
-    program, result = ort_driver.compiled(
-        captured("llama"), tmp_path, quant="rtn", accuracy_level=0, **options
-    )
+    program, result = ort_driver.compiled(captured("llama"), tmp_path, quant="rtn", accuracy_level=0, **options)
     assert result.info["operators"]["MatMulNBits"] == 8
     canonical = _stored(QuantizeRtn(**options).run(captured("llama"), PassContext()).program)
     rows = sequences(*_LENGTHS)
@@ -102,9 +100,7 @@ def test_a_quantized_decoder(tmp_path: Path) -> None:
     ],
     ids=["llama-12", "llama-8", "phi-32", "gpt2-12"],
 )
-def test_other_head_sizes(
-    name: str, sizes: dict[str, int], operators: dict[str, int], tmp_path: Path
-) -> None:
+def test_other_head_sizes(name: str, sizes: dict[str, int], operators: dict[str, int], tmp_path: Path) -> None:
     cls, config_cls, usual = FAMILIES[name]
     torch.manual_seed(0)
     model = cls(config_cls(**{**usual, **sizes})).eval().requires_grad_(False)

@@ -49,11 +49,7 @@ def stages(name: str, granularity: str, format: str = "int8") -> tuple[Program, 
 
 
 def test_nothing_is_stored_as_codes_where_nothing_is_rounded() -> None:
-    (step,) = (
-        step
-        for step in TARGET.recipe("decoder", chosen("onnx-cpu"))
-        if isinstance(step.rewrite, StoreKVCodes)
-    )
+    (step,) = (step for step in TARGET.recipe("decoder", chosen("onnx-cpu")) if isinstance(step.rewrite, StoreKVCodes))
     assert not step.applies(rewritten(StaticKVCache(), "llama").program)
 
 

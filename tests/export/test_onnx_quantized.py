@@ -121,9 +121,7 @@ def test_engine_and_program_agree(name: str, scheme: str, tmp_path: Path) -> Non
 
 
 def _operators(folder: Path) -> Counter[str]:
-    return Counter(
-        node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node
-    )
+    return Counter(node.op_type for node in onnx.load(folder / "model.onnx", load_external_data=False).graph.node)
 
 
 @pytest.mark.parametrize("unsigned", [False, True])
@@ -154,9 +152,7 @@ def test_scales_take_16_bits_where_that_is_exact(tmp_path: Path) -> None:
         program = _scaled(quantized("llama", "3-bit"), half)
         check(program, folder)
         sizes.append((folder / "model.onnx.data").stat().st_size)
-    scales = sum(
-        program.weight(name).numel() for name in program.exported.state_dict if name.endswith("_scale")
-    )
+    scales = sum(program.weight(name).numel() for name in program.exported.state_dict if name.endswith("_scale"))
     assert abs(sizes[1] - sizes[0] - 2 * scales) < 4096  # less the padding between tensors
 
 
@@ -171,9 +167,7 @@ def test_standard_operators_where_asked(
     options = ort.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     options.log_severity_level, options.intra_op_num_threads = 4, 1
-    monkeypatch.setattr(
-        ort_driver, "open_session", lambda folder: ort.InferenceSession(folder / "model.onnx", options)
-    )
+    monkeypatch.setattr(ort_driver, "open_session", lambda folder: ort.InferenceSession(folder / "model.onnx", options))
     check(quantized(name, scheme), tmp_path, qdq=True)
     found = _operators(tmp_path)
     assert found["DequantizeLinear"] == 8

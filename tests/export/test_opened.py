@@ -68,9 +68,7 @@ def test_figures_are_recorded(tmp_path: Path) -> None:
 
 
 def test_rounding_of_activations_has_its_own_limit(tmp_path: Path) -> None:
-    opened = _compile(
-        make_model("llama"), tmp_path, quant="rtn", group_size=32, max_relative_error=9
-    ).manifest.opened
+    opened = _compile(make_model("llama"), tmp_path, quant="rtn", group_size=32, max_relative_error=9).manifest.opened
     assert opened is not None
     assert opened.limit == 0.08
     assert opened.relative is not None
@@ -87,17 +85,13 @@ def test_an_encoder_is_opened(tmp_path: Path) -> None:
 
 def test_damaged_weights_stop_the_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _damaged(monkeypatch, _scaled("model.onnx.data"))
-    with pytest.raises(
-        GateError, match="computes different numbers from the last stage in onnxruntime"
-    ) as caught:
+    with pytest.raises(GateError, match="computes different numbers from the last stage in onnxruntime") as caught:
         _compile(_net(), tmp_path)
     assert caught.value.exit_code == 5
     assert not list(tmp_path.iterdir()), "nothing is published"
 
 
-def test_a_file_that_cannot_be_opened_stops_the_compile(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_cannot_be_opened_stops_the_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _damaged(monkeypatch, _cut)
     with pytest.raises(GateError, match="the written file cannot be opened by onnx"):
         _compile(_net(), tmp_path)
@@ -112,9 +106,7 @@ def test_an_engine_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: py
     assert opened.why == "ONNX Runtime is not installed"
 
 
-def test_a_model_folder_is_read_back(
-    example_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_folder_is_read_back(example_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = _compile(example_model, tmp_path, "vllm", quant="rtn").manifest.opened
     assert opened is not None
     assert opened.engine == "transformers"

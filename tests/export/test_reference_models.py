@@ -83,9 +83,7 @@ def test_ragged_batch_of_four(pair: Pair) -> None:
     logits = session.prefill(rows)
     for step in range(7):
         for row in range(4):
-            worst = max(
-                worst, float(np.abs(logits[row] - pair.logits([*rows[row], *more[row][:step]])[-1]).max())
-            )
+            worst = max(worst, float(np.abs(logits[row] - pair.logits([*rows[row], *more[row][:step]])[-1]).max()))
         if step < 6:
             logits = session.decode([tokens[step] for tokens in more])
     assert worst <= LIMIT
@@ -102,9 +100,7 @@ def test_rewind(pair: Pair) -> None:
 def test_greedy_tokens(pair: Pair) -> None:
     found = pair.model.generate(PROMPT, max_new_tokens=64, ignore_eos=True)
     ids = torch.tensor([found.prompt_tokens])
-    expected = pair.reference.generate(
-        ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None
-    )
+    expected = pair.reference.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None)
     assert found.tokens == expected[0, ids.shape[1] :].tolist()
 
 

@@ -132,9 +132,7 @@ def test_the_example_model_by_the_public_api(tmp_path: Path, layout: str) -> Non
     assert result.manifest.engine == "huggingface"
     summary = result.manifest.quantization
     assert summary["bits"] == [4]
-    assert {"tokenizer.json", "config.json", "model.safetensors", "manifest.json"} <= {
-        p.name for p in out.iterdir()
-    }
+    assert {"tokenizer.json", "config.json", "model.safetensors", "manifest.json"} <= {p.name for p in out.iterdir()}
     program, _ = capture_pretrained(out)
     ids = _ids(1000)
     if layout == "compressed-tensors":

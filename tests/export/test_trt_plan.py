@@ -72,9 +72,7 @@ def test_what_is_recorded(int4: tuple[Path, ExportResult]) -> None:
         assert name.encode() in plan
 
 
-def test_two_builds_are_equal_but_for_the_order_of_a_table(
-    int4: tuple[Path, ExportResult], tmp_path: Path
-) -> None:
+def test_two_builds_are_equal_but_for_the_order_of_a_table(int4: tuple[Path, ExportResult], tmp_path: Path) -> None:
     """The graph byte for byte; of the plan, TensorRT for RTX writes a few entries in an order of its own."""
     folder, _ = int4
     chosen = trt_driver.options(dtype="fp16", quant="rtn", trt_runtime="rtx", arch="sm89,sm120")
@@ -120,9 +118,7 @@ def _copied(int4: tuple[Path, ExportResult], tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_network_that_is_not_the_programs_stops_the_build(
-    int4: tuple[Path, ExportResult], tmp_path: Path
-) -> None:
+def test_a_network_that_is_not_the_programs_stops_the_build(int4: tuple[Path, ExportResult], tmp_path: Path) -> None:
     folder = _copied(int4, tmp_path)
     engine = facts(folder)
     engine["network"]["dequantize"] = {"INT4": 15}
@@ -147,9 +143,7 @@ def test_a_builder_that_is_killed(int4: tuple[Path, ExportResult], tmp_path: Pat
         build(folder, Choice("fused", "rtx"))
 
 
-def test_a_plan_built_later_is_sealed_into_the_manifest(
-    int4: tuple[Path, ExportResult], tmp_path: Path
-) -> None:
+def test_a_plan_built_later_is_sealed_into_the_manifest(int4: tuple[Path, ExportResult], tmp_path: Path) -> None:
     """As on a device: by the folder's own script, without optc."""
     folder = _copied(int4, tmp_path)
     engine = facts(folder)
@@ -177,11 +171,19 @@ def test_a_plan_built_later_is_sealed_into_the_manifest(
 
 def _manifest() -> Manifest:
     source = Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype="")
-    program = ProgramEntry(
-        contract=Contract(kind="decoder", inputs=(), outputs=()), engine_info={"plan": None}
-    )
+    program = ProgramEntry(contract=Contract(kind="decoder", inputs=(), outputs=()), engine_info={"plan": None})
     return Manifest(
-        optc_version="0", created="", target="trt", engine="tensorrt", device="cuda",
-        needs={"machine": "x86_64", "tensorrt": ">=8.6"}, dtype="float16", source=source, passes=(),
-        weight_bytes=0, quantization={}, seconds={}, programs={"model": program},
-    )  # fmt: skip
+        optc_version="0",
+        created="",
+        target="trt",
+        engine="tensorrt",
+        device="cuda",
+        needs={"machine": "x86_64", "tensorrt": ">=8.6"},
+        dtype="float16",
+        source=source,
+        passes=(),
+        weight_bytes=0,
+        quantization={},
+        seconds={},
+        programs={"model": program},
+    )

@@ -18,10 +18,16 @@ from optc.exporters.trt.facts import network_facts
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 CASES = [
-    ("fp32", "rtn", "fused"), ("fp16", "rtn", "fused"), ("fp16", "awq", "fused"), ("fp32", "gptq", "fused"),
-    ("fp16", "int8", "fused"), ("fp32", "smoothquant", "fused"), ("fp32", "smoothquant", "basic"),
-    ("fp16", "smoothquant", "basic"), ("fp32", "fp8", "fused"),
-]  # fmt: skip
+    ("fp32", "rtn", "fused"),
+    ("fp16", "rtn", "fused"),
+    ("fp16", "awq", "fused"),
+    ("fp32", "gptq", "fused"),
+    ("fp16", "int8", "fused"),
+    ("fp32", "smoothquant", "fused"),
+    ("fp32", "smoothquant", "basic"),
+    ("fp16", "smoothquant", "basic"),
+    ("fp32", "fp8", "fused"),
+]
 CODES = {"rtn": "INT4", "awq": "INT4", "gptq": "INT4", "int8": "INT8", "smoothquant": "INT8", "fp8": "FP8"}
 
 
@@ -38,9 +44,7 @@ def test_engine_and_program_agree(dtype: str, quant: str, ops: str, tmp_path: Pa
     rounds = quant in ("smoothquant", "fp8")
     trt_driver.check(before, tmp_path, sequences(*trt_driver.LENGTHS), codes=rounds)
     facts = network_facts(last, ops)
-    found = Counter(
-        node.op_type for node in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node
-    )
+    found = Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node)
     assert found["DequantizeLinear"] == sum(facts["dequantize"].values())
     inputs = 8 if rounds else 0
     assert found["QuantizeLinear"] == facts["quantize"] == inputs + (14 if ops == "basic" else 0)

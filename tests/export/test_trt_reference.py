@@ -11,9 +11,7 @@ import trt_driver
 from optc.compiler.capture import capture_pretrained
 from optc.runtime.generation.tokenizer import load_tokenizer
 
-TEXT = (
-    "The old man looked at the sea, and said nothing for a long while. Then he turned to the boy and smiled. "
-)
+TEXT = "The old man looked at the sea, and said nothing for a long while. Then he turned to the boy and smiled. "
 
 
 @pytest.mark.shared

@@ -54,8 +54,12 @@ def _no_config(model: Path) -> None:
 
 def _remote_code(model: Path) -> None:
     (model / "evil.py").write_text("raise SystemExit('executed')")
-    edit_config(model, model_type="evil", architectures=["EvilForCausalLM"],
-                auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})  # fmt: skip
+    edit_config(
+        model,
+        model_type="evil",
+        architectures=["EvilForCausalLM"],
+        auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    )
 
 
 def _truncated(model: Path) -> None:
@@ -167,9 +171,7 @@ def test_output_below_a_file(model: Path, tmp_path: Path, capsys: Capture) -> No
         (["--target", "onnx-cpu", "--pass-option", "quantize-rtn.bits=2"], 2, "static-kv-cache"),
     ],
 )
-def test_bad_request(
-    model: Path, tmp_path: Path, capsys: Capture, args: list[str], code: int, near: str
-) -> None:
+def test_bad_request(model: Path, tmp_path: Path, capsys: Capture, args: list[str], code: int, near: str) -> None:
     assert optc("compile", model, "-o", tmp_path / "out", *args) == code
     assert near in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -190,9 +192,17 @@ def test_full_disk(model: Path, tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
     (tmp_path / "out").mkdir()
-    command = [sys.executable, "-c", "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-               "from optc.cli.main import main; main()", "compile", str(model), "--target", "onnx-cpu",
-               "-o", str(tmp_path / "out" / "artifact")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from optc.cli.main import main; main()",
+        "compile",
+        str(model),
+        "--target",
+        "onnx-cpu",
+        "-o",
+        str(tmp_path / "out" / "artifact"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
     assert done.returncode == 8, done.stderr
     assert "disk" in done.stderr

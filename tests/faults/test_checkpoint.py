@@ -216,9 +216,7 @@ REMOTE = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     [("mystery", "MysteryForCausalLM"), ("llama", "MysteryForCausalLM"), ("mystery", "LlamaForCausalLM")],
 )
 def test_remote_code_is_refused_unless_asked_for(tmp_path: Path, model_type: str, architecture: str) -> None:
-    make_model(
-        tmp_path, config={"model_type": model_type, "architectures": [architecture], "auto_map": REMOTE}
-    )
+    make_model(tmp_path, config={"model_type": model_type, "architectures": [architecture], "auto_map": REMOTE})
     (tmp_path / "code.py").write_text("raise SystemExit('executed')")
     refused(
         lambda: check_folder(tmp_path),
@@ -268,9 +266,7 @@ def test_no_weights(tmp_path: Path) -> None:
 def test_weights_without_a_tensor(tmp_path: Path) -> None:
     make_model(tmp_path)
     path = raw_file(tmp_path / "model.safetensors", {})
-    refused(
-        lambda: check_folder(tmp_path), "the safetensors file is damaged", path, "it holds no tensors", AGAIN
-    )
+    refused(lambda: check_folder(tmp_path), "the safetensors file is damaged", path, "it holds no tensors", AGAIN)
 
 
 # -- index and shards ----------------------------------------------------------------------------
@@ -282,9 +278,7 @@ def test_missing_shard(tmp_path: Path) -> None:
     refused(lambda: check_folder(tmp_path), what, tmp_path, f"{INDEX} names it", "download the missing file")
 
 
-@pytest.mark.parametrize(
-    "text", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": null}']
-)
+@pytest.mark.parametrize("text", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": null}'])
 def test_malformed_index(tmp_path: Path, text: str) -> None:
     (make_model(tmp_path, shards=2) / INDEX).write_text(text)
     remedy = "download the file again"
@@ -303,9 +297,7 @@ def test_shard_outside_the_folder(tmp_path: Path, shard: str) -> None:
         "the index names a bad file",
         f"{shard!r} is not the name of a safetensors file in this folder",
     )
-    refused(
-        lambda: check_folder(tmp_path / "model"), what, tmp_path / "model" / INDEX, why, "use another copy"
-    )
+    refused(lambda: check_folder(tmp_path / "model"), what, tmp_path / "model" / INDEX, why, "use another copy")
 
 
 def test_tensor_missing_in_its_shard(tmp_path: Path) -> None:
@@ -370,9 +362,7 @@ def test_hostile_headers(
 def test_too_short_for_a_header(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"1234567")
     why = "it has 7 bytes, too few for a header: truncated"
-    refused(
-        lambda: read_header(tmp_path / "x"), "the safetensors file is damaged", tmp_path / "x", why, AGAIN
-    )
+    refused(lambda: read_header(tmp_path / "x"), "the safetensors file is damaged", tmp_path / "x", why, AGAIN)
 
 
 def test_unknown_dtype_lists_the_known(tmp_path: Path) -> None:
@@ -382,14 +372,10 @@ def test_unknown_dtype_lists_the_known(tmp_path: Path) -> None:
     refused(lambda: read_header(path), "dtype F4 is not supported", f"{path}: tensor 'a'", "", remedy)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bool, torch.uint16, torch.int64]
-)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bool, torch.uint16, torch.int64])
 @pytest.mark.parametrize("shape", [(), (0, 4), (3, 1)])
 def test_every_shape_and_dtype_is_read(tmp_path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    save_file(
-        {"t": torch.zeros(shape).to(dtype), "u": torch.ones(2)}, make_model(tmp_path) / "model.safetensors"
-    )
+    save_file({"t": torch.zeros(shape).to(dtype), "u": torch.ones(2)}, make_model(tmp_path) / "model.safetensors")
     info = check_folder(tmp_path)
     check_values(info)
     assert info.tensors["t"].shape == shape
@@ -420,9 +406,7 @@ def test_damaged_headers_never_crash(tmp_path: Path, seed: int) -> None:
             elif kind == 1:
                 data[place : place + generator.randrange(8)] = b""
             elif kind == 2:
-                data[place:place] = generator.choice(
-                    [b"9", b"-", b'"', b"{", b"[", b"\0", b"\xff", b"1e9", b","]
-                )
+                data[place:place] = generator.choice([b"9", b"-", b'"', b"{", b"[", b"\0", b"\xff", b"1e9", b","])
             else:
                 data[place] = generator.randrange(256)
         path.write_bytes(data)
@@ -466,8 +450,7 @@ def test_nan_in_float8(tmp_path: Path) -> None:
 def test_largest_finite_values_are_fine(tmp_path: Path) -> None:
     """A sum would overflow."""
     big = {
-        str(dtype): torch.full((9,), torch.finfo(dtype).max, dtype=dtype)
-        for dtype in (torch.float32, torch.float16)
+        str(dtype): torch.full((9,), torch.finfo(dtype).max, dtype=dtype) for dtype in (torch.float32, torch.float16)
     }
     save_file(big, make_model(tmp_path) / "model.safetensors")
     check_values(check_folder(tmp_path))

@@ -88,9 +88,7 @@ def test_resumed_goes_on_to_the_same_curve(start: tuple[Path, Path], tmp_path: P
     result = train(config, resume=True)
     assert result is not None
     assert result.resumed_from == 4
-    whole, parts = (
-        [row.loss for row in read_log(tmp_path / name / "log.jsonl")] for name in ("whole", "parts")
-    )
+    whole, parts = ([row.loss for row in read_log(tmp_path / name / "log.jsonl")] for name in ("whole", "parts"))
     assert parts == pytest.approx(whole, abs=1e-4)
 
 

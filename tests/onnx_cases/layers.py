@@ -85,11 +85,13 @@ REDUCTIONS: Cases = {
 _W, _IMAGE, _KERNEL = f(5, 4), f(3, 4, 9, 8), f(4, 4, 3, 3)
 LAYERS: Cases = {
     "aten.linear.default": [
-        (lambda x: nn.linear(x, _W), f()), (lambda x: nn.linear(x, _W, _W[:, 0]), f(3, 2, 4)),
+        (lambda x: nn.linear(x, _W), f()),
+        (lambda x: nn.linear(x, _W, _W[:, 0]), f(3, 2, 4)),
         (lambda x: nn.linear(x, x * 2), f()),
     ],
     "aten.matmul.default": [
-        (lambda x: x @ _W.t(), f()), (lambda x, y: x @ y.transpose(-1, -2), f(3, 2, 4), f(3, 5, 4)),
+        (lambda x: x @ _W.t(), f()),
+        (lambda x, y: x @ y.transpose(-1, -2), f(3, 2, 4), f(3, 5, 4)),
         (lambda x: x @ x[0], f()),
     ],
     "aten.mm.default": [(lambda x: torch.mm(x, x.t()), f())],
@@ -103,7 +105,8 @@ LAYERS: Cases = {
         (lambda x: nn.embedding(x, _W, padding_idx=0), i(low=0, high=5, dtype=I32)),
     ],
     "aten.rms_norm.default": [
-        (lambda x: nn.rms_norm(x, [4], _W[0], 1e-6), f()), (lambda x: nn.rms_norm(x, [4]), f(3, 2, 4)),
+        (lambda x: nn.rms_norm(x, [4], _W[0], 1e-6), f()),
+        (lambda x: nn.rms_norm(x, [4]), f(3, 2, 4)),
         (lambda x: nn.rms_norm(x, [2, 4], eps=1e-3), f(3, 2, 4)),
     ],
     "aten.layer_norm.default": [
@@ -131,19 +134,21 @@ LAYERS: Cases = {
         (lambda x: nn.conv2d(x, _KERNEL, padding="valid", stride=2), _IMAGE),
     ],
     "aten.max_pool2d.default": [
-        (lambda x: nn.max_pool2d(x, 2), _IMAGE), (lambda x: nn.max_pool2d(x, (3, 2), 2, 1), _IMAGE),
+        (lambda x: nn.max_pool2d(x, 2), _IMAGE),
+        (lambda x: nn.max_pool2d(x, (3, 2), 2, 1), _IMAGE),
         (lambda x: nn.max_pool2d(x, 2, 3, 1, ceil_mode=True), _IMAGE),
         (lambda x: nn.max_pool2d(x, 2, 1, dilation=2), _IMAGE),
     ],
     "aten.avg_pool2d.default": [
-        (lambda x: nn.avg_pool2d(x, 2), _IMAGE), (lambda x: nn.avg_pool2d(x, 3, 2, 1), _IMAGE),
+        (lambda x: nn.avg_pool2d(x, 2), _IMAGE),
+        (lambda x: nn.avg_pool2d(x, 3, 2, 1), _IMAGE),
         (lambda x: nn.avg_pool2d(x, 3, 2, 1, count_include_pad=False), _IMAGE),
         (lambda x: nn.avg_pool2d(x, (3, 1), (2, 1), ceil_mode=True), _IMAGE),
         (lambda x: nn.avg_pool2d(x, 3, 2, 1, ceil_mode=True), _IMAGE),
         (lambda x: nn.avg_pool2d(x, 4, 3, 2, ceil_mode=True, count_include_pad=False), _IMAGE),
     ],
     "aten.adaptive_avg_pool2d.default": [(lambda x: nn.adaptive_avg_pool2d(x, 1), _IMAGE)],
-}  # fmt: skip
+}
 
 _INV = torch.tensor([1.0, 0.1])
 _MATRIX = f(4, 4)
@@ -159,9 +164,7 @@ def _attend(causal: bool, window: int, softcap: float = 0.0) -> Callable[..., Te
 
 def _attend_cache(total: int, window: int, softcap: float = 0.0) -> Callable[..., Any]:
     knobs = {"scale": 0.3, "window": window, "softcap": softcap}
-    return lambda q, k, v, keys, values, past: _optc.cached_attention(
-        q, k, v, keys, values, past, total, None, **knobs
-    )
+    return lambda q, k, v, keys, values, past: _optc.cached_attention(q, k, v, keys, values, past, total, None, **knobs)
 
 
 def _rotate(interleaved: bool) -> Callable[..., Tensor]:
@@ -170,9 +173,13 @@ def _rotate(interleaved: bool) -> Callable[..., Tensor]:
 
 DIALECT: Cases = {
     "optc.attention.default": [
-        (_attend(True, 0), _Q, _K, _V), (_attend(False, 0), _Q, _K, _V), (_attend(True, 3, 2.0), _Q, _K, _V),
-        (_attend(False, 2), _Q, _Q, _Q), (_attend(True, 0), _Q[:, :, :2], _K, _V),
-        (_attend(True, 2), _Q, _K, _V, _PADDING), (_attend(False, 0), _Q, _K, _V, _PADDING.bool()),
+        (_attend(True, 0), _Q, _K, _V),
+        (_attend(False, 0), _Q, _K, _V),
+        (_attend(True, 3, 2.0), _Q, _K, _V),
+        (_attend(False, 2), _Q, _Q, _Q),
+        (_attend(True, 0), _Q[:, :, :2], _K, _V),
+        (_attend(True, 2), _Q, _K, _V, _PADDING),
+        (_attend(False, 0), _Q, _K, _V, _PADDING.bool()),
     ],
     "optc.cached_attention.default": [
         (_attend_cache(5, 0), _Q, _K, _V, f(3, 2, 0, 8), f(3, 2, 0, 8), torch.zeros(3, dtype=I64)),
@@ -180,9 +187,7 @@ DIALECT: Cases = {
         (_attend_cache(9, 0, 2.0), _Q, _K, _V, f(3, 2, 14, 8), f(3, 2, 14, 8), torch.tensor([4, 0, 3])),
     ],
     "optc.rotary.default": [
-        (_rotate(interleaved), x, _PLACES)
-        for interleaved in (False, True)
-        for x in (f(3, 2, 5, 4), f(3, 2, 5, 8))
+        (_rotate(interleaved), x, _PLACES) for interleaved in (False, True) for x in (f(3, 2, 5, 4), f(3, 2, 5, 8))
     ],
     "optc.rotate_blocks.default": [
         (lambda x: _optc.rotate_blocks(x, _MATRIX), f(3, 2, 8)),
@@ -191,4 +196,4 @@ DIALECT: Cases = {
     "optc.skip_rms_norm.default": [
         (lambda x, y: _optc.skip_rms_norm(x, y, _INV.repeat(4), eps=1e-6), f(3, 2, 8), f(3, 2, 8)),
     ],
-}  # fmt: skip
+}

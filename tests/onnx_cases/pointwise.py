@@ -36,7 +36,8 @@ UNARY: Cases = {
     "aten.square.default": [(torch.square, f()), (torch.square, i())],
     "aten.hardsigmoid.default": [(nn.hardsigmoid, f(low=-5.0, high=5.0))],
     "aten.hardtanh.default": [
-        (nn.hardtanh, f()), (lambda x: _aten.hardtanh(x, max_val=2.5), f()),
+        (nn.hardtanh, f()),
+        (lambda x: _aten.hardtanh(x, max_val=2.5), f()),
     ],
     "aten.relu6.default": [(nn.relu6, f(low=-3.0, high=9.0))],
     "aten.hardtanh_.default": [(lambda x: _aten.hardtanh_(x + 1, 0, 2), f())],
@@ -45,16 +46,16 @@ UNARY: Cases = {
     "aten.silu_.default": [(lambda x: _aten.silu_(x + 1), f())],
     "aten.logical_not.default": [(torch.logical_not, b()), (torch.logical_not, i(low=-1, high=2))],
     "aten.bitwise_not.default": [(torch.bitwise_not, b()), (torch.bitwise_not, i())],
-}  # fmt: skip
+}
 UNARY["aten.exp.default"] += [(torch.exp, i())]  # integers become float32
-UNARY["aten.round.default"] += [
-    (torch.round, torch.tensor([[0.5, 1.5], [2.5, -0.5], [-1.5, 7.3]]))
-]  # half to even
+UNARY["aten.round.default"] += [(torch.round, torch.tensor([[0.5, 1.5], [2.5, -0.5], [-1.5, 7.3]]))]  # half to even
 UNARY["aten.gelu.default"] += [(lambda x: nn.gelu(x, approximate="tanh"), f())]
 UNARY["aten.elu.default"] += [(lambda x: nn.elu(x, 0.3), f()), (lambda x: _aten.elu(x, 2.0, 1.5, 0.5), f())]
 UNARY["aten.leaky_relu.default"] += [(lambda x: nn.leaky_relu(x, 0.3), f())]
-UNARY["aten.softplus.default"] += [(lambda x: nn.softplus(x, 2.0, 1.0), f()),
-                                   (lambda x: nn.softplus(x), f(low=15.0, high=30.0))]  # fmt: skip
+UNARY["aten.softplus.default"] += [
+    (lambda x: nn.softplus(x, 2.0, 1.0), f()),
+    (lambda x: nn.softplus(x), f(low=15.0, high=30.0)),
+]
 UNARY["aten.mish.default"] += [(nn.mish, f(low=-30.0, high=30.0))]
 
 

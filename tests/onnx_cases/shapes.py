@@ -22,7 +22,8 @@ def _cat_sizes(x: Tensor, make: Callable[[Any], Any]) -> Tensor:
 SIZES: Cases = {
     "operator.add": [(lambda x: torch.arange(x.shape[0] + 2), f())],
     "operator.sub": [
-        (lambda x: torch.arange(x.shape[0] * 2 - 1), f()), (lambda x: grown(x)[: x.shape[0] + 5 - 2], f()),
+        (lambda x: torch.arange(x.shape[0] * 2 - 1), f()),
+        (lambda x: grown(x)[: x.shape[0] + 5 - 2], f()),
     ],
     "operator.neg": [(lambda x: grown(x)[: -x.shape[0]], f())],
     "operator.mul": [(lambda x: torch.arange(x.shape[0] * 3), f())],
@@ -38,10 +39,11 @@ SIZES: Cases = {
     "torch.sym_min": [(lambda x: torch.arange(torch.sym_min(x.shape[0], 2)), f())],
     "aten.sym_size.int": [(lambda x: x.sum(0) / x.shape[0], f())],
     "aten.scalar_tensor.default": [
-        (lambda x: x * torch.scalar_tensor(2.5), f()), (lambda x: _aten.scalar_tensor(x.shape[0]) * x, f()),
+        (lambda x: x * torch.scalar_tensor(2.5), f()),
+        (lambda x: _aten.scalar_tensor(x.shape[0]) * x, f()),
         (lambda x: torch.scalar_tensor(x.shape[0], dtype=I64), f()),
     ],
-}  # fmt: skip
+}
 
 
 def _cubed(x: Tensor) -> Tensor:
@@ -118,11 +120,14 @@ VIEWS: Cases = {
 
 CONSTRUCTORS: Cases = {
     "aten.arange.default": [
-        (lambda x: torch.arange(x.shape[0]), f()), (lambda x: torch.arange(5, dtype=F32) + x[0, 0], f()),
-        (lambda x: torch.arange(x.shape[0], dtype=I32), f()), (lambda x: torch.arange(4.5) + x[0, 0], f()),
+        (lambda x: torch.arange(x.shape[0]), f()),
+        (lambda x: torch.arange(5, dtype=F32) + x[0, 0], f()),
+        (lambda x: torch.arange(x.shape[0], dtype=I32), f()),
+        (lambda x: torch.arange(4.5) + x[0, 0], f()),
     ],
     "aten.arange.start": [
-        (lambda x: torch.arange(1, x.shape[0] + 1), f()), (lambda x: torch.arange(0.5, 4) * x[0, 0], f()),
+        (lambda x: torch.arange(1, x.shape[0] + 1), f()),
+        (lambda x: torch.arange(0.5, 4) * x[0, 0], f()),
     ],
     "aten.arange.start_step": [
         (lambda x: torch.arange(0, 8, 2) + x.shape[0], f()),
@@ -133,20 +138,23 @@ CONSTRUCTORS: Cases = {
     "aten.full.default": [
         (lambda x: torch.full((x.shape[0], 2), 1.5), f()),
         (lambda x: torch.full((2, 2), float("-inf")) + x[0, 0], f()),
-        (lambda x: torch.full((x.shape[0],), True), f()), (lambda x: torch.full((2,), x.shape[0]), f()),
+        (lambda x: torch.full((x.shape[0],), True), f()),
+        (lambda x: torch.full((2,), x.shape[0]), f()),
         (lambda x: torch.full((), x.shape[0], dtype=F32), f()),
     ],
     "aten.zeros.default": [(lambda x: torch.zeros(x.shape[0], 2, dtype=I64), f())],
     "aten.ones.default": [(lambda x: torch.ones(2, x.shape[0]), f())],
     "aten.empty.memory_format": [(lambda x: torch.where(x < 9, x, torch.empty(x.shape[0], 4)), f())],
     "aten.zeros_like.default": [
-        (torch.zeros_like, f()), (lambda x: torch.zeros_like(x, dtype=torch.bool), f()),
+        (torch.zeros_like, f()),
+        (lambda x: torch.zeros_like(x, dtype=torch.bool), f()),
     ],
     "aten.ones_like.default": [(torch.ones_like, i())],
     "aten.full_like.default": [
-        (lambda x: torch.full_like(x, 2), f()), (lambda x: torch.full_like(x, 2.5, dtype=F32), i()),
+        (lambda x: torch.full_like(x, 2), f()),
+        (lambda x: torch.full_like(x, 2.5, dtype=F32), i()),
     ],
     "aten.new_zeros.default": [(lambda x: x.new_zeros(x.shape[0], 3), i())],
     "aten.new_ones.default": [(lambda x: x.new_ones((3, x.shape[0]), dtype=F32), i())],
     "aten.new_full.default": [(lambda x: x.new_full((x.shape[0],), 7), f())],
-}  # fmt: skip
+}

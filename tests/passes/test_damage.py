@@ -198,8 +198,13 @@ def _example() -> tuple[Program, PipelineOptions]:
     data = resources.files("optc.compiler") / "data"
     passage, text = ((data / f"{name}.txt").read_text() for name in ("passage", "calibration"))
     calibration = cut_sequences(
-        [tokenizer.encode(text)], samples=4, length=128, vocab_size=program.contract.model.vocab_size, seed=0, source="text",
-    )  # fmt: skip
+        [tokenizer.encode(text)],
+        samples=4,
+        length=128,
+        vocab_size=program.contract.model.vocab_size,
+        seed=0,
+        source="text",
+    )
     probe = text_probe(tokenizer.encode(passage), longest=48)
     return program, PipelineOptions(probe=probe, context=PassContext(calibration=calibration))
 

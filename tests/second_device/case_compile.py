@@ -37,8 +37,6 @@ def test_a_compile_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert all(seen)
     for name in ("first", "again"):
         for file in (tmp_path / "here").glob("*.safetensors"):
-            ours, theirs = (
-                np.frombuffer(path.read_bytes(), np.uint8) for path in (file, tmp_path / name / file.name)
-            )
+            ours, theirs = (np.frombuffer(path.read_bytes(), np.uint8) for path in (file, tmp_path / name / file.name))
             different = float((ours != theirs).mean())
             assert different < 0.05, "sums end in other last bits, and GPTQ carries a code on"

@@ -39,9 +39,14 @@ class There(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> There:
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, held.shape, strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
-            device=ELSEWHERE, requires_grad=False,
-        )  # fmt: skip
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=ELSEWHERE,
+            requires_grad=False,
+        )
         made.held = held
         return made
 

@@ -28,7 +28,5 @@ def test_cases() -> None:
         *map(str, sorted(HERE.glob("case_*.py"))),
     ]
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
-    done = subprocess.run(
-        command, env={**inherited, "PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, env={**inherited, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:]

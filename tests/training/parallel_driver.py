@@ -83,9 +83,7 @@ def curve(folder: Path, config: ParallelConfig, accumulation: int, steps: int = 
         optimizer = shard_optimizer(optimizer, config)
     losses = []
     for batch in batches(folder)[:steps]:
-        rows = torch.arange(ROWS).view(accumulation * size, -1)[
-            rank * accumulation : (rank + 1) * accumulation
-        ]
+        rows = torch.arange(ROWS).view(accumulation * size, -1)[rank * accumulation : (rank + 1) * accumulation]
         tokens = int((batch["labels"][:, 1:] != -100).sum())
         total = 0.0
         for number, mine in enumerate(rows):

@@ -32,8 +32,7 @@ class Tiny(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(64, width)
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-            for _ in range(BLOCKS)
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)) for _ in range(BLOCKS)
         )
         self.head = nn.Linear(width, 64, bias=False)
         self.head.weight = self.embed.weight
@@ -66,9 +65,7 @@ def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> float:
 def whole(model: nn.Module) -> dict[str, Tensor]:
     """Names to whole weights, without the tied one."""
     found = {name: item.detach() for name, item in model.named_parameters()}
-    return {
-        name: item.full_tensor() if hasattr(item, "full_tensor") else item for name, item in found.items()
-    }
+    return {name: item.full_tensor() if hasattr(item, "full_tensor") else item for name, item in found.items()}
 
 
 def local_bytes(tensors: list[Tensor]) -> int:
@@ -117,9 +114,12 @@ def main() -> None:
             dist.all_gather_object(mine, (local_bytes(list(model.parameters())), local_bytes(states)))
             total = sum(item.nbytes for item in found.values())
             report[kind] = {
-                "equal": equal, "extra": extra, "bytes": mine, "total": total,
+                "equal": equal,
+                "extra": extra,
+                "bytes": mine,
+                "total": total,
                 "losses": [step(module, optimizer) for _ in range(3)],
-            }  # fmt: skip
+            }
     if rank == 0:
         (folder / f"{size}.json").write_text(json.dumps(report))
     dist.destroy_process_group()

@@ -38,9 +38,7 @@ def loss_and_gradients(model: nn.Module) -> tuple[float, dict[str, Tensor]]:
     torch.manual_seed(7)  # of dropout
     loss = model(**batch()).loss
     loss.backward()
-    return loss.item(), {
-        name: value.grad for name, value in model.named_parameters() if value.grad is not None
-    }
+    return loss.item(), {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
 
 
 def kept_bytes(model: nn.Module) -> int:
@@ -111,9 +109,7 @@ def kept_bytes_of_head() -> int:
     model = trainable()
     hidden = torch.randn(4, 128, 64, requires_grad=True)
     with LiveTensors() as live:
-        loss = model.loss_function(
-            model.lm_head(model.model.norm(hidden)), batch(4, 128)["labels"], vocab_size=128
-        )
+        loss = model.loss_function(model.lm_head(model.model.norm(hidden)), batch(4, 128)["labels"], vocab_size=128)
         kept = live.bytes
         del loss
     return kept

@@ -89,9 +89,14 @@ def test_few_tokens_take_whole_logits(start: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [{"loss_chunk": 0}, {"precision": "fp16"}, {"distill": {"teacher": "self"}}, {"compile": {"scope": "model"}},
-     {"parallel": {"kind": "deepspeed"}}],
-)  # fmt: skip
+    [
+        {"loss_chunk": 0},
+        {"precision": "fp16"},
+        {"distill": {"teacher": "self"}},
+        {"compile": {"scope": "model"}},
+        {"parallel": {"kind": "deepspeed"}},
+    ],
+)
 def test_what_needs_whole_logits_gets_them(start: tuple[Path, Path], more: dict[str, Any]) -> None:
     model = prepare(make(start), World()).model
     assert chunked_head(model, make(start)) is model.lm_head

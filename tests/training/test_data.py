@@ -39,9 +39,7 @@ def test_an_epoch_reads_every_pair_of_neighbours_once(tmp_path: Path, batching: 
         if found.position.epoch == 0:
             seen += [pair for batch in step for pair in pairs(batch)]
     expected = [
-        pair
-        for tokens in found.documents
-        for pair in zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True)
+        pair for tokens in found.documents for pair in zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True)
     ]
     assert sorted(seen) == sorted(expected)
     assert len(seen) == sum(LENGTHS) - len(LENGTHS)
@@ -191,7 +189,5 @@ class TestErrors:
         text = token_file(tmp_path / "text.jsonl", lengths=(5, 6))
         config = small_config(tmp_path, text, tmp_path / "out")
         documents = read_corpus(config.data.text, None, vocab_size=VOCAB, end_token=None)
-        with pytest.raises(
-            InputError, match="the training text is too short: 9 tokens to learn, and one row takes 32"
-        ):
+        with pytest.raises(InputError, match="the training text is too short: 9 tokens to learn, and one row takes 32"):
             Reader(documents, config)

@@ -15,9 +15,7 @@ TEXT = (ROOT / "docs" / "train.md").read_text()
 
 @pytest.mark.parametrize("key", dotted_keys(TrainConfig))
 def test_each_key_is_documented(key: str) -> None:
-    assert re.search(rf"^\|.*`{re.escape(key)}`", TEXT, re.MULTILINE), (
-        f"{key} is not in the table of docs/train.md"
-    )
+    assert re.search(rf"^\|.*`{re.escape(key)}`", TEXT, re.MULTILINE), f"{key} is not in the table of docs/train.md"
 
 
 def test_no_key_is_documented_that_is_not_there() -> None:

@@ -150,9 +150,7 @@ def test_a_trained_folder_goes_on_to_vllm(tmp_path: Path, layout: str | None) ->
         pytest.param("inductor-cpu", {}, id="inductor", marks=pytest.mark.slow),
     ],
 )
-def test_an_artifact_gives_the_fake_quantized_logits(
-    tmp_path: Path, target: str, options: dict[str, Any]
-) -> None:
+def test_an_artifact_gives_the_fake_quantized_logits(tmp_path: Path, target: str, options: dict[str, Any]) -> None:
     """Export parity, activations unrounded: the engine against the model in training's own arithmetic."""
     model = trained(options)
     save_trained(model, source("llama"), tmp_path / "out", SaveConfig())

@@ -60,8 +60,15 @@ def test_the_summary_and_the_log_tell_the_run(trained: Path) -> None:
 
 def test_the_report_has_curves_and_needs_no_network(trained: Path) -> None:
     text = (trained / "report.html").read_text()
-    for word in ("Loss, nats per label token", "Learning rate", "Norm of the gradient", "Tokens per second", "<polyline",
-                 "optimizer.lr", "activations"):  # fmt: skip
+    for word in (
+        "Loss, nats per label token",
+        "Learning rate",
+        "Norm of the gradient",
+        "Tokens per second",
+        "<polyline",
+        "optimizer.lr",
+        "activations",
+    ):
         assert word in text
     assert "http" not in text
     assert "<script" not in text
@@ -139,9 +146,7 @@ class TestErrors:
         with pytest.raises(InputError, match="the teacher has 8192 tokens in its vocabulary, the model 64"):
             train(config)
 
-    def test_a_loss_that_is_not_finite_leaves_checkpoints(
-        self, start: tuple[Path, Path], tmp_path: Path
-    ) -> None:
+    def test_a_loss_that_is_not_finite_leaves_checkpoints(self, start: tuple[Path, Path], tmp_path: Path) -> None:
         config = small_config(
             *start, tmp_path / "out", optimizer={"lr": 1e30}, max_steps=10, clip_norm=0, saving={"every": 1}
         )
@@ -154,9 +159,7 @@ class TestErrors:
         "error",
         [
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-            RuntimeError(
-                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
-            ),
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
             MemoryError(),
         ],
     )
@@ -208,15 +211,10 @@ def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path: Path) -> N
 
 
 def test_a_curve_spans_the_plot() -> None:
-    rows = [
-        record(step, loss=value, cross_entropy=value)
-        for step, value in ((1, 4.0), (2, 3.0), (3, 2.0), (4, None))
-    ]
+    rows = [record(step, loss=value, cross_entropy=value) for step, value in ((1, 4.0), (2, 3.0), (3, 2.0), (4, None))]
     plot = curve("Loss", rows, ("loss", "cross_entropy", "divergence"))
     assert plot is not None
-    assert [line.name for line in plot["series"]] == [
-        "loss"
-    ]  # cross-entropy is the same, there is no divergence
+    assert [line.name for line in plot["series"]] == ["loss"]  # cross-entropy is the same, there is no divergence
     points = [tuple(map(float, item.split(","))) for item in plot["series"][0].points.split()]
     assert points == [(64, 10), (279.3, 98), (494.7, 186)]
     assert curve("Loss scale", rows, ("scale",)) is None

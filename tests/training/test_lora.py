@@ -104,9 +104,7 @@ def test_the_base_takes_four_bits_and_no_dense_copy() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         half = linear(x)
     assert half.dtype == torch.bfloat16
-    assert torch.equal(
-        half, nn.functional.linear(x.bfloat16(), linear.dense(torch.bfloat16)) + plain.bias.bfloat16()
-    )
+    assert torch.equal(half, nn.functional.linear(x.bfloat16(), linear.dense(torch.bfloat16)) + plain.bias.bfloat16())
 
 
 def test_trainable_and_optimizer_bytes_fall_by_nine_tenths(example_model: Path) -> None:
@@ -121,9 +119,7 @@ def test_trainable_and_optimizer_bytes_fall_by_nine_tenths(example_model: Path) 
         for parameter in trainable:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        moments = [
-            item for state in optimizer.state.values() for item in state.values() if torch.is_tensor(item)
-        ]
+        moments = [item for state in optimizer.state.values() for item in state.values() if torch.is_tensor(item)]
         return sum(item.nbytes for item in [*trainable, *moments])
 
     full, qlora = held(LoraConfig()), held(LoraConfig(enabled=True, base="nf4"))
@@ -147,13 +143,12 @@ def test_an_adapter_folder_is_peft_s(tmp_path: Path, base: Any) -> None:
     """peft itself loads the folder onto the base; for QLoRA the base is what quantize-nf4 makes."""
     from peft import PeftModel
 
-    model = trained(
-        LoraConfig(enabled=True, rank=4, base=base, export="adapters", targets=("q_proj", "v_proj"))
-    )
+    model = trained(LoraConfig(enabled=True, rank=4, base=base, export="adapters", targets=("q_proj", "v_proj")))
     save_trained(model, source("llama"), tmp_path / "out", SaveConfig())
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {
-        "adapter_config.json", "adapter_model.safetensors",
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     plain = make_model("llama", attention="sdpa")
     if base == "nf4":
         for name, weight in nf4_weights(double_quant=True, group_size=64).items():
@@ -170,8 +165,7 @@ def test_any_decoder_gets_adapters(family: str) -> None:
     adapted = [name for name, _ in adapted_linears(model)]
     assert adapted
     assert all(
-        any(name.startswith(f"{one}.") for one in adapted) or model.get_submodule(name) is head
-        for name in linears
+        any(name.startswith(f"{one}.") for one in adapted) or model.get_submodule(name) is head for name in linears
     )
     assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 

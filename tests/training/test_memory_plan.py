@@ -26,9 +26,14 @@ from optc.training.step import train_step
 @pytest.fixture(scope="module")
 def config(example_model: Path) -> TrainConfig:
     return TrainConfig(
-        model=str(example_model), output="unused", device="cpu", batch_size=2, seq_len=256, max_steps=4,
+        model=str(example_model),
+        output="unused",
+        device="cpu",
+        batch_size=2,
+        seq_len=256,
+        max_steps=4,
         data=DataConfig(text=(str(example_model.parent / "book.txt"),)),
-    )  # fmt: skip
+    )
 
 
 def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
@@ -41,9 +46,7 @@ def measured(config: TrainConfig) -> tuple[int, int, int, int]:
     train_step(run, last_good=None)
     models = [run.model] if run.teacher is None else [run.model, run.teacher]
     weights = tensor_bytes(item for model in models for item in (*model.parameters(), *model.buffers()))
-    states = tensor_bytes(
-        item for row in run.optimizer.state.values() for item in row.values() if hasattr(item, "dim")
-    )
+    states = tensor_bytes(item for row in run.optimizer.state.values() for item in row.values() if hasattr(item, "dim"))
     gradients = tensor_bytes(item for item in run.model.parameters() if item.requires_grad)
     with LiveTensors() as live:
         train_step(run, last_good=None)
@@ -80,8 +83,10 @@ def test_what_ranks_share(config: TrainConfig) -> None:
     assert plan(kind="zero1").optimizer == whole.optimizer // 4
     fsdp = plan(kind="fsdp")
     assert (fsdp.weights, fsdp.gradients, fsdp.optimizer) == (
-        whole.weights // 4, whole.gradients // 4, whole.optimizer // 4,
-    )  # fmt: skip
+        whole.weights // 4,
+        whole.gradients // 4,
+        whole.optimizer // 4,
+    )
     two = plan(kind="deepspeed", zero_stage=2)
     assert (two.weights, two.gradients) == (whole.weights, whole.gradients // 4)
     assert two.peak < whole.peak

@@ -59,9 +59,7 @@ def test_adamw() -> None:
     def update(state: dict[str, Any], grad: torch.Tensor, step: int, _: Any) -> torch.Tensor:
         state["m"] = 0.9 * state.get("m", 0) + 0.1 * grad
         state["v"] = 0.95 * state.get("v", 0) + 0.05 * grad**2
-        return (state["m"] / (1 - 0.9 ** (step + 1))) / (
-            (state["v"] / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8
-        )
+        return (state["m"] / (1 - 0.9 ** (step + 1))) / ((state["v"] / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
 
     follow(OptimizerConfig(name="adamw", lr=0.01, weight_decay=0.1), update)
 
@@ -86,10 +84,7 @@ def test_sophia() -> None:
 
     def hessian(model: Weights, step: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(100 + step)
-        draw = [
-            20 * torch.rand(item.shape, generator=generator, dtype=torch.float64)
-            for item in model.parameters()
-        ]
+        draw = [20 * torch.rand(item.shape, generator=generator, dtype=torch.float64) for item in model.parameters()]
         return {"hessian": draw} if step % 2 == 0 else {}
 
     follow(OptimizerConfig(name="sophia", lr=0.01, weight_decay=0.1, gamma=0.05), update, hessian=hessian)
@@ -137,16 +132,18 @@ def test_each_optimizer_learns(tmp_path: Path, name: str, lr: float) -> None:
 @pytest.mark.parametrize(
     ("more", "world", "message"),
     [
-        ({"batch_size": 4, "gradient_accumulation": 3}, 1, r"batch_size 4 does not divide into 1 rank\(s\) x 3 micro-batch"),
+        (
+            {"batch_size": 4, "gradient_accumulation": 3},
+            1,
+            r"batch_size 4 does not divide into 1 rank\(s\) x 3 micro-batch",
+        ),
         ({"batch_size": 4, "parallel": {"kind": "ddp"}}, 3, r"batch_size 4 does not divide into 3 rank\(s\) x 1"),
         ({"batch_size": 4}, 2, "2 processes, but parallel.kind is none"),
         ({"optimizer": {"name": "sophia"}, "precision": "fp16"}, 1, "sophia does not work with a loss scale"),
         ({"optimizer": {"name": "sophia"}, "parallel": {"kind": "fsdp"}}, 1, "sophia does not work on shards"),
     ],
-)  # fmt: skip
-def test_contradictions_are_refused_first(
-    tmp_path: Path, more: dict[str, Any], world: int, message: str
-) -> None:
+)
+def test_contradictions_are_refused_first(tmp_path: Path, more: dict[str, Any], world: int, message: str) -> None:
     config = small_config(tmp_path, tmp_path / "text.jsonl", tmp_path / "out", **more)
     with pytest.raises(UsageError, match=message):
         check_config(config, World(world))

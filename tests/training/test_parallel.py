@@ -42,9 +42,7 @@ def largest(one: list[float], other: list[float]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", driver.MODES)
-def test_two_processes_give_the_curve_of_one(
-    mode: str, curves: dict[str, list[float]], expected: list[float]
-) -> None:
+def test_two_processes_give_the_curve_of_one(mode: str, curves: dict[str, list[float]], expected: list[float]) -> None:
     assert largest(curves[mode], expected) < 1e-4
     assert len(set(expected)) == driver.STEPS  # it does move
 
@@ -69,9 +67,7 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(
         UsageError, match=r"needs DeepSpeed\n(.*\n)*  remedy: pip install 'optc\[deepspeed\]', or use zero1"
     ):
-        deepspeed_zero.connect(
-            nn.Linear(2, 2), torch.optim.SGD([torch.zeros(1)]), ParallelConfig(kind="deepspeed")
-        )
+        deepspeed_zero.connect(nn.Linear(2, 2), torch.optim.SGD([torch.zeros(1)]), ParallelConfig(kind="deepspeed"))
 
 
 def test_none_changes_nothing() -> None:

@@ -42,9 +42,7 @@ def step(model: Any, rate: float = 1e-2) -> float:
 
 @pytest.mark.parametrize("scales", ["learned", "minmax"])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(
-    ("bits", "group_size"), [(2, 32), (3, 32), (3, 128), (4, 32), (4, 64), (4, 0), (8, 0)]
-)
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 32), (3, 128), (4, 32), (4, 64), (4, 0), (8, 0)])
 def test_a_trained_weight_is_the_dequantize_of_its_codes(
     bits: int, group_size: int, symmetric: bool, scales: Any
 ) -> None:
@@ -74,9 +72,7 @@ def test_scales_begin_where_the_passes_begin() -> None:
     plain = nn.Linear(64, 8)
     for start, find in (("search", search), ("full", full_range)):
         config = QatConfig(enabled=True, bits=3, group_size=32, start=start)  # type: ignore[arg-type]
-        assert torch.equal(
-            FakeQuantizedLinear(plain, config).grid().scale, find(plain.weight, 3, 32, True).scale
-        )
+        assert torch.equal(FakeQuantizedLinear(plain, config).grid().scale, find(plain.weight, 3, 32, True).scale)
     least, most = (
         (fake_quantize_weight(plain.weight, find(plain.weight, 3, 32, True)) - plain.weight).square().sum()
         for find in (search, full_range)
@@ -124,9 +120,7 @@ def test_inputs_are_rounded_as_the_operator_rounds_them() -> None:
     assert y.grad.tolist() == [1.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize(
-    "family", ["llama", "qwen2", "qwen3", "phi3", "gemma3", "mixtral", "opt", "gpt-neox"]
-)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "gemma3", "mixtral", "opt", "gpt-neox"])
 def test_any_decoder_trains(family: str) -> None:
     model = trainable(family)
     every = {name for name, module in model.named_modules() if type(module) is nn.Linear}

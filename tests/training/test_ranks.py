@@ -27,10 +27,16 @@ STEPS = 4
 def recipe(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     tree: dict[str, Any] = {
-        "model": str(example_model), "data": {"text": [str(example_model.parent / "book.txt")]}, "device": "cpu",
-        "max_steps": STEPS, "batch_size": 4, "seq_len": 128, "loss_chunk": 96, "saving": {"every": 0},
+        "model": str(example_model),
+        "data": {"text": [str(example_model.parent / "book.txt")]},
+        "device": "cpu",
+        "max_steps": STEPS,
+        "batch_size": 4,
+        "seq_len": 128,
+        "loss_chunk": 96,
+        "saving": {"every": 0},
         "schedule": {"kind": "constant"},  # of a shorter run, too
-    }  # fmt: skip
+    }
     path.write_text(json.dumps(tree))  # which is YAML
     return path
 
@@ -44,9 +50,7 @@ def alone(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(recipe: Path, output: Path, *flags: object, **settings: object) -> None:
     """The command on two ranks."""
-    words = [
-        word for key, value in settings.items() for word in ("--set", f"{key.replace('__', '.')}={value}")
-    ]
+    words = [word for key, value in settings.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
     torchrun(2, "-m", "optc", "train", recipe, *words, *flags, "-o", output)
 
 

@@ -25,9 +25,10 @@ def test_later_settings_win_and_take_the_fields_type(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("recipe: finetune\nmax_steps: 7\noptimizer: {weight_decay: 0.5}\n")
     config = load_config(
-        str(path), values={"max_steps": 8, "data.text": ["a.txt"]},
+        str(path),
+        values={"max_steps": 8, "data.text": ["a.txt"]},
         settings=["optimizer.lr=3e-4", "seed=5", "optimizer.betas=[0.8, 0.9]", "data.shuffle=false", "max_steps=9"],
-    )  # fmt: skip
+    )
     assert config.optimizer.lr == 3e-4
     assert config.optimizer.weight_decay == 0.5
     assert config.optimizer.betas == (0.8, 0.9)
@@ -87,10 +88,12 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a\n", "the recipe is not a mapping"), ("a: [", "the recipe is not YAML"),
-        ("recipe: qta\n", "unknown recipe 'qta'"), ("1: 2\n", "the recipe is not a mapping"),
+        ("- a\n", "the recipe is not a mapping"),
+        ("a: [", "the recipe is not YAML"),
+        ("recipe: qta\n", "unknown recipe 'qta'"),
+        ("1: 2\n", "the recipe is not a mapping"),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_recipe(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)

@@ -35,9 +35,7 @@ def losses(folder: Path) -> list[float | None]:
     return [row.loss for row in read_log(folder / "log.jsonl")]
 
 
-def test_killed_at_random_times_and_resumed_equals_the_whole_run(
-    start: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_killed_at_random_times_and_resumed_equals_the_whole_run(start: tuple[Path, Path], tmp_path: Path) -> None:
     command = [
         sys.executable,
         str(TESTS / "training_kill_driver.py"),
@@ -62,15 +60,16 @@ def test_killed_at_random_times_and_resumed_equals_the_whole_run(
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "sophia"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_resumed_equals_the_whole_run(
-    start: tuple[Path, Path], tmp_path: Path, optimizer: str, precision: str
-) -> None:
+def test_resumed_equals_the_whole_run(start: tuple[Path, Path], tmp_path: Path, optimizer: str, precision: str) -> None:
     if optimizer == "sophia" and precision == "fp16":
         pytest.skip("refused: see test_setup")
     more: dict[str, Any] = {
-        "optimizer": {"name": optimizer, "lr": 1e-3, "hessian_every": 3}, "precision": precision, "max_steps": 8,
-        "saving": {"every": 2}, "scaler": {"initial": 2.0**20, "growth_interval": 2},
-    }  # fmt: skip
+        "optimizer": {"name": optimizer, "lr": 1e-3, "hessian_every": 3},
+        "precision": precision,
+        "max_steps": 8,
+        "saving": {"every": 2},
+        "scaler": {"initial": 2.0**20, "growth_interval": 2},
+    }
     train(small_config(*start, tmp_path / "whole", **more))
     config = small_config(*start, tmp_path / "parts", **more)
     interrupted(config, 5)
@@ -96,9 +95,7 @@ def test_resumed_equals_the_whole_run(
     ],
     ids=["lora", "qlora", "qat", "qat-kv", "checkpointing"],
 )
-def test_what_is_applied_to_a_model_resumes_too(
-    start: tuple[Path, Path], tmp_path: Path, more: dict[str, Any]
-) -> None:
+def test_what_is_applied_to_a_model_resumes_too(start: tuple[Path, Path], tmp_path: Path, more: dict[str, Any]) -> None:
     config = small_config(*start, tmp_path / "parts", **more)
     whole = train(small_config(*start, tmp_path / "whole", **more))
     interrupted(config, 5)
@@ -145,9 +142,7 @@ def test_a_run_killed_after_publishing_is_done(start: tuple[Path, Path], tmp_pat
 
 
 def test_only_the_newest_checkpoints_stay(start: tuple[Path, Path], tmp_path: Path) -> None:
-    config = small_config(
-        *start, tmp_path / "out", max_steps=5, saving={"every": 1, "keep": 2, "keep_run": True}
-    )
+    config = small_config(*start, tmp_path / "out", max_steps=5, saving={"every": 1, "keep": 2, "keep_run": True})
     train(config)
     found = checkpoint.checkpoints(run_folder(tmp_path / "out"))
     assert [path.name for path in found] == ["step-00000004", "step-00000005"]

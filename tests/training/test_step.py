@@ -44,9 +44,7 @@ def test_accumulation_gives_the_curve_of_the_whole_batch(start: tuple[Path, Path
     assert len({int(row) for row in (whole.reader.next_step()[0].labels != IGNORED).sum(1)}) > 1
     expected = curve(make(start, batch_size=4), 8)
     for parts in (2, 4):
-        assert curve(make(start, batch_size=4, gradient_accumulation=parts), 8) == pytest.approx(
-            expected, abs=1e-5
-        )
+        assert curve(make(start, batch_size=4, gradient_accumulation=parts), 8) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_loss_is_that_of_transformers(start: tuple[Path, Path]) -> None:
@@ -70,11 +68,7 @@ def test_gradients_are_clipped_to_the_norm(start: tuple[Path, Path]) -> None:
     clipped.optimizer.register_step_pre_hook(
         lambda optimizer, args, kwargs: norms.append(
             math.sqrt(
-                sum(
-                    float(item.grad.square().sum())
-                    for group in optimizer.param_groups
-                    for item in group["params"]
-                )
+                sum(float(item.grad.square().sum()) for group in optimizer.param_groups for item in group["params"])
             )
         )
     )
@@ -198,9 +192,7 @@ class TestDistillation:
 
     def test_a_student_approaches_its_teacher(self, start: tuple[Path, Path], tmp_path: Path) -> None:
         teacher = small_model(tmp_path / "teacher", seed=3)
-        run = make(
-            start, max_steps=40, distill={"teacher": str(teacher), "weight": 1.0}, optimizer={"lr": 3e-3}
-        )
+        run = make(start, max_steps=40, distill={"teacher": str(teacher), "weight": 1.0}, optimizer={"lr": 3e-3})
         found = [train_step(run, last_good=None).divergence for _ in range(40)]
         assert found[-1] < 0.5 * found[0]  # type: ignore[operator]
 

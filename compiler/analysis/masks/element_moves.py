@@ -42,9 +42,7 @@ def _expand(elements: Elements, node: Node, index: Index) -> Any:
     return elements.operand(first_tensor(node), index, node)
 
 
-@_rule(
-    "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as", "reshape_as"
-)
+@_rule("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as", "reshape_as")
 def _reshape(elements: Elements, node: Node, index: Index) -> Any:
     source = first_tensor(node)
     if source.meta["val"].dtype != node.meta["val"].dtype:
@@ -128,9 +126,7 @@ def _index(elements: Elements, node: Node, index: Index) -> Any:
     return elements.at(source, found, node)
 
 
-def regroup(
-    index: Index, shape: Sequence[Any], source: Sequence[Any], extents: Mapping[Any, Any], node: Node
-) -> Index:
+def regroup(index: Index, shape: Sequence[Any], source: Sequence[Any], extents: Mapping[Any, Any], node: Node) -> Index:
     """The index into a tensor of shape `source` behind an index into its reshaping to `shape`."""
     outer = [(i, n) for i, n in zip(index, shape, strict=True) if n != 1]
     inner = [(axis, n) for axis, n in enumerate(source) if n != 1]

@@ -190,9 +190,11 @@ def _arithmetic(arity: int, numbers: Callable[..., Any], truths: Callable[..., A
 
 
 _RULES.update(
-    {name: _elementwise(2, compute, number) for name, compute in
-     {"le": sp.Le, "lt": sp.Lt, "ge": sp.Ge, "gt": sp.Gt, "eq": sp.Eq, "ne": sp.Ne}.items()}
-)  # fmt: skip
+    {
+        name: _elementwise(2, compute, number)
+        for name, compute in {"le": sp.Le, "lt": sp.Lt, "ge": sp.Ge, "gt": sp.Gt, "eq": sp.Eq, "ne": sp.Ne}.items()
+    }
+)
 for _name, _arity, _compute in (("and", 2, sp.And), ("or", 2, sp.Or), ("not", 1, sp.Not)):
     _RULES[f"logical_{_name}"] = _logic(_arity, _compute, bitwise=False)
     _RULES[f"bitwise_{_name}"] = _RULES[f"__{_name}__"] = _logic(_arity, _compute, bitwise=True)

@@ -137,9 +137,7 @@ class Elements:
         leaves: the symbols that stand for zeros and ones of a tensor, and what they read.
     """
 
-    def __init__(
-        self, program: Program, storage: Storage, find_rule: RuleFinder, extents: Mapping[Any, Any]
-    ) -> None:
+    def __init__(self, program: Program, storage: Storage, find_rule: RuleFinder, extents: Mapping[Any, Any]) -> None:
         self.program, self.storage, self.extents = program, storage, dict(extents)
         self._find_rule = find_rule
         self.leaves: dict[Any, Leaf] = {}
@@ -184,9 +182,7 @@ class Elements:
         if value.dim() > len(index):
             raise UnprovenError(f"{argument.name} has more axes than {reader.name}")
         tail = index[len(index) - value.dim() :]
-        return self.at(
-            argument, tuple(_clip(i, n) for i, n in zip(tail, shape_of(argument), strict=True)), reader
-        )
+        return self.at(argument, tuple(_clip(i, n) for i, n in zip(tail, shape_of(argument), strict=True)), reader)
 
     def size(self, argument: Any, reader: Node) -> Any:
         """An integer argument, symbolic or not."""
@@ -246,9 +242,7 @@ class Elements:
             raise UnprovenError(f"{node.name} is too complicated")
         dtype = node.meta["val"].dtype
         if dtype in _NARROW and bare_symbols(found) - set(self.leaves):
-            raise UnprovenError(
-                f"{node.name} has positions in {str(dtype).removeprefix('torch.')}, which rounds"
-            )
+            raise UnprovenError(f"{node.name} has positions in {str(dtype).removeprefix('torch.')}, which rounds")
 
     def _size(self, value: Any) -> int:
         if value not in self._sizes:

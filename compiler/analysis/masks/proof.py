@@ -89,9 +89,7 @@ class MaskProver:
         self._program, self._storage = program, storage
         self._proved: dict[Any, ProvedMask] = {}
 
-    def prove(
-        self, terms: Sequence[Term], extents: Mapping[Any, Any], *, is_causal: bool = False
-    ) -> ProvedMask:
+    def prove(self, terms: Sequence[Term], extents: Mapping[Any, Any], *, is_causal: bool = False) -> ProvedMask:
         """The conjunction of masks on the scores [B, (H,) S, T].
 
         Args:
@@ -115,9 +113,7 @@ class MaskProver:
     def number(self, node: Node, reader: Node) -> float | None:
         """The value of a tensor that is the same number everywhere, else None."""
         elements = Elements(self._program, self._storage, find_rule, {})
-        indices = (
-            sp.Symbol(f"i{axis}", integer=True, nonnegative=True) for axis, _ in enumerate(shape_of(node))
-        )
+        indices = (sp.Symbol(f"i{axis}", integer=True, nonnegative=True) for axis, _ in enumerate(shape_of(node)))
         try:
             value = number(elements.at(node, tuple(indices), reader))
         except UnprovenError:
@@ -148,29 +144,21 @@ class _Proof:
         leaves = self._leaves(masks)
         cases = {
             values: [
-                (value.xreplace(dict(zip(leaves, map(sp.Integer, values), strict=True))), term)
-                for value, term in masks
+                (value.xreplace(dict(zip(leaves, map(sp.Integer, values), strict=True))), term) for value, term in masks
             ]
             for values in itertools.product((1, 0), repeat=len(leaves))
         }
         cuts = {cut for case in cases.values() for value, term in case for cut in self._cuts(value, term)}
-        samples = sorted(
-            {sp.floor(cut) + shift for cut in cuts for shift in (-1, 0, 1, 2)} or {sp.Integer(0)}
-        )
-        kept = {
-            values: [int(d) for d in samples if self._all_keep(case, d)] for values, case in cases.items()
-        }
+        samples = sorted({sp.floor(cut) + shift for cut in cuts for shift in (-1, 0, 1, 2)} or {sp.Integer(0)})
+        kept = {values: [int(d) for d in samples if self._all_keep(case, d)] for values, case in cases.items()}
         relevant = [i for i in range(len(leaves)) if any(kept[v] != kept[_flipped(v, i)] for v in kept)]
         seen = {tuple(values[i] for i in relevant): found for values, found in kept.items() if found}
         if len(seen) != 1:
             names = ", ".join(sorted(str(leaf) for leaf in leaves))
-            raise UnprovenError(
-                f"the parts {names} are not a conjunction" if seen else "everything is masked"
-            )
+            raise UnprovenError(f"the parts {names} are not a conjunction" if seen else "everything is masked")
         ((signs, distances),) = seen.items()
         padding = tuple(
-            Padding(self.elements.leaves[leaves[i]], bool(sign))
-            for i, sign in zip(relevant, signs, strict=True)
+            Padding(self.elements.leaves[leaves[i]], bool(sign)) for i, sign in zip(relevant, signs, strict=True)
         )
         return _interval(distances, [int(d) for d in samples], padding)
 
@@ -214,9 +202,7 @@ class _Proof:
         return cuts
 
     def _all_keep(self, masks: Sequence[_Mask], distance: Any) -> bool:
-        kept = [
-            self._keeps(value, term, distance) for value, term in masks
-        ]  # each must be known, not only the first
+        kept = [self._keeps(value, term, distance) for value, term in masks]  # each must be known, not only the first
         return all(kept)
 
     def _keeps(self, value: Any, term: Term | None, distance: Any) -> bool:

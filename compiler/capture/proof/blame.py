@@ -16,9 +16,13 @@ from optc.compiler.rewriting.retrace import Replay
 
 
 def first_difference(
-    model: nn.Module, run_model: Callable[[], object], replay: Replay, inputs: list[Tensor],
-    mask: Tensor | None, tolerance: float,
-) -> str | None:  # fmt: skip
+    model: nn.Module,
+    run_model: Callable[[], object],
+    replay: Replay,
+    inputs: list[Tensor],
+    mask: Tensor | None,
+    tolerance: float,
+) -> str | None:
     """The path of the first module that the program computes otherwise, with the relative difference.
 
     Both are run again, watched: the first tensor that a module returns is compared with the values of its shape that
@@ -97,9 +101,7 @@ def _real(value: Tensor, mask: Tensor | None) -> Tensor:
 def _first_tensor(output: Any) -> Tensor | None:
     if isinstance(output, Tensor):
         return output
-    values = (
-        output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
-    )
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
     return next((value for value in values if isinstance(value, Tensor)), None)
 
 

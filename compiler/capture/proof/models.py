@@ -133,10 +133,11 @@ class _Proof:
         except OWN_ERRORS as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             raise GateError(
-                "the capture cannot be proved: the model's own forward fails", where=_name_of(self.model),
+                "the capture cannot be proved: the model's own forward fails",
+                where=_name_of(self.model),
                 why=f"on {batch.name} in {_name(dtype)}: {type(error).__name__}: {reason}",
                 remedy="check that the model runs in transformers as it is; optc.capture(..., prove=False) takes it unproved",
-            ) from error  # fmt: skip
+            ) from error
         if not all(bool(torch.isfinite(row).all()) for row in rows):
             raise self._overflow(batch, dtype)
         return rows
@@ -146,9 +147,11 @@ class _Proof:
 
     def _inputs(self, batch: Batch) -> list[Tensor]:
         made = {
-            "input_ids": batch.ids, "position_ids": batch.positions, "attention_mask": batch.mask,
+            "input_ids": batch.ids,
+            "position_ids": batch.positions,
+            "attention_mask": batch.mask,
             "token_type_ids": torch.zeros_like(batch.ids),
-        }  # fmt: skip
+        }
         return [made[spec.role] for spec in self.program.contract.inputs]
 
     def _ours(self, batch: Batch, replay: type[Replay], dtype: torch.dtype) -> Rows:
@@ -157,9 +160,11 @@ class _Proof:
                 return batch.rows(replay(self.program, {}).outputs(*self._inputs(batch))[0])
         except OWN_ERRORS as error:
             raise GateError(
-                "the capture failed the numerics gate: the program does not run", where=_name_of(self.model),
-                why=f"on {batch.name} in {_name(dtype)}: {str(error).strip().splitlines()[0]}", remedy=_REMEDY,
-            ) from error  # fmt: skip
+                "the capture failed the numerics gate: the program does not run",
+                where=_name_of(self.model),
+                why=f"on {batch.name} in {_name(dtype)}: {str(error).strip().splitlines()[0]}",
+                remedy=_REMEDY,
+            ) from error
 
     def _compare(
         self, own: list[Rows], replay: type[Replay], dtype: torch.dtype, wide: list[Rows] | None = None
@@ -176,9 +181,7 @@ class _Proof:
             if not (self.decoder and batch.is_left):
                 ours = self._ours(batch, replay, dtype)
             elif not self._excess(self._drift(own[number - 1], rows), dtype) <= 0:
-                self.notes.append(
-                    f"padding on the left changes what the model itself computes in {_name(dtype)}"
-                )
+                self.notes.append(f"padding on the left changes what the model itself computes in {_name(dtype)}")
                 continue
             drift = self._drift(rows, ours)
             spread = self._drift(wide[number], rows).relative if wide is not None else 0.0
@@ -210,15 +213,17 @@ class _Proof:
             return drift.relative - max(TOLERANCE[dtype], _ROUNDINGS * spread)
         return drift.max_abs_diff - TOLERANCE.get(dtype, TOLERANCE[torch.float32]) * max(drift.scale, 1e-6)
 
-    def _miss(
-        self, misses: Sequence[tuple[Batch, Drift]], replay: type[Replay], dtype: torch.dtype
-    ) -> GateError:
+    def _miss(self, misses: Sequence[tuple[Batch, Drift]], replay: type[Replay], dtype: torch.dtype) -> GateError:
         aligned = [batch for batch, _ in misses if not (self.decoder and batch.is_left)]
         batch = min(aligned, key=lambda item: item.ids.numel())
         layer = first_difference(
-            self.model, lambda: self._forward(batch), replay(self.program, {}), self._inputs(batch), batch.mask,
+            self.model,
+            lambda: self._forward(batch),
+            replay(self.program, {}),
+            self._inputs(batch),
+            batch.mask,
             10 * TOLERANCE.get(dtype, TOLERANCE[torch.float32]),
-        )  # fmt: skip
+        )
         drift = max((drift for _, drift in misses), key=lambda item: item.max_abs_diff)
         return GateError(
             f"the capture failed the numerics gate: the program is not what {_name_of(self.model)} computes",
@@ -234,9 +239,7 @@ class _Proof:
             f"the capture failed the numerics gate: {_name_of(self.model)} is not finite in {_name(dtype)}",
             where=f"the first that is NaN or infinite: {layer}" if layer else _name_of(self.model),
             why=f"the model's own forward, on {batch.name}, gives NaN or infinity",
-            remedy="choose --dtype bf16 or fp32"
-            if dtype == torch.float16
-            else "check the weights of the model",
+            remedy="choose --dtype bf16 or fp32" if dtype == torch.float16 else "check the weights of the model",
         )
 
 
@@ -251,9 +254,7 @@ def _name_of(model: object) -> str:
     return type(model).__name__
 
 
-def _sequences(
-    program: Program, model: Any, tokens: Sequence[int], pad: int, seed: int
-) -> tuple[list[list[int]], str]:
+def _sequences(program: Program, model: Any, tokens: Sequence[int], pad: int, seed: int) -> tuple[list[list[int]], str]:
     """Ragged sequences without the padding token, shorter for larger models, and what they are."""
     parameters = sum(weight.numel() for weight in model.parameters())
     longest = int(min(max(_WORK / max(parameters, 1), _SHORTEST), _LONGEST))

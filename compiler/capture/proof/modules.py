@@ -45,17 +45,19 @@ def prove_module(program: Program, module: nn.Module, example_inputs: Sequence[T
             if not names:
                 raise
             reason = (str(error).strip().splitlines() or [""])[0]
-            notes.append(
-                f"not compared with {name}: the module itself fails: {type(error).__name__}: {reason}"
-            )
+            notes.append(f"not compared with {name}: the module itself fails: {type(error).__name__}: {reason}")
             continue
         figures.append(_compare(program, module, name, inputs, own))
         names.append(name)
     worst = max(figures, key=lambda row: row.max_abs_diff)
     return CaptureProof(
-        proved=True, reference=type(module).__name__, inputs=tuple(names), figures=(worst,),
-        seconds=round(time.perf_counter() - begin, 3), notes=tuple(notes),
-    )  # fmt: skip
+        proved=True,
+        reference=type(module).__name__,
+        inputs=tuple(names),
+        figures=(worst,),
+        seconds=round(time.perf_counter() - begin, 3),
+        notes=tuple(notes),
+    )
 
 
 def _cases(program: Program, example_inputs: Sequence[Tensor]) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
@@ -115,24 +117,28 @@ def _compare(
             ours = _tensors(run_module(program, inputs))
     except OWN_ERRORS as error:
         raise GateError(
-            "the capture failed the numerics gate: the program does not run", where=kind,
+            "the capture failed the numerics gate: the program does not run",
+            where=kind,
             why=f"with {name}: {str(error).strip().splitlines()[0]}",
             remedy="declare dynamic only axes whose every size the module treats alike",
-        ) from error  # fmt: skip
+        ) from error
     shapes = [[tuple(tensor.shape) for tensor in side] for side in (own, ours)]
     if shapes[0] != shapes[1]:
         raise GateError(
-            "the capture failed the numerics gate: the program's outputs have different shapes", where=kind,
+            "the capture failed the numerics gate: the program's outputs have different shapes",
+            where=kind,
             why=f"with {name}: {shapes[1]}, not {shapes[0]}",
             remedy="declare dynamic only axes whose every size the module treats alike",
-        )  # fmt: skip
+        )
     dtype, drift = _dtype(module, (*inputs, *own)), _drift(own, ours)
     if not drift.max_abs_diff <= TOLERANCE[dtype] * max(drift.scale, 1e-6):
         raise _miss(program, module, name, inputs, own, drift)
     return CaptureFigures(
-        dtype=str(dtype).removeprefix("torch."), max_abs_diff=drift.max_abs_diff, scale=drift.scale,
+        dtype=str(dtype).removeprefix("torch."),
+        max_abs_diff=drift.max_abs_diff,
+        scale=drift.scale,
         relative=drift.relative,
-    )  # fmt: skip
+    )
 
 
 def _drift(own: list[Tensor], ours: list[Tensor]) -> Drift:
@@ -161,20 +167,26 @@ def _dtype(module: nn.Module, tensors: Sequence[Tensor]) -> torch.dtype:
 
 def _miss(
     program: Program, module: nn.Module, name: str, inputs: tuple[Tensor, ...], own: list[Tensor], drift: Drift
-) -> GateError:  # fmt: skip
+) -> GateError:
     kind = type(module).__name__
     with _same_state(module), torch.no_grad():
         again = _tensors(module(*inputs))
     if any(not torch.equal(*_comparable(first, second)) for first, second in zip(own, again, strict=True)):
         return GateError(
-            f"the capture failed the numerics gate: {kind} gives different numbers each time", where=kind,
-            why="two runs of the module on the same inputs and seed differ", remedy="optc.capture(..., prove=False)",
-        )  # fmt: skip
+            f"the capture failed the numerics gate: {kind} gives different numbers each time",
+            where=kind,
+            why="two runs of the module on the same inputs and seed differ",
+            remedy="optc.capture(..., prove=False)",
+        )
     with _same_state(module), torch.no_grad():
         layer = first_difference(
-            module, lambda: module(*inputs), Replay(program, {}), list(inputs), None,
+            module,
+            lambda: module(*inputs),
+            Replay(program, {}),
+            list(inputs),
+            None,
             TOLERANCE[_dtype(module, inputs)],
-        )  # fmt: skip
+        )
     return GateError(
         f"the capture failed the numerics gate: the program is not what {kind} computes",
         where=f"the first module whose output differs: {layer}" if layer else kind,

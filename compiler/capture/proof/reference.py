@@ -43,9 +43,7 @@ class Batch:
         return [row[mask.bool()] for row, mask in zip(rows, self.mask, strict=True)]
 
 
-def make_batches(
-    sequences: Sequence[Sequence[int]], pad: int, what: str, device: torch.device
-) -> list[Batch]:
+def make_batches(sequences: Sequence[Sequence[int]], pad: int, what: str, device: torch.device) -> list[Batch]:
     """Ragged sequences padded on the right and on the left; the second alone; one token alone."""
     size = max(map(len, sequences))
 

@@ -48,10 +48,7 @@ def widened(model: nn.Module) -> Iterator[None]:
 
     Tensors that lie in files are widened where they are read, one at a time.
     """
-    units = {
-        module: [place for place in places if is_narrow(place.get().dtype)]
-        for module, places in _units(model)
-    }
+    units = {module: [place for place in places if is_narrow(place.get().dtype)] for module, places in _units(model)}
     kept: dict[nn.Module, list[tuple[_Place, Tensor]]] = {}
 
     def enter(module: nn.Module, _: Any) -> None:
@@ -59,9 +56,7 @@ def widened(model: nn.Module) -> Iterator[None]:
             kept[module] = [(place, place.get()) for place in units[module]]
             for place, tensor in kept[module]:
                 wide = tensor.detach().float()
-                place.put(
-                    nn.Parameter(wide, requires_grad=False) if isinstance(tensor, nn.Parameter) else wide
-                )
+                place.put(nn.Parameter(wide, requires_grad=False) if isinstance(tensor, nn.Parameter) else wide)
 
     def leave(module: nn.Module, *_: Any) -> None:
         for place, tensor in kept.pop(module, ()):

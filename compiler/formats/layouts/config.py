@@ -76,6 +76,8 @@ class ConfigReader:
     def refusal(self, why: str, remedy: str | None = None) -> InputError:
         """The error for a config that optc cannot follow."""
         return InputError(
-            "the model's quantization cannot be read", where=f"{self._path}: {self._place}", why=why,
+            "the model's quantization cannot be read",
+            where=f"{self._path}: {self._place}",
+            why=why,
             remedy=remedy or "use another quantized copy, or the unquantized model with --quant",
-        )  # fmt: skip
+        )

@@ -64,12 +64,8 @@ class FolderKeyValues:
         return scale
 
 
-def find_key_values(
-    reader: TensorReader, scheme: KeyValueScheme, parts: tuple[str, str]
-) -> FolderKeyValues | None:
+def find_key_values(reader: TensorReader, scheme: KeyValueScheme, parts: tuple[str, str]) -> FolderKeyValues | None:
     """The scales of a folder by the names of its tensors, None when it has none."""
     endings = tuple(f".{part}" for part in parts)
-    found = [
-        name.removesuffix(ending) for name in reader.tensors for ending in endings if name.endswith(ending)
-    ]
+    found = [name.removesuffix(ending) for name in reader.tensors for ending in endings if name.endswith(ending)]
     return FolderKeyValues(scheme, tuple(dict.fromkeys(found)), parts) if found else None

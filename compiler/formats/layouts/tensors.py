@@ -52,16 +52,20 @@ class TensorReader:
         path, dtype = self.folder / info.file, TYPES[info.dtype]
         if dtypes and dtype not in dtypes:
             raise InputError(
-                f"tensor '{shown(name)}' has the wrong type", where=str(path),
-                why=f"it holds {dtype}, expected {' or '.join(map(str, dtypes))}", remedy=TOGETHER,
-            )  # fmt: skip
+                f"tensor '{shown(name)}' has the wrong type",
+                where=str(path),
+                why=f"it holds {dtype}, expected {' or '.join(map(str, dtypes))}",
+                remedy=TOGETHER,
+            )
         try:
             return in_file(path, info.offset, info.shape, dtype, self._files)
         except OSError as error:
             raise InputError(
-                "the model cannot be read", where=str(path), why=str(error),
+                "the model cannot be read",
+                where=str(path),
+                why=str(error),
                 remedy="check its permissions and the disk",
-            ) from error  # fmt: skip
+            ) from error
 
     def matrix(self, name: str, *dtypes: torch.dtype) -> Tensor:
         """The same for a tensor of two axes."""
@@ -79,17 +83,17 @@ class TensorReader:
         value = self.read(name, *FLOATS).float()
         if not bool((torch.isfinite(value) & (value > 0)).all()):
             raise InputError(
-                f"tensor '{shown(name)}' cannot be a scale", where=str(self.folder / self.tensors[name].file),
-                why="it holds a value that is not a positive number", remedy="use another copy of the model",
-            )  # fmt: skip
+                f"tensor '{shown(name)}' cannot be a scale",
+                where=str(self.folder / self.tensors[name].file),
+                why="it holds a value that is not a positive number",
+                remedy="use another copy of the model",
+            )
         return value
 
     def wrong_shape(self, name: str, why: str) -> InputError:
         """The error for a tensor whose shape does not fit the layout."""
         path = self.folder / self.tensors[name].file
-        return InputError(
-            f"tensor '{shown(name)}' has the wrong shape", where=str(path), why=why, remedy=TOGETHER
-        )
+        return InputError(f"tensor '{shown(name)}' has the wrong shape", where=str(path), why=why, remedy=TOGETHER)
 
     def close(self) -> None:
         """Forget the open files."""
@@ -98,9 +102,11 @@ class TensorReader:
     def _require(self, name: str) -> None:
         if name not in self.tensors:
             raise InputError(
-                f"missing tensor '{shown(name)}'", where=str(self.folder),
-                why="the layout that config.json names has one for every quantized linear", remedy=TOGETHER,
-            )  # fmt: skip
+                f"missing tensor '{shown(name)}'",
+                where=str(self.folder),
+                why="the layout that config.json names has one for every quantized linear",
+                remedy=TOGETHER,
+            )
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

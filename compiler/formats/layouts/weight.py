@@ -82,16 +82,19 @@ def check_parts(weight: QuantizedWeight, where: str) -> QuantizedWeight:
     size = weight.scheme.group_size or columns
     if size <= 0 or columns % size:
         raise InputError(
-            f"group size {size} does not divide the weight", where=where, why=f"it has K = {columns}",
+            f"group size {size} does not divide the weight",
+            where=where,
+            why=f"it has K = {columns}",
             remedy="check that config.json and the weights belong together",
-        )  # fmt: skip
+        )
     shape = (1, 1) if weight.scheme.per_tensor else (rows, columns // size)
     parts = {"scales": weight.scale, "zero points": weight.zero}
     for name, tensor in parts.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise InputError(
-                f"the {name} have the wrong shape", where=where,
+                f"the {name} have the wrong shape",
+                where=where,
                 why=f"found {list(tensor.shape)}, expected {list(shape)} for codes {[rows, columns]}",
                 remedy="check that config.json and the weights belong together",
-            )  # fmt: skip
+            )
     return weight

@@ -25,13 +25,9 @@ def unpack_words(words: Tensor, bits: int, elements: int) -> Tensor:
     assert words.shape[1] == word_count(elements, bits)
     first = torch.arange(elements) * bits
     word, offset = first // _WORD, first % _WORD
-    low = words[:, word] >> offset.to(
-        torch.int32
-    )  # an arithmetic shift: the bits that come in are cut off below
+    low = words[:, word] >> offset.to(torch.int32)  # an arithmetic shift: the bits that come in are cut off below
     across = offset + bits > _WORD
-    low = low & torch.where(across, (1 << (_WORD - offset).clamp(max=bits)) - 1, (1 << bits) - 1).to(
-        torch.int32
-    )
+    low = low & torch.where(across, (1 << (_WORD - offset).clamp(max=bits)) - 1, (1 << bits) - 1).to(torch.int32)
     if bool(across.any()):
         missing = (_WORD - offset[across]).to(torch.int32)
         high = words[:, word[across] + 1] << missing

@@ -59,9 +59,7 @@ class LayoutWriter(Protocol):
 def named_scales(scales: Mapping[str, tuple[Tensor, Tensor]], parts: tuple[str, str]) -> dict[str, Tensor]:
     """Tensor name -> scale, of an attention's keys and values."""
     return {
-        f"{module}.{part}": scale
-        for module, pair in scales.items()
-        for part, scale in zip(parts, pair, strict=True)
+        f"{module}.{part}": scale for module, pair in scales.items() for part, scale in zip(parts, pair, strict=True)
     }
 
 
@@ -90,9 +88,10 @@ def scale_obstacle(weight: QuantizedWeight) -> str | None:
 
 def no_key_values(layout: str, scales: Iterable[str]) -> TargetError:
     return TargetError(
-        f"the layout '{layout}' has no place for the scales of keys and values", where=next(iter(scales)),
+        f"the layout '{layout}' has no place for the scales of keys and values",
+        where=next(iter(scales)),
         remedy="use --layout compressed-tensors",
-    )  # fmt: skip
+    )
 
 
 def one_setting(layout: str, schemes: Mapping[str, Scheme]) -> Scheme:

@@ -97,9 +97,7 @@ def _graph_values(exported: ExportedProgram) -> dict[str, Any]:
     module["metadata"], module["treespec_namedtuple_fields"] = {}, {}
     module["module_call_graph"] = module["module_call_graph"][:1]
     for node in module["graph"]["nodes"]:
-        node["metadata"] = {
-            key: clean_trace(value) for key, value in node["metadata"].items() if key in KEPT_METADATA
-        }
+        node["metadata"] = {key: clean_trace(value) for key, value in node["metadata"].items() if key in KEPT_METADATA}
     for meta in module["graph"]["tensor_values"].values():
         meta["storage_offset"] = {"as_int": 0}  # torch does not read it back; a saved program must not differ
     return graph
@@ -165,17 +163,13 @@ def _require_devices(graph: Any, path: Path) -> None:
     metas = graph.graph_module.graph.tensor_values.values()
     if any(meta.device.type == "cuda" for meta in metas) and not torch.cuda.is_available():
         remedy = "load it on a machine with CUDA"
-        raise TargetError(
-            "the saved program runs on cuda, which this machine lacks", where=str(path), remedy=remedy
-        )
+        raise TargetError("the saved program runs on cuda, which this machine lacks", where=str(path), remedy=remedy)
 
 
 def damaged(path: Path, why: str, cause: Exception | None = None) -> NoReturn:
     """Raise the error for a file of a saved program that cannot be right."""
     remedy = "save the program again"
-    raise ArtifactError(
-        "the saved program is damaged", where=str(path), why=why[:500], remedy=remedy
-    ) from cause
+    raise ArtifactError("the saved program is damaged", where=str(path), why=why[:500], remedy=remedy) from cause
 
 
 def _read_graph_file(path: Path) -> _GraphFile:

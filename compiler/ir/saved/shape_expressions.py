@@ -80,8 +80,10 @@ def _call(name: str, arguments: list[Any]) -> Any:
         power = arguments[-1]
         if not (power.is_number and abs(power) <= (_MAX_EXPONENT if "Pow" in name else 63)):
             raise ValueError(f"{name} by {power} is not allowed in a shape expression")
-    kinds = [sympy.logic.boolalg.Boolean if name in _LOGIC or (name, i) == ("Where", 0) else sympy.Expr
-             for i in range(len(arguments))]  # fmt: skip
+    kinds = [
+        sympy.logic.boolalg.Boolean if name in _LOGIC or (name, i) == ("Where", 0) else sympy.Expr
+        for i in range(len(arguments))
+    ]
     if not all(isinstance(argument, kind) for argument, kind in zip(arguments, kinds, strict=True)):
         raise ValueError(f"{name} of {', '.join(map(str, arguments))} is not a shape expression")
     value = _FUNCTIONS[name](*arguments)

@@ -57,9 +57,7 @@ def decode(hint: Any, data: Any, checks: Checks) -> Any:
         return hint(data)
     if is_dataclass(hint) and isinstance(data, dict):
         return _decode_object(hint, data, checks)
-    raise RefusedError(
-        f"expected {getattr(hint, '__name__', hint)}, found {type(data).__name__} {str(data)[:60]!r}"
-    )
+    raise RefusedError(f"expected {getattr(hint, '__name__', hint)}, found {type(data).__name__} {str(data)[:60]!r}")
 
 
 def _decode_at(step: str, hint: Any, data: Any, checks: Checks) -> Any:
@@ -87,9 +85,10 @@ def _decode_object(cls: Any, data: dict[str, Any], checks: Checks) -> Any:
         found = cls.create(**values)
     else:
         missing = [
-            item.name for item in fields(cls)
+            item.name
+            for item in fields(cls)
             if item.name not in values and item.default is MISSING and item.default_factory is MISSING
-        ]  # fmt: skip
+        ]
         require(not missing, f"{cls.__name__} lacks {', '.join(missing)}")
         found = cls(**values)
     check(found)

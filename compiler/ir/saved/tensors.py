@@ -54,9 +54,7 @@ def tensors_to_save(
     for name, value in (stored[0] | stored[1]).items():
         if not isinstance(value, Tensor) or value.dtype in (torch.complex32, torch.complex128):
             shown = value.dtype if isinstance(value, Tensor) else repr(value)[:60]
-            raise InputError(
-                "the program cannot be saved", where=name, why=f"safetensors cannot hold {shown}"
-            )
+            raise InputError("the program cannot be saved", where=name, why=f"safetensors cannot hold {shown}")
     return *stored, aliases
 
 
@@ -174,19 +172,13 @@ def take_examples(graph: Any, constants: dict[str, Tensor]) -> list[Tensor]:
     """
     indexed = {int(match[1]): name for name in constants if (match := _EXAMPLE.fullmatch(name))}
     examples = [constants.pop(indexed[i]) for i in sorted(indexed)]
-    inputs = [
-        spec.value.arg.value for spec in graph.graph_module.signature.input_specs if spec.type == "user_input"
-    ]
+    inputs = [spec.value.arg.value for spec in graph.graph_module.signature.input_specs if spec.type == "user_input"]
     if examples and (len(examples) != len(inputs) or sorted(indexed) != list(range(len(inputs)))):
         raise ValueError(f"{len(examples)} example inputs for {len(inputs)} inputs")
     placed = []
     for i, (example, spec) in enumerate(zip(examples, inputs, strict=False)):
         meta = graph.graph_module.graph.tensor_values.get(getattr(spec, "name", ""))
-        if (
-            meta is None
-            or example.dtype is not compat.torch_dtype(meta.dtype)
-            or example.dim() != len(meta.sizes)
-        ):
+        if meta is None or example.dtype is not compat.torch_dtype(meta.dtype) or example.dim() != len(meta.sizes):
             raise ValueError(f"example input {i} is not what the graph takes")
         fixed = [size.as_int if size.type == "as_int" else None for size in meta.sizes]
         if any(size not in (None, found) for size, found in zip(fixed, example.shape, strict=True)):

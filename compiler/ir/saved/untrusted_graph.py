@@ -50,9 +50,11 @@ def read_graph(data: Any, file: str) -> Any:
     except (RefusedError, RecursionError) as error:
         path = "".join(reversed(error.path)) if isinstance(error, RefusedError) else ""
         raise ArtifactError(
-            "the saved graph is damaged or not trusted", where=f"{file}: program{path}", why=str(error),
+            "the saved graph is damaged or not trusted",
+            where=f"{file}: program{path}",
+            why=str(error),
             remedy="save the program again with this version of optc and torch",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _name(value: str) -> None:
@@ -78,9 +80,7 @@ def _check_sym_argument(item: Any) -> None:
 
 def _check_argument(item: Any) -> None:
     kind = str(item.type)
-    require(
-        kind not in ("as_operator", "as_custom_obj", "as_graph"), f"{kind} is not allowed in a saved program"
-    )
+    require(kind not in ("as_operator", "as_custom_obj", "as_graph"), f"{kind} is not allowed in a saved program")
     for text in [item.as_string] if kind == "as_string" else item.as_strings if kind == "as_strings" else []:
         require(
             text.isprintable() and not set(text) & {'"', "\\"},
@@ -123,11 +123,7 @@ def _operator_problem(target: str) -> str | None:
         return f"operator {target[:120]!r} is not known to this version of optc"
     packet = getattr(getattr(torch.ops, match[1]), match[2], None)
     overload = getattr(packet, match[3], None)
-    return (
-        None
-        if isinstance(overload, torch._ops.OpOverload)
-        else f"operator {target[:120]!r} is not known here"
-    )
+    return None if isinstance(overload, torch._ops.OpOverload) else f"operator {target[:120]!r} is not known here"
 
 
 @lru_cache(maxsize=4096)
@@ -178,9 +174,7 @@ def _count_leaves(tree: Any) -> int:
     if kind == "builtins.dict":
         keys = json.loads(context)
         # torch imports the module that an object in this place names, so it must be a list of names.
-        require(
-            isinstance(keys, list) and len(keys) == len(children), f"keys {context[:80]!r} in a tree spec"
-        )
+        require(isinstance(keys, list) and len(keys) == len(children), f"keys {context[:80]!r} in a tree spec")
         for key in keys:
             _name(key)
     else:
@@ -196,13 +190,9 @@ def _check_call(item: Any) -> None:
 
 
 def _check_module(item: Any) -> None:
-    require(
-        not item.metadata and not item.treespec_namedtuple_fields, "metadata of the module is not allowed"
-    )
+    require(not item.metadata and not item.treespec_namedtuple_fields, "metadata of the module is not allowed")
     entries = item.module_call_graph
-    require(
-        len(entries) == 1 and entries[0].fqn == "" and entries[0].signature is not None, "one call signature"
-    )
+    require(len(entries) == 1 and entries[0].fqn == "" and entries[0].signature is not None, "one call signature")
 
 
 def _check_range(item: Any) -> None:
@@ -248,10 +238,20 @@ _CHECKS: dict[str, Callable[[Any], None]] = {
     **dict.fromkeys(("SymIntArgument", "SymFloatArgument", "SymBoolArgument"), _check_sym_argument),
     **dict.fromkeys(
         (
-            "ComplexValue", "GraphSignature", "InputSpec", "ModuleCallEntry", "NamedArgument",
-            "OptionalTensorArgument", "OutputSpec", "SchemaVersion", "SymBool", "SymExprHint", "SymFloat",
-            "UserInputSpec", "UserOutputSpec",
+            "ComplexValue",
+            "GraphSignature",
+            "InputSpec",
+            "ModuleCallEntry",
+            "NamedArgument",
+            "OptionalTensorArgument",
+            "OutputSpec",
+            "SchemaVersion",
+            "SymBool",
+            "SymExprHint",
+            "SymFloat",
+            "UserInputSpec",
+            "UserOutputSpec",
         ),
         _anything,
     ),
-}  # fmt: skip
+}

@@ -62,9 +62,7 @@ def build_library(kernels: Sequence[Kernel]) -> Path:
         objects = folder / "objects"
         for place in (objects, library.parent):
             place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        missing = [
-            (unit, name) for unit, name in zip(units, names, strict=True) if not (objects / name).is_file()
-        ]
+        missing = [(unit, name) for unit, name in zip(units, names, strict=True) if not (objects / name).is_file()]
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
                 list(pool.map(lambda item: _compile(common, Path(scratch), objects, *item), missing))

@@ -20,9 +20,13 @@ def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     """See `obstacle`."""
     table = args[5]
     return obstacle(
-        args[0].dtype, bits=kwargs["bits"], columns=kwargs["K"], group_size=kwargs["group_size"],
-        activation_group=kwargs["activation_group"], codebook=table is not None,
-    )  # fmt: skip
+        args[0].dtype,
+        bits=kwargs["bits"],
+        columns=kwargs["K"],
+        group_size=kwargs["group_size"],
+        activation_group=kwargs["activation_group"],
+        codebook=table is not None,
+    )
 
 
 def obstacle(

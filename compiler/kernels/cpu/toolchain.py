@@ -16,8 +16,14 @@ from optc.compiler.diagnostics import TargetError
 _LEVEL_2 = ("cx16", "popcnt", "sse4_1", "sse4_2", "ssse3")
 _LEVEL_3 = (*_LEVEL_2, "abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _LEVEL_4 = (*_LEVEL_3, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
-_KERNEL_NAMES = {"avx512vnni": "avx512_vnni", "amx-tile": "amx_tile", "amx-bf16": "amx_bf16",
-                 "amx-int8": "amx_int8", "amx-fp16": "amx_fp16", "avx512bf16": "avx512_bf16"}  # fmt: skip
+_KERNEL_NAMES = {
+    "avx512vnni": "avx512_vnni",
+    "amx-tile": "amx_tile",
+    "amx-bf16": "amx_bf16",
+    "amx-int8": "amx_int8",
+    "amx-fp16": "amx_fp16",
+    "avx512bf16": "avx512_bf16",
+}
 """Compiler flag -> name in /proc/cpuinfo, where they differ."""
 
 
@@ -59,9 +65,7 @@ def host_flags() -> set[str]:
     if not path.is_file():
         return set()
     lines = (line.partition(":") for line in path.read_text().splitlines())
-    return next(
-        (set(value.split()) for key, _, value in lines if key.strip() in ("flags", "Features")), set()
-    )
+    return next((set(value.split()) for key, _, value in lines if key.strip() in ("flags", "Features")), set())
 
 
 def find_compiler() -> str:

@@ -108,9 +108,7 @@ def write_cache_(cache: Tensor, new: Tensor, past_lengths: Tensor) -> None:
         cache[row, :, start : start + room] = new[row, :, :room].to(cache.dtype)
 
 
-def _cached_attention(
-    call: Cached, sinks: Tensor | None, **knobs: Unpack[Knobs]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cached_attention(call: Cached, sinks: Tensor | None, **knobs: Unpack[Knobs]) -> tuple[Tensor, Tensor, Tensor]:
     length = max(call.k_cache.shape[2], call.total_length)
     grown = []
     for cache, new in ((call.k_cache, call.k), (call.v_cache, call.v)):
@@ -142,8 +140,7 @@ define(
     attends="BHSD",
 )
 define(
-    f"cached_attention({cached_schema(in_place=False)}, Tensor? sinks, *, {CAUSAL_KNOBS}) "
-    "-> (Tensor, Tensor, Tensor)",
+    f"cached_attention({cached_schema(in_place=False)}, Tensor? sinks, *, {CAUSAL_KNOBS}) -> (Tensor, Tensor, Tensor)",
     takes_cached(_cached_attention),
     takes_cached(cached_attention_fake),
     attends="BHSD",

@@ -31,8 +31,7 @@ def attend_codes(
     """q float, keys, values and caches as codes -> output, caches with the new codes."""
     length = max(call.k_cache.shape[2], call.total_length)
     keys, values = (
-        _grown(cache, new, call.past_lengths, length)
-        for cache, new in ((call.k_cache, call.k), (call.v_cache, call.v))
+        _grown(cache, new, call.past_lengths, length) for cache, new in ((call.k_cache, call.k), (call.v_cache, call.v))
     )
     seen_keys, seen_values = (
         (codes[:, :, : call.total_length].float() * factor).to(call.q.dtype)

@@ -36,9 +36,7 @@ def _paged_attention(
         start, end = int(cu_seqlens[request]), int(cu_seqlens[request + 1])
         length = int(context_lens[request])
         blocks = block_tables[request].long()
-        keys, values = (
-            pool[blocks].flatten(0, 1)[:length].transpose(0, 1)[None] for pool in (k_pool, v_pool)
-        )
+        keys, values = (pool[blocks].flatten(0, 1)[:length].transpose(0, 1)[None] for pool in (k_pool, v_pool))
         past = torch.full((1,), length - (end - start), device=q.device)
         query = q[start:end].transpose(0, 1)[None]
         rows = attend_cache(query, keys, values, past, None, **knobs)

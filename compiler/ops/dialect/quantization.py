@@ -54,9 +54,7 @@ def _dequantize_float(codes: Tensor, scale: Tensor, *, group_size: int = 0) -> T
     return _scaled(codes.float(), scale, group_size)
 
 
-def _dequantize_codebook(
-    codes: Tensor, scale: Tensor, table: Tensor, *, bits: int, group_size: int
-) -> Tensor:
+def _dequantize_codebook(codes: Tensor, scale: Tensor, table: Tensor, *, bits: int, group_size: int) -> Tensor:
     """codes uint8 [N,K] below 2^bits, scale [N,G], table float32 [2^bits] -> [N,K] in scale's dtype."""
     return _scaled(table.float()[codes.long()], scale, group_size)
 
@@ -133,9 +131,7 @@ define(
 define(
     "dequantize_activation(Tensor codes, Tensor scale, *, ScalarType dtype) -> Tensor",
     _dequantize_activation,
-    lambda codes, _scale, *, dtype: torch.empty_like(
-        codes, dtype=dtype, memory_format=torch.contiguous_format
-    ),
+    lambda codes, _scale, *, dtype: torch.empty_like(codes, dtype=dtype, memory_format=torch.contiguous_format),
     aten=_dequantize_activation,
     makes_activation=True,
 )

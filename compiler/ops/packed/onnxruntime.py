@@ -40,7 +40,9 @@ GROUP_QUERY = (
     "Tensor query, Tensor? key, Tensor? value, Tensor past_key, Tensor past_value, Tensor seqlens_k, "
     "SymInt total_sequence_length, Tensor? cos_cache, Tensor? sin_cache"
 )
-GROUP_QUERY_KNOBS = "int num_heads, int kv_num_heads, float scale, int local_window_size, float softcap, bool rotary_interleaved"
+GROUP_QUERY_KNOBS = (
+    "int num_heads, int kv_num_heads, float scale, int local_window_size, float softcap, bool rotary_interleaved"
+)
 
 
 class GroupQuery(NamedTuple):
@@ -100,23 +102,18 @@ def as_cached(call: GroupQuery, knobs: GroupQueryKnobs) -> tuple[Cached, Knobs]:
     return cached, {"scale": knobs["scale"], "window": window, "softcap": knobs["softcap"]}
 
 
-def _group_query_attention(
-    call: GroupQuery, **knobs: Unpack[GroupQueryKnobs]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _group_query_attention(call: GroupQuery, **knobs: Unpack[GroupQueryKnobs]) -> tuple[Tensor, Tensor, Tensor]:
     """The output [B,S,H*D] and the caches [B,Hkv,max(P, total_sequence_length),D]."""
     cached, plain = as_cached(call, knobs)
     out, keys, values = torch.ops.optc.cached_attention(*cached, None, **plain)
     return out.transpose(1, 2).flatten(2), keys, values
 
 
-def group_query_fake(
-    call: GroupQuery, *_: object, num_heads: int, **__: object
-) -> tuple[Tensor, Tensor, Tensor]:
+def group_query_fake(call: GroupQuery, *_: object, num_heads: int, **__: object) -> tuple[Tensor, Tensor, Tensor]:
     """[B,S,H*Dv], and the grown caches."""
     length = torch.sym_max(call.past_key.shape[2], call.total_sequence_length)
     keys, values = (
-        cache.new_empty((*cache.shape[:2], length, cache.shape[3]))
-        for cache in (call.past_key, call.past_value)
+        cache.new_empty((*cache.shape[:2], length, cache.shape[3])) for cache in (call.past_key, call.past_value)
     )
     return call.query.new_empty((*call.query.shape[:2], num_heads * values.shape[3])), keys, values
 

@@ -25,9 +25,7 @@ def _quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).round().add(MIDDLE).to(torch.uint8).contiguous(), scale.contiguous()
 
 
-def _matmul_integer(
-    codes: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None
-) -> Tensor:
+def _matmul_integer(codes: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """((codes - 128) @ weight) * weight_scale * scale + bias, in float32.
 
     Args:
@@ -56,9 +54,7 @@ def _matmul_bnb4(
     """
     low_first = unpack_nbits(packed, 4, 2 * packed.shape[0]).reshape(-1, 2)
     codes = low_first.flip(-1).reshape(N, K)
-    weight = torch.ops.optc.dequantize_codebook(
-        codes, absmax.reshape(N, -1), table, bits=4, group_size=block_size
-    )
+    weight = torch.ops.optc.dequantize_codebook(codes, absmax.reshape(N, -1), table, bits=4, group_size=block_size)
     return torch.nn.functional.linear(x, weight)
 
 

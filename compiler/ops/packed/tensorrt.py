@@ -21,9 +21,7 @@ def _tensor_scatter(cache: Tensor, new: Tensor, past_lengths: Tensor) -> Tensor:
     return out
 
 
-def _masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *, scale: float, softcap: float
-) -> Tensor:
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, *, scale: float, softcap: float) -> Tensor:
     """q [B,H,S,D] over k, v [B,Hkv,T,D] where keep [B,1,S,T] says so; softmax in float32."""
     return masked_attention(q, k, v, keep, None, scale=scale, softcap=softcap)
 

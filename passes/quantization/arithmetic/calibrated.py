@@ -114,9 +114,7 @@ class CalibratedPass(Pass):
             check_bits(int(bits))
 
     @abstractmethod
-    def round_group(
-        self, weight: Tensor, statistics: Statistics, bits: int, group_size: int, where: str
-    ) -> Rounded:
+    def round_group(self, weight: Tensor, statistics: Statistics, bits: int, group_size: int, where: str) -> Rounded:
         """Round the stacked weights [N, K] of linears that read one input."""
 
     @property
@@ -234,9 +232,13 @@ class _Run:
     def _entry(self, rounded: Rounded, record: LinearRecord) -> Entry:
         grid = rounded.grid
         return Entry(
-            bits=grid.bits, group_size=grid.group_size, symmetric=grid.symmetric, damping=rounded.damping,
-            note=rounded.note, record=record,
-        )  # fmt: skip
+            bits=grid.bits,
+            group_size=grid.group_size,
+            symmetric=grid.symmetric,
+            damping=rounded.damping,
+            note=rounded.note,
+            record=record,
+        )
 
     def _statistics(self, group: Group) -> Statistics:
         gram, count = gram_matrix(self.stream, group)
@@ -252,9 +254,10 @@ class _Run:
         for site, weight in zip(sites, weights, strict=True):
             if not bool(torch.isfinite(weight).all()):
                 raise InputError(
-                    "the weight holds NaN or infinity", where=weight_label(self.program, site),
+                    "the weight holds NaN or infinity",
+                    where=weight_label(self.program, site),
                     remedy="repair the checkpoint",
-                )  # fmt: skip
+                )
         whole = self.rewrite.round_group(torch.cat(weights), statistics, bits, self.group_size, name)
         counts = [len(weight) for weight in weights]
         parts = [tensor.split(counts) for tensor in (whole.codes, whole.grid.scale, whole.grid.zero)]
@@ -272,13 +275,22 @@ class _Run:
         nearest = plain.values(plain.codes(weight))
         values = grid.values(rounded.codes)
         return linear_record(
-            weight_label(self.program, site), weight, values, grid.scale,
-            method=self.rewrite.method, bits=grid.bits, group_size=self.group_size, symmetric=grid.symmetric,
+            weight_label(self.program, site),
+            weight,
+            values,
+            grid.scale,
+            method=self.rewrite.method,
+            bits=grid.bits,
+            group_size=self.group_size,
+            symmetric=grid.symmetric,
             error_rtn=relative(output_error(weight, nearest, statistics.gram)),
             error=relative(output_error(weight, values, statistics.gram)),
-            clip=float((grid.scale / plain.scale).mean()), damping=rounded.damping,
-            tokens=statistics.rows, seconds=seconds, note=rounded.note,
-        )  # fmt: skip
+            clip=float((grid.scale / plain.scale).mean()),
+            damping=rounded.damping,
+            tokens=statistics.rows,
+            seconds=seconds,
+            note=rounded.note,
+        )
 
     def _keep(self, site: Linear, rounded: Rounded, record: LinearRecord) -> None:
         """Let later groups see the rounded weight."""
@@ -286,9 +298,10 @@ class _Run:
         assert placeholder is not None
         store, grid = self.program.stored, rounded.grid
         self.made[weight_label(self.program, site)] = dataclasses.replace(
-            rounded, codes=store(rounded.codes.to(torch.uint8)),
+            rounded,
+            codes=store(rounded.codes.to(torch.uint8)),
             grid=dataclasses.replace(grid, scale=store(grid.scale), zero=store(grid.zero)),
-        )  # fmt: skip
+        )
         self.records.append(record)
         name = self.program.weight_of(placeholder)
         assert name is not None
@@ -307,9 +320,12 @@ class _Run:
             rounded = self.made[weight_label(edited, site)]
             grid, source = rounded.grid, weight_name(edited, site)
             entry = WeightQuantization(
-                method=self.rewrite.method, bits=grid.bits, group_size=self.group_size, symmetric=grid.symmetric,
+                method=self.rewrite.method,
+                bits=grid.bits,
+                group_size=self.group_size,
+                symmetric=grid.symmetric,
                 source=source,
-            )  # fmt: skip
+            )
             zero = None if grid.symmetric else grid.zero.to(torch.uint8)
             dtype = edited.weight(source).dtype
             replace_weight(edited, site, rounded.codes, grid.scale.to(dtype), zero, entry)
@@ -327,9 +343,7 @@ class _Run:
         sites = {weight_label(self.program, site): site for site in self.selection.chosen}
         counts = {record.name: self.routed.count(sites[record.name]) for record in self.records}
         return tuple(
-            record
-            if (count := counts[record.name]) is None
-            else msgspec.structs.replace(record, tokens=count)
+            record if (count := counts[record.name]) is None else msgspec.structs.replace(record, tokens=count)
             for record in self.records
         )
 

@@ -15,9 +15,7 @@ _WARM_UP = 2
 Block = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def round_block(
-    block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: float
-) -> tuple[Tensor, Tensor]:
+def round_block(block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: float) -> tuple[Tensor, Tensor]:
     """Round C columns of a weight in order, moving each one's error to the next.
 
     Args:
@@ -53,9 +51,7 @@ class BlockRounder:
     def __init__(self) -> None:
         self._recorded: dict[tuple[int, int, float, torch.device], _Recorded] = {}
 
-    def __call__(
-        self, block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: float
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: float) -> tuple[Tensor, Tensor]:
         """As `round_block`; `block` may keep its old values. The results are overwritten by the next call."""
         if block.device.type != "cuda":
             return round_block(block, upper, scale, zero, top)

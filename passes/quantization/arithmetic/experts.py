@@ -29,12 +29,7 @@ def routing_weight(site: Linear) -> Node | None:
         for user in node.users:
             if user.target is aten.mul.Tensor:
                 other = user.args[1] if user.args[0] is node else user.args[0]
-                if (
-                    isinstance(other, Node)
-                    and is_tensor(other)
-                    and _is_column(other)
-                    and not _is_column(node)
-                ):
+                if isinstance(other, Node) and is_tensor(other) and _is_column(other) and not _is_column(node):
                     return peel_casts(other)
             if user not in seen:
                 seen.add(user)

@@ -25,8 +25,15 @@ from optc.compiler.ir.program import Program
 
 _NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 _ATTENTION = (torch.ops.optc.attention.default, aten.scaled_dot_product_attention.default)
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
-          aten.unsqueeze.default, aten.squeeze.dim)  # fmt: skip
+_VIEWS = (
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+)
 _PICKS = (aten.slice.Tensor, aten.narrow.default, aten.select.int)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 _HOMOGENEOUS = (aten.relu.default, aten.leaky_relu.default)
@@ -137,9 +144,9 @@ class _Walk:
         if len(set(keys)) < len(keys):
             return Fold(numbers, reason="a weight would be divided twice")
         table = torch.cat([numbers, torch.tensor([-1])])
-        return Fold(numbers, [
-            Division(item.placeholder, item.index, item.axis, table[item.labels]) for item in self.found
-        ])  # fmt: skip
+        return Fold(
+            numbers, [Division(item.placeholder, item.index, item.axis, table[item.labels]) for item in self.found]
+        )
 
     # -- what a scale can pass ----------------------------------------------------------------
 
@@ -148,9 +155,7 @@ class _Walk:
         if others:
             raise _BlockedError(f"{others[0].name} ({others[0].target}) reads {node.name} too")
 
-    def _divide(
-        self, node: Any, axis: int, labels: Tensor, index: int | None = None, *, reader: Node
-    ) -> None:
+    def _divide(self, node: Any, axis: int, labels: Tensor, index: int | None = None, *, reader: Node) -> None:
         """Note the division of a weight that only `reader` may read."""
         name = self.program.weight_of(node)
         if name is None:
@@ -193,9 +198,7 @@ class _Walk:
         else:
             base, axis = source, _axis_of(node)
             places = _picked(node, axis)
-            siblings = frozenset(
-                user for user in value_readers(base) if user is node or _apart(user, axis, places)
-            )
+            siblings = frozenset(user for user in value_readers(base) if user is node or _apart(user, axis, places))
         rank = value_of(base).dim()
         axis %= rank
         size = value_of(base).shape[axis]
@@ -216,9 +219,7 @@ class _Walk:
         width = int(value_of(value).shape[3])
         grouped = labels.expand(1, heads, 1, width).reshape(kv_heads, heads // kv_heads, width)
         for other in range(1, grouped.shape[1]):
-            for left, right in zip(
-                grouped[:, 0].flatten().tolist(), grouped[:, other].flatten().tolist(), strict=True
-            ):
+            for left, right in zip(grouped[:, 0].flatten().tolist(), grouped[:, other].flatten().tolist(), strict=True):
                 self._tie(left, right)
         self.back(value, grouped[:, 0].reshape(1, kv_heads, 1, width), frozenset([node]))
 
@@ -244,11 +245,7 @@ class _Walk:
     def _sum(self, node: Node, labels: Tensor) -> None:
         first, second = node.args
         for bias, other in ((second, first), (first, second)):
-            if (
-                isinstance(bias, Node)
-                and self.program.weight_of(bias) is not None
-                and isinstance(other, Node)
-            ):
+            if isinstance(bias, Node) and self.program.weight_of(bias) is not None and isinstance(other, Node):
                 self._vector(bias, labels, node)
                 return self.back(other, labels, frozenset([node]))
         raise _BlockedError(f"{node.name} adds activations: both would have to be divided")

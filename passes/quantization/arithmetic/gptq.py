@@ -49,9 +49,10 @@ def factorize(gram: Tensor, damping: float, *, act_order: bool = True, where: st
     diagonal = gram.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
         raise InputError(
-            "the calibration gave activations that are NaN or infinite", where=where,
+            "the calibration gave activations that are NaN or infinite",
+            where=where,
             remedy="use --dtype fp32 or bf16, and look at the model's outputs on the calibration text",
-        )  # fmt: skip
+        )
     dead = diagonal <= 0
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(gram))
     order = order.to(gram.device)
@@ -108,9 +109,7 @@ def solve(weight: Tensor, factor: Factor, grid: Grid) -> Tensor:
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
         grids = (scale[group[start:end]], zero[group[start:end]])
-        rounded, errors = _ROUNDER(
-            work[start:end], factor.upper[start:end, start:end], *grids, 2.0**grid.bits - 1
-        )
+        rounded, errors = _ROUNDER(work[start:end], factor.upper[start:end, start:end], *grids, 2.0**grid.bits - 1)
         codes[start:end] = rounded
         if end < columns:
             work[end:].addmm_(factor.upper[start:end, end:].t(), errors, alpha=-1)
@@ -132,9 +131,7 @@ def relative(pair: tuple[float, float]) -> float:
     return pair[0] / pair[1] if pair[1] > 0 and math.isfinite(pair[1]) else 0.0
 
 
-def compensated(
-    weight: Tensor, gram: Tensor, drift: Tensor, strength: float, damping: float, where: str
-) -> Tensor:
+def compensated(weight: Tensor, gram: Tensor, drift: Tensor, strength: float, damping: float, where: str) -> Tensor:
     """The weight [N, K] that, on inputs moved by earlier quantization, gives what `weight` gave on the clean ones.
 
     Least squares: W + strength * W D G^-1 with G = X X^T of the moved inputs X and D = (X0 - X) X^T. This is the

@@ -106,9 +106,12 @@ def search(
         better = error < least_error
         least_error = torch.where(better, error, least_error)
         best = Grid(
-            torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero),
-            bits, size, symmetric,
-        )  # fmt: skip
+            torch.where(better, grid.scale, best.scale),
+            torch.where(better, grid.zero, best.zero),
+            bits,
+            size,
+            symmetric,
+        )
     assert best is not None
     return best
 
@@ -116,9 +119,7 @@ def search(
 def _diagonal_blocks(gram: Tensor, size: int) -> Tensor:
     """The blocks [G, size, size] on the diagonal of a [K, K] matrix."""
     count = gram.shape[0] // size
-    return torch.stack(
-        [gram[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(count)]
-    ).float()
+    return torch.stack([gram[g * size : (g + 1) * size, g * size : (g + 1) * size] for g in range(count)]).float()
 
 
 def _error(gap: Tensor, blocks: Tensor | None) -> Tensor:

@@ -131,15 +131,10 @@ def shared_magnitudes(program: Program, sites: Sequence[Linear]) -> dict[str, fl
     """
     found: dict[str, float] = {}
     for group in input_groups(sites):
-        table = {
-            weight_label(program, site): float(weight_rows(program, site).abs().amax())
-            for site in group.sites
-        }
+        table = {weight_label(program, site): float(weight_rows(program, site).abs().amax()) for site in group.sites}
         for label, value in table.items():
             if not math.isfinite(value):
-                raise InputError(
-                    "the weight holds NaN or infinity", where=label, remedy="repair the checkpoint"
-                )
+                raise InputError("the weight holds NaN or infinity", where=label, remedy="repair the checkpoint")
         top = max(table.values())
         found |= {label: max(found.get(label, 0.0), top) for label in table}
     return found

@@ -44,9 +44,7 @@ def largest_magnitudes(stream: Stream, node: Node, where: str, keep: tuple[int, 
         largest = value.detach().float().abs().amax(others)
         total = largest if total is None else torch.maximum(total, largest)
     if total is None:
-        raise InputError(
-            "no calibration token reaches a layer", where=where, remedy="give a longer calibration text"
-        )
+        raise InputError("no calibration token reaches a layer", where=where, remedy="give a longer calibration text")
     check_finite(total, where)
     return total
 

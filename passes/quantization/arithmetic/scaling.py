@@ -46,9 +46,7 @@ def awq_scales(
     size = group_size or weight.shape[1]
     inputs = _tied(gram.diagonal().clamp(min=0), fold).sqrt()
     groups = weight.abs().reshape(weight.shape[0], -1, size)
-    sizes = _tied(
-        (groups / groups.amax(-1, keepdim=True).clamp(min=1e-12)).reshape(weight.shape).mean(0), fold
-    )
+    sizes = _tied((groups / groups.amax(-1, keepdim=True).clamp(min=1e-12)).reshape(weight.shape).mean(0), fold)
     plain = _loss(weight, torch.ones_like(inputs), fold, gram, bits, group_size, symmetric)
     best, least = torch.ones_like(inputs), plain
     for alpha in _ALPHAS:
@@ -116,9 +114,7 @@ def _name(program: Program, placeholder: Node) -> str:
 def _tied(values: Tensor, fold: Fold, reduce: str = "mean") -> Tensor:
     """One value per free scale: the mean, or the largest, of the channels that share it."""
     out = torch.zeros(fold.free, dtype=torch.float32)
-    return out.scatter_reduce(0, fold.labels, values.float().cpu(), reduce, include_self=False).to(
-        values.device
-    )
+    return out.scatter_reduce(0, fold.labels, values.float().cpu(), reduce, include_self=False).to(values.device)
 
 
 def _normal(scales: Tensor) -> Tensor:

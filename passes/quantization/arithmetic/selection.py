@@ -180,9 +180,7 @@ def weight_name(program: Program, site: Linear) -> str:
     return name
 
 
-def _obstacle(
-    program: Program, site: Linear, ignore: Sequence[str], last: Node | None, head: bool
-) -> str | None:
+def _obstacle(program: Program, site: Linear, ignore: Sequence[str], last: Node | None, head: bool) -> str | None:
     if site.placeholder is None:
         return "its weight is already quantized"
     name = weight_name(program, site)

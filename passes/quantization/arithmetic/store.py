@@ -87,9 +87,7 @@ class GroupStore:
         except (safetensors.SafetensorError, msgspec.DecodeError, KeyError):
             return None  # damaged: it is computed again
 
-    def _entry(
-        self, index: int, entry: Entry, tensors: dict[str, torch.Tensor]
-    ) -> tuple[Entry, torch.Tensor, Grid]:
+    def _entry(self, index: int, entry: Entry, tensors: dict[str, torch.Tensor]) -> tuple[Entry, torch.Tensor, Grid]:
         codes, scale, zero = (tensors[f"{index}.{part}"] for part in ("codes", "scale", "zero"))
         return entry, codes.float(), Grid(scale, zero, entry.bits, entry.group_size, entry.symmetric)
 

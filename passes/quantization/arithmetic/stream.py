@@ -53,17 +53,11 @@ class Stream:
     ) -> None:
         self.program = program
         self.weights = {} if weights is None else weights
-        self._nodes = [
-            node for node in program.graph.nodes if node.op != "output" and node.target not in _SKIPPED
-        ]
+        self._nodes = [node for node in program.graph.nodes if node.op != "output" and node.target not in _SKIPPED]
         self._order = {node: index for index, node in enumerate(self._nodes)}
         self._last = {
             node: max(
-                (
-                    self._order.get(user, len(self._nodes))
-                    for user in node.users
-                    if user.target not in _SKIPPED
-                ),
+                (self._order.get(user, len(self._nodes)) for user in node.users if user.target not in _SKIPPED),
                 default=-1,
             )
             for node in self._nodes
@@ -123,9 +117,7 @@ class Stream:
                 if self._last[source] <= index:
                     values.pop(source, None)
         kept = {node: value for node, value in values.items() if self._last[node] >= target}
-        return {
-            node: value.to(self._hold) if isinstance(value, Tensor) else value for node, value in kept.items()
-        }
+        return {node: value.to(self._hold) if isinstance(value, Tensor) else value for node, value in kept.items()}
 
 
 def token_inputs(program: Program, tokens: Tensor) -> dict[Node, Any]:

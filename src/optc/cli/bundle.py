@@ -14,9 +14,7 @@ from optc.cli.common import emit, json_option
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
-@click.option(
-    "--with-libraries", is_flag=True, help="Copy the engine's shared libraries of this machine into lib/."
-)
+@click.option("--with-libraries", is_flag=True, help="Copy the engine's shared libraries of this machine into lib/.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @json_option
 def bundle(artifact: Path, output: Path, with_libraries: bool, force: bool, as_json: bool) -> None:

@@ -29,8 +29,9 @@ def check(folder: Path, as_json: bool) -> None:
     if not folder.is_dir():
         raise InputError(
             "the artifact is not a folder" if folder.exists() else "the artifact does not exist",
-            where=str(folder), remedy="give the folder that `optc compile -o` wrote",
-        )  # fmt: skip
+            where=str(folder),
+            remedy="give the folder that `optc compile -o` wrote",
+        )
     try:
         result = report(str(folder))
     except ValueError as error:

@@ -67,6 +67,4 @@ def _show(result: dict[str, Any]) -> None:
     if "bits_per_parameter" in quantized:
         bits, ideal = quantized["bits_per_parameter"], quantized["ideal_bits"]
         console.print(f"  quantized weights: {bits:.3f} bits per parameter, ideal {ideal:.3f}", markup=False)
-    click.echo(
-        f"{result['artifact']}: {result['target']}, {size:.1f} MB of weights, {result['seconds']:.1f} s"
-    )
+    click.echo(f"{result['artifact']}: {result['target']}, {size:.1f} MB of weights, {result['seconds']:.1f} s")

@@ -18,18 +18,14 @@ def find_stage(run: Path, stage: str) -> Path:
         InputError: no such run or stage; lists the stages there are.
     """
     folder = run / "ir" if (run / "ir").is_dir() else run
-    files = (
-        sorted(path for path in folder.glob("[0-9][0-9]-*.txt") if path.is_file()) if folder.is_dir() else []
-    )
+    files = sorted(path for path in folder.glob("[0-9][0-9]-*.txt") if path.is_file()) if folder.is_dir() else []
     if not files:
         raise InputError("no stages found", where=str(run), remedy="give an artifact or a --dump-ir folder")
     for path in files:
         number, _, name = path.stem.partition("-")
         if stage in (name, path.stem) or (stage.isdigit() and int(stage) == int(number)):
             return path
-    raise InputError(
-        f"no stage '{stage}'", where=str(run), remedy=f"stages: {', '.join(path.stem for path in files)}"
-    )
+    raise InputError(f"no stage '{stage}'", where=str(run), remedy=f"stages: {', '.join(path.stem for path in files)}")
 
 
 @click.command()

@@ -28,23 +28,25 @@ if TYPE_CHECKING:
 @click.option("--text", type=click.Path(path_type=Path), help="Text file, UTF-8.")
 @click.option("--windows", type=int, help="Evaluate at most this many windows of 1024 tokens.")
 @click.option(
-    "--top-k", type=int, metavar="K",
+    "--top-k",
+    type=int,
+    metavar="K",
     help="Also report the KL over the source's K most likely tokens, with all others as one event.",
-)  # fmt: skip
+)
 @click.option(
-    "--source", type=click.Path(path_type=Path), metavar="DIR",
+    "--source",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
     help="Model folder to compare with (default: the one that was compiled).",
-)  # fmt: skip
-@click.option(
-    "--no-reference", is_flag=True, help="Only the artifact's own perplexity, without the source model."
 )
+@click.option("--no-reference", is_flag=True, help="Only the artifact's own perplexity, without the source model.")
 @click.option(
-    "--tasks", multiple=True, metavar="NAME|PATH",
+    "--tasks",
+    multiple=True,
+    metavar="NAME|PATH",
     help="Run a task of lm-eval (repeatable, or comma-separated): a name, a YAML file, or a folder of them.",
-)  # fmt: skip
-@click.option(
-    "--num-fewshot", type=int, help="With --tasks: examples in the prompt (default: what the task says)."
 )
+@click.option("--num-fewshot", type=int, help="With --tasks: examples in the prompt (default: what the task says).")
 @click.option("--limit", type=int, help="With --tasks: use at most this many examples of each.")
 @save_option
 @session_options
@@ -93,9 +95,7 @@ def _check(artifacts: Sequence[Path], flags: dict[str, Any]) -> None:
     if flags["text"] is None and not flags["tasks"]:
         raise UsageError("there is nothing to evaluate on", remedy="give --text FILE, --tasks NAME, or both")
     if len(artifacts) > 1 and not flags["comparing"]:
-        raise UsageError(
-            f"{len(artifacts)} artifacts were given", remedy="add --compare to see them in one table"
-        )
+        raise UsageError(f"{len(artifacts)} artifacts were given", remedy="add --compare to see them in one table")
     if len(set(artifacts)) < len(artifacts):
         raise UsageError("an artifact was named twice", remedy="name each once")
     idle = [name for name in ("windows", "top_k", "source") if flags[name] is not None]
@@ -104,9 +104,7 @@ def _check(artifacts: Sequence[Path], flags: dict[str, Any]) -> None:
         raise UsageError(f"--{name} has no effect without --text", remedy="add --text FILE")
     for name in ("num_fewshot", "limit"):
         if flags[name] is not None and not flags["tasks"]:
-            raise UsageError(
-                f"--{name.replace('_', '-')} has no effect without --tasks", remedy="add --tasks NAME"
-            )
+            raise UsageError(f"--{name.replace('_', '-')} has no effect without --tasks", remedy="add --tasks NAME")
 
 
 def _check_device(models: Sequence[Model], flags: dict[str, Any]) -> None:
@@ -123,9 +121,12 @@ def _load(path: Path, flags: dict[str, Any], stack: ExitStack) -> Model:
     from optc.runtime.sessions.load import load
 
     model = load(
-        path, threads=flags["threads"], num_blocks=flags["kv_blocks"], eager=True,
+        path,
+        threads=flags["threads"],
+        num_blocks=flags["kv_blocks"],
+        eager=True,
         graph_device=flags["device"] or "cpu",
-    )  # fmt: skip
+    )
     return stack.enter_context(closing(model))
 
 
@@ -141,15 +142,17 @@ def _score(
     for path, model in zip(artifacts[1:], models[1:], strict=True):
         _check_same(artifacts[0], models[0], path, model, model.encode(text) == tokens, flags)
     reference = (
-        None
-        if flags["no_reference"]
-        else open_reference(models[0].manifest, flags["source"], flags["device"] or "cpu")
+        None if flags["no_reference"] else open_reference(models[0].manifest, flags["source"], flags["device"] or "cpu")
     )
     with progress("windows") as update:
         found = compare(
-            [model.session for model in models], tokens, reference, windows=flags["windows"], top_k=flags["top_k"],
+            [model.session for model in models],
+            tokens,
+            reference,
+            windows=flags["windows"],
+            top_k=flags["top_k"],
             on_window=lambda done, total: update(done, f"{done} of {total}"),
-        )  # fmt: skip
+        )
     for model, row, evaluation in zip(models, rows, found.evaluations, strict=True):
         row |= asdict(evaluation)
         row["source"] = None if reference is None else str(reference.path)
@@ -159,11 +162,13 @@ def _score(
         row["text"] = flags["text"].name
     differences = [
         {
-            "first": str(artifacts[item.first]), "second": str(artifacts[item.second]),
-            "log_likelihood": item.log_likelihood, "ci95": item.ci95,
+            "first": str(artifacts[item.first]),
+            "second": str(artifacts[item.second]),
+            "log_likelihood": item.log_likelihood,
+            "ci95": item.ci95,
         }
         for item in found.differences
-    ]  # fmt: skip
+    ]
     return {"differences": differences}
 
 
@@ -171,21 +176,22 @@ def _weights(model: Model) -> str:
     return model.manifest.source.weights_sha256
 
 
-def _check_same(
-    first: Path, model: Model, path: Path, other: Model, same_tokens: bool, flags: dict[str, Any]
-) -> None:
+def _check_same(first: Path, model: Model, path: Path, other: Model, same_tokens: bool, flags: dict[str, Any]) -> None:
     """Refuse artifacts whose figures on one text cannot be compared."""
     pair = f"{first} and {path}"
     if not same_tokens or model.session.vocab_size != other.session.vocab_size:
         raise InputError(
-            "the artifacts do not see the same tokens", where=pair, why="their tokenizers or vocabularies differ",
+            "the artifacts do not see the same tokens",
+            where=pair,
+            why="their tokenizers or vocabularies differ",
             remedy="compare artifacts of one model",
-        )  # fmt: skip
+        )
     if _weights(model) != _weights(other) and flags["source"] is None and not flags["no_reference"]:
         raise InputError(
-            "the artifacts were compiled from different weights", where=pair,
+            "the artifacts were compiled from different weights",
+            where=pair,
             remedy="name the model to compare all of them with: --source DIR, or add --no-reference",
-        )  # fmt: skip
+        )
 
 
 def _run_tasks(model: Model, names: Sequence[str], flags: dict[str, Any]) -> dict[str, Any]:
@@ -193,9 +199,12 @@ def _run_tasks(model: Model, names: Sequence[str], flags: dict[str, Any]) -> dic
 
     with progress("requests") as update:
         return run_tasks(
-            model, names, num_fewshot=flags["num_fewshot"], limit=flags["limit"],
+            model,
+            names,
+            num_fewshot=flags["num_fewshot"],
+            limit=flags["limit"],
             on_request=lambda done, total: update(done, f"{done} of {total}"),
-        )  # fmt: skip
+        )
 
 
 def _read(path: Path) -> str:
@@ -206,9 +215,7 @@ def _read(path: Path) -> str:
             "the text cannot be read", where=str(path), why=str(error), remedy="give a text file"
         ) from error
     except UnicodeDecodeError as error:
-        raise InputError(
-            "the text is not UTF-8", where=str(path), why=str(error), remedy="convert it first"
-        ) from error
+        raise InputError("the text is not UTF-8", where=str(path), why=str(error), remedy="convert it first") from error
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -223,9 +230,7 @@ def _show(result: dict[str, Any]) -> None:
 def _show_text(result: dict[str, Any]) -> None:
     interval = result["perplexity_ci95"]
     spread = "" if interval is None else f"  (95 %: {interval[0]:.3f} to {interval[1]:.3f})"
-    click.echo(
-        f"tokens               {result['tokens']} in {result['windows']} window(s) of {result['window']}"
-    )
+    click.echo(f"tokens               {result['tokens']} in {result['windows']} window(s) of {result['window']}")
     click.echo(f"perplexity           {result['perplexity']:.4f}{spread}")
     if result["kl"] is not None:
         click.echo(f"reference perplexity {result['reference_perplexity']:.4f}  ({result['source']})")
@@ -246,9 +251,7 @@ def _show_table(result: dict[str, Any]) -> None:
     first = rows[0]
     if first.get("kl") is not None:
         click.echo(f"reference perplexity {first['reference_perplexity']:.4f}  ({first['source']})")
-    against = {
-        item["second"]: item for item in result.get("differences", []) if item["first"] == first["artifact"]
-    }
+    against = {item["second"]: item for item in result.get("differences", []) if item["first"] == first["artifact"]}
     table = Table(box=None, header_style="bold")
     columns = {"artifact": [row["artifact"] for row in rows], **_columns(rows)}
     if "perplexity" in first:

@@ -65,18 +65,14 @@ def _model(path: Path, as_json: bool) -> None:
     from optc.compiler.model_folder.checkpoint import check_folder
 
     info = check_folder(path)
-    rows = {
-        name: {"file": t.file, "dtype": t.dtype, "shape": list(t.shape)} for name, t in info.tensors.items()
-    }
+    rows = {name: {"file": t.file, "dtype": t.dtype, "shape": list(t.shape)} for name, t in info.tensors.items()}
     result = {"model": str(path), "config": info.config, "tokenizer": info.has_tokenizer, "tensors": rows}
     emit(result, as_json, _show_model)
 
 
 def _show_model(result: dict[str, Any]) -> None:
     config = result["config"]
-    click.echo(
-        f"{result['model']}: {', '.join(config.get('architectures', []))} ({config.get('model_type')})"
-    )
+    click.echo(f"{result['model']}: {', '.join(config.get('architectures', []))} ({config.get('model_type')})")
     click.echo(f"tokenizer: {'yes' if result['tokenizer'] else 'none (works on token ids)'}")
     for name, row in result["tensors"].items():
         click.echo(f"  {name}  {row['dtype']}{row['shape']}  {row['file']}")
@@ -88,9 +84,7 @@ def _show(manifest: dict[str, Any]) -> None:
     click.echo(
         f"{manifest['target']} artifact ({manifest['engine']}, {manifest['dtype']}), optc {manifest['optc_version']}, {manifest['created']}"
     )
-    click.echo(
-        f"source: {source['path'] or 'a module in memory'} ({source['parameters'] / 1e6:.1f} M parameters)"
-    )
+    click.echo(f"source: {source['path'] or 'a module in memory'} ({source['parameters'] / 1e6:.1f} M parameters)")
     click.echo(
         f"weights: {manifest['weight_bytes'] / 1e6:.2f} MB; quantization: {_quantization(manifest['quantization'])}"
     )
@@ -108,12 +102,8 @@ def _show(manifest: dict[str, Any]) -> None:
     click.echo("passes:")
     titles, cells = drift_table(manifest["passes"])
     for row, values in zip(manifest["passes"], cells, strict=True):
-        drift = "".join(
-            f", {title} {value}" for title, value in zip(titles, values, strict=True) if value != EMPTY
-        )
-        click.echo(
-            f"  {row['name']}: matched {row['matched']} of {row['candidates']}{drift}, {row['seconds']:.2f} s"
-        )
+        drift = "".join(f", {title} {value}" for title, value in zip(titles, values, strict=True) if value != EMPTY)
+        click.echo(f"  {row['name']}: matched {row['matched']} of {row['candidates']}{drift}, {row['seconds']:.2f} s")
     worst = _worst(manifest)
     click.echo(_opened(manifest["opened"]))
     if worst:
@@ -131,9 +121,7 @@ def _capture(row: dict[str, Any] | None) -> list[str]:
     """How the capture was proved, a line per comparison and note."""
     if row is None or not row["proved"]:
         return ["capture: not proved", *(f"  {note}" for note in (row or {}).get("notes", ()))]
-    lines = [
-        f"capture: proved against {row['reference']}, {row['seconds']:.2f} s: {'; '.join(row['inputs'])}"
-    ]
+    lines = [f"capture: proved against {row['reference']}, {row['seconds']:.2f} s: {'; '.join(row['inputs'])}"]
     for item in row["figures"]:
         kl = "" if item["kl"] is None else f", KL {item['kl']:.1e}, top-1 {item['top1']:.3f}"
         lines.append(
@@ -176,8 +164,6 @@ def _worst(manifest: dict[str, Any]) -> list[str]:
     worst = sorted(known, key=lambda row: row[key], reverse=True)[:_WORST]
     title = "output error" if measured else "weight error"
     before = {
-        row["name"]: f" (round to nearest {row['error_rtn']:.2e})"
-        for row in worst
-        if row["error_rtn"] is not None
+        row["name"]: f" (round to nearest {row['error_rtn']:.2e})" for row in worst if row["error_rtn"] is not None
     }
     return [f"  {row['name']}: {title} {row[key]:.2e}{before.get(row['name'], '')}" for row in worst]

@@ -59,9 +59,12 @@ def flag(field: Field, text: str) -> Any:
         return click.option(*names, field.name, is_flag=True, default=None, help=text)
     metavar = field.extra.get("metavar") or "|".join(field.choices) or _METAVARS.get(field.kind, "TEXT")
     return click.option(
-        *names, field.name, metavar=metavar, multiple=field.repeatable and "read" not in field.extra,
+        *names,
+        field.name,
+        metavar=metavar,
+        multiple=field.repeatable and "read" not in field.extra,
         help=text + default,
-    )  # fmt: skip
+    )
 
 
 def option_help(rows: Iterable[tuple[Any, Field]]) -> str:
@@ -106,9 +109,7 @@ def merge_recipe(flags: dict[str, Any]) -> dict[str, Given]:
 
 def request_of(merged: dict[str, Given], target: str) -> Request:
     """The request for a target, of merged flags that may name a model too."""
-    return make_request(
-        target, {key: value for key, value in merged.items() if key not in ("model", "target")}
-    )
+    return make_request(target, {key: value for key, value in merged.items() if key not in ("model", "target")})
 
 
 def require(merged: dict[str, Given], key: str, example: str) -> str:
@@ -121,7 +122,5 @@ def require(merged: dict[str, Given], key: str, example: str) -> str:
     if found is None or found.value in ("", ()):
         raise UsageError(f"no {key} given", remedy=example)
     if not isinstance(found.value, str) or "\0" in found.value:
-        raise UsageError(
-            f"'{key}' cannot be {found.value!r}", where=found.where, remedy=f"give text: {example}"
-        )
+        raise UsageError(f"'{key}' cannot be {found.value!r}", where=found.where, remedy=f"give text: {example}")
     return found.value

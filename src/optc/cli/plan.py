@@ -20,9 +20,7 @@ from optc.compiler.diagnostics import UsageError
     metavar="RECIPE",
     help="Predict the memory of a training recipe (name or YAML file) in place of a compile.",
 )
-@click.option(
-    "--world-size", type=click.IntRange(min=1), default=1, show_default=True, help="With --train: processes."
-)
+@click.option("--world-size", type=click.IntRange(min=1), default=1, show_default=True, help="With --train: processes.")
 @click.option(
     "--set",
     "settings",
@@ -32,9 +30,7 @@ from optc.compiler.diagnostics import UsageError
 )
 @request_flags(("what", "quantization", "cache"))
 @json_option
-def plan(
-    as_json: bool, train_recipe: str | None, world_size: int, settings: tuple[str, ...], **flags: Any
-) -> None:
+def plan(as_json: bool, train_recipe: str | None, world_size: int, settings: tuple[str, ...], **flags: Any) -> None:
     """Say what a compile or a training run would do, before any weight is read.
 
     \b
@@ -80,17 +76,13 @@ def _show_memory(result: dict[str, Any]) -> None:
 
 
 def _show(result: dict[str, Any]) -> None:
-    click.echo(
-        f"{result['model']} for {result['target']}, {result['dtype']}, quantization {result['quant'] or 'none'}"
-    )
+    click.echo(f"{result['model']} for {result['target']}, {result['dtype']}, quantization {result['quant'] or 'none'}")
     click.echo(f"  parameters: {result['parameters'] / 1e6:.1f} M, {result['linears']} linears")
     names = [row["name"] + (" (if it matches)" if row["optional"] else "") for row in result["passes"]]
     click.echo(f"  passes: {', '.join(names)}")
     if result["quant"]:
         click.echo(f"  group size: {result['group_size'] or 'channel'}")
-    click.echo(
-        f"  weights: {result['source_weight_bytes'] / 1e6:.1f} MB -> {result['weight_bytes'] / 1e6:.1f} MB"
-    )
+    click.echo(f"  weights: {result['source_weight_bytes'] / 1e6:.1f} MB -> {result['weight_bytes'] / 1e6:.1f} MB")
     if result["kv_cache_bytes_per_token"]:
         click.echo(f"  KV cache: {result['kv_cache_bytes_per_token']} bytes per token")
     if result["note"]:

@@ -35,9 +35,10 @@ def quantize(as_json: bool, **flags: Any) -> None:
     wanted = merged.get("target")
     if wanted is not None and find_target(require(merged, "target", "optc compile --target")).name != TARGET:
         raise UsageError(
-            f"the recipe is for target '{wanted.value}'", why=f"optc quantize writes for '{TARGET}'",
+            f"the recipe is for target '{wanted.value}'",
+            why=f"optc quantize writes for '{TARGET}'",
             remedy="use optc compile, or leave the target out",
-        )  # fmt: skip
+        )
     request = request_of(merged, TARGET)
     if request.quantization.quant is None and request.what.passes is None:
         raise UsageError("no quant given", remedy="--quant rtn, gptq or awq (see optc targets)")

@@ -15,13 +15,14 @@ from optc.compiler.diagnostics import UsageError
 
 @click.command()
 @artifact_argument
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Text to continue; repeat it for a batch.")
 @click.option(
-    "--prompt", "prompts", multiple=True, metavar="TEXT", help="Text to continue; repeat it for a batch."
-)
-@click.option(
-    "--prompt-tokens", "token_lists", multiple=True, metavar="IDS",
+    "--prompt-tokens",
+    "token_lists",
+    multiple=True,
+    metavar="IDS",
     help="Token ids to continue, e.g. 5,17,33; repeat it for a batch.",
-)  # fmt: skip
+)
 @click.option(
     "--max-new-tokens",
     default=128,
@@ -35,15 +36,11 @@ from optc.compiler.diagnostics import UsageError
     type=float,
     help="Sample among the most likely tokens that together reach this probability, e.g. 0.9.",
 )
-@click.option(
-    "--seed", default=0, show_default=True, help="Seed of the sampling; greedy decoding needs none."
-)
+@click.option("--seed", default=0, show_default=True, help="Seed of the sampling; greedy decoding needs none.")
 @click.option("--ignore-eos", is_flag=True, help="Continue after an end-of-text token.")
 @session_options
 @json_option
-def run(
-    artifact: Path, prompts: tuple[str, ...], token_lists: tuple[str, ...], as_json: bool, **flags: Any
-) -> None:
+def run(artifact: Path, prompts: tuple[str, ...], token_lists: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     """Generate text with ARTIFACT, greedily unless told otherwise.
 
     Sampling applies temperature, then top-k, then top-p; --top-k or --top-p alone sample at

@@ -23,9 +23,7 @@ def session_options(command: F) -> F:
     command = click.option(
         "--kv-blocks", type=int, help="Blocks in the KV pool of a paged artifact (default: 8 full contexts)."
     )(command)
-    return click.option(
-        "--threads", type=int, help="Threads of the engine (default: one per physical core)."
-    )(command)
+    return click.option("--threads", type=int, help="Threads of the engine (default: one per physical core).")(command)
 
 
 def kv_pool(session: Session) -> dict[str, Any]:

@@ -33,13 +33,17 @@ def targets(as_json: bool) -> None:
                 for field in fields_of(target.options).values()
             ],
             "quant": {
-                name: {"bits": list(row.bits), "group_sizes": list(row.group_sizes), "symmetric": list(row.symmetric),
-                       "note": row.note}
+                name: {
+                    "bits": list(row.bits),
+                    "group_sizes": list(row.group_sizes),
+                    "symmetric": list(row.symmetric),
+                    "note": row.note,
+                }
                 for name, row in target.quant.items()
             },
         }
         for target in all_targets()
-    ]  # fmt: skip
+    ]
     emit({"targets": rows}, as_json, _show)
 
 
@@ -47,9 +51,7 @@ def _show(result: dict[str, Any]) -> None:
     for row in result["targets"]:
         alias = f" (alias {', '.join(row['aliases'])})" if row["aliases"] else ""
         click.echo(f"{row['name']}{alias}: {row['summary']}")
-        click.echo(
-            f"    dtypes {', '.join(row['dtypes'])}; KV caches {', '.join(row['kv_caches']) or 'none'}"
-        )
+        click.echo(f"    dtypes {', '.join(row['dtypes'])}; KV caches {', '.join(row['kv_caches']) or 'none'}")
         for option in row["options"]:
             default = f"; default: {option['default']}" if option["default"] else ""
             click.echo(f"    --{option['name']}: {option['takes']}{default}")

@@ -83,10 +83,15 @@ def make_config(flags: dict[str, Any]) -> Any:
             remedy="optc train --recipe finetune ..., or optc train recipe.yaml",
         )
     values = {
-        "model": flags["model"], "data.text": list(flags["text"]) or None, "max_steps": flags["max_steps"],
-        "qat.bits": flags["bits"], "qat.group_size": flags["group_size"], "seed": flags["seed"], "device": flags["device"],
+        "model": flags["model"],
+        "data.text": list(flags["text"]) or None,
+        "max_steps": flags["max_steps"],
+        "qat.bits": flags["bits"],
+        "qat.group_size": flags["group_size"],
+        "seed": flags["seed"],
+        "device": flags["device"],
         "output": None if flags["output"] is None else str(flags["output"]),
-    }  # fmt: skip
+    }
     given = {key: value for key, value in values.items() if value is not None}
     config = load_config(named[0], values=given, settings=flags["settings"])
     for key in ("qat.bits", "qat.group_size"):
@@ -107,8 +112,7 @@ def _show(result: dict[str, Any]) -> None:
     memory = last["memory"]
     if memory is not None:
         parts = ", ".join(
-            f"{key} {memory[key] / 1e6:.1f} MB"
-            for key in ("weights", "gradients", "optimizer", "activations")
+            f"{key} {memory[key] / 1e6:.1f} MB" for key in ("weights", "gradients", "optimizer", "activations")
         )
         stderr().print(f"  memory: {parts}; peak {memory['peak'] / 1e6:.0f} MB", markup=False)
 

@@ -34,9 +34,7 @@ def test_what_an_engine_names_exists(engine: Engine) -> None:
 def test_unknown_engine() -> None:
     with pytest.raises(ArtifactError) as caught:
         find_engine("tvm", "folder")
-    assert caught.value.why == (
-        "its engine is 'tvm'; known are aotinductor, executorch, huggingface, onnx, tensorrt"
-    )
+    assert caught.value.why == ("its engine is 'tvm'; known are aotinductor, executorch, huggingface, onnx, tensorrt")
 
 
 def test_engine_opens_listed_files_only() -> None:
@@ -44,8 +42,10 @@ def test_engine_opens_listed_files_only() -> None:
     info = {"model": "model.pt2", "weights": "model.safetensors", "library": None, "runner": "generate.py"}
     listed = {"model.pt2", "model.safetensors", "generate.py"}
     assert AOTINDUCTOR.opened_files(info) == {
-        "model": "model.pt2", "weights": "model.safetensors", "runner": "generate.py",
-    }  # fmt: skip
+        "model": "model.pt2",
+        "weights": "model.safetensors",
+        "runner": "generate.py",
+    }
     check_files(AOTINDUCTOR, info, listed, "folder")
     with pytest.raises(ArtifactError, match="does not list") as caught:
         check_files(AOTINDUCTOR, {**info, "library": "../evil.so"}, listed, "folder")

@@ -69,9 +69,7 @@ def test_white_space_is_sealed_too() -> None:
     assert caught.value.why == "it does not end with self_sha256: cut off, or not written by optc"
 
 
-@pytest.mark.parametrize(
-    "text", [b"", b"[]", b"null", b"{}", b"\xff{}", b'{"format_version": "1"}', b"[" * 100_000]
-)
+@pytest.mark.parametrize("text", [b"", b"[]", b"null", b"{}", b"\xff{}", b'{"format_version": "1"}', b"[" * 100_000])
 def test_not_a_manifest(text: bytes) -> None:
     with pytest.raises(ArtifactError) as caught:
         decode(text, "out/x/manifest.json")
@@ -133,8 +131,7 @@ def test_an_unknown_engine_is_said_of_the_file() -> None:
 def test_equal_manifests_give_equal_bytes_that_people_can_read() -> None:
     """Whatever the order in which tables were filled."""
     one, two = (
-        encode(make_manifest(seconds=dict(items)))
-        for items in ((("a", 1.0), ("b", 2.0)), (("b", 2.0), ("a", 1.0)))
+        encode(make_manifest(seconds=dict(items))) for items in ((("a", 1.0), ("b", 2.0)), (("b", 2.0), ("a", 1.0)))
     )
     assert one == two
     assert one.startswith(b'{\n  "format_version": 2,\n')

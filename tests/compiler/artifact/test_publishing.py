@@ -33,9 +33,7 @@ def names(folder: Path) -> list[str]:
 def test_written_artifact_verifies(tmp_path: Path) -> None:
     written = make_artifact(tmp_path / "out")
     assert verify(tmp_path / "out") == written
-    assert {entry.path: entry.size for entry in written.files} == {
-        path: len(data) for path, data in FILES.items()
-    }
+    assert {entry.path: entry.size for entry in written.files} == {path: len(data) for path, data in FILES.items()}
     assert [entry.path for entry in written.files] == sorted(FILES)
     assert names(tmp_path) == ["out"]
 
@@ -128,9 +126,7 @@ def _nameless(tmp_path: Path) -> tuple[Path, str]:
 
 
 @pytest.mark.parametrize("make", [_file, _below_a_file, _link, _foreign, _proc, _nameless])
-@pytest.mark.parametrize(
-    "check", [lambda path: check_output(path, True), lambda path: make_artifact(path, force=True)]
-)
+@pytest.mark.parametrize("check", [lambda path: check_output(path, True), lambda path: make_artifact(path, force=True)])
 def test_refused_even_with_force(tmp_path: Path, make, check) -> None:  # type: ignore[no-untyped-def]
     output, what = make(tmp_path)
     before = names(tmp_path)
@@ -152,8 +148,7 @@ def test_existing_output_needs_force(tmp_path: Path, empty: bool) -> None:
     with pytest.raises(InputError) as caught:
         check_output(tmp_path / "out", force=False)
     assert str(caught.value) == (
-        f"the output exists\n  where: {tmp_path / 'out'}\n"
-        "  remedy: choose another output, or replace it with --force"
+        f"the output exists\n  where: {tmp_path / 'out'}\n  remedy: choose another output, or replace it with --force"
     )
     check_output(tmp_path / "out", force=True)
     make_artifact(tmp_path / "out", force=True, target="new")
@@ -204,9 +199,7 @@ def test_a_locked_folder_is_kept_whatever_its_pid(tmp_path: Path, dead_pid: int)
     assert names(tmp_path) == ["out"]
 
 
-def test_the_old_artifact_of_a_crashed_swap_stays_until_a_new_one_stands(
-    tmp_path: Path, dead_pid: int
-) -> None:
+def test_the_old_artifact_of_a_crashed_swap_stays_until_a_new_one_stands(tmp_path: Path, dead_pid: int) -> None:
     old = tmp_path / f".out.old-{dead_pid}-0123abcd"
     make_artifact(tmp_path / "out", target="old")
     (tmp_path / "out").rename(old)

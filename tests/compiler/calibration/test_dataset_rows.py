@@ -95,9 +95,14 @@ def test_damage(tmp_path: Path, keep: int) -> None:
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("state.json", "{"), ("state.json", "[]"), ("state.json", '{"_data_files": []}'), ("dataset_info.json", "5"),
-     ("dataset_info.json", '{"features": "x"}')],
-)  # fmt: skip
+    [
+        ("state.json", "{"),
+        ("state.json", "[]"),
+        ("state.json", '{"_data_files": []}'),
+        ("dataset_info.json", "5"),
+        ("dataset_info.json", '{"features": "x"}'),
+    ],
+)
 def test_a_damaged_description(tmp_path: Path, name: str, text: str) -> None:
     folder = written(tmp_path, ROWS)[1]
     (folder / name).write_text(text)

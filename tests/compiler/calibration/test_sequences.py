@@ -32,8 +32,11 @@ def test_text_and_token_files(tmp_path: Path) -> None:
         "d.json": "[[5], [6, 7]]",
     }
     expected = {
-        "a.txt": [[97, 98]], "b.jsonl": [[97, 98], [1, 2], [3]], "c.json": [[5, 6, 7]], "d.json": [[5], [6, 7]],
-    }  # fmt: skip
+        "a.txt": [[97, 98]],
+        "b.jsonl": [[97, 98], [1, 2], [3]],
+        "c.json": [[5, 6, 7]],
+        "d.json": [[5], [6, 7]],
+    }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
         assert read_documents(tmp_path / name, _Bytes()) == expected[name]

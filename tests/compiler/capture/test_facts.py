@@ -41,9 +41,7 @@ def _folder(path: Path, eos: object, generation: object) -> Path:
         (None, None, ()),
     ],
 )
-def test_end_of_text_ids_agree(
-    tmp_path: Path, eos: object, generation: object, expected: tuple[int, ...]
-) -> None:
+def test_end_of_text_ids_agree(tmp_path: Path, eos: object, generation: object, expected: tuple[int, ...]) -> None:
     """The program, genai_config.json and `optc run` (which reads the copied files) stop at the same tokens."""
     folder = _folder(tmp_path / "model", eos, generation)
     program = capture_pretrained(folder)[0]
@@ -61,9 +59,7 @@ def test_a_model_in_memory_has_its_own_generation_config() -> None:
     assert capture_model(model).contract.model.eos_token_ids == (2, 11)
 
 
-@pytest.mark.parametrize(
-    "name", ["LlamaConfig", "pipeline", "PreTrainedTokenizerFast", "logging", "NoSuchModel"]
-)
+@pytest.mark.parametrize("name", ["LlamaConfig", "pipeline", "PreTrainedTokenizerFast", "logging", "NoSuchModel"])
 def test_only_model_classes_are_called(tmp_path: Path, name: str) -> None:
     folder = _folder(tmp_path / "model", 2, None)
     config = json.loads((folder / "config.json").read_text())

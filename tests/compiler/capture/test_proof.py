@@ -17,13 +17,26 @@ from optc.compiler.capture.proof import widened
 from optc.compiler.diagnostics import CaptureError, GateError
 
 _SIZE: dict[str, Any] = {
-    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 128,
-    "max_position_embeddings": 64, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
 _T5: dict[str, Any] = {
-    "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 128, "pad_token_id": 0,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 128,
+    "pad_token_id": 0,
     "eos_token_id": 1,
-}  # fmt: skip
+}
 
 
 def _large(model: Any) -> Any:
@@ -46,15 +59,15 @@ def _roberta(config: Any = hf.RobertaConfig, cls: Any = hf.RobertaForCausalLM, *
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_are_proved(name: str) -> None:
     """In bfloat16: the program, widened, is what the model, widened, computes; and both round alike."""
-    proof = capture_model(
-        make_model(name, attention="sdpa" if name != "gemma2" else "eager").bfloat16()
-    ).proof
+    proof = capture_model(make_model(name, attention="sdpa" if name != "gemma2" else "eager").bfloat16()).proof
     assert proof is not None
     assert proof.proved
     assert proof.inputs == (
-        "ragged random tokens, right padded", "ragged random tokens, left padded", "random tokens, batch 1",
+        "ragged random tokens, right padded",
+        "ragged random tokens, left padded",
+        "random tokens, batch 1",
         "one token",
-    )  # fmt: skip
+    )
     wide, narrow = proof.figures
     assert (wide.dtype, narrow.dtype) == ("float32", "bfloat16")
     assert wide.max_abs_diff <= 3e-6 * wide.scale
@@ -197,16 +210,12 @@ def test_a_lost_padding_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(GateError) as caught:
         capture_model(make_model("bert"))
     assert "bert.encoder.layer.0.attention" in str(caught.value.where)
-    assert str(caught.value.why).endswith(
-        "ragged random tokens, right padded; ragged random tokens, left padded"
-    )
+    assert str(caught.value.why).endswith("ragged random tokens, right padded; ragged random tokens, left padded")
 
 
 def test_a_window_off_by_one_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     atoms = attention._atoms
-    monkeypatch.setattr(
-        attention, "_atoms", lambda mask: [(k, n - 1 if k == "window" else n) for k, n in atoms(mask)]
-    )
+    monkeypatch.setattr(attention, "_atoms", lambda mask: [(k, n - 1 if k == "window" else n) for k, n in atoms(mask)])
     with pytest.raises(GateError, match=r"model\.layers\.0\.self_attn\.o_proj"):
         capture_model(make_model("mistral"))
 
@@ -256,9 +265,7 @@ def test_a_forward_that_fails_stops_the_capture() -> None:
     model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("no forward today")))
     with pytest.raises(GateError, match="the model's own forward fails") as caught:
         pretrained.prove_model(program, model)
-    assert caught.value.why == (
-        "on ragged random tokens, right padded in float32: RuntimeError: no forward today"
-    )
+    assert caught.value.why == ("on ragged random tokens, right padded in float32: RuntimeError: no forward today")
 
 
 def test_types_that_cannot_be_widened_are_noted() -> None:
@@ -267,9 +274,7 @@ def test_types_that_cannot_be_widened_are_noted() -> None:
     model.model.norm.register_forward_hook(lambda module, args, output: output.bfloat16())
     proof = pretrained.prove_model(program, model)
     assert [row.dtype for row in proof.figures] == ["bfloat16"]
-    assert proof.notes[0].startswith(
-        "not compared in float32: on ragged random tokens, right padded in float32: "
-    )
+    assert proof.notes[0].startswith("not compared in float32: on ragged random tokens, right padded in float32: ")
 
 
 def test_widening_puts_everything_back() -> None:

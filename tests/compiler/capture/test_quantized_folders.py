@@ -30,19 +30,25 @@ _FAMILIES = {
 CASES = [
     (family, recipe, layout)
     for recipe, layout in (
-        ("int4", "compressed-tensors"), ("int4-asym", "compressed-tensors"), ("int4-channel", "compressed-tensors"),
-        ("int8", "compressed-tensors"), ("w8a8", "compressed-tensors"), ("fp8", "compressed-tensors"),
-        ("fp8-weights", "compressed-tensors"), ("int4", "awq"), ("int4-asym", "awq"), ("int4", "gptq"),
-        ("int4-asym", "gptq"), ("int8", "gptq"),
+        ("int4", "compressed-tensors"),
+        ("int4-asym", "compressed-tensors"),
+        ("int4-channel", "compressed-tensors"),
+        ("int8", "compressed-tensors"),
+        ("w8a8", "compressed-tensors"),
+        ("fp8", "compressed-tensors"),
+        ("fp8-weights", "compressed-tensors"),
+        ("int4", "awq"),
+        ("int4-asym", "awq"),
+        ("int4", "gptq"),
+        ("int4-asym", "gptq"),
+        ("int8", "gptq"),
     )
     for family in _FAMILIES.get((recipe, layout), ("qwen2",))
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("family", "recipe", "layout"), CASES)
-def test_out_and_in_again_gives_the_same_program(
-    tmp_path: Path, family: str, recipe: str, layout: str
-) -> None:
+def test_out_and_in_again_gives_the_same_program(tmp_path: Path, family: str, recipe: str, layout: str) -> None:
     program = quantized(family, recipe, half=layout != "compressed-tensors")
     write(program, source(family), tmp_path, layout)
     again, info = capture_pretrained(tmp_path)
@@ -58,8 +64,13 @@ def test_out_and_in_again_gives_the_same_program(
         mine = program.contract.quantization[name]
         assert entry.method == layout
         assert (entry.bits, entry.group_size, entry.symmetric, entry.format, entry.activations, entry.source) == (
-            mine.bits, mine.group_size, mine.symmetric, mine.format, mine.activations, mine.source,
-        )  # fmt: skip
+            mine.bits,
+            mine.group_size,
+            mine.symmetric,
+            mine.format,
+            mine.activations,
+            mine.source,
+        )
     assert info.path == tmp_path
 
 
@@ -217,9 +228,7 @@ def test_unknown_methods_are_refused_with_those_that_are_taken(tmp_path: Path) -
         ({"config_groups": 5}, "'config_groups' is not an object"),
     ],
 )
-def test_compressed_tensors_that_optc_does_not_read(
-    tmp_path: Path, changes: dict[str, Any], expected: str
-) -> None:
+def test_compressed_tensors_that_optc_does_not_read(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
     folder = _written(tmp_path)
     _edit(folder, **changes)
     assert expected in _refused(folder)
@@ -243,9 +252,7 @@ def test_compressed_tensors_that_optc_does_not_read(
         ),
     ],
 )
-def test_schemes_that_optc_does_not_read(
-    tmp_path: Path, part: str | None, key: str, value: Any, expected: str
-) -> None:
+def test_schemes_that_optc_does_not_read(tmp_path: Path, part: str | None, key: str, value: Any, expected: str) -> None:
     folder = _written(tmp_path)
     groups = config(folder)["quantization_config"]["config_groups"]
     (groups["group_0"][part] if part else groups["group_0"])[key] = value

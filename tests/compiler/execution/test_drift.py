@@ -139,17 +139,21 @@ def test_answers_of_encoders() -> None:
     """Classes per sequence are a row per sequence, per token a row per token; a regression has no classes."""
     import transformers as hf
 
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
-             "vocab_size": 32, "num_labels": 2}  # fmt: skip
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 32,
+        "num_labels": 2,
+    }
     found = {}
     for cls in (
         hf.BertForSequenceClassification,
         hf.BertForTokenClassification,
         hf.BertModel,
     ):
-        run = run_probe(
-            capture_model(cls(hf.BertConfig(**sizes))), Probe(sequences=((3, 4, 5), (6, 7)), is_text=True)
-        )
+        run = run_probe(capture_model(cls(hf.BertConfig(**sizes))), Probe(sequences=((3, 4, 5), (6, 7)), is_text=True))
         found[cls.__name__] = (run.role, [tuple(row.shape) for row in run.logits], run.predicts_next)
         assert measure(run, run, ((3, 4, 5), (6, 7))).perplexity is None
     assert found == {

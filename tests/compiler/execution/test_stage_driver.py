@@ -66,9 +66,7 @@ def _with_window(program: Program, layer: int) -> Program:
     """A wrong stage: one layer's attention sees only the last 3 tokens."""
     wrong = program.clone()
     nodes = [node for node in wrong.graph.nodes if "window" in node.kwargs]
-    replace_call(
-        wrong, nodes[layer], nodes[layer].target, nodes[layer].args, {**nodes[layer].kwargs, "window": 3}
-    )
+    replace_call(wrong, nodes[layer], nodes[layer].target, nodes[layer].args, {**nodes[layer].kwargs, "window": 3})
     return wrong.changed()
 
 
@@ -93,9 +91,7 @@ def test_garbage_in_caches_does_not_show(rewrite: Pass) -> None:
 def test_chunk_and_steps_do_not_matter() -> None:
     rows = sequences(17, 6)
     stage = rewritten(StaticKVCache(), "gpt2").program
-    runs = [
-        run_stage(stage, rows, chunk=chunk, steps=steps).logits for chunk, steps in ((0, 0), (9, 1), (1, 16))
-    ]
+    runs = [run_stage(stage, rows, chunk=chunk, steps=steps).logits for chunk, steps in ((0, 0), (9, 1), (1, 16))]
     assert largest(runs[0], runs[1]) < 1e-5
     assert largest(runs[0], runs[2]) < 1e-5
 

@@ -83,9 +83,13 @@ def test_awq_by_an_independent_reader(tmp_path: Path, recipe: str, module: str) 
     assert np.array_equal(_awq_dense(parts, 32), _dense("llama", recipe, module, 4))
     settings = config(tmp_path)["quantization_config"]
     assert settings == {
-        "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32, "zero_point": True,
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": 32,
+        "zero_point": True,
         "modules_to_not_convert": ["lm_head"],
-    }  # fmt: skip
+    }
 
 
 def test_awq_nibble_order_by_hand() -> None:
@@ -96,17 +100,13 @@ def test_awq_nibble_order_by_hand() -> None:
     assert written["qzeros"].item() & 0xFFFFFFFF == 0x88888888
 
 
-@pytest.mark.parametrize(
-    ("recipe", "layout"), [("int4", "gptq"), ("int4-asym", "gptq"), ("int4-channel", "gptq")]
-)
+@pytest.mark.parametrize(("recipe", "layout"), [("int4", "gptq"), ("int4-asym", "gptq"), ("int4-channel", "gptq")])
 def test_gptq_by_an_independent_reader(tmp_path: Path, recipe: str, layout: str) -> None:
     write(quantized("llama", recipe, half=True), source("llama"), tmp_path, layout)
     settings = config(tmp_path)["quantization_config"]
     offset = {"gptq": 1, "gptq_v2": 0}[settings["checkpoint_format"]]
     for module in (K_PROJ, DOWN):
-        assert np.array_equal(
-            _gptq_dense(_parts(tmp_path, module), 4, offset), _dense("llama", recipe, module, 4)
-        )
+        assert np.array_equal(_gptq_dense(_parts(tmp_path, module), 4, offset), _dense("llama", recipe, module, 4))
     assert settings["group_size"] == (-1 if recipe == "int4-channel" else 32)
     assert settings["sym"] is (recipe == "int4")
     assert settings["dynamic"] == {"-:^lm_head$": {}}
@@ -132,13 +132,9 @@ def test_gptq_with_a_zero_point_of_zero_is_written_as_v2() -> None:
     assert LAYOUTS["gptq"].writer([above]).config({"m": scheme}, ["m"])["checkpoint_format"] == "gptq"
 
 
-@pytest.mark.parametrize(
-    "recipe", ["int4", "int4-asym", "int4-channel", "int8", "w8a8", "fp8", "fp8-weights"]
-)
+@pytest.mark.parametrize("recipe", ["int4", "int4-asym", "int4-channel", "int8", "w8a8", "fp8", "fp8-weights"])
 def test_compressed_tensors_by_its_own_library(tmp_path: Path, recipe: str) -> None:
-    library = pytest.importorskip(
-        "compressed_tensors", reason="needs compressed-tensors (extra test-oracles)"
-    )
+    library = pytest.importorskip("compressed_tensors", reason="needs compressed-tensors (extra test-oracles)")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -147,9 +143,14 @@ def test_compressed_tensors_by_its_own_library(tmp_path: Path, recipe: str) -> N
     settings = QuantizationConfig.model_validate(config(tmp_path)["quantization_config"])
     scheme = settings.config_groups["group_0"]
     expected = {
-        "int4": "pack-quantized", "int4-asym": "pack-quantized", "int4-channel": "pack-quantized",
-        "int8": "pack-quantized", "w8a8": "int-quantized", "fp8": "float-quantized", "fp8-weights": "float-quantized",
-    }[recipe]  # fmt: skip
+        "int4": "pack-quantized",
+        "int4-asym": "pack-quantized",
+        "int4-channel": "pack-quantized",
+        "int8": "pack-quantized",
+        "w8a8": "int-quantized",
+        "fp8": "float-quantized",
+        "fp8-weights": "float-quantized",
+    }[recipe]
     assert settings.format == expected, library.__version__
     stored, table = tensors(tmp_path), codes_of(program)
     for module in (K_PROJ, DOWN):
@@ -194,14 +195,24 @@ def test_mixed_schemes_name_their_linears() -> None:
     ("writer", "scheme", "shape", "reason"),
     [
         (CompressedTensorsWriter(), Scheme(bits=3, group_size=0, symmetric=True), (8, 8), "3-bit weights"),
-        (CompressedTensorsWriter(), Scheme(bits=8, group_size=4, symmetric=True, activations="int8"), (8, 8), "one scale per"),
+        (
+            CompressedTensorsWriter(),
+            Scheme(bits=8, group_size=4, symmetric=True, activations="int8"),
+            (8, 8),
+            "one scale per",
+        ),
         (CompressedTensorsWriter(), Scheme(bits=8, group_size=4, symmetric=True, format="fp8"), (8, 8), "in groups"),
         (AwqWriter(), Scheme(bits=8, group_size=0, symmetric=True), (8, 8), "4-bit integer weights only"),
         (AwqWriter(), Scheme(bits=4, group_size=0, symmetric=True), (12, 8), "not a multiple of 8"),
         (GptqWriter(), Scheme(bits=3, group_size=0, symmetric=True), (32, 48), "multiples of 32"),
-        (GptqWriter(), Scheme(bits=8, group_size=0, symmetric=True, activations="int8"), (8, 8), "with unquantized activations"),
+        (
+            GptqWriter(),
+            Scheme(bits=8, group_size=0, symmetric=True, activations="int8"),
+            (8, 8),
+            "with unquantized activations",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_layout_cannot_hold(writer, scheme: Scheme, shape: tuple[int, int], reason: str) -> None:
     groups = shape[1] // (scheme.group_size or shape[1])
     weight = QuantizedWeight(scheme, torch.zeros(shape, dtype=torch.uint8), torch.ones(shape[0], groups))

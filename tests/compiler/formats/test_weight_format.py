@@ -39,9 +39,7 @@ def test_parts_and_keywords_are_those_of_the_op(name: str) -> None:
     args, keywords = CALLS[item.op]
     arguments = item.spec.op._schema.arguments
     assert len([one for one in arguments if not one.kwarg_only]) == len(item.parts)
-    optional = {
-        part for part, one in zip(item.parts, arguments, strict=False) if one.type.kind() == "OptionalType"
-    }
+    optional = {part for part, one in zip(item.parts, arguments, strict=False) if one.type.kind() == "OptionalType"}
     assert optional == item.optional
     assert args[0].dtype is item.codes
     bits, size = keywords.get("bits", item.bits[0]), keywords.get("group_size", 0)
@@ -80,9 +78,13 @@ def test_unknown_format() -> None:
 
 def test_format_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
     own = WeightFormat(
-        name="ternary", op="dequantize", parts=("codes", "scale", "zero"), bits=(2,), codes=torch.uint8,
+        name="ternary",
+        op="dequantize",
+        parts=("codes", "scale", "zero"),
+        bits=(2,),
+        codes=torch.uint8,
         keywords=lambda bits, size, _: {"bits": bits, "group_size": size},
-    )  # fmt: skip
+    )
 
     class Point:
         name = "ternary"

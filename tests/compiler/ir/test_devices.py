@@ -24,9 +24,7 @@ def test_every_tensor_and_constant_device_moves() -> None:
         if isinstance(item, torch.device)
     }
     assert found == {"meta"}
-    values = [
-        node.meta["val"] for node in moved.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)
-    ]
+    values = [node.meta["val"] for node in moved.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
     assert {value.device.type for value in values} == {"meta"}
     assert {tensor.device.type for _, tensor in program.weights()} == {"cpu"}
 

@@ -109,9 +109,7 @@ def test_a_product_with_a_large_weight_reads_it_in_blocks(
     torch.testing.assert_close(found, linear(x, weight.float()), rtol=1e-5, atol=1e-5)
 
 
-def test_rows_of_weights_behind_each_other_are_read_alone(
-    store: Callable[[Tensor], Tensor], reads: list[int]
-) -> None:
+def test_rows_of_weights_behind_each_other_are_read_alone(store: Callable[[Tensor], Tensor], reads: list[int]) -> None:
     """As of merged projections."""
     one, two, three = _random(400, 128), _random(300, 128), _random(500, 128)
     whole, lazy = torch.cat([one, two, three]), torch.cat([store(one), store(two), store(three)])

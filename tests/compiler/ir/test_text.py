@@ -122,8 +122,7 @@ def test_text_of_a_cached_program() -> None:
     captured = capture_module(Cached(), arguments, input_names=names, dynamic=axes)
     roles = ("input", "key_cache", "value_cache", "input")
     inputs = [
-        msgspec.structs.replace(spec, role=role)
-        for spec, role in zip(captured.contract.inputs, roles, strict=True)
+        msgspec.structs.replace(spec, role=role) for spec, role in zip(captured.contract.inputs, roles, strict=True)
     ]
     program = captured.with_contract(inputs=tuple(inputs), kv_cache=KVCache(kind="linear"))
     check_golden("cached.txt", format_program(program))
@@ -203,17 +202,12 @@ def test_a_value_that_took_another_place_is_not_hidden(program: Program) -> None
         "+%q: f32[2] = aten.sin(%x)",
         "+%b: f32[2] = aten.add.Tensor(%a, %q)",
     ]
-    assert (
-        text.splitlines()[-1] == "nodes 2 -> 3: - 1 aten.neg, + 1 aten.cos, + 1 aten.sin, ~ 1 aten.add.Tensor"
-    )
+    assert text.splitlines()[-1] == "nodes 2 -> 3: - 1 aten.neg, + 1 aten.cos, + 1 aten.sin, ~ 1 aten.add.Tensor"
 
 
 def test_inputs_keep_their_names_and_lend_them_to_nobody() -> None:
     before = "inputs      %x: f32[n]\n\n%v: f32[n] = aten.neg(%x)\n%b: f32[n] = aten.exp(%v)\n"
-    after = (
-        "inputs      %x: f32[n]\n            %v: f32[n]\n\n"
-        "%w: f32[n] = aten.cos(%x)\n%b: f32[n] = aten.exp(%w)\n"
-    )
+    after = "inputs      %x: f32[n]\n            %v: f32[n]\n\n%w: f32[n] = aten.cos(%x)\n%b: f32[n] = aten.exp(%w)\n"
     assert body(diff_text(before, after, name_a="a", name_b="b")) == [
         "+            %v: f32[n]",
         "-%v: f32[n] = aten.neg(%x)",

@@ -113,9 +113,7 @@ def test_no_op_writes_a_weight() -> None:
     class Decoder(torch.nn.Module):
         def forward(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
             past, knobs = torch.zeros(1, dtype=torch.long), {"scale": 1.0, "window": 0, "softcap": 0.0}
-            out: torch.Tensor = torch.ops.optc.cached_attention_(
-                q, q, q, keys, values, past, 3, None, **knobs
-            )
+            out: torch.Tensor = torch.ops.optc.cached_attention_(q, q, q, keys, values, past, 3, None, **knobs)
             return out
 
     caches = (torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8))

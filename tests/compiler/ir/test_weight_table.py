@@ -44,8 +44,11 @@ def test_table_follows_edits() -> None:
         assert dict(view.weight_names()) == names(edited)
         assert sorted(view.weight_names().values()) == ["0.bias", "1.bias", "1.weight", "made.1"]
     x = torch.randn(3, 8)
-    expected = nn.functional.linear(x.sum(-1, keepdim=True).expand(3, 8) + program.weight("0.bias"),
-                                    program.weight("1.weight"), program.weight("1.bias"))  # fmt: skip
+    expected = nn.functional.linear(
+        x.sum(-1, keepdim=True).expand(3, 8) + program.weight("0.bias"),
+        program.weight("1.weight"),
+        program.weight("1.bias"),
+    )
     torch.testing.assert_close(edited.changed()(x[:2]), expected[:2])
     assert dict(program.weight_names()) == before
 

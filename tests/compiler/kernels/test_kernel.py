@@ -54,9 +54,7 @@ X, HALF, TABLE = torch.ones(2, 64), torch.ones(2, 64, dtype=torch.float16), torc
         (X.double(), None, {}, "activations of type float64; the kernel takes float32, bfloat16, float16"),
     ],
 )
-def test_packed_product_says_what_it_takes(
-    x: Any, table: Any, changes: dict[str, int], reason: str | None
-) -> None:
+def test_packed_product_says_what_it_takes(x: Any, table: Any, changes: dict[str, int], reason: str | None) -> None:
     assert linear_accepts([x, None, None, None, None, table], {**PACKED, **changes}) == reason
 
 
@@ -90,10 +88,14 @@ def test_a_new_kernel_is_kept_by_legalization(monkeypatch: pytest.MonkeyPatch) -
     program = capture_module(Rotated(), (torch.randn(1, 2, 3, 8), torch.arange(3)[None]))
     assert legalize(program, "cpu", []).program.calls(_optc.rotary.default) == []
     own = Kernel(
-        op="rotary", device="cpu", tolerance=0.0,
+        op="rotary",
+        device="cpu",
+        tolerance=0.0,
         accepts=lambda args, _: None if args[0].dtype is torch.float32 else "only float32",
-        sources=CppSources(package="", op="rotary"), libraries=("torch",), cpu_flags=("avx2",),
-    )  # fmt: skip
+        sources=CppSources(package="", op="rotary"),
+        libraries=("torch",),
+        cpu_flags=("avx2",),
+    )
     monkeypatch.setattr(kernels, "_KERNELS", [own])
     result = legalize(program, "cpu", [])
     assert (result.matched, len(result.program.calls(_optc.rotary.default))) == (1, 1)

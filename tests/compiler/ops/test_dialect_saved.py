@@ -28,8 +28,19 @@ class Call(nn.Module):
         self.op = getattr(torch.ops.optc, name).default
         self.args, self.keywords = CALLS[name]
 
-    def forward(self, a: Tensor, b: Any = None, c: Any = None, d: Any = None, e: Any = None, f: Any = None,
-                g: Any = None, h: Any = None, i: Any = None, j: Any = None) -> Any:  # fmt: skip
+    def forward(
+        self,
+        a: Tensor,
+        b: Any = None,
+        c: Any = None,
+        d: Any = None,
+        e: Any = None,
+        f: Any = None,
+        g: Any = None,
+        h: Any = None,
+        i: Any = None,
+        j: Any = None,
+    ) -> Any:
         rest = iter((a, b, c, d, e, f, g, h, i, j))
         args = [next(rest) if isinstance(item, Tensor) else item for item in self.args]
         return self.op(*args, **self.keywords)

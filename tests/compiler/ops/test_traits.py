@@ -40,13 +40,23 @@ def test_writes_what_the_schema_says(name: str) -> None:
     assert spec is not None
     before, after, _ = call(spec)
     arguments = [argument.name for argument in spec.op._schema.arguments]
-    given = [
-        label for label, item in zip(arguments, CALLS[name][0], strict=False) if isinstance(item, Tensor)
+    given = [label for label, item in zip(arguments, CALLS[name][0], strict=False) if isinstance(item, Tensor)]
+    changed = [
+        label
+        for label, old, new in zip(given, before, after, strict=True)
+        if not torch.equal(old.view(torch.uint8), new.view(torch.uint8))
     ]
-    changed = [label for label, old, new in zip(given, before, after, strict=True)
-               if not torch.equal(old.view(torch.uint8), new.view(torch.uint8))]  # fmt: skip
-    assert tuple(changed) == spec.mutates == (("k_cache", "v_cache") if name == "cached_attention_" else
-                                              ("k_pool", "v_pool") if name == "paged_attention_" else ())  # fmt: skip
+    assert (
+        tuple(changed)
+        == spec.mutates
+        == (
+            ("k_cache", "v_cache")
+            if name == "cached_attention_"
+            else ("k_pool", "v_pool")
+            if name == "paged_attention_"
+            else ()
+        )
+    )
 
 
 def test_attention_says_its_axes() -> None:
@@ -107,8 +117,6 @@ def test_modules_of_other_packages_are_imported_with_the_dialect(monkeypatch: py
         def load(self) -> None:
             loaded.append("toy.ops")
 
-    monkeypatch.setattr(
-        metadata, "entry_points", lambda *, group: [Point()] if group == library.ENTRY_POINTS else []
-    )
+    monkeypatch.setattr(metadata, "entry_points", lambda *, group: [Point()] if group == library.ENTRY_POINTS else [])
     library.load_entry_points()
     assert loaded == ["toy.ops"]

@@ -37,13 +37,32 @@ SURE, UNSURE = (1.0,) * 10, (0.3,) * 10
 
 def _drift(**values: Any) -> Drift:
     """A drift within `BUDGET`, at its edges; ten tokens are decided, half of them kept."""
-    fields = {"max_abs_diff": 1.0, "scale": 1.0, "kl": 0.01, "top1": 0.5, "entropy": 1.0, "classes": 100,
-              "kept": SURE[:5], "flipped": SURE[:5] + UNSURE, "perplexity": 0.1, "relative": 9.0, "cosine": -1.0}  # fmt: skip
+    fields = {
+        "max_abs_diff": 1.0,
+        "scale": 1.0,
+        "kl": 0.01,
+        "top1": 0.5,
+        "entropy": 1.0,
+        "classes": 100,
+        "kept": SURE[:5],
+        "flipped": SURE[:5] + UNSURE,
+        "perplexity": 0.1,
+        "relative": 9.0,
+        "cosine": -1.0,
+    }
     return Drift(**{**fields, **values})
 
 
-def _check(drift: Drift, *, budget: Budget | None = None, lossy: bool = False, total: Drift | None = None,
-           dtype: torch.dtype = torch.float32, spent: tuple[Budget, ...] = (), limits: Limits = PASSES_OWN) -> None:  # fmt: skip
+def _check(
+    drift: Drift,
+    *,
+    budget: Budget | None = None,
+    lossy: bool = False,
+    total: Drift | None = None,
+    dtype: torch.dtype = torch.float32,
+    spent: tuple[Budget, ...] = (),
+    limits: Limits = PASSES_OWN,
+) -> None:
     ledger = Ledger(budgets=[*spent])
     ledger.note(budget)
     verdict = Verdict("some-pass", drift, total or drift, budget, dtype, lossy)
@@ -52,9 +71,14 @@ def _check(drift: Drift, *, budget: Budget | None = None, lossy: bool = False, t
 
 @pytest.mark.parametrize(
     ("dtype", "fine", "wrong"),
-    [(torch.float32, 2.9e-4, 3.1e-4), (torch.bfloat16, 0.59, 0.61), (torch.float16, 0.099, 0.101),
-     (torch.float64, 0.9e-8, 1.1e-8), (torch.int32, 2.9e-4, 3.1e-4)],
-)  # fmt: skip
+    [
+        (torch.float32, 2.9e-4, 3.1e-4),
+        (torch.bfloat16, 0.59, 0.61),
+        (torch.float16, 0.099, 0.101),
+        (torch.float64, 0.9e-8, 1.1e-8),
+        (torch.int32, 2.9e-4, 3.1e-4),
+    ],
+)
 def test_tolerance_follows_dtype_and_scale(dtype: torch.dtype, fine: float, wrong: float) -> None:
     _check(Drift(max_abs_diff=fine, scale=10.0), dtype=dtype)
     with pytest.raises(GateError, match=r"pass 'some-pass' failed the numerics gate\n.*b.attn|some-pass"):
@@ -71,9 +95,7 @@ def test_small_outputs_have_the_tolerance_of_one() -> None:
 def test_errors_of_exact_passes_add_up_as_squares() -> None:
     fine, wrong = (Drift(max_abs_diff=value, scale=1.0) for value in (5.9e-5, 6.1e-5))
     assert tolerance_misses(fine, torch.float32, passes=4) == []
-    assert tolerance_misses(wrong, torch.float32, passes=4) == [
-        "max abs difference 6.1e-05 > 6e-05 (torch.float32)"
-    ]
+    assert tolerance_misses(wrong, torch.float32, passes=4) == ["max abs difference 6.1e-05 > 6e-05 (torch.float32)"]
     small = Drift(max_abs_diff=1e-5, scale=1.0)
     Verdict("some-pass", small, fine, None, torch.float32, False).check(Ledger(exact=4), PASSES_OWN, [])
     with pytest.raises(GateError, match="too much is lost since the capture") as caught:
@@ -96,9 +118,7 @@ def test_worst_layer_is_named() -> None:
         _check(Drift(max_abs_diff=1.0, scale=1.0, layers=(0.0, 0.1, 0.2)))
     assert caught.value.where == "layer 2, relative difference 2.00e-01"
     with pytest.raises(GateError) as caught:
-        _check(
-            Drift(max_abs_diff=0.0, scale=1.0), total=Drift(max_abs_diff=1.0, scale=1.0, layers=(0.5, 0.1))
-        )
+        _check(Drift(max_abs_diff=0.0, scale=1.0), total=Drift(max_abs_diff=1.0, scale=1.0, layers=(0.5, 0.1)))
     assert caught.value.where == "layer 0 (a.attn), relative difference 5.00e-01"
     with pytest.raises(GateError) as caught:
         _check(Drift(max_abs_diff=1.0, scale=1.0))
@@ -132,9 +152,7 @@ def test_each_measure_is_held_to_the_budget_and_to_the_sum(change: dict[str, Any
     assert "choose more bits" in str(caught.value.remedy)
     with pytest.raises(GateError) as caught:
         _check(_drift(), total=_drift(**change), budget=BUDGET, lossy=True)
-    assert (
-        caught.value.what == "pass 'some-pass' failed the numerics gate: too much is lost since the capture"
-    )
+    assert caught.value.what == "pass 'some-pass' failed the numerics gate: too much is lost since the capture"
     assert caught.value.why == reason
 
 
@@ -171,24 +189,20 @@ def test_the_user_speaks_of_the_sum() -> None:
     assert total_misses(_drift(), BUDGET, Limits(kl=0.001)) == ["KL 0.01 > 0.001"]
     assert total_misses(_drift(), BUDGET, Limits(perplexity=0.0)) == ["perplexity +10.0% > +0.0%"]
     assert total_misses(_drift(top1=0.6), BUDGET, Limits(top1=0.7)) == ["top-1 agreement 0.600 < 0.700"]
-    assert total_misses(_drift(relative=0.2, cosine=1.0), BUDGET, Limits(relative=0.1)) == [
-        "relative error 0.2 > 0.1"
-    ]
+    assert total_misses(_drift(relative=0.2, cosine=1.0), BUDGET, Limits(relative=0.1)) == ["relative error 0.2 > 0.1"]
     wide = _drift(kl=1.0, perplexity=3.0, kept=(), flipped=SURE)
     limits = Limits(kl=1.0, top1=0.0, perplexity=3.0)
     assert step_misses(wide, BUDGET, limits) == []
     assert total_misses(wide, BUDGET, limits) == []
     assert step_misses(wide, BUDGET, Limits(kl=0.9, top1=0.2, perplexity=2.9)) == [
-        "KL 1 > 0.9", "top-1 agreement 0.000 < 0.200 (10 decided tokens)", "perplexity +300.0% > +290.0%",
-    ]  # fmt: skip
+        "KL 1 > 0.9",
+        "top-1 agreement 0.000 < 0.200 (10 decided tokens)",
+        "perplexity +300.0% > +290.0%",
+    ]
 
 
-@pytest.mark.parametrize(
-    ("limit", "cosine", "wrong"), [(0.6, 0.8, 0.79), (1.0, 0.0, -0.1), (1.5, -1.0, math.nan)]
-)
-def test_a_wide_limit_on_the_relative_error_widens_the_cosine(
-    limit: float, cosine: float, wrong: float
-) -> None:
+@pytest.mark.parametrize(("limit", "cosine", "wrong"), [(0.6, 0.8, 0.79), (1.0, 0.0, -0.1), (1.5, -1.0, math.nan)])
+def test_a_wide_limit_on_the_relative_error_widens_the_cosine(limit: float, cosine: float, wrong: float) -> None:
     """Vectors that differ by a share r < 1 of one of them have a cosine of sqrt(1 - r^2) at least."""
     drift = Drift(max_abs_diff=1.0, scale=1.0, relative=limit, cosine=cosine)
     assert step_misses(drift, BUDGET, Limits(relative=limit)) == []
@@ -219,8 +233,13 @@ def test_without_limits_only_numbers_that_are_none_are_refused() -> None:
 def test_small_losses_add_up() -> None:
     """Ten passes, each within its budget, whose losses all point one way."""
     with pytest.raises(GateError, match="since the capture") as caught:
-        _check(_drift(), total=_drift(kl=0.11, kept=UNSURE, flipped=(), relative=0.1, cosine=1.0),
-               budget=BUDGET, lossy=True, spent=(BUDGET,) * 9)  # fmt: skip
+        _check(
+            _drift(),
+            total=_drift(kl=0.11, kept=UNSURE, flipped=(), relative=0.1, cosine=1.0),
+            budget=BUDGET,
+            lossy=True,
+            spent=(BUDGET,) * 9,
+        )
     assert caught.value.why == "KL 0.11 > 0.1"
 
 
@@ -261,16 +280,12 @@ def test_a_nearly_flat_distribution_is_said() -> None:
     assert caught.value.why == (
         "KL 0.5 > 0.01; the model's own distribution is nearly flat: entropy 4.19 of log(100) = 4.61 nats"
     )
-    assert str(caught.value.remedy).startswith(
-        "logits of random or untrained weights say nothing about quality: "
-    )
+    assert str(caught.value.remedy).startswith("logits of random or untrained weights say nothing about quality: ")
     edge = dataclasses.replace(flat, entropy=FLAT * math.log(100), perplexity=0.2)
     assert edge.flatness == FLAT
     with pytest.raises(GateError) as caught:
         _check(edge, budget=BUDGET, lossy=True)
-    assert str(caught.value.why).startswith(
-        "KL 0.5 > 0.01; perplexity +20.0% > +10.0%; the model's own distribution"
-    )
+    assert str(caught.value.why).startswith("KL 0.5 > 0.01; perplexity +20.0% > +10.0%; the model's own distribution")
     with pytest.raises(GateError) as caught:
         _check(dataclasses.replace(flat, entropy=0.89 * math.log(100)), budget=BUDGET, lossy=True)
     assert caught.value.why == "KL 0.5 > 0.01"

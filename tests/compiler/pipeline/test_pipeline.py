@@ -98,8 +98,10 @@ def test_pass_that_matches_nothing_lists_near_misses(llama: Program) -> None:
         Pipeline([NeverPass()]).run(llama)
     assert caught.value.exit_code == 6
     assert "too early" in str(caught.value.where)
-    for allowed in (Pipeline([Step(NeverPass(), optional=True)]).run(llama),
-                    Pipeline([NeverPass()]).run(llama, PipelineOptions(allow_noop=True))):  # fmt: skip
+    for allowed in (
+        Pipeline([Step(NeverPass(), optional=True)]).run(llama),
+        Pipeline([NeverPass()]).run(llama, PipelineOptions(allow_noop=True)),
+    ):
         assert [(row.matched, row.candidates) for row in allowed.records] == [(0, 2)]
         assert allowed.records[0].drift is None
 
@@ -132,9 +134,7 @@ def test_input_program_is_unchanged(llama: Program) -> None:
     assert str(llama.graph) == before
 
 
-def test_resume_skips_finished_stages(
-    llama: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_skips_finished_stages(llama: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = [NeverPass(first=1), NeverPass(first=0)]
     options = PipelineOptions(work_dir=tmp_path)
     first = Pipeline(steps).run(llama, options)
@@ -244,9 +244,7 @@ def test_the_sum_is_kept_across_a_resume(llama: Program, tmp_path: Path) -> None
     assert (resumed.drift, resumed.since_capture) == (whole.drift, whole.since_capture)
     limits = Limits(kl=1.01 * float((whole.drift and whole.drift.kl) or 0.0))
     with pytest.raises(GateError, match="since the capture"):
-        Pipeline([*steps, Lose(factor=1.02, kl=1.0)]).run(
-            llama, PipelineOptions(work_dir=tmp_path, limits=limits)
-        )
+        Pipeline([*steps, Lose(factor=1.02, kl=1.0)]).run(llama, PipelineOptions(work_dir=tmp_path, limits=limits))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,18 +24,31 @@ ENTRY = WeightQuantization(method="rtn", bits=4, group_size=32, symmetric=True, 
 
 def _record(**changes: object) -> LinearRecord:
     fields: dict[str, object] = {
-        "name": "a.weight", "shape": (4, 64), "method": "rtn", "bits": 4, "group_size": 32, "symmetric": True,
-        "weight_error": 0.0, "scale_min": 1.0, "scale_max": 1.0,
-    }  # fmt: skip
+        "name": "a.weight",
+        "shape": (4, 64),
+        "method": "rtn",
+        "bits": 4,
+        "group_size": 32,
+        "symmetric": True,
+        "weight_error": 0.0,
+        "scale_min": 1.0,
+        "scale_max": 1.0,
+    }
     return LinearRecord(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def test_linear_record_by_hand() -> None:
     weight = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     record = linear_record(
-        "w", weight, torch.tensor([[3.0, 3.0], [0.0, 0.0]]), torch.tensor([[0.5], [2.0]]), method="rtn",
-        bits=4, group_size=0, symmetric=True,
-    )  # fmt: skip
+        "w",
+        weight,
+        torch.tensor([[3.0, 3.0], [0.0, 0.0]]),
+        torch.tensor([[0.5], [2.0]]),
+        method="rtn",
+        bits=4,
+        group_size=0,
+        symmetric=True,
+    )
     assert record.weight_error == pytest.approx(1 / 25)
     assert (record.scale_min, record.scale_max, record.shape) == (0.5, 2.0, (2, 2))
     assert (record.error, record.error_rtn, record.damping, record.clip) == (None, None, None, 1.0)
@@ -60,9 +73,16 @@ def test_summary_counts_the_tensors_of_quantized_weights() -> None:
         kind="module", inputs=(), outputs=(), quantization={"a.weight_packed": ENTRY, "e.up_0_packed": ENTRY}
     )
     sizes = {
-        "a.weight_packed": 128, "a.weight_scales": 32, "a.weight_zero_points": 5, "a.bias": 1000, "a.weight2": 1000,
-        "e.up_0_packed": 128, "e.up_0_scales": 32, "e.up_bias": 1000, "e.up_1": 1000,
-    }  # fmt: skip
+        "a.weight_packed": 128,
+        "a.weight_scales": 32,
+        "a.weight_zero_points": 5,
+        "a.bias": 1000,
+        "a.weight2": 1000,
+        "e.up_0_packed": 128,
+        "e.up_0_scales": 32,
+        "e.up_bias": 1000,
+        "e.up_1": 1000,
+    }
     rows = [_record(), _record(name="e.up[0]", bits=8, symmetric=False)]
     found = summarize(contract, rows, sizes)
     assert found["bytes"] == 128 + 32 + 5 + 128 + 32
@@ -85,9 +105,17 @@ def test_errors_that_are_no_numbers_are_not_recorded() -> None:
     """JSON has none, and the manifest could not be read back."""
     huge = torch.full((1, 2), 1e30)
     record = linear_record(
-        "w", huge, huge / 2, torch.ones(1, 1), method="rtn", bits=4, group_size=0, symmetric=True,
-        error=float("nan"), error_rtn=float("inf"),
-    )  # fmt: skip
+        "w",
+        huge,
+        huge / 2,
+        torch.ones(1, 1),
+        method="rtn",
+        bits=4,
+        group_size=0,
+        symmetric=True,
+        error=float("nan"),
+        error_rtn=float("inf"),
+    )
     assert (record.error, record.error_rtn) == (None, None)
     assert record.weight_error == pytest.approx(0.25)
 
@@ -118,7 +146,5 @@ def test_records_from_tensors(name: str) -> None:
 def test_the_pipeline_records_what_a_pass_does_not() -> None:
     result = Pipeline([QuantizeRtn(bits=8)]).run(captured("llama"))
     rows = quantized_linears(result.records)
-    assert [row.name for row in rows] == [
-        entry.source for entry in result.program.contract.quantization.values()
-    ]
+    assert [row.name for row in rows] == [entry.source for entry in result.program.contract.quantization.values()]
     assert all(row.weight_error < 1e-4 and row.bits == 8 for row in rows)

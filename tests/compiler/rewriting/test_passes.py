@@ -18,9 +18,7 @@ from optc.passes.registry import passes
 
 
 def test_a_lossy_pass_without_a_budget_is_no_class() -> None:
-    with pytest.raises(
-        TypeError, match=r"Careless is a lossy pass: it must say in budget\(\) what it may cost"
-    ):
+    with pytest.raises(TypeError, match=r"Careless is a lossy pass: it must say in budget\(\) what it may cost"):
         type("Careless", (Pass,), {"name": "careless", "lossy": True})
 
 
@@ -68,8 +66,18 @@ def test_budgets_of_weights() -> None:
 
 @pytest.mark.parametrize(
     ("average_bits", "max_kl", "bits"),
-    [(4.0, 0.0, 4), (3.9, 0.0, 3), (6.0, 0.0, 4), (8.0, 0.0, 8), (2.5, 0.0, 2), (8.0, 0.001, 8), (8.0, 0.05, 4), (8.0, 0.3, 3), (3.0, 5.0, 2)],
-)  # fmt: skip
+    [
+        (4.0, 0.0, 4),
+        (3.9, 0.0, 3),
+        (6.0, 0.0, 4),
+        (8.0, 0.0, 8),
+        (2.5, 0.0, 2),
+        (8.0, 0.001, 8),
+        (8.0, 0.05, 4),
+        (8.0, 0.3, 3),
+        (3.0, 5.0, 2),
+    ],
+)
 def test_the_budget_of_mixed_bits(average_bits: float, max_kl: float, bits: int) -> None:
     """That of the bits which the average comes to, or of those that three times the asked divergence may come from."""
     found = QuantizeAuto(average_bits=average_bits, max_kl=max_kl).budget(tiny_decoder())
@@ -80,6 +88,4 @@ def test_training_scales_costs_what_their_bits_cost() -> None:
     program = tiny_decoder()
     entry = WeightQuantization(method="rtn", bits=3, group_size=32, symmetric=True, source="w")
     more = msgspec.structs.replace(entry, bits=8)
-    assert TuneScales().budget(program.with_contract(quantization={"a": more, "b": entry})) == weight_budget(
-        3
-    )
+    assert TuneScales().budget(program.with_contract(quantization={"a": more, "b": entry})) == weight_budget(3)

@@ -31,17 +31,22 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
 
 def target(name: str, quant: Mapping[str, QuantSupport]) -> Target:
     return Target(
-        name=name, summary="", device="cpu", dtypes=("fp32",), kv_caches=(), quant=quant, legal={}, recipe=_recipe,
+        name=name,
+        summary="",
+        device="cpu",
+        dtypes=("fp32",),
+        kv_caches=(),
+        quant=quant,
+        legal={},
+        recipe=_recipe,
         export=_export,
-    )  # fmt: skip
+    )
 
 
 WIDE = QuantSupport(bits=(2, 4, 8), group_sizes=(0, 32, 128))
 SYMMETRIC = QuantSupport(bits=(4,), group_sizes=(0, 64), symmetric=(True,))
 HERE = target("here", {"rtn": WIDE, "awq": SYMMETRIC})
-THERE = target(
-    "there", {"rtn": replace(WIDE, bits=(3, 4)), "nf4": QuantSupport(bits=(4,), group_sizes=(64,))}
-)
+THERE = target("there", {"rtn": replace(WIDE, bits=(3, 4)), "nf4": QuantSupport(bits=(4,), group_sizes=(64,))})
 
 
 def asked(method: str, **options: Any) -> CompileOptions:

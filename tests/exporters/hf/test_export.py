@@ -49,8 +49,12 @@ def test_quantized_tensors_replace_the_weight_and_are_counted(tmp_path: Path) ->
     found = {name: tensor for name, tensor in tensors(tmp_path).items() if name.startswith(stem)}
     shapes = {name.removeprefix(f"{stem}."): list(tensor.shape) for name, tensor in found.items()}
     assert shapes == {
-        "bias": [32], "weight_packed": [32, 8], "weight_scale": [32, 2], "weight_shape": [2], "weight_zero_point": [4, 2],
-    }  # fmt: skip
+        "bias": [32],
+        "weight_packed": [32, 8],
+        "weight_scale": [32, 2],
+        "weight_shape": [2],
+        "weight_zero_point": [4, 2],
+    }
     assert result.tensor_bytes[f"{stem}.weight_codes"] == 32 * 8 * 4 + 2 * 8
     assert result.tensor_bytes[f"{stem}.weight_scale"] == 32 * 2 * 4
     assert result.tensor_bytes[f"{stem}.weight_zero"] == 4 * 2 * 4
@@ -119,18 +123,14 @@ def test_tensors_that_the_graph_does_not_read_are_copied(tmp_path: Path) -> None
     folder = tmp_path / "more"
     make_model("llama").save_pretrained(folder)
     extra = torch.arange(6).reshape(2, 3)
-    save_file(
-        {**tensors(folder), "vision.table": extra}, folder / "model.safetensors", metadata={"format": "pt"}
-    )
+    save_file({**tensors(folder), "vision.table": extra}, folder / "model.safetensors", metadata={"format": "pt"})
     result = write(quantized("llama", "int4"), folder, tmp_path / "out")
     assert result.info["copied"] == ["vision.table"]
     assert torch.equal(tensors(tmp_path / "out")["vision.table"], extra)
 
 
 def test_shards_have_an_index_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        module, "write_shards", lambda folder, items: write_shards(folder, items, limit=40_000)
-    )
+    monkeypatch.setattr(module, "write_shards", lambda folder, items: write_shards(folder, items, limit=40_000))
     result = write(quantized("llama", "int4"), source("llama"), tmp_path)
     index = json.loads((tmp_path / INDEX).read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))

@@ -61,9 +61,7 @@ def test_scales_of_inputs_are_in_the_norms_and_in_earlier_rows(tmp_path: Path) -
     found = modules(tmp_path)
     have = {name.rpartition(".")[2] for name, parts in found.items() if "pre_quant_scale" in parts}
     assert have == {"o_proj", "down_proj"}
-    assert all(
-        bool((parts["pre_quant_scale"] == 1).all()) for parts in found.values() if "pre_quant_scale" in parts
-    )
+    assert all(bool((parts["pre_quant_scale"] == 1).all()) for parts in found.values() if "pre_quant_scale" in parts)
     norm = "model.layers.0.input_layernorm.weight"
     assert not torch.equal(tensors(tmp_path)[norm], tensors(source("llama"))[norm])
     theirs = transformers_logits(tmp_path, source("llama"), "W4A16_AWQ", IDS)
@@ -77,9 +75,12 @@ def test_nibbles_by_hand() -> None:
     assert ModelOptWriter().tensors(weight)["weight"].tolist() == [[0x80, 0x71]]
     scheme = Scheme(bits=4, group_size=16, symmetric=True, format="nvfp4", activations="nvfp4", static=True)
     weight = QuantizedWeight(
-        scheme, torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8), torch.ones(1, 1).to(torch.float8_e4m3fn),
-        global_scale=torch.ones(1), input_scale=torch.ones(1),
-    )  # fmt: skip
+        scheme,
+        torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8),
+        torch.ones(1, 1).to(torch.float8_e4m3fn),
+        global_scale=torch.ones(1),
+        input_scale=torch.ones(1),
+    )
     written = ModelOptWriter().tensors(weight)
     assert written["weight"].tolist() == [[0x21, 0x0F]]
     assert [tuple(written[name].shape) for name in ("weight_scale_2", "input_scale")] == [(), ()]
@@ -91,16 +92,25 @@ def test_types_and_values_of_a_linear(tmp_path: Path, algorithm: str) -> None:
     write(program, source("llama"), tmp_path)
     name = "model.layers.1.mlp.up_proj"
     parts = modules(tmp_path)[name]
-    types = {
-        key: (str(value.dtype).removeprefix("torch."), list(value.shape)) for key, value in parts.items()
-    }
-    assert types == {
-        "W4A16_AWQ": {"weight": ("uint8", [64, 64]), "weight_scale": ("float32", [128, 1])},
-        "W8A16": {"weight": ("int8", [128, 64]), "weight_scale": ("float32", [128])},
-        "FP8": {"weight": ("float8_e4m3fn", [128, 64]), "weight_scale": ("float32", []), "input_scale": ("float32", [])},
-        "NVFP4": {"weight": ("uint8", [128, 32]), "weight_scale": ("float8_e4m3fn", [128, 4]),
-                  "weight_scale_2": ("float32", []), "input_scale": ("float32", [])},
-    }[algorithm]  # fmt: skip
+    types = {key: (str(value.dtype).removeprefix("torch."), list(value.shape)) for key, value in parts.items()}
+    assert (
+        types
+        == {
+            "W4A16_AWQ": {"weight": ("uint8", [64, 64]), "weight_scale": ("float32", [128, 1])},
+            "W8A16": {"weight": ("int8", [128, 64]), "weight_scale": ("float32", [128])},
+            "FP8": {
+                "weight": ("float8_e4m3fn", [128, 64]),
+                "weight_scale": ("float32", []),
+                "input_scale": ("float32", []),
+            },
+            "NVFP4": {
+                "weight": ("uint8", [128, 32]),
+                "weight_scale": ("float8_e4m3fn", [128, 4]),
+                "weight_scale_2": ("float32", []),
+                "input_scale": ("float32", []),
+            },
+        }[algorithm]
+    )
     original = captured("llama").weight(f"{name}.weight").double()
     gap = (dense(parts, algorithm) - original).norm() / original.norm()
     bounds = {"W4A16_AWQ": (0.05, 0.2), "W8A16": (0.002, 0.02), "FP8": (0.01, 0.05), "NVFP4": (0.05, 0.2)}

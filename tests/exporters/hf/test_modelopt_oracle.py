@@ -41,9 +41,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("family", "algorithm"), CASES)
-def test_our_export_has_their_names_shapes_types_and_settings(
-    tmp_path: Path, family: str, algorithm: str
-) -> None:
+def test_our_export_has_their_names_shapes_types_and_settings(tmp_path: Path, family: str, algorithm: str) -> None:
     write(made(family, algorithm), source(family), tmp_path)
     folder = theirs(family, algorithm).folder
     assert _types(tmp_path) == _types(folder)

@@ -30,16 +30,25 @@ def _plan(capsys: Capture, *flags: str, model: Path | None = None) -> tuple[int,
 @pytest.mark.parametrize(
     ("flags", "texts"),
     [
-        (["--quant", "smoothquant"], ["does not take quantization 'smoothquant'", "has no int8 activations", "nearest here: --quant fp8"]),
-        (["--quant", "gptq", "--asymmetric"], ["asymmetric quantization", "have no zero points", "nearest here: --quant gptq --symmetric"]),
-        (["--quant", "awq", "--group-size", "32"], ["group size 32", "take groups of 64 and 128", "nearest here: --quant awq --group-size 64"]),
+        (
+            ["--quant", "smoothquant"],
+            ["does not take quantization 'smoothquant'", "has no int8 activations", "nearest here: --quant fp8"],
+        ),
+        (
+            ["--quant", "gptq", "--asymmetric"],
+            ["asymmetric quantization", "have no zero points", "nearest here: --quant gptq --symmetric"],
+        ),
+        (
+            ["--quant", "awq", "--group-size", "32"],
+            ["group size 32", "take groups of 64 and 128", "nearest here: --quant awq --group-size 64"],
+        ),
         (["--quant", "rtn", "--bits", "3"], ["3-bit weights", "W4A16_AWQ", "nearest here: --quant rtn"]),
         (["--quant", "nf4"], ["quantization 'nf4'", "no codebooks"]),
         (["--quant", "auto"], ["quantization 'auto'", "one algorithm for all linears"]),
         (["--dtype", "fp32"], ["dtype fp32", "computes in 16 bits", "bf16, fp16"]),
         (["--layout", "awq"], ["does not take --layout"]),
     ],
-)  # fmt: skip
+)
 def test_refused_by_the_plan(capsys: Capture, flags: list[str], texts: list[str]) -> None:
     code, output = _plan(capsys, *(["--dtype", "bf16"] if "--dtype" not in flags else []), *flags)
     assert code == 4
@@ -51,8 +60,14 @@ def test_a_group_that_fits_the_model_alone_is_refused_too(capsys: Capture, tmp_p
     """K of 96 takes groups of 32, and TensorRT-LLM's kernels do not."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2,
-             "vocab_size": 64, "num_key_value_heads": 2}  # fmt: skip
+    sizes = {
+        "hidden_size": 96,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+        "num_key_value_heads": 2,
+    }
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path)
     code, output = _plan(capsys, "--dtype", "bf16", "--quant", "awq", model=tmp_path)
     assert code == 4
@@ -103,14 +118,22 @@ def test_serving_options(tmp_path: Path) -> None:
     }
     write(captured("llama"), source("llama"), tmp_path / "a", **knobs)
     assert yaml.safe_load((tmp_path / "a" / "serve.yaml").read_text()) == {
-        "max_batch_size": 8, "max_num_tokens": 1024, "max_seq_len": 128, "kv_cache_config": {"dtype": "auto"},
-        "speculative_config": {"decoding_type": "DraftTarget", "max_draft_len": 3, "speculative_model_dir": "/models/small"},
-    }  # fmt: skip
+        "max_batch_size": 8,
+        "max_num_tokens": 1024,
+        "max_seq_len": 128,
+        "kv_cache_config": {"dtype": "auto"},
+        "speculative_config": {
+            "decoding_type": "DraftTarget",
+            "max_draft_len": 3,
+            "speculative_model_dir": "/models/small",
+        },
+    }
     write(captured("llama"), source("llama"), tmp_path / "b", speculative="ngram")
     assert yaml.safe_load((tmp_path / "b" / "serve.yaml").read_text()) == {
-        "max_seq_len": 256, "kv_cache_config": {"dtype": "auto"},
+        "max_seq_len": 256,
+        "kv_cache_config": {"dtype": "auto"},
         "speculative_config": {"decoding_type": "NGram", "max_draft_len": 4, "max_matching_ngram_size": 4},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
@@ -140,13 +163,20 @@ def test_a_longer_sequence_than_the_models_context_is_refused(capsys: Capture) -
 def test_compile_writes_a_folder_and_its_record(tmp_path: Path) -> None:
     assert CONTEXT.calibration is not None
     result = optc.compile(
-        source("llama"), target="trtllm", quant="fp8", dtype="bf16", kv_cache_dtype="fp8", output=tmp_path / "out",
+        source("llama"),
+        target="trtllm",
+        quant="fp8",
+        dtype="bf16",
+        kv_cache_dtype="fp8",
+        output=tmp_path / "out",
         calibration=CONTEXT.calibration.tokens,
-    )  # fmt: skip
+    )
     manifest = result.manifest
     assert [(row.name, row.matched) for row in manifest.passes] == [
-        ("quantize-fp8", 14), ("quantize-inputs", 14), ("quantize-kv-cache", 2),
-    ]  # fmt: skip
+        ("quantize-fp8", 14),
+        ("quantize-inputs", 14),
+        ("quantize-kv-cache", 2),
+    ]
     assert manifest.engine_info["serving_options"] == "serve.yaml"
     assert manifest.engine_info["kv_cache_scales"] == 4
     assert manifest.quantization["bits_per_parameter"] < 8.1

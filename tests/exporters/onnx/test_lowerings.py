@@ -30,9 +30,7 @@ ELSEWHERE = {
     "optc.dequantize_linear.default": "tests/export/test_onnx_quantized.py",
 }
 PARAMETERS = [
-    pytest.param(name, case, id=f"{name}-{n}")
-    for name, cases in CASES.items()
-    for n, case in enumerate(cases)
+    pytest.param(name, case, id=f"{name}-{n}") for name, cases in CASES.items() for n, case in enumerate(cases)
 ]
 
 

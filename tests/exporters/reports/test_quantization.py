@@ -17,18 +17,38 @@ from optc.exporters.reports.quantization import COLUMNS, MOST_BARS, error_plot, 
 from optc.exporters.reports.report import write_report
 
 SUMMARY = {
-    "method": "gptq", "bits": [4], "group_size": [32], "symmetric": True, "linears": 2, "parameters": 1000,
-    "bytes": 600, "bits_per_parameter": 4.8, "ideal_bits": 4.5, "ideal": "a formula", "ratio_to_ideal": 1.0667,
+    "method": "gptq",
+    "bits": [4],
+    "group_size": [32],
+    "symmetric": True,
+    "linears": 2,
+    "parameters": 1000,
+    "bytes": 600,
+    "bits_per_parameter": 4.8,
+    "ideal_bits": 4.5,
+    "ideal": "a formula",
+    "ratio_to_ideal": 1.0667,
     "ratio_to_bf16": 0.3,
-}  # fmt: skip
+}
 
 
 def record(name: str, **changes: Any) -> LinearRecord:
     fields: dict[str, Any] = {
-        "name": name, "shape": (4, 64), "method": "gptq", "bits": 4, "group_size": 32, "symmetric": True,
-        "weight_error": 0.01, "scale_min": 0.001, "scale_max": 0.5, "error_rtn": 0.02, "error": 0.01, "clip": 0.9,
-        "damping": 0.01, "tokens": 4096,
-    }  # fmt: skip
+        "name": name,
+        "shape": (4, 64),
+        "method": "gptq",
+        "bits": 4,
+        "group_size": 32,
+        "symmetric": True,
+        "weight_error": 0.01,
+        "scale_min": 0.001,
+        "scale_max": 0.5,
+        "error_rtn": 0.02,
+        "error": 0.01,
+        "clip": 0.9,
+        "damping": 0.01,
+        "tokens": 4096,
+    }
     return LinearRecord(**{**fields, **changes})
 
 
@@ -92,8 +112,7 @@ def test_names_are_escaped(tmp_path: Path) -> None:
 
 def test_without_calibration_the_weight_error_is_shown(tmp_path: Path) -> None:
     rows = [
-        record(f"w{i}", error=None, error_rtn=None, damping=None, tokens=0, weight_error=10.0**-i)
-        for i in (3, 1, 2)
+        record(f"w{i}", error=None, error_rtn=None, damping=None, tokens=0, weight_error=10.0**-i) for i in (3, 1, 2)
     ]
     text, found = page(tmp_path, manifest(*rows))
     assert [row[0] for row in found.rows[1:]] == ["w1", "w2", "w3"]

@@ -26,9 +26,7 @@ def test_it_needs_nothing_but_the_standard_library() -> None:
     assert found <= set(sys.stdlib_module_names) | {"__future__"}
 
 
-def test_no_package(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
         monkeypatch.setitem(sys.modules, name, None)
     (tmp_path / "engine.json").write_text(json.dumps({"format": 1, "ops": "fused"}))
@@ -50,17 +48,21 @@ def test_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("version", "ops", "taken"),
-    [("8.6.0", "fused", False), ("8.6.0", "basic", True), ("10.13.2", "fused", False), ("10.15.1", "fused", True),
-     ("11.0.0", "fused", True), ("8.5.3", "basic", False)],
-)  # fmt: skip
+    [
+        ("8.6.0", "fused", False),
+        ("8.6.0", "basic", True),
+        ("10.13.2", "fused", False),
+        ("10.15.1", "fused", True),
+        ("11.0.0", "fused", True),
+        ("8.5.3", "basic", False),
+    ],
+)
 def test_versions(version: str, ops: str, taken: bool) -> None:
     trt = types.SimpleNamespace(__version__=version)
     if taken:
         build_plan.check_version(trt, "tensorrt", ops)
         return
-    with pytest.raises(
-        build_plan.BuildError, match=f"TensorRT {version} does not parse the op set '{ops}'"
-    ) as caught:
+    with pytest.raises(build_plan.BuildError, match=f"TensorRT {version} does not parse the op set '{ops}'") as caught:
         build_plan.check_version(trt, "tensorrt", ops)
     assert caught.value.code == 4
 

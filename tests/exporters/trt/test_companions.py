@@ -25,9 +25,7 @@ def engine(**changes: Any) -> dict[str, Any]:
 def fake_trtexec(folder: Path, help_text: str) -> dict[str, str]:
     """A trtexec that prints its arguments; the environment that finds it."""
     program = folder / "trtexec"
-    program.write_text(
-        f'#!/bin/sh\nif [ "$1" = --help ]; then echo "{help_text}"; else printf "%s\\n" "$@"; fi\n'
-    )
+    program.write_text(f'#!/bin/sh\nif [ "$1" = --help ]; then echo "{help_text}"; else printf "%s\\n" "$@"; fi\n')
     program.chmod(0o755)
     return {"PATH": f"{folder}:/usr/bin:/bin"}
 
@@ -50,12 +48,16 @@ def test_an_old_trtexec_gets_the_widest_profile_and_the_types_of_the_graph(tmp_p
     facts = engine(dtype="fp16") | {"network": {"dequantize": {"INT8": 2}}}
     write_companions(tmp_path, facts)
     assert run(tmp_path, fake_trtexec(tmp_path, "--fp16 --int8")) == [
-        "--onnx=model.onnx", "--saveEngine=model.plan", "--skipInference", "--fp16", "--int8",
+        "--onnx=model.onnx",
+        "--saveEngine=model.plan",
+        "--skipInference",
+        "--fp16",
+        "--int8",
         "--minShapes=input_ids:1x2,positions:1,past_key_values.0.key:1x2x16x4",
         "--optShapes=input_ids:1x4,positions:1,past_key_values.0.key:1x2x16x4",
         "--maxShapes=input_ids:3x6,positions:3,past_key_values.0.key:3x2x16x4",
         "--verbose",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_new_trtexec_keeps_types_and_takes_every_profile(tmp_path: Path) -> None:

@@ -95,8 +95,9 @@ def network_of(count: int, reported: str) -> SimpleNamespace:
     """A parsed network of DequantizeLinear layers only, whose codes are reported as of a type."""
     codes = SimpleNamespace(dtype=f"DataType.{reported}")
     layer = SimpleNamespace(type="LayerType.DEQUANTIZE", get_input=lambda index: codes)
-    return SimpleNamespace(num_layers=count, get_layer=lambda index: layer, num_inputs=0, num_outputs=0,
-                           get_input=None, get_output=None)  # fmt: skip
+    return SimpleNamespace(
+        num_layers=count, get_layer=lambda index: layer, num_inputs=0, num_outputs=0, get_input=None, get_output=None
+    )
 
 
 def test_before_10_the_number_of_rounded_tensors_is_compared() -> None:

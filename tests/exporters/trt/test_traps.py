@@ -168,9 +168,7 @@ WRITTEN = [
 
 @functools.cache
 def last_stage(quant: str | None) -> Any:
-    return trt_driver.stages(
-        stirred("mistral", torch.float16), trt_driver.options(dtype="fp16", quant=quant)
-    )[1]
+    return trt_driver.stages(stirred("mistral", torch.float16), trt_driver.options(dtype="fp16", quant=quant))[1]
 
 
 @functools.cache
@@ -193,9 +191,7 @@ def _attributes(item: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(("ops", "quant"), WRITTEN)
 def test_no_trap_is_in_what_is_written(ops: str, quant: str | None) -> None:
     graph = written(ops, quant)
-    assert [(item.domain, item.version) for item in graph.opset_import] == [
-        ("", 24 if ops == "fused" else 17)
-    ]
+    assert [(item.domain, item.version) for item in graph.opset_import] == [("", 24 if ops == "fused" else 17)]
     assert {item.domain for item in graph.graph.node} == {""}
     masks = {item.output[0] for kind in ("And", "LessOrEqual") for item in _nodes(graph, kind)}
     attention = _nodes(graph, "Attention")
@@ -208,9 +204,7 @@ def test_no_trap_is_in_what_is_written(ops: str, quant: str | None) -> None:
         assert _attributes(item) == {"axis": -2, "mode": b"linear"}
     constants = {item.name: item for item in graph.graph.initializer}
     kinds = {
-        constants[item.input[0]].data_type
-        for item in _nodes(graph, "DequantizeLinear")
-        if item.input[0] in constants
+        constants[item.input[0]].data_type for item in _nodes(graph, "DequantizeLinear") if item.input[0] in constants
     }
     assert kinds == (
         {TensorProto.INT4} if quant == "rtn" else {TensorProto.INT8} if quant and ops == "fused" else set()

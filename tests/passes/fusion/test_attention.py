@@ -233,9 +233,7 @@ def test_attention_spelled_out() -> None:
 
     result = _check(_capture(_Module(attend), _x(), length=9), 1, [_x()], [_x(1)])
     assert result.program.contract.layers == (
-        AttentionFacts(
-            num_heads=4, num_kv_heads=2, head_dim=8, value_dim=8, scale=1 / math.sqrt(8), causal=True
-        ),
+        AttentionFacts(num_heads=4, num_kv_heads=2, head_dim=8, value_dim=8, scale=1 / math.sqrt(8), causal=True),
     )
     assert not result.program.calls(torch.ops.aten.dropout.default)
     assert "triangle" not in dict(result.program.weights())
@@ -282,9 +280,7 @@ def test_cross_attention() -> None:
             return plain, F.scaled_dot_product_attention(q, k, k, is_causal=True)
 
     inputs = (_x(2, 9), _x(2, 5))
-    program = capture_module(
-        Cross(), inputs, dynamic={"input_0": {0: "b", 1: "s"}, "input_1": {0: "b", 1: "t"}}
-    )
+    program = capture_module(Cross(), inputs, dynamic={"input_0": {0: "b", 1: "s"}, "input_1": {0: "b", 1: "t"}})
     result = apply(FuseAttention(), program)
     (miss,) = result.misses
     assert (result.matched, miss.node) == (1, "scaled_dot_product_attention_1")

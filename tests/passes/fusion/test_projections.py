@@ -133,14 +133,10 @@ def test_a_tied_weight_stays_out() -> None:
 
 
 def test_quantized_and_plain_do_not_mix() -> None:
-    program = rewritten(
-        QuantizeRtn(bits=4, group_size=0, ignore=("*q_proj*", "*gate*")), stirred("llama")
-    ).program
+    program = rewritten(QuantizeRtn(bits=4, group_size=0, ignore=("*q_proj*", "*gate*")), stirred("llama")).program
     result = rewritten(MergeProjections(), program)
     assert result.matched == 2  # k and v of each layer
-    assert {miss.reason for miss in result.misses} == {
-        "the other linears of its input differ in type or quantization"
-    }
+    assert {miss.reason for miss in result.misses} == {"the other linears of its input differ in type or quantization"}
     assert len(result.misses) == 2 + 2 * 2  # q; gate and up
     assert difference(program, result.program) <= 1e-5
 

@@ -55,9 +55,7 @@ def test_frequencies_become_float32_once() -> None:
     names = {result.program.weight_of(node.args[2]) for node in result.program.calls(ROTARY)}
     assert names == {"model.rotary_emb.inv_freq_float32"}
     assert result.program.weight("model.rotary_emb.inv_freq_float32").dtype is torch.float32
-    assert result.program.contract.sources["model.rotary_emb.inv_freq_float32"] == (
-        "model.rotary_emb.inv_freq",
-    )
+    assert result.program.contract.sources["model.rotary_emb.inv_freq_float32"] == ("model.rotary_emb.inv_freq",)
 
 
 @pytest.mark.parametrize(("name", "rotated"), [("phi", 8), ("gpt-neox", 4), ("llama", 16)])
@@ -82,9 +80,7 @@ def _rope(kind: str, **more: float) -> dict[str, Any]:
 
 def test_two_bases_in_one_model() -> None:
     kinds = ["sliding_attention", "full_attention"]
-    program = _variant(
-        "Gemma3ForCausalLM", "Gemma3TextConfig", head_dim=16, sliding_window=8, layer_types=kinds
-    )
+    program = _variant("Gemma3ForCausalLM", "Gemma3TextConfig", head_dim=16, sliding_window=8, layer_types=kinds)
     result = rewritten(FuseRotary(), program)
     names = [program.weight_of(node.args[2]) for node in result.program.calls(ROTARY)]
     assert names == [f"model.rotary_emb.{kind}_inv_freq" for kind in kinds for _ in range(2)]

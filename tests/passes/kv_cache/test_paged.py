@@ -132,8 +132,10 @@ def test_contract(paged: Program) -> None:
     )
     assert [output.name for output in contract.outputs] == ["logits"]
     assert (contract.kv_cache.kind, contract.kv_cache.in_place, contract.kv_cache.block_size) == (
-        "paged", True, BLOCK,
-    )  # fmt: skip
+        "paged",
+        True,
+        BLOCK,
+    )
     assert contract.sources == captured("mistral").contract.sources
 
 

@@ -23,9 +23,7 @@ CALIBRATION = random_calibration(128, samples=4, length=32, seed=0)
 SHAPES = {"layer": (1,), "head": (2, 1, 1), "channel": (2, 1, 16)}
 
 
-def calibrated(
-    rewrite: QuantizeKVCache, program: Program, calibration: Calibration | None = CALIBRATION
-) -> PassResult:
+def calibrated(rewrite: QuantizeKVCache, program: Program, calibration: Calibration | None = CALIBRATION) -> PassResult:
     before = program.fingerprint()
     result = rewrite.run(program, PassContext(calibration=calibration))
     assert program.fingerprint() == before

@@ -111,13 +111,15 @@ def test_contract_of_growing_caches(grown: Program) -> None:
         Input(name="input_ids", role="input_ids", dtype="int64", dims=("batch", "seq")),
         Input(name="attention_mask", role="attention_mask", dtype="int64", dims=("batch", "total")),
         Input(name="past_key_values.0.key", role="key_cache", dtype="float32", dims=("batch", 2, "past", 16)),
-        Input(
-            name="past_key_values.0.value", role="value_cache", dtype="float32", dims=("batch", 2, "past", 16)
-        ),
+        Input(name="past_key_values.0.value", role="value_cache", dtype="float32", dims=("batch", 2, "past", 16)),
     )
     assert [output.name for output in contract.outputs] == [
-        "logits", "present.0.key", "present.0.value", "present.1.key", "present.1.value",
-    ]  # fmt: skip
+        "logits",
+        "present.0.key",
+        "present.0.value",
+        "present.1.key",
+        "present.1.value",
+    ]
     assert (contract.kv_cache.kind, contract.kv_cache.in_place) == ("linear", False)
     assert contract.layers == captured("mistral").contract.layers
     assert contract.sources == captured("mistral").contract.sources
@@ -160,9 +162,10 @@ def test_weights_and_source_lines_keep_their_names(grown: Program) -> None:
     for name, tensor in grown.weights():
         assert tensor.data_ptr() == before.weight(name).data_ptr(), name
     linear = next(
-        node for node in grown.calls(torch.ops.aten.linear.default)
+        node
+        for node in grown.calls(torch.ops.aten.linear.default)
         if grown.weight_of(node.args[1]) == "model.layers.1.mlp.down_proj.weight"
-    )  # fmt: skip
+    )
     assert "modeling_mistral.py" in linear.meta["stack_trace"]
     assert "model.layers.1.mlp" in [path for path, _ in linear.meta["nn_module_stack"].values()]
 

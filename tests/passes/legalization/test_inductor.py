@@ -205,9 +205,7 @@ def _six_bits(net: Any, x: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, optc.dequantize(net.codes, net.scale, None, bits=6, group_size=16))
 
 
-@pytest.mark.parametrize(
-    ("make", "level"), [(_codebook, -1), (_second_level, -1), (_rounded, 0), (_calibrated, -1)]
-)
+@pytest.mark.parametrize(("make", "level"), [(_codebook, -1), (_second_level, -1), (_rounded, 0), (_calibrated, -1)])
 def test_other_forms_that_are_packed(make: Callable[[Any, Tensor], Tensor], level: int) -> None:
     """NF4, and int8 activations: rounding per token goes into the product, calibrated scales stay outside."""
     program, x = _net(make)
@@ -217,9 +215,7 @@ def test_other_forms_that_are_packed(make: Callable[[Any, Tensor], Tensor], leve
     (node,) = _sums(result.program)
     assert node.kwargs["activation_group"] == level
     expected = program(x)
-    torch.testing.assert_close(
-        result.program(x), expected, atol=3e-6 * max(1.0, float(expected.abs().max())), rtol=0
-    )
+    torch.testing.assert_close(result.program(x), expected, atol=3e-6 * max(1.0, float(expected.abs().max())), rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -94,9 +94,7 @@ class _Linears(torch.nn.Module):
     def __init__(self, bits: int, group: int, *, symmetric: bool = False) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        codes, scale, zero = quantize_groups(
-            torch.randn(48, 48, generator=generator), bits, group or 48, symmetric
-        )
+        codes, scale, zero = quantize_groups(torch.randn(48, 48, generator=generator), bits, group or 48, symmetric)
         self.register_buffer("w_codes", codes)
         self.register_buffer("w_scale", scale)
         self.register_buffer("w_zero", zero)
@@ -268,10 +266,7 @@ def test_sums_in_front_of_norms_are_fused() -> None:
     assert len(program.calls(SKIP_NORM)) == 4  # of 5: the first norm reads the embedding
     assert len(program.calls(_aten.rms_norm.default)) == 1
     taken = [
-        user.args[1]
-        for call in program.calls(SKIP_NORM)
-        for user in call.users
-        if user.target is operator.getitem
+        user.args[1] for call in program.calls(SKIP_NORM) for user in call.users if user.target is operator.getitem
     ]
     assert sorted(taken) == [0, 0, 0, 0, 1, 1, 1]
 

@@ -31,9 +31,7 @@ def _regrouped(program: Program, group: int) -> Program:
     return made.changed()
 
 
-@pytest.mark.parametrize(
-    ("bits", "size", "group"), [(4, 32, 32), (4, 0, 64), (8, 0, 64), (3, 32, 32), (2, 64, 64)]
-)
+@pytest.mark.parametrize(("bits", "size", "group"), [(4, 32, 32), (4, 0, 64), (8, 0, 64), (3, 32, 32), (2, 64, 64)])
 def test_groups(bits: int, size: int, group: int) -> None:
     """The largest that divides the weight's groups and lets the packed layout be; hidden 64 or 128."""
     before = _packed(bits, size)

@@ -158,8 +158,7 @@ def test_static_scales() -> None:
 
 def test_static_scales_cost_little() -> None:
     before, after = (
-        run_stage(item, ROWS).logits
-        for item in (eight_bits(), STATIC_INPUTS.run(eight_bits(), CONTEXT).program)
+        run_stage(item, ROWS).logits for item in (eight_bits(), STATIC_INPUTS.run(eight_bits(), CONTEXT).program)
     )
     drift = bounds.gap(after, before)
     assert drift.largest <= 0.1  # of the largest logit
@@ -172,8 +171,6 @@ def test_static_scales_need_a_text_and_codes() -> None:
     grouped = apply(QuantizeRtn(bits=8, group_size=32), fused("llama")).program
     result = STATIC_INPUTS.run(grouped, CONTEXT)
     assert result.matched == 0
-    assert {miss.reason for miss in result.misses} == {
-        "its weight has several scales per channel: use group size 0"
-    }
+    assert {miss.reason for miss in result.misses} == {"its weight has several scales per channel: use group size 0"}
     again = STATIC_INPUTS.run(STATIC_INPUTS.run(eight_bits(), CONTEXT).program, CONTEXT)
     assert {miss.reason for miss in again.misses} == {"its input is already quantized"}

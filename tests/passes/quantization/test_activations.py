@@ -35,9 +35,7 @@ def w8a8(name: str) -> tuple[Program, PassResult]:
 INPUTS = {"mixtral": 2 * (2 + 1 + 4), "phi": 2 * 3, "bert": 2 * 4 + 1}
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "gpt2", "phi", "phi3", "gpt-neox", "opt", "gemma2", "mixtral", "bert"]
-)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "phi3", "gpt-neox", "opt", "gemma2", "mixtral", "bert"])
 def test_linears_of_one_input_share_its_codes(name: str) -> None:
     weights, result = w8a8(name)
     assert result.matched == len(weights.contract.quantization)

@@ -47,13 +47,7 @@ def test_the_budget_is_kept(average: float) -> None:
     # q, k and v read one input and get the same bits: they can still be merged.
     for layer in range(2):
         assert (
-            len(
-                {
-                    count
-                    for item, count in bits.items()
-                    if f"layers.{layer}.self_attn" in item and "o_proj" not in item
-                }
-            )
+            len({count for item, count in bits.items() if f"layers.{layer}.self_attn" in item and "o_proj" not in item})
             == 1
         )
     table = [note for note in result.notes if " bits for " in note]

@@ -67,12 +67,9 @@ def test_every_family_is_closer_than_by_rounding_to_nearest(name: str) -> None:
 def test_sweeps_come_closer_still() -> None:
     program = stirred("llama")
     plain, better = (
-        QuantizeGptq(bits=3, group_size=32, symmetric=False, sweeps=count).run(program, CONTEXT)
-        for count in (0, 2)
+        QuantizeGptq(bits=3, group_size=32, symmetric=False, sweeps=count).run(program, CONTEXT) for count in (0, 2)
     )
-    assert sum(item.error or 0 for item in better.linears) < 0.98 * sum(
-        item.error or 0 for item in plain.linears
-    )
+    assert sum(item.error or 0 for item in better.linears) < 0.98 * sum(item.error or 0 for item in plain.linears)
     assert _distance(program, better.program) < _distance(program, plain.program)
 
 
@@ -124,9 +121,7 @@ def test_resume_after_a_kill_is_byte_identical(tmp_path: Path, monkeypatch: pyte
 
 
 def test_overrides_give_other_bits() -> None:
-    result = QuantizeGptq(group_size=32, overrides=("*.down_proj.*=8", "*.q_proj.*=2")).run(
-        stirred("llama"), CONTEXT
-    )
+    result = QuantizeGptq(group_size=32, overrides=("*.down_proj.*=8", "*.q_proj.*=2")).run(stirred("llama"), CONTEXT)
     bits = {record.name: record.bits for record in result.linears}
     assert {value for name, value in bits.items() if "down_proj" in name} == {8}
     assert {value for name, value in bits.items() if "q_proj" in name} == {2}
@@ -180,9 +175,7 @@ def test_weights_that_are_not_finite_are_named() -> None:
 
 def test_few_tokens_raise_the_damping_and_say_so() -> None:
     calibration = Calibration(CALIBRATION.tokens[:1, :16].contiguous(), "a line")
-    result = QuantizeGptq(group_size=32, damping=0.0).run(
-        stirred("llama"), PassContext(calibration=calibration)
-    )
+    result = QuantizeGptq(group_size=32, damping=0.0).run(stirred("llama"), PassContext(calibration=calibration))
     assert all(record.damping is not None and record.damping > 0 for record in result.linears)
     assert "a line" in " ".join(result.notes)
 

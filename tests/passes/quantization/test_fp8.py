@@ -62,9 +62,7 @@ def test_every_family(name: str) -> None:
 def test_contract_and_fp8_inputs() -> None:
     program = rewritten(QuantizeFp8(granularity="tensor"), stirred("llama")).program
     source = "model.layers.1.mlp.down_proj.weight"
-    entry = WeightQuantization(
-        method="fp8", bits=8, group_size=0, symmetric=True, source=source, format="fp8"
-    )
+    entry = WeightQuantization(method="fp8", bits=8, group_size=0, symmetric=True, source=source, format="fp8")
     assert program.contract.quantization[f"{source}_codes"] == entry
     assert program.weight(f"{source}_scale").shape == (1, 1)
     assert program.weight(f"{source}_codes").dtype is torch.float8_e4m3fn
@@ -88,9 +86,7 @@ def test_linears_of_one_input_share_a_scale() -> None:
     for name in names:
         assert made.weight(f"{name}_scale").tolist() == [[pytest.approx(top / 448, rel=1e-6)]]
         back = made.weight(f"{name}_codes").float() * made.weight(f"{name}_scale")
-        assert bool(
-            ((back - program.weight(name)).abs() <= program.weight(name).abs() / 16 + top * 2**-18).all()
-        )
+        assert bool(((back - program.weight(name)).abs() <= program.weight(name).abs() / 16 + top * 2**-18).all())
     down = "model.layers.0.mlp.down_proj.weight"
     alone = float(program.weight(down).abs().max()) / 448
     assert made.weight(f"{down}_scale").tolist() == [[pytest.approx(alone, rel=1e-6)]]

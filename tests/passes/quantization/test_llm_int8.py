@@ -69,9 +69,7 @@ def test_outliers_are_kept(name: str) -> None:
     program = with_outliers(name)
     result = calibrated(QuantizeLlmInt8(threshold=30.0), program)
     assert count(result.program, _aten.index_select.default) >= 4
-    assert count(result.program, _aten.index_select.default) <= count(
-        result.program, _optc.quantize_dynamic.default
-    )
+    assert count(result.program, _aten.index_select.default) <= count(result.program, _optc.quantize_dynamic.default)
     if name != "mixtral":  # its routers choose other experts
         assert difference(program, result.program) <= 0.6 * difference(program, w8a8(program))
 
@@ -147,18 +145,14 @@ def test_columns_that_are_rarely_large_need_not_be_kept() -> None:
         result = rewrite.run(program, PassContext(calibration=Calibration(tokens)))
         names = set(result.program.weight_names().values())
         columns = (
-            result.program.weight(f"{stem}_outlier_columns").tolist()
-            if f"{stem}_outlier_columns" in names
-            else []
+            result.program.weight(f"{stem}_outlier_columns").tolist() if f"{stem}_outlier_columns" in names else []
         )
         assert (11 in columns) == kept
 
 
 def test_a_weight_of_two_linears_has_the_outliers_of_both() -> None:
     ids = torch.zeros((2, 11), dtype=torch.long)
-    program = capture_module(
-        _Pair(), (ids,), input_names=("input_ids",), dynamic={"input_ids": {0: "b", 1: "s"}}
-    )
+    program = capture_module(_Pair(), (ids,), input_names=("input_ids",), dynamic={"input_ids": {0: "b", 1: "s"}})
     spec = msgspec.structs.replace(program.contract.inputs[0], role="input_ids")
     program = program.with_contract(inputs=(spec,))
     result = calibrated(QuantizeLlmInt8(threshold=40.0, ignore=("head.*",)), program)

@@ -100,9 +100,7 @@ def test_double_quantization_changes_little_and_is_smaller() -> None:
 def test_contract_and_one_table() -> None:
     program = rewritten(QuantizeNf4(group_size=32), stirred("llama")).program
     source = "model.layers.0.self_attn.q_proj.weight"
-    entry = WeightQuantization(
-        method="nf4", bits=4, group_size=32, symmetric=False, source=source, format="nf4"
-    )
+    entry = WeightQuantization(method="nf4", bits=4, group_size=32, symmetric=False, source=source, format="nf4")
     assert program.contract.quantization[f"{source}_codes"] == entry
     assert [name for name, _ in program.weights() if TABLE in name] == [TABLE]
 

@@ -117,11 +117,10 @@ def test_a_plan_that_a_device_built_is_known_from_engine_json_alone(tmp_path: Pa
     place = folder(tmp_path / "trt", {"tensorrt": ">=8.6"}, description())
     packages = {"tensorrt": "8.6.0", "numpy": "1.26.4"}
     assert lines(place, Fake(device=H200, packages=packages))["a plan"] == (
-        False, "not built yet: run build_plan.py on this machine",
-    )  # fmt: skip
-    built = description(
-        plan="model.plan", runtime="tensorrt", runtime_version="8.6.0", compute_capabilities=["sm90"]
+        False,
+        "not built yet: run build_plan.py on this machine",
     )
+    built = description(plan="model.plan", runtime="tensorrt", runtime_version="8.6.0", compute_capabilities=["sm90"])
     (place / "engine.json").write_text(json.dumps(built))
     assert report(str(place), Fake(device=H200, packages=packages))["ok"]
     assert lines(place, Fake(device=RTX, packages=packages))["compute capability 9.0"] == (False, "8.9")
@@ -139,10 +138,15 @@ def test_either_tensorrt_serves_a_graph_of_fused_operators(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("version", "wanted", "fits"),
     [
-        ("1.32.0", ">=1.32", True), ("1.4.0", ">=1.32", False), ("2.13.1+cpu", "2.13", True), ("2.1", "2.13", False),
-        ("8.6.0", "==8.6.0", True), ("8.6.1", "==8.6.0", False), ("3.0", "any", True),
+        ("1.32.0", ">=1.32", True),
+        ("1.4.0", ">=1.32", False),
+        ("2.13.1+cpu", "2.13", True),
+        ("2.1", "2.13", False),
+        ("8.6.0", "==8.6.0", True),
+        ("8.6.1", "==8.6.0", False),
+        ("3.0", "any", True),
     ],
-)  # fmt: skip
+)
 def test_versions(version: str, wanted: str, fits: bool) -> None:
     assert satisfies(version, wanted) is fits
 
@@ -175,9 +179,7 @@ def test_the_script_alone(tmp_path: Path) -> None:
     assert done.returncode == 4
     assert "NO  no-such-package >=1.0" in done.stdout
     assert "NO  machine abacus" in done.stdout
-    done = subprocess.run(
-        [sys.executable, "-I", script, tmp_path], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-I", script, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 7
     assert "has neither manifest.json nor engine.json" in done.stderr
 

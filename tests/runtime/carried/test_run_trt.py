@@ -134,10 +134,8 @@ def test_draws_are_those_of_optc(top_k: int, top_p: float) -> None:
         (lambda d: Sampler([], 0.0, 5, 1.0, 0), "top-k and top-p have no effect at temperature 0", 2),
         (lambda d: Sampler([], 1.0, 0, 0.0, 0), "top-p above 0", 2),
     ],
-)  # fmt: skip
-def test_what_does_not_fit_is_refused_before_it_runs(
-    decoder: Decoder, action: Any, text: str, code: int
-) -> None:
+)
+def test_what_does_not_fit_is_refused_before_it_runs(decoder: Decoder, action: Any, text: str, code: int) -> None:
     with pytest.raises(RunnerError, match=text) as caught:
         action(decoder)
     assert caught.value.exit_code == code
@@ -160,9 +158,7 @@ def test_a_plan_runs_with_two_sets_of_caches(built: Path, capsys: pytest.Capture
     assert result["decode_ms_median"] > 0
 
 
-def test_bench_and_perplexity_of_a_plan(
-    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_and_perplexity_of_a_plan(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     windows = tmp_path / "windows.json"
     windows.write_text("[[3, 4, 5, 6, 7, 8, 9]]")
     assert main(["--artifact", str(built), "--json", "--perplexity", str(windows)]) == 0
@@ -278,9 +274,7 @@ def test_the_file_is_python_3_8() -> None:
     assert description()["format"] == run_trt.FORMAT
 
 
-def test_caches_that_come_out_in_another_type_are_refused(
-    built: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_caches_that_come_out_in_another_type_are_refused(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their buffers are of one size: the plan would write past the end."""
     info = run_trt.read_description(str(built))
     original = run_trt.TrtEngine._read_bindings

@@ -38,9 +38,13 @@ def session(program: Program) -> Session:
 
 def _reference(model: Any, prompt: list[int], count: int) -> list[int]:
     out = model.generate(
-        torch.tensor([prompt]), max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0,
+        torch.tensor([prompt]),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
         eos_token_id=None,
-    )  # fmt: skip
+    )
     return list(map(int, out[0, len(prompt) :]))
 
 
@@ -97,13 +101,9 @@ def test_one_token_has_no_rate(session: Session) -> None:
 def test_sampling_does_not_depend_on_the_batch(session: Session) -> None:
     sampling = Sampling(temperature=2.0, top_k=50, seed=3)
     batch = generate(session, PROMPTS, max_new_tokens=12, sampling=sampling).tokens
-    alone = [
-        generate(session, [prompt], max_new_tokens=12, sampling=sampling).tokens[0] for prompt in PROMPTS
-    ]
+    alone = [generate(session, [prompt], max_new_tokens=12, sampling=sampling).tokens[0] for prompt in PROMPTS]
     assert batch == alone
-    other = generate(
-        session, PROMPTS, max_new_tokens=12, sampling=Sampling(temperature=2.0, top_k=50, seed=4)
-    )
+    other = generate(session, PROMPTS, max_new_tokens=12, sampling=Sampling(temperature=2.0, top_k=50, seed=4))
     assert other.tokens != batch
 
 

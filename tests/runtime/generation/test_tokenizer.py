@@ -64,9 +64,7 @@ def test_stream_is_decode_in_pieces(tokenizer: Tokenizer, tokens: list[int]) -> 
 def test_stream_of_text_has_no_replacement_character(tokenizer: Tokenizer, text: str) -> None:
     stream = TextStream(tokenizer)
     pieces = [stream.push(token) for token in tokenizer.encode(text)]
-    assert "".join(pieces).replace("\ufffd", "") == tokenizer.decode(tokenizer.encode(text)).replace(
-        "\ufffd", ""
-    )
+    assert "".join(pieces).replace("\ufffd", "") == tokenizer.decode(tokenizer.encode(text)).replace("\ufffd", "")
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
 

@@ -49,9 +49,15 @@ def test_counts_samples_warm_up_and_tokens(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("optc.runtime.measuring.benchmark.read_bandwidth", lambda threads: 1e9 * threads)
     session, seen = Counting(), []
     result = benchmark(
-        session, prompt_lengths=(8, 16), new_tokens=5, batch=3, samples=4, warmup=2, threads=2,
+        session,
+        prompt_lengths=(8, 16),
+        new_tokens=5,
+        batch=3,
+        samples=4,
+        warmup=2,
+        threads=2,
         on_sample=lambda done, total: seen.append((done, total)),
-    )  # fmt: skip
+    )
     assert session.prefills == [(3, 8), (3, 16)] * 6
     assert session.decodes == 12 * 4
     assert seen == [(i + 1, 12) for i in range(12)]

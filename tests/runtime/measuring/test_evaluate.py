@@ -181,9 +181,7 @@ def test_compare_runs_the_reference_once_and_equals_single_evaluations() -> None
 
 def test_paired_interval_by_hand() -> None:
     tables, tokens = [_table(0), _table(2)], _tokens(3 * 64 + 1)
-    found = compare(
-        [Bigram(table, context_length=size) for table, size in zip(tables, (64, 99), strict=True)], tokens
-    )
+    found = compare([Bigram(table, context_length=size) for table, size in zip(tables, (64, 99), strict=True)], tokens)
     assert [row.window for row in found.evaluations] == [64, 64], "the shortest context counts"
     log_p = [table.double().log_softmax(-1) for table in tables]
     gaps = []

@@ -102,9 +102,7 @@ def test_equal_inputs_share_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model, runs = _model(), []
     score = model.session.score
     monkeypatch.setattr(model.session, "score", lambda tokens: runs.append(1) or score(tokens))
-    requests = _requests(
-        "loglikelihood", ("The sun is", " hot"), ("The sun is", " cold"), ("The moon is", " hot")
-    )
+    requests = _requests("loglikelihood", ("The sun is", " hot"), ("The sun is", " cold"), ("The moon is", " hot"))
     found = ArtifactLM(model).loglikelihood(requests, disable_tqdm=True)
     assert len(runs) == 2
     assert len({value for value, _ in found}) == 3
@@ -168,9 +166,7 @@ def test_tasks_equal_the_harness(tasks: Path) -> None:
     found = run_tasks(_model(), [str(tasks)], on_request=lambda done, total: seen.append((done, total)))
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     names = ["tiny_choice", "tiny_words"]
-    expected = simple_evaluate(
-        _peer(), tasks=names, task_manager=manager, log_samples=False, bootstrap_iters=10
-    )
+    expected = simple_evaluate(_peer(), tasks=names, task_manager=manager, log_samples=False, bootstrap_iters=10)
     assert sorted(found) == names
     for name, metric in (
         ("tiny_choice", "acc"),

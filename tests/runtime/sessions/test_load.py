@@ -18,9 +18,7 @@ from optc.runtime.sessions.load import load
 
 
 def _contract(**changes: Any) -> Contract:
-    return msgspec.structs.replace(
-        make_manifest().contract, **{"kv_cache": KVCache(kind="linear"), **changes}
-    )
+    return msgspec.structs.replace(make_manifest().contract, **{"kv_cache": KVCache(kind="linear"), **changes})
 
 
 @pytest.mark.parametrize(

@@ -47,14 +47,9 @@ class CompressedTensors:
         self._config, self._reader = config, reader
         top = config.text("format", PACKED)
         config.choice("format", top, (*_FORMATS, DENSE, "mixed-precision"))
-        self._key_values = (
-            None if config.absent("kv_cache_scheme") else _key_values(config.part("kv_cache_scheme"))
-        )
+        self._key_values = None if config.absent("kv_cache_scheme") else _key_values(config.part("kv_cache_scheme"))
         for key in ("sparsity_config", "transform_config"):
-            if any(
-                not inner.absent("format") or not inner.absent("config_groups")
-                for inner in _optional(config, key)
-            ):
+            if any(not inner.absent("format") or not inner.absent("config_groups") for inner in _optional(config, key)):
                 raise config.refusal(f"'{key}' is set, and optc does not read sparse or rotated weights")
         self._groups = [_group(name, part, top) for name, part in config.parts("config_groups").items()]
 
@@ -90,12 +85,7 @@ class CompressedTensors:
         stored = self._reader.read(name, torch.int64, torch.int32).reshape(-1).tolist()
         rows, words = self._two(f"{module}.weight_packed")
         bits = self._group(module).scheme.bits
-        if (
-            len(stored) != 2
-            or stored[0] != rows
-            or stored[1] <= 0
-            or word_count(int(stored[1]), bits) != words
-        ):
+        if len(stored) != 2 or stored[0] != rows or stored[1] <= 0 or word_count(int(stored[1]), bits) != words:
             raise self._reader.wrong_shape(
                 name, f"it says {stored}, and weight_packed is {[rows, words]} of {bits} bits"
             )
@@ -117,9 +107,7 @@ class CompressedTensors:
         elif group.scheme.format == "fp8":
             codes = self._reader.matrix(f"{module}.weight", torch.float8_e4m3fn)
         else:
-            codes = (self._reader.matrix(f"{module}.weight", torch.int8).to(torch.int16) + 128).to(
-                torch.uint8
-            )
+            codes = (self._reader.matrix(f"{module}.weight", torch.int8).to(torch.int16) + 128).to(torch.uint8)
         return check_parts(QuantizedWeight(group.scheme, codes, scale, zero), module)
 
     def key_values(self) -> FolderKeyValues | None:
@@ -135,9 +123,7 @@ class CompressedTensors:
         name = f"{module}.weight_zero_point"
         words = self._reader.matrix(name, torch.int32).t().contiguous()
         if words.shape[1] != word_count(rows, bits):
-            raise self._reader.wrong_shape(
-                name, f"it has {words.shape[1]} words for {rows} rows of {bits} bits"
-            )
+            raise self._reader.wrong_shape(name, f"it has {words.shape[1]} words for {rows} rows of {bits} bits")
         return unpack_words(words, bits, rows).t().contiguous()
 
     def _check_order(self, module: str, scheme: Scheme, columns: int) -> None:

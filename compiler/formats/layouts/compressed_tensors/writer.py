@@ -103,8 +103,16 @@ class CompressedTensorsWriter:
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         strategy = next(name for name, one in STRATEGIES.items() if one == scheme.granularity)
         kind = "int" if scheme.format == "int8" else "float"
-        form = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": strategy, "group_size": None,
-                "dynamic": False, "actorder": None, "block_structure": None}  # fmt: skip
+        form = {
+            "num_bits": 8,
+            "type": kind,
+            "symmetric": True,
+            "strategy": strategy,
+            "group_size": None,
+            "dynamic": False,
+            "actorder": None,
+            "block_structure": None,
+        }
         return {"kv_cache_scheme": form}, named_scales(scales, KEY_VALUE_PARTS)
 
 
@@ -138,5 +146,13 @@ def _inputs(scheme: Scheme) -> dict[str, Any] | None:
     if not scheme.activations:
         return None
     kind = "int" if scheme.activations == "int8" else "float"
-    return {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "group_size": None,
-            "dynamic": True, "actorder": None, "block_structure": None}  # fmt: skip
+    return {
+        "num_bits": 8,
+        "type": kind,
+        "symmetric": True,
+        "strategy": "token",
+        "group_size": None,
+        "dynamic": True,
+        "actorder": None,
+        "block_structure": None,
+    }

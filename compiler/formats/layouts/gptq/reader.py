@@ -74,9 +74,7 @@ class Gptq:
         name = f"{module}.qzeros"
         words = self._reader.matrix(name, torch.int32)
         if words.shape[1] != word_count(rows, self._bits):
-            raise self._reader.wrong_shape(
-                name, f"it has {words.shape[1]} words for {rows} rows of {self._bits} bits"
-            )
+            raise self._reader.wrong_shape(name, f"it has {words.shape[1]} words for {rows} rows of {self._bits} bits")
         zero = unpack_words(words, self._bits, rows).t().to(torch.int16) + self._offset
         if bool((zero >= 2**self._bits).any()):
             # Readers disagree: AutoGPTQ's kernels wrap it to 0, vLLM's take 2^bits.

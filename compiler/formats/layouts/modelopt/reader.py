@@ -78,9 +78,7 @@ class ModelOpt:
         codes = torch.stack([packed & 15, packed >> 4], 1).flatten(0, 1) ^ 8  # signed to code = value + 8
         columns, groups = codes.shape[1], scale.shape[1]
         if not groups or columns % groups:
-            raise self._reader.wrong_shape(
-                f"{module}.weight_scale", f"{groups} groups do not divide {columns} columns"
-            )
+            raise self._reader.wrong_shape(f"{module}.weight_scale", f"{groups} groups do not divide {columns} columns")
         scheme = Scheme(bits=4, group_size=columns // groups, symmetric=True)
         return QuantizedWeight(scheme, codes, scale, input_factor=self._factor(module, columns))
 
@@ -105,20 +103,21 @@ class ModelOpt:
         scale = self._one(f"{module}.weight_scale").reshape(1, 1)
         scheme = Scheme(
             bits=8, group_size=0, symmetric=True, format="fp8", activations="fp8", per_tensor=True, static=True
-        )  # fmt: skip
+        )
         return QuantizedWeight(scheme, codes, scale, input_scale=self._one(f"{module}.input_scale"))
 
     def _nvfp4(self, module: str) -> QuantizedWeight:
         packed = self._reader.matrix(f"{module}.weight", torch.uint8)
         codes = torch.stack([packed & 15, packed >> 4], 2).flatten(1)
         scale = self._reader.matrix(f"{module}.weight_scale", torch.float8_e4m3fn)
-        scheme = Scheme(
-            bits=4, group_size=BLOCK, symmetric=True, format="nvfp4", activations="nvfp4", static=True
-        )
+        scheme = Scheme(bits=4, group_size=BLOCK, symmetric=True, format="nvfp4", activations="nvfp4", static=True)
         return QuantizedWeight(
-            scheme, codes, scale, global_scale=self._one(f"{module}.weight_scale_2"),
+            scheme,
+            codes,
+            scale,
+            global_scale=self._one(f"{module}.weight_scale_2"),
             input_scale=self._one(f"{module}.input_scale"),
-        )  # fmt: skip
+        )
 
     def _one(self, name: str) -> Tensor:
         """A tensor of one positive number, as float32 [1]."""

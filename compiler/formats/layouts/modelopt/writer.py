@@ -87,29 +87,29 @@ class ModelOptWriter:
         groups: dict[str, Any] = {}
         if algorithm in (FP8, NVFP4):
             form = _FLOAT8 if algorithm == FP8 else _FLOAT4
-            groups["config_groups"] = {
-                "group_0": {"input_activations": form, "weights": form, "targets": ["Linear"]}
-            }
+            groups["config_groups"] = {"group_0": {"input_activations": form, "weights": form, "targets": ["Linear"]}}
         return {
-            **groups, "ignore": self._left(schemes, linears), "quant_algo": algorithm, "producer": _producer(),
+            **groups,
+            "ignore": self._left(schemes, linears),
+            "quant_algo": algorithm,
+            "producer": _producer(),
             "quant_method": METHOD,
-        }  # fmt: skip
+        }
 
     def key_values(
         self, scheme: KeyValueScheme, scales: Mapping[str, tuple[Tensor, Tensor]]
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if scheme != KEY_VALUES:
             raise refusal(
-                next(iter(scales)), "TensorRT-LLM's KV caches take fp8 with one scale per layer",
+                next(iter(scales)),
+                "TensorRT-LLM's KV caches take fp8 with one scale per layer",
                 "use quantize-kv-cache with format=fp8 and granularity=layer",
-            )  # fmt: skip
+            )
         named = named_scales(scales, KEY_VALUE_PARTS)
         tensors = {name: scale.float().reshape(()) for name, scale in named.items()}
         return {"kv_cache_scheme": _FLOAT8}, tensors
 
-    def own_config(
-        self, schemes: Mapping[str, Scheme], linears: Iterable[str], *, caches: bool
-    ) -> dict[str, Any]:
+    def own_config(self, schemes: Mapping[str, Scheme], linears: Iterable[str], *, caches: bool) -> dict[str, Any]:
         """hf_quant_config.json.
 
         Args:
@@ -125,9 +125,11 @@ class ModelOptWriter:
         if algorithm == AWQ:
             knobs |= {"has_zero_point": False, "pre_quant_scale": True}
         inner = {
-            "quant_algo": algorithm, "kv_cache_quant_algo": CACHE_FP8 if caches else None, **knobs,
+            "quant_algo": algorithm,
+            "kv_cache_quant_algo": CACHE_FP8 if caches else None,
+            **knobs,
             "exclude_modules": self._left(schemes, linears),
-        }  # fmt: skip
+        }
         return {"producer": _producer(), "quantization": inner}
 
     def _left(self, schemes: Mapping[str, Scheme], linears: Iterable[str]) -> list[str]:
@@ -155,9 +157,10 @@ def _algorithm(schemes: Mapping[str, Scheme]) -> str | None:
     if len(kinds) > 1:
         names = ", ".join(f"{name} g{size}" for name, size in sorted(kinds, key=str))
         raise TargetError(
-            f"the layout '{METHOD}' is written with one algorithm for all linears", why=f"there are {names}",
+            f"the layout '{METHOD}' is written with one algorithm for all linears",
+            why=f"there are {names}",
             remedy="quantize all linears in the same way, or use --target vllm",
-        )  # fmt: skip
+        )
     return next(iter(kinds))[0] if kinds else None
 
 
@@ -173,7 +176,5 @@ def _producer() -> dict[str, str]:
     return {"name": "optc", "version": version()}
 
 
-def refusal(
-    where: str, why: str, remedy: str = "quantize all linears of one input in the same way"
-) -> TargetError:
+def refusal(where: str, why: str, remedy: str = "quantize all linears of one input in the same way") -> TargetError:
     return TargetError("TensorRT-LLM cannot load the quantized linears", where=where, why=why, remedy=remedy)

@@ -347,7 +347,5 @@ def test_queries_count_from_the_end_of_the_keys() -> None:
     assert prover.prove([Term(bottom, "keep", output)], extents) == ProvedMask(causal=True)
     with pytest.raises(UnprovenError, match=r"is not a bound on k - q$"):
         prover.prove([Term(top, "keep", output)], extents)
-    with pytest.raises(
-        UnprovenError, match=r"^is_causal aligns the first of s\d+ queries with the first of s\d+ keys"
-    ):
+    with pytest.raises(UnprovenError, match=r"^is_causal aligns the first of s\d+ queries with the first of s\d+ keys"):
         prover.prove([], extents, is_causal=True)

@@ -43,9 +43,7 @@ class Decoder(nn.Module):
         self.register_buffer("inv_freq", 1.0 / 10 ** torch.linspace(0, 1, SIZE // 2), persistent=False)
         self.requires_grad_(False)
 
-    def forward(
-        self, ids: Tensor, position: Tensor, keys: Tensor | None = None, values: Tensor | None = None
-    ) -> Any:
+    def forward(self, ids: Tensor, position: Tensor, keys: Tensor | None = None, values: Tensor | None = None) -> Any:
         x = self.embed(ids)
         q, k, v = self.qkv(x).view(*ids.shape, 3, HEADS, SIZE).permute(2, 0, 3, 1, 4).unbind(0)
         rotary = {"scaling": 1.0, "interleaved": False}
@@ -139,17 +137,23 @@ def test_a_captured_model_round_trips(example_model: Path, tmp_path: Path) -> No
 def test_source_lines_and_module_paths_are_kept(saved: Path) -> None:
     pairs = zip(decoder().graph.nodes, Program.load(saved).graph.nodes, strict=True)
     kept = [
-        (new.meta.get(key), old.meta.get(key)) for old, new in pairs
-        for key in ("stack_trace", "nn_module_stack") if old.op == "call_function" and old.meta.get(key)
-    ]  # fmt: skip
+        (new.meta.get(key), old.meta.get(key))
+        for old, new in pairs
+        for key in ("stack_trace", "nn_module_stack")
+        if old.op == "call_function" and old.meta.get(key)
+    ]
     assert len(kept) > 30
     assert all(new == old for new, old in kept)
 
 
 def test_tied_weights_are_stored_once_and_stay_tied(saved: Path) -> None:
     assert sorted(load_file(saved / "weights.safetensors")) == [
-        "codes", "embed.weight", "qkv.bias", "qkv.weight", "scale"
-    ]  # fmt: skip
+        "codes",
+        "embed.weight",
+        "qkv.bias",
+        "qkv.weight",
+        "scale",
+    ]
     state = Program.load(saved).exported.state_dict
     assert state["head.weight"] is state["embed.weight"]
     constants = load_file(saved / "constants.safetensors")

@@ -104,9 +104,7 @@ SIZES = [0, 32, 64, 96]
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("group_size", SIZES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_kernel_equals_reference(
-    kernel: Callable[..., Tensor], bits: int, group_size: int, level: str
-) -> None:
+def test_kernel_equals_reference(kernel: Callable[..., Tensor], bits: int, group_size: int, level: str) -> None:
     """Every size of batch, ragged tiles, zero points, bias; sums of 192 terms in another order."""
     for rows, weight_rows, extra in itertools.product(ROWS, WEIGHT_ROWS, (False, True)):
         case = Case(bits, group_size, LEVELS[level], rows, weight_rows, zero=extra, bias=extra)
@@ -245,9 +243,7 @@ def test_other_instruction_sets(capability: str) -> None:
         ({5: torch.zeros(16), "activation_group": 32}, "a table takes"),
     ],
 )
-def test_wrong_sizes_are_refused(
-    kernel: Callable[..., Tensor], changes: dict[Any, Any], message: str
-) -> None:
+def test_wrong_sizes_are_refused(kernel: Callable[..., Tensor], changes: dict[Any, Any], message: str) -> None:
     """They would read memory of others."""
     args, knobs = Case().inputs()
     for key, value in changes.items():

@@ -39,9 +39,7 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_failing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its first error is told, and nothing stays in the cache."""
     compiler = tmp_path / "c++"
-    compiler.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "x.cpp:1: error: no such thing" >&2\nexit 1\n'
-    )
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "x.cpp:1: error: no such thing" >&2\nexit 1\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -66,9 +64,7 @@ def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         ([], "x86-64-v2", {"sse4_2", "popcnt"}),
     ],
 )
-def test_instruction_sets(
-    monkeypatch: pytest.MonkeyPatch, flags: list[str], march: str, some: set[str]
-) -> None:
+def test_instruction_sets(monkeypatch: pytest.MonkeyPatch, flags: list[str], march: str, some: set[str]) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(compat, "has_inductor_march", lambda: True)
     monkeypatch.setattr(compat, "vector_flags", lambda: flags)

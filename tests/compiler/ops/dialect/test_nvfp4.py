@@ -27,9 +27,7 @@ def test_every_value_has_its_code() -> None:
 
 
 def test_middles_go_to_the_even_code() -> None:
-    x = torch.tensor(
-        [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25, -0.75, -5.0, 0.24, 0.26, 5.01, -3.51, 0.0]
-    )
+    x = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25, -0.75, -5.0, 0.24, 0.26, 5.01, -3.51, 0.0])
     codes, block_scale = _optc.quantize_nvfp4(x, torch.ones(1))
     back = _optc.dequantize_nvfp4(codes, block_scale, torch.ones(1), dtype=torch.float32)
     assert back.tolist() == [
@@ -84,6 +82,4 @@ def test_the_fake_implementations_agree(dtype: torch.dtype) -> None:
     torch.library.opcheck(_optc.quantize_nvfp4.default, (x, scale), test_utils="test_faketensor")
     codes, block_scale = _optc.quantize_nvfp4(x, scale)
     arguments = (codes, block_scale, scale)
-    torch.library.opcheck(
-        _optc.dequantize_nvfp4.default, arguments, {"dtype": dtype}, test_utils="test_faketensor"
-    )
+    torch.library.opcheck(_optc.dequantize_nvfp4.default, arguments, {"dtype": dtype}, test_utils="test_faketensor")

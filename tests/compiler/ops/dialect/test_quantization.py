@@ -80,9 +80,7 @@ def test_static_scales_per_head() -> None:
 @pytest.mark.parametrize("format", ["int8", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 33), (5, 16)])
-def test_a_round_trip_stays_within_half_a_step(
-    shape: tuple[int, ...], dtype: torch.dtype, format: str
-) -> None:
+def test_a_round_trip_stays_within_half_a_step(shape: tuple[int, ...], dtype: torch.dtype, format: str) -> None:
     x = random(*shape).to(dtype)
     codes, scale = _optc.quantize_dynamic(x, format=format)
     back = _optc.dequantize_activation(codes, scale, dtype=torch.float32)

@@ -52,9 +52,7 @@ class _Attention(torch.nn.Module):
         self.register_buffer("cos", torch.cos(angle))
         self.register_buffer("sin", torch.sin(angle))
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, last: Tensor, mask: Tensor
-    ) -> Any:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, last: Tensor, mask: Tensor) -> Any:
         streams = (torch.cat([q, k, v], -1), None, None) if self.packed else (q, k, v)
         tables = (self.cos, self.sin) if self.tables else (None, None)
         knobs = {
@@ -79,17 +77,14 @@ class _Attention(torch.nn.Module):
 def attention_inputs(shape: Shape, size: int) -> list[Tensor]:
     rows, total = shape.batch, shape.past + shape.new
     q, k, v = (
-        random(rows, shape.new, heads * size, seed=heads + i)
-        for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS))
+        random(rows, shape.new, heads * size, seed=heads + i) for i, heads in enumerate((HEADS, KV_HEADS, KV_HEADS))
     )
     keys, values = (random(rows, KV_HEADS, shape.capacity or shape.past, size, seed=9 + i) for i in (0, 1))
     lengths = torch.tensor(shape.lengths or [total] * rows, dtype=torch.int32)
     return [q, k, v, keys, values, lengths - 1, torch.ones(rows, total, dtype=torch.long)]
 
 
-def attention_session(
-    folder: Path, size: int, packed: bool, rotary: int, knobs: dict[str, Any]
-) -> tuple[Any, Any]:
+def attention_session(folder: Path, size: int, packed: bool, rotary: int, knobs: dict[str, Any]) -> tuple[Any, Any]:
     names = ["q", "k", "v", "keys", "values", "last", "mask"]
     axes: dict[str, dict[int, str]] = {name: {0: "batch"} for name in names}
     for name in names[:3]:
@@ -114,9 +109,7 @@ def compare_attention(module: Any, session: Any, shape: Shape, size: int) -> flo
         length = last + 1
         real = min(length, shape.new)
         pairs = [(a[row, :real], b[row, :real]) for a, b in zip(expected[:1], found[:1], strict=True)]
-        pairs += [
-            (a[row, :, :length], b[row, :, :length]) for a, b in zip(expected[1:], found[1:], strict=True)
-        ]
+        pairs += [(a[row, :, :length], b[row, :, :length]) for a, b in zip(expected[1:], found[1:], strict=True)]
         worst = max(worst, *(float((a - b).abs().max()) for a, b in pairs))
     return worst
 
@@ -161,9 +154,7 @@ def test_what_the_kernel_refuses(size: int, rotary: int, text: str, tmp_path: Pa
 
 def test_the_kernel_takes_no_batch_of_chunks(tmp_path: Path) -> None:
     module, session = attention_session(tmp_path, 8, False, 0, {})
-    with pytest.raises(
-        Exception, match="batch_size must be 1 when sequence_length > 1 and past context is given"
-    ):
+    with pytest.raises(Exception, match="batch_size must be 1 when sequence_length > 1 and past context is given"):
         compare_attention(module, session, Shape(2, new=3, past=4), 8)
 
 
@@ -190,14 +181,10 @@ class _Linear(torch.nn.Module):
     def __init__(self, bits: int, group: int, *, zeros: bool, bias: bool, level: int = 0) -> None:
         super().__init__()
         rows, columns, generator = 25, 256, torch.Generator().manual_seed(bits)
-        codes = torch.randint(0, 2**bits, (rows, columns // group, group), generator=generator).to(
-            torch.uint8
-        )
+        codes = torch.randint(0, 2**bits, (rows, columns // group, group), generator=generator).to(torch.uint8)
         points = torch.randint(0, 2**bits, (rows, columns // group), generator=generator).to(torch.uint8)
         self.register_buffer("packed", pack_nbits(codes, bits))
-        self.register_buffer(
-            "scales", torch.rand(rows, columns // group, generator=generator) * 0.1 / 2**bits
-        )
+        self.register_buffer("scales", torch.rand(rows, columns // group, generator=generator) * 0.1 / 2**bits)
         self.register_buffer("zeros", pack_nbits(points, bits) if zeros else None)
         self.register_buffer("bias", torch.randn(rows, generator=generator) if bias else None)
         self.knobs = {"K": columns, "N": rows, "bits": bits, "block_size": group, "accuracy_level": level}

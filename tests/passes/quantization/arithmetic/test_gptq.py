@@ -27,9 +27,7 @@ def _slow_gptq(weight: Tensor, gram: Tensor, grid: Grid, damping: float, act_ord
     """Optimal brain quantization in one fixed order, with the inverse Hessian downdated column by column."""
     work = weight.double().clone()
     columns = work.shape[1]
-    order = (
-        torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else torch.arange(columns)
-    )
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True) if act_order else torch.arange(columns)
     damped = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(columns).double()
     inverse = torch.linalg.inv(damped)
     codes = torch.zeros_like(work)

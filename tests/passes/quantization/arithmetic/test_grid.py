@@ -26,9 +26,7 @@ def test_values_are_what_the_dialect_computes(bits: int, group_size: int, symmet
     assert codes.min() >= 0
     assert codes.max() <= 2**bits - 1
     zero = None if symmetric else grid.zero.to(torch.uint8)
-    expected = torch.ops.optc.dequantize(
-        codes.to(torch.uint8), grid.scale, zero, bits=bits, group_size=group_size
-    )
+    expected = torch.ops.optc.dequantize(codes.to(torch.uint8), grid.scale, zero, bits=bits, group_size=group_size)
     assert torch.equal(grid.values(codes), expected)
     step = grid.scale.repeat_interleave(weight.shape[1] // grid.scale.shape[1], 1)
     # The full range clips nothing: every weight is within half a step (scales are rounded to float16).
@@ -58,9 +56,7 @@ def test_no_tried_ratio_is_better(symmetric: bool, weighted: bool) -> None:
         gap = (values - weight).reshape(5, 2, 16)
         if not weighted:
             return gap.square().sum(-1)
-        return torch.stack(
-            [(gap[:, g] @ x[:, 16 * g : 16 * g + 16].t()).square().sum(-1) for g in range(2)], 1
-        )
+        return torch.stack([(gap[:, g] @ x[:, 16 * g : 16 * g + 16].t()).square().sum(-1) for g in range(2)], 1)
 
     def error(ratio: float) -> torch.Tensor:
         grid = search(weight, 3, 16, symmetric, gram, steps=2, least=ratio)

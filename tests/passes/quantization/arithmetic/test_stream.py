@@ -73,9 +73,7 @@ def test_later_cuts_see_replaced_weights() -> None:
             assert name is not None
             assert site.placeholder is not None
             weights[site.placeholder] = program.weight(name) * 0.5
-            edited.exported.state_dict[name] = torch.nn.Parameter(
-                program.weight(name) * 0.5, requires_grad=False
-            )
+            edited.exported.state_dict[name] = torch.nn.Parameter(program.weight(name) * 0.5, requires_grad=False)
     stream.advance(groups[3].root)
     by_name = {node.name: node for node in edited.graph.nodes}
     root = by_name[groups[3].root.name]
@@ -95,9 +93,7 @@ def test_only_what_crosses_a_cut_is_held(fused: bool) -> None:
         stream.advance(group.root)
         held = {node.name for node in program.graph.nodes if stream.holds(node)}
         tensors = [node for node in program.graph.nodes if node.name in held and node.op == "call_function"]
-        wide = [
-            node for node in tensors if isinstance(node.meta["val"], Tensor) and node.meta["val"].dim() == 3
-        ]
+        wide = [node for node in tensors if isinstance(node.meta["val"], Tensor) and node.meta["val"].dim() == 3]
         # The residual stream and the input of the linears (the latter also before a cast that changes nothing).
         assert 1 <= len(wide) <= (3 if fused else 5), [node.name for node in wide]
 
@@ -116,9 +112,7 @@ def test_differentiable_equals_the_program_and_has_gradients(name: str) -> None:
     expected = expected[0] if isinstance(expected, tuple | list) else expected
     with torch.no_grad():
         assert torch.allclose(run(tokens), expected, atol=2e-5)
-    vector = next(
-        name for name in program.exported.graph_signature.parameters if program.weight(name).dim() == 1
-    )
+    vector = next(name for name in program.exported.graph_signature.parameters if program.weight(name).dim() == 1)
     value = program.weight(vector).detach().clone().requires_grad_()
     run.weights = {vector: value}
     run(tokens).square().mean().backward()
