@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-
-from torch import Tensor
+from typing import Any
 
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.artifact.onnx_check import check_onnx
@@ -36,7 +35,7 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
     return OrtSession(folder / str(name), manifest.contract, threads=options.threads)
 
 
-def open_runner(folder: Path, manifest: Manifest) -> Callable[..., list[Tensor]]:
+def open_runner(folder: Path, manifest: Manifest) -> Callable[..., list[Any]]:
     """The graph of an ONNX or TensorRT artifact as a function of flat tensors, on the CPU.
 
     Raises:
@@ -46,7 +45,7 @@ def open_runner(folder: Path, manifest: Manifest) -> Callable[..., list[Tensor]]
     name = str(manifest.engine_info["model"])
     check_onnx(folder, name)
     try:
-        from optc.runtime.sessions.ort import GraphRunner
+        from optc.runtime.sessions.graph_runner import GraphRunner
     except ModuleNotFoundError as error:
         raise TargetError(
             "ONNX Runtime is not installed",

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
-import torch
 
 from optc.compiler.diagnostics import ResourceError, TargetError
 from optc.compiler.ir.contract import Contract
@@ -129,34 +128,6 @@ class OrtSession(LinearSession):
 
     def _output_type(self, name: str) -> str:
         return str(next(item.type for item in self._session.get_outputs() if item.name == name))
-
-
-class GraphRunner:
-    """A graph as a function of its inputs in order, whatever they mean; tensors in, tensors out.
-
-    Raises:
-        TargetError: this ONNX Runtime cannot load the graph, or it has bfloat16 inputs, which NumPy has not.
-    """
-
-    version = str(ort.__version__)
-
-    def __init__(self, path: Path) -> None:
-        self._session = open_engine(path, default_threads())
-        self._inputs = self._session.get_inputs()
-        ends = [*self._inputs, *self._session.get_outputs()]
-        odd = [item.name for item in ends if item.type == "tensor(bfloat16)"]
-        if odd:
-            raise TargetError(
-                "the graph has bfloat16 inputs or outputs",
-                where=f"{path}: {odd[0]}",
-                why="NumPy has no such type, through which ONNX Runtime takes them",
-                remedy="use --dtype fp16 or fp32",
-            )
-
-    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        """Run on tensors in the order of the graph's inputs."""
-        feed = {item.name: tensor.detach().cpu().numpy() for item, tensor in zip(self._inputs, inputs, strict=True)}
-        return [torch.from_numpy(array) for array in self._session.run(None, feed)]
 
 
 def open_engine(path: Path, threads: int) -> Any:

@@ -99,7 +99,7 @@ def test_a_file_that_cannot_be_opened_stops_the_compile(tmp_path: Path, monkeypa
 
 
 def test_an_engine_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "optc.runtime.sessions.ort", None)
+    monkeypatch.setitem(sys.modules, "optc.runtime.sessions.graph_runner", None)
     opened = _compile(_net(), tmp_path).manifest.opened
     assert opened is not None
     assert not opened.opened
