@@ -49,7 +49,7 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
 
 _ROUNDED = 0.08
 """ONNX Runtime at accuracy level 4 against the last stage, which rounds no activations: 0.011 to 0.027 over random Llama,
-Gemma 2 and GPT-2 and both fiction models, 4 and 8 bits; a nibble order that is wrong makes more than 0.3."""
+Gemma 2 and GPT-2 and both fiction models, 4 and 8 bits."""
 
 
 def _tolerance(program: Program) -> float | None:
