@@ -97,18 +97,11 @@ def compile(
         OptcError: of the class that fits; see `optc.compiler.diagnostics` for exit codes.
     """
     begin = time.perf_counter()
-    values = {"output": output, "quant": quant, **options}
-    if request is None:
-        if target is None:
-            raise UsageError("no target given", remedy="target='onnx-cpu' (see optc targets)")
-        request = from_python(target, **values)
-    elif target is not None or any(value is not None for value in values.values()):
-        raise UsageError("a request was given together with options", remedy="put them into the request")
+    request = _request(request, target, {"output": output, "quant": quant, **options})
     resolved = resolve(request)
     if request.run.output is None:
         raise UsageError("no output given", remedy="output='out/model', or -o OUT")
-    folder = request.run.output
-    artifact.check_output(folder, request.run.force)
+    artifact.check_output(request.run.output, request.run.force)
     if resolved.options.quantization is not None and isinstance(model, str | Path):
         refuse_quantizing_again(Path(model))
     captured = capture_for_compile(
@@ -119,25 +112,47 @@ def compile(
         text=request.gate.text,
         work_folder=_work_folder(resolved),
     )
-    program, info = captured.program, captured.info
-    check_context(_capacity(resolved), program.contract.model.context_length)
+    check_context(_capacity(resolved), captured.program.contract.model.context_length)
     seconds = {"capture": time.perf_counter() - begin}
-    program = to_device(program, resolved.device)
-    seconds["move"] = time.perf_counter() - begin - seconds["capture"]
+    result = _run_passes(captured, resolved, progress, seconds)
+    if progress:
+        progress(len(result.records), "exporting")
+    manifest = _write(request.run.output, resolved, result, captured, seconds, begin)
+    return CompileResult(request.run.output, manifest)
+
+
+def _request(request: Request | None, target: str | None, values: dict[str, Any]) -> Request:
+    """The request that was given, whole or in parts, not both."""
+    if request is None:
+        if target is None:
+            raise UsageError("no target given", remedy="target='onnx-cpu' (see optc targets)")
+        return from_python(target, **values)
+    if target is not None or any(value is not None for value in values.values()):
+        raise UsageError("a request was given together with options", remedy="put them into the request")
+    return request
+
+
+def _run_passes(
+    captured: Captured, resolved: Resolved, progress: Progress | None, seconds: dict[str, float]
+) -> PipelineResult:
+    """The recipe on the device that was asked for; the last stage is brought back, as exporters write from the CPU.
+
+    Args:
+        seconds: gets the times of "move" and "passes".
+    """
+    begin = time.perf_counter()
+    program = to_device(captured.program, resolved.device)
+    seconds["move"] = time.perf_counter() - begin
     steps = recipe_steps(resolved, program.contract.kind)
     calibration = None
     if any(step.rewrite.calibrated for step in steps):
-        calibration = make_calibration(program, info, request)
-    pipeline_options = _pipeline_options(captured, resolved, calibration, progress)
-    result = Pipeline(steps).run(program, pipeline_options)
-    del program
+        calibration = make_calibration(program, captured.info, resolved.request)
+    options = _pipeline_options(captured, resolved, calibration, progress)
+    result = Pipeline(steps).run(program, options)
+    del program  # its weights may be many
     check_legal(result.program, resolved.target)
-    seconds["passes"] = time.perf_counter() - begin - sum(seconds.values())
-    result = replace(result, program=to_device(result.program, torch.device("cpu")))  # exporters write from there
-    if progress:
-        progress(len(result.records), "exporting")
-    manifest = _write(folder, resolved, result, captured, seconds, begin)
-    return CompileResult(folder, manifest)
+    seconds["passes"] = time.perf_counter() - begin - seconds["move"]
+    return replace(result, program=to_device(result.program, torch.device("cpu")))
 
 
 def _capacity(resolved: Resolved) -> int | None:
