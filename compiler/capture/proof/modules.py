@@ -40,7 +40,7 @@ def prove_module(program: Program, module: nn.Module, example_inputs: Sequence[T
     for name, inputs in _cases(program, example_inputs):
         try:
             with _same_state(module), torch.no_grad():
-                own = _tensors(module(*inputs))
+                own = _tensors(module(*_fresh(inputs)))
         except OWN_ERRORS as error:
             if not names:
                 raise
@@ -104,6 +104,11 @@ def _same_state(module: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+def _fresh(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copies: a forward may write into its inputs."""
+    return tuple(tensor.clone() for tensor in inputs)
+
+
 def _tensors(outputs: object) -> list[Tensor]:
     return [leaf.detach() for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
@@ -114,7 +119,7 @@ def _compare(
     kind = type(module).__name__
     try:
         with _same_state(module):
-            ours = _tensors(run_module(program, inputs))
+            ours = _tensors(run_module(program, _fresh(inputs)))
     except OWN_ERRORS as error:
         raise GateError(
             "the capture failed the numerics gate: the program does not run",
@@ -170,7 +175,7 @@ def _miss(
 ) -> GateError:
     kind = type(module).__name__
     with _same_state(module), torch.no_grad():
-        again = _tensors(module(*inputs))
+        again = _tensors(module(*_fresh(inputs)))
     if any(not torch.equal(*_comparable(first, second)) for first, second in zip(own, again, strict=True)):
         return GateError(
             f"the capture failed the numerics gate: {kind} gives different numbers each time",
@@ -181,7 +186,7 @@ def _miss(
     with _same_state(module), torch.no_grad():
         layer = first_difference(
             module,
-            lambda: module(*inputs),
+            lambda: module(*_fresh(inputs)),
             Replay(program, {}),
             list(inputs),
             None,
