@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from optc.runtime.carried.run_trt import Profile
+from optc.runtime.sessions.ort import EXACT_PRODUCTS
 from optc.runtime.sessions.session import Logits, default_threads
 
 _TYPES: dict[str, type[np.generic]] = {"tensor(float16)": np.float16, "tensor(float)": np.float32}
@@ -33,6 +34,7 @@ class OnnxEngine:
     def __init__(self, path: Path, profiles: Sequence[dict[str, Any]], threads: int | None = None) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or default_threads()
+        options.add_session_config_entry(*EXACT_PRODUCTS)
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._past = {
             item.name: item for item in self._session.get_inputs() if item.name.startswith("past_key_values.")

@@ -130,8 +130,12 @@ class OrtSession(LinearSession):
         return str(next(item.type for item in self._session.get_outputs() if item.name == name))
 
 
+EXACT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "0")
+"""ONNX Runtime fuses DequantizeLinear and MatMul into a product that rounds activations to int8; with this it does not."""
+
+
 def open_engine(path: Path, threads: int) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU.
+    """An `onnxruntime.InferenceSession` on the CPU. Products round activations only where the graph says so.
 
     Raises:
         TargetError: this ONNX Runtime cannot run the graph.
@@ -140,6 +144,7 @@ def open_engine(path: Path, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry(*EXACT_PRODUCTS)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the binding raises classes of its own, without a common base
