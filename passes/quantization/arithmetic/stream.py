@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import aten
+from optc.compiler.analysis.dataflow import aten, readers
 from optc.compiler.diagnostics import InputError
 from optc.compiler.ir.program import Program
 
@@ -56,10 +56,7 @@ class Stream:
         self._nodes = [node for node in program.graph.nodes if node.op != "output" and node.target not in _SKIPPED]
         self._order = {node: index for index, node in enumerate(self._nodes)}
         self._last = {
-            node: max(
-                (self._order.get(user, len(self._nodes)) for user in node.users if user.target not in _SKIPPED),
-                default=-1,
-            )
+            node: max((self._order.get(user, len(self._nodes)) for user in readers(node)), default=-1)
             for node in self._nodes
         }
         self._names = {node: program.weight_of(node) for node in self._nodes if node.op == "placeholder"}
