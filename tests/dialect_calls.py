@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optc.compiler.ops.packed.cuda import pack_integer
 from optc.compiler.ops.packed.inductor_cpu import pack_rows, pack_tiles
 
 B, H, HKV, S, T, D, K, N = 2, 4, 2, 3, 5, 8, 32, 16
@@ -71,6 +72,10 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "linear_nbits": (
         (_f(2, K), pack_tiles(_u(16, N, K), 4, 16), pack_rows(SCALE), None, _f(N), None),
         {"bits": 4, "group_size": 16, "activation_group": -1, "K": K, "N": N},
+    ),
+    "fused_linear": (
+        (_f(2, K), *pack_integer(_u(16, N, K), SCALE, _u(15, N, 2), 4), _f(K), None, _f(N), _f(2, N // 2)),
+        {"norm": "rms", "eps": 1e-6, "activation": "silu", "gated": True, "format": "int4", "group_size": 16},
     ),
     "group_query_attention": ((*FLAT, *CACHES, LENGTHS, T + S, *TURN), CONTRIB),
     "group_query_attention_codes": (

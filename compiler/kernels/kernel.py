@@ -57,6 +57,20 @@ class CppSources:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TritonSources:
+    """A kernel in Triton, compiled when it is first launched.
+
+    Attributes:
+        module: the Python module with the functions that launch it. It imports triton, so it is imported by the first
+            call, not when the kernel is registered.
+        configurations: files beside the module with measured tables of tile sizes.
+    """
+
+    module: str
+    configurations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Kernel:
     """An implementation of an op on a device.
 
@@ -73,7 +87,7 @@ class Kernel:
     device: Device
     accepts: Accepts
     tolerance: float
-    sources: CppSources
+    sources: CppSources | TritonSources
     libraries: tuple[str, ...] = ()
     cpu_flags: tuple[str, ...] = ()
 

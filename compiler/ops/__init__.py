@@ -3,6 +3,7 @@
 from optc.compiler.ops import library
 from optc.compiler.ops.dialect import attention, attention_codes, nvfp4, paged, quantization, rotary, rotation
 from optc.compiler.ops.packed import (
+    cuda,
     inductor_cpu,
     onnxruntime,
     onnxruntime_codes,
@@ -14,6 +15,7 @@ from optc.compiler.ops.packed import (
 __all__ = [
     "attention",
     "attention_codes",
+    "cuda",
     "inductor_cpu",
     "nvfp4",
     "onnxruntime",

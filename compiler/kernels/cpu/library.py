@@ -16,7 +16,7 @@ import torch
 
 from optc.compiler.diagnostics import os_errors
 from optc.compiler.kernels.cpu.toolchain import find_compiler, run_compiler
-from optc.compiler.kernels.kernel import Kernel
+from optc.compiler.kernels.kernel import CppSources, Kernel
 
 FILE_NAME = "liboptc_ops.so"
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
@@ -86,6 +86,7 @@ def _common(compiler: str) -> list[str]:
 def _units(kernel: Kernel) -> list[_Unit]:
     """The inner loops for each instruction set, and the op, which is told its schema."""
     sources = kernel.sources
+    assert isinstance(sources, CppSources), kernel.op
     x86 = platform.machine() == "x86_64"
     units = [
         _Unit(
