@@ -44,6 +44,11 @@ LENGTHS = torch.full((B,), T + S - 1, dtype=torch.int32)
 CODES = (_i8(B, HKV, S, D), _i8(B, HKV, S, D), _i8(B, HKV, T, D), _i8(B, HKV, T, D))
 SCALE = torch.rand(N, 2) + 0.1
 POSITION = torch.arange(S).expand(B, S).contiguous()
+PAGED = (
+    _f(4, H, D), _f(4, HKV, D), _f(4, HKV, D), _f(4, 4, HKV, D), _f(4, 4, HKV, D),
+    torch.tensor([8, 9, 10, 4]), torch.tensor([[2], [1]], dtype=torch.int32),
+    torch.tensor([3, 1], dtype=torch.int32), torch.tensor([0, 3, 4], dtype=torch.int32),
+)  # fmt: skip
 
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "attention": ((*QKV, torch.ones(B, S, dtype=torch.long), _f(H)), {"causal": True, **KNOBS}),
@@ -52,10 +57,16 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "cached_attention_codes": (
         (QKV[0], *CODES, PAST, T + S, torch.full((1,), 0.02), torch.full((1,), 0.02)), KNOBS,
     ),
-    "paged_attention_": (
-        (_f(4, H, D), _f(4, HKV, D), _f(4, HKV, D), _f(4, 4, HKV, D), _f(4, 4, HKV, D),
-         torch.tensor([8, 9, 10, 4]), torch.tensor([[2], [1]], dtype=torch.int32),
-         torch.tensor([3, 1], dtype=torch.int32), torch.tensor([0, 3, 4], dtype=torch.int32)), KNOBS,
+    "paged_attention_": (PAGED, KNOBS),
+    "rotary_paged_attention_": (
+        (*PAGED, torch.tensor([0, 1, 2, 0]), _f(D // 4), _f(D), _f(D)),
+        {"scaling": 1.0, "interleaved": False, "eps": 1e-6, **KNOBS},
+    ),
+    "argmax": ((_f(B, N),), {}),
+    "sample_": (
+        (_f(B, N), torch.ones(B), torch.full((B,), 3, dtype=torch.int32), torch.full((B,), 0.9), torch.full((B,), 0.1),
+         torch.full((B,), 1.1), torch.full((B,), 0.1), torch.full((B,), 0.2), torch.zeros(B, N, dtype=torch.bool),
+         torch.zeros(B, N, dtype=torch.int32), torch.arange(B), torch.arange(B)), {},
     ),
     "rotary": ((QKV[0], POSITION, _f(D // 2)), {"scaling": 1.0, "interleaved": True}),
     "rotate_blocks": ((_f(2, K), _f(8, 8)), {}),

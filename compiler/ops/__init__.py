@@ -1,7 +1,7 @@
 """The `optc::` dialect. Importing this package registers every op, those of other packages (`optc.ops`) too."""
 
 from optc.compiler.ops import library
-from optc.compiler.ops.dialect import attention, attention_codes, nvfp4, paged, quantization, rotary, rotation
+from optc.compiler.ops.dialect import attention, attention_codes, nvfp4, paged, quantization, rotary, rotation, sampling
 from optc.compiler.ops.packed import (
     cuda,
     inductor_cpu,
@@ -25,6 +25,7 @@ __all__ = [
     "quantization",
     "rotary",
     "rotation",
+    "sampling",
     "tensorrt",
     "xnnpack",
 ]

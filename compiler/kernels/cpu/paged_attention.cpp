@@ -5,7 +5,7 @@
 //
 // Work is cut into (request, key/value head, tile of new tokens) and spread over at::parallel_for. The query
 // heads of one key/value head are rows of one tile, so every key is read once for all of them. All arithmetic
-// is in float, whatever the type of the pool.
+// is in float, whatever the type of the pool. A token whose slot is -1 is padding: see compiler/ops/dialect/paged.py.
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
@@ -55,6 +55,8 @@ struct Layout {
   int64_t groups() const { return heads / kv_heads; }
 };
 
+constexpr int64_t kPadding = -1;
+
 // New tokens [first, last) of a request, in the flattened token axis, of which `position` is the first's.
 struct Task {
   int64_t request, kv_head, first, last, position;
@@ -87,17 +89,26 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
               "block_tables, context_lens and cu_seqlens differ in requests");
 }
 
+// A request of padding alone: neither its length nor its blocks are looked at.
+bool is_padding(const Layout& at, const int64_t* slots, int64_t request) {
+  return std::all_of(slots + at.cu_seqlens[request], slots + at.cu_seqlens[request + 1],
+                     [](int64_t slot) { return slot == kPadding; });
+}
+
 // Every index that the kernel will follow, checked: a bad one would read or write foreign memory.
 void check_tables(const Layout& at, const int64_t* slots) {
   const auto num_slots = at.num_blocks * at.block_size;
   for (int64_t i = 0; i < at.tokens; ++i) {
-    TORCH_CHECK(slots[i] >= 0 && slots[i] < num_slots, "slot ", slots[i], " is outside the pool of ", num_slots);
+    TORCH_CHECK(slots[i] >= kPadding && slots[i] < num_slots, "slot ", slots[i], " is outside the pool of ", num_slots);
   }
   TORCH_CHECK(at.cu_seqlens[0] == 0 && at.cu_seqlens[at.requests] == at.tokens,
               "cu_seqlens must run from 0 to the number of tokens");
   for (int64_t r = 0; r < at.requests; ++r) {
+    TORCH_CHECK(at.cu_seqlens[r] <= at.cu_seqlens[r + 1], "cu_seqlens must not fall");
+  }
+  for (int64_t r = 0; r < at.requests; ++r) {
+    if (is_padding(at, slots, r)) continue;
     const int64_t fresh = at.cu_seqlens[r + 1] - at.cu_seqlens[r], length = at.context_lens[r];
-    TORCH_CHECK(fresh >= 0, "cu_seqlens must not fall");
     TORCH_CHECK(fresh <= length, "request ", r, " has ", fresh, " new tokens, but a context of ", length);
     TORCH_CHECK(length <= at.max_blocks * at.block_size, "the context of request ", r, " exceeds its block table");
     for (int64_t i = 0; i * at.block_size < length; ++i) {
@@ -107,21 +118,33 @@ void check_tables(const Layout& at, const int64_t* slots) {
   }
 }
 
-// pool[slot] = row, for one token per slot. `row` elements of the token are contiguous in the pool.
+// pool[slot] = row, for one token per slot, but for padding. `row` elements of the token are contiguous in the pool.
 void write_pool(const Tensor& fresh, const Tensor& pool, const int64_t* slots) {
   const auto source = fresh.contiguous();
   const int64_t bytes = source.size(1) * source.size(2) * source.element_size();
   const auto* from = static_cast<const char*>(source.const_data_ptr());
   auto* to = static_cast<char*>(pool.mutable_data_ptr());
   at::parallel_for(0, source.size(0), 64, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) std::memcpy(to + slots[i] * bytes, from + i * bytes, bytes);
+    for (int64_t i = begin; i < end; ++i) {
+      if (slots[i] != kPadding) std::memcpy(to + slots[i] * bytes, from + i * bytes, bytes);
+    }
   });
 }
 
-std::vector<Task> cut(const Layout& at) {
+// out[token] = 0 for padding.
+void clear_padding(const Tensor& out, const int64_t* slots) {
+  const int64_t bytes = out.size(1) * out.size(2) * out.element_size();
+  auto* to = static_cast<char*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < out.size(0); ++i) {
+    if (slots[i] == kPadding) std::memset(to + i * bytes, 0, bytes);
+  }
+}
+
+std::vector<Task> cut(const Layout& at, const int64_t* slots) {
   std::vector<Task> tasks;
   const int64_t step = std::max<int64_t>(1, kMaxRows / at.groups());
   for (int64_t r = 0; r < at.requests; ++r) {
+    if (is_padding(at, slots, r)) continue;
     const int64_t begin = at.cu_seqlens[r], end = at.cu_seqlens[r + 1], past = at.context_lens[r] - (end - begin);
     for (int64_t first = begin; first < end; first += step) {
       for (int64_t head = 0; head < at.kv_heads; ++head) {
@@ -227,7 +250,7 @@ Tensor paged_attention_(const Tensor& q, const Tensor& k, const Tensor& v, Tenso
   write_pool(v, v_pool, slots.const_data_ptr<int64_t>());
 
   auto out = at::empty({layout.tokens, layout.heads, layout.value_width}, v.options());
-  const auto tasks = cut(layout);
+  const auto tasks = cut(layout, slots.const_data_ptr<int64_t>());
   const Knobs knobs{static_cast<float>(scale), window, static_cast<float>(softcap)};
   const int64_t rows = std::max<int64_t>(kMaxRows, layout.groups());
   const auto compute = [&](auto zero) {
@@ -246,6 +269,7 @@ Tensor paged_attention_(const Tensor& q, const Tensor& k, const Tensor& v, Tenso
     case at::kHalf: compute(c10::Half{}); break;
     default: TORCH_CHECK(false, "optc::paged_attention_ has no kernel for ", v.scalar_type());
   }
+  clear_padding(out, slots.const_data_ptr<int64_t>());
   return out;
 }
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from optc.compiler.ops.library import define
 
 
-def _rotary(x: Tensor, position: Tensor, inv_freq: Tensor, *, scaling: float, interleaved: bool) -> Tensor:
+def rotate(x: Tensor, position: Tensor, inv_freq: Tensor, *, scaling: float, interleaved: bool) -> Tensor:
     """Rotate the first 2*len(inv_freq) features of x [B,H,S,D] by angle position[b,s] * inv_freq.
 
     `interleaved` pairs features (2i, 2i+1), else (i, i + R/2). Angles, cos and sin are computed in
@@ -29,7 +29,7 @@ def _rotary(x: Tensor, position: Tensor, inv_freq: Tensor, *, scaling: float, in
 
 define(
     "rotary(Tensor x, Tensor position, Tensor inv_freq, *, float scaling, bool interleaved) -> Tensor",
-    _rotary,
+    rotate,
     lambda x, *_, **__: torch.empty_like(x, memory_format=torch.contiguous_format),
-    aten=_rotary,
+    aten=rotate,
 )

@@ -21,7 +21,7 @@ from optc.compiler.ops import library
 
 
 class Call(nn.Module):
-    """One call of an op, up to ten tensors of which come from outside."""
+    """One call of an op, up to thirteen tensors of which come from outside."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -40,8 +40,11 @@ class Call(nn.Module):
         h: Any = None,
         i: Any = None,
         j: Any = None,
+        k: Any = None,
+        l: Any = None,  # noqa: E741
+        m: Any = None,
     ) -> Any:
-        rest = iter((a, b, c, d, e, f, g, h, i, j))
+        rest = iter((a, b, c, d, e, f, g, h, i, j, k, l, m))
         args = [next(rest) if isinstance(item, Tensor) else item for item in self.args]
         return self.op(*args, **self.keywords)
 

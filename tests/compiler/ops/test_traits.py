@@ -22,6 +22,13 @@ ATTENTION = {
     "group_query_attention": "BSC",
     "group_query_attention_codes": "BSC",
     "paged_attention_": "NHD",
+    "rotary_paged_attention_": "NHD",
+}
+MUTATES = {
+    "cached_attention_": ("k_cache", "v_cache"),
+    "paged_attention_": ("k_pool", "v_pool"),
+    "rotary_paged_attention_": ("k_pool", "v_pool"),
+    "sample_": ("seen", "counts"),
 }
 
 
@@ -46,17 +53,7 @@ def test_writes_what_the_schema_says(name: str) -> None:
         for label, old, new in zip(given, before, after, strict=True)
         if not torch.equal(old.view(torch.uint8), new.view(torch.uint8))
     ]
-    assert (
-        tuple(changed)
-        == spec.mutates
-        == (
-            ("k_cache", "v_cache")
-            if name == "cached_attention_"
-            else ("k_pool", "v_pool")
-            if name == "paged_attention_"
-            else ()
-        )
-    )
+    assert tuple(changed) == spec.mutates == MUTATES.get(name, ())
 
 
 def test_attention_says_its_axes() -> None:

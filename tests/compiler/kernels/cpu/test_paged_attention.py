@@ -19,6 +19,7 @@ import optc.compiler.ir.program  # noqa: F401  (registers the dialect)
 from optc.compiler.kernels.cpu.library import build_library
 from optc.compiler.kernels.cpu.paged_attention import PAGED_ATTENTION
 from optc.compiler.kernels.kernel import kernels_for
+from optc.compiler.ops.dialect.paged import PADDING
 from optc.compiler.ops.library import reference
 
 KERNELS = kernels_for("cpu")
@@ -125,6 +126,29 @@ def test_kernel_in_sixteen_bits(kernel: Callable[..., Tensor], dtype: torch.dtyp
     assert Case(dtype=dtype, block_size=16, softcap=30.0).compare(kernel) <= bounds.MARGIN
 
 
+@pytest.mark.parametrize("padding", [(0,), (40, 41, 42, 43), (0, 3, 38)])
+def test_padding_is_not_written(kernel: Callable[..., Tensor], padding: tuple[int, ...]) -> None:
+    """Tokens of slot -1: a request of one, a whole request of several, and some of requests with real tokens."""
+    inputs, knobs = Case(new=(1, 37, 1, 5), past=(200, 0, 3, 64)).inputs()
+    inputs[5][list(padding)] = PADDING
+    for request in (0, 3) if padding != (0, 3, 38) else (0,):  # neither length nor blocks of padding are looked at
+        if all(token in padding for token in range(int(inputs[8][request]), int(inputs[8][request + 1]))):
+            inputs[6][request], inputs[7][request] = -9, 1 << 20
+    pools = [pool.clone() for pool in inputs[3:5]]
+    found = kernel(*inputs[:3], *pools, *inputs[5:], **knobs)
+    wanted = [pool.clone() for pool in inputs[3:5]]
+    inputs[6].clamp_(min=0)
+    expected = reference("paged_attention_")(*inputs[:3], *wanted, *inputs[5:], **knobs)
+    rows = torch.arange(len(found))
+    assert torch.equal(found[list(padding)], torch.zeros_like(found[list(padding)]))
+    real = [token for token in rows.tolist() if token not in padding]
+    torch.testing.assert_close(found[real], expected[real], rtol=0, atol=TOLERANCE, equal_nan=True)
+    for pool, other, old in zip(pools, wanted, inputs[3:5], strict=True):
+        torch.testing.assert_close(pool, other, rtol=0, atol=0, equal_nan=True)
+        changed = (pool.nan_to_num(7.0) != old.nan_to_num(7.0)).flatten(2).any(-1)
+        assert int(changed.sum()) == len(real)
+
+
 def test_baseline_instructions(tmp_path: Path) -> None:
     """The code for processors without AVX2 gives the same numbers (in a process of its own)."""
     script = tmp_path / "run.py"
@@ -161,7 +185,7 @@ def _set(place: Any, value: int) -> Callable[[Tensor], Tensor]:
     ("index", "change", "message"),
     [
         (5, _set(0, 1 << 40), "is outside the pool"),
-        (5, _set(0, -1), "slot -1 is outside the pool"),
+        (5, _set(0, -2), "slot -2 is outside the pool"),
         (6, _set((0, 0), 1 << 20), "block 1048576 is outside the pool"),
         (6, _set((0, 0), -2), "block -2 is outside the pool"),
         (7, _set(1, 3), "has 37 new tokens, but a context of 3"),
