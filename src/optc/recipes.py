@@ -12,9 +12,9 @@ import yaml
 
 from optc.compiler.diagnostics import InputError, UsageError, unknown_name
 from optc.compiler.rewriting.passes import Pass
+from optc.compiler.settings.fields import Given, unknown_key
 from optc.compiler.target.options import QuantRequest
 from optc.compiler.target.target import Step
-from optc.fields import Given, unknown_key
 from optc.passes.registry import find_pass
 
 

@@ -17,9 +17,9 @@ from optc.compiler.calibration.sequences import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from optc.compiler.diagnostics import TargetError, UsageError
 from optc.compiler.ir.devices import DEVICE_PATTERN
 from optc.compiler.rewriting.passes import Pass
+from optc.compiler.settings.fields import Field, Given, fields_of, read_fields, unknown_key
 from optc.compiler.target.options import CacheRequest, QuantRequest, TargetOptions
 from optc.compiler.target.target import Target
-from optc.fields import Field, Given, fields_of, read_fields, unknown_key
 from optc.targets.registry import all_targets, find_target
 
 

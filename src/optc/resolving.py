@@ -10,9 +10,9 @@ import torch
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.ir.devices import choose_device
 from optc.compiler.rewriting.passes import Pass
+from optc.compiler.settings.fields import fields_of
 from optc.compiler.target.options import CompileOptions, QuantRequest
 from optc.compiler.target.target import Step, Target, check_options
-from optc.fields import fields_of
 from optc.recipes import apply_pass_options, parse_passes
 from optc.request import Request, check_request
 from optc.targets.methods import choose_quantization

@@ -22,8 +22,8 @@ from optc.cli.main import main
 from optc.cli.plan import plan
 from optc.cli.quantize import quantize
 from optc.compiler.diagnostics import TargetError, UsageError
+from optc.compiler.settings.fields import Field, fields_of
 from optc.compiler.target.options import QuantRequest, TargetOptions
-from optc.fields import Field, fields_of
 from optc.request import SECTIONS, Request, RunRequest, from_python, target_fields
 from optc.resolving import resolve
 from optc.targets.registry import all_targets, find_target

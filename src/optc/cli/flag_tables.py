@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from optc.fields import Field, fields_of
+from optc.compiler.settings.fields import Field, fields_of
 from optc.request import SECTIONS
 from optc.targets.registry import find_target
 

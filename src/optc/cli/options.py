@@ -11,7 +11,7 @@ import click
 
 from optc.cli.common import F
 from optc.compiler.diagnostics import UsageError
-from optc.fields import Field, Given, fields_of
+from optc.compiler.settings.fields import Field, Given, fields_of
 from optc.recipes import read_recipe
 from optc.request import SECTIONS, Request, known_keys, make_request, target_fields
 from optc.targets.registry import find_target

@@ -17,7 +17,7 @@ def targets(as_json: bool) -> None:
     \b
     optc targets
     """
-    from optc.fields import fields_of
+    from optc.compiler.settings.fields import fields_of
     from optc.targets.registry import all_targets
 
     rows = [
