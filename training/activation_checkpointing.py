@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import MethodType
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -30,23 +31,28 @@ Forward = Callable[..., Any]
 
 
 class CheckpointingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Which activations are kept. Losses and gradients are the same under every policy.
+    """Which activations are kept. Losses and gradients are the same under every policy."""
 
-    Attributes:
-        policy: none keeps all; full recomputes every transformer block; every-n every n-th block; selective keeps
-            the outputs of the ops in `keep` and recomputes the rest of each block; budget recomputes as many blocks
-            as it takes to stay below `budget`. With compile, use compile.activation_budget in its place.
-        every_n: of every-n: blocks 0, n, 2n, ... are recomputed.
-        keep: of selective: "attention", "matmul" (all matrix products), "narrow-matmul" (those whose output is no
-            wider than their input: the projections of attention and the MLP's last), or ATen ops ("aten.mm.default").
-        budget: of budget: above 1, bytes that the blocks may keep per micro-batch and rank; up to 1, the share of
-            what policy none keeps.
-    """
-
-    policy: Literal["none", "full", "every-n", "selective", "budget"] = "none"
-    every_n: int = 2
-    keep: tuple[str, ...] = ("attention", "narrow-matmul")
-    budget: float = 0.5
+    policy: Annotated[
+        Literal["none", "full", "every-n", "selective", "budget"],
+        Meta(description="What is recomputed in the backward pass; see the table of policies in docs/train.md."),
+    ] = "none"
+    every_n: Annotated[int, Meta(ge=1, description="Of every-n: blocks 0, n, 2n, ... are recomputed.")] = 2
+    keep: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Of selective: attention, matmul (all matrix products), narrow-matmul (those no wider than "
+            "their input), or ATen ops (aten.mm.default)."
+        ),
+    ] = ("attention", "narrow-matmul")
+    budget: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="Of budget: above 1, bytes that the blocks may keep per micro-batch and rank; up to 1, the "
+            "share of what policy none keeps.",
+        ),
+    ] = 0.5
 
 
 def apply_activation_checkpointing(model: M, config: CheckpointingConfig) -> M:

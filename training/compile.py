@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import torch._functorch.config
+from msgspec import Meta
 from torch import nn
 
 from optc.compiler.diagnostics import UsageError
@@ -15,22 +16,30 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class CompileConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is compiled. Needs a C++ compiler on the CPU and Triton on a GPU.
+    """What is compiled. Needs a C++ compiler on the CPU and Triton on a GPU."""
 
-    Attributes:
-        scope: none is eager; blocks compiles each transformer block (equal blocks share one compilation); model
-            compiles the whole forward pass.
-        mode: torch.compile's mode.
-        dynamic: compile once for all shapes of batches instead of once per shape.
-        activation_budget: 0 to 1: the share of activations that each compiled graph may keep; torch's solver chooses
-            which ops to compute again (torch._functorch.config.activation_memory_budget, for the whole process).
-            1 recomputes only what is free.
-    """
-
-    scope: Literal["none", "blocks", "model"] = "none"
-    mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
-    dynamic: bool = False
-    activation_budget: float = 1.0
+    scope: Annotated[
+        Literal["none", "blocks", "model"],
+        Meta(
+            description="torch.compile: of each transformer block (equal blocks share one compilation), or of the "
+            "whole forward pass."
+        ),
+    ] = "none"
+    mode: Annotated[Literal["default", "max-autotune-no-cudagraphs"], Meta(description="torch.compile's mode.")] = (
+        "default"
+    )
+    dynamic: Annotated[bool, Meta(description="Compile once for all shapes of batches instead of once per shape.")] = (
+        False
+    )
+    activation_budget: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=1,
+            description="Share of the activations that each compiled graph may keep; torch's solver chooses what is "
+            "computed again, 1 recomputes only what is free.",
+        ),
+    ] = 1.0
 
 
 def apply_compile(model: M, config: CompileConfig) -> M:

@@ -7,156 +7,182 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from optc.compiler.ir.devices import DEVICE_PATTERN
+from optc.compiler.ir.devices import DeviceName
 from optc.training.activation_checkpointing import CheckpointingConfig
 from optc.training.compile import CompileConfig
 from optc.training.lora import LoraConfig
 from optc.training.parallel import ParallelConfig
 from optc.training.qat import QatConfig
 
-Count = Annotated[int, Meta(ge=1)]
-NotNegative = Annotated[int, Meta(ge=0)]
-Positive = Annotated[float, Meta(gt=0)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-
 
 class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The optimizer.
+    """The optimizer: AdamW (Loshchilov and Hutter 2019), Lion (Chen et al. 2023, https://arxiv.org/abs/2302.06675) or
+    SophiaH (Liu et al. 2023, https://arxiv.org/abs/2305.14342)."""
 
-    Attributes:
-        name: adamw (Loshchilov and Hutter 2019), lion (Chen et al. 2023, https://arxiv.org/abs/2302.06675) or
-            sophia (SophiaH, Liu et al. 2023, https://arxiv.org/abs/2305.14342); the last two by pytorch_optimizer.
-        lr: peak learning rate.
-        weight_decay: decoupled, on parameters with two axes or more; norms and biases decay never.
-        betas: decay of the first and the second moment; None takes the optimizer's own, (0.9, 0.95), (0.9, 0.99)
-            and (0.965, 0.99).
-        eps: added to the denominator (adamw and sophia).
-        hessian_every: sophia: steps between two estimates of the Hessian's diagonal.
-        gamma: sophia: entries of the Hessian below |gradient| / gamma are not divided by; such a weight moves by lr.
-    """
-
-    name: Literal["adamw", "lion", "sophia"] = "adamw"
-    lr: Positive = 3e-4
-    weight_decay: Annotated[float, Meta(ge=0)] = 0.0
-    betas: tuple[float, float] | None = None
-    eps: Positive = 1e-8
-    hessian_every: Count = 10
-    gamma: Positive = 0.01
+    name: Annotated[Literal["adamw", "lion", "sophia"], Meta(description="Lion and Sophia need the extra train.")] = (
+        "adamw"
+    )
+    lr: Annotated[float, Meta(gt=0, description="Peak learning rate.")] = 3e-4
+    weight_decay: Annotated[
+        float, Meta(ge=0, description="Decoupled; on parameters with two axes or more: norms and biases never decay.")
+    ] = 0.0
+    betas: (
+        Annotated[
+            tuple[float, float],
+            Meta(
+                description="Decay of the first and the second moment.",
+                extra={
+                    "default": "the optimizer's own: (0.9, 0.95), (0.9, 0.99), (0.965, 0.99)",
+                    "expected": "two numbers",
+                },
+            ),
+        ]
+        | None
+    ) = None
+    eps: Annotated[float, Meta(gt=0, description="Added to the denominator (adamw and sophia).")] = 1e-8
+    hessian_every: Annotated[
+        int, Meta(ge=1, description="Of sophia: steps between two estimates of the Hessian's diagonal.")
+    ] = 10
+    gamma: Annotated[
+        float,
+        Meta(gt=0, description="Of sophia: a weight whose gradient exceeds gamma times its curvature moves by lr."),
+    ] = 0.01
 
 
 class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The learning rate over the steps, as a share of optimizer.lr.
+    """The learning rate over the steps, as a share of optimizer.lr."""
 
-    Attributes:
-        kind: constant, linear or cosine, after the warmup.
-        warmup_steps: optimizer steps in which the rate rises linearly from 0.
-        min_ratio: share of the peak at the last step (linear and cosine).
-    """
-
-    kind: Literal["constant", "linear", "cosine"] = "cosine"
-    warmup_steps: NotNegative = 0
-    min_ratio: Share = 0.1
+    kind: Annotated[
+        Literal["constant", "linear", "cosine"], Meta(description="Course of the rate after the warmup.")
+    ] = "cosine"
+    warmup_steps: Annotated[int, Meta(ge=0, description="Optimizer steps in which the rate rises linearly from 0.")] = 0
+    min_ratio: Annotated[
+        float, Meta(ge=0, le=1, description="Share of the peak at the last step (linear and cosine).")
+    ] = 0.1
 
 
 class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is read and how it is cut into batches.
+    """What is read and how it is cut into batches."""
 
-    Attributes:
-        text: files: UTF-8 text (one document each), or .jsonl, .json, .parquet or a folder of `datasets`, as `optc
-            compile --calibration` takes them.
-        batching: "pack" lays several documents into each row of seq_len tokens; "tokens" puts documents of similar
-            length together, each in a row of its own, up to the same number of tokens per batch. In neither does a
-            token attend to another document.
-        append_eos: end each document with the model's end-of-text token.
-        shuffle: draw a new order with the seed in every epoch; False keeps the files' order.
-    """
-
-    text: tuple[str, ...] = ()
-    batching: Literal["pack", "tokens"] = "pack"
-    append_eos: bool = True
-    shuffle: bool = True
+    text: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Training text, .jsonl, .json of token ids, .parquet or a dataset's folder (repeatable).",
+            extra={"metavar": "FILE"},
+        ),
+    ] = ()
+    batching: Annotated[
+        Literal["pack", "tokens"],
+        Meta(
+            description="Rows of several documents, or documents of similar length side by side; see Batches in "
+            "docs/train.md."
+        ),
+    ] = "pack"
+    append_eos: Annotated[bool, Meta(description="End each document with the model's end-of-text token.")] = True
+    shuffle: Annotated[
+        bool, Meta(description="A new order in every epoch, drawn with the seed; false keeps the files' order.")
+    ] = True
 
 
 class ScalerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The loss scale of fp16 (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740).
+    """The loss scale of fp16 (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740)."""
 
-    Attributes:
-        initial: scale of the first step.
-        growth_interval: steps without overflow after which the scale doubles; an overflow halves it and skips the step.
-    """
-
-    initial: Positive = 65536.0
-    growth_interval: Count = 2000
+    initial: Annotated[float, Meta(gt=0, description="Of fp16: loss scale of the first step.")] = 65536.0
+    growth_interval: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Of fp16: steps without overflow after which it doubles; an overflow halves it and skips "
+            "the step.",
+        ),
+    ] = 2000
 
 
 class DistillConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Loss against a teacher (Hinton et al. 2015, https://arxiv.org/abs/1503.02531).
 
     loss = (1 - weight) * cross-entropy + weight * temperature^2 * KL(teacher || student), per label token.
-
-    Attributes:
-        teacher: a model folder with the same vocabulary; "self" is the model before training and before
-            quantization; None trains on the text alone.
-        weight: share of the KL term, 0 to 1.
-        temperature: both distributions are softened by it.
     """
 
-    teacher: str | None = None
-    weight: Share = 0.5
-    temperature: Positive = 1.0
+    teacher: (
+        Annotated[
+            str,
+            Meta(
+                description="A model folder with the same vocabulary, or self: the model before training and "
+                "quantization.",
+                extra={"default": "none: the text alone"},
+            ),
+        ]
+        | None
+    ) = None
+    weight: Annotated[float, Meta(ge=0, le=1, description="Share of the KL term in the loss.")] = 0.5
+    temperature: Annotated[float, Meta(gt=0, description="Softens both distributions.")] = 1.0
 
 
 class SavingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Checkpoints of the run, in the folder OUTPUT.run beside the output.
+    """Checkpoints of the run, in the folder OUTPUT.run beside the output."""
 
-    Attributes:
-        every: optimizer steps between two checkpoints; 0 writes none.
-        keep: newest checkpoints that stay.
-        keep_run: leave the folder of checkpoints when the run has ended.
-    """
-
-    every: NotNegative = 50
-    keep: Count = 2
-    keep_run: bool = False
+    every: Annotated[int, Meta(ge=0, description="Optimizer steps between two checkpoints; 0 writes none.")] = 50
+    keep: Annotated[int, Meta(ge=1, description="Newest checkpoints that stay.")] = 2
+    keep_run: Annotated[bool, Meta(description="Leave OUTPUT.run when the run has ended.")] = False
 
 
 class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A training run.
+    """A training run."""
 
-    Attributes:
-        model: model folder to start from.
-        from_scratch: take the folder's config and tokenizer only; weights are drawn with the seed.
-        output: folder to write.
-        max_steps: optimizer steps.
-        batch_size: rows of seq_len tokens per optimizer step: over all ranks and micro-batches together.
-        seq_len: tokens per row, at most.
-        gradient_accumulation: micro-batches per optimizer step and rank; it must divide batch_size / ranks.
-        precision: fp32; bf16 and fp16 by autocast over fp32 weights (fp16 with a loss scale).
-        clip_norm: largest L2 norm of the gradient; 0 does not clip.
-        loss_chunk: tokens whose logits are alive at a time; 0 makes the logits of a micro-batch whole. Where a teacher,
-            fp16, compile.scope=model or the model itself needs whole logits, they are made whole.
-        seed: of weights, data order and dropout.
-        device: cpu, cuda, cuda:N, or auto: cuda where there is one. With several ranks each takes its own GPU.
-        on_nan: a loss that is not finite: "stop" ends the run, "skip" leaves that step out (at most 10 in a row).
-        peak_tflops: the device's peak in TFLOP/s (1e12) at this precision, for MFU; None: known devices only.
-        tensorboard: write event files to OUTPUT.run/tensorboard (extra `train`); they move into the output.
-    """
-
-    model: str = ""
-    from_scratch: bool = False
-    output: str = ""
-    max_steps: Count = 200
-    batch_size: Count = 8
-    seq_len: Count = 512
-    gradient_accumulation: Count = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    clip_norm: Annotated[float, Meta(ge=0)] = 1.0
-    loss_chunk: NotNegative = 2048
-    seed: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
-    device: Annotated[str, Meta(pattern=DEVICE_PATTERN)] = "auto"
-    on_nan: Literal["stop", "skip"] = "stop"
-    peak_tflops: Positive | None = None
-    tensorboard: bool = False
+    model: Annotated[str, Meta(description="Model folder to start from.")] = ""
+    from_scratch: Annotated[
+        bool, Meta(description="Take the folder's config and tokenizer only; weights are drawn with the seed.")
+    ] = False
+    output: Annotated[
+        str, Meta(description="Folder of the trained model.", extra={"short": "-o", "metavar": "PATH"})
+    ] = ""
+    max_steps: Annotated[int, Meta(ge=1, description="Optimizer steps.")] = 200
+    batch_size: Annotated[
+        int,
+        Meta(ge=1, description="Rows of seq_len tokens per optimizer step, over all ranks and micro-batches together."),
+    ] = 8
+    seq_len: Annotated[int, Meta(ge=1, description="Tokens per row, at most.")] = 512
+    gradient_accumulation: Annotated[
+        int, Meta(ge=1, description="Micro-batches per optimizer step and rank; it must divide batch_size / ranks.")
+    ] = 1
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"], Meta(description="bf16 and fp16: autocast over fp32 weights.")
+    ] = "fp32"
+    clip_norm: Annotated[float, Meta(ge=0, description="Largest L2 norm of the gradient; 0 does not clip.")] = 1.0
+    loss_chunk: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Tokens whose logits are alive at a time; 0: whole logits, as a teacher, fp16, "
+            "compile.scope=model or a model that changes its logits after the head need them.",
+        ),
+    ] = 2048
+    seed: Annotated[int, Meta(ge=0, le=2**31 - 1, description="Seed of weights, data order and dropout.")] = 0
+    device: Annotated[
+        DeviceName, Meta(description="Where the training runs; with several ranks each takes its own GPU.")
+    ] = "auto"
+    on_nan: Annotated[
+        Literal["stop", "skip"],
+        Meta(
+            description="At a loss that is not finite: stop ends the run, skip leaves the step out (at most 10 in a "
+            "row)."
+        ),
+    ] = "stop"
+    peak_tflops: (
+        Annotated[
+            float,
+            Meta(
+                gt=0,
+                description="The device's peak in TFLOP/s (1e12) at this precision, for MFU.",
+                extra={"default": "known for A100, H100, H200"},
+            ),
+        ]
+        | None
+    ) = None
+    tensorboard: Annotated[
+        bool, Meta(description="Write event files, in the end into the output's folder tensorboard (extra train).")
+    ] = False
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

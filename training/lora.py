@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 
 from optc.compiler.diagnostics import InputError, UsageError, os_errors, unknown_name
@@ -20,31 +21,30 @@ _MARK = "optc_lora"
 
 
 class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685) and the form of the frozen base.
+    """Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685) and the form of the frozen base."""
 
-    Attributes:
-        enabled: False leaves the model as it is.
-        rank: columns of the two factors.
-        alpha: the product is scaled by alpha / rank.
-        dropout: probability, on the adapters' inputs.
-        targets: names of modules, as their last parts (`q_proj`); empty: every linear but the head.
-        base: "dense" as loaded; "nf4" in 4-bit NF4 (QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314),
-            every linear but the head.
-        group_size: neighbours along K that share an NF4 scale; 0 is a whole row.
-        double_quant: keep the NF4 scales in 8 bits themselves.
-        export: "merge" writes one plain model folder; "adapters" writes peft's adapter folder, to be loaded on the
-            base model.
-    """
-
-    enabled: bool = False
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ()
-    base: Literal["dense", "nf4"] = "dense"
-    group_size: int = 64
-    double_quant: bool = True
-    export: Literal["merge", "adapters"] = "merge"
+    enabled: Annotated[bool, Meta(description="Low-rank adapters on a frozen base.")] = False
+    rank: Annotated[int, Meta(ge=1, description="Columns of the two factors.")] = 16
+    alpha: Annotated[float, Meta(gt=0, description="Their product is scaled by alpha / rank.")] = 32.0
+    dropout: Annotated[float, Meta(ge=0, lt=1, description="Probability, on the adapters' inputs.")] = 0.0
+    targets: Annotated[
+        tuple[str, ...], Meta(description="Last parts of module names (q_proj); empty: every linear but the head.")
+    ] = ()
+    base: Annotated[
+        Literal["dense", "nf4"],
+        Meta(description="nf4 holds every linear but the head in 4-bit NF4 (QLoRA, https://arxiv.org/abs/2305.14314)."),
+    ] = "dense"
+    group_size: Annotated[int, Meta(ge=0, le=1 << 20, description="Weights per NF4 scale; 0 is one scale per row.")] = (
+        64
+    )
+    double_quant: Annotated[bool, Meta(description="Keep the NF4 scales in 8 bits themselves.")] = True
+    export: Annotated[
+        Literal["merge", "adapters"],
+        Meta(
+            description="merge writes one plain model folder; adapters writes peft's adapter folder, to be loaded "
+            "on the base model."
+        ),
+    ] = "merge"
 
     def __post_init__(self) -> None:
         check_group_size(self.group_size, [])

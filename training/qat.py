@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 
 from optc.compiler.diagnostics import InputError, UsageError
@@ -25,40 +26,60 @@ from optc.training.lora import lora_config
 
 
 class QatConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is rounded while training, and how its scales are found.
+    """What is rounded while training, and how its scales are found."""
 
-    Attributes:
-        enabled: False leaves the model as it is.
-        bits: of the weights: 2, 3, 4 or 8.
-        group_size: neighbours along K that share a scale; 0 is a whole row.
-        symmetric: no zero points.
-        scales: "learned" trains the step sizes with the weights (LSQ; zero points stay); "minmax" takes scales and
-            zero points from the largest weights of each group, in every step again.
-        start: where learned scales begin: "search" shrinks each group's range to the least squared error, "full"
-            takes the largest weight.
-        scale_rate: relative change of a learned scale per unit of learning rate: Adam at learning rate lr
-            changes scales by about scale_rate * lr of themselves in a step.
-        activations: "int8" rounds the inputs of quantized linears, one scale per token (W8A8; needs bits=8,
-            group_size=0, symmetric).
-        kv_cache: "int8" rounds keys and values, with scales from the largest magnitudes seen in training.
-        kv_granularity: one KV scale per "layer" or per "head".
-        ignore: patterns (`*.down_proj.*`) of weight names that stay as they are.
-        head: quantize the linear that makes the logits too. One that is tied with the embedding rounds its own
-            reading of the weight; the embedding reads it unrounded.
-    """
-
-    enabled: bool = False
-    bits: int = 4
-    group_size: int = 32
-    symmetric: bool = True
-    scales: Literal["learned", "minmax"] = "learned"
-    start: Literal["search", "full"] = "search"
-    scale_rate: float = 1.0
-    activations: Literal["none", "int8"] = "none"
-    kv_cache: Literal["none", "int8"] = "none"
-    kv_granularity: Literal["layer", "head"] = "head"
-    ignore: tuple[str, ...] = ()
-    head: bool = False
+    enabled: Annotated[bool, Meta(description="Fake quantization of the weights.")] = False
+    bits: Annotated[int, Meta(ge=2, le=8, description="QAT: bits per weight; 2, 3, 4 or 8.")] = 4
+    group_size: Annotated[
+        int, Meta(ge=0, le=1 << 20, description="QAT: weights per scale; 0 is one scale per row.")
+    ] = 32
+    symmetric: Annotated[bool, Meta(description="Without zero points.")] = True
+    scales: Annotated[
+        Literal["learned", "minmax"],
+        Meta(
+            description="learned trains the step sizes with the weights (LSQ; zero points stay); minmax follows the "
+            "largest weights of each group in every step."
+        ),
+    ] = "learned"
+    start: Annotated[
+        Literal["search", "full"],
+        Meta(
+            description="Where learned scales begin: search shrinks each group's range to the least squared error, "
+            "full takes the largest weight."
+        ),
+    ] = "search"
+    scale_rate: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="Relative change of a learned scale per unit of learning rate: Adam changes scales by about "
+            "scale_rate * lr of themselves in a step.",
+        ),
+    ] = 1.0
+    activations: Annotated[
+        Literal["none", "int8"],
+        Meta(
+            description="int8: inputs of quantized linears are rounded, one scale per token (W8A8; needs bits 8, "
+            "group_size 0, symmetric)."
+        ),
+    ] = "none"
+    kv_cache: Annotated[
+        Literal["none", "int8"],
+        Meta(description="int8: rounded keys and values, with scales from the largest magnitudes seen in training."),
+    ] = "none"
+    kv_granularity: Annotated[Literal["layer", "head"], Meta(description="One KV scale per layer or per head.")] = (
+        "head"
+    )
+    ignore: Annotated[
+        tuple[str, ...], Meta(description="Patterns of weight names that stay as they are, such as *.down_proj.*.")
+    ] = ()
+    head: Annotated[
+        bool,
+        Meta(
+            description="Quantize the linear that makes the logits too; where it is tied, the embedding reads it "
+            "unrounded."
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         check_bits(self.bits)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 from torch.fx import Node
 
@@ -17,6 +19,12 @@ from optc.compiler.ir.saved.tensors import memory_of
 
 DEVICE_PATTERN = "^(auto|cpu|cuda|cuda:[0-9]{1,3})$"
 """What --device may be."""
+
+DeviceName = Annotated[
+    str,
+    Meta(pattern=DEVICE_PATTERN, extra={"metavar": "cpu|cuda|cuda:N|auto", "expected": "cpu, cuda, cuda:N or auto"}),
+]
+"""The type of a field that names a device."""
 
 
 def program_device(program: Program) -> torch.device:

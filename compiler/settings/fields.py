@@ -1,17 +1,23 @@
-"""Fields of typed structs: their help, bounds and defaults, and reading one value with an error that names all of it."""
+"""Fields of typed structs: their help, bounds and defaults, and reading values with errors that name all of it.
+
+The request of a compile, the options of commands and the configuration of training are such structs.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from optc.compiler.diagnostics import UsageError, nearest, unknown_name
+
+StructT = TypeVar("StructT", bound=msgspec.Struct)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,33 +39,32 @@ class Field:
     """One field of a struct.
 
     Attributes:
+        key: its name where people give it: with hyphens for flags and recipes of a compile, dotted in nested structs.
         kind: int, float, bool, str, Path, `Literal[...]`, `tuple[str, ...]` or a class; without None.
         bounds: (ge, gt, le, lt) of a number, None where there is none.
         extra: of `Meta`: "default" (its text, where it depends on something), "negation" (the flag that says no),
-            "metavar", "short" (a flag of one letter), "read" (a function of the value, for kinds that are not plain).
+            "metavar", "short" (a flag of one letter), "read" (a function of the value, for kinds that are not plain),
+            "joined" (a list that a command line gives as one text, not by repeating the flag).
     """
 
     name: str
+    key: str
     kind: Any
     default: Any
+    required: bool
     help: str
     bounds: tuple[float | None, float | None, float | None, float | None]
     extra: Mapping[str, Any]
     hint: Any
 
     @property
-    def key(self) -> str:
-        """The name in recipes and on the command line."""
-        return self.name.replace("_", "-")
-
-    @property
     def choices(self) -> tuple[str, ...]:
-        """The names that the value is one of; () for other kinds."""
-        return typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
+        """The names (or numbers) that the value is one of; () for other kinds."""
+        return tuple(map(str, typing.get_args(self.kind))) if typing.get_origin(self.kind) is Literal else ()
 
     @property
     def repeatable(self) -> bool:
-        """Whether the value is a list of texts."""
+        """Whether the value is a list."""
         return typing.get_origin(self.kind) is tuple
 
     @property
@@ -67,7 +72,11 @@ class Field:
         """The default as help and docs say it; "" where leaving the field out is the plain thing to do."""
         if "default" in self.extra:
             return str(self.extra["default"])
-        return "" if self.default in (None, False, (), "") else str(self.default)
+        if self.default is None or self.default is False or self.default in ((), ""):
+            return ""
+        if isinstance(self.default, tuple):
+            return ", ".join(map(str, self.default))
+        return "true" if self.default is True else str(self.default)
 
     @property
     def expected(self) -> str:
@@ -77,7 +86,10 @@ class Field:
         if self.choices:
             return "one of " + ", ".join(self.choices)
         names = {int: "an integer", float: "a number", bool: "true or false", Path: "a path", str: "text"}
-        kind = "text, or a list of texts" if self.repeatable else names.get(self.kind, "a value")
+        kind = names.get(self.kind, "a value")
+        if self.repeatable:
+            items = typing.get_args(self.kind)
+            kind = "text, or a list of texts" if str in items else f"a list of {names.get(items[0], 'value')[2:]}s"
         ge, gt, le, lt = (None if bound is None else _number(bound) for bound in self.bounds)
         if ge is not None and le is not None:
             return f"{kind} from {ge} to {le}"
@@ -114,22 +126,28 @@ class Field:
             if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
                 raise TypeError
             return Path(value)
-        if self.repeatable and isinstance(value, str):
+        if self.repeatable and not text and isinstance(value, str):
             value = (value,)
         if isinstance(value, str) and "\0" in value:
             raise ValueError
-        return msgspec.convert(value, self.hint, strict=not text or self.repeatable)
+        return msgspec.convert(value, self.hint, strict=not text)
 
 
 def fields_of(cls: type[msgspec.Struct]) -> dict[str, Field]:
     """The fields of a struct by name, structs inside it left out."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    defaults = {item.name: item.default for item in msgspec.structs.fields(cls)}
-    return {
-        name: _field(name, hint, None if defaults[name] is msgspec.NODEFAULT else defaults[name])
-        for name, hint in hints.items()
-        if not (isinstance(hint, type) and issubclass(hint, msgspec.Struct))
-    }
+    return {name: field for name, field in _members(cls) if isinstance(field, Field)}
+
+
+def nested_fields(cls: type[msgspec.Struct], prefix: str = "") -> dict[str, Field]:
+    """The fields of a struct and of the structs inside it by dotted key, which is their name too."""
+    found: dict[str, Field] = {}
+    for name, member in _members(cls):
+        if isinstance(member, Field):
+            key = f"{prefix}{name}"
+            found[key] = dataclasses.replace(member, key=key)
+        else:
+            found |= nested_fields(member, f"{prefix}{name}.")
+    return found
 
 
 def read_fields(cls: type[msgspec.Struct], given: Mapping[str, Given]) -> dict[str, Any]:
@@ -137,18 +155,46 @@ def read_fields(cls: type[msgspec.Struct], given: Mapping[str, Given]) -> dict[s
     return {name: field.read(given[name]) for name, field in fields_of(cls).items() if name in given}
 
 
-def unknown_key(name: str, known: Iterable[str], where: str) -> UsageError:
-    """The error for a key that no field has."""
-    keys = sorted(item.replace("_", "-") for item in known)
-    close = nearest(name, keys)
+def read_nested(cls: type[StructT], given: Mapping[str, Given], prefix: str = "") -> StructT:
+    """A struct of structs from the values of its dotted keys, all of which it has (`nested_fields`).
+
+    Raises:
+        UsageError: a value of another type or out of its bounds.
+    """
+    values: dict[str, Any] = {}
+    for name, member in _members(cls):
+        key = f"{prefix}{name}"
+        if not isinstance(member, Field):
+            values[name] = read_nested(member, given, f"{key}.")
+        elif key in given and (given[key].value is not None or member.default is not None):
+            values[name] = dataclasses.replace(member, key=key).read(given[key])
+    return cls(**values)
+
+
+def unknown_key(name: str, known: Iterable[str], where: str, *, listed: str = "") -> UsageError:
+    """The error for a key that no field has; `listed` says where all are listed, in place of the list itself."""
+    keys = sorted(known)
+    close = nearest(name, keys) or nearest(name.rpartition(".")[2], [key.rpartition(".")[2] for key in keys])
+    close = next((key for key in keys if key == close or key.endswith(f".{close}")), None) if close else None
     return UsageError(
         f"unknown key '{name}'",
         where=where,
-        remedy=(f"did you mean '{close}'? " if close else "") + f"known: {', '.join(keys)}",
+        remedy=(f"did you mean '{close}'? " if close else "") + (listed or f"known: {', '.join(keys)}"),
     )
 
 
-def _field(name: str, hint: Any, default: Any) -> Field:
+def _members(cls: type[msgspec.Struct]) -> Iterator[tuple[str, Field | type[msgspec.Struct]]]:
+    """Name -> field, or the struct inside."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    defaults = {item.name: item for item in msgspec.structs.fields(cls)}
+    for name, hint in hints.items():
+        if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
+            yield name, hint
+        elif name in defaults:
+            yield name, _field(name, hint, defaults[name])
+
+
+def _field(name: str, hint: Any, info: msgspec.structs.FieldInfo) -> Field:
     kind, metas = _stripped(hint)
     bounds = tuple(
         next((getattr(meta, key) for meta in metas if getattr(meta, key) is not None), None)
@@ -157,7 +203,17 @@ def _field(name: str, hint: Any, default: Any) -> Field:
     help_ = next((meta.description for meta in metas if meta.description), "")
     extra = {key: value for meta in reversed(metas) for key, value in (meta.extra or {}).items()}
     plain = Annotated[kind, *metas] if metas else kind
-    return Field(name=name, kind=kind, default=default, help=help_, bounds=bounds, extra=extra, hint=plain)  # type: ignore[arg-type]
+    return Field(
+        name=name,
+        key=name.replace("_", "-"),
+        kind=kind,
+        default=None if info.required else info.default,
+        required=info.required,
+        help=help_,
+        bounds=bounds,  # type: ignore[arg-type]
+        extra=extra,
+        hint=plain,
+    )
 
 
 def _stripped(hint: Any) -> tuple[Any, list[msgspec.Meta]]:

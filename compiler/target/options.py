@@ -12,6 +12,8 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+ComputeType = Literal["fp32", "bf16", "fp16"]
+
 MaxSeqLen = Annotated[
     int,
     Meta(

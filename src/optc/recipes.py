@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 
-from optc.compiler.diagnostics import InputError, UsageError, unknown_name
+from optc.compiler.diagnostics import UsageError, unknown_name
 from optc.compiler.rewriting.passes import Pass
 from optc.compiler.settings.fields import Given, unknown_key
+from optc.compiler.settings.yaml_mapping import parse_setting, read_mapping
 from optc.compiler.target.options import QuantRequest
 from optc.compiler.target.target import Step
 from optc.passes.registry import find_pass
@@ -25,20 +25,12 @@ def read_recipe(path: Path, known: Iterable[str]) -> dict[str, Given]:
         InputError: unreadable file or not a mapping.
         UsageError: a key that is no flag, with the nearest name.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(
-            "the recipe cannot be read", where=str(path), why=str(error), remedy="give a YAML file of flags"
-        ) from error
-    if not isinstance(data, dict):
-        raise InputError("the recipe is not a mapping", where=str(path), remedy="write `key: value` lines")
     names = set(known)
     out = {}
-    for key, value in data.items():
-        name = str(key).replace("-", "_")
+    for key, value in read_mapping(path).items():
+        name = key.replace("-", "_")
         if name not in names:
-            raise unknown_key(str(key), names, str(path))
+            raise unknown_key(key, (item.replace("_", "-") for item in names), str(path))
         if value is not None:
             out[name] = Given(value=value, where=f"{path}, key '{key}'")
     return out
@@ -92,26 +84,15 @@ def apply_pass_options(steps: Sequence[Step], settings: Sequence[str]) -> list[S
     """
     out = list(steps)
     for setting in settings:
-        path, equals, text = setting.partition("=")
+        path, value = parse_setting("--pass-option", setting, "NAME.OPTION=VALUE")
         name, dot, option = path.partition(".")
-        if not (equals and dot):
+        if not dot:
             raise UsageError(f"cannot read --pass-option '{setting}'", remedy="write NAME.OPTION=VALUE")
         cls = find_pass(name)
         places = [i for i, step in enumerate(out) if type(step.rewrite) is cls]
         if not places:
             raise unknown_name("pass of this recipe", name, [step.rewrite.name for step in out])
         for i in places:
-            merged = {**out[i].rewrite.options(), option.replace("-", "_"): _plain_value(setting, text)}
+            merged = {**out[i].rewrite.options(), option.replace("-", "_"): value}
             out[i] = dataclasses.replace(out[i], rewrite=make_pass(cls.name, merged))
     return out
-
-
-def _plain_value(setting: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(
-            f"cannot read --pass-option '{setting}'",
-            why=str(error).splitlines()[0],
-            remedy="write NAME.OPTION=VALUE, the value as in YAML",
-        ) from error

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from optc.compiler.calibration.sequences import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from optc.compiler.diagnostics import TargetError, UsageError
-from optc.compiler.ir.devices import DEVICE_PATTERN
+from optc.compiler.ir.devices import DeviceName
 from optc.compiler.rewriting.passes import Pass
 from optc.compiler.settings.fields import Field, Given, fields_of, read_fields, unknown_key
-from optc.compiler.target.options import CacheRequest, QuantRequest, TargetOptions
+from optc.compiler.target.options import CacheRequest, ComputeType, QuantRequest, TargetOptions
 from optc.compiler.target.target import Target
 from optc.targets.registry import all_targets, find_target
 
@@ -58,7 +58,7 @@ class WhatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     dtype: (
         Annotated[
-            Literal["fp32", "bf16", "fp16"],
+            ComputeType,
             Meta(description="Compute type.", extra={"default": "the target's first"}),
         ]
         | None
@@ -70,6 +70,7 @@ class WhatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 description="Comma-separated passes to run instead of the target's recipe.",
                 extra={
                     "read": _read_passes,
+                    "joined": True,
                     "expected": "names of passes, as text with commas or a list (see optc passes)",
                 },
             ),
@@ -84,12 +85,8 @@ class WhatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         ),
     ] = ()
     device: Annotated[
-        str,
-        Meta(
-            pattern=DEVICE_PATTERN,
-            description="Where capture, passes, calibration and the gate run; auto: cuda where there is one.",
-            extra={"metavar": "cpu|cuda|cuda:N|auto", "expected": "cpu, cuda, cuda:N or auto"},
-        ),
+        DeviceName,
+        Meta(description="Where capture, passes, calibration and the gate run; auto: cuda where there is one."),
     ] = "cpu"
     trust_remote_code: Annotated[bool, Meta(description="Allow code that comes with the model to run.")] = False
 
@@ -229,7 +226,8 @@ def make_request(target: str, given: Mapping[str, Given]) -> Request:
         others = target_fields()
         for name in foreign:
             if name not in others:
-                raise unknown_key(name, {*plain, *others, "target"}, given[name].where)
+                keys = (item.replace("_", "-") for item in {*plain, *others, "target"})
+                raise unknown_key(name, keys, given[name].where)
             others[name][0][1].read(given[name])
         raise not_taken(found, foreign[0])
     parts: dict[str, Any] = {section: cls(**read_fields(cls, given)) for section, cls in SECTIONS.items()}

@@ -133,7 +133,7 @@ def test_refuses(three: list[Path], text: Path, capsys: pytest.CaptureFixture[st
         (2, "--windows has no effect without --text", [three[0], "--tasks", "a.yaml", "--windows", 3]),
         (2, "--no-reference has no effect without --text", [three[0], "--tasks", "a.yaml", "--no-reference"]),
         (2, "--limit has no effect without --tasks", [three[0], "--text", text, "--limit", 3]),
-        (2, "top-k 0 is out of range", [three[0], "--text", text, "--top-k", 0]),
+        (2, "'top-k' cannot be '0'", [three[0], "--text", text, "--top-k", 0]),
         (2, "top-k KL needs a reference", [three[0], "--text", text, "--top-k", 3, "--no-reference"]),
         (3, "compiled from different weights", ["--compare", three[0], foreign, "--text", text]),
         (3, "the task does not exist", [three[0], "--tasks", tmp_path / "none.yaml"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -16,17 +17,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optc
-from optc.cli.compile import compile_
+from optc.cli.bench import BenchOptions
+from optc.cli.bundle import BundleOptions
+from optc.cli.evaluate import EvalOptions
 from optc.cli.flag_tables import with_tables
-from optc.cli.main import main
-from optc.cli.plan import plan
-from optc.cli.quantize import quantize
+from optc.cli.inspect import InspectOptions
+from optc.cli.main import COMMANDS, cli, main
+from optc.cli.plan import TrainingPlan
+from optc.cli.run import RunOptions
+from optc.cli.train import KEYS, TrainOptions
 from optc.compiler.diagnostics import TargetError, UsageError
 from optc.compiler.settings.fields import Field, fields_of
 from optc.compiler.target.options import QuantRequest, TargetOptions
 from optc.request import SECTIONS, Request, RunRequest, from_python, target_fields
 from optc.resolving import resolve
 from optc.targets.registry import all_targets, find_target
+from optc.training.recipe import FIELDS
 
 Capture = pytest.CaptureFixture[str]
 
@@ -64,6 +70,7 @@ TARGETS = {
     "--draft-tokens",
     "--layout",
 }
+SESSION = {"--threads", "--kv-blocks"}
 TRAIN = {"--train", "--world-size", "--set"}
 COMMON = {"--recipe", "--json"}
 
@@ -73,21 +80,145 @@ def flags(command: click.Command) -> set[str]:
     return {name for item in found for name in (*item.opts, *item.secondary_opts)}
 
 
-@pytest.mark.parametrize(
-    ("command", "expected"),
-    [
-        (
-            compile_,
-            {"--target", "--kv-cache", *WHAT, *QUANTIZATION, *CALIBRATION, *GATE, *RUN, *TARGETS, *COMMON},
-        ),
-        (quantize, {"--layout", *WHAT, *QUANTIZATION, *CALIBRATION, *GATE, *RUN, *COMMON}),
-        (plan, {"--target", "--kv-cache", *WHAT, *QUANTIZATION, *TARGETS, *TRAIN, *COMMON}),
-    ],
-    ids=["compile", "quantize", "plan"],
-)
-def test_the_flags_of_a_command(command: click.Command, expected: set[str]) -> None:
+EXPECTED = {
+    "compile": {"--target", "--kv-cache", *WHAT, *QUANTIZATION, *CALIBRATION, *GATE, *RUN, *TARGETS, *COMMON},
+    "quantize": {"--layout", *WHAT, *QUANTIZATION, *CALIBRATION, *GATE, *RUN, *COMMON},
+    "plan": {"--target", "--kv-cache", *WHAT, *QUANTIZATION, *TARGETS, *TRAIN, *COMMON},
+    "train": {
+        "--model",
+        "--text",
+        "--max-steps",
+        "--bits",
+        "--group-size",
+        "--device",
+        "--seed",
+        "-o",
+        "--output",
+        "--set",
+        "--resume",
+        *COMMON,
+    },
+    "run": {
+        "--prompt",
+        "--prompt-tokens",
+        "--max-new-tokens",
+        "--temperature",
+        "--top-k",
+        "--top-p",
+        "--seed",
+        "--ignore-eos",
+        *SESSION,
+        "--json",
+    },
+    "eval": {
+        "--compare",
+        "--text",
+        "--windows",
+        "--top-k",
+        "--source",
+        "--no-reference",
+        "--tasks",
+        "--num-fewshot",
+        "--limit",
+        "--save",
+        "--device",
+        *SESSION,
+        "--json",
+    },
+    "bench": {
+        "--prompt-length",
+        "--new-tokens",
+        "--batch",
+        "--samples",
+        "--warmup",
+        "--save",
+        "--device",
+        *SESSION,
+        "--json",
+    },
+    "inspect": {"--ir", "--stage", "--dtype", "--json"},
+    "diff": {"--json"},
+    "verify": {"--json"},
+    "bundle": {"-o", "--output", "--with-libraries", "--force", "--json"},
+    "check": {"--json"},
+    "passes": {"--json"},
+    "targets": {"--json"},
+}
+
+
+def command_of(name: str) -> click.Command:
+    with cli.make_context("optc", [name]) as context:
+        found = cli.get_command(context, name)
+        assert found is not None
+        return found
+
+
+def test_the_flags_of_each_command() -> None:
     """Exactly these: a flag that is added, lost or renamed shows here."""
-    assert flags(command) == expected
+    assert {name: flags(command_of(name)) for name in COMMANDS} == EXPECTED
+
+
+OWN = {
+    "train": (TrainOptions, (EXAMPLE,)),
+    "plan": (TrainingPlan, (EXAMPLE,)),
+    "run": (RunOptions, (EXAMPLE,)),
+    "eval": (EvalOptions, (EXAMPLE,)),
+    "bench": (BenchOptions, (EXAMPLE,)),
+    "inspect": (InspectOptions, (EXAMPLE,)),
+    "bundle": (BundleOptions, (EXAMPLE, "-o", "x")),
+}
+"""Commands with a struct of their own, and arguments that they need."""
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_flags_are_made_of_fields(name: str) -> None:
+    """Help with its default, and the flag's name, as the field has them; nothing but --json is written by hand."""
+    options = {item.name: item for item in command_of(name).params if isinstance(item, click.Option)}
+    fields = fields_of(OWN[name][0])
+    for field in fields.values():
+        option = options[field.name]
+        assert option.opts[-1] == f"--{field.key}"
+        assert option.help is not None
+        assert option.help.startswith(field.help)
+        assert field.help.endswith(".")
+        assert (f"[default: {field.default_text}]" in option.help) == bool(
+            field.default_text and field.kind is not bool
+        )
+    if name not in ("train", "plan"):
+        assert set(options) == {*fields, "as_json"}
+
+
+def wrong_texts(field: Field) -> list[str]:
+    """Values that a command line can give and the field does not take."""
+    numbers = (int, float) if not field.repeatable else ()
+    if field.kind in numbers or int in getattr(field.kind, "__args__", ())[:1] or field.name == "prompt_length":
+        ge, gt, le, _ = field.bounds
+        outside = [text for bound, by in ((ge, -1), (le, 1)) if bound is not None for text in [str(bound + by)]]
+        return ["x", "", "nan", "1,5", *outside, *([str(gt)] if gt is not None else [])]
+    if field.choices:
+        return ["nope", ""]
+    if field.name == "prompt_tokens":
+        return ["x", "1,,2", "", "1.5"]
+    return ["gpu"] if field.name == "device" else []
+
+
+def test_wrong_values_of_commands(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused with exit code 2, the flag named, before the artifact (here none) is looked at."""
+    monkeypatch.chdir(tmp_path)
+    count = 0
+    for name, (cls, arguments) in OWN.items():
+        keys = {key: FIELDS[where] for key, where in KEYS.items()} if name == "train" else {}
+        own = {**fields_of(cls), **{key: dataclasses.replace(field, name=key) for key, field in keys.items()}}
+        for key, field in own.items():
+            for value in wrong_texts(field):
+                given = ("--recipe", "finetune") if name == "train" else arguments
+                flag = f"--{key.replace('_', '-')}"
+                assert exit_code(name, *given, f"{flag}={value}", "--json") == 2, (name, flag, value)
+                said = json.loads(capsys.readouterr().out)
+                assert said["where"] == f"the command line, {flag}", (name, flag, value)
+                count += 1
+    assert count > 100
+    assert not list(tmp_path.iterdir())
 
 
 def every_field() -> list[tuple[str, Field]]:

@@ -171,15 +171,15 @@ def test_run_without_a_tokenizer(artifact: Path, capsys: pytest.CaptureFixture[s
     [
         (2, "give either --prompt or --prompt-tokens", []),
         (2, "give either --prompt or --prompt-tokens, not both", ["--prompt", "a", "--prompt-tokens", "1"]),
-        (2, "--prompt-tokens '5,x' is not a list of integers", ["--prompt-tokens", "5,x"]),
-        (2, "temperature -1.0 is out of range", ["--prompt", "a", "--temperature", "-1"]),
-        (2, "top-p 1.5 is out of range", ["--prompt", "a", "--top-p", "1.5"]),
+        (2, "'prompt-tokens' cannot be ('5,x',)", ["--prompt-tokens", "5,x"]),
+        (2, "'temperature' cannot be '-1'", ["--prompt", "a", "--temperature", "-1"]),
+        (2, "'top-p' cannot be '1.5'", ["--prompt", "a", "--top-p", "1.5"]),
         (
             2,
             "top-k and top-p have no effect at temperature 0",
             ["--prompt", "a", "--temperature", "0", "--top-k", "3"],
         ),
-        (2, "max-new-tokens 0 is out of range", ["--prompt", "a", "--max-new-tokens", "0"]),
+        (2, "'max-new-tokens' cannot be '0'", ["--prompt", "a", "--max-new-tokens", "0"]),
         (2, "--tempersture", ["--prompt", "a", "--tempersture", "0"]),
         (3, "token id 8192 is outside the vocabulary", ["--prompt-tokens", "1,8192"]),
         (3, "token id -2 is outside the vocabulary", ["--prompt-tokens", "-2"]),
@@ -297,7 +297,7 @@ def test_eval_refuses(artifact: Path, text: Path, capsys: pytest.CaptureFixture[
     expect(
         capsys,
         2,
-        "windows 0 is out of range",
+        "'windows' cannot be '0'",
         "eval",
         artifact,
         "--text",
@@ -344,5 +344,5 @@ def test_bench_for_people_and_saved(artifact: Path, capsys: pytest.CaptureFixtur
 
 
 def test_bench_refuses(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    expect(capsys, 2, "samples 0 is out of range", "bench", artifact, "--samples", 0)
+    expect(capsys, 2, "'samples' cannot be '0'", "bench", artifact, "--samples", 0)
     expect(capsys, 2, "do not fit the context", "bench", artifact, "--prompt-length", 2048)

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.settings.fields import Given
 from optc.training.config import TrainConfig
 from optc.training.recipe import RECIPES, load_config
 
@@ -26,7 +27,10 @@ def test_later_settings_win_and_take_the_fields_type(tmp_path: Path) -> None:
     path.write_text("recipe: finetune\nmax_steps: 7\noptimizer: {weight_decay: 0.5}\n")
     config = load_config(
         str(path),
-        values={"max_steps": 8, "data.text": ["a.txt"]},
+        values={
+            "max_steps": Given(value="8", where="the command line, --max-steps", text=True),
+            "data.text": Given(value=("a.txt",), where="the command line, --text", text=True),
+        },
         settings=["optimizer.lr=3e-4", "seed=5", "optimizer.betas=[0.8, 0.9]", "data.shuffle=false", "max_steps=9"],
     )
     assert config.optimizer.lr == 3e-4
@@ -62,14 +66,25 @@ def test_an_unknown_key_names_the_nearest(setting: str, message: str, hint: str)
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("max_steps=many", "invalid value of 'max_steps'"),
-        ("optimizer.name=adam", "invalid value of 'optimizer.name'"),
-        ("precision=fp8", "invalid value of 'precision'"),
-        ("batch_size=0", "invalid value of 'batch_size'"),
-        ("optimizer.lr=-1", "invalid value of 'optimizer.lr'"),
-        ("distill.weight=2", "invalid value of 'distill.weight'"),
-        ("gradient_accumulation=0", "invalid value of 'gradient_accumulation'"),
-        ("max_steps.x=1", "'max_steps' of 'max_steps.x' is not a group of keys"),
+        ("max_steps=many", "'max_steps' cannot be 'many'"),
+        ("optimizer.name=adam", "unknown optimizer.name 'adam'"),
+        ("precision=fp8", "unknown precision 'fp8'"),
+        ("batch_size=0", "'batch_size' cannot be 0"),
+        ("optimizer.lr=-1", "'optimizer.lr' cannot be -1"),
+        ("distill.weight=2", "'distill.weight' cannot be 2"),
+        ("gradient_accumulation=0", "'gradient_accumulation' cannot be 0"),
+        ("max_steps.x=1", "'max_steps' is not a group of keys"),
+        ("optimizer=3", "'optimizer' is a group of keys, not 3"),
+        ("max_steps='5'", "'max_steps' cannot be '5'"),
+        ("max_steps=true", "'max_steps' cannot be True"),
+        ("tensorboard=1", "'tensorboard' cannot be 1"),
+        ("max_steps=", "'max_steps' cannot be None"),
+        ("lora.rank=0", "'lora.rank' cannot be 0"),
+        ("qat.bits=9", "'qat.bits' cannot be 9"),
+        ("parallel.zero_stage=4", "'parallel.zero_stage' cannot be 4"),
+        ("checkpointing.every_n=0", "'checkpointing.every_n' cannot be 0"),
+        ("compile.activation_budget=1.5", "'compile.activation_budget' cannot be 1.5"),
+        ("optimizer.betas=0.9", "'optimizer.betas' cannot be 0.9"),
         ("max_steps", "cannot read --set 'max_steps'"),
         ("seed=[", "cannot read --set 'seed=['"),
     ],
@@ -77,6 +92,21 @@ def test_an_unknown_key_names_the_nearest(setting: str, message: str, hint: str)
 def test_a_bad_value_names_its_key(setting: str, message: str) -> None:
     with pytest.raises(UsageError, match="^" + message.replace("[", r"\[")):
         load_config("finetune", settings=[setting])
+
+
+def test_a_flag_that_does_not_fit_names_the_flag() -> None:
+    given = Given(value="x", where="the command line, --max-steps", text=True)
+    with pytest.raises(UsageError) as found:
+        load_config("finetune", values={"max_steps": given})
+    assert (found.value.where, found.value.remedy) == ("the command line, --max-steps", "give an integer, 1 or more")
+
+
+def test_no_value_takes_back_what_a_recipe_says(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("recipe: distill\ndistill: {teacher: a}\noptimizer: {betas: [0.5, 0.5], lr: 3e-5}\n")
+    config = load_config(str(path), settings=["distill.teacher=", "optimizer.betas=null"])
+    assert (config.distill.teacher, config.optimizer.betas) == (None, None)
+    assert config.optimizer.lr == 3e-5  # a number without a point, which YAML 1.1 takes for text
 
 
 def test_an_unknown_recipe_names_the_nearest() -> None:

@@ -3,40 +3,49 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
+from msgspec import Meta
 
 from optc.cli.common import emit, json_option, progress
-from optc.cli.session_options import (
-    artifact_argument,
-    device_option,
-    kv_pool,
-    save_figures,
-    save_option,
-    session_options,
-)
+from optc.cli.options import struct_flags
+from optc.cli.session_options import Save, SessionOptions, artifact_argument, kv_pool, save_figures
+from optc.compiler.ir.devices import DeviceName
+
+
+class BenchOptions(SessionOptions, frozen=True, kw_only=True):
+    """What is timed."""
+
+    prompt_length: Annotated[
+        tuple[Annotated[int, Meta(ge=1, le=1 << 31)], ...],
+        Meta(
+            description="Prompt tokens; repeat it for several lengths.",
+            extra={"metavar": "N", "default": "512, or what the context holds", "expected": "an integer, 1 or more"},
+        ),
+    ] = ()
+    new_tokens: Annotated[int, Meta(ge=2, le=1 << 31, description="Tokens to generate per sample.")] = 64
+    batch: Annotated[int, Meta(ge=1, le=1 << 16, description="Prompts per batch.")] = 1
+    samples: Annotated[int, Meta(ge=1, le=1 << 20, description="Timed generations per prompt length.")] = 5
+    warmup: Annotated[int, Meta(ge=0, le=1 << 20, description="Untimed generations before the timed ones.")] = 1
+    save: Save = False
+    device: (
+        Annotated[
+            DeviceName,
+            Meta(
+                description="Where the engine shall run; refused where the artifact is for another.",
+                extra={"default": "its own"},
+            ),
+        ]
+        | None
+    ) = None
 
 
 @click.command()
 @artifact_argument
-@click.option(
-    "--prompt-length",
-    "prompt_lengths",
-    type=int,
-    multiple=True,
-    metavar="N",
-    help="Prompt tokens; repeat it for several lengths.  [default: 512, or what the context holds]",
-)
-@click.option("--new-tokens", default=64, show_default=True, help="Tokens to generate per sample.")
-@click.option("--batch", default=1, show_default=True, help="Prompts per batch.")
-@click.option("--samples", default=5, show_default=True, help="Timed generations per prompt length.")
-@click.option("--warmup", default=1, show_default=True, help="Untimed warm-up generations before the timed ones.")
-@save_option
-@session_options
-@device_option("Where the engine shall run; refused where the artifact is for another.  [default: its own]")
+@struct_flags(BenchOptions)
 @json_option
-def bench(artifact: Path, as_json: bool, **flags: Any) -> None:
+def bench(artifact: Path, as_json: bool, options: BenchOptions) -> None:
     """Time to first token, prefill and decode speed of ARTIFACT, and its memory.
 
     Medians over samples with a 95 % bootstrap interval. The machine's read bandwidth over the bytes
@@ -50,15 +59,18 @@ def bench(artifact: Path, as_json: bool, **flags: Any) -> None:
     from optc.runtime.sessions.load import load
     from optc.runtime.sessions.session import default_threads
 
-    threads = flags["threads"] or default_threads()
-    model = load(artifact, threads=flags["threads"], num_blocks=flags["kv_blocks"], device=flags["device"])
-    lengths = flags["prompt_lengths"] or (max(1, min(512, model.session.context_length - flags["new_tokens"])),)
+    threads = options.threads or default_threads()
+    model = load(artifact, threads=options.threads, num_blocks=options.kv_blocks, device=options.device)
+    lengths = options.prompt_length or (max(1, min(512, model.session.context_length - options.new_tokens)),)
     with progress("samples") as update:
         found = benchmark(
             model.session,
             prompt_lengths=lengths,
             threads=threads,
-            **{key: flags[key] for key in ("new_tokens", "batch", "samples", "warmup")},
+            new_tokens=options.new_tokens,
+            batch=options.batch,
+            samples=options.samples,
+            warmup=options.warmup,
             on_sample=lambda done, total: update(done, f"{done} of {total}"),
         )
     pool = kv_pool(model.session)
@@ -70,7 +82,7 @@ def bench(artifact: Path, as_json: bool, **flags: Any) -> None:
         "environment": environment(threads),
         **pool,
     }
-    if flags["save"]:
+    if options.save:
         save_figures(artifact, speed=result)
     emit(result, as_json, _show)
 

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
+import msgspec
+from msgspec import Meta
 
 from optc.cli.common import emit, json_option
+from optc.cli.options import struct_flags
+
+
+class BundleOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the bundle goes, and what is in it."""
+
+    output: Annotated[Path, Meta(description="Folder of the bundle.", extra={"short": "-o"})]
+    with_libraries: Annotated[
+        bool, Meta(description="Copy the engine's shared libraries of this machine into lib/.")
+    ] = False
+    force: Annotated[bool, Meta(description="Replace an existing bundle.")] = False
 
 
 @click.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder of the bundle.")
-@click.option("--with-libraries", is_flag=True, help="Copy the engine's shared libraries of this machine into lib/.")
-@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@struct_flags(BundleOptions)
 @json_option
-def bundle(artifact: Path, output: Path, with_libraries: bool, force: bool, as_json: bool) -> None:
+def bundle(artifact: Path, options: BundleOptions, as_json: bool) -> None:
     """Write ARTIFACT (onnx-cpu or inductor-cpu) as a folder for hosts without Python.
 
     It holds the engine, the tokenizer, the manifest, and a C++ program with CMake that continues token ids
@@ -29,19 +40,19 @@ def bundle(artifact: Path, output: Path, with_libraries: bool, force: bool, as_j
     """
     from optc.exporters.bundle import write_bundle
 
-    found = write_bundle(artifact, output, with_libraries=with_libraries, force=force)
+    found = write_bundle(artifact, options.output, with_libraries=options.with_libraries, force=options.force)
     facts = found.manifest.engine_info["bundle"]
-    configure = ["cmake", "-S", str(output), "-B", "build"]
+    configure = ["cmake", "-S", str(options.output), "-B", "build"]
     configure += [f"-D{name}={value}" for name, value in found.variables.items()]
     result = {
-        "bundle": str(output),
+        "bundle": str(options.output),
         "target": found.manifest.target,
         "files": len(found.manifest.files),
         "bytes": sum(entry.size for entry in found.manifest.files),
         "libraries": facts["libraries"],
         "variables": found.variables,
         "build": [shlex.join(configure), "cmake --build build"],
-        "run": shlex.join(["build/decode", "--model", str(output), "--prompt-tokens", "5,17,33"]),
+        "run": shlex.join(["build/decode", "--model", str(options.output), "--prompt-tokens", "5,17,33"]),
     }
     emit(result, as_json, _show)
 

@@ -1,6 +1,7 @@
-"""The tables of flags in the docs, made of the fields: `python -m optc.cli.flag_tables docs/compile.md` writes them.
+"""The tables of flags and keys in the docs, made of the fields: `python -m optc.cli.flag_tables docs/*.md` writes them.
 
-A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`; NAME is a section of a request, or a target.
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`; NAME is a section of a request, a target, or
+`training-keys`.
 """
 
 from __future__ import annotations
@@ -13,14 +14,21 @@ from optc.compiler.settings.fields import Field, fields_of
 from optc.request import SECTIONS
 from optc.targets.registry import find_target
 
+TRAINING = "training-keys"
+
 _TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def flag_table(name: str) -> str:
-    """The Markdown table of a section of a request, or of a target's own options."""
-    fields = fields_of(SECTIONS[name] if name in SECTIONS else find_target(name).options)
-    rows = ["| flag | value | default | meaning |", "|---|---|---|---|"]
-    return "\n".join(rows + [_row(field) for field in fields.values()]) + "\n"
+    """The Markdown table of a section of a request, of a target's own options, or of the keys of a training recipe."""
+    if name == TRAINING:
+        from optc.training.recipe import FIELDS
+
+        rows = ["| key | value | default | meaning |", *map(_key_row, FIELDS.values())]
+    else:
+        fields = fields_of(SECTIONS[name] if name in SECTIONS else find_target(name).options)
+        rows = ["| flag | value | default | meaning |", *map(_row, fields.values())]
+    return "\n".join([rows[0], "|---|---|---|---|", *rows[1:]]) + "\n"
 
 
 def with_tables(text: str) -> str:
@@ -35,8 +43,13 @@ def _row(field: Field) -> str:
     return f"| {flag} | {value} | {_escaped(field.default_text)} | {_escaped(field.help)} |"
 
 
+def _key_row(field: Field) -> str:
+    default = "false" if field.default is False else field.default_text
+    return f"| `{field.key}` | {_escaped(field.expected)} | {_escaped(default)} | {_escaped(field.help)} |"
+
+
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
+    return text.replace("|", "\\|").replace("*", "\\*")
 
 
 def main() -> None:

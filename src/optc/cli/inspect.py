@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 import msgspec
+from msgspec import Meta
 
 from optc.cli.common import emit, json_option
+from optc.cli.options import struct_flags
 from optc.compiler.artifact.drift_table import EMPTY, drift_table
-from optc.compiler.diagnostics import InputError
+from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.target.options import ComputeType
 
 _WORST = 5
 
 
+class InspectOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What is printed."""
+
+    ir: Annotated[bool, Meta(description="Print the text IR: of a model as captured, of an artifact's last stage.")] = (
+        False
+    )
+    stage: Annotated[str, Meta(description="With --ir on an artifact: this stage, by number or name.")] | None = None
+    dtype: (
+        Annotated[ComputeType, Meta(description="With --ir on a model: compute type.", extra={"default": "fp32"})]
+        | None
+    ) = None
+
+
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option(
-    "--ir",
-    "as_ir",
-    is_flag=True,
-    help="Print the text IR: of a model as captured, of an artifact's last stage.",
-)
-@click.option("--stage", help="With --ir on an artifact: this stage, by number or name.")
-@click.option("--dtype", default="fp32", show_default=True, help="With --ir on a model: compute type.")
+@struct_flags(InspectOptions)
 @json_option
-def inspect(path: Path, as_ir: bool, stage: str | None, dtype: str, as_json: bool) -> None:
+def inspect(path: Path, options: InspectOptions, as_json: bool) -> None:
     """Show what an artifact is (manifest, contract, passes with match counts and drift), or a model's IR.
 
     \b
@@ -34,16 +43,26 @@ def inspect(path: Path, as_ir: bool, stage: str | None, dtype: str, as_json: boo
     optc inspect examples/fiction-3m --ir
     optc inspect out/fiction-onnx --ir --stage fuse-norm
     """
-    if (path / "manifest.json").is_file():
-        _artifact(path, as_ir, stage, as_json)
-    elif path.exists() and not as_ir:
+    is_artifact = (path / "manifest.json").is_file()
+    _refuse_idle(options, is_artifact)
+    if is_artifact:
+        _artifact(path, options.ir, options.stage, as_json)
+    elif path.exists() and not options.ir:
         _model(path, as_json)
     else:
         from optc.api import capture
         from optc.compiler.ir.text import format_program
 
-        text = format_program(capture(path, dtype=dtype))
+        text = format_program(capture(path, dtype=options.dtype or "fp32"))
         emit({"model": str(path), "ir": text}, as_json, lambda result: click.echo(result["ir"]))
+
+
+def _refuse_idle(options: InspectOptions, is_artifact: bool) -> None:
+    """Refuse options that would do nothing."""
+    if options.stage is not None and not (options.ir and is_artifact):
+        raise UsageError("--stage has no effect here", remedy="use it with --ir on an artifact")
+    if options.dtype is not None and (is_artifact or not options.ir):
+        raise UsageError("--dtype has no effect here", remedy="use it with --ir on a model folder")
 
 
 def _artifact(path: Path, as_ir: bool, stage: str | None, as_json: bool) -> None:

@@ -13,7 +13,7 @@ from optc.compiler.diagnostics import unknown_name
 from optc.compiler.version import version
 
 # name -> (module, attribute, one-line help); modules are imported when used, so `optc --help` is quick.
-_COMMANDS = {
+COMMANDS = {
     "compile": ("optc.cli.compile", "compile_", "Compile a model folder into an artifact."),
     "quantize": (
         "optc.cli.quantize",
@@ -43,10 +43,10 @@ class _Group(click.Group):
     """Commands are loaded when named; hyphen and underscore are both accepted in options."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        found = _COMMANDS.get(cmd_name.replace("_", "-"))
+        found = COMMANDS.get(cmd_name.replace("_", "-"))
         if found is None:
             return None
         command = getattr(importlib.import_module(found[0]), found[1])
@@ -55,13 +55,13 @@ class _Group(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         name = args[0] if args else ""
-        if name and not name.startswith("-") and name.replace("_", "-") not in _COMMANDS:
-            raise unknown_name("command", name, _COMMANDS)
+        if name and not name.startswith("-") and name.replace("_", "-") not in COMMANDS:
+            raise unknown_name("command", name, COMMANDS)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, row[2]) for name, row in _COMMANDS.items()])
+            formatter.write_dl([(name, row[2]) for name, row in COMMANDS.items()])
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,23 +1,54 @@
-"""Flags made of the fields of a request, and a request made of flags and a YAML recipe."""
+"""Flags made of the fields of typed structs, and structs made of flags: a command's own, or a request's with a recipe."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
+import msgspec
+from msgspec import Meta
 
 from optc.cli.common import F
 from optc.compiler.diagnostics import UsageError
-from optc.compiler.settings.fields import Field, Given, fields_of
+from optc.compiler.settings.fields import Field, Given, fields_of, read_fields
 from optc.recipes import read_recipe
 from optc.request import SECTIONS, Request, known_keys, make_request, target_fields
 from optc.targets.registry import find_target
 
 TARGET_HELP = "Where the model will run; see optc targets."
+Settings = Annotated[
+    tuple[str, ...],
+    Meta(
+        description="Set any key of a training recipe (repeatable), e.g. optimizer.lr=3e-4.",
+        extra={"metavar": "KEY=VALUE"},
+    ),
+]
+"""The type of a field that sets keys of a training recipe."""
+
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH"}
+
+
+def struct_flags(cls: type[msgspec.Struct]) -> Callable[[F], F]:
+    """Add to a command the flags of its own struct; the command gets the struct, read and checked, as `options`."""
+    fields = fields_of(cls)
+
+    def add(command: F) -> F:
+        @functools.wraps(command)
+        def called(*args: Any, **flags: Any) -> Any:
+            given = given_flags({name: flags.pop(name) for name in fields})
+            return command(*args, options=cls(**read_fields(cls, given)), **flags)
+
+        return add_flags(called, (flag(field) for field in fields.values()))  # type: ignore[return-value]
+
+    return add
+
+
+def add_flags(command: F, flags: Iterable[Callable[[F], F]]) -> F:
+    """A command with click options, in this order."""
+    return functools.reduce(lambda made, item: item(made), reversed(list(flags)), command)
 
 
 def request_flags(
@@ -32,7 +63,7 @@ def request_flags(
     flags = [click.option("--target", help=TARGET_HELP)] if target is None else []
     for section in sections:
         fields = fields_of(SECTIONS[section])
-        flags += [flag(field, field.help) for name, field in fields.items() if name not in set(leave_out)]
+        flags += [flag(field) for name, field in fields.items() if name not in set(leave_out)]
     flags += _target_flags(target)
     flags.append(
         click.option(
@@ -42,28 +73,31 @@ def request_flags(
         )
     )
 
-    def add(command: F) -> F:
-        return functools.reduce(lambda made, item: item(made), reversed(flags), command)
-
-    return add
+    return functools.partial(add_flags, flags=flags)
 
 
-def flag(field: Field, text: str) -> Any:
-    """The click option of a field. Values stay text: `Field.read` checks those of recipes in the same way."""
+def flag(field: Field, text: str | None = None) -> Any:
+    """The click option of a field. Values stay text: `Field.read` checks those of recipes in the same way.
+
+    Args:
+        text: the help, where it is not the field's own with its default.
+    """
     default = f"  [default: {field.default_text}]" if field.default_text else ""
+    text = field.help + default if text is None else text
     names = [item for item in (field.extra.get("short"), f"--{field.key}") if item]
     if field.kind is bool:
         negation = field.extra.get("negation")
         if negation:
-            return click.option(f"--{field.key}/--{negation}", field.name, default=None, help=text + default)
+            return click.option(f"--{field.key}/--{negation}", field.name, default=None, help=text)
         return click.option(*names, field.name, is_flag=True, default=None, help=text)
     metavar = field.extra.get("metavar") or "|".join(field.choices) or _METAVARS.get(field.kind, "TEXT")
     return click.option(
         *names,
         field.name,
         metavar=metavar,
-        multiple=field.repeatable and "read" not in field.extra,
-        help=text + default,
+        multiple=field.repeatable and not field.extra.get("joined"),
+        required=field.required,
+        help=text,
     )
 
 
@@ -78,33 +112,25 @@ def option_help(rows: Iterable[tuple[Any, Field]]) -> str:
 
 def _target_flags(target: str | None) -> list[Any]:
     if target is not None:
-        return [flag(field, field.help) for field in fields_of(find_target(target).options).values()]
-    found = []
-    for rows in target_fields().values():
-        first = rows[0][1]
-        option = flag(first, "")
-        found.append(_with_help(option, option_help(rows)))
-    return found
+        return [flag(field) for field in fields_of(find_target(target).options).values()]
+    return [flag(rows[0][1], option_help(rows)) for rows in target_fields().values()]
 
 
-def _with_help(option: Any, text: str) -> Any:
-    def add(command: Any) -> Any:
-        made = option(command)
-        made.__click_params__[-1].help = text
-        return made
-
-    return add
+def given_flags(flags: Mapping[str, Any]) -> dict[str, Given]:
+    """The flags that were given, by name."""
+    return {
+        name: Given(
+            value=value, where=f"the command line, --{name.replace('_', '-')}", text=not isinstance(value, bool)
+        )
+        for name, value in flags.items()
+        if value is not None and value != ()
+    }
 
 
 def merge_recipe(flags: dict[str, Any]) -> dict[str, Given]:
     """Flags given on the command line over the recipe's keys; what neither gives is absent."""
     recipe = flags.pop("recipe", None)
-    merged = read_recipe(recipe, (*known_keys(), "model")) if recipe else {}
-    for key, value in flags.items():
-        if value is not None and value != ():
-            text = not isinstance(value, bool)
-            merged[key] = Given(value=value, where=f"the command line, --{key.replace('_', '-')}", text=text)
-    return merged
+    return (read_recipe(recipe, (*known_keys(), "model")) if recipe else {}) | given_flags(flags)
 
 
 def request_of(merged: dict[str, Given], target: str) -> Request:

@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
+import msgspec
+from msgspec import Meta
 
 from optc.cli.common import emit, json_option
-from optc.cli.options import merge_recipe, request_flags, request_of, require
+from optc.cli.options import Settings, given_flags, merge_recipe, request_flags, request_of, require, struct_flags
 from optc.compiler.diagnostics import UsageError
+
+
+class TrainingPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What predicts the memory of a training run in place of a compile."""
+
+    train: (
+        Annotated[
+            str,
+            Meta(
+                description="Predict the memory of a training recipe (name or YAML file) in place of a compile.",
+                extra={"metavar": "RECIPE"},
+            ),
+        ]
+        | None
+    ) = None
+    world_size: Annotated[int, Meta(ge=1, le=1 << 20, description="With --train: processes.")] = 1
+    set: Settings = ()
 
 
 @click.command()
 @click.argument("model", required=False)
-@click.option(
-    "--train",
-    "train_recipe",
-    metavar="RECIPE",
-    help="Predict the memory of a training recipe (name or YAML file) in place of a compile.",
-)
-@click.option("--world-size", type=click.IntRange(min=1), default=1, show_default=True, help="With --train: processes.")
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="With --train: set a key of the recipe (repeatable).",
-)
+@struct_flags(TrainingPlan)
 @request_flags(("what", "quantization", "cache"))
 @json_option
-def plan(as_json: bool, train_recipe: str | None, world_size: int, settings: tuple[str, ...], **flags: Any) -> None:
+def plan(as_json: bool, options: TrainingPlan, **flags: Any) -> None:
     """Say what a compile or a training run would do, before any weight is read.
 
     \b
     optc plan examples/fiction-3m --target onnx-cpu --quant rtn
     optc plan --train recipe.yaml --world-size 4 --set parallel.kind=fsdp
     """
-    if train_recipe is not None:
-        _plan_training(as_json, train_recipe, world_size, settings, flags)
+    if options.train is not None:
+        _plan_training(as_json, options.train, options, flags)
         return
-    if settings or world_size != 1:
+    if options.set or options.world_size != 1:
         raise UsageError("--set and --world-size belong to --train", remedy="optc plan --train RECIPE")
     from optc.planning import make_plan
 
@@ -50,17 +56,16 @@ def plan(as_json: bool, train_recipe: str | None, world_size: int, settings: tup
     emit(make_plan(Path(model), request), as_json, _show)
 
 
-def _plan_training(
-    as_json: bool, recipe: str, world_size: int, settings: tuple[str, ...], flags: dict[str, Any]
-) -> None:
-    import msgspec
-
+def _plan_training(as_json: bool, recipe: str, options: TrainingPlan, flags: dict[str, Any]) -> None:
     from optc.training.memory_plan import predict
     from optc.training.recipe import load_config
 
-    values = {"model": flags["model"]} if flags["model"] else {}
-    config = load_config(recipe, values=values, settings=settings)
-    emit(msgspec.to_builtins(predict(config, world_size)), as_json, _show_memory)
+    model = flags.pop("model")
+    idle = next(iter(given_flags(flags)), None)
+    if idle is not None:
+        raise UsageError(f"--{idle.replace('_', '-')} has no effect with --train", remedy="use --set KEY=VALUE")
+    config = load_config(recipe, values=given_flags({"model": model}), settings=options.set)
+    emit(msgspec.to_builtins(predict(config, options.world_size)), as_json, _show_memory)
 
 
 def _show_memory(result: dict[str, Any]) -> None:

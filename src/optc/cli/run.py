@@ -4,43 +4,59 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
+from msgspec import Meta
 
 from optc.cli.common import emit, json_option, stderr
-from optc.cli.session_options import artifact_argument, kv_pool, session_options
+from optc.cli.options import struct_flags
+from optc.cli.session_options import SessionOptions, artifact_argument, kv_pool
 from optc.compiler.diagnostics import UsageError
+
+
+def _read_ids(texts: Any) -> tuple[tuple[int, ...], ...]:
+    """Lists of token ids, each as text with commas."""
+    return tuple(tuple(int(item) for item in text.split(",")) for text in texts)
+
+
+class RunOptions(SessionOptions, frozen=True, kw_only=True):
+    """What is continued, and how."""
+
+    prompt: Annotated[tuple[str, ...], Meta(description="Text to continue; repeat it for a batch.")] = ()
+    prompt_tokens: Annotated[
+        tuple[Any, ...],
+        Meta(
+            description="Token ids to continue, e.g. 5,17,33; repeat it for a batch.",
+            extra={"metavar": "IDS", "read": _read_ids, "expected": "integers and commas: 5,17,33"},
+        ),
+    ] = ()
+    max_new_tokens: Annotated[int, Meta(ge=1, le=1 << 31, description="Largest number of tokens per prompt.")] = 128
+    temperature: (
+        Annotated[float, Meta(ge=0, description="Sample at this temperature; 0 is greedy.", extra={"default": "0"})]
+        | None
+    ) = None
+    top_k: Annotated[int, Meta(ge=0, le=1 << 31, description="Sample among the k most likely tokens.")] | None = None
+    top_p: (
+        Annotated[
+            float,
+            Meta(
+                gt=0,
+                le=1,
+                description="Sample among the most likely tokens that together reach this probability, e.g. 0.9.",
+            ),
+        ]
+        | None
+    ) = None
+    seed: Annotated[int, Meta(ge=0, description="Seed of the sampling; greedy decoding needs none.")] = 0
+    ignore_eos: Annotated[bool, Meta(description="Continue after an end-of-text token.")] = False
 
 
 @click.command()
 @artifact_argument
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Text to continue; repeat it for a batch.")
-@click.option(
-    "--prompt-tokens",
-    "token_lists",
-    multiple=True,
-    metavar="IDS",
-    help="Token ids to continue, e.g. 5,17,33; repeat it for a batch.",
-)
-@click.option(
-    "--max-new-tokens",
-    default=128,
-    show_default=True,
-    help="Maximum number of tokens to generate per prompt.",
-)
-@click.option("--temperature", type=float, help="Sample at this temperature; 0 is greedy.  [default: 0]")
-@click.option("--top-k", type=int, help="Sample among the k most likely tokens.")
-@click.option(
-    "--top-p",
-    type=float,
-    help="Sample among the most likely tokens that together reach this probability, e.g. 0.9.",
-)
-@click.option("--seed", default=0, show_default=True, help="Seed of the sampling; greedy decoding needs none.")
-@click.option("--ignore-eos", is_flag=True, help="Continue after an end-of-text token.")
-@session_options
+@struct_flags(RunOptions)
 @json_option
-def run(artifact: Path, prompts: tuple[str, ...], token_lists: tuple[str, ...], as_json: bool, **flags: Any) -> None:
+def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     """Generate text with ARTIFACT, greedily unless told otherwise.
 
     Sampling applies temperature, then top-k, then top-p; --top-k or --top-p alone sample at
@@ -53,14 +69,20 @@ def run(artifact: Path, prompts: tuple[str, ...], token_lists: tuple[str, ...], 
     """
     from optc.runtime.sessions.load import load
 
-    wanted = _prompts(prompts, token_lists)
-    options = _sampling(flags) | {key: flags[key] for key in ("max_new_tokens", "ignore_eos")}
-    model = load(artifact, threads=flags["threads"], num_blocks=flags["kv_blocks"])
+    wanted = _prompts(options)
+    model = load(artifact, threads=options.threads, num_blocks=options.kv_blocks)
     single = len(wanted) == 1
     stream = single and not as_json and model.tokenizer is not None
-    if stream and prompts and stderr().is_terminal:
-        click.secho(prompts[0], dim=True, nl=False, err=True)
-    found = model.generate_batch(wanted, **options, on_text=_print_piece if stream else None)
+    if stream and options.prompt and stderr().is_terminal:
+        click.secho(options.prompt[0], dim=True, nl=False, err=True)
+    found = model.generate_batch(
+        wanted,
+        max_new_tokens=options.max_new_tokens,
+        ignore_eos=options.ignore_eos,
+        on_text=_print_piece if stream else None,
+        seed=options.seed,
+        **_sampling(options),
+    )
     rows = [asdict(row) for row in found]
     result = rows[0] if single else _batch(rows)
     result |= kv_pool(model.session)
@@ -68,30 +90,20 @@ def run(artifact: Path, prompts: tuple[str, ...], token_lists: tuple[str, ...], 
     emit(result, as_json, lambda _: _show(rows, streamed=stream))
 
 
-def _prompts(texts: tuple[str, ...], token_lists: tuple[str, ...]) -> list[Any]:
-    if bool(texts) == bool(token_lists):
+def _prompts(options: RunOptions) -> list[Any]:
+    if bool(options.prompt) == bool(options.prompt_tokens):
         raise UsageError(
-            "give either --prompt or --prompt-tokens" + (", not both" if texts else ""),
+            "give either --prompt or --prompt-tokens" + (", not both" if options.prompt else ""),
             remedy='optc run ARTIFACT --prompt "The old man" or optc run ARTIFACT --prompt-tokens 5,17,33',
         )
-    return list(texts) if texts else [_ids(item) for item in token_lists]
+    return list(options.prompt or options.prompt_tokens)
 
 
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(item) for item in text.split(",")]
-    except ValueError as error:
-        raise UsageError(
-            f"--prompt-tokens '{text}' is not a list of integers", remedy="write ids and commas: 5,17,33"
-        ) from error
-
-
-def _sampling(flags: dict[str, Any]) -> dict[str, Any]:
+def _sampling(options: RunOptions) -> dict[str, Any]:
     """Options of `Model.generate`; asking for top-k or top-p means to sample."""
-    chosen = {key: flags[key] for key in ("temperature", "top_k", "top_p") if flags[key] is not None}
-    if chosen and "temperature" not in chosen:
-        chosen["temperature"] = 1.0
-    return {**chosen, "seed": flags["seed"]}
+    given = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    return {"temperature": 1.0, **chosen} if chosen else {}
 
 
 def _batch(rows: list[dict[str, Any]]) -> dict[str, Any]:

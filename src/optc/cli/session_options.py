@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import click
 import msgspec
+from msgspec import Meta
 
 from optc.compiler.artifact.manifest import Manifest
 from optc.runtime.sessions.session import Session
 
-F = TypeVar("F", bound=Callable[..., Any])
-
 artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
 
 
-def session_options(command: F) -> F:
-    """--threads and --kv-blocks."""
-    command = click.option(
-        "--kv-blocks", type=int, help="Blocks in the KV pool of a paged artifact (default: 8 full contexts)."
-    )(command)
-    return click.option("--threads", type=int, help="Threads of the engine (default: one per physical core).")(command)
+class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Options of a session."""
+
+    threads: (
+        Annotated[
+            int,
+            Meta(ge=1, le=4096, description="Threads of the engine.", extra={"default": "one per physical core"}),
+        ]
+        | None
+    ) = None
+    kv_blocks: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                le=1 << 31,
+                description="Blocks in the KV pool of a paged artifact.",
+                extra={"default": "8 full contexts"},
+            ),
+        ]
+        | None
+    ) = None
+
+
+Save = Annotated[bool, Meta(description="Also store the figures in the artifact's manifest and report.html.")]
+"""The type of a field that keeps figures; see `save_figures`."""
 
 
 def kv_pool(session: Session) -> dict[str, Any]:
     """How well a paged session used its pool, under `kv_pool`; nothing for other sessions."""
     use = getattr(session, "pool_use", None)
     return {} if use is None else {"kv_pool": asdict(use)}
-
-
-def device_option(text: str) -> Callable[[F], F]:
-    """--device, with what it is for."""
-    return click.option("--device", metavar="cpu|cuda|cuda:N|auto", help=text)
-
-
-save_option = click.option(
-    "--save", is_flag=True, help="Also store the figures in the artifact's manifest and report.html."
-)
 
 
 def save_figures(folder: Path, **figures: dict[str, Any]) -> None:

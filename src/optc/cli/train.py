@@ -2,42 +2,65 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
+import msgspec
+from msgspec import Meta
 
-from optc.cli.common import emit, json_option, progress, stderr
+from optc.cli.common import F, emit, json_option, progress, stderr
+from optc.cli.options import Settings, add_flags, flag, given_flags, struct_flags
 from optc.compiler.diagnostics import UsageError
+from optc.training.config import TrainConfig
+from optc.training.recipe import FIELDS, load_config
+
+
+class TrainOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What is no key of a training configuration."""
+
+    recipe: (
+        Annotated[
+            str,
+            Meta(
+                description="pretrain, finetune, lora, qlora, qat or distill; or a YAML file.",
+                extra={"metavar": "NAME|PATH"},
+            ),
+        ]
+        | None
+    ) = None
+    set: Settings = ()
+    resume: Annotated[bool, Meta(description="Continue from the newest checkpoint of this output.")] = False
+
+
+KEYS = {
+    "model": "model",
+    "text": "data.text",
+    "max_steps": "max_steps",
+    "bits": "qat.bits",
+    "group_size": "qat.group_size",
+    "device": "device",
+    "seed": "seed",
+    "output": "output",
+}
+"""Keys of the configuration that have a flag of their own, by the flag's name."""
+
+
+def _key_flags(command: F) -> F:
+    """A flag for each of KEYS, made of the key's field; the default is the recipe's."""
+    fields = ((name, FIELDS[key]) for name, key in KEYS.items())
+    named = (dataclasses.replace(field, name=name, key=name.replace("_", "-")) for name, field in fields)
+    return add_flags(command, (flag(field, field.help) for field in named))
 
 
 @click.command()
 @click.argument("recipe_file", required=False, metavar="[RECIPE.yaml]")
-@click.option("--recipe", help="pretrain, finetune, lora, qlora, qat or distill; or a YAML file.")
-@click.option("--model", help="Model folder to start from.")
-@click.option(
-    "--text",
-    multiple=True,
-    metavar="FILE",
-    help="Training text, .jsonl, .json of token ids, .parquet or a dataset's folder (repeatable).",
-)
-@click.option("--max-steps", type=int, help="Optimizer steps.")
-@click.option("--bits", type=int, help="QAT: bits per weight.")
-@click.option("--group-size", type=int, help="QAT: weights per scale.")
-@click.option("--device", metavar="cpu|cuda|cuda:N|auto", help="Where the training runs.  [default: auto]")
-@click.option("--seed", type=int, help="Seed of weights, data order and dropout.")
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Set any key of the config (repeatable), e.g. optimizer.lr=3e-4.",
-)
-@click.option("--resume", is_flag=True, help="Continue from the newest checkpoint of this output.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the trained model.")
+@_key_flags
+@struct_flags(TrainOptions)
 @json_option
-def train(as_json: bool, **flags: Any) -> None:
+def train(recipe_file: str | None, as_json: bool, options: TrainOptions, **keys: Any) -> None:
     """Train a model folder to a model folder that optc compile takes.
 
     Log and checkpoints stand in OUTPUT.run until the run is done. docs/train.md lists every key of a recipe.
@@ -48,13 +71,11 @@ def train(as_json: bool, **flags: Any) -> None:
     optc train recipe.yaml --set optimizer.lr=3e-4 --resume
     torchrun --nproc-per-node 2 -m optc train recipe.yaml --set parallel.kind=ddp
     """
-    import msgspec
-
     from optc.training.loop import train as run_training
     from optc.training.metrics import StepRecord
     from optc.training.setup import World
 
-    config = make_config(flags)
+    config = make_config(recipe_file, options, keys)
     first = World.from_environment().rank == 0
     with progress("training", total=config.max_steps) if first else nullcontext() as update:
 
@@ -63,37 +84,25 @@ def train(as_json: bool, **flags: Any) -> None:
             loss = "not finite" if record.loss is None else f"{record.loss:.4f}"
             update(record.step, f"step {record.step}  loss {loss}  {record.tokens_per_s:.0f} tokens/s")
 
-        result = run_training(config, resume=flags["resume"], on_step=on_step)
+        result = run_training(config, resume=options.resume, on_step=on_step)
     if result is not None:  # the first rank's
         emit(msgspec.to_builtins(result), as_json, _show)
 
 
-def make_config(flags: dict[str, Any]) -> Any:
-    """TrainConfig from the flags of `optc train`.
+def make_config(recipe_file: str | None, options: TrainOptions, keys: Mapping[str, Any]) -> TrainConfig:
+    """The configuration of the flags of `optc train`.
 
     Raises:
         UsageError: no recipe or two, an unknown key, or quantization flags for a recipe without it.
     """
-    from optc.training.recipe import load_config
-
-    named = [item for item in (flags["recipe_file"], flags["recipe"]) if item]
+    named = [item for item in (recipe_file, options.recipe) if item]
     if len(named) != 1:
         raise UsageError(
             "give one recipe" + (", not two" if named else ""),
             remedy="optc train --recipe finetune ..., or optc train recipe.yaml",
         )
-    values = {
-        "model": flags["model"],
-        "data.text": list(flags["text"]) or None,
-        "max_steps": flags["max_steps"],
-        "qat.bits": flags["bits"],
-        "qat.group_size": flags["group_size"],
-        "seed": flags["seed"],
-        "device": flags["device"],
-        "output": None if flags["output"] is None else str(flags["output"]),
-    }
-    given = {key: value for key, value in values.items() if value is not None}
-    config = load_config(named[0], values=given, settings=flags["settings"])
+    given = {KEYS[name]: item for name, item in given_flags(keys).items()}
+    config = load_config(named[0], values=given, settings=options.set)
     for key in ("qat.bits", "qat.group_size"):
         if key in given and not config.qat.enabled:
             raise UsageError(
