@@ -1,0 +1,187 @@
+"""What kernels share: dependent launch, activations, statistics of a norm, products of packed bytes.
+
+NATIVE says whether code for a GPU is made; Triton's interpreter knows neither inline assembly nor dependent launch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
+LEVELS = tl.constexpr(32512.0)
+"""Largest magnitude of a 16-bit fixed-point number whose two digits of base 256 are signed bytes."""
+ROUNDER = tl.constexpr(12582912.0 + 128.0)
+"""1.5 * 2^23 + 128: added to a number below 2^21, it leaves the number, rounded, plus 128 in the low bits."""
+SMALLEST = tl.constexpr(1e-30)
+
+
+@triton.jit
+def wait_for_producer(PDL: tl.constexpr):
+    """Wait until all that earlier kernels of the stream wrote is visible; let the next kernel start its loads.
+
+    With programmatic dependent launch a kernel begins before its predecessor has ended. Weights may be read before
+    this, anything that a kernel wrote only after it.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def activate(v, KIND: tl.constexpr):
+    if KIND == "silu":
+        return v / (1.0 + tl.exp(-v))
+    elif KIND == "gelu":
+        return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    elif KIND == "gelu_tanh":  # 0.5 (1 + tanh u) = 1 / (1 + exp(-2u))
+        return v / (1.0 + tl.exp(-1.5957691216057308 * (v + 0.044715 * v * v * v)))
+    elif KIND == "relu":
+        return tl.where(v < 0.0, 0.0, v)
+    else:
+        return v
+
+
+@triton.jit
+def layer_statistics(x, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Mean and 1 / sqrt(variance + eps) of x [K], in two passes: the difference of squares would cancel."""
+    columns = tl.arange(0, BLOCK_K)
+    total = tl.zeros([BLOCK_K], tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        total += tl.load(x + start + columns, mask=start + columns < K, other=0.0).to(tl.float32)
+    mean = tl.sum(total, 0) / K
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        inside = start + columns < K
+        centred = tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32) - mean
+        squares += tl.where(inside, centred * centred, 0.0)
+    return mean, 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
+
+
+@triton.jit
+def store_rows(y, bias, residual, rows, N, gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
+    """y[rows] = activation(gate + bias) [* (up + bias)] + residual, for rows below N."""
+    inside = rows < N
+    if bias is not None:
+        gate += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
+    gate = activate(gate, ACTIVATION)
+    if GATED:
+        if bias is not None:
+            up += tl.load(bias + N + rows, mask=inside, other=0.0).to(tl.float32)
+        gate *= up
+    if residual is not None:
+        gate += tl.load(residual + rows, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + rows, gate.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.constexpr_function
+def _permute_bytes_asm(selector):
+    return f"prmt.b32 $0, $1, $2, {int(selector)};"
+
+
+@triton.jit
+def permute_bytes(a, b, SELECTOR: tl.constexpr, NATIVE: tl.constexpr):
+    """The word whose byte i is byte (SELECTOR >> 4i) & 7 of the eight bytes of a, then b."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            _permute_bytes_asm(SELECTOR), "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        result = tl.zeros_like(a)
+        for i in tl.static_range(4):
+            place = (SELECTOR >> (4 * i)) & 7
+            word = a if place < 4 else b
+            result |= ((word >> (8 * (place % 4))) & 255) << (8 * i)
+        return result
+
+
+@triton.jit
+def dot_bytes(a, b, c, NATIVE: tl.constexpr):
+    """c + the sum over four bytes, signed, of a * b."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        for i in tl.static_range(4):
+            c += ((a << (24 - 8 * i)) >> 24) * ((b << (24 - 8 * i)) >> 24)
+        return c
+
+
+@triton.jit
+def nan_maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=KEEP_NAN)
+
+
+@triton.jit
+def load_quads(pointer, offsets, inside, WORDS: tl.constexpr):
+    """Four neighbouring elements from each offset [WORDS], as four float32 tensors [WORDS]."""
+    places = offsets[:, None] + tl.arange(0, 4)[None, :]
+    values = tl.load(pointer + places, mask=inside[:, None], other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(values, [WORDS, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def quad_magnitude(quad):
+    return nan_maximum(nan_maximum(tl.abs(quad[0]), tl.abs(quad[1])), nan_maximum(tl.abs(quad[2]), tl.abs(quad[3])))
+
+
+@triton.jit
+def quad_digits(quad, inverse, NATIVE: tl.constexpr):
+    """Words of four signed bytes each, low and high digits: round(v * inverse) = 256 * high + low."""
+    w0 = (quad[0] * inverse + ROUNDER).to(tl.int32, bitcast=True)
+    w1 = (quad[1] * inverse + ROUNDER).to(tl.int32, bitcast=True)
+    w2 = (quad[2] * inverse + ROUNDER).to(tl.int32, bitcast=True)
+    w3 = (quad[3] * inverse + ROUNDER).to(tl.int32, bitcast=True)
+    first = permute_bytes(w0, w1, 0x5140, NATIVE)
+    second = permute_bytes(w2, w3, 0x5140, NATIVE)
+    low = permute_bytes(first, second, 0x5410, NATIVE) ^ -2139062144  # 0x80808080 takes the 128 off again
+    return low, permute_bytes(first, second, 0x7632, NATIVE)
+
+
+@triton.jit
+def store_block(
+    y, bias, residual, partial, arrivals, rows, tokens, unit, M, N, gate, up, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """y[tokens, rows] of sums [rows, tokens] that SPLIT programs share; see product_integer."""
+    inside = (rows < N)[:, None] & (tokens < M)[None, :]
+    places = tokens.to(tl.int64)[None, :] * N + rows[:, None]
+    last = True
+    if SPLIT > 1:
+        plane = M.to(tl.int64) * N
+        own = partial + tl.program_id(1) * plane * (2 if GATED else 1) + places
+        tl.store(own, gate, mask=inside)
+        if GATED:
+            tl.store(own + plane, up, mask=inside)
+        tl.debug_barrier()  # all threads have stored before one of them counts
+        counter = arrivals + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT - 1
+        if last:
+            tl.store(counter, 0)
+            gate = tl.zeros_like(gate)
+            up = tl.zeros_like(up)
+            for part in tl.static_range(SPLIT):
+                other = partial + part * plane * (2 if GATED else 1) + places
+                gate += tl.load(other, mask=inside, other=0.0, cache_modifier=".cg")
+                if GATED:
+                    up += tl.load(other + plane, mask=inside, other=0.0, cache_modifier=".cg")
+    if last:
+        if unit is not None:
+            units = tl.load(unit + tokens, mask=tokens < M, other=0.0)[None, :]
+            gate *= units
+            up *= units
+        if bias is not None:
+            gate += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+            if GATED:
+                up += tl.load(bias + N + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+        gate = activate(gate, ACTIVATION)
+        if GATED:
+            gate *= up
+        if residual is not None:
+            gate += tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + places, gate.to(y.dtype.element_ty), mask=inside)
