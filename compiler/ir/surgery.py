@@ -94,7 +94,7 @@ def drop_dead(program: Program) -> None:
     exported = program.exported
     for node in program.calls(torch.ops.aten._assert_tensor_metadata.default):
         exported.graph.erase_node(node)
-    exported.graph.eliminate_dead_code()
+    exported.graph.eliminate_dead_code(_has_effect)
     names = program.weight_names()
     placeholders = exported.graph.find_nodes(op="placeholder")
     program.weight_table.drop([node for node in placeholders if node.name in names and not node.users])
@@ -102,3 +102,9 @@ def drop_dead(program: Program) -> None:
     for table in (exported.state_dict, exported.constants):
         for name in [name for name in table if name not in kept]:
             del table[name]
+
+
+def _has_effect(node: Node) -> bool:
+    """Whether a call does something beside computing its value; inactive dropout, which torch counts, does not."""
+    inactive = node.target is torch.ops.aten.dropout.default and node.args[2] is False
+    return node.is_impure() and not inactive

@@ -1,0 +1,160 @@
+"""fuse-decode: norms, activations, gates and residuals into linears; rotations and norms of heads into attention."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from families import DECODERS
+from rewrites import count, rewritten, stirred
+from stages import apply, largest, sequences
+from torch import Tensor
+
+from optc.compiler.capture import capture_module
+from optc.compiler.execution.stage_driver import run_stage
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import PassResult
+from optc.passes.fusion.decode import FuseDecode
+from optc.passes.fusion.norm import FuseNorm
+from optc.passes.fusion.projections import MergeProjections
+from optc.passes.fusion.rotary import FuseRotary
+from optc.passes.kv_cache.paged import PageKVCache
+from optc.passes.quantization.rtn import QuantizeRtn
+
+FUSED = torch.ops.optc.fused_linear.default
+ROTARY_ATTENTION = torch.ops.optc.rotary_paged_attention_.default
+aten = torch.ops.aten
+
+BETWEEN = "{} stands between its result and what it is added to"
+NORM_BETWEEN, FACTOR_BETWEEN = BETWEEN.format("aten.rms_norm.default"), BETWEEN.format("aten.mul.Tensor")
+NO_ROTATION = "its queries are not the result of one rotary embedding"
+PART = "an activation is of a part of its result, which it shares with other linears"
+
+MATCHED = {"gpt2": 9, "opt": 9, "phi": 9, "mixtral": 25}
+"""Two layers of four linears and an attention, and the head, but where there are more or no rotations."""
+REASONS = {
+    "gpt2": {NO_ROTATION},
+    "opt": {NO_ROTATION},
+    "phi": {PART},
+    "gemma2": {NORM_BETWEEN},
+    "gemma3": {NORM_BETWEEN},
+    "olmo2": {NORM_BETWEEN},
+    "granite": {FACTOR_BETWEEN},
+    "mixtral": {
+        FACTOR_BETWEEN,
+        "rms_norm_1 is not taken in: 5 linears read it: it is computed once for all",
+        "rms_norm_3 is not taken in: 5 linears read it: it is computed once for all",
+    },
+}
+
+
+def paged(name: str, dtype: torch.dtype = torch.float32, quantize: QuantizeRtn | None = None) -> Program:
+    """A family as fuse-decode finds it."""
+    program = stirred(name, dtype)
+    quantization = [] if quantize is None else [quantize]
+    for rewrite in (FuseNorm(), FuseRotary(), *quantization, PageKVCache(), MergeProjections()):
+        program = apply(rewrite, program).program
+    return program
+
+
+def gap(before: Program, result: PassResult) -> float:
+    """Largest difference of the logits over ragged prefill, a chunk and single steps, as a share of their largest."""
+    rows = sequences(21, 9, 5)
+    one, other = (run_stage(program, rows).logits for program in (before, result.program))
+    return largest(one, other) / max(float(row.abs().max()) for row in one)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_every_family(name: str) -> None:
+    program = paged(name)
+    result = rewritten(FuseDecode(), program)
+    assert result.matched == MATCHED.get(name, 11)
+    assert {miss.reason for miss in result.misses} == REASONS.get(name, set())
+    assert not [node for node in result.program.graph.nodes if node.target in (aten.linear.default, aten.addmm.default)]
+    assert gap(program, result) <= 1e-6
+
+
+def test_a_llama_layer_is_five_calls() -> None:
+    program = rewritten(FuseDecode(), paged("llama")).program
+    moves = {
+        "view", "reshape", "select", "transpose", "unsqueeze", "contiguous", "split_with_sizes", "sym_size", "to",
+    }  # fmt: skip
+    calls = Counter(
+        node.target.__name__.partition(".")[0]
+        for node in program.graph.nodes
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
+    )
+    left = {name: number for name, number in calls.items() if name not in moves}
+    assert left == {"embedding": 1, "fused_linear": 2 * 4 + 1, "rotary_paged_attention_": 2}
+
+
+def test_what_the_calls_say() -> None:
+    program = rewritten(FuseDecode(), paged("qwen3")).program
+    first, second, third, fourth = program.calls(FUSED)[:4]
+    assert first.kwargs == {"norm": "rms", "eps": 1e-6}
+    assert (second.kwargs, second.args[7].name) == ({}, "to")
+    assert third.kwargs == {"norm": "rms", "eps": 1e-6, "activation": "silu", "gated": True}
+    assert fourth.kwargs == {}
+    call = program.calls(ROTARY_ATTENTION)[0]
+    assert [program.weight_of(item) for item in call.args[11:]] == [
+        "model.layers.0.self_attn.q_norm.weight",
+        "model.layers.0.self_attn.k_norm.weight",
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_bfloat16(name: str) -> None:
+    program = paged(name, torch.bfloat16)
+    result = rewritten(FuseDecode(), program)
+    assert result.matched == MATCHED.get(name, 11)
+    assert gap(program, result) <= 2e-2
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_quantized_weights_stay_what_they_are(name: str) -> None:
+    program = paged(name, quantize=QuantizeRtn(bits=4, symmetric=False))
+    result = rewritten(FuseDecode(), program)
+    dequantized = [node for node in result.program.calls(FUSED) if node.args[1].op == "call_function"]
+    assert len(dequantized) == count(program, torch.ops.optc.dequantize.default) == 8
+    assert gap(program, result) <= 1e-6
+
+
+class _Mlp(torch.nn.Module):
+    """Linears whose neighbours cannot be taken in."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.form, self.norm = form, torch.nn.RMSNorm(8, eps=1e-6)
+        self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        if self.form == "norm read twice":
+            return self.down(normed) + normed
+        if self.form == "second half":
+            one, other = self.up(x).chunk(2, -1)
+            return one * torch.nn.functional.silu(other)
+        if self.form == "sigmoid":
+            one, other = self.up(x).chunk(2, -1)
+            return torch.sigmoid(one) * other
+        assert self.form == "broadcast"
+        return self.down(x) + normed[:1]
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        ("norm read twice", "rms_norm is not taken in: more than linears read it"),
+        ("second half", "its second half is the gate, not its first"),
+        ("sigmoid", "no known activation of its first half"),
+        ("broadcast", "slice_1 is of another shape or type than what it is added to"),
+    ],
+)
+def test_what_is_left_alone(form: str, reason: str) -> None:
+    x = torch.randn(5, 8)
+    program = capture_module(_Mlp(form).eval(), (x,))
+    result = rewritten(FuseDecode(), program)
+    assert [miss.reason for miss in result.misses] == [reason]
+    assert float((result.program(x) - program(x)).abs().max()) <= 1e-6
