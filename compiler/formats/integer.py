@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.ir.row_blocks import row_blocks
 
 BITS = (2, 3, 4, 8)
 DEFAULT_GROUP_SIZES = (128, 64, 32)
@@ -45,8 +46,18 @@ def quantize_groups(
     if weight.dim() != 2:
         raise InputError(f"only matrices are quantized, this has {weight.dim()} axes", remedy="leave it out")
     check_group_size(group_size, [weight.shape[1]])
+    weight = weight.detach()
+    blocks = row_blocks(*weight.shape) if weight.device.type == "cpu" else []
+    if len(blocks) < 2:
+        return _quantized(weight, bits, group_size, symmetric)
+    found = [_quantized(weight[begin:end], bits, group_size, symmetric) for begin, end in blocks]
+    codes, scales, zeros = zip(*found, strict=True)
+    return torch.cat(codes), torch.cat(scales), None if symmetric else torch.cat(zeros)
+
+
+def _quantized(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     rows, columns = weight.shape
-    groups = weight.detach().reshape(rows, -1, group_size or columns).float()
+    groups = weight.reshape(rows, -1, group_size or columns).float()
     low, high = torch.aminmax(groups, dim=-1)
     if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise InputError("the weight holds NaN or infinity", remedy="repair the checkpoint")

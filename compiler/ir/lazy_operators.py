@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from optc.compiler.ir.lazy_weights import HANDLERS, Deferred, LazyWeight, Recipe, deferred, materialized
+from optc.compiler.ir.row_blocks import row_blocks
 from optc.compiler.ir.stored_weights import Stored
 from optc.compiler.ops.dialect import quantization as _quantization  # noqa: F401  (registers the operators)
 from optc.compiler.ops.packed import onnxruntime as _onnxruntime  # noqa: F401
 
 _PIECE = 64 << 20  # bytes of a weight that are read together where it is written or hashed
 _PRODUCT_BYTES = 256 << 20  # a matrix product reads a larger weight in blocks of rows
-_BLOCK = 1 << 20  # numbers that are made of codes together
 
 _aten, _optc = torch.ops.aten, torch.ops.optc
 
@@ -146,7 +146,7 @@ def _dequantize(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tenso
         return None
     scale, *others = (materialized(item) for item in others)
     out = scale.new_empty((count, columns))
-    for begin, end in _blocks(count, columns):
+    for begin, end in row_blocks(count, columns):
         parts = [item if item is None else item[begin:end] for item in (scale, *others)]
         out[begin:end] = func(materialized(codes[begin:end]), *parts, **kwargs)
     return out
@@ -159,15 +159,10 @@ def _packed_product(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> T
         return None
     others = [materialized(item) for item in others]
     found = []
-    for begin, end in _blocks(kwargs["N"], kwargs["K"]):
+    for begin, end in row_blocks(kwargs["N"], kwargs["K"]):
         parts = [item if item is None else item[begin:end] for item in others]
         found.append(func(x, materialized(packed[begin:end]), *parts, **{**kwargs, "N": end - begin}))
     return torch.cat(found, -1)
-
-
-def _blocks(rows: int, columns: int) -> list[tuple[int, int]]:
-    step = max(1, _BLOCK // columns)
-    return [(begin, min(rows, begin + step)) for begin in range(0, rows, step)]
 
 
 _MOVES = (

@@ -24,19 +24,21 @@ from optc.compiler.ir.lazy_weights import LazyWeight, like_shape
 from optc.compiler.ops.packed.onnxruntime import pack_nbits, unpack_nbits
 
 _SPILLED_BYTES = 1 << 16  # smaller tensors stay in memory
-_CHUNK = 16 << 20  # bytes read together; at most this much is held beside the result
-_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_CHUNK = 1 << 19  # bytes that are converted together: in the cache, and from the heap rather than from the system
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def return_freed_memory() -> None:
     """Let the C library give every freed buffer of a megabyte and more back to the system at once.
 
     glibc keeps freed buffers of up to 32 MB for later ones, between whatever else was allocated meanwhile: the weights
-    of a model, read one after the other, would leave a heap several times the size of the largest of them.
+    of a model, read one after the other, would leave a heap several times the size of the largest of them. Each page of
+    a new buffer costs as much as a thousand additions, so what is smaller stays in the heap, of which 64 MB are kept.
     """
     library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if library is not None and hasattr(library, "mallopt"):
         library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        library.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

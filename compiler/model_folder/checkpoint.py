@@ -26,7 +26,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 # Elements looked at together. Reductions of this size stay on one thread: with busy cores, the barriers
 # of thousands of parallel ones cost seconds (0.06 s against 0.3 to 9 s for 28 M elements).
 _CHUNK = 1 << 15
-_PIECE = 1 << 23  # elements in memory together
+_PIECE = 1 << 18  # elements in memory together: a buffer that is used again and again
 
 
 @dataclass(frozen=True)

@@ -12,30 +12,34 @@ import torch
 from torch import Tensor
 
 _WARM_UP = 2
-Block = tuple[Tensor, Tensor, Tensor, Tensor]
+Block = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def round_block(block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: float) -> tuple[Tensor, Tensor]:
+def round_block(
+    block: Tensor, target: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: float
+) -> tuple[Tensor, Tensor]:
     """Round C columns of a weight in order, moving each one's error to the next.
 
     Args:
-        block: [C, N], columns as rows; changed in place.
-        upper: [C, C], the block of the inverse's upper Cholesky factor.
+        block: [C, N], columns as rows.
+        target: [C, N], the block with what earlier columns ask of it; changed in place.
+        upper: [C, C], the block of `Factor.upper`.
         scale, zero: [C, N], the grid of each column.
         top: the largest code.
 
     Returns:
-        codes [C, N], and errors [C, N], each divided by the factor's diagonal.
+        codes [C, N], and gaps [C, N]: what rounding took away from `block`.
     """
-    codes, errors = torch.empty_like(block), torch.empty_like(block)
+    codes, gaps = torch.empty_like(block), torch.empty_like(block)
     count = len(block)
-    for i in range(count):
-        code = torch.div(block[i], scale[i]).add_(zero[i]).round_().clamp_(0, top)
-        codes[i] = code
-        errors[i] = code.sub_(zero[i]).mul_(scale[i]).sub_(block[i]).div_(upper[i, i])  # the error's negative
+    columns = zip(*(item.unbind() for item in (block, target, scale, zero, codes, gaps)), strict=True)
+    for i, (column, wanted, step, middle, code, gap) in enumerate(columns):
+        torch.div(wanted, step, out=code).add_(middle).round_().clamp_(0, top)
+        torch.sub(code, middle, out=gap).mul_(step)
+        torch.sub(column, gap, out=gap)
         if i + 1 < count:
-            block[i + 1 :].addr_(upper[i, i + 1 :], errors[i])
-    return codes, errors.neg_()
+            target[i + 1 :].addr_(upper[i, i + 1 :], gap)
+    return codes, gaps
 
 
 @dataclass
@@ -51,12 +55,14 @@ class BlockRounder:
     def __init__(self) -> None:
         self._recorded: dict[tuple[int, int, float, torch.device], _Recorded] = {}
 
-    def __call__(self, block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: float) -> tuple[Tensor, Tensor]:
-        """As `round_block`; `block` may keep its old values. The results are overwritten by the next call."""
+    def __call__(
+        self, block: Tensor, target: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: float
+    ) -> tuple[Tensor, Tensor]:
+        """As `round_block`; `target` may keep its old values. The results are overwritten by the next call."""
         if block.device.type != "cuda":
-            return round_block(block, upper, scale, zero, top)
+            return round_block(block, target, upper, scale, zero, top)
         key = (block.shape[0], block.shape[1], top, block.device)
-        given = (block, upper, scale, zero)
+        given = (block, target, upper, scale, zero)
         if key not in self._recorded:
             self._recorded[key] = _record(given, top)
         held = self._recorded[key]
@@ -67,14 +73,15 @@ class BlockRounder:
 
 
 def _record(given: Block, top: float) -> _Recorded:
-    block, upper, scale, zero = (item.clone(memory_format=torch.contiguous_format) for item in given)
+    block, target, upper, scale, zero = (item.clone(memory_format=torch.contiguous_format) for item in given)
+    held = (block, target, upper, scale, zero)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UP):
-            round_block(block, upper, scale, zero, top)
+            round_block(*held, top)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = round_block(block, upper, scale, zero, top)
-    return _Recorded((block, upper, scale, zero), outputs, graph)
+        outputs = round_block(*held, top)
+    return _Recorded(held, outputs, graph)

@@ -3,6 +3,11 @@
 Frantar et al. 2022, https://arxiv.org/abs/2210.17323. The Hessian of ||(W - Q) X||^2 is the Gram matrix
 H = X X^T of the inputs, shared by all rows. Columns are taken in falling order of diag(H) ("act-order"), with
 the grids of all groups fixed beforehand ("static groups"), so that the stored order never changes.
+
+The errors are moved by the factor of H itself rather than by that of its inverse, which gives the same codes (LDLQ of
+Chee et al. 2023, https://arxiv.org/abs/2307.13304, theorem 6): with H = M D M^T, M upper triangular with ones on its
+diagonal, column k is rounded to the grid's number nearest to w_k + sum over j < k of (w_j - q_j) M[j, k]. That takes one
+Cholesky factorization and no inverse, a quarter of the work.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from optc.passes.quantization.arithmetic.column_blocks import BlockRounder
 from optc.passes.quantization.arithmetic.grid import Grid
 
 _BLOCK = 128
+_ROWS = 4096  # on a CPU a block of this many rows of the weight fits the cache
 _MOST_DAMPING = 1.0
 _ROUNDER = BlockRounder()  # one for the process: it keeps what it recorded for a GPU
 
@@ -29,7 +35,7 @@ class Factor:
 
     Attributes:
         order: [K], columns in falling order of importance.
-        upper: [K, K], the upper Cholesky factor of the inverse of the damped, permuted H.
+        upper: [K, K], M of the damped, permuted H = M D M^T: upper triangular, its diagonal is 1.
         damping: the share of mean(diag H) that was added to the diagonal.
         dead: [K] bool, columns whose input was always 0.
     """
@@ -56,30 +62,30 @@ def factorize(gram: Tensor, damping: float, *, act_order: bool = True, where: st
     dead = diagonal <= 0
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(gram))
     order = order.to(gram.device)
-    permuted = gram[order][:, order].double() if gram.device.type == "cpu" else gram[order][:, order].float()
-    permuted.diagonal()[dead[order]] = 1.0
+    turned = order.flip(0)  # a lower factor of H turned around is an upper one of H
+    permuted = gram.index_select(0, turned).index_select(1, turned)
+    permuted = permuted.double() if gram.device.type == "cpu" else permuted.float()
+    permuted.diagonal()[dead[turned]] = 1.0
     lower, damping = damped_cholesky(permuted, damping, where)
-    upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    while int(info) and damping < _MOST_DAMPING:  # the inverse may fail where the matrix did not
-        lower, damping = damped_cholesky(permuted, min(_MOST_DAMPING, damping * 10), where)
-        upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    if int(info):
-        raise _indefinite(damping, where)
-    return Factor(order, upper.float(), damping, dead)
+    del permuted
+    upper = lower.div_(lower.diagonal().clone()).float().flip(0, 1)
+    return Factor(order, upper, damping, dead)
 
 
 def damped_cholesky(matrix: Tensor, damping: float, where: str) -> tuple[Tensor, float]:
     """(lower Cholesky factor of the matrix with damping * mean(diagonal) added, the damping that it took).
 
+    The matrix itself gets the damping: a copy may be gigabytes.
+
     Raises:
         InputError: not positive definite even with damping 1.
     """
-    mean = max(float(matrix.diagonal().mean()), 1e-30)
+    diagonal = matrix.diagonal().clone()
+    mean = max(float(diagonal.mean()), 1e-30)
     damping = max(damping, 1e-6)
     while True:
-        damped = matrix.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
+        matrix.diagonal().copy_(diagonal + damping * mean)
+        lower, info = torch.linalg.cholesky_ex(matrix)
         if not int(info) and bool(torch.isfinite(lower).all()):
             return lower, damping
         if damping >= _MOST_DAMPING:
@@ -105,25 +111,35 @@ def solve(weight: Tensor, factor: Factor, grid: Grid) -> Tensor:
     work = work[:, order].t().contiguous()  # [K, N]: a column is a row in memory
     group = order // grid.group_size
     scale, zero = grid.scale.t().contiguous(), grid.zero.t().contiguous()  # [G, N]
+    rows = _ROWS if work.device.type == "cpu" else work.shape[1]
     codes = torch.empty_like(work)
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
-        grids = (scale[group[start:end]], zero[group[start:end]])
-        rounded, errors = _ROUNDER(work[start:end], factor.upper[start:end, start:end], *grids, 2.0**grid.bits - 1)
-        codes[start:end] = rounded
-        if end < columns:
-            work[end:].addmm_(factor.upper[start:end, end:].t(), errors, alpha=-1)
+        upper = factor.upper[start:end, start:end].contiguous()
+        for first in range(0, work.shape[1], rows):
+            part = slice(first, first + rows)
+            block = work[start:end, part].contiguous()
+            # The columns before hold their errors by now.
+            target = torch.addmm(block, factor.upper[:start, start:end].t(), work[:start, part])
+            grids = (scale[group[start:end], part], zero[group[start:end], part])
+            codes[start:end, part], work[start:end, part] = _ROUNDER(block, target, upper, *grids, 2.0**grid.bits - 1)
+    del work
     result = torch.empty_like(codes)
     result[order] = codes
+    del codes
     return result.t().contiguous()
 
 
 def output_error(weight: Tensor, values: Tensor, gram: Tensor) -> tuple[float, float]:
     """(||(W - Q) X||^2, ||W X||^2) from the Gram matrix of X."""
+    return output_energy(weight.float() - values.float(), gram), output_energy(weight, gram)
+
+
+def output_energy(weight: Tensor, gram: Tensor) -> float:
+    """||W X||^2 from the Gram matrix of X."""
     weight, gram = weight.float(), gram.float()
-    gap = weight - values.float()
     with tensor_float_32():  # figures for a report
-        return float((gap @ gram * gap).sum()), float((weight @ gram * weight).sum())
+        return float((weight @ gram * weight).sum())
 
 
 def relative(pair: tuple[float, float]) -> float:
@@ -141,6 +157,6 @@ def compensated(weight: Tensor, gram: Tensor, drift: Tensor, strength: float, da
         gram, drift: [K, K]; `drift` as the mean over the same rows as `gram`.
         damping: share of mean(diag G) on its diagonal.
     """
-    lower, _ = damped_cholesky(gram.double(), max(damping, 1e-3), where)
+    lower, _ = damped_cholesky(gram.double(), max(damping, 1e-3), where)  # a copy: `gram` is float32
     correction = torch.cholesky_solve((weight.double() @ drift.double()).t(), lower).t()
     return (weight.double() + strength * correction).float()

@@ -7,12 +7,13 @@ shrinking ranges is that of Frantar et al. 2022 (GPTQ, https://arxiv.org/abs/221
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from optc.compiler.formats.integer import check_bits
+from optc.compiler.ir.row_blocks import row_blocks
 
 STEPS, LEAST = 40, 0.4
 """Ratios tried: from 1 down to LEAST."""
@@ -91,15 +92,28 @@ def search(
     """
     check_bits(bits)
     size = group_size or weight.shape[1]
-    groups = weight.detach().float().reshape(weight.shape[0], -1, size)
+    weight, blocks = weight.detach(), None if gram is None else _diagonal_blocks(gram, size)
+    parts = row_blocks(*weight.shape) if weight.device.type == "cpu" else [(0, len(weight))]
+    tried = (bits, size, symmetric, blocks, steps, least)
+    found = [_search(weight[begin:end].float(), *tried) for begin, end in parts]
+    if len(found) == 1:
+        return found[0]
+    return replace(
+        found[0], scale=torch.cat([grid.scale for grid in found]), zero=torch.cat([grid.zero for grid in found])
+    )
+
+
+def _search(
+    weight: Tensor, bits: int, size: int, symmetric: bool, blocks: Tensor | None, steps: int, least: float
+) -> Grid:
+    groups = weight.reshape(weight.shape[0], -1, size)
     low, high = torch.aminmax(groups, dim=-1)
-    blocks = None if gram is None else _diagonal_blocks(gram, size)
     best: Grid | None = None
-    least_error = torch.full_like(low, torch.inf)
+    least_error, gap = torch.full_like(low, torch.inf), torch.empty_like(groups)
     for step in range(steps):
         ratio = 1.0 - step * (1.0 - least) / max(1, steps - 1)
         grid = _grid(low * ratio, high * ratio, bits, size, symmetric)
-        error = _error(grid.values(grid.codes(weight)).reshape(groups.shape) - groups, blocks)
+        error = _error(_rounding(groups, grid, gap), blocks)
         if best is None:
             best, least_error = grid, error
             continue
@@ -114,6 +128,19 @@ def search(
         )
     assert best is not None
     return best
+
+
+def _rounding(groups: Tensor, grid: Grid, out: Tensor) -> Tensor:
+    """What rounding to nearest adds to groups [N, G, size]."""
+    scale, low, high = grid.scale[..., None], 0.0, 2.0**grid.bits - 1
+    torch.div(groups, scale, out=out)
+    if grid.symmetric:  # the zero point is the same everywhere: it moves the limits instead
+        half = 2.0 ** (grid.bits - 1)
+        out.round_().clamp_(low - half, high - half)
+    else:
+        zero = grid.zero[..., None]
+        out.add_(zero).round_().clamp_(low, high).sub_(zero)
+    return out.mul_(scale).sub_(groups)
 
 
 def _diagonal_blocks(gram: Tensor, size: int) -> Tensor:

@@ -102,7 +102,12 @@ def gram_matrix(stream: Stream, group: Group) -> tuple[Tensor, int]:
                 gram[start:end, start:].addmm_(x[:, start:end].t(), x[:, start:])
             count += len(x)
     assert gram is not None
-    gram = (gram.triu() + gram.triu(1).t()) / max(count, 1)
+    gram /= max(count, 1)
+    for start in range(0, columns, _GRAM_BLOCK):
+        end = start + _GRAM_BLOCK
+        square = gram[start:end, start:end]
+        square.copy_(square.triu() + square.triu(1).t())
+        gram[end:, start:end] = gram[start:end, end:].t()
     check_finite(gram, f"input of {weight_label(stream.program, group.sites[0])}")
     return gram, count
 

@@ -18,7 +18,7 @@ from torch.nn.functional import embedding, linear
 from optc.compiler.capture import capture_model, pretrained
 from optc.compiler.diagnostics import InputError, ResourceError
 from optc.compiler.execution.stage_driver import run_stage
-from optc.compiler.ir import lazy_operators, stored_weights
+from optc.compiler.ir import lazy_operators, row_blocks, stored_weights
 from optc.compiler.ir.lazy_operators import pieces
 from optc.compiler.ir.lazy_weights import LazyWeight, materialized
 from optc.compiler.ir.stored_weights import WorkFile
@@ -125,7 +125,7 @@ def test_rows_of_weights_behind_each_other_are_read_alone(store: Callable[[Tenso
 def test_codes_are_dequantized_and_multiplied_in_blocks(
     zero: bool, store: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lazy_operators, "_BLOCK", 100 * 256)
+    monkeypatch.setattr(row_blocks, "BLOCK", 100 * 256)
     generator = torch.Generator().manual_seed(0)
     codes, scale = torch.randint(0, 16, (1030, 256), dtype=torch.uint8, generator=generator), _random(1030, 2)
     points = torch.randint(0, 16, (1030, 2), dtype=torch.uint8, generator=generator) if zero else None
