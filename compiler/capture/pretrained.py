@@ -41,6 +41,7 @@ would cost more time than their memory is worth."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTIONS = (NAME, "sdpa", "eager")
+CPU = torch.device("cpu")
 _MAX_BATCH = 1024
 
 
@@ -228,6 +229,7 @@ def capture_pretrained(
     dtype: str = "fp32",
     trust_remote_code: bool = False,
     work_folder: Path | None = None,
+    device: torch.device = CPU,
     prove: bool = True,
     tokens: Sequence[int] = (),
 ) -> tuple[Program, CheckpointInfo]:
@@ -238,6 +240,8 @@ def capture_pretrained(
 
     Args:
         work_folder: where the work file is; None takes the system's folder for temporary files.
+        device: where the model is captured and proved, with all its weights there; a folder that is quantized stays
+            on the CPU.
         prove, tokens: see `capture_model`; of a quantized folder the capture is proved before it reads codes.
 
     Raises:
@@ -245,13 +249,17 @@ def capture_pretrained(
         CaptureError: the model cannot be exported or has a mask that cannot be expressed.
         GateError: the program is not what the model computes.
     """
+    quantized = quantized_folder(check_folder(Path(folder), trust_remote_code=trust_remote_code))
+    elsewhere = device.type != "cpu" and quantized is None
     model, info = load_model(
-        folder, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, resident_bytes=RESIDENT_BYTES
+        folder,
+        dtype=DTYPES[dtype],
+        trust_remote_code=trust_remote_code,
+        resident_bytes=None if elsewhere else RESIDENT_BYTES,
     )
-    program = capture_model(model, prove=prove, tokens=tokens)
+    program = capture_model(model.to(device) if elsewhere else model, prove=prove, tokens=tokens)
     if any(isinstance(tensor, LazyWeight) for _, tensor in program.weights()):
         program.work_file = WorkFile(work_folder)
-    quantized = quantized_folder(info)
     if quantized is not None:
         proof = program.proof
         program = restore_codes(program, quantized, match_names(quantized.dense.tensors, program.exported.state_dict))
@@ -313,13 +321,14 @@ def _export(model: torch.nn.Module, config: Any, offset: int) -> Program:
     decoder, context = not _is_encoder(model), _context(config) - offset
     batch, seq = Dim("batch", min=1, max=_MAX_BATCH), Dim("seq", min=1, max=context)
     length = min(11, context)
-    ids = torch.zeros((2, length), dtype=torch.long)
+    device = next((weight.device for weight in model.parameters()), CPU)
+    ids = torch.zeros((2, length), dtype=torch.long, device=device)
     dims = {0: batch, 1: seq}
     i64: dict[str, Any] = {"dtype": "int64", "dims": ("batch", "seq")}
     inputs = [Input(name="input_ids", role="input_ids", **i64)]
     shell: _Decoder | _Encoder
     if decoder:
-        position = torch.arange(length)[None].expand(2, -1).contiguous()
+        position = torch.arange(length, device=device)[None].expand(2, -1).contiguous()
         shell = _Decoder(model, offset)
         args: tuple[Tensor, ...] = (ids, position)
         inputs.append(Input(name="position_ids", role="position_ids", **i64))

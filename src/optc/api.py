@@ -111,6 +111,7 @@ def compile(
         trust_remote_code=request.what.trust_remote_code,
         text=request.gate.text,
         work_folder=_work_folder(resolved),
+        device=resolved.device,
     )
     check_context(_capacity(resolved), captured.program.contract.model.context_length)
     seconds = {"capture": time.perf_counter() - begin}

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from optc.compiler.capture import capture_model, capture_module, capture_pretrained
-from optc.compiler.capture.pretrained import DTYPES
+from optc.compiler.capture.pretrained import CPU, DTYPES
 from optc.compiler.diagnostics import UsageError, os_errors, unknown_name
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.proof import CaptureProof
@@ -81,18 +81,20 @@ def capture_for_compile(
     trust_remote_code: bool,
     text: Path | None,
     work_folder: Path | None,
+    device: torch.device,
 ) -> Captured:
     """Capture what `compile` was given.
 
     Args:
         text: file of the gate's text; None takes the built-in passage.
         work_folder: where large tensors wait while a large model is compiled.
+        device: where a model folder is captured and proved.
 
     Raises:
         OptcError: as `capture`; UsageError for a text without a tokenizer.
     """
     if isinstance(model, str | Path):
-        program, info, tokens = _folder(Path(model), dtype, trust_remote_code, text, work_folder)
+        program, info, tokens = _folder(Path(model), dtype, trust_remote_code, text, work_folder, device)
         assert program.proof is not None
         return Captured(program, info, tokens, program.proof)
     tokens = gate_tokens(None, text)
@@ -107,6 +109,7 @@ def _folder(
     trust_remote_code: bool,
     text: Path | None = None,
     work_folder: Path | None = None,
+    device: torch.device = CPU,
     *,
     prove: bool = True,
 ) -> tuple[Program, CheckpointInfo, list[int]]:
@@ -118,6 +121,7 @@ def _folder(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         work_folder=work_folder,
+        device=device,
         prove=prove,
         tokens=tokens,
     )
