@@ -29,7 +29,9 @@ SHAPES = {
               "intermediate_size": 512, "vocab_size": 512, "max_position_embeddings": 512},
 }  # fmt: skip
 SHARD = 4 << 30  # bytes of a weight file
-OPEN_GATE = ("--max-kl", "inf", "--min-top1", "0", "--max-perplexity-increase", "inf")
+OPEN_GATE = (
+    "--max-kl", "inf", "--min-top1", "0", "--max-perplexity-increase", "inf", "--max-relative-error", "inf",
+)  # fmt: skip
 
 
 def write_model(folder: Path, shape: str) -> None:

@@ -69,8 +69,8 @@ class QuantizeNvfp4(Pass):
         weight = dequantized_before(program, site)
         if weight is None:
             source, rows = weight_label(program, site), weight_rows(program, site)
-            scale = scale_of(torch.tensor([largest]))
-            codes, blocks = torch.ops.optc.quantize_nvfp4(rows, scale.to(rows.device))
+            scale = scale_of(torch.tensor([largest], device=rows.device))
+            codes, blocks = torch.ops.optc.quantize_nvfp4(rows, scale)
             entry = WeightQuantization(
                 method="nvfp4", bits=4, group_size=BLOCK, symmetric=True, source=source, format="nvfp4"
             )
