@@ -22,6 +22,8 @@ EXAMPLE = ROOT / "examples" / "fiction-3m"
 SHARED = ROOT.parent / "shared"
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():  # triton reads it when it is imported, and torch imports it when it likes
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(THREADS)
 # Engines ask for the number of cores; threads that wait for each other compute, too.
 psutil.cpu_count = lambda logical=True: THREADS

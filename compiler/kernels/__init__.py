@@ -1,5 +1,7 @@
 """Implementations of ops of the dialect, one folder per device. Importing this package registers every kernel."""
 
-from optc.compiler.kernels.cpu import linear_nbits, paged_attention
+from optc.compiler.kernels.cpu import linear_nbits
+from optc.compiler.kernels.cpu import paged_attention as cpu_paged_attention
+from optc.compiler.kernels.cuda import paged_attention as cuda_paged_attention
 
-__all__ = ["linear_nbits", "paged_attention"]
+__all__ = ["cpu_paged_attention", "cuda_paged_attention", "linear_nbits"]

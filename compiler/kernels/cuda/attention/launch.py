@@ -1,0 +1,267 @@
+"""Launches of paged attention: which kernels for a call, with which tiles, over which scratch memory."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from optc.compiler.kernels.cuda.attention.decode import decode
+from optc.compiler.kernels.cuda.attention.prefill import prefill
+from optc.compiler.kernels.cuda.attention.write import write
+from optc.compiler.kernels.cuda.dispatch import dependent_launch
+
+LOG2E = math.log2(math.e)
+FEWEST_ROWS = 16
+"""Rows of the smallest product of tensor cores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeTiles:
+    """How `decode` runs.
+
+    Attributes:
+        tile: keys at a time.
+        stages: of the pipeline; a tile's block is looked up in one and its keys are loaded in another, so that there
+            are (stages - 1) // 2 tiles on their way into shared memory.
+        warps: of a program.
+        programs: per multiprocessor.
+        registers: of a thread, so that as many programs fit.
+        eager: the first tile is loaded into registers before the wait for the kernel before.
+    """
+
+    tile: int = 64
+    stages: int = 5
+    warps: int = 4
+    programs: int = 3
+    registers: int = 168
+    eager: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillTiles:
+    """How `prefill` runs: rows of queries (tokens times heads of a group), keys at a time, stages and warps."""
+
+    rows: int = 128
+    tile: int = 64
+    stages: int = 3
+    warps: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """Norm and rotary embedding of heads, see `optc::rotary_paged_attention_`."""
+
+    position: Tensor
+    inv_freq: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    scaling: float
+    interleaved: bool
+    eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """The tensors of a call and how scores become weights, see `optc::paged_attention_`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_pool: Tensor
+    v_pool: Tensor
+    slot_mapping: Tensor
+    block_tables: Tensor
+    context_lens: Tensor
+    cu_seqlens: Tensor
+    scale: float
+    window: int
+    softcap: float
+    turn: Turn | None = None
+
+
+def attend(call: Call, decode_tiles: DecodeTiles | None = None, prefill_tiles: PrefillTiles | None = None) -> Tensor:
+    """Write the new keys and values and attend: with one token per request in one launch, else in three.
+
+    Shapes alone decide, never lengths, so that a captured CUDA graph serves any lengths.
+    """
+    tokens, requests = call.q.shape[0], call.block_tables.shape[0]
+    heads, value_width = call.q.shape[1], call.v.shape[2]
+    out = torch.empty((tokens, heads, value_width), dtype=call.v.dtype, device=call.v.device)
+    if tokens == 0:
+        return out
+    if tokens != requests:
+        _write(call)
+        _prefill(call, out, prefill_tiles or choose_prefill_tiles(call))
+    _decode(call, out, decode_tiles or choose_decode_tiles(call))
+    return out
+
+
+def choose_decode_tiles(call: Call) -> DecodeTiles:
+    """By bytes of a head: what fits into registers and shared memory."""
+    size = _head_bytes(call)
+    if size <= 256:
+        return DecodeTiles()
+    if size <= 512:
+        return DecodeTiles(tile=32, programs=2, registers=255)
+    return DecodeTiles(tile=16, programs=1, registers=255)
+
+
+def choose_prefill_tiles(call: Call) -> PrefillTiles:
+    """By bytes of a head, as for decode."""
+    size = _head_bytes(call)
+    if size <= 256:
+        return PrefillTiles()
+    return PrefillTiles(rows=64, tile=32, stages=3, warps=4) if size <= 512 else PrefillTiles(rows=16, tile=16, warps=4)
+
+
+def _head_bytes(call: Call) -> int:
+    return max(padded(call.q.shape[2]), padded(call.v.shape[2])) * call.q.element_size()
+
+
+def padded(size: int) -> int:
+    """The power of two that holds `size`, 16 at least."""
+    return max(16, triton.next_power_of_2(size))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; in Triton's interpreter a few, so that programs share work there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+@functools.cache
+def _scratch(device: torch.device, programs: int, rows: int, width: int, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Partial results, their statistics, and arrivals; kept for good, since captured graphs point at them.
+
+    Launches that share it run one after the other: decode steps of one model on one stream.
+    """
+    parts = torch.empty(programs, 2, rows, width, device=device)
+    statistics = torch.empty(programs, 2, rows, 2, device=device)
+    return parts, statistics, torch.zeros(pairs, dtype=torch.int32, device=device)
+
+
+def _factors(call: Call) -> tuple[float, float]:
+    """What `pages.scores` multiplies by."""
+    if call.softcap:
+        return call.scale / call.softcap, call.softcap * LOG2E
+    return call.scale * LOG2E, 1.0
+
+
+def _turn(call: Call) -> tuple[Turn, dict[str, int | bool]]:
+    """The turn, or one that does nothing, and its constants."""
+    turn = call.turn
+    if turn is None:
+        nothing = Turn(
+            position=call.slot_mapping, inv_freq=call.slot_mapping, q_norm=None, k_norm=None, scaling=1.0,
+            interleaved=False, eps=0.0,
+        )  # fmt: skip
+        return nothing, {"ROTATED": 0, "INTERLEAVED": False}
+    return turn, {"ROTATED": 2 * turn.inv_freq.shape[0], "INTERLEAVED": turn.interleaved}
+
+
+def _widths(call: Call) -> dict[str, int]:
+    width, value_width = call.q.shape[2], call.v.shape[2]
+    return {
+        "HEADS": call.k.shape[1],
+        "D": width,
+        "WIDTH": padded(width),
+        "DV": value_width,
+        "VALUE_WIDTH": padded(value_width),
+        "BLOCK": call.k_pool.shape[1],
+    }
+
+
+def _decode(call: Call, out: Tensor, tiles: DecodeTiles) -> None:
+    requests, heads = call.block_tables.shape[0], call.k.shape[1]
+    group, device = call.q.shape[1] // heads, call.q.device
+    group_rows = triton.next_power_of_2(group)
+    constants = _widths(call)
+    programs = multiprocessors(device) * tiles.programs
+    scratch = _scratch(device, programs, group_rows, constants["VALUE_WIDTH"], requests * heads)
+    turn, turning = _turn(call)
+    pdl = dependent_launch(device)
+    decode[(programs,)](
+        call.q, call.k, call.v, call.k_pool, call.v_pool, call.slot_mapping, call.block_tables, call.context_lens,
+        call.cu_seqlens, turn.position, turn.inv_freq, turn.q_norm, turn.k_norm, out, *scratch,
+        *call.q.stride()[:2], *call.k.stride()[:2], *call.v.stride()[:2],
+        *call.k_pool.stride()[:3], *call.v_pool.stride()[:3], call.block_tables.stride(0),
+        requests, *_factors(call), turn.scaling, turn.eps,
+        REQUESTS=triton.next_power_of_2(requests), GROUP=group, ROWS=max(FEWEST_ROWS, group_rows),
+        GROUP_ROWS=group_rows, WINDOW=call.window, SOFTCAP=bool(call.softcap), ALONE=call.q.shape[0] == requests,
+        TILE=tiles.tile, STAGES=tiles.stages, EAGER=tiles.eager, PDL=pdl, **constants, **turning,
+        num_warps=tiles.warps, maxnreg=tiles.registers, launch_pdl=pdl,
+    )  # fmt: skip
+
+
+def _write(call: Call) -> None:
+    constants = _widths(call)
+    turn, turning = _turn(call)
+    pdl = dependent_launch(call.q.device)
+    write[(call.k.shape[0],)](
+        call.k, call.v, call.k_pool, call.v_pool, call.slot_mapping, turn.position, turn.inv_freq, turn.k_norm,
+        *call.k.stride()[:2], *call.v.stride()[:2], *call.k_pool.stride()[:3], *call.v_pool.stride()[:3],
+        turn.scaling, turn.eps,
+        HEAD_ROWS=triton.next_power_of_2(call.k.shape[1]), PDL=pdl, **constants, **turning,
+        num_warps=4, launch_pdl=pdl,
+    )  # fmt: skip
+
+
+def _prefill(call: Call, out: Tensor, tiles: PrefillTiles) -> None:
+    requests, heads = call.block_tables.shape[0], call.k.shape[1]
+    group = call.q.shape[1] // heads
+    rows = max(tiles.rows, triton.next_power_of_2(group))
+    tokens = rows // group
+    turn, turning = _turn(call)
+    pdl = dependent_launch(call.q.device)
+    # Every request but the full ones leaves one tile that is not full, and no request of one token has any.
+    grid = (min(call.q.shape[0] // tokens + requests, call.q.shape[0]), heads)
+    prefill[grid](
+        call.q, call.k_pool, call.v_pool, call.slot_mapping, call.block_tables, call.context_lens, call.cu_seqlens,
+        turn.position, turn.inv_freq, turn.q_norm, out,
+        *call.q.stride()[:2], *call.k_pool.stride()[:3], *call.v_pool.stride()[:3], call.block_tables.stride(0),
+        requests, *_factors(call), turn.scaling, turn.eps,
+        REQUESTS=triton.next_power_of_2(requests), GROUP=group, ROWS=rows, TOKENS=tokens,
+        WINDOW=call.window, SOFTCAP=bool(call.softcap), TILE=tiles.tile, STAGES=tiles.stages, PDL=pdl,
+        **_widths(call), **turning, num_warps=tiles.warps, launch_pdl=pdl,
+    )  # fmt: skip
+
+
+def paged_attention_(
+    q: Tensor, k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping: Tensor, block_tables: Tensor,
+    context_lens: Tensor, cu_seqlens: Tensor, *, scale: float, window: int, softcap: float,
+) -> Tensor:  # fmt: skip
+    """The op on CUDA."""
+    call = Call(
+        q=_rows(q), k=_rows(k), v=_rows(v), k_pool=k_pool, v_pool=v_pool, slot_mapping=slot_mapping,
+        block_tables=block_tables, context_lens=context_lens, cu_seqlens=cu_seqlens,
+        scale=scale, window=window, softcap=softcap,
+    )  # fmt: skip
+    return attend(call)
+
+
+def rotary_paged_attention_(
+    q: Tensor, k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping: Tensor, block_tables: Tensor,
+    context_lens: Tensor, cu_seqlens: Tensor, position: Tensor, inv_freq: Tensor, q_norm: Tensor | None,
+    k_norm: Tensor | None, *, scaling: float, interleaved: bool, eps: float, scale: float, window: int, softcap: float,
+) -> Tensor:  # fmt: skip
+    """The op on CUDA."""
+    turn = Turn(
+        position=position, inv_freq=inv_freq, q_norm=q_norm, k_norm=k_norm,
+        scaling=scaling, interleaved=interleaved, eps=eps,
+    )  # fmt: skip
+    call = Call(
+        q=_rows(q), k=_rows(k), v=_rows(v), k_pool=k_pool, v_pool=v_pool, slot_mapping=slot_mapping,
+        block_tables=block_tables, context_lens=context_lens, cu_seqlens=cu_seqlens,
+        scale=scale, window=window, softcap=softcap, turn=turn,
+    )  # fmt: skip
+    return attend(call)
+
+
+def _rows(heads: Tensor) -> Tensor:
+    """[N, H, D] with its last axis contiguous."""
+    return heads if heads.stride(2) == 1 else heads.contiguous()

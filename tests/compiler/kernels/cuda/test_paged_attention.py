@@ -1,0 +1,218 @@
+"""The Triton kernels of paged attention against the references, in the interpreter or on the GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bounds
+import pytest
+import torch
+from interpreted import DEVICE, FLOATS, HAS_GPU, ON_GPU
+from paged_cases import Case
+from torch import Tensor
+
+from optc.compiler.kernels.cuda.attention.launch import Call, DecodeTiles, PrefillTiles, Turn, attend
+from optc.compiler.kernels.cuda.paged_attention import (
+    PAGED_ATTENTION,
+    ROTARY_PAGED_ATTENTION,
+    accepts,
+    accepts_rotary,
+)
+from optc.compiler.ops.dialect.paged import PADDING
+from optc.compiler.ops.library import reference
+
+NAMES = ("q", "k", "v", "k_pool", "v_pool", "slot_mapping", "block_tables", "context_lens", "cu_seqlens")
+DECODE = {"new": (1, 1, 1, 1), "past": (0, 21, 16, 70), "block_size": 16}
+MIXED = {"new": (1, 19, 1, 3), "past": (40, 0, 3, 30), "block_size": 4}
+CASES = {
+    "decode": Case(**DECODE),
+    "decode, tile of several blocks": Case(**DECODE | {"block_size": 4}),
+    "decode, block of several tiles": Case(**DECODE | {"block_size": 64}),
+    "decode, window 1": Case(**DECODE, window=1),
+    "decode, window": Case(**DECODE, window=20),
+    "decode, softcap": Case(**DECODE, softcap=5.0),
+    "decode, one head per group": Case(**DECODE, heads=2),
+    "decode, seven heads per group": Case(**DECODE, heads=7, kv_heads=1),
+    "decode, odd widths": Case(**DECODE, width=20, value_width=12),
+    "decode, one request": Case(new=(1,), past=(150,), block_size=16),
+    "mixed": Case(**MIXED),
+    "mixed, window and softcap": Case(**MIXED, window=9, softcap=5.0),
+    "mixed, three heads per group": Case(**MIXED, heads=6, width=24),
+    "prefill": Case(new=(50,), past=(0,), block_size=16),
+}
+LARGE = {
+    f"{kind}, {width} wide, block {block}": Case(
+        **shape, width=width, value_width=width, heads=heads, kv_heads=heads // group, block_size=block
+    )
+    for kind, shape in (
+        ("decode", {"new": (1,) * 6, "past": (0, 1, 63, 64, 1000, 3333)}),
+        ("mixed", {"new": (1, 300, 1, 5, 130), "past": (700, 0, 3, 64, 500)}),
+    )
+    for width, heads, group in ((64, 8, 4), (80, 4, 1), (96, 8, 8), (128, 8, 4), (256, 4, 2))
+    for block in (16, 32, 64)
+}
+SMALL_TILES = DecodeTiles(tile=16, stages=2), PrefillTiles(rows=16, tile=16, stages=2, warps=4)
+
+
+def turns(case: Case, rotated: int, norm: bool) -> tuple[Any, ...]:
+    """Positions of all tokens, frequencies and weights of norms."""
+    generator = torch.Generator().manual_seed(2)
+    position = torch.cat([torch.arange(n) + past for n, past in zip(case.new, case.past, strict=True)])
+    inv_freq = 10000.0 ** (-torch.arange(rotated // 2) / (rotated // 2))
+    weights = [(torch.rand(case.width, generator=generator) + 0.5).to(case.dtype) if norm else None for _ in "qk"]
+    return (position, inv_freq, *weights)
+
+
+def check(
+    case: Case,
+    turn: tuple[Any, ...] | None = None,
+    padding: tuple[int, ...] = (),
+    tiles: tuple[Any, Any] = (None, None),
+    *,
+    strided: bool = False,
+    interleaved: bool = False,
+) -> None:
+    """Output and pools against the reference in float64. In 16 bits, the output may be as far off as the reference in
+    16 bits is, times the margin."""
+    inputs, knobs = case.inputs()
+    name, extra = "paged_attention_", {}
+    if turn is not None:
+        name, extra = "rotary_paged_attention_", {"scaling": 1.25, "interleaved": interleaved, "eps": 1e-5}
+    inputs[5][list(padding)] = PADDING
+    here = [item.to(DEVICE) for item in inputs]
+    if strided:  # [blocks, heads, tokens, width] in memory; queries, keys and values are slices of one product
+        here[3:5] = [pool.transpose(1, 2).contiguous().transpose(1, 2) for pool in here[3:5]]
+        here[:3] = list(torch.cat(here[:3], 1).split([item.shape[1] for item in here[:3]], 1))
+    moved = tuple(item.to(DEVICE) if isinstance(item, Tensor) else item for item in turn or ())
+    with_turn = None if turn is None else Turn(**dict(zip(("position", "inv_freq", "q_norm", "k_norm"), moved, strict=True)), **extra)  # fmt: skip
+    found = attend(Call(**dict(zip(NAMES, here, strict=True)), **knobs, turn=with_turn), *tiles)  # type: ignore[arg-type]
+
+    inputs[6].clamp_(min=0)  # the reference reads the whole table before it cuts it
+
+    def wide(items: Any, dtype: torch.dtype) -> list[Any]:
+        return [item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item for item in items]
+
+    exact, same = wide(inputs, torch.float64), [item.clone() for item in inputs]
+    expected = reference(name)(*exact, *wide(turn or (), torch.float64), **extra, **knobs)
+    rounded = reference(name)(*same, *(turn or ()), **extra, **knobs)
+    largest = float(expected.abs().max())
+    once = 0.0 if case.dtype is torch.float32 else float((rounded.double() - expected).abs().max())
+    allowed = max((ROTARY_PAGED_ATTENTION if turn else PAGED_ATTENTION).tolerance * largest, bounds.MARGIN * once)
+    assert found.dtype is case.dtype
+    assert float((found.cpu().double() - expected).abs().max()) <= allowed
+    step = max(1e-6, 2 * torch.finfo(case.dtype).eps) if turn else 0.0
+    for pool, wanted in zip(here[3:5], same[3:5], strict=True):
+        torch.testing.assert_close(pool.cpu(), wanted, rtol=step, atol=step, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_reference(name: str, dtype: torch.dtype) -> None:
+    check(_in(CASES[name], dtype), tiles=SMALL_TILES)
+
+
+def _in(case: Case, dtype: torch.dtype) -> Case:
+    return Case(**{**case.__dict__, "dtype": dtype})
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("shape", "rotated", "norm", "interleaved"),
+    [
+        (DECODE, 16, False, False),
+        (DECODE, 8, True, False),
+        (DECODE, 12, False, True),
+        (MIXED, 16, True, True),
+        (MIXED, 8, False, False),
+    ],
+)
+def test_norms_and_rotary(
+    shape: dict[str, Any], rotated: int, norm: bool, interleaved: bool, dtype: torch.dtype
+) -> None:
+    case = Case(**shape, dtype=dtype)
+    check(case, turns(case, rotated, norm), tiles=SMALL_TILES, strided=True, interleaved=interleaved)
+
+
+@pytest.mark.parametrize(
+    ("shape", "padding"), [(DECODE, (0,)), (DECODE, (1, 2, 3)), (MIXED, (0, 3, 20, 21, 22, 23)), (MIXED, (23,))]
+)
+def test_padding_leaves_no_trace(shape: dict[str, Any], padding: tuple[int, ...]) -> None:
+    check(Case(**shape), padding=padding, tiles=SMALL_TILES)
+
+
+def test_programs_share_the_line_of_tiles() -> None:
+    """Lazy first tile, few and many programs: pairs that are cut anywhere give the same."""
+    for programs, eager in ((1, False), (2, True), (7, False)):
+        check(CASES["decode"], tiles=(DecodeTiles(tile=16, stages=3, programs=programs, eager=eager), None))
+
+
+def test_other_counts_than_one_are_not_computed_wrongly() -> None:
+    """As many tokens as requests means one each; rows that break it are NaN."""
+    inputs, knobs = Case(**DECODE).inputs()
+    inputs[8] = torch.tensor([0, 1, 3, 3, 4], dtype=torch.int32)
+    call = Call(**dict(zip(NAMES, [item.to(DEVICE) for item in inputs], strict=True)), **knobs)  # type: ignore[arg-type]
+    assert attend(call, *SMALL_TILES).isnan().flatten(1).all(1).tolist() == [False, True, True, False]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", LARGE)
+def test_real_sizes(name: str, dtype: torch.dtype) -> None:
+    """With the tiles that the launcher chooses."""
+    case = _in(LARGE[name], dtype)
+    check(case)
+    check(case, turns(case, case.width // 2, norm=True), strided=True)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=ON_GPU)])
+def test_ops_run_the_kernels(dtype: torch.dtype) -> None:
+    """Through the dispatcher, captured in a CUDA graph and replayed with other lengths."""
+    long, short = Case(**DECODE, dtype=dtype), Case(**DECODE | {"past": (3, 9, 2, 33)}, dtype=dtype)
+    inputs, knobs = long.inputs()
+    here = [item.to(DEVICE) for item in inputs]
+    op = torch.ops.optc.paged_attention_
+    op(*here, **knobs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = op(*here, **knobs)
+    here[7].copy_(torch.tensor([4, 10, 3, 34]))
+    for request, length in enumerate((4, 10, 3, 34)):
+        block = int(inputs[6][request, (length - 1) // 16])
+        here[5][request] = block * 16 + (length - 1) % 16
+    for _ in range(3):
+        graph.replay()
+    exact = [item.cpu().double() if item.is_floating_point() else item.cpu() for item in here]
+    exact[6].clamp_(min=0)
+    expected = reference("paged_attention_")(*exact, **knobs)
+    assert float((out.cpu().double() - expected).abs().max()) < 2e-2 * float(expected.abs().max())
+    assert short.dtype is dtype
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({0: torch.zeros(4, 4, 16).double()}, "q, k, v and the pools differ in type"),
+        ({5: torch.zeros(4, dtype=torch.int32)}, "argument 5 is torch.int32; the kernel takes torch.int64"),
+        ({9: torch.zeros(4)}, "argument 9 is torch.float32; the kernel takes torch.int64"),
+        ({0: torch.zeros(4, 4, 512)}, "heads of 512 features; the kernel takes up to 256"),
+        ({0: torch.zeros(4, 130, 16)}, "130 query heads for 2 KV heads; the kernel takes up to 64 for one"),
+        ({3: torch.zeros(9, 16, 16, 2).mT}, "the features of a head are not neighbours in the pools"),
+        ({10: torch.zeros(8).half()}, "inv_freq is torch.float16; the kernel takes torch.float32"),
+        ({10: torch.zeros(9)}, "9 frequencies for heads of 16 features"),
+        ({11: torch.zeros(8)}, "a norm's weight is not one of a head's features"),
+        (
+            dict.fromkeys(range(5), torch.zeros(4, 2, 16, 16).double()),
+            "keys and values of type float64; the kernel takes float32, bfloat16, float16",
+        ),
+    ],
+)
+def test_says_what_it_takes(changes: dict[int, Tensor], reason: str | None) -> None:
+    inputs, knobs = Case(**DECODE).inputs()
+    args: list[Any] = [*inputs, torch.zeros(4, dtype=torch.int64), torch.zeros(8), None, None]
+    for index, value in changes.items():
+        args[index] = value
+    assert accepts_rotary(args, knobs) == reason
+    if max(changes, default=0) < 9:
+        assert accepts(args[:9], knobs) == reason
