@@ -88,7 +88,7 @@ def _merge(
     tl.store(out + row[:, None] * DV + feature[None, :], rows, mask=(row < GROUP)[:, None] & mask[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "table_row"])  # other batches need no other code
 def decode(
     q, k, v, k_pool, v_pool, slot_mapping, tables, lengths, starts, position, inv_freq, q_norm, k_norm,
     out, partials, statistics, arrivals,

@@ -39,7 +39,7 @@ def _attend(
     return top, total, sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests", "table_row"])  # other batches need no other code
 def prefill(
     q, k_pool, v_pool, slot_mapping, tables, lengths, starts, position, inv_freq, q_norm, out,
     q_token, q_head, k_block, k_slot, k_pool_head, v_block, v_slot, v_pool_head, table_row,

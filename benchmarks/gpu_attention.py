@@ -1,0 +1,249 @@
+"""Paged decode attention on one GPU: microseconds per layer and share of what its memory can be read at.
+
+    python benchmarks/gpu_attention.py measure            # writes benchmarks/results/gpu_attention.json
+    python benchmarks/gpu_attention.py sweep -o sweep.json  # tiles, from which `choose_decode_tiles` is made
+
+A call is a layer's whole attention of one step: rotary embedding of q and k, writing k and v, and attention over the
+pool, as `optc::rotary_paged_attention_` does it in one launch (32 query and 8 KV heads of 128, bfloat16). Calls rotate
+over pools that no cache holds, inside one CUDA graph. Bytes are those of the keys and values that are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import record
+from gpu_timing import card, read_ceiling, time_per_call
+from triton.errors import TritonError
+
+from optc.compiler.kernels.cuda.attention.launch import Call, DecodeTiles, PrefillTiles, Turn, attend
+
+HEADS, KV_HEADS, WIDTH = 32, 8, 128
+CACHE = 1.2e9
+"""Bytes of pools that calls rotate over: many times the card's L2."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """A batch. `ragged`: lengths uniform in 1 .. 2 * context - 1; `by_head`: a head's tokens of a block are neighbours
+    in the pool, else a token's heads are."""
+
+    batch: int
+    context: int
+    block: int = 64
+    window: int = 0
+    ragged: bool = False
+    by_head: bool = True
+
+    @property
+    def name(self) -> str:
+        parts = [f"{self.batch} x {self.context}", f"block {self.block}"]
+        parts += [f"window {self.window}"] * bool(self.window) + ["ragged"] * self.ragged
+        return ", ".join(parts + ["by token"] * (not self.by_head))
+
+    def lengths(self) -> list[int]:
+        if not self.ragged:
+            return [self.context] * self.batch
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(1, 2 * self.context, (self.batch,), generator=generator).tolist()
+
+    @property
+    def bytes(self) -> int:
+        """Keys and values of earlier tokens in bfloat16."""
+        seen = [min(length - 1, self.window - 1 if self.window else length) for length in self.lengths()]
+        return sum(seen) * KV_HEADS * WIDTH * 2 * 2
+
+    def calls(self, copies: int | None = None) -> list[Call]:
+        """One call per pool, over as many pools as `CACHE` asks for."""
+        lengths = self.lengths()
+        columns = -(-max(lengths) // self.block)
+        copies = copies or (2 if self.window else min(400, max(2, int(CACHE / self.bytes) + 1)))
+        return [self._call(lengths, columns) for _ in range(copies)]
+
+    def _call(self, lengths: Sequence[int], columns: int) -> Call:
+        blocks = self.batch * columns
+        shape = (blocks, KV_HEADS, self.block, WIDTH) if self.by_head else (blocks, self.block, KV_HEADS, WIDTH)
+        pools = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        pools = [pool.transpose(1, 2) for pool in pools] if self.by_head else pools
+        product = torch.randn(self.batch, HEADS + 2 * KV_HEADS, WIDTH, device="cuda", dtype=torch.bfloat16)
+        tables = torch.randperm(blocks, device="cuda").int().view(self.batch, columns)
+        last = torch.tensor(lengths, device="cuda") - 1
+        block = tables.gather(1, (last // self.block)[:, None])[:, 0].long()
+        inv_freq = 500000.0 ** (-torch.arange(0, WIDTH, 2, device="cuda") / WIDTH)
+        q, k, v = product.split([HEADS, KV_HEADS, KV_HEADS], 1)
+        return Call(
+            q=q, k=k, v=v, k_pool=pools[0], v_pool=pools[1], slot_mapping=block * self.block + last % self.block,
+            block_tables=tables, context_lens=(last + 1).int(),
+            cu_seqlens=torch.arange(self.batch + 1, device="cuda", dtype=torch.int32),
+            scale=WIDTH**-0.5, window=self.window, softcap=0.0,
+            turn=Turn(
+                position=last, inv_freq=inv_freq, q_norm=None, k_norm=None, scaling=1.0, interleaved=False, eps=0.0
+            ),
+        )  # fmt: skip
+
+
+MEASURED = [
+    *(Load(1, context) for context in (128, 1024, 4096)),
+    *(Load(64, context) for context in (128, 1024, 4096)),
+    *(Load(256, context) for context in (128, 512)),
+    Load(64, 1024, block=16),
+    Load(256, 512, block=16),
+    Load(64, 1024, by_head=False),
+    Load(64, 1024, ragged=True),
+    Load(64, 1024, block=16, ragged=True),
+    Load(256, 512, ragged=True),
+    *(Load(8, 4096 * 2**power, window=4096) for power in range(6)),
+]
+SWEPT = [
+    Load(1, 128), Load(1, 1024), Load(1, 4096), Load(1, 4096, block=16), Load(8, 4096), Load(64, 1024),
+    Load(64, 1024, block=16), Load(256, 512), Load(64, 1024, ragged=True), Load(64, 1024, by_head=False),
+]  # fmt: skip
+
+
+def _tiles(tile: int, stages: int, warps: int, programs: int, registers: int, eager: bool) -> DecodeTiles:
+    return DecodeTiles(tile=tile, stages=stages, warps=warps, programs=programs, registers=registers, eager=eager)
+
+
+CANDIDATES = [
+    *(_tiles(64, 3, 4, programs, registers, True) for programs, registers in ((1, 255), (2, 255), (3, 168), (4, 128))),
+    *(_tiles(64, 5, 4, programs, registers, True) for programs, registers in ((2, 255), (3, 168))),
+    *(_tiles(64, 3, 4, programs, registers, False) for programs, registers in ((2, 255), (3, 168), (4, 128), (5, 96))),
+    *(_tiles(64, 5, 4, programs, registers, False) for programs, registers in ((2, 255), (3, 168))),
+    _tiles(64, 7, 4, 2, 255, False),
+    *(_tiles(32, stages, 4, programs, 128, True) for stages, programs in ((3, 4), (5, 4), (7, 3))),
+    *(_tiles(32, stages, 4, 4, 128, False) for stages in (5, 7)),
+    *(_tiles(128, stages, 8, programs, 128, False) for stages, programs in ((3, 2), (5, 1))),
+    _tiles(128, 3, 8, 1, 128, True),
+    _tiles(128, 3, 8, 2, 128, True),
+    _tiles(64, 5, 8, 2, 128, True),
+    _tiles(64, 5, 2, 3, 255, False),
+]
+
+PREFILL_CANDIDATES = [
+    PrefillTiles(rows=rows, tile=tile, stages=stages, warps=warps)
+    for rows, tile, stages, warps in (
+        (128, 64, 3, 8), (128, 128, 3, 8), (64, 64, 3, 4), (128, 64, 2, 4), (128, 128, 2, 8), (64, 128, 3, 4),
+        (128, 64, 5, 8),
+    )
+]  # fmt: skip
+FAILURES = (RuntimeError, TritonError)
+"""What a candidate that asks for too much raises: the next one may run."""
+
+
+def time_of(calls: Sequence[Call], tiles: DecodeTiles | None = None) -> float:
+    """Seconds of one call."""
+    return time_per_call([lambda call=call: attend(call, tiles) for call in calls])  # type: ignore[misc]
+
+
+def _figure(load: Load, seconds: float, ceiling: float) -> dict[str, Any]:
+    share = load.bytes / seconds / ceiling
+    print(f"{load.name:40} {seconds * 1e6:8.2f} us  {100 * share:5.1f} %", flush=True)
+    return {"microseconds": round(seconds * 1e6, 2), "share_of_ceiling": round(share, 4)}
+
+
+def measure(options: argparse.Namespace) -> None:
+    ceiling = read_ceiling()
+    print(f"{card()['gpu']}: read ceiling {ceiling / 1e12:.3f} TB/s", flush=True)
+    figures: dict[str, Any] = {}
+    for load in MEASURED:
+        figures[load.name] = _figure(load, time_of(load.calls()), ceiling)
+        torch.cuda.empty_cache()
+    prefill = {f"{tokens} tokens": _prefill(tokens) for tokens in (1024, 8192)}
+    windows = [figures[load.name]["microseconds"] for load in MEASURED if load.window]
+    slope = round(windows[-1] / windows[1], 4)
+    print(f"window 4096, context 131072 over 8192: {slope}", flush=True)
+    result = {
+        **card(), "read_ceiling_tb_s": round(ceiling / 1e12, 3), "decode": figures, "prefill": prefill,
+        "window_slope": slope,
+    }  # fmt: skip
+    if options.output:
+        options.output.write_text(json.dumps(result, indent=1))
+    else:
+        record("gpu_attention", result, threads=0)
+
+
+def _prefill(tokens: int, tiles: PrefillTiles | None = None) -> dict[str, float]:
+    """A whole prompt of one request, causal."""
+    load = Load(1, tokens)
+    call = load._call([tokens], tokens // load.block)
+    many = torch.randn(tokens, HEADS + 2 * KV_HEADS, WIDTH, device="cuda", dtype=torch.bfloat16)
+    q, k, v = many.split([HEADS, KV_HEADS, KV_HEADS], 1)
+    position = torch.arange(tokens, device="cuda")
+    assert call.turn is not None
+    call = dataclasses.replace(
+        call, q=q, k=k, v=v, turn=dataclasses.replace(call.turn, position=position),
+        slot_mapping=call.block_tables[0, position // load.block].long() * load.block + position % load.block,
+        cu_seqlens=torch.tensor([0, tokens], device="cuda", dtype=torch.int32),
+    )  # fmt: skip
+    seconds = time_per_call([lambda: attend(call, None, tiles)] * 3)
+    rate = 2 * tokens * tokens * HEADS * WIDTH / seconds
+    print(f"prefill {tokens} {tiles or ''}: {seconds * 1e6:.0f} us, {rate / 1e12:.0f} TFLOP/s", flush=True)
+    return {"microseconds": round(seconds * 1e6, 1), "tflop_s": round(rate / 1e12, 1)}
+
+
+def _compile(job: tuple[Load, DecodeTiles]) -> str | None:
+    """Into Triton's cache on disk, from a process of its own."""
+    load, tiles = job
+    try:
+        attend(dataclasses.replace(load, context=load.block, ragged=False).calls(1)[0], tiles)
+        torch.cuda.synchronize()
+    except FAILURES as error:
+        return f"{load.name} {tiles}: {error!r:.200}"
+    return None
+
+
+def sweep(options: argparse.Namespace) -> None:
+    kinds = {(load.batch, load.block): load for load in SWEPT}
+    jobs = [(load, tiles) for load in kinds.values() for tiles in CANDIDATES]
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+        for failure in filter(None, pool.map(_compile, jobs, chunksize=len(jobs) // options.processes + 1)):
+            print("failed:", failure, flush=True)
+    ceiling = read_ceiling()
+    print(f"{card()['gpu']}: read ceiling {ceiling / 1e12:.3f} TB/s", flush=True)
+    found: dict[str, Any] = {}
+    for load in SWEPT:
+        calls = load.calls()
+        rows = []
+        for candidate in CANDIDATES:
+            try:
+                rows.append((time_of(calls, candidate), tuple(dataclasses.asdict(candidate).values())))
+            except FAILURES as error:  # the next candidate may run
+                print("failed:", load.name, candidate, repr(error)[:200], flush=True)
+        rows.sort()
+        print(
+            f"{load.name}, limit {load.bytes / ceiling * 1e6:.1f} us (tile, stages, warps, programs, registers, eager)"
+        )
+        for seconds, tiles_row in rows[:12]:
+            print(f"  {seconds * 1e6:8.2f} us {100 * load.bytes / seconds / ceiling:5.1f} % {tiles_row}", flush=True)
+        found[load.name] = [{"microseconds": round(s * 1e6, 2), "tiles": row} for s, row in rows]
+        del calls
+        torch.cuda.empty_cache()
+    for tiles in PREFILL_CANDIDATES:
+        try:
+            _prefill(8192, tiles)
+        except FAILURES as error:
+            print("failed:", tiles, repr(error)[:200], flush=True)
+    if options.output:
+        options.output.write_text(json.dumps({**card(), "read_ceiling_tb_s": ceiling / 1e12, "sweep": found}, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("measure", "sweep"))
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--processes", type=int, default=12)
+    options = parser.parse_args()
+    {"measure": measure, "sweep": sweep}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
