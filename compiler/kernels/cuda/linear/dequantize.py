@@ -18,25 +18,23 @@ def dequantize_rows(
         scale, zero: [N, K / GROUP]; GROUP is K for a scale per row.
     """
     ROW: tl.constexpr = K * BITS // 8
+    GROUPS: tl.constexpr = K // GROUP
     row = tl.program_id(0).to(tl.int64)
-    places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < ROW
-    q = tl.load(w + row * ROW + places, mask=inside, other=0, eviction_policy="evict_first")
-    columns = places // 16 * 32 + places % 16 if BITS == 4 else places
-    group = row * (K // GROUP) + columns // GROUP
-    factor = tl.load(scale + group, mask=inside, other=0.0).to(tl.float32)
-    offset = 0.0
-    if zero is not None:
-        offset = tl.load(zero + group, mask=inside, other=0).to(tl.float32)
-    out = y + row * K + columns
+    places = tl.minimum(tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), ROW - 1)  # the last one again past the end
+    q = tl.load(w + row * ROW + places, eviction_policy="evict_first")
     if BITS == 4:
-        low, high = (q << 4).to(tl.int8) >> 4, q >> 4
-        tl.store(out, ((low.to(tl.float32) - offset) * factor).to(y.dtype.element_ty), mask=inside)
-        group_high = row * (K // GROUP) + (columns + 16) // GROUP
-        if GROUP % 32 != 0:
-            factor = tl.load(scale + group_high, mask=inside, other=0.0).to(tl.float32)
-            if zero is not None:
-                offset = tl.load(zero + group_high, mask=inside, other=0).to(tl.float32)
-        tl.store(out + 16, ((high.to(tl.float32) - offset) * factor).to(y.dtype.element_ty), mask=inside)
+        columns = places // 16 * 32 + places % 16
+        _store(y, scale, zero, row, columns, (q << 4).to(tl.int8) >> 4, K, GROUP, GROUPS)
+        _store(y, scale, zero, row, columns + 16, q >> 4, K, GROUP, GROUPS)
     else:
-        tl.store(out, ((q.to(tl.float32) - offset) * factor).to(y.dtype.element_ty), mask=inside)
+        _store(y, scale, zero, row, places, q, K, GROUP, GROUPS)
+
+
+@triton.jit
+def _store(y, scale, zero, row, columns, codes, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    values = codes.to(tl.float32)
+    group = row * GROUPS + columns // GROUP
+    if zero is not None:
+        values -= tl.load(zero + group).to(tl.float32)
+    values *= tl.load(scale + group).to(tl.float32)
+    tl.store(y + row * K + columns, values.to(y.dtype.element_ty))

@@ -68,9 +68,10 @@ def split_tokens(
     tl.store(digits + place, high.to(tl.int8), mask=inside)
     tl.store(digits + M.to(tl.int64) * K + place, number.to(tl.int8), mask=inside)
     if group_sums is not None:
-        GROUPS: tl.constexpr = BLOCK_K // GROUP
+        number = tl.where(inside, number, 0)
+        GROUPS: tl.constexpr = BLOCK_K // GROUP  # one where the group is the row, of any length
         groups = tl.arange(0, GROUPS)
-        sums = tl.sum(tl.reshape(tl.where(inside, number, 0), [GROUPS, GROUP]), 1).to(tl.float32)
+        sums = tl.sum(tl.reshape(number, [GROUPS, BLOCK_K // GROUPS]), 1).to(tl.float32)
         tl.store(
             group_sums + token * (K // GROUP) + groups, sums * (16.0 if BITS == 4 else 1.0), mask=groups < K // GROUP
         )
@@ -128,11 +129,11 @@ def _group_product(
 
 
 @triton.jit
-def _scaled(total, scale, zero, group_sums, rows, tokens, group, K: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums of a group with its scale and zero point: float32 [BLOCK_N, BLOCK_M]."""
-    place = rows * (K // COLUMNS) + group
+def _scaled(total, scale, zero, group_sums, rows, tokens, group, GROUPS: tl.constexpr, share=1.0):
+    """Sums of a group with its scale and `share` of its zero point: float32 [BLOCK_N, BLOCK_M]."""
+    place = rows * GROUPS + group
     if zero is not None:
-        sums = tl.load(group_sums + tokens * (K // COLUMNS) + group)
+        sums = tl.load(group_sums + tokens * GROUPS + group) * share
         total -= tl.load(zero + place).to(tl.float32)[:, None] * sums[None, :]
     return total * tl.load(scale + place).to(tl.float32)[:, None]
 
@@ -165,17 +166,18 @@ def product_integer(
     for group in tl.range(part * GROUPS // SPLIT, (part + 1) * GROUPS // SPLIT, num_stages=STAGES):
         total = _group_product(w, digits, rows, tokens, group, M, K, BITS, COLUMNS, NATIVE)
         if GROUP > 0:
-            total = _scaled(total, scale, zero, group_sums, rows, tokens, group, K, COLUMNS)
+            total = _scaled(total, scale, zero, group_sums, rows, tokens, group, GROUPS)
         gate += total
         if GATED:
             total = _group_product(w, digits, rows + N, tokens, group, M, K, BITS, COLUMNS, NATIVE)
             if GROUP > 0:
-                total = _scaled(total, scale, zero, group_sums, rows + N, tokens, group, K, COLUMNS)
+                total = _scaled(total, scale, zero, group_sums, rows + N, tokens, group, GROUPS)
             up += total
     if GROUP == 0:
-        gate *= tl.load(scale + rows).to(tl.float32)[:, None]
+        share = 1.0 if SPLIT == 1 else tl.where(part == 0, 1.0, 0.0)  # one program takes the zero points off
+        gate = _scaled(gate, scale, zero, group_sums, rows, tokens, 0, 1, share)
         if GATED:
-            up *= tl.load(scale + N + rows).to(tl.float32)[:, None]
+            up = _scaled(up, scale, zero, group_sums, rows + N, tokens, 0, 1, share)
     store_block(
         y, bias, residual, partial, arrivals, block_n * BLOCK_N + tl.arange(0, BLOCK_N),
         block_m * BLOCK_M + tl.arange(0, BLOCK_M), unit, M, N, gate, up, ACTIVATION, GATED, SPLIT,

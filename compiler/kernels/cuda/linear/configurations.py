@@ -1,0 +1,126 @@
+"""Which kernel multiplies how many tokens, and its tile sizes: from tables that were measured on a card.
+
+`benchmarks/gpu_linears.py` measures and writes `configurations.json`. A shape that is not in it takes the tile sizes of
+the nearest one that is.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal
+
+Kind = Literal["gemv", "product"]
+FILE_NAME = "configurations.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A linear as the tables know it.
+
+    Attributes:
+        format: of the weight; "" for the type of the tokens.
+        n: results per token. k: columns of the weight. gated: it has 2 n rows.
+        m: tokens.
+    """
+
+    format: str
+    n: int
+    k: int
+    gated: bool
+    m: int = 1
+
+    def distance(self, other: Shape) -> float:
+        """How far the tile sizes of another shape are from fitting; its format must be the same."""
+        columns, rows, tokens = (
+            abs(math.log2(a / b)) for a, b in ((self.k, other.k), (self.n, other.n), (self.m, other.m))
+        )
+        return 4 * columns + rows + 4 * tokens + (2 if self.gated != other.gated else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gemv:
+    """Tile sizes of a GEMV.
+
+    Attributes:
+        block_n: rows of results in a tile. steps: tiles of rows per program.
+        width: columns of a tile; of integers, words of 32 bits.
+        depth: tiles that are loaded ahead. warps: per program.
+    """
+
+    block_n: int
+    steps: int
+    width: int
+    depth: int
+    warps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """Tile sizes of a product on the tensor cores.
+
+    Attributes:
+        block_n: rows of results per program. split: programs that share the columns.
+        stages: of the pipeline of loads. warps: per program.
+        block_k: columns per step; integers take a group per step instead.
+    """
+
+    block_n: int
+    split: int
+    stages: int
+    warps: int
+    block_k: int = 0
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What was measured.
+
+    Attributes:
+        limits: from formats to the most tokens that each kernel is the fastest for.
+    """
+
+    limits: dict[str, dict[Kind, int]]
+    gemv: tuple[tuple[Shape, Gemv], ...]
+    product: tuple[tuple[Shape, Product], ...]
+
+
+@functools.cache
+def tables() -> Tables:
+    """The tables of this package."""
+    return parse(json.loads((resources.files(__package__) / FILE_NAME).read_text()))
+
+
+def parse(content: dict[str, Any]) -> Tables:
+    """Tables from their JSON form: a list of records per kernel, each a shape and its `tiles`."""
+    gemv = tuple((_shape(record), Gemv(**record["tiles"])) for record in content["gemv"])
+    product = tuple((_shape(record), Product(**record["tiles"])) for record in content["product"])
+    return Tables(content["limits"], gemv, product)
+
+
+def _shape(record: dict[str, Any]) -> Shape:
+    return Shape(**{name: record[name] for name in ("format", "n", "k", "gated", "m")})
+
+
+def kind_for(shape: Shape) -> Kind | None:
+    """The kernel for as many tokens; None where dequantizing for cuBLAS is faster."""
+    limits = tables().limits[shape.format]
+    if shape.m <= limits["gemv"]:
+        return "gemv"
+    return "product" if shape.m <= limits["product"] else None
+
+
+def gemv_tiles(shape: Shape) -> Gemv:
+    """Of the nearest shape."""
+    return min((item for item in tables().gemv if item[0].format == shape.format), key=lambda i: shape.distance(i[0]))[
+        1
+    ]
+
+
+def product_tiles(shape: Shape) -> Product:
+    """Of the nearest shape."""
+    found = (item for item in tables().product if item[0].format == shape.format)
+    return min(found, key=lambda item: shape.distance(item[0]))[1]

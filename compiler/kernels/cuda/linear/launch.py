@@ -1,0 +1,236 @@
+"""`fused_linear` on CUDA: the kernel for the number of tokens, launched with its tile sizes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from optc.compiler.kernels.cuda.dispatch import dependent_launch
+from optc.compiler.kernels.cuda.linear.configurations import (
+    Gemv,
+    Product,
+    Shape,
+    gemv_tiles,
+    kind_for,
+    product_tiles,
+)
+from optc.compiler.kernels.cuda.linear.dequantize import dequantize_rows
+from optc.compiler.kernels.cuda.linear.gemv_float import gemv_float
+from optc.compiler.kernels.cuda.linear.gemv_integer import gemv_integer
+from optc.compiler.kernels.cuda.linear.product_float import product_float
+from optc.compiler.kernels.cuda.linear.product_integer import product_integer, split_tokens
+from optc.compiler.ops.packed.cuda import finish
+
+BITS = {"int4": 4, "int8": 8}
+STATISTICS_BLOCK = 2048
+"""Columns that the passes for a mean and a variance take at a time."""
+ARRIVALS = 1 << 16
+"""Blocks of results that programs may share."""
+DEQUANTIZE_BLOCK = 2048
+MOST_TOKENS_PER_BLOCK = 64
+
+
+class Linear(NamedTuple):
+    """The arguments of a call, with tokens as rows.
+
+    Attributes:
+        x: [M, K]. residual: [M, N] or None. The others as `fused_linear` has them.
+    """
+
+    x: Tensor
+    weight: Tensor
+    scale: Tensor | None
+    zero: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    norm: str
+    eps: float
+    activation: str
+    gated: bool
+    format: str
+    group_size: int
+
+    @property
+    def shape(self) -> Shape:
+        """What the tables are asked with."""
+        rows = self.weight.shape[0]
+        tokens, columns = self.x.shape
+        return Shape(format=self.format, n=rows // 2 if self.gated else rows, k=columns, gated=self.gated, m=tokens)
+
+    def new_result(self) -> Tensor:
+        """y [M, N], not written yet."""
+        return self.x.new_empty((self.x.shape[0], self.shape.n))
+
+
+def fused_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    norm: str = "",
+    eps: float = 0.0,
+    activation: str = "",
+    gated: bool = False,
+    format: str = "",
+    group_size: int = 0,
+) -> Tensor:
+    """The op, for calls that the kernel accepts."""
+    columns = x.shape[-1]
+    rows = x.reshape(-1, columns).contiguous()
+    residuals = None if residual is None else residual.reshape(rows.shape[0], -1).contiguous()
+    linear = Linear(
+        rows, weight, scale, zero, norm_weight, norm_bias, bias, residuals,
+        norm, eps, activation, gated, format, 0 if group_size == columns else group_size,
+    )  # fmt: skip
+    kind = kind_for(linear.shape) if rows.shape[0] else None
+    if kind == "gemv":
+        y = gemv(linear, gemv_tiles(linear.shape))
+    elif kind == "product" and product_obstacle(linear) is None:
+        y = product(linear, product_tiles(linear.shape))
+    else:
+        y = by_cublas(linear)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def gemv(linear: Linear, tiles: Gemv) -> Tensor:
+    """One program per block of rows and token."""
+    shape, y = linear.shape, linear.new_result()
+    grid = (shape.m * triton.cdiv(shape.n, tiles.block_n * tiles.steps),)
+    arguments = (linear.norm_weight, linear.norm_bias, linear.bias, linear.residual, y, shape.m, shape.n, linear.eps)
+    options = _options(linear.x, tiles.warps)
+    if linear.format in BITS:
+        bits = BITS[linear.format]
+        gemv_integer[grid](
+            linear.x, linear.weight.view(torch.int32), linear.scale, linear.zero, *arguments,
+            K=shape.k, BITS=bits, GROUP=linear.group_size, NORM=linear.norm, ACTIVATION=linear.activation,
+            GATED=linear.gated, BLOCK_N=tiles.block_n, STEPS=tiles.steps,
+            WORDS=min(tiles.width, triton.next_power_of_2(shape.k * bits // 32)), DEPTH=tiles.depth,
+            STATISTICS=min(STATISTICS_BLOCK, triton.next_power_of_2(shape.k)), NATIVE=linear.x.is_cuda, **options,
+        )  # fmt: skip
+    else:
+        gemv_float[grid](
+            linear.x, linear.weight, linear.scale, *arguments,
+            K=shape.k, NORM=linear.norm, ACTIVATION=linear.activation, GATED=linear.gated, BLOCK_N=tiles.block_n,
+            STEPS=tiles.steps, BLOCK_K=min(tiles.width, triton.next_power_of_2(shape.k)), DEPTH=tiles.depth, **options,
+        )  # fmt: skip
+    return y
+
+
+def product_obstacle(linear: Linear) -> str | None:
+    """Why the tensor cores cannot take a weight of integers, or None."""
+    if linear.format not in BITS:
+        return None
+    columns = linear.group_size or 128
+    if columns * BITS[linear.format] // 8 < 32:
+        return f"groups of {columns} columns are shorter than a step of the tensor cores"
+    return f"{linear.x.shape[1]} columns are not a multiple of {columns}" if linear.x.shape[1] % columns else None
+
+
+def product(linear: Linear, tiles: Product) -> Tensor:
+    """On the tensor cores; tokens are normalized (and split in digits, for integers) by a kernel before."""
+    shape, y = linear.shape, linear.new_result()
+    block_m = min(max(16, triton.next_power_of_2(shape.m)), MOST_TOKENS_PER_BLOCK)
+    blocks = (triton.cdiv(shape.n, tiles.block_n), triton.cdiv(shape.m, block_m))
+    grid = (blocks[0], tiles.split, blocks[1])
+    partial = arrivals = None
+    if tiles.split > 1:
+        sums = tiles.split * (2 if linear.gated else 1) * shape.m * shape.n
+        partial = torch.empty(sums, dtype=torch.float32, device=y.device)
+        arrivals = _arrivals(y.device)
+    common = {
+        "K": shape.k, "ACTIVATION": linear.activation, "GATED": linear.gated, "BLOCK_M": block_m,
+        "BLOCK_N": tiles.block_n, "SPLIT": tiles.split, "STAGES": tiles.stages, **_options(y, tiles.warps),
+    }  # fmt: skip
+    ends = (linear.bias, linear.residual, y, partial, arrivals, shape.m, shape.n)
+    if linear.format in BITS:
+        digits, unit, sums = _split_tokens(linear)
+        product_integer[grid](
+            digits, unit, sums, linear.weight.view(torch.int8), linear.scale, linear.zero, *ends,
+            BITS=BITS[linear.format], GROUP=linear.group_size, NATIVE=y.is_cuda, **common,
+        )  # fmt: skip
+    else:
+        product_float[grid](_normalized(linear), linear.weight, linear.scale, *ends, BLOCK_K=tiles.block_k, **common)
+    return y
+
+
+def _split_tokens(linear: Linear) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Digits, units and sums of groups, as `product_integer` takes them."""
+    (tokens, columns), bits = linear.x.shape, BITS[linear.format]
+    group = linear.group_size or columns
+    digits = torch.empty(2 * tokens * columns, dtype=torch.int8, device=linear.x.device)
+    unit = torch.empty(tokens, dtype=torch.float32, device=linear.x.device)
+    sums = None if linear.zero is None else unit.new_empty((tokens, columns // group))
+    block = triton.next_power_of_2(columns)
+    split_tokens[(tokens,)](
+        linear.x, linear.norm_weight, linear.norm_bias, digits, unit, sums, tokens, linear.eps,
+        K=columns, BITS=bits, GROUP=group, NORM=linear.norm, BLOCK_K=block,
+        **_options(linear.x, min(16, max(4, block // 256))),
+    )  # fmt: skip
+    return digits, unit, sums
+
+
+def by_cublas(linear: Linear) -> Tensor:
+    """Dequantize, and leave the product to cuBLAS."""
+    weight = linear.weight if linear.scale is None else dequantize(linear)
+    y = F.linear(_normalized(linear), weight, linear.bias)
+    return finish(y, linear.activation, linear.gated, linear.residual)
+
+
+def dequantize(linear: Linear) -> Tensor:
+    """The weight [N, K] in the type of the tokens."""
+    rows, columns = linear.weight.shape[0], linear.x.shape[1]
+    bits = BITS.get(linear.format, 8)
+    weight = linear.weight.view(torch.int8) if linear.format in BITS else linear.weight
+    y = linear.x.new_empty((rows, columns))
+    grid = (rows, triton.cdiv(columns * bits // 8, DEQUANTIZE_BLOCK))
+    dequantize_rows[grid](
+        weight, linear.scale, linear.zero, y, rows, K=columns, GROUP=linear.group_size or columns, BITS=bits,
+        BLOCK=DEQUANTIZE_BLOCK,
+    )  # fmt: skip
+    return y
+
+
+def _normalized(linear: Linear) -> Tensor:
+    """Tokens after their norm, in their own type."""
+    size = linear.x.shape[-1:]
+    if linear.norm == "rms":
+        return F.rms_norm(linear.x, size, linear.norm_weight, linear.eps)
+    if linear.norm == "layer":
+        return F.layer_norm(linear.x, size, linear.norm_weight, linear.norm_bias, linear.eps)
+    return linear.x
+
+
+def _options(tensor: Tensor, warps: int) -> dict[str, Any]:
+    """Options of a launch. The interpreter does not know launch_pdl."""
+    pdl = dependent_launch(tensor.device)
+    return {"PDL": pdl, "num_warps": warps, **({"launch_pdl": True} if pdl else {})}
+
+
+def _arrivals(device: torch.device) -> Tensor:
+    """Zeros that programs count in and set back to zero: kernels that share them must not run at the same time.
+
+    So each stream has its own, and so have the graphs of a device, of which one runs at a time.
+    """
+    if device.type == "cpu":
+        return torch.zeros(ARRIVALS, dtype=torch.int32)
+    if torch.cuda.is_current_stream_capturing():
+        return _counters(device, None)
+    _counters(device, None)  # made before a capture, which would only record the zeros
+    return _counters(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.cache
+def _counters(device: torch.device, _stream: int | None) -> Tensor:
+    return torch.zeros(ARRIVALS, dtype=torch.int32, device=device)

@@ -1,0 +1,288 @@
+"""The Triton kernels of `fused_linear` against the reference: in the interpreter, and with real types on the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from interpreted import DEVICE, FLOATS, HAS_GPU, ON_GPU
+from torch import Tensor
+
+from optc.compiler.kernels.cuda.linear import launch
+from optc.compiler.kernels.cuda.linear.configurations import Gemv, Product, Shape, gemv_tiles, kind_for, tables
+from optc.compiler.kernels.cuda.fused_linear import FUSED_LINEAR, accepts
+from optc.compiler.ops.packed.cuda import dequantize_packed, pack_float, pack_integer
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias and residual": {"bias": True, "residual": True},
+    "rms": {"norm": "rms"},
+    "layer": {"norm": "layer", "bias": True},
+    "rms, gated": {"norm": "rms", "activation": "silu", "gated": True},
+    "everything": {"norm": "layer", "activation": "gelu_tanh", "gated": True, "bias": True, "residual": True},
+    "gelu": {"activation": "gelu", "residual": True},
+    "relu": {"activation": "relu", "bias": True},
+}
+FORMATS = {
+    "floats": ("", 0, False),
+    "fp8": ("fp8", 0, False),
+    "int8 per row": ("int8", 0, False),
+    "int8 per row, zero points": ("int8", 0, True),
+    "int8 g32": ("int8", 32, False),
+    "int8 g128, zero points": ("int8", 128, True),
+    "int4 per row": ("int4", 0, True),
+    "int4 g32": ("int4", 32, False),
+    "int4 g32, zero points": ("int4", 32, True),
+    "int4 g64": ("int4", 64, False),
+    "int4 g128": ("int4", 128, False),
+    "int4 g128, zero points": ("int4", 128, True),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call: K `columns`, `n` results, `tokens` rows."""
+
+    format: str = ""
+    group_size: int = 0
+    asymmetric: bool = False
+    tokens: int = 1
+    n: int = 5
+    columns: int = 256
+    norm: str = ""
+    activation: str = ""
+    gated: bool = False
+    bias: bool = False
+    residual: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def linear(self) -> launch.Linear:
+        """Random tensors; a few elements of tokens and weights stand out, as they do in models."""
+        generator = torch.Generator().manual_seed(self.tokens + self.columns)
+
+        def normal(*shape: int) -> Tensor:
+            values = torch.randn(shape, generator=generator)
+            return (values * torch.exp(torch.randn(shape, generator=generator))).to(self.dtype).to(DEVICE)
+
+        rows = 2 * self.n if self.gated else self.n
+        has_norm, layer = self.norm != "", self.norm == "layer"
+        return launch.Linear(
+            normal(self.tokens, self.columns),
+            *self._weight(rows, generator),
+            normal(self.columns) if has_norm else None,
+            normal(self.columns) if layer else None,
+            normal(rows) if self.bias else None,
+            normal(self.tokens, self.n) if self.residual else None,
+            self.norm,
+            1e-5,
+            self.activation,
+            self.gated,
+            self.format,
+            self.group_size,
+        )
+
+    def _weight(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        groups = self.columns // (self.group_size or self.columns)
+        weight = torch.randn((rows, self.columns), generator=generator) * self.columns**-0.5
+        if not self.format:
+            return weight.to(self.dtype).to(DEVICE), None, None
+        scale = (torch.rand((rows, groups), generator=generator) + 0.5).to(self.dtype)
+        if self.format == "fp8":
+            packed = pack_float(weight.to(torch.float8_e4m3fn), scale)
+        else:
+            bits = 4 if self.format == "int4" else 8
+            codes = torch.randint(2**bits, (rows, self.columns), generator=generator, dtype=torch.uint8)
+            zero = torch.randint(2**bits, (rows, groups), generator=generator, dtype=torch.uint8)
+            scale = scale * (4 * self.columns**-0.5 / 2**bits)
+            packed = pack_integer(codes, scale.to(self.dtype), zero if self.asymmetric else None, bits)
+        return (
+            packed.weight.to(DEVICE),
+            packed.scale.to(DEVICE),
+            None if packed.zero is None else packed.zero.to(DEVICE),
+        )
+
+
+def knobs(linear: launch.Linear) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the op."""
+    names = ("norm", "eps", "activation", "gated", "format", "group_size")
+    return linear[:8], dict(zip(names, linear[8:], strict=True))
+
+
+EXACT = 3e-4
+"""Of the GEMV, which has a scale for each run of columns; the products' one scale per token is coarser."""
+
+
+def check(found: Tensor, linear: launch.Linear, share: float = EXACT, rounded_tokens: bool = False) -> None:
+    """Against the reference in float32: within a share of the largest output, and one rounding of the result.
+
+    `rounded_tokens`: the product takes normalized tokens in their own type.
+    """
+    args, keywords = knobs(linear)
+    wide = [item.float() if isinstance(item, Tensor) and item.is_floating_point() else item for item in args]
+    if linear.format == "fp8":
+        wide[1] = linear.weight
+    expected = FUSED_LINEAR.spec.reference(*wide, **keywords)
+    one_rounding = 0.0 if linear.x.dtype is torch.float32 else torch.finfo(linear.x.dtype).eps
+    bound = share + one_rounding * (4 if rounded_tokens else 1)
+    assert found.dtype is linear.x.dtype
+    assert found.shape == expected.shape
+    assert bool(torch.isfinite(found).all())
+    assert float((found.float() - expected).abs().max()) <= bound * float(expected.abs().max())
+
+
+GEMV_TILES = {
+    "one tile": Gemv(block_n=8, steps=1, width=512, depth=1, warps=4),
+    "several": Gemv(block_n=2, steps=2, width=32, depth=2, warps=1),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("tiles", GEMV_TILES)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", ["floats", "int4 g128, zero points"])
+def test_gemv_options(name: str, option: str, tiles: str, dtype: torch.dtype) -> None:
+    linear = Case(*FORMATS[name], **OPTIONS[option], dtype=dtype).linear()
+    check(launch.gemv(linear, GEMV_TILES[tiles]), linear)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("tiles", GEMV_TILES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_gemv_formats(name: str, tiles: str, dtype: torch.dtype) -> None:
+    """Two tokens, a last tile that is not full in either direction."""
+    case = Case(*FORMATS[name], tokens=2, norm="rms", activation="silu", gated=True, residual=True, dtype=dtype)
+    linear = case.linear()
+    check(launch.gemv(linear, GEMV_TILES[tiles]), linear)
+
+
+PRODUCT_TILES = {
+    "alone": Product(block_n=32, split=1, stages=2, warps=4, block_k=64),
+    "shared": Product(block_n=64, split=2, stages=3, warps=4, block_k=128),
+}
+PRODUCTS = [name for name in FORMATS if name not in ("int4 g32", "int4 g32, zero points")]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("tiles", PRODUCT_TILES)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_product_formats(name: str, tiles: str, dtype: torch.dtype) -> None:
+    """Tokens that do not fill a block; counters of programs that share a block are zero again for the second call."""
+    case = Case(*FORMATS[name], tokens=19, n=40, norm="rms", activation="silu", gated=True, residual=True, dtype=dtype)
+    linear = case.linear()
+    for _ in range(2):
+        y = launch.product(linear, PRODUCT_TILES[tiles])
+        check(y, linear, FUSED_LINEAR.tolerance, rounded_tokens=linear.format in ("", "fp8"))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", ["fp8", "int4 g128, zero points"])
+def test_product_options(name: str, option: str, dtype: torch.dtype) -> None:
+    linear = Case(*FORMATS[name], **OPTIONS[option], tokens=3, dtype=dtype).linear()
+    y = launch.product(linear, PRODUCT_TILES["shared"])
+    check(y, linear, FUSED_LINEAR.tolerance, rounded_tokens=linear.format in ("", "fp8"))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_dequantized_for_cublas(name: str, dtype: torch.dtype) -> None:
+    """The weight is that of the reference, bit for bit."""
+    case = Case(*FORMATS[name], tokens=5, norm="layer", activation="gelu", bias=True, dtype=dtype)
+    linear = case.linear()
+    if linear.scale is not None:
+        args = (linear.weight, linear.scale, linear.zero)
+        expected = dequantize_packed(*args, format=linear.format, group_size=linear.group_size, dtype=dtype)
+        assert torch.equal(launch.dequantize(linear), expected)
+    check(launch.by_cublas(linear), linear, rounded_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["floats", "int4 g128", "int8 per row"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_stay_so(name: str, value: float) -> None:
+    """Fixed point would make a finite number of them."""
+    case = Case(*FORMATS[name], tokens=3)
+    for run, tiles in ((launch.gemv, GEMV_TILES["one tile"]), (launch.product, PRODUCT_TILES["alone"])):
+        linear = case.linear()
+        linear.x[1, 5] = value
+        y = run(linear, tiles)  # type: ignore[arg-type]
+        assert torch.isfinite(y).all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40, 300])
+@pytest.mark.parametrize("name", ["floats", "int4 g128"])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_number_of_tokens(name: str, tokens: int, dtype: torch.dtype) -> None:
+    """Through the choice of kernel; axes in front of K come back; tokens need not be contiguous."""
+    linear = Case(*FORMATS[name], tokens=tokens, n=16, columns=128, norm="rms", dtype=dtype).linear()
+    args, keywords = knobs(linear)
+    x = linear.x.t().contiguous().t()[:, None]
+    y = launch.fused_linear(x, *args[1:], **keywords)
+    assert y.shape == (tokens, 1, 16)
+    check(y[:, 0], linear, FUSED_LINEAR.tolerance, rounded_tokens=True)
+
+
+def test_no_tokens() -> None:
+    linear = Case().linear()
+    args, keywords = knobs(linear)
+    assert launch.fused_linear(linear.x[:0], *args[1:], **keywords).shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "reason"),
+    [
+        (Case(), {}, None),
+        (Case("int4", 128), {}, None),
+        (Case("int4", 256), {}, None),
+        (Case("fp8"), {}, None),
+        (Case("int8", 96), {}, "groups of 96 columns; int8 has 32, 64, 128"),
+        (Case("fp8"), {"group_size": 128}, "groups of 128 columns; fp8 has none"),
+        (Case(), {"group_size": 128}, "groups of 128 columns; a weight without a format has none"),
+        (Case("int4", 128), {"group_size": 64}, "2 scales per row of 256 columns in groups of 64"),
+        (Case(columns=48), {}, "48 columns; the kernel takes multiples of 32 up to 32768"),
+        (Case(columns=32800, n=1), {}, "32800 columns; the kernel takes multiples of 32 up to 32768"),
+        (Case(), {"format": "int3"}, "weights of the format 'int3'; the kernel takes int8, int4, fp8"),
+        (Case("int8"), {"format": "int4"}, "a weight of type int8 for the format 'int4', which holds uint8"),
+        (Case(), {"activation": "mish"}, "no kernel has the norm '' or the activation 'mish'"),
+        (Case(), {"norm": "group"}, "no kernel has the norm 'group' or the activation ''"),
+        (Case(dtype=torch.float64), {}, "activations of type float64; the kernel takes bfloat16, float16, float32"),
+    ],
+)
+def test_says_what_it_takes(case: Case, changes: dict[str, Any], reason: str | None) -> None:
+    args, keywords = knobs(case.linear())
+    assert accepts(args, keywords | changes) == reason
+
+
+def test_short_groups_are_left_to_cublas() -> None:
+    """The tensor cores' step is longer than a group of 32 nibbles."""
+    linear = Case("int4", 32).linear()
+    assert launch.product_obstacle(linear) == "groups of 32 columns are shorter than a step of the tensor cores"
+    assert launch.product_obstacle(Case("int8", 32).linear()) is None
+    assert launch.product_obstacle(Case("int4", 0, columns=96).linear()) == "96 columns are not a multiple of 128"
+
+
+def test_tiles_are_those_of_the_nearest_shape() -> None:
+    shape, expected = next(item for item in tables().gemv if item[0].format == "int4" and item[0].gated)
+    assert gemv_tiles(shape) == expected
+    assert gemv_tiles(replace(shape, n=shape.n - 100, k=shape.k + 32)) == expected
+    near = Shape(format="int4", n=64, k=4096, gated=False)
+    assert [near.distance(replace(near, **change)) for change in ({"n": 128}, {"k": 2048}, {"gated": True})] == [
+        1,
+        4,
+        2,
+    ]
+    assert [kind_for(replace(shape, m=tokens)) for tokens in (1, 16, 4096)] == ["gemv", "product", None]
+
+
+@pytest.mark.parametrize("mark", [pytest.param(None, marks=ON_GPU)])
+def test_op_runs_the_kernel(mark: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA tensors; what is refused goes to the reference."""
+    assert HAS_GPU
+    calls: list[str] = []
+    monkeypatch.setattr(launch, "gemv", lambda linear, _: calls.append(linear.format) or linear.new_result())
+    args, keywords = knobs(Case("int8", dtype=torch.bfloat16).linear())
+    torch.ops.optc.fused_linear(*args, **keywords)
+    wide, keywords = knobs(Case(dtype=torch.float64).linear())
+    torch.ops.optc.fused_linear(*wide, **keywords)
+    assert calls == ["int8"]
