@@ -155,9 +155,9 @@ def product(linear: Linear, tiles: Product) -> Tensor:
     }  # fmt: skip
     ends = (linear.bias, linear.residual, y, partial, arrivals, shape.m, shape.n)
     if linear.format in BITS:
-        digits, unit, sums = _split_tokens(linear)
+        digits, unit, group_sums = _split_tokens(linear)
         product_integer[grid](
-            digits, unit, sums, linear.weight.view(torch.int8), linear.scale, linear.zero, *ends,
+            digits, unit, group_sums, linear.weight.view(torch.int8), linear.scale, linear.zero, *ends,
             BITS=BITS[linear.format], GROUP=linear.group_size, NATIVE=y.is_cuda, **common,
         )  # fmt: skip
     else:

@@ -10,9 +10,9 @@ import torch
 from interpreted import DEVICE, FLOATS, HAS_GPU, ON_GPU
 from torch import Tensor
 
+from optc.compiler.kernels.cuda.fused_linear import FUSED_LINEAR, accepts
 from optc.compiler.kernels.cuda.linear import launch
 from optc.compiler.kernels.cuda.linear.configurations import Gemv, Product, Shape, gemv_tiles, kind_for, tables
-from optc.compiler.kernels.cuda.fused_linear import FUSED_LINEAR, accepts
 from optc.compiler.ops.packed.cuda import dequantize_packed, pack_float, pack_integer
 
 OPTIONS: dict[str, dict[str, Any]] = {
