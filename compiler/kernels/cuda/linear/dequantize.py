@@ -18,23 +18,23 @@ def dequantize_rows(
         scale, zero: [N, K / GROUP]; GROUP is K for a scale per row.
     """
     ROW: tl.constexpr = K * BITS // 8
-    GROUPS: tl.constexpr = K // GROUP
     row = tl.program_id(0).to(tl.int64)
-    places = tl.minimum(tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), ROW - 1)  # the last one again past the end
-    q = tl.load(w + row * ROW + places, eviction_policy="evict_first")
+    places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < ROW
+    q = tl.load(w + row * ROW + places, mask=inside, eviction_policy="evict_first")
     if BITS == 4:
         columns = places // 16 * 32 + places % 16
-        _store(y, scale, zero, row, columns, (q << 4).to(tl.int8) >> 4, K, GROUP, GROUPS)
-        _store(y, scale, zero, row, columns + 16, q >> 4, K, GROUP, GROUPS)
+        _store(y, scale, zero, row, columns, inside, (q << 4).to(tl.int8) >> 4, K, GROUP)
+        _store(y, scale, zero, row, columns + 16, inside, q >> 4, K, GROUP)
     else:
-        _store(y, scale, zero, row, places, q, K, GROUP, GROUPS)
+        _store(y, scale, zero, row, places, inside, q, K, GROUP)
 
 
 @triton.jit
-def _store(y, scale, zero, row, columns, codes, K: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+def _store(y, scale, zero, row, columns, inside, codes, K: tl.constexpr, GROUP: tl.constexpr):
     values = codes.to(tl.float32)
-    group = row * GROUPS + columns // GROUP
+    group = row * (K // GROUP) + columns // GROUP
     if zero is not None:
-        values -= tl.load(zero + group).to(tl.float32)
-    values *= tl.load(scale + group).to(tl.float32)
-    tl.store(y + row * K + columns, values.to(y.dtype.element_ty))
+        values -= tl.load(zero + group, mask=inside).to(tl.float32)
+    values *= tl.load(scale + group, mask=inside).to(tl.float32)
+    tl.store(y + row * K + columns, values.to(y.dtype.element_ty), mask=inside)
