@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from optc.compiler.ir.lazy_weights import HANDLERS, Deferred, LazyWeight, Recipe, deferred, materialized
 from optc.compiler.ir.row_blocks import row_blocks
 from optc.compiler.ir.stored_weights import Stored
+from optc.compiler.ir.weight_buffers import WEIGHTS
 from optc.compiler.ops.dialect import quantization as _quantization  # noqa: F401  (registers the operators)
 from optc.compiler.ops.packed import onnxruntime as _onnxruntime  # noqa: F401
 
@@ -64,6 +65,14 @@ def _cast(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LazyWeight 
     if isinstance(recipe, Stored) and recipe.stored is recipe.dtype and not recipe.nibbles:
         return replace(recipe, dtype=dtype).lazy()
     return _defer(func, args, {"dtype": dtype})
+
+
+def _view(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LazyWeight | None:
+    """Another shape over the same elements of a file."""
+    source, shape = args
+    if not isinstance(source.recipe, Stored):
+        return _defer(func, args, kwargs)
+    return replace(source.recipe, shape=tuple(torch.empty(source.shape, device="meta").view(shape).shape)).lazy()
 
 
 def _select(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> LazyWeight | None:
@@ -145,7 +154,7 @@ def _dequantize(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tenso
     if any(isinstance(item, Tensor) and len(item) != count for item in others):
         return None
     scale, *others = (materialized(item) for item in others)
-    out = scale.new_empty((count, columns))
+    out = WEIGHTS.empty((count, columns), scale.dtype)
     for begin, end in row_blocks(count, columns):
         parts = [item if item is None else item[begin:end] for item in (scale, *others)]
         out[begin:end] = func(materialized(codes[begin:end]), *parts, **kwargs)
@@ -169,8 +178,6 @@ _MOVES = (
     _aten.t.default,
     _aten.transpose.int,
     _aten.permute.default,
-    _aten.view.default,
-    _aten._unsafe_view.default,
     _aten.unsqueeze.default,
     _aten.cat.default,
     _aten.stack.default,
@@ -180,6 +187,8 @@ HANDLERS.update(
         _aten.detach.default: _alias,
         _aten.alias.default: _alias,
         _aten._to_copy.default: _cast,
+        _aten.view.default: _view,
+        _aten._unsafe_view.default: _view,
         _aten.select.int: _select,
         _aten.slice.Tensor: _slice,
         _aten.embedding.default: _embedding,

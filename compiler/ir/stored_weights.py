@@ -21,6 +21,7 @@ from torch import Tensor
 
 from optc.compiler.diagnostics import InputError, os_errors
 from optc.compiler.ir.lazy_weights import LazyWeight, like_shape
+from optc.compiler.ir.weight_buffers import WEIGHTS
 from optc.compiler.ops.packed.onnxruntime import pack_nbits, unpack_nbits
 
 _SPILLED_BYTES = 1 << 16  # smaller tensors stay in memory
@@ -148,7 +149,7 @@ class Stored:
         return LazyWeight(self, like_shape(self.shape, self.dtype))
 
     def read(self) -> Tensor:
-        out = torch.empty(self.shape, dtype=self.dtype)
+        out = WEIGHTS.empty(self.shape, self.dtype)
         flat, begin = out.view(-1), 0
         for piece in flat.split(_CHUNK // self.stored.itemsize):
             self._fill(piece, begin)

@@ -206,7 +206,7 @@ def _no_weights(folder: Path) -> InputError:
 
 
 def _check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
-    values, nans, infs = tensor.reshape(-1), 0, 0
+    values, nans, infs = tensor.view(-1), 0, 0
     pieces = (materialized(values[i : i + _PIECE]) for i in range(0, values.numel(), _PIECE))
     for chunk in (chunk for piece in pieces for chunk in piece.split(_CHUNK)):
         if chunk.element_size() == 1:

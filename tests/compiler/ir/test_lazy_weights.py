@@ -99,6 +99,15 @@ def test_parts_of_a_weight_are_read_alone(store: Callable[[Tensor], Tensor], rea
     assert reads == [2 * 64 * 2]
 
 
+def test_a_piece_of_a_flat_view_is_read_alone(store: Callable[[Tensor], Tensor], reads: list[int]) -> None:
+    """Checking values looks at pieces; each used to read its whole tensor."""
+    weight = _random(1000, 64)
+    flat = store(weight).view(-1)
+    assert torch.equal(materialized(flat[70:200]), weight.view(-1)[70:200])
+    assert reads == [130 * 2]
+    assert torch.equal(materialized(store(weight).view(250, -1, 64)), weight.view(250, 4, 64))
+
+
 def test_a_product_with_a_large_weight_reads_it_in_blocks(
     store: Callable[[Tensor], Tensor], reads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
