@@ -57,6 +57,13 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "cached_attention_codes": (
         (QKV[0], *CODES, PAST, T + S, torch.full((1,), 0.02), torch.full((1,), 0.02)), KNOBS,
     ),
+    "greedy_step_": (
+        (
+            _f(2, 8), torch.tensor([1, 2]), torch.tensor([3, 0]), torch.tensor([11, -1]),
+            torch.tensor([4, 0], dtype=torch.int32), torch.tensor([[2, 1], [0, 0]], dtype=torch.int32),
+        ),
+        {"block_size": 4},
+    ),
     "paged_attention_": (PAGED, KNOBS),
     "rotary_paged_attention_": (
         (*PAGED, torch.tensor([0, 1, 2, 0]), _f(D // 4), _f(D), _f(D)),

@@ -77,6 +77,14 @@ AOTINDUCTOR = Engine(
     bundle="optc.exporters.bundle.engines:AOTINDUCTOR",
     files=("model", "weights", "library", "runner"),
 )
+CUDA = Engine(
+    name="cuda",
+    session="optc.runtime.sessions.cuda:open_artifact",
+    device="cuda",
+    files=("graph", "weights", "constants"),
+    has_threads=False,
+)
+"""A saved program, run by torch with own kernels; its decode steps are captured in CUDA graphs."""
 TENSORRT = Engine(
     name="tensorrt",
     session="optc.runtime.sessions.trt:open_artifact",
@@ -104,7 +112,7 @@ HUGGINGFACE = Engine(
 @lru_cache(maxsize=1)
 def engines() -> Mapping[str, Engine]:
     """Every engine by name, those of other packages among them."""
-    found = {engine.name: engine for engine in (ONNX, AOTINDUCTOR, TENSORRT, EXECUTORCH, HUGGINGFACE)}
+    found = {engine.name: engine for engine in (ONNX, AOTINDUCTOR, CUDA, TENSORRT, EXECUTORCH, HUGGINGFACE)}
     for engine in plugins(ENTRY_POINTS, "an Engine", lambda item: item if isinstance(item, Engine) else None):
         found.setdefault(engine.name, engine)
     return found

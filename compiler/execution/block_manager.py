@@ -100,12 +100,7 @@ class BlockManager:
         """
         assert len({request for request, _ in work}) == len(work), "a request appears once in a step"
         needed = sum(self._missing_blocks(request, len(tokens)) for request, tokens in work)
-        if needed > self.free_blocks:
-            raise ResourceError(
-                "the KV pool is out of blocks",
-                why=f"{needed} blocks needed, {self.free_blocks} of {self.num_blocks} free",
-                remedy="use a larger pool, fewer sequences at a time or shorter prompts",
-            )
+        self._require(needed)
         positions: list[int] = []
         for request, tokens in work:
             state = self._requests[request]
@@ -115,6 +110,28 @@ class BlockManager:
             state.tokens += tokens
         self._note_peaks()
         return self._tensors(work, positions)
+
+    def reserve(self, work: Sequence[tuple[Hashable, int]]) -> list[Hashable]:
+        """Make room for that many more tokens of some requests; returns those that got blocks for it.
+
+        Raises:
+            ResourceError: the pool has too few free blocks; nothing is reserved then.
+        """
+        missing = {request: self._missing_blocks(request, count) for request, count in work}
+        self._require(sum(missing.values()))
+        for request, count in missing.items():
+            self._requests[request].blocks += [self._take() for _ in range(count)]
+        self._note_peaks()
+        return [request for request, count in missing.items() if count]
+
+    def append(self, request: Hashable, tokens: Sequence[int]) -> None:
+        """Note tokens that the caller laid out itself, in room that was reserved."""
+        assert not self._missing_blocks(request, len(tokens)), "no room was reserved"
+        self._requests[request].tokens += tokens
+
+    def blocks(self, request: Hashable) -> Sequence[int]:
+        """The blocks that a request owns, in the order of its tokens."""
+        return self._requests[request].blocks
 
     def commit(self, request: Hashable) -> None:
         """The pool holds every token that was laid out: full blocks may now be shared."""
@@ -179,9 +196,18 @@ class BlockManager:
 
     # -- blocks -----------------------------------------------------------------------------
 
+    def _require(self, needed: int) -> None:
+        """Raise where fewer blocks than this are free."""
+        if needed > self.free_blocks:
+            raise ResourceError(
+                "the KV pool is out of blocks",
+                why=f"{needed} blocks needed, {self.free_blocks} of {self.num_blocks} free",
+                remedy="use a larger pool, fewer sequences at a time or shorter prompts",
+            )
+
     def _missing_blocks(self, request: Hashable, new: int) -> int:
         state = self._requests[request]
-        return -(-(len(state.tokens) + new) // self.block_size) - len(state.blocks)
+        return max(0, -(-(len(state.tokens) + new) // self.block_size) - len(state.blocks))
 
     def _take(self) -> int:
         """A block to write: a never used one, else the cached one that was left the longest ago."""

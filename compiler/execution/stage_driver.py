@@ -290,7 +290,9 @@ def _run_paged(
     collector = _Collector(len(sequences))
     for call in plan:
         taps: list[Tensor] = []
-        inputs = manager.step([(row, sequences[row][start:end]) for row, start, end in call])
+        inputs = list(manager.step([(row, sequences[row][start:end]) for row, start, end in call]))
+        if program.contract.input_index("logits_indices") is not None:
+            inputs.append(torch.arange(len(inputs[0])))
         logits = run(taps)(*(item.to(device) for item in inputs), *pools)[0]
         collector.add(call, _split(call), logits, taps)
     return collector.result()

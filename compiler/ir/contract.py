@@ -15,6 +15,7 @@ InputRole = Literal[
     "block_tables",
     "context_lens",
     "cu_seqlens",
+    "logits_indices",
     "past_lengths",
     "key_cache",
     "value_cache",

@@ -1,7 +1,17 @@
 """The `optc::` dialect. Importing this package registers every op, those of other packages (`optc.ops`) too."""
 
 from optc.compiler.ops import library
-from optc.compiler.ops.dialect import attention, attention_codes, nvfp4, paged, quantization, rotary, rotation, sampling
+from optc.compiler.ops.dialect import (
+    attention,
+    attention_codes,
+    greedy,
+    nvfp4,
+    paged,
+    quantization,
+    rotary,
+    rotation,
+    sampling,
+)
 from optc.compiler.ops.packed import (
     cuda,
     inductor_cpu,
@@ -16,6 +26,7 @@ __all__ = [
     "attention",
     "attention_codes",
     "cuda",
+    "greedy",
     "inductor_cpu",
     "nvfp4",
     "onnxruntime",

@@ -66,7 +66,7 @@ def _retrace(program: Program, block_size: int) -> Program:
         logits: Tensor = replay.outputs(input_ids[None], position_ids[None])[0]
         return logits[0]
 
-    args, shapes = _examples(contract, program_device(program))
+    args, shapes = paged_examples(contract, program_device(program))
     return retrace(program, forward, args, shapes, contract)
 
 
@@ -96,9 +96,9 @@ def _contract(program: Program, block_size: int) -> Contract:
     return msgspec.structs.replace(old, inputs=tuple(inputs), kv_cache=cache)
 
 
-def _examples(contract: Contract, device: torch.device) -> tuple[list[Tensor], list[dict[int, Any]]]:
-    """Example inputs, whose dynamic axes all differ in size, and their dynamic shapes."""
-    sizes = {"tokens": 7, "requests": 3, "max_blocks": 5, "requests_plus_1": 4, "num_blocks": 11}
+def paged_examples(contract: Contract, device: torch.device) -> tuple[list[Tensor], list[dict[int, Any]]]:
+    """Example inputs of a paged program, whose dynamic axes all differ in size, and their dynamic shapes."""
+    sizes = {"tokens": 7, "requests": 3, "max_blocks": 5, "requests_plus_1": 4, "num_blocks": 11, "rows": 6}
     dims: dict[str, Any] = {name: Dim(name, min=1) for name in sizes if name != "requests_plus_1"}
     dims["requests_plus_1"] = dims["requests"] + 1
     args, shapes = [], []

@@ -35,7 +35,8 @@ class MatMulNBits(Rule):
     and 8 bits.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accuracy_level: int) -> None:
+        self.accuracy_level = accuracy_level
         self._made: dict[str, tuple[Node | None, ...]] = {}
 
     def match(self, program: Program, node: Node) -> Match | Miss | None:
@@ -70,7 +71,7 @@ class MatMulNBits(Rule):
         if codes not in self._made:
             self._made[codes] = self._pack(program, codes, scale, zero, kernel, match.found["bits"])
         args = (node.args[0], *self._made[codes], (*node.args, None)[2])
-        knobs = {**kernel, "accuracy_level": 0}
+        knobs = {**kernel, "accuracy_level": self.accuracy_level}
         replace_call(program, node, optc.matmul_nbits.default, args, knobs)
 
     def _pack(

@@ -62,7 +62,7 @@ def generate(
     sampler = Sampler(sampling or Sampling(), prompts)
     batch.take(sampler(session.prefill(prompts)))
     first = time.perf_counter()
-    steps = 0
+    steps = batch.stream() if sampler.sampling.greedy and session.streams else 0
     while batch.running:
         batch.take(sampler(batch.step()))
         steps += 1
@@ -107,6 +107,17 @@ class _Batch:
         if len(self.tokens[row]) >= self._limit:
             return "length"
         return "context" if self._session.lengths[row] >= self._session.context_length else None
+
+    def stream(self) -> int:
+        """Let the session choose for itself, as long as every row runs; returns the number of steps."""
+        steps = 0
+        if self.running == len(self.stop):
+            for chosen in self._session.greedy([row[-1] for row in self.tokens], self._limit - 1):
+                self.take(chosen)
+                steps += 1
+                if self.running < len(self.stop):
+                    break
+        return steps
 
     def step(self) -> Logits:
         """Feed every row its last token; logits [B, V]. A row that has stopped stays as it was.

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from optc.compiler.diagnostics import GateError, UsageError
+from optc.compiler.diagnostics import UsageError
+from optc.runtime.sessions.session import most_likely
 
 Weights = npt.NDArray[np.float32]
 
@@ -128,18 +129,9 @@ class Sampler:
         Raises:
             GateError: logits that are not numbers.
         """
-        best = logits.argmax(axis=1)  # NaN counts as the largest, so one look at the winner finds it
-        top = logits[np.arange(len(best)), best]
-        if not np.isfinite(top).all():
-            row = int(np.flatnonzero(~np.isfinite(top))[0])
-            raise GateError(
-                "the artifact computes logits that are not finite",
-                where=f"row {row}, token {int(best[row])}",
-                why="a value overflowed, most likely in half precision",
-                remedy="compile with --dtype fp32 or bf16",
-            )
+        best = most_likely(logits)
         if self.sampling.greedy:
-            return [int(token) for token in best]
+            return best
         return [_draw(row, self.sampling, stream) for row, stream in zip(logits, self._streams, strict=True)]
 
 

@@ -12,11 +12,12 @@ import torch
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.execution.block_manager import BlockManager
 from optc.compiler.ir.contract import Contract, Input
-from optc.runtime.sessions.session import Logits, Rows, Session
-from optc.runtime.sessions.torch_linear import Run, cache_inputs, to_logits, torch_zeros
+from optc.runtime.sessions.session import UNKNOWN_CONTEXT, Logits, Rows, Session
+from optc.runtime.sessions.torch_linear import CPU, Run, cache_inputs, to_logits, torch_zeros
 
 _DEFAULT_CONTEXTS = 8
 _DEFAULT_POOL_BYTES = 4 << 30
+PREFILL_CHUNK = 4096
 
 Piece = tuple[int, list[int]]
 """A row and tokens that it is about to get."""
@@ -48,6 +49,7 @@ class PagedSession(Session):
     Args:
         run: the graph; it writes the pools in place.
         contract: its contract, of kv_cache kind "paged".
+        device: where the graph runs.
         num_blocks: size of the pools; by default enough for 8 rows of full context, within 4 GiB.
             Memory is taken as blocks are first used.
 
@@ -55,20 +57,33 @@ class PagedSession(Session):
         UsageError: `num_blocks` below 1.
     """
 
-    def __init__(self, run: Run, contract: Contract, *, num_blocks: int | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        contract: Contract,
+        *,
+        num_blocks: int | None = None,
+        device: torch.device = CPU,
+    ) -> None:
         assert contract.kv_cache.kind == "paged"
         super().__init__(vocab_size=contract.model.vocab_size, context_length=contract.model.context_length)
         size = contract.kv_cache.block_size
         if num_blocks is not None and num_blocks < 1:
             raise UsageError(f"num-blocks {num_blocks} is out of range", remedy="use 1 or more")
         pools = cache_inputs(contract)
-        count = num_blocks or _default_blocks(pools, size, self.context_length)
-        self._graph = run
-        self._pools = [torch_zeros(_shape(spec, count), spec.dtype) for spec in pools]
+        count = num_blocks or default_blocks(contract)
+        self._graph, self._device = run, device
+        self._pools = [torch_zeros(_shape(spec, count), spec.dtype, device) for spec in pools]
+        self._selects = contract.input_index("logits_indices") is not None
         self._manager = BlockManager(count, size)
         self._rows: list[list[int]] = []
         self._waiting: set[int] = set()  # rows that the manager does not know yet
         self._reused = 0
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Most tokens of a call whose last logits alone are wanted."""
+        return PREFILL_CHUNK if self._selects else self.chunk
 
     @property
     def pool_use(self) -> PoolUse:
@@ -99,8 +114,8 @@ class PagedSession(Session):
             if self._waits_for(group, row, tokens):
                 self._flush(group, out)
             rest = self._begin(row, list(tokens))
-            while sum(len(part) for _, part in group) + len(rest) > self.chunk:
-                room = self.chunk - sum(len(part) for _, part in group)
+            while sum(len(part) for _, part in group) + len(rest) > self.prefill_chunk:
+                room = self.prefill_chunk - sum(len(part) for _, part in group)
                 group += [(row, rest[:room])] if room else []
                 rest = rest[room:]
                 self._flush(group, out)
@@ -113,7 +128,7 @@ class PagedSession(Session):
         if 0 in self._waiting:
             self._manager.start(0)
             self._waiting.discard(0)
-        return self._call([(0, list(tokens))])
+        return self._call([(0, list(tokens))], every=True)
 
     def _rewind(self, lengths: Sequence[int]) -> None:
         for row, length in enumerate(lengths):
@@ -150,30 +165,39 @@ class PagedSession(Session):
     def _flush(self, group: list[Piece], out: Logits) -> None:
         if not group:
             return
-        logits = self._call(group)
-        last = np.cumsum([len(part) for _, part in group]) - 1
-        out[[row for row, _ in group]] = logits[last]
+        out[[row for row, _ in group]] = self._call(group)
         group.clear()
 
-    def _call(self, work: list[Piece]) -> Logits:
-        inputs = self._manager.step(work)
+    def _call(self, work: list[Piece], *, every: bool = False) -> Logits:
+        """Logits of the last token of each piece, or of every token."""
+        inputs = list(self._manager.step(work))
+        wanted = torch.arange(len(inputs[0])) if every else inputs[-1][1:].long() - 1
+        inputs += [wanted] if self._selects else []
         with torch.inference_mode():
-            outputs = self._graph(*inputs, *self._pools)
+            outputs = self._graph(*(item.to(self._device) for item in inputs), *self._pools)
         for row, tokens in work:
             self._manager.commit(row)
             self._rows[row] += tokens
             self.lengths[row] = len(self._rows[row])
-        return to_logits(outputs[0] if isinstance(outputs, tuple | list) else outputs)
+        logits = to_logits(outputs[0] if isinstance(outputs, tuple | list) else outputs)
+        return logits if self._selects or every else logits[wanted.numpy()]
 
 
 def _shape(spec: Input, num_blocks: int) -> list[int]:
     return [size if isinstance(size, int) else num_blocks for size in spec.dims]
 
 
-def _default_blocks(pools: Sequence[Input], block_size: int, context_length: int) -> int:
-    per_row = -(-context_length // block_size)
-    block_bytes = 0
-    for spec in pools:
+def block_bytes(contract: Contract) -> int:
+    """Bytes of one block, in all layers."""
+    total = 0
+    for spec in cache_inputs(contract):
         kind: torch.dtype = getattr(torch, spec.dtype)
-        block_bytes += math.prod(_shape(spec, 1)) * kind.itemsize
-    return max(1, min(_DEFAULT_CONTEXTS * per_row, _DEFAULT_POOL_BYTES // block_bytes))
+        total += math.prod(_shape(spec, 1)) * kind.itemsize
+    return total
+
+
+def default_blocks(contract: Contract, pool_bytes: int = _DEFAULT_POOL_BYTES) -> int:
+    """Blocks for 8 rows of full context, as far as they take no more than `pool_bytes`."""
+    context_length = contract.model.context_length or UNKNOWN_CONTEXT
+    per_row = -(-context_length // contract.kv_cache.block_size)
+    return max(1, min(_DEFAULT_CONTEXTS * per_row, pool_bytes // block_bytes(contract)))

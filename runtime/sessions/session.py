@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.diagnostics import GateError, InputError, UsageError
 
 Logits = npt.NDArray[np.float32]
 Rows = Sequence[Sequence[int]]
@@ -98,6 +98,29 @@ class Session(ABC):
         if min(tokens) < 0 or max(tokens) >= self.vocab_size or max(self.lengths) >= self.context_length:
             self._check([[token] for token in tokens], self.lengths)
         return self._decode(tokens)
+
+    @property
+    def streams(self) -> bool:
+        """Whether `greedy` chooses tokens without a turn through this process for each."""
+        return False
+
+    def greedy(self, tokens: Sequence[int], steps: int) -> Iterator[list[int]]:
+        """Append one token to every row and yield the most likely next ones, which are appended in turn, and so on.
+
+        Each yield is a `decode` of the tokens before it. A caller may stop at any time; the tokens of the last yield are
+        not in the cache.
+
+        Args:
+            steps: most yields.
+
+        Raises:
+            InputError: as `decode`.
+            GateError: logits that are not finite.
+        """
+        chosen = list(tokens)
+        for _ in range(steps):
+            chosen = most_likely(self.decode(chosen))
+            yield chosen
 
     def rewind(self, lengths: Sequence[int]) -> None:
         """Forget the end of each row: keep its first `lengths[b]` tokens.
@@ -185,6 +208,29 @@ class Session(ABC):
                     where=f"prompt {index}" + (f", after {length} tokens in the cache" if length else ""),
                     remedy=f"shorten it by {excess} token(s)",
                 )
+
+
+def most_likely(logits: npt.NDArray[np.floating]) -> list[int]:
+    """The token of the largest logit of each row of [B, V], the smallest id among equals.
+
+    Raises:
+        GateError: it is not finite.
+    """
+    best = logits.argmax(axis=1)  # NaN counts as the largest, so one look at the winner finds it
+    top = logits[np.arange(len(best)), best]
+    for row in np.flatnonzero(~np.isfinite(top)):
+        raise not_finite(f"row {row}, token {int(best[row])}")
+    return [int(token) for token in best]
+
+
+def not_finite(where: str) -> GateError:
+    """The error for logits that are NaN or infinite."""
+    return GateError(
+        "the artifact computes logits that are not finite",
+        where=where,
+        why="a value overflowed, most likely in half precision",
+        remedy="compile with --dtype fp32 or bf16",
+    )
 
 
 def default_threads() -> int:

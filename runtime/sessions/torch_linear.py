@@ -12,6 +12,7 @@ from optc.compiler.ir.contract import Contract, Input
 from optc.runtime.sessions.linear import Ids, LinearSession, lazy_zeros
 from optc.runtime.sessions.session import Logits
 
+CPU = torch.device("cpu")
 Run = Callable[..., Any]
 """A graph: its inputs, flat and in the order of the contract -> its output or outputs."""
 
@@ -62,13 +63,15 @@ def cache_inputs(contract: Contract) -> list[Input]:
     return [spec for spec in contract.inputs if spec.role in ("key_cache", "value_cache")]
 
 
-def torch_zeros(shape: Sequence[int], dtype: str) -> torch.Tensor:
-    """A tensor of zeros whose memory is taken when it is first written."""
+def torch_zeros(shape: Sequence[int], dtype: str, device: torch.device = CPU) -> torch.Tensor:
+    """A tensor of zeros; on the CPU its memory is taken when it is first written."""
     kind: torch.dtype = getattr(torch, dtype)
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=kind, device=device)
     size = int(np.prod(shape)) * kind.itemsize
     return torch.from_numpy(lazy_zeros((size,), np.uint8)).view(kind).view(*shape)
 
 
 def to_logits(tensor: torch.Tensor) -> Logits:
     """A logits tensor as a float32 array, without a copy where it is one already."""
-    return tensor.detach().float().numpy()
+    return tensor.detach().float().cpu().numpy()

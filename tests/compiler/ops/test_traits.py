@@ -29,6 +29,7 @@ MUTATES = {
     "paged_attention_": ("k_pool", "v_pool"),
     "rotary_paged_attention_": ("k_pool", "v_pool"),
     "sample_": ("seen", "counts"),
+    "greedy_step_": ("input_ids", "position_ids", "slot_mapping", "context_lens"),
 }
 
 

@@ -1,0 +1,235 @@
+"""Sessions over saved programs on an NVIDIA GPU: prefill through the program, decode steps as CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optc.compiler.artifact.manifest import Manifest
+from optc.compiler.diagnostics import TargetError
+from optc.compiler.ir.devices import program_device, to_device
+from optc.compiler.ir.program import Program
+from optc.runtime.sessions.cuda_memory import MemoryPlan, free_bytes, plan_memory
+from optc.runtime.sessions.decode_step import DecodeStep, RequestState
+from optc.runtime.sessions.paged import PREFILL_CHUNK, PagedSession
+from optc.runtime.sessions.session import Logits, Session, SessionOptions, not_finite
+from optc.runtime.sessions.torch_linear import to_logits
+
+LEAST_CAPABILITY = (8, 0)
+_LEAST_WIDTH = 1024
+"""Tokens that the block tables of the narrowest captured step hold; each wider one holds four times as many."""
+_AHEAD = 2
+"""Tokens beyond those of a step for which there is room when it is started: it leaves the next one's slot."""
+
+
+def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> Session:
+    """The session for a verified artifact, on the first GPU.
+
+    Raises:
+        TargetError: no GPU, an old one, or packages that are not here.
+        ResourceError: it does not fit the GPU's memory.
+    """
+    device = check_gpu(str(folder))
+    program = Program.load(folder)
+    plan = plan_memory(program, free_bytes(device), chunk=PREFILL_CHUNK, num_blocks=options.num_blocks)
+    return CudaSession(to_device(program, device), plan)
+
+
+def check_gpu(where: str) -> torch.device:
+    """The first GPU, where it can run what is written for CUDA.
+
+    Raises:
+        TargetError: says what is missing.
+    """
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        raise TargetError(
+            "the artifact needs an NVIDIA GPU, and there is none here",
+            where=where,
+            why="torch finds no GPU, or no driver that is new enough" if built else "this torch was built without CUDA",
+            remedy="run it on a machine with one"
+            + ("; nvidia-smi names the driver" if built else ", with a torch for CUDA"),
+        )
+    device = torch.device("cuda", 0)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        raise TargetError(
+            "the GPU is too old for the artifact",
+            where=torch.cuda.get_device_name(device),
+            why=f"compute capability {capability[0]}.{capability[1]}; the kernels need "
+            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}",
+            remedy="use a GPU of the Ampere generation or later",
+        )
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise TargetError(
+            "the artifact's kernels need the package triton, which is not installed",
+            where=where,
+            remedy="pip install triton, in the version that this torch names",
+        ) from error
+    return device
+
+
+class CudaSession(PagedSession):
+    """A session over a paged program on one device.
+
+    Decode steps are captured per batch size, rounded up to a power of two, and per width of the block tables; rows
+    beyond the batch are padding. Greedy steps follow each other on the device: the next one is started before the tokens
+    of the last one are read.
+
+    Args:
+        program: on the device where it runs. On the CPU, operators run by their references and nothing is captured.
+    """
+
+    def __init__(self, program: Program, plan: MemoryPlan) -> None:
+        device = program_device(program)
+        super().__init__(program, program.contract, num_blocks=plan.num_blocks, device=device)
+        self.memory = plan
+        self._steps: dict[tuple[int, int], DecodeStep] = {}
+        self._graph_memory: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    @property
+    def streams(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._steps.clear()
+        self._graph = _closed
+        super().close()
+
+    def _decode(self, tokens: Sequence[int]) -> Logits:
+        if any(row in self._waiting for row in range(len(tokens))):
+            return super()._decode(tokens)
+        self._manager.reserve([(row, 1) for row in range(len(tokens))])
+        step = self._step(len(tokens), max(self.lengths) + 1)
+        step.load(self._states(tokens))
+        step.run()
+        logits = to_logits(step.logits[: len(tokens)])
+        self._note(tokens)
+        return logits
+
+    def greedy(self, tokens: Sequence[int], steps: int) -> Iterator[list[int]]:
+        self._check_batch(len(tokens))
+        self._check([[token] for token in tokens], self.lengths)
+        chosen, left = list(tokens), steps
+        while left:
+            room = self.context_length - max(self.lengths)
+            step = self._step(len(tokens), max(self.lengths) + 1)
+            fits = step.width * self._manager.block_size - max(self.lengths)
+            count = min(left, room, fits)
+            if not count:  # as `decode` says it
+                self._check([[token] for token in chosen], self.lengths)
+            for found in self._follow(step, chosen, count):
+                yield found
+                chosen = found
+                left -= 1
+
+    def _follow(self, step: DecodeStep, tokens: list[int], count: int) -> Iterator[list[int]]:
+        """`count` steps on the device, one of them ahead of the one whose tokens are read."""
+        rows, reader = len(tokens), _TokenReader(step.batch, self._device)
+        self._reserve_ahead(step, rows, 0, count)
+        step.load(self._states(tokens))
+        step.run()
+        reader.start(step.tokens)
+        fed = tokens
+        for index in range(count):
+            if index + 1 < count:
+                self._reserve_ahead(step, rows, 1, count - index)
+                step.run()
+                found = reader.turn(step.tokens)
+            else:
+                found = reader.last()
+            chosen = found[:rows]
+            self._note(fed)
+            if min(chosen) < 0:
+                raise not_finite(f"row {chosen.index(min(chosen))}")
+            fed = chosen
+            yield chosen
+
+    # -- state ------------------------------------------------------------------------------
+
+    def _step(self, rows: int, tokens: int) -> DecodeStep:
+        """The captured step for so many rows of up to so many tokens."""
+        size = self._manager.block_size
+        batch, width = 1, _LEAST_WIDTH
+        while batch < rows:
+            batch *= 2
+        while width < tokens:
+            width *= 4
+        width = -(-min(width, max(self.context_length, tokens)) // size)
+        key = (batch, width)
+        if key not in self._steps:
+            self._steps[key] = DecodeStep(
+                self._graph,
+                self._pools,
+                batch=batch,
+                width=width,
+                block_size=size,
+                selects=self._selects,
+                memory=self._graph_memory,
+            )
+        return self._steps[key]
+
+    def _states(self, tokens: Sequence[int]) -> list[RequestState]:
+        manager = self._manager
+        return [RequestState(token, manager.length(row), manager.blocks(row)) for row, token in enumerate(tokens)]
+
+    def _reserve_ahead(self, step: DecodeStep, rows: int, started: int, left: int) -> None:
+        """Room for a step beyond `started` ones whose tokens are not known yet, and for the slot that it leaves."""
+        wanted = min(started + _AHEAD, left)
+        for row in self._manager.reserve([(row, wanted) for row in range(rows)]):
+            assert isinstance(row, int)
+            if started:
+                step.set_table(row, self._manager.blocks(row))
+
+    def _note(self, tokens: Sequence[int]) -> None:
+        """The pool holds these tokens now, one per row."""
+        for row, token in enumerate(tokens):
+            self._manager.append(row, [token])
+            self._manager.commit(row)
+            self._rows[row].append(token)
+            self.lengths[row] = len(self._rows[row])
+
+
+class _TokenReader:
+    """Brings the tokens of a step to the host while the next one runs."""
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self._host = [torch.zeros(batch, dtype=torch.int64, pin_memory=cuda) for _ in range(2)]
+        self._events = [torch.cuda.Event() for _ in range(2)] if cuda else []
+        self._newest = 0
+
+    def start(self, tokens: torch.Tensor) -> None:
+        """Begin to copy the tokens of the first step."""
+        self._copy(tokens)
+
+    def turn(self, tokens: torch.Tensor) -> list[int]:
+        """Begin to copy the tokens of the step that was just started; returns those of the one before."""
+        before = self._newest
+        self._newest = 1 - before
+        self._copy(tokens)
+        return self._read(before)
+
+    def last(self) -> list[int]:
+        """The tokens of the newest step."""
+        return self._read(self._newest)
+
+    def _copy(self, tokens: torch.Tensor) -> None:
+        self._host[self._newest].copy_(tokens, non_blocking=True)
+        if self._events:
+            self._events[self._newest].record()
+
+    def _read(self, index: int) -> list[int]:
+        if self._events:
+            self._events[index].synchronize()
+        found: list[int] = self._host[index].tolist()
+        return found
+
+
+def _closed(*_: object) -> Any:
+    raise AssertionError("the session is closed")

@@ -1,0 +1,150 @@
+"""One decode step of a paged program as a unit: fixed inputs on the device, a greedy choice, the inputs of the next step.
+
+On CUDA it is captured in a graph once and replayed, so that what Python costs is paid once; elsewhere it is run as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optc.compiler.ops.dialect.paged import PADDING
+
+Run = Callable[..., Any]
+"""A paged program: its inputs, flat and in the order of the contract -> its logits."""
+
+_WARM_UPS = 2
+"""Runs in front of the capture: kernels are compiled in the first, and libraries make their workspaces."""
+
+
+@dataclass(frozen=True)
+class RequestState:
+    """Where one request stands: the token that is fed next, its position, and the blocks of the pool that it owns."""
+
+    token: int
+    position: int
+    blocks: Sequence[int]
+
+
+class DecodeStep:
+    """A decode step of `batch` requests with block tables of `width` columns.
+
+    Args:
+        run: the program.
+        pools: its KV pools, which it writes in place.
+        selects: whether it takes `logits_indices`.
+        memory: of CUDA graphs, shared by all steps of a session, as they never run at the same time; None elsewhere.
+
+    Attributes:
+        logits: [batch, V], of the last run.
+        tokens: int64 [batch], the most likely ones; `NO_TOKEN` where the largest logit is not finite.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        pools: Sequence[Tensor],
+        *,
+        batch: int,
+        width: int,
+        block_size: int,
+        selects: bool,
+        memory: Any | None,
+    ) -> None:
+        device = pools[0].device
+        self.batch, self.width, self._block_size = batch, width, block_size
+        self._run, self._pools, self._selects = run, pools, selects
+        self._integers = torch.zeros((3, batch), dtype=torch.int64, device=device)
+        self._tables = torch.zeros((batch, width), dtype=torch.int32, device=device)
+        self._lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        self._rows = torch.arange(batch, device=device)
+        pinned = device.type == "cuda"
+        self._staged, self._staged_tables, self._staged_lengths = (
+            torch.zeros_like(item, device="cpu", pin_memory=pinned)
+            for item in (self._integers, self._tables, self._lengths)
+        )
+        self._copied = torch.cuda.Event() if pinned else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.logits = self.tokens = torch.empty(0)
+        self.load([])
+        if device.type == "cuda":
+            self._capture(memory)
+
+    @torch.inference_mode()
+    def load(self, requests: Sequence[RequestState]) -> None:
+        """Set the inputs of the next step; places beyond the requests are padding."""
+        assert len(requests) <= self.batch
+        self._settle()
+        self._staged.zero_()
+        self._staged[2] = PADDING
+        self._staged_tables.zero_()
+        self._staged_lengths.zero_()
+        for row, state in enumerate(requests):
+            block, offset = divmod(state.position, self._block_size)
+            slot = state.blocks[block] * self._block_size + offset
+            self._staged[:, row] = torch.tensor([state.token, state.position, slot])
+            self._staged_lengths[row] = state.position + 1
+            self._stage_table(row, state.blocks)
+        self._integers.copy_(self._staged, non_blocking=True)
+        self._tables.copy_(self._staged_tables, non_blocking=True)
+        self._lengths.copy_(self._staged_lengths, non_blocking=True)
+        self._note_copies()
+
+    @torch.inference_mode()
+    def set_table(self, row: int, blocks: Sequence[int]) -> None:
+        """Tell of new blocks of a request, for the steps after those that were started."""
+        self._settle()
+        self._stage_table(row, blocks)
+        self._tables[row].copy_(self._staged_tables[row], non_blocking=True)
+        self._note_copies()
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Start one step; the next one follows on from it."""
+        if self._graph is None:
+            self._compute()
+        else:
+            self._graph.replay()
+
+    def _stage_table(self, row: int, blocks: Sequence[int]) -> None:
+        assert len(blocks) <= self.width
+        self._staged_tables[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+
+    def _settle(self) -> None:
+        """Wait for copies out of the staged tensors, which are about to be written again."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def _note_copies(self) -> None:
+        if self._copied is not None:
+            self._copied.record()
+
+    def _compute(self) -> None:
+        ids, positions, slots = self._integers
+        inputs = [ids, positions, slots, self._tables, self._lengths, self._starts]
+        chosen = [self._rows] if self._selects else []
+        output = self._run(*inputs, *chosen, *self._pools)
+        self.logits = output[0] if isinstance(output, tuple | list) else output
+        self.tokens = torch.ops.optc.greedy_step_(
+            self.logits, ids, positions, slots, self._lengths, self._tables, block_size=self._block_size
+        )
+
+    @torch.inference_mode()
+    def _capture(self, memory: Any | None) -> None:
+        """Run the step on padding, then record it. Padding is not advanced: its inputs stay what they are."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                self._compute()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=memory):
+            self._compute()
+        self._graph = graph

@@ -1,0 +1,71 @@
+"""One NVIDIA GPU through torch: the captured program with own kernels, decode steps as CUDA graphs."""
+
+from __future__ import annotations
+
+from optc.compiler.diagnostics import TargetError
+from optc.compiler.target.options import CompileOptions
+from optc.compiler.target.target import QuantSupport, Step, Target
+from optc.exporters.inductor.cuda import LEGAL, export_cuda
+from optc.passes.fusion.decode import FuseDecode
+from optc.passes.fusion.norm import FuseNorm
+from optc.passes.fusion.projections import MergeProjections
+from optc.passes.fusion.rotary import FuseRotary
+from optc.passes.kv_cache.paged import PageKVCache
+from optc.passes.kv_cache.select_logits import SelectLogits
+from optc.passes.legalization.cuda import LegalizeCuda
+from optc.targets.methods import WEIGHT_ONLY, quantization_steps
+
+BLOCK_SIZE = 64
+"""Tokens per block of the KV pool: what attention reads at a time."""
+_BITS = (4, 8)
+
+
+def recipe(kind: str, options: CompileOptions) -> list[Step]:
+    """fuse norms and rotations -> [quantize] -> page -> select logits -> merge -> fuse-decode -> legalize.
+
+    Raises:
+        TargetError: the model is no decoder.
+    """
+    if kind != "decoder":
+        raise TargetError(
+            f"target 'inductor-cuda' takes decoders, not a model of kind '{kind}'",
+            remedy="compile it for inductor-cpu or onnx-cpu, or run it with torch.compile",
+        )
+    return [
+        Step(FuseNorm(), optional=True),
+        Step(FuseRotary(), optional=True),
+        *quantization_steps(options.quantization, choices=_BITS),
+        Step(PageKVCache(block_size=BLOCK_SIZE)),
+        Step(SelectLogits(), optional=True),
+        Step(MergeProjections(), optional=True),
+        Step(FuseDecode()),
+        Step(LegalizeCuda(), optional=True),
+    ]
+
+
+_INTEGERS = QuantSupport(
+    bits=_BITS,
+    group_sizes=(0, 32, 64, 128),
+    note="weights alone: products in the compute type",
+)
+
+TARGET = Target(
+    name="inductor-cuda",
+    summary="the program and its weights, for one NVIDIA GPU: own Triton kernels, CUDA graphs per batch size",
+    device="cuda",
+    dtypes=("bf16", "fp16", "fp32"),
+    kv_caches=("paged",),
+    quant={
+        **dict.fromkeys((*WEIGHT_ONLY, "auto"), _INTEGERS),
+        "int8": QuantSupport(bits=(8,), group_sizes=(0,)),
+    },
+    legal=LEGAL,
+    recipe=recipe,
+    export=export_cuda,
+    lacks={
+        "smoothquant": "its products take activations of 16 bits",
+        "llm-int8": "its products take activations of 16 bits",
+        "fp8": "its products take activations of 16 bits",
+        "bits": "codes of 4 and 8 bits have packed products",
+    },
+)
