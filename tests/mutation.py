@@ -29,7 +29,10 @@ MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
     "budget": ("compiler/rewriting/budget.py", ("tests/compiler/pipeline/test_gate.py",)),
     "drift": ("compiler/execution/drift.py", ("tests/compiler/execution/test_drift.py",)),
     "verification": ("compiler/ir/verification.py", ("tests/compiler/ir/test_verification.py",)),
-    "publishing": ("compiler/artifact/publishing.py", ("tests/compiler/artifact/test_publishing.py",)),
+    "publishing": (
+        "compiler/artifact/publishing.py",
+        ("tests/compiler/artifact/test_publishing_steps.py", "tests/compiler/artifact/test_publishing.py"),
+    ),
     "manifest": ("compiler/artifact/manifest.py", ("tests/compiler/artifact/test_manifest.py",)),
     "block-manager": (
         "compiler/execution/block_manager.py",

@@ -1,0 +1,237 @@
+"""The steps of publishing one by one: exact refusals, calls that fail, filesystems that lack something."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from artifacts import make_artifact
+
+from optc.compiler.artifact import publishing
+from optc.compiler.artifact.folder import check_output, verify, write_folder
+from optc.compiler.diagnostics import InputError
+
+
+def refused(output: Path) -> str:
+    with pytest.raises(InputError) as caught:
+        check_output(output, force=True)
+    return str(caught.value)
+
+
+def fails_with(code: int) -> Callable[..., Any]:
+    """A function that fails as a system call does."""
+
+    def fail(*_: object, **__: object) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output", [Path("/"), Path(), Path("x/..")])
+def test_an_output_without_a_name(output: Path) -> None:
+    assert refused(output) == f"'{output}' does not name a new folder\n  remedy: give a path such as out/model"
+
+
+def test_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    assert refused(tmp_path / "out") == (
+        f"the output is a symbolic link\n  where: {tmp_path / 'out'}\n  remedy: give the folder that it points to"
+    )
+
+
+def test_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    assert refused(tmp_path / "out") == (
+        f"the output exists and is not a folder\n  where: {tmp_path / 'out'}\n  remedy: choose another output"
+    )
+
+
+def _foreign(output: Path) -> str:
+    return (
+        f"the output is a folder that optc did not write\n  where: {output}\n"
+        "  cause: it has no manifest.json written by optc\n"
+        "  remedy: choose another output; --force replaces only artifacts and empty folders"
+    )
+
+
+def test_a_folder_of_somebody_elses(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    assert refused(tmp_path / "out") == _foreign(tmp_path / "out")
+
+
+@pytest.mark.parametrize("end", [4096, 4097])
+def test_the_mark_of_optc_stands_at_the_beginning(tmp_path: Path, end: int) -> None:
+    """Of a manifest, which may be damaged, the first 4096 bytes are read."""
+    output, mark = tmp_path / "out", b'"optc_version"'
+    output.mkdir()
+    (output / "manifest.json").write_bytes(b" " * (end - len(mark)) + mark)
+    if end == 4096:
+        check_output(output, force=True)
+    else:
+        assert refused(output) == _foreign(output)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "doing", "place"),
+    [
+        (Path, "resolve", "looking up the output folder", "out"),
+        (publishing, "leftovers", "looking for interrupted runs", "."),
+    ],
+)
+def test_a_disk_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, doing: str, place: str
+) -> None:
+    monkeypatch.setattr(owner, name, fails_with(errno.EIO))
+    with pytest.raises(InputError) as caught, write_folder(tmp_path / "out", force=False):
+        pass
+    assert (caught.value.what, caught.value.where) == (f"failed while {doing}", str(tmp_path / place))
+
+
+# -- swapping ------------------------------------------------------------------------------------
+
+
+def _folders(folder: Path) -> tuple[Path, Path]:
+    first, second = folder / "a", folder / "b"
+    for path in (first, second):
+        path.mkdir()
+        (path / path.name).touch()
+    return first, second
+
+
+def test_paths_that_are_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = _folders(tmp_path)
+    if not publishing._exchange(first, second):
+        pytest.skip("this kernel or filesystem has no RENAME_EXCHANGE")
+    assert (first / "b").exists()
+    monkeypatch.chdir(tmp_path)
+    assert publishing._exchange(Path("a"), Path("b"))
+    assert (first / "a").exists()
+    assert (second / "b").exists()
+
+
+def test_a_swap_that_fails_says_what_the_kernel_said(tmp_path: Path) -> None:
+    first, _ = _folders(tmp_path)
+    with pytest.raises(FileNotFoundError) as caught:
+        publishing._exchange(first, tmp_path / "none")
+    assert (caught.value.errno, caught.value.strerror) == (errno.ENOENT, os.strerror(errno.ENOENT))
+    assert caught.value.filename == str(tmp_path / "none")
+
+
+@pytest.mark.parametrize("code", [None, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP])
+def test_where_nothing_can_be_swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None) -> None:
+    """A C library without the call, a kernel or a filesystem that does not know it: two renames do it."""
+
+    class Library:
+        def __init__(self, *_: object, **__: object) -> None:
+            if code is not None:
+                self.renameat2 = self._fail
+
+        def _fail(self, *_: object) -> int:
+            ctypes.set_errno(code or 0)
+            return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", Library)
+    assert publishing._exchange(*_folders(tmp_path)) is False
+    make_artifact(tmp_path / "out", target="old")
+    make_artifact(tmp_path / "out", force=True, target="new")
+    assert verify(tmp_path / "out").target == "new"
+
+
+# -- syncing -------------------------------------------------------------------------------------
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    """Neither to files nor to folders, of which one here is without end."""
+    (tmp_path / "file").touch()
+    for name, place in (("to_file", "file"), ("to_folder", "."), ("to_nothing", "none")):
+        (tmp_path / name).symlink_to(place)
+    publishing._sync_tree(tmp_path)
+    with pytest.raises(OSError, match="symbolic links") as caught:
+        publishing._sync(tmp_path / "to_file")
+    assert caught.value.errno == errno.ELOOP
+
+
+def test_every_file_and_folder_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "file").touch()
+    seen = []
+    monkeypatch.setattr(publishing, "_sync", seen.append)
+    publishing._sync_tree(tmp_path)
+    assert seen == [tmp_path / "deep" / "file", tmp_path / "deep", tmp_path]
+
+
+# -- what killed runs left -----------------------------------------------------------------------
+
+
+def test_only_folders_are_held(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for function in (publishing._hold, publishing._is_held):
+        with pytest.raises(NotADirectoryError):
+            function(tmp_path / "file")
+
+
+def test_a_filesystem_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pid alone tells."""
+    monkeypatch.setattr(fcntl, "flock", fails_with(errno.ENOLCK))
+    os.close(publishing._hold(tmp_path))
+    assert publishing._is_held(tmp_path) is False
+
+
+def test_a_run_of_another_user_is_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "kill", fails_with(errno.EPERM))
+    assert publishing._is_dead(1) is False
+
+
+def test_looking_at_a_run_does_not_disturb_it() -> None:
+    with subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert publishing._is_dead(child.pid) is False
+        assert child.stdin is not None
+        child.stdin.write(b"\n")
+        child.stdin.close()
+        assert child.wait() == 0
+    assert publishing._is_dead(child.pid) is True
+
+
+def _abandoned(folder: Path) -> Path:
+    child = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    child.wait()
+    path = folder / f".out.tmp-{child.pid}-0123abcd"
+    path.mkdir()
+    return path
+
+
+def test_two_runs_clean_up_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _abandoned(tmp_path)
+    monkeypatch.setattr(publishing, "_is_held", fails_with(errno.ENOENT))
+    make_artifact(tmp_path / "out")
+    verify(tmp_path / "out")
+
+
+def test_what_cannot_be_removed_costs_only_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, remove = _abandoned(tmp_path), publishing.shutil.rmtree
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if path != kept:
+            remove(path, ignore_errors=ignore_errors)
+        elif not ignore_errors:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(publishing.shutil, "rmtree", refuse)
+    make_artifact(tmp_path / "out")
+    verify(tmp_path / "out")
+    with contextlib.suppress(OSError):
+        kept.rmdir()
