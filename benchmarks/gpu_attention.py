@@ -66,16 +66,19 @@ class Load:
         """One call per pool, over as many pools as `CACHE` asks for."""
         lengths = self.lengths()
         columns = -(-max(lengths) // self.block)
-        copies = copies or (2 if self.window else min(400, max(2, int(CACHE / self.bytes) + 1)))
+        copies = copies or min(400, max(2, int(CACHE / self.bytes) + 1))
         return [self._call(lengths, columns) for _ in range(copies)]
 
     def _call(self, lengths: Sequence[int], columns: int) -> Call:
-        blocks = self.batch * columns
+        # Blocks that left the window are given back: their columns hold any number.
+        kept = min(columns, self.window // self.block + 1 if self.window else columns)
+        blocks = self.batch * kept
         shape = (blocks, KV_HEADS, self.block, WIDTH) if self.by_head else (blocks, self.block, KV_HEADS, WIDTH)
         pools = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         pools = [pool.transpose(1, 2) for pool in pools] if self.by_head else pools
         product = torch.randn(self.batch, HEADS + 2 * KV_HEADS, WIDTH, device="cuda", dtype=torch.bfloat16)
-        tables = torch.randperm(blocks, device="cuda").int().view(self.batch, columns)
+        tables = torch.randperm(blocks, device="cuda").int().view(self.batch, kept)
+        tables = torch.cat([tables.new_zeros(self.batch, columns - kept), tables], 1)
         last = torch.tensor(lengths, device="cuda") - 1
         block = tables.gather(1, (last // self.block)[:, None])[:, 0].long()
         inv_freq = 500000.0 ** (-torch.arange(0, WIDTH, 2, device="cuda") / WIDTH)
@@ -104,29 +107,44 @@ MEASURED = [
     *(Load(8, 4096 * 2**power, window=4096) for power in range(6)),
 ]
 SWEPT = [
-    Load(1, 128), Load(1, 1024), Load(1, 4096), Load(1, 4096, block=16), Load(8, 4096), Load(64, 1024),
-    Load(64, 1024, block=16), Load(256, 512), Load(64, 1024, ragged=True), Load(64, 1024, by_head=False),
+    Load(1, 128), Load(1, 1024), Load(1, 4096), Load(8, 4096), Load(64, 1024), Load(64, 1024, block=16),
+    Load(256, 512), Load(64, 1024, ragged=True), Load(64, 128), Load(64, 4096),
 ]  # fmt: skip
 
 
-def _tiles(tile: int, stages: int, warps: int, programs: int, registers: int, eager: bool) -> DecodeTiles:
-    return DecodeTiles(tile=tile, stages=stages, warps=warps, programs=programs, registers=registers, eager=eager)
+def _tiles(
+    tile: int, stages: int, programs: int, registers: int, *, eager: bool = True, start: int = 0, merged: int = 4
+) -> DecodeTiles:
+    return DecodeTiles(
+        tile=tile, stages=stages, warps=tile // 16 if tile > 64 else 4, programs=programs, registers=registers,
+        eager=eager, start=start, merged=merged,
+    )  # fmt: skip
 
 
-CANDIDATES = [
-    *(_tiles(64, 3, 4, programs, registers, True) for programs, registers in ((1, 255), (2, 255), (3, 168), (4, 128))),
-    *(_tiles(64, 5, 4, programs, registers, True) for programs, registers in ((2, 255), (3, 168))),
-    *(_tiles(64, 3, 4, programs, registers, False) for programs, registers in ((2, 255), (3, 168), (4, 128), (5, 96))),
-    *(_tiles(64, 5, 4, programs, registers, False) for programs, registers in ((2, 255), (3, 168))),
-    _tiles(64, 7, 4, 2, 255, False),
-    *(_tiles(32, stages, 4, programs, 128, True) for stages, programs in ((3, 4), (5, 4), (7, 3))),
-    *(_tiles(32, stages, 4, 4, 128, False) for stages in (5, 7)),
-    *(_tiles(128, stages, 8, programs, 128, False) for stages, programs in ((3, 2), (5, 1))),
-    _tiles(128, 3, 8, 1, 128, True),
-    _tiles(128, 3, 8, 2, 128, True),
-    _tiles(64, 5, 8, 2, 128, True),
-    _tiles(64, 5, 2, 3, 255, False),
-]
+FEW = [
+    _tiles(tile, stages, programs, registers, merged=merged)
+    for tile, stages, programs, registers in (
+        (64, 3, 1, 255), (64, 3, 2, 255), (64, 3, 2, 168), (32, 3, 1, 168), (32, 3, 2, 168), (32, 3, 3, 128),
+        (32, 5, 2, 168), (32, 5, 4, 128), (128, 3, 1, 255),
+    )
+    for merged in (8, 32)
+]  # fmt: skip
+MANY = [
+    _tiles(tile, stages, programs, registers, eager=eager, start=start)
+    for tile, stages, programs, registers, eager in (
+        (32, 5, 4, 128, False), (32, 5, 4, 128, True), (32, 5, 3, 128, False), (32, 7, 3, 128, False),
+        (32, 5, 4, 96, False), (32, 5, 5, 96, False), (32, 5, 8, 128, False), (32, 5, 6, 128, False),
+        (64, 5, 2, 168, False), (64, 5, 2, 168, True), (64, 5, 2, 255, False), (64, 5, 4, 255, False),
+        (64, 3, 3, 128, False), (64, 3, 4, 128, False), (64, 3, 8, 128, False),
+    )
+    for start in (1, 3)
+] + [_tiles(32, 5, 4, 128, eager=False, start=start) for start in (0, 5)]  # fmt: skip
+
+
+def candidates(load: Load) -> list[DecodeTiles]:
+    """For a few (request, KV head) pairs, what a beginning and the merging cost counts; for many, the flow."""
+    return FEW if load.batch <= 8 else MANY
+
 
 PREFILL_CANDIDATES = [
     PrefillTiles(rows=rows, tile=tile, stages=stages, warps=warps)
@@ -203,7 +221,7 @@ def _compile(job: tuple[Load, DecodeTiles]) -> str | None:
 
 def sweep(options: argparse.Namespace) -> None:
     kinds = {(load.batch, load.block): load for load in SWEPT}
-    jobs = [(load, tiles) for load in kinds.values() for tiles in CANDIDATES]
+    jobs = [(load, tiles) for load in kinds.values() for tiles in candidates(load)]
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         for failure in filter(None, pool.map(_compile, jobs, chunksize=len(jobs) // options.processes + 1)):
             print("failed:", failure, flush=True)
@@ -213,7 +231,7 @@ def sweep(options: argparse.Namespace) -> None:
     for load in SWEPT:
         calls = load.calls()
         rows = []
-        for candidate in CANDIDATES:
+        for candidate in candidates(load):
             try:
                 rows.append((time_of(calls, candidate), tuple(dataclasses.asdict(candidate).values())))
             except FAILURES as error:  # the next candidate may run

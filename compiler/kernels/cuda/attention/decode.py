@@ -1,9 +1,10 @@
 """Attention of one new token per request over a paged pool: its norms, rotary embedding and KV write in one launch.
 
-All tiles of keys of all (request, KV head) pairs form one line, of which every program takes an equal share: ragged
-batches are as balanced as even ones (stream-K: Osama et al. 2023, https://arxiv.org/abs/2301.03598; split keys: Dao
-et al. 2023, "Flash-Decoding"). Lengths are read on the device, so that a captured CUDA graph serves any of them. The
-query heads of a KV head are rows of one tile. A pair that several programs share is merged by the one that ends last.
+The work of all (request, KV head) pairs, START units for a beginning and one for each tile of keys, forms one line, of
+which every program takes an equal share: ragged batches are as balanced as even ones (stream-K: Osama et al. 2023,
+https://arxiv.org/abs/2301.03598; split keys: Dao et al. 2023, "Flash-Decoding"). Lengths are read on the device, so
+that a captured CUDA graph serves any of them. The query heads of a KV head are rows of one tile. A pair that several
+programs share is merged by the one that ends last.
 
 Keys of earlier steps do not depend on the kernel before: the first tile is asked for before the wait for it, and the
 new token's key and value come from registers, not through the pool.
@@ -17,9 +18,6 @@ import triton.language as tl
 from optc.compiler.kernels.cuda.attention.heads import load_heads, rotation
 from optc.compiler.kernels.cuda.attention.pages import LOWEST, absorb, load_tile, locate, scores
 from optc.compiler.kernels.cuda.primitives import wait_for_producer
-
-MERGED = tl.constexpr(8)
-"""Parts that are merged at a time."""
 
 
 @triton.jit
@@ -51,7 +49,10 @@ def _fill_unserved(
     """Zeros for padding. Where all requests should have one token and one has not, NaN: its rows are not computed."""
     for request in range(tl.program_id(0), requests, tl.num_programs(0)):
         token = tl.load(starts + request).to(tl.int64)
-        if tl.load(starts + request + 1) - token == 1:
+        is_single = tl.load(starts + request + 1) - token == 1
+        if ALONE:
+            is_single = is_single & (token == request)
+        if is_single:
             if tl.load(slot_mapping + token) < 0:
                 _fill_rows(out, token, 0.0, HEADS, DV, WIDTH)
         elif ALONE:
@@ -61,9 +62,9 @@ def _fill_unserved(
 @triton.jit
 def _merge(
     out, partials, statistics, first_program, last_program, feature, mask,
-    GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_ROWS: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
-    """Weighted mean of the parts of one pair; `out` points at its first head."""
+    """Weighted mean of the parts of one pair, MERGED at a time; `out` points at its first head."""
     row = tl.arange(0, GROUP_ROWS)
     lane = tl.arange(0, MERGED)
     top = tl.full([GROUP_ROWS], LOWEST, tl.float32)
@@ -98,7 +99,8 @@ def decode(
     REQUESTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUP_ROWS: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr, ALONE: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, EAGER: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, EAGER: tl.constexpr, START: tl.constexpr, MERGED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """See `optc::paged_attention_` and `optc::rotary_paged_attention_`; requests of other than one token are left out.
 
@@ -110,14 +112,19 @@ def decode(
     every = tl.arange(0, REQUESTS)
     known = every < requests
     token_of = tl.load(starts + every, mask=known, other=0)
-    fresh = tl.load(starts + every + 1, mask=known, other=0) - token_of
-    served = known & (fresh == 1)
-    served = served & (tl.load(slot_mapping + token_of, mask=served, other=-1) >= 0)
-    _, _, tiles_of = count_tiles(tl.load(lengths + every, mask=served, other=1), WINDOW, TILE)
-    tiles_of = tl.where(served, tiles_of, 0)
-    ends = tl.cumsum(tiles_of, 0) * HEADS
-    line = tl.sum(tiles_of, 0) * HEADS
-    share = tl.maximum(tl.cdiv(line, tl.num_programs(0)), 1)
+    served = known & (tl.load(starts + every + 1, mask=known, other=0) - token_of == 1)
+    if ALONE:  # no need to wait for token_of
+        slot_of = tl.load(slot_mapping + every, mask=known, other=-1)
+        served = served & (token_of == every)
+    else:
+        slot_of = tl.load(slot_mapping + token_of, mask=served, other=-1)
+    served = served & (slot_of >= 0)
+    length_of = tl.load(lengths + every, mask=known, other=1)
+    _, _, tiles_of = count_tiles(length_of, WINDOW, TILE)
+    units_of = tl.where(served, START + tiles_of, 0)
+    ends = tl.cumsum(units_of, 0) * HEADS
+    line = tl.sum(units_of, 0) * HEADS
+    share = tl.maximum(tl.cdiv(line, tl.num_programs(0)), START + 1)
     here = tl.program_id(0) * share
     stop = tl.minimum(here + share, line)
 
@@ -128,17 +135,22 @@ def decode(
     out_places = row[:, None] * DV + feature[None, :]
     while here < stop:
         request = tl.sum((ends <= here).to(tl.int32), 0)
-        token = tl.load(starts + request).to(tl.int64)
-        length = tl.load(lengths + request)
-        slot = tl.load(slot_mapping + token)
+        is_it = every == request
+        length = tl.sum(tl.where(is_it, length_of, 0), 0)
+        slot = tl.sum(tl.where(is_it, slot_of, 0), 0)
+        token = tl.sum(tl.where(is_it, token_of, 0), 0).to(tl.int64)
         first, begin, tiles = count_tiles(length, WINDOW, TILE)
-        behind = here - tl.sum(tl.where(every < request, tiles_of, 0), 0) * HEADS  # tiles of the request's pairs
-        head = behind // tiles
-        pair_start = here - behind % tiles
-        pair_end = pair_start + tiles
+        units = START + tiles
+        behind = here - tl.sum(tl.where(is_it, ends, 0), 0) + units * HEADS  # units of the request
+        head = behind // units
+        pair_start = here - behind % units
+        pair_end = pair_start + units
         last = tl.minimum(stop, pair_end)
-        start = (begin + here - pair_start) * TILE
-        limit = tl.minimum((begin + last - pair_start) * TILE, length - 1)
+        first_tile = tl.maximum(here - pair_start - START, 0)
+        end_tile = tl.maximum(last - pair_start - START, 0)
+        has_end = last == pair_end
+        start = (begin + first_tile) * TILE
+        limit = tl.minimum((begin + end_tile) * TILE, length - 1)
         table = tables + request.to(tl.int64) * table_row
         keys = k_pool + head * k_pool_head
         values = v_pool + head * v_pool_head
@@ -151,8 +163,9 @@ def decode(
             first_v = load_tile(values, block, place, inside, v_block, v_slot, DV, VALUE_WIDTH)
         cos = 1.0
         sin = 0.0
+        one = tl.zeros([1], tl.int64)
         if ROTATED > 0:
-            where = tl.load(position + token + tl.zeros([1], tl.int32))
+            where = tl.load(position + token + one)
             cos, sin = rotation(where, inv_freq, scaling, q.dtype.element_ty, WIDTH, ROTATED, INTERLEAVED)
         wait_for_producer(PDL)
 
@@ -160,6 +173,11 @@ def decode(
             q, token * q_token + (head * GROUP + row) * q_head, in_group, cos, sin, q_norm, eps,
             D, WIDTH, ROTATED, INTERLEAVED,
         )  # fmt: skip
+        new_k = load_heads(
+            k, one + token * k_token + head * k_head, (one == 0) & has_end, cos, sin, k_norm, eps,
+            D, WIDTH, ROTATED, INTERLEAVED,
+        )  # fmt: skip
+        new_v = tl.load(v + token * v_token + head * v_head + feature, mask=in_value & has_end, other=0.0)[None, :]
         top = tl.full([ROWS], LOWEST, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
@@ -178,12 +196,7 @@ def decode(
             tile_v = load_tile(values, next_block, next_place, within, v_block, v_slot, DV, VALUE_WIDTH)
             top, total, sums = absorb(score, tile_v, top, total, sums)
 
-        if last == pair_end:
-            one = tl.zeros([1], tl.int64)
-            new_k = load_heads(
-                k, one + token * k_token + head * k_head, one == 0, cos, sin, k_norm, eps, D, WIDTH, ROTATED, INTERLEAVED
-            )  # fmt: skip
-            new_v = tl.load(v + token * v_token + head * v_head + feature, mask=in_value, other=0.0)[None, :]
+        if has_end:
             key_feature = tl.arange(0, WIDTH)[None, :]
             k_place = slot // BLOCK * k_block + slot % BLOCK * k_slot + head * k_pool_head
             v_place = slot // BLOCK * v_block + slot % BLOCK * v_slot + head * v_pool_head
@@ -200,25 +213,26 @@ def decode(
             top = new_top
 
         target = out + (token * HEADS + head) * GROUP * DV
-        if last - here == tiles:
+        if end_tile - first_tile == tiles:
             rows = (sums / total[:, None]).to(out.dtype.element_ty)
             tl.store(target + out_places, rows, mask=in_group[:, None] & in_value[None, :])
-        else:
-            part = (tl.program_id(0) * 2 + (here == pair_start).to(tl.int32)) * GROUP_ROWS
+        elif end_tile > first_tile:  # else all of the share was a beginning
+            part = (tl.program_id(0) * 2 + (first_tile == 0).to(tl.int32)) * GROUP_ROWS
             places = partials + (part + row[:, None]) * VALUE_WIDTH + feature[None, :]
             tl.store(places, sums, mask=in_group[:, None])
             tl.store(statistics + 2 * (part + row), top, mask=in_group)
             tl.store(statistics + 2 * (part + row) + 1, total, mask=in_group)
             tl.debug_barrier()  # all threads' parts are written before the one that counts says so
-            first_program = pair_start // share
+            first_program = (pair_start + START) // share
             last_program = (pair_end - 1) // share
             arrived = tl.atomic_add(arrivals + request * HEADS + head, 1, sem="acq_rel")
             if arrived == last_program - first_program:
                 _merge(
                     target, partials, statistics, first_program, last_program, feature, in_value,
-                    GROUP, GROUP_ROWS, DV, VALUE_WIDTH,
+                    GROUP, GROUP_ROWS, DV, VALUE_WIDTH, MERGED,
                 )  # fmt: skip
                 tl.store(arrivals + request * HEADS + head, 0)
         here = last
     wait_for_producer(PDL)  # programs without a share, too
-    _fill_unserved(out, slot_mapping, starts, requests, ALONE, HEADS * GROUP, DV, VALUE_WIDTH)
+    if tl.sum((known & ~served).to(tl.int32), 0) > 0:
+        _fill_unserved(out, slot_mapping, starts, requests, ALONE, HEADS * GROUP, DV, VALUE_WIDTH)

@@ -32,6 +32,8 @@ class DecodeTiles:
         programs: per multiprocessor.
         registers: of a thread, so that as many programs fit.
         eager: the first tile is loaded into registers before the wait for the kernel before.
+        start: what the beginning of a (request, KV head) pair costs, in tiles.
+        merged: parts of a pair that are merged at a time.
     """
 
     tile: int = 64
@@ -40,6 +42,8 @@ class DecodeTiles:
     programs: int = 3
     registers: int = 168
     eager: bool = True
+    start: int = 1
+    merged: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +197,7 @@ def _decode(call: Call, out: Tensor, tiles: DecodeTiles) -> None:
         requests, *_factors(call), turn.scaling, turn.eps,
         REQUESTS=triton.next_power_of_2(requests), GROUP=group, ROWS=max(FEWEST_ROWS, group_rows),
         GROUP_ROWS=group_rows, WINDOW=call.window, SOFTCAP=bool(call.softcap), ALONE=call.q.shape[0] == requests,
-        TILE=tiles.tile, STAGES=tiles.stages, EAGER=tiles.eager, PDL=pdl, **constants, **turning,
+        TILE=tiles.tile, STAGES=tiles.stages, EAGER=tiles.eager, START=tiles.start, MERGED=tiles.merged, PDL=pdl, **constants, **turning,
         num_warps=tiles.warps, maxnreg=tiles.registers, launch_pdl=pdl,
     )  # fmt: skip
 
