@@ -34,7 +34,9 @@ def test_what_an_engine_names_exists(engine: Engine) -> None:
 def test_unknown_engine() -> None:
     with pytest.raises(ArtifactError) as caught:
         find_engine("tvm", "folder")
-    assert caught.value.why == ("its engine is 'tvm'; known are aotinductor, cuda, executorch, huggingface, onnx, tensorrt")
+    assert caught.value.why == (
+        "its engine is 'tvm'; known are aotinductor, cuda, executorch, huggingface, onnx, tensorrt"
+    )
 
 
 def test_engine_opens_listed_files_only() -> None:

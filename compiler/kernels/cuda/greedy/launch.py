@@ -1,0 +1,48 @@
+"""Launch of `greedy_step_`: programs enough to read logits at the memory's speed."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from optc.compiler.kernels.cuda.dispatch import dependent_launch
+from optc.compiler.kernels.cuda.greedy.step import greedy_step
+
+BLOCK, MOST_PROGRAMS = 1024, 128
+"""Logits that a program looks at at a time, and programs of one launch, but for one per row."""
+
+
+def greedy_step_(
+    logits: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    slot_mapping: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    *,
+    block_size: int,
+) -> Tensor:
+    """The op, for calls that the kernel accepts."""
+    batch, size = logits.shape
+    tokens = input_ids.new_empty(batch)
+    if batch:
+        wanted = min(max(1, MOST_PROGRAMS // batch), triton.cdiv(size, BLOCK))
+        parts = triton.next_power_of_2(wanted)
+        pdl = dependent_launch(logits.device)
+        greedy_step[(parts, batch)](
+            logits, tokens, input_ids, position_ids, slot_mapping, context_lens, block_tables,
+            *_scratch(logits.device, batch, parts), size, logits.stride(0), block_tables.shape[1],
+            BLOCK_SIZE=block_size, BLOCK=BLOCK, PARTS=parts, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        )  # fmt: skip
+    return tokens
+
+
+@functools.cache
+def _scratch(device: torch.device, batch: int, parts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest logits of parts of rows, where they are, and arrivals; kept for good, since captured graphs point at them."""
+    values = torch.empty(batch, parts, device=device)
+    places = torch.empty(batch, parts, dtype=torch.int32, device=device)
+    return values, places, torch.zeros(batch, dtype=torch.int32, device=device)
