@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 TWO_OVER_PI = tl.constexpr(0.6366197723675814)
 HALF_PI = tl.constexpr((1.5703125, 4.837512969970703e-4, 7.549789948768648e-8))
 """pi / 2 as a sum of three numbers (Cody and Waite 1980), the first of which is exact times any whole number that
