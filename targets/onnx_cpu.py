@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 from msgspec import Meta
 
-from optc.compiler.ir.program import Program
+from optc.compiler.ops.packed.onnxruntime import ROUNDS
 from optc.compiler.target.options import CompileOptions, TargetOptions
 from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.onnx import LEGAL, export_onnx
@@ -18,6 +17,7 @@ from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.codes import StoreKVCodes, rounds_keys_and_values
 from optc.passes.kv_cache.static import StaticKVCache
 from optc.passes.legalization.ort import LegalizeOrt
+from optc.passes.legalization.round_activations import RoundActivations
 from optc.targets.methods import WEIGHT_ONLY, quantization_steps, stored_scales
 
 
@@ -43,18 +43,10 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
         steps += [Step(StaticKVCache()), Step(StoreKVCodes(), optional=True, when=rounds_keys_and_values)]
     if kind == "decoder":
         steps.append(Step(MergeProjections(), optional=True))
-    level = options.of(OnnxOptions).accuracy_level
-    return [*steps, Step(LegalizeOrt(accuracy_level=level), optional=True)]
-
-
-_ROUNDED = 0.08
-"""ONNX Runtime at accuracy level 4 against the last stage, which rounds no activations: 0.011 to 0.027 over random Llama,
-Gemma 2 and GPT-2 and both fiction models, 4 and 8 bits."""
-
-
-def _tolerance(program: Program) -> float | None:
-    calls = program.calls(torch.ops.optc.matmul_nbits.default)
-    return _ROUNDED if any(call.kwargs["accuracy_level"] == 4 for call in calls) else None
+    steps.append(Step(LegalizeOrt(), optional=True))
+    if options.of(OnnxOptions).accuracy_level == ROUNDS:  # a model folder may hold quantized weights
+        steps.append(Step(RoundActivations(), optional=True))
+    return steps
 
 
 _INTEGERS = QuantSupport(
@@ -79,5 +71,4 @@ TARGET = Target(
     recipe=_recipe,
     export=export_onnx,
     options=OnnxOptions,
-    tolerance=_tolerance,
 )

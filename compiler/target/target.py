@@ -100,8 +100,6 @@ class Target:
         check_machine: raises TargetError where this machine cannot build for the target; None where any can.
         quant: quantization method -> what the target can run of it.
         lacks: why it takes no more: for a method, or for "asymmetric", "bits", "group-size" or "dtype".
-        tolerance: largest relative L2 difference of the outputs of the last stage in the target's engine, where
-            that rounds more than the program does; None where it does not.
     """
 
     name: str
@@ -117,7 +115,6 @@ class Target:
     options: type[TargetOptions] = TargetOptions
     check_machine: Callable[[CompileOptions], None] | None = None
     lacks: Mapping[str, str] = field(default_factory=dict)
-    tolerance: Callable[[Program], float | None] = lambda program: None
 
 
 def check_legal(program: Program, target: Target) -> None:

@@ -42,7 +42,6 @@ class LegalizeOrt(Pass):
     """cached_attention, dequantize + linear, add + rms_norm -> ONNX Runtime's packed operators
 
     Attributes:
-        accuracy_level: of MatMulNBits: 4 rounds activations to int8 (fast), 0 does not.
         unsigned: keep the int8 weights of W8A8 unsigned: exact on every x86, but half as fast where the CPU has
             VNNI. Signed ones need VNNI, or ARM.
         qdq: standard DequantizeLinear and MatMul in place of MatMulNBits, for other engines and for inspection.
@@ -51,7 +50,6 @@ class LegalizeOrt(Pass):
     """
 
     name: ClassVar[str] = "legalize-ort"
-    accuracy_level: int = 4
     unsigned: bool = False
     qdq: bool = False
 
@@ -59,7 +57,7 @@ class LegalizeOrt(Pass):
         rules = [
             _Attention(program.contract.model.context_length),
             IntegerProduct(self.unsigned),
-            DequantizedProduct() if self.qdq else MatMulNBits(self.accuracy_level),
+            DequantizedProduct() if self.qdq else MatMulNBits(),
             CodebookProduct(),
             _SkipNorm(),
         ]

@@ -35,8 +35,7 @@ class MatMulNBits(Rule):
     and 8 bits.
     """
 
-    def __init__(self, accuracy_level: int) -> None:
-        self.accuracy_level = accuracy_level
+    def __init__(self) -> None:
         self._made: dict[str, tuple[Node | None, ...]] = {}
 
     def match(self, program: Program, node: Node) -> Match | Miss | None:
@@ -71,7 +70,7 @@ class MatMulNBits(Rule):
         if codes not in self._made:
             self._made[codes] = self._pack(program, codes, scale, zero, kernel, match.found["bits"])
         args = (node.args[0], *self._made[codes], (*node.args, None)[2])
-        knobs = {**kernel, "accuracy_level": self.accuracy_level}
+        knobs = {**kernel, "accuracy_level": 0}
         replace_call(program, node, optc.matmul_nbits.default, args, knobs)
 
     def _pack(

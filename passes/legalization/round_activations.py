@@ -1,4 +1,9 @@
-"""linear_nbits(x, packed, ..., activation_group=-1)  ->  linear_nbits(x, packed, ..., activation_group=g)"""
+"""linear_nbits(x, packed, ..., activation_group=-1)  ->  linear_nbits(x, packed, ..., activation_group=g)
+
+and the same for ONNX Runtime's kernel:
+
+    matmul_nbits(x, packed, ..., accuracy_level=0)  ->  matmul_nbits(x, packed, ..., accuracy_level=4)
+"""
 
 from __future__ import annotations
 
@@ -11,11 +16,13 @@ from torch.fx import Node
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import replace_call
 from optc.compiler.ops.packed.inductor_cpu import KEPT, block_columns
+from optc.compiler.ops.packed.onnxruntime import ROUNDS
 from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
 from optc.passes.quantization.arithmetic.budgets import INT8_INPUTS
 
 LINEAR = torch.ops.optc.linear_nbits.default
+MATMUL = torch.ops.optc.matmul_nbits.default
 _GROUPS = (128, 64, 32)
 
 
@@ -23,8 +30,9 @@ _GROUPS = (128, 64, 32)
 class RoundActivations(Pass):
     """linear_nbits(x, ..., activation_group=-1)  ->  linear_nbits(x, ..., activation_group=g)
 
-    Activations are rounded to int8 in groups of up to 128 columns, so that packed products are of integers: several
-    times faster with many rows, and somewhat with one. This is accuracy level 4; without the pass it is level 0.
+    Activations are rounded to int8 in groups of up to 128 columns (ONNX Runtime: of the weight's blocks), so that packed
+    products are of integers: several times faster with many rows, and somewhat with one. This is accuracy level 4;
+    without the pass it is level 0.
     """
 
     name: ClassVar[str] = "round-activations"
@@ -34,7 +42,7 @@ class RoundActivations(Pass):
         return INT8_INPUTS
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        return apply_rules(program, [_Round()])
+        return apply_rules(program, [_Round(), _RoundBlocks()])
 
 
 class _Round(Rule):
@@ -58,3 +66,14 @@ class _Round(Rule):
         node = match.node
         knobs = {**node.kwargs, "activation_group": match.found["group"]}
         replace_call(program, node, LINEAR, node.args, knobs)
+
+
+class _RoundBlocks(Rule):
+    """ONNX Runtime's product that takes activations as they are."""
+
+    def match(self, program: Program, node: Node) -> Match | None:
+        return Match(node) if node.target is MATMUL and node.kwargs["accuracy_level"] != ROUNDS else None
+
+    def rewrite(self, program: Program, match: Match) -> None:
+        node = match.node
+        replace_call(program, node, MATMUL, node.args, {**node.kwargs, "accuracy_level": ROUNDS})

@@ -232,14 +232,7 @@ def _write(
             for stage in result.stages:
                 (directory / "ir" / stage.file_name).write_text(stage.text)
         manifest = _manifest(target, result, exported, captured, seconds)
-        opened = exported.opened or open_written(
-            directory,
-            manifest,
-            result.program,
-            exported.engine,
-            captured.tokens,
-            target.tolerance(result.program),
-        )
+        opened = exported.opened or open_written(directory, manifest, result.program, exported.engine, captured.tokens)
         seconds["total"] = time.perf_counter() - begin
         rounded = {key: round(value, 3) for key, value in seconds.items()}
         manifest = msgspec.structs.replace(manifest, opened=opened, seconds=rounded)

@@ -36,7 +36,6 @@ def open_written(
     program: Program,
     engine: Engine,
     tokens: Sequence[int],
-    limit: float | None = None,
 ) -> OpenedRecord:
     """Run what was written beside the last stage: a prefill of a few tokens and one step of decoding.
 
@@ -44,14 +43,12 @@ def open_written(
         directory: the artifact before it is published.
         program: the last stage.
         tokens: encoded text; random tokens are taken where there is too little.
-        limit: largest relative L2 difference of the outputs; None takes that of an engine that computes in the
-            program's types.
 
     Raises:
         GateError: the engine cannot open the file, or it computes different numbers from the last stage.
     """
     begin = time.perf_counter()
-    limit = _tolerance(program) if limit is None else limit
+    limit = _tolerance(program)
     if engine.runner is None:
         return OpenedRecord(opened=False, why=f"optc has no way to open files of {engine.name} here")
     try:

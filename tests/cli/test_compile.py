@@ -154,9 +154,9 @@ def test_passes_and_targets(capsys: Capture) -> None:
 
 
 def test_help_of_every_command_has_an_example(capsys: Capture) -> None:
-    from optc.cli.main import _COMMANDS
+    from optc.cli.main import COMMANDS
 
-    for name in _COMMANDS:
+    for name in COMMANDS:
         assert optc(name, "--help") == 0
         assert f"optc {name} " in capsys.readouterr().out.split("Options:")[0].replace("\n", " \n")
 

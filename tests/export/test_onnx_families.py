@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from optc.compiler.capture import capture_model, capture_module
 from optc.compiler.ir.program import Program
-from optc.compiler.ops.packed.inductor_cpu import round_activations
 from optc.compiler.ops.packed.onnxruntime import unpack_nbits
+from optc.compiler.ops.packed.rounded_inputs import round_activations
 from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.rewriting.retrace import Replay
 from optc.passes.quantization.round_scales import RoundScales

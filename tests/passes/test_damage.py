@@ -29,6 +29,7 @@ from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.passes.kv_cache.quantize import QuantizeKVCache
 from optc.passes.legalization.inductor import LegalizeInductor
+from optc.passes.legalization.ort import LegalizeOrt
 from optc.passes.legalization.round_activations import RoundActivations
 from optc.passes.legalization.xnnpack import PackXnnpack
 from optc.passes.quantization.activations import QuantizeActivations
@@ -127,6 +128,7 @@ RTN_4 = QuantizeRtn(bits=4, group_size=64)
 RTN_8 = QuantizeRtn(bits=8, group_size=0)
 PACKED = (RTN_4, LegalizeInductor())
 LINEAR = _optc.linear_nbits.default
+MATMUL = _optc.matmul_nbits.default
 ROUND_4 = _optc.quantize_nvfp4.default
 
 CASES: list[tuple[Pass, tuple[Pass, ...], dict[str, Damage]]] = [
@@ -169,6 +171,9 @@ CASES: list[tuple[Pass, tuple[Pass, ...], dict[str, Damage]]] = [
     }),
     (RoundActivations(), PACKED, {
         "scale": inputs(LINEAR, 0, _aten.mul.Tensor, 7.0), "order": inputs(LINEAR, 0, _aten.roll.default, [1], [-1]),
+    }),
+    (RoundActivations(), (RTN_4, LegalizeOrt()), {
+        "scale": inputs(MATMUL, 0, _aten.mul.Tensor, 7.0), "order": inputs(MATMUL, 0, _aten.roll.default, [1], [-1]),
     }),
     (PackXnnpack(bits=4), (RTN_4,), {
         "scale": weights("_scales", times(7.0)), "zero": weights("_signed", lambda codes: codes + 1),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.ops.library import define
+from optc.compiler.ops.packed.rounded_inputs import round_activations
 
 TILE_ROWS = 16
 KEPT, PER_TOKEN = -1, 0
@@ -76,13 +77,6 @@ def _spread(packed: Tensor, bits: int, count: int) -> Tensor:
 def pack_rows(values: Tensor) -> Tensor:
     """Scales or zero points [N, G] -> [G, N rounded up to whole tiles]."""
     return torch.nn.functional.pad(values.t(), (0, -values.shape[0] % TILE_ROWS)).contiguous()
-
-
-def round_activations(x: Tensor, group: int) -> Tensor:
-    """x [..., K] as float32, each group of K (0: the whole token) rounded to 255 steps of max|x| / 127."""
-    size = group or x.shape[-1]
-    codes, scale = torch.ops.optc.quantize_dynamic(x.unflatten(-1, (-1, size)), format="int8")
-    return (codes.float() * scale).flatten(-2)
 
 
 def _linear_nbits(

@@ -16,6 +16,10 @@ from torch import Tensor
 
 from optc.compiler.ops.attention_arguments import Cached, Knobs
 from optc.compiler.ops.library import define
+from optc.compiler.ops.packed.rounded_inputs import round_activations
+
+ROUNDS = 4
+"""The accuracy level at which MatMulNBits rounds its input to int8."""
 
 
 def rotate_cached(x: Tensor, position: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
@@ -156,14 +160,14 @@ def _matmul_nbits(
 ) -> Tensor:
     """x [..., K], packed uint8 [N, K/block, block*bits/8], scales [N, K/block], zero_points uint8 [N, ...].
 
-    `accuracy_level` 4 lets the kernel round x to int8 per block; the reference computes with x as it
-    is, and what the kernel's rounding costs is measured on the artifact.
+    `accuracy_level` 4 rounds x to int8 in blocks of the weight's size; any other takes x as it is.
     """
     blocks = K // block_size
     codes = unpack_nbits(packed, bits, block_size).reshape(N, K)
     zero = None if zero_points is None else unpack_nbits(zero_points, bits, blocks)
     weight = torch.ops.optc.dequantize(codes, scales, zero, bits=bits, group_size=block_size)
-    return torch.nn.functional.linear(x, weight, bias)
+    values = round_activations(x, block_size).to(x.dtype) if accuracy_level == ROUNDS else x
+    return torch.nn.functional.linear(values, weight, bias)
 
 
 def _skip_rms_norm(x: Tensor, skip: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
@@ -183,6 +187,7 @@ define(
     "int bits, int block_size, int accuracy_level) -> Tensor",
     _matmul_nbits,
     lambda x, *_, N, **__: x.new_empty((*x.shape[:-1], N)),
+    rounds_inside=lambda keywords: keywords["accuracy_level"] == ROUNDS,
 )
 define(
     "skip_rms_norm(Tensor x, Tensor skip, Tensor weight, *, float eps) -> (Tensor, Tensor)",

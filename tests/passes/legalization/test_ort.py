@@ -115,7 +115,7 @@ def _model(name: str, **changes: Any) -> Any:
 
 def _prepared(program: Program, **options: Any) -> Program:
     """Taken through the recipe of the target, up to the legalization."""
-    steps = TARGET.recipe("decoder", chosen("onnx-cpu", **options))
+    steps = TARGET.recipe("decoder", chosen("onnx-cpu", **options, accuracy_level=0))
     assert isinstance(steps[-1].rewrite, LegalizeOrt)
     return run(program, *(step.rewrite for step in steps[:-1])).program
 
@@ -240,7 +240,7 @@ def test_codes_that_fit_a_larger_field_or_smaller_blocks(
     """3-bit codes go into 4 bits; a row of 48 is cut into blocks of 16, the largest power of two, of one scale."""
     module = _Linears(bits, group, symmetric=symmetric)
     program = capture_module(module, [torch.randn(2, 48)], dynamic={"input_0": {0: "batch"}})
-    after = run(program, LegalizeOrt(accuracy_level=0)).program
+    after = run(program, LegalizeOrt()).program
     assert {(call.kwargs["bits"], call.kwargs["block_size"]) for call in after.calls(PACKED)} == {kernel}
     x = torch.randn(5, 48)
     torch.testing.assert_close(after(x), module(x), rtol=1e-6, atol=1e-6)
@@ -250,7 +250,7 @@ def test_a_weight_read_twice_is_packed_once() -> None:
     module = _Linears(4, 16)
     program = capture_module(module, [torch.randn(2, 48)], dynamic={"input_0": {0: "batch"}})
     program = program.with_contract(quantization={"w_codes": RTN})
-    after = run(program, LegalizeOrt(accuracy_level=0)).program
+    after = run(program, LegalizeOrt()).program
     first, second = after.calls(PACKED)
     assert first.args[1:4] == second.args[1:4]
     assert dict(first.kwargs) == {"K": 48, "N": 48, "bits": 4, "block_size": 16, "accuracy_level": 0}

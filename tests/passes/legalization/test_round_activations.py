@@ -10,12 +10,17 @@ from stages import apply, captured, sequences
 from optc.compiler.execution.stage_driver import run_stage
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.verification import verify_program
-from optc.compiler.ops.packed.inductor_cpu import pack_rows, pack_tiles, round_activations, unpack_tiles
+from optc.compiler.ops.packed.inductor_cpu import pack_rows, pack_tiles, unpack_tiles
+from optc.compiler.ops.packed.onnxruntime import ROUNDS
+from optc.compiler.ops.packed.rounded_inputs import round_activations
+from optc.compiler.pipeline.gate import rounds_activations
 from optc.passes.legalization.inductor import LegalizeInductor
+from optc.passes.legalization.ort import LegalizeOrt
 from optc.passes.legalization.round_activations import RoundActivations
 from optc.passes.quantization.rtn import QuantizeRtn
 
 LINEAR = torch.ops.optc.linear_nbits.default
+MATMUL = torch.ops.optc.matmul_nbits.default
 
 
 def _packed(bits: int, group_size: int, name: str = "llama") -> Program:
@@ -51,6 +56,29 @@ def test_groups(bits: int, size: int, group: int) -> None:
 def test_a_second_time_matches_nothing() -> None:
     once = apply(RoundActivations(), _packed(4, 32)).program
     assert apply(RoundActivations(), once).matched == 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_onnx_runtimes_products(bits: int) -> None:
+    """In the blocks of the weight, and every product: then nothing is left to round."""
+    program = apply(QuantizeRtn(bits=bits, group_size=32), captured("llama")).program
+    before = apply(LegalizeOrt(), program).program
+    result = apply(RoundActivations(), before)
+    verify_program(result.program, RoundActivations.name)
+    assert (result.matched, result.candidates) == (14, 14)
+    assert {node.kwargs["accuracy_level"] for node in result.program.calls(MATMUL)} == {ROUNDS}
+    assert not rounds_activations(before)
+    assert rounds_activations(result.program)
+    assert apply(RoundActivations(), result.program).matched == 0
+    node = result.program.calls(MATMUL)[0]
+    x, weight = (
+        torch.randn(3, int(node.kwargs["K"])),
+        result.program.weight(str(result.program.weight_of(node.args[1]))),
+    )
+    scales = result.program.weight(str(result.program.weight_of(node.args[2])))
+    found = MATMUL(x, weight, scales, None, None, **node.kwargs)
+    exact = {**node.kwargs, "accuracy_level": 0}
+    torch.testing.assert_close(found, MATMUL(round_activations(x, 32), weight, scales, None, None, **exact))
 
 
 def test_rounding_by_hand() -> None:
