@@ -12,7 +12,7 @@ from families import make_model
 from optc.compiler.capture import capture_model, capture_module
 from optc.compiler.execution.drift import measure
 from optc.compiler.execution.probe import Probe, for_streaming, random_probe, run_probe, text_probe
-from optc.compiler.execution.stage_driver import StageRun
+from optc.compiler.execution.stage_driver import OutputRole, StageRun
 from optc.compiler.ir.stored_weights import WorkFile
 
 
@@ -103,6 +103,7 @@ def test_zeros_equal_zeros_and_nothing_else() -> None:
     assert (measure(zeros, zeros).relative, measure(zeros, zeros).cosine) == (0.0, 1.0)
     assert measure(zeros, ones).relative == math.inf
     assert math.isnan(measure(zeros, ones).cosine)
+    assert math.isnan(measure(ones, zeros).cosine)
 
 
 def test_entropy_flatness_and_leads() -> None:
@@ -115,10 +116,12 @@ def test_entropy_flatness_and_leads() -> None:
     drift = measure(before, after)
     assert drift.kept == (2.0, pytest.approx(0.1))
     assert drift.flipped == (0.5,)
-    assert [drift.decided(lead) for lead in (0.0, 0.2, 1.0, 3.0)] == [
+    assert [drift.decided(lead) for lead in (0.0, 0.2, 0.5, 1.0, 2.0, 3.0)] == [
         (3, 2 / 3),
         (2, 0.5),
         (1, 1.0),
+        (1, 1.0),
+        (0, 1.0),
         (0, 1.0),
     ]
 
@@ -127,6 +130,79 @@ def test_a_class_that_is_ruled_out_costs_nothing() -> None:
     run = StageRun([torch.tensor([[0.0, 0.0, -math.inf]])], [])
     assert measure(run, run).kl == 0.0
     assert measure(run, run).entropy == pytest.approx(math.log(2))
+
+
+def test_rows_of_several_axes() -> None:
+    """[batch, tokens, classes]: each token is a row of its own, whatever its offset."""
+    before = torch.tensor([[[5.0, 5.0, 5.0], [8.0, 5.0, 5.0]]])
+    after = torch.tensor([[[1.0, 1.0, 1.0], [5.0, 8.0, 5.0]]])
+    drift = measure(StageRun([before], []), StageRun([after], []))
+    weight = 1 / (math.exp(3.0) + 2)  # of a class that is behind by 3
+    assert drift.kl == pytest.approx((math.exp(3.0) * weight - weight) * 3.0 / 2)
+    lead = -math.exp(3.0) * weight * math.log(math.exp(3.0) * weight) - 2 * weight * math.log(weight)
+    assert drift.entropy == pytest.approx((math.log(3) + lead) / 2)
+    assert (drift.top1, drift.classes) == (0.5, 3)
+    assert (drift.kept, drift.flipped) == ((0.0,), (pytest.approx(3.0),))
+    assert drift.relative == pytest.approx(math.sqrt(18 / 6))
+    assert drift.cosine == pytest.approx((1 - 0.5) / 2)  # (0, 0, 0) twice, and (2, -1, -1) beside (-1, 2, -1)
+
+
+def test_kl_is_a_mean_over_rows() -> None:
+    """Of three rows with two classes, one goes from (1/2, 1/2) to (1/4, 3/4)."""
+    before, after = torch.zeros(3, 2), torch.zeros(3, 2)
+    after[0, 1] = math.log(3.0)
+    drift = measure(StageRun([before], []), StageRun([after], []))
+    assert drift.kl == pytest.approx((0.5 * math.log(2.0) + 0.5 * math.log(2.0 / 3.0)) / 3)
+
+
+def test_sequences_are_pooled() -> None:
+    """A sequence of small numbers weighs little; an output of a module is not pooled (see above)."""
+    before, after = (
+        StageRun([torch.tensor([[x, 0.0]]), torch.tensor([[0.0, 10.0]])], [], role="hidden") for x in (1.0, 2.0)
+    )
+    assert measure(before, after).relative == pytest.approx(1 / math.sqrt(101))
+
+
+def test_numbers_are_compared_as_they_are() -> None:
+    """Complex ones by both parts, float64 as such, small integers without wrapping around."""
+
+    def gap(old: torch.Tensor, new: torch.Tensor) -> float:
+        return measure(StageRun([old], [], role="output"), StageRun([new], [], role="output")).max_abs_diff
+
+    assert gap(torch.tensor([1.0 + 1.0j]), torch.tensor([1.0 - 1.0j])) == 2.0
+    tiny = 2.0**-40
+    assert gap(torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64) + tiny) == tiny
+    assert gap(torch.tensor([1], dtype=torch.uint8), torch.tensor([0], dtype=torch.uint8)) == 1.0
+
+
+def test_runs_of_different_inputs_are_not_compared() -> None:
+    one, two = StageRun([torch.zeros(2, 2)], []), StageRun([torch.zeros(2, 2)] * 2, [])
+    with pytest.raises(ValueError, match="zip"):
+        measure(two, one)
+    with pytest.raises(ValueError, match="zip"):
+        measure(one, one, ((0, 1), (0, 1)))
+
+
+def test_perplexity_is_over_all_predictions() -> None:
+    """Each token but the first is predicted, by the row before it; a text of one token says nothing; e^80 is the most."""
+    rows = torch.tensor([[0.0, 0.0], [0.0, math.log(3.0)], [7.0, -7.0]])
+    flat = torch.zeros(3, 2)
+    drift = measure(StageRun([flat, flat[:1]], []), StageRun([rows, rows[:1]], []), ((0, 0, 1), (1,)))
+    assert drift.perplexity == pytest.approx(math.sqrt(2 / 0.75) / 2 - 1)  # chances 1/2 and 3/4, against 1/2 twice
+    wrong, right = (torch.tensor([[0.0, sign * 300.0], [0.0, 0.0]]) for sign in (-1, 1))
+    drift = measure(StageRun([right], []), StageRun([wrong], []), ((0, 1),))
+    assert drift.perplexity == pytest.approx(math.exp(80) - 1)
+
+
+@pytest.mark.parametrize(("role", "predicts"), [("logits", False), ("hidden", True)])
+def test_only_decoders_of_text_have_a_perplexity(role: OutputRole, predicts: bool) -> None:
+    run = StageRun([torch.zeros(2, 2)], [], role=role, predicts_next=predicts)
+    assert measure(run, run, ((0, 1),)).perplexity is None
+
+
+def test_layers_of_small_numbers() -> None:
+    before, after = (StageRun([torch.ones(1, 2)], [[torch.tensor([[x]])]]) for x in (0.5, 0.25))
+    assert measure(before, after).layers == (0.5,)
 
 
 @pytest.mark.parametrize("classes", [1, 2])
