@@ -25,7 +25,8 @@ from common import record
 from gpu_timing import card, read_ceiling, time_per_call
 from triton.errors import TritonError
 
-from optc.compiler.kernels.cuda.attention.launch import Call, DecodeTiles, PrefillTiles, Turn, attend
+from optc.compiler.kernels.cuda.attention.call import Call, Turn
+from optc.compiler.kernels.cuda.attention.launch import DecodeTiles, PrefillTiles, attend
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
 CACHE = 1.2e9

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from optc.compiler.diagnostics import TargetError
 from optc.compiler.kernels.kernel import Kernel, TritonSources, register
 
 _LIBRARY = torch.library.Library("optc", "FRAGMENT")
@@ -22,6 +23,9 @@ def implement(kernel: Kernel) -> Kernel:
 
     Calls that the kernel does not take run the reference: stages before legalization, which refuses them for a target,
     run on a GPU too.
+
+    Raises:
+        TargetError: at the first call, without triton: machines that only compile programs do not need it.
     """
     sources = kernel.sources
     assert isinstance(sources, TritonSources)
@@ -37,17 +41,21 @@ def implement(kernel: Kernel) -> Kernel:
 
 @functools.cache
 def _launcher(module: str, op: str) -> Callable[..., Any]:
+    if util.find_spec("triton") is None:
+        raise TargetError(
+            f"the kernel of optc::{op} needs the package triton, which is not installed",
+            remedy="pip install triton, in the version that this torch names",
+        )
     found: Callable[..., Any] = getattr(import_module(module), op)
     return found
-
-
-@functools.cache
-def triton_missing() -> str | None:
-    """Why Triton kernels cannot run in this environment, or None."""
-    return None if util.find_spec("triton") else "triton is not installed"
 
 
 @functools.cache
 def dependent_launch(device: torch.device) -> bool:
     """Whether kernels on a device can begin before their predecessor ends (compute capability 9.0 and later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream records a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

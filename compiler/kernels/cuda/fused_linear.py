@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from optc.compiler.kernels.cuda.dispatch import implement, triton_missing
+from optc.compiler.kernels.cuda.dispatch import implement
 from optc.compiler.kernels.kernel import Kernel, TritonSources, one_of
 from optc.compiler.ops.packed.cuda import ACTIVATIONS, NORMS
 
@@ -22,7 +22,7 @@ MOST_COLUMNS = 1 << 15
 def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     """See `obstacle`."""
     x, weight, scale = args[:3]
-    return triton_missing() or obstacle(
+    return obstacle(
         x.dtype,
         columns=x.shape[-1],
         weight=weight.dtype,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optc.compiler.kernels.cuda.dispatch import implement, triton_missing
+from optc.compiler.kernels.cuda.dispatch import implement
 from optc.compiler.kernels.kernel import Kernel, TritonSources, one_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,8 +21,6 @@ _POSITIONS = {5: torch.int64, 6: torch.int32, 7: torch.int32, 8: torch.int32, 9:
 def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     """One type for queries, keys, values and pools, heads that fit, and positions as sessions make them."""
     q, k, v, k_pool, v_pool = args[:5]
-    if missing := triton_missing():
-        return missing
     if len({tensor.dtype for tensor in args[:5]}) != 1:
         return "q, k, v and the pools differ in type"
     odd = next((i for i, dtype in _POSITIONS.items() if i < len(args) and args[i].dtype is not dtype), None)

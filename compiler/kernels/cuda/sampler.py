@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from optc.compiler.kernels.cuda.dispatch import implement, triton_missing
+from optc.compiler.kernels.cuda.dispatch import implement
 from optc.compiler.kernels.kernel import Kernel, TritonSources, one_of
 
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,8 +20,6 @@ _TYPES = {
 
 def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     """Logits of a floating type, and the parameters of `sample_` in the types that its reference names."""
-    if missing := triton_missing():
-        return missing
     for index, tensor in enumerate(args[1:], 1):
         if tensor is not None and tensor.dtype is not _TYPES[index]:
             return f"argument {index} is {tensor.dtype}; the kernel takes {_TYPES[index]}"

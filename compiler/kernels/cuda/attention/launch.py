@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
+from optc.compiler.kernels.cuda.attention.call import Call, Turn, factors, padded, turning, widths
 from optc.compiler.kernels.cuda.attention.decode import decode
+from optc.compiler.kernels.cuda.attention.long_prefill import LONG, attend_long
 from optc.compiler.kernels.cuda.attention.prefill import prefill
 from optc.compiler.kernels.cuda.attention.write import write
-from optc.compiler.kernels.cuda.dispatch import dependent_launch
+from optc.compiler.kernels.cuda.dispatch import dependent_launch, is_capturing
 
-LOG2E = math.log2(math.e)
+NEVER = 2**31 - 1
 FEWEST_ROWS = 16
 """Rows of the smallest product of tensor cores."""
 
@@ -56,42 +57,10 @@ class PrefillTiles:
     warps: int = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """Norm and rotary embedding of heads, see `optc::rotary_paged_attention_`."""
-
-    position: Tensor
-    inv_freq: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    scaling: float
-    interleaved: bool
-    eps: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """The tensors of a call and how scores become weights, see `optc::paged_attention_`."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    k_pool: Tensor
-    v_pool: Tensor
-    slot_mapping: Tensor
-    block_tables: Tensor
-    context_lens: Tensor
-    cu_seqlens: Tensor
-    scale: float
-    window: int
-    softcap: float
-    turn: Turn | None = None
-
-
 def attend(call: Call, decode_tiles: DecodeTiles | None = None, prefill_tiles: PrefillTiles | None = None) -> Tensor:
-    """Write the new keys and values and attend: with one token per request in one launch, else in three.
+    """Write the new keys and values and attend: with one token per request in one launch, else in three or more.
 
-    Shapes alone decide, never lengths, so that a captured CUDA graph serves any lengths.
+    In a captured CUDA graph shapes alone decide, never lengths, so that it serves any lengths.
     """
     tokens, requests = call.q.shape[0], call.block_tables.shape[0]
     heads, value_width = call.q.shape[1], call.v.shape[2]
@@ -100,7 +69,8 @@ def attend(call: Call, decode_tiles: DecodeTiles | None = None, prefill_tiles: P
         return out
     if tokens != requests:
         _write(call)
-        _prefill(call, out, prefill_tiles or choose_prefill_tiles(call))
+        elsewhere = LONG if attend_long(call, out) else NEVER
+        _prefill(call, out, prefill_tiles or choose_prefill_tiles(call), elsewhere)
     _decode(call, out, decode_tiles or choose_decode_tiles(call))
     return out
 
@@ -127,11 +97,6 @@ def _head_bytes(call: Call) -> int:
     return max(padded(call.q.shape[2]), padded(call.v.shape[2])) * call.q.element_size()
 
 
-def padded(size: int) -> int:
-    """The power of two that holds `size`, 16 at least."""
-    return max(16, triton.next_power_of_2(size))
-
-
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; in Triton's interpreter a few, so that programs share work there too."""
@@ -144,83 +109,53 @@ def _scratch(device: torch.device, programs: int, rows: int, width: int, pairs: 
 
     Launches that share it run one after the other: decode steps of one model on one stream.
     """
+    assert not is_capturing(device), "the first call of a shape allocates what all later ones use: not inside a graph"
     parts = torch.empty(programs, 2, rows, width, device=device)
     statistics = torch.empty(programs, 2, rows, 2, device=device)
     return parts, statistics, torch.zeros(pairs, dtype=torch.int32, device=device)
-
-
-def _factors(call: Call) -> tuple[float, float]:
-    """What `pages.scores` multiplies by."""
-    if call.softcap:
-        return call.scale / call.softcap, call.softcap * LOG2E
-    return call.scale * LOG2E, 1.0
-
-
-def _turn(call: Call) -> tuple[Turn, dict[str, int | bool]]:
-    """The turn, or one that does nothing, and its constants."""
-    turn = call.turn
-    if turn is None:
-        nothing = Turn(
-            position=call.slot_mapping, inv_freq=call.slot_mapping, q_norm=None, k_norm=None, scaling=1.0,
-            interleaved=False, eps=0.0,
-        )  # fmt: skip
-        return nothing, {"ROTATED": 0, "INTERLEAVED": False}
-    return turn, {"ROTATED": 2 * turn.inv_freq.shape[0], "INTERLEAVED": turn.interleaved}
-
-
-def _widths(call: Call) -> dict[str, int]:
-    width, value_width = call.q.shape[2], call.v.shape[2]
-    return {
-        "HEADS": call.k.shape[1],
-        "D": width,
-        "WIDTH": padded(width),
-        "DV": value_width,
-        "VALUE_WIDTH": padded(value_width),
-        "BLOCK": call.k_pool.shape[1],
-    }
 
 
 def _decode(call: Call, out: Tensor, tiles: DecodeTiles) -> None:
     requests, heads = call.block_tables.shape[0], call.k.shape[1]
     group, device = call.q.shape[1] // heads, call.q.device
     group_rows = triton.next_power_of_2(group)
-    constants = _widths(call)
+    constants = widths(call)
     programs = multiprocessors(device) * tiles.programs
     scratch = _scratch(device, programs, group_rows, constants["VALUE_WIDTH"], requests * heads)
-    turn, turning = _turn(call)
+    turn, turned = turning(call)
     pdl = dependent_launch(device)
     decode[(programs,)](
         call.q, call.k, call.v, call.k_pool, call.v_pool, call.slot_mapping, call.block_tables, call.context_lens,
         call.cu_seqlens, turn.position, turn.inv_freq, turn.q_norm, turn.k_norm, out, *scratch,
         *call.q.stride()[:2], *call.k.stride()[:2], *call.v.stride()[:2],
         *call.k_pool.stride()[:3], *call.v_pool.stride()[:3], call.block_tables.stride(0),
-        requests, *_factors(call), turn.scaling, turn.eps,
+        requests, *factors(call), turn.scaling, turn.eps,
         REQUESTS=triton.next_power_of_2(requests), GROUP=group, ROWS=max(FEWEST_ROWS, group_rows),
         GROUP_ROWS=group_rows, WINDOW=call.window, SOFTCAP=bool(call.softcap), ALONE=call.q.shape[0] == requests,
-        TILE=tiles.tile, STAGES=tiles.stages, EAGER=tiles.eager, START=tiles.start, MERGED=tiles.merged, PDL=pdl, **constants, **turning,
+        TILE=tiles.tile, STAGES=tiles.stages, EAGER=tiles.eager, START=tiles.start, MERGED=tiles.merged, PDL=pdl, **constants, **turned,
         num_warps=tiles.warps, maxnreg=tiles.registers, launch_pdl=pdl,
     )  # fmt: skip
 
 
 def _write(call: Call) -> None:
-    constants = _widths(call)
-    turn, turning = _turn(call)
+    constants = widths(call)
+    turn, turned = turning(call)
     pdl = dependent_launch(call.q.device)
     write[(call.k.shape[0],)](
         call.k, call.v, call.k_pool, call.v_pool, call.slot_mapping, turn.position, turn.inv_freq, turn.k_norm,
         *call.k.stride()[:2], *call.v.stride()[:2], *call.k_pool.stride()[:3], *call.v_pool.stride()[:3],
         turn.scaling, turn.eps,
-        HEAD_ROWS=triton.next_power_of_2(call.k.shape[1]), PDL=pdl, **constants, **turning,
+        HEAD_ROWS=triton.next_power_of_2(call.k.shape[1]), PDL=pdl, **constants, **turned,
         num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
 
 
-def _prefill(call: Call, out: Tensor, tiles: PrefillTiles) -> None:
+def _prefill(call: Call, out: Tensor, tiles: PrefillTiles, elsewhere: int) -> None:
     requests, heads = call.block_tables.shape[0], call.k.shape[1]
     group = call.q.shape[1] // heads
     rows = max(tiles.rows, triton.next_power_of_2(group))
     tokens = rows // group
-    turn, turning = _turn(call)
+    turn, turned = turning(call)
     pdl = dependent_launch(call.q.device)
     # Every request but the full ones leaves one tile that is not full, and no request of one token has any.
     grid = (min(call.q.shape[0] // tokens + requests, call.q.shape[0]), heads)
@@ -228,10 +163,10 @@ def _prefill(call: Call, out: Tensor, tiles: PrefillTiles) -> None:
         call.q, call.k_pool, call.v_pool, call.slot_mapping, call.block_tables, call.context_lens, call.cu_seqlens,
         turn.position, turn.inv_freq, turn.q_norm, out,
         *call.q.stride()[:2], *call.k_pool.stride()[:3], *call.v_pool.stride()[:3], call.block_tables.stride(0),
-        requests, *_factors(call), turn.scaling, turn.eps,
+        requests, elsewhere, *factors(call), turn.scaling, turn.eps,
         REQUESTS=triton.next_power_of_2(requests), GROUP=group, ROWS=rows, TOKENS=tokens,
         WINDOW=call.window, SOFTCAP=bool(call.softcap), TILE=tiles.tile, STAGES=tiles.stages, PDL=pdl,
-        **_widths(call), **turning, num_warps=tiles.warps, launch_pdl=pdl,
+        **widths(call), **turned, num_warps=tiles.warps, launch_pdl=pdl,
     )  # fmt: skip
 
 

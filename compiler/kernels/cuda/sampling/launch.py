@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from optc.compiler.kernels.cuda.dispatch import dependent_launch
+from optc.compiler.kernels.cuda.dispatch import dependent_launch, is_capturing
 from optc.compiler.kernels.cuda.sampling.choose import GROUP, STATISTICS, choose
 
 CHUNK = 4096
@@ -72,6 +72,7 @@ def _scratch(device: torch.device, rows: int, chunks: int) -> tuple[Tensor, Tens
 
     Launches that share it run one after the other: steps of one model on one stream.
     """
+    assert not is_capturing(device), "the first call of a shape allocates what all later ones use: not inside a graph"
     statistics = torch.empty(rows, chunks, STATISTICS.value, device=device)
     best = torch.empty(rows, chunks, 2, dtype=torch.int32, device=device)
     return statistics, best, torch.zeros(rows, dtype=torch.int32, device=device)

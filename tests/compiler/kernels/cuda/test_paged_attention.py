@@ -11,7 +11,8 @@ from interpreted import DEVICE, FLOATS, HAS_GPU, ON_GPU
 from paged_cases import Case
 from torch import Tensor
 
-from optc.compiler.kernels.cuda.attention.launch import Call, DecodeTiles, PrefillTiles, Turn, attend
+from optc.compiler.kernels.cuda.attention.call import Call, Turn
+from optc.compiler.kernels.cuda.attention.launch import DecodeTiles, PrefillTiles, attend
 from optc.compiler.kernels.cuda.paged_attention import (
     PAGED_ATTENTION,
     ROTARY_PAGED_ATTENTION,
@@ -173,6 +174,16 @@ def test_real_sizes(name: str) -> None:
     case = LARGE[name]
     check(case)
     check(case, turns(case, case.width // 2, norm=True), strided=True)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=ON_GPU) for dtype in (torch.bfloat16, torch.float16)])
+@pytest.mark.parametrize("window", [0, 100])
+def test_long_prompts(dtype: torch.dtype, window: int) -> None:
+    """Beside short ones, a later chunk of one and decode; with a window all go the other way."""
+    shape: dict[str, Any] = {"new": (1, 1100, 1200, 30), "past": (700, 0, 50, 0), "width": 128, "value_width": 128}
+    case = Case(**shape, heads=4, kv_heads=2, block_size=64, dtype=dtype, window=window)
+    check(case)
+    check(case, turns(case, 64, norm=True), strided=True)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=ON_GPU)])
