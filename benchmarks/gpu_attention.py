@@ -176,7 +176,10 @@ def measure(options: argparse.Namespace) -> None:
     for load in MEASURED:
         figures[load.name] = _figure(load, time_of(load.calls()), ceiling)
         torch.cuda.empty_cache()
-    prefill = {f"{tokens} tokens": _prefill(tokens) for tokens in (1024, 8192)}
+    prefill = {
+        f"{tokens} tokens after {past}": _prefill(tokens, past=past)
+        for tokens, past in ((512, 0), (1024, 0), (8192, 0), (2048, 6144))
+    }
     windows = [figures[load.name]["microseconds"] for load in MEASURED if load.window]
     slope = round(windows[-1] / windows[1], 4)
     print(f"window 4096, context 131072 over 8192: {slope}", flush=True)
@@ -190,13 +193,13 @@ def measure(options: argparse.Namespace) -> None:
         record("gpu_attention", result, threads=0)
 
 
-def _prefill(tokens: int, tiles: PrefillTiles | None = None) -> dict[str, float]:
-    """A whole prompt of one request, causal, launched from Python: prompts are in no graph."""
-    load = Load(1, tokens)
-    call = load._call([tokens], tokens // load.block)
-    many = torch.randn(tokens, HEADS + 2 * KV_HEADS, WIDTH, device="cuda", dtype=torch.bfloat16)
-    q, k, v = many.split([HEADS, KV_HEADS, KV_HEADS], 1)
-    position = torch.arange(tokens, device="cuda")
+def _prefill(tokens: int, tiles: PrefillTiles | None = None, *, past: int = 0) -> dict[str, float]:
+    """A prompt of one request, or its next chunk, causal, launched from Python: prompts are in no graph."""
+    load = Load(1, tokens + past)
+    call = load._call([tokens + past], -(-(tokens + past) // load.block))
+    product = torch.randn(tokens, HEADS + 2 * KV_HEADS, WIDTH, device="cuda", dtype=torch.bfloat16)
+    q, k, v = product.split([HEADS, KV_HEADS, KV_HEADS], 1)
+    position = torch.arange(past, past + tokens, device="cuda")
     assert call.turn is not None
     call = dataclasses.replace(
         call, q=q, k=k, v=v, turn=dataclasses.replace(call.turn, position=position),
@@ -204,8 +207,8 @@ def _prefill(tokens: int, tiles: PrefillTiles | None = None) -> dict[str, float]
         cu_seqlens=torch.tensor([0, tokens], device="cuda", dtype=torch.int32),
     )  # fmt: skip
     seconds = eager_time(lambda: attend(call, None, tiles))
-    rate = 2 * tokens * tokens * HEADS * WIDTH / seconds
-    print(f"prefill {tokens} {tiles or ''}: {seconds * 1e6:.0f} us, {rate / 1e12:.0f} TFLOP/s", flush=True)
+    rate = 4 * HEADS * WIDTH * (tokens * past + tokens**2 / 2) / seconds
+    print(f"prefill {tokens} after {past} {tiles or ''}: {seconds * 1e6:.0f} us, {rate / 1e12:.0f} TFLOP/s", flush=True)
     return {"microseconds": round(seconds * 1e6, 1), "tflop_s": round(rate / 1e12, 1)}
 
 
@@ -248,7 +251,7 @@ def sweep(options: argparse.Namespace) -> None:
         torch.cuda.empty_cache()
     for tiles in PREFILL_CANDIDATES:
         try:
-            _prefill(8192, tiles)
+            _prefill(4096, tiles, past=4096)
         except FAILURES as error:
             print("failed:", tiles, repr(error)[:200], flush=True)
     if options.output:
