@@ -1,25 +1,50 @@
 """optc operators  ->  ATen, and what CUDA kernels take
 
+    where(condition, x, number)  ->  masked_fill(x, ~condition, number)
+
 What is left of the dialect has a kernel (compiler/kernels/cuda): `optc.fused_linear`, over packed codes where weights are
-quantized (see passes/legalization/cuda_linears.py), and paged attention. What no kernel takes becomes ATen.
+quantized (see passes/legalization/cuda_linears.py), and paged attention. What no kernel takes becomes ATen. A call of ATen
+that copies a number from the host cannot be captured in a CUDA graph, and is spelled differently.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch.fx import Node
+
 from optc.compiler.ir.program import Program
-from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.compiler.ir.surgery import insert_call, replace_call
+from optc.compiler.rewriting.passes import Match, Pass, PassContext, PassResult, Rule, apply_rules
 from optc.passes.legalization.by_kernels import legalize
 from optc.passes.legalization.cuda_linears import PackedLinear
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
 class LegalizeCuda(Pass):
-    """Everything in ATen but what a CUDA kernel takes; quantized weights of fused linears packed."""
+    """Everything in ATen but what a CUDA kernel takes; quantized weights packed; nothing that a CUDA graph cannot hold."""
 
     name: ClassVar[str] = "legalize-cuda"
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        return legalize(program, "cuda", [PackedLinear()])
+        filled = apply_rules(program, [_FillWhere()])
+        result = legalize(filled.program, "cuda", [PackedLinear()])
+        matched, candidates = filled.matched + result.matched, filled.candidates + result.candidates
+        return dataclasses.replace(result, matched=matched, candidates=candidates)
+
+
+class _FillWhere(Rule):
+    """where(condition, x, number), whose number would be copied to the device."""
+
+    def match(self, program: Program, node: Node) -> Match | None:
+        return Match(node) if node.target is aten.where.ScalarOther else None
+
+    def rewrite(self, program: Program, match: Match) -> None:
+        condition, x, number = match.node.args
+        inverse = insert_call(program, match.node, aten.logical_not.default, (condition,))
+        replace_call(program, match.node, aten.masked_fill.Scalar, (x, inverse, number))

@@ -12,7 +12,7 @@ from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.ir.devices import program_device, to_device
 from optc.compiler.ir.program import Program
-from optc.runtime.sessions.cuda_memory import MemoryPlan, free_bytes, plan_memory
+from optc.runtime.sessions.cuda_memory import MemoryPlan, free_bytes, plan_memory, weight_bytes
 from optc.runtime.sessions.decode_step import DecodeStep, RequestState
 from optc.runtime.sessions.paged import PREFILL_CHUNK, PagedSession
 from optc.runtime.sessions.session import Logits, Session, SessionOptions, not_finite
@@ -34,8 +34,21 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
     """
     device = check_gpu(str(folder))
     program = Program.load(folder)
-    plan = plan_memory(program, free_bytes(device), chunk=PREFILL_CHUNK, num_blocks=options.num_blocks)
+    plan = plan_for(program, device, num_blocks=options.num_blocks)
     return CudaSession(to_device(program, device), plan)
+
+
+def plan_for(
+    program: Program, device: torch.device, *, num_blocks: int | None = None, loaded: bool = False
+) -> MemoryPlan:
+    """The plan for a program on a GPU; `loaded` says that its weights are there already.
+
+    Raises:
+        ResourceError: it does not fit.
+    """
+    torch.cuda.empty_cache()
+    free = free_bytes(device) + (weight_bytes(program) if loaded else 0)
+    return plan_memory(program, free, chunk=PREFILL_CHUNK, num_blocks=num_blocks)
 
 
 def check_gpu(where: str) -> torch.device:
@@ -47,7 +60,7 @@ def check_gpu(where: str) -> torch.device:
     if not torch.cuda.is_available():
         built = torch.version.cuda
         raise TargetError(
-            "the artifact needs an NVIDIA GPU, and there is none here",
+            "an NVIDIA GPU is needed, and there is none here",
             where=where,
             why="torch finds no GPU, or no driver that is new enough" if built else "this torch was built without CUDA",
             remedy="run it on a machine with one"
@@ -57,7 +70,7 @@ def check_gpu(where: str) -> torch.device:
     capability = torch.cuda.get_device_capability(device)
     if capability < LEAST_CAPABILITY:
         raise TargetError(
-            "the GPU is too old for the artifact",
+            "the GPU is too old",
             where=torch.cuda.get_device_name(device),
             why=f"compute capability {capability[0]}.{capability[1]}; the kernels need "
             f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]}",
@@ -67,7 +80,7 @@ def check_gpu(where: str) -> torch.device:
         import triton  # noqa: F401
     except ImportError as error:
         raise TargetError(
-            "the artifact's kernels need the package triton, which is not installed",
+            "the kernels need the package triton, which is not installed",
             where=where,
             remedy="pip install triton, in the version that this torch names",
         ) from error
@@ -81,6 +94,9 @@ class CudaSession(PagedSession):
     beyond the batch are padding. Greedy steps follow each other on the device: the next one is started before the tokens
     of the last one are read.
 
+    Attributes:
+        memory: the plan that the pools were made by.
+
     Args:
         program: on the device where it runs. On the CPU, operators run by their references and nothing is captured.
     """
@@ -88,7 +104,7 @@ class CudaSession(PagedSession):
     def __init__(self, program: Program, plan: MemoryPlan) -> None:
         device = program_device(program)
         super().__init__(program, program.contract, num_blocks=plan.num_blocks, device=device)
-        self.memory = plan
+        self.program, self.memory = program, plan
         self._steps: dict[tuple[int, int], DecodeStep] = {}
         self._graph_memory: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
@@ -98,7 +114,7 @@ class CudaSession(PagedSession):
 
     def close(self) -> None:
         self._steps.clear()
-        self._graph = _closed
+        del self.program, self._graph
         super().close()
 
     def _decode(self, tokens: Sequence[int]) -> Logits:
@@ -229,7 +245,3 @@ class _TokenReader:
             self._events[index].synchronize()
         found: list[int] = self._host[index].tolist()
         return found
-
-
-def _closed(*_: object) -> Any:
-    raise AssertionError("the session is closed")

@@ -11,6 +11,7 @@ from torch import Tensor
 from optc.compiler.diagnostics import ResourceError
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
+from optc.compiler.ir.saved.tensors import memory_of
 from optc.runtime.sessions.paged import block_bytes, default_blocks
 from optc.runtime.sessions.session import UNKNOWN_CONTEXT
 
@@ -53,7 +54,7 @@ def plan_memory(program: Program, free: int, *, chunk: int, num_blocks: int | No
             much of it as 1024 tokens) do not fit.
     """
     contract = program.contract
-    weights = sum(tensor.nbytes for tensor in {id(item): item for _, item in program.weights()}.values())
+    weights = weight_bytes(program)
     working = _LIBRARIES + activation_bytes(program, chunk)
     block = block_bytes(contract)
     room = free - weights - working
@@ -68,6 +69,13 @@ def plan_memory(program: Program, free: int, *, chunk: int, num_blocks: int | No
             remedy="quantize the weights (--quant), use fewer --kv-blocks, or a GPU with more memory",
         )
     return plan
+
+
+def weight_bytes(program: Program) -> int:
+    """Bytes of all weights; one that is read under two names counts once."""
+    return sum(
+        tensor.nbytes for tensor in {memory_of(item) or id(item): item for _, item in program.weights()}.values()
+    )
 
 
 def activation_bytes(program: Program, tokens: int) -> int:

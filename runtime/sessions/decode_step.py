@@ -5,6 +5,7 @@ On CUDA it is captured in a graph once and replayed, so that what Python costs i
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optc.compiler.diagnostics import TargetError
 from optc.compiler.ops.dialect.paged import PADDING
 
 Run = Callable[..., Any]
@@ -145,6 +147,23 @@ class DecodeStep:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=memory):
-            self._compute()
+        try:
+            with torch.cuda.graph(graph, pool=memory):
+                self._compute()
+        except RuntimeError as error:
+            raise _not_captured(error) from error
         self._graph = graph
+
+
+def _not_captured(error: RuntimeError) -> TargetError:
+    """The error for a step that cannot be recorded, with the call of the program where it ended."""
+    first: BaseException = error
+    while isinstance(first.__context__, Exception):  # the end of the capture fails as well, and hides why
+        first = first.__context__
+    lines = [frame.line for frame in traceback.extract_tb(first.__traceback__) if frame.filename.startswith("<eval")]
+    return TargetError(
+        "a decode step of the program cannot be captured in a CUDA graph",
+        where=str(lines[-1])[:200] if lines else "",
+        why=f"{type(first).__name__}: {str(first).splitlines()[0]}",
+        remedy="report this with the model's config",
+    )

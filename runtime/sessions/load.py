@@ -53,14 +53,11 @@ class GenerateOptions(TypedDict, total=False):
     on_text: OnText | None
 
 
-class Model:
-    """An open artifact: its manifest, session, tokenizer, and the ids that end a text."""
+class TextModel:
+    """A session with a tokenizer, and the ids that end a text."""
 
-    def __init__(
-        self, manifest: Manifest, session: Session, tokenizer: Tokenizer | None, stop_ids: tuple[int, ...]
-    ) -> None:
-        self.manifest, self.session = manifest, session
-        self.tokenizer, self.stop_ids = tokenizer, stop_ids
+    def __init__(self, session: Session, tokenizer: Tokenizer | None, stop_ids: tuple[int, ...]) -> None:
+        self.session, self.tokenizer, self.stop_ids = session, tokenizer, stop_ids
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text.
@@ -70,7 +67,7 @@ class Model:
         """
         if self.tokenizer is None:
             raise InputError(
-                "the artifact has no tokenizer",
+                "the model has no tokenizer",
                 why="its source model had none",
                 remedy="give token ids: --prompt-tokens 5,17,33",
             )
@@ -130,6 +127,16 @@ class Model:
     def close(self) -> None:
         """Close the session."""
         self.session.close()
+
+
+class Model(TextModel):
+    """An open artifact, with its manifest."""
+
+    def __init__(
+        self, manifest: Manifest, session: Session, tokenizer: Tokenizer | None, stop_ids: tuple[int, ...]
+    ) -> None:
+        super().__init__(session, tokenizer, stop_ids)
+        self.manifest = manifest
 
 
 class _Streams:

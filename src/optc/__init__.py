@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from optc.compiler.ir.program import Program
     from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
     from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
+    from optc.optimizing import optimize
 
 _HOMES = {
     "optc.api": ("CompileResult", "capture", "compile", "load"),
+    "optc.optimizing": ("optimize",),
     "optc.compiler.ir.contract": ("Contract",),
     "optc.compiler.diagnostics": ("OptcError",),
     "optc.compiler.pipeline.pipeline": ("Pipeline", "PipelineOptions"),
@@ -56,6 +58,7 @@ __all__ = [
     "capture",
     "compile",
     "load",
+    "optimize",
 ]
 
 

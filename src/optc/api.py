@@ -115,7 +115,8 @@ def compile(
     )
     check_context(_capacity(resolved), captured.program.contract.model.context_length)
     seconds = {"capture": time.perf_counter() - begin}
-    result = _run_passes(captured, resolved, progress, seconds)
+    result = run_passes(captured, resolved, progress, seconds)
+    result = replace(result, program=to_device(result.program, torch.device("cpu")))  # where exporters write from
     if progress:
         progress(len(result.records), "exporting")
     manifest = _write(request.run.output, resolved, result, captured, seconds, begin)
@@ -133,10 +134,10 @@ def _request(request: Request | None, target: str | None, values: dict[str, Any]
     return request
 
 
-def _run_passes(
+def run_passes(
     captured: Captured, resolved: Resolved, progress: Progress | None, seconds: dict[str, float]
 ) -> PipelineResult:
-    """The recipe on the device that was asked for; the last stage is brought back, as exporters write from the CPU.
+    """The recipe on the device that was asked for; what the target cannot run is refused.
 
     Args:
         seconds: gets the times of "move" and "passes".
@@ -153,7 +154,7 @@ def _run_passes(
     del program  # its weights may be many
     check_legal(result.program, resolved.target)
     seconds["passes"] = time.perf_counter() - begin - seconds["move"]
-    return replace(result, program=to_device(result.program, torch.device("cpu")))
+    return result
 
 
 def _capacity(resolved: Resolved) -> int | None:

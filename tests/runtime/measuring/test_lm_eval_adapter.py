@@ -117,7 +117,7 @@ def test_refuses() -> None:
         lm.generate_until(_requests("generate_until", ("a", {"num_beams": 4})))
     model = _model()
     model.tokenizer = None
-    with pytest.raises(InputError, match="the artifact has no tokenizer"):
+    with pytest.raises(InputError, match="the model has no tokenizer"):
         ArtifactLM(model)
 
 

@@ -119,7 +119,7 @@ def test_memory_is_planned_before_it_is_taken() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="the artifact needs an NVIDIA GPU, and there is none here") as caught:
+    with pytest.raises(TargetError, match="an NVIDIA GPU is needed, and there is none here") as caught:
         cuda.open_artifact(tmp_path, make_manifest(), SessionOptions())
     assert caught.value.exit_code == 4
 

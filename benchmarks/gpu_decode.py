@@ -1,0 +1,237 @@
+"""Batch-1 decode of a Llama of 8B shape with random weights on the GPU, compiled in process, beside transformers.
+
+    python benchmarks/gpu_decode.py                              # bf16, int8, int4 at 128, 1024 and 4096 tokens of context
+    python benchmarks/gpu_decode.py --model DIR --variants bf16  # keep the model there, or use the one that is
+    python benchmarks/gpu_decode.py --peers                      # transformers, eager and compiled with a static cache
+    python benchmarks/gpu_decode.py --layers 4                   # a quick try
+
+The model is made in memory (/dev/shm) and compiled by `optc.optimize`, which runs the target's recipe with its gate.
+Random weights say nothing about quality, so the gate's limits are open. Each figure is the median of samples of one
+session's `generate`, greedy choice included. The ledger of a step comes from the profiler: kernels end one after the
+other, and each is charged with the time since the one before ended. The share of the ceiling is of the bytes that a
+step has to read (weights, keys and values), at the rate of the fastest of some streaming kernels in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import gpu_compile
+import numpy as np
+import torch
+from common import record
+from gpu_compile import write_model
+from gpu_timing import card, read_ceiling
+from torch.fx import Node
+
+import optc
+from optc.compiler.ir.program import Program
+from optc.optimizing import Optimized
+from optc.runtime.generation.generate import generate
+from optc.runtime.sessions.cuda import CudaSession
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "int8": {"quant": "int8"},
+    "int4": {"quant": "rtn", "bits": 4, "group_size": 128},
+}
+OPEN_GATE = {
+    "max_kl": float("inf"),
+    "min_top1": 0.0,
+    "max_perplexity_increase": float("inf"),
+    "max_relative_error": float("inf"),
+}
+CONTEXTS = (128, 1024, 4096)
+PROFILED = 8
+
+
+def decode_rates(session: CudaSession, contexts: tuple[int, ...], samples: int, new_tokens: int) -> dict[str, Any]:
+    """Tokens per second at each context, and milliseconds to the first token of a prompt of that length."""
+    rng = np.random.default_rng(0)
+    found: dict[str, Any] = {}
+    for context in contexts:
+        prompt = rng.integers(0, session.vocab_size, (1, context)).tolist()
+        runs = [generate(session, prompt, max_new_tokens=new_tokens) for _ in range(samples + 1)][1:]
+        step_ms = statistics.median(run.tpot_ms or 0.0 for run in runs)
+        found[str(context)] = {
+            "tokens_per_s": 1e3 / step_ms,
+            "ms_per_step": step_ms,
+            "ttft_ms": statistics.median(run.ttft_ms for run in runs),
+            "bytes": step_bytes(session.program, context + new_tokens // 2),
+        }
+    return found
+
+
+def step_bytes(program: Program, context: int) -> int:
+    """Bytes that a decode step of one token has to read: every weight of a product, keys and values, a row of the
+    embedding."""
+    return sum(call["bytes"] for call in calls(program, context))
+
+
+def calls(program: Program, context: int) -> list[dict[str, Any]]:
+    """The calls of a program that launch kernels of optc's, in order, with what they read at one token."""
+    found = []
+    for node in program.graph.nodes:
+        name = getattr(node.target, "__name__", "").partition(".")[0]
+        if name == "fused_linear":
+            size = sum(program.weight(weight).nbytes for item in node.args[1:] if (weight := _weight(program, item)))
+        elif name.endswith("paged_attention_"):
+            pools = [item.meta["val"] for item in node.args[3:5]]
+            size = sum(context * pool.shape[2] * pool.shape[3] * pool.dtype.itemsize for pool in pools)
+        else:
+            continue
+        found.append({"label": _label(program, node), "bytes": size})
+    return found
+
+
+def _label(program: Program, node: Node) -> str:
+    """What a call is of, the same in every layer: the end of its weight's name, or attention."""
+    weight = _weight(program, node.args[1])
+    if weight is None or node.target is not torch.ops.optc.fused_linear.default:
+        return "attention"
+    stem = weight.rpartition(".")[0].split(".")
+    return ".".join(part for part in stem if not part.isdigit())
+
+
+def _weight(program: Program, item: Any) -> str | None:
+    return program.weight_of(item) if isinstance(item, Node) else None
+
+
+def ledger(session: CudaSession, context: int) -> dict[str, Any]:
+    """Microseconds by kernel of one step, averaged over some, and over layers where these are alike."""
+    prompt = np.random.default_rng(1).integers(0, session.vocab_size, (1, context)).tolist()
+    first = [int(session.prefill(prompt)[0].argmax())]
+    list(session.greedy(first, 3))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        list(session.greedy([1], PROFILED))
+        torch.cuda.synchronize()
+    events = sorted(
+        (event.time_range.end, event.name)
+        for event in profiler.events()
+        if "CUDA" in str(event.device_type) and not event.name.startswith(("Memcpy", "Memset"))
+    )
+    per_step, rest = divmod(len(events), PROFILED)
+    if rest or not per_step:
+        return {"kernels": len(events), "note": f"{len(events)} kernels in {PROFILED} steps"}
+    rows = [events[turn * per_step : (turn + 1) * per_step] for turn in range(1, PROFILED)]
+    microseconds = [statistics.median(row[i][0] - row[i - 1][0] for row in rows) if i else 0.0 for i in range(per_step)]
+    return _by_call(session.program, context, [name for _, name in rows[0]], microseconds)
+
+
+def _by_call(program: Program, context: int, names: list[str], microseconds: list[float]) -> dict[str, Any]:
+    """Kernels of a step with their times, summed over layers for the calls of the same module of each."""
+    known = calls(program, context)
+    ours = [i for i, name in enumerate(names) if name.startswith(("gemv", "product", "decode"))]
+    kernels: dict[str, dict[str, Any]] = {}
+    layers = len(program.contract.layers)
+    for place, (name, time_us) in enumerate(zip(names, microseconds, strict=True)):
+        label, size = name[:60], 0
+        if len(ours) == len(known) and place in ours:
+            call = known[ours.index(place)]
+            label, size = f"{call['label']} ({name[:30]})", call["bytes"]
+        entry = kernels.setdefault(label, {"count": 0, "us": 0.0, "bytes": 0})
+        entry["count"] += 1
+        entry["us"] += time_us
+        entry["bytes"] += size
+    for entry in kernels.values():
+        entry["us_each"] = entry["us"] / entry["count"]
+        entry["gb_per_s"] = entry["bytes"] / entry["us"] / 1e3 if entry["us"] else 0.0
+    within = sum(entry["count"] for entry in kernels.values() if entry["count"] % layers == 0)
+    return {
+        "context": context,
+        "kernels": len(names),
+        "kernels_per_layer": within / layers,
+        "microseconds": sum(microseconds),
+        "by_call": kernels,
+    }
+
+
+def run_variant(model: Path, name: str, given: argparse.Namespace, ceiling: float) -> dict[str, Any]:
+    """Compile one variant, decode with it, give its memory back."""
+    begin = time.perf_counter()
+    compiled: Optimized = optc.optimize(model, dtype="bf16", **OPEN_GATE, **VARIANTS[name])
+    seconds = time.perf_counter() - begin
+    rates = decode_rates(compiled.session, given.contexts, given.samples, given.new_tokens)
+    for row in rates.values():
+        row["share_of_ceiling"] = row["bytes"] / row["ms_per_step"] * 1e3 / ceiling
+    result = {
+        "compile_s": seconds,
+        "parts_s": compiled.seconds,
+        "passes": {record.name: [record.matched, record.seconds] for record in compiled.passes},
+        "memory": {"planned": compiled.session.memory.total, "peak": torch.cuda.max_memory_reserved()},
+        "decode": rates,
+        "ledger": [ledger(compiled.session, context) for context in given.contexts[:: max(1, len(given.contexts) - 1)]],
+    }
+    compiled.close()
+    del compiled
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    print(name, {context: round(row["tokens_per_s"], 1) for context, row in rates.items()}, flush=True)
+    return result
+
+
+def peers(model: Path, contexts: tuple[int, ...], new_tokens: int) -> dict[str, Any]:
+    """transformers in bf16: eager, and compiled with a static cache."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map="cuda").eval()
+    network.generation_config.eos_token_id = None
+    found: dict[str, Any] = {}
+    for way in ("eager", "compiled"):
+        options = {} if way == "eager" else {"cache_implementation": "static"}
+        if way == "compiled":
+            network.forward = torch.compile(network.forward, mode="reduce-overhead", fullgraph=True)
+        for context in contexts:
+            ids = torch.randint(0, network.config.vocab_size, (1, context), device="cuda")
+            times = []
+            for count in (2, new_tokens, 2, new_tokens):
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                network.generate(ids, min_new_tokens=count, max_new_tokens=count, do_sample=False, **options)
+                torch.cuda.synchronize()
+                times.append(time.perf_counter() - begin)
+            found[f"{way} {context}"] = {"tokens_per_s": (new_tokens - 2) / (times[3] - times[2])}
+            print("transformers", way, context, found[f"{way} {context}"], flush=True)
+    return found
+
+
+def main() -> None:
+    """Make the model, run what was asked for, print and record it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder of the random model; made where it is missing")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--contexts", nargs="*", type=int, default=list(CONTEXTS))
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--peers", action="store_true")
+    given = parser.parse_args()
+    given.contexts = tuple(given.contexts)
+    ceiling = read_ceiling()
+    gpu_compile.SHAPES["8b"]["num_hidden_layers"] = given.layers
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as name:
+        model = given.model or Path(name) / "model"
+        if not (model / "config.json").is_file():
+            begin = time.perf_counter()
+            write_model(model, "8b")
+            print(f"model written in {time.perf_counter() - begin:.1f} s", flush=True)
+        result = {
+            "card": card(),
+            "layers": given.layers,
+            "read_ceiling_gb_per_s": ceiling / 1e9,
+            "variants": {variant: run_variant(model, variant, given, ceiling) for variant in given.variants},
+            "transformers": peers(model, given.contexts, given.new_tokens) if given.peers else None,
+        }
+    record("gpu_decode_8b" if given.layers == 32 else f"gpu_decode_{given.layers}_layers", result, 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The target inductor-cuda from the command line, on a machine without a GPU; on one with, also run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import command_line
+import pytest
+import torch
+from conftest import EXAMPLE
+from once import example_artifact
+
+import optc
+from optc.compiler.artifact.folder import verify
+from optc.compiler.diagnostics import TargetError
+from optc.compiler.ir.program import Program
+
+NEEDS_GPU = "an NVIDIA GPU is needed, and there is none here"
+
+
+def artifact() -> Path:
+    """The example in 4 bits, compiled on the CPU."""
+    return example_artifact("inductor-cuda", quant="rtn", dtype="fp32")
+
+
+def test_what_is_written() -> None:
+    folder = artifact()
+    manifest = verify(folder)
+    assert (manifest.engine, manifest.device, manifest.target) == ("cuda", "cuda", "inductor-cuda")
+    assert manifest.engine_info == {
+        "graph": "graph.json", "weights": "weights.safetensors", "constants": "constants.safetensors",
+    }  # fmt: skip
+    assert manifest.needs["torch"] == ">=2.11"
+    assert manifest.opened is not None
+    assert manifest.opened.opened
+    assert {row.name: row.matched for row in manifest.passes} == {
+        "fuse-norm": 9, "fuse-rotary": 8, "quantize-rtn": 28, "page-kv-cache": 4, "select-logits": 1,
+        "merge-projections": 8, "fuse-decode": 21, "legalize-cuda": 16,
+    }  # fmt: skip
+    program = Program.load(folder)
+    formats = [node.kwargs.get("format") for node in program.calls(torch.ops.optc.fused_linear.default)]
+    assert sorted(map(str, formats)) == ["None"] + ["int4"] * 16
+    assert (folder / "tokenizer.json").is_file()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", [("run", "--prompt", "a"), ("bench",)])
+def test_without_a_gpu_it_exits_with_4(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.optc(command[0], artifact(), *command[1:]) == 4
+    assert NEEDS_GPU in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_optimize_without_a_gpu() -> None:
+    with pytest.raises(TargetError, match=NEEDS_GPU):
+        optc.optimize(EXAMPLE)
+
+
+def test_only_decoders() -> None:
+    with pytest.raises(TargetError, match="takes decoders, not a model of kind 'module'"):
+        optc.compile(torch.nn.Linear(8, 8), target="inductor-cuda", output="out", example_inputs=[torch.zeros(2, 8)])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_it_generates_on_the_gpu() -> None:
+    """The same tokens alone and in a batch; a stream that stops and goes on."""
+    model = optc.load(artifact())
+    one = model.generate("Once upon a time", max_new_tokens=60)
+    two = model.generate_batch(["The", "Once upon a time", "She said"], max_new_tokens=60)
+    assert two[1].tokens == one.tokens

@@ -1,0 +1,70 @@
+"""legalize-cuda: packed weights where the kernel takes them, ATen where not, nothing that copies from the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rewrites import rewritten, stirred
+from stages import apply, largest, sequences
+
+from optc.compiler.execution.stage_driver import run_stage
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import Pass
+from optc.compiler.target.target import check_legal
+from optc.passes.fusion.decode import FuseDecode
+from optc.passes.fusion.norm import FuseNorm
+from optc.passes.fusion.projections import MergeProjections
+from optc.passes.fusion.rotary import FuseRotary
+from optc.passes.kv_cache.paged import PageKVCache
+from optc.passes.legalization.cuda import LegalizeCuda
+from optc.passes.quantization.rtn import QuantizeRtn
+from optc.targets.inductor_cuda import TARGET
+
+FUSED = torch.ops.optc.fused_linear.default
+
+
+def fused(name: str, quantize: Pass | None = None) -> Program:
+    program = stirred(name)
+    quantization = [] if quantize is None else [quantize]
+    for rewrite in (FuseNorm(), FuseRotary(), *quantization, PageKVCache(), MergeProjections(), FuseDecode()):
+        program = apply(rewrite, program).program
+    return program
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric", "format"),
+    [(4, 32, True, "int4"), (4, 64, False, "int4"), (8, 0, True, "int8"), (8, 32, False, "int8")],
+)
+def test_quantized_weights_are_packed(bits: int, group: int, symmetric: bool, format: str) -> None:
+    program = fused("llama", QuantizeRtn(bits=bits, group_size=group, symmetric=symmetric))
+    result = rewritten(LegalizeCuda(), program)
+    packed = [node for node in result.program.calls(FUSED) if node.kwargs.get("format")]
+    assert {(node.kwargs["format"], node.kwargs["group_size"]) for node in packed} == {(format, group)}
+    assert len(packed) == result.matched == 8
+    assert all((node.args[3] is None) == symmetric for node in packed)
+    check_legal(result.program, TARGET)
+    entries = result.program.contract.quantization
+    assert len(entries) == 8
+    assert all(name.endswith("weight_packed") for name in entries)
+    rows = sequences(21, 9, 5)
+    one, other = (run_stage(item, rows).logits for item in (program, result.program))
+    assert largest(one, other) / max(float(row.abs().max()) for row in one) <= 2e-6
+
+
+def test_what_has_no_packed_product_is_dequantized() -> None:
+    program = fused("llama", QuantizeRtn(bits=3, group_size=32))
+    result = rewritten(LegalizeCuda(), program)
+    assert {miss.reason for miss in result.misses} == {"weights of 3 bits have no packed product (4 and 8 have)"}
+    assert result.notes == ("8 weights are dequantized before each use",)
+    check_legal(result.program, TARGET)
+
+
+def test_numbers_are_not_copied_from_the_host() -> None:
+    """Experts are weighed with `where(chosen, weight, 0.0)`."""
+    program = fused("mixtral")
+    where, fill = torch.ops.aten.where.ScalarOther, torch.ops.aten.masked_fill.Scalar
+    result = rewritten(LegalizeCuda(), program)
+    assert result.matched == len(program.calls(where)) == len(result.program.calls(fill)) == 8
+    assert not result.program.calls(where)
+    rows = sequences(21, 5)
+    assert largest(run_stage(program, rows).logits, run_stage(result.program, rows).logits) == 0.0
