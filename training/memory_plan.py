@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from optc.compiler.capture.pretrained import meta_model
+from optc.compiler.capture.loading import meta_model
 from optc.compiler.diagnostics import InputError
 from optc.compiler.model_folder.checkpoint import CheckpointInfo
 from optc.compiler.model_folder.config_file import read_config

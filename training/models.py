@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from optc.compiler.capture.pretrained import load_model, meta_model
+from optc.compiler.capture.loading import load_model, meta_model
 from optc.compiler.diagnostics import InputError
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder
 from optc.compiler.model_folder.config_file import read_config

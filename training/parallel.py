@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from optc.compiler.capture.pretrained import DTYPES
+from optc.compiler.capture.loading import DTYPES
 from optc.training.blocks import transformer_blocks
 
 Dtype = Literal["fp32", "bf16", "fp16"]

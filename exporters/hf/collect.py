@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from optc.compiler.capture.pretrained import meta_model
+from optc.compiler.capture.loading import meta_model
 from optc.compiler.capture.renames import renamed_tensors
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.formats.layouts.key_values import KeyValueScheme

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from optc.compiler.artifact.manifest import Manifest
-from optc.compiler.capture.pretrained import load_model
+from optc.compiler.capture.loading import load_model
 from optc.compiler.diagnostics import InputError
 from optc.compiler.ir.devices import choose_device
 from optc.compiler.model_folder.checkpoint import check_folder, weights_digest

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from optc.compiler.artifact.manifest import Manifest
-from optc.compiler.capture.pretrained import DTYPES, RESIDENT_BYTES, capture_pretrained, load_model
+from optc.compiler.capture.loading import DTYPES, RESIDENT_BYTES, load_model
+from optc.compiler.capture.pretrained import capture_pretrained
 from optc.compiler.ir.devices import choose_device, to_device
 from optc.runtime.sessions.program import open_program
 from optc.runtime.sessions.session import Session, SessionOptions

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from optc.compiler.capture import capture_model, capture_module, capture_pretrained
-from optc.compiler.capture.pretrained import CPU, DTYPES
+from optc.compiler.capture.loading import DTYPES
+from optc.compiler.capture.pretrained import CPU
 from optc.compiler.diagnostics import UsageError, os_errors, unknown_name
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.proof import CaptureProof

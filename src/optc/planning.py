@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from optc.compiler.analysis.module_linears import expert_stacks, linear_shape, model_linears
-from optc.compiler.capture.pretrained import DTYPES, meta_model
+from optc.compiler.capture.loading import DTYPES, meta_model
 from optc.compiler.formats.integer import check_group_size, default_group_size
 from optc.compiler.model_folder.checkpoint import check_folder
 from optc.compiler.model_folder.quantized import quantized_folder, refuse_quantizing_again

@@ -14,7 +14,7 @@ from rewrites import stir
 
 import optc
 from optc.compiler.capture import capture_pretrained
-from optc.compiler.capture.pretrained import load_model
+from optc.compiler.capture.loading import load_model
 from optc.compiler.diagnostics import TargetError
 from optc.runtime.sessions.load import load
 

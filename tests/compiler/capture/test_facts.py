@@ -9,7 +9,8 @@ import pytest
 from families import make_model
 
 from optc.compiler.capture import capture_model
-from optc.compiler.capture.pretrained import capture_pretrained, meta_model
+from optc.compiler.capture.loading import meta_model
+from optc.compiler.capture.pretrained import capture_pretrained
 from optc.compiler.diagnostics import CaptureError
 from optc.compiler.model_folder.checkpoint import check_folder
 from optc.compiler.rewriting.passes import PassContext

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import optc
 from optc.compiler.capture import capture_pretrained
-from optc.compiler.capture.pretrained import load_model
+from optc.compiler.capture.loading import load_model
 from optc.compiler.diagnostics import CaptureError, InputError, OptcError, UsageError
 from optc.planning import make_plan
 from optc.request import from_python

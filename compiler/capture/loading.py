@@ -1,0 +1,161 @@
+"""A checked model folder as a transformers model: with its weights, or as shapes alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optc.compiler.capture.attention import NAME, own_attention, register
+from optc.compiler.capture.facts import refuse_unsupported
+from optc.compiler.diagnostics import CaptureError, InputError
+from optc.compiler.formats.layouts.tensors import TensorReader
+from optc.compiler.ir.lazy_weights import materialized
+from optc.compiler.ir.stored_weights import return_freed_memory
+from optc.compiler.model_folder.checkpoint import (
+    CheckpointInfo,
+    check_folder,
+    check_values,
+    compare_shapes,
+    tied_names,
+)
+from optc.compiler.model_folder.quantized import QuantizedFolder, quantized_folder
+
+RESIDENT_BYTES = 512 << 20
+"""Models whose weights take no more than this in the compute type are held in memory: reading them again and again
+would cost more time than their memory is worth."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    attention: str = NAME,
+    trust_remote_code: bool = False,
+    resident_bytes: int | None = None,
+) -> tuple[torch.nn.Module, CheckpointInfo]:
+    """A checked model folder as an eval-mode transformers model; weights of a quantized one become dense.
+
+    Args:
+        dtype: compute type of the weights.
+        attention: transformers' attention implementation; "optc" for capture, "eager" for a reference.
+        resident_bytes: leave weights in their files (see `ir/lazy_weights`) where all of them take more in `dtype`;
+            None reads them in any case.
+
+    Raises:
+        InputError: the folder, its config or one of its tensors is unusable.
+    """
+    info = check_folder(Path(folder), trust_remote_code=trust_remote_code)
+    check_values(info)
+    quantized = quantized_folder(info)
+    skeleton = meta_model(info, trust_remote_code=trust_remote_code)
+    places = skeleton.state_dict(keep_vars=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in places.items()}
+    compare_shapes(quantized.dense if quantized else info, shapes, tied=tied_names(places))
+    try:
+        # Given tensors and a config without quantization, transformers does not look for a quantizer of its own.
+        model, report = type(skeleton).from_pretrained(
+            None,
+            config=skeleton.config,
+            state_dict=_state(info, quantized, dtype, resident_bytes),
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+        _read_generation_config(model, info.path)
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
+        if isinstance(error, KeyError) and error.args == (NAME,):
+            raise own_attention(type(skeleton).__name__) from error
+        raise InputError(
+            "transformers cannot load the model",
+            where=str(info.path),
+            why=str(error).splitlines()[0],
+            remedy="check that config.json and the weights belong together",
+        ) from error
+    _check_report(info, report)
+    return model.eval().requires_grad_(False), info
+
+
+def _state(
+    info: CheckpointInfo, quantized: QuantizedFolder | None, dtype: torch.dtype, resident_bytes: int | None
+) -> dict[str, Tensor]:
+    """The tensors of a folder: in their files, or in memory where they take no more than `resident_bytes`."""
+    if quantized is not None:
+        state = quantized.state(dtype)
+    else:
+        reader = TensorReader(info.path, info.tensors)
+        state = {name: reader.lazy(name) for name in info.tensors}
+    total = sum(tensor.numel() * dtype.itemsize for tensor in state.values())
+    if resident_bytes is None or total <= resident_bytes:
+        return {name: materialized(tensor) for name, tensor in state.items()}
+    return_freed_memory()
+    return state
+
+
+def _read_generation_config(model: Any, folder: Path) -> None:
+    """Give a model that was loaded from tensors what transformers reads with a folder: end-of-text ids."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+
+
+def _check_report(info: CheckpointInfo, report: dict[str, Any]) -> None:
+    """Refuse a model that transformers loaded with gaps: it fills them with random numbers."""
+    for kind in ("missing_keys", "mismatched_keys"):
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report.get(kind) or ())
+        if names:
+            raise InputError(
+                f"{len(names)} tensor(s) of the model were not in the checkpoint",
+                where=f"{info.path}: {names[0]}",
+                why=f"transformers reports {kind.replace('_', ' ')}",
+                remedy="check that config.json and the weights belong together",
+            )
+
+
+def meta_model(info: CheckpointInfo, *, trust_remote_code: bool = False) -> Any:
+    """The transformers model of a checked folder on the meta device: shapes only, no weight is read.
+
+    Raises:
+        InputError, CaptureError: unreadable config, unknown architecture, unsupported model.
+    """
+    from transformers import AutoConfig, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    register()
+    try:
+        config = AutoConfig.from_pretrained(str(info.path), trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(
+            "transformers cannot read the model's config",
+            where=str(info.path / "config.json"),
+            why=str(error).splitlines()[0],
+            remedy="check model_type and the transformers version",
+        ) from error
+    refuse_unsupported(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the skeleton is that of the unquantized model
+    with torch.device("meta"):
+        return _model_class(config, trust_remote_code)(config)
+
+
+def _model_class(config: Any, trust_remote_code: bool) -> Any:
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    found = getattr(transformers, names[0], None) if names else None
+    # transformers holds more than models: configs, functions, modules.
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    raise CaptureError(
+        f"unknown architecture {names[0] if names else '(none named)'}",
+        where="config.json: architectures",
+        why="transformers has no such class" + ("" if trust_remote_code else ", and remote code is never executed"),
+        remedy="use a model whose class is part of transformers",
+    )
