@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from optc.compiler.artifact.manifest import DriftRecord, PassRecord
+from optc.compiler.artifact.manifest import PassRecord
 from optc.compiler.diagnostics import NoMatchError, os_errors
-from optc.compiler.execution.drift import Drift, measure
+from optc.compiler.execution.drift import measure
 from optc.compiler.execution.probe import Probe, for_streaming, random_probe, run_probe
 from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.ir.devices import program_device, to_device
@@ -27,7 +27,8 @@ from optc.compiler.ir.text import format_program
 from optc.compiler.ir.verification import verify_program
 from optc.compiler.ops.library import attends
 from optc.compiler.pipeline.gate import PASSES_OWN, ROUNDING, Ledger, Limits, Verdict, rounds_activations
-from optc.compiler.pipeline.quantization_summary import finite, measured_records
+from optc.compiler.pipeline.quantization_summary import measured_records
+from optc.compiler.pipeline.records import pass_record
 from optc.compiler.pipeline.stages import load_stage, save_stage
 from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
@@ -180,7 +181,7 @@ class _Run:
                 result, self.note = replace(result, notes=(*result.notes, self.note)), ""  # once is enough
             if rewrite.lossy and not result.linears:
                 result = replace(result, linears=measured_records(before, after))
-        self.records.append(_record(rewrite, result, verdict, time.perf_counter() - begin, after))
+        self.records.append(pass_record(rewrite, result, verdict, time.perf_counter() - begin, after))
         self._finish_stage(rewrite.name, after)
         return after
 
@@ -279,32 +280,3 @@ def default_probe(program: Program, seed: int) -> Probe:
             torch.randn(shape, generator=generator).to(dtype) if floating else torch.ones(shape, dtype=dtype)
         )
     return Probe(tensors=tuple(tensors))
-
-
-def _record(rewrite: Pass, result: PassResult, verdict: Verdict | None, seconds: float, after: Program) -> PassRecord:
-    return PassRecord(
-        name=rewrite.name,
-        options={key: list(value) if isinstance(value, tuple) else value for key, value in rewrite.options().items()},
-        matched=result.matched,
-        candidates=result.candidates,
-        seconds=round(seconds, 4),
-        lossy=rewrite.lossy,
-        drift=_drift_record(verdict.drift) if verdict else None,
-        since_capture=_drift_record(verdict.since_capture) if verdict else None,
-        layer_drift=verdict.drift.layers if verdict else (),
-        nodes=len(after.graph.nodes),
-        notes=result.notes,
-        misses=tuple(f"{miss.node}: {miss.reason}" for miss in result.misses[:64]),
-        linears=result.linears,
-    )
-
-
-def _drift_record(drift: Drift) -> DriftRecord:
-    return DriftRecord(
-        max_abs_diff=drift.max_abs_diff,
-        relative_error=finite(drift.relative),
-        cosine=finite(drift.cosine),
-        kl=drift.kl,
-        top1_agreement=drift.top1,
-        perplexity_increase=drift.perplexity,
-    )
