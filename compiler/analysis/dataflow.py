@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from optc.compiler.ir.asserts import is_assert
 from optc.compiler.ir.program import Program
 
 aten = torch.ops.aten
@@ -104,7 +105,7 @@ def peel_casts(node: Node) -> Node:
 
 def readers(node: Node) -> list[Node]:
     """The nodes that read this one, in graph order; asserts on its type do not count."""
-    return sorted(user for user in node.users if user.target is not aten._assert_tensor_metadata.default)
+    return sorted(user for user in node.users if not is_assert(user.target))
 
 
 SHAPE_ONLY = frozenset(

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
 from optc.compiler.compat import symbolic_dispatch
+from optc.compiler.ir.asserts import ASSERTS
 from optc.compiler.ir.program import Program
 
 
@@ -92,7 +93,7 @@ def drop_dead(program: Program) -> None:
     Metadata asserts go first: they repeat what the fake values say, and keep dead values alive.
     """
     exported = program.exported
-    for node in program.calls(torch.ops.aten._assert_tensor_metadata.default):
+    for node in program.calls(*ASSERTS):
         exported.graph.erase_node(node)
     exported.graph.eliminate_dead_code(_has_effect)
     names = program.weight_names()

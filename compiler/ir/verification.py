@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch._export.verifier import SpecViolationError
+from torch.export import ExportedProgram
+from torch.fx import Node
 
 from optc.compiler.diagnostics import OptcError
+from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.weight_table import WeightTable
 from optc.compiler.ops.library import find
 
-if TYPE_CHECKING:
-    from optc.compiler.ir.program import Program
+
+class Verifiable(Protocol):
+    """What is checked of a Program, which reads itself from disk and so is above this file."""
+
+    exported: ExportedProgram
+    contract: Contract
+    weight_table: WeightTable
+
+    def user_inputs(self) -> list[Node]:
+        """Placeholders of the user inputs, in call order."""
 
 
 class VerificationError(OptcError):
@@ -21,7 +33,7 @@ class VerificationError(OptcError):
     kind = "verification"
 
 
-def verify_program(program: Program, after: str) -> None:
+def verify_program(program: Verifiable, after: str) -> None:
     """Check graph, signature, weights and contract against each other.
 
     Raises:
@@ -36,10 +48,10 @@ def verify_program(program: Program, after: str) -> None:
         )
 
 
-def _problems(program: Program) -> list[str]:
+def _problems(program: Verifiable) -> list[str]:
     found = []
     try:
-        program.graph.lint()
+        program.exported.graph.lint()
         program.exported.validate()
     except (RuntimeError, AssertionError, SpecViolationError) as error:
         found.append(str(error).splitlines()[0])
@@ -57,26 +69,27 @@ def _problems(program: Program) -> list[str]:
     outputs = program.exported.graph_signature.user_outputs
     if len(outputs) != len(contract.outputs):
         found.append(f"{len(outputs)} graph outputs, {len(contract.outputs)} in the contract")
-    names = set(program.weight_names().values())
+    names = set(program.weight_table.names.values())
     found += [
         f"contract.quantization names '{name}', which is not a weight"
         for name in contract.quantization
         if name not in names
     ]
-    for placeholder, name in program.weight_names().items():
+    for placeholder, name in program.weight_table.names.items():
         if name not in program.exported.state_dict and name not in program.exported.constants:
             found.append(f"placeholder {placeholder} reads '{name}', which has no tensor")
     return found + list(_written_weights(program))
 
 
-def _written_weights(program: Program) -> Iterator[str]:
+def _written_weights(program: Verifiable) -> Iterator[str]:
     """Ops of the dialect that write in place what must stay: a weight is shared by clones and calls."""
-    for node in program.graph.nodes:
+    for node in program.exported.graph.nodes:
         spec = find(node.target)
         if spec is None:
             continue
         arguments = [argument.name for argument in spec.op._schema.arguments]
         for name in spec.mutates:
-            weight = program.weight_of(node.args[arguments.index(name)])
+            written = node.args[arguments.index(name)]
+            weight = program.weight_table.names.get(written.name) if isinstance(written, Node) else None
             if weight is not None:
                 yield f"{node.name} writes its {name} into the weight '{weight}'"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from optc.compiler.ir.asserts import is_assert
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.export import run_export
 from optc.compiler.ir.program import Program
@@ -23,8 +24,6 @@ from optc.compiler.ir.surgery import drop_dead
 
 Handler = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 """Answers one call of the replayed graph: (args, kwargs) -> result."""
-
-_ASSERTS = (torch.ops.aten._assert_tensor_metadata.default,)
 
 
 class Replay(torch.fx.Interpreter):
@@ -38,7 +37,7 @@ class Replay(torch.fx.Interpreter):
         self._handlers = handlers
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in _ASSERTS:
+        if is_assert(target):
             return None
         handler = self._handlers.get(target)
         return super().call_function(target, args, kwargs) if handler is None else handler(args, kwargs)
@@ -90,7 +89,7 @@ def retrace(
     shell = _Shell(program.module(), forward, names)
     with torch.fx.traceback.preserve_node_meta():
         exported = run_export(shell, tuple(args), tuple(dynamic_shapes), where="re-tracing")
-    for node in [node for node in exported.graph.nodes if node.target in _ASSERTS]:
+    for node in [node for node in exported.graph.nodes if is_assert(node.target)]:
         exported.graph.erase_node(node)
     result = Program(exported, contract, work_file=program.work_file)
     drop_dead(result)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from optc.compiler.ir.asserts import ASSERTS
 from optc.exporters.onnx.walker import Lowering, Walker, argument, result_dtype
 
 _aten = torch.ops.aten
@@ -245,7 +246,7 @@ def _table() -> dict[Any, Lowering]:
         _aten.lift_fresh_copy.default,
         _aten.dropout.default,
     )
-    add(_nothing, _aten._assert_tensor_metadata.default)
+    add(_nothing, *ASSERTS)
     return table
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import aten
+from optc.compiler.ir.asserts import is_assert
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.library import find
 from optc.passes.quantization.arithmetic.stream import plain_attention, token_inputs
@@ -34,7 +34,7 @@ class Differentiable:
         index = next(i for i, spec in enumerate(program.contract.outputs) if spec.role == "logits")
         self._logits: Node = self._output.args[0][index]
         nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-        self._nodes = [node for node in nodes if node.target is not aten._assert_tensor_metadata.default]
+        self._nodes = [node for node in nodes if not is_assert(node.target)]
         places = {node: place for place, node in enumerate(self._nodes)}
         self._dead: dict[int, list[Node]] = {}
         for node in program.graph.nodes:

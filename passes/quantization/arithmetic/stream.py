@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import aten, readers
+from optc.compiler.analysis.dataflow import readers
 from optc.compiler.diagnostics import InputError
+from optc.compiler.ir.asserts import is_assert
 from optc.compiler.ir.program import Program
 
 BATCH_TOKENS = 4096
 """Tokens that run together: enough to keep a matrix product busy."""
-
-_SKIPPED = frozenset((aten._assert_tensor_metadata.default,))
 
 
 class Stream:
@@ -53,7 +52,7 @@ class Stream:
     ) -> None:
         self.program = program
         self.weights = {} if weights is None else weights
-        self._nodes = [node for node in program.graph.nodes if node.op != "output" and node.target not in _SKIPPED]
+        self._nodes = [node for node in program.graph.nodes if node.op != "output" and not is_assert(node.target)]
         self._order = {node: index for index, node in enumerate(self._nodes)}
         self._last = {
             node: max((self._order.get(user, len(self._nodes)) for user in readers(node)), default=-1)
