@@ -86,11 +86,14 @@ def choose_decode_tiles(call: Call) -> DecodeTiles:
 
 
 def choose_prefill_tiles(call: Call) -> PrefillTiles:
-    """By bytes of a head, as for decode."""
+    """By rows that a request has on average, and what fits into registers (float32 products have no tensor cores)."""
     size = _head_bytes(call)
-    if size <= 256:
-        return PrefillTiles()
-    return PrefillTiles(rows=64, tile=32, stages=3, warps=4) if size <= 512 else PrefillTiles(rows=16, tile=16, warps=4)
+    rows = call.q.shape[0] * (call.q.shape[1] // call.k.shape[1]) // call.block_tables.shape[0]
+    if call.q.element_size() == 4:
+        return PrefillTiles(rows=16, tile=32 if size <= 512 else 16, warps=4)
+    if rows <= FEWEST_ROWS:
+        return PrefillTiles(rows=16, tile=64, warps=4)
+    return PrefillTiles(rows=64, tile=64, warps=4) if size <= 256 else PrefillTiles(rows=64, tile=32, warps=8)
 
 
 def _head_bytes(call: Call) -> int:
