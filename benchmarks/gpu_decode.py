@@ -1,11 +1,11 @@
 """Batch-1 decode of a Llama of 8B shape with random weights on the GPU, compiled in process, beside transformers.
 
     python benchmarks/gpu_decode.py                              # bf16, int8, int4 at 128, 1024 and 4096 tokens of context
-    python benchmarks/gpu_decode.py --model DIR --variants bf16  # keep the model there, or use the one that is
-    python benchmarks/gpu_decode.py --peers                      # transformers, eager and compiled with a static cache
+    python benchmarks/gpu_decode.py --variants bf16 --contexts 128
+    python benchmarks/gpu_decode.py --peers eager compiled       # transformers too; compiled: with a static cache
     python benchmarks/gpu_decode.py --layers 4                   # a quick try
 
-The model is made in memory (/dev/shm) and compiled by `optc.optimize`, which runs the target's recipe with its gate.
+The model is made on the GPU, captured once, and compiled by `optc.optimize`, which runs the target's recipe with its gate.
 Random weights say nothing about quality, so the gate's limits are open. Each figure is the median of samples of one
 session's `generate`, greedy choice included. The ledger of a step comes from the profiler: kernels end one after the
 other, and each is charged with the time since the one before ended. The share of the ceiling is of the bytes that a
@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-import gpu_compile
 import numpy as np
 import torch
 from common import record
-from gpu_compile import write_model
+from gpu_compile import SHAPES
 from gpu_timing import card, read_ceiling
 from torch.fx import Node
 
@@ -152,7 +150,22 @@ def _by_call(program: Program, context: int, names: list[str], microseconds: lis
     }
 
 
-def run_variant(model: Path, name: str, given: argparse.Namespace, ceiling: float) -> dict[str, Any]:
+def random_model(layers: int) -> Any:
+    """A Llama of 8B shape but for its layers, in bf16 on the GPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**{**SHAPES["8b"], "num_hidden_layers": layers}, tie_word_embeddings=False, dtype="bfloat16")
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return LlamaForCausalLM(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def run_variant(model: Program, name: str, given: argparse.Namespace, ceiling: float) -> dict[str, Any]:
     """Compile one variant, decode with it, give its memory back."""
     begin = time.perf_counter()
     compiled: Optimized = optc.optimize(model, dtype="bf16", **OPEN_GATE, **VARIANTS[name])
@@ -174,17 +187,16 @@ def run_variant(model: Path, name: str, given: argparse.Namespace, ceiling: floa
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     print(name, {context: round(row["tokens_per_s"], 1) for context, row in rates.items()}, flush=True)
+    print(json.dumps(result), flush=True)  # kept where a later variant fails
     return result
 
 
-def peers(model: Path, contexts: tuple[int, ...], new_tokens: int) -> dict[str, Any]:
-    """transformers in bf16: eager, and compiled with a static cache."""
-    from transformers import AutoModelForCausalLM
-
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map="cuda").eval()
+def peers(network: Any, ways: list[str], contexts: tuple[int, ...], new_tokens: int) -> dict[str, Any]:
+    """transformers in bf16 with its own attention: eager, and compiled with a static cache."""
+    network.set_attn_implementation("sdpa")
     network.generation_config.eos_token_id = None
     found: dict[str, Any] = {}
-    for way in ("eager", "compiled"):
+    for way in ways:
         options = {} if way == "eager" else {"cache_implementation": "static"}
         if way == "compiled":
             network.forward = torch.compile(network.forward, mode="reduce-overhead", fullgraph=True)
@@ -205,31 +217,30 @@ def peers(model: Path, contexts: tuple[int, ...], new_tokens: int) -> dict[str, 
 def main() -> None:
     """Make the model, run what was asked for, print and record it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of the random model; made where it is missing")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--contexts", nargs="*", type=int, default=list(CONTEXTS))
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--peers", nargs="*", default=[], choices=["eager", "compiled"])
     given = parser.parse_args()
     given.contexts = tuple(given.contexts)
     ceiling = read_ceiling()
-    gpu_compile.SHAPES["8b"]["num_hidden_layers"] = given.layers
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as name:
-        model = given.model or Path(name) / "model"
-        if not (model / "config.json").is_file():
-            begin = time.perf_counter()
-            write_model(model, "8b")
-            print(f"model written in {time.perf_counter() - begin:.1f} s", flush=True)
-        result = {
-            "card": card(),
-            "layers": given.layers,
-            "read_ceiling_gb_per_s": ceiling / 1e9,
-            "variants": {variant: run_variant(model, variant, given, ceiling) for variant in given.variants},
-            "transformers": peers(model, given.contexts, given.new_tokens) if given.peers else None,
-        }
+    begin = time.perf_counter()
+    network = random_model(given.layers)
+    made = time.perf_counter()
+    program = optc.capture(network)
+    captured = time.perf_counter()
+    print(f"model {made - begin:.1f} s, capture {captured - made:.1f} s", flush=True)
+    result = {
+        "card": card(),
+        "layers": given.layers,
+        "read_ceiling_gb_per_s": ceiling / 1e9,
+        "model_s": made - begin,
+        "capture_s": captured - made,
+        "variants": {variant: run_variant(program, variant, given, ceiling) for variant in given.variants},
+        "transformers": peers(network, given.peers, given.contexts[:1], given.new_tokens),
+    }
     record("gpu_decode_8b" if given.layers == 32 else f"gpu_decode_{given.layers}_layers", result, 2)
 
 
