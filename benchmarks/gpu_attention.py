@@ -125,8 +125,8 @@ def _tiles(
 FEW = [
     _tiles(tile, stages, programs, registers, merged=merged)
     for tile, stages, programs, registers in (
-        (64, 3, 1, 255), (64, 3, 2, 255), (64, 3, 2, 168), (32, 3, 1, 168), (32, 3, 2, 168), (32, 3, 3, 128),
-        (32, 5, 2, 168), (32, 5, 4, 128), (128, 3, 1, 255),
+        (64, 3, 1, 255), (64, 3, 2, 255), (64, 3, 2, 168), (64, 3, 3, 168), (64, 3, 4, 128), (32, 3, 1, 168),
+        (32, 3, 2, 168), (32, 3, 3, 128), (32, 3, 4, 128), (32, 5, 2, 168), (32, 5, 4, 128), (128, 3, 1, 255),
     )
     for merged in (8, 32)
 ]  # fmt: skip
@@ -134,12 +134,13 @@ MANY = [
     _tiles(tile, stages, programs, registers, eager=eager, start=start)
     for tile, stages, programs, registers, eager in (
         (32, 5, 4, 128, False), (32, 5, 4, 128, True), (32, 5, 3, 128, False), (32, 7, 3, 128, False),
-        (32, 5, 4, 96, False), (32, 5, 5, 96, False), (32, 5, 8, 128, False), (32, 5, 6, 128, False),
-        (64, 5, 2, 168, False), (64, 5, 2, 168, True), (64, 5, 2, 255, False), (64, 5, 4, 255, False),
-        (64, 3, 3, 128, False), (64, 3, 4, 128, False), (64, 3, 8, 128, False),
+        (32, 9, 3, 128, False), (32, 5, 5, 96, False), (32, 5, 8, 128, False), (32, 5, 6, 128, False),
+        (32, 3, 4, 128, False), (64, 5, 2, 168, False), (64, 5, 2, 168, True), (64, 5, 2, 255, False),
+        (64, 7, 2, 168, False), (64, 5, 3, 168, False), (64, 5, 4, 255, False), (64, 3, 3, 128, False),
+        (64, 3, 4, 128, False), (64, 3, 8, 128, False),
     )
-    for start in (1, 3)
-] + [_tiles(32, 5, 4, 128, eager=False, start=start) for start in (0, 5)]  # fmt: skip
+    for start in (64 // tile, 128 // tile)
+] + [_tiles(32, 5, 4, 128, eager=False, start=start) for start in (0, 6)]  # fmt: skip
 
 
 def candidates(load: Load) -> list[DecodeTiles]:
