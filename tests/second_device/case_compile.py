@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import EXAMPLE
+import torch
+from hf_folders import source
 from elsewhere import ELSEWHERE, There, second_device
 
 import optc
@@ -16,10 +17,12 @@ from optc.compiler.pipeline import pipeline
 
 def test_a_compile_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every pass and the gate run there, and the folder is the one that the CPU makes."""
-    options = {"target": "vllm", "quant": "gptq", "calibration_samples": 4, "calibration_seq_len": 32}
-    captured = capture_pretrained(EXAMPLE)  # outside: torch.export does not know the second device
+    rows = torch.randint(0, 128, (4, 32), generator=torch.Generator().manual_seed(0))
+    options = {"target": "vllm", "quant": "gptq", "calibration": rows}
+    model = source("llama")
+    captured = capture_pretrained(model)  # outside: torch.export does not know the second device
     monkeypatch.setattr("optc.capturing.capture_pretrained", lambda *_, **__: captured)
-    optc.compile(EXAMPLE, output=tmp_path / "here", **options)
+    optc.compile(model, output=tmp_path / "here", **options)
     seen: list[bool] = []
     run = pipeline.run_probe
 
@@ -31,7 +34,7 @@ def test_a_compile_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(pipeline, "run_probe", watched)
     monkeypatch.setattr("optc.resolving.choose_device", lambda name: ELSEWHERE)
     with second_device():
-        optc.compile(EXAMPLE, output=tmp_path / "there", **options)
+        optc.compile(model, output=tmp_path / "there", **options)
     assert seen
     assert all(seen)
     for file in (tmp_path / "here").glob("*.safetensors"):
