@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from optc.compiler.rewriting.passes import Pass
 from optc.passes.fusion.attention import FuseAttention
+from optc.passes.fusion.decode import FuseDecode
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.rotary import FuseRotary
@@ -11,7 +12,9 @@ from optc.passes.kv_cache.codes import StoreKVCodes
 from optc.passes.kv_cache.fixed import FixedKVCache
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.passes.kv_cache.quantize import QuantizeKVCache
+from optc.passes.kv_cache.select_logits import SelectLogits
 from optc.passes.kv_cache.static import StaticKVCache
+from optc.passes.legalization.cuda import LegalizeCuda
 from optc.passes.legalization.executorch import LegalizeExecutorch
 from optc.passes.legalization.inductor import LegalizeInductor
 from optc.passes.legalization.ort import LegalizeOrt
@@ -55,6 +58,16 @@ PASSES: dict[str, tuple[Pass, ...]] = {
     "kv codes": (QuantizeKVCache(), StaticKVCache(), StoreKVCodes()),
     "onnx": (QuantizeRtn(group_size=32), FuseRotary(), FuseNorm(), StaticKVCache(), LegalizeOrt()),
     "inductor": (QuantizeRtn(group_size=32), StaticKVCache(in_place=True), LegalizeInductor(), RoundActivations()),
+    "cuda": (
+        FuseNorm(),
+        FuseRotary(),
+        QuantizeRtn(group_size=32),
+        PageKVCache(),
+        SelectLogits(),
+        MergeProjections(),
+        FuseDecode(),
+        LegalizeCuda(),
+    ),
     "trt": (FuseRotary(), FuseNorm(), QuantizeRtn(group_size=32), FixedKVCache(capacity=32), LegalizeTrt()),
     "executorch": (
         FuseRotary(),

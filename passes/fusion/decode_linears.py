@@ -16,28 +16,20 @@ from optc.compiler.analysis.dataflow import (
     aten,
     is_tensor,
     peel,
-    peel_casts,
     readers,
-    scalar,
     sole_user,
     value_of,
-    value_readers,
 )
 from optc.compiler.analysis.linears import Linear, linear_site
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight, insert_call, replace_node
 from optc.compiler.rewriting.passes import Match, Miss, Rule
 from optc.compiler.rewriting.weights import record_weight
+from optc.passes.fusion.decode_norms import NORMS, norm_in_front
+from optc.passes.fusion.decode_rows import forward, with_rank
 
 _FUSED = torch.ops.optc.fused_linear.default
-_RESHAPES = frozenset((
-    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.dim,
-))  # fmt: skip
-"""Ops that keep the order of elements."""
-_NORMS = {aten.rms_norm.default: "rms", aten.layer_norm.default: "layer"}
-_BETWEEN = frozenset((*_NORMS, aten.mul.Tensor, aten.div.Tensor))
-_MOST_READERS = 2
-"""Linears that may each compute the norm that they share: beyond, one that is computed once is cheaper."""
+_BETWEEN = frozenset((*NORMS, aten.mul.Tensor, aten.div.Tensor))
 
 
 @dataclass
@@ -85,13 +77,13 @@ class FusedLinear(Rule):
         site: _Site = match.found["site"]
         node, end, linear = site.linear.node, site.end, site.linear
         rank = value_of(node).dim()
-        x = _with_rank(program, end, site.x, rank)
+        x = with_rank(program, end, site.x, rank)
         residual = site.tensors.get("residual")
-        tensors = {**site.tensors, "residual": residual and _with_rank(program, end, residual, rank)}
+        tensors = {**site.tensors, "residual": residual and with_rank(program, end, residual, rank)}
         names = ("norm_weight", "norm_bias", "bias", "residual")
         arguments = (x, self._weight(program, linear), None, None, *(tensors.get(name) for name in names))
         fused = insert_call(program, end, _FUSED, arguments, site.options)
-        replace_node(program, end, _with_rank(program, end, fused, value_of(end).dim()))
+        replace_node(program, end, with_rank(program, end, fused, value_of(end).dim()))
         _erase_unread(program, node, fused)
 
     def _weight(self, program: Program, linear: Linear) -> Node:
@@ -121,75 +113,15 @@ def _obstacle(linear: Linear) -> str | None:
     return None
 
 
-# -- in front ---------------------------------------------------------------------------------
-
-
 def _take_norm(program: Program, site: _Site) -> None:
     """Take in the norm that made the input, where linears alone read it."""
-    norm = peel_casts(_same_rows(site.x))
-    norm = peel_casts(_same_rows(norm))
-    kind = _NORMS.get(norm.target)
-    if kind is None:
-        return
-    reason, source = _norm_source(program, norm, value_of(site.x).dtype)
-    if source is None:
-        site.left.append(f"{norm.name} is not taken in: {reason}")
-        return
-    weight, bias, eps = _norm_arguments(norm)
-    site.x = source
-    site.tensors.update(norm_weight=weight, norm_bias=bias)
-    site.options.update(norm=kind, eps=eps)
-
-
-def _norm_arguments(norm: Node) -> tuple[Node | None, Node | None, float | None]:
-    if norm.target is aten.rms_norm.default:
-        _, _, weight, eps = (*norm.args, None, None)[:4]
-        return weight, None, scalar(eps)
-    _, _, weight, bias, eps = (*norm.args, None, None, 1e-5)[:5] if len(norm.args) < 5 else norm.args[:5]
-    return weight, bias, scalar(eps)
-
-
-def _norm_source(program: Program, norm: Node, dtype: torch.dtype) -> tuple[str, Node | None]:
-    """(why not, None), or ("", what the norm reads in the type that the linear computes in)."""
-    x, sizes = norm.args[0], norm.args[1]
-    assert isinstance(x, Node)
-    source = x if value_of(x).dtype == dtype else peel_casts(x)
-    weight, bias, eps = _norm_arguments(norm)
-    if list(sizes) != [value_of(x).shape[-1]]:
-        return f"it runs over the axes {sizes}", None
-    if value_of(source).dtype != dtype:
-        return f"it reads {value_of(source).dtype}, the linear {dtype}", None
-    if eps is None:
-        return "its eps is not a number", None
-    if any(item is not None and program.weight_of(item) is None for item in (weight, bias)):
-        return "its weight is computed", None
-    found = _linears_behind(program, norm)
-    if found is None:
-        return "more than linears read it", None
-    if found > _MOST_READERS:
-        return f"{found} linears read it: it is computed once for all", None
-    return "", source
-
-
-def _linears_behind(program: Program, norm: Node) -> int | None:
-    """How many linears read a norm, None when anything else does."""
-    count, pending = 0, [norm]
-    while pending:
-        current = pending.pop()
-        for user in value_readers(current):
-            if user.target in CASTS | COPIES | _RESHAPES and _keeps_rows(user):
-                pending.append(user)
-                continue
-            linear = linear_site(program, user)
-            if not (linear is not None and linear.input is current) and not _reads(user, current):
-                return None
-            count += 1
-    return count
-
-
-def _reads(node: Node, x: Node) -> bool:
-    """Whether a node is a fused linear of x."""
-    return node.target is _FUSED and node.args[0] is x and node.all_input_nodes.count(x) == 1
+    norm = norm_in_front(program, site.x)
+    if isinstance(norm, str):
+        site.left.append(norm)
+    elif norm is not None:
+        site.x = norm.source
+        site.tensors.update(norm_weight=norm.weight, norm_bias=norm.bias)
+        site.options.update(norm=norm.kind, eps=norm.eps)
 
 
 # -- behind -----------------------------------------------------------------------------------
@@ -197,7 +129,7 @@ def _reads(node: Node, x: Node) -> bool:
 
 def _take_activation(site: _Site) -> None:
     """Take in an activation function of the whole result, or of its first half, multiplied with the second."""
-    start = _forward(site.end)
+    start = forward(site.end)
     halves = _halves(start)
     if halves is not None:
         _take_gate(site, *halves)
@@ -265,7 +197,7 @@ def _start(node: Node) -> int:
 
 def _take_residual(site: _Site) -> None:
     """Take in the sum with another tensor of the same shape."""
-    end = _forward(site.end)
+    end = forward(site.end)
     add = sole_user(end)
     if add is None or add.target is not aten.add.Tensor or add.kwargs.get("alpha", 1) != 1:
         between = _between(add)
@@ -291,17 +223,6 @@ def _between(node: Node | None) -> Node | None:
     return found if node is not None and node.target is aten.add.Tensor else None
 
 
-def _forward(node: Node) -> Node:
-    """The last node of a chain of copies and views, each the only reader of the one before, of the same rows."""
-    while (user := sole_user(node)) is not None and user.target in COPIES | _RESHAPES | CASTS:
-        if user.args[0] is not node or not _keeps_rows(user) or value_of(user).dtype != value_of(node).dtype:
-            break
-        if user.target is aten.dropout.default and user.args[2]:
-            break
-        node = user
-    return node
-
-
 def _erase_unread(program: Program, first: Node, last: Node) -> None:
     """Erase what was taken in, from `first` on, so that it counts as no reader of what other sites look at."""
     node = last.prev
@@ -312,34 +233,3 @@ def _erase_unread(program: Program, first: Node, last: Node) -> None:
         if node is first or node.op != "call_function":
             return
         node = before
-
-
-# -- rows -------------------------------------------------------------------------------------
-
-
-def _keeps_rows(node: Node) -> bool:
-    """Whether a view has the rows [..., C] of what it views, one after the other."""
-    source = node.args[0]
-    assert isinstance(source, Node)
-    return value_of(node).shape[-1:] == value_of(source).shape[-1:] and value_of(node).dim() >= 2
-
-
-def _same_rows(node: Node) -> Node:
-    """What a chain of copies and views shows the rows of."""
-    while True:
-        inner = peel(node)
-        if inner.target not in _RESHAPES or not _keeps_rows(inner):
-            return inner
-        source = inner.args[0]
-        assert isinstance(source, Node)
-        node = source
-
-
-def _with_rank(program: Program, before: Node, node: Node, rank: int) -> Node:
-    """Rows as [N, C] or [1, N, C]."""
-    value = value_of(node)
-    if value.dim() == rank:
-        return node
-    if rank == 2:
-        return insert_call(program, before, aten.reshape.default, (node, [-1, int(value.shape[-1])]))
-    return insert_call(program, before, aten.unsqueeze.default, (node, 0))
