@@ -100,8 +100,8 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
         method: name of a method (`targets/methods.py`).
         bits: per weight; None where the method chooses them for each linear.
         average_bits: the mean that such a method keeps; None for other methods.
-        group_size: weights per scale, 0 for a row; None: the largest of the default sizes that divides every linear,
-            which only the model's shapes say.
+        group_size: weights per scale, 0 for a row. None: the method has blocks of its own, or, before the model is
+            read, the largest of the default sizes that divides every linear (`optc.resolving.settled`).
         symmetric: without zero points.
         ignore: patterns of weights that stay as they are.
     """

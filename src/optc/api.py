@@ -32,7 +32,7 @@ from optc.compiler.version import version
 from optc.exporters.reports.report import write_report
 from optc.opening import open_written
 from optc.request import GateRequest, Request, from_python
-from optc.resolving import Resolved, recipe_steps, resolve
+from optc.resolving import Resolved, recipe_steps, resolve, settled
 
 Progress = Callable[[int, str], None]
 
@@ -145,6 +145,7 @@ def run_passes(
     begin = time.perf_counter()
     program = to_device(captured.program, resolved.device)
     seconds["move"] = time.perf_counter() - begin
+    resolved = settled(resolved, program)
     steps = recipe_steps(resolved, program.contract.kind)
     calibration = None
     if any(step.rewrite.calibrated for step in steps):

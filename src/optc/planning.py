@@ -7,18 +7,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from optc.compiler.analysis.module_linears import expert_stacks, linear_shape, model_linears
 from optc.compiler.capture.loading import DTYPES, meta_model
 from optc.compiler.formats.integer import check_group_size, default_group_size
 from optc.compiler.model_folder.checkpoint import check_folder
 from optc.compiler.model_folder.quantized import quantized_folder, refuse_quantizing_again
 from optc.compiler.target.options import CompileOptions
-from optc.compiler.target.target import check_context, check_options
+from optc.compiler.target.target import check_context
 from optc.request import Request
-from optc.resolving import recipe_steps, resolve
-from optc.targets.registry import all_targets
+from optc.resolving import recipe_steps, resolve, with_group_size
 
 
 def make_plan(model: Path, request: Request) -> dict[str, Any]:
@@ -38,12 +35,10 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
     context = int(getattr(skeleton.config, "max_position_embeddings", 0) or 0)
     check_context(getattr(options.own, "max_seq_len", None), context)
     steps = recipe_steps(resolved, "decoder" if decoder else "encoder")
+    linears = quantizable(skeleton, () if options.quantization is None else options.quantization.ignore)
+    options = with_group_size(resolved, [columns for _, columns in linears.values()], list(linears)).options
     sizes = _sizes(skeleton, options)
     chosen = options.quantization
-    if chosen is not None and target.quant[chosen.method].group_sizes and sizes["group_size"] is not None:
-        # The default group size follows from the model, and the target may have no kernel for it.
-        chosen = msgspec.structs.replace(chosen, group_size=sizes["group_size"])
-        check_options(target, msgspec.structs.replace(options, quantization=chosen), all_targets)
     held = quantized_folder(info)
     note = target.quant[chosen.method].note if chosen is not None else ""
     if held is not None:
@@ -93,7 +88,7 @@ def _sizes(skeleton: Any, options: CompileOptions) -> dict[str, Any]:
     if chosen is not None:
         names, all_columns = list(linears), [columns for _, columns in linears.values()]
         group = chosen.group_size
-        if group is None:
+        if group is None:  # the method has blocks of its own, of about this size
             group = default_group_size(all_columns, names)
         check_group_size(group, all_columns, names)
         bits = chosen.bits or chosen.average_bits or 4

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import msgspec
 import torch
 
 from optc.compiler.diagnostics import UsageError
+from optc.compiler.formats.integer import default_group_size
 from optc.compiler.ir.devices import choose_device
+from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass
 from optc.compiler.settings.fields import fields_of
 from optc.compiler.target.options import CompileOptions, QuantRequest
 from optc.compiler.target.target import Step, Target, check_options
+from optc.passes.quantization.arithmetic.groups import weight_label
+from optc.passes.quantization.arithmetic.selection import select_linears
 from optc.recipes import apply_pass_options, parse_passes
 from optc.request import Request, check_request
-from optc.targets.methods import choose_quantization
+from optc.targets.methods import METHODS, choose_quantization
 from optc.targets.registry import all_targets
 
 
@@ -60,6 +65,39 @@ def resolve(request: Request) -> Resolved:
     if target.check_machine is not None:
         target.check_machine(options)
     return Resolved(request, options, choose_device(request.what.device))
+
+
+def with_group_size(resolved: Resolved, columns: Sequence[int], names: Sequence[str]) -> Resolved:
+    """With the group size that the request left to the model's shapes: the largest default that divides every linear.
+
+    Args:
+        columns, names: K and weight name of the linears that the method takes.
+
+    Raises:
+        UsageError: no default size divides all of them.
+        TargetError: the target has no kernel for the size.
+    """
+    options = resolved.options
+    chosen = options.quantization
+    if chosen is None or chosen.group_size is not None or METHODS[chosen.method].fixed or not columns:
+        return resolved
+    quantization = msgspec.structs.replace(chosen, group_size=default_group_size(columns, names))
+    options = msgspec.structs.replace(options, quantization=quantization)
+    check_options(resolved.target, options, all_targets)
+    return replace(resolved, options=options)
+
+
+def settled(resolved: Resolved, program: Program) -> Resolved:
+    """With what the request left to the model, which is captured now: nothing is open from here on.
+
+    Raises:
+        UsageError, TargetError: see `with_group_size`.
+    """
+    chosen = resolved.options.quantization
+    if chosen is None:
+        return resolved
+    sites = select_linears(program, chosen.ignore, head=False).chosen
+    return with_group_size(resolved, [site.columns for site in sites], [weight_label(program, site) for site in sites])
 
 
 def recipe_steps(resolved: Resolved, kind: str) -> list[Step]:

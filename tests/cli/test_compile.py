@@ -63,7 +63,7 @@ def test_group_size_is_chosen_and_printed(artifact: Path, capsys: Capture) -> No
     assert optc("inspect", artifact) == 0
     assert "4.250 bits per parameter, 1.000 x ideal" in capsys.readouterr().out
     assert row["drift"]["kl"] > 0
-    assert any("64" in note for note in row["notes"])
+    assert row["options"]["group_size"] == 64
 
 
 def test_inspect_for_people(artifact: Path, capsys: Capture) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import msgspec
 import pytest
 import torch
 from families import FAMILIES, make_model
-from stages import rewritten
+from stages import captured, rewritten
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from optc.compiler.diagnostics import TargetError
 from optc.passes.quantization.rtn import QuantizeRtn
 from optc.planning import quantizable
+from optc.request import from_python
+from optc.resolving import resolve, settled, with_group_size
+from optc.targets.onnx_cpu import TARGET
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "bert"])
@@ -26,6 +33,34 @@ def test_ignored_weights_are_left_out() -> None:
     rewrite = QuantizeRtn(bits=8, ignore=("*.down_proj*",))
     for name in ("llama", "mixtral"):
         assert len(quantizable(make_model(name), rewrite.ignore)) == rewritten(rewrite, name).matched
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+def test_the_group_size_is_settled_once(name: str) -> None:
+    """From the graph for a compile, from the module tree for a plan: the same size, and nothing is open after it."""
+    asked = resolve(from_python("onnx-cpu", quant="rtn"))
+    assert asked.options.quantization is not None
+    assert asked.options.quantization.group_size is None
+    planned = quantizable(make_model(name))
+    plan = with_group_size(asked, [columns for _, columns in planned.values()], list(planned))
+    compiled = settled(asked, captured(name))
+    assert compiled.options.quantization is not None
+    assert compiled.options.quantization.group_size == 64
+    assert plan == compiled
+    assert settled(compiled, captured("llama")) is compiled
+    for given in ({"quant": "rtn", "group_size": 32}, {"quant": "int8"}, {"quant": "nf4"}, {}):
+        resolved = resolve(from_python("onnx-cpu", **given))
+        assert settled(resolved, captured(name)) is resolved
+
+
+def test_a_group_size_that_the_target_lacks_is_refused_before_any_pass() -> None:
+    target = dataclasses.replace(
+        TARGET, quant={"rtn": dataclasses.replace(TARGET.quant["rtn"], group_sizes=(16, 32, 128))}
+    )
+    asked = dataclasses.replace(resolve(from_python("onnx-cpu", quant="rtn")))
+    asked = dataclasses.replace(asked, request=msgspec.structs.replace(asked.request, target=target))
+    with pytest.raises(TargetError, match="group size 64"):
+        settled(asked, captured("llama"))
 
 
 class _Block(torch.nn.Module):

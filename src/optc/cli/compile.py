@@ -66,5 +66,8 @@ def _show(result: dict[str, Any]) -> None:
     size, quantized = result["weight_bytes"] / 1e6, result["quantization"]
     if "bits_per_parameter" in quantized:
         bits, ideal = quantized["bits_per_parameter"], quantized["ideal_bits"]
-        console.print(f"  quantized weights: {bits:.3f} bits per parameter, ideal {ideal:.3f}", markup=False)
+        groups = ", ".join("a row" if size == 0 else str(size) for size in quantized["group_size"])
+        console.print(
+            f"  quantized weights: groups of {groups}; {bits:.3f} bits per parameter, ideal {ideal:.3f}", markup=False
+        )
     click.echo(f"{result['artifact']}: {result['target']}, {size:.1f} MB of weights, {result['seconds']:.1f} s")
