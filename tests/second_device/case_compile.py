@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hf_folders import source
 from elsewhere import ELSEWHERE, There, second_device
+from hf_folders import source
 
 import optc
 from optc.compiler.capture.pretrained import capture_pretrained

@@ -197,9 +197,13 @@ def test_a_run_of_another_user_is_alive(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_looking_at_a_run_does_not_disturb_it() -> None:
-    with subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE) as child:
-        assert publishing._is_dead(child.pid) is False
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); print(flush=True); input()"  # under nohup too
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-S", "-c", code], **pipes) as child:
         assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert publishing._is_dead(child.pid) is False
         child.stdin.write(b"\n")
         child.stdin.close()
         assert child.wait() == 0

@@ -142,6 +142,8 @@ def test_rows_of_several_axes() -> None:
     lead = -math.exp(3.0) * weight * math.log(math.exp(3.0) * weight) - 2 * weight * math.log(weight)
     assert drift.entropy == pytest.approx((math.log(3) + lead) / 2)
     assert (drift.top1, drift.classes) == (0.5, 3)
+    one = StageRun([before[:, :1]], [])
+    assert measure(one, one).classes == 3
     assert (drift.kept, drift.flipped) == ((0.0,), (pytest.approx(3.0),))
     assert drift.relative == pytest.approx(math.sqrt(18 / 6))
     assert drift.cosine == pytest.approx((1 - 0.5) / 2)  # (0, 0, 0) twice, and (2, -1, -1) beside (-1, 2, -1)
