@@ -14,7 +14,7 @@ from optc.compiler.kernels.cuda.sampling.launch import argmax, sample_
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
 from optc.compiler.ops.library import reference
 
-SMALL = {"chunk": 128, "block": 64}
+SMALL = {"chunk": 128, "block": 128}
 VOCABULARY = 300
 ROWS: list[dict[str, float]] = [
     {"temperature": 0.0},
