@@ -54,7 +54,12 @@ class PromptSpeed:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All of it; `prompts` has one entry per prompt length, in the order asked for."""
+    """All of it; `prompts` has one entry per prompt length, in the order asked for.
+
+    Attributes:
+        read_bytes_per_s: of the memory of the device that computes.
+        gpu: its name; "" where the processor computes.
+    """
 
     batch: int
     new_tokens: int
@@ -62,6 +67,7 @@ class Benchmark:
     prompts: tuple[PromptSpeed, ...]
     peak_rss_bytes: int
     read_bytes_per_s: float
+    gpu: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON; those of the first prompt length stand at the top as well."""
@@ -81,6 +87,7 @@ class Benchmark:
             "batch": self.batch,
             "new_tokens": self.new_tokens,
             "read_bytes_per_s": self.read_bytes_per_s,
+            "gpu": self.gpu,
             "prompts": rows,
         }
 
@@ -127,7 +134,8 @@ def benchmark(
         samples=samples,
         prompts=tuple(_speed(length, batch, results) for length, results in runs.items()),
         peak_rss_bytes=peak,
-        read_bytes_per_s=read_bandwidth(threads),
+        read_bytes_per_s=session.read_bandwidth() or read_bandwidth(threads),
+        gpu=session.device_name,
     )
 
 

@@ -12,7 +12,7 @@ from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.ir.devices import program_device, to_device
 from optc.compiler.ir.program import Program
-from optc.runtime.sessions.cuda_memory import MemoryPlan, free_bytes, plan_memory, weight_bytes
+from optc.runtime.sessions.cuda_memory import MemoryPlan, free_bytes, plan_memory, read_bandwidth, weight_bytes
 from optc.runtime.sessions.decode_step import DecodeStep, RequestState
 from optc.runtime.sessions.paged import PREFILL_CHUNK, PagedSession
 from optc.runtime.sessions.session import Logits, Session, SessionOptions, not_finite
@@ -111,6 +111,13 @@ class CudaSession(PagedSession):
     @property
     def streams(self) -> bool:
         return True
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else ""
+
+    def read_bandwidth(self) -> float | None:
+        return read_bandwidth(self._device) if self._device.type == "cuda" else None
 
     def close(self) -> None:
         self._steps.clear()

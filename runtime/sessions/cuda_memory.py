@@ -17,6 +17,7 @@ from optc.runtime.sessions.session import UNKNOWN_CONTEXT
 
 _LIBRARIES = 512 << 20
 """The CUDA context, kernels, and the workspaces of libraries and of captured graphs."""
+_READ_BYTES = 2 << 30
 _SHARE = 0.95
 """Of what is free when weights and working memory are counted, for the KV pool: the rest is left to fragmentation."""
 _LIVE = 4
@@ -103,3 +104,18 @@ def _gb(size: int) -> str:
 def free_bytes(device: torch.device) -> int:
     """Memory of a CUDA device that is free now."""
     return int(torch.cuda.mem_get_info(device)[0])
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes per second at which a GPU sums float32 numbers, the best of some runs; a little below what it can read."""
+    size = min(_READ_BYTES, free_bytes(device) // 2)
+    numbers = torch.zeros(size // 4, device=device)
+    best = math.inf
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        numbers.sum()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end))
+    return numbers.nbytes / best * 1e3

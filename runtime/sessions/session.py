@@ -147,6 +147,15 @@ class Session(ABC):
         for start in range(0, len(tokens), self.chunk):
             yield self._score(tokens[start : start + self.chunk])
 
+    @property
+    def device_name(self) -> str:
+        """The device that computes; "" where it is the processor."""
+        return ""
+
+    def read_bandwidth(self) -> float | None:
+        """Bytes per second that the device's memory is read at, measured now; None where it is the processor's."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Give the engine and its memory back; the session cannot be used after this."""

@@ -99,7 +99,8 @@ def _show(result: dict[str, Any]) -> None:
         f"limit    {result['read_bytes_per_s'] / 1e9:.1f} GB/s measured read bandwidth"
         + (f": at most {limit:.0f} tokens/s, each weight read once per step" if limit else "")
     )
-    click.echo(f"on       {result['environment']['cpu']}, {result['environment']['threads']} thread(s)")
+    cpu = f"{result['environment']['cpu']}, {result['environment']['threads']} thread(s)"
+    click.echo(f"on       {result['gpu'] or cpu}")
 
 
 def _rate(row: dict[str, Any]) -> str:
