@@ -46,7 +46,7 @@ def transformers_reference(model: Path) -> Reference:
     """transformers in bf16: tokens [n] -> logits float32 [n, V]."""
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map=DEVICE).eval()
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval().to(DEVICE)
 
     def run(tokens: list[int]) -> Tensor:
         with torch.inference_mode():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def plan_for(
     Raises:
         ResourceError: it does not fit.
     """
+    gc.collect()  # programs refer to themselves: what passes left lives until then
     torch.cuda.empty_cache()
     free = free_bytes(device) + (weight_bytes(program) if loaded else 0)
     return plan_memory(program, free, chunk=PREFILL_CHUNK, num_blocks=num_blocks)
