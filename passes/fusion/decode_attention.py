@@ -7,7 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import COPIES, MOVES, Sizes, aten, evaluate, leaves, peel, scalar, value_of
+from optc.compiler.analysis.dataflow import (
+    COPIES,
+    MOVES,
+    Sizes,
+    aten,
+    evaluate,
+    leaves,
+    peel,
+    peel_casts,
+    scalar,
+    value_of,
+)
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import insert_call, replace_call
 from optc.compiler.rewriting.passes import Match, Miss, Rule
@@ -103,18 +114,21 @@ def _input(rotation: Node) -> Node:
 def _heads(program: Program, rotation: Node) -> _Heads:
     """What a rotation reads, in front of a norm of each head where there is one."""
     source = _input(rotation)
-    norm, axis = peel(source), 1
+    norm, axis = peel_casts(source), 1
     if norm.target is aten.transpose.int and sorted(norm.args[1:]) == [1, 2]:
         inner = norm.args[0]
         assert isinstance(inner, Node)
-        norm, axis = peel(inner), 2
+        norm, axis = peel_casts(inner), 2
     plain = _Heads(rotation, source)
     if norm.target is not aten.rms_norm.default:
         return plain
     x, sizes, weight, eps = (*norm.args, None, None)[:4]
+    assert isinstance(x, Node)
+    if value_of(x).dtype != value_of(source).dtype:  # computed in float32, from and to a 16-bit type
+        x = peel_casts(x)
     if not isinstance(weight, Node) or program.weight_of(weight) is None or scalar(eps) is None:
         return plain
-    if list(sizes) != [value_of(source).shape[-1]] or value_of(x).dtype != value_of(weight).dtype:
+    if list(sizes) != [value_of(source).shape[-1]] or value_of(x).dtype != value_of(source).dtype:
         return plain
     return _Heads(rotation, x, axis, norm)
 

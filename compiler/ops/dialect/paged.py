@@ -89,11 +89,12 @@ def _rotary_paged_attention(
     Args:
         position: int64 [N], of each token.
         inv_freq: float32 [R / 2]: the first R features are rotated, as `rotary` does; the rest pass.
-        q_norm, k_norm: weights [D] of the norms of each head; None for no norm. `eps` is of both.
+        q_norm, k_norm: weights [D] of the norms of each head, of any floating type; None for no norm. `eps` is of both.
     """
 
     def turned(x: Tensor, weight: Tensor | None) -> Tensor:
-        x = x if weight is None else torch.rms_norm(x, x.shape[-1:], weight, eps)
+        if weight is not None:
+            x = torch.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
         rows = rotate(x.transpose(0, 1)[None], position[None], inv_freq, scaling=scaling, interleaved=interleaved)
         return rows[0].transpose(0, 1).contiguous()
 
