@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from optc.compiler.ir.program import Program
-from optc.compiler.ops.library import OpSpec, named
+from optc.compiler.ops.library import OpSpec, find, named
 
 Device = Literal["cpu", "cuda"]
 Accepts = Callable[[Sequence[Any], Mapping[str, Any]], str | None]
@@ -128,6 +128,19 @@ def used_kernels(program: Program, device: Device) -> tuple[Kernel, ...]:
     """The kernels that a program calls."""
     called = {node.target for node in program.graph.nodes if node.op == "call_function"}
     return tuple(kernel for kernel in kernels_for(device) if kernel.spec.op in called)
+
+
+def without_kernel(program: Program, device: Device) -> list[str]:
+    """The calls of ops of the dialect that no kernel of a device takes, with reasons."""
+    found = []
+    for node in program.graph.nodes:
+        if find(node.target) is None:
+            continue
+        kernel = find_kernel(node.target, device)
+        reason = "there is none" if kernel is None else kernel.obstacle(node)
+        if reason is not None:
+            found.append(f"{node.name}: {node.target}: {reason}")
+    return found
 
 
 def needs_of(kernels: Iterable[Kernel], versions: Callable[[str], str]) -> dict[str, Any]:

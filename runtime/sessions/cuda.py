@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+import optc.compiler.kernels  # noqa: F401  (registers them)
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.ir.devices import program_device, to_device
 from optc.compiler.ir.program import Program
+from optc.compiler.kernels.kernel import without_kernel
 from optc.runtime.sessions.cuda_memory import MemoryPlan, free_bytes, plan_memory, read_bandwidth, weight_bytes
 from optc.runtime.sessions.decode_step import DecodeStep, RequestState
 from optc.runtime.sessions.paged import PREFILL_CHUNK, PagedSession
@@ -35,6 +37,13 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
     """
     device = check_gpu(str(folder))
     program = Program.load(folder)
+    refused = without_kernel(program, "cuda")
+    if refused:
+        raise TargetError(
+            f"{len(refused)} call(s) of the program have no kernel in this version of optc",
+            where="; ".join(refused[:4]),
+            remedy="compile the model again",
+        )
     plan = plan_for(program, device, num_blocks=options.num_blocks)
     return CudaSession(to_device(program, device), plan)
 

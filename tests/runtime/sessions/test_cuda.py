@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +13,14 @@ import pytest
 import torch
 from artifacts import make_manifest
 from rewrites import stirred
-from stages import sequences
+from stages import apply, sequences
 
 from optc.compiler.diagnostics import GateError, InputError, ResourceError, TargetError
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.target.options import CompileOptions
+from optc.passes.fusion.rotary import FuseRotary
+from optc.passes.kv_cache.paged import PageKVCache
 from optc.runtime.generation.generate import generate
 from optc.runtime.sessions import cuda
 from optc.runtime.sessions.cuda import CudaSession
@@ -131,3 +136,26 @@ def test_an_old_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TargetError, match="the GPU is too old") as caught:
         cuda.check_gpu("artifact")
     assert (caught.value.where, caught.value.why) == ("Tesla T4", "compute capability 7.5; the kernels need 8.0")
+
+
+def test_a_call_without_a_kernel_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "check_gpu", lambda where: torch.device("cpu"))
+    program = apply(PageKVCache(), stirred("llama")).program  # rotations were not taken in
+    apply(FuseRotary(), stirred("llama")).program.save(tmp_path / "rotary")
+    with pytest.raises(TargetError, match="have no kernel in this version of optc") as caught:
+        cuda.open_artifact(tmp_path / "rotary", make_manifest(), SessionOptions())
+    assert "rotary_default: optc.rotary.default: there is none" in str(caught.value.where)
+    program.save(tmp_path / "paged")
+    monkeypatch.setattr(cuda, "plan_for", lambda program, device, num_blocks: MemoryPlan(0, 0, 0, 4))
+    with cuda.open_artifact(tmp_path / "paged", make_manifest(), SessionOptions()) as opened:
+        assert opened.prefill([[3, 4]]).shape == (1, 128)
+
+
+def test_opening_registers_the_kernels() -> None:
+    """An artifact is run without a pass or a target having been imported."""
+    code = (
+        "import torch, optc.runtime.sessions.cuda; from optc.compiler.kernels.kernel import kernels_for; "
+        "print(sorted(kernel.op for kernel in kernels_for('cuda')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"fused_linear", "greedy_step_", "rotary_paged_attention_"} <= set(ast.literal_eval(done.stdout))
