@@ -17,6 +17,8 @@ STATISTICS = tl.constexpr(8)
 """Floats that a chunk leaves: maximum and sum of exponentials of the logits, the same of the scores, whether one is
 not a number, and the best time of the race."""
 NO_TOKEN = tl.constexpr(-1)
+LOWEST = tl.constexpr(-3.0e38)
+"""Below all scores that can be drawn, as -inf cannot."""
 GROUP = tl.constexpr(64)
 """Neighbours of which only the maximum is kept, to bound the k-th largest score."""
 
@@ -71,17 +73,25 @@ def _first_best(values, ids, chunk, there):
 def _floor(maxima, groups, top, total, vocabulary, most, share, least, BLOCK: tl.constexpr):
     """A score that is not above any threshold of the cuts.
 
-    top-k: the k-th largest maximum of groups, as each has a score that large. top-p: a weight below (1 - p) / V of the
-    sum cannot be needed, as all of those together are less than 1 - p. min-p: its threshold itself.
+    top-k: the k-th largest maximum of groups, as each has a score that large. Without it: min-p's threshold itself, and
+    for top-p a weight below (1 - p) / V of the sum, as all of those together are less than 1 - p. With top-k these two
+    must stay out: what top-p is a share of is the sum of all that top-k keeps.
     """
-    floor = tl.where(least > 0, top + tl.log(least), float("-inf"))
-    if (most > 0) & (most <= groups):
-        lowest = top * 0 - 3.0e38
-        floor = tl.maximum(floor, threshold(maxima, groups, lowest, top, most.to(tl.float32), top, False, BLOCK))
-    if (share < 1) & (most == 0):
-        # Half of it: sums are rounded.
-        floor = tl.maximum(floor, top + tl.log(0.5 * (1.0 - share) * total / vocabulary))
-    return tl.maximum(floor, -3.0e38)  # -inf is never drawn
+    floor = top * 0 + LOWEST
+    if most > 0:
+        if most <= groups:
+            floor = threshold(maxima, groups, floor, top, most.to(tl.float32), top, False, BLOCK)
+    else:
+        floor = tl.maximum(floor, _least_score(top, least))
+        if share < 1:  # half of it: sums are rounded
+            floor = tl.maximum(floor, top + tl.log(0.5 * (1.0 - share) * total / vocabulary))
+    return floor
+
+
+@triton.jit
+def _least_score(top, least):
+    """min-p's threshold."""
+    return tl.where(least > 0, top + tl.log(tl.maximum(least, 1e-30)), LOWEST)
 
 
 @triton.jit
@@ -117,6 +127,7 @@ def _draw(
                 kept += tl.where(score >= cut, tl.exp(score - top), 0.0)
             total = tl.sum(kept, 0)
         cut = threshold(listed, count, cut, top, share * total, top, True, BLOCK)
+    cut = tl.maximum(cut, _least_score(top, least))
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_token = tl.full([BLOCK], 2147483647, tl.int32)
     for start in range(0, count, BLOCK):
@@ -135,9 +146,11 @@ def choose(
     logits, temperatures, top_k, top_p, min_p, repetitions, presences, frequencies, seen, counts, seeds, steps,
     tokens, logprobs, statistics, best, maxima, listed, listed_ids, arrivals,
     row_stride, vocabulary,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, GREEDY: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, GREEDY: tl.constexpr, CUTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One row in tl.num_programs(0) chunks (CHUNKS: padded). GREEDY: `argmax`, which takes logits and tokens only.
+    CUTS: there are any of top_k, top_p and min_p.
 
     statistics float32 [rows, chunks, STATISTICS] and best int32 [rows, chunks, 2] are what chunks leave; maxima float32
     [rows, ceil(V / GROUP)], listed float32 and listed_ids int32 [rows, V] are for cuts; arrivals int32 [rows] is zero
@@ -195,12 +208,13 @@ def choose(
     tl.store(mine + 4, tl.max((score != score).to(tl.float32), 0))
     tl.store(best + here * 2, chunk * CHUNK + first)
     if not GREEDY:
-        if has_cut:
-            group = chunk * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
-            groups = tl.cdiv(vocabulary, GROUP)
-            highest = tl.max(tl.reshape(score, [CHUNK // GROUP, GROUP]), 1)
-            tl.store(maxima + wide_row * groups + group, highest, mask=group < groups)
-        elif not is_greedy:
+        if CUTS:
+            if has_cut:
+                group = chunk * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
+                groups = tl.cdiv(vocabulary, GROUP)
+                highest = tl.max(tl.reshape(score, [CHUNK // GROUP, GROUP]), 1)
+                tl.store(maxima + wide_row * groups + group, highest, mask=group < groups)
+        if not (has_cut | is_greedy):
             time, winner = tl.max(_race(score, token, seed, step), 0, return_indices=True)
             tl.store(mine + 5, time)
             tl.store(best + here * 2 + 1, chunk * CHUNK + winner)
@@ -218,14 +232,14 @@ def choose(
         chosen = _first_best(all_chunks + 2, ids, lane, there)
         if not GREEDY:
             if not (is_greedy | is_bad):
-                if has_cut:
+                if not has_cut:
+                    chosen = _first_best(all_chunks + 5, ids + 1, lane, there)
+                elif CUTS:
                     chosen = _draw(
                         logits, seen, counts, repetition, presence, frequency, temperature, vocabulary,
                         maxima + wide_row * tl.cdiv(vocabulary, GROUP), listed + wide_row * vocabulary,
                         listed_ids + wide_row * vocabulary, top, total, most, share, least, seed, step, CHUNK, BLOCK,
                     )  # fmt: skip
-                else:
-                    chosen = _first_best(all_chunks + 5, ids + 1, lane, there)
             taken = tl.load(logits + chosen, mask=~is_bad, other=0.0).to(tl.float32)
             logprob = taken - raw_top - tl.log(raw_total)
             tl.store(logprobs + row, tl.where(is_bad, float("nan"), logprob))

@@ -28,7 +28,7 @@ def sample_(
     device = logits.device
     logprobs = torch.empty(rows, device=device)
     cuts = (top_k, top_p, min_p)
-    maxima = listed = listed_ids = logprobs
+    maxima = listed = listed_ids = None
     if any(cut is not None for cut in cuts):
         maxima = torch.empty(rows, triton.cdiv(vocabulary, GROUP.value), device=device)
         listed = torch.empty(rows, vocabulary, device=device)
@@ -61,7 +61,8 @@ def _launch(
     if rows:
         choose[(chunks, rows)](
             logits, *parameters, tokens, logprobs, statistics, best, *lists, arrivals, logits.stride(0), vocabulary,
-            CHUNK=chunk, CHUNKS=triton.next_power_of_2(chunks), BLOCK=block, GREEDY=greedy, PDL=pdl,
+            CHUNK=chunk, CHUNKS=triton.next_power_of_2(chunks), BLOCK=block, GREEDY=greedy,
+            CUTS=lists[0] is not None, PDL=pdl,
             num_warps=WARPS, launch_pdl=pdl,
         )  # fmt: skip
 

@@ -66,7 +66,7 @@ def compare(logits: Tensor, arguments: list[Any], **sizes: int) -> None:
         assert found is wanted is None or torch.equal(found.cpu(), wanted)
 
 
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=ON_GPU) for seed in range(2, 12))])
+@pytest.mark.parametrize("seed", [8, *(pytest.param(seed, marks=ON_GPU) for seed in range(9, 20))])
 def test_equals_reference(seed: int) -> None:
     """Rows with all kinds of parameters in one batch; the seeds fill 64 bits, the steps 32."""
     logits = logits_of(len(ROWS), VOCABULARY, seed)
