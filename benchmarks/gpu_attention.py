@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_attention.py measure            # writes benchmarks/results/gpu_attention.json
     python benchmarks/gpu_attention.py sweep -o sweep.json  # tiles, from which `choose_decode_tiles` is made
+    python benchmarks/gpu_attention.py compile            # their kernels, into Triton's cache, in many processes
 
 A call is a layer's whole attention of one step: rotary embedding of q and k, writing k and v, and attention over the
 pool, as `optc::rotary_paged_attention_` does it in one launch (32 query and 8 KV heads of 128, bfloat16). Calls rotate
@@ -108,39 +109,33 @@ MEASURED = [
     *(Load(8, 4096 * 2**power, window=4096) for power in range(6)),
 ]
 SWEPT = [
-    Load(1, 128), Load(1, 1024), Load(1, 4096), Load(8, 4096), Load(64, 1024), Load(64, 1024, block=16),
-    Load(256, 512), Load(64, 1024, ragged=True), Load(64, 128), Load(64, 4096),
+    Load(1, 128), Load(1, 4096), Load(8, 4096), Load(64, 1024), Load(256, 512), Load(64, 1024, ragged=True),
 ]  # fmt: skip
 
 
 def _tiles(
-    tile: int, stages: int, programs: int, registers: int, *, eager: bool = True, start: int = 0, merged: int = 4
+    tile: int, stages: int, warps: int, programs: int, registers: int, *, eager: bool, start: int, merged: int
 ) -> DecodeTiles:
     return DecodeTiles(
-        tile=tile, stages=stages, warps=tile // 16 if tile > 64 else 4, programs=programs, registers=registers,
-        eager=eager, start=start, merged=merged,
+        tile=tile, stages=stages, warps=warps, programs=programs, registers=registers, eager=eager, start=start,
+        merged=merged,
     )  # fmt: skip
 
 
 FEW = [
-    _tiles(tile, stages, programs, registers, merged=merged)
-    for tile, stages, programs, registers in (
-        (64, 3, 1, 255), (64, 3, 2, 255), (64, 3, 2, 168), (64, 3, 3, 168), (64, 3, 4, 128), (32, 3, 1, 168),
-        (32, 3, 2, 168), (32, 3, 3, 128), (32, 3, 4, 128), (32, 5, 2, 168), (32, 5, 4, 128), (128, 3, 1, 255),
+    _tiles(tile, stages, warps, programs, registers, eager=True, start=0, merged=merged)
+    for tile, stages, warps, programs, registers, merged in (
+        (64, 5, 4, 2, 255, 32), (64, 5, 8, 2, 128, 32), (64, 3, 8, 1, 255, 32), (32, 5, 4, 4, 128, 32),
+        (128, 3, 8, 1, 255, 32), (64, 5, 4, 2, 255, 8),
     )
-    for merged in (8, 32)
 ]  # fmt: skip
 MANY = [
-    _tiles(tile, stages, programs, registers, eager=eager, start=start)
-    for tile, stages, programs, registers, eager in (
-        (32, 5, 4, 128, False), (32, 5, 4, 128, True), (32, 5, 3, 128, False), (32, 7, 3, 128, False),
-        (32, 9, 3, 128, False), (32, 5, 5, 96, False), (32, 5, 8, 128, False), (32, 5, 6, 128, False),
-        (32, 3, 4, 128, False), (64, 5, 2, 168, False), (64, 5, 2, 168, True), (64, 5, 2, 255, False),
-        (64, 7, 2, 168, False), (64, 5, 3, 168, False), (64, 5, 4, 255, False), (64, 3, 3, 128, False),
-        (64, 3, 4, 128, False), (64, 3, 8, 128, False),
+    _tiles(tile, stages, 4, programs, registers, eager=eager, start=start, merged=4)
+    for tile, stages, programs, registers, eager, start in (
+        (32, 5, 4, 128, False, 4), (32, 5, 4, 128, False, 2), (64, 3, 3, 168, False, 2), (64, 5, 3, 168, False, 2),
+        (64, 5, 2, 255, False, 2), (32, 5, 4, 128, True, 4),
     )
-    for start in (64 // tile, 128 // tile)
-] + [_tiles(32, 5, 4, 128, eager=False, start=start) for start in (0, 6)]  # fmt: skip
+]  # fmt: skip
 
 
 def candidates(load: Load) -> list[DecodeTiles]:
@@ -148,13 +143,6 @@ def candidates(load: Load) -> list[DecodeTiles]:
     return FEW if load.batch <= 8 else MANY
 
 
-PREFILL_CANDIDATES = [
-    PrefillTiles(rows=rows, tile=tile, stages=stages, warps=warps)
-    for rows, tile, stages, warps in (
-        (128, 64, 3, 8), (128, 128, 3, 8), (64, 64, 3, 4), (128, 64, 2, 4), (128, 128, 2, 8), (64, 128, 3, 4),
-        (128, 64, 5, 8),
-    )
-]  # fmt: skip
 FAILURES = (RuntimeError, TritonError)
 """What a candidate that asks for too much raises: the next one may run."""
 
@@ -213,7 +201,7 @@ def _prefill(tokens: int, tiles: PrefillTiles | None = None, *, past: int = 0) -
     return {"microseconds": round(seconds * 1e6, 1), "tflop_s": round(rate / 1e12, 1)}
 
 
-def _compile(job: tuple[Load, DecodeTiles]) -> str | None:
+def _compile(job: tuple[Load, DecodeTiles | None]) -> str | None:
     """Into Triton's cache on disk, from a process of its own."""
     load, tiles = job
     try:
@@ -224,12 +212,17 @@ def _compile(job: tuple[Load, DecodeTiles]) -> str | None:
     return None
 
 
-def sweep(options: argparse.Namespace) -> None:
-    kinds = {(load.batch, load.block): load for load in SWEPT}
-    jobs = [(load, tiles) for load in kinds.values() for tiles in candidates(load)]
+def compile_all(options: argparse.Namespace) -> None:
+    """What `sweep` and `measure` will run, in several processes."""
+    kinds = {(load.batch, load.block, load.window): load for load in MEASURED + SWEPT}
+    jobs = [(load, tiles) for load in kinds.values() for tiles in candidates(load) if load in SWEPT]
+    jobs += [(load, None) for load in kinds.values() if load not in SWEPT]
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
-        for failure in filter(None, pool.map(_compile, jobs, chunksize=len(jobs) // options.processes + 1)):
+        for failure in filter(None, pool.map(_compile, jobs)):
             print("failed:", failure, flush=True)
+
+
+def sweep(options: argparse.Namespace) -> None:
     ceiling = read_ceiling()
     print(f"{card()['gpu']}: read ceiling {ceiling / 1e12:.3f} TB/s", flush=True)
     found: dict[str, Any] = {}
@@ -250,22 +243,17 @@ def sweep(options: argparse.Namespace) -> None:
         found[load.name] = [{"microseconds": round(s * 1e6, 2), "tiles": row} for s, row in rows]
         del calls
         torch.cuda.empty_cache()
-    for tiles in PREFILL_CANDIDATES:
-        try:
-            _prefill(4096, tiles, past=4096)
-        except FAILURES as error:
-            print("failed:", tiles, repr(error)[:200], flush=True)
     if options.output:
         options.output.write_text(json.dumps({**card(), "read_ceiling_tb_s": ceiling / 1e12, "sweep": found}, indent=1))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("measure", "sweep"))
+    parser.add_argument("what", choices=("compile", "measure", "sweep"))
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--processes", type=int, default=12)
     options = parser.parse_args()
-    {"measure": measure, "sweep": sweep}[options.what](options)
+    {"compile": compile_all, "measure": measure, "sweep": sweep}[options.what](options)
 
 
 if __name__ == "__main__":

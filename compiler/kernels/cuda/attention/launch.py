@@ -17,6 +17,7 @@ from optc.compiler.kernels.cuda.attention.write import write
 from optc.compiler.kernels.cuda.dispatch import dependent_launch, is_capturing
 
 NEVER = 2**31 - 1
+FEW_PAIRS = 256
 FEWEST_ROWS = 16
 """Rows of the smallest product of tensor cores."""
 
@@ -30,20 +31,20 @@ class DecodeTiles:
         stages: of the pipeline; a tile's block is looked up in one and its keys are loaded in another, so that there
             are (stages - 1) // 2 tiles on their way into shared memory.
         warps: of a program.
-        programs: per multiprocessor.
+        programs: that a multiprocessor has at a time; how many there are in all, see `count_programs`.
         registers: of a thread, so that as many programs fit.
         eager: the first tile is loaded into registers before the wait for the kernel before.
         start: what the beginning of a (request, KV head) pair costs, in tiles.
         merged: parts of a pair that are merged at a time.
     """
 
-    tile: int = 64
+    tile: int = 32
     stages: int = 5
     warps: int = 4
-    programs: int = 3
-    registers: int = 168
-    eager: bool = True
-    start: int = 1
+    programs: int = 4
+    registers: int = 128
+    eager: bool = False
+    start: int = 4
     merged: int = 4
 
 
@@ -76,13 +77,30 @@ def attend(call: Call, decode_tiles: DecodeTiles | None = None, prefill_tiles: P
 
 
 def choose_decode_tiles(call: Call) -> DecodeTiles:
-    """By bytes of a head: what fits into registers and shared memory."""
+    """As measured on an H200 (benchmarks/gpu_attention.py); wider heads by what fits into registers.
+
+    Where pairs of a request and a KV head are few, each is shared by many programs, and a step's latency is that of
+    one tile and of merging; where they are many, what counts is how much is under way.
+    """
     size = _head_bytes(call)
-    if size <= 256:
+    pairs = call.block_tables.shape[0] * call.k.shape[1]
+    if size > 512:
+        return DecodeTiles(tile=16, programs=1, registers=255)
+    if size > 256:
+        return DecodeTiles(tile=32, programs=2, registers=255, start=2)
+    if pairs >= FEW_PAIRS:
         return DecodeTiles()
-    if size <= 512:
-        return DecodeTiles(tile=32, programs=2, registers=255)
-    return DecodeTiles(tile=16, programs=1, registers=255)
+    return DecodeTiles(tile=64, programs=2, registers=255, eager=True, start=0, merged=32 if pairs <= 16 else 8)
+
+
+def count_programs(call: Call, tiles: DecodeTiles) -> int:
+    """As many per (request, KV head) pair as run at a time, one at least.
+
+    A whole number of them: pairs of equal length are then cut alike, or not at all, and nothing is merged. More than
+    run at a time is no loss: while the last ones end, those of the next kernel begin.
+    """
+    pairs = call.block_tables.shape[0] * call.k.shape[1]
+    return pairs * max(1, multiprocessors(call.q.device) * tiles.programs // pairs)
 
 
 def choose_prefill_tiles(call: Call) -> PrefillTiles:
@@ -123,7 +141,7 @@ def _decode(call: Call, out: Tensor, tiles: DecodeTiles) -> None:
     group, device = call.q.shape[1] // heads, call.q.device
     group_rows = triton.next_power_of_2(group)
     constants = widths(call)
-    programs = multiprocessors(device) * tiles.programs
+    programs = count_programs(call, tiles)
     scratch = _scratch(device, programs, group_rows, constants["VALUE_WIDTH"], requests * heads)
     turn, turned = turning(call)
     pdl = dependent_launch(device)

@@ -50,6 +50,7 @@ LARGE = {
         ("mixed", {"new": (1, 300, 1, 5, 130), "past": (700, 0, 3, 64, 500)}),
     )
     for width, heads, group, block, dtype in (
+        (32, 6, 3, 64, torch.bfloat16),
         (64, 8, 4, 16, torch.bfloat16),
         (64, 8, 2, 16, torch.float32),
         (80, 4, 1, 32, torch.bfloat16),
