@@ -70,9 +70,9 @@ def test_figures_are_recorded(tmp_path: Path) -> None:
 def test_rounding_of_activations_has_its_own_limit(tmp_path: Path) -> None:
     opened = _compile(make_model("llama"), tmp_path, quant="rtn", group_size=32, max_relative_error=9).manifest.opened
     assert opened is not None
-    assert opened.limit == 0.08
+    assert opened.limit == 0.03
     assert opened.relative is not None
-    assert 0.001 < opened.relative < 0.04
+    assert opened.relative < 0.03  # 5e-7 where ONNX Runtime has a product of integers for the CPU
     assert opened.tokens == 11
 
 
