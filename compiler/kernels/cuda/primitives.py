@@ -126,17 +126,12 @@ def load_quads(pointer, offsets, inside, WORDS: tl.constexpr):
 
 
 @triton.jit
-def quad_magnitude(quad):
-    return nan_maximum(nan_maximum(tl.abs(quad[0]), tl.abs(quad[1])), nan_maximum(tl.abs(quad[2]), tl.abs(quad[3])))
-
-
-@triton.jit
-def quad_digits(quad, inverse, NATIVE: tl.constexpr):
-    """Words of four signed bytes each, low and high digits: round(v * inverse) = 256 * high + low."""
-    w0 = (quad[0] * inverse + ROUNDER).to(tl.int32, bitcast=True)
-    w1 = (quad[1] * inverse + ROUNDER).to(tl.int32, bitcast=True)
-    w2 = (quad[2] * inverse + ROUNDER).to(tl.int32, bitcast=True)
-    w3 = (quad[3] * inverse + ROUNDER).to(tl.int32, bitcast=True)
+def quad_digits(v0, v1, v2, v3, factor, NATIVE: tl.constexpr):
+    """Words of four signed bytes each, low and high digits: round(v * factor) = 256 * high + low."""
+    w0 = (v0 * factor + ROUNDER).to(tl.int32, bitcast=True)
+    w1 = (v1 * factor + ROUNDER).to(tl.int32, bitcast=True)
+    w2 = (v2 * factor + ROUNDER).to(tl.int32, bitcast=True)
+    w3 = (v3 * factor + ROUNDER).to(tl.int32, bitcast=True)
     first = permute_bytes(w0, w1, 0x5140, NATIVE)
     second = permute_bytes(w2, w3, 0x5140, NATIVE)
     low = permute_bytes(first, second, 0x5410, NATIVE) ^ -2139062144  # 0x80808080 takes the 128 off again

@@ -22,7 +22,6 @@ from optc.compiler.kernels.cuda.primitives import (
     load_quads,
     nan_maximum,
     quad_digits,
-    quad_magnitude,
     store_rows,
     wait_for_producer,
 )
@@ -91,64 +90,69 @@ def _load_tile(
 
 
 @triton.jit
-def _through_norm(
-    quad, offsets, inside, norm_weight, norm_bias, mean, inverse, NORM: tl.constexpr, WORDS: tl.constexpr
-):  # fmt: skip
-    """Four elements of each word through what of the norm does not need the whole token."""
-    a, b, c, d = quad
-    if NORM == "layer":
-        a, b, c, d = (a - mean) * inverse, (b - mean) * inverse, (c - mean) * inverse, (d - mean) * inverse
-    if norm_weight is not None:
-        gain = load_quads(norm_weight, offsets, inside, WORDS)
-        a, b, c, d = a * gain[0], b * gain[1], c * gain[2], d * gain[3]
-    if norm_bias is not None:
-        shift = load_quads(norm_bias, offsets, inside, WORDS)
-        a, b, c, d = a + shift[0], b + shift[1], c + shift[2], d + shift[3]
-    return a, b, c, d
+def _load_columns(pointer, CHUNK: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr):
+    """Elements of a token or norm where the words of a chunk have their columns: a float32 tensor [WORDS] for each
+    column of a word, those of low nibbles first."""
+    words = CHUNK * WORDS + tl.arange(0, WORDS)
+    inside = words < K * BITS // 32
+    if BITS == 4:
+        offsets = (words // RUN) * 32 + (words % RUN) * 4
+        return load_quads(pointer, offsets, inside, WORDS) + load_quads(pointer + 16, offsets, inside, WORDS)
+    else:
+        return load_quads(pointer, words * 4, inside, WORDS)
 
 
 @triton.jit
-def _quad_square(quad):
-    return quad[0] * quad[0] + quad[1] * quad[1] + quad[2] * quad[2] + quad[3] * quad[3]
+def _load_norm(
+    norm_weight, norm_bias, CHUNK: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr
+):  # fmt: skip
+    """Weight and bias of the norm for the columns of a chunk; an empty tuple for what there is none of."""
+    gain = ()
+    shift = ()
+    if norm_weight is not None:
+        gain = _load_columns(norm_weight, CHUNK, K, BITS, WORDS)
+    if norm_bias is not None:
+        shift = _load_columns(norm_bias, CHUNK, K, BITS, WORDS)
+    return gain, shift
 
 
 @triton.jit
 def _fixed_point(
-    x, norm_weight, norm_bias, mean, inverse, CHUNK: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr,
-    WORDS: tl.constexpr, NORM: tl.constexpr, NATIVE: tl.constexpr,
+    columns, norm, mean, inverse, CHUNK: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
+    NORM: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Columns of a chunk as digits, one pair of words for each quad of columns that a word of W holds.
+    """Columns of a chunk through what of the norm does not need the whole token, as digits.
 
     Returns:
-        digits: (low, high) of the columns in low nibbles (or of all), then of those in high nibbles.
+        digits: (low, high) of the columns in low nibbles (or of all), then of those in high nibbles: four bytes a word.
         unit [WORDS / 4]: what 1 in the fixed-point numbers of a run, times a weight as dot_bytes gets it, stands for.
         squares [WORDS]: sums of squares before the norm.
     """
-    words = CHUNK * WORDS + tl.arange(0, WORDS)
-    inside = words < K * BITS // 32
     RUNS: tl.constexpr = WORDS // RUN
-    if BITS == 4:
-        offsets = (words // RUN) * 32 + (words % RUN) * 4
-        quad, other = load_quads(x, offsets, inside, WORDS), load_quads(x, offsets + 16, inside, WORDS)
-        squares = _quad_square(quad) + _quad_square(other)
-        quad = _through_norm(quad, offsets, inside, norm_weight, norm_bias, mean, inverse, NORM, WORDS)
-        other = _through_norm(other, offsets + 16, inside, norm_weight, norm_bias, mean, inverse, NORM, WORDS)
-        magnitude = nan_maximum(quad_magnitude(quad), quad_magnitude(other))
-    else:
-        offsets = words * 4
-        quad = load_quads(x, offsets, inside, WORDS)
-        squares = _quad_square(quad)
-        quad = _through_norm(quad, offsets, inside, norm_weight, norm_bias, mean, inverse, NORM, WORDS)
-        magnitude = quad_magnitude(quad)
-    if NORM == "layer":  # columns past the end are not zero after the mean is taken off; they may hold any number
-        magnitude = tl.where(inside, magnitude, 0.0)
+    gain, shift = norm
+    squares = tl.zeros_like(columns[0])
+    magnitude = tl.zeros_like(columns[0])
+    values = ()
+    for i in tl.static_range(32 // BITS):
+        value = columns[i]
+        squares += value * value
+        if NORM == "layer":
+            value = (value - mean) * inverse
+        if len(gain) > 0:
+            value *= gain[i]
+        if len(shift) > 0:
+            value += shift[i]
+        magnitude = nan_maximum(magnitude, tl.abs(value))
+        values = values + (value,)
+    if NORM == "layer":  # past the end, columns are not zero after the mean is taken off, and no weights are there
+        magnitude = tl.where(CHUNK * WORDS + tl.arange(0, WORDS) < K * BITS // 32, magnitude, 0.0)
     largest = tl.reduce(tl.reshape(magnitude, [RUNS, RUN]), 1, nan_maximum)
     factor = LEVELS / nan_maximum(largest, SMALLEST)
     factors = tl.reshape(tl.broadcast_to(factor[:, None], [RUNS, RUN]), [WORDS])
     unit = largest * (1.0 / (LEVELS * 16.0) if BITS == 4 else 1.0 / LEVELS)
-    digits = quad_digits(quad, factors, NATIVE)
+    digits = quad_digits(values[0], values[1], values[2], values[3], factors, NATIVE)
     if BITS == 4:
-        digits = digits + quad_digits(other, factors, NATIVE)
+        digits = digits + quad_digits(values[4], values[5], values[6], values[7], factors, NATIVE)
     return digits, unit, squares
 
 
@@ -221,7 +225,9 @@ def gemv_integer(
             tiles = tiles + (
                 _load_tile(w, scale, zero, N, first_row, j, K, BITS, GROUP, BLOCK_N, WORDS, GATED, NATIVE),
             )
+    norm = _load_norm(norm_weight, norm_bias, 0, K, BITS, WORDS)
     wait_for_producer(PDL)
+    columns = _load_columns(x, 0, K, BITS, WORDS)
     if NORM == "layer":
         mean, inverse = layer_statistics(x, eps, K, STATISTICS)
     else:
@@ -239,8 +245,11 @@ def gemv_integer(
             )
         if j == 0 or CHUNKS > 1:  # digits stay in registers where one tile holds all of x
             digits, unit, chunk_squares = _fixed_point(
-                x, norm_weight, norm_bias, mean, inverse, j % CHUNKS, K, BITS, WORDS, NORM, NATIVE
+                columns, norm, mean, inverse, j % CHUNKS, K, BITS, WORDS, NORM, NATIVE
             )
+            if CHUNKS > 1 and j + 1 < TILES:
+                norm = _load_norm(norm_weight, norm_bias, (j + 1) % CHUNKS, K, BITS, WORDS)
+                columns = _load_columns(x, (j + 1) % CHUNKS, K, BITS, WORDS)
             token_sums = _token_sums(digits, BITS, RUNS, NATIVE)
             if j < CHUNKS:
                 squares += chunk_squares

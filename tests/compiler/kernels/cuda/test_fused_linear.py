@@ -139,8 +139,9 @@ GEMV_TILES = {
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("tiles", GEMV_TILES)
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(
+    ("option", "tiles"), [*((option, "one tile") for option in OPTIONS), ("everything", "several")]
+)
 @pytest.mark.parametrize("name", ["floats", "int4 g128, zero points"])
 def test_gemv_options(name: str, option: str, tiles: str, dtype: torch.dtype) -> None:
     linear = Case(*FORMATS[name], **OPTIONS[option], dtype=dtype).linear()
