@@ -73,15 +73,19 @@ FLOAT_GEMV = [
     (2, 2, 2048, 2, 4), (8, 1, 1024, 1, 4), (1, 1, 2048, 3, 4), (2, 1, 2048, 3, 4), (4, 1, 1024, 3, 4), (1, 2, 2048, 3, 4),
 ]  # fmt: skip
 INTEGER_GEMV = [
-    (8, 1, 512, 1, 4), (8, 2, 512, 1, 4), (4, 4, 512, 2, 4), (4, 2, 512, 2, 4), (4, 7, 512, 2, 4), (2, 8, 512, 3, 4),
-    (8, 4, 512, 1, 4), (4, 1, 512, 1, 4), (8, 1, 256, 2, 2), (16, 1, 256, 1, 2), (4, 4, 2048, 1, 8), (2, 4, 1024, 2, 4),
-    (4, 2, 1024, 1, 8), (16, 1, 128, 2, 4), (16, 1, 128, 1, 4), (8, 1, 128, 2, 4), (8, 1, 128, 3, 4), (32, 1, 128, 1, 4),
-    (16, 1, 128, 2, 2), (8, 1, 128, 2, 2), (32, 1, 128, 2, 8), (16, 1, 128, 3, 4), (16, 1, 256, 2, 4),
+    (8, 1, 512, 1, 4), (8, 2, 512, 1, 4), (8, 3, 512, 1, 4), (8, 4, 512, 1, 4), (8, 7, 512, 1, 4), (16, 2, 512, 1, 4),
+    (4, 1, 512, 1, 4), (4, 2, 512, 1, 4), (4, 2, 512, 2, 4), (4, 3, 512, 2, 4), (4, 4, 512, 2, 4), (4, 7, 512, 2, 4),
+    (4, 9, 512, 2, 4), (4, 14, 512, 2, 4), (4, 4, 512, 3, 4), (2, 8, 512, 3, 4), (2, 14, 512, 3, 4), (2, 6, 512, 4, 4),
+    (8, 1, 256, 1, 2), (8, 1, 256, 2, 2), (8, 1, 256, 3, 2), (16, 1, 256, 1, 2), (16, 1, 256, 2, 2), (4, 1, 256, 3, 2),
+    (8, 1, 512, 2, 4), (4, 1, 512, 2, 4), (4, 1, 512, 3, 4), (8, 1, 1024, 1, 8), (4, 2, 1024, 1, 8), (4, 4, 1024, 1, 8),
+    (4, 4, 1024, 2, 8), (2, 4, 1024, 2, 8), (4, 8, 1024, 1, 8), (2, 4, 1024, 2, 4), (2, 8, 1024, 1, 4), (16, 1, 128, 2, 1),
+    (8, 1, 128, 3, 1), (4, 1, 1024, 2, 8), (4, 4, 2048, 1, 8), (2, 4, 2048, 1, 8),
 ]  # fmt: skip
 PRODUCT = [
-    (block_n, split, stages, warps)
+    (block_n, split, stages, warps, prefetch)
     for block_n, warps in ((64, 4), (128, 4), (128, 8))
-    for split, stages in ((1, 4), (2, 4), (4, 4), (8, 4), (4, 6))
+    for split, stages in ((1, 4), (2, 4), (4, 4), (8, 4))
+    for prefetch in (False, True)
 ]
 
 
@@ -98,7 +102,12 @@ def gemv_candidates(shape: Shape) -> list[Gemv]:
         element = 4 if integer else int(BYTES[shape.format])
         held = rows * min(tiles.width, 2 * row) * (tiles.depth + 1) * element / (tiles.warps * 128)
         tile_count = tiles.steps * -(-row // tiles.width)
-        if held <= 160 and tile_count <= 32 and (tiles.steps == 1 or tiles.width >= row) and tiles.width < 2 * row:
+        if (
+            held <= 160
+            and (integer or tile_count <= 32)
+            and (tiles.steps == 1 or tiles.width >= row)
+            and tiles.width < 2 * row
+        ):
             found.append(tiles)
     return found
 
@@ -107,10 +116,13 @@ def product_candidates(shape: Shape) -> list[Product]:
     """Tile sizes to try: those that give each processor one to eight programs."""
     block_k = 128 if shape.format in ("", "fp8") else 0
     found = []
-    for block_n, split, stages, warps in PRODUCT:
+    for block_n, split, stages, warps, prefetch in PRODUCT:
         programs = -(-shape.n // block_n) * split * (2 if shape.gated else 1) * -(-shape.m // 64)
         if 96 <= programs <= 2400 and not (split > 1 and programs > 1600):
-            found.append(Product(block_n=block_n, split=split, stages=stages, warps=warps, block_k=block_k))
+            tiles = Product(
+                block_n=block_n, split=split, stages=stages, warps=warps, block_k=block_k, prefetch=prefetch
+            )
+            found += [] if prefetch and block_k else [tiles]
     return found
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 LEVELS = tl.constexpr(32512.0)
@@ -23,10 +23,33 @@ def wait_for_producer(PDL: tl.constexpr):
 
     With programmatic dependent launch a kernel begins before its predecessor has ended. Weights may be read before
     this, anything that a kernel wrote only after it.
+
+    Returns:
+        A zero that is known only after the wait. A pointer that it is added to cannot be read earlier, by assembly
+        that the compiler is free to move.
     """
     if PDL:
-        gdc_wait()
+        zero = tl.inline_asm_elementwise(
+            "griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
         gdc_launch_dependents()
+        return zero
+    else:
+        return 0
+
+
+@triton.constexpr_function
+def _prefetch_asm(size):
+    return (
+        "{ .reg .u64 a; cvta.to.global.u64 a, $1; "
+        f"cp.async.bulk.prefetch.L2.global [a], {int(size)}; mov.b32 $0, 0; }}"
+    )
+
+
+@triton.jit
+def prefetch(pointers, BYTES: tl.constexpr):
+    """Ask for BYTES (a multiple of 16) from each of `pointers` on, into the second-level cache."""
+    tl.inline_asm_elementwise(_prefetch_asm(BYTES), "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -115,23 +138,57 @@ def nan_maximum(a, b):
 
 
 @triton.jit
-def load_quads(pointer, offsets, inside, WORDS: tl.constexpr):
-    """Four neighbouring elements from each offset [WORDS], as four float32 tensors [WORDS]."""
-    places = offsets[:, None] + tl.arange(0, 4)[None, :]
-    values = tl.load(pointer + places, mask=inside[:, None], other=0.0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(values, [WORDS, 2, 2]))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
+def load_quad(pointer, quads, inside, NATIVE: tl.constexpr):
+    """Elements 4 q to 4 q + 3 for each q of `quads`, as `unpack_quad` takes them; zeros where not `inside`, if given.
+
+    Through assembly for 16-bit types: each thread loads the quads that it works on, eight bytes each, where tl.load of
+    a tile [quads, 4] would bring them in another layout and exchange them through shared memory. The compiler may move
+    an assembly that is called pure as far as its operands allow: see `wait_for_producer`.
+    """
+    if NATIVE and pointer.dtype.element_ty.primitive_bitwidth == 16:
+        places = pointer.to(tl.pointer_type(tl.int64)) + (quads if inside is None else tl.where(inside, quads, 0))
+        bits = tl.inline_asm_elementwise(
+            "ld.global.b64 $0, [$1];", "=l,l", [places], dtype=tl.int64, is_pure=True, pack=1
+        )
+        return (bits if inside is None else tl.where(inside, bits, 0),)
+    else:
+        first = tl.load(pointer + quads * 4, mask=inside)
+        second = tl.load(pointer + quads * 4 + 1, mask=inside)
+        third = tl.load(pointer + quads * 4 + 2, mask=inside)
+        fourth = tl.load(pointer + quads * 4 + 3, mask=inside)
+        if inside is not None:
+            zero = tl.zeros_like(first)
+            first, second = tl.where(inside, first, zero), tl.where(inside, second, zero)
+            third, fourth = tl.where(inside, third, zero), tl.where(inside, fourth, zero)
+        return first, second, third, fourth
 
 
 @triton.jit
-def quad_digits(v0, v1, v2, v3, factor, NATIVE: tl.constexpr):
+def unpack_quad(quad, TYPE: tl.constexpr):
+    """Four float32 tensors of what load_quad brought from a pointer to TYPE."""
+    if len(quad) == 1:
+        bits = quad[0]
+        first = bits.to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+        second = (bits >> 16).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+        third = (bits >> 32).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+        fourth = (bits >> 48).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+        return first, second, third, fourth
+    else:
+        return quad[0].to(tl.float32), quad[1].to(tl.float32), quad[2].to(tl.float32), quad[3].to(tl.float32)
+
+
+@triton.jit
+def quad_magnitude(quad):
+    return nan_maximum(nan_maximum(tl.abs(quad[0]), tl.abs(quad[1])), nan_maximum(tl.abs(quad[2]), tl.abs(quad[3])))
+
+
+@triton.jit
+def quad_digits(quad, factor, NATIVE: tl.constexpr):
     """Words of four signed bytes each, low and high digits: round(v * factor) = 256 * high + low."""
-    w0 = (v0 * factor + ROUNDER).to(tl.int32, bitcast=True)
-    w1 = (v1 * factor + ROUNDER).to(tl.int32, bitcast=True)
-    w2 = (v2 * factor + ROUNDER).to(tl.int32, bitcast=True)
-    w3 = (v3 * factor + ROUNDER).to(tl.int32, bitcast=True)
+    w0 = (quad[0] * factor + ROUNDER).to(tl.int32, bitcast=True)
+    w1 = (quad[1] * factor + ROUNDER).to(tl.int32, bitcast=True)
+    w2 = (quad[2] * factor + ROUNDER).to(tl.int32, bitcast=True)
+    w3 = (quad[3] * factor + ROUNDER).to(tl.int32, bitcast=True)
     first = permute_bytes(w0, w1, 0x5140, NATIVE)
     second = permute_bytes(w2, w3, 0x5140, NATIVE)
     low = permute_bytes(first, second, 0x5410, NATIVE) ^ -2139062144  # 0x80808080 takes the 128 off again

@@ -66,6 +66,7 @@ class Product:
         block_n: rows of results per program. split: programs that share the columns.
         stages: of the pipeline of loads. warps: per program.
         block_k: columns per step; integers take a group per step instead.
+        prefetch: bring the weights of a program into the second-level cache at once; for integers.
     """
 
     block_n: int
@@ -73,6 +74,7 @@ class Product:
     stages: int
     warps: int
     block_k: int = 0
+    prefetch: bool = False
 
 
 @dataclass(frozen=True)

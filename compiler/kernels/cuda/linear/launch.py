@@ -158,7 +158,8 @@ def product(linear: Linear, tiles: Product) -> Tensor:
         digits, unit, group_sums = _split_tokens(linear)
         product_integer[grid](
             digits, unit, group_sums, linear.weight.view(torch.int8), linear.scale, linear.zero, *ends,
-            BITS=BITS[linear.format], GROUP=linear.group_size, NATIVE=y.is_cuda, **common,
+            BITS=BITS[linear.format], GROUP=linear.group_size, PREFETCH=tiles.prefetch and y.is_cuda,
+            NATIVE=y.is_cuda, **common,
         )  # fmt: skip
     else:
         product_float[grid](_normalized(linear), linear.weight, linear.scale, *ends, BLOCK_K=tiles.block_k, **common)

@@ -133,8 +133,8 @@ def check(found: Tensor, linear: launch.Linear, share: float = EXACT, rounded_to
 
 
 GEMV_TILES = {
-    "one tile": Gemv(block_n=8, steps=1, width=512, depth=1, warps=4),
-    "several": Gemv(block_n=2, steps=2, width=32, depth=2, warps=1),
+    "one tile": Gemv(block_n=2, steps=3, width=512, depth=2, warps=4),
+    "several": Gemv(block_n=2, steps=1, width=16, depth=2, warps=1),
 }
 
 
@@ -160,7 +160,7 @@ def test_gemv_formats(name: str, tiles: str, dtype: torch.dtype) -> None:
 
 PRODUCT_TILES = {
     "alone": Product(block_n=32, split=1, stages=2, warps=4, block_k=64),
-    "shared": Product(block_n=64, split=2, stages=3, warps=4, block_k=128),
+    "shared": Product(block_n=64, split=2, stages=3, warps=4, block_k=128, prefetch=True),
 }
 PRODUCTS = [name for name in FORMATS if name not in ("int4 g32", "int4 g32, zero points")]
 

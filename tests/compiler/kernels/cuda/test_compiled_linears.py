@@ -1,0 +1,27 @@
+"""Linear kernels compiled for a GPU that need not be there: the instructions that they are for, and no spilled registers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton")
+DRIVER = Path(__file__).resolve().parents[3] / "triton_compile_driver.py"
+
+
+@pytest.mark.slow
+def test_the_tables_tiles_fit_in_registers() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, DRIVER], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {name: (kernel["stack"], kernel["instructions"]) for name, kernel in found.items()} == {
+        "gemv": (0, ["ACQBULK", "IDP", "PREEXIT"]),
+        "product": (0, ["ACQBULK", "IGMMA", "PREEXIT"]),
+    }
+    assert all(kernel["registers"] < 255 for kernel in found.values()), found
