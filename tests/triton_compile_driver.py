@@ -50,7 +50,7 @@ def main() -> None:
     shape = next(item for item, _ in tables().gemv if item.format == "int4" and item.gated)
     common = {"K": shape.k, "BITS": 4, "GROUP": 128, "ACTIVATION": "silu", "GATED": True, "NATIVE": True, "PDL": True}
     pointers = {"w": "*i32", "scale": "*bf16", "y": "*bf16", "N": "i32"}
-    gemv: Gemv = gemv_tiles(shape)
+    gemv: Gemv = gemv_tiles(shape).fitted(shape.k // 8)
     one = compiled(
         gemv_integer,
         pointers | {"x": "*bf16", "norm_weight": "*bf16", "eps": "fp32"},

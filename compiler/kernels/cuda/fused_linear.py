@@ -16,7 +16,7 @@ CODES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 GROUPS = {"int8": (32, 64, 128), "int4": (32, 64, 128)}
 COLUMN_MULTIPLE = 32
 MOST_COLUMNS = 1 << 15
-"""Where the one 16-bit scale of a token still costs less than bfloat16, and loops over columns are unrolled shortly."""
+"""Loops over the columns of floats are unrolled."""
 
 
 def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
@@ -77,7 +77,7 @@ FUSED_LINEAR = implement(
         op="fused_linear",
         device="cuda",
         accepts=accepts,
-        tolerance=1e-3,  # of products, whose tokens have one scale each; a GEMV is ten times closer
+        tolerance=3e-4,
         sources=TritonSources(
             module="optc.compiler.kernels.cuda.linear.launch",
             configurations=("configurations.json",),

@@ -83,6 +83,17 @@ def layer_statistics(x, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def inverse_root_mean_square(x, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """1 / sqrt(mean of squares + eps) of x [K]."""
+    columns = tl.arange(0, BLOCK_K)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for start in tl.static_range(0, K, BLOCK_K):
+        values = tl.load(x + start + columns, mask=start + columns < K, other=0.0).to(tl.float32)
+        squares += values * values
+    return 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
+
+
+@triton.jit
 def store_rows(y, bias, residual, rows, N, gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
     """y[rows] = activation(gate + bias) [* (up + bias)] + residual, for rows below N."""
     inside = rows < N
@@ -197,7 +208,7 @@ def quad_digits(quad, factor, NATIVE: tl.constexpr):
 
 @triton.jit
 def store_block(
-    y, bias, residual, partial, arrivals, rows, tokens, unit, M, N, gate, up, ACTIVATION: tl.constexpr,
+    y, bias, residual, partial, arrivals, rows, tokens, M, N, gate, up, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """y[tokens, rows] of sums [rows, tokens] that SPLIT programs share; see product_integer."""
@@ -223,10 +234,6 @@ def store_block(
                 if GATED:
                     up += tl.load(other + plane, mask=inside, other=0.0, cache_modifier=".cg")
     if last:
-        if unit is not None:
-            units = tl.load(unit + tokens, mask=tokens < M, other=0.0)[None, :]
-            gate *= units
-            up *= units
         if bias is not None:
             gate += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
             if GATED:

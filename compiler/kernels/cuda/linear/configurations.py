@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Literal
 
@@ -56,6 +56,11 @@ class Gemv:
     width: int
     depth: int
     warps: int
+
+    def fitted(self, row: int) -> Gemv:
+        """For a row of so many columns or words: tiles no wider than it, one step where they are narrower."""
+        width = min(self.width, 1 << (row - 1).bit_length())
+        return replace(self, width=width, steps=self.steps if width >= row else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
