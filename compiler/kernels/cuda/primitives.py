@@ -158,10 +158,12 @@ def load_quad(pointer, quads, inside, NATIVE: tl.constexpr):
     """
     if NATIVE and pointer.dtype.element_ty.primitive_bitwidth == 16:
         places = pointer.to(tl.pointer_type(tl.int64)) + (quads if inside is None else tl.where(inside, quads, 0))
-        bits = tl.inline_asm_elementwise(
-            "ld.global.b64 $0, [$1];", "=l,l", [places], dtype=tl.int64, is_pure=True, pack=1
+        first, second = tl.inline_asm_elementwise(
+            "ld.global.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [places], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
         )
-        return (bits if inside is None else tl.where(inside, bits, 0),)
+        if inside is not None:
+            first, second = tl.where(inside, first, 0), tl.where(inside, second, 0)
+        return first, second
     else:
         first = tl.load(pointer + quads * 4, mask=inside)
         second = tl.load(pointer + quads * 4 + 1, mask=inside)
@@ -175,15 +177,20 @@ def load_quad(pointer, quads, inside, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def _unpack_pair(pair, TYPE: tl.constexpr):
+    """The low and the high half of a word as float32."""
+    if tl.bfloat16 == TYPE:
+        return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = pair.to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+        return low, (pair >> 16).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def unpack_quad(quad, TYPE: tl.constexpr):
     """Four float32 tensors of what load_quad brought from a pointer to TYPE."""
-    if len(quad) == 1:
-        bits = quad[0]
-        first = bits.to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
-        second = (bits >> 16).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
-        third = (bits >> 32).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
-        fourth = (bits >> 48).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
-        return first, second, third, fourth
+    if len(quad) == 2:
+        return _unpack_pair(quad[0], TYPE) + _unpack_pair(quad[1], TYPE)
     else:
         return quad[0].to(tl.float32), quad[1].to(tl.float32), quad[2].to(tl.float32), quad[3].to(tl.float32)
 

@@ -21,7 +21,7 @@ def _load_tile(
     """Tile number TILE of a program, of the gate's rows and, where there is a gate, of the up rows."""
     CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     rows = tl.minimum(first_row + (TILE // CHUNKS) * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
-    columns = (TILE % CHUNKS) * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns = tl.arange(0, BLOCK_K) + (TILE % CHUNKS) * BLOCK_K
     places = w + rows.to(tl.int64)[:, None] * K + columns[None, :]
     if (TILE % CHUNKS + 1) * BLOCK_K <= K:
         gate = tl.load(places, eviction_policy="evict_first")
@@ -74,7 +74,7 @@ def gemv_float(
         if j + DEPTH < TILES:
             tiles = tiles + (_load_tile(w, N, first_row, j + DEPTH, K, BLOCK_N, BLOCK_K, GATED),)
         if j == 0 or CHUNKS > 1:  # x stays in registers where one tile holds all of it
-            columns = (j % CHUNKS) * BLOCK_K + block
+            columns = block + (j % CHUNKS) * BLOCK_K
             inside = columns < K
             values = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
             if CHUNKS > 1:

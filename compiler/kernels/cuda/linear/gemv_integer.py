@@ -55,28 +55,28 @@ def _load_scales(places, NATIVE: tl.constexpr):
 @triton.jit
 def _words(chunk, WORDS: tl.constexpr):
     """Words of a chunk, counted along a row: [RUNS, RUN]."""
-    return chunk * WORDS + tl.arange(0, WORDS // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :]
+    return tl.arange(0, WORDS // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :] + chunk * WORDS
 
 
 @triton.jit
 def _load_rows(
-    w, scale, zero, rows, chunk, live, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    w, scale, zero, rows, CHUNK: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     WORDS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Words of some rows [BLOCK_N, RUNS, RUN], with scales and zero points [BLOCK_N, RUNS] of each run; a scale per
     row comes at the end instead."""
     ROW_WORDS: tl.constexpr = K * BITS // 32
     RUN_COLUMNS: tl.constexpr = RUN * 32 // BITS
-    words = chunk * WORDS + tl.arange(0, WORDS)
+    words = tl.arange(0, WORDS) + CHUNK * WORDS
     places = w + rows.to(tl.int64)[:, None] * ROW_WORDS + words[None, :]
-    if ROW_WORDS % WORDS == 0:
-        q = tl.load(places, mask=live, other=0, eviction_policy="evict_first")
+    if (CHUNK + 1) * WORDS <= ROW_WORDS:
+        q = tl.load(places, eviction_policy="evict_first")
     else:
-        q = tl.load(places, mask=(words < ROW_WORDS)[None, :] & live, other=0, eviction_policy="evict_first")
+        q = tl.load(places, mask=(words < ROW_WORDS)[None, :], other=0, eviction_policy="evict_first")
     scales = tl.full([1, 1], 1.0, tl.float32)
     zeros = tl.zeros([1, 1], tl.int32)
     if GROUP > 0:
-        runs = tl.minimum(chunk * (WORDS // RUN) + tl.arange(0, WORDS // RUN), K // RUN_COLUMNS - 1)
+        runs = tl.minimum(tl.arange(0, WORDS // RUN) + CHUNK * (WORDS // RUN), K // RUN_COLUMNS - 1)
         groups = rows[:, None] * (K // GROUP) + (runs // (GROUP // RUN_COLUMNS))[None, :]
         scales = _load_scales(scale + groups, NATIVE)
         if zero is not None:
@@ -86,16 +86,15 @@ def _load_rows(
 
 @triton.jit
 def _load_tile(
-    w, scale, zero, N, first_row, tile, TILES: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    w, scale, zero, N, first_row, TILE: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, WORDS: tl.constexpr, GATED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a program, of the gate's rows and, where there is a gate, of the up rows; no weights from TILES on."""
+    """A tile of a program, of the gate's rows and, where there is a gate, of the up rows."""
     CHUNKS: tl.constexpr = (K * BITS // 32 + WORDS - 1) // WORDS
-    rows = tl.minimum(first_row + (tile // CHUNKS) * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
-    chunk = tile % CHUNKS
-    gate = _load_rows(w, scale, zero, rows, chunk, tile < TILES, K, BITS, GROUP, WORDS, NATIVE)
+    rows = tl.minimum(first_row + TILE // CHUNKS * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+    gate = _load_rows(w, scale, zero, rows, TILE % CHUNKS, K, BITS, GROUP, WORDS, NATIVE)
     if GATED:
-        up = _load_rows(w, scale, zero, rows + N, chunk, tile < TILES, K, BITS, GROUP, WORDS, NATIVE)
+        up = _load_rows(w, scale, zero, rows + N, TILE % CHUNKS, K, BITS, GROUP, WORDS, NATIVE)
         return gate, up
     else:
         return (gate,)
@@ -117,37 +116,37 @@ def _load_columns(
 
 
 @triton.jit
-def _load_token(
-    x, norm_weight, norm_bias, chunk, K: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, NATIVE: tl.constexpr
+def _load_norm(
+    norm_weight, norm_bias, chunk, K: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, NATIVE: tl.constexpr
 ):  # fmt: skip
-    """Columns of a chunk of the token and of the norm's weight and bias; nothing in the place of what there is not."""
-    token = (_load_columns(x, chunk, K, BITS, WORDS, NATIVE),)
+    """Columns of a chunk of the norm's weight and bias; nothing in the place of what there is not."""
+    norm = ()
     if norm_weight is not None:
-        token = token + (_load_columns(norm_weight, chunk, K, BITS, WORDS, NATIVE),)
+        norm = norm + (_load_columns(norm_weight, chunk, K, BITS, WORDS, NATIVE),)
     if norm_bias is not None:
-        token = token + (_load_columns(norm_bias, chunk, K, BITS, WORDS, NATIVE),)
-    return token
+        norm = norm + (_load_columns(norm_bias, chunk, K, BITS, WORDS, NATIVE),)
+    return norm
 
 
 @triton.jit
-def _normalized_quad(token, INDEX: tl.constexpr, mean, inverse, NORM: tl.constexpr, TYPE: tl.constexpr):
+def _normalized_quad(columns, norm, INDEX: tl.constexpr, mean, inverse, NORM: tl.constexpr, TYPE: tl.constexpr):
     """Quad number INDEX of a chunk before and after what of the norm does not need the whole token."""
-    a, b, c, d = unpack_quad(token[0][INDEX], TYPE)
+    a, b, c, d = unpack_quad(columns[INDEX], TYPE)
     squares = a * a + b * b + c * c + d * d
     if NORM == "layer":
         a, b, c, d = (a - mean) * inverse, (b - mean) * inverse, (c - mean) * inverse, (d - mean) * inverse
-    if len(token) > 1:
-        gain = unpack_quad(token[1][INDEX], TYPE)
+    if len(norm) > 0:
+        gain = unpack_quad(norm[0][INDEX], TYPE)
         a, b, c, d = a * gain[0], b * gain[1], c * gain[2], d * gain[3]
-    if len(token) > 2:
-        shift = unpack_quad(token[2][INDEX], TYPE)
+    if len(norm) > 1:
+        shift = unpack_quad(norm[1][INDEX], TYPE)
         a, b, c, d = a + shift[0], b + shift[1], c + shift[2], d + shift[3]
     return squares, (a, b, c, d)
 
 
 @triton.jit
 def _fixed_point(
-    token, mean, inverse, chunk, K: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, NORM: tl.constexpr,
+    columns, norm, mean, inverse, CHUNK: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, NORM: tl.constexpr,
     TYPE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Columns of a chunk as digits.
@@ -157,14 +156,14 @@ def _fixed_point(
         unit [RUNS]: what 1 in the fixed-point numbers of a run, times a weight as dot_bytes gets it, stands for.
         squares [RUNS, RUN]: sums of squares before the norm.
     """
-    squares, quad = _normalized_quad(token, 0, mean, inverse, NORM, TYPE)
+    squares, quad = _normalized_quad(columns, norm, 0, mean, inverse, NORM, TYPE)
     magnitude = quad_magnitude(quad)
     if BITS == 4:
-        more, other = _normalized_quad(token, 1, mean, inverse, NORM, TYPE)
+        more, other = _normalized_quad(columns, norm, 1, mean, inverse, NORM, TYPE)
         squares += more
         magnitude = nan_maximum(magnitude, quad_magnitude(other))
     if NORM == "layer":  # past the end, columns are not zero after the mean is taken off, and no weights are there
-        magnitude = tl.where(_words(chunk, WORDS) < K * BITS // 32, magnitude, 0.0)
+        magnitude = tl.where(_words(CHUNK, WORDS) < K * BITS // 32, magnitude, 0.0)
     largest = tl.reduce(magnitude, 1, nan_maximum)
     factor = LEVELS / nan_maximum(largest, SMALLEST)
     factor = factor[:, None]
@@ -196,18 +195,6 @@ def _tile_product(rows, digits, unit, token_sums, BITS: tl.constexpr, ZERO: tl.c
 
 
 @triton.jit
-def _tile_products(
-    tile, digits, unit, token_sums, BITS: tl.constexpr, ZERO: tl.constexpr, GATED: tl.constexpr, NATIVE: tl.constexpr
-):  # fmt: skip
-    """Of the gate's rows, and of the up rows where there is a gate."""
-    gate = _tile_product(tile[0], digits, unit, token_sums, BITS, ZERO, NATIVE)
-    if GATED:
-        return gate, _tile_product(tile[1], digits, unit, token_sums, BITS, ZERO, NATIVE)
-    else:
-        return (gate,)
-
-
-@triton.jit
 def _token_factor(squares, eps, K: tl.constexpr, NORM: tl.constexpr):
     """What results are multiplied with, known only when the whole token is."""
     if NORM == "rms":
@@ -230,14 +217,14 @@ def _token_sums(digits, BITS: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def _finish_rows(
-    sums, first_row, token_total, inverse, scale, zero, bias, residual, y, N, GROUP: tl.constexpr,
+    gate_sums, up_sums, first_row, token_total, inverse, scale, zero, bias, residual, y, N, GROUP: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Results of some rows from their sums (of gate, of up) [BLOCK_N, RUNS]; `inverse` is the factor of the token."""
+    """Results of some rows from their sums [BLOCK_N, RUNS]; `inverse` is the factor of the token."""
     rows = first_row + tl.arange(0, BLOCK_N)
     held = tl.minimum(rows, N - 1)
-    gate = tl.sum(sums[0], 1)
-    up = tl.sum(sums[1], 1) if GATED else gate
+    gate = tl.sum(gate_sums, 1)
+    up = tl.sum(up_sums, 1)
     if GROUP == 0:
         if zero is not None:
             gate -= tl.load(zero + held).to(tl.float32) * token_total
@@ -259,8 +246,8 @@ def gemv_integer(
     """See `fused_linear`; w is int32 [N, K * BITS / 32], N counts results, GROUP 0 means a scale per row.
 
     Where a tile is as wide as a row, the digits of the token are made once and stay in registers for STEPS tiles of
-    rows; else a program has one block of rows, and makes the digits chunk by chunk. Loops are not unrolled: the
-    straight code of all tiles would not fit in the instruction cache, and each instruction would run once.
+    rows; else a program has one block of rows, and makes the digits chunk by chunk. The loops over tiles are unrolled:
+    to hand registers on from step to step, a loop would have to wait for what is still on its way to them.
 
     Programs of the M tokens of a block are neighbours. STATISTICS is the block of the passes over x that find mean
     and variance.
@@ -276,53 +263,44 @@ def gemv_integer(
     if residual is not None:
         residual += index.to(tl.int64) * N
     tiles = ()
-    for j in tl.static_range(DEPTH):
-        tile = _load_tile(
-            w, scale, zero, N, first_row, j, CHUNKS * STEPS, K, BITS, GROUP, BLOCK_N, WORDS, GATED, NATIVE
-        )
-        tiles = tiles + (tile,)
+    for j in tl.static_range(min(DEPTH, CHUNKS * STEPS)):
+        tiles = tiles + (_load_tile(w, scale, zero, N, first_row, j, K, BITS, GROUP, BLOCK_N, WORDS, GATED, NATIVE),)
+    norm = _load_norm(norm_weight, norm_bias, 0, K, BITS, WORDS, NATIVE)
     x += wait_for_producer(PDL) + index * K
-    token = _load_token(x, norm_weight, norm_bias, 0, K, BITS, WORDS, NATIVE)
+    columns = _load_columns(x, 0, K, BITS, WORDS, NATIVE)
     mean, inverse = 0.0, 1.0
     if NORM == "layer":
         mean, inverse = layer_statistics(x, eps, K, STATISTICS)
-    if CHUNKS == 1:
-        digits, unit, squares = _fixed_point(token, mean, inverse, 0, K, BITS, WORDS, NORM, TYPE, NATIVE)
-        token_sums = _token_sums(digits, BITS, NATIVE)
-        factor = _token_factor(squares, eps, K, NORM)
-        total = tl.sum(token_sums.to(tl.float32) * unit, 0)
-        for step in tl.range(0, STEPS):
-            tile = tiles[0]
+    total = tl.zeros([RUNS], tl.float32)
+    squares = tl.zeros([RUNS, RUN], tl.float32)
+    gate_sums = tl.zeros([BLOCK_N, RUNS], tl.float32)
+    up_sums = tl.zeros([BLOCK_N, RUNS], tl.float32)
+    for j in tl.static_range(CHUNKS * STEPS):
+        tile = tiles[0]
+        tiles = tiles[1:]
+        if j + DEPTH < CHUNKS * STEPS:
             following = _load_tile(
-                w, scale, zero, N, first_row, step + DEPTH, STEPS, K, BITS, GROUP, BLOCK_N, WORDS, GATED, NATIVE
+                w, scale, zero, N, first_row, j + DEPTH, K, BITS, GROUP, BLOCK_N, WORDS, GATED, NATIVE
             )
-            tiles = tiles[1:] + (following,)
-            sums = _tile_products(tile, digits, unit, token_sums, BITS, GROUP_ZERO, GATED, NATIVE)
-            row = first_row + step * BLOCK_N
-            _finish_rows(sums, row, total, factor, scale, zero, bias, residual, y, N, GROUP, ACTIVATION, GATED, BLOCK_N)
-    else:
-        total = tl.zeros([RUNS], tl.float32)
-        squares = tl.zeros([RUNS, RUN], tl.float32)
-        gate_sums = tl.zeros([BLOCK_N, RUNS], tl.float32)
-        up_sums = tl.zeros([BLOCK_N, RUNS], tl.float32)
-        for chunk in tl.range(0, CHUNKS):
-            tile = tiles[0]
-            following = _load_tile(
-                w, scale, zero, N, first_row, chunk + DEPTH, CHUNKS, K, BITS, GROUP, BLOCK_N, WORDS, GATED, NATIVE
-            )
-            tiles = tiles[1:] + (following,)
-            digits, unit, more = _fixed_point(token, mean, inverse, chunk, K, BITS, WORDS, NORM, TYPE, NATIVE)
-            after = tl.minimum(chunk + 1, CHUNKS - 1)
-            token = _load_token(x, norm_weight, norm_bias, after, K, BITS, WORDS, NATIVE)
+            tiles = tiles + (following,)
+        if j < CHUNKS:
+            digits, unit, more = _fixed_point(columns, norm, mean, inverse, j, K, BITS, WORDS, NORM, TYPE, NATIVE)
+            if j + 1 < CHUNKS:
+                norm = _load_norm(norm_weight, norm_bias, j + 1, K, BITS, WORDS, NATIVE)
+                columns = _load_columns(x, j + 1, K, BITS, WORDS, NATIVE)
             token_sums = _token_sums(digits, BITS, NATIVE)
             squares += more
             total += token_sums.to(tl.float32) * unit
-            sums = _tile_products(tile, digits, unit, token_sums, BITS, GROUP_ZERO, GATED, NATIVE)
-            gate_sums += sums[0]
-            if GATED:
-                up_sums += sums[1]
-        factor = _token_factor(squares, eps, K, NORM)
-        _finish_rows(
-            (gate_sums, up_sums), first_row, tl.sum(total, 0), factor, scale, zero, bias, residual, y, N, GROUP,
-            ACTIVATION, GATED, BLOCK_N,
-        )  # fmt: skip
+            if j == CHUNKS - 1:
+                factor = _token_factor(squares, eps, K, NORM)
+                token_total = tl.sum(total, 0)
+        gate_sums += _tile_product(tile[0], digits, unit, token_sums, BITS, GROUP_ZERO, NATIVE)
+        if GATED:
+            up_sums += _tile_product(tile[1], digits, unit, token_sums, BITS, GROUP_ZERO, NATIVE)
+        if j >= CHUNKS - 1:
+            _finish_rows(
+                gate_sums, up_sums, first_row + j // CHUNKS * BLOCK_N, token_total, factor, scale, zero, bias, residual,
+                y, N, GROUP, ACTIVATION, GATED, BLOCK_N,
+            )  # fmt: skip
+            gate_sums = tl.zeros([BLOCK_N, RUNS], tl.float32)
+            up_sums = tl.zeros([BLOCK_N, RUNS], tl.float32)
