@@ -18,12 +18,13 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import commit
 from torch import Tensor
 
 from optc.compiler.kernels.cuda.linear.configurations import FILE_NAME, Gemv, Kind, Product, Shape, tables
@@ -73,13 +74,10 @@ FLOAT_GEMV = [
     (2, 2, 2048, 2, 4), (8, 1, 1024, 1, 4), (1, 1, 2048, 3, 4), (2, 1, 2048, 3, 4), (4, 1, 1024, 3, 4), (1, 2, 2048, 3, 4),
 ]  # fmt: skip
 INTEGER_GEMV = [
-    (8, 1, 512, 1, 4), (8, 2, 512, 1, 4), (8, 3, 512, 1, 4), (8, 4, 512, 1, 4), (8, 7, 512, 1, 4), (16, 2, 512, 1, 4),
-    (4, 1, 512, 1, 4), (4, 2, 512, 1, 4), (4, 2, 512, 2, 4), (4, 3, 512, 2, 4), (4, 4, 512, 2, 4), (4, 7, 512, 2, 4),
-    (4, 9, 512, 2, 4), (4, 14, 512, 2, 4), (4, 4, 512, 3, 4), (2, 8, 512, 3, 4), (2, 14, 512, 3, 4), (2, 6, 512, 4, 4),
-    (8, 1, 256, 1, 2), (8, 1, 256, 2, 2), (8, 1, 256, 3, 2), (16, 1, 256, 1, 2), (16, 1, 256, 2, 2), (4, 1, 256, 3, 2),
-    (8, 1, 512, 2, 4), (4, 1, 512, 2, 4), (4, 1, 512, 3, 4), (8, 1, 1024, 1, 8), (4, 2, 1024, 1, 8), (4, 4, 1024, 1, 8),
-    (4, 4, 1024, 2, 8), (2, 4, 1024, 2, 8), (4, 8, 1024, 1, 8), (2, 4, 1024, 2, 4), (2, 8, 1024, 1, 4), (16, 1, 128, 2, 1),
-    (8, 1, 128, 3, 1), (4, 1, 1024, 2, 8), (4, 4, 2048, 1, 8), (2, 4, 2048, 1, 8),
+    (8, 1, 512, 1, 4), (8, 2, 512, 1, 4), (8, 3, 512, 1, 4), (8, 4, 512, 1, 4), (16, 1, 512, 1, 4), (4, 1, 512, 1, 4),
+    (4, 2, 512, 1, 4), (4, 2, 512, 2, 4), (4, 4, 512, 1, 4), (4, 4, 512, 2, 4), (4, 7, 512, 1, 4), (2, 8, 512, 3, 4),
+    (8, 1, 256, 1, 2), (8, 1, 256, 2, 2), (16, 1, 256, 1, 2), (4, 1, 256, 2, 2), (8, 1, 1024, 1, 8), (4, 2, 1024, 1, 8),
+    (4, 1, 1024, 1, 4), (2, 4, 1024, 2, 4), (4, 4, 2048, 1, 8), (4, 1, 2048, 1, 8), (4, 2, 2048, 1, 8), (4, 1, 512, 3, 4),
 ]  # fmt: skip
 PRODUCT = [
     (block_n, split, stages, warps, prefetch)
@@ -220,6 +218,7 @@ def read_ceiling() -> float:
         grid = (source.numel() // (block * steps),)
         time_us = microseconds([lambda g=grid, b=block, s=steps, w=warps: read[g](source, sink, b, s, num_warps=w)])
         best = max(best, source.nbytes / time_us * 1e6)
+    print(torch.cuda.get_device_name(), f"reads {best / 1e12:.3f} TB/s", flush=True)
     return best
 
 
@@ -257,6 +256,8 @@ def distance(linear: Any, y: Tensor) -> float:
     return float((y.float() - expected).abs().max() / expected.abs().max())
 
 
+KEPT = 4
+"""Candidates in the record."""
 WRONG = 1.2e-2
 """As a share of the largest result: three roundings to bfloat16."""
 
@@ -281,7 +282,12 @@ def sweep(name: str, form: str, tokens: int, candidates: list[Tiles | None], cei
         rows.append({"tiles": None if tiles is None else asdict(tiles), "microseconds": time_us, "error": error})
     rows.sort(key=lambda row: row["microseconds"])
     shape, size = asdict(shape_of(place, form, tokens)), weight_bytes(place, form)
-    record = {"place": name, **shape, "share_of_ceiling": size / rows[0]["microseconds"] * 1e6 / ceiling, "rows": rows}
+    record = {
+        "place": name,
+        **shape,
+        "share_of_ceiling": size / rows[0]["microseconds"] * 1e6 / ceiling,
+        "rows": rows[:KEPT],
+    }
     shown = [(round(row["microseconds"], 2), tuple((row["tiles"] or {}).values())) for row in rows[:6]]
     print(
         f"{name:8} {form or 'bf16':5} m={tokens:3} {record['share_of_ceiling']:.1%} err {rows[0]['error']:.0e}",
@@ -299,32 +305,24 @@ def cublas(name: str, tokens: int) -> float:
     return microseconds([lambda item=item: torch.nn.functional.linear(item.x, item.weight) for item in copies(linear)])
 
 
-def sweep_gemv(forms: list[str], places: list[str]) -> list[dict[str, Any]]:
+def sweep_gemv(forms: list[str], places: list[str]) -> Iterator[dict[str, Any]]:
     """One token."""
     jobs = [
-        (PLACES[name], form, 1, tiles)
+        (name, form, tiles)
         for form in forms
         for name in places
         for tiles in gemv_candidates(shape_of(PLACES[name], form, 1))
     ]
-    compile_ahead(list(dict.fromkeys((replace(place, n=0), *rest) for place, *rest in jobs)))
+    compile_ahead(list(dict.fromkeys((replace(PLACES[name], n=0), form, 1, tiles) for name, form, tiles in jobs)))
     ceiling = read_ceiling()
-    print(torch.cuda.get_device_name(), f"reads {ceiling / 1e12:.3f} TB/s", flush=True)
-    return [
-        sweep(
-            name,
-            form,
-            1,
-            [tiles for place, other, _, tiles in jobs if place == PLACES[name] and other == form],
-            ceiling,
-        )
-        for form in forms
-        for name in places
-        if not (name == "head" and form == "int4")
-    ]
+    for form in forms:
+        for name in places:
+            if not (name == "head" and form == "int4"):
+                candidates: list[Tiles | None] = [tiles for *key, tiles in jobs if key == [name, form]]
+                yield sweep(name, form, 1, candidates, ceiling)
 
 
-def sweep_products(forms: list[str], places: list[str], counts: list[int]) -> list[dict[str, Any]]:
+def sweep_products(forms: list[str], places: list[str], counts: list[int]) -> Iterator[dict[str, Any]]:
     """Some tokens: the tensor cores, the GEMV where there are few, dequantizing for cuBLAS; bf16 cuBLAS beside."""
     jobs: list[tuple[str, str, int, Tiles | None]] = []
     for form in forms:
@@ -335,30 +333,23 @@ def sweep_products(forms: list[str], places: list[str], counts: list[int]) -> li
                 jobs += [(name, form, tokens, tiles) for tiles in (*product_candidates(shape), *few, None)]
     compile_ahead(list(dict.fromkeys((replace(PLACES[name], n=0), *rest) for name, *rest in jobs)))
     ceiling = read_ceiling()
-    print(torch.cuda.get_device_name(), f"reads {ceiling / 1e12:.3f} TB/s", flush=True)
-    found, plain = [], {(name, tokens): cublas(name, tokens) for name in places for tokens in counts}
     for form in forms:
         for tokens in counts:
+            layer = {"ours": 0.0, "cublas_bf16": 0.0}
             for name in places:
                 candidates = [tiles for *key, tiles in jobs if key == [name, form, tokens]]
-                record = sweep(name, form, tokens, candidates, ceiling)
-                found.append(record | {"cublas_bf16": plain[name, tokens]})
-            layer = [record for record in found[-len(places) :] if record["place"] in LAYER]
-            ours, theirs = (
-                sum(values)
-                for values in zip(*((r["rows"][0]["microseconds"], r["cublas_bf16"]) for r in layer), strict=True)
-            )
-            print(
-                f"LAYER {form or 'bf16'} m={tokens}: {ours:.1f} us, cuBLAS bf16 {theirs:.1f} us: {theirs / ours:.2f}x",
-                flush=True,
-            )
-    return found
+                record = sweep(name, form, tokens, candidates, ceiling) | {"cublas_bf16": cublas(name, tokens)}
+                layer["ours"] += record["rows"][0]["microseconds"]
+                layer["cublas_bf16"] += record["cublas_bf16"]
+                yield record
+            speed = layer["cublas_bf16"] / layer["ours"]
+            times = ", ".join(f"{name} {value:.1f} us" for name, value in layer.items())
+            print(f"ALL {form or 'bf16'} m={tokens}: {times}: {speed:.2f}x", flush=True)
 
 
-def chain(forms: list[str], layers: int) -> list[dict[str, Any]]:
+def chain(forms: list[str], layers: int) -> Iterator[dict[str, Any]]:
     """A decoder's linears for one token, each reading what the one before wrote; the head in bf16."""
     ceiling = read_ceiling()
-    found = []
     for form in forms:
         weights = [{name: make_linear(PLACES[name], form, 1, seed=layer) for name in LAYER} for layer in range(layers)]
         head = make_linear(PLACES["head"], "", 1)
@@ -366,14 +357,10 @@ def chain(forms: list[str], layers: int) -> list[dict[str, Any]]:
         size = sum(weight_bytes(PLACES[name], form) for name in LAYER) * layers + weight_bytes(PLACES["head"], "")
         time_us = replay_microseconds(graph)
         share = size / time_us * 1e6 / ceiling
-        print(
-            f"CHAIN {form or 'bf16'}: {time_us:.0f} us, {1e6 / time_us:.1f} steps/s, {share:.1%} of {ceiling / 1e12:.3f} TB/s",
-            flush=True,
-        )
-        found.append({"format": form, "layers": layers, "microseconds": time_us, "share_of_ceiling": share})
+        print(f"CHAIN {form or 'bf16'}: {time_us:.0f} us, {1e6 / time_us:.1f} steps/s, {share:.1%}", flush=True)
+        yield {"format": form, "layers": layers, "microseconds": time_us, "share_of_ceiling": share}
         del weights, head, graph
         torch.cuda.empty_cache()
-    return found
 
 
 def graph_of_chain(weights: list[dict[str, Any]], head: Any) -> torch.cuda.CUDAGraph:
@@ -440,15 +427,17 @@ def main() -> None:
         print(write_tables(arguments.results))
         return
     if arguments.what == "gemv":
-        linears = sweep_gemv(forms, arguments.places)
+        records = sweep_gemv(forms, arguments.places)
     elif arguments.what == "products":
-        places = [name for name in arguments.places if name != "head"]
-        linears = sweep_products(forms, places, arguments.tokens)
+        records = sweep_products(forms, [name for name in arguments.places if name != "head"], arguments.tokens)
     else:
-        linears = chain(forms, arguments.layers)
-    full = {"card": torch.cuda.get_device_name(), "torch": torch.__version__, "seconds": time.perf_counter() - begin}
-    arguments.output.write_text(json.dumps(full | {"linears": linears}, indent=1) + "\n")
-    print(f"{arguments.what}: {full['seconds']:.0f} s", flush=True)
+        records = chain(forms, arguments.layers)
+    linears = []
+    for record in records:  # each as soon as it is there: a run that is cut keeps what it has
+        linears.append(record)
+        full = {"commit": commit(), "card": torch.cuda.get_device_name(), "torch": torch.__version__}
+        arguments.output.write_text(json.dumps(full | {"linears": linears}, indent=1) + "\n")
+    print(f"{arguments.what}: {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
