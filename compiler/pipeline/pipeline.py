@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from optc.compiler.diagnostics import NoMatchError, os_errors
 from optc.compiler.execution.drift import measure
 from optc.compiler.execution.probe import Probe, for_streaming, random_probe, run_probe
 from optc.compiler.execution.stage_driver import StageRun
-from optc.compiler.ir.devices import program_device, to_device
+from optc.compiler.ir.devices import onednn_products, program_device, to_device
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.provenance import module_path
 from optc.compiler.ir.text import format_program
@@ -97,7 +98,9 @@ class Pipeline:
             GateError: a pass moved the numbers by more than it may (5).
             VerificationError: a pass left a malformed program (1).
         """
-        return _Run(self.steps, options or PipelineOptions()).run(program)
+        # With weights in files nearly all of the time goes into products.
+        with nullcontext() if program.work_file is None else onednn_products():
+            return _Run(self.steps, options or PipelineOptions()).run(program)
 
 
 class _Run:

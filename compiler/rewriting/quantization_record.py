@@ -11,7 +11,7 @@ class LinearRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         name: of the weight; shape: (N, K).
         error_rtn, error: ||(W - Q) X||^2 / ||W X||^2 over the calibration inputs X, of plain rounding to nearest
-            and of what was written, over at most 1024 of the N outputs; None without calibration.
+            and of what was written, over at most 512 of the N outputs; None without calibration.
         weight_error: ||W - Q||^2 / ||W||^2.
         scale_min, scale_max: range of the scales.
         clip: mean share of the full range that the grid covers; 1 is no clipping.

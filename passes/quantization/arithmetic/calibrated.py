@@ -51,7 +51,7 @@ from optc.passes.quantization.arithmetic.selection import (
 from optc.passes.quantization.arithmetic.store import Entry, GroupStore
 from optc.passes.quantization.arithmetic.stream import Stream
 
-_ERROR_ROWS = 1024
+_ERROR_ROWS = 512
 """Outputs over which a record's errors are taken, evenly spaced: over all of them they would take as long as GPTQ."""
 
 

@@ -24,6 +24,9 @@ from optc.passes.quantization.arithmetic.column_blocks import BlockRounder
 from optc.passes.quantization.arithmetic.grid import Grid
 
 _BLOCK = 128
+_FACTOR_BLOCK = 512
+_EXACT = 8192
+"""Columns up to which a CPU factors in float64; beyond it takes too long."""
 _ROWS = 4096  # on a CPU a block of this many rows of the weight fits the cache
 _MOST_DAMPING = 1.0
 _ROUNDER = BlockRounder()  # one for the process: it keeps what it recorded for a GPU
@@ -64,7 +67,8 @@ def factorize(gram: Tensor, damping: float, *, act_order: bool = True, where: st
     order = order.to(gram.device)
     turned = order.flip(0)  # a lower factor of H turned around is an upper one of H
     permuted = gram.index_select(0, turned).index_select(1, turned)
-    permuted = permuted.double() if gram.device.type == "cpu" else permuted.float()
+    exact = gram.device.type == "cpu" and len(gram) <= _EXACT
+    permuted = permuted.double() if exact else permuted.float()
     permuted.diagonal()[dead[turned]] = 1.0
     lower, damping = damped_cholesky(permuted, damping, where)
     del permuted
@@ -85,12 +89,36 @@ def damped_cholesky(matrix: Tensor, damping: float, where: str) -> tuple[Tensor,
     damping = max(damping, 1e-6)
     while True:
         matrix.diagonal().copy_(diagonal + damping * mean)
-        lower, info = torch.linalg.cholesky_ex(matrix)
-        if not int(info) and bool(torch.isfinite(lower).all()):
+        lower = _cholesky(matrix)
+        if lower is not None:
             return lower, damping
         if damping >= _MOST_DAMPING:
             raise _indefinite(damping, where)
         damping = min(_MOST_DAMPING, damping * 10)
+
+
+def _cholesky(matrix: Tensor) -> Tensor | None:
+    """The lower Cholesky factor of a symmetric matrix; None, and the matrix as it was, where it has none.
+
+    On a CPU it takes the matrix's place, in blocks of columns: twice as fast as MKL's, and no second matrix.
+    """
+    if matrix.device.type != "cpu":
+        lower, info = torch.linalg.cholesky_ex(matrix)
+        return lower if not int(info) and bool(torch.isfinite(lower).all()) else None
+    squares = [(start, start + _FACTOR_BLOCK) for start in range(0, len(matrix), _FACTOR_BLOCK)]
+    kept = [matrix[start:end, start:end].clone() for start, end in squares]
+    for start, end in squares:
+        matrix[start:, start:end].addmm_(matrix[start:, :start], matrix[start:end, :start].t(), alpha=-1)
+        lower, info = torch.linalg.cholesky_ex(matrix[start:end, start:end])
+        if int(info) or not bool(torch.isfinite(lower).all()):
+            for (first, last), square in zip(squares, kept, strict=True):  # what is above them was not touched
+                matrix[first:last, first:last] = square
+                matrix[last:, first:last] = matrix[first:last, last:].t()
+            return None
+        matrix[start:end, start:end] = lower
+        below = torch.linalg.solve_triangular(lower, matrix[end:, start:end].t(), upper=False)
+        matrix[end:, start:end] = below.t()
+    return matrix.tril_()
 
 
 def _indefinite(damping: float, where: str) -> InputError:

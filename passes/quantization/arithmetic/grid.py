@@ -108,26 +108,23 @@ def _search(
 ) -> Grid:
     groups = weight.reshape(weight.shape[0], -1, size)
     low, high = torch.aminmax(groups, dim=-1)
-    best: Grid | None = None
-    least_error, gap = torch.full_like(low, torch.inf), torch.empty_like(groups)
+    ratios = [1.0 - step * (1.0 - least) / max(1, steps - 1) for step in range(steps)]
+    factors = torch.tensor(ratios, device=weight.device)[:, None, None]
+    tried = _grid(low * factors, high * factors, bits, size, symmetric)  # [steps, N, G]
+    best, gap = torch.zeros_like(low, dtype=torch.long), torch.empty_like(groups)
+    least_error = torch.full_like(low, torch.inf)
     for step in range(steps):
-        ratio = 1.0 - step * (1.0 - least) / max(1, steps - 1)
-        grid = _grid(low * ratio, high * ratio, bits, size, symmetric)
-        error = _error(_rounding(groups, grid, gap), blocks)
-        if best is None:
-            best, least_error = grid, error
-            continue
+        error = _error(_rounding(groups, _step(tried, step), gap), blocks)
         better = error < least_error
         least_error = torch.where(better, error, least_error)
-        best = Grid(
-            torch.where(better, grid.scale, best.scale),
-            torch.where(better, grid.zero, best.zero),
-            bits,
-            size,
-            symmetric,
-        )
-    assert best is not None
-    return best
+        best.masked_fill_(better, step)
+    scale, zero = (item.gather(0, best[None])[0] for item in (tried.scale, tried.zero))
+    return replace(tried, scale=scale, zero=zero)
+
+
+def _step(tried: Grid, step: int) -> Grid:
+    """One of the grids whose parts are [steps, N, G]."""
+    return replace(tried, scale=tried.scale[step], zero=tried.zero[step])
 
 
 def _rounding(groups: Tensor, grid: Grid, out: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from rewrites import stirred
 
+from optc.compiler.ir import devices
 from optc.compiler.ir.devices import tensor_float_32, to_device
 
 
@@ -34,3 +36,26 @@ def test_precision_is_put_back() -> None:
     with tensor_float_32():
         assert torch.backends.cuda.matmul.allow_tf32 is True
     assert torch.backends.cuda.matmul.allow_tf32 is before
+
+
+def test_products_of_onednn_are_taken_where_they_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    for exact in (True, False):
+        monkeypatch.setattr(devices, "_onednn_is_exact", lambda exact=exact: exact)
+        with devices.onednn_products():
+            assert setting.fp32_precision == ("bf16" if exact else before)
+        assert setting.fp32_precision == before
+
+
+def test_rounded_factors_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bfloat16, as a CPU with units for it would round them."""
+    product = torch.Tensor.__matmul__
+
+    def rounded(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if left.dtype is torch.float32:
+            left, right = left.bfloat16().float(), right.bfloat16().float()
+        return product(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert not devices._onednn_is_exact.__wrapped__()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import InputError
+from optc.passes.quantization.arithmetic import gptq
 from optc.passes.quantization.arithmetic.gptq import compensated, factorize, output_error, solve
 from optc.passes.quantization.arithmetic.grid import Grid, full_range, search
 from optc.passes.quantization.arithmetic.refine import descend, refit
@@ -89,6 +90,29 @@ def test_damping_rises_until_it_can_be_factored() -> None:
     factor = factorize(x.t() @ x - 1e-3 * torch.eye(12), 0.0)  # rank 2, and slightly indefinite
     assert factor.damping > 1e-4
     assert bool(torch.isfinite(factor.upper).all())
+
+
+def test_factors_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the matrix's place, which is as it was where it has no factor."""
+    monkeypatch.setattr(gptq, "_FACTOR_BLOCK", 16)
+    _, _, gram = _problem(1, 50)
+    exact = gram.double() + 1e-3 * torch.eye(50).double()
+    torch.testing.assert_close(gptq._cholesky(exact.clone()), torch.linalg.cholesky(exact), rtol=1e-10, atol=1e-12)
+    for place in (3, 40):
+        bad = exact.clone()
+        bad[place, place] = -1.0
+        work = bad.clone()
+        assert gptq._cholesky(work) is None
+        assert torch.equal(work, bad)
+
+
+def test_float32_beyond_some_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, gram = _problem(1, 64)
+    exact = factorize(gram, 0.01).upper
+    monkeypatch.setattr(gptq, "_EXACT", 63)
+    found = factorize(gram, 0.01).upper
+    assert not torch.equal(found, exact)
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4)
 
 
 def test_hopeless_matrices_are_named() -> None:
