@@ -40,7 +40,7 @@ from optc.passes.quantization.arithmetic.groups import (
     weight_label,
     weight_rows,
 )
-from optc.passes.quantization.arithmetic.ranges import calibration_tokens
+from optc.passes.quantization.arithmetic.ranges import calibration_tokens, is_finite
 from optc.passes.quantization.arithmetic.selection import (
     Selection,
     quantize_selected,
@@ -255,7 +255,7 @@ class _Run:
         weights = [weight_rows(self.program, site).float() for site in sites]
         name = weight_label(self.program, sites[0])
         for site, weight in zip(sites, weights, strict=True):
-            if not bool(torch.isfinite(weight).all()):
+            if not is_finite(weight):
                 raise InputError(
                     "the weight holds NaN or infinity",
                     where=weight_label(self.program, site),
