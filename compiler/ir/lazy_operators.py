@@ -19,7 +19,8 @@ from optc.compiler.ir.row_blocks import row_blocks
 from optc.compiler.ir.stored_weights import Stored
 from optc.compiler.ir.weight_buffers import WEIGHTS
 from optc.compiler.ops.dialect import quantization as _quantization  # noqa: F401  (registers the operators)
-from optc.compiler.ops.packed import onnxruntime as _onnxruntime  # noqa: F401
+from optc.compiler.ops.packed.onnxruntime import ROUNDS
+from optc.compiler.ops.packed.rounded_inputs import round_activations
 
 _PIECE = 64 << 20  # bytes of a weight that are read together where it is written or hashed
 _PRODUCT_BYTES = 256 << 20  # a matrix product reads a larger weight in blocks of rows
@@ -167,6 +168,8 @@ def _packed_product(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> T
     if isinstance(x, LazyWeight):
         return None
     others = [materialized(item) for item in others]
+    if kwargs["accuracy_level"] == ROUNDS:  # once, not for every block
+        x, kwargs = round_activations(x, kwargs["block_size"]).to(x.dtype), {**kwargs, "accuracy_level": 0}
     found = []
     for begin, end in row_blocks(kwargs["N"], kwargs["K"]):
         parts = [item if item is None else item[begin:end] for item in others]

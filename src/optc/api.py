@@ -234,7 +234,10 @@ def _write(
             for stage in result.stages:
                 (directory / "ir" / stage.file_name).write_text(stage.text)
         manifest = _manifest(target, result, exported, captured, seconds)
-        opened = exported.opened or open_written(directory, manifest, result.program, exported.engine, captured.tokens)
+        allowed = resolved.request.gate.max_relative_error
+        opened = exported.opened or open_written(
+            directory, manifest, result.program, exported.engine, captured.tokens, allowed
+        )
         seconds["total"] = time.perf_counter() - begin
         rounded = {key: round(value, 3) for key, value in seconds.items()}
         manifest = msgspec.structs.replace(manifest, opened=opened, seconds=rounded)
