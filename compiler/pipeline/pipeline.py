@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -98,8 +97,7 @@ class Pipeline:
             GateError: a pass moved the numbers by more than it may (5).
             VerificationError: a pass left a malformed program (1).
         """
-        # With weights in files nearly all of the time goes into products.
-        with nullcontext() if program.work_file is None else onednn_products():
+        with onednn_products():  # where weights are many, nearly all of the time goes into products
             return _Run(self.steps, options or PipelineOptions()).run(program)
 
 
