@@ -117,9 +117,12 @@ def ledger(session: CudaSession, context: int) -> dict[str, Any]:
     per_step, rest = divmod(len(events), PROFILED)
     if rest or not per_step:
         return {"kernels": len(events), "note": f"{len(events)} kernels in {PROFILED} steps"}
-    rows = [events[turn * per_step : (turn + 1) * per_step] for turn in range(1, PROFILED)]
-    microseconds = [statistics.median(row[i][0] - row[i - 1][0] for row in rows) if i else 0.0 for i in range(per_step)]
-    return _by_call(session.program, context, [name for _, name in rows[0]], microseconds)
+    ends = [end for end, _ in events]
+    microseconds = [
+        statistics.median(ends[turn * per_step + i] - ends[turn * per_step + i - 1] for turn in range(1, PROFILED))
+        for i in range(per_step)
+    ]
+    return _by_call(session.program, context, [name for _, name in events[:per_step]], microseconds)
 
 
 def _by_call(program: Program, context: int, names: list[str], microseconds: list[float]) -> dict[str, Any]:
