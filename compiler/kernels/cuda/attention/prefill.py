@@ -16,15 +16,18 @@ from optc.compiler.kernels.cuda.primitives import wait_for_producer
 
 @triton.jit
 def _attend(
-    queries, keys, values, table, where, begin, end, top, total, sums, inner, outer,
+    queries, keys, values, table, where, first, begin, end, top, total, sums, inner, outer,
     k_block, k_slot, v_block, v_slot,
     D: tl.constexpr, WIDTH: tl.constexpr, DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, ALL_SEEN: tl.constexpr,
 ):  # fmt: skip
-    """Absorb keys begin .. end of a request, begin a multiple of TILE; ALL_SEEN: every row sees all of them."""
+    """Absorb keys begin .. end of a request, begin a multiple of TILE; ALL_SEEN: every row sees all of them.
+
+    Blocks with keys before `first` alone may be given back: the table is not asked for them.
+    """
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         key = start + tl.arange(0, TILE)
-        inside = key < end
+        inside = (key >= first) & (key < end)
         block, place = locate(table, start, key, inside, BLOCK, TILE)
         score = scores(
             queries, load_tile(keys, block, place, inside, k_block, k_slot, D, WIDTH), inner, outer, SOFTCAP
@@ -94,23 +97,25 @@ def prefill(
         # Neither length nor blocks of padding mean anything: a tile of padding alone has no keys.
         first_where = past + tile_in_request * TOKENS
         end = tl.max(tl.where(is_real, where + 1, 0), 0)
-        begin = end * 0
+        first = end * 0
+        begin = first
         # Rows that see a key see all of them up to the first row's position, unless a window has passed some.
         full = tl.minimum(first_where + 1, end) // TILE * TILE
         if WINDOW > 0:
-            begin = tl.minimum(tl.maximum(first_where + 1 - WINDOW, 0), end) // TILE * TILE
+            first = tl.minimum(tl.maximum(first_where + 1 - WINDOW, 0), end)
+            begin = first // TILE * TILE
             full = begin
         top = tl.full([ROWS], LOWEST, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
         if WINDOW == 0:
             top, total, sums = _attend(
-                queries, keys, values, table, where, begin, full, top, total, sums, inner, outer,
+                queries, keys, values, table, where, first, begin, full, top, total, sums, inner, outer,
                 k_block, k_slot, v_block, v_slot,
                 D, WIDTH, DV, VALUE_WIDTH, BLOCK, WINDOW, SOFTCAP, TILE, STAGES, True,
             )  # fmt: skip
         top, total, sums = _attend(
-            queries, keys, values, table, where, full, end, top, total, sums, inner, outer,
+            queries, keys, values, table, where, first, full, end, top, total, sums, inner, outer,
             k_block, k_slot, v_block, v_slot,
             D, WIDTH, DV, VALUE_WIDTH, BLOCK, WINDOW, SOFTCAP, TILE, STAGES, False,
         )  # fmt: skip

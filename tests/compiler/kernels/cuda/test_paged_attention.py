@@ -89,10 +89,13 @@ def check(
     if turn is not None:
         name, extra = "rotary_paged_attention_", {"scaling": 1.25, "interleaved": interleaved, "eps": 1e-5}
     inputs[5][list(padding)] = PADDING
-    here = [item.to(DEVICE) for item in inputs]
+    here = [item.clone().to(DEVICE) for item in inputs]
     if strided:  # [blocks, heads, tokens, width] in memory; queries, keys and values are slices of one product
         here[3:5] = [pool.transpose(1, 2).contiguous().transpose(1, 2) for pool in here[3:5]]
         here[:3] = list(torch.cat(here[:3], 1).split([item.shape[1] for item in here[:3]], 1))
+    if case.window:  # blocks that left the window are given back
+        for request, past in enumerate(case.past):
+            here[6][request, : max(past + 1 - case.window, 0) // case.block_size] = 1 << 20
     moved = tuple(item.to(DEVICE) if isinstance(item, Tensor) else item for item in turn or ())
     with_turn = None if turn is None else Turn(**dict(zip(("position", "inv_freq", "q_norm", "k_norm"), moved, strict=True)), **extra)  # fmt: skip
     found = attend(Call(**dict(zip(NAMES, here, strict=True)), **knobs, turn=with_turn), *tiles)  # type: ignore[arg-type]
