@@ -22,13 +22,20 @@ from optc.compiler.analysis.dataflow import (
 )
 from optc.compiler.analysis.linears import Linear, linear_site
 from optc.compiler.ir.program import Program
-from optc.compiler.ir.surgery import add_weight, insert_call, replace_node
+from optc.compiler.ir.surgery import add_weight, insert_call, replace_call, replace_node
 from optc.compiler.rewriting.passes import Match, Miss, Rule
 from optc.compiler.rewriting.weights import record_weight
 from optc.passes.fusion.decode_norms import NORMS, norm_in_front
 from optc.passes.fusion.decode_rows import forward, with_rank
 
 _FUSED = torch.ops.optc.fused_linear.default
+_CALLS: dict[str, tuple[Any, dict[str, str]]] = {
+    "silu": (aten.silu.default, {}),
+    "gelu": (aten.gelu.default, {}),
+    "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
+    "relu": (aten.relu.default, {}),
+}
+"""Activation functions as ATen has them."""
 _BETWEEN = frozenset((*NORMS, aten.mul.Tensor, aten.div.Tensor))
 
 
@@ -41,6 +48,7 @@ class _Site:
         end: the node whose value the call has.
         options: keyword arguments of the call.
         tensors: tensors of the call after x, weight, scale and zero.
+        parts: pieces of the result, each with the node that holds an activation function of it, and the function's name.
         left: why a neighbour was not taken in.
     """
 
@@ -49,6 +57,7 @@ class _Site:
     end: Node
     tensors: dict[str, Node | None] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    parts: list[tuple[Node, Node, str]] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
 
 
@@ -85,6 +94,10 @@ class FusedLinear(Rule):
         fused = insert_call(program, end, _FUSED, arguments, site.options)
         replace_node(program, end, with_rank(program, end, fused, value_of(end).dim()))
         _erase_unread(program, node, fused)
+        for piece, last, name in site.parts:
+            if last.args[0] is not piece:  # spelled out: one call instead
+                target, options = _CALLS[name]
+                replace_call(program, last, target, (piece,), options)
 
     def _weight(self, program: Program, linear: Linear) -> Node:
         """The weight as [N, K]; one that is stored [K, N] is turned, once for all that read it."""
@@ -137,7 +150,10 @@ def _take_activation(site: _Site) -> None:
     found = activation_behind(start)
     if found is not None:
         site.end, site.options["activation"] = found
-    elif any(activation_behind(piece) for user in readers(start) for piece in readers(user) if _is_piece(piece)):
+        return
+    pieces = [piece for user in readers(start) for piece in readers(user) if _is_piece(piece)]
+    site.parts = [(piece, *part) for piece in pieces if (part := activation_behind(piece)) is not None]
+    if site.parts:
         site.left.append("an activation is of a part of its result, which it shares with other linears")
 
 

@@ -103,6 +103,13 @@ def test_what_the_calls_say() -> None:
     ]
 
 
+def test_an_activation_of_a_part_is_one_call() -> None:
+    """Phi's MLP reads what its attention reads; its GELU is spelled out."""
+    program = rewritten(FuseDecode(), paged("phi")).program
+    assert [node.kwargs for node in program.calls(aten.gelu.default)] == [{"approximate": "tanh"}] * 2
+    assert not program.calls(aten.tanh.default)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_bfloat16(name: str) -> None:
     program = paged(name, torch.bfloat16)
