@@ -89,7 +89,6 @@ def _written_weights(program: Verifiable) -> Iterator[str]:
             continue
         arguments = [argument.name for argument in spec.op._schema.arguments]
         for name in spec.mutates:
-            written = node.args[arguments.index(name)]
-            weight = program.weight_table.names.get(written.name) if isinstance(written, Node) else None
+            weight = program.weight_table.names.get(str(node.args[arguments.index(name)]))  # a node prints its name
             if weight is not None:
                 yield f"{node.name} writes its {name} into the weight '{weight}'"
