@@ -163,9 +163,13 @@ def random_model(layers: int) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            return LlamaForCausalLM(config).eval().requires_grad_(False)
+            network = LlamaForCausalLM(config).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(before)
+    for layer in network.model.layers:  # as GPT-2 is initialized: rounding would grow with depth
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.weight.mul_((2 * layers) ** -0.5)
+    return network
 
 
 def run_variant(model: Program, name: str, given: argparse.Namespace, ceiling: float) -> dict[str, Any]:
