@@ -31,16 +31,11 @@ def graph_of(calls: Sequence[Callable[[], Any]], *, warm: bool = True) -> torch.
 
 def replay_time(graph: torch.cuda.CUDAGraph, rounds: int = ROUNDS) -> float:
     """Seconds of one replay, the median of `rounds` after two for warming up."""
-    return eager_time(graph.replay, rounds)
-
-
-def eager_time(call: Callable[[], Any], rounds: int = ROUNDS) -> float:
-    """Seconds on the GPU of one call from Python, the median of `rounds` after two for warming up."""
     times = []
     for turn in range(rounds + 2):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        call()
+        graph.replay()
         end.record()
         end.synchronize()
         if turn >= 2:

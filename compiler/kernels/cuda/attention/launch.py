@@ -11,12 +11,10 @@ from torch import Tensor
 
 from optc.compiler.kernels.cuda.attention.call import Call, Turn, factors, padded, turning, widths
 from optc.compiler.kernels.cuda.attention.decode import decode
-from optc.compiler.kernels.cuda.attention.long_prefill import LONG, attend_long
 from optc.compiler.kernels.cuda.attention.prefill import prefill
 from optc.compiler.kernels.cuda.attention.write import write
 from optc.compiler.kernels.cuda.dispatch import dependent_launch, is_capturing
 
-NEVER = 2**31 - 1
 FEW_PAIRS = 256
 FEWEST_ROWS = 16
 """Rows of the smallest product of tensor cores."""
@@ -59,9 +57,9 @@ class PrefillTiles:
 
 
 def attend(call: Call, decode_tiles: DecodeTiles | None = None, prefill_tiles: PrefillTiles | None = None) -> Tensor:
-    """Write the new keys and values and attend: with one token per request in one launch, else in three or more.
+    """Write the new keys and values and attend: with one token per request in one launch, else in three.
 
-    In a captured CUDA graph shapes alone decide, never lengths, so that it serves any lengths.
+    Shapes alone decide, never lengths, so that a captured CUDA graph serves any lengths.
     """
     tokens, requests = call.q.shape[0], call.block_tables.shape[0]
     heads, value_width = call.q.shape[1], call.v.shape[2]
@@ -70,8 +68,7 @@ def attend(call: Call, decode_tiles: DecodeTiles | None = None, prefill_tiles: P
         return out
     if tokens != requests:
         _write(call)
-        elsewhere = LONG if attend_long(call, out) else NEVER
-        _prefill(call, out, prefill_tiles or choose_prefill_tiles(call), elsewhere)
+        _prefill(call, out, prefill_tiles or choose_prefill_tiles(call))
     _decode(call, out, decode_tiles or choose_decode_tiles(call))
     return out
 
@@ -90,7 +87,8 @@ def choose_decode_tiles(call: Call) -> DecodeTiles:
         return DecodeTiles(tile=32, programs=2, registers=255, start=2)
     if pairs >= FEW_PAIRS:
         return DecodeTiles()
-    return DecodeTiles(tile=64, programs=2, registers=255, eager=True, start=0, merged=32 if pairs <= 16 else 8)
+    stages = 3 if pairs <= 16 else 5
+    return DecodeTiles(tile=64, stages=stages, programs=2, registers=255, eager=True, start=0, merged=32)
 
 
 def count_programs(call: Call, tiles: DecodeTiles) -> int:
@@ -171,7 +169,7 @@ def _write(call: Call) -> None:
     )  # fmt: skip
 
 
-def _prefill(call: Call, out: Tensor, tiles: PrefillTiles, elsewhere: int) -> None:
+def _prefill(call: Call, out: Tensor, tiles: PrefillTiles) -> None:
     requests, heads = call.block_tables.shape[0], call.k.shape[1]
     group = call.q.shape[1] // heads
     rows = max(tiles.rows, triton.next_power_of_2(group))
@@ -184,7 +182,7 @@ def _prefill(call: Call, out: Tensor, tiles: PrefillTiles, elsewhere: int) -> No
         call.q, call.k_pool, call.v_pool, call.slot_mapping, call.block_tables, call.context_lens, call.cu_seqlens,
         turn.position, turn.inv_freq, turn.q_norm, out,
         *call.q.stride()[:2], *call.k_pool.stride()[:3], *call.v_pool.stride()[:3], call.block_tables.stride(0),
-        requests, elsewhere, *factors(call), turn.scaling, turn.eps,
+        requests, *factors(call), turn.scaling, turn.eps,
         REQUESTS=triton.next_power_of_2(requests), GROUP=group, ROWS=rows, TOKENS=tokens,
         WINDOW=call.window, SOFTCAP=bool(call.softcap), TILE=tiles.tile, STAGES=tiles.stages, PDL=pdl,
         **widths(call), **turned, num_warps=tiles.warps, launch_pdl=pdl,

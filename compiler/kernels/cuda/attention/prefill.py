@@ -42,11 +42,11 @@ def _attend(
     return top, total, sums
 
 
-@triton.jit(do_not_specialize=["requests", "elsewhere", "table_row"])  # other batches need no other code
+@triton.jit(do_not_specialize=["requests", "table_row"])  # other batches need no other code
 def prefill(
     q, k_pool, v_pool, slot_mapping, tables, lengths, starts, position, inv_freq, q_norm, out,
     q_token, q_head, k_block, k_slot, k_pool_head, v_block, v_slot, v_pool_head, table_row,
-    requests, elsewhere, inner, outer, scaling, eps,
+    requests, inner, outer, scaling, eps,
     REQUESTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -54,15 +54,13 @@ def prefill(
 ):  # fmt: skip
     """See `decode`, which serves requests of one token; TOKENS * GROUP <= ROWS.
 
-    Whole prompts of `elsewhere` tokens and more are left to `long_prefill`.
 
     Programs [tiles of tokens, HEADS]; there may be more than tiles, whose number only the device knows.
     """
     every = tl.arange(0, REQUESTS)
     known = every < requests
     fresh = tl.load(starts + every + 1, mask=known, other=0) - tl.load(starts + every, mask=known, other=0)
-    is_elsewhere = (fresh >= elsewhere) & (fresh == tl.load(lengths + every, mask=known, other=0))
-    tiles_of = tl.where((fresh > 1) & ~is_elsewhere, tl.cdiv(fresh, TOKENS), 0)
+    tiles_of = tl.where(fresh > 1, tl.cdiv(fresh, TOKENS), 0)
     ends = tl.cumsum(tiles_of, 0)
     # Late tokens see most keys: their programs start first.
     tile = tl.sum(tiles_of, 0) - 1 - tl.program_id(0)

@@ -40,24 +40,3 @@ def write(
         value = tl.load(v + token * v_token + (head * v_head)[:, None] + feature, mask=mask, other=0.0)
         places = slot // BLOCK * v_block + slot % BLOCK * v_slot + (head * v_pool_head)[:, None] + feature
         tl.store(v_pool + places, value, mask=mask)
-
-
-@triton.jit
-def turn_heads(
-    source, target, position, inv_freq, norm, source_token, source_head, scaling, eps,
-    HEADS: tl.constexpr, HEAD_ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """target [N, HEADS, D] = source after norm and rotary embedding, one token per program."""
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, HEAD_ROWS)
-    where = tl.load(position + token + tl.zeros([1], tl.int32))
-    cos, sin = rotation(where, inv_freq, scaling, source.dtype.element_ty, WIDTH, ROTATED, INTERLEAVED)
-    wait_for_producer(PDL)
-    rows = load_heads(
-        source, token * source_token + head * source_head, head < HEADS, cos, sin, norm, eps,
-        D, WIDTH, ROTATED, INTERLEAVED,
-    )  # fmt: skip
-    feature = tl.arange(0, WIDTH)[None, :]
-    places = target + token * HEADS * D + (head * D)[:, None] + feature
-    tl.store(places, rows, mask=(head < HEADS)[:, None] & (feature < D))

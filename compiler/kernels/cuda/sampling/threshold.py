@@ -36,12 +36,13 @@ def threshold(values, count, lowest, highest, target, top, BY_MASS: tl.constexpr
     while low < high:
         pivots = low + ((high - low) * step + PIVOTS - 1) // PIVOTS
         bounds = from_key(pivots)
-        measure = tl.zeros([PIVOTS], tl.float32)
+        parts = tl.zeros([PIVOTS, BLOCK], tl.float32)  # summed across threads once, not in each step
         for start in range(0, count, BLOCK):
             inside = start + lane < count
             x = tl.load(values + start + lane, mask=inside, other=float("-inf"), cache_modifier=".cg")
             weight = tl.exp(x - top) if BY_MASS else inside.to(tl.float32)
-            measure += tl.sum(tl.where(x[None, :] >= bounds[:, None], weight[None, :], 0.0), 1)
+            parts += tl.where(x[None, :] >= bounds[:, None], weight[None, :], 0.0)
+        measure = tl.sum(parts, 1)
         enough = tl.sum((measure >= target).to(tl.int32), 0)
         new_low = tl.max(tl.where(step <= enough, pivots, low), 0)
         high = tl.min(tl.where(step > enough, pivots - 1, high), 0)

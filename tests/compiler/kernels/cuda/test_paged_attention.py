@@ -183,7 +183,7 @@ def test_real_sizes(name: str) -> None:
 @pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=ON_GPU) for dtype in (torch.bfloat16, torch.float16)])
 @pytest.mark.parametrize("window", [0, 100])
 def test_long_prompts(dtype: torch.dtype, window: int) -> None:
-    """Beside short ones, a later chunk of one and decode; with a window all go the other way."""
+    """Beside short ones, a later chunk of one and decode."""
     shape: dict[str, Any] = {"new": (1, 1100, 1200, 30), "past": (700, 0, 50, 0), "width": 128, "value_width": 128}
     case = Case(**shape, heads=4, kv_heads=2, block_size=64, dtype=dtype, window=window)
     check(case)
