@@ -80,10 +80,9 @@ INTEGER_GEMV = [
     (4, 1, 1024, 1, 4), (2, 4, 1024, 2, 4), (4, 4, 2048, 1, 8), (4, 1, 2048, 1, 8), (4, 2, 2048, 1, 8), (4, 1, 512, 3, 4),
 ]  # fmt: skip
 PRODUCT = [
-    (block_n, split, stages, warps, prefetch)
+    (block_n, split, stages, warps)
     for block_n, warps in ((64, 4), (128, 4), (128, 8))
     for split, stages in ((1, 4), (2, 4), (4, 4), (8, 4))
-    for prefetch in (False, True)
 ]
 
 
@@ -114,13 +113,10 @@ def product_candidates(shape: Shape) -> list[Product]:
     """Tile sizes to try: those that give each processor one to eight programs."""
     block_k = 128 if shape.format in ("", "fp8") else 0
     found = []
-    for block_n, split, stages, warps, prefetch in PRODUCT:
+    for block_n, split, stages, warps in PRODUCT:
         programs = -(-shape.n // block_n) * split * (2 if shape.gated else 1) * -(-shape.m // 64)
         if 96 <= programs <= 2400 and not (split > 1 and programs > 1600):
-            tiles = Product(
-                block_n=block_n, split=split, stages=stages, warps=warps, block_k=block_k, prefetch=prefetch
-            )
-            found += [] if prefetch and block_k else [tiles]
+            found.append(Product(block_n=block_n, split=split, stages=stages, warps=warps, block_k=block_k))
     return found
 
 

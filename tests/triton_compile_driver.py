@@ -50,7 +50,7 @@ def main() -> None:
     shape = next(item for item, _ in tables().gemv if item.format == "int4" and item.gated)
     common = {"K": shape.k, "BITS": 4, "GROUP": 128, "ACTIVATION": "silu", "GATED": True, "NATIVE": True, "PDL": True}
     pointers = {"w": "*i32", "scale": "*bf16", "y": "*bf16", "N": "i32"}
-    gemv: Gemv = gemv_tiles(shape).fitted(shape.k // 8)
+    gemv: Gemv = gemv_tiles(shape).fitted(shape.k // 8, 32)
     one = compiled(
         gemv_integer,
         pointers | {"x": "*bf16", "norm_weight": "*bf16", "eps": "fp32"},
@@ -63,9 +63,7 @@ def main() -> None:
     few = compiled(
         product_integer,
         pointers | {"w": "*i8", "digits": "*i8", "unit": "*fp32", "partial": "*fp32", "arrivals": "*i32", "M": "i32"},
-        common
-        | {"BLOCK_M": 16, "BLOCK_N": product.block_n, "SPLIT": product.split, "STAGES": product.stages}
-        | {"PREFETCH": product.prefetch},
+        common | {"BLOCK_M": 16, "BLOCK_N": product.block_n, "SPLIT": product.split, "STAGES": product.stages},
         product.warps,
     )
     print(json.dumps({"gemv": one, "product": few}))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
 LEVELS = tl.constexpr(32512.0)
@@ -23,33 +23,10 @@ def wait_for_producer(PDL: tl.constexpr):
 
     With programmatic dependent launch a kernel begins before its predecessor has ended. Weights may be read before
     this, anything that a kernel wrote only after it.
-
-    Returns:
-        A zero that is known only after the wait. A pointer that it is added to cannot be read earlier, by assembly
-        that the compiler is free to move.
     """
     if PDL:
-        zero = tl.inline_asm_elementwise(
-            "griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-        )
+        gdc_wait()
         gdc_launch_dependents()
-        return zero
-    else:
-        return 0
-
-
-@triton.constexpr_function
-def _prefetch_asm(size):
-    return (
-        "{ .reg .u64 a; cvta.to.global.u64 a, $1; "
-        f"cp.async.bulk.prefetch.L2.global [a], {int(size)}; mov.b32 $0, 0; }}"
-    )
-
-
-@triton.jit
-def prefetch(pointers, BYTES: tl.constexpr):
-    """Ask for BYTES (a multiple of 16) from each of `pointers` on, into the second-level cache."""
-    tl.inline_asm_elementwise(_prefetch_asm(BYTES), "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -80,17 +57,6 @@ def layer_statistics(x, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
         centred = tl.load(x + start + columns, mask=inside, other=0.0).to(tl.float32) - mean
         squares += tl.where(inside, centred * centred, 0.0)
     return mean, 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
-
-
-@triton.jit
-def inverse_root_mean_square(x, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """1 / sqrt(mean of squares + eps) of x [K]."""
-    columns = tl.arange(0, BLOCK_K)
-    squares = tl.zeros([BLOCK_K], tl.float32)
-    for start in tl.static_range(0, K, BLOCK_K):
-        values = tl.load(x + start + columns, mask=start + columns < K, other=0.0).to(tl.float32)
-        squares += values * values
-    return 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
 
 
 @triton.jit
@@ -149,50 +115,14 @@ def nan_maximum(a, b):
 
 
 @triton.jit
-def load_quad(pointer, quads, inside, NATIVE: tl.constexpr):
-    """Elements 4 q to 4 q + 3 for each q of `quads`, as `unpack_quad` takes them; zeros where not `inside`, if given.
-
-    Through assembly for 16-bit types: each thread loads the quads that it works on, eight bytes each, where tl.load of
-    a tile [quads, 4] would bring them in another layout and exchange them through shared memory. The compiler may move
-    an assembly that is called pure as far as its operands allow: see `wait_for_producer`.
-    """
-    if NATIVE and pointer.dtype.element_ty.primitive_bitwidth == 16:
-        places = pointer.to(tl.pointer_type(tl.int64)) + (quads if inside is None else tl.where(inside, quads, 0))
-        first, second = tl.inline_asm_elementwise(
-            "ld.global.v2.b32 {$0, $1}, [$2];", "=r,=r,l", [places], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
-        )
-        if inside is not None:
-            first, second = tl.where(inside, first, 0), tl.where(inside, second, 0)
-        return first, second
-    else:
-        first = tl.load(pointer + quads * 4, mask=inside)
-        second = tl.load(pointer + quads * 4 + 1, mask=inside)
-        third = tl.load(pointer + quads * 4 + 2, mask=inside)
-        fourth = tl.load(pointer + quads * 4 + 3, mask=inside)
-        if inside is not None:
-            zero = tl.zeros_like(first)
-            first, second = tl.where(inside, first, zero), tl.where(inside, second, zero)
-            third, fourth = tl.where(inside, third, zero), tl.where(inside, fourth, zero)
-        return first, second, third, fourth
-
-
-@triton.jit
-def _unpack_pair(pair, TYPE: tl.constexpr):
-    """The low and the high half of a word as float32."""
-    if tl.bfloat16 == TYPE:
-        return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
-    else:
-        low = pair.to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
-        return low, (pair >> 16).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def unpack_quad(quad, TYPE: tl.constexpr):
-    """Four float32 tensors of what load_quad brought from a pointer to TYPE."""
-    if len(quad) == 2:
-        return _unpack_pair(quad[0], TYPE) + _unpack_pair(quad[1], TYPE)
-    else:
-        return quad[0].to(tl.float32), quad[1].to(tl.float32), quad[2].to(tl.float32), quad[3].to(tl.float32)
+def load_quads(pointer, offsets, inside, WORDS: tl.constexpr):
+    """Four neighbouring elements from each offset [WORDS], as four float32 tensors [WORDS]."""
+    places = offsets[:, None] + tl.arange(0, 4)[None, :]
+    values = tl.load(pointer + places, mask=inside[:, None], other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(values, [WORDS, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @triton.jit
@@ -201,12 +131,12 @@ def quad_magnitude(quad):
 
 
 @triton.jit
-def quad_digits(quad, factor, NATIVE: tl.constexpr):
-    """Words of four signed bytes each, low and high digits: round(v * factor) = 256 * high + low."""
-    w0 = (quad[0] * factor + ROUNDER).to(tl.int32, bitcast=True)
-    w1 = (quad[1] * factor + ROUNDER).to(tl.int32, bitcast=True)
-    w2 = (quad[2] * factor + ROUNDER).to(tl.int32, bitcast=True)
-    w3 = (quad[3] * factor + ROUNDER).to(tl.int32, bitcast=True)
+def quad_digits(quad, inverse, NATIVE: tl.constexpr):
+    """Words of four signed bytes each, low and high digits: round(v * inverse) = 256 * high + low."""
+    w0 = (quad[0] * inverse + ROUNDER).to(tl.int32, bitcast=True)
+    w1 = (quad[1] * inverse + ROUNDER).to(tl.int32, bitcast=True)
+    w2 = (quad[2] * inverse + ROUNDER).to(tl.int32, bitcast=True)
+    w3 = (quad[3] * inverse + ROUNDER).to(tl.int32, bitcast=True)
     first = permute_bytes(w0, w1, 0x5140, NATIVE)
     second = permute_bytes(w2, w3, 0x5140, NATIVE)
     low = permute_bytes(first, second, 0x5410, NATIVE) ^ -2139062144  # 0x80808080 takes the 128 off again
@@ -215,7 +145,7 @@ def quad_digits(quad, factor, NATIVE: tl.constexpr):
 
 @triton.jit
 def store_block(
-    y, bias, residual, partial, arrivals, rows, tokens, M, N, gate, up, ACTIVATION: tl.constexpr,
+    y, bias, residual, partial, arrivals, rows, tokens, unit, M, N, gate, up, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """y[tokens, rows] of sums [rows, tokens] that SPLIT programs share; see product_integer."""
@@ -241,6 +171,10 @@ def store_block(
                 if GATED:
                     up += tl.load(other + plane, mask=inside, other=0.0, cache_modifier=".cg")
     if last:
+        if unit is not None:
+            units = tl.load(unit + tokens, mask=tokens < M, other=0.0)[None, :]
+            gate *= units
+            up *= units
         if bias is not None:
             gate += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
             if GATED:

@@ -57,10 +57,11 @@ class Gemv:
     depth: int
     warps: int
 
-    def fitted(self, row: int) -> Gemv:
-        """For a row of so many columns or words: tiles no wider than it, one step where they are narrower."""
-        width = min(self.width, 1 << (row - 1).bit_length())
-        return replace(self, width=width, steps=self.steps if width >= row else 1)
+    def fitted(self, row: int, per_warp: int = 1) -> Gemv:
+        """For a row of so many columns or words: tiles no wider than it, but with `per_warp` of them for each warp."""
+        width = max(min(self.width, 1 << (row - 1).bit_length()), per_warp)
+        steps = self.steps if width >= row else 1
+        return replace(self, width=width, steps=steps, warps=min(self.warps, width // per_warp))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,6 @@ class Product:
         block_n: rows of results per program. split: programs that share the columns.
         stages: of the pipeline of loads. warps: per program.
         block_k: columns per step; integers take a group per step instead.
-        prefetch: bring the weights of a program into the second-level cache at once; for integers.
     """
 
     block_n: int
@@ -79,7 +79,6 @@ class Product:
     stages: int
     warps: int
     block_k: int = 0
-    prefetch: bool = False
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,11 @@ from optc.compiler.kernels.cuda.primitives import (
     SMALLEST,
     dot_bytes,
     layer_statistics,
-    load_quad,
+    load_quads,
     nan_maximum,
     quad_digits,
     quad_magnitude,
     store_rows,
-    unpack_quad,
     wait_for_producer,
 )
 
@@ -53,18 +52,11 @@ def _load_scales(places, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _words(chunk, WORDS: tl.constexpr):
-    """Words of a chunk, counted along a row: [RUNS, RUN]."""
-    return tl.arange(0, WORDS // RUN)[:, None] * RUN + tl.arange(0, RUN)[None, :] + chunk * WORDS
-
-
-@triton.jit
 def _load_rows(
     w, scale, zero, rows, CHUNK: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     WORDS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Words of some rows [BLOCK_N, RUNS, RUN], with scales and zero points [BLOCK_N, RUNS] of each run; a scale per
-    row comes at the end instead."""
+    """Words of some rows, with scales and zero points of each run; a scale per row comes at the end instead."""
     ROW_WORDS: tl.constexpr = K * BITS // 32
     RUN_COLUMNS: tl.constexpr = RUN * 32 // BITS
     words = tl.arange(0, WORDS) + CHUNK * WORDS
@@ -81,7 +73,7 @@ def _load_rows(
         scales = _load_scales(scale + groups, NATIVE)
         if zero is not None:
             zeros = _load_scales(zero + groups, NATIVE)
-    return tl.reshape(q, [rows.shape[0], WORDS // RUN, RUN]), scales, zeros
+    return q, scales, zeros
 
 
 @triton.jit
@@ -89,151 +81,116 @@ def _load_tile(
     w, scale, zero, N, first_row, TILE: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, WORDS: tl.constexpr, GATED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a program, of the gate's rows and, where there is a gate, of the up rows."""
+    """Tile number TILE of a program, of the gate's rows and, where there is a gate, of the up rows."""
     CHUNKS: tl.constexpr = (K * BITS // 32 + WORDS - 1) // WORDS
-    rows = tl.minimum(first_row + TILE // CHUNKS * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+    rows = tl.minimum(first_row + (TILE // CHUNKS) * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
     gate = _load_rows(w, scale, zero, rows, TILE % CHUNKS, K, BITS, GROUP, WORDS, NATIVE)
     if GATED:
-        up = _load_rows(w, scale, zero, rows + N, TILE % CHUNKS, K, BITS, GROUP, WORDS, NATIVE)
-        return gate, up
-    else:
-        return (gate,)
+        return gate, _load_rows(w, scale, zero, rows + N, TILE % CHUNKS, K, BITS, GROUP, WORDS, NATIVE)
+    return gate, gate
 
 
 @triton.jit
-def _load_columns(
-    pointer, chunk, K: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, NATIVE: tl.constexpr
+def _through_norm(
+    quad, offsets, inside, norm_weight, norm_bias, mean, inverse, NORM: tl.constexpr, WORDS: tl.constexpr
 ):  # fmt: skip
-    """Elements of a token or norm where the words of a chunk have their columns: quads of columns [RUNS, RUN] for each
-    word, those of low nibbles first."""
-    words = _words(chunk, WORDS)
-    inside = None if K * BITS // 32 % WORDS == 0 else words < K * BITS // 32
-    if BITS == 4:
-        quads = words // RUN * (2 * RUN) + words % RUN
-        return load_quad(pointer, quads, inside, NATIVE), load_quad(pointer, quads + RUN, inside, NATIVE)
-    else:
-        return (load_quad(pointer, words, inside, NATIVE),)
-
-
-@triton.jit
-def _load_norm(
-    norm_weight, norm_bias, chunk, K: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, NATIVE: tl.constexpr
-):  # fmt: skip
-    """Columns of a chunk of the norm's weight and bias; nothing in the place of what there is not."""
-    norm = ()
-    if norm_weight is not None:
-        norm = norm + (_load_columns(norm_weight, chunk, K, BITS, WORDS, NATIVE),)
-    if norm_bias is not None:
-        norm = norm + (_load_columns(norm_bias, chunk, K, BITS, WORDS, NATIVE),)
-    return norm
-
-
-@triton.jit
-def _normalized_quad(columns, norm, INDEX: tl.constexpr, mean, inverse, NORM: tl.constexpr, TYPE: tl.constexpr):
-    """Quad number INDEX of a chunk before and after what of the norm does not need the whole token."""
-    a, b, c, d = unpack_quad(columns[INDEX], TYPE)
-    squares = a * a + b * b + c * c + d * d
+    """Four elements of each word through what of the norm does not need the whole token."""
+    a, b, c, d = quad
     if NORM == "layer":
         a, b, c, d = (a - mean) * inverse, (b - mean) * inverse, (c - mean) * inverse, (d - mean) * inverse
-    if len(norm) > 0:
-        gain = unpack_quad(norm[0][INDEX], TYPE)
+    if norm_weight is not None:
+        gain = load_quads(norm_weight, offsets, inside, WORDS)
         a, b, c, d = a * gain[0], b * gain[1], c * gain[2], d * gain[3]
-    if len(norm) > 1:
-        shift = unpack_quad(norm[1][INDEX], TYPE)
+    if norm_bias is not None:
+        shift = load_quads(norm_bias, offsets, inside, WORDS)
         a, b, c, d = a + shift[0], b + shift[1], c + shift[2], d + shift[3]
-    return squares, (a, b, c, d)
+    return a, b, c, d
+
+
+@triton.jit
+def _quad_square(quad):
+    return quad[0] * quad[0] + quad[1] * quad[1] + quad[2] * quad[2] + quad[3] * quad[3]
 
 
 @triton.jit
 def _fixed_point(
-    columns, norm, mean, inverse, CHUNK: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, NORM: tl.constexpr,
-    TYPE: tl.constexpr, NATIVE: tl.constexpr,
+    x, norm_weight, norm_bias, mean, inverse, CHUNK: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr,
+    WORDS: tl.constexpr, NORM: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Columns of a chunk as digits.
+    """Columns of a chunk as digits, one pair of words for each quad of columns that a word of W holds.
 
     Returns:
-        digits: (low, high) of the columns in low nibbles (or of all), then of those in high nibbles: four bytes a word.
-        unit [RUNS]: what 1 in the fixed-point numbers of a run, times a weight as dot_bytes gets it, stands for.
-        squares [RUNS, RUN]: sums of squares before the norm.
+        digits: (low, high) of the columns in low nibbles (or of all), then of those in high nibbles.
+        unit [WORDS / 4]: what 1 in the fixed-point numbers of a run, times a weight as dot_bytes gets it, stands for.
+        squares [WORDS]: sums of squares before the norm.
     """
-    squares, quad = _normalized_quad(columns, norm, 0, mean, inverse, NORM, TYPE)
-    magnitude = quad_magnitude(quad)
+    words = tl.arange(0, WORDS) + CHUNK * WORDS
+    inside = words < K * BITS // 32
+    RUNS: tl.constexpr = WORDS // RUN
     if BITS == 4:
-        more, other = _normalized_quad(columns, norm, 1, mean, inverse, NORM, TYPE)
-        squares += more
-        magnitude = nan_maximum(magnitude, quad_magnitude(other))
-    if NORM == "layer":  # past the end, columns are not zero after the mean is taken off, and no weights are there
-        magnitude = tl.where(_words(CHUNK, WORDS) < K * BITS // 32, magnitude, 0.0)
-    largest = tl.reduce(magnitude, 1, nan_maximum)
+        offsets = (words // RUN) * 32 + (words % RUN) * 4
+        quad, other = load_quads(x, offsets, inside, WORDS), load_quads(x, offsets + 16, inside, WORDS)
+        squares = _quad_square(quad) + _quad_square(other)
+        quad = _through_norm(quad, offsets, inside, norm_weight, norm_bias, mean, inverse, NORM, WORDS)
+        other = _through_norm(other, offsets + 16, inside, norm_weight, norm_bias, mean, inverse, NORM, WORDS)
+        magnitude = nan_maximum(quad_magnitude(quad), quad_magnitude(other))
+    else:
+        offsets = words * 4
+        quad = load_quads(x, offsets, inside, WORDS)
+        squares = _quad_square(quad)
+        quad = _through_norm(quad, offsets, inside, norm_weight, norm_bias, mean, inverse, NORM, WORDS)
+        magnitude = quad_magnitude(quad)
+    if NORM == "layer":  # columns past the end are not zero after the mean is taken off; they may hold any number
+        magnitude = tl.where(inside, magnitude, 0.0)
+    largest = tl.reduce(tl.reshape(magnitude, [RUNS, RUN]), 1, nan_maximum)
     factor = LEVELS / nan_maximum(largest, SMALLEST)
-    factor = factor[:, None]
+    factors = tl.reshape(tl.broadcast_to(factor[:, None], [RUNS, RUN]), [WORDS])
     unit = largest * (1.0 / (LEVELS * 16.0) if BITS == 4 else 1.0 / LEVELS)
-    digits = quad_digits(quad, factor, NATIVE)
+    digits = quad_digits(quad, factors, NATIVE)
     if BITS == 4:
-        digits = digits + quad_digits(other, factor, NATIVE)
+        digits = digits + quad_digits(other, factors, NATIVE)
     return digits, unit, squares
 
 
 @triton.jit
-def _tile_product(rows, digits, unit, token_sums, BITS: tl.constexpr, ZERO: tl.constexpr, NATIVE: tl.constexpr):
+def _run_sums(low, high, RUNS: tl.constexpr):
+    """256 * high + low, summed over the words of each run."""
+    total = high * 256 + low
+    return tl.sum(tl.reshape(total, [total.shape[0], RUNS, RUN]), 2)
+
+
+@triton.jit
+def _tile_product(
+    rows, digits, unit, token_sums, BITS: tl.constexpr, RUNS: tl.constexpr, ZERO: tl.constexpr, NATIVE: tl.constexpr
+):  # fmt: skip
     """Products of a tile of W with the token, summed over each run: float32 [BLOCK_N, RUNS]."""
     q, scales, zeros = rows
     none = tl.zeros_like(q)
     if BITS == 4:
         first, second = (q << 4) & -252645136, q & -252645136  # 0xF0F0F0F0: sixteen times the nibbles
-        low = dot_bytes(second, digits[2][None, :, :] + none, none, NATIVE)
-        high = dot_bytes(second, digits[3][None, :, :] + none, none, NATIVE)
-        low = dot_bytes(first, digits[0][None, :, :] + none, low, NATIVE)
-        high = dot_bytes(first, digits[1][None, :, :] + none, high, NATIVE)
+        low = dot_bytes(second, digits[2][None, :] + none, none, NATIVE)
+        high = dot_bytes(second, digits[3][None, :] + none, none, NATIVE)
+        low = dot_bytes(first, digits[0][None, :] + none, low, NATIVE)
+        high = dot_bytes(first, digits[1][None, :] + none, high, NATIVE)
     else:
-        low = dot_bytes(q, digits[0][None, :, :] + none, none, NATIVE)
-        high = dot_bytes(q, digits[1][None, :, :] + none, none, NATIVE)
-    total = tl.sum(high * 256 + low, 2)
+        low = dot_bytes(q, digits[0][None, :] + none, none, NATIVE)
+        high = dot_bytes(q, digits[1][None, :] + none, none, NATIVE)
+    total = _run_sums(low, high, RUNS)
     if ZERO:
         total -= zeros * token_sums[None, :]
     return total.to(tl.float32) * (scales * unit[None, :])
 
 
 @triton.jit
-def _token_factor(squares, eps, K: tl.constexpr, NORM: tl.constexpr):
-    """What results are multiplied with, known only when the whole token is."""
-    if NORM == "rms":
-        return 1.0 / tl.sqrt(tl.sum(tl.sum(squares, 1), 0) / K + eps)
-    else:
-        return 1.0
-
-
-@triton.jit
-def _token_sums(digits, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """Sums [RUNS] of the fixed-point numbers, as often as a weight of 1 is worth in `_tile_product`."""
+def _token_sums(digits, BITS: tl.constexpr, RUNS: tl.constexpr, NATIVE: tl.constexpr):
+    """Sums of the fixed-point numbers of each run, as often as a weight of 1 is worth in `_tile_product`."""
     ones = tl.full(digits[0].shape, 0x10101010 if BITS == 4 else 0x01010101, tl.int32)
     low = dot_bytes(ones, digits[0], tl.zeros_like(ones), NATIVE)
     high = dot_bytes(ones, digits[1], tl.zeros_like(ones), NATIVE)
     if BITS == 4:
         low = dot_bytes(ones, digits[2], low, NATIVE)
         high = dot_bytes(ones, digits[3], high, NATIVE)
-    return tl.sum(high * 256 + low, 1)
-
-
-@triton.jit
-def _finish_rows(
-    gate_sums, up_sums, first_row, token_total, inverse, scale, zero, bias, residual, y, N, GROUP: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Results of some rows from their sums [BLOCK_N, RUNS]; `inverse` is the factor of the token."""
-    rows = first_row + tl.arange(0, BLOCK_N)
-    held = tl.minimum(rows, N - 1)
-    gate = tl.sum(gate_sums, 1)
-    up = tl.sum(up_sums, 1)
-    if GROUP == 0:
-        if zero is not None:
-            gate -= tl.load(zero + held).to(tl.float32) * token_total
-            if GATED:
-                up -= tl.load(zero + N + held).to(tl.float32) * token_total
-        gate *= tl.load(scale + held).to(tl.float32)
-        if GATED:
-            up *= tl.load(scale + N + held).to(tl.float32)
-    store_rows(y, bias, residual, rows, N, gate * inverse, up * inverse, ACTIVATION, GATED)
+    return tl.sum(tl.reshape(high * 256 + low, [RUNS, RUN]), 1)
 
 
 @triton.jit
@@ -245,62 +202,70 @@ def gemv_integer(
 ):  # fmt: skip
     """See `fused_linear`; w is int32 [N, K * BITS / 32], N counts results, GROUP 0 means a scale per row.
 
-    Where a tile is as wide as a row, the digits of the token are made once and stay in registers for STEPS tiles of
-    rows; else a program has one block of rows, and makes the digits chunk by chunk. The loops over tiles are unrolled:
-    to hand registers on from step to step, a loop would have to wait for what is still on its way to them.
-
-    Programs of the M tokens of a block are neighbours. STATISTICS is the block of the passes over x that find mean
-    and variance.
+    Programs of the M tokens of a block are neighbours. STATISTICS is the block of the passes over x that find mean and variance.
     """
     CHUNKS: tl.constexpr = (K * BITS // 32 + WORDS - 1) // WORDS
+    TILES: tl.constexpr = CHUNKS * STEPS
     RUNS: tl.constexpr = WORDS // RUN
+    ROW_ZERO: tl.constexpr = zero is not None and GROUP == 0
     GROUP_ZERO: tl.constexpr = zero is not None and GROUP > 0
-    TYPE: tl.constexpr = x.dtype.element_ty
-    tl.static_assert(CHUNKS == 1 or STEPS == 1)
-    index = tl.program_id(0) % M
+    token = tl.program_id(0) % M
     first_row = (tl.program_id(0) // M) * (BLOCK_N * STEPS)
-    y += index.to(tl.int64) * N
+    x += token * K
+    y += token.to(tl.int64) * N
     if residual is not None:
-        residual += index.to(tl.int64) * N
-    tiles = ()
-    for j in tl.static_range(min(DEPTH, CHUNKS * STEPS)):
-        tiles = tiles + (_load_tile(w, scale, zero, N, first_row, j, K, BITS, GROUP, BLOCK_N, WORDS, GATED, NATIVE),)
-    norm = _load_norm(norm_weight, norm_bias, 0, K, BITS, WORDS, NATIVE)
-    x += wait_for_producer(PDL) + index * K
-    columns = _load_columns(x, 0, K, BITS, WORDS, NATIVE)
-    mean, inverse = 0.0, 1.0
+        residual += token.to(tl.int64) * N
+    tiles = (_load_tile(w, scale, zero, N, first_row, 0, K, BITS, GROUP, BLOCK_N, WORDS, GATED, NATIVE),)
+    for j in tl.static_range(1, DEPTH):
+        if j < TILES:
+            tiles = tiles + (
+                _load_tile(w, scale, zero, N, first_row, j, K, BITS, GROUP, BLOCK_N, WORDS, GATED, NATIVE),
+            )
+    wait_for_producer(PDL)
     if NORM == "layer":
         mean, inverse = layer_statistics(x, eps, K, STATISTICS)
-    total = tl.zeros([RUNS], tl.float32)
-    squares = tl.zeros([RUNS, RUN], tl.float32)
-    gate_sums = tl.zeros([BLOCK_N, RUNS], tl.float32)
+    else:
+        mean, inverse = 0.0, 1.0
+    squares = tl.zeros([WORDS], tl.float32)
+    token_total = tl.zeros([RUNS], tl.float32)
+    sums = tl.zeros([BLOCK_N, RUNS], tl.float32)
     up_sums = tl.zeros([BLOCK_N, RUNS], tl.float32)
-    for j in tl.static_range(CHUNKS * STEPS):
-        tile = tiles[0]
+    for j in tl.static_range(TILES):
+        gate, up = tiles[0]
         tiles = tiles[1:]
-        if j + DEPTH < CHUNKS * STEPS:
-            following = _load_tile(
-                w, scale, zero, N, first_row, j + DEPTH, K, BITS, GROUP, BLOCK_N, WORDS, GATED, NATIVE
+        if j + DEPTH < TILES:
+            tiles = tiles + (
+                _load_tile(w, scale, zero, N, first_row, j + DEPTH, K, BITS, GROUP, BLOCK_N, WORDS, GATED, NATIVE),
             )
-            tiles = tiles + (following,)
-        if j < CHUNKS:
-            digits, unit, more = _fixed_point(columns, norm, mean, inverse, j, K, BITS, WORDS, NORM, TYPE, NATIVE)
-            if j + 1 < CHUNKS:
-                norm = _load_norm(norm_weight, norm_bias, j + 1, K, BITS, WORDS, NATIVE)
-                columns = _load_columns(x, j + 1, K, BITS, WORDS, NATIVE)
-            token_sums = _token_sums(digits, BITS, NATIVE)
-            squares += more
-            total += token_sums.to(tl.float32) * unit
-            if j == CHUNKS - 1:
-                factor = _token_factor(squares, eps, K, NORM)
-                token_total = tl.sum(total, 0)
-        gate_sums += _tile_product(tile[0], digits, unit, token_sums, BITS, GROUP_ZERO, NATIVE)
+        if j == 0 or CHUNKS > 1:  # digits stay in registers where one tile holds all of x
+            digits, unit, chunk_squares = _fixed_point(
+                x, norm_weight, norm_bias, mean, inverse, j % CHUNKS, K, BITS, WORDS, NORM, NATIVE
+            )
+            token_sums = _token_sums(digits, BITS, RUNS, NATIVE)
+            if j < CHUNKS:
+                squares += chunk_squares
+                token_total += token_sums.to(tl.float32) * unit
+        sums += _tile_product(gate, digits, unit, token_sums, BITS, RUNS, GROUP_ZERO, NATIVE)
         if GATED:
-            up_sums += _tile_product(tile[1], digits, unit, token_sums, BITS, GROUP_ZERO, NATIVE)
-        if j >= CHUNKS - 1:
-            _finish_rows(
-                gate_sums, up_sums, first_row + j // CHUNKS * BLOCK_N, token_total, factor, scale, zero, bias, residual,
-                y, N, GROUP, ACTIVATION, GATED, BLOCK_N,
-            )  # fmt: skip
-            gate_sums = tl.zeros([BLOCK_N, RUNS], tl.float32)
+            up_sums += _tile_product(up, digits, unit, token_sums, BITS, RUNS, GROUP_ZERO, NATIVE)
+        if j % CHUNKS == CHUNKS - 1:
+            if NORM == "rms" and j == CHUNKS - 1:
+                inverse = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
+            rows = first_row + (j // CHUNKS) * BLOCK_N + tl.arange(0, BLOCK_N)
+            result = tl.sum(sums, 1)
+            up_result = tl.sum(up_sums, 1)
+            if GROUP == 0:
+                held = tl.minimum(rows, N - 1)
+                if ROW_ZERO:
+                    result -= tl.load(zero + held).to(tl.float32) * tl.sum(token_total, 0)
+                result *= tl.load(scale + held).to(tl.float32)
+                if GATED:
+                    if ROW_ZERO:
+                        up_result -= tl.load(zero + N + held).to(tl.float32) * tl.sum(token_total, 0)
+                    up_result *= tl.load(scale + N + held).to(tl.float32)
+            if NORM == "rms":  # the factor of the whole token, known only now
+                result *= inverse
+                up_result *= inverse
+            store_rows(y, bias, residual, rows, N, result, up_result, ACTIVATION, GATED)
+            sums = tl.zeros([BLOCK_N, RUNS], tl.float32)
             up_sums = tl.zeros([BLOCK_N, RUNS], tl.float32)

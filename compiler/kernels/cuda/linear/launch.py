@@ -27,12 +27,11 @@ from optc.compiler.kernels.cuda.linear.product_integer import product_integer, s
 from optc.compiler.ops.packed.cuda import finish
 
 BITS = {"int4": 4, "int8": 8}
-STATISTICS_BLOCK = 4096
+STATISTICS_BLOCK = 2048
 """Most columns that a pass for a mean or a variance takes at a time."""
-SPLIT_BLOCK = 1024
-"""Columns of a token that one program splits in digits."""
-ROW_GROUP = 128
-"""Columns that share a scale of the token where the weight has one scale per row."""
+WORDS_PER_WARP = 32
+"""Least words of a tile for each warp of gemv_integer. With half as many, neighbouring columns of a token lie in two
+threads, and Triton 3.6 pairs them wrongly (seen on an H200; the interpreter is right)."""
 ARRIVALS = 1 << 16
 """Blocks of results that programs may share."""
 DEQUANTIZE_BLOCK = 2048
@@ -112,7 +111,7 @@ def gemv(linear: Linear, tiles: Gemv) -> Tensor:
     """One program per block of rows and token."""
     shape, y = linear.shape, linear.new_result()
     bits = BITS.get(linear.format)
-    tiles = tiles.fitted(shape.k if bits is None else shape.k * bits // 32)
+    tiles = tiles.fitted(shape.k) if bits is None else tiles.fitted(shape.k * bits // 32, WORDS_PER_WARP)
     grid = (shape.m * triton.cdiv(shape.n, tiles.block_n * tiles.steps),)
     ends = (linear.norm_weight, linear.norm_bias, linear.bias, linear.residual, y, shape.m, shape.n, linear.eps)
     common = {
@@ -124,7 +123,7 @@ def gemv(linear: Linear, tiles: Gemv) -> Tensor:
     else:
         gemv_integer[grid](
             linear.x, linear.weight.view(torch.int32), linear.scale, linear.zero, *ends,
-            BITS=bits, GROUP=linear.group_size, WORDS=tiles.width, STATISTICS=_statistics_block(shape.k),
+            BITS=bits, GROUP=linear.group_size, WORDS=tiles.width, STATISTICS=min(STATISTICS_BLOCK, triton.next_power_of_2(shape.k)),
             NATIVE=y.is_cuda, **common,
         )  # fmt: skip
     return y
@@ -134,7 +133,7 @@ def product_obstacle(linear: Linear) -> str | None:
     """Why the tensor cores cannot take a weight of integers, or None."""
     if linear.format not in BITS:
         return None
-    columns = linear.group_size or ROW_GROUP
+    columns = linear.group_size or 128
     if columns * BITS[linear.format] // 8 < 32:
         return f"groups of {columns} columns are shorter than a step of the tensor cores"
     return f"{linear.x.shape[1]} columns are not a multiple of {columns}" if linear.x.shape[1] % columns else None
@@ -157,35 +156,30 @@ def product(linear: Linear, tiles: Product) -> Tensor:
     }  # fmt: skip
     ends = (linear.bias, linear.residual, y, partial, arrivals, shape.m, shape.n)
     if linear.format in BITS:
-        digits, unit, sums = _split_tokens(linear, blocks[1] * block_m)
+        digits, unit, group_sums = _split_tokens(linear)
         product_integer[grid](
-            digits, unit, sums, linear.weight.view(torch.int8), linear.scale, linear.zero, *ends,
-            BITS=BITS[linear.format], GROUP=linear.group_size, PREFETCH=tiles.prefetch and y.is_cuda,
-            NATIVE=y.is_cuda, **common,
+            digits, unit, group_sums, linear.weight.view(torch.int8), linear.scale, linear.zero, *ends,
+            BITS=BITS[linear.format], GROUP=linear.group_size, NATIVE=y.is_cuda, **common,
         )  # fmt: skip
     else:
         product_float[grid](_normalized(linear), linear.weight, linear.scale, *ends, BLOCK_K=tiles.block_k, **common)
     return y
 
 
-def _split_tokens(linear: Linear, room: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Digits, units and sums of groups, as `product_integer` takes them; `room` for that many tokens."""
-    tokens, columns = linear.x.shape
-    group = linear.group_size or ROW_GROUP
+def _split_tokens(linear: Linear) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Digits, units and sums of groups, as `product_integer` takes them."""
+    (tokens, columns), bits = linear.x.shape, BITS[linear.format]
+    group = linear.group_size or columns
     digits = torch.empty(2 * tokens * columns, dtype=torch.int8, device=linear.x.device)
-    unit = torch.empty((columns // group, room), dtype=torch.float32, device=linear.x.device)
-    sums = None if linear.zero is None else torch.empty_like(unit)
-    split_tokens[(tokens, triton.cdiv(columns, SPLIT_BLOCK))](
-        linear.x, linear.norm_weight, linear.norm_bias, digits, unit, sums, tokens, room, linear.eps,
-        K=columns, BITS=BITS[linear.format], COLUMNS=group, NORM=linear.norm, BLOCK=SPLIT_BLOCK,
-        STATISTICS=_statistics_block(columns), **_options(linear.x, 4),
+    unit = torch.empty(tokens, dtype=torch.float32, device=linear.x.device)
+    sums = None if linear.zero is None else unit.new_empty((tokens, columns // group))
+    block = triton.next_power_of_2(columns)
+    split_tokens[(tokens,)](
+        linear.x, linear.norm_weight, linear.norm_bias, digits, unit, sums, tokens, linear.eps,
+        K=columns, BITS=bits, GROUP=group, NORM=linear.norm, BLOCK_K=block,
+        **_options(linear.x, min(16, max(4, block // 256))),
     )  # fmt: skip
     return digits, unit, sums
-
-
-def _statistics_block(columns: int) -> int:
-    """Columns that a pass for a mean or a variance takes at a time."""
-    return min(STATISTICS_BLOCK, triton.next_power_of_2(columns))
 
 
 def by_cublas(linear: Linear) -> Tensor:

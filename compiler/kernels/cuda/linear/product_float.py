@@ -51,5 +51,5 @@ def product_float(
             up *= tl.load(scale + N + rows).to(tl.float32)[:, None]
     store_block(
         y, bias, residual, partial, arrivals, block_n * BLOCK_N + tl.arange(0, BLOCK_N),
-        block_m * BLOCK_M + tl.arange(0, BLOCK_M), M, N, gate, up, ACTIVATION, GATED, SPLIT,
+        block_m * BLOCK_M + tl.arange(0, BLOCK_M), None, M, N, gate, up, ACTIVATION, GATED, SPLIT,
     )  # fmt: skip

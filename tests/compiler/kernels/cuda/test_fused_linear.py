@@ -110,8 +110,12 @@ def knobs(linear: launch.Linear) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return linear[:8], dict(zip(names, linear[8:], strict=True))
 
 
-def check(found: Tensor, linear: launch.Linear, rounded_tokens: bool = False) -> None:
-    """Against the reference in float32: within the kernel's tolerance, and one rounding of the result.
+EXACT = 3e-4
+"""Of the GEMV, which has a scale for each run of columns; the products' one scale per token is coarser."""
+
+
+def check(found: Tensor, linear: launch.Linear, share: float = EXACT, rounded_tokens: bool = False) -> None:
+    """Against the reference in float32: within a share of the largest output, and one rounding of the result.
 
     `rounded_tokens`: the product takes normalized tokens in their own type.
     """
@@ -121,7 +125,7 @@ def check(found: Tensor, linear: launch.Linear, rounded_tokens: bool = False) ->
         wide[1] = linear.weight
     expected = FUSED_LINEAR.spec.reference(*wide, **keywords)
     one_rounding = 0.0 if linear.x.dtype is torch.float32 else torch.finfo(linear.x.dtype).eps
-    bound = FUSED_LINEAR.tolerance + one_rounding * (4 if rounded_tokens else 1)
+    bound = share + one_rounding * (4 if rounded_tokens else 1)
     assert found.dtype is linear.x.dtype
     assert found.shape == expected.shape
     assert bool(torch.isfinite(found).all())
@@ -130,7 +134,7 @@ def check(found: Tensor, linear: launch.Linear, rounded_tokens: bool = False) ->
 
 GEMV_TILES = {
     "one tile": Gemv(block_n=2, steps=3, width=512, depth=2, warps=4),
-    "several": Gemv(block_n=2, steps=1, width=16, depth=2, warps=1),
+    "several": Gemv(block_n=2, steps=1, width=32, depth=2, warps=1),
 }
 
 
@@ -156,7 +160,7 @@ def test_gemv_formats(name: str, tiles: str, dtype: torch.dtype) -> None:
 
 PRODUCT_TILES = {
     "alone": Product(block_n=32, split=1, stages=2, warps=4, block_k=64),
-    "shared": Product(block_n=64, split=2, stages=3, warps=4, block_k=128, prefetch=True),
+    "shared": Product(block_n=64, split=2, stages=3, warps=4, block_k=128),
 }
 PRODUCTS = [name for name in FORMATS if name not in ("int4 g32", "int4 g32, zero points")]
 
@@ -170,7 +174,7 @@ def test_product_formats(name: str, tiles: str, dtype: torch.dtype) -> None:
     linear = case.linear()
     for _ in range(2):
         y = launch.product(linear, PRODUCT_TILES[tiles])
-        check(y, linear, rounded_tokens=linear.format in ("", "fp8"))
+        check(y, linear, FUSED_LINEAR.tolerance, rounded_tokens=linear.format in ("", "fp8"))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -179,7 +183,7 @@ def test_product_formats(name: str, tiles: str, dtype: torch.dtype) -> None:
 def test_product_options(name: str, option: str, dtype: torch.dtype) -> None:
     linear = Case(*FORMATS[name], **OPTIONS[option], tokens=3, dtype=dtype).linear()
     y = launch.product(linear, PRODUCT_TILES["shared"])
-    check(y, linear, rounded_tokens=linear.format in ("", "fp8"))
+    check(y, linear, FUSED_LINEAR.tolerance, rounded_tokens=linear.format in ("", "fp8"))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -217,7 +221,7 @@ def test_every_number_of_tokens(name: str, tokens: int, dtype: torch.dtype) -> N
     x = linear.x.t().contiguous().t()[:, None]
     y = launch.fused_linear(x, *args[1:], **keywords)
     assert y.shape == (tokens, 1, 16)
-    check(y[:, 0], linear, rounded_tokens=True)
+    check(y[:, 0], linear, FUSED_LINEAR.tolerance, rounded_tokens=True)
 
 
 def test_no_tokens() -> None:
@@ -266,6 +270,8 @@ def test_tiles_are_those_of_the_nearest_shape() -> None:
     assert expected.fitted(512).steps == expected.steps
     assert Gemv(block_n=4, steps=7, width=512, depth=2, warps=4).fitted(640).steps == 1
     assert Gemv(block_n=4, steps=7, width=512, depth=2, warps=4).fitted(96).width == 128
+    small = Gemv(block_n=4, steps=7, width=512, depth=2, warps=4).fitted(20, launch.WORDS_PER_WARP)
+    assert (small.width, small.warps, small.steps) == (32, 1, 7)
     near = Shape(format="int4", n=64, k=4096, gated=False)
     assert [near.distance(replace(near, **change)) for change in ({"n": 128}, {"k": 2048}, {"gated": True})] == [
         1,
