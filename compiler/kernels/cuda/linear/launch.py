@@ -30,8 +30,8 @@ BITS = {"int4": 4, "int8": 8}
 STATISTICS_BLOCK = 2048
 """Most columns that a pass for a mean or a variance takes at a time."""
 WORDS_PER_WARP = 32
-"""Least words of a tile for each warp of gemv_integer. With half as many, neighbouring columns of a token lie in two
-threads, and Triton 3.6 pairs them wrongly (seen on an H200; the interpreter is right)."""
+"""Least words of a tile for each warp of gemv_integer. With half as many, where the columns of a word lie in two
+threads, results were wrong on an H200 with Triton 3.6, and right in the interpreter."""
 ARRIVALS = 1 << 16
 """Blocks of results that programs may share."""
 DEQUANTIZE_BLOCK = 2048
