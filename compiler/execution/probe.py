@@ -10,6 +10,7 @@ from torch import Tensor
 
 from optc.compiler.execution.stage_driver import StageRun, run_module, run_stage
 from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.retrace import Replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +67,8 @@ def text_probe(tokens: Sequence[int], longest: int = 96) -> Probe:
     return Probe(sequences=tuple(row for row in rows if row), is_text=True)
 
 
-def run_probe(program: Program, probe: Probe) -> StageRun:
+def run_probe(program: Program, probe: Probe, replay: type[Replay] = Replay) -> StageRun:
     """Run a stage on a probe; of a plain module each output is an entry of `logits`."""
     if probe.sequences:
-        return run_stage(program, probe.sequences, steps=probe.steps)
-    return StageRun(run_module(program, probe.tensors), [], role="output")
+        return run_stage(program, probe.sequences, steps=probe.steps, replay=replay)
+    return StageRun(run_module(program, probe.tensors, replay), [], role="output")

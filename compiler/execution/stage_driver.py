@@ -63,6 +63,7 @@ def run_stage(
     steps: int = 3,
     seed: int = 0,
     engine: Engine | None = None,
+    replay: type[Replay] = Replay,
 ) -> StageRun:
     """Run a decoder or encoder Program on token sequences of unequal length.
 
@@ -73,13 +74,14 @@ def run_stage(
         steps: single-token decode steps at the end of each sequence (cached stages). A sequence too
             short for all of these has fewer.
         seed: of the garbage in caches and the order of blocks.
+        replay: how the calls of the graph are run.
     """
     assert sequences, "at least one sequence"
     assert all(len(tokens) > 0 for tokens in sequences), "no empty sequences"
     kind = program.contract.kv_cache.kind
 
     def run(taps: list[Tensor]) -> Callable[..., list[Any]]:
-        return _tapped(program, taps) if engine is None else lambda *flat: list(engine(*flat))
+        return _tapped(program, taps, replay) if engine is None else lambda *flat: list(engine(*flat))
 
     if kind == "none":
         return _run_whole(program, run, sequences)
@@ -88,11 +90,11 @@ def run_stage(
     return drive(program, run, sequences, plan, torch.Generator().manual_seed(seed))
 
 
-def run_module(program: Program, inputs: Sequence[Tensor]) -> list[Tensor]:
+def run_module(program: Program, inputs: Sequence[Tensor], replay: type[Replay] = Replay) -> list[Tensor]:
     """Run a program of kind "module" on example tensors; its outputs, flat."""
     device = program_device(program)
     with torch.no_grad():
-        return Replay(program, {}).outputs(*(item.to(device) for item in inputs))
+        return replay(program, {}).outputs(*(item.to(device) for item in inputs))
 
 
 Engine = Callable[..., Sequence[Tensor]]
@@ -129,7 +131,7 @@ def _plan(lengths: Sequence[int], chunk: int, steps: int) -> list[Call]:
 # -- one call with taps -----------------------------------------------------------------------
 
 
-def _tapped(program: Program, taps: list[Tensor]) -> Callable[..., list[Any]]:
+def _tapped(program: Program, taps: list[Tensor], replay: type[Replay]) -> Callable[..., list[Any]]:
     """The program as a function of flat inputs that also appends attention outputs to `taps`.
 
     Taps are laid out like the tokens: [B, S, H * Dv], or [N, H * Dv] for a flattened token axis.
@@ -147,7 +149,7 @@ def _tapped(program: Program, taps: list[Tensor]) -> Callable[..., list[Any]]:
 
     def run(*inputs: Tensor) -> list[Any]:
         with torch.no_grad():
-            return Replay(program, handlers).outputs(*inputs)
+            return replay(program, handlers).outputs(*inputs)
 
     return run
 

@@ -9,13 +9,14 @@ the budgets (`total_budget`), or to what the user allows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from optc.compiler.diagnostics import GateError
 from optc.compiler.execution.drift import Drift
+from optc.compiler.execution.widened import is_narrow
 from optc.compiler.ir.program import Program
 from optc.compiler.ops import library
 from optc.compiler.rewriting.budget import Budget, total_budget
@@ -23,6 +24,9 @@ from optc.compiler.rewriting.budget import Budget, total_budget
 # Tolerance on logits, as a share of their largest magnitude (at least 1). A rewrite may reorder
 # sums over a few thousand terms in each of some tens of layers.
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2, torch.float64: 1e-9}
+
+ROUNDINGS = 3.0
+"""A right stage may be as far from the one before as this many times that one is from itself in float32."""
 
 FLAT = 0.9
 """Entropy, as a share of the uniform distribution's, from which a model's own distribution is called nearly flat."""
@@ -86,12 +90,30 @@ class Ledger:
         return total_budget(self.budgets) if self.budgets else None
 
 
-def tolerance_misses(drift: Drift, dtype: torch.dtype, passes: int = 1) -> list[str]:
-    """What speaks against passes that keep the numbers: each rounds anew, so their errors add up as squares do."""
+Rounding = Callable[[], Drift | None]
+"""How far the stage before is from itself in float32, measured when it is asked for; None where that cannot be said."""
+
+
+def tolerance_misses(drift: Drift, dtype: torch.dtype, passes: int = 1, rounding: Rounding | None = None) -> list[str]:
+    """What speaks against passes that keep the numbers: each rounds anew, so their errors add up as squares do.
+
+    In 16 bits the errors of a deep model grow beyond any fixed share of its outputs. What is beyond it is held to what
+    rounding makes of the stage before, which differs from its own float32 as much as two right computations do.
+    """
     limit = TOLERANCE.get(dtype, TOLERANCE[torch.float32]) * max(1.0, drift.scale) * math.sqrt(passes)
     if drift.max_abs_diff <= limit:
         return []
-    return [f"max abs difference {drift.max_abs_diff:.3g} > {limit:.3g} ({dtype})"]
+    misses = [f"max abs difference {drift.max_abs_diff:.3g} > {limit:.3g} ({dtype})"]
+    own = rounding() if rounding is not None and is_narrow(dtype) else None
+    if own is None:
+        return misses
+    times = ROUNDINGS * math.sqrt(passes)
+    if drift.max_abs_diff <= times * own.max_abs_diff and drift.relative <= times * own.relative:
+        return []
+    return [
+        *misses,
+        f"relative error {drift.relative:.3g}, where rounding to {dtype} makes {own.relative:.3g} of the stage before",
+    ]
 
 
 def step_misses(drift: Drift, budget: Budget, limits: Limits) -> list[str]:
@@ -185,17 +207,20 @@ class Verdict:
     dtype: torch.dtype
     lossy: bool
 
-    def check(self, ledger: Ledger, limits: Limits, layer_names: Sequence[str]) -> None:
+    def check(
+        self, ledger: Ledger, limits: Limits, layer_names: Sequence[str], rounding: Rounding | None = None
+    ) -> None:
         """Raise when the pass lost more than it may, or all passes together more than they may.
 
         Args:
             ledger: with this pass in it.
+            rounding: of the stage before; asked only where a fixed tolerance does not settle it.
 
         Raises:
             GateError: names the pass and the worst layer.
         """
         if self.budget is None:
-            misses = tolerance_misses(self.drift, self.dtype)
+            misses = tolerance_misses(self.drift, self.dtype, rounding=rounding)
         else:
             misses = step_misses(self.drift, self.budget, limits)
         if misses:
@@ -203,7 +228,7 @@ class Verdict:
             raise self._error(f"pass '{self.name}' failed the numerics gate", self.drift, misses, remedy, layer_names)
         total = ledger.total
         if total is None:
-            misses = tolerance_misses(self.since_capture, self.dtype, ledger.exact)
+            misses = tolerance_misses(self.since_capture, self.dtype, ledger.exact, rounding)
         else:
             misses = total_misses(self.since_capture, total, limits)
         if misses:

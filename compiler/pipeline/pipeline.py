@@ -17,9 +17,10 @@ import torch
 
 from optc.compiler.artifact.manifest import PassRecord
 from optc.compiler.diagnostics import NoMatchError, os_errors
-from optc.compiler.execution.drift import measure
+from optc.compiler.execution.drift import Drift, measure
 from optc.compiler.execution.probe import Probe, for_streaming, random_probe, run_probe
 from optc.compiler.execution.stage_driver import StageRun
+from optc.compiler.execution.widened import own_rounding
 from optc.compiler.ir.devices import onednn_products, program_device, to_device
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.provenance import module_path
@@ -224,9 +225,17 @@ class _Run:
         budget = _budget(rewrite, before)
         verdict = Verdict(rewrite.name, drift, total, budget, compute_dtype(after), rewrite.lossy)
         self.ledger.note(budget, rewrite.restores)
-        verdict.check(self.ledger, self.options.limits, attention_paths(before))
+        verdict.check(self.ledger, self.options.limits, attention_paths(before), lambda: self._rounding(before))
         self.outputs = outputs
         return verdict
+
+    def _rounding(self, before: Program) -> Drift | None:
+        """How far a 16-bit stage is from itself in float32; None where it mixes types that cannot be widened."""
+        assert self.outputs is not None
+        try:
+            return own_rounding(before, self.outputs, self.probe)
+        except RuntimeError:
+            return None
 
     def _finish_stage(self, name: str, program: Program) -> None:
         stage = Stage(len(self.stages), name, format_program(program))

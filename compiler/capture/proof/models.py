@@ -17,10 +17,11 @@ from optc.compiler.capture.proof.reference import (
     own_implementations,
     own_output,
 )
-from optc.compiler.capture.proof.widened import WidenedReplay, is_narrow, widened
+from optc.compiler.capture.proof.widened import widened
 from optc.compiler.diagnostics import GateError
 from optc.compiler.execution.drift import Drift, measure
 from optc.compiler.execution.stage_driver import StageRun
+from optc.compiler.execution.widened import WidenedReplay, is_narrow
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.proof import CaptureFigures, CaptureProof
 from optc.compiler.rewriting.retrace import Replay

@@ -1,8 +1,4 @@
-"""float32 arithmetic on a model, or a program, whose weights are stored in 16 bits.
-
-In bfloat16 two right computations differ by a few percent, so a wrong scale of that size would hide. The same weights,
-widened exactly, leave only what differs in the computation.
-"""
+"""float32 arithmetic on a model whose weights are stored in 16 bits; of programs see `execution/widened`."""
 
 from __future__ import annotations
 
@@ -10,36 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from optc.compiler.rewriting.retrace import Replay
-
-_NARROW = (torch.float16, torch.bfloat16)
-
-
-def is_narrow(dtype: torch.dtype) -> bool:
-    """Whether a dtype is one of the 16-bit floating types."""
-    return dtype in _NARROW
-
-
-class WidenedReplay(Replay):
-    """Runs a program with 16-bit weights, and casts to 16 bits, in float32. One weight is widened at a time."""
-
-    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _wide(super().get_attr(target, args, kwargs))
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args, kwargs = torch.fx.node.map_aggregate((args, kwargs), _wide_dtype)
-        return super().call_function(target, args, kwargs)
-
-
-def _wide(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and is_narrow(value.dtype) else value
-
-
-def _wide_dtype(value: Any) -> Any:
-    return torch.float32 if isinstance(value, torch.dtype) and is_narrow(value) else value
+from optc.compiler.execution.widened import is_narrow
 
 
 @contextmanager
