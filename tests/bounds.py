@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import msgspec
 import torch
@@ -125,8 +124,7 @@ def round_to(x: Tensor, bits: int) -> Tensor:
 
 
 def _run(program: Program, rows: Sequence[Sequence[int]], replay: type[Replay]) -> list[Tensor]:
-    with mock.patch.object(stage_driver, "Replay", replay):
-        return stage_driver.run_stage(program, rows).logits
+    return stage_driver.run_stage(program, rows, replay=replay).logits
 
 
 def in_float32(program: Program, rows: Sequence[Sequence[int]]) -> list[Tensor]:

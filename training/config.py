@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from optc.compiler.ir.devices import DeviceName
+from optc.compiler.settings.device import DeviceName
 from optc.training.activation_checkpointing import CheckpointingConfig
 from optc.training.compile import CompileConfig
 from optc.training.lora import LoraConfig

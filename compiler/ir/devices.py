@@ -6,10 +6,9 @@ import functools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from msgspec import Meta
 from torch import Tensor
 from torch.fx import Node
 
@@ -17,15 +16,7 @@ from optc.compiler.diagnostics import TargetError, UsageError
 from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.saved.tensors import memory_of
-
-DEVICE_PATTERN = "^(auto|cpu|cuda|cuda:[0-9]{1,3})$"
-"""What --device may be."""
-
-DeviceName = Annotated[
-    str,
-    Meta(pattern=DEVICE_PATTERN, extra={"metavar": "cpu|cuda|cuda:N|auto", "expected": "cpu, cuda, cuda:N or auto"}),
-]
-"""The type of a field that names a device."""
+from optc.compiler.settings.device import DEVICE_PATTERN
 
 
 def program_device(program: Program) -> torch.device:

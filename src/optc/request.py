@@ -15,8 +15,8 @@ from msgspec import Meta
 
 from optc.compiler.calibration.sequences import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from optc.compiler.diagnostics import TargetError, UsageError
-from optc.compiler.ir.devices import DeviceName
 from optc.compiler.rewriting.passes import Pass
+from optc.compiler.settings.device import DeviceName
 from optc.compiler.settings.fields import Field, Given, fields_of, read_fields, unknown_key
 from optc.compiler.target.options import CacheRequest, ComputeType, QuantRequest, TargetOptions
 from optc.compiler.target.target import Target

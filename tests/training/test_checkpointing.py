@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from families import DECODERS, make_model
@@ -158,6 +160,7 @@ def test_values_out_of_range(config: CheckpointingConfig, message: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="torch.compile computes NaN under ATEN_CPU_CAPABILITY")
 def test_compiled_blocks_give_the_same_losses() -> None:
     expected_loss, expected = loss_and_gradients(trainable())
     model = apply_activation_checkpointing(trainable(), POLICIES["products"])

@@ -11,7 +11,7 @@ from msgspec import Meta
 from optc.cli.common import emit, json_option, progress
 from optc.cli.options import struct_flags
 from optc.cli.session_options import Save, SessionOptions, artifact_argument, kv_pool, save_figures
-from optc.compiler.ir.devices import DeviceName
+from optc.compiler.settings.device import DeviceName
 
 
 class BenchOptions(SessionOptions, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ import click
 from rich.table import Table
 
 from optc.cli.common import emit, json_option, progress, stderr
-from optc.cli.options import merge_recipe, request_flags, request_of, require
+from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.artifact.drift_table import drift_table
 from optc.compiler.diagnostics import UsageError
 from optc.request import SECTIONS, Request

@@ -17,7 +17,8 @@ from optc.cli.options import struct_flags
 from optc.cli.session_options import Save, SessionOptions, save_figures
 from optc.compiler.artifact.engines import find_engine
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.ir.devices import DeviceName, choose_device
+from optc.compiler.ir.devices import choose_device
+from optc.compiler.settings.device import DeviceName
 
 if TYPE_CHECKING:
     from optc.runtime.sessions.load import Model

@@ -10,7 +10,8 @@ import msgspec
 from msgspec import Meta
 
 from optc.cli.common import emit, json_option
-from optc.cli.options import Settings, given_flags, merge_recipe, request_flags, request_of, require, struct_flags
+from optc.cli.options import Settings, given_flags, struct_flags
+from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.diagnostics import UsageError
 
 

@@ -8,7 +8,7 @@ import click
 
 from optc.cli.common import json_option
 from optc.cli.compile import run_compile
-from optc.cli.options import merge_recipe, request_flags, request_of, require
+from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.diagnostics import UsageError
 from optc.targets.registry import find_target
 

@@ -1,0 +1,85 @@
+"""The flags of a request: of its sections and of targets' own options, with a recipe under them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from optc.cli.common import F
+from optc.cli.options import add_flags, flag, given_flags
+from optc.compiler.diagnostics import UsageError
+from optc.compiler.settings.fields import Field, Given, fields_of
+from optc.recipes import read_recipe
+from optc.request import SECTIONS, Request, known_keys, make_request, target_fields
+from optc.targets.registry import find_target
+
+TARGET_HELP = "Where the model will run; see optc targets."
+
+
+def request_flags(
+    sections: Iterable[str], *, target: str | None = None, leave_out: Iterable[str] = ()
+) -> Callable[[F], F]:
+    """Add to a command the flags of sections of a request, and of targets' own options.
+
+    Args:
+        target: the only target of the command; None offers --target and the options of all.
+        leave_out: fields of the sections that the command has no use for.
+    """
+    flags = [click.option("--target", help=TARGET_HELP)] if target is None else []
+    for section in sections:
+        fields = fields_of(SECTIONS[section])
+        flags += [flag(field) for name, field in fields.items() if name not in set(leave_out)]
+    flags += _target_flags(target)
+    flags.append(
+        click.option(
+            "--recipe",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="YAML file of the flags of optc compile; flags on the command line win.",
+        )
+    )
+
+    return functools.partial(add_flags, flags=flags)
+
+
+def option_help(rows: Iterable[tuple[Any, Field]]) -> str:
+    """The help of an option that several targets may have: (target, its field) for each."""
+    names: dict[str, list[str]] = {}
+    for target, field in rows:
+        default = f" (default: {field.default_text})" if field.default_text else ""
+        names.setdefault(field.help.rstrip(".") + default, []).append(target.name)
+    return " ".join(f"{', '.join(targets)}: {text}." for text, targets in names.items())
+
+
+def _target_flags(target: str | None) -> list[Any]:
+    if target is not None:
+        return [flag(field) for field in fields_of(find_target(target).options).values()]
+    return [flag(rows[0][1], option_help(rows)) for rows in target_fields().values()]
+
+
+def merge_recipe(flags: dict[str, Any]) -> dict[str, Given]:
+    """Flags given on the command line over the recipe's keys; what neither gives is absent."""
+    recipe = flags.pop("recipe", None)
+    return (read_recipe(recipe, (*known_keys(), "model")) if recipe else {}) | given_flags(flags)
+
+
+def request_of(merged: dict[str, Given], target: str) -> Request:
+    """The request for a target, of merged flags that may name a model too."""
+    return make_request(target, {key: value for key, value in merged.items() if key not in ("model", "target")})
+
+
+def require(merged: dict[str, Given], key: str, example: str) -> str:
+    """A text that must come from a flag or the recipe.
+
+    Raises:
+        UsageError: it is absent, or no text.
+    """
+    found = merged.get(key)
+    if found is None or found.value in ("", ()):
+        raise UsageError(f"no {key} given", remedy=example)
+    if not isinstance(found.value, str) or "\0" in found.value:
+        raise UsageError(f"'{key}' cannot be {found.value!r}", where=found.where, remedy=f"give text: {example}")
+    return found.value
