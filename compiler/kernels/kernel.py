@@ -157,6 +157,15 @@ def needs_of(kernels: Iterable[Kernel], versions: Callable[[str], str]) -> dict[
     return {**needs, "cpu_flags": flags} if flags else needs
 
 
+def typed_otherwise(args: Sequence[Any], types: Mapping[int, torch.dtype]) -> str | None:
+    """The reason against the first argument that is there and has another type than `types` says, by its index."""
+    for index, dtype in types.items():
+        tensor = args[index] if index < len(args) else None
+        if tensor is not None and tensor.dtype is not dtype:
+            return f"argument {index} is {tensor.dtype}; the kernel takes {dtype}"
+    return None
+
+
 def one_of(dtype: torch.dtype, dtypes: Iterable[torch.dtype], what: str) -> str | None:
     """The reason against a dtype that is not among `dtypes`."""
     names = [str(item).removeprefix("torch.") for item in dtypes]

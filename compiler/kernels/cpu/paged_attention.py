@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from optc.compiler.kernels.kernel import CppSources, Kernel, Loop, one_of, register
+from optc.compiler.kernels.kernel import CppSources, Kernel, Loop, one_of, register, typed_otherwise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _POSITIONS = {5: torch.int64, 6: torch.int32, 7: torch.int32, 8: torch.int32}
@@ -19,10 +19,7 @@ def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     dtypes = {tensor.dtype for tensor in args[:5]}
     if len(dtypes) != 1:
         return "q, k, v and the pools differ in type"
-    odd = next((index for index, dtype in _POSITIONS.items() if args[index].dtype is not dtype), None)
-    if odd is not None:
-        return f"argument {odd} is {args[odd].dtype}; the kernel takes {_POSITIONS[odd]}"
-    return one_of(dtypes.pop(), DTYPES, "keys and values")
+    return typed_otherwise(args, _POSITIONS) or one_of(dtypes.pop(), DTYPES, "keys and values")
 
 
 PAGED_ATTENTION = register(

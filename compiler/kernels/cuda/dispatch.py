@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from importlib import import_module, util
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -54,6 +54,23 @@ def _launcher(module: str, op: str) -> Callable[..., Any]:
 def dependent_launch(device: torch.device) -> bool:
     """Whether kernels on a device can begin before their predecessor ends (compute capability 9.0 and later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+ScratchT = TypeVar("ScratchT")
+
+
+def scratch(make: Callable[..., ScratchT]) -> Callable[..., ScratchT]:
+    """Let a function of (device, sizes...) make memory once and keep it for good: captured graphs point at it.
+
+    Launches that share it run one after the other: steps of one model on one stream.
+    """
+
+    @functools.cache
+    def kept(device: torch.device, *sizes: int) -> ScratchT:
+        assert not is_capturing(device), "the first call of a shape makes what all later ones use: not inside a graph"
+        return make(device, *sizes)
+
+    return kept
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.kernels.cuda.dispatch import implement
-from optc.compiler.kernels.kernel import Kernel, TritonSources, one_of
+from optc.compiler.kernels.kernel import Kernel, TritonSources, one_of, typed_otherwise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST, MOST_GROUPED = 256, 64
@@ -23,9 +23,9 @@ def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     q, k, v, k_pool, v_pool = args[:5]
     if len({tensor.dtype for tensor in args[:5]}) != 1:
         return "q, k, v and the pools differ in type"
-    odd = next((i for i, dtype in _POSITIONS.items() if i < len(args) and args[i].dtype is not dtype), None)
+    odd = typed_otherwise(args, _POSITIONS)
     if odd is not None:
-        return f"argument {odd} is {args[odd].dtype}; the kernel takes {_POSITIONS[odd]}"
+        return odd
     if max(q.shape[2], v.shape[2]) > WIDEST:
         return f"heads of {max(q.shape[2], v.shape[2])} features; the kernel takes up to {WIDEST}"
     if q.shape[1] % k.shape[1] or q.shape[1] // k.shape[1] > MOST_GROUPED:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from optc.compiler.kernels.cuda.dispatch import implement
-from optc.compiler.kernels.kernel import Kernel, TritonSources, one_of
+from optc.compiler.kernels.kernel import Kernel, TritonSources, one_of, typed_otherwise
 
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 _TYPES = {
@@ -20,9 +20,9 @@ _TYPES = {
 
 def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     """Logits of a floating type, and the parameters of `sample_` in the types that its reference names."""
-    for index, tensor in enumerate(args[1:], 1):
-        if tensor is not None and tensor.dtype is not _TYPES[index]:
-            return f"argument {index} is {tensor.dtype}; the kernel takes {_TYPES[index]}"
+    odd = typed_otherwise(args, _TYPES)
+    if odd is not None:
+        return odd
     if any(table is not None and not table.is_contiguous() for table in args[8:10]):
         return "the tables of seen tokens and counts are not contiguous"
     return one_of(args[0].dtype, LOGITS, "logits")

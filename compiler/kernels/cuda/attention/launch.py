@@ -13,7 +13,7 @@ from optc.compiler.kernels.cuda.attention.call import Call, Turn, factors, padde
 from optc.compiler.kernels.cuda.attention.decode import decode
 from optc.compiler.kernels.cuda.attention.prefill import prefill
 from optc.compiler.kernels.cuda.attention.write import write
-from optc.compiler.kernels.cuda.dispatch import dependent_launch, is_capturing
+from optc.compiler.kernels.cuda.dispatch import dependent_launch, scratch
 
 FEW_PAIRS = 256
 FEWEST_ROWS = 16
@@ -122,13 +122,9 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-@functools.cache
+@scratch
 def _scratch(device: torch.device, programs: int, rows: int, width: int, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Partial results, their statistics, and arrivals; kept for good, since captured graphs point at them.
-
-    Launches that share it run one after the other: decode steps of one model on one stream.
-    """
-    assert not is_capturing(device), "the first call of a shape allocates what all later ones use: not inside a graph"
+    """Partial results, their statistics, and arrivals."""
     parts = torch.empty(programs, 2, rows, width, device=device)
     statistics = torch.empty(programs, 2, rows, 2, device=device)
     return parts, statistics, torch.zeros(pairs, dtype=torch.int32, device=device)
@@ -140,12 +136,12 @@ def _decode(call: Call, out: Tensor, tiles: DecodeTiles) -> None:
     group_rows = triton.next_power_of_2(group)
     constants = widths(call)
     programs = count_programs(call, tiles)
-    scratch = _scratch(device, programs, group_rows, constants["VALUE_WIDTH"], requests * heads)
+    held = _scratch(device, programs, group_rows, constants["VALUE_WIDTH"], requests * heads)
     turn, turned = turning(call)
     pdl = dependent_launch(device)
     decode[(programs,)](
         call.q, call.k, call.v, call.k_pool, call.v_pool, call.slot_mapping, call.block_tables, call.context_lens,
-        call.cu_seqlens, turn.position, turn.inv_freq, turn.q_norm, turn.k_norm, out, *scratch,
+        call.cu_seqlens, turn.position, turn.inv_freq, turn.q_norm, turn.k_norm, out, *held,
         *call.q.stride()[:2], *call.k.stride()[:2], *call.v.stride()[:2],
         *call.k_pool.stride()[:3], *call.v_pool.stride()[:3], call.block_tables.stride(0),
         requests, *factors(call), turn.scaling, turn.eps,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
 
-from optc.compiler.kernels.cuda.dispatch import dependent_launch
+from optc.compiler.kernels.cuda.dispatch import dependent_launch, scratch
 from optc.compiler.kernels.cuda.greedy.step import greedy_step
 
 BLOCK, MOST_PROGRAMS = 1024, 128
@@ -40,9 +38,9 @@ def greedy_step_(
     return tokens
 
 
-@functools.cache
+@scratch
 def _scratch(device: torch.device, batch: int, parts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logits of parts of rows, where they are, and arrivals; kept for good, since captured graphs point at them."""
+    """Largest logits of parts of rows, where they are, and arrivals."""
     values = torch.empty(batch, parts, device=device)
     places = torch.empty(batch, parts, dtype=torch.int32, device=device)
     return values, places, torch.zeros(batch, dtype=torch.int32, device=device)

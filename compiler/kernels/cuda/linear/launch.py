@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from optc.compiler.kernels.cuda.dispatch import dependent_launch
+from optc.compiler.kernels.cuda.dispatch import dependent_launch, is_capturing
 from optc.compiler.kernels.cuda.linear.configurations import (
     Gemv,
     Product,
@@ -226,7 +226,7 @@ def _arrivals(device: torch.device) -> Tensor:
     """
     if device.type == "cpu":
         return torch.zeros(ARRIVALS, dtype=torch.int32)
-    if torch.cuda.is_current_stream_capturing():
+    if is_capturing(device):
         return _counters(device, None)
     _counters(device, None)  # made before a capture, which would only record the zeros
     return _counters(device, torch.cuda.current_stream(device).cuda_stream)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
 
-from optc.compiler.kernels.cuda.dispatch import dependent_launch, is_capturing
+from optc.compiler.kernels.cuda.dispatch import dependent_launch, scratch
 from optc.compiler.kernels.cuda.sampling.choose import GROUP, STATISTICS, choose
 
 CHUNK = 4096
@@ -67,13 +65,9 @@ def _launch(
         )  # fmt: skip
 
 
-@functools.cache
+@scratch
 def _scratch(device: torch.device, rows: int, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What chunks leave, and arrivals; kept for good, since captured graphs point at them.
-
-    Launches that share it run one after the other: steps of one model on one stream.
-    """
-    assert not is_capturing(device), "the first call of a shape allocates what all later ones use: not inside a graph"
+    """What chunks leave, and arrivals."""
     statistics = torch.empty(rows, chunks, STATISTICS.value, device=device)
     best = torch.empty(rows, chunks, 2, dtype=torch.int32, device=device)
     return statistics, best, torch.zeros(rows, dtype=torch.int32, device=device)
