@@ -20,6 +20,9 @@ from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.retrace import Replay
 
+ROUNDINGS = 3.0
+"""In 16 bits a right program may be as far from another as this many times that one is from itself in float32."""
+
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -59,9 +62,8 @@ def _with_wide_caches(program: Program) -> Program:
         msgspec.structs.replace(spec, dtype="float32") if spec.dtype in names else spec
         for spec in program.contract.inputs
     )
-    twin = program.clone()
-    twin.contract = msgspec.structs.replace(program.contract, inputs=inputs)
-    return twin
+    contract = msgspec.structs.replace(program.contract, inputs=inputs)
+    return Program(program.exported, contract, work_file=program.work_file)
 
 
 def _wide(value: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 
 from optc.compiler.diagnostics import GateError
 from optc.compiler.execution.drift import Drift
-from optc.compiler.execution.widened import is_narrow
+from optc.compiler.execution.widened import ROUNDINGS, is_narrow
 from optc.compiler.ir.program import Program
 from optc.compiler.ops import library
 from optc.compiler.rewriting.budget import Budget, total_budget
@@ -24,9 +24,6 @@ from optc.compiler.rewriting.budget import Budget, total_budget
 # Tolerance on logits, as a share of their largest magnitude (at least 1). A rewrite may reorder
 # sums over a few thousand terms in each of some tens of layers.
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2, torch.float64: 1e-9}
-
-ROUNDINGS = 3.0
-"""A right stage may be as far from the one before as this many times that one is from itself in float32."""
 
 FLAT = 0.9
 """Entropy, as a share of the uniform distribution's, from which a model's own distribution is called nearly flat."""

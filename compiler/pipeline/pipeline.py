@@ -7,6 +7,7 @@ from the last finished stage.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -225,7 +226,8 @@ class _Run:
         budget = _budget(rewrite, before)
         verdict = Verdict(rewrite.name, drift, total, budget, compute_dtype(after), rewrite.lossy)
         self.ledger.note(budget, rewrite.restores)
-        verdict.check(self.ledger, self.options.limits, attention_paths(before), lambda: self._rounding(before))
+        rounding = functools.cache(functools.partial(self._rounding, before))  # a forward: both checks may ask for it
+        verdict.check(self.ledger, self.options.limits, attention_paths(before), rounding)
         self.outputs = outputs
         return verdict
 

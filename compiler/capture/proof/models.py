@@ -21,16 +21,13 @@ from optc.compiler.capture.proof.widened import widened
 from optc.compiler.diagnostics import GateError
 from optc.compiler.execution.drift import Drift, measure
 from optc.compiler.execution.stage_driver import StageRun
-from optc.compiler.execution.widened import WidenedReplay, is_narrow
+from optc.compiler.execution.widened import ROUNDINGS, WidenedReplay, is_narrow
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.proof import CaptureFigures, CaptureProof
 from optc.compiler.rewriting.retrace import Replay
 
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-9, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of outputs, as a share of their largest magnitude; in 16 bits the relative L2 difference."""
-
-_ROUNDINGS = 3.0
-"""In 16 bits the program may be as far from float32 as this many times the model itself is."""
 
 _LONGEST, _SHORTEST = 48, 8
 _WORK = 1e9
@@ -211,7 +208,7 @@ class _Proof:
             spread: relative distance of the model itself from its float32.
         """
         if is_narrow(dtype):
-            return drift.relative - max(TOLERANCE[dtype], _ROUNDINGS * spread)
+            return drift.relative - max(TOLERANCE[dtype], ROUNDINGS * spread)
         return drift.max_abs_diff - TOLERANCE.get(dtype, TOLERANCE[torch.float32]) * max(drift.scale, 1e-6)
 
     def _miss(self, misses: Sequence[tuple[Batch, Drift]], replay: type[Replay], dtype: torch.dtype) -> GateError:

@@ -70,9 +70,13 @@ def test_beyond_the_fixed_tolerance_rounding_decides(
         return replace(right, logits=[row + wrong for row, wrong in zip(right.logits, error, strict=True)])
 
     monkeypatch.setattr(pipeline, "run_probe", stage)
+    asked: list[Program] = []
+    measured = pipeline.own_rounding
+    monkeypatch.setattr(pipeline, "own_rounding", lambda *args: asked.append(args[0]) or measured(*args))
     run = lambda: Pipeline([Step(PageKVCache())]).run(narrow, PipelineOptions(probe=PROBE))  # noqa: E731
     if passes:
         run()
+        assert asked == [narrow], "the step and the sum ask, one forward answers"
         return
     with pytest.raises(
         GateError, match=r"relative error .*, where rounding to torch.bfloat16 makes .* of the stage before"
