@@ -110,8 +110,9 @@ def capture_pretrained(
         CaptureError: the model cannot be exported or has a mask that cannot be expressed.
         GateError: the program is not what the model computes.
     """
-    quantized = quantized_folder(check_folder(Path(folder), trust_remote_code=trust_remote_code))
-    elsewhere = device.type != "cpu" and quantized is None
+    elsewhere = device.type != "cpu" and (
+        quantized_folder(check_folder(Path(folder), trust_remote_code=trust_remote_code)) is None
+    )
     model, info = load_model(
         folder,
         dtype=DTYPES[dtype],
@@ -121,6 +122,7 @@ def capture_pretrained(
     program = capture_model(model.to(device) if elsewhere else model, prove=prove, tokens=tokens)
     if any(isinstance(tensor, LazyWeight) for _, tensor in program.weights()):
         program.work_file = WorkFile(work_folder)
+    quantized = quantized_folder(info)
     if quantized is not None:
         proof = program.proof
         program = restore_codes(program, quantized, match_names(quantized.dense.tensors, program.exported.state_dict))

@@ -102,17 +102,7 @@ def compile(
     if request.run.output is None:
         raise UsageError("no output given", remedy="output='out/model', or -o OUT")
     artifact.check_output(request.run.output, request.run.force)
-    if resolved.options.quantization is not None and isinstance(model, str | Path):
-        refuse_quantizing_again(Path(model))
-    captured = capture_for_compile(
-        model,
-        example_inputs,
-        dtype=resolved.options.dtype,
-        trust_remote_code=request.what.trust_remote_code,
-        text=request.gate.text,
-        work_folder=_work_folder(resolved),
-        device=resolved.device,
-    )
+    captured = capture_resolved(model, example_inputs, resolved)
     check_context(_capacity(resolved), captured.program.contract.model.context_length)
     seconds = {"capture": time.perf_counter() - begin}
     result = run_passes(captured, resolved, progress, seconds)
@@ -132,6 +122,26 @@ def _request(request: Request | None, target: str | None, values: dict[str, Any]
     if target is not None or any(value is not None for value in values.values()):
         raise UsageError("a request was given together with options", remedy="put them into the request")
     return request
+
+
+def capture_resolved(model: Model, example_inputs: Sequence[torch.Tensor] | None, resolved: Resolved) -> Captured:
+    """The model, captured and proved as a request asks for it.
+
+    Raises:
+        OptcError: as `capture`; UsageError where quantized weights would be quantized again.
+    """
+    request = resolved.request
+    if resolved.options.quantization is not None and isinstance(model, str | Path):
+        refuse_quantizing_again(Path(model))
+    return capture_for_compile(
+        model,
+        example_inputs,
+        dtype=resolved.options.dtype,
+        trust_remote_code=request.what.trust_remote_code,
+        text=request.gate.text,
+        work_folder=_work_folder(resolved),
+        device=resolved.device,
+    )
 
 
 def run_passes(

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optc.api import run_passes
-from optc.capturing import Model, capture_for_compile
+from optc.api import capture_resolved, run_passes
+from optc.capturing import Model
 from optc.compiler.artifact.manifest import PassRecord
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.ir.program import Program
-from optc.compiler.model_folder.quantized import refuse_quantizing_again
 from optc.request import from_python
 from optc.resolving import resolve
 from optc.runtime.generation.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
@@ -75,20 +74,9 @@ def optimize(model: Model, *, quant: str | None = None, kv_blocks: int | None = 
         TargetError: no GPU that can run it. OptcError: as `optc.compile`.
     """
     device = check_gpu("optc.optimize")
-    request = from_python(TARGET, quant=quant, **{"device": str(device), **options})
-    resolved = resolve(request)
+    resolved = resolve(from_python(TARGET, quant=quant, **{"device": str(device), **options}))
     path = None if isinstance(model, torch.nn.Module | Program) else Path(model)
-    if resolved.options.quantization is not None and path is not None:
-        refuse_quantizing_again(path)
-    captured = capture_for_compile(
-        model,
-        None,
-        dtype=resolved.options.dtype,
-        trust_remote_code=request.what.trust_remote_code,
-        text=request.gate.text,
-        work_folder=None,
-        device=resolved.device,
-    )
+    captured = capture_resolved(model, None, resolved)
     seconds: dict[str, float] = {}
     result = run_passes(captured, resolved, None, seconds)
     del captured  # its weights may be many
