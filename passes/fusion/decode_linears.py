@@ -21,12 +21,14 @@ from optc.compiler.analysis.dataflow import (
     value_of,
 )
 from optc.compiler.analysis.linears import Linear, linear_site
+from optc.compiler.analysis.norms import KINDS
+from optc.compiler.analysis.rows import forward
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight, insert_call, replace_call, replace_node
 from optc.compiler.rewriting.passes import Match, Miss, Rule
 from optc.compiler.rewriting.weights import record_weight
-from optc.passes.fusion.decode_norms import NORMS, norm_in_front
-from optc.passes.fusion.decode_rows import forward, with_rank
+from optc.passes.fusion.decode_norms import norm_in_front
+from optc.passes.fusion.decode_rows import with_rank
 
 _FUSED = torch.ops.optc.fused_linear.default
 _CALLS: dict[str, tuple[Any, dict[str, str]]] = {
@@ -36,7 +38,7 @@ _CALLS: dict[str, tuple[Any, dict[str, str]]] = {
     "relu": (aten.relu.default, {}),
 }
 """Activation functions as ATen has them."""
-_BETWEEN = frozenset((*NORMS, aten.mul.Tensor, aten.div.Tensor))
+_BETWEEN = frozenset((*KINDS, aten.mul.Tensor, aten.div.Tensor))
 
 
 @dataclass

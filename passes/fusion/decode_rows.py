@@ -1,46 +1,12 @@
-"""Rows of activations behind views and copies: what fuse-decode looks through."""
+"""Rows of activations with the number of axes that a call wants."""
 
 from __future__ import annotations
 
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import CASTS, COPIES, aten, peel, sole_user, value_of
+from optc.compiler.analysis.dataflow import aten, value_of
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import insert_call
-
-RESHAPES = frozenset((
-    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.dim,
-))  # fmt: skip
-"""Ops that keep the order of elements."""
-
-
-def forward(node: Node) -> Node:
-    """The last node of a chain of copies and views, each the only reader of the one before, of the same rows."""
-    while (user := sole_user(node)) is not None and user.target in COPIES | RESHAPES | CASTS:
-        if user.args[0] is not node or not keeps_rows(user) or value_of(user).dtype != value_of(node).dtype:
-            break
-        if user.target is aten.dropout.default and user.args[2]:
-            break
-        node = user
-    return node
-
-
-def keeps_rows(node: Node) -> bool:
-    """Whether a view has the rows [..., C] of what it views, one after the other."""
-    source = node.args[0]
-    assert isinstance(source, Node)
-    return value_of(node).shape[-1:] == value_of(source).shape[-1:] and value_of(node).dim() >= 2
-
-
-def same_rows(node: Node) -> Node:
-    """What a chain of copies and views shows the rows of."""
-    while True:
-        inner = peel(node)
-        if inner.target not in RESHAPES or not keeps_rows(inner):
-            return inner
-        source = inner.args[0]
-        assert isinstance(source, Node)
-        node = source
 
 
 def with_rank(program: Program, before: Node, node: Node, rank: int) -> Node:
