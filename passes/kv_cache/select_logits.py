@@ -1,4 +1,4 @@
-"""head(hidden)  ->  head(hidden[logits_indices])"""
+"""head(norm(hidden))  ->  head(norm(hidden[logits_indices]))"""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import msgspec
-import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import value_of
+from optc.compiler.analysis.dataflow import CASTS, COPIES, aten, sole_user, value_of
 from optc.compiler.analysis.linears import head_linear
+from optc.compiler.analysis.norms import norm_call
+from optc.compiler.analysis.rows import RESHAPES
 from optc.compiler.ir.contract import Contract, Input
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
@@ -23,10 +24,11 @@ from optc.passes.kv_cache.paged import paged_examples
 
 @dataclass(frozen=True, kw_only=True)
 class SelectLogits(Pass):
-    """head(hidden) -> head(hidden[logits_indices]), of a paged program.
+    """head(norm(hidden)) -> head(norm(hidden[logits_indices])), of a paged program.
 
     Of a prompt only the last token's logits are wanted: the head, the largest weight of many models, is multiplied with
-    the rows that `logits_indices` names (in any order), and the logits are [rows, V] instead of [tokens, V].
+    the rows that `logits_indices` names (in any order), and the logits are [rows, V] instead of [tokens, V]. A norm in
+    front of the head that nothing else reads is of these rows too, and stays the head's neighbour for other passes.
     """
 
     name: ClassVar[str] = "select-logits"
@@ -45,35 +47,71 @@ class SelectLogits(Pass):
 def _obstacle(program: Program, head: Node) -> str | None:
     if program.contract.input_index("logits_indices") is not None:
         return "its rows are selected already"
-    hidden = head.args[1] if head.target is torch.ops.aten.addmm.default else head.args[0]
-    assert isinstance(hidden, Node)
-    shape = value_of(hidden).shape
+    shape = value_of(_input(head)).shape
     return None if len(shape) in (2, 3) and all(size == 1 for size in shape[:-2]) else f"it reads {list(shape)}"
 
 
-class _SelectingReplay(Replay):
-    """Runs a program's graph with the rows of the input of one linear selected."""
+def _input(node: Node) -> Node:
+    """The activation that the head, or a call in front of it, reads."""
+    source = node.args[_place(node)]
+    assert isinstance(source, Node)
+    return source
 
-    def __init__(self, program: Program, head: Node, indices: Tensor) -> None:
+
+def _place(node: Node) -> int:
+    return 1 if node.target is aten.addmm.default else 0
+
+
+def by_row(head: Node) -> list[Node]:
+    """The calls in front of the head that make each of its rows of one row alone, in graph order, up to the head."""
+    found = [head]
+    while True:
+        node = _input(found[0])
+        if sole_user(node) is not found[0] or not (node.target in CASTS | COPIES or _is_norm(node) or _is_idle(node)):
+            return found
+        found.insert(0, node)
+
+
+def _is_norm(node: Node) -> bool:
+    norm = norm_call(node)
+    return norm is not None and norm.obstacle is None
+
+
+def _is_idle(node: Node) -> bool:
+    """Whether a view has the shape of what it views."""
+    return node.target in RESHAPES and value_of(node).shape == value_of(_input(node)).shape
+
+
+class _SelectingReplay(Replay):
+    """Runs a program's graph with rows selected of the input of the first of some calls that work on rows."""
+
+    def __init__(self, program: Program, calls: list[Node], indices: Tensor) -> None:
         super().__init__(program, {})
-        self._head, self._indices = head.name, indices
+        self._first, self._indices = calls[0].name, indices
+        self._idle = {node.name for node in calls if _is_idle(node)}
+        """Their shape names the number of tokens."""
 
     def run_node(self, n: Node) -> Any:
-        if n.name != self._head:
+        if n.name != self._first and n.name not in self._idle:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        place = 1 if n.target is torch.ops.aten.addmm.default else 0
-        hidden = args[place].index_select(-2, self._indices)
-        return self.call_function(n.target, (*args[:place], hidden, *args[place + 1 :]), kwargs)
+        place = _place(n)
+        rows = args[place].index_select(-2, self._indices) if n.name == self._first else args[place]
+        return (
+            rows
+            if n.name in self._idle
+            else self.call_function(n.target, (*args[:place], rows, *args[place + 1 :]), kwargs)
+        )
 
 
 def _retrace(program: Program, head: Node) -> Program:
     contract = _contract(program.contract)
     place = contract.input_index("logits_indices")
     assert place is not None
+    calls = by_row(head)
 
     def forward(*inputs: Tensor) -> Tensor:
-        replay = _SelectingReplay(program, head, inputs[place])
+        replay = _SelectingReplay(program, calls, inputs[place])
         logits: Tensor = replay.outputs(*inputs[:place], *inputs[place + 1 :])[0]
         return logits
 

@@ -20,6 +20,7 @@ from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
+from optc.passes.kv_cache.select_logits import SelectLogits
 from optc.passes.quantization.rtn import QuantizeRtn
 
 FUSED = torch.ops.optc.fused_linear.default
@@ -53,7 +54,7 @@ def paged(name: str, dtype: torch.dtype = torch.float32, quantize: QuantizeRtn |
     """A family as fuse-decode finds it."""
     program = stirred(name, dtype)
     quantization = [] if quantize is None else [quantize]
-    for rewrite in (FuseNorm(), FuseRotary(), *quantization, PageKVCache(), MergeProjections()):
+    for rewrite in (FuseNorm(), FuseRotary(), *quantization, PageKVCache(), SelectLogits(), MergeProjections()):
         program = apply(rewrite, program).program
     return program
 
@@ -86,7 +87,9 @@ def test_a_llama_layer_is_five_calls() -> None:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)
     )
     left = {name: number for name, number in calls.items() if name not in moves}
-    assert left == {"embedding": 1, "fused_linear": 2 * 4 + 1, "rotary_paged_attention_": 2}
+    assert left == {"embedding": 1, "fused_linear": 2 * 4 + 1, "rotary_paged_attention_": 2, "index_select": 1}
+    head = program.calls(FUSED)[-1]
+    assert (head.args[0].target, head.kwargs) == (aten.index_select.default, {"norm": "rms", "eps": 1e-6})
 
 
 def test_what_the_calls_say() -> None:

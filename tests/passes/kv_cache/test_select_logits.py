@@ -6,14 +6,18 @@ import functools
 
 import pytest
 import torch
+from families import DECODERS
 from rewrites import rewritten, stirred
 from stages import apply
 from torch import Tensor
 
+from optc.compiler.analysis.norms import norm_call
+from optc.compiler.capture import capture_module
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import PassContext
+from optc.passes.fusion.norm import FuseNorm
 from optc.passes.kv_cache.paged import PageKVCache
-from optc.passes.kv_cache.select_logits import SelectLogits
+from optc.passes.kv_cache.select_logits import SelectLogits, by_row
 
 
 @functools.cache
@@ -44,6 +48,36 @@ def test_rows_are_those_of_the_whole(name: str) -> None:
         selected = result.program(*given[:6], indices, *given[6:])
         assert selected.shape == (len(rows), 128)
         assert float((selected - whole[indices]).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_last_norm_is_of_the_rows(name: str) -> None:
+    program = apply(PageKVCache(), apply(FuseNorm(), stirred(name)).program).program
+    result = rewritten(SelectLogits(), program)
+    (selection,) = result.program.calls(torch.ops.aten.index_select.default)
+    assert [norm_call(node) is not None for node in selection.users] == [True]
+    given, indices = inputs(program, 19), torch.tensor([3, 0, 18, 3])
+    whole = program(*given)
+    selected = result.program(*given[:6], indices, *given[6:])
+    assert float((selected - whole[indices]).abs().max()) <= 1e-5 * float(whole.abs().max())
+
+
+class _Head(torch.nn.Module):
+    """A head behind a norm that is read once more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = torch.nn.Embedding(8, 16), torch.nn.RMSNorm(16), torch.nn.Linear(16, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        normed = self.norm(self.embed(ids))
+        return self.head(normed) + normed[..., :8]
+
+
+def test_a_norm_that_others_read_stays_whole() -> None:
+    program = capture_module(_Head().eval(), (torch.zeros((1, 5), dtype=torch.long),))
+    (head,) = program.calls(torch.ops.aten.linear.default)
+    assert by_row(head) == [head]
 
 
 def test_the_contract_names_the_input() -> None:
