@@ -49,6 +49,10 @@ PAGED = (
     torch.tensor([8, 9, 10, 4]), torch.tensor([[2], [1]], dtype=torch.int32),
     torch.tensor([3, 1], dtype=torch.int32), torch.tensor([0, 3, 4], dtype=torch.int32),
 )  # fmt: skip
+STEP = (
+    torch.tensor([1, 2]), torch.tensor([3, 0]), torch.tensor([11, -1]),
+    torch.tensor([4, 0], dtype=torch.int32), torch.tensor([[2, 1], [0, 0]], dtype=torch.int32),
+)  # fmt: skip
 
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "attention": ((*QKV, torch.ones(B, S, dtype=torch.long), _f(H)), {"causal": True, **KNOBS}),
@@ -57,13 +61,8 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "cached_attention_codes": (
         (QKV[0], *CODES, PAST, T + S, torch.full((1,), 0.02), torch.full((1,), 0.02)), KNOBS,
     ),
-    "greedy_step_": (
-        (
-            _f(2, 8), torch.tensor([1, 2]), torch.tensor([3, 0]), torch.tensor([11, -1]),
-            torch.tensor([4, 0], dtype=torch.int32), torch.tensor([[2, 1], [0, 0]], dtype=torch.int32),
-        ),
-        {"block_size": 4},
-    ),
+    "greedy_step_": ((_f(2, 8), *STEP), {"block_size": 4}),
+    "advance_step_": ((torch.tensor([7, -1]), *STEP), {"block_size": 4}),
     "paged_attention_": (PAGED, KNOBS),
     "rotary_paged_attention_": (
         (*PAGED, torch.tensor([0, 1, 2, 0]), _f(D // 4), _f(D), _f(D)),

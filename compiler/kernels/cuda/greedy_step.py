@@ -1,4 +1,4 @@
-"""The kernel of `greedy_step_` on CUDA: which calls it takes."""
+"""The kernels of `greedy_step_` and `advance_step_` on CUDA: which calls they take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from optc.compiler.kernels.cuda.dispatch import implement
-from optc.compiler.kernels.kernel import Kernel, TritonSources, one_of
+from optc.compiler.kernels.kernel import Accepts, Kernel, TritonSources, one_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -17,21 +17,31 @@ def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     """Logits whose rows are whole, and inputs of a step as sessions keep them."""
     if args[0].stride(1) != 1:
         return "the logits of a token are not neighbours"
+    return _inputs_otherwise(args) or one_of(args[0].dtype, DTYPES, "logits")
+
+
+def accepts_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """Tokens as `sample_` makes them, and inputs of a step as sessions keep them."""
+    if not args[0].is_contiguous():
+        return "the tokens are not neighbours"
+    return _inputs_otherwise(args) or one_of(args[0].dtype, (torch.int64,), "tokens")
+
+
+def _inputs_otherwise(args: Sequence[Any]) -> str | None:
     if any(not tensor.is_contiguous() for tensor in args[1:6]):
         return "an input of the step is not contiguous"
     types = (torch.int64, torch.int64, torch.int64, torch.int32, torch.int32)
     if tuple(tensor.dtype for tensor in args[1:6]) != types:
         return "ids, positions and slots are int64, lengths and tables int32"
-    return one_of(args[0].dtype, DTYPES, "logits")
+    return None
 
 
-GREEDY_STEP = implement(
-    Kernel(
-        op="greedy_step_",
-        device="cuda",
-        accepts=accepts,
-        tolerance=0.0,
-        sources=TritonSources(module="optc.compiler.kernels.cuda.greedy.launch"),
-        libraries=("torch", "triton"),
-    )
-)
+def _kernel(op: str, takes: Accepts) -> Kernel:
+    sources = TritonSources(module="optc.compiler.kernels.cuda.greedy.launch")
+    return Kernel(op=op, device="cuda", accepts=takes, tolerance=0.0, sources=sources, libraries=("torch", "triton"))
+
+
+GREEDY_STEP = implement(_kernel("greedy_step_", accepts))
+"""The end of a greedy decode step: largest logits, and the inputs of the next step."""
+ADVANCE_STEP = implement(_kernel("advance_step_", accepts_tokens))
+"""The end of a step whose tokens were chosen before."""

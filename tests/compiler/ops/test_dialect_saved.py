@@ -62,6 +62,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     program = Program.load(folder)
     out = program(*inputs)
     out = list(out) if isinstance(out, (tuple, list)) else [out]
+    out = [item for item in out if item is not None] + inputs  # which an op may write
     # Sums over memory that is aligned otherwise may be rounded otherwise, and the writer may have had a C++ library.
     pairs = [(saved[f"out{i}"].float(), item.float()) for i, item in enumerate(out)]
     found[folder.name] = all(torch.allclose(*pair, rtol=1e-4, atol=1e-4) for pair in pairs)
@@ -78,6 +79,7 @@ def _save(folder: Path) -> None:
         table = {f"in{i}": item.clone() for i, item in enumerate(inputs)}
         out = program(*inputs)
         out = list(out) if isinstance(out, tuple | list) else [out]
+        out = [item for item in out if item is not None] + inputs  # which an op may write
         table |= {f"out{i}": item.clone().contiguous() for i, item in enumerate(out)}
         save_file(table, folder / "programs" / name / "call.safetensors")
     command = [sys.executable, "-c", READ, str(folder / "programs")]

@@ -30,6 +30,7 @@ MUTATES = {
     "rotary_paged_attention_": ("k_pool", "v_pool"),
     "sample_": ("seen", "counts"),
     "greedy_step_": ("input_ids", "position_ids", "slot_mapping", "context_lens"),
+    "advance_step_": ("input_ids", "position_ids", "slot_mapping", "context_lens"),
 }
 
 

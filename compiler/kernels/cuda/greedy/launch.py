@@ -1,4 +1,4 @@
-"""Launch of `greedy_step_`: programs enough to read logits at the memory's speed."""
+"""Launches of the ends of decode steps: for `greedy_step_` programs enough to read logits at the memory's speed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from optc.compiler.kernels.cuda.dispatch import dependent_launch, scratch
-from optc.compiler.kernels.cuda.greedy.step import greedy_step
+from optc.compiler.kernels.cuda.greedy.step import advance_step, greedy_step
 
 BLOCK, MOST_PROGRAMS = 1024, 128
 """Logits that a program looks at at a time, and programs of one launch, but for one per row."""
@@ -36,6 +36,25 @@ def greedy_step_(
             BLOCK_SIZE=block_size, BLOCK=BLOCK, PARTS=parts, PDL=pdl, num_warps=4, launch_pdl=pdl,
         )  # fmt: skip
     return tokens
+
+
+def advance_step_(
+    tokens: Tensor,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    slot_mapping: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    *,
+    block_size: int,
+) -> None:
+    """The op, for calls that the kernel accepts."""
+    pdl = dependent_launch(tokens.device)
+    if len(tokens):
+        advance_step[(len(tokens),)](
+            tokens, input_ids, position_ids, slot_mapping, context_lens, block_tables, block_tables.shape[1],
+            BLOCK_SIZE=block_size, PDL=pdl, num_warps=1, launch_pdl=pdl,
+        )  # fmt: skip
 
 
 @scratch

@@ -1,4 +1,8 @@
-"""One launch: programs look for the largest logit of a part of a row, and the last of a row chooses and advances it."""
+"""Ends of decode steps.
+
+`greedy_step` is one launch: programs look for the largest logit of a part of a row, and the last of a row chooses and
+advances it. `advance_step` advances rows whose tokens another kernel chose.
+"""
 
 import triton
 import triton.language as tl
@@ -7,6 +11,36 @@ from optc.compiler.kernels.cuda.primitives import wait_for_producer
 
 INFINITY = tl.constexpr(float("inf"))
 NOWHERE = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def advance_row(
+    row, token, input_ids, position_ids, slot_mapping, context_lens, block_tables, table_width,
+    BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """The inputs of a row's next step, which is fed `token`; see `optc::advance_step_`."""
+    if tl.load(slot_mapping + row) != -1:
+        position = tl.load(position_ids + row) + 1
+        column = tl.minimum(position // BLOCK_SIZE, table_width - 1)
+        block = tl.load(block_tables + row * table_width + column).to(tl.int64)
+        tl.store(input_ids + row, tl.maximum(token, 0))
+        tl.store(position_ids + row, position)
+        tl.store(slot_mapping + row, block * BLOCK_SIZE + position % BLOCK_SIZE)
+        tl.store(context_lens + row, tl.load(context_lens + row) + 1)
+
+
+@triton.jit
+def advance_step(
+    tokens, input_ids, position_ids, slot_mapping, context_lens, block_tables, table_width,
+    BLOCK_SIZE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One row in each program."""
+    row = tl.program_id(0)
+    wait_for_producer(PDL)
+    advance_row(
+        row, tl.load(tokens + row), input_ids, position_ids, slot_mapping, context_lens, block_tables, table_width,
+        BLOCK_SIZE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -40,11 +74,6 @@ def greedy_step(
         token = tl.min(tl.where(tops == top, found, NOWHERE), 0).to(tl.int64)
         token = tl.where(tl.abs(top) == INFINITY, -1, token)
         tl.store(tokens + row, token)
-        if tl.load(slot_mapping + row) != -1:
-            position = tl.load(position_ids + row) + 1
-            column = tl.minimum(position // BLOCK_SIZE, table_width - 1)
-            block = tl.load(block_tables + row * table_width + column).to(tl.int64)
-            tl.store(input_ids + row, tl.maximum(token, 0))
-            tl.store(position_ids + row, position)
-            tl.store(slot_mapping + row, block * BLOCK_SIZE + position % BLOCK_SIZE)
-            tl.store(context_lens + row, tl.load(context_lens + row) + 1)
+        advance_row(
+            row, token, input_ids, position_ids, slot_mapping, context_lens, block_tables, table_width, BLOCK_SIZE
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""greedy_step_ against its reference: ties, NaN, infinities, padding, rows of many sizes."""
+"""greedy_step_ and advance_step_ against their references: ties, NaN, infinities, padding, rows of many sizes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import torch
 from interpreted import DEVICE, FLOATS
 from torch import Tensor
 
-from optc.compiler.kernels.cuda.greedy.launch import greedy_step_
-from optc.compiler.kernels.cuda.greedy_step import accepts
+from optc.compiler.kernels.cuda.greedy.launch import advance_step_, greedy_step_
+from optc.compiler.kernels.cuda.greedy_step import accepts, accepts_tokens
+from optc.compiler.ops.dialect.sampling import NO_TOKEN
 from optc.compiler.ops.library import reference
 
 
@@ -42,6 +43,21 @@ def test_it_computes_what_the_reference_does(batch: int, size: int, dtype: torch
         assert found[2] == found[-1] == -1
 
 
+@pytest.mark.parametrize("batch", [1, 5])
+def test_tokens_that_were_chosen_before(batch: int) -> None:
+    tokens = torch.arange(batch, device=DEVICE) * 1000 + 7
+    tokens[-1] = NO_TOKEN
+    ours, theirs = state(batch), state(batch)
+    for _ in range(2):
+        advance_step_(tokens, *ours, block_size=4)
+        reference("advance_step_")(tokens, *theirs, block_size=4)
+        assert [item.tolist() for item in ours] == [item.tolist() for item in theirs]
+    ids, positions = ours[0].tolist(), ours[1].tolist()
+    assert (ids[-1], positions[-1]) == (0, 4)
+    if batch > 2:
+        assert (ids[1], positions[1]) == (1, 2), "padding stays"
+
+
 def test_what_it_does_not_take() -> None:
     logits, inputs = torch.zeros(2, 4), [item.cpu() for item in state(2)]
     assert accepts((logits, *inputs), {}) is None
@@ -50,3 +66,8 @@ def test_what_it_does_not_take() -> None:
     assert accepts((logits, *inputs[:4], inputs[4][:, :2]), {}) == "an input of the step is not contiguous"
     odd = [inputs[0].int(), *inputs[1:]]
     assert accepts((logits, *odd), {}) == "ids, positions and slots are int64, lengths and tables int32"
+    tokens = torch.zeros(2, dtype=torch.int64)
+    assert accepts_tokens((tokens, *inputs), {}) is None
+    assert accepts_tokens((tokens, *odd), {}) == "ids, positions and slots are int64, lengths and tables int32"
+    assert accepts_tokens((torch.zeros(4, dtype=torch.int64)[::2], *inputs), {}) == "the tokens are not neighbours"
+    assert accepts_tokens((tokens.int(), *inputs), {}) == "tokens of type int32; the kernel takes int64"
