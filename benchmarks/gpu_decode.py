@@ -105,9 +105,9 @@ def ledger(session: CudaSession, context: int) -> dict[str, Any]:
     """Microseconds by kernel of one step, averaged over some, and over layers where these are alike."""
     prompt = np.random.default_rng(1).integers(0, session.vocab_size, (1, context)).tolist()
     first = [int(session.prefill(prompt)[0].argmax())]
-    list(session.greedy(first, 3))
+    list(session.stream(first, 3))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        list(session.greedy([1], PROFILED))
+        list(session.stream([1], PROFILED))
         torch.cuda.synchronize()
     events = sorted(
         (event.time_range.end, event.name)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from optc.compiler.diagnostics import UsageError
-from optc.runtime.generation.sampling import Sampler, Sampling
+from optc.runtime.generation.sampling import Sampler, Sampling, draws_of
 from optc.runtime.sessions.session import Logits, Rows, Session
+from optc.runtime.sessions.streaming import Draw, StreamingSession
 
 StopReason = Literal["stop-token", "length", "context"]
 OnToken = Callable[[int, int], None]
@@ -40,32 +41,43 @@ def generate(
     prompts: Rows,
     *,
     max_new_tokens: int,
-    sampling: Sampling | None = None,
+    sampling: Sampling | Sequence[Sampling] | None = None,
     stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
 ) -> GenerationResult:
     """Prefill the prompts and decode until every row has stopped.
 
-    A row that has stopped is fed a filler token that is rewound at once, so the others go on as if
-    they were alone; afterwards each row of the session holds its prompt and all generated tokens
-    but the last (a row whose context was full may have lost one more).
+    Sessions that choose tokens themselves are asked to; a row that has stopped stays as it is then. In others it is fed
+    a filler token that is rewound at once. Either way the others go on as if they were alone, and afterwards each row of
+    the session holds its prompt and all generated tokens but the last (a row whose context was full may have lost one
+    more).
+
+    Args:
+        sampling: how tokens are chosen, of all rows or of each; None is greedy.
 
     Raises:
-        UsageError: `max_new_tokens` below 1.
+        UsageError: `max_new_tokens` below 1, or another number of samplings than of prompts.
         InputError: prompts that the session refuses.
         GateError: logits that are not finite.
     """
     if max_new_tokens < 1:
         raise UsageError(f"max-new-tokens {max_new_tokens} is out of range", remedy="use 1 or more")
+    samplings = _per_row(sampling, len(prompts))
     batch = _Batch(session, stop_ids, max_new_tokens, on_token)
     begin = time.perf_counter()
-    sampler = Sampler(sampling or Sampling(), prompts)
-    batch.take(sampler(session.prefill(prompts)))
-    first = time.perf_counter()
-    steps = batch.stream() if sampler.sampling.greedy and session.streams else 0
-    while batch.running:
-        batch.take(sampler(batch.step()))
-        steps += 1
+    logits = session.prefill(prompts)
+    if isinstance(session, StreamingSession):
+        draws = draws_of(samplings, prompts)
+        batch.take(session.choose(logits, draws))
+        first = time.perf_counter()
+        steps = batch.stream(session, draws)
+    else:
+        sampler, steps = Sampler(samplings, prompts), 0
+        batch.take(sampler(logits))
+        first = time.perf_counter()
+        while batch.running:
+            batch.take(sampler(batch.step()))
+            steps += 1
     end = time.perf_counter()
     return GenerationResult(
         tokens=batch.tokens,
@@ -74,6 +86,14 @@ def generate(
         tpot_ms=(end - first) * 1e3 / steps if steps else None,
         steps=steps,
     )
+
+
+def _per_row(sampling: Sampling | Sequence[Sampling] | None, rows: int) -> list[Sampling]:
+    if sampling is None or isinstance(sampling, Sampling):
+        return [sampling or Sampling()] * rows
+    if len(sampling) != rows:
+        raise UsageError(f"{len(sampling)} samplings for {rows} prompt(s)", remedy="give one for all, or one for each")
+    return list(sampling)
 
 
 class _Batch:
@@ -88,12 +108,12 @@ class _Batch:
         self.stop: list[StopReason | None] = []
         self.running = 0
 
-    def take(self, chosen: list[int]) -> None:
+    def take(self, chosen: Sequence[int | None]) -> None:
         """Note the chosen token of every running row, and whether the row ends with it."""
         if not self.tokens:
             self.tokens, self.stop = [[] for _ in chosen], [None for _ in chosen]
         for row, token in enumerate(chosen):
-            if self.stop[row] is not None:
+            if self.stop[row] is not None or token is None:
                 continue
             self.tokens[row].append(token)
             if self._on_token is not None:
@@ -108,14 +128,17 @@ class _Batch:
             return "length"
         return "context" if self._session.lengths[row] >= self._session.context_length else None
 
-    def stream(self) -> int:
-        """Let the session choose for itself, as long as every row runs; returns the number of steps."""
+    def stream(self, session: StreamingSession, draws: Sequence[Draw]) -> int:
+        """Let the session choose until every row has stopped; returns the number of steps."""
         steps = 0
-        if self.running == len(self.stop):
-            for chosen in self._session.greedy([row[-1] for row in self.tokens], self._limit - 1):
+        while self.running:
+            rows, running = list(zip(self.tokens, self.stop, strict=True)), self.running
+            fed = [None if reason else row[-1] for row, reason in rows]
+            left = self._limit - max(len(row) for row, reason in rows if not reason)
+            for chosen in session.stream(fed, left, draws):
                 self.take(chosen)
                 steps += 1
-                if self.running < len(self.stop):
+                if self.running < running:  # from here on without the rows that stopped
                     break
         return steps
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from optc.compiler.diagnostics import UsageError
 from optc.runtime.sessions.session import most_likely
+from optc.runtime.sessions.streaming import Draw
 
 Weights = npt.NDArray[np.float32]
 
@@ -107,21 +108,45 @@ def _nucleus(weights: Weights, top_p: float) -> npt.NDArray[np.intp]:
     return nucleus
 
 
+def draws_of(samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]) -> list[Draw]:
+    """What sessions that choose tokens themselves are given for each row; see `Sampler` for what rows share."""
+    found = []
+    for sampling, entropy in zip(samplings, _entropies(samplings, prompts), strict=True):
+        seed = 0 if entropy is None else int(entropy.generate_state(1, np.uint64).astype(np.int64)[0])
+        found.append(Draw(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=seed))
+    return found
+
+
+def _entropies(samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]) -> list[np.random.SeedSequence | None]:
+    """What fixes the draws of each row: its seed, its prompt, and how many rows with the same stand before it."""
+    seen: Counter[tuple[int, ...]] = Counter()
+    found: list[np.random.SeedSequence | None] = []
+    for sampling, prompt in zip(samplings, prompts, strict=True):
+        if sampling.greedy:
+            found.append(None)
+            continue
+        key = (sampling.seed, *prompt)
+        found.append(np.random.SeedSequence([sampling.seed, seen[key], *prompt]))
+        seen[key] += 1
+    return found
+
+
 class Sampler:
-    """Chooses one token per row and step.
+    """Chooses one token per row and step, for sessions that return logits.
 
     Each row draws from its own stream, seeded by the seed, its prompt and how many equal prompts
     stand before it: what a prompt yields does not depend on the other rows of the batch.
+
+    Args:
+        samplings: one per row.
     """
 
-    def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]]) -> None:
-        self.sampling = sampling
-        seen: Counter[tuple[int, ...]] = Counter()
-        self._streams: list[np.random.Generator] = []
-        for prompt in map(tuple, [] if sampling.greedy else prompts):
-            entropy = np.random.SeedSequence([sampling.seed, seen[prompt], *prompt])
-            self._streams.append(np.random.Generator(np.random.PCG64(entropy)))
-            seen[prompt] += 1
+    def __init__(self, samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]) -> None:
+        self._samplings = list(samplings)
+        self._streams = [
+            None if entropy is None else np.random.Generator(np.random.PCG64(entropy))
+            for entropy in _entropies(samplings, prompts)
+        ]
 
     def __call__(self, logits: npt.NDArray[np.floating]) -> list[int]:
         """The next token of each row, from logits [B, V].
@@ -129,10 +154,12 @@ class Sampler:
         Raises:
             GateError: logits that are not numbers.
         """
-        best = most_likely(logits)
-        if self.sampling.greedy:
-            return best
-        return [_draw(row, self.sampling, stream) for row, stream in zip(logits, self._streams, strict=True)]
+        return [
+            best if stream is None else _draw(row, sampling, stream)
+            for row, best, sampling, stream in zip(
+                logits, most_likely(logits), self._samplings, self._streams, strict=True
+            )
+        ]
 
 
 def _draw(logits: npt.NDArray[np.floating], sampling: Sampling, stream: np.random.Generator) -> int:

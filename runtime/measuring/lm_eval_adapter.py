@@ -173,7 +173,7 @@ class ArtifactLM(TemplateLM):
         session = self._model.session
         limit = min(limit, session.context_length - 1)
         tokens = self.tok_encode(prompt)[-(session.context_length - limit) :]
-        sampler = Sampler(sampling, [tokens])
+        sampler = Sampler([sampling], [tokens])
         out, text = [], ""
         logits = session.prefill([tokens])
         while True:

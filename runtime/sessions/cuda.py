@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ from optc.compiler.diagnostics import TargetError
 from optc.compiler.ir.devices import program_device, to_device
 from optc.compiler.ir.program import Program
 from optc.compiler.kernels.kernel import without_kernel
+from optc.compiler.ops.dialect.sampling import NO_TOKEN
 from optc.runtime.sessions.cuda_memory import MemoryPlan, free_bytes, plan_memory, read_bandwidth, weight_bytes
 from optc.runtime.sessions.decode_step import DecodeStep, RequestState
 from optc.runtime.sessions.paged import PREFILL_CHUNK, PagedSession
-from optc.runtime.sessions.session import Logits, Session, SessionOptions, not_finite
+from optc.runtime.sessions.row_draws import RowDraws
+from optc.runtime.sessions.session import Logits, Session, SessionOptions, most_likely, not_finite
+from optc.runtime.sessions.streaming import Draw, StreamingSession
+from optc.runtime.sessions.token_reader import TokenReader
 from optc.runtime.sessions.torch_linear import to_logits
 
 LEAST_CAPABILITY = (8, 0)
@@ -98,12 +102,12 @@ def check_gpu(where: str) -> torch.device:
     return device
 
 
-class CudaSession(PagedSession):
+class CudaSession(PagedSession, StreamingSession):
     """A session over a paged program on one device.
 
     Decode steps are captured per batch size, rounded up to a power of two, and per width of the block tables; rows
-    beyond the batch are padding. Greedy steps follow each other on the device: the next one is started before the tokens
-    of the last one are read.
+    beyond the batch are padding. Steps that choose tokens follow each other on the device: the next one is started
+    before the tokens of the last one are read. Those that draw are captured apart from greedy ones.
 
     Attributes:
         memory: the plan that the pools were made by.
@@ -116,12 +120,8 @@ class CudaSession(PagedSession):
         device = program_device(program)
         super().__init__(program, program.contract, num_blocks=plan.num_blocks, device=device)
         self.program, self.memory = program, plan
-        self._steps: dict[tuple[int, int], DecodeStep] = {}
+        self._steps: dict[tuple[int, int, bool], DecodeStep] = {}
         self._graph_memory: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-
-    @property
-    def streams(self) -> bool:
-        return True
 
     @property
     def device_name(self) -> str:
@@ -146,48 +146,61 @@ class CudaSession(PagedSession):
         self._note(tokens)
         return logits
 
-    def greedy(self, tokens: Sequence[int], steps: int) -> Iterator[list[int]]:
+    def choose(self, logits: Logits, draws: Sequence[Draw]) -> list[int]:
+        self._check_batch(len(draws))
+        if not _samples(draws):
+            return most_likely(logits)
+        choice = RowDraws(len(draws), self._device)
+        choice.load(draws)
+        positions = torch.tensor(self.lengths, device=self._device) - 1
+        chosen: list[int] = choice.choose(torch.from_numpy(logits).to(self._device), positions).tolist()
+        _check_finite(chosen)
+        return chosen
+
+    def stream(
+        self, tokens: Sequence[int | None], steps: int, draws: Sequence[Draw] | None = None
+    ) -> Iterator[list[int | None]]:
         self._check_batch(len(tokens))
-        self._check([[token] for token in tokens], self.lengths)
-        chosen, left = list(tokens), steps
+        self._check_some(tokens)
+        chosen, left, running = list(tokens), steps, _running(tokens)
         while left:
-            room = self.context_length - max(self.lengths)
-            step = self._step(len(tokens), max(self.lengths) + 1)
-            fits = step.width * self._manager.block_size - max(self.lengths)
-            count = min(left, room, fits)
+            longest = max(self.lengths[row] for row in running)
+            step = self._step(len(tokens), longest + 1, samples=_samples(draws or ()))
+            fits = step.width * self._manager.block_size - longest
+            count = min(left, self.context_length - longest, fits)
             if not count:  # as `decode` says it
-                self._check([[token] for token in chosen], self.lengths)
-            for found in self._follow(step, chosen, count):
+                self._check_some(chosen)
+            for found in self._follow(step, chosen, count, draws or ()):
                 yield found
                 chosen = found
                 left -= 1
 
-    def _follow(self, step: DecodeStep, tokens: list[int], count: int) -> Iterator[list[int]]:
+    def _follow(
+        self, step: DecodeStep, tokens: list[int | None], count: int, draws: Sequence[Draw]
+    ) -> Iterator[list[int | None]]:
         """`count` steps on the device, one of them ahead of the one whose tokens are read."""
-        rows, reader = len(tokens), _TokenReader(step.batch, self._device)
-        self._reserve_ahead(step, rows, 0, count)
-        step.load(self._states(tokens))
+        running, reader = set(_running(tokens)), TokenReader(step.batch, self._device)
+        self._reserve_ahead(step, running, 0, count)
+        step.load(self._states(tokens), draws)
         step.run()
         reader.start(step.tokens)
         fed = tokens
         for index in range(count):
             if index + 1 < count:
-                self._reserve_ahead(step, rows, 1, count - index)
+                self._reserve_ahead(step, running, 1, count - index)
                 step.run()
                 found = reader.turn(step.tokens)
             else:
                 found = reader.last()
-            chosen = found[:rows]
             self._note(fed)
-            if min(chosen) < 0:
-                raise not_finite(f"row {chosen.index(min(chosen))}")
-            fed = chosen
-            yield chosen
+            fed = [found[row] if row in running else None for row in range(len(tokens))]
+            _check_finite(fed)
+            yield fed
 
     # -- state ------------------------------------------------------------------------------
 
-    def _step(self, rows: int, tokens: int) -> DecodeStep:
-        """The captured step for so many rows of up to so many tokens."""
+    def _step(self, rows: int, tokens: int, *, samples: bool = False) -> DecodeStep:
+        """The captured step for so many rows of up to so many tokens; for `samples` see `DecodeStep`."""
         size = self._manager.block_size
         batch, width = 1, _LEAST_WIDTH
         while batch < rows:
@@ -195,7 +208,7 @@ class CudaSession(PagedSession):
         while width < tokens:
             width *= 4
         width = -(-min(width, max(self.context_length, tokens)) // size)
-        key = (batch, width)
+        key = (batch, width, samples)
         if key not in self._steps:
             self._steps[key] = DecodeStep(
                 self._graph,
@@ -204,62 +217,55 @@ class CudaSession(PagedSession):
                 width=width,
                 block_size=size,
                 selects=self._selects,
+                samples=samples,
                 memory=self._graph_memory,
             )
         return self._steps[key]
 
-    def _states(self, tokens: Sequence[int]) -> list[RequestState]:
+    def _states(self, tokens: Sequence[int | None]) -> list[RequestState | None]:
         manager = self._manager
-        return [RequestState(token, manager.length(row), manager.blocks(row)) for row, token in enumerate(tokens)]
+        return [
+            None if token is None else RequestState(token, manager.length(row), manager.blocks(row))
+            for row, token in enumerate(tokens)
+        ]
 
-    def _reserve_ahead(self, step: DecodeStep, rows: int, started: int, left: int) -> None:
+    def _reserve_ahead(self, step: DecodeStep, running: Collection[int], started: int, left: int) -> None:
         """Room for a step beyond `started` ones whose tokens are not known yet, and for the slot that it leaves."""
         wanted = min(started + _AHEAD, left)
-        for row in self._manager.reserve([(row, wanted) for row in range(rows)]):
+        for row in self._manager.reserve([(row, wanted) for row in running]):
             assert isinstance(row, int)
             if started:
                 step.set_table(row, self._manager.blocks(row))
 
-    def _note(self, tokens: Sequence[int]) -> None:
+    def _check_some(self, tokens: Sequence[int | None]) -> None:
+        """As `decode` checks tokens, but for rows that stay as they are."""
+        held = [0 if token is None else length for token, length in zip(tokens, self.lengths, strict=True)]
+        self._check([[token or 0] for token in tokens], held)
+
+    def _note(self, tokens: Sequence[int | None]) -> None:
         """The pool holds these tokens now, one per row."""
         for row, token in enumerate(tokens):
-            self._manager.append(row, [token])
-            self._manager.commit(row)
-            self._rows[row].append(token)
-            self.lengths[row] = len(self._rows[row])
+            if token is not None:
+                self._manager.append(row, [token])
+                self._manager.commit(row)
+                self._rows[row].append(token)
+                self.lengths[row] = len(self._rows[row])
 
 
-class _TokenReader:
-    """Brings the tokens of a step to the host while the next one runs."""
+def _samples(draws: Sequence[Draw]) -> bool:
+    """Whether any row draws; otherwise all take their largest logit, which costs less."""
+    return any(draw.temperature > 0 for draw in draws)
 
-    def __init__(self, batch: int, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self._host = [torch.zeros(batch, dtype=torch.int64, pin_memory=cuda) for _ in range(2)]
-        self._events = [torch.cuda.Event() for _ in range(2)] if cuda else []
-        self._newest = 0
 
-    def start(self, tokens: torch.Tensor) -> None:
-        """Begin to copy the tokens of the first step."""
-        self._copy(tokens)
+def _running(tokens: Sequence[int | None]) -> list[int]:
+    """The rows that do not stay as they are."""
+    return [row for row, token in enumerate(tokens) if token is not None]
 
-    def turn(self, tokens: torch.Tensor) -> list[int]:
-        """Begin to copy the tokens of the step that was just started; returns those of the one before."""
-        before = self._newest
-        self._newest = 1 - before
-        self._copy(tokens)
-        return self._read(before)
 
-    def last(self) -> list[int]:
-        """The tokens of the newest step."""
-        return self._read(self._newest)
-
-    def _copy(self, tokens: torch.Tensor) -> None:
-        self._host[self._newest].copy_(tokens, non_blocking=True)
-        if self._events:
-            self._events[self._newest].record()
-
-    def _read(self, index: int) -> list[int]:
-        if self._events:
-            self._events[index].synchronize()
-        found: list[int] = self._host[index].tolist()
-        return found
+def _check_finite(tokens: Sequence[int | None]) -> None:
+    """
+    Raises:
+        GateError: a row got `NO_TOKEN`, as its logits are not finite.
+    """
+    if NO_TOKEN in tokens:
+        raise not_finite(f"row {tokens.index(NO_TOKEN)}")

@@ -1,4 +1,4 @@
-"""One decode step of a paged program as a unit: fixed inputs on the device, a greedy choice, the inputs of the next step.
+"""One decode step of a paged program as a unit: fixed inputs on the device, a choice, the inputs of the next step.
 
 On CUDA it is captured in a graph once and replayed, so that what Python costs is paid once; elsewhere it is run as it is.
 """
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.ops.dialect.paged import PADDING
+from optc.runtime.sessions.row_draws import RowDraws
+from optc.runtime.sessions.streaming import Draw
 
 Run = Callable[..., Any]
 """A paged program: its inputs, flat and in the order of the contract -> its logits."""
@@ -39,11 +41,13 @@ class DecodeStep:
         run: the program.
         pools: its KV pools, which it writes in place.
         selects: whether it takes `logits_indices`.
+        samples: tokens are drawn, row by row as `load` says, from the seed and the position that was fed; otherwise the
+            most likely ones are taken.
         memory: of CUDA graphs, shared by all steps of a session, as they never run at the same time; None elsewhere.
 
     Attributes:
         logits: [batch, V], of the last run.
-        tokens: int64 [batch], the most likely ones; `NO_TOKEN` where the largest logit is not finite.
+        tokens: int64 [batch], the chosen ones; `NO_TOKEN` where the largest logit is not finite.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class DecodeStep:
         width: int,
         block_size: int,
         selects: bool,
+        samples: bool,
         memory: Any | None,
     ) -> None:
         device = pools[0].device
@@ -65,6 +70,7 @@ class DecodeStep:
         self._lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
         self._rows = torch.arange(batch, device=device)
+        self._draws = RowDraws(batch, device) if samples else None
         pinned = device.type == "cuda"
         self._staged, self._staged_tables, self._staged_lengths = (
             torch.zeros_like(item, device="cpu", pin_memory=pinned)
@@ -78,8 +84,12 @@ class DecodeStep:
             self._capture(memory)
 
     @torch.inference_mode()
-    def load(self, requests: Sequence[RequestState]) -> None:
-        """Set the inputs of the next step; places beyond the requests are padding."""
+    def load(self, requests: Sequence[RequestState | None], draws: Sequence[Draw] = ()) -> None:
+        """Set the inputs of the next step; places beyond the requests, and of None, are padding.
+
+        Args:
+            draws: of a step that samples; requests beyond them are greedy.
+        """
         assert len(requests) <= self.batch
         self._settle()
         self._staged.zero_()
@@ -87,6 +97,8 @@ class DecodeStep:
         self._staged_tables.zero_()
         self._staged_lengths.zero_()
         for row, state in enumerate(requests):
+            if state is None:
+                continue
             block, offset = divmod(state.position, self._block_size)
             slot = state.blocks[block] * self._block_size + offset
             self._staged[:, row] = torch.tensor([state.token, state.position, slot])
@@ -96,6 +108,8 @@ class DecodeStep:
         self._tables.copy_(self._staged_tables, non_blocking=True)
         self._lengths.copy_(self._staged_lengths, non_blocking=True)
         self._note_copies()
+        if self._draws is not None:
+            self._draws.load(draws)
 
     @torch.inference_mode()
     def set_table(self, row: int, blocks: Sequence[int]) -> None:
@@ -132,9 +146,12 @@ class DecodeStep:
         chosen = [self._rows] if self._selects else []
         output = self._run(*inputs, *chosen, *self._pools)
         self.logits = output[0] if isinstance(output, tuple | list) else output
-        self.tokens = torch.ops.optc.greedy_step_(
-            self.logits, ids, positions, slots, self._lengths, self._tables, block_size=self._block_size
-        )
+        state, size = (ids, positions, slots, self._lengths, self._tables), self._block_size
+        if self._draws is None:
+            self.tokens = torch.ops.optc.greedy_step_(self.logits, *state, block_size=size)
+        else:
+            self.tokens = self._draws.choose(self.logits, positions)
+            torch.ops.optc.advance_step_(self.tokens, *state, block_size=size)
 
     @torch.inference_mode()
     def _capture(self, memory: Any | None) -> None:

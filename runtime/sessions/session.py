@@ -99,29 +99,6 @@ class Session(ABC):
             self._check([[token] for token in tokens], self.lengths)
         return self._decode(tokens)
 
-    @property
-    def streams(self) -> bool:
-        """Whether `greedy` chooses tokens without a turn through this process for each."""
-        return False
-
-    def greedy(self, tokens: Sequence[int], steps: int) -> Iterator[list[int]]:
-        """Append one token to every row and yield the most likely next ones, which are appended in turn, and so on.
-
-        Each yield is a `decode` of the tokens before it. A caller may stop at any time; the tokens of the last yield are
-        not in the cache.
-
-        Args:
-            steps: most yields.
-
-        Raises:
-            InputError: as `decode`.
-            GateError: logits that are not finite.
-        """
-        chosen = list(tokens)
-        for _ in range(steps):
-            chosen = most_likely(self.decode(chosen))
-            yield chosen
-
     def rewind(self, lengths: Sequence[int]) -> None:
         """Forget the end of each row: keep its first `lengths[b]` tokens.
 

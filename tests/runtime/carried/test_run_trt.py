@@ -118,7 +118,7 @@ def test_draws_are_those_of_optc(top_k: int, top_p: float) -> None:
     logits = np.random.default_rng(3).standard_normal((40, 3, 50)).astype(np.float32)
     prompts = [[1, 2], [1, 2], [4]]
     mine = Sampler(prompts, 0.9, top_k, top_p, 11)
-    own = OwnSampler(Sampling(temperature=0.9, top_k=top_k, top_p=top_p, seed=11), prompts)
+    own = OwnSampler([Sampling(temperature=0.9, top_k=top_k, top_p=top_p, seed=11)] * len(prompts), prompts)
     assert [mine(step, [True] * 3) for step in logits] == [own(step) for step in logits]
 
 

@@ -107,7 +107,20 @@ def test_sampling_does_not_depend_on_the_batch(session: Session) -> None:
     assert other.tokens != batch
 
 
+def test_rows_may_be_sampled_differently(session: Session) -> None:
+    """Greedy ones among them are what they are alone; equal prompts draw differently, and like others of their kind."""
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]]
+    warm = Sampling(temperature=2.0, seed=3)
+    mixed = generate(session, prompts, max_new_tokens=12, sampling=[Sampling(), warm, warm, warm]).tokens
+    assert mixed[0] == generate(session, PROMPTS[:1], max_new_tokens=12).tokens[0]
+    warm_alone = generate(session, prompts[1:], max_new_tokens=12, sampling=warm).tokens
+    assert mixed[1:] == warm_alone
+    assert warm_alone[1] != warm_alone[2]
+
+
 def test_refuses(session: Session) -> None:
+    with pytest.raises(UsageError, match=r"2 samplings for 1 prompt\(s\)"):
+        generate(session, [[1]], max_new_tokens=1, sampling=[Sampling(), Sampling()])
     with pytest.raises(UsageError, match="max-new-tokens 0 is out of range"):
         generate(session, [[1]], max_new_tokens=0)
     with pytest.raises(InputError, match="does not fit the context of 256"):

@@ -17,7 +17,7 @@ def _logits(*probabilities: float) -> np.ndarray:
 
 def test_greedy_takes_the_largest_and_the_first_of_equals() -> None:
     logits = np.array([[0.0, 3.0, 1.0], [2.0, 2.0, -1.0]], np.float32)
-    assert Sampler(Sampling(), [[1], [2]])(logits) == [1, 0]
+    assert Sampler([Sampling()] * 2, [[1], [2]])(logits) == [1, 0]
 
 
 def test_temperature_sharpens_by_hand() -> None:
@@ -60,7 +60,7 @@ def test_equals_transformers(temperature: float, top_k: int, top_p: float) -> No
 
 def test_draws_follow_the_distribution() -> None:
     logits = np.repeat(_logits(0.5, 0.3, 0.0001, 0.2), 4000, axis=0)
-    sampler = Sampler(Sampling(temperature=1, top_k=3), [[row] for row in range(4000)])
+    sampler = Sampler([Sampling(temperature=1, top_k=3)] * 4000, [[row] for row in range(4000)])
     shares = np.bincount(sampler(logits), minlength=4) / 4000
     assert shares[2] == 0
     np.testing.assert_allclose(shares, [0.5, 0.3, 0, 0.2], atol=0.03)  # about four standard errors
@@ -69,11 +69,11 @@ def test_draws_follow_the_distribution() -> None:
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     logits = np.zeros((1, 1000), np.float32)
     sampling = Sampling(temperature=1, seed=7)
-    alone = [Sampler(sampling, [[5, 6]])(logits)[0] for _ in range(2)]
-    batch = Sampler(sampling, [[9], [5, 6], [5, 6]])(np.repeat(logits, 3, axis=0))
+    alone = [Sampler([sampling], [[5, 6]])(logits)[0] for _ in range(2)]
+    batch = Sampler([sampling] * 3, [[9], [5, 6], [5, 6]])(np.repeat(logits, 3, axis=0))
     assert alone[0] == alone[1] == batch[1]
     assert batch[2] != batch[1], "equal prompts draw differently"
-    assert Sampler(Sampling(temperature=1, seed=8), [[5, 6]])(logits)[0] != alone[0]
+    assert Sampler([Sampling(temperature=1, seed=8)], [[5, 6]])(logits)[0] != alone[0]
 
 
 @pytest.mark.parametrize(
@@ -101,5 +101,5 @@ def test_logits_that_are_not_finite_are_named(temperature: float, bad: float) ->
     logits = np.zeros((2, 4), np.float32)
     logits[1, 2] = bad
     with pytest.raises(GateError) as caught:
-        Sampler(Sampling(temperature=temperature), [[1], [2]])(logits)
+        Sampler([Sampling(temperature=temperature)] * 2, [[1], [2]])(logits)
     assert caught.value.where == "row 1, token 2"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -17,16 +18,19 @@ from stages import apply, sequences
 
 from optc.compiler.diagnostics import GateError, InputError, ResourceError, TargetError
 from optc.compiler.ir.program import Program
+from optc.compiler.ops.library import reference as reference_of
 from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.target.options import CompileOptions
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.runtime.generation.generate import generate
+from optc.runtime.generation.sampling import Sampling, draws_of
 from optc.runtime.sessions import cuda
 from optc.runtime.sessions.cuda import CudaSession
 from optc.runtime.sessions.cuda_memory import MemoryPlan, plan_memory
 from optc.runtime.sessions.program import open_program
 from optc.runtime.sessions.session import Session, SessionOptions
+from optc.runtime.sessions.streaming import Draw
 from optc.targets.inductor_cuda import BLOCK_SIZE, TARGET
 
 LENGTHS = (21, 9, 62)  # the last one fills its block two steps later
@@ -69,7 +73,7 @@ def test_logits_after_a_stream_that_was_left_early() -> None:
     ours, theirs = session(), reference()
     first = [int(row.argmax()) for row in ours.prefill(prompts)]
     theirs.prefill(prompts)
-    stream = ours.greedy(first, 30)
+    stream = ours.stream(first, 30)
     second, third = next(stream), next(stream)
     stream.close()
     assert ours.lengths == [length + 2 for length in LENGTHS]
@@ -95,9 +99,113 @@ def test_a_full_context_and_a_full_pool() -> None:
     result = generate(ours, prompt, max_new_tokens=20)
     assert (result.stop, len(result.tokens[0])) == (["context"], 7)
     with pytest.raises(InputError, match="a row of 257 tokens does not fit the context of 256"):
-        next(ours.greedy([5], 1))
+        next(ours.stream([5], 1))
     with pytest.raises(ResourceError, match="the KV pool is out of blocks"):
         generate(session(1), [prompt[0][:60]], max_new_tokens=20)
+
+
+MIXED = [Sampling(temperature=1.5, top_k=40, seed=3), Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=9)]
+
+
+def drawn(session: Session, prompts: list[list[int]], samplings: list[Sampling], count: int) -> list[list[int]]:
+    """Generation written out: logits on the host, `sample_` at the position of the token that was fed."""
+    draws = draws_of(samplings, prompts)
+    logits, tokens = session.prefill(prompts), [list[int]() for _ in prompts]
+    for _ in range(count):
+        chosen, _ = reference_of("sample_")(
+            torch.from_numpy(logits),
+            torch.tensor([draw.temperature for draw in draws]),
+            torch.tensor([draw.top_k for draw in draws], dtype=torch.int32),
+            torch.tensor([draw.top_p for draw in draws]),
+            *(None,) * 6,
+            torch.tensor([draw.seed for draw in draws]),
+            torch.tensor(session.lengths) - 1,
+        )
+        for row, token in zip(tokens, chosen.tolist(), strict=True):
+            row.append(token)
+        logits = session.decode(chosen.tolist())
+    return tokens
+
+
+def test_it_draws_what_the_operator_says() -> None:
+    """Rows of three kinds over a block's end; the greedy one is what it is without the others, and so is each alone."""
+    prompts = sequences(*LENGTHS)
+    ours = session()
+    found = generate(ours, prompts, max_new_tokens=40, sampling=MIXED).tokens
+    assert found == drawn(reference(), prompts, MIXED, 40)
+    assert found[1] == generate(ours, prompts, max_new_tokens=40).tokens[1]
+    alone = [
+        generate(ours, [row], max_new_tokens=40, sampling=one).tokens[0]
+        for row, one in zip(prompts, MIXED, strict=True)
+    ]
+    assert found == alone
+    other = [dataclasses.replace(one, seed=one.seed + 1) for one in MIXED]
+    again = generate(ours, prompts, max_new_tokens=40, sampling=other).tokens
+    assert [one == two for one, two in zip(found, again, strict=True)] == [False, True, False]
+    assert generate(ours, prompts, max_new_tokens=40, sampling=MIXED).tokens == found
+
+
+def test_rows_that_draw_stop_by_themselves() -> None:
+    prompts = sequences(*LENGTHS)
+    ours = session()
+    whole = generate(ours, prompts, max_new_tokens=40, sampling=MIXED).tokens
+    stop = whole[0][7]
+    assert stop not in whole[0][:7]
+    found = generate(ours, prompts, max_new_tokens=40, sampling=MIXED, stop_ids=(stop,))
+    ends = [row.index(stop) + 1 if stop in row else 40 for row in whole]
+    assert found.tokens == [row[:end] for row, end in zip(whole, ends, strict=True)]
+    assert found.stop == ["stop-token" if stop in row else "length" for row in whole]
+    assert min(ends) < max(ends)
+    assert found.steps == max(ends) - 1
+    assert ours.lengths == [len(row) + end - 1 for row, end in zip(prompts, ends, strict=True)]
+    theirs = reference()
+    theirs.prefill([row + tokens[:-1] for row, tokens in zip(prompts, found.tokens, strict=True)])
+    np.testing.assert_allclose(ours.decode([5, 6, 7]), theirs.decode([5, 6, 7]), atol=2e-5)
+
+
+def test_draws_do_not_depend_on_how_steps_are_divided() -> None:
+    prompts = sequences(*LENGTHS)
+    ours, draws = session(), draws_of(MIXED, prompts)
+    whole = generate(ours, prompts, max_new_tokens=13, sampling=MIXED).tokens
+    parts = [list[int | None](ours.choose(ours.prefill(prompts), draws))]
+    for count in (1, 3, 8):
+        parts += list(ours.stream(parts[-1], count, draws))
+    assert [list(row) for row in zip(*parts, strict=True)] == whole
+    parts = [list(ours.choose(ours.prefill(prompts), draws))]
+    for turn in range(12):  # one row at a time
+        step: list[int | None] = []
+        for row in range(3):
+            still = [token if other == row else None for other, token in enumerate(parts[turn])]
+            (found,) = ours.stream(still, 1, draws)
+            assert [token is None for token in found] == [other != row for other in range(3)]
+            step.append(found[row])
+        parts.append(step)
+    assert [list(row) for row in zip(*parts, strict=True)] == whole
+
+
+def test_one_step_serves_all_parameters() -> None:
+    """Captured once; extremes of them stay numbers."""
+    ours, prompts = session(), sequences(21, 9)
+    greedy = generate(ours, prompts, max_new_tokens=9).tokens
+    for sampling in (
+        Sampling(temperature=1.0),
+        Sampling(temperature=3.0, top_k=1),
+        Sampling(temperature=1e-40),
+        Sampling(temperature=1.0, top_p=1e-30),
+        Sampling(temperature=1e300, top_k=1 << 40),
+    ):
+        found = generate(ours, prompts, max_new_tokens=9, sampling=sampling).tokens
+        assert (found == greedy) == (sampling.top_k == 1 or sampling.temperature < 1 or sampling.top_p < 1)
+    assert [key[2] for key in ours._steps] == [False, True]
+
+
+def test_draws_of_logits_that_are_not_finite() -> None:
+    ours = session()
+    logits = ours.prefill(sequences(5, 6))
+    logits[1, 3] = np.nan
+    with pytest.raises(GateError, match="logits that are not finite") as caught:
+        ours.choose(logits, [Draw(temperature=1.0)] * 2)
+    assert caught.value.where == "row 1"
 
 
 def test_logits_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +213,7 @@ def test_logits_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = ours.prefill(sequences(5))
     monkeypatch.setattr(torch.ops.optc, "greedy_step_", lambda logits, *_, **__: torch.full((len(logits),), -1))
     with pytest.raises(GateError, match="logits that are not finite"):
-        next(ours.greedy([int(logits.argmax())], 1))
+        next(ours.stream([int(logits.argmax())], 1))
 
 
 def test_memory_is_planned_before_it_is_taken() -> None:
