@@ -14,11 +14,12 @@ from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.ir.devices import program_device, to_device
 from optc.compiler.ir.program import Program
+from optc.compiler.kernels.cuda.dispatch import kernels_only
 from optc.compiler.kernels.kernel import without_kernel
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
 from optc.runtime.sessions.cuda_memory import MemoryPlan, free_bytes, plan_memory, read_bandwidth, weight_bytes
 from optc.runtime.sessions.decode_step import DecodeStep, RequestState
-from optc.runtime.sessions.paged import PREFILL_CHUNK, PagedSession
+from optc.runtime.sessions.paged import PREFILL_CHUNK, PagedSession, Piece
 from optc.runtime.sessions.row_draws import RowDraws
 from optc.runtime.sessions.session import Logits, Session, SessionOptions, most_likely, not_finite
 from optc.runtime.sessions.streaming import Draw, StreamingSession
@@ -113,7 +114,8 @@ class CudaSession(PagedSession, StreamingSession):
         memory: the plan that the pools were made by.
 
     Args:
-        program: on the device where it runs. On the CPU, operators run by their references and nothing is captured.
+        program: legalized, on the device where it runs. On the CPU, operators run by their references and nothing is
+            captured; on a GPU a call that its kernel does not take is refused (`KernelRefusalError`).
     """
 
     def __init__(self, program: Program, plan: MemoryPlan) -> None:
@@ -135,6 +137,10 @@ class CudaSession(PagedSession, StreamingSession):
         del self.program, self._graph
         super().close()
 
+    def _call(self, work: list[Piece], *, every: bool = False) -> Logits:
+        with kernels_only():
+            return super()._call(work, every=every)
+
     def _decode(self, tokens: Sequence[int]) -> Logits:
         if any(row in self._waiting for row in range(len(tokens))):
             return super()._decode(tokens)
@@ -153,7 +159,8 @@ class CudaSession(PagedSession, StreamingSession):
         choice = RowDraws(len(draws), self._device)
         choice.load(draws)
         positions = torch.tensor(self.lengths, device=self._device) - 1
-        chosen: list[int] = choice.choose(torch.from_numpy(logits).to(self._device), positions).tolist()
+        with kernels_only():
+            chosen: list[int] = choice.choose(torch.from_numpy(logits).to(self._device), positions).tolist()
         _check_finite(chosen)
         return chosen
 

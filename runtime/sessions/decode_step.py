@@ -5,7 +5,6 @@ On CUDA it is captured in a graph once and replayed, so that what Python costs i
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import TargetError
+from optc.compiler.ir.generated_code import last_call
+from optc.compiler.kernels.cuda.dispatch import kernels_only
 from optc.compiler.ops.dialect.paged import PADDING
 from optc.runtime.sessions.row_draws import RowDraws
 from optc.runtime.sessions.streaming import Draw
@@ -144,14 +145,15 @@ class DecodeStep:
         ids, positions, slots = self._integers
         inputs = [ids, positions, slots, self._tables, self._lengths, self._starts]
         chosen = [self._rows] if self._selects else []
-        output = self._run(*inputs, *chosen, *self._pools)
-        self.logits = output[0] if isinstance(output, tuple | list) else output
         state, size = (ids, positions, slots, self._lengths, self._tables), self._block_size
-        if self._draws is None:
-            self.tokens = torch.ops.optc.greedy_step_(self.logits, *state, block_size=size)
-        else:
-            self.tokens = self._draws.choose(self.logits, positions)
-            torch.ops.optc.advance_step_(self.tokens, *state, block_size=size)
+        with kernels_only():
+            output = self._run(*inputs, *chosen, *self._pools)
+            self.logits = output[0] if isinstance(output, tuple | list) else output
+            if self._draws is None:
+                self.tokens = torch.ops.optc.greedy_step_(self.logits, *state, block_size=size)
+            else:
+                self.tokens = self._draws.choose(self.logits, positions)
+                torch.ops.optc.advance_step_(self.tokens, *state, block_size=size)
 
     @torch.inference_mode()
     def _capture(self, memory: Any | None) -> None:
@@ -177,10 +179,9 @@ def _not_captured(error: RuntimeError) -> TargetError:
     first: BaseException = error
     while isinstance(first.__context__, Exception):  # the end of the capture fails as well, and hides why
         first = first.__context__
-    lines = [frame.line for frame in traceback.extract_tb(first.__traceback__) if frame.filename.startswith("<eval")]
     return TargetError(
         "a decode step of the program cannot be captured in a CUDA graph",
-        where=str(lines[-1])[:200] if lines else "",
+        where=last_call(first),
         why=f"{type(first).__name__}: {str(first).splitlines()[0]}",
         remedy="report this with the model's config",
     )

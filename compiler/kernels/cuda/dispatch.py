@@ -6,37 +6,82 @@ Implementations are opaque to Inductor: its own calls of Triton kernels do not f
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module, util
 from typing import Any, TypeVar
 
 import torch
 
 from optc.compiler.diagnostics import TargetError
+from optc.compiler.ir.generated_code import last_call
 from optc.compiler.kernels.kernel import Kernel, TritonSources, register
 
 _LIBRARY = torch.library.Library("optc", "FRAGMENT")
 
 
 def implement(kernel: Kernel) -> Kernel:
-    """Register `kernel`, and the function named like its op in its module for calls on CUDA tensors.
+    """Register `kernel`, and the function named like its op in its module for calls on CUDA tensors; see `call`."""
+    _LIBRARY.impl(kernel.op, functools.partial(call, kernel), "CUDA")
+    return register(kernel)
 
-    Calls that the kernel does not take run the reference: stages before legalization, which refuses them for a target,
-    run on a GPU too.
+
+def call(kernel: Kernel, *args: Any, **kwargs: Any) -> Any:
+    """Run a kernel on a call of its op.
+
+    Calls that it does not take run the reference: stages before legalization, which refuses them for a target, run on a
+    GPU too. What has passed legalization is run under `kernels_only`.
 
     Raises:
+        KernelRefusalError: under `kernels_only`, for such calls.
         TargetError: at the first call, without triton: machines that only compile programs do not need it.
     """
-    sources = kernel.sources
-    assert isinstance(sources, TritonSources)
+    reason = kernel.accepts(args, kwargs)
+    if reason is None:
+        assert isinstance(kernel.sources, TritonSources)
+        return _launcher(kernel.sources.module, kernel.op)(*args, **kwargs)
+    if _KERNELS_ONLY.get():
+        raise KernelRefusalError(kernel.op, reason)
+    return kernel.spec.reference(*args, **kwargs)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if kernel.accepts(args, kwargs) is not None:
-            return kernel.spec.reference(*args, **kwargs)
-        return _launcher(sources.module, kernel.op)(*args, **kwargs)
 
-    _LIBRARY.impl(kernel.op, run, "CUDA")
-    return register(kernel)
+class KernelRefusalError(TargetError):
+    """A call of a legalized program that its kernel does not take as it came.
+
+    Args:
+        op: name in the dialect.
+        reason: of the kernel.
+        node: the line of the graph.
+    """
+
+    def __init__(self, op: str, reason: str, node: str | None = None) -> None:
+        self.op, self.reason = op, reason
+        super().__init__(
+            f"the kernel of optc::{op} does not take a call that was found legal when the model was compiled",
+            where=node,
+            why=reason,
+            remedy="compile the model again with this version of optc; if that does not help, report it with the config",
+        )
+
+
+_KERNELS_ONLY = ContextVar("kernels_only", default=False)
+
+
+@contextmanager
+def kernels_only() -> Iterator[None]:
+    """Refuse what kernels do not take, instead of running references, which are slow; in this thread.
+
+    Raises:
+        KernelRefusalError: names the graph's call as well, where one made it.
+    """
+    before = _KERNELS_ONLY.set(True)
+    try:
+        yield
+    except KernelRefusalError as refusal:
+        raise KernelRefusalError(refusal.op, refusal.reason, refusal.where or last_call(refusal)) from refusal
+    finally:
+        _KERNELS_ONLY.reset(before)
 
 
 @functools.cache

@@ -18,6 +18,9 @@ from stages import apply, sequences
 
 from optc.compiler.diagnostics import GateError, InputError, ResourceError, TargetError
 from optc.compiler.ir.program import Program
+from optc.compiler.kernels.cuda.dispatch import KernelRefusalError
+from optc.compiler.kernels.cuda.dispatch import call as call_kernel
+from optc.compiler.kernels.cuda.fused_linear import FUSED_LINEAR
 from optc.compiler.ops.library import reference as reference_of
 from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.target.options import CompileOptions
@@ -214,6 +217,25 @@ def test_logits_that_are_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.optc, "greedy_step_", lambda logits, *_, **__: torch.full((len(logits),), -1))
     with pytest.raises(GateError, match="logits that are not finite"):
         next(ours.stream([int(logits.argmax())], 1))
+
+
+def test_a_call_that_its_kernel_does_not_take_is_refused() -> None:
+    """By the session, of prompts and of steps; what else runs the program gets the reference."""
+    prompt, (fresh, other, third) = sequences(9), (session(), session(), session())
+    expected = other.prefill(prompt)
+    third.prefill(prompt)
+    kernel = dataclasses.replace(FUSED_LINEAR, accepts=lambda args, kwargs: "rows of odd size")
+    library = torch.library.Library("optc", "IMPL")
+    try:
+        library.impl("fused_linear", functools.partial(call_kernel, kernel), "CPU")
+        np.testing.assert_array_equal(open_program(compiled(), num_blocks=16).prefill(prompt), expected)
+        for run in (lambda: fresh.prefill(prompt), lambda: list(other.stream([5], 1)), lambda: third.decode([5])):
+            with pytest.raises(KernelRefusalError, match="the kernel of optc::fused_linear does not take a") as caught:
+                run()
+            assert (caught.value.why, caught.value.exit_code) == ("rows of odd size", 4)
+            assert str(caught.value.where).startswith("fused_linear_default = torch.ops.optc.fused_linear.default(")
+    finally:
+        library._destroy()
 
 
 def test_memory_is_planned_before_it_is_taken() -> None:
