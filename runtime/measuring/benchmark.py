@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import psutil
 
 from optc.compiler.diagnostics import UsageError
 from optc.runtime.generation.generate import GenerationResult, generate
+from optc.runtime.generation.sampling import Sampling
 from optc.runtime.sessions.session import Session
 
 _RESAMPLES = 2000
@@ -63,6 +64,7 @@ class Benchmark:
 
     batch: int
     new_tokens: int
+    sampling: Sampling
     samples: int
     prompts: tuple[PromptSpeed, ...]
     peak_rss_bytes: int
@@ -86,6 +88,7 @@ class Benchmark:
             "samples": self.samples,
             "batch": self.batch,
             "new_tokens": self.new_tokens,
+            "sampling": asdict(self.sampling),
             "read_bytes_per_s": self.read_bytes_per_s,
             "gpu": self.gpu,
             "prompts": rows,
@@ -97,17 +100,19 @@ def benchmark(
     *,
     prompt_lengths: Sequence[int] = (128, 512),
     new_tokens: int = 64,
+    sampling: Sampling | None = None,
     batch: int = 1,
     samples: int = 5,
     warmup: int = 1,
     threads: int = 1,
     on_sample: Callable[[int, int], None] = lambda done, total: None,
 ) -> Benchmark:
-    """Time a session on random prompts (fixed seed), greedily and without stop tokens.
+    """Time a session on random prompts (fixed seed), without stop tokens.
 
     Prompt lengths take turns, so that a slow phase of the machine hits all of them alike.
 
     Args:
+        sampling: how tokens are chosen; None is greedy.
         warmup: untimed generations per prompt length.
         threads: of the bandwidth measurement.
         on_sample: called with (done, total) after each generation.
@@ -122,7 +127,7 @@ def benchmark(
     total, done = (samples + warmup) * len(prompts), 0
     for turn in range(samples + warmup):
         for length, rows in prompts.items():
-            result = generate(session, rows, max_new_tokens=new_tokens)
+            result = generate(session, rows, max_new_tokens=new_tokens, sampling=sampling)
             if turn >= warmup:
                 runs[length].append(result)
             done += 1
@@ -131,6 +136,7 @@ def benchmark(
     return Benchmark(
         batch=batch,
         new_tokens=new_tokens,
+        sampling=sampling or Sampling(),
         samples=samples,
         prompts=tuple(_speed(length, batch, results) for length, results in runs.items()),
         peak_rss_bytes=peak,

@@ -26,6 +26,8 @@ from optc.compiler.ir.program import Program
 from optc.compiler.model_folder.checkpoint import check_folder, config_digest, weights_digest
 from optc.compiler.rewriting.passes import PassContext
 from optc.passes.kv_cache.paged import PageKVCache
+from optc.runtime.generation.generate import generate
+from optc.runtime.generation.sampling import Sampling
 from optc.runtime.sessions.program import open_program
 
 PROMPT = "The old man looked at the sea, and"
@@ -328,7 +330,24 @@ def test_bench_json(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["weight_bytes"] == 12_000_000
     assert found["weight_read_limit_tokens_per_s"] == 2 * 24e9 / 12e6
     assert (found["samples"], found["batch"], found["new_tokens"]) == (3, 2, 4)
+    assert found["sampling"]["temperature"] == 0
     assert found["peak_rss_bytes"] > 50e6
+
+
+@pytest.mark.usefixtures("quick_bandwidth")
+def test_bench_of_sampling(artifact: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is timed draws as it was told to."""
+    seen = []
+    monkeypatch.setattr(
+        "optc.runtime.measuring.benchmark.generate",
+        lambda *args, sampling, **rest: seen.append(sampling) or generate(*args, sampling=sampling, **rest),
+    )
+    args = ("--prompt-length", 8, "--new-tokens", 4, "--samples", 2, "--top-p", 0.9, "--seed", 3)
+    found = optc_json(capsys, "bench", artifact, *args)
+    assert found["sampling"] == {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "seed": 3}
+    assert seen == [Sampling(temperature=1.0, top_p=0.9, seed=3)] * 3
+    assert optc("bench", artifact, *args) == 0
+    assert capsys.readouterr().out.startswith("prompt of 8 tokens, batch 1, 2 samples, drawn at temperature 1\n")
 
 
 @pytest.mark.usefixtures("quick_bandwidth")
@@ -345,4 +364,5 @@ def test_bench_for_people_and_saved(artifact: Path, capsys: pytest.CaptureFixtur
 
 def test_bench_refuses(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expect(capsys, 2, "'samples' cannot be '0'", "bench", artifact, "--samples", 0)
+    expect(capsys, 2, "top-k and top-p have no effect", "bench", artifact, "--temperature", 0, "--top-k", 3)
     expect(capsys, 2, "do not fit the context", "bench", artifact, "--prompt-length", 2048)

@@ -10,11 +10,11 @@ from msgspec import Meta
 
 from optc.cli.common import emit, json_option, progress
 from optc.cli.options import struct_flags
-from optc.cli.session_options import Save, SessionOptions, artifact_argument, kv_pool, save_figures
+from optc.cli.session_options import SamplingOptions, Save, artifact_argument, kv_pool, sampling_of, save_figures
 from optc.compiler.settings.device import DeviceName
 
 
-class BenchOptions(SessionOptions, frozen=True, kw_only=True):
+class BenchOptions(SamplingOptions, frozen=True, kw_only=True):
     """What is timed."""
 
     prompt_length: Annotated[
@@ -49,16 +49,19 @@ def bench(artifact: Path, as_json: bool, options: BenchOptions) -> None:
     """Time to first token, prefill and decode speed of ARTIFACT, and its memory.
 
     Medians over samples with a 95 % bootstrap interval. The machine's read bandwidth over the bytes
-    of the weights, the limit for decoding one row, is printed beside it.
+    of the weights, the limit for decoding one row, is printed beside it. Tokens are chosen greedily,
+    or sampled as optc run does it.
 
     \b
     optc bench out/fiction-onnx
     optc bench out/fiction-onnx --prompt-length 128 --prompt-length 1024 --batch 4 --samples 10 --json
     """
+    from optc.runtime.generation.sampling import Sampling
     from optc.runtime.measuring.benchmark import benchmark, environment
     from optc.runtime.sessions.load import load
     from optc.runtime.sessions.session import default_threads
 
+    sampling = Sampling(**sampling_of(options))
     threads = options.threads or default_threads()
     model = load(artifact, threads=options.threads, num_blocks=options.kv_blocks, device=options.device)
     lengths = options.prompt_length or (max(1, min(512, model.session.context_length - options.new_tokens)),)
@@ -68,6 +71,7 @@ def bench(artifact: Path, as_json: bool, options: BenchOptions) -> None:
             prompt_lengths=lengths,
             threads=threads,
             new_tokens=options.new_tokens,
+            sampling=sampling,
             batch=options.batch,
             samples=options.samples,
             warmup=options.warmup,
@@ -89,7 +93,9 @@ def bench(artifact: Path, as_json: bool, options: BenchOptions) -> None:
 
 def _show(result: dict[str, Any]) -> None:
     for row in result["prompts"]:
-        click.echo(f"prompt of {row['prompt_tokens']} tokens, batch {result['batch']}, {result['samples']} samples")
+        heat = result["sampling"]["temperature"]
+        sizes = f"prompt of {row['prompt_tokens']} tokens, batch {result['batch']}, {result['samples']} samples"
+        click.echo(sizes + (f", drawn at temperature {heat:g}" if heat else ""))
         click.echo(f"  decode   {_rate(row['decode_tokens_per_s'])} tokens/s")
         click.echo(f"  prefill  {_rate(row['prefill_tokens_per_s'])} tokens/s")
         click.echo(f"  TTFT     {_rate(row['ttft_ms'])} ms")

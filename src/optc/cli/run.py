@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from optc.cli.common import emit, json_option, stderr
 from optc.cli.options import struct_flags
-from optc.cli.session_options import SessionOptions, artifact_argument, kv_pool
+from optc.cli.session_options import SamplingOptions, artifact_argument, kv_pool, sampling_of
 from optc.compiler.diagnostics import UsageError
 
 
@@ -20,7 +20,7 @@ def _read_ids(texts: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(item) for item in text.split(",")) for text in texts)
 
 
-class RunOptions(SessionOptions, frozen=True, kw_only=True):
+class RunOptions(SamplingOptions, frozen=True, kw_only=True):
     """What is continued, and how."""
 
     prompt: Annotated[tuple[str, ...], Meta(description="Text to continue; repeat it for a batch.")] = ()
@@ -32,23 +32,6 @@ class RunOptions(SessionOptions, frozen=True, kw_only=True):
         ),
     ] = ()
     max_new_tokens: Annotated[int, Meta(ge=1, le=1 << 31, description="Largest number of tokens per prompt.")] = 128
-    temperature: (
-        Annotated[float, Meta(ge=0, description="Sample at this temperature; 0 is greedy.", extra={"default": "0"})]
-        | None
-    ) = None
-    top_k: Annotated[int, Meta(ge=0, le=1 << 31, description="Sample among the k most likely tokens.")] | None = None
-    top_p: (
-        Annotated[
-            float,
-            Meta(
-                gt=0,
-                le=1,
-                description="Sample among the most likely tokens that together reach this probability, e.g. 0.9.",
-            ),
-        ]
-        | None
-    ) = None
-    seed: Annotated[int, Meta(ge=0, description="Seed of the sampling; greedy decoding needs none.")] = 0
     ignore_eos: Annotated[bool, Meta(description="Continue after an end-of-text token.")] = False
 
 
@@ -80,8 +63,7 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
         max_new_tokens=options.max_new_tokens,
         ignore_eos=options.ignore_eos,
         on_text=_print_piece if stream else None,
-        seed=options.seed,
-        **_sampling(options),
+        **sampling_of(options),
     )
     rows = [asdict(row) for row in found]
     result = rows[0] if single else _batch(rows)
@@ -97,13 +79,6 @@ def _prompts(options: RunOptions) -> list[Any]:
             remedy='optc run ARTIFACT --prompt "The old man" or optc run ARTIFACT --prompt-tokens 5,17,33',
         )
     return list(options.prompt or options.prompt_tokens)
-
-
-def _sampling(options: RunOptions) -> dict[str, Any]:
-    """Options of `Model.generate`; asking for top-k or top-p means to sample."""
-    given = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
-    chosen = {key: value for key, value in given.items() if value is not None}
-    return {"temperature": 1.0, **chosen} if chosen else {}
 
 
 def _batch(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What run, eval and bench share: options of the session, and figures kept in the artifact."""
+"""What run, eval and bench share: options of the session and of sampling, and figures kept in the artifact."""
 
 from __future__ import annotations
 
@@ -38,6 +38,35 @@ class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
         ]
         | None
     ) = None
+
+
+class SamplingOptions(SessionOptions, frozen=True, kw_only=True):
+    """Options of a session, and how tokens are chosen."""
+
+    temperature: (
+        Annotated[float, Meta(ge=0, description="Sample at this temperature; 0 is greedy.", extra={"default": "0"})]
+        | None
+    ) = None
+    top_k: Annotated[int, Meta(ge=0, le=1 << 31, description="Sample among the k most likely tokens.")] | None = None
+    top_p: (
+        Annotated[
+            float,
+            Meta(
+                gt=0,
+                le=1,
+                description="Sample among the most likely tokens that together reach this probability, e.g. 0.9.",
+            ),
+        ]
+        | None
+    ) = None
+    seed: Annotated[int, Meta(ge=0, description="Seed of the sampling; greedy decoding needs none.")] = 0
+
+
+def sampling_of(options: SamplingOptions) -> dict[str, Any]:
+    """Arguments of `Sampling`; asking for top-k or top-p means to sample."""
+    given = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    return {"seed": options.seed, **({"temperature": 1.0, **chosen} if chosen else {})}
 
 
 Save = Annotated[bool, Meta(description="Also store the figures in the artifact's manifest and report.html.")]
