@@ -158,7 +158,7 @@ class CudaSession(PagedSession, StreamingSession):
             return most_likely(logits)
         choice = RowDraws(len(draws), self._device)
         choice.load(draws)
-        positions = torch.tensor(self.lengths, device=self._device) - 1
+        positions = torch.tensor([length - 1 for length in self.lengths], device=self._device)
         with kernels_only():
             chosen: list[int] = choice.choose(torch.from_numpy(logits).to(self._device), positions).tolist()
         _check_finite(chosen)

@@ -13,17 +13,14 @@ import numpy as np
 import pytest
 import torch
 from artifacts import make_manifest
+from cuda_sessions import LENGTHS, MIXED, compiled, drawn
 from rewrites import stirred
 from stages import apply, sequences
 
 from optc.compiler.diagnostics import GateError, InputError, ResourceError, TargetError
-from optc.compiler.ir.program import Program
 from optc.compiler.kernels.cuda.dispatch import KernelRefusalError
 from optc.compiler.kernels.cuda.dispatch import call as call_kernel
 from optc.compiler.kernels.cuda.fused_linear import FUSED_LINEAR
-from optc.compiler.ops.library import reference as reference_of
-from optc.compiler.rewriting.passes import PassContext
-from optc.compiler.target.options import CompileOptions
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.runtime.generation.generate import generate
@@ -34,18 +31,7 @@ from optc.runtime.sessions.cuda_memory import MemoryPlan, plan_memory
 from optc.runtime.sessions.program import open_program
 from optc.runtime.sessions.session import Session, SessionOptions
 from optc.runtime.sessions.streaming import Draw
-from optc.targets.inductor_cuda import BLOCK_SIZE, TARGET
-
-LENGTHS = (21, 9, 62)  # the last one fills its block two steps later
-
-
-@functools.cache
-def compiled() -> Program:
-    """A tiny Llama after the target's recipe."""
-    program = stirred("llama")
-    for step in TARGET.recipe("decoder", CompileOptions(dtype="fp32")):
-        program = step.rewrite.run(program, PassContext()).program
-    return program
+from optc.targets.inductor_cuda import BLOCK_SIZE
 
 
 def session(num_blocks: int = 16) -> CudaSession:
@@ -105,29 +91,6 @@ def test_a_full_context_and_a_full_pool() -> None:
         next(ours.stream([5], 1))
     with pytest.raises(ResourceError, match="the KV pool is out of blocks"):
         generate(session(1), [prompt[0][:60]], max_new_tokens=20)
-
-
-MIXED = [Sampling(temperature=1.5, top_k=40, seed=3), Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=9)]
-
-
-def drawn(session: Session, prompts: list[list[int]], samplings: list[Sampling], count: int) -> list[list[int]]:
-    """Generation written out: logits on the host, `sample_` at the position of the token that was fed."""
-    draws = draws_of(samplings, prompts)
-    logits, tokens = session.prefill(prompts), [list[int]() for _ in prompts]
-    for _ in range(count):
-        chosen, _ = reference_of("sample_")(
-            torch.from_numpy(logits),
-            torch.tensor([draw.temperature for draw in draws]),
-            torch.tensor([draw.top_k for draw in draws], dtype=torch.int32),
-            torch.tensor([draw.top_p for draw in draws]),
-            *(None,) * 6,
-            torch.tensor([draw.seed for draw in draws]),
-            torch.tensor(session.lengths) - 1,
-        )
-        for row, token in zip(tokens, chosen.tolist(), strict=True):
-            row.append(token)
-        logits = session.decode(chosen.tolist())
-    return tokens
 
 
 def test_it_draws_what_the_operator_says() -> None:

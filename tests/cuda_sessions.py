@@ -1,0 +1,53 @@
+"""A program as the CUDA target makes it, and what its sessions shall draw."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from rewrites import stirred
+
+from optc.compiler.ir.program import Program
+from optc.compiler.ops.library import reference
+from optc.compiler.rewriting.passes import PassContext
+from optc.compiler.target.options import CompileOptions
+from optc.runtime.generation.sampling import Sampling, draws_of
+from optc.runtime.sessions.session import Session
+from optc.targets.inductor_cuda import TARGET
+
+LENGTHS = (21, 9, 62)
+"""Tokens of prompts; the last one fills its block two steps later."""
+MIXED = [Sampling(temperature=1.5, top_k=40, seed=3), Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=9)]
+"""One for each of the prompts."""
+
+
+@functools.cache
+def compiled() -> Program:
+    """A tiny Llama after the target's recipe, on the CPU."""
+    program = stirred("llama")
+    for step in TARGET.recipe("decoder", CompileOptions(dtype="fp32")):
+        program = step.rewrite.run(program, PassContext()).program
+    return program
+
+
+def drawn(
+    session: Session, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], count: int
+) -> list[list[int]]:
+    """Generation written out: logits on the host, `sample_` at the position of the token that was fed."""
+    draws = draws_of(samplings, prompts)
+    logits, tokens = session.prefill(prompts), [list[int]() for _ in prompts]
+    for _ in range(count):
+        chosen, _ = reference("sample_")(
+            torch.from_numpy(logits),
+            torch.tensor([draw.temperature for draw in draws]),
+            torch.tensor([draw.top_k for draw in draws], dtype=torch.int32),
+            torch.tensor([draw.top_p for draw in draws]),
+            *(None,) * 6,
+            torch.tensor([draw.seed for draw in draws]),
+            torch.tensor(session.lengths) - 1,
+        )
+        for row, token in zip(tokens, chosen.tolist(), strict=True):
+            row.append(token)
+        logits = session.decode(chosen.tolist())
+    return tokens
