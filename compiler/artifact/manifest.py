@@ -67,6 +67,7 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         matched, candidates: sites rewritten, and sites that could have been.
         seconds: wall time of the pass with its verification and gate.
         lossy: whether it may change the numbers (then its budget was checked, not a tolerance).
+        rounds_activations: whether it is lossy and made the program round activations, or more of them.
         drift: from the stage before; None when the pass matched nothing. since_capture: what is lost in all.
         layer_drift: per attention layer, relative L2 change of its output.
         nodes: graph nodes after the pass.
@@ -87,6 +88,7 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     notes: tuple[str, ...]
     misses: tuple[str, ...]
     linears: tuple[LinearRecord, ...] = ()
+    rounds_activations: bool = False
 
 
 class OpenedRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -35,10 +35,15 @@ ROUNDING = Budget(kl=2e-3, top1=0.95, perplexity=5e-3, relative=0.05, cosine=0.9
 """What a meaning-preserving pass may move in a program that rounds activations."""
 
 
+def activation_roundings(program: Program) -> int:
+    """How many of a program's calls round activations to codes while it runs."""
+    calls = ((library.find(node.target), node.kwargs) for node in program.graph.nodes)
+    return sum(spec is not None and spec.rounds_activations(keywords) for spec, keywords in calls)
+
+
 def rounds_activations(program: Program) -> bool:
     """Whether a program rounds activations to codes while it runs."""
-    calls = ((library.find(node.target), node.kwargs) for node in program.graph.nodes)
-    return any(spec is not None and spec.rounds_activations(keywords) for spec, keywords in calls)
+    return activation_roundings(program) > 0
 
 
 @dataclass(frozen=True, kw_only=True)

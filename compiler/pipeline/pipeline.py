@@ -184,7 +184,7 @@ class _Run:
                 result, self.note = replace(result, notes=(*result.notes, self.note)), ""  # once is enough
             if rewrite.lossy and not result.linears:
                 result = replace(result, linears=measured_records(before, after))
-        self.records.append(pass_record(rewrite, result, verdict, time.perf_counter() - begin, after))
+        self.records.append(pass_record(rewrite, result, verdict, time.perf_counter() - begin, before, after))
         self._finish_stage(rewrite.name, after)
         return after
 

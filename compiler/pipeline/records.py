@@ -5,13 +5,13 @@ from __future__ import annotations
 from optc.compiler.artifact.manifest import DriftRecord, PassRecord
 from optc.compiler.execution.drift import Drift
 from optc.compiler.ir.program import Program
-from optc.compiler.pipeline.gate import Verdict
+from optc.compiler.pipeline.gate import Verdict, activation_roundings
 from optc.compiler.pipeline.quantization_summary import finite
 from optc.compiler.rewriting.passes import Pass, PassResult
 
 
 def pass_record(
-    rewrite: Pass, result: PassResult, verdict: Verdict | None, seconds: float, after: Program
+    rewrite: Pass, result: PassResult, verdict: Verdict | None, seconds: float, before: Program, after: Program
 ) -> PassRecord:
     """The record of a pass that ran; `verdict` is None where it matched nothing."""
     return PassRecord(
@@ -21,6 +21,7 @@ def pass_record(
         candidates=result.candidates,
         seconds=round(seconds, 4),
         lossy=rewrite.lossy,
+        rounds_activations=rewrite.lossy and activation_roundings(after) > activation_roundings(before),
         drift=_drift_record(verdict.drift) if verdict else None,
         since_capture=_drift_record(verdict.since_capture) if verdict else None,
         layer_drift=verdict.drift.layers if verdict else (),

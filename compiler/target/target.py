@@ -52,12 +52,14 @@ class ExportRequest:
     """What an exporter gets beside the legalized Program.
 
     `directory` is empty and temporary; `options` are the target's own; `source` is the model folder (tokenizer and
-    config files) or None for a module in memory.
+    config files) or None for a module in memory; `rerounding` is the relative error that another order of sums may make
+    of a program that rounds activations (`compiler.pipeline.rerounding`).
     """
 
     directory: Path
     options: TargetOptions = field(default_factory=TargetOptions)
     source: Path | None = None
+    rerounding: float = 0.0
 
     def of(self, cls: type[OwnT]) -> OwnT:
         """The target's own options, which are of type `cls`."""

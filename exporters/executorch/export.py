@@ -17,7 +17,7 @@ from optc.compiler.diagnostics import ArtifactError, GateError, InputError, os_e
 from optc.compiler.execution.drift import measure
 from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.ir.program import Program
-from optc.compiler.pipeline.gate import TOLERANCE
+from optc.compiler.pipeline.gate import TOLERANCE, rounds_activations
 from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
 from optc.exporters.executorch.forms import LINEAR
@@ -65,7 +65,10 @@ def export_executorch(program: Program, request: ExportRequest) -> ExportResult:
         "delegates": lowered.delegates,
         "operators": list(lowered.operators),
     }
-    opened = _check(program, directory / MODEL, lowered, capacity, chunk)
+    tolerance = TOLERANCE[torch.float32]
+    if rounds_activations(program):
+        tolerance = max(ROUNDED_TOLERANCE, request.rerounding)
+    opened = _check(program, directory / MODEL, lowered, capacity, chunk, tolerance)
     sizes = _stored_bytes(program)
     return ExportResult(
         engine=EXECUTORCH,
@@ -117,7 +120,7 @@ def _constants(program: Program, capacity: int, chunk: int) -> dict[str, Any]:
     return constants
 
 
-def _check(program: Program, path: Path, lowered: Lowered, capacity: int, chunk: int) -> OpenedRecord:
+def _check(program: Program, path: Path, lowered: Lowered, capacity: int, chunk: int, tolerance: float) -> OpenedRecord:
     """Compare logits and the caches' effect: a prompt, a chunk, and single tokens."""
     begin = time.perf_counter()
     from executorch.runtime import Runtime
@@ -130,7 +133,6 @@ def _check(program: Program, path: Path, lowered: Lowered, capacity: int, chunk:
     assert method is not None
     logits: tuple[list[Tensor], list[Tensor]] = ([], [])
     caches = _caches(program, capacity)
-    tolerance = ROUNDED_TOLERANCE if program.calls(LINEAR) else TOLERANCE[torch.float32]
     for ids, start in _calls(program, capacity, chunk):
         mask = torch.ones((1, start + ids.shape[1]), dtype=torch.long)
         with torch.no_grad():

@@ -25,8 +25,13 @@ Inputs = list[Tensor]
 ROUNDED_TOLERANCE = 2e-2
 
 
-def check_package(program: Program, directory: Path, info: Mapping[str, Any], needs: Mapping[str, Any]) -> OpenedRecord:
+def check_package(
+    program: Program, directory: Path, info: Mapping[str, Any], needs: Mapping[str, Any], rerounding: float = 0.0
+) -> OpenedRecord:
     """Run package and Program on the same inputs, a prompt and then single tokens.
+
+    Args:
+        rerounding: as in `ExportRequest`; it widens the tolerance of a program that rounds activations.
 
     Returns:
         How far the first outputs of all calls were apart.
@@ -37,7 +42,7 @@ def check_package(program: Program, directory: Path, info: Mapping[str, Any], ne
     begin = time.perf_counter()
     first: tuple[list[Tensor], list[Tensor]] = ([], [])
     package = _runner(directory / info["runner"]).Package(directory, info, needs)
-    caches = [_caches(program), _caches(program)]
+    caches, tolerance = [_caches(program), _caches(program)], _tolerance(program, rerounding)
     for call, inputs in enumerate(_calls(program)):
         with torch.no_grad():
             expected = program(*inputs, *caches[0])
@@ -45,7 +50,7 @@ def check_package(program: Program, directory: Path, info: Mapping[str, Any], ne
         expected = list(expected) if isinstance(expected, tuple | list) else [expected]
         written = list(zip(*caches, strict=True)) if program.contract.kv_cache.in_place else []
         for index, (old, new) in enumerate([*zip(expected, found, strict=True), *written]):
-            _compare(program, old, new, f"call {call}, " + _name(program, index))
+            _compare(old, new, tolerance, f"call {call}, " + _name(program, index))
         first[0].append(expected[0])
         first[1].append(found[0])
     ours, theirs = (StageRun(outputs, [], role="output") for outputs in first)
@@ -80,10 +85,10 @@ def _runner(path: Path) -> Any:
     return module
 
 
-def _compare(program: Program, old: Tensor, new: Tensor, where: str) -> None:
+def _compare(old: Tensor, new: Tensor, tolerance: float, where: str) -> None:
     old, new = old.double(), new.double()
     same = old.shape == new.shape
-    limit = _tolerance(program) * max(1.0, float(old.abs().max()) if old.numel() else 1.0)
+    limit = tolerance * max(1.0, float(old.abs().max()) if old.numel() else 1.0)
     gap = float((old - new).abs().max()) if same and old.numel() else 0.0
     if not same or not gap <= limit:
         raise GateError(
@@ -94,13 +99,13 @@ def _compare(program: Program, old: Tensor, new: Tensor, where: str) -> None:
         )
 
 
-def _tolerance(program: Program) -> float:
+def _tolerance(program: Program, rerounding: float) -> float:
     """Of the outputs, as a share of their largest magnitude.
 
     Where activations are rounded, a difference in the last bit of one can move its code by one step.
     """
     tolerance = TOLERANCE[compute_dtype(program)]
-    return max(tolerance, ROUNDED_TOLERANCE) if rounds_activations(program) else tolerance
+    return max(tolerance, ROUNDED_TOLERANCE, rerounding) if rounds_activations(program) else tolerance
 
 
 def _name(program: Program, index: int) -> str:

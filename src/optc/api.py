@@ -26,6 +26,7 @@ from optc.compiler.model_folder.quantized import refuse_quantizing_again
 from optc.compiler.pipeline.gate import Limits
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions, PipelineResult, compute_dtype
 from optc.compiler.pipeline.quantization_summary import quantized_linears, summarize
+from optc.compiler.pipeline.rerounding import rerounding
 from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.target.target import ExportRequest, ExportResult, Target, check_context, check_legal
 from optc.compiler.version import version
@@ -236,7 +237,12 @@ def _write(
     target, info = resolved.target, captured.info
     with artifact.write_folder(folder, force=resolved.request.run.force) as directory:
         start = time.perf_counter()
-        request = ExportRequest(directory=directory, options=resolved.options.own, source=info.path if info else None)
+        request = ExportRequest(
+            directory=directory,
+            options=resolved.options.own,
+            source=info.path if info else None,
+            rerounding=rerounding(result.records),
+        )
         exported = target.export(result.program, request)
         seconds["export"] = time.perf_counter() - start
         with os_errors("writing the stages' text", str(directory)):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.artifact.engines import Engine
-from optc.compiler.artifact.manifest import Manifest, OpenedRecord
+from optc.compiler.artifact.manifest import Manifest, OpenedRecord, PassRecord
 from optc.compiler.diagnostics import GateError, OptcError, TargetError
 from optc.compiler.execution.drift import Drift, measure
 from optc.compiler.execution.probe import random_probe
@@ -20,6 +20,7 @@ from optc.compiler.execution.stage_driver import StageRun, run_module, run_stage
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.gate import rounds_activations
 from optc.compiler.pipeline.pipeline import compute_dtype, default_probe
+from optc.compiler.pipeline.rerounding import rerounding
 
 _LENGTHS = (9, 5)
 """Tokens of the two sequences: a ragged prefill, then one decode step."""
@@ -42,7 +43,7 @@ def open_written(
 
     Args:
         directory: the artifact before it is published.
-        program: the last stage.
+        program: the last stage. Where it rounds activations, the limit follows what that cost (`manifest.passes`).
         tokens: encoded text; random tokens are taken where there is too little.
         allowed: the relative error that the user allows the whole compile; it widens the engine's own tolerance.
 
@@ -50,7 +51,7 @@ def open_written(
         GateError: the engine cannot open the file, or it computes different numbers from the last stage.
     """
     begin = time.perf_counter()
-    limit = max(_tolerance(program), allowed or 0.0)
+    limit = max(_tolerance(program, manifest.passes), allowed or 0.0)
     if engine.runner is None:
         return OpenedRecord(opened=False, why=f"optc has no way to open files of {engine.name} here")
     try:
@@ -87,9 +88,9 @@ def open_written(
     return record
 
 
-def _tolerance(program: Program) -> float:
+def _tolerance(program: Program, passes: Sequence[PassRecord]) -> float:
     tolerance = _TOLERANCE[compute_dtype(program)]
-    return max(tolerance, _ROUNDED_TOLERANCE) if rounds_activations(program) else tolerance
+    return max(tolerance, _ROUNDED_TOLERANCE, rerounding(passes)) if rounds_activations(program) else tolerance
 
 
 def _why(engine: Engine) -> str:

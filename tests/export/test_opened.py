@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
-from families import make_model
+import transformers as hf
+from families import FAMILIES, make_model
+from stages import tiny_decoder
 from torch import nn
 
 import optc
 from optc import api, opening
+from optc.compiler.artifact.engines import find_engine
+from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import GateError
+from optc.compiler.ir.program import Program
+from optc.compiler.pipeline.gate import TOLERANCE
+from optc.compiler.target.target import ExportRequest
+from optc.exporters.inductor import selfcheck
 from optc.opening import open_written
 
 
@@ -76,6 +87,88 @@ def test_the_users_limit_widens_that_of_the_file(tmp_path: Path) -> None:
     assert opened.relative is not None
     assert opened.relative < 0.03  # 5e-7 where ONNX Runtime has a product of integers for the CPU
     assert opened.tokens == 11
+
+
+@dataclass(frozen=True)
+class _Deep:
+    """An artifact of a deep model that rounds activations, and the last stage that it was written of."""
+
+    folder: Path
+    program: Program
+    manifest: Manifest
+    asked: ExportRequest
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> _Deep:
+    """24 random layers: in ONNX Runtime 0.038 from the last stage, where rounding activations costs 0.185."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        **(FAMILIES["llama"][2] | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 24})
+    )
+    config._attn_implementation = "eager"
+    model = hf.LlamaForCausalLM(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.mul_(6.4)
+    stages: list[Program] = []
+    asked: list[ExportRequest] = []
+
+    def request(**fields: Any) -> ExportRequest:
+        asked.append(ExportRequest(**fields))
+        return asked[-1]
+
+    def opening(directory: Path, manifest: Manifest, program: Program, *rest: Any) -> Any:
+        stages.append(program)
+        return open_written(directory, manifest, program, *rest)
+
+    folder = tmp_path_factory.mktemp("deep")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "open_written", opening)
+        patch.setattr(api, "ExportRequest", request)
+        anything = {
+            "max_kl": 99.0,
+            "min_top1": 0.0,
+            "max_perplexity_increase": 1e9,
+        }  # random weights: no quality to lose
+        program = optc.capture(model, prove=False)
+        result = _compile(program, folder, quant="rtn", bits=8, group_size=32, **anything)
+    return _Deep(folder / "out", stages[0], result.manifest, asked[0])
+
+
+def test_a_deep_model_may_differ_as_much_as_its_own_rounding_makes(deep: _Deep) -> None:
+    opened = deep.manifest.opened
+    rounded = [record for record in deep.manifest.passes if record.rounds_activations]
+    assert [record.name for record in rounded] == ["round-activations"]
+    assert rounded[0].drift is not None
+    assert rounded[0].drift.relative_error is not None
+    assert opened is not None
+    assert opened.limit == 1.5 * rounded[0].drift.relative_error == deep.asked.rerounding
+    assert opened.relative is not None
+    assert opening._ROUNDED_TOLERANCE < opened.limit < 0.5
+    assert opened.relative < 0.5 * opened.limit
+
+
+def test_packages_that_exporters_open_are_held_to_the_same() -> None:
+    plain = tiny_decoder()
+    rounds = plain.clone()
+    node = rounds.calls(torch.ops.aten.linear.default)[0]
+    node.target, node.kwargs = torch.ops.optc.linear_nbits.default, {"activation_group": 64}
+    assert [selfcheck._tolerance(rounds, share) for share in (0.0, 0.4)] == [selfcheck.ROUNDED_TOLERANCE, 0.4]
+    assert selfcheck._tolerance(plain, 0.4) == TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("part", ["packed", "scales"])
+def test_a_damaged_file_of_a_deep_model_is_caught(part: str, deep: _Deep, tmp_path: Path) -> None:
+    folder = shutil.copytree(deep.folder, tmp_path / "damaged")
+    graph = onnx.load(folder / "model.onnx")
+    name = f"model.layers.0.self_attn.o_proj.weight_{part}"
+    tensor = next(item for item in graph.graph.initializer if item.name == name)
+    rows = np.roll(onnx.numpy_helper.to_array(tensor), 1, axis=0)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(rows, name))
+    onnx.save(graph, folder / "model.onnx")
+    with pytest.raises(GateError, match="computes different numbers from the last stage in onnxruntime"):
+        open_written(folder, deep.manifest, deep.program, find_engine(deep.manifest.engine, ""), [])
 
 
 def test_an_encoder_is_opened(tmp_path: Path) -> None:
