@@ -18,7 +18,11 @@ from optc.targets.inductor_cuda import TARGET
 
 LENGTHS = (21, 9, 62)
 """Tokens of prompts; the last one fills its block two steps later."""
-MIXED = [Sampling(temperature=1.5, top_k=40, seed=3), Sampling(), Sampling(temperature=0.8, top_p=0.9, seed=9)]
+MIXED = [
+    Sampling(temperature=1.5, top_k=40, min_p=0.02, seed=3),
+    Sampling(),
+    Sampling(temperature=0.8, top_p=0.9, seed=9),
+]
 """One for each of the prompts."""
 
 
@@ -43,7 +47,8 @@ def drawn(
             torch.tensor([draw.temperature for draw in draws]),
             torch.tensor([draw.top_k for draw in draws], dtype=torch.int32),
             torch.tensor([draw.top_p for draw in draws]),
-            *(None,) * 6,
+            torch.tensor([draw.min_p for draw in draws]),
+            *(None,) * 5,
             torch.tensor([draw.seed for draw in draws]),
             torch.tensor(session.lengths) - 1,
         )

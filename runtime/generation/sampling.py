@@ -1,7 +1,8 @@
-"""Choice of the next token: greedy, or temperature, then top-k, then top-p, then a draw.
+"""Choice of the next token: greedy, or temperature, then top-k, then top-p, then min-p, then a draw.
 
 The order is that of transformers' `generate`. Top-p ("nucleus"): Holtzman et al. 2020,
 https://arxiv.org/abs/1904.09751. Top-k: Fan et al. 2018, https://arxiv.org/abs/1805.04833.
+Min-p: Nguyen et al. 2024, https://arxiv.org/abs/2407.01082.
 """
 
 from __future__ import annotations
@@ -31,15 +32,17 @@ class Sampling:
         top_k: keep the k likeliest tokens, and those as likely as the k-th; 0 keeps all.
         top_p: of those, keep the fewest likeliest tokens whose probabilities reach `top_p`, and
             those as likely as the last; 1 keeps all.
+        min_p: of those, keep what is at least `min_p` times as likely as the likeliest; 0 keeps all.
         seed: with the prompt, it fixes the draws.
 
     Raises:
-        UsageError: a value out of range, or `top_k`/`top_p` with greedy decoding.
+        UsageError: a value out of range, or one of the cuts with greedy decoding.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,14 +50,15 @@ class Sampling:
             ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "0 (greedy) or above"),
             ("top_k", self.top_k >= 0, "0 (off) or a positive count"),
             ("top_p", 0 < self.top_p <= 1, "above 0, up to 1 (off)"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
             ("seed", self.seed >= 0, "0 or more"),
         ):
             if not good:
                 plain = name.replace("_", "-")
                 raise UsageError(f"{plain} {getattr(self, name)} is out of range", remedy=f"it must be {allowed}")
-        if self.greedy and (self.top_k or self.top_p < 1):
+        if self.greedy and (self.top_k or self.top_p < 1 or self.min_p):
             raise UsageError(
-                "top-k and top-p have no effect at temperature 0",
+                "top-k, top-p and min-p have no effect at temperature 0",
                 remedy="give a temperature above 0, or leave them out",
             )
 
@@ -90,6 +94,9 @@ def _kept(logits: npt.NDArray[np.floating], sampling: Sampling) -> tuple[npt.NDA
     if sampling.top_p < 1:
         chosen = _nucleus(weights, sampling.top_p)
         ids, weights = (chosen if ids is None else ids[chosen]), weights[chosen]
+    if sampling.min_p > 0:
+        chosen = np.flatnonzero(weights >= sampling.min_p)  # the likeliest weighs 1
+        ids, weights = (chosen if ids is None else ids[chosen]), weights[chosen]
     return (slice(None) if ids is None else ids), weights
 
 
@@ -113,7 +120,15 @@ def draws_of(samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]) ->
     found = []
     for sampling, entropy in zip(samplings, _entropies(samplings, prompts), strict=True):
         seed = 0 if entropy is None else int(entropy.generate_state(1, np.uint64).astype(np.int64)[0])
-        found.append(Draw(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=seed))
+        found.append(
+            Draw(
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                seed=seed,
+            )
+        )
     return found
 
 

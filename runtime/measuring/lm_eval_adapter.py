@@ -23,7 +23,7 @@ from optc.runtime.sessions.load import Model
 from optc.runtime.sessions.session import Logits
 
 DEFAULT_NEW_TOKENS = 256
-_KNOWN = ("until", "do_sample", "temperature", "top_k", "top_p", "max_gen_toks")
+_KNOWN = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", "max_gen_toks")
 
 Scored = tuple[float, bool]
 """Log-likelihood of a continuation in nats, and whether greedy decoding would give it."""
@@ -227,6 +227,7 @@ def _generation_options(options: dict[str, Any], seed: int) -> tuple[Sampling, l
             temperature=temperature or 1.0,
             top_k=int(options.get("top_k") or 0),
             top_p=float(options.get("top_p") or 1.0),
+            min_p=float(options.get("min_p") or 0.0),
             seed=seed,
         )
     return sampling, [stop for stop in stops if stop], int(options.get("max_gen_toks") or DEFAULT_NEW_TOKENS)

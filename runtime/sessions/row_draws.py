@@ -21,6 +21,7 @@ class RowDraws:
         self._temperature = torch.zeros(batch, device=device)
         self._top_k = torch.zeros(batch, dtype=torch.int32, device=device)
         self._top_p = torch.ones(batch, device=device)
+        self._min_p = torch.zeros(batch, device=device)
         self._seed = torch.zeros(batch, dtype=torch.int64, device=device)
 
     @torch.inference_mode()
@@ -31,6 +32,7 @@ class RowDraws:
         self._temperature.copy_(torch.tensor(heats))
         self._top_k.copy_(torch.tensor([min(draw.top_k, _MOST) for draw in padded], dtype=torch.int32))
         self._top_p.copy_(torch.tensor([draw.top_p for draw in padded]))
+        self._min_p.copy_(torch.tensor([draw.min_p for draw in padded]))
         self._seed.copy_(torch.tensor([draw.seed for draw in padded], dtype=torch.int64))
 
     def choose(self, logits: Tensor, positions: Tensor) -> Tensor:
@@ -39,7 +41,7 @@ class RowDraws:
         Args:
             positions: int64 [B], of the tokens that the logits come from.
         """
-        cuts, no_penalties = (self._top_k, self._top_p, None), (None,) * 5
+        cuts, no_penalties = (self._top_k, self._top_p, self._min_p), (None,) * 5
         tokens, _ = torch.ops.optc.sample_(logits, self._temperature, *cuts, *no_penalties, self._seed, positions)
         chosen: Tensor = tokens
         return chosen

@@ -15,13 +15,14 @@ class Draw:
 
     Attributes:
         temperature: divides the logits; 0 takes the largest, whatever the rest says.
-        top_k, top_p: cuts; 0 and 1 keep all.
+        top_k, top_p, min_p: cuts; 0, 1 and 0 keep all.
         seed: 64 bits, signed. With the position of the token that was fed last it fixes what is drawn.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
 
 

@@ -70,6 +70,7 @@ TARGETS = {
     "--draft-tokens",
     "--layout",
 }
+SAMPLING = {"--temperature", "--top-k", "--top-p", "--min-p", "--seed"}
 SESSION = {"--threads", "--kv-blocks"}
 TRAIN = {"--train", "--world-size", "--set"}
 COMMON = {"--recipe", "--json"}
@@ -102,11 +103,8 @@ EXPECTED = {
         "--prompt",
         "--prompt-tokens",
         "--max-new-tokens",
-        "--temperature",
-        "--top-k",
-        "--top-p",
-        "--seed",
         "--ignore-eos",
+        *SAMPLING,
         *SESSION,
         "--json",
     },
@@ -133,6 +131,7 @@ EXPECTED = {
         "--warmup",
         "--save",
         "--device",
+        *SAMPLING,
         *SESSION,
         "--json",
     },

@@ -144,6 +144,7 @@ def test_run_sampling_is_seeded(artifact: Path, capsys: pytest.CaptureFixture[st
     assert warm != tokens("--temperature", 1, "--seed", 6)
     assert tokens("--top-k", 1) == greedy == tokens("--seed", 6)
     assert tokens("--top-p", 0.9) == tokens("--top-p", 0.9, "--temperature", 1)
+    assert tokens("--min-p", 1) == greedy
 
 
 def test_run_stops_at_eos_unless_told(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +179,7 @@ def test_run_without_a_tokenizer(artifact: Path, capsys: pytest.CaptureFixture[s
         (2, "'top-p' cannot be '1.5'", ["--prompt", "a", "--top-p", "1.5"]),
         (
             2,
-            "top-k and top-p have no effect at temperature 0",
+            "top-k, top-p and min-p have no effect at temperature 0",
             ["--prompt", "a", "--temperature", "0", "--top-k", "3"],
         ),
         (2, "'max-new-tokens' cannot be '0'", ["--prompt", "a", "--max-new-tokens", "0"]),
@@ -344,7 +345,7 @@ def test_bench_of_sampling(artifact: Path, capsys: pytest.CaptureFixture[str], m
     )
     args = ("--prompt-length", 8, "--new-tokens", 4, "--samples", 2, "--top-p", 0.9, "--seed", 3)
     found = optc_json(capsys, "bench", artifact, *args)
-    assert found["sampling"] == {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "seed": 3}
+    assert found["sampling"] == {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "min_p": 0.0, "seed": 3}
     assert seen == [Sampling(temperature=1.0, top_p=0.9, seed=3)] * 3
     assert optc("bench", artifact, *args) == 0
     assert capsys.readouterr().out.startswith("prompt of 8 tokens, batch 1, 2 samples, drawn at temperature 1\n")
@@ -364,5 +365,5 @@ def test_bench_for_people_and_saved(artifact: Path, capsys: pytest.CaptureFixtur
 
 def test_bench_refuses(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expect(capsys, 2, "'samples' cannot be '0'", "bench", artifact, "--samples", 0)
-    expect(capsys, 2, "top-k and top-p have no effect", "bench", artifact, "--temperature", 0, "--top-k", 3)
+    expect(capsys, 2, "top-k, top-p and min-p have no effect", "bench", artifact, "--temperature", 0, "--top-k", 3)
     expect(capsys, 2, "do not fit the context", "bench", artifact, "--prompt-length", 2048)

@@ -42,7 +42,7 @@ class RunOptions(SamplingOptions, frozen=True, kw_only=True):
 def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     """Generate text with ARTIFACT, greedily unless told otherwise.
 
-    Sampling applies temperature, then top-k, then top-p; --top-k or --top-p alone sample at
+    Sampling applies temperature, then top-k, then top-p, then min-p; one of these cuts alone samples at
     temperature 1. The same seed and prompt give the same text, alone or in a batch.
 
     \b

@@ -59,13 +59,24 @@ class SamplingOptions(SessionOptions, frozen=True, kw_only=True):
         ]
         | None
     ) = None
+    min_p: (
+        Annotated[
+            float,
+            Meta(
+                ge=0,
+                le=1,
+                description="Sample among tokens that are at least this share as likely as the likeliest, e.g. 0.05.",
+            ),
+        ]
+        | None
+    ) = None
     seed: Annotated[int, Meta(ge=0, description="Seed of the sampling; greedy decoding needs none.")] = 0
 
 
 def sampling_of(options: SamplingOptions) -> dict[str, Any]:
-    """Arguments of `Sampling`; asking for top-k or top-p means to sample."""
-    given = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
-    chosen = {key: value for key, value in given.items() if value is not None}
+    """Arguments of `Sampling`; asking for a cut means to sample."""
+    given = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    chosen = {name: value for name, value in given.items() if value is not None}
     return {"seed": options.seed, **({"temperature": 1.0, **chosen} if chosen else {})}
 
 

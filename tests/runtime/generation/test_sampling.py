@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from optc.compiler.diagnostics import GateError, UsageError
 from optc.runtime.generation.sampling import Sampler, Sampling, distribution
@@ -43,6 +43,26 @@ def test_top_p_counts_after_top_k() -> None:
     # Of 0.4, 0.3 alone the first has 4/7 = 0.57 of the mass: top-p 0.5 keeps only it.
     found = distribution(_logits(0.4, 0.3, 0.2, 0.1), Sampling(temperature=1, top_k=2, top_p=0.5))
     assert found[0].tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("min_p", "kept"), [(0.2, [0, 2, 3]), (0.6, [0, 2]), (1.0, [0])])
+def test_min_p_by_hand(min_p: float, kept: list[int]) -> None:
+    p = np.array([0.4, 0.05, 0.3, 0.2])
+    expected = np.where(np.isin(range(4), kept), p, 0)
+    found = distribution(np.log(p)[None], Sampling(temperature=1, min_p=min_p))
+    np.testing.assert_allclose(found[0], expected / expected.sum(), atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 30}, {"top_p": 0.9}, {"top_k": 30, "top_p": 0.8}])
+def test_min_p_equals_transformers(options: dict[str, float]) -> None:
+    """After the other cuts."""
+    scores = torch.randn(4, 500, generator=torch.Generator().manual_seed(0)) * 3
+    expected = TopKLogitsWarper(int(options["top_k"]))(None, scores) if "top_k" in options else scores
+    expected = TopPLogitsWarper(options["top_p"])(None, expected) if "top_p" in options else expected
+    expected = MinPLogitsWarper(0.02)(None, expected)
+    found = distribution(scores.numpy(), Sampling(temperature=1.0, min_p=0.02, **options))  # type: ignore[arg-type]
+    assert ((found > 0) == (expected > -torch.inf).numpy()).all()
+    np.testing.assert_allclose(found, expected.softmax(-1).numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
@@ -85,8 +105,10 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         ({"temperature": 1.0, "top_k": -1}, "top-k -1 is out of range"),
         ({"temperature": 1.0, "top_p": 0.0}, "top-p 0.0 is out of range"),
         ({"temperature": 1.0, "top_p": 1.1}, "top-p 1.1 is out of range"),
+        ({"temperature": 1.0, "min_p": 1.1}, "min-p 1.1 is out of range"),
+        ({"min_p": 0.1}, "top-k, top-p and min-p have no effect at temperature 0"),
         ({"seed": -1}, "seed -1 is out of range"),
-        ({"top_k": 5}, "top-k and top-p have no effect at temperature 0"),
+        ({"top_k": 5}, "top-k, top-p and min-p have no effect at temperature 0"),
     ],
 )
 def test_refuses(options: dict[str, float], message: str) -> None:

@@ -92,15 +92,15 @@ def test_equals_stay_together() -> None:
         Sampling(temperature=0.7, top_k=5),
         Sampling(temperature=1.3, top_p=0.8),
         Sampling(temperature=2.0, top_k=9, top_p=0.7),
+        Sampling(temperature=2.0, top_k=9, top_p=0.9, min_p=0.2),
     ],
 )
 def test_draws_follow_the_host_sampler(sampling: Sampling) -> None:
     """The same tokens can be drawn, each as often as its probability says (chi-squared, 0.1 % point of 19 at most)."""
     row, draws = torch.randn(1, 20, generator=torch.Generator().manual_seed(3)) * 2, 4000
     expected = distribution(row.numpy(), sampling)[0]
-    tokens, logprobs = sample(
-        row.expand(draws, -1), sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=11
-    )
+    cuts = {"top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p}
+    tokens, logprobs = sample(row.expand(draws, -1), sampling.temperature, seed=11, **cuts)
     found = torch.bincount(tokens, minlength=20).numpy()
     assert set(np.flatnonzero(found)) <= set(np.flatnonzero(expected))
     likely = expected * draws >= 5
