@@ -23,6 +23,7 @@ from torch.utils.checkpoint import (
 )
 
 from optc.compiler.diagnostics import UsageError, unknown_name
+from optc.compiler.settings.fields import check_struct
 from optc.training.blocks import transformer_blocks
 from optc.training.saved_tensors import SavedTensors
 
@@ -64,6 +65,7 @@ def apply_activation_checkpointing(model: M, config: CheckpointingConfig) -> M:
         UsageError: a model without repeated blocks, a value out of range, an unknown op; later, in the first
             forward pass, a budget below what recomputing every block keeps.
     """
+    check_struct(config)
     if config.policy == "none":
         return model
     blocks = transformer_blocks(model)
@@ -74,8 +76,6 @@ def apply_activation_checkpointing(model: M, config: CheckpointingConfig) -> M:
         for index, block in enumerate(blocks):
             block.forward = partial(budget.run, index, block.forward)
         return model
-    if config.every_n < 1:
-        raise UsageError(f"checkpointing.every_n {config.every_n} is out of range", remedy="use 1 or more")
     options: dict[str, Any] = {}
     if config.policy == "selective":
         policy = op_policy(config.keep)
@@ -159,8 +159,6 @@ class _Budget:
     """
 
     def __init__(self, budget: float, blocks: int) -> None:
-        if not budget > 0:
-            raise UsageError(f"checkpointing.budget {budget} is out of range", remedy="use a number above 0")
         self.budget, self.blocks = budget, blocks
         self.recomputed: dict[Any, frozenset[int]] = {}
 

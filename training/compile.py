@@ -10,6 +10,7 @@ from msgspec import Meta
 from torch import nn
 
 from optc.compiler.diagnostics import UsageError
+from optc.compiler.settings.fields import check_struct
 from optc.training.blocks import transformer_blocks
 
 M = TypeVar("M", bound=nn.Module)
@@ -48,8 +49,7 @@ def apply_compile(model: M, config: CompileConfig) -> M:
     Raises:
         UsageError: scope `blocks` for a model without repeated blocks; a budget out of range or without compile.
     """
-    if not 0 <= config.activation_budget <= 1:
-        raise UsageError(f"compile.activation_budget {config.activation_budget:g} is out of range", remedy="use 0 to 1")
+    check_struct(config)
     if config.scope == "none":
         if config.activation_budget < 1:
             raise UsageError(

@@ -6,6 +6,7 @@ The request of a compile, the options of commands and the configuration of train
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,11 @@ import msgspec
 from optc.compiler.diagnostics import UsageError, nearest, unknown_name
 
 StructT = TypeVar("StructT", bound=msgspec.Struct)
+
+Bounds = tuple[float | None, float | None, float | None, float | None]
+"""(ge, gt, le, lt) of a number, None where there is none."""
+
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", Path: "a path", str: "text"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +47,6 @@ class Field:
     Attributes:
         key: its name where people give it: with hyphens for flags and recipes of a compile, dotted in nested structs.
         kind: int, float, bool, str, Path, `Literal[...]`, `tuple[str, ...]` or a class; without None.
-        bounds: (ge, gt, le, lt) of a number, None where there is none.
         extra: of `Meta`: "default" (its text, where it depends on something), "negation" (the flag that says no),
             "metavar", "short" (a flag of one letter), "read" (a function of the value, for kinds that are not plain),
             "joined" (a list that a command line gives as one text, not by repeating the flag).
@@ -53,7 +58,7 @@ class Field:
     default: Any
     required: bool
     help: str
-    bounds: tuple[float | None, float | None, float | None, float | None]
+    bounds: Bounds
     extra: Mapping[str, Any]
     hint: Any
 
@@ -85,17 +90,11 @@ class Field:
             return str(self.extra["expected"])
         if self.choices:
             return "one of " + ", ".join(self.choices)
-        names = {int: "an integer", float: "a number", bool: "true or false", Path: "a path", str: "text"}
-        kind = names.get(self.kind, "a value")
+        kind = _KINDS.get(self.kind, "a value")
         if self.repeatable:
             items = typing.get_args(self.kind)
-            kind = "text, or a list of texts" if str in items else f"a list of {names.get(items[0], 'value')[2:]}s"
-        ge, gt, le, lt = (None if bound is None else _number(bound) for bound in self.bounds)
-        if ge is not None and le is not None:
-            return f"{kind} from {ge} to {le}"
-        low = f"{ge} or more" if ge is not None else f"more than {gt}" if gt is not None else ""
-        high = f"{le} or less" if le is not None else f"less than {lt}" if lt is not None else ""
-        return ", ".join(part for part in (kind, low, high) if part)
+            kind = "text, or a list of texts" if str in items else f"a list of {_KINDS.get(items[0], 'value')[2:]}s"
+        return _within(kind, self.bounds)
 
     def read(self, given: Given) -> Any:
         """The value in the field's type.
@@ -131,6 +130,32 @@ class Field:
         if isinstance(value, str) and "\0" in value:
             raise ValueError
         return msgspec.convert(value, self.hint, strict=not text)
+
+
+def check_range(name: str, value: float, kind: Any) -> None:
+    """Hold a number of a call from Python to the bounds of its type, `Annotated[int, Meta(ge=1)]`.
+
+    Raises:
+        UsageError: it is out of them, or no number; says which they are.
+    """
+    kind, metas = _stripped(kind)
+    low, above, high, below = bounds = _bounds(metas)
+    good = (low is None or value >= low) and (above is None or value > above)
+    good = good and (high is None or value <= high) and (below is None or value < below)
+    if not (good and math.isfinite(value)):
+        raise UsageError(f"{name} {value} is out of range", remedy=f"give {_within(_KINDS[kind], bounds)}")
+
+
+def check_struct(part: msgspec.Struct) -> None:
+    """Read every value of a struct that was made by hand, as those of flags and recipes are read.
+
+    Raises:
+        UsageError: a value of another type or out of its bounds; names the field.
+    """
+    for name, field in fields_of(type(part)).items():
+        value = getattr(part, name)
+        if value is not field.default:
+            field.read(Given(value=value, where=f"{type(part).__name__}({name}=...)"))
 
 
 def fields_of(cls: type[msgspec.Struct]) -> dict[str, Field]:
@@ -196,10 +221,6 @@ def _members(cls: type[msgspec.Struct]) -> Iterator[tuple[str, Field | type[msgs
 
 def _field(name: str, hint: Any, info: msgspec.structs.FieldInfo) -> Field:
     kind, metas = _stripped(hint)
-    bounds = tuple(
-        next((getattr(meta, key) for meta in metas if getattr(meta, key) is not None), None)
-        for key in ("ge", "gt", "le", "lt")
-    )
     help_ = next((meta.description for meta in metas if meta.description), "")
     extra = {key: value for meta in reversed(metas) for key, value in (meta.extra or {}).items()}
     plain = Annotated[kind, *metas] if metas else kind
@@ -210,10 +231,18 @@ def _field(name: str, hint: Any, info: msgspec.structs.FieldInfo) -> Field:
         default=None if info.required else info.default,
         required=info.required,
         help=help_,
-        bounds=bounds,  # type: ignore[arg-type]
+        bounds=_bounds(metas),
         extra=extra,
         hint=plain,
     )
+
+
+def _bounds(metas: Sequence[msgspec.Meta]) -> Bounds:
+    ge, gt, le, lt = (
+        next((getattr(meta, key) for meta in metas if getattr(meta, key) is not None), None)
+        for key in ("ge", "gt", "le", "lt")
+    )
+    return ge, gt, le, lt
 
 
 def _stripped(hint: Any) -> tuple[Any, list[msgspec.Meta]]:
@@ -230,6 +259,16 @@ def _stripped(hint: Any) -> tuple[Any, list[msgspec.Meta]]:
             (hint,) = parts
         else:
             return hint, metas
+
+
+def _within(kind: str, bounds: Bounds) -> str:
+    """A kind of value with its bounds, in words."""
+    ge, gt, le, lt = (None if bound is None else _number(bound) for bound in bounds)
+    if ge is not None and le is not None:
+        return f"{kind} from {ge} to {le}"
+    low = f"{ge} or more" if ge is not None else f"more than {gt}" if gt is not None else ""
+    high = f"{le} or less" if le is not None else f"less than {lt}" if lt is not None else ""
+    return ", ".join(part for part in (kind, low, high) if part)
 
 
 def _number(bound: float) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from optc.compiler.diagnostics import UsageError
+from optc.compiler.settings.fields import check_range
+from optc.runtime.bounds import Count
 from optc.runtime.generation.sampling import Sampler, Sampling, draws_of
 from optc.runtime.sessions.session import Logits, Rows, Session
 from optc.runtime.sessions.streaming import Draw, StreamingSession
@@ -60,8 +62,7 @@ def generate(
         InputError: prompts that the session refuses.
         GateError: logits that are not finite.
     """
-    if max_new_tokens < 1:
-        raise UsageError(f"max-new-tokens {max_new_tokens} is out of range", remedy="use 1 or more")
+    check_range("max-new-tokens", max_new_tokens, Count)
     samplings = _per_row(sampling, len(prompts))
     batch = _Batch(session, stop_ids, max_new_tokens, on_token)
     begin = time.perf_counter()

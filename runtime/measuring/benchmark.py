@@ -23,6 +23,8 @@ import numpy as np
 import psutil
 
 from optc.compiler.diagnostics import UsageError
+from optc.compiler.settings.fields import check_range
+from optc.runtime.bounds import Batch, Count, Samples, TimedTokens, Warmup
 from optc.runtime.generation.generate import GenerationResult, generate
 from optc.runtime.generation.sampling import Sampling
 from optc.runtime.sessions.session import Session
@@ -148,12 +150,12 @@ def benchmark(
 def _check(
     session: Session, prompt_lengths: Sequence[int], new_tokens: int, batch: int, samples: int, warmup: int
 ) -> None:
-    counts = {"batch": batch, "samples": samples, "prompt-length": min(prompt_lengths, default=0)}
-    for name, value in counts.items():
-        if value < 1:
-            raise UsageError(f"{name} {value} is out of range", remedy="use 1 or more")
-    if warmup < 0 or new_tokens < 2:
-        raise UsageError("warm-up must be 0 or more, new tokens 2 or more", why="decode begins at the second")
+    check_range("batch", batch, Batch)
+    check_range("samples", samples, Samples)
+    check_range("warmup", warmup, Warmup)
+    check_range("new-tokens", new_tokens, TimedTokens)
+    for length in prompt_lengths or (0,):
+        check_range("prompt-length", length, Count)
     longest = max(prompt_lengths) + new_tokens - 1
     if longest > session.context_length:
         raise UsageError(

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 
 from optc.compiler.diagnostics import GateError, InputError, UsageError
+from optc.compiler.settings.fields import check_range
+from optc.runtime.bounds import Count
 from optc.runtime.sessions.session import Session
 
 WINDOW = 1024
@@ -171,8 +173,8 @@ def compare(
 
 def _check(sessions: Sequence[Session], reference: Reference | None, windows: int | None, top_k: int | None) -> None:
     assert len({session.vocab_size for session in sessions}) == 1, "the sessions have different vocabularies"
-    if windows is not None and windows < 1:
-        raise UsageError(f"windows {windows} is out of range", remedy="use 1 or more")
+    if windows is not None:
+        check_range("windows", windows, Count)
     if top_k is not None and not 1 <= top_k <= sessions[0].vocab_size:
         raise UsageError(f"top-k {top_k} is out of range", remedy=f"use 1 to {sessions[0].vocab_size}")
     if top_k is not None and reference is None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
+from optc.compiler.settings.fields import check_range
+from optc.runtime.bounds import Count, CountOrNone
 from optc.runtime.sessions.load import Model
 
 
@@ -42,9 +44,9 @@ def run_tasks(
     """
     if not tasks:
         raise UsageError("no task is named", remedy="give --tasks NAME or a YAML file or folder")
-    for name, value, least in (("limit", limit, 1), ("num-fewshot", num_fewshot, 0)):
-        if value is not None and value < least:
-            raise UsageError(f"{name} {value} is out of range", remedy=f"use {least} or more")
+    for name, value, kind in (("limit", limit, Count), ("num-fewshot", num_fewshot, CountOrNone)):
+        if value is not None:
+            check_range(name, value, kind)
     try:
         from lm_eval.evaluator import evaluate
         from lm_eval.tasks import TaskManager

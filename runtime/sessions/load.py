@@ -11,6 +11,8 @@ from optc.compiler.artifact.engines import Engine, check_files, find_engine
 from optc.compiler.artifact.folder import verify
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
+from optc.compiler.settings.fields import check_range
+from optc.runtime.bounds import Threads
 from optc.runtime.generation.generate import StopReason, generate
 from optc.runtime.generation.sampling import Sampling
 from optc.runtime.generation.tokenizer import TextStream, Tokenizer, eos_token_ids, load_tokenizer
@@ -250,8 +252,8 @@ def open_session(
             where=str(folder),
             remedy="run its engine file with the engine itself; optc inspect lists inputs and outputs",
         )
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads {threads} is out of range", remedy="use 1 or more")
+    if threads is not None:
+        check_range("threads", threads, Threads)
     if threads is not None and not engine.has_threads:
         raise UsageError("threads has no effect here: the plan runs on the GPU")
     if num_blocks is not None and contract.kv_cache.kind != "paged":

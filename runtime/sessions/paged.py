@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from optc.compiler.diagnostics import UsageError
 from optc.compiler.execution.block_manager import BlockManager
 from optc.compiler.ir.contract import Contract, Input
+from optc.compiler.settings.fields import check_range
+from optc.runtime.bounds import Count
 from optc.runtime.sessions.session import UNKNOWN_CONTEXT, Logits, Rows, Session
 from optc.runtime.sessions.torch_linear import CPU, Run, cache_inputs, to_logits, torch_zeros
 
@@ -68,8 +69,8 @@ class PagedSession(Session):
         assert contract.kv_cache.kind == "paged"
         super().__init__(vocab_size=contract.model.vocab_size, context_length=contract.model.context_length)
         size = contract.kv_cache.block_size
-        if num_blocks is not None and num_blocks < 1:
-            raise UsageError(f"num-blocks {num_blocks} is out of range", remedy="use 1 or more")
+        if num_blocks is not None:
+            check_range("num-blocks", num_blocks, Count)
         pools = cache_inputs(contract)
         count = num_blocks or default_blocks(contract)
         self._graph, self._device = run, device

@@ -17,7 +17,7 @@ from optc.compiler.calibration.sequences import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from optc.compiler.diagnostics import TargetError, UsageError
 from optc.compiler.rewriting.passes import Pass
 from optc.compiler.settings.device import DeviceName
-from optc.compiler.settings.fields import Field, Given, fields_of, read_fields, unknown_key
+from optc.compiler.settings.fields import Field, Given, check_struct, fields_of, read_fields, unknown_key
 from optc.compiler.target.options import CacheRequest, ComputeType, QuantRequest, TargetOptions
 from optc.compiler.target.target import Target
 from optc.targets.registry import all_targets, find_target
@@ -275,7 +275,4 @@ def check_request(request: Request) -> None:
         wanted = SECTIONS.get(section, target.options)
         if not isinstance(part, wanted):
             raise UsageError(f"'{section}' of a request cannot be {part!r}", remedy=f"give {wanted.__name__}(...)")
-        for name, field in fields_of(wanted).items():
-            value = getattr(part, name)
-            if value is not field.default:
-                field.read(Given(value=value, where=f"{wanted.__name__}({name}=...)"))
+        check_struct(part)

@@ -12,22 +12,23 @@ from optc.cli.common import emit, json_option, progress
 from optc.cli.options import struct_flags
 from optc.cli.session_options import SamplingOptions, Save, artifact_argument, kv_pool, sampling_of, save_figures
 from optc.compiler.settings.device import DeviceName
+from optc.runtime.bounds import Batch, Count, Samples, TimedTokens, Warmup
 
 
 class BenchOptions(SamplingOptions, frozen=True, kw_only=True):
     """What is timed."""
 
     prompt_length: Annotated[
-        tuple[Annotated[int, Meta(ge=1, le=1 << 31)], ...],
+        tuple[Count, ...],
         Meta(
             description="Prompt tokens; repeat it for several lengths.",
             extra={"metavar": "N", "default": "512, or what the context holds", "expected": "an integer, 1 or more"},
         ),
     ] = ()
-    new_tokens: Annotated[int, Meta(ge=2, le=1 << 31, description="Tokens to generate per sample.")] = 64
-    batch: Annotated[int, Meta(ge=1, le=1 << 16, description="Prompts per batch.")] = 1
-    samples: Annotated[int, Meta(ge=1, le=1 << 20, description="Timed generations per prompt length.")] = 5
-    warmup: Annotated[int, Meta(ge=0, le=1 << 20, description="Untimed generations before the timed ones.")] = 1
+    new_tokens: Annotated[TimedTokens, Meta(description="Tokens to generate per sample.")] = 64
+    batch: Annotated[Batch, Meta(description="Prompts per batch.")] = 1
+    samples: Annotated[Samples, Meta(description="Timed generations per prompt length.")] = 5
+    warmup: Annotated[Warmup, Meta(description="Untimed generations before the timed ones.")] = 1
     save: Save = False
     device: (
         Annotated[

@@ -19,6 +19,7 @@ from optc.compiler.artifact.engines import find_engine
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.ir.devices import choose_device
 from optc.compiler.settings.device import DeviceName
+from optc.runtime.bounds import Count, CountOrNone
 
 if TYPE_CHECKING:
     from optc.runtime.sessions.load import Model
@@ -29,15 +30,11 @@ class EvalOptions(SessionOptions, frozen=True, kw_only=True):
 
     compare: Annotated[bool, Meta(description="Several artifacts on the same text: one table.")] = False
     text: Annotated[Path, Meta(description="Text file, UTF-8.")] | None = None
-    windows: (
-        Annotated[int, Meta(ge=1, le=1 << 31, description="Evaluate at most this many windows of 1024 tokens.")] | None
-    ) = None
+    windows: Annotated[Count, Meta(description="Evaluate at most this many windows of 1024 tokens.")] | None = None
     top_k: (
         Annotated[
-            int,
+            Count,
             Meta(
-                ge=1,
-                le=1 << 31,
                 description="Also report the KL over the source's K most likely tokens, with all others as one event.",
                 extra={"metavar": "K"},
             ),
@@ -66,20 +63,15 @@ class EvalOptions(SessionOptions, frozen=True, kw_only=True):
     ] = ()
     num_fewshot: (
         Annotated[
-            int,
+            CountOrNone,
             Meta(
-                ge=0,
-                le=1 << 31,
                 description="With --tasks: examples in the prompt.",
                 extra={"default": "what the task says"},
             ),
         ]
         | None
     ) = None
-    limit: (
-        Annotated[int, Meta(ge=1, le=1 << 31, description="With --tasks: use at most this many examples of each.")]
-        | None
-    ) = None
+    limit: Annotated[Count, Meta(description="With --tasks: use at most this many examples of each.")] | None = None
     save: Save = False
     device: (
         Annotated[

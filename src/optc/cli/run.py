@@ -13,6 +13,7 @@ from optc.cli.common import emit, json_option, stderr
 from optc.cli.options import struct_flags
 from optc.cli.session_options import SamplingOptions, artifact_argument, kv_pool, sampling_of
 from optc.compiler.diagnostics import UsageError
+from optc.runtime.bounds import Count
 
 
 def _read_ids(texts: Any) -> tuple[tuple[int, ...], ...]:
@@ -31,7 +32,7 @@ class RunOptions(SamplingOptions, frozen=True, kw_only=True):
             extra={"metavar": "IDS", "read": _read_ids, "expected": "integers and commas: 5,17,33"},
         ),
     ] = ()
-    max_new_tokens: Annotated[int, Meta(ge=1, le=1 << 31, description="Largest number of tokens per prompt.")] = 128
+    max_new_tokens: Annotated[Count, Meta(description="Largest number of tokens per prompt.")] = 128
     ignore_eos: Annotated[bool, Meta(description="Continue after an end-of-text token.")] = False
 
 

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from optc.compiler.artifact.manifest import Manifest
+from optc.runtime.bounds import Count, Threads
 from optc.runtime.sessions.session import Session
 
 artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
@@ -21,17 +22,15 @@ class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     threads: (
         Annotated[
-            int,
-            Meta(ge=1, le=4096, description="Threads of the engine.", extra={"default": "one per physical core"}),
+            Threads,
+            Meta(description="Threads of the engine.", extra={"default": "one per physical core"}),
         ]
         | None
     ) = None
     kv_blocks: (
         Annotated[
-            int,
+            Count,
             Meta(
-                ge=1,
-                le=1 << 31,
                 description="Blocks in the KV pool of a paged artifact.",
                 extra={"default": "8 full contexts"},
             ),

@@ -100,7 +100,7 @@ def test_bandwidth_and_environment() -> None:
         ({"batch": 0}, "batch 0 is out of range"),
         ({"samples": 0}, "samples 0 is out of range"),
         ({"prompt_lengths": (8, 0)}, "prompt-length 0 is out of range"),
-        ({"new_tokens": 1}, "warm-up must be 0 or more, new tokens 2 or more"),
+        ({"new_tokens": 1}, "new-tokens 1 is out of range"),
         ({"prompt_lengths": (60,), "new_tokens": 6}, "60 prompt and 6 new tokens do not fit the context"),
     ],
 )

@@ -1,0 +1,21 @@
+"""Bounds of the numbers that run, eval and bench are given: of their flags, and of calls from Python."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=1, le=1 << 31)]
+"""Tokens, windows, examples, blocks of a cache."""
+
+CountOrNone = Annotated[int, Meta(ge=0, le=1 << 31)]
+"""The same, where 0 has a meaning."""
+
+Threads = Annotated[int, Meta(ge=1, le=4096)]
+Batch = Annotated[int, Meta(ge=1, le=1 << 16)]
+Samples = Annotated[int, Meta(ge=1, le=1 << 20)]
+Warmup = Annotated[int, Meta(ge=0, le=1 << 20)]
+
+TimedTokens = Annotated[int, Meta(ge=2, le=1 << 31)]
+"""Tokens of one timed generation: decoding begins at the second."""

@@ -1,0 +1,83 @@
+"""A number has the same bounds as a flag and in a call from Python: both are made of one type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import msgspec
+import pytest
+from msgspec import Meta
+
+from optc.cli.bench import BenchOptions
+from optc.cli.evaluate import EvalOptions
+from optc.cli.run import RunOptions
+from optc.compiler.diagnostics import UsageError
+from optc.compiler.settings.fields import Given, check_range, check_struct, fields_of
+from optc.runtime.generation.generate import generate
+from optc.runtime.measuring.benchmark import benchmark
+from optc.runtime.measuring.evaluate import compare
+from optc.runtime.measuring.tasks import run_tasks
+from optc.training.activation_checkpointing import CheckpointingConfig
+
+SESSION: Any = SimpleNamespace(vocab_size=8, context_length=4)
+Call = Callable[[int], object]
+
+
+def _bench(name: str) -> Call:
+    return lambda value: benchmark(SESSION, **{name: value})
+
+
+CALLS: dict[tuple[type[msgspec.Struct], str], Call] = {
+    (RunOptions, "max_new_tokens"): lambda value: generate(SESSION, [], max_new_tokens=value),
+    (BenchOptions, "batch"): _bench("batch"),
+    (BenchOptions, "samples"): _bench("samples"),
+    (BenchOptions, "warmup"): _bench("warmup"),
+    (BenchOptions, "new_tokens"): _bench("new_tokens"),
+    (EvalOptions, "windows"): lambda value: compare([SESSION], [0, 1], None, windows=value),
+    (EvalOptions, "limit"): lambda value: run_tasks(SESSION, ["task"], limit=value),
+    (EvalOptions, "num_fewshot"): lambda value: run_tasks(SESSION, ["task"], num_fewshot=value),
+}
+
+
+@pytest.mark.parametrize(("options", "name"), list(CALLS))
+@pytest.mark.parametrize("end", [0, 2])
+def test_calls_and_flags_refuse_the_same(options: type[msgspec.Struct], name: str, end: int) -> None:
+    field = fields_of(options)[name]
+    bound = field.bounds[end]
+    assert bound is not None
+    beyond = int(bound) + (1 if end else -1)
+    with pytest.raises(UsageError, match=f"'{field.key}' cannot be '{beyond}'") as flag:
+        field.read(Given(value=str(beyond), where="the command line", text=True))
+    with pytest.raises(UsageError, match=f"{field.key} {beyond} is out of range") as call:
+        CALLS[options, name](beyond)
+    assert call.value.remedy == flag.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "remedy"),
+    [
+        (Annotated[int, Meta(ge=2, le=4)], 5, "give an integer from 2 to 4"),
+        (Annotated[float, Meta(gt=0, le=1)], 0.0, "give a number, more than 0, 1 or less"),
+        (Annotated[float, Meta(gt=0, lt=1)], 1.0, "give a number, more than 0, less than 1"),
+        (Annotated[float, Meta(ge=0)], float("nan"), "give a number, 0 or more"),
+        (Annotated[float, Meta(ge=0)], float("inf"), "give a number, 0 or more"),
+    ],
+)
+def test_a_number_out_of_its_range(kind: Any, value: float, remedy: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_range("key", value, kind)
+    assert (caught.value.what, caught.value.remedy) == (f"key {value} is out of range", remedy)
+
+
+@pytest.mark.parametrize("value", [2, 3, 4])
+def test_bounds_belong_to_the_range(value: int) -> None:
+    check_range("key", value, Annotated[int, Meta(ge=2, le=4)])
+
+
+def test_a_struct_made_by_hand_is_read_like_a_recipe() -> None:
+    check_struct(CheckpointingConfig(every_n=3))
+    with pytest.raises(UsageError) as caught:
+        check_struct(CheckpointingConfig(every_n=0))
+    assert caught.value.where == "CheckpointingConfig(every_n=...)"
