@@ -9,13 +9,18 @@ from msgspec import Meta
 Count = Annotated[int, Meta(ge=1, le=1 << 31)]
 """Tokens, windows, examples, blocks of a cache."""
 
-CountOrNone = Annotated[int, Meta(ge=0, le=1 << 31)]
+CountOrZero = Annotated[int, Meta(ge=0, le=1 << 31)]
 """The same, where 0 has a meaning."""
 
 Threads = Annotated[int, Meta(ge=1, le=4096)]
 Batch = Annotated[int, Meta(ge=1, le=1 << 16)]
 Samples = Annotated[int, Meta(ge=1, le=1 << 20)]
 Warmup = Annotated[int, Meta(ge=0, le=1 << 20)]
+
+Temperature = Annotated[float, Meta(ge=0)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+MinP = Annotated[float, Meta(ge=0, le=1)]
+Seed = Annotated[int, Meta(ge=0)]
 
 TimedTokens = Annotated[int, Meta(ge=2, le=1 << 31)]
 """Tokens of one timed generation: decoding begins at the second."""

@@ -7,15 +7,18 @@ Min-p: Nguyen et al. 2024, https://arxiv.org/abs/2407.01082.
 
 from __future__ import annotations
 
-import math
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 
 from optc.compiler.diagnostics import UsageError
+from optc.compiler.settings.fields import check_range
+from optc.runtime.bounds import CountOrZero, MinP, Seed, Temperature, TopP
 from optc.runtime.sessions.session import most_likely
 from optc.runtime.sessions.streaming import Draw
 
@@ -39,23 +42,15 @@ class Sampling:
         UsageError: a value out of range, or one of the cuts with greedy decoding.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
+    temperature: Temperature = 0.0
+    top_k: CountOrZero = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for name, good, allowed in (
-            ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "0 (greedy) or above"),
-            ("top_k", self.top_k >= 0, "0 (off) or a positive count"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, up to 1 (off)"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
-            ("seed", self.seed >= 0, "0 or more"),
-        ):
-            if not good:
-                plain = name.replace("_", "-")
-                raise UsageError(f"{plain} {getattr(self, name)} is out of range", remedy=f"it must be {allowed}")
+        for name, kind in _ranges().items():
+            check_range(name.replace("_", "-"), getattr(self, name), kind)
         if self.greedy and (self.top_k or self.top_p < 1 or self.min_p):
             raise UsageError(
                 "top-k, top-p and min-p have no effect at temperature 0",
@@ -65,6 +60,11 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+
+@functools.cache
+def _ranges() -> dict[str, Any]:
+    return get_type_hints(Sampling, include_extras=True)
 
 
 def distribution(logits: npt.NDArray[np.floating], sampling: Sampling) -> npt.NDArray[np.float64]:

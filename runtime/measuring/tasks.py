@@ -12,7 +12,7 @@ from typing import Any
 
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.compiler.settings.fields import check_range
-from optc.runtime.bounds import Count, CountOrNone
+from optc.runtime.bounds import Count, CountOrZero
 from optc.runtime.sessions.load import Model
 
 
@@ -44,7 +44,7 @@ def run_tasks(
     """
     if not tasks:
         raise UsageError("no task is named", remedy="give --tasks NAME or a YAML file or folder")
-    for name, value, kind in (("limit", limit, Count), ("num-fewshot", num_fewshot, CountOrNone)):
+    for name, value, kind in (("limit", limit, Count), ("num-fewshot", num_fewshot, CountOrZero)):
         if value is not None:
             check_range(name, value, kind)
     try:

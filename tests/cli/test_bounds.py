@@ -16,6 +16,7 @@ from optc.cli.run import RunOptions
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.fields import Given, check_range, check_struct, fields_of
 from optc.runtime.generation.generate import generate
+from optc.runtime.generation.sampling import Sampling
 from optc.runtime.measuring.benchmark import benchmark
 from optc.runtime.measuring.evaluate import compare
 from optc.runtime.measuring.tasks import run_tasks
@@ -52,6 +53,20 @@ def test_calls_and_flags_refuse_the_same(options: type[msgspec.Struct], name: st
         field.read(Given(value=str(beyond), where="the command line", text=True))
     with pytest.raises(UsageError, match=f"{field.key} {beyond} is out of range") as call:
         CALLS[options, name](beyond)
+    assert call.value.remedy == flag.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -0.1), ("top_k", -1), ("top_k", 2**31 + 1), ("top_p", 0.0), ("top_p", 1.1)]
+    + [("min_p", -0.1), ("min_p", 1.1), ("seed", -1)],
+)
+def test_sampling_and_its_flags_refuse_the_same(name: str, value: float) -> None:
+    field = fields_of(RunOptions)[name]
+    with pytest.raises(UsageError, match=f"'{field.key}' cannot be ") as flag:
+        field.read(Given(value=str(value), where="the command line", text=True))
+    with pytest.raises(UsageError, match=f"{field.key} {value} is out of range") as call:
+        Sampling(**{"temperature": 1.0, name: value})
     assert call.value.remedy == flag.value.remedy
 
 

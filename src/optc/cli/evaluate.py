@@ -19,7 +19,7 @@ from optc.compiler.artifact.engines import find_engine
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.ir.devices import choose_device
 from optc.compiler.settings.device import DeviceName
-from optc.runtime.bounds import Count, CountOrNone
+from optc.runtime.bounds import Count, CountOrZero
 
 if TYPE_CHECKING:
     from optc.runtime.sessions.load import Model
@@ -63,7 +63,7 @@ class EvalOptions(SessionOptions, frozen=True, kw_only=True):
     ] = ()
     num_fewshot: (
         Annotated[
-            CountOrNone,
+            CountOrZero,
             Meta(
                 description="With --tasks: examples in the prompt.",
                 extra={"default": "what the task says"},

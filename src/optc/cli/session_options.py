@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from optc.compiler.artifact.manifest import Manifest
-from optc.runtime.bounds import Count, Threads
+from optc.runtime.bounds import Count, CountOrZero, MinP, Seed, Temperature, Threads, TopP
 from optc.runtime.sessions.session import Session
 
 artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
@@ -43,16 +43,14 @@ class SamplingOptions(SessionOptions, frozen=True, kw_only=True):
     """Options of a session, and how tokens are chosen."""
 
     temperature: (
-        Annotated[float, Meta(ge=0, description="Sample at this temperature; 0 is greedy.", extra={"default": "0"})]
+        Annotated[Temperature, Meta(description="Sample at this temperature; 0 is greedy.", extra={"default": "0"})]
         | None
     ) = None
-    top_k: Annotated[int, Meta(ge=0, le=1 << 31, description="Sample among the k most likely tokens.")] | None = None
+    top_k: Annotated[CountOrZero, Meta(description="Sample among the k most likely tokens.")] | None = None
     top_p: (
         Annotated[
-            float,
+            TopP,
             Meta(
-                gt=0,
-                le=1,
                 description="Sample among the most likely tokens that together reach this probability, e.g. 0.9.",
             ),
         ]
@@ -60,16 +58,14 @@ class SamplingOptions(SessionOptions, frozen=True, kw_only=True):
     ) = None
     min_p: (
         Annotated[
-            float,
+            MinP,
             Meta(
-                ge=0,
-                le=1,
                 description="Sample among tokens that are at least this share as likely as the likeliest, e.g. 0.05.",
             ),
         ]
         | None
     ) = None
-    seed: Annotated[int, Meta(ge=0, description="Seed of the sampling; greedy decoding needs none.")] = 0
+    seed: Annotated[Seed, Meta(description="Seed of the sampling; greedy decoding needs none.")] = 0
 
 
 def sampling_of(options: SamplingOptions) -> dict[str, Any]:
