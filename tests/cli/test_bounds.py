@@ -58,8 +58,16 @@ def test_calls_and_flags_refuse_the_same(options: type[msgspec.Struct], name: st
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -0.1), ("top_k", -1), ("top_k", 2**31 + 1), ("top_p", 0.0), ("top_p", 1.1)]
-    + [("min_p", -0.1), ("min_p", 1.1), ("seed", -1)],
+    [
+        ("temperature", -0.1),
+        ("top_k", -1),
+        ("top_k", 2**31 + 1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("seed", -1),
+    ],
 )
 def test_sampling_and_its_flags_refuse_the_same(name: str, value: float) -> None:
     field = fields_of(RunOptions)[name]
