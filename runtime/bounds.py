@@ -20,6 +20,8 @@ Warmup = Annotated[int, Meta(ge=0, le=1 << 20)]
 Temperature = Annotated[float, Meta(ge=0)]
 TopP = Annotated[float, Meta(gt=0, le=1)]
 MinP = Annotated[float, Meta(ge=0, le=1)]
+RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=100)]
+Penalty = Annotated[float, Meta(ge=-100, le=100)]
 Seed = Annotated[int, Meta(ge=0)]
 
 TimedTokens = Annotated[int, Meta(ge=2, le=1 << 31)]

@@ -24,6 +24,12 @@ MIXED = [
     Sampling(temperature=0.8, top_p=0.9, seed=9),
 ]
 """One for each of the prompts."""
+PENALIZED = [
+    Sampling(temperature=1.0, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.7, seed=3),
+    Sampling(repetition_penalty=1.8),
+    Sampling(temperature=0.8, top_p=0.9, seed=9),
+]
+"""The same, of which two look at the tokens of their rows."""
 
 
 @functools.cache
@@ -41,6 +47,10 @@ def drawn(
     """Generation written out: logits on the host, `sample_` at the position of the token that was fed."""
     draws = draws_of(samplings, prompts)
     logits, tokens = session.prefill(prompts), [list[int]() for _ in prompts]
+    seen = torch.zeros(logits.shape, dtype=torch.bool)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[list(prompt)] = True
+    counts = torch.zeros(logits.shape, dtype=torch.int32)
     for _ in range(count):
         chosen, _ = reference("sample_")(
             torch.from_numpy(logits),
@@ -48,7 +58,11 @@ def drawn(
             torch.tensor([draw.top_k for draw in draws], dtype=torch.int32),
             torch.tensor([draw.top_p for draw in draws]),
             torch.tensor([draw.min_p for draw in draws]),
-            *(None,) * 5,
+            torch.tensor([draw.repetition_penalty for draw in draws]),
+            torch.tensor([draw.presence_penalty for draw in draws]),
+            torch.tensor([draw.frequency_penalty for draw in draws]),
+            seen,
+            counts,
             torch.tensor([draw.seed for draw in draws]),
             torch.tensor(session.lengths) - 1,
         )

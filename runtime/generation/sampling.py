@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.fields import check_range
-from optc.runtime.bounds import CountOrZero, MinP, Seed, Temperature, TopP
+from optc.runtime.bounds import CountOrZero, MinP, Penalty, RepetitionPenalty, Seed, Temperature, TopP
 from optc.runtime.sessions.session import most_likely
 from optc.runtime.sessions.streaming import Draw
 
@@ -31,11 +31,15 @@ class Sampling:
 
     Attributes:
         temperature: divides the logits; 0 is greedy, which takes the largest logit (the smallest id
-            among equals) and ignores the rest.
+            among equals).
         top_k: keep the k likeliest tokens, and those as likely as the k-th; 0 keeps all.
         top_p: of those, keep the fewest likeliest tokens whose probabilities reach `top_p`, and
             those as likely as the last; 1 keeps all.
         min_p: of those, keep what is at least `min_p` times as likely as the likeliest; 0 keeps all.
+        repetition_penalty: divides the logits above 0 of tokens of the row, and multiplies those below; before all
+            else, as the other penalties. 1 changes nothing.
+        presence_penalty, frequency_penalty: taken from the logit of a generated token, once, and for each time that it
+            was generated. 0 changes nothing.
         seed: with the prompt, it fixes the draws.
 
     Raises:
@@ -46,6 +50,9 @@ class Sampling:
     top_k: CountOrZero = 0
     top_p: TopP = 1.0
     min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -60,6 +67,11 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the choice depends on which tokens the row holds."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
 @functools.cache
@@ -118,7 +130,7 @@ def _nucleus(weights: Weights, top_p: float) -> npt.NDArray[np.intp]:
 def draws_of(samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]) -> list[Draw]:
     """What sessions that choose tokens themselves are given for each row; see `Sampler` for what rows share."""
     found = []
-    for sampling, entropy in zip(samplings, _entropies(samplings, prompts), strict=True):
+    for sampling, prompt, entropy in zip(samplings, prompts, _entropies(samplings, prompts), strict=True):
         seed = 0 if entropy is None else int(entropy.generate_state(1, np.uint64).astype(np.int64)[0])
         found.append(
             Draw(
@@ -126,6 +138,10 @@ def draws_of(samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]) ->
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
                 min_p=sampling.min_p,
+                repetition_penalty=sampling.repetition_penalty,
+                presence_penalty=sampling.presence_penalty,
+                frequency_penalty=sampling.frequency_penalty,
+                prompt_length=len(prompt),
                 seed=seed,
             )
         )
@@ -158,6 +174,8 @@ class Sampler:
 
     def __init__(self, samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]) -> None:
         self._samplings = list(samplings)
+        self._prompts = [list(prompt) for prompt in prompts]
+        self._generated: list[Counter[int]] = [Counter() for _ in prompts]
         self._streams = [
             None if entropy is None else np.random.Generator(np.random.PCG64(entropy))
             for entropy in _entropies(samplings, prompts)
@@ -169,12 +187,32 @@ class Sampler:
         Raises:
             GateError: logits that are not numbers.
         """
-        return [
-            best if stream is None else _draw(row, sampling, stream)
-            for row, best, sampling, stream in zip(
-                logits, most_likely(logits), self._samplings, self._streams, strict=True
-            )
-        ]
+        chosen = []
+        for row, (best, stream) in enumerate(zip(most_likely(logits), self._streams, strict=True)):
+            sampling, scores, token = self._samplings[row], logits[row], best
+            if sampling.penalizes:
+                scores = _penalized(scores, sampling, self._prompts[row], self._generated[row])
+                token = int(scores.argmax())
+            if stream is not None:
+                token = _draw(scores, sampling, stream)
+            self._generated[row][token] += 1
+            chosen.append(token)
+        return chosen
+
+
+def _penalized(
+    logits: npt.NDArray[np.floating], sampling: Sampling, prompt: Sequence[int], generated: Counter[int]
+) -> npt.NDArray[np.float32]:
+    """The logits of a row [V] after penalties for the tokens that it holds."""
+    scores = logits.astype(np.float32)
+    held = np.array(sorted({*prompt, *generated}))
+    factor = np.float32(sampling.repetition_penalty)
+    scores[held] = np.where(scores[held] > 0, scores[held] / factor, scores[held] * factor)
+    if generated:
+        ids, counts = np.array(list(generated)), np.array(list(generated.values()), np.float32)
+        scores[ids] -= np.float32(sampling.presence_penalty)
+        scores[ids] -= np.float32(sampling.frequency_penalty) * counts
+    return scores
 
 
 def _draw(logits: npt.NDArray[np.floating], sampling: Sampling, stream: np.random.Generator) -> int:

@@ -22,7 +22,7 @@ from optc.runtime.sessions.decode_step import DecodeStep, RequestState
 from optc.runtime.sessions.paged import PREFILL_CHUNK, PagedSession, Piece
 from optc.runtime.sessions.row_draws import RowDraws
 from optc.runtime.sessions.session import Logits, Session, SessionOptions, most_likely, not_finite
-from optc.runtime.sessions.streaming import Draw, StreamingSession
+from optc.runtime.sessions.streaming import Choice, Draw, StreamingSession, choice_of
 from optc.runtime.sessions.token_reader import TokenReader
 from optc.runtime.sessions.torch_linear import to_logits
 
@@ -122,7 +122,7 @@ class CudaSession(PagedSession, StreamingSession):
         device = program_device(program)
         super().__init__(program, program.contract, num_blocks=plan.num_blocks, device=device)
         self.program, self.memory = program, plan
-        self._steps: dict[tuple[int, int, bool], DecodeStep] = {}
+        self._steps: dict[tuple[int, int, Choice], DecodeStep] = {}
         self._graph_memory: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     @property
@@ -154,10 +154,11 @@ class CudaSession(PagedSession, StreamingSession):
 
     def choose(self, logits: Logits, draws: Sequence[Draw]) -> list[int]:
         self._check_batch(len(draws))
-        if not _samples(draws):
+        kind = choice_of(draws)
+        if kind == "greedy":
             return most_likely(logits)
-        choice = RowDraws(len(draws), self._device)
-        choice.load(draws)
+        choice = RowDraws(len(draws), self._device, self.vocab_size if kind == "penalized" else None)
+        choice.load(draws, self._rows)
         positions = torch.tensor([length - 1 for length in self.lengths], device=self._device)
         with kernels_only():
             chosen: list[int] = choice.choose(torch.from_numpy(logits).to(self._device), positions).tolist()
@@ -172,7 +173,7 @@ class CudaSession(PagedSession, StreamingSession):
         chosen, left, running = list(tokens), steps, _running(tokens)
         while left:
             longest = max(self.lengths[row] for row in running)
-            step = self._step(len(tokens), longest + 1, samples=_samples(draws or ()))
+            step = self._step(len(tokens), longest + 1, choice_of(draws or ()))
             fits = step.width * self._manager.block_size - longest
             count = min(left, self.context_length - longest, fits)
             if not count:  # as `decode` says it
@@ -188,7 +189,7 @@ class CudaSession(PagedSession, StreamingSession):
         """`count` steps on the device, one of them ahead of the one whose tokens are read."""
         running, reader = set(_running(tokens)), TokenReader(step.batch, self._device)
         self._reserve_ahead(step, running, 0, count)
-        step.load(self._states(tokens), draws)
+        step.load(self._states(tokens), draws, self._held(tokens) if choice_of(draws) == "penalized" else ())
         step.run()
         reader.start(step.tokens)
         fed = tokens
@@ -206,8 +207,8 @@ class CudaSession(PagedSession, StreamingSession):
 
     # -- state ------------------------------------------------------------------------------
 
-    def _step(self, rows: int, tokens: int, *, samples: bool = False) -> DecodeStep:
-        """The captured step for so many rows of up to so many tokens; for `samples` see `DecodeStep`."""
+    def _step(self, rows: int, tokens: int, choice: Choice = "greedy") -> DecodeStep:
+        """The captured step for so many rows of up to so many tokens."""
         size = self._manager.block_size
         batch, width = 1, _LEAST_WIDTH
         while batch < rows:
@@ -215,7 +216,7 @@ class CudaSession(PagedSession, StreamingSession):
         while width < tokens:
             width *= 4
         width = -(-min(width, max(self.context_length, tokens)) // size)
-        key = (batch, width, samples)
+        key = (batch, width, choice)
         if key not in self._steps:
             self._steps[key] = DecodeStep(
                 self._graph,
@@ -224,7 +225,8 @@ class CudaSession(PagedSession, StreamingSession):
                 width=width,
                 block_size=size,
                 selects=self._selects,
-                samples=samples,
+                choice=choice,
+                vocabulary=self.vocab_size,
                 memory=self._graph_memory,
             )
         return self._steps[key]
@@ -235,6 +237,10 @@ class CudaSession(PagedSession, StreamingSession):
             None if token is None else RequestState(token, manager.length(row), manager.blocks(row))
             for row, token in enumerate(tokens)
         ]
+
+    def _held(self, tokens: Sequence[int | None]) -> list[list[int]]:
+        """The tokens of every row, with the one that is about to be fed."""
+        return [row if token is None else [*row, token] for row, token in zip(self._rows, tokens, strict=True)]
 
     def _reserve_ahead(self, step: DecodeStep, running: Collection[int], started: int, left: int) -> None:
         """Room for a step beyond `started` ones whose tokens are not known yet, and for the slot that it leaves."""
@@ -257,11 +263,6 @@ class CudaSession(PagedSession, StreamingSession):
                 self._manager.commit(row)
                 self._rows[row].append(token)
                 self.lengths[row] = len(self._rows[row])
-
-
-def _samples(draws: Sequence[Draw]) -> bool:
-    """Whether any row draws; otherwise all take their largest logit, which costs less."""
-    return any(draw.temperature > 0 for draw in draws)
 
 
 def _running(tokens: Sequence[int | None]) -> list[int]:

@@ -17,7 +17,7 @@ from optc.compiler.ir.generated_code import last_call
 from optc.compiler.kernels.cuda.dispatch import kernels_only
 from optc.compiler.ops.dialect.paged import PADDING
 from optc.runtime.sessions.row_draws import RowDraws
-from optc.runtime.sessions.streaming import Draw
+from optc.runtime.sessions.streaming import Choice, Draw
 
 Run = Callable[..., Any]
 """A paged program: its inputs, flat and in the order of the contract -> its logits."""
@@ -42,8 +42,9 @@ class DecodeStep:
         run: the program.
         pools: its KV pools, which it writes in place.
         selects: whether it takes `logits_indices`.
-        samples: tokens are drawn, row by row as `load` says, from the seed and the position that was fed; otherwise the
-            most likely ones are taken.
+        choice: "greedy" takes the most likely tokens. Otherwise they are drawn, row by row as `load` says, from the seed
+            and the position that was fed; "penalized" has tables of what rows hold as well.
+        vocabulary: V.
         memory: of CUDA graphs, shared by all steps of a session, as they never run at the same time; None elsewhere.
 
     Attributes:
@@ -60,7 +61,8 @@ class DecodeStep:
         width: int,
         block_size: int,
         selects: bool,
-        samples: bool,
+        choice: Choice,
+        vocabulary: int,
         memory: Any | None,
     ) -> None:
         device = pools[0].device
@@ -71,7 +73,8 @@ class DecodeStep:
         self._lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
         self._rows = torch.arange(batch, device=device)
-        self._draws = RowDraws(batch, device) if samples else None
+        tables = vocabulary if choice == "penalized" else None
+        self._draws = None if choice == "greedy" else RowDraws(batch, device, tables)
         pinned = device.type == "cuda"
         self._staged, self._staged_tables, self._staged_lengths = (
             torch.zeros_like(item, device="cpu", pin_memory=pinned)
@@ -85,11 +88,17 @@ class DecodeStep:
             self._capture(memory)
 
     @torch.inference_mode()
-    def load(self, requests: Sequence[RequestState | None], draws: Sequence[Draw] = ()) -> None:
+    def load(
+        self,
+        requests: Sequence[RequestState | None],
+        draws: Sequence[Draw] = (),
+        rows: Sequence[Sequence[int]] = (),
+    ) -> None:
         """Set the inputs of the next step; places beyond the requests, and of None, are padding.
 
         Args:
-            draws: of a step that samples; requests beyond them are greedy.
+            draws: of a step that draws; requests beyond them are greedy.
+            rows: for each of them its tokens, the one that is fed included.
         """
         assert len(requests) <= self.batch
         self._settle()
@@ -110,7 +119,7 @@ class DecodeStep:
         self._lengths.copy_(self._staged_lengths, non_blocking=True)
         self._note_copies()
         if self._draws is not None:
-            self._draws.load(draws)
+            self._draws.load(draws, rows)
 
     @torch.inference_mode()
     def set_table(self, row: int, blocks: Sequence[int]) -> None:

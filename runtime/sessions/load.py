@@ -51,6 +51,9 @@ class GenerateOptions(TypedDict, total=False):
     top_k: int
     top_p: float
     min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
     seed: int
     ignore_eos: bool
     on_text: OnText | None
@@ -89,6 +92,9 @@ class TextModel:
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
         seed: int = 0,
         ignore_eos: bool = False,
         on_text: OnText | None = None,
@@ -96,7 +102,7 @@ class TextModel:
         """Continue prompts of any lengths together, each text or token ids.
 
         Args:
-            temperature, top_k, top_p, min_p, seed: see `Sampling`; greedy by default.
+            temperature, top_k, top_p, min_p, penalties, seed: see `Sampling`; greedy by default.
             ignore_eos: continue after end-of-text tokens.
             on_text: gets the text as it comes, whole characters only.
 
@@ -104,7 +110,16 @@ class TextModel:
             UsageError: an option out of range.
             InputError: an empty prompt, one too long, unknown token ids, or text without a tokenizer.
         """
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
+        sampling = Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+        )
         rows = [self.encode(item) if isinstance(item, str) else list(map(int, item)) for item in prompts]
         streams = _Streams(self.tokenizer, len(rows), on_text)
         result = generate(

@@ -12,21 +12,36 @@ from optc.runtime.sessions.streaming import Draw
 _COLDEST, _HOTTEST = 1e-30, 1e30
 """Temperatures that float32 logits can be divided by without becoming infinite or nothing."""
 _MOST = 2**31 - 1
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 class RowDraws:
-    """Parameters of `optc::sample_` for `batch` rows, all of which are greedy at first."""
+    """Parameters of `optc::sample_` for `batch` rows, all of which are greedy at first.
 
-    def __init__(self, batch: int, device: torch.device) -> None:
+    Args:
+        vocabulary: V, where rows may have penalties, for tables of their tokens (5 bytes each); None where none has.
+    """
+
+    def __init__(self, batch: int, device: torch.device, vocabulary: int | None = None) -> None:
         self._temperature = torch.zeros(batch, device=device)
         self._top_k = torch.zeros(batch, dtype=torch.int32, device=device)
         self._top_p = torch.ones(batch, device=device)
         self._min_p = torch.zeros(batch, device=device)
         self._seed = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._penalties: list[Tensor] | None = None
+        if vocabulary is not None:
+            self._penalties = [torch.zeros(batch, device=device) for _ in _PENALTIES]
+            self._seen = torch.zeros((batch, vocabulary), dtype=torch.bool, device=device)
+            self._counts = torch.zeros((batch, vocabulary), dtype=torch.int32, device=device)
+        self.load([], [])
 
     @torch.inference_mode()
-    def load(self, draws: Sequence[Draw]) -> None:
-        """Set the parameters of the first rows; the others become greedy."""
+    def load(self, draws: Sequence[Draw], rows: Sequence[Sequence[int]]) -> None:
+        """Set the parameters of the first rows; the others become greedy.
+
+        Args:
+            rows: for each draw the tokens of its row, which penalties look at.
+        """
         padded = [*draws, *[Draw()] * (len(self._seed) - len(draws))]
         heats = [min(max(draw.temperature, _COLDEST), _HOTTEST) if draw.temperature else 0.0 for draw in padded]
         self._temperature.copy_(torch.tensor(heats))
@@ -34,14 +49,33 @@ class RowDraws:
         self._top_p.copy_(torch.tensor([draw.top_p for draw in padded]))
         self._min_p.copy_(torch.tensor([draw.min_p for draw in padded]))
         self._seed.copy_(torch.tensor([draw.seed for draw in padded], dtype=torch.int64))
+        if self._penalties is not None:
+            for name, tensor in zip(_PENALTIES, self._penalties, strict=True):
+                tensor.copy_(torch.tensor([getattr(draw, name) for draw in padded]))
+            self._tell(draws, rows)
+
+    def _tell(self, draws: Sequence[Draw], rows: Sequence[Sequence[int]]) -> None:
+        """What rows with penalties hold."""
+        self._seen.zero_()
+        self._counts.zero_()
+        device = self._seen.device
+        for place, (draw, row) in enumerate(zip(draws, rows, strict=True)):
+            if draw.penalizes:
+                tokens = torch.tensor(row, dtype=torch.int64, device=device)
+                self._seen[place].index_fill_(0, tokens, True)
+                generated = tokens[draw.prompt_length :]
+                self._counts[place].index_add_(0, generated, torch.ones_like(generated, dtype=torch.int32))
 
     def choose(self, logits: Tensor, positions: Tensor) -> Tensor:
         """int64 [B]: a token for each row of logits [B, V]; `NO_TOKEN` where the largest logit is not finite.
 
+        Rows hold what was chosen from then on.
+
         Args:
             positions: int64 [B], of the tokens that the logits come from.
         """
-        cuts, no_penalties = (self._top_k, self._top_p, self._min_p), (None,) * 5
-        tokens, _ = torch.ops.optc.sample_(logits, self._temperature, *cuts, *no_penalties, self._seed, positions)
+        cuts = (self._top_k, self._top_p, self._min_p)
+        penalties = (None,) * 5 if self._penalties is None else (*self._penalties, self._seen, self._counts)
+        tokens, _ = torch.ops.optc.sample_(logits, self._temperature, *cuts, *penalties, self._seed, positions)
         chosen: Tensor = tokens
         return chosen

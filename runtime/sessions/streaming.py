@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from optc.runtime.sessions.session import Logits, Session
 
@@ -16,6 +17,9 @@ class Draw:
     Attributes:
         temperature: divides the logits; 0 takes the largest, whatever the rest says.
         top_k, top_p, min_p: cuts; 0, 1 and 0 keep all.
+        repetition_penalty, presence_penalty, frequency_penalty: 1, 0 and 0 change nothing; others hold for greedy rows
+            too.
+        prompt_length: tokens of the row that were not generated.
         seed: 64 bits, signed. With the position of the token that was fed last it fixes what is drawn.
     """
 
@@ -23,7 +27,27 @@ class Draw:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    prompt_length: int = 0
     seed: int = 0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether the choice depends on which tokens the row holds."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+Choice = Literal["greedy", "drawn", "penalized"]
+"""What a batch needs: the largest logits, draws, or draws with tables of tokens."""
+
+
+def choice_of(draws: Sequence[Draw]) -> Choice:
+    """The least that serves all rows."""
+    if any(draw.penalizes for draw in draws):
+        return "penalized"
+    return "drawn" if any(draw.temperature > 0 for draw in draws) else "greedy"
 
 
 class StreamingSession(Session):

@@ -70,7 +70,16 @@ TARGETS = {
     "--draft-tokens",
     "--layout",
 }
-SAMPLING = {"--temperature", "--top-k", "--top-p", "--min-p", "--seed"}
+SAMPLING = {
+    "--temperature",
+    "--top-k",
+    "--top-p",
+    "--min-p",
+    "--repetition-penalty",
+    "--presence-penalty",
+    "--frequency-penalty",
+    "--seed",
+}
 SESSION = {"--threads", "--kv-blocks"}
 TRAIN = {"--train", "--world-size", "--set"}
 COMMON = {"--recipe", "--json"}

@@ -145,6 +145,10 @@ def test_run_sampling_is_seeded(artifact: Path, capsys: pytest.CaptureFixture[st
     assert tokens("--top-k", 1) == greedy == tokens("--seed", 6)
     assert tokens("--top-p", 0.9) == tokens("--top-p", 0.9, "--temperature", 1)
     assert tokens("--min-p", 1) == greedy
+    varied = tokens("--presence-penalty", 100)
+    assert varied[0] == greedy[0]
+    assert len(set(varied)) == 12
+    assert tokens("--repetition-penalty", 1.5, "--temperature", 1, "--seed", 5) != warm
 
 
 def test_run_stops_at_eos_unless_told(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,7 +349,8 @@ def test_bench_of_sampling(artifact: Path, capsys: pytest.CaptureFixture[str], m
     )
     args = ("--prompt-length", 8, "--new-tokens", 4, "--samples", 2, "--top-p", 0.9, "--seed", 3)
     found = optc_json(capsys, "bench", artifact, *args)
-    assert found["sampling"] == {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "min_p": 0.0, "seed": 3}
+    penalties = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+    assert found["sampling"] == {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "min_p": 0.0, "seed": 3, **penalties}
     assert seen == [Sampling(temperature=1.0, top_p=0.9, seed=3)] * 3
     assert optc("bench", artifact, *args) == 0
     assert capsys.readouterr().out.startswith("prompt of 8 tokens, batch 1, 2 samples, drawn at temperature 1\n")

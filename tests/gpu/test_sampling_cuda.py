@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from cuda_sessions import LENGTHS, MIXED, compiled, drawn
+from cuda_sessions import LENGTHS, MIXED, PENALIZED, compiled, drawn
 from stages import sequences
 
 from optc.compiler.ir.devices import to_device
@@ -31,14 +31,16 @@ def session() -> CudaSession:
     return CudaSession(program, MemoryPlan(weights=0, working=0, pool=0, num_blocks=16))
 
 
-def test_steps_draw_what_the_reference_does() -> None:
+@pytest.mark.parametrize("samplings", [MIXED, PENALIZED])
+def test_steps_draw_what_the_reference_does(samplings: list[Sampling]) -> None:
     """From logits of the same captured program, brought to the host; the same once more, and divided otherwise."""
     ours, prompts = session(), sequences(*LENGTHS)
-    found = generate(ours, prompts, max_new_tokens=COUNT, sampling=MIXED).tokens
-    assert found == drawn(ours, prompts, MIXED, COUNT)
-    assert found[1] == generate(ours, prompts, max_new_tokens=COUNT).tokens[1]
-    assert found == generate(ours, prompts, max_new_tokens=COUNT, sampling=MIXED).tokens
-    draws = draws_of(MIXED, prompts)
+    found = generate(ours, prompts, max_new_tokens=COUNT, sampling=samplings).tokens
+    assert found == drawn(ours, prompts, samplings, COUNT)
+    greedy = generate(ours, prompts, max_new_tokens=COUNT).tokens
+    assert (found[1] == greedy[1]) == (samplings is MIXED)
+    assert found == generate(ours, prompts, max_new_tokens=COUNT, sampling=samplings).tokens
+    draws = draws_of(samplings, prompts)
     parts = [list[int | None](ours.choose(ours.prefill(prompts), draws))]
     for count in (1, 3, COUNT - 5):
         parts += list(ours.stream(parts[-1], count, draws))

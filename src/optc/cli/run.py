@@ -43,8 +43,8 @@ class RunOptions(SamplingOptions, frozen=True, kw_only=True):
 def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     """Generate text with ARTIFACT, greedily unless told otherwise.
 
-    Sampling applies temperature, then top-k, then top-p, then min-p; one of these cuts alone samples at
-    temperature 1. The same seed and prompt give the same text, alone or in a batch.
+    Sampling applies penalties, temperature, then top-k, then top-p, then min-p; one of these cuts alone
+    samples at temperature 1. The same seed and prompt give the same text, alone or in a batch.
 
     \b
     optc run out/fiction-onnx --prompt "The old man looked at the sea, and" --max-new-tokens 64

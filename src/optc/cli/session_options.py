@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from optc.compiler.artifact.manifest import Manifest
-from optc.runtime.bounds import Count, CountOrZero, MinP, Seed, Temperature, Threads, TopP
+from optc.runtime.bounds import Count, CountOrZero, MinP, Penalty, RepetitionPenalty, Seed, Temperature, Threads, TopP
 from optc.runtime.sessions.session import Session
 
 artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
@@ -65,6 +65,14 @@ class SamplingOptions(SessionOptions, frozen=True, kw_only=True):
         ]
         | None
     ) = None
+    repetition_penalty: Annotated[
+        RepetitionPenalty,
+        Meta(description="Make tokens of prompt and text less likely: divides their logits above 0."),
+    ] = 1.0
+    presence_penalty: Annotated[
+        Penalty, Meta(description="Taken from the logits of tokens that were generated before.")
+    ] = 0.0
+    frequency_penalty: Annotated[Penalty, Meta(description="The same, for each time that they were generated.")] = 0.0
     seed: Annotated[Seed, Meta(description="Seed of the sampling; greedy decoding needs none.")] = 0
 
 
@@ -72,7 +80,11 @@ def sampling_of(options: SamplingOptions) -> dict[str, Any]:
     """Arguments of `Sampling`; asking for a cut means to sample."""
     given = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     chosen = {name: value for name, value in given.items() if value is not None}
-    return {"seed": options.seed, **({"temperature": 1.0, **chosen} if chosen else {})}
+    always = ("repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+    return {
+        **{name: getattr(options, name) for name in always},
+        **({"temperature": 1.0, **chosen} if chosen else {}),
+    }
 
 
 Save = Annotated[bool, Meta(description="Also store the figures in the artifact's manifest and report.html.")]

@@ -5,9 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from optc.compiler.diagnostics import GateError, UsageError
+from optc.compiler.ops.library import reference
 from optc.runtime.generation.sampling import Sampler, Sampling, distribution
 
 
@@ -65,6 +72,39 @@ def test_min_p_equals_transformers(options: dict[str, float]) -> None:
     np.testing.assert_allclose(found, expected.softmax(-1).numpy(), atol=1e-6)
 
 
+def test_repetition_penalty_equals_transformers() -> None:
+    """Of prompt and generated tokens."""
+    prompt, scores = [3, 7, 7, 20], torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 3
+    sampler, held = Sampler([Sampling(repetition_penalty=1.7)], [prompt]), list(prompt)
+    for row in scores:
+        expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([held]), row[None].clone())
+        assert sampler(row[None].numpy()) == [int(expected.argmax())]
+        held.append(int(expected.argmax()))
+
+
+def test_penalties_of_generated_tokens_by_hand() -> None:
+    """Not of the prompt's, once for their presence, and once more each time."""
+    logits = np.array([[3.0, 2.6, 2.2, 0.0]], np.float32)
+    presence = Sampler([Sampling(presence_penalty=0.5)], [[0]])
+    assert [presence(logits)[0] for _ in range(4)] == [0, 1, 0, 0]
+    frequency = Sampler([Sampling(frequency_penalty=0.5)], [[0]])
+    assert [frequency(logits)[0] for _ in range(6)] == [0, 1, 0, 2, 1, 0]
+
+
+def test_penalties_as_the_operator_has_them() -> None:
+    """Draws of one row after another from the same distribution as `sample_`'s."""
+    row = torch.randn(1, 30, generator=torch.Generator().manual_seed(1))
+    sampling = Sampling(repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.9)
+    sampler, prompt = Sampler([sampling], [[4, 5]]), [4, 5]
+    seen, counts = torch.zeros(1, 30, dtype=torch.bool), torch.zeros(1, 30, dtype=torch.int32)
+    seen[0, prompt] = True
+    penalties = [torch.tensor([value]) for value in (1.4, 0.3, 0.9)]
+    for step in range(20):
+        zero, place = torch.zeros(1), torch.tensor([step])
+        expected, _ = reference("sample_")(row, zero, None, None, None, *penalties, seen, counts, place, place)
+        assert sampler(row.numpy()) == expected.tolist()
+
+
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 @pytest.mark.parametrize("top_k", [0, 1, 7, 50, 1000])
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
@@ -107,6 +147,9 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         ({"temperature": 1.0, "top_p": 1.1}, "top-p 1.1 is out of range"),
         ({"temperature": 1.0, "min_p": 1.1}, "min-p 1.1 is out of range"),
         ({"min_p": 0.1}, "top-k, top-p and min-p have no effect at temperature 0"),
+        ({"repetition_penalty": 0.0}, "repetition-penalty 0.0 is out of range"),
+        ({"presence_penalty": float("nan")}, "presence-penalty nan is out of range"),
+        ({"frequency_penalty": 101.0}, "frequency-penalty 101.0 is out of range"),
         ({"seed": -1}, "seed -1 is out of range"),
         ({"top_k": 5}, "top-k, top-p and min-p have no effect at temperature 0"),
     ],

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from artifacts import make_manifest
-from cuda_sessions import LENGTHS, MIXED, compiled, drawn
+from cuda_sessions import LENGTHS, MIXED, PENALIZED, compiled, drawn
 from rewrites import stirred
 from stages import apply, sequences
 
@@ -93,31 +93,34 @@ def test_a_full_context_and_a_full_pool() -> None:
         generate(session(1), [prompt[0][:60]], max_new_tokens=20)
 
 
-def test_it_draws_what_the_operator_says() -> None:
-    """Rows of three kinds over a block's end; the greedy one is what it is without the others, and so is each alone."""
+@pytest.mark.parametrize("samplings", [MIXED, PENALIZED])
+def test_it_draws_what_the_operator_says(samplings: list[Sampling]) -> None:
+    """Rows of three kinds over a block's end; a greedy one is what it is without the others, and so is each alone."""
     prompts = sequences(*LENGTHS)
     ours = session()
-    found = generate(ours, prompts, max_new_tokens=40, sampling=MIXED).tokens
-    assert found == drawn(reference(), prompts, MIXED, 40)
-    assert found[1] == generate(ours, prompts, max_new_tokens=40).tokens[1]
+    found = generate(ours, prompts, max_new_tokens=40, sampling=samplings).tokens
+    assert found == drawn(reference(), prompts, samplings, 40)
+    greedy = generate(ours, prompts, max_new_tokens=40).tokens
+    assert (found[1] == greedy[1]) == (samplings is MIXED)
     alone = [
         generate(ours, [row], max_new_tokens=40, sampling=one).tokens[0]
-        for row, one in zip(prompts, MIXED, strict=True)
+        for row, one in zip(prompts, samplings, strict=True)
     ]
     assert found == alone
-    other = [dataclasses.replace(one, seed=one.seed + 1) for one in MIXED]
+    other = [dataclasses.replace(one, seed=one.seed + 1) for one in samplings]
     again = generate(ours, prompts, max_new_tokens=40, sampling=other).tokens
     assert [one == two for one, two in zip(found, again, strict=True)] == [False, True, False]
-    assert generate(ours, prompts, max_new_tokens=40, sampling=MIXED).tokens == found
+    assert generate(ours, prompts, max_new_tokens=40, sampling=samplings).tokens == found
 
 
-def test_rows_that_draw_stop_by_themselves() -> None:
+@pytest.mark.parametrize("samplings", [MIXED, PENALIZED])
+def test_rows_that_draw_stop_by_themselves(samplings: list[Sampling]) -> None:
     prompts = sequences(*LENGTHS)
     ours = session()
-    whole = generate(ours, prompts, max_new_tokens=40, sampling=MIXED).tokens
+    whole = generate(ours, prompts, max_new_tokens=40, sampling=samplings).tokens
     stop = whole[0][7]
     assert stop not in whole[0][:7]
-    found = generate(ours, prompts, max_new_tokens=40, sampling=MIXED, stop_ids=(stop,))
+    found = generate(ours, prompts, max_new_tokens=40, sampling=samplings, stop_ids=(stop,))
     ends = [row.index(stop) + 1 if stop in row else 40 for row in whole]
     assert found.tokens == [row[:end] for row, end in zip(whole, ends, strict=True)]
     assert found.stop == ["stop-token" if stop in row else "length" for row in whole]
@@ -129,10 +132,11 @@ def test_rows_that_draw_stop_by_themselves() -> None:
     np.testing.assert_allclose(ours.decode([5, 6, 7]), theirs.decode([5, 6, 7]), atol=2e-5)
 
 
-def test_draws_do_not_depend_on_how_steps_are_divided() -> None:
+@pytest.mark.parametrize("samplings", [MIXED, PENALIZED])
+def test_draws_do_not_depend_on_how_steps_are_divided(samplings: list[Sampling]) -> None:
     prompts = sequences(*LENGTHS)
-    ours, draws = session(), draws_of(MIXED, prompts)
-    whole = generate(ours, prompts, max_new_tokens=13, sampling=MIXED).tokens
+    ours, draws = session(), draws_of(samplings, prompts)
+    whole = generate(ours, prompts, max_new_tokens=13, sampling=samplings).tokens
     parts = [list[int | None](ours.choose(ours.prefill(prompts), draws))]
     for count in (1, 3, 8):
         parts += list(ours.stream(parts[-1], count, draws))
@@ -158,11 +162,11 @@ def test_one_step_serves_all_parameters() -> None:
         Sampling(temperature=3.0, top_k=1),
         Sampling(temperature=1e-40),
         Sampling(temperature=1.0, top_p=1e-30),
-        Sampling(temperature=1e300, top_k=1 << 40),
+        Sampling(temperature=1e300, top_k=1 << 31),
     ):
         found = generate(ours, prompts, max_new_tokens=9, sampling=sampling).tokens
         assert (found == greedy) == (sampling.top_k == 1 or sampling.temperature < 1 or sampling.top_p < 1)
-    assert [key[2] for key in ours._steps] == [False, True]
+    assert [key[2] for key in ours._steps] == ["greedy", "drawn"]
 
 
 def test_draws_of_logits_that_are_not_finite() -> None:

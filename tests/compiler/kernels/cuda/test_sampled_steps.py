@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cuda_sessions import LENGTHS, MIXED, compiled
+from cuda_sessions import LENGTHS, MIXED, PENALIZED, compiled
 from interpreted import HAS_GPU
 from stages import sequences
 
@@ -15,6 +15,7 @@ from optc.compiler.kernels.cuda.dispatch import call
 from optc.compiler.kernels.cuda.greedy_step import ADVANCE_STEP
 from optc.compiler.kernels.cuda.sampler import SAMPLE
 from optc.runtime.generation.generate import generate
+from optc.runtime.generation.sampling import Sampling
 from optc.runtime.sessions.cuda import CudaSession
 from optc.runtime.sessions.cuda_memory import MemoryPlan
 
@@ -29,14 +30,15 @@ def interpreted_kernels() -> Iterator[None]:
     library._destroy()
 
 
-def tokens() -> list[list[int]]:
+def tokens(samplings: list[Sampling]) -> list[list[int]]:
     session = CudaSession(compiled(), MemoryPlan(weights=0, working=0, pool=0, num_blocks=16))
-    return generate(session, sequences(*LENGTHS), max_new_tokens=6, sampling=MIXED).tokens
+    return generate(session, sequences(*LENGTHS), max_new_tokens=6, sampling=samplings).tokens
 
 
 @pytest.mark.skipif(HAS_GPU, reason="Triton does not interpret where there is a GPU; see tests/gpu")
-def test_steps_draw_what_those_of_the_references_do(request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("samplings", [MIXED, PENALIZED])
+def test_steps_draw_what_those_of_the_references_do(samplings: list[Sampling], request: pytest.FixtureRequest) -> None:
     """Over a block's end, with a place that is padding."""
-    expected = tokens()
+    expected = tokens(samplings)
     request.getfixturevalue("interpreted_kernels")
-    assert tokens() == expected
+    assert tokens(samplings) == expected
