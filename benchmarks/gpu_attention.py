@@ -86,14 +86,22 @@ class Load:
         inv_freq = 500000.0 ** (-torch.arange(0, WIDTH, 2, device="cuda") / WIDTH)
         q, k, v = product.split([HEADS, KV_HEADS, KV_HEADS], 1)
         return Call(
-            q=q, k=k, v=v, k_pool=pools[0], v_pool=pools[1], slot_mapping=block * self.block + last % self.block,
-            block_tables=tables, context_lens=(last + 1).int(),
+            q=q,
+            k=k,
+            v=v,
+            k_pool=pools[0],
+            v_pool=pools[1],
+            slot_mapping=block * self.block + last % self.block,
+            block_tables=tables,
+            context_lens=(last + 1).int(),
             cu_seqlens=torch.arange(self.batch + 1, device="cuda", dtype=torch.int32),
-            scale=WIDTH**-0.5, window=self.window, softcap=0.0,
+            scale=WIDTH**-0.5,
+            window=self.window,
+            softcap=0.0,
             turn=Turn(
                 position=last, inv_freq=inv_freq, q_norm=None, k_norm=None, scaling=1.0, interleaved=False, eps=0.0
             ),
-        )  # fmt: skip
+        )
 
 
 MEASURED = [
@@ -109,33 +117,52 @@ MEASURED = [
     *(Load(8, 4096 * 2**power, window=4096) for power in range(6)),
 ]
 SWEPT = [
-    Load(1, 128), Load(1, 4096), Load(8, 4096), Load(64, 1024), Load(256, 512), Load(64, 1024, ragged=True),
-]  # fmt: skip
+    Load(1, 128),
+    Load(1, 4096),
+    Load(8, 4096),
+    Load(64, 1024),
+    Load(256, 512),
+    Load(64, 1024, ragged=True),
+]
 
 
 def _tiles(
     tile: int, stages: int, warps: int, programs: int, registers: int, *, eager: bool, start: int, merged: int
 ) -> DecodeTiles:
     return DecodeTiles(
-        tile=tile, stages=stages, warps=warps, programs=programs, registers=registers, eager=eager, start=start,
+        tile=tile,
+        stages=stages,
+        warps=warps,
+        programs=programs,
+        registers=registers,
+        eager=eager,
+        start=start,
         merged=merged,
-    )  # fmt: skip
+    )
 
 
 FEW = [
     _tiles(tile, stages, warps, programs, registers, eager=True, start=0, merged=merged)
     for tile, stages, warps, programs, registers, merged in (
-        (64, 5, 4, 2, 255, 32), (64, 5, 8, 2, 128, 32), (64, 3, 8, 1, 255, 32), (32, 5, 4, 4, 128, 32),
-        (128, 3, 8, 1, 255, 32), (64, 5, 4, 2, 255, 8),
+        (64, 5, 4, 2, 255, 32),
+        (64, 5, 8, 2, 128, 32),
+        (64, 3, 8, 1, 255, 32),
+        (32, 5, 4, 4, 128, 32),
+        (128, 3, 8, 1, 255, 32),
+        (64, 5, 4, 2, 255, 8),
     )
-]  # fmt: skip
+]
 MANY = [
     _tiles(tile, stages, 4, programs, registers, eager=eager, start=start, merged=4)
     for tile, stages, programs, registers, eager, start in (
-        (32, 5, 4, 128, False, 4), (32, 5, 4, 128, False, 2), (64, 3, 3, 168, False, 2), (64, 5, 3, 168, False, 2),
-        (64, 5, 2, 255, False, 2), (32, 5, 4, 128, True, 4),
+        (32, 5, 4, 128, False, 4),
+        (32, 5, 4, 128, False, 2),
+        (64, 3, 3, 168, False, 2),
+        (64, 5, 3, 168, False, 2),
+        (64, 5, 2, 255, False, 2),
+        (32, 5, 4, 128, True, 4),
     )
-]  # fmt: skip
+]
 
 
 def candidates(load: Load) -> list[DecodeTiles]:
@@ -173,9 +200,12 @@ def measure(options: argparse.Namespace) -> None:
     slope = round(windows[-1] / windows[1], 4)
     print(f"window 4096, context 131072 over 8192: {slope}", flush=True)
     result = {
-        **card(), "read_ceiling_tb_s": round(ceiling / 1e12, 3), "decode": figures, "prefill": prefill,
+        **card(),
+        "read_ceiling_tb_s": round(ceiling / 1e12, 3),
+        "decode": figures,
+        "prefill": prefill,
         "window_slope": slope,
-    }  # fmt: skip
+    }
     if options.output:
         options.output.write_text(json.dumps(result, indent=1))
     else:
@@ -191,10 +221,14 @@ def _prefill(tokens: int, tiles: PrefillTiles | None = None, *, past: int = 0) -
     position = torch.arange(past, past + tokens, device="cuda")
     assert call.turn is not None
     call = dataclasses.replace(
-        call, q=q, k=k, v=v, turn=dataclasses.replace(call.turn, position=position),
+        call,
+        q=q,
+        k=k,
+        v=v,
+        turn=dataclasses.replace(call.turn, position=position),
         slot_mapping=call.block_tables[0, position // load.block].long() * load.block + position % load.block,
         cu_seqlens=torch.tensor([0, tokens], device="cuda", dtype=torch.int32),
-    )  # fmt: skip
+    )
     seconds = time_per_call([lambda: attend(call, None, tiles)] * 3)
     rate = 4 * HEADS * WIDTH * (tokens * past + tokens**2 / 2) / seconds
     print(f"prefill {tokens} after {past} {tiles or ''}: {seconds * 1e6:.0f} us, {rate / 1e12:.0f} TFLOP/s", flush=True)

@@ -144,9 +144,21 @@ def make_linear(place: Place, form: str, tokens: int, *, seed: int = 0) -> Any:
     residual = normal(tokens, place.n) if place.residual else None
     activation = "silu" if place.gated else ""
     return Linear(
-        normal(tokens, place.k), weight, scale, None, gain, None, None, residual,
-        place.norm, 1e-5, activation, place.gated, form, group,
-    )  # fmt: skip
+        normal(tokens, place.k),
+        weight,
+        scale,
+        None,
+        gain,
+        None,
+        None,
+        residual,
+        place.norm,
+        1e-5,
+        activation,
+        place.gated,
+        form,
+        group,
+    )
 
 
 def copies(linear: Any) -> list[Any]:

@@ -21,11 +21,23 @@ from optc.training.setup import World, prepare
 from optc.training.step import train_step
 
 SHAPES = {  # Llama 3.2 1B; a rehearsal
-    "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-           "intermediate_size": 8192, "vocab_size": 128256},
-    "tiny": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 1,
-             "intermediate_size": 512, "vocab_size": 512},
-}  # fmt: skip
+    "1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "intermediate_size": 512,
+        "vocab_size": 512,
+    },
+}
 POLICIES = {
     "none": CheckpointingConfig(),
     "full": CheckpointingConfig(policy="full"),

@@ -54,13 +54,35 @@ SCHEMA_MAJOR: int = graph_schema.SCHEMA_VERSION[0]
 SYMBOLIC_OPERATORS: Mapping[str, Callable[..., Any]] = {
     f"{op.__module__}.{op.__name__}": op
     for op in (
-        operator.add, operator.sub, operator.mul, operator.floordiv, operator.truediv, operator.mod,
-        operator.pow, operator.neg, operator.pos, operator.and_, operator.or_, operator.lshift,
-        operator.rshift, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
-        math.trunc, torch.sym_not, torch.sym_int, torch.sym_float, torch.sym_ite,
-        torch.sym_max, torch.sym_min, torch.sym_sqrt,
+        operator.add,
+        operator.sub,
+        operator.mul,
+        operator.floordiv,
+        operator.truediv,
+        operator.mod,
+        operator.pow,
+        operator.neg,
+        operator.pos,
+        operator.and_,
+        operator.or_,
+        operator.lshift,
+        operator.rshift,
+        operator.eq,
+        operator.ne,
+        operator.lt,
+        operator.le,
+        operator.gt,
+        operator.ge,
+        math.trunc,
+        torch.sym_not,
+        torch.sym_int,
+        torch.sym_float,
+        torch.sym_ite,
+        torch.sym_max,
+        torch.sym_min,
+        torch.sym_sqrt,
     )
-}  # fmt: skip
+}
 """Functions over sizes that an exported graph may call, by the name the graph file gives them."""
 
 SERDE_ERRORS = (

@@ -107,20 +107,43 @@ METHODS: dict[str, Method] = {
     "gptq": Method("GPTQ: the error of each column is compensated in the columns after it", _gptq),
     "awq": Method("AWQ: activation-aware scales folded into earlier weights, clipped ranges", _awq),
     "awq+gptq": Method("AWQ's scales, then GPTQ's rounding", _awq_gptq),
-    "best": Method("the strongest found here: GPTQ that follows the unquantized model, codes refined, scales trained", _best),
+    "best": Method(
+        "the strongest found here: GPTQ that follows the unquantized model, codes refined, scales trained", _best
+    ),
     "auto": Method("bits per linear by measured sensitivity, within --average-bits; then GPTQ", _auto, own_bits=True),
     "int8": Method("8-bit weights, one scale per output channel", _rtn, bits=8, fixed=True),
-    "smoothquant": Method("W8A8: SmoothQuant's scales, rotations where they pay, 8-bit weights by GPTQ and inputs", _smoothquant,
-                          bits=8, fixed=True),
-    "llm-int8": Method("W8A8 with outlier columns in full precision", lambda chosen: [QuantizeLlmInt8(ignore=chosen.ignore)],
-                       bits=8, fixed=True),
-    "fp8": Method("E4M3 weights per channel and inputs per token", lambda chosen: [
-        QuantizeFp8(ignore=chosen.ignore), QuantizeActivations(format="fp8")], bits=8, fixed=True),
-    "nf4": Method("4-bit NormalFloat, blocks of 64, scales in 8 bits", lambda chosen: [
-        QuantizeNf4(ignore=chosen.ignore, double_quant=True)], bits=4, fixed=True),
-    "nvfp4": Method("4-bit floats in blocks of 16 with E4M3 scales, weights and inputs; scales of inputs calibrated", _nvfp4,
-                    bits=4, fixed=True, group_size=16),
-}  # fmt: skip
+    "smoothquant": Method(
+        "W8A8: SmoothQuant's scales, rotations where they pay, 8-bit weights by GPTQ and inputs",
+        _smoothquant,
+        bits=8,
+        fixed=True,
+    ),
+    "llm-int8": Method(
+        "W8A8 with outlier columns in full precision",
+        lambda chosen: [QuantizeLlmInt8(ignore=chosen.ignore)],
+        bits=8,
+        fixed=True,
+    ),
+    "fp8": Method(
+        "E4M3 weights per channel and inputs per token",
+        lambda chosen: [QuantizeFp8(ignore=chosen.ignore), QuantizeActivations(format="fp8")],
+        bits=8,
+        fixed=True,
+    ),
+    "nf4": Method(
+        "4-bit NormalFloat, blocks of 64, scales in 8 bits",
+        lambda chosen: [QuantizeNf4(ignore=chosen.ignore, double_quant=True)],
+        bits=4,
+        fixed=True,
+    ),
+    "nvfp4": Method(
+        "4-bit floats in blocks of 16 with E4M3 scales, weights and inputs; scales of inputs calibrated",
+        _nvfp4,
+        bits=4,
+        fixed=True,
+        group_size=16,
+    ),
+}
 
 _WIDE_SCALES = ("rtn", "int8")
 """Methods whose scales are float32 numbers; those of the others are float16 ones, where these can hold them."""

@@ -45,21 +45,31 @@ CODES = (_i8(B, HKV, S, D), _i8(B, HKV, S, D), _i8(B, HKV, T, D), _i8(B, HKV, T,
 SCALE = torch.rand(N, 2) + 0.1
 POSITION = torch.arange(S).expand(B, S).contiguous()
 PAGED = (
-    _f(4, H, D), _f(4, HKV, D), _f(4, HKV, D), _f(4, 4, HKV, D), _f(4, 4, HKV, D),
-    torch.tensor([8, 9, 10, 4]), torch.tensor([[2], [1]], dtype=torch.int32),
-    torch.tensor([3, 1], dtype=torch.int32), torch.tensor([0, 3, 4], dtype=torch.int32),
-)  # fmt: skip
+    _f(4, H, D),
+    _f(4, HKV, D),
+    _f(4, HKV, D),
+    _f(4, 4, HKV, D),
+    _f(4, 4, HKV, D),
+    torch.tensor([8, 9, 10, 4]),
+    torch.tensor([[2], [1]], dtype=torch.int32),
+    torch.tensor([3, 1], dtype=torch.int32),
+    torch.tensor([0, 3, 4], dtype=torch.int32),
+)
 STEP = (
-    torch.tensor([1, 2]), torch.tensor([3, 0]), torch.tensor([11, -1]),
-    torch.tensor([4, 0], dtype=torch.int32), torch.tensor([[2, 1], [0, 0]], dtype=torch.int32),
-)  # fmt: skip
+    torch.tensor([1, 2]),
+    torch.tensor([3, 0]),
+    torch.tensor([11, -1]),
+    torch.tensor([4, 0], dtype=torch.int32),
+    torch.tensor([[2, 1], [0, 0]], dtype=torch.int32),
+)
 
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "attention": ((*QKV, torch.ones(B, S, dtype=torch.long), _f(H)), {"causal": True, **KNOBS}),
     "cached_attention": ((*QKV, *CACHES, PAST, T + S, None), KNOBS),
     "cached_attention_": ((*QKV, *ROOM, PAST, T + S, None), KNOBS),
     "cached_attention_codes": (
-        (QKV[0], *CODES, PAST, T + S, torch.full((1,), 0.02), torch.full((1,), 0.02)), KNOBS,
+        (QKV[0], *CODES, PAST, T + S, torch.full((1,), 0.02), torch.full((1,), 0.02)),
+        KNOBS,
     ),
     "greedy_step_": ((_f(2, 8), *STEP), {"block_size": 4}),
     "advance_step_": ((torch.tensor([7, -1]), *STEP), {"block_size": 4}),
@@ -70,9 +80,21 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     ),
     "argmax": ((_f(B, N),), {}),
     "sample_": (
-        (_f(B, N), torch.ones(B), torch.full((B,), 3, dtype=torch.int32), torch.full((B,), 0.9), torch.full((B,), 0.1),
-         torch.full((B,), 1.1), torch.full((B,), 0.1), torch.full((B,), 0.2), torch.zeros(B, N, dtype=torch.bool),
-         torch.zeros(B, N, dtype=torch.int32), torch.arange(B), torch.arange(B)), {},
+        (
+            _f(B, N),
+            torch.ones(B),
+            torch.full((B,), 3, dtype=torch.int32),
+            torch.full((B,), 0.9),
+            torch.full((B,), 0.1),
+            torch.full((B,), 1.1),
+            torch.full((B,), 0.1),
+            torch.full((B,), 0.2),
+            torch.zeros(B, N, dtype=torch.bool),
+            torch.zeros(B, N, dtype=torch.int32),
+            torch.arange(B),
+            torch.arange(B),
+        ),
+        {},
     ),
     "rotary": ((QKV[0], POSITION, _f(D // 2)), {"scaling": 1.0, "interleaved": True}),
     "rotate_blocks": ((_f(2, K), _f(8, 8)), {}),
@@ -83,7 +105,8 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "dequantize_float": ((_f(N, K).to(torch.float8_e4m3fn), SCALE), {"group_size": 16}),
     "dequantize_codebook": ((_u(16, N, K), SCALE, _f(16)), {"bits": 4, "group_size": 16}),
     "dequantize_nvfp4": (
-        (_u(16, N, K), SCALE.to(torch.float8_e4m3fn), torch.tensor([0.1])), {"dtype": torch.float32},
+        (_u(16, N, K), SCALE.to(torch.float8_e4m3fn), torch.tensor([0.1])),
+        {"dtype": torch.float32},
     ),
     "dequantize_activation": ((_i8(2, K), SCALE[:2, :1]), {"dtype": torch.float32}),
     "linear_nbits": (
@@ -96,7 +119,8 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     ),
     "group_query_attention": ((*FLAT, *CACHES, LENGTHS, T + S, *TURN), CONTRIB),
     "group_query_attention_codes": (
-        (*FLAT, *CODES[2:], LENGTHS, T + S, *TURN, torch.full((1,), 0.02), torch.full((1,), 0.02)), CONTRIB,
+        (*FLAT, *CODES[2:], LENGTHS, T + S, *TURN, torch.full((1,), 0.02), torch.full((1,), 0.02)),
+        CONTRIB,
     ),
     "matmul_nbits": (
         (_f(2, K), _u(255, N, 2, 8), SCALE, None, _f(N)),
@@ -104,20 +128,23 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     ),
     "skip_rms_norm": ((_f(2, K), _f(2, K), _f(K)), {"eps": 1e-6}),
     "dequantize_linear": (
-        (_u(255, K * N // 2), _f(2, N), None), {"K": K, "N": N, "bits": 4, "signed": True, "block_size": 16},
+        (_u(255, K * N // 2), _f(2, N), None),
+        {"K": K, "N": N, "bits": 4, "signed": True, "block_size": 16},
     ),
     "quantize_tokens": ((_f(2, K),), {}),
     "matmul_integer": ((_u(255, 2, K), _i8(K, N), SCALE[:2, :1], SCALE[:, 0], _f(N)), {}),
     "matmul_bnb4": (
-        (_f(2, K), _u(255, N * K // 2), SCALE.flatten(), _f(16)), {"K": K, "N": N, "block_size": 16},
+        (_f(2, K), _u(255, N * K // 2), SCALE.flatten(), _f(16)),
+        {"K": K, "N": N, "block_size": 16},
     ),
     "tensor_scatter": ((ROOM[0], QKV[1], PAST), {}),
     "masked_attention": (
-        (QKV[0], *CACHES, torch.ones(B, 1, S, T, dtype=torch.bool)), {"scale": 0.3, "softcap": 0.0},
+        (QKV[0], *CACHES, torch.ones(B, 1, S, T, dtype=torch.bool)),
+        {"scale": 0.3, "softcap": 0.0},
     ),
     "rotary_cached": ((QKV[0], POSITION, *TURN), {"interleaved": False}),
     "linear_dynamic": ((_f(2, K), _i8(N, K), SCALE, _f(N)), {"bits": 8, "group_size": 16}),
-}  # fmt: skip
+}
 
 
 def tensors_of(name: str) -> list[Tensor]:

@@ -116,12 +116,31 @@ def save_graph(path: Path) -> None:
 def description(**changes: Any) -> dict[str, Any]:
     """An engine.json without a plan for the tiny graph."""
     info: dict[str, Any] = {
-        "format": 1, "ops": "basic", "opset": 17, "runtime": None, "runtime_version": None, "plan": None,
-        "plan_sha256": None, "compute_capabilities": [], "dtype": "fp32", "quant": {}, "vocab_size": VOCAB,
-        "cache": {"update": "ping_pong", "dtype": "float32", "layers": 1, "kv_heads": HEADS, "head_dim": WIDTH,
-                  "capacity": CAPACITY},
-        "eos_token_ids": [1], "bos_token_id": 0, "profiles": PROFILES, "inputs": {}, "outputs": {},
-    }  # fmt: skip
+        "format": 1,
+        "ops": "basic",
+        "opset": 17,
+        "runtime": None,
+        "runtime_version": None,
+        "plan": None,
+        "plan_sha256": None,
+        "compute_capabilities": [],
+        "dtype": "fp32",
+        "quant": {},
+        "vocab_size": VOCAB,
+        "cache": {
+            "update": "ping_pong",
+            "dtype": "float32",
+            "layers": 1,
+            "kv_heads": HEADS,
+            "head_dim": WIDTH,
+            "capacity": CAPACITY,
+        },
+        "eos_token_ids": [1],
+        "bos_token_id": 0,
+        "profiles": PROFILES,
+        "inputs": {},
+        "outputs": {},
+    }
     return info | changes
 
 

@@ -19,9 +19,21 @@ SDPA = aten.scaled_dot_product_attention.default
 SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 
 _MASKINGS = ("add", "masked_fill", "where")
-_POINTWISE = frozenset((
-    "mul", "div", "tanh", *_MASKINGS, "sub", "neg", "relu", "clamp", "clamp_min", "clamp_max", "cat",
-))  # fmt: skip
+_POINTWISE = frozenset(
+    (
+        "mul",
+        "div",
+        "tanh",
+        *_MASKINGS,
+        "sub",
+        "neg",
+        "relu",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "cat",
+    )
+)
 """What scores may pass through and be told to be scores still, in a report of what is not understood."""
 _SDPA_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 

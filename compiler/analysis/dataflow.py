@@ -40,13 +40,29 @@ COPIES = frozenset(
         aten.dropout.default,
     )
 )
-MOVES = frozenset((
-    aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.cat.default, aten.stack.default,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.view.default, aten.reshape.default,
-    aten.flatten.using_ints, aten.unflatten.int, aten.transpose.int, aten.permute.default,
-    aten.expand.default, aten.repeat_interleave.self_int, aten.chunk.default, aten.split.Tensor,
-    aten.split_with_sizes.default, operator.getitem,
-))  # fmt: skip
+MOVES = frozenset(
+    (
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.narrow.default,
+        aten.cat.default,
+        aten.stack.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.view.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.expand.default,
+        aten.repeat_interleave.self_int,
+        aten.chunk.default,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        operator.getitem,
+    )
+)
 """Ops whose result holds elements of their inputs, rearranged."""
 ELEMENTWISE = frozenset(
     (

@@ -6,9 +6,15 @@ from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import CASTS, COPIES, aten, peel, sole_user, value_of
 
-RESHAPES = frozenset((
-    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unsqueeze.default, aten.squeeze.dim,
-))  # fmt: skip
+RESHAPES = frozenset(
+    (
+        aten.view.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+    )
+)
 """Ops that keep the order of elements."""
 
 

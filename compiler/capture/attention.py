@@ -18,10 +18,22 @@ from optc.compiler.diagnostics import CaptureError
 
 NAME = "optc"
 
-_MASK_ARGUMENTS = frozenset((
-    "batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "allow_is_causal_skip",
-    "allow_is_bidirectional_skip", "dtype", "config", "use_vmap", "device", "local_size",
-))  # fmt: skip
+_MASK_ARGUMENTS = frozenset(
+    (
+        "batch_size",
+        "q_length",
+        "kv_length",
+        "q_offset",
+        "kv_offset",
+        "allow_is_causal_skip",
+        "allow_is_bidirectional_skip",
+        "dtype",
+        "config",
+        "use_vmap",
+        "device",
+        "local_size",
+    )
+)
 """What transformers tells a mask maker beside the mask itself: sizes, and how the mask may be stored."""
 _ATTENTION_ARGUMENTS = frozenset(
     (

@@ -205,8 +205,24 @@ def _table() -> dict[Any, Lowering]:
     def add(lower: Lowering, *targets: Any) -> None:
         table.update(dict.fromkeys(targets, lower))
 
-    for kind in ("Neg", "Abs", "Exp", "Log", "Sqrt", "Sin", "Cos", "Tan", "Tanh", "Erf", "Sigmoid", "Sign",
-                 "Reciprocal", "Mish", "HardSwish", "Selu"):  # fmt: skip
+    for kind in (
+        "Neg",
+        "Abs",
+        "Exp",
+        "Log",
+        "Sqrt",
+        "Sin",
+        "Cos",
+        "Tan",
+        "Tanh",
+        "Erf",
+        "Sigmoid",
+        "Sign",
+        "Reciprocal",
+        "Mish",
+        "HardSwish",
+        "Selu",
+    ):
         add(_unary(kind), getattr(_aten, kind.lower()).default)
     for kind in ("Floor", "Ceil", "Round"):
         add(_rounding(kind), getattr(_aten, kind.lower()).default)

@@ -10,10 +10,29 @@ from typing import Any
 from optc.compiler.ir.contract import Contract
 
 # Decoder types that onnxruntime-genai 0.18 lists; any other decoder is "decoder" to it.
-_TYPES = frozenset({
-    "chatglm", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gpt2", "granite", "internlm2", "llama", "mistral",
-    "nemotron", "olmo", "phi", "phi3", "phimoe", "phi3small", "qwen2", "qwen3", "smollm3",
-})  # fmt: skip
+_TYPES = frozenset(
+    {
+        "chatglm",
+        "ernie4_5",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "granite",
+        "internlm2",
+        "llama",
+        "mistral",
+        "nemotron",
+        "olmo",
+        "phi",
+        "phi3",
+        "phimoe",
+        "phi3small",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    }
+)
 
 
 def genai_config(contract: Contract, filename: str) -> dict[str, Any]:

@@ -254,13 +254,25 @@ def _table() -> dict[Any, Lowering]:
         (_stack, (_aten.stack.default,)),
         (_sym_size, (_aten.sym_size.int,)),
         (_arange, (_aten.arange.default, _aten.arange.start, _aten.arange.start_step)),
-        (_full, (_aten.full.default, _aten.zeros.default, _aten.ones.default, _aten.empty.memory_format,
-                 _aten.zeros_like.default, _aten.ones_like.default, _aten.full_like.default,
-                 _aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default)),
+        (
+            _full,
+            (
+                _aten.full.default,
+                _aten.zeros.default,
+                _aten.ones.default,
+                _aten.empty.memory_format,
+                _aten.zeros_like.default,
+                _aten.ones_like.default,
+                _aten.full_like.default,
+                _aten.new_zeros.default,
+                _aten.new_ones.default,
+                _aten.new_full.default,
+            ),
+        ),
         (_scalar_tensor, (_aten.scalar_tensor.default,)),
         (_triangle(1), (_aten.triu.default,)),
         (_triangle(0), (_aten.tril.default,)),
-    ):  # fmt: skip
+    ):
         table.update(dict.fromkeys(targets, lower))
     return table
 

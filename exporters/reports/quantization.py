@@ -117,9 +117,23 @@ def _summary(manifest: Manifest, records: Sequence[LinearRecord]) -> list[tuple[
 def _cells(row: LinearRecord) -> list[tuple[str, str]]:
     ratio = row.error / row.error_rtn if row.error is not None and row.error_rtn else None
     values = (
-        row.name, row.shape[0] * row.shape[1], row.method, row.bits, row.group_size, row.error, row.error_rtn, ratio,
-        row.weight_error, row.scale_min, row.scale_max, row.clip, row.damping, row.tokens, row.seconds, row.note,
-    )  # fmt: skip
+        row.name,
+        row.shape[0] * row.shape[1],
+        row.method,
+        row.bits,
+        row.group_size,
+        row.error,
+        row.error_rtn,
+        ratio,
+        row.weight_error,
+        row.scale_min,
+        row.scale_max,
+        row.clip,
+        row.damping,
+        row.tokens,
+        row.seconds,
+        row.note,
+    )
     cells = []
     for column, value in zip(COLUMNS, values, strict=True):
         text = "–" if value is None else column.form.format(value)

@@ -171,9 +171,22 @@ def test_a_damaged_model_is_an_error_of_the_program(genai: Built, whole: Path, t
 def test_a_bundle_is_an_artifact_with_its_checksums(whole: Path, onnx: Path) -> None:
     manifest, source = verify(whole), read_manifest(onnx)
     paths = {entry.path for entry in manifest.files}
-    assert {"model.onnx", "model.onnx.data", "tokenizer.json", "genai_config.json", "CMakeLists.txt", "README.txt",
-            "SHA256SUMS", "program/main.cpp", "program/host.cpp", "program/decode.h", "program/genai.cpp",
-            "program/model.h", "lib/libonnxruntime.so.1", "lib/libonnxruntime-genai.so"} <= paths  # fmt: skip
+    assert {
+        "model.onnx",
+        "model.onnx.data",
+        "tokenizer.json",
+        "genai_config.json",
+        "CMakeLists.txt",
+        "README.txt",
+        "SHA256SUMS",
+        "program/main.cpp",
+        "program/host.cpp",
+        "program/decode.h",
+        "program/genai.cpp",
+        "program/model.h",
+        "lib/libonnxruntime.so.1",
+        "lib/libonnxruntime-genai.so",
+    } <= paths
     assert not [path for path in paths if path.startswith("ir/") or path == "report.html"]
     facts = manifest.engine_info["bundle"]
     assert facts["engine"] == "genai"

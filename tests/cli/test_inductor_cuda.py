@@ -28,15 +28,23 @@ def test_what_is_written() -> None:
     manifest = verify(folder)
     assert (manifest.engine, manifest.device, manifest.target) == ("cuda", "cuda", "inductor-cuda")
     assert manifest.engine_info == {
-        "graph": "graph.json", "weights": "weights.safetensors", "constants": "constants.safetensors",
-    }  # fmt: skip
+        "graph": "graph.json",
+        "weights": "weights.safetensors",
+        "constants": "constants.safetensors",
+    }
     assert manifest.needs["torch"] == ">=2.11"
     assert manifest.opened is not None
     assert manifest.opened.opened
     assert {row.name: row.matched for row in manifest.passes} == {
-        "fuse-norm": 9, "fuse-rotary": 8, "quantize-rtn": 28, "page-kv-cache": 4, "select-logits": 1,
-        "merge-projections": 8, "fuse-decode": 21, "legalize-cuda": 16,
-    }  # fmt: skip
+        "fuse-norm": 9,
+        "fuse-rotary": 8,
+        "quantize-rtn": 28,
+        "page-kv-cache": 4,
+        "select-logits": 1,
+        "merge-projections": 8,
+        "fuse-decode": 21,
+        "legalize-cuda": 16,
+    }
     program = Program.load(folder)
     formats = [node.kwargs.get("format") for node in program.calls(torch.ops.optc.fused_linear.default)]
     assert sorted(map(str, formats)) == ["None"] + ["int4"] * 16

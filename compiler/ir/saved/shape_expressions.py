@@ -27,18 +27,50 @@ _MAX_EXPONENT = 8
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(torch_functions, name)
     for name in (
-        "FloorDiv", "ModularIndexing", "Where", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt",
-        "CeilDiv", "LShift", "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv",
-        "IsNonOverlappingAndDenseIndicator", "TruncToFloat", "TruncToInt", "RoundToInt", "RoundDecimal",
-        "ToFloat", "Identity", "Max", "Min",
+        "FloorDiv",
+        "ModularIndexing",
+        "Where",
+        "PythonMod",
+        "Mod",
+        "CleanDiv",
+        "CeilToInt",
+        "FloorToInt",
+        "CeilDiv",
+        "LShift",
+        "RShift",
+        "PowByNatural",
+        "FloatPow",
+        "FloatTrueDiv",
+        "IntTrueDiv",
+        "IsNonOverlappingAndDenseIndicator",
+        "TruncToFloat",
+        "TruncToInt",
+        "RoundToInt",
+        "RoundDecimal",
+        "ToFloat",
+        "Identity",
+        "Max",
+        "Min",
     )
 } | {
     name: getattr(sympy, name)
     for name in (
-        "Add", "Mul", "Pow", "Rational", "Abs", "And", "Or", "Not", "Equality", "Unequality", "LessThan",
-        "StrictLessThan", "GreaterThan", "StrictGreaterThan",
+        "Add",
+        "Mul",
+        "Pow",
+        "Rational",
+        "Abs",
+        "And",
+        "Or",
+        "Not",
+        "Equality",
+        "Unequality",
+        "LessThan",
+        "StrictLessThan",
+        "GreaterThan",
+        "StrictGreaterThan",
     )
-}  # fmt: skip
+}
 _LOGIC = {"And", "Or", "Not"}
 _GROWING = {"Pow", "PowByNatural", "FloatPow", "LShift", "RShift"}
 

@@ -60,10 +60,23 @@ def test_moves_and_casts_read_nothing_and_operators_get_the_values(
     def moved(a: Tensor, b: Tensor) -> list[Tensor]:
         experts = torch.stack([a[:256], b]).float()
         return [
-            a.float(), a.t(), a[7], a[3:9], a[-4:-1], torch.cat([a, b]).float(), torch.stack([a[:256], b])[1],
-            experts[1], experts[0].t(), a.view(128, 512)[3], a.half().float(), a[:, 3:5], a.to(torch.bfloat16),
-            torch.nn.Parameter(a, requires_grad=False), a.permute(1, 0), a.unsqueeze(0),
-        ]  # fmt: skip
+            a.float(),
+            a.t(),
+            a[7],
+            a[3:9],
+            a[-4:-1],
+            torch.cat([a, b]).float(),
+            torch.stack([a[:256], b])[1],
+            experts[1],
+            experts[0].t(),
+            a.view(128, 512)[3],
+            a.half().float(),
+            a[:, 3:5],
+            a.to(torch.bfloat16),
+            torch.nn.Parameter(a, requires_grad=False),
+            a.permute(1, 0),
+            a.unsqueeze(0),
+        ]
 
     lazy = moved(lazy_one, lazy_two)
     assert all(isinstance(item, LazyWeight) for item in lazy)

@@ -160,17 +160,29 @@ def test_a_changed_number_is_noticed(
 
 
 REFUSED = {
-    "asym": ((QuantizeRtn(group_size=64, symmetric=False),), "the layout has no algorithm for 4-bit int weights in groups of 64 with zero points"),
+    "asym": (
+        (QuantizeRtn(group_size=64, symmetric=False),),
+        "the layout has no algorithm for 4-bit int weights in groups of 64 with zero points",
+    ),
     "group": ((QuantizeRtn(group_size=32),), "TensorRT-LLM's kernels take 64 and 128"),
     "w8a8": ((QuantizeRtn(bits=8, group_size=0), QuantizeActivations()), "int8 inputs by per-token scales"),
-    "int8-static": ((QuantizeRtn(bits=8, group_size=0), QuantizeInputs(format="int8")), "int8 inputs by calibrated scales"),
+    "int8-static": (
+        (QuantizeRtn(bits=8, group_size=0), QuantizeInputs(format="int8")),
+        "int8 inputs by calibrated scales",
+    ),
     "fp8-weights": ((QuantizeFp8(granularity="tensor"),), "the layout has no algorithm for 8-bit fp8 weights"),
     "nvfp4-weights": ((QuantizeNvfp4(),), "the layout has no algorithm for 4-bit nvfp4 weights"),
-    "apart": ((QuantizeRtn(group_size=64, ignore=("*.k_proj.*",)),), "k_proj has the same input, and is quantized differently or not at all"),
+    "apart": (
+        (QuantizeRtn(group_size=64, ignore=("*.k_proj.*",)),),
+        "k_proj has the same input, and is quantized differently or not at all",
+    ),
     "kv-int8": ((QuantizeKVCache(format="int8", granularity="layer"),), "fp8 with one scale per layer"),
     "kv-head": ((QuantizeKVCache(format="fp8", granularity="head"),), "fp8 with one scale per layer"),
-    "mixed": ((QuantizeRtn(group_size=64, ignore=("*.down_proj.*",)), QuantizeRtn(bits=8, group_size=0)), "there are W4A16_AWQ g64, W8A16 g0"),
-}  # fmt: skip
+    "mixed": (
+        (QuantizeRtn(group_size=64, ignore=("*.down_proj.*",)), QuantizeRtn(bits=8, group_size=0)),
+        "there are W4A16_AWQ g64, W8A16 g0",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -79,8 +79,16 @@ def test_every_family(name: str) -> None:
 def test_a_llama_layer_is_five_calls() -> None:
     program = rewritten(FuseDecode(), paged("llama")).program
     moves = {
-        "view", "reshape", "select", "transpose", "unsqueeze", "contiguous", "split_with_sizes", "sym_size", "to",
-    }  # fmt: skip
+        "view",
+        "reshape",
+        "select",
+        "transpose",
+        "unsqueeze",
+        "contiguous",
+        "split_with_sizes",
+        "sym_size",
+        "to",
+    }
     calls = Counter(
         node.target.__name__.partition(".")[0]
         for node in program.graph.nodes
