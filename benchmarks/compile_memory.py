@@ -25,13 +25,32 @@ from common import TOKENIZER, record
 
 GIB = 1 << 30
 SHAPES: dict[str, dict[str, Any]] = {
-    "1b": {"hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
-           "intermediate_size": 5632, "vocab_size": 32000},
-    "1b-tied": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-                "intermediate_size": 8192, "vocab_size": 128256, "tie_word_embeddings": True},
-    "8b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-           "intermediate_size": 14336, "vocab_size": 128256},
-}  # fmt: skip
+    "1b": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "intermediate_size": 5632,
+        "vocab_size": 32000,
+    },
+    "1b-tied": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 8192,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+    },
+}
 LIMITS = {"1b": None, "1b-tied": None, "8b": 14.0}
 """GiB of anonymous memory; None is 1.3 times the source."""
 _SHARD = 4 << 30
@@ -117,8 +136,8 @@ class Watch(threading.Thread):
 
 def compile_limited(folder: Path, output: Path, quant: str, limit: int) -> dict[str, Any]:
     """Run `optc compile` in a process of limited anonymous memory; what it took."""
-    command = [sys.executable, "-m", "optc", "compile", str(folder), "--target", "onnx-cpu", "--quant", quant,
-               "-o", str(output), "--force", "--json", *_UNGATED]  # fmt: skip
+    command = [sys.executable, "-m", "optc", "compile", str(folder), "--target", "onnx-cpu", "--quant", quant]
+    command += ["-o", str(output), "--force", "--json", *_UNGATED]
     if quant != "rtn":
         command += ["--calibration-samples", "16", "--calibration-seq-len", "512"]
     begin = time.monotonic()

@@ -25,8 +25,8 @@ DEPTHS = (4, 8, 16, 32)
 
 def compile_once(folder: Path, output: Path) -> dict[str, Any]:
     """Run `optc compile FOLDER --target onnx-cpu --quant rtn` in its own process; seconds and stages."""
-    command = [sys.executable, "-m", "optc", "compile", str(folder), "--target", "onnx-cpu", "--quant", "rtn",
-               "-o", str(output), "--force", "--json", "--max-kl", "1e9"]  # fmt: skip
+    command = [sys.executable, "-m", "optc", "compile", str(folder), "--target", "onnx-cpu", "--quant", "rtn"]
+    command += ["-o", str(output), "--force", "--json", "--max-kl", "1e9"]
     begin = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - begin

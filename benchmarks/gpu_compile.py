@@ -23,15 +23,36 @@ import torch
 from common import record
 
 SHAPES = {
-    "8b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-           "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 8192},
-    "small": {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "intermediate_size": 512, "vocab_size": 512, "max_position_embeddings": 512},
-}  # fmt: skip
+    "8b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+    },
+    "small": {
+        "hidden_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 512,
+        "vocab_size": 512,
+        "max_position_embeddings": 512,
+    },
+}
 SHARD = 4 << 30  # bytes of a weight file
 OPEN_GATE = (
-    "--max-kl", "inf", "--min-top1", "0", "--max-perplexity-increase", "inf", "--max-relative-error", "inf",
-)  # fmt: skip
+    "--max-kl",
+    "inf",
+    "--min-top1",
+    "0",
+    "--max-perplexity-increase",
+    "inf",
+    "--max-relative-error",
+    "inf",
+)
 
 
 def write_model(folder: Path, shape: str) -> None:
@@ -81,12 +102,10 @@ def write_tokens(path: Path, vocabulary: int, samples: int, length: int) -> None
 
 def quantize(model: Path, output: Path, tokens: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Run the command; its seconds with the start of Python, and the manifest that it wrote."""
-    command = [
-        sys.executable, "-m", "optc", "quantize", str(model), "--quant", given.method, "--device", given.device,
-        "--dtype", "bf16", "--group-size", "128" if not given.small else "32", "--calibration", str(tokens),
-        "--calibration-samples", str(given.samples), "--calibration-seq-len", str(given.seq_len), *OPEN_GATE,
-        "--force", "--json", "-o", str(output),
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "optc", "quantize", str(model), "--quant", given.method, "--device", given.device]
+    command += ["--dtype", "bf16", "--group-size", "32" if given.small else "128", "--calibration", str(tokens)]
+    command += ["--calibration-samples", str(given.samples), "--calibration-seq-len", str(given.seq_len)]
+    command += [*OPEN_GATE, "--force", "--json", "-o", str(output)]
     places = {str(model): "DIR", str(output): "OUT", str(tokens): "TOKENS.jsonl"}
     begin = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -23,10 +23,9 @@ from common import random_llama, record
 
 def compiled(model: Path, method: str, calibration: Path, output: Path, samples: int) -> dict[str, Any]:
     """Run one compile; its seconds, peak resident bytes and what its passes took."""
-    command = [
-        sys.executable, "-m", "optc", "compile", str(model), "--target", "onnx-cpu", "--quant", method, "--group-size",
-        "128", "--calibration", str(calibration), "--calibration-samples", str(samples), "--max-kl", "100", "-o", str(output), "--json",
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "optc", "compile", str(model), "--target", "onnx-cpu", "--quant", method]
+    command += ["--group-size", "128", "--calibration", str(calibration), "--calibration-samples", str(samples)]
+    command += ["--max-kl", "100", "-o", str(output), "--json"]
     begin = time.perf_counter()
     with tempfile.TemporaryFile() as out:
         process = subprocess.Popen(command, stdout=out)

@@ -26,11 +26,11 @@ from common import ROOT, record
 
 def command(output: Path, steps: int, resume: bool) -> list[str]:
     settings = ["batch_size=2", "seq_len=64", "saving.every=2", "device=cpu", "gradient_accumulation=2"]
-    return [
-        sys.executable, "-m", "optc", "train", "--recipe", "finetune", "--model", str(ROOT / "examples" / "fiction-3m"),
-        "--text", str(ROOT / "examples" / "book.txt"), "--max-steps", str(steps), "-o", str(output),
-        *[word for setting in settings for word in ("--set", setting)], *(["--resume"] if resume else []),
-    ]  # fmt: skip
+    words = [sys.executable, "-m", "optc", "train", "--recipe", "finetune"]
+    words += ["--model", str(ROOT / "examples" / "fiction-3m"), "--text", str(ROOT / "examples" / "book.txt")]
+    words += ["--max-steps", str(steps), "-o", str(output)]
+    words += [word for setting in settings for word in ("--set", setting)]
+    return words + ["--resume"] * resume
 
 
 def logged(output: Path) -> int:

@@ -49,8 +49,8 @@ def test_a_recipe_file_trains(recipe: Path, tmp_path: Path, capsys: Capture) -> 
 
 
 def test_flags_win_over_the_recipe_that_ships(start: tuple[Path, Path], tmp_path: Path, capsys: Capture) -> None:
-    flags = ["--recipe", "finetune", "--model", start[0], "--text", start[1], "--text", start[1], "--max-steps", 1,
-             "--seed", 3, "--set", "batch_size=2", "--set", "seq_len=32"]  # fmt: skip
+    flags = ["--recipe", "finetune", "--model", start[0], "--text", start[1], "--text", start[1]]
+    flags += ["--max-steps", 1, "--seed", 3, "--set", "batch_size=2", "--set", "seq_len=32"]
     assert optc("train", *flags, "-o", tmp_path / "out", "--json") == 0
     config = json.loads(capsys.readouterr().out)["config"]
     assert config["seed"] == 3
@@ -97,12 +97,13 @@ def test_qat_is_trained_compiled_and_better_than_rounding(tmp_path: Path, capsys
     middle = book.index("\n\n", len(book) // 2)
     (tmp_path / "train.txt").write_text(book[:middle])
     (tmp_path / "unseen.txt").write_text(book[middle:])
-    small = ["--set", "batch_size=4", "--set", "seq_len=128", "--set", "optimizer.lr=2e-4"]
-    assert optc("train", "--recipe", "qat", "--model", EXAMPLE, "--text", tmp_path / "train.txt", "--bits", 3, "--group-size", 32,
-                "--max-steps", 12, *small, "-o", tmp_path / "qat") == 0  # fmt: skip
+    grid = ("--bits", 3, "--group-size", 32)
+    small = ("--set", "batch_size=4", "--set", "seq_len=128", "--set", "optimizer.lr=2e-4", "--max-steps", 12)
+    learned = ("--recipe", "qat", "--model", EXAMPLE, "--text", tmp_path / "train.txt", *grid, *small)
+    assert optc("train", *learned, "-o", tmp_path / "qat") == 0
     assert optc("compile", tmp_path / "qat", "--target", "onnx-cpu", "-o", tmp_path / "trained") == 0
-    assert optc("compile", EXAMPLE, "--target", "onnx-cpu", "--quant", "rtn", "--bits", 3, "--group-size", 32,
-                "--allow-noop", "--max-kl", "1e9", "--max-perplexity-increase", "1e9", "-o", tmp_path / "rounded") == 0  # fmt: skip
+    rounded = ("--quant", "rtn", *grid, "--allow-noop", "--max-kl", "1e9", "--max-perplexity-increase", "1e9")
+    assert optc("compile", EXAMPLE, "--target", "onnx-cpu", *rounded, "-o", tmp_path / "rounded") == 0
     capsys.readouterr()
     nll = {}
     for name in ("trained", "rounded"):

@@ -40,8 +40,8 @@ def test_refused(example_model: Path, flags: tuple[str, ...], text: str) -> None
 
 
 def test_a_folder_without_a_plan(example_model: Path, tmp_path: Path) -> None:
-    arguments = ["compile", str(example_model), "--target", "trt", "--trt-runtime", "none", "--quant", "rtn",
-                 "--max-seq-len", "128", "-o", str(tmp_path / "out"), "--json"]  # fmt: skip
+    arguments = ["compile", str(example_model), "--target", "trt", "--trt-runtime", "none", "--quant", "rtn"]
+    arguments += ["--max-seq-len", "128", "-o", str(tmp_path / "out"), "--json"]
     done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     manifest = verify(tmp_path / "out")

@@ -17,8 +17,8 @@ P = f(3, 4, low=0.1, high=4.0)  # positive
 NZ = i(3, 4, low=1, high=6) * torch.tensor([1, -1, 1, -1])  # integers of both signs without zero
 BIG = torch.tensor([[2**24 + 1, -(2**31) - 3], [7, -7], [2**40 + 5, -1]])
 
-_FLOAT_UNARY = ("sin", "cos", "tan", "tanh", "erf", "sigmoid", "exp", "silu", "gelu", "mish", "hardswish",
-                "selu", "elu", "leaky_relu", "softplus")  # fmt: skip
+_FLOAT_UNARY = ("sin", "cos", "tan", "tanh", "erf", "sigmoid", "exp")
+_ACTIVATIONS = ("silu", "gelu", "mish", "hardswish", "selu", "elu", "leaky_relu", "softplus")
 _POSITIVE_UNARY = ("log", "log2", "log10", "sqrt", "rsqrt", "reciprocal")
 _ROUNDING = ("floor", "ceil", "round")
 _SIGNED = ("neg", "abs", "sign", "relu")
@@ -29,7 +29,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 UNARY: Cases = {
-    **{f"aten.{name}.default": [(_function(name), f())] for name in _FLOAT_UNARY},
+    **{f"aten.{name}.default": [(_function(name), f())] for name in (*_FLOAT_UNARY, *_ACTIVATIONS)},
     **{f"aten.{name}.default": [(_function(name), P)] for name in _POSITIVE_UNARY},
     **{f"aten.{name}.default": [(_function(name), f()), (_function(name), i())] for name in _ROUNDING},
     **{f"aten.{name}.default": [(_function(name), f()), (_function(name), i())] for name in _SIGNED},
