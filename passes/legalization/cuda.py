@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch.fx import Node
 
+from optc.compiler.analysis.decode_launches import decode_launches
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import insert_call, replace_call
 from optc.compiler.rewriting.passes import Match, Pass, PassContext, PassResult, Rule, apply_rules
@@ -27,7 +28,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, kw_only=True)
 class LegalizeCuda(Pass):
-    """Everything in ATen but what a CUDA kernel takes; quantized weights packed; nothing that a CUDA graph cannot hold."""
+    """Everything in ATen but what a CUDA kernel takes; quantized weights packed; nothing that a CUDA graph cannot hold.
+
+    The notes of a paged program say what its decode step computes.
+    """
 
     name: ClassVar[str] = "legalize-cuda"
 
@@ -35,7 +39,9 @@ class LegalizeCuda(Pass):
         filled = apply_rules(program, [_FillWhere()])
         result = legalize(filled.program, "cuda", [PackedLinear()])
         matched, candidates = filled.matched + result.matched, filled.candidates + result.candidates
-        return dataclasses.replace(result, matched=matched, candidates=candidates)
+        paged = result.program.contract.kv_cache.kind == "paged"
+        notes = (*result.notes, str(decode_launches(result.program))) if paged else result.notes
+        return dataclasses.replace(result, matched=matched, candidates=candidates, notes=notes)
 
 
 class _FillWhere(Rule):

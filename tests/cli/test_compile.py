@@ -8,6 +8,7 @@ import pytest
 from command_line import optc, optc_json
 from conftest import EXAMPLE
 
+from optc.cli.inspect import reasons
 from optc.cli.main import normalize
 
 Capture = pytest.CaptureFixture[str]
@@ -76,6 +77,16 @@ def test_inspect_for_people(artifact: Path, capsys: Capture) -> None:
         "model.onnx.data",
     ):
         assert part in out
+
+
+def test_inspect_counts_reasons() -> None:
+    misses = [*(f"node_{i}: a: b" for i in range(3)), *(f"node: {name}" for name in "cdefgh")]
+    assert reasons(misses) == [
+        "left alone, 3 x: a: b",
+        *(f"left alone, 1 x: {name}" for name in "cdef"),
+        "and 2 more reasons; --json lists all",
+    ]
+    assert reasons([]) == []
 
 
 def test_inspect_ir_of_model_and_stage(artifact: Path, capsys: Capture) -> None:

@@ -51,6 +51,14 @@ def test_what_is_written() -> None:
     assert (folder / "tokenizer.json").is_file()
 
 
+def test_inspect_says_what_a_step_computes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.optc("inspect", artifact()) == 0
+    expected = "a decode step of one token computes 23 calls, 5 in a layer: 4 optc.fused_linear, 1 optc.rotary_paged_attention_"
+    out = capsys.readouterr().out
+    assert expected in out
+    assert "written file: read back: the same calls and the same weights" in out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", [("run", "--prompt", "a"), ("bench",)])
 def test_without_a_gpu_it_exits_with_4(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.target.options import ComputeType
 
 _WORST = 5
+_REASONS = 5
 
 
 class InspectOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,6 +125,8 @@ def _show(manifest: dict[str, Any]) -> None:
     for row, values in zip(manifest["passes"], cells, strict=True):
         drift = "".join(f", {title} {value}" for title, value in zip(titles, values, strict=True) if value != EMPTY)
         click.echo(f"  {row['name']}: matched {row['matched']} of {row['candidates']}{drift}, {row['seconds']:.2f} s")
+        for line in (*row["notes"], *reasons(row["misses"])):
+            click.echo(f"    {line}")
     worst = _worst(manifest)
     click.echo(_opened(manifest["opened"]))
     if worst:
@@ -134,6 +138,14 @@ def _show(manifest: dict[str, Any]) -> None:
     for title in ("quality", "speed"):
         if manifest[title]:
             click.echo(f"{title}: {manifest[title]}")
+
+
+def reasons(misses: list[str]) -> list[str]:
+    """Why sites were left alone, each reason once with their number, the commonest first."""
+    counts = Counter(miss.partition(": ")[2] for miss in misses).most_common()
+    lines = [f"left alone, {count} x: {reason}" for reason, count in counts[:_REASONS]]
+    more = len(counts) - len(lines)
+    return [*lines, f"and {more} more reasons; --json lists all"] if more else lines
 
 
 def _capture(row: dict[str, Any] | None) -> list[str]:
@@ -154,6 +166,8 @@ def _opened(row: dict[str, Any] | None) -> str:
     """What the written file computed in its engine."""
     if row is None or not row["opened"]:
         return f"written file: not opened: {row['why'] if row else 'made by an optc that did not'}"
+    if row["scale"] is None:  # read, not run
+        return f"written file: {row['why']}, {row['seconds']:.2f} s"
     kl = "" if row["kl"] is None else f", KL {row['kl']:.1e}, top-1 {row['top1']:.3f}"
     note = f" ({row['why']})" if row["why"] else ""
     limit = "" if row["limit"] is None else f" of {row['limit']:.1e}"
