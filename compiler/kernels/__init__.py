@@ -2,7 +2,15 @@
 
 from optc.compiler.kernels.cpu import linear_nbits
 from optc.compiler.kernels.cpu import paged_attention as cpu_paged_attention
-from optc.compiler.kernels.cuda import fused_linear, greedy_step, sampler
+from optc.compiler.kernels.cuda import fused_linear, fused_norm, greedy_step, sampler
 from optc.compiler.kernels.cuda import paged_attention as cuda_paged_attention
 
-__all__ = ["cpu_paged_attention", "cuda_paged_attention", "fused_linear", "greedy_step", "linear_nbits", "sampler"]
+__all__ = [
+    "cpu_paged_attention",
+    "cuda_paged_attention",
+    "fused_linear",
+    "fused_norm",
+    "greedy_step",
+    "linear_nbits",
+    "sampler",
+]

@@ -1,6 +1,6 @@
 """Linears as the CUDA kernels (compiler/kernels/cuda) compute them: norm before, activation and residual behind.
 
-`fused_linear` is made by the passes of the CUDA target only. Packed weights keep rows of W as rows:
+`fused_linear`, and `fused_norm` for what needs whole rows, are made by the passes of the CUDA target only. Packed weights keep rows of W as rows:
 
     int8    int8 [N, K]      code - 128
     int4    uint8 [N, K/2]   byte j of a block of 32 columns holds column j in its low nibble and column j + 16 in its
@@ -154,4 +154,37 @@ define(
     _fused_linear,
     _fused_linear_fake,
     aten=_fused_linear,
+)
+
+
+def _fused_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *,
+    norm: str = "",
+    eps: float = 0.0,
+    factor: float = 1.0,
+) -> Tensor:
+    """norm(x) * factor + residual, computed in float32 and rounded once, to x's type.
+
+    Args:
+        x: [..., K]. weight, bias: [K], of the norm, of any floating type. residual: of x's shape.
+        norm: "", "rms" or "layer", over K, with `eps`.
+    """
+    y = normalize(x, weight, bias, norm, eps) * factor
+    return (y if residual is None else y + residual.float()).to(x.dtype)
+
+
+def _fused_norm_fake(x: Tensor, *_: object, **__: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+define(
+    "fused_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, *, "
+    'str norm="", float eps=0., float factor=1.) -> Tensor',
+    _fused_norm,
+    _fused_norm_fake,
+    aten=_fused_norm,
 )

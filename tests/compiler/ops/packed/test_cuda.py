@@ -1,4 +1,4 @@
-"""`fused_linear`: packed layouts by hand and back, and every option against the operators that it stands for."""
+"""`fused_linear`, `fused_norm`: packed layouts by hand and back, every option against the operators that it stands for."""
 
 from __future__ import annotations
 
@@ -104,3 +104,20 @@ def test_packed_weight_in_16_bits_is_rounded_once() -> None:
     assert found.dtype is torch.bfloat16
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-4)
     assert not torch.equal(exact.float(), exact.float().bfloat16().float()), "the check can fail"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("norm", ["", "rms", "layer"])
+def test_fused_norm_is_what_it_stands_for(norm: str, dtype: torch.dtype) -> None:
+    """In float64; ragged rows, one rounding."""
+    x, residual = random(2, 3, K).to(dtype) + 1, random(2, 3, K, seed=1).to(dtype)
+    weight, bias = random(K, seed=2), random(K, seed=3).to(dtype)
+    given = (None if norm == "" else weight, bias if norm == "layer" else None)
+    found = _optc.fused_norm(x, *given, residual, norm=norm, eps=1e-5, factor=0.22)
+    y = x.double()
+    if norm == "rms":
+        y = y * torch.rsqrt((y * y).mean(-1, keepdim=True) + 1e-5) * weight.double()
+    elif norm == "layer":
+        y = F.layer_norm(y, (K,), weight.double(), bias.double(), 1e-5)
+    assert found.dtype is dtype
+    torch.testing.assert_close(found.double(), 0.22 * y + residual.double(), rtol=torch.finfo(dtype).eps, atol=1e-6)
