@@ -1,8 +1,7 @@
-"""norm -> linear -> activation -> residual  ->  optc.fused_linear; rotary -> attention  ->  one call"""
+"""norm -> linear -> activation -> residual  ->  optc.fused_linear; norm -> residual, rotary -> attention  ->  one call"""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,19 +12,22 @@ from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import drop_dead
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult, apply_rules
 from optc.compiler.rewriting.weights import prune_contract
-from optc.passes.fusion.decode_attention import RotaryAttention, uncopied
+from optc.passes.fusion.decode_attention import RotaryAttention, take_factor, uncopied
 from optc.passes.fusion.decode_linears import FusedLinear
+from optc.passes.fusion.decode_residuals import FusedNorm, Regroup
 
 
 @dataclass(frozen=True, kw_only=True)
 class FuseDecode(Pass):
-    """act(linear(norm(x), W, b)) [* up] + residual -> fused_linear; paged_attention_(rotary(q), ...) -> one call
+    """act(linear(norm(x), W, b)) [* up] + residual -> fused_linear; paged_attention_(rotary(q), ...) -> one call;
+    norm(x) * factor + residual -> fused_norm
 
     What a decode step reads is its weights, and what it waits for are its kernels: a layer of five calls, each of which
     reads its weights once, is as few as attention and linears allow. Sites are found by dataflow: the norm in front of
     a linear, where nothing else reads it; bias, activation, product of two halves, and the residual behind it; and
-    the rotation (and norm of each head) of the queries and keys of a paged attention. A part that cannot be taken in
-    stays as it is, and the reason is among the misses. `matched` counts the calls that result.
+    the rotation (and norm of each head) of the queries and keys of a paged attention. Norms and factors of rows that
+    none of these takes in, with the residual behind, are calls of their own. A part that cannot be taken in stays as
+    it is, and the reason is among the misses. `matched` counts the calls that result.
     """
 
     name: ClassVar[str] = "fuse-decode"
@@ -33,17 +35,21 @@ class FuseDecode(Pass):
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Fuse in a clone of `program`."""
         linears, attention = FusedLinear(), RotaryAttention()
-        result = apply_rules(program, [linears, attention])
-        if not result.matched:
-            return result
-        _spare_copies(result.program)
-        misses = (*result.misses, *linears.left, *attention.left)
-        return dataclasses.replace(result, program=prune_contract(result.program), misses=misses)
+        grouped = apply_rules(program, [Regroup()]).program
+        result = apply_rules(grouped, [linears, attention])
+        rest = apply_rules(result.program, [FusedNorm()])
+        matched, candidates = result.matched + rest.matched, result.candidates + rest.candidates
+        misses = (*result.misses, *linears.left, *attention.left, *rest.misses)
+        if not matched:
+            return PassResult(program, 0, candidates, misses)
+        _spare_copies(rest.program)
+        return PassResult(prune_contract(rest.program), matched, candidates, misses)
 
 
 def _spare_copies(program: Program) -> None:
-    """Let attention without a rotation read queries, keys and values where they are."""
+    """Let attention without a rotation read queries, keys and values where they are, and scale what it computes."""
     for node in program.calls(torch.ops.optc.paged_attention_.default):
+        take_factor(node)
         tensors = [uncopied(item) for item in node.args[:3] if isinstance(item, Node)]
         node.args = (*tensors, *node.args[3:])
     drop_dead(program)

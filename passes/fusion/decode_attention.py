@@ -14,9 +14,9 @@ from optc.compiler.analysis.dataflow import (
     aten,
     evaluate,
     leaves,
-    peel,
     peel_casts,
     scalar,
+    sole_user,
     value_of,
 )
 from optc.compiler.ir.program import Program
@@ -65,9 +65,10 @@ class RotaryAttention(Rule):
         left, right = (rotation for rotation in rotations if rotation is not None)
         if left.args[1:] != right.args[1:] or left.kwargs != right.kwargs:
             return Miss(node.name, "queries and keys are rotated by different angles")
-        query, key = _heads(program, left), _heads(program, right)
+        dtype = value_of(node).dtype
+        query, key = _heads(program, left, dtype), _heads(program, right, dtype)
         if (query.norm is None) != (key.norm is None) or query.eps != key.eps:
-            query, key = _Heads(left, _input(left)), _Heads(right, _input(right))
+            query, key = _Heads(left, _input(left, dtype)), _Heads(right, _input(right, dtype))
             self.left.append(Miss(node.name, "queries and keys are normalized differently: the norms stay apart"))
         return Match(node, {"query": query, "key": key})
 
@@ -87,10 +88,15 @@ class RotaryAttention(Rule):
 
 
 def _rotation(node: Node) -> Node | None:
-    """The rotary embedding [1, H, N, D] whose elements a node has as [N, H, D], or None."""
+    """The rotary embedding [1, H, N, D] whose elements a node has as [N, H, D], or None.
+
+    It may be computed in float32, from and to the type of the attention, which rounds cos and sin to that type.
+    """
     found = leaves(node, lambda current: current.target in MOVES | COPIES and not _drops(current))
-    rotation = peel(found[0]) if len(found) == 1 else None
+    rotation = peel_casts(found[0]) if len(found) == 1 else None
     if rotation is None or rotation.target is not _ROTARY:
+        return None
+    if value_of(_input(rotation, value_of(node).dtype)).dtype != value_of(node).dtype:
         return None
     sizes = Sizes()
     shape = sizes.shape(rotation)
@@ -105,15 +111,16 @@ def _drops(node: Node) -> bool:
     return node.target is aten.dropout.default and bool(node.args[2])
 
 
-def _input(rotation: Node) -> Node:
+def _input(rotation: Node, dtype: torch.dtype) -> Node:
+    """What a rotation reads, in front of a cast where that has the type."""
     source = rotation.args[0]
     assert isinstance(source, Node)
-    return source
+    return source if value_of(source).dtype == dtype else peel_casts(source)
 
 
-def _heads(program: Program, rotation: Node) -> _Heads:
+def _heads(program: Program, rotation: Node, dtype: torch.dtype) -> _Heads:
     """What a rotation reads, in front of a norm of each head where there is one."""
-    source = _input(rotation)
+    source = _input(rotation, dtype)
     norm, axis = peel_casts(source), 1
     if norm.target is aten.transpose.int and sorted(norm.args[1:]) == [1, 2]:
         inner = norm.args[0]
@@ -137,6 +144,26 @@ def _by_token(program: Program, before: Node, heads: _Heads) -> Node:
     """Queries or keys as [N, H, D], a view."""
     row = insert_call(program, before, aten.select.int, (heads.source, 0, 0))
     return row if heads.heads_axis == 2 else insert_call(program, before, aten.transpose.int, (row, 0, 1))
+
+
+def take_factor(node: Node) -> None:
+    """attention(q * number, k, scale)  ->  attention(q, k, scale * number), where nothing else reads the product."""
+    query = node.args[0]
+    assert isinstance(query, Node)
+    found = leaves(query, lambda current: current.target in MOVES | COPIES and not _drops(current))
+    product = found[0] if len(found) == 1 else None
+    if product is None or product.target is not aten.mul.Tensor:
+        return
+    source, number = product.args[0], scalar(product.args[1])
+    if number is None or not isinstance(source, Node) or value_of(source).dtype != value_of(product).dtype:
+        return
+    chain: Node | None = product
+    while chain is not None and chain is not node:
+        chain = sole_user(chain)
+    scale = scalar(node.kwargs["scale"])
+    if chain is not None and scale is not None:
+        product.replace_all_uses_with(source)
+        node.update_kwarg("scale", scale * number)
 
 
 def uncopied(node: Node) -> Node:

@@ -11,8 +11,6 @@ from torch.fx import Node
 
 from optc.compiler.analysis.activations import activation_behind
 from optc.compiler.analysis.dataflow import (
-    CASTS,
-    COPIES,
     aten,
     is_tensor,
     peel,
@@ -21,13 +19,13 @@ from optc.compiler.analysis.dataflow import (
     value_of,
 )
 from optc.compiler.analysis.linears import Linear, linear_site
-from optc.compiler.analysis.norms import KINDS
 from optc.compiler.analysis.rows import forward
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight, insert_call, replace_call, replace_node
 from optc.compiler.rewriting.passes import Match, Miss, Rule
 from optc.compiler.rewriting.weights import record_weight
 from optc.passes.fusion.decode_norms import norm_in_front
+from optc.passes.fusion.decode_residuals import residual_behind
 from optc.passes.fusion.decode_rows import with_rank
 
 _FUSED = torch.ops.optc.fused_linear.default
@@ -38,7 +36,6 @@ _CALLS: dict[str, tuple[Any, dict[str, str]]] = {
     "relu": (aten.relu.default, {}),
 }
 """Activation functions as ATen has them."""
-_BETWEEN = frozenset((*KINDS, aten.mul.Tensor, aten.div.Tensor))
 
 
 @dataclass
@@ -215,30 +212,11 @@ def _start(node: Node) -> int:
 
 def _take_residual(site: _Site) -> None:
     """Take in the sum with another tensor of the same shape."""
-    end = forward(site.end)
-    add = sole_user(end)
-    if add is None or add.target is not aten.add.Tensor or add.kwargs.get("alpha", 1) != 1:
-        between = _between(add)
-        if between is not None:
-            site.left.append(f"{between.target} stands between its result and what it is added to")
-        return
-    others = [item for item in add.args if item is not end]
-    if len(others) != 1 or not is_tensor(others[0]):
-        return
-    other = others[0]
-    if value_of(other).shape != value_of(end).shape or value_of(other).dtype != value_of(end).dtype:
-        site.left.append(f"{other.name} is of another shape or type than what it is added to")
-        return
-    site.end, site.tensors["residual"] = add, other
-
-
-def _between(node: Node | None) -> Node | None:
-    """A norm or a factor whose result is added to something, None for other nodes."""
-    found = None
-    while node is not None and (node.target in _BETWEEN or node.target in CASTS | COPIES):
-        found = node if node.target in _BETWEEN else found
-        node = sole_user(node)
-    return found if node is not None and node.target is aten.add.Tensor else None
+    found = residual_behind(site.end)
+    if isinstance(found, str):
+        site.left.append(found)
+    elif found is not None:
+        site.end, site.tensors["residual"] = found
 
 
 def _erase_unread(program: Program, first: Node, last: Node) -> None:

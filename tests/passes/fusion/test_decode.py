@@ -11,43 +11,56 @@ from rewrites import count, rewritten, stirred
 from stages import apply, largest, sequences
 from torch import Tensor
 
+from optc.compiler.analysis.decode_launches import decode_launches
 from optc.compiler.capture import capture_module
 from optc.compiler.execution.stage_driver import run_stage
 from optc.compiler.ir.program import Program
+from optc.compiler.pipeline.pipeline import Pipeline
 from optc.compiler.rewriting.passes import PassResult
+from optc.compiler.target.target import Step
 from optc.passes.fusion.decode import FuseDecode
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.passes.kv_cache.select_logits import SelectLogits
+from optc.passes.legalization.cuda import LegalizeCuda
 from optc.passes.quantization.rtn import QuantizeRtn
 
 FUSED = torch.ops.optc.fused_linear.default
 ROTARY_ATTENTION = torch.ops.optc.rotary_paged_attention_.default
+PAGED_ATTENTION = torch.ops.optc.paged_attention_.default
+FUSED_NORM = torch.ops.optc.fused_norm.default
 aten = torch.ops.aten
 
-BETWEEN = "{} stands between its result and what it is added to"
-NORM_BETWEEN, FACTOR_BETWEEN = BETWEEN.format("aten.rms_norm.default"), BETWEEN.format("aten.mul.Tensor")
 NO_ROTATION = "its queries are not the result of one rotary embedding"
 PART = "an activation is of a part of its result, which it shares with other linears"
 
-MATCHED = {"gpt2": 9, "opt": 9, "phi": 9, "mixtral": 25}
-"""Two layers of four linears and an attention, and the head, but where there are more or no rotations."""
+MATCHED = {"gpt2": 9, "opt": 9, "phi": 9, "mixtral": 27, "gemma2": 15, "gemma3": 15, "granite": 15, "olmo2": 19}
+"""Two layers of four linears and an attention, and the head, but where there are more, no rotations, or norms and
+factors apart."""
 REASONS = {
     "gpt2": {NO_ROTATION},
     "opt": {NO_ROTATION},
     "phi": {PART},
-    "gemma2": {NORM_BETWEEN},
-    "gemma3": {NORM_BETWEEN},
-    "olmo2": {NORM_BETWEEN},
-    "granite": {FACTOR_BETWEEN},
     "mixtral": {
-        FACTOR_BETWEEN,
         "rms_norm_1 is not taken in: 5 linears read it: it is computed once for all",
         "rms_norm_3 is not taken in: 5 linears read it: it is computed once for all",
     },
 }
+LAYERS = {
+    "gemma2": {"fused_norm": 2},
+    "gemma3": {"fused_norm": 2},
+    "granite": {"fused_norm": 2},
+    "olmo2": {"fused_norm": 4},
+    "phi": {"fused_linear": -1, "gelu": 1},
+    "gpt2": {"rotary_paged_attention_": -1, "paged_attention_": 1},
+    "opt": {"rotary_paged_attention_": -1, "paged_attention_": 1},
+}
+"""What a decode step of one token computes for a layer, beyond what it does for a Llama's."""
+STEPS = {"gemma": 1, "gemma2": 4, "gemma3": 1, "granite": 2, "gpt2": 2, "opt": 3}
+"""What it computes outside layers, beyond an embedding, the selection of rows and the head: factors on the embedding, a
+factor or cap on the logits, embeddings of positions."""
 
 
 def paged(name: str, dtype: torch.dtype = torch.float32, quantize: QuantizeRtn | None = None) -> Program:
@@ -74,6 +87,17 @@ def test_every_family(name: str) -> None:
     assert {miss.reason for miss in result.misses} == REASONS.get(name, set())
     assert not [node for node in result.program.graph.nodes if node.target in (aten.linear.default, aten.addmm.default)]
     assert gap(program, result) <= 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name in DECODERS if name != "mixtral"])
+def test_calls_of_a_decode_step(name: str) -> None:
+    """In bfloat16, where Gemma's norms are computed in float32, from and to it."""
+    program = rewritten(FuseDecode(), paged(name, torch.bfloat16)).program
+    found = decode_launches(apply(LegalizeCuda(), program).program)
+    expected = Counter({"fused_linear": 4, "rotary_paged_attention_": 1})
+    expected.update(LAYERS.get(name, {}))
+    assert {key.partition(".")[2]: value for key, value in found.counts().items()} == +expected
+    assert len(found.step) == 2 * expected.total() + 3 + STEPS.get(name, 0)
 
 
 def test_a_llama_layer_is_five_calls() -> None:
@@ -114,6 +138,13 @@ def test_what_the_calls_say() -> None:
     ]
 
 
+def test_a_factor_of_queries_is_in_the_scale() -> None:
+    """OPT multiplies its queries by head_dim ** -0.5."""
+    program = rewritten(FuseDecode(), paged("opt")).program
+    assert [node.kwargs["scale"] for node in program.calls(PAGED_ATTENTION)] == [0.25, 0.25]
+    assert not program.calls(aten.mul.Tensor)
+
+
 def test_an_activation_of_a_part_is_one_call() -> None:
     """Phi's MLP reads what its attention reads; its GELU is spelled out."""
     program = rewritten(FuseDecode(), paged("phi")).program
@@ -121,7 +152,7 @@ def test_an_activation_of_a_part_is_one_call() -> None:
     assert not program.calls(aten.tanh.default)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "olmo2", "gpt-neox"])
 def test_bfloat16(name: str) -> None:
     program = paged(name, torch.bfloat16)
     result = rewritten(FuseDecode(), program)
@@ -130,6 +161,15 @@ def test_bfloat16(name: str) -> None:
     if name == "gemma3":  # norms of heads in float32, with folded weights
         calls = result.program.calls(ROTARY_ATTENTION)
         assert [item.meta["val"].dtype for call in calls for item in call.args[11:]] == [torch.float32] * 4
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "olmo2", "gpt-neox"])
+def test_the_gate_passes_in_bfloat16(name: str) -> None:
+    """Norms and factors behind linears, rotations in float32, sums that are regrouped."""
+    steps = [Step(FuseDecode()), Step(LegalizeCuda(), optional=True)]
+    fused, legal = Pipeline(steps).run(paged(name, torch.bfloat16)).records
+    assert fused.drift is not None
+    assert f"{5 if name == 'gpt-neox' else 9 if name == 'olmo2' else 7} in a layer" in legal.notes[0]
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
@@ -179,3 +219,57 @@ def test_what_is_left_alone(form: str, reason: str) -> None:
     result = rewritten(FuseDecode(), program)
     assert [miss.reason for miss in result.misses] == [reason]
     assert float((result.program(x) - program(x)).abs().max()) <= 1e-6
+
+
+class _Behind(torch.nn.Module):
+    """Norms and factors between linears and residuals."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.form, self.norm = form, torch.nn.LayerNorm(8, eps=1e-3)
+        self.norm.weight = torch.nn.Parameter(torch.rand(8) + 0.5)
+        self.down, self.other = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(x)
+        if self.form == "factor":
+            return x + 0.5 * y
+        if self.form == "norm and factor":
+            return self.norm(y)[None] * 0.25 + x[None]
+        if self.form == "no residual":
+            return torch.relu(self.norm(y))
+        if self.form == "factor read twice":
+            scaled = 0.5 * y
+            return x + scaled - torch.relu(scaled)
+        if self.form == "heads":
+            return torch.relu(torch.nn.functional.layer_norm(y.view(-1, 2, 2, 2), (2,), None, None, 1e-3))
+        assert self.form == "two linears"
+        return (y + self.other(x)) + x
+
+
+@pytest.mark.parametrize(
+    ("form", "calls"),
+    [
+        ("factor", [{"norm": "", "eps": 0.0, "factor": 0.5}]),
+        ("norm and factor", [{"norm": "layer", "eps": 1e-3, "factor": 0.25}]),
+        ("no residual", [{"norm": "layer", "eps": 1e-3, "factor": 1.0}]),
+        ("factor read twice", []),
+        ("heads", []),
+        ("two linears", []),
+    ],
+)
+def test_norms_and_factors_behind_a_linear(form: str, calls: list[dict[str, object]]) -> None:
+    x = torch.randn(5, 8)
+    program = capture_module(_Behind(form).eval(), (x,))
+    result = rewritten(FuseDecode(), program)
+    assert [node.kwargs for node in result.program.calls(FUSED_NORM)] == calls
+    assert float((result.program(x) - program(x)).abs().max()) <= 1e-6
+    sums = count(result.program, aten.add.Tensor)
+    assert sums == (1 if form == "factor read twice" else 0)
+
+
+def test_two_sums_are_taken_into_two_linears() -> None:
+    program = capture_module(_Behind("two linears").eval(), (torch.randn(5, 8),))
+    first, second = rewritten(FuseDecode(), program).program.calls(FUSED)
+    assert (first.args[7].name, second.args[7]) == ("x", first)
