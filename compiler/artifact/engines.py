@@ -29,6 +29,8 @@ class Engine:
         runner: "module:function" of (folder, manifest) -> a function of a program's inputs, flat tensors, to its outputs:
             what was written, without a session, for the check before an artifact is published; None where the exporter
             itself opens what it wrote.
+        package: the installed distribution that the runner calls, whose version the check records; "" for none.
+        opens_instead: what the runner opens where that is not what users run; "" where it is.
         device: where it runs, which is where a check of a host looks for memory; "target": as the target says.
         bundle: "module:object", the `BundleEngine` with its C++ program; None where there is none.
         files: keys of `engine_info` that name files which the engine opens; a value may be null.
@@ -40,6 +42,8 @@ class Engine:
     name: str
     session: str
     runner: str | None = None
+    package: str = ""
+    opens_instead: str = ""
     device: Literal["target", "cpu", "cuda"] = "target"
     bundle: str | None = None
     files: tuple[str, ...] = ()
@@ -68,6 +72,7 @@ ONNX = Engine(
     name="onnx",
     session="optc.runtime.sessions.onnx_artifact:open_artifact",
     runner="optc.runtime.sessions.onnx_artifact:open_runner",
+    package="onnxruntime",
     bundle="optc.exporters.bundle.engines:GENAI",
     files=("model",),
 )
@@ -89,6 +94,8 @@ TENSORRT = Engine(
     name="tensorrt",
     session="optc.runtime.sessions.trt:open_artifact",
     runner="optc.runtime.sessions.onnx_artifact:open_runner",
+    package="onnxruntime",
+    opens_instead="the plan's ONNX graph in ONNX Runtime on the CPU, not the plan",
     device="cuda",
     files=("model", "data", "engine", "plan"),
     has_threads=False,
@@ -103,6 +110,7 @@ HUGGINGFACE = Engine(
     name="huggingface",
     session="optc.runtime.sessions.model_folder:open_artifact",
     runner="optc.runtime.sessions.model_folder:open_runner",
+    package="transformers",
     device="cpu",
     eager=True,
 )

@@ -25,8 +25,6 @@ from optc.compiler.pipeline.rerounding import rerounding
 _LENGTHS = (9, 5)
 """Tokens of the two sequences: a ragged prefill, then one decode step."""
 
-_PACKAGES = {"onnx": "onnxruntime", "tensorrt": "onnxruntime", "huggingface": "transformers"}
-
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _ROUNDED_TOLERANCE = 3e-2  # a sum in another order moves a code of an activation to the next
 
@@ -65,9 +63,9 @@ def open_written(
     drift, count = _compared(program, runner, engine, tokens)
     record = OpenedRecord(
         opened=True,
-        why=_why(engine),
-        engine=_PACKAGES.get(engine.name, engine.name),
-        version=metadata.version(_PACKAGES.get(engine.name, engine.name)),
+        why=engine.opens_instead,
+        engine=engine.package or engine.name,
+        version=metadata.version(engine.package) if engine.package else "",
         tokens=count,
         max_abs_diff=drift.max_abs_diff,
         scale=drift.scale,
@@ -79,7 +77,7 @@ def open_written(
     )
     if not drift.relative <= limit:
         raise GateError(
-            f"the written file computes different numbers from the last stage in {record.engine} {record.version}",
+            f"the written file computes different numbers from the last stage in {record.engine} {record.version}".rstrip(),
             where=str(manifest.engine_info.get("model", "")) or manifest.target,
             why=f"relative difference {drift.relative:.3g} > {limit:.3g}, max abs difference {drift.max_abs_diff:.3g} on "
             f"outputs of up to {drift.scale:.3g}",
@@ -91,13 +89,6 @@ def open_written(
 def _tolerance(program: Program, passes: Sequence[PassRecord]) -> float:
     tolerance = _TOLERANCE[compute_dtype(program)]
     return max(tolerance, _ROUNDED_TOLERANCE, rerounding(passes)) if rounds_activations(program) else tolerance
-
-
-def _why(engine: Engine) -> str:
-    """What was opened, where it is not what users run."""
-    if engine.name == "tensorrt":
-        return "the plan's ONNX graph in ONNX Runtime on the CPU, not the plan"
-    return ""
 
 
 def _unopened(engine: Engine, error: OptcError) -> GateError:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,16 @@ import onnx
 import pytest
 import torch
 import transformers as hf
+from artifacts import make_manifest
 from families import FAMILIES, make_model
 from stages import tiny_decoder
 from torch import nn
 
 import optc
 from optc import api, opening
-from optc.compiler.artifact.engines import find_engine
+from optc.compiler.artifact.engines import Engine, find_engine
 from optc.compiler.artifact.manifest import Manifest
+from optc.compiler.capture import capture_module
 from optc.compiler.diagnostics import GateError
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.gate import TOLERANCE
@@ -191,6 +194,24 @@ def test_a_file_that_cannot_be_opened_stops_the_compile(tmp_path: Path, monkeypa
     with pytest.raises(GateError, match="the written file cannot be opened by onnx"):
         _compile(_net(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("package", "said"), [("", ("toy", "")), ("numpy", ("numpy", np.__version__))])
+def test_an_engine_of_another_package_is_asked(
+    package: str, said: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, factor = capture_module(_net(), (torch.randn(2, 32),)), torch.ones(())
+    toy = ModuleType("toy_engine")
+    toy.open_runner = lambda folder, manifest: lambda *inputs: [program(*inputs) * factor]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "toy_engine", toy)
+    engine = Engine(name="toy", session="toy_engine:none", runner="toy_engine:open_runner", package=package)
+    record = open_written(tmp_path, make_manifest(), program, engine, [])
+    assert (record.engine, record.version) == said
+    assert record.relative == 0.0
+    factor.fill_(1.01)
+    with pytest.raises(GateError, match="computes different numbers") as caught:
+        open_written(tmp_path, make_manifest(), program, engine, [])
+    assert caught.value.what.endswith(f" in {' '.join(said).strip()}")
 
 
 def test_an_engine_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
