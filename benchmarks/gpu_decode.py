@@ -4,6 +4,7 @@
     python benchmarks/gpu_decode.py --variants bf16 --contexts 128
     python benchmarks/gpu_decode.py --peers eager compiled       # transformers too; compiled: with a static cache
     python benchmarks/gpu_decode.py --layers 4                   # a quick try
+    python benchmarks/gpu_decode.py --temperature 0.8 --top-p 0.95   # drawn tokens as well as greedy ones
 
 The model is made on the GPU, captured once, and compiled by `optc.optimize`, which runs the target's recipe with its gate.
 Random weights say nothing about quality, so the gate's limits are open. Each figure is the median of samples of one
@@ -19,6 +20,7 @@ import gc
 import json
 import statistics
 import time
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ import optc
 from optc.compiler.ir.program import Program
 from optc.optimizing import Optimized
 from optc.runtime.generation.generate import generate
+from optc.runtime.generation.sampling import Sampling
 from optc.runtime.sessions.cuda import CudaSession
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -49,13 +52,16 @@ CONTEXTS = (128, 4096, 1024)
 PROFILED = 8
 
 
-def decode_rates(session: CudaSession, contexts: tuple[int, ...], samples: int, new_tokens: int) -> dict[str, Any]:
+def decode_rates(session: CudaSession, given: argparse.Namespace, sampling: Sampling) -> dict[str, Any]:
     """Tokens per second at each context, and milliseconds to the first token of a prompt of that length."""
     rng = np.random.default_rng(0)
     found: dict[str, Any] = {}
-    for context in contexts:
+    new_tokens = given.new_tokens
+    for context in given.contexts:
         prompt = rng.integers(0, session.vocab_size, (1, context)).tolist()
-        runs = [generate(session, prompt, max_new_tokens=new_tokens) for _ in range(samples + 1)][1:]
+        runs = [
+            generate(session, prompt, max_new_tokens=new_tokens, sampling=sampling) for _ in range(given.samples + 1)
+        ][1:]
         step_ms = statistics.median(run.tpot_ms or 0.0 for run in runs)
         found[str(context)] = {
             "tokens_per_s": 1e3 / step_ms,
@@ -177,7 +183,7 @@ def run_variant(model: Program, name: str, given: argparse.Namespace, ceiling: f
     begin = time.perf_counter()
     compiled: Optimized = optc.optimize(model, dtype="bf16", **OPEN_GATE, **VARIANTS[name])
     seconds = time.perf_counter() - begin
-    rates = decode_rates(compiled.session, given.contexts, given.samples, given.new_tokens)
+    rates = decode_rates(compiled.session, given, Sampling())
     for row in rates.values():
         row["share_of_ceiling"] = row["bytes"] / row["ms_per_step"] * 1e3 / ceiling
     print(name, {context: round(row["tokens_per_s"], 1) for context, row in rates.items()}, flush=True)
@@ -189,6 +195,11 @@ def run_variant(model: Program, name: str, given: argparse.Namespace, ceiling: f
         "decode": rates,
         "ledger": [ledger(compiled.session, context) for context in given.contexts[:2]],
     }
+    if given.temperature:
+        sampling = Sampling(temperature=given.temperature, top_k=given.top_k, top_p=given.top_p)
+        drawn = decode_rates(compiled.session, given, sampling)
+        result["drawn"] = {"sampling": asdict(sampling), "decode": drawn}
+        print(name, "drawn", {context: round(row["tokens_per_s"], 1) for context, row in drawn.items()}, flush=True)
     compiled.close()
     del compiled
     gc.collect()
@@ -228,6 +239,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--peers", nargs="*", default=[], choices=["eager", "compiled"])
     given = parser.parse_args()
     given.contexts = tuple(given.contexts)
