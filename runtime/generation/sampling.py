@@ -1,4 +1,4 @@
-"""Choice of the next token: greedy, or temperature, then top-k, then top-p, then min-p, then a draw.
+"""Choice of the next token: penalties, then the largest, or temperature, top-k, top-p, min-p, and a draw.
 
 The order is that of transformers' `generate`. Top-p ("nucleus"): Holtzman et al. 2020,
 https://arxiv.org/abs/1904.09751. Top-k: Fan et al. 2018, https://arxiv.org/abs/1805.04833.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -19,8 +19,8 @@ import numpy.typing as npt
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.fields import check_range
 from optc.runtime.bounds import CountOrZero, MinP, Penalty, RepetitionPenalty, Seed, Temperature, TopP
-from optc.runtime.sessions.session import most_likely
-from optc.runtime.sessions.streaming import Draw
+from optc.runtime.sessions.session import Logits, Session, most_likely
+from optc.runtime.sessions.streaming import Draw, StreamingSession
 
 Weights = npt.NDArray[np.float32]
 
@@ -125,6 +125,15 @@ def _nucleus(weights: Weights, top_p: float) -> npt.NDArray[np.intp]:
     smallest = descending[np.count_nonzero(before < top_p * total) - 1]
     nucleus: npt.NDArray[np.intp] = large[weights[large] >= smallest]
     return nucleus
+
+
+def chooser(
+    session: Session, samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]
+) -> Callable[[Logits], list[int]]:
+    """From the last logits [B, V] of all rows to their next tokens, as the session or else the host chooses them."""
+    if isinstance(session, StreamingSession):
+        return functools.partial(session.choose, draws=draws_of(samplings, prompts))
+    return Sampler(samplings, prompts)
 
 
 def draws_of(samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]) -> list[Draw]:

@@ -17,7 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from optc.compiler.diagnostics import GateError, InputError, UsageError
-from optc.runtime.generation.sampling import Sampler, Sampling
+from optc.runtime.generation.sampling import Sampling, chooser
 from optc.runtime.generation.tokenizer import Tokenizer
 from optc.runtime.sessions.load import Model
 from optc.runtime.sessions.session import Logits
@@ -173,11 +173,11 @@ class ArtifactLM(TemplateLM):
         session = self._model.session
         limit = min(limit, session.context_length - 1)
         tokens = self.tok_encode(prompt)[-(session.context_length - limit) :]
-        sampler = Sampler([sampling], [tokens])
+        choose = chooser(session, [sampling], [tokens])
         out, text = [], ""
         logits = session.prefill([tokens])
         while True:
-            (token,) = sampler(logits)
+            (token,) = choose(logits)
             if token in self._model.stop_ids:
                 break
             out.append(token)

@@ -24,7 +24,7 @@ from optc.compiler.kernels.cuda.fused_linear import FUSED_LINEAR
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.runtime.generation.generate import generate
-from optc.runtime.generation.sampling import Sampling, draws_of
+from optc.runtime.generation.sampling import Sampling, chooser, draws_of
 from optc.runtime.sessions import cuda
 from optc.runtime.sessions.cuda import CudaSession
 from optc.runtime.sessions.cuda_memory import MemoryPlan, plan_memory
@@ -151,6 +151,20 @@ def test_draws_do_not_depend_on_how_steps_are_divided(samplings: list[Sampling])
             step.append(found[row])
         parts.append(step)
     assert [list(row) for row in zip(*parts, strict=True)] == whole
+
+
+def test_step_by_step_it_chooses_the_same() -> None:
+    """As lm-eval's tasks are generated: logits come to the host, the session chooses from them."""
+    prompts, ours = sequences(*LENGTHS), session()
+    expected = generate(ours, prompts, max_new_tokens=6, sampling=MIXED).tokens
+    choose, found = chooser(ours, MIXED, prompts), [list[int]() for _ in prompts]
+    logits = ours.prefill(prompts)
+    for _ in range(6):
+        chosen = choose(logits)
+        for row, token in zip(found, chosen, strict=True):
+            row.append(token)
+        logits = ours.decode(chosen)
+    assert found == expected
 
 
 def test_one_step_serves_all_parameters() -> None:
