@@ -1,4 +1,4 @@
-"""Compile some linear kernels for compute capability 9.0, which needs no GPU, and print what became of them as JSON.
+"""Compile some kernels for compute capability 9.0, which needs no GPU, and print what became of them as JSON.
 
 A process of its own: in the tests' own, triton interprets.
 """
@@ -16,9 +16,12 @@ import triton.backends.nvidia as nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from optc.compiler.kernels.cuda.fused_norm import MOST_COLUMNS
 from optc.compiler.kernels.cuda.linear.configurations import Gemv, Product, gemv_tiles, product_tiles, tables
 from optc.compiler.kernels.cuda.linear.gemv_integer import gemv_integer
 from optc.compiler.kernels.cuda.linear.product_integer import product_integer
+from optc.compiler.kernels.cuda.norm.launch import warps_for
+from optc.compiler.kernels.cuda.norm.rows import fused_norm
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 
@@ -66,7 +69,14 @@ def main() -> None:
         common | {"BLOCK_M": 16, "BLOCK_N": product.block_n, "SPLIT": product.split, "STAGES": product.stages},
         product.warps,
     )
-    print(json.dumps({"gemv": one, "product": few}))
+    rows = dict.fromkeys(("x", "residual", "y"), "*bf16") | {"weight": "*fp32", "row_stride": "i32"}
+    norm = compiled(
+        fused_norm,
+        rows | {"eps": "fp32", "factor": "fp32"},
+        {"K": MOST_COLUMNS, "BLOCK": MOST_COLUMNS, "NORM": "layer", "PDL": True},
+        warps_for(MOST_COLUMNS),
+    )
+    print(json.dumps({"gemv": one, "product": few, "norm": norm}))
 
 
 if __name__ == "__main__":

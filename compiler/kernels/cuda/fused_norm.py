@@ -12,7 +12,7 @@ from optc.compiler.kernels.kernel import Kernel, TritonSources, one_of
 from optc.compiler.ops.packed.cuda import NORMS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MOST_COLUMNS = 1 << 15
+MOST_COLUMNS = 1 << 14
 """A program holds a row in registers."""
 
 

@@ -33,6 +33,11 @@ def fused_norm(
         rows.fused_norm[(y.shape[0],)](
             source, weight, bias, None if residual is None else residual.reshape(-1, size).contiguous(), y,
             source.stride(0), eps, factor, K=size, BLOCK=block, NORM=norm, PDL=pdl,
-            num_warps=min(max(block // ELEMENTS_PER_WARP, 1), 16), launch_pdl=pdl,
+            num_warps=warps_for(block), launch_pdl=pdl,
         )  # fmt: skip
     return y.reshape(x.shape)
+
+
+def warps_for(block: int) -> int:
+    """Warps of a program whose row fills a block."""
+    return max(block // ELEMENTS_PER_WARP, 1)

@@ -100,13 +100,13 @@ def test_numbers_that_are_not_finite_stay_so() -> None:
 
 
 def test_says_what_it_takes() -> None:
-    row, wide = torch.zeros(2, 64), torch.zeros(2, 32800)
+    row, wide = torch.zeros(2, 64), torch.zeros(2, 16400)
     every = torch.zeros(64)
     cases: list[tuple[Any, dict[str, Any], str | None]] = [
         ((row, every, None, row), {"norm": "rms"}, None),
         ((row, every.double(), None, row), {"norm": "rms"}, None),
         ((row, None, None, None), {"norm": "group"}, "no kernel has the norm 'group'"),
-        ((wide, None, None, None), {}, "32800 columns; the kernel takes up to 32768"),
+        ((wide, None, None, None), {}, "16400 columns; the kernel takes up to 16384"),
         ((row, every[:1], None, None), {}, "a weight or bias of the norm is not of one row's shape"),
         ((row, row.new_zeros(128)[::2], None, None), {}, "a weight or bias of the norm is not contiguous"),
         ((row, None, None, row.half()), {}, "a residual of torch.float16 for rows of torch.float32"),
