@@ -33,9 +33,9 @@ PENALIZED = [
 
 
 @functools.cache
-def compiled() -> Program:
-    """A tiny Llama after the target's recipe, on the CPU."""
-    program = stirred("llama")
+def compiled(family: str = "llama") -> Program:
+    """A tiny model after the target's recipe, on the CPU."""
+    program = stirred(family)
     for step in TARGET.recipe("decoder", CompileOptions(dtype="fp32")):
         program = step.rewrite.run(program, PassContext()).program
     return program

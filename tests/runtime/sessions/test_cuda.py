@@ -21,6 +21,7 @@ from optc.compiler.diagnostics import GateError, InputError, ResourceError, Targ
 from optc.compiler.kernels.cuda.dispatch import KernelRefusalError
 from optc.compiler.kernels.cuda.dispatch import call as call_kernel
 from optc.compiler.kernels.cuda.fused_linear import FUSED_LINEAR
+from optc.compiler.kernels.kernel import Kernel, kernels_for
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.runtime.generation.generate import generate
@@ -34,8 +35,8 @@ from optc.runtime.sessions.streaming import Draw
 from optc.targets.inductor_cuda import BLOCK_SIZE
 
 
-def session(num_blocks: int = 16) -> CudaSession:
-    return CudaSession(compiled(), MemoryPlan(weights=0, working=0, pool=0, num_blocks=num_blocks))
+def session(num_blocks: int = 16, family: str = "llama") -> CudaSession:
+    return CudaSession(compiled(family), MemoryPlan(weights=0, working=0, pool=0, num_blocks=num_blocks))
 
 
 def reference() -> Session:
@@ -217,6 +218,30 @@ def test_a_call_that_its_kernel_does_not_take_is_refused() -> None:
             assert str(caught.value.where).startswith("fused_linear_default = torch.ops.optc.fused_linear.default(")
     finally:
         library._destroy()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral", "phi3"])
+def test_kernels_take_every_call_of_a_session(family: str) -> None:
+    """Prompts, steps, draws and scores, with the arguments that kernels on a GPU would get."""
+    ours, prompts, asked = session(family=family), sequences(*LENGTHS), set[str]()
+
+    def ask(kernel: Kernel, *args: object, **kwargs: object) -> object:
+        asked.add(kernel.op)
+        assert kernel.accepts(args, kwargs) is None
+        return kernel.spec.reference(*args, **kwargs)
+
+    library = torch.library.Library("optc", "IMPL")
+    try:
+        for kernel in kernels_for("cuda"):
+            library.impl(kernel.op, functools.partial(ask, kernel), "CPU")
+        for samplings in (None, MIXED, PENALIZED):
+            generate(ours, prompts, max_new_tokens=4, sampling=samplings)
+        ours.decode([1, 2, 3])
+        list(ours.score(prompts[0]))
+    finally:
+        library._destroy()
+    assert asked >= {"fused_linear", "greedy_step_", "sample_", "advance_step_"}
+    assert asked & {"paged_attention_", "rotary_paged_attention_"}
 
 
 def test_memory_is_planned_before_it_is_taken() -> None:
