@@ -27,6 +27,7 @@ LEAST = 0.9
 MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
     "gate": ("compiler/pipeline/gate.py", ("tests/compiler/pipeline/test_gate.py",)),
     "budget": ("compiler/rewriting/budget.py", ("tests/compiler/pipeline/test_gate.py",)),
+    "rerounding": ("compiler/pipeline/rerounding.py", ("tests/compiler/pipeline/test_rerounding.py",)),
     "drift": ("compiler/execution/drift.py", ("tests/compiler/execution/test_drift.py",)),
     "verification": ("compiler/ir/verification.py", ("tests/compiler/ir/test_verification.py",)),
     "publishing": (
