@@ -106,6 +106,52 @@ def test_errors_of_exact_passes_add_up_as_squares() -> None:
     )
 
 
+OWN = Drift(max_abs_diff=0.0625, scale=1.0, relative=0.03125)
+"""What rounding to 16 bits makes of the stage before; three times as much is within the gate."""
+
+
+@pytest.mark.parametrize(("passes", "times"), [(1, 3.0), (4, 6.0)])
+def test_in_16_bits_rounding_decides_beyond_the_fixed_tolerance(passes: int, times: float) -> None:
+    def misses(max_abs_diff: float, relative: float) -> list[str]:
+        drift = Drift(max_abs_diff=max_abs_diff, scale=1.0, relative=relative)
+        return tolerance_misses(drift, torch.bfloat16, passes, lambda: OWN)
+
+    largest, relative = times * OWN.max_abs_diff, times * OWN.relative
+    assert misses(largest, relative) == []
+    assert len(misses(largest * 1.01, relative)) == len(misses(largest, relative * 1.01)) == 2
+    assert misses(1.0, 0.5) == [
+        f"max abs difference 1 > {0.06 * math.sqrt(passes):.3g} (torch.bfloat16)",
+        "relative error 0.5, where rounding to torch.bfloat16 makes 0.0312 of the stage before",
+    ]
+
+
+def test_rounding_is_asked_where_it_can_say_something() -> None:
+    drift, asked = Drift(max_abs_diff=0.1, scale=1.0), []
+
+    def rounding() -> Drift | None:
+        asked.append(1)
+        return None
+
+    assert tolerance_misses(drift, torch.float32, rounding=rounding) == [
+        "max abs difference 0.1 > 3e-05 (torch.float32)"
+    ]
+    assert tolerance_misses(Drift(max_abs_diff=0.01, scale=1.0), torch.float16, rounding=rounding) == []
+    assert not asked, "float32 rounds little, and a small difference needs no reason"
+    expected = ["max abs difference 0.1 > 0.06 (torch.bfloat16)"]
+    assert tolerance_misses(drift, torch.bfloat16) == expected
+    assert tolerance_misses(drift, torch.bfloat16, rounding=rounding) == expected
+    assert asked == [1]
+
+
+@pytest.mark.parametrize("step", [True, False])
+def test_rounding_decides_for_a_step_and_for_the_sum(step: bool) -> None:
+    small, large = Drift(max_abs_diff=0.0, scale=1.0), Drift(max_abs_diff=0.1, scale=1.0)
+    verdict = Verdict("some-pass", large if step else small, large, None, torch.bfloat16, False)
+    verdict.check(Ledger(exact=1), PASSES_OWN, [], lambda: OWN)
+    with pytest.raises(GateError, match=r"max abs difference 0\.1 > 0\.06"):
+        verdict.check(Ledger(exact=1), PASSES_OWN, [])
+
+
 def test_worst_layer_is_named() -> None:
     with pytest.raises(GateError) as caught:
         _check(Drift(max_abs_diff=1.0, scale=1.0, layers=(1e-7, 0.5)))
