@@ -2,12 +2,13 @@
 
 from optc.compiler.kernels.cpu import linear_nbits
 from optc.compiler.kernels.cpu import paged_attention as cpu_paged_attention
-from optc.compiler.kernels.cuda import fused_linear, fused_norm, greedy_step, sampler
+from optc.compiler.kernels.cuda import fused_experts, fused_linear, fused_norm, greedy_step, sampler
 from optc.compiler.kernels.cuda import paged_attention as cuda_paged_attention
 
 __all__ = [
     "cpu_paged_attention",
     "cuda_paged_attention",
+    "fused_experts",
     "fused_linear",
     "fused_norm",
     "greedy_step",

@@ -14,6 +14,7 @@ from optc.compiler.ops.dialect import (
 )
 from optc.compiler.ops.packed import (
     cuda,
+    cuda_experts,
     inductor_cpu,
     onnxruntime,
     onnxruntime_codes,
@@ -26,6 +27,7 @@ __all__ = [
     "attention",
     "attention_codes",
     "cuda",
+    "cuda_experts",
     "greedy",
     "inductor_cpu",
     "nvfp4",

@@ -121,3 +121,20 @@ def test_fused_norm_is_what_it_stands_for(norm: str, dtype: torch.dtype) -> None
         y = F.layer_norm(y, (K,), weight.double(), bias.double(), 1e-5)
     assert found.dtype is dtype
     torch.testing.assert_close(found.double(), 0.22 * y + residual.double(), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_experts_sums_what_was_chosen(dtype: torch.dtype) -> None:
+    """Token by token in float64."""
+    up, down = random(4, 2 * N, K).to(dtype), random(4, 6, N, seed=1).to(dtype)
+    x, residual, weights = random(3, K).to(dtype), random(3, 6).to(dtype), random(3, 2, seed=2)
+    indices = torch.tensor([[0, 3], [2, 1], [1, 1]])
+    found = _optc.fused_experts(x, up, down, indices, weights, residual, activation="silu", gated=True)
+    expected = residual.double()
+    for token, row in enumerate(indices.tolist()):
+        for slot, expert in enumerate(row):
+            gate, half = (up[expert].double() @ x[token].double()).chunk(2)
+            expected[token] += weights[token, slot].double() * (down[expert].double() @ (F.silu(gate) * half))
+    assert found.dtype is dtype
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5 * scale)

@@ -1,0 +1,75 @@
+"""Launch of `fused_experts`: kernels that read the chosen experts, or every expert once by cuBLAS."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn import functional as F
+
+from optc.compiler.kernels.cuda.dispatch import dependent_launch
+from optc.compiler.kernels.cuda.experts.chosen import expert_hidden, expert_sum
+from optc.compiler.ops.packed.cuda import finish
+from optc.compiler.ops.packed.cuda_experts import chosen_share
+
+BLOCK_N, BLOCK_K, WARPS = 4, 1024, 4
+"""Rows and columns of a weight that a program holds at a time: 32 elements a thread."""
+
+
+def fused_experts(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    residual: Tensor | None,
+    *,
+    activation: str = "",
+    gated: bool = False,
+) -> Tensor:
+    """The op, for calls that the kernel accepts. Where tokens have chosen as many experts as there are, all are read."""
+    x, indices, weights = x.contiguous(), indices.contiguous(), weights.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    if not x.shape[0]:
+        return x.new_empty((0, down.shape[1]))
+    run = chosen if indices.numel() <= up.shape[0] else every
+    return run(x, up, down, indices, weights, residual, activation, gated)
+
+
+def chosen(
+    x: Tensor, up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, residual: Tensor | None, activation: str,
+    gated: bool,
+) -> Tensor:  # fmt: skip
+    """Two launches; weights of experts that no token has chosen are not read."""
+    tokens, slots = indices.shape
+    size, wide = down.shape[2], x.shape[1]
+    hidden = torch.empty(tokens * slots, size, device=x.device)
+    y = x.new_empty((tokens, down.shape[1]))
+    expert_hidden[(triton.cdiv(size, BLOCK_N), tokens * slots)](
+        x, up, indices, hidden, size, ACTIVATION=activation, GATED=gated, **_options(x, slots, wide)
+    )
+    expert_sum[(triton.cdiv(y.shape[1], BLOCK_N), tokens)](
+        hidden, down, indices, weights, residual, y, y.shape[1], **_options(x, slots, size)
+    )
+    return y
+
+
+def _options(x: Tensor, slots: int, columns: int) -> dict[str, Any]:
+    pdl = dependent_launch(x.device)
+    block = min(BLOCK_K, triton.next_power_of_2(columns))
+    tiles = {"BLOCK_N": BLOCK_N, "BLOCK_K": block, "num_warps": WARPS}
+    return {"SLOTS": slots, "K": columns, "PDL": pdl, "launch_pdl": pdl, **tiles}
+
+
+def every(
+    x: Tensor, up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, residual: Tensor | None, activation: str,
+    gated: bool,
+) -> Tensor:  # fmt: skip
+    """All experts on all tokens, in x's type, without asking the host which were chosen: a graph may hold it."""
+    y = x.new_zeros((x.shape[0], down.shape[1]), dtype=torch.float32) if residual is None else residual.float()
+    for expert in range(up.shape[0]):
+        hidden = finish(F.linear(x, up[expert]).float(), activation, gated, None).to(x.dtype)
+        y = y + F.linear(hidden, down[expert]).float() * chosen_share(indices, weights.float(), expert)
+    return y.to(x.dtype)

@@ -1,0 +1,40 @@
+"""The kernel of `fused_experts` on CUDA: which calls it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from optc.compiler.kernels.cuda.dispatch import implement
+from optc.compiler.kernels.kernel import Kernel, TritonSources, one_of
+from optc.compiler.ops.packed.cuda import ACTIVATIONS
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """Tokens, weights and residual of one float type; see the op for their shapes."""
+    x, up, down, indices, _, residual = args
+    if kwargs.get("activation", "") not in ACTIVATIONS:
+        return f"no kernel has the activation '{kwargs['activation']}'"
+    if any(item is not None and item.dtype is not x.dtype for item in (up, down, residual)):
+        return f"weights or a residual of another type than the tokens' {x.dtype}"
+    if not up.is_contiguous() or not down.is_contiguous():
+        return "the weights of experts are not one after the other"
+    if indices.dtype is not torch.int64:
+        return f"experts are chosen by {indices.dtype}; the kernel takes torch.int64"
+    return one_of(x.dtype, DTYPES, "tokens")
+
+
+FUSED_EXPERTS = implement(
+    Kernel(
+        op="fused_experts",
+        device="cuda",
+        accepts=accepts,
+        tolerance=1e-5,
+        sources=TritonSources(module="optc.compiler.kernels.cuda.experts.launch"),
+        libraries=("torch", "triton"),
+    )
+)
