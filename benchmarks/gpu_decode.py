@@ -88,6 +88,12 @@ def calls(program: Program, context: int) -> list[dict[str, Any]]:
         elif name.endswith("paged_attention_"):
             pools = [item.meta["val"] for item in node.args[3:5]]
             size = sum(context * pool.shape[2] * pool.shape[3] * pool.dtype.itemsize for pool in pools)
+        elif name == "fused_experts":  # two kernels
+            chosen = node.args[3].meta["val"].shape[1]
+            stacks = [item.meta["val"] for item in node.args[1:3]]
+            sizes = [chosen * stack[0].numel() * stack.dtype.itemsize for stack in stacks]
+            found += [{"label": label, "bytes": size} for label, size in zip(("up", "down"), sizes, strict=True)]
+            continue
         else:
             continue
         found.append({"label": _label(program, node), "bytes": size})
@@ -134,7 +140,7 @@ def ledger(session: CudaSession, context: int) -> dict[str, Any]:
 def _by_call(program: Program, context: int, names: list[str], microseconds: list[float]) -> dict[str, Any]:
     """Kernels of a step with their times, summed over layers for the calls of the same module of each."""
     known = calls(program, context)
-    ours = [i for i, name in enumerate(names) if name.startswith(("gemv", "product", "decode"))]
+    ours = [i for i, name in enumerate(names) if name.startswith(("gemv", "product", "decode", "expert"))]
     kernels: dict[str, dict[str, Any]] = {}
     layers = len(program.contract.layers)
     for place, (name, time_us) in enumerate(zip(names, microseconds, strict=True)):

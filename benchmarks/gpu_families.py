@@ -79,6 +79,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "vocab_size": 100352,
     },
+    "mixtral": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 8192,
+    },
 }
 """By transformers' names of model types."""
 

@@ -36,7 +36,7 @@ aten = torch.ops.aten
 NO_ROTATION = "its queries are not the result of one rotary embedding"
 PART = "an activation is of a part of its result, which it shares with other linears"
 
-MATCHED = {"gpt2": 9, "opt": 9, "phi": 9, "mixtral": 27, "gemma2": 15, "gemma3": 15, "granite": 15, "olmo2": 19}
+MATCHED = {"gpt2": 9, "opt": 9, "phi": 9, "mixtral": 13, "gemma2": 15, "gemma3": 15, "granite": 15, "olmo2": 19}
 """Two layers of four linears and an attention, and the head, but where there are more, no rotations, or norms and
 factors apart."""
 REASONS = {
@@ -56,6 +56,12 @@ LAYERS = {
     "phi": {"fused_linear": -1, "gelu": 1},
     "gpt2": {"rotary_paged_attention_": -1, "paged_attention_": 1},
     "opt": {"rotary_paged_attention_": -1, "paged_attention_": 1},
+    "mixtral": {
+        "fused_linear": -1,
+        "fused_norm": 1,
+        "fused_experts": 1,
+        **dict.fromkeys(("to", "softmax", "topk", "sum", "div_"), 1),
+    },
 }
 """What a decode step of one token computes for a layer, beyond what it does for a Llama's."""
 STEPS = {"gemma": 1, "gemma2": 4, "gemma3": 1, "granite": 2, "gpt2": 2, "opt": 3}
@@ -89,7 +95,7 @@ def test_every_family(name: str) -> None:
     assert gap(program, result) <= 1e-6
 
 
-@pytest.mark.parametrize("name", [name for name in DECODERS if name != "mixtral"])
+@pytest.mark.parametrize("name", DECODERS)
 def test_calls_of_a_decode_step(name: str) -> None:
     """In bfloat16, where Gemma's norms are computed in float32, from and to it."""
     program = rewritten(FuseDecode(), paged(name, torch.bfloat16)).program
@@ -136,6 +142,25 @@ def test_what_the_calls_say() -> None:
         "model.layers.0.self_attn.q_norm.weight",
         "model.layers.0.self_attn.k_norm.weight",
     ]
+
+
+def test_experts_are_one_call() -> None:
+    program = rewritten(FuseDecode(), paged("mixtral")).program
+    first, second = program.calls(torch.ops.optc.fused_experts.default)
+    assert first.kwargs == {"activation": "silu", "gated": True}
+    stack = "model.layers.{}.mlp.experts.{}_proj"
+    assert [[program.weight_of(item) for item in node.args[1:3]] for node in (first, second)] == [
+        [stack.format(layer, name) for name in ("gate_up", "down")] for layer in (0, 1)
+    ]
+    assert first.args[5] is not None
+    assert not [node for node in program.calls(aten.select.int) if program.weight_of(node.args[0])]
+
+
+def test_quantized_experts_stay_apart() -> None:
+    program = paged("mixtral", quantize=QuantizeRtn(bits=8))
+    result = rewritten(FuseDecode(), program)
+    assert count(result.program, torch.ops.optc.fused_experts.default) == 0
+    assert gap(program, result) <= 1e-6
 
 
 def test_a_factor_of_queries_is_in_the_scale() -> None:

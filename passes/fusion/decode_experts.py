@@ -1,0 +1,138 @@
+"""The rule of fuse-decode for experts: the sum over all of them, of which a token has chosen some."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from optc.compiler.analysis.dataflow import aten, peel, peel_casts, sole_user, value_of
+from optc.compiler.ir.program import Program
+from optc.compiler.ir.surgery import insert_call, replace_node
+from optc.compiler.rewriting.passes import Match, Rule
+from optc.passes.fusion.decode_residuals import residual_behind
+from optc.passes.fusion.decode_rows import with_rank
+
+_LINEAR = torch.ops.optc.fused_linear.default
+_FUSED = torch.ops.optc.fused_experts.default
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """share * (down[index] @ act(up[index] @ x)), where the share is the weight with which a token chose it, or 0.
+
+    Attributes:
+        up, down: weights of all experts, [E, N, K] and [E, C, H]. options: of the first product: its activation.
+        indices, weights: [tokens, S], the experts of each token.
+    """
+
+    index: int = field(compare=False)
+    x: Node
+    up: Node
+    down: Node
+    options: tuple[tuple[str, Any], ...]
+    indices: Node
+    weights: Node
+
+
+class FusedExperts(Rule):
+    """0 + share_0 * down_0(act(up_0(x))) + share_1 * ... [+ residual]  ->  optc.fused_experts, behind FusedLinear
+
+    Attributes:
+        taken: fused linears that went into the calls.
+    """
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def match(self, program: Program, node: Node) -> Match | None:
+        experts = _experts(program, node)
+        if not experts or value_of(experts[0].up).shape[0] != len(experts) or len(set(experts)) != 1:
+            return None
+        if [item.index for item in experts] != list(range(len(experts))):
+            return None
+        found = residual_behind(node)
+        end, residual = (node, None) if found is None or isinstance(found, str) else found
+        return Match(end, {"expert": experts[0], "count": len(experts), "residual": residual})
+
+    def rewrite(self, program: Program, match: Match) -> None:
+        expert: _Expert = match.found["expert"]
+        residual, end = match.found["residual"], match.node
+        others = (expert.indices, expert.weights, residual and with_rank(program, end, residual, 2))
+        fused = insert_call(program, end, _FUSED, (expert.x, expert.up, expert.down, *others), dict(expert.options))
+        replace_node(program, end, with_rank(program, end, fused, value_of(end).dim()))
+        self.taken += 2 * match.found["count"]
+
+
+def _experts(program: Program, node: Node) -> list[_Expert]:
+    """The terms of a sum that begins with zeros, in their order; none where the sum goes on."""
+    if node.target is not aten.add.Tensor or _continues(program, node):
+        return []
+    found: list[_Expert] = []
+    while node.target is aten.add.Tensor:
+        before, term = node.args[:2]
+        expert = _expert(program, term)
+        if expert is None or not isinstance(before, Node):
+            return []
+        found.insert(0, expert)
+        node = before
+    return found if node.target is aten.zeros_like.default else []
+
+
+def _continues(program: Program, node: Node) -> bool:
+    """Whether another expert is added to a sum."""
+    user = sole_user(node)
+    return user is not None and user.target is aten.add.Tensor and _expert(program, user.args[1]) is not None
+
+
+def _expert(program: Program, term: object) -> _Expert | None:
+    if not isinstance(term, Node) or term.target is not aten.mul.Tensor:
+        return None
+    product, share = term.args
+    if not isinstance(product, Node) or not isinstance(share, Node):
+        return None
+    product = peel(product)
+    down, choice = _of_stack(program, product), _choice(share)
+    if down is None or choice is None or dict(product.kwargs):
+        return None
+    hidden = product.args[0]
+    assert isinstance(hidden, Node)
+    hidden = peel(hidden)
+    up = _of_stack(program, hidden)
+    if up is None or not set(hidden.kwargs) <= {"activation", "gated"} or {up[1], down[1], choice[0]} != {up[1]}:
+        return None
+    x = hidden.args[0]
+    if not isinstance(x, Node) or value_of(x).dim() != 2:
+        return None
+    options = tuple(sorted(hidden.kwargs.items()))
+    return _Expert(up[1], peel(x), up[0], down[0], options, choice[1], choice[2])
+
+
+def _of_stack(program: Program, linear: Node) -> tuple[Node, int] | None:
+    """The weight [E, N, K] and the place in it of a fused linear that has nothing but its product and activation."""
+    if linear.target is not _LINEAR or any(item is not None for item in linear.args[2:]):
+        return None
+    chosen = linear.args[1]
+    if not isinstance(chosen, Node) or chosen.target is not aten.select.int or chosen.args[1] != 0:
+        return None
+    stack, index = chosen.args[0], chosen.args[2]
+    if not isinstance(stack, Node) or not isinstance(index, int) or program.weight_of(stack) is None:
+        return None
+    return stack, index
+
+
+def _choice(share: Node) -> tuple[int, Node, Node] | None:
+    """e, indices and weights of sum(where(indices == e, weights, 0), -1, keepdim)."""
+    total = peel_casts(share)
+    if total.target is not aten.sum.dim_IntList or list(total.args[1:]) != [[-1], True]:
+        return None
+    where = total.args[0]
+    if not isinstance(where, Node) or where.target is not aten.where.ScalarOther or where.args[2] != 0:
+        return None
+    condition, weights = where.args[:2]
+    if not isinstance(condition, Node) or condition.target is not aten.eq.Scalar or not isinstance(weights, Node):
+        return None
+    indices, index = condition.args
+    return (index, indices, weights) if isinstance(indices, Node) and isinstance(index, int) else None
