@@ -13,7 +13,7 @@ from optc.compiler.ir.surgery import drop_dead
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult, apply_rules
 from optc.compiler.rewriting.weights import prune_contract
 from optc.passes.fusion.decode_attention import RotaryAttention, take_factor, uncopied
-from optc.passes.fusion.decode_experts import FusedExperts
+from optc.passes.fusion.decode_experts import ChooseExperts, FusedExperts
 from optc.passes.fusion.decode_linears import FusedLinear
 from optc.passes.fusion.decode_residuals import FusedNorm, Regroup
 
@@ -40,7 +40,7 @@ class FuseDecode(Pass):
         grouped = apply_rules(program, [Regroup()]).program
         result = apply_rules(grouped, [linears, attention])
         experts = FusedExperts()
-        rest = apply_rules(result.program, [experts, FusedNorm()])
+        rest = apply_rules(result.program, [ChooseExperts(), experts, FusedNorm()])
         matched = result.matched + rest.matched - experts.taken
         candidates = result.candidates + rest.candidates - experts.taken
         misses = (*result.misses, *linears.left, *attention.left, *rest.misses)

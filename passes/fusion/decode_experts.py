@@ -1,14 +1,15 @@
-"""The rule of fuse-decode for experts: the sum over all of them, of which a token has chosen some."""
+"""The rules of fuse-decode for experts: their choice, and the sum over all of them, of which a token has chosen some."""
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import aten, peel, peel_casts, sole_user, value_of
+from optc.compiler.analysis.dataflow import aten, peel, peel_casts, readers, sole_user, value_of
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import insert_call, replace_node
 from optc.compiler.rewriting.passes import Match, Rule
@@ -17,6 +18,47 @@ from optc.passes.fusion.decode_rows import with_rank
 
 _LINEAR = torch.ops.optc.fused_linear.default
 _FUSED = torch.ops.optc.fused_experts.default
+_CHOOSE = torch.ops.optc.choose_experts.default
+
+
+class ChooseExperts(Rule):
+    """topk(softmax(logits)) [/ its sum]  ->  optc.choose_experts"""
+
+    def match(self, program: Program, node: Node) -> Match | None:
+        if node.target is not aten.topk.default or tuple(node.args[2:]) not in (
+            (),
+            (-1,),
+            (-1, True),
+            (-1, True, True),
+        ):
+            return None
+        softmax, slots = node.args[:2]
+        assert isinstance(softmax, Node)
+        if softmax.target is not aten.softmax.int or softmax.args[1] not in (-1, 1) or not isinstance(slots, int):
+            return None
+        logits = softmax.args[0]
+        assert isinstance(logits, Node)
+        results = {int(str(item.args[1])): item for item in node.users if item.target is operator.getitem}
+        if value_of(softmax).dim() != 2 or value_of(softmax).dtype != torch.float32 or len(results) != 2:
+            return None
+        quotient = _over_its_sum(results[0])
+        found = {"logits": peel_casts(logits), "weights": quotient or results[0], "indices": results[1]}
+        return Match(node, {**found, "options": {"slots": slots, "normalized": quotient is not None}})
+
+    def rewrite(self, program: Program, match: Match) -> None:
+        call = insert_call(program, match.node, _CHOOSE, (match.found["logits"],), match.found["options"])
+        for place, name in enumerate(("weights", "indices")):
+            replace_node(program, match.found[name], insert_call(program, match.node, operator.getitem, (call, place)))
+
+
+def _over_its_sum(values: Node) -> Node | None:
+    """values / sum(values, -1, keepdim), where nothing else reads the values."""
+    users = readers(values)
+    if len(users) != 2 or users[0].target is not aten.sum.dim_IntList or list(users[0].args[1:]) != [[-1], True]:
+        return None
+    total, quotient = users
+    divides = quotient.target in (aten.div.Tensor, aten.div_.Tensor) and quotient.args == (values, total)
+    return quotient if divides and sole_user(total) is quotient else None
 
 
 @dataclass(frozen=True)

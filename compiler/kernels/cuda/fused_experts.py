@@ -1,4 +1,4 @@
-"""The kernel of `fused_experts` on CUDA: which calls it takes."""
+"""The kernels of `choose_experts` and `fused_experts` on CUDA: which calls they take."""
 
 from __future__ import annotations
 
@@ -12,6 +12,19 @@ from optc.compiler.kernels.kernel import Kernel, TritonSources, one_of
 from optc.compiler.ops.packed.cuda import ACTIVATIONS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_EXPERTS, MOST_SLOTS = 1024, 16
+"""A warp holds the logits of a token in registers, and looks for one expert after the other."""
+
+
+def accepts_choice(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """Logits [tokens, experts] whose rows are whole."""
+    (logits,) = args
+    if logits.shape[1] > MOST_EXPERTS or kwargs["slots"] > MOST_SLOTS:
+        limits = f"the kernel takes up to {MOST_SLOTS} of {MOST_EXPERTS}"
+        return f"{kwargs['slots']} of {logits.shape[1]} experts are chosen; {limits}"
+    if logits.stride(1) != 1:
+        return "the logits of a token are not neighbours"
+    return one_of(logits.dtype, DTYPES, "logits")
 
 
 def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
@@ -28,13 +41,24 @@ def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     return one_of(x.dtype, DTYPES, "tokens")
 
 
+_SOURCES = TritonSources(module="optc.compiler.kernels.cuda.experts.launch")
+CHOOSE_EXPERTS = implement(
+    Kernel(
+        op="choose_experts",
+        device="cuda",
+        accepts=accepts_choice,
+        tolerance=1e-6,
+        sources=_SOURCES,
+        libraries=("torch", "triton"),
+    )
+)
 FUSED_EXPERTS = implement(
     Kernel(
         op="fused_experts",
         device="cuda",
         accepts=accepts,
         tolerance=1e-5,
-        sources=TritonSources(module="optc.compiler.kernels.cuda.experts.launch"),
+        sources=_SOURCES,
         libraries=("torch", "triton"),
     )
 )

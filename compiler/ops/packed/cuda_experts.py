@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,4 +55,28 @@ define(
     _fused_experts,
     _fused_experts_fake,
     aten=_fused_experts,
+)
+
+
+def _choose_experts(logits: Tensor, *, slots: int, normalized: bool) -> tuple[Tensor, Tensor]:
+    """The `slots` most probable experts of each token, by the softmax of logits [T, E] in float32.
+
+    Returns:
+        Their probabilities, float32 [T, slots], divided by their sum where `normalized`, the largest first, and the
+        experts, int64 [T, slots]. Which of equal ones is chosen is not said.
+    """
+    weights, indices = torch.softmax(logits.float(), -1).topk(slots)
+    return weights / weights.sum(-1, keepdim=True) if normalized else weights, indices
+
+
+def _choose_experts_fake(logits: Tensor, *, slots: int, normalized: bool) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], slots)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
+
+
+define(
+    "choose_experts(Tensor logits, *, int slots, bool normalized) -> (Tensor, Tensor)",
+    _choose_experts,
+    _choose_experts_fake,
+    aten=_choose_experts,
 )

@@ -36,7 +36,7 @@ aten = torch.ops.aten
 NO_ROTATION = "its queries are not the result of one rotary embedding"
 PART = "an activation is of a part of its result, which it shares with other linears"
 
-MATCHED = {"gpt2": 9, "opt": 9, "phi": 9, "mixtral": 13, "gemma2": 15, "gemma3": 15, "granite": 15, "olmo2": 19}
+MATCHED = {"gpt2": 9, "opt": 9, "phi": 9, "mixtral": 15, "gemma2": 15, "gemma3": 15, "granite": 15, "olmo2": 19}
 """Two layers of four linears and an attention, and the head, but where there are more, no rotations, or norms and
 factors apart."""
 REASONS = {
@@ -56,12 +56,7 @@ LAYERS = {
     "phi": {"fused_linear": -1, "gelu": 1},
     "gpt2": {"rotary_paged_attention_": -1, "paged_attention_": 1},
     "opt": {"rotary_paged_attention_": -1, "paged_attention_": 1},
-    "mixtral": {
-        "fused_linear": -1,
-        "fused_norm": 1,
-        "fused_experts": 1,
-        **dict.fromkeys(("to", "softmax", "topk", "sum", "div_"), 1),
-    },
+    "mixtral": {"fused_linear": -1, "fused_norm": 1, "choose_experts": 1, "fused_experts": 1},
 }
 """What a decode step of one token computes for a layer, beyond what it does for a Llama's."""
 STEPS = {"gemma": 1, "gemma2": 4, "gemma3": 1, "granite": 2, "gpt2": 2, "opt": 3}
@@ -154,6 +149,42 @@ def test_experts_are_one_call() -> None:
     ]
     assert first.args[5] is not None
     assert not [node for node in program.calls(aten.select.int) if program.weight_of(node.args[0])]
+
+
+class _Choice(torch.nn.Module):
+    """Experts that are chosen in several ways."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, indices = torch.softmax(x.float(), -1).topk(2)
+        if self.form == "normalized":
+            values = values / values.sum(-1, keepdim=True)
+        if self.form == "read beside":
+            return values / values.sum(-1, keepdim=True) + values + indices
+        if self.form == "before softmax":
+            values, indices = x.topk(2)
+        return values + indices
+
+
+@pytest.mark.parametrize(
+    ("form", "calls"),
+    [
+        ("plain", [{"slots": 2, "normalized": False}]),
+        ("normalized", [{"slots": 2, "normalized": True}]),
+        ("read beside", [{"slots": 2, "normalized": False}]),
+        ("before softmax", []),
+    ],
+)
+def test_choice_of_experts(form: str, calls: list[dict[str, object]]) -> None:
+    x = torch.randn(5, 8)
+    program = capture_module(_Choice(form), (x,))
+    result = rewritten(FuseDecode(), program)
+    assert [node.kwargs for node in result.program.calls(torch.ops.optc.choose_experts.default)] == calls
+    assert count(result.program, aten.topk.default) == 1 - len(calls)
+    assert float((result.program(x) - program(x)).abs().max()) <= 1e-6
 
 
 def test_quantized_experts_stay_apart() -> None:

@@ -1,4 +1,4 @@
-"""Two launches: what each chosen expert of each token makes, and their weighted sum."""
+"""The choice of experts; then two launches: what each chosen expert of each token makes, and their weighted sum."""
 
 import triton
 import triton.language as tl
@@ -60,3 +60,29 @@ def expert_sum(
     if residual is not None:
         total += tl.load(residual + places, mask=rows < N, other=0.0).to(tl.float32)
     tl.store(y + places, total.to(y.dtype.element_ty), mask=rows < N)
+
+
+@triton.jit
+def choose(
+    logits, weights, indices, row_stride, E: tl.constexpr, SLOTS: tl.constexpr, NORMALIZED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_SLOTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The largest logits of a token, one after the other. NaN makes the weights NaN, and never an index beyond E."""
+    token = tl.program_id(0).to(tl.int64)
+    experts, slots = tl.arange(0, BLOCK), tl.arange(0, BLOCK_SLOTS)
+    wait_for_producer(PDL)
+    left = tl.load(logits + token * row_stride + experts, mask=experts < E, other=-float("inf")).to(tl.float32)
+    top = tl.max(left, 0)
+    total = tl.sum(tl.exp(left - top), 0)
+    shares = tl.zeros([BLOCK_SLOTS], tl.float32)
+    places = tl.zeros([BLOCK_SLOTS], tl.int32)
+    for slot in tl.static_range(SLOTS):
+        best = tl.max(left, 0)
+        place = tl.minimum(tl.min(tl.where(left == best, experts, BLOCK), 0), E - 1)
+        shares = tl.where(slots == slot, tl.exp(best - top) / total, shares)
+        places = tl.where(slots == slot, place, places)
+        left = tl.where(experts == place, -float("inf"), left)
+    if NORMALIZED:
+        shares /= tl.sum(shares, 0)
+    tl.store(weights + token * SLOTS + slots, shares, mask=slots < SLOTS)
+    tl.store(indices + token * SLOTS + slots, places.to(tl.int64), mask=slots < SLOTS)

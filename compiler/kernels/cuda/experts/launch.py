@@ -1,4 +1,4 @@
-"""Launch of `fused_experts`: kernels that read the chosen experts, or every expert once by cuBLAS."""
+"""Launch of `choose_experts`, and of `fused_experts`: kernels that read the chosen ones, or every one by cuBLAS."""
 
 from __future__ import annotations
 
@@ -10,12 +10,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from optc.compiler.kernels.cuda.dispatch import dependent_launch
-from optc.compiler.kernels.cuda.experts.chosen import expert_hidden, expert_sum
+from optc.compiler.kernels.cuda.experts.chosen import choose, expert_hidden, expert_sum
 from optc.compiler.ops.packed.cuda import finish
 from optc.compiler.ops.packed.cuda_experts import chosen_share
 
 BLOCK_N, BLOCK_K, WARPS = 4, 1024, 4
 """Rows and columns of a weight that a program holds at a time: 32 elements a thread."""
+
+
+def choose_experts(logits: Tensor, *, slots: int, normalized: bool) -> tuple[Tensor, Tensor]:
+    """The op, for calls that the kernel accepts."""
+    tokens, experts = logits.shape
+    weights = logits.new_empty((tokens, slots), dtype=torch.float32)
+    indices = logits.new_empty((tokens, slots), dtype=torch.int64)
+    if tokens:
+        pdl = dependent_launch(logits.device)
+        choose[(tokens,)](
+            logits, weights, indices, logits.stride(0), E=experts, SLOTS=slots, NORMALIZED=normalized,
+            BLOCK=triton.next_power_of_2(experts), BLOCK_SLOTS=triton.next_power_of_2(slots), PDL=pdl,
+            num_warps=1, launch_pdl=pdl,
+        )  # fmt: skip
+    return weights, indices
 
 
 def fused_experts(

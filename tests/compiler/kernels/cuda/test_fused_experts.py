@@ -1,4 +1,4 @@
-"""The Triton kernels of `fused_experts` against the reference: in the interpreter, and with real types on the GPU."""
+"""The Triton kernels of `choose_experts` and `fused_experts` against the references: in the interpreter, and with real types on the GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from interpreted import DEVICE, FLOATS, HAS_GPU, ON_GPU
 from torch import Tensor
 
 from optc.compiler.kernels.cuda.experts import launch
-from optc.compiler.kernels.cuda.fused_experts import FUSED_EXPERTS, accepts
+from optc.compiler.kernels.cuda.fused_experts import CHOOSE_EXPERTS, FUSED_EXPERTS, accepts, accepts_choice
 
 EXPERTS, SLOTS = 5, 2
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -112,3 +112,48 @@ def test_op_runs_the_kernel(mark: None, monkeypatch: pytest.MonkeyPatch) -> None
     args = arguments(1, torch.bfloat16)
     check(torch.ops.optc.fused_experts(*args), args, {})
     assert called == [1]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize(("experts", "slots"), [(8, 2), (5, 1), (128, 8), (3, 3)])
+def test_choice(experts: int, slots: int, normalized: bool, dtype: torch.dtype) -> None:
+    """Of rows that are a part of wider ones; no two logits of a token are equal."""
+    generator = torch.Generator().manual_seed(experts)
+    order = torch.stack([torch.randperm(experts, generator=generator) for _ in range(4)])
+    logits = torch.cat([order, order], 1).to(dtype).to(DEVICE)[:, :experts] / 8
+    weights, indices = launch.choose_experts(logits, slots=slots, normalized=normalized)
+    expected, places = CHOOSE_EXPERTS.spec.reference(logits, slots=slots, normalized=normalized)
+    assert torch.equal(indices, places)
+    assert weights.dtype is torch.float32
+    assert float((weights - expected).abs().max()) <= CHOOSE_EXPERTS.tolerance
+
+
+def test_choice_among_numbers_that_are_not_finite() -> None:
+    """Every index is of an expert: the next kernel reads what it points at."""
+    infinity, nan = float("inf"), float("nan")
+    logits = torch.tensor(
+        [[1.0, nan, 2.0], [nan] * 3, [-infinity, 1.0, -infinity], [infinity, 1.0, 2.0]], device=DEVICE
+    )
+    weights, indices = launch.choose_experts(logits, slots=2, normalized=True)
+    assert bool(((indices >= 0) & (indices < 3)).all())
+    assert torch.isfinite(weights).all(1).tolist() == [False, False, True, False]
+    assert launch.choose_experts(logits[:0], slots=2, normalized=True)[0].shape == (0, 2)
+
+
+def test_choice_says_what_it_takes() -> None:
+    row = torch.zeros(2, 8)
+    found = [
+        accepts_choice((row,), {"slots": 2, "normalized": True}),
+        accepts_choice((row.new_zeros(2, 1025),), {"slots": 2, "normalized": True}),
+        accepts_choice((row.new_zeros(2, 64),), {"slots": 17, "normalized": True}),
+        accepts_choice((row.t().contiguous().t(),), {"slots": 2, "normalized": True}),
+        accepts_choice((row.double(),), {"slots": 2, "normalized": True}),
+    ]
+    assert found == [
+        None,
+        "2 of 1025 experts are chosen; the kernel takes up to 16 of 1024",
+        "17 of 64 experts are chosen; the kernel takes up to 16 of 1024",
+        "the logits of a token are not neighbours",
+        "logits of type float64; the kernel takes bfloat16, float16, float32",
+    ]

@@ -138,3 +138,14 @@ def test_fused_experts_sums_what_was_chosen(dtype: torch.dtype) -> None:
     assert found.dtype is dtype
     scale = float(expected.abs().max())
     torch.testing.assert_close(found.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_choose_experts(normalized: bool) -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, -1.0, 4.0]]).bfloat16()
+    weights, indices = _optc.choose_experts(logits, slots=2, normalized=normalized)
+    assert indices.tolist() == [[1, 2], [0, 2]]
+    powers = logits.double().exp()
+    chosen = powers.gather(1, indices)
+    expected = chosen / (chosen if normalized else powers).sum(-1, keepdim=True)
+    torch.testing.assert_close(weights.double(), expected, rtol=1e-6, atol=0)
