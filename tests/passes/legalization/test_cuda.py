@@ -61,11 +61,12 @@ def test_what_has_no_packed_product_is_dequantized() -> None:
 
 
 def test_numbers_are_not_copied_from_the_host() -> None:
-    """Experts are weighed with `where(chosen, weight, 0.0)`."""
-    program = fused("mixtral")
+    """Quantized experts are weighed with `where(chosen, weight, 0.0)`."""
+    program = fused("mixtral", QuantizeRtn(bits=8))
     where, fill = torch.ops.aten.where.ScalarOther, torch.ops.aten.masked_fill.Scalar
     result = rewritten(LegalizeCuda(), program)
-    assert result.matched == len(program.calls(where)) == len(result.program.calls(fill)) == 8
+    assert len(program.calls(where)) == len(result.program.calls(fill)) == 8
+    assert result.matched == 8 + len(program.calls(torch.ops.optc.dequantize.default))
     assert not result.program.calls(where)
     rows = sequences(21, 5)
     assert largest(run_stage(program, rows).logits, run_stage(result.program, rows).logits) == 0.0
