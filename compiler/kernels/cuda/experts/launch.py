@@ -16,6 +16,8 @@ from optc.compiler.ops.packed.cuda_experts import chosen_share
 
 BLOCK_N, BLOCK_K, WARPS = 4, 1024, 4
 """Rows and columns of a weight that a program holds at a time: 32 elements a thread."""
+ROWS = 512
+"""Tokens of a product of every expert: enough to be bound by arithmetic."""
 
 
 def choose_experts(logits: Tensor, *, slots: int, normalized: bool) -> tuple[Tensor, Tensor]:
@@ -82,9 +84,17 @@ def every(
     x: Tensor, up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, residual: Tensor | None, activation: str,
     gated: bool,
 ) -> Tensor:  # fmt: skip
-    """All experts on all tokens, in x's type, without asking the host which were chosen: a graph may hold it."""
-    y = x.new_zeros((x.shape[0], down.shape[1]), dtype=torch.float32) if residual is None else residual.float()
-    for expert in range(up.shape[0]):
-        hidden = finish(F.linear(x, up[expert]).float(), activation, gated, None).to(x.dtype)
-        y = y + F.linear(hidden, down[expert]).float() * chosen_share(indices, weights.float(), expert)
-    return y.to(x.dtype)
+    """All experts on all tokens, in x's type, without asking the host which were chosen: a graph may hold it.
+
+    Some tokens at a time: what experts make of them is no activation of the graph, by which memory is planned.
+    """
+    y = x.new_empty((x.shape[0], down.shape[1]))
+    for first in range(0, x.shape[0], ROWS):
+        part = slice(first, first + ROWS)
+        total = 0.0 if residual is None else residual[part].float()
+        for expert in range(up.shape[0]):
+            hidden = finish(F.linear(x[part], up[expert]).float(), activation, gated, None).to(x.dtype)
+            share = chosen_share(indices[part], weights[part].float(), expert)
+            total = total + F.linear(hidden, down[expert]).float() * share
+        y[part] = total
+    return y

@@ -73,8 +73,9 @@ def test_experts_that_no_token_has_chosen_are_not_read() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_expert(option: str, dtype: torch.dtype) -> None:
-    """More choices than experts."""
+def test_every_expert(option: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More choices than experts, and more tokens than are multiplied at a time."""
+    monkeypatch.setattr(launch, "ROWS", 3)
     knobs = OPTIONS[option]
     args = arguments(7, dtype, gated=knobs.get("gated", False))
     check(launch.fused_experts(*args, **knobs), args, knobs, roundings=4)
