@@ -114,20 +114,135 @@ def nan_maximum(a, b):
     return tl.maximum(a, b, propagate_nan=KEEP_NAN)
 
 
-@triton.jit
-def load_quads(pointer, offsets, inside, WORDS: tl.constexpr):
-    """Four neighbouring elements from each offset [WORDS], as four float32 tensors [WORDS]."""
-    places = offsets[:, None] + tl.arange(0, 4)[None, :]
-    values = tl.load(pointer + places, mask=inside[:, None], other=0.0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(values, [WORDS, 2, 2]))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
+@triton.constexpr_function
+def _load_four_words_asm(place):
+    return f"ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4 + {16 * int(place)}];"
 
 
 @triton.jit
-def quad_magnitude(quad):
-    return nan_maximum(nan_maximum(tl.abs(quad[0]), tl.abs(quad[1])), nan_maximum(tl.abs(quad[2]), tl.abs(quad[3])))
+def _halves(word, TYPE: tl.constexpr):
+    """The two floats of 16 bits that a word holds, as float32."""
+    if TYPE == tl.bfloat16:
+        return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        low = word.to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+        return low, (word >> 16).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def load_run(pointer, runs, COLUMNS: tl.constexpr, NATIVE: tl.constexpr):
+    """The COLUMNS elements of each run, as that many float32 tensors like `runs`. `pointer` is aligned to 16 bytes.
+
+    Through assembly, 16 bytes at a time: a thread loads what it works with, where tl.load of neighbours would spread
+    them over threads and bring them back through shared memory.
+    """
+    TYPE: tl.constexpr = pointer.dtype.element_ty
+    places = pointer + runs * COLUMNS
+    values = ()
+    if NATIVE:
+        for i in tl.static_range(COLUMNS * TYPE.primitive_bitwidth // 128):
+            words = tl.inline_asm_elementwise(
+                _load_four_words_asm(i), "=r,=r,=r,=r,l", [places],
+                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+            )  # fmt: skip
+            for j in tl.static_range(4):
+                if TYPE == tl.float32:
+                    values = values + (words[j].to(tl.float32, bitcast=True),)
+                else:
+                    values = values + _halves(words[j], TYPE)
+    else:
+        for i in tl.static_range(COLUMNS):
+            values = values + (tl.load(places + i).to(tl.float32),)
+    return values
+
+
+@triton.constexpr_function
+def _fold_asm(bit):
+    return f"""{{
+        .reg .pred second;
+        .reg .b32 lane;
+        .reg .f32 kept, sent, got;
+        mov.b32 lane, %laneid;
+        and.b32 lane, lane, {int(bit)};
+        setp.ne.b32 second, lane, 0;
+        selp.f32 kept, $2, $1, second;
+        selp.f32 sent, $1, $2, second;
+        shfl.sync.bfly.b32 got, sent, {int(bit)}, 31, -1;
+        add.f32 $0, kept, got;
+    }}"""
+
+
+@triton.constexpr_function
+def _checked_asm():
+    return """{
+        .reg .pred moved;
+        .reg .b32 lane, place;
+        mov.b32 lane, %laneid;
+        and.b32 place, $2, 31;
+        setp.ne.b32 moved, lane, place;
+        selp.f32 $0, 0f7FFFFFFF, $1, moved;
+    }"""
+
+
+@triton.jit
+def _fold(values, COUNT: tl.constexpr, BIT: tl.constexpr):
+    """Halves the number of tensors until there is one or BIT is 0: lanes with BIT go on with the second of a pair."""
+    if COUNT >= 2 and BIT > 0:
+        folded = ()
+        for i in tl.static_range(COUNT // 2):
+            folded = folded + (
+                tl.inline_asm_elementwise(
+                    _fold_asm(BIT), "=f,f,f", [values[i], values[i + COUNT // 2]],
+                    dtype=tl.float32, is_pure=False, pack=1,
+                ),
+            )  # fmt: skip
+        return _fold(folded, COUNT // 2, BIT // 2)
+    else:
+        return values
+
+
+@triton.jit
+def _stack(values, COUNT: tl.constexpr):
+    """COUNT tensors [n], a power of two, as one [n, 2, ..., 2], where the last axis is the lowest bit."""
+    if COUNT >= 2:
+        joined = ()
+        for i in tl.static_range(COUNT // 2):
+            joined = joined + (tl.join(values[i], values[i + COUNT // 2]),)
+        return _stack(joined, COUNT // 2)
+    else:
+        return values[0]
+
+
+@triton.jit
+def sum_rows(values, COUNT: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr, NATIVE: tl.constexpr):
+    """Sums of COUNT float32 tensors [WIDTH], both powers of two and WIDTH at least 32 * WARPS: [COUNT].
+
+    A sum over the lanes of a warp costs five shuffles for each tensor; here lanes share out the tensors while they sum,
+    which costs one for each, about (the reduce-scatter of Rabenseifner 2004, in a warp). It takes a layout for granted
+    in which lane l holds element l of 32: were it another one, the sums would be NaN.
+    """
+    if NATIVE:
+        LANES: tl.constexpr = 32 * WARPS
+        lane_sums = ()
+        for i in tl.static_range(COUNT):
+            if WIDTH > LANES:
+                lane_sums = lane_sums + (tl.sum(tl.reshape(values[i], [WIDTH // LANES, LANES]), 0),)
+            else:
+                lane_sums = lane_sums + (values[i],)
+        SHARES: tl.constexpr = min(COUNT, 32)
+        place = tl.arange(0, LANES)
+        checked = ()
+        folded = _fold(lane_sums, COUNT, 16)
+        for i in tl.static_range(COUNT // SHARES):
+            checked = checked + (
+                tl.inline_asm_elementwise(
+                    _checked_asm(), "=f,f,r", [folded[i], place], dtype=tl.float32, is_pure=False, pack=1
+                ),
+            )
+        whole = tl.reshape(_stack(checked, COUNT // SHARES), [WARPS, SHARES, 32 // SHARES, COUNT // SHARES])
+        return tl.reshape(tl.sum(tl.sum(whole, 2), 0), [COUNT])
+    else:
+        return tl.reshape(tl.sum(_stack(values, COUNT), 0), [COUNT])
 
 
 @triton.jit

@@ -233,6 +233,8 @@ def decode(
                 )  # fmt: skip
                 tl.store(arrivals + request * HEADS + head, 0)
         here = last
-    wait_for_producer(PDL)  # programs without a share, too
-    if tl.sum((known & ~served).to(tl.int32), 0) > 0:
+    unserved = tl.sum((known & ~served).to(tl.int32), 0)
+    if (tl.program_id(0) == 0) | (unserved > 0):  # else who has no share ends, and leaves its place to the next kernel
+        wait_for_producer(PDL)
+    if unserved > 0:
         _fill_unserved(out, slot_mapping, starts, requests, ALONE, HEADS * GROUP, DV, VALUE_WIDTH)

@@ -92,13 +92,15 @@ def choose_decode_tiles(call: Call) -> DecodeTiles:
 
 
 def count_programs(call: Call, tiles: DecodeTiles) -> int:
-    """As many per (request, KV head) pair as run at a time, one at least.
+    """As many per (request, KV head) pair as run at a time, one at least, and no more than a full table has tiles.
 
     A whole number of them: pairs of equal length are then cut alike, or not at all, and nothing is merged. More than
     run at a time is no loss: while the last ones end, those of the next kernel begin.
     """
     pairs = call.block_tables.shape[0] * call.k.shape[1]
-    return pairs * max(1, multiprocessors(call.q.device) * tiles.programs // pairs)
+    longest = call.block_tables.shape[1] * call.k_pool.shape[1]
+    at_a_time = multiprocessors(call.q.device) * tiles.programs // pairs
+    return pairs * max(1, min(at_a_time, triton.cdiv(longest, tiles.tile) + tiles.start))
 
 
 def choose_prefill_tiles(call: Call) -> PrefillTiles:

@@ -46,7 +46,7 @@ class Gemv:
     """Tile sizes of a GEMV.
 
     Attributes:
-        block_n: rows of results in a tile. steps: tiles of rows per program.
+        block_n: rows of results in a tile. steps: tiles of rows per program. Of integers both are powers of two.
         width: columns of a tile; of integers, words of 32 bits.
         depth: tiles that are loaded ahead. warps: per program.
     """

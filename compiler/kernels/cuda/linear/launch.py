@@ -29,7 +29,7 @@ from optc.compiler.ops.packed.cuda import finish
 BITS = {"int4": 4, "int8": 8}
 STATISTICS_BLOCK = 2048
 """Most columns that a pass for a mean or a variance takes at a time."""
-WORDS_PER_WARP = 32
+WORDS_PER_WARP = 128
 """Least words of a tile for each warp of gemv_integer. With half as many, where the columns of a word lie in two
 threads, results were wrong on an H200 with Triton 3.6, and right in the interpreter."""
 ARRIVALS = 1 << 16
@@ -123,7 +123,8 @@ def gemv(linear: Linear, tiles: Gemv) -> Tensor:
     else:
         gemv_integer[grid](
             linear.x, linear.weight.view(torch.int32), linear.scale, linear.zero, *ends,
-            BITS=bits, GROUP=linear.group_size, WORDS=tiles.width, STATISTICS=min(STATISTICS_BLOCK, triton.next_power_of_2(shape.k)),
+            BITS=bits, GROUP=linear.group_size, WORDS=tiles.width,
+            WARPS=tiles.warps, WHOLE=shape.n % (tiles.block_n * tiles.steps) == 0, STATISTICS=min(STATISTICS_BLOCK, triton.next_power_of_2(shape.k)),
             NATIVE=y.is_cuda, **common,
         )  # fmt: skip
     return y

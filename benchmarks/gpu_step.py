@@ -1,0 +1,238 @@
+"""Tile sizes of the kernels of a decode step, chosen by the time of the whole step: batch 1, a Llama of 8B shape.
+
+    python benchmarks/gpu_step.py int4 int8 bf16        # tune the linears, then attention at two lengths of context
+    python benchmarks/gpu_step.py int4 --layers 2 --few # a quick try
+
+A kernel that is fastest alone need not be so in a step, where its loads overlap with the end of the kernel before.
+The step is compiled once, with fewer layers; then one call after the other takes each of its candidates, the step is
+captured again, checked against the logits of the first and timed, and the fastest is kept. Candidates are compiled
+ahead in other processes. `gpu_linears.py tables benchmarks/results/gpu_step_int4.json` writes the linears' sizes into
+the package's tables; those of attention stand in `choose_decode_tiles`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from common import RESULTS, record
+from gpu_decode import OPEN_GATE, VARIANTS, random_model
+from gpu_linears import LAYER, PLACES, WRONG, make_linear, run, shape_of
+from gpu_timing import card, read_ceiling
+
+import optc
+from optc.compiler.kernels.cuda.attention import launch as attention
+from optc.compiler.kernels.cuda.attention.launch import DecodeTiles
+from optc.compiler.kernels.cuda.linear import launch as linears
+from optc.compiler.kernels.cuda.linear.configurations import Gemv, Shape, gemv_tiles
+from optc.runtime.sessions.cuda import CudaSession
+
+FORMATS = {"bf16": "", "int8": "int8", "int4": "int4"}
+CONTEXTS = (128, 3900)
+REPLAYS, ROUNDS = 10, 5
+BETTER = 0.9985
+"""Of the time so far: less is within what times vary by."""
+ATTENTION = [
+    DecodeTiles(tile=tile, warps=warps, registers=registers, merged=merged, programs=programs, stages=3, eager=True, start=0)
+    for tile, warps, registers, merged, programs in (
+        (64, 4, 255, 32, 2), (64, 4, 255, 16, 2), (64, 4, 168, 16, 3), (64, 4, 168, 8, 3), (64, 4, 128, 8, 4), (64, 4, 128, 4, 4),
+        (64, 8, 128, 32, 2), (64, 8, 128, 16, 2), (128, 8, 128, 16, 2), (128, 8, 255, 32, 1), (32, 4, 128, 8, 4), (64, 4, 255, 16, 1),
+    )
+]  # fmt: skip
+
+
+class Choice:
+    """The tile sizes that the next capture takes: the package's, but for those that are set here."""
+
+    def __init__(self) -> None:
+        self.gemv: dict[Shape, Gemv] = {}
+        self.decode: DecodeTiles | None = None
+        chosen = attention.choose_decode_tiles
+        linears.gemv_tiles = lambda shape: self.gemv.get(shape) or gemv_tiles(shape)  # type: ignore[assignment]
+        attention.choose_decode_tiles = lambda call: self.decode or chosen(call)  # type: ignore[assignment]
+
+
+def candidates(shape: Shape, few: bool) -> list[Gemv]:
+    """Tile sizes whose registers are enough; what stands in the tables is the first."""
+    found = [gemv_tiles(shape)]
+    integer = shape.format.startswith("int")
+    row = shape.k * (1 if shape.format == "int4" else 2) // 8 if integer else shape.k
+    widths = {width for width in (128, 256, 512, 1024, 2048) if width <= row and (row % width == 0 or 8 * width < row)}
+    if row in widths:
+        widths = {row}
+    if not integer:
+        widths = {row} if row <= 4096 else {2048, 1024}
+    for block_n, steps, width, depth, warps in product(
+        (1, 2, 4, 8, 16), (1, 2, 4, 8), sorted(widths), (1, 2), (1, 2, 4, 8)
+    ):
+        tiles = Gemv(block_n=block_n, steps=steps, width=width, depth=depth, warps=warps)
+        rows = block_n * (2 if shape.gated else 1)
+        element = 4 if integer else 2
+        tile = rows * width * element / (warps * 128)  # registers of a thread for a tile
+        per_thread = width * element / (warps * 32)  # bytes of a row for a thread
+        programs = shape.n / (block_n * steps)
+        fits = 8 <= tile and tile * (depth + 1) <= 128 and 16 <= per_thread <= 64
+        whole = steps == 1 or width >= row
+        few_steps = steps * block_n <= 16 or shape.gated
+        if (
+            fits
+            and whole
+            and few_steps
+            and 250 <= programs <= 1100
+            and (integer or steps <= 4)
+            and width * element >= 512 * warps
+        ):
+            found.append(tiles)
+    found = list(dict.fromkeys(found))
+    return found[:3] if few else found
+
+
+def compile_ahead(jobs: list[tuple[str, str, Gemv]]) -> None:
+    """Fill Triton's cache from several processes."""
+    begin = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(14) as pool:
+        for _ in pool.imap_unordered(_compile, jobs):
+            pass
+    print(f"compiled {len(jobs)} kernels ahead in {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def _compile(job: tuple[str, str, Gemv]) -> None:
+    from triton.runtime.errors import TritonError
+
+    name, form, tiles = job
+    place = PLACES[name]
+    few = type(place)(n=2048, k=place.k, gated=place.gated, norm=place.norm, residual=place.residual)
+    with contextlib.suppress(RuntimeError, TritonError):
+        run(make_linear(few, form, 1)._replace(norm_weight=None), tiles)  # fuse-norm leaves none
+
+
+class Step:
+    """One session's decode step at one length of context."""
+
+    def __init__(self, session: CudaSession, context: int) -> None:
+        prompt = np.random.default_rng(1).integers(0, session.vocab_size, (1, context)).tolist()
+        session.prefill(prompt)
+        session._manager.reserve([(0, 64)])
+        self.session, self.context = session, context
+
+    def time(self) -> tuple[float, torch.Tensor]:
+        """Microseconds of a step as it is captured now, and its logits."""
+        self.session._steps.clear()
+        step = self.session._step(1, self.context + 2)
+        times = []
+        for _ in range(ROUNDS + 1):
+            step.load(self.session._states([1]))
+            step.run()
+            logits = step.logits.float().clone()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(REPLAYS):
+                step.run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / REPLAYS)
+        return statistics.median(times[1:]), logits
+
+
+def best_of(step: Step, options: list[Any], put: Callable[[Any], None], first: torch.Tensor) -> list[dict[str, Any]]:
+    """The options by time of the step, fastest first, and the fastest put in place."""
+    from triton.runtime.errors import TritonError
+
+    rows = []
+    for option in options:
+        put(option)
+        try:
+            microseconds, logits = step.time()
+        except (RuntimeError, TritonError, optc.OptcError) as problem:
+            print("FAILED", option, repr(problem)[:150], flush=True)
+            continue
+        error = float((logits - first).abs().max() / first.abs().max())
+        if not error < 4 * WRONG:
+            print("WRONG", option, error, flush=True)
+            continue
+        rows.append({"tiles": asdict(option), "microseconds": microseconds, "error": error})
+    known = rows[0]
+    rows.sort(key=lambda row: row["microseconds"])
+    if rows[0]["microseconds"] > known["microseconds"] * BETTER:
+        rows.remove(known)
+        rows.insert(0, known)
+    put(next(option for option in options if asdict(option) == rows[0]["tiles"]))
+    return rows[:6]
+
+
+def tune(variant: str, given: argparse.Namespace, ceiling: float, choice: Choice) -> dict[str, Any]:
+    """Compile the step, then tune it."""
+    network = random_model(given.layers)
+    compiled = optc.optimize(network, dtype="bf16", **OPEN_GATE, **VARIANTS[variant])
+    session, form = compiled.session, FORMATS[variant]
+    step = Step(session, CONTEXTS[0])
+    before, first = step.time()
+    print(variant, f"before: {before:.1f} us", flush=True)
+    found: dict[str, dict[str, Any]] = {}
+    for name in given.order:
+        shape = shape_of(PLACES[name], form, 1)
+
+        def put(tiles: Gemv, shape: Shape = shape) -> None:
+            choice.gemv[shape] = tiles
+
+        options = candidates(shape, given.few)
+        if name in found:  # the second time: what was near
+            options = [Gemv(**row["tiles"]) for row in found[name]["rows"]]
+        rows = best_of(step, options, put, first)
+        found[name] = {"place": name, **asdict(shape), "rows": rows}
+        print(name, [(round(row["microseconds"], 1), tuple(row["tiles"].values())) for row in rows], flush=True)
+    lengths = {}
+    for context in CONTEXTS if "attention" in given.parts else ():
+        step = Step(session, context) if context != CONTEXTS[0] else step
+        choice.decode = None
+        _, first = step.time()
+
+        def put_decode(tiles: DecodeTiles) -> None:
+            choice.decode = tiles
+
+        rows = best_of(step, ATTENTION[:3] if given.few else ATTENTION, put_decode, first)
+        lengths[context] = rows
+        print(context, [(round(row["microseconds"], 1), tuple(row["tiles"].values())) for row in rows], flush=True)
+    result = {"before": before, "linears": list(found.values()), "attention": lengths, "layers": given.layers}
+    compiled.close()
+    return result | {"read_ceiling_gb_per_s": ceiling / 1e9}
+
+
+def main() -> None:
+    """Tune what was asked for, print and record it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="+", choices=list(VARIANTS))
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--few", action="store_true", help="three candidates of each")
+    parser.add_argument("--parts", nargs="*", default=["linears", "attention"], choices=["linears", "attention"])
+    given = parser.parse_args()
+    given.order = ("gate_up", "down", "qkv", "o", "gate_up", "down") if "linears" in given.parts else ()
+    jobs = [
+        (name, FORMATS[variant], tiles)
+        for variant in given.variants
+        for name in (LAYER if given.order else ())
+        for tiles in candidates(shape_of(PLACES[name], FORMATS[variant], 1), given.few)
+    ]
+    if jobs:
+        compile_ahead(jobs)
+    ceiling = read_ceiling()
+    for variant in given.variants:
+        choice = Choice()
+        result = {"card": card(), **tune(variant, given, ceiling, choice)}
+        name = f"gpu_step_{variant}"
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2))
+        record(name, result, 2)
+
+
+if __name__ == "__main__":
+    main()
