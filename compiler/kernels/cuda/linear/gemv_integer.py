@@ -31,68 +31,102 @@ RUN = tl.constexpr(4)
 """Words of W whose columns share a scale of the token: 16 bytes, one load of a thread."""
 
 
+@triton.constexpr_function
+def _load_words_asm(offset):
+    return f"ld.global.L1::evict_first.v4.b32 {{$0, $1, $2, $3}}, [$4 + {int(offset)}];"
+
+
+@triton.constexpr_function
+def _load_scale_asm(kind, offset):
+    return f"ld.global.nc.{kind} $0, [$1 + {int(offset)}];"
+
+
 @triton.jit
-def _load_row(
-    w, scale, zero, row, CHUNK: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    WORDS: tl.constexpr,
-):  # fmt: skip
-    """Words of a row [WORDS], with scale and zero point of each run [WORDS / 4]; a scale per row comes at the end."""
-    ROW_WORDS: tl.constexpr = K * BITS // 32
-    RUN_COLUMNS: tl.constexpr = RUN * 32 // BITS
-    IS_WHOLE: tl.constexpr = (CHUNK + 1) * WORDS <= ROW_WORDS
-    words = tl.arange(0, WORDS)
-    places = w + words + (row * ROW_WORDS + CHUNK * WORDS)
-    if IS_WHOLE:
-        q = tl.load(places, eviction_policy="evict_first")
+def _load_words(w, OFFSET: tl.constexpr, NATIVE: tl.constexpr):
+    """The four words of each run, OFFSET words behind `w` [RUNS]: a thread's own.
+
+    Through assembly, as everything that is loaded for a run is: Triton's coalescing would take time that grows with the
+    square of the number of loads, and spread scales over threads that do not use them.
+    """
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            _load_words_asm(4 * OFFSET), "=r,=r,=r,=r,l", [w],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
     else:
-        q = tl.load(places, mask=words < ROW_WORDS - CHUNK * WORDS, other=0, eviction_policy="evict_first")
-    scales = 1.0
-    zeros = 0
-    if GROUP > 0:
-        runs = tl.arange(0, WORDS // RUN)
-        groups = runs // (GROUP // RUN_COLUMNS)
-        offset = row * (K // GROUP) + CHUNK * (WORDS * 32 // BITS // GROUP)
-        if IS_WHOLE:
-            scales = tl.load(scale + groups + offset)
-            if zero is not None:
-                zeros = tl.load(zero + groups + offset).to(tl.int32)
-        else:
-            there = runs < K // RUN_COLUMNS - CHUNK * (WORDS // RUN)
-            scales = tl.load(scale + groups + offset, mask=there, other=0.0)
-            if zero is not None:
-                zeros = tl.load(zero + groups + offset, mask=there, other=0).to(tl.int32)
-    return q, scales, zeros
+        return tl.load(w + OFFSET), tl.load(w + (OFFSET + 1)), tl.load(w + (OFFSET + 2)), tl.load(w + (OFFSET + 3))
+
+
+@triton.jit
+def _load_scales(places, OFFSET: tl.constexpr, NATIVE: tl.constexpr):
+    """Values OFFSET elements behind `places` [RUNS], as float32; those of int8 as int32."""
+    TYPE: tl.constexpr = places.dtype.element_ty
+    if NATIVE and TYPE == tl.int8:
+        value = tl.inline_asm_elementwise(
+            _load_scale_asm("s8", OFFSET), "=r,l", [places], dtype=tl.int32, is_pure=True, pack=1
+        )
+    elif NATIVE and TYPE.primitive_bitwidth == 16:
+        value = tl.inline_asm_elementwise(
+            _load_scale_asm("u16", 2 * OFFSET), "=h,l", [places], dtype=places.dtype.element_ty, is_pure=True, pack=1
+        )
+    elif NATIVE:
+        value = tl.inline_asm_elementwise(
+            _load_scale_asm("b32", 4 * OFFSET), "=f,l", [places], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        value = tl.load(places + OFFSET)
+    return value.to(tl.int32 if TYPE == tl.int8 else tl.float32)
 
 
 @triton.jit
 def _load_tile(
     w, scale, zero, N, rows_left, TILE: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr, WORDS: tl.constexpr, GATED: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr, RUNS: tl.constexpr, GATED: tl.constexpr, WHOLE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Tile number TILE of a program: BLOCK_N rows and, where there is a gate, their up rows behind them.
 
     `w`, `scale` and `zero` point at the program's first row. Rows past the last one are that one again; with WHOLE,
-    where there are none, a row is at a distance that the compiler knows.
+    where there are none, a row is at a distance that the compiler knows. Runs past the last one are that one again,
+    and the token is zero there.
+
+    Returns:
+        For each row, its words, and scale and zero point of each run; a scale per row comes at the end.
     """
-    CHUNKS: tl.constexpr = (K * BITS // 32 + WORDS - 1) // WORDS
-    rows = ()
-    for i in tl.static_range(BLOCK_N):
-        row = (TILE // CHUNKS) * BLOCK_N + i
-        if not WHOLE:
-            row = tl.minimum(row, rows_left - 1)
-        rows = rows + (_load_row(w, scale, zero, row, TILE % CHUNKS, K, BITS, GROUP, WORDS),)
-    if GATED:
-        w += N.to(tl.int64) * (K * BITS // 32)
-        if GROUP > 0:
-            scale += N * (K // GROUP)
-            if zero is not None:
-                zero += N * (K // GROUP)
+    ROW_RUNS: tl.constexpr = K * BITS // (32 * RUN)
+    ROW_GROUPS: tl.constexpr = K // GROUP if GROUP > 0 else 0
+    GROUP_RUNS: tl.constexpr = GROUP * BITS // (32 * RUN)
+    CHUNKS: tl.constexpr = (ROW_RUNS + RUNS - 1) // RUNS
+    FIRST_RUN: tl.constexpr = TILE % CHUNKS * RUNS
+    FIRST_ROW: tl.constexpr = TILE // CHUNKS * BLOCK_N
+    runs = tl.arange(0, RUNS) + FIRST_RUN
+    if FIRST_RUN + RUNS > ROW_RUNS:
+        runs = tl.minimum(runs, ROW_RUNS - 1)
+    tile = ()
+    for part in tl.static_range(2 if GATED else 1):
+        if part == 1:
+            w += N.to(tl.int64) * (ROW_RUNS * RUN)
+            if GROUP > 0:
+                scale += N * ROW_GROUPS
+                if zero is not None:
+                    zero += N * ROW_GROUPS
         for i in tl.static_range(BLOCK_N):
-            row = (TILE // CHUNKS) * BLOCK_N + i
-            if not WHOLE:
-                row = tl.minimum(row, rows_left - 1)
-            rows = rows + (_load_row(w, scale, zero, row, TILE % CHUNKS, K, BITS, GROUP, WORDS),)
-    return rows
+            scales = 1.0
+            zeros = 0
+            if WHOLE:
+                words = _load_words(w + runs * RUN, (FIRST_ROW + i) * ROW_RUNS * RUN, NATIVE)
+                if GROUP > 0:
+                    scales = _load_scales(scale + runs // GROUP_RUNS, (FIRST_ROW + i) * ROW_GROUPS, NATIVE)
+                    if zero is not None:
+                        zeros = _load_scales(zero + runs // GROUP_RUNS, (FIRST_ROW + i) * ROW_GROUPS, NATIVE)
+            else:
+                row = tl.minimum(FIRST_ROW + i, rows_left - 1)
+                words = _load_words(w + row * (ROW_RUNS * RUN) + runs * RUN, 0, NATIVE)
+                if GROUP > 0:
+                    scales = _load_scales(scale + row * ROW_GROUPS + runs // GROUP_RUNS, 0, NATIVE)
+                    if zero is not None:
+                        zeros = _load_scales(zero + row * ROW_GROUPS + runs // GROUP_RUNS, 0, NATIVE)
+            tile = tile + ((words, scales, zeros),)
+    return tile
 
 
 @triton.jit
@@ -150,15 +184,6 @@ def _fixed_point(
 
 
 @triton.jit
-def _run_words(q, RUNS: tl.constexpr):
-    """The four words of each run, [RUNS] each: a thread's own."""
-    even, odd = tl.split(tl.reshape(q, [RUNS, 2, 2]))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
-
-
-@triton.jit
 def _run_dots(words, digits, BITS: tl.constexpr, NATIVE: tl.constexpr):
     """Sums of weights times fixed-point numbers over each run, int32; of 4 bits sixteen times that."""
     low = tl.zeros_like(words[0])
@@ -180,8 +205,8 @@ def _run_dots(words, digits, BITS: tl.constexpr, NATIVE: tl.constexpr):
 @triton.jit
 def _row_product(row, digits, unit, token_sums, BITS: tl.constexpr, ZERO: tl.constexpr, NATIVE: tl.constexpr):
     """Products of a row of W with the token, summed over each run: float32 [RUNS]."""
-    q, scales, zeros = row
-    total = _run_dots(_run_words(q, unit.shape[0]), digits, BITS, NATIVE)
+    words, scales, zeros = row
+    total = _run_dots(words, digits, BITS, NATIVE)
     if ZERO:
         total -= zeros * token_sums
     return total.to(tl.float32) * (scales * unit)
@@ -224,19 +249,21 @@ def gemv_integer(
     if residual is not None:
         residual += token.to(tl.int64) * N
     rows_left = N - first_row
-    first_w = w + first_row.to(tl.int64) * (K * BITS // 32)
-    first_scale = scale
-    first_zero = zero
+    w += first_row.to(tl.int64) * (K * BITS // 32)
     if GROUP > 0:
-        first_scale = scale + first_row * (K // GROUP)
+        group_scale = scale + first_row * (K // GROUP)
+        group_zero = zero
         if zero is not None:
-            first_zero = zero + first_row * (K // GROUP)
+            group_zero = zero + first_row * (K // GROUP)
+    else:
+        group_scale = None
+        group_zero = None
     tiles = ()
     for j in tl.static_range(DEPTH):
         if j < TILES:
             tiles = tiles + (
                 _load_tile(
-                    first_w, first_scale, first_zero, N, rows_left, j, K, BITS, GROUP, BLOCK_N, WORDS, GATED, WHOLE
+                    w, group_scale, group_zero, N, rows_left, j, K, BITS, GROUP, BLOCK_N, RUNS, GATED, WHOLE, NATIVE
                 ),
             )
     wait_for_producer(PDL)
@@ -254,9 +281,9 @@ def gemv_integer(
         if j + DEPTH < TILES:
             tiles = tiles + (
                 _load_tile(
-                    first_w,
-                    first_scale,
-                    first_zero,
+                    w,
+                    group_scale,
+                    group_zero,
                     N,
                     rows_left,
                     j + DEPTH,
@@ -264,9 +291,10 @@ def gemv_integer(
                     BITS,
                     GROUP,
                     BLOCK_N,
-                    WORDS,
+                    RUNS,
                     GATED,
                     WHOLE,
+                    NATIVE,
                 ),
             )
         if j == 0 or CHUNKS > 1:  # digits stay in registers where one tile holds all of x

@@ -30,8 +30,7 @@ BITS = {"int4": 4, "int8": 8}
 STATISTICS_BLOCK = 2048
 """Most columns that a pass for a mean or a variance takes at a time."""
 WORDS_PER_WARP = 128
-"""Least words of a tile for each warp of gemv_integer. With half as many, where the columns of a word lie in two
-threads, results were wrong on an H200 with Triton 3.6, and right in the interpreter."""
+"""Least words of a tile for each warp of gemv_integer: a run of four for each thread."""
 ARRIVALS = 1 << 16
 """Blocks of results that programs may share."""
 DEQUANTIZE_BLOCK = 2048
@@ -91,10 +90,10 @@ def fused_linear(
 ) -> Tensor:
     """The op, for calls that the kernel accepts."""
     columns = x.shape[-1]
-    rows = x.reshape(-1, columns).contiguous()
+    rows = _aligned(x.reshape(-1, columns).contiguous())
     residuals = None if residual is None else residual.reshape(rows.shape[0], -1).contiguous()
     linear = Linear(
-        rows, weight, scale, zero, norm_weight, norm_bias, bias, residuals,
+        rows, weight, scale, zero, _aligned(norm_weight), _aligned(norm_bias), bias, residuals,
         norm, eps, activation, gated, format, 0 if group_size == columns else group_size,
     )  # fmt: skip
     kind = kind_for(linear.shape) if rows.shape[0] else None
@@ -105,6 +104,11 @@ def fused_linear(
     else:
         y = by_cublas(linear)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _aligned(tensor: Tensor | None) -> Tensor | None:
+    """The tensor at an address that is a multiple of 16 bytes: kernels load as many at a time."""
+    return tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def gemv(linear: Linear, tiles: Gemv) -> Tensor:

@@ -275,7 +275,7 @@ def test_tiles_are_those_of_the_nearest_shape() -> None:
     assert Gemv(block_n=4, steps=7, width=512, depth=2, warps=4).fitted(640).steps == 1
     assert Gemv(block_n=4, steps=7, width=512, depth=2, warps=4).fitted(96).width == 128
     small = Gemv(block_n=4, steps=7, width=512, depth=2, warps=4).fitted(20, launch.WORDS_PER_WARP)
-    assert (small.width, small.warps, small.steps) == (32, 1, 7)
+    assert (small.width, small.warps, small.steps) == (128, 1, 7)
     near = Shape(format="int4", n=64, k=4096, gated=False)
     assert [near.distance(replace(near, **change)) for change in ({"n": 128}, {"k": 2048}, {"gated": True})] == [
         1,
