@@ -96,7 +96,7 @@ def _load_tile(
     ROW_GROUPS: tl.constexpr = K // GROUP if GROUP > 0 else 0
     GROUP_RUNS: tl.constexpr = GROUP * BITS // (32 * RUN)
     CHUNKS: tl.constexpr = (ROW_RUNS + RUNS - 1) // RUNS
-    FIRST_RUN: tl.constexpr = TILE % CHUNKS * RUNS
+    FIRST_RUN: tl.constexpr = (TILE - TILE // CHUNKS * CHUNKS) * RUNS  # the interpreter has no % here
     FIRST_ROW: tl.constexpr = TILE // CHUNKS * BLOCK_N
     runs = tl.arange(0, RUNS) + FIRST_RUN
     if FIRST_RUN + RUNS > ROW_RUNS:
