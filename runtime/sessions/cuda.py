@@ -120,7 +120,8 @@ class CudaSession(PagedSession, StreamingSession):
 
     def __init__(self, program: Program, plan: MemoryPlan) -> None:
         device = program_device(program)
-        super().__init__(program, program.contract, num_blocks=plan.num_blocks, device=device)
+        # `forward` itself: the module's hook would compare all inputs with their symbolic sizes before each call.
+        super().__init__(program.module().forward, program.contract, num_blocks=plan.num_blocks, device=device)
         self.program, self.memory = program, plan
         self._steps: dict[tuple[int, int, Choice], DecodeStep] = {}
         self._graph_memory: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None

@@ -111,6 +111,7 @@ def _shape(record: dict[str, Any]) -> Shape:
     return Shape(**{name: record[name] for name in ("format", "n", "k", "gated", "m")})
 
 
+@functools.cache
 def kind_for(shape: Shape) -> Kind | None:
     """The kernel for as many tokens; None where dequantizing for cuBLAS is faster."""
     limits = tables().limits[shape.format]
@@ -119,6 +120,7 @@ def kind_for(shape: Shape) -> Kind | None:
     return "product" if shape.m <= limits["product"] else None
 
 
+@functools.cache
 def gemv_tiles(shape: Shape) -> Gemv:
     """Of the nearest shape."""
     return min((item for item in tables().gemv if item[0].format == shape.format), key=lambda i: shape.distance(i[0]))[
@@ -126,6 +128,7 @@ def gemv_tiles(shape: Shape) -> Gemv:
     ]
 
 
+@functools.cache
 def product_tiles(shape: Shape) -> Product:
     """Of the nearest shape."""
     found = (item for item in tables().product if item[0].format == shape.format)

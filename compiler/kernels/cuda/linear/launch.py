@@ -20,11 +20,11 @@ from optc.compiler.kernels.cuda.linear.configurations import (
     product_tiles,
 )
 from optc.compiler.kernels.cuda.linear.dequantize import dequantize_rows
+from optc.compiler.kernels.cuda.linear.finish import finish_rows
 from optc.compiler.kernels.cuda.linear.gemv_float import gemv_float
 from optc.compiler.kernels.cuda.linear.gemv_integer import gemv_integer
 from optc.compiler.kernels.cuda.linear.product_float import product_float
 from optc.compiler.kernels.cuda.linear.product_integer import product_integer, split_tokens
-from optc.compiler.ops.packed.cuda import finish
 
 BITS = {"int4": 4, "int8": 8}
 STATISTICS_BLOCK = 2048
@@ -34,6 +34,7 @@ WORDS_PER_WARP = 128
 ARRIVALS = 1 << 16
 """Blocks of results that programs may share."""
 DEQUANTIZE_BLOCK = 2048
+FINISH_BLOCK, FINISH_WARPS = 2048, 8
 MOST_TOKENS_PER_BLOCK = 64
 
 
@@ -190,8 +191,15 @@ def _split_tokens(linear: Linear) -> tuple[Tensor, Tensor, Tensor | None]:
 def by_cublas(linear: Linear) -> Tensor:
     """Dequantize, and leave the product to cuBLAS."""
     weight = linear.weight if linear.scale is None else dequantize(linear)
-    y = F.linear(_normalized(linear), weight, linear.bias)
-    return finish(y, linear.activation, linear.gated, linear.residual)
+    product = F.linear(_normalized(linear), weight, linear.bias)
+    if not (linear.gated or linear.activation or linear.residual is not None):
+        return product
+    shape, y = linear.shape, linear.new_result()
+    finish_rows[(shape.m, triton.cdiv(shape.n, FINISH_BLOCK))](
+        product, linear.residual, y, shape.n, ACTIVATION=linear.activation, GATED=linear.gated, BLOCK=FINISH_BLOCK,
+        **_options(y, FINISH_WARPS),
+    )  # fmt: skip
+    return y
 
 
 def dequantize(linear: Linear) -> Tensor:
