@@ -81,7 +81,7 @@ def candidates(shape: Shape, few: bool) -> list[Gemv]:
         tile = rows * width * element / (warps * 128)  # registers of a thread for a tile
         per_thread = width * element / (warps * 32)  # bytes of a row for a thread
         programs = shape.n / (block_n * steps)
-        fits = 8 <= tile and tile * (depth + 1) <= 128 and 16 <= per_thread <= 64
+        fits = tile >= 8 and tile * (depth + 1) <= 128 and 16 <= per_thread <= 64
         whole = steps == 1 or width >= row
         few_steps = steps * block_n <= 16 or shape.gated
         if (

@@ -120,13 +120,13 @@ def _load_four_words_asm(place):
 
 
 @triton.jit
-def _halves(word, TYPE: tl.constexpr):
+def _halves(word, kind: tl.constexpr):
     """The two floats of 16 bits that a word holds, as float32."""
-    if TYPE == tl.bfloat16:
+    if kind == tl.bfloat16:
         return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
     else:
-        low = word.to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
-        return low, (word >> 16).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+        low = word.to(tl.int16).to(kind, bitcast=True).to(tl.float32)
+        return low, (word >> 16).to(tl.int16).to(kind, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -136,20 +136,20 @@ def load_run(pointer, runs, COLUMNS: tl.constexpr, NATIVE: tl.constexpr):
     Through assembly, 16 bytes at a time: a thread loads what it works with, where tl.load of neighbours would spread
     them over threads and bring them back through shared memory.
     """
-    TYPE: tl.constexpr = pointer.dtype.element_ty
+    kind: tl.constexpr = pointer.dtype.element_ty
     places = pointer + runs * COLUMNS
     values = ()
     if NATIVE:
-        for i in tl.static_range(COLUMNS * TYPE.primitive_bitwidth // 128):
+        for i in tl.static_range(COLUMNS * kind.primitive_bitwidth // 128):
             words = tl.inline_asm_elementwise(
                 _load_four_words_asm(i), "=r,=r,=r,=r,l", [places],
                 dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
             )  # fmt: skip
             for j in tl.static_range(4):
-                if TYPE == tl.float32:
+                if kind == tl.float32:
                     values = values + (words[j].to(tl.float32, bitcast=True),)
                 else:
-                    values = values + _halves(words[j], TYPE)
+                    values = values + _halves(words[j], kind)
     else:
         for i in tl.static_range(COLUMNS):
             values = values + (tl.load(places + i).to(tl.float32),)
@@ -243,6 +243,16 @@ def sum_rows(values, COUNT: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constex
         return tl.reshape(tl.sum(tl.sum(whole, 2), 0), [COUNT])
     else:
         return tl.reshape(tl.sum(_stack(values, COUNT), 0), [COUNT])
+
+
+@triton.jit
+def quad_magnitude(quad):
+    return nan_maximum(nan_maximum(tl.abs(quad[0]), tl.abs(quad[1])), nan_maximum(tl.abs(quad[2]), tl.abs(quad[3])))
+
+
+@triton.jit
+def quad_square(quad):
+    return (quad[0] * quad[0] + quad[1] * quad[1]) + (quad[2] * quad[2] + quad[3] * quad[3])
 
 
 @triton.jit

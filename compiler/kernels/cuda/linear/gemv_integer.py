@@ -22,6 +22,8 @@ from optc.compiler.kernels.cuda.primitives import (
     load_run,
     nan_maximum,
     quad_digits,
+    quad_magnitude,
+    quad_square,
     store_rows,
     sum_rows,
     wait_for_producer,
@@ -37,8 +39,8 @@ def _load_words_asm(offset):
 
 
 @triton.constexpr_function
-def _load_scale_asm(kind, offset):
-    return f"ld.global.nc.{kind} $0, [$1 + {int(offset)}];"
+def _load_scale_asm(type_name, offset):
+    return f"ld.global.nc.{type_name} $0, [$1 + {int(offset)}];"
 
 
 @triton.jit
@@ -60,12 +62,12 @@ def _load_words(w, OFFSET: tl.constexpr, NATIVE: tl.constexpr):
 @triton.jit
 def _load_scales(places, OFFSET: tl.constexpr, NATIVE: tl.constexpr):
     """Values OFFSET elements behind `places` [RUNS], as float32; those of int8 as int32."""
-    TYPE: tl.constexpr = places.dtype.element_ty
-    if NATIVE and TYPE == tl.int8:
+    kind: tl.constexpr = places.dtype.element_ty
+    if NATIVE and kind == tl.int8:
         value = tl.inline_asm_elementwise(
             _load_scale_asm("s8", OFFSET), "=r,l", [places], dtype=tl.int32, is_pure=True, pack=1
         )
-    elif NATIVE and TYPE.primitive_bitwidth == 16:
+    elif NATIVE and kind.primitive_bitwidth == 16:
         value = tl.inline_asm_elementwise(
             _load_scale_asm("u16", 2 * OFFSET), "=h,l", [places], dtype=places.dtype.element_ty, is_pure=True, pack=1
         )
@@ -75,7 +77,7 @@ def _load_scales(places, OFFSET: tl.constexpr, NATIVE: tl.constexpr):
         )
     else:
         value = tl.load(places + OFFSET)
-    return value.to(tl.int32 if TYPE == tl.int8 else tl.float32)
+    return value.to(tl.int32 if kind == tl.int8 else tl.float32)
 
 
 @triton.jit
@@ -169,11 +171,16 @@ def _fixed_point(
     squares = tl.zeros([WORDS // RUN], tl.float32)
     largest = tl.zeros([WORDS // RUN], tl.float32)
     normed = ()
-    for i in tl.static_range(COLUMNS):
-        squares += columns[i] * columns[i]
-        column = _through_norm(columns[i], gains[i], shifts[i], mean, inverse, norm_weight, norm_bias, NORM)
-        largest = nan_maximum(largest, tl.abs(column))
-        normed = normed + (column,)
+    for i in tl.static_range(COLUMNS // 4):
+        quad = ()
+        for j in tl.static_range(4):
+            column = columns[4 * i + j]
+            quad = quad + (
+                _through_norm(column, gains[4 * i + j], shifts[4 * i + j], mean, inverse, norm_weight, norm_bias, NORM),
+            )
+        squares += quad_square((columns[4 * i], columns[4 * i + 1], columns[4 * i + 2], columns[4 * i + 3]))
+        largest = nan_maximum(largest, quad_magnitude(quad))
+        normed = normed + quad
     factor = LEVELS / nan_maximum(largest, SMALLEST)
     unit = largest * (1.0 / (LEVELS * 16.0) if BITS == 4 else 1.0 / LEVELS)
     digits = ()

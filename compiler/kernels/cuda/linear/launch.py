@@ -93,8 +93,9 @@ def fused_linear(
     columns = x.shape[-1]
     rows = _aligned(x.reshape(-1, columns).contiguous())
     residuals = None if residual is None else residual.reshape(rows.shape[0], -1).contiguous()
+    norm_weight, norm_bias = (item if item is None else _aligned(item) for item in (norm_weight, norm_bias))
     linear = Linear(
-        rows, weight, scale, zero, _aligned(norm_weight), _aligned(norm_bias), bias, residuals,
+        rows, _aligned(weight), scale, zero, norm_weight, norm_bias, bias, residuals,
         norm, eps, activation, gated, format, 0 if group_size == columns else group_size,
     )  # fmt: skip
     kind = kind_for(linear.shape) if rows.shape[0] else None
@@ -107,9 +108,9 @@ def fused_linear(
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _aligned(tensor: Tensor | None) -> Tensor | None:
+def _aligned(tensor: Tensor) -> Tensor:
     """The tensor at an address that is a multiple of 16 bytes: kernels load as many at a time."""
-    return tensor if tensor is None or tensor.data_ptr() % 16 == 0 else tensor.clone()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def gemv(linear: Linear, tiles: Gemv) -> Tensor:
