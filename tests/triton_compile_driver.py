@@ -19,6 +19,7 @@ from triton.compiler import ASTSource, compile
 from optc.compiler.kernels.cuda.fused_norm import MOST_COLUMNS
 from optc.compiler.kernels.cuda.linear.configurations import Gemv, Product, gemv_tiles, product_tiles, tables
 from optc.compiler.kernels.cuda.linear.gemv_integer import gemv_integer
+from optc.compiler.kernels.cuda.linear.launch import WORDS_PER_WARP
 from optc.compiler.kernels.cuda.linear.product_integer import product_integer
 from optc.compiler.kernels.cuda.norm.launch import warps_for
 from optc.compiler.kernels.cuda.norm.rows import fused_norm
@@ -53,13 +54,13 @@ def main() -> None:
     shape = next(item for item, _ in tables().gemv if item.format == "int4" and item.gated)
     common = {"K": shape.k, "BITS": 4, "GROUP": 128, "ACTIVATION": "silu", "GATED": True, "NATIVE": True, "PDL": True}
     pointers = {"w": "*i32", "scale": "*bf16", "y": "*bf16", "N": "i32"}
-    gemv: Gemv = gemv_tiles(shape).fitted(shape.k // 8, 32)
+    gemv: Gemv = gemv_tiles(shape).fitted(shape.k // 8, WORDS_PER_WARP)
     one = compiled(
         gemv_integer,
         pointers | {"x": "*bf16", "norm_weight": "*bf16", "eps": "fp32"},
         common
         | {"M": 1, "NORM": "rms", "STATISTICS": 1024, "BLOCK_N": gemv.block_n, "STEPS": gemv.steps}
-        | {"WORDS": gemv.width, "DEPTH": gemv.depth},
+        | {"WORDS": gemv.width, "DEPTH": gemv.depth, "WHOLE": True, "WARPS": gemv.warps},
         gemv.warps,
     )
     product: Product = product_tiles(shape)
