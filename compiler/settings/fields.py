@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -136,14 +137,18 @@ def check_range(name: str, value: float, kind: Any) -> None:
     """Hold a number of a call from Python to the bounds of its type, `Annotated[int, Meta(ge=1)]`.
 
     Raises:
-        UsageError: it is out of them, or no number; says which they are.
+        UsageError: it is out of them, not finite, or no number of that type (NumPy's are); says which they are.
     """
     kind, metas = _stripped(kind)
     low, above, high, below = bounds = _bounds(metas)
+    remedy = f"give {_within(_KINDS[kind], bounds)}"
+    wanted: type = numbers.Integral if kind is int else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, wanted):
+        raise UsageError(f"{name} cannot be {_shown(value)}", remedy=remedy)
     good = (low is None or value >= low) and (above is None or value > above)
     good = good and (high is None or value <= high) and (below is None or value < below)
-    if not (good and math.isfinite(value)):
-        raise UsageError(f"{name} {value} is out of range", remedy=f"give {_within(_KINDS[kind], bounds)}")
+    if not (good and abs(value) < math.inf):
+        raise UsageError(f"{name} {value} is out of range", remedy=remedy)
 
 
 def check_struct(part: msgspec.Struct) -> None:

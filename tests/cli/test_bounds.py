@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Annotated, Any
 
 import msgspec
+import numpy as np
 import pytest
 from msgspec import Meta
 
@@ -92,6 +94,24 @@ def test_a_number_out_of_its_range(kind: Any, value: float, remedy: str) -> None
     with pytest.raises(UsageError) as caught:
         check_range("key", value, kind)
     assert (caught.value.what, caught.value.remedy) == (f"key {value} is out of range", remedy)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(int, "3"), (int, None), (int, 3.0), (int, True), (float, "0.5"), (float, None), (float, True), (float, 1j)],
+)
+def test_what_is_no_such_number_is_named(kind: type, value: Any) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"key cannot be {value!r}")) as caught:
+        check_range("key", value, Annotated[kind, Meta(ge=0)])
+    assert caught.value.remedy == f"give {'an integer' if kind is int else 'a number'}, 0 or more"
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(int, np.int64(3)), (int, 10**400), (float, 10**400), (float, 1), (float, np.float32(0.5)), (float, np.int32(2))],
+)
+def test_numbers_of_numpy_and_large_integers_are_numbers(kind: type, value: Any) -> None:
+    check_range("key", value, Annotated[kind, Meta(ge=0)])
 
 
 @pytest.mark.parametrize("value", [2, 3, 4])
