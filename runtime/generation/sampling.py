@@ -18,7 +18,17 @@ import numpy.typing as npt
 
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.fields import check_range
-from optc.runtime.bounds import CountOrZero, MinP, Penalty, RepetitionPenalty, Seed, Temperature, TopP
+from optc.runtime.bounds import (
+    COLDEST,
+    HOTTEST,
+    CountOrZero,
+    MinP,
+    Penalty,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    TopP,
+)
 from optc.runtime.sessions.session import Logits, Session, most_likely
 from optc.runtime.sessions.streaming import Draw, StreamingSession
 
@@ -96,7 +106,7 @@ def distribution(logits: npt.NDArray[np.floating], sampling: Sampling) -> npt.ND
 def _kept(logits: npt.NDArray[np.floating], sampling: Sampling) -> tuple[npt.NDArray[np.intp] | slice, Weights]:
     """The tokens of a row [V] that can be drawn, by ascending id, and their unnormalized probabilities."""
     assert not sampling.greedy
-    scores = logits.astype(np.float32) / np.float32(sampling.temperature)
+    scores = logits.astype(np.float32) / np.float32(min(max(sampling.temperature, COLDEST), HOTTEST))
     size, ids = len(scores), None
     if 0 < sampling.top_k < size:
         kth = np.partition(scores, size - sampling.top_k)[size - sampling.top_k]

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from optc.runtime.bounds import COLDEST, HOTTEST
 from optc.runtime.sessions.streaming import Draw
 
-_COLDEST, _HOTTEST = 1e-30, 1e30
-"""Temperatures that float32 logits can be divided by without becoming infinite or nothing."""
 _MOST = 2**31 - 1
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
@@ -43,7 +42,7 @@ class RowDraws:
             rows: for each draw the tokens of its row, which penalties look at.
         """
         padded = [*draws, *[Draw()] * (len(self._seed) - len(draws))]
-        heats = [min(max(draw.temperature, _COLDEST), _HOTTEST) if draw.temperature else 0.0 for draw in padded]
+        heats = [min(max(draw.temperature, COLDEST), HOTTEST) if draw.temperature else 0.0 for draw in padded]
         self._temperature.copy_(torch.tensor(heats))
         self._top_k.copy_(torch.tensor([min(draw.top_k, _MOST) for draw in padded], dtype=torch.int32))
         self._top_p.copy_(torch.tensor([draw.top_p for draw in padded]))

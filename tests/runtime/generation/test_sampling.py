@@ -118,6 +118,22 @@ def test_equals_transformers(temperature: float, top_k: int, top_p: float) -> No
     np.testing.assert_allclose(found, expected.softmax(-1).numpy(), atol=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-38])
+def test_temperatures_next_to_0_take_the_likeliest(temperature: float, options: dict[str, float]) -> None:
+    sampling = Sampling(temperature=temperature, **options)  # type: ignore[arg-type]
+    logits = np.array([[-9.0, 3.0, 17.5, 17.4]], np.float32)
+    assert Sampler([sampling], [[1]])(logits) == [2]
+    assert distribution(logits, sampling).tolist() == [[0, 0, 1, 0]]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_temperature_beyond_float32_makes_all_tokens_equally_likely() -> None:
+    found = distribution(np.array([[-9.0, 3.0, 17.5]], np.float32), Sampling(temperature=1e39))
+    np.testing.assert_allclose(found, [[1 / 3] * 3], atol=1e-6)
+
+
 def test_draws_follow_the_distribution() -> None:
     logits = np.repeat(_logits(0.5, 0.3, 0.0001, 0.2), 4000, axis=0)
     sampler = Sampler([Sampling(temperature=1, top_k=3)] * 4000, [[row] for row in range(4000)])
