@@ -58,7 +58,7 @@ def generate(
         sampling: how tokens are chosen, of all rows or of each; None is greedy.
 
     Raises:
-        UsageError: `max_new_tokens` below 1, or another number of samplings than of prompts.
+        UsageError: `max_new_tokens` below 1, or what is not one `Sampling` for each prompt.
         InputError: prompts that the session refuses.
         GateError: logits that are not finite.
     """
@@ -92,9 +92,13 @@ def generate(
 def _per_row(sampling: Sampling | Sequence[Sampling] | None, rows: int) -> list[Sampling]:
     if sampling is None or isinstance(sampling, Sampling):
         return [sampling or Sampling()] * rows
-    if len(sampling) != rows:
-        raise UsageError(f"{len(sampling)} samplings for {rows} prompt(s)", remedy="give one for all, or one for each")
-    return list(sampling)
+    samplings, remedy = list(sampling), "give one Sampling for all, or one for each"
+    if len(samplings) != rows:
+        raise UsageError(f"{len(samplings)} samplings for {rows} prompt(s)", remedy=remedy)
+    for row, item in enumerate(samplings):
+        if not isinstance(item, Sampling):
+            raise UsageError(f"the sampling of row {row} is {item!r:.60}", remedy=remedy)
+    return samplings
 
 
 class _Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +108,7 @@ class TextModel:
             on_text: gets the text as it comes, whole characters only.
 
         Raises:
-            UsageError: an option out of range.
+            UsageError: an option out of range, or prompts that are neither texts nor token ids.
             InputError: an empty prompt, one too long, unknown token ids, or text without a tokenizer.
         """
         sampling = Sampling(
@@ -120,7 +121,7 @@ class TextModel:
             frequency_penalty=frequency_penalty,
             seed=seed,
         )
-        rows = [self.encode(item) if isinstance(item, str) else list(map(int, item)) for item in prompts]
+        rows = self._rows(prompts)
         streams = _Streams(self.tokenizer, len(rows), on_text)
         result = generate(
             self.session,
@@ -142,6 +143,19 @@ class TextModel:
             )
             for row, tokens, stop in zip(rows, result.tokens, result.stop, strict=True)
         ]
+
+    def _rows(self, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
+        if isinstance(prompts, str):
+            raise UsageError("a batch is a list of prompts, not one text", remedy="give [text], or call generate(text)")
+        rows = []
+        for row, item in enumerate(prompts):
+            try:
+                rows.append(self.encode(item) if isinstance(item, str) else [operator.index(token) for token in item])
+            except TypeError as error:
+                raise UsageError(
+                    f"prompt {row} is neither text nor token ids", why=str(error), remedy="give a text or integers"
+                ) from error
+        return rows
 
     def close(self) -> None:
         """Close the session."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import make_model
@@ -15,6 +16,7 @@ from optc.compiler.rewriting.passes import PassContext
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.runtime.generation.generate import generate
 from optc.runtime.generation.sampling import Sampling
+from optc.runtime.sessions.load import TextModel
 from optc.runtime.sessions.program import open_program
 from optc.runtime.sessions.session import Session
 
@@ -121,7 +123,31 @@ def test_rows_may_be_sampled_differently(session: Session) -> None:
 def test_refuses(session: Session) -> None:
     with pytest.raises(UsageError, match=r"2 samplings for 1 prompt\(s\)"):
         generate(session, [[1]], max_new_tokens=1, sampling=[Sampling(), Sampling()])
+    with pytest.raises(UsageError, match="the sampling of row 1 is None"):
+        generate(session, [[1], [2]], max_new_tokens=1, sampling=[Sampling(), None])  # type: ignore[list-item]
     with pytest.raises(UsageError, match="max-new-tokens 0 is out of range"):
         generate(session, [[1]], max_new_tokens=0)
     with pytest.raises(InputError, match="does not fit the context of 256"):
         generate(session, [[1] * 257], max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("abc", "a batch is a list of prompts, not one text"),
+        ([[1, 2], None], "prompt 1 is neither text nor token ids"),
+        ([7], "prompt 0 is neither text nor token ids"),
+        ([[1, 2.5]], "prompt 0 is neither text nor token ids"),
+        ([["a", "b"]], "prompt 0 is neither text nor token ids"),
+    ],
+)
+def test_what_is_no_batch_of_prompts_is_named(session: Session, prompts: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TextModel(session, None, ()).generate_batch(prompts, max_new_tokens=1)
+
+
+def test_token_ids_may_be_of_any_integers(session: Session) -> None:
+    model = TextModel(session, None, ())
+    found = model.generate_batch([[5, 9], torch.tensor([5, 9]), np.array([5, 9])], max_new_tokens=4)  # type: ignore[list-item]
+    assert [row.prompt_tokens for row in found] == [[5, 9]] * 3
+    assert found[0].tokens == found[1].tokens == found[2].tokens
