@@ -189,6 +189,9 @@ def run_variant(model: Program, name: str, given: argparse.Namespace, ceiling: f
     begin = time.perf_counter()
     compiled: Optimized = optc.optimize(model, dtype="bf16", **OPEN_GATE, **VARIANTS[name])
     seconds = time.perf_counter() - begin
+    gc.collect()  # what passes left
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     rates = decode_rates(compiled.session, given, Sampling())
     for row in rates.values():
         row["share_of_ceiling"] = row["bytes"] / row["ms_per_step"] * 1e3 / ceiling

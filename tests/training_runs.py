@@ -71,7 +71,7 @@ def small_config(model: Path, text: Path, output: Path, **more: Any) -> TrainCon
     return convert(tree, where="test")
 
 
-def torchrun(processes: int, script: Path | str, *arguments: object, timeout: float = 300) -> None:
+def torchrun(processes: int, script: Path | str, *arguments: object, timeout: float = 1800) -> None:
     """Run a script (or -m MODULE) in gloo processes of one thread each, or as many as the tests are told to use."""
     source = Path(__file__).resolve().parents[1] / "src"
     path = os.pathsep.join(filter(None, [str(source), os.environ.get("PYTHONPATH")]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_within_ten_percent_of_a_real_step(config: TrainConfig, case: str) -> None:
+    if case == "bf16" and "ATEN_CPU_CAPABILITY" in os.environ:
+        pytest.skip("torch.compile makes bf16 code for this processor, and ATEN_CPU_CAPABILITY hides it from torch")
     settings = changed(config, **CASES[case])
     plan = predict(settings)
     weights, gradients, states, peak = measured(settings)

@@ -45,7 +45,7 @@ def test_killed_at_random_times_and_resumed_equals_the_whole_run(start: tuple[Pa
         "3",
     ]
     environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS}", "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=True)
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800, check=True)
     report = json.loads(found.stdout.splitlines()[-1])
     assert report["status"] == 0
     assert len(report["killed_at"]) == 3

@@ -20,7 +20,7 @@ DRIVER = Path(__file__).resolve().parents[3] / "triton_compile_driver.py"
 @pytest.mark.slow
 def test_the_tables_tiles_fit_in_registers() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, DRIVER], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, DRIVER], env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert {name: (kernel["stack"], kernel["instructions"]) for name, kernel in found.items()} == {
