@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from optc.compiler.kernels.cuda.linear.integer_rows import RUN, load_tile
 from optc.compiler.kernels.cuda.primitives import (
     LEVELS,
     SMALLEST,
@@ -25,110 +26,9 @@ from optc.compiler.kernels.cuda.primitives import (
     quad_magnitude,
     quad_square,
     store_rows,
-    sum_rows,
     wait_for_producer,
 )
-
-RUN = tl.constexpr(4)
-"""Words of W whose columns share a scale of the token: 16 bytes, one load of a thread."""
-
-
-@triton.constexpr_function
-def _load_words_asm(offset):
-    return f"ld.global.L1::evict_first.v4.b32 {{$0, $1, $2, $3}}, [$4 + {int(offset)}];"
-
-
-@triton.constexpr_function
-def _load_scale_asm(type_name, offset):
-    return f"ld.global.nc.{type_name} $0, [$1 + {int(offset)}];"
-
-
-@triton.jit
-def _load_words(w, OFFSET: tl.constexpr, NATIVE: tl.constexpr):
-    """The four words of each run, OFFSET words behind `w` [RUNS]: a thread's own.
-
-    Through assembly, as everything that is loaded for a run is: Triton's coalescing would take time that grows with the
-    square of the number of loads, and spread scales over threads that do not use them.
-    """
-    if NATIVE:
-        return tl.inline_asm_elementwise(
-            _load_words_asm(4 * OFFSET), "=r,=r,=r,=r,l", [w],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        return tl.load(w + OFFSET), tl.load(w + (OFFSET + 1)), tl.load(w + (OFFSET + 2)), tl.load(w + (OFFSET + 3))
-
-
-@triton.jit
-def _load_scales(places, OFFSET: tl.constexpr, NATIVE: tl.constexpr):
-    """Values OFFSET elements behind `places` [RUNS], as float32; those of int8 as int32."""
-    kind: tl.constexpr = places.dtype.element_ty
-    if NATIVE and kind == tl.int8:
-        value = tl.inline_asm_elementwise(
-            _load_scale_asm("s8", OFFSET), "=r,l", [places], dtype=tl.int32, is_pure=True, pack=1
-        )
-    elif NATIVE and kind.primitive_bitwidth == 16:
-        value = tl.inline_asm_elementwise(
-            _load_scale_asm("u16", 2 * OFFSET), "=h,l", [places], dtype=places.dtype.element_ty, is_pure=True, pack=1
-        )
-    elif NATIVE:
-        value = tl.inline_asm_elementwise(
-            _load_scale_asm("b32", 4 * OFFSET), "=f,l", [places], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        value = tl.load(places + OFFSET)
-    return value.to(tl.int32 if kind == tl.int8 else tl.float32)
-
-
-@triton.jit
-def _load_tile(
-    w, scale, zero, N, rows_left, TILE: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr, RUNS: tl.constexpr, GATED: tl.constexpr, WHOLE: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """Tile number TILE of a program: BLOCK_N rows and, where there is a gate, their up rows behind them.
-
-    `w`, `scale` and `zero` point at the program's first row. Rows past the last one are that one again; with WHOLE,
-    where there are none, a row is at a distance that the compiler knows. Runs past the last one are that one again,
-    and the token is zero there.
-
-    Returns:
-        For each row, its words, and scale and zero point of each run; a scale per row comes at the end.
-    """
-    ROW_RUNS: tl.constexpr = K * BITS // (32 * RUN)
-    ROW_GROUPS: tl.constexpr = K // GROUP if GROUP > 0 else 0
-    GROUP_RUNS: tl.constexpr = GROUP * BITS // (32 * RUN)
-    CHUNKS: tl.constexpr = (ROW_RUNS + RUNS - 1) // RUNS
-    FIRST_RUN: tl.constexpr = (TILE - TILE // CHUNKS * CHUNKS) * RUNS  # the interpreter has no % here
-    FIRST_ROW: tl.constexpr = TILE // CHUNKS * BLOCK_N
-    runs = tl.arange(0, RUNS) + FIRST_RUN
-    if FIRST_RUN + RUNS > ROW_RUNS:
-        runs = tl.minimum(runs, ROW_RUNS - 1)
-    tile = ()
-    for part in tl.static_range(2 if GATED else 1):
-        if part == 1:
-            w += N.to(tl.int64) * (ROW_RUNS * RUN)
-            if GROUP > 0:
-                scale += N * ROW_GROUPS
-                if zero is not None:
-                    zero += N * ROW_GROUPS
-        for i in tl.static_range(BLOCK_N):
-            scales = 1.0
-            zeros = 0
-            if WHOLE:
-                words = _load_words(w + runs * RUN, (FIRST_ROW + i) * ROW_RUNS * RUN, NATIVE)
-                if GROUP > 0:
-                    scales = _load_scales(scale + runs // GROUP_RUNS, (FIRST_ROW + i) * ROW_GROUPS, NATIVE)
-                    if zero is not None:
-                        zeros = _load_scales(zero + runs // GROUP_RUNS, (FIRST_ROW + i) * ROW_GROUPS, NATIVE)
-            else:
-                row = tl.minimum(FIRST_ROW + i, rows_left - 1)
-                words = _load_words(w + row * (ROW_RUNS * RUN) + runs * RUN, 0, NATIVE)
-                if GROUP > 0:
-                    scales = _load_scales(scale + row * ROW_GROUPS + runs // GROUP_RUNS, 0, NATIVE)
-                    if zero is not None:
-                        zeros = _load_scales(zero + row * ROW_GROUPS + runs // GROUP_RUNS, 0, NATIVE)
-            tile = tile + ((words, scales, zeros),)
-    return tile
+from optc.compiler.kernels.cuda.sums import sum_rows
 
 
 @triton.jit
@@ -269,7 +169,7 @@ def gemv_integer(
     for j in tl.static_range(DEPTH):
         if j < TILES:
             tiles = tiles + (
-                _load_tile(
+                load_tile(
                     w, group_scale, group_zero, N, rows_left, j, K, BITS, GROUP, BLOCK_N, RUNS, GATED, WHOLE, NATIVE
                 ),
             )
@@ -287,7 +187,7 @@ def gemv_integer(
         tiles = tiles[1:]
         if j + DEPTH < TILES:
             tiles = tiles + (
-                _load_tile(
+                load_tile(
                     w,
                     group_scale,
                     group_zero,
