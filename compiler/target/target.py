@@ -53,13 +53,15 @@ class ExportRequest:
 
     `directory` is empty and temporary; `options` are the target's own; `source` is the model folder (tokenizer and
     config files) or None for a module in memory; `rerounding` is the relative error that another order of sums may make
-    of a program that rounds activations (`compiler.pipeline.rerounding`).
+    of a program that rounds activations (`compiler.pipeline.rerounding`), `allowed` the one that the user allows the whole
+    compile, 0 where nothing was said: both widen the tolerance of an exporter that opens its file itself.
     """
 
     directory: Path
     options: TargetOptions = field(default_factory=TargetOptions)
     source: Path | None = None
     rerounding: float = 0.0
+    allowed: float = 0.0
 
     def of(self, cls: type[OwnT]) -> OwnT:
         """The target's own options, which are of type `cls`."""

@@ -65,10 +65,7 @@ def export_executorch(program: Program, request: ExportRequest) -> ExportResult:
         "delegates": lowered.delegates,
         "operators": list(lowered.operators),
     }
-    tolerance = TOLERANCE[torch.float32]
-    if rounds_activations(program):
-        tolerance = max(ROUNDED_TOLERANCE, request.rerounding)
-    opened = _check(program, directory / MODEL, lowered, capacity, chunk, tolerance)
+    opened = _check(program, directory / MODEL, lowered, capacity, chunk, _tolerance(program, request))
     sizes = _stored_bytes(program)
     return ExportResult(
         engine=EXECUTORCH,
@@ -78,6 +75,12 @@ def export_executorch(program: Program, request: ExportRequest) -> ExportResult:
         tensor_bytes=sizes,
         opened=opened,
     )
+
+
+def _tolerance(program: Program, request: ExportRequest) -> float:
+    """Of the logits, as a share of the largest."""
+    tolerance = max(TOLERANCE[torch.float32], request.allowed)
+    return max(tolerance, ROUNDED_TOLERANCE, request.rerounding) if rounds_activations(program) else tolerance
 
 
 def _stored_bytes(program: Program) -> dict[str, int]:

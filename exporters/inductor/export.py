@@ -60,7 +60,7 @@ def export_inductor(program: Program, request: ExportRequest) -> ExportResult:
         engine=AOTINDUCTOR,
         info=info,
         needs=needs,
-        opened=check_package(program, directory, info, needs, request.rerounding),
+        opened=check_package(program, info, needs, request),
         weight_bytes=sum(tensor.nbytes for tensor in constants.values()),
         tensor_bytes={name: info.nbytes for name, info in read_header(directory / WEIGHTS).items()},
     )

@@ -20,18 +20,16 @@ from optc.compiler.ir.contract import Input
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.gate import TOLERANCE, rounds_activations
 from optc.compiler.pipeline.pipeline import compute_dtype
+from optc.compiler.target.target import ExportRequest
 
 Inputs = list[Tensor]
 ROUNDED_TOLERANCE = 2e-2
 
 
 def check_package(
-    program: Program, directory: Path, info: Mapping[str, Any], needs: Mapping[str, Any], rerounding: float = 0.0
+    program: Program, info: Mapping[str, Any], needs: Mapping[str, Any], request: ExportRequest
 ) -> OpenedRecord:
     """Run package and Program on the same inputs, a prompt and then single tokens.
-
-    Args:
-        rerounding: as in `ExportRequest`; it widens the tolerance of a program that rounds activations.
 
     Returns:
         How far the first outputs of all calls were apart.
@@ -41,8 +39,8 @@ def check_package(
     """
     begin = time.perf_counter()
     first: tuple[list[Tensor], list[Tensor]] = ([], [])
-    package = _runner(directory / info["runner"]).Package(directory, info, needs)
-    caches, tolerance = [_caches(program), _caches(program)], _tolerance(program, rerounding)
+    package = _runner(request.directory / info["runner"]).Package(request.directory, info, needs)
+    caches, tolerance = [_caches(program), _caches(program)], _tolerance(program, request)
     for call, inputs in enumerate(_calls(program)):
         with torch.no_grad():
             expected = program(*inputs, *caches[0])
@@ -99,13 +97,13 @@ def _compare(old: Tensor, new: Tensor, tolerance: float, where: str) -> None:
         )
 
 
-def _tolerance(program: Program, rerounding: float) -> float:
+def _tolerance(program: Program, request: ExportRequest) -> float:
     """Of the outputs, as a share of their largest magnitude.
 
     Where activations are rounded, a difference in the last bit of one can move its code by one step.
     """
-    tolerance = TOLERANCE[compute_dtype(program)]
-    return max(tolerance, ROUNDED_TOLERANCE, rerounding) if rounds_activations(program) else tolerance
+    tolerance = max(TOLERANCE[compute_dtype(program)], request.allowed)
+    return max(tolerance, ROUNDED_TOLERANCE, request.rerounding) if rounds_activations(program) else tolerance
 
 
 def _name(program: Program, index: int) -> str:

@@ -237,11 +237,13 @@ def _write(
     target, info = resolved.target, captured.info
     with artifact.write_folder(folder, force=resolved.request.run.force) as directory:
         start = time.perf_counter()
+        allowed = resolved.request.gate.max_relative_error or 0.0
         request = ExportRequest(
             directory=directory,
             options=resolved.options.own,
             source=info.path if info else None,
             rerounding=rerounding(result.records),
+            allowed=allowed,
         )
         exported = target.export(result.program, request)
         seconds["export"] = time.perf_counter() - start
@@ -250,7 +252,6 @@ def _write(
             for stage in result.stages:
                 (directory / "ir" / stage.file_name).write_text(stage.text)
         manifest = _manifest(target, result, exported, captured, seconds)
-        allowed = resolved.request.gate.max_relative_error
         opened = exported.opened or open_written(
             directory, manifest, result.program, exported.engine, captured.tokens, allowed
         )

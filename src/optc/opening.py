@@ -35,7 +35,7 @@ def open_written(
     program: Program,
     engine: Engine,
     tokens: Sequence[int],
-    allowed: float | None = None,
+    allowed: float = 0.0,
 ) -> OpenedRecord:
     """Run what was written beside the last stage: a prefill of a few tokens and one step of decoding.
 
@@ -49,7 +49,7 @@ def open_written(
         GateError: the engine cannot open the file, or it computes different numbers from the last stage.
     """
     begin = time.perf_counter()
-    limit = max(_tolerance(program, manifest.passes), allowed or 0.0)
+    limit = max(_tolerance(program, manifest.passes), allowed)
     if engine.runner is None:
         return OpenedRecord(opened=False, why=f"optc has no way to open files of {engine.name} here")
     try:

@@ -30,6 +30,7 @@ from optc.compiler.diagnostics import GateError
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.gate import TOLERANCE
 from optc.compiler.target.target import ExportRequest
+from optc.exporters.executorch import export as executorch
 from optc.exporters.inductor import selfcheck
 from optc.opening import open_written
 
@@ -81,12 +82,21 @@ def test_figures_are_recorded(tmp_path: Path) -> None:
     assert "opened in onnxruntime" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_the_users_limit_widens_that_of_the_file(tmp_path: Path) -> None:
-    """Activations are rounded in the last stage as they are in the engine; what is left is the order of sums."""
+def test_the_users_limit_widens_that_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations are rounded in the last stage as they are in the engine; what is left is the order of sums.
+
+    Exporters that open their file themselves are told too."""
+    asked: list[ExportRequest] = []
+
+    def request(**fields: Any) -> ExportRequest:
+        asked.append(ExportRequest(**fields))
+        return asked[-1]
+
+    monkeypatch.setattr(api, "ExportRequest", request)
     opened = _compile(make_model("llama"), tmp_path, quant="rtn", group_size=32, max_relative_error=9).manifest.opened
     assert opened is not None
     assert opening._ROUNDED_TOLERANCE == 0.03
-    assert opened.limit == 9
+    assert opened.limit == 9 == asked[0].allowed
     assert opened.relative is not None
     assert opened.relative < 0.03  # 5e-7 where ONNX Runtime has a product of integers for the CPU
     assert opened.tokens == 11
@@ -152,13 +162,20 @@ def test_a_deep_model_may_differ_as_much_as_its_own_rounding_makes(deep: _Deep) 
     assert opened.relative < 0.5 * opened.limit
 
 
-def test_packages_that_exporters_open_are_held_to_the_same() -> None:
+@pytest.mark.parametrize("exporter", [selfcheck, executorch])
+def test_packages_that_exporters_open_are_held_to_the_same(exporter: ModuleType, tmp_path: Path) -> None:
     plain = tiny_decoder()
     rounds = plain.clone()
     node = rounds.calls(torch.ops.aten.linear.default)[0]
     node.target, node.kwargs = torch.ops.optc.linear_nbits.default, {"activation_group": 64}
-    assert [selfcheck._tolerance(rounds, share) for share in (0.0, 0.4)] == [selfcheck.ROUNDED_TOLERANCE, 0.4]
-    assert selfcheck._tolerance(plain, 0.4) == TOLERANCE[torch.float32]
+
+    def tolerance(program: Program, **allowed: float) -> float:
+        found: float = exporter._tolerance(program, ExportRequest(directory=tmp_path, **allowed))  # type: ignore[arg-type]
+        return found
+
+    assert tolerance(rounds) == exporter.ROUNDED_TOLERANCE
+    assert tolerance(rounds, rerounding=0.4) == tolerance(rounds, allowed=0.4) == tolerance(plain, allowed=0.4) == 0.4
+    assert tolerance(plain, rerounding=0.4) == tolerance(plain, allowed=1e-9) == TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("part", ["packed", "scales"])
