@@ -11,7 +11,7 @@ import torch
 
 from optc.compiler.artifact.engines import CUDA
 from optc.compiler.artifact.manifest import OpenedRecord
-from optc.compiler.diagnostics import GateError
+from optc.compiler.diagnostics import GateError, TargetError
 from optc.compiler.formats.safetensors_header import read_header
 from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ir.program import Program
@@ -35,8 +35,10 @@ def export_cuda(program: Program, request: ExportRequest) -> ExportResult:
     """Write the last stage as a saved program (see `compiler/ir/saved/programs`) beside the model's tokenizer and config.
 
     Raises:
+        TargetError: passes of the user's own left out the KV cache.
         InputError, ResourceError: the folder cannot be written, or the disk is full.
     """
+    check_paged(program)
     program.save(request.directory)
     copy_companions(request.source, request.directory)
     sizes = {
@@ -53,6 +55,21 @@ def export_cuda(program: Program, request: ExportRequest) -> ExportResult:
         weight_bytes=sum(sizes.values()),
         tensor_bytes=sizes,
     )
+
+
+def check_paged(program: Program) -> None:
+    """Refuse what no session runs.
+
+    Raises:
+        TargetError: the program is no decoder with a paged KV cache.
+    """
+    contract = program.contract
+    if contract.kv_cache.kind != "paged":
+        raise TargetError(
+            "target 'inductor-cuda' runs decoders with a paged KV cache",
+            why=f"after the passes the program is of kind '{contract.kind}', its KV cache '{contract.kv_cache.kind}'",
+            remedy="leave --passes out, or name page-kv-cache among them",
+        )
 
 
 def _read_back(program: Program, directory: Path) -> OpenedRecord:

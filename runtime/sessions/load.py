@@ -275,9 +275,11 @@ def open_session(
         )
     if device is not None and not engine.eager:
         _check_device(engine, manifest, device, str(folder))
-    if contract.kind != "decoder" or (contract.kv_cache.kind == "none" and not engine.eager):
+    cached = engine.eager or contract.kv_cache.kind != "none"
+    if contract.kind != "decoder" or not cached:
+        what = "without a KV cache" if contract.kind == "decoder" else f"of kind '{contract.kind}'"
         raise TargetError(
-            f"the artifact is a model of kind '{contract.kind}', which does not generate",
+            f"the artifact is a model {what}, which does not generate",
             where=str(folder),
             remedy="run its engine file with the engine itself; optc inspect lists inputs and outputs",
         )

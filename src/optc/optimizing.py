@@ -15,6 +15,7 @@ from optc.capturing import Model
 from optc.compiler.artifact.manifest import PassRecord
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.ir.program import Program
+from optc.exporters.inductor.cuda import check_paged
 from optc.request import from_python
 from optc.resolving import resolve
 from optc.runtime.generation.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
@@ -79,6 +80,7 @@ def optimize(model: Model, *, quant: str | None = None, kv_blocks: int | None = 
     captured = capture_resolved(model, None, resolved)
     seconds: dict[str, float] = {}
     result = run_passes(captured, resolved, None, seconds)
+    check_paged(result.program)
     del captured  # its weights may be many
     session = CudaSession(result.program, plan_for(result.program, device, num_blocks=kv_blocks, loaded=True))
     ids = result.program.contract.model.eos_token_ids

@@ -77,6 +77,14 @@ def test_only_decoders() -> None:
         optc.compile(torch.nn.Linear(8, 8), target="inductor-cuda", output="out", example_inputs=[torch.zeros(2, 8)])
 
 
+def test_a_program_without_a_paged_cache_is_not_written(tmp_path: Path) -> None:
+    """No session would run it."""
+    with pytest.raises(TargetError, match="runs decoders with a paged KV cache") as caught:
+        optc.compile(EXAMPLE, target="inductor-cuda", passes="legalize-cuda", output=tmp_path / "out")
+    assert caught.value.why == "after the passes the program is of kind 'decoder', its KV cache 'none'"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_it_generates_on_the_gpu() -> None:
