@@ -23,7 +23,8 @@ from optc.runtime.sessions.load import Model
 from optc.runtime.sessions.session import Logits
 
 DEFAULT_NEW_TOKENS = 256
-_KNOWN = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", "max_gen_toks")
+_PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+_KNOWN = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", *_PENALTIES, "max_gen_toks")
 
 Scored = tuple[float, bool]
 """Log-likelihood of a continuation in nats, and whether greedy decoding would give it."""
@@ -219,18 +220,21 @@ def _generation_options(options: dict[str, Any], seed: int) -> tuple[Sampling, l
             )
     until = options.get("until") or []
     stops = [until] if isinstance(until, str) else list(until)
-    temperature = float(options.get("temperature") or 0.0)
-    sampled = options.get("do_sample", temperature > 0)
-    sampling = Sampling(seed=seed)
-    if sampled:
-        sampling = Sampling(
-            temperature=temperature or 1.0,
-            top_k=int(options.get("top_k") or 0),
-            top_p=float(options.get("top_p") or 1.0),
-            min_p=float(options.get("min_p") or 0.0),
-            seed=seed,
-        )
-    return sampling, [stop for stop in stops if stop], int(options.get("max_gen_toks") or DEFAULT_NEW_TOKENS)
+    warmth, sampled = options.get("temperature"), options.get("do_sample")
+    temperature = 1.0 if warmth is None else float(warmth)
+    asked: dict[str, Any] = {name: float(options[name]) for name in _PENALTIES if options.get(name) is not None}
+    if temperature and (warmth is not None if sampled is None else sampled):
+        asked |= {
+            "temperature": temperature,
+            "top_k": int(options.get("top_k") or 0),
+            "top_p": float(options.get("top_p") or 1.0),
+            "min_p": float(options.get("min_p") or 0.0),
+        }
+    return (
+        Sampling(seed=seed, **asked),
+        [stop for stop in stops if stop],
+        int(options.get("max_gen_toks") or DEFAULT_NEW_TOKENS),
+    )
 
 
 def figures(results: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

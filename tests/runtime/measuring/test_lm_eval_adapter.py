@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.ir.program import Program
+from optc.runtime.generation.sampling import Sampling
 from optc.runtime.generation.tokenizer import eos_token_ids, load_tokenizer
+from optc.runtime.measuring import lm_eval_adapter
 from optc.runtime.measuring.lm_eval_adapter import ArtifactLM
 from optc.runtime.measuring.tasks import run_tasks
 from optc.runtime.sessions.load import Model
@@ -90,12 +92,35 @@ def test_generation_equals_the_harness() -> None:
         {"until": ["\n"], "max_gen_toks": 16},
         {"until": [" the"], "max_gen_toks": 16, "do_sample": False},
         {"until": [], "max_gen_toks": 5},
+        {"until": [], "max_gen_toks": 24, "repetition_penalty": 1.5},
     ]
     requests = _requests("generate_until", *[(PAIRS[0][0], item) for item in options])
     found = ArtifactLM(_model()).generate_until(requests)
     assert found == _peer().generate_until(requests, disable_tqdm=True)
     assert " the" not in found[1]
     assert found[0].startswith(found[2])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, Sampling(seed=3)),
+        ({"temperature": 0.0, "top_k": 5}, Sampling(seed=3)),
+        ({"temperature": 0.0, "do_sample": True}, Sampling(seed=3)),
+        ({"temperature": 0.7, "do_sample": False}, Sampling(seed=3)),
+        ({"temperature": None, "do_sample": None}, Sampling(seed=3)),
+        ({"do_sample": True}, Sampling(temperature=1.0, seed=3)),
+        ({"temperature": 0.7, "do_sample": None}, Sampling(temperature=0.7, seed=3)),
+        ({"temperature": 0.7, "top_p": 0.9, "min_p": 0.1}, Sampling(temperature=0.7, top_p=0.9, min_p=0.1, seed=3)),
+        (
+            {"frequency_penalty": 1, "presence_penalty": -2},
+            Sampling(frequency_penalty=1.0, presence_penalty=-2.0, seed=3),
+        ),
+    ],
+)
+def test_how_tasks_want_tokens_chosen(options: dict[str, Any], expected: Sampling) -> None:
+    """A temperature of 0 that a task states is greedy, whatever else it says."""
+    assert lm_eval_adapter._generation_options(options, seed=3)[0] == expected
 
 
 def test_equal_inputs_share_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
