@@ -29,7 +29,7 @@ from optc.runtime.bounds import (
     Temperature,
     TopP,
 )
-from optc.runtime.sessions.session import Logits, Session, most_likely
+from optc.runtime.sessions.session import Logits, Session, most_likely, not_finite
 from optc.runtime.sessions.streaming import Draw, StreamingSession
 
 Weights = npt.NDArray[np.float32]
@@ -106,7 +106,7 @@ def distribution(logits: npt.NDArray[np.floating], sampling: Sampling) -> npt.ND
 def _kept(logits: npt.NDArray[np.floating], sampling: Sampling) -> tuple[npt.NDArray[np.intp] | slice, Weights]:
     """The tokens of a row [V] that can be drawn, by ascending id, and their unnormalized probabilities."""
     assert not sampling.greedy
-    scores = logits.astype(np.float32) / np.float32(min(max(sampling.temperature, COLDEST), HOTTEST))
+    scores = logits.astype(np.float32) / _divisor(sampling)
     size, ids = len(scores), None
     if 0 < sampling.top_k < size:
         kth = np.partition(scores, size - sampling.top_k)[size - sampling.top_k]
@@ -120,6 +120,10 @@ def _kept(logits: npt.NDArray[np.floating], sampling: Sampling) -> tuple[npt.NDA
         chosen = np.flatnonzero(weights >= sampling.min_p)  # the likeliest weighs 1
         ids, weights = (chosen if ids is None else ids[chosen]), weights[chosen]
     return (slice(None) if ids is None else ids), weights
+
+
+def _divisor(sampling: Sampling) -> np.float32:
+    return np.float32(1 if sampling.greedy else min(max(sampling.temperature, COLDEST), HOTTEST))
 
 
 def _nucleus(weights: Weights, top_p: float) -> npt.NDArray[np.intp]:
@@ -204,7 +208,7 @@ class Sampler:
         """The next token of each row, from logits [B, V].
 
         Raises:
-            GateError: logits that are not numbers.
+            GateError: logits that are not finite, or become so by penalties or temperature.
         """
         chosen = []
         for row, (best, stream) in enumerate(zip(most_likely(logits), self._streams, strict=True)):
@@ -212,6 +216,8 @@ class Sampler:
             if sampling.penalizes:
                 scores = _penalized(scores, sampling, self._prompts[row], self._generated[row])
                 token = int(scores.argmax())
+            if not np.isfinite(scores[token] / _divisor(sampling)):
+                raise not_finite(f"row {row}, token {token}, after penalties and temperature")
             if stream is not None:
                 token = _draw(scores, sampling, stream)
             self._generated[row][token] += 1

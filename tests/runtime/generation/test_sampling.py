@@ -184,3 +184,15 @@ def test_logits_that_are_not_finite_are_named(temperature: float, bad: float) ->
     with pytest.raises(GateError) as caught:
         Sampler([Sampling(temperature=temperature)] * 2, [[1], [2]])(logits)
     assert caught.value.where == "row 1, token 2"
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize(
+    "options", [{"temperature": 1e-38}, {"repetition_penalty": 0.01}, {"temperature": 1.0, "repetition_penalty": 0.01}]
+)
+def test_scores_that_overflow_are_named(options: dict[str, float]) -> None:
+    """As the device says it; no token outside the vocabulary is chosen."""
+    logits = np.array([[0.0, 3e37, 1.0]], np.float32)
+    with pytest.raises(GateError) as caught:
+        Sampler([Sampling(**options)], [[1]])(logits)  # type: ignore[arg-type]
+    assert caught.value.where == "row 0, token 1, after penalties and temperature"
