@@ -27,8 +27,8 @@ from optc.passes.legalization.ort_linears import (
     CodebookProduct,
     DequantizedProduct,
     IntegerProduct,
-    MatMulNBits,
 )
+from optc.passes.legalization.ort_nbits import MatMulNBits, PackedWeights
 
 _aten, _optc = torch.ops.aten, torch.ops.optc
 CACHED = _optc.cached_attention.default
@@ -54,10 +54,11 @@ class LegalizeOrt(Pass):
     qdq: bool = False
 
     def run(self, program: Program, context: PassContext) -> PassResult:
+        packed = PackedWeights()
         rules = [
             _Attention(program.contract.model.context_length),
             IntegerProduct(self.unsigned),
-            DequantizedProduct() if self.qdq else MatMulNBits(),
+            DequantizedProduct() if self.qdq else MatMulNBits(packed),
             CodebookProduct(),
             _SkipNorm(),
         ]

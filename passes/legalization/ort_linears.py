@@ -1,7 +1,7 @@
 """Quantized linears onto kernels of ONNX Runtime's CPU provider.
 
 linear(dequantize_activation(quantize_dynamic(x)), dequantize(8 bits))  ->  matmul_integer(quantize_tokens(x), ...)
-linear(x, dequantize(codes, scale, zero))                               ->  matmul_nbits(x, packed, scales, zeros)
+linear(x, dequantize(codes, scale, zero))                               ->  see ort_nbits.py
 linear(x, dequantize_codebook(codes, scale, nf4))                       ->  matmul_bnb4(x, packed, absmax)
 """
 
@@ -26,75 +26,6 @@ from optc.compiler.rewriting.weights import record_weight
 aten, optc = torch.ops.aten, torch.ops.optc
 GROUPS = (16, 32, 64, 128, 256)
 """Block sizes of MatMulNBits; the CPU kernel of MatMulBnb4 takes them too."""
-
-
-class MatMulNBits(Rule):
-    """linear(x, dequantize(codes, scale, zero), bias) -> matmul_nbits
-
-    A row that is one group is cut into blocks of one scale. 3-bit codes lie in 4-bit fields: the kernel has 2, 4
-    and 8 bits.
-    """
-
-    def __init__(self) -> None:
-        self._made: dict[str, tuple[Node | None, ...]] = {}
-
-    def match(self, program: Program, node: Node) -> Match | Miss | None:
-        source = call_of(node, aten.linear.default)
-        weight = call_of(source.args[1], optc.dequantize.default) if source is not None else None
-        if weight is None:
-            return None
-        names = [program.weight_of(argument) for argument in weight.args[:2]]
-        if None in names:
-            return Miss(node.name, "codes or scales are computed, not weights")
-        columns = int(value_of(weight).shape[1])
-        size = int(weight.kwargs["group_size"]) or columns
-        whole = size == columns and size not in GROUPS
-        block = next((item for item in reversed(GROUPS) if columns % item == 0), 0) if whole else size
-        if block not in GROUPS:
-            reason = f"MatMulNBits takes groups of {', '.join(map(str, GROUPS))}, not of {size}"
-            return Miss(node.name, reason)
-        bits = int(weight.kwargs["bits"])
-        kernel = {
-            "K": columns,
-            "N": int(value_of(weight).shape[0]),
-            "bits": 4 if bits == 3 else bits,
-            "block_size": block,
-        }
-        return Match(node, {"dequantize": weight, "kernel": kernel, "bits": bits})
-
-    def rewrite(self, program: Program, match: Match) -> None:
-        node, kernel = match.node, match.found["kernel"]
-        codes, scale, zero = (program.weight_of(item) for item in match.found["dequantize"].args)
-        assert codes is not None
-        assert scale is not None
-        if codes not in self._made:
-            self._made[codes] = self._pack(program, codes, scale, zero, kernel, match.found["bits"])
-        args = (node.args[0], *self._made[codes], (*node.args, None)[2])
-        knobs = {**kernel, "accuracy_level": 0}
-        replace_call(program, node, optc.matmul_nbits.default, args, knobs)
-
-    def _pack(
-        self, program: Program, codes: str, scale: str, zero: str | None, kernel: dict[str, int], bits: int
-    ) -> tuple[Node | None, ...]:
-        """Add the packed weight, scales and zero points; names beside those of the codes, not below them."""
-        rows, blocks, width = kernel["N"], kernel["K"] // kernel["block_size"], kernel["bits"]
-
-        def per_block(tensor: Tensor) -> Tensor:
-            """[N,G] as [N,blocks]: a scale for the whole row is repeated."""
-            return tensor.reshape(rows, -1).repeat_interleave(blocks // (tensor.numel() // rows), 1).contiguous()
-
-        base, contract = codes.removesuffix("_codes"), program.contract
-        values = program.weight(codes)
-        if zero is None and bits != width:
-            values = values + (2 ** (width - 1) - 2 ** (bits - 1))  # the middle codes coincide
-        packed = pack_nbits(values.reshape(rows, blocks, -1), width)
-        points = None if zero is None else pack_nbits(per_block(program.weight(zero)), width)
-        record_weight(program, f"{base}_packed", contract.sources.get(codes, ()), contract.quantization.get(codes))
-        return (
-            add_weight(program, f"{base}_packed", packed),
-            add_weight(program, f"{base}_scales", per_block(program.weight(scale))),
-            None if points is None else add_weight(program, f"{base}_zero_points", points),
-        )
 
 
 class DequantizedProduct(Rule):

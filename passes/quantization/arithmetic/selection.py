@@ -107,18 +107,28 @@ def replace_weight(
     zero: Tensor | None,
     entry: WeightQuantization,
 ) -> Node:
-    """Let a linear read `optc.dequantize` of new weights; returns the new linear.
+    """Let a linear read `optc.dequantize` of new weights; returns the new linear. Arguments as `dequantized` has."""
+    weight = dequantized_before(program, site) or dequantized(program, site, codes, scale, zero, entry)
+    return read_instead(program, site, weight)
+
+
+def dequantized(
+    program: Program,
+    site: Linear,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    entry: WeightQuantization,
+) -> Node:
+    """Add the parts of a quantized weight, and `optc.dequantize` of them in front of a site; returns that call.
 
     Args:
         codes, scale, zero: uint8 [N, K], [N, G] and uint8 [N, G] or None.
     """
-    weight = dequantized_before(program, site)
-    if weight is None:
-        scale_node, zero_node = weight_part(program, site, "scale", scale), None
-        if zero is not None:
-            zero_node = weight_part(program, site, "zero", zero)
-        weight = place_codes(program, site, codes, [scale_node, zero_node], entry)
-    return read_instead(program, site, weight)
+    scale_node, zero_node = weight_part(program, site, "scale", scale), None
+    if zero is not None:
+        zero_node = weight_part(program, site, "zero", zero)
+    return place_codes(program, site, codes, [scale_node, zero_node], entry)
 
 
 def read_instead(program: Program, site: Linear, weight: Node, x: Node | None = None) -> Node:
