@@ -41,6 +41,10 @@ RECIPES: dict[str, Recipe] = {
         for bits in (8, 4, 3, 2)
         for symmetric in (True, False)
     },
+    "head-8": ("onnx-cpu", {"head_bits": 8}),
+    "head-8-asym": ("onnx-cpu", {"quant": "rtn", "symmetric": False}),
+    "head-4": ("onnx-cpu", {"head_bits": 4}),
+    "head-4-asym": ("onnx-cpu", {"quant": "rtn", "symmetric": False, "head_bits": 4}),
     "rtn-4-channel": ("vllm", {"quant": "rtn", "group_size": 0}),
     "rtn-8-channel": ("vllm", {"quant": "rtn", "bits": 8, "group_size": 0}),
     "awq-4": ("onnx-cpu", {"quant": "awq"}),

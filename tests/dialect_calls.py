@@ -132,6 +132,10 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         (_f(2, K), _u(255, N, 2, 8), SCALE, None, _f(N)),
         {"K": K, "N": N, "bits": 4, "block_size": 16, "accuracy_level": 0},
     ),
+    "gather_nbits": (
+        (torch.tensor([[1, 0, 2]]), _u(255, N, 2, 8), SCALE, None),
+        {"K": K, "bits": 4, "block_size": 16},
+    ),
     "skip_rms_norm": ((_f(2, K), _f(2, K), _f(K)), {"eps": 1e-6}),
     "dequantize_linear": (
         (_u(255, K * N // 2), _f(2, N), None),

@@ -79,6 +79,18 @@ def _matmul_nbits(walker: Walker, node: Node) -> ir.Value:
     return walker.op("MatMulNBits", tensors, dict(node.kwargs), domain=MICROSOFT)
 
 
+def _gather_nbits(walker: Walker, node: Node) -> ir.Value:
+    """Lookup in the very initializer that MatMulNBits takes: its bytes, row by row, are those of [N, K]."""
+    indices, packed, scales, zeros = node.args
+    K, bits, block = (node.kwargs[key] for key in ("K", "bits", "block_size"))
+    # Folded when the model is loaded.
+    table = walker.op("Reshape", [walker.value(packed), walker.constant([-1, K * bits // 8])])
+    points = None if zeros is None else walker.value(zeros)
+    inputs = [table, walker.value(indices), walker.compact(scales), points]
+    attributes = {"gather_axis": 0, "quantize_axis": 1, "bits": bits, "block_size": block}
+    return walker.op("GatherBlockQuantized", inputs, attributes, domain=MICROSOFT)
+
+
 def _quantize_tokens(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value]:
     """Scales of the tokens; codes by QuantizeLinear of the ratio, with 128 for zero."""
     x = walker.value(node.args[0])
@@ -147,6 +159,7 @@ TABLE: dict[Any, Lowering] = {
     _optc.group_query_attention.default: _group_query_attention,
     _optc.group_query_attention_codes.default: _group_query_attention,
     _optc.matmul_nbits.default: _matmul_nbits,
+    _optc.gather_nbits.default: _gather_nbits,
     _optc.skip_rms_norm.default: _skip_rms_norm,
     _optc.quantize_tokens.default: _quantize_tokens,
     _optc.matmul_integer.default: _matmul_integer,

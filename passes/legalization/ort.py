@@ -5,7 +5,7 @@ Rewrites onto kernels that ONNX Runtime has (compiler/ops/packed/onnxruntime.py,
     cached_attention(rotary(q), rotary(k), v, caches)  ->  group_query_attention(qkv, caches)
     cached_attention_codes(...)                          ->  group_query_attention_codes(...), int8 caches
     rms_norm(x + y)                                      ->  skip_rms_norm(x, y)
-    quantized linears                                    ->  see passes/legalization/ort_linears.py
+    quantized linears and embeddings                     ->  see passes/legalization/ort_linears.py
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from optc.passes.legalization.ort_linears import (
     DequantizedProduct,
     IntegerProduct,
 )
-from optc.passes.legalization.ort_nbits import MatMulNBits, PackedWeights
+from optc.passes.legalization.ort_nbits import GatherNBits, MatMulNBits, PackedWeights
 
 _aten, _optc = torch.ops.aten, torch.ops.optc
 CACHED = _optc.cached_attention.default
@@ -59,6 +59,7 @@ class LegalizeOrt(Pass):
             _Attention(program.contract.model.context_length),
             IntegerProduct(self.unsigned),
             DequantizedProduct() if self.qdq else MatMulNBits(packed),
+            GatherNBits(packed),
             CodebookProduct(),
             _SkipNorm(),
         ]

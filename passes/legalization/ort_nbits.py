@@ -1,12 +1,14 @@
 """Weights of integers in blocks onto kernels of ONNX Runtime's CPU provider.
 
-linear(x, dequantize(codes, scale, zero))  ->  matmul_nbits(x, packed, scales, zeros)
+linear(x, dequantize(codes, scale, zero))      ->  matmul_nbits(x, packed, scales, zeros)
 embedding(dequantize(codes, scale, zero), ids) ->  gather_nbits(ids, packed, scales, zeros)
 
 Both take the same tensors: a table that is the head's weight too is packed once.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,3 +99,29 @@ class MatMulNBits(Rule):
         node, layout = match.node, match.found["layout"]
         args = (node.args[0], *self._packed.parts(program, match.found["weight"], layout), (*node.args, None)[2])
         replace_call(program, node, optc.matmul_nbits.default, args, {**layout, "accuracy_level": 0})
+
+
+class GatherNBits(Rule):
+    """embedding(dequantize(codes, scale, zero), ids) -> gather_nbits"""
+
+    def __init__(self, packed: PackedWeights) -> None:
+        self._packed = packed
+
+    def match(self, program: Program, node: Node) -> Match | Miss | None:
+        source = call_of(node, aten.embedding.default)
+        weight = call_of(source.args[0], optc.dequantize.default) if source is not None else None
+        if weight is None:
+            return None
+        layout = self._packed.layout(program, weight, "GatherBlockQuantized")
+        if isinstance(layout, str):
+            return Miss(node.name, layout)
+        if layout["bits"] not in (4, 8):
+            return Miss(node.name, f"GatherBlockQuantized takes 4 and 8 bits, not {layout['bits']}")
+        return Match(node, {"weight": weight, "layout": layout})
+
+    def rewrite(self, program: Program, match: Match) -> None:
+        node = match.node
+        layout: dict[str, Any] = dict(match.found["layout"])
+        parts = self._packed.parts(program, match.found["weight"], layout)
+        del layout["N"]
+        replace_call(program, node, optc.gather_nbits.default, (node.args[1], *parts), layout)

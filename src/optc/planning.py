@@ -13,7 +13,8 @@ from optc.compiler.formats.integer import check_group_size, default_group_size
 from optc.compiler.model_folder.checkpoint import check_folder
 from optc.compiler.model_folder.quantized import quantized_folder, refuse_quantizing_again
 from optc.compiler.target.options import CompileOptions
-from optc.compiler.target.target import check_context
+from optc.compiler.target.target import Step, check_context
+from optc.passes.quantization.head import QuantizeHead
 from optc.request import Request
 from optc.resolving import recipe_steps, resolve, with_group_size
 
@@ -34,10 +35,11 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
     decoder = hasattr(skeleton, "generate")
     context = int(getattr(skeleton.config, "max_position_embeddings", 0) or 0)
     check_context(getattr(options.own, "max_seq_len", None), context)
-    steps = recipe_steps(resolved, "decoder" if decoder else "encoder")
     linears = quantizable(skeleton, () if options.quantization is None else options.quantization.ignore)
-    options = with_group_size(resolved, [columns for _, columns in linears.values()], list(linears)).options
+    resolved = with_group_size(resolved, [columns for _, columns in linears.values()], list(linears))
+    options, steps = resolved.options, recipe_steps(resolved, "decoder" if decoder else "encoder")
     sizes = _sizes(skeleton, options)
+    sizes["weight_bytes"] += _head_savings(skeleton, steps, _width(options))
     chosen = options.quantization
     held = quantized_folder(info)
     note = target.quant[chosen.method].note if chosen is not None else ""
@@ -103,6 +105,29 @@ def _sizes(skeleton: Any, options: CompileOptions) -> dict[str, Any]:
         "source_weight_bytes": parameters * width,
         "weight_bytes": size,
     }
+
+
+def _head_savings(skeleton: Any, steps: Sequence[Step], width: int) -> int:
+    """Bytes that a recipe's rounding of embedding and head adds (below zero: saves); a tied weight counts once."""
+    rewrite = next((step.rewrite for step in steps if isinstance(step.rewrite, QuantizeHead)), None)
+    if rewrite is None or not hasattr(skeleton, "get_input_embeddings"):
+        return 0
+    modules = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
+    weights = {id(module.weight): module.weight for module in modules if module is not None}
+    ignored = {
+        id(parameter)
+        for name, parameter in skeleton.named_parameters(remove_duplicate=False)
+        if any(fnmatchcase(name, pattern) for pattern in rewrite.ignore)
+    }
+    size = 0
+    for weight in (weight for key, weight in weights.items() if key not in ignored):
+        rows, columns = (int(item) for item in weight.shape)
+        group = rewrite.size_for(columns)
+        if group is not None:
+            groups = rows * (columns // (group or columns))
+            zero = 0 if rewrite.symmetric else groups * rewrite.bits / 8
+            size += int(rows * columns * (rewrite.bits / 8 - width) + groups * _SCALE_BYTES + zero)
+    return size
 
 
 def _cache_bytes(config: Any, options: CompileOptions) -> int:

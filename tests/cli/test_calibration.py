@@ -30,10 +30,10 @@ def test_awq_with_nothing_else(tmp_path: Path, capsys: Capture) -> None:
     assert scale["drift"]["kl"] < 1e-9
     summary = result["quantization"]
     assert (summary["method"], summary["bits"], summary["linears"]) == (
-        "clip",
-        [4],
-        16,
-    )  # q, k, v and gate, up are merged
+        "rtn+clip",
+        [4, 8],
+        17,
+    )  # q, k, v and gate, up are merged; the head, tied, is rounded to 8 bits
     assert summary["ratio_to_ideal"] <= 1.02
     manifest = json.loads((out / "manifest.json").read_text())
     clip = next(row for row in manifest["passes"] if row["name"] == "quantize-clip")

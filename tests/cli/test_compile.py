@@ -50,19 +50,21 @@ def test_compile_json(tmp_path: Path, capsys: Capture) -> None:
 def test_group_size_is_chosen_and_printed(artifact: Path, capsys: Capture) -> None:
     found = optc_json(capsys, "inspect", artifact)
     summary = found["quantization"]
-    assert (summary["method"], summary["bits"], summary["group_size"]) == ("rtn", [4], [64])
-    assert (summary["symmetric"], summary["linears"]) == (True, 16)
+    assert (summary["method"], summary["bits"], summary["group_size"]) == ("rtn", [4, 8], [64])
+    assert (summary["symmetric"], summary["linears"]) == (True, 17)
     weights = 4 * (2 * 192 * 192 + 2 * 64 * 192 + 3 * 512 * 192)
-    assert summary["parameters"] == weights
-    assert summary["bytes"] == weights // 2 + 2 * weights // 64, "4-bit codes and 16-bit scales"
+    head = 8192 * 192
+    assert summary["parameters"] == weights + head
+    scales = 2 * (weights + head) // 64
+    assert summary["bytes"] == weights // 2 + head + scales, "4-bit codes, 8-bit ones of the head, and 16-bit scales"
     assert summary["ratio_to_ideal"] <= 1.02
-    assert (summary["bits_per_parameter"], summary["ideal_bits"]) == (4.25, 4.25)
+    assert (summary["bits_per_parameter"], summary["ideal_bits"]) == (6.25, 6.25)
     (row,) = (row for row in found["passes"] if row["name"] == "quantize-rtn")
     assert (row["matched"], row["candidates"]) == (28, 29)
     assert len(row["linears"]) == 28
     assert all(0 < linear["weight_error"] < 0.05 for linear in row["linears"])
     assert optc("inspect", artifact) == 0
-    assert "4.250 bits per parameter, 1.000 x ideal" in capsys.readouterr().out
+    assert "6.250 bits per parameter, 1.000 x ideal" in capsys.readouterr().out
     assert row["drift"]["kl"] > 0
     assert row["options"]["group_size"] == 64
 
@@ -72,7 +74,7 @@ def test_inspect_for_people(artifact: Path, capsys: Capture) -> None:
     out = capsys.readouterr().out
     for part in (
         "onnx-cpu artifact",
-        "rtn, 4 bits, groups of 64",
+        "rtn, 4/8 bits, groups of 64",
         "fuse-rotary: matched 8 of 8",
         "model.onnx.data",
     ):
@@ -95,7 +97,7 @@ def test_inspect_ir_of_model_and_stage(artifact: Path, capsys: Capture) -> None:
     assert optc("inspect", artifact, "--ir", "--stage", "legalize-ort") == 0
     text = capsys.readouterr().out
     assert text.count("optc.group_query_attention(") == 4
-    assert text.count("optc.matmul_nbits(") == 16
+    assert text.count("optc.matmul_nbits(") == 17
 
 
 def test_dump_ir_and_diff(artifact: Path, capsys: Capture) -> None:

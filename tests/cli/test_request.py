@@ -60,6 +60,7 @@ RUN = {"-o", "--output", "--force", "--dump-ir", "--work-dir"}
 TARGETS = {
     "--max-seq-len",
     "--accuracy-level",
+    "--head-bits",
     "--max-batch",
     "--arch",
     "--trt-ops",
@@ -402,7 +403,7 @@ def test_an_option_of_other_targets(capsys: Capture, tmp_path: Path) -> None:
     assert exit_code("compile", *arguments, "--json") == 4
     said = json.loads(capsys.readouterr().out)
     assert said["what"] == "target 'onnx-cpu' does not take --layout"
-    assert said["remedy"] == "it takes: accuracy-level"
+    assert said["remedy"] == "it takes: accuracy-level, head-bits"
 
 
 def test_targets_lists_the_options(capsys: Capture) -> None:

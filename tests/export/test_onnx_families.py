@@ -74,7 +74,9 @@ def test_a_quantized_module(bits: int, group: int, symmetric: bool, tmp_path: Pa
 def test_a_quantized_decoder(tmp_path: Path) -> None:
     """4 bits, zero points: every schedule of ONNX Runtime within 1e-4 of the whole quantized sequence in eager mode."""
     options = {"bits": 4, "group_size": 32, "symmetric": False}
-    program, result = ort_driver.compiled(captured("llama"), tmp_path, quant="rtn", accuracy_level=0, **options)
+    program, result = ort_driver.compiled(
+        captured("llama"), tmp_path, quant="rtn", accuracy_level=0, head_bits=32, **options
+    )
     assert result.info["operators"]["MatMulNBits"] == 8
     canonical = _stored(QuantizeRtn(**options).run(captured("llama"), PassContext()).program)
     rows = sequences(*_LENGTHS)

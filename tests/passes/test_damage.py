@@ -37,6 +37,7 @@ from optc.passes.quantization.auto import QuantizeAuto
 from optc.passes.quantization.clip import QuantizeClip
 from optc.passes.quantization.fp8 import QuantizeFp8
 from optc.passes.quantization.gptq import QuantizeGptq
+from optc.passes.quantization.head import QuantizeHead
 from optc.passes.quantization.inputs import QuantizeInputs
 from optc.passes.quantization.llm_int8 import QuantizeLlmInt8
 from optc.passes.quantization.nf4 import QuantizeNf4
@@ -136,6 +137,8 @@ CASES: list[tuple[Pass, tuple[Pass, ...], dict[str, Damage]]] = [
     (QuantizeRtn(bits=4, group_size=64, symmetric=False), (), {"zero": ZERO}),
     (QuantizeRtn(bits=8, group_size=64), (), {"scale": SCALE, "small": weights("_scale", times(1.1)), "axis": AXIS}),
     (QuantizeRtn(bits=3, group_size=64), (), {"scale": SCALE, "order": ORDER}),
+    (QuantizeHead(), (), {"scale": SCALE, "small": weights("_scale", times(1.1)), "axis": AXIS}),
+    (QuantizeHead(bits=4, symmetric=False), (), {"scale": SCALE, "zero": ZERO, "order": ORDER}),
     (QuantizeGptq(bits=4, group_size=64), (), {"scale": SCALE, "order": ORDER, "axis": AXIS}),
     (QuantizeClip(bits=4, group_size=64, symmetric=False), (), {"scale": SCALE, "zero": ZERO, "order": ORDER}),
     (QuantizeAuto(choices=(4, 8), samples=1, group_size=64), (), {"scale": SCALE, "order": ORDER}),

@@ -1,7 +1,7 @@
 """Packed operators: made by legalization only, one per kernel of a destination.
 
-`group_query_attention`, `matmul_nbits` and `skip_rms_norm` mirror ONNX Runtime's contrib operators
-(com.microsoft: GroupQueryAttention, MatMulNBits, SkipSimplifiedLayerNormalization); the references
+`group_query_attention`, `matmul_nbits`, `gather_nbits` and `skip_rms_norm` mirror ONNX Runtime's contrib operators
+(com.microsoft: GroupQueryAttention, MatMulNBits, GatherBlockQuantized, SkipSimplifiedLayerNormalization); the references
 here follow https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md, so that a
 legalized Program still runs and is gated.
 """
@@ -170,6 +170,17 @@ def _matmul_nbits(
     return torch.nn.functional.linear(values, weight, bias)
 
 
+def _gather_nbits(
+    indices: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None, *, K: int, bits: int, block_size: int
+) -> Tensor:
+    """Rows [..., K] of the weight that `matmul_nbits` takes in the same form: packed uint8 [N, K/block, block*bits/8]."""
+    blocks, rows = K // block_size, indices.flatten()
+    codes = unpack_nbits(packed[rows], bits, block_size).reshape(-1, K)
+    zero = None if zero_points is None else unpack_nbits(zero_points[rows], bits, blocks)
+    values = torch.ops.optc.dequantize(codes, scales[rows], zero, bits=bits, group_size=block_size)
+    return values.reshape(*indices.shape, K)
+
+
 def _skip_rms_norm(x: Tensor, skip: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
     """s = x + skip; (rms_norm(s) * weight, s)."""
     total = x + skip
@@ -188,6 +199,12 @@ define(
     _matmul_nbits,
     lambda x, *_, N, **__: x.new_empty((*x.shape[:-1], N)),
     rounds_inside=lambda keywords: keywords["accuracy_level"] == ROUNDS,
+)
+define(
+    "gather_nbits(Tensor indices, Tensor packed, Tensor scales, Tensor? zero_points, *, int K, int bits, "
+    "int block_size) -> Tensor",
+    _gather_nbits,
+    lambda indices, _, scales, *__, K, **___: scales.new_empty((*indices.shape, K)),
 )
 define(
     "skip_rms_norm(Tensor x, Tensor skip, Tensor weight, *, float eps) -> (Tensor, Tensor)",

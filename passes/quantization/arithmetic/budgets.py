@@ -10,6 +10,8 @@ weights four times as large, which amplifies every error.
     weights, 4 bits       0.19     +24%    0.25   0.11     +10%    0.19   0.39   0.38    0.68  0.77
     weights, 3 bits       0.86     +135%   0.48   0.46     +38%    0.39   -      0.99    1.10  0.40
     weights, 2 bits       6.9      x1194   1.13   6.4      x581    1.14   -      1.58    1.39  0.03
+    head, 8 bits          0.00015   +0.1%   0.007  0.00008 +0.0%   0.006  0.010  0.0007  0.029 0.9996
+    head, 4 bits          0.036     +2.4%   0.120  0.027   +4.1%   0.120  0.163  0.15    0.42  0.910
     weights, FP8          0.0061   +1.9%   0.043  0.0032   -       0.035  0.090  0.024   0.17  0.985
     inputs, int8          0.0020   +1.0%   0.025  0.0009   -       0.019  0.016  0.0021  0.051 0.9987
     the same, calibrated  0.018    +2.2%   0.072  -        -       -      -      -       -     -
@@ -40,6 +42,17 @@ _WEIGHTS = {
 def weight_budget(bits: int) -> Budget:
     """Of rounding the weights of all linears to so many bits: integers, or 4-bit floats and codebooks."""
     return _WEIGHTS[bits]
+
+
+_HEAD = {
+    8: Budget(kl=0.002, top1=0.95, perplexity=0.005, relative=0.06, cosine=0.999),
+    4: Budget(kl=0.25, top1=0.8, perplexity=0.15, relative=0.55, cosine=0.85),
+}
+
+
+def head_budget(bits: int) -> Budget:
+    """Of rounding the embedding and the head to so many bits."""
+    return _HEAD[bits]
 
 
 FP8_WEIGHTS = Budget(kl=0.04, top1=0.93, perplexity=0.06, relative=0.25, cosine=0.97)

@@ -43,6 +43,7 @@ def test_budgets_of_all_passes() -> None:
         "quantize-clip": (0.6, 0.75),
         "quantize-fp8": (0.04, 0.25),
         "quantize-gptq": (0.6, 0.75),
+        "quantize-head": (0.002, 0.06),
         "quantize-inputs": (0.05, 0.25),
         "quantize-kv-cache": (0.005, 0.1),
         "quantize-llm-int8": (0.011, pytest.approx(0.02**0.5)),

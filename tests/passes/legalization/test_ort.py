@@ -73,7 +73,10 @@ def test_a_quantized_decoder_computes_the_same(bits: int, symmetric: bool) -> No
     before, after = canonical("llama", **options), legalized("llama", **options).program
     check_legal(after, TARGET)
     assert drift(before, after) <= 1e-5
-    calls = after.calls(PACKED)
+    *calls, head = after.calls(PACKED)
+    assert (head.kwargs["N"], head.kwargs["K"], head.kwargs["bits"]) == (128, 64, 8)
+    (lookup,) = after.calls(torch.ops.optc.gather_nbits.default)
+    assert dict(lookup.kwargs) == {"K": 64, "bits": 8, "block_size": 32}
     assert [(call.kwargs["N"], call.kwargs["K"]) for call in calls] == [
         (128, 64),
         (64, 64),
@@ -104,6 +107,14 @@ class _Linears(torch.nn.Module):
         weight = _optc.dequantize(self.w_codes, self.w_scale, self.w_zero, **self.knobs)
         linear = torch.nn.functional.linear
         return linear(linear(x, weight).relu(), weight)
+
+
+class _Tied(_Linears):
+    """The same weight as the table of an embedding, and in one linear."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weight = _optc.dequantize(self.w_codes, self.w_scale, self.w_zero, **self.knobs)
+        return torch.nn.functional.linear(torch.nn.functional.embedding(ids, weight), weight)
 
 
 def _model(name: str, **changes: Any) -> Any:
@@ -258,6 +269,26 @@ def test_a_weight_read_twice_is_packed_once() -> None:
     assert after.weight("w_packed").shape == (48, 3, 8)
     x = torch.randn(5, 48)
     torch.testing.assert_close(after(x), module(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_table_that_is_looked_up_and_multiplied_is_packed_once(bits: int, symmetric: bool) -> None:
+    module = _Tied(bits, 16, symmetric=symmetric)
+    program = capture_module(module, [torch.tensor([[1, 7]])], dynamic={"input_0": {1: "length"}})
+    after = run(program, LegalizeOrt()).program
+    check_legal(after, TARGET)
+    (lookup,), (product,) = after.calls(torch.ops.optc.gather_nbits.default), after.calls(PACKED)
+    assert lookup.args[1:4] == product.args[1:4]
+    assert sorted(name for name, _ in after.weights()) == ["w_packed", "w_scales", "w_zero_points"][: 3 - symmetric]
+    ids = torch.randint(0, 48, (1, 9))
+    torch.testing.assert_close(after(ids), module(ids), rtol=1e-6, atol=1e-6)
+
+
+def test_a_lookup_in_2_bits_is_a_miss() -> None:
+    program = capture_module(_Tied(2, 16), [torch.tensor([[1, 7]])], dynamic={"input_0": {1: "length"}})
+    result = run(program, LegalizeOrt())
+    assert [miss.reason for miss in result.misses] == ["GatherBlockQuantized takes 4 and 8 bits, not 2"]
 
 
 def test_sums_in_front_of_norms_are_fused() -> None:

@@ -1,0 +1,94 @@
+"""Quantized embeddings and heads in ONNX Runtime: the kernels, one copy of a tied weight, and the program's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import bounds
+import onnx
+import ort_driver
+import pytest
+from chosen import chosen
+from conftest import EXAMPLE
+from rewrites import stirred
+from stages import full_logits, sequences
+
+from optc.compiler.capture import capture_pretrained
+from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.passes import PassContext
+from optc.passes.quantization.head import QuantizeHead
+from optc.passes.quantization.round_scales import RoundScales
+from optc.passes.quantization.rtn import QuantizeRtn
+
+LENGTHS = (21, 9, 14, 5)
+
+
+def quantized(name: str, bits: int, symmetric: bool) -> Program:
+    """A family as the recipe quantizes it, before a KV cache."""
+    form = {"group_size": 32, "symmetric": symmetric}
+    program = QuantizeRtn(bits=4, **form).run(stirred(name), PassContext()).program
+    return QuantizeHead(bits=bits, **form).run(program, PassContext()).program  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_engine_and_program_agree(name: str, bits: int, symmetric: bool, tmp_path: Path) -> None:
+    """Gemma 2 and GPT-2 are tied; of Llama embedding and head are two weights."""
+    options = {"bits": 4, "group_size": 32, "symmetric": symmetric, "head_bits": bits, "accuracy_level": 0}
+    compiled, result = ort_driver.compiled(stirred(name), tmp_path, quant="rtn", **options)
+    assert result.info["operators"]["GatherBlockQuantized"] == 1
+    assert "MatMul" not in result.info["operators"]
+    assert "FusedMatMul" not in result.info["operators"]
+    packed = [tensor for tensor in result.tensor_bytes if tensor.endswith("_packed") and "layers" not in tensor]
+    packed = [tensor for tensor in packed if ".h." not in tensor]
+    assert len(packed) == (2 if name == "llama" else 1)
+    assert {result.tensor_bytes[tensor] for tensor in packed} == {128 * 64 * bits // 8}
+    rows = sequences(*LENGTHS)
+    expected = [full_logits(_stored(quantized(name, bits, symmetric)), row) for row in rows]
+    for way, logits in ort_driver.schedules(ort_driver.open_session(tmp_path), compiled.contract, rows).items():
+        assert bounds.gap(logits, expected).largest <= 1e-4, way
+
+
+def _stored(program: Program) -> Program:
+    """With scales as they are stored."""
+    return RoundScales(strict=False).run(program, PassContext()).program
+
+
+def test_both_read_one_initializer(tmp_path: Path) -> None:
+    ort_driver.compiled(stirred("gemma2"), tmp_path, quant="rtn")
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    made = {output: node for node in graph.node for output in node.output}
+    (lookup,) = (node for node in graph.node if node.op_type == "GatherBlockQuantized")
+    head = [node for node in graph.node if node.op_type == "MatMulNBits"][-1]
+    assert made[lookup.input[0]].op_type == "Reshape"
+    assert made[lookup.input[0]].input[0] == head.input[1] == "lm_head.weight_packed"
+    assert lookup.input[2] == head.input[2]
+
+
+def test_a_damaged_code_shows(tmp_path: Path) -> None:
+    """The check of the opened file can see the table: one code of a token that occurs is moved."""
+    compiled, _ = ort_driver.compiled(stirred("llama"), tmp_path, quant="rtn", accuracy_level=0)
+    rows = sequences(*LENGTHS)
+    before = ort_driver.schedules(ort_driver.open_session(tmp_path), compiled.contract, rows)["prefill"]
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    (table,) = (item for item in graph.initializer if item.name == "model.embed_tokens.weight_packed")
+    place = {entry.key: entry.value for entry in table.external_data}
+    data = bytearray((tmp_path / "model.onnx.data").read_bytes())
+    data[int(place["offset"]) + rows[0][3] * 64] ^= 0x80
+    (tmp_path / "model.onnx.data").write_bytes(data)
+    after = ort_driver.schedules(ort_driver.open_session(tmp_path), compiled.contract, rows)["prefill"]
+    assert bounds.gap(after, before).largest > 1e-3
+
+
+@pytest.mark.parametrize(("options", "bits"), [({}, 32), ({"quant": "rtn"}, 8), ({"head_bits": 4}, 4)])
+def test_what_is_asked_for(options: dict[str, object], bits: int) -> None:
+    steps = ort_driver.TARGET.recipe("decoder", chosen("onnx-cpu", **options))
+    found = [step.rewrite.bits for step in steps if isinstance(step.rewrite, QuantizeHead)]
+    assert found == ([] if bits == 32 else [bits])
+
+
+def test_the_example_is_smaller_than_its_source(tmp_path: Path) -> None:
+    program, _ = capture_pretrained(EXAMPLE, dtype="fp32")
+    _, result = ort_driver.compiled(program, tmp_path, quant="rtn")
+    assert result.weight_bytes < 0.45 * (EXAMPLE / "model.safetensors").stat().st_size
