@@ -65,7 +65,7 @@ def open_written(
         opened=True,
         why=engine.opens_instead,
         engine=engine.package or engine.name,
-        version=metadata.version(engine.package) if engine.package else "",
+        version=_version(engine.package),
         tokens=count,
         max_abs_diff=drift.max_abs_diff,
         scale=drift.scale,
@@ -84,6 +84,14 @@ def open_written(
             remedy="nothing was published; report this with the model's config and --dump-ir",
         )
     return record
+
+
+def _version(package: str) -> str:
+    """Of an installed distribution; "" where it has another name here, as builds for other devices have."""
+    try:
+        return metadata.version(package) if package else ""
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _tolerance(program: Program, passes: Sequence[PassRecord]) -> float:

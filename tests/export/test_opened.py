@@ -213,7 +213,9 @@ def test_a_file_that_cannot_be_opened_stops_the_compile(tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("package", "said"), [("", ("toy", "")), ("numpy", ("numpy", np.__version__))])
+@pytest.mark.parametrize(
+    ("package", "said"), [("", ("toy", "")), ("numpy", ("numpy", np.__version__)), ("no-such", ("no-such", ""))]
+)
 def test_an_engine_of_another_package_is_asked(
     package: str, said: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
