@@ -24,6 +24,7 @@ ELSEWHERE = {
     "optc.group_query_attention.default": "tests/compiler/ops/packed/test_onnxruntime.py",
     "optc.group_query_attention_codes.default": "tests/export/test_onnx_kv_codes.py",
     "optc.matmul_nbits.default": "tests/compiler/ops/packed/test_onnxruntime.py",
+    "optc.gather_nbits.default": "tests/export/test_onnx_head.py",
     "optc.quantize_tokens.default": "tests/compiler/ops/packed/test_onnxruntime_products.py",
     "optc.matmul_integer.default": "tests/compiler/ops/packed/test_onnxruntime_products.py",
     "optc.matmul_bnb4.default": "tests/compiler/ops/packed/test_onnxruntime_products.py",
