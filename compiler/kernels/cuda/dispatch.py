@@ -16,14 +16,27 @@ import torch
 
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.ir.generated_code import last_call
-from optc.compiler.kernels.kernel import Kernel, TritonSources, register
+from optc.compiler.kernels.kernel import Accepts, Kernel, TritonSources, register
 
 _LIBRARY = torch.library.Library("optc", "FRAGMENT")
 
 
-def implement(kernel: Kernel) -> Kernel:
-    """Register `kernel`, and the function named like its op in its module for calls on CUDA tensors; see `call`."""
-    _LIBRARY.impl(kernel.op, functools.partial(call, kernel), "CUDA")
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""What kernels compute on."""
+
+
+def implement(
+    op: str, accepts: Accepts, *, tolerance: float, module: str, configurations: tuple[str, ...] = ()
+) -> Kernel:
+    """Register a kernel in Triton: the function named like its op in `module`, for calls on CUDA tensors; see `call`.
+
+    The arguments are those of `Kernel` and `TritonSources`; `module` is named below this package.
+    """
+    sources = TritonSources(module=f"{__package__}.{module}", configurations=configurations)
+    kernel = Kernel(
+        op=op, device="cuda", accepts=accepts, tolerance=tolerance, sources=sources, libraries=("torch", "triton")
+    )
+    _LIBRARY.impl(op, functools.partial(call, kernel), "CUDA")
     return register(kernel)
 
 

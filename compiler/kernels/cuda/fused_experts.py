@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from optc.compiler.kernels.cuda.dispatch import implement
-from optc.compiler.kernels.kernel import Kernel, TritonSources, one_of
+from optc.compiler.kernels.cuda.dispatch import FLOATS, implement
+from optc.compiler.kernels.kernel import one_of
 from optc.compiler.ops.packed.cuda import ACTIVATIONS
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_EXPERTS, MOST_SLOTS = 1024, 16
 """A warp holds the logits of a token in registers, and looks for one expert after the other."""
 
@@ -24,7 +23,7 @@ def accepts_choice(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None
         return f"{kwargs['slots']} of {logits.shape[1]} experts are chosen; {limits}"
     if logits.stride(1) != 1:
         return "the logits of a token are not neighbours"
-    return one_of(logits.dtype, DTYPES, "logits")
+    return one_of(logits.dtype, FLOATS, "logits")
 
 
 def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
@@ -38,27 +37,8 @@ def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         return "the weights of experts are not one after the other"
     if indices.dtype is not torch.int64:
         return f"experts are chosen by {indices.dtype}; the kernel takes torch.int64"
-    return one_of(x.dtype, DTYPES, "tokens")
+    return one_of(x.dtype, FLOATS, "tokens")
 
 
-_SOURCES = TritonSources(module="optc.compiler.kernels.cuda.experts.launch")
-CHOOSE_EXPERTS = implement(
-    Kernel(
-        op="choose_experts",
-        device="cuda",
-        accepts=accepts_choice,
-        tolerance=1e-6,
-        sources=_SOURCES,
-        libraries=("torch", "triton"),
-    )
-)
-FUSED_EXPERTS = implement(
-    Kernel(
-        op="fused_experts",
-        device="cuda",
-        accepts=accepts,
-        tolerance=1e-5,
-        sources=_SOURCES,
-        libraries=("torch", "triton"),
-    )
-)
+CHOOSE_EXPERTS = implement("choose_experts", accepts_choice, tolerance=1e-6, module="experts.launch")
+FUSED_EXPERTS = implement("fused_experts", accepts, tolerance=1e-5, module="experts.launch")

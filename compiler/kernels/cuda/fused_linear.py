@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from optc.compiler.kernels.cuda.dispatch import implement
-from optc.compiler.kernels.kernel import Kernel, TritonSources, one_of
+from optc.compiler.kernels.cuda.dispatch import FLOATS, implement
+from optc.compiler.kernels.kernel import one_of
 from optc.compiler.ops.packed.cuda import ACTIVATIONS, NORMS
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CODES = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
 GROUPS = {"int8": (32, 64, 128), "int4": (32, 64, 128)}
 COLUMN_MULTIPLE = 32
@@ -65,7 +64,7 @@ def obstacle(
         return f"groups of {size} columns; {format or 'a weight without a format'} has {allowed or 'none'}"
     if format and scales_per_row != (columns // size if size else 1):
         return f"{scales_per_row} scales per row of {columns} columns in groups of {size or columns}"
-    return one_of(dtype, DTYPES, "activations")
+    return one_of(dtype, FLOATS, "activations")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -73,15 +72,9 @@ def _name(dtype: torch.dtype) -> str:
 
 
 FUSED_LINEAR = implement(
-    Kernel(
-        op="fused_linear",
-        device="cuda",
-        accepts=accepts,
-        tolerance=1e-3,  # of products, whose tokens have one scale each; a GEMV is closer
-        sources=TritonSources(
-            module="optc.compiler.kernels.cuda.linear.launch",
-            configurations=("configurations.json",),
-        ),
-        libraries=("torch", "triton"),
-    )
+    "fused_linear",
+    accepts,
+    tolerance=1e-3,  # of products, whose tokens have one scale each; a GEMV is closer
+    module="linear.launch",
+    configurations=("configurations.json",),
 )

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from optc.compiler.kernels.cuda.dispatch import implement
-from optc.compiler.kernels.kernel import Kernel, TritonSources, one_of
+from optc.compiler.kernels.cuda.dispatch import FLOATS, implement
+from optc.compiler.kernels.kernel import one_of
 from optc.compiler.ops.packed.cuda import NORMS
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_COLUMNS = 1 << 14
 """A program holds a row in registers."""
 
@@ -31,16 +28,7 @@ def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         return f"a residual of {list(residual.shape)} for rows of {list(x.shape)}"
     if any(item is not None and not item.is_contiguous() for item in (weight, bias)):
         return "a weight or bias of the norm is not contiguous"
-    return one_of(x.dtype, DTYPES, "rows")
+    return one_of(x.dtype, FLOATS, "rows")
 
 
-FUSED_NORM = implement(
-    Kernel(
-        op="fused_norm",
-        device="cuda",
-        accepts=accepts,
-        tolerance=1e-5,
-        sources=TritonSources(module="optc.compiler.kernels.cuda.norm.launch"),
-        libraries=("torch", "triton"),
-    )
-)
+FUSED_NORM = implement("fused_norm", accepts, tolerance=1e-5, module="norm.launch")

@@ -7,17 +7,15 @@ from typing import Any
 
 import torch
 
-from optc.compiler.kernels.cuda.dispatch import implement
-from optc.compiler.kernels.kernel import Accepts, Kernel, TritonSources, one_of
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from optc.compiler.kernels.cuda.dispatch import FLOATS, implement
+from optc.compiler.kernels.kernel import one_of
 
 
 def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     """Logits whose rows are whole, and inputs of a step as sessions keep them."""
     if args[0].stride(1) != 1:
         return "the logits of a token are not neighbours"
-    return _inputs_otherwise(args) or one_of(args[0].dtype, DTYPES, "logits")
+    return _inputs_otherwise(args) or one_of(args[0].dtype, FLOATS, "logits")
 
 
 def accepts_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
@@ -36,12 +34,7 @@ def _inputs_otherwise(args: Sequence[Any]) -> str | None:
     return None
 
 
-def _kernel(op: str, takes: Accepts) -> Kernel:
-    sources = TritonSources(module="optc.compiler.kernels.cuda.greedy.launch")
-    return Kernel(op=op, device="cuda", accepts=takes, tolerance=0.0, sources=sources, libraries=("torch", "triton"))
-
-
-GREEDY_STEP = implement(_kernel("greedy_step_", accepts))
+GREEDY_STEP = implement("greedy_step_", accepts, tolerance=0.0, module="greedy.launch")
 """The end of a greedy decode step: largest logits, and the inputs of the next step."""
-ADVANCE_STEP = implement(_kernel("advance_step_", accepts_tokens))
+ADVANCE_STEP = implement("advance_step_", accepts_tokens, tolerance=0.0, module="greedy.launch")
 """The end of a step whose tokens were chosen before."""

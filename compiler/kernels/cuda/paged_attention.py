@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.kernels.cuda.dispatch import implement
-from optc.compiler.kernels.kernel import Kernel, TritonSources, one_of, typed_otherwise
+from optc.compiler.kernels.kernel import one_of, typed_otherwise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST, MOST_GROUPED = 256, 64
@@ -48,24 +48,10 @@ def accepts_rotary(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None
     return accepts(args, kwargs)
 
 
-_SOURCES = TritonSources(module="optc.compiler.kernels.cuda.attention.launch")
-PAGED_ATTENTION = implement(
-    Kernel(
-        op="paged_attention_",
-        device="cuda",
-        accepts=accepts,
-        tolerance=3e-6,
-        sources=_SOURCES,
-        libraries=("torch", "triton"),
-    )
-)
+PAGED_ATTENTION = implement("paged_attention_", accepts, tolerance=3e-6, module="attention.launch")
 ROTARY_PAGED_ATTENTION = implement(
-    Kernel(
-        op="rotary_paged_attention_",
-        device="cuda",
-        accepts=accepts_rotary,
-        tolerance=2e-5,  # of angles of thousands of radians, whose cosines differ by their rounding
-        sources=_SOURCES,
-        libraries=("torch", "triton"),
-    )
+    "rotary_paged_attention_",
+    accepts_rotary,
+    tolerance=2e-5,  # of angles of thousands of radians, whose cosines differ by their rounding
+    module="attention.launch",
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from optc.compiler.kernels.cuda.dispatch import implement
-from optc.compiler.kernels.kernel import Kernel, TritonSources, one_of, typed_otherwise
+from optc.compiler.kernels.kernel import one_of, typed_otherwise
 
 LOGITS = (torch.float32, torch.bfloat16, torch.float16)
 _TYPES = {
@@ -28,11 +28,5 @@ def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     return one_of(args[0].dtype, LOGITS, "logits")
 
 
-def _kernel(op: str) -> Kernel:
-    sources = TritonSources(module="optc.compiler.kernels.cuda.sampling.launch")
-    libraries = ("torch", "triton")
-    return Kernel(op=op, device="cuda", accepts=accepts, tolerance=0.0, sources=sources, libraries=libraries)
-
-
-SAMPLE = implement(_kernel("sample_"))
-ARGMAX = implement(_kernel("argmax"))
+SAMPLE = implement("sample_", accepts, tolerance=0.0, module="sampling.launch")
+ARGMAX = implement("argmax", accepts, tolerance=0.0, module="sampling.launch")
