@@ -115,8 +115,22 @@ def nan_maximum(a, b):
 
 
 @triton.constexpr_function
-def _load_four_words_asm(place):
-    return f"ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4 + {16 * int(place)}];"
+def _load_words_asm(once, offset):
+    policy = ".L1::evict_first" if once else ""
+    return f"ld.global{policy}.v4.b32 {{$0, $1, $2, $3}}, [$4 + {int(offset)}];"
+
+
+@triton.jit
+def load_words(places, OFFSET: tl.constexpr, ONCE: tl.constexpr):
+    """Four words of 32 bits, OFFSET bytes behind `places` (aligned to 16 bytes), as int32; ONCE: none is read again.
+
+    Through assembly: a thread loads what it works with, where tl.load of neighbours would spread them over threads and
+    bring them back through shared memory.
+    """
+    return tl.inline_asm_elementwise(
+        _load_words_asm(ONCE, OFFSET), "=r,=r,=r,=r,l", [places],
+        dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -131,20 +145,13 @@ def _halves(word, kind: tl.constexpr):
 
 @triton.jit
 def load_run(pointer, runs, COLUMNS: tl.constexpr, NATIVE: tl.constexpr):
-    """The COLUMNS elements of each run, as that many float32 tensors like `runs`. `pointer` is aligned to 16 bytes.
-
-    Through assembly, 16 bytes at a time: a thread loads what it works with, where tl.load of neighbours would spread
-    them over threads and bring them back through shared memory.
-    """
+    """The COLUMNS elements of each run, as that many float32 tensors like `runs`; see `load_words`."""
     kind: tl.constexpr = pointer.dtype.element_ty
     places = pointer + runs * COLUMNS
     values = ()
     if NATIVE:
         for i in tl.static_range(COLUMNS * kind.primitive_bitwidth // 128):
-            words = tl.inline_asm_elementwise(
-                _load_four_words_asm(i), "=r,=r,=r,=r,l", [places],
-                dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-            )  # fmt: skip
+            words = load_words(places, 16 * i, False)
             for j in tl.static_range(4):
                 if kind == tl.float32:
                     values = values + (words[j].to(tl.float32, bitcast=True),)

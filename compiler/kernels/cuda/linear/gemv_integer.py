@@ -132,6 +132,15 @@ def _token_sums(digits, BITS: tl.constexpr, RUNS: tl.constexpr, NATIVE: tl.const
 
 
 @triton.jit
+def _added(values, others, COUNT: tl.constexpr):
+    """The sums of the tensors of two tuples."""
+    found = ()
+    for i in tl.static_range(COUNT):
+        found = found + (values[i] + others[i],)
+    return found
+
+
+@triton.jit
 def gemv_integer(
     x, w, scale, zero, norm_weight, norm_bias, bias, residual, y, M, N, eps,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -147,6 +156,7 @@ def gemv_integer(
     TILES: tl.constexpr = CHUNKS * STEPS
     RUNS: tl.constexpr = WORDS // RUN
     ROWS: tl.constexpr = BLOCK_N * STEPS
+    PARTS: tl.constexpr = 2 if GATED else 1
     ROW_ZERO: tl.constexpr = zero is not None and GROUP == 0
     GROUP_ZERO: tl.constexpr = zero is not None and GROUP > 0
     token = tl.program_id(0) % M
@@ -157,14 +167,12 @@ def gemv_integer(
         residual += token.to(tl.int64) * N
     rows_left = N - first_row
     w += first_row.to(tl.int64) * (K * BITS // 32)
+    group_scale = scale
+    group_zero = zero
     if GROUP > 0:
-        group_scale = scale + first_row * (K // GROUP)
-        group_zero = zero
+        group_scale += first_row * (K // GROUP)
         if zero is not None:
-            group_zero = zero + first_row * (K // GROUP)
-    else:
-        group_scale = None
-        group_zero = None
+            group_zero += first_row * (K // GROUP)
     tiles = ()
     for j in tl.static_range(DEPTH):
         if j < TILES:
@@ -213,33 +221,19 @@ def gemv_integer(
                 squares += chunk_squares
                 token_total += token_sums.to(tl.float32) * unit
         products = ()
-        for i in tl.static_range(BLOCK_N):
+        for i in tl.static_range(BLOCK_N * PARTS):
             products = products + (_row_product(tile[i], digits, unit, token_sums, BITS, GROUP_ZERO, NATIVE),)
-        up_products = products
-        if GATED:
-            up_products = ()
-            for i in tl.static_range(BLOCK_N):
-                up_products = up_products + (
-                    _row_product(tile[BLOCK_N + i], digits, unit, token_sums, BITS, GROUP_ZERO, NATIVE),
-                )
         if CHUNKS > 1 and j > 0:  # then there is one step
-            added = ()
-            up_added = ()
-            for i in tl.static_range(BLOCK_N):
-                added = added + (sums[i] + products[i],)
-                up_added = up_added + (ups[i] + up_products[i],)
-            sums = added
-            ups = up_added
+            sums = _added(sums, products[:BLOCK_N], BLOCK_N)
+            ups = _added(ups, products[BLOCK_N:], BLOCK_N * (PARTS - 1))
         else:
-            sums = sums + products
-            ups = ups + up_products
+            sums = sums + products[:BLOCK_N]
+            ups = ups + products[BLOCK_N:]
     rows = first_row + tl.arange(0, ROWS)
+    result = sum_rows(sums + ups, ROWS * PARTS, RUNS, WARPS, NATIVE)
+    up_result = result
     if GATED:
-        both = sum_rows(sums + ups, 2 * ROWS, RUNS, WARPS, NATIVE)
-        result, up_result = tl.split(tl.trans(tl.reshape(both, [2, ROWS])))
-    else:
-        result = sum_rows(sums, ROWS, RUNS, WARPS, NATIVE)
-        up_result = result
+        result, up_result = tl.split(tl.trans(tl.reshape(result, [2, ROWS])))
     if GROUP == 0:
         held = tl.minimum(rows, N - 1)
         if ROW_ZERO:

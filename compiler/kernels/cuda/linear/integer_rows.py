@@ -9,13 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from optc.compiler.kernels.cuda.primitives import load_words
+
 RUN = tl.constexpr(4)
 """Words of W whose columns share a scale of the token: 16 bytes, one load of a thread."""
-
-
-@triton.constexpr_function
-def _load_words_asm(offset):
-    return f"ld.global.L1::evict_first.v4.b32 {{$0, $1, $2, $3}}, [$4 + {int(offset)}];"
 
 
 @triton.constexpr_function
@@ -27,10 +24,7 @@ def _load_scale_asm(type_name, offset):
 def _load_words(w, OFFSET: tl.constexpr, NATIVE: tl.constexpr):
     """The four words of each run, OFFSET words behind `w` [RUNS]: a thread's own."""
     if NATIVE:
-        return tl.inline_asm_elementwise(
-            _load_words_asm(4 * OFFSET), "=r,=r,=r,=r,l", [w],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-        )  # fmt: skip
+        return load_words(w, 4 * OFFSET, True)
     else:
         return tl.load(w + OFFSET), tl.load(w + (OFFSET + 1)), tl.load(w + (OFFSET + 2)), tl.load(w + (OFFSET + 3))
 
@@ -57,6 +51,25 @@ def _load_scales(places, OFFSET: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def _load_row(
+    w, scale, zero, runs, row, ROW: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Of the row `row` + ROW: the words of some runs, their scales and zero points."""
+    ROW_WORDS: tl.constexpr = K * BITS // 32
+    ROW_GROUPS: tl.constexpr = K // GROUP if GROUP > 0 else 0
+    words = _load_words(w + row * ROW_WORDS + runs * RUN, ROW * ROW_WORDS, NATIVE)
+    scales = 1.0
+    zeros = 0
+    if GROUP > 0:
+        groups = runs // (GROUP * BITS // (32 * RUN))
+        scales = _load_scales(scale + row * ROW_GROUPS + groups, ROW * ROW_GROUPS, NATIVE)
+        if zero is not None:
+            zeros = _load_scales(zero + row * ROW_GROUPS + groups, ROW * ROW_GROUPS, NATIVE)
+    return words, scales, zeros
+
+
+@triton.jit
 def load_tile(
     w, scale, zero, N, rows_left, TILE: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, RUNS: tl.constexpr, GATED: tl.constexpr, WHOLE: tl.constexpr, NATIVE: tl.constexpr,
@@ -72,7 +85,6 @@ def load_tile(
     """
     ROW_RUNS: tl.constexpr = K * BITS // (32 * RUN)
     ROW_GROUPS: tl.constexpr = K // GROUP if GROUP > 0 else 0
-    GROUP_RUNS: tl.constexpr = GROUP * BITS // (32 * RUN)
     CHUNKS: tl.constexpr = (ROW_RUNS + RUNS - 1) // RUNS
     FIRST_RUN: tl.constexpr = (TILE - TILE // CHUNKS * CHUNKS) * RUNS  # the interpreter has no % here
     FIRST_ROW: tl.constexpr = TILE // CHUNKS * BLOCK_N
@@ -88,20 +100,10 @@ def load_tile(
                 if zero is not None:
                     zero += N * ROW_GROUPS
         for i in tl.static_range(BLOCK_N):
-            scales = 1.0
-            zeros = 0
             if WHOLE:
-                words = _load_words(w + runs * RUN, (FIRST_ROW + i) * ROW_RUNS * RUN, NATIVE)
-                if GROUP > 0:
-                    scales = _load_scales(scale + runs // GROUP_RUNS, (FIRST_ROW + i) * ROW_GROUPS, NATIVE)
-                    if zero is not None:
-                        zeros = _load_scales(zero + runs // GROUP_RUNS, (FIRST_ROW + i) * ROW_GROUPS, NATIVE)
+                row = _load_row(w, scale, zero, runs, 0, FIRST_ROW + i, K, BITS, GROUP, NATIVE)
             else:
-                row = tl.minimum(FIRST_ROW + i, rows_left - 1)
-                words = _load_words(w + row * (ROW_RUNS * RUN) + runs * RUN, 0, NATIVE)
-                if GROUP > 0:
-                    scales = _load_scales(scale + row * ROW_GROUPS + runs // GROUP_RUNS, 0, NATIVE)
-                    if zero is not None:
-                        zeros = _load_scales(zero + row * ROW_GROUPS + runs // GROUP_RUNS, 0, NATIVE)
-            tile = tile + ((words, scales, zeros),)
+                place = tl.minimum(FIRST_ROW + i, rows_left - 1)
+                row = _load_row(w, scale, zero, runs, place, 0, K, BITS, GROUP, NATIVE)
+            tile = tile + (row,)
     return tile
