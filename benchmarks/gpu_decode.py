@@ -34,7 +34,7 @@ import optc
 from optc.compiler.ir.program import Program
 from optc.optimizing import Optimized
 from optc.runtime.generation.generate import generate
-from optc.runtime.generation.sampling import Sampling
+from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.cuda import CudaSession
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -18,8 +18,6 @@ Samples = Annotated[int, Meta(ge=1, le=1 << 20)]
 Warmup = Annotated[int, Meta(ge=0, le=1 << 20)]
 
 Temperature = Annotated[float, Meta(ge=0)]
-COLDEST, HOTTEST = 1e-30, 1e30
-"""Temperatures that float32 logits can be divided by without becoming infinite or nothing; beyond them these are taken."""
 TopP = Annotated[float, Meta(gt=0, le=1)]
 MinP = Annotated[float, Meta(ge=0, le=1)]
 RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=100)]

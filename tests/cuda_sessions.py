@@ -12,7 +12,8 @@ from optc.compiler.ir.program import Program
 from optc.compiler.ops.library import reference
 from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.target.options import CompileOptions
-from optc.runtime.generation.sampling import Sampling, draws_of
+from optc.runtime.generation.sampling import draws_of
+from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.session import Session
 from optc.targets.inductor_cuda import TARGET
 
@@ -54,13 +55,13 @@ def drawn(
     for _ in range(count):
         chosen, _ = reference("sample_")(
             torch.from_numpy(logits),
-            torch.tensor([draw.temperature for draw in draws]),
-            torch.tensor([draw.top_k for draw in draws], dtype=torch.int32),
-            torch.tensor([draw.top_p for draw in draws]),
-            torch.tensor([draw.min_p for draw in draws]),
-            torch.tensor([draw.repetition_penalty for draw in draws]),
-            torch.tensor([draw.presence_penalty for draw in draws]),
-            torch.tensor([draw.frequency_penalty for draw in draws]),
+            torch.tensor([sampling.temperature for sampling in samplings]),
+            torch.tensor([sampling.top_k for sampling in samplings], dtype=torch.int32),
+            torch.tensor([sampling.top_p for sampling in samplings]),
+            torch.tensor([sampling.min_p for sampling in samplings]),
+            torch.tensor([sampling.repetition_penalty for sampling in samplings]),
+            torch.tensor([sampling.presence_penalty for sampling in samplings]),
+            torch.tensor([sampling.frequency_penalty for sampling in samplings]),
             seen,
             counts,
             torch.tensor([draw.seed for draw in draws]),

@@ -10,7 +10,8 @@ from typing import Literal
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.fields import check_range
 from optc.runtime.bounds import Count
-from optc.runtime.generation.sampling import Sampler, Sampling, draws_of
+from optc.runtime.generation.sampling import Sampler, draws_of
+from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.session import Logits, Rows, Session
 from optc.runtime.sessions.streaming import Draw, StreamingSession
 

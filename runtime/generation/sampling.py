@@ -10,83 +10,15 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 
-from optc.compiler.diagnostics import UsageError
-from optc.compiler.settings.fields import check_range
-from optc.runtime.bounds import (
-    COLDEST,
-    HOTTEST,
-    CountOrZero,
-    MinP,
-    Penalty,
-    RepetitionPenalty,
-    Seed,
-    Temperature,
-    TopP,
-)
+from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.session import Logits, Session, most_likely, not_finite
 from optc.runtime.sessions.streaming import Draw, StreamingSession
 
 Weights = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: divides the logits; 0 is greedy, which takes the largest logit (the smallest id
-            among equals).
-        top_k: keep the k likeliest tokens, and those as likely as the k-th; 0 keeps all.
-        top_p: of those, keep the fewest likeliest tokens whose probabilities reach `top_p`, and
-            those as likely as the last; 1 keeps all.
-        min_p: of those, keep what is at least `min_p` times as likely as the likeliest; 0 keeps all.
-        repetition_penalty: divides the logits above 0 of tokens of the row, and multiplies those below; before all
-            else, as the other penalties. 1 changes nothing.
-        presence_penalty, frequency_penalty: taken from the logit of a generated token, once, and for each time that it
-            was generated. 0 changes nothing.
-        seed: with the prompt, it fixes the draws.
-
-    Raises:
-        UsageError: a value out of range, or one of the cuts with greedy decoding.
-    """
-
-    temperature: Temperature = 0.0
-    top_k: CountOrZero = 0
-    top_p: TopP = 1.0
-    min_p: MinP = 0.0
-    repetition_penalty: RepetitionPenalty = 1.0
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
-    seed: Seed = 0
-
-    def __post_init__(self) -> None:
-        for name, kind in _ranges().items():
-            check_range(name.replace("_", "-"), getattr(self, name), kind)
-        if self.greedy and (self.top_k or self.top_p < 1 or self.min_p):
-            raise UsageError(
-                "top-k, top-p and min-p have no effect at temperature 0",
-                remedy="give a temperature above 0, or leave them out",
-            )
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
-    @property
-    def penalizes(self) -> bool:
-        """Whether the choice depends on which tokens the row holds."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
-
-
-@functools.cache
-def _ranges() -> dict[str, Any]:
-    return get_type_hints(Sampling, include_extras=True)
 
 
 def distribution(logits: npt.NDArray[np.floating], sampling: Sampling) -> npt.NDArray[np.float64]:
@@ -123,7 +55,7 @@ def _kept(logits: npt.NDArray[np.floating], sampling: Sampling) -> tuple[npt.NDA
 
 
 def _divisor(sampling: Sampling) -> np.float32:
-    return np.float32(1 if sampling.greedy else min(max(sampling.temperature, COLDEST), HOTTEST))
+    return np.float32(1 if sampling.greedy else sampling.heat)
 
 
 def _nucleus(weights: Weights, top_p: float) -> npt.NDArray[np.intp]:
@@ -155,19 +87,7 @@ def draws_of(samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]) ->
     found = []
     for sampling, prompt, entropy in zip(samplings, prompts, _entropies(samplings, prompts), strict=True):
         seed = 0 if entropy is None else int(entropy.generate_state(1, np.uint64).astype(np.int64)[0])
-        found.append(
-            Draw(
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                min_p=sampling.min_p,
-                repetition_penalty=sampling.repetition_penalty,
-                presence_penalty=sampling.presence_penalty,
-                frequency_penalty=sampling.frequency_penalty,
-                prompt_length=len(prompt),
-                seed=seed,
-            )
-        )
+        found.append(Draw(sampling=sampling, prompt_length=len(prompt), seed=seed))
     return found
 
 

@@ -26,7 +26,7 @@ from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.fields import check_range
 from optc.runtime.bounds import Batch, Count, Samples, TimedTokens, Warmup
 from optc.runtime.generation.generate import GenerationResult, generate
-from optc.runtime.generation.sampling import Sampling
+from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.session import Session
 
 _RESAMPLES = 2000

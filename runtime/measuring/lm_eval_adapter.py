@@ -17,8 +17,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from optc.compiler.diagnostics import GateError, InputError, UsageError
-from optc.runtime.generation.sampling import Sampling, chooser
+from optc.runtime.generation.sampling import chooser
 from optc.runtime.generation.tokenizer import Tokenizer
+from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.load import Model
 from optc.runtime.sessions.session import Logits
 

@@ -15,8 +15,8 @@ from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.compiler.settings.fields import check_range
 from optc.runtime.bounds import Threads
 from optc.runtime.generation.generate import StopReason, generate
-from optc.runtime.generation.sampling import Sampling
 from optc.runtime.generation.tokenizer import TextStream, Tokenizer, eos_token_ids, load_tokenizer
+from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.session import Session, SessionOptions
 
 OnText = Callable[[int, str], None]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optc.runtime.bounds import COLDEST, HOTTEST
 from optc.runtime.sessions.streaming import Draw
 
 _MOST = 2**31 - 1
@@ -42,15 +41,15 @@ class RowDraws:
             rows: for each draw the tokens of its row, which penalties look at.
         """
         padded = [*draws, *[Draw()] * (len(self._seed) - len(draws))]
-        heats = [min(max(draw.temperature, COLDEST), HOTTEST) if draw.temperature else 0.0 for draw in padded]
-        self._temperature.copy_(torch.tensor(heats))
-        self._top_k.copy_(torch.tensor([min(draw.top_k, _MOST) for draw in padded], dtype=torch.int32))
-        self._top_p.copy_(torch.tensor([draw.top_p for draw in padded]))
-        self._min_p.copy_(torch.tensor([draw.min_p for draw in padded]))
+        chosen = [draw.sampling for draw in padded]
+        self._temperature.copy_(torch.tensor([sampling.heat for sampling in chosen]))
+        self._top_k.copy_(torch.tensor([min(sampling.top_k, _MOST) for sampling in chosen], dtype=torch.int32))
+        self._top_p.copy_(torch.tensor([sampling.top_p for sampling in chosen]))
+        self._min_p.copy_(torch.tensor([sampling.min_p for sampling in chosen]))
         self._seed.copy_(torch.tensor([draw.seed for draw in padded], dtype=torch.int64))
         if self._penalties is not None:
             for name, tensor in zip(_PENALTIES, self._penalties, strict=True):
-                tensor.copy_(torch.tensor([getattr(draw, name) for draw in padded]))
+                tensor.copy_(torch.tensor([getattr(sampling, name) for sampling in chosen]))
             self._tell(draws, rows)
 
     def _tell(self, draws: Sequence[Draw], rows: Sequence[Sequence[int]]) -> None:
@@ -59,7 +58,7 @@ class RowDraws:
         self._counts.zero_()
         device = self._seen.device
         for place, (draw, row) in enumerate(zip(draws, rows, strict=True)):
-            if draw.penalizes:
+            if draw.sampling.penalizes:
                 tokens = torch.tensor(row, dtype=torch.int64, device=device)
                 self._seen[place].index_fill_(0, tokens, True)
                 generated = tokens[draw.prompt_length :]

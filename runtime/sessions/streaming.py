@@ -4,39 +4,26 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.session import Logits, Session
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """How the tokens of a row are chosen; the arguments of `optc::sample_`.
+    """How the tokens of a row are chosen.
 
     Attributes:
-        temperature: divides the logits; 0 takes the largest, whatever the rest says.
-        top_k, top_p, min_p: cuts; 0, 1 and 0 keep all.
-        repetition_penalty, presence_penalty, frequency_penalty: 1, 0 and 0 change nothing; others hold for greedy rows
-            too.
+        sampling: its seed does not count here.
         prompt_length: tokens of the row that were not generated.
         seed: 64 bits, signed. With the position of the token that was fed last it fixes what is drawn.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    sampling: Sampling = field(default_factory=Sampling)
     prompt_length: int = 0
     seed: int = 0
-
-    @property
-    def penalizes(self) -> bool:
-        """Whether the choice depends on which tokens the row holds."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
 Choice = Literal["greedy", "drawn", "penalized"]
@@ -45,9 +32,9 @@ Choice = Literal["greedy", "drawn", "penalized"]
 
 def choice_of(draws: Sequence[Draw]) -> Choice:
     """The least that serves all rows."""
-    if any(draw.penalizes for draw in draws):
+    if any(draw.sampling.penalizes for draw in draws):
         return "penalized"
-    return "drawn" if any(draw.temperature > 0 for draw in draws) else "greedy"
+    return "drawn" if any(not draw.sampling.greedy for draw in draws) else "greedy"
 
 
 class StreamingSession(Session):

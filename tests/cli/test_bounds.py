@@ -18,10 +18,10 @@ from optc.cli.run import RunOptions
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.fields import Given, check_range, check_struct, fields_of
 from optc.runtime.generation.generate import generate
-from optc.runtime.generation.sampling import Sampling
 from optc.runtime.measuring.benchmark import benchmark
 from optc.runtime.measuring.evaluate import compare
 from optc.runtime.measuring.tasks import run_tasks
+from optc.runtime.sampling import Sampling
 from optc.training.activation_checkpointing import CheckpointingConfig
 
 SESSION: Any = SimpleNamespace(vocab_size=8, context_length=4)

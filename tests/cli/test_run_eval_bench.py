@@ -27,7 +27,7 @@ from optc.compiler.model_folder.checkpoint import check_folder, config_digest, w
 from optc.compiler.rewriting.passes import PassContext
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.runtime.generation.generate import generate
-from optc.runtime.generation.sampling import Sampling
+from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.program import open_program
 
 PROMPT = "The old man looked at the sea, and"

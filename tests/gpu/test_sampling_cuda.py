@@ -13,7 +13,8 @@ from optc.compiler.ir.devices import to_device
 from optc.compiler.kernels.cuda.dispatch import KernelRefusalError, kernels_only
 from optc.compiler.kernels.kernel import without_kernel
 from optc.runtime.generation.generate import generate
-from optc.runtime.generation.sampling import Sampling, draws_of
+from optc.runtime.generation.sampling import draws_of
+from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.cuda import CudaSession
 from optc.runtime.sessions.cuda_memory import MemoryPlan
 

@@ -57,8 +57,8 @@ def bench(artifact: Path, as_json: bool, options: BenchOptions) -> None:
     optc bench out/fiction-onnx
     optc bench out/fiction-onnx --prompt-length 128 --prompt-length 1024 --batch 4 --samples 10 --json
     """
-    from optc.runtime.generation.sampling import Sampling
     from optc.runtime.measuring.benchmark import benchmark, environment
+    from optc.runtime.sampling import Sampling
     from optc.runtime.sessions.load import load
     from optc.runtime.sessions.session import default_threads
 

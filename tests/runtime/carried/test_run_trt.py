@@ -18,7 +18,7 @@ from trt_graphs import CAPACITY, PROFILES, VOCAB, description, save_folder
 from optc.runtime.carried import run_trt
 from optc.runtime.carried.run_trt import Decoder, RunnerError, Sampler, generate, main, perplexity
 from optc.runtime.generation.sampling import Sampler as OwnSampler
-from optc.runtime.generation.sampling import Sampling
+from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.onnx_engine import OnnxEngine
 
 PROMPTS = [[3, 4, 5], [7], [2, 9, 11, 12, 13, 14, 15, 16]]  # the last is longer than the widest profile

@@ -15,7 +15,7 @@ from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import PassContext
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.runtime.generation.generate import generate
-from optc.runtime.generation.sampling import Sampling
+from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.load import TextModel
 from optc.runtime.sessions.program import open_program
 from optc.runtime.sessions.session import Session

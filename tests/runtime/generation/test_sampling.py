@@ -15,7 +15,8 @@ from transformers import (
 
 from optc.compiler.diagnostics import GateError, UsageError
 from optc.compiler.ops.library import reference
-from optc.runtime.generation.sampling import Sampler, Sampling, distribution
+from optc.runtime.generation.sampling import Sampler, distribution
+from optc.runtime.sampling import Sampling
 
 
 def _logits(*probabilities: float) -> np.ndarray:

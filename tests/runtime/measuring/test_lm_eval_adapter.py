@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.ir.program import Program
-from optc.runtime.generation.sampling import Sampling
 from optc.runtime.generation.tokenizer import eos_token_ids, load_tokenizer
 from optc.runtime.measuring import lm_eval_adapter
 from optc.runtime.measuring.lm_eval_adapter import ArtifactLM
 from optc.runtime.measuring.tasks import run_tasks
+from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.load import Model
 from optc.runtime.sessions.program import open_program
 

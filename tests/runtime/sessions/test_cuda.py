@@ -25,7 +25,8 @@ from optc.compiler.kernels.kernel import Kernel, kernels_for
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.runtime.generation.generate import generate
-from optc.runtime.generation.sampling import Sampling, chooser, draws_of
+from optc.runtime.generation.sampling import chooser, draws_of
+from optc.runtime.sampling import Sampling
 from optc.runtime.sessions import cuda
 from optc.runtime.sessions.cuda import CudaSession
 from optc.runtime.sessions.cuda_memory import MemoryPlan, plan_memory
@@ -189,7 +190,7 @@ def test_draws_of_logits_that_are_not_finite() -> None:
     logits = ours.prefill(sequences(5, 6))
     logits[1, 3] = np.nan
     with pytest.raises(GateError, match="logits that are not finite") as caught:
-        ours.choose(logits, [Draw(temperature=1.0)] * 2)
+        ours.choose(logits, [Draw(sampling=Sampling(temperature=1.0))] * 2)
     assert caught.value.where == "row 1"
 
 

@@ -12,7 +12,7 @@ from trt_graphs import CAPACITY, PROFILES, save_folder
 
 from optc.compiler.diagnostics import ArtifactError, InputError, TargetError
 from optc.runtime.generation.generate import generate
-from optc.runtime.generation.sampling import Sampling
+from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.onnx_engine import OnnxEngine
 from optc.runtime.sessions.session import SessionOptions
 from optc.runtime.sessions.trt import TrtSession, open_artifact

@@ -15,7 +15,7 @@ from optc.compiler.kernels.cuda.dispatch import call
 from optc.compiler.kernels.cuda.greedy_step import ADVANCE_STEP
 from optc.compiler.kernels.cuda.sampler import SAMPLE
 from optc.runtime.generation.generate import generate
-from optc.runtime.generation.sampling import Sampling
+from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.cuda import CudaSession
 from optc.runtime.sessions.cuda_memory import MemoryPlan
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from optc.compiler.ops.dialect.sampling import NO_TOKEN, exponential, kept, philox
-from optc.runtime.generation.sampling import Sampling, distribution
+from optc.runtime.generation.sampling import distribution
+from optc.runtime.sampling import Sampling
 
 _optc = torch.ops.optc
 LN = {share: float(np.log(share)) for share in (0.05, 0.1, 0.15, 0.2, 0.5)}
