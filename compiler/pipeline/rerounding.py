@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 
 from optc.compiler.artifact.manifest import PassRecord
+from optc.compiler.ir.program import Program
+from optc.compiler.pipeline.gate import rounds_activations
 
 REROUNDED = 1.5
 """In a deep model a few moved codes move all that follow, until most of the rounding is another draw. Two draws of an
@@ -20,3 +22,14 @@ def rerounding(passes: Sequence[PassRecord]) -> float:
     """
     drifts = [record.drift for record in passes if record.rounds_activations and record.drift]
     return REROUNDED * math.hypot(*(drift.relative_error or 0.0 for drift in drifts))
+
+
+def widened(tolerance: float, rounded: float, program: Program, rerounding: float, allowed: float) -> float:
+    """Of the file that was written of a program, as the check that opens it holds the two to each other.
+
+    Args:
+        tolerance: of the engine. rounded: the least that it becomes where the program rounds activations.
+        rerounding: see above, of this compile. allowed: the relative error that the user allows the whole compile.
+    """
+    widest = max(tolerance, allowed)
+    return max(widest, rounded, rerounding) if rounds_activations(program) else widest

@@ -17,7 +17,8 @@ from optc.compiler.diagnostics import ArtifactError, GateError, InputError, os_e
 from optc.compiler.execution.drift import measure
 from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.ir.program import Program
-from optc.compiler.pipeline.gate import TOLERANCE, rounds_activations
+from optc.compiler.pipeline.gate import TOLERANCE
+from optc.compiler.pipeline.rerounding import widened
 from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
 from optc.exporters.executorch.forms import LINEAR
@@ -79,8 +80,7 @@ def export_executorch(program: Program, request: ExportRequest) -> ExportResult:
 
 def _tolerance(program: Program, request: ExportRequest) -> float:
     """Of the logits, as a share of the largest."""
-    tolerance = max(TOLERANCE[torch.float32], request.allowed)
-    return max(tolerance, ROUNDED_TOLERANCE, request.rerounding) if rounds_activations(program) else tolerance
+    return widened(TOLERANCE[torch.float32], ROUNDED_TOLERANCE, program, request.rerounding, request.allowed)
 
 
 def _stored_bytes(program: Program) -> dict[str, int]:

@@ -18,12 +18,14 @@ from optc.compiler.execution.drift import measure
 from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.ir.contract import Input
 from optc.compiler.ir.program import Program
-from optc.compiler.pipeline.gate import TOLERANCE, rounds_activations
+from optc.compiler.pipeline.gate import TOLERANCE
 from optc.compiler.pipeline.pipeline import compute_dtype
+from optc.compiler.pipeline.rerounding import widened
 from optc.compiler.target.target import ExportRequest
 
 Inputs = list[Tensor]
 ROUNDED_TOLERANCE = 2e-2
+"""Where activations are rounded, a difference in the last bit of one can move its code by one step."""
 
 
 def check_package(
@@ -98,12 +100,9 @@ def _compare(old: Tensor, new: Tensor, tolerance: float, where: str) -> None:
 
 
 def _tolerance(program: Program, request: ExportRequest) -> float:
-    """Of the outputs, as a share of their largest magnitude.
-
-    Where activations are rounded, a difference in the last bit of one can move its code by one step.
-    """
-    tolerance = max(TOLERANCE[compute_dtype(program)], request.allowed)
-    return max(tolerance, ROUNDED_TOLERANCE, request.rerounding) if rounds_activations(program) else tolerance
+    """Of the outputs, as a share of their largest magnitude."""
+    own = TOLERANCE[compute_dtype(program)]
+    return widened(own, ROUNDED_TOLERANCE, program, request.rerounding, request.allowed)
 
 
 def _name(program: Program, index: int) -> str:

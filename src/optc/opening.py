@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from optc.compiler.artifact.engines import Engine
-from optc.compiler.artifact.manifest import Manifest, OpenedRecord, PassRecord
+from optc.compiler.artifact.manifest import Manifest, OpenedRecord
 from optc.compiler.diagnostics import GateError, OptcError, TargetError
 from optc.compiler.execution.drift import Drift, measure
 from optc.compiler.execution.probe import random_probe
 from optc.compiler.execution.stage_driver import StageRun, run_module, run_stage
 from optc.compiler.ir.program import Program
-from optc.compiler.pipeline.gate import rounds_activations
 from optc.compiler.pipeline.pipeline import compute_dtype, default_probe
-from optc.compiler.pipeline.rerounding import rerounding
+from optc.compiler.pipeline.rerounding import rerounding, widened
 
 _LENGTHS = (9, 5)
 """Tokens of the two sequences: a ragged prefill, then one decode step."""
@@ -49,7 +48,8 @@ def open_written(
         GateError: the engine cannot open the file, or it computes different numbers from the last stage.
     """
     begin = time.perf_counter()
-    limit = max(_tolerance(program, manifest.passes), allowed)
+    own = _TOLERANCE[compute_dtype(program)]
+    limit = widened(own, _ROUNDED_TOLERANCE, program, rerounding(manifest.passes), allowed)
     if engine.runner is None:
         return OpenedRecord(opened=False, why=f"optc has no way to open files of {engine.name} here")
     try:
@@ -92,11 +92,6 @@ def _version(package: str) -> str:
         return metadata.version(package) if package else ""
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _tolerance(program: Program, passes: Sequence[PassRecord]) -> float:
-    tolerance = _TOLERANCE[compute_dtype(program)]
-    return max(tolerance, _ROUNDED_TOLERANCE, rerounding(passes)) if rounds_activations(program) else tolerance
 
 
 def _unopened(engine: Engine, error: OptcError) -> GateError:

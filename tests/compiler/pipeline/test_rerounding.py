@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from optc.compiler.artifact.manifest import DriftRecord, PassRecord
 from optc.compiler.capture import capture_model
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
-from optc.compiler.pipeline.rerounding import REROUNDED, rerounding
+from optc.compiler.pipeline.rerounding import REROUNDED, rerounding, widened
 from optc.passes.quantization.activations import QuantizeActivations
 from optc.passes.quantization.rtn import QuantizeRtn
 
@@ -49,3 +49,14 @@ def test_only_the_pass_that_rounds_activations_is_recorded_as_such() -> None:
     assert records[1].drift is not None
     assert records[1].drift.relative_error is not None
     assert rerounding(records) == REROUNDED * records[1].drift.relative_error > 0
+
+
+def test_the_widest_of_what_holds_for_a_program_counts() -> None:
+    program = capture_model(make_model("llama"))
+    rounding = Pipeline([QuantizeRtn(bits=8, group_size=0), QuantizeActivations()]).run(program, PipelineOptions())
+    cases = [(0.1, 0.2, 0.3, 0.4), (0.4, 0.1, 0.2, 0.3), (0.1, 0.4, 0.3, 0.2), (0.1, 0.2, 0.4, 0.3)]
+    found = [
+        [widened(own, rounded, stage, cost, allowed) for own, rounded, cost, allowed in cases]
+        for stage in (program, rounding.program)
+    ]
+    assert found == [[0.4, 0.4, 0.2, 0.3], [0.4, 0.4, 0.4, 0.4]]
