@@ -30,8 +30,20 @@ from optc.training.optimizers import place_state, plain_values
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,12})")
-_FREE: tuple[str, ...] = ("model", "output", "max_steps", "gradient_accumulation", "device", "on_nan")
-_FREE += ("peak_tflops", "tensorboard", "saving", "checkpointing", "compile", "parallel")
+_FREE = (
+    "model",
+    "output",
+    "max_steps",
+    "gradient_accumulation",
+    "device",
+    "on_nan",
+    "peak_tflops",
+    "tensorboard",
+    "saving",
+    "checkpointing",
+    "compile",
+    "parallel",
+)
 """Keys of the config that a resumed run may change: they do not change what is computed, but by rounding."""
 
 

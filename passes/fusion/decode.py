@@ -28,8 +28,8 @@ class FuseDecode(Pass):
     a linear, where nothing else reads it; bias, activation, product of two halves, and the residual behind it; and
     the rotation (and norm of each head) of the queries and keys of a paged attention. Norms and factors of rows that
     none of these takes in, with the residual behind, are calls of their own; so are the experts of a layer, of which only
-    the chosen ones are read. A part that cannot be taken in stays as
-    it is, and the reason is among the misses. `matched` counts the calls that result.
+    the chosen ones are read. A part that cannot be taken in stays as it is, and the reason is among the misses.
+    `matched` counts the calls that result.
     """
 
     name: ClassVar[str] = "fuse-decode"

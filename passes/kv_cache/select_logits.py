@@ -88,8 +88,7 @@ class _SelectingReplay(Replay):
     def __init__(self, program: Program, calls: list[Node], indices: Tensor) -> None:
         super().__init__(program, {})
         self._first, self._indices = calls[0].name, indices
-        self._idle = {node.name for node in calls if _is_idle(node)}
-        """Their shape names the number of tokens."""
+        self._idle = {node.name for node in calls if _is_idle(node)}  # their shape names the number of tokens
 
     def run_node(self, n: Node) -> Any:
         if n.name != self._first and n.name not in self._idle:
@@ -97,11 +96,9 @@ class _SelectingReplay(Replay):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         place = _place(n)
         rows = args[place].index_select(-2, self._indices) if n.name == self._first else args[place]
-        return (
-            rows
-            if n.name in self._idle
-            else self.call_function(n.target, (*args[:place], rows, *args[place + 1 :]), kwargs)
-        )
+        if n.name in self._idle:
+            return rows
+        return self.call_function(n.target, (*args[:place], rows, *args[place + 1 :]), kwargs)
 
 
 def _retrace(program: Program, head: Node) -> Program:

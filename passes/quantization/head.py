@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import aten, peel, readers
 from optc.compiler.analysis.linears import Linear, head_linear, linear_site
+from optc.compiler.analysis.rows import RESHAPES
 from optc.compiler.diagnostics import InputError
 from optc.compiler.formats.integer import check_group_size
 from optc.compiler.ir.contract import WeightQuantization
@@ -23,7 +24,7 @@ from optc.compiler.rewriting.quantization_record import LinearRecord
 from optc.compiler.rewriting.weights import prune_contract
 from optc.passes.quantization.arithmetic.budgets import head_budget
 from optc.passes.quantization.arithmetic.grid import STEPS, search
-from optc.passes.quantization.arithmetic.groups import RESHAPES, weight_rows
+from optc.passes.quantization.arithmetic.groups import weight_rows
 from optc.passes.quantization.arithmetic.ranges import is_finite
 from optc.passes.quantization.arithmetic.selection import (
     dequantized,

@@ -1,6 +1,7 @@
 """Linears as the CUDA kernels (compiler/kernels/cuda) compute them: norm before, activation and residual behind.
 
-`fused_linear`, and `fused_norm` for what needs whole rows, are made by the passes of the CUDA target only. Packed weights keep rows of W as rows:
+`fused_linear`, and `fused_norm` for what needs whole rows, are made by the passes of the CUDA target only. Packed
+weights keep rows of W as rows:
 
     int8    int8 [N, K]      code - 128
     int4    uint8 [N, K/2]   byte j of a block of 32 columns holds column j in its low nibble and column j + 16 in its

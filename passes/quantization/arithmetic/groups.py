@@ -21,7 +21,7 @@ from optc.passes.quantization.arithmetic.ranges import check_finite
 from optc.passes.quantization.arithmetic.stream import Stream
 
 _GRAM_BLOCK = 512
-RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
+_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Group:
 
 def input_root(node: Node) -> Node:
     """The node whose rows a linear's input has: behind aliases, and views that keep the last axis."""
-    while (inner := peel(node)).target in RESHAPES and _same_rows(inner):
+    while (inner := peel(node)).target in _RESHAPES and _same_rows(inner):
         node = inner.args[0]
     return inner
 
