@@ -17,6 +17,38 @@ RESULTS = ROOT / "benchmarks" / "results"
 TOKENIZER = ROOT / "examples" / "fiction-3m"
 
 
+def llama_sizes(*, layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocab: int) -> dict[str, int]:
+    """Sizes of a Llama as its config names them."""
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+        "vocab_size": vocab,
+    }
+
+
+LLAMA_8B = llama_sizes(layers=32, hidden=4096, heads=32, kv_heads=8, mlp=14336, vocab=128256)
+LLAMA_1B = llama_sizes(layers=16, hidden=2048, heads=32, kv_heads=8, mlp=8192, vocab=128256)
+"""Llama 3 8B; Llama 3.2 1B, which ties its embeddings."""
+LLAMA_SMALL = llama_sizes(layers=2, hidden=256, heads=4, kv_heads=2, mlp=512, vocab=512)
+"""For a quick try."""
+
+OPEN_GATE = {
+    "max_kl": float("inf"),
+    "min_top1": 0.0,
+    "max_perplexity_increase": float("inf"),
+    "max_relative_error": float("inf"),
+}
+"""Limits of the gate for random weights, whose outputs mean nothing: it measures, and stops nothing."""
+
+
+def open_gate_flags() -> list[str]:
+    """`OPEN_GATE` on a command line."""
+    return [text for name, limit in OPEN_GATE.items() for text in (f"--{name.replace('_', '-')}", f"{limit:g}")]
+
+
 def random_llama(folder: Path, *, layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocab: int) -> int:
     """Write a random Llama in Hugging Face layout; returns its parameter count. It shows speed only."""
     import torch
@@ -24,12 +56,7 @@ def random_llama(folder: Path, *, layers: int, hidden: int, heads: int, kv_heads
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=mlp,
-        vocab_size=vocab,
+        **llama_sizes(layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, mlp=mlp, vocab=vocab),
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         bos_token_id=0,

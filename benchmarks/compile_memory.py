@@ -21,41 +21,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import TOKENIZER, record
+from common import LLAMA_1B, LLAMA_8B, TOKENIZER, llama_sizes, open_gate_flags, record
 
 GIB = 1 << 30
 SHAPES: dict[str, dict[str, Any]] = {
-    "1b": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "intermediate_size": 5632,
-        "vocab_size": 32000,
-    },
-    "1b-tied": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 8192,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "8b": {
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "vocab_size": 128256,
-    },
+    "1b": llama_sizes(layers=22, hidden=2048, heads=32, kv_heads=4, mlp=5632, vocab=32000),
+    "1b-tied": {**LLAMA_1B, "tie_word_embeddings": True},
+    "8b": LLAMA_8B,
 }
 LIMITS = {"1b": None, "1b-tied": None, "8b": 14.0}
 """GiB of anonymous memory; None is 1.3 times the source."""
 _SHARD = 4 << 30
-_UNGATED = ("--max-kl", "1e9", "--max-relative-error", "1e9", "--min-top1", "0", "--max-perplexity-increase", "1e9")
-"""The gate measures and stops nothing: outputs of random weights mean nothing (their entropy is 93 % of a flat one's)."""
 
 
 def random_folder(folder: Path, shape: dict[str, Any]) -> int:
@@ -137,7 +113,7 @@ class Watch(threading.Thread):
 def compile_limited(folder: Path, output: Path, quant: str, limit: int) -> dict[str, Any]:
     """Run `optc compile` in a process of limited anonymous memory; what it took."""
     command = [sys.executable, "-m", "optc", "compile", str(folder), "--target", "onnx-cpu", "--quant", quant]
-    command += ["-o", str(output), "--force", "--json", *_UNGATED]
+    command += ["-o", str(output), "--force", "--json", *open_gate_flags()]
     if quant != "rtn":
         command += ["--calibration-samples", "16", "--calibration-seq-len", "512"]
     begin = time.monotonic()

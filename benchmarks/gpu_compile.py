@@ -20,39 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import record
+from common import LLAMA_8B, LLAMA_SMALL, open_gate_flags, record
 
 SHAPES = {
-    "8b": {
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "vocab_size": 128256,
-        "max_position_embeddings": 8192,
-    },
-    "small": {
-        "hidden_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 512,
-        "vocab_size": 512,
-        "max_position_embeddings": 512,
-    },
+    "8b": {**LLAMA_8B, "max_position_embeddings": 8192},
+    "small": {**LLAMA_SMALL, "max_position_embeddings": 512},
 }
 SHARD = 4 << 30  # bytes of a weight file
-OPEN_GATE = (
-    "--max-kl",
-    "inf",
-    "--min-top1",
-    "0",
-    "--max-perplexity-increase",
-    "inf",
-    "--max-relative-error",
-    "inf",
-)
 
 
 def write_model(folder: Path, shape: str) -> None:
@@ -105,7 +79,7 @@ def quantize(model: Path, output: Path, tokens: Path, given: argparse.Namespace)
     command = [sys.executable, "-m", "optc", "quantize", str(model), "--quant", given.method, "--device", given.device]
     command += ["--dtype", "bf16", "--group-size", "32" if given.small else "128", "--calibration", str(tokens)]
     command += ["--calibration-samples", str(given.samples), "--calibration-seq-len", str(given.seq_len)]
-    command += [*OPEN_GATE, "--force", "--json", "-o", str(output)]
+    command += [*open_gate_flags(), "--force", "--json", "-o", str(output)]
     places = {str(model): "DIR", str(output): "OUT", str(tokens): "TOKENS.jsonl"}
     begin = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

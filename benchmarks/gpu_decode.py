@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, record
+from common import OPEN_GATE, RESULTS, record
 from gpu_compile import SHAPES
 from gpu_timing import card, read_ceiling
 from torch.fx import Node
@@ -41,12 +41,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "int8": {"quant": "int8"},
     "int4": {"quant": "rtn", "bits": 4, "group_size": 128},
-}
-OPEN_GATE = {
-    "max_kl": float("inf"),
-    "min_top1": 0.0,
-    "max_perplexity_increase": float("inf"),
-    "max_relative_error": float("inf"),
 }
 CONTEXTS = (128, 4096, 1024)
 PROFILED = 8

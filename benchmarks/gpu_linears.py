@@ -40,13 +40,18 @@ BYTES = {"": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 2 / GROUP}
 
 @dataclass(frozen=True)
 class Place:
-    """A linear of a decoder layer: n results of k columns, with what is fused into it."""
+    """A linear of a decoder layer: n results of k columns, with what is fused into it.
+
+    Attributes:
+        folded: the weight of its norm is part of its own, as fuse-norm leaves it.
+    """
 
     n: int
     k: int
     gated: bool = False
     norm: str = ""
     residual: bool = False
+    folded: bool = False
 
 
 PLACES = {
@@ -140,7 +145,7 @@ def make_linear(place: Place, form: str, tokens: int, *, seed: int = 0) -> Any:
         weight = normal(rows, place.k) * place.k**-0.5
         if form == "fp8":
             weight, scale = (weight * 16).to(torch.float8_e4m3fn), (normal(rows, 1).abs() + 0.5) / 16
-    gain = normal(place.k).abs() + 0.5 if place.norm else None
+    gain = normal(place.k).abs() + 0.5 if place.norm and not place.folded else None
     residual = normal(tokens, place.n) if place.residual else None
     activation = "silu" if place.gated else ""
     return Linear(

@@ -16,26 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import record
+from common import LLAMA_8B, LLAMA_SMALL, record
 
-SHAPES = {
-    "8b": {
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "vocab_size": 128256,
-    },
-    "tiny": {
-        "hidden_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 512,
-        "vocab_size": 512,
-    },
-}
+SHAPES = {"8b": LLAMA_8B, "tiny": LLAMA_SMALL}
 
 
 def random_program(shape: str, layers: int | None, device: torch.device) -> Any:

@@ -13,21 +13,17 @@ the package's tables; those of attention stand in `choose_decode_tiles`.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import multiprocessing
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, record
-from gpu_decode import OPEN_GATE, VARIANTS, random_model
-from gpu_linears import LAYER, PLACES, WRONG, make_linear, run, shape_of
+from common import OPEN_GATE, record
+from gpu_decode import VARIANTS, random_model
+from gpu_linears import LAYER, PLACES, WRONG, Place, Tiles, compile_ahead, shape_of
 from gpu_timing import card, read_ceiling
 
 import optc
@@ -95,25 +91,6 @@ def candidates(shape: Shape, few: bool) -> list[Gemv]:
             found.append(tiles)
     found = list(dict.fromkeys(found))
     return found[:3] if few else found
-
-
-def compile_ahead(jobs: list[tuple[str, str, Gemv]]) -> None:
-    """Fill Triton's cache from several processes."""
-    begin = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(14) as pool:
-        for _ in pool.imap_unordered(_compile, jobs):
-            pass
-    print(f"compiled {len(jobs)} kernels ahead in {time.perf_counter() - begin:.0f} s", flush=True)
-
-
-def _compile(job: tuple[str, str, Gemv]) -> None:
-    from triton.runtime.errors import TritonError
-
-    name, form, tiles = job
-    place = PLACES[name]
-    few = type(place)(n=2048, k=place.k, gated=place.gated, norm=place.norm, residual=place.residual)
-    with contextlib.suppress(RuntimeError, TritonError):
-        run(make_linear(few, form, 1)._replace(norm_weight=None), tiles)  # fuse-norm leaves none
 
 
 class Step:
@@ -217,8 +194,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=["linears", "attention"], choices=["linears", "attention"])
     given = parser.parse_args()
     given.order = ("gate_up", "down", "qkv", "o", "gate_up", "down") if "linears" in given.parts else ()
-    jobs = [
-        (name, FORMATS[variant], tiles)
+    jobs: list[tuple[Place, str, int, Tiles | None]] = [
+        (replace(PLACES[name], folded=True), FORMATS[variant], 1, tiles)
         for variant in given.variants
         for name in (LAYER if given.order else ())
         for tiles in candidates(shape_of(PLACES[name], FORMATS[variant], 1), given.few)
@@ -230,7 +207,6 @@ def main() -> None:
         choice = Choice()
         result = {"card": card(), **tune(variant, given, ceiling, choice)}
         name = f"gpu_step_{variant}"
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2))
         record(name, result, 2)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import LLAMA_1B, llama_sizes
 from torch import Tensor, nn
 
 from optc.training.activation_checkpointing import CheckpointingConfig, apply_activation_checkpointing
@@ -20,23 +21,9 @@ from optc.training.data import Batch
 from optc.training.setup import World, prepare
 from optc.training.step import train_step
 
-SHAPES = {  # Llama 3.2 1B; a rehearsal
-    "1b": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 8192,
-        "vocab_size": 128256,
-    },
-    "tiny": {
-        "hidden_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "intermediate_size": 512,
-        "vocab_size": 512,
-    },
+SHAPES = {
+    "1b": LLAMA_1B,
+    "tiny": llama_sizes(layers=3, hidden=128, heads=4, kv_heads=1, mlp=512, vocab=512),  # a rehearsal
 }
 POLICIES = {
     "none": CheckpointingConfig(),
