@@ -27,7 +27,7 @@ from gpu_timing import card, read_ceiling, time_per_call
 from triton.errors import TritonError
 
 from optc.compiler.kernels.cuda.attention.call import Call, Turn
-from optc.compiler.kernels.cuda.attention.launch import DecodeTiles, PrefillTiles, attend
+from optc.compiler.kernels.cuda.attention.launch import DecodeTiles, PrefillTiles, SplitTiles, attend
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 128
 CACHE = 1.2e9
@@ -119,62 +119,53 @@ MEASURED = [
 SWEPT = [
     Load(1, 128),
     Load(1, 4096),
+    Load(4, 1024),
     Load(8, 4096),
+    Load(8, 1024, ragged=True),
+    Load(16, 1024),
     Load(64, 1024),
     Load(256, 512),
     Load(64, 1024, ragged=True),
 ]
 
 
-def _tiles(
-    tile: int, stages: int, warps: int, programs: int, registers: int, *, eager: bool, start: int, merged: int
-) -> DecodeTiles:
-    return DecodeTiles(
-        tile=tile,
-        stages=stages,
-        warps=warps,
-        programs=programs,
-        registers=registers,
-        eager=eager,
-        start=start,
-        merged=merged,
-    )
-
-
-FEW = [
-    _tiles(tile, stages, warps, programs, registers, eager=True, start=0, merged=merged)
-    for tile, stages, warps, programs, registers, merged in (
-        (64, 5, 4, 2, 255, 32),
-        (64, 5, 8, 2, 128, 32),
-        (64, 3, 8, 1, 255, 32),
-        (32, 5, 4, 4, 128, 32),
-        (128, 3, 8, 1, 255, 32),
-        (64, 5, 4, 2, 255, 8),
-    )
+FEW: list[DecodeTiles | SplitTiles] = [
+    *(
+        SplitTiles(tile=tile, stages=stages, warps=warps, programs=programs, registers=registers)
+        for tile, stages, warps, programs, registers in (
+            (64, 3, 8, 1, 255),
+            (64, 3, 8, 2, 128),
+            (64, 3, 4, 4, 128),
+            (64, 5, 4, 3, 168),
+            (128, 3, 8, 1, 255),
+            (128, 3, 8, 2, 128),
+            (32, 5, 4, 4, 128),
+        )
+    ),
+    DecodeTiles(),
 ]
-MANY = [
-    _tiles(tile, stages, 4, programs, registers, eager=eager, start=start, merged=4)
-    for tile, stages, programs, registers, eager, start in (
-        (32, 5, 4, 128, False, 4),
-        (32, 5, 4, 128, False, 2),
-        (64, 3, 3, 168, False, 2),
-        (64, 5, 3, 168, False, 2),
-        (64, 5, 2, 255, False, 2),
-        (32, 5, 4, 128, True, 4),
+MANY: list[DecodeTiles | SplitTiles] = [
+    DecodeTiles(tile=tile, stages=stages, programs=programs, registers=registers, start=start)
+    for tile, stages, programs, registers, start in (
+        (32, 5, 4, 128, 4),
+        (32, 5, 4, 128, 2),
+        (64, 3, 3, 168, 2),
+        (64, 5, 3, 168, 2),
+        (64, 5, 2, 255, 2),
     )
 ]
 
 
-def candidates(load: Load) -> list[DecodeTiles]:
+def candidates(load: Load) -> list[DecodeTiles | SplitTiles]:
     """For a few (request, KV head) pairs, what a beginning and the merging cost counts; for many, the flow."""
-    return FEW if load.batch <= 8 else MANY
+    return FEW if load.batch <= 16 else MANY
 
 
 FAILURES = (RuntimeError, TritonError)
 """What a candidate that asks for too much raises: the next one may run."""
 
 
-def time_of(calls: Sequence[Call], tiles: DecodeTiles | None = None) -> float:
+def time_of(calls: Sequence[Call], tiles: DecodeTiles | SplitTiles | None = None) -> float:
     """Seconds of one call."""
     return time_per_call([lambda call=call: attend(call, tiles) for call in calls])  # type: ignore[misc]
 
@@ -235,7 +226,7 @@ def _prefill(tokens: int, tiles: PrefillTiles | None = None, *, past: int = 0) -
     return {"microseconds": round(seconds * 1e6, 1), "tflop_s": round(rate / 1e12, 1)}
 
 
-def _compile(job: tuple[Load, DecodeTiles | None]) -> str | None:
+def _compile(job: tuple[Load, DecodeTiles | SplitTiles | None]) -> str | None:
     """Into Triton's cache on disk, from a process of its own."""
     load, tiles = job
     try:
@@ -269,9 +260,7 @@ def sweep(options: argparse.Namespace) -> None:
             except FAILURES as error:  # the next candidate may run
                 print("failed:", load.name, candidate, repr(error)[:200], flush=True)
         rows.sort()
-        print(
-            f"{load.name}, limit {load.bytes / ceiling * 1e6:.1f} us (tile, stages, warps, programs, registers, eager)"
-        )
+        print(f"{load.name}, limit {load.bytes / ceiling * 1e6:.1f} us (tile, stages, warps, programs, registers)")
         for seconds, tiles_row in rows[:12]:
             print(f"  {seconds * 1e6:8.2f} us {100 * load.bytes / seconds / ceiling:5.1f} % {tiles_row}", flush=True)
         found[load.name] = [{"microseconds": round(s * 1e6, 2), "tiles": row} for s, row in rows]

@@ -28,7 +28,8 @@ from gpu_timing import card, read_ceiling
 
 import optc
 from optc.compiler.kernels.cuda.attention import launch as attention
-from optc.compiler.kernels.cuda.attention.launch import DecodeTiles
+from optc.compiler.kernels.cuda.attention.call import Call
+from optc.compiler.kernels.cuda.attention.launch import SplitTiles
 from optc.compiler.kernels.cuda.linear import launch as linears
 from optc.compiler.kernels.cuda.linear.configurations import Gemv, Shape, gemv_tiles
 from optc.runtime.sessions.cuda import CudaSession
@@ -39,12 +40,22 @@ REPLAYS, ROUNDS = 10, 5
 BETTER = 0.9985
 """Of the time so far: less is within what times vary by."""
 ATTENTION = [
-    DecodeTiles(tile=tile, warps=warps, registers=registers, merged=merged, programs=programs, stages=3, eager=True, start=0)
-    for tile, warps, registers, merged, programs in (
-        (64, 4, 255, 32, 2), (64, 4, 255, 16, 2), (64, 4, 168, 16, 3), (64, 4, 168, 8, 3), (64, 4, 128, 8, 4), (64, 4, 128, 4, 4),
-        (64, 8, 128, 32, 2), (64, 8, 128, 16, 2), (128, 8, 128, 16, 2), (128, 8, 255, 32, 1), (32, 4, 128, 8, 4), (64, 4, 255, 16, 1),
-    )
+    SplitTiles(programs=1, registers=255),
+    *(
+        SplitTiles(tile=tile, stages=stages, warps=warps, programs=programs, registers=registers, merged=merged)
+        for tile, stages, warps, programs, registers, merged in (
+            (64, 3, 8, 2, 128, 16), (64, 3, 8, 2, 128, 8), (64, 3, 8, 2, 128, 32), (64, 5, 8, 2, 128, 16),
+            (64, 3, 4, 3, 168, 16), (64, 3, 4, 4, 128, 16), (64, 3, 8, 3, 80, 16), (128, 3, 8, 1, 255, 16),
+            (128, 3, 8, 2, 128, 16), (128, 3, 4, 2, 255, 16), (32, 5, 4, 4, 128, 16),
+        )
+    ),
 ]  # fmt: skip
+"""What stands in `choose_decode_tiles` first."""
+
+
+def is_step(call: Call) -> bool:
+    """One token of one request, not a prompt."""
+    return call.q.shape[0] == call.block_tables.shape[0] == 1
 
 
 class Choice:
@@ -52,10 +63,10 @@ class Choice:
 
     def __init__(self) -> None:
         self.gemv: dict[Shape, Gemv] = {}
-        self.decode: DecodeTiles | None = None
+        self.decode: SplitTiles | None = None
         chosen = attention.choose_decode_tiles
         linears.gemv_tiles = lambda shape: self.gemv.get(shape) or gemv_tiles(shape)  # type: ignore[assignment]
-        attention.choose_decode_tiles = lambda call: self.decode or chosen(call)  # type: ignore[assignment]
+        attention.choose_decode_tiles = lambda call: (is_step(call) and self.decode) or chosen(call)  # type: ignore[assignment]
 
 
 def candidates(shape: Shape, few: bool) -> list[Gemv]:
@@ -174,7 +185,7 @@ def tune(variant: str, given: argparse.Namespace, ceiling: float, choice: Choice
         choice.decode = None
         _, first = step.time()
 
-        def put_decode(tiles: DecodeTiles) -> None:
+        def put_decode(tiles: SplitTiles) -> None:
             choice.decode = tiles
 
         rows = best_of(step, ATTENTION[:3] if given.few else ATTENTION, put_decode, first)

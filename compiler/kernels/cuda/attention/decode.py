@@ -6,8 +6,7 @@ https://arxiv.org/abs/2301.03598; split keys: Dao et al. 2023, "Flash-Decoding")
 that a captured CUDA graph serves any of them. The query heads of a KV head are rows of one tile. A pair that several
 programs share is merged by the one that ends last.
 
-Keys of earlier steps do not depend on the kernel before: the first tile is asked for before the wait for it, and the
-new token's key and value come from registers, not through the pool.
+The new token's key and value come from registers, not through the pool.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def count_tiles(length, WINDOW: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _fill_rows(out, token, value, HEADS: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr):
+def fill_rows(out, token, value, HEADS: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr):
     """out[token] = value"""
     feature = tl.arange(0, WIDTH)
     filled = tl.full([WIDTH], value, tl.float32).to(out.dtype.element_ty)
@@ -54,9 +53,9 @@ def _fill_unserved(
             is_single = is_single & (token == request)
         if is_single:
             if tl.load(slot_mapping + token) < 0:
-                _fill_rows(out, token, 0.0, HEADS, DV, WIDTH)
+                fill_rows(out, token, 0.0, HEADS, DV, WIDTH)
         elif ALONE:
-            _fill_rows(out, tl.cast(request, tl.int64), float("nan"), HEADS, DV, WIDTH)
+            fill_rows(out, tl.cast(request, tl.int64), float("nan"), HEADS, DV, WIDTH)
 
 
 @triton.jit
@@ -99,7 +98,7 @@ def decode(
     REQUESTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUP_ROWS: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr, ALONE: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, EAGER: tl.constexpr, START: tl.constexpr, MERGED: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, START: tl.constexpr, MERGED: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """See `optc::paged_attention_` and `optc::rotary_paged_attention_`; requests of other than one token are left out.
@@ -155,12 +154,6 @@ def decode(
         keys = k_pool + head * k_pool_head
         values = v_pool + head * v_pool_head
 
-        if EAGER:
-            key = start + tl.arange(0, TILE)
-            inside = (key >= first) & (key < limit)
-            block, place = locate(table, start, key, inside, BLOCK, TILE)
-            first_k = load_tile(keys, block, place, inside, k_block, k_slot, D, WIDTH)
-            first_v = load_tile(values, block, place, inside, v_block, v_slot, DV, VALUE_WIDTH)
         cos = 1.0
         sin = 0.0
         one = tl.zeros([1], tl.int64)
@@ -181,15 +174,9 @@ def decode(
         top = tl.full([ROWS], LOWEST, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
-        if EAGER:
-            score = tl.where(inside[None, :], scores(queries, first_k, inner, outer, SOFTCAP), float("-inf"))
-            top, total, sums = absorb(score, first_v, top, total, sums)
-            start += TILE
         for next_start in tl.range(start, limit, TILE, num_stages=STAGES):
             next_key = next_start + tl.arange(0, TILE)
-            within = next_key < limit
-            if not EAGER:
-                within = within & (next_key >= first)
+            within = (next_key < limit) & (next_key >= first)
             next_block, next_place = locate(table, next_start, next_key, within, BLOCK, TILE)
             tile_k = load_tile(keys, next_block, next_place, within, k_block, k_slot, D, WIDTH)
             score = tl.where(within[None, :], scores(queries, tile_k, inner, outer, SOFTCAP), float("-inf"))

@@ -12,10 +12,12 @@ from torch import Tensor
 from optc.compiler.kernels.cuda.attention.call import Call, Turn, factors, padded, turning, widths
 from optc.compiler.kernels.cuda.attention.decode import decode
 from optc.compiler.kernels.cuda.attention.prefill import prefill
+from optc.compiler.kernels.cuda.attention.split import decode_split
 from optc.compiler.kernels.cuda.attention.write import write
 from optc.compiler.kernels.cuda.dispatch import dependent_launch, scratch
 
-FEW_PAIRS = 256
+FEW_PAIRS, FEWEST_PAIRS = 256, 32
+"""Pairs of a request and a KV head below which each is divided; up to which a step's latency is one pair's."""
 FEWEST_ROWS = 16
 """Rows of the smallest product of tensor cores."""
 
@@ -31,7 +33,6 @@ class DecodeTiles:
         warps: of a program.
         programs: that a multiprocessor has at a time; how many there are in all, see `count_programs`.
         registers: of a thread, so that as many programs fit.
-        eager: the first tile is loaded into registers before the wait for the kernel before.
         start: what the beginning of a (request, KV head) pair costs, in tiles.
         merged: parts of a pair that are merged at a time.
     """
@@ -41,9 +42,26 @@ class DecodeTiles:
     warps: int = 4
     programs: int = 4
     registers: int = 128
-    eager: bool = False
     start: int = 4
     merged: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitTiles:
+    """How `decode_split` runs; see `DecodeTiles`.
+
+    Attributes:
+        programs: that a multiprocessor should have, by which the line of tiles is divided.
+        fewest: tiles of a program, so that short contexts are not merged.
+    """
+
+    tile: int = 64
+    stages: int = 3
+    warps: int = 8
+    programs: int = 2
+    registers: int = 128
+    fewest: int = 1
+    merged: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +74,9 @@ class PrefillTiles:
     warps: int = 8
 
 
-def attend(call: Call, decode_tiles: DecodeTiles | None = None, prefill_tiles: PrefillTiles | None = None) -> Tensor:
+def attend(
+    call: Call, decode_tiles: DecodeTiles | SplitTiles | None = None, prefill_tiles: PrefillTiles | None = None
+) -> Tensor:
     """Write the new keys and values and attend: with one token per request in one launch, else in three.
 
     Shapes alone decide, never lengths, so that a captured CUDA graph serves any lengths.
@@ -69,26 +89,34 @@ def attend(call: Call, decode_tiles: DecodeTiles | None = None, prefill_tiles: P
     if tokens != requests:
         _write(call)
         _prefill(call, out, prefill_tiles or choose_prefill_tiles(call))
-    _decode(call, out, decode_tiles or choose_decode_tiles(call))
+    tiles = decode_tiles or choose_decode_tiles(call)
+    if isinstance(tiles, SplitTiles):
+        _split(call, out, tiles)
+    else:
+        _decode(call, out, tiles)
     return out
 
 
-def choose_decode_tiles(call: Call) -> DecodeTiles:
-    """As measured on an H200 (benchmarks/gpu_attention.py); wider heads by what fits into registers.
+def choose_decode_tiles(call: Call) -> DecodeTiles | SplitTiles:
+    """As measured on an H200 (benchmarks/gpu_attention.py, gpu_step.py); wider heads by what fits into registers.
 
     Where pairs of a request and a KV head are few, each is shared by many programs, and a step's latency is that of
-    one tile and of merging; where they are many, what counts is how much is under way.
+    some tiles and of merging; where they are many, what counts is how much is under way. Beside requests of several
+    tokens the line of `decode` serves those that have one.
     """
     size = _head_bytes(call)
     pairs = call.block_tables.shape[0] * call.k.shape[1]
+    if pairs < FEW_PAIRS and call.q.shape[0] == call.block_tables.shape[0]:
+        if size > 256:
+            return SplitTiles(tile=16 if size > 512 else 32, programs=1, registers=255)
+        if pairs <= FEWEST_PAIRS:
+            return SplitTiles(programs=1, registers=255)
+        return SplitTiles(stages=5, warps=4, programs=3, registers=168)
     if size > 512:
         return DecodeTiles(tile=16, programs=1, registers=255)
     if size > 256:
         return DecodeTiles(tile=32, programs=2, registers=255, start=2)
-    if pairs >= FEW_PAIRS:
-        return DecodeTiles()
-    stages = 3 if pairs <= 16 else 5
-    return DecodeTiles(tile=64, stages=stages, programs=2, registers=255, eager=True, start=0, merged=32)
+    return DecodeTiles()
 
 
 def count_programs(call: Call, tiles: DecodeTiles) -> int:
@@ -149,7 +177,31 @@ def _decode(call: Call, out: Tensor, tiles: DecodeTiles) -> None:
         requests, *factors(call), turn.scaling, turn.eps,
         REQUESTS=triton.next_power_of_2(requests), GROUP=group, ROWS=max(FEWEST_ROWS, group_rows),
         GROUP_ROWS=group_rows, WINDOW=call.window, SOFTCAP=bool(call.softcap), ALONE=call.q.shape[0] == requests,
-        TILE=tiles.tile, STAGES=tiles.stages, EAGER=tiles.eager, START=tiles.start, MERGED=tiles.merged, PDL=pdl, **constants, **turned,
+        TILE=tiles.tile, STAGES=tiles.stages, START=tiles.start, MERGED=tiles.merged, PDL=pdl, **constants, **turned,
+        num_warps=tiles.warps, maxnreg=tiles.registers, launch_pdl=pdl,
+    )  # fmt: skip
+
+
+def _split(call: Call, out: Tensor, tiles: SplitTiles) -> None:
+    requests, heads = call.block_tables.shape[0], call.k.shape[1]
+    group, device = call.q.shape[1] // heads, call.q.device
+    group_rows = triton.next_power_of_2(group)
+    constants = widths(call)
+    at_a_time = multiprocessors(device) * tiles.programs
+    longest = triton.cdiv(call.block_tables.shape[1] * call.k_pool.shape[1], tiles.tile * tiles.fewest)
+    splits = max(1, min(at_a_time // heads, longest))
+    held = _scratch(device, requests * heads * splits, group_rows, constants["VALUE_WIDTH"], requests * heads)
+    turn, turned = turning(call)
+    pdl = dependent_launch(device)
+    decode_split[(splits, heads, requests)](
+        call.q, call.k, call.v, call.k_pool, call.v_pool, call.slot_mapping, call.block_tables, call.context_lens,
+        call.cu_seqlens, turn.position, turn.inv_freq, turn.q_norm, turn.k_norm, out, *held,
+        *call.q.stride()[:2], *call.k.stride()[:2], *call.v.stride()[:2],
+        *call.k_pool.stride()[:3], *call.v_pool.stride()[:3], call.block_tables.stride(0),
+        at_a_time, *factors(call), turn.scaling, turn.eps,
+        REQUESTS=triton.next_power_of_2(requests), GROUP=group, ROWS=max(FEWEST_ROWS, group_rows),
+        GROUP_ROWS=group_rows, WINDOW=call.window, SOFTCAP=bool(call.softcap),
+        TILE=tiles.tile, STAGES=tiles.stages, FEWEST=tiles.fewest, MERGED=tiles.merged, PDL=pdl, **constants, **turned,
         num_warps=tiles.warps, maxnreg=tiles.registers, launch_pdl=pdl,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from paged_cases import Case
 from torch import Tensor
 
 from optc.compiler.kernels.cuda.attention.call import Call, Turn
-from optc.compiler.kernels.cuda.attention.launch import DecodeTiles, PrefillTiles, attend
+from optc.compiler.kernels.cuda.attention.launch import DecodeTiles, PrefillTiles, SplitTiles, attend
 from optc.compiler.kernels.cuda.paged_attention import (
     PAGED_ATTENTION,
     ROTARY_PAGED_ATTENTION,
@@ -61,7 +61,11 @@ LARGE = {
         (256, 4, 2, 16, torch.bfloat16),
     )
 }
-SMALL_TILES = DecodeTiles(tile=16, stages=2, programs=2), PrefillTiles(rows=16, tile=16, stages=2, warps=4)
+SMALL_PREFILL = PrefillTiles(rows=16, tile=16, stages=2, warps=4)
+SMALL_TILES = DecodeTiles(tile=16, stages=2, programs=2), SMALL_PREFILL
+SMALL_SPLIT = SplitTiles(tile=16, stages=2, warps=4, programs=9, merged=2), SMALL_PREFILL
+DECODES = pytest.mark.parametrize("tiles", [SMALL_TILES, SMALL_SPLIT], ids=["line", "split"])
+"""One token per request by either kernel; several take `decode` in both."""
 
 
 def turns(case: Case, rotated: int, norm: bool) -> tuple[Any, ...]:
@@ -124,26 +128,35 @@ def test_equals_reference(name: str, dtype: torch.dtype) -> None:
     check(_in(CASES[name], dtype), tiles=SMALL_TILES)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if set(case.new) == {1}])
+def test_split_equals_reference(name: str, dtype: torch.dtype) -> None:
+    check(_in(CASES[name], dtype), tiles=SMALL_SPLIT)
+
+
 def _in(case: Case, dtype: torch.dtype) -> Case:
     return Case(**{**case.__dict__, "dtype": dtype})
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
-    ("shape", "rotated", "norm", "interleaved"),
+    ("shape", "rotated", "norm", "interleaved", "tiles"),
     [
-        (DECODE, 16, False, False),
-        (DECODE, 8, True, False),
-        (DECODE, 12, False, True),
-        (MIXED, 16, True, True),
-        (MIXED, 8, False, False),
+        (DECODE, 16, False, False, SMALL_TILES),
+        (DECODE, 8, True, False, SMALL_TILES),
+        (DECODE, 12, False, True, SMALL_TILES),
+        (DECODE, 16, False, False, SMALL_SPLIT),
+        (DECODE, 8, True, False, SMALL_SPLIT),
+        (DECODE, 12, False, True, SMALL_SPLIT),
+        (MIXED, 16, True, True, SMALL_TILES),
+        (MIXED, 8, False, False, SMALL_TILES),
     ],
 )
 def test_norms_and_rotary(
-    shape: dict[str, Any], rotated: int, norm: bool, interleaved: bool, dtype: torch.dtype
+    shape: dict[str, Any], rotated: int, norm: bool, interleaved: bool, tiles: Any, dtype: torch.dtype
 ) -> None:
     case = Case(**shape, dtype=dtype)
-    check(case, turns(case, rotated, norm), tiles=SMALL_TILES, strided=True, interleaved=interleaved)
+    check(case, turns(case, rotated, norm), tiles=tiles, strided=True, interleaved=interleaved)
 
 
 @pytest.mark.parametrize(
@@ -151,22 +164,32 @@ def test_norms_and_rotary(
 )
 def test_padding_leaves_no_trace(shape: dict[str, Any], padding: tuple[int, ...]) -> None:
     check(Case(**shape), padding=padding, tiles=SMALL_TILES)
+    if shape is DECODE:
+        check(Case(**shape), padding=padding, tiles=SMALL_SPLIT)
 
 
 def test_programs_share_the_line_of_tiles() -> None:
-    """Lazy first tile, few and many programs: pairs that are cut anywhere give the same."""
-    for programs, eager, start in ((1, False, 0), (2, True, 2), (5, False, 1)):
-        tiles = DecodeTiles(tile=16, stages=3, programs=programs, eager=eager, start=start, merged=2)
+    """Few and many programs: pairs that are cut anywhere give the same."""
+    for programs, start in ((1, 0), (2, 2), (5, 1)):
+        tiles = DecodeTiles(tile=16, stages=3, programs=programs, start=start, merged=2)
         check(Case(new=(1, 1), past=(3, 70), block_size=16), tiles=(tiles, None))
 
 
-def test_other_counts_than_one_are_not_computed_wrongly() -> None:
+def test_parts_of_a_pair_are_merged() -> None:
+    """One program for a pair, a few, and more than there are tiles; parts merged in one round and in several."""
+    for programs, fewest, merged in ((1, 1, 4), (3, 2, 2), (9, 3, 1), (30, 1, 8)):
+        tiles = SplitTiles(tile=16, stages=2, warps=4, programs=programs, fewest=fewest, merged=merged)
+        check(Case(new=(1, 1), past=(3, 70), block_size=16), tiles=(tiles, None))
+
+
+@DECODES
+def test_other_counts_than_one_are_not_computed_wrongly(tiles: Any) -> None:
     """As many tokens as requests means one each; rows that break it are NaN."""
     inputs, knobs = Case(**DECODE).inputs()
     for starts, wrong in (([0, 1, 3, 3, 4], [1, 2]), ([0, 2, 3, 4, 4], [0, 1, 2, 3])):
         inputs[8] = torch.tensor(starts, dtype=torch.int32)
         tensors = dict(zip(NAMES, [item.to(DEVICE) for item in inputs], strict=True))
-        found = attend(Call(**tensors, **knobs), *SMALL_TILES)  # type: ignore[arg-type]
+        found = attend(Call(**tensors, **knobs), *tiles)  # type: ignore[arg-type]
         assert found.isnan().flatten(1).all(1).nonzero().flatten().tolist() == wrong
 
 
