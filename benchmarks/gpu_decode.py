@@ -39,8 +39,10 @@ from optc.runtime.sessions.cuda import CudaSession
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {},
-    "int8": {"quant": "int8"},
-    "int4": {"quant": "rtn", "bits": 4, "group_size": 128},
+    "int8": {"quant": "int8", "head_bits": 16},
+    "int4": {"quant": "rtn", "bits": 4, "group_size": 128, "head_bits": 16},
+    "int8-head8": {"quant": "int8", "head_bits": 8},
+    "int4-head8": {"quant": "rtn", "bits": 4, "group_size": 128, "head_bits": 8},
 }
 CONTEXTS = (128, 4096, 1024)
 PROFILED = 8

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,27 @@ from torch import Tensor
 import optc
 from optc.compiler.ir.devices import to_device
 from optc.compiler.pipeline.pipeline import Pipeline
+from optc.compiler.rewriting.passes import Pass
 from optc.optimizing import Optimized
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.rotary import FuseRotary
+from optc.passes.quantization.head import QuantizeHead
 from optc.passes.quantization.rtn import QuantizeRtn
 from optc.runtime.measuring.evaluate import evaluate
 
 GROUP = 64
-VARIANTS: dict[str, tuple[dict[str, Any], QuantizeRtn | None]] = {
-    "bf16": ({}, None),
-    "int8": ({"quant": "int8"}, QuantizeRtn(bits=8, group_size=0)),
-    "int4": ({"quant": "rtn", "bits": 4, "group_size": GROUP}, QuantizeRtn(bits=4, group_size=GROUP)),
+_INT4 = {"quant": "rtn", "bits": 4, "group_size": GROUP}
+VARIANTS: dict[str, tuple[dict[str, Any], tuple[Pass, ...]]] = {
+    "bf16": ({}, ()),
+    "int8": ({"quant": "int8", "head_bits": 16}, (QuantizeRtn(bits=8, group_size=0),)),
+    "int4": ({**_INT4, "head_bits": 16}, (QuantizeRtn(bits=4, group_size=GROUP),)),
+    "int4-head8": (_INT4, (QuantizeRtn(bits=4, group_size=GROUP), QuantizeHead(group_size=0))),
+    "int4-head4": (
+        {**_INT4, "head_bits": 4},
+        (QuantizeRtn(bits=4, group_size=GROUP), QuantizeHead(bits=4, group_size=GROUP)),
+    ),
 }
+"""Options of a compile, and the passes that round in the reference of its numbers."""
 Reference = Callable[[list[int]], Tensor]
 DEVICE = torch.device("cuda", 0)
 
@@ -56,10 +65,10 @@ def transformers_reference(model: Path) -> Reference:
     return run
 
 
-def program_reference(model: Path, quantize: QuantizeRtn) -> Reference:
+def program_reference(model: Path, rounding: Sequence[Pass]) -> Reference:
     """The captured program after quantization, in bf16."""
     program = to_device(optc.capture(model, dtype="bf16"), DEVICE)
-    program = Pipeline([FuseNorm(), FuseRotary(), quantize]).run(program).program
+    program = Pipeline([FuseNorm(), FuseRotary(), *rounding]).run(program).program
 
     def run(tokens: list[int]) -> Tensor:
         places = torch.arange(len(tokens), device=DEVICE)
@@ -88,9 +97,9 @@ def tokens_beside(ours: list[int], prompt: list[int], reference: Reference) -> d
 
 def run_variant(model: Path, name: str, text: list[int], given: argparse.Namespace) -> dict[str, Any]:
     """Tokens on prompts, and perplexity on windows, of one variant."""
-    options, quantize = VARIANTS[name]
+    options, rounding = VARIANTS[name]
     compiled: Optimized = optc.optimize(model, dtype="bf16", **options)
-    reference = transformers_reference(model) if quantize is None else program_reference(model, quantize)
+    reference = program_reference(model, rounding) if rounding else transformers_reference(model)
     step = len(text) // (given.prompts + 1)
     prompts = [text[i * step : i * step + 16 + i] for i in range(1, given.prompts + 1)]
     alone = [compiled.generate(row, max_new_tokens=given.tokens, ignore_eos=True).tokens for row in prompts]

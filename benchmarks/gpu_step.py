@@ -199,7 +199,7 @@ def tune(variant: str, given: argparse.Namespace, ceiling: float, choice: Choice
 def main() -> None:
     """Tune what was asked for, print and record it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="+", choices=list(VARIANTS))
+    parser.add_argument("variants", nargs="+", choices=list(FORMATS))
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--few", action="store_true", help="three candidates of each")
     parser.add_argument("--parts", nargs="*", default=["linears", "attention"], choices=["linears", "attention"])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.target.options import CompileOptions
+from optc.compiler.target.options import CompileOptions, TargetOptions
 from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.inductor.cuda import LEGAL, export_cuda
 from optc.passes.fusion.decode import FuseDecode
@@ -13,15 +17,31 @@ from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.passes.kv_cache.select_logits import SelectLogits
 from optc.passes.legalization.cuda import LegalizeCuda
-from optc.targets.methods import WEIGHT_ONLY, quantization_steps
+from optc.targets.methods import WEIGHT_ONLY, head_steps, quantization_steps
 
 BLOCK_SIZE = 64
 """Tokens per block of the KV pool: what attention reads at a time."""
 _BITS = (4, 8)
 
 
+class CudaOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of the target inductor-cuda."""
+
+    head_bits: (
+        Annotated[
+            Literal[4, 8, 16],
+            Meta(
+                description="Bits of the embedding and the head, which share one tensor where the model ties them; "
+                "16 leaves them in the compute type.",
+                extra={"default": "8 with --quant, else 16"},
+            ),
+        ]
+        | None
+    ) = None
+
+
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
-    """fuse norms and rotations -> [quantize] -> page -> select logits -> merge -> fuse-decode -> legalize.
+    """fuse norms and rotations -> [quantize] -> [quantize-head] -> page -> select logits -> merge -> fuse-decode -> legalize.
 
     Raises:
         TargetError: the model is no decoder.
@@ -35,6 +55,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
         Step(FuseNorm(), optional=True),
         Step(FuseRotary(), optional=True),
         *quantization_steps(options.quantization, choices=_BITS),
+        *head_steps(options.quantization, options.of(CudaOptions).head_bits, rows_at_8=True),
         Step(PageKVCache(block_size=BLOCK_SIZE)),
         Step(SelectLogits(), optional=True),
         Step(MergeProjections(), optional=True),
@@ -62,6 +83,7 @@ TARGET = Target(
     legal=LEGAL,
     recipe=recipe,
     export=export_cuda,
+    options=CudaOptions,
     lacks={
         "smoothquant": "its products take activations of 16 bits",
         "llm-int8": "its products take activations of 16 bits",

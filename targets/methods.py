@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from optc.compiler.diagnostics import UsageError, unknown_name
 from optc.compiler.formats.integer import BITS
@@ -16,6 +16,7 @@ from optc.passes.quantization.auto import QuantizeAuto
 from optc.passes.quantization.clip import QuantizeClip
 from optc.passes.quantization.fp8 import QuantizeFp8
 from optc.passes.quantization.gptq import QuantizeGptq
+from optc.passes.quantization.head import GROUP_SIZES, QuantizeHead
 from optc.passes.quantization.inputs import QuantizeInputs
 from optc.passes.quantization.llm_int8 import QuantizeLlmInt8
 from optc.passes.quantization.nf4 import QuantizeNf4
@@ -207,6 +208,25 @@ def quantization_steps(
     passes = [item for item in passes if rotations or not isinstance(item, RotateInputs)]
     passes = [replace(item, choices=tuple(choices)) if isinstance(item, QuantizeAuto) else item for item in passes]
     return [Step(item, optional=not item.lossy) for item in passes]
+
+
+def head_steps(
+    chosen: Quantization | None, asked: Literal[4, 8, 16, 32] | None, *, rows_at_8: bool = False
+) -> list[Step]:
+    """The step that rounds the embedding and the head, as the linears are rounded; none where they stay as they are.
+
+    Args:
+        chosen: how the linears are quantized.
+        asked: bits, of which 16 and 32 are the compute type. None: 8 where the linears are quantized.
+        rows_at_8: codes of 8 bits have a scale for each row, whatever the groups of the linears.
+    """
+    bits = asked or (32 if chosen is None else 8)
+    if bits == 16 or bits == 32:
+        return []
+    form: dict[str, Any] = {} if chosen is None else {"symmetric": chosen.symmetric, "ignore": chosen.ignore}
+    size = None if chosen is None else chosen.group_size
+    size = 0 if rows_at_8 and bits == 8 else size or GROUP_SIZES[0]
+    return [Step(QuantizeHead(bits=bits, group_size=size, **form), optional=True)]
 
 
 def stored_scales(options: CompileOptions) -> list[Step]:

@@ -18,8 +18,7 @@ from optc.passes.kv_cache.codes import StoreKVCodes, rounds_keys_and_values
 from optc.passes.kv_cache.static import StaticKVCache
 from optc.passes.legalization.ort import LegalizeOrt
 from optc.passes.legalization.round_activations import RoundActivations
-from optc.passes.quantization.head import GROUP_SIZES, QuantizeHead
-from optc.targets.methods import WEIGHT_ONLY, quantization_steps, stored_scales
+from optc.targets.methods import WEIGHT_ONLY, head_steps, quantization_steps, stored_scales
 
 
 class OnnxOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,19 +41,6 @@ class OnnxOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_field
     ) = None
 
 
-def _head(options: CompileOptions) -> list[Step]:
-    """The step that rounds embedding and head: as the linears are rounded, in groups that the kernels have."""
-    chosen = options.quantization
-    bits = options.of(OnnxOptions).head_bits or (32 if chosen is None else 8)
-    if bits == 32:
-        return []
-    if chosen is None:
-        return [Step(QuantizeHead(bits=bits), optional=True)]
-    size = chosen.group_size or GROUP_SIZES[0]
-    rewrite = QuantizeHead(bits=bits, group_size=size, symmetric=chosen.symmetric, ignore=chosen.ignore)
-    return [Step(rewrite, optional=True)]
-
-
 def _recipe(kind: str, options: CompileOptions) -> list[Step]:
     steps = [
         Step(FuseAttention(), optional=True),
@@ -62,7 +48,7 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
         Step(FuseNorm(), optional=True),
     ]
     steps += quantization_steps(options.quantization, choices=(2, 4, 8))
-    steps += _head(options)
+    steps += head_steps(options.quantization, options.of(OnnxOptions).head_bits)
     steps += stored_scales(options)
     if kind == "decoder":
         # Of a model whose keys and values are rounded (a folder with a kv_cache_scheme) the caches hold the codes.

@@ -37,7 +37,7 @@ PENALIZED = [
 def compiled(family: str = "llama") -> Program:
     """A tiny model after the target's recipe, on the CPU."""
     program = stirred(family)
-    for step in TARGET.recipe("decoder", CompileOptions(dtype="fp32")):
+    for step in TARGET.recipe("decoder", CompileOptions(dtype="fp32", own=TARGET.options())):
         program = step.rewrite.run(program, PassContext()).program
     return program
 

@@ -117,6 +117,10 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         (_f(2, K), *pack_integer(_u(16, N, K), SCALE, _u(15, N, 2), 4), _f(K), None, _f(N), _f(2, N // 2)),
         {"norm": "rms", "eps": 1e-6, "activation": "silu", "gated": True, "format": "int4", "group_size": 16},
     ),
+    "packed_embedding": (
+        (*pack_integer(_u(16, N, K), SCALE, _u(15, N, 2), 4), torch.tensor([[1, 0, 2]])),
+        {"format": "int4", "group_size": 16},
+    ),
     "choose_experts": ((_f(2, 5),), {"slots": 2, "normalized": True}),
     "fused_experts": (
         (_f(2, K), _f(3, 2 * N, K), _f(3, K, N), torch.tensor([[0, 2], [1, 0]]), _f(2, 2), _f(2, K)),

@@ -21,8 +21,10 @@ from optc.compiler.kernels.cuda.linear.configurations import Gemv, Product, gemv
 from optc.compiler.kernels.cuda.linear.gemv_integer import gemv_integer
 from optc.compiler.kernels.cuda.linear.launch import WORDS_PER_WARP
 from optc.compiler.kernels.cuda.linear.product_integer import product_integer
+from optc.compiler.kernels.cuda.lookup.rows import packed_embedding
 from optc.compiler.kernels.cuda.norm.launch import warps_for
 from optc.compiler.kernels.cuda.norm.rows import fused_norm
+from optc.compiler.kernels.cuda.packed_embedding import MOST_COLUMNS as LOOKUP_COLUMNS
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 
@@ -77,7 +79,13 @@ def main() -> None:
         {"K": MOST_COLUMNS, "BLOCK": MOST_COLUMNS, "NORM": "layer", "PDL": True},
         warps_for(MOST_COLUMNS),
     )
-    print(json.dumps({"gemv": one, "product": few, "norm": norm}))
+    table = {"tokens": "*i64", "y": "*bf16", "scale": "*bf16", "rows": "i32", "token_stride": "i32"}
+    sizes = {"K": LOOKUP_COLUMNS, "BLOCK": LOOKUP_COLUMNS, "PDL": True}
+    warps = warps_for(LOOKUP_COLUMNS)
+    bytes_ = compiled(packed_embedding, table | {"weight": "*i8"}, sizes | {"GROUP": LOOKUP_COLUMNS, "BITS": 8}, warps)
+    types = table | {"weight": "*u8", "zero": "*i8"}
+    nibbles = compiled(packed_embedding, types, sizes | {"GROUP": 128, "BITS": 4}, warps)
+    print(json.dumps({"gemv": one, "product": few, "norm": norm, "bytes": bytes_, "nibbles": nibbles}))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     where(condition, x, number)  ->  masked_fill(x, ~condition, number)
 
-What is left of the dialect has a kernel (compiler/kernels/cuda): `optc.fused_linear`, over packed codes where weights are
-quantized (see passes/legalization/cuda_linears.py), and paged attention. What no kernel takes becomes ATen. A call of ATen
+What is left of the dialect has a kernel (compiler/kernels/cuda): `optc.fused_linear` and `optc.packed_embedding`, over packed
+codes where weights are quantized (see passes/legalization/cuda_linears.py), and paged attention. What no kernel takes becomes ATen. A call of ATen
 that copies a number from the host cannot be captured in a CUDA graph, and is spelled differently.
 """
 
@@ -21,7 +21,7 @@ from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import insert_call, replace_call
 from optc.compiler.rewriting.passes import Match, Pass, PassContext, PassResult, Rule, apply_rules
 from optc.passes.legalization.by_kernels import legalize
-from optc.passes.legalization.cuda_linears import PackedLinear
+from optc.passes.legalization.cuda_linears import PackedLinear, PackedLookup, PackedWeights
 
 aten = torch.ops.aten
 
@@ -36,8 +36,8 @@ class LegalizeCuda(Pass):
     name: ClassVar[str] = "legalize-cuda"
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        filled = apply_rules(program, [_FillWhere()])
-        result = legalize(filled.program, "cuda", [PackedLinear()])
+        filled, weights = apply_rules(program, [_FillWhere()]), PackedWeights()
+        result = legalize(filled.program, "cuda", [PackedLinear(weights), PackedLookup(weights)])
         matched, candidates = filled.matched + result.matched, filled.candidates + result.candidates
         paged = result.program.contract.kv_cache.kind == "paged"
         notes = (*result.notes, str(decode_launches(result.program))) if paged else result.notes

@@ -1,7 +1,8 @@
-"""Quantized weights of fused linears, packed as the CUDA kernels read them.
+"""Quantized weights of fused linears and of lookups, packed as the CUDA kernels read them.
 
 fused_linear(x, dequantize(codes, scale, zero), ...)      ->  fused_linear(x, packed, scale, zero, ..., format="int4")
 fused_linear(x, dequantize_float(codes, scale), ...)      ->  the same, format="fp8"
+embedding(dequantize(codes, scale, zero), ids)            ->  packed_embedding(packed, scale, zero, ids, format="int8")
 """
 
 from __future__ import annotations
@@ -20,42 +21,32 @@ from optc.compiler.ops.packed.cuda import PackedWeight, pack_float, pack_integer
 from optc.compiler.rewriting.passes import Match, Miss, Rule
 from optc.compiler.rewriting.weights import record_weight
 
-optc = torch.ops.optc
-_FUSED, _INTEGERS, _FLOATS = optc.fused_linear.default, optc.dequantize.default, optc.dequantize_float.default
+aten, optc = torch.ops.aten, torch.ops.optc
+_FUSED, _LOOKUP = optc.fused_linear.default, optc.packed_embedding.default
+_INTEGERS, _FLOATS = optc.dequantize.default, optc.dequantize_float.default
 _FORMATS = {4: "int4", 8: "int8"}
 
 
-class PackedLinear(Rule):
-    """fused_linear(x, dequantize...(codes, scale, ...)) -> fused_linear over packed codes"""
+class PackedWeights:
+    """The weights that were packed so far, by the call that dequantizes them: a table that is the head's weight too is
+    packed once."""
 
     def __init__(self) -> None:
         self._made: dict[Node, PackedWeight] = {}
         self._placed: dict[Node, tuple[Node | None, ...]] = {}
 
-    def match(self, program: Program, node: Node) -> Match | Miss | None:
-        if node.target is not _FUSED:
-            return None
-        weight = call_of(node.args[1], _INTEGERS) or call_of(node.args[1], _FLOATS)
-        if weight is None:
-            return None
-        bits = 8 if weight.target is _FLOATS else int(weight.kwargs["bits"])
+    def format(self, program: Program, weight: Node) -> str | Miss:
+        """The format that a weight is packed in, or why it is not."""
+        bits = int(weight.kwargs.get("bits", 8))
         format = "fp8" if weight.target is _FLOATS else _FORMATS.get(bits)
         if format is None:
-            return Miss(node.name, f"weights of {bits} bits have no packed product (4 and 8 have)")
+            return Miss(weight.name, f"weights of {bits} bits have no packed product (4 and 8 have)")
         if any(program.weight_of(item) is None for item in weight.all_input_nodes):
-            return Miss(node.name, "its codes or scales are computed")
-        packed = self._packed(program, weight, bits)
-        knobs = {**node.kwargs, "format": format, "group_size": int(weight.kwargs["group_size"])}
-        reason = _refusal(node, packed, knobs)
-        return Match(node, {"weight": weight, "knobs": knobs}) if reason is None else Miss(node.name, reason)
+            return Miss(weight.name, "its codes or scales are computed")
+        return format
 
-    def rewrite(self, program: Program, match: Match) -> None:
-        node, weight = match.node, match.found["weight"]
-        if weight not in self._placed:
-            self._placed[weight] = _place(program, weight, self._made.pop(weight))
-        replace_call(program, node, _FUSED, (node.args[0], *self._placed[weight], *node.args[4:]), match.found["knobs"])
-
-    def _packed(self, program: Program, weight: Node, bits: int) -> PackedWeight:
+    def packed(self, program: Program, weight: Node) -> PackedWeight:
+        """The tensors, before or after they have a place in the program."""
         if weight in self._placed:
             packed, scale, zero = self._placed[weight]
             assert packed is not None
@@ -66,8 +57,62 @@ class PackedLinear(Rule):
             if weight.target is _FLOATS:
                 self._made[weight] = pack_float(codes, scale)
             else:
-                self._made[weight] = pack_integer(codes, scale, rest[0] if rest else None, bits)
+                self._made[weight] = pack_integer(codes, scale, rest[0] if rest else None, int(weight.kwargs["bits"]))
         return self._made[weight]
+
+    def place(self, program: Program, weight: Node) -> tuple[Node | None, ...]:
+        """The tensors as weights of the program; None where there is no zero point."""
+        if weight not in self._placed:
+            self._placed[weight] = _place(program, weight, self._made.pop(weight))
+        return self._placed[weight]
+
+
+class PackedLinear(Rule):
+    """fused_linear(x, dequantize...(codes, scale, ...)) -> fused_linear over packed codes"""
+
+    def __init__(self, weights: PackedWeights) -> None:
+        self._weights = weights
+
+    def match(self, program: Program, node: Node) -> Match | Miss | None:
+        if node.target is not _FUSED:
+            return None
+        weight = call_of(node.args[1], _INTEGERS) or call_of(node.args[1], _FLOATS)
+        if weight is None:
+            return None
+        format = self._weights.format(program, weight)
+        if isinstance(format, Miss):
+            return Miss(node.name, format.reason)
+        knobs = {**node.kwargs, "format": format, "group_size": int(weight.kwargs["group_size"])}
+        args = (node.args[0], *self._weights.packed(program, weight), *node.args[4:])
+        reason = _refusal(_FUSED, args, knobs)
+        return Match(node, {"weight": weight, "knobs": knobs}) if reason is None else Miss(node.name, reason)
+
+    def rewrite(self, program: Program, match: Match) -> None:
+        node, placed = match.node, self._weights.place(program, match.found["weight"])
+        replace_call(program, node, _FUSED, (node.args[0], *placed, *node.args[4:]), match.found["knobs"])
+
+
+class PackedLookup(Rule):
+    """embedding(dequantize(codes, scale, zero), ids) -> packed_embedding"""
+
+    def __init__(self, weights: PackedWeights) -> None:
+        self._weights = weights
+
+    def match(self, program: Program, node: Node) -> Match | Miss | None:
+        source = call_of(node, aten.embedding.default)
+        weight = call_of(source.args[0], _INTEGERS) if source is not None else None
+        if weight is None:
+            return None
+        format = self._weights.format(program, weight)
+        if isinstance(format, Miss):
+            return Miss(node.name, format.reason)
+        knobs = {"format": format, "group_size": int(weight.kwargs["group_size"])}
+        reason = _refusal(_LOOKUP, (*self._weights.packed(program, weight), node.args[1]), knobs)
+        return Match(node, {"weight": weight, "knobs": knobs}) if reason is None else Miss(node.name, reason)
+
+    def rewrite(self, program: Program, match: Match) -> None:
+        node, placed = match.node, self._weights.place(program, match.found["weight"])
+        replace_call(program, node, _LOOKUP, (*placed, node.args[1]), match.found["knobs"])
 
 
 def _tensor(program: Program, item: Any) -> Any:
@@ -75,13 +120,12 @@ def _tensor(program: Program, item: Any) -> Any:
     return None if name is None else program.weight(name).detach()
 
 
-def _refusal(node: Node, packed: PackedWeight, knobs: dict[str, Any]) -> str | None:
-    """Why the kernel would not take the packed call, or None."""
-    kernel = find_kernel(_FUSED, "cuda")
+def _refusal(op: Any, args: tuple[Any, ...], knobs: dict[str, Any]) -> str | None:
+    """Why the kernel would not take a packed call, or None."""
+    kernel = find_kernel(op, "cuda")
     if kernel is None:
         return "there is no kernel for packed weights"
-    args = [value_of(item) if isinstance(item, Node) else item for item in node.args]
-    return kernel.accepts((args[0], *packed, *args[4:]), knobs)
+    return kernel.accepts([value_of(item) if isinstance(item, Node) else item for item in args], knobs)
 
 
 def _place(program: Program, weight: Node, packed: PackedWeight) -> tuple[Node | None, ...]:

@@ -40,15 +40,19 @@ def test_what_is_written() -> None:
         "fuse-norm": 9,
         "fuse-rotary": 8,
         "quantize-rtn": 28,
+        "quantize-head": 2,
         "page-kv-cache": 4,
         "select-logits": 1,
         "merge-projections": 8,
         "fuse-decode": 21,
-        "legalize-cuda": 16,
+        "legalize-cuda": 17,
     }
     program = Program.load(folder)
     formats = [node.kwargs.get("format") for node in program.calls(torch.ops.optc.fused_linear.default)]
-    assert sorted(map(str, formats)) == ["None"] + ["int4"] * 16
+    assert sorted(map(str, formats)) == ["int4"] * 16 + ["int8"]
+    (lookup,) = program.calls(torch.ops.optc.packed_embedding.default)
+    (head,) = (node for node in program.calls(torch.ops.optc.fused_linear.default) if node.kwargs["format"] == "int8")
+    assert lookup.args[:2] == head.args[1:3], "a tied table is stored once"
     assert (folder / "tokenizer.json").is_file()
 
 

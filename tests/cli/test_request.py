@@ -261,7 +261,7 @@ def wrong_values(field: Field) -> list[Any]:
     if field.kind is str:
         return [4, True, ["a"], {"a": 1}, "a\0b"]
     if field.choices:
-        return ["nope", 16, True, [field.choices[0]]]
+        return ["nope", 17, True, [field.choices[0]]]
     if field.name == "passes":
         return [
             4,

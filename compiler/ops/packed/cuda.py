@@ -1,7 +1,7 @@
 """Linears as the CUDA kernels (compiler/kernels/cuda) compute them: norm before, activation and residual behind.
 
-`fused_linear`, and `fused_norm` for what needs whole rows, are made by the passes of the CUDA target only. Packed
-weights keep rows of W as rows:
+`fused_linear`, `fused_norm` for what needs whole rows, and `packed_embedding` for rows of a packed table are made by the
+passes of the CUDA target only. Packed weights keep rows of W as rows:
 
     int8    int8 [N, K]      code - 128
     int4    uint8 [N, K/2]   byte j of a block of 32 columns holds column j in its low nibble and column j + 16 in its
@@ -188,4 +188,34 @@ define(
     _fused_norm,
     _fused_norm_fake,
     aten=_fused_norm,
+)
+
+
+def _packed_embedding(
+    weight: Tensor, scale: Tensor, zero: Tensor | None, indices: Tensor, *, format: str, group_size: int
+) -> Tensor:
+    """Rows [..., K] of a packed weight that `fused_linear` takes in the same form, in scale's type.
+
+    Args:
+        indices: int64 [...]. format: "int8" or "int4". The others as `fused_linear` has them.
+    """
+    rows = indices.flatten()
+    points = None if zero is None else zero[rows]
+    values = dequantize_packed(
+        weight[rows], scale[rows], points, format=format, group_size=group_size, dtype=scale.dtype
+    )
+    return values.reshape(*indices.shape, values.shape[1])
+
+
+def _packed_embedding_fake(
+    weight: Tensor, scale: Tensor, _zero: Tensor | None, indices: Tensor, *, format: str, **_: object
+) -> Tensor:
+    return scale.new_empty((*indices.shape, weight.shape[1] * (2 if format == "int4" else 1)))
+
+
+define(
+    "packed_embedding(Tensor weight, Tensor scale, Tensor? zero, Tensor indices, *, str format, int group_size) -> Tensor",
+    _packed_embedding,
+    _packed_embedding_fake,
+    aten=_packed_embedding,
 )

@@ -49,11 +49,12 @@ def add_flags(command: F, flags: Iterable[Callable[[F], F]]) -> F:
     return functools.reduce(lambda made, item: item(made), reversed(list(flags)), command)
 
 
-def flag(field: Field, text: str | None = None) -> Any:
+def flag(field: Field, text: str | None = None, choices: Iterable[str] = ()) -> Any:
     """The click option of a field. Values stay text: `Field.read` checks those of recipes in the same way.
 
     Args:
         text: the help, where it is not the field's own with its default.
+        choices: all that the flag takes, where that is not what the field takes.
     """
     default = f"  [default: {field.default_text}]" if field.default_text else ""
     text = field.help + default if text is None else text
@@ -63,7 +64,7 @@ def flag(field: Field, text: str | None = None) -> Any:
         if negation:
             return click.option(f"--{field.key}/--{negation}", field.name, default=None, help=text)
         return click.option(*names, field.name, is_flag=True, default=None, help=text)
-    metavar = field.extra.get("metavar") or "|".join(field.choices) or _METAVARS.get(field.kind, "TEXT")
+    metavar = field.extra.get("metavar") or "|".join(choices or field.choices) or _METAVARS.get(field.kind, "TEXT")
     return click.option(
         *names,
         field.name,

@@ -57,7 +57,12 @@ def option_help(rows: Iterable[tuple[Any, Field]]) -> str:
 def _target_flags(target: str | None) -> list[Any]:
     if target is not None:
         return [flag(field) for field in fields_of(find_target(target).options).values()]
-    return [flag(rows[0][1], option_help(rows)) for rows in target_fields().values()]
+    return [flag(rows[0][1], option_help(rows), _choices(rows)) for rows in target_fields().values()]
+
+
+def _choices(rows: Iterable[tuple[Any, Field]]) -> Iterable[str]:
+    """What an option takes that several targets have: each target checks its own part of it."""
+    return dict.fromkeys(choice for _, field in rows for choice in field.choices)
 
 
 def merge_recipe(flags: dict[str, Any]) -> dict[str, Given]:

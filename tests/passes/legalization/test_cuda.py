@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from chosen import chosen
 from rewrites import rewritten, stirred
 from stages import apply, largest, sequences
 
@@ -17,10 +20,11 @@ from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.passes.legalization.cuda import LegalizeCuda
+from optc.passes.quantization.head import QuantizeHead
 from optc.passes.quantization.rtn import QuantizeRtn
 from optc.targets.inductor_cuda import TARGET
 
-FUSED = torch.ops.optc.fused_linear.default
+FUSED, LOOKUP = torch.ops.optc.fused_linear.default, torch.ops.optc.packed_embedding.default
 
 
 def fused(name: str, quantize: Pass | None = None) -> Program:
@@ -70,3 +74,44 @@ def test_numbers_are_not_copied_from_the_host() -> None:
     assert not result.program.calls(where)
     rows = sequences(21, 5)
     assert largest(run_stage(program, rows).logits, run_stage(result.program, rows).logits) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric", "form"),
+    [(8, 0, True, ("int8", 0)), (4, 32, False, ("int4", 32)), (8, 32, True, ("int8", 32))],
+)
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_the_head_and_lookups_are_packed(
+    name: str, bits: Any, group: int, symmetric: bool, form: tuple[str, int]
+) -> None:
+    """Gemma's table is the head's weight too: one packed tensor, which both read."""
+    program = fused(name, QuantizeHead(bits=bits, group_size=group, symmetric=symmetric))
+    result = rewritten(LegalizeCuda(), program)
+    assert (result.matched, result.misses) == (1 if name == "gemma" else 2, ())
+    (lookup,) = result.program.calls(LOOKUP)
+    (head,) = (node for node in result.program.calls(FUSED) if node.kwargs.get("format"))
+    assert (lookup.kwargs["format"], lookup.kwargs["group_size"]) == form
+    assert (head.kwargs["format"], head.kwargs["group_size"]) == form
+    assert (lookup.args[:3] == head.args[1:4]) == (name == "gemma")
+    packed = [weight for weight, _ in result.program.weights() if weight.endswith("_packed")]
+    assert len(packed) == (1 if name == "gemma" else 2)
+    check_legal(result.program, TARGET)
+    rows = sequences(21, 9, 5)
+    one, other = (run_stage(item, rows).logits for item in (program, result.program))
+    assert largest(one, other) / max(float(row.abs().max()) for row in one) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        ({}, None),
+        ({"quant": "rtn", "group_size": 32}, (8, 0)),
+        ({"quant": "rtn", "group_size": 32, "head_bits": 4}, (4, 32)),
+        ({"quant": "int8", "head_bits": 16}, None),
+        ({"head_bits": 8}, (8, 0)),
+    ],
+)
+def test_what_is_asked_for(options: dict[str, Any], form: tuple[int, int] | None) -> None:
+    steps = TARGET.recipe("decoder", chosen("inductor-cuda", **options))
+    found = [step.rewrite for step in steps if isinstance(step.rewrite, QuantizeHead)]
+    assert [(step.bits, step.group_size) for step in found] == ([] if form is None else [form])
