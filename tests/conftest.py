@@ -1,7 +1,8 @@
-"""Threads of a run, where the example model and, when present, the larger reference models are, why tests skip."""
+"""Threads and order of a run, where the example model and the larger reference models are, why tests skip."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,10 @@ GIVEN_THREADS = os.environ.setdefault("OPTC_TESTS_THREADS", os.environ.get("OMP_
 THREADS = int(GIVEN_THREADS.split(",")[0] or (1 if "PYTEST_XDIST_WORKER" in os.environ else 2))
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
+# Tracing makes so many objects that Python's collector takes a sixth of the time to find next to nothing.
+gc.set_threshold(100_000, 10, 10)
+
+import hypothesis  # noqa: E402
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -27,6 +32,9 @@ if not torch.cuda.is_available():  # triton reads it when it is imported, and to
 torch.set_num_threads(THREADS)
 # Engines ask for the number of cores; threads that wait for each other compute, too.
 psutil.cpu_count = lambda logical=True: THREADS
+# The same examples in every run; `--hypothesis-profile default` looks for others.
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 def shared_path(*parts: str) -> Path:
@@ -35,6 +43,24 @@ def shared_path(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs ../shared/{'/'.join(parts)}, which stands only where the project is developed")
     return path
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers take files in the order of `pytest_collection_modifyitems`, not by their numbers of tests."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In a worker, files with slow tests come first, so that no worker waits for one of them at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """What all tests import lives as long as the process: the collector need not go through it again."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -29,7 +29,8 @@ def quantize_groups(
     [min(w, 0), max(w, 0)] over all 2^bits codes, with an integer zero point, so that 0 is exact.
     The scale is rounded to the weight's dtype before the codes are chosen: a weight is then off by at most
     scale / 2. Asymmetric, all steps together may fall short of the range by the rounding of the scale, and a weight at
-    an end is off by up to (2^bits - 1) * eps / 2 steps more: 0.12 steps in float16 and 1.0 in bfloat16 at 8 bits.
+    an end is off by up to (2^bits - 1) * eps / 2 steps more: 0.12 steps in float16 and 1.0 in bfloat16 at 8 bits;
+    by up to half a step where the scale is one of float16's subnormals.
 
     Args:
         weight: floating [N, K], finite; K a multiple of `group_size`.

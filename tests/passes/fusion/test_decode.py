@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
 import pytest
@@ -64,8 +65,9 @@ STEPS = {"gemma": 1, "gemma2": 4, "gemma3": 1, "granite": 2, "gpt2": 2, "opt": 3
 factor or cap on the logits, embeddings of positions."""
 
 
+@functools.cache
 def paged(name: str, dtype: torch.dtype = torch.float32, quantize: QuantizeRtn | None = None) -> Program:
-    """A family as fuse-decode finds it."""
+    """A family as fuse-decode finds it; read-only."""
     program = stirred(name, dtype)
     quantization = [] if quantize is None else [quantize]
     for rewrite in (FuseNorm(), FuseRotary(), *quantization, PageKVCache(), SelectLogits(), MergeProjections()):

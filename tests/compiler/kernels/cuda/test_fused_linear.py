@@ -49,7 +49,7 @@ class Case:
     group_size: int = 0
     asymmetric: bool = False
     tokens: int = 1
-    n: int = 5
+    n: int = 3
     columns: int = 256
     norm: str = ""
     activation: str = ""
@@ -144,8 +144,8 @@ GEMV_TILES = {
 )
 @pytest.mark.parametrize("name", ["floats", "int4 g128, zero points"])
 def test_gemv_options(name: str, option: str, tiles: str, dtype: torch.dtype) -> None:
-    columns = 256 if tiles == "one tile" else 9 * 128
-    linear = Case(*FORMATS[name], **OPTIONS[option], columns=columns, dtype=dtype).linear()
+    tokens, columns = (1, 256) if tiles == "one tile" else (2, 9 * 128)
+    linear = Case(*FORMATS[name], **OPTIONS[option], tokens=tokens, columns=columns, dtype=dtype).linear()
     check(launch.gemv(linear, GEMV_TILES[tiles]), linear)
 
 
@@ -153,12 +153,10 @@ def test_gemv_options(name: str, option: str, tiles: str, dtype: torch.dtype) ->
 @pytest.mark.parametrize("tiles", GEMV_TILES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_gemv_formats(name: str, tiles: str, dtype: torch.dtype) -> None:
-    """Two tokens, a last tile that is not full in either direction."""
-    columns = 256 if tiles == "one tile" else 9 * 128
-    case = Case(
-        *FORMATS[name], columns=columns, tokens=2, norm="rms", activation="silu", gated=True, residual=True, dtype=dtype
-    )
-    linear = case.linear()
+    """Two tokens, or a token in several tiles; a last tile that is not full in either direction."""
+    tokens, columns = (2, 256) if tiles == "one tile" else (1, 9 * 128)
+    options = {"norm": "rms", "activation": "silu", "gated": True, "residual": True}
+    linear = Case(*FORMATS[name], **options, tokens=tokens, columns=columns, dtype=dtype).linear()
     check(launch.gemv(linear, GEMV_TILES[tiles]), linear, EXACT if columns == 256 else 2 * EXACT)
 
 
@@ -231,7 +229,7 @@ def test_every_number_of_tokens(name: str, tokens: int, dtype: torch.dtype) -> N
 def test_no_tokens() -> None:
     linear = Case().linear()
     args, keywords = knobs(linear)
-    assert launch.fused_linear(linear.x[:0], *args[1:], **keywords).shape == (0, 5)
+    assert launch.fused_linear(linear.x[:0], *args[1:], **keywords).shape == (0, 3)
 
 
 @pytest.mark.parametrize(
