@@ -100,7 +100,8 @@ class OpenedRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         tokens: fed; 0 for the inputs of a plain module.
         max_abs_diff: of the outputs. scale: largest magnitude of the last stage's outputs.
         relative: L2 norm of the difference over that of the last stage's outputs. limit: what it was held to;
-            None where each output and cache was held to the largest difference of its type.
+            None where each output and cache was held to the largest difference of its type, or where the user took the
+            limit away (`Manifest.limits`).
         kl, top1: of the distributions, where the outputs are one.
         seconds: to open, run and compare.
     """
@@ -157,6 +158,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         dtype: compute type.
         capture: how the captured program was held to the model's own forward.
         opened: what the written file computed in its engine.
+        limits: of the numerics gate, as the user gave them, by flag ("unlimited": JSON has no infinity); for the others
+            the passes' own budgets hold.
         files: every file of the folder but this one, by path; filled by `artifact.finish`.
         weight_bytes: size of the weights as stored.
         quantization: summary (method, bits, group_size, symmetric, linears); empty without.
@@ -177,6 +180,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     files: tuple[FileEntry, ...] = ()
     capture: CaptureProof | None = None
     opened: OpenedRecord | None = None
+    limits: dict[str, float | Literal["unlimited"]] = {}
     passes: tuple[PassRecord, ...]
     weight_bytes: _Count
     quantization: dict[str, Any]

@@ -28,11 +28,11 @@ from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions, PipelineR
 from optc.compiler.pipeline.quantization_summary import quantized_linears, summarize
 from optc.compiler.pipeline.rerounding import rerounding
 from optc.compiler.rewriting.passes import PassContext
-from optc.compiler.target.target import ExportRequest, ExportResult, Target, check_context, check_legal
+from optc.compiler.target.target import ExportRequest, ExportResult, check_context, check_legal
 from optc.compiler.version import version
 from optc.exporters.reports.report import write_report
 from optc.opening import open_written
-from optc.request import GateRequest, Request, from_python
+from optc.request import GateRequest, Request, from_python, given_limits
 from optc.resolving import Resolved, recipe_steps, resolve, settled
 
 Progress = Callable[[int, str], None]
@@ -67,6 +67,7 @@ class CompileResult:
             "quantization": self.manifest.quantization,
             "capture": msgspec.to_builtins(self.manifest.capture),
             "opened": msgspec.to_builtins(self.manifest.opened),
+            "limits": self.manifest.limits,
             "passes": rows,
         }
 
@@ -251,7 +252,7 @@ def _write(
             (directory / "ir").mkdir()
             for stage in result.stages:
                 (directory / "ir" / stage.file_name).write_text(stage.text)
-        manifest = _manifest(target, result, exported, captured, seconds)
+        manifest = _manifest(resolved, result, exported, captured, seconds)
         opened = exported.opened or open_written(
             directory, manifest, result.program, exported.engine, captured.tokens, allowed
         )
@@ -263,13 +264,13 @@ def _write(
 
 
 def _manifest(
-    target: Target,
+    resolved: Resolved,
     result: PipelineResult,
     exported: ExportResult,
     captured: Captured,
     seconds: dict[str, float],
 ) -> Manifest:
-    program, info = result.program, captured.info
+    target, program, info = resolved.target, result.program, captured.info
     return Manifest(
         optc_version=version(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -281,6 +282,7 @@ def _manifest(
         dtype=str(compute_dtype(program)).removeprefix("torch."),
         source=_source(info) if info else Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""),
         capture=captured.proof,
+        limits=given_limits(resolved.request.gate),
         passes=result.records,
         weight_bytes=exported.weight_bytes,
         quantization=summarize(program.contract, quantized_linears(result.records), exported.tensor_bytes),

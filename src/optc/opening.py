@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -70,7 +71,7 @@ def open_written(
         max_abs_diff=drift.max_abs_diff,
         scale=drift.scale,
         relative=drift.relative,
-        limit=limit,
+        limit=limit if math.isfinite(limit) else None,
         kl=drift.kl,
         top1=drift.top1,
         seconds=round(time.perf_counter() - begin, 3),

@@ -6,9 +6,10 @@ them into the struct that has the field, with one kind of error.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -159,6 +160,13 @@ class GateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ) = None
     seed: Annotated[int, Meta(ge=0, le=2**31 - 1, description="Seed of the gate's random tokens.")] = 0
     allow_noop: Annotated[bool, Meta(description="Let a requested pass match nothing.")] = False
+
+
+def given_limits(asked: GateRequest) -> dict[str, float | Literal["unlimited"]]:
+    """The limits that a user gave, by flag; an infinite one is "unlimited"."""
+    names = ("max_kl", "max_perplexity_increase", "max_relative_error", "min_top1")
+    given = {name.replace("_", "-"): getattr(asked, name) for name in names}
+    return {name: value if math.isfinite(value) else "unlimited" for name, value in given.items() if value is not None}
 
 
 class RunRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

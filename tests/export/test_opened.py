@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers as hf
 from artifacts import make_manifest
+from command_line import optc as optc_command
 from families import FAMILIES, make_model
 from stages import tiny_decoder
 from torch import nn
@@ -24,6 +25,7 @@ from torch import nn
 import optc
 from optc import api, opening
 from optc.compiler.artifact.engines import Engine, find_engine
+from optc.compiler.artifact.folder import read_manifest
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.capture import capture_module
 from optc.compiler.diagnostics import GateError
@@ -77,6 +79,7 @@ def test_figures_are_recorded(tmp_path: Path) -> None:
     assert opened.relative is not None
     assert opened.relative < 1e-6
     assert opened.limit == 1e-4
+    assert result.manifest.limits == {}
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["opened"]["opened"] is True
     assert result.to_dict()["opened"]["engine"] == "onnxruntime"
     assert "opened in onnxruntime" in (tmp_path / "out" / "report.html").read_text()
@@ -100,6 +103,19 @@ def test_the_users_limit_widens_that_of_the_file(tmp_path: Path, monkeypatch: py
     assert opened.relative is not None
     assert opened.relative < 0.03  # 5e-7 where ONNX Runtime has a product of integers for the CPU
     assert opened.tokens == 11
+
+
+def test_a_limit_that_was_taken_away_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the manifest, by --json, `optc inspect` and the report; a limit that was not given is not there."""
+    result = _compile(_net(), tmp_path, max_relative_error=float("inf"), max_kl=1e9, min_top1=0)
+    limits = {"max-kl": 1e9, "min-top1": 0.0, "max-relative-error": "unlimited"}
+    assert result.to_dict()["limits"] == read_manifest(result.artifact).limits == limits
+    assert result.manifest.opened is not None
+    assert result.manifest.opened.limit is None
+    assert optc_command("inspect", result.artifact) == 0
+    text = "max-kl 1000000000.0, max-relative-error unlimited, min-top1 0.0"
+    assert f"limits given: {text}\n" in capsys.readouterr().out
+    assert f"Limits given: {text}." in (result.artifact / "report.html").read_text()
 
 
 @dataclass(frozen=True)

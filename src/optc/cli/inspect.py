@@ -128,6 +128,8 @@ def _show(manifest: dict[str, Any]) -> None:
         for line in (*row["notes"], *reasons(row["misses"])):
             click.echo(f"    {line}")
     worst = _worst(manifest)
+    if manifest["limits"]:
+        click.echo(f"limits given: {', '.join(f'{flag} {limit}' for flag, limit in manifest['limits'].items())}")
     click.echo(_opened(manifest["opened"]))
     if worst:
         click.echo("largest errors of quantized weights:")
