@@ -34,6 +34,7 @@ _aten, _optc = torch.ops.aten, torch.ops.optc
 CACHED = _optc.cached_attention.default
 CACHED_CODES = _optc.cached_attention_codes.default
 ROTARY = _optc.rotary.default
+_TURNS = (_aten.cos.default, _aten.sin.default)
 _MAX_POSITIONS = 1 << 18  # rows of cos and sin tables; with more, angles are computed
 
 
@@ -78,7 +79,7 @@ class _Attention(Rule):
     def __init__(self, positions: int) -> None:
         self.positions = positions
         self._lengths: dict[tuple[Node, str], Node] = {}
-        self._made: dict[tuple[str, float, torch.dtype], tuple[Node, ...]] = {}
+        self._made: dict[tuple[Node, float, torch.dtype], tuple[Node, ...]] = {}
 
     def match(self, program: Program, node: Node) -> Match | Miss | None:
         if node.target not in (CACHED, CACHED_CODES):
@@ -102,7 +103,7 @@ class _Attention(Rule):
         if coded:  # the kernel rounds by itself
             k, v = k.args[0], v.args[0]
         kernel = {"num_heads": int(value_of(q).shape[1]), "kv_num_heads": int(value_of(k).shape[1])}
-        tables, q, k, interleaved = self._rotary(program, q, k, past)
+        tables, q, k, interleaved = self._rotary(program, node, q, k, past)
         streams = self._streams(program, node, q, k, v)
         lengths = self._last_places(program, node, streams[0], past)
         window = int(node.kwargs["window"]) or -1
@@ -134,7 +135,9 @@ class _Attention(Rule):
             self._lengths[key] = insert_call(program, node, _aten.to.dtype, (last, torch.int32))
         return self._lengths[key]
 
-    def _rotary(self, program: Program, q: Node, k: Node, past: Any) -> tuple[tuple[Any, ...], Node, Node, bool]:
+    def _rotary(
+        self, program: Program, node: Node, q: Node, k: Node, past: Any
+    ) -> tuple[tuple[Any, ...], Node, Node, bool]:
         """Tables for the kernel's rotary embedding, and q and k before it; no tables: it stays outside."""
         first, second = call_of(peel(q), ROTARY), call_of(peel(k), ROTARY)
         outside = (None, None), q, k, False
@@ -146,23 +149,32 @@ class _Attention(Rule):
             return outside
         if not _counts_up_from(first.args[1], past):
             return outside
-        return self._tables(program, first), first.args[0], second.args[0], bool(first.kwargs["interleaved"])
+        return self._tables(program, node, first), first.args[0], second.args[0], bool(first.kwargs["interleaved"])
 
-    def _tables(self, program: Program, rotary: Node) -> tuple[Node, ...]:
-        """cos and sin [positions, R] as weights, made once per source of frequencies, scaling and type."""
-        name = program.weight_of(rotary.args[2])
-        assert name is not None, "rotary frequencies are a weight"
+    def _tables(self, program: Program, node: Node, rotary: Node) -> tuple[Node, ...]:
+        """cos and sin [positions, R], computed in front of `node` once per source of frequencies, scaling and type.
+
+        They depend on weights alone, so that ONNX Runtime computes them once, when it loads the model: as weights they
+        would be a tenth of a small file.
+        """
         scaling, dtype = float(rotary.kwargs["scaling"]), value_of(rotary).dtype
-        key = (name, scaling, dtype)
+        key = (rotary.args[2], scaling, dtype)
         if key not in self._made:
-            frequencies = program.weight(name).float()
-            angle = torch.arange(self.positions, device=frequencies.device).float()[:, None] * frequencies
-            number = sum(other == name for other, *_ in self._made) or ""
-            self._made[key] = tuple(
-                add_weight(program, f"{name}_{kind}{number}_cache", (table * scaling).to(dtype))
-                for kind, table in (("cos", torch.cos(angle)), ("sin", torch.sin(angle)))
-            )
+            frequencies = value_of(rotary.args[2])
+            options = {"dtype": torch.float32, "device": frequencies.device}
+            place = insert_call(program, node, _aten.arange.default, (self.positions,), options)
+            column = insert_call(program, node, _aten.unsqueeze.default, (place, 1))
+            angle = insert_call(program, node, _aten.mul.Tensor, (column, rotary.args[2]))
+            self._made[key] = tuple(self._table(program, node, target, angle, scaling, dtype) for target in _TURNS)
         return self._made[key]
+
+    def _table(
+        self, program: Program, node: Node, target: Any, angle: Node, scaling: float, dtype: torch.dtype
+    ) -> Node:
+        table = insert_call(program, node, target, (angle,))
+        if scaling != 1.0:
+            table = insert_call(program, node, _aten.mul.Tensor, (table, scaling))
+        return table if dtype is torch.float32 else insert_call(program, node, _aten.to.dtype, (table, dtype))
 
     def _streams(self, program: Program, node: Node, q: Node, k: Node, v: Node) -> tuple[Any, Any, Any]:
         flat = [flat_heads(program, node, x) for x in (q, k, v)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import bounds
+import onnx
+import onnxruntime
 import ort_driver
 import pytest
 import torch
@@ -86,6 +88,27 @@ def test_a_quantized_decoder(tmp_path: Path) -> None:
     for way, logits in schedules(session, program.contract, rows).items():
         worst = max(float((got - want).abs().max()) for got, want in zip(logits, expected, strict=True))
         assert worst <= 1e-4 * max(1.0, scale), f"{way}: {worst:.2e}"
+
+
+def test_rotary_tables_are_made_when_the_model_is_loaded(tmp_path: Path) -> None:
+    """Once, not in every step; right at the last of many positions too, whose angles are large."""
+    cls, config_cls, usual = FAMILIES["llama"]
+    positions = 1 << 17
+    model = cls(config_cls(**{**usual, "max_position_embeddings": positions})).eval().requires_grad_(False)
+    program, result = ort_driver.compiled(capture_model(model), tmp_path)
+    assert result.weight_bytes < 4 * positions  # a table would be 8 times as large
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 4, str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "optimized.onnx").graph
+    assert not {"Range", "Cos", "Sin"} & {node.op_type for node in graph.node}
+    tables = {item.name: item for item in graph.initializer if list(item.dims) == [positions, 8]}
+    names = next(node.input[7:9] for node in graph.node if node.op_type == "GroupQueryAttention")
+    (frequencies,) = (tensor for name, tensor in program.weights() if "rotary_emb" in name)
+    angle = (torch.arange(positions).float()[:, None] * frequencies).double()
+    for name, expected in zip(names, (angle.cos(), angle.sin()), strict=True):
+        found = torch.from_numpy(onnx.numpy_helper.to_array(tables[name]).copy())
+        assert float((found - expected).abs().max()) <= 2e-7
 
 
 @pytest.mark.parametrize(

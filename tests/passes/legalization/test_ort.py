@@ -13,6 +13,7 @@ from families import FAMILIES
 from stages import captured, largest, sequences, tiny_decoder
 from torch import Tensor
 
+from optc.compiler.analysis.dataflow import evaluate
 from optc.compiler.capture import capture_model, capture_module
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.execution.stage_driver import run_stage
@@ -161,16 +162,20 @@ def test_layers_share_tables_and_lengths() -> None:
     program = legalized("llama").program
     first, second = program.calls(KERNEL)
     assert first.args[5:] == second.args[5:]
-    assert program.weight_of(first.args[7]) == "model.rotary_emb.inv_freq_cos_cache"
+    assert [table.target for table in first.args[7:9]] == [_aten.cos.default, _aten.sin.default]
+    frequencies = first.args[7].args[0].args[1]
+    values = program.weight(str(program.weight_of(frequencies)))
+    angle = torch.arange(256.0)[:, None] * values
+    for table, expected in zip(first.args[7:9], (torch.cos(angle), torch.sin(angle)), strict=True):
+        assert torch.equal(evaluate(table, {frequencies: values}), expected)
 
 
 def test_frequencies_of_their_own_get_tables_of_their_own() -> None:
     """gemma3: local and global layers."""
     types = ["sliding_attention", "full_attention"]
     program = run(_prepared(capture_model(_model("gemma3", layer_types=types))), LegalizeOrt()).program
-    names = [program.weight_of(call.args[8]) for call in program.calls(KERNEL)]
-    assert names == [f"model.rotary_emb.{kind}_inv_freq_sin_cache" for kind in types]
-    assert not torch.equal(*(program.weight(name) for name in names))
+    names = [program.weight_of(call.args[8].args[0].args[1]) for call in program.calls(KERNEL)]
+    assert names == [f"model.rotary_emb.{kind}_inv_freq" for kind in types]
 
 
 @pytest.mark.parametrize(
