@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from optc.compiler.capture.attention import caps_scores
 from optc.compiler.capture.loading import load_model, meta_model
 from optc.compiler.diagnostics import InputError
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder
@@ -68,5 +69,4 @@ def _fresh(folder: Path) -> Any:
 
 def attention_for(skeleton: Any) -> str:
     """sdpa where the model can; a softcap or sinks need the eager implementation."""
-    capped = getattr(skeleton.config, "attn_logit_softcapping", None) is not None
-    return "sdpa" if skeleton._supports_sdpa and not capped else "eager"
+    return "sdpa" if skeleton._supports_sdpa and not caps_scores(skeleton.config) else "eager"

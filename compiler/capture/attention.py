@@ -68,6 +68,11 @@ class Mask:
         raise own_attention(None)
 
 
+def caps_scores(config: Any) -> bool:
+    """Whether a model's attention caps its scores: sdpa cannot, and transformers 5.17 leaves the cap out there."""
+    return getattr(config, "attn_logit_softcapping", None) is not None
+
+
 def own_attention(model: str | None) -> CaptureError:
     """The refusal of a model whose attention optc cannot stand in for."""
     return CaptureError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optc.compiler.capture.attention import NAME
+from optc.compiler.capture.attention import NAME, caps_scores
 
 OWN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
 """What a model's own forward raises when it cannot take the inputs."""
@@ -70,12 +70,16 @@ def make_batches(sequences: Sequence[Sequence[int]], pad: int, what: str, device
 def own_implementations(model: Any) -> Iterator[str]:
     """Give a model the attention that transformers would choose for it, or that its user chose, for a while.
 
+    In place of an sdpa that would leave out a cap of the scores the eager one.
+
     Yields:
         the attention implementation: "sdpa", "eager", ...
     """
     config = model.config
     before = (config._attn_implementation, getattr(config, "_experts_implementation", None))
     attention = before[0] if before[0] not in (NAME, None) else model.get_correct_attn_implementation(None)
+    if attention == "sdpa" and caps_scores(config):
+        attention = "eager"
     config._attn_implementation = attention
     config._experts_implementation = before[1] if before[1] not in (NAME, None) else "eager"
     try:

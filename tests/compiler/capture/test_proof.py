@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from optc.compiler.capture import attention, capture_model, capture_module, pretrained
 from optc.compiler.capture.positions import position_offset
 from optc.compiler.capture.proof import widened
+from optc.compiler.capture.proof.reference import own_implementations
 from optc.compiler.diagnostics import CaptureError, GateError
 
 _SIZE: dict[str, Any] = {
@@ -75,6 +76,15 @@ def test_families_are_proved(name: str) -> None:
     assert wide.kl < 1e-12
     assert narrow.relative < 5e-2
     assert proof.notes == ()
+
+
+def test_the_reference_caps_its_scores_too() -> None:
+    """transformers 5.17 takes sdpa for Gemma 2, which computes without the cap."""
+    model = make_model("gemma2", attention="eager")
+    model.config._attn_implementation = "sdpa"
+    with own_implementations(model) as chosen:
+        assert chosen == model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_text_is_read_where_there_is_some() -> None:
