@@ -49,6 +49,7 @@ ATTENTION = [
             (128, 3, 8, 2, 128, 16), (128, 3, 4, 2, 255, 16), (32, 5, 4, 4, 128, 16),
         )
     ),
+    SplitTiles(programs=1, registers=255, early=False),
 ]  # fmt: skip
 """What stands in `choose_decode_tiles` first."""
 
@@ -99,7 +100,7 @@ def candidates(shape: Shape, few: bool) -> list[Gemv]:
             and (integer or steps <= 4)
             and width * element >= 512 * warps
         ):
-            found.append(tiles)
+            found.append(replace(tiles, early=found[0].early))
     found = list(dict.fromkeys(found))
     return found[:3] if few else found
 
@@ -175,7 +176,8 @@ def tune(variant: str, given: argparse.Namespace, ceiling: float, choice: Choice
 
         options = candidates(shape, given.few)
         if name in found:  # the second time: what was near
-            options = [Gemv(**row["tiles"]) for row in found[name]["rows"]]
+            near = [Gemv(**row["tiles"]) for row in found[name]["rows"][:3]]
+            options = [replace(tiles, early=early) for tiles in near for early in (tiles.early, not tiles.early)]
         rows = best_of(step, options, put, first)
         found[name] = {"place": name, **asdict(shape), "rows": rows}
         print(name, [(round(row["microseconds"], 1), tuple(row["tiles"].values())) for row in rows], flush=True)
@@ -204,7 +206,7 @@ def main() -> None:
     parser.add_argument("--few", action="store_true", help="three candidates of each")
     parser.add_argument("--parts", nargs="*", default=["linears", "attention"], choices=["linears", "attention"])
     given = parser.parse_args()
-    given.order = ("gate_up", "down", "qkv", "o", "gate_up", "down") if "linears" in given.parts else ()
+    given.order = ("gate_up", "down", "qkv", "o") * 2 if "linears" in given.parts else ()
     jobs: list[tuple[Place, str, int, Tiles | None]] = [
         (replace(PLACES[name], folded=True), FORMATS[variant], 1, tiles)
         for variant in given.variants

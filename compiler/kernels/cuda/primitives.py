@@ -30,6 +30,18 @@ def wait_for_producer(PDL: tl.constexpr):
 
 
 @triton.jit
+def let_next_start(PDL: tl.constexpr):
+    """Let the next kernel start its loads before this one waits for its own producer.
+
+    Then any number of kernels may be under way at a time, each with what it loads before its wait: nothing that a
+    kernel since the beginning of the captured step wrote. The step's first and last kernels are none of these, so that
+    steps do not overlap.
+    """
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
 def activate(v, KIND: tl.constexpr):
     if KIND == "silu":
         return v / (1.0 + tl.exp(-v))

@@ -53,6 +53,7 @@ class SplitTiles:
     Attributes:
         programs: that a multiprocessor should have, by which the line of tiles is divided.
         fewest: tiles of a program, so that short contexts are not merged.
+        early: the next kernel may start before the wait.
     """
 
     tile: int = 64
@@ -62,6 +63,7 @@ class SplitTiles:
     registers: int = 128
     fewest: int = 1
     merged: int = 16
+    early: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +203,8 @@ def _split(call: Call, out: Tensor, tiles: SplitTiles) -> None:
         at_a_time, *factors(call), turn.scaling, turn.eps,
         REQUESTS=triton.next_power_of_2(requests), GROUP=group, ROWS=max(FEWEST_ROWS, group_rows),
         GROUP_ROWS=group_rows, WINDOW=call.window, SOFTCAP=bool(call.softcap),
-        TILE=tiles.tile, STAGES=tiles.stages, FEWEST=tiles.fewest, MERGED=tiles.merged, PDL=pdl, **constants, **turned,
-        num_warps=tiles.warps, maxnreg=tiles.registers, launch_pdl=pdl,
+        TILE=tiles.tile, STAGES=tiles.stages, FEWEST=tiles.fewest, MERGED=tiles.merged, EARLY=tiles.early, PDL=pdl,
+        **constants, **turned, num_warps=tiles.warps, maxnreg=tiles.registers, launch_pdl=pdl,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from optc.compiler.kernels.cuda.attention.decode import count_tiles, fill_rows
 from optc.compiler.kernels.cuda.attention.heads import load_heads, rotation
 from optc.compiler.kernels.cuda.attention.pages import LOWEST, absorb, load_tile, locate, scores
-from optc.compiler.kernels.cuda.primitives import wait_for_producer
+from optc.compiler.kernels.cuda.primitives import let_next_start, wait_for_producer
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def decode_split(
     REQUESTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, GROUP_ROWS: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, FEWEST: tl.constexpr, MERGED: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, FEWEST: tl.constexpr, MERGED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See `decode`, which takes the same arguments; the grid is [parts of a pair at most, HEADS, requests].
 
@@ -78,6 +78,7 @@ def decode_split(
     divided; FEWEST tiles are the least that a program takes. partials float32 [requests, HEADS, parts, GROUP_ROWS,
     VALUE_WIDTH], statistics [..., GROUP_ROWS, 2]: each part's weighted values; its maximum and sum of weights.
     """
+    let_next_start(PDL and EARLY)
     split = tl.program_id(0)
     head = tl.program_id(1)
     token = tl.program_id(2).to(tl.int64)

@@ -49,6 +49,7 @@ class Gemv:
         block_n: rows of results in a tile. steps: tiles of rows per program. Of integers both are powers of two.
         width: columns of a tile; of integers, words of 32 bits.
         depth: tiles that are loaded ahead. warps: per program.
+        early: the next kernel may start before this one waits for its tokens; see `primitives.let_next_start`.
     """
 
     block_n: int
@@ -56,6 +57,7 @@ class Gemv:
     width: int
     depth: int
     warps: int
+    early: bool = False
 
     def fitted(self, row: int, per_warp: int = 1) -> Gemv:
         """For a row of so many columns or words: tiles no wider than it, but with `per_warp` of them for each warp."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optc.compiler.kernels.cuda.primitives import layer_statistics, store_rows, wait_for_producer
+from optc.compiler.kernels.cuda.primitives import layer_statistics, let_next_start, store_rows, wait_for_producer
 
 
 @triton.jit
@@ -40,11 +40,12 @@ def _load_tile(
 def gemv_float(
     x, w, scale, norm_weight, norm_bias, bias, residual, y, M, N, eps,
     K: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_N: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, STEPS: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See `fused_linear`; N counts results, scale is [N] or None. Programs of the M tokens of a block are neighbours."""
     CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     TILES: tl.constexpr = CHUNKS * STEPS
+    let_next_start(PDL and EARLY)
     token = tl.program_id(0) % M
     first_row = (tl.program_id(0) // M) * (BLOCK_N * STEPS)
     x += token * K

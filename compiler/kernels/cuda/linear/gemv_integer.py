@@ -20,6 +20,7 @@ from optc.compiler.kernels.cuda.primitives import (
     SMALLEST,
     dot_bytes,
     layer_statistics,
+    let_next_start,
     load_run,
     nan_maximum,
     quad_digits,
@@ -145,7 +146,7 @@ def gemv_integer(
     x, w, scale, zero, norm_weight, norm_bias, bias, residual, y, M, N, eps,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr,
-    WHOLE: tl.constexpr, STATISTICS: tl.constexpr, WARPS: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr,
+    WHOLE: tl.constexpr, STATISTICS: tl.constexpr, WARPS: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See `fused_linear`; w is int32 [N, K * BITS / 32], N counts results, GROUP 0 means a scale per row.
 
@@ -159,6 +160,7 @@ def gemv_integer(
     PARTS: tl.constexpr = 2 if GATED else 1
     ROW_ZERO: tl.constexpr = zero is not None and GROUP == 0
     GROUP_ZERO: tl.constexpr = zero is not None and GROUP > 0
+    let_next_start(PDL and EARLY)
     token = tl.program_id(0) % M
     first_row = (tl.program_id(0) // M) * ROWS
     x += token.to(tl.int64) * K

@@ -122,7 +122,7 @@ def gemv(linear: Linear, tiles: Gemv) -> Tensor:
     ends = (linear.norm_weight, linear.norm_bias, linear.bias, linear.residual, y, shape.m, shape.n, linear.eps)
     common = {
         "K": shape.k, "NORM": linear.norm, "ACTIVATION": linear.activation, "GATED": linear.gated,
-        "BLOCK_N": tiles.block_n, "STEPS": tiles.steps, "DEPTH": tiles.depth, **_options(y, tiles.warps),
+        "BLOCK_N": tiles.block_n, "STEPS": tiles.steps, "DEPTH": tiles.depth, "EARLY": tiles.early, **_options(y, tiles.warps),
     }  # fmt: skip
     if bits is None:
         gemv_float[grid](linear.x, linear.weight, linear.scale, *ends, BLOCK_K=tiles.width, **common)
