@@ -53,7 +53,7 @@ class SplitTiles:
     Attributes:
         programs: that a multiprocessor should have, by which the line of tiles is divided.
         fewest: tiles of a program, so that short contexts are not merged.
-        early: the next kernel may start before the wait.
+        early: the next kernel may start at once; else when the first loads are under way.
     """
 
     tile: int = 64

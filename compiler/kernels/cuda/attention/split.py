@@ -126,6 +126,7 @@ def decode_split(
             tile_k = load_tile(keys, block, place, within, k_block, k_slot, D, WIDTH)
             tile_v = load_tile(values, block, place, within, v_block, v_slot, DV, VALUE_WIDTH)
             if next_start == start:
+                let_next_start(PDL)
                 wait_for_producer(PDL)
                 queries = load_heads(
                     q, token * q_token + (head * GROUP + row) * q_head, in_group, cos, sin, q_norm, eps,

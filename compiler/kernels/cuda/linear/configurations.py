@@ -49,7 +49,8 @@ class Gemv:
         block_n: rows of results in a tile. steps: tiles of rows per program. Of integers both are powers of two.
         width: columns of a tile; of integers, words of 32 bits.
         depth: tiles that are loaded ahead. warps: per program.
-        early: the next kernel may start before this one waits for its tokens; see `primitives.let_next_start`.
+        early: the next kernel may start at once; else when the first loads of this one are under way. See
+            `primitives.let_next_start`.
     """
 
     block_n: int

@@ -63,6 +63,7 @@ def gemv_float(
             gain = tl.load(norm_weight + block, mask=inside, other=0.0).to(tl.float32)
         if norm_bias is not None:
             shift = tl.load(norm_bias + block, mask=inside, other=0.0).to(tl.float32)
+    let_next_start(PDL)
     wait_for_producer(PDL)
     if NORM == "layer":
         mean, inverse = layer_statistics(x, eps, K, BLOCK_K)

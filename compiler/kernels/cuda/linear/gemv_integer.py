@@ -183,6 +183,7 @@ def gemv_integer(
                     w, group_scale, group_zero, N, rows_left, j, K, BITS, GROUP, BLOCK_N, RUNS, GATED, WHOLE, NATIVE
                 ),
             )
+    let_next_start(PDL)
     wait_for_producer(PDL)
     if NORM == "layer":
         mean, inverse = layer_statistics(x, eps, K, STATISTICS)
