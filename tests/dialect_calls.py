@@ -127,6 +127,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         {"activation": "silu", "gated": True},
     ),
     "fused_norm": ((_f(2, K), _f(K), _f(K), _f(2, K)), {"norm": "layer", "eps": 1e-6, "factor": 0.5}),
+    "select_rows": ((_f(5, K), torch.tensor([[4, 0, 4]])), {"factor": 0.5}),
     "group_query_attention": ((*FLAT, *CACHES, LENGTHS, T + S, *TURN), CONTRIB),
     "group_query_attention_codes": (
         (*FLAT, *CODES[2:], LENGTHS, T + S, *TURN, torch.full((1,), 0.02), torch.full((1,), 0.02)),

@@ -134,6 +134,16 @@ def _embedding(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor
     return recipe.rows(indices)
 
 
+def _select_rows(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+    """The same of a table of the rows that are looked up."""
+    found = _embedding(func, args, kwargs)
+    if found is None:
+        return None
+    places = torch.arange(args[1].numel(), device=found.device).view(args[1].shape)
+    selected: Tensor = func(found.reshape(-1, found.shape[-1]), places, **kwargs)
+    return selected
+
+
 def _product(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
     """x [M, K] times a large weight [K, N] that is the transpose of rows in a file: in blocks of N."""
     x, weight = args
@@ -195,6 +205,7 @@ HANDLERS.update(
         _aten.select.int: _select,
         _aten.slice.Tensor: _slice,
         _aten.embedding.default: _embedding,
+        _optc.select_rows.default: _select_rows,
         _aten.mm.default: _product,
         _optc.dequantize.default: _dequantize,
         _optc.matmul_nbits.default: _packed_product,

@@ -2,7 +2,15 @@
 
 from optc.compiler.kernels.cpu import linear_nbits
 from optc.compiler.kernels.cpu import paged_attention as cpu_paged_attention
-from optc.compiler.kernels.cuda import fused_experts, fused_linear, fused_norm, greedy_step, packed_embedding, sampler
+from optc.compiler.kernels.cuda import (
+    fused_experts,
+    fused_linear,
+    fused_norm,
+    greedy_step,
+    packed_embedding,
+    sampler,
+    select_rows,
+)
 from optc.compiler.kernels.cuda import paged_attention as cuda_paged_attention
 
 __all__ = [
@@ -15,4 +23,5 @@ __all__ = [
     "linear_nbits",
     "packed_embedding",
     "sampler",
+    "select_rows",
 ]

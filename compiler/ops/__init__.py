@@ -15,6 +15,7 @@ from optc.compiler.ops.dialect import (
 from optc.compiler.ops.packed import (
     cuda,
     cuda_experts,
+    cuda_rows,
     inductor_cpu,
     onnxruntime,
     onnxruntime_codes,
@@ -28,6 +29,7 @@ __all__ = [
     "attention_codes",
     "cuda",
     "cuda_experts",
+    "cuda_rows",
     "greedy",
     "inductor_cpu",
     "nvfp4",

@@ -2,14 +2,14 @@
 
     where(condition, x, number)  ->  masked_fill(x, ~condition, number)
 
-What is left of the dialect has a kernel (compiler/kernels/cuda): `optc.fused_linear` and `optc.packed_embedding`, over packed
-codes where weights are quantized (see passes/legalization/cuda_linears.py), and paged attention. What no kernel takes becomes ATen. A call of ATen
-that copies a number from the host cannot be captured in a CUDA graph, and is spelled differently.
+What is left of the dialect has a kernel (compiler/kernels/cuda): `optc.fused_linear` and `optc.packed_embedding`, over
+packed codes where weights are quantized (see passes/legalization/cuda_linears.py), paged attention, and rows of other
+embeddings and in front of the head (cuda_rows.py). What no kernel takes becomes ATen. A call of ATen that copies a number
+from the host cannot be captured in a CUDA graph, and is spelled differently.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +22,7 @@ from optc.compiler.ir.surgery import insert_call, replace_call
 from optc.compiler.rewriting.passes import Match, Pass, PassContext, PassResult, Rule, apply_rules
 from optc.passes.legalization.by_kernels import legalize
 from optc.passes.legalization.cuda_linears import PackedLinear, PackedLookup, PackedWeights
+from optc.passes.legalization.cuda_rows import SelectRows
 
 aten = torch.ops.aten
 
@@ -37,11 +38,19 @@ class LegalizeCuda(Pass):
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         filled, weights = apply_rules(program, [_FillWhere()]), PackedWeights()
-        result = legalize(filled.program, "cuda", [PackedLinear(weights), PackedLookup(weights)])
-        matched, candidates = filled.matched + result.matched, filled.candidates + result.candidates
-        paged = result.program.contract.kv_cache.kind == "paged"
-        notes = (*result.notes, str(decode_launches(result.program))) if paged else result.notes
-        return dataclasses.replace(result, matched=matched, candidates=candidates, notes=notes)
+        packed = legalize(filled.program, "cuda", [PackedLinear(weights), PackedLookup(weights)])
+        rows = apply_rules(packed.program, [SelectRows()])
+        parts = (filled, packed, rows)
+        notes = packed.notes
+        if program.contract.kv_cache.kind == "paged":
+            notes = (*notes, str(decode_launches(rows.program)))
+        return PassResult(
+            rows.program,
+            sum(part.matched for part in parts),
+            sum(part.candidates for part in parts),
+            (*packed.misses, *rows.misses),
+            notes,
+        )
 
 
 class _FillWhere(Rule):

@@ -108,6 +108,10 @@ def test_parts_of_a_weight_are_read_alone(store: Callable[[Tensor], Tensor], rea
     with pytest.raises(IndexError):
         embedding(torch.tensor([1000]), lazy)
     reads.clear()
+    found, expected = (torch.ops.optc.select_rows(table, ids, factor=0.3) for table in (lazy, weight))
+    assert torch.equal(found, expected)
+    assert sum(reads) == 4 * 64 * 2
+    reads.clear()
     assert torch.equal(materialized(lazy[10:12]), weight[10:12])
     assert reads == [2 * 64 * 2]
 

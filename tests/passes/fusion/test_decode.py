@@ -60,9 +60,9 @@ LAYERS = {
     "mixtral": {"fused_linear": -1, "fused_norm": 1, "choose_experts": 1, "fused_experts": 1},
 }
 """What a decode step of one token computes for a layer, beyond what it does for a Llama's."""
-STEPS = {"gemma": 1, "gemma2": 4, "gemma3": 1, "granite": 2, "gpt2": 2, "opt": 3}
-"""What it computes outside layers, beyond an embedding, the selection of rows and the head: factors on the embedding, a
-factor or cap on the logits, embeddings of positions."""
+STEPS = {"gemma2": 3, "granite": 1, "gpt2": 2, "opt": 3}
+"""What it computes outside layers, beyond an embedding, the selection of rows and the head: a factor or cap on the logits,
+embeddings of positions."""
 
 
 @functools.cache

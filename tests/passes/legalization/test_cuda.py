@@ -10,6 +10,7 @@ from chosen import chosen
 from rewrites import rewritten, stirred
 from stages import apply, largest, sequences
 
+from optc.compiler.capture import capture_module
 from optc.compiler.execution.stage_driver import run_stage
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass
@@ -19,6 +20,7 @@ from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
+from optc.passes.kv_cache.select_logits import SelectLogits
 from optc.passes.legalization.cuda import LegalizeCuda
 from optc.passes.quantization.head import QuantizeHead
 from optc.passes.quantization.rtn import QuantizeRtn
@@ -44,7 +46,7 @@ def test_quantized_weights_are_packed(bits: int, group: int, symmetric: bool, fo
     result = rewritten(LegalizeCuda(), program)
     packed = [node for node in result.program.calls(FUSED) if node.kwargs.get("format")]
     assert {(node.kwargs["format"], node.kwargs["group_size"]) for node in packed} == {(format, group)}
-    assert len(packed) == result.matched == 8
+    assert (len(packed), result.matched) == (8, 9), "and the embedding"
     assert all((node.args[3] is None) == symmetric for node in packed)
     check_legal(result.program, TARGET)
     entries = result.program.contract.quantization
@@ -70,7 +72,7 @@ def test_numbers_are_not_copied_from_the_host() -> None:
     where, fill = torch.ops.aten.where.ScalarOther, torch.ops.aten.masked_fill.Scalar
     result = rewritten(LegalizeCuda(), program)
     assert len(program.calls(where)) == len(result.program.calls(fill)) == 8
-    assert result.matched == 8 + len(program.calls(torch.ops.optc.dequantize.default))
+    assert result.matched == 8 + len(program.calls(torch.ops.optc.dequantize.default)) + 1
     assert not result.program.calls(where)
     rows = sequences(21, 5)
     assert largest(run_stage(program, rows).logits, run_stage(result.program, rows).logits) == 0.0
@@ -115,3 +117,46 @@ def test_what_is_asked_for(options: dict[str, Any], form: tuple[int, int] | None
     steps = TARGET.recipe("decoder", chosen("inductor-cuda", **options))
     found = [step.rewrite for step in steps if isinstance(step.rewrite, QuantizeHead)]
     assert [(step.bits, step.group_size) for step in found] == ([] if form is None else [form])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "factors"),
+    [
+        ("llama", torch.float32, []),
+        ("gemma2", torch.bfloat16, [8.0]),
+        ("granite", torch.float32, []),
+        ("gpt2", torch.bfloat16, []),
+    ],
+)
+def test_rows_are_selected_by_the_kernel(name: str, dtype: torch.dtype, factors: list[float]) -> None:
+    """Of embeddings, with a factor behind, and in front of the head. The very same numbers."""
+    program = stirred(name, dtype)
+    for rewrite in (PageKVCache(), SelectLogits()):
+        program = apply(rewrite, program).program
+    result = rewritten(LegalizeCuda(), program)
+    calls = result.program.calls(torch.ops.optc.select_rows.default)
+    assert len(calls) == (3 if name == "gpt2" else 2)
+    assert [node.kwargs["factor"] for node in calls if node.kwargs] == factors
+    assert not result.program.calls(torch.ops.aten.embedding.default, torch.ops.aten.index_select.default)
+    rows = sequences(21, 5)
+    assert largest(run_stage(program, rows).logits, run_stage(result.program, rows).logits) == 0.0
+
+
+def test_a_number_of_another_type_is_left_behind_the_rows() -> None:
+    """Rows in float32 times a number are no rows of the table's type."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(7, 8, dtype=torch.bfloat16)
+            self.register_buffer("vector", torch.rand(8, dtype=torch.bfloat16))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.table(ids).float() * 0.3, self.table(ids + 1) * self.vector, self.table(ids) * 0.3])
+
+    ids = torch.tensor([3, 0, 5])
+    program = capture_module(Scaled(), (ids,))
+    result = rewritten(LegalizeCuda(), program)
+    calls = result.program.calls(torch.ops.optc.select_rows.default)
+    assert [dict(node.kwargs) for node in calls] == [{}, {}, {"factor": 0.3}]
+    assert torch.equal(result.program(ids), program(ids))

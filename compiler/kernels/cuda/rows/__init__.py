@@ -1,0 +1,1 @@
+"""Rows of an embedding, or of activations, by their indices."""
