@@ -5,6 +5,7 @@
     python benchmarks/gpu_decode.py --peers eager compiled       # transformers too; compiled: with a static cache
     python benchmarks/gpu_decode.py --layers 4                   # a quick try
     python benchmarks/gpu_decode.py --temperature 0.8 --top-p 0.95   # drawn tokens as well as greedy ones
+    python benchmarks/gpu_decode.py --variants bf16 --contexts 128 --prompts 128 512 1024 2048   # see gpu_prompts.py
 
 The model is made on the GPU, captured once, and compiled by `optc.optimize`, which runs the target's recipe with its gate.
 Random weights say nothing about quality, so the gate's limits are open. Each figure is the median of samples of one
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from common import OPEN_GATE, RESULTS, record
 from gpu_compile import SHAPES
+from gpu_prompts import PROMPTS, first_tokens, matmul_rate
 from gpu_timing import card, read_ceiling
 from torch.fx import Node
 
@@ -49,7 +51,7 @@ PROFILED = 8
 
 
 def decode_rates(session: CudaSession, given: argparse.Namespace, sampling: Sampling) -> dict[str, Any]:
-    """Tokens per second at each context, and milliseconds to the first token of a prompt of that length."""
+    """Tokens per second at each context."""
     rng = np.random.default_rng(0)
     found: dict[str, Any] = {}
     new_tokens = given.new_tokens
@@ -62,7 +64,6 @@ def decode_rates(session: CudaSession, given: argparse.Namespace, sampling: Samp
         found[str(context)] = {
             "tokens_per_s": 1e3 / step_ms,
             "ms_per_step": step_ms,
-            "ttft_ms": statistics.median(run.ttft_ms for run in runs),
             "bytes": step_bytes(session.program, context + new_tokens // 2),
         }
     return found
@@ -196,8 +197,16 @@ def run_variant(model: Program, name: str, given: argparse.Namespace, ceiling: f
         "compile_s": seconds,
         "parts_s": compiled.seconds,
         "passes": {record.name: [record.matched, record.seconds] for record in compiled.passes},
-        "memory": {"planned": compiled.session.memory.total, "peak": torch.cuda.max_memory_reserved()},
         "decode": rates,
+        "first_token": first_tokens(
+            compiled.session,
+            given.prompts,
+            given.prompt_samples,
+            step_bytes(compiled.session.program, 0),
+            ceiling,
+            given.matmul_rate,
+        ),
+        "memory": {"planned": compiled.session.memory.total, "peak": torch.cuda.max_memory_reserved()},
         "ledger": [ledger(compiled.session, context) for context in given.contexts[:2]],
     }
     if given.temperature:
@@ -244,13 +253,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--prompts", nargs="*", type=int, default=list(PROMPTS))
+    parser.add_argument("--prompt-samples", type=int, default=15)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--peers", nargs="*", default=[], choices=["eager", "compiled"])
     given = parser.parse_args()
     given.contexts = tuple(given.contexts)
-    ceiling = read_ceiling()
+    ceiling, given.matmul_rate = read_ceiling(), matmul_rate()
     begin = time.perf_counter()
     network = random_model(given.layers)
     made = time.perf_counter()
@@ -262,6 +273,7 @@ def main() -> None:
         "card": card(),
         "layers": given.layers,
         "read_ceiling_gb_per_s": ceiling / 1e9,
+        "matmul_tflop_per_s": given.matmul_rate / 1e12,
         "model_s": made - begin,
         "capture_s": captured - made,
         "variants": {},

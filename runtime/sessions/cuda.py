@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import optc.compiler.kernels  # noqa: F401  (registers them)
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import TargetError
+from optc.compiler.execution.block_manager import StepInputs
 from optc.compiler.ir.devices import program_device, to_device
 from optc.compiler.ir.program import Program
 from optc.compiler.kernels.cuda.dispatch import kernels_only
 from optc.compiler.kernels.kernel import without_kernel
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
-from optc.runtime.sessions.cuda_memory import MemoryPlan, free_bytes, plan_memory, read_bandwidth, weight_bytes
+from optc.runtime.sessions.cuda_graphs import Recorder, graph_recorder
+from optc.runtime.sessions.cuda_memory import MemoryPlan, plan_for, read_bandwidth
 from optc.runtime.sessions.decode_step import DecodeStep, RequestState
-from optc.runtime.sessions.paged import PREFILL_CHUNK, PagedSession, Piece
+from optc.runtime.sessions.paged import PagedSession
+from optc.runtime.sessions.prompt_call import PromptCall, call_size
 from optc.runtime.sessions.row_draws import RowDraws
 from optc.runtime.sessions.session import Logits, Session, SessionOptions, most_likely, not_finite
+from optc.runtime.sessions.step_graph import without_selection
 from optc.runtime.sessions.streaming import Choice, Draw, StreamingSession, choice_of
 from optc.runtime.sessions.token_reader import TokenReader
 from optc.runtime.sessions.torch_linear import to_logits
@@ -51,20 +53,6 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
         )
     plan = plan_for(program, device, num_blocks=options.num_blocks)
     return CudaSession(to_device(program, device), plan)
-
-
-def plan_for(
-    program: Program, device: torch.device, *, num_blocks: int | None = None, loaded: bool = False
-) -> MemoryPlan:
-    """The plan for a program on a GPU; `loaded` says that its weights are there already.
-
-    Raises:
-        ResourceError: it does not fit.
-    """
-    gc.collect()  # programs refer to themselves: what passes left lives until then
-    torch.cuda.empty_cache()
-    free = free_bytes(device) + (weight_bytes(program) if loaded else 0)
-    return plan_memory(program, free, chunk=PREFILL_CHUNK, num_blocks=num_blocks)
 
 
 def check_gpu(where: str) -> torch.device:
@@ -108,7 +96,8 @@ class CudaSession(PagedSession, StreamingSession):
 
     Decode steps are captured per batch size, rounded up to a power of two, and per width of the block tables; rows
     beyond the batch are padding. Steps that choose tokens follow each other on the device: the next one is started
-    before the tokens of the last one are read. Those that draw are captured apart from greedy ones.
+    before the tokens of the last one are read. Those that draw are captured apart from greedy ones. Prompts are calls of
+    sizes that repeat, the rest of which is padding, and are captured when a size comes again: see `PromptCall`.
 
     Attributes:
         memory: the plan that the pools were made by.
@@ -116,15 +105,18 @@ class CudaSession(PagedSession, StreamingSession):
     Args:
         program: legalized, on the device where it runs. On the CPU, operators run by their references and nothing is
             captured; on a GPU a call that its kernel does not take is refused (`KernelRefusalError`).
+        record: what records steps and prompts; None: CUDA graphs on a GPU, and nothing elsewhere.
     """
 
-    def __init__(self, program: Program, plan: MemoryPlan) -> None:
+    def __init__(self, program: Program, plan: MemoryPlan, *, record: Recorder | None = None) -> None:
         device = program_device(program)
         # `forward` itself: the module's hook would compare all inputs with their symbolic sizes before each call.
         super().__init__(program.module().forward, program.contract, num_blocks=plan.num_blocks, device=device)
         self.program, self.memory = program, plan
+        self._step_graph = without_selection(program).forward
         self._steps: dict[tuple[int, int, Choice], DecodeStep] = {}
-        self._graph_memory: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._prompts: dict[tuple[int, int], PromptCall] = {}
+        self._record = record or (graph_recorder() if device.type == "cuda" else None)
 
     @property
     def device_name(self) -> str:
@@ -135,12 +127,16 @@ class CudaSession(PagedSession, StreamingSession):
 
     def close(self) -> None:
         self._steps.clear()
-        del self.program, self._graph
+        self._prompts.clear()
+        del self.program, self._graph, self._step_graph
         super().close()
 
-    def _call(self, work: list[Piece], *, every: bool = False) -> Logits:
+    def _compute(self, inputs: StepInputs, *, every: bool) -> Logits:
+        size = call_size(len(inputs.input_ids), len(inputs.context_lens))
+        if size[0] <= self.memory.prompt_tokens and not every:
+            return to_logits(self._prompt(size)(inputs))
         with kernels_only():
-            return super()._call(work, every=every)
+            return super()._compute(inputs, every=every)
 
     def _decode(self, tokens: Sequence[int]) -> Logits:
         if any(row in self._waiting for row in range(len(tokens))):
@@ -220,7 +216,7 @@ class CudaSession(PagedSession, StreamingSession):
         key = (batch, width, choice)
         if key not in self._steps:
             self._steps[key] = DecodeStep(
-                self._graph,
+                self._step_graph,
                 self._pools,
                 batch=batch,
                 width=width,
@@ -228,9 +224,17 @@ class CudaSession(PagedSession, StreamingSession):
                 selects=self._selects,
                 choice=choice,
                 vocabulary=self.vocab_size,
-                memory=self._graph_memory,
+                record=self._record,
             )
         return self._steps[key]
+
+    def _prompt(self, size: tuple[int, int]) -> PromptCall:
+        if size not in self._prompts:
+            width = min(-(-self.context_length // self._manager.block_size), self._manager.num_blocks)
+            self._prompts[size] = PromptCall(
+                self._graph, self._pools, tokens=size[0], requests=size[1], width=width, record=self._record
+            )
+        return self._prompts[size]
 
     def _states(self, tokens: Sequence[int | None]) -> list[RequestState | None]:
         manager = self._manager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from optc.compiler.diagnostics import ResourceError
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.saved.tensors import memory_of
-from optc.runtime.sessions.paged import block_bytes, default_blocks
+from optc.runtime.sessions.paged import PREFILL_CHUNK, block_bytes, default_blocks
+from optc.runtime.sessions.prompt_call import token_sizes
 from optc.runtime.sessions.session import UNKNOWN_CONTEXT
 
 _LIBRARIES = 512 << 20
@@ -20,6 +22,8 @@ _LIBRARIES = 512 << 20
 _READ_BYTES = 2 << 30
 _SHARE = 0.95
 """Of what is free when weights and working memory are counted, for the KV pool: the rest is left to fragmentation."""
+_PROMPTS_SHARE = 1 / 8
+"""Of what is free when weights and working memory are counted, for the graphs of prompts, at most."""
 _LIVE = 4
 """Times the largest activation of a call that lives at once: what is read, what is written, and their likes."""
 
@@ -29,18 +33,36 @@ class MemoryPlan:
     """Bytes on the device.
 
     Attributes:
-        weights: of the program. working: activations of the largest call, libraries, graphs.
+        weights: of the program. working: activations of the largest call, libraries, graphs of steps.
         pool: of the KV cache, in `num_blocks` blocks.
+        prompts: what graphs of prompts hold, which share their memory: activations of the largest one.
+        prompt_tokens: size of that one; larger calls, and all of them where it is 0, are not padded and not captured.
     """
 
     weights: int
     working: int
     pool: int
     num_blocks: int
+    prompts: int = 0
+    prompt_tokens: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.working + self.pool
+        return self.weights + self.working + self.pool + self.prompts
+
+
+def plan_for(
+    program: Program, device: torch.device, *, num_blocks: int | None = None, loaded: bool = False
+) -> MemoryPlan:
+    """The plan for a program on a GPU; `loaded` says that its weights are there already.
+
+    Raises:
+        ResourceError: it does not fit.
+    """
+    gc.collect()  # programs refer to themselves: what passes left lives until then
+    torch.cuda.empty_cache()
+    free = free_bytes(device) + (weight_bytes(program) if loaded else 0)
+    return plan_memory(program, free, chunk=PREFILL_CHUNK, num_blocks=num_blocks)
 
 
 def plan_memory(program: Program, free: int, *, chunk: int, num_blocks: int | None = None) -> MemoryPlan:
@@ -56,20 +78,34 @@ def plan_memory(program: Program, free: int, *, chunk: int, num_blocks: int | No
     """
     contract = program.contract
     weights = weight_bytes(program)
-    working = _LIBRARIES + activation_bytes(program, chunk)
+    working = _LIBRARIES + call_bytes(program, chunk)
     block = block_bytes(contract)
     room = free - weights - working
-    count = num_blocks or default_blocks(contract, max(0, math.floor(room * _SHARE)))
-    plan = MemoryPlan(weights, working, count * block, count)
+    prompt_tokens, prompts = _captured(program, chunk, min(room * _PROMPTS_SHARE, room - (num_blocks or 0) * block))
+    count = num_blocks or default_blocks(contract, max(0, math.floor((room - prompts) * _SHARE)))
+    plan = MemoryPlan(weights, working, count * block, count, prompts, prompt_tokens)
     if plan.total > free or (num_blocks is None and count < _least_blocks(contract)):
-        least = plan if num_blocks else MemoryPlan(weights, working, _least_blocks(contract) * block, 0)
+        pool = plan.pool if num_blocks else _least_blocks(contract) * block
         raise ResourceError(
             "the program does not fit the GPU's memory",
-            why=f"it needs {_gb(least.total)} ({_gb(weights)} of weights, {_gb(working)} to work in, "
-            f"{_gb(least.pool)} of KV pool); {_gb(free)} are free",
+            why=f"it needs {_gb(weights + working + pool)} ({_gb(weights)} of weights, {_gb(working)} to work in, "
+            f"{_gb(pool)} of KV pool); {_gb(free)} are free",
             remedy="quantize the weights (--quant), use fewer --kv-blocks, or a GPU with more memory",
         )
     return plan
+
+
+def _captured(program: Program, chunk: int, most_bytes: float) -> tuple[int, int]:
+    """The size of the largest prompt whose graph holds no more than `most_bytes`, and what it holds; zeros for none.
+
+    All sizes up to a whole chunk are worth it: where products take longer than their launches, padding is a tile of them.
+    """
+    if program.contract.input_index("logits_indices") is not None:
+        for tokens in reversed(token_sizes(chunk)):
+            held = call_bytes(program, tokens)
+            if held <= most_bytes:
+                return tokens, held
+    return 0, 0
 
 
 def weight_bytes(program: Program) -> int:
@@ -77,6 +113,21 @@ def weight_bytes(program: Program) -> int:
     return sum(
         tensor.nbytes for tensor in {memory_of(item) or id(item): item for _, item in program.weights()}.values()
     )
+
+
+def call_bytes(program: Program, tokens: int) -> int:
+    """Bytes that a call of so many tokens works in: activations, and the largest packed weight, for cuBLAS."""
+    return activation_bytes(program, tokens) + dequantized_bytes(program)
+
+
+def dequantized_bytes(program: Program) -> int:
+    """Bytes of the largest packed weight in the type that is computed in: products of many tokens take it so."""
+    largest = 0
+    for node in program.calls(torch.ops.optc.fused_linear.default):
+        x, weight = (item.meta["val"] for item in node.args[:2])
+        if node.kwargs.get("format"):
+            largest = max(largest, weight.shape[0] * x.shape[-1] * x.dtype.itemsize)
+    return largest
 
 
 def activation_bytes(program: Program, tokens: int) -> int:

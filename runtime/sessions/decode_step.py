@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optc.compiler.diagnostics import TargetError
-from optc.compiler.ir.generated_code import last_call
 from optc.compiler.kernels.cuda.dispatch import kernels_only
 from optc.compiler.ops.dialect.paged import PADDING
+from optc.runtime.sessions.cuda_graphs import Launch, Recorder
 from optc.runtime.sessions.row_draws import RowDraws
 from optc.runtime.sessions.streaming import Choice, Draw
 
@@ -45,7 +44,7 @@ class DecodeStep:
         choice: "greedy" takes the most likely tokens. Otherwise they are drawn, row by row as `load` says, from the seed
             and the position that was fed; "penalized" has tables of what rows hold as well.
         vocabulary: V.
-        memory: of CUDA graphs, shared by all steps of a session, as they never run at the same time; None elsewhere.
+        record: None where steps run as they are.
 
     Attributes:
         logits: [batch, V], of the last run.
@@ -63,7 +62,7 @@ class DecodeStep:
         selects: bool,
         choice: Choice,
         vocabulary: int,
-        memory: Any | None,
+        record: Recorder | None,
     ) -> None:
         device = pools[0].device
         self.batch, self.width, self._block_size = batch, width, block_size
@@ -81,11 +80,11 @@ class DecodeStep:
             for item in (self._integers, self._tables, self._lengths)
         )
         self._copied = torch.cuda.Event() if pinned else None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replay: Launch | None = None
         self.logits = self.tokens = torch.empty(0)
         self.load([])
-        if device.type == "cuda":
-            self._capture(memory)
+        if record is not None:
+            self._capture(record)
 
     @torch.inference_mode()
     def load(
@@ -132,10 +131,7 @@ class DecodeStep:
     @torch.inference_mode()
     def run(self) -> None:
         """Start one step; the next one follows on from it."""
-        if self._graph is None:
-            self._compute()
-        else:
-            self._graph.replay()
+        (self._replay or self._compute)()
 
     def _stage_table(self, row: int, blocks: Sequence[int]) -> None:
         assert len(blocks) <= self.width
@@ -165,32 +161,8 @@ class DecodeStep:
                 torch.ops.optc.advance_step_(self.tokens, *state, block_size=size)
 
     @torch.inference_mode()
-    def _capture(self, memory: Any | None) -> None:
+    def _capture(self, record: Recorder) -> None:
         """Run the step on padding, then record it. Padding is not advanced: its inputs stay what they are."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                self._compute()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=memory):
-                self._compute()
-        except RuntimeError as error:
-            raise _not_captured(error) from error
-        self._graph = graph
-
-
-def _not_captured(error: RuntimeError) -> TargetError:
-    """The error for a step that cannot be recorded, with the call of the program where it ended."""
-    first: BaseException = error
-    while isinstance(first.__context__, Exception):  # the end of the capture fails as well, and hides why
-        first = first.__context__
-    return TargetError(
-        "a decode step of the program cannot be captured in a CUDA graph",
-        where=last_call(first),
-        why=f"{type(first).__name__}: {str(first).splitlines()[0]}",
-        remedy="report this with the model's config",
-    )
+        for _ in range(_WARM_UPS):
+            self._compute()
+        self._replay = record("a decode step", self._compute)

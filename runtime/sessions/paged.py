@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from optc.compiler.execution.block_manager import BlockManager
+from optc.compiler.execution.block_manager import BlockManager, StepInputs
 from optc.compiler.ir.contract import Contract, Input
 from optc.compiler.settings.fields import check_range
 from optc.runtime.bounds import Count
@@ -171,15 +171,19 @@ class PagedSession(Session):
 
     def _call(self, work: list[Piece], *, every: bool = False) -> Logits:
         """Logits of the last token of each piece, or of every token."""
-        inputs = list(self._manager.step(work))
-        wanted = torch.arange(len(inputs[0])) if every else inputs[-1][1:].long() - 1
-        inputs += [wanted] if self._selects else []
-        with torch.inference_mode():
-            outputs = self._graph(*(item.to(self._device) for item in inputs), *self._pools)
+        logits = self._compute(self._manager.step(work), every=every)
         for row, tokens in work:
             self._manager.commit(row)
             self._rows[row] += tokens
             self.lengths[row] = len(self._rows[row])
+        return logits
+
+    def _compute(self, inputs: StepInputs, *, every: bool) -> Logits:
+        """Run the graph; logits as `_call` has them."""
+        wanted = torch.arange(len(inputs.input_ids)) if every else inputs.cu_seqlens[1:].long() - 1
+        given = (*inputs, wanted) if self._selects else inputs
+        with torch.inference_mode():
+            outputs = self._graph(*(item.to(self._device) for item in given), *self._pools)
         logits = to_logits(outputs[0] if isinstance(outputs, tuple | list) else outputs)
         return logits if self._selects or every else logits[wanted.numpy()]
 

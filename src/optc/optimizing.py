@@ -19,7 +19,8 @@ from optc.exporters.inductor.cuda import check_paged
 from optc.request import from_python
 from optc.resolving import resolve
 from optc.runtime.generation.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
-from optc.runtime.sessions.cuda import CudaSession, check_gpu, plan_for
+from optc.runtime.sessions.cuda import CudaSession, check_gpu
+from optc.runtime.sessions.cuda_memory import plan_for
 from optc.runtime.sessions.load import TextModel
 
 TARGET = "inductor-cuda"

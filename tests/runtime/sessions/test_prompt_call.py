@@ -1,0 +1,154 @@
+"""Prompts of the CUDA target in calls of sizes that repeat, on the CPU: against calls of their own sizes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from cuda_sessions import LENGTHS, compiled
+from recorded_calls import Recordings
+from rewrites import stirred
+from stages import apply, sequences
+from torch.fx import Node
+
+from optc.compiler.ir.program import Program
+from optc.passes.fusion.decode import FuseDecode
+from optc.passes.fusion.projections import MergeProjections
+from optc.passes.kv_cache.paged import PageKVCache
+from optc.passes.legalization.cuda import LegalizeCuda
+from optc.passes.quantization.rtn import QuantizeRtn
+from optc.runtime.generation.generate import generate
+from optc.runtime.sessions.cuda import CudaSession
+from optc.runtime.sessions.cuda_memory import MemoryPlan, call_bytes, dequantized_bytes, plan_memory
+from optc.runtime.sessions.paged import block_bytes
+from optc.runtime.sessions.prompt_call import call_size, token_size, token_sizes
+
+FAMILIES = ["llama", "gemma2", "gpt2", "mixtral", "phi3"]
+
+
+def session(prompt_tokens: int = 256, family: str = "llama", record: Recordings | None = None) -> CudaSession:
+    plan = MemoryPlan(weights=0, working=0, pool=0, num_blocks=40, prompt_tokens=prompt_tokens)
+    return CudaSession(compiled(family), plan, record=record)
+
+
+def test_sizes() -> None:
+    assert token_sizes(4096)[:13] == [16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280]
+    assert token_sizes(4096)[-2:] == [3840, 4096]
+    for tokens in range(1, 4097):
+        size = token_size(tokens)
+        assert tokens <= size
+        assert size in token_sizes(4096)
+        assert size - tokens < max(16, min(256, tokens / 2))
+    assert call_size(5, 1) == (16, 2)
+    assert call_size(100, 3) == (128, 4)
+    assert call_size(100, 4) == (128, 8)
+    assert call_size(16, 16) == (48, 32), "as many requests as tokens would mean one token each"
+    for tokens, requests in itertools.product((1, 2, 15, 16, 33, 100), (1, 2, 3, 8, 31, 100)):
+        if requests <= tokens:
+            size, most = call_size(tokens, requests)
+            assert requests < most < size
+            assert tokens <= size
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_nothing(family: str) -> None:
+    """Logits and what the pool holds, of ragged prompts: once, while recording, and replayed."""
+    recordings = Recordings()
+    ours, theirs = session(family=family, record=recordings), session(0, family)
+    for turn in range(3):
+        prompts = [[(token + turn) % 128 for token in row] for row in sequences(*LENGTHS)]
+        found, expected = ours.prefill(prompts), theirs.prefill(prompts)
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+        for pool, other in zip(ours._pools, theirs._pools, strict=True):
+            assert pool.isfinite().all()
+            torch.testing.assert_close(pool, other, atol=2e-5, rtol=0)
+    assert recordings.names == ["a prompt of 96 tokens"]
+    assert recordings.replays == [2]
+    assert not theirs._prompts
+
+
+def test_prompts_of_three_lengths_replay_one_call() -> None:
+    recordings = Recordings()
+    ours, theirs = session(record=recordings), session(0)
+    for length in (50, 64, 49, 57, 33):
+        (prompt,) = sequences(length)
+        np.testing.assert_allclose(ours.prefill([prompt]), theirs.prefill([prompt]), atol=2e-5)
+    assert recordings.names == ["a prompt of 64 tokens"]
+    assert recordings.replays == [3]
+
+
+def test_prompts_that_begin_with_blocks_of_the_pool() -> None:
+    """What is left of them goes through the calls of its own size; another number of prompts takes another call."""
+    recordings = Recordings()
+    ours, theirs = session(record=recordings), session(0)
+    beginning, *ends = sequences(128, 5, 40, 64, 1)
+    for batch in ([0], [1], [2], [0, 1], [3, 2, 1], [0, 1, 2]):
+        prompts = [beginning + ends[place] for place in batch]
+        np.testing.assert_allclose(ours.prefill(prompts), theirs.prefill(prompts), atol=2e-5)
+        assert ours.pool_use == theirs.pool_use
+    assert ours.pool_use.reused_tokens == 10 * 128
+    for one in (ours, theirs):
+        one.rewind([130, 130, 130])
+    rows = sequences(7, 3, 20)
+    np.testing.assert_allclose(ours.extend(rows), theirs.extend(rows), atol=2e-5)
+    assert set(ours._prompts) == {(192, 2), (48, 2), (64, 2), (48, 4), (128, 4), (32, 4)}
+    assert recordings.names == ["a prompt of 128 tokens"]
+
+
+def test_it_generates_the_same_tokens() -> None:
+    ours, theirs = session(record=Recordings()), session(0)
+    for lengths in ((30, 70), (28, 71), (40, 60), (31,), (17, 5, 9)):
+        prompts = sequences(*lengths)
+        assert generate(ours, prompts, max_new_tokens=8).tokens == generate(theirs, prompts, max_new_tokens=8).tokens
+
+
+def test_longer_calls_and_scores_stay_as_they_are() -> None:
+    recordings = Recordings()
+    ours, theirs = session(64, record=recordings), session(0)
+    for prompt in sequences(70, 71):
+        np.testing.assert_array_equal(ours.prefill([prompt]), theirs.prefill([prompt]))
+        np.testing.assert_array_equal(*(np.concatenate(list(one.score(prompt[:40]))) for one in (ours, theirs)))
+    assert not ours._prompts
+    assert not recordings.names
+    many = [[token] for token in range(40)]
+    ours.prefill(many[:15])
+    assert set(ours._prompts) == {(32, 16)}
+    ours.prefill(many)
+    assert set(ours._prompts) == {(32, 16)}, "40 prompts need 64 requests, and more than 64 tokens"
+
+
+def test_memory_of_graphs_is_planned() -> None:
+    """As large a prompt as fits an eighth of what is free beside weights and working memory, and beside a given pool."""
+    program, chunk = compiled(), 4096
+    fixed = plan_memory(program, 1 << 40, chunk=chunk)
+    assert (fixed.prompt_tokens, fixed.prompts) == (chunk, call_bytes(program, chunk))
+    used = fixed.weights + fixed.working
+    plan = plan_memory(program, used + 8 * call_bytes(program, 1024), chunk=chunk)
+    assert (plan.prompt_tokens, plan.prompts) == (1024, call_bytes(program, 1024))
+    assert plan.total == used + plan.pool + plan.prompts
+    assert plan_memory(program, used + 8 * call_bytes(program, 1024) - 8, chunk=chunk).prompt_tokens == 768
+    pool = 1000 * block_bytes(program.contract)
+    plan = plan_memory(program, used + pool + call_bytes(program, 96), chunk=chunk, num_blocks=1000)
+    assert (plan.prompt_tokens, plan.total) == (96, used + pool + call_bytes(program, 96))
+    plan = plan_memory(program, used + pool, chunk=chunk, num_blocks=1000)
+    assert (plan.prompt_tokens, plan.prompts) == (0, 0)
+    unselected = apply(PageKVCache(), stirred("llama")).program
+    assert plan_memory(unselected, 1 << 40, chunk=chunk).prompt_tokens == 0
+
+
+def test_products_of_prompts_take_packed_weights_dequantized() -> None:
+    program = compiled()
+    assert dequantized_bytes(program) == 0
+    steps = (QuantizeRtn(bits=4, group_size=32), PageKVCache(), MergeProjections(), FuseDecode(), LegalizeCuda())
+    quantized = stirred("llama")
+    for step in steps:
+        quantized = apply(step, quantized).program
+    largest = max(math.prod(node.meta["val"].shape) for node in _matrices(quantized))
+    assert dequantized_bytes(quantized) == 2 * largest * 4, "nibbles in bytes, of float32"
+
+
+def _matrices(program: Program) -> list[Node]:
+    return [node.args[1] for node in program.calls(torch.ops.optc.fused_linear.default) if node.kwargs.get("format")]
