@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from optc.compiler.ops.packed.onnxruntime import ROUNDS
 from optc.compiler.target.options import CompileOptions, TargetOptions
-from optc.compiler.target.target import QuantSupport, Step, Target
+from optc.compiler.target.target import QuantSupport, Step, StoredWeights, Target
 from optc.exporters.onnx import LEGAL, export_onnx
 from optc.passes.fusion.attention import FuseAttention
 from optc.passes.fusion.norm import FuseNorm
@@ -17,6 +17,7 @@ from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.codes import StoreKVCodes, rounds_keys_and_values
 from optc.passes.kv_cache.static import StaticKVCache
 from optc.passes.legalization.ort import LegalizeOrt
+from optc.passes.legalization.ort_nbits import stored_layout
 from optc.passes.legalization.round_activations import RoundActivations
 from optc.targets.methods import WEIGHT_ONLY, head_steps, quantization_steps, stored_scales
 
@@ -82,5 +83,6 @@ TARGET = Target(
     legal=LEGAL,
     recipe=_recipe,
     export=export_onnx,
+    stored=StoredWeights(scale_bytes=2, layout=stored_layout),
     options=OnnxOptions,
 )

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from optc.compiler.artifact.engines import find_engine
+from optc.compiler.artifact.sizes import Sizes
 from optc.compiler.diagnostics import ArtifactError
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.proof import CaptureProof
@@ -161,7 +162,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         limits: of the numerics gate, as the user gave them, by flag ("unlimited": JSON has no infinity); for the others
             the passes' own budgets hold.
         files: every file of the folder but this one, by path; filled by `artifact.finish`.
-        weight_bytes: size of the weights as stored.
+        weight_bytes: size of the weights as stored. sizes: the same by parts, beside the source's.
         quantization: summary (method, bits, group_size, symmetric, linears); empty without.
         seconds: wall time of capture, passes, export and total.
         quality, speed: figures of `optc eval` and `optc bench`, once measured.
@@ -183,6 +184,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     limits: dict[str, float | Literal["unlimited"]] = {}
     passes: tuple[PassRecord, ...]
     weight_bytes: _Count
+    sizes: Sizes | None = None
     quantization: dict[str, Any]
     seconds: dict[str, float]
     quality: dict[str, Any] | None = None

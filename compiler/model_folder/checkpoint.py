@@ -49,6 +49,11 @@ class CheckpointInfo:
         """Names of the weight files, sorted."""
         return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight files on the disk."""
+        return sum((self.path / name).stat().st_size for name in self.files)
+
 
 def check_folder(path: Path, *, trust_remote_code: bool = False) -> CheckpointInfo:
     """Check a model folder: its config, its index and the header of every weight file.

@@ -92,6 +92,19 @@ class ExportResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredWeights:
+    """How a target writes quantized weights, as far as sizes go.
+
+    Attributes:
+        scale_bytes: of a scale; 0 for those of the compute type.
+        layout: (columns, bits, group size) -> (bits of a stored code, columns of a stored scale, 0 for all).
+    """
+
+    scale_bytes: int = 0
+    layout: Callable[[int, int, int], tuple[int, int]] = lambda _columns, bits, group_size: (bits, group_size)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """A destination.
 
@@ -103,6 +116,7 @@ class Target:
         options: the struct of the target's own options.
         check_machine: raises TargetError where this machine cannot build for the target; None where any can.
         quant: quantization method -> what the target can run of it.
+        stored: how quantized weights are written, for predicted sizes.
         lacks: why it takes no more: for a method, or for "asymmetric", "bits", "group-size" or "dtype".
     """
 
@@ -117,6 +131,7 @@ class Target:
     export: Callable[[Program, ExportRequest], ExportResult]
     aliases: tuple[str, ...] = ()
     options: type[TargetOptions] = TargetOptions
+    stored: StoredWeights = StoredWeights()
     check_machine: Callable[[CompileOptions], None] | None = None
     lacks: Mapping[str, str] = field(default_factory=dict)
 

@@ -48,12 +48,11 @@ def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
         config = json.dumps(genai_config(contract, MODEL), indent=2) + "\n"
         with os_errors("writing genai_config.json", str(directory)):
             (directory / "genai_config.json").write_text(config)
-    weights = (directory / DATA).stat().st_size
     return ExportResult(
         engine=ONNX,
         info=_info(contract, request, histogram, companions, genai=decoder),
         needs=_needs(program),
-        weight_bytes=weights,
+        weight_bytes=sum(sizes.values()),
         tensor_bytes=sizes,
     )
 

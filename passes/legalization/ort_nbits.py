@@ -26,11 +26,19 @@ from optc.passes.legalization.ort_linears import GROUPS
 aten, optc = torch.ops.aten, torch.ops.optc
 
 
-class PackedWeights:
-    """The weights that were packed so far, by the name of their codes.
+def stored_layout(columns: int, bits: int, group_size: int) -> tuple[int, int]:
+    """Bits of a stored code and columns of a stored scale (0: the kernels have none such) of rows of `columns`.
 
     A row that is one group is cut into blocks of one scale. 3-bit codes lie in 4-bit fields: the kernels have none.
     """
+    size = group_size or columns
+    if size == columns and size not in GROUPS:
+        size = next((item for item in reversed(GROUPS) if columns % item == 0), 0)
+    return 4 if bits == 3 else bits, size if size in GROUPS else 0
+
+
+class PackedWeights:
+    """The weights that were packed so far, by the name of their codes."""
 
     def __init__(self) -> None:
         self._made: dict[str, tuple[Node | None, ...]] = {}
@@ -40,13 +48,11 @@ class PackedWeights:
         if None in [program.weight_of(argument) for argument in weight.args[:2]]:
             return "codes or scales are computed, not weights"
         rows, columns = (int(size) for size in value_of(weight).shape)
-        size = int(weight.kwargs["group_size"]) or columns
-        whole = size == columns and size not in GROUPS
-        block = next((item for item in reversed(GROUPS) if columns % item == 0), 0) if whole else size
-        if block not in GROUPS:
-            return f"{kernel} takes groups of {', '.join(map(str, GROUPS))}, not of {size}"
-        bits = int(weight.kwargs["bits"])
-        return {"K": columns, "N": rows, "bits": 4 if bits == 3 else bits, "block_size": block}
+        size = int(weight.kwargs["group_size"])
+        bits, block = stored_layout(columns, int(weight.kwargs["bits"]), size)
+        if not block:
+            return f"{kernel} takes groups of {', '.join(map(str, GROUPS))}, not of {size or columns}"
+        return {"K": columns, "N": rows, "bits": bits, "block_size": block}
 
     def parts(self, program: Program, weight: Node, layout: dict[str, int]) -> tuple[Node | None, ...]:
         """The packed codes, scales and zero points (None without) of a dequantization, as weights."""

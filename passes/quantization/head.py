@@ -9,9 +9,9 @@ from typing import ClassVar, Literal, TypedDict
 import torch
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import aten, peel, readers
-from optc.compiler.analysis.linears import Linear, head_linear, linear_site
-from optc.compiler.analysis.rows import RESHAPES
+from optc.compiler.analysis.dataflow import readers
+from optc.compiler.analysis.linears import Linear, linear_site
+from optc.compiler.analysis.weight_parts import EMBEDDING, is_token_lookup, logits_linear
 from optc.compiler.diagnostics import InputError
 from optc.compiler.formats.integer import check_group_size
 from optc.compiler.ir.contract import WeightQuantization
@@ -33,7 +33,6 @@ from optc.passes.quantization.arithmetic.selection import (
     weight_name,
 )
 
-EMBEDDING = aten.embedding.default
 DEQUANTIZE = torch.ops.optc.dequantize
 GROUP_SIZES = (128, 64, 32, 16)
 """Those that are tried in turn."""
@@ -146,8 +145,7 @@ class QuantizeHead(Pass):
 
 def _sites(program: Program) -> list[Linear]:
     """The lookups of the input's tokens and the linear that makes the logits, in graph order."""
-    logits = any(spec.role == "logits" for spec in program.contract.outputs)
-    head = head_linear(program) if logits else None
+    head = logits_linear(program)
     found = [_lookup(program, node) or _head(program, node, head) for node in program.graph.nodes]
     return [site for site in found if site is not None]
 
@@ -156,20 +154,10 @@ def _head(program: Program, node: Node, head: Node | None) -> Linear | None:
     return linear_site(program, node) if node is head else None
 
 
-def _reshaped(node: Node) -> Node:
-    """What a node's numbers are those of, in another shape perhaps."""
-    while (inner := peel(node)).target in RESHAPES:
-        node = inner.args[0]
-    return inner
-
-
 def _lookup(program: Program, node: Node) -> Linear | None:
     """A lookup of tokens as quantization sees it: like a linear of the table [V, K], whose input are the tokens."""
-    if node.target is not EMBEDDING:
+    if not is_token_lookup(program, node):
         return None
     table, tokens = node.args[:2]
-    index = program.contract.input_index("input_ids")
-    if index is None or _reshaped(tokens) is not program.user_inputs()[index]:
-        return None
     held = table if program.weight_of(table) is not None else None
     return Linear(node, tokens, table, None, False, held)

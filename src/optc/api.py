@@ -15,6 +15,7 @@ import torch
 
 from optc.calibrating import make_calibration
 from optc.capturing import Captured, Model, capture, capture_for_compile
+from optc.compiler.analysis.weight_parts import weight_parts
 from optc.compiler.artifact import folder as artifact
 from optc.compiler.artifact.manifest import Manifest, ProgramEntry, Source
 from optc.compiler.calibration.sequences import Calibration
@@ -27,6 +28,7 @@ from optc.compiler.pipeline.gate import Limits
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions, PipelineResult, compute_dtype
 from optc.compiler.pipeline.quantization_summary import quantized_linears, summarize
 from optc.compiler.pipeline.rerounding import rerounding
+from optc.compiler.pipeline.written_sizes import written_sizes
 from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.target.target import ExportRequest, ExportResult, check_context, check_legal
 from optc.compiler.version import version
@@ -64,6 +66,7 @@ class CompileResult:
             "target": self.manifest.target,
             "seconds": self.manifest.seconds["total"],
             "weight_bytes": self.manifest.weight_bytes,
+            "sizes": None if self.manifest.sizes is None else self.manifest.sizes.to_dict(),
             "quantization": self.manifest.quantization,
             "capture": msgspec.to_builtins(self.manifest.capture),
             "opened": msgspec.to_builtins(self.manifest.opened),
@@ -285,6 +288,13 @@ def _manifest(
         limits=given_limits(resolved.request.gate),
         passes=result.records,
         weight_bytes=exported.weight_bytes,
+        sizes=written_sizes(
+            weight_parts(captured.program),
+            program.contract,
+            exported.tensor_bytes,
+            exported.weight_bytes,
+            None if info is None else info.weight_bytes,
+        ),
         quantization=summarize(program.contract, quantized_linears(result.records), exported.tensor_bytes),
         seconds=seconds,
     )

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from optc.compiler.analysis.module_linears import expert_stacks, linear_shape, model_linears
+import msgspec
+
 from optc.compiler.capture.loading import DTYPES, meta_model
-from optc.compiler.formats.integer import check_group_size, default_group_size
+from optc.compiler.formats.integer import check_group_size
 from optc.compiler.model_folder.checkpoint import check_folder
 from optc.compiler.model_folder.quantized import quantized_folder, refuse_quantizing_again
 from optc.compiler.target.options import CompileOptions
-from optc.compiler.target.target import Step, check_context
-from optc.passes.quantization.head import QuantizeHead
+from optc.compiler.target.target import check_context
+from optc.predicted_sizes import predicted_sizes, quantizable
 from optc.request import Request
 from optc.resolving import recipe_steps, resolve, with_group_size
 
@@ -22,8 +21,8 @@ from optc.resolving import recipe_steps, resolve, with_group_size
 def make_plan(model: Path, request: Request) -> dict[str, Any]:
     """Check the request and predict sizes.
 
-    Returns a JSON-able dict: `passes` in order, `weight_bytes` before and after, `group_size`,
-    `kv_cache_bytes_per_token`, `linears`.
+    Returns a JSON-able dict: `passes` in order, `sizes` of the weights by parts, as `optc compile` will write them,
+    `weight_bytes`, their sum, `group_size`, `kv_cache_bytes_per_token`, `linears`.
 
     Raises:
         UsageError, TargetError, InputError, CaptureError: as the compile itself would.
@@ -38,9 +37,10 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
     linears = quantizable(skeleton, () if options.quantization is None else options.quantization.ignore)
     resolved = with_group_size(resolved, [columns for _, columns in linears.values()], list(linears))
     options, steps = resolved.options, recipe_steps(resolved, "decoder" if decoder else "encoder")
-    sizes = _sizes(skeleton, options)
-    sizes["weight_bytes"] += _head_savings(skeleton, steps, _width(options))
     chosen = options.quantization
+    if chosen is not None and chosen.group_size is not None:
+        check_group_size(chosen.group_size, [columns for _, columns in linears.values()], list(linears))
+    sizes = predicted_sizes(skeleton, target, options, steps, info.weight_bytes)
     held = quantized_folder(info)
     note = target.quant[chosen.method].note if chosen is not None else ""
     if held is not None:
@@ -48,7 +48,7 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
             refuse_quantizing_again(model)
         shapes = [held.layout.shape(module) for module in held.modules]
         dense = sum(rows * columns for rows, columns in shapes) * _width(options)
-        sizes["weight_bytes"] += held.stored_bytes() - dense
+        sizes = msgspec.structs.replace(sizes, linears=sizes.linears + held.stored_bytes() - dense)
         note = f"quantized already ({held.method}): {len(shapes)} linears keep their codes"
     return {
         "model": str(model),
@@ -60,74 +60,14 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
             for step in steps
             if step.when is None or held is not None  # such steps are for what a quantized folder can hold
         ],
-        **sizes,
+        "parameters": sum(parameter.numel() for parameter in skeleton.parameters()),
+        "linears": len(linears),
+        "group_size": None if chosen is None else chosen.group_size,
+        "weight_bytes": sizes.total,
+        "sizes": sizes.to_dict(),
         "kv_cache_bytes_per_token": _cache_bytes(skeleton.config, options) if decoder else 0,
         "note": note,
     }
-
-
-def quantizable(skeleton: Any, ignore: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
-    """Weight name -> (N, K) of the linears that a quantization pass takes. Stacked experts are linears `name[e]`."""
-    found = {f"{name}.weight": linear_shape(module) for name, module in model_linears(skeleton).items()}
-    for name, (experts, rows, columns) in expert_stacks(skeleton).items():
-        found |= {f"{name}[{index}]": (rows, columns) for index in range(experts)}
-    return {
-        name: shape
-        for name, shape in found.items()
-        if not any(fnmatchcase(name.partition("[")[0], pattern) for pattern in ignore)
-    }
-
-
-_SCALE_BYTES = 2  # scales are stored in 16 bits
-
-
-def _sizes(skeleton: Any, options: CompileOptions) -> dict[str, Any]:
-    width = _width(options)
-    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    chosen = options.quantization
-    linears = quantizable(skeleton, () if chosen is None else chosen.ignore)
-    size, group = parameters * width, None
-    if chosen is not None:
-        names, all_columns = list(linears), [columns for _, columns in linears.values()]
-        group = chosen.group_size
-        if group is None:  # the method has blocks of its own, of about this size
-            group = default_group_size(all_columns, names)
-        check_group_size(group, all_columns, names)
-        bits = chosen.bits or chosen.average_bits or 4
-        for rows, columns in linears.values():
-            groups = rows * (columns // group if group else 1)
-            zero = 0 if chosen.symmetric else groups * bits / 8
-            size += int(rows * columns * (bits / 8 - width) + groups * _SCALE_BYTES + zero)
-    return {
-        "parameters": parameters,
-        "linears": len(linears),
-        "group_size": group,
-        "source_weight_bytes": parameters * width,
-        "weight_bytes": size,
-    }
-
-
-def _head_savings(skeleton: Any, steps: Sequence[Step], width: int) -> int:
-    """Bytes that a recipe's rounding of embedding and head adds (below zero: saves); a tied weight counts once."""
-    rewrite = next((step.rewrite for step in steps if isinstance(step.rewrite, QuantizeHead)), None)
-    if rewrite is None or not hasattr(skeleton, "get_input_embeddings"):
-        return 0
-    modules = (skeleton.get_input_embeddings(), skeleton.get_output_embeddings())
-    weights = {id(module.weight): module.weight for module in modules if module is not None}
-    ignored = {
-        id(parameter)
-        for name, parameter in skeleton.named_parameters(remove_duplicate=False)
-        if any(fnmatchcase(name, pattern) for pattern in rewrite.ignore)
-    }
-    size = 0
-    for weight in (weight for key, weight in weights.items() if key not in ignored):
-        rows, columns = (int(item) for item in weight.shape)
-        group = rewrite.size_for(columns)
-        if group is not None:
-            groups = rows * (columns // (group or columns))
-            zero = 0 if rewrite.symmetric else groups * rewrite.bits / 8
-            size += int(rows * columns * (rewrite.bits / 8 - width) + groups * _SCALE_BYTES + zero)
-    return size
 
 
 def _cache_bytes(config: Any, options: CompileOptions) -> int:

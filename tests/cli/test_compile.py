@@ -39,6 +39,8 @@ def test_compile_json(tmp_path: Path, capsys: Capture) -> None:
     found = optc_json(capsys, "compile", EXAMPLE, "--target", "onnx-cpu", "-o", tmp_path / "out")
     assert set(found) >= {"artifact", "target", "seconds", "passes"}
     assert found["target"] == "onnx-cpu"
+    assert found["sizes"]["total"] == found["weight_bytes"]
+    assert round(found["sizes"]["ratio"], 2) == 2.0  # float32, of bfloat16
     rows = {row["name"]: row for row in found["passes"]}
     assert (rows["fuse-rotary"]["matched"], rows["fuse-norm"]["matched"]) == (8, 9)
     assert rows["static-kv-cache"]["drift"]["max_abs_diff"] < 1e-4
@@ -149,8 +151,15 @@ def test_plan_reads_no_weights(capsys: Capture, tmp_path: Path, artifact: Path) 
     assert "store-kv-codes" not in [row["name"] for row in found["passes"]]
     assert found["linears"] == 28
     assert found["kv_cache_bytes_per_token"] == 2 * 4 * 2 * 32 * 4
-    written = optc_json(capsys, "inspect", artifact)["weight_bytes"]
-    assert abs(found["weight_bytes"] / written - 1) < 0.1
+    written = optc_json(capsys, "inspect", artifact)
+    assert abs(found["weight_bytes"] / written["weight_bytes"] - 1) < 0.02
+    assert found["sizes"]["source"] == written["sizes"]["source"]
+    line = "6.30 MB -> 2.46 MB (0.39 x): embedding and head 1.57 MB"
+    assert optc("plan", EXAMPLE, "--target", "onnx-cpu", "--quant", "rtn") == 0
+    assert f"weights: {line}" in capsys.readouterr().out
+    assert optc("inspect", artifact) == 0
+    assert f"weights: {line}" in capsys.readouterr().out
+    assert "0.39 x of 6.30 MB" in (artifact / "report.html").read_text()
     assert optc("plan", EXAMPLE, "--target", "onnx-cpu", "--quant", "rtn", "--kv-cache", "paged") == 4
 
 

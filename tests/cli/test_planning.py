@@ -13,7 +13,7 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from optc.compiler.diagnostics import TargetError
 from optc.passes.quantization.rtn import QuantizeRtn
-from optc.planning import quantizable
+from optc.predicted_sizes import quantizable
 from optc.request import from_python
 from optc.resolving import resolve, settled, with_group_size
 from optc.targets.onnx_cpu import TARGET

@@ -10,6 +10,7 @@ from rich.table import Table
 from optc.cli.common import emit, json_option, progress, stderr
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.artifact.drift_table import drift_table
+from optc.compiler.artifact.sizes import Sizes
 from optc.compiler.diagnostics import UsageError
 from optc.request import SECTIONS, Request
 
@@ -63,11 +64,13 @@ def _show(result: dict[str, Any]) -> None:
     for row in result["passes"]:
         for note in row["notes"]:
             console.print(f"  {row['name']}: {note}", markup=False)
-    size, quantized = result["weight_bytes"] / 1e6, result["quantization"]
+    quantized = result["quantization"]
     if "bits_per_parameter" in quantized:
         bits, ideal = quantized["bits_per_parameter"], quantized["ideal_bits"]
         groups = ", ".join("a row" if size == 0 else str(size) for size in quantized["group_size"])
         console.print(
             f"  quantized weights: groups of {groups}; {bits:.3f} bits per parameter, ideal {ideal:.3f}", markup=False
         )
-    click.echo(f"{result['artifact']}: {result['target']}, {size:.1f} MB of weights, {result['seconds']:.1f} s")
+    click.echo(
+        f"{result['artifact']}: {result['target']}, {result['seconds']:.1f} s; weights {Sizes.read(result['sizes'])}"
+    )

@@ -13,6 +13,7 @@ from msgspec import Meta
 from optc.cli.common import emit, json_option
 from optc.cli.options import struct_flags
 from optc.compiler.artifact.drift_table import EMPTY, drift_table
+from optc.compiler.artifact.sizes import Sizes, megabytes
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.target.options import ComputeType
 
@@ -106,9 +107,8 @@ def _show(manifest: dict[str, Any]) -> None:
         f"{manifest['target']} artifact ({manifest['engine']}, {manifest['dtype']}), optc {manifest['optc_version']}, {manifest['created']}"
     )
     click.echo(f"source: {source['path'] or 'a module in memory'} ({source['parameters'] / 1e6:.1f} M parameters)")
-    click.echo(
-        f"weights: {manifest['weight_bytes'] / 1e6:.2f} MB; quantization: {_quantization(manifest['quantization'])}"
-    )
+    click.echo(f"weights: {_sizes(manifest)}")
+    click.echo(f"quantization: {_quantization(manifest['quantization'])}")
     click.echo(f"needs: {', '.join(f'{key} {value}' for key, value in manifest['needs'].items())}")
     click.echo("inputs:")
     for spec in contract["inputs"][:4]:
@@ -177,6 +177,13 @@ def _opened(row: dict[str, Any] | None) -> str:
         f"written file: opened in {row['engine']} {row['version']}{note}: max |diff| {row['max_abs_diff']:.1e} on outputs "
         f"of up to {row['scale']:.1f}, relative {row['relative']:.1e}{limit}{kl}, {row['seconds']:.2f} s"
     )
+
+
+def _sizes(manifest: dict[str, Any]) -> str:
+    """The size of the weights by parts, and of the whole folder."""
+    row = manifest["sizes"]
+    weights = str(Sizes.read(row)) if row else megabytes(manifest["weight_bytes"])
+    return f"{weights}; all files {megabytes(sum(entry['size'] for entry in manifest['files']))}"
 
 
 def _quantization(row: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from msgspec import Meta
 from optc.cli.common import emit, json_option
 from optc.cli.options import Settings, given_flags, struct_flags
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
+from optc.compiler.artifact.sizes import Sizes
 from optc.compiler.diagnostics import UsageError
 
 
@@ -81,14 +82,18 @@ def _show_memory(result: dict[str, Any]) -> None:
         click.echo(f"  note: {result['note']}")
 
 
+def _group(size: int | None) -> str:
+    return "the method's own" if size is None else str(size or "channel")
+
+
 def _show(result: dict[str, Any]) -> None:
     click.echo(f"{result['model']} for {result['target']}, {result['dtype']}, quantization {result['quant'] or 'none'}")
     click.echo(f"  parameters: {result['parameters'] / 1e6:.1f} M, {result['linears']} linears")
     names = [row["name"] + (" (if it matches)" if row["optional"] else "") for row in result["passes"]]
     click.echo(f"  passes: {', '.join(names)}")
     if result["quant"]:
-        click.echo(f"  group size: {result['group_size'] or 'channel'}")
-    click.echo(f"  weights: {result['source_weight_bytes'] / 1e6:.1f} MB -> {result['weight_bytes'] / 1e6:.1f} MB")
+        click.echo(f"  group size: {_group(result['group_size'])}")
+    click.echo(f"  weights: {Sizes.read(result['sizes'])}")
     if result["kv_cache_bytes_per_token"]:
         click.echo(f"  KV cache: {result['kv_cache_bytes_per_token']} bytes per token")
     if result["note"]:

@@ -1,0 +1,75 @@
+"""How many bytes a model takes on the disk, by parts: as written, and as predicted. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+
+_Bytes = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bytes of the weights.
+
+    Attributes:
+        source: of the source model's weight files; None for a model in memory.
+        embedding: numbers or codes of the tables of tokens, with the head's where it is tied.
+        head, linears: the same of the output head, and of all other linears.
+        scales, zero_points: of codes, of any of these.
+        rest: norms, biases, positions, and whatever else is written.
+        tied: the head's weight is the table of tokens.
+    """
+
+    source: _Bytes | None = None
+    embedding: _Bytes = 0
+    head: _Bytes = 0
+    linears: _Bytes = 0
+    scales: _Bytes = 0
+    zero_points: _Bytes = 0
+    rest: _Bytes = 0
+    tied: bool = False
+
+    @property
+    def total(self) -> int:
+        """Bytes of all weights as written."""
+        return sum(size for _, size in self.parts())
+
+    @property
+    def ratio(self) -> float | None:
+        """Bytes as written per byte of the source."""
+        return self.total / self.source if self.source else None
+
+    def parts(self) -> list[tuple[str, int]]:
+        """(title, bytes) of each part."""
+        return [
+            ("embedding and head" if self.tied else "embedding", self.embedding),
+            ("head", self.head),
+            ("linears", self.linears),
+            ("scales", self.scales),
+            ("zero points", self.zero_points),
+            ("rest", self.rest),
+        ]
+
+    def __str__(self) -> str:
+        """One line for people."""
+        before = "" if self.source is None else f"{megabytes(self.source)} -> "
+        ratio = "" if self.ratio is None else f" ({self.ratio:.2f} x)"
+        parts = ", ".join(f"{title} {megabytes(size)}" for title, size in self.parts() if size)
+        return f"{before}{megabytes(self.total)}{ratio}: {parts or 'no weights'}"
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> Sizes:
+        """The sizes in a dict as `to_dict` or a manifest has them."""
+        return msgspec.convert({name: row[name] for name in cls.__struct_fields__}, cls)
+
+    def to_dict(self) -> dict[str, int | float | bool | None]:
+        """The fields with `total` and `ratio`, for JSON."""
+        ratio = None if self.ratio is None else round(self.ratio, 4)
+        return {**msgspec.structs.asdict(self), "total": self.total, "ratio": ratio}
+
+
+def megabytes(size: int) -> str:
+    """A size for people: three digits at least."""
+    return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.2f} kB"

@@ -1,0 +1,107 @@
+"""The bytes that a compile will write, from a model without weights."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from optc.compiler.analysis.module_linears import expert_stacks, linear_shape, model_linears
+from optc.compiler.artifact.sizes import Sizes
+from optc.compiler.capture.loading import DTYPES
+from optc.compiler.target.options import CompileOptions
+from optc.compiler.target.target import Step, StoredWeights, Target
+from optc.passes.quantization.head import QuantizeHead
+
+_OWN_BLOCK = 64
+"""Columns that share a scale, about, of methods with blocks of their own."""
+
+
+def quantizable(skeleton: Any, ignore: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
+    """Weight name -> (N, K) of the linears that a quantization pass takes. Stacked experts are linears `name[e]`."""
+    found = {f"{name}.weight": linear_shape(module) for name, module in model_linears(skeleton).items()}
+    for name, (experts, rows, columns) in expert_stacks(skeleton).items():
+        found |= {f"{name}[{index}]": (rows, columns) for index in range(experts)}
+    return {
+        name: shape
+        for name, shape in found.items()
+        if not any(fnmatchcase(name.partition("[")[0], pattern) for pattern in ignore)
+    }
+
+
+def predicted_sizes(
+    skeleton: Any, target: Target, options: CompileOptions, steps: Sequence[Step], source: int | None
+) -> Sizes:
+    """What the recipe's steps make of each parameter; a tied one counts once.
+
+    Args:
+        options: with the group size settled.
+        source: bytes of the source's weight files.
+    """
+    width, chosen = DTYPES[options.dtype].itemsize, options.quantization
+    tables, tied = _tables(skeleton)
+    rewrite = next((step.rewrite for step in steps if isinstance(step.rewrite, QuantizeHead)), None)
+    ignored = _ignored(skeleton, () if rewrite is None else rewrite.ignore)
+    linears = {name.partition("[")[0] for name in quantizable(skeleton)}
+    rounded: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+    for name, shape in quantizable(skeleton, chosen.ignore).items() if chosen is not None else ():
+        rounded[name.partition("[")[0]].append(shape)
+    found: Counter[str] = Counter()
+    for name, parameter in skeleton.named_parameters():
+        part = tables.get(id(parameter), "linears" if name in linears else "rest")
+        if chosen is not None and name in rounded:
+            for rows, columns in rounded[name]:
+                bits = chosen.bits or chosen.average_bits or 4
+                size = _OWN_BLOCK if chosen.group_size is None else chosen.group_size
+                form = _Form(bits, size if columns % (size or 1) == 0 else 0, chosen.symmetric)
+                found.update(form.sizes(part, rows, columns, target.stored, width))
+        elif rewrite is not None and part in ("embedding", "head") and id(parameter) not in ignored:
+            rows, columns = (int(size) for size in parameter.shape)
+            group = rewrite.size_for(columns)
+            if group is None:
+                found[part] += parameter.numel() * width
+                continue
+            form = _Form(rewrite.bits, group, rewrite.symmetric)
+            found.update(form.sizes(part, rows, columns, target.stored, width))
+        else:
+            found[part] += parameter.numel() * width
+    return Sizes(source=source, tied=tied, **found)
+
+
+class _Form:
+    """How a weight is rounded."""
+
+    def __init__(self, bits: float, group_size: int, symmetric: bool) -> None:
+        self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
+
+    def sizes(self, part: str, rows: int, columns: int, stored: StoredWeights, width: int) -> dict[str, int]:
+        """Bytes of codes [rows, columns] under the name of their part, and of their scales and zero points."""
+        whole = round(self.bits)
+        bits, size = stored.layout(columns, whole, self.group_size) if whole == self.bits else (self.bits, 0)
+        groups = columns // (size or self.group_size or columns)
+        return {
+            part: int(rows * columns * bits / 8),
+            "scales": rows * groups * (stored.scale_bytes or width),
+            "zero_points": 0 if self.symmetric else rows * -int(-groups * bits // 8),
+        }
+
+
+def _tables(skeleton: Any) -> tuple[dict[int, str], bool]:
+    """The parts of the embedding's and the head's weights by their identity, and whether they are one."""
+    if not hasattr(skeleton, "get_input_embeddings"):
+        return {}, False
+    embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
+    named = {
+        id(module.weight): part for part, module in (("head", head), ("embedding", embedding)) if module is not None
+    }
+    return named, embedding is not None and head is not None and embedding.weight is head.weight
+
+
+def _ignored(skeleton: Any, patterns: Sequence[str]) -> set[int]:
+    """Parameters with a name, of all that they have, that a pattern matches."""
+    return {
+        id(parameter)
+        for name, parameter in skeleton.named_parameters(remove_duplicate=False)
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
