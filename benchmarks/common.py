@@ -34,6 +34,8 @@ LLAMA_1B = llama_sizes(layers=16, hidden=2048, heads=32, kv_heads=8, mlp=8192, v
 """Llama 3 8B; Llama 3.2 1B, which ties its embeddings."""
 LLAMA_SMALL = llama_sizes(layers=2, hidden=256, heads=4, kv_heads=2, mlp=512, vocab=512)
 """For a quick try."""
+DECODER_115M = {"layers": 12, "hidden": 768, "heads": 12, "kv_heads": 4, "mlp": 2048, "vocab": 24576}
+"""Arguments of `random_llama`: what a phone or a laptop runs."""
 
 OPEN_GATE = {
     "max_kl": float("inf"),

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from common import interleave, random_llama, ratio, record
+from common import DECODER_115M, interleave, random_llama, ratio, record
 
 PROMPT, STEPS = 128, 64
 
@@ -112,7 +112,7 @@ def transformers_contender(folder: Path, prompt: list[int]) -> Callable[[], floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=DECODER_115M["layers"])
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
 
@@ -123,14 +123,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name:
         folder, artifact = Path(name) / "model", Path(name) / "artifact"
-        shape = {
-            "layers": arguments.layers,
-            "hidden": 768,
-            "heads": 12,
-            "kv_heads": 4,
-            "mlp": 2048,
-            "vocab": 24576,
-        }
+        shape = {**DECODER_115M, "layers": arguments.layers}
         parameters = random_llama(folder, **shape)
         compiled = optc.compile(
             folder,

@@ -16,6 +16,8 @@ from once import example_artifact
 from stages import captured, sequences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import optc
+
 og = pytest.importorskip("onnxruntime_genai")
 
 PROMPT = "The old man looked at the sea, and"
@@ -97,6 +99,16 @@ def test_a_right_padded_ragged_batch(model: Any, reference: Any) -> None:
     rows = [encode(text) for text in (PROMPT, "Once", "She said that he", PROMPT + " nothing more was")]
     assert len({len(row) for row in rows}) == 4
     assert generated(model, rows, NEW, pad_of(model)) == [expected(reference, row, NEW) for row in rows]
+
+
+def test_a_quantized_artifact_says_what_optc_run_says() -> None:
+    """Of equal tokens: products in 4 and 8 bits with rounded activations are the same kernels in both."""
+    folder = example_artifact("onnx-cpu", quant="rtn")
+    ours, theirs = optc.load(folder), og.Model(str(folder))
+    for text in (PROMPT, "Once", "She said that he", *TEXTS[1:]):
+        row = encode(text)
+        found = ours.generate(row, max_new_tokens=NEW).tokens
+        assert generated(theirs, [row], len(found), pad_of(theirs)) == [found]
 
 
 def test_a_second_turn_and_a_rewind(model: Any, reference: Any) -> None:

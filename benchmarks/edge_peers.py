@@ -1,0 +1,225 @@
+"""int4 on the CPU: our artifacts beside those of onnxruntime-genai's own builder, of the same models.
+
+    python benchmarks/edge_peers.py              # two quiet cores, half an hour, most of it GPTQ
+    python benchmarks/edge_peers.py --small      # fiction-3m by rtn alone, two rounds: whether it works
+
+For fiction-3m, fiction-26m and a random decoder of 115 M parameters (speed only):
+
+    builder    onnxruntime_genai.models.builder -p int4 -e cpu: 4 bits everywhere, groups of 32, scales in float32
+    rtn        optc compile --quant rtn: the linears in 4 bits, embedding and head in 8
+    rtn-head4  the same with --head-bits 4, the bits of the builder's
+    rtn-g32    head in 8 bits, linears in the builder's groups of 32
+    gptq       quality only: its graph is rtn's
+
+`bytes` are those of the graph and its weights. Perplexity is of windows of 1024 tokens; the builder's graph has the
+names of ours, and is scored by the same session. `loss` is what the perplexity rose by over the source's, in fp32.
+Decode is the median of interleaved rounds, of PROMPT tokens and STEPS steps; prefill the time to the first token of a
+prompt of PREFILL tokens. Both in onnxruntime-genai, and ours in the session of `optc run` too; intervals are 95 %
+bootstrap ones. Compile times are of the commands, one after the other.
+
+llama.cpp is not a row: llama-cpp-python has no wheel, and building it from source is not what a newcomer would do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import DECODER_115M, ROOT, interleave, open_gate_flags, random_llama, ratio, record
+
+import optc
+from optc.compiler.artifact.folder import verify
+from optc.runtime.generation.tokenizer import load_tokenizer
+from optc.runtime.measuring.benchmark import median_rate
+from optc.runtime.measuring.evaluate import evaluate
+from optc.runtime.measuring.reference import open_reference
+from optc.runtime.sessions.ort import OrtSession
+
+PROMPT, STEPS, PREFILL = 128, 64, 512
+TEXT = ROOT / "examples" / "book.txt"
+BUILDER = "builder"
+METHODS: dict[str, list[str]] = {
+    "rtn": ["--quant", "rtn"],
+    "rtn-head4": ["--quant", "rtn", "--head-bits", "4"],
+    "rtn-g32": ["--quant", "rtn", "--group-size", "32"],
+    "gptq": ["--quant", "gptq"],
+}
+Timed = Callable[[int, int], tuple[float, float]]
+"""From the tokens of a prompt and a number of steps to seconds to the first token, and of the steps."""
+
+
+def make(model: Path, name: str, folder: Path, flags: list[str]) -> float:
+    """Write an artifact with the command that a user would type; its seconds."""
+    if name == BUILDER:
+        cache = folder.parent / "cache"
+        command = [
+            "onnxruntime_genai.models.builder",
+            "-m",
+            model,
+            "-o",
+            folder,
+            "-p",
+            "int4",
+            "-e",
+            "cpu",
+            "-c",
+            cache,
+        ]
+    else:
+        command = ["optc", "compile", model, "--target", "onnx-cpu", *METHODS[name], "-o", folder, *flags]
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} of {model}: {done.stderr[-2000:]}")
+    return time.perf_counter() - begin
+
+
+def stored(folder: Path) -> dict[str, int]:
+    """Bytes of the graph, of its weights, and of both."""
+    graph, weights = ((folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+    return {"graph": graph, "weights": weights, "bytes": graph + weights}
+
+
+def perplexities(folders: dict[str, Path], threads: int, windows: int) -> dict[str, dict[str, float]]:
+    """Perplexity and KL of each artifact, and how much of perplexity each lost."""
+    manifest = verify(folders["rtn"])
+    reference = open_reference(manifest)
+    tokenizer = load_tokenizer(reference.path)
+    assert tokenizer is not None
+    tokens = tokenizer.encode(TEXT.read_text(encoding="utf-8"))
+    found: dict[str, dict[str, float]] = {}
+    for name, folder in folders.items():
+        session = OrtSession(folder / "model.onnx", manifest.contract, threads=threads)
+        score = evaluate(session, tokens, reference, windows=windows)
+        assert score.reference_perplexity is not None
+        assert score.kl is not None
+        loss = score.perplexity - score.reference_perplexity
+        found[name] = {
+            "perplexity": score.perplexity,
+            "source": score.reference_perplexity,
+            "loss": loss,
+            "kl": score.kl,
+        }
+        print(name, found[name], flush=True)
+    return found
+
+
+def in_genai(folder: Path, vocab: int) -> Timed:
+    """onnxruntime-genai's Generator, greedy."""
+    import onnxruntime_genai as og
+
+    model = og.Model(str(folder))
+
+    def run(length: int, steps: int) -> tuple[float, float]:
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=length + steps + 1, min_length=length + steps + 1, do_sample=False)
+        generator = og.Generator(model, parameters)
+        begin = time.perf_counter()
+        generator.append_tokens(np.array(random_tokens(vocab, length), np.int32))
+        generator.generate_next_token()
+        first = time.perf_counter()
+        for _ in range(steps):
+            generator.generate_next_token()
+        return first - begin, time.perf_counter() - first
+
+    return run
+
+
+def in_optc(folder: Path, vocab: int, threads: int) -> Timed:
+    """What `optc run` does."""
+    model = optc.load(folder, threads=threads)
+
+    def run(length: int, steps: int) -> tuple[float, float]:
+        found = model.generate(random_tokens(vocab, length), max_new_tokens=steps + 1, ignore_eos=True)
+        return found.ttft_ms / 1e3, (found.tpot_ms or 0.0) * steps / 1e3
+
+    return run
+
+
+def random_tokens(vocab: int, length: int) -> list[int]:
+    """The same for all contenders."""
+    return [int(token) for token in np.random.default_rng(length).integers(3, vocab, length)]
+
+
+def speeds(folders: dict[str, Path], threads: int, rounds: int) -> dict[str, Any]:
+    """Tokens per second of decode and prefill by contender, and the ratios of ours to the builder's, round by round."""
+    vocab = verify(folders["rtn"]).contract.model.vocab_size
+    timed: dict[str, Timed] = {f"{name} in genai": in_genai(folder, vocab) for name, folder in folders.items()}
+    ours = {name: folder for name, folder in folders.items() if name != BUILDER}
+    timed |= {f"{name} in optc": in_optc(folder, vocab, threads) for name, folder in ours.items()}
+    found: dict[str, Any] = {}
+    for what, once in (
+        ("decode", lambda run: STEPS / run(PROMPT, STEPS)[1]),
+        ("prefill", lambda run: PREFILL / run(PREFILL, 0)[0]),
+    ):
+        figures = interleave({name: lambda run=run, once=once: once(run) for name, run in timed.items()}, rounds)
+        base = figures[f"{BUILDER} in genai"]
+        found[what] = {
+            "tokens_per_s": {name: median_rate(rows).to_dict() for name, rows in figures.items()},
+            "ratio_to_builder": {name: ratio(rows, base) for name, rows in figures.items() if rows is not base},
+        }
+    return found
+
+
+def measure(model: Path, place: Path, given: argparse.Namespace, *, trained: bool) -> dict[str, Any]:
+    """Everything about one model."""
+    names = [BUILDER, "rtn", "rtn-head4", *(["rtn-g32", "gptq"] if trained and not given.small else [])]
+    folders = {name: place / name for name in names}
+    flags = [] if trained else open_gate_flags()
+    seconds = {name: make(model, name, folder, flags) for name, folder in folders.items()}
+    result: dict[str, Any] = {
+        "source_bytes": sum(path.stat().st_size for path in model.glob("*.safetensors")),
+        "stored": {name: stored(folder) for name, folder in folders.items()},
+        "compile_s": seconds,
+    }
+    size = result["stored"][BUILDER]["bytes"]
+    result["size_to_builder"] = {name: row["bytes"] / size for name, row in result["stored"].items()}
+    result["compile_to_builder"] = {name: row / seconds[BUILDER] for name, row in seconds.items()}
+    if trained:
+        quality = perplexities(folders, given.threads, given.windows)
+        result["quality"] = quality
+        result["loss_to_builder"] = {name: row["loss"] / quality[BUILDER]["loss"] for name, row in quality.items()}
+    timed = {name: folders[name] for name in (BUILDER, "rtn", "rtn-head4")}
+    return result | speeds(timed, given.threads, given.rounds)
+
+
+def main() -> None:
+    """Measure every model, print and record the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, default=ROOT.parent / "shared" / "models", help="holds fiction-26m")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--small", action="store_true", help="fiction-3m by rtn alone, two rounds and two windows")
+    given = parser.parse_args()
+    if given.small:
+        given.rounds, given.windows = 2, 2
+    result: dict[str, Any] = {
+        "prompt": PROMPT,
+        "steps": STEPS,
+        "prefill": PREFILL,
+        "rounds": given.rounds,
+        "models": {},
+    }
+    models = {"fiction-3m": ROOT / "examples" / "fiction-3m", "fiction-26m": given.models / "fiction-26m"}
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        if given.small:
+            del models["fiction-26m"]
+        else:
+            random_llama(place / "decoder-115m", **DECODER_115M)
+            models["decoder-115m"] = place / "decoder-115m"
+        for title, model in models.items():
+            result["models"][title] = measure(model, place / "made" / title, given, trained=title != "decoder-115m")
+    record("edge_peers_small" if given.small else "edge_peers", result, given.threads)
+
+
+if __name__ == "__main__":
+    main()
