@@ -1,6 +1,6 @@
 """Speed and memory of a session: TTFT, prefill and decode rates, peak RSS, read bandwidth.
 
-Each sample is one generation from an empty cache. TTFT runs from the call to the first token chosen;
+Each sample is one generation from an empty cache, of a prompt that is in no pool. TTFT runs from the call to the first token chosen;
 prefill tokens/s are all prompt tokens over that time; decode tokens/s are batch rows times steps
 over the time of the steps after the first token. Rates are medians over samples with a 95 % interval
 by the percentile bootstrap (Efron 1979) with a fixed seed.
@@ -47,9 +47,14 @@ class Rate:
 
 @dataclass(frozen=True)
 class PromptSpeed:
-    """Speed from an empty cache at one prompt length."""
+    """Speed from an empty cache at one prompt length.
+
+    Attributes:
+        first_ttft_ms: of the first generation of that length, in which an engine may compile.
+    """
 
     prompt_length: int
+    first_ttft_ms: float
     ttft_ms: Rate
     prefill_tokens_per_s: Rate
     decode_tokens_per_s: Rate
@@ -79,6 +84,7 @@ class Benchmark:
             {
                 "prompt_tokens": item.prompt_length,
                 "ttft_ms": item.ttft_ms.to_dict(),
+                "first_ttft_ms": item.first_ttft_ms,
                 "prefill_tokens_per_s": item.prefill_tokens_per_s.to_dict(),
                 "decode_tokens_per_s": item.decode_tokens_per_s.to_dict(),
             }
@@ -105,33 +111,32 @@ def benchmark(
     sampling: Sampling | None = None,
     batch: int = 1,
     samples: int = 5,
-    warmup: int = 1,
+    warmup: int | None = None,
     threads: int = 1,
     on_sample: Callable[[int, int], None] = lambda done, total: None,
 ) -> Benchmark:
-    """Time a session on random prompts (fixed seed), without stop tokens.
+    """Time a session on random prompts (fixed seed), no two of them alike, without stop tokens.
 
     Prompt lengths take turns, so that a slow phase of the machine hits all of them alike.
 
     Args:
         sampling: how tokens are chosen; None is greedy.
-        warmup: untimed generations per prompt length.
+        warmup: untimed generations per prompt length; None: as many as the session needs.
         threads: of the bandwidth measurement.
         on_sample: called with (done, total) after each generation.
 
     Raises:
         UsageError: a count that is out of range, or more tokens than the context holds.
     """
-    _check(session, prompt_lengths, new_tokens, batch, samples, warmup)
+    _check(session, prompt_lengths, new_tokens, batch, samples, warmup or 0)
+    warmup = session.warm_up_calls if warmup is None else warmup
     rng = np.random.default_rng(0)
-    prompts = {n: rng.integers(0, session.vocab_size, (batch, n)).tolist() for n in prompt_lengths}
-    runs: dict[int, list[GenerationResult]] = {n: [] for n in prompts}
-    total, done = (samples + warmup) * len(prompts), 0
-    for turn in range(samples + warmup):
-        for length, rows in prompts.items():
-            result = generate(session, rows, max_new_tokens=new_tokens, sampling=sampling)
-            if turn >= warmup:
-                runs[length].append(result)
+    runs: dict[int, list[GenerationResult]] = {n: [] for n in prompt_lengths}
+    total, done = (samples + warmup) * len(runs), 0
+    for _ in range(samples + warmup):
+        for length, results in runs.items():
+            rows = rng.integers(0, session.vocab_size, (batch, length)).tolist()
+            results.append(generate(session, rows, max_new_tokens=new_tokens, sampling=sampling))
             done += 1
             on_sample(done, total)
     peak = peak_rss_bytes()  # before the bandwidth measurement takes memory of its own
@@ -140,7 +145,7 @@ def benchmark(
         new_tokens=new_tokens,
         sampling=sampling or Sampling(),
         samples=samples,
-        prompts=tuple(_speed(length, batch, results) for length, results in runs.items()),
+        prompts=tuple(_speed(length, batch, results, warmup) for length, results in runs.items()),
         peak_rss_bytes=peak,
         read_bytes_per_s=session.read_bandwidth() or read_bandwidth(threads),
         gpu=session.device_name,
@@ -165,11 +170,13 @@ def _check(
         )
 
 
-def _speed(length: int, batch: int, results: Sequence[GenerationResult]) -> PromptSpeed:
-    ttft = [result.ttft_ms for result in results]
-    decode = [batch * 1e3 / result.tpot_ms for result in results if result.tpot_ms]
+def _speed(length: int, batch: int, results: Sequence[GenerationResult], warmup: int) -> PromptSpeed:
+    timed = results[warmup:]
+    ttft = [result.ttft_ms for result in timed]
+    decode = [batch * 1e3 / result.tpot_ms for result in timed if result.tpot_ms]
     return PromptSpeed(
         prompt_length=length,
+        first_ttft_ms=results[0].ttft_ms,
         ttft_ms=median_rate(ttft),
         prefill_tokens_per_s=median_rate([batch * length * 1e3 / ms for ms in ttft]),
         decode_tokens_per_s=median_rate(decode),

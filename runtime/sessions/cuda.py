@@ -119,6 +119,10 @@ class CudaSession(PagedSession, StreamingSession):
         self._record = record or (graph_recorder() if device.type == "cuda" else None)
 
     @property
+    def warm_up_calls(self) -> int:
+        return 2  # the second one is captured
+
+    @property
     def device_name(self) -> str:
         return torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else ""
 

@@ -125,6 +125,11 @@ class Session(ABC):
             yield self._score(tokens[start : start + self.chunk])
 
     @property
+    def warm_up_calls(self) -> int:
+        """Calls of a size before those that take as long as all later ones."""
+        return 1
+
+    @property
     def device_name(self) -> str:
         """The device that computes; "" where it is the processor."""
         return ""

@@ -28,7 +28,16 @@ class BenchOptions(SamplingOptions, frozen=True, kw_only=True):
     new_tokens: Annotated[TimedTokens, Meta(description="Tokens to generate per sample.")] = 64
     batch: Annotated[Batch, Meta(description="Prompts per batch.")] = 1
     samples: Annotated[Samples, Meta(description="Timed generations per prompt length.")] = 5
-    warmup: Annotated[Warmup, Meta(description="Untimed generations before the timed ones.")] = 1
+    warmup: (
+        Annotated[
+            Warmup,
+            Meta(
+                description="Untimed generations before the timed ones.",
+                extra={"default": "1; on CUDA 2, as the second one is captured"},
+            ),
+        ]
+        | None
+    ) = None
     save: Save = False
     device: (
         Annotated[
@@ -99,7 +108,8 @@ def _show(result: dict[str, Any]) -> None:
         click.echo(sizes + (f", drawn at temperature {heat:g}" if heat else ""))
         click.echo(f"  decode   {_rate(row['decode_tokens_per_s'])} tokens/s")
         click.echo(f"  prefill  {_rate(row['prefill_tokens_per_s'])} tokens/s")
-        click.echo(f"  TTFT     {_rate(row['ttft_ms'])} ms")
+        first = f", the first one {row['first_ttft_ms']:.1f} ms" if result["gpu"] else ""
+        click.echo(f"  TTFT     {_rate(row['ttft_ms'])} ms{first}")
     limit = result["weight_read_limit_tokens_per_s"]
     click.echo(f"weights  {result['weight_bytes'] / 1e6:.2f} MB, peak RSS {result['peak_rss_bytes'] / 1e6:.0f} MB")
     click.echo(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ import psutil
 import pytest
 
 from optc.compiler.diagnostics import UsageError
+from optc.runtime.generation.generate import GenerationResult
 from optc.runtime.measuring.benchmark import (
     benchmark,
     environment,
@@ -25,6 +27,7 @@ class Counting(Session):
     def __init__(self) -> None:
         super().__init__(vocab_size=11, context_length=64)
         self.prefills: list[tuple[int, int]] = []
+        self.prompts: list[tuple[int, ...]] = []
         self.decodes = 0
 
     def close(self) -> None:
@@ -37,6 +40,7 @@ class Counting(Session):
         self.lengths = [n + len(row) for n, row in zip(self.lengths, rows, strict=True)]
         if len(rows[0]) > 1:
             self.prefills.append((len(rows), len(rows[0])))
+            self.prompts += [tuple(row) for row in rows]
         else:
             self.decodes += 1
         return np.zeros((len(rows), 11), np.float32)
@@ -60,6 +64,7 @@ def test_counts_samples_warm_up_and_tokens(monkeypatch: pytest.MonkeyPatch) -> N
     )
     assert session.prefills == [(3, 8), (3, 16)] * 6
     assert session.decodes == 12 * 4
+    assert len(set(session.prompts)) == 36, "none finds its beginning in a pool"
     assert seen == [(i + 1, 12) for i in range(12)]
     assert [item.prompt_length for item in result.prompts] == [8, 16]
     assert result.read_bytes_per_s == 2e9
@@ -69,6 +74,24 @@ def test_counts_samples_warm_up_and_tokens(monkeypatch: pytest.MonkeyPatch) -> N
         assert low <= item.prefill_tokens_per_s.median <= high
         for rate in (item.ttft_ms, item.prefill_tokens_per_s, item.decode_tokens_per_s):
             assert 0 < rate.ci95[0] <= rate.median <= rate.ci95[1]
+
+
+def test_the_first_generation_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timed or not; a session says how many are not."""
+    monkeypatch.setattr("optc.runtime.measuring.benchmark.read_bandwidth", lambda threads: 1e9)
+    times = itertools.count(1)
+
+    def timed(*_: object, **__: object) -> GenerationResult:
+        return GenerationResult(tokens=[], stop=[], ttft_ms=float(next(times)), tpot_ms=1.0, steps=1)
+
+    monkeypatch.setattr("optc.runtime.measuring.benchmark.generate", timed)
+    (found,) = benchmark(Counting(), prompt_lengths=(8,), new_tokens=4, samples=3).prompts
+    assert (found.first_ttft_ms, found.ttft_ms.median) == (1.0, 3.0)
+    monkeypatch.setattr(Counting, "warm_up_calls", 2)
+    (found,) = benchmark(Counting(), prompt_lengths=(8,), new_tokens=4, samples=3).prompts
+    assert (found.first_ttft_ms, found.ttft_ms.median) == (5.0, 8.0)
+    (found,) = benchmark(Counting(), prompt_lengths=(8,), new_tokens=4, samples=3, warmup=0).prompts
+    assert (found.first_ttft_ms, found.ttft_ms.median) == (10.0, 11.0)
 
 
 def test_median_and_interval() -> None:
