@@ -84,7 +84,7 @@ class PromptCall:
         self.tokens, self.requests = tokens, requests
         self._run, self._pools, self._record = run, pools, record
         size, pinned = (tokens, requests, width), device.type == "cuda"
-        self._memory = torch.zeros(_place(size)[-1], dtype=torch.uint8, device=device)
+        self._memory = torch.zeros(_place(size)[-1] // 8, dtype=torch.int64, device=device)
         self._staged_memory = torch.zeros_like(self._memory, device="cpu", pin_memory=pinned)
         self._inputs, self._staged = _inputs_in(self._memory, size), _inputs_in(self._staged_memory, size)
         self._copied = torch.cuda.Event() if pinned else None
@@ -149,7 +149,7 @@ def _place(size: _Size) -> list[int]:
 
 def _inputs_in(memory: Tensor, size: _Size) -> tuple[StepInputs, Tensor]:
     parts = [
-        memory[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+        memory.view(torch.uint8)[begin : begin + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
         for begin, (dtype, shape) in zip(_place(size), _layout(size), strict=False)
     ]
     return StepInputs(*parts[:-1]), parts[-1]
