@@ -1,4 +1,4 @@
-"""The version of optc, installed or run from its source tree."""
+"""Versions: of optc, installed or run from its source tree, and of what else is installed."""
 
 from __future__ import annotations
 
@@ -23,3 +23,13 @@ def version() -> str:
     except (OSError, tomllib.TOMLDecodeError, KeyError):
         return UNKNOWN
     return str(project["version"]) if project.get("name") == "optc" and "version" in project else UNKNOWN
+
+
+def version_of(package: str) -> str:
+    """Of the installed distribution of this name, or of one that brings the module of this name, as onnxruntime-gpu
+    brings `onnxruntime`; "" where there is neither."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        brings = metadata.packages_distributions().get(package, [])
+    return metadata.version(brings[0]) if brings else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.gate import TOLERANCE
 from optc.compiler.pipeline.rerounding import widened
 from optc.compiler.target.target import ExportRequest, ExportResult
+from optc.compiler.version import version_of
 from optc.exporters.companions import copy_companions
 from optc.exporters.executorch.forms import LINEAR
 from optc.exporters.executorch.lower import Lowered, lower
@@ -71,7 +71,7 @@ def export_executorch(program: Program, request: ExportRequest) -> ExportResult:
     return ExportResult(
         engine=EXECUTORCH,
         info=info,
-        needs={"executorch": f">={metadata.version('executorch')}"},
+        needs={"executorch": f">={version_of('executorch')}"},
         weight_bytes=sum(sizes.values()),
         tensor_bytes=sizes,
         opened=opened,
@@ -150,7 +150,7 @@ def _check(program: Program, path: Path, lowered: Lowered, capacity: int, chunk:
     return OpenedRecord(
         opened=True,
         engine="executorch",
-        version=metadata.version("executorch"),
+        version=version_of("executorch"),
         tokens=sum(map(len, logits[0])),
         max_abs_diff=drift.max_abs_diff,
         scale=drift.scale,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Sequence
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from optc.compiler.kernels.cpu.library import FILE_NAME, build_library
 from optc.compiler.kernels.cpu.toolchain import InstructionSet, find_compiler, instruction_set
 from optc.compiler.kernels.kernel import Kernel, needs_of, used_kernels
 from optc.compiler.target.target import ExportRequest, ExportResult
+from optc.compiler.version import version_of
 from optc.exporters.companions import copy_companions
 from optc.exporters.inductor.options import InductorOptions
 from optc.exporters.inductor.selfcheck import check_package
@@ -172,6 +173,6 @@ def _info(
 
 def _needs(instructions: InstructionSet, kernels: Sequence[Kernel]) -> dict[str, Any]:
     """What a host must have: for the package itself, and for the kernels beside it."""
-    needs = needs_of(kernels, metadata.version)
+    needs = needs_of(kernels, version_of)
     flags = sorted({*instructions.flags, *needs.pop("cpu_flags", ())})
     return {"torch": ".".join(torch.__version__.split(".")[:2]), **needs, "cpu_flags": flags}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from optc.compiler.diagnostics import TargetError, os_errors
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
 from optc.compiler.target.target import ExportRequest, ExportResult
+from optc.compiler.version import version_of
 from optc.exporters.companions import copy_companions
 from optc.exporters.onnx.external_data import compare_data, write_data
 from optc.exporters.onnx.genai import genai_config
@@ -73,7 +73,8 @@ def write_model(model: ir.Model, directory: Path) -> dict[str, int]:
 
 def _needs(program: Program) -> dict[str, Any]:
     """What the host must have; the product of unsigned codes and signed weights saturates without VNNI on x86."""
-    needs: dict[str, Any] = {"onnxruntime": f">={metadata.version('onnxruntime')}"}
+    version = version_of(ONNX.package)  # "" where the model is only written here
+    needs: dict[str, Any] = {ONNX.package: f">={version}"} if version else {}
     products = program.calls(torch.ops.optc.matmul_integer.default)
     if any(value_of(call.args[1]).dtype is torch.int8 for call in products):
         needs["x86_flags_any"] = ["avx512_vnni", "avx_vnni"]

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import psutil
 
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.fields import check_range
+from optc.compiler.version import version_of
 from optc.runtime.bounds import Batch, Count, Samples, TimedTokens, Warmup
 from optc.runtime.generation.generate import GenerationResult, generate
 from optc.runtime.sampling import Sampling
@@ -228,12 +228,8 @@ def peak_rss_bytes() -> int:
 
 def environment(threads: int) -> dict[str, Any]:
     """What the figures depend on beside the artifact: processor, threads, library versions."""
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
+    versions = {name: version_of(name) for name in _LIBRARIES}
+    found = {name: version for name, version in versions.items() if version}
     return {
         "cpu": _cpu_name(),
         "cpus": os.cpu_count(),

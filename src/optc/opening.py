@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from optc.compiler.execution.stage_driver import StageRun, run_module, run_stage
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.pipeline import compute_dtype, default_probe
 from optc.compiler.pipeline.rerounding import rerounding, widened
+from optc.compiler.version import version_of
 
 _LENGTHS = (9, 5)
 """Tokens of the two sequences: a ragged prefill, then one decode step."""
@@ -66,7 +66,7 @@ def open_written(
         opened=True,
         why=engine.opens_instead,
         engine=engine.package or engine.name,
-        version=_version(engine.package),
+        version=version_of(engine.package) if engine.package else "",
         tokens=count,
         max_abs_diff=drift.max_abs_diff,
         scale=drift.scale,
@@ -85,14 +85,6 @@ def open_written(
             remedy="nothing was published; report this with the model's config and --dump-ir",
         )
     return record
-
-
-def _version(package: str) -> str:
-    """Of an installed distribution; "" where it has another name here, as builds for other devices have."""
-    try:
-        return metadata.version(package) if package else ""
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _unopened(engine: Engine, error: OptcError) -> GateError:

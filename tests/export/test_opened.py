@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,6 +84,23 @@ def test_figures_are_recorded(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["opened"]["opened"] is True
     assert result.to_dict()["opened"]["engine"] == "onnxruntime"
     assert "opened in onnxruntime" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_an_engine_that_is_installed_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As onnxruntime-gpu is."""
+    installed = metadata.version
+
+    def version(name: str) -> str:
+        if name == "onnxruntime":
+            raise metadata.PackageNotFoundError(name)
+        return "1.99" if name == "onnxruntime-gpu" else installed(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: {"onnxruntime": ["onnxruntime-gpu"]})
+    manifest = _compile(_net(), tmp_path).manifest
+    assert manifest.opened is not None
+    assert manifest.opened.version == "1.99"
+    assert manifest.needs["onnxruntime"] == ">=1.99"
 
 
 def test_the_users_limit_widens_that_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
