@@ -324,6 +324,19 @@ def quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optc.runtime.measuring.benchmark.read_bandwidth", lambda threads: 24e9)
 
 
+def test_equal_prompts_of_a_batch(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the help says: the first draws what it draws alone, each of the others something of its own."""
+    flags = ("--temperature", 5, "--seed", 7, "--max-new-tokens", 12)
+    once, other = ("--prompt-tokens", "5,17,33"), ("--prompt-tokens", "6,17,33")
+    alone = optc_json(capsys, "run", artifact, *once, *flags)["tokens"]
+    rows = [row["tokens"] for row in optc_json(capsys, "run", artifact, *other, *once, *once, *flags)["results"]]
+    assert rows[1] == alone
+    assert rows[2] != alone
+    assert optc("run", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "of equal prompts in a batch the first gives that text, and each of the others one of its own" in text
+
+
 @pytest.mark.usefixtures("quick_bandwidth")
 def test_bench_json(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lengths = ("--prompt-length", 16, "--prompt-length", 5)
@@ -353,7 +366,10 @@ def test_bench_of_sampling(artifact: Path, capsys: pytest.CaptureFixture[str], m
     assert found["sampling"] == {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "min_p": 0.0, "seed": 3, **penalties}
     assert seen == [Sampling(temperature=1.0, top_p=0.9, seed=3)] * 3
     assert optc("bench", artifact, *args) == 0
-    assert capsys.readouterr().out.startswith("prompt of 8 tokens, batch 1, 2 samples, drawn at temperature 1\n")
+    sizes = "prompt of 8 tokens, batch 1, 2 samples"
+    assert capsys.readouterr().out.startswith(f"{sizes}, drawn at temperature 1, top-p 0.9, seed 3\n")
+    assert optc("bench", artifact, *args[:6], "--repetition-penalty", 1.5) == 0
+    assert capsys.readouterr().out.startswith(f"{sizes}, greedy with repetition-penalty 1.5\n")
 
 
 @pytest.mark.usefixtures("quick_bandwidth")

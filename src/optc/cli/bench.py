@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,9 +104,8 @@ def bench(artifact: Path, as_json: bool, options: BenchOptions) -> None:
 
 def _show(result: dict[str, Any]) -> None:
     for row in result["prompts"]:
-        heat = result["sampling"]["temperature"]
         sizes = f"prompt of {row['prompt_tokens']} tokens, batch {result['batch']}, {result['samples']} samples"
-        click.echo(sizes + (f", drawn at temperature {heat:g}" if heat else ""))
+        click.echo(", ".join([sizes, *_chosen(result["sampling"])]))
         click.echo(f"  decode   {_rate(row['decode_tokens_per_s'])} tokens/s")
         click.echo(f"  prefill  {_rate(row['prefill_tokens_per_s'])} tokens/s")
         first = f", the first one {row['first_ttft_ms']:.1f} ms" if result["gpu"] else ""
@@ -118,6 +118,15 @@ def _show(result: dict[str, Any]) -> None:
     )
     cpu = f"{result['environment']['cpu']}, {result['environment']['threads']} thread(s)"
     click.echo(f"on       {result['gpu'] or cpu}")
+
+
+def _chosen(sampling: dict[str, Any]) -> list[str]:
+    """How tokens were chosen, where it is not the default; every setting that differs."""
+    from optc.runtime.sampling import Sampling
+
+    plain = asdict(Sampling())
+    given = [f"{name.replace('_', '-')} {value:g}" for name, value in sampling.items() if value != plain[name]]
+    return [f"{'drawn at' if sampling['temperature'] else 'greedy with'} {', '.join(given)}"] if given else []
 
 
 def _rate(row: dict[str, Any]) -> str:

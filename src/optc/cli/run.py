@@ -44,7 +44,8 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     """Generate text with ARTIFACT, greedily unless told otherwise.
 
     Sampling applies penalties, temperature, then top-k, then top-p, then min-p; one of these cuts alone
-    samples at temperature 1. The same seed and prompt give the same text, alone or in a batch.
+    samples at temperature 1. The same seed and prompt give the same text, alone or in a batch; of equal
+    prompts in a batch the first gives that text, and each of the others one of its own.
 
     \b
     optc run out/fiction-onnx --prompt "The old man looked at the sea, and" --max-new-tokens 64
