@@ -23,7 +23,7 @@ from optc.training.parallel import (
     synchronizing,
 )
 
-STEPS, ROWS, LENGTH, CLIP = 50, 4, 20, 0.5
+STEPS, ROWS, LENGTH, CLIP = 12, 4, 20, 0.5
 MODES: dict[str, tuple[ParallelConfig, int]] = {
     "ddp": (ParallelConfig(kind="ddp"), 1),
     "ddp, accumulation": (ParallelConfig(kind="ddp"), 2),

@@ -1,4 +1,8 @@
-"""Data parallel training gives the loss curve of one process: fiction-3m, fp32, 50 steps, two gloo processes."""
+"""Data parallel training gives the loss curve of one process: fiction-3m, fp32, 12 steps, two gloo processes.
+
+Another order of sums moves a loss by 1e-6 in these steps; gradients without clipping by 6e-3, ranks weighted 0.9 and 1.1
+by 9e-3, a rank left out by 0.2.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -48,10 +49,37 @@ def alone(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def run(recipe: Path, output: Path, *flags: object, **settings: object) -> None:
-    """The command on two ranks."""
-    words = [word for key, value in settings.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
-    torchrun(2, "-m", "optc", "train", recipe, *words, *flags, "-o", output)
+def flags(kind: str) -> list[str]:
+    """Of a kind of parallelism; "deepspeed-3" is with the third stage."""
+    kind, _, stage = kind.partition("-")
+    settings = [f"parallel.kind={kind}", *([f"parallel.zero_stage={stage}"] if stage else [])]
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+@pytest.fixture(scope="module")
+def outputs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kind's output on two ranks: ddp by the command itself, the others in the processes of another torchrun, as
+    starting processes takes longer than the runs. Runs of two steps are resumed by processes of their own."""
+    place = tmp_path_factory.mktemp("ranks")
+    deepspeed = ["deepspeed-2", "deepspeed-3"] if importlib.util.find_spec("deepspeed") else []
+
+    def several(runs: list[list[object]]) -> None:
+        torchrun(
+            2, Path(__file__).with_name("ranks_driver.py"), json.dumps([[str(recipe), *map(str, run)] for run in runs])
+        )
+
+    def resumed(kind: str, *more: object) -> list[object]:
+        saving = ["--set", "saving.every=2", "--set", "saving.keep_run=true"]
+        return [*flags(kind), *saving, *more, "-o", place / f"{kind}-resumed"]
+
+    torchrun(2, "-m", "optc", "train", recipe, *flags("ddp"), "-o", place / "ddp")
+    whole = [[*flags(kind), "-o", place / kind] for kind in ("fsdp", *deepspeed)]
+    several([*whole, *(resumed(kind, "--max-steps", 2) for kind in deepspeed)])
+    if deepspeed:
+        for kind in deepspeed:
+            shutil.rmtree(place / f"{kind}-resumed")
+        several([resumed(kind, "--resume") for kind in deepspeed])
+    return place
 
 
 def losses(folder: Path) -> list[float | None]:
@@ -59,14 +87,10 @@ def losses(folder: Path) -> list[float | None]:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "deepspeed-2", "deepspeed-3"])
-def test_two_ranks_give_the_curve_and_the_weights_of_one_process(
-    recipe: Path, alone: Path, tmp_path: Path, kind: str
-) -> None:
-    kind, _, stage = kind.partition("-")
-    if kind == "deepspeed":
+def test_two_ranks_give_the_curve_and_the_weights_of_one_process(outputs: Path, alone: Path, kind: str) -> None:
+    if kind.startswith("deepspeed"):
         pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
-    output = tmp_path / "out"
-    run(recipe, output, parallel__kind=kind, parallel__zero_stage=stage or 2)
+    output = outputs / kind
     assert len(losses(output)) == STEPS
     assert losses(output) == pytest.approx(losses(alone), abs=1e-5)
     found, expected = (load_file(folder / "model.safetensors") for folder in (output, alone))
@@ -78,18 +102,9 @@ def test_two_ranks_give_the_curve_and_the_weights_of_one_process(
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_resumes(recipe: Path, alone: Path, tmp_path: Path, stage: int) -> None:
+def test_deepspeed_resumes(outputs: Path, alone: Path, stage: int) -> None:
     """Two steps, then processes that go on from their checkpoint."""
     pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
-    output = tmp_path / "out"
-    settings = {
-        "parallel__kind": "deepspeed",
-        "parallel__zero_stage": stage,
-        "saving__every": 2,
-        "saving__keep_run": "true",
-    }
-    run(recipe, output, "--max-steps", 2, **settings)
-    shutil.rmtree(output)
-    run(recipe, output, "--resume", **settings)
+    output = outputs / f"deepspeed-{stage}-resumed"
     assert json.loads((output / "train.json").read_text())["resumed_from"] == 2
     assert losses(output) == pytest.approx(losses(alone), abs=1e-4)

@@ -13,6 +13,7 @@ from stages import apply, largest, sequences
 from torch import Tensor
 
 from optc.compiler.analysis.decode_launches import decode_launches
+from optc.compiler.analysis.norms import norm_call
 from optc.compiler.capture import capture_module
 from optc.compiler.execution.stage_driver import run_stage
 from optc.compiler.ir.program import Program
@@ -85,6 +86,8 @@ def gap(before: Program, result: PassResult) -> float:
 @pytest.mark.parametrize("name", DECODERS)
 def test_every_family(name: str) -> None:
     program = paged(name)
+    (selection,) = program.calls(aten.index_select.default)
+    assert [norm_call(node) is not None for node in selection.users] == [True]
     result = rewritten(FuseDecode(), program)
     assert result.matched == MATCHED.get(name, 11)
     assert {miss.reason for miss in result.misses} == REASONS.get(name, set())

@@ -1,0 +1,28 @@
+"""Several runs of `optc train`, one after another in the processes of one torchrun: see test_ranks.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+
+from optc.cli.main import main as optc
+from optc.training.parallel import ParallelConfig, start_processes
+
+
+def main() -> None:
+    start_processes(torch.device("cpu"), ParallelConfig())  # so that no run ends the group
+    for arguments in json.loads(sys.argv[1]):
+        try:
+            optc(["train", *arguments])
+        except SystemExit as done:
+            if done.code:
+                raise
+        dist.barrier()  # the first rank may still be writing
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
