@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import optc.targets
 from optc.compiler.diagnostics import TargetError, UsageError, unknown_name
 from optc.compiler.plugins import plugins
+from optc.compiler.settings.fields import check_type
 from optc.compiler.target.target import Target
 
 ENTRY_POINTS = "optc.targets"
@@ -24,9 +25,10 @@ def find_target(name: str) -> Target:
     """The target of this name or alias; hyphen and underscore are the same.
 
     Raises:
-        UsageError: unknown, with the nearest name; or two targets have one name.
+        UsageError: unknown, with the nearest name; no text; or two targets have one name.
         TargetError: a package that it needs is not installed.
     """
+    check_type("target", name, str, "the name of a target (optc targets)")
     plain = name.replace("_", "-")
     module = f"optc.targets.{plain.replace('-', '_')}"
     if plain.replace("-", "_").isidentifier() and importlib.util.find_spec(module) is not None:

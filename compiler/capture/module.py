@@ -15,6 +15,7 @@ from optc.compiler.diagnostics import UsageError
 from optc.compiler.ir.contract import Contract, Input, Output
 from optc.compiler.ir.export import run_export
 from optc.compiler.ir.program import Program
+from optc.compiler.settings.fields import check_type
 
 
 def capture_module(
@@ -34,11 +35,11 @@ def capture_module(
         prove: run the program and compare it with the module, also with each dynamic axis at 1; see `prove_module`.
 
     Raises:
-        UsageError: names and inputs do not fit.
+        UsageError: names and inputs do not fit, or are of another type.
         CaptureError: torch.export cannot trace the module.
         GateError: the program is not what the module computes, at one of the sizes.
     """
-
+    _check_arguments(example_inputs, input_names, dynamic)
     names = list(input_names or (f"input_{i}" for i in range(len(example_inputs))))
     axes = {name: dict(dynamic.get(name, {})) for name in names} if dynamic else {name: {} for name in names}
     unknown = sorted(set(dynamic or ()) - set(names))
@@ -73,3 +74,15 @@ def capture_module(
     if prove:
         program.proof = prove_module(program, module, example_inputs)
     return program
+
+
+def _check_arguments(example_inputs: Any, input_names: Any, dynamic: Any) -> None:
+    check_type("example_inputs", example_inputs, list | tuple, "a tuple of tensors")
+    for index, item in enumerate(example_inputs):
+        check_type(f"example_inputs[{index}]", item, Tensor, "a tensor")
+    if input_names is not None:
+        check_type("input_names", input_names, tuple[str, ...], "a list of texts")
+    if dynamic is not None:
+        check_type(
+            "dynamic", dynamic, dict[str, dict[int, str]], 'names of axes by input and axis: {"x": {0: "batch"}}'
+        )

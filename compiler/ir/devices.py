@@ -17,6 +17,7 @@ from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.saved.tensors import memory_of
 from optc.compiler.settings.device import DEVICE_PATTERN
+from optc.compiler.settings.fields import check_type
 
 
 def program_device(program: Program) -> torch.device:
@@ -31,9 +32,10 @@ def choose_device(name: str) -> torch.device:
     """cpu, cuda, cuda:N, or auto (cuda where there is one) as a device of this machine.
 
     Raises:
-        UsageError: another name.
+        UsageError: another name, or no text.
         TargetError: CUDA is asked for, and there is none here or fewer devices.
     """
+    check_type("device", name, str, "cpu, cuda, cuda:N or auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, colon, index = name.partition(":")

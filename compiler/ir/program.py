@@ -24,6 +24,7 @@ from optc.compiler.ir.saved.programs import GRAPH_FILE, damaged, read_program, w
 from optc.compiler.ir.stored_weights import WorkFile, raw_bytes
 from optc.compiler.ir.verification import VerificationError, verify_program
 from optc.compiler.ir.weight_table import WeightTable
+from optc.compiler.settings.fields import check_type
 
 
 def _copy_signature(signature: ExportGraphSignature) -> ExportGraphSignature:
@@ -165,22 +166,24 @@ class Program:
         for name in dict.fromkeys(self.weight_names().values()):
             yield name, self.weight(name)
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: str | Path) -> None:
         """Write graph, contract and weights into a folder, without pickle; see `ir/saved/programs`."""
-        write_program(self.exported, self.contract, directory)
+        check_type("directory", directory, str | Path, "a path")
+        write_program(self.exported, self.contract, Path(directory))
 
     @staticmethod
-    def load(directory: Path) -> Program:
+    def load(directory: str | Path) -> Program:
         """Read a Program back; the files are treated as hostile.
 
         Raises:
             ArtifactError: damaged or not trusted (7).
         """
-        program = Program(*read_program(directory))
+        check_type("directory", directory, str | Path, "a path")
+        program = Program(*read_program(Path(directory)))
         try:
             verify_program(program, "load")
         except VerificationError as error:
-            damaged(directory / GRAPH_FILE, error.where or error.what, error)
+            damaged(Path(directory) / GRAPH_FILE, error.where or error.what, error)
         return program
 
     def fingerprint(self) -> str:

@@ -34,6 +34,7 @@ from optc.compiler.pipeline.records import pass_record
 from optc.compiler.pipeline.stages import load_stage, save_stage
 from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.compiler.settings.fields import check_type
 from optc.compiler.target.target import Step
 
 Progress = Callable[[int, str], None]
@@ -86,6 +87,10 @@ class Pipeline:
     """A recipe of passes. Plain passes are requested; `Step(..., optional=True)` may match nothing."""
 
     def __init__(self, steps: Sequence[Pass | Step]) -> None:
+        """Raises UsageError: not a list of passes and steps."""
+        check_type("steps", steps, list | tuple, "a list of passes")
+        for step in steps:
+            check_type("a step", step, Pass | Step, "a pass, or a Step that holds one")
         self.steps = tuple(step if isinstance(step, Step) else Step(step) for step in steps)
 
     def __str__(self) -> str:
@@ -98,7 +103,10 @@ class Pipeline:
             NoMatchError: a requested pass matched nothing (exit code 6).
             GateError: a pass moved the numbers by more than it may (5).
             VerificationError: a pass left a malformed program (1).
+            UsageError: an argument of another type (2).
         """
+        check_type("program", program, Program, "a Program (optc.capture)")
+        check_type("options", options, PipelineOptions | None, "PipelineOptions")
         with onednn_products():  # where weights are many, nearly all of the time goes into products
             return _Run(self.steps, options or PipelineOptions()).run(program)
 

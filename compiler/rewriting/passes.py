@@ -19,6 +19,7 @@ from optc.compiler.calibration.sequences import Calibration
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.quantization_record import LinearRecord
+from optc.compiler.settings.fields import check_type
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,15 @@ class Rule(ABC):
 
 
 def apply_rules(program: Program, rules: Sequence[Rule]) -> PassResult:
-    """Apply rules to every node of a clone of `program`, in graph order, then drop dead nodes."""
+    """Apply rules to every node of a clone of `program`, in graph order, then drop dead nodes.
+
+    Raises:
+        UsageError: an argument of another type.
+    """
+    check_type("program", program, Program, "a Program (optc.capture)")
+    check_type("rules", rules, list | tuple, "a list of rules")
+    for rule in rules:
+        check_type("a rule", rule, Rule, "a Rule")
     edited = program.clone()
     for rule in rules:
         rule.prepare(edited)

@@ -151,6 +151,27 @@ def check_range(name: str, value: float, kind: Any) -> None:
         raise UsageError(f"{name} {value} is out of range", remedy=remedy)
 
 
+def check_type(name: str, value: Any, kind: Any, expected: str) -> None:
+    """Hold an argument of a call from Python to its type.
+
+    Args:
+        kind: a class, a union of classes, or a type of plain values (`dict[str, int]`).
+        expected: what is to be given, in words.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    try:
+        if typing.get_origin(kind) in (dict, tuple):
+            msgspec.convert(value, kind)
+            return
+        good = isinstance(value, kind)
+    except msgspec.ValidationError:
+        good = False
+    if not good:
+        raise UsageError(f"{name} cannot be {_shown(value)}", remedy=f"give {expected}")
+
+
 def check_struct(part: msgspec.Struct) -> None:
     """Read every value of a struct that was made by hand, as those of flags and recipes are read.
 

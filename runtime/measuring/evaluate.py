@@ -175,6 +175,8 @@ def _check(sessions: Sequence[Session], reference: Reference | None, windows: in
     assert len({session.vocab_size for session in sessions}) == 1, "the sessions have different vocabularies"
     if windows is not None:
         check_range("windows", windows, Count)
+    if top_k is not None:
+        check_range("top-k", top_k, Count)
     if top_k is not None and not 1 <= top_k <= sessions[0].vocab_size:
         raise UsageError(f"top-k {top_k} is out of range", remedy=f"use 1 to {sessions[0].vocab_size}")
     if top_k is not None and reference is None:

@@ -12,7 +12,7 @@ from optc.compiler.artifact.engines import Engine, check_files, find_engine
 from optc.compiler.artifact.folder import verify
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
-from optc.compiler.settings.fields import check_range
+from optc.compiler.settings.fields import check_range, check_type
 from optc.runtime.bounds import Threads
 from optc.runtime.generation.generate import StopReason, generate
 from optc.runtime.generation.tokenizer import TextStream, Tokenizer, eos_token_ids, load_tokenizer
@@ -216,6 +216,7 @@ def load(
         ArtifactError: a file is missing, changed or not plain.
         TargetError: not a decoder, or this host cannot run it.
     """
+    check_type("eager", eager, bool, "True or False")
     folder = Path(folder)
     manifest = verify(folder)
     session = open_session(

@@ -30,6 +30,7 @@ from optc.compiler.pipeline.quantization_summary import quantized_linears, summa
 from optc.compiler.pipeline.rerounding import rerounding
 from optc.compiler.pipeline.written_sizes import written_sizes
 from optc.compiler.rewriting.passes import PassContext
+from optc.compiler.settings.fields import check_type
 from optc.compiler.target.target import ExportRequest, ExportResult, check_context, check_legal
 from optc.compiler.version import version
 from optc.exporters.reports.report import write_report
@@ -126,6 +127,7 @@ def _request(request: Request | None, target: str | None, values: dict[str, Any]
         return from_python(target, **values)
     if target is not None or any(value is not None for value in values.values()):
         raise UsageError("a request was given together with options", remedy="put them into the request")
+    check_type("request", request, Request, "an optc.request.Request, or the arguments one by one")
     return request
 
 
@@ -316,7 +318,9 @@ def load(folder: str | Path, **options: Any) -> Any:
 
     Raises:
         ArtifactError: damaged or incomplete (7).  TargetError: this host cannot run it (4).
+        UsageError: an option of another type or out of range (2).
     """
+    check_type("folder", folder, str | Path, "the folder of an artifact")
     from optc.runtime.sessions.load import load as load_artifact
 
     return load_artifact(Path(folder), **options)

@@ -16,6 +16,7 @@ from optc.compiler.diagnostics import UsageError, os_errors, unknown_name
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.proof import CaptureProof
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder
+from optc.compiler.settings.fields import check_type
 
 Model = str | Path | torch.nn.Module | Program
 
@@ -58,8 +59,12 @@ def capture(
     Raises:
         InputError, CaptureError: the model cannot be read or exported.
         GateError: the program is not what the model computes.
-        UsageError: an nn.Module without example inputs.
+        UsageError: an nn.Module without example inputs, or an argument of another type.
     """
+    check_type("dtype", dtype, str, f"one of {', '.join(sorted(DTYPES))}")
+    for name, value in (("trust_remote_code", trust_remote_code), ("prove", prove)):
+        check_type(name, value, bool, "True or False")
+    check_type("model", model, Model, "a model folder, a transformers model, an nn.Module or a Program")
     if isinstance(model, Program):
         return model
     if isinstance(model, str | Path):

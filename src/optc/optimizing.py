@@ -15,6 +15,7 @@ from optc.capturing import Model
 from optc.compiler.artifact.manifest import PassRecord
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.ir.program import Program
+from optc.compiler.settings.fields import check_type
 from optc.exporters.inductor.cuda import check_paged
 from optc.request import from_python
 from optc.resolving import resolve
@@ -77,6 +78,7 @@ def optimize(model: Model, *, quant: str | None = None, kv_blocks: int | None = 
     """
     device = check_gpu("optc.optimize")
     resolved = resolve(from_python(TARGET, quant=quant, **{"device": str(device), **options}))
+    check_type("model", model, Model, "a model folder, a transformers model or a Program")
     path = None if isinstance(model, torch.nn.Module | Program) else Path(model)
     captured = capture_resolved(model, None, resolved)
     seconds: dict[str, float] = {}

@@ -202,6 +202,11 @@ def test_one_window_has_no_interval() -> None:
     assert row.ci95 is None
 
 
+def test_top_k_of_another_type() -> None:
+    with pytest.raises(UsageError, match="top-k cannot be '3'"):
+        evaluate(Bigram(_table(0)), _tokens(20), lambda part: _table(1)[torch.tensor(part)], top_k="3")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("k", [0, VOCAB + 1])
 def test_top_k_out_of_range(k: int) -> None:
     with pytest.raises(UsageError, match=f"top-k {k} is out of range"):
