@@ -189,6 +189,8 @@ def run_variant(model: Program, name: str, given: argparse.Namespace, ceiling: f
     gc.collect()  # what passes left
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    plan = compiled.session.memory
+    others = torch.cuda.memory_allocated() - plan.weights - plan.pool  # the model's own weights, where they were merged
     rates = decode_rates(compiled.session, given, Sampling())
     for row in rates.values():
         row["share_of_ceiling"] = row["bytes"] / row["ms_per_step"] * 1e3 / ceiling
@@ -206,7 +208,7 @@ def run_variant(model: Program, name: str, given: argparse.Namespace, ceiling: f
             ceiling,
             given.matmul_rate,
         ),
-        "memory": {"planned": compiled.session.memory.total, "peak": torch.cuda.max_memory_reserved()},
+        "memory": {"planned": plan.total, "others": others, "peak": torch.cuda.max_memory_reserved()},
         "ledger": [ledger(compiled.session, context) for context in given.contexts[:2]],
     }
     if given.temperature:

@@ -7,6 +7,8 @@ at the rate of the fastest streaming kernel, and the products of all tokens at t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,7 @@ def first_tokens(
         recorded = first_token(length)
         graph_bytes = free - torch.cuda.mem_get_info()[0]
         replayed = [first_token(length) for _ in range(samples)]
+        kernels = kernel_times(partial(first_token, length))
         bytes_ms = step_bytes / bytes_per_s * 1e3
         flops_ms = prompt_flops(session.program, length) / flops_per_s * 1e3
         found[str(length)] = {
@@ -52,9 +55,28 @@ def first_tokens(
             "replayed_ms": median_rate(replayed).to_dict(),
             "floor_ms": {"bytes": bytes_ms, "flops": flops_ms},
             "graph_bytes": graph_bytes,
+            "kernels_ms": sum(entry["us"] for entry in kernels.values()) / 1e3,
+            "kernels": kernels,
         }
-        print(f"prompt of {length}:", found[str(length)], flush=True)
+        shown = {name: value for name, value in found[str(length)].items() if name != "kernels"}
+        print(f"prompt of {length}:", shown, flush=True)
+        for name, entry in list(kernels.items())[:12]:
+            print(f"    {entry['us']:8.1f} us  {entry['count']:4d}  {name}", flush=True)
     return found
+
+
+def kernel_times(run: Callable[[], Any]) -> dict[str, dict[str, Any]]:
+    """Microseconds and calls of each kernel of a run, the longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    found: dict[str, dict[str, Any]] = {}
+    for event in profiler.events():
+        if "CUDA" in str(event.device_type):
+            entry = found.setdefault(event.name[:70], {"us": 0.0, "count": 0})
+            entry["us"] += event.time_range.elapsed_us()
+            entry["count"] += 1
+    return dict(sorted(found.items(), key=lambda item: -item[1]["us"]))
 
 
 def prompt_flops(program: Program, tokens: int) -> float:

@@ -131,14 +131,17 @@ def dequantized_bytes(program: Program) -> int:
 
 
 def activation_bytes(program: Program, tokens: int) -> int:
-    """Bytes of activations that live at once in a call of so many tokens."""
+    """Bytes of activations that live at once in a call of so many tokens; the logits of selected rows are none of them."""
+    place = program.contract.input_index("input_ids")
+    assert place is not None
+    (axis,) = program.user_inputs()[place].meta["val"].shape
     largest = 0
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if node.op == "call_function" and isinstance(value, Tensor) and value.dim() and value.dim() < 4:
             fixed = [size for size in value.shape if isinstance(size, int)]
-            open_axes = value.dim() - len(fixed)
-            if open_axes == 1:
+            (open_axis, *others) = [str(size) for size in value.shape if not isinstance(size, int)] or [""]
+            if open_axis == str(axis) and not others:
                 largest = max(largest, math.prod(fixed) * value.dtype.itemsize)
     return _LIVE * largest * tokens
 

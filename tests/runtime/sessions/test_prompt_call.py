@@ -9,24 +9,28 @@ import numpy as np
 import pytest
 import torch
 from cuda_sessions import LENGTHS, compiled
+from families import FAMILIES
 from recorded_calls import Recordings
 from rewrites import stirred
 from stages import apply, sequences
 from torch.fx import Node
 
+from optc.compiler.capture import capture_model
+from optc.compiler.execution.block_manager import BlockManager
 from optc.compiler.ir.program import Program
 from optc.passes.fusion.decode import FuseDecode
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.kv_cache.paged import PageKVCache
+from optc.passes.kv_cache.select_logits import SelectLogits
 from optc.passes.legalization.cuda import LegalizeCuda
 from optc.passes.quantization.rtn import QuantizeRtn
 from optc.runtime.generation.generate import generate
 from optc.runtime.sessions.cuda import CudaSession
-from optc.runtime.sessions.cuda_memory import MemoryPlan, call_bytes, dequantized_bytes, plan_memory
+from optc.runtime.sessions.cuda_memory import MemoryPlan, activation_bytes, call_bytes, dequantized_bytes, plan_memory
 from optc.runtime.sessions.paged import block_bytes
-from optc.runtime.sessions.prompt_call import call_size, token_size, token_sizes
+from optc.runtime.sessions.prompt_call import PromptCall, call_size, token_size, token_sizes
 
-FAMILIES = ["llama", "gemma2", "gpt2", "mixtral", "phi3"]
+KINDS = ["llama", "gemma2", "gpt2", "mixtral", "phi3"]
 
 
 def session(prompt_tokens: int = 256, family: str = "llama", record: Recordings | None = None) -> CudaSession:
@@ -53,7 +57,32 @@ def test_sizes() -> None:
             assert tokens <= size
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_is_a_request_of_its_own() -> None:
+    """And what an earlier call left is gone."""
+    given: list[list[int]] = []
+
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        given[:] = [item.tolist() for item in inputs]
+        return torch.arange(8.0).view(4, 2)
+
+    call = PromptCall(run, [torch.zeros(1)], tokens=16, requests=4, width=2, record=None)
+    manager = BlockManager(4, 8)
+    for row in range(3):
+        manager.start(row)
+    call(manager.step([(0, range(20, 29)), (1, range(40, 44)), (2, [60])]))
+    logits = call(manager.step([(0, [29, 30]), (2, [61])]))
+    assert logits.tolist() == [[0.0, 1.0], [2.0, 3.0]]
+    ids, positions, slots, tables, lengths, starts, rows, _ = given
+    assert ids == [29, 30, 61] + [0] * 13
+    assert positions == [9, 10, 1] + [0] * 13
+    assert slots == [9, 10, 25] + [-1] * 13
+    assert tables == [[0, 1], [3, 0], [0, 0], [0, 0]]
+    assert lengths == [11, 2, 0, 0]
+    assert starts == [0, 2, 3, 16, 16]
+    assert rows == [1, 2, 0, 0]
+
+
+@pytest.mark.parametrize("family", KINDS)
 def test_padding_changes_nothing(family: str) -> None:
     """Logits and what the pool holds, of ragged prompts: once, while recording, and replayed."""
     recordings = Recordings()
@@ -137,6 +166,15 @@ def test_memory_of_graphs_is_planned() -> None:
     assert (plan.prompt_tokens, plan.prompts) == (0, 0)
     unselected = apply(PageKVCache(), stirred("llama")).program
     assert plan_memory(unselected, 1 << 40, chunk=chunk).prompt_tokens == 0
+
+
+def test_logits_of_selected_rows_are_not_of_every_token() -> None:
+    """Those of every token are the largest activation where the vocabulary is wider than the MLP."""
+    model, config, sizes = FAMILIES["llama"]
+    every = apply(PageKVCache(), capture_model(model(config(**{**sizes, "vocab_size": 1000})).eval())).program
+    selected = apply(SelectLogits(), every).program
+    assert activation_bytes(every, 3) == 4 * 3 * 1000 * 4
+    assert activation_bytes(selected, 3) == 4 * 3 * sizes["intermediate_size"] * 4
 
 
 def test_products_of_prompts_take_packed_weights_dequantized() -> None:
