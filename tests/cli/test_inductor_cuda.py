@@ -45,7 +45,7 @@ def test_what_is_written() -> None:
         "select-logits": 1,
         "merge-projections": 8,
         "fuse-decode": 21,
-        "legalize-cuda": 17,
+        "legalize-cuda": 18,
     }
     program = Program.load(folder)
     formats = [node.kwargs.get("format") for node in program.calls(torch.ops.optc.fused_linear.default)]

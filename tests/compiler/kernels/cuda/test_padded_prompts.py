@@ -39,7 +39,9 @@ def session(prompt_tokens: int, family: str) -> CudaSession:
 
 
 @pytest.mark.skipif(HAS_GPU, reason="Triton does not interpret where there is a GPU; see tests/gpu")
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma2", "mixtral"))]
+)
 def test_padding_leaves_no_trace(family: str, request: pytest.FixtureRequest) -> None:
     """Of 16 tokens 3 are padding, and of 4 requests one has no tokens; then 1 of 16, and of a length that is 1."""
     ours, theirs = session(16, family), session(0, family)
