@@ -47,12 +47,11 @@ def model_facts(config: Any, generation: Any = None) -> ModelFacts:
     eos = getattr(generation, "eos_token_id", None)
     eos = getattr(config, "eos_token_id", None) if eos is None else eos
     ids = tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (int(eos),))
-    context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return ModelFacts(
         model_type=str(getattr(config, "model_type", "")),
         architecture=str((getattr(config, "architectures", None) or [""])[0]),
         vocab_size=int(getattr(config, "vocab_size", 0)),
-        context_length=int(context or 0),
+        context_length=stated_context(config),
         hidden_size=int(getattr(config, "hidden_size", 0)),
         bos_token_id=getattr(config, "bos_token_id", None),
         eos_token_ids=ids,
@@ -60,12 +59,18 @@ def model_facts(config: Any, generation: Any = None) -> ModelFacts:
     )
 
 
+def stated_context(config: Any) -> int:
+    """Most tokens of a sequence, as a config says; 0 where it says nothing, or a number that is no limit (XLNet: -1)."""
+    stated = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return max(0, int(stated or 0))
+
+
 def refuse_unsupported(config: Any) -> None:
     """Refuse what would be captured wrongly, before any weight is read.
 
     Raises:
         CaptureError: rotary frequencies that depend on the sequence length (one graph serves all
-            lengths), or an encoder-decoder model.
+            lengths), relative position biases, or an encoder-decoder model.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = (
@@ -81,6 +86,13 @@ def refuse_unsupported(config: Any) -> None:
                 why="its frequencies depend on the length of the sequence; one graph serves every length",
                 remedy="use default, linear, llama3 or yarn rotary embeddings",
             )
+    if getattr(config, "relative_attention_num_buckets", None) and not getattr(config, "is_encoder_decoder", False):
+        raise CaptureError(
+            "relative position biases of attention are not supported",
+            where="config.json: relative_attention_num_buckets",
+            why="attention computed without them would be another model's",
+            remedy="use a model with rotary or learned positions",
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise CaptureError(
             "encoder-decoder models are not supported",

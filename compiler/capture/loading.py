@@ -124,6 +124,7 @@ def meta_model(info: CheckpointInfo, *, trust_remote_code: bool = False) -> Any:
     Raises:
         InputError, CaptureError: unreadable config, unknown architecture, unsupported model.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, logging
 
     logging.set_verbosity_error()
@@ -131,6 +132,8 @@ def meta_model(info: CheckpointInfo, *, trust_remote_code: bool = False) -> Any:
     register()
     try:
         config = AutoConfig.from_pretrained(str(info.path), trust_remote_code=trust_remote_code)
+    except StrictDataclassError as error:
+        raise _unusable_config(info, error) from error
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(
             "transformers cannot read the model's config",
@@ -141,8 +144,39 @@ def meta_model(info: CheckpointInfo, *, trust_remote_code: bool = False) -> Any:
     refuse_unsupported(config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton is that of the unquantized model
-    with torch.device("meta"):
-        return _model_class(config, trust_remote_code)(config)
+    made = _model_class(config, trust_remote_code)
+    if made.main_input_name != "input_ids":
+        raise _reads_other_input(made)
+    try:
+        with torch.device("meta"):
+            return made(config)
+    except _UNUSABLE_CONFIG as error:
+        raise _unusable_config(info, error) from error
+
+
+_UNUSABLE_CONFIG = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
+"""What the constructor of a model raises on values that do not fit."""
+
+
+def _unusable_config(info: CheckpointInfo, error: Exception) -> InputError:
+    return InputError(
+        "transformers cannot make the model that config.json describes",
+        where=str(info.path / "config.json"),
+        why=f"{type(error).__name__}: {' '.join(str(error).split())}",
+        remedy="correct the value that it names",
+    )
+
+
+def _reads_other_input(made: type) -> CaptureError:
+    """The refusal of a model of images or sounds."""
+    name = made.main_input_name  # type: ignore[attr-defined]
+    what = {"pixel_values": "a vision model", "input_values": "an audio model", "input_features": "an audio model"}
+    return CaptureError(
+        f"the model reads {name}, not token ids",
+        where=made.__name__,
+        why=f"it is {what[name]}; model folders are taken of language models" if name in what else None,
+        remedy="load it in Python and capture it as a module: optc.capture(model, (example,), input_names=[...])",
+    )
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> Any:

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArgument
 
 from optc.compiler.capture.facts import attention_layers
 from optc.compiler.capture.proof import prove_module
-from optc.compiler.diagnostics import UsageError
+from optc.compiler.diagnostics import CaptureError, UsageError
 from optc.compiler.ir.contract import Contract, Input, Output
 from optc.compiler.ir.export import run_export
 from optc.compiler.ir.program import Program
@@ -36,7 +37,7 @@ def capture_module(
 
     Raises:
         UsageError: names and inputs do not fit, or are of another type.
-        CaptureError: torch.export cannot trace the module.
+        CaptureError: torch.export cannot trace the module, or it returns something else than tensors that it computes.
         GateError: the program is not what the module computes, at one of the sizes.
     """
     _check_arguments(example_inputs, input_names, dynamic)
@@ -52,6 +53,7 @@ def capture_module(
     dims: dict[str, Any] = {label: Dim(label, min=1) for per in axes.values() for label in per.values()}
     shapes = tuple({axis: dims[label] for axis, label in axes[name].items()} for name in names)
     exported = run_export(module.eval(), tuple(example_inputs), shapes, where=type(module).__name__)
+    _check_outputs(exported, type(module).__name__)
     inputs = tuple(
         Input(
             name=name,
@@ -74,6 +76,25 @@ def capture_module(
     if prove:
         program.proof = prove_module(program, module, example_inputs)
     return program
+
+
+def _check_outputs(exported: ExportedProgram, where: str) -> None:
+    """Engines give back tensors that their graph computes."""
+    held = {*exported.graph_signature.inputs_to_parameters, *exported.graph_signature.inputs_to_buffers}
+    for index, spec in enumerate(s for s in exported.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT):
+        if not isinstance(spec.arg, TensorArgument):
+            what = repr(spec.arg.value) if isinstance(spec.arg, ConstantArgument) else "a number"
+            why = f"output {index} is {what}, not a tensor"
+        elif spec.arg.name in held:
+            why = f"output {index} is a weight of the module itself"
+        else:
+            continue
+        raise CaptureError(
+            "the module returns something else than tensors that it computes",
+            where=where,
+            why=why,
+            remedy="capture a module around it whose forward returns its computed tensors alone",
+        )
 
 
 def _check_arguments(example_inputs: Any, input_names: Any, dynamic: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from optc.compiler.capture.attention import NAME, register
-from optc.compiler.capture.facts import attention_layers, model_facts, refuse_unsupported
+from optc.compiler.capture.facts import attention_layers, model_facts, refuse_unsupported, stated_context
 from optc.compiler.capture.loading import DTYPES, RESIDENT_BYTES, load_model
 from optc.compiler.capture.positions import position_offset
 from optc.compiler.capture.proof import prove_model
@@ -228,7 +228,7 @@ def _output(exported: torch.export.ExportedProgram, config: Any, shell: _Decoder
 
 
 def _context(config: Any) -> int:
-    return int(getattr(config, "max_position_embeddings", 0) or getattr(config, "n_positions", 0) or 1 << 20)
+    return stated_context(config) or 1 << 20
 
 
 def _is_encoder(model: torch.nn.Module) -> bool:

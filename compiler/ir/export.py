@@ -28,8 +28,9 @@ def run_export(
         raise CaptureError(
             "torch.export cannot make one graph for all shapes",
             where=where,
-            why=str(error).strip().splitlines()[0],
-            remedy="the model specializes on a shape or branches on data; see docs/compile.md",
+            why=_reasons(str(error)),
+            remedy="the model specializes on a shape or branches on data: leave that axis out of the dynamic ones, or give "
+            "an example of other sizes (2 at least); see docs/compile.md",
         ) from error
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise CaptureError(
@@ -41,6 +42,16 @@ def run_export(
     for table in (exported.state_dict, exported.constants):
         table.update({name: lazy[id(value)] for name, value in table.items() if id(value) in lazy})
     return exported
+
+
+def _reasons(text: str) -> str:
+    """What torch.export says of each axis that it could not keep dynamic, and what it suggests; else its first line."""
+    head, *rest = text.strip().splitlines()
+    found = [line.strip().removeprefix("- ") for line in rest if line.strip().startswith("- ")]
+    if "Suggested fixes:" in rest:
+        fixes = rest[rest.index("Suggested fixes:") + 1 :]
+        found += [f"suggested: {line.strip()}" for line in fixes[: fixes.index("") if "" in fixes else None]]
+    return "; ".join([head.split(" For more information")[0], *found])
 
 
 @contextmanager

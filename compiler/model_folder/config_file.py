@@ -10,6 +10,7 @@ from optc.compiler.diagnostics import InputError
 
 CONFIG = "config.json"
 _ADAPTER = "adapter_config.json"
+_MODULES = "modules.json"
 _MAX_BYTES = 64 << 20
 _AGAIN = "download the file again"
 
@@ -48,22 +49,46 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
     return config
 
 
+def modules_behind(folder: Path) -> tuple[str, ...]:
+    """Types of the modules that sentence-transformers runs behind the model of a folder: Pooling, Dense, Normalize.
+
+    Raises:
+        InputError: modules.json is too large, malformed, or something else than a list of modules.
+    """
+    path = folder / _MODULES
+    if not path.is_file():
+        return ()
+    listed = _read(path)
+    types = (
+        [item.get("type") if isinstance(item, dict) else None for item in listed]
+        if isinstance(listed, list)
+        else [None]
+    )
+    if not all(isinstance(name, str) for name in types):
+        raise InputError("malformed JSON", where=str(path), why="it is not a list of modules", remedy=_AGAIN)
+    return tuple(str(name).rpartition(".")[2] for name in types[1:])
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size.
 
     Raises:
         InputError: too large, malformed, or not an object.
     """
+    value = _read(path)
+    if not isinstance(value, dict):
+        raise InputError("malformed JSON", where=str(path), why="it is not an object", remedy=_AGAIN)
+    return value
+
+
+def _read(path: Path) -> Any:
     size = path.stat().st_size
     if size > _MAX_BYTES:
         raise InputError("the file is too large", where=str(path), why=f"{size} bytes", remedy=_AGAIN)
     try:
-        value = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # ValueError: syntax, UTF-8, endless numbers
         raise InputError("malformed JSON", where=str(path), why=str(error), remedy=_AGAIN) from error
-    if not isinstance(value, dict):
-        raise InputError("malformed JSON", where=str(path), why="it is not an object", remedy=_AGAIN)
-    return value
 
 
 def _refuse_other_weights(folder: Path, config: dict[str, Any]) -> None:

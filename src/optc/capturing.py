@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+import msgspec
 import torch
 
 from optc.compiler.capture import capture_model, capture_module, capture_pretrained
@@ -16,6 +17,7 @@ from optc.compiler.diagnostics import UsageError, os_errors, unknown_name
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.proof import CaptureProof
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder
+from optc.compiler.model_folder.config_file import modules_behind
 from optc.compiler.settings.fields import check_type
 
 Model = str | Path | torch.nn.Module | Program
@@ -102,11 +104,20 @@ def capture_for_compile(
     if isinstance(model, str | Path):
         program, info, tokens = _folder(Path(model), dtype, trust_remote_code, text, work_folder, device)
         assert program.proof is not None
-        return Captured(program, info, tokens, program.proof)
+        return Captured(program, info, tokens, _with_modules_behind(program.proof, Path(model)))
     tokens = gate_tokens(None, text)
     program = capture(model, example_inputs)
     given = CaptureProof(proved=False, notes=("the program was given as it is, and not captured by this compile",))
     return Captured(program, None, tokens, program.proof or given)
+
+
+def _with_modules_behind(proof: CaptureProof, folder: Path) -> CaptureProof:
+    """The proof, with a note where sentence-transformers would compute more than was captured."""
+    behind = modules_behind(folder)
+    if not behind:
+        return proof
+    note = f"modules.json has {', '.join(behind)} behind the model: not captured, the output is the model's own"
+    return msgspec.structs.replace(proof, notes=(*proof.notes, note))
 
 
 def _folder(

@@ -99,10 +99,47 @@ def _wrong_shape(model: Path) -> None:
     edit_header(model, edit)
 
 
+def _unknown_activation(model: Path) -> None:
+    edit_config(model, hidden_act="swigluu")
+
+
+def _heads_that_do_not_divide(model: Path) -> None:
+    edit_config(model, num_attention_heads=5, head_dim=None)
+
+
+def _unknown_rotary_type(model: Path) -> None:
+    edit_config(model, rope_parameters={"rope_type": "su", "rope_theta": 1e4, "factor": 2.0})
+
+
+def _reads_pixels(model: Path) -> None:
+    edit_config(model, model_type="vit", architectures=["ViTForImageClassification"])
+
+
+def _link_out_of_the_folder(model: Path) -> None:
+    os.rename(model / "tokenizer_config.json", model.parent / "elsewhere.json")
+    (model / "tokenizer_config.json").symlink_to("../elsewhere.json")
+
+
+def _link_to_nothing(model: Path) -> None:
+    (model / "tokenizer_config.json").unlink()
+    (model / "tokenizer_config.json").symlink_to("gone.json")
+
+
+def _damaged_modules(model: Path) -> None:
+    (model / "modules.json").write_text('[{"type": 1}]')
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
         (_missing_folder, ["model"]),
+        (_unknown_activation, ["config.json", "swigluu"]),
+        (_heads_that_do_not_divide, ["config.json", "attention heads"]),
+        (_unknown_rotary_type, ["config.json", "su"]),
+        (_reads_pixels, ["pixel_values", "vision"]),
+        (_link_out_of_the_folder, ["tokenizer_config.json", "elsewhere.json"]),
+        (_link_to_nothing, ["tokenizer_config.json", "gone.json"]),
+        (_damaged_modules, ["modules.json"]),
         (_no_config, ["config.json"]),
         (_remote_code, ["config.json", "--trust-remote-code"]),
         (_truncated, ["model.safetensors"]),
@@ -123,6 +160,29 @@ def test_unusable_model(
     for word in [*named, "remedy"]:
         assert word in message
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_snapshot_of_the_hub_is_taken_whole(model: Path, tmp_path: Path) -> None:
+    """Its files are links into the blobs of its repository."""
+    repository = tmp_path / "hub" / "models--a--b"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "snapshots" / "0123abc").mkdir(parents=True)
+    for number, file in enumerate(sorted(model.iterdir())):
+        shutil.move(file, repository / "blobs" / f"{number:040x}")
+        (repository / "snapshots" / "0123abc" / file.name).symlink_to(f"../../blobs/{number:040x}")
+    assert compile_to(repository / "snapshots" / "0123abc", tmp_path / "out") == 0
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).is_file()
+        assert not (tmp_path / "out" / name).is_symlink()
+
+
+def test_what_sentence_transformers_would_add_is_said(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    modules = [{"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling", "Dense")]
+    (model / "modules.json").write_text(json.dumps(modules))
+    assert compile_to(model, tmp_path / "out") == 0
+    assert "modules.json has Pooling, Dense behind the model" in capsys.readouterr().err
+    assert optc("inspect", tmp_path / "out") == 0
+    assert "Pooling, Dense" in capsys.readouterr().out
 
 
 def test_group_size_that_does_not_divide(model: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -61,6 +61,8 @@ def _show(result: dict[str, Any]) -> None:
         table.add_row(row["name"], matched, f"{row['seconds']:.2f}", *drift)
     console = stderr()
     console.print(table, width=max(console.width, _TABLE_WIDTH))
+    for note in result["capture"]["notes"]:
+        console.print(f"  capture: {note}", markup=False)
     for row in result["passes"]:
         for note in row["notes"]:
             console.print(f"  {row['name']}: {note}", markup=False)
