@@ -54,7 +54,7 @@ def open_session(directory: Path) -> Any:
 
 def run(session: Any, *inputs: Tensor) -> list[Tensor]:
     """Run on tensors in the order of the graph's inputs."""
-    names = [item.name for item in session.get_inputs()]
+    names = [item.name for item in [*session.get_inputs(), *session.get_overridable_initializers()]]
     feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
     return [torch.from_numpy(array) for array in session.run(None, feed)]
 
@@ -83,7 +83,10 @@ class Decoder:
         mask = (torch.arange(int(total.max())) < total[:, None]).long()
         past = max(held - len(row) for held, row in zip(self._lengths, rows, strict=True))
         caches = [cache[:, :, :past].contiguous() for cache in self._caches]
-        logits, *self._caches = run(self._session, ids, mask, *caches)
+        every = [torch.arange(width, 0, -1)[None]] if self._contract.input_index("logits_from_end") is not None else []
+        logits, *self._caches = run(self._session, ids, mask, *caches, *every)
+        if every:
+            return [part[width - len(row) :].float() for part, row in zip(logits, rows, strict=True)]
         return [part[: len(row)].float() for part, row in zip(logits, rows, strict=True)]
 
 

@@ -200,9 +200,12 @@ def _check_node(node: Any) -> None:
 def _check_flow(graph: Any) -> None:
     """Every value is made once, before it is read."""
     known: set[str] = set()
+    inputs = {item.name for item in graph.input}
     for kind, items in (("input", graph.input), ("initializer", graph.initializer)):
         for item in items:
-            fine = isinstance(item.name, str) and bool(item.name) and item.name not in known
+            default = kind == "initializer" and item.name in inputs  # what an input is where nothing is fed
+            fine = isinstance(item.name, str) and bool(item.name) and (default or item.name not in known)
+            inputs -= {item.name} if default else set()
             _require(fine, f"{kind} {item.name!r} has no name of its own")
             known.add(item.name)
     for node in graph.node:

@@ -259,7 +259,15 @@ def _run_linear(
         rows = torch.tensor([row for row, _, _ in call], device=program_device(program))
         past = capacity if cache.in_place or cache.capacity else max(start for _, start, _ in call)
         caches = [store[rows, :, :past].contiguous() for store in stores]
-        logits, *presents = run(taps)(*_tokens(program, sequences, call), *caches)
+        tokens = _tokens(program, sequences, call)
+        if program.contract.input_index("logits_from_end") is None:
+            logits, *presents = run(taps)(*tokens, *caches)
+        else:
+            size = tokens[0].shape[1]
+            logits, *presents = run(taps)(*tokens, *caches, torch.arange(size, 0, -1, device=rows.device)[None])
+            logits = torch.stack(
+                [row.roll(end - start - size, 0) for row, (_, start, end) in zip(logits, call, strict=True)]
+            )
         collector.add(call, _unpadded(call), logits, taps)
         for store, held in zip(stores, caches if cache.in_place else presents, strict=True):
             store[rows, :, : held.shape[2]] = held

@@ -16,6 +16,7 @@ InputRole = Literal[
     "context_lens",
     "cu_seqlens",
     "logits_indices",
+    "logits_from_end",
     "past_lengths",
     "key_cache",
     "value_cache",

@@ -59,7 +59,8 @@ def genai_config(contract: Contract, filename: str) -> dict[str, Any]:
                 "num_attention_heads": layer.num_heads,
                 "num_key_value_heads": layer.num_kv_heads,
                 "num_hidden_layers": len(contract.layers),
-                "session_options": {"log_id": "optc", "provider_options": []},
+                # level 3, errors: ONNX Runtime would warn of the input that has a default
+                "session_options": {"log_id": "optc", "log_severity_level": 3, "provider_options": []},
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",

@@ -37,6 +37,8 @@ DTYPES = {
     torch.bool: ir.DataType.BOOL,
     torch.float8_e4m3fn: ir.DataType.FLOAT8E4M3FN,
 }
+DEFAULTS: dict[str, list[Any]] = {"logits_from_end": [[1]]}
+"""Inputs with a default, by role: the last token of each row."""
 _AXIS_NAMES = {  # the names that onnxruntime-genai's own models use
     "batch": "batch_size",
     "seq": "sequence_length",
@@ -87,6 +89,8 @@ class Walker:
                     spec = specs[node]
                     dims = [_AXIS_NAMES.get(d, d) if isinstance(d, str) else d for d in spec.dims]
                     self.values[node] = self._graph_value(spec.name, node, dims)
+                    if spec.role in DEFAULTS:
+                        self._default(self.values[node], DEFAULTS[spec.role])
                     inputs.append(self.values[node])
             elif node.op == "call_function":
                 path = module_path(node)
@@ -111,6 +115,13 @@ class Walker:
             return self.values[node.args[0]][node.args[1]]
         return self.table[node.target](self, node)
 
+    def _default(self, value: ir.Value, default: list[Any]) -> None:
+        """Let an input have a value that whoever runs the graph may leave as it is."""
+        assert value.name is not None
+        tensor = torch.tensor(default)
+        value.const_value = WeightTensor(value.name, tensor.detach, DTYPES[tensor.dtype], tensor.shape)
+        self.initializers[value.name] = value
+
     def _graph_value(self, name: str, node: Node, dims: Sequence[int | str]) -> ir.Value:
         return ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(DTYPES[node.meta["val"].dtype]))
 
@@ -129,6 +140,8 @@ class Walker:
                 size if isinstance(size, int) else names.get(str(size), f"{spec.name}_dim{axis}")
                 for axis, size in enumerate(val.shape)
             ]
+            if spec.role == "logits" and contract.input_index("logits_from_end") is not None:
+                dims[1] = 1  # of the default: onnxruntime-genai makes room by it
             if cache and not isinstance(val.shape[2], int):
                 dims[2] = _AXIS_NAMES["present"]
             value.name, value.type, value.shape = spec.name, ir.TensorType(DTYPES[val.dtype]), ir.Shape(dims)

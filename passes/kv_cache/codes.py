@@ -6,24 +6,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import msgspec
-import sympy
 import torch
 from torch import Tensor
-from torch.export import Dim
 from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import value_of
 from optc.compiler.ir.contract import Contract
-from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.key_values import rounded
 from optc.compiler.rewriting.passes import Miss, Pass, PassContext, PassResult
 from optc.compiler.rewriting.retrace import Replay, retrace
+from optc.passes.kv_cache.linear import CACHES, cached_examples
 
 _optc = torch.ops.optc
 CACHED = _optc.cached_attention.default
 DEQUANTIZE = _optc.dequantize_activation.default
-_ROLES = ("key_cache", "value_cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,41 +78,11 @@ def _retrace(program: Program, dtype: torch.dtype) -> Program:
         outputs = Replay(program, {DEQUANTIZE: dequantize, CACHED: attend}).outputs(*inputs)
         return tuple(outputs)
 
-    args, shapes = _examples(program, dtype)
+    args, shapes = cached_examples(program, dtype)
     return retrace(program, forward, args, shapes, contract)
 
 
 def _contract(contract: Contract, dtype: torch.dtype) -> Contract:
     name = str(dtype).removeprefix("torch.")
-    inputs = [msgspec.structs.replace(spec, dtype=name) if spec.role in _ROLES else spec for spec in contract.inputs]
+    inputs = [msgspec.structs.replace(spec, dtype=name) if spec.role in CACHES else spec for spec in contract.inputs]
     return msgspec.structs.replace(contract, inputs=tuple(inputs))
-
-
-def _examples(program: Program, dtype: torch.dtype) -> tuple[list[Tensor], list[dict[int, Any]]]:
-    """Example inputs whose dynamic axes differ in size, and these axes with the ranges that they had."""
-    dims: dict[str, Any] = {}
-    sizes: dict[str, int] = {}
-    args, shapes = [], []
-    for node, spec in zip(program.user_inputs(), program.contract.inputs, strict=True):
-        dynamic = {}
-        for axis, name in enumerate(spec.dims):
-            if not isinstance(name, str):
-                continue
-            if name not in dims:
-                low, high = _range(program, value_of(node).shape[axis])
-                dims[name] = Dim(name, min=low, max=high)
-                sizes[name] = min(high or 64, (2, 7, 11, 13)[len(sizes) % 4] + 13 * (len(sizes) // 4))
-            dynamic[axis] = dims[name]
-        shape = [item if isinstance(item, int) else sizes[item] for item in spec.dims]
-        kind = dtype if spec.role in _ROLES else value_of(node).dtype
-        filled = torch.ones if spec.role == "attention_mask" else torch.zeros
-        args.append(filled(shape, dtype=kind, device=program_device(program)))
-        shapes.append(dynamic)
-    return args, shapes
-
-
-def _range(program: Program, size: Any) -> tuple[int, int | None]:
-    """The least and the largest size of a dynamic axis; None: no largest."""
-    found = program.exported.range_constraints[size.node.expr]
-    low = int(found.lower) if isinstance(found.lower, sympy.Integer) else 0
-    return low, int(found.upper) if isinstance(found.upper, sympy.Integer) else None

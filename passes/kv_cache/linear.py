@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
+from torch.export import Dim
 
+from optc.compiler.analysis.dataflow import value_of
 from optc.compiler.ir.contract import Input, Output
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.tokenwise import cache_dtype
+
+CACHES = ("key_cache", "value_cache")
+"""Roles of inputs."""
 
 
 def linear_caches(program: Program, length: int | str) -> tuple[list[Input], list[Output]]:
@@ -37,3 +43,38 @@ def example_caches(program: Program, batch: int, length: int) -> list[Tensor]:
         for layer in program.contract.layers
         for width in (layer.head_dim, layer.value_dim)
     ]
+
+
+def cached_examples(program: Program, dtype: torch.dtype | None = None) -> tuple[list[Tensor], list[dict[int, Any]]]:
+    """Inputs of a program with linear caches whose dynamic axes differ in size, and these axes with the ranges that they
+    had.
+
+    Args:
+        dtype: of the caches, where it is not what it was.
+    """
+    dims: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
+    args, shapes = [], []
+    for node, spec in zip(program.user_inputs(), program.contract.inputs, strict=True):
+        dynamic = {}
+        for axis, name in enumerate(spec.dims):
+            if not isinstance(name, str):
+                continue
+            if name not in dims:
+                low, high = _range(program, value_of(node).shape[axis])
+                dims[name] = Dim(name, min=low, max=high)
+                sizes[name] = min(high or 64, (2, 7, 11, 13)[len(sizes) % 4] + 13 * (len(sizes) // 4))
+            dynamic[axis] = dims[name]
+        shape = [item if isinstance(item, int) else sizes[item] for item in spec.dims]
+        kind = dtype if dtype is not None and spec.role in CACHES else value_of(node).dtype
+        filled = torch.ones if spec.role == "attention_mask" else torch.zeros
+        args.append(filled(shape, dtype=kind, device=program_device(program)))
+        shapes.append(dynamic)
+    return args, shapes
+
+
+def _range(program: Program, size: Any) -> tuple[int, int | None]:
+    """The least and the largest size of a dynamic axis; None: no largest."""
+    found = program.exported.range_constraints[size.node.expr]
+    low = int(found.lower) if isinstance(found.lower, sympy.Integer) else 0
+    return low, int(found.upper) if isinstance(found.upper, sympy.Integer) else None

@@ -12,7 +12,7 @@ from optc.runtime.sessions.session import default_threads
 
 
 class GraphRunner:
-    """A graph as a function of its inputs in order, whatever they mean; tensors in, tensors out.
+    """A graph as a function of its inputs in order, whatever they mean, those with a default last; tensors in, tensors out.
 
     Raises:
         TargetError: this ONNX Runtime cannot load the graph, or it has bfloat16 inputs, which NumPy has not.
@@ -20,7 +20,7 @@ class GraphRunner:
 
     def __init__(self, path: Path) -> None:
         self._session = open_engine(path, default_threads())
-        self._inputs = self._session.get_inputs()
+        self._inputs = [*self._session.get_inputs(), *self._session.get_overridable_initializers()]
         ends = [*self._inputs, *self._session.get_outputs()]
         odd = [item.name for item in ends if item.type == "tensor(bfloat16)"]
         if odd:

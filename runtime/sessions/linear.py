@@ -10,7 +10,7 @@ on views of their part of the cache (GroupQueryAttention of ONNX Runtime demands
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,10 +38,14 @@ class LinearSession(Session):
 
     @abstractmethod
     def _run(self, ids: Ids, mask: Ids, rows: slice) -> Logits:
-        """Run ids [b, S] and mask [b, T] on the caches of these rows; logits [b, S, V].
+        """Run ids [b, S] and mask [b, T] on the caches of these rows; logits [b, S, V], or [b, 1, V] of each row's last token.
 
         The result may be a view that the next run overwrites.
         """
+
+    def _run_all(self, ids: Ids, mask: Ids, rows: slice) -> Logits:
+        """As `_run`, of every token."""
+        return self._run(ids, mask, rows)
 
     # -- Session ----------------------------------------------------------------------------
 
@@ -61,7 +65,7 @@ class LinearSession(Session):
 
     def _score(self, tokens: Sequence[int]) -> Logits:
         self._reserve(self.lengths[0] + len(tokens))
-        logits: Logits = self._chunk(0, tokens)[0].copy()
+        logits: Logits = self._chunk(0, tokens, self._run_all)[0].copy()
         return logits
 
     # -- runs -------------------------------------------------------------------------------
@@ -73,19 +77,19 @@ class LinearSession(Session):
         totals = [n + len(row) for n, row in zip(self.lengths, rows, strict=True)]
         logits = self._run(ids, ones_to(totals), slice(0, len(rows)))
         self.lengths = totals
-        last = [len(row) - 1 for row in rows]
+        last = [len(row) - 1 if logits.shape[1] == longest else 0 for row in rows]
         chosen: Logits = logits[np.arange(len(rows)), last]
         return chosen
 
     def _row(self, index: int, tokens: Sequence[int]) -> Logits:
         for start in range(0, len(tokens), self.chunk):
-            logits = self._chunk(index, tokens[start : start + self.chunk])
+            logits = self._chunk(index, tokens[start : start + self.chunk], self._run)
         last: Logits = logits[:, -1].copy()
         return last
 
-    def _chunk(self, index: int, tokens: Sequence[int]) -> Logits:
+    def _chunk(self, index: int, tokens: Sequence[int], run: Callable[[Ids, Ids, slice], Logits]) -> Logits:
         total = self.lengths[index] + len(tokens)
-        logits = self._run(np.array([tokens], np.int64), ones_to([total]), slice(index, index + 1))
+        logits = run(np.array([tokens], np.int64), ones_to([total]), slice(index, index + 1))
         self.lengths[index] = total
         return logits
 

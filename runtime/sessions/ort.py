@@ -49,6 +49,8 @@ class OrtSession(LinearSession):
         super().__init__(vocab_size=contract.model.vocab_size, context_length=contract.model.context_length)
         self._session = open_engine(path, threads or default_threads())
         self._ids, self._mask = (_named(contract, role) for role in ("input_ids", "attention_mask"))
+        chosen = contract.input_index("logits_from_end")
+        self._from_end = None if chosen is None else contract.inputs[chosen].name
         outputs = {spec.role: spec.name for spec in contract.outputs}
         self._logits = outputs["logits"]
         cached = ("key_cache", "value_cache")
@@ -82,10 +84,21 @@ class OrtSession(LinearSession):
         self._step = self._bind(self._step_ids, self._step_logits, slice(0, batch))
 
     def _run(self, ids: Ids, mask: Ids, rows: slice) -> Logits:
-        logits = np.empty((*ids.shape, self.vocab_size), self._logits_type)
+        logits = np.empty((len(ids), 1 if self._from_end else ids.shape[1], self.vocab_size), self._logits_type)
         binding = self._bind(ids, logits, rows)
         _bind_input(binding, self._mask, mask)
         self._execute(binding)
+        return logits.astype(np.float32, copy=False)
+
+    def _run_all(self, ids: Ids, mask: Ids, rows: slice) -> Logits:
+        if self._from_end is None:
+            return self._run(ids, mask, rows)
+        binding = self._bind(ids, None, rows)
+        _bind_input(binding, self._mask, mask)
+        every = np.arange(ids.shape[1], 0, -1)[None]
+        _bind_input(binding, self._from_end, every)
+        self._execute(binding)
+        logits: Logits = binding.get_outputs()[0].numpy()
         return logits.astype(np.float32, copy=False)
 
     def _decode(self, tokens: Sequence[int]) -> Logits:
@@ -103,11 +116,18 @@ class OrtSession(LinearSession):
 
     # -- ONNX Runtime -----------------------------------------------------------------------
 
-    def _bind(self, ids: Array, logits: Array, rows: slice) -> Any:
-        """A binding of everything but the mask, over these rows of the caches."""
+    def _bind(self, ids: Array, logits: Array | None, rows: slice) -> Any:
+        """A binding of everything but the mask, over these rows of the caches.
+
+        Args:
+            logits: where they go; None lets ONNX Runtime make them, of another shape than the graph says.
+        """
         binding = self._session.io_binding()
         _bind_input(binding, self._ids, ids)
-        _bind_output(binding, self._logits, logits)
+        if logits is None:
+            binding.bind_output(self._logits, "cpu")
+        else:
+            _bind_output(binding, self._logits, logits)
         for cache, spec, present in zip(self._caches, self._past, self._present, strict=True):
             element = _ELEMENTS[spec.dtype][1]
             _bind_input(binding, spec.name, cache[rows], element)

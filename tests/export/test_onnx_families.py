@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import bounds
+import numpy as np
 import onnx
 import onnxruntime
 import ort_driver
@@ -88,6 +89,27 @@ def test_a_quantized_decoder(tmp_path: Path) -> None:
     for way, logits in schedules(session, program.contract, rows).items():
         worst = max(float((got - want).abs().max()) for got, want in zip(logits, expected, strict=True))
         assert worst <= 1e-4 * max(1.0, scale), f"{way}: {worst:.2e}"
+
+
+def test_the_head_is_multiplied_with_the_last_token(tmp_path: Path) -> None:
+    """What a runtime gets that does not know of `logits_from_end`; ragged rows have each their own last token."""
+    program, _ = ort_driver.compiled(captured("llama"), tmp_path)
+    assert [spec.role for spec in program.contract.inputs][-1] == "logits_from_end"
+    session = ort_driver.open_session(tmp_path)
+    assert "logits_from_end" not in [item.name for item in session.get_inputs()]
+    assert session.get_outputs()[0].shape == ["batch_size", 1, 128]
+    rows = sequences(9, 4)
+    ids = torch.tensor([rows[0], [*rows[1], *[0] * 5]])
+    mask = (torch.arange(9) < torch.tensor([[9], [4]])).long()
+    caches = {
+        item.name: np.zeros((2, *(0 if isinstance(size, str) else size for size in item.shape[1:])), np.float32)
+        for item in session.get_inputs()[2:]
+    }
+    (found,) = session.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy(), **caches})
+    assert found.shape == (2, 1, 128)
+    for logits, row in zip(torch.from_numpy(found), rows, strict=True):
+        expected = full_logits(captured("llama"), row)[-1]
+        assert float((logits[0] - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
 
 
 def test_rotary_tables_are_made_when_the_model_is_loaded(tmp_path: Path) -> None:
