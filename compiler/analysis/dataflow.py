@@ -40,19 +40,25 @@ COPIES = frozenset(
         aten.dropout.default,
     )
 )
-MOVES = frozenset(
+VIEWS = frozenset(
+    (
+        aten.view.default,
+        aten.reshape.default,
+        aten._unsafe_view.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+    )
+)
+"""Ops whose result holds the elements of their input in the same order."""
+MOVES = VIEWS | frozenset(
     (
         aten.slice.Tensor,
         aten.select.int,
         aten.narrow.default,
         aten.cat.default,
         aten.stack.default,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-        aten.view.default,
-        aten.reshape.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
         aten.transpose.int,
         aten.permute.default,
         aten.expand.default,

@@ -8,11 +8,10 @@ from typing import Any
 
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import COPIES, aten, peel, value_of
+from optc.compiler.analysis.dataflow import COPIES, VIEWS, aten, peel, value_of
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import insert_call
 
-_RESHAPES = (aten.view.default, aten.reshape.default, aten.unflatten.int, aten.flatten.using_ints)
 _SPLITS = (aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default)
 
 
@@ -27,7 +26,7 @@ def flat_heads(program: Program, before: Node, x: Node) -> Node:
     A norm over the last axis trades places with the transpose.
     """
     inner = _heads_last(program, before, x)
-    view = call_of(inner, *_RESHAPES)
+    view = call_of(inner, *VIEWS)
     if view is not None:
         batch, size, heads, width = value_of(inner).shape
         if _text(view.args[0]) == [str(batch), str(size), str(heads * width)]:
@@ -97,7 +96,7 @@ def merged_heads(reader: Node, out: Node) -> Node | None:
         if node.target in COPIES:
             continue
         flat = [str(batch), str(size), str(heads * width)]
-        return node if call_of(node, *_RESHAPES) and _text(node) == flat else None
+        return node if call_of(node, *VIEWS) and _text(node) == flat else None
     return None
 
 

@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import CASTS, COPIES, aten, peel, sole_user, value_of
-
-RESHAPES = frozenset(
-    (
-        aten.view.default,
-        aten.reshape.default,
-        aten.flatten.using_ints,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-    )
-)
-"""Ops that keep the order of elements."""
+from optc.compiler.analysis.dataflow import CASTS, COPIES, VIEWS, aten, peel, sole_user, value_of
 
 
 def forward(node: Node) -> Node:
     """The last node of a chain of copies and views, each the only reader of the one before, of the same rows."""
-    while (user := sole_user(node)) is not None and user.target in COPIES | RESHAPES | CASTS:
+    while (user := sole_user(node)) is not None and user.target in COPIES | VIEWS | CASTS:
         if user.args[0] is not node or not keeps_rows(user) or value_of(user).dtype != value_of(node).dtype:
             break
         if user.target is aten.dropout.default and user.args[2]:
@@ -40,7 +29,7 @@ def same_rows(node: Node) -> Node:
     """What a chain of copies and views shows the rows of."""
     while True:
         inner = peel(node)
-        if inner.target not in RESHAPES or not keeps_rows(inner):
+        if inner.target not in VIEWS or not keeps_rows(inner):
             return inner
         source = inner.args[0]
         assert isinstance(source, Node)

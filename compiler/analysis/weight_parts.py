@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import peel
+from optc.compiler.analysis.dataflow import VIEWS, peel
 from optc.compiler.analysis.linears import head_linear, linear_site, linear_sites
-from optc.compiler.analysis.rows import RESHAPES
 from optc.compiler.ir.program import Program
 
 EMBEDDING = torch.ops.aten.embedding.default
@@ -83,7 +82,7 @@ def _reshaped(node: object) -> Node | None:
     """What a node's numbers are those of, in another shape perhaps."""
     while isinstance(node, Node):
         inner = peel(node)
-        if inner.target not in RESHAPES:
+        if inner.target not in VIEWS:
             return inner
         node = inner.args[0]
     return None

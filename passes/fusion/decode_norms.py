@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import CASTS, COPIES, peel_casts, value_of, value_readers
+from optc.compiler.analysis.dataflow import CASTS, COPIES, VIEWS, peel_casts, value_of, value_readers
 from optc.compiler.analysis.linears import linear_site
 from optc.compiler.analysis.norms import Norm, norm_call
-from optc.compiler.analysis.rows import RESHAPES, keeps_rows, same_rows
+from optc.compiler.analysis.rows import keeps_rows, same_rows
 from optc.compiler.ir.program import Program
 
 _FUSED = torch.ops.optc.fused_linear.default
@@ -66,7 +66,7 @@ def _linears_behind(program: Program, norm: Node) -> int | None:
     while pending:
         current = pending.pop()
         for user in value_readers(current):
-            if user.target in CASTS | COPIES | RESHAPES and keeps_rows(user):
+            if user.target in CASTS | COPIES | VIEWS and keeps_rows(user):
                 pending.append(user)
                 continue
             linear = linear_site(program, user)

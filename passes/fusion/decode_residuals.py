@@ -7,10 +7,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import CASTS, COPIES, aten, is_tensor, peel_casts, scalar, sole_user, value_of
+from optc.compiler.analysis.dataflow import (
+    CASTS,
+    COPIES,
+    VIEWS,
+    aten,
+    is_tensor,
+    peel_casts,
+    scalar,
+    sole_user,
+    value_of,
+)
 from optc.compiler.analysis.linears import linear_site
 from optc.compiler.analysis.norms import norm_call
-from optc.compiler.analysis.rows import RESHAPES, forward, keeps_rows
+from optc.compiler.analysis.rows import forward, keeps_rows
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import insert_call, replace_call, replace_node
 from optc.compiler.rewriting.passes import Match, Miss, Rule
@@ -67,7 +77,7 @@ def _made_by_linear(program: Program, node: object) -> Node | None:
     while isinstance(node, Node) and sole_user(node) is not None:
         if linear_site(program, node) is not None:
             return node
-        if node.target not in COPIES | RESHAPES or not keeps_rows(node):
+        if node.target not in COPIES | VIEWS or not keeps_rows(node):
             return None
         node = node.args[0]
     return None

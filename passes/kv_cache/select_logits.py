@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.export import Dim
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import CASTS, COPIES, aten, sole_user, value_of
+from optc.compiler.analysis.dataflow import CASTS, COPIES, VIEWS, aten, sole_user, value_of
 from optc.compiler.analysis.linears import head_linear
 from optc.compiler.analysis.norms import norm_call
-from optc.compiler.analysis.rows import RESHAPES
 from optc.compiler.ir.contract import Contract, Input
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
@@ -93,7 +92,7 @@ def _is_norm(node: Node) -> bool:
 
 def _is_idle(node: Node) -> bool:
     """Whether a view has the shape of what it views."""
-    return node.target in RESHAPES and value_of(node).shape == value_of(_input(node)).shape
+    return node.target in VIEWS and value_of(node).shape == value_of(_input(node)).shape
 
 
 class _SelectingReplay(Replay):

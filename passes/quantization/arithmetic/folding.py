@@ -19,21 +19,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import aten, is_tensor, peel, value_of, value_readers
+from optc.compiler.analysis.dataflow import VIEWS, aten, is_tensor, peel, value_of, value_readers
 from optc.compiler.analysis.linears import linear_site
 from optc.compiler.ir.program import Program
 
 _NORMS = (aten.rms_norm.default, aten.layer_norm.default)
 _ATTENTION = (torch.ops.optc.attention.default, aten.scaled_dot_product_attention.default)
-_VIEWS = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.unsqueeze.default,
-    aten.squeeze.dim,
-)
 _PICKS = (aten.slice.Tensor, aten.narrow.default, aten.select.int)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 _HOMOGENEOUS = (aten.relu.default, aten.leaky_relu.default)
@@ -118,7 +109,7 @@ class _Walk:
             self._norm(node, labels)
         elif linear_site(self.program, node) is not None:
             self._linear(node, labels)
-        elif target in _VIEWS:
+        elif target in VIEWS:
             self.back(node.args[0], _unview(node, labels), frozenset([node]))
         elif target in (aten.transpose.int, aten.permute.default, aten.t.default):
             self.back(node.args[0], _unpermute(node, labels), frozenset([node]))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import aten, peel, value_of, value_readers
+from optc.compiler.analysis.dataflow import value_of, value_readers
 from optc.compiler.analysis.linears import Linear, linear_site
+from optc.compiler.analysis.rows import same_rows
 from optc.compiler.diagnostics import InputError
 from optc.compiler.ir.devices import tensor_float_32
 from optc.compiler.ir.lazy_weights import materialized
@@ -21,7 +22,6 @@ from optc.passes.quantization.arithmetic.ranges import check_finite
 from optc.passes.quantization.arithmetic.stream import Stream
 
 _GRAM_BLOCK = 512
-_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,11 @@ class Group:
     sites: tuple[Linear, ...]
 
 
-def input_root(node: Node) -> Node:
-    """The node whose rows a linear's input has: behind aliases, and views that keep the last axis."""
-    while (inner := peel(node)).target in _RESHAPES and _same_rows(inner):
-        node = inner.args[0]
-    return inner
-
-
-def _same_rows(view: Node) -> bool:
-    before, after = value_of(view.args[0]).shape[-1], value_of(view).shape[-1]
-    return isinstance(before, int) and before == after
-
-
 def input_groups(sites: Sequence[Linear]) -> list[Group]:
     """Linears by their input, in the order in which the inputs are computed."""
     table: dict[Node, list[Linear]] = {}
     for site in sites:
-        table.setdefault(input_root(site.input), []).append(site)
+        table.setdefault(same_rows(site.input), []).append(site)
     return [Group(root, tuple(found)) for root, found in sorted(table.items())]
 
 
@@ -63,7 +51,7 @@ def input_readers(program: Program, root: Node) -> tuple[list[Linear], list[Node
     while pending:
         for user in value_readers(pending.pop()):
             site = linear_site(program, user)
-            if site is not None and input_root(site.input) is root and site.placeholder is not None:
+            if site is not None and same_rows(site.input) is root and site.placeholder is not None:
                 linears.append(site)
             elif site is None and user.op == "call_function" and _passes_on(user, root):
                 pending.append(user)
@@ -74,7 +62,7 @@ def input_readers(program: Program, root: Node) -> tuple[list[Linear], list[Node
 
 def _passes_on(user: Node, root: Node) -> bool:
     value = user.meta.get("val")
-    return isinstance(value, Tensor) and input_root(user) is root
+    return isinstance(value, Tensor) and same_rows(user) is root
 
 
 def rows(stream: Stream, root: Node) -> Iterator[Tensor]:
