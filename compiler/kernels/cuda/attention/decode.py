@@ -15,7 +15,16 @@ import triton
 import triton.language as tl
 
 from optc.compiler.kernels.cuda.attention.heads import load_heads, rotation
-from optc.compiler.kernels.cuda.attention.pages import LOWEST, absorb, load_tile, locate, scores
+from optc.compiler.kernels.cuda.attention.pages import (
+    LOWEST,
+    absorb,
+    keep,
+    leave_part,
+    load_tile,
+    locate,
+    new_scores,
+    scores,
+)
 from optc.compiler.kernels.cuda.primitives import wait_for_producer
 
 
@@ -184,14 +193,9 @@ def decode(
             top, total, sums = absorb(score, tile_v, top, total, sums)
 
         if has_end:
-            key_feature = tl.arange(0, WIDTH)[None, :]
-            k_place = slot // BLOCK * k_block + slot % BLOCK * k_slot + head * k_pool_head
-            v_place = slot // BLOCK * v_block + slot % BLOCK * v_slot + head * v_pool_head
-            tl.store(k_pool + k_place + key_feature, new_k, mask=key_feature < D)
-            tl.store(v_pool + v_place + feature[None, :], new_v, mask=in_value[None, :])
-            raw = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32), 1) * inner
-            if SOFTCAP:
-                raw = (2.0 * tl.sigmoid(2.0 * raw) - 1.0) * outer
+            keep(k_pool, new_k, slot, head, k_block, k_slot, k_pool_head, D, WIDTH, BLOCK)
+            keep(v_pool, new_v, slot, head, v_block, v_slot, v_pool_head, DV, VALUE_WIDTH, BLOCK)
+            raw = new_scores(queries, new_k, inner, outer, SOFTCAP)
             new_top = tl.maximum(top, raw)
             shrink = tl.exp2(top - new_top)
             weight = tl.exp2(raw - new_top)
@@ -205,11 +209,7 @@ def decode(
             tl.store(target + out_places, rows, mask=in_group[:, None] & in_value[None, :])
         elif end_tile > first_tile:  # else all of the share was a beginning
             part = (tl.program_id(0) * 2 + (first_tile == 0).to(tl.int32)) * GROUP_ROWS
-            places = partials + (part + row[:, None]) * VALUE_WIDTH + feature[None, :]
-            tl.store(places, sums, mask=in_group[:, None])
-            tl.store(statistics + 2 * (part + row), top, mask=in_group)
-            tl.store(statistics + 2 * (part + row) + 1, total, mask=in_group)
-            tl.debug_barrier()  # all threads' parts are written before the one that counts says so
+            leave_part(partials, statistics, part, row, in_group, sums, top, total, VALUE_WIDTH)
             first_program = (pair_start + START) // share
             last_program = (pair_end - 1) // share
             arrived = tl.atomic_add(arrivals + request * HEADS + head, 1, sem="acq_rel")

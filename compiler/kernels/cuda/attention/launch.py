@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -155,57 +156,58 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @scratch
-def _scratch(device: torch.device, programs: int, rows: int, width: int, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+def _scratch(device: torch.device, parts: int, rows: int, width: int, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
     """Partial results, their statistics, and arrivals."""
-    parts = torch.empty(programs, 2, rows, width, device=device)
-    statistics = torch.empty(programs, 2, rows, 2, device=device)
-    return parts, statistics, torch.zeros(pairs, dtype=torch.int32, device=device)
+    results = torch.empty(parts, rows, width, device=device)
+    statistics = torch.empty(parts, rows, 2, device=device)
+    return results, statistics, torch.zeros(pairs, dtype=torch.int32, device=device)
 
 
 def _decode(call: Call, out: Tensor, tiles: DecodeTiles) -> None:
-    requests, heads = call.block_tables.shape[0], call.k.shape[1]
-    group, device = call.q.shape[1] // heads, call.q.device
-    group_rows = triton.next_power_of_2(group)
-    constants = widths(call)
-    programs = count_programs(call, tiles)
-    held = _scratch(device, programs, group_rows, constants["VALUE_WIDTH"], requests * heads)
-    turn, turned = turning(call)
-    pdl = dependent_launch(device)
-    decode[(programs,)](
-        call.q, call.k, call.v, call.k_pool, call.v_pool, call.slot_mapping, call.block_tables, call.context_lens,
-        call.cu_seqlens, turn.position, turn.inv_freq, turn.q_norm, turn.k_norm, out, *held,
-        *call.q.stride()[:2], *call.k.stride()[:2], *call.v.stride()[:2],
-        *call.k_pool.stride()[:3], *call.v_pool.stride()[:3], call.block_tables.stride(0),
-        requests, *factors(call), turn.scaling, turn.eps,
-        REQUESTS=triton.next_power_of_2(requests), GROUP=group, ROWS=max(FEWEST_ROWS, group_rows),
-        GROUP_ROWS=group_rows, WINDOW=call.window, SOFTCAP=bool(call.softcap), ALONE=call.q.shape[0] == requests,
-        TILE=tiles.tile, STAGES=tiles.stages, START=tiles.start, MERGED=tiles.merged, PDL=pdl, **constants, **turned,
-        num_warps=tiles.warps, maxnreg=tiles.registers, launch_pdl=pdl,
-    )  # fmt: skip
+    requests, programs = call.block_tables.shape[0], count_programs(call, tiles)
+    args, constants = _of_both(call, out, tiles, count=requests, parts=2 * programs)
+    decode[(programs,)](*args, ALONE=call.q.shape[0] == requests, START=tiles.start, **constants)
 
 
 def _split(call: Call, out: Tensor, tiles: SplitTiles) -> None:
     requests, heads = call.block_tables.shape[0], call.k.shape[1]
+    at_a_time = multiprocessors(call.q.device) * tiles.programs
+    longest = triton.cdiv(call.block_tables.shape[1] * call.k_pool.shape[1], tiles.tile * tiles.fewest)
+    splits = max(1, min(at_a_time // heads, longest))
+    args, constants = _of_both(call, out, tiles, count=at_a_time, parts=requests * heads * splits)
+    decode_split[(splits, heads, requests)](*args, FEWEST=tiles.fewest, EARLY=tiles.early, **constants)
+
+
+def _of_both(
+    call: Call, out: Tensor, tiles: DecodeTiles | SplitTiles, *, count: int, parts: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What `decode` and `decode_split` are launched with alike: arguments in their order, constants and options.
+
+    Args:
+        count: the whole number behind the strides, which is another one in each.
+        parts: of pairs, that may be left to be merged.
+    """
+    requests, heads = call.block_tables.shape[0], call.k.shape[1]
     group, device = call.q.shape[1] // heads, call.q.device
     group_rows = triton.next_power_of_2(group)
     constants = widths(call)
-    at_a_time = multiprocessors(device) * tiles.programs
-    longest = triton.cdiv(call.block_tables.shape[1] * call.k_pool.shape[1], tiles.tile * tiles.fewest)
-    splits = max(1, min(at_a_time // heads, longest))
-    held = _scratch(device, requests * heads * splits, group_rows, constants["VALUE_WIDTH"], requests * heads)
     turn, turned = turning(call)
     pdl = dependent_launch(device)
-    decode_split[(splits, heads, requests)](
+    args = (
         call.q, call.k, call.v, call.k_pool, call.v_pool, call.slot_mapping, call.block_tables, call.context_lens,
-        call.cu_seqlens, turn.position, turn.inv_freq, turn.q_norm, turn.k_norm, out, *held,
+        call.cu_seqlens, turn.position, turn.inv_freq, turn.q_norm, turn.k_norm, out,
+        *_scratch(device, parts, group_rows, constants["VALUE_WIDTH"], requests * heads),
         *call.q.stride()[:2], *call.k.stride()[:2], *call.v.stride()[:2],
         *call.k_pool.stride()[:3], *call.v_pool.stride()[:3], call.block_tables.stride(0),
-        at_a_time, *factors(call), turn.scaling, turn.eps,
-        REQUESTS=triton.next_power_of_2(requests), GROUP=group, ROWS=max(FEWEST_ROWS, group_rows),
-        GROUP_ROWS=group_rows, WINDOW=call.window, SOFTCAP=bool(call.softcap),
-        TILE=tiles.tile, STAGES=tiles.stages, FEWEST=tiles.fewest, MERGED=tiles.merged, EARLY=tiles.early, PDL=pdl,
-        **constants, **turned, num_warps=tiles.warps, maxnreg=tiles.registers, launch_pdl=pdl,
+        count, *factors(call), turn.scaling, turn.eps,
     )  # fmt: skip
+    shared = {
+        "REQUESTS": triton.next_power_of_2(requests), "GROUP": group, "ROWS": max(FEWEST_ROWS, group_rows),
+        "GROUP_ROWS": group_rows, "WINDOW": call.window, "SOFTCAP": bool(call.softcap),
+        "TILE": tiles.tile, "STAGES": tiles.stages, "MERGED": tiles.merged, "PDL": pdl,
+        "num_warps": tiles.warps, "maxnreg": tiles.registers, "launch_pdl": pdl,
+    }  # fmt: skip
+    return args, {**constants, **turned, **shared}
 
 
 def _write(call: Call) -> None:

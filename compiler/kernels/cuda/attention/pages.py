@@ -41,10 +41,42 @@ def scores(q, k, inner, outer, SOFTCAP: tl.constexpr):
 
     Without one `inner` is scale * log2(e); with one, inner is scale / c and outer c * log2(e).
     """
-    raw = tl.dot(q, tl.trans(k), input_precision="ieee") * inner
+    return _capped(tl.dot(q, tl.trans(k), input_precision="ieee") * inner, outer, SOFTCAP)
+
+
+@triton.jit
+def new_scores(q, k, inner, outer, SOFTCAP: tl.constexpr):
+    """The same of one key k [1, WIDTH], that of the new token: float32 [rows]."""
+    return _capped(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * inner, outer, SOFTCAP)
+
+
+@triton.jit
+def _capped(raw, outer, SOFTCAP: tl.constexpr):
     if SOFTCAP:
-        return (2.0 * tl.sigmoid(2.0 * raw) - 1.0) * outer
+        raw = (2.0 * tl.sigmoid(2.0 * raw) - 1.0) * outer
     return raw
+
+
+@triton.jit
+def keep(
+    pool, row, slot, head, block_stride, slot_stride, head_stride,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """pool[slot, head] = row [1, WIDTH], the new token's key or value."""
+    feature = tl.arange(0, WIDTH)[None, :]
+    place = slot // BLOCK * block_stride + slot % BLOCK * slot_stride + head * head_stride
+    tl.store(pool + place + feature, row, mask=feature < D)
+
+
+@triton.jit
+def leave_part(partials, statistics, part, row, mask, sums, top, total, WIDTH: tl.constexpr):
+    """What a program found of a pair [rows, WIDTH], for the one that merges; `part` counts rows. Returns when all
+    threads have written, so that one of them may say so."""
+    feature = tl.arange(0, WIDTH)
+    tl.store(partials + (part + row[:, None]) * WIDTH + feature[None, :], sums, mask=mask[:, None])
+    tl.store(statistics + 2 * (part + row), top, mask=mask)
+    tl.store(statistics + 2 * (part + row) + 1, total, mask=mask)
+    tl.debug_barrier()
 
 
 @triton.jit

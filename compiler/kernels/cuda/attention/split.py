@@ -16,7 +16,16 @@ import triton.language as tl
 
 from optc.compiler.kernels.cuda.attention.decode import count_tiles, fill_rows
 from optc.compiler.kernels.cuda.attention.heads import load_heads, rotation
-from optc.compiler.kernels.cuda.attention.pages import LOWEST, absorb, load_tile, locate, scores
+from optc.compiler.kernels.cuda.attention.pages import (
+    LOWEST,
+    absorb,
+    keep,
+    leave_part,
+    load_tile,
+    locate,
+    new_scores,
+    scores,
+)
 from optc.compiler.kernels.cuda.primitives import let_next_start, wait_for_producer
 
 
@@ -137,17 +146,12 @@ def decode_split(
                         k, one + token * k_token + head * k_head, one == 0, cos, sin, k_norm, eps,
                         D, WIDTH, ROTATED, INTERLEAVED,
                     )  # fmt: skip
-                    new_v = tl.load(v + token * v_token + head * v_head + feature, mask=in_value, other=0.0)
-                    key_feature = tl.arange(0, WIDTH)[None, :]
-                    k_place = slot // BLOCK * k_block + slot % BLOCK * k_slot + head * k_pool_head
-                    v_place = slot // BLOCK * v_block + slot % BLOCK * v_slot + head * v_pool_head
-                    tl.store(k_pool + k_place + key_feature, new_k, mask=key_feature < D)
-                    tl.store(v_pool + v_place + feature, new_v, mask=in_value)
-                    top = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32), 1) * inner
-                    if SOFTCAP:
-                        top = (2.0 * tl.sigmoid(2.0 * top) - 1.0) * outer
+                    new_v = tl.load(v + token * v_token + head * v_head + feature, mask=in_value, other=0.0)[None, :]
+                    keep(k_pool, new_k, slot, head, k_block, k_slot, k_pool_head, D, WIDTH, BLOCK)
+                    keep(v_pool, new_v, slot, head, v_block, v_slot, v_pool_head, DV, VALUE_WIDTH, BLOCK)
+                    top = new_scores(queries, new_k, inner, outer, SOFTCAP)
                     total = tl.full([ROWS], 1.0, tl.float32)
-                    sums += new_v.to(tl.float32)[None, :]
+                    sums += new_v.to(tl.float32)
             score = tl.where(within[None, :], scores(queries, tile_k, inner, outer, SOFTCAP), float("-inf"))
             top, total, sums = absorb(score, tile_v, top, total, sums)
         target = out + (token * HEADS + head) * GROUP * DV
@@ -157,10 +161,7 @@ def decode_split(
         else:
             pair = token * HEADS + head
             part = (pair * tl.num_programs(0) + split) * GROUP_ROWS
-            tl.store(partials + (part + row[:, None]) * VALUE_WIDTH + feature[None, :], sums, mask=in_group[:, None])
-            tl.store(statistics + 2 * (part + row), top, mask=in_group)
-            tl.store(statistics + 2 * (part + row) + 1, total, mask=in_group)
-            tl.debug_barrier()
+            leave_part(partials, statistics, part, row, in_group, sums, top, total, VALUE_WIDTH)
             if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") == last_split:
                 _merge(
                     target, partials, statistics, pair * tl.num_programs(0), last_split + 1,
