@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.execution.block_manager import BlockManager
-from optc.compiler.ir.contract import Input, OutputRole
+from optc.compiler.ir.contract import CACHE_ROLES, Input, OutputRole
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.library import Axes, OpSpec, specs
@@ -233,7 +233,7 @@ def _caches(program: Program, sizes: dict[str, int], generator: torch.Generator)
         made = torch.randn(shape, generator=generator)  # the same numbers on every device
         return made.to(device=device, dtype=getattr(torch, spec.dtype))
 
-    return [garbage(spec) for spec in program.contract.inputs if spec.role in ("key_cache", "value_cache")]
+    return [garbage(spec) for spec in program.contract.inputs if spec.role in CACHE_ROLES]
 
 
 def _run_linear(

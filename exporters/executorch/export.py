@@ -15,6 +15,7 @@ from optc.compiler.artifact.manifest import OpenedRecord
 from optc.compiler.diagnostics import ArtifactError, GateError, InputError, os_errors
 from optc.compiler.execution.drift import measure
 from optc.compiler.execution.stage_driver import StageRun
+from optc.compiler.ir.contract import CACHE_ROLES
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.gate import TOLERANCE
 from optc.compiler.pipeline.rerounding import widened
@@ -183,7 +184,7 @@ def _caches(program: Program, capacity: int) -> list[Tensor]:
             [item if isinstance(item, int) else sizes[item] for item in spec.dims], dtype=getattr(torch, spec.dtype)
         )
         for spec in program.contract.inputs
-        if spec.role in ("key_cache", "value_cache")
+        if spec.role in CACHE_ROLES
     ]
 
 

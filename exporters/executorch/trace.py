@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from optc.compiler.ir.contract import Input
+from optc.compiler.ir.contract import CACHE_ROLES, Input
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.retrace import Replay
 from optc.exporters.executorch.forms import Forms, constant_tables
@@ -27,7 +27,7 @@ class _Shell(torch.nn.Module):
         caches = {
             spec.name.replace(".", "_"): _zeros(spec, capacity)
             for spec in program.contract.inputs
-            if spec.role in ("key_cache", "value_cache")
+            if spec.role in CACHE_ROLES
         }
         tables = constant_tables(program, capacity)
         for name, tensor in (caches | tables).items():

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
-from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.contract import CACHE_ROLES, Contract
 from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.provenance import module_path
@@ -135,7 +135,7 @@ class Walker:
             if value in outputs or value.name in self.initializers or value.producer() is None:
                 value = self.op("Identity", [value])  # one name per output
             val = node.meta["val"]
-            cache = spec.role in ("key_cache", "value_cache")
+            cache = spec.role in CACHE_ROLES
             dims = [
                 size if isinstance(size, int) else names.get(str(size), f"{spec.name}_dim{axis}")
                 for axis, size in enumerate(val.shape)

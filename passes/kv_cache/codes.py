@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import value_of
-from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.contract import CACHE_ROLES, Contract
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.key_values import rounded
 from optc.compiler.rewriting.passes import Miss, Pass, PassContext, PassResult
 from optc.compiler.rewriting.retrace import Replay, retrace
-from optc.passes.kv_cache.linear import CACHES, cached_examples
+from optc.passes.kv_cache.linear import cached_examples
 
 _optc = torch.ops.optc
 CACHED = _optc.cached_attention.default
@@ -84,5 +84,7 @@ def _retrace(program: Program, dtype: torch.dtype) -> Program:
 
 def _contract(contract: Contract, dtype: torch.dtype) -> Contract:
     name = str(dtype).removeprefix("torch.")
-    inputs = [msgspec.structs.replace(spec, dtype=name) if spec.role in CACHES else spec for spec in contract.inputs]
+    inputs = [
+        msgspec.structs.replace(spec, dtype=name) if spec.role in CACHE_ROLES else spec for spec in contract.inputs
+    ]
     return msgspec.structs.replace(contract, inputs=tuple(inputs))

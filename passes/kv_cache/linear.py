@@ -10,13 +10,10 @@ from torch import Tensor
 from torch.export import Dim
 
 from optc.compiler.analysis.dataflow import value_of
-from optc.compiler.ir.contract import Input, Output
+from optc.compiler.ir.contract import CACHE_ROLES, Input, Output
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.tokenwise import cache_dtype
-
-CACHES = ("key_cache", "value_cache")
-"""Roles of inputs."""
 
 
 def linear_caches(program: Program, length: int | str) -> tuple[list[Input], list[Output]]:
@@ -66,7 +63,7 @@ def cached_examples(program: Program, dtype: torch.dtype | None = None) -> tuple
                 sizes[name] = min(high or 64, (2, 7, 11, 13)[len(sizes) % 4] + 13 * (len(sizes) // 4))
             dynamic[axis] = dims[name]
         shape = [item if isinstance(item, int) else sizes[item] for item in spec.dims]
-        kind = dtype if dtype is not None and spec.role in CACHES else value_of(node).dtype
+        kind = dtype if dtype is not None and spec.role in CACHE_ROLES else value_of(node).dtype
         filled = torch.ones if spec.role == "attention_mask" else torch.zeros
         args.append(filled(shape, dtype=kind, device=program_device(program)))
         shapes.append(dynamic)

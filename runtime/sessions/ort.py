@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from optc.compiler.diagnostics import ResourceError, TargetError
-from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.contract import CACHE_ROLES, Contract
 from optc.runtime.sessions.linear import Ids, LinearSession, lazy_zeros
 from optc.runtime.sessions.session import Logits, default_threads
 
@@ -53,9 +53,8 @@ class OrtSession(LinearSession):
         self._from_end = None if chosen is None else contract.inputs[chosen].name
         outputs = {spec.role: spec.name for spec in contract.outputs}
         self._logits = outputs["logits"]
-        cached = ("key_cache", "value_cache")
-        self._past = [spec for spec in contract.inputs if spec.role in cached]
-        self._present = [spec.name for spec in contract.outputs if spec.role in cached]
+        self._past = [spec for spec in contract.inputs if spec.role in CACHE_ROLES]
+        self._present = [spec.name for spec in contract.outputs if spec.role in CACHE_ROLES]
         assert len(self._past) == len(self._present)
         half = self._output_type(self._logits) == "tensor(float16)"
         self._logits_type: type[np.generic] = np.float16 if half else np.float32

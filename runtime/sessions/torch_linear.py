@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from optc.compiler.ir.contract import Contract, Input
+from optc.compiler.ir.contract import CACHE_ROLES, Contract, Input
 from optc.runtime.sessions.linear import Ids, LinearSession, lazy_zeros
 from optc.runtime.sessions.session import Logits
 
@@ -60,7 +60,7 @@ class TorchSession(LinearSession):
 
 def cache_inputs(contract: Contract) -> list[Input]:
     """The inputs that are caches or pools, in order: key and value of each layer."""
-    return [spec for spec in contract.inputs if spec.role in ("key_cache", "value_cache")]
+    return [spec for spec in contract.inputs if spec.role in CACHE_ROLES]
 
 
 def torch_zeros(shape: Sequence[int], dtype: str, device: torch.device = CPU) -> torch.Tensor:
