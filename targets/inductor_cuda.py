@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta
-
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.target.options import CompileOptions, TargetOptions
 from optc.compiler.target.target import QuantSupport, Step, Target
@@ -17,7 +15,7 @@ from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.passes.kv_cache.select_logits import SelectLogits
 from optc.passes.legalization.cuda import LegalizeCuda
-from optc.targets.methods import WEIGHT_ONLY, head_steps, quantization_steps
+from optc.targets.methods import WEIGHT_ONLY, head_bits, head_steps, quantization_steps
 
 BLOCK_SIZE = 64
 """Tokens per block of the KV pool: what attention reads at a time."""
@@ -27,17 +25,7 @@ _BITS = (4, 8)
 class CudaOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options of the target inductor-cuda."""
 
-    head_bits: (
-        Annotated[
-            Literal[4, 8, 16],
-            Meta(
-                description="Bits of the embedding and the head, which share one tensor where the model ties them; "
-                "16 leaves them in the compute type.",
-                extra={"default": "8 with --quant, else 16"},
-            ),
-        ]
-        | None
-    ) = None
+    head_bits: Annotated[Literal[4, 8, 16], head_bits(16, "the compute type")] | None = None
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:

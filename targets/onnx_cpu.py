@@ -20,7 +20,7 @@ from optc.passes.kv_cache.static import StaticKVCache
 from optc.passes.legalization.ort import LegalizeOrt
 from optc.passes.legalization.ort_nbits import stored_layout
 from optc.passes.legalization.round_activations import RoundActivations
-from optc.targets.methods import WEIGHT_ONLY, head_steps, quantization_steps, stored_scales
+from optc.targets.methods import WEIGHT_ONLY, head_bits, head_steps, quantization_steps, stored_scales
 
 
 class OnnxOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,17 +30,7 @@ class OnnxOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_field
         int,
         Meta(ge=0, le=4, description="Quantized kernels: 4 rounds activations to int8 (fast), 0 does not."),
     ] = 4
-    head_bits: (
-        Annotated[
-            Literal[4, 8, 32],
-            Meta(
-                description="Bits of the embedding and the head, which share one tensor where the model ties them; "
-                "32 leaves them in floating point.",
-                extra={"default": "8 with --quant, else 32"},
-            ),
-        ]
-        | None
-    ) = None
+    head_bits: Annotated[Literal[4, 8, 32], head_bits(32, "floating point")] | None = None
 
 
 def _recipe(kind: str, options: CompileOptions) -> list[Step]:

@@ -100,8 +100,12 @@ class Kernel:
 
     def obstacle(self, node: Node) -> str | None:
         """Why it cannot take a call of a graph, or None."""
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda item: item.meta["val"])
-        return self.accepts(args, kwargs)
+        return self.obstacle_of(node.args, node.kwargs)
+
+    def obstacle_of(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+        """The same of a call that is not made yet; nodes stand for their values."""
+        values, options = torch.fx.node.map_arg((tuple(args), dict(kwargs)), lambda item: item.meta["val"])
+        return self.accepts(values, options)
 
 
 _KERNELS: list[Kernel] = []

@@ -123,9 +123,7 @@ def _tensor(program: Program, item: Any) -> Any:
 def _refusal(op: Any, args: tuple[Any, ...], knobs: dict[str, Any]) -> str | None:
     """Why the kernel would not take a packed call, or None."""
     kernel = find_kernel(op, "cuda")
-    if kernel is None:
-        return "there is no kernel for packed weights"
-    return kernel.accepts([value_of(item) if isinstance(item, Node) else item for item in args], knobs)
+    return "there is no kernel for packed weights" if kernel is None else kernel.obstacle_of(args, knobs)
 
 
 def _place(program: Program, weight: Node, packed: PackedWeight) -> tuple[Node | None, ...]:

@@ -35,7 +35,7 @@ class SelectRows(Rule):
         kernel = find_kernel(_SELECT, "cuda")
         assert kernel is not None
         rows = value_of(table)
-        reason = kernel.accepts((rows.reshape(-1, rows.shape[-1]), value_of(indices)), {"factor": factor})
+        reason = kernel.obstacle_of((rows.reshape(-1, rows.shape[-1]), indices), {"factor": factor})
         if reason is not None:
             return Miss(node.name, reason)
         return Match(end, {"table": table, "indices": indices, "factor": factor})

@@ -101,8 +101,10 @@ def _captured(program: Program, chunk: int, most_bytes: float) -> tuple[int, int
     All sizes up to a whole chunk are worth it: where products take longer than their launches, padding is a tile of them.
     """
     if program.contract.input_index("logits_indices") is not None:
+        none = call_bytes(program, 0)
+        per_token = call_bytes(program, 1) - none  # one walk through the graph for all sizes
         for tokens in reversed(token_sizes(chunk)):
-            held = call_bytes(program, tokens)
+            held = none + per_token * tokens
             if held <= most_bytes:
                 return tokens, held
     return 0, 0

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from optc.compiler.kernels.cuda.dispatch import FLOATS, implement
+from optc.compiler.kernels.cuda.fused_linear import CODES as CODES_OF_LINEARS
+from optc.compiler.kernels.cuda.fused_norm import MOST_COLUMNS
 from optc.compiler.kernels.kernel import one_of, typed_otherwise
-from optc.compiler.ops.packed.cuda import BLOCK
+from optc.compiler.ops.packed.cuda import BLOCK, packed_columns
 
-CODES = {"int8": torch.int8, "int4": torch.uint8}
-MOST_COLUMNS = 1 << 14
-"""A program holds a row in registers."""
+CODES = {name: CODES_OF_LINEARS[name] for name in ("int8", "int4")}
 
 
 def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
@@ -22,7 +22,7 @@ def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
     format, size = kwargs["format"], kwargs["group_size"]
     if format not in CODES:
         return f"a table of the format '{format}'; the kernel takes {', '.join(CODES)}"
-    columns = weight.shape[1] * (2 if format == "int4" else 1)
+    columns = packed_columns(weight, format)
     if columns > MOST_COLUMNS:
         return f"{columns} columns; the kernel takes up to {MOST_COLUMNS}"
     if format == "int4" and columns % BLOCK:

@@ -191,6 +191,11 @@ define(
 )
 
 
+def packed_columns(weight: Tensor, format: str) -> int:
+    """Columns K of a packed weight."""
+    return weight.shape[1] * (2 if format == "int4" else 1)
+
+
 def _packed_embedding(
     weight: Tensor, scale: Tensor, zero: Tensor | None, indices: Tensor, *, format: str, group_size: int
 ) -> Tensor:
@@ -210,7 +215,7 @@ def _packed_embedding(
 def _packed_embedding_fake(
     weight: Tensor, scale: Tensor, _zero: Tensor | None, indices: Tensor, *, format: str, **_: object
 ) -> Tensor:
-    return scale.new_empty((*indices.shape, weight.shape[1] * (2 if format == "int4" else 1)))
+    return scale.new_empty((*indices.shape, packed_columns(weight, format)))
 
 
 define(

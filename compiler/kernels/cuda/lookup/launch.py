@@ -8,13 +8,14 @@ from torch import Tensor
 from optc.compiler.kernels.cuda.dispatch import dependent_launch
 from optc.compiler.kernels.cuda.lookup import rows
 from optc.compiler.kernels.cuda.norm.launch import warps_for
+from optc.compiler.ops.packed.cuda import packed_columns
 
 
 def packed_embedding(
     weight: Tensor, scale: Tensor, zero: Tensor | None, indices: Tensor, *, format: str, group_size: int
 ) -> Tensor:
     """The op, for calls that the kernel accepts. A token outside the table gets NaN."""
-    columns = weight.shape[1] * (2 if format == "int4" else 1)
+    columns = packed_columns(weight, format)
     tokens = indices.reshape(-1)
     y = scale.new_empty((tokens.shape[0], columns))
     if y.numel():
