@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,6 +50,22 @@ OPEN_GATE = {
 def open_gate_flags() -> list[str]:
     """`OPEN_GATE` on a command line."""
     return [text for name, limit in OPEN_GATE.items() for text in (f"--{name.replace('_', '-')}", f"{limit:g}")]
+
+
+def genai_seconds(model: Any, prompt: list[int], steps: int) -> tuple[float, float]:
+    """onnxruntime-genai's Generator, greedy: seconds to the first token, and of the steps after it."""
+    import onnxruntime_genai as og
+
+    parameters, length = og.GeneratorParams(model), len(prompt) + steps + 1
+    parameters.set_search_options(max_length=length, min_length=length, do_sample=False)
+    generator = og.Generator(model, parameters)
+    begin = time.perf_counter()
+    generator.append_tokens(np.array(prompt, np.int32))
+    generator.generate_next_token()
+    first = time.perf_counter()
+    for _ in range(steps):
+        generator.generate_next_token()
+    return first - begin, time.perf_counter() - first
 
 
 def random_llama(folder: Path, *, layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocab: int) -> int:

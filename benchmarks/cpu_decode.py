@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from common import DECODER_115M, interleave, random_llama, ratio, record
+from common import DECODER_115M, genai_seconds, interleave, random_llama, ratio, record
 
 PROMPT, STEPS = 128, 64
 
@@ -76,18 +76,7 @@ def genai_contender(artifact: Path, prompt: list[int]) -> Callable[[], float]:
 
     model = og.Model(str(artifact))
 
-    def once() -> float:
-        params = og.GeneratorParams(model)
-        params.set_search_options(max_length=PROMPT + STEPS + 1, min_length=PROMPT + STEPS + 1)
-        generator = og.Generator(model, params)
-        generator.append_tokens(np.array(prompt, np.int32))
-        generator.generate_next_token()
-        begin = time.perf_counter()
-        for _ in range(STEPS):
-            generator.generate_next_token()
-        return STEPS / (time.perf_counter() - begin)
-
-    return once
+    return lambda: STEPS / genai_seconds(model, prompt, STEPS)[1]
 
 
 def transformers_contender(folder: Path, prompt: list[int]) -> Callable[[], float]:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import DECODER_115M, ROOT, interleave, open_gate_flags, random_llama, ratio, record
+from common import DECODER_115M, ROOT, genai_seconds, interleave, open_gate_flags, random_llama, ratio, record
 
 import optc
 from optc.compiler.artifact.folder import verify
@@ -117,19 +117,7 @@ def in_genai(folder: Path, vocab: int) -> Timed:
 
     model = og.Model(str(folder))
 
-    def run(length: int, steps: int) -> tuple[float, float]:
-        parameters = og.GeneratorParams(model)
-        parameters.set_search_options(max_length=length + steps + 1, min_length=length + steps + 1, do_sample=False)
-        generator = og.Generator(model, parameters)
-        begin = time.perf_counter()
-        generator.append_tokens(np.array(random_tokens(vocab, length), np.int32))
-        generator.generate_next_token()
-        first = time.perf_counter()
-        for _ in range(steps):
-            generator.generate_next_token()
-        return first - begin, time.perf_counter() - first
-
-    return run
+    return lambda length, steps: genai_seconds(model, random_tokens(vocab, length), steps)
 
 
 def in_optc(folder: Path, vocab: int, threads: int) -> Timed:

@@ -200,14 +200,11 @@ def _check_node(node: Any) -> None:
 def _check_flow(graph: Any) -> None:
     """Every value is made once, before it is read."""
     known: set[str] = set()
-    inputs = {item.name for item in graph.input}
-    for kind, items in (("input", graph.input), ("initializer", graph.initializer)):
-        for item in items:
-            default = kind == "initializer" and item.name in inputs  # what an input is where nothing is fed
-            fine = isinstance(item.name, str) and bool(item.name) and (default or item.name not in known)
-            inputs -= {item.name} if default else set()
-            _require(fine, f"{kind} {item.name!r} has no name of its own")
-            known.add(item.name)
+    inputs, initializers = [[item.name for item in items] for items in (graph.input, graph.initializer)]
+    for kind, names in (("input", inputs), ("initializer", initializers)):
+        for name, count in Counter(names).items():
+            _require(isinstance(name, str) and bool(name) and count == 1, f"{kind} {name!r} has no name of its own")
+        known.update(names)  # an initializer of an input's name is what it is where nothing is fed
     for node in graph.node:
         for name in node.input:
             _require(not name or name in known, f"node {node.name!r} reads {name!r}, which is not computed yet")

@@ -86,16 +86,16 @@ def refuse_unsupported(config: Any) -> None:
                 why="its frequencies depend on the length of the sequence; one graph serves every length",
                 remedy="use default, linear, llama3 or yarn rotary embeddings",
             )
-    if getattr(config, "relative_attention_num_buckets", None) and not getattr(config, "is_encoder_decoder", False):
-        raise CaptureError(
-            "relative position biases of attention are not supported",
-            where="config.json: relative_attention_num_buckets",
-            why="attention computed without them would be another model's",
-            remedy="use a model with rotary or learned positions",
-        )
     if getattr(config, "is_encoder_decoder", False):
         raise CaptureError(
             "encoder-decoder models are not supported",
             where="config.json: is_encoder_decoder",
             remedy="use a decoder-only or an encoder-only model",
+        )
+    if getattr(config, "relative_attention_num_buckets", None):
+        raise CaptureError(
+            "relative position biases of attention are not supported",
+            where="config.json: relative_attention_num_buckets",
+            why="attention computed without them would be another model's",
+            remedy="use a model with rotary or learned positions",
         )

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from optc.compiler.diagnostics import InputError
 
 CONFIG = "config.json"
@@ -13,6 +15,12 @@ _ADAPTER = "adapter_config.json"
 _MODULES = "modules.json"
 _MAX_BYTES = 64 << 20
 _AGAIN = "download the file again"
+
+
+class _Module(msgspec.Struct):
+    """An entry of modules.json, whose first one is the model itself."""
+
+    type: str
 
 
 def read_config(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
@@ -58,15 +66,11 @@ def modules_behind(folder: Path) -> tuple[str, ...]:
     path = folder / _MODULES
     if not path.is_file():
         return ()
-    listed = _read(path)
-    types = (
-        [item.get("type") if isinstance(item, dict) else None for item in listed]
-        if isinstance(listed, list)
-        else [None]
-    )
-    if not all(isinstance(name, str) for name in types):
-        raise InputError("malformed JSON", where=str(path), why="it is not a list of modules", remedy=_AGAIN)
-    return tuple(str(name).rpartition(".")[2] for name in types[1:])
+    try:
+        modules = msgspec.convert(_read(path), list[_Module])
+    except msgspec.ValidationError as error:
+        raise InputError("malformed JSON", where=str(path), why=str(error), remedy=_AGAIN) from error
+    return tuple(module.type.rpartition(".")[2] for module in modules[1:])
 
 
 def read_json(path: Path) -> dict[str, Any]:
