@@ -107,6 +107,12 @@ class ResourceError(OptcError):
     kind = "resource"
 
 
+class BusyError(ResourceError):
+    """It would have to wait longer than is allowed; the same request may be served later."""
+
+    kind = "busy"
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to `name`, or None when none is close."""
     found = difflib.get_close_matches(name.replace("_", "-"), list(known), n=1, cutoff=0.4)

@@ -1,0 +1,1 @@
+"""Serving: requests of many clients, run together by one engine."""

@@ -1,0 +1,169 @@
+"""What the engine is asked and what it answers: plain values that travel between processes as msgpack.
+
+The engine knows token ids only. Text, chat templates and stop strings belong to those who ask: whoever sees a stop
+string in the text ends the request by `Cancel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal, Protocol
+
+from msgspec import Meta, Struct
+
+from optc.runtime.bounds import Count
+from optc.runtime.sampling import Sampling
+
+MOST_LOGPROBS = 20
+"""Alternatives whose log-probabilities a request may ask for at each token."""
+
+Finish = Literal["stop", "length", "context", "cancelled", "error"]
+"""Why a request ended: a stop token, its own limit, a full context, `Cancel`, or what `Answer.error` says."""
+
+Serves = Literal["continuous", "rows", "one-at-a-time"]
+"""How an engine runs several requests: any mix of tokens in each step; one slot per row of a batch; one after another."""
+
+
+class Grammar(Struct, frozen=True, kw_only=True):
+    """What the text of an answer must be.
+
+    Attributes:
+        kind: what `source` is; "json" is any JSON value, and has no source.
+    """
+
+    kind: Literal["json", "json-schema", "regex", "grammar"]
+    source: str = ""
+
+
+class Generate(Struct, frozen=True, kw_only=True, tag="generate"):
+    """A request to continue a prompt.
+
+    Attributes:
+        id: unique among the requests that have not ended.
+        prompt: token ids, one at least.
+        max_new_tokens: the answer ends there with "length".
+        stop_ids: tokens that end the answer with "stop"; the token itself is part of it.
+        logprobs: None, or how many of the likeliest tokens are told with each chosen one, which is told as well.
+        logit_bias: added to the logits of these tokens, before everything else.
+        priority: smaller goes first among those that wait; equal ones in the order of their arrival.
+        grammar: None where the answer is free.
+    """
+
+    id: str
+    prompt: list[int]
+    max_new_tokens: Count
+    sampling: Sampling = Sampling()
+    stop_ids: list[int] = []
+    logprobs: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] | None = None
+    logit_bias: dict[int, float] = {}
+    priority: int = 0
+    grammar: Grammar | None = None
+
+
+class Cancel(Struct, frozen=True, kw_only=True, tag="cancel"):
+    """End a request; one that has ended already is no error. Its last `Answer` is "cancelled", unless it had ended."""
+
+    id: str
+
+
+class TokenLogprobs(Struct, frozen=True, array_like=True):
+    """Natural logarithms of the probabilities that a token was chosen by, before temperature and cuts.
+
+    Attributes:
+        chosen: of the token that was chosen.
+        top: the likeliest tokens with theirs, best first.
+    """
+
+    chosen: float
+    top: list[tuple[int, float]]
+
+
+class Answer(Struct, frozen=True, kw_only=True):
+    """What a request got since its last `Answer`.
+
+    Attributes:
+        tokens: new ones, in order; may be empty.
+        logprobs: one for each token where the request asked for them.
+        finish: None while it runs. After another value nothing follows.
+        cached_tokens: of the prompt, those that were found in the KV pool; told with the first tokens.
+        error: a sentence, where `finish` is "error".
+    """
+
+    id: str
+    tokens: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    finish: Finish | None = None
+    cached_tokens: int | None = None
+    error: str = ""
+
+
+class EngineInfo(Struct, frozen=True, kw_only=True):
+    """What an engine runs, and how.
+
+    Attributes:
+        max_running: requests that run together.
+        max_waiting: requests that wait besides; more are refused.
+        block_size, num_blocks: of the KV pool, 0 where the cache is not paged.
+    """
+
+    vocab_size: int
+    context_length: int
+    serves: Serves
+    max_running: int
+    max_waiting: int
+    block_size: int = 0
+    num_blocks: int = 0
+    device: str = ""
+
+
+class EngineMetrics(Struct, frozen=True, kw_only=True):
+    """Counters since the start, and gauges of now.
+
+    Attributes:
+        host_us_per_step: microseconds per step that the processor spent outside the model, a mean of the last steps.
+    """
+
+    running: int
+    waiting: int
+    used_blocks: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    finished: dict[str, int] = {}
+    host_us_per_step: float = 0.0
+
+
+class Engine(Protocol):
+    """Runs requests; one thread calls it."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def submit(self, request: Generate) -> None:
+        """Let a request wait for its turn.
+
+        Raises:
+            InputError: a prompt that is empty, holds a token outside the vocabulary, or leaves no room in the context
+                or in the whole pool; a token of the bias or of the stops outside the vocabulary.
+            BusyError: too many wait.
+        """
+
+    def cancel(self, identity: str) -> None:
+        """See `Cancel`."""
+
+    def step(self) -> Sequence[Answer]:
+        """Run one step of whatever can run, and give what is new; nothing where no request is there.
+
+        Raises:
+            OptcError: the engine cannot go on; all requests are lost. A fault of one request is its `Answer`.
+        """
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or runs."""
+
+    def metrics(self) -> EngineMetrics: ...
+
+    def close(self) -> None: ...
