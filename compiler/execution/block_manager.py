@@ -65,6 +65,7 @@ class BlockManager:
         self._digest_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._requests: dict[Hashable, _Request] = {}
+        self._waste = 0
         self.peak_waste = 0
         self.peak_used_blocks = 0
 
@@ -105,9 +106,9 @@ class BlockManager:
         for request, tokens in work:
             state = self._requests[request]
             positions += range(len(state.tokens), len(state.tokens) + len(tokens))
-            for _ in range(self._missing_blocks(request, len(tokens))):
-                state.blocks.append(self._take())
+            self._lengthen(state, self._missing_blocks(request, len(tokens)))
             state.tokens += tokens
+            self._waste -= len(tokens)
         self._note_peaks()
         return self._tensors(work, positions)
 
@@ -120,7 +121,7 @@ class BlockManager:
         missing = {request: self._missing_blocks(request, count) for request, count in work}
         self._require(sum(missing.values()))
         for request, count in missing.items():
-            self._requests[request].blocks += [self._take() for _ in range(count)]
+            self._lengthen(self._requests[request], count)
         self._note_peaks()
         return [request for request, count in missing.items() if count]
 
@@ -128,6 +129,7 @@ class BlockManager:
         """Note tokens that the caller laid out itself, in room that was reserved."""
         assert not self._missing_blocks(request, len(tokens)), "no room was reserved"
         self._requests[request].tokens += tokens
+        self._waste -= len(tokens)
 
     def blocks(self, request: Hashable) -> Sequence[int]:
         """The blocks that a request owns, in the order of its tokens."""
@@ -161,12 +163,17 @@ class BlockManager:
         kept = -(-length // size)
         for block in reversed(state.blocks[kept:]):
             self._release(block)
+        self._waste -= self._tail(state) - (kept * size - length)
         del state.blocks[kept:], state.tokens[length:], state.digests[length // size :]
         return length
 
-    def free(self, request: Hashable) -> None:
-        """End a request. Its full blocks stay findable until their space is needed."""
-        for block in reversed(self._requests.pop(request).blocks):  # so that the tail is evicted first
+    def free(self, request: Hashable, *, forget: bool = False) -> None:
+        """End a request. Its full blocks stay findable until their space is needed, unless they are to be forgotten."""
+        state = self._requests.pop(request)
+        self._waste -= self._tail(state)
+        for block in reversed(state.blocks):  # so that the tail is evicted first
+            if forget:
+                self._forget(block)
             self._release(block)
 
     # -- questions --------------------------------------------------------------------------
@@ -192,7 +199,7 @@ class BlockManager:
 
     def waste(self) -> int:
         """Allocated slots that hold no token: the tails of the requests' last blocks."""
-        return sum(len(r.blocks) * self.block_size - len(r.tokens) for r in self._requests.values())
+        return self._waste
 
     # -- blocks -----------------------------------------------------------------------------
 
@@ -208,6 +215,13 @@ class BlockManager:
     def _missing_blocks(self, request: Hashable, new: int) -> int:
         state = self._requests[request]
         return max(0, -(-(len(state.tokens) + new) // self.block_size) - len(state.blocks))
+
+    def _tail(self, state: _Request) -> int:
+        return len(state.blocks) * self.block_size - len(state.tokens)
+
+    def _lengthen(self, state: _Request, count: int) -> None:
+        state.blocks += [self._take() for _ in range(count)]
+        self._waste += count * self.block_size
 
     def _take(self) -> int:
         """A block to write: a never used one, else the cached one that was left the longest ago."""

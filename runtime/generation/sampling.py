@@ -105,6 +105,41 @@ def _entropies(samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]) 
     return found
 
 
+class RowSampler:
+    """Chooses the tokens of one row, drawing from a stream of its own: no other row changes what it yields.
+
+    Args:
+        entropy: what fixes the draws; None where the row is greedy.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], entropy: np.random.SeedSequence | None) -> None:
+        self._sampling, self._prompt = sampling, list(prompt)
+        self._generated: Counter[int] = Counter()
+        self._stream = None if entropy is None else np.random.Generator(np.random.PCG64(entropy))
+
+    def __call__(self, logits: npt.NDArray[np.floating], best: int, where: str = "") -> int:
+        """The next token from logits [V], of which that of `best` is the largest, and finite.
+
+        Raises:
+            GateError: it becomes not finite by penalties or temperature.
+        """
+        sampling, token = self._sampling, best
+        if sampling.penalizes:
+            logits = _penalized(logits, sampling, self._prompt, self._generated)
+            token = int(logits.argmax())
+        if not np.isfinite(logits[token] / _divisor(sampling)):
+            raise not_finite(f"{where}token {token}, after penalties and temperature")
+        if self._stream is not None:
+            token = _draw(logits, sampling, self._stream)
+        self._generated[token] += 1
+        return token
+
+
+def row_sampler(sampling: Sampling, prompt: Sequence[int]) -> RowSampler:
+    """For a row alone: draws as the first row of a batch that has this seed and this prompt."""
+    return RowSampler(sampling, prompt, _entropies([sampling], [prompt])[0])
+
+
 class Sampler:
     """Chooses one token per row and step, for sessions that return logits.
 
@@ -116,13 +151,8 @@ class Sampler:
     """
 
     def __init__(self, samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]) -> None:
-        self._samplings = list(samplings)
-        self._prompts = [list(prompt) for prompt in prompts]
-        self._generated: list[Counter[int]] = [Counter() for _ in prompts]
-        self._streams = [
-            None if entropy is None else np.random.Generator(np.random.PCG64(entropy))
-            for entropy in _entropies(samplings, prompts)
-        ]
+        entropies = _entropies(samplings, prompts)
+        self._rows = [RowSampler(*row) for row in zip(samplings, prompts, entropies, strict=True)]
 
     def __call__(self, logits: npt.NDArray[np.floating]) -> list[int]:
         """The next token of each row, from logits [B, V].
@@ -130,19 +160,8 @@ class Sampler:
         Raises:
             GateError: logits that are not finite, or become so by penalties or temperature.
         """
-        chosen = []
-        for row, (best, stream) in enumerate(zip(most_likely(logits), self._streams, strict=True)):
-            sampling, scores, token = self._samplings[row], logits[row], best
-            if sampling.penalizes:
-                scores = _penalized(scores, sampling, self._prompts[row], self._generated[row])
-                token = int(scores.argmax())
-            if not np.isfinite(scores[token] / _divisor(sampling)):
-                raise not_finite(f"row {row}, token {token}, after penalties and temperature")
-            if stream is not None:
-                token = _draw(scores, sampling, stream)
-            self._generated[row][token] += 1
-            chosen.append(token)
-        return chosen
+        rows = enumerate(zip(most_likely(logits), self._rows, strict=True))
+        return [sampler(logits[row], best, f"row {row}, ") for row, (best, sampler) in rows]
 
 
 def _penalized(

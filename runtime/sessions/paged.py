@@ -41,6 +41,28 @@ class PoolUse:
     reused_tokens: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class PagedModel:
+    """A paged program with its pools, as those need it who lay out calls themselves.
+
+    Attributes:
+        run: the program.
+        pools: keys and values of each layer, in turn.
+        selects: it takes `logits_indices`, and gives logits of these tokens only.
+        chunk: most tokens of a call.
+    """
+
+    run: Run
+    pools: Sequence[torch.Tensor]
+    selects: bool
+    vocab_size: int
+    context_length: int
+    block_size: int
+    num_blocks: int
+    chunk: int
+    device: torch.device
+
+
 class PagedSession(Session):
     """A session over a paged graph.
 
@@ -85,6 +107,21 @@ class PagedSession(Session):
     def prefill_chunk(self) -> int:
         """Most tokens of a call whose last logits alone are wanted."""
         return PREFILL_CHUNK if self._selects else self.chunk
+
+    @property
+    def model(self) -> PagedModel:
+        """For those who lay out calls themselves; the session's own rows are then no more."""
+        return PagedModel(
+            run=self._graph,
+            pools=self._pools,
+            selects=self._selects,
+            vocab_size=self.vocab_size,
+            context_length=self.context_length,
+            block_size=self._manager.block_size,
+            num_blocks=self._manager.num_blocks,
+            chunk=self.prefill_chunk,
+            device=self._device,
+        )
 
     @property
     def pool_use(self) -> PoolUse:

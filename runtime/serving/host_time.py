@@ -1,0 +1,22 @@
+"""What the processor spends on a step outside the model."""
+
+from __future__ import annotations
+
+_WEIGHT = 0.02
+
+
+class HostTime:
+    """A mean of the last steps, some fifty of them.
+
+    Attributes:
+        mean_us: microseconds per step.
+    """
+
+    def __init__(self) -> None:
+        self.mean_us = 0.0
+        self._steps = 0
+
+    def note(self, seconds: float) -> None:
+        """Of one more step."""
+        self._steps += 1
+        self.mean_us += (seconds * 1e6 - self.mean_us) * max(_WEIGHT, 1 / self._steps)

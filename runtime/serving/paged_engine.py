@@ -1,0 +1,174 @@
+"""The engine over a paged program: requests join and leave at every step."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from optc.compiler.execution.block_manager import BlockManager
+from optc.runtime.serving.accepting import NOT_FINITE, Limits, check_request
+from optc.runtime.serving.engine_options import EngineOptions
+from optc.runtime.serving.host_time import HostTime
+from optc.runtime.serving.model_runner import ModelRunner, SamplerOf
+from optc.runtime.serving.request import Answer, EngineInfo, EngineMetrics, Finish, Generate
+from optc.runtime.serving.rows import Rows
+from optc.runtime.serving.sampler import RequestSampler, is_plain, make_sampler
+from optc.runtime.serving.scheduler import Ended, Plan, Request, Scheduler
+from optc.runtime.sessions.paged import PagedModel
+
+
+@dataclass(slots=True)
+class _Entry:
+    """What the engine keeps of a request beside its schedule."""
+
+    scheduled: Request
+    sampler: RequestSampler | None
+    told: int
+    told_cached: bool = False
+
+
+class PagedEngine:
+    """Continuous batching; see `scheduler` for the order, `model_runner` for what a step runs.
+
+    Args:
+        open_runner: makes what runs the steps, from the rows it reads and what gives the sampler of a row.
+    """
+
+    def __init__(
+        self,
+        model: PagedModel,
+        options: EngineOptions,
+        open_runner: Callable[[PagedModel, Rows, SamplerOf], ModelRunner],
+        *,
+        on_close: Callable[[], None] = lambda: None,
+        device: str = "",
+    ) -> None:
+        room = model.num_blocks * model.block_size
+        capacity = min(model.context_length, room, options.max_context or room)
+        self._limits = Limits(model.vocab_size, capacity, options.max_waiting)
+        rows = Rows(options.max_running, capacity, model.block_size)
+        self._rows, self._on_close = rows, on_close
+        self._entries: dict[str, _Entry] = {}
+        self._runner = open_runner(model, rows, self._sampler_of)
+        budget = max(min(options.token_budget, model.chunk), options.max_running + 1)
+        self.scheduler = Scheduler(
+            BlockManager(model.num_blocks, model.block_size),
+            rows,
+            token_budget=budget,
+            ahead=self._runner.ahead,
+            patience=options.patience,
+        )
+        self._launched: deque[Plan] = deque()
+        self._ended: list[Ended] = []
+        self._host = HostTime()
+        self.info = EngineInfo(
+            vocab_size=model.vocab_size,
+            context_length=capacity,
+            serves="continuous",
+            max_running=options.max_running,
+            max_waiting=options.max_waiting,
+            block_size=model.block_size,
+            num_blocks=model.num_blocks,
+            device=device,
+        )
+
+    # -- requests ---------------------------------------------------------------------------
+
+    def submit(self, request: Generate) -> None:
+        """See `Engine`."""
+        end, reason = check_request(request, self._limits, self._entries, self.scheduler.waiting)
+        plain = is_plain(request)
+        scheduled = Request(
+            id=request.id,
+            tokens=list(request.prompt),
+            prompt_length=len(request.prompt),
+            end=end,
+            end_reason=reason,
+            stops=list(request.stop_ids),
+            priority=request.priority,
+            plain=plain,
+        )
+        sampler = None if plain else make_sampler(request)
+        self._entries[request.id] = _Entry(scheduled, sampler, len(request.prompt))
+        self.scheduler.add(scheduled)
+
+    def cancel(self, identity: str) -> None:
+        """See `Engine`."""
+        ended = self.scheduler.cancel(identity)
+        if ended is not None:
+            self._ended.append(ended)
+
+    def _sampler_of(self, row: int) -> RequestSampler | None:
+        return self._entries[self.scheduler.at(row).id].sampler
+
+    # -- steps ------------------------------------------------------------------------------
+
+    def step(self) -> Sequence[Answer]:
+        """See `Engine`."""
+        begin, computed = time.perf_counter(), self._runner.model_s
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self._runner.launch(plan)
+            self._launched.append(plan)
+        answers: list[Answer] = []
+        if self._launched and (plan is None or len(self._launched) > self._runner.ahead):
+            oldest = self._launched.popleft()
+            self._ended += self.scheduler.collect(oldest, self._runner.collect())
+            answers = self._tell(oldest)
+        answers += [self._last(ended) for ended in self._ended]
+        self._ended.clear()
+        self._host.note(time.perf_counter() - begin - (self._runner.model_s - computed))
+        return answers
+
+    def _tell(self, plan: Plan) -> list[Answer]:
+        """The new token of every request that goes on."""
+        scheduler, rows = self.scheduler, self._rows
+        answers = []
+        for row, serial in zip(plan.rows.tolist(), plan.serials.tolist(), strict=True):
+            request = scheduler.request_of(row, serial)
+            if request is None:
+                continue
+            entry = self._entries[request.id]
+            at = request.row
+            new = request.tokens[entry.told :] if at < 0 else rows.history[at, entry.told : rows.known[at]].tolist()
+            if new:
+                answers.append(self._answer(entry, new, None))
+        return answers
+
+    def _last(self, ended: Ended) -> Answer:
+        """All that was not told of a request, and why it ended."""
+        entry = self._entries.pop(ended.request.id)
+        return self._answer(entry, ended.tokens[entry.told :], ended.finish)
+
+    def _answer(self, entry: _Entry, tokens: list[int], finish: Finish | None) -> Answer:
+        entry.told += len(tokens)
+        logprobs = None if entry.sampler is None else entry.sampler.take_logprobs(len(tokens))
+        cached = None
+        if not entry.told_cached and entry.scheduled.found is not None:
+            cached, entry.told_cached = entry.scheduled.found, True
+        error = NOT_FINITE if finish == "error" else ""
+        return Answer(
+            id=entry.scheduled.id, tokens=tokens, logprobs=logprobs, finish=finish, cached_tokens=cached, error=error
+        )
+
+    @property
+    def idle(self) -> bool:
+        """See `Engine`."""
+        return not self._entries and not self._launched
+
+    def metrics(self) -> EngineMetrics:
+        """See `Engine`."""
+        scheduler = self.scheduler
+        return scheduler.counts.metrics(
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            used_blocks=scheduler.manager.used_blocks,
+            host_us=self._host.mean_us,
+        )
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self._entries.clear()
+        self._on_close()

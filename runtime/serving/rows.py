@@ -1,0 +1,73 @@
+"""What the engine knows of each running request, in arrays with a row for each: a step of all of them is a few operations.
+
+Nothing here is per token: a step of hundreds of rows writes its tokens in one operation, and Python looks at those rows
+only that end, grow or join.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+NO_STOP = -2
+"""Fills up the stop tokens of a row; it is no token, nor `NO_TOKEN`."""
+_FEW_STOPS = 4
+
+
+class Rows:
+    """The state of `count` rows of up to `capacity` tokens, held in blocks of `block_size`.
+
+    Attributes:
+        history: int32 [rows, capacity + 1], the tokens of each row, the first `known` of them; the last one is not fed.
+        known: tokens that the host has. fed: those that are in the KV pool, or will be by the steps that were launched.
+        end: of `known`, at which the row ends. room: slots of its blocks.
+        tables: int32 [rows, most blocks], and `owned` of them.
+        decoding: rows whose prompt is fed. single: rows of which no token may be fed before it was read.
+        stops: int64 [rows, any], filled up with `NO_STOP`.
+        serial: counts the requests that had the row, so that what comes late for the one before is known.
+        plain: rows that take the largest logit, without anything else to be done.
+    """
+
+    def __init__(self, count: int, capacity: int, block_size: int) -> None:
+        self.count, self.capacity, self.block_size = count, capacity, block_size
+        self.history = np.zeros((count, capacity + 1), np.int32)
+        self.tables = np.zeros((count, -(-capacity // block_size)), np.int32)
+        self.known, self.fed, self.end, self.room, self.owned, self.serial = np.zeros((6, count), np.int64)
+        self.decoding, self.single, self.plain = np.zeros((3, count), np.bool_)
+        self.stops = np.full((count, _FEW_STOPS), NO_STOP, np.int64)
+        self._free = list(range(count))[::-1]
+
+    @property
+    def free(self) -> int:
+        """Rows that can be had."""
+        return len(self._free)
+
+    def take(self, tokens: list[int], *, end: int, stops: list[int], single: bool, plain: bool) -> int:
+        """A row for a request that has these tokens, the lowest that is free."""
+        row = self._free.pop()
+        self.history[row, : len(tokens)] = tokens
+        self.known[row], self.fed[row], self.end[row] = len(tokens), 0, end
+        self.room[row] = self.owned[row] = 0
+        self.decoding[row], self.single[row], self.plain[row] = False, single, plain
+        if len(stops) > self.stops.shape[1]:
+            wider = np.full((self.count, len(stops)), NO_STOP, np.int64)
+            wider[:, : self.stops.shape[1]] = self.stops
+            self.stops = wider
+        self.stops[row] = NO_STOP
+        self.stops[row, : len(stops)] = stops
+        return row
+
+    def give_back(self, row: int) -> None:
+        """The row may be another request's."""
+        self.serial[row] += 1
+        self.decoding[row] = False
+        self._free.append(row)
+        self._free.sort(reverse=True)
+
+    def tokens(self, row: int) -> list[int]:
+        """All tokens of a row that are known."""
+        found: list[int] = self.history[row, : self.known[row]].tolist()
+        return found

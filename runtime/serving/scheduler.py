@@ -1,0 +1,478 @@
+"""Which tokens of which requests the next step computes. No model is needed: steps are planned, and told what they gave.
+
+Requests wait, ordered by priority and then by arrival; they run as rows; and may go back to wait. A step feeds one token
+of every row whose prompt is in, then prompts in chunks, as many tokens as the budget has left: those of running rows in
+the order of their admission, then those of requests that wait.
+
+Admission looks at blocks: the prompt, which the pool may hold in part, must fit beside what running prompts still need,
+with a reserve for the growth of rows. The first request in order that does not fit keeps all behind it waiting.
+
+When the pool is full while rows grow, the last of the running requests in order gives up its blocks and waits again,
+with its tokens kept, which are computed again later (recomputation, as Kwon et al. 2023 call it, section 4.5,
+https://arxiv.org/abs/2309.06180). Its full blocks stay findable until they are needed.
+
+**No request starves.** Three rules make it so. (1) What can never fit alone is refused before it comes here, so the first
+request in order always gets through: others give way to it, never it to them. (2) Of the waiting requests, the one that
+arrived first may be overtaken, at admission, `patience` times; then it is urgent: before all others that wait, and the
+last to give way, among urgent ones by arrival. (3) Prompts are fed in the order of admission and decodes leave a part of
+the budget free, so an admitted prompt gets in. A request with k earlier ones before it is thus admitted after at most
+(k + 1) * (patience + 1) admissions, whatever priorities arrive behind it.
+
+Tokens may be read late: `plan` may be called again before `collect` has told what the step before gave.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from optc.compiler.execution.block_manager import BlockManager
+from optc.runtime.serving.request import EngineMetrics, Finish
+from optc.runtime.serving.rows import Ints, Rows
+
+_RESERVE = 0.01
+"""Of the blocks, that admission leaves free for the growth of rows that run."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request:
+    """A request as it is scheduled.
+
+    Attributes:
+        tokens: the prompt, and what was generated when it was last made to wait.
+        prompt_length: of them, the prompt's.
+        end: tokens in all at which it ends with `end_reason`.
+        single: none of its tokens may be fed before the host has seen it. plain: see `Rows`.
+        arrival: a number that grows.
+        overtaken: later arrivals that were admitted while it was the first of all that wait.
+        row: where it runs, or -1.
+        found: of the prompt, tokens that the pool held; None before the first admission.
+    """
+
+    id: str
+    tokens: list[int]
+    prompt_length: int
+    end: int
+    end_reason: Finish
+    stops: list[int]
+    priority: int = 0
+    single: bool = False
+    plain: bool = True
+    arrival: int = 0
+    urgent: bool = False
+    overtaken: int = 0
+    row: int = -1
+    found: int | None = None
+    waits: bool = False
+
+    @property
+    def rank(self) -> tuple[bool, int, int]:
+        """Smaller ones go first and give way last."""
+        return (not self.urgent, 0 if self.urgent else self.priority, self.arrival)
+
+
+class Piece(NamedTuple):
+    """Tokens of a row from `start` on, `size` of them; `last` says that the next one is to be chosen."""
+
+    row: int
+    start: int
+    size: int
+    last: bool
+
+
+@dataclass(slots=True)
+class Plan:
+    """A step.
+
+    Attributes:
+        decodes: int64 [D], rows that are fed the token that was chosen last, ascending, at `positions`.
+        pieces: of prompts.
+        rows: int64 [D + P], the rows that get a token: `decodes`, then those of last pieces, in order.
+        serials: of them, see `Rows`.
+    """
+
+    decodes: Ints
+    positions: Ints
+    pieces: list[Piece]
+    rows: Ints
+    serials: Ints
+
+    @property
+    def tokens(self) -> int:
+        """That the step feeds."""
+        return len(self.decodes) + sum(piece.size for piece in self.pieces)
+
+
+class Ended(NamedTuple):
+    """A request that ended, with all its tokens, and the number of those of its prompt."""
+
+    request: Request
+    tokens: list[int]
+    finish: Finish
+
+
+@dataclass(slots=True)
+class Counts:
+    """Since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    admissions: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+
+    def metrics(self, *, running: int, waiting: int, host_us: float, used_blocks: int = 0) -> EngineMetrics:
+        """With gauges of now."""
+        return EngineMetrics(
+            running=running,
+            waiting=waiting,
+            used_blocks=used_blocks,
+            steps=self.steps,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            generated_tokens=self.generated_tokens,
+            preemptions=self.preemptions,
+            finished=dict(self.finished),
+            host_us_per_step=host_us,
+        )
+
+
+class Scheduler:
+    """Plans steps over a block manager.
+
+    Args:
+        rows: most requests that run together, and most tokens of one.
+        token_budget: most tokens of a step; more than rows, so that prompts get in.
+        ahead: tokens beyond the one that is fed for which a row has room: steps that find the slot of the next one
+            themselves need 1.
+        patience: see above.
+    """
+
+    def __init__(
+        self, manager: BlockManager, rows: Rows, *, token_budget: int, ahead: int = 0, patience: int = 256
+    ) -> None:
+        assert token_budget > rows.count, "decodes of all rows leave a part of the budget free"
+        assert manager.block_size == rows.block_size
+        self.manager, self.rows, self.counts = manager, rows, Counts()
+        self._budget, self._ahead, self._patience = token_budget, ahead, patience
+        self._reserve = int(manager.num_blocks * _RESERVE) + 1
+        self._requests: dict[str, Request] = {}  # that have not ended
+        self._at: list[Request | None] = [None] * rows.count
+        self._filling: dict[int, None] = {}  # rows whose prompts are being fed, by admission
+        self._ranked: list[tuple[tuple[bool, int, int], int, Request]] = []  # heaps; what waits no longer is skipped
+        self._oldest: list[tuple[int, int, Request]] = []
+        self._pushed = 0  # keeps apart entries of one request
+        self._arrivals = 0
+        self._waiting = 0
+        self._refused_at = -1  # blocks that were free when the first in order did not fit
+        self._late: dict[tuple[int, int], Request] = {}  # (row, serial) of those that gave way with a token unread
+        self._computed: list[Piece] = []  # in the pool once the step that was planned last has been launched
+        self.grown: list[tuple[int, int]] = []
+        """Rows and columns of `Rows.tables` that changed since the caller emptied this."""
+
+    # -- requests ---------------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        return self.rows.count - self.rows.free
+
+    @property
+    def waiting(self) -> int:
+        return self._waiting
+
+    def __contains__(self, identity: str) -> bool:
+        return identity in self._requests
+
+    def at(self, row: int) -> Request:
+        """The request of a row."""
+        found = self._at[row]
+        assert found is not None
+        return found
+
+    def request_of(self, row: int, serial: int) -> Request | None:
+        """The request that had the row when it had this serial number; None where it ended."""
+        if self.rows.serial[row] == serial:
+            return self._at[row]
+        found = self._late.get((row, serial))
+        return found if found is not None and found.id in self._requests else None
+
+    def add(self, request: Request) -> None:
+        """Let a request wait. It fits into the pool, alone."""
+        assert request.id not in self._requests
+        assert request.end - 1 <= min(self.rows.capacity, self.manager.num_blocks * self.manager.block_size)
+        request.arrival = self._arrivals
+        self._arrivals += 1
+        self._requests[request.id] = request
+        self._wait(request)
+
+    def cancel(self, identity: str) -> Ended | None:
+        """End a request; None where there is none of this name."""
+        request = self._requests.get(identity)
+        return None if request is None else self._end(request, "cancelled")
+
+    def _wait(self, request: Request) -> None:
+        request.waits = True
+        self._waiting += 1
+        self._refused_at = -1
+        self._pushed += 1
+        heapq.heappush(self._ranked, (request.rank, self._pushed, request))
+        heapq.heappush(self._oldest, (request.arrival, self._pushed, request))
+
+    def _first(self) -> Request | None:
+        """The one that is to be admitted next."""
+        while self._ranked and not self._ranked[0][2].waits:
+            heapq.heappop(self._ranked)
+        oldest = self._first_arrival()
+        if oldest is None:
+            return None
+        first = self._ranked[0][2]
+        if oldest.overtaken < self._patience or first.urgent:
+            return first
+        oldest.urgent = True
+        self._pushed += 1
+        heapq.heappush(self._ranked, (oldest.rank, self._pushed, oldest))
+        return oldest
+
+    def _first_arrival(self) -> Request | None:
+        """The one that has waited for the longest."""
+        while self._oldest and not self._oldest[0][2].waits:
+            heapq.heappop(self._oldest)
+        return self._oldest[0][2] if self._oldest else None
+
+    # -- planning ---------------------------------------------------------------------------
+
+    def plan(self) -> Plan | None:
+        """The next step; None where nothing can be fed before more is collected."""
+        self._commit_computed()
+        rows, before = self.rows, self.counts.preemptions
+        decodes = self._decodes()
+        pieces: list[Piece] = []
+        budget = self._budget - len(decodes)
+        for row in list(self._filling):
+            if budget > 0 and row in self._filling:
+                budget -= self._feed(row, budget, pieces)
+        if before == self.counts.preemptions:  # else what gave way would take its blocks back at once
+            self._admit(budget, pieces)
+        decodes = decodes[rows.decoding[decodes]]
+        pieces = [piece for piece in pieces if self._at[piece.row] is not None]
+        if not len(decodes) and not pieces:
+            return None
+        positions = rows.fed[decodes]
+        rows.fed[decodes] += 1
+        for piece in pieces:
+            self._lay_out(piece)
+        last = [piece.row for piece in pieces if piece.last]
+        chosen = np.concatenate([decodes, np.array(last, np.int64)]) if last else decodes
+        self.counts.steps += 1
+        return Plan(decodes, positions, pieces, chosen, rows.serial[chosen])
+
+    def _decodes(self) -> Ints:
+        """Rows that feed one token, with room for it."""
+        rows = self.rows
+        ready = np.flatnonzero(rows.decoding & (rows.fed < rows.end - 1) & (~rows.single | (rows.fed < rows.known)))
+        wanted = np.minimum(rows.fed[ready] + self._ahead, rows.end[ready] - 2) + 1
+        full = ready[wanted > rows.room[ready]]
+        if len(full):
+            for row in sorted(full.tolist(), key=lambda row: self.at(row).rank):
+                if self._at[row] is not None:
+                    self._commit(row, int(rows.fed[row]))
+                    wish = min(int(rows.fed[row]) + self._ahead, int(rows.end[row]) - 2) + 1
+                    self._grow(row, wish)
+            ready = ready[rows.decoding[ready]]
+        return ready
+
+    def _feed(self, row: int, budget: int, pieces: list[Piece]) -> int:
+        """Plan the next tokens of a prompt; returns how many."""
+        start = int(self.rows.fed[row])
+        count = min(budget, int(self.rows.known[row]) - start)
+        if not self._grow(row, start + count):
+            return 0
+        pieces.append(Piece(row, start, count, start + count == int(self.rows.known[row])))
+        return count
+
+    def _lay_out(self, piece: Piece) -> None:
+        self.rows.fed[piece.row] += piece.size
+        self._computed.append(piece)
+        if piece.last:
+            del self._filling[piece.row]
+            self.rows.decoding[piece.row] = True
+
+    def _admit(self, budget: int, pieces: list[Piece]) -> None:
+        """Requests that wait, in order, while there are rows, blocks and budget."""
+        size = self.manager.block_size
+        begun: set[tuple[int, ...]] = set()
+        while budget > 0 and self.rows.free and (request := self._first()) is not None:
+            first = tuple(request.tokens[:size])
+            if first in begun or self.manager.free_blocks <= self._refused_at:
+                return  # what another one computes in this step is found in the next; or nothing has changed
+            if not self._place(request):
+                self._refused_at = self.manager.free_blocks
+                return
+            if len(request.tokens) > size:
+                begun.add(first)
+            fed = self._feed(request.row, budget, pieces)
+            if not fed:
+                return
+            budget -= fed
+
+    def _place(self, request: Request) -> bool:
+        """Give a request a row and what the pool holds of its tokens, if the rest fits."""
+        manager, size = self.manager, self.manager.block_size
+        alone = not self.running
+        found = manager.start(request.id, request.tokens)
+        missing = -(-(len(request.tokens) + 1) // size) - found // size
+        promised = sum(-(-int(self.rows.known[row]) // size) - int(self.rows.owned[row]) for row in self._filling)
+        spare = 0 if alone else self._reserve
+        if not alone and manager.free_blocks - promised < missing + spare:
+            manager.free(request.id)
+            return False
+        row = self.rows.take(
+            request.tokens, end=request.end, stops=request.stops, single=request.single, plain=request.plain
+        )
+        request.row, request.waits = row, False
+        self._at[row] = request
+        self._filling[row] = None
+        self._waiting -= 1
+        self.rows.fed[row] = found
+        self._note_blocks(row)
+        self._count_admission(request, found)
+        return True
+
+    def _count_admission(self, request: Request, found: int) -> None:
+        self.counts.admissions += 1
+        if request.found is None:
+            request.found = found
+            self.counts.prompt_tokens += request.prompt_length
+            self.counts.cached_tokens += found
+        oldest = self._first_arrival()
+        if oldest is not None and oldest.arrival < request.arrival:
+            oldest.overtaken += 1
+
+    # -- blocks -----------------------------------------------------------------------------
+
+    def _grow(self, row: int, slots: int) -> bool:
+        """Room for so many tokens of a row. Others give way, or it does: False then."""
+        rows, manager, request = self.rows, self.manager, self.at(row)
+        missing = -(-slots // manager.block_size) - int(rows.owned[row])
+        if missing <= 0:
+            return True
+        while manager.free_blocks < missing:
+            last = max((other for other in self._at if other is not None), key=lambda other: other.rank)
+            self._give_way(last)
+            if last is request:
+                return False
+        manager.reserve([(request.id, slots - manager.length(request.id))])
+        self._note_blocks(row)
+        return True
+
+    def _note_blocks(self, row: int) -> None:
+        """Take over the blocks of a row that are new."""
+        blocks = self.manager.blocks(self.at(row).id)
+        old, new = int(self.rows.owned[row]), len(blocks)
+        if new > old:
+            self.rows.tables[row, old:new] = blocks[old:]
+            self.rows.owned[row] = new
+            self.rows.room[row] = new * self.manager.block_size
+            self.grown += [(row, column) for column in range(old, new)]
+
+    def _commit_computed(self) -> None:
+        """What the step before has computed can be found by others."""
+        for piece in self._computed:
+            request = self._at[piece.row]
+            if request is not None:
+                self._commit(piece.row, piece.start + piece.size)
+        self._computed.clear()
+
+    def _commit(self, row: int, count: int) -> None:
+        """The pool holds the first tokens of a row."""
+        manager, request = self.manager, self.at(row)
+        held = manager.length(request.id)
+        if count > held:
+            manager.append(request.id, self.rows.history[row, held:count].tolist())
+            manager.commit(request.id)
+
+    def _give_way(self, request: Request) -> None:
+        """Back to those that wait; its row and blocks are free."""
+        row, rows = request.row, self.rows
+        self.counts.preemptions += 1
+        request.tokens = rows.tokens(row)
+        if rows.fed[row] >= rows.known[row]:  # a token of it has not been read
+            self._late[row, int(rows.serial[row])] = request
+        self._commit(row, int(min(rows.fed[row], rows.known[row])))
+        self._release(request)
+        self._wait(request)
+
+    def _release(self, request: Request, *, forget: bool = False) -> None:
+        row = request.row
+        self._computed = [piece for piece in self._computed if piece.row != row]
+        self._filling.pop(row, None)
+        self._at[row] = None
+        self.rows.give_back(row)
+        self.manager.free(request.id, forget=forget)
+        request.row, self._refused_at = -1, -1
+
+    # -- what steps gave --------------------------------------------------------------------
+
+    def collect(self, plan: Plan, tokens: Ints) -> list[Ended]:
+        """Note the tokens of a step, one for each of `plan.rows`, and end the requests that end with them.
+
+        Args:
+            tokens: -1 (`NO_TOKEN`) where logits were not finite.
+        """
+        rows, chosen = self.rows, plan.rows
+        ended: list[Ended] = []
+        here = rows.serial[chosen] == plan.serials
+        if not here.all():
+            ended += self._collect_late(plan, tokens, here)
+            chosen, tokens = chosen[here], tokens[here]
+        rows.history[chosen, rows.known[chosen]] = tokens
+        rows.known[chosen] += 1
+        self.counts.generated_tokens += len(chosen)
+        over = (tokens[:, None] == rows.stops[chosen]).any(1) | (rows.known[chosen] >= rows.end[chosen]) | (tokens < 0)
+        for place in np.flatnonzero(over).tolist():
+            request = self.at(int(chosen[place]))
+            ended.append(self._end(request, self._reason(request, int(tokens[place]))))
+        return ended
+
+    def _collect_late(self, plan: Plan, tokens: Ints, here: np.ndarray) -> Iterator[Ended]:
+        """Tokens of requests that have given way since, or ended."""
+        for place in np.flatnonzero(~here).tolist():
+            request = self._late.pop((int(plan.rows[place]), int(plan.serials[place])), None)
+            if request is None or request.id not in self._requests:
+                continue
+            token = int(tokens[place])
+            request.tokens.append(token)
+            self.counts.generated_tokens += 1
+            if token in request.stops or token < 0 or len(request.tokens) >= request.end:
+                yield self._end(request, self._reason(request, token))
+
+    @staticmethod
+    def _reason(request: Request, token: int) -> Finish:
+        if token < 0:
+            return "error"
+        return "stop" if token in request.stops else request.end_reason
+
+    def _end(self, request: Request, finish: Finish) -> Ended:
+        """Take a request out, with its tokens; what the pool holds of them can be found by others, unless it failed."""
+        if request.row >= 0:
+            tokens = self.rows.tokens(request.row)
+            failed = finish == "error"
+            if not failed:
+                self._commit(request.row, min(int(self.rows.fed[request.row]), len(tokens) - 1))
+            self._release(request, forget=failed)
+        else:
+            tokens = request.tokens
+            request.waits = False
+            self._waiting -= 1
+            self._refused_at = -1
+        if finish == "error":
+            tokens = tokens[:-1]
+        del self._requests[request.id]
+        self.counts.finished[finish] = self.counts.finished.get(finish, 0) + 1
+        return Ended(request, tokens, finish)
