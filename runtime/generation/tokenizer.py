@@ -34,6 +34,10 @@ class Tokenizer:
         """Text of the tokens without special ones; incomplete UTF-8 becomes U+FFFD."""
         return str(self._core.decode(list(tokens), skip_special_tokens=True))
 
+    def token_text(self, token: int) -> str:
+        """Text of one token, a special one's as it is written; part of a character is U+FFFD."""
+        return str(self._core.decode([token], skip_special_tokens=False))
+
 
 class TextStream:
     """Text of tokens that come one by one, never cut inside a character.
@@ -99,9 +103,7 @@ def eos_token_ids(folder: Path, default: Iterable[int] = ()) -> tuple[int, ...]:
     """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        if not path.is_file():
-            continue
-        found = _read_json(path).get("eos_token_id")
+        found = read_config(path).get("eos_token_id")
         if found is None:
             continue
         ids = found if isinstance(found, list) else [found]
@@ -111,7 +113,14 @@ def eos_token_ids(folder: Path, default: Iterable[int] = ()) -> tuple[int, ...]:
     return tuple(default)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object of a model's folder, {} where there is no such file.
+
+    Raises:
+        InputError: too large, not JSON, or no object.
+    """
+    if not path.is_file():
+        return {}
     if path.stat().st_size > _MAX_JSON:
         raise InputError("the file is too large for a config", where=str(path), why=f"more than {_MAX_JSON} bytes")
     try:

@@ -1,7 +1,7 @@
 """The tables of flags and keys in the docs, made of the fields: `python -m optc.cli.flag_tables docs/*.md` writes them.
 
-A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`; NAME is a section of a request, a target, or
-`training-keys`.
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`; NAME is a section of a request, a target,
+`serve`, or `training-keys`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ import re
 import sys
 from pathlib import Path
 
+import msgspec
+
 from optc.compiler.settings.fields import Field, fields_of
 from optc.request import SECTIONS
+from optc.runtime.serving.settings import ServeOptions
 from optc.targets.registry import find_target
 
 TRAINING = "training-keys"
+
+_STRUCTS: dict[str, type[msgspec.Struct]] = {**SECTIONS, "serve": ServeOptions}
 
 _TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -26,7 +31,7 @@ def flag_table(name: str) -> str:
 
         rows = ["| key | value | default | meaning |", *map(_key_row, FIELDS.values())]
     else:
-        fields = fields_of(SECTIONS[name] if name in SECTIONS else find_target(name).options)
+        fields = fields_of(_STRUCTS[name] if name in _STRUCTS else find_target(name).options)
         rows = ["| flag | value | default | meaning |", *map(_row, fields.values())]
     return "\n".join([rows[0], "|---|---|---|---|", *rows[1:]]) + "\n"
 

@@ -26,6 +26,7 @@ COMMANDS = {
     "run": ("optc.cli.run", "run", "Generate text with an artifact."),
     "eval": ("optc.cli.evaluate", "evaluate", "Perplexity, KL and tasks of one artifact or several."),
     "bench": ("optc.cli.bench", "bench", "Time to first token, decode and prefill speed, memory."),
+    "serve": ("optc.cli.serve", "serve", "Serve an artifact over HTTP, for clients of OpenAI's API."),
     "inspect": (
         "optc.cli.inspect",
         "inspect",

@@ -1,0 +1,221 @@
+"""The process of the engine: takes requests of all API processes, runs steps, and sends each its answers."""
+
+from __future__ import annotations
+
+import importlib
+import selectors
+import socket
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from optc.compiler.diagnostics import BusyError, InputError, UsageError
+from optc.runtime.serving.child import Child, Ready, run_child
+from optc.runtime.serving.request import Answer, Cancel, Engine, Generate
+from optc.runtime.serving.settings import ServeOptions, ServerConfig
+from optc.runtime.serving.wire import (
+    Answers,
+    Frames,
+    FromEngine,
+    Measured,
+    Opened,
+    Refused,
+    ToEngine,
+    decode_to_engine,
+    frame,
+)
+
+_MEASURED_EVERY = 0.2  # seconds between two `Measured` while steps run
+_READ = 1 << 18
+
+
+class Client:
+    """One connection of an API process. Writing never waits: what the socket does not take is kept."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.socket = connection
+        self.requests: set[str] = set()
+        self.unsent = bytearray()
+        self._frames = Frames()
+
+    def read(self) -> Iterator[ToEngine]:
+        """Messages that have come.
+
+        Raises:
+            EOFError: the process is gone, or sends what is no message.
+        """
+        try:
+            data = self.socket.recv(_READ)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise EOFError from error
+        if not data:
+            raise EOFError
+        try:
+            for item in self._frames.feed(data):
+                yield decode_to_engine(item)
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise EOFError from error
+
+    def send(self, message: FromEngine) -> None:
+        """Send a message, now or when the socket takes it. A process that is gone is noticed by `read`."""
+        self.unsent += frame(message)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the socket takes."""
+        try:
+            while self.unsent:
+                del self.unsent[: self.socket.send(self.unsent)]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.unsent.clear()
+
+
+class EngineServer:
+    """An engine and those who ask it."""
+
+    def __init__(self, engine: Engine, listener: socket.socket) -> None:
+        self._engine, self._listener = engine, listener
+        self._selector = selectors.DefaultSelector()
+        listener.setblocking(False)
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._clients: set[Client] = set()
+        self._owners: dict[str, Client] = {}
+        self._measured = 0.0
+
+    def run(self) -> None:
+        """Serve until the process ends.
+
+        Raises:
+            OptcError: the engine cannot go on.
+        """
+        while True:
+            self.turn()
+
+    def turn(self) -> None:
+        """Take what has come, waiting for it where there is nothing to run; then run one step."""
+        for key, events in self._selector.select(0 if not self._engine.idle else None):
+            if key.data is None:
+                self._accept()
+                continue
+            if events & selectors.EVENT_WRITE:
+                key.data.flush()
+                self._watch(key.data)
+            if events & selectors.EVENT_READ:
+                self._take(key.data)
+        if not self._engine.idle:
+            self._give(self._engine.step())
+        self._measure()
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        client = Client(connection)
+        self._clients.add(client)
+        self._selector.register(connection, selectors.EVENT_READ, client)
+        self._send(client, Opened(self._engine.info))
+        self._send(client, Measured(self._engine.metrics()))
+
+    def _take(self, client: Client) -> None:
+        try:
+            for message in client.read():
+                if isinstance(message, Cancel):
+                    self._engine.cancel(message.id)
+                else:
+                    self._submit(client, message)
+        except EOFError:
+            self._drop(client)
+
+    def _submit(self, client: Client, request: Generate) -> None:
+        try:
+            self._engine.submit(request)
+        except BusyError as error:
+            self._send(client, Refused(id=request.id, why="busy", message=error.what))
+        except (InputError, UsageError) as error:
+            message = f"{error.what}: {error.why}" if error.why else error.what
+            self._send(client, Refused(id=request.id, why="input", message=message))
+        else:
+            self._owners[request.id] = client
+            client.requests.add(request.id)
+
+    def _drop(self, client: Client) -> None:
+        """A process is gone: nobody waits for its requests."""
+        self._selector.unregister(client.socket)
+        client.socket.close()
+        self._clients.discard(client)
+        for identity in client.requests:
+            self._engine.cancel(identity)
+            del self._owners[identity]
+
+    def _give(self, answers: Sequence[Answer]) -> None:
+        by_client: defaultdict[Client, list[Answer]] = defaultdict(list)
+        for answer in answers:
+            client = self._owners.get(answer.id)
+            if client is None:
+                continue
+            by_client[client].append(answer)
+            if answer.finish is not None:
+                del self._owners[answer.id]
+                client.requests.discard(answer.id)
+        for client, items in by_client.items():
+            self._send(client, Answers(items))
+
+    def _measure(self) -> None:
+        now = time.monotonic()
+        if self._engine.idle or now - self._measured >= _MEASURED_EVERY:
+            self._measured = now
+            message = Measured(self._engine.metrics())
+            for client in self._clients:
+                self._send(client, message)
+
+    def _send(self, client: Client, message: FromEngine) -> None:
+        client.send(message)
+        self._watch(client)
+
+    def _watch(self, client: Client) -> None:
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.unsent else 0)
+        if self._selector.get_key(client.socket).events != events:
+            self._selector.modify(client.socket, events, client)
+
+
+def open_by_name(config: ServerConfig) -> Engine:
+    """The engine that `config.opener` opens."""
+    module, _, name = config.opener.partition(":")
+    opener: Callable[..., Engine] = getattr(importlib.import_module(module), name)
+    return opener(config.folder, config.options)
+
+
+def open_artifact(folder: Path, options: ServeOptions) -> Engine:
+    """The engine of an artifact."""
+    from optc.runtime.serving.engine import open_engine
+    from optc.runtime.serving.engine_options import EngineOptions
+
+    given = {"max_running": options.max_running, "max_waiting": options.max_waiting, "threads": options.threads}
+    given |= {"num_blocks": options.kv_blocks}
+    return open_engine(
+        folder, options=EngineOptions(**{name: item for name, item in given.items() if item is not None})
+    )
+
+
+def main(child: Child) -> None:
+    """Open the engine, say so, and serve."""
+    listener = socket.socket(fileno=int(sys.argv[2]))
+    child.listen(lambda order: None)  # it has no orders: it ends when its parent closes the stream
+    engine = open_by_name(child.config)
+    server = EngineServer(engine, listener)
+    child.report(Ready(info=engine.info))
+    server.run()
+
+
+if __name__ == "__main__":
+    run_child(main, "engine")

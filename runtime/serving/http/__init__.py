@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: what clients may ask, and the processes that answer them."""
