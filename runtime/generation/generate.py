@@ -47,6 +47,7 @@ def generate(
     sampling: Sampling | Sequence[Sampling] | None = None,
     stop_ids: Collection[int] = (),
     on_token: OnToken | None = None,
+    held: Sequence[int] | None = None,
 ) -> GenerationResult:
     """Prefill the prompts and decode until every row has stopped.
 
@@ -57,6 +58,8 @@ def generate(
 
     Args:
         sampling: how tokens are chosen, of all rows or of each; None is greedy.
+        held: how many tokens of each prompt the session's rows begin with already, fewer than all of it; they are not
+            computed again, and what the rows hold beyond is forgotten. None starts over.
 
     Raises:
         UsageError: `max_new_tokens` below 1, or what is not one `Sampling` for each prompt.
@@ -67,7 +70,7 @@ def generate(
     samplings = _per_row(sampling, len(prompts))
     batch = _Batch(session, stop_ids, max_new_tokens, on_token)
     begin = time.perf_counter()
-    logits = session.prefill(prompts)
+    logits = session.prefill(prompts) if held is None else _continued(session, prompts, held)
     if isinstance(session, StreamingSession):
         draws = draws_of(samplings, prompts)
         batch.take(session.choose(logits, draws))
@@ -88,6 +91,11 @@ def generate(
         tpot_ms=(end - first) * 1e3 / steps if steps else None,
         steps=steps,
     )
+
+
+def _continued(session: Session, prompts: Rows, held: Sequence[int]) -> Logits:
+    session.rewind(held)
+    return session.extend([prompt[count:] for prompt, count in zip(prompts, held, strict=True)])
 
 
 def _per_row(sampling: Sampling | Sequence[Sampling] | None, rows: int) -> list[Sampling]:

@@ -114,6 +114,8 @@ EXPECTED = {
         "--prompt-tokens",
         "--max-new-tokens",
         "--ignore-eos",
+        "--chat",
+        "--system",
         *SAMPLING,
         *SESSION,
         "--json",

@@ -14,7 +14,6 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from optc.runtime.serving.chat import ToolCall, ToolText
 from optc.runtime.serving.client import Channel, EngineBusyError, EngineGoneError, EngineRefusedError, Pending
 from optc.runtime.serving.counters import TOTAL, TPOT, TTFT
 from optc.runtime.serving.http.errors import HttpError, engine_lost, no_engine, timed_out
@@ -22,6 +21,7 @@ from optc.runtime.serving.http.jobs import Job
 from optc.runtime.serving.http.logprobs import chat_logprobs, completion_logprobs
 from optc.runtime.serving.request import TokenLogprobs
 from optc.runtime.serving.text import AnswerText
+from optc.runtime.serving.tool_calls import ToolCall, ToolText
 
 _encode = msgspec.json.Encoder().encode
 _FINISH = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}

@@ -12,6 +12,7 @@ from optc.runtime.serving.http.bodies import ChatBody, CompletionBody, GenerateB
 from optc.runtime.serving.http.errors import HttpError
 from optc.runtime.serving.http.state import ServerState
 from optc.runtime.serving.request import Generate, Grammar
+from optc.runtime.serving.tool_calls import calls_are_read
 
 _DEFAULT_NEW_TOKENS = 16  # of completions, as OpenAI's
 
@@ -62,7 +63,7 @@ async def chat_job(state: ServerState, body: ChatBody) -> Job:
     _check_model(state, body.model)
     tools = body.tools if body.tool_choice == "auto" else []
     template = state.text.template
-    if tools and template is not None and not template.calls_in_json:
+    if tools and template is not None and not calls_are_read(template):
         why = (
             "its calls have a form that this server does not read"
             if template.takes_tools

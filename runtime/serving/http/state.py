@@ -9,8 +9,8 @@ from typing import Any
 
 from optc.compiler.artifact.folder import read_manifest
 from optc.compiler.diagnostics import InputError
+from optc.runtime.generation.chat_template import ChatTemplate, load_chat_template
 from optc.runtime.generation.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
-from optc.runtime.serving.chat import ChatTemplate, load_chat_template
 from optc.runtime.serving.client import EngineClient
 from optc.runtime.serving.counters import Counters
 from optc.runtime.serving.http.errors import HttpError, no_engine, stopping

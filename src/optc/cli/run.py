@@ -34,6 +34,8 @@ class RunOptions(SamplingOptions, frozen=True, kw_only=True):
     ] = ()
     max_new_tokens: Annotated[Count, Meta(description="Largest number of tokens per prompt.")] = 128
     ignore_eos: Annotated[bool, Meta(description="Continue after an end-of-text token.")] = False
+    chat: Annotated[bool, Meta(description="Talk with the model, by its own chat template.")] = False
+    system: Annotated[str, Meta(description="With --chat: what the model is told before the first message.")] = ""
 
 
 @click.command()
@@ -51,9 +53,15 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     optc run out/fiction-onnx --prompt "The old man looked at the sea, and" --max-new-tokens 64
     optc run out/fiction-onnx --prompt "Once" --prompt "It was" --temperature 0.8 --top-p 0.95 --seed 7
     optc run out/fiction-onnx --prompt-tokens 5,17,33 --json
+    optc run out/assistant --chat --temperature 0.7
     """
     from optc.runtime.sessions.load import load
 
+    if options.chat:
+        _chat(artifact, as_json, options)
+        return
+    if options.system:
+        raise UsageError("--system has no effect without --chat")
     wanted = _prompts(options)
     model = load(artifact, threads=options.threads, num_blocks=options.kv_blocks)
     single = len(wanted) == 1
@@ -72,6 +80,24 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     result |= kv_pool(model.session)
     model.close()
     emit(result, as_json, lambda _: _show(rows, streamed=stream))
+
+
+def _chat(artifact: Path, as_json: bool, options: RunOptions) -> None:
+    from optc.cli.chat import talk
+
+    given = {"prompt": options.prompt, "prompt-tokens": options.prompt_tokens, "json": as_json}
+    given["ignore-eos"] = options.ignore_eos
+    for name, value in given.items():
+        if value:
+            raise UsageError(f"--{name} has no effect with --chat", remedy="leave it out")
+    talk(
+        artifact,
+        system=options.system,
+        max_new_tokens=options.max_new_tokens,
+        sampling=sampling_of(options),
+        threads=options.threads,
+        num_blocks=options.kv_blocks,
+    )
 
 
 def _prompts(options: RunOptions) -> list[Any]:

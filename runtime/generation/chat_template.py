@@ -1,4 +1,4 @@
-"""The model's own chat template: messages in, the text of a prompt out; calls of tools found in an answer.
+"""The model's own chat template: messages in, the text of a prompt out.
 
 The template is code that came with the model. It runs in Jinja's sandbox, with what transformers gives it
 (`apply_chat_template`): a few filters, no access to the machine.
@@ -19,15 +19,11 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 from jinja2.ext import Extension
-from msgspec import Struct
 
 from optc.compiler.diagnostics import InputError
 from optc.runtime.generation.tokenizer import read_config
 
 _LARGEST = 1 << 20  # characters of a template, and bytes of its file
-
-CALL, CALL_END = "<tool_call>", "</tool_call>"
-"""Around each call of a tool, in the form that Hermes began and Qwen and others took over: JSON with name, arguments."""
 
 
 class _Generation(Extension):
@@ -54,7 +50,8 @@ def _raise(message: object) -> NoReturn:
     raise jinja2.TemplateError(str(message))
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    """The filter `tojson`, and what arguments of tool calls are written by."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
@@ -77,7 +74,7 @@ class ChatTemplate:
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = _to_json
+        environment.filters["tojson"] = to_json
         environment.globals |= {"raise_exception": _raise, "strftime_now": _now, "namespace": _Namespace}
         try:
             self._template = environment.from_string(source)
@@ -85,8 +82,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise InputError("the chat template does not parse", where=where, why=str(error)) from error
         self._tokens, self._where = dict(tokens), where
-        self.takes_tools = "tools" in names
-        self.calls_in_json = self.takes_tools and CALL in source
+        self.takes_tools, self.source = "tools" in names, source
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any] | None = None, **extra: Any) -> str:
         """The prompt that asks for the assistant's next message.
@@ -142,61 +138,3 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError("the chat template is not UTF-8", where=str(path), why=str(error)) from error
-
-
-class ToolCall(Struct, frozen=True):
-    """A function that the model wants called.
-
-    Attributes:
-        arguments: JSON text, as OpenAI gives it.
-    """
-
-    name: str
-    arguments: str
-
-
-def read_tool_call(text: str) -> ToolCall | None:
-    """What stands between `CALL` and `CALL_END`; None where it is not a call."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
-        return None
-    arguments = found.get("arguments", {})
-    return ToolCall(found["name"], arguments if isinstance(arguments, str) else _to_json(arguments))
-
-
-class ToolText:
-    """An answer's text, divided into what is said and what is called, as it comes."""
-
-    def __init__(self) -> None:
-        self._held = ""
-
-    def push(self, piece: str, *, last: bool = False) -> tuple[str, list[ToolCall]]:
-        """(text that is no part of a call, calls that are complete). What only looks like a call stays text."""
-        self._held += piece
-        said, calls = "", list[ToolCall]()
-        while True:
-            start = self._held.find(CALL)
-            if start < 0:
-                kept = 0 if last else _beginning(self._held)
-                said += self._held[: len(self._held) - kept]
-                self._held = self._held[len(self._held) - kept :]
-                return said, calls
-            end = self._held.find(CALL_END, start)
-            if end < 0:
-                said, self._held = said + self._held[:start], self._held[start:]
-                if last:
-                    said, self._held = said + self._held, ""
-                return said, calls
-            call = read_tool_call(self._held[start + len(CALL) : end])
-            end += len(CALL_END)
-            said += self._held[:start] if call is not None else self._held[:end]
-            calls += [call] if call is not None else []
-            self._held = self._held[end:]
-
-
-def _beginning(text: str) -> int:
-    """Length of the longest end of the text that `CALL` begins with."""
-    return next((n for n in range(min(len(CALL) - 1, len(text)), 0, -1) if CALL.startswith(text[-n:])), 0)
