@@ -6,6 +6,7 @@ from pathlib import Path
 
 from optc.compiler.artifact.folder import verify
 from optc.compiler.artifact.manifest import Manifest
+from optc.runtime.serving.device_runner import DeviceRunner
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.model_runner import HostRunner
 from optc.runtime.serving.paged_engine import PagedEngine
@@ -35,4 +36,6 @@ def engine_for(session: Session, options: EngineOptions) -> Engine:
     """The engine over a session, which is the engine's from then on."""
     if not isinstance(session, PagedSession):
         return SessionEngine(session, options)
-    return PagedEngine(session.model, options, HostRunner, on_close=session.close, device=session.device_name)
+    model = session.model
+    runner = DeviceRunner if model.on_device else HostRunner
+    return PagedEngine(model, options, runner, on_close=session.close, device=session.device_name)

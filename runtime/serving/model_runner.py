@@ -54,8 +54,8 @@ class HostRunner:
 
     def launch(self, plan: Plan) -> None:
         logits = self._compute(plan)
-        plain = self._rows.plain[plan.rows]
-        samplers = [] if plain.all() else [self._sampler_of(row) for row in plan.rows.tolist()]
+        plain = not self._rows.kind[plan.rows].any()
+        samplers = [] if plain else [self._sampler_of(row) for row in plan.rows.tolist()]
         self._chosen.append(choose(logits, samplers))
 
     def collect(self) -> Ints:

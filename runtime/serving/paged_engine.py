@@ -14,7 +14,7 @@ from optc.runtime.serving.host_time import HostTime
 from optc.runtime.serving.model_runner import ModelRunner, SamplerOf
 from optc.runtime.serving.request import Answer, EngineInfo, EngineMetrics, Finish, Generate
 from optc.runtime.serving.rows import Rows
-from optc.runtime.serving.sampler import RequestSampler, is_plain, make_sampler
+from optc.runtime.serving.sampler import RequestSampler, kind_of, sampler_of
 from optc.runtime.serving.scheduler import Ended, Plan, Request, Scheduler
 from optc.runtime.sessions.paged import PagedModel
 
@@ -79,7 +79,6 @@ class PagedEngine:
     def submit(self, request: Generate) -> None:
         """See `Engine`."""
         end, reason = check_request(request, self._limits, self._entries, self.scheduler.waiting)
-        plain = is_plain(request)
         scheduled = Request(
             id=request.id,
             tokens=list(request.prompt),
@@ -88,10 +87,9 @@ class PagedEngine:
             end_reason=reason,
             stops=list(request.stop_ids),
             priority=request.priority,
-            plain=plain,
+            kind=kind_of(request),
         )
-        sampler = None if plain else make_sampler(request)
-        self._entries[request.id] = _Entry(scheduled, sampler, len(request.prompt))
+        self._entries[request.id] = _Entry(scheduled, sampler_of(request), len(request.prompt))
         self.scheduler.add(scheduled)
 
     def cancel(self, identity: str) -> None:

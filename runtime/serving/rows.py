@@ -6,6 +6,8 @@ only that end, grow or join.
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,6 +17,16 @@ Flags = npt.NDArray[np.bool_]
 NO_STOP = -2
 """Fills up the stop tokens of a row; it is no token, nor `NO_TOKEN`."""
 _FEW_STOPS = 4
+
+
+class Kind(IntEnum):
+    """What choosing the tokens of a row takes, each more than the one before: the largest logit; a draw; the tokens that it
+    holds; or changes to the logits, or more to tell than the token."""
+
+    GREEDY = 0
+    DRAWN = 1
+    PENALIZED = 2
+    OPEN = 3
 
 
 class Rows:
@@ -28,7 +40,7 @@ class Rows:
         decoding: rows whose prompt is fed. single: rows of which no token may be fed before it was read.
         stops: int64 [rows, any], filled up with `NO_STOP`.
         serial: counts the requests that had the row, so that what comes late for the one before is known.
-        plain: rows that take the largest logit, without anything else to be done.
+        kind: int8, a `Kind`: what choosing the row's tokens takes.
     """
 
     def __init__(self, count: int, capacity: int, block_size: int) -> None:
@@ -36,7 +48,8 @@ class Rows:
         self.history = np.zeros((count, capacity + 1), np.int32)
         self.tables = np.zeros((count, -(-capacity // block_size)), np.int32)
         self.known, self.fed, self.end, self.room, self.owned, self.serial = np.zeros((6, count), np.int64)
-        self.decoding, self.single, self.plain = np.zeros((3, count), np.bool_)
+        self.decoding, self.single = np.zeros((2, count), np.bool_)
+        self.kind = np.zeros(count, np.int8)
         self.stops = np.full((count, _FEW_STOPS), NO_STOP, np.int64)
         self._free = list(range(count))[::-1]
 
@@ -45,13 +58,13 @@ class Rows:
         """Rows that can be had."""
         return len(self._free)
 
-    def take(self, tokens: list[int], *, end: int, stops: list[int], single: bool, plain: bool) -> int:
+    def take(self, tokens: list[int], *, end: int, stops: list[int], single: bool, kind: Kind) -> int:
         """A row for a request that has these tokens, the lowest that is free."""
         row = self._free.pop()
         self.history[row, : len(tokens)] = tokens
         self.known[row], self.fed[row], self.end[row] = len(tokens), 0, end
         self.room[row] = self.owned[row] = 0
-        self.decoding[row], self.single[row], self.plain[row] = False, single, plain
+        self.decoding[row], self.single[row], self.kind[row] = False, single, kind
         if len(stops) > self.stops.shape[1]:
             wider = np.full((self.count, len(stops)), NO_STOP, np.int64)
             wider[:, : self.stops.shape[1]] = self.stops

@@ -6,40 +6,52 @@ sampler when it gives way to others and is computed again.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from optc.compiler.diagnostics import GateError
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
-from optc.runtime.generation.sampling import RowSampler, row_sampler
+from optc.runtime.generation.sampling import RowSampler, draws_of, row_sampler
 from optc.runtime.serving.request import Generate, TokenLogprobs
-from optc.runtime.serving.rows import Ints
+from optc.runtime.serving.rows import Ints, Kind
 from optc.runtime.sessions.session import Logits
+from optc.runtime.sessions.streaming import Draw
 
 
-@dataclass(slots=True)
 class RequestSampler:
-    """How one request chooses; `logprobs` is what it was to tell since they were taken last."""
+    """How one request chooses.
 
-    request: Generate
-    draw: RowSampler
-    bias: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    Attributes:
+        logprobs: what it was to tell since they were taken last.
+    """
+
+    def __init__(self, request: Generate) -> None:
+        self.request = request
+        self.logprobs: list[TokenLogprobs] = []
+        self.bias = sorted(request.logit_bias.items())
+        self._row: RowSampler | None = None
+
+    @functools.cached_property
+    def draw(self) -> Draw:
+        """For those that choose on a device."""
+        return draws_of([self.request.sampling], [self.request.prompt])[0]
 
     def choose(self, logits: Logits) -> int:
-        """The next token from logits [V]; `NO_TOKEN` where they are not finite."""
+        """The next token from logits [V], on the host; `NO_TOKEN` where they are not finite."""
+        if self._row is None:
+            self._row = row_sampler(self.request.sampling, self.request.prompt)
         scores = logits
-        if self.bias is not None:
+        if self.bias:
             scores = logits.copy()
-            scores[self.bias[0]] += self.bias[1]
+            for token, bias in self.bias:
+                scores[token] += bias
         best = int(scores.argmax())  # NaN counts as the largest
         if not np.isfinite(scores[best]):
             return NO_TOKEN
         try:
-            token = self.draw(scores, best)
+            token = self._row(scores, best)
         except GateError:
             return NO_TOKEN
         if self.request.logprobs is not None:
@@ -54,24 +66,18 @@ class RequestSampler:
         return taken
 
 
-def is_plain(request: Generate) -> bool:
-    """Whether a request takes the largest logits as they are, and wants nothing else told."""
-    return (
-        request.sampling.greedy
-        and not request.sampling.penalizes
-        and request.logprobs is None
-        and not request.logit_bias
-        and request.grammar is None
-    )
+def kind_of(request: Generate) -> Kind:
+    """What choosing its tokens takes."""
+    if request.logprobs is not None or request.logit_bias or request.grammar is not None:
+        return Kind.OPEN
+    if request.sampling.penalizes:
+        return Kind.PENALIZED
+    return Kind.GREEDY if request.sampling.greedy else Kind.DRAWN
 
 
-def make_sampler(request: Generate) -> RequestSampler:
-    """The sampler of a request that is not plain."""
-    bias = None
-    if request.logit_bias:
-        ids = np.array(list(request.logit_bias), np.int64)
-        bias = ids, np.array(list(request.logit_bias.values()), np.float32)
-    return RequestSampler(request, row_sampler(request.sampling, request.prompt), bias)
+def sampler_of(request: Generate) -> RequestSampler | None:
+    """The sampler of a request; None where it takes the largest logits."""
+    return None if kind_of(request) == Kind.GREEDY else RequestSampler(request)
 
 
 def choose(logits: Logits, samplers: Sequence[RequestSampler | None]) -> Ints:

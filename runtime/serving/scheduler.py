@@ -32,7 +32,7 @@ import numpy as np
 
 from optc.compiler.execution.block_manager import BlockManager
 from optc.runtime.serving.request import EngineMetrics, Finish
-from optc.runtime.serving.rows import Ints, Rows
+from optc.runtime.serving.rows import Ints, Kind, Rows
 
 _RESERVE = 0.01
 """Of the blocks, that admission leaves free for the growth of rows that run."""
@@ -46,7 +46,7 @@ class Request:
         tokens: the prompt, and what was generated when it was last made to wait.
         prompt_length: of them, the prompt's.
         end: tokens in all at which it ends with `end_reason`.
-        single: none of its tokens may be fed before the host has seen it. plain: see `Rows`.
+        single: none of its tokens may be fed before the host has seen it. kind: see `Rows`.
         arrival: a number that grows.
         overtaken: later arrivals that were admitted while it was the first of all that wait.
         row: where it runs, or -1.
@@ -61,7 +61,7 @@ class Request:
     stops: list[int]
     priority: int = 0
     single: bool = False
-    plain: bool = True
+    kind: Kind = Kind.GREEDY
     arrival: int = 0
     urgent: bool = False
     overtaken: int = 0
@@ -93,6 +93,7 @@ class Plan:
         pieces: of prompts.
         rows: int64 [D + P], the rows that get a token: `decodes`, then those of last pieces, in order.
         serials: of them, see `Rows`.
+        grown: rows and columns of `Rows.tables` that are new since the plan before.
     """
 
     decodes: Ints
@@ -100,6 +101,7 @@ class Plan:
     pieces: list[Piece]
     rows: Ints
     serials: Ints
+    grown: list[tuple[int, int]]
 
     @property
     def tokens(self) -> int:
@@ -173,8 +175,7 @@ class Scheduler:
         self._refused_at = -1  # blocks that were free when the first in order did not fit
         self._late: dict[tuple[int, int], Request] = {}  # (row, serial) of those that gave way with a token unread
         self._computed: list[Piece] = []  # in the pool once the step that was planned last has been launched
-        self.grown: list[tuple[int, int]] = []
-        """Rows and columns of `Rows.tables` that changed since the caller emptied this."""
+        self._grown: list[tuple[int, int]] = []
 
     # -- requests ---------------------------------------------------------------------------
 
@@ -270,7 +271,8 @@ class Scheduler:
         last = [piece.row for piece in pieces if piece.last]
         chosen = np.concatenate([decodes, np.array(last, np.int64)]) if last else decodes
         self.counts.steps += 1
-        return Plan(decodes, positions, pieces, chosen, rows.serial[chosen])
+        grown, self._grown = self._grown, []
+        return Plan(decodes, positions, pieces, chosen, rows.serial[chosen], grown)
 
     def _decodes(self) -> Ints:
         """Rows that feed one token, with room for it."""
@@ -333,7 +335,7 @@ class Scheduler:
             manager.free(request.id)
             return False
         row = self.rows.take(
-            request.tokens, end=request.end, stops=request.stops, single=request.single, plain=request.plain
+            request.tokens, end=request.end, stops=request.stops, single=request.single, kind=request.kind
         )
         request.row, request.waits = row, False
         self._at[row] = request
@@ -379,7 +381,7 @@ class Scheduler:
             self.rows.tables[row, old:new] = blocks[old:]
             self.rows.owned[row] = new
             self.rows.room[row] = new * self.manager.block_size
-            self.grown += [(row, column) for column in range(old, new)]
+            self._grown += [(row, column) for column in range(old, new)]
 
     def _commit_computed(self) -> None:
         """What the step before has computed can be found by others."""

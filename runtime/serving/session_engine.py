@@ -12,7 +12,7 @@ from optc.runtime.serving.accepting import NOT_FINITE, Limits, check_request
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.host_time import HostTime
 from optc.runtime.serving.request import Answer, EngineInfo, EngineMetrics, Finish, Generate
-from optc.runtime.serving.sampler import RequestSampler, choose, is_plain, make_sampler
+from optc.runtime.serving.sampler import RequestSampler, choose, sampler_of
 from optc.runtime.serving.scheduler import Counts
 from optc.runtime.sessions.session import Logits, Session
 
@@ -59,8 +59,7 @@ class SessionEngine:
         """See `Engine`."""
         running = () if self._running is None else (self._running.request.id,)
         end, reason = check_request(request, self._limits, {*self._waiting, *running}, len(self._waiting))
-        sampler = None if is_plain(request) else make_sampler(request)
-        job = _Job(request, end, reason, sampler, list(request.prompt))
+        job = _Job(request, end, reason, sampler_of(request), list(request.prompt))
         self._waiting[request.id] = job
         heapq.heappush(self._ranked, (request.priority, self._arrivals, job))
         self._arrivals += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from optc.compiler.kernels.kernel import without_kernel
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
 from optc.runtime.sessions.cuda_graphs import Recorder, graph_recorder
 from optc.runtime.sessions.cuda_memory import MemoryPlan, plan_for, read_bandwidth
-from optc.runtime.sessions.decode_step import DecodeStep, RequestState
-from optc.runtime.sessions.paged import PagedSession
+from optc.runtime.sessions.decode_step import DecodeStep, RequestState, StepState
+from optc.runtime.sessions.paged import PagedModel, PagedSession
 from optc.runtime.sessions.prompt_call import PromptCall, call_size
 from optc.runtime.sessions.row_draws import RowDraws
 from optc.runtime.sessions.session import Logits, Session, SessionOptions, most_likely, not_finite
@@ -117,6 +118,16 @@ class CudaSession(PagedSession, StreamingSession):
         self._steps: dict[tuple[int, int, Choice], DecodeStep] = {}
         self._prompts: dict[tuple[int, int], PromptCall] = {}
         self._record = record or (graph_recorder() if device.type == "cuda" else None)
+
+    @property
+    def model(self) -> PagedModel:
+        return dataclasses.replace(
+            super().model,
+            step=self._step_graph,
+            record=self._record,
+            prompt_tokens=self.memory.prompt_tokens,
+            on_device=True,
+        )
 
     @property
     def warm_up_calls(self) -> int:
@@ -219,15 +230,14 @@ class CudaSession(PagedSession, StreamingSession):
         width = -(-min(width, max(self.context_length, tokens)) // size)
         key = (batch, width, choice)
         if key not in self._steps:
+            tables = self.vocab_size if choice == "penalized" else None
             self._steps[key] = DecodeStep(
                 self._step_graph,
                 self._pools,
-                batch=batch,
-                width=width,
+                StepState(batch, width, self._device),
                 block_size=size,
                 selects=self._selects,
-                choice=choice,
-                vocabulary=self.vocab_size,
+                draws=None if choice == "greedy" else RowDraws(batch, self._device, tables),
                 record=self._record,
             )
         return self._steps[key]

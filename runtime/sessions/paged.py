@@ -13,6 +13,7 @@ from optc.compiler.execution.block_manager import BlockManager, StepInputs
 from optc.compiler.ir.contract import Contract, Input
 from optc.compiler.settings.fields import check_range
 from optc.runtime.bounds import Count
+from optc.runtime.sessions.cuda_graphs import Recorder
 from optc.runtime.sessions.session import UNKNOWN_CONTEXT, Logits, Rows, Session
 from optc.runtime.sessions.torch_linear import CPU, Run, cache_inputs, to_logits, torch_zeros
 
@@ -50,6 +51,9 @@ class PagedModel:
         pools: keys and values of each layer, in turn.
         selects: it takes `logits_indices`, and gives logits of these tokens only.
         chunk: most tokens of a call.
+        step: the program where the logits of all tokens are wanted, in their order; None: `run` is called.
+        record: what records steps and calls of up to `prompt_tokens` tokens; None where they run as they are.
+        on_device: tokens are chosen on the device, and steps follow each other there.
     """
 
     run: Run
@@ -61,6 +65,10 @@ class PagedModel:
     num_blocks: int
     chunk: int
     device: torch.device
+    step: Run | None = None
+    record: Recorder | None = None
+    prompt_tokens: int = 0
+    on_device: bool = False
 
 
 class PagedSession(Session):

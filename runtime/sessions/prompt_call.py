@@ -92,6 +92,11 @@ class PromptCall:
         self._replay: Launch | None = None
         self._logits = torch.empty(0)
 
+    @property
+    def recorded(self) -> bool:
+        """Whether calls are replayed by now."""
+        return self._replay is not None
+
     @torch.inference_mode()
     def __call__(self, inputs: StepInputs) -> Tensor:
         """Logits [R, V] of the last token of each of the R requests of a call; the next one may overwrite them."""

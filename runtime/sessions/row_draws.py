@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,7 @@ class RowDraws:
         self._top_p = torch.ones(batch, device=device)
         self._min_p = torch.zeros(batch, device=device)
         self._seed = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._vocabulary = vocabulary
         self._penalties: list[Tensor] | None = None
         if vocabulary is not None:
             self._penalties = [torch.zeros(batch, device=device) for _ in _PENALTIES]
@@ -51,6 +53,53 @@ class RowDraws:
             for name, tensor in zip(_PENALTIES, self._penalties, strict=True):
                 tensor.copy_(torch.tensor([getattr(sampling, name) for sampling in chosen]))
             self._tell(draws, rows)
+
+    def first(self, batch: int) -> RowDraws:
+        """The first rows, in the same memory."""
+        part = copy.copy(self)
+        for name in self._tensors():
+            setattr(part, name, getattr(self, name)[:batch])
+        if self._penalties is not None:
+            part._penalties = [tensor[:batch] for tensor in self._penalties]
+        return part
+
+    def of(self, rows: Tensor) -> RowDraws:
+        """Copies for some rows, in their order; `give_back` returns what choosing changed in them."""
+        part = copy.copy(self)
+        for name in self._tensors():
+            setattr(part, name, getattr(self, name).index_select(0, rows))
+        if self._penalties is not None:
+            part._penalties = [tensor.index_select(0, rows) for tensor in self._penalties]
+        return part
+
+    def give_back(self, part: RowDraws, rows: Tensor) -> None:
+        """See `of`."""
+        if self._penalties is not None:
+            self._seen.index_copy_(0, rows, part._seen)
+            self._counts.index_copy_(0, rows, part._counts)
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """What choosing writes."""
+        return [] if self._penalties is None else [self._seen, self._counts]
+
+    def _tensors(self) -> list[str]:
+        tables = [] if self._penalties is None else ["_seen", "_counts"]
+        return ["_temperature", "_top_k", "_top_p", "_min_p", "_seed", *tables]
+
+    @torch.inference_mode()
+    def set(self, rows: Tensor, draws: Sequence[Draw], tokens: Sequence[Sequence[int]]) -> None:
+        """Set the parameters of some rows.
+
+        Args:
+            rows: int64, as many as there are draws. tokens: of each, what its row holds.
+        """
+        part = RowDraws(len(draws), self._seed.device, self._vocabulary)
+        part.load(draws, tokens)
+        for name in self._tensors():
+            getattr(self, name).index_copy_(0, rows, getattr(part, name))
+        for own, new in zip(self._penalties or [], part._penalties or [], strict=True):
+            own.index_copy_(0, rows, new)
 
     def _tell(self, draws: Sequence[Draw], rows: Sequence[Sequence[int]]) -> None:
         """What rows with penalties hold."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from context_model import VOCAB, context_model, continuation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import Got, take
 
+from optc.runtime.serving.device_runner import DeviceRunner
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.model_runner import HostRunner
 from optc.runtime.serving.paged_engine import PagedEngine
@@ -33,6 +35,7 @@ def arrivals(draw: st.DrawFn) -> list[tuple[int, Generate, int | None]]:
     return found
 
 
+@pytest.mark.parametrize("runner", [HostRunner, DeviceRunner])
 @settings(max_examples=150, deadline=None)
 @given(
     coming=arrivals(),
@@ -42,12 +45,17 @@ def arrivals(draw: st.DrawFn) -> list[tuple[int, Generate, int | None]]:
     patience=st.integers(1, 4),
 )
 def test_any_traffic(
-    coming: list[tuple[int, Generate, int | None]], num_blocks: int, max_running: int, budget: int, patience: int
+    runner: type[HostRunner | DeviceRunner],
+    coming: list[tuple[int, Generate, int | None]],
+    num_blocks: int,
+    max_running: int,
+    budget: int,
+    patience: int,
 ) -> None:
     """Every answer is the one of the request alone; no block is left; no step is larger than its budget."""
     limit = max_running + budget
     options = EngineOptions(max_running=max_running, token_budget=limit, patience=patience)
-    engine = PagedEngine(context_model(num_blocks), options, HostRunner)
+    engine = PagedEngine(context_model(num_blocks), options, runner)
     sizes: list[int] = []
     launch = engine._runner.launch
     engine._runner.launch = lambda plan: (sizes.append(plan.tokens), launch(plan))[1]  # type: ignore[method-assign]

@@ -1,0 +1,205 @@
+"""Runs steps that choose their tokens on the device, so that the next one is launched before the host has read any.
+
+A step of decodes alone is a captured `DecodeStep` over the first rows, as many as a power of two; the others are padding.
+A step with prompts is one call, mixed, of a size that repeats (`PromptCall`): decodes in it read their tokens from the
+device's rows, and all that are chosen go there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optc.compiler.execution.block_manager import StepInputs
+from optc.compiler.kernels.cuda.dispatch import kernels_only
+from optc.runtime.serving.model_runner import SamplerOf, step_inputs
+from optc.runtime.serving.open_choice import OpenChoice, Tell
+from optc.runtime.serving.rows import Ints, Kind, Rows
+from optc.runtime.serving.scheduler import Plan
+from optc.runtime.serving.step_buffers import StepBuffers
+from optc.runtime.sessions.decode_step import DecodeStep
+from optc.runtime.sessions.paged import PagedModel
+from optc.runtime.sessions.prompt_call import PromptCall, call_size
+from optc.runtime.sessions.streaming import Draw
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step that was launched: its tokens on the way to the host, and where those of `Plan.rows` are among them."""
+
+    tokens: Tensor
+    order: Ints
+    tell: Tell | None
+    arrived: torch.cuda.Event | None
+
+
+class DeviceRunner:
+    """See above.
+
+    Attributes:
+        launched, captured: steps; those of them that were replayed from a graph.
+    """
+
+    ahead = 1
+
+    def __init__(self, model: PagedModel, rows: Rows, sampler_of: SamplerOf) -> None:
+        self._model, self._rows, self._sampler_of = model, rows, sampler_of
+        self._buffers = StepBuffers(rows, model.vocab_size, model.device, self._draw_of)
+        self._open = OpenChoice(self._buffers, sampler_of)
+        self._steps: dict[tuple[int, Kind], DecodeStep] = {}
+        self._calls: dict[tuple[tuple[int, int], Kind], _MixedCall] = {}
+        self._flights: deque[_Flight] = deque()
+        self.model_s = 0.0
+        self.launched = self.captured = 0
+
+    def _draw_of(self, row: int) -> Draw:
+        sampler = self._sampler_of(row)
+        return Draw() if sampler is None else sampler.draw
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> None:
+        """See `ModelRunner`."""
+        buffers = self._buffers
+        buffers.grow(plan.grown)
+        kind = Kind(int(self._rows.kind[plan.rows].max(initial=Kind.GREEDY)))
+        if kind < Kind.OPEN:
+            buffers.draws(kind)
+        buffers.join([piece.row for piece in plan.pieces if piece.last])
+        with kernels_only():
+            tokens, order, tell = self._mixed(plan, kind) if plan.pieces else self._decode(plan, kind)
+        self.launched += 1
+        arrived = None
+        host = buffers.bring(tokens)
+        if tokens.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._flights.append(_Flight(host, order, tell, arrived))
+
+    def collect(self) -> Ints:
+        """See `ModelRunner`."""
+        flight = self._flights.popleft()
+        begin = time.perf_counter()
+        if flight.arrived is not None:
+            flight.arrived.synchronize()
+        self.model_s += time.perf_counter() - begin
+        if flight.tell is not None:
+            flight.tell()
+        found: Ints = flight.tokens.numpy()[flight.order]
+        return found
+
+    def _decode(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Tell | None]:
+        """Tokens of a step of decodes, and where those of its rows are."""
+        rows, buffers = plan.decodes, self._buffers
+        step = self._step(_batch(int(rows[-1]) + 1, self._rows.count), kind)
+        buffers.decode(rows, plan.positions)
+        step.run()
+        self.captured += step.recorded
+        if kind < Kind.OPEN:
+            return step.tokens, rows, None
+        state, places = buffers.state.first(step.batch), buffers.send(rows)
+        chosen, tell = self._open(step.logits.index_select(0, places), rows, state.positions.index_select(0, places))
+        tokens = torch.zeros_like(state.ids).index_copy_(0, places, chosen)
+        torch.ops.optc.advance_step_(tokens, *state.advanced(), block_size=self._model.block_size)
+        return tokens, rows, tell
+
+    def _step(self, batch: int, kind: Kind) -> DecodeStep:
+        if (batch, kind) not in self._steps:
+            model, draws = self._model, self._buffers.draws(kind) if kind < Kind.OPEN else None
+            self._steps[batch, kind] = DecodeStep(
+                model.step or model.run,
+                model.pools,
+                self._buffers.state.first(batch),
+                block_size=model.block_size,
+                selects=model.selects,
+                draws=None if draws is None else draws.first(batch),
+                chooses=kind < Kind.OPEN,
+                record=model.record,
+            )
+        return self._steps[batch, kind]
+
+    def _mixed(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Tell | None]:
+        """Tokens of a step with prompts, and where those of its rows are."""
+        buffers, decodes = self._buffers, len(plan.decodes)
+        arrays, _ = step_inputs(plan, self._rows)
+        arrays[0][:decodes] = -1 - plan.decodes
+        inputs = StepInputs(*map(torch.from_numpy, arrays))
+        ends = [piece.row if piece.last else buffers.nobody for piece in plan.pieces]
+        rows = np.concatenate([plan.decodes, np.array(ends, np.int64)])
+        order = np.flatnonzero(rows != buffers.nobody)
+        kind = Kind.OPEN if kind == Kind.PENALIZED else kind  # tables of all rows of a call would be copied
+        size = call_size(len(inputs.input_ids), len(rows))
+        if (size, kind) not in self._calls:
+            self._calls[size, kind] = _MixedCall(self._model, buffers, size, kind)
+        call = self._calls[size, kind]
+        found = call(inputs, rows)
+        self.captured += call.recorded
+        buffers.overtaken()
+        if kind < Kind.OPEN:
+            return found, order, None
+        places = buffers.send(order)
+        positions = buffers.send(arrays[1][arrays[5][1:] - 1][order])
+        chosen, tell = self._open(found.index_select(0, places), plan.rows, positions)
+        buffers.state.ids.index_copy_(0, buffers.send(plan.rows), chosen.clamp(min=0))
+        return chosen, np.arange(len(order)), tell
+
+
+class _MixedCall:
+    """A call of decodes and prompts of a size that repeats; tokens are chosen in it, but for `Kind.OPEN`, whose logits it
+    gives.
+
+    A negative token -1 - r is the one that the device has for row r.
+    """
+
+    def __init__(self, model: PagedModel, buffers: StepBuffers, size: tuple[int, int], kind: Kind) -> None:
+        tokens, requests = size
+        self._model, self._buffers = model, buffers
+        self._draws = buffers.draws(kind) if kind < Kind.OPEN else None
+        self._chooses = kind < Kind.OPEN
+        self._rows = torch.full((requests,), buffers.nobody, dtype=torch.int64, device=model.device)
+        self._call = PromptCall(
+            self._compute,
+            model.pools,
+            tokens=tokens,
+            requests=requests,
+            width=buffers.state.width,
+            record=model.record if tokens <= model.prompt_tokens else None,
+        )
+
+    @property
+    def recorded(self) -> bool:
+        return self._call.recorded
+
+    def __call__(self, inputs: StepInputs, rows: Ints) -> Tensor:
+        """Tokens of the requests, [R], or logits [R, V]; `rows` [R] says whose they are."""
+        padded = np.full(len(self._rows), self._buffers.nobody, np.int64)
+        padded[: len(rows)] = rows
+        self._rows.copy_(self._buffers.send(padded), non_blocking=True)
+        return self._call(inputs)
+
+    def _compute(self, ids: Tensor, positions: Tensor, *rest: Any) -> Tensor:
+        tables, wanted, pools = rest[:4], rest[4], rest[5:]
+        own = self._buffers.state.ids
+        known = torch.where(ids < 0, own.index_select(0, (-1 - ids).clamp(min=0)), ids)
+        selected = (wanted,) if self._model.selects else ()
+        outputs = self._model.run(known, positions, *tables, *selected, *pools)
+        logits: Tensor = outputs[0] if isinstance(outputs, tuple | list) else outputs
+        logits = logits if self._model.selects else logits.index_select(0, wanted)
+        if not self._chooses:
+            return logits
+        if self._draws is None:
+            tokens: Tensor = torch.ops.optc.argmax(logits)
+        else:
+            tokens = self._draws.of(self._rows).choose(logits, positions.index_select(0, wanted))
+        own.index_copy_(0, self._rows, tokens.clamp(min=0))
+        return tokens
+
+
+def _batch(rows: int, most: int) -> int:
+    """The size of a captured step for so many rows: a power of two, or all there are."""
+    return min(1 << (rows - 1).bit_length(), most)

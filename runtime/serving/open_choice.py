@@ -1,0 +1,75 @@
+"""Choices that no captured step makes: logits that are changed before, or told beside the token. On the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optc.runtime.serving.request import TokenLogprobs
+from optc.runtime.serving.rows import Ints, Kind
+from optc.runtime.serving.sampler import RequestSampler
+from optc.runtime.serving.step_buffers import StepBuffers
+
+Tell = Callable[[], None]
+"""Gives the samplers what they tell, once the step has arrived."""
+
+
+class OpenChoice:
+    """Chooses the tokens of rows of which one at least is `Kind.OPEN`."""
+
+    def __init__(self, buffers: StepBuffers, sampler_of: Callable[[int], RequestSampler | None]) -> None:
+        self._buffers, self._sampler_of = buffers, sampler_of
+
+    def __call__(self, logits: Tensor, rows: Ints, positions: Tensor) -> tuple[Tensor, Tell | None]:
+        """int64 [R], tokens for rows of logits [R, V], fed at `positions` [R]; and what is left to be told."""
+        buffers = self._buffers
+        samplers = [self._sampler_of(row) for row in rows.tolist()]
+        penalized = any(item is not None and item.request.sampling.penalizes for item in samplers)
+        draws = buffers.draws(Kind.PENALIZED if penalized else Kind.DRAWN)
+        assert draws is not None
+        places = buffers.send(rows)
+        part = draws.of(places)
+        tokens = part.choose(self._changed(logits, samplers), positions)
+        draws.give_back(part, places)
+        return tokens, self._tell(logits, tokens, samplers)
+
+    def _changed(self, logits: Tensor, samplers: Sequence[RequestSampler | None]) -> Tensor:
+        """float32 [R, V], with biases."""
+        scores = logits.float()
+        entries = [
+            (row, token, bias)
+            for row, sampler in enumerate(samplers)
+            if sampler is not None
+            for token, bias in sampler.bias
+        ]
+        if entries:
+            at = self._buffers.send(np.array([entry[:2] for entry in entries], np.int64).T)
+            biases = self._buffers.send(np.array([entry[2] for entry in entries], np.float32))
+            scores = scores.index_put((at[0], at[1]), biases, accumulate=True)
+        return scores
+
+    def _tell(self, logits: Tensor, tokens: Tensor, samplers: Sequence[RequestSampler | None]) -> Tell | None:
+        asking = [
+            (row, sampler)
+            for row, sampler in enumerate(samplers)
+            if sampler is not None and sampler.request.logprobs is not None
+        ]
+        if not asking:
+            return None
+        at = self._buffers.send(np.array([row for row, _ in asking], np.int64))
+        scores = torch.log_softmax(logits.index_select(0, at).float(), 1)
+        most = max(sampler.request.logprobs or 0 for _, sampler in asking)
+        top, ids = scores.topk(most, dim=1)
+        chosen = scores.gather(1, tokens.index_select(0, at).clamp(min=0)[:, None])
+        held = [self._buffers.bring(item) for item in (chosen, top, ids)]
+
+        def tell() -> None:
+            for place, (_, sampler) in enumerate(asking):
+                count = sampler.request.logprobs or 0
+                likeliest = zip(held[2][place, :count].tolist(), held[1][place, :count].tolist(), strict=True)
+                sampler.logprobs.append(TokenLogprobs(float(held[0][place, 0]), list(likeliest)))
+
+        return tell
