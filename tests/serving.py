@@ -17,9 +17,11 @@ class Got:
     answers: list[Answer] = field(default_factory=list)
 
 
-def run(engine: Engine, requests: Iterable[Generate] = (), *, most: int = 2000) -> dict[str, Got]:
-    """Submit and step until all have ended."""
-    got: dict[str, Got] = {}
+def run(
+    engine: Engine, requests: Iterable[Generate] = (), *, got: dict[str, Got] | None = None, most: int = 2000
+) -> dict[str, Got]:
+    """Submit and step until all have ended; adds to `got`."""
+    got = {} if got is None else got
     for request in requests:
         engine.submit(request)
     for _ in range(most):

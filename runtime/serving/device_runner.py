@@ -25,8 +25,11 @@ from optc.runtime.serving.scheduler import Plan
 from optc.runtime.serving.step_buffers import StepBuffers
 from optc.runtime.sessions.decode_step import DecodeStep
 from optc.runtime.sessions.paged import PagedModel
-from optc.runtime.sessions.prompt_call import PromptCall, call_size
+from optc.runtime.sessions.prompt_call import PromptCall, token_size
 from optc.runtime.sessions.streaming import Draw
+
+_FEW_REQUESTS = (8, 32)
+"""Requests of mixed calls, and multiples of 64."""
 
 
 @dataclass(slots=True)
@@ -133,7 +136,7 @@ class DeviceRunner:
         rows = np.concatenate([plan.decodes, np.array(ends, np.int64)])
         order = np.flatnonzero(rows != buffers.nobody)
         kind = Kind.OPEN if kind == Kind.PENALIZED else kind  # tables of all rows of a call would be copied
-        size = call_size(len(inputs.input_ids), len(rows))
+        size = _mixed_size(len(inputs.input_ids), len(rows))
         if (size, kind) not in self._calls:
             self._calls[size, kind] = _MixedCall(self._model, buffers, size, kind)
         call = self._calls[size, kind]
@@ -176,11 +179,14 @@ class _MixedCall:
         return self._call.recorded
 
     def __call__(self, inputs: StepInputs, rows: Ints) -> Tensor:
-        """Tokens of the requests, [R], or logits [R, V]; `rows` [R] says whose they are."""
+        """Tokens of the requests, [R], which are the rows' from then on, or logits [R, V]; `rows` [R] says whose."""
         padded = np.full(len(self._rows), self._buffers.nobody, np.int64)
         padded[: len(rows)] = rows
         self._rows.copy_(self._buffers.send(padded), non_blocking=True)
-        return self._call(inputs)
+        found = self._call(inputs)
+        if self._chooses:  # not in the call, which gives the same when it runs twice
+            self._buffers.state.ids.index_copy_(0, self._rows[: len(rows)], found.clamp(min=0))
+        return found
 
     def _compute(self, ids: Tensor, positions: Tensor, *rest: Any) -> Tensor:
         tables, wanted, pools = rest[:4], rest[4], rest[5:]
@@ -193,13 +199,19 @@ class _MixedCall:
         if not self._chooses:
             return logits
         if self._draws is None:
-            tokens: Tensor = torch.ops.optc.argmax(logits)
-        else:
-            tokens = self._draws.of(self._rows).choose(logits, positions.index_select(0, wanted))
-        own.index_copy_(0, self._rows, tokens.clamp(min=0))
-        return tokens
+            return torch.ops.optc.argmax(logits)
+        return self._draws.of(self._rows).choose(logits, positions.index_select(0, wanted))
 
 
 def _batch(rows: int, most: int) -> int:
     """The size of a captured step for so many rows: a power of two, or all there are."""
     return min(1 << (rows - 1).bit_length(), most)
+
+
+def _mixed_size(tokens: int, requests: int) -> tuple[int, int]:
+    """As `call_size`, with fewer requests to spare: with hundreds of decodes their number is nearly that of tokens."""
+    most = next((size for size in _FEW_REQUESTS if requests < size), -(-(requests + 1) // 64) * 64)
+    size = token_size(tokens)
+    while size <= most:
+        size = token_size(size + 1)
+    return size, most

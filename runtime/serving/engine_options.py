@@ -8,36 +8,51 @@ from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.fields import check_range
 from optc.runtime.bounds import Count
 
+_RUNNING = {True: 256, False: 32}
+_BUDGET = {True: 4096, False: 512}
+"""Where tokens are chosen on the device, and elsewhere."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     """How an engine is opened.
 
     Attributes:
-        max_running: requests that run together.
+        max_running: requests that run together; None takes 256 on a GPU, and 32 elsewhere.
         max_waiting: requests that wait besides; more are refused.
-        token_budget: most tokens of a step, of decodes and prompts together; above `max_running`.
+        token_budget: most tokens of a step, of decodes and prompts together, above `max_running`; None takes 4096 on a GPU,
+            and 512 elsewhere.
         max_context: most tokens of a request; None takes the model's context.
-        patience: see `scheduler`.
+        patience: how often a request that waits may be overtaken; see `scheduler`.
         threads, num_blocks: see `SessionOptions`.
     """
 
-    max_running: int = 64
+    max_running: int | None = None
     max_waiting: int = 1024
-    token_budget: int = 512
+    token_budget: int | None = None
     max_context: int | None = None
     patience: int = 256
     threads: int | None = None
     num_blocks: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "max_waiting", "token_budget", "patience"):
-            check_range(name.replace("_", "-"), getattr(self, name), Count)
-        if self.max_context is not None:
-            check_range("max-context", self.max_context, Count)
-        if self.token_budget <= self.max_running:
+        for name in ("max_running", "max_waiting", "token_budget", "max_context", "patience"):
+            value = getattr(self, name)
+            if value is not None:
+                check_range(name.replace("_", "-"), value, Count)
+
+    def batch(self, *, on_device: bool) -> tuple[int, int]:
+        """Requests that run together, and tokens of a step.
+
+        Raises:
+            UsageError: the tokens are no more than the requests.
+        """
+        running = self.max_running or _RUNNING[on_device]
+        budget = self.token_budget or max(_BUDGET[on_device], 2 * running)
+        if budget <= running:
             raise UsageError(
-                f"a budget of {self.token_budget} tokens leaves no room for prompts",
-                why=f"{self.max_running} requests that run take one each",
+                f"a budget of {budget} tokens leaves no room for prompts",
+                why=f"{running} requests that run take one each",
                 remedy="give a larger --token-budget, or a smaller --max-running",
             )
+        return running, budget

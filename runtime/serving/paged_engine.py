@@ -48,15 +48,15 @@ class PagedEngine:
         room = model.num_blocks * model.block_size
         capacity = min(model.context_length, room, options.max_context or room)
         self._limits = Limits(model.vocab_size, capacity, options.max_waiting)
-        rows = Rows(options.max_running, capacity, model.block_size)
+        running, budget = options.batch(on_device=model.on_device)
+        rows = Rows(running, capacity, model.block_size)
         self._rows, self._on_close = rows, on_close
         self._entries: dict[str, _Entry] = {}
         self._runner = open_runner(model, rows, self._sampler_of)
-        budget = max(min(options.token_budget, model.chunk), options.max_running + 1)
         self.scheduler = Scheduler(
             BlockManager(model.num_blocks, model.block_size),
             rows,
-            token_budget=budget,
+            token_budget=max(min(budget, model.chunk), running + 1),
             ahead=self._runner.ahead,
             patience=options.patience,
         )
@@ -67,7 +67,7 @@ class PagedEngine:
             vocab_size=model.vocab_size,
             context_length=capacity,
             serves="continuous",
-            max_running=options.max_running,
+            max_running=running,
             max_waiting=options.max_waiting,
             block_size=model.block_size,
             num_blocks=model.num_blocks,

@@ -172,7 +172,7 @@ def test_too_many_waiting_are_refused(kind: str) -> None:
 
 def test_a_budget_without_room_for_prompts_is_refused() -> None:
     with pytest.raises(UsageError, match="a budget of 64 tokens leaves no room for prompts"):
-        EngineOptions(max_running=64, token_budget=64)
+        paged(max_running=64, token_budget=64)
 
 
 class _Poisoned:

@@ -1,0 +1,110 @@
+"""The runner of the CUDA target on the CPU, with recordings in place of graphs, against sessions of one row."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from cuda_sessions import LENGTHS, MIXED, PENALIZED, compiled
+from recorded_calls import Recordings
+from serving import Got, run, take
+from stages import sequences
+
+from optc.runtime.generation.generate import generate
+from optc.runtime.sampling import Sampling
+from optc.runtime.serving.device_runner import DeviceRunner
+from optc.runtime.serving.engine import engine_for
+from optc.runtime.serving.engine_options import EngineOptions
+from optc.runtime.serving.paged_engine import PagedEngine
+from optc.runtime.serving.request import Generate
+from optc.runtime.sessions.cuda import CudaSession
+from optc.runtime.sessions.cuda_memory import MemoryPlan
+
+COUNT = 12
+
+
+def session(record: Recordings | None = None) -> CudaSession:
+    plan = MemoryPlan(weights=0, working=0, pool=0, num_blocks=16, prompt_tokens=256)
+    return CudaSession(compiled(), plan, record=record)
+
+
+def engine(record: Recordings | None = None, **options: int) -> PagedEngine:
+    made = engine_for(session(record), EngineOptions(**{"max_running": 4, "token_budget": 64, **options}))
+    assert isinstance(made, PagedEngine)
+    assert isinstance(made._runner, DeviceRunner)
+    return made
+
+
+@functools.cache
+def alone(place: int, sampling: Sampling) -> list[int]:
+    """What a session of one row generates."""
+    return generate(session(), [sequences(*LENGTHS)[place]], max_new_tokens=COUNT, sampling=sampling).tokens[0]
+
+
+def requests(samplings: list[Sampling], **others: object) -> list[Generate]:
+    return [
+        Generate(id=str(i), prompt=prompt, max_new_tokens=COUNT, sampling=sampling, **others)  # type: ignore[arg-type]
+        for i, (prompt, sampling) in enumerate(zip(sequences(*LENGTHS), samplings, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("samplings", [[Sampling()] * 3, MIXED, PENALIZED, [*MIXED[:2], PENALIZED[0]]])
+def test_recorded_steps_give_what_each_request_gets_alone(samplings: list[Sampling]) -> None:
+    """Those that come later meet steps and calls that were recorded without them."""
+    record = Recordings()
+    served = engine(record)
+    got: dict[str, Got] = {}
+    for turn in range(2):
+        for item in requests(samplings):
+            served.submit(item)
+            for _ in range(2):
+                take(got, served.step())
+        run(served, got=got)
+        assert [got[str(i)].tokens for i in range(3)] == [alone(i, sampling) for i, sampling in enumerate(samplings)]
+        if not turn:
+            got = {}
+    assert served.metrics().used_blocks == 0
+    assert record.names.count("a decode step") > 0
+    assert served._runner.captured > 0.7 * served._runner.launched  # type: ignore[attr-defined]
+
+
+def test_a_bias_and_logprobs_change_nothing_for_others() -> None:
+    samplings = [MIXED[0], PENALIZED[0], Sampling()]
+    plain = {str(i): alone(i, sampling) for i, sampling in enumerate(samplings)}
+    items = requests(samplings)
+    items[2] = Generate(id="2", prompt=items[2].prompt, max_new_tokens=COUNT, logprobs=3, logit_bias={5: 100.0})
+    got = run(engine(), items)
+    assert [got[str(i)].tokens for i in range(2)] == [plain["0"], plain["1"]]
+    assert got["2"].tokens == [5] * COUNT
+    told = [item for answer in got["2"].answers for item in answer.logprobs or []]
+    assert len(told) == COUNT
+    held = session()
+    logits = held.prefill([items[2].prompt])
+    for item in told:
+        expected = torch.log_softmax(torch.from_numpy(logits[0]), 0)
+        top = expected.topk(3)
+        assert [token for token, _ in item.top] == top.indices.tolist()
+        np.testing.assert_allclose([value for _, value in item.top], top.values.numpy(), atol=1e-5)
+        np.testing.assert_allclose(item.chosen, expected[5].item(), atol=1e-5)
+        logits = held.decode([5])
+
+
+def test_one_that_gave_way_draws_the_same() -> None:
+    """A pool for one and a half of them."""
+    plan = MemoryPlan(weights=0, working=0, pool=0, num_blocks=3, prompt_tokens=256)
+    served = PagedEngine(
+        CudaSession(compiled(), plan).model, EngineOptions(max_running=4, token_budget=64), DeviceRunner
+    )
+    prompts = sequences(50, 55)
+    samplings = [MIXED[0], PENALIZED[0]]
+    items = [
+        Generate(id=str(i), prompt=prompt, max_new_tokens=30, sampling=sampling)
+        for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
+    ]
+    got = run(served, items)
+    assert served.metrics().preemptions == 1
+    for i in range(2):
+        expected = generate(session(), [prompts[i]], max_new_tokens=30, sampling=samplings[i]).tokens[0]
+        assert got[str(i)].tokens == expected
