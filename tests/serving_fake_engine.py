@@ -19,7 +19,7 @@ from optc.runtime.serving.request import Answer, EngineInfo, EngineMetrics, Gene
 from optc.runtime.serving.settings import ServeOptions
 
 FAIL, DIE, BREAK = 8000, 8001, 8002
-"""Tokens of a prompt: this request fails; the process is killed; the whole engine cannot go on."""
+"""Last tokens of prompts of two: this request fails; the process is killed; the whole engine cannot go on."""
 
 _BLOCK = 16
 
@@ -78,11 +78,12 @@ class FakeEngine:
         self._admit()
         answers = []
         for identity, (request, count) in list(self._running.items()):
-            if DIE in request.prompt:
+            special = request.prompt[1] if len(request.prompt) == 2 else 0
+            if special == DIE:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if BREAK in request.prompt:
+            if special == BREAK:
                 raise ResourceError("out of memory on the device")
-            if FAIL in request.prompt:
+            if special == FAIL:
                 del self._running[identity]
                 self._end(Answer(id=identity, finish="error", error="the logits are not finite"))
                 continue

@@ -260,6 +260,7 @@ def _described(state: ServerState) -> dict[str, Any]:
         "created": int(time.time()),
         "owned_by": "optc",
         "max_model_len": info.context_length,
+        "vocab_size": info.vocab_size,
         "serves": info.serves,
         "max_running": info.max_running,
         "device": info.device,

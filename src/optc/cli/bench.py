@@ -9,14 +9,16 @@ from typing import Annotated, Any
 import click
 from msgspec import Meta
 
+from optc.cli.bench_serve import LoadOptions, bench_serve
 from optc.cli.common import emit, json_option, progress
 from optc.cli.options import struct_flags
-from optc.cli.session_options import SamplingOptions, Save, artifact_argument, kv_pool, sampling_of, save_figures
+from optc.cli.session_options import Save, kv_pool, sampling_of, save_figures
+from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.device import DeviceName
 from optc.runtime.bounds import Batch, Count, Samples, TimedTokens, Warmup
 
 
-class BenchOptions(SamplingOptions, frozen=True, kw_only=True):
+class BenchOptions(LoadOptions, frozen=True, kw_only=True):
     """What is timed."""
 
     prompt_length: Annotated[
@@ -34,7 +36,7 @@ class BenchOptions(SamplingOptions, frozen=True, kw_only=True):
             Warmup,
             Meta(
                 description="Untimed generations before the timed ones.",
-                extra={"default": "1; on CUDA 2, as the second one is captured"},
+                extra={"default": "1; on CUDA 2, as the second one is captured; with --serve none"},
             ),
         ]
         | None
@@ -53,10 +55,10 @@ class BenchOptions(SamplingOptions, frozen=True, kw_only=True):
 
 
 @click.command()
-@artifact_argument
+@click.argument("artifact")
 @struct_flags(BenchOptions)
 @json_option
-def bench(artifact: Path, as_json: bool, options: BenchOptions) -> None:
+def bench(artifact: str, as_json: bool, options: BenchOptions) -> None:
     """Time to first token, prefill and decode speed of ARTIFACT, and its memory.
 
     Medians over samples with a 95 % bootstrap interval. The machine's read bandwidth over the bytes
@@ -66,7 +68,38 @@ def bench(artifact: Path, as_json: bool, options: BenchOptions) -> None:
     \b
     optc bench out/fiction-onnx
     optc bench out/fiction-onnx --prompt-length 128 --prompt-length 1024 --batch 4 --samples 10 --json
+    optc bench --serve out/fiction-onnx --concurrency 1 --concurrency 16 --requests 64
+    optc bench --serve http://127.0.0.1:8000 --rate 4 --slo-ttft-ms 500 --slo-tpot-ms 50
     """
+    if options.serve:
+        _bench_serve(artifact, as_json, options)
+    else:
+        options.refuse_without_serve()
+        _bench_session(Path(artifact), as_json, options)
+
+
+_OF_SESSIONS = ("batch", "samples", "save", "device")
+
+
+def _bench_serve(what: str, as_json: bool, options: BenchOptions) -> None:
+    plain = BenchOptions()
+    idle = [name for name in _OF_SESSIONS if getattr(options, name) != getattr(plain, name)]
+    if idle:
+        raise UsageError(f"--{idle[0]} has no effect with --serve", remedy="leave it out")
+    if len(options.prompt_length) > 1:
+        raise UsageError("--serve takes one --prompt-length", remedy="give --length-sigma or --trace for several")
+    prompt_length = next(iter(options.prompt_length), None)
+    bench_serve(
+        what,
+        as_json,
+        options,
+        prompt_length=prompt_length,
+        new_tokens=options.new_tokens,
+        warmup=options.warmup or 0,
+    )
+
+
+def _bench_session(artifact: Path, as_json: bool, options: BenchOptions) -> None:
     from optc.runtime.measuring.benchmark import benchmark, environment
     from optc.runtime.sampling import Sampling
     from optc.runtime.sessions.load import load

@@ -1,0 +1,279 @@
+"""`optc bench --serve`: load on a server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import msgspec
+from msgspec import Meta
+
+from optc.cli.common import emit, progress
+from optc.cli.session_options import SamplingOptions, sampling_of
+from optc.compiler.diagnostics import InputError, OptcError, UsageError, os_errors
+from optc.runtime.bounds import Count
+
+Rate = Annotated[float, Meta(gt=0, le=1e6)]
+Milliseconds = Annotated[float, Meta(gt=0)]
+_DEFAULT_PROMPT, _DEFAULT_REQUESTS = 128, 100
+_UNKNOWN_CONTEXT, _UNKNOWN_VOCABULARY = 4096, 1000
+
+
+class LoadOptions(SamplingOptions, frozen=True, kw_only=True):
+    """Load on a server."""
+
+    serve: Annotated[
+        bool, Meta(description="Measure a server: one that runs, by its URL, or one that is started for ARTIFACT.")
+    ] = False
+    requests: (
+        Annotated[Count, Meta(description="With --serve: requests of each run.", extra={"default": "100"})] | None
+    ) = None
+    concurrency: Annotated[
+        tuple[Annotated[int, Meta(ge=1, le=1 << 16)], ...],
+        Meta(
+            description="With --serve: requests that are open at any time; repeat it for several runs.",
+            extra={"metavar": "N", "default": "8, where no --rate is given", "expected": "an integer, 1 to 65536"},
+        ),
+    ] = ()
+    rate: Annotated[
+        tuple[Rate, ...],
+        Meta(
+            description="With --serve: requests that come in a second, as a Poisson process; repeat it for several.",
+            extra={"metavar": "R", "expected": "a number above 0"},
+        ),
+    ] = ()
+    length_sigma: (
+        Annotated[
+            float,
+            Meta(
+                ge=0,
+                le=3,
+                description="With --serve: lengths are lognormal around --prompt-length and --new-tokens, with this "
+                "deviation of their logarithm.",
+                extra={"default": "0, all are equal"},
+            ),
+        ]
+        | None
+    ) = None
+    trace: (
+        Annotated[
+            Path,
+            Meta(
+                description='With --serve: lengths and times of JSON lines: {"prompt_tokens": 90, "output_tokens": 40, '
+                '"at": 0.2}.'
+            ),
+        ]
+        | None
+    ) = None
+    slo_ttft_ms: (
+        Annotated[Milliseconds, Meta(description="With --serve: goodput counts answers that begin within this.")] | None
+    ) = None
+    slo_tpot_ms: (
+        Annotated[Milliseconds, Meta(description="With --serve: and whose tokens come as fast as this.")] | None
+    ) = None
+    model_name: (
+        Annotated[
+            str,
+            Meta(
+                description="With --serve: the model to ask for.", extra={"default": "the first that the server lists"}
+            ),
+        ]
+        | None
+    ) = None
+    api_key_file: (
+        Annotated[Path, Meta(description="With --serve: file whose first line is the key to send.")] | None
+    ) = None
+    plot: (
+        Annotated[
+            Path, Meta(description="With --serve: write an SVG of throughput and latency.", extra={"metavar": "FILE"})
+        ]
+        | None
+    ) = None
+
+    def refuse_without_serve(self) -> None:
+        """Raises:
+        UsageError: flags of a load, and no --serve.
+        """
+        for name, field in zip(LoadOptions.__struct_fields__, LoadOptions.__struct_defaults__, strict=False):
+            if name in _OWN and getattr(self, name) != field:
+                raise UsageError(f"--{name.replace('_', '-')} has no effect without --serve")
+
+
+_OWN = set(LoadOptions.__struct_fields__) - set(SamplingOptions.__struct_fields__)
+
+
+def bench_serve(
+    what: str, as_json: bool, options: LoadOptions, *, prompt_length: int | None, new_tokens: int, warmup: int
+) -> None:
+    """Measure a server and print what its clients see.
+
+    Raises:
+        InputError: no server there, or it answers nothing.
+        UsageError: flags that contradict each other.
+    """
+    from optc.runtime.measuring.load.workload import read_trace
+
+    if options.concurrency and options.rate:
+        raise UsageError("--concurrency and --rate are two kinds of load", remedy="give one of them")
+    if options.trace is not None and options.length_sigma is not None:
+        raise UsageError("--length-sigma has no effect with --trace, which has lengths of its own")
+    trace = read_trace(options.trace) if options.trace else ()
+    given = {
+        "trace": trace,
+        "prompt": prompt_length or _DEFAULT_PROMPT,
+        "new": new_tokens,
+        "warmup": warmup,
+        "key": _key(options.api_key_file),
+    }
+    remote = what.startswith(("http://", "https://"))
+    if remote and (options.threads or options.kv_blocks):
+        raise UsageError("--threads and --kv-blocks have no effect on a server that runs already")
+    with contextlib.nullcontext(what) if remote else started(what, options) as url:
+        result = asyncio.run(_measured(url, options, given))
+    if options.plot is not None:
+        from optc.runtime.measuring.load.plot import load_svg
+
+        with os_errors("writing the plot", str(options.plot)):
+            options.plot.write_text(load_svg(result["runs"], f"{result['model']} at {what}"), encoding="utf-8")
+    emit(result, as_json, _show)
+
+
+def _key(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return path.read_text(encoding="utf-8").split("\n", 1)[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("the file of the API key cannot be read", where=str(path), why=str(error)) from error
+
+
+@contextlib.contextmanager
+def started(artifact: str, options: LoadOptions) -> Iterator[str]:
+    """The URL of `optc serve ARTIFACT`, which runs as long as this does.
+
+    Raises:
+        OptcError: what the server says when it cannot start.
+    """
+    command = [sys.executable, "-m", "optc", "serve", artifact, "--port", "0", "--json"]
+    command += ["--threads", str(options.threads)] if options.threads else []
+    command += ["--kv-blocks", str(options.kv_blocks)] if options.kv_blocks else []
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    try:
+        first = process.stdout.readline()
+        if not first.startswith('{"event": "ready"'):
+            raise _failed(first + process.stdout.read())
+        yield str(json.loads(first)["url"])
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def _failed(text: str) -> OptcError:
+    from optc.runtime.serving.child import Failed
+
+    try:
+        found = json.loads(text[text.index("{\n") :])
+        names = {"kind": "error", "what": "what", "where": "where", "why": "cause", "remedy": "remedy"}
+        return Failed(**{name: found[key] for name, key in names.items()}).error()
+    except (ValueError, KeyError, TypeError):
+        return InputError("the server did not start", why=text.strip()[-300:] or None)
+
+
+async def _measured(url: str, options: LoadOptions, given: dict[str, Any]) -> dict[str, Any]:
+    from optc.runtime.measuring.benchmark import environment
+    from optc.runtime.measuring.load.http_client import Client
+    from optc.runtime.measuring.load.run import Slo, closed_loop, figures, open_loop
+    from optc.runtime.measuring.load.workload import Workload
+
+    client = Client(url, given["key"])
+    models = (await client.get("/models")).get("data") or [{}]
+    client.close()
+    name = options.model_name or str(models[0].get("id", ""))
+    model: dict[str, Any] = next((item for item in models if item.get("id") == name), {})
+    workload = Workload(
+        prompt_tokens=given["prompt"],
+        new_tokens=given["new"],
+        longest=int(model.get("max_model_len") or _UNKNOWN_CONTEXT),
+        vocab_size=int(model.get("vocab_size") or _UNKNOWN_VOCABULARY),
+        sigma=options.length_sigma or 0.0,
+        trace=given["trace"],
+        seed=options.seed,
+        body=_body(options, name),
+    )
+    slo = Slo(ttft_ms=options.slo_ttft_ms, tpot_ms=options.slo_tpot_ms)
+    count = options.requests or _DEFAULT_REQUESTS
+    loads: list[tuple[int | None, float | None]] = [(None, rate) for rate in options.rate]
+    loads += [(number, None) for number in options.concurrency or (() if loads else (8,))]
+    runs = []
+    with progress("requests", total=count * len(loads)) as update:
+        for index, (concurrency, rate) in enumerate(loads):
+            common = {
+                "count": count,
+                "warmup": given["warmup"],
+                "on_request": lambda done, _, base=index * count: update(base + done, ""),
+            }
+            own = replace(workload, seed=options.seed + index)  # no run finds the prompts of another in the pool
+            if concurrency is not None:
+                timings = await closed_loop(url, given["key"], own, concurrency=concurrency, **common)
+            else:
+                assert rate is not None
+                timings = await open_loop(url, given["key"], own, rate=rate, **common)
+            runs.append({"concurrency": concurrency, "rate": rate, **figures(timings, slo)})
+    return {
+        "url": url,
+        "model": name,
+        "server": model,
+        "slo": {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms},
+        "lengths": {
+            "prompt": given["prompt"],
+            "new": given["new"],
+            "sigma": workload.sigma,
+            "trace": bool(given["trace"]),
+        },
+        "warmup": given["warmup"],
+        "runs": runs,
+        "environment": environment(options.threads or 0),
+    }
+
+
+def _body(options: LoadOptions, name: str) -> dict[str, Any]:
+    """What every request says beside its prompt: sampling that differs from greedy."""
+    from optc.runtime.sampling import Sampling
+
+    plain = msgspec.to_builtins(Sampling())
+    chosen = {key: value for key, value in sampling_of(options).items() if value != plain[key] and key != "seed"}
+    return {"model": name, "temperature": 0, **chosen}
+
+
+def _show(result: dict[str, Any]) -> None:
+    lengths = result["lengths"]
+    shape = "a trace" if lengths["trace"] else f"prompts of {lengths['prompt']} and answers of {lengths['new']} tokens"
+    shape += f", lognormal with sigma {lengths['sigma']:g}" if lengths["sigma"] else ""
+    click.echo(f"{result['model']} at {result['url']}; {shape}")
+    slo = {key.removesuffix("_ms").upper(): value for key, value in result["slo"].items() if value is not None}
+    for run in result["runs"]:
+        load = f"{run['concurrency']} at once" if run["concurrency"] else f"{run['rate']:g} a second"
+        failed = f", {run['failed']} failed: {run['first_error']}" if run["failed"] else ""
+        click.echo(f"{load}: {run['requests']} requests in {run['seconds']:.1f} s{failed}")
+        click.echo(
+            f"  {run['output_tokens_per_s']:.1f} output tokens/s, {run['requests_per_s']:.2f} requests/s", nl=False
+        )
+        within = " and ".join(f"{key} within {value:g} ms" for key, value in slo.items())
+        click.echo(f"; {run['goodput_requests_per_s']:.2f} with {within}" if slo else "")
+        for name, label in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"), ("gap_ms", "gap"), ("e2e_ms", "in all")):
+            if run[name]:
+                click.echo(f"  {label:6} ms  " + "   ".join(_cell(run[name], item) for item in ("p50", "p90", "p99")))
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    low, high = row[name]["ci95"]
+    return f"{name} {row[name]['value']:.2f} [{low:.2f}, {high:.2f}]"
