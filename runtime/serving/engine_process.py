@@ -200,11 +200,14 @@ def open_artifact(folder: Path, options: ServeOptions) -> Engine:
     from optc.runtime.serving.engine import open_engine
     from optc.runtime.serving.engine_options import EngineOptions
 
-    given = {"max_running": options.max_running, "max_waiting": options.max_waiting, "threads": options.threads}
-    given |= {"num_blocks": options.kv_blocks}
-    return open_engine(
-        folder, options=EngineOptions(**{name: item for name, item in given.items() if item is not None})
+    chosen = EngineOptions(
+        max_running=options.max_running,
+        max_waiting=options.max_waiting,
+        token_budget=options.token_budget,
+        threads=options.threads,
+        num_blocks=options.kv_blocks,
     )
+    return open_engine(folder, options=chosen)
 
 
 def main(child: Child) -> None:

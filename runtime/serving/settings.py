@@ -7,7 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from optc.runtime.bounds import Count, CountOrZero, Threads
+from optc.runtime.bounds import Count, Threads
 
 API_KEY_VARIABLE = "OPTC_API_KEY"
 """It is read where the server starts, and not handed on to its processes."""
@@ -46,17 +46,24 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     kv_blocks: (
         Annotated[
             Count,
-            Meta(
-                description="Blocks in the KV pool of a paged artifact.", extra={"default": "what the engine chooses"}
-            ),
+            Meta(description="Blocks in the KV pool of a paged artifact.", extra={"default": "8 full contexts"}),
         ]
         | None
     ) = None
     max_running: (
-        Annotated[Count, Meta(description="Requests that run together.", extra={"default": "what the engine chooses"})]
+        Annotated[Count, Meta(description="Requests that run together.", extra={"default": "32; on a GPU 256"})] | None
+    ) = None
+    token_budget: (
+        Annotated[
+            Count,
+            Meta(
+                description="Most tokens of a step, of answers and prompts together; above --max-running.",
+                extra={"default": "512 or twice --max-running; on a GPU 4096"},
+            ),
+        ]
         | None
     ) = None
-    max_waiting: Annotated[CountOrZero, Meta(description="Requests that wait besides; more get 429.")] = 1024
+    max_waiting: Annotated[Count, Meta(description="Requests that wait besides; more get 429.")] = 1024
     max_prompt_tokens: (
         Annotated[Count, Meta(description="Longest prompt.", extra={"default": "what the context holds"})] | None
     ) = None

@@ -143,6 +143,7 @@ EXPECTED = {
         "--api-key-file",
         "--cors-origin",
         "--max-running",
+        "--token-budget",
         "--max-waiting",
         "--max-prompt-tokens",
         "--max-body-bytes",

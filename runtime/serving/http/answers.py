@@ -208,7 +208,6 @@ class JobResponse(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         kind = "chat.completion.chunk" if self._job.chat else "text_completion"
         head = self._head(kind)
-        usage = {"usage": None} if self._job.usage_in_stream else {}
         events = [
             {"index": choice, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
             for choice in range(len(answering.choices) if self._job.chat else 0)
@@ -217,6 +216,7 @@ class JobResponse(Response):
             while True:
                 events += [item for piece in pieces if (item := self._event(piece, answering)) is not None]
                 if events:
+                    usage = self._running_usage(answering)
                     await send(_body(*({**head, "choices": [event], **usage} for event in events)))
                 if answering.done:
                     break
@@ -226,9 +226,14 @@ class JobResponse(Response):
         except HttpError as error:
             await send(_event_body(error.body()))
             return
-        if self._job.usage_in_stream:
+        if self._job.usage.include_usage:
             await send(_body({**head, "choices": [], "usage": answering.usage()}))
         await send(_event_body(b"[DONE]"))
+
+    def _running_usage(self, answering: Answering) -> dict[str, Any]:
+        if not self._job.usage.include_usage:
+            return {}
+        return {"usage": answering.usage() if self._job.usage.continuous_usage_stats else None}
 
     def _event(self, piece: Piece, answering: Answering) -> dict[str, Any] | None:
         if not (piece.text or piece.calls or piece.logprobs or piece.finish):

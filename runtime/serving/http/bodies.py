@@ -28,9 +28,15 @@ class Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class StreamOptions(Body, frozen=True, kw_only=True):
-    """Of a stream: a last event with the usage."""
+    """Of a stream.
+
+    Attributes:
+        include_usage: a last event has the usage.
+        continuous_usage_stats: and so have all others, as far as they go (vLLM's, which measuring clients ask for).
+    """
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class GenerateBody(Body, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 
 from optc.compiler.diagnostics import UsageError
-from optc.runtime.serving.http.bodies import ChatBody, CompletionBody, GenerateBody
+from optc.runtime.serving.http.bodies import ChatBody, CompletionBody, GenerateBody, StreamOptions
 from optc.runtime.serving.http.errors import HttpError
 from optc.runtime.serving.http.state import ServerState
 from optc.runtime.serving.request import Generate, Grammar
@@ -37,7 +37,7 @@ class Job:
     hidden: frozenset[int]
     logprobs: int | None
     stream: bool
-    usage_in_stream: bool
+    usage: StreamOptions
     tools: bool = False
     arrived: float = field(default_factory=time.perf_counter)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -168,7 +168,7 @@ def _job(
         hidden=frozenset(stop_ids),
         logprobs=logprobs,
         stream=body.stream,
-        usage_in_stream=body.stream_options is not None and body.stream_options.include_usage,
+        usage=body.stream_options or StreamOptions(),
         tools=tools,
     )
 

@@ -51,7 +51,7 @@ def serve(artifact: Path, as_json: bool, options: ServeOptions) -> None:
 
     config = ServerConfig(
         folder=artifact.resolve(),
-        name=options.model_name or artifact.resolve().name,
+        name=options.model_name or Path(os.path.abspath(artifact)).name,
         options=options,
         opener="optc.runtime.serving.engine_process:open_artifact",
         api_keys=_keys(options),

@@ -80,6 +80,15 @@ def test_a_stream_is_the_whole_answer(client: OpenAI) -> None:
     assert events[-1].usage.completion_tokens == 80
 
 
+def test_usage_of_every_event(server: Server) -> None:
+    body = {"prompt": "x", "max_tokens": 9, "stream": True, "stop": None, "ignore_eos": True}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    text = server.post("/v1/completions", {**body, "stream_options": options})[1]
+    counts = [json.loads(row[6:])["usage"]["completion_tokens"] for row in text.split("\n\n")[:-2]]
+    assert counts == sorted(counts)
+    assert counts[-1] == 9
+
+
 def test_stop_strings_stop_ids_and_bias(client: OpenAI, server: Server) -> None:
     whole = TOKENS.decode(answer(PROMPT, 40))
     stop = whole[30:37]
