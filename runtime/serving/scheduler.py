@@ -15,8 +15,9 @@ https://arxiv.org/abs/2309.06180). Its full blocks stay findable until they are 
 request in order always gets through: others give way to it, never it to them. (2) Of the waiting requests, the one that
 arrived first may be overtaken, at admission, `patience` times; then it is urgent: before all others that wait, and the
 last to give way, among urgent ones by arrival. (3) Prompts are fed in the order of admission and decodes leave a part of
-the budget free, so an admitted prompt gets in. A request with k earlier ones before it is thus admitted after at most
-(k + 1) * (patience + 1) admissions, whatever priorities arrive behind it.
+the budget free, so an admitted prompt gets in. Each request is the first of those that wait for `patience` overtakings at
+most, in all its life. So where k earlier ones have not ended when a request comes, it is admitted after at most
+(k + 1) * (patience + 1) others have been admitted for the first time, whatever their priorities.
 
 Tokens may be read late: `plan` may be called again before `collect` has told what the step before gave.
 """
@@ -126,7 +127,7 @@ class Counts:
     cached_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
-    admissions: int = 0
+    admissions: int = 0  # first ones
     finished: dict[str, int] = field(default_factory=dict)
 
     def metrics(self, *, running: int, waiting: int, host_us: float, used_blocks: int = 0) -> EngineMetrics:
@@ -232,9 +233,8 @@ class Scheduler:
         oldest = self._first_arrival()
         if oldest is None:
             return None
-        first = self._ranked[0][2]
-        if oldest.overtaken < self._patience or first.urgent:
-            return first
+        if oldest.urgent or oldest.overtaken < self._patience:
+            return self._ranked[0][2]
         oldest.urgent = True
         self._pushed += 1
         heapq.heappush(self._ranked, (oldest.rank, self._pushed, oldest))
@@ -347,9 +347,9 @@ class Scheduler:
         return True
 
     def _count_admission(self, request: Request, found: int) -> None:
-        self.counts.admissions += 1
         if request.found is None:
             request.found = found
+            self.counts.admissions += 1
             self.counts.prompt_tokens += request.prompt_length
             self.counts.cached_tokens += found
         oldest = self._first_arrival()
