@@ -8,7 +8,7 @@ third of the prompts begins with one of 20 common beginnings. A step takes 1 on 
 
 Waste is the share of slots of owned blocks that hold no token, over all steps. Overtaken is the number of first
 admissions between a request's arrival and its own, against the bound of the scheduler's rule. A decision is a row or a
-piece of a prompt in a step. Seconds are the scheduler's, without the trace and the arithmetic of this file.
+piece of a prompt in a step. Seconds are the scheduler's on the processor, without the trace and the arithmetic of this file.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def simulate(trace: Trace, *, rows: int, num_blocks: int, budget: int, ahead: in
             scheduler.add(request)
             unfinished.add(request.id)
             place += 1
-        begin = time.perf_counter()
+        begin = time.process_time()
         plan = scheduler.plan()
         if plan is not None:
             plans.append(plan)
@@ -102,7 +102,7 @@ def simulate(trace: Trace, *, rows: int, num_blocks: int, budget: int, ahead: in
         if plans and (plan is None or len(plans) > ahead):
             oldest = plans.pop(0)
             gone = scheduler.collect(oldest, (oldest.rows * 7 + step) % 30000)
-        took = time.perf_counter() - begin
+        took = time.process_time() - begin
         seconds, longest = seconds + took, max(longest, took)
         if plan is not None:
             assert plan.tokens <= budget

@@ -51,8 +51,6 @@ def check_request(request: Generate, limits: Limits, known: Collection[str], wai
     for token, bias in request.logit_bias.items():
         if not math.isfinite(bias):
             raise InputError(f"the bias of token {token} is not a finite number", where="logit_bias")
-    if request.grammar is not None:
-        raise InputError("the engine does not hold answers to a grammar", where="grammar", remedy="leave it out")
     if len(request.prompt) > limits.context:
         raise InputError(
             f"a prompt of {len(request.prompt)} tokens does not fit the context of {limits.context}",

@@ -29,7 +29,8 @@ from optc.runtime.sessions.prompt_call import PromptCall, token_size
 from optc.runtime.sessions.streaming import Draw
 
 _FEW_REQUESTS = (8, 32)
-"""Requests of mixed calls, and multiples of 64."""
+_STEP, _CLOSE = 64, 1024
+"""Sizes of mixed calls, see `_mixed_size`."""
 
 
 @dataclass(slots=True)
@@ -91,9 +92,9 @@ class DeviceRunner:
         if flight.arrived is not None:
             flight.arrived.synchronize()
         self.model_s += time.perf_counter() - begin
-        if flight.tell is not None:
-            flight.tell()
         found: Ints = flight.tokens.numpy()[flight.order]
+        if flight.tell is not None:
+            flight.tell(found)
         return found
 
     def _decode(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Tell | None]:
@@ -209,9 +210,12 @@ def _batch(rows: int, most: int) -> int:
 
 
 def _mixed_size(tokens: int, requests: int) -> tuple[int, int]:
-    """As `call_size`, with fewer requests to spare: with hundreds of decodes their number is nearly that of tokens."""
-    most = next((size for size in _FEW_REQUESTS if requests < size), -(-(requests + 1) // 64) * 64)
-    size = token_size(tokens)
-    while size <= most:
-        size = token_size(size + 1)
-    return size, most
+    """As `call_size`, but closer: hundreds of decodes and a prompt or two are the usual call.
+
+    Requests are 8, 32, or a multiple of 64, with one to spare; tokens up to `_CLOSE` multiples of 64, from 64 on.
+    """
+    most = next((size for size in _FEW_REQUESTS if requests < size), -(-(requests + 1) // _STEP) * _STEP)
+    least = max(tokens, most + 1)
+    if _STEP < least <= _CLOSE:
+        return -(-least // _STEP) * _STEP, most
+    return token_size(least), most

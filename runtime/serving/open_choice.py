@@ -13,8 +13,8 @@ from optc.runtime.serving.rows import Ints, Kind
 from optc.runtime.serving.sampler import RequestSampler
 from optc.runtime.serving.step_buffers import StepBuffers
 
-Tell = Callable[[], None]
-"""Gives the samplers what they tell, once the step has arrived."""
+Tell = Callable[[Ints], None]
+"""Gives the samplers the tokens of a step that has arrived, and what they are to tell."""
 
 
 class OpenChoice:
@@ -37,7 +37,7 @@ class OpenChoice:
         return tokens, self._tell(logits, tokens, samplers)
 
     def _changed(self, logits: Tensor, samplers: Sequence[RequestSampler | None]) -> Tensor:
-        """float32 [R, V], with biases."""
+        """float32 [R, V], with biases, and without the tokens that may not follow."""
         scores = logits.float()
         entries = [
             (row, token, bias)
@@ -49,9 +49,34 @@ class OpenChoice:
             at = self._buffers.send(np.array([entry[:2] for entry in entries], np.int64).T)
             biases = self._buffers.send(np.array([entry[2] for entry in entries], np.float32))
             scores = scores.index_put((at[0], at[1]), biases, accumulate=True)
+        held = [
+            (row, sampler.grammar.bits)
+            for row, sampler in enumerate(samplers)
+            if sampler is not None and sampler.grammar is not None
+        ]
+        if held:
+            rows = self._buffers.send(np.array([row for row, _ in held], np.int64))
+            bits = self._buffers.send(np.stack([words for _, words in held]))
+            scores = scores.index_copy(0, rows, _masked(scores.index_select(0, rows), bits))
         return scores
 
     def _tell(self, logits: Tensor, tokens: Tensor, samplers: Sequence[RequestSampler | None]) -> Tell | None:
+        grammars = [(row, item) for row, item in enumerate(samplers) if item is not None and item.grammar is not None]
+        told = self._logprobs(logits, tokens, samplers)
+        if not grammars and told is None:
+            return None
+
+        def tell(chosen: Ints) -> None:
+            for row, sampler in grammars:
+                sampler.take(int(chosen[row]))
+            if told is not None:
+                told()
+
+        return tell
+
+    def _logprobs(
+        self, logits: Tensor, tokens: Tensor, samplers: Sequence[RequestSampler | None]
+    ) -> Callable[[], None] | None:
         asking = [
             (row, sampler)
             for row, sampler in enumerate(samplers)
@@ -66,10 +91,18 @@ class OpenChoice:
         chosen = scores.gather(1, tokens.index_select(0, at).clamp(min=0)[:, None])
         held = [self._buffers.bring(item) for item in (chosen, top, ids)]
 
-        def tell() -> None:
+        def told() -> None:
             for place, (_, sampler) in enumerate(asking):
                 count = sampler.request.logprobs or 0
                 likeliest = zip(held[2][place, :count].tolist(), held[1][place, :count].tolist(), strict=True)
                 sampler.logprobs.append(TokenLogprobs(float(held[0][place, 0]), list(likeliest)))
 
-        return tell
+        return told
+
+
+def _masked(scores: Tensor, bits: Tensor) -> Tensor:
+    """Scores [R, V] where the bits int32 [R, W] are set, -inf elsewhere, and beyond them."""
+    places = torch.arange(32, dtype=torch.int32, device=bits.device)
+    follows = ((bits[:, :, None] >> places) & 1).bool().flatten(1)[:, : scores.shape[1]]
+    beyond = scores.shape[1] - follows.shape[1]
+    return scores.masked_fill(~torch.nn.functional.pad(follows, (0, beyond)), float("-inf"))

@@ -7,9 +7,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from optc.compiler.execution.block_manager import BlockManager
 from optc.runtime.serving.accepting import NOT_FINITE, Limits, check_request
 from optc.runtime.serving.engine_options import EngineOptions
+from optc.runtime.serving.grammar import Grammars
 from optc.runtime.serving.host_time import HostTime
 from optc.runtime.serving.model_runner import ModelRunner, SamplerOf
 from optc.runtime.serving.request import Answer, EngineInfo, EngineMetrics, Finish, Generate
@@ -42,6 +45,7 @@ class PagedEngine:
         options: EngineOptions,
         open_runner: Callable[[PagedModel, Rows, SamplerOf], ModelRunner],
         *,
+        grammars: Grammars | None = None,
         on_close: Callable[[], None] = lambda: None,
         device: str = "",
     ) -> None:
@@ -50,7 +54,7 @@ class PagedEngine:
         self._limits = Limits(model.vocab_size, capacity, options.max_waiting)
         running, budget = options.batch(on_device=model.on_device)
         rows = Rows(running, capacity, model.block_size)
-        self._rows, self._on_close = rows, on_close
+        self._rows, self._on_close, self._grammars = rows, on_close, grammars
         self._entries: dict[str, _Entry] = {}
         self._runner = open_runner(model, rows, self._sampler_of)
         self.scheduler = Scheduler(
@@ -79,6 +83,7 @@ class PagedEngine:
     def submit(self, request: Generate) -> None:
         """See `Engine`."""
         end, reason = check_request(request, self._limits, self._entries, self.scheduler.waiting)
+        sampler = sampler_of(request, self._grammars)
         scheduled = Request(
             id=request.id,
             tokens=list(request.prompt),
@@ -87,9 +92,10 @@ class PagedEngine:
             end_reason=reason,
             stops=list(request.stop_ids),
             priority=request.priority,
+            single=request.grammar is not None,  # what may follow depends on the token
             kind=kind_of(request),
         )
-        self._entries[request.id] = _Entry(scheduled, sampler_of(request), len(request.prompt))
+        self._entries[request.id] = _Entry(scheduled, sampler, len(request.prompt))
         self.scheduler.add(scheduled)
 
     def cancel(self, identity: str) -> None:
@@ -114,11 +120,22 @@ class PagedEngine:
         if self._launched and (plan is None or len(self._launched) > self._runner.ahead):
             oldest = self._launched.popleft()
             self._ended += self.scheduler.collect(oldest, self._runner.collect())
+            self._end_complete(oldest)
             answers = self._tell(oldest)
         answers += [self._last(ended) for ended in self._ended]
         self._ended.clear()
         self._host.note(time.perf_counter() - begin - (self._runner.model_s - computed))
         return answers
+
+    def _end_complete(self, plan: Plan) -> None:
+        """End the requests whose grammars allow nothing more."""
+        for place in np.flatnonzero(self._rows.single[plan.rows]).tolist():
+            request = self.scheduler.request_of(int(plan.rows[place]), int(plan.serials[place]))
+            sampler = None if request is None else self._entries[request.id].sampler
+            if request is not None and sampler is not None and sampler.complete:
+                ended = self.scheduler.end(request.id, "stop")
+                assert ended is not None
+                self._ended.append(ended)
 
     def _tell(self, plan: Plan) -> list[Answer]:
         """The new token of every request that goes on."""
@@ -146,7 +163,8 @@ class PagedEngine:
         cached = None
         if not entry.told_cached and entry.scheduled.found is not None:
             cached, entry.told_cached = entry.scheduled.found, True
-        error = NOT_FINITE if finish == "error" else ""
+        problem = NOT_FINITE if entry.sampler is None else entry.sampler.problem
+        error = problem if finish == "error" else ""
         return Answer(
             id=entry.scheduled.id, tokens=tokens, logprobs=logprobs, finish=finish, cached_tokens=cached, error=error
         )

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from optc.compiler.diagnostics import GateError
+from optc.compiler.diagnostics import GateError, InputError
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
 from optc.runtime.generation.sampling import RowSampler, draws_of, row_sampler
+from optc.runtime.serving.accepting import NOT_FINITE
+from optc.runtime.serving.grammar import Grammars, GrammarState, allowed
 from optc.runtime.serving.request import Generate, TokenLogprobs
 from optc.runtime.serving.rows import Ints, Kind
 from optc.runtime.sessions.session import Logits
@@ -25,10 +27,11 @@ class RequestSampler:
 
     Attributes:
         logprobs: what it was to tell since they were taken last.
+        grammar: where the answer stands in its grammar; None where it is free.
     """
 
-    def __init__(self, request: Generate) -> None:
-        self.request = request
+    def __init__(self, request: Generate, grammar: GrammarState | None = None) -> None:
+        self.request, self.grammar = request, grammar
         self.logprobs: list[TokenLogprobs] = []
         self.bias = sorted(request.logit_bias.items())
         self._row: RowSampler | None = None
@@ -42,11 +45,11 @@ class RequestSampler:
         """The next token from logits [V], on the host; `NO_TOKEN` where they are not finite."""
         if self._row is None:
             self._row = row_sampler(self.request.sampling, self.request.prompt)
-        scores = logits
-        if self.bias:
-            scores = logits.copy()
-            for token, bias in self.bias:
-                scores[token] += bias
+        scores = logits.copy() if self.bias or self.grammar is not None else logits
+        for token, bias in self.bias:
+            scores[token] += bias
+        if self.grammar is not None:
+            scores[~allowed(self.grammar.bits, len(scores))] = -np.inf
         best = int(scores.argmax())  # NaN counts as the largest
         if not np.isfinite(scores[best]):
             return NO_TOKEN
@@ -56,7 +59,23 @@ class RequestSampler:
             return NO_TOKEN
         if self.request.logprobs is not None:
             self.logprobs.append(logprobs_of(logits, token, self.request.logprobs))
+        self.take(token)
         return token
+
+    def take(self, token: int) -> None:
+        """The answer goes on with this token."""
+        if self.grammar is not None and token != NO_TOKEN:
+            self.grammar.take(token)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing can follow what was taken."""
+        return self.grammar is not None and self.grammar.complete
+
+    @property
+    def problem(self) -> str:
+        """Why the answer ended with an error."""
+        return (self.grammar and self.grammar.problem) or NOT_FINITE
 
     def take_logprobs(self, count: int) -> list[TokenLogprobs] | None:
         """Those of the next tokens, so many; None where the request wants none."""
@@ -75,9 +94,17 @@ def kind_of(request: Generate) -> Kind:
     return Kind.GREEDY if request.sampling.greedy else Kind.DRAWN
 
 
-def sampler_of(request: Generate) -> RequestSampler | None:
-    """The sampler of a request; None where it takes the largest logits."""
-    return None if kind_of(request) == Kind.GREEDY else RequestSampler(request)
+def sampler_of(request: Generate, grammars: Grammars | None) -> RequestSampler | None:
+    """The sampler of a request; None where it takes the largest logits.
+
+    Raises:
+        InputError, TargetError: a grammar that cannot be held to.
+    """
+    if request.grammar is None:
+        return None if kind_of(request) == Kind.GREEDY else RequestSampler(request)
+    if grammars is None:
+        raise InputError("the model has no tokenizer, by which a grammar is compiled", remedy="leave the grammar out")
+    return RequestSampler(request, grammars.open(request.grammar))
 
 
 def choose(logits: Logits, samplers: Sequence[RequestSampler | None]) -> Ints:

@@ -215,8 +215,12 @@ class Scheduler:
 
     def cancel(self, identity: str) -> Ended | None:
         """End a request; None where there is none of this name."""
+        return self.end(identity, "cancelled")
+
+    def end(self, identity: str, finish: Finish) -> Ended | None:
+        """End a request for a reason that is not its tokens'; None where there is none of this name."""
         request = self._requests.get(identity)
-        return None if request is None else self._end(request, "cancelled")
+        return None if request is None else self._end(request, finish)
 
     def _wait(self, request: Request) -> None:
         request.waits = True

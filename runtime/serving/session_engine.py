@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
 from optc.runtime.serving.accepting import NOT_FINITE, Limits, check_request
 from optc.runtime.serving.engine_options import EngineOptions
+from optc.runtime.serving.grammar import Grammars
 from optc.runtime.serving.host_time import HostTime
 from optc.runtime.serving.request import Answer, EngineInfo, EngineMetrics, Finish, Generate
 from optc.runtime.serving.sampler import RequestSampler, choose, sampler_of
@@ -35,9 +36,9 @@ class SessionEngine:
     request before it is computed from there on.
     """
 
-    def __init__(self, session: Session, options: EngineOptions) -> None:
+    def __init__(self, session: Session, options: EngineOptions, grammars: Grammars | None = None) -> None:
         context = min(session.context_length, options.max_context or session.context_length)
-        self._session, self._patience = session, options.patience
+        self._session, self._patience, self._grammars = session, options.patience, grammars
         self._limits = Limits(session.vocab_size, context, options.max_waiting)
         self._waiting: dict[str, _Job] = {}  # by arrival
         self._ranked: list[tuple[int, int, _Job]] = []
@@ -59,7 +60,8 @@ class SessionEngine:
         """See `Engine`."""
         running = () if self._running is None else (self._running.request.id,)
         end, reason = check_request(request, self._limits, {*self._waiting, *running}, len(self._waiting))
-        job = _Job(request, end, reason, sampler_of(request), list(request.prompt))
+        sampler = sampler_of(request, self._grammars)
+        job = _Job(request, end, reason, sampler, list(request.prompt))
         self._waiting[request.id] = job
         heapq.heappush(self._ranked, (request.priority, self._arrivals, job))
         self._arrivals += 1
@@ -123,7 +125,7 @@ class SessionEngine:
             return self._answer(job, [], "error", cached)
         job.tokens.append(token)
         self._counts.generated_tokens += 1
-        if token in job.request.stop_ids:
+        if token in job.request.stop_ids or (job.sampler is not None and job.sampler.complete):
             return self._answer(job, [token], "stop", cached)
         return self._answer(job, [token], job.end_reason if len(job.tokens) >= job.end else None, cached)
 
@@ -133,7 +135,8 @@ class SessionEngine:
             if job is self._running:
                 self._running = None
         logprobs = None if job.sampler is None else job.sampler.take_logprobs(len(tokens))
-        error = NOT_FINITE if finish == "error" else ""
+        problem = NOT_FINITE if job.sampler is None else job.sampler.problem
+        error = problem if finish == "error" else ""
         return Answer(
             id=job.request.id, tokens=tokens, logprobs=logprobs, finish=finish, cached_tokens=cached, error=error
         )
