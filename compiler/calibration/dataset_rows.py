@@ -14,7 +14,7 @@ _ROWS = 1024  # read at a time
 
 def is_dataset(path: Path) -> bool:
     """Whether `read_rows` reads it: a folder, or a .parquet file."""
-    return path.is_dir() or path.suffix == ".parquet"
+    return path.is_dir() or path.suffix.lower() == ".parquet"
 
 
 def read_rows(path: Path, *, kind: str) -> Iterator[dict[str, Any]]:
@@ -39,7 +39,7 @@ def read_rows(path: Path, *, kind: str) -> Iterator[dict[str, Any]]:
         ) from error
     with os_errors(f"reading the {kind} data", str(path)):
         try:
-            if path.suffix == ".parquet":
+            if path.suffix.lower() == ".parquet":
                 file = pyarrow.parquet.ParquetFile(path)
                 column = _column(file.schema_arrow.names, path, kind)
                 for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):

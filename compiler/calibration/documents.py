@@ -19,9 +19,10 @@ class Encoder(Protocol):
 def read_documents(path: Path, encoder: Encoder | None, *, kind: str = "calibration") -> list[list[int]]:
     """The token sequences of a file of text or tokens.
 
-    `.jsonl`: one object per line with "text" (needs a tokenizer), or "tokens" or "input_ids", a list of ids. `.json`: a
-    list of ids, or a list of such lists. `.parquet`, or a folder by `datasets.save_to_disk`: the same keys as columns
-    (extra `datasets`). Anything else is UTF-8 text.
+    `.jsonl` or `.ndjson`: one object per line with "text" (needs a tokenizer), or "tokens" or "input_ids", a list of
+    ids. `.json`: a list of ids, or a list of such lists. `.parquet`, or a folder by `datasets.save_to_disk`: the same
+    keys as columns (extra `datasets`). Anything else is UTF-8 text. Endings in capitals mean the same; a byte order
+    mark is no part of the text.
 
     Args:
         kind: what the file is for, as errors name it.
@@ -38,15 +39,17 @@ def read_documents(path: Path, encoder: Encoder | None, *, kind: str = "calibrat
     with os_errors(f"reading the {kind} file", str(path)):
         data = path.read_bytes()
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"the {kind} file is not UTF-8", where=str(path), why=str(error)) from error
-    if path.suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
+        # Not splitlines: a string of JSON may hold U+2028, U+2029 and U+0085, which end lines there.
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         return [
             _record(_json(line, f"{path}:{number}", kind), f"{path}:{number}", encoder, kind) for number, line in lines
         ]
-    if path.suffix == ".json":
+    if suffix == ".json":
         rows = _json(text, str(path), kind)
         if isinstance(rows, list) and rows and isinstance(rows[0], int):
             rows = [rows]

@@ -246,7 +246,7 @@ def _run_tasks(model: Model, names: Sequence[str], options: EvalOptions) -> dict
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(
             "the text cannot be read", where=str(path), why=str(error), remedy="give a text file"

@@ -30,15 +30,23 @@ def test_text_and_token_files(tmp_path: Path) -> None:
         "b.jsonl": '{"text": "ab"}\n\n{"tokens": [1, 2]}\n{"input_ids": [3]}\n',
         "c.json": "[5, 6, 7]",
         "d.json": "[[5], [6, 7]]",
+        "e.ndjson": '\ufeff{"text": "a\u2028b"}\r\n{"text": "\u2029\x85"}\n',
+        "f.JSONL": '{"tokens": [1]}',
+        "g.JSON": "\ufeff[8]",
+        "h.txt": "\ufeffab\u2028",
     }
     expected = {
         "a.txt": [[97, 98]],
         "b.jsonl": [[97, 98], [1, 2], [3]],
         "c.json": [[5, 6, 7]],
         "d.json": [[5], [6, 7]],
+        "e.ndjson": [list("a\u2028b".encode()), list("\u2029\x85".encode())],
+        "f.JSONL": [[1]],
+        "g.JSON": [[8]],
+        "h.txt": [list("ab\u2028".encode())],
     }
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
         assert read_documents(tmp_path / name, _Bytes()) == expected[name]
 
 
