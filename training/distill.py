@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from optc.compiler.capture.facts import text_config
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.training.config import TrainConfig
 from optc.training.data import IGNORED, Batch
@@ -45,9 +46,10 @@ def load_teacher(config: TrainConfig, vocab_size: int) -> Any | None:
         raise UsageError("a model from scratch cannot be its own teacher", remedy="give distill.teacher a model folder")
     folder = Path(config.model if name == "self" else name)
     teacher = load_frozen(folder)
-    if teacher.config.vocab_size != vocab_size:
+    found = text_config(teacher.config).vocab_size
+    if found != vocab_size:
         raise InputError(
-            f"the teacher has {teacher.config.vocab_size} tokens in its vocabulary, the model {vocab_size}",
+            f"the teacher has {found} tokens in its vocabulary, the model {vocab_size}",
             where=str(folder),
             remedy="give a teacher with the model's tokenizer",
         )

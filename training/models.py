@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from optc.compiler.capture.attention import caps_scores
+from optc.compiler.capture.facts import stated_context, text_config
 from optc.compiler.capture.loading import load_model, meta_model
 from optc.compiler.diagnostics import InputError
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder
@@ -34,8 +35,8 @@ def load_trainable(config: TrainConfig) -> Any:
             where=config.model,
             remedy="give a decoder with a language-model head, such as LlamaForCausalLM",
         )
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and config.seq_len > context:
+    context = stated_context(text_config(model.config))
+    if context and config.seq_len > context:
         raise InputError(
             f"seq_len {config.seq_len} is longer than the model's context of {context}",
             where=config.model,

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from optc.compiler.capture.facts import text_config
+from optc.compiler.capture.loading import pretrained_config
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.ir.devices import choose_device
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, config_digest, weights_digest
-from optc.compiler.model_folder.config_file import read_config
+from optc.compiler.model_folder.config_file import CONFIG, read_config
 from optc.runtime.generation.tokenizer import eos_token_ids, load_tokenizer
 from optc.training.activation_checkpointing import apply_activation_checkpointing
 from optc.training.chunked_head import check_head, chunked_head
@@ -147,7 +149,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
         raise InputError("the model folder does not exist", where=config.model, remedy="give a folder with config.json")
     reader = _reader(config, world, folder)
     model = build_model(config)
-    teacher = load_teacher(config, model.config.vocab_size)
+    teacher = load_teacher(config, text_config(model.config).vocab_size)
     model = model.to(device)
     head = chunked_head(model, config)
     if head is not None:
@@ -182,10 +184,23 @@ def _reader(config: TrainConfig, world: World, folder: Path) -> Reader:
     documents = read_corpus(
         config.data.text,
         load_tokenizer(folder),
-        vocab_size=int(read_config(folder, trust_remote_code=False).get("vocab_size", 0)),
+        vocab_size=_vocabulary(folder),
         end_token=ends[0] if ends else None,
     )
     return Reader(documents, config, world_size=world.size, rank=world.rank)
+
+
+def _vocabulary(folder: Path) -> int:
+    info = CheckpointInfo(folder, read_config(folder, trust_remote_code=False), {}, has_tokenizer=False)
+    size = getattr(text_config(pretrained_config(info)), "vocab_size", None)
+    if not size:
+        raise InputError(
+            "the model has no vocabulary",
+            where=str(folder / CONFIG),
+            why="it states no vocab_size",
+            remedy="give a decoder with a language-model head, such as LlamaForCausalLM",
+        )
+    return int(size)
 
 
 def model_identity(config: TrainConfig) -> str:

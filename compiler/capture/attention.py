@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optc.compiler.capture.facts import text_config
 from optc.compiler.diagnostics import CaptureError
 
 NAME = "optc"
@@ -70,7 +71,7 @@ class Mask:
 
 def caps_scores(config: Any) -> bool:
     """Whether a model's attention caps its scores: sdpa cannot, and transformers 5.17 leaves the cap out there."""
-    return getattr(config, "attn_logit_softcapping", None) is not None
+    return getattr(text_config(config), "attn_logit_softcapping", None) is not None
 
 
 def own_attention(model: str | None) -> CaptureError:

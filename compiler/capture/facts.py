@@ -44,19 +44,43 @@ def model_facts(config: Any, generation: Any = None) -> ModelFacts:
         generation: the model's generation config, whose end-of-text ids win: chat models end a turn with another
             token than a text.
     """
+    words = text_config(config)
     eos = getattr(generation, "eos_token_id", None)
-    eos = getattr(config, "eos_token_id", None) if eos is None else eos
+    eos = _stated(config, words, "eos_token_id") if eos is None else eos
     ids = tuple(eos) if isinstance(eos, list | tuple) else (() if eos is None else (int(eos),))
     return ModelFacts(
         model_type=str(getattr(config, "model_type", "")),
         architecture=str((getattr(config, "architectures", None) or [""])[0]),
-        vocab_size=int(getattr(config, "vocab_size", 0)),
-        context_length=stated_context(config),
-        hidden_size=int(getattr(config, "hidden_size", 0)),
-        bos_token_id=getattr(config, "bos_token_id", None),
+        vocab_size=int(getattr(words, "vocab_size", 0)),
+        context_length=stated_context(words),
+        hidden_size=int(getattr(words, "hidden_size", 0)),
+        bos_token_id=_stated(config, words, "bos_token_id"),
         eos_token_ids=ids,
-        pad_token_id=getattr(config, "pad_token_id", None),
+        pad_token_id=_stated(config, words, "pad_token_id"),
     )
+
+
+def text_config(config: Any) -> Any:
+    """The config of the language model: `config` itself, or what the config of a multimodal model nests.
+
+    Raises:
+        CaptureError: it nests several, and does not say which of them makes the text.
+    """
+    from transformers import PreTrainedConfig
+
+    if not isinstance(config, PreTrainedConfig):
+        return config
+    try:
+        nested = config.get_text_config(decoder=True)
+    except ValueError as error:
+        raise CaptureError("the config nests several language models", where="config.json", why=str(error)) from error
+    return nested if isinstance(nested, PreTrainedConfig) else config
+
+
+def _stated(config: Any, words: Any, name: str) -> Any:
+    """A token id of a config, where it has none of its language model's."""
+    found = getattr(config, name, None)
+    return getattr(words, name, None) if found is None else found
 
 
 def stated_context(config: Any) -> int:
@@ -72,7 +96,7 @@ def refuse_unsupported(config: Any) -> None:
         CaptureError: rotary frequencies that depend on the sequence length (one graph serves all
             lengths), relative position biases, or an encoder-decoder model.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = getattr(text_config(config), "rope_parameters", None) or {}
     kinds = (
         [rope.get("rope_type")]
         if "rope_type" in rope

@@ -124,12 +124,31 @@ def meta_model(info: CheckpointInfo, *, trust_remote_code: bool = False) -> Any:
     Raises:
         InputError, CaptureError: unreadable config, unknown architecture, unsupported model.
     """
+    config = pretrained_config(info, trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the skeleton is that of the unquantized model
+    made = _model_class(config, trust_remote_code)
+    if made.main_input_name != "input_ids":
+        raise _reads_other_input(made)
+    register()
+    try:
+        with torch.device("meta"):
+            return made(config)
+    except _UNUSABLE_CONFIG as error:
+        raise _unusable_config(info, error) from error
+
+
+def pretrained_config(info: CheckpointInfo, *, trust_remote_code: bool = False) -> Any:
+    """The config of a checked folder as transformers reads it.
+
+    Raises:
+        InputError, CaptureError: unreadable, or of a model that is not supported.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    register()
     try:
         config = AutoConfig.from_pretrained(str(info.path), trust_remote_code=trust_remote_code)
     except StrictDataclassError as error:
@@ -142,16 +161,7 @@ def meta_model(info: CheckpointInfo, *, trust_remote_code: bool = False) -> Any:
             remedy="check model_type and the transformers version",
         ) from error
     refuse_unsupported(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the skeleton is that of the unquantized model
-    made = _model_class(config, trust_remote_code)
-    if made.main_input_name != "input_ids":
-        raise _reads_other_input(made)
-    try:
-        with torch.device("meta"):
-            return made(config)
-    except _UNUSABLE_CONFIG as error:
-        raise _unusable_config(info, error) from error
+    return config
 
 
 _UNUSABLE_CONFIG = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError)

@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.export import Dim
 
 from optc.compiler.capture.attention import NAME, register
-from optc.compiler.capture.facts import attention_layers, model_facts, refuse_unsupported, stated_context
+from optc.compiler.capture.facts import (
+    attention_layers,
+    model_facts,
+    refuse_unsupported,
+    stated_context,
+    text_config,
+)
 from optc.compiler.capture.loading import DTYPES, RESIDENT_BYTES, load_model
 from optc.compiler.capture.positions import position_offset
 from optc.compiler.capture.proof import prove_model
@@ -223,12 +229,12 @@ def _output(exported: torch.export.ExportedProgram, config: Any, shell: _Decoder
     if not shell._answer.is_logits:
         return Output(name="hidden", role="hidden")
     width = exported.graph.output_node().args[0][0].meta["val"].shape[-1]
-    vocabulary = width == getattr(config, "vocab_size", None)
+    vocabulary = width == getattr(text_config(config), "vocab_size", None)
     return Output(name="logits", role="logits" if vocabulary else "classes")
 
 
 def _context(config: Any) -> int:
-    return stated_context(config) or 1 << 20
+    return stated_context(text_config(config)) or 1 << 20
 
 
 def _is_encoder(model: torch.nn.Module) -> bool:

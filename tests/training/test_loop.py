@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_runs import small_config, small_model, token_file
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.diagnostics import GateError, InputError, ResourceError, UsageError
@@ -133,6 +134,35 @@ class TestErrors:
         BertModel(shape).save_pretrained(tmp_path / "bert")
         with pytest.raises(InputError, match="BertModel is not a causal language model"):
             train(small_config(tmp_path / "bert", start[1], tmp_path / "out"))
+
+    def test_vocabulary_and_context_of_a_multimodal_model(self, start: tuple[Path, Path], tmp_path: Path) -> None:
+        """Both stand in the nested config of its language model."""
+        shape = LlavaConfig(
+            text_config=LlamaConfig.from_pretrained(start[0], vocab_size=60),
+            vision_config=CLIPVisionConfig(
+                hidden_size=8,
+                intermediate_size=8,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                image_size=8,
+                patch_size=8,
+            ),
+            image_token_index=59,
+        )
+        shape.architectures = ["LlavaForConditionalGeneration"]
+        shape.save_pretrained(tmp_path / "llava")
+        text = token_file(tmp_path / "long.jsonl", lengths=(200,))
+        made = small_config(tmp_path / "llava", text, tmp_path / "out", from_scratch=True, seq_len=65)
+        (tmp_path / "high.jsonl").write_text('{"tokens": [3, 59, 60]}\n')
+        with pytest.raises(InputError, match="token 60 is outside the vocabulary of 60"):
+            train(
+                msgspec.structs.replace(
+                    made, data=msgspec.structs.replace(made.data, text=[str(tmp_path / "high.jsonl")])
+                )
+            )
+        (tmp_path / "long.jsonl").write_text(json.dumps({"tokens": [3, 4] * 100}))
+        with pytest.raises(InputError, match="seq_len 65 is longer than the model's context of 64"):
+            train(made)
 
     def test_rows_longer_than_the_context(self, start: tuple[Path, Path], tmp_path: Path) -> None:
         text = token_file(tmp_path / "long.jsonl", lengths=(200,))

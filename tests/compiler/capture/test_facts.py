@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 from families import make_model
+from transformers import CLIPVisionConfig, Gemma2Config, LlamaConfig, LlavaConfig
 
 from optc.compiler.capture import capture_model
+from optc.compiler.capture.attention import caps_scores
+from optc.compiler.capture.facts import model_facts, refuse_unsupported
 from optc.compiler.capture.loading import meta_model
 from optc.compiler.capture.pretrained import capture_pretrained
 from optc.compiler.diagnostics import CaptureError
@@ -58,6 +61,18 @@ def test_a_model_in_memory_has_its_own_generation_config() -> None:
     model = make_model("qwen2")
     model.config.eos_token_id, model.generation_config.eos_token_id = 2, [2, 11]
     assert capture_model(model).contract.model.eos_token_ids == (2, 11)
+
+
+def test_facts_of_a_multimodal_model_are_its_language_models() -> None:
+    words = Gemma2Config(vocab_size=77, max_position_embeddings=33, hidden_size=24, eos_token_id=5, bos_token_id=4)
+    config = LlavaConfig(text_config=words, vision_config=CLIPVisionConfig())
+    facts = model_facts(config)
+    assert (facts.vocab_size, facts.context_length, facts.hidden_size) == (77, 33, 24)
+    assert (facts.bos_token_id, facts.eos_token_ids, facts.model_type) == (4, (5,), "llava")
+    assert caps_scores(config)  # Gemma 2 caps them; transformers' sdpa would leave that out
+    words = LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(CaptureError, match="rotary embedding of type 'dynamic'"):
+        refuse_unsupported(LlavaConfig(text_config=words, vision_config=CLIPVisionConfig()))
 
 
 @pytest.mark.parametrize("name", ["LlamaConfig", "pipeline", "PreTrainedTokenizerFast", "logging", "NoSuchModel"])
