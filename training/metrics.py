@@ -13,6 +13,8 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from optc.compiler.analysis.module_linears import output_head
+from optc.compiler.capture.facts import text_config
 from optc.compiler.diagnostics import InputError, UsageError, os_errors
 
 # Dense peak in TFLOP/s (1e12) of tensor cores, from the makers' data sheets: bf16 and fp16, and TF32 for fp32.
@@ -111,13 +113,13 @@ def flops_per_token(model: Any, seq_len: int) -> int:
     attention, counted in full although half of it is masked. What checkpointing computes again does not count.
     """
     embeddings = {id(item.weight) for item in model.modules() if isinstance(item, nn.Embedding)}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     tied = head is not None and id(head.weight) in embeddings
     count = 0
     for parameter in model.parameters():
         if parameter.dim() >= 2 and (id(parameter) not in embeddings or tied):
             count += (6 if parameter.requires_grad else 4) * parameter.numel()
-    config: Any = getattr(model, "config", None)
+    config = text_config(getattr(model, "config", None))
     layers, hidden = getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0)
     return count + 12 * layers * hidden * seq_len
 

@@ -16,7 +16,7 @@ def model_linears(model: Any, *, head: bool = False) -> dict[str, nn.Module]:
     Left out: the linear that makes the logits unless `head` (its errors reach the output undamped), and the routers
     of experts (a changed choice is no small error). A router is a linear beside experts with one output for each.
     """
-    last = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    last = output_head(model)
     return {
         name: module
         for name, module in model.named_modules()
@@ -24,6 +24,11 @@ def model_linears(model: Any, *, head: bool = False) -> dict[str, nn.Module]:
         and (module is not last or head)
         and not _routes(model, name, module)
     }
+
+
+def output_head(model: Any) -> nn.Module | None:
+    """The module that makes the logits of a transformers model, None where there is none."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:

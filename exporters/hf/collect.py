@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from optc.compiler.analysis.module_linears import output_head
 from optc.compiler.capture.loading import meta_model
 from optc.compiler.capture.renames import renamed_tensors
 from optc.compiler.diagnostics import TargetError
@@ -27,8 +28,10 @@ class FolderPlan:
         plain: checkpoint name -> weight of the program.
         quantized: in graph order.
         copied: tensors of the source that the program does not read.
-        linears: every `nn.Linear` of the model, by module name, and by its name in the checkpoint where that differs.
+        linears: every `nn.Linear` of the model, by module name; one that is not quantized also by its name in the
+            checkpoint, where that differs.
         embeddings: every `nn.Embedding`.
+        head: the module that makes the logits, "" where there is none.
         untied: a quantized head has codes of its own where the source model shares the embedding's tensor.
         key_values: how keys and values are rounded, None where they are not.
         scales: attention module -> weights of the program that its keys and its values are rounded by.
@@ -43,6 +46,7 @@ class FolderPlan:
     embeddings: tuple[str, ...] = ()
     key_values: KeyValueScheme | None = None
     scales: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    head: str = ""
 
 
 def collect(program: Program, source: Path | None) -> FolderPlan:
@@ -77,10 +81,12 @@ def collect(program: Program, source: Path | None) -> FolderPlan:
     copied = [name for name in dense.tensors if name not in stored]
     copied += [source for name, source in places.found.items() if owners.get(name, name) not in held]
     linears = [name for name, module in skeleton.named_modules() if type(module) is torch.nn.Linear]
-    old = [renamed[f"{name}.weight"] for name in linears if f"{name}.weight" in renamed]
+    old = [renamed[f"{name}.weight"] for name in linears if name not in modules and f"{name}.weight" in renamed]
     linears += [name.removesuffix(".weight") for name in old]
     untied = any((places.shared(name) - {name}) & written for name in written)
     kept = {renamed.get(name, name): weight for name, weight in plain.items()}
+    last = output_head(skeleton)
+    head = next((name for name, module in skeleton.named_modules() if module is last), "")
     embeddings = [name for name, module in skeleton.named_modules() if isinstance(module, torch.nn.Embedding)]
     return FolderPlan(
         info,
@@ -92,4 +98,5 @@ def collect(program: Program, source: Path | None) -> FolderPlan:
         tuple(embeddings),
         key_values,
         scales,
+        head,
     )

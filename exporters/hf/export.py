@@ -117,7 +117,7 @@ def _config(
         said, tensors = writer.key_values(plan.key_values, scales)
     if plan.quantized or said:
         schemes = {item.module: item.weight.scheme for item in plan.quantized}
-        config[KEY] = writer.config(schemes, plan.linears) | said
+        config[KEY] = writer.config(schemes, plan.linears, plan.head) | said
     return config, tensors
 
 

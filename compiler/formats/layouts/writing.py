@@ -32,12 +32,13 @@ class LayoutWriter(Protocol):
     def tensors(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """What is written for a weight: name behind the module's -> tensor."""
 
-    def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
+    def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str], head: str = "") -> dict[str, Any]:
         """quantization_config.
 
         Args:
             schemes: quantized linear -> its scheme.
             linears: all linears of the model.
+            head: the linear that makes the logits, "" where there is none.
 
         Raises:
             TargetError: the layout cannot name this mixture.

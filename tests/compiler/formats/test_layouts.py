@@ -88,6 +88,7 @@ def test_awq_by_an_independent_reader(tmp_path: Path, recipe: str, module: str) 
         "bits": 4,
         "group_size": 32,
         "zero_point": True,
+        "lm_head": False,
         "modules_to_not_convert": ["lm_head"],
     }
 

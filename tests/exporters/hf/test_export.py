@@ -85,6 +85,23 @@ def test_names_that_transformers_changes_on_loading_stay_as_they_were(tmp_path: 
     assert all(torch.equal(again.weight(name), tensor) for name, tensor in ours.items())
 
 
+def test_a_quantized_linear_is_not_ignored_under_its_older_name(tmp_path: Path) -> None:
+    program = apply(QuantizeRtn(group_size=32, head=True), captured("gpt-neox")).program
+    write(program, source("gpt-neox"), tmp_path)
+    assert "lm_head.weight_packed" in tensors(tmp_path)
+    assert config(tmp_path)["quantization_config"]["ignore"] == []
+
+
+@pytest.mark.parametrize("layout", ["gptq", "awq"])
+def test_a_quantized_head_is_told(tmp_path: Path, layout: str) -> None:
+    """vLLM reads quantization_config.lm_head in both layouts, and takes it to be false."""
+    for head in (True, False):
+        program = apply(QuantizeRtn(group_size=32, head=head), captured("llama")).program
+        write(apply(RoundScales(), program).program, source("llama"), tmp_path / str(head), layout)
+        assert ("lm_head.qweight" in tensors(tmp_path / str(head))) is head
+        assert config(tmp_path / str(head))["quantization_config"]["lm_head"] is head
+
+
 def _tied(tmp_path: Path) -> Path:
     model = make_model("llama")
     model.config.tie_word_embeddings = True

@@ -51,7 +51,7 @@ class AwqWriter:
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise no_key_values(self.name, scales)
 
-    def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
+    def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str], head: str = "") -> dict[str, Any]:
         scheme = one_setting(self.name, schemes)
         return {
             "quant_method": self.name,
@@ -59,6 +59,7 @@ class AwqWriter:
             "bits": scheme.bits,
             "group_size": scheme.group_size or -1,
             "zero_point": True,
+            "lm_head": head in schemes,  # vLLM takes the head to be unquantized unless this says otherwise
             "modules_to_not_convert": [module for module in linears if module not in schemes],
         }
 

@@ -76,7 +76,7 @@ class CompressedTensorsWriter:
             out["weight_zero_point"] = pack_words(weight.zero.t().contiguous(), scheme.bits).t().contiguous()
         return out
 
-    def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
+    def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str], head: str = "") -> dict[str, Any]:
         kinds = list(dict.fromkeys(schemes.values()))
         groups: dict[str, dict[str, Any]] = {}
         for index, kind in enumerate(kinds):

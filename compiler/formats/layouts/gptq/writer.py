@@ -61,7 +61,7 @@ class GptqWriter:
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise no_key_values(self.name, scales)
 
-    def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
+    def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str], head: str = "") -> dict[str, Any]:
         scheme = one_setting(self.name, schemes)
         layout = V2 if self.exact_zero else V1
         left = [module for module in linears if module not in schemes]
@@ -71,7 +71,7 @@ class GptqWriter:
             "group_size": scheme.group_size or -1,
             "desc_act": False,
             "sym": scheme.symmetric,
-            "lm_head": False,
+            "lm_head": head in schemes,  # vLLM takes the head to be unquantized unless this says otherwise
             "checkpoint_format": layout,
             "format": layout,
             "pack_dtype": "int32",

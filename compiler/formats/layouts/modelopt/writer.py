@@ -81,7 +81,7 @@ class ModelOptWriter:
         second = weight.global_scale.float().reshape(())
         return {"weight": packed, "weight_scale": weight.scale, "weight_scale_2": second, **inputs}
 
-    def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str]) -> dict[str, Any]:
+    def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str], head: str = "") -> dict[str, Any]:
         """`quantization_config` of config.json."""
         algorithm = _algorithm(schemes)
         groups: dict[str, Any] = {}
