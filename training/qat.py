@@ -5,7 +5,7 @@ Linears are found by walking the module tree, keys and values where the model ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
+from optc.compiler.analysis.name_patterns import check_patterns
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.formats.integer import check_bits, check_group_size
 from optc.compiler.formats.layouts import QuantizedWeight, Scheme
@@ -202,7 +203,7 @@ def quantized_linears(model: nn.Module) -> Iterator[tuple[str, FakeQuantizedLine
 def _choose(model: Any, config: QatConfig) -> dict[str, nn.Linear]:
     """Linears to replace, by name."""
     linears = quantizable_linears(model, head=config.head)
-    _check_patterns(config.ignore, [f"{name}.weight" for name in linears])
+    check_patterns("qat.ignore", config.ignore, [name for name, _ in model.named_parameters(remove_duplicate=False)])
     chosen: dict[str, nn.Linear] = {}
     owner: dict[int, str] = {}
     for name, linear in linears.items():
@@ -224,14 +225,3 @@ def _choose(model: Any, config: QatConfig) -> dict[str, nn.Linear]:
             remedy="check qat.ignore, or set qat.head=true",
         )
     return chosen
-
-
-def _check_patterns(ignore: Sequence[str], names: Sequence[str]) -> None:
-    unused = [pattern for pattern in ignore if not any(fnmatchcase(name, pattern) for name in names)]
-    if unused:
-        near = ", ".join(list(names)[:3])
-        raise UsageError(
-            f"qat.ignore: '{unused[0]}' matches no weight of a linear",
-            why=f"names look like {near}",
-            remedy="correct the pattern, or leave it out",
-        )

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 
 from optc.compiler.capture.loading import DTYPES, meta_model
-from optc.compiler.formats.integer import check_group_size
 from optc.compiler.model_folder.checkpoint import check_folder
 from optc.compiler.model_folder.quantized import quantized_folder, refuse_quantizing_again
 from optc.compiler.target.options import CompileOptions
@@ -38,8 +37,6 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
     resolved = with_group_size(resolved, [columns for _, columns in linears.values()], list(linears))
     options, steps = resolved.options, recipe_steps(resolved, "decoder" if decoder else "encoder")
     chosen = options.quantization
-    if chosen is not None and chosen.group_size is not None:
-        check_group_size(chosen.group_size, [columns for _, columns in linears.values()], list(linears))
     sizes = predicted_sizes(skeleton, target, options, steps, info.weight_bytes)
     held = quantized_folder(info)
     note = target.quant[chosen.method].note if chosen is not None else ""

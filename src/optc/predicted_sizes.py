@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from optc.compiler.analysis.module_linears import expert_stacks, linear_shape, model_linears
+from optc.compiler.analysis.name_patterns import check_patterns
 from optc.compiler.artifact.sizes import Sizes
 from optc.compiler.capture.loading import DTYPES
 from optc.compiler.target.options import CompileOptions
@@ -19,7 +20,12 @@ _OWN_BLOCK = 64
 
 
 def quantizable(skeleton: Any, ignore: Sequence[str] = ()) -> dict[str, tuple[int, int]]:
-    """Weight name -> (N, K) of the linears that a quantization pass takes. Stacked experts are linears `name[e]`."""
+    """Weight name -> (N, K) of the linears that a quantization pass takes. Stacked experts are linears `name[e]`.
+
+    Raises:
+        UsageError: a pattern of `ignore` matches no weight of the model.
+    """
+    check_patterns("ignore", ignore, [name for name, _ in skeleton.named_parameters(remove_duplicate=False)])
     found = {f"{name}.weight": linear_shape(module) for name, module in model_linears(skeleton).items()}
     for name, (experts, rows, columns) in expert_stacks(skeleton).items():
         found |= {f"{name}[{index}]": (rows, columns) for index in range(experts)}

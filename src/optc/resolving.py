@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from optc.compiler.diagnostics import UsageError
-from optc.compiler.formats.integer import default_group_size
+from optc.compiler.formats.integer import check_group_size, default_group_size
 from optc.compiler.ir.devices import choose_device
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass
@@ -70,18 +70,25 @@ def resolve(request: Request) -> Resolved:
 def with_group_size(resolved: Resolved, columns: Sequence[int], names: Sequence[str]) -> Resolved:
     """With the group size that the request left to the model's shapes: the largest default that divides every linear.
 
+    A size that was asked for is compared with the shapes.
+
     Args:
         columns, names: K and weight name of the linears that the method takes.
 
     Raises:
-        UsageError: no default size divides all of them.
+        InputError: the size, or each default one, does not divide all of them.
         TargetError: the target has no kernel for the size.
     """
     options = resolved.options
     chosen = options.quantization
-    if chosen is None or chosen.group_size is not None or METHODS[chosen.method].fixed or not columns:
+    if chosen is None or not columns:
         return resolved
-    quantization = msgspec.structs.replace(chosen, group_size=default_group_size(columns, names))
+    sizes = resolved.target.quant[chosen.method].group_sizes
+    if chosen.group_size is not None:
+        check_group_size(chosen.group_size, columns, names, sizes=sizes)
+    if chosen.group_size is not None or METHODS[chosen.method].fixed:
+        return resolved
+    quantization = msgspec.structs.replace(chosen, group_size=default_group_size(columns, names, sizes=sizes))
     options = msgspec.structs.replace(options, quantization=quantization)
     check_options(resolved.target, options, all_targets)
     return replace(resolved, options=options)

@@ -19,6 +19,7 @@ from optc.compiler.analysis.linears import (
     linear_site,
     linear_sites,
 )
+from optc.compiler.analysis.name_patterns import check_patterns
 from optc.compiler.formats.weight_format import weight_format
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
@@ -35,7 +36,7 @@ class Selection:
     Attributes:
         chosen: to be quantized, in graph order.
         misses: left alone, with the reason.
-        notes: ignore patterns that fit nothing, the head that stays.
+        notes: the head that stays.
         candidates: all linears.
     """
 
@@ -50,7 +51,12 @@ def select_linears(program: Program, ignore: Sequence[str], head: bool) -> Selec
 
     Left alone: the linear that makes the logits unless `head` (its errors reach the output undamped), the routers of
     experts (a changed choice is no small error), weights that an embedding reads too, weights that `ignore` names.
+
+    Raises:
+        UsageError: a pattern of `ignore` matches no weight of the program, nor one that it was captured with.
     """
+    sources = (name for names in program.contract.sources.values() for name in names)
+    check_patterns("ignore", ignore, dict.fromkeys((*program.exported.state_dict, *sources)))
     sites = list(linear_sites(program))
     last = head_linear(program)
     chosen: list[Linear] = []
@@ -66,9 +72,6 @@ def select_linears(program: Program, ignore: Sequence[str], head: bool) -> Selec
             )
         else:
             chosen.append(site)
-    names = [weight_name(program, site) for site in sites if site.placeholder]
-    unused = [item for item in ignore if not any(fnmatchcase(name, item) for name in names)]
-    notes = [f"ignore pattern '{item}' matches no weight of a linear" for item in unused] + notes
     return Selection(tuple(chosen), tuple(misses), tuple(notes), len(sites))
 
 

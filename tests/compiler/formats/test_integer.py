@@ -15,7 +15,6 @@ from optc.compiler.formats.integer import (
     _stored_scale,
     check_group_size,
     default_group_size,
-    nearest_group_size,
     quantize_groups,
 )
 
@@ -183,22 +182,21 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "columns", "nearest"),
+    ("size", "columns", "sizes", "remedy"),
     [
-        (128, [192, 320], 64),
-        (32, [64, 48], 16),
-        (64, [75, 15], 15),
-        (128, [7], 7),
-        (48, [64], 64),
-        (8, [1], 1),
-        (6, [24], 8),
-        (2, [6], 2),
-        (3, [6], 2),
-        (1 << 17, [1 << 17], 1 << 16),
+        (128, [192, 320], (0, 16, 32, 64), "use 64, the nearest that divides every weight, or ignore this weight"),
+        (32, [64, 48], (0, 16, 32), "use 16, the nearest that divides every weight, or ignore this weight"),
+        (32, [64, 48], (0, 32, 64), "use 0, one group per row, or ignore this weight"),
+        (48, [64], (32, 64), "use 64, the nearest that divides every weight, or ignore this weight"),
+        (32, [60, 100], (0, 16, 32), "use 0, one group per row, or ignore this weight"),
+        (128, [96], (64, 128), "ignore this weight"),
     ],
 )
-def test_nearest_group_size(size: int, columns: list[int], nearest: int) -> None:
-    assert nearest_group_size(size, columns) == nearest
+def test_the_size_that_is_proposed_fits(size: int, columns: list[int], sizes: tuple[int, ...], remedy: str) -> None:
+    """The weights, and what may be chosen: it is not refused again."""
+    with pytest.raises(InputError) as caught:
+        check_group_size(size, columns, sizes=sizes)
+    assert caught.value.remedy == remedy
 
 
 def test_default_group_size() -> None:
@@ -213,9 +211,12 @@ def test_default_group_size() -> None:
     with pytest.raises(InputError) as caught:  # 32 divides the first, 64 and 128 do not
         default_group_size([96, 48])
     assert (caught.value.where, caught.value.why) == (None, "it has K = 48")
-    with pytest.raises(InputError) as caught:  # 33 is near 32, 65 is near 64
+    with pytest.raises(InputError) as caught:  # 33 divides it, and no engine has groups of 33
         default_group_size([3 * 5 * 11 * 13])
-    assert str(caught.value.remedy).startswith("use 33, ")
+    assert caught.value.remedy == "use 0, one group per row, or ignore this weight"
+    with pytest.raises(InputError) as caught:
+        default_group_size([48], sizes=(32, 64, 128))
+    assert caught.value.remedy == "ignore this weight"
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -127,14 +127,31 @@ def test_a_tied_head_on_request_leaves_the_embedding() -> None:
 
 
 def test_ignored_by_pattern() -> None:
-    ignore = ("*.down_proj.*", "*.q_proj.weight", "*.wq.*")
+    ignore = ("*.down_proj.*", "*.q_proj.weight", "model.norm.*")  # a norm stays in any case
     result = rewritten(QuantizeRtn(bits=8, ignore=ignore), stirred("llama"))
     assert result.matched == 10
     assert [miss.reason for miss in result.misses][:2] == [
         "model.layers.0.self_attn.q_proj.weight is ignored ('*.q_proj.weight')",
         "model.layers.0.mlp.down_proj.weight is ignored ('*.down_proj.*')",
     ]
-    assert result.notes[0] == "ignore pattern '*.wq.*' matches no weight of a linear"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "remedy"),
+    [
+        ("*.wq.*", "correct the pattern, or leave it out"),
+        ("re:.*down_proj", "use '*down_proj.weight'"),
+        ("model.layers.0.mlp.down_proj", "use '*model.layers.0.mlp.down_proj.weight'"),
+        ("mlp", "use '*mlp*'"),
+        ("", "correct the pattern, or leave it out"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_an_error(pattern: str, remedy: str) -> None:
+    """What it was to keep would be quantized otherwise."""
+    with pytest.raises(UsageError) as caught:
+        rewritten(QuantizeRtn(bits=8, ignore=("*.q_proj.*", pattern)), stirred("llama"))
+    assert str(caught.value).startswith(f"ignore: '{pattern}' matches no weight\n  cause: names look like model.")
+    assert caught.value.remedy == remedy
 
 
 def test_a_group_size_that_does_not_divide() -> None:
