@@ -209,19 +209,23 @@ def vector_flags() -> list[str]:
 def export_program(module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any) -> ExportedProgram:
     """torch.export in non-strict mode.
 
+    Without the cache of fake tensors' dispatch: where sizes are symbols, looking a result up, and proving that it fits,
+    takes longer than computing its shape again (a third of the whole export of a decoder).
+
     torch 2.11 cannot simplify guards such as `min(16*s, 32*s) == 16*s` on the strides of grouped heads and takes them
     for a constraint on the shape. What it refuses so is exported once more with guards deferred: they become asserts
     in the graph, which always hold.
     """
 
     def export(deferred: bool) -> ExportedProgram:
-        return torch.export.export(
-            module,
-            args,
-            dynamic_shapes=dynamic_shapes,
-            strict=False,
-            prefer_deferred_runtime_asserts_over_guards=deferred,
-        )
+        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+            return torch.export.export(
+                module,
+                args,
+                dynamic_shapes=dynamic_shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=deferred,
+            )
 
     if not torch.__version__.startswith("2.11."):
         return export(False)
