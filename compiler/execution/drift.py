@@ -73,8 +73,7 @@ def measure(before: StageRun, after: StageRun, text: Sequence[Sequence[int]] = (
     pairs = [(_plain(old), _plain(new)) for old, new in zip(before.logits, after.logits, strict=True) if old.numel()]
     centred = before.role == "logits"
     whole = before.role == "output"  # each tensor is an output of its own; else each is a sequence of rows
-    errors = [_squares(old, new, centred) for old, new in pairs]
-    cosines = [_cosines(old, new, centred, whole) for old, new in pairs]
+    errors, cosines = zip(*(_errors(old, new, centred, whole) for old, new in pairs), strict=True)
     classes = pairs[0][0].shape[-1] if before.role in ("logits", "classes") else 0
     return Drift(
         max_abs_diff=max(_largest_gap(old, new) for old, new in pairs),
@@ -99,15 +98,18 @@ def _largest_gap(old: Tensor, new: Tensor) -> float:
     return float(gap.nan_to_num(nan=math.inf).max())
 
 
+def _errors(old: Tensor, new: Tensor, centred: bool, whole: bool) -> tuple[tuple[float, float], Tensor]:
+    """Squared norms of the difference and of the reference, and the cosine of each row, [rows], or of all, []."""
+    left, right = (_centre(side, centred).flatten(0, -1 if whole else -2) for side in (old, new))
+    cosine = _cosines(left, right)
+    right -= left
+    return (float(right.square().sum()), float(left.square().sum())), cosine
+
+
 def _centre(tensor: Tensor, centred: bool) -> Tensor:
-    return tensor.double() - tensor.double().mean(-1, keepdim=True) if centred else tensor.double()
-
-
-def _squares(old: Tensor, new: Tensor, centred: bool) -> tuple[float, float]:
-    """Squared norms of the difference and of the reference."""
-    reference = _centre(old, centred)
-    gap = _centre(new, centred) - reference
-    return float(gap.square().sum()), float(reference.square().sum())
+    """In float64, in memory of its own."""
+    wide = tensor.to(torch.float64, copy=True)
+    return wide.sub_(wide.mean(-1, keepdim=True)) if centred else wide
 
 
 def _ratio(gap: float, reference: float) -> float:
@@ -116,13 +118,8 @@ def _ratio(gap: float, reference: float) -> float:
     return math.sqrt(gap / reference) if reference else math.inf
 
 
-def _cosines(old: Tensor, new: Tensor, centred: bool, whole: bool) -> Tensor:
-    """Cosine of each row, [rows], or of the whole tensor, []; 1 where both are zero."""
-    left, right = (_centre(side, centred) for side in (old, new))
-    if whole:
-        left, right = left.flatten(), right.flatten()
-    else:
-        left, right = left.flatten(0, -2), right.flatten(0, -2)
+def _cosines(left: Tensor, right: Tensor) -> Tensor:
+    """Cosines along the last axis; 1 where both sides are zero."""
     sizes = left.norm(dim=-1), right.norm(dim=-1)
     cosine = (left * right).sum(-1) / (sizes[0] * sizes[1])
     return torch.where((sizes[0] == 0) & (sizes[1] == 0), 1.0, cosine)
@@ -133,14 +130,13 @@ def _distribution(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     divergences, entropies, leads, same = [], [], [], []
     for old, new in pairs:
         log_old, log_new = (side.flatten(0, -2).double().log_softmax(-1) for side in (old, new))
-        # 0 log 0 is 0: a class that both rule out (a logit of minus infinity) says nothing.
-        ruled_out = log_old == -math.inf
-        terms = (log_old.exp() * (log_old - log_new)).masked_fill(ruled_out, 0.0)
-        divergences.append(terms.sum(-1))
-        entropies.append(-(log_old.exp() * log_old).masked_fill(ruled_out, 0.0).sum(-1))
         first = log_old.topk(2, -1).values
         leads.append(first[..., 0] - first[..., 1])
         same.append(log_old.argmax(-1) == log_new.argmax(-1))
+        # 0 log 0 is 0: a class that both rule out (a logit of minus infinity) says nothing.
+        ruled_out, weights = log_old == -math.inf, log_old.exp()
+        entropies.append(-(weights * log_old).masked_fill_(ruled_out, 0.0).sum(-1))
+        divergences.append(log_old.sub_(log_new).mul_(weights).masked_fill_(ruled_out, 0.0).sum(-1))
     lead, kept = torch.cat(leads), torch.cat(same)
     return {
         "kl": float(torch.cat(divergences).mean()),

@@ -136,13 +136,23 @@ def pack_nbits(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
+_WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+"""By how many codes a byte holds: the type as wide as their bytes."""
+
+
 def unpack_nbits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of `pack_nbits`; `count` codes along the last axis."""
+    """The inverse of `pack_nbits`; `count` codes along the last axis.
+
+    All codes of a byte are moved into the bytes of one wide number, the first into the lowest, and read as bytes: on
+    a machine whose numbers begin with their lowest byte.
+    """
     each = 8 // bits
-    parts = packed.new_empty((*packed.shape, each))
-    for place in range(each):
-        torch.bitwise_and(packed >> (bits * place), 2**bits - 1, out=parts[..., place])
-    return parts.flatten(-2)[..., :count].contiguous()
+    wide = packed.to(_WIDE[each])
+    spread = wide.clone()
+    for place in range(1, each):
+        spread |= wide << ((8 - bits) * place)
+    spread &= sum((2**bits - 1) << (8 * place) for place in range(each))
+    return spread.view(torch.uint8)[..., :count].contiguous()
 
 
 def _matmul_nbits(
