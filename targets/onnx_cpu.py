@@ -15,7 +15,6 @@ from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.codes import StoreKVCodes, rounds_keys_and_values
-from optc.passes.kv_cache.select_logits import SelectLogits
 from optc.passes.kv_cache.static import StaticKVCache
 from optc.passes.legalization.ort import LegalizeOrt
 from optc.passes.legalization.ort_nbits import stored_layout
@@ -44,8 +43,9 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
     steps += stored_scales(options)
     if kind == "decoder":
         # Of a model whose keys and values are rounded (a folder with a kv_cache_scheme) the caches hold the codes.
-        steps += [Step(StaticKVCache()), Step(StoreKVCodes(), optional=True, when=rounds_keys_and_values)]
-        steps += [Step(SelectLogits(), optional=True), Step(MergeProjections(), optional=True)]
+        steps.append(Step(StaticKVCache(select_logits=True)))
+        steps.append(Step(StoreKVCodes(), optional=True, when=rounds_keys_and_values))
+        steps.append(Step(MergeProjections(), optional=True))
     steps.append(Step(LegalizeOrt(), optional=True))
     if options.of(OnnxOptions).accuracy_level == ROUNDS:  # a model folder may hold quantized weights
         steps.append(Step(RoundActivations(), optional=True))

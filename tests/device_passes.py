@@ -56,7 +56,13 @@ PASSES: dict[str, tuple[Pass, ...]] = {
     "nvfp4": (QuantizeNvfp4(), QuantizeInputs(format="nvfp4")),
     "llm-int8": (QuantizeLlmInt8(),),
     "kv codes": (QuantizeKVCache(), StaticKVCache(), StoreKVCodes()),
-    "onnx": (QuantizeRtn(group_size=32), FuseRotary(), FuseNorm(), StaticKVCache(), LegalizeOrt()),
+    "onnx": (
+        QuantizeRtn(group_size=32),
+        FuseRotary(),
+        FuseNorm(),
+        StaticKVCache(select_logits=True),
+        LegalizeOrt(),
+    ),
     "inductor": (QuantizeRtn(group_size=32), StaticKVCache(in_place=True), LegalizeInductor(), RoundActivations()),
     "cuda": (
         FuseNorm(),

@@ -18,7 +18,10 @@ import msgspec
 import torch
 from torch import Tensor
 from torch.export import Dim
+from torch.fx import Node
 
+from optc.compiler.analysis.dataflow import value_of
+from optc.compiler.analysis.linears import head_linear
 from optc.compiler.ir.contract import Contract, Input, KVCache
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
@@ -26,6 +29,7 @@ from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.rewriting.retrace import Replay, axis_limit, retrace
 from optc.compiler.rewriting.tokenwise import cache_misses
 from optc.passes.kv_cache.linear import example_caches, linear_caches
+from optc.passes.kv_cache.select_logits import SelectingReplay, head_input
 
 _ATTENTION = torch.ops.optc.attention.default
 
@@ -37,25 +41,48 @@ class StaticKVCache(Pass):
     Attributes:
         in_place: False returns the grown caches as outputs (`present.{i}.key/value`, ONNX); True
             writes caches of fixed capacity in place (AOTInductor).
+        select_logits: of grown caches, multiply the head with some tokens of each row alone: `logits_from_end` [1, K]
+            counts back from the last token of each, 1 is the last one, and the logits are [B, K, V]. What lies before
+            a row's first new token is that token. Runtimes that know nothing of this input get its default, the last
+            token (see exporters/onnx). The selection stands behind the last norm, which stays one call with the sum
+            before it.
     """
 
     name: ClassVar[str] = "static-kv-cache"
     in_place: bool = False
+    select_logits: bool = False
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         calls = program.calls(_ATTENTION)
         misses = cache_misses(program, sinks=True)
         if misses:
             return PassResult(program, 0, len(calls), misses)
-        return PassResult(_retrace(program, self.in_place), len(calls), len(calls))
+        head = head_linear(program) if self.select_logits else None
+        notes: tuple[str, ...] = ()
+        if self.select_logits and (reason := _obstacle(head, self.in_place)):
+            head, notes = None, (f"the logits are of all tokens: {reason}",)
+        return PassResult(_retrace(program, self.in_place, head), len(calls), len(calls), notes=notes)
 
 
-def _retrace(program: Program, in_place: bool) -> Program:
-    contract = _contract(program, in_place)
+def _obstacle(head: Node | None, in_place: bool) -> str | None:
+    """Why rows cannot be selected in front of the head, or None."""
+    if in_place:
+        return "its caches are written in place"
+    if head is None:
+        return "no linear makes them"
+    shape = value_of(head_input(head)).shape
+    return None if len(shape) == 3 else f"the head reads {list(shape)}"
 
-    def forward(input_ids: Tensor, attention_mask: Tensor, *caches: Tensor) -> Any:
+
+def _retrace(program: Program, in_place: bool, head: Node | None) -> Program:
+    """With the logits of all tokens, or of those that the input `logits_from_end` says where a `head` is given."""
+    contract = _contract(program, in_place, head is not None)
+
+    def forward(input_ids: Tensor, attention_mask: Tensor, *rest: Tensor) -> Any:
+        caches = rest if head is None else rest[:-1]
         size = input_ids.shape[1]
-        past = (attention_mask.sum(1) - size).clamp(min=0)
+        total = attention_mask.sum(1)
+        past = (total - size).clamp(min=0)
         position = past[:, None] + torch.arange(size, device=input_ids.device)
         pairs = iter(zip(caches[::2], caches[1::2], strict=True))
         presents: list[Tensor] = []
@@ -64,31 +91,41 @@ def _retrace(program: Program, in_place: bool) -> Program:
             q, k, v, _, sinks = args
             keys, values = next(pairs)
             same = {name: knobs[name] for name in ("scale", "window", "softcap")}
-            rest = (keys, values, past, attention_mask.shape[1], sinks)
+            cached = (keys, values, past, attention_mask.shape[1], sinks)
             if in_place:
-                out: Tensor = torch.ops.optc.cached_attention_(q, k, v, *rest, **same)
+                out: Tensor = torch.ops.optc.cached_attention_(q, k, v, *cached, **same)
                 return out
-            out, *grown = torch.ops.optc.cached_attention(q, k, v, *rest, **same)
+            out, *grown = torch.ops.optc.cached_attention(q, k, v, *cached, **same)
             presents.extend(grown)
             return out
 
-        logits = Replay(program, {_ATTENTION: attend}).outputs(input_ids, position)[0]
+        def select(hidden: Tensor) -> Tensor:
+            places = ((total - past)[:, None] - rest[-1]).clamp(min=0)
+            return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2]))
+
+        handlers = {_ATTENTION: attend}
+        replay = Replay(program, handlers) if head is None else SelectingReplay(program, handlers, [head], select)
+        logits = replay.outputs(input_ids, position)[0]
         return logits if in_place else (logits, *presents)
 
     args, shapes = _examples(program, in_place)
+    if head is not None:
+        args.append(torch.ones((1, 3), dtype=torch.long, device=program_device(program)))
+        shapes.append({1: Dim("rows", min=1)})
     return retrace(program, forward, args, shapes, contract)
 
 
-def _contract(program: Program, in_place: bool) -> Contract:
+def _contract(program: Program, in_place: bool, selecting: bool) -> Contract:
     old = program.contract
     inputs = [
         Input(name="input_ids", role="input_ids", dtype="int64", dims=("batch", "seq")),
         Input(name="attention_mask", role="attention_mask", dtype="int64", dims=("batch", "total")),
     ]
     caches, grown = linear_caches(program, "capacity" if in_place else "past")
+    rows = [Input(name="logits_from_end", role="logits_from_end", dtype="int64", dims=(1, "rows"))] if selecting else []
     return msgspec.structs.replace(
         old,
-        inputs=(*inputs, *caches),
+        inputs=(*inputs, *caches, *rows),
         outputs=old.outputs if in_place else (*old.outputs, *grown),
         kv_cache=KVCache(kind="linear", in_place=in_place),
     )

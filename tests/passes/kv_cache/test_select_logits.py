@@ -17,7 +17,6 @@ from optc.compiler.rewriting.passes import PassContext
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.passes.kv_cache.select_logits import SelectLogits, by_row
-from optc.passes.kv_cache.static import StaticKVCache
 
 
 @functools.cache
@@ -95,43 +94,3 @@ def test_once_is_enough() -> None:
 def test_it_is_for_paged_programs() -> None:
     result = SelectLogits().run(stirred("llama"), PassContext())
     assert (result.matched, result.candidates) == (0, 0)
-
-
-def linear_inputs(program: Program, rows: list[int], width: int, held: int) -> list[Tensor]:
-    """New tokens of ragged rows, padded on the right, behind `held` tokens of each, and zeroed caches."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 128, (len(rows), width), generator=generator)
-    mask = (torch.arange(held + max(rows)) < held + torch.tensor(rows)[:, None]).long()
-    caches = [
-        torch.zeros([held if size == "past" else len(rows) if size == "batch" else int(size) for size in spec.dims])
-        for spec in program.contract.inputs
-        if spec.role in ("key_cache", "value_cache")
-    ]
-    return [ids, mask, *caches]
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_rows_of_linear_caches_are_counted_from_the_last_token(name: str) -> None:
-    """Of each row its own; the first token where a row has no more."""
-    program = apply(StaticKVCache(), stirred(name)).program
-    result = rewritten(SelectLogits(), program)
-    assert (result.matched, result.candidates) == (1, 1)
-    for rows, width, held in (([7, 3, 5], 7, 0), ([4, 4], 4, 6), ([1, 1, 1], 1, 9)):
-        given = linear_inputs(program, rows, width, held)
-        whole, *_ = program(*given)
-        for back in ([1], [3, 1, 2]):
-            selected, *caches = result.program(*given, torch.tensor([back]))
-            assert selected.shape == (len(rows), len(back), 128)
-            assert len(caches) == len(given) - 2
-            for row, length in enumerate(rows):
-                places = [max(length - item, 0) for item in back]
-                assert float((selected[row] - whole[row, places]).abs().max()) <= 1e-5 * float(whole.abs().max())
-
-
-def test_linear_caches_once_and_not_in_place() -> None:
-    result = rewritten(SelectLogits(), apply(StaticKVCache(), stirred("llama")).program)
-    again = rewritten(SelectLogits(), result.program)
-    assert (again.matched, again.candidates) == (0, 1)
-    assert [miss.reason for miss in again.misses] == ["its rows are selected already"]
-    in_place = apply(StaticKVCache(in_place=True), stirred("llama")).program
-    assert rewritten(SelectLogits(), in_place).candidates == 0

@@ -170,6 +170,39 @@ def test_weights_and_source_lines_keep_their_names(grown: Program) -> None:
     assert "model.layers.1.mlp" in [path for path, _ in linear.meta["nn_module_stack"].values()]
 
 
+# -- logits of some tokens ------------------------------------------------------------------------
+
+SELECTING = StaticKVCache(select_logits=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_rows_of_logits_are_counted_from_the_last_token(name: str) -> None:
+    """Of each row its own; the first token where a row has no more."""
+    program = rewritten(StaticKVCache(), name).program
+    result = rewritten(SELECTING, name)
+    assert (result.matched, result.candidates, result.notes) == (2, 2, ())
+    assert result.program.contract.inputs[-1].dims == (1, "rows")
+    for rows, width, held in (([7, 3, 5], 7, 0), ([4, 4], 4, 6), ([1, 1, 1], 1, 9)):
+        ids = torch.tensor(sequences(*(width for _ in rows)))
+        given = [ids, _ones(*(held + length for length in rows)), *_garbage(program, len(rows), held)]
+        whole, *expected = program(*given)
+        for back in ([1], [3, 1, 2]):
+            selected, *caches = result.program(*given, torch.tensor([back]))
+            assert selected.shape == (len(rows), len(back), 128)
+            assert all(torch.equal(one, other) for one, other in zip(caches, expected, strict=True))
+            for row, length in enumerate(rows):
+                places = [max(length - item, 0) for item in back]
+                assert float((selected[row] - whole[row, places]).abs().max()) <= 1e-5 * float(whole.abs().max())
+
+
+def test_logits_are_selected_once_and_not_in_place() -> None:
+    again = apply(SELECTING, rewritten(SELECTING, "llama").program)
+    assert (again.matched, again.misses[0].reason) == (0, "it already has a linear KV cache")
+    result = apply(StaticKVCache(in_place=True, select_logits=True), captured("llama"))
+    assert result.notes == ("the logits are of all tokens: its caches are written in place",)
+    assert result.program.contract.input_index("logits_from_end") is None
+
+
 def test_sinks_are_kept() -> None:
     program, rows = tiny_decoder(sinks=True), sequences(13, 4)
     result = apply(StaticKVCache(), program)
