@@ -1,6 +1,8 @@
-"""Rows [..., C] of activations behind views and copies: the same elements in the same order."""
+"""What views and copies show: the same elements in the same order, in rows [..., C] or in any shape."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch.fx import Node
 
@@ -27,9 +29,18 @@ def keeps_rows(node: Node) -> bool:
 
 def same_rows(node: Node) -> Node:
     """What a chain of copies and views shows the rows of."""
+    return _behind(node, keeps_rows)
+
+
+def same_elements(node: Node) -> Node:
+    """What a chain of copies and views shows the elements of, in whichever shape."""
+    return _behind(node, lambda _: True)
+
+
+def _behind(node: Node, through: Callable[[Node], bool]) -> Node:
     while True:
         inner = peel(node)
-        if inner.target not in VIEWS or not keeps_rows(inner):
+        if inner.target not in VIEWS or not through(inner):
             return inner
         source = inner.args[0]
         assert isinstance(source, Node)

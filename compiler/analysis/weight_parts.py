@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import VIEWS, peel
 from optc.compiler.analysis.linears import head_linear, linear_site, linear_sites
+from optc.compiler.analysis.rows import same_elements
 from optc.compiler.ir.program import Program
 
 EMBEDDING = torch.ops.aten.embedding.default
@@ -38,8 +38,8 @@ def is_token_lookup(program: Program, node: Node) -> bool:
     """Whether a call looks the input's tokens up in a table: not positions, nor token types."""
     if node.target is not EMBEDDING:
         return False
-    index = program.contract.input_index("input_ids")
-    return index is not None and _reshaped(node.args[1]) is program.user_inputs()[index]
+    index, tokens = program.contract.input_index("input_ids"), node.args[1]
+    return index is not None and isinstance(tokens, Node) and same_elements(tokens) is program.user_inputs()[index]
 
 
 def logits_linear(program: Program) -> Node | None:
@@ -76,13 +76,3 @@ def part_of(parts: WeightParts, sources: Mapping[str, tuple[str, ...]], name: st
 
 def _weight(program: Program, placeholder: Node | None) -> str | None:
     return None if placeholder is None else program.weight_of(placeholder)
-
-
-def _reshaped(node: object) -> Node | None:
-    """What a node's numbers are those of, in another shape perhaps."""
-    while isinstance(node, Node):
-        inner = peel(node)
-        if inner.target not in VIEWS:
-            return inner
-        node = inner.args[0]
-    return None

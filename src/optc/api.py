@@ -35,7 +35,7 @@ from optc.compiler.target.target import ExportRequest, ExportResult, check_conte
 from optc.compiler.version import version
 from optc.exporters.reports.report import write_report
 from optc.opening import open_written
-from optc.request import GateRequest, Request, from_python, given_limits
+from optc.request import LIMITS, Request, from_python, given_limits
 from optc.resolving import Resolved, recipe_steps, resolve, settled
 
 Progress = Callable[[int, str], None]
@@ -193,21 +193,12 @@ def _pipeline_options(
     run, limits = resolved.request.run, resolved.request.gate
     return PipelineOptions(
         probe=_text_probe(captured, resolved),
-        limits=_limits(limits),
+        limits=Limits(**{name: getattr(limits, asked) for asked, name in LIMITS.items()}),
         dump_ir=run.dump_ir,
         work_dir=run.work_dir,
         allow_noop=limits.allow_noop,
         context=PassContext(seed=limits.seed, calibration=calibration),
         progress=progress,
-    )
-
-
-def _limits(asked: GateRequest) -> Limits:
-    return Limits(
-        kl=asked.max_kl,
-        top1=asked.min_top1,
-        perplexity=asked.max_perplexity_increase,
-        relative=asked.max_relative_error,
     )
 
 

@@ -162,10 +162,13 @@ class GateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     allow_noop: Annotated[bool, Meta(description="Let a requested pass match nothing.")] = False
 
 
+LIMITS = {"max_kl": "kl", "max_perplexity_increase": "perplexity", "max_relative_error": "relative", "min_top1": "top1"}
+"""Fields of `GateRequest` that limit what a compile may lose -> what the pipeline's `Limits` call them."""
+
+
 def given_limits(asked: GateRequest) -> dict[str, float | Literal["unlimited"]]:
     """The limits that a user gave, by flag; an infinite one is "unlimited"."""
-    names = ("max_kl", "max_perplexity_increase", "max_relative_error", "min_top1")
-    given = {name.replace("_", "-"): getattr(asked, name) for name in names}
+    given = {name.replace("_", "-"): getattr(asked, name) for name in LIMITS}
     return {name: value if math.isfinite(value) else "unlimited" for name, value in given.items() if value is not None}
 
 

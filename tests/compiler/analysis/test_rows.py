@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optc.compiler.analysis.rows import same_rows
+from optc.compiler.analysis.rows import same_elements, same_rows
 from optc.compiler.capture import capture_module
 
 
@@ -22,3 +22,4 @@ def test_rows_behind_views() -> None:
     assert same_rows(kept) is x
     assert same_rows(cut) is cut
     assert same_rows(turned) is not x
+    assert [same_elements(node) is x for node in (kept, cut, turned)] == [True, True, False]
