@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,9 +27,14 @@ class Tokenizer:
         """Ids that the tokenizer knows, added tokens included."""
         return int(self._core.get_vocab_size(with_added_tokens=True))
 
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token as the vocabulary writes it, at least the bytes of its text."""
+        return max(map(len, self._core.get_vocab(with_added_tokens=True)), default=1)
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids, with the special tokens that `tokenizer.json` adds (as transformers does) unless told not to."""
-        return list(self._core.encode(text, add_special_tokens=special).ids)
+        return list(self._core.encode_batch([text], add_special_tokens=special)[0].ids)  # a batch lets threads run
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of the tokens without special ones; incomplete UTF-8 becomes U+FFFD."""

@@ -67,7 +67,7 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     max_prompt_tokens: (
         Annotated[Count, Meta(description="Longest prompt.", extra={"default": "what the context holds"})] | None
     ) = None
-    max_body_bytes: Annotated[Count, Meta(description="Largest body of a request; larger ones get 413.")] = 8 << 20
+    max_body_bytes: Annotated[Count, Meta(description="Largest body of a request; larger ones get 413.")] = 4 << 20
     max_choices: Annotated[
         Annotated[int, Meta(ge=1, le=4096)], Meta(description="Answers of one request: its prompts times its n.")
     ] = 128

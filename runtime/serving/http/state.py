@@ -17,6 +17,7 @@ from optc.runtime.serving.http.errors import HttpError, no_engine, stopping
 from optc.runtime.serving.request import EngineInfo
 from optc.runtime.serving.settings import ServerConfig
 
+_SLACK = 2  # for tokenizers that leave characters out
 _LONG_TEXT = 1 << 14  # characters; beyond, encoding leaves the event loop to others
 
 
@@ -83,7 +84,16 @@ class ServerState:
         return self.client.info
 
     async def encode(self, text: str, *, special: bool) -> list[int]:
-        """Tokens of a text."""
+        """Tokens of a text.
+
+        Raises:
+            HttpError: 400, no prompt of so many characters fits; it is not encoded to find out.
+        """
+        most = self.options.max_prompt_tokens or self.info.context_length
+        if len(text) > _SLACK * most * self.text.tokenizer.longest_token:
+            raise HttpError(
+                400, f"a text of {len(text)} characters does not fit {most} tokens", code="context_length_exceeded"
+            )
         if len(text) < _LONG_TEXT:
             return self.text.tokenizer.encode(text, special=special)
         return await asyncio.to_thread(self.text.tokenizer.encode, text, special=special)

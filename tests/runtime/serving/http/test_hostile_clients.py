@@ -18,7 +18,7 @@ from optc.runtime.serving.settings import ServeOptions
 TOKENS = example_tokenizer()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 OPTIONS = ServeOptions(
-    max_body_bytes=20_000, max_connections=50, max_running=2, max_waiting=3, kv_blocks=64, request_seconds=1.5
+    max_body_bytes=20_000, max_connections=50, max_running=2, max_waiting=3, kv_blocks=64, request_seconds=4
 )
 
 
@@ -78,6 +78,8 @@ BODIES = {
     "a boolean as a token": b'{"prompt": [true]}',
     "deep lists": b'{"prompt": ' + b"[" * 9000 + b"]" * 9000 + b"}",
     "deep objects": b'{"prompt": "x", "metadata": ' + b'{"a":' * 2000 + b"1" + b"}" * 2000 + b"}",
+    "a long name": b'{"prompt": "x", "' + b"k" * 9000 + b'": 1}',
+    "a text that no context holds": b'{"prompt": "' + b" a" * 9000 + b'"}',
     "an endless stop": b'{"prompt": "x", "stop": "' + b"a" * 2000 + b'"}',
     "an empty stop": b'{"prompt": "x", "stop": ""}',
     "many stops": b'{"prompt": "x", "stop": [' + b",".join([b'"a"'] * 50) + b"]}",
@@ -89,7 +91,8 @@ BODIES = {
 @pytest.mark.parametrize("name", BODIES)
 def test_bodies(server: Server, name: str) -> None:
     answer = server.request("POST", "/v1/completions", BODIES[name])
-    refusal(answer[:2], 404 if name == "a model with a line break" else 400)
+    error = refusal(answer[:2], 404 if name == "a model with a line break" else 400)
+    assert len(error["message"]) < 300
     assert not {"x-evil", "set-cookie"} & {key.lower() for key in answer[2]}
 
 
@@ -158,7 +161,7 @@ def test_pages_of_other_sites(server: Server) -> None:
 
 
 def test_a_queue_that_is_full(server: Server) -> None:
-    body = {"prompt": "x", "max_tokens": 40}
+    body = {"prompt": "x", "max_tokens": 30}
     with concurrent.futures.ThreadPoolExecutor(12) as threads:
         found = list(threads.map(lambda _: server.request("POST", "/v1/completions", body), range(12)))
     statuses = [status for status, _, _ in found]
@@ -213,7 +216,7 @@ def test_clients_that_leave(server: Server) -> None:
                 assert connection.recv(100).startswith(b"HTTP/1.1 200")
             else:
                 assert server.settled("optc_requests_running", 1) == 1
-        assert server.settled(name, before + count, seconds=1.2) == before + count  # before any limit of time
+        assert server.settled(name, before + count, seconds=3) == before + count  # before any limit of time
 
 
 def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
@@ -237,7 +240,7 @@ def test_a_client_that_reads_nothing_costs_little(server: Server) -> None:
         connection.connect(("127.0.0.1", server.port))
         connection.sendall(body)
         connections.append(connection)
-    time.sleep(1.6)
+    time.sleep(4.1)
     assert server.settled("optc_requests_running", 0) == 0
     assert worker.memory_info().rss - before < 20 << 20
     for connection in connections:
