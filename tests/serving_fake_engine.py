@@ -21,6 +21,9 @@ from optc.runtime.serving.settings import ServeOptions
 FAIL, DIE, BREAK = 8000, 8001, 8002
 """Last tokens of prompts of two: this request fails; the process is killed; the whole engine cannot go on."""
 
+ECHO = 77
+"""Priority of a request whose answer is its prompt."""
+
 _BLOCK = 16
 
 
@@ -101,7 +104,8 @@ class FakeEngine:
             self._prompts += len(request.prompt)
 
     def _advance(self, request: Generate, count: int) -> Answer:
-        token = next_token(request.prompt, count)
+        echo = request.priority == ECHO
+        token = request.prompt[count % len(request.prompt)] if echo else next_token(request.prompt, count)
         self._generated += 1
         finish = "stop" if token in request.stop_ids else "length" if count + 1 == request.max_new_tokens else None
         if finish is None:

@@ -11,7 +11,7 @@ import openai
 import pytest
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
-from serving_fake_engine import FAIL, next_token
+from serving_fake_engine import ECHO, FAIL, next_token
 from serving_server import Server, example_tokenizer, refusal, running, text_artifact
 
 from optc.runtime.serving.settings import ServeOptions
@@ -148,6 +148,36 @@ def test_a_chat(client: OpenAI) -> None:
     assert same.choices[0].message.content == found.choices[0].message.content
     rest = client.chat.completions.create(**{**body, "max_tokens": None})  # type: ignore[call-overload]
     assert rest.usage.total_tokens == 2048  # to the end of the context
+
+
+def test_calls_of_tools(client: OpenAI) -> None:
+    """The engine says again what it was told, a call among it; a template's own example is none."""
+    tool = {"type": "function", "function": {"name": "less", "parameters": {"type": "object"}}}
+    call = '<tool_call>{"name": "less", "arguments": {"a": 1}}</tool_call>'
+    rendered = f"user: Do {call} it\nassistant:"
+    body = {"model": "model", "tools": [tool], "extra_body": {"priority": ECHO}}
+    body["messages"] = [{"role": "user", "content": f"Do {call} it"}]
+    head = 'Tools: [{"type": "function", "function": {"name": "less", "parameters": {"type": "object"}}}] '
+    length = len(TOKENS.encode(f"{head}say <tool_call>{{}}</tool_call>\n{rendered}", special=False))
+    body["max_tokens"] = length
+    found = client.chat.completions.create(**body).choices[0]  # type: ignore[call-overload]
+    assert (found.message.tool_calls[0].function.name, found.message.tool_calls[0].function.arguments) == (
+        "less",
+        '{"a": 1}',
+    )
+    assert len(found.message.tool_calls) == 1
+    said = f"{head}say <tool_call>{{}}</tool_call>\nuser: Do  it\nassistant:"
+    assert found.message.content == said
+    events = list(client.chat.completions.create(**body, stream=True))  # type: ignore[call-overload]
+    assert "".join(event.choices[0].delta.content or "" for event in events) == said
+    calls = [item for event in events for item in event.choices[0].delta.tool_calls or []]
+    assert [(item.index, item.function.name, item.function.arguments) for item in calls] == [(0, "less", '{"a": 1}')]
+    turn = [
+        *body["messages"],
+        {"role": "assistant", "content": None, "tool_calls": [calls[0].model_dump(exclude={"index"})]},
+        {"role": "tool", "tool_call_id": calls[0].id, "content": "true"},
+    ]
+    assert client.chat.completions.create(model="model", messages=turn, max_tokens=3).usage is not None  # type: ignore[arg-type]
 
 
 def test_models_and_tokens(client: OpenAI, server: Server) -> None:
