@@ -7,7 +7,9 @@ import triton
 from torch import Tensor
 
 from optc.compiler.kernels.cuda.dispatch import dependent_launch, scratch
-from optc.compiler.kernels.cuda.sampling.choose import GROUP, STATISTICS, choose
+from optc.compiler.kernels.cuda.sampling.choose import choose
+from optc.compiler.kernels.cuda.sampling.cuts import BOUNDS, BUCKETS, count_scores, draw
+from optc.compiler.kernels.cuda.sampling.row import STATISTICS
 
 CHUNK = 4096
 """Tokens of the vocabulary that a program looks at."""
@@ -23,46 +25,62 @@ def sample_(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op on CUDA."""
     rows, vocabulary = logits.shape
-    device = logits.device
-    logprobs = torch.empty(rows, device=device)
-    cuts = (top_k, top_p, min_p)
-    maxima = listed = listed_ids = None
+    logprobs = torch.empty(rows, device=logits.device)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if not rows:
+        return tokens, logprobs
+    logits = _in_rows(logits)
+    cuts, marks = (top_k, top_p, min_p), None if seen is None else seen.view(torch.uint8)
+    parameters = (temperature, *cuts, repetition_penalty, presence_penalty, frequency_penalty, marks, counts)
+    draws, options = (seed, step), _options(logits, chunk)
+    grid = (triton.cdiv(vocabulary, chunk), rows)
+    left = _scratch(logits.device, rows, grid[0])
+    sizes = (logits.stride(0), vocabulary)
+    choose[grid](logits, *parameters, *draws, tokens, logprobs, *left, *sizes, GREEDY=False, **options)
     if any(cut is not None for cut in cuts):
-        maxima = torch.empty(rows, triton.cdiv(vocabulary, GROUP.value), device=device)
-        listed = torch.empty(rows, vocabulary, device=device)
-        listed_ids = torch.empty(rows, vocabulary, dtype=torch.int32, device=device)
-    tokens = torch.empty(rows, dtype=torch.int64, device=device)
-    marks = None if seen is None else seen.view(torch.uint8)
-    _launch(
-        logits, (temperature, *cuts, repetition_penalty, presence_penalty, frequency_penalty, marks, counts, seed, step),
-        tokens, logprobs, (maxima, listed, listed_ids), chunk, block, greedy=False,
-    )  # fmt: skip
+        statistics, best, arrivals = left
+        histogram, bounds = _cut_scratch(logits.device, rows)
+        listed = torch.empty(rows, grid[0] * chunk, device=logits.device)
+        listed_ids = torch.empty(rows, grid[0] * chunk, dtype=torch.int32, device=logits.device)
+        count_scores[grid](logits, *parameters, statistics, histogram, bounds, arrivals, *sizes, **options)
+        draw[grid](
+            logits, *parameters, *draws, tokens, logprobs, statistics, best, bounds, listed, listed_ids, arrivals,
+            *sizes, BLOCK=block, **options,
+        )  # fmt: skip
     return tokens, logprobs
 
 
 def argmax(logits: Tensor, *, chunk: int = CHUNK) -> Tensor:
     """The op on CUDA."""
-    tokens = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    _launch(logits, (None,) * 11, tokens, None, (None,) * 3, chunk, BLOCK, greedy=True)
+    rows, vocabulary = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows:
+        logits = _in_rows(logits)
+        grid = (triton.cdiv(vocabulary, chunk), rows)
+        left = _scratch(logits.device, rows, grid[0])
+        choose[grid](
+            logits, *(None,) * 11, tokens, None, *left, logits.stride(0), vocabulary, GREEDY=True,
+            **_options(logits, chunk),
+        )  # fmt: skip
     return tokens
 
 
-def _launch(
-    logits: Tensor, parameters: tuple[Tensor | None, ...], tokens: Tensor, logprobs: Tensor | None,
-    lists: tuple[Tensor | None, ...], chunk: int, block: int, *, greedy: bool,
-) -> None:  # fmt: skip
-    rows, vocabulary = logits.shape
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    chunks = triton.cdiv(vocabulary, chunk)
-    statistics, best, arrivals = _scratch(logits.device, rows, chunks)
+def _in_rows(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _options(logits: Tensor, chunk: int) -> dict[str, int | bool]:
+    """What all launches are given. Products and sums stay apart: kernels must find the same scores."""
     pdl = dependent_launch(logits.device)
-    if rows:
-        choose[(chunks, rows)](
-            logits, *parameters, tokens, logprobs, statistics, best, *lists, arrivals, logits.stride(0), vocabulary,
-            CHUNK=chunk, CHUNKS=triton.next_power_of_2(chunks), BLOCK=block, GREEDY=greedy,
-            CUTS=lists[0] is not None, PDL=pdl,
-            num_warps=WARPS, launch_pdl=pdl,
-        )  # fmt: skip
+    chunks = triton.next_power_of_2(triton.cdiv(logits.shape[1], chunk))
+    return {
+        "CHUNK": chunk,
+        "CHUNKS": chunks,
+        "PDL": pdl,
+        "num_warps": WARPS,
+        "launch_pdl": pdl,
+        "enable_fp_fusion": False,
+    }
 
 
 @scratch
@@ -71,3 +89,10 @@ def _scratch(device: torch.device, rows: int, chunks: int) -> tuple[Tensor, Tens
     statistics = torch.empty(rows, chunks, STATISTICS.value, device=device)
     best = torch.empty(rows, chunks, 2, dtype=torch.int32, device=device)
     return statistics, best, torch.zeros(rows, dtype=torch.int32, device=device)
+
+
+@scratch
+def _cut_scratch(device: torch.device, rows: int) -> tuple[Tensor, Tensor]:
+    """Histograms of scores, and bounds of buckets."""
+    histogram = torch.zeros(rows, BUCKETS.value, dtype=torch.int32, device=device)
+    return histogram, torch.empty(rows, BOUNDS.value, dtype=torch.int32, device=device)

@@ -115,11 +115,18 @@ EXACT = 3e-4
 """Of the GEMV of a few hundred columns, with a scale for each run of them; the products' one per token is coarser."""
 
 
-def check(found: Tensor, linear: launch.Linear, share: float = EXACT, rounded_tokens: bool = False) -> None:
+def check(
+    found: Tensor,
+    linear: launch.Linear,
+    share: float = EXACT,
+    *,
+    rounded_tokens: bool = False,
+    rounded_product: bool = False,
+) -> None:
     """Against the reference in float32: within a share of the largest output, and one rounding of the result.
 
     `rounded_tokens`: the product takes normalized tokens in their own type, and may be as far off as the reference in
-    that type is, times the margin.
+    that type is, times the margin. `rounded_product`: so is what an activation takes, whose slope is at most 1.13.
     """
     args, keywords = knobs(linear)
     wide = [item.float() if isinstance(item, Tensor) and item.is_floating_point() else item for item in args]
@@ -132,6 +139,9 @@ def check(found: Tensor, linear: launch.Linear, share: float = EXACT, rounded_to
     if rounded_tokens and one_rounding:
         rounded = FUSED_LINEAR.spec.reference(*args, **keywords)
         bound = max(bound, bounds.MARGIN * float((rounded.float() - expected).abs().max()))
+    if rounded_product and linear.activation:
+        before = FUSED_LINEAR.spec.reference(*wide, **keywords | {"activation": ""})
+        bound += 1.13 * one_rounding / 2 * float(before.abs().max())
     assert found.dtype is linear.x.dtype
     assert found.shape == expected.shape
     assert bool(torch.isfinite(found).all())
@@ -204,7 +214,7 @@ def test_dequantized_for_cublas(name: str, dtype: torch.dtype) -> None:
         args = (linear.weight, linear.scale, linear.zero)
         expected = dequantize_packed(*args, format=linear.format, group_size=linear.group_size, dtype=dtype)
         assert torch.equal(launch.dequantize(linear), expected)
-    check(launch.by_cublas(linear), linear, rounded_tokens=True)
+    check(launch.by_cublas(linear), linear, rounded_tokens=True, rounded_product=True)
 
 
 @pytest.mark.parametrize("name", ["floats", "int4 g128", "int8 per row"])

@@ -94,6 +94,36 @@ def test_few_cuts() -> None:
     compare(logits_of(3, VOCABULARY, 4), arguments, **SMALL)
 
 
+SHAPES = {
+    "all equal": lambda noise: noise * 0,
+    "nearly equal": lambda noise: noise * 1e-3,
+    "far apart": lambda noise: noise * 1e4,
+    "a peak above the flat": lambda noise: noise * 0.1 + 20 * (torch.arange(len(noise)) == 77),
+    "two levels": lambda noise: (noise > 1).float() * 3,
+    "few that can be": lambda noise: torch.where(noise > 1.8, noise, float("-inf")),
+    "coarse": lambda noise: (noise * 4).round() / 2,
+}
+
+
+CUTS: list[dict[str, float]] = [
+    *({"top_k": most} for most in (1, 7, 250)),
+    *({"top_p": share} for share in (1e-6, 0.5, 0.99, 1 - 1e-6)),
+    {"top_k": 30, "top_p": 0.5},
+    {"top_p": 0.9, "min_p": 0.1},
+    {"min_p": 1.0},
+]
+
+
+@pytest.mark.parametrize("draw", [0, *(pytest.param(draw, marks=ON_GPU) for draw in range(1, 20))])
+def test_cuts_of_any_distribution(draw: int) -> None:
+    """Bounds that count tokens are right of every distribution: lists are long, short or empty. Interpreted: a third."""
+    noise = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(11 + draw))
+    pairs = [(shape(noise), cut) for shape in SHAPES.values() for cut in CUTS][:: 1 if HAS_GPU else 3]
+    arguments: list[Any] = parameters([{"temperature": 0.9, **cut} for _, cut in pairs], VOCABULARY, draw)
+    arguments[4:9] = [None] * 5
+    compare(torch.stack([logits for logits, _ in pairs]), arguments, **SMALL)
+
+
 @pytest.mark.parametrize("vocabulary", [1, 127, 128, 300])
 def test_argmax(vocabulary: int) -> None:
     logits = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(5))
