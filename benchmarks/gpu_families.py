@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.set_defaults(temperature=0.0)
+    parser.set_defaults(temperature=0.0, prompts=[], prompt_samples=0, matmul_rate=1.0)
     given = parser.parse_args()
     given.contexts = tuple(given.contexts)
     unknown = set(given.families) - set(SHAPES)

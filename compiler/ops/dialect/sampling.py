@@ -12,7 +12,7 @@ Repetition penalty: Keskar et al. 2019 (CTRL), https://arxiv.org/abs/1909.05858;
 OpenAI's API.
 
 A draw is a race (the Gumbel trick): token i's clock rings after E_i / p_i with E_i exponential, and the first one wins.
-E_i is made from a counter, (seed, step, i), by Philox (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405):
+E_i is made from a counter, (seed, step, i // 4), by Philox (Salmon et al. 2011, https://doi.org/10.1145/2063384.2063405):
 the same seed and step give the same token, whatever else is in the batch and on whichever device.
 """
 
@@ -50,10 +50,14 @@ def _product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 
 
 def exponential(seed: Tensor, step: Tensor, size: int) -> Tensor:
-    """float32 [B, size]: E_i = -log(u_i) of each row's seed and step, with u in 2^23 steps that are neither 0 nor 1."""
-    token = torch.arange(size, device=seed.device)[None]
-    zero = torch.zeros_like(token)
-    bits = philox(seed[:, None], (token, step[:, None] & _WORD, zero, zero))[0]
+    """float32 [B, size]: E_i = -log(u_i) of each row's seed and step, with u in 2^23 steps that are neither 0 nor 1.
+
+    The four words of a counter are of four tokens.
+    """
+    counter = torch.arange(-(-size // 4), device=seed.device)[None]
+    zero = torch.zeros_like(counter)
+    words = philox(seed[:, None], (counter, step[:, None] & _WORD, zero, zero))
+    bits = torch.stack(words, -1).flatten(1)[:, :size]
     return -torch.log(((bits >> 9).float() + 0.5) * 2.0**-23)
 
 

@@ -1,7 +1,8 @@
-"""A token of each row of logits that no cut shortens: see `optc::sample_`, `optc::argmax`.
+"""A token of each row of logits: see `optc::sample_`, `optc::argmax`.
 
 Programs [chunks of the vocabulary, rows] leave statistics of their chunk and run the race in it; the one of a row that
-ends last chooses. Of rows with cuts the statistics are left alone: `cuts` goes on with them.
+ends last chooses. Rows that top-k, top-p or min-p cut are ended by `cuts`: this leaves the winner of the race among all
+tokens, or where top-k cuts a score that the k-th largest is not below.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton.language as tl
 
 from optc.compiler.kernels.cuda.primitives import wait_for_producer
 from optc.compiler.kernels.cuda.sampling.row import (
+    LOWEST,
     STATISTICS,
     best_of_chunks,
     cuts_of,
@@ -20,20 +22,26 @@ from optc.compiler.kernels.cuda.sampling.row import (
     merged_scores,
     penalties_of,
     scores_of,
-    time_of,
+    times_from,
 )
+from optc.compiler.kernels.cuda.sampling.threshold import threshold
+
+GROUP = tl.constexpr(64)
+"""Neighbours of which only the maximum is kept, to bound the k-th largest score."""
 
 
 @triton.jit(do_not_specialize=["vocabulary"])
 def choose(
     logits, temperatures, top_k, top_p, min_p, repetitions, presences, frequencies, seen, counts, seeds, steps,
-    tokens, logprobs, statistics, best, arrivals, row_stride, vocabulary,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GREEDY: tl.constexpr, PDL: tl.constexpr,
+    tokens, logprobs, statistics, best, arrivals, maxima, floors, candidates, row_stride, vocabulary,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, GREEDY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row in tl.num_programs(0) chunks (CHUNKS: padded). GREEDY: `argmax`, which takes logits and tokens only.
 
     statistics float32 [rows, chunks, STATISTICS] and best int32 [rows, chunks, 2] are what chunks leave; arrivals int32
-    [rows] is zero before and after.
+    [rows] is zero before and after. Where there are cuts, maxima float32 [rows, ceil(V / GROUP)] is for top-k, and
+    floors float32 [rows] and candidates int32 [rows] are what this leaves: for top-k a score that no kept one is below;
+    otherwise the winner and its score.
     """
     chunk = tl.program_id(0)
     row = tl.program_id(1)
@@ -47,6 +55,7 @@ def choose(
         is_greedy, temperature = heat_of(temperatures, row)
         most, share, least, has_cut = cuts_of(top_k, top_p, min_p, row, vocabulary)
         has_cut = has_cut & ~is_greedy
+        most = tl.where(is_greedy, 0, most)
         seed = tl.load(seeds + row)
         step = tl.load(steps + row)
     if seen is not None:
@@ -69,8 +78,16 @@ def choose(
     tl.store(mine + 4, tl.max((score != score).to(tl.float32), 0))
     tl.store(best + here * 2, chunk * CHUNK + first)
     if not GREEDY:
-        if not (has_cut | is_greedy):
-            time, winner = tl.max(time_of(score, token, seed, step), 0, return_indices=True)
+        if most > 0:
+            if maxima is not None:
+                groups = tl.cdiv(vocabulary, GROUP)
+                maxima += wide_row * groups
+                group = chunk * (CHUNK // GROUP) + tl.arange(0, CHUNK // GROUP)
+                highest = tl.max(tl.reshape(score, [CHUNK // GROUP, GROUP]), 1)
+                tl.store(maxima + group, highest, mask=group < groups)
+        elif not is_greedy:
+            times = times_from(score, chunk * CHUNK, seed, step, CHUNK)
+            time, winner = tl.max(times, 0, return_indices=True)
             tl.store(mine + 5, time)
             tl.store(best + here * 2 + 1, chunk * CHUNK + winner)
     tl.debug_barrier()  # all threads' statistics are written before the one that counts says so
@@ -86,5 +103,18 @@ def choose(
         if not GREEDY:
             if not (is_greedy | is_bad):
                 best_value, chosen = best_of_chunks(all_chunks + 5, ids + 1, lane, there)
+            if candidates is not None:
+                tl.store(candidates + row, chosen)
+                floor = tl.full([], LOWEST, tl.float32)
+                if most > 0:
+                    if most <= tl.cdiv(vocabulary, GROUP):
+                        floor = threshold(
+                            maxima, tl.cdiv(vocabulary, GROUP), floor, score_top, most, score_top, False, BLOCK
+                        )  # fmt: skip
+                else:
+                    raw_chosen, floor = scores_of(
+                        logits, seen, counts, repetition, presence, frequency, temperature, vocabulary, chosen
+                    )  # fmt: skip
+                tl.store(floors + row, floor)
         if is_bad | ~has_cut:
             leave_choice(chosen, is_bad, row, logits, raw_top, raw_total, tokens, logprobs, seen, counts)

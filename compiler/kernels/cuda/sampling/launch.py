@@ -7,8 +7,8 @@ import triton
 from torch import Tensor
 
 from optc.compiler.kernels.cuda.dispatch import dependent_launch, scratch
-from optc.compiler.kernels.cuda.sampling.choose import choose
-from optc.compiler.kernels.cuda.sampling.cuts import BOUNDS, BUCKETS, count_scores, draw
+from optc.compiler.kernels.cuda.sampling.choose import GROUP, choose
+from optc.compiler.kernels.cuda.sampling.cuts import cut_and_choose
 from optc.compiler.kernels.cuda.sampling.row import STATISTICS
 
 CHUNK = 4096
@@ -31,21 +31,32 @@ def sample_(
         return tokens, logprobs
     logits = _in_rows(logits)
     cuts, marks = (top_k, top_p, min_p), None if seen is None else seen.view(torch.uint8)
-    parameters = (temperature, *cuts, repetition_penalty, presence_penalty, frequency_penalty, marks, counts)
-    draws, options = (seed, step), _options(logits, chunk)
-    grid = (triton.cdiv(vocabulary, chunk), rows)
-    left = _scratch(logits.device, rows, grid[0])
+    any_cut = any(cut is not None for cut in cuts)
+    parameters = (
+        temperature,
+        *cuts,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        marks,
+        counts,
+        seed,
+        step,
+    )
+    grid, options = (triton.cdiv(vocabulary, chunk), rows), _options(logits, chunk, block)
+    statistics, best, arrivals = _scratch(logits.device, rows, grid[0])
+    maxima, *left, lengths = _cut_scratch(logits.device, rows, vocabulary) if any_cut else (None,) * 4
     sizes = (logits.stride(0), vocabulary)
-    choose[grid](logits, *parameters, *draws, tokens, logprobs, *left, *sizes, GREEDY=False, **options)
-    if any(cut is not None for cut in cuts):
-        statistics, best, arrivals = left
-        histogram, bounds = _cut_scratch(logits.device, rows)
-        listed = torch.empty(rows, grid[0] * chunk, device=logits.device)
-        listed_ids = torch.empty(rows, grid[0] * chunk, dtype=torch.int32, device=logits.device)
-        count_scores[grid](logits, *parameters, statistics, histogram, bounds, arrivals, *sizes, **options)
-        draw[grid](
-            logits, *parameters, *draws, tokens, logprobs, statistics, best, bounds, listed, listed_ids, arrivals,
-            *sizes, BLOCK=block, **options,
+    choose[grid](
+        logits, *parameters, tokens, logprobs, statistics, best, arrivals, maxima, *left, *sizes, GREEDY=False,
+        **options,
+    )  # fmt: skip
+    if any_cut:
+        listed = torch.empty(rows, vocabulary, device=logits.device)
+        listed_ids = torch.empty(rows, vocabulary, dtype=torch.int32, device=logits.device)
+        cut_and_choose[grid](
+            logits, *parameters, tokens, logprobs, statistics, arrivals, *left, listed, listed_ids, lengths, *sizes,
+            **options,
         )  # fmt: skip
     return tokens, logprobs
 
@@ -59,8 +70,8 @@ def argmax(logits: Tensor, *, chunk: int = CHUNK) -> Tensor:
         grid = (triton.cdiv(vocabulary, chunk), rows)
         left = _scratch(logits.device, rows, grid[0])
         choose[grid](
-            logits, *(None,) * 11, tokens, None, *left, logits.stride(0), vocabulary, GREEDY=True,
-            **_options(logits, chunk),
+            logits, *(None,) * 11, tokens, None, *left, *(None,) * 3, logits.stride(0), vocabulary, GREEDY=True,
+            **_options(logits, chunk, BLOCK),
         )  # fmt: skip
     return tokens
 
@@ -69,13 +80,14 @@ def _in_rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _options(logits: Tensor, chunk: int) -> dict[str, int | bool]:
+def _options(logits: Tensor, chunk: int, block: int) -> dict[str, int | bool]:
     """What all launches are given. Products and sums stay apart: kernels must find the same scores."""
     pdl = dependent_launch(logits.device)
     chunks = triton.next_power_of_2(triton.cdiv(logits.shape[1], chunk))
     return {
         "CHUNK": chunk,
         "CHUNKS": chunks,
+        "BLOCK": block,
         "PDL": pdl,
         "num_warps": WARPS,
         "launch_pdl": pdl,
@@ -92,7 +104,8 @@ def _scratch(device: torch.device, rows: int, chunks: int) -> tuple[Tensor, Tens
 
 
 @scratch
-def _cut_scratch(device: torch.device, rows: int) -> tuple[Tensor, Tensor]:
-    """Histograms of scores, and bounds of buckets."""
-    histogram = torch.zeros(rows, BUCKETS.value, dtype=torch.int32, device=device)
-    return histogram, torch.empty(rows, BOUNDS.value, dtype=torch.int32, device=device)
+def _cut_scratch(device: torch.device, rows: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Maxima of groups, scores and candidates that rows are left with, and lengths of lists."""
+    maxima = torch.empty(rows, triton.cdiv(vocabulary, GROUP.value), device=device)
+    candidates = torch.empty(rows, dtype=torch.int32, device=device)
+    return maxima, torch.empty(rows, device=device), candidates, torch.zeros(rows, dtype=torch.int32, device=device)

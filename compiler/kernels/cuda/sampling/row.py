@@ -7,7 +7,7 @@ import triton.language as tl
 
 STATISTICS = tl.constexpr(8)
 """Floats that a chunk leaves: maximum and sum of exponentials of the logits, the same of the scores, whether one is
-not a number, and of tokens that no cut drops the best time of the race and the sum of exponentials; how many it listed."""
+not a number, the best time of the race, and the sum of exponentials of scores above that of the winner."""
 NO_TOKEN = tl.constexpr(-1)
 NOWHERE = tl.constexpr(2**31 - 1)
 LOWEST = tl.constexpr(-3.0e38)
@@ -70,13 +70,35 @@ def scores_of(logits, seen, counts, repetition, presence, frequency, temperature
 
 
 @triton.jit
-def time_of(score, token, seed, step):
-    """score - log E with the exponential number E of (seed, step, token): the largest wins the race."""
-    counter = token.to(tl.uint32)
+def _words(seed, counter, step):
+    """Four words of 32 bits for each counter: of the tokens 4 * counter and the next three."""
     nothing = counter * 0
-    bits, _, _, _ = tl.philox(seed, counter, nothing + step.to(tl.uint32), nothing, nothing)
-    uniform = ((bits >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
+    return tl.philox(seed, counter, nothing + step.to(tl.uint32), nothing, nothing)
+
+
+@triton.jit
+def _later(score, word):
+    """score - log E with the exponential number E that a word makes: the largest wins the race."""
+    uniform = ((word >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
     return score - tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def times_from(score, start, seed, step, COUNT: tl.constexpr):
+    """Times of COUNT neighbours, of which the first is token `start`, a multiple of four."""
+    counter = (start // 4 + tl.arange(0, COUNT // 4)).to(tl.uint32)
+    first, second, third, fourth = _words(seed, counter, step)
+    words = tl.join(tl.join(first, third), tl.join(second, fourth))
+    return _later(score, tl.reshape(words, [COUNT]))
+
+
+@triton.jit
+def times_of(score, token, seed, step):
+    """Times of tokens in any order."""
+    first, second, third, fourth = _words(seed, (token // 4).to(tl.uint32), step)
+    place = token % 4
+    low = tl.where(place == 0, first, second)
+    return _later(score, tl.where(place < 2, low, tl.where(place == 2, third, fourth)))
 
 
 @triton.jit

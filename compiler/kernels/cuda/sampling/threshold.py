@@ -5,8 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PIVOTS = tl.constexpr(16)
-"""Thresholds that one pass over the list compares with: four bits of the answer."""
+PIVOTS = tl.constexpr(8)
+"""Thresholds that one pass over the list compares with: three bits of the answer."""
+UNIT = tl.constexpr(float(1 << 40))
+"""Probabilities are summed as multiples of 1 / UNIT of the largest: integers add up to the same in any order."""
 
 
 @triton.jit
@@ -24,25 +26,34 @@ def from_key(key):
 
 
 @triton.jit
+def weigh(x, top, BY_MASS: tl.constexpr):
+    """Integers (int64): of a score with BY_MASS exp(x - top) in units, else 1; 0 of -inf."""
+    if BY_MASS:
+        return (tl.exp(x - top) * UNIT).to(tl.int64)
+    else:
+        return (x > float("-inf")).to(tl.int64)
+
+
+@triton.jit
 def threshold(values, count, lowest, highest, target, top, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
     """The largest t from `lowest` to `highest` with measure(values >= t) >= target; `lowest` where there is none.
 
-    The measure counts, or with BY_MASS sums exp(value - top). Exact: every float32 number can be the answer.
+    The measure sums what `weigh` says. Exact: every float32 number can be the answer, and the order of the list does
+    not matter. The first BLOCK of its values are loaded once.
     """
     lane = tl.arange(0, BLOCK)
     step = tl.arange(1, PIVOTS + 1)
+    first = tl.load(values + lane, mask=lane < count, other=float("-inf"), cache_modifier=".cg")
+    first_weight = weigh(first, top, BY_MASS)
     low = to_key(lowest)
     high = tl.maximum(to_key(highest), low)
     while low < high:
         pivots = low + ((high - low) * step + PIVOTS - 1) // PIVOTS
         bounds = from_key(pivots)
-        parts = tl.zeros([PIVOTS, BLOCK], tl.float32)  # summed across threads once, not in each step
-        for start in range(0, count, BLOCK):
-            inside = start + lane < count
-            x = tl.load(values + start + lane, mask=inside, other=float("-inf"), cache_modifier=".cg")
-            weight = tl.exp(x - top) if BY_MASS else inside.to(tl.float32)
-            parts += tl.where(x[None, :] >= bounds[:, None], weight[None, :], 0.0)
-        measure = tl.sum(parts, 1)
+        measure = tl.sum(tl.where(first[None, :] >= bounds[:, None], first_weight[None, :], 0), 1)
+        for start in range(BLOCK, count, BLOCK):
+            x = tl.load(values + start + lane, mask=start + lane < count, other=float("-inf"), cache_modifier=".cg")
+            measure += tl.sum(tl.where(x[None, :] >= bounds[:, None], weigh(x, top, BY_MASS)[None, :], 0), 1)
         enough = tl.sum((measure >= target).to(tl.int32), 0)
         new_low = tl.max(tl.where(step <= enough, pivots, low), 0)
         high = tl.min(tl.where(step > enough, pivots - 1, high), 0)

@@ -117,7 +117,7 @@ def test_seed_and_step_fix_the_token() -> None:
     assert torch.equal(sample(rows[2:], seed=7, step=3)[0], first[2:]), "a row does not depend on the others"
     assert not torch.equal(sample(rows, seed=5, step=4)[0], first)
     assert len(set(first.tolist())) == 6
-    assert first.tolist() == [147, 212, 917, 108, 262, 538]
+    assert first.tolist() == [898, 848, 143, 432, 369, 73]
 
 
 def test_penalties_by_hand() -> None:
