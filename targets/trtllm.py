@@ -42,6 +42,7 @@ TARGET = Target(
     summary="a model folder for trtllm-serve (ModelOpt's layout), with serving options",
     device="cpu",
     dtypes=("bf16", "fp16"),
+    keeps_dtype=True,
     kv_caches=(),
     quant={
         "fp8": QuantSupport(

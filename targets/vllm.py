@@ -41,6 +41,7 @@ TARGET = Target(
     summary="a model folder for vLLM, SGLang and transformers (compressed-tensors, awq or gptq)",
     device="cpu",
     dtypes=("fp32", "bf16", "fp16"),
+    keeps_dtype=True,
     kv_caches=(),
     quant={
         name: QuantSupport(bits=(method.bits,), group_sizes=(0,))

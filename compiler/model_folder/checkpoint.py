@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from optc.compiler.model_folder.config_file import CONFIG, read_config, read_jso
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_COMPUTED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 # Elements looked at together. Reductions of this size stay on one thread: with busy cores, the barriers
 # of thousands of parallel ones cost seconds (0.06 s against 0.3 to 9 s for 28 M elements).
 _CHUNK = 1 << 15
@@ -48,6 +50,15 @@ class CheckpointInfo:
     def files(self) -> tuple[str, ...]:
         """Names of the weight files, sorted."""
         return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+
+    @property
+    def dtype(self) -> str | None:
+        """fp32, bf16 or fp16: what most of the floating elements are stored in; None where that is another type."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            if tensor.dtype in _FLOATS:
+                sizes[tensor.dtype] += math.prod(tensor.shape)
+        return _COMPUTED.get(sizes.most_common(1)[0][0]) if sizes else None
 
     @property
     def weight_bytes(self) -> int:

@@ -113,6 +113,7 @@ class Target:
         recipe: the default passes for a kind of model ("decoder", "encoder", "module") and options; says nothing of
             the machine.
         export: writes the legalized Program.
+        keeps_dtype: the compute type is the source's where the request names none and `dtypes` has it; else the first.
         options: the struct of the target's own options.
         check_machine: raises TargetError where this machine cannot build for the target; None where any can.
         quant: quantization method -> what the target can run of it.
@@ -130,6 +131,7 @@ class Target:
     recipe: Callable[[str, CompileOptions], list[Step]]
     export: Callable[[Program, ExportRequest], ExportResult]
     aliases: tuple[str, ...] = ()
+    keeps_dtype: bool = False
     options: type[TargetOptions] = TargetOptions
     stored: StoredWeights = StoredWeights()
     check_machine: Callable[[CompileOptions], None] | None = None

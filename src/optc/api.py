@@ -14,7 +14,7 @@ import msgspec
 import torch
 
 from optc.calibrating import make_calibration
-from optc.capturing import Captured, Model, capture, capture_for_compile
+from optc.capturing import Captured, Model, capture, capture_for_compile, stored_dtype
 from optc.compiler.analysis.weight_parts import weight_parts
 from optc.compiler.artifact import folder as artifact
 from optc.compiler.artifact.manifest import Manifest, ProgramEntry, Source
@@ -104,7 +104,7 @@ def compile(
     """
     begin = time.perf_counter()
     request = _request(request, target, {"output": output, "quant": quant, **options})
-    resolved = resolve(request)
+    resolved = resolve_for(model, request)
     if request.run.output is None:
         raise UsageError("no output given", remedy="output='out/model', or -o OUT")
     artifact.check_output(request.run.output, request.run.force)
@@ -117,6 +117,18 @@ def compile(
         progress(len(result.records), "exporting")
     manifest = _write(request.run.output, resolved, result, captured, seconds, begin)
     return CompileResult(request.run.output, manifest)
+
+
+def resolve_for(model: Model, request: Request) -> Resolved:
+    """`resolve`, with the type of the model's weights where the target asks for it.
+
+    Raises:
+        OptcError: as `resolve`, and as `capture` of a folder that cannot be read.
+    """
+    resolved = resolve(request)
+    if not resolved.target.keeps_dtype or request.what.dtype is not None:
+        return resolved
+    return resolve(request, stored_dtype(model, request.what.trust_remote_code))
 
 
 def _request(request: Request | None, target: str | None, values: dict[str, Any]) -> Request:

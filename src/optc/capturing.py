@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -21,6 +22,7 @@ from optc.compiler.model_folder.config_file import modules_behind
 from optc.compiler.settings.fields import check_type
 
 Model = str | Path | torch.nn.Module | Program
+_MODELS = "a model folder, a transformers model, an nn.Module or a Program"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def capture(
     check_type("dtype", dtype, str, f"one of {', '.join(sorted(DTYPES))}")
     for name, value in (("trust_remote_code", trust_remote_code), ("prove", prove)):
         check_type(name, value, bool, "True or False")
-    check_type("model", model, Model, "a model folder, a transformers model, an nn.Module or a Program")
+    check_type("model", model, Model, _MODELS)
     if isinstance(model, Program):
         return model
     if isinstance(model, str | Path):
@@ -79,6 +81,24 @@ def capture(
         f"{type(model).__name__} needs example inputs",
         remedy="optc.capture(module, (tensor, ...), dynamic={...})",
     )
+
+
+def stored_dtype(model: Model, trust_remote_code: bool) -> str | None:
+    """fp32, bf16 or fp16: what most of a model's floating weights are; None where that is another type.
+
+    Raises:
+        InputError: as `capture`.
+    """
+    check_type("model", model, Model, _MODELS)
+    if isinstance(model, str | Path):
+        return check_folder(Path(model), trust_remote_code=trust_remote_code).dtype
+    weights = model.exported.state_dict.values() if isinstance(model, Program) else model.state_dict().values()
+    sizes: Counter[torch.dtype] = Counter()
+    for weight in weights:
+        if weight.is_floating_point():
+            sizes[weight.dtype] += weight.numel()
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return names.get(sizes.most_common(1)[0][0]) if sizes else None
 
 
 def capture_for_compile(

@@ -26,9 +26,10 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
     Raises:
         UsageError, TargetError, InputError, CaptureError: as the compile itself would.
     """
-    resolved = resolve(request)
-    target, options = resolved.target, resolved.options
+    resolve(request)  # what is wrong with the request is said before the model is read
     info = check_folder(model, trust_remote_code=request.what.trust_remote_code)
+    resolved = resolve(request, info.dtype)
+    target, options = resolved.target, resolved.options
     skeleton = meta_model(info, trust_remote_code=request.what.trust_remote_code)
     decoder = hasattr(skeleton, "generate")
     context = int(getattr(skeleton.config, "max_position_embeddings", 0) or 0)

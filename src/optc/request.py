@@ -60,7 +60,10 @@ class WhatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     dtype: (
         Annotated[
             ComputeType,
-            Meta(description="Compute type.", extra={"default": "the target's first"}),
+            Meta(
+                description="Compute type.",
+                extra={"default": "the target's first, or the model's own where the target writes a model folder"},
+            ),
         ]
         | None
     ) = None

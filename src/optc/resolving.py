@@ -42,8 +42,11 @@ class Resolved:
         return self.request.target
 
 
-def resolve(request: Request) -> Resolved:
+def resolve(request: Request, stored: str | None = None) -> Resolved:
     """Choose what the request leaves open, and refuse what cannot be done.
+
+    Args:
+        stored: fp32, bf16 or fp16: the type of the model's weights, see `Target.keeps_dtype`; None where it is not known.
 
     Raises:
         UsageError: unknown names, options that contradict each other or do nothing.
@@ -56,7 +59,7 @@ def resolve(request: Request) -> Resolved:
     own.check()
     kind = request.cache.kv_cache or (target.kv_caches[0] if target.kv_caches else None)
     options = CompileOptions(
-        dtype=request.what.dtype or target.dtypes[0],
+        dtype=request.what.dtype or (stored if target.keeps_dtype and stored in target.dtypes else target.dtypes[0]),
         quantization=choose_quantization(asked),
         kv_cache=kind,
         own=own,

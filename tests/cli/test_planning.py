@@ -11,6 +11,7 @@ from families import FAMILIES, make_model
 from stages import captured, rewritten
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from optc.capturing import stored_dtype
 from optc.compiler.diagnostics import TargetError
 from optc.passes.quantization.rtn import QuantizeRtn
 from optc.predicted_sizes import quantizable
@@ -51,6 +52,36 @@ def test_the_group_size_is_settled_once(name: str) -> None:
     for given in ({"quant": "rtn", "group_size": 32}, {"quant": "int8"}, {"quant": "nf4"}, {}):
         resolved = resolve(from_python("onnx-cpu", **given))
         assert settled(resolved, captured(name)) is resolved
+
+
+@pytest.mark.parametrize(
+    ("target", "asked", "stored", "chosen"),
+    [
+        ("vllm", None, "bf16", "bf16"),
+        ("vllm", None, "fp32", "fp32"),
+        ("vllm", None, None, "fp32"),
+        ("vllm", "fp16", "bf16", "fp16"),
+        ("trtllm", None, "fp16", "fp16"),
+        ("trtllm", None, "fp32", "bf16"),
+        ("onnx-cpu", None, "bf16", "fp32"),
+        ("inductor-cpu", None, "bf16", "fp32"),
+    ],
+)
+def test_model_folders_keep_the_type_of_their_source(
+    target: str, asked: str | None, stored: str | None, chosen: str
+) -> None:
+    options = {} if asked is None else {"dtype": asked}
+    assert resolve(from_python(target, **options), stored).options.dtype == chosen
+
+
+def test_stored_type_is_that_of_most_elements() -> None:
+    model = make_model("llama")
+    assert stored_dtype(model, False) == "fp32"
+    assert stored_dtype(model.to(torch.bfloat16), False) == "bf16"
+    model.lm_head.double()
+    assert stored_dtype(model, False) == "bf16"
+    assert stored_dtype(torch.nn.Linear(2, 2, dtype=torch.double), False) is None
+    assert stored_dtype(torch.nn.ReLU(), False) is None
 
 
 def test_a_group_size_that_the_target_lacks_is_refused_before_any_pass() -> None:

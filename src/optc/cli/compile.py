@@ -40,12 +40,12 @@ def compile_(as_json: bool, **flags: Any) -> None:
 
 def run_compile(model: str, request: Request, as_json: bool, doing: str) -> None:
     """Compile, with a progress bar, and print the result."""
-    from optc.api import compile
-    from optc.resolving import recipe_steps, resolve
+    from optc.api import compile, resolve_for
+    from optc.resolving import recipe_steps
 
     if request.run.output is None:
         raise UsageError("no output given", remedy="-o OUT")
-    steps = len(recipe_steps(resolve(request), "decoder"))
+    steps = len(recipe_steps(resolve_for(model, request), "decoder"))
     with progress(f"{doing} for {request.target.name}", total=steps + 1) as update:
         result = compile(model, request=request, progress=update)
     emit(result.to_dict(), as_json, _show)
