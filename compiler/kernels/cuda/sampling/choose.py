@@ -109,7 +109,8 @@ def choose(
                 if most > 0:
                     if most <= tl.cdiv(vocabulary, GROUP):
                         floor = threshold(
-                            maxima, tl.cdiv(vocabulary, GROUP), floor, score_top, most, score_top, False, BLOCK
+                            maxima, tl.cdiv(vocabulary, GROUP), floor, score_top, most, most + most // 4, score_top,
+                            False, BLOCK,
                         )  # fmt: skip
                 else:
                     raw_chosen, floor = scores_of(

@@ -40,7 +40,7 @@ def _chosen_of_list(
     listed, listed_ids, count, floor, top, most, share, lowest_likely, seed, step, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The token that wins among those of the list that top-k, top-p and min-p keep."""
-    cut = threshold(listed, count, floor, top, most, top, False, BLOCK)
+    cut = threshold(listed, count, floor, top, most, most, top, False, BLOCK)
     lane = tl.arange(0, BLOCK)
     if share < 1:
         total = tl.full([], 0, tl.int64)
@@ -48,7 +48,7 @@ def _chosen_of_list(
             score = tl.load(listed + start + lane, mask=start + lane < count, other=float("-inf"), cache_modifier=".cg")
             total += tl.sum(tl.where(score >= cut, weigh(score, top, True), 0), 0)
         wanted = (share.to(tl.float64) * total.to(tl.float64)).to(tl.int64)
-        cut = threshold(listed, count, cut, top, wanted, top, True, BLOCK)
+        cut = threshold(listed, count, cut, top, wanted, wanted, top, True, BLOCK)
     cut = tl.maximum(cut, lowest_likely)
     best = tl.full([], float("-inf"), tl.float32)
     chosen = tl.full([], NOWHERE, tl.int32)
@@ -121,6 +121,7 @@ def cut_and_choose(
             chosen = tl.load(candidates + row)
             if most > 0:
                 count = tl.load(lengths + row, cache_modifier=".cg")
+                tl.debug_barrier()  # all threads have read it
                 tl.store(lengths + row, 0)
                 chosen = _chosen_of_list(
                     listed, listed_ids, count, floor, top, most, share, lowest_likely, seed, step, BLOCK

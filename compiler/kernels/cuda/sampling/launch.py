@@ -13,7 +13,7 @@ from optc.compiler.kernels.cuda.sampling.row import STATISTICS
 
 CHUNK = 4096
 """Tokens of the vocabulary that a program looks at."""
-BLOCK = 1024
+BLOCK = 2048
 """Tokens of the list of a row that are compared with thresholds at a time."""
 WARPS = 8
 

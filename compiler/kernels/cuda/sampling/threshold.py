@@ -27,16 +27,17 @@ def from_key(key):
 
 @triton.jit
 def weigh(x, top, BY_MASS: tl.constexpr):
-    """Integers (int64): of a score with BY_MASS exp(x - top) in units, else 1; 0 of -inf."""
+    """Integers: of a score with BY_MASS exp(x - top) in units (int64), else 1; 0 of -inf."""
     if BY_MASS:
         return (tl.exp(x - top) * UNIT).to(tl.int64)
     else:
-        return (x > float("-inf")).to(tl.int64)
+        return (x > float("-inf")).to(tl.int32)
 
 
 @triton.jit
-def threshold(values, count, lowest, highest, target, top, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest t from `lowest` to `highest` with measure(values >= t) >= target; `lowest` where there is none.
+def threshold(values, count, lowest, highest, target, suffices, top, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """A t from `lowest` to `highest` with target <= measure(values >= t) <= suffices; the largest with the former where
+    none has the latter; `lowest` where none has the former.
 
     The measure sums what `weigh` says. Exact: every float32 number can be the answer, and the order of the list does
     not matter. The first BLOCK of its values are loaded once.
@@ -55,7 +56,9 @@ def threshold(values, count, lowest, highest, target, top, BY_MASS: tl.constexpr
             x = tl.load(values + start + lane, mask=start + lane < count, other=float("-inf"), cache_modifier=".cg")
             measure += tl.sum(tl.where(x[None, :] >= bounds[:, None], weigh(x, top, BY_MASS)[None, :], 0), 1)
         enough = tl.sum((measure >= target).to(tl.int32), 0)
-        new_low = tl.max(tl.where(step <= enough, pivots, low), 0)
+        is_best = step == enough
+        new_low = tl.max(tl.where(is_best, pivots, low), 0)
         high = tl.min(tl.where(step > enough, pivots - 1, high), 0)
+        high = tl.where(tl.max((is_best & (measure <= suffices)).to(tl.int32), 0) > 0, new_low, high)
         low = new_low
     return from_key(low)
