@@ -21,6 +21,8 @@ FEW_PAIRS, FEWEST_PAIRS = 256, 32
 """Pairs of a request and a KV head below which each is divided; up to which a step's latency is one pair's."""
 FEWEST_ROWS = 16
 """Rows of the smallest product of tensor cores."""
+MANY_ROWS = 4096
+"""Rows of a request from which on large tiles are full nearly always."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,8 @@ def choose_prefill_tiles(call: Call) -> PrefillTiles:
         return PrefillTiles(rows=16, tile=32 if size <= 512 else 16, warps=4)
     if rows <= FEWEST_ROWS:
         return PrefillTiles(rows=16, tile=64, warps=4)
+    if rows >= MANY_ROWS and size <= 256:
+        return PrefillTiles(rows=128, tile=64, stages=5, warps=8)
     return PrefillTiles(rows=64, tile=64, warps=4) if size <= 256 else PrefillTiles(rows=64, tile=32, warps=8)
 
 

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
+from optc.compiler.kernels.cuda import fused_norm
 from optc.compiler.kernels.cuda.dispatch import dependent_launch, is_capturing
 from optc.compiler.kernels.cuda.linear.configurations import (
     Gemv,
@@ -25,6 +26,7 @@ from optc.compiler.kernels.cuda.linear.gemv_float import gemv_float
 from optc.compiler.kernels.cuda.linear.gemv_integer import gemv_integer
 from optc.compiler.kernels.cuda.linear.product_float import product_float
 from optc.compiler.kernels.cuda.linear.product_integer import product_integer, split_tokens
+from optc.compiler.kernels.cuda.norm.launch import fused_norm as normalize_rows
 
 BITS = {"int4": 4, "int8": 8}
 STATISTICS_BLOCK = 2048
@@ -218,8 +220,10 @@ def dequantize(linear: Linear) -> Tensor:
 
 
 def _normalized(linear: Linear) -> Tensor:
-    """Tokens after their norm, in their own type."""
-    size = linear.x.shape[-1:]
+    """Tokens after their norm, in their own type: by the kernel for rows, which takes half the time of torch's."""
+    size, given = linear.x.shape[-1:], (linear.x, linear.norm_weight, linear.norm_bias, None)
+    if linear.norm and fused_norm.accepts(given, {"norm": linear.norm}) is None:
+        return normalize_rows(*given, norm=linear.norm, eps=linear.eps)
     if linear.norm == "rms":
         return F.rms_norm(linear.x, size, linear.norm_weight, linear.eps)
     if linear.norm == "layer":
