@@ -3,6 +3,7 @@
     python benchmarks/gpu_serve.py                                  # 8b in bf16 and int4, 0.5b in bf16, all traffic
     python benchmarks/gpu_serve.py --shapes 8b --variants bf16 --traffic fixed --rounds 3
     python benchmarks/gpu_serve.py --shapes 0.5b --variants bf16 --profile
+    python benchmarks/gpu_serve.py --budget-s 140                   # stops to begin rounds after so many seconds
     python benchmarks/gpu_serve.py --small                          # the same loop on the CPU, without graphs
 
 Traffic: `fixed` is 256 requests of 128 tokens in and 128 out, all there at the start; `lognormal` is 1000 requests whose
@@ -183,12 +184,19 @@ def run_shape(shape: str, given: argparse.Namespace, results: dict[str, Any]) ->
         options = EngineOptions(
             max_running=8 if given.small else given.running, token_budget=given.budget, max_waiting=4096
         )
+        begin = time.perf_counter()
         engine = PagedEngine(session.model, options, DeviceRunner)
+        results[f"{shape} {variant} warm-up"] = time.perf_counter() - begin
+        print(shape, variant, "warm-up", time.perf_counter() - begin, flush=True)
         for name in given.traffic:
+            if time.perf_counter() > given.until:
+                break
             if shape == "8b" and name == "short":
                 continue
             rounds = []
             for turn in range(given.rounds + 1):
+                if time.perf_counter() > given.until and len(rounds) > 1:
+                    break
                 work = traffic(name, session.vocab_size, 100 * turn, given.small)
                 found = serve(engine, work, Sampling(temperature=given.temperature))
                 print(shape, variant, name, turn, json.dumps(found), flush=True)
@@ -234,7 +242,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--name", default="gpu_serve")
+    parser.add_argument("--budget-s", type=float, default=float("inf"))
     given = parser.parse_args()
+    given.until = time.perf_counter() + given.budget_s
     if given.small:
         given.shapes, given.variants, given.traffic, given.rounds = ["small"], ["bf16"], ["fixed", "lognormal"], 1
     if given.int4_limit:

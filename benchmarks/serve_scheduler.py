@@ -76,6 +76,7 @@ def simulate(trace: Trace, *, rows: int, num_blocks: int, budget: int, ahead: in
         Rows(rows, CONTEXT, BLOCK),
         token_budget=budget,
         ahead=ahead,
+        compact=ahead > 0,
         patience=patience,
     )
     state = scheduler.rows

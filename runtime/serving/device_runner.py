@@ -18,6 +18,7 @@ from torch import Tensor
 
 from optc.compiler.execution.block_manager import StepInputs
 from optc.compiler.kernels.cuda.dispatch import kernels_only
+from optc.compiler.ops.dialect.paged import PADDING
 from optc.runtime.serving.model_runner import SamplerOf, step_inputs
 from optc.runtime.serving.open_choice import OpenChoice, Tell
 from optc.runtime.serving.rows import Ints, Kind, Rows
@@ -29,6 +30,8 @@ from optc.runtime.sessions.prompt_call import PromptCall, token_size
 from optc.runtime.sessions.streaming import Draw
 
 _FEW_REQUESTS = (8, 32)
+_UNTIL_RECORDED = 2
+"""Calls of a size, see `PromptCall`."""
 _STEP, _CLOSE = 64, 1024
 """Sizes of mixed calls, see `_mixed_size`."""
 
@@ -67,9 +70,31 @@ class DeviceRunner:
         return Draw() if sampler is None else sampler.draw
 
     @torch.inference_mode()
+    def warm_up(self, most_tokens: int) -> None:
+        """Record the greedy steps, and calls of up to so many tokens, on padding: no request waits for it then."""
+        if self._model.record is None:
+            return
+        count = self._rows.count
+        for batch in {_batch(rows, count) for rows in range(1, count + 1)}:
+            self._step(batch, Kind.GREEDY)
+        most = min(most_tokens, self._model.prompt_tokens)
+        sizes = {
+            _mixed_size(tokens, requests)
+            for requests in (*(size - 1 for size in _FEW_REQUESTS), count)
+            for tokens in range(1, most + 1)
+        }
+        nothing = [np.zeros(1, np.int64), np.zeros(1, np.int64), np.full(1, PADDING), np.zeros((1, 1), np.int32)]
+        inputs = StepInputs(*map(torch.from_numpy, [*nothing, np.ones(1, np.int32), np.arange(2, dtype=np.int32)]))
+        with kernels_only():
+            for size in sorted(sizes):
+                for _ in range(_UNTIL_RECORDED):
+                    self._call(size, Kind.GREEDY)(inputs, np.array([self._buffers.nobody]))
+
+    @torch.inference_mode()
     def launch(self, plan: Plan) -> None:
         """See `ModelRunner`."""
         buffers = self._buffers
+        buffers.move(plan.moved)
         buffers.grow(plan.grown)
         kind = Kind(int(self._rows.kind[plan.rows].max(initial=Kind.GREEDY)))
         if kind < Kind.OPEN:
@@ -138,9 +163,7 @@ class DeviceRunner:
         order = np.flatnonzero(rows != buffers.nobody)
         kind = Kind.OPEN if kind == Kind.PENALIZED else kind  # tables of all rows of a call would be copied
         size = _mixed_size(len(inputs.input_ids), len(rows))
-        if (size, kind) not in self._calls:
-            self._calls[size, kind] = _MixedCall(self._model, buffers, size, kind)
-        call = self._calls[size, kind]
+        call = self._call(size, kind)
         found = call(inputs, rows)
         self.captured += call.recorded
         buffers.overtaken()
@@ -151,6 +174,11 @@ class DeviceRunner:
         chosen, tell = self._open(found.index_select(0, places), plan.rows, positions)
         buffers.state.ids.index_copy_(0, buffers.send(plan.rows), chosen.clamp(min=0))
         return chosen, np.arange(len(order)), tell
+
+    def _call(self, size: tuple[int, int], kind: Kind) -> _MixedCall:
+        if (size, kind) not in self._calls:
+            self._calls[size, kind] = _MixedCall(self._model, self._buffers, size, kind)
+        return self._calls[size, kind]
 
 
 class _MixedCall:

@@ -24,6 +24,8 @@ class EngineOptions:
             and 512 elsewhere.
         max_context: most tokens of a request; None takes the model's context.
         patience: how often a request that waits may be overtaken; see `scheduler`.
+        warm_up: on a GPU, capture steps and calls of all sizes before the engine is open, in some tens of seconds; else
+            the requests that come first wait for it.
         threads, num_blocks: see `SessionOptions`.
     """
 
@@ -32,6 +34,7 @@ class EngineOptions:
     token_budget: int | None = None
     max_context: int | None = None
     patience: int = 256
+    warm_up: bool = True
     threads: int | None = None
     num_blocks: int | None = None
 

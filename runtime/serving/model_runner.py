@@ -31,6 +31,9 @@ class ModelRunner(Protocol):
     ahead: int
     model_s: float
 
+    def warm_up(self, most_tokens: int) -> None:
+        """Do what steps of up to so many tokens do once, before requests come."""
+
     def launch(self, plan: Plan) -> None: ...
 
     def collect(self) -> Ints:
@@ -52,13 +55,18 @@ class HostRunner:
         self._chosen: list[Ints] = []
         self.model_s = 0.0
 
+    def warm_up(self, most_tokens: int) -> None:
+        """Nothing: all steps are alike."""
+
     def launch(self, plan: Plan) -> None:
+        """See `ModelRunner`."""
         logits = self._compute(plan)
         plain = not self._rows.kind[plan.rows].any()
         samplers = [] if plain else [self._sampler_of(row) for row in plan.rows.tolist()]
         self._chosen.append(choose(logits, samplers))
 
     def collect(self) -> Ints:
+        """See `ModelRunner`."""
         return self._chosen.pop(0)
 
     @torch.inference_mode()

@@ -7,8 +7,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from optc.compiler.execution.block_manager import BlockManager
 from optc.runtime.serving.accepting import NOT_FINITE, Limits, check_request
 from optc.runtime.serving.engine_options import EngineOptions
@@ -56,14 +54,19 @@ class PagedEngine:
         rows = Rows(running, capacity, model.block_size)
         self._rows, self._on_close, self._grammars = rows, on_close, grammars
         self._entries: dict[str, _Entry] = {}
+        self._grammatical: dict[str, _Entry] = {}
         self._runner = open_runner(model, rows, self._sampler_of)
+        budget = max(min(budget, model.chunk), running + 1)
         self.scheduler = Scheduler(
             BlockManager(model.num_blocks, model.block_size),
             rows,
-            token_budget=max(min(budget, model.chunk), running + 1),
+            token_budget=budget,
             ahead=self._runner.ahead,
+            compact=self._runner.ahead > 0,
             patience=options.patience,
         )
+        if options.warm_up:
+            self._runner.warm_up(budget)
         self._launched: deque[Plan] = deque()
         self._ended: list[Ended] = []
         self._host = HostTime()
@@ -95,7 +98,9 @@ class PagedEngine:
             single=request.grammar is not None,  # what may follow depends on the token
             kind=kind_of(request),
         )
-        self._entries[request.id] = _Entry(scheduled, sampler, len(request.prompt))
+        entry = self._entries[request.id] = _Entry(scheduled, sampler, len(request.prompt))
+        if request.grammar is not None:
+            self._grammatical[request.id] = entry
         self.scheduler.add(scheduled)
 
     def cancel(self, identity: str) -> None:
@@ -120,22 +125,20 @@ class PagedEngine:
         if self._launched and (plan is None or len(self._launched) > self._runner.ahead):
             oldest = self._launched.popleft()
             self._ended += self.scheduler.collect(oldest, self._runner.collect())
-            self._end_complete(oldest)
+            self._end_complete()
             answers = self._tell(oldest)
         answers += [self._last(ended) for ended in self._ended]
         self._ended.clear()
         self._host.note(time.perf_counter() - begin - (self._runner.model_s - computed))
         return answers
 
-    def _end_complete(self, plan: Plan) -> None:
+    def _end_complete(self) -> None:
         """End the requests whose grammars allow nothing more."""
-        for place in np.flatnonzero(self._rows.single[plan.rows]).tolist():
-            request = self.scheduler.request_of(int(plan.rows[place]), int(plan.serials[place]))
-            sampler = None if request is None else self._entries[request.id].sampler
-            if request is not None and sampler is not None and sampler.complete:
-                ended = self.scheduler.end(request.id, "stop")
-                assert ended is not None
-                self._ended.append(ended)
+        for identity, entry in list(self._grammatical.items()):
+            if entry.sampler is not None and entry.sampler.complete:
+                ended = self.scheduler.end(identity, "stop")
+                self._ended += [] if ended is None else [ended]
+                del self._grammatical[identity]
 
     def _tell(self, plan: Plan) -> list[Answer]:
         """The new token of every request that goes on."""
@@ -155,6 +158,7 @@ class PagedEngine:
     def _last(self, ended: Ended) -> Answer:
         """All that was not told of a request, and why it ended."""
         entry = self._entries.pop(ended.request.id)
+        self._grammatical.pop(ended.request.id, None)
         return self._answer(entry, ended.tokens[entry.told :], ended.finish)
 
     def _answer(self, entry: _Entry, tokens: list[int], finish: Finish | None) -> Answer:

@@ -39,6 +39,7 @@ class Rows:
         tables: int32 [rows, most blocks], and `owned` of them.
         decoding: rows whose prompt is fed. single: rows of which no token may be fed before it was read.
         stops: int64 [rows, any], filled up with `NO_STOP`.
+        high: rows below it may be taken, none from it on.
         serial: counts the requests that had the row, so that what comes late for the one before is known.
         kind: int8, a `Kind`: what choosing the row's tokens takes.
     """
@@ -52,6 +53,7 @@ class Rows:
         self.kind = np.zeros(count, np.int8)
         self.stops = np.full((count, _FEW_STOPS), NO_STOP, np.int64)
         self._free = list(range(count))[::-1]
+        self.high = 0
 
     @property
     def free(self) -> int:
@@ -61,6 +63,7 @@ class Rows:
     def take(self, tokens: list[int], *, end: int, stops: list[int], single: bool, kind: Kind) -> int:
         """A row for a request that has these tokens, the lowest that is free."""
         row = self._free.pop()
+        self.high = max(self.high, row + 1)
         self.history[row, : len(tokens)] = tokens
         self.known[row], self.fed[row], self.end[row] = len(tokens), 0, end
         self.room[row] = self.owned[row] = 0
@@ -79,6 +82,22 @@ class Rows:
         self.decoding[row] = False
         self._free.append(row)
         self._free.sort(reverse=True)
+        if row == self.high - 1:
+            taken = set(range(self.high)).difference(self._free)
+            self.high = max(taken, default=-1) + 1
+
+    def move(self, row: int) -> int:
+        """What a row holds moves to the lowest one that is free."""
+        new = self._free.pop()
+        known, owned = int(self.known[row]), int(self.owned[row])
+        self.history[new, :known] = self.history[row, :known]
+        self.tables[new, :owned] = self.tables[row, :owned]
+        for values in (self.known, self.fed, self.end, self.room, self.owned, self.decoding, self.single, self.kind):
+            values[new] = values[row]
+        self.stops[new] = self.stops[row]
+        self.high = max(self.high, new + 1)
+        self.give_back(row)
+        return new
 
     def tokens(self, row: int) -> list[int]:
         """All tokens of a row that are known."""

@@ -95,6 +95,7 @@ class Plan:
         rows: int64 [D + P], the rows that get a token: `decodes`, then those of last pieces, in order.
         serials: of them, see `Rows`.
         grown: rows and columns of `Rows.tables` that are new since the plan before.
+        moved: rows whose requests have other rows since then: from, to.
     """
 
     decodes: Ints
@@ -103,6 +104,7 @@ class Plan:
     rows: Ints
     serials: Ints
     grown: list[tuple[int, int]]
+    moved: list[tuple[int, int]]
 
     @property
     def tokens(self) -> int:
@@ -154,11 +156,19 @@ class Scheduler:
         token_budget: most tokens of a step; more than rows, so that prompts get in.
         ahead: tokens beyond the one that is fed for which a row has room: steps that find the slot of the next one
             themselves need 1.
+        compact: rows move where the first half of them, or less, could hold all: steps of the first rows are smaller then.
         patience: see above.
     """
 
     def __init__(
-        self, manager: BlockManager, rows: Rows, *, token_budget: int, ahead: int = 0, patience: int = 256
+        self,
+        manager: BlockManager,
+        rows: Rows,
+        *,
+        token_budget: int,
+        ahead: int = 0,
+        compact: bool = False,
+        patience: int = 256,
     ) -> None:
         assert token_budget > rows.count, "decodes of all rows leave a part of the budget free"
         assert manager.block_size == rows.block_size
@@ -176,7 +186,9 @@ class Scheduler:
         self._refused_at = -1  # blocks that were free when the first in order did not fit
         self._late: dict[tuple[int, int], Request] = {}  # (row, serial) of those that gave way with a token unread
         self._computed: list[Piece] = []  # in the pool once the step that was planned last has been launched
+        self._compacts = compact
         self._grown: list[tuple[int, int]] = []
+        self._moved: list[tuple[int, int]] = []
 
     # -- requests ---------------------------------------------------------------------------
 
@@ -255,6 +267,8 @@ class Scheduler:
     def plan(self) -> Plan | None:
         """The next step; None where nothing can be fed before more is collected."""
         self._commit_computed()
+        if self._compacts and not self._moved:
+            self._compact()
         rows, before = self.rows, self.counts.preemptions
         decodes = self._decodes()
         pieces: list[Piece] = []
@@ -276,7 +290,27 @@ class Scheduler:
         chosen = np.concatenate([decodes, np.array(last, np.int64)]) if last else decodes
         self.counts.steps += 1
         grown, self._grown = self._grown, []
-        return Plan(decodes, positions, pieces, chosen, rows.serial[chosen], grown)
+        moved, self._moved = self._moved, []
+        return Plan(decodes, positions, pieces, chosen, rows.serial[chosen], grown, moved)
+
+    def _compact(self) -> None:
+        """See `compact`."""
+        most = 1 << max(0, self.running - 1).bit_length()
+        for row in range(most, self.rows.high if self.rows.high > most else 0):
+            request = self._at[row]
+            if request is None:
+                continue
+            if self._unread(row):
+                self._late[row, int(self.rows.serial[row])] = request
+            new = self.rows.move(row)
+            self._at[row], self._at[new], request.row = None, request, new
+            self._filling = {new if other == row else other: None for other in self._filling}
+            self._moved.append((row, new))
+            self._grown += [(new, column) for column in range(int(self.rows.owned[new]))]
+
+    def _unread(self, row: int) -> bool:
+        """Whether a token of a row was chosen that the host has not."""
+        return bool(self.rows.fed[row] >= self.rows.known[row])
 
     def _decodes(self) -> Ints:
         """Rows that feed one token, with room for it."""
@@ -408,7 +442,7 @@ class Scheduler:
         row, rows = request.row, self.rows
         self.counts.preemptions += 1
         request.tokens = rows.tokens(row)
-        if rows.fed[row] >= rows.known[row]:  # a token of it has not been read
+        if self._unread(row) and request not in self._late.values():  # it may have moved just before
             self._late[row, int(rows.serial[row])] = request
         self._commit(row, int(min(rows.fed[row], rows.known[row])))
         self._release(request)
@@ -447,15 +481,21 @@ class Scheduler:
         return ended
 
     def _collect_late(self, plan: Plan, tokens: Ints, here: np.ndarray) -> Iterator[Ended]:
-        """Tokens of requests that have given way since, or ended."""
+        """Tokens of requests that have given way since, or moved, or ended."""
         for place in np.flatnonzero(~here).tolist():
             request = self._late.pop((int(plan.rows[place]), int(plan.serials[place])), None)
             if request is None or request.id not in self._requests:
                 continue
             token = int(tokens[place])
-            request.tokens.append(token)
+            if request.row < 0:
+                request.tokens.append(token)
+                known = len(request.tokens)
+            else:
+                self.rows.history[request.row, self.rows.known[request.row]] = token
+                self.rows.known[request.row] += 1
+                known = int(self.rows.known[request.row])
             self.counts.generated_tokens += 1
-            if token in request.stops or token < 0 or len(request.tokens) >= request.end:
+            if token in request.stops or token < 0 or known >= request.end:
                 yield self._end(request, self._reason(request, token))
 
     @staticmethod

@@ -53,6 +53,16 @@ class StepBuffers:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
 
+    def move(self, moved: Sequence[tuple[int, int]]) -> None:
+        """Requests have other rows: from, to. Their tables are told by `grow`."""
+        if moved:
+            at = np.array(moved, np.int64).T
+            old, new = self.send(at)
+            self.state.ids.index_copy_(0, new, self.state.ids.index_select(0, old))
+            for draws in self._draws.values():
+                draws.move(old, new)
+            self._right[at.ravel()] = False
+
     def grow(self, grown: Sequence[tuple[int, int]]) -> None:
         """Tables are new at these rows and columns."""
         if grown:

@@ -96,6 +96,14 @@ class RowDraws:
         """
         part = RowDraws(len(draws), self._seed.device, self._vocabulary)
         part.load(draws, tokens)
+        self._put(part, rows)
+
+    @torch.inference_mode()
+    def move(self, old: Tensor, new: Tensor) -> None:
+        """Rows get what others have; int64, as many of both."""
+        self._put(self.of(old), new)
+
+    def _put(self, part: RowDraws, rows: Tensor) -> None:
         for name in self._tensors():
             getattr(self, name).index_copy_(0, rows, getattr(part, name))
         for own, new in zip(self._penalties or [], part._penalties or [], strict=True):

@@ -40,7 +40,7 @@ def arrivals(draw: st.DrawFn) -> list[tuple[int, Generate, int | None]]:
 @given(
     coming=arrivals(),
     num_blocks=st.integers(6, 14),
-    max_running=st.integers(1, 5),
+    max_running=st.integers(1, 8),
     budget=st.integers(1, 9),
     patience=st.integers(1, 4),
 )
@@ -72,6 +72,7 @@ def test_any_traffic(
     assert engine.idle
     assert engine.metrics().used_blocks == 0
     assert engine.scheduler.manager.free_blocks == num_blocks
+    assert not engine.scheduler._late
     assert max(sizes, default=0) <= limit
     for _, item, cancelled in coming:
         room = num_blocks * 4 + 1 - len(item.prompt)

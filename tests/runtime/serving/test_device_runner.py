@@ -31,7 +31,8 @@ def session(record: Recordings | None = None) -> CudaSession:
 
 
 def engine(record: Recordings | None = None, **options: int) -> PagedEngine:
-    made = engine_for(session(record), EngineOptions(**{"max_running": 4, "token_budget": 64, **options}))
+    settings = {"max_running": 4, "token_budget": 64, "warm_up": False, **options}
+    made = engine_for(session(record), EngineOptions(**settings))  # type: ignore[arg-type]
     assert isinstance(made, PagedEngine)
     assert isinstance(made._runner, DeviceRunner)
     return made
@@ -108,3 +109,36 @@ def test_one_that_gave_way_draws_the_same() -> None:
     for i in range(2):
         expected = generate(session(), [prompts[i]], max_new_tokens=30, sampling=samplings[i]).tokens[0]
         assert got[str(i)].tokens == expected
+
+
+def test_rows_move_down_when_few_are_left() -> None:
+    """Of eight requests the last one runs longer; its steps are those of one row then. Draws and tables move along."""
+    record = Recordings()
+    plan = MemoryPlan(weights=0, working=0, pool=0, num_blocks=32, prompt_tokens=256)
+    model = CudaSession(compiled(), plan, record=record).model
+    for sampling in (PENALIZED[0], MIXED[0]):
+        served = PagedEngine(model, EngineOptions(max_running=8, token_budget=128, warm_up=False), DeviceRunner)
+        prompts = sequences(7, 7, 7, 7, 7, 7, 7, 70)
+        items = [
+            Generate(id=str(i), prompt=prompt, max_new_tokens=40 if i == 7 else 3 + i, sampling=sampling)
+            for i, prompt in enumerate(prompts)
+        ]
+        got = run(served, items)
+        expected = generate(session(), [prompts[7]], max_new_tokens=40, sampling=sampling).tokens[0]
+        assert got["7"].tokens == expected
+        assert {batch for batch, _ in served._runner._steps} == {8, 4, 2, 1}  # type: ignore[attr-defined]
+        assert not served.scheduler._late
+
+
+def test_after_a_warm_up_nothing_is_recorded() -> None:
+    record = Recordings()
+    served = engine(record, warm_up=True)
+    names = list(record.names)
+    assert names.count("a decode step") == 3
+    assert {name for name in names if name.startswith("a prompt")} == {
+        f"a prompt of {tokens} tokens" for tokens in (16, 32, 48, 64)
+    }
+    got = run(served, requests([Sampling()] * 3))
+    assert [got[str(i)].tokens for i in range(3)] == [alone(i, Sampling()) for i in range(3)]
+    assert record.names == names
+    assert served._runner.captured == served._runner.launched  # type: ignore[attr-defined]
