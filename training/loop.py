@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from optc.compiler.artifact.publishing import check_output, write_folder
-from optc.compiler.diagnostics import InputError, UsageError, os_errors
+from optc.compiler.diagnostics import InputError, UsageError, os_errors, ran_out_of_memory
 from optc.training import checkpoint
 from optc.training.checkpoint import RunState
 from optc.training.config import TrainConfig
@@ -204,9 +203,7 @@ def _memory_errors(config: TrainConfig, world: World) -> Iterator[None]:
     """Exhausted memory as a ResourceError that says what would need less."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise out_of_memory(config, world.size, error) from error
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
             raise
         raise out_of_memory(config, world.size, error) from error

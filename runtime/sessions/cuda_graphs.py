@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from optc.compiler.diagnostics import TargetError
+from optc.compiler.diagnostics import ResourceError, TargetError, ran_out_of_memory
 from optc.compiler.ir.generated_code import last_call
 
 Launch = Callable[[], None]
@@ -20,7 +20,7 @@ Recording makes the memory of its results, and does not fill it."""
 def graph_recorder() -> Recorder:
     """Records CUDA graphs that share memory, as no two of them run at the same time; their results are apart.
 
-    The recorder raises TargetError where something cannot be recorded.
+    The recorder raises TargetError where something cannot be recorded, ResourceError where memory is exhausted.
     """
     memory: Any = torch.cuda.graph_pool_handle()
 
@@ -29,13 +29,20 @@ def graph_recorder() -> Recorder:
         try:
             with torch.cuda.graph(graph, pool=memory):
                 launch()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if ran_out_of_memory(error):  # the end of the capture fails as well, in another way
+                raise _no_memory(what) from error
             raise _not_recorded(what, error) from error
         return graph.replay
 
     return record
+
+
+def _no_memory(what: str) -> ResourceError:
+    return ResourceError(
+        f"the GPU has no memory left in which {what} of the program could be captured",
+        remedy="open it with a smaller pool (--kv-blocks), or end what else uses the GPU",
+    )
 
 
 def _not_recorded(what: str, error: RuntimeError) -> TargetError:

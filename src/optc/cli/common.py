@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from optc.compiler.diagnostics import OptcError, ResourceError
+from optc.compiler.diagnostics import OptcError, ResourceError, ran_out_of_memory
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -78,8 +78,11 @@ def guarded(action: Callable[[], Any], *, as_json: bool) -> int:
         action()
     except OptcError as error:
         return fail(error, as_json)
-    except MemoryError:
-        return fail(ResourceError("out of memory", remedy="use a smaller model or a larger machine"), as_json)
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        why = str(error).partition("\n")[0] or None
+        return fail(ResourceError("out of memory", why=why, remedy="use a smaller model or a larger machine"), as_json)
     except BrokenPipeError:
         sys.stderr.close()
         return 0
