@@ -1,7 +1,7 @@
 """Answers that hold to a grammar: JSON, a JSON schema, a regular expression, or a grammar in Lark's notation.
 
 Which tokens may follow is computed by llguidance (https://github.com/guidance-ai/llguidance), the extra `grammar`, from the
-artifact's tokenizer: a parser over the bytes of tokens and a trie of the vocabulary. A mask takes tens of microseconds.
+artifact's tokenizer: a parser over the bytes of tokens and a trie of the vocabulary.
 """
 
 from __future__ import annotations
