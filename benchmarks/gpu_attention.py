@@ -107,7 +107,7 @@ class Load:
 MEASURED = [
     *(Load(1, context) for context in (128, 1024, 4096)),
     *(Load(64, context) for context in (128, 1024, 4096)),
-    *(Load(256, context) for context in (128, 512)),
+    *(Load(256, context) for context in (128, 192, 512)),
     Load(64, 1024, block=16),
     Load(256, 512, block=16),
     Load(64, 1024, by_head=False),
@@ -124,6 +124,7 @@ SWEPT = [
     Load(8, 1024, ragged=True),
     Load(16, 1024),
     Load(64, 1024),
+    Load(256, 192),
     Load(256, 512),
     Load(64, 1024, ragged=True),
 ]
@@ -145,6 +146,8 @@ FEW: list[DecodeTiles | SplitTiles] = [
     DecodeTiles(),
 ]
 MANY: list[DecodeTiles | SplitTiles] = [
+    SplitTiles(warps=2, programs=4, registers=255, most=1),
+    SplitTiles(tile=32, stages=5, warps=2, programs=6, registers=168, most=1),
     DecodeTiles(tile=tile, stages=stages, programs=programs, registers=registers, start=start)
     for tile, stages, programs, registers, start in (
         (32, 5, 4, 128, 4),

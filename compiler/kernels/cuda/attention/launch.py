@@ -21,6 +21,8 @@ FEW_PAIRS, FEWEST_PAIRS = 256, 32
 """Pairs of a request and a KV head below which each is divided; up to which a step's latency is one pair's."""
 FEWEST_ROWS = 16
 """Rows of the smallest product of tensor cores."""
+SHORT_CONTEXT = 1024
+"""Tokens up to which a program serves a pair alone, where pairs are many."""
 MANY_ROWS = 4096
 """Rows of a request from which on large tiles are full nearly always."""
 
@@ -56,6 +58,7 @@ class SplitTiles:
     Attributes:
         programs: that a multiprocessor should have, by which the line of tiles is divided.
         fewest: tiles of a program, so that short contexts are not merged.
+        most: parts of a pair; 0: as many as programs allow.
         early: the next kernel may start at once; else when the first loads are under way.
     """
 
@@ -65,6 +68,7 @@ class SplitTiles:
     programs: int = 2
     registers: int = 128
     fewest: int = 1
+    most: int = 0
     merged: int = 16
     early: bool = True
 
@@ -106,12 +110,16 @@ def choose_decode_tiles(call: Call) -> DecodeTiles | SplitTiles:
     """As measured on an H200 (benchmarks/gpu_attention.py, gpu_step.py); wider heads by what fits into registers.
 
     Where pairs of a request and a KV head are few, each is shared by many programs, and a step's latency is that of
-    some tiles and of merging; where they are many, what counts is how much is under way. Beside requests of several
-    tokens the line of `decode` serves those that have one.
+    some tiles and of merging; where they are many, what counts is how much is under way. Many short ones, by the width
+    of their tables, have a program each; where they may be long, they share a line, since one of them alone would be
+    waited for. Beside requests of several tokens the line of `decode` serves those that have one.
     """
     size = _head_bytes(call)
     pairs = call.block_tables.shape[0] * call.k.shape[1]
-    if pairs < FEW_PAIRS and call.q.shape[0] == call.block_tables.shape[0]:
+    alone = call.q.shape[0] == call.block_tables.shape[0]
+    if alone and pairs >= FEW_PAIRS and size <= 256 and longest(call) <= SHORT_CONTEXT:
+        return SplitTiles(warps=2, programs=4, registers=255, most=1)
+    if alone and pairs < FEW_PAIRS:
         if size > 256:
             return SplitTiles(tile=16 if size > 512 else 32, programs=1, registers=255)
         if pairs <= FEWEST_PAIRS:
@@ -131,9 +139,13 @@ def count_programs(call: Call, tiles: DecodeTiles) -> int:
     run at a time is no loss: while the last ones end, those of the next kernel begin.
     """
     pairs = call.block_tables.shape[0] * call.k.shape[1]
-    longest = call.block_tables.shape[1] * call.k_pool.shape[1]
     at_a_time = multiprocessors(call.q.device) * tiles.programs // pairs
-    return pairs * max(1, min(at_a_time, triton.cdiv(longest, tiles.tile) + tiles.start))
+    return pairs * max(1, min(at_a_time, triton.cdiv(longest(call), tiles.tile) + tiles.start))
+
+
+def longest(call: Call) -> int:
+    """Tokens that a request can have at most, by the width of the block tables."""
+    return call.block_tables.shape[1] * call.k_pool.shape[1]
 
 
 def choose_prefill_tiles(call: Call) -> PrefillTiles:
@@ -176,8 +188,8 @@ def _decode(call: Call, out: Tensor, tiles: DecodeTiles) -> None:
 def _split(call: Call, out: Tensor, tiles: SplitTiles) -> None:
     requests, heads = call.block_tables.shape[0], call.k.shape[1]
     at_a_time = multiprocessors(call.q.device) * tiles.programs
-    longest = triton.cdiv(call.block_tables.shape[1] * call.k_pool.shape[1], tiles.tile * tiles.fewest)
-    splits = max(1, min(at_a_time // heads, longest))
+    shares = triton.cdiv(longest(call), tiles.tile * tiles.fewest)
+    splits = max(1, min(at_a_time // heads, shares, tiles.most or shares))
     args, constants = _of_both(call, out, tiles, count=at_a_time, parts=requests * heads * splits)
     decode_split[(splits, heads, requests)](*args, FEWEST=tiles.fewest, EARLY=tiles.early, **constants)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import bounds
@@ -12,7 +13,13 @@ from paged_cases import Case
 from torch import Tensor
 
 from optc.compiler.kernels.cuda.attention.call import Call, Turn
-from optc.compiler.kernels.cuda.attention.launch import DecodeTiles, PrefillTiles, SplitTiles, attend
+from optc.compiler.kernels.cuda.attention.launch import (
+    DecodeTiles,
+    PrefillTiles,
+    SplitTiles,
+    attend,
+    choose_decode_tiles,
+)
 from optc.compiler.kernels.cuda.paged_attention import (
     PAGED_ATTENTION,
     ROTARY_PAGED_ATTENTION,
@@ -176,10 +183,28 @@ def test_programs_share_the_line_of_tiles() -> None:
 
 
 def test_parts_of_a_pair_are_merged() -> None:
-    """One program for a pair, a few, and more than there are tiles; parts merged in one round and in several."""
-    for programs, fewest, merged in ((1, 1, 4), (3, 2, 2), (9, 3, 1), (30, 1, 8)):
-        tiles = SplitTiles(tile=16, stages=2, warps=4, programs=programs, fewest=fewest, merged=merged)
+    """One program for a pair, a few, and more than there are tiles; parts merged in one round and in several; no more
+    parts than are allowed."""
+    for programs, fewest, merged, most in (
+        (1, 1, 4, 0),
+        (3, 2, 2, 0),
+        (9, 3, 1, 0),
+        (30, 1, 8, 0),
+        (9, 1, 2, 1),
+        (9, 1, 2, 2),
+    ):
+        tiles = SplitTiles(tile=16, stages=2, warps=4, programs=programs, fewest=fewest, merged=merged, most=most)
         check(Case(new=(1, 1), past=(3, 70), block_size=16), tiles=(tiles, None))
+
+
+def test_many_short_requests_have_a_program_each() -> None:
+    """By the width of the tables: where a request may be long, all share its work."""
+    inputs, knobs = Case(new=(1,) * 128, past=(3,) * 128, heads=4, kv_heads=2, width=64, block_size=64).inputs()
+    call = Call(**dict(zip(NAMES, inputs, strict=True)), **knobs)  # type: ignore[arg-type]
+    for columns, most in ((1, 1), (16, 1), (17, None)):
+        tables = call.block_tables[:, :1].expand(-1, columns)
+        chosen = choose_decode_tiles(dataclasses.replace(call, block_tables=tables))
+        assert (chosen.most if isinstance(chosen, SplitTiles) else None) == most
 
 
 @DECODES
