@@ -166,10 +166,14 @@ class Program:
         for name in dict.fromkeys(self.weight_names().values()):
             yield name, self.weight(name)
 
-    def save(self, directory: str | Path) -> None:
-        """Write graph, contract and weights into a folder, without pickle; see `ir/saved/programs`."""
+    def save(self, directory: str | Path, *, examples: bool = True) -> None:
+        """Write graph, contract and weights into a folder, without pickle; see `ir/saved/programs`.
+
+        Args:
+            examples: with the example inputs, which rewrites that trace the program again start from.
+        """
         check_type("directory", directory, str | Path, "a path")
-        write_program(self.exported, self.contract, Path(directory))
+        write_program(self.exported, self.contract, Path(directory), examples=examples)
 
     @staticmethod
     def load(directory: str | Path) -> Program:

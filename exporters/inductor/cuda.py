@@ -39,13 +39,12 @@ def export_cuda(program: Program, request: ExportRequest) -> ExportResult:
         InputError, ResourceError: the folder cannot be written, or the disk is full.
     """
     check_paged(program)
-    program.save(request.directory)
+    program.save(request.directory, examples=False)
     copy_companions(request.source, request.directory)
     sizes = {
         name: tensor.nbytes
         for file in (WEIGHTS_FILE, CONSTANTS_FILE)
         for name, tensor in read_header(request.directory / file).items()
-        if not name.startswith("example/")
     }
     return ExportResult(
         engine=CUDA,

@@ -59,10 +59,13 @@ class _GraphFile(_Header, forbid_unknown_fields=True):
 # -- save -----------------------------------------------------------------------------------
 
 
-def write_program(exported: ExportedProgram, contract: Contract, directory: Path) -> None:
+def write_program(exported: ExportedProgram, contract: Contract, directory: Path, *, examples: bool = True) -> None:
     """Write the parts of a Program into a folder, which is made when absent; files of an older save are replaced.
 
     Tensors that no node reads are not written. `graph.json` is written last.
+
+    Args:
+        examples: False leaves the example inputs out, which nothing needs that only runs the program.
 
     Raises:
         InputError: the program holds what the format does not (operators of other libraries, inputs
@@ -70,7 +73,7 @@ def write_program(exported: ExportedProgram, contract: Contract, directory: Path
         ResourceError: the disk is full.
     """
     graph = _graph_values(exported)
-    weights, constants, aliases = tensors_to_save(exported)
+    weights, constants, aliases = tensors_to_save(exported, examples=examples)
     header = {"format": FORMAT, "version": FORMAT_VERSION, "torch": torch.__version__}
     content = {
         **header,

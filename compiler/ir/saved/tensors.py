@@ -23,12 +23,12 @@ _EXAMPLE = re.compile(r"example/([0-9]{1,5})")
 
 
 def tensors_to_save(
-    exported: ExportedProgram,
+    exported: ExportedProgram, *, examples: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]]:
     """The state dict, the constants, and aliases (name -> stored name) of an exported program.
 
     A tensor belongs when a placeholder reads it, or when it is the same memory as one that does (a tied
-    weight): then only its first name is stored. Example inputs are constants named `example/{i}`.
+    weight): then only its first name is stored. With `examples` example inputs are constants named `example/{i}`.
 
     Raises:
         InputError: an example input is no tensor, or safetensors cannot hold a tensor.
@@ -49,7 +49,7 @@ def tensors_to_save(
             elif name in read or place in places:
                 kept[name] = tensor
                 first.update({place: name} if place is not None else {})
-    leaves = [] if exported.example_inputs is None else pytree.tree_leaves(exported.example_inputs)
+    leaves = pytree.tree_leaves(exported.example_inputs) if examples and exported.example_inputs is not None else []
     stored[1].update({f"example/{i}": leaf for i, leaf in enumerate(leaves)})
     for name, value in (stored[0] | stored[1]).items():
         if not isinstance(value, Tensor) or value.dtype in (torch.complex32, torch.complex128):

@@ -20,6 +20,7 @@ from optc.compiler.diagnostics import InputError, ResourceError
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.saved.tensors import read_tensors, write_tensors
 from optc.compiler.ir.surgery import add_weight
+from optc.compiler.ir.text import format_program
 
 HEADS, SIZE, VOCABULARY = 2, 8, 32
 WIDTH = HEADS * SIZE
@@ -158,6 +159,15 @@ def test_tied_weights_are_stored_once_and_stay_tied(saved: Path) -> None:
     assert state["head.weight"] is state["embed.weight"]
     constants = load_file(saved / "constants.safetensors")
     assert sorted(constants) == ["example/0", "example/1", "inv_freq"]
+
+
+def test_example_inputs_can_be_left_out(saved: Path, tmp_path: Path) -> None:
+    program = Program.load(saved)
+    program.save(tmp_path / "bare", examples=False)
+    assert sorted(load_file(tmp_path / "bare" / "constants.safetensors")) == ["inv_freq"]
+    found = Program.load(tmp_path / "bare")
+    assert found.exported.example_inputs is None
+    assert format_program(found) == format_program(program)
 
 
 def test_example_inputs_are_kept(saved: Path) -> None:
