@@ -148,14 +148,16 @@ FEW: list[DecodeTiles | SplitTiles] = [
 MANY: list[DecodeTiles | SplitTiles] = [
     SplitTiles(warps=2, programs=4, registers=255, most=1),
     SplitTiles(tile=32, stages=5, warps=2, programs=6, registers=168, most=1),
-    DecodeTiles(tile=tile, stages=stages, programs=programs, registers=registers, start=start)
-    for tile, stages, programs, registers, start in (
-        (32, 5, 4, 128, 4),
-        (32, 5, 4, 128, 2),
-        (64, 3, 3, 168, 2),
-        (64, 5, 3, 168, 2),
-        (64, 5, 2, 255, 2),
-    )
+    *(
+        DecodeTiles(tile=tile, stages=stages, programs=programs, registers=registers, start=start)
+        for tile, stages, programs, registers, start in (
+            (32, 5, 4, 128, 4),
+            (32, 5, 4, 128, 2),
+            (64, 3, 3, 168, 2),
+            (64, 5, 3, 168, 2),
+            (64, 5, 2, 255, 2),
+        )
+    ),
 ]
 
 
