@@ -15,7 +15,7 @@ import numpy as np
 
 from optc.runtime.serving.request import EngineInfo, EngineMetrics
 
-STATUSES = (200, 400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 431, 499, 500, 503, 504)
+STATUSES = (200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 431, 499, 500, 503, 504)
 """Of answers; 499 is a client that left before its answer."""
 
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

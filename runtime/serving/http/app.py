@@ -60,6 +60,7 @@ def build_app(state: ServerState) -> ASGIApp:
         HTTPException: _starlette_error,
         ClientLeftError: lambda _, error: Response(status_code=499),
         ClientDisconnect: lambda _, error: Response(status_code=499),
+        Exception: lambda _, error: HttpError(500, "a fault of the server; its log has the particulars").response(),
     }
     middleware = []
     if state.options.cors_origin:
@@ -79,29 +80,18 @@ def build_app(state: ServerState) -> ASGIApp:
 
 
 class _Counted:
-    """Counts answers by status; what nobody foresaw is an answer of 500, and uvicorn logs it."""
+    """Counts answers by status."""
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app, self._state = app, state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status = 0
-
         async def counted(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
-                self._state.counters.count_status(status)
+                self._state.counters.count_status(message["status"])
             await send(message)
 
-        try:
-            await self._app(scope, receive, counted)
-        except Exception:
-            if not status:
-                await HttpError(500, "a fault of the server; its log has the particulars").response()(
-                    scope, receive, counted
-                )
-            raise
+        await self._app(scope, receive, counted)
 
 
 class _Gate:
