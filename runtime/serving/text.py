@@ -7,6 +7,19 @@ from collections.abc import Collection, Sequence
 from optc.runtime.generation.tokenizer import TextStream, Tokenizer
 
 
+def held_back(text: str, strings: Sequence[str], longest: int) -> int:
+    """Length of the longest end of the text that one of the strings begins with, and is not yet whole.
+
+    Args:
+        longest: characters of the longest of the strings.
+    """
+    for length in range(min(longest - 1, len(text)), 0, -1):
+        end = text[len(text) - length :]
+        if any(string.startswith(end) for string in strings):
+            return length
+    return 0
+
+
 class StopStrings:
     """Text that passes until one of several strings appears in it.
 
@@ -31,17 +44,9 @@ class StopStrings:
             at, self.found = min(places)
             self._held = ""
             return text[:at]
-        kept = 0 if last else self._beginning(text)
+        kept = 0 if last else held_back(text, self._stops, self._longest)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
-
-    def _beginning(self, text: str) -> int:
-        """Length of the longest end of the text that a stop string begins with."""
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
-            end = text[len(text) - length :]
-            if any(stop.startswith(end) for stop in self._stops):
-                return length
-        return 0
 
 
 class AnswerText:

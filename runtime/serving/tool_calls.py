@@ -7,6 +7,7 @@ import json
 from msgspec import Struct
 
 from optc.runtime.generation.chat_template import ChatTemplate, to_json
+from optc.runtime.serving.text import held_back
 
 CALL, CALL_END = "<tool_call>", "</tool_call>"
 """Around each call of a tool, in the form that Hermes began and Qwen and others took over: JSON with name, arguments."""
@@ -53,7 +54,7 @@ class ToolText:
         while True:
             start = self._held.find(CALL)
             if start < 0:
-                kept = 0 if last else _beginning(self._held)
+                kept = 0 if last else held_back(self._held, (CALL,), len(CALL))
                 said += self._held[: len(self._held) - kept]
                 self._held = self._held[len(self._held) - kept :]
                 return said, calls
@@ -68,8 +69,3 @@ class ToolText:
             said += self._held[:start] if call is not None else self._held[:end]
             calls += [call] if call is not None else []
             self._held = self._held[end:]
-
-
-def _beginning(text: str) -> int:
-    """Length of the longest end of the text that `CALL` begins with."""
-    return next((n for n in range(min(len(CALL) - 1, len(text)), 0, -1) if CALL.startswith(text[-n:])), 0)

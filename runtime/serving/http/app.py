@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import hmac
 import ipaddress
 import re
 import time
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -33,9 +31,9 @@ from optc.runtime.serving.http.bodies import (
 )
 from optc.runtime.serving.http.errors import HttpError
 from optc.runtime.serving.http.jobs import chat_job, completion_job
+from optc.runtime.serving.http.page import page_response
 from optc.runtime.serving.http.state import ServerState
 
-_PAGE = Path(__file__).with_name("page.html")
 _BODY_SECONDS = 30.0  # until a body is there
 _LINGER_BYTES, _LINGER_SECONDS = 64 << 20, 2.0  # of a body that is refused, read away so that the answer is seen
 _OPEN_PATHS = ("/", "/health")
@@ -280,22 +278,5 @@ async def _metrics(request: Request) -> Response:
     return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
-def _page_response() -> Response:
-    """The page; its policy allows its own script and style and nothing of others."""
-    text = _PAGE.read_text(encoding="utf-8")
-    allowed = {tag: _hashes(tag, text) for tag in ("script", "style")}
-    policy = (
-        f"default-src 'none'; script-src {allowed['script']}; style-src {allowed['style']}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    headers = {"content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
-    return Response(text, headers=headers, media_type="text/html")
-
-
-def _hashes(tag: str, text: str) -> str:
-    bodies = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-    return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(item.encode()).digest()).decode()}'" for item in bodies)
-
-
 async def _page(request: Request) -> Response:
-    return _page_response()
+    return page_response()
