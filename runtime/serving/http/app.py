@@ -35,6 +35,7 @@ from optc.runtime.serving.http.page import page_response
 from optc.runtime.serving.http.state import ServerState
 
 _BODY_SECONDS = 30.0  # until a body is there
+_OPEN_BODIES = 32  # of the largest size, that may be held at once
 _LINGER_BYTES, _LINGER_SECONDS = 64 << 20, 2.0  # of a body that is refused, read away so that the answer is seen
 _OPEN_PATHS = ("/", "/health")
 
@@ -155,9 +156,10 @@ async def _read(request: Request, kind: type[BodyT]) -> BodyT:
     """The body, within its limits.
 
     Raises:
-        HttpError: 413, 408, or as `read_json`.
+        HttpError: 413, 408, 503 while too much of others' bodies is held, or as `read_json`.
     """
-    most = _state(request).options.max_body_bytes
+    state = _state(request)
+    most = state.options.max_body_bytes
     length = request.headers.get("content-length", "")
     data = bytearray()
     try:
@@ -165,13 +167,17 @@ async def _read(request: Request, kind: type[BodyT]) -> BodyT:
             if not (length.isdigit() and int(length) > most):
                 async for chunk in request.stream():
                     data += chunk
+                    state.body_bytes += len(chunk)
                     if len(data) > most:
                         break
+                    if state.body_bytes > _OPEN_BODIES * most:
+                        raise HttpError(503, "too many bodies are being read", code="too_many_bodies", close=True)
                 else:
                     return read_json(bytes(data), kind)
     except TimeoutError:
         raise HttpError(408, "the body did not come in time", close=True) from None
-    data.clear()
+    finally:
+        state.body_bytes -= len(data)
     await _read_away(request)
     raise HttpError(413, f"the body has more than {most} bytes", code="body_too_large", close=True)
 

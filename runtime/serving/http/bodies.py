@@ -38,6 +38,35 @@ class StreamOptions(Body, frozen=True, kw_only=True):
     continuous_usage_stats: bool = False
 
 
+class JsonSchema(Body, frozen=True, kw_only=True, rename={"schema_": "schema"}):
+    """A schema that the answer must keep to."""
+
+    name: str = ""
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] = {}
+
+
+class ResponseFormat(Body, frozen=True, kw_only=True):
+    """What the text of an answer must be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def grammar(self) -> Grammar | None:
+        """The same for the engine."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return Grammar(kind="json")
+        if self.json_schema is None:
+            raise HttpError(400, "response_format json_schema needs a json_schema", param="response_format")
+        try:
+            return Grammar(kind="json-schema", source=msgspec.json.encode(self.json_schema.schema_).decode())
+        except RecursionError as error:
+            raise _too_deep() from error
+
+
 class GenerateBody(Body, frozen=True, kw_only=True):
     """What completions and chats have in common. Defaults are OpenAI's; the last group is ours (and vLLM's).
 
@@ -59,6 +88,7 @@ class GenerateBody(Body, frozen=True, kw_only=True):
     metadata: dict[str, str] = {}
     store: bool = False
     service_tier: Literal["auto", "default"] = "auto"
+    response_format: ResponseFormat | None = None  # OpenAI has it for chats only
 
     top_k: CountOrZero = 0
     min_p: MinP = 0.0
@@ -154,35 +184,6 @@ def _call(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "id": tool.id, "function": {"name": tool.function.name, "arguments": arguments}}
 
 
-class JsonSchema(Body, frozen=True, kw_only=True, rename={"schema_": "schema"}):
-    """A schema that the answer must keep to."""
-
-    name: str = ""
-    description: str | None = None
-    strict: bool | None = None
-    schema_: dict[str, Any] = {}
-
-
-class ResponseFormat(Body, frozen=True, kw_only=True):
-    """What the text of an answer must be."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    def grammar(self) -> Grammar | None:
-        """The same for the engine."""
-        if self.type == "text":
-            return None
-        if self.type == "json_object":
-            return Grammar(kind="json")
-        if self.json_schema is None:
-            raise HttpError(400, "response_format json_schema needs a json_schema", param="response_format")
-        try:
-            return Grammar(kind="json-schema", source=msgspec.json.encode(self.json_schema.schema_).decode())
-        except RecursionError as error:
-            raise _too_deep() from error
-
-
 class ChatBody(GenerateBody, frozen=True, kw_only=True):
     """Of /v1/chat/completions."""
 
@@ -191,7 +192,6 @@ class ChatBody(GenerateBody, frozen=True, kw_only=True):
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool = False
     top_logprobs: TopLogprobs | None = None
-    response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Meta(max_length=128)] = []
     tool_choice: Literal["auto", "none"] = "auto"
     parallel_tool_calls: bool = True

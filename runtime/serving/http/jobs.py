@@ -11,7 +11,7 @@ from optc.compiler.diagnostics import UsageError
 from optc.runtime.serving.http.bodies import ChatBody, CompletionBody, GenerateBody, StreamOptions
 from optc.runtime.serving.http.errors import HttpError
 from optc.runtime.serving.http.state import ServerState
-from optc.runtime.serving.request import Generate, Grammar
+from optc.runtime.serving.request import Generate
 from optc.runtime.serving.tool_calls import calls_are_read
 
 _DEFAULT_NEW_TOKENS = 16  # of completions, as OpenAI's
@@ -81,9 +81,8 @@ async def chat_job(state: ServerState, body: ChatBody) -> Job:
     if body.max_tokens and body.max_completion_tokens and body.max_tokens != body.max_completion_tokens:
         raise HttpError(400, "'max_tokens' and 'max_completion_tokens' differ", param="max_completion_tokens")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    grammar = body.response_format.grammar() if body.response_format else None
     limit = body.max_completion_tokens or body.max_tokens
-    return _job(state, body, [prompt], limit, logprobs, grammar=grammar, tools=bool(tools))
+    return _job(state, body, [prompt], limit, logprobs, tools=bool(tools))
 
 
 def _described(function: object) -> dict[str, object]:
@@ -130,7 +129,6 @@ def _job(
     limit: int | None,
     logprobs: int | None,
     *,
-    grammar: Grammar | None = None,
     tools: bool = False,
 ) -> Job:
     _check_choices(state, len(prompts) * body.n)
@@ -154,7 +152,7 @@ def _job(
                     logprobs=logprobs,
                     logit_bias=body.logit_bias,
                     priority=body.priority,
-                    grammar=grammar,
+                    grammar=body.response_format.grammar() if body.response_format else None,
                 )
             )
     chat = isinstance(body, ChatBody)

@@ -50,6 +50,7 @@ class ServerState:
         self.counters = Counters(Path(config.counters), config.worker)
         self.client = EngineClient(config.engine_socket, self._on_opened)
         self.draining = False
+        self.body_bytes = 0  # of bodies that are being read
         self._text: TextSide | None = None
         self.fault: InputError | None = None
         self.opened = asyncio.Event()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import random
 from collections.abc import Iterator
@@ -112,6 +113,14 @@ def test_many_clients(server: Server, alone: dict[str, str]) -> None:
         assert server.settled(name, 0) == 0
     assert server.metric("optc_preemptions_total") > 0  # or the pool was not too small
     assert server.metric("optc_engine_starts_total") == 1
+    # an answer that holds to a schema
+    schema = {"schema": {"type": "string", "enum": ["yes", "no"]}}
+    body = {"prompt": "Once", "max_tokens": 60, "response_format": {"type": "json_schema", "json_schema": schema}}
+    answer = server.post("/v1/completions", body)
+    if importlib.util.find_spec("llguidance") is None:
+        assert "grammar" in refusal(answer, 400)["message"]
+    else:
+        assert json.loads(answer[1]["choices"][0]["text"]) in ("yes", "no")
     # and then one alone, and a clean end
     found = server.post("/v1/completions", {"prompt": PROMPTS[0], "max_tokens": NEW, "temperature": 0})[1]
     assert found["choices"][0]["text"] == alone[PROMPTS[0]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import socket
 import time
@@ -133,6 +134,22 @@ def test_bodies_that_are_too_long(server: Server) -> None:
     assert error["message"] == "the body has more than 20000 bytes"
     chunked = HEAD + b"authorization: Bearer second\r\ntransfer-encoding: chunked\r\n\r\n"
     refusal(parsed(server.raw(chunked + (b"2710\r\n" + b"a" * 10_000 + b"\r\n") * 5 + b"0\r\n\r\n")), 413)
+
+
+def test_many_bodies_on_their_way(server: Server) -> None:
+    head = HEAD + b"authorization: Bearer second\r\ncontent-length: 20000\r\n\r\n"
+    open_ones, refused = [], 0
+    for _ in range(45):
+        connection = socket.create_connection(("127.0.0.1", server.port), timeout=1)
+        connection.sendall(head + b"a" * 19_900)
+        open_ones.append(connection)
+    time.sleep(0.5)
+    for connection in open_ones:
+        connection.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            refused += b"too_many_bodies" in connection.recv(1000)
+        connection.close()
+    assert 5 <= refused <= 13  # 32 of them are held
 
 
 def test_keys(server: Server) -> None:
