@@ -30,6 +30,8 @@ from optc.runtime.sessions.prompt_call import PromptCall, token_size
 from optc.runtime.sessions.streaming import Draw
 
 _FEW_REQUESTS = (8, 32)
+_NARROW = 1024
+"""Tokens that the tables of a narrow step hold, for which attention of many requests has other tiles."""
 _UNTIL_RECORDED = 2
 """Calls of a size, see `PromptCall`."""
 _STEP, _CLOSE = 64, 1024
@@ -59,7 +61,7 @@ class DeviceRunner:
         self._model, self._rows, self._sampler_of = model, rows, sampler_of
         self._buffers = StepBuffers(rows, model.vocab_size, model.device, self._draw_of)
         self._open = OpenChoice(self._buffers, sampler_of)
-        self._steps: dict[tuple[int, Kind], DecodeStep] = {}
+        self._steps: dict[tuple[int, int, Kind], DecodeStep] = {}
         self._calls: dict[tuple[tuple[int, int], Kind], _MixedCall] = {}
         self._flights: deque[_Flight] = deque()
         self.model_s = 0.0
@@ -76,7 +78,8 @@ class DeviceRunner:
             return
         count = self._rows.count
         for batch in {_batch(rows, count) for rows in range(1, count + 1)}:
-            self._step(batch, Kind.GREEDY)
+            for width in {self._width(_NARROW), self._width(self._rows.capacity)}:
+                self._step(batch, width, Kind.GREEDY)
         most = min(most_tokens, self._model.prompt_tokens)
         sizes = {
             _mixed_size(tokens, requests)
@@ -125,7 +128,8 @@ class DeviceRunner:
     def _decode(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Tell | None]:
         """Tokens of a step of decodes, and where those of its rows are."""
         rows, buffers = plan.decodes, self._buffers
-        step = self._step(_batch(int(rows[-1]) + 1, self._rows.count), kind)
+        width = self._width(int(plan.positions.max()) + 1)
+        step = self._step(_batch(int(rows[-1]) + 1, self._rows.count), width, kind)
         buffers.decode(rows, plan.positions)
         step.run()
         self.captured += step.recorded
@@ -137,20 +141,28 @@ class DeviceRunner:
         torch.ops.optc.advance_step_(tokens, *state.advanced(), block_size=self._model.block_size)
         return tokens, rows, tell
 
-    def _step(self, batch: int, kind: Kind) -> DecodeStep:
-        if (batch, kind) not in self._steps:
+    def _width(self, tokens: int) -> int:
+        """Columns of the tables of a step whose longest request has so many tokens."""
+        return (
+            min(_NARROW // self._rows.block_size, self._buffers.state.width)
+            if tokens <= _NARROW
+            else self._buffers.state.width
+        )
+
+    def _step(self, batch: int, width: int, kind: Kind) -> DecodeStep:
+        if (batch, width, kind) not in self._steps:
             model, draws = self._model, self._buffers.draws(kind) if kind < Kind.OPEN else None
-            self._steps[batch, kind] = DecodeStep(
+            self._steps[batch, width, kind] = DecodeStep(
                 model.step or model.run,
                 model.pools,
-                self._buffers.state.first(batch),
+                self._buffers.state.first(batch, width),
                 block_size=model.block_size,
                 selects=model.selects,
                 draws=None if draws is None else draws.first(batch),
                 chooses=kind < Kind.OPEN,
                 record=model.record,
             )
-        return self._steps[batch, kind]
+        return self._steps[batch, width, kind]
 
     def _mixed(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Tell | None]:
         """Tokens of a step with prompts, and where those of its rows are."""

@@ -22,12 +22,17 @@ from optc.runtime.sessions.paged import PagedModel
 
 @dataclass(slots=True)
 class _Entry:
-    """What the engine keeps of a request beside its schedule."""
+    """What the engine keeps of a request beside its schedule.
+
+    Attributes:
+        told: of its tokens, those that are in its answers, and the prompt's.
+        plain: its answers hold tokens and nothing else from now on.
+    """
 
     scheduled: Request
     sampler: RequestSampler | None
     told: int
-    told_cached: bool = False
+    plain: bool = False
 
 
 class PagedEngine:
@@ -141,18 +146,19 @@ class PagedEngine:
                 del self._grammatical[identity]
 
     def _tell(self, plan: Plan) -> list[Answer]:
-        """The new token of every request that goes on."""
-        scheduler, rows = self.scheduler, self._rows
+        """The new token of every request that goes on; those that have moved tell theirs with the next one."""
+        rows = self._rows
+        here = plan.rows[rows.serial[plan.rows] == plan.serials]
+        known = rows.known[here]
+        last = rows.history[here, known - 1].tolist()
         answers = []
-        for row, serial in zip(plan.rows.tolist(), plan.serials.tolist(), strict=True):
-            request = scheduler.request_of(row, serial)
-            if request is None:
-                continue
-            entry = self._entries[request.id]
-            at = request.row
-            new = request.tokens[entry.told :] if at < 0 else rows.history[at, entry.told : rows.known[at]].tolist()
-            if new:
-                answers.append(self._answer(entry, new, None))
+        for row, count, token in zip(here.tolist(), known.tolist(), last, strict=True):
+            entry = self._entries[self.scheduler.at(row).id]
+            if entry.plain and entry.told == count - 1:
+                entry.told = count
+                answers.append(Answer(id=entry.scheduled.id, tokens=[token]))
+            else:
+                answers.append(self._answer(entry, rows.history[row, entry.told : count].tolist(), None))
         return answers
 
     def _last(self, ended: Ended) -> Answer:
@@ -164,9 +170,8 @@ class PagedEngine:
     def _answer(self, entry: _Entry, tokens: list[int], finish: Finish | None) -> Answer:
         entry.told += len(tokens)
         logprobs = None if entry.sampler is None else entry.sampler.take_logprobs(len(tokens))
-        cached = None
-        if not entry.told_cached and entry.scheduled.found is not None:
-            cached, entry.told_cached = entry.scheduled.found, True
+        cached = entry.scheduled.found if entry.told == len(tokens) + entry.scheduled.prompt_length else None
+        entry.plain = logprobs is None
         problem = NOT_FINITE if entry.sampler is None else entry.sampler.problem
         error = problem if finish == "error" else ""
         return Answer(

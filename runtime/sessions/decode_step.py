@@ -39,7 +39,8 @@ class StepState:
     """The inputs of decode steps of `batch` requests, in fixed tensors; padding at first.
 
     Attributes:
-        ids, positions, slots: int64 [batch]. tables: int32 [batch, width]. lengths: int32 [batch].
+        ids, positions, slots: int64 [batch]. tables: int32 [batch, any]. lengths: int32 [batch].
+        width: columns of the tables that the program gets: the longest request has no more blocks.
     """
 
     def __init__(self, batch: int, width: int, device: torch.device) -> None:
@@ -63,17 +64,17 @@ class StepState:
     def slots(self) -> Tensor:
         return self.integers[2]
 
-    def first(self, batch: int) -> StepState:
-        """The first requests, in the same memory."""
+    def first(self, batch: int, width: int | None = None) -> StepState:
+        """The first requests, in the same memory; of tables of `width` columns, or all."""
         part = copy.copy(self)
-        part.batch = batch
+        part.batch, part.width = batch, width or self.width
         part.integers, part.tables, part.lengths = self.integers[:, :batch], self.tables[:batch], self.lengths[:batch]
         part._starts, part._rows = self._starts[: batch + 1], self._rows[:batch]
         return part
 
     def inputs(self, *, selects: bool) -> list[Tensor]:
         """As the program takes them, in front of the pools."""
-        found = [*self.integers, self.tables, self.lengths, self._starts]
+        found = [*self.integers, self.tables[:, : self.width], self.lengths, self._starts]
         return [*found, self._rows] if selects else found
 
     def advanced(self) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from stages import sequences
 
 from optc.runtime.generation.generate import generate
 from optc.runtime.sampling import Sampling
+from optc.runtime.serving import device_runner
 from optc.runtime.serving.device_runner import DeviceRunner
 from optc.runtime.serving.engine import engine_for
 from optc.runtime.serving.engine_options import EngineOptions
@@ -126,7 +127,7 @@ def test_rows_move_down_when_few_are_left() -> None:
         got = run(served, items)
         expected = generate(session(), [prompts[7]], max_new_tokens=40, sampling=sampling).tokens[0]
         assert got["7"].tokens == expected
-        assert {batch for batch, _ in served._runner._steps} == {8, 4, 2, 1}  # type: ignore[attr-defined]
+        assert {batch for batch, _, _ in served._runner._steps} == {8, 4, 2, 1}  # type: ignore[attr-defined]
         assert not served.scheduler._late
 
 
@@ -142,3 +143,15 @@ def test_after_a_warm_up_nothing_is_recorded() -> None:
     assert [got[str(i)].tokens for i in range(3)] == [alone(i, Sampling()) for i in range(3)]
     assert record.names == names
     assert served._runner.captured == served._runner.launched  # type: ignore[attr-defined]
+
+
+def test_steps_of_short_requests_read_narrow_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here up to one block of 64 tokens; longer ones read the whole table, with the same answers."""
+    monkeypatch.setattr(device_runner, "_NARROW", 64)
+    record = Recordings()
+    served = engine(record, warm_up=True)
+    assert {width for _, width, _ in served._runner._steps} == {1, 4}  # type: ignore[attr-defined]
+    names = list(record.names)
+    got = run(served, requests([Sampling()] * 3))
+    assert [got[str(i)].tokens for i in range(3)] == [alone(i, Sampling()) for i in range(3)]
+    assert record.names == names
