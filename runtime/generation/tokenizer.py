@@ -14,6 +14,8 @@ from optc.compiler.diagnostics import InputError
 
 _MAX_JSON = 1 << 20
 _BROKEN = "\ufffd"
+_BROKEN_MOST = 3  # bytes of a character that is not complete
+_WINDOW, _LONGEST = 8, 64  # tokens that are decoded together, and where none of the last ones has text
 
 
 class Tokenizer:
@@ -48,34 +50,43 @@ class Tokenizer:
 class TextStream:
     """Text of tokens that come one by one, never cut inside a character.
 
-    Tokens of a byte-level vocabulary may hold parts of a character. A piece is given out once the
-    text does not end in an incomplete one. A few tokens before it are decoded along, because a
-    decoder may treat the start of a text specially (SentencePiece drops its leading space).
+    Tokens of a byte-level vocabulary may hold parts of a character, and a decoder may treat the start of a text
+    specially (SentencePiece drops its leading space). So the last tokens are decoded together each time; what an
+    incomplete character may still change is held back. That is three replacement characters at most, one for each of its
+    bytes: more of them are bytes that never become text, and a stream of these costs no more than any other.
     The pieces and `finish()` together are `tokenizer.decode` of all tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._start = 0  # tokens[start:shown] are given out already and decoded along
-        self._shown = 0
+        self._tokens: list[int] = []  # the last ones
+        self._given = 0  # characters of their text that are given out
 
     def push(self, token: int) -> str:
         """The text that this token completes; empty while a character is incomplete."""
         self._tokens.append(token)
-        return self._take(hold=True)
+        return self._take(held=_BROKEN_MOST)
 
     def finish(self) -> str:
         """The rest, an incomplete character as U+FFFD."""
-        return self._take(hold=False)
+        return self._take(held=0)
 
-    def _take(self, *, hold: bool) -> str:
-        before = self._tokenizer.decode(self._tokens[self._start : self._shown])
-        text = self._tokenizer.decode(self._tokens[self._start :])
-        if len(text) <= len(before) or (hold and text.endswith(_BROKEN)):
-            return ""
-        self._start, self._shown = self._shown, len(self._tokens)
-        return text[len(before) :]
+    def _take(self, held: int) -> str:
+        text = self._tokenizer.decode(self._tokens)
+        broken = len(text) - len(text.rstrip(_BROKEN))
+        end = len(text) - min(broken, 0 if len(self._tokens) > _LONGEST else held)
+        piece = text[self._given : end]
+        self._given = max(self._given, end)
+        if len(self._tokens) > _WINDOW:
+            self._forget(len(text) - self._given)
+        return piece
+
+    def _forget(self, left: int) -> None:
+        """Keep the last tokens, where the characters that are held back are theirs (special tokens have no text)."""
+        last = self._tokens[-_WINDOW // 2 :]
+        length = len(self._tokenizer.decode(last))
+        if length >= left:
+            self._tokens, self._given = last, length - left
 
 
 def load_tokenizer(folder: Path) -> Tokenizer | None:

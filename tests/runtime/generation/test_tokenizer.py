@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,42 @@ def test_stream_is_decode_in_pieces(tokenizer: Tokenizer, tokens: list[int]) -> 
     stream = TextStream(tokenizer)
     pieces = [stream.push(token) for token in tokens]
     assert "".join(pieces) + stream.finish() == tokenizer.decode(tokens)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_stream_of_broken_bytes_is_decode_in_pieces(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    broken = [token for token in range(600) if "\ufffd" in tokenizer.token_text(token)]
+    assert len(broken) > 100
+    tokens = data.draw(st.lists(st.one_of(st.sampled_from(broken), st.integers(0, 600)), max_size=90))
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokens]
+    assert "".join(pieces) + stream.finish() == tokenizer.decode(tokens)
+
+
+def test_a_stream_of_bytes_that_never_become_text_stays_cheap(tokenizer: Tokenizer) -> None:
+    class Counting(Tokenizer):
+        decoded = 0
+
+        def decode(self, tokens: Sequence[int]) -> str:
+            Counting.decoded += len(tokens)
+            return tokenizer.decode(tokens)
+
+    token = next(token for token in range(600) if tokenizer.token_text(token) == "\ufffd")
+    stream, text = TextStream(Counting(None)), ""
+    for _ in range(2000):
+        text += stream.push(token)
+    assert text + stream.finish() == "\ufffd" * 2000
+    assert Counting.decoded < 2000 * 12
+
+
+def test_special_tokens_inside_a_character(tokenizer: Tokenizer) -> None:
+    fish = tokenizer.encode("🐟", special=False)
+    tokens = [*fish[:-1], *[1] * 30, fish[-1]]
+    stream = TextStream(tokenizer)
+    assert "".join(map(stream.push, tokens)) + stream.finish() == tokenizer.decode(tokens) == "🐟"
+    endless = TextStream(tokenizer)
+    assert "".join(map(endless.push, [fish[0], *[1] * 500])) == "\ufffd"
 
 
 @settings(max_examples=100, deadline=None)
