@@ -160,6 +160,10 @@ def pretrained_config(info: CheckpointInfo, *, trust_remote_code: bool = False) 
             why=str(error).splitlines()[0],
             remedy="check model_type and the transformers version",
         ) from error
+    # What computes is for us to say, not for the folder: a name with a slash is a repository of kernels on the hub, whose
+    # code transformers would load.
+    config._attn_implementation = None
+    config._experts_implementation = None
     refuse_unsupported(config)
     return config
 

@@ -104,7 +104,9 @@ class Machine:
                 return metadata.version(item)
             except metadata.PackageNotFoundError:  # noqa: PERF203 - a few names
                 continue
-        return "of unknown version" if importlib.util.find_spec(name) is not None else None
+        # A name with dots would import the packages that it is in; the names are data of the folder.
+        found = name.isidentifier() and importlib.util.find_spec(name) is not None
+        return "of unknown version" if found else None
 
     def gpu(self) -> dict[str, Any] | str:
         """Driver's CUDA version, compute capability times ten, and free memory; or why there is none."""

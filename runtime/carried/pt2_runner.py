@@ -17,7 +17,9 @@ import hashlib
 import json
 import os
 import platform
+import stat
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,9 +45,18 @@ _DTYPES = {
     )
 }
 
+MOST_MEMBERS = 10_000
+"""Files in a package; a model of hundreds of layers has some tens."""
+MOST_GROWTH = 8
+"""Times its size that a package may have when it is unpacked; torch does not compress what it writes."""
+
 
 class PackageError(RuntimeError):
     """An artifact that cannot be loaded, or inputs that its native code would not survive."""
+
+
+class ArchiveError(PackageError):
+    """A package that must not be unpacked."""
 
 
 class Package:
@@ -74,6 +85,7 @@ class Package:
         if info["library"]:
             torch.ops.load_library(str(_file(folder, info["library"])))
         path = _file(folder, info["model"])
+        check_archive(path)
         try:
             # torch._inductor.aoti_load_package makes this object, after importing the whole compiler.
             self._runner = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
@@ -272,6 +284,32 @@ def generate(
         if done or max(decoder.lengths) == decoder.capacity:
             return tokens
         logits = decoder.step(chosen)
+
+
+def check_archive(path: Path) -> None:
+    """Refuse an archive that would be unpacked elsewhere than into its own folder, or to much more than it is.
+
+    torch's loader writes every member to the name that it has.
+
+    Raises:
+        ArchiveError: names the member.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ArchiveError(f"{path}: the package is no archive: {_first_line(error)}") from error
+    names = [member.filename for member in members]
+    for member in members:
+        parts = member.filename.replace("\\", "/").split("/")
+        is_link = stat.S_ISLNK(member.external_attr >> 16)
+        if is_link or ".." in parts or parts[0] == "" or ":" in parts[0] or "\0" in member.orig_filename:
+            raise ArchiveError(f"{path}: the member {member.filename[:80]!r} of the package leads out of its folder")
+    if len(set(names)) < len(names) or len(names) > MOST_MEMBERS:
+        raise ArchiveError(f"{path}: the package has {len(names)} members, some of them twice or too many")
+    unpacked, size = sum(member.file_size for member in members), path.stat().st_size
+    if unpacked > MOST_GROWTH * size + (16 << 20):
+        raise ArchiveError(f"{path}: {size} bytes would be unpacked to {unpacked}")
 
 
 def check_host(needs: Mapping[str, Any]) -> None:

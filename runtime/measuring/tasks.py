@@ -57,6 +57,7 @@ def run_tasks(
             "the evaluation harness is not installed", why=str(error), remedy='pip install "optc[eval]"'
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    _sandbox_templates()
     lm = ArtifactLM(model, seed=seed, on_request=on_request)
     paths = [Path(item) for item in tasks if _is_path(item)]
     names = [item for item in tasks if not _is_path(item)]
@@ -76,6 +77,23 @@ def run_tasks(
     assert found is not None
     counts = {name: row["effective"] for name, row in found["n-samples"].items()}
     return {name: {**row, "samples": counts.get(name)} for name, row in figures(found["results"])}
+
+
+def _sandbox_templates() -> None:
+    """Templates of task files render without access to Python's objects: the harness has a plain environment.
+
+    Functions that a YAML file names with `!function` run all the same; they are files beside it.
+    """
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from lm_eval import utils
+
+    if isinstance(utils.env, ImmutableSandboxedEnvironment):
+        return
+    plain = utils.env
+    utils.env = ImmutableSandboxedEnvironment(
+        loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
+    )
+    utils.env.filters.update(plain.filters)
 
 
 def _is_path(item: str) -> bool:

@@ -8,9 +8,9 @@ import msgspec
 import torch
 
 from optc.compiler.artifact.manifest import Manifest
-from optc.compiler.diagnostics import InputError, ResourceError, TargetError
+from optc.compiler.diagnostics import ArtifactError, InputError, ResourceError, TargetError
 from optc.compiler.ir.contract import Contract
-from optc.runtime.carried.pt2_runner import Package, PackageError
+from optc.runtime.carried.pt2_runner import ArchiveError, Package, PackageError
 from optc.runtime.sessions.paged import PagedSession
 from optc.runtime.sessions.session import Session, SessionOptions, default_threads
 from optc.runtime.sessions.torch_linear import TorchSession
@@ -25,10 +25,15 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
 
     Raises:
         TargetError: this host cannot run the package.
+        ArtifactError: it would be unpacked elsewhere than into a folder of its own, or to far more than its size.
     """
     torch.set_num_threads(options.threads or default_threads())
     try:
         package = Package(folder, manifest.engine_info, manifest.needs)
+    except ArchiveError as error:
+        raise ArtifactError(
+            "the package must not be unpacked", why=str(error), remedy="compile the model again; do not use this file"
+        ) from error
     except PackageError as error:
         raise TargetError(
             "the package cannot run on this host",

@@ -1,0 +1,106 @@
+"""Code that files name: none of it is run, imported or unpacked outside its folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hf_folders import source
+from transformers.integrations import hub_kernels
+
+from optc.compiler.capture.loading import load_model, meta_model
+from optc.compiler.diagnostics import ArtifactError
+from optc.compiler.model_folder.checkpoint import check_folder
+from optc.runtime.carried import check_device, pt2_runner
+from optc.runtime.measuring.tasks import _sandbox_templates
+
+REPOSITORY = "someone/kernels"
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "_experts_implementation"])
+def test_a_config_does_not_choose_what_computes(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would load kernels from a repository of that name."""
+    asked: list[object] = []
+    monkeypatch.setattr(hub_kernels, "load_and_register_attn_kernel", lambda *args, **_: asked.append(args))
+    folder = tmp_path / "model"
+    shutil.copytree(source("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: REPOSITORY}))
+    made = meta_model(check_folder(folder))
+    assert REPOSITORY not in (made.config._attn_implementation, made.config._experts_implementation)
+    model, _ = load_model(folder, dtype=torch.float32, attention="eager")
+    assert model.config._attn_implementation == "eager"
+    assert not asked
+
+
+def test_a_package_that_an_artifact_needs_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking for `a.b` imports `a`."""
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "planted" / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    machine = check_device.Machine()
+    assert machine.package("planted.inner") is None
+    assert machine.package("planted") == "of unknown version"
+    assert machine.package("../planted") is None
+
+
+def archive(path: Path, *members: tuple[str, bytes], link: bool = False) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        for name, data in members:
+            member = zipfile.ZipInfo(name)
+            member.external_attr = (stat.S_IFLNK | 0o777) << 16 if link else 0o600 << 16
+            file.writestr(member, data, zipfile.ZIP_DEFLATED)
+    return path
+
+
+@pytest.mark.parametrize("name", ["model/../../evil", "/etc/evil", "..\\evil", "C:/evil", "model/../evil"])
+def test_members_of_a_package_stay_inside(name: str, tmp_path: Path) -> None:
+    path = archive(tmp_path / "model.pt2", ("model/good", b"1"), (name, b"2"))
+    with pytest.raises(pt2_runner.ArchiveError, match="leads out of its folder"):
+        pt2_runner.check_archive(path)
+
+
+def test_links_bombs_and_noise_are_no_packages(tmp_path: Path) -> None:
+    with pytest.raises(pt2_runner.ArchiveError, match="leads out of its folder"):
+        pt2_runner.check_archive(archive(tmp_path / "link", ("model/link", b"/etc/passwd"), link=True))
+    with pytest.raises(pt2_runner.ArchiveError, match="bytes would be unpacked to 33554432"):
+        pt2_runner.check_archive(archive(tmp_path / "bomb", ("model/zeros", bytes(32 << 20))))
+    with pytest.warns(UserWarning, match="Duplicate"):
+        twice = archive(tmp_path / "twice", ("model/a", b"1"), ("model/a", b"2"))
+    with pytest.raises(pt2_runner.ArchiveError, match="some of them twice"):
+        pt2_runner.check_archive(twice)
+    (tmp_path / "noise").write_bytes(b"PK\x03\x04" + bytes(100))
+    with pytest.raises(pt2_runner.ArchiveError, match="no archive"):
+        pt2_runner.check_archive(tmp_path / "noise")
+    pt2_runner.check_archive(archive(tmp_path / "good", ("data/aotinductor/model/a.so", b"1")))
+
+
+def test_such_a_package_is_a_damaged_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from artifacts import make_manifest
+
+    from optc.runtime.sessions import package
+    from optc.runtime.sessions.session import SessionOptions
+
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    archive(tmp_path / "model.pt2", ("../evil", b"2"))
+    info = {"model": "model.pt2", "library": "", "inputs": [], "outputs": [], "constants": {}, "weights": "w"}
+    monkeypatch.setattr(pt2_runner, "check_host", lambda needs: None)
+    manifest = make_manifest(engine="aotinductor", engine_info=info)
+    with pytest.raises(ArtifactError, match="must not be unpacked"):
+        package.open_artifact(tmp_path, manifest, SessionOptions())
+    assert not (tmp_path.parent / "evil").exists()
+
+
+def test_templates_of_tasks_reach_no_objects_of_python() -> None:
+    from jinja2.exceptions import SecurityError
+    from lm_eval import utils
+
+    _sandbox_templates()
+    assert utils.apply_template("{{ text|regex_replace('a', 'b') }}\n", {"text": "aa"}) == "bb\n"
+    with pytest.raises(SecurityError):
+        utils.apply_template("{{ ''.__class__.__mro__[1].__subclasses__() }}", {})
