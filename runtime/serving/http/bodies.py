@@ -70,7 +70,7 @@ class ResponseFormat(Body, frozen=True, kw_only=True):
 class GenerateBody(Body, frozen=True, kw_only=True):
     """What completions and chats have in common. Defaults are OpenAI's; the last group is ours (and vLLM's).
 
-    Fields that change nothing here are taken as they come: user, metadata, store, service_tier.
+    Fields that change nothing here are taken as they come: user and the like, metadata, service_tier.
     """
 
     model: str | None = None
@@ -85,6 +85,8 @@ class GenerateBody(Body, frozen=True, kw_only=True):
     stop: Stops = []
     logit_bias: Annotated[dict[Id, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=4096)] = {}
     user: str = ""
+    safety_identifier: str = ""
+    prompt_cache_key: str = ""
     metadata: dict[str, str] = {}
     store: bool = False
     service_tier: Literal["auto", "default"] = "auto"
