@@ -1,4 +1,4 @@
-"""Several runs of `optc train`, one after another in the processes of one torchrun: see test_ranks.py."""
+"""Several runs of `optc train`, one after another in the processes of one group: see test_ranks.py."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from optc.training.parallel import ParallelConfig, apply_data_parallel, clip_gra
 
 sys.path.append(str(Path(__file__).parent))  # behind tests/, whose conftest others import
 import parallel_driver as driver
-from training_runs import torchrun
+from training_runs import ranks
 
 DRIVER = Path(__file__).with_name("parallel_driver.py")
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
@@ -34,7 +34,7 @@ def expected(example_model: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def curves(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     output = tmp_path_factory.mktemp("curves") / "curves.json"
-    torchrun(2, DRIVER, example_model, output)
+    ranks(2, DRIVER, example_model, output)
     found: dict[str, list[float]] = json.loads(output.read_text())
     return found
 
@@ -59,7 +59,7 @@ def test_accumulation_gives_the_same_curve(example_model: Path, expected: list[f
 @pytest.mark.slow
 def test_deepspeed_gives_the_same_curves(example_model: Path, expected: list[float], tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
-    torchrun(2, DRIVER, example_model, tmp_path / "curves.json", "deepspeed")
+    ranks(2, DRIVER, example_model, tmp_path / "curves.json", "deepspeed")
     found = json.loads((tmp_path / "curves.json").read_text())
     assert {name: largest(curve, expected) < 1e-4 for name, curve in found.items()} == dict.fromkeys(
         driver.DEEPSPEED, True

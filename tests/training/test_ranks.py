@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import torchrun
+from training_runs import ranks, torchrun
 
 from optc.training.loop import train
 from optc.training.metrics import read_log
@@ -58,15 +58,14 @@ def flags(kind: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def outputs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kind's output on two ranks: ddp by the command itself, the others in the processes of another torchrun, as
-    starting processes takes longer than the runs. Runs of two steps are resumed by processes of their own."""
+    """Every kind's output on two ranks: ddp by the command itself, the others one after another in processes that are
+    forked, as starting them takes longer than the runs. Runs of two steps are resumed by processes of their own."""
     place = tmp_path_factory.mktemp("ranks")
     deepspeed = ["deepspeed-2", "deepspeed-3"] if importlib.util.find_spec("deepspeed") else []
 
     def several(runs: list[list[object]]) -> None:
-        torchrun(
-            2, Path(__file__).with_name("ranks_driver.py"), json.dumps([[str(recipe), *map(str, run)] for run in runs])
-        )
+        driver = Path(__file__).with_name("ranks_driver.py")
+        ranks(2, driver, json.dumps([[str(recipe), *map(str, run)] for run in runs]))
 
     def resumed(kind: str, *more: object) -> list[object]:
         saving = ["--set", "saving.every=2", "--set", "saving.keep_run=true"]

@@ -19,7 +19,7 @@ from optc.training.sharded_checkpoint import load_sharded, save_sharded
 
 sys.path.append(str(Path(__file__).parent))  # behind tests/, whose conftest others import
 import shards_driver as driver
-from training_runs import torchrun
+from training_runs import ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 KINDS = ("fsdp", "zero1")
@@ -29,9 +29,7 @@ KINDS = ("fsdp", "zero1")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints written by two processes, and what four made of them."""
     path = tmp_path_factory.mktemp("shards")
-    script = Path(__file__).with_name("shards_driver.py")
-    torchrun(2, script, path)
-    torchrun(4, script, path)
+    ranks("2,4", Path(__file__).with_name("shards_driver.py"), path)
     return path
 
 
