@@ -37,8 +37,10 @@ def test_every_norm_of_every_family(name: str) -> None:
     assert difference(program, result.program) <= 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "olmo2"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("llama", torch.bfloat16), ("llama", torch.float16), ("gemma3", torch.bfloat16), ("olmo2", torch.bfloat16)],
+)
 def test_16_bit_types(name: str, dtype: torch.dtype) -> None:
     program = stirred(name, dtype)
     result = rewritten(FuseNorm(), program)
