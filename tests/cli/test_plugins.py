@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import toy_package
-from conftest import EXAMPLE
+from hf_folders import source
 
 import optc
 
@@ -38,10 +38,10 @@ def run(site: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_compiles_with_them(site: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = run(site, "compile", EXAMPLE, "--target", "plaything", "--toy-words", "3", "-o", out, "--json")
+    done = run(site, "compile", source("llama"), "--target", "plaything", "--toy-words", "3", "-o", out, "--json")
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
-    assert [(row["name"], row["matched"]) for row in made["passes"]] == [("quantize-ternary", 28)]
+    assert [(row["name"], row["matched"]) for row in made["passes"]] == [("quantize-ternary", 14)]
     assert (out / "greeting.txt").read_text() == "toy toy toy"
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["target"], manifest["engine"]) == ("toy", "toy")
@@ -61,6 +61,6 @@ def test_lists_them(site: Path) -> None:
             "help": "Words of the greeting.",
         }
     ]
-    refused = run(site, "compile", EXAMPLE, "--target", "toy", "--toy-words", "10", "-o", "out", "--json")
+    refused = run(site, "compile", source("llama"), "--target", "toy", "--toy-words", "10", "-o", "out", "--json")
     assert refused.returncode == 2
     assert json.loads(refused.stdout)["what"] == "'toy-words' cannot be '10'"

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import EXAMPLE
+from hf_folders import source
 
 import optc
 from optc.compiler import version as module
@@ -38,7 +38,7 @@ def test_compiles_without_metadata(tmp_path: Path) -> None:
         "-m",
         "optc",
         "compile",
-        str(EXAMPLE),
+        str(source("llama")),
         "--target",
         "vllm",
         "-o",
