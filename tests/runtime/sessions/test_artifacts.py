@@ -111,27 +111,45 @@ def test_greedy_text_equals_transformers(model: Model) -> None:
     assert model.generate(prompts[1], max_new_tokens=64).text == found[1].text
 
 
+_COMMANDS = """
+import json, sys
+from optc.cli.main import main
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as done:
+        if done.code:
+            raise
+"""
+
+
+def _commands(*commands: list[object]) -> list[Any]:
+    """What commands print as JSON, one after another in one process that did nothing before."""
+    lines = [[*map(str, command), "--threads", "1", "--json"] for command in commands]
+    done = subprocess.run(
+        [sys.executable, "-c", _COMMANDS, json.dumps(lines)], capture_output=True, text=True, check=True
+    )
+    decoder, found, rest = json.JSONDecoder(), [], done.stdout.strip()
+    while rest:
+        value, end = decoder.raw_decode(rest)
+        found.append(value)
+        rest = rest[end:].strip()
+    return found
+
+
 def test_commands_in_a_fresh_process(artifact: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("It was a dark night, and the ship lay at anchor. " * 12)
 
-    def call(*args: object) -> Any:
-        done = subprocess.run(
-            [sys.executable, "-m", "optc", *map(str, args), "--threads", "1", "--json"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return json.loads(done.stdout)
-
-    ran = call("run", artifact, "--prompt-tokens", "0,493,718", "--max-new-tokens", 5)
+    run = ["run", artifact, "--prompt-tokens", "0,493,718", "--max-new-tokens", 5]
+    evaluation = ["eval", artifact, "--text", text]
+    bench = ["bench", artifact, "--prompt-length", 8, "--new-tokens", 4, "--samples", 2]
+    ran, evaluated, timed = _commands(run, evaluation, bench)
     assert ran["prompt_tokens"] == [0, 493, 718]
     assert len(ran["tokens"]) == 5
-    evaluated = call("eval", artifact, "--text", text)
     assert evaluated["perplexity"] == pytest.approx(evaluated["reference_perplexity"], rel=1e-5)
     assert evaluated["kl"] < 1e-8
     assert evaluated["top1_agreement"] > 0.99
-    timed = call("bench", artifact, "--prompt-length", 8, "--new-tokens", 4, "--samples", 2)
     assert timed["weight_bytes"] > 6e6
     assert timed["peak_rss_bytes"] > timed["weight_bytes"]
     assert timed["decode_tokens_per_s"]["median"] > 0
