@@ -21,21 +21,19 @@ LIMIT = 1e-4  # on logits of magnitude 10 to 20
 
 _BIG = [pytest.mark.slow, pytest.mark.shared]
 CASES = [  # the packages of the example model are in tests/runtime/sessions/test_artifacts.py
-    pytest.param(("fiction-3m", "onnx-cpu", None), id="3m-onnx"),
-    pytest.param(("fiction-26m", "onnx-cpu", None), id="26m-onnx", marks=_BIG),
-    pytest.param(("fiction-26m", "inductor-cpu", "static"), id="26m-inductor", marks=_BIG),
+    pytest.param(("fiction-3m", "onnx-cpu"), id="3m-onnx"),
+    pytest.param(("fiction-26m", "onnx-cpu"), id="26m-onnx", marks=_BIG),
 ]
 
 
 class Pair:
     """An artifact and the transformers model it was made from."""
 
-    def __init__(self, folder: Path, target: str, kv_cache: str | None, output: Path) -> None:
-        options = {"kv_cache": kv_cache} if kv_cache else {}
+    def __init__(self, folder: Path, target: str, output: Path) -> None:
         if folder == EXAMPLE:
-            self.artifact = example_artifact(target, **options)
+            self.artifact = example_artifact(target)
         else:
-            self.artifact = optc.compile(folder, target=target, output=output, **options).artifact
+            self.artifact = optc.compile(folder, target=target, output=output).artifact
         self.model = optc.load(self.artifact)
         self.reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -52,9 +50,9 @@ class Pair:
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    name, target, kv_cache = request.param
+    name, target = request.param
     folder = EXAMPLE if name == "fiction-3m" else shared_path("models", name)
-    made = Pair(folder, target, kv_cache, tmp_path_factory.mktemp(name) / "artifact")
+    made = Pair(folder, target, tmp_path_factory.mktemp(name) / "artifact")
     yield made
     made.model.close()
 
