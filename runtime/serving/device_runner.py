@@ -32,6 +32,8 @@ from optc.runtime.sessions.streaming import Draw
 _FEW_REQUESTS = (8, 32)
 _NARROW = 1024
 """Tokens that the tables of a narrow step hold, for which attention of many requests has other tiles."""
+_WARMED = 2048
+"""Tokens of the largest call that is recorded before requests come: in larger ones launches are a small part."""
 _UNTIL_RECORDED = 2
 """Calls of a size, see `PromptCall`."""
 _STEP, _CLOSE = 64, 1024
@@ -80,11 +82,11 @@ class DeviceRunner:
         for batch in {_batch(rows, count) for rows in range(1, count + 1)}:
             for width in {self._width(_NARROW), self._width(self._rows.capacity)}:
                 self._step(batch, width, Kind.GREEDY)
-        most = min(most_tokens, self._model.prompt_tokens)
+        most = min(most_tokens, self._model.prompt_tokens, _WARMED)
         sizes = {
             _mixed_size(tokens, requests)
             for requests in (*(size - 1 for size in _FEW_REQUESTS), count)
-            for tokens in range(1, most + 1)
+            for tokens in range(1, min(most, _CLOSE if requests < count else most) + 1)
         }
         nothing = [np.zeros(1, np.int64), np.zeros(1, np.int64), np.full(1, PADDING), np.zeros((1, 1), np.int32)]
         inputs = StepInputs(*map(torch.from_numpy, [*nothing, np.ones(1, np.int32), np.arange(2, dtype=np.int32)]))
