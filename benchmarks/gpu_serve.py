@@ -182,7 +182,10 @@ def run_shape(shape: str, given: argparse.Namespace, results: dict[str, Any]) ->
             continue
         session = open_session(program, variant, given.blocks, given.small)
         options = EngineOptions(
-            max_running=8 if given.small else given.running, token_budget=given.budget, max_waiting=4096
+            max_running=8 if given.small else given.running,
+            token_budget=given.budget,
+            max_waiting=4096,
+            warm_up=given.warm_up,
         )
         begin = time.perf_counter()
         engine = PagedEngine(session.model, options, DeviceRunner)
@@ -239,6 +242,7 @@ def main() -> None:
     parser.add_argument(
         "--int4-limit", type=int, default=0, help="most tokens of products on codes; 0: as the tables say"
     )
+    parser.add_argument("--warm-up", action="store_true", help="as `optc serve` does before it is ready")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--name", default="gpu_serve")

@@ -29,7 +29,7 @@ from optc.runtime.sessions.paged import PagedModel
 from optc.runtime.sessions.prompt_call import PromptCall, token_size
 from optc.runtime.sessions.streaming import Draw
 
-_FEW_REQUESTS = (8, 32)
+_FEW_REQUESTS = (8, 64)
 _NARROW = 1024
 """Tokens that the tables of a narrow step hold, for which attention of many requests has other tiles."""
 _WARMED = 2048
@@ -37,7 +37,7 @@ _WARMED = 2048
 _UNTIL_RECORDED = 2
 """Calls of a size, see `PromptCall`."""
 _STEP, _CLOSE = 64, 1024
-"""Sizes of mixed calls, see `_mixed_size`."""
+"""Sizes of mixed calls, see `DeviceRunner._size`."""
 
 
 @dataclass(slots=True)
@@ -75,18 +75,18 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def warm_up(self, most_tokens: int) -> None:
-        """Record the greedy steps, and calls of up to so many tokens, on padding: no request waits for it then."""
+        """Record the greedy steps of short requests, and calls of up to so many tokens whose sizes are powers of two, on
+        padding: few requests wait for a kernel's compiler then."""
         if self._model.record is None:
             return
         count = self._rows.count
         for batch in {_batch(rows, count) for rows in range(1, count + 1)}:
-            for width in {self._width(_NARROW), self._width(self._rows.capacity)}:
-                self._step(batch, width, Kind.GREEDY)
+            self._step(batch, self._width(min(_NARROW, self._rows.capacity)), Kind.GREEDY)
         most = min(most_tokens, self._model.prompt_tokens, _WARMED)
         sizes = {
-            _mixed_size(tokens, requests)
-            for requests in (*(size - 1 for size in _FEW_REQUESTS), count)
-            for tokens in range(1, min(most, _CLOSE if requests < count else most) + 1)
+            self._size(min(1 << power, most), requests)
+            for requests in {1, min(_FEW_REQUESTS[0], count), count}
+            for power in range(most.bit_length() + 1)
         }
         nothing = [np.zeros(1, np.int64), np.zeros(1, np.int64), np.full(1, PADDING), np.zeros((1, 1), np.int32)]
         inputs = StepInputs(*map(torch.from_numpy, [*nothing, np.ones(1, np.int32), np.arange(2, dtype=np.int32)]))
@@ -176,7 +176,7 @@ class DeviceRunner:
         rows = np.concatenate([plan.decodes, np.array(ends, np.int64)])
         order = np.flatnonzero(rows != buffers.nobody)
         kind = Kind.OPEN if kind == Kind.PENALIZED else kind  # tables of all rows of a call would be copied
-        size = _mixed_size(len(inputs.input_ids), len(rows))
+        size = self._size(len(inputs.input_ids), len(rows))
         call = self._call(size, kind)
         found = call(inputs, rows)
         self.captured += call.recorded
@@ -188,6 +188,17 @@ class DeviceRunner:
         chosen, tell = self._open(found.index_select(0, places), plan.rows, positions)
         buffers.state.ids.index_copy_(0, buffers.send(plan.rows), chosen.clamp(min=0))
         return chosen, np.arange(len(order)), tell
+
+    def _size(self, tokens: int, requests: int) -> tuple[int, int]:
+        """As `call_size`, but closer: hundreds of decodes and a prompt or two are the usual call.
+
+        Requests are some of `_FEW_REQUESTS`, or as many as there are rows, with one to spare: kernels are compiled for
+        each number. Tokens up to `_CLOSE` are multiples of 64, from 64 on.
+        """
+        all_rows = -(-(self._rows.count + 1) // _STEP) * _STEP
+        most = next((size for size in _FEW_REQUESTS if requests < size), all_rows)
+        least = max(tokens, most + 1)
+        return (-(-least // _STEP) * _STEP if _STEP < least <= _CLOSE else token_size(least)), most
 
     def _call(self, size: tuple[int, int], kind: Kind) -> _MixedCall:
         if (size, kind) not in self._calls:
@@ -249,15 +260,3 @@ class _MixedCall:
 def _batch(rows: int, most: int) -> int:
     """The size of a captured step for so many rows: a power of two, or all there are."""
     return min(1 << (rows - 1).bit_length(), most)
-
-
-def _mixed_size(tokens: int, requests: int) -> tuple[int, int]:
-    """As `call_size`, but closer: hundreds of decodes and a prompt or two are the usual call.
-
-    Requests are 8, 32, or a multiple of 64, with one to spare; tokens up to `_CLOSE` multiples of 64, from 64 on.
-    """
-    most = next((size for size in _FEW_REQUESTS if requests < size), -(-(requests + 1) // _STEP) * _STEP)
-    least = max(tokens, most + 1)
-    if _STEP < least <= _CLOSE:
-        return -(-least // _STEP) * _STEP, most
-    return token_size(least), most

@@ -24,8 +24,8 @@ class EngineOptions:
             and 512 elsewhere.
         max_context: most tokens of a request; None takes the model's context.
         patience: how often a request that waits may be overtaken; see `scheduler`.
-        warm_up: on a GPU, capture steps and calls of all sizes before the engine is open, in some tens of seconds; else
-            the requests that come first wait for it.
+        warm_up: on a GPU, compile kernels and capture steps and some calls before the engine is open, for a server: it may
+            take a minute. Else the requests that come first wait for what they need.
         threads, num_blocks: see `SessionOptions`.
     """
 
@@ -34,7 +34,7 @@ class EngineOptions:
     token_budget: int | None = None
     max_context: int | None = None
     patience: int = 256
-    warm_up: bool = True
+    warm_up: bool = False
     threads: int | None = None
     num_blocks: int | None = None
 

@@ -206,6 +206,7 @@ def open_artifact(folder: Path, options: ServeOptions) -> Engine:
         token_budget=options.token_budget,
         threads=options.threads,
         num_blocks=options.kv_blocks,
+        warm_up=True,
     )
     return open_engine(folder, options=chosen)
 
