@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from optc.compiler.artifact import genai_config
 from optc.compiler.artifact.manifest import FILE_NAME, FileEntry, Manifest, decode, encode
 from optc.compiler.artifact.publishing import check_output, leftovers, write_folder
 from optc.compiler.diagnostics import ArtifactError, InputError, os_errors
@@ -70,7 +71,7 @@ def verify(folder: Path) -> Manifest:
     """Check every file of an artifact against its manifest, before any engine sees one.
 
     Each listed file must be there, a plain file without other names, of the listed size and sha256;
-    no other file may be there.
+    no other file may be there. What onnxruntime-genai would read must be what optc writes.
 
     Raises:
         InputError: there is no such folder (3).
@@ -93,6 +94,8 @@ def verify(folder: Path) -> Manifest:
             sha256 = _sha256(folder / path)
             if sha256 != entry.sha256:
                 raise _tampered(folder, path, "was changed", f"sha256 {sha256}, not {entry.sha256}")
+        if genai_config.FILE_NAME in listed:
+            genai_config.check_genai_config(folder, manifest.engine_info.get("model"))
     return manifest
 
 

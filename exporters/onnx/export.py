@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import collections
-import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import onnx_ir as ir
 import torch
 
 from optc.compiler.analysis.dataflow import value_of
 from optc.compiler.artifact.engines import ONNX
+from optc.compiler.artifact.genai_config import FILE_NAME
 from optc.compiler.artifact.onnx_check import check_onnx
 from optc.compiler.diagnostics import TargetError, os_errors
 from optc.compiler.ir.contract import Contract
@@ -45,9 +46,9 @@ def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
     decoder = contract.kind == "decoder" and contract.kv_cache.kind == "linear"
     if decoder:
         _check_uniform(contract)
-        config = json.dumps(genai_config(contract, MODEL), indent=2) + "\n"
-        with os_errors("writing genai_config.json", str(directory)):
-            (directory / "genai_config.json").write_text(config)
+        config = msgspec.json.format(msgspec.json.encode(genai_config(contract, MODEL)), indent=2) + b"\n"
+        with os_errors(f"writing {FILE_NAME}", str(directory)):
+            (directory / FILE_NAME).write_bytes(config)
     return ExportResult(
         engine=ONNX,
         info=_info(contract, request, histogram, companions, genai=decoder),

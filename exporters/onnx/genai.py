@@ -5,8 +5,7 @@ It rejects unknown keys, so optc's own facts stay in the manifest.
 
 from __future__ import annotations
 
-from typing import Any
-
+from optc.compiler.artifact.genai_config import Decoder, GenaiConfig, Model, Search
 from optc.compiler.ir.contract import Contract
 
 # Decoder types that onnxruntime-genai 0.18 lists; any other decoder is "decoder" to it.
@@ -35,44 +34,29 @@ _TYPES = frozenset(
 )
 
 
-def genai_config(contract: Contract, filename: str) -> dict[str, Any]:
-    """The config of a decoder with a linear KV cache, as onnxruntime-genai 0.18 takes it."""
+def genai_config(contract: Contract, filename: str) -> GenaiConfig:
+    """The config of a decoder."""
     model, layer = contract.model, contract.layers[0]
-    eos: Any = list(model.eos_token_ids)
-    eos = eos[0] if len(eos) == 1 else eos or 0
-    first_eos = eos[0] if isinstance(eos, list) else eos
+    ids = list(model.eos_token_ids) or [0]
+    first_eos = ids[0]
     context = model.context_length or 4096
-    # gpt2 there means a combined KV cache of its own; ours is the common one
-    kind = model.model_type if model.model_type in _TYPES - {"gpt2"} else "decoder"
-    return {
-        "model": {
-            "type": kind,
-            "bos_token_id": model.bos_token_id if model.bos_token_id is not None else first_eos,
-            "eos_token_id": eos,
-            "pad_token_id": model.pad_token_id if model.pad_token_id is not None else first_eos,
-            "vocab_size": model.vocab_size,
-            "context_length": context,
-            "decoder": {
-                "filename": filename,
-                "head_size": layer.head_dim,
-                "hidden_size": model.hidden_size or layer.num_heads * layer.head_dim,
-                "num_attention_heads": layer.num_heads,
-                "num_key_value_heads": layer.num_kv_heads,
-                "num_hidden_layers": len(contract.layers),
-                # level 3, errors: ONNX Runtime would warn of the input that has a default
-                "session_options": {"log_id": "optc", "log_severity_level": 3, "provider_options": []},
-                "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
-            },
-        },
-        "search": {"max_length": context, "do_sample": False, "past_present_share_buffer": True},
-    }
+    return GenaiConfig(
+        model=Model(
+            # gpt2 there means a combined KV cache of its own; ours is the common one
+            type=model.model_type if model.model_type in _TYPES - {"gpt2"} else "decoder",
+            bos_token_id=model.bos_token_id if model.bos_token_id is not None else first_eos,
+            eos_token_id=first_eos if len(ids) == 1 else ids,
+            pad_token_id=model.pad_token_id if model.pad_token_id is not None else first_eos,
+            vocab_size=model.vocab_size,
+            context_length=context,
+            decoder=Decoder(
+                filename=filename,
+                head_size=layer.head_dim,
+                hidden_size=model.hidden_size or layer.num_heads * layer.head_dim,
+                num_attention_heads=layer.num_heads,
+                num_key_value_heads=layer.num_kv_heads,
+                num_hidden_layers=len(contract.layers),
+            ),
+        ),
+        search=Search(max_length=context),
+    )

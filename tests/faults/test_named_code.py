@@ -7,15 +7,19 @@ import shutil
 import stat
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hf_folders import source
 from transformers.integrations import hub_kernels
 
+from optc.compiler.artifact.folder import finish, verify
 from optc.compiler.capture.loading import load_model, meta_model
 from optc.compiler.diagnostics import ArtifactError
 from optc.compiler.model_folder.checkpoint import check_folder
+from optc.exporters.onnx.genai import genai_config
 from optc.runtime.carried import check_device, pt2_runner
 from optc.runtime.measuring.tasks import _sandbox_templates
 
@@ -94,6 +98,45 @@ def test_such_a_package_is_a_damaged_artifact(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ArtifactError, match="must not be unpacked"):
         package.open_artifact(tmp_path, manifest, SessionOptions())
     assert not (tmp_path.parent / "evil").exists()
+
+
+GENAI_EDITS: dict[str, tuple[Any, str]] = {
+    "a library of operators": (
+        lambda c: c["model"]["decoder"]["session_options"].update(custom_ops_library="evil.so"),
+        "unknown field `custom_ops_library`",
+    ),
+    "an execution provider": (
+        lambda c: c["model"]["decoder"]["session_options"].update(provider_options=["evil"]),
+        "length <= 0",
+    ),
+    "another graph": (
+        lambda c: c["model"]["decoder"].update(filename="../evil.onnx"),
+        "'../evil.onnx', not the artifact's",
+    ),
+    "another model": (lambda c: c["model"].update(vision={"filename": "evil.onnx"}), "unknown field `vision`"),
+    "another input": (lambda c: c["model"]["decoder"]["inputs"].update(input_ids="x"), "Invalid enum value 'x'"),
+}
+
+
+@pytest.mark.parametrize("edit", GENAI_EDITS)
+def test_what_genai_reads_is_what_is_written(edit: str, tmp_path: Path) -> None:
+    """An artifact whose manifest was sealed again."""
+    from artifacts import make_manifest
+    from stages import captured
+
+    change, why = GENAI_EDITS[edit]
+    config = msgspec.to_builtins(genai_config(captured("llama").contract, "model.onnx"))
+    manifest = make_manifest(engine_info={"model": "model.onnx"})
+    path = tmp_path / "genai_config.json"
+    path.write_text(json.dumps(config))
+    finish(tmp_path, manifest)
+    verify(tmp_path)
+    change(config)
+    path.write_text(json.dumps(config))
+    finish(tmp_path, manifest)
+    with pytest.raises(ArtifactError, match="is not one that optc writes") as caught:
+        verify(tmp_path)
+    assert why in str(caught.value.why)
 
 
 def test_templates_of_tasks_reach_no_objects_of_python() -> None:

@@ -53,7 +53,7 @@ def test_end_of_text_ids_agree(tmp_path: Path, eos: object, generation: object, 
     assert eos_token_ids(folder, program.contract.model.eos_token_ids) == expected
     if expected:
         cached = StaticKVCache().run(program, PassContext()).program
-        written = genai_config(cached.contract, "model.onnx")["model"]["eos_token_id"]
+        written = genai_config(cached.contract, "model.onnx").model.eos_token_id
         assert written == (list(expected) if len(expected) > 1 else expected[0])
 
 
