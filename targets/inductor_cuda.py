@@ -13,7 +13,6 @@ from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
-from optc.passes.kv_cache.select_logits import SelectLogits
 from optc.passes.legalization.cuda import LegalizeCuda
 from optc.targets.methods import WEIGHT_ONLY, head_bits, head_steps, quantization_steps
 
@@ -29,7 +28,7 @@ class CudaOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_field
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
-    """fuse norms and rotations -> [quantize] -> [quantize-head] -> page -> select logits -> merge -> fuse-decode -> legalize.
+    """fuse norms and rotations -> [quantize] -> [quantize-head] -> page -> merge -> fuse-decode -> legalize.
 
     Raises:
         TargetError: the model is no decoder.
@@ -44,8 +43,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
         Step(FuseRotary(), optional=True),
         *quantization_steps(options.quantization, choices=_BITS),
         *head_steps(options.quantization, options.of(CudaOptions).head_bits, rows_at_8=True),
-        Step(PageKVCache(block_size=BLOCK_SIZE)),
-        Step(SelectLogits(), optional=True),
+        Step(PageKVCache(block_size=BLOCK_SIZE, select_logits=True)),
         Step(MergeProjections(), optional=True),
         Step(FuseDecode()),
         Step(LegalizeCuda(), optional=True),

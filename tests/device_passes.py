@@ -12,7 +12,6 @@ from optc.passes.kv_cache.codes import StoreKVCodes
 from optc.passes.kv_cache.fixed import FixedKVCache
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.passes.kv_cache.quantize import QuantizeKVCache
-from optc.passes.kv_cache.select_logits import SelectLogits
 from optc.passes.kv_cache.static import StaticKVCache
 from optc.passes.legalization.cuda import LegalizeCuda
 from optc.passes.legalization.executorch import LegalizeExecutorch
@@ -68,8 +67,7 @@ PASSES: dict[str, tuple[Pass, ...]] = {
         FuseNorm(),
         FuseRotary(),
         QuantizeRtn(group_size=32),
-        PageKVCache(),
-        SelectLogits(),
+        PageKVCache(select_logits=True),
         MergeProjections(),
         FuseDecode(),
         LegalizeCuda(),

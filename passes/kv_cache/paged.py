@@ -16,6 +16,7 @@ import msgspec
 import torch
 from torch import Tensor
 from torch.export import Dim
+from torch.fx import Node
 
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.ir.contract import Contract, Input, InputRole, KVCache
@@ -24,6 +25,8 @@ from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.rewriting.retrace import Replay, retrace
 from optc.compiler.rewriting.tokenwise import cache_misses
+from optc.compiler.rewriting.weights import prune_contract
+from optc.passes.kv_cache.selecting import RowCalls, SelectingReplay, by_row, selectable_head
 
 _ATTENTION = torch.ops.optc.attention.default
 
@@ -34,10 +37,14 @@ class PageKVCache(Pass):
 
     Attributes:
         block_size: tokens per block of the pool.
+        select_logits: multiply the head with the rows that `logits_indices` names alone (in any order): the logits are
+            [rows, V] instead of [tokens, V]. A norm in front of the head that nothing else reads is of these rows too,
+            and stays the head's neighbour for other passes.
     """
 
     name: ClassVar[str] = "page-kv-cache"
     block_size: int = 16
+    select_logits: bool = False
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         if self.block_size < 1:
@@ -46,14 +53,19 @@ class PageKVCache(Pass):
         misses = cache_misses(program, sinks=False)
         if misses:
             return PassResult(program, 0, len(calls), misses)
-        return PassResult(_retrace(program, self.block_size), len(calls), len(calls))
+        head, reason = selectable_head(program) if self.select_logits else (None, "")
+        notes = (f"the logits are of all tokens: {reason}",) if reason else ()
+        paged = prune_contract(_retrace(program, self.block_size, head))
+        return PassResult(paged, len(calls), len(calls), notes=notes)
 
 
-def _retrace(program: Program, block_size: int) -> Program:
-    contract = _contract(program, block_size)
+def _retrace(program: Program, block_size: int, head: Node | None) -> Program:
+    """With the logits of all tokens, or of those that the input `logits_indices` names where a `head` is given."""
+    contract = _contract(program, block_size, head is not None)
+    rows = None if head is None else RowCalls.of(by_row(head))
 
     def forward(input_ids: Tensor, position_ids: Tensor, slot_mapping: Tensor, *rest: Tensor) -> Tensor:
-        tables, pools = rest[:3], rest[3:]
+        tables, pools = rest[:3], rest[3 + (head is not None) :]
         pairs = iter(zip(pools[::2], pools[1::2], strict=True))
 
         def attend(args: tuple[Any, ...], knobs: dict[str, Any]) -> Tensor:
@@ -62,7 +74,12 @@ def _retrace(program: Program, block_size: int) -> Program:
             out: Tensor = torch.ops.optc.paged_attention_(q, k, v, *next(pairs), slot_mapping, *tables, **same)
             return out.transpose(0, 1)[None]
 
-        replay = Replay(program, {_ATTENTION: attend})
+        handlers = {_ATTENTION: attend}
+        replay = (
+            Replay(program, handlers)
+            if rows is None
+            else SelectingReplay(program, handlers, rows, lambda hidden: hidden.index_select(-2, rest[3]))
+        )
         logits: Tensor = replay.outputs(input_ids[None], position_ids[None])[0]
         return logits[0]
 
@@ -70,7 +87,7 @@ def _retrace(program: Program, block_size: int) -> Program:
     return retrace(program, forward, args, shapes, contract)
 
 
-def _contract(program: Program, block_size: int) -> Contract:
+def _contract(program: Program, block_size: int, selecting: bool) -> Contract:
     old = program.contract
     assert len(old.outputs) == 1, "a decoder returns its logits"
     key: Any = program.calls(_ATTENTION)[0].args[1]
@@ -86,6 +103,7 @@ def _contract(program: Program, block_size: int) -> Contract:
         table("block_tables", "int32", "requests", "max_blocks"),
         table("context_lens", "int32", "requests"),
         table("cu_seqlens", "int32", "requests_plus_1"),
+        *([table("logits_indices", "int64", "rows")] if selecting else []),
     ]
     for i, layer in enumerate(old.layers):
         key_dims = ("num_blocks", block_size, layer.num_kv_heads, layer.head_dim)

@@ -20,8 +20,6 @@ from torch import Tensor
 from torch.export import Dim
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import value_of
-from optc.compiler.analysis.linears import head_linear
 from optc.compiler.ir.contract import Contract, Input, KVCache
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
@@ -29,7 +27,7 @@ from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.rewriting.retrace import Replay, axis_limit, retrace
 from optc.compiler.rewriting.tokenwise import cache_misses
 from optc.passes.kv_cache.linear import example_caches, linear_caches
-from optc.passes.kv_cache.select_logits import SelectingReplay, head_input
+from optc.passes.kv_cache.selecting import RowCalls, SelectingReplay, selectable_head
 
 _ATTENTION = torch.ops.optc.attention.default
 
@@ -57,26 +55,17 @@ class StaticKVCache(Pass):
         misses = cache_misses(program, sinks=True)
         if misses:
             return PassResult(program, 0, len(calls), misses)
-        head = head_linear(program) if self.select_logits else None
-        notes: tuple[str, ...] = ()
-        if self.select_logits and (reason := _obstacle(head, self.in_place)):
-            head, notes = None, (f"the logits are of all tokens: {reason}",)
+        head, reason = selectable_head(program) if self.select_logits else (None, "")
+        if self.select_logits and self.in_place:
+            head, reason = None, "its caches are written in place"
+        notes = (f"the logits are of all tokens: {reason}",) if reason else ()
         return PassResult(_retrace(program, self.in_place, head), len(calls), len(calls), notes=notes)
-
-
-def _obstacle(head: Node | None, in_place: bool) -> str | None:
-    """Why rows cannot be selected in front of the head, or None."""
-    if in_place:
-        return "its caches are written in place"
-    if head is None:
-        return "no linear makes them"
-    shape = value_of(head_input(head)).shape
-    return None if len(shape) == 3 else f"the head reads {list(shape)}"
 
 
 def _retrace(program: Program, in_place: bool, head: Node | None) -> Program:
     """With the logits of all tokens, or of those that the input `logits_from_end` says where a `head` is given."""
     contract = _contract(program, in_place, head is not None)
+    rows = None if head is None else RowCalls.of([head])
 
     def forward(input_ids: Tensor, attention_mask: Tensor, *rest: Tensor) -> Any:
         caches = rest if head is None else rest[:-1]
@@ -104,7 +93,7 @@ def _retrace(program: Program, in_place: bool, head: Node | None) -> Program:
             return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2]))
 
         handlers = {_ATTENTION: attend}
-        replay = Replay(program, handlers) if head is None else SelectingReplay(program, handlers, [head], select)
+        replay = Replay(program, handlers) if rows is None else SelectingReplay(program, handlers, rows, select)
         logits = replay.outputs(input_ids, position)[0]
         return logits if in_place else (logits, *presents)
 

@@ -42,7 +42,6 @@ def test_what_is_written() -> None:
         "quantize-rtn": 28,
         "quantize-head": 2,
         "page-kv-cache": 4,
-        "select-logits": 1,
         "merge-projections": 8,
         "fuse-decode": 21,
         "legalize-cuda": 18,

@@ -25,7 +25,6 @@ from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
-from optc.passes.kv_cache.select_logits import SelectLogits
 from optc.passes.legalization.cuda import LegalizeCuda
 from optc.passes.quantization.rtn import QuantizeRtn
 
@@ -64,6 +63,10 @@ LAYERS = {
 STEPS = {"gemma2": 3, "granite": 1, "gpt2": 2, "opt": 3}
 """What it computes outside layers, beyond an embedding, the selection of rows and the head: a factor or cap on the logits,
 embeddings of positions."""
+HALF = ("llama", "gemma3", "gpt2", "olmo2", "gpt-neox")
+"""Families that are run in bfloat16."""
+GATED = ("gemma2", "granite", "olmo2", "gpt-neox")
+"""Norms and factors behind linears, rotations in float32, sums that are regrouped."""
 
 
 @functools.cache
@@ -71,7 +74,7 @@ def paged(name: str, dtype: torch.dtype = torch.float32, quantize: QuantizeRtn |
     """A family as fuse-decode finds it; read-only."""
     program = stirred(name, dtype)
     quantization = [] if quantize is None else [quantize]
-    for rewrite in (FuseNorm(), FuseRotary(), *quantization, PageKVCache(), SelectLogits(), MergeProjections()):
+    for rewrite in (FuseNorm(), FuseRotary(), *quantization, PageKVCache(select_logits=True), MergeProjections()):
         program = apply(rewrite, program).program
     return program
 
@@ -97,8 +100,9 @@ def test_every_family(name: str) -> None:
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_calls_of_a_decode_step(name: str) -> None:
-    """In bfloat16, where Gemma's norms are computed in float32, from and to it."""
-    program = rewritten(FuseDecode(), paged(name, torch.bfloat16)).program
+    """In bfloat16, where Gemma's norms are computed in float32, from and to it, where other tests take that too."""
+    before = paged(name, torch.bfloat16) if name in {*HALF, *GATED} else paged(name)
+    program = rewritten(FuseDecode(), before).program
     found = decode_launches(apply(LegalizeCuda(), program).program)
     expected = Counter({"fused_linear": 4, "rotary_paged_attention_": 1})
     expected.update(LAYERS.get(name, {}))
@@ -213,7 +217,7 @@ def test_an_activation_of_a_part_is_one_call() -> None:
     assert not program.calls(aten.tanh.default)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "olmo2", "gpt-neox"])
+@pytest.mark.parametrize("name", HALF)
 def test_bfloat16(name: str) -> None:
     program = paged(name, torch.bfloat16)
     result = rewritten(FuseDecode(), program)
@@ -224,9 +228,8 @@ def test_bfloat16(name: str) -> None:
         assert [item.meta["val"].dtype for call in calls for item in call.args[11:]] == [torch.float32] * 4
 
 
-@pytest.mark.parametrize("name", ["gemma2", "granite", "olmo2", "gpt-neox"])
+@pytest.mark.parametrize("name", GATED)
 def test_the_gate_passes_in_bfloat16(name: str) -> None:
-    """Norms and factors behind linears, rotations in float32, sums that are regrouped."""
     steps = [Step(FuseDecode()), Step(LegalizeCuda(), optional=True)]
     fused, legal = Pipeline(steps).run(paged(name, torch.bfloat16)).records
     assert fused.drift is not None

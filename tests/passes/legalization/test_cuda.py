@@ -20,7 +20,6 @@ from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
-from optc.passes.kv_cache.select_logits import SelectLogits
 from optc.passes.legalization.cuda import LegalizeCuda
 from optc.passes.quantization.head import QuantizeHead
 from optc.passes.quantization.rtn import QuantizeRtn
@@ -130,9 +129,7 @@ def test_what_is_asked_for(options: dict[str, Any], form: tuple[int, int] | None
 )
 def test_rows_are_selected_by_the_kernel(name: str, dtype: torch.dtype, factors: list[float]) -> None:
     """Of embeddings, with a factor behind, and in front of the head. The very same numbers."""
-    program = stirred(name, dtype)
-    for rewrite in (PageKVCache(), SelectLogits()):
-        program = apply(rewrite, program).program
+    program = apply(PageKVCache(select_logits=True), stirred(name, dtype)).program
     result = rewritten(LegalizeCuda(), program)
     calls = result.program.calls(torch.ops.optc.select_rows.default)
     assert len(calls) == (3 if name == "gpt2" else 2)

@@ -21,7 +21,6 @@ from optc.compiler.ir.program import Program
 from optc.passes.fusion.decode import FuseDecode
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.kv_cache.paged import PageKVCache
-from optc.passes.kv_cache.select_logits import SelectLogits
 from optc.passes.legalization.cuda import LegalizeCuda
 from optc.passes.quantization.rtn import QuantizeRtn
 from optc.runtime.generation.generate import generate
@@ -171,8 +170,8 @@ def test_memory_of_graphs_is_planned() -> None:
 def test_logits_of_selected_rows_are_not_of_every_token() -> None:
     """Those of every token are the largest activation where the vocabulary is wider than the MLP."""
     model, config, sizes = FAMILIES["llama"]
-    every = apply(PageKVCache(), capture_model(model(config(**{**sizes, "vocab_size": 1000})).eval())).program
-    selected = apply(SelectLogits(), every).program
+    captured = capture_model(model(config(**{**sizes, "vocab_size": 1000})).eval())
+    every, selected = (apply(PageKVCache(select_logits=choice), captured).program for choice in (False, True))
     assert activation_bytes(every, 3) == 4 * 3 * 1000 * 4
     assert activation_bytes(selected, 3) == 4 * 3 * sizes["intermediate_size"] * 4
 

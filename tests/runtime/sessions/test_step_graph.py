@@ -10,14 +10,13 @@ from stages import apply
 
 from optc.compiler.execution.block_manager import BlockManager
 from optc.passes.kv_cache.paged import PageKVCache
-from optc.passes.kv_cache.select_logits import SelectLogits
 from optc.runtime.sessions.step_graph import without_selection
 from optc.runtime.sessions.torch_linear import cache_inputs
 
 
 @pytest.mark.parametrize("legalized", [True, False])
 def test_the_same_logits_by_one_call_less(legalized: bool) -> None:
-    program = compiled() if legalized else apply(SelectLogits(), apply(PageKVCache(), stirred("llama")).program).program
+    program = compiled() if legalized else apply(PageKVCache(select_logits=True), stirred("llama")).program
     graph = without_selection(program)
     size = program.contract.kv_cache.block_size
     pools = [torch.zeros(4, size, 2, 16) for _ in cache_inputs(program.contract)]

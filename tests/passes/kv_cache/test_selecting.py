@@ -1,4 +1,7 @@
-"""select-logits: the head sees the rows that are asked for, in the order in which they are asked for."""
+"""page-kv-cache with select_logits: the head sees the rows that are asked for, in the order in which they are asked for.
+
+The rows of linear caches: test_static.py.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,11 @@ from torch import Tensor
 from optc.compiler.analysis.norms import norm_call
 from optc.compiler.capture import capture_module
 from optc.compiler.ir.program import Program
-from optc.compiler.rewriting.passes import PassContext
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.kv_cache.paged import PageKVCache
-from optc.passes.kv_cache.select_logits import SelectLogits, by_row
+from optc.passes.kv_cache.selecting import by_row
+
+SELECTING = PageKVCache(select_logits=True)
 
 
 @functools.cache
@@ -37,9 +41,8 @@ def inputs(program: Program, tokens: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_rows_are_those_of_the_whole(name: str) -> None:
-    program = paged(name)
-    result = rewritten(SelectLogits(), program)
-    assert (result.matched, result.candidates) == (1, 1)
+    program, result = paged(name), rewritten(SELECTING, stirred(name))
+    assert (result.matched, result.candidates, result.notes) == (2, 2, ())
     given = inputs(program, 19)
     whole = program(*given)
     for rows in ([18], [3, 0, 18, 3]):
@@ -52,8 +55,8 @@ def test_rows_are_those_of_the_whole(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "phi", "gpt2", "opt", "gpt-neox", "granite"])
 def test_the_last_norm_is_of_the_rows(name: str) -> None:
     """Every form of head; that the norm of every family is behind the selection, test_decode.py says."""
-    program = apply(PageKVCache(), apply(FuseNorm(), stirred(name)).program).program
-    result = rewritten(SelectLogits(), program)
+    fused = apply(FuseNorm(), stirred(name)).program
+    program, result = apply(PageKVCache(), fused).program, rewritten(SELECTING, fused)
     (selection,) = result.program.calls(torch.ops.aten.index_select.default)
     assert [norm_call(node) is not None for node in selection.users] == [True]
     given, indices = inputs(program, 19), torch.tensor([3, 0, 18, 3])
@@ -81,16 +84,6 @@ def test_a_norm_that_others_read_stays_whole() -> None:
 
 
 def test_the_contract_names_the_input() -> None:
-    contract = rewritten(SelectLogits(), paged("llama")).program.contract
+    contract = rewritten(SELECTING, stirred("llama")).program.contract
     assert contract.input_index("logits_indices") == 6
     assert contract.inputs[6].dims == ("rows",)
-
-
-def test_once_is_enough() -> None:
-    result = SelectLogits().run(rewritten(SelectLogits(), paged("llama")).program, PassContext())
-    assert [miss.reason for miss in result.misses] == ["its rows are selected already"]
-
-
-def test_it_is_for_paged_programs() -> None:
-    result = SelectLogits().run(stirred("llama"), PassContext())
-    assert (result.matched, result.candidates) == (0, 0)
