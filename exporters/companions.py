@@ -22,8 +22,11 @@ _NAMES = (
 )
 
 
-def copy_companions(source: Path | None, directory: Path) -> list[str]:
+def copy_companions(source: Path | None, directory: Path, *, code: bool = False) -> list[str]:
     """Copy what exists; returns the names copied.
+
+    Args:
+        code: copy the model's Python files too; readers of the folder run them where they are told to.
 
     A link is followed within the model's folder, and from a snapshot of the Hugging Face cache into its blobs. Any
     other might bring a file that has nothing to do with the model into an artifact that is passed on.
@@ -34,7 +37,7 @@ def copy_companions(source: Path | None, directory: Path) -> list[str]:
     if source is None:
         return []
     copied = []
-    for name in _NAMES:
+    for name in (*_NAMES, *(sorted(path.name for path in source.glob("*.py")) if code else ())):
         path = source / name
         if path.is_file() or path.is_symlink():
             _check_link(source, path)

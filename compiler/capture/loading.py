@@ -21,6 +21,7 @@ from optc.compiler.model_folder.checkpoint import (
     compare_shapes,
     tied_names,
 )
+from optc.compiler.model_folder.config_file import CONFIG
 from optc.compiler.model_folder.quantized import QuantizedFolder, quantized_folder
 
 RESIDENT_BYTES = 512 << 20
@@ -35,7 +36,7 @@ def load_model(
     *,
     dtype: torch.dtype,
     attention: str = NAME,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool | None = None,
     resident_bytes: int | None = None,
 ) -> tuple[torch.nn.Module, CheckpointInfo]:
     """A checked model folder as an eval-mode transformers model; weights of a quantized one become dense.
@@ -52,7 +53,7 @@ def load_model(
     info = check_folder(Path(folder), trust_remote_code=trust_remote_code)
     check_values(info)
     quantized = quantized_folder(info)
-    skeleton = meta_model(info, trust_remote_code=trust_remote_code)
+    skeleton = meta_model(info)
     places = skeleton.state_dict(keep_vars=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in places.items()}
     compare_shapes(quantized.dense if quantized else info, shapes, tied=tied_names(places))
@@ -64,7 +65,7 @@ def load_model(
             state_dict=_state(info, quantized, dtype, resident_bytes),
             dtype=dtype,
             attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=info.trusted,
             output_loading_info=True,
         )
         _read_generation_config(model, info.path)
@@ -118,16 +119,18 @@ def _check_report(info: CheckpointInfo, report: dict[str, Any]) -> None:
             )
 
 
-def meta_model(info: CheckpointInfo, *, trust_remote_code: bool = False) -> Any:
+def meta_model(info: CheckpointInfo) -> Any:
     """The transformers model of a checked folder on the meta device: shapes only, no weight is read.
+
+    Of a trusted folder the class may be one of its own.
 
     Raises:
         InputError, CaptureError: unreadable config, unknown architecture, unsupported model.
     """
-    config = pretrained_config(info, trust_remote_code=trust_remote_code)
+    config = pretrained_config(info)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton is that of the unquantized model
-    made = _model_class(config, trust_remote_code)
+    made = _model_class(info, config)
     if made.main_input_name != "input_ids":
         raise _reads_other_input(made)
     register()
@@ -138,7 +141,7 @@ def meta_model(info: CheckpointInfo, *, trust_remote_code: bool = False) -> Any:
         raise _unusable_config(info, error) from error
 
 
-def pretrained_config(info: CheckpointInfo, *, trust_remote_code: bool = False) -> Any:
+def pretrained_config(info: CheckpointInfo) -> Any:
     """The config of a checked folder as transformers reads it.
 
     Raises:
@@ -150,7 +153,7 @@ def pretrained_config(info: CheckpointInfo, *, trust_remote_code: bool = False) 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(str(info.path), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(info.path), trust_remote_code=info.trusted)
     except StrictDataclassError as error:
         raise _unusable_config(info, error) from error
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -193,17 +196,47 @@ def _reads_other_input(made: type) -> CaptureError:
     )
 
 
-def _model_class(config: Any, trust_remote_code: bool) -> Any:
+def _model_class(info: CheckpointInfo, config: Any) -> Any:
     import transformers
 
     names = getattr(config, "architectures", None) or []
-    found = getattr(transformers, names[0], None) if names else None
+    found = _own_class(info, names[0]) if names and info.trusted else None
+    found = getattr(transformers, names[0], None) if names and found is None else found
     # transformers holds more than models: configs, functions, modules.
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
     raise CaptureError(
         f"unknown architecture {names[0] if names else '(none named)'}",
         where="config.json: architectures",
-        why="transformers has no such class" + ("" if trust_remote_code else ", and remote code is never executed"),
+        why="transformers has no such class, and "
+        + ("auto_map does not name one" if info.trusted else "remote code is never executed"),
         remedy="use a model whose class is part of transformers",
     )
+
+
+def _own_class(info: CheckpointInfo, name: str) -> Any:
+    """The class of that name in the code of a trusted folder; None where auto_map does not name it."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    own = info.config.get("auto_map")
+    references = own.values() if isinstance(own, dict) else ()
+    reference = next((item for item in references if isinstance(item, str) and item.rpartition(".")[2] == name), None)
+    if reference is None:
+        return None
+    where = f"{info.path / CONFIG}: auto_map"
+    if "--" in reference:
+        raise CaptureError(
+            f"the code of {name} is in another repository",
+            where=where,
+            why=reference,
+            remedy="put its files into the folder, and take the repository's name out of auto_map",
+        )
+    try:
+        return get_class_from_dynamic_module(reference, str(info.path))
+    except (ImportError, AttributeError, SyntaxError, OSError, ValueError) as error:
+        raise CaptureError(
+            f"the code of {name} cannot be loaded",
+            where=where,
+            why=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
+            remedy="complete the folder's code, or install what it imports",
+        ) from error

@@ -94,7 +94,7 @@ def capture_pretrained(
     folder: str | Path,
     *,
     dtype: str = "fp32",
-    trust_remote_code: bool = False,
+    trust_remote_code: bool | None = None,
     work_folder: Path | None = None,
     device: torch.device = CPU,
     prove: bool = True,

@@ -39,12 +39,14 @@ class CheckpointInfo:
         config: config.json.
         tensors: name -> where it lies, of all weight files.
         has_tokenizer: a tokenizer.json is there; without it only token ids work.
+        trusted: code from the folder may run.
     """
 
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     has_tokenizer: bool
+    trusted: bool = False
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -66,11 +68,11 @@ class CheckpointInfo:
         return sum((self.path / name).stat().st_size for name in self.files)
 
 
-def check_folder(path: Path, *, trust_remote_code: bool = False) -> CheckpointInfo:
+def check_folder(path: Path, *, trust_remote_code: bool | None = None) -> CheckpointInfo:
     """Check a model folder: its config, its index and the header of every weight file.
 
     Args:
-        trust_remote_code: accept a model whose code lies in its own folder.
+        trust_remote_code: accept a model whose code lies in its own folder; None where the user has no way to say so.
 
     Raises:
         InputError: names the file, what is wrong with it and what to do.
@@ -82,7 +84,7 @@ def check_folder(path: Path, *, trust_remote_code: bool = False) -> CheckpointIn
     with _reading(path):
         config = read_config(path, trust_remote_code=trust_remote_code)
         tensors = _tensors(path)
-    return CheckpointInfo(path, config, tensors, (path / "tokenizer.json").is_file())
+    return CheckpointInfo(path, config, tensors, (path / "tokenizer.json").is_file(), bool(trust_remote_code))
 
 
 def check_values(info: CheckpointInfo) -> None:

@@ -23,8 +23,11 @@ class _Module(msgspec.Struct):
     type: str
 
 
-def read_config(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
+def read_config(folder: Path, *, trust_remote_code: bool | None) -> dict[str, Any]:
     """The config of a model folder.
+
+    Args:
+        trust_remote_code: whether the user allows code from the folder; None where there is no way to allow it.
 
     Raises:
         InputError: missing, malformed, without model_type or architectures; it needs code from the
@@ -52,7 +55,9 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
             f"{names[0]!a} needs code from the model folder",
             where=f"{path}: auto_map",
             why="transformers has no such architecture; code of a model is never executed unless asked for",
-            remedy="read the code, then allow it with --trust-remote-code, or use a model of transformers",
+            remedy="use a model whose class is part of transformers"
+            if trust_remote_code is None
+            else "read the code, then allow it with --trust-remote-code, or use a model of transformers",
         )
     return config
 

@@ -54,7 +54,8 @@ class ExportRequest:
     `directory` is empty and temporary; `options` are the target's own; `source` is the model folder (tokenizer and
     config files) or None for a module in memory; `rerounding` is the relative error that another order of sums may make
     of a program that rounds activations (`compiler.pipeline.rerounding`), `allowed` the one that the user allows the whole
-    compile, 0 where nothing was said: both widen the tolerance of an exporter that opens its file itself.
+    compile, 0 where nothing was said: both widen the tolerance of an exporter that opens its file itself;
+    `trust_remote_code` says that the model's class may be one of the folder's own.
     """
 
     directory: Path
@@ -62,6 +63,7 @@ class ExportRequest:
     source: Path | None = None
     rerounding: float = 0.0
     allowed: float = 0.0
+    trust_remote_code: bool = False
 
     def of(self, cls: type[OwnT]) -> OwnT:
         """The target's own options, which are of type `cls`."""

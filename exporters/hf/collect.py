@@ -49,8 +49,11 @@ class FolderPlan:
     head: str = ""
 
 
-def collect(program: Program, source: Path | None) -> FolderPlan:
+def collect(program: Program, source: Path | None, *, trust_remote_code: bool = False) -> FolderPlan:
     """Find the place of every weight of a program in the folder that it was captured from.
+
+    Args:
+        trust_remote_code: its class may be one of the folder's own.
 
     Raises:
         TargetError: there is no such folder, or a weight has no place of its own; names the weight.
@@ -61,7 +64,7 @@ def collect(program: Program, source: Path | None) -> FolderPlan:
             why="config and tensor names come from it",
             remedy="save the model first (model.save_pretrained), and compile the folder",
         )
-    info = check_folder(source)
+    info = check_folder(source, trust_remote_code=trust_remote_code)
     folder = quantized_folder(info)
     dense = folder.dense if folder else info
     skeleton = meta_model(info)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.artifact.engines import HUGGINGFACE
+from optc.compiler.artifact.manifest import OpenedRecord
 from optc.compiler.diagnostics import ArtifactError, OptcError, TargetError, os_errors
 from optc.compiler.formats.layouts import QuantizedWeight
 from optc.compiler.formats.layouts.config import KEY
@@ -41,7 +42,7 @@ def export_hf(program: Program, request: ExportRequest) -> ExportResult:
         ArtifactError: what was read back is not what was written.
         ResourceError, InputError: the disk is full or not writable.
     """
-    plan = collect(program, request.source)
+    plan = collect(program, request.source, trust_remote_code=request.trust_remote_code)
     layout = request.of(FolderOptions).layout
     if layout is not None and not plan.quantized and not plan.key_values:
         raise TargetError(
@@ -79,7 +80,7 @@ def write_model(
             )
     dtype = _compute_dtype(weight, plan)
     config, scales = _config(plan, weight, writer, dtype)
-    companions = copy_companions(source, directory)
+    companions = copy_companions(source, directory, code=plan.info.trusted)
     for name, text in {CONFIG: json.dumps(config, indent=2) + "\n", **(texts or {})}.items():
         with os_errors(f"writing {name}", str(directory)):
             (directory / name).write_text(text)
@@ -87,8 +88,10 @@ def write_model(
     tensors = itertools.chain(_tensors(plan, weight, writer, dtype, sizes), scales.items())
     files = write_shards(directory, tensors)
     _read_back(directory, weight, plan)
+    own = plan.info.trusted and "auto_map" in plan.info.config
     return ExportResult(
         engine=HUGGINGFACE,
+        opened=OpenedRecord(opened=False, why="the model's class is code of the folder's own") if own else None,
         info={
             "layout": writer.name if KEY in config else "none",
             "quantization_config": config.get(KEY),
@@ -164,7 +167,7 @@ def _copied(plan: FolderPlan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]
 def _read_back(directory: Path, weight: Callable[[str], Tensor], plan: FolderPlan) -> None:
     """Compare the written folder with what the plan names, through the code that captures such folders."""
     try:
-        info = check_folder(directory)
+        info = check_folder(directory, trust_remote_code=plan.info.trusted)
         folder = quantized_folder(info)
         _compare_quantized(folder.layout if folder else None, plan, directory)
         _compare_plain(info, weight, plan, directory)

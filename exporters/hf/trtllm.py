@@ -28,7 +28,7 @@ def export_trtllm(program: Program, request: ExportRequest) -> ExportResult:
     context = program.contract.model.context_length
     options = request.of(ServeOptions)
     options.check()
-    plan = fit_for_loading(collect(program, request.source))
+    plan = fit_for_loading(collect(program, request.source, trust_remote_code=request.trust_remote_code))
     caches = plan.key_values is not None
     writer = ModelOptWriter(embeddings=plan.embeddings)
     texts = {FILE: serving_options(options, context, caches)}

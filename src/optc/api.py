@@ -253,6 +253,7 @@ def _write(
             source=info.path if info else None,
             rerounding=rerounding(result.records),
             allowed=allowed,
+            trust_remote_code=resolved.request.what.trust_remote_code,
         )
         exported = target.export(result.program, request)
         seconds["export"] = time.perf_counter() - start

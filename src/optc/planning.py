@@ -30,7 +30,7 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
     info = check_folder(model, trust_remote_code=request.what.trust_remote_code)
     resolved = resolve(request, info.dtype)
     target, options = resolved.target, resolved.options
-    skeleton = meta_model(info, trust_remote_code=request.what.trust_remote_code)
+    skeleton = meta_model(info)
     decoder = hasattr(skeleton, "generate")
     context = int(getattr(skeleton.config, "max_position_embeddings", 0) or 0)
     check_context(getattr(options.own, "max_seq_len", None), context)

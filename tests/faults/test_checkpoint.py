@@ -219,7 +219,7 @@ def test_remote_code_is_refused_unless_asked_for(tmp_path: Path, model_type: str
     make_model(tmp_path, config={"model_type": model_type, "architectures": [architecture], "auto_map": REMOTE})
     (tmp_path / "code.py").write_text("raise SystemExit('executed')")
     refused(
-        lambda: check_folder(tmp_path),
+        lambda: check_folder(tmp_path, trust_remote_code=False),
         f"'{architecture}' needs code from the model folder",
         f"{tmp_path / 'config.json'}: auto_map",
         "code of a model is never executed unless asked for",

@@ -82,4 +82,4 @@ def test_only_model_classes_are_called(tmp_path: Path, name: str) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
     info = check_folder(folder, trust_remote_code=True)
     with pytest.raises(CaptureError, match=f"unknown architecture {name}"):
-        meta_model(info, trust_remote_code=True)
+        meta_model(info)
