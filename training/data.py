@@ -83,7 +83,7 @@ def read_corpus(
                 where=path,
                 remedy="give a file (text, .jsonl, .json of token ids, .parquet) or a folder of datasets' save_to_disk",
             )
-        for number, tokens in enumerate(read_documents(Path(path), encoder, kind="training"), 1):
+        for number, tokens in enumerate(read_documents(Path(path), encoder, kind="training", learned=True), 1):
             if end_token is not None and tokens and tokens[-1] != end_token:
                 tokens = [*tokens, end_token]
             found = torch.tensor(tokens, dtype=torch.int64)
@@ -133,6 +133,12 @@ class Reader:
         for tokens in self.documents:
             found.update(len(tokens).to_bytes(8, "little") + tokens.numpy().tobytes())
         return found.hexdigest()
+
+    @property
+    def packs(self) -> bool:
+        """Whether a row may hold several pieces."""
+        shortest = sorted(size for _, _, size in self._pieces)[:2]
+        return self.config.data.batching == "pack" and len(shortest) == 2 and sum(shortest) <= self.config.seq_len
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step; moves the position."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from optc.compiler.artifact.publishing import write_folder
+from optc.compiler.capture.renames import renamed_tensors, stored_tensors
 from optc.compiler.diagnostics import InputError
 from optc.compiler.formats.integer import BITS
 from optc.compiler.formats.layouts.compressed_tensors.writer import CompressedTensorsWriter
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, tied_names
+from optc.compiler.model_folder.config_file import CONFIG, read_json
 from optc.exporters.hf.collect import FolderPlan, Quantized
 from optc.exporters.hf.export import write_model
 from optc.training.kv_rounding import MODULE, kv_roundings
@@ -60,11 +63,11 @@ def write_trained(model: nn.Module, tokenizer_source: Path, directory: Path) -> 
     if adapters is not None and adapters.export == "adapters":
         write_adapters(model, tokenizer_source, directory)
         return
-    plan, state = _plan(model)
+    plan, state = _plan(model, tokenizer_source)
     write_model(plan, state.__getitem__, CompressedTensorsWriter(bits=BITS), directory, tokenizer_source)
 
 
-def _plan(model: Any) -> tuple[FolderPlan, dict[str, Tensor]]:
+def _plan(model: Any, source: Path) -> tuple[FolderPlan, dict[str, Tensor]]:
     """The folder of a model in memory, and the tensors that it names."""
     linears = dict(quantized_linears(model))
     held = merged_state(model) if lora_config(model) is not None else model.state_dict(keep_vars=True)
@@ -88,17 +91,41 @@ def _plan(model: Any) -> tuple[FolderPlan, dict[str, Tensor]]:
     untied = any(owners.get(name, name) in plain or name in owners.values() for name in coded)
     quantized = tuple(Quantized(name, f"{name}.weight", _on_cpu(module)) for name, module in linears.items())
     scheme, scales = None, {}
+    plain = stored_tensors(model, plain)
     state = dict(plain)
     for name, rounding in kv_roundings(model):
         scheme = rounding.scheme
         scales[name] = f"{name}.key_scale", f"{name}.value_scale"
         state |= zip(scales[name], (scale.detach().cpu() for scale in rounding.scales()), strict=True)
-    info = CheckpointInfo(Path(), _config(model), {}, has_tokenizer=False)
-    names = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    info = CheckpointInfo(Path(), _config(model, source), {}, has_tokenizer=False)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     plan = FolderPlan(
-        info, {name: name for name in plain}, quantized, (), names, untied, key_values=scheme, scales=scales
+        info,
+        {name: name for name in plain},
+        quantized,
+        (),
+        (*names, *_stored_linears(model, names, plain, held)),
+        untied,
+        key_values=scheme,
+        scales=scales,
     )
     return plan, state
+
+
+def _stored_linears(
+    model: nn.Module, names: Sequence[str], plain: Mapping[str, Tensor], held: Mapping[str, Tensor]
+) -> list[str]:
+    """What readers of the folder know as a linear under another name than the model's: of `names`, and of experts.
+
+    Args:
+        plain: the folder's tensors.
+        held: the model's.
+    """
+    other = {name for name in plain if name.endswith(".weight")} - set(held)
+    renamed = renamed_tensors(model, other)
+    experts = [name for name in plain if name in other - set(renamed.values()) and plain[name].dim() == 2]
+    found = [*(renamed[f"{name}.weight"] for name in names if f"{name}.weight" in renamed), *experts]
+    return [name.removesuffix(".weight") for name in found]
 
 
 def _on_cpu(module: FakeQuantizedLinear) -> Any:
@@ -107,8 +134,11 @@ def _on_cpu(module: FakeQuantizedLinear) -> Any:
     return type(weight)(weight.scheme, weight.codes.cpu(), weight.scale.cpu(), zero)
 
 
-def _config(model: Any) -> dict[str, Any]:
-    """config.json of a model in memory."""
+def _config(model: Any, source: Path) -> dict[str, Any]:
+    """config.json of a model in memory. Training keeps no KV cache; whether the model does is said by its source."""
     values: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=True))
     values["architectures"] = [type(model).__name__]
-    return {key: value for key, value in values.items() if not key.startswith("_")}
+    values = {key: value for key, value in values.items() if not key.startswith("_")}
+    before = read_json(source / CONFIG) if (source / CONFIG).is_file() else {}
+    values.pop("use_cache", None)
+    return values | {key: before[key] for key in ("use_cache",) if key in before}

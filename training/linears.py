@@ -7,13 +7,22 @@ from typing import Any
 
 from torch import nn
 
-from optc.compiler.analysis.module_linears import model_linears
+from optc.compiler.analysis.module_linears import expert_stacks, model_linears
 
 
 def quantizable_linears(model: Any, *, head: bool = False) -> dict[str, nn.Linear]:
     """Every nn.Linear that quantization takes, by name, in the model's order; see `model_linears`."""
     found = model_linears(model, head=head)
     return {name: module for name, module in found.items() if type(module) is nn.Linear}
+
+
+def expert_weights(model: nn.Module) -> dict[str, int]:
+    """How many weights each parameter holds that is a stack of experts' linears, by name; no `quantizable_linears`."""
+    return {
+        name: experts * rows * columns
+        for name, (experts, rows, columns) in expert_stacks(model).items()
+        if not type(model.get_submodule(name.rpartition(".")[0])).__module__.startswith("torch.")
+    }
 
 
 def replace_modules(model: nn.Module, made: Mapping[int, nn.Module]) -> None:

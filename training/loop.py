@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from optc.compiler.artifact.publishing import check_output, write_folder
-from optc.compiler.diagnostics import InputError, UsageError, os_errors, ran_out_of_memory
+from optc.compiler.diagnostics import GateError, InputError, UsageError, os_errors, ran_out_of_memory
 from optc.training import checkpoint
 from optc.training.checkpoint import RunState
 from optc.training.config import TrainConfig
@@ -23,7 +23,7 @@ from optc.training.deepspeed_zero import gather_state
 from optc.training.export import write_trained
 from optc.training.metrics import MetricsLog, StepRecord
 from optc.training.out_of_memory import out_of_memory
-from optc.training.result import SUMMARY, TrainResult
+from optc.training.result import SUMMARY, TrainResult, left_experts
 from optc.training.saving import read_state, resume_run, save_run
 from optc.training.setup import Run, World, build_model, check_config, model_identity, prepare
 from optc.training.step import train_step
@@ -92,6 +92,7 @@ def _run(config: TrainConfig, world: World, folder: Path, resume: bool, on_step:
     if world.rank > 0:
         return None
     assert whole is not None
+    _refuse_idle(run, records, folder)
     result = _result(run, resumed or start, records, resumed)
     _publish(run, whole, result, records, folder)
     return result
@@ -130,6 +131,19 @@ def _steps(run: Run, state: RunState, folder: Path, on_step: OnStep | None) -> l
             log.close()
 
 
+def _refuse_idle(run: Run, records: list[StepRecord], folder: Path) -> None:
+    """Refuse to write a model that no step has changed."""
+    if all(row.skipped is not None for row in records):
+        raise GateError(
+            f"none of the {len(records)} steps changed a weight",
+            where=f"{folder / 'log.jsonl'}: skipped",
+            why=f"each was left out: {records[-1].skipped}",
+            remedy=f"set scaler.initial below {run.config.scaler.initial:g}, or precision=bf16"
+            if records[-1].skipped == "overflow"
+            else "set a smaller optimizer.lr",
+        )
+
+
 def _result(run: Run, state: RunState, records: list[StepRecord], resumed: RunState | None) -> TrainResult:
     parameters = list(run.model.parameters())
     return TrainResult(
@@ -145,6 +159,8 @@ def _result(run: Run, state: RunState, records: list[StepRecord], resumed: RunSt
         trainable=sum(item.numel() for item in parameters if item.requires_grad),
         config=plain_config(run.config),
         last=records[-1],
+        skipped=sum(row.skipped is not None for row in records),
+        notes=left_experts(run.model, run.config),
     )
 
 

@@ -163,7 +163,7 @@ def _fake_teacher(config: TrainConfig) -> Any | None:
 def _fake_model(folder: Path) -> Any:
     if not folder.is_dir():
         raise InputError("the model folder does not exist", where=str(folder), remedy="give a folder with config.json")
-    skeleton = meta_model(CheckpointInfo(folder, read_config(folder, trust_remote_code=False), {}, False))
+    skeleton = meta_model(CheckpointInfo(folder, read_config(folder, trust_remote_code=None), {}, False))
     shape = skeleton.config
     shape._attn_implementation = attention_for(skeleton)
     shape.use_cache = False

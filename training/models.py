@@ -61,7 +61,7 @@ def _fresh(folder: Path) -> Any:
     """Weights drawn by the model's own initialization, with torch's seed; the folder needs no weights."""
     if not folder.is_dir():
         raise InputError("the model folder does not exist", where=str(folder), remedy="give a folder with config.json")
-    config = read_config(folder, trust_remote_code=False)
+    config = read_config(folder, trust_remote_code=None)
     skeleton = meta_model(CheckpointInfo(folder, config, {}, (folder / "tokenizer.json").is_file()))
     shape = skeleton.config
     shape._attn_implementation = attention_for(skeleton)

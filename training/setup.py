@@ -27,6 +27,7 @@ from optc.training.distill import load_teacher
 from optc.training.lora import apply_lora
 from optc.training.models import load_trainable
 from optc.training.optimizers import make_optimizer
+from optc.training.packing import check_packing
 from optc.training.parallel import apply_data_parallel, shard_optimizer
 from optc.training.precision import make_scaler
 from optc.training.qat import apply_qat
@@ -139,7 +140,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     """Read the text and the model, and apply what the config asks for.
 
     Raises:
-        OptcError: see `check_config`, `read_corpus`, `load_trainable` and the functions called.
+        OptcError: see `check_config`, `read_corpus`, `load_trainable`, `check_packing` and the functions called.
     """
     check_config(config, world)
     device = pick_device(config, world)
@@ -151,6 +152,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     model = build_model(config)
     teacher = load_teacher(config, text_config(model.config).vocab_size)
     model = model.to(device)
+    check_packing(model, reader)
     head = chunked_head(model, config)
     if head is not None:
         check_head(model, head, config)
@@ -191,7 +193,7 @@ def _reader(config: TrainConfig, world: World, folder: Path) -> Reader:
 
 
 def _vocabulary(folder: Path) -> int:
-    info = CheckpointInfo(folder, read_config(folder, trust_remote_code=False), {}, has_tokenizer=False)
+    info = CheckpointInfo(folder, read_config(folder, trust_remote_code=None), {}, has_tokenizer=False)
     size = getattr(text_config(pretrained_config(info)), "vocab_size", None)
     if not size:
         raise InputError(

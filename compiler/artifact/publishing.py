@@ -22,7 +22,7 @@ from optc.compiler.diagnostics import InputError, OptcError, ResourceError, os_e
 
 _MARK = b'"optc_version"'
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT))
+_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 def check_output(output: Path, force: bool) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 from optc.compiler.diagnostics import InputError, UsageError, os_errors
 
 _COLUMNS = ("text", "tokens", "input_ids")
+MASK, LABELS = "attention_mask", "labels"
+"""Columns beside token ids that say which of them count."""
 _ROWS = 1024  # read at a time
 
 
@@ -18,7 +20,7 @@ def is_dataset(path: Path) -> bool:
 
 
 def read_rows(path: Path, *, kind: str) -> Iterator[dict[str, Any]]:
-    """Each row's "text", "tokens" or "input_ids", the first of them that is a column.
+    """Each row's "text", "tokens" or "input_ids", the first of them that is a column, and what stands beside ids.
 
     Args:
         kind: what the data is for, as errors name it.
@@ -41,14 +43,14 @@ def read_rows(path: Path, *, kind: str) -> Iterator[dict[str, Any]]:
         try:
             if path.suffix.lower() == ".parquet":
                 file = pyarrow.parquet.ParquetFile(path)
-                column = _column(file.schema_arrow.names, path, kind)
-                for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
+                columns = _columns(file.schema_arrow.names, path, kind)
+                for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
                     yield from batch.to_pylist()
                 return
             _check_folder(path, kind)
             found = datasets.load_from_disk(str(path))
-            column = _column(found.column_names, path, kind)
-            yield from found.select_columns([column]).with_format(None)
+            columns = _columns(found.column_names, path, kind)
+            yield from found.select_columns(columns).with_format(None)
         except (pyarrow.ArrowException, ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"the {kind} data is damaged", where=str(path), why=str(error)) from error
 
@@ -70,7 +72,7 @@ def _check_folder(path: Path, kind: str) -> None:
         )
 
 
-def _column(names: list[str], path: Path, kind: str) -> str:
+def _columns(names: list[str], path: Path, kind: str) -> list[str]:
     found = next((name for name in _COLUMNS if name in names), None)
     if found is None:
         raise InputError(
@@ -79,4 +81,4 @@ def _column(names: list[str], path: Path, kind: str) -> str:
             why=f"its columns are {', '.join(names)}",
             remedy="name a column text, tokens or input_ids",
         )
-    return found
+    return [found, *(name for name in (MASK, LABELS) if name in names and found != _COLUMNS[0])]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from optc.compiler.calibration.dataset_rows import is_dataset, read_rows
+from optc.compiler.calibration.dataset_rows import LABELS, MASK, is_dataset, read_rows
 from optc.compiler.diagnostics import InputError, os_errors
 
 
@@ -16,7 +16,9 @@ class Encoder(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
-def read_documents(path: Path, encoder: Encoder | None, *, kind: str = "calibration") -> list[list[int]]:
+def read_documents(
+    path: Path, encoder: Encoder | None, *, kind: str = "calibration", learned: bool = False
+) -> list[list[int]]:
     """The token sequences of a file of text or tokens.
 
     `.jsonl` or `.ndjson`: one object per line with "text" (needs a tokenizer), or "tokens" or "input_ids", a list of
@@ -26,14 +28,16 @@ def read_documents(path: Path, encoder: Encoder | None, *, kind: str = "calibrat
 
     Args:
         kind: what the file is for, as errors name it.
+        learned: every token becomes a label.
 
     Raises:
-        InputError: unreadable, malformed (with the line), or text without a tokenizer.
+        InputError: unreadable, malformed (with the line), text without a tokenizer, or token ids of which some do not
+            count: an "attention_mask" with zeros, and, of tokens that are learned, "labels" that are not these tokens.
         UsageError: a dataset without the extra.
     """
     if is_dataset(path):
         return [
-            _record(row, f"{path}, row {number}", encoder, kind)
+            _record(row, f"{path}, row {number}", encoder, kind, learned)
             for number, row in enumerate(read_rows(path, kind=kind), 1)
         ]
     with os_errors(f"reading the {kind} file", str(path)):
@@ -47,7 +51,8 @@ def read_documents(path: Path, encoder: Encoder | None, *, kind: str = "calibrat
         # Not splitlines: a string of JSON may hold U+2028, U+2029 and U+0085, which end lines there.
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         return [
-            _record(_json(line, f"{path}:{number}", kind), f"{path}:{number}", encoder, kind) for number, line in lines
+            _record(_json(line, f"{path}:{number}", kind), f"{path}:{number}", encoder, kind, learned)
+            for number, line in lines
         ]
     if suffix == ".json":
         rows = _json(text, str(path), kind)
@@ -66,12 +71,18 @@ def _json(text: str, where: str, kind: str) -> Any:
         raise InputError(f"the {kind} file is not JSON", where=where, why=str(error)) from error
 
 
-def _record(row: Any, where: str, encoder: Encoder | None, kind: str) -> list[int]:
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
+def _record(row: Any, where: str, encoder: Encoder | None, kind: str, learned: bool) -> list[int]:
+    if not isinstance(row, dict):
+        return _ids(row, where, kind)
+    if isinstance(row.get("text"), str):
         return _encode(row["text"], where, encoder, kind)
-    if isinstance(row, dict):
-        row = row.get("tokens", row.get("input_ids"))
-    return _ids(row, where, kind)
+    ids = _ids(row.get("tokens", row.get("input_ids")), where, kind)
+    mask, labels = row.get(MASK), row.get(LABELS)
+    if mask is not None and mask != [1] * len(ids):
+        raise _partial(MASK, "padding", where, kind)
+    if learned and labels is not None and labels != ids:
+        raise _partial(LABELS, "a prompt or padding", where, kind)
+    return ids
 
 
 def _encode(text: str, where: str, encoder: Encoder | None, kind: str) -> list[int]:
@@ -88,6 +99,15 @@ def _ids(row: Any, where: str, kind: str) -> list[int]:
     if not isinstance(row, list) or not all(isinstance(item, int) and not isinstance(item, bool) for item in row):
         raise _malformed(where, kind)
     return row
+
+
+def _partial(key: str, what: str, where: str, kind: str) -> InputError:
+    return InputError(
+        f"'{key}' leaves out some tokens of the {kind} file, and all would be used",
+        where=where,
+        why=f"optc reads token ids alone; {what} would be taken for text",
+        remedy=f"write the tokens that count, and no '{key}'",
+    )
 
 
 def _malformed(where: str, kind: str) -> InputError:

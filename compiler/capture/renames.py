@@ -1,9 +1,25 @@
-"""Tensors that transformers renames while it loads a model: older names, and those of other libraries."""
+"""Tensors that transformers renames, merges or splits while it loads a model: older names, experts one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from torch import Tensor
+
+
+def stored_tensors(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a model by the names and in the form of the checkpoint that it was loaded from.
+
+    Of a model that was made from a config: of the checkpoints of its kind.
+
+    Args:
+        state: name in the model -> tensor; of what was merged while loading, all or nothing.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    stored: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    return {name: tensor.contiguous() for name, tensor in stored.items()}
 
 
 def renamed_tensors(model: Any, unmatched: Collection[str]) -> dict[str, str]:

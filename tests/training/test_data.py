@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from families import make_model
 from training_runs import VOCAB, small_config, small_model, token_file
 
 from optc.compiler.diagnostics import InputError
 from optc.training.data import IGNORED, Batch, Position, Reader, read_corpus
 from optc.training.distill import logits_of, loss_sums
 from optc.training.models import load_frozen
+from optc.training.packing import check_packing
 
 LENGTHS = (40, 7, 23, 64, 3, 31, 50, 12, 18, 28)
 
@@ -90,6 +92,26 @@ def test_a_packed_documents_loss_is_its_loss_alone(tmp_path: Path, batching: str
             torch.testing.assert_close(together[row, start:end], alone, rtol=1e-5, atol=1e-5)
             checked += 1
     assert checked >= 12
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "mixtral", "qwen2-window", "gemma3"])
+def test_a_model_that_does_not_keep_packed_documents_apart_is_refused(tmp_path: Path, family: str) -> None:
+    """OPT, which takes its mask from attention_mask alone."""
+    model, packed = make_model(family, attention="sdpa"), reader(tmp_path)
+    check_packing(model, reader(tmp_path, data={"batching": "tokens"}))
+    if family == "opt":
+        with pytest.raises(InputError, match="documents of a packed row see each other in this model"):
+            check_packing(model, packed)
+    else:
+        check_packing(model.train(), packed)
+        assert model.training
+
+
+def test_rows_of_one_piece_are_not_packed(tmp_path: Path) -> None:
+    config = reader(tmp_path).config  # rows of 32
+    assert Reader([torch.arange(20), torch.arange(14)], config).packs  # 19 and 13
+    assert not Reader([torch.arange(20), torch.arange(15)], config).packs
+    assert not Reader([torch.arange(97)], config).packs  # three pieces of 32
 
 
 def test_token_budget_bounds_each_micro_batch(tmp_path: Path) -> None:

@@ -19,8 +19,10 @@ from optc.compiler.diagnostics import InputError
 from optc.compiler.ir.program import Program
 from optc.compiler.target.target import ExportRequest
 from optc.exporters.hf import FolderOptions, export_hf
+from optc.training.config import TrainConfig
 from optc.training.export import SaveConfig, save_trained
 from optc.training.kv_rounding import kv_roundings
+from optc.training.models import load_frozen, load_trainable
 from optc.training.qat import QatConfig, apply_qat, quantized_linears
 
 IDS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -85,6 +87,39 @@ def test_a_captured_folder_computes_what_was_trained(tmp_path: Path, name: str) 
         assert bool(list(kv_roundings(model))) == ("kv_cache" in FORMATS[name])
     else:
         assert float((logits(program, IDS) - expected(model)).abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-neox"])
+def test_names_are_those_of_the_source(tmp_path: Path, family: str) -> None:
+    """transformers merges Mixtral's experts while loading, and renames the head of GPT-NeoX."""
+    before = tensors(source(family))
+    save_trained(load_frozen(source(family)), source(family), tmp_path / "out", SaveConfig())
+    after = tensors(tmp_path / "out")
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_experts_that_qat_leaves_are_ignored_by_the_names_of_the_folder(tmp_path: Path) -> None:
+    model = apply_qat(load_frozen(source("mixtral")), QatConfig(enabled=True))
+    save_trained(model, source("mixtral"), tmp_path / "out", SaveConfig())
+    ignored = config(tmp_path / "out")["quantization_config"]["ignore"]
+    experts = {
+        f"model.layers.{layer}.block_sparse_moe.experts.{e}.w{w}"
+        for layer in (0, 1)
+        for e in range(4)
+        for w in (1, 2, 3)
+    }
+    assert sorted(ignored) == sorted({"lm_head", *experts})
+    assert {f"{name}.weight" for name in experts} < tensors(tmp_path / "out").keys()
+    assert len(capture_pretrained(tmp_path / "out")[0].contract.quantization) == 8
+
+
+def test_a_switch_of_training_is_not_kept(tmp_path: Path) -> None:
+    model = load_trainable(TrainConfig(model=str(source("llama")), seq_len=8))
+    assert model.config.use_cache is False
+    save_trained(model, source("llama"), tmp_path / "out", SaveConfig())
+    assert config(source("llama"))["use_cache"] is True
+    assert config(tmp_path / "out")["use_cache"] is True
 
 
 def test_a_tied_head_gets_codes_and_the_embedding_stays(tmp_path: Path) -> None:

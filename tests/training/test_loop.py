@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from families import make_model
 from safetensors.torch import load_file
 from training_runs import small_config, small_model, token_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
@@ -18,6 +19,7 @@ from optc.compiler.diagnostics import GateError, InputError, ResourceError, Usag
 from optc.training.loop import run_folder, train
 from optc.training.metrics import MetricsLog, StepRecord, read_log
 from optc.training.models import load_frozen, load_trainable
+from optc.training.result import left_experts
 from optc.training.train_report import curve
 
 
@@ -50,6 +52,7 @@ def test_the_summary_and_the_log_tell_the_run(trained: Path) -> None:
     summary, rows = json.loads((trained / "train.json").read_text()), read_log(trained / "log.jsonl")
     assert [row.step for row in rows] == list(range(1, 13))
     assert summary["steps"] == 12
+    assert (summary["skipped"], summary["notes"]) == (0, [])
     assert summary["tokens"] == sum(row.tokens for row in rows)
     assert (summary["first_loss"], summary["last_loss"]) == (rows[0].loss, rows[-1].loss)
     assert summary["last_loss"] < summary["first_loss"]
@@ -103,6 +106,24 @@ def test_pretraining_draws_weights_with_the_seed(start: tuple[Path, Path], tmp_p
     assert result.first_loss == pytest.approx(4.16, abs=0.2)  # log 64: nothing is known at the start
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"qat": {"enabled": True}}, "experts are trained and written unrounded"),
+        ({"lora": {"enabled": True}}, "experts are frozen, without adapters"),
+        ({"lora": {"enabled": True, "base": "nf4"}}, "experts are frozen, without adapters, and not in NF4"),
+    ],
+)
+def test_experts_that_are_left_are_named(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    made = small_config(tmp_path, tmp_path, tmp_path, **settings)
+    experts = 2 * 4 * 3 * 64 * 128  # two layers of four experts of three linears
+    assert left_experts(make_model("mixtral"), made) == (
+        f"{said}: {experts:,} weights in 4 tensors, model.layers.0.mlp.experts.gate_up_proj the first",
+    )
+    assert left_experts(make_model("llama"), made) == ()
+    assert left_experts(make_model("mixtral"), small_config(tmp_path, tmp_path, tmp_path)) == ()
+
+
 class TestErrors:
     def test_the_output_exists(self, start: tuple[Path, Path], tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
@@ -134,6 +155,15 @@ class TestErrors:
         BertModel(shape).save_pretrained(tmp_path / "bert")
         with pytest.raises(InputError, match="BertModel is not a causal language model"):
             train(small_config(tmp_path / "bert", start[1], tmp_path / "out"))
+
+    def test_a_run_that_changes_no_weight_writes_nothing(self, start: tuple[Path, Path], tmp_path: Path) -> None:
+        made = small_config(*start, tmp_path / "out", max_steps=2, precision="fp16", scaler={"initial": 2.0**40})
+        with pytest.raises(GateError, match="none of the 2 steps changed a weight") as found:
+            train(made)
+        assert found.value.why == "each was left out: overflow"
+        assert found.value.remedy == "set scaler.initial below 1.09951e+12, or precision=bf16"
+        assert [row.skipped for row in read_log(run_folder(tmp_path / "out") / "log.jsonl")] == ["overflow"] * 2
+        assert not (tmp_path / "out").exists()
 
     def test_vocabulary_and_context_of_a_multimodal_model(self, start: tuple[Path, Path], tmp_path: Path) -> None:
         """Both stand in the nested config of its language model."""

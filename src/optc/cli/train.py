@@ -118,6 +118,12 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['output']}: {result['steps']} steps, loss {_number(result['first_loss'])} -> {_number(result['last_loss'])}, "
         f"{result['tokens']} tokens in {result['seconds']:.1f} s"
     )
+    if result["skipped"]:
+        stderr().print(
+            f"  {result['skipped']} of {result['steps']} steps made no update; log.jsonl says why", markup=False
+        )
+    for note in result["notes"]:
+        stderr().print(f"  {note}", markup=False, soft_wrap=True)
     memory = last["memory"]
     if memory is not None:
         parts = ", ".join(

@@ -28,6 +28,7 @@ class Letters:
 
 def written(folder: Path, rows: list[dict[str, Any]]) -> list[Path]:
     """The rows as a Parquet file, a folder of datasets, and lines of JSON."""
+    folder.mkdir(exist_ok=True)
     found = datasets.Dataset.from_list(rows)
     paths = [folder / "rows.parquet", folder / "rows", folder / "rows.jsonl"]
     found.to_parquet(paths[0])
@@ -47,6 +48,24 @@ def test_text_is_encoded(tmp_path: Path) -> None:
         found = read_documents(path, Letters())
         assert [len(row) for row in found] == list(range(3000)), path
         assert found[2] == [120, 120]
+
+
+def test_tokens_that_do_not_count_are_not_taken_for_text(tmp_path: Path) -> None:
+    """Rows as trainers write them: labels are -100 on the prompt, the mask is 0 on padding."""
+    whole = [{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": [5, 6]}]
+    for path in written(tmp_path / "whole", whole):
+        assert read_documents(path, None, learned=True) == [[5, 6]], path
+    prompt = [{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": [-100, 6]}]
+    for path in written(tmp_path / "prompt", prompt):
+        assert read_documents(path, None) == [[5, 6]], path
+        with pytest.raises(InputError, match="'labels' leaves out some tokens") as error:
+            read_documents(path, None, learned=True)
+        assert error.value.remedy == "write the tokens that count, and no 'labels'"
+    for path in written(tmp_path / "padded", [{"input_ids": [5, 0], "attention_mask": [1, 0]}]):
+        with pytest.raises(InputError, match="'attention_mask' leaves out some tokens"):
+            read_documents(path, None)
+    for path in written(tmp_path / "text", [{"text": "a", "labels": [3], "attention_mask": [0]}]):
+        assert read_documents(path, Letters(), learned=True) == [[97]], path
 
 
 def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
