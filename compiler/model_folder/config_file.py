@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,16 @@ def modules_behind(folder: Path) -> tuple[str, ...]:
     except msgspec.ValidationError as error:
         raise InputError("malformed JSON", where=str(path), why=str(error), remedy=_AGAIN) from error
     return tuple(module.type.rpartition(".")[2] for module in modules[1:])
+
+
+def parts_beside(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the config of a multimodal model has beside its language model: vision_config, audio_config."""
+    if "text_config" not in config:
+        return ()
+    mine = ("text_config", "quantization_config")
+    return tuple(
+        key for key, item in config.items() if key.endswith("_config") and key not in mine and isinstance(item, dict)
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

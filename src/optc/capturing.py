@@ -18,7 +18,7 @@ from optc.compiler.diagnostics import UsageError, os_errors, unknown_name
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.proof import CaptureProof
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder
-from optc.compiler.model_folder.config_file import modules_behind
+from optc.compiler.model_folder.config_file import modules_behind, parts_beside
 from optc.compiler.settings.fields import check_type
 
 Model = str | Path | torch.nn.Module | Program
@@ -124,20 +124,23 @@ def capture_for_compile(
     if isinstance(model, str | Path):
         program, info, tokens = _folder(Path(model), dtype, trust_remote_code, text, work_folder, device)
         assert program.proof is not None
-        return Captured(program, info, tokens, _with_modules_behind(program.proof, Path(model)))
+        return Captured(program, info, tokens, _with_notes(program.proof, info))
     tokens = gate_tokens(None, text)
     program = capture(model, example_inputs)
     given = CaptureProof(proved=False, notes=("the program was given as it is, and not captured by this compile",))
     return Captured(program, None, tokens, program.proof or given)
 
 
-def _with_modules_behind(proof: CaptureProof, folder: Path) -> CaptureProof:
-    """The proof, with a note where sentence-transformers would compute more than was captured."""
-    behind = modules_behind(folder)
-    if not behind:
-        return proof
-    note = f"modules.json has {', '.join(behind)} behind the model: not captured, the output is the model's own"
-    return msgspec.structs.replace(proof, notes=(*proof.notes, note))
+def _with_notes(proof: CaptureProof, info: CheckpointInfo) -> CaptureProof:
+    """The proof, with notes where the folder holds more than was captured: for sentence-transformers, for pictures."""
+    notes = []
+    if behind := modules_behind(info.path):
+        notes.append(
+            f"modules.json has {', '.join(behind)} behind the model: not captured, the output is the model's own"
+        )
+    if beside := parts_beside(info.config):
+        notes.append(f"config.json has {', '.join(beside)} beside text_config: the language model alone is captured")
+    return msgspec.structs.replace(proof, notes=(*proof.notes, *notes))
 
 
 def _folder(

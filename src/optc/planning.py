@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from optc.compiler.capture.facts import stated_context, text_config
 from optc.compiler.capture.loading import DTYPES, meta_model
 from optc.compiler.model_folder.checkpoint import check_folder
 from optc.compiler.model_folder.quantized import quantized_folder, refuse_quantizing_again
@@ -32,7 +33,8 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
     target, options = resolved.target, resolved.options
     skeleton = meta_model(info)
     decoder = hasattr(skeleton, "generate")
-    context = int(getattr(skeleton.config, "max_position_embeddings", 0) or 0)
+    words = text_config(skeleton.config)
+    context = stated_context(words)
     check_context(getattr(options.own, "max_seq_len", None), context)
     linears = quantizable(skeleton, () if options.quantization is None else options.quantization.ignore)
     resolved = with_group_size(resolved, [columns for _, columns in linears.values()], list(linears))
@@ -63,7 +65,7 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
         "group_size": None if chosen is None else chosen.group_size,
         "weight_bytes": sizes.total,
         "sizes": sizes.to_dict(),
-        "kv_cache_bytes_per_token": _cache_bytes(skeleton.config, options) if decoder else 0,
+        "kv_cache_bytes_per_token": _cache_bytes(words, options) if decoder else 0,
         "note": note,
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 from optc.compiler.analysis.module_linears import expert_stacks, linear_shape, model_linears
 from optc.compiler.analysis.name_patterns import check_patterns
 from optc.compiler.artifact.sizes import Sizes
+from optc.compiler.capture.facts import text_config
 from optc.compiler.capture.loading import DTYPES
 from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import Step, StoredWeights, Target
@@ -29,11 +30,22 @@ def quantizable(skeleton: Any, ignore: Sequence[str] = ()) -> dict[str, tuple[in
     found = {f"{name}.weight": linear_shape(module) for name, module in model_linears(skeleton).items()}
     for name, (experts, rows, columns) in expert_stacks(skeleton).items():
         found |= {f"{name}[{index}]": (rows, columns) for index in range(experts)}
+    words = _language_model(skeleton)
     return {
         name: shape
         for name, shape in found.items()
-        if not any(fnmatchcase(name.partition("[")[0], pattern) for pattern in ignore)
+        if name.startswith(words) and not any(fnmatchcase(name.partition("[")[0], pattern) for pattern in ignore)
     }
+
+
+def _language_model(skeleton: Any) -> str:
+    """What the names of a multimodal model's captured part begin with; "" where all of a model is captured."""
+    config = getattr(skeleton, "config", None)
+    if text_config(config) is config:
+        return ""
+    decoder = skeleton.get_decoder()
+    name = next(name for name, module in skeleton.named_modules() if module is decoder)
+    return f"{name}." if name else ""
 
 
 def predicted_sizes(

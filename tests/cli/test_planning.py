@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 from families import FAMILIES, make_model
-from stages import captured, rewritten
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from stages import apply, captured, rewritten
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
-from optc.capturing import stored_dtype
+from optc.capturing import capture_for_compile, stored_dtype
 from optc.compiler.diagnostics import TargetError
 from optc.passes.quantization.rtn import QuantizeRtn
+from optc.planning import make_plan
 from optc.predicted_sizes import quantizable
 from optc.request import from_python
 from optc.resolving import resolve, settled, with_group_size
@@ -122,3 +131,33 @@ def test_routers_are_told_by_their_experts() -> None:
     assert not [name for name in found if name.endswith("mlp.gate.weight")]
     assert sum(".experts." in name for name in found) == 8
     assert "model.layers.0.mlp.shared_expert.up_proj.weight" in found
+
+
+def test_a_multimodal_model_is_planned_as_it_is_captured(tmp_path: Path) -> None:
+    """Its language model alone; the vision tower's K of 40 takes no group size, and is not asked."""
+    words = LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        vocab_size=60,
+        max_position_embeddings=48,
+    )
+    eyes = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=40, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=8
+    )
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=words, vision_config=eyes, image_token_index=59))
+    model.save_pretrained(tmp_path)
+    found = capture_for_compile(
+        tmp_path, None, dtype="fp32", trust_remote_code=False, text=None, work_folder=None, device=torch.device("cpu")
+    )
+    assert (
+        found.proof.notes[-1]
+        == "config.json has vision_config beside text_config: the language model alone is captured"
+    )
+    assert (found.program.contract.model.vocab_size, found.program.contract.model.context_length) == (60, 48)
+    matched = apply(QuantizeRtn(bits=8), found.program).matched
+    planned = make_plan(tmp_path, from_python("onnx-cpu", quant="rtn"))
+    assert (planned["linears"], planned["group_size"]) == (matched, 64) == (14, 64)
+    assert planned["kv_cache_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
