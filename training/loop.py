@@ -53,7 +53,7 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None =
         UsageError: a contradicting config.
         InputError: unusable model or text; the output exists, or an unfinished run of it and not `resume`; a
             checkpoint of another run.
-        GateError: a loss that is not finite.
+        GateError: a loss that is not finite, or no step changed a weight.
         ResourceError: out of memory or disk.
     """
     world = World.from_environment()
@@ -63,6 +63,7 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None =
     output = Path(config.output)
     folder = run_folder(output)
     if resume and (done := _finished(output, folder)) is not None:
+        _check_updates(done)
         return done
     if world.rank == 0:
         check_output(output, force=False)
@@ -78,6 +79,7 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None =
     if ours and dist.is_initialized():
         dist.barrier()  # the first rank writes the output while the others wait here
         dist.destroy_process_group()
+    _check_updates(result)
     return result
 
 
@@ -92,7 +94,6 @@ def _run(config: TrainConfig, world: World, folder: Path, resume: bool, on_step:
     if world.rank > 0:
         return None
     assert whole is not None
-    _refuse_idle(run, records, folder)
     result = _result(run, resumed or start, records, resumed)
     _publish(run, whole, result, records, folder)
     return result
@@ -131,17 +132,19 @@ def _steps(run: Run, state: RunState, folder: Path, on_step: OnStep | None) -> l
             log.close()
 
 
-def _refuse_idle(run: Run, records: list[StepRecord], folder: Path) -> None:
-    """Refuse to write a model that no step has changed."""
-    if all(row.skipped is not None for row in records):
-        raise GateError(
-            f"none of the {len(records)} steps changed a weight",
-            where=f"{folder / 'log.jsonl'}: skipped",
-            why=f"each was left out: {records[-1].skipped}",
-            remedy=f"set scaler.initial below {run.config.scaler.initial:g}, or precision=bf16"
-            if records[-1].skipped == "overflow"
-            else "set a smaller optimizer.lr",
-        )
+def _check_updates(result: TrainResult | None) -> None:
+    """Refuse a model that no step has changed; its folder is written, with the log that tells it."""
+    if result is None or result.skipped < result.steps:
+        return
+    overflow = result.last.skipped == "overflow"
+    raise GateError(
+        f"none of the {result.steps} steps changed a weight",
+        where=f"{Path(result.output) / 'log.jsonl'}: skipped",
+        why=f"each was left out: {result.last.skipped}; the folder holds the weights that the run started from",
+        remedy=f"set scaler.initial below {result.config['scaler']['initial']:g}, or precision=bf16"
+        if overflow
+        else "set a smaller optimizer.lr",
+    )
 
 
 def _result(run: Run, state: RunState, records: list[StepRecord], resumed: RunState | None) -> TrainResult:

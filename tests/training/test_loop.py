@@ -156,14 +156,16 @@ class TestErrors:
         with pytest.raises(InputError, match="BertModel is not a causal language model"):
             train(small_config(tmp_path / "bert", start[1], tmp_path / "out"))
 
-    def test_a_run_that_changes_no_weight_writes_nothing(self, start: tuple[Path, Path], tmp_path: Path) -> None:
+    def test_a_run_that_changes_no_weight_fails(self, start: tuple[Path, Path], tmp_path: Path) -> None:
         made = small_config(*start, tmp_path / "out", max_steps=2, precision="fp16", scaler={"initial": 2.0**40})
         with pytest.raises(GateError, match="none of the 2 steps changed a weight") as found:
             train(made)
-        assert found.value.why == "each was left out: overflow"
+        assert str(found.value.why).startswith("each was left out: overflow; ")
         assert found.value.remedy == "set scaler.initial below 1.09951e+12, or precision=bf16"
-        assert [row.skipped for row in read_log(run_folder(tmp_path / "out") / "log.jsonl")] == ["overflow"] * 2
-        assert not (tmp_path / "out").exists()
+        assert [row.skipped for row in read_log(tmp_path / "out" / "log.jsonl")] == ["overflow"] * 2
+        assert json.loads((tmp_path / "out" / "train.json").read_text())["skipped"] == 2
+        before, after = (load_file(folder / "model.safetensors") for folder in (start[0], tmp_path / "out"))
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
     def test_vocabulary_and_context_of_a_multimodal_model(self, start: tuple[Path, Path], tmp_path: Path) -> None:
         """Both stand in the nested config of its language model."""
