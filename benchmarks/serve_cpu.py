@@ -1,7 +1,7 @@
 """Serving on the CPU: 32 requests together through the engine against one at a time, and against onnxruntime-genai.
 
     python benchmarks/serve_cpu.py            # two quiet cores, some twenty minutes, most of it compiling
-    python benchmarks/serve_cpu.py --small    # two layers, two rounds: whether it works
+    python benchmarks/serve_cpu.py --small    # two layers, 16 requests, one round: whether it works
 
 A random decoder of about 115 M parameters in int4, groups of 128, the head too: an `inductor-cpu` artifact with a paged
 cache, compiled once, served by `open_engine`. Contenders, interleaved: the engine with all requests at once; the same
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args()
     if given.small:
-        given.rounds = 2
+        given.rounds, given.requests = 1, min(given.requests, 16)
     shape = {**DECODER_115M, "layers": 2} if given.small else DECODER_115M
     with tempfile.TemporaryDirectory() as name:
         place = given.keep or Path(name)
