@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from optc.compiler.execution.block_manager import BlockManager
+from optc.runtime.serving.plan import Request
 from optc.runtime.serving.rows import Rows
-from optc.runtime.serving.scheduler import Request, Scheduler
+from optc.runtime.serving.scheduler import Scheduler
 
 BLOCK, CONTEXT, BEGINNINGS = 16, 8192, 20
 

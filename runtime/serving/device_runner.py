@@ -21,8 +21,8 @@ from optc.compiler.kernels.cuda.dispatch import kernels_only
 from optc.compiler.ops.dialect.paged import PADDING
 from optc.runtime.serving.model_runner import SamplerOf, step_inputs
 from optc.runtime.serving.open_choice import OpenChoice, Tell
+from optc.runtime.serving.plan import Plan
 from optc.runtime.serving.rows import Ints, Kind, Rows
-from optc.runtime.serving.scheduler import Plan
 from optc.runtime.serving.step_buffers import StepBuffers
 from optc.runtime.sessions.decode_step import DecodeStep
 from optc.runtime.sessions.paged import PagedModel

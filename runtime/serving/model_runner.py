@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optc.runtime.serving.plan import Plan
 from optc.runtime.serving.rows import Ints, Rows
 from optc.runtime.serving.sampler import RequestSampler, choose
-from optc.runtime.serving.scheduler import Plan
 from optc.runtime.sessions.paged import PagedModel
 from optc.runtime.sessions.session import Logits
 

@@ -13,10 +13,11 @@ from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.grammar import Grammars
 from optc.runtime.serving.host_time import HostTime
 from optc.runtime.serving.model_runner import ModelRunner, SamplerOf
+from optc.runtime.serving.plan import Ended, Plan, Request
 from optc.runtime.serving.request import Answer, EngineInfo, EngineMetrics, Finish, Generate
 from optc.runtime.serving.rows import Rows
 from optc.runtime.serving.sampler import RequestSampler, kind_of, sampler_of
-from optc.runtime.serving.scheduler import Ended, Plan, Request, Scheduler
+from optc.runtime.serving.scheduler import Scheduler
 from optc.runtime.sessions.paged import PagedModel
 
 

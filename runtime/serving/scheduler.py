@@ -26,126 +26,16 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
 from optc.compiler.execution.block_manager import BlockManager
-from optc.runtime.serving.request import EngineMetrics, Finish
-from optc.runtime.serving.rows import Ints, Kind, Rows
+from optc.runtime.serving.plan import Counts, Ended, Piece, Plan, Request
+from optc.runtime.serving.request import Finish
+from optc.runtime.serving.rows import Ints, Rows
 
 _RESERVE = 0.01
 """Of the blocks, that admission leaves free for the growth of rows that run."""
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Request:
-    """A request as it is scheduled.
-
-    Attributes:
-        tokens: the prompt, and what was generated when it was last made to wait.
-        prompt_length: of them, the prompt's.
-        end: tokens in all at which it ends with `end_reason`.
-        single: none of its tokens may be fed before the host has seen it. kind: see `Rows`.
-        arrival: a number that grows.
-        overtaken: later arrivals that were admitted while it was the first of all that wait.
-        row: where it runs, or -1.
-        found: of the prompt, tokens that the pool held; None before the first admission.
-    """
-
-    id: str
-    tokens: list[int]
-    prompt_length: int
-    end: int
-    end_reason: Finish
-    stops: list[int]
-    priority: int = 0
-    single: bool = False
-    kind: Kind = Kind.GREEDY
-    arrival: int = 0
-    urgent: bool = False
-    overtaken: int = 0
-    row: int = -1
-    found: int | None = None
-    waits: bool = False
-
-    @property
-    def rank(self) -> tuple[bool, int, int]:
-        """Smaller ones go first and give way last."""
-        return (not self.urgent, 0 if self.urgent else self.priority, self.arrival)
-
-
-class Piece(NamedTuple):
-    """Tokens of a row from `start` on, `size` of them; `last` says that the next one is to be chosen."""
-
-    row: int
-    start: int
-    size: int
-    last: bool
-
-
-@dataclass(slots=True)
-class Plan:
-    """A step.
-
-    Attributes:
-        decodes: int64 [D], rows that are fed the token that was chosen last, ascending, at `positions`.
-        pieces: of prompts.
-        rows: int64 [D + P], the rows that get a token: `decodes`, then those of last pieces, in order.
-        serials: of them, see `Rows`.
-        grown: rows and columns of `Rows.tables` that are new since the plan before.
-        moved: rows whose requests have other rows since then: from, to.
-    """
-
-    decodes: Ints
-    positions: Ints
-    pieces: list[Piece]
-    rows: Ints
-    serials: Ints
-    grown: list[tuple[int, int]]
-    moved: list[tuple[int, int]]
-
-    @property
-    def tokens(self) -> int:
-        """That the step feeds."""
-        return len(self.decodes) + sum(piece.size for piece in self.pieces)
-
-
-class Ended(NamedTuple):
-    """A request that ended, with all its tokens, and the number of those of its prompt."""
-
-    request: Request
-    tokens: list[int]
-    finish: Finish
-
-
-@dataclass(slots=True)
-class Counts:
-    """Since the start."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    preemptions: int = 0
-    admissions: int = 0  # first ones
-    finished: dict[str, int] = field(default_factory=dict)
-
-    def metrics(self, *, running: int, waiting: int, host_us: float, used_blocks: int = 0) -> EngineMetrics:
-        """With gauges of now."""
-        return EngineMetrics(
-            running=running,
-            waiting=waiting,
-            used_blocks=used_blocks,
-            steps=self.steps,
-            prompt_tokens=self.prompt_tokens,
-            cached_tokens=self.cached_tokens,
-            generated_tokens=self.generated_tokens,
-            preemptions=self.preemptions,
-            finished=dict(self.finished),
-            host_us_per_step=host_us,
-        )
 
 
 class Scheduler:

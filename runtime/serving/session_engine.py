@@ -12,9 +12,9 @@ from optc.runtime.serving.accepting import NOT_FINITE, Limits, check_request
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.grammar import Grammars
 from optc.runtime.serving.host_time import HostTime
+from optc.runtime.serving.plan import Counts
 from optc.runtime.serving.request import Answer, EngineInfo, EngineMetrics, Finish, Generate
 from optc.runtime.serving.sampler import RequestSampler, choose, sampler_of
-from optc.runtime.serving.scheduler import Counts
 from optc.runtime.sessions.session import Logits, Session
 
 

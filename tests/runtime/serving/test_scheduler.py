@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from optc.compiler.execution.block_manager import BlockManager
+from optc.runtime.serving.plan import Request
 from optc.runtime.serving.request import Finish
 from optc.runtime.serving.rows import Rows
-from optc.runtime.serving.scheduler import Request, Scheduler
+from optc.runtime.serving.scheduler import Scheduler
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
