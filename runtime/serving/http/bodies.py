@@ -47,6 +47,10 @@ class JsonSchema(Body, frozen=True, kw_only=True, rename={"schema_": "schema"}):
     schema_: dict[str, Any] = {}
 
 
+_ANY_OBJECT = '{"type":"object"}'
+"""What json_object means: a list or a number is JSON too, and not what clients expect."""
+
+
 class ResponseFormat(Body, frozen=True, kw_only=True):
     """What the text of an answer must be."""
 
@@ -58,7 +62,7 @@ class ResponseFormat(Body, frozen=True, kw_only=True):
         if self.type == "text":
             return None
         if self.type == "json_object":
-            return Grammar(kind="json")
+            return Grammar(kind="json-schema", source=_ANY_OBJECT)
         if self.json_schema is None:
             raise HttpError(400, "response_format json_schema needs a json_schema", param="response_format")
         try:

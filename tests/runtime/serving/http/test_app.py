@@ -13,8 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from optc.runtime.serving.counters import STATUSES, TOTAL, TPOT, TTFT, Counters
 from optc.runtime.serving.http.app import build_app
+from optc.runtime.serving.http.bodies import ResponseFormat
 from optc.runtime.serving.http.state import ServerState
-from optc.runtime.serving.request import EngineInfo, EngineMetrics
+from optc.runtime.serving.request import EngineInfo, EngineMetrics, Grammar
 from optc.runtime.serving.settings import ServeOptions, ServerConfig
 
 
@@ -112,3 +113,9 @@ def test_counters_of_all_processes_add_up(tmp_path: Path) -> None:
     assert (samples["optc_engine_starts_total",], samples["optc_engine_up",]) == (1, 1)
     assert (samples["optc_kv_blocks_used",], samples["optc_engine_finished_total", "stop"]) == (5, 6)
     assert samples["optc_engine_host_seconds_per_step",] == 0.00025
+
+
+def test_a_json_object_is_an_object() -> None:
+    """A list is JSON as well, and not what clients of this format expect."""
+    assert ResponseFormat(type="json_object").grammar() == Grammar(kind="json-schema", source='{"type":"object"}')
+    assert ResponseFormat(type="text").grammar() is None
