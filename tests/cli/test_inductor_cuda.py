@@ -76,9 +76,10 @@ def test_optimize_without_a_gpu() -> None:
         optc.optimize(EXAMPLE)
 
 
-def test_only_decoders() -> None:
+def test_only_decoders(tmp_path: Path) -> None:
+    inputs = [torch.zeros(2, 8)]
     with pytest.raises(TargetError, match="takes decoders, not a model of kind 'module'"):
-        optc.compile(torch.nn.Linear(8, 8), target="inductor-cuda", output="out", example_inputs=[torch.zeros(2, 8)])
+        optc.compile(torch.nn.Linear(8, 8), target="inductor-cuda", output=tmp_path / "out", example_inputs=inputs)
 
 
 @pytest.mark.skipif(

@@ -33,11 +33,11 @@ SMALLEST_SCALE = torch.finfo(torch.float32).smallest_normal
 
 
 def _scaled(values: Tensor, scale: Tensor, group_size: int) -> Tensor:
-    """values float32 [N,K], written over, * scale [N,G] (or [1,1], one for all), rounded to the type of scale."""
+    """values float32 [N,K] * scale [N,G] (or [1,1], one for all), rounded to the type of scale."""
     rows, columns = values.shape
     size = group_size or columns
-    grouped = values.view(rows, columns // size, size)
-    return grouped.mul_(scale.float()[..., None]).view(rows, columns).to(scale.dtype)
+    grouped = values.reshape(rows, columns // size, size)
+    return (grouped * scale.float()[..., None]).view(rows, columns).to(scale.dtype)
 
 
 def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int, group_size: int) -> Tensor:
@@ -46,7 +46,8 @@ def _dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None, *, bits: int,
     size = group_size or columns
     grouped = codes.reshape(rows, columns // size, size).float()
     middle = float(2 ** (bits - 1)) if zero is None else zero.float()[..., None]
-    return _scaled(grouped.sub_(middle).view(rows, columns), scale, group_size)
+    centred = grouped - middle  # not in place: codes may lie in a file
+    return centred.mul_(scale.float()[..., None]).view(rows, columns).to(scale.dtype)
 
 
 def _dequantize_float(codes: Tensor, scale: Tensor, *, group_size: int = 0) -> Tensor:
