@@ -1,6 +1,6 @@
 """Serving on the CPU: 32 requests together through the engine against one at a time, and against onnxruntime-genai.
 
-    python benchmarks/serve_cpu.py            # two quiet cores, some twenty minutes, most of it compiling
+    python benchmarks/serve_cpu.py            # two quiet cores, some four minutes with two rounds
     python benchmarks/serve_cpu.py --small    # two layers, 16 requests, one round: whether it works
 
 A random decoder of about 115 M parameters in int4, groups of 128, the head too: an `inductor-cpu` artifact with a paged
