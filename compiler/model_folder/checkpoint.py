@@ -19,12 +19,12 @@ from optc.compiler.diagnostics import InputError
 from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.formats.safetensors_header import TensorInfo, damaged, read_header, shown
 from optc.compiler.ir.lazy_weights import materialized
+from optc.compiler.ir.saved.safetensors_file import TYPES
 from optc.compiler.model_folder.config_file import CONFIG, read_config, read_json
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-_COMPUTED = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 # Elements looked at together. Reductions of this size stay on one thread: with busy cores, the barriers
 # of thousands of parallel ones cost seconds (0.06 s against 0.3 to 9 s for 28 M elements).
 _CHUNK = 1 << 15
@@ -54,18 +54,23 @@ class CheckpointInfo:
         return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
 
     @property
-    def dtype(self) -> str | None:
-        """fp32, bf16 or fp16: what most of the floating elements are stored in; None where that is another type."""
-        sizes: Counter[str] = Counter()
-        for tensor in self.tensors.values():
-            if tensor.dtype in _FLOATS:
-                sizes[tensor.dtype] += math.prod(tensor.shape)
-        return _COMPUTED.get(sizes.most_common(1)[0][0]) if sizes else None
+    def dtype(self) -> torch.dtype | None:
+        """What most of the floating elements are stored in; None where there are none."""
+        floats = (tensor for tensor in self.tensors.values() if tensor.dtype in _FLOATS)
+        return prevailing((TYPES[tensor.dtype], math.prod(tensor.shape)) for tensor in floats)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weight files on the disk."""
         return sum((self.path / name).stat().st_size for name in self.files)
+
+
+def prevailing(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype | None:
+    """The type of most elements, of types and numbers of elements; None of nothing."""
+    totals: Counter[torch.dtype] = Counter()
+    for dtype, count in sizes:
+        totals[dtype] += count
+    return totals.most_common(1)[0][0] if totals else None
 
 
 def check_folder(path: Path, *, trust_remote_code: bool | None = None) -> CheckpointInfo:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from optc.compiler.execution.block_manager import StepInputs
 from optc.compiler.kernels.cuda.dispatch import kernels_only
+from optc.compiler.kernels.cuda.paged_attention import SHORT_CONTEXT
 from optc.compiler.ops.dialect.paged import PADDING
 from optc.runtime.serving.model_runner import SamplerOf, step_inputs
 from optc.runtime.serving.open_choice import OpenChoice, Tell
@@ -30,7 +31,7 @@ from optc.runtime.sessions.prompt_call import PromptCall, token_size
 from optc.runtime.sessions.streaming import Draw
 
 _FEW_REQUESTS = (8, 64)
-_NARROW = 1024
+_NARROW = SHORT_CONTEXT
 """Tokens that the tables of a narrow step hold, for which attention of many requests has other tiles."""
 _WARMED = 2048
 """Tokens of the largest call that is recorded before requests come: in larger ones launches are a small part."""
@@ -145,11 +146,8 @@ class DeviceRunner:
 
     def _width(self, tokens: int) -> int:
         """Columns of the tables of a step whose longest request has so many tokens."""
-        return (
-            min(_NARROW // self._rows.block_size, self._buffers.state.width)
-            if tokens <= _NARROW
-            else self._buffers.state.width
-        )
+        whole = self._buffers.state.width
+        return min(_NARROW // self._rows.block_size, whole) if tokens <= _NARROW else whole
 
     def _step(self, batch: int, width: int, kind: Kind) -> DecodeStep:
         if (batch, width, kind) not in self._steps:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from optc.compiler.execution.block_manager import BlockManager
-from optc.runtime.serving.accepting import NOT_FINITE, Limits, check_request
+from optc.runtime.serving.accepting import Limits, check_request
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.grammar import Grammars
 from optc.runtime.serving.host_time import HostTime
@@ -16,7 +16,7 @@ from optc.runtime.serving.model_runner import ModelRunner, SamplerOf
 from optc.runtime.serving.plan import Ended, Plan, Request
 from optc.runtime.serving.request import Answer, EngineInfo, EngineMetrics, Finish, Generate
 from optc.runtime.serving.rows import Rows
-from optc.runtime.serving.sampler import RequestSampler, kind_of, sampler_of
+from optc.runtime.serving.sampler import RequestSampler, answer_of, kind_of, sampler_of
 from optc.runtime.serving.scheduler import Scheduler
 from optc.runtime.sessions.paged import PagedModel
 
@@ -170,14 +170,10 @@ class PagedEngine:
 
     def _answer(self, entry: _Entry, tokens: list[int], finish: Finish | None) -> Answer:
         entry.told += len(tokens)
-        logprobs = None if entry.sampler is None else entry.sampler.take_logprobs(len(tokens))
         cached = entry.scheduled.found if entry.told == len(tokens) + entry.scheduled.prompt_length else None
-        entry.plain = logprobs is None
-        problem = NOT_FINITE if entry.sampler is None else entry.sampler.problem
-        error = problem if finish == "error" else ""
-        return Answer(
-            id=entry.scheduled.id, tokens=tokens, logprobs=logprobs, finish=finish, cached_tokens=cached, error=error
-        )
+        answer = answer_of(entry.scheduled.id, entry.sampler, tokens, finish, cached)
+        entry.plain = answer.logprobs is None
+        return answer
 
     @property
     def idle(self) -> bool:

@@ -16,7 +16,7 @@ from optc.compiler.ops.dialect.sampling import NO_TOKEN
 from optc.runtime.generation.sampling import RowSampler, draws_of, row_sampler
 from optc.runtime.serving.accepting import NOT_FINITE
 from optc.runtime.serving.grammar import Grammars, GrammarState, allowed
-from optc.runtime.serving.request import Generate, TokenLogprobs
+from optc.runtime.serving.request import Answer, Finish, Generate, TokenLogprobs
 from optc.runtime.serving.rows import Ints, Kind
 from optc.runtime.sessions.session import Logits
 from optc.runtime.sessions.streaming import Draw
@@ -83,6 +83,15 @@ class RequestSampler:
             return None
         taken, self.logprobs = self.logprobs[:count], self.logprobs[count:]
         return taken
+
+
+def answer_of(
+    identity: str, sampler: RequestSampler | None, tokens: list[int], finish: Finish | None, cached: int | None
+) -> Answer:
+    """An answer of these new tokens, with what the sampler has to tell of them and of an error."""
+    logprobs, problem = (None, NOT_FINITE) if sampler is None else (sampler.take_logprobs(len(tokens)), sampler.problem)
+    error = problem if finish == "error" else ""
+    return Answer(id=identity, tokens=tokens, logprobs=logprobs, finish=finish, cached_tokens=cached, error=error)
 
 
 def kind_of(request: Generate) -> Kind:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
-from optc.runtime.serving.accepting import NOT_FINITE, Limits, check_request
+from optc.runtime.serving.accepting import Limits, check_request
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.grammar import Grammars
 from optc.runtime.serving.host_time import HostTime
 from optc.runtime.serving.plan import Counts
 from optc.runtime.serving.request import Answer, EngineInfo, EngineMetrics, Finish, Generate
-from optc.runtime.serving.sampler import RequestSampler, choose, sampler_of
+from optc.runtime.serving.sampler import RequestSampler, answer_of, choose, sampler_of
 from optc.runtime.sessions.session import Logits, Session
 
 
@@ -134,12 +134,7 @@ class SessionEngine:
             self._counts.finished[finish] = self._counts.finished.get(finish, 0) + 1
             if job is self._running:
                 self._running = None
-        logprobs = None if job.sampler is None else job.sampler.take_logprobs(len(tokens))
-        problem = NOT_FINITE if job.sampler is None else job.sampler.problem
-        error = problem if finish == "error" else ""
-        return Answer(
-            id=job.request.id, tokens=tokens, logprobs=logprobs, finish=finish, cached_tokens=cached, error=error
-        )
+        return answer_of(job.request.id, job.sampler, tokens, finish, cached)
 
     @property
     def idle(self) -> bool:

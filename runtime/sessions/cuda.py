@@ -15,6 +15,7 @@ from optc.compiler.execution.block_manager import StepInputs
 from optc.compiler.ir.devices import program_device, to_device
 from optc.compiler.ir.program import Program
 from optc.compiler.kernels.cuda.dispatch import kernels_only
+from optc.compiler.kernels.cuda.paged_attention import SHORT_CONTEXT
 from optc.compiler.kernels.kernel import without_kernel
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
 from optc.runtime.sessions.cuda_graphs import Recorder, graph_recorder
@@ -30,7 +31,7 @@ from optc.runtime.sessions.token_reader import TokenReader
 from optc.runtime.sessions.torch_linear import to_logits
 
 LEAST_CAPABILITY = (8, 0)
-_LEAST_WIDTH = 1024
+_LEAST_WIDTH = SHORT_CONTEXT
 """Tokens that the block tables of the narrowest captured step hold; each wider one holds four times as many."""
 _AHEAD = 2
 """Tokens beyond those of a step for which there is room when it is started: it leaves the next one's slot."""

@@ -8,14 +8,12 @@ import msgspec
 import torch
 
 from optc.compiler.artifact.manifest import Manifest
-from optc.compiler.diagnostics import ArtifactError, InputError, ResourceError, TargetError
+from optc.compiler.diagnostics import ArtifactError, InputError, ResourceError, TargetError, ran_out_of_memory
 from optc.compiler.ir.contract import Contract
 from optc.runtime.carried.pt2_runner import ArchiveError, Package, PackageError
 from optc.runtime.sessions.paged import PagedSession
 from optc.runtime.sessions.session import Session, SessionOptions, default_threads
 from optc.runtime.sessions.torch_linear import TorchSession
-
-_NO_MEMORY = "can't allocate memory"
 
 
 def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> Session:
@@ -53,7 +51,7 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
                 remedy="use shorter prompts or a smaller batch; if they are short, compile the model again",
             ) from error
         except RuntimeError as error:
-            if _NO_MEMORY not in str(error):
+            if not ran_out_of_memory(error):
                 raise
             raise ResourceError(
                 "out of memory while running the package",

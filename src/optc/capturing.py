@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,7 +16,7 @@ from optc.compiler.capture.pretrained import CPU
 from optc.compiler.diagnostics import UsageError, os_errors, unknown_name
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.proof import CaptureProof
-from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder
+from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, prevailing
 from optc.compiler.model_folder.config_file import modules_behind, parts_beside
 from optc.compiler.settings.fields import check_type
 
@@ -91,14 +90,14 @@ def stored_dtype(model: Model, trust_remote_code: bool) -> str | None:
     """
     check_type("model", model, Model, _MODELS)
     if isinstance(model, str | Path):
-        return check_folder(Path(model), trust_remote_code=trust_remote_code).dtype
+        return dtype_name(check_folder(Path(model), trust_remote_code=trust_remote_code).dtype)
     weights = model.exported.state_dict.values() if isinstance(model, Program) else model.state_dict().values()
-    sizes: Counter[torch.dtype] = Counter()
-    for weight in weights:
-        if weight.is_floating_point():
-            sizes[weight.dtype] += weight.numel()
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    return names.get(sizes.most_common(1)[0][0]) if sizes else None
+    return dtype_name(prevailing((weight.dtype, weight.numel()) for weight in weights if weight.is_floating_point()))
+
+
+def dtype_name(dtype: torch.dtype | None) -> str | None:
+    """fp32, bf16 or fp16; None of others."""
+    return next((name for name, known in DTYPES.items() if known is dtype), None)
 
 
 def capture_for_compile(

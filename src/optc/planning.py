@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from optc.capturing import dtype_name
 from optc.compiler.capture.facts import stated_context, text_config
 from optc.compiler.capture.loading import DTYPES, meta_model
 from optc.compiler.model_folder.checkpoint import check_folder
@@ -29,7 +30,7 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
     """
     resolve(request)  # what is wrong with the request is said before the model is read
     info = check_folder(model, trust_remote_code=request.what.trust_remote_code)
-    resolved = resolve(request, info.dtype)
+    resolved = resolve(request, dtype_name(info.dtype))
     target, options = resolved.target, resolved.options
     skeleton = meta_model(info)
     decoder = hasattr(skeleton, "generate")

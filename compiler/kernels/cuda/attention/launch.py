@@ -16,13 +16,12 @@ from optc.compiler.kernels.cuda.attention.prefill import prefill
 from optc.compiler.kernels.cuda.attention.split import decode_split
 from optc.compiler.kernels.cuda.attention.write import write
 from optc.compiler.kernels.cuda.dispatch import dependent_launch, scratch
+from optc.compiler.kernels.cuda.paged_attention import SHORT_CONTEXT
 
 FEW_PAIRS, FEWEST_PAIRS = 256, 32
 """Pairs of a request and a KV head below which each is divided; up to which a step's latency is one pair's."""
 FEWEST_ROWS = 16
 """Rows of the smallest product of tensor cores."""
-SHORT_CONTEXT = 1024
-"""Tokens up to which a program serves a pair alone, where pairs are many."""
 MANY_ROWS = 4096
 """Rows of a request from which on large tiles are full nearly always."""
 
