@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from optc.compiler.execution.block_manager import BlockManager
-from optc.runtime.serving.plan import Request
+from optc.runtime.serving.plan import Chosen, Request
 from optc.runtime.serving.rows import Rows
 from optc.runtime.serving.scheduler import Scheduler
 
@@ -103,7 +103,7 @@ def simulate(trace: Trace, *, rows: int, num_blocks: int, budget: int, ahead: in
         gone = []
         if plans and (plan is None or len(plans) > ahead):
             oldest = plans.pop(0)
-            gone = scheduler.collect(oldest, (oldest.rows * 7 + step) % 30000)
+            gone = scheduler.collect(oldest, Chosen.one_each((oldest.rows * 7 + step) % 30000))
         took = time.process_time() - begin
         seconds, longest = seconds + took, max(longest, took)
         if plan is not None:

@@ -19,6 +19,7 @@ from optc.runtime.sessions.session import Logits, Session, most_likely, not_fini
 from optc.runtime.sessions.streaming import Draw, StreamingSession
 
 Weights = npt.NDArray[np.float32]
+Uniforms = npt.NDArray[np.float64]
 
 
 def distribution(logits: npt.NDArray[np.floating], sampling: Sampling) -> npt.NDArray[np.float64]:
@@ -115,7 +116,8 @@ class RowSampler:
     def __init__(self, sampling: Sampling, prompt: Sequence[int], entropy: np.random.SeedSequence | None) -> None:
         self._sampling, self._prompt = sampling, list(prompt)
         self._generated: Counter[int] = Counter()
-        self._stream = None if entropy is None else np.random.Generator(np.random.PCG64(entropy))
+        self._bits = np.random.PCG64(0 if entropy is None else entropy)
+        self._stream = None if entropy is None else np.random.Generator(self._bits)
 
     def __call__(self, logits: npt.NDArray[np.floating], best: int, where: str = "") -> int:
         """The next token from logits [V], of which that of `best` is the largest, and finite.
@@ -133,6 +135,23 @@ class RowSampler:
             token = _draw(logits, sampling, self._stream)
         self._generated[token] += 1
         return token
+
+    def uniforms(self, count: int) -> Uniforms:
+        """The numbers that the next tokens are drawn by, for those who draw themselves; zeros where the row is greedy.
+
+        The stream stands where it stood: `take` moves it.
+        """
+        if self._stream is None:
+            return np.zeros(count)
+        found = self._stream.random(count)
+        self._bits.advance(-count)
+        return found
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """The row goes on with tokens that others drew, each by the next of `uniforms`."""
+        self._generated.update(tokens)
+        if self._stream is not None:
+            self._bits.advance(len(tokens))
 
 
 def row_sampler(sampling: Sampling, prompt: Sequence[int]) -> RowSampler:

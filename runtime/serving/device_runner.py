@@ -20,10 +20,11 @@ from optc.compiler.execution.block_manager import StepInputs
 from optc.compiler.kernels.cuda.dispatch import kernels_only
 from optc.compiler.kernels.cuda.paged_attention import SHORT_CONTEXT
 from optc.compiler.ops.dialect.paged import PADDING
-from optc.runtime.serving.model_runner import SamplerOf, step_inputs
+from optc.runtime.serving.model_runner import step_inputs
 from optc.runtime.serving.open_choice import OpenChoice, Tell
-from optc.runtime.serving.plan import Plan
+from optc.runtime.serving.plan import Chosen, Plan
 from optc.runtime.serving.rows import Ints, Kind, Rows
+from optc.runtime.serving.sampler import SamplerOf
 from optc.runtime.serving.step_buffers import StepBuffers
 from optc.runtime.sessions.decode_step import DecodeStep
 from optc.runtime.sessions.paged import PagedModel
@@ -116,7 +117,7 @@ class DeviceRunner:
             arrived.record()
         self._flights.append(_Flight(host, order, tell, arrived))
 
-    def collect(self) -> Ints:
+    def collect(self) -> Chosen:
         """See `ModelRunner`."""
         flight = self._flights.popleft()
         begin = time.perf_counter()
@@ -126,7 +127,7 @@ class DeviceRunner:
         found: Ints = flight.tokens.numpy()[flight.order]
         if flight.tell is not None:
             flight.tell(found)
-        return found
+        return Chosen.one_each(found)
 
     def _decode(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Tell | None]:
         """Tokens of a step of decodes, and where those of its rows are."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from optc.compiler.artifact.folder import verify
 from optc.compiler.artifact.manifest import Manifest
+from optc.compiler.diagnostics import TargetError
 from optc.runtime.generation.tokenizer import eos_token_ids
 from optc.runtime.serving.device_runner import DeviceRunner
 from optc.runtime.serving.engine_options import EngineOptions
@@ -17,6 +18,7 @@ from optc.runtime.serving.session_engine import SessionEngine
 from optc.runtime.sessions.load import open_session
 from optc.runtime.sessions.paged import PagedSession
 from optc.runtime.sessions.session import Session
+from optc.runtime.speculative.opening import open_drafter
 
 
 def open_engine(folder: str | Path, manifest: Manifest | None = None, options: EngineOptions | None = None) -> Engine:
@@ -36,9 +38,29 @@ def open_engine(folder: str | Path, manifest: Manifest | None = None, options: E
 
 
 def engine_for(session: Session, options: EngineOptions, grammars: Grammars | None = None) -> Engine:
-    """The engine over a session, which is the engine's from then on; without `grammars`, those of requests are refused."""
+    """The engine over a session, which is the engine's from then on; without `grammars`, those of requests are refused.
+
+    Raises:
+        TargetError: speculation, where the cache is not paged.
+    """
     if not isinstance(session, PagedSession):
+        if options.speculation is not None:
+            raise TargetError(
+                "the artifact cannot verify drafts",
+                why="its KV cache is not paged, and one step of it does not give the logits of several tokens",
+                remedy="compile it with --target inductor-cpu --kv-cache paged, or leave --speculative out",
+            )
         return SessionEngine(session, options, grammars)
     model = session.model
-    runner = DeviceRunner if model.on_device else HostRunner
-    return PagedEngine(model, options, runner, grammars=grammars, on_close=session.close, device=session.device_name)
+    # Steps that follow each other on the device know no token that the host could draft from.
+    runner = DeviceRunner if model.on_device and options.speculation is None else HostRunner
+    drafter = None if options.speculation is None else open_drafter(options.speculation)
+    return PagedEngine(
+        model,
+        options,
+        runner,
+        grammars=grammars,
+        drafter=drafter,
+        on_close=session.close,
+        device=session.device_name,
+    )

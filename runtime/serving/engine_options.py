@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.fields import check_range
 from optc.runtime.bounds import Count
+from optc.runtime.speculative.settings import Speculation
 
 _RUNNING = {True: 256, False: 32}
 _BUDGET = {True: 4096, False: 512}
@@ -26,6 +27,7 @@ class EngineOptions:
         patience: how often a request that waits may be overtaken; see `scheduler`.
         warm_up: on a GPU, compile kernels and capture steps and some calls before the engine is open, for a server: it may
             take a minute. Else the requests that come first wait for what they need.
+        speculation: drafts and their verification; None decodes plainly. It needs a paged KV cache.
         threads, num_blocks: see `SessionOptions`.
     """
 
@@ -35,6 +37,7 @@ class EngineOptions:
     max_context: int | None = None
     patience: int = 256
     warm_up: bool = False
+    speculation: Speculation | None = None
     threads: int | None = None
     num_blocks: int | None = None
 

@@ -7,6 +7,7 @@ artifact's tokenizer: a parser over the bytes of tokens and a trie of the vocabu
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,25 @@ class GrammarState:
         """The answer goes on with this token."""
         self._matcher.consume_token(token)
         self._note()
+
+    def ahead(self, draft: Sequence[int]) -> list[Bits]:
+        """What may follow now, and behind each of these tokens, as far as they may follow each other.
+
+        A token that would complete the answer is where it ends, too: nothing follows it. The state stays what it is.
+        """
+        found, taken = [self.bits.copy()], 0
+        for token in draft:
+            if not found[-1][token // 32] >> (token % 32) & 1:
+                break
+            taken += 1
+            if not self._matcher.consume_token(token) or self._matcher.is_stopped():
+                break
+            bits = np.zeros_like(self.bits)
+            self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+            found.append(bits)
+        if taken:
+            self._matcher.rollback(taken)
+        return found
 
     def _note(self) -> None:
         if self._matcher.is_error():

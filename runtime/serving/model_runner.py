@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from optc.runtime.serving.plan import Plan
+from optc.runtime.serving.plan import Chosen, Plan
 from optc.runtime.serving.rows import Ints, Rows
-from optc.runtime.serving.sampler import RequestSampler, choose
+from optc.runtime.serving.sampler import SamplerOf, choose
+from optc.runtime.serving.verifier import Verifier
 from optc.runtime.sessions.paged import PagedModel
-from optc.runtime.sessions.session import Logits
-
-SamplerOf = Callable[[int], RequestSampler | None]
-"""The sampler of a row; None where it takes the largest logit."""
 
 
 class ModelRunner(Protocol):
@@ -36,12 +32,13 @@ class ModelRunner(Protocol):
 
     def launch(self, plan: Plan) -> None: ...
 
-    def collect(self) -> Ints:
-        """int64, a token for each of `plan.rows`; `NO_TOKEN` where its logits are not finite."""
+    def collect(self) -> Chosen: ...
 
 
 class HostRunner:
-    """Runs a step as one call, mixed of decodes and prompts, and chooses on the host.
+    """Runs a step as one call, mixed of decodes, with what was drafted behind them, and prompts.
+
+    Tokens are chosen on the host; of steps with drafts, on the device of the logits (`Verifier`).
 
     Args:
         rows: read when a step is launched, before it advances them: `Plan` says at which positions.
@@ -52,7 +49,8 @@ class HostRunner:
 
     def __init__(self, model: PagedModel, rows: Rows, sampler_of: SamplerOf) -> None:
         self._model, self._rows, self._sampler_of = model, rows, sampler_of
-        self._chosen: list[Ints] = []
+        self._verify = Verifier(rows, sampler_of)
+        self._chosen: list[Chosen] = []
         self.model_s = 0.0
 
     def warm_up(self, most_tokens: int) -> None:
@@ -61,17 +59,20 @@ class HostRunner:
     def launch(self, plan: Plan) -> None:
         """See `ModelRunner`."""
         logits = self._compute(plan)
+        if plan.drafted.any():
+            self._chosen.append(self._verify(logits, plan))
+            return
         plain = not self._rows.kind[plan.rows].any()
         samplers = [] if plain else [self._sampler_of(row) for row in plan.rows.tolist()]
-        self._chosen.append(choose(logits, samplers))
+        self._chosen.append(Chosen.one_each(choose(logits.float().cpu().numpy(), samplers)))
 
-    def collect(self) -> Ints:
+    def collect(self) -> Chosen:
         """See `ModelRunner`."""
         return self._chosen.pop(0)
 
     @torch.inference_mode()
-    def _compute(self, plan: Plan) -> Logits:
-        """Logits of the last token of each of `plan.rows`."""
+    def _compute(self, plan: Plan) -> Tensor:
+        """Logits [T, V] of the tokens of `plan.decodes`, the drafted ones too, and of the last ones of last pieces."""
         model = self._model
         inputs, wanted = step_inputs(plan, self._rows)
         given = (*inputs, wanted) if model.selects else inputs
@@ -81,29 +82,25 @@ class HostRunner:
         self.model_s += time.perf_counter() - begin
         logits: Tensor = outputs[0] if isinstance(outputs, tuple | list) else outputs
         if not model.selects and len(wanted) < len(logits):
-            logits = logits[torch.from_numpy(wanted)]
-        found: Logits = logits.float().cpu().numpy()
-        return found
+            logits = logits[torch.from_numpy(wanted).to(logits.device)]
+        return logits
 
 
 def step_inputs(plan: Plan, rows: Rows) -> tuple[list[np.ndarray], Ints]:
     """The tables of one call for a whole step, in the order of `StepInputs`, and which tokens' logits are wanted."""
-    size, decodes, positions, pieces = rows.block_size, plan.decodes, plan.positions, plan.pieces
-    starts = np.concatenate([positions, np.array([piece.start for piece in pieces], np.int64)])
-    counts = np.concatenate([np.ones(len(decodes), np.int64), np.array([piece.size for piece in pieces], np.int64)])
-    places = np.concatenate([decodes, np.array([piece.row for piece in pieces], np.int64)])
-    ids = [rows.history[decodes, positions].astype(np.int64)]
-    at = [positions]
-    for piece in pieces:
-        ids.append(rows.history[piece.row, piece.start : piece.start + piece.size].astype(np.int64))
-        at.append(np.arange(piece.start, piece.start + piece.size))
-    position = np.concatenate(at)
+    size, pieces = rows.block_size, plan.pieces
+    starts = np.concatenate([plan.positions, np.array([piece.start for piece in pieces], np.int64)])
+    counts = np.concatenate([1 + plan.drafted, np.array([piece.size for piece in pieces], np.int64)])
+    places = np.concatenate([plan.decodes, np.array([piece.row for piece in pieces], np.int64)])
+    bounds = np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
+    owner = np.repeat(np.arange(len(places)), counts)
+    position = starts[owner] + np.arange(bounds[-1]) - bounds[owner]
+    ids = rows.history[places[owner], position].astype(np.int64)
     lengths = starts + counts
     tables = rows.tables[places, : -(-int(lengths.max()) // size)]
-    owner = np.repeat(np.arange(len(places)), counts)
     slots = tables[owner, position // size].astype(np.int64) * size + position % size
-    bounds = np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
-    wanted = bounds[1:] - 1
-    last = np.concatenate([np.ones(len(decodes), np.bool_), np.array([piece.last for piece in pieces], np.bool_)])
-    inputs = [np.concatenate(ids), position, slots, tables, lengths.astype(np.int32), bounds.astype(np.int32)]
-    return inputs, wanted[last]
+    wanted = owner < len(plan.decodes)
+    last = np.array([piece.last for piece in pieces], np.bool_)
+    wanted[bounds[1 + len(plan.decodes) :][last] - 1] = True
+    inputs = [ids, position, slots, tables, lengths.astype(np.int32), bounds.astype(np.int32)]
+    return inputs, np.flatnonzero(wanted)

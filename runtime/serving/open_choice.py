@@ -57,7 +57,7 @@ class OpenChoice:
         if held:
             rows = self._buffers.send(np.array([row for row, _ in held], np.int64))
             bits = self._buffers.send(np.stack([words for _, words in held]))
-            scores = scores.index_copy(0, rows, _masked(scores.index_select(0, rows), bits))
+            scores = scores.index_copy(0, rows, masked(scores.index_select(0, rows), bits))
         return scores
 
     def _tell(self, logits: Tensor, tokens: Tensor, samplers: Sequence[RequestSampler | None]) -> Tell | None:
@@ -100,7 +100,7 @@ class OpenChoice:
         return told
 
 
-def _masked(scores: Tensor, bits: Tensor) -> Tensor:
+def masked(scores: Tensor, bits: Tensor) -> Tensor:
     """Scores [R, V] where the bits int32 [R, W] are set, -inf elsewhere, and beyond them."""
     places = torch.arange(32, dtype=torch.int32, device=bits.device)
     follows = ((bits[:, :, None] >> places) & 1).bool().flatten(1)[:, : scores.shape[1]]

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 
 from optc.compiler.execution.block_manager import BlockManager
 from optc.runtime.serving.accepting import Limits, check_request
+from optc.runtime.serving.drafting import Drafting
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.grammar import Grammars
 from optc.runtime.serving.host_time import HostTime
-from optc.runtime.serving.model_runner import ModelRunner, SamplerOf
+from optc.runtime.serving.model_runner import ModelRunner
 from optc.runtime.serving.plan import Ended, Plan, Request
 from optc.runtime.serving.request import Answer, EngineInfo, EngineMetrics, Finish, Generate
 from optc.runtime.serving.rows import Rows
-from optc.runtime.serving.sampler import RequestSampler, answer_of, kind_of, sampler_of
+from optc.runtime.serving.sampler import RequestSampler, SamplerOf, answer_of, kind_of, sampler_of
 from optc.runtime.serving.scheduler import Scheduler
 from optc.runtime.sessions.paged import PagedModel
+from optc.runtime.speculative.drafter import Drafter
 
 
 @dataclass(slots=True)
@@ -41,6 +43,7 @@ class PagedEngine:
 
     Args:
         open_runner: makes what runs the steps, from the rows it reads and what gives the sampler of a row.
+        drafter: guesses tokens, as `options.speculation` says; None for plain decoding. The engine's from then on.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class PagedEngine:
         open_runner: Callable[[PagedModel, Rows, SamplerOf], ModelRunner],
         *,
         grammars: Grammars | None = None,
+        drafter: Drafter | None = None,
         on_close: Callable[[], None] = lambda: None,
         device: str = "",
     ) -> None:
@@ -71,6 +75,11 @@ class PagedEngine:
             compact=self._runner.ahead > 0,
             patience=options.patience,
         )
+        self._drafting: Drafting | None = None
+        if drafter is not None:
+            assert options.speculation is not None
+            assert not self._runner.ahead
+            self._drafting = Drafting(drafter, options.speculation, self.scheduler, self._sampler_of)
         if options.warm_up:
             self._runner.warm_up(budget)
         self._launched: deque[Plan] = deque()
@@ -123,6 +132,8 @@ class PagedEngine:
     def step(self) -> Sequence[Answer]:
         """See `Engine`."""
         begin, computed = time.perf_counter(), self._runner.model_s
+        if self._drafting is not None:
+            self._drafting.propose()
         plan = self.scheduler.plan()
         if plan is not None:
             self._runner.launch(plan)
@@ -130,7 +141,10 @@ class PagedEngine:
         answers: list[Answer] = []
         if self._launched and (plan is None or len(self._launched) > self._runner.ahead):
             oldest = self._launched.popleft()
-            self._ended += self.scheduler.collect(oldest, self._runner.collect())
+            given = self._runner.collect()
+            if self._drafting is not None:
+                self._drafting.note(oldest, given)
+            self._ended += self.scheduler.collect(oldest, given)
             self._end_complete()
             answers = self._tell(oldest)
         answers += [self._last(ended) for ended in self._ended]
@@ -165,6 +179,8 @@ class PagedEngine:
     def _last(self, ended: Ended) -> Answer:
         """All that was not told of a request, and why it ended."""
         entry = self._entries.pop(ended.request.id)
+        if self._drafting is not None:
+            self._drafting.forget(ended.request.id)
         self._grammatical.pop(ended.request.id, None)
         return self._answer(entry, ended.tokens[entry.told :], ended.finish)
 
@@ -188,9 +204,12 @@ class PagedEngine:
             waiting=scheduler.waiting,
             used_blocks=scheduler.manager.used_blocks,
             host_us=self._host.mean_us,
+            speculation=None if self._drafting is None else self._drafting.figures(),
         )
 
     def close(self) -> None:
         """See `Engine`."""
         self._entries.clear()
+        if self._drafting is not None:
+            self._drafting.close()
         self._on_close()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+import numpy as np
 
 from optc.runtime.serving.request import EngineMetrics, Finish
 from optc.runtime.serving.rows import Ints, Kind
+from optc.runtime.speculative.figures import SpeculativeFigures
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -61,8 +64,9 @@ class Plan:
 
     Attributes:
         decodes: int64 [D], rows that are fed the token that was chosen last, ascending, at `positions`.
+        drafted: int64 [D], how many drafted tokens, see `Rows`, each of them is fed behind it.
         pieces: of prompts.
-        rows: int64 [D + P], the rows that get a token: `decodes`, then those of last pieces, in order.
+        rows: int64 [D + P], the rows that get tokens: `decodes`, then those of last pieces, in order.
         serials: of them, see `Rows`.
         grown: rows and columns of `Rows.tables` that are new since the plan before.
         moved: rows whose requests have other rows since then: from, to.
@@ -70,6 +74,7 @@ class Plan:
 
     decodes: Ints
     positions: Ints
+    drafted: Ints
     pieces: list[Piece]
     rows: Ints
     serials: Ints
@@ -79,7 +84,25 @@ class Plan:
     @property
     def tokens(self) -> int:
         """That the step feeds."""
-        return len(self.decodes) + sum(piece.size for piece in self.pieces)
+        return len(self.decodes) + int(self.drafted.sum()) + sum(piece.size for piece in self.pieces)
+
+
+class Chosen(NamedTuple):
+    """What a step gave to the R rows of its plan.
+
+    Attributes:
+        tokens: int64 [R, W], behind each token that a row was fed the one that the model says is next; `NO_TOKEN` (-1) where
+            its logits were not finite. What fills up the row is no token.
+        counts: int64 [R], 1 to W: so many are the row's next ones. Those behind follow a drafted token that was rejected.
+    """
+
+    tokens: Ints
+    counts: Ints
+
+    @classmethod
+    def one_each(cls, tokens: Ints) -> Self:
+        """Of a step without drafts, from tokens [R]."""
+        return cls(tokens[:, None], np.ones(len(tokens), np.int64))
 
 
 class Ended(NamedTuple):
@@ -102,7 +125,15 @@ class Counts:
     admissions: int = 0  # first ones
     finished: dict[str, int] = field(default_factory=dict)
 
-    def metrics(self, *, running: int, waiting: int, host_us: float, used_blocks: int = 0) -> EngineMetrics:
+    def metrics(
+        self,
+        *,
+        running: int,
+        waiting: int,
+        host_us: float,
+        used_blocks: int = 0,
+        speculation: SpeculativeFigures | None = None,
+    ) -> EngineMetrics:
         """With gauges of now."""
         return EngineMetrics(
             running=running,
@@ -115,4 +146,5 @@ class Counts:
             preemptions=self.preemptions,
             finished=dict(self.finished),
             host_us_per_step=host_us,
+            speculation=speculation,
         )

@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 
 from optc.runtime.bounds import Count
 from optc.runtime.sampling import Sampling
+from optc.runtime.speculative.figures import SpeculativeFigures
 
 MOST_LOGPROBS = 20
 """Alternatives whose log-probabilities a request may ask for at each token."""
@@ -121,6 +122,7 @@ class EngineMetrics(Struct, frozen=True, kw_only=True):
 
     Attributes:
         host_us_per_step: microseconds per step that the processor spent outside the model, a mean of the last steps.
+        speculation: None where decoding is plain by its options.
     """
 
     running: int
@@ -133,6 +135,7 @@ class EngineMetrics(Struct, frozen=True, kw_only=True):
     preemptions: int = 0
     finished: dict[str, int] = {}
     host_us_per_step: float = 0.0
+    speculation: SpeculativeFigures | None = None
 
 
 class Engine(Protocol):

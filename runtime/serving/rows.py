@@ -6,6 +6,7 @@ only that end, grow or join.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -35,6 +36,7 @@ class Rows:
     Attributes:
         history: int32 [rows, capacity + 1], the tokens of each row, the first `known` of them; the last one is not fed.
         known: tokens that the host has. fed: those that are in the KV pool, or will be by the steps that were launched.
+        drafted: tokens behind the known ones in `history` that are a guess of what follows; the next plan takes or drops them.
         end: of `known`, at which the row ends. room: slots of its blocks.
         tables: int32 [rows, most blocks], and `owned` of them.
         decoding: rows whose prompt is fed. single: rows of which no token may be fed before it was read.
@@ -49,6 +51,7 @@ class Rows:
         self.history = np.zeros((count, capacity + 1), np.int32)
         self.tables = np.zeros((count, -(-capacity // block_size)), np.int32)
         self.known, self.fed, self.end, self.room, self.owned, self.serial = np.zeros((6, count), np.int64)
+        self.drafted = np.zeros(count, np.int64)
         self.decoding, self.single = np.zeros((2, count), np.bool_)
         self.kind = np.zeros(count, np.int8)
         self.stops = np.full((count, _FEW_STOPS), NO_STOP, np.int64)
@@ -66,7 +69,7 @@ class Rows:
         self.high = max(self.high, row + 1)
         self.history[row, : len(tokens)] = tokens
         self.known[row], self.fed[row], self.end[row] = len(tokens), 0, end
-        self.room[row] = self.owned[row] = 0
+        self.room[row] = self.owned[row] = self.drafted[row] = 0
         self.decoding[row], self.single[row], self.kind[row] = False, single, kind
         if len(stops) > self.stops.shape[1]:
             wider = np.full((self.count, len(stops)), NO_STOP, np.int64)
@@ -98,6 +101,13 @@ class Rows:
         self.high = max(self.high, new + 1)
         self.give_back(row)
         return new
+
+    def draft(self, row: int, tokens: Sequence[int]) -> None:
+        """Guess the tokens that follow the known ones; see `drafted`."""
+        known = int(self.known[row])
+        assert known + len(tokens) < self.end[row], "the last token of a row is not fed"
+        self.history[row, known : known + len(tokens)] = tokens
+        self.drafted[row] = len(tokens)
 
     def tokens(self, row: int) -> list[int]:
         """All tokens of a row that are known."""

@@ -7,13 +7,13 @@ sampler when it gives way to others and is computed again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from optc.compiler.diagnostics import GateError, InputError
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
-from optc.runtime.generation.sampling import RowSampler, draws_of, row_sampler
+from optc.runtime.generation.sampling import RowSampler, Uniforms, draws_of, row_sampler
 from optc.runtime.serving.accepting import NOT_FINITE
 from optc.runtime.serving.grammar import Grammars, GrammarState, allowed
 from optc.runtime.serving.request import Answer, Finish, Generate, TokenLogprobs
@@ -43,8 +43,6 @@ class RequestSampler:
 
     def choose(self, logits: Logits) -> int:
         """The next token from logits [V], on the host; `NO_TOKEN` where they are not finite."""
-        if self._row is None:
-            self._row = row_sampler(self.request.sampling, self.request.prompt)
         scores = logits.copy() if self.bias or self.grammar is not None else logits
         for token, bias in self.bias:
             scores[token] += bias
@@ -54,13 +52,36 @@ class RequestSampler:
         if not np.isfinite(scores[best]):
             return NO_TOKEN
         try:
-            token = self._row(scores, best)
+            token = self._of_row()(scores, best)
         except GateError:
             return NO_TOKEN
         if self.request.logprobs is not None:
             self.logprobs.append(logprobs_of(logits, token, self.request.logprobs))
         self.take(token)
         return token
+
+    def uniforms(self, count: int) -> Uniforms:
+        """float64 [count], the numbers that the next tokens are drawn by; `take_all` says how many of them were."""
+        return self._of_row().uniforms(count)
+
+    def take_all(self, tokens: Sequence[int], logits: Logits | None) -> None:
+        """The answer goes on with these tokens, which others chose from logits [W, V] of the model itself.
+
+        Args:
+            logits: needed where the request asks for log-probabilities.
+        """
+        real = [token for token in tokens if token != NO_TOKEN]
+        self._of_row().take(real)
+        for place, token in enumerate(real):
+            if self.request.logprobs is not None:
+                assert logits is not None
+                self.logprobs.append(logprobs_of(logits[place], token, self.request.logprobs))
+            self.take(token)
+
+    def _of_row(self) -> RowSampler:
+        if self._row is None:
+            self._row = row_sampler(self.request.sampling, self.request.prompt)
+        return self._row
 
     def take(self, token: int) -> None:
         """The answer goes on with this token."""
@@ -83,6 +104,10 @@ class RequestSampler:
             return None
         taken, self.logprobs = self.logprobs[:count], self.logprobs[count:]
         return taken
+
+
+SamplerOf = Callable[[int], RequestSampler | None]
+"""The sampler of a row; None where it takes the largest logit."""
 
 
 def answer_of(

@@ -20,6 +20,11 @@ most, in all its life. So where k earlier ones have not ended when a request com
 (k + 1) * (patience + 1) others have been admitted for the first time, whatever their priorities.
 
 Tokens may be read late: `plan` may be called again before `collect` has told what the step before gave.
+
+Drafted tokens (`Rows.drafted`) are fed behind the token of their row where prompts leave some of the budget and no other
+request would have to give a block for them: speculation takes what is idle. Slots of those that are rejected are written
+again, and hold nothing that others could find: blocks are told to others up to the tokens that were fed for good. With
+drafts, each step is collected before the next one is planned.
 """
 
 from __future__ import annotations
@@ -30,7 +35,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from optc.compiler.execution.block_manager import BlockManager
-from optc.runtime.serving.plan import Counts, Ended, Piece, Plan, Request
+from optc.compiler.ops.dialect.sampling import NO_TOKEN
+from optc.runtime.serving.plan import Chosen, Counts, Ended, Piece, Plan, Request
 from optc.runtime.serving.request import Finish
 from optc.runtime.serving.rows import Ints, Rows
 
@@ -173,6 +179,7 @@ class Scheduler:
         if not len(decodes) and not pieces:
             return None
         positions = rows.fed[decodes]
+        drafted = self._take_drafts(decodes, self._budget - len(decodes) - sum(piece.size for piece in pieces))
         rows.fed[decodes] += 1
         for piece in pieces:
             self._lay_out(piece)
@@ -181,7 +188,7 @@ class Scheduler:
         self.counts.steps += 1
         grown, self._grown = self._grown, []
         moved, self._moved = self._moved, []
-        return Plan(decodes, positions, pieces, chosen, rows.serial[chosen], grown, moved)
+        return Plan(decodes, positions, drafted, pieces, chosen, rows.serial[chosen], grown, moved)
 
     def _compact(self) -> None:
         """See `compact`."""
@@ -216,6 +223,27 @@ class Scheduler:
                     self._grow(row, wish)
             ready = ready[rows.decoding[ready]]
         return ready
+
+    def _take_drafts(self, decodes: Ints, budget: int) -> Ints:
+        """How many of its drafted tokens each of these rows is fed, in what is left of budget and blocks."""
+        rows, taken = self.rows, self.rows.drafted[decodes]
+        rows.drafted[:] = 0
+        drafting = np.flatnonzero(taken)
+        if not len(drafting):
+            return taken
+        assert not self._ahead, "a draft continues a token that the host has read"
+        taken[drafting] = np.minimum(taken[drafting], budget // len(drafting))
+        spare = self.manager.free_blocks - self._promised()
+        for place in drafting.tolist():
+            row, size = int(decodes[place]), rows.block_size
+            known = int(rows.known[row])
+            missing = min(-(-(known + int(taken[place])) // size) - int(rows.owned[row]), spare)
+            if missing > 0:
+                self._commit(row, int(rows.fed[row]))
+                self._grow(row, (int(rows.owned[row]) + missing) * size)
+                spare -= missing
+            taken[place] = min(int(taken[place]), int(rows.room[row]) - known)
+        return taken
 
     def _feed(self, row: int, budget: int, pieces: list[Piece]) -> int:
         """Plan the next tokens of a prompt; returns how many."""
@@ -257,9 +285,8 @@ class Scheduler:
         alone = not self.running
         found = manager.start(request.id, request.tokens)
         missing = -(-(len(request.tokens) + 1) // size) - found // size
-        promised = sum(-(-int(self.rows.known[row]) // size) - int(self.rows.owned[row]) for row in self._filling)
         spare = 0 if alone else self._reserve
-        if not alone and manager.free_blocks - promised < missing + spare:
+        if not alone and manager.free_blocks - self._promised() < missing + spare:
             manager.free(request.id)
             return False
         row = self.rows.take(
@@ -273,6 +300,11 @@ class Scheduler:
         self._note_blocks(row)
         self._count_admission(request, found)
         return True
+
+    def _promised(self) -> int:
+        """Blocks that the rest of running prompts needs."""
+        size = self.manager.block_size
+        return sum(-(-int(self.rows.known[row]) // size) - int(self.rows.owned[row]) for row in self._filling)
 
     def _count_admission(self, request: Request, found: int) -> None:
         if request.found is None:
@@ -349,26 +381,35 @@ class Scheduler:
 
     # -- what steps gave --------------------------------------------------------------------
 
-    def collect(self, plan: Plan, tokens: Ints) -> list[Ended]:
-        """Note the tokens of a step, one for each of `plan.rows`, and end the requests that end with them.
-
-        Args:
-            tokens: -1 (`NO_TOKEN`) where logits were not finite.
-        """
+    def collect(self, plan: Plan, given: Chosen) -> list[Ended]:
+        """Note the tokens of a step, and end the requests that end with one of them: what follows it is dropped."""
         rows, chosen = self.rows, plan.rows
+        tokens, counts = given
         ended: list[Ended] = []
         here = rows.serial[chosen] == plan.serials
         if not here.all():
-            ended += self._collect_late(plan, tokens, here)
-            chosen, tokens = chosen[here], tokens[here]
-        rows.history[chosen, rows.known[chosen]] = tokens
-        rows.known[chosen] += 1
-        self.counts.generated_tokens += len(chosen)
-        over = (tokens[:, None] == rows.stops[chosen]).any(1) | (rows.known[chosen] >= rows.end[chosen]) | (tokens < 0)
+            ended += self._collect_late(plan, tokens[:, 0], here)
+            chosen, tokens, counts = chosen[here], tokens[here], counts[here]
+        columns = np.arange(tokens.shape[1])
+        last = (tokens[:, :, None] == rows.stops[chosen][:, None]).any(2) | (tokens == NO_TOKEN)
+        last |= rows.known[chosen][:, None] + columns + 1 >= rows.end[chosen][:, None]
+        last &= columns < counts[:, None]
+        over = last.any(1)
+        counts = np.where(over, last.argmax(1) + 1, counts)
+        self._note_tokens(chosen, tokens, counts)
         for place in np.flatnonzero(over).tolist():
             request = self.at(int(chosen[place]))
-            ended.append(self._end(request, self._reason(request, int(tokens[place]))))
+            ended.append(self._end(request, self._reason(request, int(tokens[place, counts[place] - 1]))))
         return ended
+
+    def _note_tokens(self, chosen: Ints, tokens: Ints, counts: Ints) -> None:
+        """The first `counts` of tokens [R, W] are known of these rows, and all of them but the last are fed."""
+        rows, columns = self.rows, np.arange(tokens.shape[1])
+        row, column = np.nonzero(columns < counts[:, None])
+        rows.history[chosen[row], rows.known[chosen[row]] + column] = tokens[row, column]
+        rows.known[chosen] += counts
+        rows.fed[chosen] += counts - 1
+        self.counts.generated_tokens += int(counts.sum())
 
     def _collect_late(self, plan: Plan, tokens: Ints, here: np.ndarray) -> Iterator[Ended]:
         """Tokens of requests that have given way since, or moved, or ended."""

@@ -61,7 +61,7 @@ def exponential(seed: Tensor, step: Tensor, size: int) -> Tensor:
     return -torch.log(((bits >> 9).float() + 0.5) * 2.0**-23)
 
 
-def _penalized(
+def penalized(
     logits: Tensor,
     repetition: Tensor | None,
     presence: Tensor | None,
@@ -69,6 +69,7 @@ def _penalized(
     seen: Tensor | None,
     counts: Tensor | None,
 ) -> Tensor:
+    """Scores float32 [B, V] after penalties, see `_sample`; None changes nothing."""
     scores = logits.float()
     if repetition is not None and seen is not None:
         factor = repetition[:, None]
@@ -124,7 +125,7 @@ def _sample(
         int64 [B] and float32 [B]. A row whose largest score is not finite yields `NO_TOKEN` and NaN.
     """
     batch, size = logits.shape
-    scores = _penalized(logits, repetition_penalty, presence_penalty, frequency_penalty, seen, counts)
+    scores = penalized(logits, repetition_penalty, presence_penalty, frequency_penalty, seen, counts)
     clocks = exponential(seed, step, size)
     tokens = torch.full((batch,), NO_TOKEN, dtype=torch.int64, device=logits.device)
     logprobs = torch.full((batch,), float("nan"), device=logits.device)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from optc.compiler.execution.block_manager import BlockManager
-from optc.runtime.serving.plan import Request
+from optc.runtime.serving.plan import Chosen, Request
 from optc.runtime.serving.request import Finish
 from optc.runtime.serving.rows import Rows
 from optc.runtime.serving.scheduler import Scheduler
@@ -47,7 +47,7 @@ def step(target: Scheduler) -> tuple[list[str], list[str], list[str]]:
         return [], [], []
     decodes = [target.at(row).id for row in plan.decodes.tolist()]
     pieces = [f"{target.at(piece.row).id}+{piece.size}" for piece in plan.pieces]
-    ended = target.collect(plan, np.full(len(plan.rows), 1))
+    ended = target.collect(plan, Chosen.one_each(np.full(len(plan.rows), 1)))
     return decodes, pieces, [item.request.id for item in ended]
 
 

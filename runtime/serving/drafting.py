@@ -1,0 +1,122 @@
+"""What an engine does for speculation around each step: asks the drafter, and tells it and the counters what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from optc.runtime.serving.plan import Chosen, Plan
+from optc.runtime.serving.sampler import SamplerOf
+from optc.runtime.serving.scheduler import Scheduler
+from optc.runtime.speculative.drafter import Ask, Drafter, Verified
+from optc.runtime.speculative.figures import SpeculativeFigures
+from optc.runtime.speculative.settings import Speculation
+from optc.runtime.speculative.switch import Switch
+
+
+class Drafting:
+    """Drafts for the rows of a scheduler.
+
+    Args:
+        sampler_of: gives the sampler of a row, whose grammar its draft must hold to.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        options: Speculation,
+        scheduler: Scheduler,
+        sampler_of: SamplerOf,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._drafter, self._options, self._clock = drafter, options, clock
+        self._scheduler, self._rows, self._sampler_of = scheduler, scheduler.rows, sampler_of
+        self._switch = Switch() if options.adaptive else None
+        self._begin = 0.0
+        self._verified, self._draft_s = 0, 0.0
+        self._drafted_at, self._accepted_at = np.zeros((2, options.draft_tokens), np.int64)
+
+    def propose(self) -> None:
+        """Before a step is planned: draft for the rows that will be fed one token."""
+        self._begin = self._clock()
+        rows = self._rows
+        ready = np.flatnonzero(rows.decoding & (rows.fed < rows.end - 1))
+        if not len(ready) or (self._switch is not None and not self._switch.wants(len(ready))):
+            return
+        most = np.minimum(self._options.draft_tokens, rows.end[ready] - rows.known[ready] - 1)
+        asks = {
+            row: Ask(self._scheduler.at(row).id, rows.history[row, : rows.known[row]], count)
+            for row, count in zip(ready.tolist(), most.tolist(), strict=True)
+            if count > 0
+        }
+        if not asks:
+            return
+        for (row, ask), draft in zip(asks.items(), self._drafter.propose(list(asks.values())), strict=True):
+            usable = self._usable(row, draft[: ask.most])
+            if usable:
+                rows.draft(row, usable)
+        self._draft_s += self._clock() - self._begin
+
+    def _usable(self, row: int, draft: Sequence[int]) -> Sequence[int]:
+        """A draft up to a stop token, and up to what the grammar of its row lets follow."""
+        stops = self._rows.stops[row].tolist()
+        end = next((place + 1 for place, token in enumerate(draft) if token in stops), len(draft))
+        sampler = self._sampler_of(row)
+        if sampler is None or sampler.grammar is None or not draft:
+            return draft[:end]
+        return draft[: len(sampler.grammar.ahead(draft[:end])) - 1]
+
+    def note(self, plan: Plan, given: Chosen) -> None:
+        """Behind a step, before its tokens are collected."""
+        begin = self._clock()
+        verified = list(self._outcomes(plan, given))
+        for item in verified:
+            self._drafted_at[: len(item.drafted)] += 1
+            self._accepted_at[: item.accepted] += 1
+        self._verified += len(verified)
+        if verified:
+            self._drafter.observe(verified)
+        now = self._clock()
+        self._draft_s += now - begin
+        if self._switch is not None and len(plan.decodes) and not plan.pieces:
+            tokens = int(given.counts.sum())
+            self._switch.note(
+                len(plan.decodes), tokens=tokens, seconds=now - self._begin, drafted=bool(plan.drafted.any())
+            )
+
+    def _outcomes(self, plan: Plan, given: Chosen) -> Iterator[Verified]:
+        rows = self._rows
+        for place in np.flatnonzero(plan.drafted).tolist():
+            row, count = int(plan.decodes[place]), int(plan.drafted[place])
+            known = int(rows.known[row])
+            yield Verified(
+                self._scheduler.at(row).id,
+                rows.history[row, :known],
+                rows.history[row, known : known + count],
+                given.tokens[place, : count + 1],
+                int(given.counts[place]) - 1,
+            )
+
+    def forget(self, identity: str) -> None:
+        """A request has ended."""
+        self._drafter.forget(identity)
+
+    def figures(self) -> SpeculativeFigures:
+        """Since the start."""
+        switch = self._switch
+        return SpeculativeFigures(
+            method=self._options.method,
+            verified=self._verified,
+            drafted_at=self._drafted_at.tolist(),
+            accepted_at=self._accepted_at.tolist(),
+            draft_seconds=self._draft_s,
+            on=switch is None or switch.on,
+            speedup=None if switch is None else switch.speedup,
+        )
+
+    def close(self) -> None:
+        """The drafter ends, too."""
+        self._drafter.close()

@@ -1,0 +1,106 @@
+"""Which drafted tokens a model keeps, in tensors on the device of its logits: T positions of R requests, laid end to end.
+
+A request feeds its last token and k drafted ones, so that one forward gives k + 1 rows of logits. At each of these
+positions a token is decided by the model's own distribution there, *processed*: penalties, temperature, top-k, top-p and
+min-p come first (`drawable`). The draft is kept as far as it is what was decided, and the decided token behind it is kept
+as well: the correction of the first drafted token that is not, or the bonus behind a draft that is kept whole.
+
+The output distribution is the model's own, by Leviathan et al. 2023 (https://arxiv.org/abs/2211.17192): a drafted token x
+of probability q(x) is kept with probability min(1, p(x) / q(x)), else a token of (p - q)+ takes its place. For a drafter
+that is sure (q is 1 for its token) this is: draw from p, and keep the draft if it is what was drawn. It is done so here;
+the tokens are then those that plain decoding draws by the same uniform numbers, whatever was drafted.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optc.compiler.ops.dialect.sampling import NO_TOKEN
+
+NOT_DRAFTED = -3
+"""In place of a drafted token where none is; it is neither a token nor `NO_TOKEN`."""
+
+
+class Cuts(NamedTuple):
+    """How tokens are drawn at T positions; see `Sampling`.
+
+    Attributes:
+        temperature: float32 [T]; 0 takes the largest score.
+        top_k: int64 [T], 0 keeps all. top_p, min_p: float64 [T]; 1 and 0 keep all.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+
+def drawable(scores: Tensor, cuts: Cuts) -> Tensor:
+    """Unnormalized probabilities float32 [T, V] that tokens are drawn by; those that were cut off have exactly 0.
+
+    Args:
+        scores: [T, V], after penalties; finite where a row has a temperature above 0.
+    """
+    heated = scores.float() / torch.where(cuts.temperature > 0, cuts.temperature, 1.0)[:, None]
+    weights = torch.exp(heated - heated.amax(1, keepdim=True))
+    size = scores.shape[1]
+    if bool((cuts.top_k > 0).any()):
+        place = torch.where(cuts.top_k > 0, cuts.top_k.clamp(max=size), size) - 1
+        least = heated.sort(1, descending=True).values.gather(1, place[:, None])
+        weights = weights.masked_fill(heated < least, 0.0)
+    if bool((cuts.top_p < 1).any()):
+        largest = weights.sort(1, descending=True).values.double()
+        total = largest.cumsum(1)
+        inside = ((total - largest) < (cuts.top_p[:, None] * total[:, -1:])).sum(1).clamp(min=1)
+        least = largest.gather(1, inside[:, None] - 1).float()
+        weights = weights.masked_fill((weights < least) & (cuts.top_p < 1)[:, None], 0.0)
+    return weights.masked_fill(weights < cuts.min_p[:, None], 0.0)  # the likeliest weighs 1
+
+
+def draw(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """int64 [T]: by inversion, the first token whose cumulative weight exceeds a uniform number's share of the whole.
+
+    Args:
+        weights: [T, V], not all 0 in a row. uniforms: float64 [T], from 0 on and below 1.
+    """
+    cumulative = weights.double().cumsum(1)
+    total = cumulative[:, -1]
+    share = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, share[:, None], right=True)[:, 0]
+
+
+def decide(scores: Tensor, cuts: Cuts, uniforms: Tensor) -> Tensor:
+    """int64 [T]: the token of each position; `NO_TOKEN` where scores are not finite.
+
+    Args:
+        scores: float32 [T, V], after biases, grammars and penalties. uniforms: float64 [T], see `draw`.
+    """
+    top = scores.amax(1)
+    sound = torch.isfinite(top / torch.where(cuts.temperature > 0, cuts.temperature, 1.0))
+    greedy: Tensor = torch.ops.optc.argmax(scores)
+    if bool((cuts.temperature > 0).any()):
+        safe = torch.where(sound[:, None], scores, 0.0)
+        greedy = torch.where(cuts.temperature > 0, draw(drawable(safe, cuts), uniforms), greedy)
+    return torch.where(sound, greedy, NO_TOKEN)
+
+
+def accept(decided: Tensor, drafted: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of each request, and how many of them are its next ones.
+
+    Args:
+        decided: int64 [T]. drafted: int64 [T], the token drafted behind each position; `NOT_DRAFTED` at a request's last.
+        counts: int64 [R], positions of each request, one at least; their sum is T.
+
+    Returns:
+        int64 [R, W], the decided tokens, filled up with `NOT_DRAFTED`; and int64 [R], 1 to W.
+    """
+    width = int(counts.max())
+    columns = torch.arange(width, device=decided.device)
+    real = columns < counts[:, None]
+    places = ((counts.cumsum(0) - counts)[:, None] + columns).clamp(max=len(decided) - 1)
+    tokens = torch.where(real, decided[places], NOT_DRAFTED)
+    agrees = real & (decided[places] == drafted[places])
+    return tokens, 1 + agrees.long().cumprod(1).sum(1)

@@ -1,0 +1,57 @@
+"""What guesses the next tokens of requests: one interface, and nothing of it can change what is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.integer]
+
+
+class Ask(NamedTuple):
+    """A request whose next tokens are to be guessed.
+
+    Attributes:
+        id: of the request; its `tokens` only grow from one ask to the next.
+        tokens: [n], its prompt and all that it generated; not to be kept or changed.
+        most: tokens that can be used, 1 at least.
+    """
+
+    id: str
+    tokens: Tokens
+    most: int
+
+
+class Verified(NamedTuple):
+    """What the model said to a draft.
+
+    Attributes:
+        tokens: [n] as the request asked.
+        drafted: [k], the tokens that were fed.
+        decided: [k + 1], what the model says is next behind the last token, and behind each drafted one.
+        accepted: so many drafted tokens were kept; `decided[:accepted + 1]` are the request's next tokens.
+    """
+
+    id: str
+    tokens: Tokens
+    drafted: Tokens
+    decided: Tokens
+    accepted: int
+
+
+class Drafter(Protocol):
+    """Guesses tokens. Its cost is measured by whoever calls it, around both calls."""
+
+    def propose(self, asks: Sequence[Ask]) -> Sequence[Sequence[int]]:
+        """For each request the tokens that may come next, `most` at most; empty where there is no guess."""
+
+    def observe(self, verified: Sequence[Verified]) -> None:
+        """Learn from a step; some of what was proposed may not have been fed."""
+
+    def forget(self, identity: str) -> None:
+        """A request has ended; one that never asked is no error."""
+
+    def close(self) -> None: ...

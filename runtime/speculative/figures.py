@@ -1,0 +1,44 @@
+"""What speculation gave since an engine was opened."""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+
+class SpeculativeFigures(Struct, frozen=True, kw_only=True):
+    """Counters, and gauges of now.
+
+    Attributes:
+        verified: drafts that were verified, each in one step of its request.
+        drafted_at: of them, how many had a token at each place of the draft.
+        accepted_at: how many had it accepted.
+        draft_seconds: spent in the drafter.
+        on: drafts are made at the moment; False where they do not pay.
+        speedup: tokens of a step with drafts over its cost relative to a plain one, in the last steps; None before it is known.
+    """
+
+    method: str
+    verified: int = 0
+    drafted_at: list[int] = []
+    accepted_at: list[int] = []
+    draft_seconds: float = 0.0
+    on: bool = True
+    speedup: float | None = None
+
+    @property
+    def drafted_tokens(self) -> int:
+        return sum(self.drafted_at)
+
+    @property
+    def accepted_tokens(self) -> int:
+        return sum(self.accepted_at)
+
+    @property
+    def acceptance_length(self) -> float | None:
+        """Mean tokens that a step gave to a request whose draft it verified, 1 at least."""
+        return 1 + self.accepted_tokens / self.verified if self.verified else None
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Share of the drafts that had a token at each place in which it was accepted."""
+        return [kept / made for kept, made in zip(self.accepted_at, self.drafted_at, strict=True) if made]

@@ -1,0 +1,116 @@
+"""Every method on a real model: the tokens of plain decoding, one request alone and several, and answers that hold to
+grammars."""
+
+from __future__ import annotations
+
+import functools
+import json
+import typing
+
+import pytest
+from artifacts import captured_folder
+from conftest import EXAMPLE
+from serving import run
+from speculation import Guesser, speculating
+from stages import apply
+
+from optc.passes.kv_cache.paged import PageKVCache
+from optc.runtime.generation.tokenizer import eos_token_ids, load_tokenizer
+from optc.runtime.sampling import Sampling
+from optc.runtime.serving.engine_options import EngineOptions
+from optc.runtime.serving.grammar import Grammars
+from optc.runtime.serving.model_runner import HostRunner
+from optc.runtime.serving.paged_engine import PagedEngine
+from optc.runtime.serving.request import Generate, Grammar
+from optc.runtime.sessions.paged import PagedModel, PagedSession
+from optc.runtime.sessions.program import open_program
+from optc.runtime.speculative.drafter import Drafter
+from optc.runtime.speculative.ngram import NgramDrafter
+from optc.runtime.speculative.settings import Method
+from optc.runtime.speculative.suffix import SuffixDrafter
+
+REPEATING = "The cat sat on the mat. The dog sat on the mat. The cat sat on the mat. The dog"
+TEXTS = [REPEATING, "The old man looked at the sea, and", "Once", REPEATING[:40]]
+
+
+@functools.cache
+def model() -> PagedModel:
+    session = open_program(apply(PageKVCache(select_logits=True), captured_folder(EXAMPLE)).program)
+    assert isinstance(session, PagedSession)
+    return session.model
+
+
+@functools.cache
+def prompts() -> list[list[int]]:
+    tokenizer = load_tokenizer(EXAMPLE)
+    assert tokenizer is not None
+    return [tokenizer.encode(text) for text in TEXTS]
+
+
+def requests(count: int, *samplings: Sampling) -> list[Generate]:
+    return [
+        Generate(id=str(place), prompt=prompt, max_new_tokens=count, sampling=samplings[place % len(samplings)])
+        for place, prompt in enumerate(prompts())
+    ]
+
+
+@functools.cache
+def plain(count: int, *samplings: Sampling) -> dict[str, list[int]]:
+    engine = PagedEngine(model(), EngineOptions(), HostRunner)
+    return {name: item.tokens for name, item in run(engine, requests(count, *samplings)).items()}
+
+
+def drafter(method: Method) -> Drafter:
+    return {"ngram": NgramDrafter, "suffix": SuffixDrafter}[method]()
+
+
+@pytest.mark.parametrize("method", typing.get_args(Method))
+def test_greedy_tokens_are_those_of_plain_decoding(method: Method) -> None:
+    """Together, and then one alone: 24 tokens cross blocks of 16."""
+    expected = plain(24, Sampling())
+    engine = speculating(model(), drafter(method))
+    found = run(engine, requests(24, Sampling()))
+    assert {name: item.tokens for name, item in found.items()} == expected
+    assert run(engine, requests(24, Sampling())[:1])["0"].tokens == expected["0"]
+    figures = engine.metrics().speculation
+    assert figures is not None
+    assert figures.acceptance_length is not None
+    assert figures.acceptance_length > 1.2
+
+
+@pytest.mark.parametrize("method", typing.get_args(Method))
+def test_drawn_tokens_are_those_of_plain_decoding(method: Method) -> None:
+    kinds = (Sampling(temperature=0.6, top_p=0.9, seed=4), Sampling(temperature=0.4, repetition_penalty=0.9, seed=1))
+    found = run(speculating(model(), drafter(method)), requests(20, *kinds))
+    assert {name: item.tokens for name, item in found.items()} == plain(20, *kinds)
+
+
+def test_drafts_hold_to_grammars() -> None:
+    """A draft that is right, wrong or against the grammar: the answer is that of plain decoding."""
+    grammars = Grammars(EXAMPLE, model().vocab_size, eos_token_ids(EXAMPLE))
+    schema = {"type": "object", "properties": {"n": {"enum": ["one", "two"]}}, "required": ["n"]}
+    kinds = [
+        Grammar(kind="json-schema", source=json.dumps(schema)),
+        Grammar(kind="regex", source="(red|green) [0-9]{3}"),
+    ]
+    wanted = [
+        Generate(id=str(place), prompt=prompts()[1], max_new_tokens=40, grammar=kinds[place % 2], sampling=sampling)
+        for place, sampling in enumerate(
+            [Sampling(), Sampling(), *[Sampling(temperature=1.0, seed=place) for place in range(6)]]
+        )
+    ]
+    without = run(PagedEngine(model(), EngineOptions(), HostRunner, grammars=grammars), wanted)
+    answers = [without[item.id].tokens for item in wanted]
+
+    def right(tokens: list[int], most: int) -> list[int]:
+        done = tokens[len(prompts()[1]) :]
+        answer = next(answer for answer in answers if answer[: len(done)] == done)
+        return [*answer, 5, 6, 7, 8][len(done) : len(done) + most]
+
+    engine = speculating(model(), Guesser(right, 0.2, model().vocab_size), grammars=grammars)
+    found = run(engine, wanted)
+    assert {name: item.finish for name, item in found.items()} == {name: item.finish for name, item in without.items()}
+    assert {name: item.tokens for name, item in found.items()} == {name: item.tokens for name, item in without.items()}
+    figures = engine.metrics().speculation
+    assert figures is not None
+    assert figures.accepted_tokens > 10

@@ -1,0 +1,55 @@
+"""Drafters for tests, and engines that speculate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from optc.runtime.serving.engine_options import EngineOptions
+from optc.runtime.serving.grammar import Grammars
+from optc.runtime.serving.model_runner import HostRunner
+from optc.runtime.serving.paged_engine import PagedEngine
+from optc.runtime.sessions.paged import PagedModel
+from optc.runtime.speculative.drafter import Ask, Drafter, Verified
+from optc.runtime.speculative.settings import Speculation
+
+
+class Guesser:
+    """Drafts what `right` says is next, and something else for a share of the tokens.
+
+    Attributes:
+        seen: all that was observed.
+    """
+
+    def __init__(self, right: Callable[[list[int], int], Sequence[int]], wrong: float, vocabulary: int) -> None:
+        self._right, self._wrong, self._vocabulary = right, wrong, vocabulary
+        self._rng = np.random.default_rng(0)
+        self.seen: list[Verified] = []
+        self.forgotten: list[str] = []
+
+    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
+        found = []
+        for ask in asks:
+            tokens = self._right(ask.tokens.tolist(), ask.most)
+            bad = self._rng.random(len(tokens)) < self._wrong
+            found.append([(token + int(off)) % self._vocabulary for token, off in zip(tokens, bad, strict=True)])
+        return found
+
+    def observe(self, verified: Sequence[Verified]) -> None:
+        self.seen += verified
+
+    def forget(self, identity: str) -> None:
+        self.forgotten.append(identity)
+
+    def close(self) -> None:
+        self.forgotten.append("")
+
+
+def speculating(
+    model: PagedModel, drafter: Drafter, *, draft_tokens: int = 4, grammars: Grammars | None = None, **options: int
+) -> PagedEngine:
+    """An engine that always drafts."""
+    speculation = Speculation(method="ngram", draft_tokens=draft_tokens, adaptive=False)
+    chosen = EngineOptions(speculation=speculation, **options)
+    return PagedEngine(model, chosen, HostRunner, drafter=drafter, grammars=grammars)
