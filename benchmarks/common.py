@@ -38,7 +38,7 @@ LLAMA_SMALL = llama_sizes(layers=2, hidden=256, heads=4, kv_heads=2, mlp=512, vo
 DECODER_115M = {"layers": 12, "hidden": 768, "heads": 12, "kv_heads": 4, "mlp": 2048, "vocab": 24576}
 """Arguments of `random_llama`: what a phone or a laptop runs."""
 
-OPEN_GATE = {
+OPEN_GATE: dict[str, Any] = {
     "max_kl": float("inf"),
     "min_top1": 0.0,
     "max_perplexity_increase": float("inf"),

@@ -10,6 +10,7 @@ exceed the caches, as decoding does.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +56,7 @@ def copies_of(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
 
 def plain(x: Tensor, weight: Tensor) -> list[Callable[[], Tensor]]:
     """The unquantized linear."""
-    return [lambda w=w: torch.nn.functional.linear(x, w) for (w,) in copies_of((weight,))]
+    return [functools.partial(torch.nn.functional.linear, x, w) for (w,) in copies_of((weight,))]
 
 
 def packed(x: Tensor, codes: Tensor, scale: Tensor, bits: int, level: int) -> list[Callable[[], Tensor]]:
@@ -64,14 +65,14 @@ def packed(x: Tensor, codes: Tensor, scale: Tensor, bits: int, level: int) -> li
     knobs = {"bits": bits, "group_size": GROUP, "activation_group": level, "K": columns, "N": rows}
     op = torch.ops.optc.linear_nbits.default
     made = copies_of((pack_tiles(codes, bits, GROUP), pack_rows(scale)))
-    return [lambda p=p, s=s: op(x, p, s, None, None, None, **knobs) for p, s in made]
+    return [functools.partial(op, x, p, s, None, None, None, **knobs) for p, s in made]
 
 
 def torch_int4(x: Tensor, codes: Tensor, scale: Tensor) -> list[Callable[[], Tensor]]:
     """aten._weight_int4pack_mm_for_cpu."""
     scales = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous().to(x.dtype)
     made = copies_of((torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1), scales))
-    return [lambda p=p, s=s: torch.ops.aten._weight_int4pack_mm_for_cpu(x, p, GROUP, s) for p, s in made]
+    return [functools.partial(torch.ops.aten._weight_int4pack_mm_for_cpu, x, p, GROUP, s) for p, s in made]
 
 
 def contenders(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, list[Callable[[], Tensor]]]:

@@ -23,6 +23,7 @@ llama.cpp is not a row: llama-cpp-python has no wheel, and building it from sour
 from __future__ import annotations
 
 import argparse
+import functools
 import subprocess
 import sys
 import tempfile
@@ -143,11 +144,12 @@ def speeds(folders: dict[str, Path], threads: int, rounds: int) -> dict[str, Any
     ours = {name: folder for name, folder in folders.items() if name != BUILDER}
     timed |= {f"{name} in optc": in_optc(folder, vocab, threads) for name, folder in ours.items()}
     found: dict[str, Any] = {}
-    for what, once in (
-        ("decode", lambda run: STEPS / run(PROMPT, STEPS)[1]),
-        ("prefill", lambda run: PREFILL / run(PREFILL, 0)[0]),
-    ):
-        figures = interleave({name: lambda run=run, once=once: once(run) for name, run in timed.items()}, rounds)
+    measured: dict[str, Callable[[Timed], float]] = {
+        "decode": lambda run: STEPS / run(PROMPT, STEPS)[1],
+        "prefill": lambda run: PREFILL / run(PREFILL, 0)[0],
+    }
+    for what, once in measured.items():
+        figures = interleave({name: functools.partial(once, run) for name, run in timed.items()}, rounds)
         base = figures[f"{BUILDER} in genai"]
         found[what] = {
             "tokens_per_s": {name: median_rate(rows).to_dict() for name, rows in figures.items()},

@@ -245,7 +245,9 @@ def _compile(job: tuple[Load, DecodeTiles | SplitTiles | None]) -> str | None:
 def compile_all(options: argparse.Namespace) -> None:
     """What `sweep` and `measure` will run, in several processes."""
     kinds = {(load.batch, load.block, load.window): load for load in MEASURED + SWEPT}
-    jobs = [(load, tiles) for load in kinds.values() for tiles in candidates(load) if load in SWEPT]
+    jobs: list[tuple[Load, DecodeTiles | SplitTiles | None]] = [
+        (load, tiles) for load in kinds.values() for tiles in candidates(load) if load in SWEPT
+    ]
     jobs += [(load, None) for load in kinds.values() if load not in SWEPT]
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         for failure in filter(None, pool.map(_compile, jobs)):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import multiprocessing
 import statistics
@@ -93,13 +94,13 @@ PRODUCT = [
 
 def gemv_candidates(shape: Shape) -> list[Gemv]:
     """Tile sizes to try: those whose registers are enough, and that leave enough programs."""
-    names = ("block_n", "steps", "width", "depth", "warps")
     integer = shape.format.startswith("int")
     words = shape.k * (1 if shape.format == "int4" else 2) // 8
     row = words if integer else shape.k
     found = []
     for values in INTEGER_GEMV if integer else FLOAT_GEMV:
-        tiles = Gemv(**dict(zip(names, values, strict=True)))
+        block_n, steps, width, depth, warps = values
+        tiles = Gemv(block_n=block_n, steps=steps, width=width, depth=depth, warps=warps)
         rows = tiles.block_n * (2 if shape.gated else 1)
         element = 4 if integer else int(BYTES[shape.format])
         held = rows * min(tiles.width, 2 * row) * (tiles.depth + 1) * element / (tiles.warps * 128)
@@ -216,8 +217,8 @@ def read_ceiling() -> float:
     import triton
     import triton.language as tl
 
-    @triton.jit
-    def read(source, sink, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    @triton.jit  # type: ignore[untyped-decorator]
+    def read(source: Any, sink: Any, BLOCK: tl.constexpr, STEPS: tl.constexpr) -> None:
         start = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS)
         total = tl.zeros([BLOCK], tl.int32)
         for step in tl.static_range(STEPS):
@@ -229,7 +230,7 @@ def read_ceiling() -> float:
     best = 0.0
     for block, steps, warps in ((1024, 8, 4), (2048, 4, 4), (2048, 8, 8), (4096, 4, 8), (1024, 16, 4), (4096, 2, 8)):
         grid = (source.numel() // (block * steps),)
-        time_us = microseconds([lambda g=grid, b=block, s=steps, w=warps: read[g](source, sink, b, s, num_warps=w)])
+        time_us = microseconds([functools.partial(read[grid], source, sink, block, steps, num_warps=warps)])
         best = max(best, source.nbytes / time_us * 1e6)
     print(torch.cuda.get_device_name(), f"reads {best / 1e12:.3f} TB/s", flush=True)
     return best
@@ -281,14 +282,15 @@ def sweep(name: str, form: str, tokens: int, candidates: list[Tiles | None], cei
 
     place = PLACES[name]
     linear = make_linear(place, form, tokens)
-    walk, rows = copies(linear), []
+    walk = copies(linear)
+    rows: list[dict[str, Any]] = []
     for tiles in candidates:
         try:
             error = distance(linear, run(linear, tiles))
             if not error < WRONG:
                 print("WRONG", name, form, tokens, tiles, error, flush=True)
                 continue
-            time_us = microseconds([lambda item=item, t=tiles: run(item, t) for item in walk])
+            time_us = microseconds([functools.partial(run, item, tiles) for item in walk])
         except (RuntimeError, TritonError) as problem:  # out of registers or shared memory
             print("FAILED", name, form, tokens, tiles, repr(problem)[:150], flush=True)
             continue
@@ -315,7 +317,7 @@ def cublas(name: str, tokens: int) -> float:
     place = PLACES[name]
     linear = make_linear(replace(place, norm="", residual=False), "", tokens)
     linear = linear._replace(activation="", gated=False)
-    return microseconds([lambda item=item: torch.nn.functional.linear(item.x, item.weight) for item in copies(linear)])
+    return microseconds([functools.partial(torch.nn.functional.linear, item.x, item.weight) for item in copies(linear)])
 
 
 def sweep_gemv(forms: list[str], places: list[str]) -> Iterator[dict[str, Any]]:
@@ -344,7 +346,7 @@ def sweep_products(forms: list[str], places: list[str], counts: list[int]) -> It
                 shape = shape_of(PLACES[name], form, tokens)
                 few = [tiles for other, tiles in tables().gemv if other == replace(shape, m=1)] if tokens <= 4 else []
                 jobs += [(name, form, tokens, tiles) for tiles in (*product_candidates(shape), *few, None)]
-    compile_ahead(list(dict.fromkeys((replace(PLACES[name], n=0), *rest) for name, *rest in jobs)))
+    compile_ahead(list(dict.fromkeys((replace(PLACES[name], n=0), form, m, tiles) for name, form, m, tiles in jobs)))
     ceiling = read_ceiling()
     for form in forms:
         for tokens in counts:
@@ -408,7 +410,8 @@ def write_tables(results: list[Path]) -> Path:
     }
     for result in results:
         for record in json.loads(result.read_text())["linears"]:
-            for kind, mark in (("gemv", "width"), ("product", "split")):
+            marks: tuple[tuple[Kind, str], ...] = (("gemv", "width"), ("product", "split"))
+            for kind, mark in marks:
                 best = next((row["tiles"] for row in record["rows"] if row["tiles"] and mark in row["tiles"]), None)
                 if best is not None and (kind == "product" or record["m"] == 1):
                     known[kind][tuple(record[name] for name in names)] = best

@@ -119,7 +119,7 @@ def main() -> None:
     tokens = random_calibration(vocabulary, samples=arguments.samples, length=arguments.seq_len, seed=0)
     context = PassContext(calibration=tokens)
     Stream.advance = clock.timed("forward", Stream.advance)  # type: ignore[method-assign]
-    calibrated.gram_matrix = clock.timed("Gram matrices", calibrated.gram_matrix)  # type: ignore[attr-defined]
+    calibrated.gram_matrix = clock.timed("Gram matrices", calibrated.gram_matrix)
     steps = quantization_steps(choose_quantization(QuantRequest(quant=arguments.method, group_size=128)))
     for step in steps:
         kind = type(step.rewrite)

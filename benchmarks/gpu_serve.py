@@ -196,7 +196,7 @@ def run_shape(shape: str, given: argparse.Namespace, results: dict[str, Any]) ->
                 break
             if shape == "8b" and name == "short":
                 continue
-            rounds = []
+            rounds: list[Any] = []
             for turn in range(given.rounds + 1):
                 if time.perf_counter() > given.until and len(rounds) > 1:
                     break

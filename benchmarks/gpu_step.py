@@ -67,7 +67,7 @@ class Choice:
         self.decode: SplitTiles | None = None
         chosen = attention.choose_decode_tiles
         linears.gemv_tiles = lambda shape: self.gemv.get(shape) or gemv_tiles(shape)  # type: ignore[assignment]
-        attention.choose_decode_tiles = lambda call: (is_step(call) and self.decode) or chosen(call)  # type: ignore[assignment]
+        attention.choose_decode_tiles = lambda call: (is_step(call) and self.decode) or chosen(call)
 
 
 def candidates(shape: Shape, few: bool) -> list[Gemv]:
@@ -137,7 +137,7 @@ def best_of(step: Step, options: list[Any], put: Callable[[Any], None], first: t
     """The options by time of the step, fastest first, and the fastest put in place."""
     from triton.runtime.errors import TritonError
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for option in options:
         put(option)
         try:

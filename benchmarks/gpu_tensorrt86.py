@@ -18,6 +18,7 @@ with its output, and the others go on.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import statistics
@@ -138,7 +139,7 @@ def figures(runner: Any, decoder: Any, known: dict[str, Any], name: str) -> dict
     logits = [forced_logits(decoder, row) for row in known["rows"]]
     forced = [compare_forced(found, row) for found, row in zip(logits, known["rows"])]
     same_graph = [compare_forced(*pair) for pair in zip(logits, known.get("graphs", {}).get(name, []))]
-    result = {
+    result: dict[str, Any] = {
         "free_running": free,
         "free_running_equal": [row["equal"] for row in free],
         "teacher_forced": forced,
@@ -229,8 +230,8 @@ def eager(options: argparse.Namespace) -> dict[str, Any]:
                 out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 out.logits[:, -1].float().cpu()  # what a sampler on the host reads
 
-            first = clocked(lambda ids=ids, step=step: step(ids))
-            each = [clocked(lambda one=one, step=step: step(one)) for _ in range(NEW_TOKENS)]
+            first = clocked(functools.partial(step, ids))
+            each = [clocked(functools.partial(step, one)) for _ in range(NEW_TOKENS)]
             if turn:
                 prefill.append(first)
                 decode += each

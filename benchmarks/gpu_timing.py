@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -48,8 +49,8 @@ def time_per_call(calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> f
     return replay_time(graph_of(calls), rounds) / len(calls)
 
 
-@triton.jit
-def _read(source, sink, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def _read(source: Any, sink: Any, BLOCK: tl.constexpr, STEPS: tl.constexpr) -> None:
     """Read STEPS * BLOCK words per program; what is written depends on all of them, so that none is left out."""
     first = tl.program_id(0).to(tl.int64) * STEPS * BLOCK
     lane = tl.arange(0, BLOCK)
@@ -67,7 +68,7 @@ def read_ceiling(gigabytes: float = 4.0) -> float:
     times = []
     for block, steps, warps in ((1024, 8, 4), (2048, 4, 4), (2048, 8, 8), (4096, 4, 8), (1024, 16, 4)):
         grid = (words // (block * steps),)
-        graph = graph_of([lambda b=block, s=steps, w=warps, g=grid: _read[g](source, sink, b, s, num_warps=w)])
+        graph = graph_of([functools.partial(_read[grid], source, sink, block, steps, num_warps=warps)])
         times.append(replay_time(graph))
     return words * 4 / min(times)
 

@@ -134,9 +134,9 @@ def measure_format(
         group_size=size,
         symmetric=symmetric,
         scales=how.scales,  # type: ignore[arg-type]
-        start=how.start,
+        start=how.start,  # type: ignore[arg-type]
         scale_rate=how.scale_rate,
-        activations="int8" if name == "w8a8" else "none",  # type: ignore[arg-type]
+        activations="int8" if name == "w8a8" else "none",
     )
     begin = time.perf_counter()
     student = apply_qat(load(arguments.model, device), config)

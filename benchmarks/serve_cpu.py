@@ -102,7 +102,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.small:
         given.rounds, given.requests = 1, min(given.requests, 16)
-    shape = {**DECODER_115M, "layers": 2} if given.small else DECODER_115M
+    shape: dict[str, int] = {**DECODER_115M, "layers": 2} if given.small else DECODER_115M
     with tempfile.TemporaryDirectory() as name:
         place = given.keep or Path(name)
         place.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,7 @@ def simulate(trace: Trace, *, rows: int, num_blocks: int, budget: int, ahead: in
     seconds, longest = 0.0, 0.0
     left = len(trace.requests)
     unfinished: set[str] = set()
-    plans = []
+    plans: list[Any] = []
     while left or plans:
         while place < len(trace.requests) and trace.begins[place] <= step:
             request = trace.requests[place]

@@ -144,7 +144,7 @@ def sharded(shape: str) -> dict[str, Any]:
     )
     module.reshard()
     mine = tensor_bytes(module.parameters()) + state
-    found = [None] * dist.get_world_size()
+    found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return {
         "ranks": len(found),
