@@ -12,6 +12,7 @@ from torch import Tensor
 from optc.compiler import compat
 from optc.compiler.diagnostics import CaptureError
 from optc.compiler.ir.lazy_weights import LazyWeight
+from optc.compiler.ir.quick_tracing import quick_tracing
 
 
 def run_export(
@@ -22,7 +23,7 @@ def run_export(
     Lazy weights of the module are not read, and are those of the result.
     """
     try:
-        with torch.no_grad(), _stand_ins(module) as lazy:
+        with torch.no_grad(), quick_tracing(), _stand_ins(module) as lazy:
             exported = compat.export_program(module, args, dynamic_shapes)
     except torch._dynamo.exc.UserError as error:
         raise CaptureError(

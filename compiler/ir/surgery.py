@@ -13,6 +13,7 @@ from torch.fx import Node
 from optc.compiler.compat import symbolic_dispatch
 from optc.compiler.ir.asserts import ASSERTS
 from optc.compiler.ir.program import Program
+from optc.compiler.ir.quick_tracing import quick_shapes
 
 
 def fake_mode(program: Program) -> FakeTensorMode:
@@ -83,7 +84,7 @@ def insert_call(
 def infer_meta(program: Program, node: Node) -> None:
     """Compute node.meta["val"] from the fake values of its inputs."""
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with fake_mode(program), symbolic_dispatch():
+    with fake_mode(program), symbolic_dispatch(), quick_shapes():
         node.meta["val"] = node.target(*args, **kwargs)
 
 
