@@ -61,7 +61,7 @@ def make_manifest(**changes: Any) -> Manifest:
         "dtype": "float32",
         "passes": (record,),
         "weight_bytes": 10,
-        "quantization": {"bits": [4]},
+        "quantization": {"method": "rtn", "bits": [4], "group_size": [64], "symmetric": False, "linears": 1},
         "source": Source(path="/m", config_sha256="", weights_sha256="", parameters=3, dtype="bfloat16"),
         "files": (FileEntry(path="ir/00-capture.txt", size=3, sha256="a" * 64),),
         "seconds": {"total": 1.5},

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from optc.compiler.artifact.publishing import write_folder
-from optc.compiler.diagnostics import InputError, os_errors
+from optc.compiler.diagnostics import JSON_ERRORS, InputError, os_errors
+from optc.compiler.files import read_plain
 from optc.training.data import Position
 from optc.training.optimizers import place_state, plain_values
 
@@ -135,8 +136,7 @@ def read_state(folder: Path) -> RunState:
         InputError: missing, malformed, or of another format.
     """
     path = folder / "checkpoint.json"
-    with os_errors("reading the checkpoint", str(path)):
-        data = path.read_bytes()
+    data = read_plain(path, "reading the checkpoint")
     return check_format(decode(data, RunState, path), path)
 
 
@@ -148,7 +148,7 @@ def decode(data: bytes, cls: type[T], path: Path) -> T:
     """
     try:
         return msgspec.json.decode(data, type=cls)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise InputError(
             "the checkpoint is damaged",
             where=str(path),
@@ -314,7 +314,12 @@ def another_model(folder: Path, why: str) -> InputError:
 
 def _bound(config: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in _FREE}
-    return {**kept, "data": {key: value for key, value in config.get("data", {}).items() if key != "text"}}
+    data = config.get("data")
+    return (
+        {**kept, "data": {key: value for key, value in data.items() if key != "text"}}
+        if isinstance(data, dict)
+        else kept
+    )
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

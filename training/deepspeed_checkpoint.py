@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from optc.compiler.artifact.publishing import disk_errors
-from optc.compiler.diagnostics import InputError, OptcError, os_errors
+from optc.compiler.diagnostics import InputError, OptcError
+from optc.compiler.files import read_plain
 from optc.training.checkpoint import another_model, compare_shapes, decode, read_tensors
 from optc.training.deepspeed_zero import EngineOptimizer, check_deepspeed, gather_state
 from optc.training.optimizers import place_state, plain_values
@@ -112,8 +113,7 @@ def _load_flat(folder: Path, name: str, optimizer: EngineOptimizer) -> None:
 
 
 def _read_state(path: Path) -> _State:
-    with os_errors("reading the checkpoint", str(path)):
-        data = path.read_bytes()
+    data = read_plain(path, "reading the checkpoint")
     return decode(data, _State, path)
 
 

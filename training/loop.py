@@ -15,7 +15,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from optc.compiler.artifact.publishing import check_output, write_folder
-from optc.compiler.diagnostics import GateError, InputError, UsageError, os_errors, ran_out_of_memory
+from optc.compiler.diagnostics import JSON_ERRORS, GateError, InputError, UsageError, os_errors, ran_out_of_memory
+from optc.compiler.files import read_plain
 from optc.training import checkpoint
 from optc.training.checkpoint import RunState
 from optc.training.config import TrainConfig
@@ -205,11 +206,10 @@ def _finished(output: Path, folder: Path) -> TrainResult | None:
     found = checkpoint.checkpoints(folder)
     if not path.is_file():
         return None
-    with os_errors("reading the summary of the run", str(path)):
-        data = path.read_bytes()
+    data = read_plain(path, "reading the summary of the run")
     try:
         result = msgspec.json.decode(data, type=TrainResult)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise InputError("the summary of the run is damaged", where=str(path), why=str(error)) from error
     if found and read_state(found[-1]).run != result.run:
         return None

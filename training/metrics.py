@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from optc.compiler.analysis.module_linears import output_head
 from optc.compiler.capture.facts import text_config
-from optc.compiler.diagnostics import InputError, UsageError, os_errors
+from optc.compiler.diagnostics import JSON_ERRORS, InputError, UsageError, os_errors
+from optc.compiler.files import read_plain
 
 # Dense peak in TFLOP/s (1e12) of tensor cores, from the makers' data sheets: bf16 and fp16, and TF32 for fp32.
 _PEAKS = {"H100": (989.0, 494.0), "H200": (989.0, 494.0), "A100": (312.0, 156.0)}
@@ -188,13 +189,12 @@ def read_log(path: Path) -> list[StepRecord]:
     Raises:
         InputError: any other line is malformed.
     """
-    with os_errors("reading the log", str(path)):
-        lines = path.read_bytes().split(b"\n")
+    lines = read_plain(path, "reading the log").split(b"\n")
     records = []
     for number, line in enumerate(lines[:-1], 1):
         try:
             records.append(msgspec.json.decode(line, type=StepRecord))
-        except (msgspec.DecodeError, RecursionError) as error:
+        except JSON_ERRORS as error:
             raise InputError("the log is damaged", where=f"{path}:{number}", why=str(error)) from error
     return records
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optc.compiler.diagnostics import UsageError, unknown_name
-from optc.compiler.settings.fields import Given, nested_fields, read_nested, unknown_key
+from optc.compiler.settings.fields import Given, nested_fields, read_nested, shown, unknown_key
 from optc.compiler.settings.yaml_mapping import parse_mapping, parse_setting, read_mapping
 from optc.training.config import TrainConfig
 
@@ -86,7 +86,7 @@ def _flat(tree: Mapping[str, Any], prefix: str, where: str) -> Iterator[tuple[st
         key = f"{prefix}{name}"
         if key in _GROUPS:
             if not isinstance(value, Mapping):
-                raise UsageError(f"'{key}' is a group of keys, not {value!r}", where=where, remedy=_LISTED)
+                raise UsageError(f"'{key}' is a group of keys, not {shown(value)}", where=where, remedy=_LISTED)
             yield from _flat(value, f"{key}.", where)
         elif key not in FIELDS:
             raise unknown_key(key, FIELDS, where, listed=_LISTED)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from optc.compiler.diagnostics import InputError, os_errors
+from optc.compiler.diagnostics import InputError
+from optc.compiler.files import read_plain
 from optc.training import checkpoint
 from optc.training.checkpoint import RunState
 from optc.training.deepspeed_checkpoint import load_deepspeed, save_deepspeed
@@ -107,8 +108,7 @@ def read_state(folder: Path) -> RunState:
     if layout is _ONE:
         return checkpoint.read_state(folder)
     path = folder / layout.state
-    with os_errors("reading the checkpoint", str(path)):
-        data = path.read_bytes()
+    data = read_plain(path, "reading the checkpoint")
     return checkpoint.check_format(checkpoint.decode(data, _RunOfSeveral, path).extra, path)
 
 

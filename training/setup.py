@@ -193,7 +193,9 @@ def _reader(config: TrainConfig, world: World, folder: Path) -> Reader:
 
 
 def _vocabulary(folder: Path) -> int:
-    info = CheckpointInfo(folder, read_config(folder, trust_remote_code=None), {}, has_tokenizer=False)
+    info = CheckpointInfo(
+        folder, read_config(folder, trust_remote_code=None), {}, has_tokenizer=False
+    )  # weights unread
     size = getattr(text_config(pretrained_config(info)), "vocab_size", None)
     if not size:
         raise InputError(

@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from optc.compiler.artifact.publishing import write_folder
-from optc.compiler.diagnostics import InputError, os_errors
+from optc.compiler.diagnostics import JSON_ERRORS, InputError, os_errors
+from optc.compiler.files import read_plain
 from optc.training.optimizers import counter_device, plain_values
 
 _STATE = "state.json"
@@ -150,11 +151,10 @@ def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / _STATE
-    with os_errors("reading the checkpoint", str(path)):
-        data = path.read_bytes()
+    data = read_plain(path, "reading the checkpoint")
     try:
         return msgspec.json.decode(data, type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise InputError("the checkpoint is damaged", where=str(path), why=str(error)) from error
 
 

@@ -13,6 +13,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from optc.compiler.artifact.engine_facts import (
+    ExecutorchFacts,
+    Facts,
+    FolderFacts,
+    Needs,
+    OnnxFacts,
+    PackageFacts,
+    PackageNeeds,
+    PlanFacts,
+    ProgramFacts,
+    read_facts,
+)
 from optc.compiler.diagnostics import ArtifactError
 from optc.compiler.plugins import plugins
 
@@ -33,6 +45,7 @@ class Engine:
         opens_instead: what the runner opens where that is not what users run; "" where it is.
         device: where it runs, which is where a check of a host looks for memory; "target": as the target says.
         bundle: "module:object", the `BundleEngine` with its C++ program; None where there is none.
+        facts, needs: the types of `engine_info` and of the manifest's `needs`.
         files: keys of `engine_info` that name files which the engine opens; a value may be null.
         has_threads: the number of a session's threads can be chosen.
         eager: it is no engine of optc's: the session captures a model folder and runs its graph, slowly, and is opened
@@ -46,6 +59,8 @@ class Engine:
     opens_instead: str = ""
     device: Literal["target", "cpu", "cuda"] = "target"
     bundle: str | None = None
+    facts: type[Facts] = Facts
+    needs: type[Needs] = Needs
     files: tuple[str, ...] = ()
     has_threads: bool = True
     eager: bool = False
@@ -74,18 +89,22 @@ ONNX = Engine(
     runner="optc.runtime.sessions.onnx_artifact:open_runner",
     package="onnxruntime",
     bundle="optc.exporters.bundle.engines:GENAI",
+    facts=OnnxFacts,
     files=("model",),
 )
 AOTINDUCTOR = Engine(
     name="aotinductor",
     session="optc.runtime.sessions.package:open_artifact",
     bundle="optc.exporters.bundle.engines:AOTINDUCTOR",
+    facts=PackageFacts,
+    needs=PackageNeeds,
     files=("model", "weights", "library", "runner"),
 )
 CUDA = Engine(
     name="cuda",
     session="optc.runtime.sessions.cuda:open_artifact",
     device="cuda",
+    facts=ProgramFacts,
     files=("graph", "weights", "constants"),
     has_threads=False,
 )
@@ -97,6 +116,7 @@ TENSORRT = Engine(
     package="onnxruntime",
     opens_instead="the plan's ONNX graph in ONNX Runtime on the CPU, not the plan",
     device="cuda",
+    facts=PlanFacts,
     files=("model", "data", "engine", "plan"),
     has_threads=False,
 )
@@ -104,6 +124,7 @@ EXECUTORCH = Engine(
     name="executorch",
     session="optc.runtime.sessions.executorch:open_artifact",
     device="cpu",
+    facts=ExecutorchFacts,
     files=("model",),
 )
 HUGGINGFACE = Engine(
@@ -112,6 +133,7 @@ HUGGINGFACE = Engine(
     runner="optc.runtime.sessions.model_folder:open_runner",
     package="transformers",
     device="cpu",
+    facts=FolderFacts,
     eager=True,
 )
 """A model folder: transformers, vLLM or SGLang run it, on whatever device they find."""
@@ -143,15 +165,19 @@ def find_engine(name: str, where: str) -> Engine:
     return engine
 
 
-def check_files(engine: Engine, info: Mapping[str, Any], listed: Collection[str], where: str) -> None:
-    """Refuse an artifact whose engine would open what its manifest does not list.
+def check_facts(
+    engine: Engine, info: Mapping[str, Any], needs: Mapping[str, Any], listed: Collection[str], where: str
+) -> None:
+    """Refuse an artifact whose facts are not of their types, or whose engine would open what its manifest does not list.
 
     Args:
-        info: `engine_info`. listed: paths of the manifest's files.
+        info: `engine_info`. needs: of the manifest. listed: paths of its files.
 
     Raises:
-        ArtifactError: names the file.
+        ArtifactError: names the key, or the file.
     """
+    read_facts(engine.facts, info, f"{where}: engine_info")
+    read_facts(engine.needs, needs, f"{where}: needs")
     for key, path in engine.opened_files(info).items():
         if path not in listed:
             raise ArtifactError(

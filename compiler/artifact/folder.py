@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -16,6 +15,7 @@ from optc.compiler.artifact import genai_config
 from optc.compiler.artifact.manifest import FILE_NAME, FileEntry, Manifest, decode, encode
 from optc.compiler.artifact.publishing import check_output, leftovers, write_folder
 from optc.compiler.diagnostics import ArtifactError, InputError, os_errors
+from optc.compiler.files import sha256_of
 
 __all__ = ["check_output", "finish", "read_manifest", "rewrite", "verify", "write_folder"]
 
@@ -35,7 +35,7 @@ def finish(directory: Path, manifest: Manifest) -> Manifest:
     with os_errors("writing the manifest", str(directory)):
         (directory / FILE_NAME).unlink(missing_ok=True)
         files = tuple(
-            FileEntry(path=path, size=info.st_size, sha256=_sha256(directory / path))
+            FileEntry(path=path, size=info.st_size, sha256=sha256_of(directory / path))
             for path, info in _regular_files(directory).items()
         )
         data = encode(msgspec.structs.replace(manifest, files=files))
@@ -91,7 +91,7 @@ def verify(folder: Path) -> Manifest:
                 raise _tampered(folder, path, "has the wrong size", f"{found[path].st_size} bytes, not {entry.size}")
             _check_links(folder, path, found[path])
         for path, entry in listed.items():
-            sha256 = _sha256(folder / path)
+            sha256 = sha256_of(folder / path)
             if sha256 != entry.sha256:
                 raise _tampered(folder, path, "was changed", f"sha256 {sha256}, not {entry.sha256}")
         if genai_config.FILE_NAME in listed:
@@ -171,12 +171,6 @@ def _check_links(folder: Path, path: str, info: os.stat_result) -> None:
     if info.st_nlink > 1 + known:
         why = f"{info.st_nlink - 1 - known} more hard links point to it"
         raise _tampered(folder, path, "has other names", why, remedy="copy the artifact without hard links")
-
-
-def _sha256(path: Path) -> str:
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    with open(handle, "rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

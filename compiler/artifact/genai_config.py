@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from optc.compiler.diagnostics import ArtifactError
+from optc.compiler.diagnostics import JSON_ERRORS, ArtifactError
 
 FILE_NAME = "genai_config.json"
 _MOST_BYTES = 1 << 20
@@ -93,7 +93,7 @@ def check_genai_config(folder: Path, model: object) -> None:
         config = msgspec.json.decode(path.read_bytes(), type=GenaiConfig)
         if config.model.decoder.filename != model:
             raise ValueError(f"its model is {config.model.decoder.filename[:80]!r}, not the artifact's")
-    except (msgspec.DecodeError, UnicodeDecodeError, ValueError) as error:
+    except JSON_ERRORS as error:
         raise ArtifactError(
             f"{FILE_NAME} is not one that optc writes",
             where=str(path),

@@ -16,7 +16,7 @@ import msgspec
 
 from optc.compiler.artifact.engines import find_engine
 from optc.compiler.artifact.sizes import Sizes
-from optc.compiler.diagnostics import ArtifactError
+from optc.compiler.diagnostics import JSON_ERRORS, ArtifactError
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.proof import CaptureProof
 from optc.compiler.rewriting.quantization_record import LinearRecord
@@ -24,7 +24,7 @@ from optc.compiler.rewriting.quantization_record import LinearRecord
 FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
 
-_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 _Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 _SEAL = re.compile(rb'"self_sha256": "([0-9a-f]{64})"\n}\n\Z')
 _EMPTY_SEAL = b'"self_sha256": ""\n}\n'
@@ -207,6 +207,18 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return msgspec.structs.replace(self, programs={**self.programs, role: edited})
 
 
+class QuantizationSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """What `quantization` holds at least, of an artifact that is quantized; see `pipeline.quantization_summary`."""
+
+    method: str
+    bits: tuple[int, ...]
+    group_size: tuple[int, ...]
+    symmetric: bool
+    linears: _Count
+    bits_per_parameter: float = 0.0
+    ratio_to_ideal: float = 0.0
+
+
 class _Head(msgspec.Struct):
     format_version: int
 
@@ -237,7 +249,9 @@ def decode(data: bytes, where: str) -> Manifest:
             )
         _check_seal(data, where)
         manifest = msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if manifest.quantization:
+            msgspec.convert(manifest.quantization, QuantizationSummary)
+    except JSON_ERRORS as error:
         raise _damaged(where, str(error)) from error
     _check_paths(manifest.files, where)
     if "model" not in manifest.programs:

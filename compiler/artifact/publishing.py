@@ -96,7 +96,12 @@ def _absolute(output: Path) -> Path:
     if output.name in ("", ".."):
         raise InputError(f"'{output}' does not name a new folder", remedy="give a path such as out/model")
     with os_errors("looking up the output folder", str(output)):
-        return output.parent.resolve() / output.name
+        try:
+            return output.parent.resolve() / output.name
+        except RuntimeError as error:  # Python 3.11 and 3.12 say so of links in a circle
+            raise InputError(
+                "the output's folder is a circle of links", where=str(output.parent), remedy="choose another output"
+            ) from error
 
 
 def _missing_parents(output: Path) -> list[Path]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from optc.compiler.calibration.dataset_rows import LABELS, MASK, is_dataset, read_rows
-from optc.compiler.diagnostics import InputError, os_errors
+from optc.compiler.diagnostics import JSON_ERRORS, InputError
+from optc.compiler.files import read_plain
 
 
 class Encoder(Protocol):
@@ -40,8 +41,7 @@ def read_documents(
             _record(row, f"{path}, row {number}", encoder, kind, learned)
             for number, row in enumerate(read_rows(path, kind=kind), 1)
         ]
-    with os_errors(f"reading the {kind} file", str(path)):
-        data = path.read_bytes()
+    data = read_plain(path, f"reading the {kind} file")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -67,7 +67,7 @@ def read_documents(
 def _json(text: str, where: str, kind: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise InputError(f"the {kind} file is not JSON", where=where, why=str(error)) from error
 
 

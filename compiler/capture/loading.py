@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from optc.compiler.capture.attention import NAME, own_attention, register
 from optc.compiler.capture.facts import refuse_unsupported
-from optc.compiler.diagnostics import CaptureError, InputError
+from optc.compiler.diagnostics import CaptureError, InputError, foreign_errors
 from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ir.stored_weights import return_freed_memory
@@ -21,13 +22,15 @@ from optc.compiler.model_folder.checkpoint import (
     compare_shapes,
     tied_names,
 )
-from optc.compiler.model_folder.config_file import CONFIG
+from optc.compiler.model_folder.config_bounds import check_sizes
+from optc.compiler.model_folder.config_file import CONFIG, read_json
 from optc.compiler.model_folder.quantized import QuantizedFolder, quantized_folder
 
 RESIDENT_BYTES = 512 << 20
 """Models whose weights take no more than this in the compute type are held in memory: reading them again and again
 would cost more time than their memory is worth."""
 
+_TOGETHER = "check that config.json and the weights belong together"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -57,27 +60,23 @@ def load_model(
     places = skeleton.state_dict(keep_vars=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in places.items()}
     compare_shapes(quantized.dense if quantized else info, shapes, tied=tied_names(places))
-    try:
-        # Given tensors and a config without quantization, transformers does not look for a quantizer of its own.
-        model, report = type(skeleton).from_pretrained(
-            None,
-            config=skeleton.config,
-            state_dict=_state(info, quantized, dtype, resident_bytes),
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=info.trusted,
-            output_loading_info=True,
-        )
+    with foreign_errors("transformers cannot load the model", where=str(info.path), remedy=_TOGETHER):
+        try:
+            # Given tensors and a config without quantization, transformers does not look for a quantizer of its own.
+            model, report = type(skeleton).from_pretrained(
+                None,
+                config=skeleton.config,
+                state_dict=_state(info, quantized, dtype, resident_bytes),
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=info.trusted,
+                output_loading_info=True,
+            )
+        except KeyError as error:
+            if error.args == (NAME,):
+                raise own_attention(type(skeleton).__name__) from error
+            raise
         _read_generation_config(model, info.path)
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
-        if isinstance(error, KeyError) and error.args == (NAME,):
-            raise own_attention(type(skeleton).__name__) from error
-        raise InputError(
-            "transformers cannot load the model",
-            where=str(info.path),
-            why=str(error).splitlines()[0],
-            remedy="check that config.json and the weights belong together",
-        ) from error
     _check_report(info, report)
     return model.eval().requires_grad_(False), info
 
@@ -102,7 +101,9 @@ def _read_generation_config(model: Any, folder: Path) -> None:
     """Give a model that was loaded from tensors what transformers reads with a folder: end-of-text ids."""
     from transformers import GenerationConfig
 
-    if (folder / "generation_config.json").is_file() and model.can_generate():
+    path = folder / "generation_config.json"
+    if path.is_file() and model.can_generate():
+        read_json(path)  # transformers takes a file that cannot be read for one that is not there
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
 
 
@@ -115,7 +116,7 @@ def _check_report(info: CheckpointInfo, report: dict[str, Any]) -> None:
                 f"{len(names)} tensor(s) of the model were not in the checkpoint",
                 where=f"{info.path}: {names[0]}",
                 why=f"transformers reports {kind.replace('_', ' ')}",
-                remedy="check that config.json and the weights belong together",
+                remedy=_TOGETHER,
             )
 
 
@@ -134,11 +135,8 @@ def meta_model(info: CheckpointInfo) -> Any:
     if made.main_input_name != "input_ids":
         raise _reads_other_input(made)
     register()
-    try:
-        with torch.device("meta"):
-            return made(config)
-    except _UNUSABLE_CONFIG as error:
-        raise _unusable_config(info, error) from error
+    with _config_errors(info), torch.device("meta"):
+        return made(config)
 
 
 def pretrained_config(info: CheckpointInfo) -> Any:
@@ -147,22 +145,13 @@ def pretrained_config(info: CheckpointInfo) -> Any:
     Raises:
         InputError, CaptureError: unreadable, or of a model that is not supported.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
+    check_sizes(info.config, info.tensors, info.path / CONFIG)
+    with _config_errors(info):
         config = AutoConfig.from_pretrained(str(info.path), trust_remote_code=info.trusted)
-    except StrictDataclassError as error:
-        raise _unusable_config(info, error) from error
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(
-            "transformers cannot read the model's config",
-            where=str(info.path / "config.json"),
-            why=str(error).splitlines()[0],
-            remedy="check model_type and the transformers version",
-        ) from error
     # What computes is for us to say, not for the folder: a name with a slash is a repository of kernels on the hub, whose
     # code transformers would load.
     config._attn_implementation = None
@@ -171,16 +160,12 @@ def pretrained_config(info: CheckpointInfo) -> Any:
     return config
 
 
-_UNUSABLE_CONFIG = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError, AssertionError)
-"""What the constructor of a model raises on values that do not fit."""
-
-
-def _unusable_config(info: CheckpointInfo, error: Exception) -> InputError:
-    return InputError(
+def _config_errors(info: CheckpointInfo) -> AbstractContextManager[None]:
+    """Classes of transformers check some values of a config, and stumble over others in every way there is."""
+    return foreign_errors(
         "transformers cannot make the model that config.json describes",
-        where=str(info.path / "config.json"),
-        why=f"{type(error).__name__}: {' '.join(str(error).split())}",
-        remedy="correct the value that it names",
+        where=str(info.path / CONFIG),
+        remedy="correct the value that it names; check model_type and the version of transformers",
     )
 
 

@@ -7,19 +7,22 @@ from the start of the data, which the tensors cover without holes.
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 
-from optc.compiler.diagnostics import InputError
+from optc.compiler.diagnostics import JSON_ERRORS, InputError
 from optc.compiler.ir.saved.safetensors_file import TYPES
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 _MAX_RANK = 64
+_MAX_TENSORS = 200_000  # the largest checkpoints have half as many, in hundreds of files
 _REMEDY = "download or copy the file again"
 _Whole = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -81,20 +84,32 @@ def damaged(path: Path, why: str, tensor: str | None = None) -> InputError:
 
 
 def _entries(path: Path, text: bytes) -> dict[str, msgspec.Raw]:
+    tensors = text.count(b'"data_offsets"')
+    if tensors > _MAX_TENSORS:
+        raise damaged(path, f"its header names {tensors} tensors; at most {_MAX_TENSORS} are read from a file")
     if not text.startswith(b"{"):
         raise damaged(path, "its header is not a JSON object")
     try:
+        json.loads(text, object_pairs_hook=_unique)
         entries = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         msgspec.json.decode(entries.pop("__metadata__", msgspec.Raw(b"{}")), type=dict[str, str])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise damaged(path, f"its header is malformed: {error}") from error
     return entries
+
+
+def _unique(pairs: list[tuple[str, object]]) -> None:
+    """Refuse an object with a key twice, of which readers may take either."""
+    keys = {key for key, _ in pairs}
+    if len(keys) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key '{shown(twice)}' stands twice")
 
 
 def _tensor(path: Path, name: str, raw: msgspec.Raw, data_start: int) -> TensorInfo:
     try:
         entry = msgspec.json.decode(raw, type=_Entry)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise damaged(path, f"its header entry is malformed: {error}", name) from error
     if entry.dtype not in TYPES:
         raise InputError(

@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from optc.compiler.diagnostics import InputError
+from optc.compiler.diagnostics import JSON_ERRORS, InputError
+from optc.compiler.files import read_plain
 
 CONFIG = "config.json"
 _ADAPTER = "adapter_config.json"
@@ -102,12 +103,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
-    size = path.stat().st_size
-    if size > _MAX_BYTES:
-        raise InputError("the file is too large", where=str(path), why=f"{size} bytes", remedy=_AGAIN)
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # ValueError: syntax, UTF-8, endless numbers
+        return json.loads(read_plain(path, "reading the model's files", most=_MAX_BYTES))
+    except JSON_ERRORS as error:
         raise InputError("malformed JSON", where=str(path), why=str(error), remedy=_AGAIN) from error
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from optc.compiler.artifact.manifest import PassRecord
-from optc.compiler.diagnostics import InputError, os_errors
+from optc.compiler.diagnostics import JSON_ERRORS, InputError, os_errors
 from optc.compiler.ir.program import Program
 
 _RECORD = "record.json"
@@ -39,7 +39,7 @@ def load_stage(folder: Path) -> tuple[Program, PassRecord]:
         data = (folder / _RECORD).read_bytes()
     try:
         record = msgspec.json.decode(data, type=PassRecord)
-    except msgspec.DecodeError as error:
+    except JSON_ERRORS as error:
         raise InputError(
             "a saved stage is damaged",
             where=str(folder / _RECORD),

@@ -112,7 +112,7 @@ class Field:
                 problem = UsageError(problem.what, where=given.where, remedy=problem.remedy)
             else:
                 problem = UsageError(
-                    f"'{self.key}' cannot be {_shown(value)}",
+                    f"'{self.key}' cannot be {shown(value)}",
                     where=given.where,
                     remedy=f"give {self.expected}",
                 )
@@ -144,7 +144,7 @@ def check_range(name: str, value: float, kind: Any) -> None:
     remedy = f"give {_within(_KINDS[kind], bounds)}"
     wanted: type = numbers.Integral if kind is int else numbers.Real
     if isinstance(value, bool) or not isinstance(value, wanted):
-        raise UsageError(f"{name} cannot be {_shown(value)}", remedy=remedy)
+        raise UsageError(f"{name} cannot be {shown(value)}", remedy=remedy)
     good = (low is None or value >= low) and (above is None or value > above)
     good = good and (high is None or value <= high) and (below is None or value < below)
     if not (good and abs(value) < math.inf):
@@ -169,7 +169,7 @@ def check_type(name: str, value: Any, kind: Any, expected: str) -> None:
     except msgspec.ValidationError:
         good = False
     if not good:
-        raise UsageError(f"{name} cannot be {_shown(value)}", remedy=f"give {expected}")
+        raise UsageError(f"{name} cannot be {shown(value)}", remedy=f"give {expected}")
 
 
 def check_struct(part: msgspec.Struct) -> None:
@@ -301,6 +301,10 @@ def _number(bound: float) -> str:
     return str(int(bound)) if bound == int(bound) else str(bound)
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
+def shown(value: Any) -> str:
+    """A value as errors show it, of at most 60 characters."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested without end; a number of more digits than Python writes
+        text = f"this {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -8,7 +8,13 @@ from typing import Any
 
 import yaml
 
-from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.diagnostics import InputError, UsageError, described
+from optc.compiler.files import read_plain
+
+_MOST_BYTES = 16 << 20
+_MOST_VALUES = 100_000
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, LookupError, OverflowError)
+"""What PyYAML raises on text: its constructors of dates and numbers stumble in several ways."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -27,9 +33,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, is not YAML, or is not a mapping with names as keys.
     """
+    data = read_plain(path, "reading the recipe", most=_MOST_BYTES)
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        text = data.decode()
+    except UnicodeDecodeError as error:
         raise InputError(
             "the recipe cannot be read", where=str(path), why=str(error), remedy="give a YAML file"
         ) from error
@@ -43,13 +50,33 @@ def parse_mapping(text: str, where: str) -> dict[str, Any]:
         InputError: it is not YAML, or not a mapping with names as keys.
     """
     try:
-        tree = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        tree = _loaded(text)
+    except _NOT_YAML as error:
         raise InputError(
             "the recipe is not YAML", where=where, why=str(error), remedy="write `key: value` lines"
         ) from error
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise InputError("the recipe is not a mapping", where=where, remedy="write `key: value` lines")
+    return tree
+
+
+def _loaded(text: str) -> Any:
+    """The value of YAML text, of which no part comes so often that printing it takes forever.
+
+    Raises:
+        one of _NOT_YAML.
+    """
+    tree = yaml.load(text, _Loader)
+    pending, count = [tree], 0
+    while pending:
+        value = pending.pop()
+        count += 1
+        if count > _MOST_VALUES:
+            raise ValueError(f"it stands for more than {_MOST_VALUES} values")
+        if isinstance(value, dict):
+            pending += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            pending += value
     return tree
 
 
@@ -66,10 +93,10 @@ def parse_setting(flag: str, setting: str, form: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise UsageError(f"cannot read {flag} '{setting}'", remedy=f"write {form}")
     try:
-        return key.strip(), yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return key.strip(), _loaded(text)
+    except _NOT_YAML as error:
         raise UsageError(
             f"cannot read {flag} '{setting}'",
-            why=str(error).splitlines()[0],
+            why=described(error),
             remedy=f"write {form}, the value as in YAML",
         ) from error

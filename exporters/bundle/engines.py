@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from optc.compiler.artifact.engines import check_facts
 from optc.compiler.artifact.engines import find_engine as find
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import TargetError
@@ -51,7 +52,8 @@ def find_engine(manifest: Manifest) -> BundleEngine:
     Raises:
         TargetError: there is no program for it, or the artifact does not generate.
     """
-    engine: BundleEngine | None = find(manifest.engine, manifest.target).bundle_engine()
+    found = find(manifest.engine, manifest.target)
+    engine: BundleEngine | None = found.bundle_engine()
     if engine is None:
         raise TargetError(
             f"there is no C++ program for artifacts of the target '{manifest.target}'",
@@ -61,6 +63,8 @@ def find_engine(manifest: Manifest) -> BundleEngine:
     reason = engine.obstacle(manifest)
     if reason is not None:
         raise TargetError("a bundle needs a decoder with a KV cache", why=reason)
+    listed = {entry.path for entry in manifest.files}
+    check_facts(found, manifest.engine_info, manifest.needs, listed, "manifest.json")
     return engine
 
 

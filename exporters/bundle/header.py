@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
+from optc.compiler.artifact.engine_facts import Needs, PackageFacts, PackageInput, PackageNeeds, read_facts
 from optc.compiler.artifact.manifest import Manifest
-from optc.compiler.formats.safetensors_header import read_header
+from optc.compiler.diagnostics import ArtifactError
+from optc.compiler.formats.safetensors_header import read_header, shown
+from optc.compiler.ir.contract import CACHE_ROLES
 
 _CODES = {
     "F32": "kFloat32",
@@ -38,9 +40,8 @@ _TYPES = {
 
 def genai_header(manifest: Manifest) -> str:
     """The constants of a program over onnxruntime-genai."""
-    any_flag = manifest.needs.get("x86_flags_any", [])
-    assert isinstance(any_flag, list)
-    return _header(manifest, manifest.contract.model.context_length, "", (), any_flag)
+    needs = read_facts(Needs, manifest.needs, "manifest.json: needs")
+    return _header(manifest, manifest.contract.model.context_length, "", (), needs.x86_flags_any)
 
 
 def aotinductor_header(manifest: Manifest, folder: Path) -> str:
@@ -49,29 +50,27 @@ def aotinductor_header(manifest: Manifest, folder: Path) -> str:
     Args:
         folder: of the artifact, for the header of its weights.
     """
-    info, needs = manifest.engine_info, manifest.needs
-    flags, machine = needs["cpu_flags"], needs["machine"]
-    assert isinstance(flags, list)
-    assert isinstance(machine, str)
+    info = read_facts(PackageFacts, manifest.engine_info, "manifest.json: engine_info")
+    needs = read_facts(PackageNeeds, manifest.needs, "manifest.json: needs")
     files = {entry.path: entry.size for entry in manifest.files}
     lines = [
-        f"constexpr const char* kWeightsFile = {quoted(info['weights'])};",
-        f"constexpr const char* kLibraryFile = {quoted(info['library'] or '')};",
-        f"constexpr std::int64_t kEngineBytes = {files[info['model']]}, kWeightsBytes = {files[info['weights']]};",
-        f"constexpr const char* kTorchVersion = {quoted(str(needs['torch']))};",
-        f"constexpr bool kPaged = {'true' if info['kv_cache'] == 'paged' else 'false'};",
-        f"constexpr std::int64_t kBlockSize = {int(info['block_size'])};",
+        f"constexpr const char* kWeightsFile = {quoted(info.weights)};",
+        f"constexpr const char* kLibraryFile = {quoted(info.library or '')};",
+        f"constexpr std::int64_t kEngineBytes = {files[info.model]}, kWeightsBytes = {files[info.weights]};",
+        f"constexpr const char* kTorchVersion = {quoted(needs.torch)};",
+        f"constexpr bool kPaged = {'true' if info.kv_cache == 'paged' else 'false'};",
+        f"constexpr std::int64_t kBlockSize = {info.block_size};",
         "",
         "enum Type { kFloat32, kFloat16, kBFloat16, kFloat64, kInt64, kInt32, kInt16, kInt8, kUInt8, kBool };",
         "// A KV cache: [batch, heads, capacity, width], or [blocks, block size, heads, width] when paged.",
         "struct Cache {\n  Type type;\n  std::int64_t heads, width;\n};",
-        *_array("Cache", "kCaches", [_cache(item) for item in info["inputs"] if item["role"].endswith("_cache")]),
+        *_array("Cache", "kCaches", [_cache(item) for item in info.inputs if item.role in CACHE_ROLES]),
         "// A tensor of the weights: its shape, and where its bytes begin in the file.",
         "struct Weight {\n  const char* name;\n  Type type;\n  std::int64_t offset;\n  int rank;\n"
         "  std::int64_t shape[8];\n};",
-        *_array("Weight", "kWeights", _weights(folder / info["weights"])),
+        *_array("Weight", "kWeights", _weights(folder / info.weights)),
     ]
-    return _header(manifest, int(info["context_length"]), machine, flags, (), lines)
+    return _header(manifest, info.context_length, needs.machine, needs.cpu_flags, (), lines)
 
 
 def quoted(text: str) -> str:
@@ -118,16 +117,29 @@ def _array(kind: str, name: str, items: Iterable[str]) -> list[str]:
     ]
 
 
-def _cache(item: Mapping[str, Any]) -> str:
-    numbers = [size for size in item["dims"] if isinstance(size, int)]
+def _cache(item: PackageInput) -> str:
+    numbers = [size for size in item.dims if isinstance(size, int)]
+    if len(numbers) < 2 or item.dtype not in _TYPES:
+        raise ArtifactError(
+            "the manifest describes a KV cache as optc does not",
+            where=f"manifest.json: engine_info, input {item.name}",
+            why=f"{item.dtype} {list(item.dims)}",
+            remedy="compile the model again",
+        )
     heads, width = numbers[-2:]
-    return f"{{{_TYPES[item['dtype']]}, {heads}, {width}}}"
+    return f"{{{_TYPES[item.dtype]}, {heads}, {width}}}"
 
 
 def _weights(path: Path) -> list[str]:
     rows = []
     for name, info in read_header(path).items():
-        assert len(info.shape) <= 8, f"{name} has {len(info.shape)} axes"
+        if len(info.shape) > 8 or info.dtype not in _CODES:
+            raise ArtifactError(
+                "the program cannot read the weights",
+                where=f"{path}: tensor '{shown(name)}'",
+                why=f"it is {info.dtype} with {len(info.shape)} axes",
+                remedy="compile the model again",
+            )
         shape = ", ".join(map(str, info.shape))
         rows.append(f"{{{quoted(name)}, {_CODES[info.dtype]}, {info.offset}, {len(info.shape)}, {{{shape}}}}}")
     return rows

@@ -307,7 +307,7 @@ def read(folder: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
         try:
             with open(path, encoding="utf-8") as file:
                 found.append(json.load(file))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         if not isinstance(found[-1], dict):
             raise ValueError(f"{path} is not a JSON object")

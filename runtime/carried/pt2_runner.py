@@ -319,11 +319,14 @@ def check_host(needs: Mapping[str, Any]) -> None:
         PackageError: names what is missing.
     """
     version = ".".join(torch.__version__.split(".")[:2])
-    if needs["torch"] != version:
-        raise PackageError(f"the package was compiled for torch {needs['torch']}, this is {torch.__version__}")
+    flags = needs.get("cpu_flags") if isinstance(needs, Mapping) else None
+    if not isinstance(flags, list) or not all(isinstance(flag, str) for flag in flags):
+        raise PackageError("the manifest does not say which instruction sets the package needs")
+    if needs.get("torch") != version:
+        raise PackageError(f"the package was compiled for torch {needs.get('torch')}, this is {torch.__version__}")
     if needs.get("machine", platform.machine()) != platform.machine():
         raise PackageError(f"the package was compiled for {needs['machine']}, this is {platform.machine()}")
-    missing = sorted(set(needs["cpu_flags"]) - _cpu_flags())
+    missing = sorted(set(flags) - _cpu_flags())
     if missing and sys.platform == "linux":
         raise PackageError(f"the processor lacks {', '.join(missing)}; compile on a machine like this one")
 
@@ -348,7 +351,7 @@ def open_folder(folder: Path) -> Package:
             manifest["programs"]["model"]["engine_info"],
             manifest["needs"],
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PackageError(f"{folder}: no readable manifest.json: {_first_line(error)}") from error
     if engine != "aotinductor":
         raise PackageError(f"{folder}: the artifact's engine is {engine}, not aotinductor")

@@ -617,7 +617,7 @@ def read_description(folder: str) -> dict[str, Any]:
             raise ValueError(f"not format {FORMAT}")
         for key in ("plan", "plan_sha256", "runtime_version", "compute_capabilities", "eos_token_ids"):
             info[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunnerError(f"{path}: no readable engine.json: {error}", 7) from error
     return info
 

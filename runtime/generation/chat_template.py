@@ -21,6 +21,7 @@ import jinja2.utils
 from jinja2.ext import Extension
 
 from optc.compiler.diagnostics import InputError
+from optc.compiler.files import read_plain
 from optc.runtime.generation.tokenizer import read_config
 
 _LARGEST = 1 << 20  # characters of a template, and bytes of its file
@@ -133,8 +134,6 @@ def _token(value: Any) -> str | None:
 
 def _read(path: Path) -> str:
     try:
-        if path.stat().st_size > _LARGEST:
-            raise InputError("the chat template is too long", where=str(path), why=f"more than {_LARGEST} bytes")
-        return path.read_text(encoding="utf-8")
+        return read_plain(path, "reading the chat template", most=_LARGEST).decode()
     except UnicodeDecodeError as error:
         raise InputError("the chat template is not UTF-8", where=str(path), why=str(error)) from error

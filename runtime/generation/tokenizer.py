@@ -10,9 +10,12 @@ from typing import Any
 
 import tokenizers
 
-from optc.compiler.diagnostics import InputError
+from optc.compiler.diagnostics import JSON_ERRORS, InputError, foreign_errors
+from optc.compiler.files import read_plain
 
 _MAX_JSON = 1 << 20
+_MAX_TOKENIZER = 256 << 20
+_OTHER = "use a tokenizer.json written by the tokenizers library"
 _BROKEN = "\ufffd"
 _BROKEN_MOST = 3  # bytes of a character that is not complete
 _WINDOW, _LONGEST = 8, 64  # tokens that are decoded together, and where none of the last ones has text
@@ -36,15 +39,20 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids, with the special tokens that `tokenizer.json` adds (as transformers does) unless told not to."""
-        return list(self._core.encode_batch([text], add_special_tokens=special)[0].ids)  # a batch lets threads run
+        with foreign_errors("the tokenizer cannot encode the text", where="tokenizer.json", remedy=_OTHER):
+            return list(self._core.encode_batch([text], add_special_tokens=special)[0].ids)  # a batch lets threads run
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of the tokens without special ones; incomplete UTF-8 becomes U+FFFD."""
-        return str(self._core.decode(list(tokens), skip_special_tokens=True))
+        return self._decoded(list(tokens), skip=True)
 
     def token_text(self, token: int) -> str:
         """Text of one token, a special one's as it is written; part of a character is U+FFFD."""
-        return str(self._core.decode([token], skip_special_tokens=False))
+        return self._decoded([token], skip=False)
+
+    def _decoded(self, tokens: list[int], skip: bool) -> str:
+        with foreign_errors("the tokenizer cannot decode tokens", where="tokenizer.json", remedy=_OTHER):
+            return str(self._core.decode(tokens, skip_special_tokens=skip))
 
 
 class TextStream:
@@ -98,17 +106,11 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    try:
-        core = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the binding raises plain Exception for whatever its parser refuses
-        raise InputError(
-            "the tokenizer cannot be read",
-            where=str(path),
-            why=str(error),
-            remedy="use a tokenizer.json written by the tokenizers library",
-        ) from error
-    core.no_padding()
-    core.no_truncation()
+    data = read_plain(path, "reading the tokenizer", most=_MAX_TOKENIZER)
+    with foreign_errors("the tokenizer cannot be read", where=str(path), remedy=_OTHER):
+        core = tokenizers.Tokenizer.from_buffer(data)
+        core.no_padding()
+        core.no_truncation()
     return Tokenizer(core)
 
 
@@ -138,11 +140,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    if path.stat().st_size > _MAX_JSON:
-        raise InputError("the file is too large for a config", where=str(path), why=f"more than {_MAX_JSON} bytes")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        found = json.loads(read_plain(path, "reading a config", most=_MAX_JSON))
+    except JSON_ERRORS as error:
         raise InputError("the file is not JSON", where=str(path), why=str(error)) from error
     if not isinstance(found, dict):
         raise InputError("the file does not hold a JSON object", where=str(path))

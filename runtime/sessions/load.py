@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-from optc.compiler.artifact.engines import Engine, check_files, find_engine
+from optc.compiler.artifact.engines import Engine, check_facts, find_engine
 from optc.compiler.artifact.folder import verify
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
@@ -290,7 +290,7 @@ def open_session(
         raise UsageError("threads has no effect here: the plan runs on the GPU")
     if num_blocks is not None and contract.kv_cache.kind != "paged":
         raise UsageError("kv-blocks has no effect here: the KV cache of the artifact is not paged")
-    check_files(engine, manifest.engine_info, {entry.path for entry in manifest.files}, str(folder))
+    check_facts(engine, manifest.engine_info, manifest.needs, {entry.path for entry in manifest.files}, str(folder))
     place = (device if engine.eager else None) or graph_device
     options = SessionOptions(threads=threads, num_blocks=num_blocks, device=place)
     session: Session = engine.open_session(folder, manifest, options)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from optc.compiler.diagnostics import ResourceError, TargetError
+from optc.compiler.diagnostics import ArtifactError, ResourceError, TargetError
 from optc.compiler.ir.contract import CACHE_ROLES, Contract
 from optc.runtime.sessions.linear import Ids, LinearSession, lazy_zeros
 from optc.runtime.sessions.session import Logits, default_threads
@@ -26,6 +26,14 @@ _ELEMENTS: dict[str, tuple[type[np.generic], Any]] = {
     "float16": (np.float16, np.float16),
     "bfloat16": (np.uint16, 16),
     "int8": (np.int8, np.int8),
+}
+_TYPES = {
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "bfloat16": "tensor(bfloat16)",
+    "int8": "tensor(int8)",
 }
 _NO_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation")
 
@@ -45,17 +53,17 @@ class OrtSession(LinearSession):
     """
 
     def __init__(self, path: Path, contract: Contract, *, threads: int | None = None) -> None:
-        assert contract.kv_cache.kind == "linear"
+        if contract.kv_cache.kind != "linear" or contract.model.vocab_size < 1:
+            raise _other_graph(path, f"a {contract.kv_cache.kind} KV cache, {contract.model.vocab_size} tokens")
         super().__init__(vocab_size=contract.model.vocab_size, context_length=contract.model.context_length)
         self._session = open_engine(path, threads or default_threads())
         self._ids, self._mask = (_named(contract, role) for role in ("input_ids", "attention_mask"))
         chosen = contract.input_index("logits_from_end")
         self._from_end = None if chosen is None else contract.inputs[chosen].name
-        outputs = {spec.role: spec.name for spec in contract.outputs}
-        self._logits = outputs["logits"]
+        _check_contract(contract, self._session, path)
+        self._logits = next(spec.name for spec in contract.outputs if spec.role == "logits")
         self._past = [spec for spec in contract.inputs if spec.role in CACHE_ROLES]
         self._present = [spec.name for spec in contract.outputs if spec.role in CACHE_ROLES]
-        assert len(self._past) == len(self._present)
         half = self._output_type(self._logits) == "tensor(float16)"
         self._logits_type: type[np.generic] = np.float16 if half else np.float32
         self._caches: list[Array] = []
@@ -184,7 +192,48 @@ def _bind_output(binding: Any, name: str, array: Array, element: Any = None) -> 
     binding.bind_output(name, "cpu", 0, kind, array.shape, array.ctypes.data)
 
 
+def _check_contract(contract: Contract, session: Any, path: Path) -> None:
+    """Refuse a contract of another graph: the bindings trust its names, types and sizes.
+
+    Raises:
+        ArtifactError: names what the graph has otherwise.
+    """
+    taken = {item.name: item for item in (*session.get_inputs(), *session.get_overridable_initializers())}
+    for spec in contract.inputs:
+        item = taken.get(spec.name)
+        sizes = None if item is None else [size if isinstance(size, int) else None for size in item.shape]
+        said = [size if isinstance(size, int) else None for size in spec.dims]
+        same = sizes == said or spec.role == "logits_from_end"  # whose default has a size
+        if item is None or item.type != _TYPES.get(spec.dtype) or not same:
+            found = "no such input" if item is None else f"{item.type} {item.shape}"
+            raise _other_graph(path, f"'{spec.name}' is {spec.dtype} {list(spec.dims)}, the graph has {found}")
+    caches = [spec for spec in contract.inputs if spec.role in CACHE_ROLES]
+    present = [spec.name for spec in contract.outputs if spec.role in CACHE_ROLES]
+    given = {item.name: item.shape for item in session.get_outputs()}
+    roles = [spec.role for spec in contract.outputs]
+    wide = all(
+        len(spec.dims) == 4 and isinstance(spec.dims[1], int) and isinstance(spec.dims[3], int) for spec in caches
+    )
+    if len(caches) != len(present) or not wide or roles.count("logits") != 1:
+        raise _other_graph(path, f"{len(caches)} caches come in, {len(present)} go out, {roles.count('logits')} logits")
+    for output in contract.outputs:
+        if output.name not in given:
+            raise _other_graph(path, f"the graph has no output '{output.name}'")
+        if output.role == "logits" and given[output.name][-1] != contract.model.vocab_size:
+            raise _other_graph(path, f"{contract.model.vocab_size} tokens, and logits {given[output.name]}")
+
+
+def _other_graph(path: Path, why: str) -> ArtifactError:
+    return ArtifactError(
+        "the manifest's contract is not the graph's",
+        where=str(path),
+        why=why[:500],
+        remedy="copy the artifact again from where it was made, or compile it again",
+    )
+
+
 def _named(contract: Contract, role: Any) -> str:
     index = contract.input_index(role)
-    assert index is not None, f"a linear-cache contract without {role}"
+    if index is None:
+        raise _other_graph(Path("manifest.json"), f"a linear-cache contract without {role}")
     return contract.inputs[index].name

@@ -13,7 +13,8 @@ import torch
 from optc.compiler.capture import capture_model, capture_module, capture_pretrained
 from optc.compiler.capture.loading import DTYPES
 from optc.compiler.capture.pretrained import CPU
-from optc.compiler.diagnostics import UsageError, os_errors, unknown_name
+from optc.compiler.diagnostics import UsageError, unknown_name
+from optc.compiler.files import read_plain
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.proof import CaptureProof
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, prevailing
@@ -180,8 +181,7 @@ def gate_tokens(info: CheckpointInfo | None, text: Path | None) -> list[int]:
     from optc.runtime.generation.tokenizer import load_tokenizer
 
     if text is not None:
-        with os_errors("reading the gate's text", str(text)):
-            page = text.read_text(errors="replace")[:20_000]
+        page = read_plain(text, "reading the gate's text").decode(errors="replace")[:20_000]
     else:
         page = (resources.files("optc.compiler") / "data" / "passage.txt").read_text()
     tokenizer = load_tokenizer(info.path)

@@ -132,5 +132,5 @@ def test_a_malformed_recipe(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_a_missing_recipe_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the recipe cannot be read"):
+    with pytest.raises(InputError, match="failed while reading the recipe"):
         load_config(str(tmp_path / "none.yaml"))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from optc.compiler import compat
-from optc.compiler.diagnostics import ArtifactError, InputError, TargetError, os_errors
+from optc.compiler.diagnostics import JSON_ERRORS, ArtifactError, InputError, TargetError, os_errors
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.saved.tensors import (
     attach_tensors,
@@ -186,7 +186,7 @@ def _read_graph_file(path: Path) -> _GraphFile:
             found = f"'{header.format[:40]}' version {header.version} (torch {header.torch[:40]})"
             damaged(path, f"it is {found}; this optc reads '{FORMAT}' version {FORMAT_VERSION}")
         file = msgspec.json.decode(data, type=_GraphFile)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except JSON_ERRORS as error:
         damaged(path, str(error), error)
     strange = [text for text in _strings(msgspec.to_builtins(file.contract)) if not text.isprintable()]
     if strange:

@@ -12,6 +12,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from optc.compiler.diagnostics import InputError
+from optc.compiler.files import read_plain
 from optc.runtime.bounds import Count
 
 _LARGEST_TRACE = 1 << 28
@@ -87,12 +88,7 @@ def read_trace(path: Path) -> tuple[TraceRow, ...]:
     Raises:
         InputError: it cannot be read, a line is not of this form, or times go backwards.
     """
-    try:
-        if path.stat().st_size > _LARGEST_TRACE:
-            raise InputError("the trace is too large", where=str(path), why=f"more than {_LARGEST_TRACE} bytes")
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError("the trace cannot be read", where=str(path), why=str(error)) from error
+    lines = read_plain(path, "reading the trace", most=_LARGEST_TRACE).splitlines()
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

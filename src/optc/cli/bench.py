@@ -10,7 +10,7 @@ import click
 from msgspec import Meta
 
 from optc.cli.bench_serve import LoadOptions, bench_serve
-from optc.cli.common import emit, json_option, progress
+from optc.cli.common import emit, json_option, progress, say
 from optc.cli.options import struct_flags
 from optc.cli.session_options import Save, kv_pool, sampling_of, save_figures
 from optc.compiler.diagnostics import UsageError
@@ -138,19 +138,19 @@ def _bench_session(artifact: Path, as_json: bool, options: BenchOptions) -> None
 def _show(result: dict[str, Any]) -> None:
     for row in result["prompts"]:
         sizes = f"prompt of {row['prompt_tokens']} tokens, batch {result['batch']}, {result['samples']} samples"
-        click.echo(", ".join([sizes, *_chosen(result["sampling"])]))
-        click.echo(f"  decode   {_rate(row['decode_tokens_per_s'])} tokens/s")
-        click.echo(f"  prefill  {_rate(row['prefill_tokens_per_s'])} tokens/s")
+        say(", ".join([sizes, *_chosen(result["sampling"])]))
+        say(f"  decode   {_rate(row['decode_tokens_per_s'])} tokens/s")
+        say(f"  prefill  {_rate(row['prefill_tokens_per_s'])} tokens/s")
         first = f", the first one {row['first_ttft_ms']:.1f} ms" if result["gpu"] else ""
-        click.echo(f"  TTFT     {_rate(row['ttft_ms'])} ms{first}")
+        say(f"  TTFT     {_rate(row['ttft_ms'])} ms{first}")
     limit = result["weight_read_limit_tokens_per_s"]
-    click.echo(f"weights  {result['weight_bytes'] / 1e6:.2f} MB, peak RSS {result['peak_rss_bytes'] / 1e6:.0f} MB")
-    click.echo(
+    say(f"weights  {result['weight_bytes'] / 1e6:.2f} MB, peak RSS {result['peak_rss_bytes'] / 1e6:.0f} MB")
+    say(
         f"limit    {result['read_bytes_per_s'] / 1e9:.1f} GB/s measured read bandwidth"
         + (f": at most {limit:.0f} tokens/s, each weight read once per step" if limit else "")
     )
     cpu = f"{result['environment']['cpu']}, {result['environment']['threads']} thread(s)"
-    click.echo(f"on       {result['gpu'] or cpu}")
+    say(f"on       {result['gpu'] or cpu}")
 
 
 def _chosen(sampling: dict[str, Any]) -> list[str]:

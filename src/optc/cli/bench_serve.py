@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import msgspec
 from msgspec import Meta
 
-from optc.cli.common import emit, progress
+from optc.cli.common import emit, progress, say
 from optc.cli.session_options import SamplingOptions, sampling_of
 from optc.compiler.diagnostics import InputError, OptcError, UsageError, os_errors
+from optc.compiler.files import read_plain
 from optc.runtime.bounds import Count
 
 Rate = Annotated[float, Meta(gt=0, le=1e6)]
@@ -150,8 +150,8 @@ def _key(path: Path | None) -> str:
     if path is None:
         return ""
     try:
-        return path.read_text(encoding="utf-8").split("\n", 1)[0].strip()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_plain(path, "reading the API key", most=1 << 20).decode().split("\n", 1)[0].strip()
+    except UnicodeDecodeError as error:
         raise InputError("the file of the API key cannot be read", where=str(path), why=str(error)) from error
 
 
@@ -258,20 +258,18 @@ def _show(result: dict[str, Any]) -> None:
     lengths = result["lengths"]
     shape = "a trace" if lengths["trace"] else f"prompts of {lengths['prompt']} and answers of {lengths['new']} tokens"
     shape += f", lognormal with sigma {lengths['sigma']:g}" if lengths["sigma"] else ""
-    click.echo(f"{result['model']} at {result['url']}; {shape}")
+    say(f"{result['model']} at {result['url']}; {shape}")
     slo = {key.removesuffix("_ms").upper(): value for key, value in result["slo"].items() if value is not None}
     for run in result["runs"]:
         load = f"{run['concurrency']} at once" if run["concurrency"] else f"{run['rate']:g} a second"
         failed = f", {run['failed']} failed: {run['first_error']}" if run["failed"] else ""
-        click.echo(f"{load}: {run['requests']} requests in {run['seconds']:.1f} s{failed}")
-        click.echo(
-            f"  {run['output_tokens_per_s']:.1f} output tokens/s, {run['requests_per_s']:.2f} requests/s", nl=False
-        )
+        say(f"{load}: {run['requests']} requests in {run['seconds']:.1f} s{failed}")
+        say(f"  {run['output_tokens_per_s']:.1f} output tokens/s, {run['requests_per_s']:.2f} requests/s", nl=False)
         within = " and ".join(f"{key} within {value:g} ms" for key, value in slo.items())
-        click.echo(f"; {run['goodput_requests_per_s']:.2f} with {within}" if slo else "")
+        say(f"; {run['goodput_requests_per_s']:.2f} with {within}" if slo else "")
         for name, label in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"), ("gap_ms", "gap"), ("e2e_ms", "in all")):
             if run[name]:
-                click.echo(f"  {label:6} ms  " + "   ".join(_cell(run[name], item) for item in ("p50", "p90", "p99")))
+                say(f"  {label:6} ms  " + "   ".join(_cell(run[name], item) for item in ("p50", "p90", "p99")))
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

@@ -10,7 +10,7 @@ import click
 import msgspec
 from msgspec import Meta
 
-from optc.cli.common import emit, json_option
+from optc.cli.common import emit, json_option, say
 from optc.cli.options import struct_flags
 
 
@@ -58,9 +58,7 @@ def bundle(artifact: Path, options: BundleOptions, as_json: bool) -> None:
 
 
 def _show(result: dict[str, Any]) -> None:
-    click.echo(
-        f"{result['bundle']}: bundle of {result['target']}, {result['files']} files, {result['bytes'] / 1e6:.1f} MB"
-    )
-    click.echo("build and run here (elsewhere: README.txt):")
+    say(f"{result['bundle']}: bundle of {result['target']}, {result['files']} files, {result['bytes'] / 1e6:.1f} MB")
+    say("build and run here (elsewhere: README.txt):")
     for line in (*result["build"], result["run"]):
-        click.echo(f"  {line}")
+        say(f"  {line}")

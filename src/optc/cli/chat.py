@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
-
-from optc.cli.common import stderr
-from optc.compiler.diagnostics import InputError, TargetError
+from optc.cli.common import say, stderr
+from optc.compiler.diagnostics import InputError, TargetError, printable
 from optc.runtime.generation.chat_template import load_chat_template
 from optc.runtime.generation.conversation import Conversation, StoppedError
 from optc.runtime.sampling import Sampling
@@ -58,7 +56,7 @@ def talk(
             if line == "/reset":
                 chat.reset()
             elif line.startswith("/"):
-                stderr().print(f"unknown command {line.split()[0]}; {_HELP}", style="yellow", markup=False)
+                stderr().print(printable(f"unknown command {line.split()[0]}; {_HELP}"), style="yellow", markup=False)
             else:
                 _answer(chat, line, max_new_tokens, chosen)
 
@@ -78,7 +76,7 @@ def _answer(chat: Conversation, line: str, max_new_tokens: int, sampling: Sampli
     with _interrupts() as interrupted:
 
         def show(piece: str) -> None:
-            click.echo(piece, nl=False)
+            say(piece, nl=False)
             if interrupted:
                 raise StoppedError
 
@@ -87,7 +85,7 @@ def _answer(chat: Conversation, line: str, max_new_tokens: int, sampling: Sampli
         except InputError as error:
             stderr().print(str(error), style="yellow", markup=False)
             return
-    click.echo()
+    say()
     notes = {
         "length": f"cut after {max_new_tokens} tokens (--max-new-tokens)",
         "context": "the context is full",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from optc.cli.common import emit, json_option
+from optc.cli.common import emit, json_option, say
 from optc.compiler.diagnostics import ArtifactError, InputError, TargetError
 
 
@@ -36,6 +36,6 @@ def check(folder: Path, as_json: bool) -> None:
         result = report(str(folder))
     except ValueError as error:
         raise ArtifactError("the artifact cannot be checked", where=str(folder), why=str(error)) from error
-    emit(result, as_json, lambda found: click.echo(text_of(found)))
+    emit(result, as_json, lambda found: say(text_of(found)))
     if not result["ok"]:
         sys.exit(TargetError.exit_code)  # the lines said why

@@ -19,7 +19,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from optc.compiler.diagnostics import OptcError, ResourceError, ran_out_of_memory
+from optc.cli.bug_report import bug_error
+from optc.compiler.diagnostics import (
+    LEAVES,
+    OptcError,
+    described,
+    os_failure,
+    out_of_memory,
+    printable,
+    ran_out_of_memory,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,10 +40,21 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def say(text: str = "", *, nl: bool = True, err: bool = False, **style: Any) -> None:
+    """Print text as a terminal may show it: what comes from files may hold control characters. `style` as click's."""
+    click.secho(printable(text), nl=nl, err=err, **style)
+
+
+def json_text(value: Any) -> str:
+    """Indented JSON in which nothing but letters and signs stands for itself."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return text if printable(text) == text else json.dumps(value, indent=2)
+
+
 def emit(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
     """Print a result: as one JSON object, or by `show` for people."""
     if as_json:
-        click.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        click.echo(json_text(result))
     else:
         show(result)
 
@@ -73,17 +93,20 @@ def fail(error: OptcError, as_json: bool) -> int:
 
 
 def guarded(action: Callable[[], Any], *, as_json: bool) -> int:
-    """Run a command body; OptcErrors and exhausted memory become messages and exit codes."""
+    """Run a command body; whatever it raises becomes a message and an exit code, an unknown error 1 with a report."""
     try:
         action()
     except OptcError as error:
         return fail(error, as_json)
-    except (MemoryError, RuntimeError) as error:
-        if not ran_out_of_memory(error):
-            raise
-        why = str(error).partition("\n")[0] or None
-        return fail(ResourceError("out of memory", why=why, remedy="use a smaller model or a larger machine"), as_json)
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except LEAVES:
+        raise
+    except BaseException as error:  # noqa: BLE001 (a panic of a library in Rust is no Exception; all is told)
+        if ran_out_of_memory(error):
+            return fail(out_of_memory("running the command", why=described(error)), as_json)
+        if isinstance(error, OSError):
+            return fail(os_failure(error, "running the command"), as_json)
+        return fail(bug_error(error), as_json)
     return 0

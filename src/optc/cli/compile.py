@@ -7,11 +7,11 @@ from typing import Any
 import click
 from rich.table import Table
 
-from optc.cli.common import emit, json_option, progress, stderr
+from optc.cli.common import emit, json_option, progress, say, stderr
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.artifact.drift_table import drift_table
 from optc.compiler.artifact.sizes import Sizes
-from optc.compiler.diagnostics import UsageError
+from optc.compiler.diagnostics import UsageError, printable
 from optc.request import SECTIONS, Request
 
 _TABLE_WIDTH = 110  # a narrower terminal wraps lines rather than cut numbers
@@ -62,10 +62,10 @@ def _show(result: dict[str, Any]) -> None:
     console = stderr()
     console.print(table, width=max(console.width, _TABLE_WIDTH))
     for note in result["capture"]["notes"]:
-        console.print(f"  capture: {note}", markup=False)
+        console.print(printable(f"  capture: {note}"), markup=False)
     for row in result["passes"]:
         for note in row["notes"]:
-            console.print(f"  {row['name']}: {note}", markup=False)
+            console.print(printable(f"  {row['name']}: {note}"), markup=False)
     quantized = result["quantization"]
     if "bits_per_parameter" in quantized:
         bits, ideal = quantized["bits_per_parameter"], quantized["ideal_bits"]
@@ -73,6 +73,4 @@ def _show(result: dict[str, Any]) -> None:
         console.print(
             f"  quantized weights: groups of {groups}; {bits:.3f} bits per parameter, ideal {ideal:.3f}", markup=False
         )
-    click.echo(
-        f"{result['artifact']}: {result['target']}, {result['seconds']:.1f} s; weights {Sizes.read(result['sizes'])}"
-    )
+    say(f"{result['artifact']}: {result['target']}, {result['seconds']:.1f} s; weights {Sizes.read(result['sizes'])}")

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from optc.cli.common import emit, json_option
+from optc.cli.common import emit, json_option, say
 from optc.compiler.diagnostics import InputError
+from optc.compiler.files import read_plain
 
 
 def find_stage(run: Path, stage: str) -> Path:
@@ -28,6 +29,21 @@ def find_stage(run: Path, stage: str) -> Path:
     raise InputError(f"no stage '{stage}'", where=str(run), remedy=f"stages: {', '.join(path.stem for path in files)}")
 
 
+def read_stage(path: Path) -> str:
+    """The text of a stage's file, which is no link.
+
+    Raises:
+        InputError: it is a link, no plain file, or not UTF-8.
+    """
+    data = read_plain(path, "reading the stage", follow=False)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            "the stage is not UTF-8", where=str(path), why=str(error), remedy="compile the model again"
+        ) from error
+
+
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("first")
@@ -40,10 +56,13 @@ def diff(run: Path, first: str, second: str, as_json: bool) -> None:
     optc diff out/fiction-onnx 02 03
     optc diff out/fiction-onnx capture fuse-norm
     """
+    from optc.compiler.artifact.folder import verify
     from optc.compiler.ir.text import diff_text
 
+    if (run / "manifest.json").exists():
+        verify(run)
     paths = [find_stage(run, stage) for stage in (first, second)]
-    texts = [path.read_text() for path in paths]
+    texts = [read_stage(path) for path in paths]
     text = diff_text(*texts, name_a=paths[0].stem, name_b=paths[1].stem)
     emit({"first": paths[0].stem, "second": paths[1].stem, "diff": text}, as_json, _show)
 
@@ -51,4 +70,4 @@ def diff(run: Path, first: str, second: str, as_json: bool) -> None:
 def _show(result: dict[str, Any]) -> None:
     colors = {"+": "green", "-": "red", "@": "cyan"}
     for line in result["diff"].splitlines():
-        click.secho(line, fg=colors.get(line[:1]))
+        say(line, fg=colors.get(line[:1]))

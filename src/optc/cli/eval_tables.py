@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import click
 from rich.console import Console
 from rich.table import Table
+
+from optc.cli.common import say
 
 
 def show_one(result: dict[str, Any]) -> None:
@@ -17,20 +18,20 @@ def show_one(result: dict[str, Any]) -> None:
     for task, row in result.get("tasks", {}).items():
         for metric, figure in row.items():
             if isinstance(figure, dict):
-                click.echo(f"{task:20} {metric} {_figure(figure)}")
+                say(f"{task:20} {metric} {_figure(figure)}")
 
 
 def _show_text(result: dict[str, Any]) -> None:
     interval = result["perplexity_ci95"]
     spread = "" if interval is None else f"  (95 %: {interval[0]:.3f} to {interval[1]:.3f})"
-    click.echo(f"tokens               {result['tokens']} in {result['windows']} window(s) of {result['window']}")
-    click.echo(f"perplexity           {result['perplexity']:.4f}{spread}")
+    say(f"tokens               {result['tokens']} in {result['windows']} window(s) of {result['window']}")
+    say(f"perplexity           {result['perplexity']:.4f}{spread}")
     if result["kl"] is not None:
-        click.echo(f"reference perplexity {result['reference_perplexity']:.4f}  ({result['source']})")
-        click.echo(f"KL(source||artifact) {result['kl']:.3e} nats per token")
+        say(f"reference perplexity {result['reference_perplexity']:.4f}  ({result['source']})")
+        say(f"KL(source||artifact) {result['kl']:.3e} nats per token")
         if result["top_k_kl"] is not None:
-            click.echo(f"KL of the top {result['top_k']:<6} {result['top_k_kl']:.3e} nats per token")
-        click.echo(f"top-1 agreement      {100 * result['top1_agreement']:.2f} %")
+            say(f"KL of the top {result['top_k']:<6} {result['top_k_kl']:.3e} nats per token")
+        say(f"top-1 agreement      {100 * result['top1_agreement']:.2f} %")
 
 
 def _figure(figure: dict[str, Any]) -> str:
@@ -44,7 +45,7 @@ def show_table(result: dict[str, Any]) -> None:
     rows = result["results"]
     first = rows[0]
     if first.get("kl") is not None:
-        click.echo(f"reference perplexity {first['reference_perplexity']:.4f}  ({first['source']})")
+        say(f"reference perplexity {first['reference_perplexity']:.4f}  ({first['source']})")
     against = {item["second"]: item for item in result.get("differences", []) if item["first"] == first["artifact"]}
     table = Table(box=None, header_style="bold")
     columns = {"artifact": [row["artifact"] for row in rows], **_columns(rows)}
@@ -57,9 +58,9 @@ def show_table(result: dict[str, Any]) -> None:
     console = Console(width=sum(max(map(len, [title, *cells])) + 3 for title, cells in columns.items()))
     with console.capture() as text:
         console.print(table)
-    click.echo("\n".join(line.rstrip() for line in text.get().splitlines()))
+    say("\n".join(line.rstrip() for line in text.get().splitlines()))
     if "perplexity" in first:
-        click.echo("gain: log-likelihood per token over the first artifact, nats; paired over windows")
+        say("gain: log-likelihood per token over the first artifact, nats; paired over windows")
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[str]]:

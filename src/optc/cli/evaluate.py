@@ -17,6 +17,7 @@ from optc.cli.options import struct_flags
 from optc.cli.session_options import Save, SessionOptions, save_figures
 from optc.compiler.artifact.engines import find_engine
 from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.files import read_plain
 from optc.compiler.ir.devices import choose_device
 from optc.compiler.settings.device import DeviceName
 from optc.runtime.bounds import Count, CountOrZero
@@ -245,11 +246,8 @@ def _run_tasks(model: Model, names: Sequence[str], options: EvalOptions) -> dict
 
 
 def _read(path: Path) -> str:
+    data = read_plain(path, "reading the text")
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(
-            "the text cannot be read", where=str(path), why=str(error), remedy="give a text file"
-        ) from error
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError("the text is not UTF-8", where=str(path), why=str(error), remedy="convert it first") from error

@@ -10,7 +10,7 @@ import click
 import msgspec
 from msgspec import Meta
 
-from optc.cli.common import emit, json_option
+from optc.cli.common import emit, json_option, say
 from optc.cli.options import struct_flags
 from optc.compiler.artifact.drift_table import EMPTY, drift_table
 from optc.compiler.artifact.sizes import Sizes, megabytes
@@ -57,7 +57,7 @@ def inspect(path: Path, options: InspectOptions, as_json: bool) -> None:
         from optc.compiler.ir.text import format_program
 
         text = format_program(capture(path, dtype=options.dtype or "fp32"))
-        emit({"model": str(path), "ir": text}, as_json, lambda result: click.echo(result["ir"]))
+        emit({"model": str(path), "ir": text}, as_json, lambda result: say(result["ir"]))
 
 
 def _refuse_idle(options: InspectOptions, is_artifact: bool) -> None:
@@ -69,7 +69,7 @@ def _refuse_idle(options: InspectOptions, is_artifact: bool) -> None:
 
 
 def _artifact(path: Path, as_ir: bool, stage: str | None, as_json: bool) -> None:
-    from optc.cli.diff import find_stage
+    from optc.cli.diff import find_stage, read_stage
     from optc.compiler.artifact.folder import verify
 
     manifest = verify(path)
@@ -78,7 +78,7 @@ def _artifact(path: Path, as_ir: bool, stage: str | None, as_json: bool) -> None
         if not files and stage is None:
             raise InputError("the artifact holds no IR", where=str(path))
         file = find_stage(path, stage) if stage else files[-1]
-        emit({"stage": file.stem, "ir": file.read_text()}, as_json, lambda result: click.echo(result["ir"]))
+        emit({"stage": file.stem, "ir": read_stage(file)}, as_json, lambda result: say(result["ir"]))
         return
     emit(msgspec.to_builtins(manifest), as_json, _show)
 
@@ -94,52 +94,52 @@ def _model(path: Path, as_json: bool) -> None:
 
 def _show_model(result: dict[str, Any]) -> None:
     config = result["config"]
-    click.echo(f"{result['model']}: {', '.join(config.get('architectures', []))} ({config.get('model_type')})")
-    click.echo(f"tokenizer: {'yes' if result['tokenizer'] else 'none (works on token ids)'}")
+    say(f"{result['model']}: {', '.join(config.get('architectures', []))} ({config.get('model_type')})")
+    say(f"tokenizer: {'yes' if result['tokenizer'] else 'none (works on token ids)'}")
     for name, row in result["tensors"].items():
-        click.echo(f"  {name}  {row['dtype']}{row['shape']}  {row['file']}")
+        say(f"  {name}  {row['dtype']}{row['shape']}  {row['file']}")
 
 
 def _show(manifest: dict[str, Any]) -> None:
     contract = manifest["programs"]["model"]["contract"]
     source = manifest["source"]
-    click.echo(
+    say(
         f"{manifest['target']} artifact ({manifest['engine']}, {manifest['dtype']}), optc {manifest['optc_version']}, {manifest['created']}"
     )
-    click.echo(f"source: {source['path'] or 'a module in memory'} ({source['parameters'] / 1e6:.1f} M parameters)")
-    click.echo(f"weights: {_sizes(manifest)}")
-    click.echo(f"quantization: {_quantization(manifest['quantization'])}")
-    click.echo(f"needs: {', '.join(f'{key} {value}' for key, value in manifest['needs'].items())}")
-    click.echo("inputs:")
+    say(f"source: {source['path'] or 'a module in memory'} ({source['parameters'] / 1e6:.1f} M parameters)")
+    say(f"weights: {_sizes(manifest)}")
+    say(f"quantization: {_quantization(manifest['quantization'])}")
+    say(f"needs: {', '.join(f'{key} {value}' for key, value in manifest['needs'].items())}")
+    say("inputs:")
     for spec in contract["inputs"][:4]:
-        click.echo(f"  {spec['name']}: {spec['dtype']}[{', '.join(map(str, spec['dims']))}] ({spec['role']})")
+        say(f"  {spec['name']}: {spec['dtype']}[{', '.join(map(str, spec['dims']))}] ({spec['role']})")
     if len(contract["inputs"]) > 4:
-        click.echo(f"  and {len(contract['inputs']) - 4} more")
+        say(f"  and {len(contract['inputs']) - 4} more")
     cache = contract["kv_cache"]
-    click.echo(
+    say(
         f"KV cache: {cache['kind']}{' in place' if cache['in_place'] else ''}; {len(contract['layers'])} attention layers"
     )
-    click.echo("\n".join(_capture(manifest["capture"])))
-    click.echo("passes:")
+    say("\n".join(_capture(manifest["capture"])))
+    say("passes:")
     titles, cells = drift_table(manifest["passes"])
     for row, values in zip(manifest["passes"], cells, strict=True):
         drift = "".join(f", {title} {value}" for title, value in zip(titles, values, strict=True) if value != EMPTY)
-        click.echo(f"  {row['name']}: matched {row['matched']} of {row['candidates']}{drift}, {row['seconds']:.2f} s")
+        say(f"  {row['name']}: matched {row['matched']} of {row['candidates']}{drift}, {row['seconds']:.2f} s")
         for line in (*row["notes"], *reasons(row["misses"])):
-            click.echo(f"    {line}")
+            say(f"    {line}")
     worst = _worst(manifest)
     if manifest["limits"]:
-        click.echo(f"limits given: {', '.join(f'{flag} {limit}' for flag, limit in manifest['limits'].items())}")
-    click.echo(_opened(manifest["opened"]))
+        say(f"limits given: {', '.join(f'{flag} {limit}' for flag, limit in manifest['limits'].items())}")
+    say(_opened(manifest["opened"]))
     if worst:
-        click.echo("largest errors of quantized weights:")
-        click.echo("\n".join(worst))
-    click.echo("files:")
+        say("largest errors of quantized weights:")
+        say("\n".join(worst))
+    say("files:")
     for entry in manifest["files"]:
-        click.echo(f"  {entry['path']}  {entry['size']}  {entry['sha256'][:12]}")
+        say(f"  {entry['path']}  {entry['size']}  {entry['sha256'][:12]}")
     for title in ("quality", "speed"):
         if manifest[title]:
-            click.echo(f"{title}: {manifest[title]}")
+            say(f"{title}: {manifest[title]}")
 
 
 def reasons(misses: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from optc.cli.common import emit, json_option
+from optc.cli.common import emit, json_option, say
 
 
 @click.command()
@@ -38,6 +38,6 @@ def _plain(value: Any) -> Any:
 
 def _show(result: dict[str, Any]) -> None:
     for row in result["passes"]:
-        click.echo(f"{row['name']}{' (lossy)' if row['lossy'] else ''}: {row['rewrite']}")
+        say(f"{row['name']}{' (lossy)' if row['lossy'] else ''}: {row['rewrite']}")
         for option in row["options"]:
-            click.echo(f"    {option['name']}: {option['type']} = {option['default']}")
+            say(f"    {option['name']}: {option['type']} = {option['default']}")

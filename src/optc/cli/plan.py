@@ -9,7 +9,7 @@ import click
 import msgspec
 from msgspec import Meta
 
-from optc.cli.common import emit, json_option
+from optc.cli.common import emit, json_option, say
 from optc.cli.options import Settings, given_flags, struct_flags
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.artifact.sizes import Sizes
@@ -72,14 +72,14 @@ def _plan_training(as_json: bool, recipe: str, options: TrainingPlan, flags: dic
 
 def _show_memory(result: dict[str, Any]) -> None:
     ranks = result["ranks"]
-    click.echo("memory" + (f" on each of {ranks} ranks" if ranks > 1 else ""))
+    say("memory" + (f" on each of {ranks} ranks" if ranks > 1 else ""))
     for name in ("weights", "gradients", "optimizer", "activations"):
-        click.echo(f"  {name + ':':13} {result[name] / 1e6:10.1f} MB")
-    click.echo(
+        say(f"  {name + ':':13} {result[name] / 1e6:10.1f} MB")
+    say(
         f"  {'peak:':13} {result['peak'] / 1e6:10.1f} MB, in the {result['peak_at']} {'pass' if result['peak_at'] == 'backward' else 'step'}"
     )
     if result["note"]:
-        click.echo(f"  note: {result['note']}")
+        say(f"  note: {result['note']}")
 
 
 def _group(size: int | None) -> str:
@@ -87,14 +87,14 @@ def _group(size: int | None) -> str:
 
 
 def _show(result: dict[str, Any]) -> None:
-    click.echo(f"{result['model']} for {result['target']}, {result['dtype']}, quantization {result['quant'] or 'none'}")
-    click.echo(f"  parameters: {result['parameters'] / 1e6:.1f} M, {result['linears']} linears")
+    say(f"{result['model']} for {result['target']}, {result['dtype']}, quantization {result['quant'] or 'none'}")
+    say(f"  parameters: {result['parameters'] / 1e6:.1f} M, {result['linears']} linears")
     names = [row["name"] + (" (if it matches)" if row["optional"] else "") for row in result["passes"]]
-    click.echo(f"  passes: {', '.join(names)}")
+    say(f"  passes: {', '.join(names)}")
     if result["quant"]:
-        click.echo(f"  group size: {_group(result['group_size'])}")
-    click.echo(f"  weights: {Sizes.read(result['sizes'])}")
+        say(f"  group size: {_group(result['group_size'])}")
+    say(f"  weights: {Sizes.read(result['sizes'])}")
     if result["kv_cache_bytes_per_token"]:
-        click.echo(f"  KV cache: {result['kv_cache_bytes_per_token']} bytes per token")
+        say(f"  KV cache: {result['kv_cache_bytes_per_token']} bytes per token")
     if result["note"]:
-        click.echo(f"  note: {result['note']}")
+        say(f"  note: {result['note']}")

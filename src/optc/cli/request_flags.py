@@ -12,7 +12,7 @@ import click
 from optc.cli.common import F
 from optc.cli.options import add_flags, flag, given_flags
 from optc.compiler.diagnostics import UsageError
-from optc.compiler.settings.fields import Field, Given, fields_of
+from optc.compiler.settings.fields import Field, Given, fields_of, shown
 from optc.recipes import read_recipe
 from optc.request import SECTIONS, Request, known_keys, make_request, target_fields
 from optc.targets.registry import find_target
@@ -86,5 +86,5 @@ def require(merged: dict[str, Given], key: str, example: str) -> str:
     if found is None or found.value in ("", ()):
         raise UsageError(f"no {key} given", remedy=example)
     if not isinstance(found.value, str) or "\0" in found.value:
-        raise UsageError(f"'{key}' cannot be {found.value!r}", where=found.where, remedy=f"give text: {example}")
+        raise UsageError(f"'{key}' cannot be {shown(found.value)}", where=found.where, remedy=f"give text: {example}")
     return found.value

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import click
 from msgspec import Meta
 
-from optc.cli.common import emit, json_option, stderr
+from optc.cli.common import emit, json_option, say, stderr
 from optc.cli.options import struct_flags
 from optc.cli.session_options import SamplingOptions, artifact_argument, kv_pool, sampling_of
 from optc.compiler.diagnostics import UsageError
@@ -67,7 +67,7 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     single = len(wanted) == 1
     stream = single and not as_json and model.tokenizer is not None
     if stream and options.prompt and stderr().is_terminal:
-        click.secho(options.prompt[0], dim=True, nl=False, err=True)
+        say(options.prompt[0], dim=True, nl=False, err=True)
     found = model.generate_batch(
         wanted,
         max_new_tokens=options.max_new_tokens,
@@ -116,16 +116,16 @@ def _batch(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _print_piece(row: int, piece: str) -> None:
-    click.echo(piece, nl=False)
+    say(piece, nl=False)
 
 
 def _show(rows: list[dict[str, Any]], *, streamed: bool) -> None:
     """Text (or token ids) on stdout, timing on a terminal's stderr."""
     if streamed:
-        click.echo()
+        say()
     for index, row in enumerate([] if streamed else rows):
         body = row["text"] if row["text"] is not None else ",".join(map(str, row["tokens"]))
-        click.echo(body if len(rows) == 1 else f"[{index}] {body}")
+        say(body if len(rows) == 1 else f"[{index}] {body}")
     if stderr().is_terminal:
         count = sum(len(row["tokens"]) for row in rows)
         step = rows[0]["tpot_ms"]

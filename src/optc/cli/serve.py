@@ -10,10 +10,11 @@ from pathlib import Path
 
 import click
 
-from optc.cli.common import stderr
+from optc.cli.common import say, stderr
 from optc.cli.options import struct_flags
 from optc.cli.session_options import artifact_argument
-from optc.compiler.diagnostics import InputError, TargetError, UsageError
+from optc.compiler.diagnostics import InputError, TargetError, UsageError, printable
+from optc.compiler.files import read_plain
 from optc.runtime.serving.settings import API_KEY_VARIABLE, ServeOptions
 
 _SERVES = {
@@ -44,7 +45,7 @@ def serve(artifact: Path, as_json: bool, options: ServeOptions) -> None:
 
     def tell(event: Event, more: dict[str, object]) -> None:
         if as_json:
-            click.echo(json.dumps({"event": event, **more}))
+            say(json.dumps({"event": event, **more}))
             sys.stdout.flush()
         else:
             _show(event, more)
@@ -91,8 +92,8 @@ def _keys(options: ServeOptions) -> tuple[str, ...]:
     else:
         where = str(path)
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_plain(path, "reading the API keys", most=1 << 20).decode()
+        except UnicodeDecodeError as error:
             raise InputError("the file of API keys cannot be read", where=where, why=str(error)) from error
     keys = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not keys:
@@ -106,12 +107,16 @@ def _show(event: str, more: dict[str, object]) -> None:
     console = stderr()
     if event == "ready":
         serves = _SERVES[str(more["serves"])].format_map(more)
-        click.echo(f"{more['model']} is ready at {more['url']} after {more['seconds']} s")
-        click.echo(f"{serves}, on {more['device'] or 'cpu'}; contexts of {more['context_length']} tokens")
+        say(f"{more['model']} is ready at {more['url']} after {more['seconds']} s")
+        say(f"{serves}, on {more['device'] or 'cpu'}; contexts of {more['context_length']} tokens")
         console.print(f"OpenAI clients: base_url {more['url']}/v1; a page to try it: {more['url']}/", style="dim")
         sys.stdout.flush()
     elif event == "died":
-        console.print(f"the {more['process']} process ended: {more['why']}; it is started again", style="yellow")
+        console.print(
+            printable(f"the {more['process']} process ended: {more['why']}; it is started again"),
+            style="yellow",
+            markup=False,
+        )
     elif event == "restarted":
         console.print(f"the {more['process']} process is back", style="yellow")
     elif event == "draining":

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from optc.cli.common import emit, json_option
+from optc.cli.common import emit, json_option, say
 
 
 @click.command()
@@ -50,13 +50,13 @@ def targets(as_json: bool) -> None:
 def _show(result: dict[str, Any]) -> None:
     for row in result["targets"]:
         alias = f" (alias {', '.join(row['aliases'])})" if row["aliases"] else ""
-        click.echo(f"{row['name']}{alias}: {row['summary']}")
-        click.echo(f"    dtypes {', '.join(row['dtypes'])}; KV caches {', '.join(row['kv_caches']) or 'none'}")
+        say(f"{row['name']}{alias}: {row['summary']}")
+        say(f"    dtypes {', '.join(row['dtypes'])}; KV caches {', '.join(row['kv_caches']) or 'none'}")
         for option in row["options"]:
             default = f"; default: {option['default']}" if option["default"] else ""
-            click.echo(f"    --{option['name']}: {option['takes']}{default}")
+            say(f"    --{option['name']}: {option['takes']}{default}")
         for name, quant in row["quant"].items():
             sizes = ", ".join("channel" if size == 0 else str(size) for size in quant["group_sizes"])
             groups = f"; groups of {sizes}" if sizes else ""  # none to choose
             note = f" ({quant['note']})" if quant["note"] else ""
-            click.echo(f"    {name}: {', '.join(map(str, quant['bits']))} bits{groups}{note}")
+            say(f"    {name}: {', '.join(map(str, quant['bits']))} bits{groups}{note}")

@@ -11,9 +11,9 @@ import click
 import msgspec
 from msgspec import Meta
 
-from optc.cli.common import F, emit, json_option, progress, stderr
+from optc.cli.common import F, emit, json_option, progress, say, stderr
 from optc.cli.options import Settings, add_flags, flag, given_flags, struct_flags
-from optc.compiler.diagnostics import UsageError
+from optc.compiler.diagnostics import UsageError, printable
 from optc.training.config import TrainConfig
 from optc.training.recipe import FIELDS, load_config
 
@@ -114,7 +114,7 @@ def make_config(recipe_file: str | None, options: TrainOptions, keys: Mapping[st
 
 def _show(result: dict[str, Any]) -> None:
     last = result["last"]
-    click.echo(
+    say(
         f"{result['output']}: {result['steps']} steps, loss {_number(result['first_loss'])} -> {_number(result['last_loss'])}, "
         f"{result['tokens']} tokens in {result['seconds']:.1f} s"
     )
@@ -123,7 +123,7 @@ def _show(result: dict[str, Any]) -> None:
             f"  {result['skipped']} of {result['steps']} steps made no update; log.jsonl says why", markup=False
         )
     for note in result["notes"]:
-        stderr().print(f"  {note}", markup=False, soft_wrap=True)
+        stderr().print(printable(f"  {note}"), markup=False, soft_wrap=True)
     memory = last["memory"]
     if memory is not None:
         parts = ", ".join(

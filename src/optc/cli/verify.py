@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from optc.cli.common import emit, json_option
+from optc.cli.common import emit, json_option, say
 
 
 @click.command()
@@ -34,6 +34,4 @@ def verify(folder: Path, as_json: bool) -> None:
 
 
 def _show(result: dict[str, Any]) -> None:
-    click.echo(
-        f"{result['artifact']}: intact ({result['files']} files, {result['bytes'] / 1e6:.1f} MB, {result['target']})"
-    )
+    say(f"{result['artifact']}: intact ({result['files']} files, {result['bytes'] / 1e6:.1f} MB, {result['target']})")

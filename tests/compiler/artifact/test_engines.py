@@ -13,7 +13,7 @@ from optc.compiler.artifact.engines import (
     AOTINDUCTOR,
     ENTRY_POINTS,
     Engine,
-    check_files,
+    check_facts,
     engines,
     find_engine,
 )
@@ -48,10 +48,17 @@ def test_engine_opens_listed_files_only() -> None:
         "weights": "model.safetensors",
         "runner": "generate.py",
     }
-    check_files(AOTINDUCTOR, info, listed, "folder")
+    info |= {"inputs": [], "constants": {}}
+    needs = {"machine": "x86_64", "torch": "2.13", "cpu_flags": ["avx2"]}
+    check_facts(AOTINDUCTOR, info, needs, listed, "folder")
     with pytest.raises(ArtifactError, match="does not list") as caught:
-        check_files(AOTINDUCTOR, {**info, "library": "../evil.so"}, listed, "folder")
+        check_facts(AOTINDUCTOR, {**info, "library": "../evil.so"}, needs, listed, "folder")
     assert caught.value.why == "'library' is '../evil.so'"
+    for broken in ({**info, "constants": 3}, {**info, "inputs": [{"name": 1}]}, {**info, "block_size": -1}):
+        with pytest.raises(ArtifactError, match="what optc does not write"):
+            check_facts(AOTINDUCTOR, broken, needs, listed, "folder")
+    with pytest.raises(ArtifactError, match="what optc does not write"):
+        check_facts(AOTINDUCTOR, info, {"machine": "x86_64", "torch": 2}, listed, "folder")
 
 
 def test_engine_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def _contract(**changes: Any) -> Contract:
         ({}, {"threads": 0}, UsageError, "threads 0 is out of range"),
         ({}, {"num_blocks": 8}, UsageError, "kv-blocks has no effect here"),
         ({}, {}, ArtifactError, "the ONNX model is damaged or not trusted"),
-        ({"engine_info": {}}, {}, ArtifactError, "the ONNX model is damaged or not trusted"),
+        ({"engine_info": {}}, {}, ArtifactError, "what optc does not write"),
         ({"engine_info": {"model": "../model.onnx"}}, {}, ArtifactError, "the manifest does not list"),
     ],
 )

@@ -1,0 +1,30 @@
+"""What once ended in a traceback, a hang or a crash is read again: each input succeeds or is refused (see `make fuzz`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fuzz.campaign import READERS, outcome
+from fuzz.readers import Reader
+from fuzz.seeds import Seeds
+
+CORPUS = Path(__file__).parent.parent / "fuzz" / "corpus"
+KEPT = sorted((path.name, tuple(sorted(path.iterdir()))) for path in CORPUS.iterdir())
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Seeds:
+    return Seeds(tmp_path_factory.mktemp("seeds"))
+
+
+@pytest.mark.parametrize(("name", "folders"), KEPT, ids=[name for name, _ in KEPT])
+def test_what_failed_before_is_read_or_refused(name: str, folders: tuple[Path, ...], seeds: Seeds) -> None:
+    reader: Reader = READERS[name](seeds, seeds.folder / name)
+    faults = []
+    for folder in folders:
+        (path,) = (path for path in folder.rglob("*") if path.is_file())
+        kind, more = outcome(reader, (str(path.relative_to(folder)), path.read_bytes()))
+        if kind == "fault":
+            faults.append((folder.name, more))
+    assert not faults

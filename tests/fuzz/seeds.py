@@ -1,0 +1,105 @@
+"""What is mutated: a tiny model, and what optc makes of it, made once in a folder that is given."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PROMPT_TEXT = "The quick brown fox jumps over the lazy dog and reads the sea, all night long. " * 12
+
+
+class Seeds:
+    """Folders by name; each is made when it is asked for, and kept.
+
+    Args:
+        folder: where they lie; may be one of an earlier run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def model(self) -> Path:
+        """A Llama of one layer with a tokenizer of characters."""
+        return self._made("model", _write_model)
+
+    def text(self) -> Path:
+        """A text that is long enough for the gate, calibration and training."""
+        path = self.folder / "text.txt"
+        if not path.exists():
+            path.write_text(PROMPT_TEXT)
+        return path
+
+    def compiled(self, name: str, *arguments: str) -> Path:
+        """An artifact of the model: `optc compile MODEL ARGUMENTS`."""
+        return self._made(name, lambda place: _optc("compile", self.model(), *arguments, "-o", place))
+
+    def stages(self) -> list[Path]:
+        """Finished stages of a work folder."""
+
+        def make(place: Path) -> None:
+            place.mkdir()
+            out = self.folder / "stages-artifact"
+            _optc("compile", self.model(), "--target", "onnx-cpu", "--work-dir", place, "-o", out, "--force")
+
+        return sorted(path.parent for path in self._made("stages", make).rglob("graph.json"))
+
+    def _made(self, name: str, make: Callable[[Path], Any]) -> Path:
+        place = self.folder / name
+        if not place.exists():
+            part = self.folder / f"{name}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            make(part)
+            part.rename(place)
+        return place
+
+
+def split_safetensors(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """(header, tensors) of a safetensors file."""
+    size = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def _optc(*arguments: object) -> None:
+    from optc.cli.main import main
+
+    try:
+        main([str(item) for item in arguments])
+    except SystemExit as done:
+        if done.code not in (0, None):
+            raise RuntimeError(f"optc {arguments} ended with {done.code}") from done
+
+
+def _write_model(folder: Path) -> None:
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        vocab_size=128,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(4.0)
+    model.save_pretrained(folder)
+    letters = [chr(code) for code in range(32, 127)] + ["\n"]
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: i + 3 for i, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
