@@ -1,4 +1,4 @@
-"""Plain files: reading one that a user or a folder names, and the hash of one."""
+"""Plain files: reading one that a user or a folder names, hashes of one and of a folder, stamps, syncing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import os
 import stat
 from pathlib import Path
+from typing import NamedTuple
 
 from optc.compiler.diagnostics import InputError, os_errors
 
@@ -39,6 +40,79 @@ def read_plain(path: Path, action: str, *, most: int = MOST_BYTES, follow: bool 
                 why = f"it has {info.st_size} bytes, more than {most}"
                 raise InputError(f"failed while {action}", where=where, why=why, remedy="give a smaller file")
             return file.read()
+
+
+class FileStamp(NamedTuple):
+    """Device, number, size in bytes, and time of the last write in nanoseconds."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+def file_stamp(path: Path) -> FileStamp:
+    """What tells a file from what it is after a write, and from another one in its place.
+
+    Raises:
+        OSError: it cannot be asked for.
+    """
+    found = path.stat()
+    return FileStamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+SUMS = "SHA256SUMS"
+
+
+def write_sums(folder: Path) -> None:
+    """Write the hashes of a folder's files into it, as `sha256sum` would.
+
+    Raises:
+        OSError: a file cannot be read, or the sums cannot be written.
+    """
+    rows = [f"{sha256_of(folder / name)}  {name}\n" for name in _file_names(folder)]
+    (folder / SUMS).write_text("".join(rows), encoding="utf-8")
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder that has its hashes in it (`write_sums`); None of a sound one.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    try:
+        rows = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return f"it has no {SUMS}: it was not written whole, or by another version of optc"
+    except UnicodeDecodeError:
+        return f"{SUMS} was changed"
+    listed = {name: digest for digest, _, name in (row.partition("  ") for row in rows)}
+    found = _file_names(folder)
+    if sorted(listed) != found:
+        return f"{sorted(listed.keys() ^ set(found))[0]!r} is not both in the folder and in {SUMS}"
+    for name, digest in listed.items():
+        if sha256_of(folder / name) != digest:
+            return f"'{name}' was changed after it was written"
+    return None
+
+
+def _file_names(folder: Path) -> list[str]:
+    """Of plain files, sorted; anything else than a folder counts as one, and cannot be read."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(name for name in (path.relative_to(folder).as_posix() for path in paths) if name != SUMS)
 
 
 def sha256_of(path: Path) -> str:

@@ -5,6 +5,7 @@ A checkpoint is a folder RUN/checkpoints/step-00000040 with
     checkpoint.json        step, data position, loss scale, the optimizer's plain values, what the run is about
     model.safetensors      trainable parameters and persistent buffers, by name (frozen weights are the model folder's)
     optimizer.safetensors  the optimizer's tensors, as PARAMETER::KEY
+    SHA256SUMS             hashes of these, checked before one of them is read
 
 Random numbers need no state: every generator is seeded at the beginning of each step from seed, step and rank.
 """
@@ -25,11 +26,11 @@ from torch import Tensor, nn
 
 from optc.compiler.artifact.publishing import write_folder
 from optc.compiler.diagnostics import JSON_ERRORS, InputError, os_errors
-from optc.compiler.files import read_plain
+from optc.compiler.files import damage, read_plain, write_sums
 from optc.training.data import Position
 from optc.training.optimizers import place_state, plain_values
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,12})")
 _FREE = (
     "model",
@@ -116,6 +117,7 @@ def save(run: Path, state: RunState, model: nn.Module, optimizer: torch.optim.Op
         save_file(_model_tensors(model), directory / "model.safetensors")
         save_file(tensors, directory / "optimizer.safetensors")
         (directory / "checkpoint.json").write_bytes(msgspec.json.format(msgspec.json.encode(state)))
+        write_sums(directory)
     remove_oldest(run, keep)
     return folder
 
@@ -138,6 +140,23 @@ def read_state(folder: Path) -> RunState:
     path = folder / "checkpoint.json"
     data = read_plain(path, "reading the checkpoint")
     return check_format(decode(data, RunState, path), path)
+
+
+def check_whole(folder: Path) -> None:
+    """Hold a checkpoint to the hashes that were written with it.
+
+    Raises:
+        InputError: a file is missing, was changed, or cannot be read.
+    """
+    with os_errors("reading the checkpoint", str(folder)):
+        why = damage(folder)
+    if why is not None:
+        raise InputError(
+            "the checkpoint is damaged",
+            where=str(folder),
+            why=why,
+            remedy="remove this checkpoint's folder; the one before it is used then",
+        )
 
 
 def decode(data: bytes, cls: type[T], path: Path) -> T:

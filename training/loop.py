@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from optc.compiler.artifact.publishing import check_output, write_folder
-from optc.compiler.diagnostics import JSON_ERRORS, GateError, InputError, UsageError, os_errors, ran_out_of_memory
+from optc.compiler.artifact.publishing import check_output, remove_folder, write_folder
+from optc.compiler.diagnostics import JSON_ERRORS, GateError, InputError, UsageError, ran_out_of_memory
 from optc.compiler.files import read_plain
 from optc.training import checkpoint
 from optc.training.checkpoint import RunState
 from optc.training.config import TrainConfig
 from optc.training.deepspeed_zero import gather_state
 from optc.training.export import write_trained
+from optc.training.held_run import held_run, unfinished
 from optc.training.metrics import MetricsLog, StepRecord
 from optc.training.out_of_memory import out_of_memory
 from optc.training.result import SUMMARY, TrainResult, left_experts
@@ -69,11 +70,7 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None =
     if world.rank == 0:
         check_output(output, force=False)
         if not resume and folder.exists():
-            raise InputError(
-                "an unfinished run of this output exists",
-                where=str(folder),
-                remedy="continue it with --resume, or remove the folder",
-            )
+            raise unfinished(folder)
     ours = not dist.is_initialized()
     with _memory_errors(config, world):
         result = _run(config, world, folder, resume, on_step)
@@ -87,17 +84,16 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None =
 def _run(config: TrainConfig, world: World, folder: Path, resume: bool, on_step: OnStep | None) -> TrainResult | None:
     run = prepare(config, world)
     start = _initial_state(run)
-    resumed = resume_run(run, start, folder) if resume else None
-    with os_errors("making the run's folder", str(folder)):
-        folder.mkdir(parents=True, exist_ok=True)
-    records = _steps(run, resumed or start, folder, on_step)
-    whole = _whole_model(run)
-    if world.rank > 0:
-        return None
-    assert whole is not None
-    result = _result(run, resumed or start, records, resumed)
-    _publish(run, whole, result, records, folder)
-    return result
+    with held_run(folder, new=not resume) if world.rank == 0 else nullcontext():
+        resumed = resume_run(run, start, folder) if resume else None
+        records = _steps(run, resumed or start, folder, on_step)
+        whole = _whole_model(run)
+        if world.rank > 0:
+            return None
+        assert whole is not None
+        result = _result(run, resumed or start, records, resumed)
+        _publish(run, whole, result, records, folder)
+        return result
 
 
 def _initial_state(run: Run) -> RunState:
@@ -126,6 +122,8 @@ def _steps(run: Run, state: RunState, folder: Path, on_step: OnStep | None) -> l
                 if on_step is not None:
                     on_step(record)
             if every and (run.step % every == 0 or run.step == config.max_steps):
+                if log is not None:
+                    log.sync()
                 last_good = str(save_run(run, state, folder))
         return [] if log is None else log.records
     finally:
@@ -197,7 +195,7 @@ def _publish(run: Run, model: nn.Module, result: TrainResult, records: list[Step
         write_train_report(directory, result, records)
         (directory / SUMMARY).write_bytes(msgspec.json.format(msgspec.json.encode(result)))
     if not run.config.saving.keep_run:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
 
 
 def _finished(output: Path, folder: Path) -> TrainResult | None:
@@ -213,7 +211,8 @@ def _finished(output: Path, folder: Path) -> TrainResult | None:
         raise InputError("the summary of the run is damaged", where=str(path), why=str(error)) from error
     if found and read_state(found[-1]).run != result.run:
         return None
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_dir():
+        remove_folder(folder)
     return result
 
 

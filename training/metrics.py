@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from optc.compiler.analysis.module_linears import output_head
 from optc.compiler.capture.facts import text_config
 from optc.compiler.diagnostics import JSON_ERRORS, InputError, UsageError, os_errors
-from optc.compiler.files import read_plain
+from optc.compiler.files import read_plain, sync_folder
 
 # Dense peak in TFLOP/s (1e12) of tensor cores, from the makers' data sheets: bf16 and fp16, and TF32 for fp32.
 _PEAKS = {"H100": (989.0, 494.0), "H200": (989.0, 494.0), "A100": (312.0, 156.0)}
@@ -147,11 +147,16 @@ class MetricsLog:
     def __init__(self, run: Path, *, step: int, tensorboard: bool) -> None:
         self.path = run / "log.jsonl"
         self.records = [row for row in read_log(self.path) if row.step <= step] if self.path.exists() else []
+        self._check_steps(step)
         with os_errors("writing the log", str(self.path)):
             lines = b"".join(msgspec.json.encode(row) + b"\n" for row in self.records)
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_bytes(lines)
+            with temporary.open("wb") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, self.path)
+            sync_folder(run)
             self._file = self.path.open("ab")
         self._writer = _summary_writer(run / "tensorboard", step) if tensorboard else None
 
@@ -175,6 +180,23 @@ class MetricsLog:
                 value = getattr(record, key)
                 if value is not None:
                     self._writer.add_scalar(key, value, record.step)
+
+    def sync(self) -> None:
+        """Make the steps so far as durable as the checkpoint that is written next."""
+        with os_errors("writing the log", str(self.path)):
+            os.fsync(self._file.fileno())
+
+    def _check_steps(self, step: int) -> None:
+        """Refuse a log that lacks steps of the checkpoint."""
+        found = [row.step for row in self.records]
+        if found != list(range(1, step + 1)):
+            lost = next((i for i, number in enumerate([*found, 0], 1) if number != i), step)
+            raise InputError(
+                f"the log of the run lacks step {lost} of {step}",
+                where=str(self.path),
+                why="its checkpoint has that step; the log was changed or lost",
+                remedy="remove the run's folder and start again, or put the log back",
+            )
 
     def close(self) -> None:
         """Close the files."""

@@ -77,6 +77,7 @@ def resume_run(run: Run, now: RunState, folder: Path) -> RunState | None:
     found = checkpoint.checkpoints(folder)
     if not found:
         return None
+    checkpoint.check_whole(found[-1])
     state = read_state(found[-1])
     checkpoint.check_same_run(found[-1], state, now)
     layout = _layout_of(found[-1])

@@ -24,7 +24,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from optc.compiler.artifact.publishing import write_folder
 from optc.compiler.diagnostics import JSON_ERRORS, InputError, os_errors
-from optc.compiler.files import read_plain
+from optc.compiler.files import read_plain, write_sums
 from optc.training.optimizers import counter_device, plain_values
 
 _STATE = "state.json"
@@ -74,6 +74,10 @@ def shared_folder(folder: Path) -> Iterator[Path]:
         if place[0] is None:
             raise InputError("rank 0 could not make the checkpoint's folder", where=str(folder))
         yield Path(place[0])
+        dist.barrier()  # all files are there
+        if dist.get_rank() == 0:
+            with os_errors("writing the checkpoint", str(folder)):
+                write_sums(Path(place[0]))
 
 
 def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

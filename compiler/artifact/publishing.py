@@ -14,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from optc.compiler.artifact.manifest import FILE_NAME
 from optc.compiler.diagnostics import InputError, OptcError, ResourceError, os_errors
 
 _MARK = b'"optc_version"'
+_LEFT = re.compile(r"\..+\.(?:tmp|old|gone)-(?P<pid>\d{1,7})-[0-9a-f]{8}")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
@@ -55,7 +57,7 @@ def write_folder(output: Path, *, force: bool) -> Iterator[Path]:
     """
     output = _absolute(output)
     check_output(output, force)
-    _remove_abandoned(output, "tmp")
+    _remove_abandoned(output, "tmp|gone")
     temporary, parents, lock = _sibling(output, "tmp"), _missing_parents(output), -1
     try:
         with disk_errors(output):
@@ -66,8 +68,7 @@ def write_folder(output: Path, *, force: bool) -> Iterator[Path]:
             yield temporary
             _sync_tree(temporary)
             _publish(temporary, output, force)
-            for folder in (output, *parents):
-                _sync(folder.parent)
+        _sync_names(output, parents)
     finally:
         # After an exchange this is the replaced artifact; after a plain rename there is nothing here.
         shutil.rmtree(temporary, ignore_errors=True)
@@ -79,7 +80,42 @@ def write_folder(output: Path, *, force: bool) -> Iterator[Path]:
     _remove_abandoned(output, "old")
 
 
-def leftovers(output: Path, kind: str = "tmp|old") -> dict[Path, int]:
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that it is whole or gone: it is renamed first. What a kill leaves, the next run removes.
+
+    Raises:
+        InputError: it cannot be renamed.
+    """
+    aside = _sibling(folder, "gone")
+    with os_errors("removing a folder", str(folder)):
+        os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)  # what cannot be removed costs only space
+
+
+def remove_abandoned(output: Path) -> None:
+    """Remove what killed runs left beside an output.
+
+    Raises:
+        InputError: the folder cannot be read.
+    """
+    _remove_abandoned(_absolute(output), "tmp|gone")
+
+
+def remove_abandoned_in(folder: Path) -> None:
+    """Remove what killed runs left in a folder of their own, for outputs of any name.
+
+    Raises:
+        InputError: the folder cannot be read.
+    """
+    with os_errors("looking for interrupted runs", str(folder)):
+        found = [path for path in folder.iterdir() if _LEFT.fullmatch(path.name)] if folder.is_dir() else []
+        for path in found:
+            match = _LEFT.fullmatch(path.name)
+            if match and path.is_dir() and not path.is_symlink():
+                _remove_if_abandoned(path, int(match["pid"]))
+
+
+def leftovers(output: Path, kind: str = "tmp|old|gone") -> dict[Path, int]:
     """Folders beside `output` that a run made for it -> the pid of that run."""
     pattern = re.compile(rf"\.{re.escape(output.name)}\.(?:{kind})-(\d{{1,7}})-[0-9a-f]{{8}}")
     found = {}
@@ -196,6 +232,19 @@ def _sync_tree(folder: Path) -> None:
     _sync(folder)
 
 
+def _sync_names(output: Path, parents: list[Path]) -> None:
+    """Make the new names durable. The output stands already: that a power loss may undo it is no failure of the run."""
+    try:
+        for folder in (output, *parents):
+            _sync(folder.parent)
+    except OSError as error:
+        warnings.warn(
+            f"{output} is written, but its name could not be synced to the disk ({error}): a power loss may undo it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
@@ -219,9 +268,13 @@ def _remove_abandoned(output: Path, kind: str) -> None:
     """Remove what killed runs left. The old artifact of a crashed swap stays until a new one stands."""
     with os_errors("looking for interrupted runs", str(output.parent)):
         for folder, pid in leftovers(output, kind).items():
-            with contextlib.suppress(FileNotFoundError):  # another run removed it just now
-                if _is_dead(pid) and not _is_held(folder):
-                    shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed costs only space
+            _remove_if_abandoned(folder, pid)
+
+
+def _remove_if_abandoned(folder: Path, pid: int) -> None:
+    with contextlib.suppress(FileNotFoundError):  # another run removed it just now
+        if _is_dead(pid) and not _is_held(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # what cannot be removed costs only space
 
 
 def _is_dead(pid: int) -> bool:

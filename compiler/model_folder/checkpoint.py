@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import re
@@ -16,6 +17,7 @@ import msgspec
 import torch
 
 from optc.compiler.diagnostics import InputError
+from optc.compiler.files import FileStamp, file_stamp
 from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.formats.safetensors_header import TensorInfo, damaged, read_header, shown
 from optc.compiler.ir.lazy_weights import materialized
@@ -40,6 +42,7 @@ class CheckpointInfo:
         tensors: name -> where it lies, of all weight files.
         has_tokenizer: a tokenizer.json is there; without it only token ids work.
         trusted: code from the folder may run.
+        stamps: name of config.json and of each weight file -> what tells it from another that takes its place.
     """
 
     path: Path
@@ -47,6 +50,7 @@ class CheckpointInfo:
     tensors: dict[str, TensorInfo]
     has_tokenizer: bool
     trusted: bool = False
+    stamps: Mapping[str, FileStamp] = dataclasses.field(default_factory=dict)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -89,7 +93,9 @@ def check_folder(path: Path, *, trust_remote_code: bool | None = None) -> Checkp
     with _reading(path):
         config = read_config(path, trust_remote_code=trust_remote_code)
         tensors = _tensors(path)
-    return CheckpointInfo(path, config, tensors, (path / "tokenizer.json").is_file(), bool(trust_remote_code))
+        stamps = {name: file_stamp(path / name) for name in (CONFIG, *{tensor.file for tensor in tensors.values()})}
+    has_tokenizer = (path / "tokenizer.json").is_file()
+    return CheckpointInfo(path, config, tensors, has_tokenizer, bool(trust_remote_code), stamps)
 
 
 def check_values(info: CheckpointInfo) -> None:
@@ -152,16 +158,24 @@ def tied_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def weights_digest(info: CheckpointInfo) -> str:
-    """sha256 over all weight files: what `sha256sum FILES | sha256sum` prints, names sorted."""
+    """sha256 over all weight files: what `sha256sum FILES | sha256sum` prints, names sorted.
+
+    Raises:
+        InputError: a file is not the one that was checked and read.
+    """
     digest = hashlib.sha256()
     for file in info.files:
-        digest.update(f"{_sha256(info.path / file)}  {file}\n".encode())
+        digest.update(f"{_sha256(info, file)}  {file}\n".encode())
     return digest.hexdigest()
 
 
 def config_digest(info: CheckpointInfo) -> str:
-    """sha256 of config.json."""
-    return _sha256(info.path / CONFIG)
+    """sha256 of config.json.
+
+    Raises:
+        InputError: it is not the file that was read.
+    """
+    return _sha256(info, CONFIG)
 
 
 # -- weights -------------------------------------------------------------------------------------
@@ -305,6 +319,16 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _sha256(path: Path) -> str:
+def _sha256(info: CheckpointInfo, name: str) -> str:
+    """The hash of a file that is the one whose stamp was taken when the folder was checked."""
+    path = info.path / name
     with _reading(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if name in info.stamps and file_stamp(path) != info.stamps[name]:
+            raise InputError(
+                f"{name} was changed while it was read",
+                where=str(path),
+                why="it is not the file that was checked at the beginning",
+                remedy="run again when nothing writes into the model's folder",
+            )
+    return digest

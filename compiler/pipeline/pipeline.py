@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from optc.compiler.artifact.manifest import PassRecord
+from optc.compiler.artifact.publishing import remove_abandoned_in
 from optc.compiler.diagnostics import NoMatchError, os_errors
 from optc.compiler.execution.drift import Drift, measure
 from optc.compiler.execution.probe import Probe, for_streaming, random_probe, run_probe
@@ -137,6 +138,8 @@ class _Run:
             key = hashlib.sha256(f"{key} {step.rewrite!r}".encode()).hexdigest()
             keys.append(key)
         capture = program
+        if self.options.work_dir:
+            remove_abandoned_in(self.options.work_dir)
         start, program = self._resume(program, keys)
         if start < len(self.steps):
             self.first = run_probe(capture, self.probe)

@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import msgspec
 
 from optc.compiler.artifact.manifest import PassRecord
-from optc.compiler.diagnostics import JSON_ERRORS, InputError, os_errors
+from optc.compiler.artifact.publishing import write_folder
+from optc.compiler.diagnostics import JSON_ERRORS, ArtifactError, os_errors
+from optc.compiler.files import damage, read_plain, write_sums
 from optc.compiler.ir.program import Program
 
 _RECORD = "record.json"
 
 
 def save_stage(folder: Path, program: Program, record: PassRecord) -> None:
-    """Write a stage to a temporary sibling and rename it: it is whole or it is absent."""
-    with os_errors("saving a stage", str(folder)):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".stage-", dir=folder.parent))
-        try:
-            program.save(temporary)
-            (temporary / _RECORD).write_bytes(msgspec.json.encode(record))
-            os.rename(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    """Write a stage, synced and with the hashes of its files: it is whole or it is absent.
+
+    Raises:
+        InputError, ResourceError: it cannot be written, or the disk is full.
+    """
+    with write_folder(folder, force=False) as directory:
+        program.save(directory)
+        (directory / _RECORD).write_bytes(msgspec.json.encode(record))
+        write_sums(directory)
 
 
 def load_stage(folder: Path) -> tuple[Program, PassRecord]:
     """Read a stage back.
 
     Raises:
-        InputError, ArtifactError: the stage is damaged.
+        ArtifactError: a file was changed since it was written.
+        InputError, ResourceError: it cannot be read.
     """
     with os_errors("reading a stage", str(folder)):
-        data = (folder / _RECORD).read_bytes()
+        why = damage(folder)
+    if why is not None:
+        raise _damaged(folder, why)
     try:
-        record = msgspec.json.decode(data, type=PassRecord)
+        record = msgspec.json.decode(read_plain(folder / _RECORD, "reading a stage"), type=PassRecord)
     except JSON_ERRORS as error:
-        raise InputError(
-            "a saved stage is damaged",
-            where=str(folder / _RECORD),
-            why=str(error),
-            remedy="delete the work folder",
-        ) from error
+        raise _damaged(folder / _RECORD, str(error)) from error
     return Program.load(folder), record
+
+
+def _damaged(path: Path, why: str) -> ArtifactError:
+    return ArtifactError(
+        "a saved stage is damaged", where=str(path), why=why, remedy="delete this folder and run again"
+    )

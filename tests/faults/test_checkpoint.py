@@ -186,8 +186,8 @@ def test_config_that_is_not_text(tmp_path: Path) -> None:
 def test_oversized_config_is_not_read(tmp_path: Path) -> None:
     with (make_model(tmp_path) / "config.json").open("ab") as file:
         file.truncate(65 << 20)  # sparse
-    where, why = tmp_path / "config.json", f"{65 << 20} bytes"
-    refused(lambda: check_folder(tmp_path), "the file is too large", where, why, "download the file again")
+    where, why = tmp_path / "config.json", f"it has {65 << 20} bytes, more than {64 << 20}"
+    refused(lambda: check_folder(tmp_path), "failed while reading the model's files", where, why, "give a smaller file")
 
 
 @pytest.mark.parametrize(

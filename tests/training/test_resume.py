@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import interrupted, small_config, small_model, token_file
 
 from optc.compiler.diagnostics import InputError
+from optc.compiler.files import write_sums
 from optc.training import checkpoint
 from optc.training.config import TrainConfig
 from optc.training.loop import run_folder, train
@@ -147,6 +148,7 @@ def test_only_the_newest_checkpoints_stay(start: tuple[Path, Path], tmp_path: Pa
     found = checkpoint.checkpoints(run_folder(tmp_path / "out"))
     assert [path.name for path in found] == ["step-00000004", "step-00000005"]
     assert sorted(item.name for item in found[-1].iterdir()) == [
+        "SHA256SUMS",
         "checkpoint.json",
         "model.safetensors",
         "optimizer.safetensors",
@@ -194,12 +196,14 @@ class TestRefused:
         path = checkpoint.checkpoints(run_folder(tmp_path / "out"))[-1] / "model.safetensors"
         tensors = load_file(path)
         save_file({**tensors, "model.norm.weight": torch.ones(3)}, path)
+        write_sums(path.parent)
         with pytest.raises(InputError, match="belongs to another model") as found:
             train(stopped, resume=True)
         assert found.value.why == "model.norm.weight is (3,) in the checkpoint, (16,) in the model"
 
     def test_another_format(self, stopped: TrainConfig, tmp_path: Path) -> None:
         path = checkpoint.checkpoints(run_folder(tmp_path / "out"))[-1] / "checkpoint.json"
-        path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-        with pytest.raises(InputError, match="the checkpoint has format 2, this optc reads 1"):
+        path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
+        write_sums(path.parent)
+        with pytest.raises(InputError, match="the checkpoint has format 3, this optc reads 2"):
             train(stopped, resume=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from optc.compiler.diagnostics import os_errors
+from optc.compiler.diagnostics import JSON_ERRORS, os_errors
+from optc.compiler.files import read_plain
 from optc.compiler.rewriting.quantization_record import LinearRecord
 from optc.passes.quantization.arithmetic.grid import Grid
 
@@ -33,7 +35,10 @@ class _Header(msgspec.Struct, frozen=True):
 
 
 class GroupStore:
-    """A folder with one file per finished group; a file is whole or absent, a damaged one counts as absent."""
+    """A folder with one file per finished group; a file is whole or absent, a damaged one counts as absent.
+
+    The hash of a file is part of its name.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,33 +68,33 @@ class GroupStore:
             tensors[f"{index}.zero"] = grid.zero.contiguous().cpu()
         header = msgspec.json.encode(_Header(tuple(entry for entry, _, _ in entries))).decode()
         data = save_tensors(tensors, {"entries": header})
+        path = self.folder / f"{number:05d}.{hashlib.sha256(data).hexdigest()}.safetensors"
         with os_errors("saving a rounded group", str(self.folder)):
             handle, name = tempfile.mkstemp(dir=self.folder, prefix=".part-")
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(name, self._path(number))
+            os.replace(name, path)
 
     def load(self, number: int) -> list[tuple[Entry, torch.Tensor, Grid]] | None:
         """What `save` wrote for a group, or None when there is nothing usable."""
-        path = self._path(number)
-        if not path.is_file():
-            return None
-        with os_errors("reading a rounded group", str(path)):
-            data = path.read_bytes()
+        for path in sorted(self.folder.glob(f"{number:05d}.*.safetensors")):
+            data = read_plain(path, "reading a rounded group", follow=False)
+            if hashlib.sha256(data).hexdigest() == path.name.split(".")[1]:
+                return self._decoded(data)
+        return None
+
+    def _decoded(self, data: bytes) -> list[tuple[Entry, torch.Tensor, Grid]] | None:
         try:
             tensors = load_tensors(data)
             size = int.from_bytes(data[:8], "little")
             text = msgspec.json.decode(data[8 : 8 + size])["__metadata__"]["entries"]
             header = msgspec.json.decode(text, type=_Header)
             return [self._entry(index, entry, tensors) for index, entry in enumerate(header.entries)]
-        except (safetensors.SafetensorError, msgspec.DecodeError, KeyError):
-            return None  # damaged: it is computed again
+        except (safetensors.SafetensorError, KeyError, TypeError, *JSON_ERRORS):
+            return None  # of another version: it is computed again
 
     def _entry(self, index: int, entry: Entry, tensors: dict[str, torch.Tensor]) -> tuple[Entry, torch.Tensor, Grid]:
         codes, scale, zero = (tensors[f"{index}.{part}"] for part in ("codes", "scale", "zero"))
         return entry, codes.float(), Grid(scale, zero, entry.bits, entry.group_size, entry.symmetric)
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:05d}.safetensors"

@@ -104,9 +104,9 @@ def guarded(action: Callable[[], Any], *, as_json: bool) -> int:
     except LEAVES:
         raise
     except BaseException as error:  # noqa: BLE001 (a panic of a library in Rust is no Exception; all is told)
-        if ran_out_of_memory(error):
-            return fail(out_of_memory("running the command", why=described(error)), as_json)
         if isinstance(error, OSError):
             return fail(os_failure(error, "running the command"), as_json)
+        if ran_out_of_memory(error):
+            return fail(out_of_memory("running the command", why=described(error)), as_json)
         return fail(bug_error(error), as_json)
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from optc.cli.common import guarded
+from optc.cli.signals import ended_by_signals
 from optc.compiler.diagnostics import unknown_name
 from optc.compiler.version import version
 
@@ -111,4 +112,6 @@ def main(args: list[str] | None = None) -> None:
             click.echo("interrupted", err=True)
             sys.exit(130)
 
-    sys.exit(guarded(body, as_json="--json" in given))
+    with ended_by_signals():
+        code = guarded(body, as_json="--json" in given)
+    sys.exit(code)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.capture import capture_model, capture_module
-from optc.compiler.diagnostics import GateError, InputError, NoMatchError
+from optc.compiler.diagnostics import ArtifactError, GateError, NoMatchError
 from optc.compiler.execution.probe import random_probe
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import replace_call, set_weight
@@ -178,7 +178,7 @@ def test_damaged_stage_is_named(llama: Program, tmp_path: Path) -> None:
     Pipeline([NeverPass(first=0)]).run(llama, options)
     (record,) = tmp_path.glob("*/record.json")
     record.write_text("{")
-    with pytest.raises(InputError, match=r"record\.json"):
+    with pytest.raises(ArtifactError, match=r"record\.json"):
         Pipeline([NeverPass(first=0)]).run(llama, options)
 
 
