@@ -59,6 +59,17 @@ class ArchiveError(PackageError):
     """A package that must not be unpacked."""
 
 
+_libraries: set[str] = set()
+
+
+def _load_operators(path: Path) -> None:
+    """Load a library of operators, unless this process has one like it: each would replace the kernels of the last."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest not in _libraries:
+        torch.ops.load_library(str(path))
+        _libraries.add(digest)
+
+
 class Package:
     """A loaded package: called with its inputs, flat and in order, it returns its outputs.
 
@@ -83,7 +94,7 @@ class Package:
         self._weights: dict[str, Tensor] = {}
         self._specs = [_Spec(item) for item in info["inputs"]]
         if info["library"]:
-            torch.ops.load_library(str(_file(folder, info["library"])))
+            _load_operators(_file(folder, info["library"]))
         path = _file(folder, info["model"])
         check_archive(path)
         try:

@@ -35,7 +35,19 @@ class Tokenizer:
     @functools.cached_property
     def longest_token(self) -> int:
         """Characters of the longest token as the vocabulary writes it, at least the bytes of its text."""
-        return max(map(len, self._core.get_vocab(with_added_tokens=True)), default=1)
+        return max(map(len, self.vocabulary), default=1)
+
+    def first_difference(self, other: Tokenizer) -> tuple[int, str | None, str | None] | None:
+        """The smallest id that has different tokens here and there (None: no token), with both; None where all are equal."""
+        ours, theirs = ({number: token for token, number in item.vocabulary.items()} for item in (self, other))
+        different = (number for number in ours.keys() | theirs.keys() if ours.get(number) != theirs.get(number))
+        first = min(different, default=None)
+        return None if first is None else (first, ours.get(first), theirs.get(first))
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each token, as the vocabulary writes it; added tokens included."""
+        return dict(self._core.get_vocab(with_added_tokens=True))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids, with the special tokens that `tokenizer.json` adds (as transformers does) unless told not to."""

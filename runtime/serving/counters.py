@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from optc.runtime.serving.request import EngineInfo, EngineMetrics
+from optc.runtime.speculative.figures import SpeculativeFigures
 
 STATUSES = (200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 431, 499, 500, 503, 504)
 """Of answers; 499 is a client that left before its answer."""
@@ -131,3 +132,33 @@ def _engine(info: EngineInfo, metrics: EngineMetrics) -> Iterator[str]:
     yield from _header("optc_engine_finished_total", "counter", "Requests that ended in the engine, by reason.")
     for reason, count in sorted(metrics.finished.items()):
         yield f'optc_engine_finished_total{{reason="{reason}"}} {count}'
+    if metrics.speculation is not None:
+        yield from _speculative(metrics.speculation)
+
+
+def _speculative(figures: SpeculativeFigures) -> Iterator[str]:
+    for name, kind, text, value in (
+        ("optc_draft_on", "gauge", "Whether tokens are drafted; 0 where it would be slower.", int(figures.on)),
+        (
+            "optc_draft_verified_total",
+            "counter",
+            "Drafts that were verified, one a step and request.",
+            figures.verified,
+        ),
+        ("optc_draft_seconds_total", "counter", "Time of the drafter.", f"{figures.draft_seconds:.9g}"),
+    ):
+        yield from _header(name, kind, text)
+        yield f"{name} {value}"
+    if figures.speedup is not None:
+        yield from _header("optc_draft_speedup", "gauge", "Of the last steps with drafts, against plain ones.")
+        yield f"optc_draft_speedup {figures.speedup:.6g}"
+    for name, text, counts in (
+        (
+            "optc_draft_tokens_total",
+            "Drafted tokens that were verified, by their place in the draft.",
+            figures.drafted_at,
+        ),
+        ("optc_draft_accepted_tokens_total", "Of them, accepted.", figures.accepted_at),
+    ):
+        yield from _header(name, "counter", text)
+        yield from (f'{name}{{position="{place}"}} {count}' for place, count in enumerate(counts))

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from optc.compiler.artifact.folder import verify
 from optc.compiler.artifact.manifest import Manifest
-from optc.compiler.diagnostics import TargetError
+from optc.compiler.diagnostics import OptcError, TargetError
 from optc.runtime.generation.tokenizer import eos_token_ids
 from optc.runtime.serving.device_runner import DeviceRunner
 from optc.runtime.serving.engine_options import EngineOptions
+from optc.runtime.serving.generating import generate_through
 from optc.runtime.serving.grammar import Grammars
 from optc.runtime.serving.model_runner import HostRunner
 from optc.runtime.serving.paged_engine import PagedEngine
 from optc.runtime.serving.request import Engine
 from optc.runtime.serving.session_engine import SessionEngine
-from optc.runtime.sessions.load import open_session
+from optc.runtime.sessions.load import Model, open_session
 from optc.runtime.sessions.paged import PagedSession
 from optc.runtime.sessions.session import Session
-from optc.runtime.speculative.opening import open_drafter
+from optc.runtime.speculative.drafter import Drafter
+from optc.runtime.speculative.opening import Verifying, open_drafter
+from optc.runtime.speculative.settings import Speculation
 
 
 def open_engine(folder: str | Path, manifest: Manifest | None = None, options: EngineOptions | None = None) -> Engine:
@@ -34,27 +38,40 @@ def open_engine(folder: str | Path, manifest: Manifest | None = None, options: E
     found = verify(folder) if manifest is None else manifest
     session = open_session(folder, found, threads=options.threads, num_blocks=options.num_blocks)
     stop_ids = eos_token_ids(folder, found.contract.model.eos_token_ids)
-    return engine_for(session, options, Grammars(folder, session.vocab_size, stop_ids))
+    try:
+        return engine_for(session, options, Grammars(folder, session.vocab_size, stop_ids), folder)
+    except OptcError:
+        session.close()
+        raise
 
 
-def engine_for(session: Session, options: EngineOptions, grammars: Grammars | None = None) -> Engine:
+def engine_for(
+    session: Session,
+    options: EngineOptions,
+    grammars: Grammars | None = None,
+    folder: Path | None = None,
+    drafter: Drafter | None = None,
+) -> Engine:
     """The engine over a session, which is the engine's from then on; without `grammars`, those of requests are refused.
+
+    Args:
+        folder: the session's artifact, whose tokenizer that of a model that drafts is compared with.
+        drafter: where it is open already; None opens the one that `options.speculation` names.
 
     Raises:
         TargetError: speculation, where the cache is not paged.
+        InputError, ArtifactError, TargetError: see `open_drafter`.
     """
     if not isinstance(session, PagedSession):
         if options.speculation is not None:
-            raise TargetError(
-                "the artifact cannot verify drafts",
-                why="its KV cache is not paged, and one step of it does not give the logits of several tokens",
-                remedy="compile it with --target inductor-cpu --kv-cache paged, or leave --speculative out",
-            )
+            raise _cannot_verify()
         return SessionEngine(session, options, grammars)
     model = session.model
     # Steps that follow each other on the device know no token that the host could draft from.
     runner = DeviceRunner if model.on_device and options.speculation is None else HostRunner
-    drafter = None if options.speculation is None else open_drafter(options.speculation)
+    if options.speculation is not None and drafter is None:
+        running, _ = options.batch(on_device=model.on_device)
+        drafter = drafter_for(session, options.speculation, folder, running=running, threads=options.threads)
     return PagedEngine(
         model,
         options,
@@ -64,3 +81,40 @@ def engine_for(session: Session, options: EngineOptions, grammars: Grammars | No
         on_close=session.close,
         device=session.device_name,
     )
+
+
+def drafter_for(
+    session: Session, speculation: Speculation, folder: Path | None, *, running: int, threads: int | None
+) -> Drafter:
+    """The drafter for a session of which so many requests run together; see `open_drafter`.
+
+    Raises:
+        TargetError: the session's cache is not paged.
+    """
+    if not isinstance(session, PagedSession):
+        raise _cannot_verify()
+    return open_drafter(speculation, Verifying(model=session.model, folder=folder, running=running, threads=threads))
+
+
+def _cannot_verify() -> TargetError:
+    return TargetError(
+        "the artifact cannot verify drafts",
+        why="its KV cache is not paged, and one step of it does not give the logits of several tokens",
+        remedy="compile it with --target inductor-cpu --kv-cache paged, or leave --speculative out",
+    )
+
+
+def speculate(model: Model, folder: Path, speculation: Speculation, *, threads: int | None = None) -> PagedEngine:
+    """Let a model generate through an engine that drafts; it is to be closed before the model.
+
+    Raises:
+        TargetError, InputError, ArtifactError: see `engine_for`; the model is closed then.
+    """
+    try:
+        engine = engine_for(model.session, EngineOptions(speculation=speculation, threads=threads), None, folder)
+    except OptcError:
+        model.close()
+        raise
+    assert isinstance(engine, PagedEngine)
+    model.generator = functools.partial(generate_through, engine)
+    return engine

@@ -199,6 +199,7 @@ def open_artifact(folder: Path, options: ServeOptions) -> Engine:
     """The engine of an artifact."""
     from optc.runtime.serving.engine import open_engine
     from optc.runtime.serving.engine_options import EngineOptions
+    from optc.runtime.speculative.settings import speculation_of
 
     chosen = EngineOptions(
         max_running=options.max_running,
@@ -206,6 +207,7 @@ def open_artifact(folder: Path, options: ServeOptions) -> Engine:
         token_budget=options.token_budget,
         threads=options.threads,
         num_blocks=options.kv_blocks,
+        speculation=speculation_of(options.speculative, options.draft, options.draft_tokens),
         warm_up=True,
     )
     return open_engine(folder, options=chosen)

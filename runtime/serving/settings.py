@@ -8,6 +8,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from optc.runtime.bounds import Count, Threads
+from optc.runtime.speculative.settings import DraftFlag, DraftTokens, MethodFlag
 
 API_KEY_VARIABLE = "OPTC_API_KEY"
 """It is read where the server starts, and not handed on to its processes."""
@@ -64,6 +65,9 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
         | None
     ) = None
     max_waiting: Annotated[Count, Meta(description="Requests that wait besides; more get 429.")] = 1024
+    speculative: MethodFlag | None = None
+    draft: DraftFlag | None = None
+    draft_tokens: DraftTokens | None = None
     max_prompt_tokens: (
         Annotated[Count, Meta(description="Longest prompt.", extra={"default": "what the context holds"})] | None
     ) = None

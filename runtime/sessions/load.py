@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.compiler.settings.fields import check_range, check_type
 from optc.runtime.bounds import Threads
-from optc.runtime.generation.generate import StopReason, generate
+from optc.runtime.generation.generate import GenerationResult, StopReason, generate
 from optc.runtime.generation.tokenizer import TextStream, Tokenizer, eos_token_ids, load_tokenizer
 from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.session import Session, SessionOptions
@@ -61,10 +62,15 @@ class GenerateOptions(TypedDict, total=False):
 
 
 class TextModel:
-    """A session with a tokenizer, and the ids that end a text."""
+    """A session with a tokenizer, and the ids that end a text.
+
+    Attributes:
+        generator: continues rows of tokens, as `generate` does over the session.
+    """
 
     def __init__(self, session: Session, tokenizer: Tokenizer | None, stop_ids: tuple[int, ...]) -> None:
         self.session, self.tokenizer, self.stop_ids = session, tokenizer, stop_ids
+        self.generator: Callable[..., GenerationResult] = functools.partial(generate, session)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text.
@@ -123,8 +129,7 @@ class TextModel:
         )
         rows = self._rows(prompts)
         streams = _Streams(self.tokenizer, len(rows), on_text)
-        result = generate(
-            self.session,
+        result = self.generator(
             rows,
             max_new_tokens=max_new_tokens,
             sampling=sampling,

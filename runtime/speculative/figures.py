@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec import Struct
 
 
@@ -24,6 +26,20 @@ class SpeculativeFigures(Struct, frozen=True, kw_only=True):
     draft_seconds: float = 0.0
     on: bool = True
     speedup: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, with what follows from the counters."""
+        return {
+            "method": self.method,
+            "acceptance_length": self.acceptance_length,
+            "acceptance_by_position": self.acceptance_by_position,
+            "verified": self.verified,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
+            "draft_seconds": self.draft_seconds,
+            "on": self.on,
+            "speedup": self.speedup,
+        }
 
     @property
     def drafted_tokens(self) -> int:

@@ -1,23 +1,74 @@
-"""How a model is decoded speculatively."""
+"""How a model is decoded speculatively: flags of commands, and what engines are given."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-Method = Literal["ngram", "suffix"]
-DraftTokens = Annotated[int, Meta(ge=1, le=64)]
+from optc.compiler.diagnostics import UsageError
+
+Method = Literal["ngram", "suffix", "lookahead", "draft"]
+
+_DRAFT_TOKENS: dict[Method, int] = {"ngram": 8, "suffix": 8, "lookahead": 6, "draft": 4}
+
+MethodFlag = Annotated[
+    Method,
+    Meta(
+        description="Draft the next tokens and verify them in one step: by what followed the same tokens before (ngram, "
+        "suffix), by guesses that the model corrects (lookahead), or by a smaller model (draft)."
+    ),
+]
+DraftFlag = Annotated[
+    Path,
+    Meta(description="With --speculative draft: artifact of the smaller model; paged KV cache, the same tokenizer."),
+]
+DraftTokens = Annotated[
+    int,
+    Meta(
+        ge=1,
+        le=64,
+        description="With --speculative: most tokens drafted in a step.",
+        extra={"default": "ngram, suffix 8; lookahead 6; draft 4"},
+    ),
+]
 
 
 class Speculation(Struct, frozen=True, kw_only=True):
     """How an engine drafts.
 
     Attributes:
+        draft: artifact of the model that drafts, for the method "draft".
         draft_tokens: most of them in a step.
         adaptive: draft only while it is faster; see `switch`. False is for measuring.
     """
 
     method: Method
-    draft_tokens: DraftTokens = 8
+    draft: Path | None = None
+    draft_tokens: int = 4
     adaptive: bool = True
+
+
+def speculation_of(
+    method: Method | None, draft: Path | None, draft_tokens: int | None, *, adaptive: bool = True
+) -> Speculation | None:
+    """What the flags ask for; None where decoding is plain.
+
+    Raises:
+        UsageError: flags that do not go together.
+    """
+    if method is None:
+        for name, value in (("draft", draft), ("draft-tokens", draft_tokens)):
+            if value is not None:
+                raise UsageError(f"--{name} has no effect without --speculative", remedy="leave it out")
+        return None
+    if method == "draft" and draft is None:
+        raise UsageError("--speculative draft needs the model that drafts", remedy="give --draft ARTIFACT")
+    if method != "draft" and draft is not None:
+        raise UsageError(
+            f"--draft has no effect with --speculative {method}", remedy="leave it out, or give --speculative draft"
+        )
+    return Speculation(
+        method=method, draft=draft, draft_tokens=draft_tokens or _DRAFT_TOKENS[method], adaptive=adaptive
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from optc.runtime.serving.http.bodies import ChatBody, CompletionBody, GenerateB
 from optc.runtime.serving.http.errors import HttpError
 from optc.runtime.serving.http.state import ServerState
 from optc.runtime.serving.request import Generate
+from optc.runtime.serving.seeds import choice_seed
 from optc.runtime.serving.tool_calls import calls_are_read
 
 _DEFAULT_NEW_TOKENS = 16  # of completions, as OpenAI's
@@ -136,7 +136,7 @@ def _job(
     seed = secrets.randbits(63) if body.seed is None else body.seed & ((1 << 63) - 1)
     requests = []
     try:
-        samplings = [body.sampling(_seed(seed, choice)) for choice in range(body.n)]
+        samplings = [body.sampling(choice_seed(seed, choice)) for choice in range(body.n)]
     except UsageError as error:
         raise HttpError(400, error.what, code="invalid_parameter") from error
     for prompt in prompts:
@@ -169,13 +169,6 @@ def _job(
         usage=body.stream_options or StreamOptions(),
         tools=tools,
     )
-
-
-def _seed(seed: int, choice: int) -> int:
-    """The first choice has the seed that was given; each of the others one that follows from it."""
-    if choice == 0:
-        return seed
-    return int.from_bytes(hashlib.blake2b(f"{seed} {choice}".encode(), digest_size=7).digest(), "big")
 
 
 def _room(state: ServerState, prompt: list[int], limit: int | None) -> int:

@@ -10,6 +10,7 @@ import click
 from msgspec import Meta
 
 from optc.cli.bench_serve import LoadOptions, bench_serve
+from optc.cli.bench_speculative import bench_speculative
 from optc.cli.common import emit, json_option, progress, say
 from optc.cli.options import struct_flags
 from optc.cli.session_options import Save, kv_pool, sampling_of, save_figures
@@ -42,6 +43,9 @@ class BenchOptions(LoadOptions, frozen=True, kw_only=True):
         | None
     ) = None
     save: Save = False
+    text: (
+        Annotated[Path, Meta(description="With --speculative: text file that prompts are cut from, UTF-8.")] | None
+    ) = None
     device: (
         Annotated[
             DeviceName,
@@ -68,6 +72,7 @@ def bench(artifact: str, as_json: bool, options: BenchOptions) -> None:
     \b
     optc bench out/fiction-onnx
     optc bench out/fiction-onnx --prompt-length 128 --prompt-length 1024 --batch 4 --samples 10 --json
+    optc bench out/fiction-paged --speculative ngram --text book.txt
     optc bench --serve out/fiction-onnx --concurrency 1 --concurrency 16 --requests 64
     optc bench --serve http://127.0.0.1:8000 --rate 4 --slo-ttft-ms 500 --slo-tpot-ms 50
     """
@@ -75,17 +80,23 @@ def bench(artifact: str, as_json: bool, options: BenchOptions) -> None:
         _bench_serve(artifact, as_json, options)
     else:
         options.refuse_without_serve()
+        speculation = options.speculation(adaptive=False)
+        if speculation is not None:
+            bench_speculative(Path(artifact), as_json, options, speculation)
+            return
+        if options.text is not None:
+            raise UsageError("--text has no effect without --speculative", remedy="leave it out")
         _bench_session(Path(artifact), as_json, options)
 
 
-_OF_SESSIONS = ("batch", "samples", "save", "device")
+_OF_SESSIONS = ("batch", "samples", "save", "device", "text", "speculative", "draft", "draft_tokens")
 
 
 def _bench_serve(what: str, as_json: bool, options: BenchOptions) -> None:
     plain = BenchOptions()
     idle = [name for name in _OF_SESSIONS if getattr(options, name) != getattr(plain, name)]
     if idle:
-        raise UsageError(f"--{idle[0]} has no effect with --serve", remedy="leave it out")
+        raise UsageError(f"--{idle[0].replace('_', '-')} has no effect with --serve", remedy="leave it out")
     if len(options.prompt_length) > 1:
         raise UsageError("--serve takes one --prompt-length", remedy="give --length-sigma or --trace for several")
     prompt_length = next(iter(options.prompt_length), None)

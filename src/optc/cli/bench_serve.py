@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from optc.cli.common import emit, progress, say
-from optc.cli.session_options import SamplingOptions, sampling_of
+from optc.cli.session_options import GeneratingOptions, sampling_of
 from optc.compiler.diagnostics import InputError, OptcError, UsageError, os_errors
 from optc.compiler.files import read_plain
 from optc.runtime.bounds import Count
@@ -27,7 +27,7 @@ _DEFAULT_PROMPT, _DEFAULT_REQUESTS = 128, 100
 _UNKNOWN_CONTEXT, _UNKNOWN_VOCABULARY = 4096, 1000
 
 
-class LoadOptions(SamplingOptions, frozen=True, kw_only=True):
+class LoadOptions(GeneratingOptions, frozen=True, kw_only=True):
     """Load on a server."""
 
     serve: Annotated[
@@ -107,7 +107,7 @@ class LoadOptions(SamplingOptions, frozen=True, kw_only=True):
                 raise UsageError(f"--{name.replace('_', '-')} has no effect without --serve")
 
 
-_OWN = set(LoadOptions.__struct_fields__) - set(SamplingOptions.__struct_fields__)
+_OWN = set(LoadOptions.__struct_fields__) - set(GeneratingOptions.__struct_fields__)
 
 
 def bench_serve(

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -22,6 +23,7 @@ from rich.progress import (
 from optc.cli.bug_report import bug_error
 from optc.compiler.diagnostics import (
     LEAVES,
+    InputError,
     OptcError,
     described,
     os_failure,
@@ -29,6 +31,7 @@ from optc.compiler.diagnostics import (
     printable,
     ran_out_of_memory,
 )
+from optc.compiler.files import read_plain
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -57,6 +60,19 @@ def emit(result: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]],
         click.echo(json_text(result))
     else:
         show(result)
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        InputError: it cannot be read, or is not UTF-8.
+    """
+    data = read_plain(path, "reading the text")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError("the text is not UTF-8", where=str(path), why=str(error), remedy="convert it first") from error
 
 
 @contextmanager

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 from msgspec import Meta
 
-from optc.cli.common import emit, json_option, progress
+from optc.cli.common import emit, json_option, progress, read_text
 from optc.cli.eval_tables import show_one, show_table
 from optc.cli.options import struct_flags
 from optc.cli.session_options import Save, SessionOptions, save_figures
 from optc.compiler.artifact.engines import find_engine
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.files import read_plain
 from optc.compiler.ir.devices import choose_device
 from optc.compiler.settings.device import DeviceName
 from optc.runtime.bounds import Count, CountOrZero
@@ -175,7 +174,7 @@ def _score(
     from optc.runtime.measuring.evaluate import compare
     from optc.runtime.measuring.reference import open_reference
 
-    text = _read(path)
+    text = read_text(path)
     tokens = models[0].encode(text)
     for other, model in zip(artifacts[1:], models[1:], strict=True):
         _check_same(artifacts[0], models[0], other, model, model.encode(text) == tokens, options)
@@ -243,11 +242,3 @@ def _run_tasks(model: Model, names: Sequence[str], options: EvalOptions) -> dict
             limit=options.limit,
             on_request=lambda done, total: update(done, f"{done} of {total}"),
         )
-
-
-def _read(path: Path) -> str:
-    data = read_plain(path, "reading the text")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError("the text is not UTF-8", where=str(path), why=str(error), remedy="convert it first") from error

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 from msgspec import Meta
 
 from optc.cli.common import emit, json_option, say, stderr
 from optc.cli.options import struct_flags
-from optc.cli.session_options import SamplingOptions, artifact_argument, kv_pool, sampling_of
+from optc.cli.session_options import GeneratingOptions, artifact_argument, kv_pool, sampling_of
 from optc.compiler.diagnostics import UsageError
 from optc.runtime.bounds import Count
+
+if TYPE_CHECKING:
+    from optc.runtime.serving.paged_engine import PagedEngine
+    from optc.runtime.sessions.load import Model
 
 
 def _read_ids(texts: Any) -> tuple[tuple[int, ...], ...]:
@@ -21,7 +25,7 @@ def _read_ids(texts: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(item) for item in text.split(",")) for text in texts)
 
 
-class RunOptions(SamplingOptions, frozen=True, kw_only=True):
+class RunOptions(GeneratingOptions, frozen=True, kw_only=True):
     """What is continued, and how."""
 
     prompt: Annotated[tuple[str, ...], Meta(description="Text to continue; repeat it for a batch.")] = ()
@@ -53,6 +57,7 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     optc run out/fiction-onnx --prompt "The old man looked at the sea, and" --max-new-tokens 64
     optc run out/fiction-onnx --prompt "Once" --prompt "It was" --temperature 0.8 --top-p 0.95 --seed 7
     optc run out/fiction-onnx --prompt-tokens 5,17,33 --json
+    optc run out/fiction-paged --prompt "Once" --speculative ngram
     optc run out/assistant --chat --temperature 0.7
     """
     from optc.runtime.sessions.load import load
@@ -64,6 +69,7 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
         raise UsageError("--system has no effect without --chat")
     wanted = _prompts(options)
     model = load(artifact, threads=options.threads, num_blocks=options.kv_blocks)
+    engine = _speculating(model, artifact, options)
     single = len(wanted) == 1
     stream = single and not as_json and model.tokenizer is not None
     if stream and options.prompt and stderr().is_terminal:
@@ -77,16 +83,32 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     )
     rows = [asdict(row) for row in found]
     result = rows[0] if single else _batch(rows)
-    result |= kv_pool(model.session)
+    if engine is None:
+        result |= kv_pool(model.session)
+    else:
+        figures = engine.metrics().speculation
+        assert figures is not None
+        result["speculation"] = figures.to_dict()
+        engine.close()
     model.close()
     emit(result, as_json, lambda _: _show(rows, streamed=stream))
+
+
+def _speculating(model: Model, artifact: Path, options: RunOptions) -> PagedEngine | None:
+    """Let the model generate through an engine that drafts, where the flags ask for it."""
+    speculation = options.speculation()
+    if speculation is None:
+        return None
+    from optc.runtime.serving.engine import speculate
+
+    return speculate(model, artifact, speculation, threads=options.threads)
 
 
 def _chat(artifact: Path, as_json: bool, options: RunOptions) -> None:
     from optc.cli.chat import talk
 
     given = {"prompt": options.prompt, "prompt-tokens": options.prompt_tokens, "json": as_json}
-    given["ignore-eos"] = options.ignore_eos
+    given |= {"ignore-eos": options.ignore_eos, "speculative": options.speculative}
     for name, value in given.items():
         if value:
             raise UsageError(f"--{name} has no effect with --chat", remedy="leave it out")

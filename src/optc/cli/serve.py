@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import click
+import msgspec
 
 from optc.cli.common import say, stderr
 from optc.cli.options import struct_flags
@@ -16,6 +17,7 @@ from optc.cli.session_options import artifact_argument
 from optc.compiler.diagnostics import InputError, TargetError, UsageError, printable
 from optc.compiler.files import read_plain
 from optc.runtime.serving.settings import API_KEY_VARIABLE, ServeOptions
+from optc.runtime.speculative.settings import speculation_of
 
 _SERVES = {
     "continuous": "continuous batching: up to {max_running} requests in each step",
@@ -38,6 +40,7 @@ def serve(artifact: Path, as_json: bool, options: ServeOptions) -> None:
     \b
     optc serve out/fiction-onnx
     optc serve out/fiction-onnx --port 9000 --api-key-file keys.txt --max-running 32
+    optc serve out/fiction-paged --speculative suffix
     """
     _check_installed()
     from optc.runtime.serving.settings import ServerConfig
@@ -53,10 +56,13 @@ def serve(artifact: Path, as_json: bool, options: ServeOptions) -> None:
     config = ServerConfig(
         folder=artifact.resolve(),
         name=options.model_name or Path(os.path.abspath(artifact)).name,
-        options=options,
+        options=msgspec.structs.replace(options, draft=options.draft and options.draft.resolve()),
         opener="optc.runtime.serving.engine_process:open_artifact",
         api_keys=_keys(options),
     )
+    speculation_of(
+        options.speculative, options.draft, options.draft_tokens
+    )  # refused here, not in the engine's process
     if not artifact.is_dir():
         raise InputError("the artifact does not exist", where=str(artifact), remedy="give the folder of optc compile")
 

@@ -13,6 +13,7 @@ from msgspec import Meta
 from optc.compiler.artifact.manifest import Manifest
 from optc.runtime.bounds import Count, CountOrZero, MinP, Penalty, RepetitionPenalty, Seed, Temperature, Threads, TopP
 from optc.runtime.sessions.session import Session
+from optc.runtime.speculative.settings import DraftFlag, DraftTokens, MethodFlag, Speculation, speculation_of
 
 artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
 
@@ -74,6 +75,18 @@ class SamplingOptions(SessionOptions, frozen=True, kw_only=True):
     ] = 0.0
     frequency_penalty: Annotated[Penalty, Meta(description="The same, for each time that they were generated.")] = 0.0
     seed: Annotated[Seed, Meta(description="Seed of the sampling; greedy decoding needs none.")] = 0
+
+
+class GeneratingOptions(SamplingOptions, frozen=True, kw_only=True):
+    """Options of a session, how tokens are chosen, and whether they are drafted."""
+
+    speculative: MethodFlag | None = None
+    draft: DraftFlag | None = None
+    draft_tokens: DraftTokens | None = None
+
+    def speculation(self, *, adaptive: bool = True) -> Speculation | None:
+        """See `speculation_of`."""
+        return speculation_of(self.speculative, self.draft, self.draft_tokens, adaptive=adaptive)
 
 
 def sampling_of(options: SamplingOptions) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+"""Drafts by a smaller model with the same tokens (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192; Chen et al.
+2023, https://arxiv.org/abs/2302.01318): the likeliest continuation, token by token.
+
+The model has a paged KV cache of its own. Drafts of all requests are made together; what was rejected is forgotten at the
+next ask, and its slots are written again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from optc.compiler.execution.block_manager import BlockManager
+from optc.runtime.sessions.paged import PagedModel
+from optc.runtime.speculative.drafter import Ask, Tokens, Verified
+
+
+@dataclass(slots=True)
+class _Request:
+    """Attributes:
+    held: tokens whose keys and values are in the cache.
+    known: of them, those that were the request's own; the others were drafted.
+    """
+
+    held: list[int] = field(default_factory=list)
+    known: int = 0
+
+
+class DraftModel:
+    """See above.
+
+    Args:
+        vocabulary: of the model that verifies; greater ids are not drafted.
+    """
+
+    def __init__(self, model: PagedModel, vocabulary: int, on_close: Callable[[], None] = lambda: None) -> None:
+        self._model, self._vocabulary, self._on_close = model, vocabulary, on_close
+        self._manager = BlockManager(model.num_blocks, model.block_size)
+        self._requests: dict[str, _Request] = {}  # those that asked last come last
+
+    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
+        """See `Drafter`. Requests that the cache or the context has no room for get nothing."""
+        drafts: dict[str, list[int]] = {ask.id: [] for ask in asks}
+        asking = self._room_for([ask for ask in asks if len(ask.tokens) + ask.most <= self._model.context_length])
+        most = {ask.id: ask.most for ask in asking}
+        work = {ask.id: self._rest(ask) for ask in asking}
+        while work:
+            for name, token in self._feed(work).items():
+                drafts[name].append(token)
+            work = {name: drafts[name][-1:] for name in work if len(drafts[name]) < most[name]}
+        return [drafts[ask.id] for ask in asks]
+
+    def observe(self, verified: Sequence[Verified]) -> None:
+        """Nothing: the tokens come with the next ask."""
+
+    def forget(self, identity: str) -> None:
+        """See `Drafter`."""
+        if self._requests.pop(identity, None) is not None:
+            self._manager.free(identity)
+
+    def close(self) -> None:
+        """See `Drafter`."""
+        self._requests.clear()
+        self._on_close()
+
+    def _room_for(self, asks: Sequence[Ask]) -> list[Ask]:
+        """Those of the asks that fit into the cache, where the ones that asked longest ago have given way."""
+        fitting: list[Ask] = []
+        needed, size = 0, self._manager.block_size
+        asking = {ask.id for ask in asks}
+        others = [name for name in self._requests if name not in asking]
+        for ask in asks:
+            owned = len(self._manager.blocks(ask.id)) if ask.id in self._requests else 0
+            missing = (
+                max(0, -(-(len(ask.tokens) + ask.most) // size) - owned) + 1
+            )  # one more where a shared one is left
+            while others and self._manager.free_blocks < needed + missing:
+                self.forget(others.pop(0))
+            if self._manager.free_blocks >= needed + missing:
+                needed += missing
+                fitting.append(ask)
+        return fitting
+
+    def _rest(self, ask: Ask) -> list[int]:
+        """The tokens of a request that the cache does not hold, one at least; what else it holds is forgotten."""
+        known = len(ask.tokens)
+        request = self._requests.pop(ask.id, None)
+        if request is None:
+            request = _Request()
+            tokens: list[int] = ask.tokens.tolist()
+            request.held = tokens[: self._manager.start(ask.id, tokens)]
+        else:
+            kept = min(_agreeing(request, ask.tokens), known - 1)
+            del request.held[self._manager.rewind(ask.id, kept) :]
+        request.known = known
+        self._requests[ask.id] = request
+        rest: list[int] = ask.tokens[len(request.held) :].tolist()
+        return rest
+
+    def _feed(self, work: dict[str, list[int]]) -> dict[str, int]:
+        """The likeliest token behind these tokens of each request."""
+        found: dict[str, int] = {}
+        group: list[tuple[str, list[int]]] = []
+        room = self._model.chunk
+        for name, tokens in work.items():
+            rest = tokens
+            while len(rest) > room:
+                group += [(name, rest[:room])] if room else []
+                rest, room = rest[room:], self._model.chunk
+                found |= self._call(group)
+                group = []
+            group.append((name, rest))
+            room -= len(rest)
+        return found | self._call(group)
+
+    @torch.inference_mode()
+    def _call(self, work: list[tuple[str, list[int]]]) -> dict[str, int]:
+        model = self._model
+        inputs = self._manager.step(work)
+        wanted = inputs.cu_seqlens[1:].long() - 1
+        given = [item.to(model.device) for item in ((*inputs, wanted) if model.selects else inputs)]
+        outputs = model.run(*given, *model.pools)
+        logits: Tensor = outputs[0] if isinstance(outputs, tuple | list) else outputs
+        if not model.selects:
+            logits = logits[wanted.to(logits.device)]
+        for name, tokens in work:
+            self._manager.commit(name)
+            self._requests[name].held += tokens
+        likeliest = logits[:, : self._vocabulary].argmax(1).tolist()
+        return {name: token for (name, _), token in zip(work, likeliest, strict=True)}
+
+
+def _agreeing(request: _Request, tokens: Tokens) -> int:
+    """How many held tokens are those of the request; all that were its own still are."""
+    drafted = request.held[request.known :]
+    now = tokens[request.known : len(request.held)].tolist()
+    same = next((place for place, (old, new) in enumerate(zip(drafted, now, strict=False)) if old != new), len(now))
+    return min(len(request.held), request.known) + same

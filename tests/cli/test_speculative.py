@@ -1,0 +1,151 @@
+"""Speculation through the command line: docs/speculative.md as it stands, the counters, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from command_line import optc, optc_json
+from conftest import EXAMPLE, ROOT
+from once import example_artifact
+from prometheus_client.parser import text_string_to_metric_families
+from serving import run
+
+from optc.compiler.artifact.folder import rewrite
+from optc.compiler.artifact.manifest import Manifest
+from optc.runtime.serving.counters import Counters
+from optc.runtime.serving.engine_process import open_artifact
+from optc.runtime.serving.request import Generate
+from optc.runtime.serving.settings import ServeOptions
+
+pytestmark = pytest.mark.slow
+
+COMMANDS = re.findall(r"^optc (.*)$", (ROOT / "docs" / "speculative.md").read_text(), re.MULTILINE)
+RUNS = [command for command in COMMANDS if command.startswith("run ")]
+PROMPT = "The cat sat on the mat. The dog sat on the mat. The cat sat on the mat. The dog"
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like the repository's, with what the page's first command makes."""
+    folder = tmp_path_factory.mktemp("speculative")
+    (folder / "examples").symlink_to(EXAMPLE.parent)
+    (folder / "out").mkdir()
+    assert COMMANDS[0] == "compile examples/fiction-3m --target inductor-cpu --kv-cache paged -o out/fiction-paged"
+    (folder / "out" / "fiction-paged").symlink_to(example_artifact("inductor-cpu", kv_cache="paged"))
+    return folder
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_the_page_runs(command: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.chdir(place)
+    words = re.findall(r'"[^"]*"|\S+', command)
+    assert optc(*(word.strip('"') for word in words), "--max-new-tokens", "10") == 0
+    out = capsys.readouterr().out
+    if "--json" in words:
+        found = json.loads(out)["speculation"]
+        assert found["acceptance_length"] == 4  # three drafted by the model itself, and one more
+    else:
+        assert len(out.split()) > 2
+
+
+def test_bench(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.chdir(place)
+    (command,) = [command for command in COMMANDS if command.startswith("bench ")]
+    short = ("--samples", "3", "--new-tokens", "24", "--prompt-length", "32", "--batch", "2")
+    found = optc_json(capsys, *command.split(), *short)
+    assert (found["method"], found["batch"], found["equal"]) == ("suffix", 2, 1.0)
+    assert found["acceptance_length"] >= 1
+    assert found["verified"] > 0
+    low, high = found["speedup"]["ci95"]
+    assert low <= found["speedup"]["median"] <= high
+    assert found["step_cost"]["median"] > 0
+    assert optc(*command.split(), *short) == 0
+    shown = capsys.readouterr()
+    assert all(label in shown.out for label in ("acceptance length", "by position", "cost of a step", "speed-up"))
+
+
+def test_a_batch_is_the_plain_one(place: Path, capsys: Capture) -> None:
+    """Greedy and drawn; of equal prompts the first has the seed."""
+    artifact = place / "out" / "fiction-paged"
+    many = ("--prompt", PROMPT, "--prompt", "Once", "--prompt", PROMPT, "--max-new-tokens", "24")
+    for how in ((), ("--temperature", "0.7", "--seed", "3")):
+        plain = optc_json(capsys, "run", artifact, *many, *how)["results"]
+        found = optc_json(capsys, "run", artifact, *many, *how, "--speculative", "suffix")
+        rows = found["results"]
+        assert [row["tokens"] for row in rows[:2]] == [row["tokens"] for row in plain[:2]]
+        assert (rows[2]["tokens"] == rows[0]["tokens"]) is (not how)
+        assert [row["stop"] for row in rows] == ["length"] * 3
+        assert found["speculation"]["method"] == "suffix"
+
+
+def test_a_server_drafts_and_says_so(place: Path, tmp_path: Path) -> None:
+    """The engine as the server's process opens it, and its lines in /metrics."""
+    assert "serve out/fiction-paged --speculative suffix" in COMMANDS
+    engine = open_artifact(
+        place / "out" / "fiction-paged", ServeOptions(speculative="suffix", draft_tokens=3, threads=1)
+    )
+    run(engine, [Generate(id="a", prompt=[5, 6, 7, 8] * 6, max_new_tokens=40)])
+    figures = engine.metrics().speculation
+    assert figures is not None
+    Counters.create(tmp_path / "counters", 1)
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(
+            Counters(tmp_path / "counters", 0).text(engine.info, engine.metrics())
+        )
+        for sample in family.samples
+    }
+    assert [samples["optc_draft_tokens_total", str(place)] for place in range(3)] == figures.drafted_at
+    assert [samples["optc_draft_accepted_tokens_total", str(place)] for place in range(3)] == figures.accepted_at
+    assert samples["optc_draft_verified_total",] == figures.verified > 0
+    assert samples["optc_draft_on",] == int(figures.on)
+    engine.close()
+
+
+def test_what_is_refused(place: Path, tmp_path: Path, capsys: Capture) -> None:
+    artifact = place / "out" / "fiction-paged"
+    ask = ("run", artifact, "--prompt", "Once")
+    book = ("--text", EXAMPLE.parent / "book.txt")
+    for args, code, message in (
+        ((*ask, "--speculative", "draft"), 2, "--speculative draft needs the model that drafts"),
+        ((*ask, "--speculative", "ngram", "--draft", artifact), 2, "--draft has no effect with --speculative ngram"),
+        ((*ask, "--draft-tokens", "3"), 2, "--draft-tokens has no effect without --speculative"),
+        ((*ask, "--speculative", "ngram", "--draft-tokens", "65"), 2, "65"),
+        ((*ask, "--speculative", "medusa"), 2, "medusa"),
+        (("serve", artifact, "--speculative", "draft"), 2, "--speculative draft needs the model that drafts"),
+        (("bench", artifact, "--speculative", "ngram"), 2, "--speculative needs a text"),
+        (("bench", artifact, *book), 2, "--text has no effect without --speculative"),
+        (("bench", artifact, "--speculative", "ngram", *book, "--save"), 2, "--save has no effect"),
+        (("bench", "--serve", artifact, "--draft-tokens", "2"), 2, "--draft-tokens has no effect with --serve"),
+        ((*ask, "--speculative", "draft", "--draft", tmp_path / "none"), 3, "none"),
+    ):
+        assert optc(*args) == code, args
+        assert message in capsys.readouterr().err
+
+
+def test_another_tokenizer_is_named_by_its_first_difference(place: Path, tmp_path: Path, capsys: Capture) -> None:
+    artifact, other = place / "out" / "fiction-paged", tmp_path / "other"
+    shutil.copytree(artifact, other)
+    rewrite(other, _edit_tokenizer, replaces=("report.html", "tokenizer.json"))
+    ask = ("run", artifact, "--prompt", "Once", "--speculative", "draft", "--draft", other)
+    assert optc(*ask) == 3
+    message = capsys.readouterr().err
+    assert "the model that drafts has another tokenizer" in message
+    assert "token id 300 is 'changed' there" in message
+
+
+def _edit_tokenizer(directory: Path, manifest: Manifest) -> Manifest:
+    """Give id 300 another token."""
+    found = json.loads((EXAMPLE / "tokenizer.json").read_text())
+    model = found["model"]
+    (old,) = [token for token, number in model["vocab"].items() if number == 300]
+    model["vocab"] = {("changed" if token == old else token): number for token, number in model["vocab"].items()}
+    model["merges"] = [pair for pair in model["merges"] if old not in (*pair, "".join(pair))]
+    (directory / "tokenizer.json").write_text(json.dumps(found))
+    (directory / "report.html").write_text("")
+    return manifest

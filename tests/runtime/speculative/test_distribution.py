@@ -1,0 +1,115 @@
+"""What is drawn with drafts has the distribution that it has without: chi-square over the transitions of a small chain."""
+
+from __future__ import annotations
+
+import itertools
+import typing
+
+import numpy as np
+import pytest
+import torch
+from serving import run
+from speculation import speculating
+from torch import Tensor
+
+from optc.runtime.generation.sampling import distribution
+from optc.runtime.sampling import Sampling
+from optc.runtime.serving import verifier
+from optc.runtime.serving.request import Generate
+from optc.runtime.sessions.paged import PagedModel
+from optc.runtime.speculative.acceptance import Cuts, accept, decide
+from optc.runtime.speculative.draft_model import DraftModel
+from optc.runtime.speculative.drafter import Drafter
+from optc.runtime.speculative.opening import Verifying, open_drafter
+from optc.runtime.speculative.settings import Method, Speculation
+
+VOCAB, ROWS, COUNT = 6, 32, 640
+PROCESSED = Sampling(temperature=0.8, top_k=5, top_p=0.95)
+HOT = Sampling(temperature=0.6)
+
+
+def chain(seed: int, blend: float = 0.0) -> tuple[PagedModel, np.ndarray]:
+    """A model whose logits follow from the last token alone, and its table; `blend` makes it one that is near seed 0."""
+    table = np.random.default_rng(seed).normal(size=(VOCAB, VOCAB)).astype(np.float32)
+    table = blend * np.random.default_rng(0).normal(size=(VOCAB, VOCAB)).astype(np.float32) + (1 - blend) * table
+
+    def forward(ids: Tensor, *rest: Tensor) -> Tensor:
+        return torch.from_numpy(table)[ids]
+
+    model = PagedModel(
+        run=forward,
+        pools=[],
+        selects=False,
+        vocab_size=VOCAB,
+        context_length=1024,
+        block_size=16,
+        num_blocks=ROWS * 64,
+        chunk=4096,
+        device=torch.device("cpu"),
+    )
+    return model, table
+
+
+def drafter(method: Method, model: PagedModel) -> Drafter:
+    if method == "draft":
+        return DraftModel(chain(1, blend=0.7)[0], VOCAB)
+    return open_drafter(Speculation(method=method), Verifying(model=model, folder=None, running=ROWS))
+
+
+def chance(method: Method, sampling: Sampling) -> float:
+    """The p-value of what 32 requests drew, each with a seed of its own; more than 20 000 draws."""
+    model, table = chain(0)
+    engine = speculating(model, drafter(method, model), max_running=ROWS, token_budget=1024)
+    samplings = [Sampling(**{**vars(sampling), "seed": row}) for row in range(ROWS)]
+    got = run(
+        engine,
+        [
+            Generate(id=str(row), prompt=[row % VOCAB], max_new_tokens=COUNT, sampling=samplings[row])
+            for row in range(ROWS)
+        ],
+    )
+    figures = engine.metrics().speculation
+    assert figures is not None
+    assert figures.accepted_tokens > 2000
+    assert figures.verified > 2000
+    seen = np.zeros((VOCAB, VOCAB))
+    for row in range(ROWS):
+        for last, token in itertools.pairwise([row % VOCAB, *got[str(row)].tokens]):
+            seen[last, token] += 1
+    assert seen.sum() > 20_000
+    expected = distribution(table, sampling) * seen.sum(1, keepdims=True)
+    if seen[expected == 0].any():
+        return 0.0
+    kept = expected > 0
+    statistic = ((seen - expected)[kept] ** 2 / expected[kept]).sum()
+    free = int(kept.sum()) - VOCAB
+    return float(torch.special.gammaincc(torch.tensor(free / 2.0), torch.tensor(statistic / 2.0)))
+
+
+@pytest.mark.parametrize("method", typing.get_args(Method))
+def test_draws_are_distributed_as_without_drafts(method: Method) -> None:
+    assert chance(method, PROCESSED) > 0.01
+
+
+@pytest.mark.parametrize("sampling", [PROCESSED, HOT])
+def test_accepting_by_the_unprocessed_distribution_is_caught(
+    sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planted bug: a draft is kept where the model's own distribution, before temperature and cuts, draws it."""
+    rough: list[Tensor] = []
+
+    def spying(scores: Tensor, cuts: Cuts, uniforms: Tensor) -> Tensor:
+        plain = Cuts(
+            torch.ones_like(cuts.temperature),
+            *(torch.full_like(cut, off) for cut, off in zip(cuts[1:], (0, 1, 0), strict=True)),
+        )
+        rough.append(decide(scores, plain, uniforms))
+        return decide(scores, cuts, uniforms)
+
+    def accepting(decided: Tensor, drafted: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        return accept(torch.where(rough[-1] == drafted, drafted, decided), drafted, counts)
+
+    assert chance("ngram", HOT) > 0.01
+    monkeypatch.setattr(verifier, "decide", spying)
+    monkeypatch.setattr(verifier, "accept", accepting)
+    assert chance("ngram", sampling) < 1e-6
