@@ -46,6 +46,12 @@ class StageRun:
     role: OutputRole = "logits"
     predicts_next: bool = True
 
+    def equals(self, other: StageRun) -> bool:
+        """Whether all numbers are the same as those of another run on the same inputs, and none of them is NaN."""
+        other = other.beside(self)
+        rows, others = ([*run.logits, *(row for tap in run.taps for row in tap)] for run in (self, other))
+        return len(rows) == len(others) and all(map(torch.equal, rows, others))
+
     def beside(self, other: StageRun) -> StageRun:
         """The same on the device of another run, so that the two can be compared."""
         device = other.logits[0].device

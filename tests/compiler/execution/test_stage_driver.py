@@ -7,7 +7,7 @@ import torch
 from stages import captured, full_logits, largest, rewritten, sequences
 
 from optc.compiler.capture import capture_module
-from optc.compiler.execution.stage_driver import _plan, run_module, run_stage
+from optc.compiler.execution.stage_driver import StageRun, _plan, run_module, run_stage
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import replace_call
 from optc.compiler.rewriting.passes import Pass
@@ -107,3 +107,14 @@ def test_plain_modules_run_on_tensors() -> None:
 def test_empty_sequences_are_refused() -> None:
     with pytest.raises(AssertionError, match="no empty sequences"):
         run_stage(captured("llama"), [[1], []])
+
+
+def test_equal_runs_have_the_same_numbers() -> None:
+    def run(logit: float = 1.0, tap: float = 2.0, taps: int = 1) -> StageRun:
+        return StageRun([torch.tensor([[0.0, logit]])], [[torch.tensor([[tap]])]] * taps)
+
+    assert run().equals(run())
+    assert not run().equals(run(logit=1.5))
+    assert not run().equals(run(tap=2.5))
+    assert not run().equals(run(taps=2))
+    assert not run(logit=float("nan")).equals(run(logit=float("nan")))

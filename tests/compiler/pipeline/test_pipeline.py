@@ -16,6 +16,7 @@ from torch.fx import Node
 from optc.compiler.capture import capture_model, capture_module
 from optc.compiler.diagnostics import ArtifactError, GateError, NoMatchError
 from optc.compiler.execution.probe import random_probe
+from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import replace_call, set_weight
 from optc.compiler.ir.verification import VerificationError
@@ -232,6 +233,15 @@ def test_both_comparisons_are_recorded(llama: Program) -> None:
     assert second.since_capture is not None
     assert second.drift.relative_error == pytest.approx(0.02 / 1.02, rel=1e-3)
     assert float(second.since_capture.relative_error or 0.0) < 1e-6
+
+
+def test_the_sum_stands_where_no_number_changes(llama: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not measured again, and is what measuring again would give; a loss behind it counts."""
+    steps = [Lose(factor=1.02, kl=1.0), NeverPass(first=0), Lose(factor=1.02, kl=1.0)]
+    quick = [record.since_capture for record in Pipeline(steps).run(llama).records]
+    monkeypatch.setattr(StageRun, "equals", lambda self, other: False)
+    assert quick == [record.since_capture for record in Pipeline(steps).run(llama).records]
+    assert quick[0] == quick[1] != quick[2]
 
 
 def test_the_sum_is_kept_across_a_resume(llama: Program, tmp_path: Path) -> None:
