@@ -83,7 +83,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and x.shape[-1] == weight.shape[1]
         and not torch.is_grad_enabled()
     )
-    if not (isinstance(x, FakeTensor) and known):
+    if not (isinstance(x, FakeTensor) and known) or x.fake_mode.in_kernel_invocation:
         return aten.linear.default._op_dk(_COMPOSITE, x, weight, bias)
     return _new(x.fake_mode, x, (*x.shape[:-1], weight.shape[0]))
 
@@ -205,7 +205,7 @@ def _new(mode: FakeTensorMode, like: FakeTensor, size: Sequence[Any], stride: Se
             made = torch.empty(size, dtype=like.dtype, device="meta")
         else:
             made = torch.empty_strided(size, stride, dtype=like.dtype, device="meta")
-    return FakeTensor(mode, made, like.device)
+    return FakeTensor(mode, made, like.fake_device)
 
 
 # -- what torch.export records ------------------------------------------------------------------

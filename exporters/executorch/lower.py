@@ -13,6 +13,7 @@ import torch
 from torch.export import ExportedProgram
 
 from optc.compiler.diagnostics import TargetError
+from optc.compiler.ir.quick_tracing import quick_shapes
 
 XNNPACK = "XnnpackBackend"
 _NO_OUT_VARIANT = re.compile(r"Missing out variants: \{(.*)\}")
@@ -51,7 +52,7 @@ def lower(exported: ExportedProgram, constants: Mapping[str, Any]) -> Lowered:
         run_reinplace_pass=True,  # else every call copies every cache twice
         sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
     )
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), quick_shapes():
         warnings.simplefilter("ignore")
         logging.getLogger("executorch").setLevel(logging.ERROR)
         edge = to_edge_transform_and_lower(
