@@ -6,6 +6,7 @@ The request of a compile, the options of commands and the configuration of train
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 import types
@@ -139,9 +140,7 @@ def check_range(name: str, value: float, kind: Any) -> None:
     Raises:
         UsageError: it is out of them, not finite, or no number of that type (NumPy's are); says which they are.
     """
-    kind, metas = _stripped(kind)
-    low, above, high, below = bounds = _bounds(metas)
-    remedy = f"give {_within(_KINDS[kind], bounds)}"
+    kind, (low, above, high, below), remedy = _range_of(kind)
     wanted: type = numbers.Integral if kind is int else numbers.Real
     if isinstance(value, bool) or not isinstance(value, wanted):
         raise UsageError(f"{name} cannot be {shown(value)}", remedy=remedy)
@@ -149,6 +148,14 @@ def check_range(name: str, value: float, kind: Any) -> None:
     good = good and (high is None or value <= high) and (below is None or value < below)
     if not (good and abs(value) < math.inf):
         raise UsageError(f"{name} {value} is out of range", remedy=remedy)
+
+
+@functools.cache
+def _range_of(hint: Any) -> tuple[Any, Bounds, str]:
+    """The plain type of a hint, its bounds, and what to give: asked for each request that a server gets."""
+    kind, metas = _stripped(hint)
+    bounds = _bounds(metas)
+    return kind, bounds, f"give {_within(_KINDS[kind], bounds)}"
 
 
 def check_type(name: str, value: Any, kind: Any, expected: str) -> None:

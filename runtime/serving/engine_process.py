@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import selectors
 import socket
@@ -218,6 +219,8 @@ def main(child: Child) -> None:
     listener = socket.socket(fileno=int(sys.argv[2]))
     child.listen(lambda order: None)  # it has no orders: it ends when its parent closes the stream
     engine = open_by_name(child.config)
+    gc.collect()
+    gc.freeze()  # the model and its libraries stay: no later collection looks at them
     server = EngineServer(engine, listener)
     child.report(Ready(info=engine.info))
     server.run()

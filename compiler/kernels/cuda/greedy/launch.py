@@ -9,8 +9,8 @@ from torch import Tensor
 from optc.compiler.kernels.cuda.dispatch import dependent_launch, scratch
 from optc.compiler.kernels.cuda.greedy.step import advance_step, greedy_step
 
-BLOCK, MOST_PROGRAMS = 1024, 128
-"""Logits that a program looks at at a time, and programs of one launch, but for one per row."""
+BLOCK, MOST_PARTS, MOST_PROGRAMS = 1024, 128, 1024
+"""Logits that a program looks at at a time; programs of a row, and of one launch, but for one per row."""
 
 
 def greedy_step_(
@@ -27,7 +27,7 @@ def greedy_step_(
     batch, size = logits.shape
     tokens = input_ids.new_empty(batch)
     if batch:
-        wanted = min(max(1, MOST_PROGRAMS // batch), triton.cdiv(size, BLOCK))
+        wanted = min(max(1, MOST_PROGRAMS // batch), MOST_PARTS, triton.cdiv(size, BLOCK))
         parts = triton.next_power_of_2(wanted)
         pdl = dependent_launch(logits.device)
         greedy_step[(parts, batch)](
