@@ -50,7 +50,7 @@ def time_per_call(calls: Sequence[Callable[[], Any]], rounds: int = ROUNDS) -> f
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _read(source: Any, sink: Any, BLOCK: tl.constexpr, STEPS: tl.constexpr) -> None:
+def _read(source, sink, BLOCK: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Read STEPS * BLOCK words per program; what is written depends on all of them, so that none is left out."""
     first = tl.program_id(0).to(tl.int64) * STEPS * BLOCK
     lane = tl.arange(0, BLOCK)

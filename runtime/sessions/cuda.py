@@ -144,7 +144,8 @@ class CudaSession(PagedSession, StreamingSession):
     def close(self) -> None:
         self._steps.clear()
         self._prompts.clear()
-        del self.program, self._graph, self._step_graph
+        for name in ("program", "_graph", "_step_graph"):  # they are gone where it was closed before
+            self.__dict__.pop(name, None)
         super().close()
 
     def _compute(self, inputs: StepInputs, *, every: bool) -> Logits:

@@ -245,6 +245,13 @@ def test_kernels_take_every_call_of_a_session(family: str) -> None:
     assert asked & {"paged_attention_", "rotary_paged_attention_"}
 
 
+def test_it_may_be_closed_twice() -> None:
+    """By the engine that took it over, and by who opened it."""
+    ours = session()
+    ours.close()
+    ours.close()
+
+
 def test_memory_is_planned_before_it_is_taken() -> None:
     program = compiled()
     weights = sum(tensor.nbytes for _, tensor in program.weights())
