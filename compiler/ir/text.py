@@ -215,7 +215,7 @@ class _Printer:
         if _operator(node.target) == "getitem":
             return f"{head}{self._value(node.args[0])}[{self._value(node.args[1])}]"
         arguments = [self._value(value) for value in node.args]
-        arguments += [f"{name}={self._value(value)}" for name, value in node.kwargs.items()]
+        arguments += [f"{name}={self._value(node.kwargs[name])}" for name in _in_order(node)]
         return f"{head}{_operator(node.target)}({', '.join(arguments)})"
 
     def _type(self, value: Any) -> str:
@@ -252,6 +252,13 @@ class _Printer:
 
 def _dtype(dtype: torch.dtype) -> str:
     return _DTYPES.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def _in_order(node: Node) -> list[str]:
+    """Names of the keyword arguments of a call as its schema has them, in whichever order it was made."""
+    schema = getattr(node.target, "_schema", None)
+    declared = {} if schema is None else {item.name: i for i, item in enumerate(schema.arguments)}
+    return sorted(node.kwargs, key=lambda name: declared.get(name, -1))
 
 
 def _operator(target: Any) -> str:

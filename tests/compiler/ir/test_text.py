@@ -179,6 +179,21 @@ def test_a_program_whose_values_are_only_renamed_does_not_differ(program: Progra
     ]
 
 
+def test_keyword_arguments_stand_as_the_schema_has_them() -> None:
+    """In whichever order a pass gave them: a program that is read back has another one."""
+
+    class Rounding(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.ops.optc.fused_norm(x, None, None, None, norm="rms", eps=0.5, factor=2.0)
+
+    program = capture_module(Rounding(), (torch.ones(2, 4),))
+    (node,) = program.calls(torch.ops.optc.fused_norm.default)
+    text = format_program(program)
+    assert "norm='rms', eps=0.5, factor=2.0" in text
+    node.kwargs = dict(reversed(node.kwargs.items()))
+    assert format_program(program) == text
+
+
 def test_swapped_operands_are_a_change(program: Program) -> None:
     after = program.clone()
     for node in after.calls(torch.ops.optc.attention.default):
