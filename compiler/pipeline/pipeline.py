@@ -29,9 +29,10 @@ from optc.compiler.ir.provenance import module_path
 from optc.compiler.ir.text import format_program
 from optc.compiler.ir.verification import verify_program
 from optc.compiler.ops.library import attends
-from optc.compiler.pipeline.gate import PASSES_OWN, ROUNDING, Ledger, Limits, Verdict, rounds_activations
+from optc.compiler.pipeline.gate import PASSES_OWN, Ledger, Limits, Verdict, rounds_activations
 from optc.compiler.pipeline.quantization_summary import measured_records
 from optc.compiler.pipeline.records import pass_record
+from optc.compiler.pipeline.rerounding import rerounding_budget
 from optc.compiler.pipeline.stages import load_stage, save_stage
 from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
@@ -175,7 +176,7 @@ class _Run:
             program.work_file = before.work_file
             program = to_device(program, program_device(before))
             if record.matched:
-                self.ledger.note(_budget(self.steps[start].rewrite, before), self.steps[start].rewrite.restores)
+                self.ledger.note(self._budget(self.steps[start].rewrite, before), self.steps[start].rewrite.restores)
             self.records.append(record)
             self._finish_stage(record.name, program)
             start += 1
@@ -239,13 +240,23 @@ class _Run:
         elif self.total is None or not outputs.equals(self.outputs):  # else the losses add up to what they did
             self.total = measure(self.first, outputs, self.probe.text)
         total = self.total
-        budget = _budget(rewrite, before)
+        budget = self._budget(rewrite, before)
         verdict = Verdict(rewrite.name, drift, total, budget, compute_dtype(after), rewrite.lossy)
         self.ledger.note(budget, rewrite.restores)
         rounding = functools.cache(functools.partial(self._rounding, before))  # a forward: both checks may ask for it
         verdict.check(self.ledger, self.options.limits, attention_paths(before), rounding)
         self.outputs = outputs
         return verdict
+
+    def _budget(self, rewrite: Pass, before: Program) -> Budget | None:
+        """What a pass may cost behind this program; None: it must keep the numbers.
+
+        Where activations are rounded while the program runs, a sum in another order moves some of them to the next code,
+        and a logit by far more than rounding: what is lost is bounded instead.
+        """
+        if rewrite.lossy:
+            return rewrite.budget(before)
+        return rerounding_budget(self.records) if rounds_activations(before) else None
 
     def _rounding(self, before: Program) -> Drift | None:
         """How far a 16-bit stage is from itself in float32; None where it mixes types that cannot be widened."""
@@ -263,17 +274,6 @@ class _Run:
             with os_errors("writing the IR dump", str(folder)):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / stage.file_name).write_text(stage.text)
-
-
-def _budget(rewrite: Pass, before: Program) -> Budget | None:
-    """What a pass may cost behind this program; None: it must keep the numbers.
-
-    Where activations are rounded while the program runs, a sum in another order moves some of them to the next code,
-    and a logit by far more than rounding: what is lost is bounded instead, by `ROUNDING`.
-    """
-    if rewrite.lossy:
-        return rewrite.budget(before)
-    return ROUNDING if rounds_activations(before) else None
 
 
 def compute_dtype(program: Program) -> torch.dtype:

@@ -12,8 +12,9 @@ from msgspec.structs import replace
 
 from optc.compiler.artifact.manifest import DriftRecord, PassRecord
 from optc.compiler.capture import capture_model
+from optc.compiler.pipeline.gate import ROUNDING
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
-from optc.compiler.pipeline.rerounding import REROUNDED, rerounding, widened
+from optc.compiler.pipeline.rerounding import REROUNDED, rerounding, rerounding_budget, widened
 from optc.passes.quantization.activations import QuantizeActivations
 from optc.passes.quantization.rtn import QuantizeRtn
 
@@ -30,6 +31,19 @@ def test_another_draw_of_the_rounding_is_allowed() -> None:
 
 def test_costs_of_several_passes_add_as_squares() -> None:
     assert rerounding([_record(0.03), _record(0.5, rounds=False), _record(0.04)]) == pytest.approx(0.075)
+
+
+def test_what_keeps_the_meaning_may_cost_another_draw_of_the_rounding() -> None:
+    """Errors times 1.5, and 2.25 where a measure is a square of them; never less than a fixed budget."""
+    drift = DriftRecord(
+        max_abs_diff=1.0, relative_error=0.2, cosine=0.98, kl=0.006, top1_agreement=0.92, perplexity_increase=-0.02
+    )
+    coarse = replace(_record(0.2), drift=drift)
+    budget = rerounding_budget([coarse])
+    assert (budget.kl, budget.relative) == pytest.approx((0.0135, 0.3))
+    assert (budget.top1, budget.perplexity, budget.cosine) == pytest.approx((0.88, 0.03, 0.955))
+    assert rerounding_budget([replace(coarse, rounds_activations=False)]) == ROUNDING
+    assert rerounding_budget([_record(1e-4)]) == ROUNDING
 
 
 def test_passes_that_round_nothing_or_were_not_measured_allow_nothing() -> None:
