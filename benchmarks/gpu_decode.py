@@ -42,6 +42,7 @@ from optc.runtime.sessions.cuda import CudaSession
 VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "int8": {"quant": "int8", "head_bits": 16},
+    "fp8": {"quant": "fp8", "head_bits": 16},
     "int4": {"quant": "rtn", "bits": 4, "group_size": 128, "head_bits": 16},
     "int8-head8": {"quant": "int8", "head_bits": 8},
     "int4-head8": {"quant": "rtn", "bits": 4, "group_size": 128, "head_bits": 8},

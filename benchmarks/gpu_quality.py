@@ -30,6 +30,8 @@ from optc.compiler.rewriting.passes import Pass
 from optc.optimizing import Optimized
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.rotary import FuseRotary
+from optc.passes.quantization.activations import QuantizeActivations
+from optc.passes.quantization.fp8 import QuantizeFp8
 from optc.passes.quantization.head import QuantizeHead
 from optc.passes.quantization.rtn import QuantizeRtn
 from optc.runtime.measuring.evaluate import evaluate
@@ -39,6 +41,7 @@ _INT4 = {"quant": "rtn", "bits": 4, "group_size": GROUP}
 VARIANTS: dict[str, tuple[dict[str, Any], tuple[Pass, ...]]] = {
     "bf16": ({}, ()),
     "int8": ({"quant": "int8", "head_bits": 16}, (QuantizeRtn(bits=8, group_size=0),)),
+    "fp8": ({"quant": "fp8", "head_bits": 16}, (QuantizeFp8(), QuantizeActivations(format="fp8"))),
     "int4": ({**_INT4, "head_bits": 16}, (QuantizeRtn(bits=4, group_size=GROUP),)),
     "int4-head8": (_INT4, (QuantizeRtn(bits=4, group_size=GROUP), QuantizeHead(group_size=0))),
     "int4-head4": (

@@ -51,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "int8": {"quant": "int8"},
     "int4": {"quant": "rtn", "bits": 4, "group_size": 128},
+    "fp8-head16": {"quant": "fp8", "head_bits": 16},
     "int4-head16": {"quant": "rtn", "bits": 4, "group_size": 128, "head_bits": 16},
 }
 VLLM = {"8b bf16 fixed": 15450, "8b int4 fixed": 16120, "8b bf16 lognormal": 11280, "0.5b bf16 short requests/s": 400}

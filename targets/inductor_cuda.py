@@ -14,7 +14,7 @@ from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.passes.legalization.cuda import LegalizeCuda
-from optc.targets.methods import WEIGHT_ONLY, head_bits, head_steps, quantization_steps
+from optc.targets.methods import WEIGHT_ONLY, head_bits, head_steps, quantization_steps, rounded_last
 
 BLOCK_SIZE = 64
 """Tokens per block of the KV pool: what attention reads at a time."""
@@ -41,8 +41,12 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
     return [
         Step(FuseNorm(), optional=True),
         Step(FuseRotary(), optional=True),
-        *quantization_steps(options.quantization, choices=_BITS),
-        *head_steps(options.quantization, options.of(CudaOptions).head_bits, rows_at_8=True),
+        *rounded_last(
+            [
+                *quantization_steps(options.quantization, choices=_BITS),
+                *head_steps(options.quantization, options.of(CudaOptions).head_bits, rows_at_8=True),
+            ]
+        ),
         Step(PageKVCache(block_size=BLOCK_SIZE, select_logits=True)),
         Step(MergeProjections(), optional=True),
         Step(FuseDecode()),
@@ -65,15 +69,15 @@ TARGET = Target(
     quant={
         **dict.fromkeys((*WEIGHT_ONLY, "auto"), _INTEGERS),
         "int8": QuantSupport(bits=(8,), group_sizes=(0,)),
+        "fp8": QuantSupport(bits=(8,), group_sizes=(0,), note="products of 8 bits where tokens are many"),
     },
     legal=LEGAL,
     recipe=recipe,
     export=export_cuda,
     options=CudaOptions,
     lacks={
-        "smoothquant": "its products take activations of 16 bits",
-        "llm-int8": "its products take activations of 16 bits",
-        "fp8": "its products take activations of 16 bits",
+        "smoothquant": "its products take activations of 16 bits, or fp8",
+        "llm-int8": "its products take activations of 16 bits, or fp8",
         "bits": "codes of 4 and 8 bits have packed products",
     },
 )

@@ -240,6 +240,15 @@ def head_steps(
     return [Step(QuantizeHead(bits=bits, group_size=size, **form), optional=True)]
 
 
+def rounded_last(steps: Sequence[Step]) -> list[Step]:
+    """Steps in their order, but those that round activations by the token behind all others.
+
+    Whatever changes the numbers in front of such a rounding moves codes, which costs more than its own budget has.
+    """
+    last = [step for step in steps if isinstance(step.rewrite, QuantizeActivations)]
+    return [*(step for step in steps if step not in last), *last]
+
+
 def stored_scales(options: CompileOptions) -> list[Step]:
     """A step that makes scales fit 16 bits, for methods whose own do not yet; an exporter then stores them so."""
     wide = options.quantization is not None and options.quantization.method in _WIDE_SCALES

@@ -90,6 +90,13 @@ def quantized_activation(node: Node) -> Node | None:
     return made if source is not None and source.activation_codes is not None else None
 
 
+def brought_back(call: Node) -> list[Node]:
+    """The dequantized activations of the codes that a call made."""
+    codes = [call, *(user for user in call.users if user.target is operator.getitem)]
+    users = dict.fromkeys(user for item in codes for user in item.users)
+    return [user for user in users if quantized_activation(user) is call]
+
+
 def activation_format(call: Node) -> str:
     """The format that a call which makes codes of activations rounds to."""
     spec = library.find(call.target)

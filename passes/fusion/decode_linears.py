@@ -18,13 +18,13 @@ from optc.compiler.analysis.dataflow import (
     sole_user,
     value_of,
 )
-from optc.compiler.analysis.linears import Linear, linear_site
+from optc.compiler.analysis.linears import Linear, activation_format, linear_site, quantized_activation
 from optc.compiler.analysis.rows import forward
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight, insert_call, replace_call, replace_node
 from optc.compiler.rewriting.passes import Match, Miss, Rule
 from optc.compiler.rewriting.weights import record_weight
-from optc.passes.fusion.decode_norms import norm_in_front
+from optc.passes.fusion.decode_norms import norm_in_front, rounds_tokens
 from optc.passes.fusion.decode_residuals import residual_behind
 from optc.passes.fusion.decode_rows import with_rank
 
@@ -61,7 +61,7 @@ class _Site:
 
 
 class FusedLinear(Rule):
-    """[norm ->] linear [-> activation [-> * other half]] [-> + residual]  ->  optc.fused_linear"""
+    """[norm -> fp8 ->] linear [-> activation [-> * other half]] [-> + residual]  ->  optc.fused_linear"""
 
     def __init__(self) -> None:
         self.left: list[Miss] = []
@@ -75,6 +75,7 @@ class FusedLinear(Rule):
         if reason is not None:
             return Miss(node.name, reason)
         site = _Site(linear, linear.input, node, {"bias": linear.bias})
+        _take_rounding(site)
         _take_norm(program, site)
         _take_activation(site)
         _take_residual(site)
@@ -115,14 +116,23 @@ def _obstacle(linear: Linear) -> str | None:
     """Why a linear cannot become a call of the op, or None."""
     if linear.transposed and (linear.placeholder is not linear.weight):
         return "its weight is stored [K, N] and computed"
-    if linear.activations:
-        return f"its activations are rounded to {linear.activations}"
+    rounding = quantized_activation(linear.input)
+    if rounding is not None and not rounds_tokens(rounding):
+        return f"its activations are rounded to {linear.activations}, not to fp8 by the scale of each token"
     x, weight = value_of(linear.input), value_of(linear.weight)
     if x.dtype != weight.dtype:
         return f"activations of {x.dtype} meet a weight of {weight.dtype}"
     if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[0] != 1):
         return f"its input has shape {list(x.shape)}, not [tokens, K]"
     return None
+
+
+def _take_rounding(site: _Site) -> None:
+    """Take in the rounding of tokens."""
+    rounding = quantized_activation(site.x)
+    if rounding is not None:
+        site.options["inputs"] = activation_format(rounding)
+        (site.x,) = rounding.all_input_nodes
 
 
 def _take_norm(program: Program, site: _Site) -> None:

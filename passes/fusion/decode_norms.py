@@ -8,12 +8,15 @@ import torch
 from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import CASTS, COPIES, VIEWS, peel_casts, value_of, value_readers
-from optc.compiler.analysis.linears import linear_site
+from optc.compiler.analysis.linears import activation_format, brought_back, linear_site
 from optc.compiler.analysis.norms import Norm, norm_call
 from optc.compiler.analysis.rows import keeps_rows, same_rows
 from optc.compiler.ir.program import Program
 
 _FUSED = torch.ops.optc.fused_linear.default
+_ROUNDED = torch.ops.optc.quantize_dynamic.default
+_INPUTS = ("fp8",)
+"""What `fused_linear` can round tokens to, by the scales of the tokens."""
 _MOST_READERS = 2
 """Linears that may each compute the norm that they share: beyond, one that is computed once is cheaper."""
 
@@ -69,11 +72,19 @@ def _linears_behind(program: Program, norm: Node) -> int | None:
             if user.target in CASTS | COPIES | VIEWS and keeps_rows(user):
                 pending.append(user)
                 continue
+            if rounds_tokens(user):
+                pending += brought_back(user)
+                continue
             linear = linear_site(program, user)
             if not (linear is not None and linear.input is current) and not _reads(user, current):
                 return None
             count += 1
     return count
+
+
+def rounds_tokens(node: Node) -> bool:
+    """Whether a node makes the codes that a fused linear makes of its tokens."""
+    return node.target is _ROUNDED and activation_format(node) in _INPUTS
 
 
 def _reads(node: Node, x: Node) -> bool:

@@ -19,7 +19,8 @@ from optc.compiler.ir.surgery import add_weight, insert_call, replace_node
 from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
 from optc.compiler.rewriting.weights import prune_contract, record_weight
 
-_DEQUANTIZE = torch.ops.optc.dequantize.default
+_DEQUANTIZE = {torch.ops.optc.dequantize.default: 3, torch.ops.optc.dequantize_float.default: 2}
+"""Calls that make a weight of codes, row by row, and the number of their arguments."""
 _EXPERT = "its weight is one of several experts: merged, the results of all would live at once"
 
 
@@ -94,7 +95,7 @@ def _siblings(program: Program, site: Linear) -> list[Linear]:
 
 def _parts(site: Linear) -> tuple[Node, ...]:
     """The weight, or codes, scale and zero (where there is one) of a quantized weight."""
-    if site.weight.target is not _DEQUANTIZE:
+    if site.weight.target not in _DEQUANTIZE:
         return (site.weight,)
     return tuple(item for item in site.weight.args if isinstance(item, Node))
 
@@ -113,6 +114,8 @@ def _obstacle(program: Program, site: Linear) -> str | None:
         return "its weight is stored [K, N]"
     if len(names) < len(parts):
         return "its weight is computed"
+    if len({value_of(part).shape[0] for part in parts}) > 1:
+        return "it has one scale for all of its rows"
     if sole_user(site.weight) is None or any(sole_user(part) is None for part in parts):
         return f"{names[0]} is read elsewhere too"
     if site.bias is not None and program.weight_of(site.bias) is None:
@@ -133,7 +136,7 @@ def _merge_weights(program: Program, sites: Sequence[Linear]) -> Node:
     table = [_names(program, site) for site in sites]
     merged = [_stack(program, names) for names in zip(*table, strict=True)]
     weight = sites[0].weight
-    if weight.target is not _DEQUANTIZE:
+    if weight.target not in _DEQUANTIZE:
         return merged[0]
     entries = [program.contract.quantization.get(names[0]) for names in table]
     present = [entry for entry in entries if entry is not None]
@@ -141,8 +144,8 @@ def _merge_weights(program: Program, sites: Sequence[Linear]) -> Node:
     if len(present) == len(sites) and name is not None:
         entry = msgspec.structs.replace(present[0], source=join_names([item.source for item in present]))
         record_weight(program, name, program.contract.sources[name], entry)
-    arguments = [*merged, *[None] * (3 - len(merged))]
-    return insert_call(program, sites[0].node, _DEQUANTIZE, arguments, dict(weight.kwargs))
+    arguments = [*merged, *[None] * (_DEQUANTIZE[weight.target] - len(merged))]
+    return insert_call(program, sites[0].node, weight.target, arguments, dict(weight.kwargs))
 
 
 def _merge_biases(program: Program, sites: Sequence[Linear], rows: Sequence[int]) -> Node | None:

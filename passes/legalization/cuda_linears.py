@@ -82,7 +82,7 @@ class PackedLinear(Rule):
         format = self._weights.format(program, weight)
         if isinstance(format, Miss):
             return Miss(node.name, format.reason)
-        knobs = {**node.kwargs, "format": format, "group_size": int(weight.kwargs["group_size"])}
+        knobs = {**node.kwargs, "format": format, "group_size": int(weight.kwargs.get("group_size", 0))}
         args = (node.args[0], *self._weights.packed(program, weight), *node.args[4:])
         reason = _refusal(_FUSED, args, knobs)
         return Match(node, {"weight": weight, "knobs": knobs}) if reason is None else Miss(node.name, reason)

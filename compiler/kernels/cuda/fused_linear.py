@@ -30,6 +30,7 @@ def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         scales_per_row=1 if scale is None else scale.shape[1],
         norm=kwargs.get("norm", ""),
         activation=kwargs.get("activation", ""),
+        inputs=kwargs.get("inputs", ""),
     )
 
 
@@ -43,6 +44,7 @@ def obstacle(
     scales_per_row: int,
     norm: str,
     activation: str,
+    inputs: str = "",
 ) -> str | None:
     """Why there is no kernel for such a linear, or None.
 
@@ -51,6 +53,8 @@ def obstacle(
     """
     if norm not in NORMS or activation not in ACTIVATIONS:
         return f"no kernel has the norm '{norm}' or the activation '{activation}'"
+    if inputs and (inputs, format) != ("fp8", "fp8"):
+        return f"tokens rounded to '{inputs}' for a weight of the format '{format}'; the kernel takes fp8 for fp8"
     if columns % COLUMN_MULTIPLE or columns > MOST_COLUMNS:
         return f"{columns} columns; the kernel takes multiples of {COLUMN_MULTIPLE} up to {MOST_COLUMNS}"
     if format and format not in CODES:

@@ -60,7 +60,7 @@ def _dequantize_codebook(codes: Tensor, scale: Tensor, table: Tensor, *, bits: i
     return _scaled(table.float()[codes.long()], scale, group_size)
 
 
-def _quantize_dynamic(x: Tensor, *, format: str) -> tuple[Tensor, Tensor]:
+def quantize_dynamic(x: Tensor, *, format: str) -> tuple[Tensor, Tensor]:
     """x [...,K] -> codes [...,K], scale float32 [...,1] = max|x| / largest code, of each token alone."""
     _, top = FORMATS[format]
     values = x.float()
@@ -82,7 +82,7 @@ def _rounded(ratio: Tensor, format: str) -> Tensor:
     return (ratio.round() if dtype is torch.int8 else ratio).to(dtype).contiguous()
 
 
-def _dequantize_activation(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
+def dequantize_activation(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
     """codes * scale, computed in float32, in `dtype`."""
     return (codes.float() * scale.float()).to(dtype).contiguous()
 
@@ -114,12 +114,12 @@ define(
 )
 define(
     "quantize_dynamic(Tensor x, *, str format) -> (Tensor, Tensor)",
-    _quantize_dynamic,
+    quantize_dynamic,
     lambda x, *, format: (
         _codes_like(x, format),
         x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
     ),
-    aten=_quantize_dynamic,
+    aten=quantize_dynamic,
     activation_codes=lambda keywords: str(keywords["format"]),
 )
 define(
@@ -131,8 +131,8 @@ define(
 )
 define(
     "dequantize_activation(Tensor codes, Tensor scale, *, ScalarType dtype) -> Tensor",
-    _dequantize_activation,
+    dequantize_activation,
     lambda codes, _scale, *, dtype: torch.empty_like(codes, dtype=dtype, memory_format=torch.contiguous_format),
-    aten=_dequantize_activation,
+    aten=dequantize_activation,
     makes_activation=True,
 )

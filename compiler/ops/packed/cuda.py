@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from optc.compiler.ops.dialect.quantization import dequantize_activation, quantize_dynamic
 from optc.compiler.ops.library import define
 
 BLOCK = 32
@@ -41,7 +42,7 @@ class PackedWeight(NamedTuple):
 
     Attributes:
         weight: see the module.
-        scale: [N, G] in the compute type; G is K / group_size, or 1.
+        scale: [N, G] in the compute type, float32 for fp8; G is K / group_size, or 1.
         zero: int8 [N, G], the zero point - 2^(bits-1); None where that is 0 everywhere.
     """
 
@@ -67,7 +68,7 @@ def pack_integer(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -
 
 def pack_float(codes: Tensor, scale: Tensor) -> PackedWeight:
     """The arguments of `optc.dequantize_float` (codes float8 [N, K], scale [N, G] or [1, 1]), packed."""
-    return PackedWeight(codes, scale.expand(codes.shape[0], -1).contiguous(), None)
+    return PackedWeight(codes, scale.float().expand(codes.shape[0], -1).contiguous(), None)
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
@@ -96,6 +97,11 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, 
     return F.layer_norm(values, size, scale, None if bias is None else bias.float(), eps) if norm else values
 
 
+def round_tokens(x: Tensor, format: str) -> Tensor:
+    """x [..., K], each row rounded to codes of a format by its own scale and brought back, in x's type."""
+    return dequantize_activation(*quantize_dynamic(x, format=format), dtype=x.dtype)
+
+
 def finish(y: Tensor, activation: str, gated: bool, residual: Tensor | None) -> Tensor:
     """What comes behind the product y [..., N]: activation, the product with the up half, the residual."""
     if gated:
@@ -122,6 +128,7 @@ def _fused_linear(
     gated: bool = False,
     format: str = "",
     group_size: int = 0,
+    inputs: str = "",
 ) -> Tensor:
     """activation(norm(x) @ W.T + bias) [* up] + residual, computed in float32 and rounded once, to x's type.
 
@@ -135,10 +142,13 @@ def _fused_linear(
             is multiplied with; the result is [..., N/2].
         format: "", "int8", "int4" or "fp8".
         group_size: columns that share a scale; 0 for one scale per row.
+        inputs: "", or what tokens are rounded to behind the norm, each by its own scale: "fp8", see `round_tokens`.
     """
     if scale is not None:
         weight = dequantize_packed(weight, scale, zero, format=format, group_size=group_size, dtype=torch.float32)
     values = normalize(x, norm_weight, norm_bias, norm, eps)
+    if inputs:
+        values = round_tokens(values.to(x.dtype), inputs).float()
     y = F.linear(values, weight.float(), None if bias is None else bias.float())
     return finish(y, activation, gated, residual).to(x.dtype)
 
@@ -151,10 +161,11 @@ def _fused_linear_fake(x: Tensor, weight: Tensor, *_: object, gated: bool = Fals
 define(
     "fused_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? zero, Tensor? norm_weight, Tensor? norm_bias, "
     'Tensor? bias, Tensor? residual, *, str norm="", float eps=0., str activation="", bool gated=False, '
-    'str format="", int group_size=0) -> Tensor',
+    'str format="", int group_size=0, str inputs="") -> Tensor',
     _fused_linear,
     _fused_linear_fake,
     aten=_fused_linear,
+    rounds_inside=lambda keywords: bool(keywords.get("inputs")),
 )
 
 

@@ -17,8 +17,9 @@ from optc.compiler.analysis.norms import norm_call
 from optc.compiler.capture import capture_module
 from optc.compiler.execution.stage_driver import run_stage
 from optc.compiler.ir.program import Program
+from optc.compiler.pipeline.gate import rounds_activations
 from optc.compiler.pipeline.pipeline import Pipeline
-from optc.compiler.rewriting.passes import PassResult
+from optc.compiler.rewriting.passes import Pass, PassResult
 from optc.compiler.target.target import Step
 from optc.passes.fusion.decode import FuseDecode
 from optc.passes.fusion.norm import FuseNorm
@@ -26,6 +27,8 @@ from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.passes.legalization.cuda import LegalizeCuda
+from optc.passes.quantization.activations import QuantizeActivations
+from optc.passes.quantization.fp8 import QuantizeFp8
 from optc.passes.quantization.rtn import QuantizeRtn
 
 FUSED = torch.ops.optc.fused_linear.default
@@ -70,11 +73,10 @@ GATED = ("gemma2", "granite", "olmo2", "gpt-neox")
 
 
 @functools.cache
-def paged(name: str, dtype: torch.dtype = torch.float32, quantize: QuantizeRtn | None = None) -> Program:
+def paged(name: str, dtype: torch.dtype = torch.float32, quantize: tuple[Pass, ...] = ()) -> Program:
     """A family as fuse-decode finds it; read-only."""
     program = stirred(name, dtype)
-    quantization = [] if quantize is None else [quantize]
-    for rewrite in (FuseNorm(), FuseRotary(), *quantization, PageKVCache(select_logits=True), MergeProjections()):
+    for rewrite in (FuseNorm(), FuseRotary(), *quantize, PageKVCache(select_logits=True), MergeProjections()):
         program = apply(rewrite, program).program
     return program
 
@@ -197,7 +199,7 @@ def test_choice_of_experts(form: str, calls: list[dict[str, object]]) -> None:
 
 
 def test_quantized_experts_stay_apart() -> None:
-    program = paged("mixtral", quantize=QuantizeRtn(bits=8))
+    program = paged("mixtral", quantize=(QuantizeRtn(bits=8),))
     result = rewritten(FuseDecode(), program)
     assert count(result.program, torch.ops.optc.fused_experts.default) == 0
     assert gap(program, result) <= 1e-6
@@ -238,11 +240,34 @@ def test_the_gate_passes_in_bfloat16(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
 def test_quantized_weights_stay_what_they_are(name: str) -> None:
-    program = paged(name, quantize=QuantizeRtn(bits=4, symmetric=False))
+    program = paged(name, quantize=(QuantizeRtn(bits=4, symmetric=False),))
     result = rewritten(FuseDecode(), program)
     dequantized = [node for node in result.program.calls(FUSED) if node.args[1].op == "call_function"]
     assert len(dequantized) == count(program, torch.ops.optc.dequantize.default) == 8
     assert gap(program, result) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt2"])
+def test_the_rounding_of_tokens_is_taken_in(name: str) -> None:
+    """With the norm in front of it; the codes are the program's, so what is left are other orders of sums."""
+    program = paged(name, quantize=(QuantizeFp8(), QuantizeActivations(format="fp8")))
+    result = rewritten(FuseDecode(), program)
+    rounded = [node.kwargs for node in result.program.calls(FUSED) if node.kwargs.get("inputs") == "fp8"]
+    assert [bool(keywords.get("norm")) for keywords in rounded] == [True, False] * 4
+    assert count(result.program, torch.ops.optc.quantize_dynamic.default) == 0
+    assert gap(program, result) <= 0.05
+    legal = rewritten(LegalizeCuda(), result.program).program
+    assert [node.kwargs["format"] for node in legal.calls(FUSED) if node.kwargs.get("inputs")] == ["fp8"] * 8
+    assert gap(result.program, PassResult(legal, 1, 1)) <= 0.05
+    assert all(rounds_activations(item) for item in (result.program, legal))
+
+
+def test_codes_of_integers_stay_in_front_of_linears() -> None:
+    program = paged("qwen2", quantize=(QuantizeRtn(bits=8, group_size=0), QuantizeActivations()))
+    result = rewritten(FuseDecode(), program)
+    reason = "its activations are rounded to int8, not to fp8 by the scale of each token"
+    assert [miss.reason for miss in result.misses].count(reason) == 8
+    assert count(result.program, torch.ops.optc.quantize_dynamic.default) == 8
 
 
 class _Mlp(torch.nn.Module):

@@ -13,6 +13,8 @@ from optc.compiler.ir.program import Program
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections, join_names
 from optc.passes.fusion.rotary import FuseRotary
+from optc.passes.quantization.activations import QuantizeActivations
+from optc.passes.quantization.fp8 import QuantizeFp8
 from optc.passes.quantization.rtn import QuantizeRtn
 
 LINEAR = torch.ops.aten.linear.default
@@ -47,6 +49,20 @@ def test_quantized_weights_merge_by_their_codes(name: str, symmetric: bool) -> N
         result.program, LINEAR
     )
     assert difference(program, result.program) <= 1e-5
+
+
+def test_float_codes_merge_where_each_row_has_a_scale() -> None:
+    """With the rounding of the input that they share; one scale for a whole weight is no scale of its rows."""
+    program = rewritten(QuantizeActivations(format="fp8"), rewritten(QuantizeFp8(), stirred("qwen2")).program).program
+    result = rewritten(MergeProjections(), program)
+    assert result.matched == 4
+    merged = [(key, entry) for key, entry in result.program.contract.quantization.items() if "+" in key]
+    assert {(entry.format, entry.activations) for _, entry in merged} == {("fp8", "fp8")}
+    assert {result.program.weight(key).dtype for key, _ in merged} == {torch.float8_e4m3fn}
+    assert difference(program, result.program) <= 1e-5
+    whole = rewritten(MergeProjections(), rewritten(QuantizeFp8(granularity="tensor"), stirred("qwen2")).program)
+    assert whole.matched == 0
+    assert {miss.reason for miss in whole.misses} == {"it has one scale for all of its rows"}
 
 
 def test_it_commutes_with_quantization() -> None:

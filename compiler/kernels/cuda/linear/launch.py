@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -12,20 +12,15 @@ from torch.nn import functional as F
 
 from optc.compiler.kernels.cuda import fused_norm
 from optc.compiler.kernels.cuda.dispatch import dependent_launch, is_capturing
-from optc.compiler.kernels.cuda.linear.configurations import (
-    Gemv,
-    Product,
-    Shape,
-    gemv_tiles,
-    kind_for,
-    product_tiles,
-)
+from optc.compiler.kernels.cuda.linear.call import Linear
+from optc.compiler.kernels.cuda.linear.configurations import Gemv, Product, gemv_tiles, kind_for, product_tiles
 from optc.compiler.kernels.cuda.linear.dequantize import dequantize_rows
 from optc.compiler.kernels.cuda.linear.finish import finish_rows
 from optc.compiler.kernels.cuda.linear.gemv_float import gemv_float
 from optc.compiler.kernels.cuda.linear.gemv_integer import gemv_integer
 from optc.compiler.kernels.cuda.linear.product_float import product_float
 from optc.compiler.kernels.cuda.linear.product_integer import product_integer, split_tokens
+from optc.compiler.kernels.cuda.linear.rounded_tokens import multiplies_codes, product_of_codes, rounded
 from optc.compiler.kernels.cuda.norm.launch import fused_norm as normalize_rows
 
 BITS = {"int4": 4, "int8": 8}
@@ -38,40 +33,6 @@ ARRIVALS = 1 << 16
 DEQUANTIZE_BLOCK = 2048
 FINISH_BLOCK, FINISH_WARPS = 2048, 8
 MOST_TOKENS_PER_BLOCK = 64
-
-
-class Linear(NamedTuple):
-    """The arguments of a call, with tokens as rows.
-
-    Attributes:
-        x: [M, K]. residual: [M, N] or None. The others as `fused_linear` has them.
-    """
-
-    x: Tensor
-    weight: Tensor
-    scale: Tensor | None
-    zero: Tensor | None
-    norm_weight: Tensor | None
-    norm_bias: Tensor | None
-    bias: Tensor | None
-    residual: Tensor | None
-    norm: str
-    eps: float
-    activation: str
-    gated: bool
-    format: str
-    group_size: int
-
-    @property
-    def shape(self) -> Shape:
-        """What the tables are asked with."""
-        rows = self.weight.shape[0]
-        tokens, columns = self.x.shape
-        return Shape(format=self.format, n=rows // 2 if self.gated else rows, k=columns, gated=self.gated, m=tokens)
-
-    def new_result(self) -> Tensor:
-        """y [M, N], not written yet."""
-        return self.x.new_empty((self.x.shape[0], self.shape.n))
 
 
 def fused_linear(
@@ -90,6 +51,7 @@ def fused_linear(
     gated: bool = False,
     format: str = "",
     group_size: int = 0,
+    inputs: str = "",
 ) -> Tensor:
     """The op, for calls that the kernel accepts."""
     columns = x.shape[-1]
@@ -98,9 +60,11 @@ def fused_linear(
     norm_weight, norm_bias = (item if item is None else _aligned(item) for item in (norm_weight, norm_bias))
     linear = Linear(
         rows, _aligned(weight), scale, zero, norm_weight, norm_bias, bias, residuals,
-        norm, eps, activation, gated, format, 0 if group_size == columns else group_size,
+        norm, eps, activation, gated, format, 0 if group_size == columns else group_size, inputs,
     )  # fmt: skip
     kind = kind_for(linear.shape) if rows.shape[0] else None
+    if inputs and (kind is not None or not multiplies_codes(linear)):
+        linear = rounded(linear)
     if kind == "gemv":
         y = gemv(linear, gemv_tiles(linear.shape))
     elif kind == "product" and product_obstacle(linear) is None:
@@ -192,9 +156,12 @@ def _split_tokens(linear: Linear) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def by_cublas(linear: Linear) -> Tensor:
-    """Dequantize, and leave the product to cuBLAS."""
-    weight = linear.weight if linear.scale is None else dequantize(linear)
-    product = F.linear(_normalized(linear), weight, linear.bias)
+    """Leave the product to cuBLAS: of codes where tokens are to be rounded, else of the dequantized weight."""
+    if linear.inputs:
+        product = product_of_codes(linear)
+    else:
+        weight = linear.weight if linear.scale is None else dequantize(linear)
+        product = F.linear(_normalized(linear), weight, linear.bias)
     if not (linear.gated or linear.activation or linear.residual is not None):
         return product
     shape, y = linear.shape, linear.new_result()

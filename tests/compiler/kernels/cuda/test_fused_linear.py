@@ -107,7 +107,7 @@ class Case:
 
 def knobs(linear: launch.Linear) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of the op."""
-    names = ("norm", "eps", "activation", "gated", "format", "group_size")
+    names = ("norm", "eps", "activation", "gated", "format", "group_size", "inputs")
     return linear[:8], dict(zip(names, linear[8:], strict=True))
 
 
