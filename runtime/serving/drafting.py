@@ -13,7 +13,7 @@ from optc.runtime.serving.scheduler import Scheduler
 from optc.runtime.speculative.drafter import Ask, Drafter, Verified
 from optc.runtime.speculative.figures import SpeculativeFigures
 from optc.runtime.speculative.settings import Speculation
-from optc.runtime.speculative.switch import Switch
+from optc.runtime.speculative.switch import Outcome, Switch
 
 
 class Drafting:
@@ -34,7 +34,7 @@ class Drafting:
     ) -> None:
         self._drafter, self._options, self._clock = drafter, options, clock
         self._scheduler, self._rows, self._sampler_of = scheduler, scheduler.rows, sampler_of
-        self._switch = Switch() if options.adaptive else None
+        self._switch = Switch(options.draft_tokens) if options.adaptive else None
         self._begin = 0.0
         self._verified, self._draft_s = 0, 0.0
         self._drafted_at, self._accepted_at = np.zeros((2, options.draft_tokens), np.int64)
@@ -44,13 +44,12 @@ class Drafting:
         self._begin = self._clock()
         rows = self._rows
         ready = np.flatnonzero(rows.decoding & (rows.fed < rows.end - 1))
-        if not len(ready) or (self._switch is not None and not self._switch.wants(len(ready))):
+        if not len(ready):
             return
-        most = np.minimum(self._options.draft_tokens, rows.end[ready] - rows.known[ready] - 1)
+        depth = self._options.draft_tokens if self._switch is None else self._switch.depth(len(ready))
+        most = np.minimum(depth, rows.end[ready] - rows.known[ready] - 1)
         asks = {
-            row: Ask(self._scheduler.at(row).id, rows.history[row, : rows.known[row]], count)
-            for row, count in zip(ready.tolist(), most.tolist(), strict=True)
-            if count > 0
+            row: self._ask(row, count) for row, count in zip(ready.tolist(), most.tolist(), strict=True) if count > 0
         }
         if not asks:
             return
@@ -59,6 +58,13 @@ class Drafting:
             if usable:
                 rows.draft(row, usable)
         self._draft_s += self._clock() - self._begin
+
+    def _ask(self, row: int, most: int) -> Ask:
+        rows, sampler = self._rows, self._sampler_of(row)
+        ask = Ask(self._scheduler.at(row).id, rows.history[row, : rows.known[row]], most)
+        if sampler is None or sampler.request.sampling.greedy:
+            return ask
+        return ask._replace(sampling=sampler.request.sampling, uniforms=sampler.uniforms(most))
 
     def _usable(self, row: int, draft: Sequence[int]) -> Sequence[int]:
         """A draft up to a stop token, and up to what the grammar of its row lets follow."""
@@ -82,10 +88,9 @@ class Drafting:
         now = self._clock()
         self._draft_s += now - begin
         if self._switch is not None and len(plan.decodes) and not plan.pieces:
-            tokens = int(given.counts.sum())
-            self._switch.note(
-                len(plan.decodes), tokens=tokens, seconds=now - self._begin, drafted=bool(plan.drafted.any())
-            )
+            accepted = (given.counts - 1).tolist()
+            outcomes = [Outcome(*row) for row in zip(plan.drafted.tolist(), accepted, strict=True)]
+            self._switch.note(outcomes, now - self._begin)
 
     def _outcomes(self, plan: Plan, given: Chosen) -> Iterator[Verified]:
         rows = self._rows
@@ -113,7 +118,7 @@ class Drafting:
             drafted_at=self._drafted_at.tolist(),
             accepted_at=self._accepted_at.tolist(),
             draft_seconds=self._draft_s,
-            on=switch is None or switch.on,
+            depth=self._options.draft_tokens if switch is None else switch.best,
             speedup=None if switch is None else switch.speedup,
         )
 

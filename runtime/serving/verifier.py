@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.ops.dialect.sampling import penalized
+from optc.runtime.sampling import Sampling
 from optc.runtime.serving.open_choice import masked
 from optc.runtime.serving.plan import Chosen, Plan
 from optc.runtime.serving.rows import Ints, Kind, Rows
@@ -84,14 +85,12 @@ class Verifier:
             found: Tensor = torch.ops.optc.argmax(scores)
             return found
         scores = self._penalize(_hold_to_grammars(_add_biases(scores, held), held), held)
-        cuts = np.zeros((5, len(logits)))
-        cuts[2] = 1
+        samplings, uniforms = [Sampling()] * len(logits), np.zeros(len(logits))
         for item in held:
-            own, part = item.sampler.request.sampling, slice(item.start, item.start + item.count)
-            cuts[:4, part] = np.array([own.heat, min(own.top_k, scores.shape[1]), own.top_p, own.min_p])[:, None]
-            cuts[4, part] = item.sampler.uniforms(item.count)
-        at = torch.from_numpy(cuts).to(logits.device)
-        return decide(scores, Cuts(at[0].float(), at[1].long(), at[2], at[3]), at[4])
+            part = slice(item.start, item.start + item.count)
+            samplings[part] = [item.sampler.request.sampling] * item.count
+            uniforms[part] = item.sampler.uniforms(item.count)
+        return decide(scores, Cuts.of(samplings, logits.device), torch.from_numpy(uniforms).to(logits.device))
 
     def _penalize(self, scores: Tensor, held: Sequence[_Held]) -> Tensor:
         """Scores after penalties for what a row holds, and for the drafted tokens in front of each position."""

@@ -5,20 +5,24 @@ positions a token is decided by the model's own distribution there, *processed*:
 min-p come first (`drawable`). The draft is kept as far as it is what was decided, and the decided token behind it is kept
 as well: the correction of the first drafted token that is not, or the bonus behind a draft that is kept whole.
 
-The output distribution is the model's own, by Leviathan et al. 2023 (https://arxiv.org/abs/2211.17192): a drafted token x
-of probability q(x) is kept with probability min(1, p(x) / q(x)), else a token of (p - q)+ takes its place. For a drafter
-that is sure (q is 1 for its token) this is: draw from p, and keep the draft if it is what was drawn. It is done so here;
-the tokens are then those that plain decoding draws by the same uniform numbers, whatever was drafted.
+The output distribution is the model's own, by the rejection sampling of Leviathan et al. 2023
+(https://arxiv.org/abs/2211.17192): a drafted token x of probability q(x) is kept with probability min(1, p(x) / q(x)), else
+a token of (p - q)+ takes its place. For a drafter that is sure (q is 1 for its token) this is: draw from p, and keep the
+draft if it is what was drawn. It is done so here, with the uniform numbers of plain decoding: the tokens are those that it
+draws, whatever was drafted. A drafter that has a distribution of its own may draw from it by the same numbers, so that it
+often comes to the same token (a coupling of the two, see Daliri et al. 2024, https://arxiv.org/abs/2408.07978).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
+from optc.runtime.sampling import Sampling
 
 NOT_DRAFTED = -3
 """In place of a drafted token where none is; it is neither a token nor `NO_TOKEN`."""
@@ -36,6 +40,17 @@ class Cuts(NamedTuple):
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling], device: torch.device) -> Self:
+        """Those of T samplings."""
+        most = torch.iinfo(torch.int64).max
+        return cls(
+            torch.tensor([item.heat for item in samplings], device=device),
+            torch.tensor([min(item.top_k, most) for item in samplings], device=device),
+            torch.tensor([item.top_p for item in samplings], dtype=torch.float64, device=device),
+            torch.tensor([item.min_p for item in samplings], dtype=torch.float64, device=device),
+        )
 
 
 def drawable(scores: Tensor, cuts: Cuts) -> Tensor:

@@ -1,5 +1,6 @@
 """Drafts by a smaller model with the same tokens (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192; Chen et al.
-2023, https://arxiv.org/abs/2302.01318): the likeliest continuation, token by token.
+2023, https://arxiv.org/abs/2302.01318), token by token: the likeliest one, or the one that it draws by the uniform number
+with which the model that verifies will draw at that place.
 
 The model has a paged KV cache of its own. Drafts of all requests are made together; what was rejected is forgotten at the
 next ask, and its slots are written again.
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from optc.compiler.execution.block_manager import BlockManager
 from optc.runtime.sessions.paged import PagedModel
+from optc.runtime.speculative.acceptance import Cuts, decide
 from optc.runtime.speculative.drafter import Ask, Tokens, Verified
 
 
@@ -44,13 +46,15 @@ class DraftModel:
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
         """See `Drafter`. Requests that the cache or the context has no room for get nothing."""
         drafts: dict[str, list[int]] = {ask.id: [] for ask in asks}
-        asking = self._room_for([ask for ask in asks if len(ask.tokens) + ask.most <= self._model.context_length])
-        most = {ask.id: ask.most for ask in asking}
-        work = {ask.id: self._rest(ask) for ask in asking}
-        while work:
-            for name, token in self._feed(work).items():
+        fitting = self._room_for([ask for ask in asks if len(ask.tokens) + ask.most <= self._model.context_length])
+        asking = {ask.id: ask for ask in fitting}
+        work = {ask.id: self._rest(ask) for ask in fitting}
+        for place in range(max((ask.most for ask in fitting), default=0)):
+            logits = self._feed(work)
+            chosen = self._choose(logits, [asking[name] for name in work], place)
+            for name, token in zip(work, chosen, strict=True):
                 drafts[name].append(token)
-            work = {name: drafts[name][-1:] for name in work if len(drafts[name]) < most[name]}
+            work = {name: drafts[name][-1:] for name in work if len(drafts[name]) < asking[name].most}
         return [drafts[ask.id] for ask in asks]
 
     def observe(self, verified: Sequence[Verified]) -> None:
@@ -100,9 +104,19 @@ class DraftModel:
         rest: list[int] = ask.tokens[len(request.held) :].tolist()
         return rest
 
-    def _feed(self, work: dict[str, list[int]]) -> dict[str, int]:
-        """The likeliest token behind these tokens of each request."""
-        found: dict[str, int] = {}
+    def _choose(self, logits: Tensor, asks: Sequence[Ask], place: int) -> list[int]:
+        """The next token of each ask, the one at this place of its draft, from logits [R, V]."""
+        scores = logits[:, : self._vocabulary].float()
+        if all(ask.sampling.greedy for ask in asks):
+            return scores.argmax(1).tolist()
+        uniforms = [0.0 if ask.sampling.greedy else float(ask.uniforms[place]) for ask in asks]
+        numbers = torch.tensor(uniforms, dtype=torch.float64, device=scores.device)
+        found = decide(scores, Cuts.of([ask.sampling for ask in asks], scores.device), numbers)
+        return found.clamp(min=0).tolist()  # any token where logits are not finite
+
+    def _feed(self, work: dict[str, list[int]]) -> Tensor:
+        """Logits [R, V] behind these tokens of each request."""
+        found: dict[str, Tensor] = {}
         group: list[tuple[str, list[int]]] = []
         room = self._model.chunk
         for name, tokens in work.items():
@@ -114,10 +128,11 @@ class DraftModel:
                 group = []
             group.append((name, rest))
             room -= len(rest)
-        return found | self._call(group)
+        found |= self._call(group)
+        return torch.stack([found[name] for name in work])
 
     @torch.inference_mode()
-    def _call(self, work: list[tuple[str, list[int]]]) -> dict[str, int]:
+    def _call(self, work: list[tuple[str, list[int]]]) -> dict[str, Tensor]:
         model = self._model
         inputs = self._manager.step(work)
         wanted = inputs.cu_seqlens[1:].long() - 1
@@ -129,8 +144,7 @@ class DraftModel:
         for name, tokens in work:
             self._manager.commit(name)
             self._requests[name].held += tokens
-        likeliest = logits[:, : self._vocabulary].argmax(1).tolist()
-        return {name: token for (name, _), token in zip(work, likeliest, strict=True)}
+        return {name: row for (name, _), row in zip(work, logits, strict=True)}
 
 
 def _agreeing(request: _Request, tokens: Tokens) -> int:

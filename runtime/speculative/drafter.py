@@ -8,7 +8,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from optc.runtime.sampling import Sampling
+
 Tokens = npt.NDArray[np.integer]
+Uniforms = npt.NDArray[np.float64]
 
 
 class Ask(NamedTuple):
@@ -18,11 +21,15 @@ class Ask(NamedTuple):
         id: of the request; its `tokens` only grow from one ask to the next.
         tokens: [n], its prompt and all that it generated; not to be kept or changed.
         most: tokens that can be used, 1 at least.
+        sampling: how the next tokens are drawn; greedy ones are not.
+        uniforms: float64 [most], the numbers that they are drawn by, one after another; empty where they are not.
     """
 
     id: str
     tokens: Tokens
     most: int
+    sampling: Sampling = Sampling()
+    uniforms: Uniforms = np.zeros(0)
 
 
 class Verified(NamedTuple):

@@ -15,7 +15,7 @@ class SpeculativeFigures(Struct, frozen=True, kw_only=True):
         drafted_at: of them, how many had a token at each place of the draft.
         accepted_at: how many had it accepted.
         draft_seconds: spent in the drafter.
-        on: drafts are made at the moment; False where they do not pay.
+        depth: tokens that are drafted at the moment, at most; 0 where drafts do not pay.
         speedup: tokens of a step with drafts over its cost relative to a plain one, in the last steps; None before it is known.
     """
 
@@ -24,7 +24,7 @@ class SpeculativeFigures(Struct, frozen=True, kw_only=True):
     drafted_at: list[int] = []
     accepted_at: list[int] = []
     draft_seconds: float = 0.0
-    on: bool = True
+    depth: int = 0
     speedup: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -37,7 +37,7 @@ class SpeculativeFigures(Struct, frozen=True, kw_only=True):
             "drafted_tokens": self.drafted_tokens,
             "accepted_tokens": self.accepted_tokens,
             "draft_seconds": self.draft_seconds,
-            "on": self.on,
+            "depth": self.depth,
             "speedup": self.speedup,
         }
 

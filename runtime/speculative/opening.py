@@ -55,6 +55,13 @@ def open_drafter(options: Speculation, target: Verifying) -> Drafter:
 
 def _open_model(folder: Path, draft_tokens: int, target: Verifying) -> DraftModel:
     """A cache as large as the target's, with room for the draft of each request that runs."""
+    if (folder / "config.json").is_file() and not (folder / "manifest.json").is_file():
+        raise InputError(
+            "the model that drafts is not compiled",
+            where=str(folder),
+            why="it is a model folder",
+            remedy="compile it with --target inductor-cpu --kv-cache paged, and give --draft the artifact",
+        )
     manifest = verify(folder)
     _check_tokens(folder, target)
     cache, device = manifest.contract.kv_cache, target.model.device

@@ -1,9 +1,15 @@
-"""Whether drafting pays, by what steps of so many rows gave and took so far: where it does not, decoding is plain."""
+"""How many tokens are to be drafted, by what steps gave and took so far: none where plain decoding is faster.
+
+Time is measured, not modelled: medians of the last steps with drafts (the drafter included) and of plain ones, for each
+power of two of rows. A step is taken to cost as much more as it has more drafted tokens.
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
 
 _KEPT = 32
 """Steps of each kind that are looked at."""
@@ -11,25 +17,35 @@ _LEAST = 8
 """Steps of each kind before anything is decided."""
 _REFRESH = 32
 """While drafts are on, one step in so many is plain, so that its time stays known."""
+_EXPLORE = 8
+"""And one in so many is as deep as it may be, so that the acceptance of all places stays known."""
 _PAUSE, _LONGEST_PAUSE = 64, 4096
 """Plain steps before drafts are tried again; twice as many each time that they do not pay."""
 
 
+class Outcome(NamedTuple):
+    """A row of a step: its drafted tokens, and how many of them were accepted."""
+
+    drafted: int
+    accepted: int
+
+
 class Switch:
-    """Of one engine. Steps of different numbers of rows cost differently: each power of two is decided by itself."""
+    """Of one engine, whose drafts have `most` tokens at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._of: dict[int, _Record] = {}
-        self._last = _Record()
+        self._last = _Record(most)
 
-    def wants(self, rows: int) -> bool:
-        """Whether the next step, of so many rows, should have drafts."""
-        return self._at(rows).wants()
+    def depth(self, rows: int) -> int:
+        """Tokens to draft for each row of the next step, of which there are so many; 0 for a plain one."""
+        return self._at(rows).depth()
 
-    def note(self, rows: int, *, tokens: int, seconds: float, drafted: bool) -> None:
-        """A step of decodes alone: tokens that it gave, and its time with all that drafting took."""
-        self._last = self._at(rows)
-        self._last.note(tokens / rows, seconds, drafted)
+    def note(self, outcomes: Sequence[Outcome], seconds: float) -> None:
+        """A step of decodes alone, row by row, and its time with all that drafting took."""
+        self._last = self._at(len(outcomes))
+        self._last.note(outcomes, seconds)
 
     @property
     def speedup(self) -> float | None:
@@ -37,12 +53,12 @@ class Switch:
         return self._last.speedup
 
     @property
-    def on(self) -> bool:
-        """Whether drafts are on, at the last number of rows."""
-        return self._last.pause == 0
+    def best(self) -> int:
+        """Tokens that are drafted at the last number of rows; 0 where drafts are off."""
+        return 0 if self._last.pause else self._last.best()
 
     def _at(self, rows: int) -> _Record:
-        return self._of.setdefault((rows - 1).bit_length(), _Record())
+        return self._of.setdefault((rows - 1).bit_length(), _Record(self._most))
 
 
 class _Record:
@@ -52,36 +68,51 @@ class _Record:
         pause: plain steps that are left before drafts are tried again; 0 where they are on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._plain: deque[float] = deque(maxlen=_KEPT)
-        self._drafted: deque[float] = deque(maxlen=_KEPT)
-        self._tokens: deque[float] = deque(maxlen=_KEPT)
+        self._drafted: deque[tuple[float, Sequence[Outcome]]] = deque(maxlen=_KEPT)
         self.pause = 0
         self._next_pause = _PAUSE
-        self._since_plain = 0
-        self._tried = 0
+        self._since_plain = self._tried = 0
 
     @property
     def speedup(self) -> float | None:
         if min(len(self._plain), len(self._drafted)) < _LEAST:
             return None
-        return statistics.fmean(self._tokens) * statistics.median(self._plain) / statistics.median(self._drafted)
+        tokens = statistics.fmean(1 + row.accepted for _, rows in self._drafted for row in rows)
+        return tokens * statistics.median(self._plain) / self._seconds()
 
-    def wants(self) -> bool:
-        if self.pause:
-            return False
-        if len(self._plain) < min(_LEAST, len(self._drafted)):
-            return False
-        return self._since_plain < _REFRESH
+    def _seconds(self) -> float:
+        return statistics.median(seconds for seconds, _ in self._drafted)
 
-    def note(self, tokens: float, seconds: float, drafted: bool) -> None:
-        if not drafted:
+    def depth(self) -> int:
+        if self.pause or self._since_plain >= _REFRESH or len(self._plain) < min(_LEAST, len(self._drafted)):
+            return 0
+        return self._most if self._tried % _EXPLORE == 0 else self.best()
+
+    def best(self) -> int:
+        """The depth with the most tokens for their time, by the acceptance of each place."""
+        if self.speedup is None:
+            return self._most
+        rows = [row for _, step in self._drafted for row in step]
+        plain, per_step = statistics.median(self._plain), statistics.fmean(row.drafted for row in rows)
+        each = max(0.0, self._seconds() - plain) / per_step
+        gain, best, rate = 1.0, 1, 0.0
+        for depth in range(1, self._most + 1):
+            deep = [row.accepted >= depth for row in rows if row.drafted >= depth]
+            gain += statistics.fmean(deep) if deep else 0.0
+            if gain / (plain + each * depth) > rate:
+                best, rate = depth, gain / (plain + each * depth)
+        return best
+
+    def note(self, outcomes: Sequence[Outcome], seconds: float) -> None:
+        if not any(row.drafted for row in outcomes):
             self._plain.append(seconds)
             self._since_plain = 0
             self.pause = max(0, self.pause - 1)
             return
-        self._drafted.append(seconds)
-        self._tokens.append(tokens)
+        self._drafted.append((seconds, outcomes))
         self._since_plain += 1
         self._tried += 1
         found = self.speedup
@@ -93,4 +124,3 @@ class _Record:
             self.pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _LONGEST_PAUSE)
             self._tried = 0
             self._drafted.clear()
-            self._tokens.clear()

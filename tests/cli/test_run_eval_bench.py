@@ -290,7 +290,7 @@ def test_eval_refuses(artifact: Path, text: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty.txt").write_bytes(b"")
     expect(capsys, 3, "the text is not UTF-8", "eval", artifact, "--text", tmp_path / "latin.txt")
-    expect(capsys, 3, "the text cannot be read", "eval", artifact, "--text", tmp_path / "none.txt")
+    expect(capsys, 3, "failed while reading the text", "eval", artifact, "--text", tmp_path / "none.txt")
     expect(
         capsys,
         3,

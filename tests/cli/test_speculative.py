@@ -103,7 +103,7 @@ def test_a_server_drafts_and_says_so(place: Path, tmp_path: Path) -> None:
     assert [samples["optc_draft_tokens_total", str(place)] for place in range(3)] == figures.drafted_at
     assert [samples["optc_draft_accepted_tokens_total", str(place)] for place in range(3)] == figures.accepted_at
     assert samples["optc_draft_verified_total",] == figures.verified > 0
-    assert samples["optc_draft_on",] == int(figures.on)
+    assert samples["optc_draft_depth",] == figures.depth
     engine.close()
 
 
@@ -123,6 +123,7 @@ def test_what_is_refused(place: Path, tmp_path: Path, capsys: Capture) -> None:
         (("bench", artifact, "--speculative", "ngram", *book, "--save"), 2, "--save has no effect"),
         (("bench", "--serve", artifact, "--draft-tokens", "2"), 2, "--draft-tokens has no effect with --serve"),
         ((*ask, "--speculative", "draft", "--draft", tmp_path / "none"), 3, "none"),
+        ((*ask, "--speculative", "draft", "--draft", EXAMPLE), 3, "the model that drafts is not compiled"),
     ):
         assert optc(*args) == code, args
         assert message in capsys.readouterr().err

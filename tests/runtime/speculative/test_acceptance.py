@@ -26,12 +26,7 @@ SAMPLINGS = [
 
 
 def cuts(samplings: list[Sampling]) -> Cuts:
-    return Cuts(
-        torch.tensor([item.heat for item in samplings]),
-        torch.tensor([item.top_k for item in samplings]),
-        torch.tensor([item.top_p for item in samplings], dtype=torch.float64),
-        torch.tensor([item.min_p for item in samplings], dtype=torch.float64),
-    )
+    return Cuts.of(samplings, torch.device("cpu"))
 
 
 def test_distributions_are_those_of_the_host() -> None:

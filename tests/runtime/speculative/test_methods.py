@@ -92,6 +92,15 @@ def test_drawn_tokens_are_those_of_plain_decoding(method: Method) -> None:
     assert {name: item.tokens for name, item in found.items()} == plain(20, *kinds)
 
 
+def test_a_draft_is_drawn_by_the_numbers_that_decide() -> None:
+    """At temperature 1 the model drafts for itself what it will draw."""
+    engine = speculating(model(), drafter("draft"))
+    run(engine, requests(15, Sampling(temperature=1.0, seed=4)))
+    figures = engine.metrics().speculation
+    assert figures is not None
+    assert figures.accepted_at == figures.drafted_at
+
+
 def test_drafts_hold_to_grammars() -> None:
     """A draft that is right, wrong or against the grammar: the answer is that of plain decoding."""
     grammars = Grammars(EXAMPLE, model().vocab_size, eos_token_ids(EXAMPLE))
