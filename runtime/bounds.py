@@ -1,4 +1,4 @@
-"""Bounds of the numbers that run, eval and bench are given: of their flags, and of calls from Python."""
+"""Bounds of the numbers that run, eval and bench are given: of their flags, and of calls from Python; and trust."""
 
 from __future__ import annotations
 
@@ -26,3 +26,9 @@ Seed = Annotated[int, Meta(ge=0)]
 
 TimedTokens = Annotated[int, Meta(ge=2, le=1 << 31)]
 """Tokens of one timed generation: decoding begins at the second."""
+
+Trust = Annotated[
+    bool,
+    Meta(description="Run native code of an artifact that was made elsewhere and bears no signature of a trusted key."),
+]
+"""See `compiler/artifact/trust.py`."""

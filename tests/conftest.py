@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -27,6 +30,12 @@ EXAMPLE = ROOT / "examples" / "fiction-3m"
 SHARED = ROOT.parent / "shared"
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Marks of this machine and trusted keys are those of the tests; workers inherit the place.
+if "OPTC_TESTS_HOME" not in os.environ:
+    os.environ["OPTC_TESTS_HOME"] = tempfile.mkdtemp(prefix="optc-tests-")
+    atexit.register(shutil.rmtree, os.environ["OPTC_TESTS_HOME"], ignore_errors=True)
+for variable in ("XDG_STATE_HOME", "XDG_CONFIG_HOME"):
+    os.environ[variable] = os.environ["OPTC_TESTS_HOME"]
 if not torch.cuda.is_available():  # triton reads it when it is imported, and torch imports it when it likes
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(THREADS)

@@ -44,9 +44,12 @@ class Engine:
         package: the installed distribution that the runner calls, whose version the check records; "" for none.
         opens_instead: what the runner opens where that is not what users run; "" where it is.
         device: where it runs, which is where a check of a host looks for memory; "target": as the target says.
+        check: "module:function" of (folder, manifest), which refuses files that no engine may open, their hashes being
+            right; None where the session's own reader does that.
         bundle: "module:object", the `BundleEngine` with its C++ program; None where there is none.
         facts, needs: the types of `engine_info` and of the manifest's `needs`.
         files: keys of `engine_info` that name files which the engine opens; a value may be null.
+        native: those of them that hold machine code.
         has_threads: the number of a session's threads can be chosen.
         eager: it is no engine of optc's: the session captures a model folder and runs its graph, slowly, and is opened
             only where that is asked for.
@@ -58,10 +61,12 @@ class Engine:
     package: str = ""
     opens_instead: str = ""
     device: Literal["target", "cpu", "cuda"] = "target"
+    check: str | None = None
     bundle: str | None = None
     facts: type[Facts] = Facts
     needs: type[Needs] = Needs
     files: tuple[str, ...] = ()
+    native: tuple[str, ...] = ()
     has_threads: bool = True
     eager: bool = False
 
@@ -74,9 +79,18 @@ class Engine:
         assert self.runner is not None
         return _resolve(self.runner)(*arguments)
 
+    def check_opened(self, *arguments: Any) -> None:
+        """Call what `check` names."""
+        if self.check is not None:
+            _resolve(self.check)(*arguments)
+
     def bundle_engine(self) -> Any | None:
         """What `bundle` names, or None."""
         return None if self.bundle is None else _resolve(self.bundle)
+
+    def native_code(self, info: Mapping[str, Any]) -> tuple[str, ...]:
+        """Paths of the files that hold machine code."""
+        return tuple(path for key, path in self.opened_files(info).items() if key in self.native)
 
     def opened_files(self, info: Mapping[str, Any]) -> dict[str, str]:
         """Key of `engine_info` -> path, of the files that the engine opens."""
@@ -88,6 +102,7 @@ ONNX = Engine(
     session="optc.runtime.sessions.onnx_artifact:open_artifact",
     runner="optc.runtime.sessions.onnx_artifact:open_runner",
     package="onnxruntime",
+    check="optc.runtime.sessions.onnx_artifact:check_files",
     bundle="optc.exporters.bundle.engines:GENAI",
     facts=OnnxFacts,
     files=("model",),
@@ -95,10 +110,12 @@ ONNX = Engine(
 AOTINDUCTOR = Engine(
     name="aotinductor",
     session="optc.runtime.sessions.package:open_artifact",
+    check="optc.runtime.sessions.package:check_files",
     bundle="optc.exporters.bundle.engines:AOTINDUCTOR",
     facts=PackageFacts,
     needs=PackageNeeds,
     files=("model", "weights", "library", "runner"),
+    native=("model", "library"),
 )
 CUDA = Engine(
     name="cuda",
@@ -118,6 +135,7 @@ TENSORRT = Engine(
     device="cuda",
     facts=PlanFacts,
     files=("model", "data", "engine", "plan"),
+    native=("plan",),
     has_threads=False,
 )
 EXECUTORCH = Engine(
@@ -126,6 +144,7 @@ EXECUTORCH = Engine(
     device="cpu",
     facts=ExecutorchFacts,
     files=("model",),
+    native=("model",),
 )
 HUGGINGFACE = Engine(
     name="huggingface",

@@ -12,19 +12,33 @@ from pathlib import Path
 import msgspec
 
 from optc.compiler.artifact import genai_config
-from optc.compiler.artifact.manifest import FILE_NAME, FileEntry, Manifest, decode, encode
+from optc.compiler.artifact.engines import find_engine
+from optc.compiler.artifact.manifest import FILE_NAME, FileEntry, Manifest, decode, encode, is_made_here, marked
 from optc.compiler.artifact.publishing import check_output, leftovers, write_folder
+from optc.compiler.artifact.trust import SIGNATURE, check_signature, sign, trusted_keys
 from optc.compiler.diagnostics import ArtifactError, InputError, os_errors
 from optc.compiler.files import sha256_of
 
-__all__ = ["check_output", "finish", "read_manifest", "rewrite", "verify", "write_folder"]
+__all__ = [
+    "check_output",
+    "check_trusted",
+    "finish",
+    "read_manifest",
+    "rewrite",
+    "sign_artifact",
+    "verify",
+    "write_folder",
+]
 
 _MAX_MANIFEST = 64 << 20
 _REMEDY = "copy the artifact again from where it was made, or compile it again"
 
 
-def finish(directory: Path, manifest: Manifest) -> Manifest:
+def finish(directory: Path, manifest: Manifest, *, made_here: bool = True) -> Manifest:
     """Hash every file as it is on disk, write manifest.json, read it back.
+
+    Args:
+        made_here: this machine made all of it, and marks it as its own.
 
     Returns the manifest as a reader will see it, with `files` and `self_sha256` filled.
 
@@ -33,13 +47,15 @@ def finish(directory: Path, manifest: Manifest) -> Manifest:
         ResourceError, InputError: the disk is full or not writable.
     """
     with os_errors("writing the manifest", str(directory)):
-        (directory / FILE_NAME).unlink(missing_ok=True)
+        for name in (FILE_NAME, SIGNATURE):
+            (directory / name).unlink(missing_ok=True)
         files = tuple(
             FileEntry(path=path, size=info.st_size, sha256=sha256_of(directory / path))
             for path, info in _regular_files(directory).items()
         )
-        data = encode(msgspec.structs.replace(manifest, files=files))
-        (directory / FILE_NAME).write_bytes(data)
+        native = find_engine(manifest.engine, str(directory)).native_code(manifest.engine_info)
+        manifest = msgspec.structs.replace(manifest, files=files, native_code=native, made_here="")
+        (directory / FILE_NAME).write_bytes(encode(marked(manifest) if made_here else manifest))
     return read_manifest(directory)
 
 
@@ -81,6 +97,7 @@ def verify(folder: Path) -> Manifest:
     with _reading(folder):
         found = _regular_files(folder)
         _check_links(folder, FILE_NAME, found.pop(FILE_NAME))
+        found.pop(SIGNATURE, None)  # of the manifest; what is in it is checked where it is asked for
         listed = {entry.path: entry for entry in manifest.files}
         for path in sorted(listed.keys() - found.keys()):
             raise _tampered(folder, path, "is missing")
@@ -96,6 +113,48 @@ def verify(folder: Path) -> Manifest:
                 raise _tampered(folder, path, "was changed", f"sha256 {sha256}, not {entry.sha256}")
         if genai_config.FILE_NAME in listed:
             genai_config.check_genai_config(folder, manifest.engine_info.get("model"))
+    return manifest
+
+
+def check_trusted(folder: Path, manifest: Manifest, trust: bool) -> None:
+    """Refuse native code of an artifact that nobody vouches for.
+
+    Args:
+        manifest: verified. trust: the user does.
+
+    Raises:
+        ArtifactError: it was not made here, bears no signature of a trusted key, and `trust` is not given.
+    """
+    native = find_engine(manifest.engine, str(folder)).native_code(manifest.engine_info)
+    if not native or trust or is_made_here(manifest):
+        return
+    try:
+        check_signature(folder, (folder / FILE_NAME).read_bytes(), trusted_keys())
+    except ArtifactError as error:
+        raise ArtifactError(
+            "the artifact holds native code, and was not made on this machine",
+            where=str(folder / native[0]),
+            why=f"loading it would run the code; {error.why}",
+            remedy="if you trust whoever made it, add --trust (in Python trust=True), or trust a key (docs/deploy.md)",
+        ) from error
+
+
+def sign_artifact(folder: Path, private: Path) -> Manifest:
+    """Verify an artifact and put the signature of its manifest beside it; one that is there is replaced.
+
+    Raises:
+        ArtifactError: it is damaged. InputError: the key cannot be read, or the signature not be written.
+        TargetError: cryptography is not installed.
+    """
+    manifest = verify(folder)
+    data = sign((folder / FILE_NAME).read_bytes(), private)
+    part = folder / f".{SIGNATURE}.part"
+    with os_errors("writing the signature", str(folder)):
+        try:
+            part.write_bytes(data)
+            os.replace(part, folder / SIGNATURE)
+        finally:
+            part.unlink(missing_ok=True)
     return manifest
 
 
@@ -123,7 +182,7 @@ def rewrite(
         for entry in manifest.files:
             if entry.path not in replaces:
                 _link(folder / entry.path, directory / entry.path)
-        result = finish(directory, edit(directory, manifest))
+        result = finish(directory, edit(directory, manifest), made_here=is_made_here(manifest))
         before = {entry.path: entry.sha256 for entry in manifest.files}
         for entry in result.files:
             changed = entry.sha256 != before.get(entry.path, entry.sha256)

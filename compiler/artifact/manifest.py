@@ -16,12 +16,13 @@ import msgspec
 
 from optc.compiler.artifact.engines import find_engine
 from optc.compiler.artifact.sizes import Sizes
+from optc.compiler.artifact.trust import is_machine_mark, machine_mark
 from optc.compiler.diagnostics import JSON_ERRORS, ArtifactError
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.proof import CaptureProof
 from optc.compiler.rewriting.quantization_record import LinearRecord
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FILE_NAME = "manifest.json"
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
@@ -151,6 +152,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """The identity of an artifact.
 
     Attributes:
+        native_code: files that hold machine code, which the engine runs. For people: trust asks the engine itself.
+        made_here: the mark of the machine that made the artifact (see `trust`).
         created: UTC, ISO 8601.
         engine: name of an `optc.compiler.artifact.engines.Engine`.
         device: where it runs.
@@ -189,6 +192,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seconds: dict[str, float]
     quality: dict[str, Any] | None = None
     speed: dict[str, Any] | None = None
+    native_code: tuple[str, ...] = ()
+    made_here: str = ""
     self_sha256: str = ""  # last: the seal is at the end of the file
 
     @property
@@ -217,6 +222,20 @@ class QuantizationSummary(msgspec.Struct, frozen=True, kw_only=True):
     linears: _Count
     bits_per_parameter: float = 0.0
     ratio_to_ideal: float = 0.0
+
+
+def marked(manifest: Manifest) -> Manifest:
+    """The manifest with the mark of this machine."""
+    return msgspec.structs.replace(manifest, made_here=machine_mark(_unmarked(manifest)))
+
+
+def is_made_here(manifest: Manifest) -> bool:
+    """Whether this machine made the artifact, and nothing of its manifest was changed since."""
+    return is_machine_mark(manifest.made_here, _unmarked(manifest))
+
+
+def _unmarked(manifest: Manifest) -> bytes:
+    return _json(msgspec.structs.replace(manifest, made_here="", self_sha256=""))
 
 
 class _Head(msgspec.Struct):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from optc.compiler.artifact.onnx_schemas import misfit, type_misfit
 from optc.compiler.artifact.publishing import leftovers
 from optc.compiler.diagnostics import ArtifactError, TargetError
 
@@ -130,7 +131,7 @@ def _check(folder: Path, filename: str) -> OnnxSummary:
     size = _plain_file(folder, filename)
     _require(0 < size <= _MAX_MODEL, f"the model file has {size} bytes")
     model = _decode((folder / filename).read_bytes())
-    _check_header(model)
+    version = _check_header(model)
     graph = model.graph
     spans: dict[str, list[_Span]] = {}
     weight_bytes = 0
@@ -140,9 +141,11 @@ def _check(folder: Path, filename: str) -> OnnxSummary:
         _check_spans(folder, filename, location, found)
     operators: Counter[str] = Counter()
     for node in graph.node:
-        _check_node(node)
+        _check_node(node, version)
         operators[f"{node.domain}.{node.op_type}".lstrip(".")] += 1
     _check_flow(graph)
+    wrong = type_misfit(model)
+    _require(wrong is None, f"types or shapes do not fit: {wrong}")
     return OnnxSummary(
         operators=dict(operators.most_common()),
         inputs=tuple(item.name for item in graph.input),
@@ -166,7 +169,8 @@ def _decode(data: bytes) -> Any:
         raise _RefusedError(f"not an ONNX message: {error}") from error
 
 
-def _check_header(model: Any) -> None:
+def _check_header(model: Any) -> int:
+    """The version of the standard operators."""
     versions: dict[str, int] = {}
     for entry in model.opset_import:
         domain = "" if entry.domain == "ai.onnx" else entry.domain
@@ -179,9 +183,10 @@ def _check_header(model: Any) -> None:
     _require(not model.functions, "it defines functions")
     _require(not model.training_info, "it holds training graphs")
     _require(not model.graph.sparse_initializer, "it holds sparse tensors")
+    return versions[""]
 
 
-def _check_node(node: Any) -> None:
+def _check_node(node: Any, version: int) -> None:
     what = f"node {node.name!r} ({node.op_type})"
     allowed = {"": STANDARD_OPS, "com.microsoft": MICROSOFT_OPS}.get(node.domain)
     _require(allowed is not None, f"{what}: domain {node.domain!r} is not allowed")
@@ -195,6 +200,8 @@ def _check_node(node: Any) -> None:
         if attribute.HasField("t"):
             _require(attribute.t.data_location != _EXTERNAL, f"{kind} is kept outside the model")
             _check_tensor(attribute.t, kind, {})
+    wrong = misfit(node, version)
+    _require(wrong is None, f"{what}: {wrong}")
 
 
 def _check_flow(graph: Any) -> None:

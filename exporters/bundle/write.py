@@ -13,8 +13,9 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from optc.compiler.artifact.folder import finish, verify, write_folder
-from optc.compiler.artifact.manifest import Manifest
+from optc.compiler.artifact.engines import find_engine as find_artifact_engine
+from optc.compiler.artifact.folder import check_trusted, finish, verify, write_folder
+from optc.compiler.artifact.manifest import Manifest, is_made_here
 from optc.compiler.diagnostics import ArtifactError, InputError, TargetError, os_errors
 from optc.exporters.bundle.engines import BundleEngine, Runtime, find_engine
 
@@ -37,21 +38,26 @@ class Bundle:
     variables: dict[str, str]
 
 
-def write_bundle(artifact: Path, output: Path, *, with_libraries: bool = False, force: bool = False) -> Bundle:
+def write_bundle(
+    artifact: Path, output: Path, *, with_libraries: bool = False, force: bool = False, trust: bool = False
+) -> Bundle:
     """Write a deployment folder, whole or not at all.
 
     Args:
         with_libraries: put the engine's shared libraries of this machine into `lib/`.
         force: replace an older artifact or bundle.
+        trust: bundle native code of an artifact that nobody vouches for; see `check_trusted`.
 
     Raises:
-        ArtifactError: the artifact is damaged.
+        ArtifactError: the artifact is damaged, or not trusted; its package would be unpacked elsewhere.
         TargetError: no program for its engine, or `with_libraries` and the engine is not installed here.
         InputError: the artifact is already a bundle, or the output exists or lies inside the artifact.
         ResourceError: the disk is full.
     """
     manifest = verify(artifact)
     engine = find_engine(manifest)
+    check_trusted(artifact, manifest, trust)
+    find_artifact_engine(manifest.engine, str(artifact)).check_opened(artifact, manifest)
     _check_places(artifact, output, manifest)
     runtime = engine.runtime()
     if with_libraries and runtime is None:
@@ -62,12 +68,13 @@ def write_bundle(artifact: Path, output: Path, *, with_libraries: bool = False, 
         program = _write_program(directory, manifest, engine)
         facts = {"engine": engine.name, "program": program, "libraries": libraries}
         edited = manifest.with_program(engine_info={**manifest.engine_info, "bundle": facts})
-        draft = finish(directory, edited)
+        made_here = is_made_here(manifest)
+        draft = finish(directory, edited, made_here=made_here)
         _check_copies(manifest, draft, str(artifact))
         with os_errors("writing the checksums", str(directory / SUMS)):
             rows = [f"{entry.sha256}  {entry.path}\n" for entry in draft.files]
             (directory / SUMS).write_text("".join(rows))
-        final = finish(directory, edited)
+        final = finish(directory, edited, made_here=made_here)
     return Bundle(output, final, runtime.variables if runtime is not None else {})
 
 

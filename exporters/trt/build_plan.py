@@ -460,6 +460,7 @@ def reseal(folder: str, built: dict[str, Any]) -> None:
         given = built["compute_capabilities"]
         needs["compute_capabilities"] = [given] if isinstance(given, str) else given
     manifest["needs"] = needs
+    manifest["native_code"], manifest["made_here"] = [built["plan"]], ""  # the mark was of the artifact without a plan
     del manifest["self_sha256"]
     empty = json.dumps({**manifest, "self_sha256": ""}, indent=2, ensure_ascii=False) + "\n"
     seal = hashlib.sha256(empty.encode()).hexdigest()

@@ -36,7 +36,7 @@ def open_engine(folder: str | Path, manifest: Manifest | None = None, options: E
     """
     folder, options = Path(folder), options or EngineOptions()
     found = verify(folder) if manifest is None else manifest
-    session = open_session(folder, found, threads=options.threads, num_blocks=options.num_blocks)
+    session = open_session(folder, found, threads=options.threads, num_blocks=options.num_blocks, trust=options.trust)
     stop_ids = eos_token_ids(folder, found.contract.model.eos_token_ids)
     try:
         return engine_for(session, options, Grammars(folder, session.vocab_size, stop_ids), folder)

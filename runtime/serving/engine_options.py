@@ -29,6 +29,7 @@ class EngineOptions:
             take a minute. Else the requests that come first wait for what they need.
         speculation: drafts and their verification; None decodes plainly. It needs a paged KV cache.
         threads, num_blocks: see `SessionOptions`.
+        trust: run native code that nobody vouches for; see `artifact.folder.check_trusted`.
     """
 
     max_running: int | None = None
@@ -40,6 +41,7 @@ class EngineOptions:
     speculation: Speculation | None = None
     threads: int | None = None
     num_blocks: int | None = None
+    trust: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_waiting", "token_budget", "max_context", "patience"):

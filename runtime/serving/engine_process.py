@@ -209,6 +209,7 @@ def open_artifact(folder: Path, options: ServeOptions) -> Engine:
         threads=options.threads,
         num_blocks=options.kv_blocks,
         speculation=speculation_of(options.speculative, options.draft, options.draft_tokens),
+        trust=options.trust,
         warm_up=True,
     )
     return open_engine(folder, options=chosen)

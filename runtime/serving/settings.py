@@ -7,7 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from optc.runtime.bounds import Count, Threads
+from optc.runtime.bounds import Count, Threads, Trust
 from optc.runtime.speculative.settings import DraftFlag, DraftTokens, MethodFlag
 
 API_KEY_VARIABLE = "OPTC_API_KEY"
@@ -51,6 +51,7 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
         ]
         | None
     ) = None
+    trust: Trust = False
     max_running: (
         Annotated[Count, Meta(description="Requests that run together.", extra={"default": "32; on a GPU 256"})] | None
     ) = None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypedDict, Unpack
 
 from optc.compiler.artifact.engines import Engine, check_facts, find_engine
-from optc.compiler.artifact.folder import verify
+from optc.compiler.artifact.folder import check_trusted, verify
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.compiler.settings.fields import check_range, check_type
@@ -206,6 +206,7 @@ def load(
     eager: bool = False,
     device: str | None = None,
     graph_device: str = "cpu",
+    trust: bool = False,
 ) -> Model:
     """Verify an artifact and open it for generation.
 
@@ -215,13 +216,15 @@ def load(
         eager: capture a model folder, which has no engine of optc's, and run its graph: slow, for measuring quality.
         device: cpu, cuda, cuda:N or auto, where the artifact must run; None is where its engine does.
         graph_device: where such a graph runs, if `device` says nothing.
+        trust: run native code of an artifact that was not made on this machine and bears no signature of a trusted key.
 
     Raises:
         InputError: there is no such folder.
-        ArtifactError: a file is missing, changed or not plain.
+        ArtifactError: a file is missing, changed or not plain; native code that nobody vouches for.
         TargetError: not a decoder, or this host cannot run it.
     """
-    check_type("eager", eager, bool, "True or False")
+    for name, value in (("eager", eager), ("trust", trust)):
+        check_type(name, value, bool, "True or False")
     folder = Path(folder)
     manifest = verify(folder)
     session = open_session(
@@ -232,6 +235,7 @@ def load(
         eager=eager,
         device=device,
         graph_device=graph_device,
+        trust=trust,
     )
     stop_ids = eos_token_ids(folder, manifest.contract.model.eos_token_ids)
     return Model(manifest, session, load_tokenizer(folder), stop_ids)
@@ -265,10 +269,12 @@ def open_session(
     eager: bool = False,
     device: str | None = None,
     graph_device: str = "cpu",
+    trust: bool = False,
 ) -> Session:
     """The session for a verified artifact, picked by its engine and KV cache; arguments as `load`.
 
     Raises:
+        ArtifactError: native code that nobody vouches for, or facts that optc does not write.
         TargetError: not a decoder, the engine is not installed, or it cannot run the artifact.
         UsageError: an option out of range or without effect on this artifact.
     """
@@ -296,6 +302,7 @@ def open_session(
     if num_blocks is not None and contract.kv_cache.kind != "paged":
         raise UsageError("kv-blocks has no effect here: the KV cache of the artifact is not paged")
     check_facts(engine, manifest.engine_info, manifest.needs, {entry.path for entry in manifest.files}, str(folder))
+    check_trusted(folder, manifest, trust)
     place = (device if engine.eager else None) or graph_device
     options = SessionOptions(threads=threads, num_blocks=num_blocks, device=place)
     session: Session = engine.open_session(folder, manifest, options)

@@ -20,8 +20,8 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
         ArtifactError: the graph opens what it must not.
         TargetError: ONNX Runtime is not installed, or this host cannot run the graph.
     """
-    name = manifest.engine_info.get("model")
-    check_onnx(folder, name if isinstance(name, str) else "")
+    check_files(folder, manifest)
+    name = manifest.engine_info["model"]
     check_cpu(manifest.needs)
     try:
         from optc.runtime.sessions.ort import OrtSession
@@ -33,6 +33,16 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
             remedy='pip install "optc[onnx]"',
         ) from error
     return OrtSession(folder / str(name), manifest.contract, threads=options.threads)
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Refuse a graph that opens what it must not.
+
+    Raises:
+        ArtifactError: names what is wrong with it.
+    """
+    name = manifest.engine_info.get("model")
+    check_onnx(folder, name if isinstance(name, str) else "")
 
 
 def open_runner(folder: Path, manifest: Manifest) -> Callable[..., list[Any]]:

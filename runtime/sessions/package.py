@@ -10,7 +10,7 @@ import torch
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import ArtifactError, InputError, ResourceError, TargetError, ran_out_of_memory
 from optc.compiler.ir.contract import Contract
-from optc.runtime.carried.pt2_runner import ArchiveError, Package, PackageError
+from optc.runtime.carried.pt2_runner import ArchiveError, Package, PackageError, check_archive
 from optc.runtime.sessions.paged import PagedSession
 from optc.runtime.sessions.session import Session, SessionOptions, default_threads
 from optc.runtime.sessions.torch_linear import TorchSession
@@ -29,9 +29,7 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
     try:
         package = Package(folder, manifest.engine_info, manifest.needs)
     except ArchiveError as error:
-        raise ArtifactError(
-            "the package must not be unpacked", why=str(error), remedy="compile the model again; do not use this file"
-        ) from error
+        raise _unpackable(error) from error
     except PackageError as error:
         raise TargetError(
             "the package cannot run on this host",
@@ -63,6 +61,24 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
     if contract.kv_cache.kind == "paged":
         return PagedSession(run, contract, num_blocks=options.num_blocks)
     return TorchSession(run, contract)
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Refuse a package that would be unpacked elsewhere than into a folder of its own, or to far more than its size.
+
+    Raises:
+        ArtifactError: names the member.
+    """
+    try:
+        check_archive(folder / str(manifest.engine_info["model"]))
+    except ArchiveError as error:
+        raise _unpackable(error) from error
+
+
+def _unpackable(error: ArchiveError) -> ArtifactError:
+    return ArtifactError(
+        "the package must not be unpacked", why=str(error), remedy="compile the model again; do not use this file"
+    )
 
 
 def _limited(manifest: Manifest) -> Contract:

@@ -13,6 +13,7 @@ from optc.cli.bench_serve import LoadOptions, bench_serve
 from optc.cli.bench_speculative import bench_speculative
 from optc.cli.common import emit, json_option, progress, say
 from optc.cli.options import struct_flags
+from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import Save, kv_pool, sampling_of, save_figures
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.device import DeviceName
@@ -111,6 +112,7 @@ def _bench_serve(what: str, as_json: bool, options: BenchOptions) -> None:
 
 
 def _bench_session(artifact: Path, as_json: bool, options: BenchOptions) -> None:
+    leave_to_own_process([artifact])
     from optc.runtime.measuring.benchmark import benchmark, environment
     from optc.runtime.sampling import Sampling
     from optc.runtime.sessions.load import load
@@ -118,7 +120,9 @@ def _bench_session(artifact: Path, as_json: bool, options: BenchOptions) -> None
 
     sampling = Sampling(**sampling_of(options))
     threads = options.threads or default_threads()
-    model = load(artifact, threads=options.threads, num_blocks=options.kv_blocks, device=options.device)
+    model = load(
+        artifact, threads=options.threads, num_blocks=options.kv_blocks, device=options.device, trust=options.trust
+    )
     lengths = options.prompt_length or (max(1, min(512, model.session.context_length - options.new_tokens)),)
     with progress("samples") as update:
         found = benchmark(

@@ -134,8 +134,8 @@ def bench_serve(
         "key": _key(options.api_key_file),
     }
     remote = what.startswith(("http://", "https://"))
-    if remote and (options.threads or options.kv_blocks):
-        raise UsageError("--threads and --kv-blocks have no effect on a server that runs already")
+    if remote and (options.threads or options.kv_blocks or options.trust):
+        raise UsageError("--threads, --kv-blocks and --trust have no effect on a server that runs already")
     with contextlib.nullcontext(what) if remote else started(what, options) as url:
         result = asyncio.run(_measured(url, options, given))
     if options.plot is not None:
@@ -165,6 +165,7 @@ def started(artifact: str, options: LoadOptions) -> Iterator[str]:
     command = [sys.executable, "-m", "optc", "serve", artifact, "--port", "0", "--json"]
     command += ["--threads", str(options.threads)] if options.threads else []
     command += ["--kv-blocks", str(options.kv_blocks)] if options.kv_blocks else []
+    command += ["--trust"] if options.trust else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     try:

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from optc.cli.common import emit, json_option, say
 from optc.cli.options import struct_flags
+from optc.runtime.bounds import Trust
 
 
 class BundleOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +23,7 @@ class BundleOptions(msgspec.Struct, frozen=True, kw_only=True):
         bool, Meta(description="Copy the engine's shared libraries of this machine into lib/.")
     ] = False
     force: Annotated[bool, Meta(description="Replace an existing bundle.")] = False
+    trust: Trust = False
 
 
 @click.command()
@@ -40,7 +42,13 @@ def bundle(artifact: Path, options: BundleOptions, as_json: bool) -> None:
     """
     from optc.exporters.bundle import write_bundle
 
-    found = write_bundle(artifact, options.output, with_libraries=options.with_libraries, force=options.force)
+    found = write_bundle(
+        artifact,
+        options.output,
+        with_libraries=options.with_libraries,
+        force=options.force,
+        trust=options.trust,
+    )
     facts = found.manifest.engine_info["bundle"]
     configure = ["cmake", "-S", str(options.output), "-B", "build"]
     configure += [f"-D{name}={value}" for name, value in found.variables.items()]

@@ -26,6 +26,7 @@ def talk(
     sampling: dict[str, Any],
     threads: int | None,
     num_blocks: int | None,
+    trust: bool,
 ) -> None:
     """Read messages from stdin, a line each, and print the answers as they come.
 
@@ -34,7 +35,7 @@ def talk(
     """
     from optc.runtime.sessions.load import load
 
-    model = load(artifact, threads=threads, num_blocks=num_blocks)
+    model = load(artifact, threads=threads, num_blocks=num_blocks, trust=trust)
     with contextlib.closing(model):
         template = load_chat_template(artifact)
         if template is None or model.tokenizer is None:

@@ -14,6 +14,7 @@ from msgspec import Meta
 from optc.cli.common import emit, json_option, progress, read_text
 from optc.cli.eval_tables import show_one, show_table
 from optc.cli.options import struct_flags
+from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import Save, SessionOptions, save_figures
 from optc.compiler.artifact.engines import find_engine
 from optc.compiler.diagnostics import InputError, UsageError
@@ -103,6 +104,7 @@ def evaluate(artifacts: tuple[Path, ...], as_json: bool, options: EvalOptions) -
     optc eval out/fiction-onnx --tasks ./my-tasks
     """
     _check(artifacts, options)
+    leave_to_own_process(artifacts)
     if options.device is not None:
         choose_device(options.device)
     with ExitStack() as stack:
@@ -163,6 +165,7 @@ def _load(path: Path, options: EvalOptions, stack: ExitStack) -> Model:
         num_blocks=options.kv_blocks,
         eager=True,
         graph_device=options.device or "cpu",
+        trust=options.trust,
     )
     return stack.enter_context(closing(model))
 

@@ -35,6 +35,7 @@ COMMANDS = {
     ),
     "diff": ("optc.cli.diff", "diff", "The difference between two stages of a run."),
     "verify": ("optc.cli.verify", "verify", "Check an artifact's files against its manifest."),
+    "sign": ("optc.cli.sign", "sign", "Sign an artifact, so that others can tell who made it."),
     "bundle": ("optc.cli.bundle", "bundle", "A folder with a C++ program, for hosts without Python."),
     "check": ("optc.cli.check", "check", "Say whether this machine can run an artifact."),
     "passes": ("optc.cli.passes", "passes", "List the passes and their options."),

@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from optc.cli.common import emit, json_option, say, stderr
 from optc.cli.options import struct_flags
+from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import GeneratingOptions, artifact_argument, kv_pool, sampling_of
 from optc.compiler.diagnostics import UsageError
 from optc.runtime.bounds import Count
@@ -60,6 +61,7 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     optc run out/fiction-paged --prompt "Once" --speculative ngram
     optc run out/assistant --chat --temperature 0.7
     """
+    leave_to_own_process([artifact])
     from optc.runtime.sessions.load import load
 
     if options.chat:
@@ -68,7 +70,7 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     if options.system:
         raise UsageError("--system has no effect without --chat")
     wanted = _prompts(options)
-    model = load(artifact, threads=options.threads, num_blocks=options.kv_blocks)
+    model = load(artifact, threads=options.threads, num_blocks=options.kv_blocks, trust=options.trust)
     engine = _speculating(model, artifact, options)
     single = len(wanted) == 1
     stream = single and not as_json and model.tokenizer is not None
@@ -119,6 +121,7 @@ def _chat(artifact: Path, as_json: bool, options: RunOptions) -> None:
         sampling=sampling_of(options),
         threads=options.threads,
         num_blocks=options.kv_blocks,
+        trust=options.trust,
     )
 
 

@@ -11,7 +11,18 @@ import msgspec
 from msgspec import Meta
 
 from optc.compiler.artifact.manifest import Manifest
-from optc.runtime.bounds import Count, CountOrZero, MinP, Penalty, RepetitionPenalty, Seed, Temperature, Threads, TopP
+from optc.runtime.bounds import (
+    Count,
+    CountOrZero,
+    MinP,
+    Penalty,
+    RepetitionPenalty,
+    Seed,
+    Temperature,
+    Threads,
+    TopP,
+    Trust,
+)
 from optc.runtime.sessions.session import Session
 from optc.runtime.speculative.settings import DraftFlag, DraftTokens, MethodFlag, Speculation, speculation_of
 
@@ -38,6 +49,7 @@ class SessionOptions(msgspec.Struct, frozen=True, kw_only=True):
         ]
         | None
     ) = None
+    trust: Trust = False
 
 
 class SamplingOptions(SessionOptions, frozen=True, kw_only=True):

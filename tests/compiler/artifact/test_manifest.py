@@ -82,7 +82,7 @@ def test_not_a_manifest(text: bytes) -> None:
 def test_other_version_names_both() -> None:
     with pytest.raises(ArtifactError) as caught:
         decode(sealed(lambda data: data.update(format_version=1, new_field=1)), "m")
-    assert caught.value.what == "the manifest has format version 1, this optc reads 2"
+    assert caught.value.what == "the manifest has format version 1, this optc reads 3"
     assert caught.value.where == "m"
     assert caught.value.remedy == "use the optc that wrote the artifact, or compile it again"
 
@@ -134,7 +134,7 @@ def test_equal_manifests_give_equal_bytes_that_people_can_read() -> None:
         encode(make_manifest(seconds=dict(items))) for items in ((("a", 1.0), ("b", 2.0)), (("b", 2.0), ("a", 1.0)))
     )
     assert one == two
-    assert one.startswith(b'{\n  "format_version": 2,\n')
+    assert one.startswith(b'{\n  "format_version": 3,\n')
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
