@@ -1,12 +1,13 @@
 # make demo: compile the example model to int4, generate, evaluate, measure.  make test: everything CI checks.
 # make mutants: whether the tests see small changes of the gate, verification, artifacts and arithmetic.
+# make fuzz: hostile inputs for every reader, some minutes; coverage-guided ones where atheris is installed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test env lint unit mutants clean
+.PHONY: demo test env lint unit mutants fuzz clean
 
 env: $(VENV)/.ready
 
@@ -43,6 +44,13 @@ test: lint unit
 mutants: $(VENV)/.ready-test # hours; MODULES="gate budget" takes some
 	$(INSTALL) --editable '.[mutants]' --no-build-isolation
 	$(BIN)/python tests/mutation.py $(MODULES)
+
+FUZZ_SECONDS ?= 30
+FUZZ ?= /tmp/optc-fuzz
+
+fuzz: $(VENV)/.ready-test # 20 readers, FUZZ_SECONDS each; figures in FUZZ/figures.json, inputs that fail in FUZZ/failed
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.campaign --seconds $(FUZZ_SECONDS) --work $(FUZZ) \
+		--json $(FUZZ)/figures.json --keep $(FUZZ)/failed
 
 clean:
 	rm -rf $(OUT)

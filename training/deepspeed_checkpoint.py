@@ -149,4 +149,9 @@ def _raise_together(failure: OptcError | SafetensorError | None, folder: Path) -
         raise failure
     for rank, text in enumerate(texts):
         if text is not None:
-            raise InputError(f"rank {rank} could not write the checkpoint", where=str(folder), why=text)
+            raise InputError(
+                f"rank {rank} could not write the checkpoint",
+                where=str(folder),
+                why=text,
+                remedy="look into the messages of that rank; free space and resume",
+            )

@@ -208,7 +208,12 @@ def _finished(output: Path, folder: Path) -> TrainResult | None:
     try:
         result = msgspec.json.decode(data, type=TrainResult)
     except JSON_ERRORS as error:
-        raise InputError("the summary of the run is damaged", where=str(path), why=str(error)) from error
+        raise InputError(
+            "the summary of the run is damaged",
+            where=str(path),
+            why=str(error),
+            remedy="remove the output, and resume the run from its checkpoints",
+        ) from error
     if found and read_state(found[-1]).run != result.run:
         return None
     if folder.is_dir():

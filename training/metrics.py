@@ -217,7 +217,12 @@ def read_log(path: Path) -> list[StepRecord]:
         try:
             records.append(msgspec.json.decode(line, type=StepRecord))
         except JSON_ERRORS as error:
-            raise InputError("the log is damaged", where=f"{path}:{number}", why=str(error)) from error
+            raise InputError(
+                "the log is damaged",
+                where=f"{path}:{number}",
+                why=str(error),
+                remedy="put the line right, or start the run again",
+            ) from error
     return records
 
 

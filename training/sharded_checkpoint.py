@@ -72,7 +72,11 @@ def shared_folder(folder: Path) -> Iterator[Path]:
         finally:
             dist.broadcast_object_list(place)  # None: rank 0 could not
         if place[0] is None:
-            raise InputError("rank 0 could not make the checkpoint's folder", where=str(folder))
+            raise InputError(
+                "rank 0 could not make the checkpoint's folder",
+                where=str(folder),
+                remedy="look into the messages of rank 0",
+            )
         yield Path(place[0])
         dist.barrier()  # all files are there
         if dist.get_rank() == 0:
@@ -119,7 +123,12 @@ def _failures(action: str, folder: Path) -> Iterator[None]:
         with os_errors(action, str(folder)):
             if isinstance(cause, OSError | MemoryError):
                 raise cause from error
-        raise InputError(f"failed while {action}", where=str(folder), why=f"rank {rank}: {cause}") from error
+        raise InputError(
+            f"failed while {action}",
+            where=str(folder),
+            why=f"rank {rank}: {cause}",
+            remedy="look into the messages of that rank",
+        ) from error
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -144,12 +153,17 @@ def _owned(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple
 
 def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     if not folder.is_dir():
-        raise InputError("there is no such checkpoint", where=str(folder))
+        raise InputError("there is no such checkpoint", where=str(folder), remedy="give the folder of a checkpoint")
     with os_errors("reading the checkpoint", str(folder)):
         try:
             found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError("the checkpoint is damaged", where=str(folder), why=str(error)) from error
+            raise InputError(
+                "the checkpoint is damaged",
+                where=str(folder),
+                why=str(error),
+                remedy="remove this checkpoint's folder; the one before it is used then",
+            ) from error
     return {name: tuple(row.size) for name, row in found.items() if hasattr(row, "size")}
 
 
@@ -159,7 +173,12 @@ def _read_state(folder: Path) -> dict[str, Any]:
     try:
         return msgspec.json.decode(data, type=dict[str, Any])
     except JSON_ERRORS as error:
-        raise InputError("the checkpoint is damaged", where=str(path), why=str(error)) from error
+        raise InputError(
+            "the checkpoint is damaged",
+            where=str(path),
+            why=str(error),
+            remedy="remove this checkpoint's folder; the one before it is used then",
+        ) from error
 
 
 def _compare(folder: Path, saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:

@@ -105,6 +105,6 @@ def type_misfit(model: Any) -> str | None:
 
     try:
         onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=False)
-    except onnx.shape_inference.InferenceError as error:
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError, TypeError) as error:
         return " ".join(str(error).split())[:300]
     return None

@@ -52,7 +52,12 @@ def read_rows(path: Path, *, kind: str) -> Iterator[dict[str, Any]]:
             columns = _columns(found.column_names, path, kind)
             yield from found.select_columns(columns).with_format(None)
         except (pyarrow.ArrowException, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise InputError(f"the {kind} data is damaged", where=str(path), why=str(error)) from error
+            raise InputError(
+                f"the {kind} data is damaged",
+                where=str(path),
+                why=str(error),
+                remedy="download or write the dataset again",
+            ) from error
 
 
 def _check_folder(path: Path, kind: str) -> None:

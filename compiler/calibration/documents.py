@@ -45,7 +45,9 @@ def read_documents(
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"the {kind} file is not UTF-8", where=str(path), why=str(error)) from error
+        raise InputError(
+            f"the {kind} file is not UTF-8", where=str(path), why=str(error), remedy="convert it to UTF-8"
+        ) from error
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         # Not splitlines: a string of JSON may hold U+2028, U+2029 and U+0085, which end lines there.
@@ -68,7 +70,9 @@ def _json(text: str, where: str, kind: str) -> Any:
     try:
         return json.loads(text)
     except JSON_ERRORS as error:
-        raise InputError(f"the {kind} file is not JSON", where=where, why=str(error)) from error
+        raise InputError(
+            f"the {kind} file is not JSON", where=where, why=str(error), remedy="correct the line, or write it again"
+        ) from error
 
 
 def _record(row: Any, where: str, encoder: Encoder | None, kind: str, learned: bool) -> list[int]:

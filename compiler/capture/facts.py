@@ -73,7 +73,12 @@ def text_config(config: Any) -> Any:
     try:
         nested = config.get_text_config(decoder=True)
     except ValueError as error:
-        raise CaptureError("the config nests several language models", where="config.json", why=str(error)) from error
+        raise CaptureError(
+            "the config nests several language models",
+            where="config.json",
+            why=str(error),
+            remedy="give the language model of it as a folder of its own",
+        ) from error
     return nested if isinstance(nested, PreTrainedConfig) else config
 
 

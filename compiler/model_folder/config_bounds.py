@@ -19,7 +19,7 @@ _EXPERTS = re.compile(r"experts$")
 _SIZES = re.compile(
     r"(_(size|dim|rank|labels|inner|embd|positions|heads|model)$|^(d_model|d_kv|d_ff|n_embd|n_inner|num_labels)$)"
 )
-_MOST_LAYERS, _MOST_EXPERTS, _MOST = 4096, 1 << 16, 1 << 40
+_MOST_LAYERS, _MOST_EXPERTS, _MOST = 4096, 1 << 16, 1 << 24
 _PACKED = 32  # elements in one of a tensor at most: bits of a word
 _SMALL = 1 << 16  # sizes that cost nothing, and need not be those of a tensor: images, patches, windows
 _DEEPEST = 64
@@ -46,6 +46,8 @@ def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], pa
             most, why = layers, f"the weights have {len(tensors)} tensors"
         elif _EXPERTS.search(name):
             most, why = experts, f"the weights have {len(tensors)} tensors, and at most {stacked} stacked in one"
+        elif name == "num_labels":  # transformers makes two dictionaries of as many
+            most, why = max(largest, _SMALL), f"no tensor of the weights has an axis of more than {largest}"
         elif _SIZES.search(name) and "max_position" not in name:
             most, why = sizes, f"no tensor of the weights has an axis of more than {largest}"
         else:

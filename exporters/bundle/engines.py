@@ -62,7 +62,9 @@ def find_engine(manifest: Manifest) -> BundleEngine:
         )
     reason = engine.obstacle(manifest)
     if reason is not None:
-        raise TargetError("a bundle needs a decoder with a KV cache", why=reason)
+        raise TargetError(
+            "a bundle needs a decoder with a KV cache", why=reason, remedy="compile a decoder, with its KV cache"
+        )
     listed = {entry.path for entry in manifest.files}
     check_facts(found, manifest.engine_info, manifest.needs, listed, "manifest.json")
     return engine

@@ -126,7 +126,11 @@ def _write_program(directory: Path, manifest: Manifest, engine: BundleEngine) ->
         (directory / "program").mkdir()
         for name, text in texts.items():
             if (directory / name).exists():
-                raise InputError(f"the artifact has a file of its own named {name}", where=str(directory))
+                raise InputError(
+                    f"the artifact has a file of its own named {name}",
+                    where=str(directory),
+                    remedy="remove the file from the model folder, and compile again",
+                )
             (directory / name).write_text(text)
     return sorted(texts)
 

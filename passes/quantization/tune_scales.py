@@ -52,7 +52,7 @@ class TuneScales(Pass):
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_tokens < 1 or not self.learning_rate > 0:
-            raise UsageError("epochs, batch_tokens and learning_rate must be positive")
+            raise UsageError("epochs, batch_tokens and learning_rate must be positive", remedy="give numbers above 0")
 
     def budget(self, before: Program) -> Budget:
         """Codes stay, so the numbers move by less than rounding moved them."""

@@ -81,7 +81,12 @@ class ChatTemplate:
             self._template = environment.from_string(source)
             names = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
-            raise InputError("the chat template does not parse", where=where, why=str(error)) from error
+            raise InputError(
+                "the chat template does not parse",
+                where=where,
+                why=str(error),
+                remedy="correct the template, or use the one of the model that was fine-tuned",
+            ) from error
         self._tokens, self._where = dict(tokens), where
         self.takes_tools, self.source = "tools" in names, source
 
@@ -95,9 +100,18 @@ class ChatTemplate:
         try:
             return self._template.render(**{**self._tokens, **extra, **given})
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise InputError("the chat template refuses the messages", where=self._where, why=str(error)) from error
+            raise InputError(
+                "the chat template refuses the messages",
+                where=self._where,
+                why=str(error),
+                remedy="send messages as the template takes them: their roles, their order",
+            ) from error
         except RecursionError as error:
-            raise InputError("the chat template does not end on these messages", where=self._where) from error
+            raise InputError(
+                "the chat template does not end on these messages",
+                where=self._where,
+                remedy="use the template of the model that was fine-tuned",
+            ) from error
 
 
 def load_chat_template(folder: Path) -> ChatTemplate | None:
@@ -121,7 +135,11 @@ def load_chat_template(folder: Path) -> ChatTemplate | None:
     if found is None:
         return None
     if not isinstance(found, str) or len(found) > _LARGEST:
-        raise InputError("the chat template is not text, or too long", where=where)
+        raise InputError(
+            "the chat template is not text, or too long",
+            where=where,
+            remedy="put a template of jinja into chat_template",
+        )
     return ChatTemplate(found, tokens, where)
 
 
@@ -136,4 +154,6 @@ def _read(path: Path) -> str:
     try:
         return read_plain(path, "reading the chat template", most=_LARGEST).decode()
     except UnicodeDecodeError as error:
-        raise InputError("the chat template is not UTF-8", where=str(path), why=str(error)) from error
+        raise InputError(
+            "the chat template is not UTF-8", where=str(path), why=str(error), remedy="convert it to UTF-8"
+        ) from error

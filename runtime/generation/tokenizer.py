@@ -139,7 +139,11 @@ def eos_token_ids(folder: Path, default: Iterable[int] = ()) -> tuple[int, ...]:
             continue
         ids = found if isinstance(found, list) else [found]
         if not all(type(item) is int for item in ids):
-            raise InputError("eos_token_id is not an integer or a list of them", where=str(path))
+            raise InputError(
+                "eos_token_id is not an integer or a list of them",
+                where=str(path),
+                remedy="give token ids there, or remove the key",
+            )
         return tuple(ids)
     return tuple(default)
 
@@ -155,7 +159,9 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_plain(path, "reading a config", most=_MAX_JSON))
     except JSON_ERRORS as error:
-        raise InputError("the file is not JSON", where=str(path), why=str(error)) from error
+        raise InputError(
+            "the file is not JSON", where=str(path), why=str(error), remedy="correct the line, or write it again"
+        ) from error
     if not isinstance(found, dict):
-        raise InputError("the file does not hold a JSON object", where=str(path))
+        raise InputError("the file does not hold a JSON object", where=str(path), remedy="download the file again")
     return found

@@ -122,7 +122,12 @@ class ArtifactLM(TemplateLM):
         limit = self._model.session.context_length
         if len(continuation) > limit or not prompt:
             why = f"it has {len(continuation)} tokens, the context {limit}" if prompt else "its prompt is empty"
-            raise InputError("a continuation cannot be scored", where=repr(text[1][:60]), why=why)
+            raise InputError(
+                "a continuation cannot be scored",
+                where=repr(text[1][:60]),
+                why=why,
+                remedy="leave the task out, or limit its examples with --limit",
+            )
         return [*prompt, *continuation][-(limit + 1) : -1]
 
     def _last_logits(self, inputs: Sequence[int], count: int) -> Logits:

@@ -31,7 +31,11 @@ def check_request(request: Generate, limits: Limits, known: Collection[str], wai
         InputError, BusyError: see `Engine.submit`.
     """
     if request.id in known:
-        raise InputError("a request of this name has not ended", where=f"request {request.id[:80]!r}")
+        raise InputError(
+            "a request of this name has not ended",
+            where=f"request {request.id[:80]!r}",
+            remedy="give the request another id, or wait",
+        )
     if waiting >= limits.max_waiting:
         raise BusyError(
             "too many requests wait", why=f"{waiting} of {limits.max_waiting} at most", remedy="send it again later"
@@ -47,10 +51,15 @@ def check_request(request: Generate, limits: Limits, known: Collection[str], wai
                     f"token id {token} is outside the vocabulary",
                     where=where,
                     why=f"the model has {limits.vocabulary} token ids, from 0 to {limits.vocabulary - 1}",
+                    remedy="encode the text with the model's own tokenizer",
                 )
     for token, bias in request.logit_bias.items():
         if not math.isfinite(bias):
-            raise InputError(f"the bias of token {token} is not a finite number", where="logit_bias")
+            raise InputError(
+                f"the bias of token {token} is not a finite number",
+                where="logit_bias",
+                remedy="give a number from -100 to 100",
+            )
     if len(request.prompt) > limits.context:
         raise InputError(
             f"a prompt of {len(request.prompt)} tokens does not fit the context of {limits.context}",

@@ -122,7 +122,10 @@ class Grammars:
             )
         except ValueError as error:
             raise InputError(
-                "the tokenizer cannot be used with grammars", where=self._path.name, why=str(error)[:300]
+                "the tokenizer cannot be used with grammars",
+                where=self._path.name,
+                why=str(error)[:300],
+                remedy="leave response_format and grammars out for this model",
             ) from error
 
 
@@ -140,7 +143,12 @@ def _compiled(matcher: Any, grammar: Grammar) -> str:
 
 
 def _refused(why: str) -> InputError:
-    return InputError("the grammar cannot be compiled", where="grammar", why=why)
+    return InputError(
+        "the grammar cannot be compiled",
+        where="grammar",
+        why=why,
+        remedy="simplify the grammar, or correct what is named",
+    )
 
 
 def allowed(bits: Bits, vocabulary: int) -> npt.NDArray[np.bool_]:

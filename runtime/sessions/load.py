@@ -298,9 +298,11 @@ def open_session(
     if threads is not None:
         check_range("threads", threads, Threads)
     if threads is not None and not engine.has_threads:
-        raise UsageError("threads has no effect here: the plan runs on the GPU")
+        raise UsageError("threads has no effect here: the plan runs on the GPU", remedy="leave it out")
     if num_blocks is not None and contract.kv_cache.kind != "paged":
-        raise UsageError("kv-blocks has no effect here: the KV cache of the artifact is not paged")
+        raise UsageError(
+            "kv-blocks has no effect here: the KV cache of the artifact is not paged", remedy="leave it out"
+        )
     check_facts(engine, manifest.engine_info, manifest.needs, {entry.path for entry in manifest.files}, str(folder))
     check_trusted(folder, manifest, trust)
     place = (device if engine.eager else None) or graph_device

@@ -108,7 +108,11 @@ class Session(ABC):
         self._check_batch(len(lengths))
         for row, (wanted, held) in enumerate(zip(lengths, self.lengths, strict=True)):
             if not 0 <= wanted <= held:
-                raise UsageError(f"cannot rewind row {row} to {wanted} tokens", why=f"it holds {held}")
+                raise UsageError(
+                    f"cannot rewind row {row} to {wanted} tokens",
+                    why=f"it holds {held}",
+                    remedy="rewind to a length that the row has had",
+                )
         self._rewind(lengths)
         self.lengths = list(lengths)
 
@@ -191,6 +195,7 @@ class Session(ABC):
                         f"token id {token} is outside the vocabulary",
                         where=f"prompt {index}, position {position}",
                         why=f"the model has {self.vocab_size} token ids, from 0 to {self.vocab_size - 1}",
+                        remedy="encode the text with the model's own tokenizer",
                     )
             excess = length + len(row) - self.context_length
             if excess > 0:

@@ -54,7 +54,12 @@ def tensors_to_save(
     for name, value in (stored[0] | stored[1]).items():
         if not isinstance(value, Tensor) or value.dtype in (torch.complex32, torch.complex128):
             shown = value.dtype if isinstance(value, Tensor) else repr(value)[:60]
-            raise InputError("the program cannot be saved", where=name, why=f"safetensors cannot hold {shown}")
+            raise InputError(
+                "the program cannot be saved",
+                where=name,
+                why=f"safetensors cannot hold {shown}",
+                remedy="convert the tensor to a type that safetensors has",
+            )
     return *stored, aliases
 
 

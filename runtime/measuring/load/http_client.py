@@ -101,13 +101,28 @@ class Client:
             status, reader, length = await self._ask("GET", path, b"")
             body = b"".join([piece async for piece in _body(reader, length)])
         except (OSError, EOFError, ValueError) as error:
-            raise InputError("the server cannot be reached", where=self._url.geturl(), why=str(error)) from error
+            raise InputError(
+                "the server cannot be reached",
+                where=self._url.geturl(),
+                why=str(error),
+                remedy="start it, or correct the address",
+            ) from error
         if status != 200:
-            raise InputError(f"the server answers {status}", where=self._base + path, why=body[:300].decode("latin-1"))
+            raise InputError(
+                f"the server answers {status}",
+                where=self._base + path,
+                why=body[:300].decode("latin-1"),
+                remedy="look into the log of the server",
+            )
         try:
             return msgspec.json.decode(body)
         except msgspec.DecodeError as error:
-            raise InputError("the server's answer is not JSON", where=self._base + path, why=str(error)) from error
+            raise InputError(
+                "the server's answer is not JSON",
+                where=self._base + path,
+                why=str(error),
+                remedy="give the address of a server with the API of OpenAI",
+            ) from error
 
     async def complete(self, body: bytes, due: float) -> Timing:
         """Send a completion with "stream" and read it to its end; a failure is in `Timing.error`."""
@@ -201,7 +216,9 @@ def _split(url: str) -> SplitResult:
         found = urlsplit(url)
         port = found.port
     except ValueError as error:
-        raise InputError("not an address of a server", where=url, why=str(error)) from error
+        raise InputError(
+            "not an address of a server", where=url, why=str(error), remedy="give a URL such as http://127.0.0.1:8000"
+        ) from error
     if found.scheme not in ("http", "https") or not found.hostname or port == 0 or any(c in url for c in "\r\n "):
         raise InputError("not an address of a server", where=url, remedy="give http://HOST:PORT")
     return found

@@ -103,7 +103,7 @@ def read_trace(path: Path) -> tuple[TraceRow, ...]:
                 remedy='write {"prompt_tokens": 128, "output_tokens": 64, "at": 0.5}; "at" may be left out',
             ) from error
     if not rows:
-        raise InputError("the trace is empty", where=str(path))
+        raise InputError("the trace is empty", where=str(path), remedy="write a request a line")
     times = [row.at for row in rows if row.at is not None]
     if times != sorted(times):
         raise InputError("the times of the trace go backwards", where=str(path), remedy="sort its lines by 'at'")

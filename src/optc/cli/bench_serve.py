@@ -104,7 +104,9 @@ class LoadOptions(GeneratingOptions, frozen=True, kw_only=True):
         """
         for name, field in zip(LoadOptions.__struct_fields__, LoadOptions.__struct_defaults__, strict=False):
             if name in _OWN and getattr(self, name) != field:
-                raise UsageError(f"--{name.replace('_', '-')} has no effect without --serve")
+                raise UsageError(
+                    f"--{name.replace('_', '-')} has no effect without --serve", remedy="add --serve, or leave it out"
+                )
 
 
 _OWN = set(LoadOptions.__struct_fields__) - set(GeneratingOptions.__struct_fields__)
@@ -124,7 +126,9 @@ def bench_serve(
     if options.concurrency and options.rate:
         raise UsageError("--concurrency and --rate are two kinds of load", remedy="give one of them")
     if options.trace is not None and options.length_sigma is not None:
-        raise UsageError("--length-sigma has no effect with --trace, which has lengths of its own")
+        raise UsageError(
+            "--length-sigma has no effect with --trace, which has lengths of its own", remedy="leave it out"
+        )
     trace = read_trace(options.trace) if options.trace else ()
     given = {
         "trace": trace,
@@ -135,7 +139,9 @@ def bench_serve(
     }
     remote = what.startswith(("http://", "https://"))
     if remote and (options.threads or options.kv_blocks or options.trust):
-        raise UsageError("--threads, --kv-blocks and --trust have no effect on a server that runs already")
+        raise UsageError(
+            "--threads, --kv-blocks and --trust have no effect on a server that runs already", remedy="leave them out"
+        )
     with contextlib.nullcontext(what) if remote else started(what, options) as url:
         result = asyncio.run(_measured(url, options, given))
     if options.plot is not None:
@@ -152,7 +158,12 @@ def _key(path: Path | None) -> str:
     try:
         return read_plain(path, "reading the API key", most=1 << 20).decode().split("\n", 1)[0].strip()
     except UnicodeDecodeError as error:
-        raise InputError("the file of the API key cannot be read", where=str(path), why=str(error)) from error
+        raise InputError(
+            "the file of the API key cannot be read",
+            where=str(path),
+            why=str(error),
+            remedy="give a text file with the key in its first line",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -186,7 +197,11 @@ def _failed(text: str) -> OptcError:
         names = {"kind": "error", "what": "what", "where": "where", "why": "cause", "remedy": "remedy"}
         return Failed(**{name: found[key] for name, key in names.items()}).error()
     except (ValueError, KeyError, TypeError):
-        return InputError("the server did not start", why=text.strip()[-300:] or None)
+        return InputError(
+            "the server did not start",
+            why=text.strip()[-300:] or None,
+            remedy="run optc serve by itself, and see what it says",
+        )
 
 
 async def _measured(url: str, options: LoadOptions, given: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,12 @@ def check(folder: Path, as_json: bool) -> None:
     try:
         result = report(str(folder))
     except ValueError as error:
-        raise ArtifactError("the artifact cannot be checked", where=str(folder), why=str(error)) from error
+        raise ArtifactError(
+            "the artifact cannot be checked",
+            where=str(folder),
+            why=str(error),
+            remedy="copy the artifact again from where it was made, or compile it again",
+        ) from error
     emit(result, as_json, lambda found: say(text_of(found)))
     if not result["ok"]:
         sys.exit(TargetError.exit_code)  # the lines said why

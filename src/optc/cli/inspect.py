@@ -76,7 +76,11 @@ def _artifact(path: Path, as_ir: bool, stage: str | None, as_json: bool) -> None
     if as_ir:
         files = sorted((path / "ir").glob("*.txt"))
         if not files and stage is None:
-            raise InputError("the artifact holds no IR", where=str(path))
+            raise InputError(
+                "the artifact holds no IR",
+                where=str(path),
+                remedy="inspect the artifact that it was made of: bundles leave the IR out",
+            )
         file = find_stage(path, stage) if stage else files[-1]
         emit({"stage": file.stem, "ir": read_stage(file)}, as_json, lambda result: say(result["ir"]))
         return

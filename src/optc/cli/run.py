@@ -68,7 +68,7 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
         _chat(artifact, as_json, options)
         return
     if options.system:
-        raise UsageError("--system has no effect without --chat")
+        raise UsageError("--system has no effect without --chat", remedy="add --chat, or put it into the prompt")
     wanted = _prompts(options)
     model = load(artifact, threads=options.threads, num_blocks=options.kv_blocks, trust=options.trust)
     engine = _speculating(model, artifact, options)

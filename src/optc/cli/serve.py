@@ -100,12 +100,21 @@ def _keys(options: ServeOptions) -> tuple[str, ...]:
         try:
             text = read_plain(path, "reading the API keys", most=1 << 20).decode()
         except UnicodeDecodeError as error:
-            raise InputError("the file of API keys cannot be read", where=where, why=str(error)) from error
+            raise InputError(
+                "the file of API keys cannot be read",
+                where=where,
+                why=str(error),
+                remedy="give a text file with one key a line",
+            ) from error
     keys = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not keys:
         raise UsageError("the file of API keys is empty", where=where, remedy="write one key a line")
     if any(len(key) > _LONGEST_KEY or not key.isascii() or not key.isprintable() or " " in key for key in keys):
-        raise UsageError("an API key is not one word of printable ASCII", where=where)
+        raise UsageError(
+            "an API key is not one word of printable ASCII",
+            where=where,
+            remedy="write keys of letters, digits and signs, one a line",
+        )
     return keys
 
 
