@@ -71,7 +71,9 @@ def engine_for(
     runner = DeviceRunner if model.on_device and options.speculation is None else HostRunner
     if options.speculation is not None and drafter is None:
         running, _ = options.batch(on_device=model.on_device)
-        drafter = drafter_for(session, options.speculation, folder, running=running, threads=options.threads)
+        drafter = drafter_for(
+            session, options.speculation, folder, running=running, threads=options.threads, trust=options.trust
+        )
     return PagedEngine(
         model,
         options,
@@ -84,7 +86,13 @@ def engine_for(
 
 
 def drafter_for(
-    session: Session, speculation: Speculation, folder: Path | None, *, running: int, threads: int | None
+    session: Session,
+    speculation: Speculation,
+    folder: Path | None,
+    *,
+    running: int,
+    threads: int | None,
+    trust: bool = False,
 ) -> Drafter:
     """The drafter for a session of which so many requests run together; see `open_drafter`.
 
@@ -93,7 +101,8 @@ def drafter_for(
     """
     if not isinstance(session, PagedSession):
         raise _cannot_verify()
-    return open_drafter(speculation, Verifying(model=session.model, folder=folder, running=running, threads=threads))
+    target = Verifying(model=session.model, folder=folder, running=running, threads=threads, trust=trust)
+    return open_drafter(speculation, target)
 
 
 def _cannot_verify() -> TargetError:
@@ -104,14 +113,17 @@ def _cannot_verify() -> TargetError:
     )
 
 
-def speculate(model: Model, folder: Path, speculation: Speculation, *, threads: int | None = None) -> PagedEngine:
+def speculate(
+    model: Model, folder: Path, speculation: Speculation, *, threads: int | None = None, trust: bool = False
+) -> PagedEngine:
     """Let a model generate through an engine that drafts; it is to be closed before the model.
 
     Raises:
         TargetError, InputError, ArtifactError: see `engine_for`; the model is closed then.
     """
     try:
-        engine = engine_for(model.session, EngineOptions(speculation=speculation, threads=threads), None, folder)
+        options = EngineOptions(speculation=speculation, threads=threads, trust=trust)
+        engine = engine_for(model.session, options, None, folder)
     except OptcError:
         model.close()
         raise

@@ -89,7 +89,7 @@ class _Rows:
     def take(self, answer: Answer) -> None:
         row = int(answer.id)
         if answer.finish == "error":
-            raise GateError(answer.error, where=f"row {row}")
+            raise GateError(answer.error, where=f"row {row}", remedy="leave the request out, or run it by itself")
         self.tokens[row] += answer.tokens
         if answer.finish is not None:
             self.stop[row] = _STOPS[answer.finish]

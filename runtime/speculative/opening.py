@@ -32,12 +32,14 @@ class Verifying:
     Attributes:
         folder: its artifact; None where it has no tokenizer that could be compared.
         running: requests that run together.
+        trust: of the model that drafts too; see `check_trusted`.
     """
 
     model: PagedModel
     folder: Path | None
     running: int
     threads: int | None = None
+    trust: bool = False
 
 
 def open_drafter(options: Speculation, target: Verifying) -> Drafter:
@@ -74,7 +76,7 @@ def _open_model(folder: Path, draft_tokens: int, target: Verifying) -> DraftMode
         )
     tokens = target.model.num_blocks * target.model.block_size
     blocks = -(-tokens // cache.block_size) + target.running * (2 + draft_tokens // cache.block_size)
-    session = open_session(folder, manifest, threads=target.threads, num_blocks=blocks)
+    session = open_session(folder, manifest, threads=target.threads, num_blocks=blocks, trust=target.trust)
     assert isinstance(session, PagedSession)
     if session.model.device.type != device.type:
         session.close()

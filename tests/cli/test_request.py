@@ -81,7 +81,8 @@ SAMPLING = {
     "--frequency-penalty",
     "--seed",
 }
-SESSION = {"--threads", "--kv-blocks"}
+SESSION = {"--threads", "--kv-blocks", "--trust"}
+SPECULATION = {"--speculative", "--draft", "--draft-tokens"}
 TRAIN = {"--train", "--world-size", "--set"}
 COMMON = {"--recipe", "--json"}
 
@@ -116,6 +117,7 @@ EXPECTED = {
         "--ignore-eos",
         "--chat",
         "--system",
+        *SPECULATION,
         *SAMPLING,
         *SESSION,
         "--json",
@@ -151,6 +153,7 @@ EXPECTED = {
         "--max-connections",
         "--request-seconds",
         "--drain-seconds",
+        *SPECULATION,
         *SESSION,
         "--json",
     },
@@ -173,14 +176,17 @@ EXPECTED = {
         "--warmup",
         "--save",
         "--device",
+        "--text",
+        *SPECULATION,
         *SAMPLING,
         *SESSION,
         "--json",
     },
     "inspect": {"--ir", "--stage", "--dtype", "--json"},
     "diff": {"--json"},
-    "verify": {"--json"},
-    "bundle": {"-o", "--output", "--with-libraries", "--force", "--json"},
+    "verify": {"--key", "--json"},
+    "sign": {"--key", "--new-key", "--json"},
+    "bundle": {"-o", "--output", "--with-libraries", "--force", "--trust", "--json"},
     "check": {"--json"},
     "passes": {"--json"},
     "targets": {"--json"},

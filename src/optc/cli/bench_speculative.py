@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optc.cli.common import emit, progress, read_text, say, stderr
+from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import sampling_of
 from optc.compiler.diagnostics import UsageError
 from optc.runtime.speculative.settings import Speculation
@@ -27,8 +28,13 @@ def bench_speculative(artifact: Path, as_json: bool, options: BenchOptions, spec
     from optc.runtime.sessions.session import default_threads
 
     text = _text(options)
-    model = load(artifact, threads=options.threads, num_blocks=options.kv_blocks, device=options.device)
-    drafter = drafter_for(model.session, speculation, artifact, running=options.batch, threads=options.threads)
+    leave_to_own_process([artifact])
+    model = load(
+        artifact, threads=options.threads, num_blocks=options.kv_blocks, device=options.device, trust=options.trust
+    )
+    drafter = drafter_for(
+        model.session, speculation, artifact, running=options.batch, threads=options.threads, trust=options.trust
+    )
     assert isinstance(model.session, PagedSession)
     length = next(iter(options.prompt_length), _PROMPT)
     warmup = 1 if options.warmup is None else options.warmup
@@ -78,7 +84,7 @@ def _text(options: BenchOptions) -> str:
     if options.save:
         raise UsageError("--save has no effect with --speculative", remedy="leave it out")
     if len(options.prompt_length) > 1:
-        raise UsageError("--speculative takes one --prompt-length")
+        raise UsageError("--speculative takes one --prompt-length", remedy="give it once")
     return read_text(options.text)
 
 

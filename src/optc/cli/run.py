@@ -103,7 +103,7 @@ def _speculating(model: Model, artifact: Path, options: RunOptions) -> PagedEngi
         return None
     from optc.runtime.serving.engine import speculate
 
-    return speculate(model, artifact, speculation, threads=options.threads)
+    return speculate(model, artifact, speculation, threads=options.threads, trust=options.trust)
 
 
 def _chat(artifact: Path, as_json: bool, options: RunOptions) -> None:
