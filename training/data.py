@@ -140,6 +140,12 @@ class Reader:
         shortest = sorted(size for _, _, size in self._pieces)[:2]
         return self.config.data.batching == "pack" and len(shortest) == 2 and sum(shortest) <= self.config.seq_len
 
+    def side_by_side(self) -> Reader:
+        """The same documents at the beginning, one piece in each row."""
+        data = msgspec.structs.replace(self.config.data, batching="tokens")
+        config = msgspec.structs.replace(self.config, data=data)
+        return Reader(self.documents, config, world_size=self.world_size, rank=self.rank)
+
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step; moves the position."""
         config = self.config

@@ -32,6 +32,7 @@ from optc.training.step import train_step
 from optc.training.train_report import write_train_report
 
 OnStep = Callable[[StepRecord], None]
+OnNote = Callable[[str], None]
 
 
 def plain_config(config: TrainConfig) -> dict[str, Any]:
@@ -44,12 +45,15 @@ def run_folder(output: Path) -> Path:
     return output.with_name(output.name + ".run")
 
 
-def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None = None) -> TrainResult | None:
+def train(
+    config: TrainConfig, *, resume: bool = False, on_step: OnStep | None = None, on_note: OnNote | None = None
+) -> TrainResult | None:
     """Train, and write a Hugging Face model folder to `config.output`. Every rank calls it; only the first has a result.
 
     Args:
         resume: go on from the newest checkpoint of the run for this output; without one, start.
         on_step: called after each step on the first rank.
+        on_note: told there, before the first step, what is done otherwise than asked for; it is in the result, too.
 
     Raises:
         UsageError: a contradicting config.
@@ -73,7 +77,7 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None =
             raise unfinished(folder)
     ours = not dist.is_initialized()
     with _memory_errors(config, world):
-        result = _run(config, world, folder, resume, on_step)
+        result = _run(config, world, folder, resume, on_step, on_note)
     if ours and dist.is_initialized():
         dist.barrier()  # the first rank writes the output while the others wait here
         dist.destroy_process_group()
@@ -81,8 +85,13 @@ def train(config: TrainConfig, *, resume: bool = False, on_step: OnStep | None =
     return result
 
 
-def _run(config: TrainConfig, world: World, folder: Path, resume: bool, on_step: OnStep | None) -> TrainResult | None:
+def _run(
+    config: TrainConfig, world: World, folder: Path, resume: bool, on_step: OnStep | None, on_note: OnNote | None
+) -> TrainResult | None:
     run = prepare(config, world)
+    if on_note is not None and world.rank == 0:
+        for note in run.notes:
+            on_note(note)
     start = _initial_state(run)
     with held_run(folder, new=not resume) if world.rank == 0 else nullcontext():
         resumed = resume_run(run, start, folder) if resume else None
@@ -162,7 +171,7 @@ def _result(run: Run, state: RunState, records: list[StepRecord], resumed: RunSt
         config=plain_config(run.config),
         last=records[-1],
         skipped=sum(row.skipped is not None for row in records),
-        notes=left_experts(run.model, run.config),
+        notes=(*run.notes, *left_experts(run.model, run.config)),
     )
 
 

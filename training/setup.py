@@ -27,7 +27,7 @@ from optc.training.distill import load_teacher
 from optc.training.lora import apply_lora
 from optc.training.models import load_trainable
 from optc.training.optimizers import make_optimizer
-from optc.training.packing import check_packing
+from optc.training.packing import unpacked
 from optc.training.parallel import apply_data_parallel, shard_optimizer
 from optc.training.precision import make_scaler
 from optc.training.qat import apply_qat
@@ -60,6 +60,7 @@ class Run:
         module: what is called: the model, or its data-parallel wrapper.
         teacher: frozen, or None.
         head: the model's head where the loss is made in it, in chunks; None with whole logits.
+        notes: what is done otherwise than asked for.
         skipped: steps in a row without an update for a loss that is not finite.
     """
 
@@ -73,6 +74,7 @@ class Run:
     scaler: torch.amp.GradScaler
     reader: Reader
     head: nn.Linear | None = None
+    notes: tuple[str, ...] = ()
     step: int = 0
     skipped: int = 0
 
@@ -140,7 +142,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     """Read the text and the model, and apply what the config asks for.
 
     Raises:
-        OptcError: see `check_config`, `read_corpus`, `load_trainable`, `check_packing` and the functions called.
+        OptcError: see `check_config`, `read_corpus`, `load_trainable` and the functions called.
     """
     check_config(config, world)
     device = pick_device(config, world)
@@ -152,7 +154,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     model = build_model(config)
     teacher = load_teacher(config, text_config(model.config).vocab_size)
     model = model.to(device)
-    check_packing(model, reader)
+    reader, notes = unpacked(model, reader)
     head = chunked_head(model, config)
     if head is not None:
         check_head(model, head, config)
@@ -173,6 +175,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
         scaler=make_scaler(config, device),
         reader=reader,
         head=head,
+        notes=notes,
     )
 
 

@@ -84,7 +84,11 @@ def train(recipe_file: str | None, as_json: bool, options: TrainOptions, **keys:
             loss = "not finite" if record.loss is None else f"{record.loss:.4f}"
             update(record.step, f"step {record.step}  loss {loss}  {record.tokens_per_s:.0f} tokens/s")
 
-        result = run_training(config, resume=options.resume, on_step=on_step)
+        def on_note(note: str) -> None:
+            assert update is not None
+            update(0, note)
+
+        result = run_training(config, resume=options.resume, on_step=on_step, on_note=on_note)
     if result is not None:  # the first rank's
         emit(msgspec.to_builtins(result), as_json, _show)
 
