@@ -34,9 +34,10 @@ _UNARY = (aten.neg.default, aten.silu.default, aten.gelu.default, aten.rsqrt.def
 def quick_shapes() -> Iterator[None]:
     """While it is open, fake tensors with symbolic sizes take the rules of this module."""
     table = fake_impls.get_fast_op_impls()
-    rules: dict[Any, Any] = {aten.view.default: _view}
-    rules |= {op: _binary(table[op]) for op in _BINARY}
+    rules: dict[Any, Any] = {op: _binary(table[op]) for op in _BINARY}
     rules |= {op: _unary(op) for op in _UNARY}
+    if view := fake_impls.op_implementations_dict.get(aten.view.default):
+        rules[aten.view.default] = _view(view)
     linear = aten.linear.default
     with mock.patch.dict(table, rules), mock.patch.dict(linear.py_kernels, {_COMPOSITE: _linear}):
         linear._dispatch_cache.clear()
@@ -55,9 +56,11 @@ def quick_tracing() -> Iterator[None]:
     The caller has switched gradients off.
     """
     before = gc.get_threshold()
+    proxy = torch.fx.proxy
+    forwards_only = hasattr(proxy.TracerBase, "_record_forward_stack_traces_only")  # else more frames are kept
     with (
         quick_shapes(),
-        mock.patch.object(torch.fx.proxy, "CapturedTraceback", _ForwardFrames),
+        mock.patch.object(proxy, "CapturedTraceback", _ForwardFrames if forwards_only else proxy.CapturedTraceback),
         mock.patch.multiple(torch.no_grad, __enter__=_enter, __exit__=_leave),
     ):
         gc.set_threshold(max(before[0], 100_000), *before[1:])
@@ -88,19 +91,23 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _new(x.fake_mode, x, (*x.shape[:-1], weight.shape[0]))
 
 
-def _view(mode: FakeTensorMode, x: FakeTensor, shape: Sequence[Any]) -> Any:
+def _view(slow: Callable[..., Any]) -> Callable[..., Any]:
     """The first sizes stay; behind them, dense whole numbers become others."""
-    kept = 0
-    while kept < min(x.dim(), len(shape)) and _same(x.shape[kept], shape[kept]):
-        kept += 1
-    sizes = _whole(x.shape[kept:], shape[kept:])
-    if sizes is None or tuple(x.stride()[kept:]) != _strides(x.shape[kept:]):
-        with mode:
-            return fake_impls._view_meta(mode, aten.view.default, x, shape)
-    size, stride = (*x.shape[:kept], *sizes), (*x.stride()[:kept], *_strides(sizes))
-    with in_kernel_invocation_manager(mode):
-        made = aten.as_strided.default(x, size, stride, x.storage_offset())
-    return FakeTensor(mode, made, x.device)
+
+    def rule(mode: FakeTensorMode, x: FakeTensor, shape: Sequence[Any]) -> Any:
+        kept = 0
+        while kept < min(x.dim(), len(shape)) and _same(x.shape[kept], shape[kept]):
+            kept += 1
+        sizes = _whole(x.shape[kept:], shape[kept:])
+        if sizes is None or tuple(x.stride()[kept:]) != _strides(x.shape[kept:]):
+            with mode:
+                return slow(mode, aten.view.default, x, shape)
+        size, stride = (*x.shape[:kept], *sizes), (*x.stride()[:kept], *_strides(sizes))
+        with in_kernel_invocation_manager(mode):
+            made = aten.as_strided.default(x, size, stride, x.storage_offset())
+        return FakeTensor(mode, made, x.fake_device)
+
+    return rule
 
 
 def _whole(old: Sequence[Any], new: Sequence[Any]) -> tuple[int, ...] | None:
@@ -152,7 +159,7 @@ def _unary(op: Any) -> Callable[..., Any]:
             return _new(mode, x, x.shape, x.stride())
         with in_kernel_invocation_manager(mode):
             made = op(x, *args, **kwargs)
-        return FakeTensor(mode, made, x.device)
+        return FakeTensor(mode, made, x.fake_device)
 
     return rule
 
