@@ -61,6 +61,16 @@ class Program:
         self.proof: CaptureProof | None = None  # of the program as captured; passes make other programs
         self._module: GraphModule | None = None
 
+    def __repr__(self) -> str:
+        """A line: what it is, its size, and the passes that it came through; `format_program` prints all of it."""
+        calls = sum(node.op == "call_function" for node in self.graph.nodes)
+        weights = list(self.weights())
+        size = sum(tensor.numel() * tensor.element_size() for _, tensor in weights)
+        contract, model = self.contract, self.contract.model
+        kind = f"{contract.kind} {model.architecture or model.model_type}".rstrip()
+        passes = ", ".join(contract.passes) or "none"
+        return f"Program({kind}, {calls} calls, {len(weights)} weights of {size / 1e6:.2f} MB, passes: {passes})"
+
     def __call__(self, *args: Any) -> Any:
         """Run the graph on user inputs, in the order of `contract.inputs`.
 

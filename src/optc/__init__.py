@@ -62,7 +62,13 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.import_module("optc.compiler.version").version()
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'optc' has no attribute '{name}'")

@@ -48,6 +48,19 @@ class CompileResult:
     artifact: Path
     manifest: Manifest
 
+    def __repr__(self) -> str:
+        """A line for each of the folder, its sizes and what the passes cost in all."""
+        manifest = self.manifest
+        lines = [f"{self.artifact}: {manifest.target}, {manifest.seconds['total']:.1f} s"]
+        lines += [] if manifest.sizes is None else [f"weights {manifest.sizes}"]
+        total = next((row.since_capture for row in reversed(manifest.passes) if row.since_capture is not None), None)
+        if total is not None:
+            measures = {"KL": total.kl, "top-1": total.top1_agreement, "relative error": total.relative_error}
+            lines.append(
+                "since the capture: " + ", ".join(f"{k} {v:.3g}" for k, v in measures.items() if v is not None)
+            )
+        return "CompileResult(" + "\n  ".join(lines) + ")"
+
     def to_dict(self) -> dict[str, Any]:
         """The object that `optc compile --json` prints."""
         rows = [

@@ -135,6 +135,12 @@ def test_the_text_depends_only_on_the_program(program: Program, tmp_path: Path) 
     assert format_program(Program.load(tmp_path)) == text
 
 
+def test_a_line_for_a_prompt(program: Program) -> None:
+    start = "Program(decoder, 36 calls, 8 weights of 0.00 MB, passes: "
+    assert repr(program) == f"{start}fuse-rotary, quantize-rtn(bits=4))"
+    assert repr(program.with_contract(passes=())) == f"{start}none)"
+
+
 def test_summary(program: Program) -> None:
     summary = summarize(program)
     assert summary["nodes"] == sum(summary["ops"].values()) == 36
