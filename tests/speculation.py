@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from serving import Got
 
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.grammar import Grammars
 from optc.runtime.serving.model_runner import HostRunner
 from optc.runtime.serving.paged_engine import PagedEngine
+from optc.runtime.serving.request import Generate
 from optc.runtime.sessions.paged import PagedModel
 from optc.runtime.speculative.drafter import Ask, Drafter, Verified
 from optc.runtime.speculative.settings import Speculation
@@ -44,6 +46,17 @@ class Guesser:
 
     def close(self) -> None:
         self.forgotten.append("")
+
+
+def teller(wanted: Sequence[Generate], plain: Mapping[str, Got], vocabulary: int, wrong: float = 0.3) -> Guesser:
+    """Knows what each request got without drafts, and tells it wrong now and then."""
+    texts = [[*item.prompt, *plain[item.id].tokens] for item in wanted]
+
+    def right(tokens: list[int], most: int) -> list[int]:
+        text = next(text for text in texts if text[: len(tokens)] == tokens)
+        return text[len(tokens) : len(tokens) + most]
+
+    return Guesser(right, wrong, vocabulary)
 
 
 def speculating(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Protocol
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optc.compiler.kernels.cuda.dispatch import kernels_only
 from optc.runtime.serving.plan import Chosen, Plan
 from optc.runtime.serving.rows import Ints, Rows
 from optc.runtime.serving.sampler import SamplerOf, choose
@@ -78,7 +80,8 @@ class HostRunner:
         given = (*inputs, wanted) if model.selects else inputs
         tensors = [torch.from_numpy(item).to(model.device) for item in given]
         begin = time.perf_counter()
-        outputs = model.run(*tensors, *model.pools)
+        with kernels_only() if model.on_device else contextlib.nullcontext():
+            outputs = model.run(*tensors, *model.pools)
         self.model_s += time.perf_counter() - begin
         logits: Tensor = outputs[0] if isinstance(outputs, tuple | list) else outputs
         if not model.selects and len(wanted) < len(logits):

@@ -10,7 +10,7 @@ from context_model import VOCAB, context_model, continuation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import Got, run, take
-from speculation import Guesser, speculating
+from speculation import Guesser, speculating, teller
 from stages import apply, sequences, tiny_decoder
 
 from optc.compiler.diagnostics import TargetError
@@ -84,17 +84,6 @@ def test_a_drafter_learns_what_the_model_said() -> None:
         assert len(item.decided) == len(item.drafted) + 1
 
 
-def teller(wanted: list[Generate], plain: dict[str, Got], wrong: float = 0.3) -> Guesser:
-    """Knows what each request got without drafts, and tells it wrong now and then."""
-    texts = [[*item.prompt, *plain[item.id].tokens] for item in wanted]
-
-    def right(tokens: list[int], most: int) -> list[int]:
-        text = next(text for text in texts if text[: len(tokens)] == tokens)
-        return text[len(tokens) : len(tokens) + most]
-
-    return Guesser(right, wrong, 128)
-
-
 @pytest.mark.parametrize("select_logits", [False, True])
 @pytest.mark.parametrize(
     "sampling",
@@ -110,7 +99,7 @@ def test_seeds_give_the_tokens_that_they_give_without_drafts(select_logits: bool
     model = tiny(select_logits)
     wanted = requests(sampling, Sampling())
     plain = run(PagedEngine(model, EngineOptions(), HostRunner), wanted)
-    engine = speculating(model, teller(wanted, plain))
+    engine = speculating(model, teller(wanted, plain, 128))
     assert _tokens(run(engine, wanted)) == _tokens(plain)
     figures = engine.metrics().speculation
     assert figures is not None
@@ -127,7 +116,7 @@ def test_a_full_pool_in_the_middle_of_drafts() -> None:
     small = dataclasses.replace(model, num_blocks=11, pools=[pool[:11] for pool in model.pools])
     wanted = requests(Sampling(), Sampling(temperature=0.8, seed=3))
     plain = run(PagedEngine(model, EngineOptions(), HostRunner), wanted)
-    engine = speculating(small, teller(wanted, plain), max_running=4, token_budget=12)
+    engine = speculating(small, teller(wanted, plain, 128), max_running=4, token_budget=12)
     assert _tokens(run(engine, wanted)) == _tokens(plain)
     assert engine.metrics().preemptions > 0
     assert engine.metrics().used_blocks == 0
@@ -148,7 +137,7 @@ def test_logprobs_and_biases_are_those_without_drafts() -> None:
         for item in plain_requests
     ]
     plain = run(PagedEngine(model, EngineOptions(), HostRunner), wanted)
-    found = run(speculating(model, teller(wanted, plain)), wanted)
+    found = run(speculating(model, teller(wanted, plain, 128)), wanted)
     assert _tokens(found) == _tokens(plain)
     for name in "12":
         ours, theirs = (
