@@ -72,6 +72,31 @@ def layer_statistics(x, eps, K: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def load_normalized(
+    x, norm_weight, norm_bias, eps, K: tl.constexpr, NORM: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """A token x [K] behind its norm, float32 [BLOCK_K] (a power of two from K on), loaded when its producer has ended."""
+    columns = tl.arange(0, BLOCK_K)
+    inside = columns < K
+    if norm_weight is not None:
+        gain = tl.load(norm_weight + columns, mask=inside, other=0.0).to(tl.float32)
+    if norm_bias is not None:
+        shift = tl.load(norm_bias + columns, mask=inside, other=0.0).to(tl.float32)
+    wait_for_producer(PDL)
+    values = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
+    if NORM == "rms":
+        values *= 1.0 / tl.sqrt(tl.sum(values * values, 0) / K + eps)
+    if NORM == "layer":
+        mean, inverse = layer_statistics(x, eps, K, BLOCK_K)
+        values = tl.where(inside, (values - mean) * inverse, 0.0)
+    if norm_weight is not None:
+        values *= gain
+    if norm_bias is not None:
+        values += shift
+    return values
+
+
+@triton.jit
 def store_rows(y, bias, residual, rows, N, gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
     """y[rows] = activation(gate + bias) [* (up + bias)] + residual, for rows below N."""
     inside = rows < N

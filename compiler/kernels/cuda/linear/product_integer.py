@@ -15,7 +15,7 @@ import triton.language as tl
 from optc.compiler.kernels.cuda.primitives import (
     LEVELS,
     SMALLEST,
-    layer_statistics,
+    load_normalized,
     nan_maximum,
     store_block,
     wait_for_producer,
@@ -39,21 +39,7 @@ def split_tokens(
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
     inside = columns < K
-    if norm_weight is not None:
-        gain = tl.load(norm_weight + columns, mask=inside, other=0.0).to(tl.float32)
-    if norm_bias is not None:
-        shift = tl.load(norm_bias + columns, mask=inside, other=0.0).to(tl.float32)
-    wait_for_producer(PDL)
-    values = tl.load(x + token * K + columns, mask=inside, other=0.0).to(tl.float32)
-    if NORM == "rms":
-        values *= 1.0 / tl.sqrt(tl.sum(values * values, 0) / K + eps)
-    if NORM == "layer":
-        mean, inverse = layer_statistics(x + token * K, eps, K, BLOCK_K)
-        values = tl.where(inside, (values - mean) * inverse, 0.0)
-    if norm_weight is not None:
-        values *= gain
-    if norm_bias is not None:
-        values += shift
+    values = load_normalized(x + token * K, norm_weight, norm_bias, eps, K, NORM, BLOCK_K, PDL)
     largest = tl.reduce(tl.abs(values), 0, nan_maximum)
     scaled = values * (LEVELS / nan_maximum(largest, SMALLEST))
     number = (scaled + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optc.compiler.kernels.cuda.primitives import KEEP_NAN, layer_statistics, nan_maximum, wait_for_producer
+from optc.compiler.kernels.cuda.primitives import KEEP_NAN, load_normalized, nan_maximum
 
 LARGEST = tl.constexpr(448.0)
 LEAST_SCALE = tl.constexpr(2.0**-126)
@@ -42,21 +42,7 @@ def round_tokens(
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
     inside = columns < K
-    if norm_weight is not None:
-        gain = tl.load(norm_weight + columns, mask=inside, other=0.0).to(tl.float32)
-    if norm_bias is not None:
-        shift = tl.load(norm_bias + columns, mask=inside, other=0.0).to(tl.float32)
-    wait_for_producer(PDL)
-    values = tl.load(x + token * K + columns, mask=inside, other=0.0).to(tl.float32)
-    if NORM == "rms":
-        values *= 1.0 / tl.sqrt(tl.sum(values * values, 0) / K + eps)
-    if NORM == "layer":
-        mean, inverse = layer_statistics(x + token * K, eps, K, BLOCK_K)
-        values = tl.where(inside, (values - mean) * inverse, 0.0)
-    if norm_weight is not None:
-        values *= gain
-    if norm_bias is not None:
-        values += shift
+    values = load_normalized(x + token * K, norm_weight, norm_bias, eps, K, NORM, BLOCK_K, PDL)
     values = tl.where(inside, values, 0.0).to(x.dtype.element_ty).to(tl.float32)
     largest = tl.reduce(tl.abs(values), 0, nan_maximum)
     scale = nan_maximum(tl.div_rn(largest, LARGEST), LEAST_SCALE)
