@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import tempfile
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from chosen import chosen
 from families import make_model
+from once import once
 from stages import captured
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def build(program: Program, folder: Path, **options: Any) -> Built:
     return Built(folder, program, TARGET.export(program, ExportRequest(directory=folder, options=made.own)))
 
 
-def describe(built: Built) -> None:
+def _describe(built: Built) -> None:
     """Write the manifest that makes the folder an artifact."""
     program = ProgramEntry(contract=built.program.contract, engine_info=built.result.info)
     manifest = Manifest(
@@ -85,15 +86,23 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-int3": ("gpt2", {"quant": "rtn", "bits": 3, "group_size": 32, "accuracy_level": 0}),
     "bert": ("bert", {}),
 }
-_FOLDER = tempfile.TemporaryDirectory(prefix="optc-packages-")
 
 
 @functools.cache
 def packaged(name: str) -> Built:
-    """A variant, compiled once per process (10 to 30 s); of one layer where it is the products that matter."""
+    """A variant, compiled once per run of the tests (10 to 30 s); of one layer where it is the products that matter."""
+    place = once(f"package-{name}", functools.partial(_package, name))
+    return Built(place / "package", Program.load(place / "program"), pickle.loads((place / "result").read_bytes()))
+
+
+def _package(name: str, place: Path) -> None:
     family, options = VARIANTS[name]
     program = captured(family)
     if "quant" in options:
         dtype = torch.bfloat16 if options.get("dtype") == "bf16" else torch.float32
         program = capture_model(make_model(family, layers=1).to(dtype))
-    return build(program, Path(_FOLDER.name) / name, **options)
+    built = build(program, place / "package", **options)
+    (place / "program").mkdir()
+    built.program.save(place / "program")
+    _describe(built)
+    (place / "result").write_bytes(pickle.dumps(built.result))

@@ -14,7 +14,7 @@ import torch
 from conftest import EXAMPLE
 from families import make_model
 from once import example_artifact
-from package_driver import VARIANTS, describe, drive, packaged
+from package_driver import VARIANTS, drive, packaged
 from stages import sequences
 
 from optc.compiler.execution.stage_driver import run_stage
@@ -125,7 +125,6 @@ def _fresh(folder: str, *arguments: str) -> dict[str, object]:
 @pytest.mark.parametrize("name", ["gpt2-static", "gemma2-paged"])
 def test_fresh_process_without_optc(name: str) -> None:
     built = packaged(name)
-    describe(built)
     model = make_model(VARIANTS[name][0])
     out = model.generate(torch.tensor([[5, 17, 33]]), max_new_tokens=24, do_sample=False, eos_token_id=None)
     found = _fresh(str(built.folder), "--prompt-tokens", "5,17,33", "--max-new-tokens", "24", "--ignore-eos")
@@ -135,7 +134,6 @@ def test_fresh_process_without_optc(name: str) -> None:
 def test_fresh_process_runs_packed_products() -> None:
     """The library registers the operator itself; tokens as greedy decoding of the Program."""
     built = packaged("gpt2-int3")
-    describe(built)
     tokens = [5, 17, 33]
     for _ in range(12):
         tokens.append(int(run_stage(built.program, [tokens]).logits[0][-1].argmax()))

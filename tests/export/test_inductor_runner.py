@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from package_driver import Built, describe, packaged
+from package_driver import Built, packaged
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -144,7 +144,6 @@ def test_other_hosts_are_refused(built: Built, change: dict[str, Any], message: 
 
 
 def test_changed_files_are_refused(built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    describe(built)
     folder = tmp_path / "artifact"
     shutil.copytree(built.folder, folder)
     open_folder(folder)
@@ -165,6 +164,5 @@ def test_changed_files_are_refused(built: Built, tmp_path: Path, capsys: pytest.
 
 
 def test_text_without_a_tokenizer(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
-    describe(built)
     assert main(["--artifact", str(built.folder), "--prompt", "Hello"]) == 1
     assert "the artifact has no tokenizer: give --prompt-tokens" in capsys.readouterr().err
