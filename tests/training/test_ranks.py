@@ -33,8 +33,8 @@ def recipe(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         "device": "cpu",
         "max_steps": STEPS,
         "batch_size": 4,
-        "seq_len": 128,
-        "loss_chunk": 96,
+        "seq_len": 48,
+        "loss_chunk": 32,
         "saving": {"every": 0},
         "schedule": {"kind": "constant"},  # of a shorter run, too
     }
