@@ -61,7 +61,7 @@ def equality(
     """How many answers of each method are those of plain decoding."""
     wanted = answers(engine_for(session(folder, threads), EngineOptions(max_running=TOGETHER)), prompts, count)
     longest = -(-(max(map(len, prompts)) + count) // 16)
-    result = {}
+    result: dict[str, Any] = {}
     for method, speculation in methods.items():
         own = session(folder, threads, blocks=longest * TOGETHER // 2)
         engine = engine_for(own, EngineOptions(max_running=TOGETHER, speculation=speculation), folder=folder)
