@@ -37,6 +37,7 @@ from optc.exporters.reports.report import write_report
 from optc.opening import open_written
 from optc.request import LIMITS, Request, from_python, given_limits
 from optc.resolving import Resolved, recipe_steps, resolve, settled
+from optc.saved_recipes import check_recipe, write_recipe
 
 Progress = Callable[[int, str], None]
 
@@ -121,6 +122,8 @@ def compile(
     if request.run.output is None:
         raise UsageError("no output given", remedy="output='out/model', or -o OUT")
     artifact.check_output(request.run.output, request.run.force)
+    if request.run.save_recipe is not None:
+        check_recipe(request.run.save_recipe, model, request)
     captured = capture_resolved(model, example_inputs, resolved)
     check_context(_capacity(resolved), captured.program.contract.model.context_length)
     seconds = {"capture": time.perf_counter() - begin}
@@ -129,6 +132,8 @@ def compile(
     if progress:
         progress(len(result.records), "exporting")
     manifest = _write(request.run.output, resolved, result, captured, seconds, begin)
+    if request.run.save_recipe is not None:
+        write_recipe(request.run.save_recipe, model, request)
     return CompileResult(request.run.output, manifest)
 
 

@@ -182,6 +182,9 @@ class RunRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     force: Annotated[bool, Meta(description="Replace an existing artifact.")] = False
     dump_ir: Annotated[Path, Meta(description="Write every stage's IR to this folder.")] | None = None
     work_dir: Annotated[Path, Meta(description="Keep finished stages here; a rerun continues.")] | None = None
+    save_recipe: (
+        Annotated[Path, Meta(description="Write what was asked for to this YAML file, which --recipe reads.")] | None
+    ) = None
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -56,7 +56,7 @@ GATE = {
     "--seed",
     "--allow-noop",
 }
-RUN = {"-o", "--output", "--force", "--dump-ir", "--work-dir"}
+RUN = {"-o", "--output", "--force", "--dump-ir", "--work-dir", "--save-recipe"}
 TARGETS = {
     "--max-seq-len",
     "--accuracy-level",

@@ -1,0 +1,84 @@
+"""A compile as a recipe that `--recipe` reads: what was asked for beyond the defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from optc.compiler.diagnostics import InputError, UsageError, os_errors
+from optc.compiler.settings.fields import fields_of
+from optc.request import SECTIONS, Request
+
+_LEFT_OUT = ("force", "save_recipe")
+"""What a compile does to files that are there is asked for each time."""
+
+
+def recipe_of(model: Any, request: Request) -> dict[str, Any]:
+    """Key -> value of all that differs from its default, as YAML has them.
+
+    Raises:
+        UsageError: a model, a pass or tokens in memory, which no recipe can name.
+    """
+    if not isinstance(model, str | Path):
+        raise _unnamed("a model in memory")
+    found: dict[str, Any] = {"model": str(model), "target": request.target.name}
+    parts = [getattr(request, section) for section in SECTIONS]
+    for part in [*parts, *([] if request.options is None else [request.options])]:
+        defaults = type(part)()
+        for name, field in fields_of(type(part)).items():
+            value, default = getattr(part, name), getattr(defaults, name)
+            if name not in _LEFT_OUT and value is not default and not _same(value, default):
+                found[field.key] = _plain(value)
+    return found
+
+
+def _same(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and bool(value == default)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise _unnamed(f"a {type(value).__name__}")
+
+
+def _unnamed(what: str) -> UsageError:
+    return UsageError(
+        f"a recipe cannot name {what}", remedy="leave save-recipe out, or give folders, files and names of passes"
+    )
+
+
+def check_recipe(path: Path, model: Any, request: Request) -> None:
+    """Refuse before the compile what could not be written after it.
+
+    Raises:
+        UsageError: see `recipe_of`. InputError: the file exists, and the request does not force.
+    """
+    recipe_of(model, request)
+    if path.exists() and not request.run.force:
+        raise InputError("the recipe exists already", where=str(path), remedy="choose another file, or use --force")
+
+
+def write_recipe(path: Path, model: Any, request: Request) -> None:
+    """Write the recipe of a compile that went through.
+
+    Raises:
+        InputError, ResourceError: the file cannot be written.
+    """
+    text = yaml.safe_dump(recipe_of(model, request), sort_keys=False, allow_unicode=True)
+    part = path.with_name(path.name + ".part")
+    with os_errors("writing the recipe", str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_text(text, encoding="utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
