@@ -1,13 +1,13 @@
 # make demo: compile the example model to int4, generate, evaluate, measure.  make test: everything CI checks.
 # make mutants: whether the tests see small changes of the gate, verification, artifacts and arithmetic.
-# make fuzz: hostile inputs for every reader, some minutes; coverage-guided ones where atheris is installed.
+# make fuzz: hostile inputs for every reader, some minutes.  make faults: what a failing disk leaves behind.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test env lint unit mutants fuzz clean
+.PHONY: demo test env lint unit mutants fuzz faults clean
 
 env: $(VENV)/.ready
 
@@ -51,6 +51,9 @@ FUZZ ?= /tmp/optc-fuzz
 fuzz: $(VENV)/.ready-test # 20 readers, FUZZ_SECONDS each; figures in FUZZ/figures.json, inputs that fail in FUZZ/failed
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.campaign --seconds $(FUZZ_SECONDS) --work $(FUZZ) \
 		--json $(FUZZ)/figures.json --keep $(FUZZ)/failed
+
+faults: $(VENV)/.ready-test # kills, failing disks and power losses at every file operation of the writers
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.disk --work $(FUZZ)-disk --json $(FUZZ)-disk/figures.json
 
 clean:
 	rm -rf $(OUT)

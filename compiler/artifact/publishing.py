@@ -19,9 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from optc.compiler.artifact.manifest import FILE_NAME
-from optc.compiler.diagnostics import InputError, OptcError, ResourceError, os_errors
+from optc.compiler.diagnostics import InputError, OptcError, ResourceError, os_errors, os_failure
 
 _MARK = b'"optc_version"'
+_OS_ERROR = re.compile(r"\(os error (\d{1,4})\)")  # as Rust says it
 _LEFT = re.compile(r"\..+\.(?:tmp|old|gone)-(?P<pid>\d{1,7})-[0-9a-f]{8}")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
@@ -176,12 +177,17 @@ def _is_artifact(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def disk_errors(output: Path) -> Iterator[None]:
-    """os_errors, and the full disk that engines written in Rust or C++ report in words of their own."""
+    """os_errors, and the failures of the disk that engines written in Rust or C++ report in words of their own."""
     try:
         with os_errors("writing the artifact", str(output)):
             yield
     except Exception as error:
-        if isinstance(error, OptcError) or not any(words in str(error) for words in _FULL):
+        if isinstance(error, OptcError):
+            raise
+        number = _OS_ERROR.search(str(error))
+        if number is not None:
+            raise os_failure(OSError(int(number[1]), str(error)), "writing the artifact", str(output)) from error
+        if not any(words in str(error) for words in _FULL):
             raise
         raise ResourceError(
             "the disk is full while writing the artifact",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import shutil
@@ -236,6 +237,7 @@ class TestOwnProcess:
 
         def body() -> None:
             own_process.leave_to_own_process([tmp_path / "a"])
+            faulthandler.disable()
             if isinstance(end, signal.Signals):
                 os.kill(os.getpid(), end)
             os._exit(int(end))

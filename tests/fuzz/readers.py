@@ -56,6 +56,13 @@ class Reader:
         """Read it."""
         raise NotImplementedError
 
+    def read_guarded(self, name: str, data: bytes) -> None:
+        """The same; its documented refusals are no failure."""
+        from optc.compiler.diagnostics import OptcError
+
+        with contextlib.suppress(OptcError, *self.refusals):
+            self.read(name, data)
+
     def write(self, name: str, data: bytes) -> Path:
         """Put an input into the folder."""
         path = self.place / name

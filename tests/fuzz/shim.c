@@ -1,0 +1,130 @@
+// LD_PRELOAD: counts file operations below $FAULT_DIR, writes them to $FAULT_LOG, and at operation number $FAULT_N fails
+// (FAULT_KIND=errno's number; $FAULT_STICKY: from there on), writes half ("short") or kills the process ("kill").
+// Reads nothing but the environment; a forked child counts anew.
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum fault { NONE, ERROR, SHORT, KILL };
+static pid_t owner;
+static long count, at;
+static int sticky, error_number, log_fd = -1;
+static enum fault kind;
+static char folder[PATH_MAX];
+
+#define REAL(name)                   \
+    static __typeof__(&name) real;   \
+    if (!real) real = dlsym(RTLD_NEXT, #name)
+
+static void start(void) {
+    if (getpid() == owner) return;
+    owner = getpid(), count = 0, at = -1, kind = NONE, folder[0] = 0;
+    const char *text = getenv("FAULT_DIR");
+    if (text) strncpy(folder, text, sizeof folder - 1);
+    if ((text = getenv("FAULT_N"))) at = atol(text);
+    sticky = getenv("FAULT_STICKY") != NULL;
+    if ((text = getenv("FAULT_KIND"))) {
+        kind = !strcmp(text, "short") ? SHORT : !strcmp(text, "kill") ? KILL : ERROR;
+        error_number = atoi(text);
+    }
+    if ((text = getenv("FAULT_LOG"))) {
+        int (*opening)(const char *, int, ...) = dlsym(RTLD_NEXT, "open");
+        log_fd = opening(text, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+    }
+}
+
+static int path_of(int fd, char *path) {
+    char link[64];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t size = readlink(link, path, PATH_MAX - 1);
+    if (size < 0) return 0;
+    path[size] = 0;
+    return path[0] == '/';
+}
+
+static enum fault point(const char *operation, const char *path, unsigned long inode) {
+    start();
+    if (!folder[0] || !path || strncmp(path, folder, strlen(folder))) return NONE;
+    int saved = errno;
+    count++;
+    if (log_fd >= 0) {
+        char line[PATH_MAX + 96];
+        int size = snprintf(line, sizeof line, "%s %lu %s\n", operation, inode, path);
+        ssize_t (*writing)(int, const void *, size_t) = dlsym(RTLD_NEXT, "write");
+        writing(log_fd, line, size);
+    }
+    errno = saved;
+    if (at < 0 || !(count == at || (sticky && count > at))) return NONE;
+    if (kind == KILL) {
+        kill(getpid(), SIGKILL);
+        pause();
+    }
+    return kind;
+}
+
+static enum fault point_fd(const char *operation, int fd) {
+    char path[PATH_MAX];
+    struct stat info;
+    if (fd == log_fd || !path_of(fd, path) || fstat(fd, &info)) return NONE;
+    return point(operation, path, info.st_ino);
+}
+
+#define FAIL_IF(what)             \
+    if ((what) == ERROR) {        \
+        errno = error_number;     \
+        return -1;                \
+    }
+
+#define WRITING(name, declared, passed)                \
+    ssize_t name declared {                            \
+        REAL(name);                                    \
+        enum fault found = point_fd("write", fd);      \
+        FAIL_IF(found)                                 \
+        if (found == SHORT && size > 1) size /= 2;     \
+        return real passed;                            \
+    }
+WRITING(write, (int fd, const void *data, size_t size), (fd, data, size))
+WRITING(pwrite, (int fd, const void *data, size_t size, off_t place), (fd, data, size, place))
+WRITING(pwrite64, (int fd, const void *data, size_t size, off64_t place), (fd, data, size, place))
+
+int fsync(int fd) {
+    REAL(fsync);
+    FAIL_IF(point_fd("fsync", fd))
+    return real(fd);
+}
+
+#define OF_PATHS(name, declared, passed, path)   \
+    int name declared {                          \
+        REAL(name);                              \
+        FAIL_IF(point(#name, path, 0))           \
+        return real passed;                      \
+    }
+OF_PATHS(rename, (const char *from, const char *to), (from, to), to)
+OF_PATHS(renameat2, (int a, const char *from, int b, const char *to, unsigned flags), (a, from, b, to, flags), to)
+OF_PATHS(link, (const char *from, const char *to), (from, to), to)
+OF_PATHS(mkdir, (const char *path, mode_t mode), (path, mode), path)
+
+#define OPENING(name)                                                              \
+    int name(const char *path, int flags, ...) {                                   \
+        REAL(name);                                                                \
+        mode_t mode = 0;                                                           \
+        if (flags & (O_CREAT | O_TMPFILE)) {                                       \
+            va_list rest;                                                          \
+            va_start(rest, flags);                                                 \
+            mode = va_arg(rest, mode_t);                                           \
+            va_end(rest);                                                          \
+        }                                                                          \
+        if (flags & (O_CREAT | O_WRONLY | O_RDWR)) FAIL_IF(point("open", path, 0)) \
+        return real(path, flags, mode);                                            \
+    }
+OPENING(open)
+OPENING(open64)
