@@ -20,6 +20,7 @@ from once import example_artifact
 
 import optc
 from optc.cli.main import main
+from optc.compiler.artifact.engines import Engine
 from optc.compiler.artifact.folder import read_manifest, verify
 from optc.compiler.diagnostics import ArtifactError, InputError, TargetError
 from optc.compiler.ir.contract import AttentionFacts, Contract, KVCache
@@ -352,6 +353,19 @@ def _decoder(**changes: Any) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make_artifact` writes no ONNX graph; its check is tested by itself."""
+    monkeypatch.setattr(Engine, "check_opened", lambda *arguments: None)
+
+
+def test_a_graph_that_must_not_be_opened_is_not_bundled(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "artifact", **_decoder())
+    with pytest.raises(ArtifactError, match="the ONNX model is damaged or not trusted"):
+        write_bundle(tmp_path / "artifact", tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_a_damaged_artifact_is_refused(tmp_path: Path) -> None:
     make_artifact(tmp_path / "artifact", **_decoder())
     (tmp_path / "artifact" / "model.onnx.data").write_bytes(b"other")
@@ -360,6 +374,7 @@ def test_a_damaged_artifact_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.usefixtures("no_graph")
 def test_an_existing_output_is_kept_without_force(tmp_path: Path) -> None:
     make_artifact(tmp_path / "artifact", **_decoder())
     first = write_bundle(tmp_path / "artifact", tmp_path / "bundle").manifest
@@ -372,6 +387,7 @@ def test_an_existing_output_is_kept_without_force(tmp_path: Path) -> None:
         write_bundle(tmp_path / "artifact", tmp_path / "mine", force=True)
 
 
+@pytest.mark.usefixtures("no_graph")
 def test_a_bundle_is_not_bundled_again(tmp_path: Path) -> None:
     make_artifact(tmp_path / "artifact", **_decoder())
     write_bundle(tmp_path / "artifact", tmp_path / "bundle")
@@ -379,6 +395,7 @@ def test_a_bundle_is_not_bundled_again(tmp_path: Path) -> None:
         write_bundle(tmp_path / "bundle", tmp_path / "again")
 
 
+@pytest.mark.usefixtures("no_graph")
 def test_an_output_inside_the_artifact_is_refused(tmp_path: Path) -> None:
     make_artifact(tmp_path / "artifact", **_decoder())
     with pytest.raises(InputError, match="the output lies inside the artifact"):
@@ -407,6 +424,7 @@ def test_engines_without_a_program_are_refused(tmp_path: Path, changes: dict[str
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.usefixtures("no_graph")
 def test_libraries_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_artifact(tmp_path / "artifact", **_decoder())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

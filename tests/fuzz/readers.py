@@ -176,10 +176,12 @@ class ConfigFile(JsonReader):
     ]
 
     def read(self, name: str, data: bytes) -> None:
+        from optc.compiler.diagnostics import InputError
         from optc.compiler.model_folder.config_file import modules_behind, parts_beside, read_config
 
+        with contextlib.suppress(InputError):
+            modules_behind(self.write("modules/modules.json", data).parent)
         parts_beside(read_config(self.write(name, data).parent, trust_remote_code=None))
-        modules_behind(self.write("modules/modules.json", data).parent)
 
 
 class ShapeText(Reader):

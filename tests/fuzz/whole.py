@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -198,15 +199,19 @@ class Stage(FolderReader):
         data = self.sound[name]
         if name.endswith(".safetensors"):
             return name, mutated_safetensors(*split_safetensors(data), rng)
-        return name, text_of(mutated(json.loads(data), rng), rng) if rng.random() < 0.8 else blind(data, rng)
+        if name.endswith(".json") and rng.random() < 0.8:
+            return name, text_of(mutated(json.loads(data), rng), rng)
+        return name, blind(data, rng)
 
     def read(self, name: str, data: bytes) -> None:
+        from optc.compiler.diagnostics import OptcError
         from optc.compiler.ir.program import Program
         from optc.compiler.pipeline.stages import load_stage
 
         self.replace(name, data)
         folder = self.place / name.partition("/")[0]
-        load_stage(folder)  # refuses what changed since it was written
+        with contextlib.suppress(OptcError):  # it refuses what was changed since it was written
+            load_stage(folder)
         Program.load(folder)  # what reads artifacts of others
 
 
@@ -300,6 +305,8 @@ class Groups(Reader):
         fields = {item.name: plain.get(item.type) for item in msgspec.structs.fields(LinearRecord)}
         record = LinearRecord(**typing.cast(Any, fields))
         entry = Entry(bits=4, group_size=32, symmetric=True, damping=None, note="", record=record)
+        for old in self.place.glob("*.safetensors"):
+            old.unlink()
         self._store = GroupStore(self.place)
         self._store.save(0, [(entry, torch.ones(8, 64), Grid(torch.ones(8, 2), torch.ones(8, 2), 4, 32, True))])
         (self._path,) = self.place.glob("*.safetensors")
@@ -352,7 +359,9 @@ class Checkpoint(FolderReader):
         data = self.sound[name]
         if name.endswith(".safetensors"):
             return name, mutated_safetensors(*split_safetensors(data), rng)
-        return name, text_of(mutated(json.loads(data), rng), rng) if rng.random() < 0.8 else blind(data, rng)
+        if name.endswith(".json") and rng.random() < 0.8:
+            return name, text_of(mutated(json.loads(data), rng), rng)
+        return name, blind(data, rng)
 
     def read(self, name: str, data: bytes) -> None:
         import torch
