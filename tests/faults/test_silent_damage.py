@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -182,7 +183,16 @@ def test_a_source_that_is_replaced_is_not_credited(tmp_path: Path) -> None:
     assert config_digest(check_folder(tmp_path / "model")) == config
 
 
+@pytest.fixture
+def handled(number: signal.Signals) -> Iterator[None]:
+    """The signal ends a process; one that nohup has started ignores SIGHUP."""
+    before = signal.signal(number, signal.SIG_DFL)
+    yield
+    signal.signal(number, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("handled")
 def test_signals_leave_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
     ends = []
 

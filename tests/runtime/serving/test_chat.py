@@ -90,7 +90,11 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
     found = load_chat_template(tmp_path)
     assert found is not None
     assert found.render([]) == "D<s>"
-    for data, what in ((b"{% if %}", "does not parse"), (b"\xff", "is not UTF-8"), (b"a" * (1 << 21), "is too long")):
+    for data, what in (
+        (b"{% if %}", "does not parse"),
+        (b"\xff", "is not UTF-8"),
+        (b"a" * (1 << 21), "more than 1048576"),
+    ):
         (tmp_path / "chat_template.jinja").write_bytes(data)
         with pytest.raises(InputError, match=what):
             load_chat_template(tmp_path)
