@@ -6,7 +6,6 @@ Linears are found by walking the module tree, keys and values where the model ca
 from __future__ import annotations
 
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -14,7 +13,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor, nn
 
-from optc.compiler.analysis.name_patterns import check_patterns
+from optc.compiler.analysis.name_patterns import check_patterns, fits
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.formats.integer import check_bits, check_group_size
 from optc.compiler.formats.layouts import QuantizedWeight, Scheme
@@ -207,7 +206,7 @@ def _choose(model: Any, config: QatConfig) -> dict[str, nn.Linear]:
     chosen: dict[str, nn.Linear] = {}
     owner: dict[int, str] = {}
     for name, linear in linears.items():
-        if any(fnmatchcase(f"{name}.weight", pattern) for pattern in config.ignore):
+        if any(fits(f"{name}.weight", pattern) for pattern in config.ignore):
             continue
         first = owner.setdefault(id(linear.weight), name)
         if first != name:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import ClassVar, Literal, TypedDict
 
 import torch
@@ -11,6 +10,7 @@ from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import readers
 from optc.compiler.analysis.linears import Linear, linear_site
+from optc.compiler.analysis.name_patterns import fits
 from optc.compiler.analysis.weight_parts import EMBEDDING, is_token_lookup, logits_linear
 from optc.compiler.diagnostics import InputError
 from optc.compiler.formats.integer import check_group_size
@@ -104,7 +104,7 @@ class QuantizeHead(Pass):
         if site.placeholder is None:
             return "its weight is already quantized"
         name = weight_name(program, site)
-        pattern = next((item for item in self.ignore if fnmatchcase(name, item)), None)
+        pattern = next((item for item in self.ignore if fits(name, item)), None)
         if pattern is not None:
             return f"{name} is ignored ('{pattern}')"
         if f"{name}_codes" in program.exported.state_dict:

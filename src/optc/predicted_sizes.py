@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 from optc.compiler.analysis.module_linears import expert_stacks, linear_shape, model_linears
-from optc.compiler.analysis.name_patterns import check_patterns
+from optc.compiler.analysis.name_patterns import check_patterns, fits
 from optc.compiler.artifact.sizes import Sizes
 from optc.compiler.capture.facts import text_config
 from optc.compiler.capture.loading import DTYPES
@@ -34,7 +33,7 @@ def quantizable(skeleton: Any, ignore: Sequence[str] = ()) -> dict[str, tuple[in
     return {
         name: shape
         for name, shape in found.items()
-        if name.startswith(words) and not any(fnmatchcase(name.partition("[")[0], pattern) for pattern in ignore)
+        if name.startswith(words) and not any(fits(name.partition("[")[0], pattern) for pattern in ignore)
     }
 
 
@@ -121,5 +120,5 @@ def _ignored(skeleton: Any, patterns: Sequence[str]) -> set[int]:
     return {
         id(parameter)
         for name, parameter in skeleton.named_parameters(remove_duplicate=False)
-        if any(fnmatchcase(name, pattern) for pattern in patterns)
+        if any(fits(name, pattern) for pattern in patterns)
     }

@@ -12,7 +12,6 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import msgspec
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.analysis.linears import Linear
+from optc.compiler.analysis.name_patterns import fits
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.formats.integer import check_bits, check_group_size, default_group_size
 from optc.compiler.ir.contract import WeightQuantization
@@ -154,7 +154,7 @@ class CalibratedPass(Pass):
         """The bits of a weight, overrides considered."""
         for item in self.overrides:
             pattern, _, bits = item.rpartition("=")
-            if fnmatchcase(name, pattern):
+            if fits(name, pattern):
                 return int(bits)
         return self.bits
 

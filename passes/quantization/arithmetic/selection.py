@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from optc.compiler.analysis.linears import (
     linear_site,
     linear_sites,
 )
-from optc.compiler.analysis.name_patterns import check_patterns
+from optc.compiler.analysis.name_patterns import check_patterns, fits
 from optc.compiler.formats.weight_format import weight_format
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
@@ -197,7 +196,7 @@ def _obstacle(program: Program, site: Linear, ignore: Sequence[str], last: Node 
     if site.placeholder is None:
         return "its weight is already quantized"
     name = weight_name(program, site)
-    pattern = next((item for item in ignore if fnmatchcase(name, item)), None)
+    pattern = next((item for item in ignore if fits(name, item)), None)
     if pattern is not None:
         return f"{name} is ignored ('{pattern}')"
     others = sorted({str(user.target) for user in _calls(site.placeholder) if user.target not in LINEARS})

@@ -140,8 +140,9 @@ def test_ignored_by_pattern() -> None:
     ("pattern", "remedy"),
     [
         ("*.wq.*", "correct the pattern, or leave it out"),
-        ("re:.*down_proj", "use '*down_proj.weight'"),
-        ("model.layers.0.mlp.down_proj", "use '*model.layers.0.mlp.down_proj.weight'"),
+        ("re:.*wq", "correct the pattern, or leave it out"),
+        ("re:down_proj", "use '*down_proj.weight'"),
+        ("layers.0.mlp.down_proj", "use '*layers.0.mlp.down_proj.weight'"),
         ("mlp", "use '*mlp*'"),
         ("", "correct the pattern, or leave it out"),
     ],

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from optc.compiler.bounded_regex import begins_with
 from optc.compiler.formats.layouts.compressed_tensors import (
     DENSE,
     FLOAT,
@@ -161,12 +161,12 @@ def _optional(config: ConfigReader, key: str) -> list[ConfigReader]:
 
 
 def _names(target: str, module: str) -> bool:
-    """Whether a target is a linear's name, or a pattern ("re:...") that fits it."""
+    """Whether a target is a linear's name, or a pattern ("re:...") that fits it; one that cannot be used fits none."""
     if not target.startswith("re:"):
         return target == module
     try:
-        return re.match(target[3:], module) is not None
-    except re.error:
+        return begins_with(target[3:], module)
+    except ValueError:
         return False
 
 
