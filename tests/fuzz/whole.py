@@ -18,6 +18,15 @@ from fuzz.readers import Input, Reader, build_safetensors, mutated_safetensors, 
 from fuzz.seeds import split_safetensors
 
 
+def mutated_file(name: str, data: bytes, rng: random.Random) -> bytes:
+    """Another content of a file, by what its name says that it holds."""
+    if name.endswith(".safetensors"):
+        return mutated_safetensors(*split_safetensors(data), rng)
+    if name.endswith(".json") and rng.random() < 0.8:
+        return text_of(mutated(json.loads(data), rng), rng)
+    return blind(data, rng)
+
+
 class FolderReader(Reader):
     """A reader of a folder, one file of which is replaced."""
 
@@ -196,12 +205,7 @@ class Stage(FolderReader):
 
     def make(self, rng: random.Random) -> Input:
         name = rng.choice(sorted(self.sound))
-        data = self.sound[name]
-        if name.endswith(".safetensors"):
-            return name, mutated_safetensors(*split_safetensors(data), rng)
-        if name.endswith(".json") and rng.random() < 0.8:
-            return name, text_of(mutated(json.loads(data), rng), rng)
-        return name, blind(data, rng)
+        return name, mutated_file(name, self.sound[name], rng)
 
     def read(self, name: str, data: bytes) -> None:
         from optc.compiler.diagnostics import OptcError
@@ -356,12 +360,7 @@ class Checkpoint(FolderReader):
 
     def make(self, rng: random.Random) -> Input:
         name = rng.choice(sorted(name for name in self.sound if name.startswith("step-")))
-        data = self.sound[name]
-        if name.endswith(".safetensors"):
-            return name, mutated_safetensors(*split_safetensors(data), rng)
-        if name.endswith(".json") and rng.random() < 0.8:
-            return name, text_of(mutated(json.loads(data), rng), rng)
-        return name, blind(data, rng)
+        return name, mutated_file(name, self.sound[name], rng)
 
     def read(self, name: str, data: bytes) -> None:
         import torch
