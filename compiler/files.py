@@ -42,6 +42,20 @@ def read_plain(path: Path, action: str, *, most: int = MOST_BYTES, follow: bool 
             return file.read()
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file whole: what was there before stays until all of the new one is written.
+
+    Raises:
+        OSError: the disk refuses; nothing is left beside the old file.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 class FileStamp(NamedTuple):
     """Device, number, size in bytes, and time of the last write in nanoseconds."""
 

@@ -17,7 +17,7 @@ from optc.compiler.artifact.manifest import FILE_NAME, FileEntry, Manifest, deco
 from optc.compiler.artifact.publishing import check_output, leftovers, write_folder
 from optc.compiler.artifact.trust import SIGNATURE, check_signature, sign, trusted_keys
 from optc.compiler.diagnostics import ArtifactError, InputError, os_errors
-from optc.compiler.files import sha256_of
+from optc.compiler.files import replace_file, sha256_of
 
 __all__ = [
     "check_output",
@@ -148,13 +148,8 @@ def sign_artifact(folder: Path, private: Path) -> Manifest:
     """
     manifest = verify(folder)
     data = sign((folder / FILE_NAME).read_bytes(), private)
-    part = folder / f".{SIGNATURE}.part"
     with os_errors("writing the signature", str(folder)):
-        try:
-            part.write_bytes(data)
-            os.replace(part, folder / SIGNATURE)
-        finally:
-            part.unlink(missing_ok=True)
+        replace_file(folder / SIGNATURE, data)
     return manifest
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from optc.compiler.diagnostics import InputError, UsageError, os_errors
+from optc.compiler.files import replace_file
 from optc.compiler.settings.fields import fields_of
 from optc.request import SECTIONS, Request
 
@@ -74,11 +75,6 @@ def write_recipe(path: Path, model: Any, request: Request) -> None:
         InputError, ResourceError: the file cannot be written.
     """
     text = yaml.safe_dump(recipe_of(model, request), sort_keys=False, allow_unicode=True)
-    part = path.with_name(path.name + ".part")
     with os_errors("writing the recipe", str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+        replace_file(path, text.encode())
