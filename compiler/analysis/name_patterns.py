@@ -1,9 +1,9 @@
 """Patterns of weight names, as `--ignore` and `qat.ignore` take them.
 
-*.down_proj.*            * and ? in the whole name, with or without its ".weight"
+*.down_proj.*                   * and ? in the whole name, with or without its ".weight"
 model.layers.0.mlp.up_proj      a module's name
-lm_head, *_proj          the last part of a module's name
-re:.*self_attn.*         a regular expression that fits the beginning of a module's name, as llm-compressor has it
+lm_head, *_proj                 the last part of a module's name
+re:.*self_attn.*                a regular expression that fits the beginning of a module's name, as llm-compressor has it
 """
 
 from __future__ import annotations
