@@ -46,6 +46,17 @@ def full_logits(program: Program, tokens: Sequence[int]) -> Tensor:
     return (out[0] if isinstance(out, tuple | list) else out)[0]
 
 
+def one_request(program: Program, tokens: int) -> list[Tensor]:
+    """Inputs of a paged decoder: a prefill of one request into two blocks of 16, in falling order, and zeroed pools."""
+    pools = [spec.dims for spec in program.contract.inputs if spec.role in ("key_cache", "value_cache")]
+    ids = torch.randint(3, VOCAB, (tokens,), generator=torch.Generator().manual_seed(0))
+    lengths, starts = torch.tensor([tokens], dtype=torch.int32), torch.tensor([0, tokens], dtype=torch.int32)
+    table = torch.tensor([[1, 0]], dtype=torch.int32)
+    place = torch.arange(tokens)
+    zeros = [torch.zeros([2 if size == "num_blocks" else int(size) for size in dims]) for dims in pools]
+    return [ids, place, (place + 16) % 32, table, lengths, starts, *zeros]
+
+
 def largest(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """Largest absolute difference between two lists of tensors of equal shapes."""
     assert [tuple(t.shape) for t in left] == [tuple(t.shape) for t in right]

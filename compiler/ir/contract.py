@@ -22,8 +22,9 @@ InputRole = Literal[
     "value_cache",
     "input",
 ]
-OutputRole = Literal["logits", "classes", "hidden", "key_cache", "value_cache", "output"]
-"""logits: over the vocabulary. classes: logits over few classes, per token or per sequence. hidden: of an encoder."""
+OutputRole = Literal["logits", "classes", "hidden", "aux_hidden", "key_cache", "value_cache", "output"]
+"""logits: over the vocabulary. classes: logits over few classes, per token or per sequence. hidden: of an encoder, or what
+the head of a decoder reads. aux_hidden: what some layers of a decoder read."""
 CACHE_ROLES: tuple[Literal["key_cache"], Literal["value_cache"]] = ("key_cache", "value_cache")
 """Inputs that hold keys and values of earlier tokens, and outputs that hold those of the new ones too."""
 Kind = Literal["decoder", "encoder", "module"]

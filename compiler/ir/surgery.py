@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.graph_signature import OutputKind, OutputSpec, TensorArgument
 from torch.fx import Node
+from torch.utils._pytree import tree_structure
 
 from optc.compiler.compat import symbolic_dispatch
 from optc.compiler.ir.asserts import ASSERTS
+from optc.compiler.ir.contract import Output
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.quick_tracing import quick_shapes
 
@@ -79,6 +83,20 @@ def insert_call(
     new.meta = {key: value for key, value in before.meta.items() if key not in ("val", "tensor_meta")}
     infer_meta(program, new)
     return new
+
+
+def add_output(program: Program, node: Node, spec: Output) -> Program:
+    """Let a clone under edit return a node's value behind its other outputs; it returns a tuple from then on."""
+    exported, output = program.exported, program.graph.output_node()
+    output.args = ((*output.args[0], node),)
+    exported.graph_signature.output_specs.append(
+        OutputSpec(kind=OutputKind.USER_OUTPUT, arg=TensorArgument(name=node.name), target=None)
+    )
+    entry, count = exported.module_call_graph[0], len(program.contract.outputs) + 1
+    assert entry.signature is not None
+    signature = dataclasses.replace(entry.signature, out_spec=tree_structure((0,) * count))
+    exported.module_call_graph[0] = dataclasses.replace(entry, signature=signature)
+    return program.with_contract(outputs=(*program.contract.outputs, spec)).changed()
 
 
 def infer_meta(program: Program, node: Node) -> None:

@@ -10,7 +10,7 @@ import functools
 import pytest
 import torch
 from rewrites import rewritten, stirred
-from stages import apply
+from stages import apply, one_request
 from torch import Tensor
 
 from optc.compiler.analysis.norms import norm_call
@@ -28,22 +28,11 @@ def paged(name: str) -> Program:
     return apply(PageKVCache(), stirred(name)).program
 
 
-def inputs(program: Program, tokens: int) -> list[Tensor]:
-    """A prefill of one request into two blocks, and zeroed pools."""
-    pools = [spec.dims for spec in program.contract.inputs if spec.role in ("key_cache", "value_cache")]
-    ids = torch.randint(3, 128, (tokens,), generator=torch.Generator().manual_seed(0))
-    lengths, starts = torch.tensor([tokens], dtype=torch.int32), torch.tensor([0, tokens], dtype=torch.int32)
-    table = torch.tensor([[1, 0]], dtype=torch.int32)
-    place = torch.arange(tokens)
-    zeros = [torch.zeros([2 if size == "num_blocks" else int(size) for size in dims]) for dims in pools]
-    return [ids, place, (place + 16) % 32, table, lengths, starts, *zeros]
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_rows_are_those_of_the_whole(name: str) -> None:
     program, result = paged(name), rewritten(SELECTING, stirred(name))
     assert (result.matched, result.candidates, result.notes) == (2, 2, ())
-    given = inputs(program, 19)
+    given = one_request(program, 19)
     whole = program(*given)
     for rows in ([18], [3, 0, 18, 3]):
         indices = torch.tensor(rows)
@@ -59,7 +48,7 @@ def test_the_last_norm_is_of_the_rows(name: str) -> None:
     program, result = apply(PageKVCache(), fused).program, rewritten(SELECTING, fused)
     (selection,) = result.program.calls(torch.ops.aten.index_select.default)
     assert [norm_call(node) is not None for node in selection.users] == [True]
-    given, indices = inputs(program, 19), torch.tensor([3, 0, 18, 3])
+    given, indices = one_request(program, 19), torch.tensor([3, 0, 18, 3])
     whole = program(*given)
     selected = result.program(*given[:6], indices, *given[6:])
     assert float((selected - whole[indices]).abs().max()) <= 1e-5 * float(whole.abs().max())

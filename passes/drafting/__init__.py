@@ -1,0 +1,1 @@
+"""What a program gives beside its logits, for drafting the next tokens."""
