@@ -1,264 +1,244 @@
 """A fuzzing campaign over all readers, in children that may die: `make fuzz`, or
 
-    python -m fuzz.campaign --seconds 60 --work /tmp/fuzz [--readers Header,Onnx] [--json FILE] [--keep CORPUS]
+    python -m fuzz.campaign --seconds 60 --work /tmp/fuzz [--jobs 2] [--readers Header,Onnx] [--json FILE] [--keep CORPUS]
+    python -m fuzz.campaign --inputs 10000000 --minutes 9 --jobs 16 --work /tmp/fuzz --json FILE [--add EARLIER]
 
-Each child runs inputs of one reader under a limit of memory, with an audit hook that sees programs started, sockets
-opened, modules unpickled and files opened for writing outside the reader's folder. The parent watches the clock.
+Each child reads inputs of one reader for some seconds (`child.py`), and another seed's next time; the readers take
+turns. A child's death and one input of more than 10 s are counted as faults, and the next child goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
+import itertools
 import json
-import mmap
 import os
-import random
-import resource
+import selectors
 import signal
-import struct
 import sys
-import threading
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fuzz.readers import CHEAP, Input, Reader, by_name
+from fuzz.child import Shared, outcome, run_inputs
+from fuzz.readers import CHEAP, Reader, by_name
 from fuzz.seeds import Seeds
+from fuzz.tally import Tally, figures
 from fuzz.whole import WHOLE
 
 READERS = by_name((*CHEAP, *WHOLE))
-LIMIT_SECONDS, LIMIT_BYTES = 10.0, 2 << 30
 _BATCH_SECONDS = 20.0  # of one child
-_EVENTS = {"pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect"}
-_LEAVES = (KeyboardInterrupt, GeneratorExit)
 
 
-@dataclass
-class Fault:
-    """An outcome that is neither success nor a documented error.
+class Child:
+    """A process that reads inputs of one reader.
 
-    Attributes:
-        kind: the exception or signal and where it arose; equal kinds count as one.
+    Args:
+        slot: which of the places at a time; no two children have the same.
     """
 
-    kind: str
-    detail: str
-    count: int = 0
+    def __init__(self, name: str, seeds: Seeds, slot: int, seconds: float, seed: int) -> None:
+        self.name, self.slot, self.seconds, self.hung, self.told = name, slot, seconds, False, 0
+        self.shared, self.begin = Shared(), time.monotonic()
+        self.error = seeds.folder / f"error-{name}-{slot}"
+        self._buffer = b""
+        self.pipe, write_end = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._work(seeds, seconds, seed, write_end)
+        os.close(write_end)
+        os.set_blocking(self.pipe, False)
 
-
-@dataclass
-class Tally:
-    """What a reader made of its inputs."""
-
-    inputs: int = 0
-    read: int = 0
-    refused: Counter[int] = field(default_factory=Counter)
-    faults: dict[str, Fault] = field(default_factory=dict)
-    slowest: float = 0.0
-    seconds: float = 0.0
-    peak_bytes: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """As the results have it."""
-        return {
-            "inputs": self.inputs,
-            "read": self.read,
-            "refused_by_exit_code": dict(sorted(self.refused.items())),
-            "faults": [{"kind": row.kind, "count": row.count, "detail": row.detail} for row in self.faults.values()],
-            "slowest_s": round(self.slowest, 2),
-            "seconds": round(self.seconds, 1),
-            "peak_bytes_above_start": self.peak_bytes,
-        }
-
-
-def outcome(reader: Reader, made: Input) -> tuple[str, Any]:
-    """("read", None), ("refused", exit code) or ("fault", (kind, detail)) of one input."""
-    from optc.compiler.diagnostics import OptcError
-
-    try:
-        reader.read(*made)
-    except OptcError as error:
-        if type(error).__name__ == "BugError":
-            return "fault", (f"BugError at {error.where}", str(error))
-        return "refused", error.exit_code
-    except reader.refusals as error:
-        code = getattr(error, "exit_code", getattr(error, "code", 2))
-        return "refused", code if isinstance(code, int) else 2
-    except _LEAVES:
-        raise
-    except BaseException as error:  # noqa: BLE001 (that is what is looked for)
-        frames = traceback.extract_tb(error.__traceback__)
-        own = [frame for frame in frames if "/optc/" in frame.filename] or frames
-        place = f"{own[-1].filename.rpartition('/optc/')[2]} {own[-1].name}"
-        inner = f"{frames[-1].filename.rpartition('/')[2]} {frames[-1].name}"
-        return "fault", (f"{type(error).__name__} at {place} ({inner})", str(error)[:200])
-    return "read", None
-
-
-def campaign(name: str, seeds: Seeds, seconds: float, seed: int, keep: Path | None) -> Tally:
-    """Run one reader for some seconds."""
-    tally, end, number = Tally(), time.monotonic() + seconds, seed
-    begin = time.monotonic()
-    while time.monotonic() < end:
-        number += 1
-        _run_child(name, seeds, min(_BATCH_SECONDS, end - time.monotonic()), number, tally, keep)
-    tally.seconds = time.monotonic() - begin
-    return tally
-
-
-def _run_child(name: str, seeds: Seeds, seconds: float, seed: int, tally: Tally, keep: Path | None) -> None:
-    clock = mmap.mmap(-1, 64)  # when the input began, how many were done
-    current = seeds.folder / f"current-{name}"
-    clock[:16] = struct.pack("<dQ", time.monotonic() + 120, 0)
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(read_end)
+    def _work(self, seeds: Seeds, seconds: float, seed: int, write_end: int) -> None:
         try:
-            _child(name, seeds, seconds, seed, os.fdopen(write_end, "w"), clock, current)
+            os.setpgid(0, 0)  # what it forks ends with it
+            error = os.open(self.error, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(error, 1)
+            os.dup2(error, 2)
+            place = seeds.folder / "places" / f"{self.name}-{self.slot}"
+            run_inputs(READERS[self.name], seeds, place, seconds, seed, os.fdopen(write_end, "w"), self.shared)
         except BaseException:  # noqa: BLE001 (the campaign itself is wrong: the parent tells)
-            traceback.print_exc()
+            os.write(2, traceback.format_exc().encode("utf-8", "replace"))
         finally:
             os._exit(70)
-    os.close(write_end)
-    stop, hung = threading.Event(), []
 
-    def watch() -> None:
-        while not stop.wait(0.5):
-            if time.monotonic() - struct.unpack("<d", clock[:8])[0] > LIMIT_SECONDS:
-                hung.append(True)
-                os.kill(pid, signal.SIGKILL)
-                return
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """What it told since the last time."""
+        with suppress(BlockingIOError):
+            while data := os.read(self.pipe, 1 << 20):
+                self._buffer += data
+        *lines, self._buffer = self._buffer.split(b"\n")
+        for row in map(json.loads, lines):
+            self.told += row.get("done", 0)
+            yield row
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    with os.fdopen(read_end) as lines:
-        for line in lines:
-            _note(tally, name, json.loads(line), keep)
-    stop.set()
-    watcher.join()
-    _, status = os.waitpid(pid, 0)
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
-        raise RuntimeError((seeds.folder / f"error-{name}").read_text()[-2000:])
-    if os.WIFSIGNALED(status):
-        done = struct.unpack("<Q", clock[8:16])[0]
-        kind = "took more than 10 s" if hung else signal.Signals(os.WTERMSIG(status)).name
-        error = seeds.folder / f"error-{name}"
-        tail = error.read_bytes()[-300:].decode("utf-8", "replace") if error.exists() else ""
-        made = current.read_bytes() if current.exists() else b""
-        file, _, data = made.partition(b"\0")
-        _note(tally, name, {"done": done + 1, "fault": [kind, tail], "name": file.decode(), "data": data.hex()}, keep)
+    def kill(self) -> None:
+        """It and what it forked."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def ended(self) -> int | None:
+        """The exit code or minus the signal, once it has ended; kills one whose input takes too long."""
+        if not self.hung and self.shared.overdue:
+            self.hung = True
+            self.kill()
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if pid else None
+
+    def close(self) -> None:
+        os.close(self.pipe)
+        self.shared.close()
+
+    def fault(self, code: int) -> tuple[str, str]:
+        """(kind, detail) of its death."""
+        tail = self.error.read_bytes()[-2000:].decode("utf-8", "replace") if self.error.exists() else ""
+        if self.hung:
+            return "took more than 10 s", tail[-300:]
+        if code < 0:
+            return signal.Signals(-code).name, tail[-300:]
+        last = tail.strip().rpartition("\n")[2]
+        return f"the child itself ended with {code}: {last[:120]}", tail
 
 
-def _note(tally: Tally, name: str, row: dict[str, Any], keep: Path | None) -> None:
-    tally.inputs += row.get("done", 0)
-    tally.read += row.get("read", 0)
-    tally.refused.update({int(code): count for code, count in row.get("refused", {}).items()})
-    tally.slowest = max(tally.slowest, row.get("slowest", 0.0))
-    tally.peak_bytes = max(tally.peak_bytes, row.get("grown", 0))
-    if "fault" in row:
+class Campaign:
+    """Children of several readers at a time.
+
+    Args:
+        goal: stop after so many inputs, if given. end: no child begins after this time (monotonic).
+    """
+
+    def __init__(
+        self, seeds: Seeds, tallies: dict[str, Tally], keep: Path | None, goal: int | None, end: float
+    ) -> None:
+        self.seeds, self.tallies, self.keep, self.goal, self.end = seeds, tallies, keep, goal, end
+        self._children: list[Child] = []
+        self._again: list[tuple[str, float]] = []  # time that was left to children that died
+
+    def run(self, turns: Iterator[tuple[str, float]], jobs: int, seed: int) -> None:
+        """Take turns of (reader, seconds) in `jobs` children until there is none, or the goal or the end is reached."""
+        seed_of = itertools.count(seed * 1_000_000)
+        try:
+            while True:
+                free = set(range(jobs)) - {child.slot for child in self._children}
+                for slot in sorted(free):
+                    left = self.end - time.monotonic()
+                    turn = None
+                    if left > 0 and not self._is_reached():
+                        turn = self._again.pop(0) if self._again else next(turns, None)
+                    if turn is not None:
+                        seconds = min(turn[1], left)
+                        self._children.append(Child(turn[0], self.seeds, slot, seconds, next(seed_of)))
+                if not self._children:
+                    return
+                self._wait()
+        finally:
+            for child in self._children:
+                child.kill()
+
+    def _is_reached(self) -> bool:
+        running = sum(child.shared.done - child.told for child in self._children)
+        return self.goal is not None and running + sum(tally.inputs for tally in self.tallies.values()) >= self.goal
+
+    def _wait(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for child in self._children:
+                selector.register(child.pipe, selectors.EVENT_READ)
+            selector.select(timeout=0.25)
+        for child in list(self._children):
+            code = child.ended()
+            for row in child.rows():
+                self._note(child.name, row)
+            if code is not None:
+                self._finish(child, code)
+        if self._is_reached():
+            for child in self._children:
+                child.shared.stop()
+
+    def _finish(self, child: Child, code: int) -> None:
+        self._children.remove(child)
+        child.kill()
+        tally = self.tallies[child.name]
+        spent = time.monotonic() - child.begin
+        tally.seconds += spent
+        if code != 0:
+            left = child.seconds - max(spent, 1.0)  # a reader that cannot even begin is not tried for ever
+            if left > 0:
+                self._again.append((child.name, left))
+            name, data = child.shared.input()
+            tally.inputs += child.shared.done - child.told + bool(name)
+            self._note(child.name, {"fault": child.fault(code), "name": name, "data": data.hex()})
+        child.close()
+
+    def _note(self, reader: str, row: dict[str, Any]) -> None:
+        if "fault" not in row:
+            self.tallies[reader].add(row)
+            return
         kind, detail = row["fault"]
-        fault = tally.faults.setdefault(kind, Fault(kind, detail))
-        fault.count += 1
-        if keep is not None and fault.count == 1 and row.get("name"):
+        if self.tallies[reader].add_fault(kind, detail) and self.keep is not None and row["name"]:
             digest = hashlib.sha256(kind.encode()).hexdigest()[:10]
-            place = keep / name / digest / row["name"]
+            place = self.keep / reader / digest / row["name"]
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(bytes.fromhex(row["data"]))
 
 
-def _child(name: str, seeds: Seeds, seconds: float, seed: int, out: Any, clock: mmap.mmap, current: Path) -> None:
-    """Inputs until the time is over; tells of faults as they come, and of the rest at the end."""
-    error = os.open(seeds.folder / f"error-{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(error, 1)
-    os.dup2(error, 2)
-    place = seeds.folder / "places" / name
-    rng, events = random.Random(seed), []
-    reader = READERS[name](seeds, place)
-    _limit_memory()
-    _audit(
-        events, (str(seeds.folder), "/dev/", "/tmp/torchinductor", "/proc/self", os.environ.get("TMPDIR", "/tmp/optc"))
-    )
-    start, begin, row = _resident(), time.monotonic(), _Row()
-    expensive = type(reader).cost >= 4
-    while time.monotonic() - begin < seconds:
-        try:
-            made = reader.make(rng)
-        except (RecursionError, UnicodeError):
-            continue  # nested or strange beyond what Python writes
-        clock[:16] = struct.pack("<dQ", time.monotonic(), row.done)
-        if expensive or row.done % 64 == 0:
-            current.write_bytes(made[0].encode() + b"\0" + made[1])
-        first = time.monotonic()
-        kind, more = outcome(reader, made)
-        row.slowest = max(row.slowest, time.monotonic() - first)
-        row.done += 1
-        if events:
-            kind, more = "fault", (f"event {events[0][0]}", str(events[0][1:]))
-            events.clear()
-        if kind == "read":
-            row.read += 1
-        elif kind == "refused":
-            row.refused[more] += 1
+def missing(name: str) -> str:
+    """Why a reader cannot run here; empty where it can."""
+    lacking = [package for package in READERS[name].packages if importlib.util.find_spec(package) is None]
+    return f"needs {', '.join(lacking)}, not installed here" if lacking else ""
+
+
+def turns(names: list[str], seconds: float, forever: bool) -> Iterator[tuple[str, float]]:
+    """(reader, seconds): each reader's time in pieces, readers in turn; again and again with `forever`.
+
+    Where a number of inputs is the goal, readers of which one costs more get a third of the time.
+    """
+    while True:
+        left = {name: seconds / (3 if forever and READERS[name].cost > 1 else 1) for name in names}
+        while left:
+            for name in list(left):
+                piece = min(_BATCH_SECONDS, left[name])
+                yield name, piece
+                left[name] -= piece
+                if left[name] <= 0:
+                    del left[name]
+        if not forever:
+            return
+
+
+def prepare(seeds: Seeds, names: list[str], tallies: dict[str, Tally]) -> list[str]:
+    """Make the seeds of each reader, in a child, one after another; returns readers whose seeds could be made."""
+    ready = []
+    for name in names:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, 1)
+                READERS[name](seeds, seeds.folder / "places" / f"{name}-0")
+                os._exit(0)
+            except BaseException:  # noqa: BLE001 (told as a fault of the campaign)
+                os.write(2, traceback.format_exc().encode("utf-8", "replace"))
+            finally:
+                os._exit(70)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code == 0:
+            ready.append(name)
         else:
-            fault = {"fault": more, "name": made[0], "data": made[1].hex()}
-            out.write(json.dumps(fault) + "\n")
-            out.flush()
-        if expensive and _resident() - start > LIMIT_BYTES:
-            fault = {"fault": ("took more than 2 GiB", ""), "name": made[0], "data": made[1].hex()}
-            out.write(json.dumps(fault) + "\n")
-            break
-    last = {"done": row.done, "read": row.read, "refused": row.refused, "slowest": row.slowest}
-    out.write(json.dumps({**last, "grown": max(0, _resident() - start)}) + "\n")
-    out.flush()
-    os._exit(0)
-
-
-@dataclass
-class _Row:
-    done: int = 0
-    read: int = 0
-    refused: Counter[int] = field(default_factory=Counter)
-    slowest: float = 0.0
-
-
-def _resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _limit_memory() -> None:
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + 2 * LIMIT_BYTES, held + 2 * LIMIT_BYTES))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
-
-
-def _audit(events: list[tuple[str, str]], allowed: tuple[str, ...]) -> None:
-    def hook(name: str, arguments: tuple[Any, ...]) -> None:
-        if name in _EVENTS:
-            events.append((name, str(arguments)[:160]))
-        elif name == "open" and _is_writing(arguments):
-            path = os.path.realpath(os.fsdecode(arguments[0]))
-            if not path.startswith(allowed):
-                events.append(("write", path))
-
-    sys.addaudithook(hook)
-
-
-def _is_writing(arguments: tuple[Any, ...]) -> bool:
-    path, _, flags = arguments
-    named = isinstance(path, str | bytes) and isinstance(flags, int)
-    return named and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+            tallies[name].add_fault(f"seeds could not be made, exit {code}", "")
+    return ready
 
 
 def warm() -> None:
     """Import, once for all children, what they would import."""
-    import onnxruntime  # noqa: F401
     import torch
     import transformers
     from transformers.models.llama import modeling_llama  # noqa: F401
@@ -266,41 +246,69 @@ def warm() -> None:
     import optc.api
     import optc.cli.compile
     import optc.runtime.sessions.load
-    import optc.runtime.sessions.ort
-    import optc.training.loop  # noqa: F401
+    import optc.training.loop
+
+    if importlib.util.find_spec("onnxruntime"):
+        import onnxruntime  # noqa: F401
+
+        import optc.runtime.sessions.ort  # noqa: F401
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
 
 
-def main(show: Callable[[str], None] = print) -> int:
-    """The command line; 1 where there was a fault."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=30.0, help="for each reader")
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=30.0, help="for each reader; with --inputs of each round")
+    parser.add_argument("--inputs", type=int, help="rounds over all readers until so many inputs were read")
+    parser.add_argument("--minutes", type=float, default=1e6, help="end after so long in any case")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--work", type=Path, required=True, help="folder for seeds, kept between runs")
     parser.add_argument("--readers", default=",".join(READERS))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--add", type=Path, help="figures of an earlier campaign, to which these are added")
     parser.add_argument("--keep", type=Path, help="folder for one input of each fault")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    os.environ["TMPDIR"] = str(options.work / "tmp")
-    (options.work / "tmp").mkdir(parents=True, exist_ok=True)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    warm()
-    seeds, found = Seeds(options.work.resolve()), {}
-    for name in options.readers.split(","):
-        tally = campaign(name, seeds, options.seconds, options.seed, options.keep)
-        found[name] = tally.to_dict()
-        show(f"{name}: {tally.inputs} inputs, {tally.read} read, refused {dict(tally.refused)}, {tally.slowest:.1f} s")
-        for fault in sorted(tally.faults.values(), key=lambda row: -row.count):
-            show(f"    {fault.count} {fault.kind} | {' '.join(fault.detail.split())[:300]}")
-    total, faults = sum(row["inputs"] for row in found.values()), sum(len(row["faults"]) for row in found.values())
-    show(f"{total} inputs, {faults} kinds of faults")
-    if options.json:
-        options.json.write_text(json.dumps({"inputs": total, "fault_kinds": faults, "readers": found}, indent=1) + "\n")
-    return 1 if faults else 0
+    return parser.parse_args()
 
+
+def main(show: Callable[[str], None] = print) -> int:
+    """The command line; 1 where there was a fault, or fewer inputs than asked for."""
+    options = _options()
+    warnings.simplefilter("ignore")
+    work = options.work.resolve()
+    os.environ |= {"TMPDIR": str(work / "tmp"), "HF_HUB_OFFLINE": "1"}
+    (work / "tmp").mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
+    warm()
+    seeds, names = Seeds(work), options.readers.split(",")
+    tallies = {name: Tally(skipped=missing(name)) for name in names}
+    if options.add:
+        for name, row in json.loads(options.add.read_text())["readers"].items():
+            tallies.setdefault(name, Tally()).add_figures(row)
+    ready = prepare(seeds, [name for name in names if not tallies[name].skipped], tallies)
+    campaign = Campaign(seeds, tallies, options.keep, options.inputs, begin + 60 * options.minutes)
+    campaign.run(turns(ready, options.seconds, options.inputs is not None), options.jobs, options.seed)
+    for name, tally in tallies.items():
+        _show(name, tally, show)
+    found = {**figures(tallies), "jobs": options.jobs, "wall_s": round(time.monotonic() - begin, 1)}
+    show(f"{found['inputs']} inputs, {found['fault_kinds']} kinds of faults, {found['wall_s']:.0f} s")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 1 if found["fault_kinds"] or found["inputs"] < (options.inputs or 0) else 0
+
+
+def _show(name: str, tally: Tally, show: Callable[[str], None]) -> None:
+    if tally.skipped and not tally.inputs:
+        show(f"{name}: skipped, {tally.skipped}")
+        return
+    refused = dict(Counter(tally.refused).most_common())
+    show(f"{name}: {tally.inputs} inputs, {tally.read} read, refused {refused}, slowest {tally.slowest:.1f} s")
+    for fault in sorted(tally.faults.values(), key=lambda row: -row.count):
+        show(f"    {fault.count} {fault.kind} | {' '.join(fault.detail.split())[:300]}")
+
+
+__all__ = ["READERS", "Reader", "outcome", "warm"]
 
 if __name__ == "__main__":
     sys.exit(main())

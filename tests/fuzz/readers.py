@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,9 +31,11 @@ class Reader:
     Attributes:
         cost: inputs of it cost about so many of the cheapest: its share of a campaign's inputs.
         refusals: exceptions that are its documented answer, beside OptcError.
+        packages: what must be installed for it, beside optc's own needs.
     """
 
     cost: ClassVar[float] = 1.0
+    packages: ClassVar[tuple[str, ...]] = ()
     refusals: ClassVar[tuple[type[BaseException], ...]] = ()
 
     def __init__(self, seeds: Seeds, place: Path) -> None:
@@ -313,6 +315,7 @@ class Calibration(Reader):
     """Text and token ids for calibration, in every form of a file."""
 
     cost = 2.0
+    packages = ("pyarrow",)
     _ROWS: ClassVar[list[Any]] = [{"text": "hello world " * 9}, {"tokens": [1, 2, 3] * 20}, {"input_ids": [5] * 40}]
 
     def prepare(self) -> None:
@@ -447,6 +450,7 @@ class GenaiConfig(JsonReader):
     """genai_config.json, which onnxruntime-genai would follow."""
 
     name = "genai_config.json"
+    packages = ("onnx", "onnx_ir")
 
     def prepare(self) -> None:
         from optc.compiler.ir.contract import AttentionFacts, Contract, Input, Output
@@ -483,7 +487,7 @@ CHEAP = (
 )
 
 
-def by_name(classes: Iterable[type[Reader]]) -> dict[str, Callable[[Seeds, Path], Reader]]:
+def by_name(classes: Iterable[type[Reader]]) -> dict[str, type[Reader]]:
     """Readers by the name of their class."""
     return {cls.__name__: cls for cls in classes}
 

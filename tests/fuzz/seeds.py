@@ -43,7 +43,8 @@ class Seeds:
         def make(place: Path) -> None:
             place.mkdir()
             out = self.folder / "stages-artifact"
-            _optc("compile", self.model(), "--target", "onnx-cpu", "--work-dir", place, "-o", out, "--force")
+            quantized = ("--target", "vllm", "--quant", "rtn", "--group-size", "32")
+            _optc("compile", self.model(), *quantized, "--work-dir", place, "-o", out, "--force")
 
         return sorted(path.parent for path in self._made("stages", make).rglob("graph.json"))
 

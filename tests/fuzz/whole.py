@@ -6,9 +6,11 @@ import contextlib
 import copy
 import hashlib
 import json
+import os
 import random
 import shutil
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -223,6 +225,7 @@ class Onnx(FolderReader):
     """model.onnx: the check, and then the engine."""
 
     cost = 60.0
+    packages = ("onnx", "onnxruntime")
 
     def prepare(self) -> None:
         import onnx
@@ -379,6 +382,7 @@ class Command(FolderReader):
     """An artifact whose manifest was changed and sealed again, through the commands that read it."""
 
     cost = 400.0
+    packages = ("onnx", "onnxruntime")
     refusals = (click.ClickException, click.exceptions.Exit, SystemExit)
     target: ClassVar[tuple[str, ...]] = ("--target", "onnx-cpu")
     commands: ClassVar[tuple[str, ...]] = ("inspect", "verify", "check", "run", "bundle", "diff", "ir", "eval", "bench")
@@ -423,12 +427,38 @@ class Command(FolderReader):
             "bench": ["bench", artifact, "--prompt-tokens", "4", "--max-new-tokens", "2"],
         }
         command = self.commands[digest[0] % len(self.commands)]
-        cli.main(args=lines.get(command, [command, artifact]), prog_name="optc", standalone_mode=False)
+        with _fork_ends():
+            cli.main(args=lines.get(command, [command, artifact]), prog_name="optc", standalone_mode=False)
+
+
+@contextlib.contextmanager
+def _fork_ends() -> Iterator[None]:
+    """Where a command goes on in a fork (`own_process.py`), that fork ends here with the command's exit code."""
+    from optc.cli.common import fail
+    from optc.compiler.diagnostics import OptcError
+
+    owner, code = os.getpid(), 0
+    try:
+        yield
+    except BaseException as error:
+        if os.getpid() == owner:
+            raise
+        if isinstance(error, OptcError):
+            code = fail(error, as_json=False)
+        elif isinstance(error, (click.ClickException, click.exceptions.Exit, SystemExit)):
+            found = getattr(error, "exit_code", getattr(error, "code", 2))
+            code = found if isinstance(found, int) else 2
+        else:
+            traceback.print_exc()
+            code = 1
+    if os.getpid() != owner:
+        os._exit(code)
 
 
 class CommandFolder(Command):
     """The same for a model folder with a manifest."""
 
+    packages = ()
     target = ("--target", "vllm")
     commands = ("inspect", "verify", "check", "run", "bundle")
 
@@ -436,6 +466,7 @@ class CommandFolder(Command):
 class CommandExecutorch(Command):
     """The same for an ExecuTorch program."""
 
+    packages = ("executorch",)
     target = ("--target", "executorch")
     commands = ("inspect", "check", "bundle")
 

@@ -1,0 +1,124 @@
+"""`fuzz.campaign` itself: what dies, hangs, leaves its folder or raises is counted, whatever else runs beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fuzz import campaign, child
+from fuzz.readers import Input, Reader
+
+from optc.compiler.diagnostics import InputError
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the campaign forks and reads /proc")
+
+
+class _Toy(Reader):
+    def make(self, rng: object) -> Input:
+        self.number = getattr(self, "number", -1) + 1
+        return "input.json", f"{type(self).__name__} {self.number}".encode()
+
+    def read(self, name: str, data: bytes) -> None:
+        if self.number % 2:
+            raise InputError("no", remedy="none")
+
+
+class Dies(_Toy):
+    def read(self, name: str, data: bytes) -> None:
+        if self.number == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Hangs(_Toy):
+    def read(self, name: str, data: bytes) -> None:
+        if self.number == 2:
+            if os.fork():
+                os.wait()
+            time.sleep(100)
+
+
+class Raises(_Toy):
+    def read(self, name: str, data: bytes) -> None:
+        time.sleep(0.01)
+        raise KeyError("x")
+
+
+class Writes(_Toy):
+    def read(self, name: str, data: bytes) -> None:
+        time.sleep(0.01)
+        with open(self.seeds.folder.parent / "outside", "w"):
+            pass
+
+
+class Broken(_Toy):
+    def prepare(self) -> None:
+        if self.place.name != "Broken-0":
+            raise RuntimeError("never ready")
+
+
+class Lacks(_Toy):
+    packages = ("no_such_package_of_any_name",)
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, readers: list[type[Reader]], *arguments: str
+) -> tuple[int, dict]:
+    words = ["campaign", "--work", str(folder / "work"), "--json", str(folder / "figures.json"), *arguments]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(campaign, "READERS", {cls.__name__: cls for cls in readers})
+    monkeypatch.setattr(campaign, "warm", lambda: None)
+    monkeypatch.setattr(child, "LIMIT_SECONDS", 1.0)
+    monkeypatch.setenv("TMPDIR", str(folder / "tmp"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "environ", dict(os.environ))
+        code = campaign.main(show=lambda text: None)
+    return code, json.loads((folder / "figures.json").read_text())
+
+
+def test_every_kind_of_fault_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    readers = [_Toy, Dies, Hangs, Raises, Writes, Broken, Lacks]
+    names = ",".join(cls.__name__ for cls in readers)
+    kept = tmp_path / "kept"
+    arguments = ("--seconds", "0.3", "--jobs", "3", "--readers", names, "--keep", str(kept))
+    code, found = run(monkeypatch, tmp_path, readers, *arguments)
+    assert code == 1
+    rows = found["readers"]
+    toy = rows["_Toy"]
+    assert toy["faults"] == []
+    assert toy["inputs"] == toy["read"] + toy["refused_by_exit_code"]["3"] > 10
+    assert rows["Dies"]["inputs"] == 4
+    assert [(row["kind"], row["count"]) for row in rows["Dies"]["faults"]] == [("SIGKILL", 1)]
+    assert rows["Hangs"]["inputs"] == 3
+    assert [row["kind"] for row in rows["Hangs"]["faults"]] == ["took more than 10 s"]
+    (raised,) = rows["Raises"]["faults"]
+    assert raised["kind"].startswith("KeyError at ")
+    assert raised["count"] == rows["Raises"]["inputs"]
+    assert [row["kind"] for row in rows["Writes"]["faults"]] == ["event write"]
+    (broken,) = rows["Broken"]["faults"]
+    assert "never ready" in broken["kind"]
+    assert "no_such_package_of_any_name" in rows["Lacks"]["skipped"]
+    assert {path.name: path.read_bytes() for path in (kept / "Dies").rglob("*.json")} == {"input.json": b"Dies 3"}
+    assert (found["fault_kinds"], found["readers_run"], found["readers_skipped"]) == (5, 5, 1)
+
+
+def test_a_goal_by_count_ends_the_campaign_and_earlier_figures_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments = ("--readers", "_Toy", "--seconds", "30", "--jobs", "2")
+    code, first = run(monkeypatch, tmp_path, [_Toy], *arguments, "--inputs", "2000")
+    assert code == 0
+    assert first["inputs"] >= 2000
+    assert first["wall_s"] < 25
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps(first))
+    goal = str(first["inputs"] + 100)
+    code, second = run(monkeypatch, tmp_path, [_Toy], *arguments, "--inputs", goal, "--add", str(earlier))
+    assert code == 0
+    assert second["inputs"] >= first["inputs"] + 100
+    code, third = run(monkeypatch, tmp_path, [_Toy], *arguments, "--inputs", str(10**9), "--minutes", "0.01")
+    assert (code, third["fault_kinds"]) == (1, 0)  # fewer than asked for

@@ -1,0 +1,219 @@
+"""One process of a campaign: inputs of one reader, under a limit of memory and an audit hook.
+
+The hook sees programs started, sockets opened, modules unpickled and files opened for writing outside the reader's
+folder. The parent sees in shared memory which input is being read and since when, so that a child may die or hang.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import random
+import resource
+import struct
+import sys
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import IO, Any
+
+from fuzz.readers import Input, Reader
+from fuzz.seeds import Seeds
+
+LIMIT_SECONDS, LIMIT_BYTES = 10.0, 2 << 30
+_PREPARING_SECONDS = 300.0
+_TELL_SECONDS = 2.0
+_EVENTS = {"pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect"}
+_LEAVES = (KeyboardInterrupt, GeneratorExit)
+_HEAD, _EVENT, _INPUT = struct.Struct("<dQQQQ"), 512, 4 << 20
+
+
+class Shared:
+    """What a child, its forks and the campaign see of each other: when the input began that is being read, how many
+    were done, whether to stop, the last input, and the first event of the audit hook."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, _HEAD.size + _EVENT + _INPUT)
+        self._head = [time.monotonic() + _PREPARING_SECONDS - LIMIT_SECONDS, 0, 0, 0, 0]
+        _HEAD.pack_into(self._memory, 0, *self._head)
+
+    def begin(self, done: int, made: Input) -> None:
+        """An input is about to be read, after `done` others."""
+        data = made[0].encode() + b"\0" + made[1]
+        data = data[:_INPUT]
+        self._memory[_HEAD.size + _EVENT : _HEAD.size + _EVENT + len(data)] = data
+        struct.pack_into("<dQ", self._memory, 0, time.monotonic(), done)
+        struct.pack_into("<Q", self._memory, 24, len(data))
+
+    @property
+    def done(self) -> int:
+        return int(_HEAD.unpack_from(self._memory)[1])
+
+    @property
+    def overdue(self) -> bool:
+        return time.monotonic() - float(_HEAD.unpack_from(self._memory)[0]) > LIMIT_SECONDS
+
+    @property
+    def stopping(self) -> bool:
+        return bool(_HEAD.unpack_from(self._memory)[2])
+
+    def stop(self) -> None:
+        """Let the child end after its input."""
+        struct.pack_into("<Q", self._memory, 16, 1)
+
+    def input(self) -> Input:
+        """The last that was begun; ("", b"") before the first."""
+        size = _HEAD.unpack_from(self._memory)[3]
+        data = self._memory[_HEAD.size + _EVENT : _HEAD.size + _EVENT + size]
+        name, _, content = data.partition(b"\0")
+        return name.decode(), content
+
+    def note_event(self, name: str, detail: str) -> None:
+        """Keep the first that was seen."""
+        if not _HEAD.unpack_from(self._memory)[4]:
+            data = f"{name}\0{detail}".encode("utf-8", "replace")[:_EVENT]
+            self._memory[_HEAD.size : _HEAD.size + len(data)] = data
+            struct.pack_into("<Q", self._memory, 32, len(data))
+
+    def take_event(self) -> tuple[str, str] | None:
+        """(name, detail) of what the hook saw since the last time."""
+        size = _HEAD.unpack_from(self._memory)[4]
+        if not size:
+            return None
+        struct.pack_into("<Q", self._memory, 32, 0)
+        name, _, detail = self._memory[_HEAD.size : _HEAD.size + size].decode("utf-8", "replace").partition("\0")
+        return name, detail
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+def outcome(reader: Reader, made: Input) -> tuple[str, Any]:
+    """("read", None), ("refused", exit code) or ("fault", (kind, detail)) of one input."""
+    from optc.compiler.diagnostics import OptcError
+
+    try:
+        reader.read(*made)
+    except OptcError as error:
+        if type(error).__name__ == "BugError":
+            return "fault", (f"BugError at {error.where}", str(error))
+        return "refused", error.exit_code
+    except reader.refusals as error:
+        code = getattr(error, "exit_code", getattr(error, "code", 2))
+        if code == 0:
+            return "read", None
+        if code == 1:  # of a command in a process of its own
+            return "fault", ("exit 1", str(made[1][:80]))
+        return "refused", code if isinstance(code, int) else 2
+    except _LEAVES:
+        raise
+    except BaseException as error:  # noqa: BLE001 (that is what is looked for)
+        return "fault", (kind_of(error), str(error)[:200])
+    return "read", None
+
+
+def kind_of(error: BaseException) -> str:
+    """An exception and where it arose: in optc's code, and at all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "/optc/" in frame.filename] or frames
+    place = f"{own[-1].filename.rpartition('/optc/')[2]} {own[-1].name}"
+    inner = f"{frames[-1].filename.rpartition('/')[2]} {frames[-1].name}"
+    return f"{type(error).__name__} at {place} ({inner})"
+
+
+class _Telling:
+    """Sums for the parent, told now and then, so that little is lost with a child that dies."""
+
+    def __init__(self, out: IO[str]) -> None:
+        self._out, self._start = out, _resident()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._told = time.monotonic()
+        self._row: dict[str, Any] = {"done": 0, "read": 0, "slowest": 0.0}
+        self._refused = Counter[int]()
+
+    @property
+    def grown(self) -> int:
+        return max(0, _resident() - self._start)
+
+    def count(self, kind: str, more: Any, seconds: float) -> None:
+        self._row["done"] += 1
+        self._row["slowest"] = max(self._row["slowest"], seconds)
+        if kind == "read":
+            self._row["read"] += 1
+        elif kind == "refused":
+            self._refused[more] += 1
+        if time.monotonic() - self._told > _TELL_SECONDS:
+            self.tell()
+
+    def tell(self) -> None:
+        self._say({**self._row, "refused": self._refused, "grown": self.grown})
+        self._clear()
+
+    def tell_fault(self, fault: tuple[str, str], made: Input) -> None:
+        self._say({"fault": fault, "name": made[0], "data": made[1].hex()})
+
+    def _say(self, row: dict[str, Any]) -> None:
+        self._out.write(json.dumps(row) + "\n")
+        self._out.flush()
+
+
+def run_inputs(
+    make_reader: Any, seeds: Seeds, place: Path, seconds: float, seed: int, out: IO[str], shared: Shared
+) -> None:
+    """Inputs of one reader until the time is over or the campaign says stop; does not return."""
+    rng, reader = random.Random(seed), make_reader(seeds, place)
+    _limit_memory()
+    _audit(shared, (str(seeds.folder), "/dev/", "/tmp/torchinductor", "/proc/self", os.environ["TMPDIR"]))
+    end, done, telling = time.monotonic() + seconds, 0, _Telling(out)
+    while time.monotonic() < end and not shared.stopping:
+        try:
+            made = reader.make(rng)
+        except (RecursionError, UnicodeError):
+            continue  # nested or strange beyond what Python writes
+        shared.begin(done, made)
+        first = time.monotonic()
+        kind, more = outcome(reader, made)
+        if event := shared.take_event():
+            kind, more = "fault", (f"event {event[0]}", event[1])
+        done += 1
+        telling.count(kind, more, time.monotonic() - first)
+        if kind == "fault":
+            telling.tell_fault(more, made)
+        if reader.cost >= 4 and telling.grown > LIMIT_BYTES:
+            telling.tell_fault(("took more than 2 GiB", ""), made)
+            break
+    shared.begin(done, ("", b""))
+    telling.tell()
+    os._exit(0)
+
+
+def _resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _limit_memory() -> None:
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 2 * LIMIT_BYTES, held + 2 * LIMIT_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
+
+
+def _audit(shared: Shared, allowed: tuple[str, ...]) -> None:
+    def hook(name: str, arguments: tuple[Any, ...]) -> None:
+        if name in _EVENTS:
+            shared.note_event(name, str(arguments)[:160])
+        elif name == "open" and _is_writing(arguments):
+            path = os.path.realpath(os.fsdecode(arguments[0]))
+            if not path.startswith(allowed):
+                shared.note_event("write", path)
+
+    sys.addaudithook(hook)
+
+
+def _is_writing(arguments: tuple[Any, ...]) -> bool:
+    path, _, flags = arguments
+    named = isinstance(path, str | bytes) and isinstance(flags, int)
+    return named and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
