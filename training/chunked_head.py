@@ -17,6 +17,7 @@ from optc.compiler.diagnostics import GateError
 from optc.training.config import TrainConfig
 from optc.training.data import Batch
 from optc.training.distill import LossSums, logits_of, loss_sums
+from optc.training.frozen_base import FrozenBase
 from optc.training.linear_cross_entropy import linear_cross_entropy
 
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -74,10 +75,13 @@ def loss_of(
     head: nn.Linear | None,
     teacher: Callable[..., Any] | None,
 ) -> LossSums:
-    """The loss of a batch: made in `head`, the one inside the module, or from whole logits where that is None.
+    """The loss of a batch: that of heads on a frozen base; or made in `head`, the one inside the module, or from whole logits where that is None.
 
     Fewer tokens than the head is wide have smaller logits than the head's gradient, which chunks keep: whole logits.
     """
+    if isinstance(module, FrozenBase):
+        found: LossSums = module(batch)
+        return found
     if head is None or batch.labels.numel() < head.in_features:
         return loss_sums(logits_of(module, batch), batch, config, teacher)
     return _chunked(module, head, batch, config)

@@ -119,6 +119,44 @@ class DistillConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     temperature: Annotated[float, Meta(gt=0, description="Softens both distributions.")] = 1.0
 
 
+class EagleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A draft model on a frozen base (EAGLE-3, Li et al. 2025, https://arxiv.org/abs/2503.01840)."""
+
+    enabled: Annotated[
+        bool,
+        Meta(description="Train a draft model of one layer by the model's own logits; the model is left as it is."),
+    ] = False
+    draft_tokens: Annotated[
+        int, Meta(ge=1, le=16, description="Tokens drafted in a row in training, from each position.")
+    ] = 4
+    decay: Annotated[
+        float, Meta(gt=0, le=1, description="Weight of a drafted token over that of the one before it.")
+    ] = 0.8
+    draft_vocab_size: Annotated[
+        int, Meta(ge=2, le=1 << 24, description="Tokens that can be drafted: the most frequent ones of the text.")
+    ] = 32000
+    boundaries: (
+        Annotated[
+            tuple[int, int, int],
+            Meta(
+                description="Hidden states that are read: 0 is the embedding, j what leaves layer j, counted from 1.",
+                extra={
+                    "default": "2, the middle, the last but 2; of a small model nearer to the ends",
+                    "expected": "three numbers",
+                },
+            ),
+        ]
+        | None
+    ) = None
+    intermediate_size: (
+        Annotated[int, Meta(ge=1, le=1 << 24, description="Of the layer's MLP.", extra={"default": "the model's"})]
+        | None
+    ) = None
+    norm_before_residual: Annotated[
+        bool, Meta(description="Whether the layer's residual is the normed state, or the state itself.")
+    ] = True
+
+
 class SavingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Checkpoints of the run, in the folder OUTPUT.run beside the output."""
 
@@ -188,6 +226,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     schedule: ScheduleConfig = ScheduleConfig()
     scaler: ScalerConfig = ScalerConfig()
     distill: DistillConfig = DistillConfig()
+    eagle3: EagleConfig = EagleConfig()
     saving: SavingConfig = SavingConfig()
     lora: LoraConfig = LoraConfig()
     qat: QatConfig = QatConfig()

@@ -20,6 +20,7 @@ from optc.compiler.model_folder.checkpoint import CheckpointInfo, tied_names
 from optc.compiler.model_folder.config_file import CONFIG, read_json
 from optc.exporters.hf.collect import FolderPlan, Quantized
 from optc.exporters.hf.export import write_model
+from optc.training.frozen_base import FrozenBase
 from optc.training.kv_rounding import MODULE, kv_roundings
 from optc.training.lora import lora_config, merged_state, write_adapters
 from optc.training.qat import FakeQuantizedLinear, quantized_linears
@@ -58,7 +59,10 @@ def save_trained(model: nn.Module, tokenizer_source: Path, folder: Path, config:
 
 
 def write_trained(model: nn.Module, tokenizer_source: Path, directory: Path) -> None:
-    """The same into a folder that is there already, file by file."""
+    """The same into a folder that is there already, file by file; of heads on a frozen base their own folder."""
+    if isinstance(model, FrozenBase):
+        model.write(tokenizer_source, directory)
+        return
     adapters = lora_config(model)
     if adapters is not None and adapters.export == "adapters":
         write_adapters(model, tokenizer_source, directory)

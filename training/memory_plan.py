@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optc.compiler.capture.loading import meta_model
-from optc.compiler.diagnostics import InputError
+from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.model_folder.checkpoint import CheckpointInfo
 from optc.compiler.model_folder.config_file import read_config
 from optc.training.activation_checkpointing import apply_activation_checkpointing
@@ -87,7 +87,14 @@ def predict(config: TrainConfig, world_size: int = 1) -> MemoryPlan:
 
     Raises:
         InputError: the model folder is missing or has no usable config.
+        UsageError: heads on a frozen base, of which nothing is predicted.
     """
+    if config.eagle3.enabled:
+        raise UsageError(
+            "the memory of heads on a frozen base is not predicted",
+            where="eagle3.enabled",
+            remedy="run it with --max-steps 1; the log's first step has what it took",
+        )
     cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     rows = max(1, config.batch_size // (world_size * config.gradient_accumulation))
     found = _dry_run(msgspec.structs.replace(config, parallel=ParallelConfig()), rows)

@@ -24,6 +24,8 @@ from optc.training.config import TrainConfig
 from optc.training.data import Reader, read_corpus
 from optc.training.deepspeed_zero import connect
 from optc.training.distill import load_teacher
+from optc.training.eagle3 import Eagle3Training, token_counts
+from optc.training.frozen_base import FrozenBase, check_frozen_base
 from optc.training.lora import apply_lora
 from optc.training.models import load_trainable
 from optc.training.optimizers import make_optimizer
@@ -113,6 +115,8 @@ def check_config(config: TrainConfig, world: World) -> None:
             why="its Hessian estimate differentiates whole weights twice",
             remedy="use adamw or lion, or parallel.kind=ddp",
         )
+    if config.eagle3.enabled:
+        check_frozen_base(config, "eagle3.enabled")
     if config.parallel.kind == "deepspeed" and config.precision != "fp32":
         raise UsageError(
             f"deepspeed trains in fp32 here, not in {config.precision}",
@@ -151,11 +155,12 @@ def prepare(config: TrainConfig, world: World) -> Run:
     if not folder.is_dir():
         raise InputError("the model folder does not exist", where=config.model, remedy="give a folder with config.json")
     reader = _reader(config, world, folder)
-    model = build_model(config)
+    base = build_model(config)
+    model = on_frozen_base(base, config, reader)
     teacher = load_teacher(config, text_config(model.config).vocab_size)
     model = model.to(device)
-    reader, notes = unpacked(model, reader)
-    head = chunked_head(model, config)
+    reader, notes = unpacked(base, reader)
+    head = None if isinstance(model, FrozenBase) else chunked_head(model, config)
     if head is not None:
         check_head(model, head, config)
     model = apply_activation_checkpointing(model, config.checkpointing)
@@ -182,6 +187,17 @@ def prepare(config: TrainConfig, world: World) -> Run:
 def build_model(config: TrainConfig) -> Any:
     """The model with its adapters and fake quantization, on the CPU."""
     return apply_qat(apply_lora(load_trainable(config), config.lora), config.qat)
+
+
+def on_frozen_base(base: Any, config: TrainConfig, reader: Reader) -> Any:
+    """The heads that the config asks for on this base, or the base itself.
+
+    Raises:
+        UsageError: see `Eagle3Training`.
+    """
+    if config.eagle3.enabled:
+        return Eagle3Training(base, config, token_counts(reader.documents, base.get_input_embeddings().num_embeddings))
+    return base
 
 
 def _reader(config: TrainConfig, world: World, folder: Path) -> Reader:

@@ -156,7 +156,7 @@ def _not_finite(run: Run, batches: Sequence[Batch], last_good: str | None) -> No
     def forward() -> None:
         for batch in batches:
             with autocast(run.config, run.device):
-                logits_of(run.model, batch)
+                loss_of(run.model, batch, run.config, head=None, teacher=None)
 
     run.skipped += 1
     if run.config.on_nan == "skip" and run.skipped <= _MOST_SKIPPED:
