@@ -105,7 +105,7 @@ def tiny_decoder(mix: str = "", *, causal: bool = True, padding: bool = False, s
     ids = torch.zeros((2, 11), dtype=torch.long)
     program = capture_module(
         _TinyDecoder(mix, causal, padding, sinks),
-        (ids, ids),
+        (ids, ids.clone()),  # one tensor twice would be one input twice
         input_names=names,
         dynamic={name: {0: "batch", 1: "seq"} for name in names},
     )

@@ -10,7 +10,7 @@ import numpy as np
 from optc.runtime.serving.plan import Chosen, Plan
 from optc.runtime.serving.sampler import SamplerOf
 from optc.runtime.serving.scheduler import Scheduler
-from optc.runtime.speculative.drafter import Ask, Drafter, Verified
+from optc.runtime.speculative.drafter import Ask, Drafter, Fed, ReadingDrafter, Verified
 from optc.runtime.speculative.figures import SpeculativeFigures
 from optc.runtime.speculative.settings import Speculation
 from optc.runtime.speculative.switch import Outcome, Switch
@@ -85,6 +85,8 @@ class Drafting:
         self._verified += len(verified)
         if verified:
             self._drafter.observe(verified)
+        if isinstance(self._drafter, ReadingDrafter):
+            self._drafter.read(list(self._fed(plan, given)))
         now = self._clock()
         self._draft_s += now - begin
         if self._switch is not None and len(plan.decodes) and not plan.pieces:
@@ -104,6 +106,22 @@ class Drafting:
                 given.tokens[place, : count + 1],
                 int(given.counts[place]) - 1,
             )
+
+    def _fed(self, plan: Plan, given: Chosen) -> Iterator[Fed]:
+        """What the program gave at each request's tokens, whose rows lie end to end: decodes, then pieces of prompts."""
+        whole = all(len(rows) == plan.tokens for rows in given.outputs.values())
+        begin = 0
+        for place, row in enumerate(plan.decodes.tolist()):
+            size = 1 + int(plan.drafted[place])
+            outputs = {role: rows[begin : begin + size] for role, rows in given.outputs.items()}
+            yield Fed(self._scheduler.at(row).id, int(plan.positions[place]), int(given.counts[place]), outputs)
+            begin += size
+        for piece in plan.pieces:
+            size = piece.size if whole else int(piece.last)
+            if size:
+                outputs = {role: rows[begin : begin + size] for role, rows in given.outputs.items()}
+                yield Fed(self._scheduler.at(piece.row).id, piece.start + piece.size - size, size, outputs)
+            begin += size
 
     def forget(self, identity: str) -> None:
         """A request has ended."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optc.compiler.ir.contract import OutputRole
 from optc.compiler.kernels.cuda.dispatch import kernels_only
 from optc.runtime.serving.plan import Chosen, Plan
 from optc.runtime.serving.rows import Ints, Rows
@@ -60,21 +61,24 @@ class HostRunner:
 
     def launch(self, plan: Plan) -> None:
         """See `ModelRunner`."""
-        logits = self._compute(plan)
+        logits, others = self._compute(plan)
+        self._chosen.append(self._choose(logits, plan)._replace(outputs=others))
+
+    def _choose(self, logits: Tensor, plan: Plan) -> Chosen:
         if plan.drafted.any():
-            self._chosen.append(self._verify(logits, plan))
-            return
+            return self._verify(logits, plan)
         plain = not self._rows.kind[plan.rows].any()
         samplers = [] if plain else [self._sampler_of(row) for row in plan.rows.tolist()]
-        self._chosen.append(Chosen.one_each(choose(logits.float().cpu().numpy(), samplers)))
+        return Chosen.one_each(choose(logits.float().cpu().numpy(), samplers))
 
     def collect(self) -> Chosen:
         """See `ModelRunner`."""
         return self._chosen.pop(0)
 
     @torch.inference_mode()
-    def _compute(self, plan: Plan) -> Tensor:
-        """Logits [T, V] of the tokens of `plan.decodes`, the drafted ones too, and of the last ones of last pieces."""
+    def _compute(self, plan: Plan) -> tuple[Tensor, dict[OutputRole, Tensor]]:
+        """Logits [T, V] of the tokens of `plan.decodes`, the drafted ones too, and of the last ones of last pieces; and the
+        other outputs, see `Chosen`."""
         model = self._model
         inputs, wanted = step_inputs(plan, self._rows)
         given = (*inputs, wanted) if model.selects else inputs
@@ -83,10 +87,10 @@ class HostRunner:
         with kernels_only() if model.on_device else contextlib.nullcontext():
             outputs = model.run(*tensors, *model.pools)
         self.model_s += time.perf_counter() - begin
-        logits: Tensor = outputs[0] if isinstance(outputs, tuple | list) else outputs
+        logits, *others = outputs if isinstance(outputs, tuple | list) else (outputs,)
         if not model.selects and len(wanted) < len(logits):
             logits = logits[torch.from_numpy(wanted).to(logits.device)]
-        return logits
+        return logits, dict(zip(model.gives, others, strict=True))
 
 
 def step_inputs(plan: Plan, rows: Rows) -> tuple[list[np.ndarray], Ints]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 import numpy as np
+from torch import Tensor
 
+from optc.compiler.ir.contract import OutputRole
 from optc.runtime.serving.request import EngineMetrics, Finish
 from optc.runtime.serving.rows import Ints, Kind
 from optc.runtime.speculative.figures import SpeculativeFigures
@@ -94,10 +97,13 @@ class Chosen(NamedTuple):
         tokens: int64 [R, W], behind each token that a row was fed the one that the model says is next; `NO_TOKEN` (-1) where
             its logits were not finite. What fills up the row is no token.
         counts: int64 [R], 1 to W: so many are the row's next ones. Those behind follow a drafted token that was rejected.
+        outputs: what the program gave beside the logits, by role: [N, ...], of the tokens that were fed, or, of a program
+            that selects rows, of those whose logits were wanted; in the order in which they were fed.
     """
 
     tokens: Ints
     counts: Ints
+    outputs: Mapping[OutputRole, Tensor] = {}
 
     @classmethod
     def one_each(cls, tokens: Ints) -> Self:

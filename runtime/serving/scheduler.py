@@ -384,7 +384,7 @@ class Scheduler:
     def collect(self, plan: Plan, given: Chosen) -> list[Ended]:
         """Note the tokens of a step, and end the requests that end with one of them: what follows it is dropped."""
         rows, chosen = self.rows, plan.rows
-        tokens, counts = given
+        tokens, counts = given.tokens, given.counts
         ended: list[Ended] = []
         here = rows.serial[chosen] == plan.serials
         if not here.all():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from optc.compiler.execution.block_manager import BlockManager, StepInputs
-from optc.compiler.ir.contract import Contract, Input
+from optc.compiler.ir.contract import Contract, Input, OutputRole
 from optc.compiler.settings.fields import check_range
 from optc.runtime.bounds import Count
 from optc.runtime.sessions.cuda_graphs import Recorder
@@ -51,6 +51,7 @@ class PagedModel:
         pools: keys and values of each layer, in turn.
         selects: it takes `logits_indices`, and gives logits of these tokens only.
         chunk: most tokens of a call.
+        gives: roles of its outputs behind the logits.
         step: the program where the logits of all tokens are wanted, in their order; None: `run` is called.
         record: what records steps and calls of up to `prompt_tokens` tokens; None where they run as they are.
         on_device: tokens are chosen on the device, and steps follow each other there.
@@ -65,6 +66,7 @@ class PagedModel:
     num_blocks: int
     chunk: int
     device: torch.device
+    gives: tuple[OutputRole, ...] = ()
     step: Run | None = None
     record: Recorder | None = None
     prompt_tokens: int = 0
@@ -106,6 +108,7 @@ class PagedSession(Session):
         self._graph, self._device = run, device
         self._pools = [torch_zeros(_shape(spec, count), spec.dtype, device) for spec in pools]
         self._selects = contract.input_index("logits_indices") is not None
+        self._gives = tuple(spec.role for spec in contract.outputs[1:])
         self._manager = BlockManager(count, size)
         self._rows: list[list[int]] = []
         self._waiting: set[int] = set()  # rows that the manager does not know yet
@@ -129,6 +132,7 @@ class PagedSession(Session):
             num_blocks=self._manager.num_blocks,
             chunk=self.prefill_chunk,
             device=self._device,
+            gives=self._gives,
         )
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
+from optc.compiler.ir.contract import OutputRole
 from optc.runtime.sampling import Sampling
 
 Tokens = npt.NDArray[np.integer]
@@ -49,6 +51,21 @@ class Verified(NamedTuple):
     accepted: int
 
 
+class Fed(NamedTuple):
+    """Tokens of a request that a step fed, and what the program gave at them beside their logits.
+
+    Attributes:
+        start: position of the first of them.
+        kept: so many of them stay the request's, 1 at least; those behind were drafted and rejected.
+        outputs: by role, each [n, ...] with a row per token, n at least `kept`; on the device of the model.
+    """
+
+    id: str
+    start: int
+    kept: int
+    outputs: Mapping[OutputRole, Tensor]
+
+
 class Drafter(Protocol):
     """Guesses tokens. Its cost is measured by whoever calls it, around both calls."""
 
@@ -62,3 +79,15 @@ class Drafter(Protocol):
         """A request has ended; one that never asked is no error."""
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class ReadingDrafter(Drafter, Protocol):
+    """A drafter that guesses from what the program gives beside its logits."""
+
+    def read(self, fed: Sequence[Fed]) -> None:
+        """Take what a step gave, of every request that it fed: decodes, drafted tokens or none behind them, and prompts.
+
+        Of a prompt these are all tokens of the piece, or, of a program that selects rows, the last one of the last piece.
+        Tokens whose keys and values the pool held already were not fed, and have no rows.
+        """

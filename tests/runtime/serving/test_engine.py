@@ -189,9 +189,9 @@ class _Poisoned:
 
 def test_logits_that_are_not_finite_end_their_request_only() -> None:
     session = open_program(program(), num_blocks=64)
-    session._graph = _Poisoned(session._graph, 77)  # type: ignore[attr-defined]
+    session._graph = _Poisoned(session._graph, 78)  # type: ignore[attr-defined]
     engine = engine_for(session, EngineOptions())
-    prompts = [[5, 9, 2, 8, 77], [6, 9, 2, 8]]
+    prompts = [[5, 9, 2, 8, 78], [6, 9, 2, 8]]
     got = run(engine, [request(str(i), prompt, 6) for i, prompt in enumerate(prompts)])
     assert (got["0"].tokens, got["0"].finish) == ([], "error")
     assert "not finite" in got["0"].answers[-1].error
