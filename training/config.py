@@ -157,6 +157,26 @@ class EagleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     ] = True
 
 
+class MedusaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Heads on a frozen base that guess several tokens ahead (Medusa-1, Cai et al. 2024, https://arxiv.org/abs/2401.10774)."""
+
+    enabled: Annotated[
+        bool, Meta(description="Train heads for the tokens behind the next one; the model is left as it is.")
+    ] = False
+    heads: Annotated[int, Meta(ge=1, le=16, description="Tokens guessed behind the next one, by a head each.")] = 4
+    layers: Annotated[int, Meta(ge=1, le=8, description="Residual blocks of each head.")] = 1
+    decay: Annotated[
+        float, Meta(gt=0, le=1, description="Weight of a head in the loss over that of the one before it.")
+    ] = 0.8
+    own_linear: Annotated[
+        bool, Meta(description="A linear over the vocabulary of its own for each head; false: all share the model's.")
+    ] = False
+    targets: Annotated[
+        Literal["distribution", "text"],
+        Meta(description="What heads are held to: the model's own distribution at each place, or the text's tokens."),
+    ] = "distribution"
+
+
 class SavingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Checkpoints of the run, in the folder OUTPUT.run beside the output."""
 
@@ -227,6 +247,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     scaler: ScalerConfig = ScalerConfig()
     distill: DistillConfig = DistillConfig()
     eagle3: EagleConfig = EagleConfig()
+    medusa: MedusaConfig = MedusaConfig()
     saving: SavingConfig = SavingConfig()
     lora: LoraConfig = LoraConfig()
     qat: QatConfig = QatConfig()

@@ -26,9 +26,9 @@ from optc.compiler.model_folder.checkpoint import check_folder, config_digest, w
 from optc.compiler.model_folder.eagle3 import Eagle3Config, Origin, write_eagle3
 from optc.training.blocks import transformer_blocks
 from optc.training.config import TrainConfig
-from optc.training.data import IGNORED, Batch
+from optc.training.data import Batch
 from optc.training.distill import LossSums
-from optc.training.frozen_base import FrozenBase, check_boundaries
+from optc.training.frozen_base import FrozenBase, behind, check_boundaries, within
 
 
 class Eagle3Training(FrozenBase):
@@ -68,9 +68,9 @@ class Eagle3Training(FrozenBase):
         drafting, weights = _Drafting(self.draft, batch), self._weights()
         losses = []
         for place, weight in enumerate(weights):
-            found, state = drafting.step(_behind(batch.labels, place), state)
-            counted = _within(batch, place + 1) & _behind(draftable, place + 1)
-            target = _behind(wanted, place + 1)[counted]
+            found, state = drafting.step(behind(batch.labels, place), state)
+            counted = within(batch, place + 1) & behind(draftable, place + 1)
+            target = behind(wanted, place + 1)[counted]
             losses.append(weight * -(target.exp() * found[counted].float().log_softmax(-1)).sum())
         return LossSums(torch.stack(losses).sum(), losses[0].detach() / weights[0], None)
 
@@ -134,19 +134,6 @@ class _Drafting:
         return past @ first.value + sum(
             share[..., None] * step.value for share, step in zip(rest.unbind(-1), later, strict=True)
         )
-
-
-def _behind(values: Tensor, count: int) -> Tensor:
-    """Of each position what stands so many behind it; of the last ones something else. Labels are never ignored ones."""
-    rolled = values.roll(-count, 1)
-    return rolled.clamp(min=0) if values.dtype == torch.int64 else rolled
-
-
-def _within(batch: Batch, count: int) -> Tensor:
-    """bool [B, S]: the position so many behind is one of the same document, with a label."""
-    positions, labels = batch.position_ids, batch.labels
-    inside = torch.arange(positions.shape[1], device=positions.device) + count < positions.shape[1]
-    return inside & (positions.roll(-count, 1) == positions + count) & (labels.roll(-count, 1) != IGNORED)
 
 
 def _shape(base: Any, config: TrainConfig, size: int) -> Eagle3Config:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from optc.compiler.diagnostics import UsageError
 from optc.training.blocks import transformer_blocks
 from optc.training.config import TrainConfig
-from optc.training.data import Batch
+from optc.training.data import IGNORED, Batch
 from optc.training.distill import LossSums, logits_of
 
 
@@ -105,6 +105,19 @@ def check_boundaries(boundaries: Sequence[int], last: int) -> None:
             why="0 is the embedding, and j what leaves layer j",
             remedy=f"name numbers from 0 to {last}",
         )
+
+
+def behind(values: Tensor, count: int) -> Tensor:
+    """Of each position what stands so many behind it; of the last ones something else. Labels are never ignored ones."""
+    rolled = values.roll(-count, 1)
+    return rolled.clamp(min=0) if values.dtype == torch.int64 else rolled
+
+
+def within(batch: Batch, count: int) -> Tensor:
+    """bool [B, S]: the position so many behind is one of the same document, with a label."""
+    positions, labels = batch.position_ids, batch.labels
+    inside = torch.arange(positions.shape[1], device=positions.device) + count < positions.shape[1]
+    return inside & (positions.roll(-count, 1) == positions + count) & (labels.roll(-count, 1) != IGNORED)
 
 
 def check_frozen_base(config: TrainConfig, key: str) -> None:

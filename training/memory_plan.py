@@ -89,10 +89,10 @@ def predict(config: TrainConfig, world_size: int = 1) -> MemoryPlan:
         InputError: the model folder is missing or has no usable config.
         UsageError: heads on a frozen base, of which nothing is predicted.
     """
-    if config.eagle3.enabled:
+    if config.eagle3.enabled or config.medusa.enabled:
         raise UsageError(
             "the memory of heads on a frozen base is not predicted",
-            where="eagle3.enabled",
+            where="eagle3.enabled" if config.eagle3.enabled else "medusa.enabled",
             remedy="run it with --max-steps 1; the log's first step has what it took",
         )
     cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())

@@ -27,6 +27,7 @@ from optc.training.distill import load_teacher
 from optc.training.eagle3 import Eagle3Training, token_counts
 from optc.training.frozen_base import FrozenBase, check_frozen_base
 from optc.training.lora import apply_lora
+from optc.training.medusa import MedusaTraining
 from optc.training.models import load_trainable
 from optc.training.optimizers import make_optimizer
 from optc.training.packing import unpacked
@@ -115,8 +116,13 @@ def check_config(config: TrainConfig, world: World) -> None:
             why="its Hessian estimate differentiates whole weights twice",
             remedy="use adamw or lion, or parallel.kind=ddp",
         )
-    if config.eagle3.enabled:
-        check_frozen_base(config, "eagle3.enabled")
+    kinds = [
+        key for key, kind in (("eagle3.enabled", config.eagle3), ("medusa.enabled", config.medusa)) if kind.enabled
+    ]
+    if len(kinds) > 1:
+        raise UsageError(f"{' does not go with '.join(kinds)}", remedy="train one after the other")
+    for key in kinds:
+        check_frozen_base(config, key)
     if config.parallel.kind == "deepspeed" and config.precision != "fp32":
         raise UsageError(
             f"deepspeed trains in fp32 here, not in {config.precision}",
@@ -193,10 +199,12 @@ def on_frozen_base(base: Any, config: TrainConfig, reader: Reader) -> Any:
     """The heads that the config asks for on this base, or the base itself.
 
     Raises:
-        UsageError: see `Eagle3Training`.
+        UsageError: see `Eagle3Training` and `MedusaTraining`.
     """
     if config.eagle3.enabled:
         return Eagle3Training(base, config, token_counts(reader.documents, base.get_input_embeddings().num_embeddings))
+    if config.medusa.enabled:
+        return MedusaTraining(base, config)
     return base
 
 

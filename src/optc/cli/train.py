@@ -25,7 +25,7 @@ class TrainOptions(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[
             str,
             Meta(
-                description="pretrain, finetune, lora, qlora, qat, distill or eagle3; or a YAML file.",
+                description="pretrain, finetune, lora, qlora, qat, distill, eagle3 or medusa; or a YAML file.",
                 extra={"metavar": "NAME|PATH"},
             ),
         ]
