@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import secrets
 import stat
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +16,7 @@ from optc.compiler.diagnostics import InputError, os_errors
 MOST_BYTES = 8 << 30
 """Of a file that is read whole."""
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+_PART = ".part-"
 
 
 def read_plain(path: Path, action: str, *, most: int = MOST_BYTES, follow: bool = True) -> bytes:
@@ -43,17 +47,35 @@ def read_plain(path: Path, action: str, *, most: int = MOST_BYTES, follow: bool 
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file whole: what was there before stays until all of the new one is written.
+    """Write a file whole, synced: what was there before stays until all of the new one is on the disk.
 
     Raises:
         OSError: the disk refuses; nothing is left beside the old file.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f"{_PART}{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
+        with part.open("xb") as file:
+            with contextlib.suppress(OSError):  # a filesystem without locks: `remove_parts` leaves it alone
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            part.replace(path)
+    except BaseException:
         part.unlink(missing_ok=True)
+        raise
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what killed writers of `replace_file` left in a folder; the kernel lets go of their locks.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    for part in folder.glob(f"{_PART}*"):
+        with contextlib.suppress(OSError), part.open("rb") as file:  # held by a live writer, or gone just now
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
 
 
 class FileStamp(NamedTuple):

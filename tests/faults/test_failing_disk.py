@@ -1,4 +1,4 @@
-"""A part of `make faults`: a checkpoint's writer, struck at each of its file operations."""
+"""A part of `make faults`: the writers of a checkpoint and of a rounded group, struck at each of its file operations."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from conftest import ROOT
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler")
-def test_a_checkpoint_is_old_or_new_and_nothing_lies_beside_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fuzz.disk", "--work", str(tmp_path), "--writers", "checkpoint", "--json"]
+def test_files_are_old_or_new_and_nothing_lies_beside_them(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fuzz.disk", "--work", str(tmp_path), "--writers", "checkpoint,group", "--json"]
     paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
     done = subprocess.run(
         [*command, str(tmp_path / "figures.json")],
@@ -27,7 +27,11 @@ def test_a_checkpoint_is_old_or_new_and_nothing_lies_beside_it(tmp_path: Path) -
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "figures.json").read_text())["writers"]["checkpoint"]
-    assert found["wrong"] == []
-    assert found["operations"] >= 15
-    assert found["struck"] == 6 * found["operations"]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["wrong"] == 0
+    assert figures["reruns"] >= 10
+    for name, least in (("checkpoint", 15), ("group", 4)):
+        found = figures["writers"][name]
+        assert found["wrong"] == []
+        assert found["operations"] >= least
+        assert found["struck"] == 7 * found["operations"]

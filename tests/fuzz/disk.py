@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,8 +27,30 @@ from pathlib import Path
 from typing import Any
 
 from fuzz.seeds import Seeds
+from fuzz.writers import LIGHT, SLOW, WRITERS
 
-ERRORS = {"ENOSPC": (errno.ENOSPC, True), "EIO": (errno.EIO, False), "EIO for good": (errno.EIO, True)}
+FAULTS = {
+    "kill": {"FAULT_KIND": "kill"},
+    "power loss": {"FAULT_KIND": "kill"},
+    "short write": {"FAULT_KIND": "short"},
+    "ENOSPC once": {"FAULT_KIND": str(errno.ENOSPC)},
+    "ENOSPC for good": {"FAULT_KIND": str(errno.ENOSPC), "FAULT_STICKY": "1"},
+    "EIO once": {"FAULT_KIND": str(errno.EIO)},
+    "EIO for good": {"FAULT_KIND": str(errno.EIO), "FAULT_STICKY": "1"},
+}
+"""Kind -> what `shim.c` is told."""
+EXPECTED = {
+    "kill": (-signal.SIGKILL,),
+    "power loss": (-signal.SIGKILL,),
+    "short write": (0,),
+    "ENOSPC once": (8, 0),
+    "ENOSPC for good": (8, 0),
+    "EIO once": (3, 0),
+    "EIO for good": (3, 0),
+}
+"""Exit codes; 0 where the output was published, or the operation did not matter."""
+_LIMIT_SECONDS = 120.0
+_HASH = re.compile(r"\.[0-9a-f]{64}\.")  # of what was written, the seconds that it took among it
 
 
 def shim(work: Path) -> Path:
@@ -39,158 +61,151 @@ def shim(work: Path) -> Path:
     return place
 
 
-class Writer:
-    """Something that is written to `place`, over and over.
+class Strikes:
+    """A writer, struck again and again.
 
     Args:
-        write: writes it, once more. state: what it is, of equal outputs equal; raises of one that is not whole.
+        rerun: after every so many strike of a kind the writer is run again, which must end as if nothing had been.
     """
 
-    def __init__(self, place: Path, write: Callable[[], None], state: Callable[[Path], str]) -> None:
-        self.place, self.write, self.state = place, write, state
+    def __init__(self, name: str, seeds: Seeds, work: Path, rerun: int) -> None:
+        shutil.rmtree(work, ignore_errors=True)
+        self.name, self.rerun, self.log = name, rerun, work / "operations.log"
+        self.writer = WRITERS[name](seeds, work)
+        self.place, self.parent, self.keep = self.writer.place, self.writer.place.parent, work / "old"
+        self.before = ""
+        if self.place.exists():
+            shutil.copytree(self.place, self.keep)
+            self.before = self.writer.state(self.place)
+        self.outcomes, self.reruns, self.wrong = Counter[str](), Counter[str](), list[str]()
+        self.restore()
+        code = self.run(self.writer.write, {})
+        if code != 0:
+            raise RuntimeError(f"{name}: the writer itself ends with exit code {code}")
+        self.points = len(self.log.read_text().splitlines())
+        self.after, self.clean = self.writer.state(self.place), self.names()
 
+    def restore(self) -> None:
+        """The old output, and nothing else."""
+        shutil.rmtree(self.parent, ignore_errors=True)
+        self.parent.mkdir(parents=True)
+        if self.before:
+            shutil.copytree(self.keep, self.place)
 
-def artifact_writer(seeds: Seeds, work: Path, *target: str) -> Writer:
-    """The last part of a compile: export, check, manifest, publishing."""
-    import optc.api as api
-    from optc.cli.main import main
-    from optc.compiler.artifact.folder import verify
+    def names(self) -> list[str]:
+        """Everything below the folder of the output, but the output's own files; without the hashes in names."""
+        found = [path.relative_to(self.parent) for path in self.parent.rglob("*")]
+        kept = (str(path) for path in found if path.parts[0] != self.place.name or path.name.startswith("."))
+        return sorted(_HASH.sub(".HASH.", name) for name in kept)
 
-    place, got = work / "place" / "output", []
-    place.parent.mkdir(parents=True, exist_ok=True)
-    real = api._write
-    api._write = lambda *given: (got.append(given), real(*given))[1]  # type: ignore[assignment]
-    try:
-        main(["compile", str(seeds.model()), *target, "-o", str(place), "--force"])
-    except SystemExit as done:
-        if done.code not in (0, None):
-            raise RuntimeError(f"the compile ended with {done.code}") from done
-    finally:
-        api._write = real
+    def run(self, write: Callable[[], None], settings: dict[str, str]) -> int:
+        """The exit code of one more writing in a child, or minus its signal."""
+        self.log.unlink(missing_ok=True)
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {"FAULT_DIR": str(self.parent), "FAULT_LOG": str(self.log), **settings}
+            _child(write, self.log.with_name("stderr"))
+        return _waited(pid)
 
-    def state(folder: Path) -> str:
-        entries = verify(folder).files
-        return json.dumps([entry.sha256 for entry in entries if entry.path != "report.html"])
-
-    return Writer(place, lambda: got and real(*got[0]), state)  # type: ignore[func-returns-value]
-
-
-def checkpoint_writer(seeds: Seeds, work: Path) -> Writer:
-    """A checkpoint of a training run; there is no old one in its place."""
-    import torch
-
-    from optc.training import checkpoint
-    from optc.training.data import Position
-
-    run = work / "place"
-    run.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(2, 64)).sum().backward()
-    optimizer.step()
-    given = checkpoint.RunState(step=1, position=Position(), model="m", corpus="c", config={}, run="r")
-
-    def state(folder: Path) -> str:
-        checkpoint.check_whole(folder)
-        return hashlib.sha256((folder / "SHA256SUMS").read_bytes()).hexdigest()
-
-    return Writer(
-        run / "checkpoints" / "step-00000001",
-        lambda: checkpoint.save(run, given, model, optimizer, keep=2) and None,
-        state,
-    )
-
-
-WRITERS: dict[str, Callable[[Seeds, Path], Writer]] = {
-    "onnx": lambda seeds, work: artifact_writer(seeds, work, "--target", "onnx-cpu"),
-    "folder": lambda seeds, work: artifact_writer(seeds, work, "--target", "vllm"),
-    "checkpoint": checkpoint_writer,
-}
-
-
-def campaign(name: str, seeds: Seeds, work: Path, most: int) -> dict[str, Any]:
-    """Every fault at up to `most` operations of a writer; the tally of outcomes, and what was wrong."""
-    shutil.rmtree(work, ignore_errors=True)
-    writer = WRITERS[name](seeds, work)
-    old, keep = writer.place.exists(), work / "old"
-    if old:
-        shutil.copytree(writer.place, keep)
-    before = writer.state(writer.place) if old else ""
-
-    def restore() -> None:
-        shutil.rmtree(writer.place.parent, ignore_errors=True)
-        writer.place.parent.mkdir(parents=True)
-        if old:
-            shutil.copytree(keep, writer.place)
-
-    log, outcomes, wrong = work / "operations.log", Counter[str](), []
-    restore()
-    assert _run(writer, {"FAULT_DIR": str(writer.place.parent), "FAULT_LOG": str(log)}) == 0
-    after, points = writer.state(writer.place), len(log.read_text().splitlines())
-    chosen = range(1, points + 1, max(1, points // most))
-
-    def strike(what: str, number: int, settings: dict[str, str]) -> None:
-        restore()
-        log.unlink(missing_ok=True)
-        place = {"FAULT_DIR": str(writer.place.parent), "FAULT_LOG": str(log), "FAULT_N": str(number)}
-        code = _run(writer, {**place, **settings})
-        if what == "power loss":
-            _lose_unsynced(log, writer.place.parent)
-        found = _state(writer, before, after)
-        left = [path.name for path in writer.place.parent.iterdir() if path != writer.place]
-        outcomes[f"{what}: {found}, exit {code}"] += 1
-        tidy = not left if code >= 0 else True
-        expected = {"ENOSPC": (8, 0), "EIO": (3, 0), "EIO for good": (3, 0), "short write": (0,)}.get(what, (-9,))
-        if found == "broken" or not tidy or code not in expected:
-            wrong.append(f"{what} at {number} of {points}: {found}, exit {code}, beside it {left}")
-        elif code < 0 and number % 7 == 0:
-            again = _run(writer, {})
-            left = [path.name for path in writer.place.parent.iterdir() if path != writer.place]
-            is_checkpoint = name == "checkpoint" and found == "new"  # which is not written twice
-            if (again != 0 and not is_checkpoint) or left or _state(writer, before, after) != "new":
-                wrong.append(f"rerun after {what} at {number}: exit {again}, beside it {left}")
-
-    for number in chosen:
-        strike("kill", number, {"FAULT_KIND": "kill"})
-        strike("power loss", number, {"FAULT_KIND": "kill"})
-        strike("short write", number, {"FAULT_KIND": "short"})
-        for what, (code, for_good) in ERRORS.items():
-            strike(what, number, {"FAULT_KIND": str(code)} | ({"FAULT_STICKY": "1"} if for_good else {}))
-    return {"operations": points, "struck": sum(outcomes.values()), "outcomes": dict(outcomes), "wrong": wrong}
-
-
-def _state(writer: Writer, before: str, after: str) -> str:
-    if not writer.place.exists():
-        return "old" if not before else "broken"
-    try:
-        found = writer.state(writer.place)
-    except Exception:  # noqa: BLE001 (whatever says so, it is not whole)
-        return "broken"
-    return "new" if found == after else "old" if found == before else "broken"
-
-
-def _run(writer: Writer, settings: dict[str, str]) -> int:
-    """The exit code of one more writing in a child, or minus its signal."""
-    pid = os.fork()
-    if pid == 0:
-        from optc.cli.common import guarded
-
-        os.environ.update(settings)
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
+    def found(self) -> str:
+        """What stands at the output: old, new or broken."""
+        if not self.place.exists():
+            return "old" if not self.before else "broken"
         try:
-            os._exit(guarded(writer.write, as_json=False))
-        finally:
-            os._exit(70)
-    signal.alarm(120)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    signal.alarm(0)
-    return code
+            state = self.writer.state(self.place)
+        except Exception:  # noqa: BLE001 (whatever says so, it is not whole)
+            return "broken"
+        return "new" if state == self.after else "old" if state == self.before else "broken"
+
+    def strike(self, what: str, number: int, settings: dict[str, str]) -> None:
+        """One fault at one operation."""
+        self.restore()
+        code = self.run(self.writer.write, {"FAULT_N": str(number), **settings})
+        if what == "power loss":
+            lose_unsynced(self.log, self.parent)
+        found, kept = self.found(), self.writer.kept
+        left = sorted(
+            name for name in self.names() if name.partition("/")[0] not in kept or "/." in name or "/tmp" in name
+        )
+        self.outcomes[f"{what}: {found}, exit {code}"] += 1
+        tidy = code < 0 or not left
+        if found == "broken" or not tidy or code not in EXPECTED[what]:
+            said = "" if code < 0 else self.log.with_name("stderr").read_text(errors="replace")[-300:]
+            self.wrong.append(f"{what} at {number} of {self.points}: {found}, exit {code}, beside it {left[:5]} {said}")
+        elif code != 0 and number % self.rerun == 0:
+            self._rerun(what, number)
+
+    def _rerun(self, what: str, number: int) -> None:
+        again = self.run(self.writer.again or self.writer.write, {})
+        self.reruns[what] += 1
+        found, names = self.found(), self.names()
+        if again != 0 or names != self.clean or found != "new":
+            said = self.log.with_name("stderr").read_text(errors="replace")[-300:]
+            other = [name for name in {*names, *self.clean} if names.count(name) != self.clean.count(name)][:5]
+            self.wrong.append(f"rerun after {what} at {number}: {found}, exit {again}, other names {other} {said}")
 
 
-def _lose_unsynced(log: Path, folder: Path) -> None:
+def campaign(
+    name: str, seeds: Seeds, work: Path, *, most: int, rerun: int, end: float, kinds: set[str]
+) -> dict[str, Any]:
+    """Faults at up to `most` operations of a writer, until `end` (monotonic); the tally, and what was wrong."""
+    strikes = Strikes(name, seeds, work, rerun)
+    begin, points, struck = time.monotonic(), strikes.points, 0
+    for number in spread(points, most):
+        if time.monotonic() > end:
+            break
+        for what, settings in FAULTS.items():
+            if what in kinds:
+                strikes.strike(what, number, settings)
+        struck += 1
+    return {
+        "operations": points,
+        "operations_struck": struck,
+        "struck": strikes.outcomes.total(),
+        "reruns": dict(strikes.reruns),
+        "outcomes": dict(sorted(strikes.outcomes.items())),
+        "wrong": strikes.wrong,
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+
+
+def spread(points: int, most: int) -> list[int]:
+    """Up to `most` of the numbers from 1 to `points`, evenly, so that an early end leaves none of the parts out."""
+    count = min(most, points)
+    chosen = sorted({1 + round(index * (points - 1) / max(1, count - 1)) for index in range(count)})
+    strides = [chosen[first::8] for first in range(8)]
+    return [number for stride in strides for number in stride]
+
+
+def _child(write: Callable[[], None], stderr: Path) -> None:
+    from optc.cli.common import guarded  # imported before by main
+
+    null, said = os.open(os.devnull, os.O_WRONLY), os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(null, 1)
+    os.dup2(said, 2)
+    code = 70
+    try:
+        code = guarded(write, as_json=False)
+    except SystemExit as done:
+        code = done.code if isinstance(done.code, int) else 0
+    finally:
+        os._exit(code)
+
+
+def _waited(pid: int) -> int:
+    """The exit code of a child, or minus its signal; one that hangs is killed, which is reported as SIGALRM."""
+    end = time.monotonic() + _LIMIT_SECONDS
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return -int(signal.SIGALRM)
+
+
+def lose_unsynced(log: Path, folder: Path) -> None:
     """Empty the files whose last write was not followed by a sync."""
     dirty = set()
     for line in log.read_text().splitlines():
@@ -204,12 +219,26 @@ def _lose_unsynced(log: Path, folder: Path) -> None:
             os.truncate(path, 0)
 
 
+def figures(writers: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Those of all writers, and sums of the kinds of faults."""
+    sums = Counter[str]()
+    for row in writers.values():
+        for outcome, count in row["outcomes"].items():
+            sums[outcome.partition(":")[0]] += count
+    reruns = sum(sum(row["reruns"].values()) for row in writers.values())
+    wrong = sum(len(row["wrong"]) for row in writers.values())
+    return {"seconds": round(seconds, 1), "struck": dict(sums), "reruns": reruns, "wrong": wrong, "writers": writers}
+
+
 def main() -> int:
     """The command line; 1 where an output was not whole, or something lay beside it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--writers", default=",".join(WRITERS))
+    parser.add_argument("--writers", default=",".join(name for name in WRITERS if name not in SLOW))
     parser.add_argument("--most", type=int, default=100, help="operations of each writer that are struck")
+    parser.add_argument("--kinds", default=",".join(FAULTS), help="of faults")
+    parser.add_argument("--rerun", type=int, default=7, help="run the writer again after every so many strike")
+    parser.add_argument("--minutes", type=float, default=1e6, help="for each writer; operations are taken evenly")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     work = options.work.resolve()
@@ -218,19 +247,23 @@ def main() -> int:
         os.environ["LD_PRELOAD"] = str(shim(work))
         os.environ["OMP_NUM_THREADS"] = "1"  # a forked child has no other threads
         os.execv(sys.executable, [sys.executable, "-m", "fuzz.disk", *sys.argv[1:]])
-    if options.writers != "checkpoint":
+    if not LIGHT.issuperset(options.writers.split(",")):
         from fuzz.campaign import warm
 
         warm()
-    begin, found = time.monotonic(), {}
+    import optc.cli.common  # noqa: F401 (once, for all children)
+
+    begin, found = time.monotonic(), dict[str, Any]()
     for name in options.writers.split(","):
-        found[name] = campaign(name, Seeds(work / "seeds"), work / name, options.most)
+        end = time.monotonic() + 60 * options.minutes
+        limits = {"most": options.most, "rerun": options.rerun, "end": end}
+        kinds = set(options.kinds.split(","))
+        found[name] = campaign(name, Seeds(work / "seeds"), work / name, kinds=kinds, **limits)
         print(f"{name}: {found[name]['struck']} faults at {found[name]['operations']} operations", flush=True)
         for row in (*sorted(found[name]["outcomes"].items()), *found[name]["wrong"][:20]):
             print("   ", row)
-    result = {"seconds": round(time.monotonic() - begin, 1), "writers": found}
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        if options.json:
+            options.json.write_text(json.dumps(figures(found, time.monotonic() - begin), indent=1) + "\n")
     return 1 if any(row["wrong"] for row in found.values()) else 0
 
 

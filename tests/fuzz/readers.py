@@ -162,7 +162,7 @@ def sealed(data: bytes) -> bytes:
     try:
         tree = json.loads(data)
         tree.pop("self_sha256", None)
-        text = json.dumps({**tree, "self_sha256": ""}, indent=2, ensure_ascii=True).encode() + b"\n"
+        text = json.dumps(tree).encode()[:-1] + b',\n  "self_sha256": ""\n}\n'
     except (ValueError, AttributeError, RecursionError, TypeError):
         return data
     digest = hashlib.sha256(text).hexdigest().encode()

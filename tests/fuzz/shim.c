@@ -11,7 +11,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 enum fault { NONE, ERROR, SHORT, KILL };
@@ -96,11 +98,33 @@ WRITING(write, (int fd, const void *data, size_t size), (fd, data, size))
 WRITING(pwrite, (int fd, const void *data, size_t size, off_t place), (fd, data, size, place))
 WRITING(pwrite64, (int fd, const void *data, size_t size, off64_t place), (fd, data, size, place))
 
-int fsync(int fd) {
-    REAL(fsync);
-    FAIL_IF(point_fd("fsync", fd))
-    return real(fd);
+WRITING(sendfile, (int fd, int from, off_t *place, size_t size), (fd, from, place, size))
+WRITING(sendfile64, (int fd, int from, off64_t *place, size_t size), (fd, from, place, size))
+
+ssize_t copy_file_range(int from, off64_t *start, int fd, off64_t *place, size_t size, unsigned flags) {
+    REAL(copy_file_range);
+    enum fault found = point_fd("write", fd);
+    FAIL_IF(found)
+    if (found == SHORT && size > 1) size /= 2;
+    return real(from, start, fd, place, size, flags);
 }
+
+ssize_t writev(int fd, const struct iovec *parts, int count) {
+    REAL(writev);
+    FAIL_IF(point_fd("write", fd))
+    return real(fd, parts, count);
+}
+
+#define OF_FD(name, operation, declared, passed) \
+    int name declared {                          \
+        REAL(name);                              \
+        FAIL_IF(point_fd(operation, fd))         \
+        return real passed;                      \
+    }
+OF_FD(fsync, "fsync", (int fd), (fd))
+OF_FD(fdatasync, "fsync", (int fd), (fd))
+OF_FD(ftruncate, "write", (int fd, off_t size), (fd, size))
+OF_FD(ftruncate64, "write", (int fd, off64_t size), (fd, size))
 
 #define OF_PATHS(name, declared, passed, path)   \
     int name declared {                          \
@@ -112,6 +136,25 @@ OF_PATHS(rename, (const char *from, const char *to), (from, to), to)
 OF_PATHS(renameat2, (int a, const char *from, int b, const char *to, unsigned flags), (a, from, b, to, flags), to)
 OF_PATHS(link, (const char *from, const char *to), (from, to), to)
 OF_PATHS(mkdir, (const char *path, mode_t mode), (path, mode), path)
+
+// What removes is counted, and may be killed, but does not fail: nothing can be tidied on a disk that lets nothing go.
+#define REMOVING(name, declared, passed, path) \
+    int name declared {                        \
+        REAL(name);                            \
+        point(#name, path, 0);                 \
+        return real passed;                    \
+    }
+REMOVING(unlink, (const char *path), (path), path)
+REMOVING(rmdir, (const char *path), (path), path)
+
+int unlinkat(int fd, const char *name, int flags) {
+    REAL(unlinkat);
+    if (name[0] == '/' || fd == AT_FDCWD)
+        point("unlinkat", name, 0);
+    else
+        point_fd("unlinkat", fd);
+    return real(fd, name, flags);
+}
 
 #define OPENING(name)                                                              \
     int name(const char *path, int flags, ...) {                                   \

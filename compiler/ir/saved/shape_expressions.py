@@ -108,6 +108,8 @@ def _build(tree: ast.expr) -> Any:
 
 
 def _call(name: str, arguments: list[Any]) -> Any:
+    if not arguments:
+        raise ValueError(f"{name} of nothing is not a shape expression")
     if name in _GROWING:
         power = arguments[-1]
         if not (power.is_number and abs(power) <= (_MAX_EXPONENT if "Pow" in name else 63)):

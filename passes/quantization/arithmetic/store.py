@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 
 import msgspec
@@ -14,7 +12,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from optc.compiler.diagnostics import JSON_ERRORS, os_errors
-from optc.compiler.files import read_plain
+from optc.compiler.files import read_plain, remove_parts, replace_file
 from optc.compiler.rewriting.quantization_record import LinearRecord
 from optc.passes.quantization.arithmetic.grid import Grid
 
@@ -53,6 +51,7 @@ class GroupStore:
         folder = work_dir / f"groups-{key[:32]}"
         with os_errors("making the work folder", str(folder)):
             folder.mkdir(parents=True, exist_ok=True)
+            remove_parts(folder)  # of runs that were killed
         return GroupStore(folder)
 
     def save(self, number: int, entries: list[tuple[Entry, torch.Tensor, Grid]]) -> None:
@@ -70,12 +69,7 @@ class GroupStore:
         data = save_tensors(tensors, {"entries": header})
         path = self.folder / f"{number:05d}.{hashlib.sha256(data).hexdigest()}.safetensors"
         with os_errors("saving a rounded group", str(self.folder)):
-            handle, name = tempfile.mkstemp(dir=self.folder, prefix=".part-")
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
+            replace_file(path, data)
 
     def load(self, number: int) -> list[tuple[Entry, torch.Tensor, Grid]] | None:
         """What `save` wrote for a group, or None when there is nothing usable."""

@@ -56,6 +56,7 @@ def test_what_torch_writes_is_read_back(expression: sympy.Basic) -> None:
         ("Pow(Integer(9), Integer(99999999))", "Pow by 99999999 is not allowed"),
         ("Mul(Pow(Integer(99), Integer(8)), Pow(Integer(99), Integer(8)))", "is too large"),
         ("LShift(Integer(1), Integer(99999999))", "LShift by 99999999 is not allowed"),
+        ("Pow()", "Pow of nothing is not a shape expression"),
         ("Add(Integer(1), true)", "Add of 1, True is not a shape expression"),
         ("FloorDiv(Symbol('s1'), Integer(0))", "ZeroDivisionError"),
         ("Rational(Integer(1), Integer(0))", "is not finite"),
