@@ -12,10 +12,8 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -23,6 +21,7 @@ import msgspec
 from optc.compiler.diagnostics import InputError, OptcError, ResourceError
 from optc.runtime.serving.child import Drain, Failed, Ready, Report, encode_config
 from optc.runtime.serving.counters import Counters
+from optc.runtime.serving.own_folder import own_folder
 from optc.runtime.serving.request import EngineInfo
 from optc.runtime.serving.settings import API_KEY_VARIABLE, ServeOptions, ServerConfig
 
@@ -102,7 +101,7 @@ class Supervisor:
         """
         with contextlib.ExitStack() as stack:
             self._http = stack.enter_context(listen_http(self._options.host, self._options.port))
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="optc-serve-")))  # only ours: 0700
+            place = stack.enter_context(own_folder())
             self._engine_listener = stack.enter_context(_listen_unix(str(place / "engine")))
             Counters.create(place / "counters", self._options.workers)
             self._counters = Counters(place / "counters", self._options.workers)
