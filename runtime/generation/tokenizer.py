@@ -12,9 +12,10 @@ import tokenizers
 
 from optc.compiler.diagnostics import JSON_ERRORS, InputError, foreign_errors
 from optc.compiler.files import read_plain
+from optc.runtime.generation.tokenizer_bounds import bounded_file, within
 
 _MAX_JSON = 1 << 20
-_MAX_TOKENIZER = 256 << 20
+_MAX_TOKENIZER = 64 << 20
 _OTHER = "use a tokenizer.json written by the tokenizers library"
 _BROKEN = "\ufffd"
 _BROKEN_MOST = 3  # bytes of a character that is not complete
@@ -22,10 +23,15 @@ _WINDOW, _LONGEST = 8, 64  # tokens that are decoded together, and where none of
 
 
 class Tokenizer:
-    """A `tokenizer.json`."""
+    """A `tokenizer.json`.
 
-    def __init__(self, core: Any) -> None:
-        self._core = core
+    Args:
+        core: of the library.
+        slow_to_encode, slow_to_decode: such calls may never return, and are given up after a time.
+    """
+
+    def __init__(self, core: Any, *, slow_to_encode: bool = False, slow_to_decode: bool = False) -> None:
+        self._core, self._slow_to_encode, self._slow_to_decode = core, slow_to_encode, slow_to_decode
 
     @property
     def size(self) -> int:
@@ -51,8 +57,12 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids, with the special tokens that `tokenizer.json` adds (as transformers does) unless told not to."""
-        with foreign_errors("the tokenizer cannot encode the text", where="tokenizer.json", remedy=_OTHER):
+
+        def encode() -> list[int]:
             return list(self._core.encode_batch([text], add_special_tokens=special)[0].ids)  # a batch lets threads run
+
+        with foreign_errors("the tokenizer cannot encode the text", where="tokenizer.json", remedy=_OTHER):
+            return within(encode, len(text)) if self._slow_to_encode else encode()
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of the tokens without special ones; incomplete UTF-8 becomes U+FFFD."""
@@ -64,7 +74,10 @@ class Tokenizer:
 
     def _decoded(self, tokens: list[int], skip: bool) -> str:
         with foreign_errors("the tokenizer cannot decode tokens", where="tokenizer.json", remedy=_OTHER):
-            return str(self._core.decode(tokens, skip_special_tokens=skip))
+            if not self._slow_to_decode:
+                return str(self._core.decode(tokens, skip_special_tokens=skip))
+            batch = functools.partial(self._core.decode_batch, [tokens], skip_special_tokens=skip)  # lets threads run
+            return str(within(batch, len(tokens))[0])
 
 
 class TextStream:
@@ -113,17 +126,17 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer of a folder, or None where there is no `tokenizer.json`.
 
     Raises:
-        InputError: it does not parse.
+        InputError: it does not parse, or would take too much time or memory.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    data = read_plain(path, "reading the tokenizer", most=_MAX_TOKENIZER)
+    found = bounded_file(read_plain(path, "reading the tokenizer", most=_MAX_TOKENIZER), str(path))
     with foreign_errors("the tokenizer cannot be read", where=str(path), remedy=_OTHER):
-        core = tokenizers.Tokenizer.from_buffer(data)
+        core = tokenizers.Tokenizer.from_buffer(found.data)
         core.no_padding()
         core.no_truncation()
-    return Tokenizer(core)
+    return Tokenizer(core, slow_to_encode=found.slow_to_encode, slow_to_decode=found.slow_to_decode)
 
 
 def eos_token_ids(folder: Path, default: Iterable[int] = ()) -> tuple[int, ...]:
