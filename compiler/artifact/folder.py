@@ -116,26 +116,31 @@ def verify(folder: Path) -> Manifest:
     return manifest
 
 
-def check_trusted(folder: Path, manifest: Manifest, trust: bool) -> None:
-    """Refuse native code of an artifact that nobody vouches for.
+def check_trusted(folder: Path, manifest: Manifest, trust: bool, *, isolated: bool = True) -> None:
+    """Refuse what could harm this process, of an artifact that nobody vouches for.
 
     Args:
         manifest: verified. trust: the user does.
+        isolated: an engine that dies of the artifact takes nothing else down: only native code is refused.
 
     Raises:
         ArtifactError: it was not made here, bears no signature of a trusted key, and `trust` is not given.
     """
-    native = find_engine(manifest.engine, str(folder)).native_code(manifest.engine_info)
-    if not native or trust or is_made_here(manifest):
+    engine = find_engine(manifest.engine, str(folder))
+    native = engine.native_code(manifest.engine_info)
+    if ((isolated or engine.eager) and not native) or trust or is_made_here(manifest):
         return
     try:
         check_signature(folder, (folder / FILE_NAME).read_bytes(), trusted_keys())
     except ArtifactError as error:
+        what = "holds native code, and was not" if native else "was not"
+        risk = "loading it would run the code" if native else f"a fault of {engine.name} would end this process"
+        own = "" if native else "optc run opens it in a process of its own; "
         raise ArtifactError(
-            "the artifact holds native code, and was not made on this machine",
-            where=str(folder / native[0]),
-            why=f"loading it would run the code; {error.why}",
-            remedy="if you trust whoever made it, add --trust (in Python trust=True), or trust a key (docs/deploy.md)",
+            f"the artifact {what} made on this machine",
+            where=str(folder / native[0]) if native else str(folder),
+            why=f"{risk}; {error.why}",
+            remedy=f"{own}if you trust whoever made it, add --trust (in Python trust=True), or trust a key (docs/deploy.md)",
         ) from error
 
 

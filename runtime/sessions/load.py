@@ -207,6 +207,7 @@ def load(
     device: str | None = None,
     graph_device: str = "cpu",
     trust: bool = False,
+    isolated: bool = True,
 ) -> Model:
     """Verify an artifact and open it for generation.
 
@@ -217,16 +218,19 @@ def load(
         device: cpu, cuda, cuda:N or auto, where the artifact must run; None is where its engine does.
         graph_device: where such a graph runs, if `device` says nothing.
         trust: run native code of an artifact that was not made on this machine and bears no signature of a trusted key.
+        isolated: this process may die of such an artifact; without it, its engine asks for trust too.
 
     Raises:
         InputError: there is no such folder.
-        ArtifactError: a file is missing, changed or not plain; native code that nobody vouches for.
+        ArtifactError: a file is missing, changed or not plain; an artifact that nobody vouches for.
         TargetError: not a decoder, or this host cannot run it.
     """
     for name, value in (("eager", eager), ("trust", trust)):
         check_type(name, value, bool, "True or False")
     folder = Path(folder)
     manifest = verify(folder)
+    if not isolated:
+        check_trusted(folder, manifest, trust, isolated=False)
     session = open_session(
         folder,
         manifest,

@@ -338,14 +338,17 @@ def _source(info: CheckpointInfo) -> Source:
 def load(folder: str | Path, **options: Any) -> Any:
     """Verify an artifact and open it for generation: `optc.load(path).generate("Once upon a time")`.
 
+    Its engine reads it in this process. So one that was not made on this machine needs the signature of a trusted key,
+    or trust=True; `optc run` and the other commands open such artifacts in a process of their own.
+
     Raises:
-        ArtifactError: damaged or incomplete (7).  TargetError: this host cannot run it (4).
+        ArtifactError: damaged or incomplete, or nobody vouches for it (7).  TargetError: this host cannot run it (4).
         UsageError: an option of another type or out of range (2).
     """
     check_type("folder", folder, str | Path, "the folder of an artifact")
     from optc.runtime.sessions.load import load as load_artifact
 
-    return load_artifact(Path(folder), **options)
+    return load_artifact(Path(folder), isolated=False, **options)
 
 
 __all__ = ["CompileResult", "TargetError", "capture", "compile", "load"]

@@ -27,7 +27,7 @@ from optc.compiler.artifact.folder import (
 )
 from optc.compiler.artifact.manifest import is_made_here
 from optc.compiler.artifact.trust import SIGNATURE, new_keys
-from optc.compiler.diagnostics import ArtifactError, InputError, ResourceError
+from optc.compiler.diagnostics import ArtifactError, InputError, OptcError, ResourceError
 
 NATIVE = {
     "engine": "executorch",
@@ -277,3 +277,25 @@ def test_a_signature_is_replaced_whole(home: Path, tmp_path: Path, monkeypatch: 
     verify(tmp_path / "a")
     with pytest.raises(InputError), write_folder(tmp_path / "a", force=False):
         pass
+
+
+def test_python_asks_for_trust_where_the_commands_isolate(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`optc.load` has no process of its own: whatever its engine reads was made here, signed, or is trusted."""
+    import optc
+    from optc.runtime.sessions.load import load
+
+    make_artifact(tmp_path / "a")
+    make_artifact(tmp_path / "folder", engine="huggingface", engine_info={})
+    elsewhere(monkeypatch, tmp_path)
+    with pytest.raises(ArtifactError, match="not made on this machine") as refused:
+        optc.load(tmp_path / "a")
+    assert refused.value.exit_code == 7
+    assert "trust=True" in str(refused.value.remedy)
+    assert "optc run" in str(refused.value.remedy)
+    for opened in (lambda: load(tmp_path / "a"), lambda: optc.load(tmp_path / "a", trust=True)):
+        with pytest.raises(OptcError) as later:  # it has no real graph
+            opened()
+        assert "made on this machine" not in str(later.value)
+    check_trusted(tmp_path / "folder", verify(tmp_path / "folder"), trust=False, isolated=False)

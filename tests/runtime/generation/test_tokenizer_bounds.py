@@ -53,7 +53,10 @@ def split(expression: str) -> dict[str, Any]:
         ({"added_tokens": [added(index, "x") for index in range(70_000)]}, "adds 70000 tokens"),
         ({"normalizer": nested(40)}, "nested up to 24 deep"),
         ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 6000}}, "too many parts"),
-        ({"normalizer": {"type": "Sequence", "normalizers": [replacing("a" * 100, {"String": "a"})] * 3}}, "1000000 times"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [replacing("a" * 100, {"String": "a"})] * 3}},
+            "1000000 times",
+        ),
         ({"normalizer": replacing("a" * 2000, {"Regex": "b?"})}, "2000 times"),
     ],
 )
