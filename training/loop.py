@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from optc.compiler.artifact.publishing import check_output, remove_folder, write_folder
+from optc.compiler.artifact.publishing import check_output, remove_abandoned, remove_folder, write_folder
 from optc.compiler.diagnostics import JSON_ERRORS, GateError, InputError, UsageError, ran_out_of_memory
 from optc.compiler.files import read_plain
 from optc.training import checkpoint
@@ -227,6 +227,7 @@ def _finished(output: Path, folder: Path) -> TrainResult | None:
         return None
     if folder.is_dir():
         remove_folder(folder)
+    remove_abandoned(folder)  # the kill may have come while it was removed
     return result
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from fuzz.campaign import READERS, outcome
 from fuzz.readers import Reader
 from fuzz.seeds import Seeds
+from fuzz.whole import Command
 
 CORPUS = Path(__file__).parent.parent / "fuzz" / "corpus"
 KEPT = sorted((path.name, tuple(sorted(path.iterdir()))) for path in CORPUS.iterdir())
@@ -28,3 +31,18 @@ def test_what_failed_before_is_read_or_refused(name: str, folders: tuple[Path, .
         if kind == "fault":
             faults.append((folder.name, more))
     assert not faults
+
+
+def test_commands_take_hostile_manifests(seeds: Seeds, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fixed part of the campaign: each command reads manifests that were changed and sealed again."""
+    reader = Command(seeds, seeds.folder / "commands")
+    rng, faults, seen = random.Random(18), [], Counter[str]()
+    for command in ("run", "eval", "bench", "diff", "verify") * 2:
+        made = reader.make(rng)
+        monkeypatch.setattr(reader, "command_of", lambda data, command=command: command)
+        kind, more = outcome(reader, made)
+        seen[kind] += 1
+        if kind == "fault":
+            faults.append((command, more))
+    assert not faults
+    assert seen["refused"] >= 3

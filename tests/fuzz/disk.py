@@ -5,8 +5,8 @@
 A writer is replayed in forked children over an old output; a library in front of the C library (`shim.c`) counts what it
 does with files and strikes at one operation. Each time the output must be the old one or the new one, whole; after an
 error nothing may lie beside it, and after a kill nothing once the writer has run again. A power loss is a kill after
-which files that were written and not synced are empty, and their names stay: the harshest that a filesystem may do
-(Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014). Needs a C compiler and Linux.
+which files hold what they held when they were synced last, nothing if never, and their names stay: the harshest that a
+filesystem may do (Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014). Needs a C compiler and Linux.
 """
 
 from __future__ import annotations
@@ -206,17 +206,19 @@ def _waited(pid: int) -> int:
 
 
 def lose_unsynced(log: Path, folder: Path) -> None:
-    """Empty the files whose last write was not followed by a sync."""
-    dirty = set()
+    """Cut files that were written after their last sync to what they were at it."""
+    synced, dirty = dict[int, int](), set[int]()
     for line in log.read_text().splitlines():
-        operation, inode, _ = line.split(" ", 2)
-        if operation == "write":
+        operation, inode, size, _ = line.split(" ", 3)
+        if operation == "write":  # its size before: a new file may have the number of one that is gone
             dirty.add(int(inode))
+            synced[int(inode)] = min(int(size), synced.get(int(inode), 0))
         elif operation == "fsync":
             dirty.discard(int(inode))
+            synced[int(inode)] = int(size)
     for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink() and path.stat().st_ino in dirty:
-            os.truncate(path, 0)
+        if path.is_file() and not path.is_symlink() and (found := path.stat()).st_ino in dirty:
+            os.truncate(path, min(found.st_size, synced.get(found.st_ino, 0)))
 
 
 def figures(writers: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-// LD_PRELOAD: counts file operations below $FAULT_DIR, writes them to $FAULT_LOG, and at operation number $FAULT_N fails
+// LD_PRELOAD: counts file operations below $FAULT_DIR, writes them to $FAULT_LOG (with inode and size), and at operation number $FAULT_N fails
 // (FAULT_KIND=errno's number; $FAULT_STICKY: from there on), writes half ("short") or kills the process ("kill").
 // Reads nothing but the environment; a forked child counts anew.
 #define _GNU_SOURCE
@@ -53,14 +53,14 @@ static int path_of(int fd, char *path) {
     return path[0] == '/';
 }
 
-static enum fault point(const char *operation, const char *path, unsigned long inode) {
+static enum fault point(const char *operation, const char *path, unsigned long inode, long long bytes) {
     start();
     if (!folder[0] || !path || strncmp(path, folder, strlen(folder))) return NONE;
     int saved = errno;
     count++;
     if (log_fd >= 0) {
         char line[PATH_MAX + 96];
-        int size = snprintf(line, sizeof line, "%s %lu %s\n", operation, inode, path);
+        int size = snprintf(line, sizeof line, "%s %lu %lld %s\n", operation, inode, bytes, path);
         ssize_t (*writing)(int, const void *, size_t) = dlsym(RTLD_NEXT, "write");
         writing(log_fd, line, size);
     }
@@ -77,7 +77,7 @@ static enum fault point_fd(const char *operation, int fd) {
     char path[PATH_MAX];
     struct stat info;
     if (fd == log_fd || !path_of(fd, path) || fstat(fd, &info)) return NONE;
-    return point(operation, path, info.st_ino);
+    return point(operation, path, info.st_ino, info.st_size);
 }
 
 #define FAIL_IF(what)             \
@@ -129,7 +129,7 @@ OF_FD(ftruncate64, "write", (int fd, off64_t size), (fd, size))
 #define OF_PATHS(name, declared, passed, path)   \
     int name declared {                          \
         REAL(name);                              \
-        FAIL_IF(point(#name, path, 0))           \
+        FAIL_IF(point(#name, path, 0, 0))           \
         return real passed;                      \
     }
 OF_PATHS(rename, (const char *from, const char *to), (from, to), to)
@@ -141,7 +141,7 @@ OF_PATHS(mkdir, (const char *path, mode_t mode), (path, mode), path)
 #define REMOVING(name, declared, passed, path) \
     int name declared {                        \
         REAL(name);                            \
-        point(#name, path, 0);                 \
+        point(#name, path, 0, 0);                 \
         return real passed;                    \
     }
 REMOVING(unlink, (const char *path), (path), path)
@@ -150,7 +150,7 @@ REMOVING(rmdir, (const char *path), (path), path)
 int unlinkat(int fd, const char *name, int flags) {
     REAL(unlinkat);
     if (name[0] == '/' || fd == AT_FDCWD)
-        point("unlinkat", name, 0);
+        point("unlinkat", name, 0, 0);
     else
         point_fd("unlinkat", fd);
     return real(fd, name, flags);
@@ -166,7 +166,7 @@ int unlinkat(int fd, const char *name, int flags) {
             mode = va_arg(rest, mode_t);                                           \
             va_end(rest);                                                          \
         }                                                                          \
-        if (flags & (O_CREAT | O_WRONLY | O_RDWR)) FAIL_IF(point("open", path, 0)) \
+        if (flags & (O_CREAT | O_WRONLY | O_RDWR)) FAIL_IF(point("open", path, 0, 0)) \
         return real(path, flags, mode);                                            \
     }
 OPENING(open)

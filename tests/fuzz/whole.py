@@ -412,12 +412,16 @@ class Command(FolderReader):
         except (ValueError, RecursionError):
             return "a/manifest.json", b"{}"
 
+    def command_of(self, data: bytes) -> str:
+        """Which command reads an input."""
+        return self.commands[hashlib.sha256(data).digest()[0] % len(self.commands)]
+
     def read(self, name: str, data: bytes) -> None:
         from optc.cli.main import cli
 
         self.replace(name, data)
         shutil.rmtree(self.place / "b", ignore_errors=True)
-        artifact, digest = str(self.place / "a"), hashlib.sha256(data).digest()
+        artifact = str(self.place / "a")
         lines: dict[str, list[str]] = {
             "run": ["run", artifact, "--prompt-tokens", "5,17", "--max-new-tokens", "3"],
             "bundle": ["bundle", artifact, "-o", str(self.place / "b")],
@@ -426,7 +430,7 @@ class Command(FolderReader):
             "eval": ["eval", artifact, "--text", str(self._text)],
             "bench": ["bench", artifact, "--prompt-tokens", "4", "--max-new-tokens", "2"],
         }
-        command = self.commands[digest[0] % len(self.commands)]
+        command = self.command_of(data)
         with _fork_ends():
             cli.main(args=lines.get(command, [command, artifact]), prog_name="optc", standalone_mode=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,11 @@ def _artifact_state(folder: Path) -> str:
     return json.dumps([entry.sha256 for entry in entries if entry.path != "report.html"])
 
 
+def _old_artifact(seeds: Seeds) -> Path:
+    """What the writers of artifacts replace."""
+    return seeds.compiled("old", "--target", "vllm", "--quant", "rtn", "--group-size", "32")
+
+
 def artifact_writer(seeds: Seeds, work: Path, *target: str) -> Writer:
     """The last part of a compile: export, check, manifest, publishing."""
     import optc.api as api
@@ -66,6 +72,8 @@ def artifact_writer(seeds: Seeds, work: Path, *target: str) -> Writer:
         _run_optc("compile", seeds.model(), *target, "-o", place, "--force")
     finally:
         api._write = real
+    shutil.rmtree(place)
+    shutil.copytree(_old_artifact(seeds), place)
     return Writer(place, lambda: got and real(*got[0]), _artifact_state)  # type: ignore[func-returns-value]
 
 
@@ -75,7 +83,7 @@ def quantize_writer(seeds: Seeds, work: Path) -> Writer:
     place.parent.mkdir(parents=True, exist_ok=True)
     model, text = seeds.model(), seeds.text()
     calibration = ("--calibration", text, "--calibration-samples", 2, "--calibration-seq-len", 32)
-    _run_optc("quantize", model, "--quant", "rtn", "--group-size", 32, "-o", place)
+    shutil.copytree(_old_artifact(seeds), place, dirs_exist_ok=True)
     quantized = ("quantize", model, "--quant", "gptq", "--group-size", 32, *calibration)
     words = (*quantized, "-o", place, "--force", "--work-dir", place.parent / "work")
     return Writer(place, lambda: _optc_code(*words), _artifact_state, kept=("work",))

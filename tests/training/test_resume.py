@@ -140,6 +140,10 @@ def test_a_run_killed_after_publishing_is_done(start: tuple[Path, Path], tmp_pat
     assert run_folder(tmp_path / "out").is_dir()
     assert train(config, resume=True) == first
     assert not run_folder(tmp_path / "out").exists()
+    half_removed = tmp_path / ".out.run.gone-9999999-0123abcd"  # of a process that was killed while it removed it
+    half_removed.mkdir()
+    assert train(config, resume=True) == first
+    assert not half_removed.exists()
 
 
 def test_only_the_newest_checkpoints_stay(start: tuple[Path, Path], tmp_path: Path) -> None:
