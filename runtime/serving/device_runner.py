@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from optc.compiler.execution.block_manager import StepInputs
 from optc.compiler.kernels.cuda.dispatch import kernels_only
 from optc.compiler.kernels.cuda.paged_attention import SHORT_CONTEXT
 from optc.compiler.ops.dialect.paged import PADDING
+from optc.runtime.serving.mixed_call import MixedCall
 from optc.runtime.serving.model_runner import step_inputs
 from optc.runtime.serving.open_choice import OpenChoice, Tell
 from optc.runtime.serving.plan import Chosen, Plan
@@ -28,7 +28,7 @@ from optc.runtime.serving.sampler import SamplerOf
 from optc.runtime.serving.step_buffers import StepBuffers
 from optc.runtime.sessions.decode_step import DecodeStep
 from optc.runtime.sessions.paged import PagedModel
-from optc.runtime.sessions.prompt_call import PromptCall, token_size
+from optc.runtime.sessions.prompt_call import token_size
 from optc.runtime.sessions.streaming import Draw
 
 _FEW_REQUESTS = (8, 64)
@@ -66,7 +66,7 @@ class DeviceRunner:
         self._buffers = StepBuffers(rows, model.vocab_size, model.device, self._draw_of)
         self._open = OpenChoice(self._buffers, sampler_of)
         self._steps: dict[tuple[int, int, Kind], DecodeStep] = {}
-        self._calls: dict[tuple[tuple[int, int], Kind], _MixedCall] = {}
+        self._calls: dict[tuple[tuple[int, int], Kind], MixedCall] = {}
         self._flights: deque[_Flight] = deque()
         self.model_s = 0.0
         self.launched = self.captured = 0
@@ -199,61 +199,10 @@ class DeviceRunner:
         least = max(tokens, most + 1)
         return (-(-least // _STEP) * _STEP if _STEP < least <= _CLOSE else token_size(least)), most
 
-    def _call(self, size: tuple[int, int], kind: Kind) -> _MixedCall:
+    def _call(self, size: tuple[int, int], kind: Kind) -> MixedCall:
         if (size, kind) not in self._calls:
-            self._calls[size, kind] = _MixedCall(self._model, self._buffers, size, kind)
+            self._calls[size, kind] = MixedCall(self._model, self._buffers, size, kind)
         return self._calls[size, kind]
-
-
-class _MixedCall:
-    """A call of decodes and prompts of a size that repeats; tokens are chosen in it, but for `Kind.OPEN`, whose logits it
-    gives.
-
-    A negative token -1 - r is the one that the device has for row r.
-    """
-
-    def __init__(self, model: PagedModel, buffers: StepBuffers, size: tuple[int, int], kind: Kind) -> None:
-        tokens, requests = size
-        self._model, self._buffers = model, buffers
-        self._draws = buffers.draws(kind) if kind < Kind.OPEN else None
-        self._chooses = kind < Kind.OPEN
-        self._rows = torch.full((requests,), buffers.nobody, dtype=torch.int64, device=model.device)
-        self._call = PromptCall(
-            self._compute,
-            model.pools,
-            tokens=tokens,
-            requests=requests,
-            width=buffers.state.width,
-            record=model.record if tokens <= model.prompt_tokens else None,
-        )
-
-    @property
-    def recorded(self) -> bool:
-        return self._call.recorded
-
-    def __call__(self, inputs: StepInputs, rows: Ints) -> Tensor:
-        """Tokens of the requests, [R], which are the rows' from then on, or logits [R, V]; `rows` [R] says whose."""
-        padded = np.full(len(self._rows), self._buffers.nobody, np.int64)
-        padded[: len(rows)] = rows
-        self._rows.copy_(self._buffers.send(padded), non_blocking=True)
-        found = self._call(inputs)
-        if self._chooses:  # not in the call, which gives the same when it runs twice
-            self._buffers.state.ids.index_copy_(0, self._rows[: len(rows)], found.clamp(min=0))
-        return found
-
-    def _compute(self, ids: Tensor, positions: Tensor, *rest: Any) -> Tensor:
-        tables, wanted, pools = rest[:4], rest[4], rest[5:]
-        own = self._buffers.state.ids
-        known = torch.where(ids < 0, own.index_select(0, (-1 - ids).clamp(min=0)), ids)
-        selected = (wanted,) if self._model.selects else ()
-        outputs = self._model.run(known, positions, *tables, *selected, *pools)
-        logits: Tensor = outputs[0] if isinstance(outputs, tuple | list) else outputs
-        logits = logits if self._model.selects else logits.index_select(0, wanted)
-        if not self._chooses:
-            return logits
-        if self._draws is None:
-            return torch.ops.optc.argmax(logits)
-        return self._draws.of(self._rows).choose(logits, positions.index_select(0, wanted))
 
 
 def _batch(rows: int, most: int) -> int:
