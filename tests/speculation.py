@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from serving import Got
 
+from optc.runtime.serving.device_runner import DeviceRunner
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.grammar import Grammars
 from optc.runtime.serving.model_runner import HostRunner
@@ -65,4 +67,5 @@ def speculating(
     """An engine that always drafts."""
     speculation = Speculation(method="ngram", draft_tokens=draft_tokens, adaptive=False)
     chosen = EngineOptions(speculation=speculation, **options)
-    return PagedEngine(model, chosen, HostRunner, drafter=drafter, grammars=grammars)
+    runner = functools.partial(DeviceRunner, drafts=True) if model.on_device else HostRunner
+    return PagedEngine(model, chosen, runner, drafter=drafter, grammars=grammars)

@@ -3,12 +3,17 @@
 A step of decodes alone is a captured `DecodeStep` over the first rows, as many as a power of two; the others are padding.
 A step with prompts is one call, mixed, of a size that repeats (`PromptCall`): decodes in it read their tokens from the
 device's rows, and all that are chosen go there.
+
+Where tokens are drafted, the host must have read a step before it plans the next. A step with drafts is a call in which each
+token is a request of its own; what the device decided behind each of them is read, and the draft kept as far as it agrees.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +31,7 @@ from optc.runtime.serving.plan import Chosen, Plan
 from optc.runtime.serving.rows import Ints, Kind, Rows
 from optc.runtime.serving.sampler import SamplerOf
 from optc.runtime.serving.step_buffers import StepBuffers
+from optc.runtime.serving.verifier import Verifier
 from optc.runtime.sessions.decode_step import DecodeStep
 from optc.runtime.sessions.paged import PagedModel
 from optc.runtime.sessions.prompt_call import token_size
@@ -44,29 +50,34 @@ _STEP, _CLOSE = 64, 1024
 
 @dataclass(slots=True)
 class _Flight:
-    """A step that was launched: its tokens on the way to the host, and where those of `Plan.rows` are among them."""
+    """A step that was launched: its tokens on the way to the host, where those of interest are among them, and what the
+    step gives once they are there."""
 
     tokens: Tensor
     order: Ints
-    tell: Tell | None
+    given: Callable[[Ints], Chosen]
     arrived: torch.cuda.Event | None
 
 
 class DeviceRunner:
     """See above.
 
+    Args:
+        drafts: steps may have drafts, and none is launched ahead.
+
     Attributes:
         launched, captured: steps; those of them that were replayed from a graph.
     """
 
-    ahead = 1
-
-    def __init__(self, model: PagedModel, rows: Rows, sampler_of: SamplerOf) -> None:
+    def __init__(self, model: PagedModel, rows: Rows, sampler_of: SamplerOf, *, drafts: bool = False) -> None:
+        self.ahead = 0 if drafts else 1
         self._model, self._rows, self._sampler_of = model, rows, sampler_of
+        self._verifier = Verifier(rows, sampler_of)
+        self._overtaken: Ints = np.zeros(0, np.int64)  # rows whose tokens the device's tables do not have
         self._buffers = StepBuffers(rows, model.vocab_size, model.device, self._draw_of)
         self._open = OpenChoice(self._buffers, sampler_of)
         self._steps: dict[tuple[int, int, Kind], DecodeStep] = {}
-        self._calls: dict[tuple[tuple[int, int], Kind], MixedCall] = {}
+        self._calls: dict[tuple[tuple[int, int], Kind, bool], MixedCall] = {}
         self._flights: deque[_Flight] = deque()
         self.model_s = 0.0
         self.launched = self.captured = 0
@@ -106,16 +117,27 @@ class DeviceRunner:
         kind = Kind(int(self._rows.kind[plan.rows].max(initial=Kind.GREEDY)))
         if kind < Kind.OPEN:
             buffers.draws(kind)
-        buffers.join([piece.row for piece in plan.pieces if piece.last])
+        buffers.join([*self._behind(plan), *(piece.row for piece in plan.pieces if piece.last)])
         with kernels_only():
-            tokens, order, tell = self._mixed(plan, kind) if plan.pieces else self._decode(plan, kind)
+            if plan.drafted.any():
+                tokens, order, given = self._verify(plan, kind)
+            else:
+                tokens, order, tell = self._mixed(plan, kind) if plan.pieces else self._decode(plan, kind)
+                given = functools.partial(_one_each, tell)
         self.launched += 1
         arrived = None
         host = buffers.bring(tokens)
         if tokens.device.type == "cuda":
             arrived = torch.cuda.Event()
             arrived.record()
-        self._flights.append(_Flight(host, order, tell, arrived))
+        self._flights.append(_Flight(host, order, given, arrived))
+
+    def _behind(self, plan: Plan) -> list[int]:
+        """Rows that got tokens which the device's tables do not have, where they are by now."""
+        moved = dict(plan.moved)
+        rows = [moved.get(row, row) for row in self._overtaken.tolist()]
+        self._overtaken = self._overtaken[:0]
+        return [row for row in rows if self._rows.decoding[row]]
 
     def collect(self) -> Chosen:
         """See `ModelRunner`."""
@@ -124,10 +146,7 @@ class DeviceRunner:
         if flight.arrived is not None:
             flight.arrived.synchronize()
         self.model_s += time.perf_counter() - begin
-        found: Ints = flight.tokens.numpy()[flight.order]
-        if flight.tell is not None:
-            flight.tell(found)
-        return Chosen.one_each(found)
+        return flight.given(flight.tokens.numpy()[flight.order])
 
     def _decode(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Tell | None]:
         """Tokens of a step of decodes, and where those of its rows are."""
@@ -188,6 +207,43 @@ class DeviceRunner:
         buffers.state.ids.index_copy_(0, buffers.send(plan.rows), chosen.clamp(min=0))
         return chosen, np.arange(len(order)), tell
 
+    def _verify(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Callable[[Ints], Chosen]]:
+        """What a step with drafts decides behind its tokens, where those of its rows are, and what comes of them.
+
+        Rows that do more than draw are decided by their samplers, from logits.
+        """
+        arrays, _ = step_inputs(plan, self._rows, apart=True)
+        inputs = StepInputs(*map(torch.from_numpy, arrays))
+        ends = [piece.row if piece.last else self._buffers.nobody for piece in plan.pieces]
+        rows = np.concatenate([np.repeat(plan.decodes, 1 + plan.drafted), np.array(ends, np.int64)])
+        order = np.flatnonzero(rows != self._buffers.nobody)
+        kind = Kind.OPEN if kind == Kind.PENALIZED else kind
+        every = not plan.pieces
+        count = _few_tokens(len(rows)) if every else 0
+        size = (count, count + 1) if every else self._size(len(inputs.input_ids), len(rows))
+        call = self._call(size, kind, every=every)
+        found = call(inputs, rows)
+        self.captured += call.recorded
+        self._buffers.overtaken()
+        if kind < Kind.OPEN:
+            return found, order, functools.partial(self._kept, plan)
+        chosen = self._verifier(found.index_select(0, self._buffers.send(order)), plan)
+        self._overtaken = plan.rows
+        self._go_on(plan, chosen)
+        return torch.zeros(0, dtype=torch.int64), order[:0], lambda _: chosen
+
+    def _kept(self, plan: Plan, decided: Ints) -> Chosen:
+        chosen = self._verifier.keep(torch.from_numpy(decided), plan)
+        self._go_on(plan, chosen)
+        return chosen
+
+    @torch.inference_mode()
+    def _go_on(self, plan: Plan, chosen: Chosen) -> None:
+        """The device's rows are fed the last of their tokens next."""
+        last = chosen.tokens[np.arange(len(plan.rows)), chosen.counts - 1]
+        send = self._buffers.send
+        self._buffers.state.ids.index_copy_(0, send(plan.rows), send(last.clip(min=0)))
+
     def _size(self, tokens: int, requests: int) -> tuple[int, int]:
         """As `call_size`, but closer: hundreds of decodes and a prompt or two are the usual call.
 
@@ -199,12 +255,24 @@ class DeviceRunner:
         least = max(tokens, most + 1)
         return (-(-least // _STEP) * _STEP if _STEP < least <= _CLOSE else token_size(least)), most
 
-    def _call(self, size: tuple[int, int], kind: Kind) -> MixedCall:
-        if (size, kind) not in self._calls:
-            self._calls[size, kind] = MixedCall(self._model, self._buffers, size, kind)
-        return self._calls[size, kind]
+    def _call(self, size: tuple[int, int], kind: Kind, *, every: bool = False) -> MixedCall:
+        if (size, kind, every) not in self._calls:
+            self._calls[size, kind, every] = MixedCall(self._model, self._buffers, size, kind, every=every)
+        return self._calls[size, kind, every]
 
 
 def _batch(rows: int, most: int) -> int:
     """The size of a captured step for so many rows: a power of two, or all there are."""
     return min(1 << (rows - 1).bit_length(), most)
+
+
+def _few_tokens(tokens: int) -> int:
+    """The size of a call of decodes and drafts: a power of two up to that of a product of tensor cores."""
+    size = 1 << (tokens - 1).bit_length()
+    return size if size < token_size(1) else token_size(tokens)
+
+
+def _one_each(tell: Tell | None, found: Ints) -> Chosen:
+    if tell is not None:
+        tell(found)
+    return Chosen.one_each(found)

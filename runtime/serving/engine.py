@@ -67,8 +67,8 @@ def engine_for(
             raise _cannot_verify()
         return SessionEngine(session, options, grammars)
     model = session.model
-    # Steps that follow each other on the device know no token that the host could draft from.
-    runner = DeviceRunner if model.on_device and options.speculation is None else HostRunner
+    on_device = functools.partial(DeviceRunner, drafts=options.speculation is not None)
+    runner = on_device if model.on_device else HostRunner
     if options.speculation is not None and drafter is None:
         running, _ = options.batch(on_device=model.on_device)
         drafter = drafter_for(

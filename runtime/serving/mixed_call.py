@@ -1,4 +1,4 @@
-"""A call of decodes and prompts of a size that repeats, which chooses its tokens on the device."""
+"""Calls of sizes that repeat, which choose their tokens on the device: of decodes and prompts, or of decodes with drafts."""
 
 from __future__ import annotations
 
@@ -20,10 +20,20 @@ class MixedCall:
     gives.
 
     A negative token -1 - r is the one that the device has for row r.
+
+    Args:
+        size: tokens and requests.
+        every: each token is a request of its own, and the one request to spare is empty or padding: one of drafted tokens
+            has the blocks of the row that it is drafted for, one position behind the token before it. Keys and values
+            are written before any is attended to, since there are more requests than tokens (`attention.launch`).
     """
 
-    def __init__(self, model: PagedModel, buffers: StepBuffers, size: tuple[int, int], kind: Kind) -> None:
+    def __init__(
+        self, model: PagedModel, buffers: StepBuffers, size: tuple[int, int], kind: Kind, *, every: bool = False
+    ) -> None:
         tokens, requests = size
+        assert not every or requests == tokens + 1
+        self._every = every
         self._model, self._buffers = model, buffers
         self._draws = buffers.draws(kind) if kind < Kind.OPEN else None
         self._chooses = kind < Kind.OPEN
@@ -42,12 +52,16 @@ class MixedCall:
         return self._call.recorded
 
     def __call__(self, inputs: StepInputs, rows: Ints) -> Tensor:
-        """Tokens of the requests, [R], which are the rows' from then on, or logits [R, V]; `rows` [R] says whose."""
+        """Tokens of the requests, [R], which are the rows' from then on (but for `every`), or logits [R, V].
+
+        Args:
+            rows: [R], whose they are.
+        """
         padded = np.full(len(self._rows), self._buffers.nobody, np.int64)
         padded[: len(rows)] = rows
         self._rows.copy_(self._buffers.send(padded), non_blocking=True)
         found = self._call(inputs)
-        if self._chooses:  # not in the call, which gives the same when it runs twice
+        if self._chooses and not self._every:  # not in the call, which gives the same when it runs twice
             self._buffers.state.ids.index_copy_(0, self._rows[: len(rows)], found.clamp(min=0))
         return found
 
@@ -55,12 +69,16 @@ class MixedCall:
         tables, wanted, pools = rest[:4], rest[4], rest[5:]
         own = self._buffers.state.ids
         known = torch.where(ids < 0, own.index_select(0, (-1 - ids).clamp(min=0)), ids)
+        wanted = wanted[: len(ids)]
         selected = (wanted,) if self._model.selects else ()
-        outputs = self._model.run(known, positions, *tables, *selected, *pools)
+        run = (self._model.step or self._model.run) if self._every else self._model.run
+        outputs = run(known, positions, *tables, *selected, *pools)
         logits: Tensor = outputs[0] if isinstance(outputs, tuple | list) else outputs
-        logits = logits if self._model.selects else logits.index_select(0, wanted)
+        if not (self._every or self._model.selects):
+            logits = logits.index_select(0, wanted)
         if not self._chooses:
             return logits
         if self._draws is None:
-            return torch.ops.optc.argmax(logits)
-        return self._draws.of(self._rows).choose(logits, positions.index_select(0, wanted))
+            found: Tensor = torch.ops.optc.argmax(logits)
+            return found
+        return self._draws.of(self._rows[: len(wanted)]).choose(logits, positions.index_select(0, wanted))

@@ -93,12 +93,21 @@ class HostRunner:
         return logits, dict(zip(model.gives, others, strict=True))
 
 
-def step_inputs(plan: Plan, rows: Rows) -> tuple[list[np.ndarray], Ints]:
-    """The tables of one call for a whole step, in the order of `StepInputs`, and which tokens' logits are wanted."""
-    size, pieces = rows.block_size, plan.pieces
-    starts = np.concatenate([plan.positions, np.array([piece.start for piece in pieces], np.int64)])
-    counts = np.concatenate([1 + plan.drafted, np.array([piece.size for piece in pieces], np.int64)])
-    places = np.concatenate([plan.decodes, np.array([piece.row for piece in pieces], np.int64)])
+def step_inputs(plan: Plan, rows: Rows, *, apart: bool = False) -> tuple[list[np.ndarray], Ints]:
+    """The tables of one call for a whole step, in the order of `StepInputs`, and which tokens' logits are wanted.
+
+    Args:
+        apart: each drafted token is a request of its own, and none of several tokens with the one that it follows.
+    """
+    size, pieces, fed = rows.block_size, plan.pieces, 1 + plan.drafted
+    decodes, positions = plan.decodes, plan.positions
+    if apart:
+        behind = np.arange(fed.sum()) - np.repeat(fed.cumsum() - fed, fed)
+        decodes, positions = np.repeat(decodes, fed), np.repeat(positions, fed) + behind
+        fed = np.ones_like(decodes)
+    starts = np.concatenate([positions, np.array([piece.start for piece in pieces], np.int64)])
+    counts = np.concatenate([fed, np.array([piece.size for piece in pieces], np.int64)])
+    places = np.concatenate([decodes, np.array([piece.row for piece in pieces], np.int64)])
     bounds = np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
     owner = np.repeat(np.arange(len(places)), counts)
     position = starts[owner] + np.arange(bounds[-1]) - bounds[owner]
@@ -106,8 +115,8 @@ def step_inputs(plan: Plan, rows: Rows) -> tuple[list[np.ndarray], Ints]:
     lengths = starts + counts
     tables = rows.tables[places, : -(-int(lengths.max()) // size)]
     slots = tables[owner, position // size].astype(np.int64) * size + position % size
-    wanted = owner < len(plan.decodes)
+    wanted = owner < len(decodes)
     last = np.array([piece.last for piece in pieces], np.bool_)
-    wanted[bounds[1 + len(plan.decodes) :][last] - 1] = True
+    wanted[bounds[1 + len(decodes) :][last] - 1] = True
     inputs = [ids, position, slots, tables, lengths.astype(np.int32), bounds.astype(np.int32)]
     return inputs, np.flatnonzero(wanted)

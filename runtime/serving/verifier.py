@@ -49,16 +49,18 @@ class Verifier:
     @torch.inference_mode()
     def __call__(self, logits: Tensor, plan: Plan) -> Chosen:
         """What a step chose, from logits [T, V]: of each of `plan.rows` those behind all its tokens, in order."""
-        counts = np.ones(len(plan.rows), np.int64)
-        counts[: len(plan.decodes)] += plan.drafted
-        drafted = self._drafted(plan, counts)
-        held = list(self._held(plan, counts, drafted))
-        decided = self._decide(logits, held)
-        place = logits.device
-        tokens, kept = accept(decided, torch.from_numpy(drafted).to(place), torch.from_numpy(counts).to(place))
-        chosen = Chosen(tokens.cpu().numpy(), kept.cpu().numpy())
+        counts = _counts(plan)
+        held = list(self._held(plan, counts, self._drafted(plan, counts)))
+        chosen = self.keep(self._decide(logits, held), plan)
         self._tell(logits, plan, held, chosen)
         return chosen
+
+    def keep(self, decided: Tensor, plan: Plan) -> Chosen:
+        """What a step chose where int64 [T] is decided behind all its tokens, in order: the draft as far as it agrees."""
+        counts, place = _counts(plan), decided.device
+        drafted = torch.from_numpy(self._drafted(plan, counts)).to(place)
+        tokens, kept = accept(decided, drafted, torch.from_numpy(counts).to(place))
+        return Chosen(tokens.cpu().numpy(), kept.cpu().numpy())
 
     def _drafted(self, plan: Plan, counts: Ints) -> Ints:
         """int64 [T]: the token that was drafted behind each position."""
@@ -131,6 +133,13 @@ class Verifier:
             asked = item.sampler.request.logprobs is not None
             own = logits[item.start : item.start + count].float().cpu().numpy() if asked else None
             item.sampler.take_all(chosen.tokens[place, :count].tolist(), own)
+
+
+def _counts(plan: Plan) -> Ints:
+    """Tokens behind which one is decided, of each of `plan.rows`."""
+    counts = np.ones(len(plan.rows), np.int64)
+    counts[: len(plan.decodes)] += plan.drafted
+    return counts
 
 
 def _add_biases(scores: Tensor, held: Sequence[_Held]) -> Tensor:

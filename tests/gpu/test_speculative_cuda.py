@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_sessions import LENGTHS, compiled
+from cuda_sessions import LENGTHS, MIXED, compiled
 from serving import run
 from speculation import speculating, teller
 from stages import VOCAB, sequences
@@ -29,17 +29,28 @@ def session() -> CudaSession:
     return CudaSession(program, plan_for(program, device, num_blocks=64, loaded=True))
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_greedy_tokens_are_those_of_plain_decoding(penalty: float) -> None:
-    """float32, ragged, across blocks; acceptance runs on the GPU."""
+@pytest.mark.parametrize(
+    "samplings", [[Sampling()] * 3, [Sampling(repetition_penalty=1.3)] * 3, MIXED], ids=["greedy", "penalized", "drawn"]
+)
+def test_tokens_are_those_of_plain_decoding(samplings: list[Sampling]) -> None:
+    """float32, ragged, across blocks; twice: the second time calls are replayed."""
     wanted = [
-        Generate(id=str(place), prompt=prompt, max_new_tokens=40, sampling=Sampling(repetition_penalty=penalty))
-        for place, prompt in enumerate(sequences(*LENGTHS))
+        Generate(id=str(place), prompt=prompt, max_new_tokens=40, sampling=sampling)
+        for place, (prompt, sampling) in enumerate(zip(sequences(*LENGTHS), samplings, strict=True))
     ]
     plain = run(engine_for(session(), EngineOptions(max_running=8, token_budget=64)), wanted)
     engine = speculating(session().model, teller(wanted, plain, VOCAB), max_running=8, token_budget=64)
-    found = run(engine, wanted)
-    assert {name: item.tokens for name, item in found.items()} == {name: item.tokens for name, item in plain.items()}
+    for _ in range(2):
+        found = run(engine, wanted)
+        assert {name: item.tokens for name, item in found.items()} == {
+            name: item.tokens for name, item in plain.items()
+        }
     figures = engine.metrics().speculation
     assert figures is not None
-    assert figures.accepted_tokens > 40
+    assert figures.accepted_tokens > 80
+
+
+def test_a_session_may_be_closed_twice() -> None:
+    closed = session()
+    closed.close()
+    closed.close()
