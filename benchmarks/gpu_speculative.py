@@ -51,7 +51,8 @@ class RandomDrafter:
         self._rng, self._vocabulary = np.random.default_rng(0), vocabulary
 
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
-        return [self._rng.integers(0, self._vocabulary, ask.most).tolist() for ask in asks]
+        drafts = self._rng.integers(0, self._vocabulary, (len(asks), max(ask.most for ask in asks))).tolist()
+        return [draft[: ask.most] for draft, ask in zip(drafts, asks, strict=True)]
 
     def observe(self, verified: Sequence[Verified]) -> None:
         """Nothing to learn."""
@@ -70,14 +71,15 @@ class SyntheticVerifier(Verifier):
 
     def keep(self, decided: Tensor, plan: Plan) -> Chosen:
         """See `Verifier`."""
-        exact = super().keep(decided, plan)
+        exact, most = super().keep(decided, plan), int(plan.drafted.max())
         rng = np.random.default_rng(int(plan.positions.sum()) + len(plan.decodes))
+        place = np.arange(most)
+        fits = (rng.random((len(plan.decodes), most)) < self.rate) & (place < plan.drafted[:, None])
+        kept = fits.cumprod(1).astype(bool)
+        drafts = self._rows.history[plan.decodes[:, None], plan.positions[:, None] + 1 + place]
         tokens, counts = exact.tokens.copy(), exact.counts.copy()
-        for place, (row, count) in enumerate(zip(plan.decodes.tolist(), plan.drafted.tolist(), strict=True)):
-            kept = int((rng.random(count) < self.rate).cumprod().sum())
-            begin = int(plan.positions[place]) + 1
-            tokens[place, :kept] = self._rows.history[row, begin : begin + kept]
-            counts[place] = kept + 1
+        tokens[: len(kept), :most] = np.where(kept, drafts, tokens[: len(kept), :most])
+        counts[: len(kept)] = kept.sum(1) + 1
         return Chosen(tokens, counts)
 
 

@@ -241,16 +241,16 @@ class DeviceRunner:
     def _go_on(self, plan: Plan, chosen: Chosen) -> None:
         """The device's rows are fed the last of their tokens next."""
         last = chosen.tokens[np.arange(len(plan.rows)), chosen.counts - 1]
-        send = self._buffers.send
-        self._buffers.state.ids.index_copy_(0, send(plan.rows), send(last.clip(min=0)))
+        rows, ids = self._buffers.send(np.stack([plan.rows, np.maximum(last, 0)]))
+        self._buffers.state.ids.index_copy_(0, rows, ids)
 
     def _size(self, tokens: int, requests: int) -> tuple[int, int]:
         """As `call_size`, but closer: hundreds of decodes and a prompt or two are the usual call.
 
-        Requests are some of `_FEW_REQUESTS`, or as many as there are rows, with one to spare: kernels are compiled for
-        each number. Tokens up to `_CLOSE` are multiples of 64, from 64 on.
+        Requests are some of `_FEW_REQUESTS`, or as many as there are rows (a drafted token is a request, too), with one to
+        spare: kernels are compiled for each number. Tokens up to `_CLOSE` are multiples of 64, from 64 on.
         """
-        all_rows = -(-(self._rows.count + 1) // _STEP) * _STEP
+        all_rows = -(-(max(self._rows.count, requests) + 1) // _STEP) * _STEP
         most = next((size for size in _FEW_REQUESTS if requests < size), all_rows)
         least = max(tokens, most + 1)
         return (-(-least // _STEP) * _STEP if _STEP < least <= _CLOSE else token_size(least)), most
