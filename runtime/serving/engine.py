@@ -20,7 +20,7 @@ from optc.runtime.serving.session_engine import SessionEngine
 from optc.runtime.sessions.load import Model, open_session
 from optc.runtime.sessions.paged import PagedSession
 from optc.runtime.sessions.session import Session
-from optc.runtime.speculative.drafter import Drafter
+from optc.runtime.speculative.drafter import Drafter, ReadingDrafter
 from optc.runtime.speculative.opening import Verifying, open_drafter
 from optc.runtime.speculative.settings import Speculation
 
@@ -67,13 +67,14 @@ def engine_for(
             raise _cannot_verify()
         return SessionEngine(session, options, grammars)
     model = session.model
-    on_device = functools.partial(DeviceRunner, drafts=options.speculation is not None)
-    runner = on_device if model.on_device else HostRunner
     if options.speculation is not None and drafter is None:
         running, _ = options.batch(on_device=model.on_device)
         drafter = drafter_for(
             session, options.speculation, folder, running=running, threads=options.threads, trust=options.trust
         )
+    on_device = functools.partial(DeviceRunner, drafts=options.speculation is not None)
+    # Captured steps give tokens alone.
+    runner = on_device if model.on_device and not isinstance(drafter, ReadingDrafter) else HostRunner
     return PagedEngine(
         model,
         options,
