@@ -265,7 +265,7 @@ def distance(linear: Any, y: Tensor) -> float:
     from optc.compiler.ops.library import reference
 
     wide = [item.float() if isinstance(item, Tensor) and item.dtype == torch.bfloat16 else item for item in linear[:8]]
-    names = ("norm", "eps", "activation", "gated", "format", "group_size")
+    names = ("norm", "eps", "activation", "gated", "format", "group_size", "inputs")
     expected = reference("fused_linear")(*wide, **dict(zip(names, linear[8:], strict=True)))
     return float((y.float() - expected).abs().max() / expected.abs().max())
 
