@@ -86,9 +86,10 @@ INTEGER_GEMV = [
     (4, 1, 1024, 1, 4), (2, 4, 1024, 2, 4), (4, 4, 2048, 1, 8), (4, 1, 2048, 1, 8), (4, 2, 2048, 1, 8), (4, 1, 512, 3, 4),
 ]  # fmt: skip
 PRODUCT = [
-    (block_n, split, stages, warps)
+    (block_n, split, stages, warps, lines)
     for block_n, warps in ((64, 4), (128, 4), (128, 8))
     for split, stages in ((1, 4), (2, 4), (4, 4), (8, 4))
+    for lines in (0, 2, 4, 8)
 ]
 
 
@@ -119,10 +120,12 @@ def product_candidates(shape: Shape) -> list[Product]:
     """Tile sizes to try: those that give each processor one to eight programs."""
     block_k = 128 if shape.format in ("", "fp8") else 0
     found = []
-    for block_n, split, stages, warps in PRODUCT:
+    for block_n, split, stages, warps, lines in PRODUCT:
         programs = -(-shape.n // block_n) * split * (2 if shape.gated else 1) * -(-shape.m // 64)
         if 96 <= programs <= 2400 and not (split > 1 and programs > 1600):
-            found.append(Product(block_n=block_n, split=split, stages=stages, warps=warps, block_k=block_k))
+            found.append(
+                Product(block_n=block_n, split=split, stages=stages, warps=warps, block_k=block_k, lines=lines)
+            )
     return found
 
 

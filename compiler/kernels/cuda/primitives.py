@@ -42,6 +42,22 @@ def let_next_start(PDL: tl.constexpr):
 
 
 @triton.jit
+def _bring_line(places):
+    """Ask for the lines of 128 bytes at these places, without waiting for them."""
+    tl.inline_asm_elementwise(
+        "mov.b32 $0, 0; prefetch.global.L2 [$1];", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def bring_rows(w, rows, begin, end, ROW_BYTES: tl.constexpr, LINES: tl.constexpr):
+    """Ask for LINES lines (a power of two) of each row of a weight, from the byte `begin` on, as far as `end`, to be in the
+    cache that all multiprocessors share. On a GPU only."""
+    byte = tl.minimum(begin + 128 * tl.arange(0, LINES), end - 1)
+    _bring_line(w.to(tl.pointer_type(tl.int8)) + rows.to(tl.int64)[:, None] * ROW_BYTES + byte[None, :])
+
+
+@triton.jit
 def activate(v, KIND: tl.constexpr):
     if KIND == "silu":
         return v / (1.0 + tl.exp(-v))
@@ -82,6 +98,7 @@ def load_normalized(
         gain = tl.load(norm_weight + columns, mask=inside, other=0.0).to(tl.float32)
     if norm_bias is not None:
         shift = tl.load(norm_bias + columns, mask=inside, other=0.0).to(tl.float32)
+    let_next_start(PDL)
     wait_for_producer(PDL)
     values = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
     if NORM == "rms":

@@ -75,6 +75,8 @@ class Product:
         block_n: rows of results per program. split: programs that share the columns.
         stages: of the pipeline of loads. warps: per program.
         block_k: columns per step; integers take a group per step instead.
+        lines: of 128 bytes of each row that a program asks for before it waits for its tokens, a power of two; 0 for none,
+            and the next kernel starts later then.
     """
 
     block_n: int
@@ -82,6 +84,7 @@ class Product:
     stages: int
     warps: int
     block_k: int = 0
+    lines: int = 0
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,8 @@ def product(linear: Linear, tiles: Product) -> Tensor:
         arrivals = _arrivals(y.device)
     common = {
         "K": shape.k, "ACTIVATION": linear.activation, "GATED": linear.gated, "BLOCK_M": block_m,
-        "BLOCK_N": tiles.block_n, "SPLIT": tiles.split, "STAGES": tiles.stages, **_options(y, tiles.warps),
+        "BLOCK_N": tiles.block_n, "SPLIT": tiles.split, "STAGES": tiles.stages, "LINES": tiles.lines,
+        **_options(y, tiles.warps),
     }  # fmt: skip
     ends = (linear.bias, linear.residual, y, partial, arrivals, shape.m, shape.n)
     if linear.format in BITS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optc.compiler.kernels.cuda.primitives import store_block, wait_for_producer
+from optc.compiler.kernels.cuda.primitives import bring_rows, let_next_start, store_block, wait_for_producer
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _block_product(
 def product_float(
     x, w, scale, bias, residual, y, partial, arrivals, M, N,
     K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] of normalized tokens x [M, K]; scale is [N] or None. See product_integer for the other arguments."""
     BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -38,6 +38,14 @@ def product_float(
     block_m = tl.program_id(2)
     rows = tl.minimum(block_n * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
     tokens = tl.minimum(block_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
+    if PDL and LINES > 0:
+        SIZE: tl.constexpr = w.dtype.element_ty.primitive_bitwidth // 8
+        begin = part * BLOCKS // SPLIT * (BLOCK_K * SIZE)
+        end = tl.minimum((part + 1) * BLOCKS // SPLIT * BLOCK_K, K) * SIZE
+        bring_rows(w, rows, begin, end, K * SIZE, LINES)
+        if GATED:
+            bring_rows(w, rows + N, begin, end, K * SIZE, LINES)
+        let_next_start(PDL)
     wait_for_producer(PDL)
     gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)

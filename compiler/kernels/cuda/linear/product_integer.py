@@ -15,6 +15,8 @@ import triton.language as tl
 from optc.compiler.kernels.cuda.primitives import (
     LEVELS,
     SMALLEST,
+    bring_rows,
+    let_next_start,
     load_normalized,
     nan_maximum,
     store_block,
@@ -128,10 +130,12 @@ def _scaled(total, scale, zero, group_sums, rows, tokens, group, GROUPS: tl.cons
 def product_integer(
     digits, unit, group_sums, w, scale, zero, bias, residual, y, partial, arrivals, M, N,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, NATIVE: tl.constexpr,
-    PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr,
+    NATIVE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] of the tokens that split_tokens made; see `fused_linear`. N counts results.
+
+    LINES of each of its rows a program asks for before it waits for the tokens; see `bring_rows`.
 
     SPLIT programs share the columns of a block of results; the last of them to end adds what all have left in
     `partial`, in their order, so that results do not depend on which it is. It sets its counter back to zero.
@@ -146,6 +150,14 @@ def product_integer(
     block_m = tl.program_id(2)
     rows = tl.minimum(block_n * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
     tokens = tl.minimum(block_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1)
+    if PDL and LINES > 0:
+        BYTES: tl.constexpr = COLUMNS * BITS // 8
+        begin = part * GROUPS // SPLIT * BYTES
+        end = (part + 1) * GROUPS // SPLIT * BYTES
+        bring_rows(w, rows, begin, end, K * BITS // 8, LINES)
+        if GATED:
+            bring_rows(w, rows + N, begin, end, K * BITS // 8, LINES)
+        let_next_start(PDL)
     wait_for_producer(PDL)
     gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
