@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def fused_linear(
         linear = rounded(linear)
     if kind == "gemv":
         y = gemv(linear, gemv_tiles(linear.shape))
-    elif kind == "product" and product_obstacle(linear) is None:
+    elif kind == "product" and product_obstacle(linear, product_tiles(linear.shape)) is None:
         y = product(linear, product_tiles(linear.shape))
     else:
         y = by_cublas(linear)
@@ -102,20 +103,42 @@ def gemv(linear: Linear, tiles: Gemv) -> Tensor:
     return y
 
 
-def product_obstacle(linear: Linear) -> str | None:
-    """Why the tensor cores cannot take a weight of integers, or None."""
+def product_obstacle(linear: Linear, tiles: Product) -> str | None:
+    """Why `product` cannot take a weight, or should not, or None."""
     if linear.format not in BITS:
-        return None
+        if not linear.format and linear.x.dtype is torch.float32:
+            return "float32 has no tensor cores"
+        wanted, most = _pipeline_bytes(linear, tiles), _shared_memory(linear.x.device)
+        return f"the tiles take {wanted} bytes of shared memory of {most}" if wanted > most else None
     columns = linear.group_size or 128
     if columns * BITS[linear.format] // 8 < 32:
         return f"groups of {columns} columns are shorter than a step of the tensor cores"
     return f"{linear.x.shape[1]} columns are not a multiple of {columns}" if linear.x.shape[1] % columns else None
 
 
+def _pipeline_bytes(linear: Linear, tiles: Product) -> int:
+    """Shared memory of the steps of a product of floats that are under way."""
+    rows = tiles.block_n * (2 if linear.gated else 1) * linear.weight.element_size()
+    return tiles.stages * tiles.block_k * (rows + _block_m(linear.shape.m) * linear.x.element_size())
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> float:
+    """Bytes that a program can have; no limit in Triton's interpreter."""
+    if device.type != "cuda":
+        return math.inf
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+def _block_m(tokens: int) -> int:
+    """Tokens of a program of `product`."""
+    return min(max(16, triton.next_power_of_2(tokens)), MOST_TOKENS_PER_BLOCK)
+
+
 def product(linear: Linear, tiles: Product) -> Tensor:
     """On the tensor cores; tokens are normalized (and split in digits, for integers) by a kernel before."""
     shape, y = linear.shape, linear.new_result()
-    block_m = min(max(16, triton.next_power_of_2(shape.m)), MOST_TOKENS_PER_BLOCK)
+    block_m = _block_m(shape.m)
     blocks = (triton.cdiv(shape.n, tiles.block_n), triton.cdiv(shape.m, block_m))
     grid = (blocks[0], tiles.split, blocks[1])
     partial = arrivals = None

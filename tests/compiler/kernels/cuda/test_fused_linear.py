@@ -280,9 +280,25 @@ def test_says_what_it_takes(case: Case, changes: dict[str, Any], reason: str | N
 def test_short_groups_are_left_to_cublas() -> None:
     """The tensor cores' step is longer than a group of 32 nibbles."""
     linear = Case("int4", 32).linear()
-    assert launch.product_obstacle(linear) == "groups of 32 columns are shorter than a step of the tensor cores"
-    assert launch.product_obstacle(Case("int8", 32).linear()) is None
-    assert launch.product_obstacle(Case("int4", 0, columns=96).linear()) == "96 columns are not a multiple of 128"
+    assert (
+        launch.product_obstacle(linear, PRODUCT_TILES["alone"])
+        == "groups of 32 columns are shorter than a step of the tensor cores"
+    )
+    assert launch.product_obstacle(Case("int8", 32).linear(), PRODUCT_TILES["alone"]) is None
+    odd = Case("int4", 0, columns=96).linear()
+    assert launch.product_obstacle(odd, PRODUCT_TILES["alone"]) == "96 columns are not a multiple of 128"
+
+
+def test_products_of_floats_are_left_to_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of float32, and where a processor's shared memory is too small for the tiles."""
+    tiles = PRODUCT_TILES["shared"]  # three steps of 128 columns of 64 rows, and of the up rows, and 16 tokens
+    assert launch.product_obstacle(Case(tokens=3, dtype=torch.float32).linear(), tiles) == "float32 has no tensor cores"
+    linear = Case(tokens=3, gated=True, dtype=torch.bfloat16).linear()
+    assert launch.product_obstacle(linear, tiles) is None
+    monkeypatch.setattr(launch, "_shared_memory", lambda _: 100_000)
+    wanted = 3 * 128 * (2 * 64 + 16) * 2
+    reason = f"the tiles take {wanted} bytes of shared memory of 100000"
+    assert launch.product_obstacle(linear, tiles) == reason
 
 
 def test_tiles_are_those_of_the_nearest_shape() -> None:
