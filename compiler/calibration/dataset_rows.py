@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ def is_dataset(path: Path) -> bool:
     return path.is_dir() or path.suffix.lower() == ".parquet"
 
 
-def read_rows(path: Path, *, kind: str) -> Iterator[dict[str, Any]]:
+def read_rows(path: Path, *, kind: str, seed: int | None = None) -> Iterator[dict[str, Any]]:
     """Each row's "text", "tokens" or "input_ids", the first of them that is a column, and what stands beside ids.
 
     Args:
         kind: what the data is for, as errors name it.
+        seed: rows, of Parquet groups of them, come in a random order.
 
     Raises:
         UsageError: the extra `datasets` is not installed.
@@ -44,13 +46,15 @@ def read_rows(path: Path, *, kind: str) -> Iterator[dict[str, Any]]:
             if path.suffix.lower() == ".parquet":
                 file = pyarrow.parquet.ParquetFile(path)
                 columns = _columns(file.schema_arrow.names, path, kind)
-                for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
+                groups = _ordered(file.num_row_groups, seed)
+                for batch in file.iter_batches(batch_size=_ROWS, row_groups=groups, columns=columns):
                     yield from batch.to_pylist()
                 return
             _check_folder(path, kind)
             found = datasets.load_from_disk(str(path))
             columns = _columns(found.column_names, path, kind)
-            yield from found.select_columns(columns).with_format(None)
+            rows = found.select_columns(columns).with_format(None)
+            yield from rows if seed is None else (rows[index] for index in _ordered(len(rows), seed))
         except (pyarrow.ArrowException, ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(
                 f"the {kind} data is damaged",
@@ -58,6 +62,11 @@ def read_rows(path: Path, *, kind: str) -> Iterator[dict[str, Any]]:
                 why=str(error),
                 remedy="download or write the dataset again",
             ) from error
+
+
+def _ordered(count: int, seed: int | None) -> Sequence[int]:
+    numbers = range(count)
+    return numbers if seed is None else random.Random(seed).sample(numbers, count)
 
 
 def _check_folder(path: Path, kind: str) -> None:

@@ -7,14 +7,45 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from optc.compiler.calibration.dataset_rows import LABELS, MASK, is_dataset, read_rows
+from optc.compiler.calibration.windows import Draw, line_windows, text_windows
 from optc.compiler.diagnostics import JSON_ERRORS, InputError
 from optc.compiler.files import read_plain
+
+_MORE = 4  # tokens read of a dataset for each that is wanted, as pieces are drawn of them
 
 
 class Encoder(Protocol):
     """What is needed of a tokenizer."""
 
     def encode(self, text: str) -> list[int]: ...
+
+
+def draw_documents(path: Path, encoder: Encoder | None, draw: Draw) -> list[list[int]]:
+    """As `read_documents` for calibration; of a large file of text or lines, or a dataset, as much as is asked for.
+
+    Where what was drawn has fewer tokens, all is read. A list in `.json` is always read whole.
+
+    Raises:
+        InputError, UsageError: as `read_documents`; of what was not read nothing is said.
+    """
+    suffix = path.suffix.lower()
+    found: list[list[int]] = []
+    tokens = 0
+    if is_dataset(path):
+        for number, row in enumerate(read_rows(path, kind="calibration", seed=draw.seed), 1):
+            found.append(_record(row, f"{path}, drawn row {number}", encoder, "calibration", False))
+            tokens += len(found[-1])
+            if tokens >= _MORE * draw.tokens:
+                break
+        return found
+    if suffix == ".json" or not draw.applies(path):
+        return read_documents(path, encoder)
+    if suffix in (".jsonl", ".ndjson"):
+        for where, line in line_windows(path, draw):
+            found.append(_record(_json(line, where, "calibration"), where, encoder, "calibration", False))
+    else:
+        found = [_encode(text, where, encoder, "calibration") for where, text in text_windows(path, draw)]
+    return found if sum(map(len, found)) >= draw.tokens else read_documents(path, encoder)
 
 
 def read_documents(

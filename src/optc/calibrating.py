@@ -6,8 +6,9 @@ from importlib import resources
 
 import torch
 
-from optc.compiler.calibration.documents import read_documents
+from optc.compiler.calibration.documents import draw_documents
 from optc.compiler.calibration.sequences import Calibration, cut_sequences
+from optc.compiler.calibration.windows import Draw
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.ir.program import Program
 from optc.compiler.model_folder.checkpoint import CheckpointInfo
@@ -37,7 +38,10 @@ def make_calibration(program: Program, info: CheckpointInfo | None, request: Req
 
     tokenizer = load_tokenizer(info.path) if info is not None and info.has_tokenizer else None
     if given is not None:
-        documents, source = read_documents(given, tokenizer), str(given)
+        wanted = Draw(
+            tokens=asked.calibration_samples * length, windows=asked.calibration_samples, seed=request.gate.seed
+        )
+        documents, source = draw_documents(given, tokenizer, wanted), str(given)
     elif tokenizer is None:
         raise InputError(
             "the model has no tokenizer to read the built-in calibration text with",

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from optc.compiler.calibration.documents import read_documents
+from optc.compiler.calibration.documents import draw_documents, read_documents
+from optc.compiler.calibration.windows import Draw
 from optc.compiler.diagnostics import InputError, UsageError
 
 datasets = pytest.importorskip("datasets", reason="needs the extra `datasets`")
@@ -134,3 +135,17 @@ def test_the_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UsageError, match="needs the library datasets") as error:
         read_documents(tmp_path / "rows.parquet", None)
     assert error.value.remedy == "pip install 'optc[datasets]'"
+
+
+def test_calibration_reads_rows_until_there_is_enough(tmp_path: Path) -> None:
+    """Rows of 10 tokens, of which 4 x 20 are wanted: 8 rows, from anywhere in a folder, by group in a Parquet file."""
+    rows = [{"tokens": [number] * 10} for number in range(500)]
+    parquet, folder, _ = written(tmp_path, rows)
+    draw = Draw(tokens=20, windows=2, seed=0)
+    assert [row[0] for row in draw_documents(parquet, None, draw)] == list(range(8))  # one group of rows
+    found = [row[0] for row in draw_documents(folder, None, draw)]
+    assert len(found) == len(set(found)) == 8
+    assert found != sorted(found)
+    assert found == [row[0] for row in draw_documents(folder, None, draw)]
+    every = draw_documents(folder, None, Draw(tokens=10_000, windows=2, seed=0))
+    assert sorted(row[0] for row in every) == list(range(500))
