@@ -6,7 +6,7 @@ from optc.compiler.diagnostics import TargetError
 from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.executorch import LEGAL, export_executorch, require_executorch
-from optc.exporters.executorch.options import ExecutorchOptions
+from optc.exporters.options.executorch import ExecutorchOptions
 from optc.passes.fusion.attention import FuseAttention
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.rotary import FuseRotary
@@ -44,7 +44,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
 _NOTE = "XNNPACK rounds activations to int8, with a scale and zero point of each token"
 
 TARGET = Target(
-    name="executorch",
+    name=ExecutorchOptions.target,
     aliases=("pte",),
     summary="ExecuTorch program (.pte) for phones and boards: XNNPACK on the CPU",
     device="cpu",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.inductor import LEGAL, export_inductor
-from optc.exporters.inductor.options import InductorOptions
+from optc.exporters.options.inductor import InductorOptions
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.kv_cache.paged import PageKVCache
@@ -50,7 +50,7 @@ _INTEGERS = QuantSupport(
 )
 
 TARGET = Target(
-    name="inductor-cpu",
+    name=InductorOptions.target,
     summary="AOTInductor package (.pt2) with its weights beside it, for the CPU",
     device="cpu",
     dtypes=("fp32", "bf16", "fp16"),

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.target.options import CompileOptions, TargetOptions
+from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.inductor.cuda import LEGAL, export_cuda
+from optc.exporters.options.inductor import CudaOptions
 from optc.passes.fusion.decode import FuseDecode
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.passes.legalization.cuda import LegalizeCuda
-from optc.targets.methods import WEIGHT_ONLY, head_bits, head_steps, quantization_steps, rounded_last
+from optc.targets.methods import WEIGHT_ONLY, head_steps, quantization_steps, rounded_last
 
 BLOCK_SIZE = 64
 """Tokens per block of the KV pool: what attention reads at a time."""
 _BITS = (4, 8)
-
-
-class CudaOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of the target inductor-cuda."""
-
-    head_bits: Annotated[Literal[4, 8, 16], head_bits(16, "the compute type")] | None = None
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
@@ -61,7 +54,7 @@ _INTEGERS = QuantSupport(
 )
 
 TARGET = Target(
-    name="inductor-cuda",
+    name=CudaOptions.target,
     summary="the program and its weights, for one NVIDIA GPU: own Triton kernels, CUDA graphs per batch size",
     device="cuda",
     dtypes=("bf16", "fp16", "fp32"),

@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from msgspec import Meta
-
 from optc.compiler.diagnostics import UsageError, unknown_name
-from optc.compiler.formats.integer import BITS
+from optc.compiler.formats.group_sizes import BITS
 from optc.compiler.rewriting.passes import Pass
 from optc.compiler.target.options import CompileOptions, Quantization, QuantRequest
 from optc.compiler.target.target import Step
@@ -210,15 +208,6 @@ def quantization_steps(
     passes = [item for item in passes if rotations or not isinstance(item, RotateInputs)]
     passes = [replace(item, choices=tuple(choices)) if isinstance(item, QuantizeAuto) else item for item in passes]
     return [Step(item, optional=not item.lossy) for item in passes]
-
-
-def head_bits(plain: int, left: str) -> Meta:
-    """What is known about the option of a target that `head_steps` takes; `plain` bits leave the tensors as `left` says."""
-    return Meta(
-        description="Bits of the embedding and the head, which share one tensor where the model ties them; "
-        f"{plain} leaves them in {left}.",
-        extra={"default": f"8 with --quant, else {plain}"},
-    )
 
 
 def head_steps(

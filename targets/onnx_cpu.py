@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from msgspec import Meta
-
 from optc.compiler.ops.packed.onnxruntime import ROUNDS
-from optc.compiler.target.options import CompileOptions, TargetOptions
+from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import QuantSupport, Step, StoredWeights, Target
 from optc.exporters.onnx import LEGAL, export_onnx
+from optc.exporters.options.onnx import OnnxOptions
 from optc.passes.fusion.attention import FuseAttention
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
@@ -19,17 +16,7 @@ from optc.passes.kv_cache.static import StaticKVCache
 from optc.passes.legalization.ort import LegalizeOrt
 from optc.passes.legalization.ort_nbits import stored_layout
 from optc.passes.legalization.round_activations import RoundActivations
-from optc.targets.methods import WEIGHT_ONLY, head_bits, head_steps, quantization_steps, stored_scales
-
-
-class OnnxOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of the target onnx-cpu."""
-
-    accuracy_level: Annotated[
-        int,
-        Meta(ge=0, le=4, description="Quantized kernels: 4 rounds activations to int8 (fast), 0 does not."),
-    ] = 4
-    head_bits: Annotated[Literal[4, 8, 32], head_bits(32, "floating point")] | None = None
+from optc.targets.methods import WEIGHT_ONLY, head_steps, quantization_steps, stored_scales
 
 
 def _recipe(kind: str, options: CompileOptions) -> list[Step]:
@@ -59,7 +46,7 @@ _INTEGERS = QuantSupport(
 )
 
 TARGET = Target(
-    name="onnx-cpu",
+    name=OnnxOptions.target,
     aliases=("edge", "onnx"),
     summary="ONNX Runtime on the CPU; the folder loads in unmodified onnxruntime-genai",
     device="cpu",

@@ -1,4 +1,5 @@
-"""The targets by name and alias: every module of this package that has one, and those of other packages.
+"""The targets by name and alias: every module of this package that has one, and those of other packages. The options of
+this package's targets are known without the targets themselves, which import torch.
 
 Another package adds a target by an entry point of the group `optc.targets`, whose value is a `Target` or a module
 with one as its `TARGET`. A target module is imported when it is asked for.
@@ -11,12 +12,17 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+import optc.exporters.options
 import optc.targets
 from optc.compiler.diagnostics import TargetError, UsageError, unknown_name
 from optc.compiler.plugins import plugins
 from optc.compiler.settings.fields import check_type
-from optc.compiler.target.target import Target
+from optc.compiler.target.options import TargetOptions
+
+if TYPE_CHECKING:
+    from optc.compiler.target.target import Target
 
 ENTRY_POINTS = "optc.targets"
 
@@ -49,7 +55,7 @@ def targets() -> dict[str, Target]:
         UsageError: a registered target cannot be imported, or two have one name.
     """
     found: dict[str, Target] = {}
-    for target in (*_own(), *plugins(ENTRY_POINTS, "a target or a module with a TARGET", _taken)):
+    for target in (*_own(), *_others()):
         for name in (target.name, *target.aliases):
             other = found.setdefault(name, target)
             if other is not target:
@@ -64,6 +70,25 @@ def targets() -> dict[str, Target]:
 def all_targets() -> Iterator[Target]:
     """Every target whose packages are installed, once, by name."""
     return (target for name, target in sorted(targets().items()) if name == target.name)
+
+
+def target_options() -> dict[str, type[TargetOptions]]:
+    """The struct of each target's own options, by the target's name and in that order; torch is not imported for those
+    of this package.
+
+    Raises:
+        UsageError: a registered target cannot be imported.
+    """
+    found = {target.name: target.options for target in _others()}
+    for info in pkgutil.iter_modules(optc.exporters.options.__path__, "optc.exporters.options."):
+        for value in vars(importlib.import_module(info.name)).values():
+            if isinstance(value, type) and issubclass(value, TargetOptions) and value.target:
+                found[value.target] = value
+    return dict(sorted(found.items()))
+
+
+def _others() -> Iterator[Target]:
+    return plugins(ENTRY_POINTS, "a target or a module with a TARGET", _taken)
 
 
 def _own() -> Iterator[Target]:
@@ -90,9 +115,11 @@ def _in_module(module: str, *, needed: bool = False) -> Target | None:
             f"the target of {module} needs the package '{error.name}', which is not installed",
             remedy='install it, by an extra of optc: pip install "optc[onnx]", "optc[trt]", ...',
         ) from error
-    return found if isinstance(found, Target) else None
+    return _taken(found)
 
 
 def _taken(loaded: object) -> Target | None:
+    from optc.compiler.target.target import Target
+
     target = getattr(loaded, "TARGET", loaded)
     return target if isinstance(target, Target) else None

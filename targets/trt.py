@@ -80,7 +80,7 @@ _FIXED = {
 }
 
 TARGET = Target(
-    name="trt",
+    name=TrtOptions.target,
     aliases=("tensorrt", "rtx"),
     summary="a TensorRT plan and the ONNX graph it is built of (TensorRT for RTX, or standard TensorRT on its GPU)",
     device="cpu",

@@ -37,7 +37,7 @@ _INTEGERS_ONLY_AS_WEIGHTS = (
 )
 
 TARGET = Target(
-    name="trtllm",
+    name=ServeOptions.target,
     aliases=("tensorrt-llm",),
     summary="a model folder for trtllm-serve (ModelOpt's layout), with serving options",
     device="cpu",

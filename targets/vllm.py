@@ -36,7 +36,7 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
 
 
 TARGET = Target(
-    name="vllm",
+    name=FolderOptions.target,
     aliases=("sglang", "transformers"),
     summary="a model folder for vLLM, SGLang and transformers (compressed-tensors, awq or gptq)",
     device="cpu",

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import MethodType
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import msgspec
 import torch
-from msgspec import Meta
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -26,34 +24,10 @@ from optc.compiler.diagnostics import UsageError, unknown_name
 from optc.compiler.settings.fields import check_struct
 from optc.training.blocks import transformer_blocks
 from optc.training.saved_tensors import SavedTensors
+from optc.training.settings import CheckpointingConfig
 
 M = TypeVar("M", bound=nn.Module)
 Forward = Callable[..., Any]
-
-
-class CheckpointingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Which activations are kept. Losses and gradients are the same under every policy."""
-
-    policy: Annotated[
-        Literal["none", "full", "every-n", "selective", "budget"],
-        Meta(description="What is recomputed in the backward pass; see the table of policies in docs/train.md."),
-    ] = "none"
-    every_n: Annotated[int, Meta(ge=1, description="Of every-n: blocks 0, n, 2n, ... are recomputed.")] = 2
-    keep: Annotated[
-        tuple[str, ...],
-        Meta(
-            description="Of selective: attention, matmul (all matrix products), narrow-matmul (those no wider than "
-            "their input), or ATen ops (aten.mm.default)."
-        ),
-    ] = ("attention", "narrow-matmul")
-    budget: Annotated[
-        float,
-        Meta(
-            gt=0,
-            description="Of budget: above 1, bytes that the blocks may keep per micro-batch and rank; up to 1, the "
-            "share of what policy none keeps.",
-        ),
-    ] = 0.5
 
 
 def apply_activation_checkpointing(model: M, config: CheckpointingConfig) -> M:

@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import msgspec
 import torch._functorch.config
-from msgspec import Meta
 from torch import nn
 
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.fields import check_struct
 from optc.training.blocks import transformer_blocks
+from optc.training.settings import CompileConfig
 
 M = TypeVar("M", bound=nn.Module)
-
-
-class CompileConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What is compiled. Needs a C++ compiler on the CPU and Triton on a GPU."""
-
-    scope: Annotated[
-        Literal["none", "blocks", "model"],
-        Meta(
-            description="torch.compile: of each transformer block (equal blocks share one compilation), or of the "
-            "whole forward pass."
-        ),
-    ] = "none"
-    mode: Annotated[Literal["default", "max-autotune-no-cudagraphs"], Meta(description="torch.compile's mode.")] = (
-        "default"
-    )
-    dynamic: Annotated[bool, Meta(description="Compile once for all shapes of batches instead of once per shape.")] = (
-        False
-    )
-    activation_budget: Annotated[
-        float,
-        Meta(
-            ge=0,
-            le=1,
-            description="Share of the activations that each compiled graph may keep; torch's solver chooses what is "
-            "computed again, 1 recomputes only what is free.",
-        ),
-    ] = 1.0
 
 
 def apply_compile(model: M, config: CompileConfig) -> M:

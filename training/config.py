@@ -8,11 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from optc.compiler.settings.device import DeviceName
-from optc.training.activation_checkpointing import CheckpointingConfig
-from optc.training.compile import CompileConfig
-from optc.training.lora import LoraConfig
-from optc.training.parallel import ParallelConfig
-from optc.training.qat import QatConfig
+from optc.training.settings import CheckpointingConfig, CompileConfig, LoraConfig, ParallelConfig, QatConfig
 
 
 class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from optc.compiler.artifact.publishing import write_folder
 from optc.compiler.capture.renames import renamed_tensors, stored_tensors
 from optc.compiler.diagnostics import InputError
-from optc.compiler.formats.integer import BITS
+from optc.compiler.formats.group_sizes import BITS
 from optc.compiler.formats.layouts.compressed_tensors.writer import CompressedTensorsWriter
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, tied_names
 from optc.compiler.model_folder.config_file import CONFIG, read_json

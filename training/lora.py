@@ -4,55 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import msgspec
 import torch
-from msgspec import Meta
 from torch import Tensor, nn
 
 from optc.compiler.diagnostics import InputError, UsageError, os_errors, unknown_name
-from optc.compiler.formats.integer import check_group_size
+from optc.compiler.formats.group_sizes import check_group_size
 from optc.training.linears import quantizable_linears, replace_modules
 from optc.training.nf4_linear import Nf4Linear
+from optc.training.settings import LoraConfig
 
 ADAPTER = "default"
 _MARK = "optc_lora"
-
-
-class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685) and the form of the frozen base."""
-
-    enabled: Annotated[bool, Meta(description="Low-rank adapters on a frozen base.")] = False
-    rank: Annotated[int, Meta(ge=1, description="Columns of the two factors.")] = 16
-    alpha: Annotated[float, Meta(gt=0, description="Their product is scaled by alpha / rank.")] = 32.0
-    dropout: Annotated[float, Meta(ge=0, lt=1, description="Probability, on the adapters' inputs.")] = 0.0
-    targets: Annotated[
-        tuple[str, ...], Meta(description="Last parts of module names (q_proj); empty: every linear but the head.")
-    ] = ()
-    base: Annotated[
-        Literal["dense", "nf4"],
-        Meta(description="nf4 holds every linear but the head in 4-bit NF4 (QLoRA, https://arxiv.org/abs/2305.14314)."),
-    ] = "dense"
-    group_size: Annotated[int, Meta(ge=0, le=1 << 20, description="Weights per NF4 scale; 0 is one scale per row.")] = (
-        64
-    )
-    double_quant: Annotated[bool, Meta(description="Keep the NF4 scales in 8 bits themselves.")] = True
-    export: Annotated[
-        Literal["merge", "adapters"],
-        Meta(
-            description="merge writes one plain model folder; adapters writes peft's adapter folder, to be loaded "
-            "on the base model."
-        ),
-    ] = "merge"
-
-    def __post_init__(self) -> None:
-        check_group_size(self.group_size, [])
-        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
-            raise UsageError(
-                f"lora.rank={self.rank}, lora.alpha={self.alpha}, lora.dropout={self.dropout}",
-                remedy="rank is 1 or more, alpha positive, dropout at least 0 and below 1",
-            )
 
 
 def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:

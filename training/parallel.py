@@ -16,12 +16,10 @@ import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import msgspec
 import torch
 import torch.distributed as dist
-from msgspec import Meta
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -30,35 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from optc.compiler.capture.loading import DTYPES
 from optc.training.blocks import transformer_blocks
-
-Dtype = Literal["fp32", "bf16", "fp16"]
-
-
-class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How the ranks that torchrun started share the work. Each rank takes its own part of every batch."""
-
-    kind: Annotated[
-        Literal["none", "ddp", "fsdp", "zero1", "deepspeed"],
-        Meta(description="How the ranks share the work; see Several processes in docs/train.md."),
-    ] = "none"
-    zero_stage: Annotated[
-        Literal[1, 2, 3],
-        Meta(description="Of deepspeed: 1 splits the optimizer state, 2 gradients too, 3 weights too."),
-    ] = 2
-    reshard_after_forward: Annotated[
-        bool,
-        Meta(
-            description="Of fsdp: free the gathered weights of a block after its forward (as ZeRO-3); false keeps "
-            "them until its backward (as ZeRO-2)."
-        ),
-    ] = True
-    param_dtype: Annotated[
-        Dtype, Meta(description="Of fsdp: type in which weights are gathered and blocks compute; the shards stay fp32.")
-    ] = "fp32"
-    reduce_dtype: Annotated[Dtype, Meta(description="Of fsdp: type in which gradients are summed over ranks.")] = "fp32"
-    timeout_s: Annotated[
-        int, Meta(ge=1, le=1 << 31, description="Seconds after which a collective that does not finish ends the run.")
-    ] = 1800
+from optc.training.settings import ParallelConfig
 
 
 def start_processes(device: torch.device, config: ParallelConfig) -> None:

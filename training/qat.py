@@ -6,16 +6,14 @@ Linears are found by walking the module tree, keys and values where the model ca
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import msgspec
 import torch
-from msgspec import Meta
 from torch import Tensor, nn
 
 from optc.compiler.analysis.name_patterns import check_patterns, fits
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.formats.integer import check_bits, check_group_size
+from optc.compiler.formats.group_sizes import check_group_size
 from optc.compiler.formats.layouts import QuantizedWeight, Scheme
 from optc.compiler.formats.layouts.key_values import KeyValueScheme
 from optc.passes.quantization.arithmetic.grid import Grid, full_range, search
@@ -23,75 +21,7 @@ from optc.training.fake_quantize import fake_quantize_tokens, fake_quantize_weig
 from optc.training.kv_rounding import round_keys_and_values
 from optc.training.linears import quantizable_linears, replace_modules
 from optc.training.lora import lora_config
-
-
-class QatConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is rounded while training, and how its scales are found."""
-
-    enabled: Annotated[bool, Meta(description="Fake quantization of the weights.")] = False
-    bits: Annotated[int, Meta(ge=2, le=8, description="QAT: bits per weight; 2, 3, 4 or 8.")] = 4
-    group_size: Annotated[
-        int, Meta(ge=0, le=1 << 20, description="QAT: weights per scale; 0 is one scale per row.")
-    ] = 32
-    symmetric: Annotated[bool, Meta(description="Without zero points.")] = True
-    scales: Annotated[
-        Literal["learned", "minmax"],
-        Meta(
-            description="learned trains the step sizes with the weights (LSQ; zero points stay); minmax follows the "
-            "largest weights of each group in every step."
-        ),
-    ] = "learned"
-    start: Annotated[
-        Literal["search", "full"],
-        Meta(
-            description="Where learned scales begin: search shrinks each group's range to the least squared error, "
-            "full takes the largest weight."
-        ),
-    ] = "search"
-    scale_rate: Annotated[
-        float,
-        Meta(
-            gt=0,
-            description="Relative change of a learned scale per unit of learning rate: Adam changes scales by about "
-            "scale_rate * lr of themselves in a step.",
-        ),
-    ] = 1.0
-    activations: Annotated[
-        Literal["none", "int8"],
-        Meta(
-            description="int8: inputs of quantized linears are rounded, one scale per token (W8A8; needs bits 8, "
-            "group_size 0, symmetric)."
-        ),
-    ] = "none"
-    kv_cache: Annotated[
-        Literal["none", "int8"],
-        Meta(description="int8: rounded keys and values, with scales from the largest magnitudes seen in training."),
-    ] = "none"
-    kv_granularity: Annotated[Literal["layer", "head"], Meta(description="One KV scale per layer or per head.")] = (
-        "head"
-    )
-    ignore: Annotated[
-        tuple[str, ...], Meta(description="Patterns of weight names that stay as they are, such as *.down_proj.*.")
-    ] = ()
-    head: Annotated[
-        bool,
-        Meta(
-            description="Quantize the linear that makes the logits too; where it is tied, the embedding reads it "
-            "unrounded."
-        ),
-    ] = False
-
-    def __post_init__(self) -> None:
-        check_bits(self.bits)
-        check_group_size(self.group_size, [])
-        if not self.scale_rate > 0:
-            raise UsageError(f"qat.scale_rate is {self.scale_rate}", remedy="choose a positive rate, such as 1")
-        if self.activations != "none" and (self.bits, self.group_size, self.symmetric) != (8, 0, True):
-            raise UsageError(
-                "rounded activations need symmetric 8-bit weights with one scale per row",
-                why="the product of codes is scaled once per token and row",
-                remedy="set qat.bits=8 qat.group_size=0 qat.symmetric=true, or qat.activations=none",
-            )
+from optc.training.settings import QatConfig
 
 
 class FakeQuantizedLinear(nn.Linear):

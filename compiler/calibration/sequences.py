@@ -10,7 +10,6 @@ from torch import Tensor
 
 from optc.compiler.diagnostics import InputError
 
-DEFAULT_SAMPLES, DEFAULT_LENGTH = 128, 512
 _SHORTEST = 16  # tokens of a sequence: below this, attention has nothing to look at
 
 

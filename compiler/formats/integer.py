@@ -6,19 +6,12 @@ value = (code - zero) * scale, as `optc.dequantize` computes it; symmetric codes
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.diagnostics import InputError
+from optc.compiler.formats.group_sizes import check_bits, check_group_size
 from optc.compiler.ir.row_blocks import row_blocks
-
-BITS = (2, 3, 4, 8)
-DEFAULT_GROUP_SIZES = (128, 64, 32)
-GROUP_SIZES = (0, 16, 32, 64, 128, 256)
-"""What is proposed in place of a size that does not fit: those that some engine runs. 0 is a row."""
 
 
 def quantize_groups(
@@ -97,66 +90,3 @@ def _stored_scale(scale: Tensor, top: int, dtype: torch.dtype) -> Tensor:
     stored = scale.to(dtype)
     short = stored.float() * (1 + 0.5 / top) < scale
     return torch.where(short, stored + spacing, stored)
-
-
-def check_bits(bits: int) -> None:
-    """Refuse bit widths that the canonical form does not know.
-
-    Raises:
-        UsageError: not 2, 3, 4 or 8.
-    """
-    if bits not in BITS:
-        raise UsageError(f"{bits}-bit weights are not supported", remedy="choose 2, 3, 4 or 8 bits")
-
-
-def check_group_size(
-    group_size: int, columns: Sequence[int], names: Sequence[str] = (), *, sizes: Sequence[int] = GROUP_SIZES
-) -> None:
-    """Refuse a group size that does not divide every K; 0 (one group per row) always does.
-
-    Args:
-        columns: K of each weight.
-        names: the weights' names, for the message.
-        sizes: what may be chosen instead: the group sizes of the target.
-
-    Raises:
-        InputError: names the first weight that it does not divide, its K, and the nearest of `sizes` that fits all.
-    """
-    if group_size < 0:
-        raise InputError(f"group size {group_size} is negative", remedy="use 0 for one group per row")
-    odd = next((i for i, size in enumerate(columns) if group_size and size % group_size), None)
-    if odd is None:
-        return
-    raise InputError(
-        f"group size {group_size} does not divide every weight",
-        where=names[odd] if names else None,
-        why=f"it has K = {columns[odd]}",
-        remedy=_other_size(group_size, columns, sizes),
-    )
-
-
-def default_group_size(columns: Sequence[int], names: Sequence[str] = (), *, sizes: Sequence[int] = GROUP_SIZES) -> int:
-    """The largest of 128, 64 and 32 that divides every K; arguments as `check_group_size` has them.
-
-    Raises:
-        InputError: none does; names the first weight in the way.
-    """
-    for size in DEFAULT_GROUP_SIZES:
-        if all(count % size == 0 for count in columns):
-            return size
-    odd = next((i for i, count in enumerate(columns) if count % DEFAULT_GROUP_SIZES[-1]), 0)
-    raise InputError(
-        "none of the group sizes 128, 64 and 32 divides every weight",
-        where=names[odd] if names else None,
-        why=f"it has K = {columns[odd]}",
-        remedy=_other_size(DEFAULT_GROUP_SIZES[-1], columns, sizes),
-    )
-
-
-def _other_size(group_size: int, columns: Sequence[int], sizes: Sequence[int]) -> str:
-    """What to do about a group size: the nearest of `sizes` that divides every K, else whole rows, else neither."""
-    found = [size for size in sizes if size and all(count % size == 0 for count in columns)]
-    if found:
-        near = min(found, key=lambda size: (abs(math.log2(size / group_size)), -size))
-        return f"use {near}, the nearest that divides every weight, or ignore this weight"
-    return "use 0, one group per row, or ignore this weight" if 0 in sizes else "ignore this weight"

@@ -7,7 +7,7 @@ hyphens, its flag; names are unique among all structs of a request, and two targ
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -22,6 +22,15 @@ MaxSeqLen = Annotated[
         extra={"default": "the model's context, at most 2048"},
     ),
 ]
+
+
+def head_bits(plain: int, left: str) -> Meta:
+    """What is known about the option of a target for the embedding and the head; `plain` bits leave the tensors as `left` says."""
+    return Meta(
+        description="Bits of the embedding and the head, which share one tensor where the model ties them; "
+        f"{plain} leaves them in {left}.",
+        extra={"default": f"8 with --quant, else {plain}"},
+    )
 
 
 class QuantRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -83,7 +92,13 @@ class CacheRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class TargetOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of a target's own options; each target that has some declares a subclass. This one has none."""
+    """Base of a target's own options; each target that has some declares a subclass. This one has none.
+
+    Attributes:
+        target: the target's name.
+    """
+
+    target: ClassVar[str] = ""
 
     def check(self) -> None:
         """Refuse options that contradict each other.

@@ -139,6 +139,9 @@ class Target:
     check_machine: Callable[[CompileOptions], None] | None = None
     lacks: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        assert self.options.target in ("", self.name), "options of another target"
+
 
 def check_legal(program: Program, target: Target) -> None:
     """Raise one TargetError that lists every node the target cannot run, with reasons."""

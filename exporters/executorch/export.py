@@ -24,8 +24,8 @@ from optc.compiler.version import version_of
 from optc.exporters.companions import copy_companions
 from optc.exporters.executorch.forms import LINEAR
 from optc.exporters.executorch.lower import Lowered, lower
-from optc.exporters.executorch.options import ExecutorchOptions
 from optc.exporters.executorch.trace import trace
+from optc.exporters.options.executorch import ExecutorchOptions
 
 MODEL = "model.pte"
 CHUNK = 128

@@ -25,8 +25,8 @@ from optc.compiler.model_folder.quantized import QuantizedFolder, quantized_fold
 from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
 from optc.exporters.hf.collect import FolderPlan, collect
-from optc.exporters.hf.options import FolderOptions
 from optc.exporters.hf.shards import write_shards
+from optc.exporters.options.hf import FolderOptions
 
 CONFIG = "config.json"
 

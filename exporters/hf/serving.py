@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from optc.exporters.hf.options import DRAFT, NGRAM, ServeOptions
+from optc.exporters.options.hf import DRAFT, NGRAM, ServeOptions
 
 FILE = "serve.yaml"
 DRAFT_TOKENS = 4

@@ -12,8 +12,8 @@ from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.hf.collect import collect
 from optc.exporters.hf.export import write_model
 from optc.exporters.hf.modelopt import fit_for_loading
-from optc.exporters.hf.options import ServeOptions
 from optc.exporters.hf.serving import FILE, serving_options
+from optc.exporters.options.hf import ServeOptions
 
 
 def export_trtllm(program: Program, request: ExportRequest) -> ExportResult:

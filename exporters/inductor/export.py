@@ -23,8 +23,8 @@ from optc.compiler.kernels.kernel import Kernel, needs_of, used_kernels
 from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.compiler.version import version_of
 from optc.exporters.companions import copy_companions
-from optc.exporters.inductor.options import InductorOptions
 from optc.exporters.inductor.selfcheck import check_package
+from optc.exporters.options.inductor import InductorOptions
 
 MODEL, WEIGHTS, RUNNER = "model.pt2", "model.safetensors", "generate.py"
 

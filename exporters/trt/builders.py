@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 from optc.compiler.diagnostics import TargetError
+from optc.exporters.options.trt import TrtOptions
 from optc.exporters.trt.build_plan import FIRST_VERSIONS, PACKAGES, version_of
-from optc.exporters.trt.options import TrtOptions
 
 Runtime = Literal["tensorrt", "rtx", "none"]
 PORTABLE = "portable"

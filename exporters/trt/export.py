@@ -21,10 +21,10 @@ from optc.compiler.target.target import ExportRequest, ExportResult, check_lower
 from optc.exporters.companions import copy_companions
 from optc.exporters.onnx.export import DATA, MODEL, write_model
 from optc.exporters.onnx.walker import Walker
+from optc.exporters.options.trt import TrtOptions
 from optc.exporters.trt.builders import PORTABLE, Choice, choose
 from optc.exporters.trt.companions import write_companions
 from optc.exporters.trt.facts import engine_facts
-from optc.exporters.trt.options import TrtOptions
 from optc.exporters.trt.table import OP_SETS
 
 ENGINE, BUILDER = "engine.json", "build_plan.py"

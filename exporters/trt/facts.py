@@ -10,8 +10,8 @@ import torch
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.pipeline import compute_dtype
+from optc.exporters.options.trt import TrtOptions
 from optc.exporters.trt.builders import Choice
-from optc.exporters.trt.options import TrtOptions
 from optc.exporters.trt.table import OP_SETS
 
 FORMAT = 1

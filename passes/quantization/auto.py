@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.formats.integer import BITS, check_bits, check_group_size, default_group_size
+from optc.compiler.formats.group_sizes import BITS, check_bits, check_group_size, default_group_size
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult

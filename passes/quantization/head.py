@@ -13,7 +13,7 @@ from optc.compiler.analysis.linears import Linear, linear_site
 from optc.compiler.analysis.name_patterns import fits
 from optc.compiler.analysis.weight_parts import EMBEDDING, is_token_lookup, logits_linear
 from optc.compiler.diagnostics import InputError
-from optc.compiler.formats.integer import check_group_size
+from optc.compiler.formats.group_sizes import check_group_size
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import drop_dead, replace_call

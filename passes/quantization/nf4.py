@@ -13,7 +13,8 @@ from torch.fx import Node
 from optc.compiler.analysis.dataflow import aten
 from optc.compiler.analysis.linears import Linear
 from optc.compiler.diagnostics import InputError
-from optc.compiler.formats.integer import check_group_size, quantize_groups
+from optc.compiler.formats.group_sizes import check_group_size
+from optc.compiler.formats.integer import quantize_groups
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight, insert_call

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from optc.compiler.analysis.linears import Linear
-from optc.compiler.formats.integer import check_group_size
+from optc.compiler.formats.group_sizes import check_group_size
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.dialect.nvfp4 import BLOCK, scale_of

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from optc.compiler.analysis.linears import Linear
 from optc.compiler.diagnostics import InputError
-from optc.compiler.formats.integer import check_bits, check_group_size, default_group_size, quantize_groups
+from optc.compiler.formats.group_sizes import check_bits, check_group_size, default_group_size
+from optc.compiler.formats.integer import quantize_groups
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.budget import Budget

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from optc.compiler.analysis.linears import Linear
-from optc.compiler.formats.integer import check_bits, check_group_size, default_group_size
+from optc.compiler.formats.group_sizes import check_bits, check_group_size, default_group_size
 from optc.compiler.ir.program import Program
 from optc.passes.quantization.arithmetic.folding import Fold
 from optc.passes.quantization.arithmetic.groups import Group, gram_matrix, weight_label, weight_rows

@@ -9,23 +9,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from optc.compiler.calibration.sequences import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from optc.compiler.diagnostics import TargetError, UsageError
-from optc.compiler.rewriting.passes import Pass
 from optc.compiler.settings.device import DeviceName
 from optc.compiler.settings.fields import Field, Given, check_struct, fields_of, read_fields, unknown_key
 from optc.compiler.target.options import CacheRequest, ComputeType, QuantRequest, TargetOptions
-from optc.compiler.target.target import Target
-from optc.targets.registry import all_targets, find_target
+from optc.targets.registry import find_target, target_options
+
+if TYPE_CHECKING:
+    from optc.compiler.target.target import Target
 
 
 def _read_passes(value: Any) -> tuple[Any, ...]:
     """Passes by name ("a,b" or a list), {name: {option: value}}, or pass objects."""
+    from optc.compiler.rewriting.passes import Pass
+
     if isinstance(value, str):
         value = [name.strip() for name in value.split(",")]
     if not isinstance(value, list | tuple) or not value:
@@ -110,8 +112,8 @@ class CalibrationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
             },
         ),
     ] = None
-    calibration_samples: Annotated[int, Meta(ge=1, le=1 << 31, description="Calibration sequences.")] = DEFAULT_SAMPLES
-    calibration_seq_len: Annotated[int, Meta(ge=1, le=1 << 31, description="Tokens of each.")] = DEFAULT_LENGTH
+    calibration_samples: Annotated[int, Meta(ge=1, le=1 << 31, description="Calibration sequences.")] = 128
+    calibration_seq_len: Annotated[int, Meta(ge=1, le=1 << 31, description="Tokens of each.")] = 512
 
 
 _SUM = "the sum of the passes' budgets"
@@ -210,11 +212,11 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
 }
 
 
-def target_fields() -> dict[str, list[tuple[Target, Field]]]:
-    """Name -> the targets that have an option of this name, each with its own field."""
-    found: dict[str, list[tuple[Target, Field]]] = {}
-    for target in all_targets():
-        for name, field in fields_of(target.options).items():
+def target_fields() -> dict[str, list[tuple[str, Field]]]:
+    """Name -> the names of the targets that have an option of this name, each with its own field."""
+    found: dict[str, list[tuple[str, Field]]] = {}
+    for target, options in target_options().items():
+        for name, field in fields_of(options).items():
             found.setdefault(name, []).append((target, field))
     return found
 
@@ -277,6 +279,8 @@ def check_request(request: Request) -> None:
         UsageError: a value of another type or out of its bounds; names the field.
         TargetError: options of another target.
     """
+    from optc.compiler.target.target import Target
+
     target = request.target
     if not isinstance(target, Target):
         raise UsageError(f"a request's target cannot be {target!r}", remedy="optc.targets.find_target('onnx-cpu')")

@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from optc.compiler.diagnostics import UsageError
-from optc.compiler.formats.integer import check_group_size, default_group_size
+from optc.compiler.formats.group_sizes import check_group_size, default_group_size
 from optc.compiler.ir.devices import choose_device
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,6 +183,24 @@ def test_help_of_every_command_has_an_example(capsys: Capture) -> None:
     for name in COMMANDS:
         assert optc(name, "--help") == 0
         assert f"optc {name} " in capsys.readouterr().out.split("Options:")[0].replace("\n", " \n")
+
+
+_HELP = """
+import sys
+from optc.cli.main import COMMANDS, cli
+for name in ([], *([name] for name in COMMANDS)):
+    cli.main(args=[*name, "--help"], prog_name="optc", standalone_mode=False)
+    heavy = {"torch", "transformers", "onnx", "onnxruntime"} & set(sys.modules)
+    assert not heavy, (name, heavy)
+"""
+
+
+def test_help_of_no_command_imports_torch() -> None:
+    """Nor does completion in a shell, which reads the same options. In a process that did nothing before."""
+    done = subprocess.run([sys.executable, "-c", _HELP], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--target TEXT" in done.stdout
+    assert "--head-bits" in done.stdout
 
 
 def test_unknown_command_and_underscores(capsys: Capture) -> None:

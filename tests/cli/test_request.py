@@ -271,7 +271,7 @@ def test_wrong_values_of_commands(tmp_path: Path, capsys: Capture, monkeypatch: 
 def every_field() -> list[tuple[str, Field]]:
     """(target, field): the sections' fields with a target that takes all, and each target's own."""
     shared = [("inductor-cpu", field) for cls in SECTIONS.values() for field in fields_of(cls).values()]
-    own = [(target.name, field) for rows in target_fields().values() for target, field in rows]
+    own = [row for rows in target_fields().values() for row in rows]
     return shared + own
 
 

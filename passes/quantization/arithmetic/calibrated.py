@@ -22,7 +22,7 @@ from torch.fx import Node
 from optc.compiler.analysis.linears import Linear
 from optc.compiler.analysis.name_patterns import fits
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.formats.integer import check_bits, check_group_size, default_group_size
+from optc.compiler.formats.group_sizes import check_bits, check_group_size, default_group_size
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.quantization_summary import linear_record

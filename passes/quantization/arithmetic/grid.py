@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optc.compiler.formats.integer import check_bits
+from optc.compiler.formats.group_sizes import check_bits
 from optc.compiler.ir.row_blocks import row_blocks
 
 STEPS, LEAST = 40, 0.4

@@ -18,7 +18,6 @@ from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import Save, SessionOptions, save_figures
 from optc.compiler.artifact.engines import find_engine
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.ir.devices import choose_device
 from optc.compiler.settings.device import DeviceName
 from optc.runtime.bounds import Count, CountOrZero
 
@@ -106,6 +105,8 @@ def evaluate(artifacts: tuple[Path, ...], as_json: bool, options: EvalOptions) -
     _check(artifacts, options)
     leave_to_own_process(artifacts)
     if options.device is not None:
+        from optc.compiler.ir.devices import choose_device
+
         choose_device(options.device)
     with ExitStack() as stack:
         models = [_load(path, options, stack) for path in artifacts]

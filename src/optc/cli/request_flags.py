@@ -13,9 +13,8 @@ from optc.cli.common import F
 from optc.cli.options import add_flags, flag, given_flags
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.fields import Field, Given, fields_of, shown
-from optc.recipes import read_recipe
 from optc.request import SECTIONS, Request, known_keys, make_request, target_fields
-from optc.targets.registry import find_target
+from optc.targets.registry import target_options
 
 TARGET_HELP = "Where the model will run; see optc targets."
 
@@ -45,28 +44,30 @@ def request_flags(
     return functools.partial(add_flags, flags=flags)
 
 
-def option_help(rows: Iterable[tuple[Any, Field]]) -> str:
-    """The help of an option that several targets may have: (target, its field) for each."""
+def option_help(rows: Iterable[tuple[str, Field]]) -> str:
+    """The help of an option that several targets may have: (target's name, its field) for each."""
     names: dict[str, list[str]] = {}
     for target, field in rows:
         default = f" (default: {field.default_text})" if field.default_text else ""
-        names.setdefault(field.help.rstrip(".") + default, []).append(target.name)
+        names.setdefault(field.help.rstrip(".") + default, []).append(target)
     return " ".join(f"{', '.join(targets)}: {text}." for text, targets in names.items())
 
 
 def _target_flags(target: str | None) -> list[Any]:
     if target is not None:
-        return [flag(field) for field in fields_of(find_target(target).options).values()]
+        return [flag(field) for field in fields_of(target_options()[target]).values()]
     return [flag(rows[0][1], option_help(rows), _choices(rows)) for rows in target_fields().values()]
 
 
-def _choices(rows: Iterable[tuple[Any, Field]]) -> Iterable[str]:
+def _choices(rows: Iterable[tuple[str, Field]]) -> Iterable[str]:
     """What an option takes that several targets have: each target checks its own part of it."""
     return dict.fromkeys(choice for _, field in rows for choice in field.choices)
 
 
 def merge_recipe(flags: dict[str, Any]) -> dict[str, Given]:
     """Flags given on the command line over the recipe's keys; what neither gives is absent."""
+    from optc.recipes import read_recipe
+
     recipe = flags.pop("recipe", None)
     return (read_recipe(recipe, (*known_keys(), "model")) if recipe else {}) | given_flags(flags)
 

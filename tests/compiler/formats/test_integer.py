@@ -10,13 +10,8 @@ from torch import Tensor
 
 import optc.compiler.ops  # noqa: F401  (registers optc.dequantize)
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.formats.integer import (
-    BITS,
-    _stored_scale,
-    check_group_size,
-    default_group_size,
-    quantize_groups,
-)
+from optc.compiler.formats.group_sizes import BITS, check_group_size, default_group_size
+from optc.compiler.formats.integer import _stored_scale, quantize_groups
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -17,7 +17,7 @@ from optc.compiler.formats.layouts.awq.writer import AwqWriter
 from optc.compiler.formats.layouts.compressed_tensors.writer import CompressedTensorsWriter
 from optc.compiler.formats.layouts.gptq.writer import GptqWriter
 from optc.compiler.formats.layouts.registry import CHOICES, LAYOUTS
-from optc.exporters.hf.options import FolderOptions
+from optc.exporters.options.hf import FolderOptions
 
 K_PROJ = "model.layers.1.self_attn.k_proj"
 DOWN = "model.layers.0.mlp.down_proj"

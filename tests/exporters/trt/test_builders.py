@@ -9,9 +9,9 @@ import pytest
 from chosen import chosen
 
 from optc.compiler.diagnostics import OptcError, TargetError, UsageError
+from optc.exporters.options.trt import TrtOptions
 from optc.exporters.trt import builders
 from optc.exporters.trt.facts import profiles
-from optc.exporters.trt.options import TrtOptions
 from optc.passes.kv_cache.fixed import cache_capacity
 
 Machine = Callable[..., None]

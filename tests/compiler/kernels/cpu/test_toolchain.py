@@ -14,7 +14,7 @@ from optc.compiler.kernels.cpu import library, toolchain
 from optc.compiler.kernels.kernel import kernels_for
 from optc.compiler.target.target import ExportRequest, check_legal
 from optc.exporters.inductor import export_inductor
-from optc.exporters.inductor.options import InductorOptions
+from optc.exporters.options.inductor import InductorOptions
 from optc.passes.kv_cache.static import StaticKVCache
 from optc.targets.inductor_cpu import TARGET
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -11,6 +11,8 @@ from optc.compiler.target.options import MaxSeqLen, TargetOptions
 
 class TrtOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options of the target trt."""
+
+    target: ClassVar[str] = "trt"
 
     max_seq_len: MaxSeqLen | None = None
     max_batch: Annotated[int, Meta(ge=1, le=1 << 20, description="Sequences of one call.")] = 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -14,6 +14,8 @@ NGRAM, DRAFT = "ngram", "draft:"
 
 class FolderOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options of the target vllm. No layout is compressed-tensors; a given one is refused where nothing is quantized."""
+
+    target: ClassVar[str] = "vllm"
 
     layout: (
         Annotated[
@@ -29,6 +31,8 @@ class FolderOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fie
 
 class ServeOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options of the target trtllm: what its server is told. None leaves the choice to the server."""
+
+    target: ClassVar[str] = "trtllm"
 
     max_seq_len: (
         Annotated[

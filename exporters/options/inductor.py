@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
-from optc.compiler.target.options import MaxSeqLen, TargetOptions
+from optc.compiler.target.options import MaxSeqLen, TargetOptions, head_bits
 
 
 class InductorOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options of the target inductor-cpu."""
+
+    target: ClassVar[str] = "inductor-cpu"
 
     max_seq_len: MaxSeqLen | None = None
     accuracy_level: Annotated[
         int,
         Meta(ge=0, le=4, description="Quantized kernels: 4 rounds activations to int8 (fast), 0 does not."),
     ] = 4
+
+
+class CudaOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of the target inductor-cuda."""
+
+    target: ClassVar[str] = "inductor-cuda"
+
+    head_bits: Annotated[Literal[4, 8, 16], head_bits(16, "the compute type")] | None = None
