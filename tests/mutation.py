@@ -40,6 +40,7 @@ MODULES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("tests/compiler/execution/test_block_manager.py",),
     ),
     "integer": ("compiler/formats/integer.py", ("tests/compiler/formats/test_integer.py",)),
+    "group-sizes": ("compiler/formats/group_sizes.py", ("tests/compiler/formats/test_integer.py",)),
     "grid": (
         "passes/quantization/arithmetic/grid.py",
         ("tests/passes/quantization/arithmetic/test_grid.py",),
