@@ -1,7 +1,7 @@
 """Errors that users see: what, where, why, what to do, and an exit code.
 
 Exit codes: 0 done; 1 a bug of optc's; 2 usage; 3 bad input; 4 the target cannot do this;
-5 a numerics gate failed; 6 a requested pass matched nothing; 7 the artifact is damaged or
+5 a numerics gate failed; 6 a requested pass or pattern matched nothing; 7 the artifact is damaged or
 untrusted; 8 out of memory or disk.
 """
 
@@ -98,7 +98,7 @@ class GateError(OptcError):
 
 
 class NoMatchError(OptcError):
-    """A requested pass matched nothing."""
+    """A requested pass, or a pattern of names, matched nothing."""
 
     exit_code = 6
     kind = "no-match"

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
 from optc.compiler.bounded_regex import begins_with
-from optc.compiler.diagnostics import UsageError
+from optc.compiler.diagnostics import NoMatchError, UsageError
 
 _WEIGHT = ".weight"
 _REGEX = "re:"
@@ -51,7 +51,7 @@ def check_patterns(option: str, patterns: Iterable[str], names: Collection[str])
         names: all weights of the model.
 
     Raises:
-        UsageError: names the pattern, and the nearest names, or one that would match, where there are any.
+        NoMatchError: names the pattern, and the nearest names, or one that would match, where there are any.
     """
     for pattern in patterns:
         if any(fits(name, pattern) for name in names):
@@ -59,7 +59,7 @@ def check_patterns(option: str, patterns: Iterable[str], names: Collection[str])
         core = pattern.removeprefix(_REGEX).replace(".*", "*").strip("*^$")
         wider = [item for item in (f"*{core}.weight", f"*{core}*") if any(fnmatchcase(name, item) for name in names)]
         near = difflib.get_close_matches(pattern, list(names), n=3, cutoff=0.5) or list(names)[:3]
-        raise UsageError(
+        raise NoMatchError(
             f"{option}: '{pattern}' matches no weight",
             why=f"names look like {', '.join(near)}",
             remedy=f"use '{wider[0]}'" if core and wider else "correct the pattern, or leave it out",

@@ -23,7 +23,7 @@ def quantizable(skeleton: Any, ignore: Sequence[str] = ()) -> dict[str, tuple[in
     """Weight name -> (N, K) of the linears that a quantization pass takes. Stacked experts are linears `name[e]`.
 
     Raises:
-        UsageError: a pattern of `ignore` matches no weight of the model.
+        NoMatchError: a pattern of `ignore` matches no weight of the model.
     """
     check_patterns("ignore", ignore, [name for name, _ in skeleton.named_parameters(remove_duplicate=False)])
     found = {f"{name}.weight": linear_shape(module) for name, module in model_linears(skeleton).items()}

@@ -10,7 +10,7 @@ import torch
 from families import make_model
 from torch import nn
 
-from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.diagnostics import InputError, NoMatchError, UsageError
 from optc.compiler.formats.layouts.key_values import KeyValueScheme
 from optc.passes.quantization.arithmetic.grid import Grid, full_range, search
 from optc.training.fake_quantize import (
@@ -202,7 +202,7 @@ def test_a_rounding_is_that_of_the_operators() -> None:
 def test_what_cannot_be_trained_is_refused() -> None:
     with pytest.raises(InputError, match=r"(?s)group size 48 does not divide every weight.*q_proj.weight"):
         apply_qat(trainable(), QatConfig(enabled=True, group_size=48))
-    with pytest.raises(UsageError, match=r"'\*\.up\.\*' matches no weight"):
+    with pytest.raises(NoMatchError, match=r"'\*\.up\.\*' matches no weight"):
         apply_qat(trainable(), QatConfig(enabled=True, ignore=("*.up.*",)))
     with pytest.raises(UsageError, match="already prepared for quantization-aware training"):
         apply_qat(apply_qat(trainable(), QatConfig(enabled=True)), QatConfig(enabled=True))

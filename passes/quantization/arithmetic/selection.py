@@ -52,7 +52,7 @@ def select_linears(program: Program, ignore: Sequence[str], head: bool) -> Selec
     experts (a changed choice is no small error), weights that an embedding reads too, weights that `ignore` names.
 
     Raises:
-        UsageError: a pattern of `ignore` matches no weight of the program, nor one that it was captured with.
+        NoMatchError: a pattern of `ignore` matches no weight of the program, nor one that it was captured with.
     """
     sources = (name for names in program.contract.sources.values() for name in names)
     check_patterns("ignore", ignore, dict.fromkeys((*program.exported.state_dict, *sources)))

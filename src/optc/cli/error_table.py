@@ -28,7 +28,7 @@ _CODES = {
     3: "a model, a file or a place cannot be used",
     4: "the target or this machine cannot do it",
     5: "numbers moved by more than they may",
-    6: "a pass that was asked for matched nothing",
+    6: "a pass or a pattern that was asked for matched nothing",
     7: "the artifact is damaged, or not trusted",
     8: "memory, disk or time is exhausted; run it again with more of it",
 }

@@ -82,7 +82,7 @@ def cli() -> None:
     optc run out/fiction --prompt "The old man looked at the sea, and"
 
     Exit codes: 0 done, 2 usage, 3 bad input, 4 the target cannot do this, 5 a numerics gate failed,
-    6 a requested pass matched nothing, 7 damaged artifact, 8 out of memory or disk, 1 a bug of optc's.
+    6 a requested pass or pattern matched nothing, 7 damaged artifact, 8 out of memory or disk, 1 a bug of optc's.
     """
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from optc.compiler.analysis.name_patterns import check_patterns, fits
 from optc.compiler.bounded_regex import LONGEST, SECONDS, begins_with
-from optc.compiler.diagnostics import UsageError
+from optc.compiler.diagnostics import NoMatchError, UsageError
 
 UP, HEAD = "model.layers.0.mlp.up_proj.weight", "lm_head.weight"
 
@@ -45,7 +45,7 @@ def test_what_is_no_expression_is_named(pattern: str, why: str) -> None:
 
 
 def test_nearest_names_are_told() -> None:
-    with pytest.raises(UsageError, match=f"names look like {UP}"):
+    with pytest.raises(NoMatchError, match=f"names look like {UP}"):
         check_patterns("ignore", ["model.layers.0.mlp.upp_proj.weight"], [HEAD, UP])
 
 

@@ -9,7 +9,7 @@ from rewrites import count, difference, rewritten, stirred
 from torch import Tensor
 
 from optc.compiler.capture import capture_module
-from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.diagnostics import InputError, NoMatchError, UsageError
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.passes.quantization.rtn import QuantizeRtn
@@ -149,7 +149,7 @@ def test_ignored_by_pattern() -> None:
 )
 def test_a_pattern_that_matches_nothing_is_an_error(pattern: str, remedy: str) -> None:
     """What it was to keep would be quantized otherwise."""
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(NoMatchError) as caught:
         rewritten(QuantizeRtn(bits=8, ignore=("*.q_proj.*", pattern)), stirred("llama"))
     assert str(caught.value).startswith(f"ignore: '{pattern}' matches no weight\n  cause: names look like model.")
     assert caught.value.remedy == remedy
