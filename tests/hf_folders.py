@@ -37,12 +37,16 @@ RECIPES: dict[str, tuple[Pass, ...]] = {
 }
 
 
-@functools.cache
-def source(name: str) -> Path:
+def source(name: str, layers: int = 2) -> Path:
     """The folder of a tiny family as transformers saves it; read-only."""
+    return _source(name, layers)
+
+
+@functools.cache
+def _source(name: str, layers: int) -> Path:
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    make_model(name).save_pretrained(folder)
+    make_model(name, layers=layers).save_pretrained(folder)
     return folder
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from conftest import EXAMPLE
+from safetensors.torch import load_file, save_file
 
 import optc
 
@@ -38,9 +40,33 @@ def once(name: str, make: Callable[[Path], object]) -> Path:
 def example_artifact(target: str, **options: Any) -> Path:
     """The example model, compiled as `optc compile` does; read-only: what edits it takes a copy."""
     name = "-".join(["example", target, *(f"{key}={value}" for key, value in sorted(options.items()))])
-    make = functools.partial(_compile_example, target=target, **options)
+    make = functools.partial(_compile, EXAMPLE, target=target, **options)
     return once(name, make) / "artifact"
 
 
-def _compile_example(folder: Path, **options: Any) -> None:
-    optc.compile(EXAMPLE, output=folder / "artifact", **options)
+def short_example(layers: int = 2) -> Path:
+    """The first layers of the example model, with its tokenizer: native code for it takes less time to compile, and what
+    it says is not text. A model folder, read-only."""
+    return once(f"short-{layers}", functools.partial(_shorten, layers=layers)) / "model"
+
+
+def short_artifact(target: str, **options: Any) -> Path:
+    """`short_example`, compiled as `optc compile` does; read-only."""
+    name = "-".join(["short", target, *(f"{key}={value}" for key, value in sorted(options.items()))])
+    make = functools.partial(_compile, short_example(), target=target, **options)
+    return once(name, make) / "artifact"
+
+
+def _compile(model: Path, folder: Path, **options: Any) -> None:
+    optc.compile(model, output=folder / "artifact", **options)
+
+
+def _shorten(folder: Path, layers: int) -> None:
+    made = Path(shutil.copytree(EXAMPLE, folder / "model", copy_function=shutil.copyfile))
+    config = json.loads((made / "config.json").read_text())
+    config["num_hidden_layers"] = layers
+    (made / "config.json").write_text(json.dumps(config))
+    left = tuple(f"model.layers.{layer}." for layer in range(layers))
+    tensors = load_file(made / "model.safetensors")
+    kept = {name: item for name, item in tensors.items() if ".layers." not in name or name.startswith(left)}
+    save_file(kept, made / "model.safetensors", metadata={"format": "pt"})

@@ -28,11 +28,11 @@ def stir(model: Any) -> Any:
 
 
 @functools.cache
-def stirred(name: str, dtype: torch.dtype = torch.float32) -> Program:
+def stirred(name: str, dtype: torch.dtype = torch.float32, layers: int = 2) -> Program:
     """The stage-0 Program of a tiny family with uneven norm weights; treat it as read-only."""
     if dtype is not torch.float32:
-        return capture_model(stir(make_model(name)).to(dtype))
-    program = captured(name).clone()
+        return capture_model(stir(make_model(name, layers=layers)).to(dtype))
+    program = captured(name, layers).clone()
     generator = torch.Generator().manual_seed(1)
     for weight in program.exported.graph_signature.parameters:
         tensor = program.weight(weight)

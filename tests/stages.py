@@ -18,10 +18,14 @@ from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 VOCAB = 128
 
 
-@functools.cache
-def captured(name: str) -> Program:
+def captured(name: str, layers: int = 2) -> Program:
     """The stage-0 Program of a tiny family; treat it as read-only."""
-    return capture_model(make_model(name))
+    return _captured(name, layers)
+
+
+@functools.cache
+def _captured(name: str, layers: int) -> Program:
+    return capture_model(make_model(name, layers=layers))
 
 
 def apply(rewrite: Pass, program: Program) -> PassResult:

@@ -31,7 +31,8 @@ LENGTHS = (21, 9, 14, 5)
 @functools.cache
 def stages(name: str, granularity: str, format: str = "int8") -> tuple[Program, Program, Program]:
     """(rounded keys and values, caches of codes, legalized); treat them as read-only."""
-    program, rounded, codes = captured(name), None, None
+    layers = 1 if name in ("llama", "gpt2", "phi") else 2  # the others have a window in one layer of two
+    program, rounded, codes = captured(name, layers), None, None
     for step in TARGET.recipe("decoder", chosen("onnx-cpu")):
         if isinstance(step.rewrite, StaticKVCache):
             rewrite = QuantizeKVCache(format=format, granularity=granularity)  # type: ignore[arg-type]
@@ -41,7 +42,7 @@ def stages(name: str, granularity: str, format: str = "int8") -> tuple[Program, 
         result = step.rewrite.run(program, CONTEXT)
         program = result.program
         if isinstance(step.rewrite, StoreKVCodes):
-            assert result.matched == 2
+            assert result.matched == layers
             codes = program
     assert rounded is not None
     assert codes is not None
@@ -53,8 +54,16 @@ def test_nothing_is_stored_as_codes_where_nothing_is_rounded() -> None:
     assert not step.applies(rewritten(StaticKVCache(), "llama").program)
 
 
-@pytest.mark.parametrize("granularity", ["layer", "head", "channel"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "phi", "qwen2-window"])
+@pytest.mark.parametrize(
+    ("name", "granularity"),
+    [
+        *((name, granularity) for name in ("llama", "gpt2") for granularity in ("layer", "head", "channel")),
+        ("gemma2", "layer"),
+        ("gemma2", "channel"),
+        ("phi", "head"),
+        ("qwen2-window", "channel"),
+    ],
+)
 def test_engine_and_program_agree(name: str, granularity: str, tmp_path: Path) -> None:
     rounded, _, program = stages(name, granularity)
     check_legal(program, TARGET)
@@ -79,7 +88,7 @@ def test_every_stage_computes_the_same(name: str) -> None:
 def test_rotary_stays_in_the_kernel() -> None:
     program = stages("llama", "head")[2]
     calls = program.calls(torch.ops.optc.group_query_attention_codes.default)
-    assert [call.args[7] is not None for call in calls] == [True, True]
+    assert [call.args[7] is not None for call in calls] == [True]
     assert not program.calls(torch.ops.optc.quantize.default)
 
 

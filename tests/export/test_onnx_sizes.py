@@ -34,15 +34,16 @@ def close(predicted: Sizes, written: Sizes) -> None:
     assert predicted.tied == written.tied
 
 
-@pytest.mark.parametrize("head_bits", [4, 8, 32])
-@pytest.mark.parametrize("quant", ["rtn", "int8", "asymmetric"])
+@pytest.mark.parametrize(
+    ("quant", "head_bits"), [("rtn", 4), ("rtn", 8), ("rtn", 32), ("int8", 8), ("asymmetric", 4), ("asymmetric", 8)]
+)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_tiny_families(name: str, quant: str, head_bits: int, tmp_path: Path) -> None:
     """Untied and tied, biases and positions, weights that are stored the other way."""
     options: dict[str, Any] = {"quant": quant, "head_bits": head_bits}
     if quant != "int8":
         options |= {"quant": "rtn", "bits": 4, "group_size": 32, "symmetric": quant == "rtn"}
-    program = captured(name)
+    program = captured(name, 1)
     exported, result = ort_driver.compiled(program, tmp_path, **options)
     written = written_sizes(
         weight_parts(program), exported.contract, result.tensor_bytes, result.weight_bytes, source=None
@@ -51,7 +52,7 @@ def test_tiny_families(name: str, quant: str, head_bits: int, tmp_path: Path) ->
     assert written.tied == (name == "gpt2")
     made = chosen("onnx-cpu", **options)
     steps = ort_driver.TARGET.recipe("decoder", made)
-    close(predicted_sizes(make_model(name), ort_driver.TARGET, made, steps, None), written)
+    close(predicted_sizes(make_model(name, layers=1), ort_driver.TARGET, made, steps, None), written)
 
 
 @pytest.mark.parametrize("options", [{}, {"quant": "rtn"}])

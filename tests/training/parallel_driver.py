@@ -1,4 +1,4 @@
-"""Loss curves of fiction-3m, in one process and in two: run by test_parallel.py, each rank in a process of its own."""
+"""Loss curves of a model folder, in one process and in two: run by test_parallel.py, each rank in a process of its own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from optc.training.parallel import (
     synchronizing,
 )
 
-STEPS, ROWS, LENGTH, CLIP = 12, 4, 20, 0.5
+STEPS, ROWS, LENGTH, CLIP = 8, 4, 20, 0.5
+BOOK = Path(__file__).parents[2] / "examples" / "book.txt"
 MODES: dict[str, tuple[ParallelConfig, int]] = {
     "ddp": (ParallelConfig(kind="ddp"), 1),
     "ddp, accumulation": (ParallelConfig(kind="ddp"), 2),
@@ -50,7 +51,7 @@ def batches(folder: Path) -> list[dict[str, Tensor]]:
     """The book's first tokens, in rows of different label counts, so that a mean of means would show."""
     from transformers import AutoTokenizer
 
-    text = (folder.parent / "book.txt").read_text()[:40_000]
+    text = BOOK.read_text()
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"])
     found = []
     for tokens in ids[: STEPS * ROWS * LENGTH].view(STEPS, ROWS, LENGTH):

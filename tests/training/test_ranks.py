@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import EXAMPLE
+from once import short_example
 from safetensors.torch import load_file
 from training_runs import ranks, torchrun
 
@@ -25,11 +27,11 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def recipe(example_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
     tree: dict[str, Any] = {
-        "model": str(example_model),
-        "data": {"text": [str(example_model.parent / "book.txt")]},
+        "model": str(short_example()),
+        "data": {"text": [str(EXAMPLE.parent / "book.txt")]},
         "device": "cpu",
         "max_steps": STEPS,
         "batch_size": 4,
