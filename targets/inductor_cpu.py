@@ -12,6 +12,7 @@ from optc.passes.kv_cache.paged import PageKVCache
 from optc.passes.kv_cache.static import StaticKVCache
 from optc.passes.legalization.inductor import LegalizeInductor
 from optc.passes.legalization.round_activations import RoundActivations
+from optc.targets.exposing import exposing_steps
 from optc.targets.methods import WEIGHT_ONLY, quantization_steps, stored_scales
 
 FAST = 4
@@ -35,6 +36,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
         ]
     if kind == "decoder":
         steps.append(Step(PageKVCache() if options.kv_cache == "paged" else StaticKVCache(in_place=True)))
+        steps += exposing_steps(options)
         if options.quantization is not None:
             steps.append(Step(MergeProjections(), optional=True))
     steps.append(Step(LegalizeInductor(), optional=True))

@@ -13,6 +13,7 @@ from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.passes.legalization.cuda import LegalizeCuda
+from optc.targets.exposing import exposing_steps
 from optc.targets.methods import WEIGHT_ONLY, head_steps, quantization_steps, rounded_last
 
 BLOCK_SIZE = 64
@@ -41,6 +42,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
             ]
         ),
         Step(PageKVCache(block_size=BLOCK_SIZE, select_logits=True)),
+        *exposing_steps(options),
         Step(MergeProjections(), optional=True),
         Step(FuseDecode()),
         Step(LegalizeCuda(), optional=True),

@@ -19,8 +19,8 @@ from optc.training.recipe import convert
 VOCAB = 64
 
 
-def small_model(folder: Path, *, seed: int = 0, dropout: float = 0.0, layers: int = 2) -> Path:
-    """Write a random Llama with a vocabulary of 64 and a hidden size of 16."""
+def small_model(folder: Path, *, seed: int = 0, dropout: float = 0.0, layers: int = 2, vocabulary: int = VOCAB) -> Path:
+    """Write a random Llama with a hidden size of 16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -30,7 +30,7 @@ def small_model(folder: Path, *, seed: int = 0, dropout: float = 0.0, layers: in
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
-        vocab_size=VOCAB,
+        vocab_size=vocabulary,
         max_position_embeddings=64,
         bos_token_id=0,
         eos_token_id=1,

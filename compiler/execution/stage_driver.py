@@ -208,18 +208,42 @@ def _run_whole(program: Program, run: Runner, sequences: Sequence[Sequence[int]]
     call = [(row, 0, len(tokens)) for row, tokens in enumerate(sequences)]
     device = program_device(program)
     ids = _padded(sequences, call, device)
-    made = {
+    made: dict[str, Callable[[], Tensor]] = {
         "input_ids": lambda: ids,
         "position_ids": lambda: torch.arange(ids.shape[1], device=device).expand(ids.shape).contiguous(),
         "attention_mask": lambda: _mask(call, device),
         "token_type_ids": lambda: torch.zeros_like(ids),
     }
+    states = _states(program, call)
+    for spec, rows in zip(_state_inputs(program), states, strict=True):
+        size = ids.shape[1]
+        made[spec.role] = lambda rows=rows, size=size: torch.stack(  # type: ignore[misc]
+            [torch.cat((item, item.new_zeros(size - len(item), item.shape[1]))) for item in rows]
+        )
     taps: list[Tensor] = []
     out = run(taps)(*(made[spec.role]() for spec in program.contract.inputs))
     role = program.contract.outputs[0].role
     collector = _Collector(len(sequences))
     collector.add(call, _unpadded(call), _by_token(out[0], role, ids.shape[1]), taps)
     return replace(collector.result(), role=role, predicts_next=program.contract.kind == "decoder")
+
+
+def _state_inputs(program: Program) -> list[Input]:
+    """The inputs of a draft model that hold a row of numbers for each token."""
+    return [spec for spec in program.contract.inputs if spec.role in ("base_states", "own_states")]
+
+
+def _states(program: Program, call: Call) -> list[list[Tensor]]:
+    """For each of `_state_inputs` random rows [n, C] of each part of a call: the same for a token in whatever call it is fed."""
+    device, found = program_device(program), []
+    for number, spec in enumerate(_state_inputs(program)):
+        parts = []
+        for row, start, end in call:
+            generator = torch.Generator().manual_seed(2 * row + number)
+            made = torch.randn((end, int(spec.dims[-1])), generator=generator)[start:]
+            parts.append(made.to(device=device, dtype=getattr(torch, spec.dtype)))
+        found.append(parts)
+    return found
 
 
 def _by_token(out: Tensor, role: OutputRole, size: int) -> Tensor:
@@ -309,6 +333,7 @@ def _run_paged(
         inputs = list(manager.step([(row, sequences[row][start:end]) for row, start, end in call]))
         if program.contract.input_index("logits_indices") is not None:
             inputs.append(torch.arange(len(inputs[0])))
+        inputs += [torch.cat(parts) for parts in _states(program, call)]
         logits = run(taps)(*(item.to(device) for item in inputs), *pools)[0]
         collector.add(call, _split(call), logits, taps)
     return collector.result()

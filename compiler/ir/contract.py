@@ -20,8 +20,11 @@ InputRole = Literal[
     "past_lengths",
     "key_cache",
     "value_cache",
+    "base_states",
+    "own_states",
     "input",
 ]
+"""base_states and own_states: of a draft model, a row per token; see `DraftFacts`."""
 OutputRole = Literal["logits", "classes", "hidden", "aux_hidden", "key_cache", "value_cache", "output"]
 """logits: over the vocabulary. classes: logits over few classes, per token or per sequence. hidden: of an encoder, or what
 the head of a decoder reads. aux_hidden: what some layers of a decoder read."""
@@ -40,10 +43,11 @@ class Input(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True):
-    """One graph output, in order."""
+    """One graph output, in order. `layers`: of hidden states, the layers whose inputs they are, side by side."""
 
     name: str
     role: OutputRole
+    layers: tuple[int, ...] = ()
 
 
 class AttentionFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,12 +112,32 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     pad_token_id: int | None = None
 
 
+class DraftFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a draft model that reads hidden states of a base was made for (EAGLE-3). Hashes are "" where none is known.
+
+    Its input `base_states` holds hidden states of the base, side by side; 0 where there are none. `own_states` is its own
+    output `hidden` of the token before; 0 where the base's are there.
+
+    Attributes:
+        boundaries: hidden states that are read: j is what enters layer j of the base.
+        max_draft_tokens: in a row.
+        base_config, base_weights, tokenizer: sha256 of the base's config.json, of its weights, of its tokenizer.json.
+    """
+
+    boundaries: tuple[int, ...]
+    max_draft_tokens: int
+    base_config: str = ""
+    base_weights: str = ""
+    tokenizer: str = ""
+
+
 class Contract(msgspec.Struct, frozen=True, kw_only=True):
     """The part of a Program that is not its graph.
 
     `position_rule` records `position[b, i] = base[b] + i`: masks and caches are proved under it.
     `sources` maps each weight of the graph to the tensor names of the checkpoint it came from.
     `layers` has one entry per attention operator, in graph order.
+    `draft` is None but for draft models that read a base.
     """
 
     kind: Kind
@@ -126,6 +150,7 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     sources: dict[str, tuple[str, ...]] = {}
     quantization: dict[str, WeightQuantization] = {}
     passes: tuple[str, ...] = ()
+    draft: DraftFacts | None = None
 
     def input_index(self, role: InputRole) -> int | None:
         """Position of the first input with this role, or None."""

@@ -345,6 +345,7 @@ def _config_tree(config: Eagle3Config, dtype: str) -> dict[str, Any]:
     verifier = {"name_or_path": config.base, "architectures": [config.base_architecture]}
     return {
         "architectures": [ARCHITECTURE],
+        "model_type": "speculators",
         "speculators_model_type": "eagle3",
         "dtype": dtype,
         "draft_vocab_size": config.draft_vocab_size,

@@ -24,11 +24,12 @@ _TOKENS = 13
 _KEPT = 5
 
 
-def cache_misses(program: Program, *, sinks: bool) -> tuple[Miss, ...]:
+def cache_misses(program: Program, *, sinks: bool, states: bool = False) -> tuple[Miss, ...]:
     """Why the attention of a program cannot read a KV cache; empty when it can.
 
     Args:
         sinks: whether the cache's attention has sinks.
+        states: whether the program may read hidden states beside tokens, as draft models do.
     """
     contract, calls = program.contract, program.calls(_ATTENTION)
     roles = [spec.role for spec in contract.inputs]
@@ -36,6 +37,8 @@ def cache_misses(program: Program, *, sinks: bool) -> tuple[Miss, ...]:
         return (Miss("program", f"it already has a {contract.kv_cache.kind} KV cache"),)
     if contract.kind != "decoder":
         return (Miss("program", f"its kind is {contract.kind}: only a decoder continues a sequence"),)
+    if states and contract.draft is not None:
+        roles = [role for role in roles if role not in ("base_states", "own_states")]
     if roles != ["input_ids", "position_ids"] or not contract.position_rule:
         return (Miss("program", "its inputs are not input_ids and position_ids, counted up within a row"),)
     if not calls:
@@ -82,11 +85,15 @@ def mixing_error(program: Program, *, seed: int = 0) -> float:
     vocabulary = _vocabulary(program)
     ids = torch.randint(0, vocabulary, (1, count), generator=generator).to(device)
     positions = torch.randint(0, limit, (1, count), generator=generator).to(device)
+    states = [
+        torch.randn((1, count, int(node.meta["val"].shape[2])), generator=generator).to(device, node.meta["val"].dtype)
+        for node in program.user_inputs()[2:]
+    ]
 
     def logits(chosen: Tensor) -> Tensor:
         replay = Replay(program, {_ATTENTION: _stand_in})
         with torch.no_grad():
-            out: Tensor = replay.outputs(ids[:, chosen], positions[:, chosen])[0]
+            out: Tensor = replay.outputs(*(item[:, chosen] for item in (ids, positions, *states)))[0]
         return out[0].double()
 
     full = logits(torch.arange(count, device=device))

@@ -7,7 +7,8 @@ hyphens, its flag; names are unique among all structs of a request, and two targ
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -79,6 +80,17 @@ class QuantRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = ()
 
 
+def _read_layers(value: Any) -> tuple[int, ...]:
+    """Numbers of layers: "2,4,5" or a list."""
+    items = [item.strip() for item in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not items:
+        raise TypeError
+    found = tuple(item if isinstance(item, int) and not isinstance(item, bool) else int(str(item)) for item in items)
+    if min(found) < 0 or max(found) >= 1 << 16:
+        raise TypeError
+    return found
+
+
 class CacheRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The KV cache of a decoder."""
 
@@ -89,6 +101,33 @@ class CacheRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ]
         | None
     ) = None
+
+
+class DraftingRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a model that drafts needs of its base, and the base of it."""
+
+    base: (
+        Annotated[
+            Path,
+            Meta(
+                description="Of a draft model (EAGLE-3): folder of the model that it drafts for, whose embedding it shares."
+            ),
+        ]
+        | None
+    ) = None
+    expose_hidden: Annotated[
+        tuple[int, ...],
+        Meta(
+            description="With a paged cache: layers whose inputs the program gives beside the logits, for a draft model that "
+            "reads them (EAGLE-3); counted from 0.",
+            extra={
+                "read": _read_layers,
+                "joined": True,
+                "metavar": "N,N,N",
+                "expected": "numbers of layers, as text with commas or a list",
+            },
+        ),
+    ] = ()
 
 
 class TargetOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -139,12 +178,14 @@ class CompileOptions(msgspec.Struct, frozen=True, kw_only=True):
         dtype: fp32, bf16 or fp16.
         quantization: None compiles the weights as they are.
         kv_cache: None for targets whose engine has caches of its own.
+        expose_hidden: layers whose inputs a paged program gives beside the logits.
         own: an instance of the target's `options`.
     """
 
     dtype: str
     quantization: Quantization | None = None
     kv_cache: str | None = None
+    expose_hidden: tuple[int, ...] = ()
     own: TargetOptions = TargetOptions()
 
     def of(self, cls: type[OwnT]) -> OwnT:

@@ -169,7 +169,13 @@ def _paged(program: Program, ids: Tensor, past: int) -> Inputs:
     slots = tables[row, position // size].long() * size + position % size
     lengths = torch.full((2,), past + count, dtype=torch.int32)
     starts = torch.tensor([0, count, 2 * count], dtype=torch.int32)
-    return [ids.reshape(-1).contiguous(), position, slots, tables, lengths, starts]
+    generator = torch.Generator().manual_seed(past)
+    states = [
+        torch.randn((2 * count, int(spec.dims[1])), generator=generator).to(getattr(torch, spec.dtype))
+        for spec in program.contract.inputs
+        if spec.role in ("base_states", "own_states")
+    ]
+    return [ids.reshape(-1).contiguous(), position, slots, tables, lengths, starts, *states]
 
 
 def _module_inputs(program: Program) -> Inputs:

@@ -57,7 +57,10 @@ class ExposeHidden(Pass):
         if head is not None:
             edited = add_output(edited, head_rows(edited, head), Output(name="hidden", role="hidden"))
         if found:
-            edited = add_output(edited, _beside(edited, found), Output(name="aux_hidden", role="aux_hidden"))
+            count = len(layer_inputs(edited))
+            numbers = tuple(number % count for number in self.layers)
+            spec = Output(name="aux_hidden", role="aux_hidden", layers=numbers)
+            edited = add_output(edited, _beside(edited, found), spec)
         return PassResult(edited, asked, asked)
 
 

@@ -50,7 +50,7 @@ class PageKVCache(Pass):
         if self.block_size < 1:
             raise UsageError(f"block size {self.block_size} is not positive", remedy="use 16, the default")
         calls = program.calls(_ATTENTION)
-        misses = cache_misses(program, sinks=False)
+        misses = cache_misses(program, sinks=False, states=True)
         if misses:
             return PassResult(program, 0, len(calls), misses)
         head, reason = selectable_head(program) if self.select_logits else (None, "")
@@ -63,9 +63,12 @@ def _retrace(program: Program, block_size: int, head: Node | None) -> Program:
     """With the logits of all tokens, or of those that the input `logits_indices` names where a `head` is given."""
     contract = _contract(program, block_size, head is not None)
     rows = None if head is None else RowCalls.of(by_row(head))
+    count, selecting = len(program.contract.inputs) - 2, int(head is not None)
 
-    def forward(input_ids: Tensor, position_ids: Tensor, slot_mapping: Tensor, *rest: Tensor) -> Tensor:
-        tables, pools = rest[:3], rest[3 + (head is not None) :]
+    def forward(input_ids: Tensor, position_ids: Tensor, slot_mapping: Tensor, *rest: Tensor) -> Any:
+        tables, rest = rest[:3], rest[3:]
+        wanted, rest = rest[:selecting], rest[selecting:]
+        states, pools = rest[:count], rest[count:]
         pairs = iter(zip(pools[::2], pools[1::2], strict=True))
 
         def attend(args: tuple[Any, ...], knobs: dict[str, Any]) -> Tensor:
@@ -78,10 +81,10 @@ def _retrace(program: Program, block_size: int, head: Node | None) -> Program:
         replay = (
             Replay(program, handlers)
             if rows is None
-            else SelectingReplay(program, handlers, rows, lambda hidden: hidden.index_select(-2, rest[3]))
+            else SelectingReplay(program, handlers, rows, lambda hidden: hidden.index_select(-2, *wanted))
         )
-        logits: Tensor = replay.outputs(input_ids[None], position_ids[None])[0]
-        return logits[0]
+        found = [item[0] for item in replay.outputs(*(item[None] for item in (input_ids, position_ids, *states)))]
+        return found[0] if len(found) == 1 else tuple(found)
 
     args, shapes = paged_examples(contract, program_device(program))
     return retrace(program, forward, args, shapes, contract)
@@ -89,7 +92,7 @@ def _retrace(program: Program, block_size: int, head: Node | None) -> Program:
 
 def _contract(program: Program, block_size: int, selecting: bool) -> Contract:
     old = program.contract
-    assert len(old.outputs) == 1, "a decoder returns its logits"
+    assert old.outputs[0].role == "logits", "a decoder returns its logits"
     key: Any = program.calls(_ATTENTION)[0].args[1]
     dtype = str(key.meta["val"].dtype).removeprefix("torch.")
 
@@ -104,6 +107,7 @@ def _contract(program: Program, block_size: int, selecting: bool) -> Contract:
         table("context_lens", "int32", "requests"),
         table("cu_seqlens", "int32", "requests_plus_1"),
         *([table("logits_indices", "int64", "rows")] if selecting else []),
+        *(msgspec.structs.replace(spec, dims=("tokens", spec.dims[2])) for spec in old.inputs[2:]),  # of draft models
     ]
     for i, layer in enumerate(old.layers):
         key_dims = ("num_blocks", block_size, layer.num_kv_heads, layer.head_dim)

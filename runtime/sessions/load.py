@@ -274,8 +274,12 @@ def open_session(
     device: str | None = None,
     graph_device: str = "cpu",
     trust: bool = False,
+    draft: bool = False,
 ) -> Session:
     """The session for a verified artifact, picked by its engine and KV cache; arguments as `load`.
+
+    Args:
+        draft: a draft model that reads hidden states of a base is what is wanted, and its caller gives it them.
 
     Raises:
         ArtifactError: native code that nobody vouches for, or facts that optc does not write.
@@ -298,6 +302,13 @@ def open_session(
             f"the artifact is a model {what}, which does not generate",
             where=str(folder),
             remedy="run its engine file with the engine itself; optc inspect lists inputs and outputs",
+        )
+    if contract.draft is not None and not draft:
+        raise TargetError(
+            "the artifact is a draft model, which does not generate by itself",
+            where=str(folder),
+            why="it reads hidden states of the model that it drafts for",
+            remedy="run that model with --speculative eagle3 --draft and this folder",
         )
     if threads is not None:
         check_range("threads", threads, Threads)

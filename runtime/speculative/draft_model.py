@@ -17,6 +17,7 @@ from torch import Tensor
 from optc.compiler.execution.block_manager import BlockManager
 from optc.runtime.sessions.paged import PagedModel
 from optc.runtime.speculative.acceptance import Cuts, decide
+from optc.runtime.speculative.draft_room import fitting
 from optc.runtime.speculative.drafter import Ask, Tokens, Verified
 
 
@@ -46,10 +47,11 @@ class DraftModel:
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
         """See `Drafter`. Requests that the cache or the context has no room for get nothing."""
         drafts: dict[str, list[int]] = {ask.id: [] for ask in asks}
-        fitting = self._room_for([ask for ask in asks if len(ask.tokens) + ask.most <= self._model.context_length])
-        asking = {ask.id: ask for ask in fitting}
-        work = {ask.id: self._rest(ask) for ask in fitting}
-        for place in range(max((ask.most for ask in fitting), default=0)):
+        short = [ask for ask in asks if len(ask.tokens) + ask.most <= self._model.context_length]
+        chosen_asks = fitting(short, self._manager, self._requests, self.forget)
+        asking = {ask.id: ask for ask in chosen_asks}
+        work = {ask.id: self._rest(ask) for ask in chosen_asks}
+        for place in range(max((ask.most for ask in chosen_asks), default=0)):
             logits = self._feed(work)
             chosen = self._choose(logits, [asking[name] for name in work], place)
             for name, token in zip(work, chosen, strict=True):
@@ -69,24 +71,6 @@ class DraftModel:
         """See `Drafter`."""
         self._requests.clear()
         self._on_close()
-
-    def _room_for(self, asks: Sequence[Ask]) -> list[Ask]:
-        """Those of the asks that fit into the cache, where the ones that asked longest ago have given way."""
-        fitting: list[Ask] = []
-        needed, size = 0, self._manager.block_size
-        asking = {ask.id for ask in asks}
-        others = [name for name in self._requests if name not in asking]
-        for ask in asks:
-            owned = len(self._manager.blocks(ask.id)) if ask.id in self._requests else 0
-            missing = (
-                max(0, -(-(len(ask.tokens) + ask.most) // size) - owned) + 1
-            )  # one more where a shared one is left
-            while others and self._manager.free_blocks < needed + missing:
-                self.forget(others.pop(0))
-            if self._manager.free_blocks >= needed + missing:
-                needed += missing
-                fitting.append(ask)
-        return fitting
 
     def _rest(self, ask: Ask) -> list[int]:
         """The tokens of a request that the cache does not hold, one at least; what else it holds is forgotten."""

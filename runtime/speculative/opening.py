@@ -6,13 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from optc.compiler.artifact.folder import verify
-from optc.compiler.diagnostics import InputError, TargetError
+import torch
+
+from optc.compiler.artifact.folder import read_manifest, verify
+from optc.compiler.artifact.manifest import Manifest
+from optc.compiler.diagnostics import InputError, TargetError, UsageError
+from optc.compiler.files import sha256_of
+from optc.compiler.ir.contract import Contract, DraftFacts
+from optc.compiler.model_folder.eagle3 import is_eagle3
 from optc.runtime.generation.tokenizer import load_tokenizer
 from optc.runtime.sessions.load import open_session
 from optc.runtime.sessions.paged import PagedModel, PagedSession
 from optc.runtime.speculative.draft_model import DraftModel
 from optc.runtime.speculative.drafter import Drafter
+from optc.runtime.speculative.eagle3 import ROLE, Eagle3Drafter
 from optc.runtime.speculative.lookahead import LookaheadDrafter
 from optc.runtime.speculative.ngram import NgramDrafter
 from optc.runtime.speculative.settings import Speculation
@@ -52,20 +59,63 @@ def open_drafter(options: Speculation, target: Verifying) -> Drafter:
     if options.method in _NO_WEIGHTS:
         return _NO_WEIGHTS[options.method]()
     assert options.draft is not None
-    return _open_model(options.draft, options.draft_tokens, target)
+    opens = _open_eagle3 if options.method == "eagle3" else _open_model
+    return opens(options.draft, options.draft_tokens, target)
 
 
 def _open_model(folder: Path, draft_tokens: int, target: Verifying) -> DraftModel:
-    """A cache as large as the target's, with room for the draft of each request that runs."""
+    session = _open_paged(folder, _verified(folder), draft_tokens, target)
+    return DraftModel(session.model, target.model.vocab_size, session.close)
+
+
+def _open_eagle3(folder: Path, draft_tokens: int, target: Verifying) -> Eagle3Drafter:
+    """The draft model of an artifact, held to the base that verifies."""
+    manifest = _verified(folder)
+    facts = manifest.contract.draft
+    if facts is None:
+        raise InputError(
+            "the artifact is no draft model that reads hidden states",
+            where=str(folder),
+            why="it was compiled from a model that drafts by itself",
+            remedy="give it with --speculative draft, or train one with optc train --recipe eagle3 and compile that",
+        )
+    if draft_tokens > facts.max_draft_tokens:
+        raise UsageError(
+            f"the draft model drafts {facts.max_draft_tokens} tokens in a row at most, not {draft_tokens}",
+            where=str(folder),
+            why="it was trained for so many",
+            remedy=f"give --draft-tokens {facts.max_draft_tokens} or less",
+        )
+    check_states(facts, manifest.contract, target)
+    session = _open_paged(folder, manifest, draft_tokens, target, draft=True)
+    widths = {spec.role: int(spec.dims[-1]) for spec in manifest.contract.inputs if spec.role.endswith("_states")}
+    dtype = getattr(torch, next(spec.dtype for spec in manifest.contract.inputs if spec.role == "base_states"))
+    return Eagle3Drafter(session.model, (widths["base_states"], widths["own_states"]), dtype, session.close)
+
+
+def _verified(folder: Path) -> Manifest:
+    """The manifest of the model that drafts."""
     if (folder / "config.json").is_file() and not (folder / "manifest.json").is_file():
+        base = ", with --base and the folder of its base" if is_eagle3(folder) else ""
         raise InputError(
             "the model that drafts is not compiled",
             where=str(folder),
             why="it is a model folder",
-            remedy="compile it with --target inductor-cpu --kv-cache paged, and give --draft the artifact",
+            remedy=f"compile it with --target inductor-cpu --kv-cache paged{base}, and give --draft the artifact",
         )
-    manifest = verify(folder)
-    _check_tokens(folder, target)
+    return verify(folder)
+
+
+def _open_paged(
+    folder: Path, manifest: Manifest, draft_tokens: int, target: Verifying, *, draft: bool = False
+) -> PagedSession:
+    """A cache as large as the target's, with room for the draft of each request that runs.
+
+    Args:
+        draft: it reads hidden states of the base.
+    """
+    if not draft:
+        _check_tokens(folder, target)
     cache, device = manifest.contract.kv_cache, target.model.device
     if cache.kind != "paged":
         raise TargetError(
@@ -76,7 +126,7 @@ def _open_model(folder: Path, draft_tokens: int, target: Verifying) -> DraftMode
         )
     tokens = target.model.num_blocks * target.model.block_size
     blocks = -(-tokens // cache.block_size) + target.running * (2 + draft_tokens // cache.block_size)
-    session = open_session(folder, manifest, threads=target.threads, num_blocks=blocks, trust=target.trust)
+    session = open_session(folder, manifest, threads=target.threads, num_blocks=blocks, trust=target.trust, draft=draft)
     assert isinstance(session, PagedSession)
     if session.model.device.type != device.type:
         session.close()
@@ -86,7 +136,54 @@ def _open_model(folder: Path, draft_tokens: int, target: Verifying) -> DraftMode
             why=f"it runs on {session.model.device.type}, the model that verifies on {device.type}",
             remedy="compile both for the same target",
         )
-    return DraftModel(session.model, target.model.vocab_size, session.close)
+    return session
+
+
+def check_states(facts: DraftFacts, contract: Contract, target: Verifying) -> None:
+    """Hold a draft model to the base that verifies: the states that it reads, its tokens, the weights it was trained on.
+
+    Raises:
+        TargetError: the base's artifact does not give these states.
+        InputError: it was made for another base, or for another tokenizer.
+    """
+    flag = ",".join(map(str, facts.boundaries))
+    remedy = f"compile the base again with --expose-hidden {flag}"
+    if ROLE not in target.model.gives:
+        raise TargetError(
+            "the artifact does not give the hidden states that the draft model reads",
+            where=None if target.folder is None else str(target.folder),
+            why="it was compiled without them",
+            remedy=remedy,
+        )
+    if target.folder is None:
+        return
+    base = read_manifest(target.folder)
+    given = next(spec.layers for spec in base.contract.outputs if spec.role == ROLE)
+    if given != facts.boundaries:
+        raise TargetError(
+            "the artifact gives other hidden states than the draft model reads",
+            where=str(target.folder),
+            why=f"it gives those of {list(given)}, not of {list(facts.boundaries)}",
+            remedy=remedy,
+        )
+    path = target.folder / "tokenizer.json"
+    tokenizer = sha256_of(path) if path.is_file() else ""
+    sizes = (contract.model.vocab_size, contract.model.hidden_size)
+    own = (base.contract.model.vocab_size, base.contract.model.hidden_size)
+    if facts.tokenizer and facts.tokenizer != tokenizer:
+        why = "its tokenizer.json is not that of the model that verifies"
+    elif facts.base_weights and facts.base_weights != base.source.weights_sha256:
+        why = "it was trained on other weights"
+    elif sizes != own:
+        why = f"its vocabulary and width are {sizes[0]} and {sizes[1]}, those of the model that verifies {own[0]} and {own[1]}"
+    else:
+        return
+    raise InputError(
+        "the draft model was made for another base",
+        where=str(target.folder),
+        why=why,
+        remedy="give the artifact of the model that it was trained on, or train a draft model for this one",
+    )
 
 
 def _check_tokens(folder: Path, target: Verifying) -> None:

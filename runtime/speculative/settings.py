@@ -9,20 +9,26 @@ from msgspec import Meta, Struct
 
 from optc.compiler.diagnostics import UsageError
 
-Method = Literal["ngram", "suffix", "lookahead", "draft"]
+Method = Literal["ngram", "suffix", "lookahead", "draft", "eagle3"]
 
-_DRAFT_TOKENS: dict[Method, int] = {"ngram": 8, "suffix": 8, "lookahead": 6, "draft": 4}
+_DRAFT_TOKENS: dict[Method, int] = {"ngram": 8, "suffix": 8, "lookahead": 6, "draft": 4, "eagle3": 4}
+
+_MODELS: tuple[Method, ...] = ("draft", "eagle3")
+"""Methods that open another artifact."""
 
 MethodFlag = Annotated[
     Method,
     Meta(
         description="Draft the next tokens and verify them in one step: by what followed the same tokens before (ngram, "
-        "suffix), by guesses that the model corrects (lookahead), or by a smaller model (draft)."
+        "suffix), by guesses that the model corrects (lookahead), by a smaller model (draft), or by a layer that "
+        "reads the model's hidden states (eagle3)."
     ),
 ]
 DraftFlag = Annotated[
     Path,
-    Meta(description="With --speculative draft: artifact of the smaller model; paged KV cache, the same tokenizer."),
+    Meta(
+        description="With --speculative draft or eagle3: artifact of the model that drafts; paged KV cache, the same tokenizer."
+    ),
 ]
 DraftTokens = Annotated[
     int,
@@ -30,7 +36,7 @@ DraftTokens = Annotated[
         ge=1,
         le=64,
         description="With --speculative: most tokens drafted in a step.",
-        extra={"default": "ngram, suffix 8; lookahead 6; draft 4"},
+        extra={"default": "ngram, suffix 8; lookahead 6; draft, eagle3 4"},
     ),
 ]
 
@@ -39,7 +45,7 @@ class Speculation(Struct, frozen=True, kw_only=True):
     """How an engine drafts.
 
     Attributes:
-        draft: artifact of the model that drafts, for the method "draft".
+        draft: artifact of the model that drafts, for the methods "draft" and "eagle3".
         draft_tokens: most of them in a step.
         adaptive: draft only while it is faster; see `switch`. False is for measuring.
     """
@@ -63,11 +69,12 @@ def speculation_of(
             if value is not None:
                 raise UsageError(f"--{name} has no effect without --speculative", remedy="leave it out")
         return None
-    if method == "draft" and draft is None:
-        raise UsageError("--speculative draft needs the model that drafts", remedy="give --draft ARTIFACT")
-    if method != "draft" and draft is not None:
+    if method in _MODELS and draft is None:
+        raise UsageError(f"--speculative {method} needs the model that drafts", remedy="give --draft ARTIFACT")
+    if method not in _MODELS and draft is not None:
         raise UsageError(
-            f"--draft has no effect with --speculative {method}", remedy="leave it out, or give --speculative draft"
+            f"--draft has no effect with --speculative {method}",
+            remedy="leave it out, or give --speculative draft or eagle3",
         )
     return Speculation(
         method=method, draft=draft, draft_tokens=draft_tokens or _DRAFT_TOKENS[method], adaptive=adaptive

@@ -125,6 +125,13 @@ def compile(
     if request.run.save_recipe is not None:
         check_recipe(request.run.save_recipe, model, request)
     captured = capture_resolved(model, example_inputs, resolved)
+    if captured.program.contract.draft is not None and resolved.options.kv_cache != "paged":
+        raise UsageError(
+            "a draft model needs a paged KV cache",
+            where=resolved.target.name,
+            why="it forgets rejected tokens of each request by itself",
+            remedy="compile it with --target inductor-cpu --kv-cache paged",
+        )
     check_context(_capacity(resolved), captured.program.contract.model.context_length)
     seconds = {"capture": time.perf_counter() - begin}
     result = run_passes(captured, resolved, progress, seconds)
@@ -178,6 +185,7 @@ def capture_resolved(model: Model, example_inputs: Sequence[torch.Tensor] | None
         text=request.gate.text,
         work_folder=_work_folder(resolved),
         device=resolved.device,
+        base=request.drafting.base,
     )
 
 

@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from optc.compiler.capture import capture_model, capture_module, capture_pretrained
+from optc.compiler.capture.eagle3 import capture_eagle3
 from optc.compiler.capture.loading import DTYPES
 from optc.compiler.capture.pretrained import CPU
 from optc.compiler.diagnostics import UsageError, unknown_name
@@ -19,6 +20,7 @@ from optc.compiler.ir.program import Program
 from optc.compiler.ir.proof import CaptureProof
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, prevailing
 from optc.compiler.model_folder.config_file import modules_behind, parts_beside
+from optc.compiler.model_folder.eagle3 import is_eagle3
 from optc.compiler.settings.fields import check_type
 
 Model = str | Path | torch.nn.Module | Program
@@ -50,6 +52,7 @@ def capture(
     input_names: Sequence[str] | None = None,
     trust_remote_code: bool = False,
     prove: bool = True,
+    base: str | Path | None = None,
 ) -> Program:
     """Capture a model folder, a transformers model, or an nn.Module with example inputs.
 
@@ -59,6 +62,7 @@ def capture(
         dtype: fp32, bf16 or fp16: compute type for a model folder (a module keeps its own).
         dynamic, input_names: for an nn.Module, see `optc.compiler.capture.capture_module`.
         prove: False leaves the comparison out: whatever was captured is believed.
+        base: of a draft model's folder, the model folder that it drafts for.
 
     Raises:
         InputError, CaptureError: the model cannot be read or exported.
@@ -72,7 +76,7 @@ def capture(
     if isinstance(model, Program):
         return model
     if isinstance(model, str | Path):
-        return _folder(Path(model), dtype, trust_remote_code, prove=prove)[0]
+        return _folder(Path(model), dtype, trust_remote_code, prove=prove, base=_path(base))[0]
     if example_inputs is not None:
         return capture_module(model, example_inputs, dynamic=dynamic, input_names=input_names, prove=prove)
     if hasattr(model, "config") and hasattr(model.config, "model_type"):
@@ -110,6 +114,7 @@ def capture_for_compile(
     text: Path | None,
     work_folder: Path | None,
     device: torch.device,
+    base: Path | None = None,
 ) -> Captured:
     """Capture what `compile` was given.
 
@@ -117,14 +122,16 @@ def capture_for_compile(
         text: file of the gate's text; None takes the built-in passage.
         work_folder: where large tensors wait while a large model is compiled.
         device: where a model folder is captured and proved.
+        base: of a draft model's folder, the model folder that it drafts for.
 
     Raises:
         OptcError: as `capture`; UsageError for a text without a tokenizer.
     """
     if isinstance(model, str | Path):
-        program, info, tokens = _folder(Path(model), dtype, trust_remote_code, text, work_folder, device)
+        program, info, tokens = _folder(Path(model), dtype, trust_remote_code, text, work_folder, device, base=base)
         assert program.proof is not None
         return Captured(program, info, tokens, _with_notes(program.proof, info))
+    _refuse_base(base)
     tokens = gate_tokens(None, text)
     program = capture(model, example_inputs)
     given = CaptureProof(proved=False, notes=("the program was given as it is, and not captured by this compile",))
@@ -152,9 +159,14 @@ def _folder(
     device: torch.device = CPU,
     *,
     prove: bool = True,
+    base: Path | None = None,
 ) -> tuple[Program, CheckpointInfo, list[int]]:
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
+    if is_eagle3(folder):
+        program, info = capture_eagle3(folder, base, dtype=dtype, prove=prove)
+        return program, info, gate_tokens(info, text)
+    _refuse_base(base)
     tokens = gate_tokens(check_folder(folder, trust_remote_code=trust_remote_code), text)
     program, info = capture_pretrained(
         folder,
@@ -166,6 +178,21 @@ def _folder(
         tokens=tokens,
     )
     return program, info, tokens
+
+
+def _path(value: str | Path | None) -> Path | None:
+    check_type("base", value, str | Path | None, "the folder of a model")
+    return None if value is None else Path(value)
+
+
+def _refuse_base(base: Path | None) -> None:
+    """Only a draft model has one.
+
+    Raises:
+        UsageError: another model was given one.
+    """
+    if base is not None:
+        raise UsageError("--base has no effect: the model is no draft model's folder", remedy="leave it out")
 
 
 def gate_tokens(info: CheckpointInfo | None, text: Path | None) -> list[int]:

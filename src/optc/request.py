@@ -17,7 +17,7 @@ from msgspec import Meta
 from optc.compiler.diagnostics import TargetError, UsageError
 from optc.compiler.settings.device import DeviceName
 from optc.compiler.settings.fields import Field, Given, check_struct, fields_of, read_fields, unknown_key
-from optc.compiler.target.options import CacheRequest, ComputeType, QuantRequest, TargetOptions
+from optc.compiler.target.options import CacheRequest, ComputeType, DraftingRequest, QuantRequest, TargetOptions
 from optc.targets.registry import find_target, target_options
 
 if TYPE_CHECKING:
@@ -196,6 +196,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     what: WhatRequest = WhatRequest()
     quantization: QuantRequest = QuantRequest()
     cache: CacheRequest = CacheRequest()
+    drafting: DraftingRequest = DraftingRequest()
     calibration: CalibrationRequest = CalibrationRequest()
     gate: GateRequest = GateRequest()
     run: RunRequest = RunRequest()
@@ -206,6 +207,7 @@ SECTIONS: dict[str, type[msgspec.Struct]] = {
     "what": WhatRequest,
     "quantization": QuantRequest,
     "cache": CacheRequest,
+    "drafting": DraftingRequest,
     "calibration": CalibrationRequest,
     "gate": GateRequest,
     "run": RunRequest,

@@ -62,8 +62,15 @@ def resolve(request: Request, stored: str | None = None) -> Resolved:
         dtype=request.what.dtype or (stored if target.keeps_dtype and stored in target.dtypes else target.dtypes[0]),
         quantization=choose_quantization(asked),
         kv_cache=kind,
+        expose_hidden=request.drafting.expose_hidden,
         own=own,
     )
+    if options.expose_hidden and kind != "paged":
+        raise UsageError(
+            "--expose-hidden needs a paged KV cache",
+            why=f"target '{target.name}' would have {kind or 'a'} cache",
+            remedy="leave it out, or give --target inductor-cpu --kv-cache paged",
+        )
     check_options(target, options, all_targets)
     if target.check_machine is not None:
         target.check_machine(options)

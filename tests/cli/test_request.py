@@ -57,6 +57,7 @@ GATE = {
     "--allow-noop",
 }
 RUN = {"-o", "--output", "--force", "--dump-ir", "--work-dir", "--save-recipe"}
+DRAFTING = {"--base", "--expose-hidden"}
 TARGETS = {
     "--max-seq-len",
     "--accuracy-level",
@@ -93,7 +94,18 @@ def flags(command: click.Command) -> set[str]:
 
 
 EXPECTED = {
-    "compile": {"--target", "--kv-cache", *WHAT, *QUANTIZATION, *CALIBRATION, *GATE, *RUN, *TARGETS, *COMMON},
+    "compile": {
+        "--target",
+        "--kv-cache",
+        *WHAT,
+        *DRAFTING,
+        *QUANTIZATION,
+        *CALIBRATION,
+        *GATE,
+        *RUN,
+        *TARGETS,
+        *COMMON,
+    },
     "quantize": {"--layout", *WHAT, *QUANTIZATION, *CALIBRATION, *GATE, *RUN, *COMMON},
     "plan": {"--target", "--kv-cache", *WHAT, *QUANTIZATION, *TARGETS, *TRAIN, *COMMON},
     "train": {
@@ -311,6 +323,8 @@ def wrong_values(field: Field) -> list[Any]:
             [{"a": {}, "b": {}}],
             ["fuse-norm", ""],
         ]
+    if field.name == "expose_hidden":
+        return [5, True, "", [], [-1], [True], [1 << 20], "1,x", {"a": 1}]
     if field.name == "calibration":
         return [4, True, "", [1, 2], {"a": 1}]
     assert field.repeatable, field.name

@@ -13,6 +13,7 @@ from conftest import EXAMPLE, ROOT
 from once import example_artifact
 from prometheus_client.parser import text_string_to_metric_families
 from serving import run
+from training_runs import small_model
 
 from optc.compiler.artifact.folder import rewrite
 from optc.compiler.artifact.manifest import Manifest
@@ -24,7 +25,8 @@ from optc.runtime.serving.settings import ServeOptions
 pytestmark = pytest.mark.slow
 
 COMMANDS = re.findall(r"^optc (.*)$", (ROOT / "docs" / "speculative.md").read_text(), re.MULTILINE)
-RUNS = [command for command in COMMANDS if command.startswith("run ")]
+RUNS = [command for command in COMMANDS if command.startswith("run ") and "eagle3" not in command]
+EAGLE = [command for command in COMMANDS if "eagle3" in command or "--expose-hidden" in command]
 PROMPT = "The cat sat on the mat. The dog sat on the mat. The cat sat on the mat. The dog"
 Capture = pytest.CaptureFixture[str]
 
@@ -123,7 +125,50 @@ def test_what_is_refused(place: Path, tmp_path: Path, capsys: Capture) -> None:
         (("bench", artifact, "--speculative", "ngram", *book, "--save"), 2, "--save has no effect"),
         (("bench", "--serve", artifact, "--draft-tokens", "2"), 2, "--draft-tokens has no effect with --serve"),
         ((*ask, "--speculative", "draft", "--draft", tmp_path / "none"), 3, "none"),
+        ((*ask, "--speculative", "eagle3"), 2, "--speculative eagle3 needs the model that drafts"),
+        ((*ask, "--speculative", "eagle3", "--draft", artifact), 3, "no draft model that reads hidden states"),
         ((*ask, "--speculative", "draft", "--draft", EXAMPLE), 3, "the model that drafts is not compiled"),
+    ):
+        assert optc(*args) == code, args
+        assert message in capsys.readouterr().err
+
+
+def test_the_page_trains_and_runs_a_draft_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Its commands, on a smaller model and for a few steps; and what is refused of the artifacts that they make."""
+    monkeypatch.chdir(tmp_path)
+    small = small_model(tmp_path / "examples" / "fiction-3m", layers=4, vocabulary=8192)
+    shutil.copyfile(EXAMPLE / "tokenizer.json", small / "tokenizer.json")
+    (tmp_path / "examples" / "book.txt").write_text((EXAMPLE.parent / "book.txt").read_text()[:20_000])
+    short = ("--max-steps", "2", "--set", "seq_len=32", "--set", "batch_size=2", "--set", "eagle3.draft_vocab_size=100")
+    assert [command.partition(" ")[0] for command in EAGLE] == ["train", "compile", "compile", "run"]
+    out = ""
+    for command in EAGLE:
+        words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', command)]
+        more = {"train": short, "run": ("--max-new-tokens", "12", "--json")}.get(words[0], ())
+        code, (out, err) = optc(*words, *more), capsys.readouterr()
+        assert code == 0, err
+    found = json.loads(out)
+    assert found["speculation"]["method"] == "eagle3"
+    assert found["speculation"]["verified"] > 3
+    plain = optc_json(capsys, "run", "out/fiction-states", "--prompt", "Once", "--max-new-tokens", "12")
+    assert found["tokens"] == plain["tokens"]
+    states, draft = "out/fiction-states", "out/eagle3-paged"
+    ask = ("run", states, "--prompt", "Once", "--speculative", "eagle3", "--draft")
+    for args, code, message in (
+        ((*ask, draft, "--draft-tokens", "5"), 2, "drafts 4 tokens in a row at most, not 5"),
+        ((*ask, "out/eagle3"), 3, "with --base and the folder of its base"),
+        (("run", draft, "--prompt", "Once"), 4, "is a draft model, which does not generate by itself"),
+        (("compile", "out/eagle3", "--target", "inductor-cpu", "--kv-cache", "paged", "-o", "out/x"), 2, "give --base"),
+        (
+            ("compile", "out/eagle3", "--target", "onnx-cpu", "--base", small, "-o", "out/x"),
+            2,
+            "needs a paged KV cache",
+        ),
+        (("compile", small, "--target", "inductor-cpu", "--base", small, "-o", "out/x"), 2, "--base has no effect"),
+        (("compile", small, "--target", "onnx-cpu", "--expose-hidden", "1", "-o", "out/x"), 2, "--expose-hidden needs"),
+        (("compile", small, "--target", "onnx-cpu", "--expose-hidden", "-1", "-o", "out/x"), 2, "expose-hidden"),
     ):
         assert optc(*args) == code, args
         assert message in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import typing
 
@@ -20,6 +21,7 @@ from optc.runtime.sessions.paged import PagedModel
 from optc.runtime.speculative.acceptance import Cuts, accept, decide
 from optc.runtime.speculative.draft_model import DraftModel
 from optc.runtime.speculative.drafter import Drafter
+from optc.runtime.speculative.eagle3 import Eagle3Drafter
 from optc.runtime.speculative.opening import Verifying, open_drafter
 from optc.runtime.speculative.settings import Method, Speculation
 
@@ -50,7 +52,18 @@ def chain(seed: int, blend: float = 0.0) -> tuple[PagedModel, np.ndarray]:
     return model, table
 
 
+def states(model: PagedModel) -> PagedModel:
+    """The same with hidden states beside its logits, as bases and their draft models have them."""
+
+    def forward(ids: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        return model.run(ids, *rest), torch.zeros(len(ids), 1)
+
+    return dataclasses.replace(model, run=forward, gives=("aux_hidden",))
+
+
 def drafter(method: Method, model: PagedModel) -> Drafter:
+    if method == "eagle3":
+        return Eagle3Drafter(states(chain(1, blend=0.7)[0]), (1, 1), torch.float32)
     if method == "draft":
         return DraftModel(chain(1, blend=0.7)[0], VOCAB)
     return open_drafter(Speculation(method=method), Verifying(model=model, folder=None, running=ROWS))
@@ -59,6 +72,7 @@ def drafter(method: Method, model: PagedModel) -> Drafter:
 def chance(method: Method, sampling: Sampling) -> float:
     """The p-value of what 32 requests drew, each with a seed of its own; more than 20 000 draws."""
     model, table = chain(0)
+    model = states(model) if method == "eagle3" else model
     engine = speculating(model, drafter(method, model), max_running=ROWS, token_budget=1024)
     samplings = [Sampling(**{**vars(sampling), "seed": row}) for row in range(ROWS)]
     got = run(

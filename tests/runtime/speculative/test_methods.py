@@ -9,12 +9,15 @@ import json
 import typing
 
 import pytest
+import torch
 from artifacts import captured_folder
 from conftest import EXAMPLE
 from serving import run
 from speculation import Guesser, speculating
 from stages import apply
+from torch import Tensor
 
+from optc.passes.drafting.expose_hidden import ExposeHidden
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.runtime.generation.tokenizer import eos_token_ids, load_tokenizer
 from optc.runtime.sampling import Sampling
@@ -27,6 +30,7 @@ from optc.runtime.sessions.paged import PagedModel, PagedSession
 from optc.runtime.sessions.program import open_program
 from optc.runtime.speculative.draft_model import DraftModel
 from optc.runtime.speculative.drafter import Drafter
+from optc.runtime.speculative.eagle3 import Eagle3Drafter
 from optc.runtime.speculative.opening import Verifying, open_drafter
 from optc.runtime.speculative.settings import Method, Speculation
 
@@ -36,7 +40,8 @@ TEXTS = [REPEATING, "The old man looked at the sea, and", "Once", REPEATING[:40]
 
 @functools.cache
 def model() -> PagedModel:
-    session = open_program(apply(PageKVCache(select_logits=True), captured_folder(EXAMPLE)).program)
+    paged = apply(PageKVCache(select_logits=True), captured_folder(EXAMPLE)).program
+    session = open_program(apply(ExposeHidden(final=False, layers=(1, 2, 3)), paged).program)
     assert isinstance(session, PagedSession)
     return session.model
 
@@ -61,8 +66,25 @@ def plain(count: int, *samplings: Sampling) -> dict[str, list[int]]:
     return {name: item.tokens for name, item in run(engine, requests(count, *samplings)).items()}
 
 
+def blind(num_blocks: int) -> PagedModel:
+    """The model as one that takes states, and gives some."""
+
+    def forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        tables, pools = inputs[:6], inputs[8:]
+        logits, states = model().run(*tables, torch.arange(len(tables[0])), *pools)
+        return logits, states[:, :192]
+
+    pools = [pool[:num_blocks].clone() for pool in model().pools]
+    return dataclasses.replace(model(), run=forward, selects=False, num_blocks=num_blocks, pools=pools, chunk=16)
+
+
 def drafter(method: Method, num_blocks: int = 64) -> Drafter:
-    """The model drafts for itself where one is wanted: in blocks of its own, of which there are few enough to run out."""
+    """The model drafts for itself where one is wanted: in blocks of its own, of which there are few enough to run out.
+
+    With `eagle3` it does not look at the states, and lacks the tokens in front of them.
+    """
+    if method == "eagle3":
+        return Eagle3Drafter(blind(num_blocks), (3 * 192, 192), torch.float32)
     if method == "draft":
         pools = [pool[:num_blocks].clone() for pool in model().pools]
         return DraftModel(
@@ -82,7 +104,7 @@ def test_greedy_tokens_are_those_of_plain_decoding(method: Method) -> None:
     figures = engine.metrics().speculation
     assert figures is not None
     assert figures.acceptance_length is not None
-    assert figures.acceptance_length > {"ngram": 1.2, "suffix": 1.2, "lookahead": 1.1, "draft": 4}[method]
+    assert figures.acceptance_length > {"ngram": 1.2, "suffix": 1.2, "lookahead": 1.1, "draft": 4, "eagle3": 2}[method]
 
 
 @pytest.mark.parametrize("method", typing.get_args(Method))
