@@ -34,9 +34,9 @@ PENALIZED = [
 
 
 @functools.cache
-def compiled(family: str = "llama") -> Program:
+def compiled(family: str = "llama", layers: int = 2) -> Program:
     """A tiny model after the target's recipe, on the CPU."""
-    program = stirred(family)
+    program = stirred(family, layers=layers)
     for step in TARGET.recipe("decoder", CompileOptions(dtype="fp32", own=TARGET.options())):
         program = step.rewrite.run(program, PassContext()).program
     return program

@@ -183,6 +183,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> _Deep:
     return _Deep(folder / "out", stages[0], result.manifest, asked[0])
 
 
+@pytest.mark.slow
 def test_a_deep_model_may_differ_as_much_as_its_own_rounding_makes(deep: _Deep) -> None:
     opened = deep.manifest.opened
     rounded = [record for record in deep.manifest.passes if record.rounds_activations]
