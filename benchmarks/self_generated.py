@@ -41,7 +41,7 @@ def main() -> None:
     device = choose_device(asked.device)
     model = load_frozen(asked.model).to(device)
     tokenizer = load_tokenizer(asked.model)
-    found = read_corpus([asked.text], tokenizer, vocab_size=model.config.vocab_size, end_token=None)
+    found = read_corpus([asked.text], tokenizer, vocab_size=model.config.vocab_size, end_token=None).documents
     prompts = passages(torch.cat(found), asked.rows, asked.prompt).to(device)
     with asked.output.open("w") as file, torch.inference_mode():
         for begin in range(0, asked.rows, asked.batch):

@@ -7,16 +7,18 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import torch
 from torch import Tensor
 
-from optc.compiler.calibration.documents import Encoder, read_documents
 from optc.compiler.diagnostics import InputError
+from optc.runtime.generation.chat_template import ChatTemplate
+from optc.runtime.generation.tokenizer import Tokenizer
 from optc.training.config import TrainConfig
+from optc.training.examples import IGNORED, read_examples
 
-IGNORED = -100  # a label without a target, as torch's cross_entropy skips it
 _OPEN_ROWS = 64  # rows that packing may still fill
 _SORTED_WINDOW = 64  # batches whose documents are sorted by length together
 
@@ -29,7 +31,8 @@ class Batch:
         input_ids: int64 [B, S]; rows end in padding where documents are shorter.
         position_ids: int64 [B, S]; restarts at 0 with each document and goes on through the padding, which nothing
             before it sees. transformers masks attention between documents where positions restart.
-        labels: int64 [B, S]; labels[b, i] is the token behind input_ids[b, i] (already shifted), -100 at padding.
+        labels: int64 [B, S]; labels[b, i] is the token behind input_ids[b, i] (already shifted), -100 at padding and
+            where it is not learned.
         packed: whether any row holds more than one document.
         padded: whether any label is -100.
     """
@@ -63,10 +66,27 @@ class Position(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unit: int = 0
 
 
+class Corpus(NamedTuple):
+    """Documents.
+
+    Attributes:
+        documents: token ids, int64 vectors.
+        learned: for each document which tokens are learned, a vector of bool; None of all.
+    """
+
+    documents: list[Tensor]
+    learned: list[Tensor | None]
+
+
 def read_corpus(
-    paths: Sequence[str], encoder: Encoder | None, *, vocab_size: int, end_token: int | None
-) -> list[Tensor]:
-    """The documents of some files as token ids, each an int64 vector ending with `end_token` where one is given.
+    paths: Sequence[str],
+    tokenizer: Tokenizer | None,
+    *,
+    vocab_size: int,
+    end_token: int | None,
+    template: ChatTemplate | None = None,
+) -> Corpus:
+    """The documents of some files, each ending with `end_token` where one is given (conversations end by their template).
 
     Raises:
         InputError: no file, one that is missing or malformed, or a token outside the vocabulary.
@@ -75,7 +95,7 @@ def read_corpus(
         raise InputError(
             "no training text", remedy="give --text FILE (text, .jsonl or .json), or data.text in the recipe"
         )
-    documents = []
+    corpus = Corpus([], [])
     for path in paths:
         if not Path(path).exists():
             raise InputError(
@@ -83,9 +103,10 @@ def read_corpus(
                 where=path,
                 remedy="give a file (text, .jsonl, .json of token ids, .parquet) or a folder of datasets' save_to_disk",
             )
-        for number, tokens in enumerate(read_documents(Path(path), encoder, kind="training", learned=True), 1):
-            if end_token is not None and tokens and tokens[-1] != end_token:
+        for number, (tokens, learned, ends) in enumerate(read_examples(Path(path), tokenizer, template), 1):
+            if end_token is not None and ends and tokens and tokens[-1] != end_token:
                 tokens = [*tokens, end_token]
+                learned = None if learned is None else [*learned, True]
             found = torch.tensor(tokens, dtype=torch.int64)
             if len(found) and (int(found.min()) < 0 or int(found.max()) >= vocab_size):
                 bad = int(found.max()) if int(found.max()) >= vocab_size else int(found.min())
@@ -94,8 +115,9 @@ def read_corpus(
                     where=f"{path}, document {number}",
                     remedy="encode the text with the model's own tokenizer",
                 )
-            documents.append(found)
-    return documents
+            corpus.documents.append(found)
+            corpus.learned.append(None if learned is None else torch.tensor(learned, dtype=torch.bool))
+    return corpus
 
 
 class Reader:
@@ -106,8 +128,17 @@ class Reader:
     accumulation, each of at most batch_size * seq_len / (ranks * accumulation) tokens with padding (tokens).
     """
 
-    def __init__(self, documents: Sequence[Tensor], config: TrainConfig, *, world_size: int = 1, rank: int = 0) -> None:
+    def __init__(
+        self,
+        documents: Sequence[Tensor],
+        config: TrainConfig,
+        *,
+        learned: Sequence[Tensor | None] | None = None,
+        world_size: int = 1,
+        rank: int = 0,
+    ) -> None:
         self.documents, self.config = documents, config
+        self.learned = [None] * len(documents) if learned is None else learned
         self.world_size, self.rank = world_size, rank
         self.position = Position()
         length = config.seq_len
@@ -115,6 +146,7 @@ class Reader:
             (number, start, min(length, len(tokens) - 1 - start))
             for number, tokens in enumerate(documents)
             for start in range(0, len(tokens) - 1, length)
+            if self._labels_of(number, start, length)
         ]
         self._epoch = -1
         self._units: list[list[list[int]]] = []
@@ -128,11 +160,30 @@ class Reader:
 
     @property
     def digest(self) -> str:
-        """sha256 over the tokens of all documents."""
+        """sha256 over the tokens of all documents, and over which are learned."""
         found = hashlib.sha256()
-        for tokens in self.documents:
+        for tokens, learned in zip(self.documents, self.learned, strict=True):
             found.update(len(tokens).to_bytes(8, "little") + tokens.numpy().tobytes())
+            if learned is not None:
+                found.update(learned.numpy().tobytes())
         return found.hexdigest()
+
+    def _labels_of(self, document: int, start: int, length: int) -> bool:
+        """Whether a piece has a token to learn: its first is never one."""
+        learned = self.learned[document]
+        return learned is None or bool(learned[start + 1 : start + 1 + length].any())
+
+    @property
+    def note(self) -> str | None:
+        """How much is learned, where that is not all."""
+        if all(item is None for item in self.learned):
+            return None
+        total = sum(map(len, self.documents))
+        count = sum(
+            len(tokens) if item is None else int(item.sum())
+            for tokens, item in zip(self.documents, self.learned, strict=True)
+        )
+        return f"{count} of {total} tokens are learned, as the data's labels, completions and answers say"
 
     @property
     def packs(self) -> bool:
@@ -144,7 +195,7 @@ class Reader:
         """The same documents at the beginning, one piece in each row."""
         data = msgspec.structs.replace(self.config.data, batching="tokens")
         config = msgspec.structs.replace(self.config, data=data)
-        return Reader(self.documents, config, world_size=self.world_size, rank=self.rank)
+        return Reader(self.documents, config, learned=self.learned, world_size=self.world_size, rank=self.rank)
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step; moves the position."""
@@ -226,7 +277,12 @@ class Reader:
                 document, start, size = self._pieces[piece]
                 tokens = self.documents[document][start : start + size + 1]
                 place = slice(at, at + size)
-                ids[number, place], labels[number, place] = tokens[:-1], tokens[1:]
+                ids[number, place] = tokens[:-1]
+                learned = self.learned[document]
+                wanted = tokens[1:]
+                if learned is not None:
+                    wanted = wanted.masked_fill(~learned[start + 1 : start + size + 1], IGNORED)
+                labels[number, place] = wanted
                 positions[number, at:] = torch.arange(width - at)
                 at += size
         packed, padded = any(len(row) > 1 for row in rows), bool((labels == IGNORED).any())

@@ -16,6 +16,7 @@ from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.ir.devices import choose_device
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, config_digest, weights_digest
 from optc.compiler.model_folder.config_file import CONFIG, read_config
+from optc.runtime.generation.chat_template import load_chat_template
 from optc.runtime.generation.tokenizer import eos_token_ids, load_tokenizer
 from optc.training.activation_checkpointing import apply_activation_checkpointing
 from optc.training.chunked_head import check_head, chunked_head
@@ -63,7 +64,7 @@ class Run:
         module: what is called: the model, or its data-parallel wrapper.
         teacher: frozen, or None.
         head: the model's head where the loss is made in it, in chunks; None with whole logits.
-        notes: what is done otherwise than asked for.
+        notes: what is done otherwise than asked for, and how much of the text is learned.
         skipped: steps in a row without an update for a loss that is not finite.
     """
 
@@ -166,6 +167,8 @@ def prepare(config: TrainConfig, world: World) -> Run:
     teacher = load_teacher(config, text_config(model.config).vocab_size)
     model = model.to(device)
     reader, notes = unpacked(base, reader)
+    if reader.note is not None:
+        notes = (*notes, reader.note)
     head = None if isinstance(model, FrozenBase) else chunked_head(model, config)
     if head is not None:
         check_head(model, head, config)
@@ -210,13 +213,14 @@ def on_frozen_base(base: Any, config: TrainConfig, reader: Reader) -> Any:
 
 def _reader(config: TrainConfig, world: World, folder: Path) -> Reader:
     ends = eos_token_ids(folder) if config.data.append_eos else ()
-    documents = read_corpus(
+    corpus = read_corpus(
         config.data.text,
         load_tokenizer(folder),
         vocab_size=_vocabulary(folder),
         end_token=ends[0] if ends else None,
+        template=load_chat_template(folder),
     )
-    return Reader(documents, config, world_size=world.size, rank=world.rank)
+    return Reader(corpus.documents, config, learned=corpus.learned, world_size=world.size, rank=world.rank)
 
 
 def _vocabulary(folder: Path) -> int:

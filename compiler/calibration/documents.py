@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from optc.compiler.calibration.dataset_rows import LABELS, MASK, is_dataset, read_rows
+from optc.compiler.calibration.dataset_rows import MASK, is_dataset, read_rows
 from optc.compiler.calibration.windows import Draw, line_windows, text_windows
 from optc.compiler.diagnostics import JSON_ERRORS, InputError
 from optc.compiler.files import read_plain
@@ -33,7 +34,7 @@ def draw_documents(path: Path, encoder: Encoder | None, draw: Draw) -> list[list
     tokens = 0
     if is_dataset(path):
         for number, row in enumerate(read_rows(path, kind="calibration", seed=draw.seed), 1):
-            found.append(_record(row, f"{path}, drawn row {number}", encoder, "calibration", False))
+            found.append(_record(row, f"{path}, drawn row {number}", encoder, "calibration"))
             tokens += len(found[-1])
             if tokens >= _MORE * draw.tokens:
                 break
@@ -42,15 +43,13 @@ def draw_documents(path: Path, encoder: Encoder | None, draw: Draw) -> list[list
         return read_documents(path, encoder)
     if suffix in (".jsonl", ".ndjson"):
         for where, line in line_windows(path, draw):
-            found.append(_record(_json(line, where, "calibration"), where, encoder, "calibration", False))
+            found.append(_record(_json(line, where, "calibration"), where, encoder, "calibration"))
     else:
-        found = [_encode(text, where, encoder, "calibration") for where, text in text_windows(path, draw)]
+        found = [encode_text(text, where, encoder, "calibration") for where, text in text_windows(path, draw)]
     return found if sum(map(len, found)) >= draw.tokens else read_documents(path, encoder)
 
 
-def read_documents(
-    path: Path, encoder: Encoder | None, *, kind: str = "calibration", learned: bool = False
-) -> list[list[int]]:
+def read_documents(path: Path, encoder: Encoder | None, *, kind: str = "calibration") -> list[list[int]]:
     """The token sequences of a file of text or tokens.
 
     `.jsonl` or `.ndjson`: one object per line with "text" (needs a tokenizer), or "tokens" or "input_ids", a list of
@@ -60,18 +59,25 @@ def read_documents(
 
     Args:
         kind: what the file is for, as errors name it.
-        learned: every token becomes a label.
 
     Raises:
         InputError: unreadable, malformed (with the line), text without a tokenizer, or token ids of which some do not
-            count: an "attention_mask" with zeros, and, of tokens that are learned, "labels" that are not these tokens.
+            count: an "attention_mask" with zeros.
         UsageError: a dataset without the extra.
     """
+    return [_record(row, where, encoder, kind) for where, row in rows_of(path, kind)]
+
+
+def rows_of(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
+    """(place, row) of such a file: objects, or lists that are not looked at; a text is {"text": ...}.
+
+    Raises:
+        InputError: unreadable, or not UTF-8 or JSON (with the line). UsageError: a dataset without the extra.
+    """
     if is_dataset(path):
-        return [
-            _record(row, f"{path}, row {number}", encoder, kind, learned)
-            for number, row in enumerate(read_rows(path, kind=kind), 1)
-        ]
+        for number, row in enumerate(read_rows(path, kind=kind), 1):
+            yield f"{path}, row {number}", row
+        return
     data = read_plain(path, f"reading the {kind} file")
     try:
         text = data.decode("utf-8-sig")
@@ -82,19 +88,20 @@ def read_documents(
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         # Not splitlines: a string of JSON may hold U+2028, U+2029 and U+0085, which end lines there.
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return [
-            _record(_json(line, f"{path}:{number}", kind), f"{path}:{number}", encoder, kind, learned)
-            for number, line in lines
-        ]
-    if suffix == ".json":
-        rows = _json(text, str(path), kind)
-        if isinstance(rows, list) and rows and isinstance(rows[0], int):
-            rows = [rows]
-        if not isinstance(rows, list):
-            raise _malformed(str(path), kind)
-        return [_ids(row, str(path), kind) for row in rows]
-    return [_encode(text, str(path), encoder, kind)]
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"{path}:{number}", _json(line, f"{path}:{number}", kind)
+        return
+    if suffix != ".json":
+        yield str(path), {"text": text}
+        return
+    rows = _json(text, str(path), kind)
+    if isinstance(rows, list) and rows and isinstance(rows[0], int):
+        rows = [rows]
+    if not isinstance(rows, list):
+        raise _malformed(str(path), kind)
+    for row in rows:
+        yield str(path), token_ids(row, str(path), kind)
 
 
 def _json(text: str, where: str, kind: str) -> Any:
@@ -106,21 +113,29 @@ def _json(text: str, where: str, kind: str) -> Any:
         ) from error
 
 
-def _record(row: Any, where: str, encoder: Encoder | None, kind: str, learned: bool) -> list[int]:
+def _record(row: Any, where: str, encoder: Encoder | None, kind: str) -> list[int]:
     if not isinstance(row, dict):
-        return _ids(row, where, kind)
+        return token_ids(row, where, kind)
     if isinstance(row.get("text"), str):
-        return _encode(row["text"], where, encoder, kind)
-    ids = _ids(row.get("tokens", row.get("input_ids")), where, kind)
-    mask, labels = row.get(MASK), row.get(LABELS)
+        return encode_text(row["text"], where, encoder, kind)
+    ids = token_ids(row.get("tokens", row.get("input_ids")), where, kind)
+    mask = row.get(MASK)
     if mask is not None and mask != [1] * len(ids):
-        raise _partial(MASK, "padding", where, kind)
-    if learned and labels is not None and labels != ids:
-        raise _partial(LABELS, "a prompt or padding", where, kind)
+        raise InputError(
+            f"'{MASK}' leaves out some tokens of the {kind} file, and all would be used",
+            where=where,
+            why="padding would be taken for text",
+            remedy=f"write the tokens that count, and no '{MASK}'",
+        )
     return ids
 
 
-def _encode(text: str, where: str, encoder: Encoder | None, kind: str) -> list[int]:
+def encode_text(text: str, where: str, encoder: Encoder | None, kind: str) -> list[int]:
+    """Tokens of a text.
+
+    Raises:
+        InputError: there is no tokenizer, or it fails.
+    """
     if encoder is None:
         raise InputError(
             f"{kind} text needs a tokenizer, and the model has none",
@@ -130,19 +145,15 @@ def _encode(text: str, where: str, encoder: Encoder | None, kind: str) -> list[i
     return encoder.encode(text)
 
 
-def _ids(row: Any, where: str, kind: str) -> list[int]:
+def token_ids(row: Any, where: str, kind: str) -> list[int]:
+    """A row that is a list of token ids.
+
+    Raises:
+        InputError: it is none.
+    """
     if not isinstance(row, list) or not all(isinstance(item, int) and not isinstance(item, bool) for item in row):
         raise _malformed(where, kind)
     return row
-
-
-def _partial(key: str, what: str, where: str, kind: str) -> InputError:
-    return InputError(
-        f"'{key}' leaves out some tokens of the {kind} file, and all would be used",
-        where=where,
-        why=f"optc reads token ids alone; {what} would be taken for text",
-        remedy=f"write the tokens that count, and no '{key}'",
-    )
 
 
 def _malformed(where: str, kind: str) -> InputError:

@@ -90,13 +90,23 @@ class ChatTemplate:
         self._tokens, self._where = dict(tokens), where
         self.takes_tools, self.source = "tools" in names, source
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Any] | None = None, **extra: Any) -> str:
-        """The prompt that asks for the assistant's next message.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Any] | None = None,
+        asks: bool = True,
+        **extra: Any,
+    ) -> str:
+        """The messages as text.
+
+        Args:
+            asks: the prompt that asks for the assistant's next message; without it, what was said alone.
 
         Raises:
             InputError: the template refuses the messages, or fails on them.
         """
-        given = {"messages": messages, "tools": tools, "add_generation_prompt": True}
+        given = {"messages": messages, "tools": tools, "add_generation_prompt": asks}
         try:
             return self._template.render(**{**self._tokens, **extra, **given})
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:

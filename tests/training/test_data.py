@@ -23,7 +23,7 @@ LENGTHS = (40, 7, 23, 64, 3, 31, 50, 12, 18, 28)
 def reader(tmp_path: Path, *, world_size: int = 1, rank: int = 0, **more: Any) -> Reader:
     text = token_file(tmp_path / "text.jsonl", lengths=LENGTHS)
     config = small_config(tmp_path, text, tmp_path / "out", **more)
-    documents = read_corpus(config.data.text, None, vocab_size=VOCAB, end_token=None)
+    documents = read_corpus(config.data.text, None, vocab_size=VOCAB, end_token=None).documents
     return Reader(documents, config, world_size=world_size, rank=rank)
 
 
@@ -162,7 +162,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(tmp_path: Path) -> None:
 
 def test_documents_end_with_the_end_token(tmp_path: Path) -> None:
     text = token_file(tmp_path / "text.jsonl", lengths=(5, 6))
-    documents = read_corpus([str(text)], None, vocab_size=VOCAB, end_token=1)
+    documents = read_corpus([str(text)], None, vocab_size=VOCAB, end_token=1).documents
     assert [len(item) for item in documents] == [6, 7]
     assert all(int(item[-1]) == 1 for item in documents)
 
@@ -215,6 +215,6 @@ class TestErrors:
     def test_too_short(self, tmp_path: Path) -> None:
         text = token_file(tmp_path / "text.jsonl", lengths=(5, 6))
         config = small_config(tmp_path, text, tmp_path / "out")
-        documents = read_corpus(config.data.text, None, vocab_size=VOCAB, end_token=None)
+        documents = read_corpus(config.data.text, None, vocab_size=VOCAB, end_token=None).documents
         with pytest.raises(InputError, match="the training text is too short: 9 tokens to learn, and one row takes 32"):
             Reader(documents, config)

@@ -11,6 +11,7 @@ import pytest
 from optc.compiler.calibration.documents import draw_documents, read_documents
 from optc.compiler.calibration.windows import Draw
 from optc.compiler.diagnostics import InputError, UsageError
+from optc.training.examples import Example, read_examples
 
 datasets = pytest.importorskip("datasets", reason="needs the extra `datasets`")
 ROWS = [
@@ -53,20 +54,16 @@ def test_text_is_encoded(tmp_path: Path) -> None:
 
 def test_tokens_that_do_not_count_are_not_taken_for_text(tmp_path: Path) -> None:
     """Rows as trainers write them: labels are -100 on the prompt, the mask is 0 on padding."""
-    whole = [{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": [5, 6]}]
-    for path in written(tmp_path / "whole", whole):
-        assert read_documents(path, None, learned=True) == [[5, 6]], path
     prompt = [{"input_ids": [5, 6], "attention_mask": [1, 1], "labels": [-100, 6]}]
     for path in written(tmp_path / "prompt", prompt):
         assert read_documents(path, None) == [[5, 6]], path
-        with pytest.raises(InputError, match="'labels' leaves out some tokens") as error:
-            read_documents(path, None, learned=True)
-        assert error.value.remedy == "write the tokens that count, and no 'labels'"
+        assert list(read_examples(path, None, None)) == [Example([5, 6], [False, True], ends=False)], path
     for path in written(tmp_path / "padded", [{"input_ids": [5, 0], "attention_mask": [1, 0]}]):
         with pytest.raises(InputError, match="'attention_mask' leaves out some tokens"):
             read_documents(path, None)
+        assert list(read_examples(path, None, None)) == [Example([5])], path
     for path in written(tmp_path / "text", [{"text": "a", "labels": [3], "attention_mask": [0]}]):
-        assert read_documents(path, Letters(), learned=True) == [[97]], path
+        assert read_documents(path, Letters()) == [[97]], path
 
 
 def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
