@@ -73,6 +73,7 @@ class DeviceRunner:
         self.ahead = 0 if drafts else 1
         self._model, self._rows, self._sampler_of = model, rows, sampler_of
         self._verifier = Verifier(rows, sampler_of)
+        self._last, self._untold = np.zeros(rows.count, np.int64), np.zeros(rows.count, np.bool_)
         self._overtaken: Ints = np.zeros(0, np.int64)  # rows whose tokens the device's tables do not have
         self._buffers = StepBuffers(rows, model.vocab_size, model.device, self._draw_of)
         self._open = OpenChoice(self._buffers, sampler_of)
@@ -112,6 +113,8 @@ class DeviceRunner:
     def launch(self, plan: Plan) -> None:
         """See `ModelRunner`."""
         buffers = self._buffers
+        if plan.moved or not plan.drafted.any():
+            self._tell_last()
         buffers.move(plan.moved)
         buffers.grow(plan.grown)
         kind = Kind(int(self._rows.kind[plan.rows].max(initial=Kind.GREEDY)))
@@ -237,12 +240,19 @@ class DeviceRunner:
         self._go_on(plan, chosen)
         return chosen
 
-    @torch.inference_mode()
     def _go_on(self, plan: Plan, chosen: Chosen) -> None:
         """The device's rows are fed the last of their tokens next."""
         last = chosen.tokens[np.arange(len(plan.rows)), chosen.counts - 1]
-        rows, ids = self._buffers.send(np.stack([plan.rows, np.maximum(last, 0)]))
-        self._buffers.state.ids.index_copy_(0, rows, ids)
+        self._last[plan.rows] = np.maximum(last, 0)
+        self._untold[plan.rows] = True
+
+    def _tell_last(self) -> None:
+        """Bring the tokens that steps with drafts gave, and no step since, to the device's rows."""
+        rows = np.flatnonzero(self._untold)
+        if len(rows):
+            at, ids = self._buffers.send(np.stack([rows, self._last[rows]]))
+            self._buffers.state.ids.index_copy_(0, at, ids)
+            self._untold[:] = False
 
     def _size(self, tokens: int, requests: int) -> tuple[int, int]:
         """As `call_size`, but closer: hundreds of decodes and a prompt or two are the usual call.

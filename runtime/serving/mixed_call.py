@@ -57,9 +57,10 @@ class MixedCall:
         Args:
             rows: [R], whose they are.
         """
-        padded = np.full(len(self._rows), self._buffers.nobody, np.int64)
-        padded[: len(rows)] = rows
-        self._rows.copy_(self._buffers.send(padded), non_blocking=True)
+        if self._draws is not None or not self._every:
+            padded = np.full(len(self._rows), self._buffers.nobody, np.int64)
+            padded[: len(rows)] = rows
+            self._rows.copy_(self._buffers.send(padded), non_blocking=True)
         found = self._call(inputs)
         if self._chooses and not self._every:  # not in the call, which gives the same when it runs twice
             self._buffers.state.ids.index_copy_(0, self._rows[: len(rows)], found.clamp(min=0))
