@@ -2,6 +2,7 @@
 
     python benchmarks/speculative.py            # two cores, some twenty minutes
     python benchmarks/speculative.py --small    # the example model, few prompts: whether it works
+    python benchmarks/speculative.py --eagle3 out/eagle3-26m    # with a draft model that was trained for it
 
 fiction-26m in float32, an `inductor-cpu` artifact with a paged cache; fiction-3m drafts for it where a model does.
 
@@ -23,6 +24,7 @@ import numpy as np
 from common import OPEN_GATE, ROOT, record
 
 import optc
+from optc.compiler.model_folder.eagle3 import read_eagle3_config
 from optc.runtime.generation.tokenizer import load_tokenizer
 from optc.runtime.measuring.speculation import cut_prompts, measure_speculation
 from optc.runtime.serving.engine import drafter_for, engine_for
@@ -86,6 +88,16 @@ def repeating(tokens: list[int], count: int, length: int) -> list[list[int]]:
     return [[*passage, *passage, *passage[: len(passage) // 3]] for passage in passages]
 
 
+def compiled(model: Path, output: Path, more: dict[str, Any]) -> None:
+    """Write the artifact of a model with a paged cache."""
+    optc.compile(model, target="inductor-cpu", kv_cache="paged", output=output, **more, **OPEN_GATE)
+
+
+def exposed(heads: Path | None) -> dict[str, Any]:
+    """The option by which a base gives what its draft model reads."""
+    return {} if heads is None else {"expose_hidden": list(read_eagle3_config(heads).boundaries)}
+
+
 def main() -> None:
     """Compile, compare, measure and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,6 +105,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--keep", type=Path, default=None, help="folder where the artifacts stay, and are found again")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--eagle3", type=Path, default=None, help="folder of a draft model for the method eagle3")
     given = parser.parse_args()
     name, prompts, count, samples = (
         ("fiction-26m", 100, 128, given.samples) if not given.small else ("fiction-3m", 6, 24, 2)
@@ -102,15 +115,19 @@ def main() -> None:
         models = SHARED / "models" if not given.small else ROOT / "examples"
         for model in {name, "fiction-3m"}:
             if not (place / model).exists():
-                optc.compile(models / model, target="inductor-cpu", kv_cache="paged", output=place / model, **OPEN_GATE)
+                compiled(models / model, place / model, exposed(given.eagle3) if model == name else {})
+        if given.eagle3 is not None and not (place / "eagle3").exists():
+            compiled(given.eagle3, place / "eagle3", {"base": models / name})
         text = SHARED / "text" / "validation.txt" if not given.small else ROOT / "examples" / "book.txt"
         tokenizer = load_tokenizer(place / name)
         assert tokenizer is not None
         tokens = tokenizer.encode(text.read_text(encoding="utf-8")[:2_000_000])
         methods: dict[Method, Speculation] = {}
+        drafts = {"draft": place / "fiction-3m", "eagle3": place / "eagle3"}
         for method in typing.get_args(Method):
-            draft = place / "fiction-3m" if method == "draft" else None
-            found = speculation_of(method, draft, None, adaptive=False)
+            if method == "eagle3" and given.eagle3 is None:
+                continue
+            found = speculation_of(method, drafts.get(method), None, adaptive=False)
             assert found is not None
             methods[method] = found
         rng = np.random.default_rng(0)
