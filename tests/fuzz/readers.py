@@ -312,11 +312,18 @@ class TrainRecipe(Reader):
 
 
 class Calibration(Reader):
-    """Text and token ids for calibration, in every form of a file."""
+    """Text, token ids and conversations for calibration and training, in every form of a file."""
 
     cost = 2.0
     packages = ("pyarrow",)
-    _ROWS: ClassVar[list[Any]] = [{"text": "hello world " * 9}, {"tokens": [1, 2, 3] * 20}, {"input_ids": [5] * 40}]
+    _ROWS: ClassVar[list[Any]] = [
+        {"text": "hello world " * 9},
+        {"tokens": [1, 2, 3] * 20},
+        {"input_ids": [5] * 40, "attention_mask": [1] * 40, "labels": [-100] * 20 + [5] * 20},
+        {"prompt": "hello", "completion": "world"},
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]},
+    ]
+    _CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 
     def prepare(self) -> None:
         import io
@@ -353,13 +360,19 @@ class Calibration(Reader):
     def read(self, name: str, data: bytes) -> None:
         from optc.compiler.calibration.documents import read_documents
         from optc.compiler.calibration.sequences import cut_sequences
+        from optc.compiler.diagnostics import InputError
+        from optc.runtime.generation.chat_template import ChatTemplate
+        from optc.training.examples import read_examples
 
-        documents = read_documents(self.write(name, data), _Letters())
+        path = self.write(name, data)
+        with contextlib.suppress(InputError):
+            list(read_examples(path, _Letters(), ChatTemplate(self._CHAT, {}, "chat")))  # type: ignore[arg-type]
+        documents = read_documents(path, _Letters())
         cut_sequences(documents, samples=4, length=16, vocab_size=128, seed=0, source="x")
 
 
 class _Letters:
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
         return [ord(letter) % 128 for letter in text[:1000]]
 
 
