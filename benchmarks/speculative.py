@@ -3,8 +3,10 @@
     python benchmarks/speculative.py            # two cores, some twenty minutes
     python benchmarks/speculative.py --small    # the example model, few prompts: whether it works
     python benchmarks/speculative.py --eagle3 out/eagle3-26m    # with a draft model that was trained for it
+    python benchmarks/speculative.py --medusa out/medusa-26m    # with heads that were trained for it
 
-fiction-26m in float32, an `inductor-cpu` artifact with a paged cache; fiction-3m drafts for it where a model does.
+fiction-26m in float32, an `inductor-cpu` artifact with a paged cache; fiction-3m drafts for it where a model does; heads
+draft in an artifact of their own, whose plain steps compute them too.
 
 1. Greedy answers to 100 ragged prompts of 128 new tokens, 16 requests at a time in blocks of 16, in a pool that is too
    small for them, so that some give way in the middle: equal to those of plain decoding in a large pool, token for token.
@@ -104,6 +106,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--samples", type=int, default=12)
     parser.add_argument("--keep", type=Path, default=None, help="folder where the artifacts stay, and are found again")
+    parser.add_argument("--medusa", type=Path, default=None, help="folder of heads for the model")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--eagle3", type=Path, default=None, help="folder of a draft model for the method eagle3")
     given = parser.parse_args()
@@ -125,7 +128,7 @@ def main() -> None:
         methods: dict[Method, Speculation] = {}
         drafts = {"draft": place / "fiction-3m", "eagle3": place / "eagle3"}
         for method in typing.get_args(Method):
-            if method == "eagle3" and given.eagle3 is None:
+            if method == "medusa" or (method == "eagle3" and given.eagle3 is None):
                 continue
             found = speculation_of(method, drafts.get(method), None, adaptive=False)
             assert found is not None
@@ -136,14 +139,24 @@ def main() -> None:
             "model": name,
             "equality": equality(place / name, methods, ragged, count, given.threads),
         }
-        own = session(place / name, given.threads)
+        folders = dict.fromkeys(methods, place / name)
+        if given.medusa is not None:
+            folders["medusa"] = place / f"{name}-medusa"
+            heads = speculation_of("medusa", None, None, adaptive=False)
+            assert heads is not None
+            if not folders["medusa"].exists():
+                compiled(models / name, folders["medusa"], {"medusa": given.medusa})
+            result["equality"] |= equality(folders["medusa"], {"medusa": heads}, ragged, count, given.threads)
+            methods["medusa"] = heads
+        sessions = {folder: session(folder, given.threads) for folder in set(folders.values())}
         for label, batches in (
             ("unseen books", cut_prompts(tokens, samples + 1, 128)),
             ("repeating", repeating(tokens, samples + 1, 128)),
         ):
             result[label] = {}
             for method, speculation in methods.items():
-                drafter = drafter_for(own, speculation, place / name, running=1, threads=given.threads)
+                own = sessions[folders[method]]
+                drafter = drafter_for(own, speculation, folders[method], running=1, threads=given.threads)
                 figures = measure_speculation(
                     own, drafter, speculation, [[prompt] for prompt in batches], new_tokens=min(count, 96)
                 )

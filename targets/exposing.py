@@ -1,13 +1,18 @@
-"""Hidden states beside the logits, behind the pass that pages the cache."""
+"""What a program gives beside its logits, behind the pass that pages the cache: hidden states, and guesses of heads."""
 
 from __future__ import annotations
 
 from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import Step
 from optc.passes.drafting.expose_hidden import ExposeHidden
+from optc.passes.drafting.medusa_heads import AddMedusaHeads
 
 
 def exposing_steps(options: CompileOptions) -> list[Step]:
-    """The pass, where the request names layers."""
-    layers = options.expose_hidden
-    return [Step(ExposeHidden(final=False, layers=layers))] if layers else []
+    """The passes, where the request names layers or heads."""
+    steps = []
+    if options.expose_hidden:
+        steps.append(Step(ExposeHidden(final=False, layers=options.expose_hidden)))
+    if options.medusa is not None:
+        steps.append(Step(AddMedusaHeads(folder=str(options.medusa), weights=options.medusa_weights)))
+    return steps

@@ -20,7 +20,7 @@ FAST = 4
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
-    """Decoder: [quantize] -> KV cache -> [merge] -> legalize. Encoder and module: [quantize] -> legalize.
+    """Decoder: [quantize] -> KV cache -> [Medusa heads] -> [merge] -> legalize. Encoder and module: [quantize] -> legalize.
 
     Rotary embeddings and norms are left as they are: Inductor fuses them itself. Norms are made whole for
     quantization, which folds scales into them. Quantized projections of one input are merged: fewer packed products.

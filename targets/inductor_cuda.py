@@ -22,7 +22,7 @@ _BITS = (4, 8)
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
-    """fuse norms and rotations -> [quantize] -> [quantize-head] -> page -> merge -> fuse-decode -> legalize.
+    """fuse norms and rotations -> [quantize] -> [quantize-head] -> page -> [Medusa heads] -> merge -> fuse-decode -> legalize.
 
     Raises:
         TargetError: the model is no decoder.

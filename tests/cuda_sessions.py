@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from rewrites import stirred
@@ -34,10 +35,11 @@ PENALIZED = [
 
 
 @functools.cache
-def compiled(family: str = "llama", layers: int = 2) -> Program:
-    """A tiny model after the target's recipe, on the CPU."""
+def compiled(family: str = "llama", layers: int = 2, heads: str | None = None) -> Program:
+    """A tiny model after the target's recipe, on the CPU, with the Medusa heads of a folder."""
     program = stirred(family, layers=layers)
-    for step in TARGET.recipe("decoder", CompileOptions(dtype="fp32", own=TARGET.options())):
+    options = CompileOptions(dtype="fp32", own=TARGET.options(), medusa=None if heads is None else Path(heads))
+    for step in TARGET.recipe("decoder", options):
         program = step.rewrite.run(program, PassContext()).program
     return program
 

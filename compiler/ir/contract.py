@@ -25,9 +25,9 @@ InputRole = Literal[
     "input",
 ]
 """base_states and own_states: of a draft model, a row per token; see `DraftFacts`."""
-OutputRole = Literal["logits", "classes", "hidden", "aux_hidden", "key_cache", "value_cache", "output"]
+OutputRole = Literal["logits", "classes", "hidden", "aux_hidden", "drafted", "key_cache", "value_cache", "output"]
 """logits: over the vocabulary. classes: logits over few classes, per token or per sequence. hidden: of an encoder, or what
-the head of a decoder reads. aux_hidden: what some layers of a decoder read."""
+the head of a decoder reads. aux_hidden: what some layers of a decoder read. drafted: guesses of the tokens behind the next."""
 CACHE_ROLES: tuple[Literal["key_cache"], Literal["value_cache"]] = ("key_cache", "value_cache")
 """Inputs that hold keys and values of earlier tokens, and outputs that hold those of the new ones too."""
 Kind = Literal["decoder", "encoder", "module"]
@@ -43,11 +43,17 @@ class Input(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True):
-    """One graph output, in order. `layers`: of hidden states, the layers whose inputs they are, side by side."""
+    """One graph output, in order.
+
+    Attributes:
+        layers: of hidden states, the layers whose inputs they are, side by side.
+        columns: of guesses of tokens [rows, columns], else 0.
+    """
 
     name: str
     role: OutputRole
     layers: tuple[int, ...] = ()
+    columns: int = 0
 
 
 class AttentionFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ Names may have no `medusa_head.` in front. `draft.json`, a file of optc's own, s
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from msgspec import Meta
 from torch import Tensor
 
 from optc.compiler.diagnostics import InputError, os_errors
+from optc.compiler.files import sha256_of
 from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.formats.safetensors_header import TensorInfo, read_header, shown
+from optc.compiler.model_folder.checkpoint import CheckpointInfo, weights_digest
 from optc.compiler.model_folder.config_file import CONFIG, read_json
 from optc.compiler.model_folder.eagle3 import ORIGIN, Origin, read_origin
 
@@ -123,6 +126,45 @@ class MedusaFolder:
             save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
             if self.origin is not None:
                 (folder / ORIGIN).write_bytes(msgspec.json.format(msgspec.json.encode(self.origin)))
+
+
+def heads_digest(folder: Path) -> str:
+    """sha256 over the weights and the config of a folder of heads.
+
+    Raises:
+        InputError: it has none, or they cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            raise InputError(
+                "the folder has no Medusa heads",
+                where=str(folder),
+                why=f"there is no {name}",
+                remedy="give a folder that optc train --recipe medusa wrote",
+            )
+        with os_errors("reading Medusa heads", str(folder / name)):
+            digest.update(f"{sha256_of(folder / name)}  {name}\n".encode())
+    return digest.hexdigest()
+
+
+def check_base(heads: Path, info: CheckpointInfo) -> None:
+    """Refuse heads that say that they were trained for another model.
+
+    Raises:
+        InputError: see above; or draft.json is malformed.
+    """
+    origin = read_origin(heads)
+    if origin is None:
+        return
+    ours = weights_digest(info)
+    if origin.weights != ours:
+        raise InputError(
+            "the Medusa heads were trained for another model",
+            where=str(heads),
+            why=f"for weights with the hash {origin.weights[:12] or 'of none'}, those of {info.path} have {ours[:12]}",
+            remedy="train heads for this model (optc train --recipe medusa), or give the model that they are for",
+        )
 
 
 def _read_config(folder: Path) -> MedusaConfig:

@@ -104,8 +104,19 @@ class CacheRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class DraftingRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a model that drafts needs of its base, and the base of it."""
+    """What a program gives beside its logits for speculative decoding, and the base of a model that drafts."""
 
+    medusa: (
+        Annotated[
+            Path,
+            Meta(
+                description="With a paged cache: folder of Medusa heads that were trained for this model; the program drafts "
+                "by itself.",
+                extra={"metavar": "FOLDER"},
+            ),
+        ]
+        | None
+    ) = None
     base: (
         Annotated[
             Path,
@@ -179,6 +190,7 @@ class CompileOptions(msgspec.Struct, frozen=True, kw_only=True):
         quantization: None compiles the weights as they are.
         kv_cache: None for targets whose engine has caches of its own.
         expose_hidden: layers whose inputs a paged program gives beside the logits.
+        medusa: folder of heads, see `DraftingRequest`; `medusa_weights` is the sha256 of what it holds.
         own: an instance of the target's `options`.
     """
 
@@ -186,6 +198,8 @@ class CompileOptions(msgspec.Struct, frozen=True, kw_only=True):
     quantization: Quantization | None = None
     kv_cache: str | None = None
     expose_hidden: tuple[int, ...] = ()
+    medusa: Path | None = None
+    medusa_weights: str = ""
     own: TargetOptions = TargetOptions()
 
     def of(self, cls: type[OwnT]) -> OwnT:

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from optc.compiler.execution.block_manager import BlockManager
 from optc.runtime.serving.accepting import Limits, check_request
 from optc.runtime.serving.drafting import Drafting
@@ -79,7 +81,9 @@ class PagedEngine:
         if drafter is not None:
             assert options.speculation is not None
             assert not self._runner.ahead
-            self._drafting = Drafting(drafter, options.speculation, self.scheduler, self._sampler_of)
+            asked = options.speculation
+            speculation = asked if asked.draft_tokens else msgspec.structs.replace(asked, draft_tokens=model.heads)
+            self._drafting = Drafting(drafter, speculation, self.scheduler, self._sampler_of)
         if options.warm_up:
             self._runner.warm_up(budget)
         self._launched: deque[Plan] = deque()

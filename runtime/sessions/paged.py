@@ -52,6 +52,7 @@ class PagedModel:
         selects: it takes `logits_indices`, and gives logits of these tokens only.
         chunk: most tokens of a call.
         gives: roles of its outputs behind the logits.
+        heads: tokens that it guesses itself behind the next one.
         step: the program where the logits of all tokens are wanted, in their order; None: `run` is called.
         record: what records steps and calls of up to `prompt_tokens` tokens; None where they run as they are.
         on_device: tokens are chosen on the device, and steps follow each other there.
@@ -67,6 +68,7 @@ class PagedModel:
     chunk: int
     device: torch.device
     gives: tuple[OutputRole, ...] = ()
+    heads: int = 0
     step: Run | None = None
     record: Recorder | None = None
     prompt_tokens: int = 0
@@ -108,7 +110,7 @@ class PagedSession(Session):
         self._graph, self._device = run, device
         self._pools = [torch_zeros(_shape(spec, count), spec.dtype, device) for spec in pools]
         self._selects = contract.input_index("logits_indices") is not None
-        self._gives = tuple(spec.role for spec in contract.outputs[1:])
+        self._others = contract.outputs[1:]
         self._manager = BlockManager(count, size)
         self._rows: list[list[int]] = []
         self._waiting: set[int] = set()  # rows that the manager does not know yet
@@ -132,7 +134,8 @@ class PagedSession(Session):
             num_blocks=self._manager.num_blocks,
             chunk=self.prefill_chunk,
             device=self._device,
-            gives=self._gives,
+            gives=tuple(spec.role for spec in self._others),
+            heads=next((spec.columns for spec in self._others if spec.role == "drafted"), 0),
         )
 
     @property

@@ -21,6 +21,7 @@ from optc.runtime.speculative.draft_model import DraftModel
 from optc.runtime.speculative.drafter import Drafter
 from optc.runtime.speculative.eagle3 import ROLE, Eagle3Drafter
 from optc.runtime.speculative.lookahead import LookaheadDrafter
+from optc.runtime.speculative.medusa import MedusaDrafter
 from optc.runtime.speculative.ngram import NgramDrafter
 from optc.runtime.speculative.settings import Speculation
 from optc.runtime.speculative.suffix import SuffixDrafter
@@ -53,14 +54,34 @@ def open_drafter(options: Speculation, target: Verifying) -> Drafter:
     """What drafts by the method of these options.
 
     Raises:
-        InputError, ArtifactError, TargetError: the model that drafts cannot be opened, has a cache that is not paged, or
+        UsageError: more draft tokens than heads.
+        InputError, ArtifactError, TargetError: there are no heads; the model that drafts cannot be opened, has a cache that is not paged, or
             tokens that are not the target's.
     """
+    if options.method == "medusa":
+        return _open_heads(options.draft_tokens, target)
     if options.method in _NO_WEIGHTS:
         return _NO_WEIGHTS[options.method]()
     assert options.draft is not None
     opens = _open_eagle3 if options.method == "eagle3" else _open_model
     return opens(options.draft, options.draft_tokens, target)
+
+
+def _open_heads(draft_tokens: int, target: Verifying) -> MedusaDrafter:
+    where, heads = None if target.folder is None else str(target.folder), target.model.heads
+    if not heads:
+        raise TargetError(
+            "the artifact has no Medusa heads",
+            where=where,
+            remedy="compile it with --medusa FOLDER (optc train --recipe medusa trains them), or use another --speculative",
+        )
+    if draft_tokens > heads:
+        raise UsageError(
+            f"--draft-tokens {draft_tokens} is more than the {heads} Medusa heads of the artifact",
+            where=where,
+            remedy=f"give {heads} or less",
+        )
+    return MedusaDrafter()
 
 
 def _open_model(folder: Path, draft_tokens: int, target: Verifying) -> DraftModel:

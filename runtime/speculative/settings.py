@@ -9,9 +9,9 @@ from msgspec import Meta, Struct
 
 from optc.compiler.diagnostics import UsageError
 
-Method = Literal["ngram", "suffix", "lookahead", "draft", "eagle3"]
+Method = Literal["ngram", "suffix", "lookahead", "draft", "eagle3", "medusa"]
 
-_DRAFT_TOKENS: dict[Method, int] = {"ngram": 8, "suffix": 8, "lookahead": 6, "draft": 4, "eagle3": 4}
+_DRAFT_TOKENS: dict[Method, int] = {"ngram": 8, "suffix": 8, "lookahead": 6, "draft": 4, "eagle3": 4, "medusa": 0}
 
 _MODELS: tuple[Method, ...] = ("draft", "eagle3")
 """Methods that open another artifact."""
@@ -20,8 +20,8 @@ MethodFlag = Annotated[
     Method,
     Meta(
         description="Draft the next tokens and verify them in one step: by what followed the same tokens before (ngram, "
-        "suffix), by guesses that the model corrects (lookahead), by a smaller model (draft), or by a layer that "
-        "reads the model's hidden states (eagle3)."
+        "suffix), by guesses that the model corrects (lookahead), by a smaller model (draft), by a layer that reads the "
+        "model's hidden states (eagle3), or by heads of the model itself (medusa)."
     ),
 ]
 DraftFlag = Annotated[
@@ -36,7 +36,7 @@ DraftTokens = Annotated[
         ge=1,
         le=64,
         description="With --speculative: most tokens drafted in a step.",
-        extra={"default": "ngram, suffix 8; lookahead 6; draft, eagle3 4"},
+        extra={"default": "ngram, suffix 8; lookahead 6; draft, eagle3 4; medusa all heads"},
     ),
 ]
 
@@ -46,7 +46,7 @@ class Speculation(Struct, frozen=True, kw_only=True):
 
     Attributes:
         draft: artifact of the model that drafts, for the methods "draft" and "eagle3".
-        draft_tokens: most of them in a step.
+        draft_tokens: most of them in a step; 0: as many as the model has heads.
         adaptive: draft only while it is faster; see `switch`. False is for measuring.
     """
 

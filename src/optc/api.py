@@ -22,7 +22,8 @@ from optc.compiler.calibration.sequences import Calibration
 from optc.compiler.diagnostics import InputError, TargetError, UsageError, os_errors
 from optc.compiler.execution.probe import Probe, text_probe
 from optc.compiler.ir.devices import to_device
-from optc.compiler.model_folder.checkpoint import CheckpointInfo, config_digest, weights_digest
+from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, config_digest, weights_digest
+from optc.compiler.model_folder.medusa import check_base
 from optc.compiler.model_folder.quantized import refuse_quantizing_again
 from optc.compiler.pipeline.gate import Limits
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions, PipelineResult, compute_dtype
@@ -172,11 +173,15 @@ def capture_resolved(model: Model, example_inputs: Sequence[torch.Tensor] | None
     """The model, captured and proved as a request asks for it.
 
     Raises:
-        OptcError: as `capture`; UsageError where quantized weights would be quantized again.
+        OptcError: as `capture`; UsageError where quantized weights would be quantized again; InputError for heads that
+            were trained for another model.
     """
     request = resolved.request
     if resolved.options.quantization is not None and isinstance(model, str | Path):
         refuse_quantizing_again(Path(model))
+    heads = resolved.options.medusa
+    if heads is not None and isinstance(model, str | Path):
+        check_base(heads, check_folder(Path(model), trust_remote_code=request.what.trust_remote_code))
     return capture_for_compile(
         model,
         example_inputs,

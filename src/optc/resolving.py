@@ -12,6 +12,7 @@ from optc.compiler.diagnostics import UsageError
 from optc.compiler.formats.group_sizes import check_group_size, default_group_size
 from optc.compiler.ir.devices import choose_device
 from optc.compiler.ir.program import Program
+from optc.compiler.model_folder.medusa import heads_digest
 from optc.compiler.rewriting.passes import Pass
 from optc.compiler.settings.fields import fields_of
 from optc.compiler.target.options import CompileOptions, QuantRequest
@@ -63,6 +64,8 @@ def resolve(request: Request, stored: str | None = None) -> Resolved:
         quantization=choose_quantization(asked),
         kv_cache=kind,
         expose_hidden=request.drafting.expose_hidden,
+        medusa=request.drafting.medusa,
+        medusa_weights=_heads_digest(request, kind),
         own=own,
     )
     if options.expose_hidden and kind != "paged":
@@ -133,6 +136,29 @@ def recipe_steps(resolved: Resolved, kind: str) -> list[Step]:
             asked = resolved.request.quantization
             steps += [Step(item)] if isinstance(item, Pass) else parse_passes([item], asked)
     return apply_pass_options(steps, what.pass_option)
+
+
+def _heads_digest(request: Request, kv_cache: str | None) -> str:
+    """sha256 of the heads that the program is to have; "" without any.
+
+    Raises:
+        UsageError: they would not come into the program. InputError: the folder has none.
+    """
+    folder = request.drafting.medusa
+    if folder is None:
+        return ""
+    if kv_cache != "paged":
+        raise UsageError(
+            "--medusa needs a paged KV cache",
+            why=f"the cache would be {kv_cache}" if kv_cache else "the target's engine has a cache of its own",
+            remedy="add --kv-cache paged, with --target inductor-cpu or inductor-cuda",
+        )
+    if request.what.passes is not None:
+        raise UsageError(
+            "--medusa has no effect with --passes",
+            remedy="leave it out, and name add-medusa-heads among the passes, with the folder as its option",
+        )
+    return heads_digest(folder)
 
 
 def _refuse_idle(request: Request) -> None:

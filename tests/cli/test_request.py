@@ -57,7 +57,7 @@ GATE = {
     "--allow-noop",
 }
 RUN = {"-o", "--output", "--force", "--dump-ir", "--work-dir", "--save-recipe"}
-DRAFTING = {"--base", "--expose-hidden"}
+DRAFTING = {"--medusa", "--base", "--expose-hidden"}
 TARGETS = {
     "--max-seq-len",
     "--accuracy-level",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from command_line import optc, optc_json
 from conftest import EXAMPLE, ROOT
+from medusa_heads import write_heads
 from once import example_artifact
 from prometheus_client.parser import text_string_to_metric_families
 from serving import run
@@ -17,6 +18,7 @@ from training_runs import small_model
 
 from optc.compiler.artifact.folder import rewrite
 from optc.compiler.artifact.manifest import Manifest
+from optc.compiler.model_folder.checkpoint import check_folder, weights_digest
 from optc.runtime.serving.counters import Counters
 from optc.runtime.serving.engine_process import open_artifact
 from optc.runtime.serving.request import Generate
@@ -45,14 +47,48 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("command", RUNS)
 def test_the_page_runs(command: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.chdir(place)
+    if "fiction-medusa" in command:
+        _compile_heads(place)
+        capsys.readouterr()
     words = re.findall(r'"[^"]*"|\S+', command)
     assert optc(*(word.strip('"') for word in words), "--max-new-tokens", "10") == 0
     out = capsys.readouterr().out
-    if "--json" in words:
+    if "medusa" in words:
+        found = json.loads(out)["speculation"]
+        assert (found["method"], len(found["acceptance_by_position"])) == ("medusa", 2)
+    elif "--json" in words:
         found = json.loads(out)["speculation"]
         assert found["acceptance_length"] == 4  # three drafted by the model itself, and one more
     else:
         assert len(out.split()) > 2
+
+
+def _compile_heads(place: Path) -> None:
+    """The page's command that compiles with heads, of random weights."""
+    (command,) = [command for command in COMMANDS if "--medusa" in command]
+    if not (place / "out" / "fiction-medusa").exists():
+        write_heads(place / "out" / "heads", 192, heads=2, weights=weights_digest(check_folder(EXAMPLE)))
+        assert optc(*command.split()) == 0
+
+
+def test_heads_come_into_a_paged_program_of_their_own_model(tmp_path: Path, capsys: Capture) -> None:
+    """What is refused before anything is captured."""
+    write_heads(tmp_path / "theirs", 192, weights="b" * 64)
+    (tmp_path / "empty").mkdir()
+    compile_ = ("compile", EXAMPLE, "--target", "inductor-cpu", "-o", tmp_path / "out", "--medusa")
+    paged = ("--kv-cache", "paged")
+    for args, code, message in (
+        ((*compile_, tmp_path / "theirs"), 2, "--medusa needs a paged KV cache"),
+        ((*compile_, tmp_path / "theirs", *paged), 3, "the Medusa heads were trained for another model"),
+        ((*compile_, tmp_path / "empty", *paged), 3, "the folder has no Medusa heads"),
+        (
+            (*compile_, tmp_path / "theirs", *paged, "--passes", "page-kv-cache"),
+            2,
+            "--medusa has no effect with --passes",
+        ),
+    ):
+        assert optc(*args) == code, args
+        assert message in capsys.readouterr().err
 
 
 def test_bench(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -118,7 +154,8 @@ def test_what_is_refused(place: Path, tmp_path: Path, capsys: Capture) -> None:
         ((*ask, "--speculative", "ngram", "--draft", artifact), 2, "--draft has no effect with --speculative ngram"),
         ((*ask, "--draft-tokens", "3"), 2, "--draft-tokens has no effect without --speculative"),
         ((*ask, "--speculative", "ngram", "--draft-tokens", "65"), 2, "65"),
-        ((*ask, "--speculative", "medusa"), 2, "medusa"),
+        ((*ask, "--speculative", "medusa"), 4, "the artifact has no Medusa heads"),
+        ((*ask, "--speculative", "hydra"), 2, "hydra"),
         (("serve", artifact, "--speculative", "draft"), 2, "--speculative draft needs the model that drafts"),
         (("bench", artifact, "--speculative", "ngram"), 2, "--speculative needs a text"),
         (("bench", artifact, *book), 2, "--text has no effect without --speculative"),

@@ -56,7 +56,7 @@ def bench_speculative(artifact: Path, as_json: bool, options: BenchOptions, spec
     model.close()
     result = {
         **found.to_dict(),
-        "draft_tokens": speculation.draft_tokens,
+        "draft_tokens": len(found.figures.drafted_at),
         "batch": options.batch,
         "samples": options.samples,
         "prompt_tokens": length,

@@ -35,8 +35,11 @@ def chain(seed: int, blend: float = 0.0) -> tuple[PagedModel, np.ndarray]:
     table = np.random.default_rng(seed).normal(size=(VOCAB, VOCAB)).astype(np.float32)
     table = blend * np.random.default_rng(0).normal(size=(VOCAB, VOCAB)).astype(np.float32) + (1 - blend) * table
 
-    def forward(ids: Tensor, *rest: Tensor) -> Tensor:
-        return torch.from_numpy(table)[ids]
+    likeliest = torch.from_numpy(table).argmax(1)
+
+    def forward(ids: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        ahead = likeliest[likeliest[ids]]  # what heads guess behind the next token
+        return torch.from_numpy(table)[ids], torch.stack((ahead, likeliest[ahead]), 1)
 
     model = PagedModel(
         run=forward,
@@ -48,6 +51,8 @@ def chain(seed: int, blend: float = 0.0) -> tuple[PagedModel, np.ndarray]:
         num_blocks=ROWS * 64,
         chunk=4096,
         device=torch.device("cpu"),
+        gives=("drafted",),
+        heads=2,
     )
     return model, table
 
@@ -66,7 +71,7 @@ def drafter(method: Method, model: PagedModel) -> Drafter:
         return Eagle3Drafter(states(chain(1, blend=0.7)[0]), (1, 1), torch.float32)
     if method == "draft":
         return DraftModel(chain(1, blend=0.7)[0], VOCAB)
-    return open_drafter(Speculation(method=method), Verifying(model=model, folder=None, running=ROWS))
+    return open_drafter(Speculation(method=method, draft_tokens=2), Verifying(model=model, folder=None, running=ROWS))
 
 
 def chance(method: Method, sampling: Sampling) -> float:
