@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 import pytest
 from artifacts import make_artifact, make_manifest
-from once import example_artifact
+from once import example_artifact, short_artifact
 
 import optc
 from optc.cli.main import main
@@ -305,8 +305,8 @@ def test_other_hosts_are_refused_by_the_program(tmp_path: Path, needs: dict[str,
 @needs_cmake
 @pytest.mark.slow
 def test_aotinductor_program_gives_the_tokens_of_optc_run(tmp_path: Path) -> None:
-    """The example model with static caches; then a host without torch, and files that are not what they were."""
-    artifact = example_artifact("inductor-cpu", kv_cache="static")
+    """A small model with static caches; then a host without torch, and files that are not what they were."""
+    artifact = short_artifact("inductor-cpu", kv_cache="static")
     built = build(artifact, tmp_path)
     wanted = expected(artifact, PROMPT)
     assert len(wanted) == NEW
@@ -333,7 +333,7 @@ def _aotinductor_faults(built: Built, place: Path) -> None:
 @needs_cmake
 @pytest.mark.slow
 def test_aotinductor_program_with_the_op_library_and_paged_caches(tmp_path: Path) -> None:
-    artifact = example_artifact("inductor-cpu", kv_cache="paged")
+    artifact = short_artifact("inductor-cpu", kv_cache="paged")
     built = build(artifact, tmp_path)
     prompt = list(range(3, 40))
     assert built.tokens(prompt) == expected(artifact, prompt)

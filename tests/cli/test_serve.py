@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from command_line import optc
 from conftest import EXAMPLE, ROOT
-from once import example_artifact
+from once import short_artifact
 
 pytestmark = pytest.mark.slow
 
@@ -25,11 +25,11 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like the repository's, with what the page's first command makes."""
+    """A folder like the repository's, with what the page's first command makes (of fewer layers)."""
     folder = tmp_path_factory.mktemp("serve")
     (folder / "examples").symlink_to(EXAMPLE.parent)
     (folder / "out").mkdir()
-    (folder / "out" / "fiction-paged").symlink_to(example_artifact("inductor-cpu", kv_cache="paged"))
+    (folder / "out" / "fiction-paged").symlink_to(short_artifact("inductor-cpu", kv_cache="paged"))
     (folder / "keys.txt").write_text("one\ntwo\n")
     return folder
 

@@ -11,7 +11,7 @@ import pytest
 from command_line import optc, optc_json
 from conftest import EXAMPLE, ROOT
 from medusa_heads import write_heads
-from once import example_artifact
+from once import short_artifact
 from prometheus_client.parser import text_string_to_metric_families
 from serving import run
 from training_runs import small_model
@@ -35,12 +35,12 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like the repository's, with what the page's first command makes."""
+    """A folder like the repository's, with what the page's first command makes (of fewer layers)."""
     folder = tmp_path_factory.mktemp("speculative")
     (folder / "examples").symlink_to(EXAMPLE.parent)
     (folder / "out").mkdir()
     assert COMMANDS[0] == "compile examples/fiction-3m --target inductor-cpu --kv-cache paged -o out/fiction-paged"
-    (folder / "out" / "fiction-paged").symlink_to(example_artifact("inductor-cpu", kv_cache="paged"))
+    (folder / "out" / "fiction-paged").symlink_to(short_artifact("inductor-cpu", kv_cache="paged"))
     return folder
 
 

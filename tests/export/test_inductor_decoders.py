@@ -11,10 +11,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import EXAMPLE
-from families import make_model
-from once import example_artifact
-from package_driver import VARIANTS, drive, packaged
+from once import short_artifact, short_example
+from package_driver import drive, model_of, packaged
 from stages import sequences
 
 from optc.compiler.execution.stage_driver import run_stage
@@ -28,7 +26,7 @@ LENGTHS = (21, 9, 14, 6)
 
 
 def _expected(name: str, rows: list[list[int]]) -> list[torch.Tensor]:
-    model = make_model(VARIANTS[name][0])
+    model = model_of(name)
     with torch.no_grad():
         return [model(torch.tensor([row])).logits[0] for row in rows]
 
@@ -125,7 +123,7 @@ def _fresh(folder: str, *arguments: str) -> dict[str, object]:
 @pytest.mark.parametrize("name", ["gpt2-static", "gemma2-paged"])
 def test_fresh_process_without_optc(name: str) -> None:
     built = packaged(name)
-    model = make_model(VARIANTS[name][0])
+    model = model_of(name)
     out = model.generate(torch.tensor([[5, 17, 33]]), max_new_tokens=24, do_sample=False, eos_token_id=None)
     found = _fresh(str(built.folder), "--prompt-tokens", "5,17,33", "--max-new-tokens", "24", "--ignore-eos")
     assert found == {"prompt_tokens": [5, 17, 33], "tokens": out[0, 3:].tolist(), "text": None}
@@ -142,13 +140,13 @@ def test_fresh_process_runs_packed_products() -> None:
 
 
 def test_fresh_process_generates_text() -> None:
-    """The example model through `optc.compile`, then its own runner: 64 greedy tokens as transformers."""
+    """A model folder through `optc.compile`, then its own runner: 64 greedy tokens as transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     prompt = "The old man looked at the sea, and"
-    folder = example_artifact("inductor-cpu", kv_cache="static")
-    ids = AutoTokenizer.from_pretrained(EXAMPLE)(prompt, return_tensors="pt").input_ids
-    model = AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float32).eval()
+    folder, source = short_artifact("inductor-cpu", kv_cache="static"), short_example()
+    ids = AutoTokenizer.from_pretrained(source)(prompt, return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     expected = model.generate(ids, max_new_tokens=64, do_sample=False)[0, ids.shape[1] :].tolist()
     found = _fresh(str(folder), "--prompt", prompt, "--max-new-tokens", "64")
     assert found["prompt_tokens"] == ids[0].tolist()

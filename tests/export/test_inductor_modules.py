@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import make_model
-from package_driver import build, packaged
+from package_driver import build, model_of, packaged
 from stages import sequences
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ def test_encoder_with_padding() -> None:
     mask = (torch.arange(12) < torch.tensor([[12], [7], [1]])).long()
     (found,) = package(ids, mask, torch.zeros_like(ids))
     with torch.no_grad():
-        expected = make_model("bert")(input_ids=ids, attention_mask=mask).logits
+        expected = model_of("bert")(input_ids=ids, attention_mask=mask).logits
     for row, length in enumerate((12, 7, 1)):
         torch.testing.assert_close(found[row, :length], expected[row, :length], atol=1e-4, rtol=0)
 

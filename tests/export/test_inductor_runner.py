@@ -110,7 +110,7 @@ def test_inputs_that_would_crash_are_refused(package: Package, index: int, value
 
 
 def test_counts_and_lengths(package: Package) -> None:
-    with pytest.raises(PackageError, match="2 inputs given, the package takes 6"):
+    with pytest.raises(PackageError, match="2 inputs given, the package takes 4"):
         package(*_inputs(package)[:2])
     decoder = Decoder(package, batch=1, capacity=4)
     decoder.prefill([[5, 6, 7]])

@@ -1,4 +1,4 @@
-"""Sessions over compiled artifacts of the example model: every engine against transformers."""
+"""Sessions over compiled artifacts, with the example model's tokenizer: every engine against transformers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import EXAMPLE
-from once import example_artifact
+from once import short_artifact, short_example
 from transformers import AutoModelForCausalLM
 
 from optc.compiler.diagnostics import InputError
@@ -30,7 +29,7 @@ RAGGED = [[0, 493, 718, 435, 875], [8], list(range(300, 339)), [100, 4, 100, 4]]
 
 @cache
 def _reference() -> Any:
-    return AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(short_example(), dtype=torch.float32).eval()
 
 
 @cache
@@ -41,7 +40,7 @@ def _greedy(prompt: tuple[int, ...]) -> list[int]:
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ENGINES])
 def artifact(request: pytest.FixtureRequest) -> Path:
-    return example_artifact(**ENGINES[request.param])
+    return short_artifact(**ENGINES[request.param])
 
 
 @pytest.fixture(scope="module")

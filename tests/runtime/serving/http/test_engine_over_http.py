@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from once import example_artifact
+from once import short_artifact
 from serving_server import Server, refusal, running
 
 import optc
@@ -35,7 +35,7 @@ HEAD = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: applic
 
 @pytest.fixture(scope="module")
 def artifact() -> Path:
-    return example_artifact("inductor-cpu", kv_cache="paged")
+    return short_artifact("inductor-cpu", kv_cache="paged")
 
 
 @pytest.fixture(scope="module")
