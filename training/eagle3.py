@@ -146,7 +146,11 @@ def _shape(base: Any, config: TrainConfig, size: int) -> Eagle3Config:
     hidden = int(base.get_input_embeddings().weight.shape[1])
     heads = getattr(facts, "num_attention_heads", None)
     if not heads:
-        raise UsageError("the base does not say how many attention heads it has", where=type(base).__name__)
+        raise UsageError(
+            "the base does not say how many attention heads it has",
+            where=type(base).__name__,
+            remedy="give a decoder whose config.json has num_attention_heads, such as LlamaForCausalLM",
+        )
     rope = getattr(facts, "rope_parameters", None)
     theta = rope.get("rope_theta") if isinstance(rope, dict) else None
     return Eagle3Config(
