@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from optc.compiler.artifact.publishing import write_folder
 from optc.compiler.diagnostics import JSON_ERRORS, InputError, os_errors
 from optc.compiler.files import damage, read_plain, write_sums
+from optc.compiler.nesting import check_nesting
 from optc.training.data import Position
 from optc.training.optimizers import place_state, plain_values
 
@@ -166,13 +167,14 @@ def decode(data: bytes, cls: type[T], path: Path) -> T:
         InputError: it is not what it should be.
     """
     try:
+        check_nesting(msgspec.json.decode(data))
         return msgspec.json.decode(data, type=cls)
     except JSON_ERRORS as error:
         raise InputError(
             "the checkpoint is damaged",
             where=str(path),
             why=str(error),
-            remedy="remove this checkpoint's folder",
+            remedy="remove this checkpoint's folder; the one before it is used then",
         ) from error
 
 

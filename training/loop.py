@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from optc.compiler.artifact.publishing import check_output, remove_abandoned, remove_folder, write_folder
 from optc.compiler.diagnostics import JSON_ERRORS, GateError, InputError, UsageError, ran_out_of_memory
 from optc.compiler.files import read_plain
+from optc.compiler.nesting import check_nesting
 from optc.training import checkpoint
 from optc.training.checkpoint import RunState
 from optc.training.config import TrainConfig
@@ -216,6 +217,7 @@ def _finished(output: Path, folder: Path) -> TrainResult | None:
     data = read_plain(path, "reading the summary of the run")
     try:
         result = msgspec.json.decode(data, type=TrainResult)
+        check_nesting(result.config)
     except JSON_ERRORS as error:
         raise InputError(
             "the summary of the run is damaged",

@@ -25,6 +25,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from optc.compiler.artifact.publishing import write_folder
 from optc.compiler.diagnostics import JSON_ERRORS, InputError, os_errors
 from optc.compiler.files import read_plain, write_sums
+from optc.compiler.nesting import check_nesting
 from optc.training.optimizers import counter_device, plain_values
 
 _STATE = "state.json"
@@ -171,7 +172,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / _STATE
     data = read_plain(path, "reading the checkpoint")
     try:
-        return msgspec.json.decode(data, type=dict[str, Any])
+        state = msgspec.json.decode(data, type=dict[str, Any])
+        check_nesting(state)
+        return state
     except JSON_ERRORS as error:
         raise InputError(
             "the checkpoint is damaged",

@@ -18,14 +18,14 @@ from optc.compiler.artifact.engines import find_engine
 from optc.compiler.artifact.sizes import Sizes
 from optc.compiler.artifact.trust import is_machine_mark, machine_mark
 from optc.compiler.diagnostics import JSON_ERRORS, ArtifactError
-from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.contract import Contract, Count
 from optc.compiler.ir.proof import CaptureProof
+from optc.compiler.nesting import check_nesting
 from optc.compiler.rewriting.quantization_record import LinearRecord
 
 FORMAT_VERSION = 3
 FILE_NAME = "manifest.json"
 
-_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 _Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 _SEAL = re.compile(rb'"self_sha256": "([0-9a-f]{64})"\n}\n\Z')
 _EMPTY_SEAL = b'"self_sha256": ""\n}\n'
@@ -36,7 +36,7 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """One file of the artifact: POSIX path inside the folder, size in bytes, sha256 in hex."""
 
     path: str
-    size: _Count
+    size: Count
     sha256: _Sha256
 
 
@@ -79,14 +79,14 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     name: str
     options: dict[str, str | int | float | bool | list[Any] | None]
-    matched: _Count
-    candidates: _Count
+    matched: Count
+    candidates: Count
     seconds: float
     lossy: bool
     drift: DriftRecord | None
     since_capture: DriftRecord | None
     layer_drift: tuple[float, ...]
-    nodes: _Count
+    nodes: Count
     notes: tuple[str, ...]
     misses: tuple[str, ...]
     linears: tuple[LinearRecord, ...] = ()
@@ -128,7 +128,7 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     path: str
     config_sha256: str
     weights_sha256: str
-    parameters: _Count
+    parameters: Count
     dtype: str
 
 
@@ -186,7 +186,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     opened: OpenedRecord | None = None
     limits: dict[str, float | Literal["unlimited"]] = {}
     passes: tuple[PassRecord, ...]
-    weight_bytes: _Count
+    weight_bytes: Count
     sizes: Sizes | None = None
     quantization: dict[str, Any]
     seconds: dict[str, float]
@@ -219,7 +219,7 @@ class QuantizationSummary(msgspec.Struct, frozen=True, kw_only=True):
     bits: tuple[int, ...]
     group_size: tuple[int, ...]
     symmetric: bool
-    linears: _Count
+    linears: Count
     bits_per_parameter: float = 0.0
     ratio_to_ideal: float = 0.0
 
@@ -268,6 +268,7 @@ def decode(data: bytes, where: str) -> Manifest:
             )
         _check_seal(data, where)
         manifest = msgspec.json.decode(data, type=Manifest)
+        check_nesting(_free_parts(manifest))
         if manifest.quantization:
             msgspec.convert(manifest.quantization, QuantizationSummary)
     except JSON_ERRORS as error:
@@ -277,6 +278,13 @@ def decode(data: bytes, where: str) -> Manifest:
         raise _damaged(where, "its programs lack the role 'model'")
     find_engine(manifest.engine, where)
     return manifest
+
+
+def _free_parts(manifest: Manifest) -> list[Any]:
+    """What the types leave open."""
+    options = [record.options for record in manifest.passes]
+    facts = [program.engine_info for program in manifest.programs.values()]
+    return [*options, *facts, manifest.quantization, manifest.quality, manifest.speed]
 
 
 def _json(manifest: Manifest) -> bytes:

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from optc.compiler.diagnostics import CaptureError
-from optc.compiler.ir.contract import AttentionFacts, ModelFacts
+from optc.compiler.ir.contract import MOST, AttentionFacts, ModelFacts
 
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -89,9 +89,12 @@ def _stated(config: Any, words: Any, name: str) -> Any:
 
 
 def stated_context(config: Any) -> int:
-    """Most tokens of a sequence, as a config says; 0 where it says nothing, or a number that is no limit (XLNet: -1)."""
+    """Most tokens of a sequence, as a config says; 0 where it says nothing, or a number that is no limit.
+
+    XLNet says -1; a size that nobody checked may be infinite, or beyond what a contract holds.
+    """
     stated = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return max(0, int(stated or 0))
+    return int(stated) if isinstance(stated, int | float) and 0 < stated <= MOST else 0
 
 
 def refuse_unsupported(config: Any) -> None:

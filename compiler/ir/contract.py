@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+
+MOST = 1 << 62
+"""The largest size and count: JSON has no bound, arrays and their products do."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
 
 InputRole = Literal[
     "input_ids",
@@ -59,13 +63,13 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
 class AttentionFacts(msgspec.Struct, frozen=True, kw_only=True):
     """One attention layer. `window` counts tokens including the query itself; 0 is none."""
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_dim: int
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    value_dim: Count
     scale: float
     causal: bool
-    window: int = 0
+    window: Count = 0
     softcap: float = 0.0
     sinks: bool = False
 
@@ -82,8 +86,8 @@ class KVCache(msgspec.Struct, frozen=True, kw_only=True):
 
     kind: Literal["none", "linear", "paged"] = "none"
     in_place: bool = False
-    block_size: int = 0
-    capacity: int = 0
+    block_size: Count = 0
+    capacity: Count = 0
 
 
 ActivationFormat = Literal["", "int8", "fp8", "nvfp4"]
@@ -110,9 +114,9 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     model_type: str = ""
     architecture: str = ""
-    vocab_size: int = 0
-    context_length: int = 0
-    hidden_size: int = 0
+    vocab_size: Count = 0
+    context_length: Count = 0
+    hidden_size: Count = 0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None

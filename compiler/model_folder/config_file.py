@@ -11,6 +11,7 @@ import msgspec
 
 from optc.compiler.diagnostics import JSON_ERRORS, InputError
 from optc.compiler.files import read_plain
+from optc.compiler.nesting import check_nesting
 
 CONFIG = "config.json"
 _ADAPTER = "adapter_config.json"
@@ -104,7 +105,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(read_plain(path, "reading the model's files", most=_MAX_BYTES))
+        value = json.loads(read_plain(path, "reading the model's files", most=_MAX_BYTES))
+        check_nesting(value)
+        return value
     except JSON_ERRORS as error:
         raise InputError("malformed JSON", where=str(path), why=str(error), remedy=_AGAIN) from error
 

@@ -11,6 +11,7 @@ from optc.compiler.artifact.publishing import write_folder
 from optc.compiler.diagnostics import JSON_ERRORS, ArtifactError, os_errors
 from optc.compiler.files import damage, read_plain, write_sums
 from optc.compiler.ir.program import Program
+from optc.compiler.nesting import check_nesting
 
 _RECORD = "record.json"
 
@@ -40,6 +41,7 @@ def load_stage(folder: Path) -> tuple[Program, PassRecord]:
         raise _damaged(folder, why)
     try:
         record = msgspec.json.decode(read_plain(folder / _RECORD, "reading a stage"), type=PassRecord)
+        check_nesting(record.options)
     except JSON_ERRORS as error:
         raise _damaged(folder / _RECORD, str(error)) from error
     return Program.load(folder), record

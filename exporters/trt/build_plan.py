@@ -426,7 +426,7 @@ def read_facts(folder: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             facts = json.load(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BuildError(
             "the folder has no readable engine.json", error, "give the folder that optc wrote", 3
         ) from error

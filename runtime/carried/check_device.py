@@ -37,6 +37,7 @@ _DISTRIBUTIONS = {
 }
 _SPARE = 1.25
 """Memory that is asked for, over the size of weights and caches."""
+_MOST = 1 << 62
 _NATIVE = (".so", ".pt2")
 _NATIVE_BYTES = 256 << 20
 
@@ -157,7 +158,7 @@ def check(folder: str, manifest: dict[str, Any], engine: dict[str, Any] | None, 
     lines += _native_lines(folder, machine)
     if engine is not None:
         lines += _plan_lines(engine, machine, gpu, set(needs))
-    size = int(manifest.get("weight_bytes", 0)) + _cache_bytes(engine)
+    size = _count(manifest.get("weight_bytes", 0), "weight_bytes") + _cache_bytes(engine)
     if isinstance(gpu, dict):
         lines.append(_memory_line("GPU memory", size, gpu["free"]))
     elif gpu is None:
@@ -266,7 +267,15 @@ def _cache_bytes(engine: dict[str, Any] | None) -> int:
     cache = engine["cache"]
     width = 4 if cache["dtype"] == "float32" else 2
     sets = 2 if cache["update"] == "ping_pong" else 1
-    return 2 * sets * cache["layers"] * cache["kv_heads"] * cache["head_dim"] * cache["capacity"] * width
+    layers, heads, size, capacity = (_count(cache[key], key) for key in ("layers", "kv_heads", "head_dim", "capacity"))
+    return 2 * sets * layers * heads * size * capacity * width
+
+
+def _count(value: Any, name: str) -> int:
+    """A count as JSON has it: Python reads 1e999 as infinity there, and a number of 400 digits as it is."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
+        raise ValueError(f"{name} is no whole number from 0 to 2^62")
+    return value
 
 
 def _memory_line(name: str, size: int, free: int | None) -> Line:
@@ -325,7 +334,7 @@ def report(folder: str, machine: Any = None) -> dict[str, Any]:
     manifest, engine = read(folder)
     try:
         lines = check(folder, manifest, engine, machine or Machine())
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{folder}: a field of manifest.json or engine.json is not as optc writes it: {error}"
         ) from error

@@ -356,7 +356,7 @@ def open_folder(folder: Path) -> Package:
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        entries = [(str(item["path"]), int(item["size"]), str(item["sha256"])) for item in manifest["files"]]
+        entries = [(str(item["path"]), item["size"], str(item["sha256"])) for item in manifest["files"]]
         engine, info, needs = (
             manifest["engine"],
             manifest["programs"]["model"]["engine_info"],

@@ -659,8 +659,11 @@ def read_token_lists(path: str) -> list[list[int]]:
     """A JSON list of lists of token ids."""
     try:
         with open(path, encoding="utf-8") as file:
-            return [[int(token) for token in row] for row in json.load(file)]
-    except (OSError, ValueError, TypeError) as error:
+            rows = json.load(file)
+        if not all(type(token) is int for row in rows for token in row):
+            raise ValueError("an id is no whole number")
+        return [list(row) for row in rows]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunnerError(f"{path}: not a JSON list of lists of token ids: {error}", 3) from error
 
 

@@ -151,7 +151,13 @@ class OrtSession(LinearSession):
                     why=str(error),
                     remedy="use shorter prompts or a smaller batch",
                 ) from error
-            raise
+            if not isinstance(error, RuntimeError):
+                raise
+            raise ArtifactError(  # a manifest may promise a longer context than the graph has tables for
+                "ONNX Runtime cannot run the graph as the manifest describes it",
+                why=str(error)[:500],
+                remedy="copy the artifact again from where it was made, or compile it again",
+            ) from error
 
     def _output_type(self, name: str) -> str:
         return str(next(item.type for item in self._session.get_outputs() if item.name == name))

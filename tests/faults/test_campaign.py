@@ -42,6 +42,20 @@ class Hangs(_Toy):
             time.sleep(100)
 
 
+class Waits(_Toy):
+    def read(self, name: str, data: bytes) -> None:
+        time.sleep(1.0)
+
+
+class Spins(_Toy):
+    def read(self, name: str, data: bytes) -> None:
+        if self.number == 2:
+            if os.fork():
+                os.wait()
+            while True:
+                pass
+
+
 class Raises(_Toy):
     def read(self, name: str, data: bytes) -> None:
         time.sleep(0.01)
@@ -72,7 +86,8 @@ def run(
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(campaign, "READERS", {cls.__name__: cls for cls in readers})
     monkeypatch.setattr(campaign, "warm", lambda: None)
-    monkeypatch.setattr(child, "LIMIT_SECONDS", 1.0)
+    monkeypatch.setattr(child, "LIMIT_SECONDS", 0.5)
+    monkeypatch.setattr(child, "HANG_SECONDS", 4.0)
     monkeypatch.setenv("TMPDIR", str(folder / "tmp"))
     with monkeypatch.context() as patch:
         patch.setattr(os, "environ", dict(os.environ))
@@ -81,7 +96,7 @@ def run(
 
 
 def test_every_kind_of_fault_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    readers = [_Toy, Dies, Hangs, Raises, Writes, Broken, Lacks]
+    readers = [_Toy, Dies, Hangs, Waits, Spins, Raises, Writes, Broken, Lacks]
     names = ",".join(cls.__name__ for cls in readers)
     kept = tmp_path / "kept"
     arguments = ("--seconds", "0.3", "--jobs", "3", "--readers", names, "--keep", str(kept))
@@ -93,8 +108,14 @@ def test_every_kind_of_fault_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert toy["inputs"] == toy["read"] + toy["refused_by_exit_code"]["3"] > 10
     assert rows["Dies"]["inputs"] == 4
     assert [(row["kind"], row["count"]) for row in rows["Dies"]["faults"]] == [("SIGKILL", 1)]
-    assert rows["Hangs"]["inputs"] == 3
-    assert [row["kind"] for row in rows["Hangs"]["faults"]] == ["took more than 10 s"]
+    assert rows["Hangs"]["inputs"] == rows["Spins"]["inputs"] == 3
+    assert [row["kind"] for row in rows["Hangs"]["faults"]] == ["did not end in 4 s"]
+    assert [row["kind"] for row in rows["Spins"]["faults"]] == ["took more than 0.5 s of CPU time"]
+    assert (rows["Waits"]["inputs"], rows["Waits"]["faults"]) == (
+        1,
+        [],
+    )  # what the machine does beside costs it nothing
+    assert rows["Waits"]["slowest_s"] < 0.5
     (raised,) = rows["Raises"]["faults"]
     assert raised["kind"].startswith("KeyError at ")
     assert raised["count"] == rows["Raises"]["inputs"]
@@ -103,7 +124,28 @@ def test_every_kind_of_fault_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "never ready" in broken["kind"]
     assert "no_such_package_of_any_name" in rows["Lacks"]["skipped"]
     assert {path.name: path.read_bytes() for path in (kept / "Dies").rglob("*.json")} == {"input.json": b"Dies 3"}
-    assert (found["fault_kinds"], found["readers_run"], found["readers_skipped"]) == (5, 5, 1)
+    assert (found["fault_kinds"], found["readers_run"], found["readers_skipped"]) == (6, 7, 1)
+
+
+def test_what_is_told_while_inputs_begin_is_whole() -> None:
+    """The campaign looks at any moment, also between two bytes of a number."""
+    shared = child.Shared()
+    pid = os.fork()
+    if pid == 0:
+        for done in range(10**9):
+            shared.begin(done, ("x", b"y"))
+    try:
+        end = time.monotonic() + 0.5
+        while not shared.done:
+            assert time.monotonic() < end + 60
+        looks = 0
+        while time.monotonic() < end or looks < 1000:
+            looks += 1
+            assert shared.overdue(pid) == ""
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        shared.close()
 
 
 def test_a_goal_by_count_ends_the_campaign_and_earlier_figures_count(

@@ -4,7 +4,8 @@
     python -m fuzz.campaign --inputs 10000000 --minutes 9 --jobs 16 --work /tmp/fuzz --json FILE [--add EARLIER]
 
 Each child reads inputs of one reader for some seconds (`child.py`), and another seed's next time; the readers take
-turns. A child's death and one input of more than 10 s are counted as faults, and the next child goes on.
+turns. A child's death, and one input of more than 10 s of CPU time or 120 s in all, are counted as faults, and the next
+child goes on.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Child:
     """
 
     def __init__(self, name: str, seeds: Seeds, slot: int, seconds: float, seed: int) -> None:
-        self.name, self.slot, self.seconds, self.hung, self.told = name, slot, seconds, False, 0
+        self.name, self.slot, self.seconds, self.overdue, self.told = name, slot, seconds, "", 0
         self.shared, self.begin = Shared(), time.monotonic()
         self.error = seeds.folder / f"error-{name}-{slot}"
         self._buffer = b""
@@ -88,8 +89,8 @@ class Child:
 
     def ended(self) -> int | None:
         """The exit code or minus the signal, once it has ended; kills one whose input takes too long."""
-        if not self.hung and self.shared.overdue:
-            self.hung = True
+        if not self.overdue and (overdue := self.shared.overdue(self.pid)):
+            self.overdue = overdue
             self.kill()
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if pid else None
@@ -101,8 +102,8 @@ class Child:
     def fault(self, code: int) -> tuple[str, str]:
         """(kind, detail) of its death."""
         tail = self.error.read_bytes()[-2000:].decode("utf-8", "replace") if self.error.exists() else ""
-        if self.hung:
-            return "took more than 10 s", tail[-300:]
+        if self.overdue:
+            return self.overdue, tail[-300:]
         if code < 0:
             return signal.Signals(-code).name, tail[-300:]
         last = tail.strip().rpartition("\n")[2]

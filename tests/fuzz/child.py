@@ -11,7 +11,6 @@ import mmap
 import os
 import random
 import resource
-import struct
 import sys
 import time
 import traceback
@@ -19,75 +18,112 @@ from collections import Counter
 from pathlib import Path
 from typing import IO, Any
 
-from fuzz.readers import Input, Reader
+from fuzz.readers import ForkError, Input, Reader
 from fuzz.seeds import Seeds
 
 LIMIT_SECONDS, LIMIT_BYTES = 10.0, 2 << 30
+HANG_SECONDS = 120.0
+"""An input may cost `LIMIT_SECONDS` of CPU time; one that waits, for a lock or a device, ends after so long in any case."""
 _PREPARING_SECONDS = 300.0
 _TELL_SECONDS = 2.0
 _EVENTS = {"pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect"}
 _LEAVES = (KeyboardInterrupt, GeneratorExit)
-_HEAD, _EVENT, _INPUT = struct.Struct("<dQQQQ"), 512, 4 << 20
+_BEGAN, _CPU, _DONE, _STOP, _SIZE, _EVENT_SIZE = range(6)  # words of the head
+_HEAD_BYTES, _EVENT, _INPUT = 48, 512, 4 << 20
 
 
 class Shared:
-    """What a child, its forks and the campaign see of each other: when the input began that is being read, how many
-    were done, whether to stop, the last input, and the first event of the audit hook."""
+    """What a child, its forks and the campaign see of each other: when the input began that is being read and the CPU
+    time used until then, how many were done, whether to stop, the last input, and the first event of the audit hook.
+
+    The numbers are whole aligned words, each written at once: the campaign reads while the child writes.
+    """
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, _HEAD.size + _EVENT + _INPUT)
-        self._head = [time.monotonic() + _PREPARING_SECONDS - LIMIT_SECONDS, 0, 0, 0, 0]
-        _HEAD.pack_into(self._memory, 0, *self._head)
+        self._memory = mmap.mmap(-1, _HEAD_BYTES + _EVENT + _INPUT)
+        self._words = memoryview(self._memory)[:_HEAD_BYTES].cast("Q")
+        self._words[_BEGAN] = time.monotonic_ns() + int((_PREPARING_SECONDS - HANG_SECONDS) * 1e9)
+        self._words[_CPU] = int(_PREPARING_SECONDS * 1e9)
 
     def begin(self, done: int, made: Input) -> None:
         """An input is about to be read, after `done` others."""
         data = made[0].encode() + b"\0" + made[1]
         data = data[:_INPUT]
-        self._memory[_HEAD.size + _EVENT : _HEAD.size + _EVENT + len(data)] = data
-        struct.pack_into("<dQ", self._memory, 0, time.monotonic(), done)
-        struct.pack_into("<Q", self._memory, 24, len(data))
+        self._memory[_HEAD_BYTES + _EVENT : _HEAD_BYTES + _EVENT + len(data)] = data
+        self._words[_SIZE] = len(data)
+        self._words[_CPU] = cpu_ns()
+        self._words[_BEGAN] = time.monotonic_ns()
+        self._words[_DONE] = done
 
     @property
     def done(self) -> int:
-        return int(_HEAD.unpack_from(self._memory)[1])
+        return self._words[_DONE]
 
-    @property
-    def overdue(self) -> bool:
-        return time.monotonic() - float(_HEAD.unpack_from(self._memory)[0]) > LIMIT_SECONDS
+    def overdue(self, group: int) -> str:
+        """How an input that takes too long does so; empty where none does.
+
+        Args:
+            group: the child and its forks. What an input costs is their CPU time: on a busy machine it may wait long.
+        """
+        waited = (time.monotonic_ns() - self._words[_BEGAN]) / 1e9
+        if waited > HANG_SECONDS:
+            return f"did not end in {HANG_SECONDS:g} s"
+        if waited > LIMIT_SECONDS and group_cpu_seconds(group) - self._words[_CPU] / 1e9 > LIMIT_SECONDS:
+            return f"took more than {LIMIT_SECONDS:g} s of CPU time"
+        return ""
 
     @property
     def stopping(self) -> bool:
-        return bool(_HEAD.unpack_from(self._memory)[2])
+        return bool(self._words[_STOP])
 
     def stop(self) -> None:
         """Let the child end after its input."""
-        struct.pack_into("<Q", self._memory, 16, 1)
+        self._words[_STOP] = 1
 
     def input(self) -> Input:
         """The last that was begun; ("", b"") before the first."""
-        size = _HEAD.unpack_from(self._memory)[3]
-        data = self._memory[_HEAD.size + _EVENT : _HEAD.size + _EVENT + size]
+        data = self._memory[_HEAD_BYTES + _EVENT : _HEAD_BYTES + _EVENT + self._words[_SIZE]]
         name, _, content = data.partition(b"\0")
         return name.decode(), content
 
     def note_event(self, name: str, detail: str) -> None:
         """Keep the first that was seen."""
-        if not _HEAD.unpack_from(self._memory)[4]:
+        if not self._words[_EVENT_SIZE]:
             data = f"{name}\0{detail}".encode("utf-8", "replace")[:_EVENT]
-            self._memory[_HEAD.size : _HEAD.size + len(data)] = data
-            struct.pack_into("<Q", self._memory, 32, len(data))
+            self._memory[_HEAD_BYTES : _HEAD_BYTES + len(data)] = data
+            self._words[_EVENT_SIZE] = len(data)
 
     def take_event(self) -> tuple[str, str] | None:
         """(name, detail) of what the hook saw since the last time."""
-        size = _HEAD.unpack_from(self._memory)[4]
+        size = self._words[_EVENT_SIZE]
         if not size:
             return None
-        struct.pack_into("<Q", self._memory, 32, 0)
-        name, _, detail = self._memory[_HEAD.size : _HEAD.size + size].decode("utf-8", "replace").partition("\0")
+        self._words[_EVENT_SIZE] = 0
+        name, _, detail = self._memory[_HEAD_BYTES : _HEAD_BYTES + size].decode("utf-8", "replace").partition("\0")
         return name, detail
 
     def close(self) -> None:
+        self._words.release()
         self._memory.close()
+
+
+def cpu_ns() -> int:
+    """CPU time of this process and of its forks that have ended."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time_ns() + int((ended.ru_utime + ended.ru_stime) * 1e9)
+
+
+def group_cpu_seconds(group: int) -> float:
+    """CPU time of a process group's members, and of children that they have waited for."""
+    ticks = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text(errors="replace").rpartition(")")[2].split()  # after the name: state, parent, group
+        except OSError:
+            continue  # it has ended
+        if int(fields[2]) == group:
+            ticks += sum(map(int, fields[11:15]))  # user, system, and the same of children
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def outcome(reader: Reader, made: Input) -> tuple[str, Any]:
@@ -116,6 +152,8 @@ def outcome(reader: Reader, made: Input) -> tuple[str, Any]:
 
 def kind_of(error: BaseException) -> str:
     """An exception and where it arose: in optc's code, and at all."""
+    if isinstance(error, ForkError):
+        return error.kind
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "/optc/" in frame.filename] or frames
     place = f"{own[-1].filename.rpartition('/optc/')[2]} {own[-1].name}"
@@ -175,12 +213,12 @@ def run_inputs(
         except (RecursionError, UnicodeError):
             continue  # nested or strange beyond what Python writes
         shared.begin(done, made)
-        first = time.monotonic()
+        first = cpu_ns()
         kind, more = outcome(reader, made)
         if event := shared.take_event():
             kind, more = "fault", (f"event {event[0]}", event[1])
         done += 1
-        telling.count(kind, more, time.monotonic() - first)
+        telling.count(kind, more, (cpu_ns() - first) / 1e9)
         if kind == "fault":
             telling.tell_fault(more, made)
         if reader.cost >= 4 and telling.grown > LIMIT_BYTES:

@@ -22,6 +22,18 @@ from fuzz.seeds import Seeds, split_safetensors
 Input = tuple[str, bytes]
 
 
+class ForkError(Exception):
+    """What a fork of a reader ended with.
+
+    Args:
+        kind: as `kind_of` names it. detail: the text of the error.
+    """
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+
+
 class Reader:
     """One reader.
 

@@ -26,7 +26,7 @@ class Tally:
 
     Attributes:
         inputs: all of them; what is neither read nor refused is a fault.
-        seconds: of processes, all together.
+        seconds: of processes, all together. slowest: CPU time of the costliest input.
         skipped: why the reader was not run.
     """
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import click
+from fuzz.child import kind_of
 from fuzz.mutations import blind, mutated, places, text_of
-from fuzz.readers import Input, Reader, build_safetensors, mutated_safetensors, sealed
+from fuzz.readers import ForkError, Input, Reader, build_safetensors, mutated_safetensors, sealed
 from fuzz.seeds import split_safetensors
 
 
@@ -431,29 +432,40 @@ class Command(FolderReader):
             "bench": ["bench", artifact, "--prompt-tokens", "4", "--max-new-tokens", "2"],
         }
         command = self.command_of(data)
-        with _fork_ends():
+        with _fork_ends(self.place / "fork-fault.json"):
             cli.main(args=lines.get(command, [command, artifact]), prog_name="optc", standalone_mode=False)
 
 
 @contextlib.contextmanager
-def _fork_ends() -> Iterator[None]:
-    """Where a command goes on in a fork (`own_process.py`), that fork ends here with the command's exit code."""
-    from optc.cli.common import fail
+def _fork_ends(told: Path) -> Iterator[None]:
+    """Where a command goes on in a fork (`own_process.py`), that fork ends here with the command's exit code.
+
+    Args:
+        told: a file by which the fork says what its unknown error was.
+
+    Raises:
+        ForkError: the fork ended with one.
+    """
+    from optc.cli.common import fail, of_the_system
     from optc.compiler.diagnostics import OptcError
 
     owner, code = os.getpid(), 0
+    told.unlink(missing_ok=True)
     try:
         yield
     except BaseException as error:
         if os.getpid() == owner:
+            if told.exists():
+                raise ForkError(*json.loads(told.read_text())) from error
             raise
-        if isinstance(error, OptcError):
-            code = fail(error, as_json=False)
-        elif isinstance(error, (click.ClickException, click.exceptions.Exit, SystemExit)):
+        if isinstance(error, (click.ClickException, click.exceptions.Exit, SystemExit)):
             found = getattr(error, "exit_code", getattr(error, "code", 2))
             code = found if isinstance(found, int) else 2
+        elif (known := error if isinstance(error, OptcError) else of_the_system(error)) is not None:
+            code = fail(known, as_json=False)
         else:
             traceback.print_exc()
+            told.write_text(json.dumps([kind_of(error), str(error)[:200]]))
             code = 1
     if os.getpid() != owner:
         os._exit(code)

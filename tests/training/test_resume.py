@@ -196,6 +196,14 @@ class TestRefused:
             train(stopped, resume=True)
         assert name in str(found.value)
 
+    def test_a_config_without_end(self, stopped: TrainConfig, tmp_path: Path) -> None:
+        path = checkpoint.checkpoints(run_folder(tmp_path / "out"))[-1] / "checkpoint.json"
+        nested = '{"a":' * 900 + "1" + "}" * 900
+        path.write_text(path.read_text().replace('"config": {', f'"config": {{"a": {nested}, '))
+        write_sums(path.parent)
+        with pytest.raises(InputError, match="the checkpoint is damaged"):
+            train(stopped, resume=True)
+
     def test_tensors_of_another_shape(self, stopped: TrainConfig, tmp_path: Path) -> None:
         path = checkpoint.checkpoints(run_folder(tmp_path / "out"))[-1] / "model.safetensors"
         tensors = load_file(path)

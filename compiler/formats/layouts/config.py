@@ -38,11 +38,13 @@ class ConfigReader:
         return not self._values.get(key)
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """An integer; None as a default makes the key mandatory, null counts as missing."""
+        """An integer of 64 bits; None as a default makes the key mandatory, null counts as missing."""
         value = self._values.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.refusal(f"'{key}' is {value!a}, not a whole number")
+        if not -(1 << 63) <= value < 1 << 63:  # JSON has no bound, tensors do
+            raise self.refusal(f"'{key}' is beyond 64 bits")
         return value
 
     def boolean(self, key: str, default: bool) -> bool:

@@ -120,9 +120,14 @@ def guarded(action: Callable[[], Any], *, as_json: bool) -> int:
     except LEAVES:
         raise
     except BaseException as error:  # noqa: BLE001 (a panic of a library in Rust is no Exception; all is told)
-        if isinstance(error, OSError):
-            return fail(os_failure(error, "running the command"), as_json)
-        if ran_out_of_memory(error):
-            return fail(out_of_memory("running the command", why=described(error)), as_json)
-        return fail(bug_error(error), as_json)
+        return fail(of_the_system(error) or bug_error(error), as_json)
     return 0
+
+
+def of_the_system(error: BaseException) -> OptcError | None:
+    """The typed error for what the system refused to a command; None where it is a bug."""
+    if isinstance(error, OSError):
+        return os_failure(error, "running the command")
+    if ran_out_of_memory(error):
+        return out_of_memory("running the command", why=described(error))
+    return None

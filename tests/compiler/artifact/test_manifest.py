@@ -79,6 +79,10 @@ def test_not_a_manifest(text: bytes) -> None:
     assert caught.value.remedy == "copy the artifact again from where it was made, or compile it again"
 
 
+def _nested(levels: int) -> Any:
+    return {"a": _nested(levels - 1)} if levels else 1
+
+
 def test_other_version_names_both() -> None:
     with pytest.raises(ArtifactError) as caught:
         decode(sealed(lambda data: data.update(format_version=1, new_field=1)), "m")
@@ -98,6 +102,9 @@ def test_other_version_names_both() -> None:
         (lambda d: d["files"][0].update(sha256="A" * 64), r"at `\$.files\[0\].sha256`"),
         (lambda d: d["passes"][0].update(layer_drift=[None]), r"Expected `float`, got `null`"),
         (lambda d: d["programs"]["model"]["contract"].update(kind="other"), "Invalid enum value 'other'"),
+        (lambda d: d["programs"]["model"]["contract"]["model"].update(context_length=-1), "Expected `int` >= 0"),
+        (lambda d: d["programs"]["model"]["contract"]["model"].update(vocab_size=1 << 63), "Expected `int` <= 4611686"),
+        (lambda d: d["programs"]["model"].update(engine_info={"x": _nested(65)}), "nested more than 64 levels"),
     ],
 )
 def test_wrong_types(edit: Callable[[dict[str, Any]], None], cause: str) -> None:

@@ -53,8 +53,19 @@ def test_axes_that_cannot_be_dynamic_are_named() -> None:
     assert "suggested: batch = 1" in str(caught.value.why)
 
 
-@pytest.mark.parametrize(("stated", "expected"), [(64, 64), (-1, 0), (None, 0)])
-def test_contexts_without_a_limit(stated: int | None, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        (64, 64),
+        (-1, 0),
+        (None, 0),
+        (float("inf"), 0),
+        (float("nan"), 0),
+        (10**30, 0),
+        (10**400, 0),
+    ],
+)
+def test_contexts_without_a_limit(stated: float | None, expected: int) -> None:
     class Config:
         max_position_embeddings = stated
 

@@ -11,10 +11,11 @@ import torch
 from hf_folders import codes_of, config, quantized, source, tensors, write
 from torch import Tensor
 
-from optc.compiler.diagnostics import TargetError
+from optc.compiler.diagnostics import InputError, TargetError
 from optc.compiler.formats.layouts import QuantizedWeight, Scheme
 from optc.compiler.formats.layouts.awq.writer import AwqWriter
 from optc.compiler.formats.layouts.compressed_tensors.writer import CompressedTensorsWriter
+from optc.compiler.formats.layouts.config import ConfigReader
 from optc.compiler.formats.layouts.gptq.writer import GptqWriter
 from optc.compiler.formats.layouts.registry import CHOICES, LAYOUTS
 from optc.exporters.options.hf import FolderOptions
@@ -233,3 +234,11 @@ def test_layouts_to_choose_from() -> None:
     schema = msgspec.json.schema(FolderOptions)["$defs"]["FolderOptions"]["properties"]["layout"]
     assert sorted(schema["anyOf"][0]["enum"]) == sorted(CHOICES)
     assert [name for name in LAYOUTS if name not in CHOICES] == ["modelopt"]
+
+
+@pytest.mark.parametrize("value", [1 << 63, -(1 << 63) - 1, 10**400])
+def test_integers_of_a_config_fit_a_tensor(value: int) -> None:
+    config = ConfigReader({"group_size": value, "bits": (1 << 63) - 1}, Path("config.json"))
+    with pytest.raises(InputError, match="'group_size' is beyond 64 bits"):
+        config.integer("group_size")
+    assert config.integer("bits") == (1 << 63) - 1

@@ -200,6 +200,21 @@ def test_what_is_no_artifact(tmp_path: Path, text: str) -> None:
         report(str(tmp_path), Fake())
 
 
+@pytest.mark.parametrize("value", ["1e999", "-1e999", "NaN", "1" + "0" * 400, "-1", "1.5", "true", "null", '"9"'])
+def test_sizes_that_json_can_hold_and_no_machine(tmp_path: Path, value: str) -> None:
+    engine: dict[str, Any] = {**description(), "runtime": None}
+    for place, name in ((engine["cache"], name) for name in ("layers", "kv_heads", "head_dim", "capacity")):
+        folder(tmp_path, {}, {**engine, "cache": {**place, name: 77}})
+        path = tmp_path / "engine.json"
+        path.write_text(path.read_text().replace(f'"{name}": 77', f'"{name}": {value}'))
+        with pytest.raises(ValueError, match=f"{name} is no whole number"):
+            report(str(tmp_path), Fake(device=RTX))
+    (tmp_path / "engine.json").unlink()
+    (tmp_path / "manifest.json").write_text(f'{{"needs": {{}}, "weight_bytes": {value}}}')
+    with pytest.raises(ValueError, match="weight_bytes is no whole number"):
+        report(str(tmp_path), Fake())
+
+
 def test_the_text_and_the_grammar() -> None:
     rows = [{"need": "torch 2.13", "ok": True, "found": "2.13.0"}, {"need": "x", "ok": None, "found": "?"}]
     assert text_of({"needs": rows}) == "ok  torch 2.13  2.13.0\n?   x           ?"

@@ -16,7 +16,7 @@ from fake_tensorrt import FakeCuda, fake_tensorrt
 from trt_graphs import CAPACITY, PROFILES, VOCAB, description, save_folder
 
 from optc.runtime.carried import run_trt
-from optc.runtime.carried.run_trt import Decoder, RunnerError, Sampler, generate, main, perplexity
+from optc.runtime.carried.run_trt import Decoder, RunnerError, Sampler, generate, main, perplexity, read_token_lists
 from optc.runtime.generation.sampling import Sampler as OwnSampler
 from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.onnx_engine import OnnxEngine
@@ -98,6 +98,17 @@ def test_rewound_tokens_are_forgotten(decoder: Decoder) -> None:
     decoder.prefill([[3, 4, 5, 6, 7]])
     decoder.rewind([2])
     np.testing.assert_allclose(decoder.advance([[9]])[0], trt_graphs.reference([3, 4, 9])[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["[[1e999]]", "[[NaN]]", "[[1.5]]", "[[true]]", '[["5"]]', "[5]", "[" * 5000])
+def test_token_lists_hold_whole_numbers(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "ids.json"
+    path.write_text(text)
+    with pytest.raises(RunnerError, match="not a JSON list of lists of token ids") as caught:
+        read_token_lists(str(path))
+    assert caught.value.exit_code == 3
+    path.write_text("[[1, 2], [3]]")
+    assert read_token_lists(str(path)) == [[1, 2], [3]]
 
 
 def test_perplexity_is_that_of_all_logits(decoder: Decoder) -> None:
