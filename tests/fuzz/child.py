@@ -207,7 +207,7 @@ def run_inputs(
     _limit_memory()
     _audit(shared, (str(seeds.folder), "/dev/", "/tmp/torchinductor", "/proc/self", os.environ["TMPDIR"]))
     end, done, telling = time.monotonic() + seconds, 0, _Telling(out)
-    while time.monotonic() < end and not shared.stopping:
+    while (not done or time.monotonic() < end) and not shared.stopping:  # a machine that is busy reads one at least
         try:
             made = reader.make(rng)
         except (RecursionError, UnicodeError):
