@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import EXAMPLE
 from eagle3_models import SHAPE, small_draft, some_targets
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from optc.compiler.capture.eagle3 import check_base
 from optc.compiler.diagnostics import InputError
 from optc.compiler.model_folder.eagle3 import Eagle3Folder, Origin, is_eagle3, read_eagle3_config, write_eagle3
 
@@ -161,3 +163,10 @@ def test_files_that_are_missing_or_damaged(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match="no weights"):
         Eagle3Folder.read(tmp_path)
+
+
+def test_the_example_is_of_its_base() -> None:
+    """Its hashes are those of the model beside it."""
+    found = Eagle3Folder.read(EXAMPLE.parent / "fiction-3m-eagle3")
+    assert found.origin is not None
+    check_base(found, EXAMPLE)
