@@ -7,18 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
+import pytest
 import torch
 from chosen import chosen
 from torch import Tensor
 
+from optc.compiler.diagnostics import TargetError
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
 from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.target.target import ExportRequest, ExportResult, check_legal
+from optc.runtime.sessions.host_cpu import check_cpu
 from optc.targets.onnx_cpu import TARGET
 
 MODEL = "model.onnx"
+
+
+def _saturates() -> bool:
+    try:
+        check_cpu({"x86_flags_any": ["avx512_vnni", "avx_vnni"]})
+    except TargetError:
+        return True
+    return False
+
+
+EXACT_PRODUCTS = pytest.mark.skipif(
+    _saturates(), reason="this processor's product of unsigned and signed bytes saturates in ONNX Runtime"
+)
+"""Of tests whose artifacts need the processor that `check_cpu` asks for."""
 
 
 def compiled(program: Program, directory: Path, **options: Any) -> tuple[Program, ExportResult]:

@@ -69,7 +69,9 @@ def main() -> None:
     few = compiled(
         product_integer,
         pointers | {"w": "*i8", "digits": "*i8", "unit": "*fp32", "partial": "*fp32", "arrivals": "*i32", "M": "i32"},
-        common | {"BLOCK_M": 16, "BLOCK_N": product.block_n, "SPLIT": product.split, "STAGES": product.stages},
+        common
+        | {"BLOCK_M": 16, "BLOCK_N": product.block_n, "SPLIT": product.split, "STAGES": product.stages}
+        | {"LINES": product.lines},
         product.warps,
     )
     rows = dict.fromkeys(("x", "residual", "y"), "*bf16") | {"weight": "*fp32", "row_stride": "i32"}

@@ -21,6 +21,7 @@ from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.pipeline import compute_dtype, default_probe
 from optc.compiler.pipeline.rerounding import rerounding, widened
 from optc.compiler.version import version_of
+from optc.runtime.sessions.host_cpu import check_cpu
 
 _LENGTHS = (9, 5)
 """Tokens of the two sequences: a ragged prefill, then one decode step."""
@@ -53,6 +54,10 @@ def open_written(
     limit = widened(own, _ROUNDED_TOLERANCE, program, rerounding(manifest.passes), allowed)
     if engine.runner is None:
         return OpenedRecord(opened=False, why=f"optc has no way to open files of {engine.name} here")
+    try:
+        check_cpu(manifest.needs)
+    except TargetError as error:  # another processor may run it
+        return OpenedRecord(opened=False, why=f"{error.what}: {error.why}")
     try:
         runner = engine.open_runner(directory, manifest)
     except TargetError as error:

@@ -29,7 +29,7 @@ from optc.compiler.artifact.engines import Engine, find_engine
 from optc.compiler.artifact.folder import read_manifest
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.capture import capture_module
-from optc.compiler.diagnostics import GateError
+from optc.compiler.diagnostics import GateError, TargetError
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.gate import TOLERANCE
 from optc.compiler.target.target import ExportRequest
@@ -274,6 +274,19 @@ def test_an_engine_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: py
     assert opened is not None
     assert not opened.opened
     assert opened.why == "ONNX Runtime is not installed"
+
+
+def test_a_processor_that_would_compute_other_numbers_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may run the file: it is published."""
+
+    def refused(needs: object) -> None:
+        raise TargetError("this processor cannot multiply exactly", why="it lacks a flag")
+
+    monkeypatch.setattr(opening, "check_cpu", refused)
+    opened = _compile(_net(), tmp_path).manifest.opened
+    assert opened is not None
+    assert not opened.opened
+    assert opened.why == "this processor cannot multiply exactly: it lacks a flag"
 
 
 def test_a_model_folder_is_read_back(example_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import onnx
+import ort_driver
 import pytest
 import torch
 import trt_driver
@@ -23,9 +24,9 @@ CASES = [
     ("fp16", "awq", "fused"),
     ("fp32", "gptq", "fused"),
     ("fp16", "int8", "fused"),
-    ("fp32", "smoothquant", "fused"),
-    ("fp32", "smoothquant", "basic"),
-    ("fp16", "smoothquant", "basic"),
+    pytest.param("fp32", "smoothquant", "fused", marks=ort_driver.EXACT_PRODUCTS),
+    pytest.param("fp32", "smoothquant", "basic", marks=ort_driver.EXACT_PRODUCTS),
+    pytest.param("fp16", "smoothquant", "basic", marks=ort_driver.EXACT_PRODUCTS),
     ("fp32", "fp8", "fused"),
 ]
 CODES = {"rtn": "INT4", "awq": "INT4", "gptq": "INT4", "int8": "INT8", "smoothquant": "INT8", "fp8": "FP8"}

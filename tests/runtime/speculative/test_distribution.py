@@ -61,7 +61,7 @@ def states(model: PagedModel) -> PagedModel:
     """The same with hidden states beside its logits, as bases and their draft models have them."""
 
     def forward(ids: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        return model.run(ids, *rest), torch.zeros(len(ids), 1)
+        return model.run(ids, *rest)[0], torch.zeros(len(ids), 1)
 
     return dataclasses.replace(model, run=forward, gives=("aux_hidden",))
 
