@@ -47,6 +47,14 @@ class Waits(_Toy):
         time.sleep(1.0)
 
 
+class Makes(_Toy):
+    def make(self, rng: object) -> Input:
+        end = time.process_time() + 0.4
+        while time.process_time() < end:
+            pass
+        return super().make(rng)
+
+
 class Spins(_Toy):
     def read(self, name: str, data: bytes) -> None:
         if self.number == 2:
@@ -98,7 +106,7 @@ def run(
 
 
 def test_every_kind_of_fault_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    readers = [_Toy, Dies, Hangs, Waits, Spins, Raises, Writes, Broken, Lacks]
+    readers = [_Toy, Dies, Hangs, Waits, Makes, Spins, Raises, Writes, Broken, Lacks]
     names = ",".join(cls.__name__ for cls in readers)
     kept = tmp_path / "kept"
     arguments = ("--seconds", "0.6", "--jobs", "3", "--readers", names, "--keep", str(kept))
@@ -116,6 +124,7 @@ def test_every_kind_of_fault_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_pat
     waits = rows["Waits"]  # what the machine does beside it costs an input nothing
     assert (waits["inputs"], waits["faults"]) == (1, [])
     assert waits["slowest_s"] < 0.1
+    assert rows["Makes"]["faults"] == []
     (raised,) = rows["Raises"]["faults"]
     assert raised["kind"].startswith("KeyError at ")
     assert raised["count"] == rows["Raises"]["inputs"]
@@ -124,7 +133,7 @@ def test_every_kind_of_fault_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "never ready" in broken["kind"]
     assert "no_such_package_of_any_name" in rows["Lacks"]["skipped"]
     assert {path.name: path.read_bytes() for path in (kept / "Dies").rglob("*.json")} == {"input.json": b"Dies 3"}
-    assert (found["fault_kinds"], found["readers_run"], found["readers_skipped"]) == (6, 7, 1)
+    assert (found["fault_kinds"], found["readers_run"], found["readers_skipped"]) == (6, 8, 1)
 
 
 def test_what_is_told_while_inputs_begin_is_whole() -> None:

@@ -42,8 +42,12 @@ class Shared:
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, _HEAD_BYTES + _EVENT + _INPUT)
         self._words = memoryview(self._memory)[:_HEAD_BYTES].cast("Q")
+        self.prepare()
+
+    def prepare(self) -> None:
+        """No input is being read: the next one is made, which is no cost of one."""
+        self._words[_CPU] = cpu_ns() + int(_PREPARING_SECONDS * 1e9)
         self._words[_BEGAN] = time.monotonic_ns() + int((_PREPARING_SECONDS - HANG_SECONDS) * 1e9)
-        self._words[_CPU] = int(_PREPARING_SECONDS * 1e9)
 
     def begin(self, done: int, made: Input) -> None:
         """An input is about to be read, after `done` others."""
@@ -215,6 +219,7 @@ def run_inputs(
         shared.begin(done, made)
         first = cpu_ns()
         kind, more = outcome(reader, made)
+        shared.prepare()
         if event := shared.take_event():
             kind, more = "fault", (f"event {event[0]}", event[1])
         done += 1
