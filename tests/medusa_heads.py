@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from optc.compiler.model_folder.eagle3 import Origin
+from optc.compiler.model_folder.draft_origin import Origin
 from optc.compiler.model_folder.medusa import MedusaConfig, MedusaFolder, MedusaHead
 
 

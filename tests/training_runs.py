@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from optc.training.config import TrainConfig
+from optc.training.data import IGNORED, Batch
 from optc.training.loop import train
 from optc.training.recipe import convert
 
@@ -108,3 +109,13 @@ def interrupted(config: TrainConfig, step: int) -> None:
 
     with pytest.raises(Stop):
         train(config, on_step=on_step)
+
+
+def packed() -> Batch:
+    """A row of two documents, of 7 tokens and of 5, and a row of one with padding."""
+    tokens = torch.randint(3, VOCAB, (2, 13), generator=torch.Generator().manual_seed(2))
+    positions = torch.stack([torch.tensor([*range(7), *range(5)]), torch.arange(12)])
+    labels = tokens[:, 1:].clone()
+    labels[0, 6] = 5  # the last token of a document is not fed
+    labels[1, 9:] = IGNORED
+    return Batch(tokens[:, :-1], positions, labels, packed=True, padded=True)

@@ -21,14 +21,14 @@ from optc.compiler.analysis.module_linears import output_head
 from optc.compiler.capture.eagle3_model import Attending, Eagle3
 from optc.compiler.capture.facts import stated_context, text_config
 from optc.compiler.diagnostics import UsageError, os_errors
-from optc.compiler.files import sha256_of
-from optc.compiler.model_folder.checkpoint import check_folder, config_digest, weights_digest
-from optc.compiler.model_folder.eagle3 import Eagle3Config, Origin, write_eagle3
+from optc.compiler.model_folder.checkpoint import check_folder
+from optc.compiler.model_folder.draft_origin import Origin
+from optc.compiler.model_folder.eagle3 import Eagle3Config, write_eagle3
 from optc.training.blocks import transformer_blocks
 from optc.training.config import TrainConfig
 from optc.training.data import Batch
 from optc.training.distill import LossSums
-from optc.training.frozen_base import FrozenBase, behind, check_boundaries, within
+from optc.training.frozen_base import FrozenBase, behind, check_boundaries, shares, within
 
 
 class Eagle3Training(FrozenBase):
@@ -65,7 +65,7 @@ class Eagle3Training(FrozenBase):
             logits[..., self.targets].float().log_softmax(-1),
         )
         state = self.draft.fc(torch.cat(states, -1))
-        drafting, weights = _Drafting(self.draft, batch), self._weights()
+        drafting, weights = _Drafting(self.draft, batch), shares(self._settings.decay, self._settings.draft_tokens)
         losses = []
         for place, weight in enumerate(weights):
             found, state = drafting.step(behind(batch.labels, place), state)
@@ -74,24 +74,15 @@ class Eagle3Training(FrozenBase):
             losses.append(weight * -(target.exp() * found[counted].float().log_softmax(-1)).sum())
         return LossSums(torch.stack(losses).sum(), losses[0].detach() / weights[0], None)
 
-    def _weights(self) -> list[float]:
-        """Of each drafted token; their sum is 1."""
-        shares = [self._settings.decay**place for place in range(self._settings.draft_tokens)]
-        return [share / sum(shares) for share in shares]
-
     def write(self, source: Path, directory: Path) -> None:
         """See `FrozenBase`: the folder of `compiler/model_folder/eagle3`, in the type of the base's weights."""
         info = check_folder(source)
         dtype = info.dtype if info.dtype in (torch.bfloat16, torch.float16) else torch.float32
         tensors = {name: tensor.to(dtype) for name, tensor in self.draft.tensors().items()}
         tokenizer = source / "tokenizer.json"
-        known = tokenizer.is_file()
-        origin = Origin(
-            config=config_digest(info), weights=weights_digest(info), tokenizer=sha256_of(tokenizer) if known else ""
-        )
-        write_eagle3(directory, self.draft.config, tensors, self.targets, origin)
+        write_eagle3(directory, self.draft.config, tensors, self.targets, Origin.of(info))
         with os_errors("writing the draft model", str(directory)):
-            if known:
+            if tokenizer.is_file():
                 shutil.copyfile(tokenizer, directory / tokenizer.name)
 
 

@@ -120,6 +120,12 @@ def within(batch: Batch, count: int) -> Tensor:
     return inside & (positions.roll(-count, 1) == positions + count) & (labels.roll(-count, 1) != IGNORED)
 
 
+def shares(decay: float, count: int) -> list[float]:
+    """Of the loss, for each token that is guessed in a row: each `decay` times the one before, and 1 in all."""
+    weights = [decay**place for place in range(count)]
+    return [weight / sum(weights) for weight in weights]
+
+
 def check_frozen_base(config: TrainConfig, key: str) -> None:
     """Refuse what has no meaning for heads on a frozen base, before a weight is read.
 

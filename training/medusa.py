@@ -19,14 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 from optc.compiler.analysis.module_linears import output_head
 from optc.compiler.diagnostics import UsageError
-from optc.compiler.files import sha256_of
-from optc.compiler.model_folder.checkpoint import check_folder, config_digest, weights_digest
-from optc.compiler.model_folder.eagle3 import Origin
+from optc.compiler.model_folder.checkpoint import check_folder
+from optc.compiler.model_folder.draft_origin import Origin
 from optc.compiler.model_folder.medusa import MedusaConfig, MedusaFolder, MedusaHead
 from optc.training.config import TrainConfig
 from optc.training.data import Batch
 from optc.training.distill import LossSums, logits_of
-from optc.training.frozen_base import FrozenBase, behind, within
+from optc.training.frozen_base import FrozenBase, behind, shares, within
 
 
 class ResidualBlock(nn.Module):
@@ -72,7 +71,7 @@ class MedusaTraining(FrozenBase):
         """
         with torch.no_grad(), head_input(self.base) as found:
             logits = logits_of(self.base, batch)
-        hidden, weights = found[0], self._weights()
+        hidden, weights = found[0], shares(self._settings.decay, self._settings.heads)
         losses = []
         for place, (head, weight) in enumerate(zip(self.heads, weights, strict=True), start=1):
             counted = within(batch, place)
@@ -91,21 +90,10 @@ class MedusaTraining(FrozenBase):
             logits = self.base.get_output_embeddings()(logits)
         return functional.cross_entropy(logits.float(), target, reduction="sum")
 
-    def _weights(self) -> list[float]:
-        """Of each head; their sum is 1."""
-        shares = [self._settings.decay**place for place in range(self._settings.heads)]
-        return [share / sum(shares) for share in shares]
-
     def write(self, source: Path, directory: Path) -> None:
         """See `FrozenBase`: the folder of `compiler/model_folder/medusa`, in the type of the base's weights."""
         info = check_folder(source)
         dtype = info.dtype if info.dtype in (torch.bfloat16, torch.float16) else torch.float32
-        tokenizer = source / "tokenizer.json"
-        origin = Origin(
-            config=config_digest(info),
-            weights=weights_digest(info),
-            tokenizer=sha256_of(tokenizer) if tokenizer.is_file() else "",
-        )
         settings = self._settings
         config = MedusaConfig(
             medusa_num_heads=settings.heads,
@@ -113,7 +101,7 @@ class MedusaTraining(FrozenBase):
             base_model_name_or_path=self._folder,
         )
         heads = tuple(_stored(head, settings.layers, dtype) for head in self.heads)
-        MedusaFolder(config, heads, origin).write(directory)
+        MedusaFolder(config, heads, Origin.of(info)).write(directory)
 
 
 def _stored(head: Any, layers: int, dtype: torch.dtype) -> MedusaHead:

@@ -14,7 +14,6 @@ from optc.compiler.capture.eagle3_model import Eagle3
 from optc.compiler.capture.facts import attention_layers
 from optc.compiler.capture.loading import DTYPES, meta_model
 from optc.compiler.diagnostics import GateError, InputError, UsageError
-from optc.compiler.files import sha256_of
 from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.ir.contract import Contract, DraftFacts, Input, ModelFacts, Output
 from optc.compiler.ir.export import run_export
@@ -23,11 +22,10 @@ from optc.compiler.ir.proof import CaptureFigures, CaptureProof
 from optc.compiler.model_folder.checkpoint import (
     CheckpointInfo,
     check_folder,
-    config_digest,
     match_names,
-    weights_digest,
 )
-from optc.compiler.model_folder.eagle3 import EMBEDDING, Eagle3Config, Eagle3Folder, Origin
+from optc.compiler.model_folder.draft_origin import Origin
+from optc.compiler.model_folder.eagle3 import EMBEDDING, Eagle3Config, Eagle3Folder
 
 NOT_DRAFTED = -30000.0
 """Logit of tokens that cannot be drafted: finite, in 16 bits too, and of no weight in a softmax."""
@@ -91,12 +89,11 @@ def check_base(found: Eagle3Folder, base: Path) -> None:
     """
     if found.origin is None:
         return
-    info = check_folder(base)
-    tokenizer = base / "tokenizer.json"
+    ours, theirs = Origin.of(check_folder(base)), found.origin
     for what, expected, now in (
-        ("config.json", found.origin.config, config_digest(info)),
-        ("weights", found.origin.weights, weights_digest(info)),
-        ("tokenizer.json", found.origin.tokenizer, sha256_of(tokenizer) if tokenizer.is_file() else ""),
+        ("config.json", theirs.config, ours.config),
+        ("weights", theirs.weights, ours.weights),
+        ("tokenizer.json", theirs.tokenizer, ours.tokenizer),
     ):
         if expected and expected != now:
             raise InputError(

@@ -31,10 +31,10 @@ from optc.compiler.diagnostics import InputError, os_errors
 from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.formats.safetensors_header import TensorInfo, read_header, shown
 from optc.compiler.model_folder.config_file import CONFIG, read_json
+from optc.compiler.model_folder.draft_origin import Origin
 
-WEIGHTS, ORIGIN = "model.safetensors", "draft.json"
+WEIGHTS = "model.safetensors"
 EMBEDDING = "embed_tokens.weight"
-FORMAT = 1
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 STATES = 3
 """Hidden states of the base that the draft model reads."""
@@ -45,7 +45,6 @@ _LAYER = "transformer_layer_config"
 _REMEDY = "check that config.json and the weights belong together, or use another copy"
 _Size = Annotated[int, Meta(ge=1, le=1 << 24)]
 _Positive = Annotated[float, Meta(gt=0, lt=1e12)]
-_Hash = Annotated[str, Meta(pattern="^([0-9a-f]{64})?$")]
 
 
 class _Rope(msgspec.Struct, frozen=True, kw_only=True):
@@ -161,20 +160,6 @@ class Eagle3Config(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
-class Origin(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a draft model was made for: hashes, hex sha256; "" where there was no such file.
-
-    Attributes:
-        config, weights: of the base's folder; see `config_digest` and `weights_digest`.
-        tokenizer: of its tokenizer.json.
-    """
-
-    config: _Hash
-    weights: _Hash
-    tokenizer: _Hash
-    format: int = FORMAT
-
-
 @dataclass(frozen=True)
 class Eagle3Folder:
     """A folder that was read.
@@ -210,7 +195,7 @@ class Eagle3Folder:
         _check_names(headers, expected, path)
         reader = TensorReader(folder, headers)
         tensors = {name: _finite(reader.read(name, *_FLOATS), name, path) for name in expected}
-        return cls(config, tensors, _targets(reader, config, path), read_origin(folder))
+        return cls(config, tensors, _targets(reader, config, path), Origin.read(folder))
 
 
 def is_eagle3(folder: Path) -> bool:
@@ -272,24 +257,6 @@ def read_eagle3_config(folder: Path) -> Eagle3Config:
     )
 
 
-def read_origin(folder: Path) -> Origin | None:
-    """draft.json of a folder; None without one.
-
-    Raises:
-        InputError: malformed, or of another format.
-    """
-    path = folder / ORIGIN
-    if not path.is_file():
-        return None
-    try:
-        found = msgspec.convert(read_json(path), Origin)
-    except msgspec.ValidationError as error:
-        raise _unusable(path, str(error)) from error
-    if found.format != FORMAT:
-        raise _unusable(path, f"it has format {found.format}, this optc reads {FORMAT}")
-    return found
-
-
 def write_eagle3(
     folder: Path, config: Eagle3Config, tensors: Mapping[str, Tensor], targets: Tensor, origin: Origin | None
 ) -> None:
@@ -312,7 +279,7 @@ def write_eagle3(
         (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(_config_tree(config, dtype))))
         save_file({**kept, "d2t": offsets, "t2d": mask}, folder / WEIGHTS, metadata={"format": "pt"})
         if origin is not None:
-            (folder / ORIGIN).write_bytes(msgspec.json.format(msgspec.json.encode(origin)))
+            origin.write(folder)
 
 
 def _config_tree(config: Eagle3Config, dtype: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.formats.safetensors_header import TensorInfo, read_header, shown
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, weights_digest
 from optc.compiler.model_folder.config_file import CONFIG, read_json
-from optc.compiler.model_folder.eagle3 import ORIGIN, Origin, read_origin
+from optc.compiler.model_folder.draft_origin import Origin
 
 WEIGHTS = "medusa_lm_head.safetensors"
 MOST_HEADS, MOST_LAYERS = 16, 8
@@ -93,7 +93,7 @@ class MedusaFolder:
         shapes = _shapes(config, headers, path)
         reader = TensorReader(folder, headers)
         tensors = {name: _finite(reader.read(name, *_FLOATS), name, path) for name in shapes}
-        return cls(config, _heads(config, tensors), read_origin(folder))
+        return cls(config, _heads(config, tensors), Origin.read(folder))
 
     @property
     def hidden_size(self) -> int:
@@ -125,7 +125,7 @@ class MedusaFolder:
             (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(self.config)))
             save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
             if self.origin is not None:
-                (folder / ORIGIN).write_bytes(msgspec.json.format(msgspec.json.encode(self.origin)))
+                self.origin.write(folder)
 
 
 def heads_digest(folder: Path) -> str:
@@ -154,7 +154,7 @@ def check_base(heads: Path, info: CheckpointInfo) -> None:
     Raises:
         InputError: see above; or draft.json is malformed.
     """
-    origin = read_origin(heads)
+    origin = Origin.read(heads)
     if origin is None:
         return
     ours = weights_digest(info)

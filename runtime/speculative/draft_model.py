@@ -16,7 +16,7 @@ from torch import Tensor
 
 from optc.compiler.execution.block_manager import BlockManager
 from optc.runtime.sessions.paged import PagedModel
-from optc.runtime.speculative.acceptance import Cuts, decide
+from optc.runtime.speculative.draft_choice import next_of_drafts
 from optc.runtime.speculative.draft_room import fitting
 from optc.runtime.speculative.drafter import Ask, Tokens, Verified
 
@@ -53,7 +53,7 @@ class DraftModel:
         work = {ask.id: self._rest(ask) for ask in chosen_asks}
         for place in range(max((ask.most for ask in chosen_asks), default=0)):
             logits = self._feed(work)
-            chosen = self._choose(logits, [asking[name] for name in work], place)
+            chosen = next_of_drafts(logits[:, : self._vocabulary], [asking[name] for name in work], place)
             for name, token in zip(work, chosen, strict=True):
                 drafts[name].append(token)
             work = {name: drafts[name][-1:] for name in work if len(drafts[name]) < asking[name].most}
@@ -87,16 +87,6 @@ class DraftModel:
         self._requests[ask.id] = request
         rest: list[int] = ask.tokens[len(request.held) :].tolist()
         return rest
-
-    def _choose(self, logits: Tensor, asks: Sequence[Ask], place: int) -> list[int]:
-        """The next token of each ask, the one at this place of its draft, from logits [R, V]."""
-        scores = logits[:, : self._vocabulary].float()
-        if all(ask.sampling.greedy for ask in asks):
-            return scores.argmax(1).tolist()
-        uniforms = [0.0 if ask.sampling.greedy else float(ask.uniforms[place]) for ask in asks]
-        numbers = torch.tensor(uniforms, dtype=torch.float64, device=scores.device)
-        found = decide(scores, Cuts.of([ask.sampling for ask in asks], scores.device), numbers)
-        return found.clamp(min=0).tolist()  # any token where logits are not finite
 
     def _feed(self, work: dict[str, list[int]]) -> Tensor:
         """Logits [R, V] behind these tokens of each request."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from optc.compiler.execution.block_manager import BlockManager
 from optc.compiler.ir.contract import OutputRole
 from optc.runtime.sessions.paged import PagedModel
-from optc.runtime.speculative.acceptance import Cuts, decide
+from optc.runtime.speculative.draft_choice import next_of_drafts
 from optc.runtime.speculative.draft_room import fitting
 from optc.runtime.speculative.drafter import Ask, Fed, Verified
 
@@ -112,7 +112,7 @@ class Eagle3Drafter:
         for place in range(max((ask.most for ask in asking.values()), default=0)):
             logits, states = self._feed(work, known=place == 0)
             names = [piece.id for piece in work]
-            chosen = self._choose(logits, [asking[name] for name in names], place)
+            chosen = next_of_drafts(logits, [asking[name] for name in names], place)
             for name, token in zip(names, chosen, strict=True):
                 drafts[name].append(token)
             work = [
@@ -200,16 +200,6 @@ class Eagle3Drafter:
 
     def _nothing(self, rows: int, which: int) -> Tensor:
         return torch.zeros((rows, self._widths[which]), dtype=self._dtype, device=self._model.device)
-
-    def _choose(self, logits: Tensor, asks: Sequence[Ask], place: int) -> list[int]:
-        """The next token of each ask, the one at this place of its draft, from logits [R, V]."""
-        scores = logits.float()
-        if all(ask.sampling.greedy for ask in asks):
-            return scores.argmax(1).tolist()
-        uniforms = [0.0 if ask.sampling.greedy else float(ask.uniforms[place]) for ask in asks]
-        numbers = torch.tensor(uniforms, dtype=torch.float64, device=scores.device)
-        found = decide(scores, Cuts.of([ask.sampling for ask in asks], scores.device), numbers)
-        return found.clamp(min=0).tolist()  # any token where logits are not finite
 
     def _feed(self, work: Sequence[_Piece], *, known: bool) -> tuple[Tensor, Tensor]:
         """Logits [R, V] and states [R, H] at the last token of each piece."""

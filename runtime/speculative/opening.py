@@ -55,8 +55,8 @@ def open_drafter(options: Speculation, target: Verifying) -> Drafter:
 
     Raises:
         UsageError: more draft tokens than heads.
-        InputError, ArtifactError, TargetError: there are no heads; the model that drafts cannot be opened, has a cache that is not paged, or
-            tokens that are not the target's.
+        InputError, ArtifactError, TargetError: there are no heads; the model that drafts cannot be opened, has a cache that
+            is not paged, or tokens that are not the target's.
     """
     if options.method == "medusa":
         return _open_heads(options.draft_tokens, target)

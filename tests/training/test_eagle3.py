@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import VOCAB, interrupted, small_config, small_model, token_file
+from training_runs import VOCAB, interrupted, packed, small_config, small_model, token_file
 
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.model_folder.checkpoint import check_folder, config_digest, weights_digest
 from optc.compiler.model_folder.eagle3 import Eagle3Folder
 from optc.training.config import TrainConfig
-from optc.training.data import IGNORED, Batch
 from optc.training.eagle3 import Eagle3Training, _Drafting, default_boundaries
 from optc.training.frozen_base import hidden_states
 from optc.training.loop import train
@@ -48,16 +47,6 @@ def training(start: tuple[Path, Path]) -> Eagle3Training:
             if parameter.requires_grad:
                 parameter += torch.randn(parameter.shape) * 0.2
     return made
-
-
-def packed() -> Batch:
-    """A row of two documents, of 7 tokens and of 5, and a row of one with padding."""
-    tokens = torch.randint(3, VOCAB, (2, 13), generator=torch.Generator().manual_seed(2))
-    positions = torch.stack([torch.tensor([*range(7), *range(5)]), torch.arange(12)])
-    labels = tokens[:, 1:].clone()
-    labels[0, 6] = 5  # the last token of a document is not fed
-    labels[1, 9:] = IGNORED
-    return Batch(tokens[:, :-1], positions, labels, packed=True, padded=True)
 
 
 @torch.no_grad()

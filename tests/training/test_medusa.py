@@ -10,13 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional
-from training_runs import VOCAB, interrupted, small_config, small_model, token_file
+from training_runs import interrupted, packed, small_config, small_model, token_file
 
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.model_folder.checkpoint import check_folder, config_digest, weights_digest
 from optc.compiler.model_folder.medusa import WEIGHTS, MedusaFolder
 from optc.training.config import TrainConfig
-from optc.training.data import IGNORED, Batch
 from optc.training.loop import train
 from optc.training.medusa import MedusaTraining
 from optc.training.metrics import read_log
@@ -40,16 +39,6 @@ def training(start: tuple[Path, Path], **medusa: Any) -> MedusaTraining:
     with torch.no_grad():
         base.get_input_embeddings().weight.mul_(40)  # so that it is sure of some tokens
     return MedusaTraining(base, config)
-
-
-def packed() -> Batch:
-    """A row of two documents, of 7 tokens and of 5, and a row of one with padding."""
-    tokens = torch.randint(3, VOCAB, (2, 13), generator=torch.Generator().manual_seed(2))
-    positions = torch.stack([torch.tensor([*range(7), *range(5)]), torch.arange(12)])
-    labels = tokens[:, 1:].clone()
-    labels[0, 6] = 5  # the last token of a document is not fed
-    labels[1, 9:] = IGNORED
-    return Batch(tokens[:, :-1], positions, labels, packed=True, padded=True)
 
 
 @pytest.mark.parametrize("own_linear", [False, True])

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from optc.compiler.capture.eagle3 import check_base
 from optc.compiler.diagnostics import InputError
-from optc.compiler.model_folder.eagle3 import Eagle3Folder, Origin, is_eagle3, read_eagle3_config, write_eagle3
+from optc.compiler.model_folder.draft_origin import Origin
+from optc.compiler.model_folder.eagle3 import Eagle3Folder, is_eagle3, read_eagle3_config, write_eagle3
 
 ORIGIN = Origin(config="a" * 64, weights="b" * 64, tokenizer="")
 
