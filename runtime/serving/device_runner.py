@@ -112,8 +112,8 @@ class DeviceRunner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> None:
         """See `ModelRunner`."""
-        buffers = self._buffers
-        if plan.moved or not plan.drafted.any():
+        buffers, drafts = self._buffers, bool(plan.drafted.any())
+        if plan.moved or not drafts:
             self._tell_last()
         buffers.move(plan.moved)
         buffers.grow(plan.grown)
@@ -122,7 +122,7 @@ class DeviceRunner:
             buffers.draws(kind)
         buffers.join([*self._behind(plan), *(piece.row for piece in plan.pieces if piece.last)])
         with kernels_only():
-            if plan.drafted.any():
+            if drafts:
                 tokens, order, given = self._verify(plan, kind)
             else:
                 tokens, order, tell = self._mixed(plan, kind) if plan.pieces else self._decode(plan, kind)
@@ -189,13 +189,10 @@ class DeviceRunner:
 
     def _mixed(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Tell | None]:
         """Tokens of a step with prompts, and where those of its rows are."""
-        buffers, decodes = self._buffers, len(plan.decodes)
-        arrays, _ = step_inputs(plan, self._rows)
-        arrays[0][:decodes] = -1 - plan.decodes
+        buffers = self._buffers
+        arrays, rows, order = self._laid_out(plan)
+        arrays[0][: len(plan.decodes)] = -1 - plan.decodes
         inputs = StepInputs(*map(torch.from_numpy, arrays))
-        ends = [piece.row if piece.last else buffers.nobody for piece in plan.pieces]
-        rows = np.concatenate([plan.decodes, np.array(ends, np.int64)])
-        order = np.flatnonzero(rows != buffers.nobody)
         kind = Kind.OPEN if kind == Kind.PENALIZED else kind  # tables of all rows of a call would be copied
         size = self._size(len(inputs.input_ids), len(rows))
         call = self._call(size, kind)
@@ -215,11 +212,8 @@ class DeviceRunner:
 
         Rows that do more than draw are decided by their samplers, from logits.
         """
-        arrays, _ = step_inputs(plan, self._rows, apart=True)
+        arrays, rows, order = self._laid_out(plan)
         inputs = StepInputs(*map(torch.from_numpy, arrays))
-        ends = [piece.row if piece.last else self._buffers.nobody for piece in plan.pieces]
-        rows = np.concatenate([np.repeat(plan.decodes, 1 + plan.drafted), np.array(ends, np.int64)])
-        order = np.flatnonzero(rows != self._buffers.nobody)
         kind = Kind.OPEN if kind == Kind.PENALIZED else kind
         every = not plan.pieces
         count = _few_tokens(len(rows)) if every else 0
@@ -234,6 +228,15 @@ class DeviceRunner:
         self._overtaken = plan.rows
         self._go_on(plan, chosen)
         return torch.zeros(0, dtype=torch.int64), order[:0], lambda _: chosen
+
+    def _laid_out(self, plan: Plan) -> tuple[list[np.ndarray], Ints, Ints]:
+        """A step as one call, each drafted token a request of its own: its arrays, the rows of its requests, and which of
+        these get tokens."""
+        arrays, _ = step_inputs(plan, self._rows, apart=True)
+        nobody = self._buffers.nobody
+        ends = [piece.row if piece.last else nobody for piece in plan.pieces]
+        rows = np.concatenate([np.repeat(plan.decodes, 1 + plan.drafted), np.array(ends, np.int64)])
+        return arrays, rows, np.flatnonzero(rows != nobody)
 
     def _kept(self, plan: Plan, decided: Ints) -> Chosen:
         chosen = self._verifier.keep(torch.from_numpy(decided), plan)
