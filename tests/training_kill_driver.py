@@ -37,6 +37,7 @@ def child(model: Path, text: Path, output: Path) -> int:
         output,
         max_steps=30,
         saving={"every": 3},
+        validation={"share": 0.2, "every": 2},
         gradient_accumulation=2,
         optimizer={"name": "adamw", "lr": 3e-3},
     )

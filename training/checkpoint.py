@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,12 +37,14 @@ _FREE = (
     "model",
     "output",
     "max_steps",
+    "epochs",
     "gradient_accumulation",
     "device",
     "on_nan",
     "peak_tflops",
     "tensorboard",
     "saving",
+    "validation",
     "checkpointing",
     "compile",
     "parallel",
@@ -66,6 +68,23 @@ class OptimizerValues(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     groups: list[dict[str, Plain]] = []
 
 
+class ValidationState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the measurements of a validation set have said so far.
+
+    Attributes:
+        text: digest of its tokens.
+        first: loss before the first step; None where it was not finite.
+        best, best_step: the least loss behind a step, and the step; 0 before there was one.
+        waited: measurements since then.
+    """
+
+    text: str
+    first: float | None = None
+    best: float | None = None
+    best_step: int = 0
+    waited: int = 0
+
+
 class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything about a run that is not a tensor.
 
@@ -77,6 +96,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         optimizer: plain values of the optimizer.
         model: digests of config.json and of the weights that the run started from.
         corpus: digest of the tokens.
+        validation: None without a validation set.
         config: the run's config.
         run: identity of the run, made when it started.
     """
@@ -90,6 +110,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     corpus: str
     config: dict[str, Any]
     run: str
+    validation: ValidationState | None = None
     format: int = FORMAT
 
 
@@ -105,8 +126,8 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def save(run: Path, state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int) -> Path:
-    """Write a checkpoint of one process; removes the oldest.
+def save(run: Path, state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+    """Write a checkpoint of one process.
 
     Raises:
         InputError, ResourceError: it cannot be written; then nothing of it is left.
@@ -119,14 +140,19 @@ def save(run: Path, state: RunState, model: nn.Module, optimizer: torch.optim.Op
         save_file(tensors, directory / "optimizer.safetensors")
         (directory / "checkpoint.json").write_bytes(msgspec.json.format(msgspec.json.encode(state)))
         write_sums(directory)
-    remove_oldest(run, keep)
     return folder
 
 
-def remove_oldest(run: Path, keep: int) -> None:
-    """Keep the newest checkpoints of a run folder. One that goes is renamed first: never is there half of one."""
+def remove_oldest(run: Path, keep: int, also: Container[int] = ()) -> None:
+    """Keep the newest checkpoints of a run folder. One that goes is renamed first: never is there half of one.
+
+    Args:
+        also: steps whose checkpoints stay, too.
+    """
     with os_errors("removing an old checkpoint", str(run)):
         for path in checkpoints(run)[:-keep]:
+            if int(path.name[5:]) in also:
+                continue
             path.rename(path.with_name(f".{path.name}.old"))
         for path in (run / "checkpoints").glob(".step-*.old"):
             shutil.rmtree(path, ignore_errors=True)  # what cannot be removed costs only space
@@ -212,6 +238,17 @@ def check_same_run(folder: Path, found: RunState, now: RunState) -> None:
             where=str(folder),
             why=f"its tokens have digest {found.corpus[:12]}, those given {now.corpus[:12]}",
             remedy="give the same --text files, or another output",
+        )
+    old_set, new_set = (None if state.validation is None else state.validation.text for state in (found, now))
+    if old_set != new_set:
+        raise InputError(
+            "the checkpoint belongs to a run with another validation set",
+            where=str(folder),
+            why=" and ".join(
+                f"{whose} has {'none' if digest is None else 'tokens with digest ' + digest[:12]}"
+                for whose, digest in (("it", old_set), ("the run now", new_set))
+            ),
+            remedy="give the same --validation files, or another output",
         )
     old, new = dict(_flat(_bound(found.config))), dict(_flat(_bound(now.config)))
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))

@@ -8,7 +8,14 @@ import msgspec
 from msgspec import Meta
 
 from optc.compiler.settings.device import DeviceName
-from optc.training.settings import CheckpointingConfig, CompileConfig, LoraConfig, ParallelConfig, QatConfig
+from optc.training.settings import (
+    CheckpointingConfig,
+    CompileConfig,
+    LoraConfig,
+    ParallelConfig,
+    QatConfig,
+    ValidationConfig,
+)
 
 
 class OptimizerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -177,7 +184,17 @@ class SavingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Checkpoints of the run, in the folder OUTPUT.run beside the output."""
 
     every: Annotated[int, Meta(ge=0, description="Optimizer steps between two checkpoints; 0 writes none.")] = 50
-    keep: Annotated[int, Meta(ge=1, description="Newest checkpoints that stay.")] = 2
+    minutes: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="A checkpoint is also written as soon as the newest is so old, or 20 times as old as writing it "
+            "took; 0: by steps alone.",
+        ),
+    ] = 5.0
+    keep: Annotated[
+        int, Meta(ge=1, description="Newest checkpoints that stay, and with a validation set the best one.")
+    ] = 2
     keep_run: Annotated[bool, Meta(description="Leave OUTPUT.run when the run has ended.")] = False
 
 
@@ -192,6 +209,18 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         str, Meta(description="Folder of the trained model.", extra={"short": "-o", "metavar": "PATH"})
     ] = ""
     max_steps: Annotated[int, Meta(ge=1, description="Optimizer steps.")] = 200
+    epochs: (
+        Annotated[
+            float,
+            Meta(
+                gt=0,
+                le=1e6,
+                description="Passes over the text, in place of max_steps.",
+                extra={"default": "max_steps"},
+            ),
+        ]
+        | None
+    ) = None
     batch_size: Annotated[
         int,
         Meta(ge=1, description="Rows of seq_len tokens per optimizer step, over all ranks and micro-batches together."),
@@ -238,6 +267,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         bool, Meta(description="Write event files, in the end into the output's folder tensorboard (extra train).")
     ] = False
     data: DataConfig = DataConfig()
+    validation: ValidationConfig = ValidationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     scaler: ScalerConfig = ScalerConfig()

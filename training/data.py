@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,8 +86,12 @@ def read_corpus(
     vocab_size: int,
     end_token: int | None,
     template: ChatTemplate | None = None,
+    kind: str = "training",
 ) -> Corpus:
     """The documents of some files, each ending with `end_token` where one is given (conversations end by their template).
+
+    Args:
+        kind: what the files are for, as errors name it.
 
     Raises:
         InputError: no file, one that is missing or malformed, or a token outside the vocabulary.
@@ -99,7 +104,7 @@ def read_corpus(
     for path in paths:
         if not Path(path).exists():
             raise InputError(
-                "the training text does not exist",
+                f"the {kind} text does not exist",
                 where=path,
                 remedy="give a file (text, .jsonl, .json of token ids, .parquet) or a folder of datasets' save_to_disk",
             )
@@ -126,6 +131,9 @@ class Reader:
     A document of n tokens gives n - 1 inputs; a longer one than seq_len is cut into pieces that do not overlap, each
     with positions of its own. An optimizer step takes `batch_size` rows over all ranks (pack), or as many micro-batches as ranks times
     accumulation, each of at most batch_size * seq_len / (ranks * accumulation) tokens with padding (tokens).
+
+    Args:
+        held_out: the documents are a validation set: read in the files' order, and of any length.
     """
 
     def __init__(
@@ -136,8 +144,11 @@ class Reader:
         learned: Sequence[Tensor | None] | None = None,
         world_size: int = 1,
         rank: int = 0,
+        held_out: bool = False,
     ) -> None:
-        self.documents, self.config = documents, config
+        if held_out:
+            config = msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, shuffle=False))
+        self.documents, self.config, self.held_out = documents, config, held_out
         self.learned = [None] * len(documents) if learned is None else learned
         self.world_size, self.rank = world_size, rank
         self.position = Position()
@@ -151,10 +162,12 @@ class Reader:
         self._epoch = -1
         self._units: list[list[list[int]]] = []
         total = sum(size for _, _, size in self._pieces)
-        if total < length:
+        if total < (1 if held_out else length):
+            files = (held_out and config.validation.text) or config.data.text
             raise InputError(
-                f"the training text is too short: {total} tokens to learn, and one row takes {length}",
-                where=", ".join(config.data.text) or None,
+                f"the {'validation' if held_out else 'training'} text is too short: {total} tokens to learn"
+                + ("" if held_out else f", and one row takes {length}"),
+                where=", ".join(files) or None,
                 remedy="give a longer text, or shorter rows with --set seq_len",
             )
 
@@ -195,7 +208,34 @@ class Reader:
         """The same documents at the beginning, one piece in each row."""
         data = msgspec.structs.replace(self.config.data, batching="tokens")
         config = msgspec.structs.replace(self.config, data=data)
-        return Reader(self.documents, config, learned=self.learned, world_size=self.world_size, rank=self.rank)
+        return Reader(
+            self.documents,
+            config,
+            learned=self.learned,
+            world_size=self.world_size,
+            rank=self.rank,
+            held_out=self.held_out,
+        )
+
+    def steps_of(self, epochs: float) -> int:
+        """Optimizer steps until so many passes over the text are complete, at least one."""
+        whole = int(epochs)
+        units = sum(len(self._plan(epoch)) for epoch in range(whole))
+        units += math.ceil((epochs - whole) * len(self._plan(whole))) if epochs > whole else 0
+        packs = self.config.data.batching == "pack"
+        return -(-units // (self.config.batch_size if packs else self.world_size * self.config.gradient_accumulation))
+
+    def whole_epoch(self) -> list[Batch]:
+        """This rank's micro-batches of the first epoch; each rank has as many, some of the last ones without a label."""
+        units = self._plan(0)
+        if self.config.data.batching == "pack":
+            size = max(1, self.config.batch_size // (self.world_size * self.config.gradient_accumulation))
+            units = [[row for unit in units[at : at + size] for row in unit] for at in range(0, len(units), size)]
+        found = [self._batch(rows) for rows in units[self.rank :: self.world_size]]
+        if len(found) * self.world_size < len(units):
+            spare = self._batch(units[0])
+            found.append(replace(spare, labels=torch.full_like(spare.labels, IGNORED), padded=True))
+        return found
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step; moves the position."""

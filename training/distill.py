@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ class LossSums:
     total: Tensor
     cross_entropy: Tensor
     divergence: Tensor | None
+
+
+def read_sums(parts: Sequence[LossSums]) -> list[float]:
+    """[loss, cross-entropy, divergence] of some micro-batches, summed in float64; a GPU is waited for here alone."""
+    columns = zip(*((part.total, part.cross_entropy, part.divergence) for part in parts), strict=True)
+    return [math.fsum(0.0 if item is None else float(item) for item in column) for column in columns]
 
 
 def load_teacher(config: TrainConfig, vocab_size: int) -> Any | None:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch.distributed as dist
@@ -26,14 +26,36 @@ from optc.training.export import write_trained
 from optc.training.held_run import held_run, unfinished
 from optc.training.metrics import MetricsLog, StepRecord
 from optc.training.out_of_memory import out_of_memory
-from optc.training.result import SUMMARY, TrainResult, left_experts
-from optc.training.saving import read_state, resume_run, save_run
+from optc.training.result import SUMMARY, TrainResult, left_experts, validation_result
+from optc.training.saving import SaveClock, read_state, restore_best, resume_run, save_run
 from optc.training.setup import Run, World, build_model, check_config, model_identity, prepare
 from optc.training.step import train_step
 from optc.training.train_report import write_train_report
+from optc.training.validation import is_best, is_due, measure_start, measured_step, stops_early
 
 OnStep = Callable[[StepRecord], None]
 OnNote = Callable[[str], None]
+OnStart = Callable[[int, int], None]
+
+
+class _Watch(NamedTuple):
+    """Who is told of a run, on its first rank; on the others nobody."""
+
+    on_start: OnStart | None = None
+    on_step: OnStep | None = None
+    on_note: OnNote | None = None
+
+    def start(self, step: int, steps: int) -> None:
+        if self.on_start is not None:
+            self.on_start(step, steps)
+
+    def step(self, record: StepRecord) -> None:
+        if self.on_step is not None:
+            self.on_step(record)
+
+    def note(self, note: str | None) -> None:
+        if self.on_note is not None and note is not None:
+            self.on_note(note)
 
 
 def plain_config(config: TrainConfig) -> dict[str, Any]:
@@ -47,12 +69,18 @@ def run_folder(output: Path) -> Path:
 
 
 def train(
-    config: TrainConfig, *, resume: bool = False, on_step: OnStep | None = None, on_note: OnNote | None = None
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    on_start: OnStart | None = None,
+    on_step: OnStep | None = None,
+    on_note: OnNote | None = None,
 ) -> TrainResult | None:
     """Train, and write a Hugging Face model folder to `config.output`. Every rank calls it; only the first has a result.
 
     Args:
         resume: go on from the newest checkpoint of the run for this output; without one, start.
+        on_start: told there, before the first step, the step that the run stands at and how many it will make.
         on_step: called after each step on the first rank.
         on_note: told there, before the first step, what is done otherwise than asked for; it is in the result, too.
 
@@ -78,7 +106,9 @@ def train(
             raise unfinished(folder)
     ours = not dist.is_initialized()
     with _memory_errors(config, world):
-        result = _run(config, world, folder, resume, on_step, on_note)
+        result = _run(
+            config, world, folder, resume, _Watch(on_start, on_step, on_note) if world.rank == 0 else _Watch()
+        )
     if ours and dist.is_initialized():
         dist.barrier()  # the first rank writes the output while the others wait here
         dist.destroy_process_group()
@@ -86,17 +116,19 @@ def train(
     return result
 
 
-def _run(
-    config: TrainConfig, world: World, folder: Path, resume: bool, on_step: OnStep | None, on_note: OnNote | None
-) -> TrainResult | None:
+def _run(config: TrainConfig, world: World, folder: Path, resume: bool, watch: _Watch) -> TrainResult | None:
     run = prepare(config, world)
-    if on_note is not None and world.rank == 0:
-        for note in run.notes:
-            on_note(note)
+    for note in run.notes:
+        watch.note(note)
     start = _initial_state(run)
     with held_run(folder, new=not resume) if world.rank == 0 else nullcontext():
         resumed = resume_run(run, start, folder) if resume else None
-        records = _steps(run, resumed or start, folder, on_step)
+        if run.validation is not None and resumed is None:
+            watch.note(measure_start(run))
+        watch.start(run.step, run.config.max_steps)
+        records = _steps(run, resumed or start, folder, watch)
+        if run.validation is not None and config.validation.keep_best and 0 < run.validation.best_step < run.step:
+            restore_best(run, folder)
         whole = _whole_model(run)
         if world.rank > 0:
             return None
@@ -113,32 +145,43 @@ def _initial_state(run: Run) -> RunState:
         model=model_identity(run.config),
         corpus=run.reader.digest,
         config=plain_config(run.config),
+        validation=run.validation,
         run=secrets.token_hex(8),
     )
 
 
-def _steps(run: Run, state: RunState, folder: Path, on_step: OnStep | None) -> list[StepRecord]:
-    """All steps that are left. The first rank keeps the log and calls `on_step`."""
-    config, every = run.config, run.config.saving.every
+def _steps(run: Run, state: RunState, folder: Path, watch: _Watch) -> list[StepRecord]:
+    """All steps that are left. The first rank keeps the log."""
+    config, clock = run.config, SaveClock(run.config.saving.minutes)
     log = MetricsLog(folder, step=run.step, tensorboard=config.tensorboard) if run.world.rank == 0 else None
     first = run.step
     last_good: str | None = None if state.step == 0 else str(checkpoint.folder_of(folder, state.step))
     try:
-        while run.step < config.max_steps:
+        while run.step < config.max_steps and not stops_early(run):
             ends = run.step in (first, config.max_steps - 1)
             record = train_step(run, last_good=last_good, with_memory=ends)
+            if is_due(run):
+                record = measured_step(run, record)
             if log is not None:
                 log.add(record)
-                if on_step is not None:
-                    on_step(record)
-            if every and (run.step % every == 0 or run.step == config.max_steps):
+            watch.step(record)
+            if _saves(run, clock):
                 if log is not None:
                     log.sync()
-                last_good = str(save_run(run, state, folder))
+                with clock.saving():
+                    last_good = str(save_run(run, state, folder))
         return [] if log is None else log.records
     finally:
         if log is not None:
             log.close()
+
+
+def _saves(run: Run, clock: SaveClock) -> bool:
+    """Whether a checkpoint is written behind the step that was made; every rank calls it."""
+    every, last = run.config.saving.every, run.config.max_steps
+    if is_best(run):
+        return True
+    return every > 0 and (run.step % every == 0 or run.step == last or stops_early(run) or clock.due(run))
 
 
 def _check_updates(result: TrainResult | None) -> None:
@@ -172,6 +215,7 @@ def _result(run: Run, state: RunState, records: list[StepRecord], resumed: RunSt
         config=plain_config(run.config),
         last=records[-1],
         skipped=sum(row.skipped is not None for row in records),
+        validation=validation_result(run.validation, run.config, records),
         notes=(*run.notes, *left_experts(run.model, run.config)),
     )
 

@@ -57,6 +57,8 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         mfu: share of the device's peak arithmetic, where that is known.
         scale: loss scale (fp16).
         skipped: why no update was made ("overflow", "not finite"), else None.
+        validation_loss: the same of the validation set, with the weights behind the step; in steps that measure it.
+        validation_perplexity: exp of the cross-entropy in it.
         memory: the split, in the first step and the last one.
     """
 
@@ -73,6 +75,8 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     mfu: float | None = None
     scale: float | None = None
     skipped: str | None = None
+    validation_loss: float | None = None
+    validation_perplexity: float | None = None
     memory: Memory | None = None
 
 
@@ -176,6 +180,8 @@ class MetricsLog:
                 "tokens_per_s",
                 "mfu",
                 "scale",
+                "validation_loss",
+                "validation_perplexity",
             ):
                 value = getattr(record, key)
                 if value is not None:

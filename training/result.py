@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 from torch import nn
 
+from optc.training.checkpoint import ValidationState
 from optc.training.config import TrainConfig
 from optc.training.linears import expert_weights
 from optc.training.metrics import StepRecord
 
 SUMMARY = "train.json"
+
+
+class ValidationResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The losses of the validation set, nats per label token; None where they are not finite.
+
+    Attributes:
+        first: before the first step.
+        best, best_step: the least behind a step, and the step.
+        last: behind the last step.
+        written_step: the step whose weights the output holds.
+        stopped_early: whether the run ended for want of a new best.
+    """
+
+    first: float | None
+    best: float | None
+    best_step: int
+    last: float | None
+    written_step: int
+    stopped_early: bool
 
 
 class TrainResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,6 +50,7 @@ class TrainResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         config: the run's config.
         last: the last step.
         skipped: steps without an update.
+        validation: what the validation set said; None without one.
         notes: what was asked for and is not so everywhere: experts that are not rounded.
     """
 
@@ -45,7 +67,30 @@ class TrainResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     config: dict[str, Any]
     last: StepRecord
     skipped: int = 0
+    validation: ValidationResult | None = None
     notes: tuple[str, ...] = ()
+
+
+def validation_result(
+    state: ValidationState | None, config: TrainConfig, records: Sequence[StepRecord]
+) -> ValidationResult | None:
+    """The summary of the measurements of a run; None without a validation set.
+
+    Args:
+        records: its steps; behind the last one it was measured.
+    """
+    if state is None:
+        return None
+    last = records[-1]
+    kept = config.validation.keep_best and state.best_step > 0
+    return ValidationResult(
+        first=state.first,
+        best=state.best,
+        best_step=state.best_step,
+        last=last.validation_loss,
+        written_step=state.best_step if kept else last.step,
+        stopped_early=last.step < config.max_steps,
+    )
 
 
 def left_experts(model: nn.Module, config: TrainConfig) -> tuple[str, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +16,7 @@ from optc.training import checkpoint
 from optc.training.checkpoint import RunState
 from optc.training.deepspeed_checkpoint import load_deepspeed, save_deepspeed
 from optc.training.deepspeed_zero import EngineOptimizer
+from optc.training.parallel import sum_over_ranks
 from optc.training.setup import Run
 from optc.training.sharded_checkpoint import load_sharded, save_sharded
 
@@ -47,25 +51,54 @@ def save_run(run: Run, start: RunState, folder: Path) -> Path:
     Raises:
         InputError, ResourceError: it cannot be written.
     """
-    keep = run.config.saving.keep
     state = msgspec.structs.replace(
         start,
         step=run.step,
         position=run.reader.position,
         skipped=run.skipped,
         scaler=run.scaler.state_dict(),
+        validation=run.validation,
         optimizer=checkpoint.OptimizerValues(),
     )
-    if run.config.parallel.kind == "none":
-        return checkpoint.save(folder, state, run.model, run.optimizer, keep=keep)
     place = checkpoint.folder_of(folder, run.step)
-    if isinstance(run.optimizer, EngineOptimizer):
+    if run.config.parallel.kind == "none":
+        checkpoint.save(folder, state, run.model, run.optimizer)
+    elif isinstance(run.optimizer, EngineOptimizer):
         save_deepspeed(place, run.model, run.optimizer, msgspec.to_builtins(state))
     else:
         save_sharded(place, run.model, run.optimizer, msgspec.to_builtins(state))
     if run.world.rank == 0:
-        checkpoint.remove_oldest(folder, keep)
+        _remove_oldest(folder, run.config.saving.keep)
     return place
+
+
+def _remove_oldest(folder: Path, keep: int) -> None:
+    """Keep the newest checkpoints, and what was best when each of them was written: any of them may be resumed from."""
+    states = [read_state(path) for path in checkpoint.checkpoints(folder)[-keep:]]
+    checkpoint.remove_oldest(folder, keep, {state.validation.best_step for state in states if state.validation})
+
+
+class SaveClock:
+    """When a checkpoint is due for its age. The first rank's clock is everyone's."""
+
+    def __init__(self, minutes: float) -> None:
+        self._wait = minutes * 60
+        self._last, self._took = time.monotonic(), 0.0
+
+    def due(self, run: Run) -> bool:
+        """Whether the newest checkpoint is older than it may be; every rank calls it."""
+        if not self._wait:
+            return False
+        old = time.monotonic() - self._last >= max(self._wait, 20 * self._took)
+        return sum_over_ranks(float(old and run.world.rank == 0), run.device) > 0
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around the writing of a checkpoint."""
+        begun = time.monotonic()
+        yield
+        self._last = time.monotonic()
+        self._took = self._last - begun
 
 
 def resume_run(run: Run, now: RunState, folder: Path) -> RunState | None:
@@ -87,16 +120,33 @@ def resume_run(run: Run, now: RunState, folder: Path) -> RunState | None:
             where=str(found[-1]),
             remedy=f"resume with parallel.kind={layout.kinds}",
         )
-    if isinstance(run.optimizer, EngineOptimizer):
-        load_deepspeed(found[-1], run.model, run.optimizer)
-    elif layout is _SHARDED:
-        load_sharded(found[-1], run.model, run.optimizer)
-    else:
-        checkpoint.restore(found[-1], state, run.model, run.optimizer)
+    _restore(run, found[-1], state)
+    run.validation = state.validation
     run.step, run.skipped, run.reader.position = state.step, state.skipped, state.position
     if run.scaler.is_enabled():
         run.scaler.load_state_dict(state.scaler)
     return state
+
+
+def restore_best(run: Run, folder: Path) -> None:
+    """Bring the weights to those of the best step of the run; every rank calls it, behind the last step.
+
+    Raises:
+        InputError: its checkpoint is damaged or missing.
+    """
+    assert run.validation is not None
+    place = checkpoint.folder_of(folder, run.validation.best_step)
+    checkpoint.check_whole(place)
+    _restore(run, place, read_state(place))
+
+
+def _restore(run: Run, place: Path, state: RunState) -> None:
+    if isinstance(run.optimizer, EngineOptimizer):
+        load_deepspeed(place, run.model, run.optimizer)
+    elif _layout_of(place) is _SHARDED:
+        load_sharded(place, run.model, run.optimizer)
+    else:
+        checkpoint.restore(place, state, run.model, run.optimizer)
 
 
 def read_state(folder: Path) -> RunState:

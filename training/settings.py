@@ -101,6 +101,51 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
             )
 
 
+class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A text that is not trained on, whose loss tells when training is done."""
+
+    text: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Validation set, in the forms of data.text (repeatable): its loss is measured, not learned.",
+            extra={"metavar": "FILE"},
+        ),
+    ] = ()
+    share: Annotated[
+        float, Meta(ge=0, le=0.5, description="Share of the tokens of data.text that is held out in place of a file.")
+    ] = 0.0
+    every: Annotated[
+        int,
+        Meta(
+            ge=1,
+            description="Optimizer steps between two measurements; there is one before the first step and one behind "
+            "the last, too.",
+        ),
+    ] = 50
+    patience: Annotated[
+        int,
+        Meta(ge=0, description="The run ends after so many measurements in a row without a new best; 0: at max_steps."),
+    ] = 0
+    keep_best: Annotated[
+        bool,
+        Meta(description="Write the weights of the least validation loss; false writes those of the last step."),
+    ] = True
+
+    def __post_init__(self) -> None:
+        if self.text and self.share:
+            raise UsageError("validation.text and validation.share are two validation sets", remedy="give one of them")
+        if self.patience and not self.wanted:
+            raise UsageError(
+                "validation.patience has no effect without a validation set",
+                remedy="give --validation FILE, or validation.share",
+            )
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is a validation set."""
+        return bool(self.text) or self.share > 0
+
+
 class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the ranks that torchrun started share the work. Each rank takes its own part of every batch."""
 

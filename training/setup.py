@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -19,14 +22,16 @@ from optc.compiler.model_folder.config_file import CONFIG, read_config
 from optc.runtime.generation.chat_template import load_chat_template
 from optc.runtime.generation.tokenizer import eos_token_ids, load_tokenizer
 from optc.training.activation_checkpointing import apply_activation_checkpointing
+from optc.training.checkpoint import ValidationState
 from optc.training.chunked_head import check_head, chunked_head
 from optc.training.compile import apply_compile
 from optc.training.config import TrainConfig
-from optc.training.data import Reader, read_corpus
+from optc.training.data import Batch, Reader, read_corpus
 from optc.training.deepspeed_zero import connect
 from optc.training.distill import load_teacher
 from optc.training.eagle3 import Eagle3Training, token_counts
 from optc.training.frozen_base import FrozenBase, check_frozen_base
+from optc.training.held_out import hold_out
 from optc.training.lora import apply_lora
 from optc.training.medusa import MedusaTraining
 from optc.training.models import load_trainable
@@ -63,6 +68,8 @@ class Run:
         model: the transformers model (adapters, fake quantization and shards in place).
         module: what is called: the model, or its data-parallel wrapper.
         teacher: frozen, or None.
+        held_out: this rank's batches of the validation set.
+        validation: what was measured on it; None without one.
         head: the model's head where the loss is made in it, in chunks; None with whole logits.
         notes: what is done otherwise than asked for, and how much of the text is learned.
         skipped: steps in a row without an update for a loss that is not finite.
@@ -77,6 +84,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     reader: Reader
+    held_out: Sequence[Batch] = ()
+    validation: ValidationState | None = None
     head: nn.Linear | None = None
     notes: tuple[str, ...] = ()
     step: int = 0
@@ -161,12 +170,16 @@ def prepare(config: TrainConfig, world: World) -> Run:
     folder = Path(config.model)
     if not folder.is_dir():
         raise InputError("the model folder does not exist", where=config.model, remedy="give a folder with config.json")
-    reader = _reader(config, world, folder)
+    reader, held_out = _readers(config, world, folder)
     base = build_model(config)
     model = on_frozen_base(base, config, reader)
     teacher = load_teacher(config, text_config(model.config).vocab_size)
     model = model.to(device)
     reader, notes = unpacked(base, reader)
+    if held_out is not None:
+        held_out, _ = unpacked(base, held_out)
+    if config.epochs is not None:
+        config = msgspec.structs.replace(config, max_steps=reader.steps_of(config.epochs))
     if reader.note is not None:
         notes = (*notes, reader.note)
     head = None if isinstance(model, FrozenBase) else chunked_head(model, config)
@@ -188,6 +201,8 @@ def prepare(config: TrainConfig, world: World) -> Run:
         optimizer=optimizer,
         scaler=make_scaler(config, device),
         reader=reader,
+        held_out=() if held_out is None else held_out.whole_epoch(),
+        validation=None if held_out is None else ValidationState(text=held_out.digest),
         head=head,
         notes=notes,
     )
@@ -211,16 +226,25 @@ def on_frozen_base(base: Any, config: TrainConfig, reader: Reader) -> Any:
     return base
 
 
-def _reader(config: TrainConfig, world: World, folder: Path) -> Reader:
+def _readers(config: TrainConfig, world: World, folder: Path) -> tuple[Reader, Reader | None]:
+    """Of the text, and of the validation set where there is one."""
     ends = eos_token_ids(folder) if config.data.append_eos else ()
-    corpus = read_corpus(
-        config.data.text,
-        load_tokenizer(folder),
+    read = partial(
+        read_corpus,
+        tokenizer=load_tokenizer(folder),
         vocab_size=_vocabulary(folder),
         end_token=ends[0] if ends else None,
         template=load_chat_template(folder),
     )
-    return Reader(corpus.documents, config, learned=corpus.learned, world_size=world.size, rank=world.rank)
+    corpus, apart = read(config.data.text), None
+    if config.validation.text:
+        apart = read(config.validation.text, kind="validation")
+    elif config.validation.share:
+        corpus, apart = hold_out(corpus, config.validation.share, seq_len=config.seq_len, seed=config.seed)
+    made = partial(Reader, config=config, world_size=world.size, rank=world.rank)
+    return made(corpus.documents, learned=corpus.learned), (
+        None if apart is None else made(apart.documents, learned=apart.learned, held_out=True)
+    )
 
 
 def _vocabulary(folder: Path) -> int:

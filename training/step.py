@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from optc.compiler.diagnostics import GateError
 from optc.training.chunked_head import loss_of
 from optc.training.data import Batch
 from optc.training.deepspeed_zero import EngineOptimizer, backward
-from optc.training.distill import logits_of, loss_sums
+from optc.training.distill import LossSums, logits_of, loss_sums, read_sums
 from optc.training.metrics import StepRecord, flops_per_token, measure_memory, peak_flops, tensor_bytes
 from optc.training.nonfinite import find_nonfinite
 from optc.training.optimizers import estimate_hessian, set_learning_rate
@@ -90,7 +91,7 @@ def train_step(run: Run, *, last_good: str | None, with_memory: bool = False) ->
 
 def _backward(run: Run, batches: Sequence[Batch], tokens: int, with_memory: bool) -> tuple[list[float], int]:
     """Gradients of a step. Returns the sums [loss, cross-entropy, KL] of this rank, and bytes of saved activations."""
-    parts: list[tuple[Tensor | None, ...]] = []
+    parts: list[LossSums] = []
     activations = 0
     for number, batch in enumerate(batches):
         saved = SavedTensors([*run.model.parameters(), *run.model.buffers()])
@@ -105,10 +106,8 @@ def _backward(run: Run, batches: Sequence[Batch], tokens: int, with_memory: bool
                 backward(run.module, loss, last=last)
             else:
                 run.scaler.scale(loss).backward()
-        parts.append((found.total.detach(), found.cross_entropy, found.divergence))
-    # Read here, so that a GPU is not waited for between micro-batches.
-    sums = [math.fsum(0.0 if part is None else float(part) for part in column) for column in zip(*parts, strict=True)]
-    return sums, activations
+        parts.append(replace(found, total=found.total.detach()))
+    return read_sums(parts), activations
 
 
 def _update(run: Run, batches: Sequence[Batch], loss: float) -> tuple[str | None, float]:

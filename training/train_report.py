@@ -19,7 +19,8 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 220, 64, 34
 _COLORS = ("#2563eb", "#d97706", "#059669", "#be185d")
 _MOST_POINTS, _MOST_DOTS = 600, 80
 _CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Loss, nats per label token", ("loss", "cross_entropy", "divergence")),
+    ("Loss, nats per label token", ("loss", "cross_entropy", "divergence", "validation_loss")),
+    ("Perplexity of the validation set", ("validation_perplexity",)),
     ("Learning rate", ("lr",)),
     ("Norm of the gradient before clipping", ("grad_norm",)),
     ("Tokens per second", ("tokens_per_s",)),
@@ -125,6 +126,9 @@ def _facts(result: TrainResult, records: Sequence[StepRecord]) -> list[tuple[str
         (f"{result.trainable / 1e6:.2f} M", f"trainable of {result.parameters / 1e6:.2f} M parameters"),
         (result.config["precision"], f"compute type, {result.config['optimizer']['name']}"),
     ]
+    if (held_out := result.validation) is not None:
+        losses = f"{number(held_out.first)} → {number(held_out.best)}"
+        facts.append((losses, f"validation loss at the start and at its best, in step {held_out.best_step}"))
     if records[-1].memory is not None:
         facts.append((f"{records[-1].memory.peak / 1e6:,.0f} MB", "peak memory"))
     return facts

@@ -111,6 +111,11 @@ EXPECTED = {
     "train": {
         "--model",
         "--text",
+        "--validation",
+        "--epochs",
+        "--batch-size",
+        "--lr",
+        "--save-every",
         "--max-steps",
         "--bits",
         "--group-size",

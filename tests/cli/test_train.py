@@ -50,10 +50,25 @@ def test_a_recipe_file_trains(recipe: Path, tmp_path: Path, capsys: Capture) -> 
 
 def test_flags_win_over_the_recipe_that_ships(start: tuple[Path, Path], tmp_path: Path, capsys: Capture) -> None:
     flags = ["--recipe", "finetune", "--model", start[0], "--text", start[1], "--text", start[1]]
-    flags += ["--max-steps", 1, "--seed", 3, "--set", "batch_size=2", "--set", "seq_len=32"]
+    flags += [
+        "--max-steps",
+        1,
+        "--seed",
+        3,
+        "--batch-size",
+        2,
+        "--lr",
+        "1e-4",
+        "--save-every",
+        7,
+        "--set",
+        "seq_len=32",
+    ]
+    flags += ["--validation", start[1]]
     assert optc("train", *flags, "-o", tmp_path / "out", "--json") == 0
     config = json.loads(capsys.readouterr().out)["config"]
-    assert config["seed"] == 3
+    assert (config["seed"], config["batch_size"], config["optimizer"]["lr"]) == (3, 2, 1e-4)
+    assert (config["saving"]["every"], config["validation"]["text"]) == (7, [str(start[1])])
     assert config["data"]["text"] == [str(start[1])] * 2
     assert optc("train", *flags, "-o", tmp_path / "out") == 3
     assert "the output exists" in capsys.readouterr().err
@@ -69,6 +84,11 @@ def test_flags_win_over_the_recipe_that_ships(start: tuple[Path, Path], tmp_path
         (["--recipe", "finetune"], 2, "no model given"),
         (["--recipe", "finetune", "--model", "none", "--text", "none"], 2, "no output given"),
         (["--recipe", "finetune", "--bits", "4"], 2, "--bits has no effect without QAT"),
+        (
+            ["--recipe", "qat", "--epochs", "2", "--max-steps", "3"],
+            2,
+            "--epochs and --max-steps are two lengths of a run",
+        ),
         (["--recipe", "finetune", "--group-size", "4"], 2, "--group-size has no effect without QAT"),
         (
             ["--recipe", "finetune", "--model", "none", "--text", "none", "-o", "OUT"],

@@ -358,7 +358,7 @@ class Checkpoint(FolderReader):
         run.mkdir()
         config = {"a": 1, "data": {"text": ["x"]}}
         state = checkpoint.RunState(step=1, position=Position(), model="m", corpus="c", config=config, run="r")
-        self._folder = checkpoint.save(run, state, self._model, optimizer, keep=2)
+        self._folder = checkpoint.save(run, state, self._model, optimizer)
         self._now = state
         self.copy_of(self._folder, "step-00000001")
 

@@ -159,7 +159,7 @@ def checkpoint_writer(seeds: Seeds, work: Path) -> Writer:
         return hashlib.sha256((folder / "SHA256SUMS").read_bytes()).hexdigest()
 
     def write() -> None:
-        checkpoint.save(run, given, model, optimizer, keep=2)
+        checkpoint.save(run, given, model, optimizer)
 
     def again() -> None:  # a resumed run starts from a checkpoint that is there
         if not place.exists():

@@ -55,6 +55,8 @@ def test_killed_at_random_times_and_resumed_equals_the_whole_run(start: tuple[Pa
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert losses(whole) == losses(killed)
     assert len(losses(whole)) == 30
+    held_out = [[row.validation_loss for row in read_log(path / "log.jsonl")] for path in (whole, killed)]
+    assert held_out[0] == held_out[1]
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
     assert not run_folder(killed).exists()
 

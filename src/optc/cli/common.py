@@ -76,10 +76,10 @@ def read_text(path: Path) -> str:
 
 
 @contextmanager
-def progress(title: str, total: int | None = None) -> Iterator[Callable[[int, str], None]]:
+def progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
     """A progress bar on stderr, silent when stderr is not a terminal.
 
-    Yields `update(done, note)`: the number of finished steps and what is going on.
+    Yields `update(done, note, total=None)`: the number of finished steps, what is going on, and of how many steps.
     """
     console = stderr()
     columns = (
@@ -93,8 +93,8 @@ def progress(title: str, total: int | None = None) -> Iterator[Callable[[int, st
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task(title, total=total, note="")
 
-        def update(done: int, note: str = "") -> None:
-            bar.update(task, completed=done, note=note)
+        def update(done: int, note: str = "", total: int | None = None) -> None:
+            bar.update(task, completed=done, note=note, total=total)
 
         yield update
 

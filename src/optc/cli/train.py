@@ -38,7 +38,12 @@ class TrainOptions(msgspec.Struct, frozen=True, kw_only=True):
 KEYS = {
     "model": "model",
     "text": "data.text",
+    "validation": "validation.text",
     "max_steps": "max_steps",
+    "epochs": "epochs",
+    "batch_size": "batch_size",
+    "lr": "optimizer.lr",
+    "save_every": "saving.every",
     "bits": "qat.bits",
     "group_size": "qat.group_size",
     "device": "device",
@@ -68,7 +73,8 @@ def train(recipe_file: str | None, as_json: bool, options: TrainOptions, **keys:
     \b
     optc train --recipe finetune --model examples/fiction-3m --text book.txt -o out/tuned
     optc train --recipe qat --model examples/fiction-3m --text book.txt --bits 4 --group-size 32 -o out/qat
-    optc train recipe.yaml --set optimizer.lr=3e-4 --resume
+    optc train --recipe finetune --model examples/fiction-3m --text book.txt --set validation.share=0.1 -o out/tuned
+    optc train recipe.yaml --lr 3e-4 --resume
     torchrun --nproc-per-node 2 -m optc train recipe.yaml --set parallel.kind=ddp
     """
     from optc.training.loop import train as run_training
@@ -77,18 +83,26 @@ def train(recipe_file: str | None, as_json: bool, options: TrainOptions, **keys:
 
     config = make_config(recipe_file, options, keys)
     first = World.from_environment().rank == 0
-    with progress("training", total=config.max_steps) if first else nullcontext() as update:
+    held_out = ""
+    with progress("training") if first else nullcontext() as update:
+
+        def on_start(step: int, steps: int) -> None:
+            assert update is not None  # called on the first rank only
+            update(step, total=steps)
 
         def on_step(record: StepRecord) -> None:
-            assert update is not None  # called on the first rank only
-            loss = "not finite" if record.loss is None else f"{record.loss:.4f}"
-            update(record.step, f"step {record.step}  loss {loss}  {record.tokens_per_s:.0f} tokens/s")
+            nonlocal held_out
+            assert update is not None
+            if record.validation_loss is not None:
+                held_out = f"  validation {record.validation_loss:.4f}"
+            rate = f"{record.tokens_per_s:.0f} tokens/s"
+            update(record.step, f"step {record.step}  loss {_number(record.loss)}{held_out}  {rate}")
 
         def on_note(note: str) -> None:
             assert update is not None
             update(0, note)
 
-        result = run_training(config, resume=options.resume, on_step=on_step, on_note=on_note)
+        result = run_training(config, resume=options.resume, on_start=on_start, on_step=on_step, on_note=on_note)
     if result is not None:  # the first rank's
         emit(msgspec.to_builtins(result), as_json, _show)
 
@@ -106,6 +120,8 @@ def make_config(recipe_file: str | None, options: TrainOptions, keys: Mapping[st
             remedy="optc train --recipe finetune ..., or optc train recipe.yaml",
         )
     given = {KEYS[name]: item for name, item in given_flags(keys).items()}
+    if {"epochs", "max_steps"} <= given.keys():
+        raise UsageError("--epochs and --max-steps are two lengths of a run", remedy="give one of them")
     config = load_config(named[0], values=given, settings=options.set)
     for key in ("qat.bits", "qat.group_size"):
         if key in given and not config.qat.enabled:
@@ -122,6 +138,12 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['output']}: {result['steps']} steps, loss {_number(result['first_loss'])} -> {_number(result['last_loss'])}, "
         f"{result['tokens']} tokens in {result['seconds']:.1f} s"
     )
+    if (held_out := result["validation"]) is not None:
+        say(
+            f"  validation loss {_number(held_out['first'])} -> {_number(held_out['best'])} in step {held_out['best_step']}, "
+            f"{_number(held_out['last'])} in the last; the folder holds step {held_out['written_step']}"
+            + (", the run ended early" if held_out["stopped_early"] else "")
+        )
     if result["skipped"]:
         stderr().print(
             f"  {result['skipped']} of {result['steps']} steps made no update; log.jsonl says why", markup=False
