@@ -189,6 +189,8 @@ def run_shape(shape: str, given: argparse.Namespace, results: dict[str, Any]) ->
             warm_up=given.warm_up,
         )
         begin = time.perf_counter()
+        if given.copies:
+            results[f"{shape} {variant} dequantized bytes"] = session.keep_dequantized()
         engine = PagedEngine(session.model, options, DeviceRunner)
         results[f"{shape} {variant} warm-up"] = time.perf_counter() - begin
         print(shape, variant, "warm-up", time.perf_counter() - begin, flush=True)
@@ -244,6 +246,9 @@ def main() -> None:
         "--int4-limit", type=int, default=0, help="most tokens of products on codes; 0: as the tables say"
     )
     parser.add_argument("--warm-up", action="store_true", help="as `optc serve` does before it is ready")
+    parser.add_argument(
+        "--copies", action="store_true", help="keep dequantized copies of weights, as `optc serve` does"
+    )
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--name", default="gpu_serve")

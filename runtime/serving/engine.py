@@ -17,6 +17,7 @@ from optc.runtime.serving.model_runner import HostRunner
 from optc.runtime.serving.paged_engine import PagedEngine
 from optc.runtime.serving.request import Engine
 from optc.runtime.serving.session_engine import SessionEngine
+from optc.runtime.sessions.cuda import CudaSession
 from optc.runtime.sessions.load import Model, open_session
 from optc.runtime.sessions.paged import PagedSession
 from optc.runtime.sessions.session import Session
@@ -66,6 +67,7 @@ def engine_for(
         if options.speculation is not None:
             raise _cannot_verify()
         return SessionEngine(session, options, grammars)
+    copied = session.keep_dequantized() if options.dequantized_copies and isinstance(session, CudaSession) else 0
     model = session.model
     if options.speculation is not None and drafter is None:
         running, _ = options.batch(on_device=model.on_device)
@@ -83,6 +85,7 @@ def engine_for(
         drafter=drafter,
         on_close=session.close,
         device=session.device_name,
+        copied_bytes=copied,
     )
 
 

@@ -27,6 +27,8 @@ class EngineOptions:
         patience: how often a request that waits may be overtaken; see `scheduler`.
         warm_up: on a GPU, compile kernels and capture steps and some calls before the engine is open, for a server: it may
             take a minute. Else the requests that come first wait for what they need.
+        dequantized_copies: on a GPU, keep packed weights in the type that is computed in as well, where memory has room:
+            steps of more requests than the kernels for packed weights take need not make them.
         speculation: drafts and their verification; None decodes plainly. It needs a paged KV cache.
         threads, num_blocks: see `SessionOptions`.
         trust: run native code that nobody vouches for; see `artifact.folder.check_trusted`.
@@ -38,6 +40,7 @@ class EngineOptions:
     max_context: int | None = None
     patience: int = 256
     warm_up: bool = False
+    dequantized_copies: bool = False
     speculation: Speculation | None = None
     threads: int | None = None
     num_blocks: int | None = None

@@ -211,6 +211,7 @@ def open_artifact(folder: Path, options: ServeOptions) -> Engine:
         speculation=speculation_of(options.speculative, options.draft, options.draft_tokens),
         trust=options.trust,
         warm_up=True,
+        dequantized_copies=not options.save_memory,
     )
     return open_engine(folder, options=chosen)
 

@@ -58,6 +58,7 @@ class PagedEngine:
         drafter: Drafter | None = None,
         on_close: Callable[[], None] = lambda: None,
         device: str = "",
+        copied_bytes: int = 0,
     ) -> None:
         room = model.num_blocks * model.block_size
         capacity = min(model.context_length, room, options.max_context or room)
@@ -98,6 +99,7 @@ class PagedEngine:
             block_size=model.block_size,
             num_blocks=model.num_blocks,
             device=device,
+            dequantized_bytes=copied_bytes,
         )
 
     # -- requests ---------------------------------------------------------------------------

@@ -105,6 +105,7 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
         max_running: requests that run together.
         max_waiting: requests that wait besides; more are refused.
         block_size, num_blocks: of the KV pool, 0 where the cache is not paged.
+        dequantized_bytes: what copies of packed weights take.
     """
 
     vocab_size: int
@@ -115,6 +116,7 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     block_size: int = 0
     num_blocks: int = 0
     device: str = ""
+    dequantized_bytes: int = 0
 
 
 class EngineMetrics(Struct, frozen=True, kw_only=True):

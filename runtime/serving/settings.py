@@ -51,6 +51,13 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
         ]
         | None
     ) = None
+    save_memory: Annotated[
+        bool,
+        Meta(
+            description="On a GPU, keep no dequantized copies of quantized weights, which make steps of many requests "
+            "shorter, where memory has room for them."
+        ),
+    ] = False
     trust: Trust = False
     max_running: (
         Annotated[Count, Meta(description="Requests that run together.", extra={"default": "32; on a GPU 256"})] | None

@@ -19,8 +19,9 @@ from optc.compiler.kernels.cuda.paged_attention import SHORT_CONTEXT
 from optc.compiler.kernels.kernel import without_kernel
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
 from optc.runtime.sessions.cuda_graphs import Recorder, graph_recorder
-from optc.runtime.sessions.cuda_memory import MemoryPlan, plan_for, read_bandwidth
+from optc.runtime.sessions.cuda_memory import MemoryPlan, left_beside, plan_for, read_bandwidth
 from optc.runtime.sessions.decode_step import DecodeStep, RequestState, StepState
+from optc.runtime.sessions.dequantized_copies import keep_copies
 from optc.runtime.sessions.paged import PagedModel, PagedSession
 from optc.runtime.sessions.prompt_call import PromptCall, call_size
 from optc.runtime.sessions.row_draws import RowDraws
@@ -129,6 +130,12 @@ class CudaSession(PagedSession, StreamingSession):
             prompt_tokens=self.memory.prompt_tokens,
             on_device=True,
         )
+
+    def keep_dequantized(self) -> int:
+        """Keep dequantized copies of packed weights where the plan leaves room, before anything is captured; see
+        `dequantized_copies`. Their bytes; 0 where no kernels run."""
+        on_gpu = self._device.type == "cuda"
+        return keep_copies(self.program, left_beside(self.memory, self._device)) if on_gpu else 0
 
     @property
     def warm_up_calls(self) -> int:

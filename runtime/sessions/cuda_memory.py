@@ -21,7 +21,7 @@ _LIBRARIES = 512 << 20
 """The CUDA context, kernels, and the workspaces of libraries and of captured graphs."""
 _READ_BYTES = 2 << 30
 _SHARE = 0.95
-"""Of what is free when weights and working memory are counted, for the KV pool: the rest is left to fragmentation."""
+"""Of what is free when all else is counted, for the KV pool or for copies: the rest is left to fragmentation."""
 _PROMPTS_SHARE = 1 / 8
 """Of what is free when weights and working memory are counted, for the graphs of prompts, at most."""
 _LIVE = 4
@@ -160,6 +160,12 @@ def _gb(size: int) -> str:
 def free_bytes(device: torch.device) -> int:
     """Memory of a CUDA device that is free now."""
     return int(torch.cuda.mem_get_info(device)[0])
+
+
+def left_beside(plan: MemoryPlan, device: torch.device) -> int:
+    """Bytes that a plan leaves, when its weights and pool are on the device and nothing has run yet."""
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(0, math.floor((free_bytes(device) + reusable - plan.working - plan.prompts) * _SHARE))
 
 
 def read_bandwidth(device: torch.device) -> float:

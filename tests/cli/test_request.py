@@ -170,6 +170,7 @@ EXPECTED = {
         "--max-connections",
         "--request-seconds",
         "--drain-seconds",
+        "--save-memory",
         *SPECULATION,
         *SESSION,
         "--json",

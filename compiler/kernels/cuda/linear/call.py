@@ -8,6 +8,9 @@ from torch import Tensor
 
 from optc.compiler.kernels.cuda.linear.configurations import Shape
 
+BITS = {"int4": 4, "int8": 8}
+"""Of the formats that are integers."""
+
 
 class Linear(NamedTuple):
     """The arguments of a call, with tokens as rows.

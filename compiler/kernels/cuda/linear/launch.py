@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from optc.compiler.kernels.cuda import fused_norm
 from optc.compiler.kernels.cuda.dispatch import dependent_launch, is_capturing
-from optc.compiler.kernels.cuda.linear.call import Linear
+from optc.compiler.kernels.cuda.linear.call import BITS, Linear
 from optc.compiler.kernels.cuda.linear.configurations import Gemv, Product, gemv_tiles, kind_for, product_tiles
-from optc.compiler.kernels.cuda.linear.dequantize import dequantize_rows
+from optc.compiler.kernels.cuda.linear.dequantized import dequantized
 from optc.compiler.kernels.cuda.linear.finish import finish_rows
 from optc.compiler.kernels.cuda.linear.gemv_float import gemv_float
 from optc.compiler.kernels.cuda.linear.gemv_integer import gemv_integer
@@ -24,14 +24,12 @@ from optc.compiler.kernels.cuda.linear.product_integer import product_integer, s
 from optc.compiler.kernels.cuda.linear.rounded_tokens import multiplies_codes, product_of_codes, rounded
 from optc.compiler.kernels.cuda.norm.launch import fused_norm as normalize_rows
 
-BITS = {"int4": 4, "int8": 8}
 STATISTICS_BLOCK = 2048
 """Most columns that a pass for a mean or a variance takes at a time."""
 WORDS_PER_WARP = 128
 """Least words of a tile for each warp of gemv_integer: a run of four for each thread."""
 ARRIVALS = 1 << 16
 """Blocks of results that programs may share."""
-DEQUANTIZE_BLOCK = 2048
 FINISH_BLOCK, FINISH_WARPS = 2048, 8
 MOST_TOKENS_PER_BLOCK = 64
 
@@ -197,17 +195,17 @@ def by_cublas(linear: Linear) -> Tensor:
 
 
 def dequantize(linear: Linear) -> Tensor:
-    """The weight [N, K] in the type of the tokens."""
-    rows, columns = linear.weight.shape[0], linear.x.shape[1]
-    bits = BITS.get(linear.format, 8)
-    weight = linear.weight.view(torch.int8) if linear.format in BITS else linear.weight
-    y = linear.x.new_empty((rows, columns))
-    grid = (rows, triton.cdiv(columns * bits // 8, DEQUANTIZE_BLOCK))
-    dequantize_rows[grid](
-        weight, linear.scale, linear.zero, y, rows, K=columns, GROUP=linear.group_size or columns, BITS=bits,
-        BLOCK=DEQUANTIZE_BLOCK,
-    )  # fmt: skip
-    return y
+    """The packed weight [N, K] in the type of the tokens."""
+    assert linear.scale is not None
+    return dequantized(
+        linear.weight,
+        linear.scale,
+        linear.zero,
+        columns=linear.x.shape[1],
+        format=linear.format,
+        group_size=linear.group_size,
+        dtype=linear.x.dtype,
+    )
 
 
 def _normalized(linear: Linear) -> Tensor:

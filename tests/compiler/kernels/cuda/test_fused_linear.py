@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from interpreted import DEVICE, FLOATS, HAS_GPU, ON_GPU
 from torch import Tensor
 
 from optc.compiler.kernels.cuda.fused_linear import FUSED_LINEAR, accepts
-from optc.compiler.kernels.cuda.linear import launch
+from optc.compiler.kernels.cuda.linear import dequantized, launch
 from optc.compiler.kernels.cuda.linear.configurations import Gemv, Product, Shape, gemv_tiles, kind_for, tables
 from optc.compiler.ops.packed.cuda import dequantize_packed, pack_float, pack_integer
 
@@ -219,6 +220,19 @@ def test_dequantized_for_cublas(name: str, dtype: torch.dtype) -> None:
         expected = dequantize_packed(*args, format=linear.format, group_size=linear.group_size, dtype=dtype)
         assert torch.equal(launch.dequantize(linear), expected)
     check(launch.by_cublas(linear), linear, rounded_tokens=True, rounded_product=True)
+
+
+def test_a_copy_is_taken_as_long_as_its_weight_lives() -> None:
+    linear = Case(*FORMATS["int4 g128"], tokens=2).linear()
+    copy = torch.full((linear.shape.n, linear.shape.k), 0.5, device=DEVICE)
+    dequantized.keep(linear.weight, copy)
+    alive = len(dequantized._KEPT)
+    assert torch.equal(launch.by_cublas(linear), linear.x @ copy.t())
+    assert not torch.equal(launch.by_cublas(linear._replace(weight=linear.weight.clone())), linear.x @ copy.t())
+    assert launch.dequantize(linear._replace(x=linear.x.half())).dtype is torch.float16
+    del linear
+    gc.collect()
+    assert len(dequantized._KEPT) == alive - 1
 
 
 @pytest.mark.parametrize("name", ["floats", "int4 g128", "int8 per row"])
