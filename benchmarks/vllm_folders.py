@@ -1,0 +1,131 @@
+"""Every layout and scheme of `optc quantize` loaded by vLLM: perplexity there and here, on the same text.
+
+    python benchmarks/vllm_folders.py --vllm SITE                       # needs a GPU
+    python benchmarks/vllm_folders.py --vllm SITE --only fp8 gptq-4     # some of them
+
+fiction-26m, quantized by the command (`--calibration`); windows of a text that was not calibrated on. "Here" is what
+`optc eval` computes of the folder: its own tensors, read by optc, in the type that it was written in. vLLM runs in bf16
+without captured graphs, and several of them at a time. SITE is a folder that holds vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, record
+from vllm_peer import VllmPeer
+
+import optc
+from optc.runtime.generation.tokenizer import load_tokenizer
+from optc.runtime.measuring.speculation import cut_prompts
+from optc.runtime.sessions.program import open_program
+
+SHARED = ROOT.parent / "shared"
+SOURCE = SHARED / "models" / "fiction-26m"
+SCHEMES: dict[str, list[str]] = {
+    "source": [],
+    "rtn-4": ["--quant", "rtn", "--bits", "4", "--group-size", "128"],
+    "gptq-4": ["--quant", "gptq", "--bits", "4", "--group-size", "128"],
+    "gptq-4-asym": ["--quant", "gptq", "--bits", "4", "--group-size", "128", "--asymmetric"],
+    "gptq-4 layout gptq": ["--quant", "gptq", "--bits", "4", "--group-size", "128", "--layout", "gptq"],
+    "awq-4 layout awq": ["--quant", "awq", "--bits", "4", "--group-size", "128", "--layout", "awq"],
+    "rtn-8": ["--quant", "rtn", "--bits", "8", "--group-size", "128"],
+    "int8": ["--quant", "int8"],
+    "smoothquant": ["--quant", "smoothquant"],
+    "fp8": ["--quant", "fp8"],
+}
+WINDOW = 512
+ENGINE = {"enforce_eager": True, "dtype": "bfloat16", "gpu_memory_utilization": 0.1, "max_model_len": 2 * WINDOW}
+
+
+def quantized(name: str, folder: Path) -> str:
+    """Write a folder; the error's first line where there is none."""
+    text = SHARED / "text" / "train.txt"
+    command = [sys.executable, "-m", "optc", "quantize", str(SOURCE), "-o", str(folder), *SCHEMES[name]]
+    if SCHEMES[name][1] in ("gptq", "awq", "smoothquant"):
+        command += ["--calibration", str(text)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    return "" if not done.returncode else f"exit {done.returncode}: {done.stderr.strip()[-400:]}"
+
+
+def perplexity_here(folder: Path, rows: list[list[int]]) -> float:
+    """Of the folder as optc reads it."""
+    session = open_program(optc.capture(folder))
+    total = count = 0.0
+    for row in rows:
+        place = 0
+        for logits in session.score(row):
+            scores = torch.from_numpy(logits).float().log_softmax(-1)
+            targets = row[place + 1 : place + 1 + len(scores)]
+            total -= float(scores[range(len(targets)), targets].double().sum())
+            count += len(targets)
+            place += len(scores)
+    session.close()
+    return math.exp(total / count)
+
+
+def perplexity_there(folder: Path, rows: list[list[int]], site: Path, log: Path) -> dict[str, Any]:
+    """Of the folder as vLLM reads it."""
+    with VllmPeer(site, folder, ENGINE, log).wait() as peer:
+        found = [value for row in peer.ask("score", rows=rows)["log_probabilities"] for value in row]
+        return {"perplexity": math.exp(-sum(found) / len(found)), "version": peer.version}
+
+
+def folder_of(name: str, place: Path) -> Path:
+    """Where a scheme is."""
+    return SOURCE if name == "source" else place / name.replace(" ", "-")
+
+
+def made_and_loaded(name: str, place: Path, rows: list[list[int]], site: Path | None) -> dict[str, Any]:
+    """Quantize and let vLLM read it: processes of their own, so that several may run."""
+    folder = folder_of(name, place)
+    if folder != SOURCE and (refused := quantized(name, folder)):
+        return {"refused": refused}
+    if site is None:
+        return {}
+    try:
+        return {"vllm": perplexity_there(folder, rows, site, place / f"{folder.name}.log")}
+    except RuntimeError as error:
+        return {"vllm": {"error": str(error)[-1500:]}}
+
+
+def main() -> None:
+    """Quantize, load on both sides, record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--vllm", type=Path, default=None, metavar="SITE", help="folder that holds vLLM; none: here alone"
+    )
+    parser.add_argument("--only", nargs="*", default=list(SCHEMES), choices=list(SCHEMES))
+    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--jobs", type=int, default=4)
+    parser.add_argument("--work", type=Path, default=None, help="folder for what is quantized, which stays")
+    given = parser.parse_args()
+    tokenizer = load_tokenizer(SOURCE)
+    assert tokenizer is not None
+    text = (SHARED / "text" / "validation.txt").read_text(encoding="utf-8")
+    rows = cut_prompts(tokenizer.encode(text[:2_000_000]), given.windows, WINDOW)
+    with tempfile.TemporaryDirectory() as temporary:
+        place = given.work or Path(temporary)
+        place.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(given.jobs) as pool:
+            tasks = {name: pool.submit(made_and_loaded, name, place, rows, given.vllm) for name in given.only}
+            found: dict[str, Any] = {}
+            for name, task in tasks.items():
+                found[name] = task.result()
+                if "refused" not in found[name]:
+                    found[name]["here"] = perplexity_here(folder_of(name, place), rows)
+                print(name, json.dumps(found[name]), flush=True)
+    record("vllm_folders", {"model": "fiction-26m", "windows": given.windows, "window": WINDOW, "schemes": found}, 1)
+
+
+if __name__ == "__main__":
+    main()
