@@ -17,7 +17,7 @@ from torch import Tensor
 
 from optc.compiler.ir.devices import choose_device
 from optc.runtime.generation.tokenizer import load_tokenizer
-from optc.training.data import read_corpus
+from optc.training.corpus import read_corpus
 from optc.training.models import load_frozen
 
 

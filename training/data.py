@@ -7,18 +7,14 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import InputError
-from optc.runtime.generation.chat_template import ChatTemplate
-from optc.runtime.generation.tokenizer import Tokenizer
 from optc.training.config import TrainConfig
-from optc.training.examples import IGNORED, read_examples
+from optc.training.examples import IGNORED
 
 _OPEN_ROWS = 64  # rows that packing may still fill
 _SORTED_WINDOW = 64  # batches whose documents are sorted by length together
@@ -65,64 +61,6 @@ class Position(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     epoch: int = 0
     unit: int = 0
-
-
-class Corpus(NamedTuple):
-    """Documents.
-
-    Attributes:
-        documents: token ids, int64 vectors.
-        learned: for each document which tokens are learned, a vector of bool; None of all.
-    """
-
-    documents: list[Tensor]
-    learned: list[Tensor | None]
-
-
-def read_corpus(
-    paths: Sequence[str],
-    tokenizer: Tokenizer | None,
-    *,
-    vocab_size: int,
-    end_token: int | None,
-    template: ChatTemplate | None = None,
-    kind: str = "training",
-) -> Corpus:
-    """The documents of some files, each ending with `end_token` where one is given (conversations end by their template).
-
-    Args:
-        kind: what the files are for, as errors name it.
-
-    Raises:
-        InputError: no file, one that is missing or malformed, or a token outside the vocabulary.
-    """
-    if not paths:
-        raise InputError(
-            "no training text", remedy="give --text FILE (text, .jsonl or .json), or data.text in the recipe"
-        )
-    corpus = Corpus([], [])
-    for path in paths:
-        if not Path(path).exists():
-            raise InputError(
-                f"the {kind} text does not exist",
-                where=path,
-                remedy="give a file (text, .jsonl, .json of token ids, .parquet) or a folder of datasets' save_to_disk",
-            )
-        for number, (tokens, learned, ends) in enumerate(read_examples(Path(path), tokenizer, template), 1):
-            if end_token is not None and ends and tokens and tokens[-1] != end_token:
-                tokens = [*tokens, end_token]
-                learned = None if learned is None else [*learned, True]
-            found = torch.tensor(tokens, dtype=torch.int64)
-            if len(found) and (int(found.min()) < 0 or int(found.max()) >= vocab_size):
-                bad = int(found.max()) if int(found.max()) >= vocab_size else int(found.min())
-                raise InputError(
-                    f"token {bad} is outside the vocabulary of {vocab_size}",
-                    where=f"{path}, document {number}",
-                    remedy="encode the text with the model's own tokenizer",
-                )
-            corpus.documents.append(found)
-            corpus.learned.append(None if learned is None else torch.tensor(learned, dtype=torch.bool))
-    return corpus
 
 
 class Reader:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from optc.compiler.diagnostics import InputError
-from optc.training.data import Corpus
+from optc.training.corpus import Corpus
 
 
 def hold_out(corpus: Corpus, share: float, *, seq_len: int, seed: int) -> tuple[Corpus, Corpus]:

@@ -26,7 +26,8 @@ from optc.training.checkpoint import ValidationState
 from optc.training.chunked_head import check_head, chunked_head
 from optc.training.compile import apply_compile
 from optc.training.config import TrainConfig
-from optc.training.data import Batch, Reader, read_corpus
+from optc.training.corpus import read_corpus
+from optc.training.data import Batch, Reader
 from optc.training.deepspeed_zero import connect
 from optc.training.distill import load_teacher
 from optc.training.eagle3 import Eagle3Training, token_counts

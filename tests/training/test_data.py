@@ -12,7 +12,8 @@ from families import make_model
 from training_runs import VOCAB, small_config, small_model, token_file
 
 from optc.compiler.diagnostics import InputError
-from optc.training.data import IGNORED, Batch, Position, Reader, read_corpus
+from optc.training.corpus import read_corpus
+from optc.training.data import IGNORED, Batch, Position, Reader
 from optc.training.distill import logits_of, loss_sums
 from optc.training.models import load_frozen
 from optc.training.packing import unpacked

@@ -16,7 +16,8 @@ from training_runs import VOCAB, small_config, small_model, token_file
 from optc.compiler.diagnostics import InputError
 from optc.runtime.generation.chat_template import ChatTemplate
 from optc.runtime.generation.tokenizer import Tokenizer
-from optc.training.data import IGNORED, Reader, read_corpus
+from optc.training.corpus import read_corpus
+from optc.training.data import IGNORED, Reader
 from optc.training.distill import logits_of
 from optc.training.examples import Example, read_examples
 from optc.training.loop import train

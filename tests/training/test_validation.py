@@ -17,7 +17,8 @@ from training_runs import VOCAB, interrupted, small_config, small_model, token_f
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.training import checkpoint, saving
 from optc.training.config import TrainConfig
-from optc.training.data import IGNORED, Corpus, Reader, read_corpus
+from optc.training.corpus import Corpus, read_corpus
+from optc.training.data import IGNORED, Reader
 from optc.training.held_out import hold_out
 from optc.training.loop import run_folder, train
 from optc.training.metrics import StepRecord, read_log
