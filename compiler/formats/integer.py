@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from optc.compiler.diagnostics import InputError
 from optc.compiler.formats.group_sizes import check_bits, check_group_size
@@ -51,11 +52,16 @@ def quantize_groups(
     return torch.cat(codes), torch.cat(scales), None if symmetric else torch.cat(zeros)
 
 
+def are_finite(*tensors: Tensor) -> bool:
+    """Whether all numbers are finite; tensors without data, of which only shapes are asked, count as such."""
+    return all(isinstance(item, FakeTensor) or bool(torch.isfinite(item).all()) for item in tensors)
+
+
 def _quantized(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     rows, columns = weight.shape
     groups = weight.reshape(rows, -1, group_size or columns).float()
     low, high = torch.aminmax(groups, dim=-1)
-    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+    if not are_finite(low, high):
         raise InputError("the weight holds NaN or infinity", remedy="repair the checkpoint")
     if symmetric:
         top = 2 ** (bits - 1) - 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +13,7 @@ from optc.compiler.analysis.dataflow import aten
 from optc.compiler.analysis.linears import Linear
 from optc.compiler.diagnostics import InputError
 from optc.compiler.formats.group_sizes import check_group_size
-from optc.compiler.formats.integer import quantize_groups
+from optc.compiler.formats.integer import are_finite, quantize_groups
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight, insert_call
@@ -97,7 +96,6 @@ class QuantizeNf4(Pass):
         read_instead(program, site, weight)
 
 
-@functools.cache
 def normal_float() -> Tensor:
     """The 16 values of NF4, ascending, float32.
 
@@ -123,7 +121,7 @@ def quantize_codebook(weight: Tensor, table: Tensor, group_size: int, where: str
     rows, columns = weight.shape
     groups = weight.detach().float().reshape(rows, -1, group_size or columns)
     largest = groups.abs().amax(-1)
-    if not bool(torch.isfinite(largest).all()):
+    if not are_finite(largest):
         raise InputError("the weight holds NaN or infinity", where=where, remedy="repair the checkpoint")
     scale = torch.where(largest > 0, largest, 1.0)
     middles = ((table[1:] + table[:-1]) / 2).to(scale.device)
