@@ -17,6 +17,7 @@ from optc.compiler.diagnostics import GateError
 from optc.training.config import TrainConfig
 from optc.training.data import Batch
 from optc.training.distill import LossSums, logits_of, loss_sums
+from optc.training.dpo import preference_sums
 from optc.training.frozen_base import FrozenBase
 from optc.training.linear_cross_entropy import linear_cross_entropy
 
@@ -27,12 +28,13 @@ _AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 def chunked_head(model: Any, config: TrainConfig) -> nn.Linear | None:
     """The head whose loss can be made in chunks; None where whole logits are needed.
 
-    They are needed by a teacher's KL, by fp16 (gradients are scaled behind the head), by scope `model` of compile
-    (which compiles the head), by DeepSpeed, and where the head is no plain linear or something follows it.
+    They are needed by a teacher's KL, by preferences (sums of each answer), by fp16 (gradients are scaled behind the
+    head), by scope `model` of compile (which compiles the head), by DeepSpeed, and where the head is no plain linear or something follows it.
     """
     needs_logits = (
         config.loss_chunk == 0
         or config.distill.teacher is not None
+        or config.dpo.enabled
         or config.precision == "fp16"
         or config.compile.scope == "model"
         or config.parallel.kind == "deepspeed"
@@ -75,13 +77,16 @@ def loss_of(
     head: nn.Linear | None,
     teacher: Callable[..., Any] | None,
 ) -> LossSums:
-    """The loss of a batch: that of heads on a frozen base; or made in `head`, the one inside the module, or from whole logits where that is None.
+    """The loss of a batch: that of heads on a frozen base, or of preferences; or made in `head`, the one inside the
+    module, or from whole logits where that is None.
 
     Fewer tokens than the head is wide have smaller logits than the head's gradient, which chunks keep: whole logits.
     """
     if isinstance(module, FrozenBase):
         found: LossSums = module(batch)
         return found
+    if config.dpo.enabled:
+        return preference_sums(module, batch, config, teacher)
     if head is None or batch.labels.numel() < head.in_features:
         return loss_sums(logits_of(module, batch), batch, config, teacher)
     return _chunked(module, head, batch, config)

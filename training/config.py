@@ -11,6 +11,7 @@ from optc.compiler.settings.device import DeviceName
 from optc.training.settings import (
     CheckpointingConfig,
     CompileConfig,
+    DpoConfig,
     LoraConfig,
     ParallelConfig,
     QatConfig,
@@ -238,7 +239,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Meta(
             ge=0,
             description="Tokens whose logits are alive at a time; 0: whole logits, as a teacher, fp16, "
-            "compile.scope=model or a model that changes its logits after the head need them.",
+            "compile.scope=model, preferences or a model that changes its logits after the head need them.",
         ),
     ] = 2048
     seed: Annotated[int, Meta(ge=0, le=2**31 - 1, description="Seed of weights, data order and dropout.")] = 0
@@ -272,6 +273,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     schedule: ScheduleConfig = ScheduleConfig()
     scaler: ScalerConfig = ScalerConfig()
     distill: DistillConfig = DistillConfig()
+    dpo: DpoConfig = DpoConfig()
     eagle3: EagleConfig = EagleConfig()
     medusa: MedusaConfig = MedusaConfig()
     saving: SavingConfig = SavingConfig()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from optc.compiler.diagnostics import InputError
 from optc.runtime.generation.chat_template import ChatTemplate
 from optc.runtime.generation.tokenizer import Tokenizer
-from optc.training.examples import read_examples
+from optc.training.examples import Example, read_examples
 
 
 class Corpus(NamedTuple):
@@ -44,11 +44,25 @@ def read_corpus(
     Raises:
         InputError: no file, one that is missing or malformed, or a token outside the vocabulary.
     """
+    corpus = Corpus([], [])
+    for path in text_files(paths, kind):
+        for number, example in enumerate(read_examples(path, tokenizer, template), 1):
+            tokens, learned = document_of(example, f"{path}, document {number}", vocab_size, end_token)
+            corpus.documents.append(tokens)
+            corpus.learned.append(learned)
+    return corpus
+
+
+def text_files(paths: Sequence[str], kind: str) -> Iterator[Path]:
+    """The files, each looked for when its turn comes.
+
+    Raises:
+        InputError: there is none, or one is missing.
+    """
     if not paths:
         raise InputError(
-            "no training text", remedy="give --text FILE (text, .jsonl or .json), or data.text in the recipe"
+            f"no {kind} text", remedy="give --text FILE (text, .jsonl or .json), or data.text in the recipe"
         )
-    corpus = Corpus([], [])
     for path in paths:
         if not Path(path).exists():
             raise InputError(
@@ -56,18 +70,25 @@ def read_corpus(
                 where=path,
                 remedy="give a file (text, .jsonl, .json of token ids, .parquet) or a folder of datasets' save_to_disk",
             )
-        for number, (tokens, learned, ends) in enumerate(read_examples(Path(path), tokenizer, template), 1):
-            if end_token is not None and ends and tokens and tokens[-1] != end_token:
-                tokens = [*tokens, end_token]
-                learned = None if learned is None else [*learned, True]
-            found = torch.tensor(tokens, dtype=torch.int64)
-            if len(found) and (int(found.min()) < 0 or int(found.max()) >= vocab_size):
-                bad = int(found.max()) if int(found.max()) >= vocab_size else int(found.min())
-                raise InputError(
-                    f"token {bad} is outside the vocabulary of {vocab_size}",
-                    where=f"{path}, document {number}",
-                    remedy="encode the text with the model's own tokenizer",
-                )
-            corpus.documents.append(found)
-            corpus.learned.append(None if learned is None else torch.tensor(learned, dtype=torch.bool))
-    return corpus
+        yield Path(path)
+
+
+def document_of(example: Example, where: str, vocab_size: int, end_token: int | None) -> tuple[Tensor, Tensor | None]:
+    """Tokens of an example with its end, and which of them are learned (None: all).
+
+    Raises:
+        InputError: a token outside the vocabulary.
+    """
+    tokens, learned, ends = example
+    if end_token is not None and ends and tokens and tokens[-1] != end_token:
+        tokens = [*tokens, end_token]
+        learned = None if learned is None else [*learned, True]
+    found = torch.tensor(tokens, dtype=torch.int64)
+    if len(found) and (int(found.min()) < 0 or int(found.max()) >= vocab_size):
+        bad = int(found.max()) if int(found.max()) >= vocab_size else int(found.min())
+        raise InputError(
+            f"token {bad} is outside the vocabulary of {vocab_size}",
+            where=where,
+            remedy="encode the text with the model's own tokenizer",
+        )
+    return found, None if learned is None else torch.tensor(learned, dtype=torch.bool)

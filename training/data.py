@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import msgspec
 import torch
@@ -45,14 +46,18 @@ class Batch:
         """Labels that count in the loss."""
         return int((self.labels != IGNORED).sum())
 
-    def to(self, device: torch.device) -> Batch:
+    @property
+    def terms(self) -> int:
+        """What the loss of a step is a mean over."""
+        return self.label_tokens
+
+    def to(self, device: torch.device) -> Self:
         """The batch on another device."""
-        return Batch(
-            self.input_ids.to(device),
-            self.position_ids.to(device),
-            self.labels.to(device),
-            packed=self.packed,
-            padded=self.padded,
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            labels=self.labels.to(device),
         )
 
 

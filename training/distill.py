@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from optc.compiler.diagnostics import InputError, UsageError
 from optc.training.config import TrainConfig
 from optc.training.data import IGNORED, Batch
 from optc.training.models import load_frozen
+from optc.training.parallel import sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,43 @@ class LossSums:
     Attributes:
         total: what is minimized (with a graph).
         cross_entropy, divergence: its parts, detached; no teacher, no divergence.
+        rewards: [3], of pairs of answers: the rewards of the chosen and of the rejected ones, and how many of the former
+            are the higher ones.
     """
 
     total: Tensor
-    cross_entropy: Tensor
+    cross_entropy: Tensor | None
     divergence: Tensor | None
+    rewards: Tensor | None = None
 
 
-def read_sums(parts: Sequence[LossSums]) -> list[float]:
-    """[loss, cross-entropy, divergence] of some micro-batches, summed in float64; a GPU is waited for here alone."""
-    columns = zip(*((part.total, part.cross_entropy, part.divergence) for part in parts), strict=True)
-    return [math.fsum(0.0 if item is None else float(item) for item in column) for column in columns]
+class Losses(NamedTuple):
+    """Means over what a loss is a mean over, of all ranks; None of what a recipe does not have."""
+
+    loss: float
+    cross_entropy: float | None
+    divergence: float | None
+    chosen_reward: float | None
+    rejected_reward: float | None
+    reward_accuracy: float | None
+
+
+def mean_losses(parts: Sequence[LossSums], terms: int, device: torch.device) -> Losses:
+    """Means of some micro-batches of all ranks, summed in float64; a GPU is waited for here alone.
+
+    Args:
+        terms: what the loss is a mean over, of all ranks.
+    """
+
+    def mean(items: Sequence[Tensor | None]) -> float | None:
+        kept = [float(item) for item in items if item is not None]
+        return sum_over_ranks(math.fsum(kept), device) / terms if kept else None
+
+    loss = mean([part.total for part in parts])
+    assert loss is not None
+    rewards = [(None,) * 3 if part.rewards is None else part.rewards.unbind() for part in parts]
+    columns = ([part.cross_entropy for part in parts], [part.divergence for part in parts], *zip(*rewards, strict=True))
+    return Losses(loss, *(mean(column) for column in columns))
 
 
 def load_teacher(config: TrainConfig, vocab_size: int) -> Any | None:
@@ -46,7 +73,7 @@ def load_teacher(config: TrainConfig, vocab_size: int) -> Any | None:
         InputError: an unusable folder, or another vocabulary.
         UsageError: a model from scratch as its own teacher.
     """
-    name = config.distill.teacher
+    name = teacher_name(config)
     if name is None:
         return None
     if name == "self" and config.from_scratch:
@@ -61,6 +88,16 @@ def load_teacher(config: TrainConfig, vocab_size: int) -> Any | None:
             remedy="give a teacher with the model's tokenizer",
         )
     return teacher
+
+
+def teacher_name(config: TrainConfig) -> str | None:
+    """The second model of a run, a folder or "self": distill.teacher, or what preferences are learned against.
+
+    With adapters that is the model without them, and no second one.
+    """
+    if config.dpo.enabled:
+        return None if config.lora.enabled else "self"
+    return config.distill.teacher
 
 
 def logits_of(model: Callable[..., Any], batch: Batch) -> Tensor:

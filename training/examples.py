@@ -52,7 +52,7 @@ def _example(row: Any, where: str, tokenizer: Tokenizer | None, template: ChatTe
     if "messages" in row:
         return _conversation(row["messages"], where, tokenizer, template)
     if "prompt" in row or "completion" in row:
-        return _completion(row.get("prompt"), row.get("completion"), where, tokenizer)
+        return completion_of(row.get("prompt"), row.get("completion"), where, tokenizer)
     if isinstance(row.get("text"), str):
         return Example(encode_text(row["text"], where, tokenizer, _KIND))
     ids = token_ids(row.get("tokens", row.get("input_ids")), where, _KIND)
@@ -92,7 +92,12 @@ def _row(value: Any, key: str, length: int, where: str, allowed: tuple[int, ...]
     return list(value)
 
 
-def _completion(prompt: Any, completion: Any, where: str, tokenizer: Tokenizer | None) -> Example:
+def completion_of(prompt: Any, completion: Any, where: str, tokenizer: Tokenizer | None) -> Example:
+    """A prompt and what is learned behind it.
+
+    Raises:
+        InputError: they are no text, or there is no tokenizer.
+    """
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise InputError(
             "'prompt' and 'completion' are not both text",
@@ -105,6 +110,47 @@ def _completion(prompt: Any, completion: Any, where: str, tokenizer: Tokenizer |
     return Example([*before, *answer], [False] * len(before) + [True] * len(answer))
 
 
+def needs_template(
+    template: ChatTemplate | None, tokenizer: Tokenizer | None, where: str
+) -> tuple[ChatTemplate, Tokenizer]:
+    """Both, which conversations need.
+
+    Raises:
+        InputError: the model has none.
+    """
+    if template is None or tokenizer is None:
+        raise InputError(
+            f"conversations need a {'chat template' if tokenizer else 'tokenizer'}, and the model has none",
+            where=where,
+            remedy='give "prompt" and "completion", or a model folder with chat_template.jinja',
+        )
+    return template, tokenizer
+
+
+def learned_answer(
+    prompt: list[Any], answer: list[Any], where: str, tokenizer: Tokenizer, template: ChatTemplate
+) -> Example:
+    """Messages that are learned, all of them, behind others.
+
+    Raises:
+        InputError: the template writes the beginning otherwise once the answer follows.
+    """
+    asked, answered = template.render(prompt), template.render([*prompt, *answer], asks=False)
+    if not answered.startswith(asked):
+        raise _rewritten(len(prompt), where)
+    before, behind = (tokenizer.encode(text, special=False) for text in (asked, answered[len(asked) :]))
+    return Example([*before, *behind], [False] * len(before) + [True] * len(behind), ends=False)
+
+
+def _rewritten(number: int, where: str) -> InputError:
+    return InputError(
+        f"the chat template writes the beginning of the conversation otherwise once message {number + 1} follows",
+        where=where,
+        why="so it cannot be said which tokens are the answer",
+        remedy="write a conversation for each answer, or use a template that only appends",
+    )
+
+
 def _conversation(messages: Any, where: str, tokenizer: Tokenizer | None, template: ChatTemplate | None) -> Example:
     """Each answer is learned, with what the template writes behind it; encoded piece by piece, as it will be generated."""
     if not isinstance(messages, list) or not all(isinstance(item, dict) and "role" in item for item in messages):
@@ -113,12 +159,7 @@ def _conversation(messages: Any, where: str, tokenizer: Tokenizer | None, templa
             where=where,
             remedy='write {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
         )
-    if template is None or tokenizer is None:
-        raise InputError(
-            f"conversations need a {'chat template' if tokenizer else 'tokenizer'}, and the model has none",
-            where=where,
-            remedy='give "prompt" and "completion", or a model folder with chat_template.jinja',
-        )
+    template, tokenizer = needs_template(template, tokenizer, where)
     tokens: list[int] = []
     learned: list[bool] = []
     done = ""
@@ -128,12 +169,7 @@ def _conversation(messages: Any, where: str, tokenizer: Tokenizer | None, templa
         asked = template.render(messages[:number])
         answered = template.render(messages[: number + 1], asks=False)
         if not (asked.startswith(done) and answered.startswith(asked)):
-            raise InputError(
-                f"the chat template writes the beginning of the conversation otherwise once message {number + 1} follows",
-                where=where,
-                why="so it cannot be said which tokens are the answer",
-                remedy="write a conversation for each answer, or use a template that only appends",
-            )
+            raise _rewritten(number, where)
         for text, answer in ((asked[len(done) :], False), (answered[len(asked) :], True)):
             found = tokenizer.encode(text, special=False)
             tokens += found

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from optc.compiler.diagnostics import InputError, UsageError, os_errors, unknown_name
 from optc.compiler.formats.group_sizes import check_group_size
@@ -50,7 +53,8 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
-    peft.inject_adapter_in_model(settings, model, ADAPTER)
+    with _shapes_alone(model):
+        peft.inject_adapter_in_model(settings, model, ADAPTER)
     setattr(model, _MARK, config)
     return model
 
@@ -67,6 +71,23 @@ def adapted_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, layer):
             yield name, module
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model computes as its base does, in eval mode, until the block ends."""
+    layers = [module for module in model.modules() if isinstance(module, _peft().tuners.tuners_utils.BaseTunerLayer)]
+    assert layers, "the model has adapters"
+    training = model.training
+    model.eval()
+    for layer in layers:
+        layer._disable_adapters = True  # the flag alone: enable_adapters also changes what is trained
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+        model.train(training)
 
 
 @torch.no_grad()
@@ -110,6 +131,16 @@ def _peft() -> Any:
     except ImportError as error:
         raise UsageError("adapters need peft", why=str(error), remedy="pip install 'optc[train]'") from error
     return peft
+
+
+@contextmanager
+def _shapes_alone(model: nn.Module) -> Iterator[None]:
+    """Of a model of fake tensors peft moves no adapter to its weights' device, for torch cannot swap such parameters."""
+    if not isinstance(next(model.parameters()), FakeTensor):
+        yield
+        return
+    with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+        yield
 
 
 def _targets(wanted: Sequence[str], linears: dict[str, nn.Linear]) -> list[str]:

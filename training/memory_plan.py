@@ -25,9 +25,11 @@ from optc.training.blocks import transformer_blocks
 from optc.training.chunked_head import chunked_head, loss_of
 from optc.training.config import TrainConfig
 from optc.training.data import Batch
+from optc.training.distill import teacher_name
 from optc.training.lora import apply_lora
 from optc.training.metrics import tensor_bytes
 from optc.training.models import attention_for
+from optc.training.pairs import PairBatch
 from optc.training.parallel import ParallelConfig
 from optc.training.precision import autocast
 from optc.training.qat import apply_qat
@@ -161,7 +163,7 @@ def _bytes(model: nn.Module) -> int:
 
 
 def _fake_teacher(config: TrainConfig) -> Any | None:
-    name = config.distill.teacher
+    name = teacher_name(config)
     if name is None:
         return None
     return _fake_model(Path(config.model if name == "self" else name)).requires_grad_(False).eval()
@@ -179,10 +181,12 @@ def _fake_model(folder: Path) -> Any:
 
 def _backward(model: nn.Module, teacher: nn.Module | None, config: TrainConfig, rows: int) -> None:
     """One micro-batch; gradients stay."""
+    rows *= 2 if config.dpo.enabled else 1  # two answers
     tokens = torch.zeros(rows, config.seq_len, dtype=torch.int64)
     # transformers would look into the positions for the bounds of documents: hand it the mask that it would make.
     mask = torch.ones(rows, 1, config.seq_len, config.seq_len, dtype=torch.bool)
-    batch = Batch(tokens, tokens, tokens, packed=True, padded=False)
+    kind = PairBatch if config.dpo.enabled else Batch
+    batch = kind(tokens, tokens, tokens, packed=True, padded=False)
     with autocast(config, tokens.device):
         loss = loss_of(
             partial(model, attention_mask=mask),

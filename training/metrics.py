@@ -48,7 +48,10 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         step: from 1.
         epoch: passes over the text that are complete.
         loss: mean of what is minimized, nats per label token; None when it was not finite.
-        cross_entropy, divergence: its parts (divergence: KL from the teacher).
+        cross_entropy, divergence: its parts (divergence: KL from the teacher); None of preferences.
+        chosen_reward, rejected_reward: of preferences: beta times by how many nats an answer is more probable than by the
+            reference, mean over pairs.
+        reward_accuracy: share of pairs whose chosen answer has the higher reward.
         lr: learning rate.
         grad_norm: L2 norm before clipping; None when it was not finite.
         tokens: label tokens of the step.
@@ -59,6 +62,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         skipped: why no update was made ("overflow", "not finite"), else None.
         validation_loss: the same of the validation set, with the weights behind the step; in steps that measure it.
         validation_perplexity: exp of the cross-entropy in it.
+        validation_accuracy: of preferences, its share of pairs as above.
         memory: the split, in the first step and the last one.
     """
 
@@ -67,6 +71,9 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     loss: float | None
     cross_entropy: float | None
     divergence: float | None = None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+    reward_accuracy: float | None = None
     lr: float
     grad_norm: float | None
     tokens: int
@@ -77,6 +84,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     skipped: str | None = None
     validation_loss: float | None = None
     validation_perplexity: float | None = None
+    validation_accuracy: float | None = None
     memory: Memory | None = None
 
 
@@ -175,6 +183,9 @@ class MetricsLog:
                 "loss",
                 "cross_entropy",
                 "divergence",
+                "chosen_reward",
+                "rejected_reward",
+                "reward_accuracy",
                 "lr",
                 "grad_norm",
                 "tokens_per_s",
@@ -182,6 +193,7 @@ class MetricsLog:
                 "scale",
                 "validation_loss",
                 "validation_perplexity",
+                "validation_accuracy",
             ):
                 value = getattr(record, key)
                 if value is not None:

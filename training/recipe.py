@@ -12,7 +12,7 @@ from optc.compiler.settings.fields import Given, nested_fields, read_nested, sho
 from optc.compiler.settings.yaml_mapping import parse_mapping, parse_setting, read_mapping
 from optc.training.config import TrainConfig
 
-RECIPES = ("pretrain", "finetune", "lora", "qlora", "qat", "distill", "eagle3", "medusa")
+RECIPES = ("pretrain", "finetune", "lora", "qlora", "qat", "distill", "dpo", "eagle3", "medusa")
 FIELDS = nested_fields(TrainConfig)
 """Every key of a config, dotted."""
 

@@ -146,6 +146,24 @@ class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         return bool(self.text) or self.share > 0
 
 
+class DpoConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Direct preference optimization (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290).
+
+    loss = -log sigmoid(beta * ((log p(chosen) - log q(chosen)) - (log p(rejected) - log q(rejected)))), per pair; q is the
+    model as it was.
+    """
+
+    enabled: Annotated[
+        bool, Meta(description="Train on pairs of a chosen and a rejected answer, against the model as it was.")
+    ] = False
+    beta: Annotated[
+        float, Meta(gt=0, description="How much a change of log-probability counts: larger stays nearer to the model.")
+    ] = 0.1
+    label_smoothing: Annotated[
+        float, Meta(ge=0, lt=0.5, description="Share of pairs that are taken to be labelled the wrong way round.")
+    ] = 0.0
+
+
 class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the ranks that torchrun started share the work. Each rank takes its own part of every batch."""
 

@@ -30,6 +30,7 @@ from optc.training.corpus import read_corpus
 from optc.training.data import Batch, Reader
 from optc.training.deepspeed_zero import connect
 from optc.training.distill import load_teacher
+from optc.training.dpo import check_dpo
 from optc.training.eagle3 import Eagle3Training, token_counts
 from optc.training.frozen_base import FrozenBase, check_frozen_base
 from optc.training.held_out import hold_out
@@ -38,6 +39,7 @@ from optc.training.medusa import MedusaTraining
 from optc.training.models import load_trainable
 from optc.training.optimizers import make_optimizer
 from optc.training.packing import unpacked
+from optc.training.pairs import PairReader, hold_out_pairs, read_answers
 from optc.training.parallel import apply_data_parallel, shard_optimizer
 from optc.training.precision import make_scaler
 from optc.training.qat import apply_qat
@@ -59,6 +61,9 @@ class World:
             for key, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
         }
         return World(int(read["WORLD_SIZE"]), int(read["RANK"]), int(read["LOCAL_RANK"]))
+
+
+AnyReader = Reader | PairReader
 
 
 @dataclass
@@ -84,7 +89,7 @@ class Run:
     teacher: nn.Module | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    reader: Reader
+    reader: AnyReader
     held_out: Sequence[Batch] = ()
     validation: ValidationState | None = None
     head: nn.Linear | None = None
@@ -127,6 +132,7 @@ def check_config(config: TrainConfig, world: World) -> None:
             why="its Hessian estimate differentiates whole weights twice",
             remedy="use adamw or lion, or parallel.kind=ddp",
         )
+    check_dpo(config)
     kinds = [
         key for key, kind in (("eagle3.enabled", config.eagle3), ("medusa.enabled", config.medusa)) if kind.enabled
     ]
@@ -176,8 +182,10 @@ def prepare(config: TrainConfig, world: World) -> Run:
     model = on_frozen_base(base, config, reader)
     teacher = load_teacher(config, text_config(model.config).vocab_size)
     model = model.to(device)
-    reader, notes = unpacked(base, reader)
-    if held_out is not None:
+    notes: tuple[str, ...] = ()
+    if isinstance(reader, Reader):
+        reader, notes = unpacked(base, reader)
+    if isinstance(held_out, Reader):
         held_out, _ = unpacked(base, held_out)
     if config.epochs is not None:
         config = msgspec.structs.replace(config, max_steps=reader.steps_of(config.epochs))
@@ -214,38 +222,56 @@ def build_model(config: TrainConfig) -> Any:
     return apply_qat(apply_lora(load_trainable(config), config.lora), config.qat)
 
 
-def on_frozen_base(base: Any, config: TrainConfig, reader: Reader) -> Any:
+def on_frozen_base(base: Any, config: TrainConfig, reader: AnyReader) -> Any:
     """The heads that the config asks for on this base, or the base itself.
 
     Raises:
         UsageError: see `Eagle3Training` and `MedusaTraining`.
     """
     if config.eagle3.enabled:
+        assert isinstance(reader, Reader)
         return Eagle3Training(base, config, token_counts(reader.documents, base.get_input_embeddings().num_embeddings))
     if config.medusa.enabled:
         return MedusaTraining(base, config)
     return base
 
 
-def _readers(config: TrainConfig, world: World, folder: Path) -> tuple[Reader, Reader | None]:
+def _readers(config: TrainConfig, world: World, folder: Path) -> tuple[AnyReader, AnyReader | None]:
     """Of the text, and of the validation set where there is one."""
-    ends = eos_token_ids(folder) if config.data.append_eos else ()
-    read = partial(
-        read_corpus,
-        tokenizer=load_tokenizer(folder),
-        vocab_size=_vocabulary(folder),
-        end_token=ends[0] if ends else None,
-        template=load_chat_template(folder),
-    )
-    corpus, apart = read(config.data.text), None
+    if config.dpo.enabled:
+        return _pair_readers(config, world, folder)
+    encoding = _encoding(config, folder)
+    corpus, apart = read_corpus(config.data.text, **encoding), None
     if config.validation.text:
-        apart = read(config.validation.text, kind="validation")
+        apart = read_corpus(config.validation.text, **encoding, kind="validation")
     elif config.validation.share:
         corpus, apart = hold_out(corpus, config.validation.share, seq_len=config.seq_len, seed=config.seed)
     made = partial(Reader, config=config, world_size=world.size, rank=world.rank)
     return made(corpus.documents, learned=corpus.learned), (
         None if apart is None else made(apart.documents, learned=apart.learned, held_out=True)
     )
+
+
+def _pair_readers(config: TrainConfig, world: World, folder: Path) -> tuple[PairReader, PairReader | None]:
+    encoding = _encoding(config, folder)
+    pairs, apart = read_answers(config.data.text, **encoding), None
+    if config.validation.text:
+        apart = read_answers(config.validation.text, **encoding, kind="validation")
+    elif config.validation.share:
+        pairs, apart = hold_out_pairs(pairs, config.validation.share, seed=config.seed)
+    made = partial(PairReader, config=config, world_size=world.size, rank=world.rank)
+    return made(pairs), None if apart is None else made(apart, held_out=True)
+
+
+def _encoding(config: TrainConfig, folder: Path) -> dict[str, Any]:
+    """What text becomes tokens with, as the functions that read files are given it."""
+    ends = eos_token_ids(folder) if config.data.append_eos else ()
+    return {
+        "tokenizer": load_tokenizer(folder),
+        "vocab_size": _vocabulary(folder),
+        "end_token": ends[0] if ends else None,
+        "template": load_chat_template(folder),
+    }
 
 
 def _vocabulary(folder: Path) -> int:

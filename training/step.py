@@ -19,7 +19,7 @@ from optc.compiler.diagnostics import GateError
 from optc.training.chunked_head import loss_of
 from optc.training.data import Batch
 from optc.training.deepspeed_zero import EngineOptimizer, backward
-from optc.training.distill import LossSums, logits_of, loss_sums, read_sums
+from optc.training.distill import Losses, LossSums, logits_of, loss_sums, mean_losses
 from optc.training.metrics import StepRecord, flops_per_token, measure_memory, peak_flops, tensor_bytes
 from optc.training.nonfinite import find_nonfinite
 from optc.training.optimizers import estimate_hessian, set_learning_rate
@@ -33,7 +33,8 @@ _MOST_SKIPPED = 10  # steps in a row without an update, before a run that may sk
 
 
 def train_step(run: Run, *, last_good: str | None, with_memory: bool = False) -> StepRecord:
-    """Do one step; gradients are those of (sum of the losses of all tokens) / (number of label tokens of the step).
+    """Do one step; gradients are those of (sum of the losses of all tokens) / (number of label tokens of the step), of
+    preferences of the mean over pairs.
 
     The step's random numbers come from seed, step and rank alone, so a resumed run draws the same ones.
 
@@ -44,16 +45,18 @@ def train_step(run: Run, *, last_good: str | None, with_memory: bool = False) ->
     config, device = run.config, run.device
     epoch = run.reader.position.epoch
     batches = run.reader.next_step()
-    tokens = int(sum_over_ranks(sum(batch.label_tokens for batch in batches), device))
+    tokens, terms = (
+        int(sum_over_ranks(count, device))
+        for count in (sum(batch.label_tokens for batch in batches), sum(batch.terms for batch in batches))
+    )
     batches = [batch.to(device) for batch in batches]
     _seed((config.seed * 1_000_003 + run.step) * 4096 + run.world.rank)
     set_learning_rate(run.optimizer, learning_rate_share(config.schedule, run.step, config.max_steps))
     if with_memory and device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    sums, activations = _backward(run, batches, tokens, with_memory)
-    loss, entropy, divergence = (sum_over_ranks(item, device) / tokens for item in sums)
+    losses, activations = _backward(run, batches, terms, with_memory)
     gradients = tensor_bytes(item.grad for item in run.model.parameters() if item.grad is not None)
-    skipped, norm = _update(run, batches, loss)
+    skipped, norm = _update(run, batches, losses.loss)
     if skipped == "not finite":
         _not_finite(run, batches, last_good)
     memory = None
@@ -74,9 +77,7 @@ def train_step(run: Run, *, last_good: str | None, with_memory: bool = False) ->
     return StepRecord(
         step=run.step,
         epoch=epoch,
-        loss=_finite(loss),
-        cross_entropy=_finite(entropy),
-        divergence=None if run.teacher is None else _finite(divergence),
+        **{name: None if value is None else _finite(value) for name, value in losses._asdict().items()},
         lr=run.optimizer.param_groups[0]["lr"],
         grad_norm=_finite(norm),
         tokens=tokens,
@@ -89,8 +90,8 @@ def train_step(run: Run, *, last_good: str | None, with_memory: bool = False) ->
     )
 
 
-def _backward(run: Run, batches: Sequence[Batch], tokens: int, with_memory: bool) -> tuple[list[float], int]:
-    """Gradients of a step. Returns the sums [loss, cross-entropy, KL] of this rank, and bytes of saved activations."""
+def _backward(run: Run, batches: Sequence[Batch], terms: int, with_memory: bool) -> tuple[Losses, int]:
+    """Gradients of a step. Returns the losses of all ranks, and bytes of saved activations."""
     parts: list[LossSums] = []
     activations = 0
     for number, batch in enumerate(batches):
@@ -101,13 +102,13 @@ def _backward(run: Run, batches: Sequence[Batch], tokens: int, with_memory: bool
                 with autocast(run.config, run.device):
                     found = loss_of(run.module, batch, run.config, head=run.head, teacher=run.teacher)
                 activations = max(activations, saved.bytes)
-            loss = scale_loss(found.total, tokens)
+            loss = scale_loss(found.total, terms)
             if isinstance(run.optimizer, EngineOptimizer):
                 backward(run.module, loss, last=last)
             else:
                 run.scaler.scale(loss).backward()
         parts.append(replace(found, total=found.total.detach()))
-    return read_sums(parts), activations
+    return mean_losses(parts, terms, run.device), activations
 
 
 def _update(run: Run, batches: Sequence[Batch], loss: float) -> tuple[str | None, float]:
@@ -155,7 +156,8 @@ def _not_finite(run: Run, batches: Sequence[Batch], last_good: str | None) -> No
     def forward() -> None:
         for batch in batches:
             with autocast(run.config, run.device):
-                loss_of(run.model, batch, run.config, head=None, teacher=None)
+                reference = run.teacher if run.config.dpo.enabled else None
+                loss_of(run.model, batch, run.config, head=None, teacher=reference)
 
     run.skipped += 1
     if run.config.on_nan == "skip" and run.skipped <= _MOST_SKIPPED:

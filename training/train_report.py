@@ -21,6 +21,8 @@ _MOST_POINTS, _MOST_DOTS = 600, 80
 _CURVES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Loss, nats per label token", ("loss", "cross_entropy", "divergence", "validation_loss")),
     ("Perplexity of the validation set", ("validation_perplexity",)),
+    ("Rewards: nats over the reference, times beta", ("chosen_reward", "rejected_reward")),
+    ("Share of pairs whose chosen answer has the higher reward", ("reward_accuracy", "validation_accuracy")),
     ("Learning rate", ("lr",)),
     ("Norm of the gradient before clipping", ("grad_norm",)),
     ("Tokens per second", ("tokens_per_s",)),

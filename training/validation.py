@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from optc.training.chunked_head import loss_of
-from optc.training.distill import read_sums
+from optc.training.distill import Losses, mean_losses
 from optc.training.frozen_base import FrozenBase
 from optc.training.metrics import StepRecord
 from optc.training.parallel import sum_over_ranks
@@ -22,21 +22,22 @@ FIRST_SAID = 8.0
 
 
 class Measured(NamedTuple):
-    """A measurement over all ranks: nats per label token of what is minimized and of the text; not finite where they are.
+    """A measurement over all ranks.
 
     Attributes:
+        losses: not finite where they are.
         tokens: label tokens of the set. seconds: wall time.
     """
 
-    loss: float
-    cross_entropy: float
+    losses: Losses
     tokens: int
     seconds: float
 
     @property
-    def perplexity(self) -> float:
-        """exp of the cross-entropy; infinite beyond float64."""
-        return math.exp(self.cross_entropy) if self.cross_entropy < 700 else math.inf
+    def perplexity(self) -> float | None:
+        """exp of the cross-entropy with the text; None where that is not finite, beyond float64, or not computed."""
+        entropy = self.losses.cross_entropy
+        return math.exp(entropy) if entropy is not None and entropy < 700 else None
 
 
 def measure(run: Run) -> Measured:
@@ -53,16 +54,18 @@ def measure(run: Run) -> Measured:
             with autocast(run.config, run.device):
                 found.append(loss_of(run.module, batch, run.config, head=run.head, teacher=run.teacher))
     run.module.train()
-    tokens = int(sum_over_ranks(sum(batch.label_tokens for batch in run.held_out), run.device))
-    loss, entropy, _ = (sum_over_ranks(item, run.device) / tokens for item in read_sums(found))
-    return Measured(loss, entropy, tokens, time.perf_counter() - begun)
+    tokens, terms = (
+        int(sum_over_ranks(count, run.device))
+        for count in (sum(batch.label_tokens for batch in run.held_out), sum(batch.terms for batch in run.held_out))
+    )
+    return Measured(mean_losses(found, terms, run.device), tokens, time.perf_counter() - begun)
 
 
 def measure_start(run: Run) -> str | None:
     """Measure before the first step; returns a note where that takes long."""
     assert run.validation is not None
     found = measure(run)
-    run.validation = msgspec.structs.replace(run.validation, first=_finite(found.loss))
+    run.validation = msgspec.structs.replace(run.validation, first=_finite(found.losses.loss))
     if found.seconds < FIRST_SAID:
         return None
     return (
@@ -76,13 +79,15 @@ def measured_step(run: Run, record: StepRecord) -> StepRecord:
     state = run.validation
     assert state is not None
     found = measure(run)
-    loss = _finite(found.loss)
+    loss, accuracy = _finite(found.losses.loss), found.losses.reward_accuracy
     if loss is not None and (state.best is None or loss < state.best):
         run.validation = msgspec.structs.replace(state, best=loss, best_step=run.step, waited=0)
     else:
         run.validation = msgspec.structs.replace(state, waited=state.waited + 1)
-    perplexity = None if isinstance(run.model, FrozenBase) else _finite(found.perplexity)
-    return msgspec.structs.replace(record, validation_loss=loss, validation_perplexity=perplexity)
+    perplexity = None if isinstance(run.model, FrozenBase) else found.perplexity
+    return msgspec.structs.replace(
+        record, validation_loss=loss, validation_perplexity=perplexity, validation_accuracy=accuracy
+    )
 
 
 def is_due(run: Run) -> bool:

@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer as Core
-from tokenizers import decoders, models, pre_tokenizers
+from letter_texts import CHAT, LETTERS, SHORTENS, letters, rows
 from torch.nn import functional
 from training_runs import VOCAB, small_config, small_model, token_file
 
 from optc.compiler.diagnostics import InputError
 from optc.runtime.generation.chat_template import ChatTemplate
-from optc.runtime.generation.tokenizer import Tokenizer
 from optc.training.corpus import read_corpus
 from optc.training.data import IGNORED, Reader
 from optc.training.distill import logits_of
 from optc.training.examples import Example, read_examples
 from optc.training.loop import train
-
-LETTERS = {"<unk>": 0} | {letter: number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz:\n|", 3)}
-CHAT = ChatTemplate(
-    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}{% if add_generation_prompt %}a:{% endif %}",
-    {},
-    "test",
-)
-SHORTENS = ChatTemplate("{% for m in messages[-2:] %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}", {}, "test")
-
-
-def letters() -> Tokenizer:
-    """A token for each letter: "a" is 3, "b" 4, ":" 29, "|" 31."""
-    core = Core(models.WordLevel(LETTERS, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    core.decoder = decoders.Fuse()
-    return Tokenizer(core)
-
-
-def rows(path: Path, *found: Any) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
-    return path
 
 
 def test_masks_and_labels_of_token_ids(tmp_path: Path) -> None:

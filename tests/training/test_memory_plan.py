@@ -15,6 +15,7 @@ from optc.cli.main import cli
 from optc.compiler.diagnostics import InputError
 from optc.training.activation_checkpointing import CheckpointingConfig
 from optc.training.config import DataConfig, DistillConfig, TrainConfig
+from optc.training.lora import LoraConfig
 from optc.training.memory_plan import MemoryPlan, predict
 from optc.training.metrics import tensor_bytes
 from optc.training.parallel import ParallelConfig
@@ -62,6 +63,8 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16", "batch_size": 4},
     "whole logits": {"loss_chunk": 0},
     "teacher": {"distill": DistillConfig(teacher="self"), "batch_size": 4},
+    "lora": {"lora": LoraConfig(enabled=True)},
+    "qlora": {"lora": LoraConfig(enabled=True, base="nf4"), "batch_size": 4},
     "qat": {"distill": DistillConfig(teacher="self"), "qat": QatConfig(enabled=True, start="full")},
 }
 

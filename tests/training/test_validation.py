@@ -72,8 +72,8 @@ def test_the_loss_is_that_of_each_document_alone(start: tuple[Path, Path], apart
     run = prepare(small_config(*start, tmp_path / "out", validation={"text": [str(apart)]}), World())
     found = measure(run)
     assert found.tokens == sum(LENGTHS)
-    assert found.loss == pytest.approx(by_hand(start[0], apart), rel=1e-5)
-    assert found.perplexity == pytest.approx(math.exp(found.loss))
+    assert found.losses.loss == pytest.approx(by_hand(start[0], apart), rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(found.losses.loss))
     assert run.model.training
 
 

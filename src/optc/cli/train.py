@@ -25,7 +25,7 @@ class TrainOptions(msgspec.Struct, frozen=True, kw_only=True):
         Annotated[
             str,
             Meta(
-                description="pretrain, finetune, lora, qlora, qat, distill, eagle3 or medusa; or a YAML file.",
+                description="pretrain, finetune, lora, qlora, qat, distill, dpo, eagle3 or medusa; or a YAML file.",
                 extra={"metavar": "NAME|PATH"},
             ),
         ]
@@ -143,6 +143,11 @@ def _show(result: dict[str, Any]) -> None:
             f"  validation loss {_number(held_out['first'])} -> {_number(held_out['best'])} in step {held_out['best_step']}, "
             f"{_number(held_out['last'])} in the last; the folder holds step {held_out['written_step']}"
             + (", the run ended early" if held_out["stopped_early"] else "")
+        )
+    if last["reward_accuracy"] is not None:
+        say(
+            f"  rewards in the last step: chosen {last['chosen_reward']:+.4f}, rejected {last['rejected_reward']:+.4f}; "
+            f"{100 * last['reward_accuracy']:.0f} % of pairs prefer the chosen answer"
         )
     if result["skipped"]:
         stderr().print(
