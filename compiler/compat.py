@@ -31,11 +31,15 @@ __all__ = [
     "aoti_constant_names",
     "aoti_errors",
     "deserialize_graph",
+    "evaluate_size",
     "export_program",
     "graph_schema",
     "has_inductor_march",
+    "inductor_compile",
     "is_union",
     "serialize_graph",
+    "size_hint",
+    "size_symbols",
     "static_shape",
     "symbolic_dispatch",
     "sympy_functions",
@@ -189,6 +193,46 @@ def symbolic_dispatch() -> AbstractContextManager[None]:
     from torch._dispatch.python import enable_python_dispatcher
 
     return enable_python_dispatcher()
+
+
+def size_hint(size: torch.SymInt | int) -> int:
+    """What a symbolic size is in the call that it was traced with, without fixing it."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def size_symbols(size: torch.SymInt) -> dict[Any, int]:
+    """The sympy symbols of a size, with what each is in the call that it was traced with."""
+    env = size.node.shape_env
+    known = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
+    return {symbol: int(known[symbol]) for symbol in size.node.expr.free_symbols if symbol in known}
+
+
+def evaluate_size(expression: Any, values: Mapping[Any, Any]) -> Any:
+    """A sympy expression over sizes, with symbolic sizes or numbers in place of its symbols."""
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    return sympy_interp(PythonReferenceAnalysis, dict(values), expression)
+
+
+def inductor_compile(
+    module: torch.fx.GraphModule, fakes: Sequence[Tensor], configs: dict[str, Any]
+) -> Callable[..., Sequence[Any]]:
+    """Compile a graph with Inductor for this process.
+
+    Args:
+        module: flat tensors in, a tuple of tensors out; Inductor takes it over.
+        fakes: its inputs, whose symbolic sizes stay so.
+        configs: Inductor's settings, while it compiles.
+    """
+    from torch._inductor.compile_fx import compile_fx
+
+    assert fakes, "the mode is read off a fake tensor"
+    mode = fakes[0].fake_mode  # type: ignore[attr-defined]
+    with torch._guards.tracing(torch._guards.TracingContext(mode)):
+        compiled: Any = compile_fx(module, list(fakes), config_patches=configs)
+    found: Callable[..., Sequence[Any]] = compiled
+    return found
 
 
 def has_inductor_march() -> bool:

@@ -6,6 +6,7 @@ from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.inductor import LEGAL, export_inductor
 from optc.exporters.options.inductor import InductorOptions
+from optc.passes.fusion.attention import FuseAttention
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.kv_cache.paged import PageKVCache
@@ -20,14 +21,16 @@ FAST = 4
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
-    """Decoder: [quantize] -> KV cache -> [Medusa heads] -> [merge] -> legalize. Encoder and module: [quantize] -> legalize.
+    """Decoder: [quantize] -> KV cache -> [Medusa heads] -> [merge] -> legalize. Encoder: [quantize] -> legalize.
+    Module: fuse-attention -> [quantize] -> legalize.
 
-    Rotary embeddings and norms are left as they are: Inductor fuses them itself. Norms are made whole for
+    Attention of modules is found first, however it is spelled: behind it stands a product of its own, whose causal mask is
+    never made. Rotary embeddings and norms are left as they are: Inductor fuses them itself. Norms are made whole for
     quantization, which folds scales into them. Quantized projections of one input are merged: fewer packed products.
     Accuracy level 4, the default of quantized programs, rounds activations to int8 in a stage of its own, so that
     the gate sees what it costs; below 4 they are left as they are.
     """
-    steps: list[Step] = []
+    steps = [Step(FuseAttention(), optional=True)] if kind == "module" else []
     if options.quantization is not None:
         steps += [
             Step(FuseNorm(), optional=True),

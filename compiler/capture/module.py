@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
-from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import ConstantArgument, OutputKind, TensorArgument
+from torch.export import Dim
 
-from optc.compiler.capture.facts import attention_layers
+from optc.compiler.capture.exported import module_contract
 from optc.compiler.capture.proof import prove_module
-from optc.compiler.diagnostics import CaptureError, UsageError
-from optc.compiler.ir.contract import Contract, Input, Output
+from optc.compiler.diagnostics import UsageError
 from optc.compiler.ir.export import run_export
 from optc.compiler.ir.program import Program
 from optc.compiler.settings.fields import check_type
@@ -53,51 +52,16 @@ def capture_module(
     dims: dict[str, Any] = {label: Dim(label, min=1) for per in axes.values() for label in per.values()}
     shapes = tuple({axis: dims[label] for axis, label in axes[name].items()} for name in names)
     exported = run_export(module.eval(), tuple(example_inputs), shapes, where=type(module).__name__)
-    _check_outputs(exported, type(module).__name__)
-    inputs = tuple(
-        Input(
-            name=name,
-            role="input",
-            dtype=str(tensor.dtype).removeprefix("torch."),
-            dims=tuple(axes[name].get(axis, size) for axis, size in enumerate(tensor.shape)),
-        )
-        for name, tensor in zip(names, example_inputs, strict=True)
+    contract = module_contract(exported, type(module).__name__, names)
+    labels = tuple(
+        msgspec.structs.replace(spec, dims=tuple(axes[spec.name].get(axis, size) for axis, size in enumerate(sizes)))
+        for spec, sizes in zip(contract.inputs, (tensor.shape for tensor in example_inputs), strict=True)
     )
-    count = len(exported.graph_signature.user_outputs)
-    outputs = tuple(Output(name=f"output_{i}" if count > 1 else "output", role="output") for i in range(count))
-    contract = Contract(
-        kind="module",
-        inputs=inputs,
-        outputs=outputs,
-        layers=attention_layers(exported),
-        sources={name: (name,) for name in exported.state_dict},
-    )
+    contract = msgspec.structs.replace(contract, inputs=labels)
     program = Program(exported, contract)
     if prove:
         program.proof = prove_module(program, module, example_inputs)
     return program
-
-
-def _check_outputs(exported: ExportedProgram, where: str) -> None:
-    """Engines give back tensors that their graph computes. A module may return nothing, and write into its inputs."""
-    specs = [spec for spec in exported.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
-    if len(specs) == 1 and isinstance(specs[0].arg, ConstantArgument) and specs[0].arg.value is None:
-        return
-    held = {*exported.graph_signature.inputs_to_parameters, *exported.graph_signature.inputs_to_buffers}
-    for index, spec in enumerate(specs):
-        if not isinstance(spec.arg, TensorArgument):
-            what = repr(spec.arg.value) if isinstance(spec.arg, ConstantArgument) else "a number"
-            why = f"output {index} is {what}, not a tensor"
-        elif spec.arg.name in held:
-            why = f"output {index} is a weight of the module itself"
-        else:
-            continue
-        raise CaptureError(
-            "the module returns something else than tensors that it computes",
-            where=where,
-            why=why,
-            remedy="capture a module around it whose forward returns its computed tensors alone",
-        )
 
 
 def _check_arguments(example_inputs: Any, input_names: Any, dynamic: Any) -> None:

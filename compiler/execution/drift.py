@@ -6,6 +6,7 @@ relative error and direction. Measuring only: what may be lost is decided by the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,9 +71,12 @@ def measure(before: StageRun, after: StageRun, text: Sequence[Sequence[int]] = (
         text: the token sequences that were fed, where they are text; for the perplexity of decoders.
     """
     after = after.beside(before)
-    pairs = [(_plain(old), _plain(new)) for old, new in zip(before.logits, after.logits, strict=True) if old.numel()]
     centred = before.role == "logits"
     whole = before.role == "output"  # each tensor is an output of its own; else each is a sequence of rows
+    rows = [(old, new) for old, new in zip(before.logits, after.logits, strict=True) if old.numel()]
+    pairs = [(_plain(old), _plain(new)) for old, new in (itertools.starmap(comparable, rows) if whole else rows)]
+    if not pairs:
+        return Drift(max_abs_diff=0.0, scale=0.0)  # outputs without numbers
     errors, cosines = zip(*(_errors(old, new, centred, whole) for old, new in pairs), strict=True)
     classes = pairs[0][0].shape[-1] if before.role in ("logits", "classes") else 0
     return Drift(
@@ -84,6 +88,16 @@ def measure(before: StageRun, after: StageRun, text: Sequence[Sequence[int]] = (
         layers=_layer_drift(before, after),
         **(_distribution(pairs) if classes > 1 else {}),
     )
+
+
+def comparable(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without the infinities and NaNs that they share: masks are made of them."""
+    if not (old.is_floating_point() or old.is_complex()):
+        return old, new
+    if old.itemsize == 1:  # torch 2.11 has no isfinite for float8
+        old, new = old.float(), new.float()
+    shared = ~torch.isfinite(old) & ((old == new) | (old.isnan() & new.isnan()))
+    return old.masked_fill(shared, 0), new.masked_fill(shared, 0)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optc.compiler.analysis.aliases import Storage
 from optc.compiler.execution.block_manager import BlockManager
 from optc.compiler.ir.contract import CACHE_ROLES, Input, OutputRole
 from optc.compiler.ir.devices import program_device
@@ -97,10 +98,25 @@ def run_stage(
 
 
 def run_module(program: Program, inputs: Sequence[Tensor], replay: type[Replay] = Replay) -> list[Tensor]:
-    """Run a program of kind "module" on example tensors; its outputs, flat."""
-    device = program_device(program)
-    with torch.no_grad():
-        return replay(program, {}).outputs(*(item.to(device) for item in inputs))
+    """Run a program of kind "module" on example tensors.
+
+    Returns:
+        Its outputs, flat, and behind them the inputs that it writes into, of which it gets copies. Random numbers begin
+        alike each time.
+    """
+    device, written = program_device(program), written_inputs(program)
+    tensors = [item.to(device) for item in inputs]
+    for index in written:
+        tensors[index] = tensors[index].clone()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return [*replay(program, {}).outputs(*tensors), *(tensors[index] for index in written)]
+
+
+def written_inputs(program: Program) -> list[int]:
+    """The inputs of a program that it writes into, by their places."""
+    storage = Storage(program.graph)
+    return [index for index, node in enumerate(program.user_inputs()) if storage.written(node)]
 
 
 Engine = Callable[..., Sequence[Tensor]]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optc.compiler.artifact.manifest import OpenedRecord
 from optc.compiler.diagnostics import GateError
-from optc.compiler.execution.drift import measure
+from optc.compiler.execution.drift import comparable, measure
 from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.ir.contract import CACHE_ROLES, Input
 from optc.compiler.ir.program import Program
@@ -54,7 +54,7 @@ def check_package(
         expected = list(expected) if isinstance(expected, tuple | list) else [expected]
         written = list(zip(*caches, strict=True)) if program.contract.kv_cache.in_place else []
         for index, (old, new) in enumerate([*zip(expected, found, strict=True), *written]):
-            _compare(old, new, tolerance, f"call {call}, " + _name(program, index))
+            compare_outputs(old, new, tolerance, f"call {call}, " + _name(program, index))
         first[0].append(expected[0])
         first[1].append(found[0])
     ours, theirs = (StageRun(outputs, [], role="output") for outputs in first)
@@ -89,12 +89,22 @@ def _runner(path: Path) -> Any:
     return module
 
 
-def _compare(old: Tensor, new: Tensor, tolerance: float, where: str) -> None:
+def compare_outputs(old: Tensor, new: Tensor, tolerance: float, where: str) -> None:
+    """Hold an output of compiled code to the program's.
+
+    Args:
+        tolerance: largest difference, as a share of the largest magnitude, at least 1.
+
+    Raises:
+        GateError: they differ by more.
+    """
     if not old.is_floating_point() and old.shape == new.shape:
         _compare_tokens(old, new, where)
         return
-    old, new = old.double(), new.double()
     same = old.shape == new.shape
+    if same:
+        old, new = comparable(old, new)
+    old, new = old.double(), new.double()
     limit = tolerance * max(1.0, float(old.abs().max()) if old.numel() else 1.0)
     gap = float((old - new).abs().max()) if same and old.numel() else 0.0
     if not same or not gap <= limit:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from optc import torch_name
+
 if TYPE_CHECKING:
     from optc.api import CompileResult, capture, compile, load
     from optc.compiler.diagnostics import OptcError
@@ -73,3 +75,6 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'optc' has no attribute '{name}'")
     return getattr(importlib.import_module(home), name)
+
+
+torch_name.announce()

@@ -16,7 +16,7 @@ from optc.compiler.artifact.manifest import Manifest, OpenedRecord
 from optc.compiler.diagnostics import GateError, OptcError, TargetError
 from optc.compiler.execution.drift import Drift, measure
 from optc.compiler.execution.probe import random_probe
-from optc.compiler.execution.stage_driver import StageRun, run_module, run_stage
+from optc.compiler.execution.stage_driver import StageRun, run_module, run_stage, written_inputs
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.pipeline import compute_dtype, default_probe
 from optc.compiler.pipeline.rerounding import rerounding, widened
@@ -106,7 +106,8 @@ def _compared(program: Program, runner: Callable[..., Any], engine: Engine, toke
     try:
         if program.contract.kind == "module":
             inputs = default_probe(program, 0).tensors
-            ours = StageRun(run_module(program, inputs), [], role="output")
+            outputs = run_module(program, inputs)
+            ours = StageRun(outputs[: len(outputs) - len(written_inputs(program))], [], role="output")
             found = StageRun([item for item in runner(*inputs) if isinstance(item, Tensor)], [], role="output")
             return measure(ours, found), 0
         sequences = _sequences(program, tokens)

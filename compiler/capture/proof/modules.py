@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from optc.compiler.capture.proof.blame import first_difference
 from optc.compiler.capture.proof.reference import OWN_ERRORS
 from optc.compiler.diagnostics import GateError
-from optc.compiler.execution.drift import Drift, measure
-from optc.compiler.execution.stage_driver import StageRun, run_module
+from optc.compiler.execution.drift import Drift, comparable, measure
+from optc.compiler.execution.stage_driver import StageRun, run_module, written_inputs
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.proof import CaptureFigures, CaptureProof
 from optc.compiler.rewriting.retrace import Replay
@@ -23,11 +23,20 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.float16: 2e-3, torc
 """Largest difference of outputs, as a share of their largest magnitude. Both run the same kernels, so that as a rule
 there is none."""
 
+Case = tuple[str, tuple[Tensor, ...]]
+"""What inputs are, and the inputs."""
 
-def prove_module(program: Program, module: nn.Module, example_inputs: Sequence[Tensor]) -> CaptureProof:
+
+def prove_module(
+    program: Program, module: nn.Module, example_inputs: Sequence[Tensor], cases: Iterable[Case] | None = None
+) -> CaptureProof:
     """Hold a captured module to its own forward: on the example inputs, and with each dynamic axis at 1 and longer.
 
-    Sizes that the module itself does not take are left out, with a note.
+    What it writes into its inputs is compared as its outputs are. Sizes that the module itself does not take are left
+    out, with a note.
+
+    Args:
+        cases: other inputs to compare with, the example inputs first.
 
     Raises:
         GateError: the program computes something else or does not run (names the sizes and the first submodule that
@@ -37,10 +46,10 @@ def prove_module(program: Program, module: nn.Module, example_inputs: Sequence[T
     figures: list[CaptureFigures] = []
     names: list[str] = []
     notes: list[str] = []
-    for name, inputs in _cases(program, example_inputs):
+    written = written_inputs(program)
+    for name, inputs in _cases(program, example_inputs) if cases is None else cases:
         try:
-            with _same_state(module), torch.no_grad():
-                own = _tensors(module(*_fresh(inputs)))
+            own = _own(module, inputs, written)
         except OWN_ERRORS as error:
             if not names:
                 raise
@@ -60,7 +69,7 @@ def prove_module(program: Program, module: nn.Module, example_inputs: Sequence[T
     )
 
 
-def _cases(program: Program, example_inputs: Sequence[Tensor]) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+def _cases(program: Program, example_inputs: Sequence[Tensor]) -> Iterator[Case]:
     """(what it is, inputs): the examples, then each dynamic axis at 1, then all of them one longer."""
     sizes = {
         label: tensor.shape[axis]
@@ -82,11 +91,15 @@ def _cases(program: Program, example_inputs: Sequence[Tensor]) -> Iterator[tuple
 
 
 def _resized(tensor: Tensor, dims: Sequence[int | str], sizes: dict[str, int]) -> Tensor:
-    """The example with other sizes: its own values, cut or repeated."""
-    for axis, label in enumerate(dims):
-        if isinstance(label, str) and label in sizes:
-            index = torch.arange(sizes[label], device=tensor.device) % tensor.shape[axis]
-            tensor = tensor.index_select(axis, index)
+    shape = [sizes.get(str(label), size) for label, size in zip(dims, tensor.shape, strict=True)]
+    return resize(tensor, shape)
+
+
+def resize(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor with other sizes: its own values, cut or repeated."""
+    for axis, size in enumerate(shape):
+        if size != tensor.shape[axis]:
+            tensor = tensor.index_select(axis, torch.arange(size, device=tensor.device) % tensor.shape[axis])
     return tensor.contiguous()
 
 
@@ -104,6 +117,13 @@ def _same_state(module: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+def _own(module: nn.Module, inputs: Sequence[Tensor], written: Sequence[int]) -> list[Tensor]:
+    """What the module returns, and the inputs that it writes into."""
+    fresh = _fresh(inputs)
+    with _same_state(module), torch.no_grad():
+        return [*_tensors(module(*fresh)), *(fresh[index] for index in written)]
+
+
 def _fresh(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Copies: a forward may write into its inputs."""
     return tuple(tensor.clone() for tensor in inputs)
@@ -119,7 +139,7 @@ def _compare(
     kind = type(module).__name__
     try:
         with _same_state(module):
-            ours = _tensors(run_module(program, _fresh(inputs)))
+            ours = _tensors(run_module(program, inputs))
     except OWN_ERRORS as error:
         raise GateError(
             "the capture failed the numerics gate: the program does not run",
@@ -147,21 +167,7 @@ def _compare(
 
 
 def _drift(own: list[Tensor], ours: list[Tensor]) -> Drift:
-    pairs = [_comparable(old, new) for old, new in zip(own, ours, strict=True) if old.numel()]
-    if not pairs:
-        return Drift(max_abs_diff=0.0, scale=0.0)
-    left, right = zip(*pairs, strict=True)
-    return measure(StageRun(list(left), [], role="output"), StageRun(list(right), [], role="output"))
-
-
-def _comparable(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without the infinities and NaNs that they share: masks are made of them."""
-    if not (old.is_floating_point() or old.is_complex()):
-        return old, new
-    if old.itemsize == 1:  # torch 2.11 has no isfinite for float8
-        old, new = old.float(), new.float()
-    shared = ~torch.isfinite(old) & ((old == new) | (old.isnan() & new.isnan()))
-    return old.masked_fill(shared, 0), new.masked_fill(shared, 0)
+    return measure(StageRun(own, [], role="output"), StageRun(ours, [], role="output"))
 
 
 def _dtype(module: nn.Module, tensors: Sequence[Tensor]) -> torch.dtype:
@@ -174,9 +180,8 @@ def _miss(
     program: Program, module: nn.Module, name: str, inputs: tuple[Tensor, ...], own: list[Tensor], drift: Drift
 ) -> GateError:
     kind = type(module).__name__
-    with _same_state(module), torch.no_grad():
-        again = _tensors(module(*_fresh(inputs)))
-    if any(not torch.equal(*_comparable(first, second)) for first, second in zip(own, again, strict=True)):
+    again = _own(module, inputs, written_inputs(program))
+    if any(not torch.equal(*comparable(first, second)) for first, second in zip(own, again, strict=True)):
         return GateError(
             f"the capture failed the numerics gate: {kind} gives different numbers each time",
             where=kind,

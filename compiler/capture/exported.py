@@ -1,0 +1,95 @@
+"""An ExportedProgram that another tool made, as a Program of kind "module"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+
+from optc.compiler.capture.facts import attention_layers
+from optc.compiler.diagnostics import CaptureError
+from optc.compiler.ir.contract import Contract, Input, Output
+from optc.compiler.ir.program import Program
+
+_INPUT_REMEDY = "export a module around it whose forward takes its tensors alone"
+
+
+def capture_exported(exported: ExportedProgram, *, where: str = "ExportedProgram") -> Program:
+    """A Program of an ExportedProgram, which is believed: its own module is not here to be compared with.
+
+    Inputs and outputs are flat, under the names of the graph's placeholders; dynamic axes under those of their symbols.
+
+    Args:
+        where: what to call it in errors.
+
+    Raises:
+        CaptureError: it takes or returns something else than tensors.
+    """
+    return Program(exported, module_contract(exported, where))
+
+
+def module_contract(exported: ExportedProgram, where: str, names: Sequence[str] | None = None) -> Contract:
+    """The contract of a program of tensors in, tensors out.
+
+    Args:
+        names: of the inputs; None takes those of the placeholders.
+
+    Raises:
+        CaptureError: see `capture_exported`.
+    """
+    check_outputs(exported, where)
+    placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
+    inputs = []
+    for index, spec in enumerate(s for s in exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT):
+        value = placeholders[spec.arg.name].meta.get("val") if isinstance(spec.arg, TensorArgument) else None
+        if not isinstance(value, torch.Tensor):
+            raise CaptureError(
+                "the program takes something else than tensors",
+                where=where,
+                why=f"input {index} is '{spec.arg.name}', no tensor",
+                remedy=_INPUT_REMEDY,
+            )
+        inputs.append(
+            Input(
+                name=names[index] if names is not None else spec.arg.name,
+                role="input",
+                dtype=str(value.dtype).removeprefix("torch."),
+                dims=tuple(size if isinstance(size, int) else str(size) for size in value.shape),
+            )
+        )
+    count = len(exported.graph_signature.user_outputs)
+    return Contract(
+        kind="module",
+        inputs=tuple(inputs),
+        outputs=tuple(Output(name=f"output_{i}" if count > 1 else "output", role="output") for i in range(count)),
+        layers=attention_layers(exported),
+        sources={name: (name,) for name in exported.state_dict},
+    )
+
+
+def check_outputs(exported: ExportedProgram, where: str) -> None:
+    """Engines give back tensors that their graph computes. A module may return nothing, and write into its inputs.
+
+    Raises:
+        CaptureError: an output is no tensor, or a weight of the module itself.
+    """
+    specs = [spec for spec in exported.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+    if len(specs) == 1 and isinstance(specs[0].arg, ConstantArgument) and specs[0].arg.value is None:
+        return
+    held = {*exported.graph_signature.inputs_to_parameters, *exported.graph_signature.inputs_to_buffers}
+    for index, spec in enumerate(specs):
+        if not isinstance(spec.arg, TensorArgument):
+            what = repr(spec.arg.value) if isinstance(spec.arg, ConstantArgument) else "a number"
+            why = f"output {index} is {what}, not a tensor"
+        elif spec.arg.name in held:
+            why = f"output {index} is a weight of the module itself"
+        else:
+            continue
+        raise CaptureError(
+            "the module returns something else than tensors that it computes",
+            where=where,
+            why=why,
+            remedy="capture a module around it whose forward returns its computed tensors alone",
+        )
