@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.utils import _pytree as pytree
 
+from optc.compiler import compat
 from optc.compiler.capture.facts import attention_layers
-from optc.compiler.diagnostics import CaptureError
+from optc.compiler.diagnostics import CaptureError, InputError, described
+from optc.compiler.execution.stage_driver import run_module
 from optc.compiler.ir.contract import Contract, Input, Output
 from optc.compiler.ir.program import Program
+from optc.compiler.ir.saved.exported_archive import read_exported
 
 _INPUT_REMEDY = "export a module around it whose forward takes its tensors alone"
 
@@ -27,7 +33,61 @@ def capture_exported(exported: ExportedProgram, *, where: str = "ExportedProgram
     Raises:
         CaptureError: it takes or returns something else than tensors.
     """
-    return Program(exported, module_contract(exported, where))
+    contract = module_contract(exported, where)
+    own = Program(exported, contract).clone()  # the caller's stays as it is
+    _flatten_calls(own.exported, [spec.name for spec in contract.inputs], len(contract.outputs))
+    return own
+
+
+def _flatten_calls(exported: ExportedProgram, names: list[str], outputs: int) -> None:
+    """Make a program take its tensors one by one, and return a tuple of them, whatever containers its module took."""
+    entry = exported.module_call_graph[0]
+    assert entry.signature is not None
+    exported.module_call_graph[0] = dataclasses.replace(
+        entry,
+        signature=dataclasses.replace(
+            entry.signature,
+            in_spec=pytree.tree_structure(((0,) * len(names), {})),
+            out_spec=pytree.tree_structure((0,) * outputs),
+            forward_arg_names=names,
+        ),
+    )
+    if exported.example_inputs is not None:
+        exported.example_inputs = (tuple(pytree.tree_leaves(exported.example_inputs)), {})
+
+
+def capture_exported_file(path: Path) -> Program:
+    """A Program of a file of `torch.export.save`, with inputs made up for the gate: the file's own are a pickle.
+
+    Floats are drawn from a normal distribution, whole numbers from 0 and 1; sizes are those that it was exported with.
+
+    Raises:
+        InputError: the file cannot be read, or the program does not run. CaptureError: see `capture_exported`.
+    """
+    program = capture_exported(read_exported(path), where=str(path))
+    examples = tuple(_made_up(node.meta["val"], index) for index, node in enumerate(program.user_inputs()))
+    program.exported.example_inputs = (examples, {})
+    try:
+        run_module(program, examples)
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise InputError(
+            "the exported program does not run on made-up inputs",
+            where=str(path),
+            why=described(error),
+            remedy="optc.compile(torch.export.load(FILE), ...) in Python, which reads the inputs that it was exported "
+            "with, for files that you trust",
+        ) from error
+    return program
+
+
+def _made_up(value: torch.Tensor, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = [compat.size_hint(size) for size in value.shape]
+    if value.dtype.is_floating_point or value.dtype.is_complex:
+        made = torch.randn(shape, generator=generator).to(value.dtype)
+    else:
+        made = torch.randint(0, 2, shape, generator=generator).to(value.dtype)
+    return made.to(value.device)
 
 
 def module_contract(exported: ExportedProgram, where: str, names: Sequence[str] | None = None) -> Contract:

@@ -22,6 +22,7 @@ from optc.compiler.calibration.sequences import Calibration
 from optc.compiler.diagnostics import InputError, TargetError, UsageError, os_errors
 from optc.compiler.execution.probe import Probe, text_probe
 from optc.compiler.ir.devices import to_device
+from optc.compiler.ir.saved.exported_archive import is_exported_file
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, config_digest, weights_digest
 from optc.compiler.model_folder.medusa import check_base
 from optc.compiler.model_folder.quantized import refuse_quantizing_again
@@ -105,7 +106,8 @@ def compile(
     """Compile a model for a target and write the artifact.
 
     Args:
-        model: model folder, transformers model, nn.Module (with `example_inputs`) or Program.
+        model: model folder, .pt2 file of `torch.export.save`, transformers model, nn.Module (with `example_inputs`),
+            ExportedProgram or Program.
         target: target name (`optc targets`).
         output: the artifact's folder; must not exist unless `force=True`.
         quant: quantization method, or None.
@@ -177,7 +179,9 @@ def capture_resolved(model: Model, example_inputs: Sequence[torch.Tensor] | None
             were trained for another model.
     """
     request = resolved.request
-    if resolved.options.quantization is not None and isinstance(model, str | Path):
+    if isinstance(model, str | Path) and is_exported_file(Path(model)):
+        _refuse_dtype(model, resolved)
+    elif resolved.options.quantization is not None and isinstance(model, str | Path):
         refuse_quantizing_again(Path(model))
     heads = resolved.options.medusa
     if heads is not None and isinstance(model, str | Path):
@@ -192,6 +196,21 @@ def capture_resolved(model: Model, example_inputs: Sequence[torch.Tensor] | None
         device=resolved.device,
         base=request.drafting.base,
     )
+
+
+def _refuse_dtype(model: Model, resolved: Resolved) -> None:
+    """An exported program keeps its types.
+
+    Raises:
+        UsageError: another one was asked for.
+    """
+    asked = resolved.request.what.dtype
+    if asked is not None and stored_dtype(model, False) != asked:
+        raise UsageError(
+            f"--dtype {asked} has no effect on an exported program",
+            where=str(model),
+            remedy="leave it out, or export the module in that type",
+        )
 
 
 def run_passes(

@@ -9,22 +9,25 @@ from pathlib import Path
 
 import msgspec
 import torch
+from torch.export import ExportedProgram
 
 from optc.compiler.capture import capture_model, capture_module, capture_pretrained
 from optc.compiler.capture.eagle3 import capture_eagle3
+from optc.compiler.capture.exported import capture_exported, capture_exported_file
 from optc.compiler.capture.loading import DTYPES
 from optc.compiler.capture.pretrained import CPU
 from optc.compiler.diagnostics import UsageError, unknown_name
 from optc.compiler.files import read_plain
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.proof import CaptureProof
+from optc.compiler.ir.saved.exported_archive import is_exported_file
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, prevailing
 from optc.compiler.model_folder.config_file import modules_behind, parts_beside
 from optc.compiler.model_folder.eagle3 import is_eagle3
 from optc.compiler.settings.fields import check_type
 
-Model = str | Path | torch.nn.Module | Program
-_MODELS = "a model folder, a transformers model, an nn.Module or a Program"
+Model = str | Path | torch.nn.Module | Program | ExportedProgram
+_MODELS = "a model folder, a .pt2 file, a transformers model, an nn.Module, an ExportedProgram or a Program"
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,10 @@ def capture(
     prove: bool = True,
     base: str | Path | None = None,
 ) -> Program:
-    """Capture a model folder, a transformers model, or an nn.Module with example inputs.
+    """Capture a model folder, a transformers model, an nn.Module with example inputs, or an exported program.
 
-    The program is run and compared with the model's own forward; its `proof` holds the figures.
+    The program is run and compared with the model's own forward; its `proof` holds the figures. A program of
+    torch.export, in memory or in a file of `torch.export.save`, is taken as it is.
 
     Args:
         dtype: fp32, bf16 or fp16: compute type for a model folder (a module keeps its own).
@@ -75,6 +79,11 @@ def capture(
     check_type("model", model, Model, _MODELS)
     if isinstance(model, Program):
         return model
+    if isinstance(model, ExportedProgram):
+        return capture_exported(model)
+    if isinstance(model, str | Path) and is_exported_file(Path(model)):
+        _refuse_base(_path(base))
+        return capture_exported_file(Path(model))
     if isinstance(model, str | Path):
         return _folder(Path(model), dtype, trust_remote_code, prove=prove, base=_path(base))[0]
     if example_inputs is not None:
@@ -94,6 +103,8 @@ def stored_dtype(model: Model, trust_remote_code: bool) -> str | None:
         InputError: as `capture`.
     """
     check_type("model", model, Model, _MODELS)
+    if isinstance(model, ExportedProgram) or (isinstance(model, str | Path) and is_exported_file(Path(model))):
+        model = capture(model)
     if isinstance(model, str | Path):
         return dtype_name(check_folder(Path(model), trust_remote_code=trust_remote_code).dtype)
     weights = model.exported.state_dict.values() if isinstance(model, Program) else model.state_dict().values()
@@ -127,7 +138,7 @@ def capture_for_compile(
     Raises:
         OptcError: as `capture`; UsageError for a text without a tokenizer.
     """
-    if isinstance(model, str | Path):
+    if isinstance(model, str | Path) and not is_exported_file(Path(model)):
         program, info, tokens = _folder(Path(model), dtype, trust_remote_code, text, work_folder, device, base=base)
         assert program.proof is not None
         return Captured(program, info, tokens, _with_notes(program.proof, info))

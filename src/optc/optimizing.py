@@ -79,7 +79,7 @@ def optimize(model: Model, *, quant: str | None = None, kv_blocks: int | None = 
     device = check_gpu("optc.optimize")
     resolved = resolve(from_python(TARGET, quant=quant, **{"device": str(device), **options}))
     check_type("model", model, Model, "a model folder, a transformers model or a Program")
-    path = None if isinstance(model, torch.nn.Module | Program) else Path(model)
+    path = Path(model) if isinstance(model, str | Path) else None
     captured = capture_resolved(model, None, resolved)
     seconds: dict[str, float] = {}
     result = run_passes(captured, resolved, None, seconds)

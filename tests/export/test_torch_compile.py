@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -176,3 +177,12 @@ def test_the_entry_point_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, _, name = project["entry-points"]["torch_dynamo_backends"]["optc"].partition(":")
     assert getattr(sys.modules[module], name) is optc.torch_name.backend
+
+
+def test_the_examples_of_the_docs_run(graphs: list[torch_backend.CompiledGraph]) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "torch-compile.md").read_text(), re.M | re.S)
+    for block in blocks:
+        exec(compile(block, "docs/torch-compile.md", "exec"), {})
+    first, second = ({row.name: row.matched for row in graph.passes} for graph in graphs)
+    assert first["quantize-rtn"] == 2
+    assert second["fuse-attention"] == 1

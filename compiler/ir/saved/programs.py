@@ -128,7 +128,7 @@ def read_program(directory: Path) -> tuple[ExportedProgram, Contract]:
     path = directory / GRAPH_FILE
     file = _read_graph_file(path)
     graph = read_graph(file.program, str(path))
-    _require_devices(graph, path)
+    require_devices(graph, path)
     tables: list[dict[str, Tensor]] = []
     for name in (WEIGHTS_FILE, CONSTANTS_FILE):
         try:
@@ -141,10 +141,10 @@ def read_program(directory: Path) -> tuple[ExportedProgram, Contract]:
         attach_tensors(graph, weights, constants, file.aliases)
     except ValueError as error:
         damaged(directory, str(error), error)
-    return _deserialize(graph, weights, constants, examples, path), file.contract
+    return deserialize(graph, weights, constants, examples, path), file.contract
 
 
-def _deserialize(
+def deserialize(
     graph: Any, weights: dict[str, Tensor], constants: dict[str, Tensor], examples: list[Tensor], path: Path
 ) -> ExportedProgram:
     call = graph.graph_module.module_call_graph[0].signature
@@ -162,7 +162,7 @@ def _root(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _require_devices(graph: Any, path: Path) -> None:
+def require_devices(graph: Any, path: Path) -> None:
     metas = graph.graph_module.graph.tensor_values.values()
     if any(meta.device.type == "cuda" for meta in metas) and not torch.cuda.is_available():
         remedy = "load it on a machine with CUDA"

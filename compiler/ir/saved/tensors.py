@@ -109,7 +109,7 @@ def attach_tensors(
     Raises:
         ValueError: a tensor is missing, is not read, or is not what the graph says; names it.
     """
-    expected = dict(_expected(graph))
+    expected = dict(expected_tensors(graph))
     stored = weights | constants
     unread = sorted(stored.keys() - expected.keys() - set(aliases.values()))
     if unread:
@@ -130,7 +130,7 @@ def attach_tensors(
         table.update({name: described.get(id(tensor), tensor) for name, tensor in table.items()})
 
 
-def _expected(graph: Any) -> Iterator[tuple[str, tuple[Any, bool]]]:
+def expected_tensors(graph: Any) -> Iterator[tuple[str, tuple[Any, bool]]]:
     """Weight name -> (tensor meta, whether it is a parameter), from the signature."""
     metas = graph.graph_module.graph.tensor_values
     for spec in graph.graph_module.signature.input_specs:

@@ -46,7 +46,7 @@ def read_graph(data: Any, file: str) -> Any:
             the place (node, value) in the file.
     """
     try:
-        return decode(compat.graph_schema.ExportedProgram, data, _CHECKS)
+        return decode(compat.graph_schema.ExportedProgram, data, CHECKS)
     except (RefusedError, RecursionError) as error:
         path = "".join(reversed(error.path)) if isinstance(error, RefusedError) else ""
         raise ArtifactError(
@@ -217,7 +217,7 @@ def _anything(item: Any) -> None:
     """The types of its fields are all there is to check."""
 
 
-_CHECKS: dict[str, Callable[[Any], None]] = {
+CHECKS: dict[str, Callable[[Any], None]] = {
     "ExportedProgram": _check_program,
     "GraphModule": _check_module,
     "Graph": _check_graph,
