@@ -93,6 +93,7 @@ def _plan(model: Any, source: Path) -> tuple[FolderPlan, dict[str, Tensor]]:
             continue
         plain[name] = tensor.detach().cpu().contiguous()
     untied = any(owners.get(name, name) in plain or name in owners.values() for name in coded)
+    untied = untied or _diverged(model, plain)
     quantized = tuple(Quantized(name, f"{name}.weight", _on_cpu(module)) for name, module in linears.items())
     scheme, scales = None, {}
     plain = stored_tensors(model, plain)
@@ -114,6 +115,12 @@ def _plan(model: Any, source: Path) -> tuple[FolderPlan, dict[str, Tensor]]:
         scales=scales,
     )
     return plan, state
+
+
+def _diverged(model: nn.Module, plain: Mapping[str, Tensor]) -> bool:
+    """Whether tensors that the model's class ties have each a value of their own, as a head that was trained alone."""
+    tied: Any = getattr(model, "_tied_weights_keys", None)
+    return isinstance(tied, dict) and any(one in plain and other in plain for one, other in tied.items())
 
 
 def _stored_linears(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from optc.compiler.analysis.module_linears import is_conv1d, linear_shape, model_linears
+from optc.compiler.analysis.name_patterns import check_patterns, fits
 from optc.compiler.diagnostics import InputError, UsageError, os_errors, unknown_name
 from optc.compiler.formats.group_sizes import check_group_size
-from optc.training.linears import quantizable_linears, replace_modules
+from optc.training.linears import replace_modules
 from optc.training.nf4_linear import Nf4Linear
-from optc.training.settings import LoraConfig
+from optc.training.settings import LoraConfig, named_numbers
 
 ADAPTER = "default"
 _MARK = "optc_lora"
@@ -25,38 +28,57 @@ _MARK = "optc_lora"
 def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     """Freeze a model, in place, and give its linears adapters that start at zero; returns the model.
 
+    Linears are nn.Linear and transformers' Conv1D (GPT-2). In NF4 a Conv1D becomes an `Nf4Linear` that is transposed.
+
     Args:
         model: a transformers model with its weights in place.
 
     Raises:
         InputError: no linear to adapt, or a group size that does not divide a K; names the weight.
-        UsageError: a target that no linear has, or peft is not installed.
+        NoMatchError: a pattern that no adapted linear fits.
+        UsageError: a target or a module to train whole that the model does not have, or peft is not installed.
     """
     if not config.enabled:
         return model
     peft = _peft()
-    linears = quantizable_linears(model)
+    linears = model_linears(model)
     targets = _targets(config.targets, linears)
-    model.requires_grad_(False)
-    if config.base == "nf4":
-        columns = [linear.in_features for linear in linears.values()]
-        check_group_size(config.group_size, columns, [f"{name}.weight" for name in linears])
-        made = {
-            id(linear): Nf4Linear(linear, f"{name}.weight", config.group_size, config.double_quant)
-            for name, linear in linears.items()
-        }
-        replace_modules(model, made)
+    adapted = [name for name in linears if name.rpartition(".")[2] in targets]
+    transposed = any(is_conv1d(linears[name]) for name in adapted)
+    _check_modules_to_save(config.modules_to_save, model, adapted)
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
+        use_dora=config.dora,
+        use_rslora=config.rslora,
+        rank_pattern=_pattern("lora.rank_pattern", config.rank_pattern, adapted, whole=True),
+        alpha_pattern=_pattern("lora.alpha_pattern", config.alpha_pattern, adapted),
+        modules_to_save=list(config.modules_to_save) or None,
+        fan_in_fan_out=transposed,
         task_type="CAUSAL_LM",
     )
-    with _shapes_alone(model):
+    model.requires_grad_(False)
+    if config.base == "nf4":
+        _round_base(model, linears, config)
+    with _shapes_alone(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to True")  # of a transposed layer in NF4
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # what is written is no longer tied
         peft.inject_adapter_in_model(settings, model, ADAPTER)
+    settings.fan_in_fan_out = transposed  # peft clears it for those in NF4; what is written is for the model's own
     setattr(model, _MARK, config)
     return model
+
+
+def _round_base(model: nn.Module, linears: Mapping[str, nn.Module], config: LoraConfig) -> None:
+    columns = [linear_shape(linear)[1] for linear in linears.values()]
+    check_group_size(config.group_size, columns, [f"{name}.weight" for name in linears])
+    made: dict[int, nn.Module] = {
+        id(linear): Nf4Linear(linear, f"{name}.weight", config.group_size, config.double_quant)
+        for name, linear in linears.items()
+    }
+    replace_modules(model, made)
 
 
 def lora_config(model: nn.Module) -> LoraConfig | None:
@@ -76,7 +98,9 @@ def adapted_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The model computes as its base does, in eval mode, until the block ends."""
-    layers = [module for module in model.modules() if isinstance(module, _peft().tuners.tuners_utils.BaseTunerLayer)]
+    peft = _peft()
+    kinds = (peft.tuners.tuners_utils.BaseTunerLayer, peft.utils.ModulesToSaveWrapper)
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, kinds)]
     assert layers, "the model has adapters"
     training = model.training
     model.eval()
@@ -92,18 +116,35 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the plain model: W + (alpha / rank) B A in float32, NF4 bases made dense."""
+    """The state dict of the plain model in float32: W + scale * B A, of DoRA with rows of the trained lengths, NF4 bases
+    made dense, modules that were trained whole in their place."""
     state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))  # with tied tensors as one object
     for name, module in list(model.named_modules()):
         if isinstance(module, Nf4Linear):
             state = _without(state, name) | _dense(name, module)
+        elif isinstance(module, _peft().utils.ModulesToSaveWrapper):
+            whole = module.modules_to_save[ADAPTER].state_dict(keep_vars=True)
+            state = _without(state, name) | {f"{name}.{key}": item for key, item in whole.items()}
     for name, layer in adapted_linears(model):
         base = layer.get_base_layer()
         state = _without(state, name)
-        state[f"{name}.weight"] = base.weight.float() + layer.get_delta_weight(ADAPTER).float()
+        state[f"{name}.weight"] = _merged_weight(layer, base)
         if base.bias is not None:
             state[f"{name}.bias"] = base.bias
     return state
+
+
+def _merged_weight(layer: Any, base: Any) -> Tensor:
+    """float32, in the layout of the model's own linear: [N, K], or [K, N] of a Conv1D.
+
+    Rows of DoRA are as long as trained, in the direction of W + scale * B A (Liu et al. 2024, equation 5).
+    """
+    weight: Tensor = base.weight.float() + layer.get_delta_weight(ADAPTER).float()
+    if ADAPTER in layer.lora_magnitude_vector:
+        inputs = 0 if is_conv1d(base) else 1
+        length = layer.lora_magnitude_vector[ADAPTER].weight.float().unsqueeze(inputs)
+        weight = weight * (length / weight.norm(dim=inputs, keepdim=True))
+    return weight.T if isinstance(base, Nf4Linear) and base.transposed else weight
 
 
 def write_adapters(model: nn.Module, base: Path, directory: Path) -> None:
@@ -135,24 +176,54 @@ def _peft() -> Any:
 
 @contextmanager
 def _shapes_alone(model: nn.Module) -> Iterator[None]:
-    """Of a model of fake tensors peft moves no adapter to its weights' device, for torch cannot swap such parameters."""
+    """Of a model of fake tensors: peft moves no adapter to its weights' device, as torch cannot swap such parameters, and
+    a module that is copied has tensors of its own, not a mode of its own."""
     if not isinstance(next(model.parameters()), FakeTensor):
         yield
         return
-    with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+    with (
+        mock.patch.object(nn.Module, "to", lambda module, *_, **__: module),
+        mock.patch.object(FakeTensor, "__deepcopy__", lambda item, _: nn.Parameter(item.clone(), item.requires_grad)),
+    ):
         yield
 
 
-def _targets(wanted: Sequence[str], linears: dict[str, nn.Linear]) -> list[str]:
-    """What peft is given: last parts of names where they are clear, else full names."""
+def _targets(wanted: Sequence[str], linears: Mapping[str, nn.Module]) -> list[str]:
+    """What peft is given: last parts of names."""
     if not linears:
         raise InputError("the model has no linear to adapt", remedy="use a model with nn.Linear modules")
     parts = sorted({name.rpartition(".")[2] for name in linears})
     for item in wanted:
         if item not in parts:
             raise unknown_name("target of lora.targets", item, parts)
-    chosen = [name for name in linears if not wanted or name.rpartition(".")[2] in wanted]
-    return sorted({name.rpartition(".")[2] for name in chosen})
+    return [part for part in parts if not wanted or part in wanted]
+
+
+def _pattern(key: str, texts: tuple[str, ...], adapted: Sequence[str], *, whole: bool = False) -> dict[str, float]:
+    """Numbers by what peft looks up: last parts of names as they are, else the names of all linears that fit."""
+    given = named_numbers(key, texts, whole=whole)
+    check_patterns(key, given, [f"{name}.weight" for name in adapted])
+    found: dict[str, float] = {}
+    for pattern, value in given.items():
+        names = [pattern] if pattern.isidentifier() else [name for name in adapted if fits(f"{name}.weight", pattern)]
+        found |= dict.fromkeys(names, value)
+    return found
+
+
+def _check_modules_to_save(wanted: Sequence[str], model: nn.Module, adapted: Sequence[str]) -> None:
+    """Refuse modules to train whole that the model does not have, or that have adapters."""
+    names = [name for name, module in model.named_modules() if name and next(module.parameters(), None) is not None]
+    for item in wanted:
+        fitting = [name for name in names if name == item or name.endswith(f".{item}")]
+        if not fitting:
+            raise unknown_name(
+                "module of lora.modules_to_save", item, sorted({name.rpartition(".")[2] for name in names})
+            )
+        if inside := next((one for one in adapted if any(f"{one}.".startswith(f"{name}.") for name in fitting)), None):
+            raise UsageError(
+                f"lora.modules_to_save trains '{inside}' whole, which has an adapter",
+                remedy="leave it out there, or name other linears in lora.targets",
+            )
 
 
 def _without(state: dict[str, Tensor], module: str) -> dict[str, Tensor]:
@@ -161,4 +232,4 @@ def _without(state: dict[str, Tensor], module: str) -> dict[str, Tensor]:
 
 def _dense(name: str, module: Nf4Linear) -> dict[str, Tensor]:
     bias = {} if module.bias is None else {f"{name}.bias": module.bias}
-    return {f"{name}.weight": module.weight, **bias}
+    return {f"{name}.weight": module.weight.T if module.transposed else module.weight, **bias}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from optc.compiler.analysis.module_linears import is_conv1d, linear_shape
 from optc.compiler.diagnostics import InputError
 from optc.passes.quantization.nf4 import normal_float, quantize_codebook, quantize_scales
 
@@ -25,6 +26,7 @@ class Nf4Linear(nn.Linear):
         scale: float32 [N, G]; with double quantization uint8 [blocks, 256], and scale_step float32 [blocks, 1] and
             scale_mean float32 [] beside it.
         weight: float32 [N, K], computed at every reading.
+        transposed: whether it stands in place of a Conv1D, whose weight is [K, N].
     """
 
     packed: Tensor
@@ -33,15 +35,20 @@ class Nf4Linear(nn.Linear):
     scale_mean: Tensor | None
     table: Tensor
 
-    def __init__(self, linear: nn.Linear, where: str, group_size: int, double_quant: bool) -> None:
+    def __init__(self, linear: nn.Module, where: str, group_size: int, double_quant: bool) -> None:
         """Round the weight of a linear.
 
         Raises:
             InputError: the weight is not finite; `where` names it.
         """
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.group_size, self.bias = group_size, linear.bias
+        weight, bias = linear.weight, linear.bias
+        assert isinstance(weight, Tensor)
+        assert bias is None or isinstance(bias, nn.Parameter)
+        self.out_features, self.in_features = linear_shape(linear)
+        self.transposed = is_conv1d(linear)
+        weight = weight.T if self.transposed else weight
+        self.group_size, self.bias = group_size, bias
         if self.in_features % 2:
             raise InputError(
                 f"K = {self.in_features} is odd",
@@ -50,12 +57,12 @@ class Nf4Linear(nn.Linear):
                 remedy="use lora.base=dense",
             )
         with torch.no_grad():
-            codes, scale = quantize_codebook(linear.weight, normal_float().to(linear.weight.device), group_size, where)
+            codes, scale = quantize_codebook(weight, normal_float().to(weight.device), group_size, where)
             self.register_buffer("packed", codes[:, 0::2] | codes[:, 1::2] << 4)
             parts = quantize_scales(scale) if double_quant else (scale, None, None)
         for name, part in zip(("scale", "scale_step", "scale_mean"), parts, strict=True):
             self.register_buffer(name, part)
-        self.register_buffer("table", normal_float().to(linear.weight.device), persistent=False)
+        self.register_buffer("table", normal_float().to(weight.device), persistent=False)
         self.train(linear.training)
 
     @property

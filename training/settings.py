@@ -3,6 +3,7 @@ ranks, QAT. Nothing here imports torch: help of commands reads it."""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import msgspec
@@ -72,6 +73,28 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     enabled: Annotated[bool, Meta(description="Low-rank adapters on a frozen base.")] = False
     rank: Annotated[int, Meta(ge=1, description="Columns of the two factors.")] = 16
     alpha: Annotated[float, Meta(gt=0, description="Their product is scaled by alpha / rank.")] = 32.0
+    rslora: Annotated[
+        bool, Meta(description="Scale by alpha / sqrt(rank) instead (https://arxiv.org/abs/2312.03732).")
+    ] = False
+    dora: Annotated[
+        bool,
+        Meta(
+            description="Train the length of each row of a weight beside it (DoRA, https://arxiv.org/abs/2402.09353)."
+        ),
+    ] = False
+    rank_pattern: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Other ranks for some linears, as NAME=RANK; NAME as in qat.ignore (v_proj=32, *.layers.0.*=4)."
+        ),
+    ] = ()
+    alpha_pattern: Annotated[tuple[str, ...], Meta(description="Other alphas for some linears, as NAME=ALPHA.")] = ()
+    modules_to_save: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Modules without adapters that are trained whole: last parts of names, or whole ones (lm_head)."
+        ),
+    ] = ()
     dropout: Annotated[float, Meta(ge=0, lt=1, description="Probability, on the adapters' inputs.")] = 0.0
     targets: Annotated[
         tuple[str, ...], Meta(description="Last parts of module names (q_proj); empty: every linear but the head.")
@@ -99,6 +122,32 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
                 f"lora.rank={self.rank}, lora.alpha={self.alpha}, lora.dropout={self.dropout}",
                 remedy="rank is 1 or more, alpha positive, dropout at least 0 and below 1",
             )
+        named_numbers("lora.rank_pattern", self.rank_pattern, whole=True)
+        named_numbers("lora.alpha_pattern", self.alpha_pattern)
+
+
+def named_numbers(key: str, texts: tuple[str, ...], *, whole: bool = False) -> dict[str, float]:
+    """NAME=NUMBER texts as a mapping.
+
+    Args:
+        whole: numbers are integers.
+
+    Raises:
+        UsageError: another form, or a number that is not positive.
+    """
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        try:
+            value = int(number) if whole else float(number)
+        except ValueError:
+            value = 0
+        if not name or not 0 < value < math.inf:
+            raise UsageError(
+                f"{key} cannot be '{text}'", remedy=f"write {'q_proj=8' if whole else 'q_proj=16.0'}, a positive number"
+            )
+        found[name] = value
+    return found
 
 
 class ValidationConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

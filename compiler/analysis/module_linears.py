@@ -31,6 +31,11 @@ def output_head(model: Any) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D (GPT-2): a linear that keeps its weight as [K, N]."""
+    return type(module).__name__ == "Conv1D"
+
+
 def linear_shape(linear: nn.Module) -> tuple[int, int]:
     """(N, K), outputs and inputs, of an nn.Linear or a Conv1D, which keeps its weight the other way."""
     weight = linear.weight

@@ -183,14 +183,14 @@ def test_smoothing_and_fillers(start: tuple[Path, Path], tmp_path: Path) -> None
 
 
 def test_with_adapters_the_reference_is_the_base(start: tuple[Path, Path], tmp_path: Path) -> None:
-    lora = {"enabled": True, "rank": 4, "dropout": 0.2}
+    lora = {"enabled": True, "rank": 4, "dropout": 0.2, "dora": True, "modules_to_save": ["lm_head"]}
     run = prepare(config_of(start, tmp_path / "out", lora=lora), World())
     assert run.teacher is None
     (batch,) = replace_batch(run, batch_size=6)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, item in run.model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lm_head.modules_to_save" in name:
                 item.normal_(std=0.1)
     trained = {name for name, item in run.model.named_parameters() if item.requires_grad}
     run.model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ pytest.importorskip("peft", reason="needs peft (extra train)")
 
 from optc.compiler.analysis.linears import linear_sites
 from optc.compiler.capture import capture_pretrained
-from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.diagnostics import InputError, NoMatchError, UsageError
 from optc.compiler.ir.program import Program
 from optc.passes.quantization.nf4 import QuantizeNf4
 from optc.training.export import SaveConfig, save_trained
-from optc.training.lora import LoraConfig, adapted_linears, apply_lora
+from optc.training.lora import LoraConfig, adapted_linears, apply_lora, merged_state
 from optc.training.nf4_linear import Nf4Linear
 
 IDS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -157,6 +158,97 @@ def test_an_adapter_folder_is_peft_s(tmp_path: Path, base: Any) -> None:
     assert torch.equal(expected(loaded), expected(model))
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dora": {"dora": True},
+    "dora on nf4": {"dora": True, "base": "nf4", "group_size": 32},
+    "rslora": {"rslora": True},
+    "patterns": {"rank_pattern": ("v_proj=2", "*.layers.0.mlp.*=6"), "alpha_pattern": ("v_proj=3.0",)},
+    "a whole head": {"modules_to_save": ("lm_head", "layers.1.input_layernorm")},
+}
+CONV1D: dict[str, dict[str, Any]] = {"plain": {}, "dora": {"dora": True}, "nf4": {"base": "nf4", "group_size": 32}}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [*(("llama", item) for item in OPTIONS.values()), *(("gpt2", item) for item in CONV1D.values())],
+    ids=[*OPTIONS, *(f"gpt2 {name}" for name in CONV1D)],
+)
+def test_options_of_peft(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
+    """transformers loads the merged folder, and peft the adapters, each with the logits that were trained."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = trained(LoraConfig(enabled=True, rank=4, **options), family=family)
+    save_trained(model, source(family), tmp_path / "merged", SaveConfig())
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(expected(read), expected(model), rtol=0, atol=2e-5)
+    model.optc_lora = LoraConfig(enabled=True, rank=4, export="adapters", **options)
+    save_trained(model, source(family), tmp_path / "adapters", SaveConfig())
+    base = make_model(family, attention="sdpa")
+    if options.get("base") == "nf4":
+        dense = apply_lora(make_model(family), LoraConfig(enabled=True, rank=1, base="nf4", group_size=32))
+        base.load_state_dict(merged_state(dense))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = PeftModel.from_pretrained(base, tmp_path / "adapters")
+    torch.testing.assert_close(expected(loaded), expected(model), rtol=0, atol=2e-6)
+
+
+def test_scales_and_ranks_are_peft_s_own() -> None:
+    """What the options mean: shapes of factors, alpha / rank or alpha / sqrt(rank), and what is trained."""
+    from peft import LoraConfig as Peft
+    from peft import PeftModel, get_peft_model
+
+    ours = apply_lora(
+        make_model("llama"),
+        LoraConfig(
+            enabled=True,
+            rank=4,
+            rslora=True,
+            dora=True,
+            rank_pattern=("v_proj=2", "*.layers.0.mlp.*=6"),
+            alpha_pattern=("q_proj=8",),
+            modules_to_save=("lm_head", "embed_tokens"),
+        ),
+    )
+    ranks = {"v_proj": 2, "layers.0.mlp.gate_proj": 6, "layers.0.mlp.up_proj": 6, "layers.0.mlp.down_proj": 6}
+    settings = Peft(
+        r=4,
+        lora_alpha=32,
+        use_rslora=True,
+        use_dora=True,
+        rank_pattern=ranks,
+        alpha_pattern={"q_proj": 8},
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        modules_to_save=["lm_head", "embed_tokens"],
+        task_type="CAUSAL_LM",
+    )
+    theirs: PeftModel = get_peft_model(make_model("llama"), settings)
+    inner = theirs.base_model.model
+    shapes = [
+        {name: (tuple(item.shape), item.requires_grad) for name, item in model.named_parameters()}
+        for model in (ours, inner)
+    ]
+    assert shapes[0] == shapes[1]
+    scales = [{name: dict(layer.scaling) for name, layer in adapted_linears(model)} for model in (ours, inner)]
+    assert scales[0] == scales[1]
+    assert scales[0]["model.layers.0.mlp.up_proj"] == {"default": pytest.approx(32 / 6**0.5)}
+
+
+def test_a_head_that_is_trained_alone_is_no_longer_tied(tmp_path: Path, example_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(example_model, dtype=torch.float32)
+    assert model.config.tie_word_embeddings
+    model = apply_lora(model, LoraConfig(enabled=True, rank=2, modules_to_save=("lm_head",)))
+    model.lm_head.modules_to_save["default"].weight.data.mul_(2)
+    save_trained(model, example_model, tmp_path / "out", SaveConfig())
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert not read.config.tie_word_embeddings
+    assert torch.equal(read.lm_head.weight, 2 * read.model.embed_tokens.weight)
+    torch.testing.assert_close(expected(read), expected(model), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["qwen3", "phi3", "gpt-neox"])
 def test_any_decoder_gets_adapters(family: str) -> None:
     model = trained(LoraConfig(enabled=True, rank=2), 2, family)
@@ -178,6 +270,15 @@ def test_what_cannot_be_adapted_is_refused() -> None:
         apply_lora(model, LoraConfig(enabled=True, base="nf4", group_size=48))
     with pytest.raises(InputError, match="the model has no linear to adapt"):
         apply_lora(nn.Module(), LoraConfig(enabled=True))
+    with pytest.raises(NoMatchError, match=r"lora\.rank_pattern: 'q_prj' matches no weight"):
+        apply_lora(model, LoraConfig(enabled=True, rank_pattern=("q_prj=2",)))
+    with pytest.raises(UsageError, match=r"(?s)unknown module of lora.modules_to_save 'lm_haed'.*lm_head"):
+        apply_lora(model, LoraConfig(enabled=True, modules_to_save=("lm_haed",)))
+    with pytest.raises(UsageError, match=r"trains 'model\.layers\.0\.mlp\.gate_proj' whole, which has an adapter"):
+        apply_lora(model, LoraConfig(enabled=True, modules_to_save=("mlp",)))
+    for key, text in (("rank_pattern", "q_proj"), ("rank_pattern", "q_proj=1.5"), ("alpha_pattern", "q_proj=0")):
+        with pytest.raises(UsageError, match=f"lora.{key} cannot be '{text}'"):
+            LoraConfig(**{key: (text,)})
     with pytest.raises(UsageError, match=r"lora\.rank=0"):
         LoraConfig(rank=0)
     with pytest.raises(InputError, match=r"(?s)K = 3 is odd.*two codes in a byte"):

@@ -64,6 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
     "whole logits": {"loss_chunk": 0},
     "teacher": {"distill": DistillConfig(teacher="self"), "batch_size": 4},
     "lora": {"lora": LoraConfig(enabled=True)},
+    "dora": {"lora": LoraConfig(enabled=True, dora=True, modules_to_save=("lm_head",))},
     "qlora": {"lora": LoraConfig(enabled=True, base="nf4"), "batch_size": 4},
     "qat": {"distill": DistillConfig(teacher="self"), "qat": QatConfig(enabled=True, start="full")},
 }

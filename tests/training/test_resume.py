@@ -92,11 +92,12 @@ def test_resumed_equals_the_whole_run(start: tuple[Path, Path], tmp_path: Path, 
     [
         {"lora": {"enabled": True, "rank": 4, "dropout": 0.1}},
         {"lora": {"enabled": True, "rank": 4, "base": "nf4", "group_size": 16}},
+        {"lora": {"enabled": True, "rank": 4, "dora": True, "modules_to_save": ["lm_head"]}},
         {"qat": {"enabled": True, "group_size": 16}, "distill": {"teacher": "self", "weight": 0.9}},
         {"qat": {"enabled": True, "group_size": 16, "kv_cache": "int8"}},
         {"checkpointing": {"policy": "full"}, "data": {"batching": "tokens"}},
     ],
-    ids=["lora", "qlora", "qat", "qat-kv", "checkpointing"],
+    ids=["lora", "qlora", "dora", "qat", "qat-kv", "checkpointing"],
 )
 def test_what_is_applied_to_a_model_resumes_too(start: tuple[Path, Path], tmp_path: Path, more: dict[str, Any]) -> None:
     config = small_config(*start, tmp_path / "parts", **more)
