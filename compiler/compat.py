@@ -6,6 +6,7 @@ breaks (and is repaired) here.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import operator
@@ -30,9 +31,11 @@ __all__ = [
     "aoti_compile",
     "aoti_constant_names",
     "aoti_errors",
+    "decomposition",
     "deserialize_graph",
     "evaluate_size",
     "export_program",
+    "functional_program",
     "graph_schema",
     "has_inductor_march",
     "inductor_compile",
@@ -279,6 +282,29 @@ def export_program(module: torch.nn.Module, args: tuple[Any, ...], dynamic_shape
         if "Constraints violated" not in str(error):
             raise
         return export(True)
+
+
+def functional_program(exported: ExportedProgram) -> ExportedProgram:
+    """The same program without in-place operators: torch's functionalization, and no other decomposition.
+
+    Composite operators that may return views of their inputs become what they are made of.
+    """
+    return exported.run_decompositions({})
+
+
+@functools.cache
+def _export_decompositions() -> Any:
+    """torch.export's table, which takes a tenth of a second to make."""
+    return torch.export.default_decompositions()
+
+
+def decomposition(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
+    """What computes an ATen operator by others: its own definition, torch.export's table, or torch's; else None."""
+    if op._can_decompose():
+        return op.decompose
+    table = _export_decompositions()
+    found: Callable[..., Any] | None = table[op] if op in table else torch._decomp.decomposition_table.get(op)
+    return found
 
 
 def aoti_compile(exported: ExportedProgram, path: str, configs: dict[str, Any]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
+from optc.compiler.ir.program import Program
 from optc.compiler.ops.packed.onnxruntime import ROUNDS
 from optc.compiler.target.options import CompileOptions
-from optc.compiler.target.target import QuantSupport, Step, StoredWeights, Target
+from optc.compiler.target.target import QuantSupport, Step, StoredWeights, Target, obstacle
 from optc.exporters.onnx import LEGAL, export_onnx
 from optc.exporters.options.onnx import OnnxOptions
 from optc.passes.fusion.attention import FuseAttention
@@ -13,6 +16,8 @@ from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.codes import StoreKVCodes, rounds_keys_and_values
 from optc.passes.kv_cache.static import StaticKVCache
+from optc.passes.legalization.decompose import Decompose
+from optc.passes.legalization.functionalize import Functionalize
 from optc.passes.legalization.ort import LegalizeOrt
 from optc.passes.legalization.ort_nbits import stored_layout
 from optc.passes.legalization.round_activations import RoundActivations
@@ -21,6 +26,7 @@ from optc.targets.methods import WEIGHT_ONLY, head_steps, quantization_steps, st
 
 def _recipe(kind: str, options: CompileOptions) -> list[Step]:
     steps = [
+        Step(Functionalize(), optional=True, when=_writes_in_place),
         Step(FuseAttention(), optional=True),
         Step(FuseRotary(), optional=True),
         Step(FuseNorm(), optional=True),
@@ -33,10 +39,25 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
         steps.append(Step(StaticKVCache(select_logits=True)))
         steps.append(Step(StoreKVCodes(), optional=True, when=rounds_keys_and_values))
         steps.append(Step(MergeProjections(), optional=True))
+    steps.append(Step(Decompose(), optional=True, when=_lacks_operators))
     steps.append(Step(LegalizeOrt(), optional=True))
     if options.of(OnnxOptions).accuracy_level == ROUNDS:  # a model folder may hold quantized weights
         steps.append(Step(RoundActivations(), optional=True))
     return steps
+
+
+def _obstacles(program: Program) -> list[torch._ops.OpOverload]:
+    """The ATen operators of a program that ONNX Runtime cannot run as they are called."""
+    calls = [node for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    return [node.target for node in calls if node.target.namespace == "aten" and obstacle(LEGAL, node) is not None]
+
+
+def _writes_in_place(program: Program) -> bool:
+    return any(target._schema.is_mutable for target in _obstacles(program))
+
+
+def _lacks_operators(program: Program) -> bool:
+    return bool(_obstacles(program))
 
 
 _INTEGERS = QuantSupport(

@@ -22,7 +22,7 @@ from optc.compiler.capture import capture_pretrained
 from optc.compiler.ir.contract import AttentionFacts, Contract, Input, Output, WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import PassContext
-from optc.compiler.target.target import ExportRequest, check_legal
+from optc.compiler.target.target import ExportRequest, check_legal, obstacle
 from optc.targets import find_target
 
 FILES = {"model.onnx": b"graph" * 100, "model.onnx.data": bytes(range(256)) * 40, "ir/00-capture.txt": b"%0"}
@@ -91,7 +91,8 @@ def quick_artifact(target: str, program: Program, folder: Path, *, source: Path 
     """What `optc.compile` writes, without its gate: for tests that compare the numbers themselves."""
     found, made = find_target(target), chosen(target, **options)
     for step in found.recipe(program.contract.kind, made):
-        program = step.rewrite.run(program, PassContext()).program
+        if step.applies(program):
+            program = step.rewrite.run(program, PassContext(obstacle=functools.partial(obstacle, found.legal))).program
     check_legal(program, found)
     with write_folder(folder, force=False) as directory:
         result = found.export(program, ExportRequest(directory=directory, options=made.own, source=source))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
 from optc.compiler.rewriting.passes import PassContext
-from optc.compiler.target.target import ExportRequest, ExportResult, check_legal
+from optc.compiler.target.target import ExportRequest, ExportResult, check_legal, obstacle
 from optc.runtime.sessions.host_cpu import check_cpu
 from optc.targets.onnx_cpu import TARGET
 
 MODEL = "model.onnx"
+CONTEXT = PassContext(obstacle=partial(obstacle, TARGET.legal))
 
 
 def _saturates() -> bool:
@@ -42,7 +44,7 @@ def compiled(program: Program, directory: Path, **options: Any) -> tuple[Program
     """Run the target's recipe without the gate (numbers are compared here) and export."""
     made = chosen(TARGET.name, **options)
     for step in TARGET.recipe(program.contract.kind, made):
-        program = step.rewrite.run(program, PassContext()).program
+        program = step.rewrite.run(program, CONTEXT).program
     check_legal(program, TARGET)
     directory.mkdir(exist_ok=True)
     return program, TARGET.export(program, ExportRequest(directory=directory, options=made.own))
@@ -57,7 +59,7 @@ def gated(program: Program, directory: Path, **options: Any) -> ExportResult:
     """As `compiled`, through the pipeline with its verification and gate."""
     made = chosen(TARGET.name, **options)
     steps = TARGET.recipe(program.contract.kind, made)
-    result = Pipeline(steps).run(program, PipelineOptions())
+    result = Pipeline(steps).run(program, PipelineOptions(context=CONTEXT))
     check_legal(result.program, TARGET)
     directory.mkdir(exist_ok=True)
     return TARGET.export(result.program, ExportRequest(directory=directory, options=made.own))

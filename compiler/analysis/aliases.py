@@ -82,3 +82,33 @@ def _arguments(node: Node) -> Iterator[tuple[Any, Node]]:
         for item in value if isinstance(value, list | tuple) else (value,):
             if isinstance(item, Node):
                 yield argument, item
+
+
+_MAY_SHARE = (*_MAY_ALIAS - {operator.getitem}, aten.einsum.default, aten._unsafe_view.default)
+"""Views, at times, whose schemas do not say so."""
+
+
+def unshared(node: Node) -> str | None:
+    """A predicate for in-place operators: nothing else sees the memory that they write.
+
+    Reads that come later go through the in-place node itself, as torch.export traces them. What
+    cannot be lowered are views: of the written tensor, or a written tensor that is one.
+    """
+    written = node.args[0]
+    if written.op != "call_function" or _shares(written):
+        return "it writes to an input, a weight or a view"
+    if any(_shares(user) or user > node for user in written.users if user is not node):
+        return "it writes to a tensor that has views, or is read later as it was"
+    return None
+
+
+def _shares(node: Node) -> bool:
+    """Whether a node's result may be memory of its input: views, and in-place operators behind views."""
+    if node.target is operator.getitem:  # one of several results
+        return _shares(node.args[0])
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or node.target in _MAY_SHARE:
+        return True
+    if schema.is_mutable:
+        return _shares(node.args[0]) if isinstance(node.args[0], Node) else True
+    return any(item.alias_info is not None for item in schema.returns)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
+from optc.compiler.capture.eval_mode import in_eval_mode
 from optc.compiler.capture.exported import module_contract
 from optc.compiler.capture.proof import prove_module
 from optc.compiler.diagnostics import UsageError
@@ -18,6 +19,7 @@ from optc.compiler.ir.program import Program
 from optc.compiler.settings.fields import check_type
 
 
+@in_eval_mode
 def capture_module(
     module: torch.nn.Module,
     example_inputs: Sequence[Tensor],
@@ -51,7 +53,7 @@ def capture_module(
         )
     dims: dict[str, Any] = {label: Dim(label, min=1) for per in axes.values() for label in per.values()}
     shapes = tuple({axis: dims[label] for axis, label in axes[name].items()} for name in names)
-    exported = run_export(module.eval(), tuple(example_inputs), shapes, where=type(module).__name__)
+    exported = run_export(module, tuple(example_inputs), shapes, where=type(module).__name__)
     contract = module_contract(exported, type(module).__name__, names)
     labels = tuple(
         msgspec.structs.replace(spec, dims=tuple(axes[spec.name].get(axis, size) for axis, size in enumerate(sizes)))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from optc.compiler.capture.attention import NAME, register
+from optc.compiler.capture.eval_mode import in_eval_mode
 from optc.compiler.capture.facts import (
     attention_layers,
     model_facts,
@@ -136,6 +137,7 @@ def capture_pretrained(
     return program, info
 
 
+@in_eval_mode
 def capture_model(
     model: torch.nn.Module, *, attention: str = NAME, prove: bool = True, tokens: Sequence[int] = ()
 ) -> Program:
@@ -172,7 +174,7 @@ def capture_model(
     try:
         if decoder:
             _require_positions(model)
-        offset = position_offset(model.eval())
+        offset = position_offset(model)
         program = _export(model, config, offset)
     except CaptureError as error:
         error.where = error.where or type(model).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,10 @@ def run_export(
     Lazy weights of the module are not read, and are those of the result.
     """
     try:
-        with torch.no_grad(), quick_tracing(), _stand_ins(module) as lazy:
+        with torch.no_grad(), quick_tracing(), _stand_ins(module) as lazy, warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", r"(?s).*_flat_weights.*assigned during export"
+            )  # torch's recurrent layers
             exported = compat.export_program(module, args, dynamic_shapes)
     except torch._dynamo.exc.UserError as error:
         raise CaptureError(
@@ -43,6 +47,35 @@ def run_export(
     for table in (exported.state_dict, exported.constants):
         table.update({name: lazy[id(value)] for name, value in table.items() if id(value) in lazy})
     return exported
+
+
+def functional_export(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program without in-place operators; its failures become CaptureErrors. Lazy weights are not read.
+
+    What it writes into inputs and buffers are further outputs, as torch.export has them.
+    """
+    held = dict(exported.state_dict)
+    lazy: dict[int, Tensor] = {}  # stand-in -> weight; tied ones share it
+    made: dict[int, Tensor] = {}
+    for name, value in held.items():
+        if isinstance(value, LazyWeight):
+            stand_in = made.setdefault(id(value), _without_memory(value))
+            lazy[id(stand_in)] = value
+            exported.state_dict[name] = stand_in
+    try:
+        with torch.no_grad(), quick_tracing():
+            result = compat.functional_program(exported)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise CaptureError(
+            "the program cannot be written without in-place operators",
+            why=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}",
+            remedy="rewrite what writes into tensors in the module, or choose --target inductor-cpu",
+        ) from error
+    finally:
+        exported.state_dict.update(held)
+    for name, value in result.state_dict.items():
+        result.state_dict[name] = lazy.get(id(value), held.get(name, value))
+    return result
 
 
 def _reasons(text: str) -> str:

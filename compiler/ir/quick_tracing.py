@@ -13,7 +13,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -60,6 +60,7 @@ def quick_tracing() -> Iterator[None]:
     forwards_only = hasattr(proxy.TracerBase, "_record_forward_stack_traces_only")  # else more frames are kept
     with (
         quick_shapes(),
+        recurrent_shapes(),
         mock.patch.object(proxy, "CapturedTraceback", _ForwardFrames if forwards_only else proxy.CapturedTraceback),
         mock.patch.multiple(torch.no_grad, __enter__=_enter, __exit__=_leave),
     ):
@@ -68,6 +69,21 @@ def quick_tracing() -> Iterator[None]:
             yield
         finally:
             gc.set_threshold(*before)
+
+
+@contextmanager
+def recurrent_shapes() -> Iterator[None]:
+    """While it is open, lstm, gru and rnn of fake tensors give shapes without being unrolled, whatever their length."""
+    ops = [aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input]
+    keys = (_COMPOSITE, DispatchKey.Autograd)
+    with ExitStack() as stack:
+        for op in ops:
+            rule = _recurrent(op)
+            known = {key: rule for key in keys if key in op.py_kernels}
+            stack.enter_context(mock.patch.dict(op.py_kernels, known))
+            op._dispatch_cache.clear()
+            stack.callback(op._dispatch_cache.clear)
+        yield
 
 
 # -- the rules --------------------------------------------------------------------------------
@@ -160,6 +176,26 @@ def _unary(op: Any) -> Callable[..., Any]:
         with in_kernel_invocation_manager(mode):
             made = op(x, *args, **kwargs)
         return FakeTensor(mode, made, x.fake_device)
+
+    return rule
+
+
+def _recurrent(op: Any) -> Callable[..., Any]:
+    """(x, state(s), weights, has_biases, layers, dropout, train, bidirectional, batch_first) -> output, state(s)."""
+    slow = dict(op.py_kernels)
+
+    def rule(x: Tensor, states: Any, weights: Any, biases: bool, *rest: Any) -> Any:
+        layers, _, train, bidirectional, batch_first = rest
+        sides = 2 if bidirectional else 1
+        plain = len(weights) == (4 if biases else 2) * layers * sides and not train
+        if not isinstance(x, FakeTensor) or x.fake_mode.in_kernel_invocation or not plain:
+            return slow[_COMPOSITE](x, states, weights, biases, *rest)
+        batch, length = (x.shape[0], x.shape[1]) if batch_first else (x.shape[1], x.shape[0])
+        hidden = weights[1].shape[1]
+        with x.fake_mode:
+            out = x.new_empty((batch, length, sides * hidden) if batch_first else (length, batch, sides * hidden))
+            ends = [x.new_empty((layers * sides, batch, hidden)) for _ in range(2 if op is aten.lstm.input else 1)]
+        return (out, *ends)
 
     return rule
 

@@ -54,6 +54,7 @@ class PassContext:
         reference: the program in front of the first lossy pass, for passes that say they need it.
         progress: told (done, total, what) by passes that take long.
         work_dir: where such a pass keeps what it has finished, to continue after a kill.
+        obstacle: says why the target cannot run a call, None where it can; there is none without a target.
     """
 
     seed: int = 0
@@ -61,6 +62,7 @@ class PassContext:
     reference: Program | None = None
     progress: Callable[[int, int, str], None] | None = None
     work_dir: Path | None = None
+    obstacle: Callable[[Node], str | None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,18 +148,27 @@ def check_legal(program: Program, target: Target) -> None:
     check_lowered(program, target.legal, f"target '{target.name}'")
 
 
+NO_LOWERING = "it has no lowering"
+
+
+def obstacle(legal: Mapping[Any, Predicate | None], node: Node) -> str | None:
+    """Why `legal` does not allow a call; None where it does."""
+    if node.target not in legal:
+        return NO_LOWERING
+    predicate = legal[node.target]
+    return predicate(node) if predicate else None
+
+
 def check_lowered(program: Program, legal: Mapping[Any, Predicate | None], what: str) -> None:
     """Raise one TargetError that lists every node that `legal` does not allow, with reasons."""
     problems = []
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target not in legal:
+        reason = obstacle(legal, node)
+        if reason == NO_LOWERING:
             problems.append(f"{node.name}: {node.target} has no lowering")
-            continue
-        predicate = legal[node.target]
-        reason = predicate(node) if predicate else None
-        if reason:
+        elif reason:
             problems.append(f"{node.name}: {node.target}: {reason}")
     if problems:
         raise TargetError(

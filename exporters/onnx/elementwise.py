@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import onnx_ir as ir
@@ -36,6 +35,32 @@ def _rounding(kind: str) -> Lowering:
 def _is_nan(walker: Walker, node: Node) -> ir.Value:
     source = node.args[0].meta["val"].dtype
     return walker.op("IsNaN", [walker.value(node.args[0], source if source.is_floating_point else torch.float32)])
+
+
+def _is_infinite(walker: Walker, node: Node) -> ir.Value:
+    source = node.args[0].meta["val"].dtype
+    return walker.op("IsInf", [walker.value(node.args[0], source if source.is_floating_point else torch.float32)])
+
+
+def _truncated(walker: Walker, node: Node) -> ir.Value:
+    dtype, x = result_dtype(node), walker.value(node.args[0])
+    if not dtype.is_floating_point:
+        return x
+    negative = walker.op("Less", [x, walker.constant(0, dtype)])
+    return walker.op("Where", [negative, walker.op("Ceil", [x]), walker.op("Floor", [x])])
+
+
+def _shifted(before: int, kind: str, after: int) -> Lowering:
+    """log1p, expm1."""
+
+    def lower(walker: Walker, node: Node) -> ir.Value:
+        dtype = result_dtype(node)
+        x = walker.value(node.args[0], dtype)
+        x = walker.op("Add", [x, walker.constant(before, dtype)]) if before else x
+        out = walker.op(kind, [x])
+        return walker.op("Sub", [out, walker.constant(after, dtype)]) if after else out
+
+    return lower
 
 
 def _relu(walker: Walker, node: Node) -> ir.Value:
@@ -169,36 +194,6 @@ def _nothing(walker: Walker, node: Node) -> None:
     """Metadata asserts repeat what the graph's types say."""
 
 
-# Views, at times, whose schemas do not say so
-_MAY_SHARE = (_aten.dropout.default, _aten.type_as.default, _aten.einsum.default, _aten._unsafe_view.default)
-
-
-def unshared(node: Node) -> str | None:
-    """A predicate for in-place operators: nothing else sees the memory that they write.
-
-    Reads that come later go through the in-place node itself, as torch.export traces them. What
-    cannot be lowered are views: of the written tensor, or a written tensor that is one.
-    """
-    written = node.args[0]
-    if written.op != "call_function" or _shares(written):
-        return "it writes to an input, a weight or a view"
-    if any(_shares(user) or user > node for user in written.users if user is not node):
-        return "it writes to a tensor that has views, or is read later as it was"
-    return None
-
-
-def _shares(node: Node) -> bool:
-    """Whether a node's result may be memory of its input: views, and in-place operators behind views."""
-    if node.target is operator.getitem:  # one of several results
-        return _shares(node.args[0])
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or node.target in _MAY_SHARE:
-        return True
-    if schema.is_mutable:
-        return _shares(node.args[0]) if isinstance(node.args[0], Node) else True
-    return any(item.alias_info is not None for item in schema.returns)
-
-
 def _table() -> dict[Any, Lowering]:
     table: dict[Any, Lowering] = {}
 
@@ -214,6 +209,14 @@ def _table() -> dict[Any, Lowering]:
         "Sin",
         "Cos",
         "Tan",
+        "Asin",
+        "Acos",
+        "Atan",
+        "Sinh",
+        "Cosh",
+        "Asinh",
+        "Acosh",
+        "Atanh",
         "Tanh",
         "Erf",
         "Sigmoid",
@@ -227,6 +230,10 @@ def _table() -> dict[Any, Lowering]:
     for kind in ("Floor", "Ceil", "Round"):
         add(_rounding(kind), getattr(_aten, kind.lower()).default)
     add(_is_nan, _aten.isnan.default)
+    add(_is_infinite, _aten.isinf.default)
+    add(_truncated, _aten.trunc.default)
+    add(_shifted(1, "Log", 0), _aten.log1p.default)
+    add(_shifted(0, "Exp", 1), _aten.expm1.default)
     add(_relu, _aten.relu.default, _aten.relu_.default)
     add(_rsqrt, _aten.rsqrt.default)
     add(_square, _aten.square.default)

@@ -1,4 +1,4 @@
-"""Lowerings of linears, norms, embeddings, convolutions and pooling."""
+"""Lowerings of linears, norms, embeddings, convolutions and padding."""
 
 from __future__ import annotations
 
@@ -89,12 +89,40 @@ def _group_norm(walker: Walker, node: Node) -> ir.Value:
 def _batch_norm(walker: Walker, node: Node) -> ir.Value:
     """aten.batch_norm(x, weight, bias, mean, var, training, momentum, eps, cudnn) in eval mode."""
     x, weight, bias, mean, var = node.args[:5]
+    return _normalized(walker, x, weight, bias, mean, var, float(argument(node, 7, "eps", 1e-5)))
+
+
+def _normalized(walker: Walker, x: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float) -> ir.Value:
+    dtype, channels = x.meta["val"].dtype, int(x.meta["val"].shape[1])
+    scale = walker.constant([1.0] * channels, dtype) if weight is None else walker.value(weight)
+    shift = walker.constant([0.0] * channels, dtype) if bias is None else walker.value(bias)
+    inputs = [walker.value(x), scale, shift, walker.value(mean), walker.value(var)]
+    return walker.op("BatchNormalization", inputs, {"epsilon": eps})
+
+
+def _batch_norm_parts(walker: Walker, node: Node) -> tuple[ir.Value, None, None]:
+    """aten._native_batch_norm_legit_no_training(x, weight, bias, mean, var, momentum, eps); nothing reads the others."""
+    x, weight, bias, mean, var, _, eps = node.args
+    return _normalized(walker, x, weight, bias, mean, var, float(eps)), None, None
+
+
+def _instance_norm(walker: Walker, node: Node) -> ir.Value:
+    """aten.instance_norm(x, weight, bias, mean, var, use_input_stats, momentum, eps, cudnn) by its input's statistics."""
+    x, weight, bias = node.args[:3]
     dtype, channels = node.meta["val"].dtype, int(node.meta["val"].shape[1])
     scale = walker.constant([1.0] * channels, dtype) if weight is None else walker.value(weight)
     shift = walker.constant([0.0] * channels, dtype) if bias is None else walker.value(bias)
-    eps = float(argument(node, 7, "eps", 1e-5))
-    inputs = [walker.value(x), scale, shift, walker.value(mean), walker.value(var)]
-    return walker.op("BatchNormalization", inputs, {"epsilon": eps})
+    return walker.op("InstanceNormalization", [walker.value(x), scale, shift], {"epsilon": float(node.args[7])})
+
+
+def own_statistics(node: Node) -> str | None:
+    """A predicate for instance_norm."""
+    return None if node.args[5] else "running statistics are not lowered"
+
+
+def first_alone(node: Node) -> str | None:
+    """A predicate for operators of which only the first result is lowered."""
+    return "only its first result is lowered" if any(user.args[1] for user in node.users if user.users) else None
 
 
 def eval_mode(node: Node) -> str | None:
@@ -107,7 +135,8 @@ def inactive(node: Node) -> str | None:
     return "dropout is active (training mode)" if argument(node, 2, "train", False) else None
 
 
-def _pair(value: Any, rank: int) -> list[int]:
+def pair(value: Any, rank: int) -> list[int]:
+    """One number for each spatial axis, of one number or several."""
     values = [value] if isinstance(value, int) else list(value)
     return [int(item) for item in (values * rank if len(values) == 1 else values)]
 
@@ -117,76 +146,122 @@ def _conv(walker: Walker, node: Node) -> ir.Value:
     rank = node.meta["val"].dim() - 2
     padding = argument(node, 4, "padding", 0)
     attributes: dict[str, Any] = {
-        "strides": _pair(argument(node, 3, "stride", 1), rank),
-        "dilations": _pair(argument(node, 5, "dilation", 1), rank),
+        "strides": pair(argument(node, 3, "stride", 1), rank),
+        "dilations": pair(argument(node, 5, "dilation", 1), rank),
         "group": int(argument(node, 6, "groups", 1)),
     }
     if padding == "same":  # spelled out: ONNX Runtime takes no dilation with auto_pad
         spans = [d * (int(k) - 1) for d, k in zip(attributes["dilations"], weight.meta["val"].shape[2:], strict=True)]
         attributes["pads"] = [span // 2 for span in spans] + [span - span // 2 for span in spans]
     else:
-        attributes["pads"] = _pair(0 if padding == "valid" else padding, rank) * 2
+        attributes["pads"] = pair(0 if padding == "valid" else padding, rank) * 2
     inputs = [walker.value(x), walker.value(weight), None if bias is None else walker.value(bias)]
     return walker.op("Conv", inputs, attributes)
 
 
-def _pool(kind: str) -> Lowering:
-    def lower(walker: Walker, node: Node) -> ir.Value:
-        kernel = _pair(node.args[1], 2)
-        stride = argument(node, 2, "stride", [])
-        attributes: dict[str, Any] = {
-            "kernel_shape": kernel,
-            "strides": _pair(stride or kernel, 2),
-            "pads": _pair(argument(node, 3, "padding", 0), 2) * 2,
-        }
-        if kind == "AveragePool":
-            attributes["ceil_mode"] = int(argument(node, 4, "ceil_mode", False))
-            attributes["count_include_pad"] = int(argument(node, 5, "count_include_pad", True))
-        else:
-            attributes["dilations"] = _pair(argument(node, 4, "dilation", 1), 2)
-            attributes["ceil_mode"] = int(argument(node, 5, "ceil_mode", False))
-        return walker.op(kind, [walker.value(node.args[0])], attributes)
-
-    return lower
+def _transposed(walker: Walker, node: Node, given: tuple[Any, ...]) -> ir.Value:
+    """ConvTranspose of (stride, padding, output_padding, groups, dilation)."""
+    x, weight, bias = (*node.args, None)[:3]
+    rank = node.meta["val"].dim() - 2
+    stride, padding, behind, groups, dilation = given
+    attributes: dict[str, Any] = {
+        "strides": pair(stride, rank),
+        "dilations": pair(dilation, rank),
+        "group": int(groups),
+        "pads": pair(padding, rank) * 2,
+        "output_padding": pair(behind, rank),
+    }
+    inputs = [walker.value(x), walker.value(weight), None if bias is None else walker.value(bias)]
+    return walker.op("ConvTranspose", inputs, attributes)
 
 
-def _adaptive_average(walker: Walker, node: Node) -> ir.Value:
-    return walker.op("GlobalAveragePool", [walker.value(node.args[0])])
+def _conv_transpose(walker: Walker, node: Node) -> ir.Value:
+    names = (("stride", 1), ("padding", 0), ("output_padding", 0), ("groups", 1), ("dilation", 1))
+    given = tuple(argument(node, 3 + place, name, default) for place, (name, default) in enumerate(names))
+    return _transposed(walker, node, given)
 
 
-def to_one(node: Node) -> str | None:
-    """A predicate for adaptive_avg_pool2d: output size 1x1 only."""
-    return None if list(node.args[1]) == [1, 1] else "only an output of 1x1 is lowered"
+def _convolution(walker: Walker, node: Node) -> ir.Value:
+    """aten.convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)."""
+    stride, padding, dilation, transposed, behind, groups = node.args[3:9]
+    if transposed:
+        return _transposed(walker, node, (stride, padding, behind, groups, dilation))
+    x, weight, bias = node.args[:3]
+    rank = node.meta["val"].dim() - 2
+    attributes = {
+        "strides": pair(stride, rank),
+        "dilations": pair(dilation, rank),
+        "group": int(groups),
+        "pads": pair(padding, rank) * 2,
+    }
+    inputs = [walker.value(x), walker.value(weight), None if bias is None else walker.value(bias)]
+    return walker.op("Conv", inputs, attributes)
 
 
 def batched(node: Node) -> str | None:
-    """A predicate for convolutions and pooling: ONNX needs the batch axis."""
-    rank = {"conv1d": 3}.get(node.target._schema.name.removeprefix("aten::"), 4)
+    """A predicate for convolutions: ONNX needs the batch axis."""
+    rank = node.args[1].meta["val"].dim()
     return None if node.meta["val"].dim() == rank else "an input without batch axis is not lowered"
 
 
-def plain_average(node: Node) -> str | None:
-    """A predicate for avg_pool2d: ONNX has no other divisor than the size of the window."""
-    return "divisor_override is not lowered" if argument(node, 6, "divisor_override") else batched(node)
+_PADS = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
 def _pad(walker: Walker, node: Node) -> ir.Value:
-    """pad(x, [left, right, top, bottom, ...]) from the last axis on; negative amounts crop."""
+    """pad(x, [left, right, top, bottom, ...]) from the last axis on; negative amounts crop where the fill is constant."""
     amounts, rank, dtype = list(node.args[1]), node.meta["val"].dim(), node.meta["val"].dtype
     pairs = [(0, 0)] * (rank - len(amounts) // 2) + [tuple(amounts[i : i + 2]) for i in range(0, len(amounts), 2)][::-1]
     pads = walker.sizes([before for before, _ in pairs] + [after for _, after in pairs])
-    fill = walker.value(argument(node, 3, "value") or 0, dtype)
-    return walker.op("Pad", [walker.value(node.args[0]), pads, fill], {"mode": "constant"})
+    mode = _mode(node)
+    place = 3 if node.target is _aten.pad.default else 2
+    fill = [walker.value(argument(node, place, "value") or 0, dtype)] if mode == "constant" else []
+    return walker.op("Pad", [walker.value(node.args[0]), pads, *fill], {"mode": mode})
 
 
-def constant_fill(node: Node) -> str | None:
-    """A predicate for pad."""
-    mode = argument(node, 2, "mode", "constant")
-    return None if mode == "constant" else f"mode {mode!r} is not lowered"
+def _mode(node: Node) -> str:
+    name = node.target._schema.name
+    kind = next(
+        (
+            ours
+            for start, ours in (("aten::reflection", "reflect"), ("aten::replication", "replicate"))
+            if name.startswith(start)
+        ),
+        "constant",
+    )
+    return _PADS[argument(node, 2, "mode", "constant") if node.target is _aten.pad.default else kind]
 
+
+def outwards(node: Node) -> str | None:
+    """A predicate for pad: only a constant fill has negative amounts."""
+    crops = any(not isinstance(item, int) or item < 0 for item in node.args[1])
+    return "negative or computed amounts of this mode are not lowered" if crops and _mode(node) != "constant" else None
+
+
+CONVOLUTIONS = (
+    _aten.conv1d.default,
+    _aten.conv2d.default,
+    _aten.conv3d.default,
+    _aten.conv1d.padding,
+    _aten.conv2d.padding,
+    _aten.conv3d.padding,
+)
+TRANSPOSED = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
+PADS = (
+    _aten.pad.default,
+    _aten.constant_pad_nd.default,
+    _aten.reflection_pad1d.default,
+    _aten.reflection_pad2d.default,
+    _aten.reflection_pad3d.default,
+    _aten.replication_pad1d.default,
+    _aten.replication_pad2d.default,
+    _aten.replication_pad3d.default,
+)
 
 TABLE: dict[Any, Lowering] = {
-    _aten.pad.default: _pad,
+    **dict.fromkeys(PADS, _pad),
+    **dict.fromkeys(CONVOLUTIONS, _conv),
+    **dict.fromkeys(TRANSPOSED, _conv_transpose),
+    _aten.convolution.default: _convolution,
     _aten.linear.default: _linear,
     _aten.matmul.default: _matmul,
     _aten.mm.default: _matmul,
@@ -198,11 +273,6 @@ TABLE: dict[Any, Lowering] = {
     _aten.layer_norm.default: _layer_norm,
     _aten.group_norm.default: _group_norm,
     _aten.batch_norm.default: _batch_norm,
-    _aten.conv1d.default: _conv,
-    _aten.conv2d.default: _conv,
-    _aten.conv1d.padding: _conv,
-    _aten.conv2d.padding: _conv,
-    _aten.max_pool2d.default: _pool("MaxPool"),
-    _aten.avg_pool2d.default: _pool("AveragePool"),
-    _aten.adaptive_avg_pool2d.default: _adaptive_average,
+    _aten._native_batch_norm_legit_no_training.default: _batch_norm_parts,
+    _aten.instance_norm.default: _instance_norm,
 }

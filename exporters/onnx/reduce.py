@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -46,6 +47,25 @@ def _reduce_with_index(kind: str, largest: int) -> Lowering:
         return values, indices
 
     return lower
+
+
+def _variance(walker: Walker, node: Node) -> ir.Value:
+    """var.correction: the mean square around the mean, times n / (n - correction)."""
+    dtype, keep = node.meta["val"].dtype, int(bool(node.kwargs.get("keepdim", False)))
+    axes = _axes(node, argument(node, 1, "dim"))
+    sizes = list(node.args[0].meta["val"].shape)
+    axes = list(range(len(sizes))) if axes is None else axes
+    correction, x, along = node.kwargs.get("correction"), walker.value(node.args[0]), walker.constant(axes)
+    correction = 1.0 if correction is None else float(correction)
+    away = walker.op("Sub", [x, walker.op("ReduceMean", [x, along], {"keepdims": 1})])
+    square = walker.op("ReduceMean", [walker.op("Mul", [away, away]), along], {"keepdims": keep})
+    parts = [walker.op("Shape", [x], {"start": axis, "end": axis + 1}) for axis in axes]
+    count = walker.op("ReduceProd", [walker.op("Concat", parts, {"axis": 0})], {"keepdims": 0})
+    count = walker.cast(count, dtype)
+    less = walker.op(
+        "Max", [walker.op("Sub", [count, walker.constant(correction, dtype)]), walker.constant(0.0, dtype)]
+    )
+    return walker.op("Mul", [square, walker.op("Div", [count, less])])
 
 
 def _any_all(kind: str) -> Lowering:
@@ -119,27 +139,45 @@ def known_depth(node: Node) -> str | None:
 
 
 def _index(walker: Walker, node: Node) -> ir.Value:
-    """x[i, j, ...] with index tensors on the leading axes, broadcast against each other."""
+    """x[..., i, j, ...] with index tensors on axes beside each other, broadcast against each other."""
     x, indices = node.args[:2]
-    given = list(indices)
+    first = next(axis for axis, item in enumerate(indices) if item is not None)
+    given = [item for item in indices[first:] if item is not None]
     if len(given) == 1:
-        return walker.op("Gather", [walker.value(x), walker.value(given[0])], {"axis": 0})
-    places = [walker.value(item, torch.int64) for item in given]
-    total = places[0]
-    for more in places[1:]:
-        total = walker.op("Add", [total, more])
-    shape = walker.op("Shape", [total])
+        return walker.op("Gather", [walker.value(x), walker.value(given[0])], {"axis": first})
+    value, rank, behind = walker.value(x), x.meta["val"].dim(), len(given)
+    if first:  # the indexed axes come to the front, and their result back
+        order = [*range(first, first + behind), *range(first), *range(first + behind, rank)]
+        value = walker.op("Transpose", [value], {"perm": order})
+    out = walker.op("GatherND", [value, places(walker, given)])
+    if not first:
+        return out
+    size, count = node.meta["val"].dim(), node.meta["val"].dim() - (rank - behind)
+    back = [*range(count, count + first), *range(count), *range(count + first, size)]
+    return walker.op("Transpose", [out], {"perm": back})
+
+
+def places(walker: Walker, given: Sequence[Node]) -> ir.Value:
+    """Index tensors, broadcast against each other, as [..., number of indices]."""
+    parts = [walker.value(item, torch.int64) for item in given]
     last = walker.constant([-1])
-    parts = [walker.op("Unsqueeze", [walker.op("Expand", [i, shape]), last]) for i in places]
-    return walker.op("GatherND", [walker.value(x), walker.op("Concat", parts, {"axis": -1})])
+    if len(parts) > 1:
+        total = parts[0]
+        for more in parts[1:]:
+            total = walker.op("Add", [total, more])
+        shape = walker.op("Shape", [total])
+        parts = [walker.op("Expand", [part, shape]) for part in parts]
+    parts = [walker.op("Unsqueeze", [part, last]) for part in parts]
+    return parts[0] if len(parts) == 1 else walker.op("Concat", parts, {"axis": -1})
 
 
-def leading_indices(node: Node) -> str | None:
-    """A predicate for `index`: only integer tensors on the leading axes are lowered."""
+def adjacent_indices(node: Node) -> str | None:
+    """A predicate for `index`: only integer tensors on axes beside each other are lowered."""
+    given = [axis for axis, item in enumerate(node.args[1]) if item is not None]
+    if given != list(range(given[0], given[0] + len(given))):
+        return "indices on both sides of a full slice are not lowered"
     for item in node.args[1]:
-        if item is None:
-            return "an index behind a full slice is not lowered"
-        if item.meta["val"].dtype in (torch.bool, torch.uint8):
+        if item is not None and item.meta["val"].dtype in (torch.bool, torch.uint8):
             return "a boolean index has a data-dependent shape"
     return None
 
@@ -151,10 +189,11 @@ def _table() -> dict[Any, Lowering]:
         (_reduce("ReduceMean"), (_aten.mean.default, _aten.mean.dim)),
         (_reduce("ReduceMax"), (_aten.amax.default, _aten.max.default)),
         (_reduce("ReduceMin"), (_aten.amin.default, _aten.min.default)),
-        (_reduce("ReduceProd"), (_aten.prod.default,)),
+        (_reduce("ReduceProd"), (_aten.prod.default, _aten.prod.dim_int)),
         (_reduce_with_index("ReduceMax", 1), (_aten.max.dim,)),
         (_reduce_with_index("ReduceMin", 0), (_aten.min.dim,)),
-        (_any_all("ReduceMax"), (_aten.any.default, _aten.any.dim)),
+        (_variance, (_aten.var.correction,)),
+        (_any_all("ReduceMax"), (_aten.any.default, _aten.any.dim, _aten.any.dims)),
         (_any_all("ReduceMin"), (_aten.all.default, _aten.all.dim)),
         (_arg("ArgMax"), (_aten.argmax.default,)),
         (_arg("ArgMin"), (_aten.argmin.default,)),

@@ -167,6 +167,13 @@ def _cat(walker: Walker, node: Node) -> ir.Value:
     return walker.op("Concat", [walker.value(item, dtype) for item in parts], {"axis": axis})
 
 
+def _flip(walker: Walker, node: Node) -> ir.Value:
+    axes = [int(axis) % len(_shape(node)) for axis in node.args[1]]
+    bounds = [walker.constant([item] * len(axes)) for item in (-1, -_END)]
+    back = walker.constant([-1] * len(axes))
+    return walker.op("Slice", [walker.value(node.args[0]), *bounds, walker.constant(axes), back])
+
+
 def _stack(walker: Walker, node: Node) -> ir.Value:
     dtype = node.meta["val"].dtype
     axis = int(argument(node, 1, "dim", 0)) % len(_shape(node))
@@ -250,6 +257,7 @@ def _table() -> dict[Any, Lowering]:
         (_select, (_aten.select.int,)),
         (_split, (_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default)),
         (_unbind, (_aten.unbind.int,)),
+        (_flip, (_aten.flip.default,)),
         (_cat, (_aten.cat.default,)),
         (_stack, (_aten.stack.default,)),
         (_sym_size, (_aten.sym_size.int,)),

@@ -8,8 +8,21 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from optc.compiler.analysis.aliases import unshared
 from optc.compiler.target.target import Predicate
-from optc.exporters.onnx import arithmetic, attention, dialect, elementwise, layers, reduce, shape
+from optc.exporters.onnx import (
+    arithmetic,
+    attention,
+    dialect,
+    elementwise,
+    layers,
+    pooling,
+    recurrent,
+    reduce,
+    resize,
+    scatter,
+    shape,
+)
 from optc.exporters.onnx.walker import Lowering
 
 _aten, _optc = torch.ops.aten, torch.ops.optc
@@ -20,6 +33,10 @@ LOWERINGS: dict[Any, Lowering] = {
     **shape.TABLE,
     **reduce.TABLE,
     **layers.TABLE,
+    **pooling.TABLE,
+    **resize.TABLE,
+    **recurrent.TABLE,
+    **scatter.TABLE,
     **attention.TABLE,
     **dialect.TABLE,
 }
@@ -31,29 +48,28 @@ _IN_PLACE = [
 ]
 
 _PREDICATES: dict[Any, Predicate] = {
-    **dict.fromkeys(_IN_PLACE, elementwise.unshared),
+    **dict.fromkeys(_IN_PLACE, unshared),
     _aten.addmm.default: layers.no_scaling,
     _aten.arange.default: shape.no_truncation,
     _aten.arange.start: shape.no_truncation,
     _aten.arange.start_step: shape.no_truncation,
     _aten.batch_norm.default: layers.eval_mode,
     _aten.dropout.default: layers.inactive,
-    _aten.adaptive_avg_pool2d.default: layers.to_one,
-    _aten.avg_pool2d.default: layers.plain_average,
     _aten.chunk.default: shape.known_parts,
     _aten.split.Tensor: shape.known_parts,
-    **dict.fromkeys(
-        (
-            _aten.conv1d.default,
-            _aten.conv2d.default,
-            _aten.conv1d.padding,
-            _aten.conv2d.padding,
-            _aten.max_pool2d.default,
-        ),
-        layers.batched,
-    ),
-    _aten.pad.default: layers.constant_fill,
-    _aten.index.Tensor: reduce.leading_indices,
+    **dict.fromkeys((*layers.CONVOLUTIONS, *layers.TRANSPOSED, _aten.convolution.default), layers.batched),
+    **dict.fromkeys(layers.PADS, layers.outwards),
+    _aten._native_batch_norm_legit_no_training.default: layers.first_alone,
+    _aten.instance_norm.default: layers.own_statistics,
+    **dict.fromkeys(pooling.AVERAGES, pooling.plain_average),
+    **dict.fromkeys(pooling.MAXIMA, pooling.batched),
+    **dict.fromkeys(pooling.ADAPTIVE, pooling.even_windows),
+    **dict.fromkeys(recurrent.TABLE, recurrent.plain_recurrence),
+    _aten.slice_scatter.default: scatter.known_steps,
+    _aten.select_scatter.default: scatter.known_place,
+    **dict.fromkeys(scatter.SCATTERS, scatter.whole_source),
+    _aten.index_put.default: scatter.known_places,
+    _aten.index.Tensor: reduce.adjacent_indices,
     _aten.one_hot.default: reduce.known_depth,
     _optc.attention.default: attention.no_sinks,
     _optc.cached_attention.default: attention.no_sinks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from optc.compiler.pipeline.rerounding import rerounding
 from optc.compiler.pipeline.written_sizes import written_sizes
 from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.settings.fields import check_type
-from optc.compiler.target.target import ExportRequest, ExportResult, check_context, check_legal
+from optc.compiler.target.target import ExportRequest, ExportResult, check_context, check_legal, obstacle
 from optc.compiler.version import version
 from optc.exporters.reports.report import write_report
 from optc.opening import open_written
@@ -259,7 +260,11 @@ def _pipeline_options(
         dump_ir=run.dump_ir,
         work_dir=run.work_dir,
         allow_noop=limits.allow_noop,
-        context=PassContext(seed=limits.seed, calibration=calibration),
+        context=PassContext(
+            seed=limits.seed,
+            calibration=calibration,
+            obstacle=functools.partial(obstacle, resolved.target.legal),
+        ),
         progress=progress,
     )
 

@@ -74,6 +74,8 @@ def quantized(name: str, scheme: str) -> Program:
 def exported(program: Program, folder: Path, **options: Any) -> Program:
     """Through the target's recipe, but for its legalization, which takes `options`; then to disk."""
     for step in TARGET.recipe("decoder", chosen("onnx-cpu", accuracy_level=0))[:-1]:
+        if not step.applies(program):
+            continue
         program = step.rewrite.run(program, PassContext()).program
     program = LegalizeOrt(**options).run(program, PassContext()).program
     check_legal(program, TARGET)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import optc.compiler.ops  # noqa: F401  (registers the dialect)
+from onnx_cases.images import CONVOLUTIONS, PADS, POOLS, RECURRENT, RESIZES, WRITES
 from onnx_cases.layers import DIALECT, LAYERS, REDUCTIONS
 from onnx_cases.pointwise import ARITHMETIC, LOGIC, UNARY
 from onnx_cases.refused import REFUSED, SEVERAL_AXES
@@ -27,6 +28,12 @@ CASES: Cases = {
     **REDUCTIONS,
     **LAYERS,
     **DIALECT,
+    **CONVOLUTIONS,
+    **POOLS,
+    **PADS,
+    **RESIZES,
+    **RECURRENT,
+    **WRITES,
 }
 
 __all__ = ["CASES", "REFUSED", "SEVERAL_AXES", "Case", "name_of"]

@@ -79,6 +79,7 @@ REDUCTIONS: Cases = {
         (lambda x, n: x[torch.arange(x.shape[0]), n], f(), i(3, low=-4, high=4)),
         (lambda x, n: x[torch.arange(x.shape[0])[:, None], n], f(3, 4, 2), i(3, 2, low=0, high=4, dtype=I32)),
         (lambda x, n: x[torch.arange(x.shape[0])[:, None], n, n[:, :1]], i(3, 4, 4), i(3, 2, low=0, high=4)),
+        (lambda x: x[:, [2, 0]], f()), (lambda x: x[:, [[2], [0]], [1, 3, 0]], f(3, 4, 4, 2)),
     ],
 }  # fmt: skip
 

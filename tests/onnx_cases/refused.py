@@ -44,6 +44,9 @@ def _in_place_on_input(x: Tensor) -> Tensor:
 _VIEW = "it writes to an input, a weight or a view"
 _WEIGHT, _IMAGE = f(5, 4), f(3, 4, 9, 8)
 
+_MASK = torch.tensor([[True, False, False, True], [False, False, False, False]])
+_PROJECTED = torch.nn.LSTM(4, 5, proj_size=3, batch_first=True).eval().requires_grad_(False)
+
 REFUSED: dict[str, Case] = {
     f"add_: aten.add_.Tensor: {_VIEW}": (_in_place_on_view, f()),
     f"mul_: aten.mul_.Tensor: {_VIEW}": (lambda x: x.unbind(1)[0].mul_(2), f()),
@@ -72,7 +75,7 @@ REFUSED: dict[str, Case] = {
         lambda x: nn.max_pool2d(x, 2),
         _IMAGE[0],
     ),
-    "adaptive_avg_pool2d: aten.adaptive_avg_pool2d.default: only an output of 1x1 is lowered": (
+    "adaptive_avg_pool2d: aten.adaptive_avg_pool2d.default: windows of different sizes ([9, 8] to [2, 2]) are not lowered": (
         lambda x: nn.adaptive_avg_pool2d(x, 2),
         _IMAGE,
     ),
@@ -84,8 +87,30 @@ REFUSED: dict[str, Case] = {
         lambda x: nn.dropout(x, 0.5, True),
         f(),
     ),
-    "pad: aten.pad.default: mode 'reflect' is not lowered": (lambda x: nn.pad(x, (1, 1), "reflect"), f()),
-    "index: aten.index.Tensor: an index behind a full slice is not lowered": (lambda x: x[:, [0, 2]], f()),
+    "pad: aten.pad.default: negative or computed amounts of this mode are not lowered": (
+        lambda x: nn.pad(x, (-1, 1), "reflect"),
+        f(),
+    ),
+    "index: aten.index.Tensor: indices on both sides of a full slice are not lowered": (
+        lambda x: x[[0, 0], :, [0, 2]],
+        f(3, 4, 4),
+    ),
+    "max_pool2d_with_indices: aten.max_pool2d_with_indices.default: the places of maxima are not lowered": (
+        lambda x: nn.max_pool2d(x, 2, return_indices=True)[1],
+        _IMAGE,
+    ),
+    "select_scatter: aten.select_scatter.default: a place from the end of an axis of any size is not lowered": (
+        lambda x: torch.select_scatter(x, x[0], 0, -1),
+        f(),
+    ),
+    "index_put: aten.index_put.default: values of a number that depends on the data are not lowered": (
+        lambda x: _aten.index_put(x[:2], [_MASK], x[0, :2]),
+        f(),
+    ),
+    "lstm: aten.lstm.input: a projection of the state (proj_size) is not lowered": (
+        lambda x: _PROJECTED(x)[0],
+        f(3, 2, 4),
+    ),
     "attention: optc.attention.default: attention sinks are not lowered": (
         lambda q: _optc.attention(q, q, q, None, _WEIGHT[0], scale=1.0, causal=True, window=0, softcap=0.0),
         f(3, 4, 5, 8),

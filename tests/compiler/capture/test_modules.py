@@ -70,3 +70,14 @@ def test_contexts_without_a_limit(stated: float | None, expected: int) -> None:
         max_position_embeddings = stated
 
     assert stated_context(Config()) == expected
+
+
+def test_training_flags_are_left_as_they_were() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
+    module[0].eval()
+    capture_module(module, (torch.ones(1, 2),))
+    assert [inner.training for inner in module.modules()] == [True, False, True]
+    module.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        capture_module(module, (torch.ones(1, 2),))
+    assert module.training

@@ -129,7 +129,7 @@ def _prepared(program: Program, **options: Any) -> Program:
     """Taken through the recipe of the target, up to the legalization."""
     steps = TARGET.recipe("decoder", chosen("onnx-cpu", **options, accuracy_level=0))
     assert isinstance(steps[-1].rewrite, LegalizeOrt)
-    return run(program, *(step.rewrite for step in steps[:-1])).program
+    return run(program, *(step.rewrite for step in steps[:-1] if step.when is None)).program
 
 
 # -- attention --------------------------------------------------------------------------------
