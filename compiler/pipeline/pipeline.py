@@ -234,11 +234,11 @@ class _Run:
         assert self.first is not None
         assert self.outputs is not None
         outputs = run_probe(after, self.probe)
-        drift = measure(self.outputs, outputs, self.probe.text)
+        drift = measure(self._beside(self.outputs, outputs), outputs, self.probe.text)
         if self.outputs is self.first:
             self.total = drift
         elif self.total is None or not outputs.equals(self.outputs):  # else the losses add up to what they did
-            self.total = measure(self.first, outputs, self.probe.text)
+            self.total = measure(self._beside(self.first, outputs), outputs, self.probe.text)
         total = self.total
         budget = self._budget(rewrite, before)
         verdict = Verdict(rewrite.name, drift, total, budget, compute_dtype(after), rewrite.lossy)
@@ -247,6 +247,12 @@ class _Run:
         verdict.check(self.ledger, self.options.limits, attention_paths(before), rounding)
         self.outputs = outputs
         return verdict
+
+    def _beside(self, earlier: StageRun, outputs: StageRun) -> StageRun:
+        """An earlier stage's run, without what it wrote into inputs where a pass of the recipe leaves them alone."""
+        if outputs.role == "output" and any(step.rewrite.leaves_inputs for step in self.steps):
+            return replace(earlier, logits=earlier.logits[: len(outputs.logits)])
+        return earlier
 
     def _budget(self, rewrite: Pass, before: Program) -> Budget | None:
         """What a pass may cost behind this program; None: it must keep the numbers.

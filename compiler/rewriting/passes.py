@@ -75,6 +75,7 @@ class Pass(ABC):
         restores: whether it brings a lossy program closer to what it was; it adds nothing to what all may lose.
         calibrated: whether it reads `PassContext.calibration`.
         needs_reference: whether it reads `PassContext.reference`.
+        leaves_inputs: whether its program may leave inputs alone that the one before writes into.
     """
 
     name: ClassVar[str]
@@ -82,6 +83,7 @@ class Pass(ABC):
     restores: ClassVar[bool] = False
     calibrated: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False
+    leaves_inputs: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

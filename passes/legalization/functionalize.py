@@ -31,6 +31,7 @@ class Functionalize(Pass):
     """
 
     name: ClassVar[str] = "functionalize"
+    leaves_inputs: ClassVar[bool] = True
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         edited = program.clone()
