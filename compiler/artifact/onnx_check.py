@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optc.compiler.artifact.onnx_schemas import misfit, type_misfit
+from optc.compiler.artifact.onnx_schemas import folded_numbers, inferred, misfit
 from optc.compiler.artifact.publishing import leftovers
 from optc.compiler.diagnostics import ArtifactError, TargetError
 
@@ -65,6 +65,8 @@ _DATA_FIELDS = (
 )
 _EXTERNAL = 1
 _MAX_MODEL = 1 << 28
+_MOST_FOLDED = 1 << 28
+"""Numbers that follow from constants: tables of positions, of a context of a million tokens at most."""
 _MAX_RANK, _MAX_SIZE = 16, 1 << 48
 _REMEDY = "copy the artifact again from where it was made, or compile it again"
 
@@ -144,8 +146,7 @@ def _check(folder: Path, filename: str) -> OnnxSummary:
         _check_node(node, version)
         operators[f"{node.domain}.{node.op_type}".lstrip(".")] += 1
     _check_flow(graph)
-    wrong = type_misfit(model)
-    _require(wrong is None, f"types or shapes do not fit: {wrong}")
+    _check_folding(model)
     return OnnxSummary(
         operators=dict(operators.most_common()),
         inputs=tuple(item.name for item in graph.input),
@@ -220,6 +221,16 @@ def _check_flow(graph: Any) -> None:
             known.add(name)
     for item in graph.output:
         _require(item.name in known, f"output {item.name!r} is never computed")
+
+
+def _check_folding(model: Any) -> None:
+    """Types and shapes fit, and what the engine computes while it opens the model takes bounded memory."""
+    found = inferred(model)
+    _require(not isinstance(found, str), f"types or shapes do not fit: {found}")
+    count = folded_numbers(found)
+    if isinstance(count, str):
+        raise _RefusedError(count)
+    _require(count <= _MOST_FOLDED, f"{count} numbers are computed from constants")
 
 
 # -- tensors -----------------------------------------------------------------------------------

@@ -1,51 +1,91 @@
-"""Nodes of an ONNX graph against the schemas of their operators: number of inputs, which may be left out, types.
+"""Nodes of an ONNX graph against the schemas of their operators: number of inputs, which may be left out, types, attributes.
 
 ONNX Runtime asks its schemas for most of this, and dies of some of what is left: an empty name where an input is required
-is a null pointer in several kernels.
+is a null pointer in several kernels, a number of heads that is 0 or negative a division by zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+MOST = 1 << 31
+"""Beyond any size that an attribute of an operator gives."""
+_FLOAT, _INT, _STRING = 1, 2, 3  # AttributeProto.AttributeType
+_SIZE, _SWITCH = (1, MOST), (0, 1)
+Bounds = tuple[int, int] | int
+"""The least and the most of an integer, or the type of another attribute."""
+
 
 @dataclass(frozen=True)
-class _Arity:
-    """Inputs and outputs of an operator of ONNX Runtime's own, as its documentation has them (ContribOperators.md).
+class _Own:
+    """An operator of ONNX Runtime's own, as its documentation has it (ContribOperators.md).
 
     Attributes:
         required: positions of the inputs that must be there. most: number of inputs. outputs: most outputs.
+        attributes: what it may have. needed: those that it must have.
     """
 
     required: frozenset[int]
     most: int
-    outputs: int = 1
+    outputs: int
+    attributes: Mapping[str, Bounds]
+    needed: frozenset[str]
 
 
-def _arity(required: int | Iterable[int], most: int, outputs: int = 1) -> _Arity:
-    return _Arity(frozenset(range(required) if isinstance(required, int) else required), most, outputs)
+def _own(
+    required: int | Iterable[int], most: int, outputs: int = 1, *, needed: Iterable[str] = (), **attributes: Bounds
+) -> _Own:
+    positions = frozenset(range(required) if isinstance(required, int) else required)
+    return _Own(positions, most, outputs, attributes, frozenset(needed))
 
 
+_CACHE: dict[str, Bounds] = {"k_quant_type": _STRING, "v_quant_type": _STRING, "kv_cache_bit_width": (0, 8)}
 _MICROSOFT = {
-    "BiasGelu": _arity(2, 2),
-    "FastGelu": _arity(1, 2),
-    "FusedMatMul": _arity(2, 2),
-    "Gelu": _arity(1, 1),
-    "GatherBlockQuantized": _arity(3, 4),
-    "GroupQueryAttention": _arity((0, 5, 6), 14, 4),
-    "MatMulBnb4": _arity(3, 3),
-    "MatMulIntegerToFloat": _arity(4, 7),
-    "MatMulNBits": _arity(3, 6),
-    "MultiHeadAttention": _arity(1, 10, 4),
-    "QuickGelu": _arity(1, 1),
-    "RotaryEmbedding": _arity(4, 4),
-    "SkipLayerNormalization": _arity(3, 5, 4),
-    "SkipSimplifiedLayerNormalization": _arity(3, 4, 4),
+    "BiasGelu": _own(2, 2),
+    "FastGelu": _own(1, 2),
+    "FusedMatMul": _own(
+        2, 2, alpha=_FLOAT, transA=_SWITCH, transB=_SWITCH, transBatchA=_SWITCH, transBatchB=_SWITCH
+    ),
+    "Gelu": _own(1, 1),
+    "GatherBlockQuantized": _own(
+        3, 4, bits=(2, 8), block_size=_SIZE, gather_axis=(-MOST, MOST), quantize_axis=(-MOST, MOST)
+    ),
+    "GroupQueryAttention": _own(
+        (0, 5, 6), 14, 4, needed=("num_heads", "kv_num_heads"), num_heads=_SIZE, kv_num_heads=_SIZE, scale=_FLOAT,
+        softcap=_FLOAT, local_window_size=(-1, MOST), do_rotary=_SWITCH, rotary_interleaved=_SWITCH,
+        smooth_softmax=(-1, 1), qk_output=(0, 2), **_CACHE,
+    ),
+    "MatMulBnb4": _own(
+        3, 3, needed=("K", "N", "block_size", "quant_type"), K=_SIZE, N=_SIZE, block_size=_SIZE, quant_type=_SWITCH,
+        training_mode=_SWITCH, transB=_SWITCH,
+    ),
+    "MatMulIntegerToFloat": _own(4, 7),
+    "MatMulNBits": _own(
+        3, 6, needed=("K", "N", "block_size"), K=_SIZE, N=_SIZE, bits=(2, 8), block_size=_SIZE, accuracy_level=(0, 4),
+        weight_prepacked=(0, 2),
+    ),
+    "MultiHeadAttention": _own(
+        1, 10, 4, needed=("num_heads",), num_heads=_SIZE, mask_filter_value=_FLOAT, scale=_FLOAT, unidirectional=_SWITCH
+    ),
+    "QuickGelu": _own(1, 1, alpha=_FLOAT),
+    "RotaryEmbedding": _own(
+        4, 4, interleaved=_SWITCH, is_packed_batching=_SWITCH, num_heads=(0, MOST), rotary_embedding_dim=(0, MOST),
+        scale=_FLOAT,
+    ),
+    "SkipLayerNormalization": _own(3, 5, 4, epsilon=_FLOAT),
+    "SkipSimplifiedLayerNormalization": _own(3, 4, 4, epsilon=_FLOAT),
+}  # fmt: skip
+_OWN_STANDARD = {
+    "SimplifiedLayerNormalization": _own(2, 2, 2, axis=(-MOST, MOST), epsilon=_FLOAT, stash_type=(0, MOST))
 }
-_OWN_STANDARD = {"SimplifiedLayerNormalization": _arity(2, 2, 2)}
 """Operators that ONNX Runtime keeps in the standard domain, where ONNX has none of the name."""
+_COUNTS = frozenset((
+    "blocksize", "dilations", "group", "kernel_shape", "kv_num_heads", "num_groups", "num_outputs", "q_num_heads", "strides",
+))  # fmt: skip
+"""Attributes of standard operators that kernels divide by: 1 or more."""
 
 
 def misfit(node: Any, version: int) -> str | None:
@@ -56,7 +96,7 @@ def misfit(node: Any, version: int) -> str | None:
     """
     own = _MICROSOFT.get(node.op_type) if node.domain else _OWN_STANDARD.get(node.op_type)
     if own is not None:
-        return _arity_misfit(node, own)
+        return _own_misfit(node, own)
     import onnx
 
     try:
@@ -66,14 +106,25 @@ def misfit(node: Any, version: int) -> str | None:
     return _standard_misfit(node, schema, onnx.defs.OpSchema.FormalParameterOption)
 
 
-def _arity_misfit(node: Any, arity: _Arity) -> str | None:
-    if len(node.input) > arity.most or not 0 < len(node.output) <= arity.outputs:
+def _own_misfit(node: Any, own: _Own) -> str | None:
+    if len(node.input) > own.most or not 0 < len(node.output) <= own.outputs:
         return f"{len(node.input)} inputs and {len(node.output)} outputs"
     given = {position for position, name in enumerate(node.input) if name}
-    missing = sorted(arity.required - given)
+    missing = sorted(own.required - given)
     if missing:
         return f"its input {missing[0]} is missing"
-    return None if node.output[0] else "its first output has no name"
+    if not node.output[0]:
+        return "its first output has no name"
+    for attribute in node.attribute:
+        bounds = own.attributes.get(attribute.name)
+        if bounds is None:
+            return f"it has an attribute {attribute.name!r}"
+        if attribute.type != (bounds if isinstance(bounds, int) else _INT):
+            return f"its attribute {attribute.name!r} has another type"
+        if not isinstance(bounds, int) and not bounds[0] <= attribute.i <= bounds[1]:
+            return f"its attribute {attribute.name!r} is {attribute.i}"
+    lacking = sorted(own.needed - {attribute.name for attribute in node.attribute})
+    return f"it lacks the attribute {lacking[0]!r}" if lacking else None
 
 
 def _standard_misfit(node: Any, schema: Any, option: Any) -> str | None:
@@ -91,20 +142,44 @@ def _standard_misfit(node: Any, schema: Any, option: Any) -> str | None:
             return f"it has an attribute {attribute.name!r}"
         if attribute.type != int(known[attribute.name].type):
             return f"its attribute {attribute.name!r} has another type"
+        numbers = [attribute.i] if attribute.type == _INT else attribute.ints
+        if attribute.name in _COUNTS and not all(1 <= number <= MOST for number in numbers):
+            return f"its attribute {attribute.name!r} is {list(numbers)[:8]}"
     given = {attribute.name for attribute in node.attribute}
     lacking = sorted(name for name, attribute in known.items() if attribute.required and name not in given)
     return f"it lacks the attribute {lacking[0]!r}" if lacking else None
 
 
-def type_misfit(model: Any) -> str | None:
-    """What the inference of types and shapes refuses about a graph whose nodes fit their schemas; None where it goes through.
+def inferred(model: Any) -> Any:
+    """A graph whose nodes fit their schemas, with the types and shapes that follow; a string says why they do not.
 
     Operators that ONNX does not know are passed over.
     """
     import onnx
 
     try:
-        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=False)
+        return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=False)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError, TypeError) as error:
         return " ".join(str(error).split())[:300]
-    return None
+
+
+def folded_numbers(model: Any) -> int | str:
+    """How many numbers an engine computes when it opens an inferred graph: values that follow from constants alone, which
+    it folds. A string names one whose size does not follow.
+    """
+    graph = model.graph
+    fed = {item.name for item in graph.input}
+    constant = {tensor.name for tensor in graph.initializer if tensor.name not in fed}
+    known = [*graph.value_info, *graph.output]
+    shapes = {item.name: item.type.tensor_type.shape for item in known if item.type.tensor_type.HasField("shape")}
+    total = 0
+    for node in graph.node:
+        if not all(name in constant for name in node.input if name):
+            continue
+        for name in filter(None, node.output):
+            shape = shapes.get(name)
+            if shape is None or not all(dim.HasField("dim_value") for dim in shape.dim):
+                return f"the size of {name!r}, which is computed from constants, does not follow"
+            constant.add(name)
+            total += math.prod(dim.dim_value for dim in shape.dim)
+    return total

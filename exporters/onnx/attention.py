@@ -24,8 +24,11 @@ def _heads_repeated(walker: Walker, value: ir.Value, node: Node, heads: int) -> 
 
 
 def _places(walker: Walker, count: ir.Value) -> ir.Value:
-    """0, 1, ... count - 1 for a size [1]."""
-    end = walker.op("Squeeze", [count, walker.constant([0])])
+    """0, 1, ... count - 1 for a size [1]. A fixed size stands in the graph, where `check_onnx` bounds it."""
+    if count.const_value is not None:
+        end = walker.constant(int(count.const_value.numpy()[0]))
+    else:
+        end = walker.op("Squeeze", [count, walker.constant([0])])
     return walker.op("Range", [walker.constant(0), end, walker.constant(1)])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from onnx import TensorProto, helper
 
-from optc.compiler.artifact.onnx_schemas import misfit, type_misfit
+from optc.compiler.artifact.onnx_schemas import folded_numbers, inferred, misfit
 
 FLOAT = TensorProto.FLOAT
 
@@ -16,13 +16,15 @@ def node(op: str, inputs: str, outputs: str = "y", domain: str = "", **attribute
 
 
 MS = "com.microsoft"
+SIZES = {"K": 64, "N": 8, "block_size": 32}
+HEADS = {"num_heads": 2, "kv_num_heads": 1}
 CASES = {
     "fits": (node("Add", "a,b"), None),
     "an optional input left out": (node("Clip", "a,,b"), None),
     "a variable number": (node("Concat", "a,b,c", axis=0), None),
-    "own operator": (node("MatMulNBits", "a,b,c", domain=MS), None),
-    "own operator, optional left out": (node("MatMulNBits", "a,b,c,,,d", domain=MS), None),
-    "packed query": (node("GroupQueryAttention", "q,,,k,v,s,t", "a,b,c", domain=MS), None),
+    "own operator": (node("MatMulNBits", "a,b,c", domain=MS, **SIZES, bits=4), None),
+    "own operator, optional left out": (node("MatMulNBits", "a,b,c,,,d", domain=MS, **SIZES), None),
+    "packed query": (node("GroupQueryAttention", "q,,,k,v,s,t", "a,b,c", domain=MS, **HEADS), None),
     "too few": (node("Add", "a"), "1 inputs and 1 outputs"),
     "too many": (node("Add", "a,b,c"), "3 inputs and 1 outputs"),
     "an empty name": (node("Add", "a,"), "its input 1 (B) is missing"),
@@ -37,6 +39,25 @@ CASES = {
     "own operator with more": (node("MatMulBnb4", "a,b,c,d", domain=MS), "4 inputs and 1 outputs"),
     "own operator without lengths": (node("GroupQueryAttention", "q,k,v", "a", domain=MS), "its input 5 is missing"),
     "own operator, no name": (node("Gelu", "a", "", domain=MS), "1 inputs and 0 outputs"),
+    "own operator, a number below its bounds": (
+        node("GroupQueryAttention", "q,,,k,v,s,t", domain=MS, **HEADS | {"kv_num_heads": -1}),
+        "its attribute 'kv_num_heads' is -1",
+    ),
+    "own operator, a number beyond": (
+        node("MatMulNBits", "a,b,c", domain=MS, **SIZES, bits=9),
+        "its attribute 'bits' is 9",
+    ),
+    "own operator, an unknown attribute": (node("Gelu", "a", domain=MS, evil=1), "it has an attribute 'evil'"),
+    "own operator, another type": (
+        node("SkipLayerNormalization", "a,b,c", domain=MS, epsilon=1),
+        "its attribute 'epsilon' has another type",
+    ),
+    "own operator, an attribute that is missing": (
+        node("MatMulNBits", "a,b,c", domain=MS, K=64, N=8),
+        "it lacks the attribute 'block_size'",
+    ),
+    "a step of 0": (node("MaxPool", "a", kernel_shape=[2, 2], strides=[1, 0]), "its attribute 'strides' is [1, 0]"),
+    "no groups": (node("Conv", "a,b", group=0), "its attribute 'group' is [0]"),
     "an operator of later versions": (node("RMSNormalization", "a,b"), "operator set 17 has no such operator"),
 }
 
@@ -56,6 +77,39 @@ def test_types() -> None:
         graph = helper.make_graph([node("Add", "a,b")], "g", inputs, [helper.make_tensor_value_info("y", FLOAT, [2])])
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)])
 
-    assert type_misfit(model(FLOAT)) is None
-    assert "type" in str(type_misfit(model(TensorProto.INT64)))
-    assert type_misfit(model(0)) is not None
+    assert not isinstance(inferred(model(FLOAT)), str)
+    assert "type" in inferred(model(TensorProto.INT64))
+    assert isinstance(inferred(model(0)), str)
+
+
+@pytest.mark.parametrize(
+    ("limit", "fed", "expected"),
+    [
+        (1000, False, 2000),
+        (1 << 40, False, 2 << 40),
+        (1000, True, 0),  # an initializer of an input's name is no constant
+    ],
+)
+def test_what_is_folded(limit: int, fed: bool, expected: int) -> None:
+    """Range and Cast of constants are computed when the model is opened; what depends on an input is not."""
+    nodes = [node("Range", "zero,limit,one", "r"), node("Cast", "r", "c", to=FLOAT), node("Add", "c,x", "y")]
+    values = {"zero": 0, "limit": limit, "one": 1}
+    tensors = [helper.make_tensor(name, TensorProto.INT64, [], [value]) for name, value in values.items()]
+    inputs = [helper.make_tensor_value_info("x", FLOAT, ["n"])]
+    inputs += [helper.make_tensor_value_info("limit", TensorProto.INT64, [])] if fed else []
+    outputs = [helper.make_tensor_value_info("y", FLOAT, ["n"])]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, tensors)
+    found = inferred(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)]))
+    assert folded_numbers(found) == expected
+
+
+def test_a_size_that_does_not_follow() -> None:
+    """The limit is a sum of constants, which the inference does not compute."""
+    nodes = [node("Add", "limit,limit", "sum"), node("Range", "zero,sum,one", "r"), node("Add", "r,x", "y")]
+    tensors = [helper.make_tensor(name, TensorProto.INT64, [], [1]) for name in ("zero", "limit", "one")]
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes, "g", [info("x", TensorProto.INT64, ["n"])], [info("y", TensorProto.INT64, ["n"])], tensors
+    )
+    found = inferred(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)]))
+    assert "'r'" in str(folded_numbers(found))
