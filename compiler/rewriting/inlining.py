@@ -21,7 +21,12 @@ class InliningError(Exception):
 
 
 def inline_call(
-    program: Program, node: Node, function: Callable[..., Any], *extra: Node, composite: bool = True
+    program: Program,
+    node: Node,
+    function: Callable[..., Any],
+    *extra: Node,
+    composite: bool = True,
+    any_size: bool = False,
 ) -> Node | None:
     """Trace `function(*extra, *node.args, **node.kwargs)` and put its operators in place of `node`.
 
@@ -33,12 +38,13 @@ def inline_call(
             (getitem); must not branch on data.
         extra: further values of the graph, passed before the node's own arguments.
         composite: keep ATen's composite operators (linear, conv2d) as they are called; else their parts are traced.
+        any_size: refuse a trace that holds for some sizes only.
 
     Returns:
         The node that stands in place of `node`; None for several.
 
     Raises:
-        InliningError: the function branches on a symbolic size, or calls torch's `prims`. The graph is as it was.
+        InliningError: with `any_size` the function branches on a symbolic size; or it calls torch's `prims`. The graph is as it was.
     """
     flat, spec = pytree.tree_flatten(((*extra, *node.args), dict(node.kwargs)))
     places = [index for index, item in enumerate(flat) if isinstance(item, Node)]
@@ -55,7 +61,7 @@ def inline_call(
     guards = 0 if mode.shape_env is None else len(mode.shape_env.guards)
     with mode, torch.no_grad():
         traced = make_fx(call, pre_dispatch=composite)(*(flat[place].meta["val"] for place in places))
-    if mode.shape_env is not None and len(mode.shape_env.guards) > guards:
+    if any_size and mode.shape_env is not None and len(mode.shape_env.guards) > guards:
         raise InliningError(f"it depends on sizes: {mode.shape_env.guards[guards].expr}")
     prims = next((item.target for item in traced.graph.nodes if getattr(item.target, "namespace", "") == "prims"), None)
     if prims is not None:

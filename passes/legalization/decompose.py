@@ -77,7 +77,7 @@ def _decomposed(program: Program, node: Node) -> Miss | None:
     if function is None:
         return Miss(node.name, f"{node.target} has no decomposition")
     try:
-        inline_call(program, node, function, composite=False)
+        inline_call(program, node, function, composite=False, any_size=True)
     except (InliningError, OptcError, RuntimeError, NotImplementedError, ValueError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return Miss(node.name, f"{node.target} cannot be decomposed: {reason}")
