@@ -30,7 +30,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
     Accuracy level 4, the default of quantized programs, rounds activations to int8 in a stage of its own, so that
     the gate sees what it costs; below 4 they are left as they are.
     """
-    steps = [Step(FuseAttention(), optional=True)] if kind == "module" else []
+    steps = [Step(FuseAttention(), optional=True)] if kind in ("module", "graph") else []
     if options.quantization is not None:
         steps += [
             Step(FuseNorm(), optional=True),

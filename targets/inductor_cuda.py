@@ -7,6 +7,7 @@ from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.inductor.cuda import LEGAL, export_cuda
 from optc.exporters.options.inductor import CudaOptions
+from optc.passes.fusion.attention import FuseAttention
 from optc.passes.fusion.decode import FuseDecode
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
@@ -24,9 +25,19 @@ _BITS = (4, 8)
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
     """fuse norms and rotations -> [quantize] -> [quantize-head] -> page -> [Medusa heads] -> merge -> fuse-decode -> legalize.
 
+    A graph of torch.compile: fuse attention -> legalize; Inductor fuses the rest.
+
     Raises:
-        TargetError: the model is no decoder.
+        TargetError: the model is no decoder; a graph is to be quantized.
     """
+    if kind == "graph":
+        if options.quantization is not None:
+            raise TargetError(
+                "target 'inductor-cuda' does not quantize graphs of torch.compile",
+                why="its packed products take the flattened tokens of decoders with a paged KV cache",
+                remedy="leave quant out; optc.optimize and optc.compile take whole decoders",
+            )
+        return [Step(FuseAttention(), optional=True), Step(LegalizeCuda(), optional=True)]
     if kind != "decoder":
         raise TargetError(
             f"target 'inductor-cuda' takes decoders, not a model of kind '{kind}'",

@@ -99,6 +99,7 @@ def module_contract(exported: ExportedProgram, where: str, names: Sequence[str] 
     Raises:
         CaptureError: see `capture_exported`.
     """
+    _check_calls(exported, where)
     check_outputs(exported, where)
     placeholders = {node.name: node for node in exported.graph.nodes if node.op == "placeholder"}
     inputs = []
@@ -127,6 +128,22 @@ def module_contract(exported: ExportedProgram, where: str, names: Sequence[str] 
         layers=attention_layers(exported),
         sources={name: (name,) for name in exported.state_dict},
     )
+
+
+def _check_calls(exported: ExportedProgram, where: str) -> None:
+    """A program is one graph of operators.
+
+    Raises:
+        CaptureError: a call runs another graph.
+    """
+    for node in exported.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(
+                "the graph runs another graph inside",
+                where=f"{where}, {node.name}",
+                why=f"'{node.target}' is no operator: it stands for a region with autocast, or for control flow",
+                remedy="instead of autocast convert the model (model.to(torch.bfloat16)); leave control flow out",
+            )
 
 
 def check_outputs(exported: ExportedProgram, where: str) -> None:

@@ -112,8 +112,8 @@ class Target:
 
     Attributes:
         legal: operator -> predicate (or None when every use of it is legal).
-        recipe: the default passes for a kind of model ("decoder", "encoder", "module") and options; says nothing of
-            the machine.
+        recipe: the default passes for a kind of model ("decoder", "encoder", "module"), or for a "graph" of
+            torch.compile, and options; says nothing of the machine.
         export: writes the legalized Program.
         keeps_dtype: the compute type is the source's where the request names none and `dtypes` has it; else the first.
         options: the struct of the target's own options.

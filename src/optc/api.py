@@ -215,18 +215,23 @@ def _refuse_dtype(model: Model, resolved: Resolved) -> None:
 
 
 def run_passes(
-    captured: Captured, resolved: Resolved, progress: Progress | None, seconds: dict[str, float]
+    captured: Captured,
+    resolved: Resolved,
+    progress: Progress | None,
+    seconds: dict[str, float],
+    kind: str | None = None,
 ) -> PipelineResult:
     """The recipe on the device that was asked for; what the target cannot run is refused.
 
     Args:
+        kind: of the recipe; None takes the program's own.
         seconds: gets the times of "move" and "passes".
     """
     begin = time.perf_counter()
     program = to_device(captured.program, resolved.device)
     seconds["move"] = time.perf_counter() - begin
     resolved = settled(resolved, program)
-    steps = recipe_steps(resolved, program.contract.kind)
+    steps = recipe_steps(resolved, kind or program.contract.kind)
     calibration = None
     if any(step.rewrite.calibrated for step in steps):
         calibration = make_calibration(program, captured.info, resolved.request)

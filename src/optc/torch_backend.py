@@ -176,7 +176,7 @@ class CompiledGraph:
         with outside_dynamo():
             assert self._captured.program.proof is not None
             captured = Captured(program, None, [], self._captured.program.proof)
-            result = run_passes(captured, self._resolved, None, {})
+            result = run_passes(captured, self._resolved, None, {}, kind="graph")
             allowed = self._resolved.request.gate.max_relative_error or 0.0
             own = TOLERANCE[compute_dtype(result.program)]
             tolerance = widened(own, ROUNDED_TOLERANCE, result.program, rerounding(result.records), allowed)

@@ -18,9 +18,14 @@ from torch import Tensor, nn
 
 import optc
 from optc import torch_backend
+from optc.api import run_passes
+from optc.capturing import Captured
+from optc.compiler.capture.dynamo import capture_graph
 from optc.compiler.diagnostics import GateError, OptcError, TargetError, UsageError
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.request import from_python
+from optc.resolving import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +57,17 @@ class _Net(nn.Module):
 
     def forward(self, x: Tensor, count: int = 2) -> tuple[Tensor, int]:
         return self.down(torch.relu(self.up(x)))[:, :count], 3 * x.shape[0]
+
+
+class _Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(64, 192, bias=False), nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, 32)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        heads = torch.softmax(q @ k.transpose(-1, -2) / 32**0.5, -1) @ v
+        return self.out(heads.transpose(1, 2).flatten(2))
 
 
 def same(compiled: Any, module: nn.Module, *call: Any, atol: float = 1e-5) -> None:
@@ -156,6 +172,35 @@ def test_training_is_refused() -> None:
     error = raised(nn.Linear(4, 4), torch.randn(2, 4))
     assert isinstance(error, TargetError)
     assert "does not train" in error.what
+
+
+def test_the_passes_for_a_gpu_keep_the_numbers() -> None:
+    """Without a GPU: operators run by their references, and the last stage is one that Inductor takes there."""
+    found: list[Any] = []
+
+    def backend(graph: Any, examples: list[Any]) -> Any:
+        captured = capture_graph(graph, examples)
+        assert captured.program.proof is not None
+        start = Captured(captured.program, None, [], captured.program.proof)
+        found.append(run_passes(start, resolve(from_python("inductor-cuda")), None, {}, kind="graph"))
+        with pytest.raises(TargetError, match="does not quantize graphs"):
+            run_passes(start, resolve(from_python("inductor-cuda", quant="int8")), None, {}, kind="graph")
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(_Attends().eval(), backend=backend)(torch.randn(2, 6, 64))
+    assert {row.name: row.matched for row in found[0].records}["fuse-attention"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_on_a_gpu(graphs: list[torch_backend.CompiledGraph]) -> None:
+    module = _Attends().eval().to("cuda", torch.bfloat16)
+    x = torch.randn(2, 6, 64, dtype=torch.bfloat16, device="cuda")
+    with torch.inference_mode():
+        found, expected = torch.compile(module, backend="optc")(x), module(x)
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
+    assert {row.name: row.matched for row in graphs[0].passes}["fuse-attention"] == 1
 
 
 def test_the_name_is_known_where_no_metadata_is_installed() -> None:

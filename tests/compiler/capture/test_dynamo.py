@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from optc.compiler.capture.dynamo import CapturedGraph, capture_graph
 from optc.compiler.capture.size_guards import SizeGuards
-from optc.compiler.diagnostics import TargetError
+from optc.compiler.diagnostics import CaptureError, TargetError
 from optc.compiler.rewriting.passes import PassContext
 from optc.passes.fusion.attention import FuseAttention
 
@@ -124,6 +124,29 @@ def test_training_is_refused() -> None:
         return graph.forward
 
     torch.compile(nn.Linear(4, 4), backend=backend)(torch.randn(2, 4))
+
+
+class _Autocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    "call", [_Autocast(), lambda x: torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))]
+)
+def test_graphs_inside_of_graphs_are_refused(call: Callable[..., Any]) -> None:
+    def backend(graph: GraphModule, examples: list[Any]) -> Any:
+        with pytest.raises(CaptureError, match="runs another graph inside"):
+            capture_graph(graph, examples)
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(call, backend=backend)(torch.randn(2, 4))
 
 
 def test_numbers_below_zero_that_change_are_refused() -> None:
