@@ -41,6 +41,8 @@ class Engine:
         runner: "module:function" of (folder, manifest) -> a function of a program's inputs, flat tensors, to its outputs:
             what was written, without a session, for the check before an artifact is published; None where the exporter
             itself opens what it wrote.
+        caller: "module:function" of (folder, manifest, SessionOptions) -> a function of the inputs of an encoder or a
+            module, as contiguous arrays in order, to its outputs; None where optc has no way to call such artifacts.
         package: the installed distribution that the runner calls, whose version the check records; "" for none.
         opens_instead: what the runner opens where that is not what users run; "" where it is.
         device: where it runs, which is where a check of a host looks for memory; "target": as the target says.
@@ -58,6 +60,7 @@ class Engine:
     name: str
     session: str
     runner: str | None = None
+    caller: str | None = None
     package: str = ""
     opens_instead: str = ""
     device: Literal["target", "cpu", "cuda"] = "target"
@@ -78,6 +81,11 @@ class Engine:
         """Call what `runner` names."""
         assert self.runner is not None
         return _resolve(self.runner)(*arguments)
+
+    def open_caller(self, *arguments: Any) -> Any:
+        """Call what `caller` names."""
+        assert self.caller is not None
+        return _resolve(self.caller)(*arguments)
 
     def check_opened(self, *arguments: Any) -> None:
         """Call what `check` names."""
@@ -101,6 +109,7 @@ ONNX = Engine(
     name="onnx",
     session="optc.runtime.sessions.onnx_artifact:open_artifact",
     runner="optc.runtime.sessions.onnx_artifact:open_runner",
+    caller="optc.runtime.sessions.onnx_artifact:open_caller",
     package="onnxruntime",
     check="optc.runtime.sessions.onnx_artifact:check_files",
     bundle="optc.exporters.bundle.engines:GENAI",
@@ -110,6 +119,7 @@ ONNX = Engine(
 AOTINDUCTOR = Engine(
     name="aotinductor",
     session="optc.runtime.sessions.package:open_artifact",
+    caller="optc.runtime.sessions.package:open_caller",
     check="optc.runtime.sessions.package:check_files",
     bundle="optc.exporters.bundle.engines:AOTINDUCTOR",
     facts=PackageFacts,

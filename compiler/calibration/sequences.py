@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optc.compiler.calibration.examples import Examples
 from optc.compiler.diagnostics import InputError
 
 _SHORTEST = 16  # tokens of a sequence: below this, attention has nothing to look at
@@ -15,23 +16,27 @@ _SHORTEST = 16  # tokens of a sequence: below this, attention has nothing to loo
 
 @dataclass(frozen=True)
 class Calibration:
-    """Token sequences of one length.
+    """Token sequences of one length; of a plain module its inputs.
 
     Attributes:
-        tokens: int64 [samples, length].
+        tokens: int64 [samples, length], or `Examples`.
         source: what they were cut from, for people.
     """
 
-    tokens: Tensor
+    tokens: Tensor | Examples
     source: str = ""
 
     @property
     def digest(self) -> str:
         """sha256 of shape and tokens: equal digests calibrate alike."""
+        if isinstance(self.tokens, Examples):
+            return hashlib.sha256(self.tokens.data()).hexdigest()
         data = self.tokens.contiguous().numpy().tobytes()
         return hashlib.sha256(str(tuple(self.tokens.shape)).encode() + data).hexdigest()
 
     def __repr__(self) -> str:
+        if isinstance(self.tokens, Examples):
+            return f"Calibration({self.tokens.numel()} rows of {self.source}, {self.digest[:12]})"
         samples, length = self.tokens.shape
         return f"Calibration({samples} x {length} tokens of {self.source}, {self.digest[:12]})"
 

@@ -15,6 +15,7 @@ from optc.compiler import compat
 from optc.compiler.artifact.engines import AOTINDUCTOR
 from optc.compiler.diagnostics import ResourceError, TargetError, os_errors
 from optc.compiler.formats.safetensors_header import read_header
+from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.saved.tensors import write_tensors
 from optc.compiler.kernels.cpu.library import FILE_NAME, build_library
@@ -26,14 +27,19 @@ from optc.exporters.companions import copy_companions
 from optc.exporters.inductor.selfcheck import check_package
 from optc.exporters.options.inductor import InductorOptions
 
-MODEL, WEIGHTS, RUNNER = "model.pt2", "model.safetensors", "generate.py"
+MODEL, WEIGHTS = "model.pt2", "model.safetensors"
+
+
+def runner_name(contract: Contract) -> str:
+    """The file that runs a package without optc: a decoder generates, all else is run on inputs."""
+    return "generate.py" if contract.kind == "decoder" and contract.kv_cache.kind != "none" else "run.py"
 
 
 def export_inductor(program: Program, request: ExportRequest) -> ExportResult:
     """Write the last stage for AOTInductor.
 
     Files: `model.pt2` (native code without weights), `model.safetensors` (weights under their names),
-    `liboptc_ops.so` when the program uses an op of the library, `generate.py` (a runner that needs torch
+    `liboptc_ops.so` when the program uses an op of the library, `generate.py` or `run.py` (a runner that needs torch
     and safetensors alone) and the model's tokenizer and config. The package is loaded through that
     runner and compared with the program before anything is published.
 
@@ -53,7 +59,7 @@ def export_inductor(program: Program, request: ExportRequest) -> ExportResult:
     with os_errors("writing the weights", str(directory / WEIGHTS)):
         write_tensors(directory / WEIGHTS, constants)
         runner = resources.files("optc.runtime.carried") / "pt2_runner.py"
-        (directory / RUNNER).write_bytes(runner.read_bytes())
+        (directory / runner_name(program.contract)).write_bytes(runner.read_bytes())
     companions = copy_companions(request.source, directory)
     info = _info(program, request, library, constants, companions)
     needs = _needs(instructions, kernels)
@@ -151,7 +157,7 @@ def _info(
         "model": MODEL,
         "weights": WEIGHTS,
         "library": library,
-        "runner": RUNNER,
+        "runner": runner_name(contract),
         "companions": companions,
         "kind": contract.kind,
         "kv_cache": contract.kv_cache.kind,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from optc.compiler.analysis.dataflow import value_of
 from optc.compiler.analysis.linears import Linear, linear_site, linear_sites
+from optc.compiler.calibration.examples import Examples
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight
 from optc.compiler.ops.dialect.nvfp4 import scale_of
@@ -21,7 +22,7 @@ from optc.compiler.rewriting.weights import record_weight
 from optc.passes.quantization.activations import obstacle, record_activations
 from optc.passes.quantization.arithmetic.budgets import FP8_INPUTS, INT8_FIXED_INPUTS, NVFP4_INPUTS
 from optc.passes.quantization.arithmetic.groups import Group, input_groups
-from optc.passes.quantization.arithmetic.ranges import calibration_tokens, largest_magnitudes
+from optc.passes.quantization.arithmetic.ranges import calibration_feed, largest_magnitudes
 from optc.passes.quantization.arithmetic.stream import Stream
 
 
@@ -61,7 +62,7 @@ class QuantizeInputs(Pass):
         groups = input_groups([site for site in sites if not self._obstacle(site)])
         if not groups:
             return PassResult(program, 0, len(sites), tuple(misses))
-        scales = self._scales(program, groups, calibration_tokens(self.name, context), context)
+        scales = self._scales(program, groups, calibration_feed(self.name, context), context)
         edited = program.clone()
         nodes = {node.name: node for node in edited.graph.nodes}
         for group, scale in zip(groups, scales, strict=True):
@@ -73,7 +74,9 @@ class QuantizeInputs(Pass):
     def _obstacle(self, site: Linear) -> str | None:
         return "its input is already quantized" if site.activations else obstacle(site, self.format)
 
-    def _scales(self, program: Program, groups: list[Group], tokens: Tensor, context: PassContext) -> list[Tensor]:
+    def _scales(
+        self, program: Program, groups: list[Group], tokens: Tensor | Examples, context: PassContext
+    ) -> list[Tensor]:
         """One scale [1] per group."""
         stream, found = Stream(program, tokens), []
         with torch.no_grad():

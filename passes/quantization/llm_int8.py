@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import aten, peel, value_of
 from optc.compiler.analysis.linears import Linear
+from optc.compiler.calibration.examples import Examples
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.formats.integer import quantize_groups
 from optc.compiler.ir.contract import WeightQuantization
@@ -22,7 +23,7 @@ from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.rewriting.rounded_inputs import rounded_input
 from optc.passes.quantization.arithmetic.budgets import INT8_INPUTS, weight_budget
 from optc.passes.quantization.arithmetic.groups import Group, input_groups, weight_label, weight_rows
-from optc.passes.quantization.arithmetic.ranges import calibration_tokens, largest_magnitudes
+from optc.passes.quantization.arithmetic.ranges import calibration_feed, largest_magnitudes
 from optc.passes.quantization.arithmetic.selection import (
     dequantized_before,
     existing_part,
@@ -82,14 +83,14 @@ class QuantizeLlmInt8(Pass):
         selection = select_linears(program, self.ignore, self.head)
         if not selection.chosen:
             return PassResult(program, 0, selection.candidates, selection.misses, selection.notes)
-        tokens = calibration_tokens(self.name, context)
+        tokens = calibration_feed(self.name, context)
         groups = input_groups(selection.chosen)
         outliers = self._outliers(program, tokens, groups, context)
         edit = _Edit(outliers)
         return quantize_selected(program, selection, edit.quantize, _summary(program, groups, outliers))
 
     def _outliers(
-        self, program: Program, tokens: Tensor, groups: Sequence[Group], context: PassContext
+        self, program: Program, tokens: Tensor | Examples, groups: Sequence[Group], context: PassContext
     ) -> dict[str, Tensor]:
         """Outlier columns int64 [n] by the name of a linear's node; linears of one weight have the same."""
         stream = Stream(program, tokens)

@@ -18,7 +18,7 @@ from optc.compiler.ir.surgery import add_weight, insert_call, set_weight
 from optc.compiler.rewriting.passes import Miss, Pass, PassContext, PassResult
 from optc.compiler.rewriting.weights import record_weight
 from optc.passes.quantization.arithmetic.groups import Group, input_groups, rows, weight_label, weight_rows
-from optc.passes.quantization.arithmetic.ranges import calibration_tokens, check_finite
+from optc.passes.quantization.arithmetic.ranges import calibration_feed, check_finite
 from optc.passes.quantization.arithmetic.scale_pass import read_elsewhere
 from optc.passes.quantization.arithmetic.selection import counterpart, select_linears, weight_name
 from optc.passes.quantization.arithmetic.stream import Stream
@@ -66,7 +66,7 @@ class RotateInputs(Pass):
             InputError: no calibration tokens, or activations that are not finite.
         """
         selection = select_linears(program, self.ignore, self.head)
-        tokens = calibration_tokens(self.name, context)
+        tokens = calibration_feed(self.name, context)
         groups = input_groups(selection.chosen)
         stream = Stream(program, tokens[: self.samples or None])
         turned: list[tuple[Group, Tensor]] = []

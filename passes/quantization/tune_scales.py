@@ -12,7 +12,6 @@ from torch import Tensor
 
 from optc.compiler.analysis.dataflow import is_tensor, value_of
 from optc.compiler.analysis.linears import weight_calls
-from optc.compiler.calibration.sequences import Calibration
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import set_weight
@@ -21,6 +20,7 @@ from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.passes.quantization.arithmetic.budgets import weight_budget
 from optc.passes.quantization.arithmetic.differentiable import Differentiable
 from optc.passes.quantization.arithmetic.grid import storable
+from optc.passes.quantization.arithmetic.ranges import calibration_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class TuneScales(Pass):
             )
         vectors = _vector_names(program) if self.vectors else []
         trainer = _Trainer(self, program, context, names, vectors)
-        first, last = trainer.train(context.calibration)
+        first, last = trainer.train(calibration_tokens(self.name, context))
         edited = program.clone()
         for name, value in trainer.values().items():
             set_weight(edited, name, value.to(edited.weight(name).dtype))
@@ -101,23 +101,23 @@ class _Trainer:
         self.vectors = {name: program.weight(name).detach().float().clone().requires_grad_() for name in vectors}
         self.student, self.teacher = Differentiable(program), Differentiable(context.reference)
 
-    def train(self, calibration: Calibration) -> tuple[float, float]:
+    def train(self, tokens: Tensor) -> tuple[float, float]:
         """Run all steps; mean KL per token before training and over the last epoch."""
         options = self.options
         groups = [{"params": list(self.logs.values()), "lr": options.learning_rate}]
         if self.vectors:
             groups.append({"params": list(self.vectors.values()), "lr": options.learning_rate / 4})
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        batches = list(self._batches(calibration))
+        batches = list(self._batches(tokens))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(1.0, step / len(batches))))
         )
         losses: list[float] = []
-        for number, tokens in enumerate(batches):
+        for number, batch in enumerate(batches):
             if self.context.progress:
                 self.context.progress(number, len(batches), "training scales")
             optimizer.zero_grad(set_to_none=True)
-            loss = self._loss(tokens)
+            loss = self._loss(batch)
             value = float(loss.detach())
             if not math.isfinite(value):
                 raise InputError(
@@ -147,9 +147,8 @@ class _Trainer:
         found = self.student(tokens).float().log_softmax(-1)
         return torch.nn.functional.kl_div(found, target, log_target=True, reduction="sum") / tokens.numel()
 
-    def _batches(self, calibration: Calibration) -> Iterator[Tensor]:
+    def _batches(self, tokens: Tensor) -> Iterator[Tensor]:
         """Each sequence once per epoch, in an order drawn with the context's seed."""
-        tokens = calibration.tokens
         size = max(1, self.options.batch_tokens // tokens.shape[1])
         generator = torch.Generator().manual_seed(self.context.seed)
         for _ in range(self.options.epochs):

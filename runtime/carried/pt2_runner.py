@@ -6,6 +6,11 @@ This file needs torch and safetensors only (and tokenizers, for text). It travel
     python generate.py --prompt "The old man" --max-new-tokens 64
     python generate.py --prompt-tokens 5,17,33 --json
 
+In the artifact of an encoder or a plain module it is `run.py`, which takes tensors (and NumPy):
+
+    python run.py --inputs inputs.npz --outputs outputs.npz
+    python -c "from run import open_folder; print(open_folder(Path('.'))(image))"
+
 Loading a package runs its native code: only load what you trust. `open_folder` checks every file
 against the manifest first, which finds damage, not malice.
 """
@@ -401,6 +406,44 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def run_arrays(options: Any) -> int:
+    """The command line of a package that takes tensors; 0, or 1 with a message."""
+    import numpy as np
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        package = open_folder(options.artifact)
+        with np.load(options.inputs, allow_pickle=False) as file:
+            missing = [item["name"] for item in package.info["inputs"] if item["name"] not in file]
+            if missing:
+                raise PackageError(f"{options.inputs} has no array '{missing[0]}'")
+            arrays = [torch.from_numpy(file[item["name"]]) for item in package.info["inputs"]]
+        kinds = [_DTYPES[item["dtype"]] for item in package.info["inputs"]]
+        outputs = package(*(array.to(kind).contiguous() for array, kind in zip(arrays, kinds, strict=True)))
+    except (PackageError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    found = {
+        name: (item.float() if item.dtype is torch.bfloat16 else item).numpy()
+        for name, item in zip(package.info["outputs"], outputs, strict=True)
+    }
+    for name, array in found.items():
+        print(f"{name} {array.dtype}{list(array.shape)}")
+    if options.outputs:
+        np.savez(options.outputs, **found)  # type: ignore[arg-type]
+    return 0
+
+
+def _parse_arrays(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Run the model on its inputs.")
+    parser.add_argument("--artifact", type=Path, default=Path(__file__).resolve().parent, help="the folder")
+    parser.add_argument("--inputs", type=Path, required=True, help=".npz with an array under the name of each input")
+    parser.add_argument("--outputs", type=Path, help=".npz that the outputs are written to")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    return parser.parse_args(arguments)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 0, or 1 with a message."""
     options = _parse(arguments)
@@ -432,4 +475,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_arrays(_parse_arrays(None)) if Path(__file__).name == "run.py" else main())

@@ -7,10 +7,10 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from optc.compiler.artifact.engines import Engine, check_facts, find_engine
-from optc.compiler.artifact.folder import check_trusted, verify
+from optc.compiler.artifact.folder import check_trusted, read_manifest, verify
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.compiler.settings.fields import check_range, check_type
@@ -19,6 +19,7 @@ from optc.runtime.generation.generate import GenerationResult, StopReason, gener
 from optc.runtime.generation.tokenizer import TextStream, Tokenizer, eos_token_ids, load_tokenizer
 from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.session import Session, SessionOptions
+from optc.runtime.sessions.tensor_model import TensorModel
 
 OnText = Callable[[int, str], None]
 """Called with (row, piece of text) as text is generated."""
@@ -245,6 +246,52 @@ def load(
     return Model(manifest, session, load_tokenizer(folder), stop_ids)
 
 
+def load_any(
+    folder: str | Path, *, threads: int | None = None, trust: bool = False, **options: Any
+) -> Model | TensorModel:
+    """`load`, or the artifact of an encoder or a plain module as what it is: a function of tensors.
+
+    Raises:
+        OptcError: as `load`; UsageError: an option that only generating has.
+    """
+    manifest = read_manifest(Path(folder))
+    if manifest.contract.kind == "decoder":
+        return load(folder, threads=threads, trust=trust, **options)
+    isolated = options.pop("isolated", True)
+    idle = [name for name in ("num_blocks", "device") if options.get(name) is not None]
+    if idle:
+        name = {"num_blocks": "kv-blocks"}.get(idle[0], idle[0])
+        raise UsageError(f"{name} has no effect on a model that does not generate", remedy="leave it out")
+    return load_tensors(Path(folder), threads=threads, trust=trust, isolated=isolated)
+
+
+def load_tensors(
+    folder: Path, *, threads: int | None = None, trust: bool = False, isolated: bool = True
+) -> TensorModel:
+    """Verify the artifact of an encoder or a plain module and open it as a function of tensors; arguments as `load`.
+
+    Raises:
+        ArtifactError: as `load`. TargetError: optc cannot call artifacts of this engine, or this host cannot run it.
+        UsageError: an option out of range.
+    """
+    check_type("trust", trust, bool, "True or False")
+    if threads is not None:
+        check_range("threads", threads, Threads)
+    manifest = verify(folder)
+    engine = find_engine(manifest.engine, str(folder))
+    if engine.caller is None:
+        raise TargetError(
+            f"optc cannot call a model of kind '{manifest.contract.kind}' in {engine.name}",
+            where=str(folder),
+            remedy="run its engine file with the engine itself (optc inspect lists inputs and outputs), or compile it "
+            "with --target onnx-cpu or inductor-cpu",
+        )
+    check_facts(engine, manifest.engine_info, manifest.needs, {entry.path for entry in manifest.files}, str(folder))
+    check_trusted(folder, manifest, trust, isolated=isolated)
+    call = engine.open_caller(folder, manifest, SessionOptions(threads=threads))
+    return TensorModel(manifest, call, load_tokenizer(folder))
+
+
 def _check_device(engine: Engine, manifest: Manifest, asked: str, where: str) -> None:
     """Refuse a device that is not the engine's.
 
@@ -301,7 +348,7 @@ def open_session(
         raise TargetError(
             f"the artifact is a model {what}, which does not generate",
             where=str(folder),
-            remedy="run its engine file with the engine itself; optc inspect lists inputs and outputs",
+            remedy="call it with tensors: optc.load(folder)(...), or optc run --inputs FILE.npz; optc inspect lists them",
         )
     if contract.draft is not None and not draft:
         raise TargetError(

@@ -10,7 +10,7 @@ from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.artifact.onnx_check import check_onnx
 from optc.compiler.diagnostics import TargetError
 from optc.runtime.sessions.host_cpu import check_cpu
-from optc.runtime.sessions.session import Session, SessionOptions
+from optc.runtime.sessions.session import Session, SessionOptions, default_threads
 
 
 def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> Session:
@@ -26,13 +26,38 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
     try:
         from optc.runtime.sessions.ort import OrtSession
     except ModuleNotFoundError as error:
-        raise TargetError(
-            "ONNX Runtime is not installed",
-            where=str(folder),
-            why=str(error),
-            remedy='pip install "optc[onnx]"',
-        ) from error
+        raise _not_installed(folder, error) from error
     return OrtSession(folder / str(name), manifest.contract, threads=options.threads)
+
+
+def open_caller(folder: Path, manifest: Manifest, options: SessionOptions) -> Callable[..., list[Any]]:
+    """The graph of an encoder or a module as a function of arrays, in the order of the contract's inputs.
+
+    Raises:
+        ArtifactError, TargetError: as `open_artifact`.
+    """
+    check_files(folder, manifest)
+    check_cpu(manifest.needs)
+    try:
+        from optc.runtime.sessions.ort import open_engine
+    except ModuleNotFoundError as error:
+        raise _not_installed(folder, error) from error
+    engine = open_engine(folder / str(manifest.engine_info["model"]), options.threads or default_threads())
+    inputs = [spec.name for spec in manifest.contract.inputs]
+    outputs = [spec.name for spec in manifest.contract.outputs]
+    read = {item.name for item in engine.get_inputs()}  # an input that nothing reads is none of the graph's
+
+    def call(*arrays: Any) -> list[Any]:
+        feed = {name: array for name, array in zip(inputs, arrays, strict=True) if name in read}
+        return list(engine.run(outputs, feed))
+
+    return call
+
+
+def _not_installed(folder: Path, error: ModuleNotFoundError) -> TargetError:
+    return TargetError(
+        "ONNX Runtime is not installed", where=str(folder), why=str(error), remedy='pip install "optc[onnx]"'
+    )
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -57,10 +82,5 @@ def open_runner(folder: Path, manifest: Manifest) -> Callable[..., list[Any]]:
     try:
         from optc.runtime.sessions.graph_runner import GraphRunner
     except ModuleNotFoundError as error:
-        raise TargetError(
-            "ONNX Runtime is not installed",
-            where=str(folder),
-            why=str(error),
-            remedy='pip install "optc[onnx]"',
-        ) from error
+        raise _not_installed(folder, error) from error
     return GraphRunner(folder / name)

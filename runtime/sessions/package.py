@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -25,18 +27,7 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
         TargetError: this host cannot run the package.
         ArtifactError: it would be unpacked elsewhere than into a folder of its own, or to far more than its size.
     """
-    torch.set_num_threads(options.threads or default_threads())
-    try:
-        package = Package(folder, manifest.engine_info, manifest.needs)
-    except ArchiveError as error:
-        raise _unpackable(error) from error
-    except PackageError as error:
-        raise TargetError(
-            "the package cannot run on this host",
-            where=str(folder),
-            why=str(error),
-            remedy="compile the model on this machine, or on one like it",
-        ) from error
+    package = _opened(folder, manifest, options)
 
     def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
         try:
@@ -61,6 +52,43 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
     if contract.kv_cache.kind == "paged":
         return PagedSession(run, contract, num_blocks=options.num_blocks)
     return TorchSession(run, contract)
+
+
+def _opened(folder: Path, manifest: Manifest, options: SessionOptions) -> Package:
+    torch.set_num_threads(options.threads or default_threads())
+    try:
+        return Package(folder, manifest.engine_info, manifest.needs)
+    except ArchiveError as error:
+        raise _unpackable(error) from error
+    except PackageError as error:
+        raise TargetError(
+            "the package cannot run on this host",
+            where=str(folder),
+            why=str(error),
+            remedy="compile the model on this machine, or on one like it",
+        ) from error
+
+
+def open_caller(folder: Path, manifest: Manifest, options: SessionOptions) -> Callable[..., list[Any]]:
+    """The package of an encoder or a module as a function of arrays, in the order of the contract's inputs.
+
+    Numbers in bfloat16, which NumPy has not, are float32 outside.
+
+    Raises:
+        TargetError, ArtifactError: as `open_artifact`.
+    """
+    package = _opened(folder, manifest, options)
+    types = [getattr(torch, spec.dtype) for spec in manifest.contract.inputs]
+
+    def call(*arrays: Any) -> list[Any]:
+        tensors = [torch.from_numpy(array).to(kind) for array, kind in zip(arrays, types, strict=True)]
+        try:
+            outputs = package(*tensors)
+        except PackageError as error:
+            raise InputError("the package does not take these inputs", where=str(folder), why=str(error)) from error
+        return [(item.float() if item.dtype is torch.bfloat16 else item).numpy() for item in outputs]
+
+    return call
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

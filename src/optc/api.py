@@ -378,7 +378,10 @@ def _source(info: CheckpointInfo) -> Source:
 
 
 def load(folder: str | Path, **options: Any) -> Any:
-    """Verify an artifact and open it for generation: `optc.load(path).generate("Once upon a time")`.
+    """Verify an artifact and open it: `optc.load(path).generate("Once upon a time")`.
+
+    That of an encoder or a plain module is called: `optc.load(path)(images)`, `optc.load(path)(["a text"])`; see
+    `optc.runtime.sessions.tensor_model.TensorModel`.
 
     Its engine reads it in this process. So one that was not made on this machine needs the signature of a trusted key,
     or trust=True; `optc run` and the other commands open such artifacts in a process of their own.
@@ -388,9 +391,9 @@ def load(folder: str | Path, **options: Any) -> Any:
         UsageError: an option of another type or out of range (2).
     """
     check_type("folder", folder, str | Path, "the folder of an artifact")
-    from optc.runtime.sessions.load import load as load_artifact
+    from optc.runtime.sessions.load import load_any
 
-    return load_artifact(Path(folder), isolated=False, **options)
+    return load_any(Path(folder), isolated=False, **options)
 
 
 __all__ = ["CompileResult", "TargetError", "capture", "compile", "load"]

@@ -7,7 +7,7 @@ them into the struct that has the field, with one kind of error.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -46,10 +46,15 @@ def _is_options(item: tuple[Any, Any]) -> bool:
 
 
 def _read_calibration(value: Any) -> Any:
-    """A path, or token ids as a tensor."""
+    """A path, token ids as a tensor, or an iterable of example inputs."""
     import torch
 
     if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+        listed = value if isinstance(value, list | tuple) else ()
+        if any(isinstance(item, str) or not isinstance(item, Iterable) for item in listed):
+            raise TypeError
         return value
     if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
         raise TypeError
@@ -103,12 +108,12 @@ class CalibrationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
     calibration: Annotated[
         Any,
         Meta(
-            description="Text, .jsonl, .json, .parquet, or a dataset's folder.",
+            description="Text, .jsonl, .json, .parquet, or a dataset's folder; of a module .npz, .npy or a folder of them.",
             extra={
                 "default": "built-in",
                 "metavar": "PATH",
                 "read": _read_calibration,
-                "expected": "a path (or, in Python, token ids as int64 [samples, length])",
+                "expected": "a path (or, in Python, token ids as int64 [samples, length]; of a module an iterable of inputs)",
             },
         ),
     ] = None

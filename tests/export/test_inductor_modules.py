@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from package_driver import build, model_of, packaged
 from stages import sequences
 from torch import Tensor, nn
 
+import optc
 from optc.compiler.capture import capture_module
 from optc.runtime.carried.pt2_runner import PackageError
 
@@ -53,3 +57,24 @@ def test_plain_module(tmp_path: Path) -> None:
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     with pytest.raises(PackageError, match=r"input input_0 is torch.float32 \[2, 5, 4\]; the package takes"):
         package(torch.zeros(2, 5, 4))
+
+
+def test_a_module_runs_by_the_file_beside_it(tmp_path: Path) -> None:
+    """In a process without optc: `run.py`, and no `generate.py`."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)).requires_grad_(False)
+    program = capture_module(net, (torch.randn(3, 2, 8),), input_names=["x"], dynamic={"x": {0: "rows"}})
+    folder = tmp_path / "net"
+    optc.compile(program, target="inductor-cpu", output=folder)
+    assert not (folder / "generate.py").exists()
+    x = torch.randn(5, 2, 8)
+    np.savez(tmp_path / "in.npz", x=x.numpy())
+    files = ["--inputs", str(tmp_path / "in.npz"), "--outputs", str(tmp_path / "out.npz")]
+    run = subprocess.run([sys.executable, "-I", folder / "run.py", *files], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "output float32[5, 3]\n"), run.stderr
+    with np.load(tmp_path / "out.npz") as file:
+        torch.testing.assert_close(torch.from_numpy(file["output"]), net(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(optc.load(folder)(x), net(x), rtol=0, atol=1e-5)
+    np.savez(tmp_path / "in.npz", y=x.numpy())
+    run = subprocess.run([sys.executable, "-I", folder / "run.py", *files], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (1, f"error: {tmp_path / 'in.npz'} has no array 'x'\n")

@@ -40,7 +40,7 @@ from optc.passes.quantization.arithmetic.groups import (
     weight_label,
     weight_rows,
 )
-from optc.passes.quantization.arithmetic.ranges import calibration_tokens, is_finite
+from optc.passes.quantization.arithmetic.ranges import calibration_feed, is_finite
 from optc.passes.quantization.arithmetic.selection import (
     Selection,
     quantize_selected,
@@ -138,7 +138,7 @@ class CalibratedPass(Pass):
         selection = select_linears(program, self.ignore, self.head)
         if not selection.chosen:
             return PassResult(program, 0, len(selection.misses), selection.misses, selection.notes)
-        calibration_tokens(self.name, context)
+        calibration_feed(self.name, context)
         sizes = self._group_size(program, selection)
         return _Run(self, program, context, selection, sizes).run()
 

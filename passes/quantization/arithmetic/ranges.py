@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.diagnostics import InputError
+from optc.compiler.calibration.examples import Examples
+from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.rewriting.passes import PassContext
 from optc.passes.quantization.arithmetic.stream import Stream
 
 
-def calibration_tokens(name: str, context: PassContext) -> Tensor:
-    """The calibration tokens [n, L] of a pass.
+def calibration_feed(name: str, context: PassContext) -> Tensor | Examples:
+    """The calibration tokens [n, L] of a pass, or the examples of a module.
 
     Raises:
         InputError: there are none.
@@ -22,9 +23,26 @@ def calibration_tokens(name: str, context: PassContext) -> Tensor:
     if context.calibration is None:
         raise InputError(
             f"pass '{name}' needs calibration tokens",
-            remedy="give a text with --calibration FILE (a model with a tokenizer uses a built-in one)",
+            remedy="give a text with --calibration FILE (a model with a tokenizer uses a built-in one), or of a module "
+            "example inputs with calibration=",
         )
     return context.calibration.tokens
+
+
+def calibration_tokens(name: str, context: PassContext) -> Tensor:
+    """The calibration tokens [n, L] of a pass that needs tokens.
+
+    Raises:
+        InputError: there are none. UsageError: the program is a module, which has examples.
+    """
+    found = calibration_feed(name, context)
+    if isinstance(found, Examples):
+        raise UsageError(
+            f"pass '{name}' needs a model that takes tokens",
+            why="a plain module is calibrated by examples of its inputs",
+            remedy="use --quant gptq, awq or smoothquant",
+        )
+    return found
 
 
 def largest_magnitudes(stream: Stream, node: Node, where: str, keep: tuple[int, ...] = (-1,)) -> Tensor:

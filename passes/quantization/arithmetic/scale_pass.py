@@ -16,7 +16,7 @@ from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Miss, Pass, PassContext, PassResult
 from optc.passes.quantization.arithmetic.folding import Fold, trace
 from optc.passes.quantization.arithmetic.groups import Group, input_groups, input_readers, weight_label
-from optc.passes.quantization.arithmetic.ranges import calibration_tokens
+from optc.passes.quantization.arithmetic.ranges import calibration_feed
 from optc.passes.quantization.arithmetic.scaling import apply_scales
 from optc.passes.quantization.arithmetic.selection import select_linears
 from optc.passes.quantization.arithmetic.stream import Stream
@@ -56,7 +56,7 @@ class ScalePass(Pass):
         selection = select_linears(program, self.ignore, self.head)
         if not selection.chosen:
             return PassResult(program, 0, len(selection.misses), selection.misses, selection.notes)
-        tokens = calibration_tokens(self.name, context)
+        tokens = calibration_feed(self.name, context)
         chooser = self.resolved(program, selection.chosen)
         groups = input_groups(selection.chosen)
         stream = Stream(program, tokens[: self.samples or None])

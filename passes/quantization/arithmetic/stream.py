@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import readers
+from optc.compiler.calibration.examples import Examples
 from optc.compiler.diagnostics import InputError
 from optc.compiler.ir.asserts import is_assert
 from optc.compiler.ir.program import Program
@@ -32,7 +33,7 @@ class Stream:
     """All calibration sequences on their way through a program without a KV cache.
 
     Args:
-        tokens: int64 [n, L].
+        tokens: int64 [n, L], or the inputs of a module.
         weights: values in place of the program's, by placeholder; the caller may add to it while running, and
             what nothing reads any more is dropped.
         offload: keep what crosses a cut in host memory (for programs on a GPU).
@@ -44,7 +45,7 @@ class Stream:
     def __init__(
         self,
         program: Program,
-        tokens: Tensor,
+        tokens: Tensor | Examples,
         *,
         weights: dict[Node, Tensor] | None = None,
         offload: bool = False,
@@ -62,6 +63,13 @@ class Stream:
         self._place = 0
         self._device = next((weight.device for _, weight in program.weights()), torch.device("cpu"))
         self._hold = torch.device("cpu") if offload else self._device
+        self._batches: list[dict[Node, Any]]
+        if isinstance(tokens, Examples):
+            places = program.user_inputs()
+            self._batches = [
+                dict(zip(places, (item.to(self._device) for item in inputs), strict=True)) for inputs in tokens.batches
+            ]
+            return
         size = max(1, batch_tokens // tokens.shape[1])
         self._batches = [token_inputs(program, part.to(self._device)) for part in tokens.split(size)]
 
@@ -135,7 +143,7 @@ def token_inputs(program: Program, tokens: Tensor) -> dict[Node, Any]:
             raise InputError(
                 "calibration feeds tokens, which this program does not take alone",
                 where=f"input '{spec.name}' ({spec.role})",
-                remedy="quantize before a KV cache is added; a plain module takes no calibration",
+                remedy="quantize before a KV cache is added; of a plain module give example inputs",
             )
         inputs[node] = made[spec.role]()
     return inputs

@@ -15,6 +15,7 @@ from optc.cli.common import emit, json_option, progress, say
 from optc.cli.options import struct_flags
 from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import Save, kv_pool, sampling_of, save_figures
+from optc.cli.tensors import Inputs, bench_tensors, refuse_inputs, takes_tensors
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.device import DeviceName
 from optc.runtime.bounds import Batch, Count, Samples, TimedTokens, Warmup
@@ -44,6 +45,7 @@ class BenchOptions(LoadOptions, frozen=True, kw_only=True):
         | None
     ) = None
     save: Save = False
+    inputs: Inputs | None = None
     text: (
         Annotated[Path, Meta(description="With --speculative: text file that prompts are cut from, UTF-8.")] | None
     ) = None
@@ -74,6 +76,7 @@ def bench(artifact: str, as_json: bool, options: BenchOptions) -> None:
     optc bench out/fiction-onnx
     optc bench out/fiction-onnx --prompt-length 128 --prompt-length 1024 --batch 4 --samples 10 --json
     optc bench out/fiction-paged --speculative ngram --text book.txt
+    optc bench out/resnet --batch 8 --samples 50
     optc bench --serve out/fiction-onnx --concurrency 1 --concurrency 16 --requests 64
     optc bench --serve http://127.0.0.1:8000 --rate 4 --slo-ttft-ms 500 --slo-tpot-ms 50
     """
@@ -85,12 +88,17 @@ def bench(artifact: str, as_json: bool, options: BenchOptions) -> None:
         if speculation is not None:
             bench_speculative(Path(artifact), as_json, options, speculation)
             return
+        if takes_tensors(Path(artifact)):
+            leave_to_own_process([Path(artifact)])
+            bench_tensors(Path(artifact), as_json, options)
+            return
+        refuse_inputs(options, Path(artifact))
         if options.text is not None:
             raise UsageError("--text has no effect without --speculative", remedy="leave it out")
         _bench_session(Path(artifact), as_json, options)
 
 
-_OF_SESSIONS = ("batch", "samples", "save", "device", "text", "speculative", "draft", "draft_tokens")
+_OF_SESSIONS = ("inputs", "batch", "samples", "save", "device", "text", "speculative", "draft", "draft_tokens")
 
 
 def _bench_serve(what: str, as_json: bool, options: BenchOptions) -> None:

@@ -16,6 +16,7 @@ from optc.cli.eval_tables import show_one, show_table
 from optc.cli.options import struct_flags
 from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import Save, SessionOptions, save_figures
+from optc.cli.tensors import Inputs, evaluate_tensors, refuse_inputs, takes_tensors
 from optc.compiler.artifact.engines import find_engine
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.settings.device import DeviceName
@@ -30,6 +31,7 @@ class EvalOptions(SessionOptions, frozen=True, kw_only=True):
 
     compare: Annotated[bool, Meta(description="Several artifacts on the same text: one table.")] = False
     text: Annotated[Path, Meta(description="Text file, UTF-8.")] | None = None
+    inputs: Inputs | None = None
     windows: Annotated[Count, Meta(description="Evaluate at most this many windows of 1024 tokens.")] | None = None
     top_k: (
         Annotated[
@@ -92,6 +94,9 @@ class EvalOptions(SessionOptions, frozen=True, kw_only=True):
 def evaluate(artifacts: tuple[Path, ...], as_json: bool, options: EvalOptions) -> None:
     """Perplexity of ARTIFACT on a text, KL and top-1 agreement against its source model; tasks of lm-eval.
 
+    An encoder or a module is compared on --inputs (an encoder on each line of --text as well) with its source model,
+    or with the first artifact of --compare; `labels` among the inputs give the accuracy.
+
     The text is encoded once; each window of 1024 tokens predicts 1024 tokens. KL(source || artifact)
     is in nats per token; the source runs in fp32 with transformers. With --compare, artifacts of one
     source see the same windows, and differences in log-likelihood come with paired 95 % intervals.
@@ -101,9 +106,17 @@ def evaluate(artifacts: tuple[Path, ...], as_json: bool, options: EvalOptions) -
     optc eval out/fiction-onnx --text book.txt --windows 16 --top-k 10 --json
     optc eval --compare out/rtn out/gptq out/awq --text book.txt
     optc eval out/fiction-onnx --tasks ./my-tasks
+    optc eval --compare out/resnet out/resnet-int8 --inputs images/
     """
     _check(artifacts, options)
     leave_to_own_process(artifacts)
+    kinds = {takes_tensors(path) for path in artifacts}
+    if len(kinds) > 1:
+        raise InputError("some artifacts generate text, some do not", remedy="compare artifacts of one model")
+    if kinds == {True}:
+        evaluate_tensors(artifacts, as_json, options)
+        return
+    refuse_inputs(options, artifacts[0])
     if options.device is not None:
         from optc.compiler.ir.devices import choose_device
 
@@ -132,14 +145,14 @@ def _check(artifacts: Sequence[Path], options: EvalOptions) -> None:
     """Refuse contradictions before anything is loaded."""
     if options.no_reference and options.source is not None:
         raise UsageError("--source and --no-reference contradict each other", remedy="give one of them")
-    if options.text is None and not options.tasks:
+    if options.text is None and not options.tasks and options.inputs is None:
         raise UsageError("there is nothing to evaluate on", remedy="give --text FILE, --tasks NAME, or both")
     if len(artifacts) > 1 and not options.compare:
         raise UsageError(f"{len(artifacts)} artifacts were given", remedy="add --compare to see them in one table")
     if len(set(artifacts)) < len(artifacts):
         raise UsageError("an artifact was named twice", remedy="name each once")
     idle = [name for name in ("windows", "top_k", "source") if getattr(options, name) is not None]
-    if options.text is None and (idle or options.no_reference):
+    if options.text is None and options.inputs is None and (idle or options.no_reference):
         name = (idle or ["no_reference"])[0].replace("_", "-")
         raise UsageError(f"--{name} has no effect without --text", remedy="add --text FILE")
     for name in ("num_fewshot", "limit"):

@@ -13,6 +13,7 @@ from optc.cli.common import emit, json_option, say, stderr
 from optc.cli.options import struct_flags
 from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import GeneratingOptions, artifact_argument, kv_pool, sampling_of
+from optc.cli.tensors import Inputs, refuse_inputs, run_tensors, takes_tensors
 from optc.compiler.diagnostics import UsageError
 from optc.runtime.bounds import Count
 
@@ -40,6 +41,8 @@ class RunOptions(GeneratingOptions, frozen=True, kw_only=True):
     max_new_tokens: Annotated[Count, Meta(description="Largest number of tokens per prompt.")] = 128
     ignore_eos: Annotated[bool, Meta(description="Continue after an end-of-text token.")] = False
     chat: Annotated[bool, Meta(description="Talk with the model, by its own chat template.")] = False
+    inputs: Inputs | None = None
+    save_outputs: Annotated[Path, Meta(description="With --inputs: write the outputs to this .npz.")] | None = None
     system: Annotated[str, Meta(description="With --chat: what the model is told before the first message.")] = ""
 
 
@@ -48,7 +51,7 @@ class RunOptions(GeneratingOptions, frozen=True, kw_only=True):
 @struct_flags(RunOptions)
 @json_option
 def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
-    """Generate text with ARTIFACT, greedily unless told otherwise.
+    """Generate text with ARTIFACT, greedily unless told otherwise; run an encoder or a module on its inputs.
 
     Sampling applies penalties, temperature, then top-k, then top-p, then min-p; one of these cuts alone
     samples at temperature 1. The same seed and prompt give the same text, alone or in a batch; of equal
@@ -60,8 +63,14 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     optc run out/fiction-onnx --prompt-tokens 5,17,33 --json
     optc run out/fiction-paged --prompt "Once" --speculative ngram
     optc run out/assistant --chat --temperature 0.7
+    optc run out/encoder --prompt "A text to encode" --prompt "Another"
+    optc run out/resnet --inputs images.npz --save-outputs classes.npz
     """
     leave_to_own_process([artifact])
+    if takes_tensors(artifact):
+        run_tensors(artifact, as_json, options)
+        return
+    refuse_inputs(options, artifact)
     from optc.runtime.sessions.load import load
 
     if options.chat:
