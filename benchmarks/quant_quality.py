@@ -60,6 +60,7 @@ ROWS = (
     Row("llm-int8", "llm-int8", 8, True, 0),
     Row("fp8", "fp8", 8, True, 0),
     Row("nf4", "nf4", 4, True, 64),
+    Row("nvfp4", "nvfp4", 4, True, 16),
 )
 
 
@@ -101,7 +102,7 @@ def quantized(program: Any, row: Row, calibration: Any, seed: int) -> tuple[Any,
     from optc.compiler.target.options import QuantRequest
     from optc.targets.methods import choose_quantization, quantization_steps
 
-    fixed = row.method in ("int8", "smoothquant", "llm-int8", "fp8", "nf4")
+    fixed = row.method in ("int8", "smoothquant", "llm-int8", "fp8", "nf4", "nvfp4")
     asked = QuantRequest(
         quant=row.method,
         bits=None if fixed else row.bits,

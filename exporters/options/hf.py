@@ -27,6 +27,12 @@ class FolderOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fie
         ]
         | None
     ) = None
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8", "int8"],
+        Meta(
+            description="fp8 or int8: calibrated scales of keys and values for caches in 8 bits; auto: the compute type."
+        ),
+    ] = "auto"
 
 
 class ServeOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):

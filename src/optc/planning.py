@@ -75,7 +75,7 @@ def _cache_bytes(config: Any, options: CompileOptions) -> int:
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    width = 1 if getattr(options.own, "kv_cache_dtype", None) == "fp8" else _width(options)
+    width = 1 if getattr(options.own, "kv_cache_dtype", None) in ("fp8", "int8") else _width(options)
     return 2 * int(config.num_hidden_layers) * kv_heads * head_dim * width
 
 

@@ -106,7 +106,7 @@ EXPECTED = {
         *TARGETS,
         *COMMON,
     },
-    "quantize": {"--layout", *WHAT, *QUANTIZATION, *CALIBRATION, *GATE, *RUN, *COMMON},
+    "quantize": {"--layout", "--kv-cache-dtype", *WHAT, *QUANTIZATION, *CALIBRATION, *GATE, *RUN, *COMMON},
     "plan": {"--target", "--kv-cache", *WHAT, *QUANTIZATION, *TARGETS, *TRAIN, *COMMON},
     "train": {
         "--model",

@@ -30,8 +30,12 @@ _UP = (0.75, 1.75, 3.5)
 
 
 def scale_of(largest: Tensor) -> Tensor:
-    """The float32 scale under which the largest magnitude has the largest code and block scale; 1 where it is 0."""
-    return torch.where(largest > 0, largest.float() / (LARGEST * LARGEST_SCALE), 1.0)
+    """The float32 scale under which the largest magnitude has the largest code and block scale; 1 where it is 0.
+
+    It is the reciprocal of a float32 number, within a unit of the last place: compressed-tensors keeps that one.
+    """
+    scale = torch.where(largest > 0, largest.float() / (LARGEST * LARGEST_SCALE), 1.0)
+    return 1 / (1 / scale)
 
 
 def _quantize_nvfp4(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

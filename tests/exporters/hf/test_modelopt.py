@@ -207,7 +207,7 @@ def test_unequal_global_scales_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("algorithm", ["FP8", "NVFP4", ""])
 def test_other_layouts_refuse_what_only_this_one_holds(tmp_path: Path, algorithm: str) -> None:
     program = rewritten(captured("llama"), RECIPES[algorithm][: 1 if not algorithm else 2])
-    layout = None if algorithm else "awq"
+    layout = None if algorithm == "FP8" else "awq"
     request = ExportRequest(directory=tmp_path, options=FolderOptions(layout=layout), source=source("llama"))
     with pytest.raises(TargetError) as caught:
         export_hf(program, request)

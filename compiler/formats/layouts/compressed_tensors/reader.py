@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from optc.compiler.bounded_regex import begins_with
 from optc.compiler.formats.layouts.compressed_tensors import (
     DENSE,
     FLOAT,
+    FLOAT4,
     INT,
     KEY_VALUE_PARTS,
     PACKED,
@@ -22,10 +24,12 @@ from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
 from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme, check_parts
 from optc.compiler.formats.layouts.words import unpack_words, word_count
 from optc.compiler.ir.contract import ActivationFormat
+from optc.compiler.ops.dialect.nvfp4 import BLOCK
 
-_FORMATS = (PACKED, INT, FLOAT, "naive-quantized")
+_FORMATS = (PACKED, INT, FLOAT, FLOAT4, "naive-quantized")
 _SUFFIXES = ("weight_packed", "weight_scale")
-_OTHER_PARTS = ("input_scale", "input_zero_point", "weight_global_scale", "input_global_scale")
+_OTHER_PARTS = ("input_scale", "input_zero_point")
+_FLOAT4_PARTS = ("weight_global_scale", "input_global_scale")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class _Group:
     targets: tuple[str, ...]
     scheme: Scheme
     packed: bool
+
+    @property
+    def float4(self) -> bool:
+        return self.scheme.format == "nvfp4"
 
 
 class CompressedTensors:
@@ -60,7 +68,9 @@ class CompressedTensors:
             module, _, last = name.rpartition(".")
             if last in _SUFFIXES:
                 found[module] = None
-            elif last in _OTHER_PARTS or (last in KEY_VALUE_PARTS and self._key_values is None):
+            elif last in _FLOAT4_PARTS and any(group.float4 for group in self._groups):
+                continue
+            elif last in (*_OTHER_PARTS, *_FLOAT4_PARTS) or (last in KEY_VALUE_PARTS and self._key_values is None):
                 raise self._config.refusal(f"optc cannot represent the tensor '{name}'")
         return list(found)
 
@@ -73,11 +83,15 @@ class CompressedTensors:
             "weight_shape",
             "weight_zero_point",
             "weight_g_idx",
+            *_FLOAT4_PARTS,
         )
         return tuple(f"{module}.{name}" for name in names if f"{module}.{name}" in self._reader)
 
     def shape(self, module: str) -> tuple[int, int]:
         """[N, K] of one linear, from the headers where they tell it."""
+        if self._group(module).float4:
+            rows, halves = self._two(f"{module}.weight_packed")
+            return rows, 2 * halves
         if not self._group(module).packed:
             rows, columns = self._two(f"{module}.weight")
             return rows, columns
@@ -94,6 +108,8 @@ class CompressedTensors:
     def read(self, module: str) -> QuantizedWeight:
         """One linear's weight."""
         group = self._group(module)
+        if group.float4:
+            return check_parts(self._float4(module, group.scheme), module)
         rows, columns = self.shape(module)
         scale = self._reader.read(f"{module}.weight_scale", *FLOATS)
         scale = scale.reshape(1, 1) if group.scheme.per_tensor and scale.numel() == 1 else scale
@@ -118,6 +134,25 @@ class CompressedTensors:
         if found is None:
             raise self._config.refusal("'kv_cache_scheme' is set, but there is no k_scale or v_scale tensor")
         return found
+
+    def _float4(self, module: str, scheme: Scheme) -> QuantizedWeight:
+        packed = self._reader.matrix(f"{module}.weight_packed", torch.uint8)
+        codes = torch.stack([packed & 15, packed >> 4], 2).flatten(1)
+        scale = self._reader.matrix(f"{module}.weight_scale", torch.float8_e4m3fn)
+        over, inputs = (f"{module}.{name}" for name in _FLOAT4_PARTS)
+        return QuantizedWeight(
+            scheme,
+            codes,
+            scale,
+            global_scale=self._reciprocal(over),
+            input_scale=self._reciprocal(inputs) if scheme.static else None,
+        )
+
+    def _reciprocal(self, name: str) -> Tensor:
+        value = self._reader.read(name, torch.float32).reshape(-1)
+        if value.numel() != 1 or not 0 < float(value) < math.inf:
+            raise self._reader.wrong_shape(name, "it must be one positive number")
+        return 1 / value
 
     def _zero(self, module: str, bits: int, rows: int) -> Tensor:
         name = f"{module}.weight_zero_point"
@@ -176,6 +211,8 @@ def _group(name: str, part: ConfigReader, top: str) -> _Group:
     if not part.absent("output_activations"):
         raise part.refusal("'output_activations' is set, and optc does not round outputs")
     weights = part.part("weights")
+    if layout == FLOAT4:
+        return _Group(name, tuple(part.texts("targets")), _float4(part, weights), packed=False)
     kind = weights.text("type", "int")
     weights.choice("type", kind, ("int", "float"))
     strategy = weights.text("strategy", "group" if not weights.absent("group_size") else "channel")
@@ -196,6 +233,29 @@ def _group(name: str, part: ConfigReader, top: str) -> _Group:
         per_tensor=strategy == "tensor",
     )
     return _Group(name, tuple(part.texts("targets")), scheme, layout == PACKED)
+
+
+def _float4(part: ConfigReader, weights: ConfigReader) -> Scheme:
+    """Of weights in nvfp4, and of inputs where they are rounded: block scales at run time, below a calibrated one."""
+    rounds = not part.absent("input_activations")
+    for each in (weights, part.part("input_activations")) if rounds else (weights,):
+        each.choice("type", each.text("type"), ("float",))
+        each.choice("num_bits", each.integer("num_bits"), (4,))
+        each.choice("strategy", each.text("strategy"), ("tensor_group",))
+        each.choice("group_size", each.integer("group_size"), (BLOCK,))
+        if not each.boolean("symmetric", True):
+            raise each.refusal("there are no zero points in nvfp4")
+    if rounds:
+        inputs = part.part("input_activations")
+        inputs.choice("dynamic", inputs.text("dynamic"), ("local",))
+    return Scheme(
+        bits=4,
+        group_size=BLOCK,
+        symmetric=True,
+        format="nvfp4",
+        activations="nvfp4" if rounds else "",
+        static=rounds,
+    )
 
 
 def _key_values(part: ConfigReader) -> KeyValueScheme:

@@ -12,6 +12,7 @@ from torch import Tensor
 from optc.compiler.formats.layouts.compressed_tensors import (
     DENSE,
     FLOAT,
+    FLOAT4,
     INT,
     KEY_VALUE_PARTS,
     METHOD,
@@ -27,11 +28,25 @@ from optc.compiler.formats.layouts.writing import (
     named_scales,
 )
 from optc.compiler.formats.weight_format import weight_format
+from optc.compiler.ops.dialect.nvfp4 import BLOCK
+
+_FLOAT4_WEIGHTS: dict[str, Any] = {
+    "num_bits": 4,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "tensor_group",
+    "group_size": BLOCK,
+    "dynamic": False,
+    "actorder": None,
+    "block_structure": None,
+    "scale_dtype": "torch.float8_e4m3fn",
+    "zp_dtype": "torch.float8_e4m3fn",
+}
 
 
 @dataclass(frozen=True)
 class CompressedTensorsWriter:
-    """compressed-tensors: pack-quantized, int-quantized (W8A8) and float-quantized (fp8).
+    """compressed-tensors: pack-quantized, int-quantized (W8A8), float-quantized (fp8) and nvfp4-pack-quantized.
 
     Attributes:
         bits: of integer weights: 4 and 8 for vLLM; the layout itself, and optc, take 2 and 3 too.
@@ -43,6 +58,8 @@ class CompressedTensorsWriter:
 
     def obstacle(self, weight: QuantizedWeight) -> str | None:
         scheme = weight.scheme
+        if scheme.format == "nvfp4":
+            return _float4_obstacle(weight)
         if reason := foreign(weight):
             return reason
         if scheme.format == "int" and scheme.bits not in self.bits:
@@ -59,6 +76,8 @@ class CompressedTensorsWriter:
 
     def tensors(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         scheme = weight.scheme
+        if scheme.format == "nvfp4":
+            return _float4_tensors(weight)
         if scheme.format == "fp8":
             scale = weight.scale.reshape(1) if scheme.per_tensor else weight.scale
             return {"weight": weight.codes, "weight_scale": scale}
@@ -116,6 +135,28 @@ class CompressedTensorsWriter:
         return {"kv_cache_scheme": form}, named_scales(scales, KEY_VALUE_PARTS)
 
 
+def _float4_obstacle(weight: QuantizedWeight) -> str | None:
+    """The layout keeps the reciprocals of scales, of which most numbers are one, and those of `quantize-nvfp4` all."""
+    for scale in (weight.global_scale, weight.input_scale):
+        if scale is not None and not torch.equal(1 / (1 / scale.float()), scale.float()):
+            return "its scale over all blocks is not the reciprocal of a float32 number, which the layout keeps"
+    if weight.scheme.activations not in ("", "nvfp4"):
+        return f"nvfp4 weights with {weight.scheme.activations} activations"
+    return "its input is multiplied by a factor of its own" if weight.input_factor is not None else None
+
+
+def _float4_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
+    assert weight.global_scale is not None
+    out = {
+        "weight_packed": weight.codes[:, 0::2] | (weight.codes[:, 1::2] << 4),
+        "weight_scale": weight.scale,
+        "weight_global_scale": 1 / weight.global_scale.float().reshape(1),
+    }
+    if weight.input_scale is not None:
+        out["input_global_scale"] = 1 / weight.input_scale.float().reshape(1)
+    return out
+
+
 def _whole_format(formats: set[str]) -> str:
     if len(formats) > 1:
         return "mixed-precision"
@@ -123,6 +164,8 @@ def _whole_format(formats: set[str]) -> str:
 
 
 def _format(scheme: Scheme) -> str:
+    if scheme.format == "nvfp4":
+        return FLOAT4
     if scheme.format == "fp8":
         return FLOAT
     return INT if scheme.activations else PACKED
@@ -130,6 +173,8 @@ def _format(scheme: Scheme) -> str:
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
     strategy = "tensor" if scheme.per_tensor else "group" if scheme.group_size else "channel"
+    if scheme.format == "nvfp4":
+        return _FLOAT4_WEIGHTS
     return {
         "num_bits": scheme.bits,
         "type": weight_format(scheme.format).kind,
@@ -145,6 +190,8 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 def _inputs(scheme: Scheme) -> dict[str, Any] | None:
     if not scheme.activations:
         return None
+    if scheme.format == "nvfp4":
+        return {**_FLOAT4_WEIGHTS, "dynamic": "local"}
     kind = "int" if scheme.activations == "int8" else "float"
     return {
         "num_bits": 8,
