@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shutil
 import statistics
 import tempfile
 import time
@@ -77,6 +78,7 @@ def packed_folder(folder: Path, device: str) -> Path:
         settings = json.loads((quantized / "config.json").read_text())
         with safe_open(quantized / "model.safetensors", "pt") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     settings |= {**LLAMA_8B, "max_position_embeddings": CONTEXT, "head_dim": 128, "tie_word_embeddings": False}
     (folder / "config.json").write_text(json.dumps(settings))
@@ -148,7 +150,9 @@ def measure(variant: str, peer: VllmPeer, given: argparse.Namespace) -> dict[str
 
         result[f"decode {context}"] = compared(interleave({"optc": ours, "vllm": theirs}, given.samples, 2))
         print(variant, context, json.dumps(result[f"decode {context}"]), flush=True)
-    engine = PagedEngine(session.model, EngineOptions(max_running=given.running, max_waiting=4096), DeviceRunner)
+    engine = PagedEngine(
+        session.model, EngineOptions(max_running=given.running, max_waiting=4096, warm_up=True), DeviceRunner
+    )
     for name in given.traffic:
 
         def ours_serves(name: str = name) -> float:

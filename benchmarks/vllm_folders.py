@@ -2,6 +2,8 @@
 
     python benchmarks/vllm_folders.py --vllm SITE                       # needs a GPU
     python benchmarks/vllm_folders.py --vllm SITE --only fp8 gptq-4     # some of them
+    python benchmarks/vllm_folders.py --work W --parts make here        # what needs no GPU; later, with W brought to one:
+    python benchmarks/vllm_folders.py --work W --parts vllm --vllm SITE
 
 fiction-26m, quantized by the command (`--calibration`); windows of a text that was not calibrated on. "Here" is what
 `optc eval` computes of the folder: its own tensors, read by optc, in the type that it was written in. vLLM runs in bf16
@@ -85,15 +87,15 @@ def folder_of(name: str, place: Path) -> Path:
     return SOURCE if name == "source" else place / name.replace(" ", "-")
 
 
-def made_and_loaded(name: str, place: Path, rows: list[list[int]], site: Path | None) -> dict[str, Any]:
+def made_and_loaded(name: str, place: Path, rows: list[list[int]], given: argparse.Namespace) -> dict[str, Any]:
     """Quantize and let vLLM read it: processes of their own, so that several may run."""
     folder = folder_of(name, place)
-    if folder != SOURCE and (refused := quantized(name, folder)):
+    if "make" in given.parts and not folder.exists() and (refused := quantized(name, folder)):
         return {"refused": refused}
-    if site is None:
+    if "vllm" not in given.parts:
         return {}
     try:
-        return {"vllm": perplexity_there(folder, rows, site, place / f"{folder.name}.log")}
+        return {"vllm": perplexity_there(folder, rows, given.vllm, place / f"{folder.name}.log")}
     except RuntimeError as error:
         return {"vllm": {"error": str(error)[-1500:]}}
 
@@ -101,14 +103,15 @@ def made_and_loaded(name: str, place: Path, rows: list[list[int]], site: Path | 
 def main() -> None:
     """Quantize, load on both sides, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--vllm", type=Path, default=None, metavar="SITE", help="folder that holds vLLM; none: here alone"
-    )
+    parser.add_argument("--vllm", type=Path, default=None, metavar="SITE", help="folder that holds vLLM")
+    parser.add_argument("--parts", nargs="*", default=["make", "vllm", "here"], choices=["make", "vllm", "here"])
     parser.add_argument("--only", nargs="*", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--work", type=Path, default=None, help="folder for what is quantized, which stays")
     given = parser.parse_args()
+    if "vllm" in given.parts and given.vllm is None:
+        parser.error("--vllm SITE is needed, or --parts without vllm")
     tokenizer = load_tokenizer(SOURCE)
     assert tokenizer is not None
     text = (SHARED / "text" / "validation.txt").read_text(encoding="utf-8")
@@ -116,14 +119,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         place = given.work or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)
+        kept = place / "figures.json"
+        found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
         with ThreadPoolExecutor(given.jobs) as pool:
-            tasks = {name: pool.submit(made_and_loaded, name, place, rows, given.vllm) for name in given.only}
-            found: dict[str, Any] = {}
+            tasks = {name: pool.submit(made_and_loaded, name, place, rows, given) for name in given.only}
             for name, task in tasks.items():
-                found[name] = task.result()
-                if "refused" not in found[name]:
-                    found[name]["here"] = perplexity_here(folder_of(name, place), rows)
-                print(name, json.dumps(found[name]), flush=True)
+                figures = found.setdefault(name, {})
+                figures |= task.result()
+                if "here" in given.parts and "refused" not in figures:
+                    figures["here"] = perplexity_here(folder_of(name, place), rows)
+                print(name, json.dumps(figures), flush=True)
+                kept.write_text(json.dumps(found))
     record("vllm_folders", {"model": "fiction-26m", "windows": given.windows, "window": WINDOW, "schemes": found}, 1)
 
 
