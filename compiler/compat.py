@@ -253,35 +253,25 @@ def vector_flags() -> list[str]:
     return [] if chosen == invalid_vec_isa else str(chosen.build_arch_flags()).split()
 
 
-def export_program(module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any) -> ExportedProgram:
+def export_program(
+    module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any, *, deferred: bool = False
+) -> ExportedProgram:
     """torch.export in non-strict mode.
 
     Without the cache of fake tensors' dispatch: where sizes are symbols, looking a result up, and proving that it fits,
     takes longer than computing its shape again (a third of the whole export of a decoder).
 
-    torch 2.11 cannot simplify guards such as `min(16*s, 32*s) == 16*s` on the strides of grouped heads and takes them
-    for a constraint on the shape. What it refuses so is exported once more with guards deferred: they become asserts
-    in the graph, which always hold.
+    Args:
+        deferred: conditions on sizes that torch cannot decide become asserts in the graph (`ir/deferred`).
     """
-
-    def export(deferred: bool) -> ExportedProgram:
-        with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
-            return torch.export.export(
-                module,
-                args,
-                dynamic_shapes=dynamic_shapes,
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=deferred,
-            )
-
-    if not torch.__version__.startswith("2.11."):
-        return export(False)
-    try:
-        return export(False)
-    except torch._dynamo.exc.UserError as error:
-        if "Constraints violated" not in str(error):
-            raise
-        return export(True)
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        return torch.export.export(
+            module,
+            args,
+            dynamic_shapes=dynamic_shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=deferred,
+        )
 
 
 def functional_program(exported: ExportedProgram) -> ExportedProgram:

@@ -21,8 +21,8 @@ FAST = 4
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
-    """Decoder: [quantize] -> KV cache -> [Medusa heads] -> [merge] -> legalize. Encoder: [quantize] -> legalize.
-    Module: fuse-attention -> [quantize] -> legalize.
+    """Decoder: fuse-attention -> [quantize] -> KV cache -> [Medusa heads] -> [merge] -> legalize. Encoder: [quantize] ->
+    legalize. Module: fuse-attention -> [quantize] -> legalize.
 
     Attention of modules is found first, however it is spelled: behind it stands a product of its own, whose causal mask is
     never made. Rotary embeddings and norms are left as they are: Inductor fuses them itself. Norms are made whole for
@@ -30,7 +30,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
     Accuracy level 4, the default of quantized programs, rounds activations to int8 in a stage of its own, so that
     the gate sees what it costs; below 4 they are left as they are.
     """
-    steps = [Step(FuseAttention(), optional=True)] if kind in ("module", "graph") else []
+    steps = [Step(FuseAttention(), optional=True)] if kind != "encoder" else []
     if options.quantization is not None:
         steps += [
             Step(FuseNorm(), optional=True),

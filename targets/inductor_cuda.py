@@ -23,7 +23,7 @@ _BITS = (4, 8)
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
-    """fuse norms and rotations -> [quantize] -> [quantize-head] -> page -> [Medusa heads] -> merge -> fuse-decode -> legalize.
+    """fuse attention, norms and rotations -> [quantize] -> [quantize-head] -> page -> [Medusa heads] -> merge -> fuse-decode -> legalize.
 
     A graph of torch.compile: fuse attention -> legalize; Inductor fuses the rest.
 
@@ -44,6 +44,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
             remedy="compile it for inductor-cpu or onnx-cpu, or run it with torch.compile",
         )
     return [
+        Step(FuseAttention(), optional=True),
         Step(FuseNorm(), optional=True),
         Step(FuseRotary(), optional=True),
         *rounded_last(

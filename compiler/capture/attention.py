@@ -69,18 +69,22 @@ class Mask:
         raise own_attention(None)
 
 
+class AttentionError(CaptureError):
+    """A model's attention is more than `optc.attention` can say; its eager spelling may still be captured."""
+
+
 def caps_scores(config: Any) -> bool:
     """Whether a model's attention caps its scores: sdpa cannot, and transformers 5.17 leaves the cap out there."""
     return getattr(text_config(config), "attn_logit_softcapping", None) is not None
 
 
-def own_attention(model: str | None) -> CaptureError:
+def own_attention(model: str | None) -> AttentionError:
     """The refusal of a model whose attention optc cannot stand in for."""
-    return CaptureError(
+    return AttentionError(
         "the model picks its attention from a table of its own",
         where=model,
         why="it does not call transformers' attention interface, through which optc captures attention",
-        remedy="use a model that takes attn_implementation from the interface, such as Llama, Qwen or GPT-2",
+        remedy="capture with attention='eager'",
     )
 
 
@@ -88,11 +92,11 @@ def _refuse_unknown(given: dict[str, Any], known: frozenset[str], what: str, whe
     """Nothing that a library hands over is dropped: what is not known to be harmless must not be there."""
     names = [name for name, value in given.items() if name not in known and value is not None and value is not False]
     if names:
-        raise CaptureError(
+        raise AttentionError(
             f"the model gives its {what} an argument that optc does not know: {', '.join(sorted(names))}",
             where=where,
             why="attention computed without it would be another model's",
-            remedy="use a model without it; relative position biases and sparse attention cannot be expressed",
+            remedy="capture with attention='eager'; relative position biases and sparse attention are spelled out there",
         )
 
 
@@ -121,10 +125,10 @@ def _atoms(function: Callable[..., Any]) -> list[tuple[str, int]]:
         return _atoms(cells["mask_function"])
     if kind == "padding_mask_function":
         return []  # the padding itself arrives as `attention_mask`
-    raise CaptureError(
+    raise AttentionError(
         f"the attention mask '{kind}' cannot be expressed",
-        why="optc knows causal, sliding-window and key-padding masks",
-        remedy="use a model without this mask",
+        why="optc.attention knows causal, sliding-window and key-padding masks",
+        remedy="capture with attention='eager'",
     )
 
 
@@ -163,10 +167,10 @@ def attend(
     elif isinstance(attention_mask, Mask):
         mask = attention_mask
     else:
-        raise CaptureError(
+        raise AttentionError(
             "the model builds its attention mask outside transformers' mask interface",
             where=type(module).__name__,
-            remedy="the model must call create_causal_mask (transformers 5 models do)",
+            remedy="capture with attention='eager'",
         )
     if dropout and module.training:
         raise CaptureError("attention dropout is active", remedy="call model.eval() first")
@@ -188,34 +192,30 @@ def attend(
 def run_experts(module: torch.nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Mixture of experts without data-dependent shapes: every expert sees every token.
 
-    hidden_states [N,C], top_k_index and top_k_weights [N,K] -> [N,C]. Exact; costs E/K times the work.
+    hidden_states [N,C], top_k_index and top_k_weights [N,K] -> [N,C]. Exact; costs E/K times the work. The layouts are
+    those that transformers' `use_experts_implementation` names: with or without gate, bias, transposition and a norm
+    behind each expert; how gate and up projection lie beside each other is the module's own affair (`_apply_gate`).
     """
-    _check_experts(module)
     out = torch.zeros_like(hidden_states)
-    experts: int = module.num_experts  # type: ignore[assignment]
-    gate_up, down = module.gate_up_proj, module.down_proj
-    assert isinstance(gate_up, Tensor)
-    assert isinstance(down, Tensor)
-    for expert in range(experts):
+    first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    activate: Any = module._apply_gate if getattr(module, "has_gate", True) else module.act_fn
+    for expert in range(int(module.num_experts)):  # type: ignore[arg-type]
         weight = torch.where(top_k_index == expert, top_k_weights, 0.0).sum(-1, keepdim=True)
-        both = torch.nn.functional.linear(hidden_states, gate_up[expert])
-        gate, up = both.chunk(2, dim=-1)
-        inner = module.act_fn(gate) * up  # type: ignore[operator]
-        out = out + torch.nn.functional.linear(inner, down[expert]) * weight.to(hidden_states.dtype)
+        inner = _expert_linear(
+            module, "down_proj", expert, activate(_expert_linear(module, first, expert, hidden_states))
+        )
+        if getattr(module, "has_post_expert_norm", False):
+            inner = module.post_expert_norm(inner)  # type: ignore[operator]
+        out = out + inner * weight.to(hidden_states.dtype)
     return out
 
 
-def _check_experts(module: torch.nn.Module) -> None:
-    """Refuse expert layouts other than concatenated gate and up projections without bias."""
-    flags = {"is_transposed": False, "has_bias": False, "is_concatenated": True, "has_gate": True}
-    odd = [name for name, usual in flags.items() if getattr(module, name, usual) is not usual]
-    odd += ["has_post_expert_norm"] if getattr(module, "has_post_expert_norm", False) else []
-    if odd:
-        raise CaptureError(
-            f"mixture-of-experts layout not supported: {', '.join(odd)}",
-            where=type(module).__name__,
-            remedy="optc takes concatenated gate/up experts without bias, as Mixtral and Qwen3-MoE have",
-        )
+def _expert_linear(module: torch.nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
+    """[N,K] -> [N,M] by one expert's part of a weight [E,M,K], or [E,K,M] where it is transposed."""
+    weight = getattr(module, name)[expert]
+    weight = weight.t() if getattr(module, "is_transposed", False) else weight
+    bias = getattr(module, f"{name}_bias")[expert] if getattr(module, "has_bias", False) else None
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def register() -> None:

@@ -93,7 +93,8 @@ def stated_context(config: Any) -> int:
 
     XLNet says -1; a size that nobody checked may be infinite, or beyond what a contract holds.
     """
-    stated = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    stated = next((value for name in names if (value := getattr(config, name, None))), None)
     return int(stated) if isinstance(stated, int | float) and 0 < stated <= MOST else 0
 
 
@@ -102,7 +103,7 @@ def refuse_unsupported(config: Any) -> None:
 
     Raises:
         CaptureError: rotary frequencies that depend on the sequence length (one graph serves all
-            lengths), relative position biases, or an encoder-decoder model.
+            lengths), or an encoder-decoder model.
     """
     rope = getattr(text_config(config), "rope_parameters", None) or {}
     kinds = (
@@ -123,11 +124,4 @@ def refuse_unsupported(config: Any) -> None:
             "encoder-decoder models are not supported",
             where="config.json: is_encoder_decoder",
             remedy="use a decoder-only or an encoder-only model",
-        )
-    if getattr(config, "relative_attention_num_buckets", None):
-        raise CaptureError(
-            "relative position biases of attention are not supported",
-            where="config.json: relative_attention_num_buckets",
-            why="attention computed without them would be another model's",
-            remedy="use a model with rotary or learned positions",
         )

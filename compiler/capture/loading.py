@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optc.compiler.capture.attention import NAME, own_attention, register
+from optc.compiler.capture.attention import NAME, register
 from optc.compiler.capture.facts import refuse_unsupported
 from optc.compiler.diagnostics import CaptureError, InputError, foreign_errors
 from optc.compiler.formats.layouts.tensors import TensorReader
@@ -61,24 +62,33 @@ def load_model(
     shapes = {name: tuple(tensor.shape) for name, tensor in places.items()}
     compare_shapes(quantized.dense if quantized else info, shapes, tied=tied_names(places))
     with foreign_errors("transformers cannot load the model", where=str(info.path), remedy=_TOGETHER):
-        try:
-            # Given tensors and a config without quantization, transformers does not look for a quantizer of its own.
-            model, report = type(skeleton).from_pretrained(
-                None,
-                config=skeleton.config,
-                state_dict=_state(info, quantized, dtype, resident_bytes),
-                dtype=dtype,
-                attn_implementation=attention,
-                trust_remote_code=info.trusted,
-                output_loading_info=True,
-            )
-        except KeyError as error:
-            if error.args == (NAME,):
-                raise own_attention(type(skeleton).__name__) from error
-            raise
+        # Given tensors and a config without quantization, transformers does not look for a quantizer of its own.
+        model, report = type(skeleton).from_pretrained(
+            None,
+            config=skeleton.config,
+            state_dict=_state(info, quantized, dtype, resident_bytes),
+            dtype=dtype,
+            attn_implementation=_accepted(skeleton, attention),
+            trust_remote_code=info.trusted,
+            output_loading_info=True,
+        )
         _read_generation_config(model, info.path)
     _check_report(info, report)
     return model.eval().requires_grad_(False), info
+
+
+def _accepted(skeleton: Any, attention: str) -> str:
+    """The attention implementation, or "eager" where a class knows only those of a table of its own."""
+    config = copy.deepcopy(skeleton.config)
+    config._attn_implementation = attention
+    try:
+        with torch.device("meta"):
+            type(skeleton)(config)
+    except KeyError as error:
+        if error.args == (attention,):
+            return "eager"
+        raise
+    return attention
 
 
 def _state(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optc.compiler.capture.attention import make_mask
+from optc.compiler.capture.attention import AttentionError, Mask
 from optc.compiler.capture.proof.reference import OWN_ERRORS
 from optc.compiler.diagnostics import CaptureError
 
@@ -26,6 +26,10 @@ class _ReachedError(Exception):
 
 def _stop(*_: Any, **__: Any) -> tuple[Tensor, None]:
     raise _ReachedError
+
+
+def _any_mask(**_: Any) -> Mask:
+    return Mask(causal=True)
 
 
 def position_offset(model: Any) -> int:
@@ -43,10 +47,13 @@ def position_offset(model: Any) -> int:
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(_NAME, _stop)
-    AttentionMaskInterface.register(_NAME, make_mask)
+    AttentionMaskInterface.register(_NAME, _any_mask)
     device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
     pad = getattr(model.config, "pad_token_id", None)
-    ids = torch.full((1, _LENGTH), 1 if pad == 0 else 0, device=device)
+    last = (
+        int(model.get_input_embeddings().weight.shape[0]) - 1
+    )  # some classes know a padding token of their own, 0 or 1
+    ids = torch.full((1, _LENGTH), last if pad != last else 0, device=device)
     counted = torch.arange(_LENGTH, device=device)[None]
     before = model.config._attn_implementation
     model.config._attn_implementation = _NAME
@@ -90,7 +97,7 @@ def _integers(model: nn.Module, arguments: dict[str, Tensor]) -> dict[tuple[str,
     try:
         with torch.no_grad():
             model(**arguments, return_dict=True)
-    except _ReachedError:
+    except (_ReachedError, AttentionError):  # the second: attention of the model's own reads its mask
         pass
     except OWN_ERRORS as error:
         raise CaptureError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from optc.compiler.capture.attention import NAME, register
+from optc.compiler.capture.attention import NAME, AttentionError, register
 from optc.compiler.capture.eval_mode import in_eval_mode
 from optc.compiler.capture.facts import (
     attention_layers,
@@ -23,12 +23,13 @@ from optc.compiler.capture.facts import (
     text_config,
 )
 from optc.compiler.capture.loading import DTYPES, RESIDENT_BYTES, load_model
+from optc.compiler.capture.own_positions import drop_whole_padding, lift_positions
 from optc.compiler.capture.positions import position_offset
 from optc.compiler.capture.proof import prove_model
 from optc.compiler.capture.restored import restore_codes
 from optc.compiler.diagnostics import CaptureError, unknown_name
 from optc.compiler.ir.contract import Contract, Input, Output
-from optc.compiler.ir.export import run_export
+from optc.compiler.ir.export import SizeConditionError, run_export
 from optc.compiler.ir.lazy_weights import LazyWeight
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.stored_weights import WorkFile
@@ -65,8 +66,10 @@ class _Decoder(_Shell):
         object.__setattr__(self, "_offset", offset)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        position_ids = position_ids + self._offset if self._offset else position_ids
-        out = self._inner(input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True)
+        more = {}
+        if _takes_positions(self._inner):
+            more["position_ids"] = position_ids + self._offset if self._offset else position_ids
+        out = self._inner(input_ids=input_ids, use_cache=False, return_dict=True, **more)
         return out.logits
 
 
@@ -143,7 +146,9 @@ def capture_model(
 ) -> Program:
     """Capture a transformers model in memory: decoder when it makes causal attention, else encoder.
 
-    The model's attention implementation is set for the time of the capture.
+    The model's attention implementation is set for the time of the capture. Where `optc.attention` cannot say what a
+    layer computes (attention of a table of the model's own, biases, other masks), transformers' eager attention is
+    captured, which the notes of the proof say.
 
     Args:
         attention: "optc" gives one `optc.attention` per layer. "sdpa" and "eager" give transformers' own
@@ -167,29 +172,56 @@ def capture_model(
             remedy="capture with attention='optc' or 'eager'",
         )
     register()
+    try:
+        program, offset = _captured(model, attention)
+    except AttentionError as error:
+        if attention != NAME:
+            raise
+        note = f"captured with eager attention: {error.what}"
+        program, offset = _captured(model, "eager")
+    else:
+        note = ""
+    if prove:
+        proof = prove_model(program, model, tokens=tokens, offset=offset)
+        program.proof = msgspec.structs.replace(proof, notes=(*proof.notes, note)) if note else proof
+    return program
+
+
+def _captured(model: torch.nn.Module, attention: str) -> tuple[Program, int]:
+    """The program, and what the model adds to positions that are counted from 0."""
+    config: Any = model.config
     before = {name: getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation")}
     config._attn_implementation = attention
     config._experts_implementation = NAME
-    decoder = not _is_encoder(model)
     try:
-        if decoder:
-            _require_positions(model)
         offset = position_offset(model)
-        program = _export(model, config, offset)
+        return _export(model, config, offset), offset
     except CaptureError as error:
         error.where = error.where or type(model).__name__
         raise
     finally:
         for name, value in before.items():
             setattr(config, name, value)
-    if prove:
-        program.proof = prove_model(program, model, tokens=tokens, offset=offset)
-    return program
 
 
 def _export(model: torch.nn.Module, config: Any, offset: int) -> Program:
+    """`_export_for` the context that the config states, or one token less.
+
+    Some models cut a table of as many rows as the context has, and torch takes its whole length for a case of its own.
+    """
+    context = _context(config) - offset
+    try:
+        return _export_for(model, config, offset, context)
+    except CaptureError as error:
+        condition = error.__cause__.__cause__ if error.__cause__ is not None else None
+        if not (isinstance(condition, SizeConditionError) and context in condition.sizes.values() and context > 1):
+            raise
+        return _export_for(model, config, offset, context - 1)
+
+
+def _export_for(model: torch.nn.Module, config: Any, offset: int, context: int) -> Program:
     """The model as a program; a decoder adds `offset` to the positions that it takes, an encoder by itself."""
-    decoder, context = not _is_encoder(model), _context(config) - offset
+    decoder = not _is_encoder(model)
     batch, seq = Dim("batch", min=1, max=_MAX_BATCH), Dim("seq", min=1, max=context)
     length = min(11, context)
     device = next((weight.device for weight in model.parameters()), CPU)
@@ -218,10 +250,13 @@ def _export(model: torch.nn.Module, config: Any, offset: int) -> Program:
         outputs=(output,),
         position_rule=decoder,
         layers=attention_layers(exported),
-        model=msgspec.structs.replace(facts, context_length=max(0, facts.context_length - offset)),
+        model=msgspec.structs.replace(facts, context_length=min(max(0, facts.context_length - offset), context)),
         sources={name: (name,) for name in exported.state_dict},
     )
-    return Program(exported, contract)
+    program = Program(exported, contract)
+    if decoder and drop_whole_padding(program) + (0 if _takes_positions(model) else lift_positions(program)):
+        program = program.changed()
+    return program
 
 
 def _output(exported: torch.export.ExportedProgram, config: Any, shell: _Decoder | _Encoder) -> Output:
@@ -239,19 +274,12 @@ def _context(config: Any) -> int:
     return stated_context(text_config(config)) or 1 << 20
 
 
+def _takes_positions(model: torch.nn.Module) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
 def _is_encoder(model: torch.nn.Module) -> bool:
     """A model is a decoder when transformers would generate with it."""
     from transformers.generation import GenerationMixin
 
     return not isinstance(model, GenerationMixin)
-
-
-def _require_positions(model: torch.nn.Module) -> None:
-    """Refuse decoders that make their own positions (ALiBi and the like): caches need them as input."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise CaptureError(
-            "the model takes no position_ids",
-            where=type(model).__name__,
-            why="KV caches need positions as an input; a model that computes its own positions cannot continue a sequence",
-            remedy="use a model with rotary or learned positions",
-        )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from optc.compiler import compat
 from optc.compiler.diagnostics import CaptureError
+from optc.compiler.ir.deferred import settle_deferred
 from optc.compiler.ir.lazy_weights import LazyWeight
 from optc.compiler.ir.quick_tracing import quick_tracing
 
@@ -28,7 +29,7 @@ def run_export(
             warnings.filterwarnings(
                 "ignore", r"(?s).*_flat_weights.*assigned during export"
             )  # torch's recurrent layers
-            exported = compat.export_program(module, args, dynamic_shapes)
+            exported = _exported(module, args, dynamic_shapes)
     except torch._dynamo.exc.UserError as error:
         raise CaptureError(
             "torch.export cannot make one graph for all shapes",
@@ -76,6 +77,37 @@ def functional_export(exported: torch.export.ExportedProgram) -> torch.export.Ex
     for name, value in result.state_dict.items():
         result.state_dict[name] = lazy.get(id(value), held.get(name, value))
     return result
+
+
+def _exported(module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any) -> torch.export.ExportedProgram:
+    """What torch refuses for a few conditions on sizes is exported once more with these deferred, and held to them here.
+
+    Of code that pads and cuts into chunks there are dozens, which do not hold, and another export takes minutes.
+    """
+    try:
+        return compat.export_program(module, args, dynamic_shapes)
+    except torch._dynamo.exc.UserError as error:
+        if not 0 < str(error).count("Not all values of") <= _FEW:
+            raise
+        try:
+            exported = compat.export_program(module, args, dynamic_shapes, deferred=True)
+        except (torch._dynamo.exc.UserError, RuntimeError, ValueError):
+            raise error from None
+        broken = settle_deferred(exported)
+        if broken is not None:
+            raise error from SizeConditionError(*broken)
+        return exported
+
+
+_FEW = 4
+
+
+class SizeConditionError(Exception):
+    """A condition under which the graph was made, and sizes by symbol for which it does not hold."""
+
+    def __init__(self, condition: str, sizes: dict[str, int]) -> None:
+        self.condition, self.sizes = condition, sizes
+        super().__init__(f"{condition} does not hold for {sizes or 'all sizes'}")
 
 
 def _reasons(text: str) -> str:

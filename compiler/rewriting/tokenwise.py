@@ -76,8 +76,9 @@ def _attention_miss(node: Node, sinks: bool) -> str | None:
 def mixing_error(program: Program, *, seed: int = 0) -> float:
     """How much the logits of one token depend on the others when attention is cut; 0 is not at all.
 
-    The largest difference over a permutation and a subset of 13 random tokens at random positions,
-    relative to the largest logit. `program` takes input_ids and position_ids [B,S].
+    The largest difference over a permutation and a subset of 13 random tokens at random positions, and over the end of
+    the tokens at positions that count up, relative to the largest logit: a mask may be made of positions, and take those
+    that do not count up for other sequences. `program` takes input_ids and position_ids [B,S].
     """
     generator, device = torch.Generator().manual_seed(seed), program_device(program)
     limit = _context(program)
@@ -90,15 +91,19 @@ def mixing_error(program: Program, *, seed: int = 0) -> float:
         for node in program.user_inputs()[2:]
     ]
 
-    def logits(chosen: Tensor) -> Tensor:
+    def logits(chosen: Tensor, places: Tensor = positions) -> Tensor:
         replay = Replay(program, {_ATTENTION: _stand_in})
         with torch.no_grad():
-            out: Tensor = replay.outputs(*(item[:, chosen] for item in (ids, positions, *states)))[0]
+            out: Tensor = replay.outputs(*(item[:, chosen] for item in (ids, places, *states)))[0]
         return out[0].double()
 
-    full = logits(torch.arange(count, device=device))
-    order = torch.randperm(count, generator=generator).to(device)
-    error = max(float((logits(chosen) - full[chosen]).abs().max()) for chosen in (order, order[: min(_KEPT, count)]))
+    every = torch.arange(count, device=device)
+    counted = every[None] + (limit - count) // 2
+    full, in_order = logits(every), logits(every, counted)
+    order, end = torch.randperm(count, generator=generator).to(device), every[min(_KEPT, count - 1) :]
+    trials = [(logits(chosen), full[chosen]) for chosen in (order, order[: min(_KEPT, count)])]
+    trials.append((logits(end, counted), in_order[end]))
+    error = max(float((found - wanted).abs().max()) for found, wanted in trials)
     return error / max(float(full.abs().max()), 1e-30)
 
 

@@ -55,8 +55,10 @@ def _attend(
     keys: tuple[ir.Value, Node],
     values: tuple[ir.Value, Node],
     keep: ir.Value | None,
+    sinks: Node | None,
 ) -> ir.Value:
-    """softmax(softcap(q k^T * scale) where keep) v; scores and softmax in float32."""
+    """softmax(softcap(q k^T * scale) where keep) v; scores and softmax in float32. Sinks [H] are one more score of each
+    query, whose weight is dropped."""
     dtype, heads = q.meta["val"].dtype, int(q.meta["val"].shape[1])
     turned = walker.op("Transpose", [_heads_repeated(walker, *keys, heads)], {"perm": [0, 1, 3, 2]})
     scores = walker.op("MatMul", [walker.value(q), turned])
@@ -69,13 +71,21 @@ def _attend(
     if keep is not None:
         lowest = walker.constant(torch.finfo(torch.float32).min, torch.float32)
         scores = walker.op("Where", [keep, scores, lowest])
+    if sinks is not None:
+        sink = walker.op("Reshape", [walker.value(sinks, torch.float32), walker.constant([1, heads, 1, 1])])
+        one = [_size(walker, q, 0), walker.constant([1]), _size(walker, q, 2), walker.constant([1])]
+        column = walker.op("Expand", [sink, walker.op("Concat", one, {"axis": 0})])
+        scores = walker.op("Concat", [scores, column], {"axis": -1})
     weights = walker.op("Softmax", [scores], {"axis": -1})
+    if sinks is not None:
+        ends = [walker.constant([0]), walker.constant([-1]), walker.constant([3])]
+        weights = walker.op("Slice", [weights, *ends])
     weights = weights if dtype is torch.float32 else walker.cast(weights, dtype)
     return walker.op("MatMul", [weights, _heads_repeated(walker, *values, heads)])
 
 
 def _attention(walker: Walker, node: Node) -> ir.Value:
-    q, k, v, padding = node.args[:4]
+    q, k, v, padding, sinks = node.args[:5]
     knobs: dict[str, Any] = dict(node.kwargs)
     queries, keys = _size(walker, q, 2), _size(walker, k, 2)
     keep = None
@@ -85,7 +95,7 @@ def _attention(walker: Walker, node: Node) -> ir.Value:
     if padding is not None:
         real = walker.op("Unsqueeze", [walker.value(padding, torch.bool), walker.constant([1, 2])])
         keep = real if keep is None else walker.op("And", [keep, real])
-    return _attend(walker, node, q, (walker.value(k), k), (walker.value(v), v), keep)
+    return _attend(walker, node, q, (walker.value(k), k), (walker.value(v), v), keep, sinks)
 
 
 def _cached_attention(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -93,7 +103,7 @@ def _cached_attention(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value, i
 
     Only the used part of the cache, `total_length` tokens, is read.
     """
-    q, k, v, k_cache, v_cache, past, total = node.args[:7]
+    q, k, v, k_cache, v_cache, past, total, sinks = node.args[:8]
     length, start = walker.size(total), walker.value(past)
     presents, used = [], []
     for cache, new in ((k_cache, k), (v_cache, v)):
@@ -105,7 +115,7 @@ def _cached_attention(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value, i
     query = walker.op("Add", [first, _places(walker, _size(walker, q, 2))])
     keep = _position_mask(walker, query, length, causal=True, window=int(node.kwargs["window"]))
     keep = walker.op("Unsqueeze", [keep, walker.constant([1])])
-    return _attend(walker, node, q, used[0], used[1], keep), presents[0], presents[1]
+    return _attend(walker, node, q, used[0], used[1], keep, sinks), presents[0], presents[1]
 
 
 def _grown(walker: Walker, cache: Node, length: ir.Value) -> ir.Value:
@@ -117,12 +127,6 @@ def _grown(walker: Walker, cache: Node, length: ir.Value) -> ir.Value:
     zero = walker.constant(0.0, cache.meta["val"].dtype)
     room = walker.op("Expand", [zero, walker.op("Concat", shape, {"axis": 0})])
     return walker.op("Concat", [walker.value(cache), room], {"axis": 2})
-
-
-def no_sinks(node: Node) -> str | None:
-    """A predicate for attention: sinks are not lowered."""
-    places = {_optc.attention.default: 4, _optc.cached_attention.default: 7}
-    return "attention sinks are not lowered" if node.args[places[node.target]] is not None else None
 
 
 TABLE: dict[Any, Lowering] = {

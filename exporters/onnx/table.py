@@ -25,7 +25,7 @@ from optc.exporters.onnx import (
 )
 from optc.exporters.onnx.walker import Lowering
 
-_aten, _optc = torch.ops.aten, torch.ops.optc
+_aten = torch.ops.aten
 
 LOWERINGS: dict[Any, Lowering] = {
     **arithmetic.TABLE,
@@ -71,8 +71,6 @@ _PREDICATES: dict[Any, Predicate] = {
     _aten.index_put.default: scatter.known_places,
     _aten.index.Tensor: reduce.adjacent_indices,
     _aten.one_hot.default: reduce.known_depth,
-    _optc.attention.default: attention.no_sinks,
-    _optc.cached_attention.default: attention.no_sinks,
 }
 
 

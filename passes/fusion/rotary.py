@@ -166,6 +166,9 @@ def _style(node: Node, x: Node, angles: _Angles, sizes: Sizes) -> bool | None:
     }
     if values[x].shape[-1] != 2 * values[angles.inv_freq].shape[0]:
         return None
+    batch, length = values[angles.position].shape
+    if batch not in (1, values[x].shape[0]) or length != values[x].shape[2]:
+        return None  # [B, S, H, D], turned before heads and positions change places
     computed = evaluate(node, values, sizes)
     for interleaved in (False, True):
         expected = torch.ops.optc.rotary(*values.values(), scaling=angles.scaling, interleaved=interleaved)

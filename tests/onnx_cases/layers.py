@@ -158,14 +158,19 @@ _PADDING = torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [0, 1, 1, 0, 1]])
 _PLACES = torch.arange(5).repeat(3, 1) + torch.tensor([[0], [3], [9]])
 
 
-def _attend(causal: bool, window: int, softcap: float = 0.0) -> Callable[..., Tensor]:
+_SINKS = f(4)
+
+
+def _attend(causal: bool, window: int, softcap: float = 0.0, sinks: Tensor | None = None) -> Callable[..., Tensor]:
     knobs = {"scale": 0.3, "causal": causal, "window": window, "softcap": softcap}
-    return lambda q, k, v, pad=None: _optc.attention(q, k, v, pad, None, **knobs)
+    return lambda q, k, v, pad=None: _optc.attention(q, k, v, pad, sinks, **knobs)
 
 
-def _attend_cache(total: int, window: int, softcap: float = 0.0) -> Callable[..., Any]:
+def _attend_cache(total: int, window: int, softcap: float = 0.0, sinks: Tensor | None = None) -> Callable[..., Any]:
     knobs = {"scale": 0.3, "window": window, "softcap": softcap}
-    return lambda q, k, v, keys, values, past: _optc.cached_attention(q, k, v, keys, values, past, total, None, **knobs)
+    return lambda q, k, v, keys, values, past: _optc.cached_attention(
+        q, k, v, keys, values, past, total, sinks, **knobs
+    )
 
 
 def _rotate(interleaved: bool) -> Callable[..., Tensor]:
@@ -181,11 +186,13 @@ DIALECT: Cases = {
         (_attend(True, 0), _Q[:, :, :2], _K, _V),
         (_attend(True, 2), _Q, _K, _V, _PADDING),
         (_attend(False, 0), _Q, _K, _V, _PADDING.bool()),
+        (_attend(True, 2, sinks=_SINKS), _Q, _K, _V, _PADDING),
     ],
     "optc.cached_attention.default": [
         (_attend_cache(5, 0), _Q, _K, _V, f(3, 2, 0, 8), f(3, 2, 0, 8), torch.zeros(3, dtype=I64)),
         (_attend_cache(11, 3), _Q, _K, _V, f(3, 2, 6, 8), f(3, 2, 6, 8), torch.tensor([6, 2, 0])),
         (_attend_cache(9, 0, 2.0), _Q, _K, _V, f(3, 2, 14, 8), f(3, 2, 14, 8), torch.tensor([4, 0, 3])),
+        (_attend_cache(11, 3, 0.0, _SINKS), _Q, _K, _V, f(3, 2, 6, 8), f(3, 2, 6, 8), torch.tensor([6, 2, 0])),
     ],
     "optc.rotary.default": [
         (_rotate(interleaved), x, _PLACES) for interleaved in (False, True) for x in (f(3, 2, 5, 4), f(3, 2, 5, 8))

@@ -111,9 +111,5 @@ REFUSED: dict[str, Case] = {
         lambda x: _PROJECTED(x)[0],
         f(3, 2, 4),
     ),
-    "attention: optc.attention.default: attention sinks are not lowered": (
-        lambda q: _optc.attention(q, q, q, None, _WEIGHT[0], scale=1.0, causal=True, window=0, softcap=0.0),
-        f(3, 4, 5, 8),
-    ),
     "erfinv: aten.erfinv.default has no lowering": (torch.erfinv, f(low=-0.5, high=0.5)),
 }
