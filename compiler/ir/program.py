@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from optc.compiler.ir.saved.programs import GRAPH_FILE, damaged, read_program, w
 from optc.compiler.ir.stored_weights import WorkFile, raw_bytes
 from optc.compiler.ir.verification import VerificationError, verify_program
 from optc.compiler.ir.weight_table import WeightTable
+from optc.compiler.notebook import html_table
 from optc.compiler.settings.fields import check_type
 
 
@@ -70,6 +72,11 @@ class Program:
         kind = f"{contract.kind} {model.architecture or model.model_type}".rstrip()
         passes = ", ".join(contract.passes) or "none"
         return f"Program({kind}, {calls} calls, {len(weights)} weights of {size / 1e6:.2f} MB, passes: {passes})"
+
+    def _repr_html_(self) -> str:
+        """The line, and the commonest operators."""
+        counts = Counter(str(node.target) for node in self.graph.nodes if node.op == "call_function")
+        return html_table(repr(self), ("operator", "calls"), counts.most_common(10))
 
     def __call__(self, *args: Any) -> Any:
         """Run the graph on user inputs, in the order of `contract.inputs`.

@@ -13,6 +13,7 @@ from optc.compiler.artifact.engines import Engine, check_facts, find_engine
 from optc.compiler.artifact.folder import check_trusted, read_manifest, verify
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
+from optc.compiler.notebook import html_table
 from optc.compiler.settings.fields import check_range, check_type
 from optc.runtime.bounds import Threads
 from optc.runtime.generation.generate import GenerationResult, StopReason, generate
@@ -176,6 +177,21 @@ class Model(TextModel):
     ) -> None:
         super().__init__(session, tokenizer, stop_ids)
         self.manifest = manifest
+
+    def __repr__(self) -> str:
+        """A line: target, model, size and context."""
+        facts, size = self.manifest.contract.model, self.manifest.weight_bytes / 1e6
+        kind = facts.architecture or facts.model_type or self.manifest.contract.kind
+        return f"Model({self.manifest.target}: {kind}, {size:.2f} MB, context {self.session.context_length})"
+
+    def _repr_html_(self) -> str:
+        manifest = self.manifest
+        rows = [("engine", manifest.engine), ("type", manifest.dtype), ("KV cache", manifest.contract.kv_cache.kind)]
+        rows += [
+            ("source", manifest.source.path or "a module in memory"),
+            ("passes", ", ".join(manifest.contract.passes)),
+        ]
+        return html_table(repr(self), ("", ""), rows)
 
 
 class _Streams:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.ir.contract import Contract, Input
+from optc.compiler.notebook import html_table
 from optc.runtime.generation.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
@@ -101,6 +102,13 @@ class TensorModel:
     def __repr__(self) -> str:
         inputs = ", ".join(f"{spec.name} {spec.dtype}{list(spec.dims)}" for spec in self.manifest.contract.inputs)
         return f"TensorModel({self.manifest.target}: {inputs} -> {', '.join(self.outputs)})"
+
+    def _repr_html_(self) -> str:
+        contract = self.manifest.contract
+        rows = [("input", spec.name, str(spec.dtype), str(list(spec.dims))) for spec in contract.inputs]
+        rows += [("output", spec.name, str(spec.role), "") for spec in contract.outputs]
+        heading = f"TensorModel({self.manifest.target}, {self.manifest.weight_bytes / 1e6:.2f} MB)"
+        return html_table(heading, ("", "name", "type", "axes"), rows)
 
     def _by_name(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Array]:
         if len(inputs) > len(self.inputs):

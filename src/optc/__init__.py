@@ -17,6 +17,7 @@ from optc import torch_name
 
 if TYPE_CHECKING:
     from optc.api import CompileResult, capture, compile, load
+    from optc.commands import bench, evaluate, inspect, quantize, train
     from optc.compiler.diagnostics import OptcError
     from optc.compiler.ir.contract import Contract
     from optc.compiler.ir.program import Program
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "optc.api": ("CompileResult", "capture", "compile", "load"),
+    "optc.commands": ("bench", "evaluate", "inspect", "quantize", "train"),
     "optc.optimizing": ("optimize",),
     "optc.compiler.ir.contract": ("Contract",),
     "optc.compiler.diagnostics": ("OptcError",),
@@ -57,10 +59,15 @@ __all__ = [
     "Program",
     "Rule",
     "apply_rules",
+    "bench",
     "capture",
     "compile",
+    "evaluate",
+    "inspect",
     "load",
     "optimize",
+    "quantize",
+    "train",
 ]
 
 

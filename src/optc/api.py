@@ -18,6 +18,7 @@ from optc.calibrating import make_calibration
 from optc.capturing import Captured, Model, capture, capture_for_compile, stored_dtype
 from optc.compiler.analysis.weight_parts import weight_parts
 from optc.compiler.artifact import folder as artifact
+from optc.compiler.artifact.drift_table import drift_table
 from optc.compiler.artifact.manifest import Manifest, ProgramEntry, Source
 from optc.compiler.calibration.sequences import Calibration
 from optc.compiler.diagnostics import InputError, TargetError, UsageError, os_errors
@@ -27,6 +28,7 @@ from optc.compiler.ir.saved.exported_archive import is_exported_file
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, config_digest, weights_digest
 from optc.compiler.model_folder.medusa import check_base
 from optc.compiler.model_folder.quantized import refuse_quantizing_again
+from optc.compiler.notebook import html_table
 from optc.compiler.pipeline.gate import Limits
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions, PipelineResult, compute_dtype
 from optc.compiler.pipeline.quantization_summary import quantized_linears, summarize
@@ -37,6 +39,7 @@ from optc.compiler.settings.fields import check_type
 from optc.compiler.target.target import ExportRequest, ExportResult, check_context, check_legal, obstacle
 from optc.compiler.version import version
 from optc.exporters.reports.report import write_report
+from optc.hub import local_model
 from optc.opening import open_written
 from optc.request import LIMITS, Request, from_python, given_limits
 from optc.resolving import Resolved, recipe_steps, resolve, settled
@@ -64,6 +67,17 @@ class CompileResult:
                 "since the capture: " + ", ".join(f"{k} {v:.3g}" for k, v in measures.items() if v is not None)
             )
         return "CompileResult(" + "\n  ".join(lines) + ")"
+
+    def _repr_html_(self) -> str:
+        """The folder with its sizes, and a row for each pass."""
+        manifest = self.manifest
+        titles, cells = drift_table(msgspec.to_builtins(manifest.passes))
+        rows = [
+            (row.name, f"{row.matched} of {row.candidates}", *drift)
+            for row, drift in zip(manifest.passes, cells, strict=True)
+        ]
+        sizes = "" if manifest.sizes is None else f"; weights {manifest.sizes}"
+        return html_table(f"{self.artifact}: {manifest.target}{sizes}", ("pass", "matched", *titles), rows)
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `optc compile --json` prints."""
@@ -122,12 +136,13 @@ def compile(
     """
     begin = time.perf_counter()
     request = _request(request, target, {"output": output, "quant": quant, **options})
+    named, model = model, local_model(model)
     resolved = resolve_for(model, request)
     if request.run.output is None:
         raise UsageError("no output given", remedy="output='out/model', or -o OUT")
     artifact.check_output(request.run.output, request.run.force)
     if request.run.save_recipe is not None:
-        check_recipe(request.run.save_recipe, model, request)
+        check_recipe(request.run.save_recipe, named, request)
     captured = capture_resolved(model, example_inputs, resolved)
     if captured.program.contract.draft is not None and resolved.options.kv_cache != "paged":
         raise UsageError(
@@ -144,7 +159,7 @@ def compile(
         progress(len(result.records), "exporting")
     manifest = _write(request.run.output, resolved, result, captured, seconds, begin)
     if request.run.save_recipe is not None:
-        write_recipe(request.run.save_recipe, model, request)
+        write_recipe(request.run.save_recipe, named, request)
     return CompileResult(request.run.output, manifest)
 
 

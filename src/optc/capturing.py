@@ -25,6 +25,7 @@ from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, 
 from optc.compiler.model_folder.config_file import modules_behind, parts_beside
 from optc.compiler.model_folder.eagle3 import is_eagle3
 from optc.compiler.settings.fields import check_type
+from optc.hub import local_model
 
 Model = str | Path | torch.nn.Module | Program | ExportedProgram
 _MODELS = "a model folder, a .pt2 file, a transformers model, an nn.Module, an ExportedProgram or a Program"
@@ -77,6 +78,7 @@ def capture(
     for name, value in (("trust_remote_code", trust_remote_code), ("prove", prove)):
         check_type(name, value, bool, "True or False")
     check_type("model", model, Model, _MODELS)
+    model = local_model(model)
     if isinstance(model, Program):
         return model
     if isinstance(model, ExportedProgram):

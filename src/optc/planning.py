@@ -14,6 +14,7 @@ from optc.compiler.model_folder.checkpoint import check_folder
 from optc.compiler.model_folder.quantized import quantized_folder, refuse_quantizing_again
 from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import check_context
+from optc.hub import local_model
 from optc.predicted_sizes import predicted_sizes, quantizable
 from optc.request import Request
 from optc.resolving import recipe_steps, resolve, with_group_size
@@ -29,7 +30,8 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
         UsageError, TargetError, InputError, CaptureError: as the compile itself would.
     """
     resolve(request)  # what is wrong with the request is said before the model is read
-    info = check_folder(model, trust_remote_code=request.what.trust_remote_code)
+    folder = local_model(model)
+    info = check_folder(folder, trust_remote_code=request.what.trust_remote_code)
     resolved = resolve(request, dtype_name(info.dtype))
     target, options = resolved.target, resolved.options
     skeleton = meta_model(info)
@@ -46,7 +48,7 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
     note = target.quant[chosen.method].note if chosen is not None else ""
     if held is not None:
         if chosen is not None:
-            refuse_quantizing_again(model)
+            refuse_quantizing_again(folder)
         shapes = [held.layout.shape(module) for module in held.modules]
         dense = sum(rows * columns for rows, columns in shapes) * _width(options)
         sizes = msgspec.structs.replace(sizes, linears=sizes.linears + held.stored_bytes() - dense)

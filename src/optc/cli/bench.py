@@ -15,7 +15,7 @@ from optc.cli.common import emit, json_option, progress, say
 from optc.cli.options import struct_flags
 from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import Save, kv_pool, sampling_of, save_figures
-from optc.cli.tensors import Inputs, bench_tensors, refuse_inputs, takes_tensors
+from optc.cli.tensors import Inputs, bench_tensors, refuse_inputs, show_speed, takes_tensors
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.device import DeviceName
 from optc.runtime.bounds import Batch, Count, Samples, TimedTokens, Warmup
@@ -88,14 +88,23 @@ def bench(artifact: str, as_json: bool, options: BenchOptions) -> None:
         if speculation is not None:
             bench_speculative(Path(artifact), as_json, options, speculation)
             return
-        if takes_tensors(Path(artifact)):
-            leave_to_own_process([Path(artifact)])
-            bench_tensors(Path(artifact), as_json, options)
-            return
-        refuse_inputs(options, Path(artifact))
-        if options.text is not None:
-            raise UsageError("--text has no effect without --speculative", remedy="leave it out")
-        _bench_session(Path(artifact), as_json, options)
+        leave_to_own_process([Path(artifact)])
+        result = benchmark_of(Path(artifact), options)
+        emit(result, as_json, show_speed if takes_tensors(Path(artifact)) else _show)
+
+
+def benchmark_of(artifact: Path, options: BenchOptions) -> dict[str, Any]:
+    """What `optc bench` prints of an artifact that it runs itself.
+
+    Raises:
+        OptcError: an artifact that does not run, or options without effect on it.
+    """
+    if options.text is not None:
+        raise UsageError("--text has no effect without --speculative", remedy="leave it out")
+    if takes_tensors(artifact):
+        return bench_tensors(artifact, options)
+    refuse_inputs(options, artifact)
+    return _bench_session(artifact, options)
 
 
 _OF_SESSIONS = ("inputs", "batch", "samples", "save", "device", "text", "speculative", "draft", "draft_tokens")
@@ -119,8 +128,7 @@ def _bench_serve(what: str, as_json: bool, options: BenchOptions) -> None:
     )
 
 
-def _bench_session(artifact: Path, as_json: bool, options: BenchOptions) -> None:
-    leave_to_own_process([artifact])
+def _bench_session(artifact: Path, options: BenchOptions) -> dict[str, Any]:
     from optc.runtime.measuring.benchmark import benchmark, environment
     from optc.runtime.sampling import Sampling
     from optc.runtime.sessions.load import load
@@ -155,7 +163,7 @@ def _bench_session(artifact: Path, as_json: bool, options: BenchOptions) -> None
     }
     if options.save:
         save_figures(artifact, speed=result)
-    emit(result, as_json, _show)
+    return result
 
 
 def _show(result: dict[str, Any]) -> None:

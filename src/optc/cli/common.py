@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from optc.cli.bug_report import bug_error
+from optc.cli.heartbeat import heartbeat
 from optc.compiler.diagnostics import (
     LEAVES,
     InputError,
@@ -77,11 +78,15 @@ def read_text(path: Path) -> str:
 
 @contextmanager
 def progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr, silent when stderr is not a terminal.
+    """A progress bar on stderr; without a terminal a line every ten seconds, see `heartbeat`.
 
     Yields `update(done, note, total=None)`: the number of finished steps, what is going on, and of how many steps.
     """
     console = stderr()
+    if not console.is_terminal:
+        with heartbeat(title, lambda line: say(line, err=True)) as beat:
+            yield lambda done, note="", total=None: beat(note)
+        return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -90,7 +95,7 @@ def progress(title: str, total: int | None = None) -> Iterator[Callable[..., Non
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=total, note="")
 
         def update(done: int, note: str = "", total: int | None = None) -> None:

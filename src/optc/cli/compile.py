@@ -22,7 +22,7 @@ _TABLE_WIDTH = 110  # a narrower terminal wraps lines rather than cut numbers
 @request_flags(SECTIONS)
 @json_option
 def compile_(as_json: bool, **flags: Any) -> None:
-    """Compile MODEL (a Hugging Face folder) for a target.
+    """Compile MODEL (a Hugging Face folder, or its name on the hub) for a target.
 
     After each pass the program is run and compared with the stage before and with the capture; a miss names the pass and
     exits with 5, a requested pass that matches nothing with 6.
@@ -30,6 +30,7 @@ def compile_(as_json: bool, **flags: Any) -> None:
     \b
     optc compile examples/fiction-3m --target onnx-cpu --quant rtn -o out/fiction-onnx
     optc compile examples/fiction-3m --target inductor-cpu -o out/fiction-pt2
+    optc compile Qwen/Qwen2.5-0.5B --target onnx-cpu --quant rtn -o out/qwen-onnx
     optc compile --recipe recipe.yaml --force
     """
     merged = merge_recipe(flags)
@@ -41,11 +42,12 @@ def compile_(as_json: bool, **flags: Any) -> None:
 def run_compile(model: str, request: Request, as_json: bool, doing: str) -> None:
     """Compile, with a progress bar, and print the result."""
     from optc.api import compile, resolve_for
+    from optc.hub import local_model
     from optc.resolving import recipe_steps
 
     if request.run.output is None:
         raise UsageError("no output given", remedy="-o OUT")
-    steps = len(recipe_steps(resolve_for(model, request), "decoder"))
+    steps = len(recipe_steps(resolve_for(local_model(model), request), "decoder"))
     with progress(f"{doing} for {request.target.name}", total=steps + 1) as update:
         result = compile(model, request=request, progress=update)
     emit(result.to_dict(), as_json, _show)

@@ -16,7 +16,7 @@ from optc.cli.eval_tables import show_one, show_table
 from optc.cli.options import struct_flags
 from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import Save, SessionOptions, save_figures
-from optc.cli.tensors import Inputs, evaluate_tensors, refuse_inputs, takes_tensors
+from optc.cli.tensors import Inputs, evaluate_tensors, refuse_inputs, show_quality, takes_tensors
 from optc.compiler.artifact.engines import find_engine
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.settings.device import DeviceName
@@ -110,12 +110,23 @@ def evaluate(artifacts: tuple[Path, ...], as_json: bool, options: EvalOptions) -
     """
     _check(artifacts, options)
     leave_to_own_process(artifacts)
+    result = evaluation(artifacts, options)
+    tensors = takes_tensors(artifacts[0])
+    emit(result, as_json, show_quality if tensors else show_table if options.compare else show_one)
+
+
+def evaluation(artifacts: tuple[Path, ...], options: EvalOptions) -> dict[str, Any]:
+    """What `optc eval` prints: the figures of one artifact, or of several under `results`.
+
+    Raises:
+        OptcError: options that contradict each other, artifacts that do not run or are of different models.
+    """
+    _check(artifacts, options)
     kinds = {takes_tensors(path) for path in artifacts}
     if len(kinds) > 1:
         raise InputError("some artifacts generate text, some do not", remedy="compare artifacts of one model")
     if kinds == {True}:
-        evaluate_tensors(artifacts, as_json, options)
-        return
+        return evaluate_tensors(artifacts, options)
     refuse_inputs(options, artifacts[0])
     if options.device is not None:
         from optc.compiler.ir.devices import choose_device
@@ -136,9 +147,8 @@ def evaluate(artifacts: tuple[Path, ...], as_json: bool, options: EvalOptions) -
         for path, row in zip(artifacts, rows, strict=True):
             save_figures(path, quality={key: value for key, value in row.items() if key != "artifact"})
     if options.compare:
-        emit({"results": rows, **extra}, as_json, show_table)
-    else:
-        emit({key: value for key, value in rows[0].items() if key != "artifact"}, as_json, show_one)
+        return {"results": rows, **extra}
+    return {key: value for key, value in rows[0].items() if key != "artifact"}
 
 
 def _check(artifacts: Sequence[Path], options: EvalOptions) -> None:

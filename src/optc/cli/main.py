@@ -11,7 +11,7 @@ import click
 
 from optc.cli.common import guarded
 from optc.cli.signals import ended_by_signals
-from optc.compiler.diagnostics import unknown_name
+from optc.compiler.diagnostics import UsageError, unknown_name
 from optc.compiler.version import version
 
 # name -> (module, attribute, one-line help); modules are imported when used, so `optc --help` is quick.
@@ -98,6 +98,13 @@ def normalize(args: list[str]) -> list[str]:
     return out
 
 
+def _usage_error(error: click.ClickException) -> UsageError:
+    """What click says of the command line, as an error of optc's, for --json."""
+    context = getattr(error, "ctx", None)
+    path = "optc" if context is None else str(context.command_path)
+    return UsageError(error.format_message().rstrip("."), where=path, remedy=f"{path} --help")
+
+
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `optc` script."""
     os.environ.setdefault(*_HUGE_PAGES)
@@ -107,6 +114,8 @@ def main(args: list[str] | None = None) -> None:
         try:
             cli.main(args=given, prog_name="optc", standalone_mode=False)
         except click.ClickException as error:
+            if "--json" in given:
+                raise _usage_error(error) from error
             error.show()
             sys.exit(2)
         except click.Abort:

@@ -144,12 +144,12 @@ def _show_outputs(result: dict[str, Any]) -> None:
 # -- eval -----------------------------------------------------------------------------------------
 
 
-def evaluate_tensors(artifacts: Sequence[Path], as_json: bool, options: EvalOptions) -> None:
+def evaluate_tensors(artifacts: Sequence[Path], options: EvalOptions) -> dict[str, Any]:
     """Artifacts beside their source, or beside the first of them, on the same inputs."""
     allowed = ("compare", "text", "inputs", "source", "no_reference", "threads", "trust", "save")
     refuse_others(options, allowed)
     models = [_load(path, options) for path in artifacts]
-    rows = evaluation(
+    rows = _evaluation(
         [*zip(map(str, artifacts), models, strict=True)],
         options.inputs,
         options.text,
@@ -159,14 +159,12 @@ def evaluate_tensors(artifacts: Sequence[Path], as_json: bool, options: EvalOpti
     if options.save:
         for path, row in zip(artifacts, rows, strict=True):
             save_figures(path, quality={key: value for key, value in row.items() if key != "artifact"})
-    emit(
-        {"results": rows} if options.compare else {k: v for k, v in rows[0].items() if k != "artifact"},
-        as_json,
-        _show_quality,
-    )
+    if options.compare:
+        return {"results": rows}
+    return {key: value for key, value in rows[0].items() if key != "artifact"}
 
 
-def evaluation(
+def _evaluation(
     named: Sequence[tuple[str, TensorModel]],
     inputs: Path | None,
     text: Path | None,
@@ -218,7 +216,7 @@ def evaluation(
     return [{"artifact": path, "beside": beside, **row} for (path, _), row in zip(named, figures, strict=True)]
 
 
-def _show_quality(result: dict[str, Any]) -> None:
+def show_quality(result: dict[str, Any]) -> None:
     for row in result.get("results", [result]):
         figures = ", ".join(
             f"{key.replace('_', ' ')} {value:.4g}"
@@ -232,7 +230,7 @@ def _show_quality(result: dict[str, Any]) -> None:
 # -- bench ----------------------------------------------------------------------------------------
 
 
-def bench_tensors(artifact: Path, as_json: bool, options: BenchOptions) -> None:
+def bench_tensors(artifact: Path, options: BenchOptions) -> dict[str, Any]:
     """Time calls of a model on given inputs, or on random ones."""
     refuse_others(options, ("inputs", "batch", "prompt_length", "samples", "warmup", "threads", "trust", "save"))
     from optc.runtime.measuring.benchmark import environment
@@ -261,10 +259,10 @@ def bench_tensors(artifact: Path, as_json: bool, options: BenchOptions) -> None:
     result |= {"weight_bytes": model.manifest.weight_bytes, "environment": environment(threads)}
     if options.save:
         save_figures(artifact, speed=result)
-    emit(result, as_json, _show_speed)
+    return result
 
 
-def _show_speed(result: dict[str, Any]) -> None:
+def show_speed(result: dict[str, Any]) -> None:
     shapes = ", ".join(f"{name} {kind}{size}" for name, (kind, *size) in result["inputs"].items())
     say(f"{shapes}, {result['samples']} samples")
     for name, unit in (("latency_ms", "ms"), ("rows_per_s", "rows/s")):

@@ -1,0 +1,44 @@
+"""Lines of progress where there is no terminal: a log of a long run shows that it goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+EVERY = 10.0
+"""Seconds between two lines, and before the first: what is done sooner says nothing."""
+
+
+@contextmanager
+def heartbeat(title: str, say: Callable[[str], None], every: float = EVERY) -> Iterator[Callable[[str], None]]:
+    """Say what goes on every so many seconds, and at the end how long it took; yields `update(note)`.
+
+    Args:
+        say: prints a line; called from another thread.
+    """
+    begin, done, said = time.monotonic(), threading.Event(), False
+    note = ""
+
+    def update(text: str) -> None:
+        nonlocal note
+        note = text
+
+    def beat() -> None:
+        nonlocal said
+        while not done.wait(every):
+            said = True
+            say(f"{title}: {time.monotonic() - begin:.0f} s" + (f", {note}" if note else ""))
+
+    thread = threading.Thread(target=beat, name="optc-progress", daemon=True)
+    thread.start()
+    ended = "stopped"
+    try:
+        yield update
+        ended = "done"
+    finally:
+        done.set()
+        thread.join()
+        if said:
+            say(f"{title}: {ended} after {time.monotonic() - begin:.0f} s")

@@ -1,0 +1,129 @@
+"""What a newcomer meets: names of the hub, usage errors as JSON, lines of progress, the commands from Python."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import hf_folders
+import numpy as np
+import pytest
+import torch
+from command_line import optc, optc_json
+from huggingface_hub import constants
+
+import optc as package
+from optc.cli.heartbeat import heartbeat
+from optc.compiler.diagnostics import ArtifactError, InputError, UsageError
+from optc.hub import local_model
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache with one model in it, offline."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    home = tmp_path / "hub" / "models--someone--tiny-llama"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text(commit)
+    shutil.copytree(hf_folders.source("llama", 1), home / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return home / "snapshots" / commit
+
+
+def test_names_of_the_hub(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert local_model("someone/tiny-llama") == cache
+    assert local_model("someone/tiny-llama@main") == cache
+    plan = optc_json(capsys, "plan", "someone/tiny-llama", "--target", "onnx-cpu")
+    assert plan["model"] == "someone/tiny-llama"
+    assert plan["linears"] == 7
+    assert optc("plan", "someone/other", "--target", "onnx-cpu") == 3
+    said = capsys.readouterr().err
+    assert "there is no folder 'someone/other'" in said
+    assert f"HF_HUB_OFFLINE is set, and the cache does not hold it ({tmp_path / 'hub'})" in said
+    program = package.capture("someone/tiny-llama")
+    assert program.contract.kind == "decoder"
+
+
+def test_paths_are_no_names(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone").mkdir()
+    for path in ("someone/tiny-llama", "folder", "/abs/path", "a/b/c", "./someone/x", "../x/y"):
+        assert local_model(path) == path
+
+
+def test_usage_errors_are_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert optc("compile", "--no-such-flag", "--json") == 2
+    said = json.loads(capsys.readouterr().out)
+    assert (said["error"], said["exit_code"], said["where"]) == ("usage", 2, "optc compile")
+    assert "--no-such-flag" in said["what"]
+    assert optc("inspect", "--json") == 2
+    assert "PATH" in json.loads(capsys.readouterr().out)["what"]
+
+
+def _waited() -> bool:
+    time.sleep(0.05)
+    return True
+
+
+def test_long_work_says_so_without_a_terminal() -> None:
+    lines: list[str] = []
+    with heartbeat("training", lines.append, every=0.05) as update:
+        update("step 3")
+        time.sleep(0.12)
+    assert lines[0] == "training: 0 s, step 3"
+    assert lines[-1] == "training: done after 0 s"
+    count = len(lines)
+    with pytest.raises(ValueError, match="negative"), heartbeat("training", lines.append, every=0.02):
+        time.sleep(-1 if _waited() else 0)
+    assert lines[-1] == "training: stopped after 0 s"
+    assert len(lines) > count
+    with heartbeat("short", lines.append):
+        pass
+    assert lines[-1].startswith("training")  # what is done at once says nothing
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    net = torch.nn.Linear(32, 4)
+    program = package.capture(net, (torch.ones(2, 32),), input_names=["x"], dynamic={"x": {0: "rows"}})
+    result = package.compile(program, target="onnx-cpu", output=tmp_path_factory.mktemp("first") / "net")
+    shown = result._repr_html_()
+    assert shown.count("<tr>") == 1 + len(result.manifest.passes)
+    assert "<th style='text-align:left'>matched</th>" in shown
+    assert "aten.linear.default</td><td style='text-align:left'>1</td>" in program._repr_html_()
+    return result.artifact
+
+
+def test_commands_from_python(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "in.npz", x=np.ones((3, 32), np.float32), labels=np.zeros(3, int))
+    found = package.evaluate(artifact, inputs=tmp_path / "in.npz")
+    assert found == optc_json(capsys, "eval", artifact, "--inputs", tmp_path / "in.npz")
+    speed = package.bench(artifact, batch=2, samples=2)
+    assert speed["inputs"] == {"x": ["float32", 2, 32]}
+    assert package.inspect(artifact) == optc_json(capsys, "inspect", artifact)
+    assert "<td style='text-align:left'>x</td>" in package.load(artifact)._repr_html_()
+    with pytest.raises(UsageError, match="unknown key 'windws'"):
+        package.evaluate(artifact, windws=3)
+    with pytest.raises(UsageError, match="'samples' cannot be 0"):
+        package.bench(artifact, samples=0)
+    with pytest.raises(InputError):
+        package.inspect(tmp_path / "none")
+    for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME"):  # as on another machine
+        monkeypatch.setenv(name, str(tmp_path / "elsewhere"))
+    with pytest.raises(ArtifactError, match="was not made on this machine"):
+        package.bench(artifact)
+
+
+def test_quantize_and_train_from_python(tmp_path: Path) -> None:
+    model = hf_folders.source("llama", 1)
+    result = package.quantize(model, quant="rtn", output=tmp_path / "rtn", group_size=32)
+    assert result.manifest.target == "vllm"
+    with pytest.raises(UsageError, match="unknown key 'bit'"):
+        package.train("qat", bit=4)
+    with pytest.raises(UsageError, match="has no effect without QAT"):
+        package.train("finetune", model=model, output=tmp_path / "t", bits=4)
