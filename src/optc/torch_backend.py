@@ -114,7 +114,7 @@ def _resolved(options: Mapping[str, Any], device: torch.device) -> Resolved:
     return resolved
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Build:
     """What was compiled, and the weights that it was compiled of, as they were then."""
 

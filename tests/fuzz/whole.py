@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import io
 import json
 import os
 import random
 import shutil
 import traceback
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -487,7 +489,48 @@ class CommandExecutorch(Command):
     commands = ("inspect", "check", "bundle")
 
 
+class Exported(FolderReader):
+    """A .pt2 of torch.export.save: its graph, its tables of tensors, its members."""
+
+    cost = 20.0
+
+    def prepare(self) -> None:
+        import torch
+
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU(), torch.nn.BatchNorm1d(4)).eval()
+        sizes = ({0: torch.export.Dim("rows", min=2, max=64)},)
+        exported = torch.export.export(net, (torch.randn(3, 4),), dynamic_shapes=sizes)
+        torch.export.save(exported, self.place / "net.pt2")
+        self._whole = (self.place / "net.pt2").read_bytes()
+        with zipfile.ZipFile(self.place / "net.pt2") as archive:
+            self._members = {name: archive.read(name) for name in archive.namelist()}
+
+    def make(self, rng: random.Random) -> Input:
+        if rng.random() < 0.2:
+            return "net.pt2", blind(self._whole, rng)
+        members = dict(self._members)
+        name = rng.choice([key for key in members if key.endswith(".json")] if rng.random() < 0.9 else sorted(members))
+        members[name] = (
+            text_of(mutated(json.loads(members[name]), rng), rng)
+            if name.endswith(".json")
+            else blind(members[name], rng)
+        )
+        packed = io.BytesIO()
+        with zipfile.ZipFile(packed, "w") as archive:
+            for key, data in members.items():
+                archive.writestr(key, data)
+        return "net.pt2", packed.getvalue()
+
+    def read(self, name: str, data: bytes) -> None:
+        from optc.compiler.capture.exported import capture_exported
+        from optc.compiler.ir.saved.exported_archive import read_exported
+
+        capture_exported(read_exported(self.write(name, data)))
+
+
 WHOLE: tuple[type[Reader], ...] = (
+    Exported,
     Folder,
     TokenizerFile,
     Quantized,

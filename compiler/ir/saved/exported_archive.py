@@ -13,6 +13,7 @@ graph are checked as those of a saved program are (`untrusted_graph`); what is n
 from __future__ import annotations
 
 import math
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,8 @@ from optc.compiler.ir.saved.untrusted_graph import CHECKS, KEPT_METADATA, clean_
 SUFFIX = ".pt2"
 MOST_MEMBERS = 100_000
 """A tensor has a file of its own."""
+_BROKEN = (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, struct.error)
+"""What zipfile raises on bytes that are no archive, or no member of one: names in no encoding among them."""
 _REMEDY = "export it again: torch.export.save(torch.export.export(module, inputs), FILE)"
 
 
@@ -50,10 +53,12 @@ def read_exported(path: Path) -> ExportedProgram:
     """
     with os_errors("reading an exported program", str(path)):
         try:
-            with zipfile.ZipFile(path) as archive:
-                return _read(_Members(archive, path), path)
-        except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+            archive = zipfile.ZipFile(path)
+        except _BROKEN as error:
             _refuse(path, f"it is no archive: {error}", error)
+        try:
+            with archive:
+                return _read(_Members(archive, path), path)
         except ArtifactError as error:
             raise InputError(
                 "the exported program is damaged, or holds what is not run",
@@ -94,7 +99,10 @@ class _Members:
         member = self._found.get(name)
         if member is None:
             _refuse(self._path, f"the member {name[:200]!r} is missing")
-        return self._archive.read(member)
+        try:
+            return self._archive.read(member)
+        except _BROKEN as error:
+            _refuse(self._at(name), f"the archive is damaged: {error}", error)
 
     def read_json(self, name: str) -> Any:
         """A member as JSON values."""
