@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import os
 import pkgutil
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -41,16 +43,43 @@ def passes() -> dict[str, type[Pass]]:
 
 
 def find_pass(name: str) -> type[Pass]:
-    """The pass class of this name; hyphen and underscore are the same.
+    """The pass class of this name, hyphen and underscore being the same; or `module:Class`, which is imported.
 
     Raises:
-        UsageError: unknown, with the nearest name.
+        UsageError: unknown, with the nearest name; a module that cannot be imported, or a class that is no pass.
     """
+    if ":" in name:
+        return _imported(name)
     plain = name.replace("_", "-")
     known = passes()
     if plain not in known:
         raise unknown_name("pass", name, known)
     return known[plain]
+
+
+def _imported(name: str) -> type[Pass]:
+    """A pass by module and class; modules are looked for in the working folder too, as `python -m` does."""
+    module, _, attribute = name.partition(":")
+    folder = os.getcwd()
+    added = folder not in sys.path
+    if added:
+        sys.path.append(folder)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"the pass '{name}' cannot be imported", why=str(error), remedy="write module:Class, as in my_passes:MyPass"
+        ) from error
+    finally:
+        if added:
+            sys.path.remove(folder)
+    if not (inspect.isclass(found) and issubclass(found, Pass) and isinstance(getattr(found, "name", None), str)):
+        raise UsageError(
+            f"'{name}' is not a pass",
+            why="it is no subclass of optc.Pass with a name",
+            remedy="see docs/write-a-pass.md",
+        )
+    return found
 
 
 def _own() -> Iterator[type[Pass]]:

@@ -85,7 +85,12 @@ def open_caller(folder: Path, manifest: Manifest, options: SessionOptions) -> Ca
         try:
             outputs = package(*tensors)
         except PackageError as error:
-            raise InputError("the package does not take these inputs", where=str(folder), why=str(error)) from error
+            raise InputError(
+                "the package does not take these inputs",
+                where=str(folder),
+                why=str(error),
+                remedy="give what optc inspect lists as its inputs",
+            ) from error
         return [(item.float() if item.dtype is torch.bfloat16 else item).numpy() for item in outputs]
 
     return call

@@ -167,6 +167,8 @@ def _checked(spec: Input, array: Array | None, sizes: dict[str, int]) -> Array:
     if not fits or cast is None:
         where = f" with {sizes}" if sizes else ""
         raise InputError(
-            f"the input '{spec.name}' is {array.dtype} {list(array.shape)}", why=f"the model takes {wanted}{where}"
+            f"the input '{spec.name}' is {array.dtype} {list(array.shape)}",
+            why=f"the model takes {wanted}{where}",
+            remedy=f"give {wanted}",
         )
     return np.ascontiguousarray(cast)

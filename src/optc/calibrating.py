@@ -122,7 +122,11 @@ def _examples(contract: Contract, given: Any, samples: int) -> Calibration:
             batches.append(tuple(tensor.to(getattr(torch, spec.dtype)) for spec, tensor in tensors))
             rows += size
     if not batches:
-        raise InputError("there is not one example to calibrate on", why=f"a call of the module takes {size} rows")
+        raise InputError(
+            "there is not one example to calibrate on",
+            why=f"a call of the module takes {size} rows",
+            remedy="give more rows",
+        )
     return Calibration(Examples(tuple(batches)), str(given) if isinstance(given, Path) else "given inputs")
 
 

@@ -42,7 +42,10 @@ def make_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:
     Raises:
         UsageError: unknown pass or option, or a value of the wrong type.
     """
-    cls = find_pass(name)
+    return _made(find_pass(name), options)
+
+
+def _made(cls: type[Pass], options: Mapping[str, Any] | None) -> Pass:
     fields = {field.name for field in dataclasses.fields(cls)}
     given = {key.replace("-", "_"): value for key, value in (options or {}).items()}
     for key in given:
@@ -88,11 +91,43 @@ def apply_pass_options(steps: Sequence[Step], settings: Sequence[str]) -> list[S
         name, dot, option = path.partition(".")
         if not dot:
             raise UsageError(f"cannot read --pass-option '{setting}'", remedy="write NAME.OPTION=VALUE")
-        cls = find_pass(name)
-        places = [i for i, step in enumerate(out) if type(step.rewrite) is cls]
-        if not places:
-            raise unknown_name("pass of this recipe", name, [step.rewrite.name for step in out])
-        for i in places:
+        for i in _places(out, name):
             merged = {**out[i].rewrite.options(), option.replace("-", "_"): value}
-            out[i] = dataclasses.replace(out[i], rewrite=make_pass(cls.name, merged))
+            out[i] = dataclasses.replace(out[i], rewrite=_made(type(out[i].rewrite), merged))
+    return out
+
+
+def _places(steps: Sequence[Step], name: str) -> list[int]:
+    """Where a recipe has a pass.
+
+    Raises:
+        UsageError: nowhere.
+    """
+    plain = name.replace("_", "-")
+    found = [index for index, step in enumerate(steps) if step.rewrite.name == plain]
+    if not found:
+        raise unknown_name("pass of this recipe", name, dict.fromkeys(step.rewrite.name for step in steps))
+    return found
+
+
+def insert_passes(steps: Sequence[Step], insertions: Sequence[str], asked: QuantRequest) -> list[Step]:
+    """A recipe with further passes, each before or behind one that it has: `before:NAME=PASS`, `after:NAME=PASS`.
+
+    A pass that the recipe has twice is met by its first place before it, and by its last behind it.
+
+    Raises:
+        UsageError: malformed, a pass that the recipe does not have, or an unknown pass.
+    """
+    out = list(steps)
+    for text in insertions:
+        where, equals, name = text.partition("=")
+        side, colon, anchor = where.partition(":")
+        if side not in ("before", "after") or not (equals and colon and anchor and name):
+            raise UsageError(
+                f"cannot read --insert-pass '{text}'",
+                remedy="write before:NAME=PASS or after:NAME=PASS, PASS being a name (optc passes) or module:Class",
+            )
+        places = _places(out, anchor)
+        (step,) = parse_passes([name], asked)
+        out.insert(places[0] if side == "before" else places[-1] + 1, step)
     return out

@@ -78,7 +78,7 @@ class WhatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Annotated[
             tuple[Any, ...],
             Meta(
-                description="Comma-separated passes to run instead of the target's recipe.",
+                description="Comma-separated passes (names, or module:Class) to run instead of the target's recipe.",
                 extra={
                     "read": _read_passes,
                     "joined": True,
@@ -93,6 +93,13 @@ class WhatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Meta(
             description="Set an option of a pass (repeatable); see optc passes.",
             extra={"metavar": "NAME.OPTION=VALUE"},
+        ),
+    ] = ()
+    insert_pass: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Run a pass beside those of the recipe, before or after one of them (repeatable).",
+            extra={"metavar": "before:NAME=PASS|after:NAME=PASS"},
         ),
     ] = ()
     device: Annotated[

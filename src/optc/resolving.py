@@ -19,7 +19,7 @@ from optc.compiler.target.options import CompileOptions, QuantRequest
 from optc.compiler.target.target import Step, Target, check_options
 from optc.passes.quantization.arithmetic.groups import weight_label
 from optc.passes.quantization.arithmetic.selection import select_linears
-from optc.recipes import apply_pass_options, parse_passes
+from optc.recipes import apply_pass_options, insert_passes, parse_passes
 from optc.request import Request, check_request
 from optc.targets.methods import METHODS, choose_quantization
 from optc.targets.registry import all_targets
@@ -135,6 +135,7 @@ def recipe_steps(resolved: Resolved, kind: str) -> list[Step]:
         for item in what.passes:
             asked = resolved.request.quantization
             steps += [Step(item)] if isinstance(item, Pass) else parse_passes([item], asked)
+    steps = insert_passes(steps, what.insert_pass, resolved.request.quantization)
     return apply_pass_options(steps, what.pass_option)
 
 

@@ -36,7 +36,7 @@ from optc.training.recipe import FIELDS
 
 Capture = pytest.CaptureFixture[str]
 
-WHAT = {"--dtype", "--device", "--passes", "--pass-option", "--trust-remote-code"}
+WHAT = {"--dtype", "--device", "--passes", "--insert-pass", "--pass-option", "--trust-remote-code"}
 QUANTIZATION = {
     "--quant",
     "--bits",
