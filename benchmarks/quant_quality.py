@@ -61,6 +61,7 @@ ROWS = (
     Row("fp8", "fp8", 8, True, 0),
     Row("nf4", "nf4", 4, True, 64),
     Row("nvfp4", "nvfp4", 4, True, 16),
+    Row("mxfp4", "mxfp4", 4, True, 32),
 )
 
 
@@ -102,7 +103,7 @@ def quantized(program: Any, row: Row, calibration: Any, seed: int) -> tuple[Any,
     from optc.compiler.target.options import QuantRequest
     from optc.targets.methods import choose_quantization, quantization_steps
 
-    fixed = row.method in ("int8", "smoothquant", "llm-int8", "fp8", "nf4", "nvfp4")
+    fixed = row.method in ("int8", "smoothquant", "llm-int8", "fp8", "nf4", "nvfp4", "mxfp4")
     asked = QuantRequest(
         quant=row.method,
         bits=None if fixed else row.bits,
@@ -170,7 +171,7 @@ def main() -> None:
         if wanted and row.name not in wanted and not needed:
             continue
         runs = []
-        for seed in seeds if row.method not in ("rtn", "int8", "fp8", "nf4") else seeds[:1]:
+        for seed in seeds if row.method not in ("rtn", "int8", "fp8", "nf4", "mxfp4") else seeds[:1]:
             calibration = cut_sequences(
                 documents,
                 samples=arguments.samples,

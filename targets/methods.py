@@ -19,6 +19,7 @@ from optc.passes.quantization.gptq import QuantizeGptq
 from optc.passes.quantization.head import GROUP_SIZES, QuantizeHead
 from optc.passes.quantization.inputs import QuantizeInputs
 from optc.passes.quantization.llm_int8 import QuantizeLlmInt8
+from optc.passes.quantization.mxfp4 import QuantizeMxfp4
 from optc.passes.quantization.nf4 import QuantizeNf4
 from optc.passes.quantization.nvfp4 import QuantizeNvfp4
 from optc.passes.quantization.rotate_inputs import RotateInputs
@@ -103,6 +104,10 @@ def _nvfp4(chosen: Quantization) -> list[Pass]:
     return [QuantizeNvfp4(ignore=chosen.ignore), QuantizeInputs(format="nvfp4")]
 
 
+def _mxfp4(chosen: Quantization) -> list[Pass]:
+    return [QuantizeMxfp4(ignore=chosen.ignore)]
+
+
 METHODS: dict[str, Method] = {
     "rtn": Method("round to nearest; needs no calibration", _rtn),
     "gptq": Method("GPTQ: the error of each column is compensated in the columns after it", _gptq),
@@ -143,6 +148,13 @@ METHODS: dict[str, Method] = {
         bits=4,
         fixed=True,
         group_size=16,
+    ),
+    "mxfp4": Method(
+        "4-bit floats in blocks of 32 with powers of two as scales, weights alone",
+        _mxfp4,
+        bits=4,
+        fixed=True,
+        group_size=32,
     ),
 }
 

@@ -16,7 +16,7 @@ _BITS = {"compressed-tensors": (4, 8), "awq": (4,), "gptq": (2, 3, 4, 8)}
 """Bits of weight-only quantization that loaders run, by layout."""
 _FORMATS_WITHOUT_LAYOUT = ("nf4", "llm-int8")
 """Methods whose weights no layout holds."""
-_ONE_LAYOUT = ("nvfp4",)
+_ONE_LAYOUT = ("nvfp4", "mxfp4")
 """Methods whose weights compressed-tensors alone holds."""
 _NOTE = "; ".join(f"{name}: {', '.join(map(str, bits))} bits" for name, bits in _BITS.items())
 

@@ -108,6 +108,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         (_u(16, N, K), SCALE.to(torch.float8_e4m3fn), torch.tensor([0.1])),
         {"dtype": torch.float32},
     ),
+    "dequantize_mxfp4": ((_u(16, N, K), _u(8, N, K // 32) + 120), {"dtype": torch.float32}),
     "dequantize_activation": ((_i8(2, K), SCALE[:2, :1]), {"dtype": torch.float32}),
     "linear_nbits": (
         (_f(2, K), pack_tiles(_u(16, N, K), 4, 16), pack_rows(SCALE), None, _f(N), None),

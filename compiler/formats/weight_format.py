@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import InputError
+from optc.compiler.ops.dialect.mxfp4 import BLOCK as MX_BLOCK
 from optc.compiler.ops.dialect.nvfp4 import BLOCK
 from optc.compiler.ops.library import OpSpec, find, named
 from optc.compiler.plugins import plugins
@@ -138,10 +139,24 @@ NVFP4 = WeightFormat(
 )
 
 
+MXFP4 = WeightFormat(
+    name="mxfp4",
+    op="dequantize_mxfp4",
+    parts=("codes", "scale"),
+    bits=(4,),
+    codes=torch.uint8,
+    scale=torch.uint8,
+    scale_bits=8,
+    group_size=MX_BLOCK,
+    keywords=lambda _bits, _size, dtype: {"dtype": dtype},
+    kind="float",
+)
+
+
 @lru_cache(maxsize=1)
 def weight_formats() -> Mapping[str, WeightFormat]:
     """Every format by name, those of other packages among them."""
-    found = {item.name: item for item in (INT, FP8, NF4, NVFP4)}
+    found = {item.name: item for item in (INT, FP8, NF4, NVFP4, MXFP4)}
     for form in plugins(ENTRY_POINTS, "a WeightFormat", lambda item: item if isinstance(item, WeightFormat) else None):
         found.setdefault(form.name, form)
     return found

@@ -126,7 +126,7 @@ def _config(
 
 def _compute_dtype(weight: Callable[[str], Tensor], plan: FolderPlan) -> torch.dtype:
     """The type that linears compute in: of the quantized ones' scales, else of the largest weight."""
-    scales = [item.weight.scale for item in plan.quantized if item.weight.scheme.format != "nvfp4"]
+    scales = [item.weight.scale for item in plan.quantized if item.weight.format.scale is None]
     if scales:
         return scales[0].dtype
     weights = [weight(name) for name in plan.plain.values()]

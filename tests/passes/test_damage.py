@@ -40,6 +40,7 @@ from optc.passes.quantization.gptq import QuantizeGptq
 from optc.passes.quantization.head import QuantizeHead
 from optc.passes.quantization.inputs import QuantizeInputs
 from optc.passes.quantization.llm_int8 import QuantizeLlmInt8
+from optc.passes.quantization.mxfp4 import QuantizeMxfp4
 from optc.passes.quantization.nf4 import QuantizeNf4
 from optc.passes.quantization.nvfp4 import QuantizeNvfp4
 from optc.passes.quantization.round_scales import RoundScales
@@ -148,6 +149,7 @@ CASES: list[tuple[Pass, tuple[Pass, ...], dict[str, Damage]]] = [
         "scale": weights("_global_scale", times(7.0)), "order": ORDER,
         "axis": weights(".weight_scale", lambda scale: scale.float().roll(1, -1)),
     }),
+    (QuantizeMxfp4(), (), {"scale": weights("_scale", lambda scale: scale + 3), "order": ORDER}),
     (QuantizeFp8(), (), {"scale": SCALE, "order": ORDER, "axis": weights("_scale", lambda scale: scale.float().roll(1, 0))}),
     (QuantizeLlmInt8(), (), {
         "scale": SCALE, "order": ORDER, "activations": ACTIVATION_SCALE, "activation order": ACTIVATION_ORDER,

@@ -38,7 +38,8 @@ class QuantizedWeight:
 
     Attributes:
         codes: uint8 [N, K], or float8_e4m3fn [N, K].
-        scale: floating [N, G]; [1, 1] with `scheme.per_tensor`; nvfp4: the blocks' scales, float8_e4m3fn [N, K/16].
+        scale: floating [N, G]; [1, 1] with `scheme.per_tensor`; nvfp4: the blocks' scales, float8_e4m3fn [N, K/16]; mxfp4:
+            their exponents, uint8 [N, K/32].
         zero: uint8 [N, G], or None when symmetric or fp8.
         global_scale: float32 [1], nvfp4 alone.
         input_scale: float32 [1], with `scheme.static`.

@@ -66,8 +66,8 @@ def named_scales(scales: Mapping[str, tuple[Tensor, Tensor]], parts: tuple[str, 
 
 def foreign(weight: QuantizedWeight) -> str | None:
     """What only some layouts hold, or None."""
-    if weight.scheme.format == "nvfp4":
-        return "nvfp4 weights; use --layout compressed-tensors"
+    if weight.scheme.format in ("nvfp4", "mxfp4"):
+        return f"{weight.scheme.format} weights; use --layout compressed-tensors"
     if weight.scheme.static:
         return "its input has a calibrated scale, and the layout has scales per token"
     return "its input is multiplied by a factor of its own" if weight.input_factor is not None else None

@@ -45,11 +45,15 @@ def _quantize_nvfp4(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     ratio = torch.where(largest > 0, largest / (LARGEST * scale.float()), 1.0)
     block_scale = ratio.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float8_e4m3fn)
     values = blocks / (block_scale.float() * scale.float())[..., None]
+    return nearest_codes(values).flatten(-2), block_scale.contiguous()
+
+
+def nearest_codes(values: Tensor) -> Tensor:
+    """Codes uint8 of the E2M1 numbers next to some values; ties to the even code, beyond 6 that of 6."""
     size = values.abs().contiguous()
-    codes = torch.bucketize(size, torch.tensor(_MIDDLES, device=x.device))
-    up = torch.isin(size, torch.tensor(_UP, device=x.device))
-    codes = codes + up + 8 * (values < 0)
-    return codes.to(torch.uint8).flatten(-2), block_scale.contiguous()
+    codes = torch.bucketize(size, torch.tensor(_MIDDLES, device=values.device))
+    up = torch.isin(size, torch.tensor(_UP, device=values.device))
+    return (codes + up + 8 * (values < 0)).to(torch.uint8)
 
 
 def _dequantize_nvfp4(codes: Tensor, block_scale: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:

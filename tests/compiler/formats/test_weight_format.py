@@ -62,6 +62,7 @@ def test_scales_are_rounded_to_the_compute_type_where_they_are_kept_in_it() -> N
         (INT, 3, 128, False, 3.1484375),
         (FP8, 8, 4096, True, 8.00390625),
         (NVFP4, 4, 16, True, 4.5),
+        (registry.MXFP4, 4, 32, True, 4.25),
         (registry.NF4, 4, 64, False, 4.25),
     ],
 )
@@ -73,7 +74,7 @@ def test_unknown_format() -> None:
     with pytest.raises(InputError) as caught:
         weight_format("ternary")
     assert caught.value.what == "the weight format 'ternary' is not known"
-    assert caught.value.why == "known are int, fp8, nf4, nvfp4"
+    assert caught.value.why == "known are int, fp8, nf4, nvfp4, mxfp4"
 
 
 def test_format_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:

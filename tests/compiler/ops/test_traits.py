@@ -79,7 +79,7 @@ def test_traceable_form_computes_the_same(name: str) -> None:
 
 def test_who_makes_weights_and_codes() -> None:
     weights = {spec.name for spec in specs() if spec.makes_weight}
-    assert weights == {"dequantize", "dequantize_float", "dequantize_codebook", "dequantize_nvfp4"}
+    assert weights == {"dequantize", "dequantize_float", "dequantize_codebook", "dequantize_nvfp4", "dequantize_mxfp4"}
     for name in weights:
         spec = named(name)
         assert spec is not None

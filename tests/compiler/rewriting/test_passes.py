@@ -47,6 +47,7 @@ def test_budgets_of_all_passes() -> None:
         "quantize-inputs": (0.05, 0.25),
         "quantize-kv-cache": (0.005, 0.1),
         "quantize-llm-int8": (0.011, pytest.approx(0.02**0.5)),
+        "quantize-mxfp4": (0.6, 0.75),
         "quantize-nf4": (0.6, 0.75),
         "quantize-nvfp4": (0.6, 0.75),
         "quantize-rtn": (0.6, 0.75),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from optc.compiler.capture import capture_pretrained
 from optc.compiler.diagnostics import InputError, TargetError
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import set_weight
+from optc.compiler.ops.dialect.mxfp4 import quantize_mxfp4
 from optc.passes.kv_cache.quantize import QuantizeKVCache
 from optc.passes.quantization.inputs import QuantizeInputs
+from optc.passes.quantization.mxfp4 import QuantizeMxfp4
 from optc.passes.quantization.nvfp4 import QuantizeNvfp4
 from optc.targets import find_target
 
@@ -136,6 +139,7 @@ def test_the_passes_of_the_target() -> None:
 
     assert find_target("vllm").quant["nvfp4"].group_sizes == (16,)
     assert recipe(quant="nvfp4") == ["quantize-nvfp4", "quantize-inputs"]
+    assert recipe(quant="mxfp4") == ["quantize-mxfp4"]
     assert recipe(kv_cache_dtype="fp8") == ["quantize-kv-cache"]
     with pytest.raises(TargetError, match="the layout 'gptq' has no place for nvfp4 weights"):
         recipe(layout="gptq", quant="nvfp4")
@@ -154,3 +158,65 @@ def test_scales_of_keys_and_values_are_where_vllm_looks(tmp_path: Path, kind: st
     found = {name: item for name, item in tensors(tmp_path / "out").items() if name.endswith(("k_scale", "v_scale"))}
     assert set(found) == {f"model.layers.{layer}.self_attn.{part}_scale" for layer in (0, 1) for part in "kv"}
     assert all(item.shape == (1,) and item.dtype == torch.float32 and float(item) > 0 for item in found.values())
+
+
+@pytest.fixture(scope="module")
+def mx(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
+    program = rewritten(captured("llama"), (QuantizeMxfp4(),))
+    out = tmp_path_factory.mktemp("mx") / "out"
+    write(program, source("llama"), out)
+    return program, out
+
+
+def test_mxfp4_folders_by_the_library_and_a_second_capture(mx: tuple[Program, Path]) -> None:
+    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors (extra test-oracles)")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    program, folder = mx
+    settings: Any = QuantizationConfig.model_validate(config(folder)["quantization_config"])
+    assert settings.format == "mxfp4-pack-quantized"
+    module = "model.layers.1.mlp.down_proj"
+    state = {
+        name.removeprefix(f"{module}."): item for name, item in tensors(folder).items() if name.startswith(f"{module}.")
+    }
+    assert state.keys() == {"weight_packed", "weight_scale"}
+    scheme = settings.config_groups["group_0"]
+    found = BaseCompressor.get_value_from_registry("mxfp4-pack-quantized").decompress(state, scheme)["weight"]
+    parts = [program.weight(f"{module}.weight_{part}") for part in ("codes", "scale")]
+    assert torch.equal(found.float(), torch.ops.optc.dequantize_mxfp4(*parts, dtype=torch.float32))
+    assert torch.equal(logits(capture_pretrained(folder)[0], IDS), logits(program, IDS))
+
+
+def test_transformers_reads_mxfp4(mx: tuple[Program, Path]) -> None:
+    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors (extra test-oracles)")
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    program, folder = mx
+    settings = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=settings).eval()
+    with torch.no_grad():
+        assert float((model(IDS).logits - logits(program, IDS)).abs().max()) < 1e-4
+
+
+def test_mxfp4_by_hand() -> None:
+    """Exponents are the standard's, floor(log2 max) - 2, or one more where that is nearer; the nearest of 15 values."""
+    values = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    weight[0, :32] = 0
+    weight[1, :32] = torch.linspace(-6, 6, 32) * 2.0**-9
+    codes, exponents = quantize_mxfp4(weight)
+    made = torch.ops.optc.dequantize_mxfp4(codes, exponents, dtype=torch.float32)
+    assert bool((made[0, :32] == 0).all())
+    table = torch.tensor([*values, *(-item for item in values)])
+    for row, block in ((1, 0), (5, 1), (63, 0)):
+        part = weight[row, 32 * block : 32 * block + 32]
+        floor = math.floor(math.log2(float(part.abs().max()))) - 2
+        errors = []
+        for exponent in (floor, floor + 1):
+            near = table[(part[:, None] / 2.0**exponent - table).abs().argmin(1)] * 2.0**exponent
+            errors.append((float((near - part).square().sum()), exponent))
+        error, exponent = min(errors)
+        assert int(exponents[row, block]) - 127 == exponent
+        assert float((made[row, 32 * block : 32 * block + 32] - part).square().sum()) == pytest.approx(error)
+    assert int(exponents[1, 0]) == 127 - 9  # 6 * 2^-9 is the largest code under that power

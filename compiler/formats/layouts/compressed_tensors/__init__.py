@@ -1,4 +1,4 @@
-"""compressed-tensors folders: pack-, int-, float- and nvfp4-pack-quantized weights of linears.
+"""compressed-tensors folders: pack-, int-, float-, nvfp4-pack- and mxfp4-pack-quantized weights of linears.
 
 Source: github.com/vllm-project/compressed-tensors (README and `compressors/`). Of a linear M with weight [N, K]:
 
@@ -10,6 +10,7 @@ Source: github.com/vllm-project/compressed-tensors (README and `compressors/`). 
     nvfp4-pack-quantized   M.weight_packed uint8 [N, K/2], column 2i in the low nibble; M.weight_scale float8_e4m3fn
                       [N, K/16]; M.weight_global_scale float32 [1], by which the blocks' scales are divided; with rounded
                       inputs M.input_global_scale float32 [1] likewise
+    mxfp4-pack-quantized   M.weight_packed as there; M.weight_scale uint8 [N, K/32], exponents plus 127
 
 With `kv_cache_scheme`, of an attention A: A.k_scale and A.v_scale [1], or [Hkv, 1, 1] by the strategy "attn_head".
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 from typing import Literal
 
 PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
-FLOAT4 = "nvfp4-pack-quantized"
+FLOAT4, MX_FLOAT4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 METHOD = "compressed-tensors"
 DENSE = "dense"  # nothing but keys and values is quantized
 KEY_VALUE_PARTS = ("k_scale", "v_scale")

@@ -15,6 +15,7 @@ from optc.compiler.formats.layouts.compressed_tensors import (
     FLOAT4,
     INT,
     KEY_VALUE_PARTS,
+    MX_FLOAT4,
     PACKED,
     STRATEGIES,
 )
@@ -24,9 +25,10 @@ from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
 from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme, check_parts
 from optc.compiler.formats.layouts.words import unpack_words, word_count
 from optc.compiler.ir.contract import ActivationFormat
+from optc.compiler.ops.dialect.mxfp4 import BLOCK as MX_BLOCK
 from optc.compiler.ops.dialect.nvfp4 import BLOCK
 
-_FORMATS = (PACKED, INT, FLOAT, FLOAT4, "naive-quantized")
+_FORMATS = (PACKED, INT, FLOAT, FLOAT4, MX_FLOAT4, "naive-quantized")
 _SUFFIXES = ("weight_packed", "weight_scale")
 _OTHER_PARTS = ("input_scale", "input_zero_point")
 _FLOAT4_PARTS = ("weight_global_scale", "input_global_scale")
@@ -41,7 +43,7 @@ class _Group:
 
     @property
     def float4(self) -> bool:
-        return self.scheme.format == "nvfp4"
+        return self.scheme.format in ("nvfp4", "mxfp4")
 
 
 class CompressedTensors:
@@ -68,7 +70,7 @@ class CompressedTensors:
             module, _, last = name.rpartition(".")
             if last in _SUFFIXES:
                 found[module] = None
-            elif last in _FLOAT4_PARTS and any(group.float4 for group in self._groups):
+            elif last in _FLOAT4_PARTS and any(group.scheme.format == "nvfp4" for group in self._groups):
                 continue
             elif last in (*_OTHER_PARTS, *_FLOAT4_PARTS) or (last in KEY_VALUE_PARTS and self._key_values is None):
                 raise self._config.refusal(f"optc cannot represent the tensor '{name}'")
@@ -138,6 +140,8 @@ class CompressedTensors:
     def _float4(self, module: str, scheme: Scheme) -> QuantizedWeight:
         packed = self._reader.matrix(f"{module}.weight_packed", torch.uint8)
         codes = torch.stack([packed & 15, packed >> 4], 2).flatten(1)
+        if scheme.format == "mxfp4":
+            return QuantizedWeight(scheme, codes, self._reader.matrix(f"{module}.weight_scale", torch.uint8))
         scale = self._reader.matrix(f"{module}.weight_scale", torch.float8_e4m3fn)
         over, inputs = (f"{module}.{name}" for name in _FLOAT4_PARTS)
         return QuantizedWeight(
@@ -211,6 +215,8 @@ def _group(name: str, part: ConfigReader, top: str) -> _Group:
     if not part.absent("output_activations"):
         raise part.refusal("'output_activations' is set, and optc does not round outputs")
     weights = part.part("weights")
+    if layout == MX_FLOAT4:
+        return _Group(name, tuple(part.texts("targets")), _mx_float4(part, weights), packed=False)
     if layout == FLOAT4:
         return _Group(name, tuple(part.texts("targets")), _float4(part, weights), packed=False)
     kind = weights.text("type", "int")
@@ -239,12 +245,7 @@ def _float4(part: ConfigReader, weights: ConfigReader) -> Scheme:
     """Of weights in nvfp4, and of inputs where they are rounded: block scales at run time, below a calibrated one."""
     rounds = not part.absent("input_activations")
     for each in (weights, part.part("input_activations")) if rounds else (weights,):
-        each.choice("type", each.text("type"), ("float",))
-        each.choice("num_bits", each.integer("num_bits"), (4,))
-        each.choice("strategy", each.text("strategy"), ("tensor_group",))
-        each.choice("group_size", each.integer("group_size"), (BLOCK,))
-        if not each.boolean("symmetric", True):
-            raise each.refusal("there are no zero points in nvfp4")
+        _check_float4(each, "tensor_group", BLOCK)
     if rounds:
         inputs = part.part("input_activations")
         inputs.choice("dynamic", inputs.text("dynamic"), ("local",))
@@ -256,6 +257,23 @@ def _float4(part: ConfigReader, weights: ConfigReader) -> Scheme:
         activations="nvfp4" if rounds else "",
         static=rounds,
     )
+
+
+def _mx_float4(part: ConfigReader, weights: ConfigReader) -> Scheme:
+    """Of weights in mxfp4."""
+    _check_float4(weights, "group", MX_BLOCK)
+    if not part.absent("input_activations"):
+        raise part.refusal("'input_activations' is set, and optc does not round inputs to mxfp4")
+    return Scheme(bits=4, group_size=MX_BLOCK, symmetric=True, format="mxfp4")
+
+
+def _check_float4(part: ConfigReader, strategy: str, block: int) -> None:
+    part.choice("type", part.text("type"), ("float",))
+    part.choice("num_bits", part.integer("num_bits"), (4,))
+    part.choice("strategy", part.text("strategy"), (strategy,))
+    part.choice("group_size", part.integer("group_size"), (block,))
+    if not part.boolean("symmetric", True):
+        raise part.refusal("there are no zero points in 4-bit floats")
 
 
 def _key_values(part: ConfigReader) -> KeyValueScheme:

@@ -16,6 +16,7 @@ from optc.compiler.formats.layouts.compressed_tensors import (
     INT,
     KEY_VALUE_PARTS,
     METHOD,
+    MX_FLOAT4,
     PACKED,
     STRATEGIES,
 )
@@ -28,6 +29,7 @@ from optc.compiler.formats.layouts.writing import (
     named_scales,
 )
 from optc.compiler.formats.weight_format import weight_format
+from optc.compiler.ops.dialect.mxfp4 import BLOCK as MX_BLOCK
 from optc.compiler.ops.dialect.nvfp4 import BLOCK
 
 _FLOAT4_WEIGHTS: dict[str, Any] = {
@@ -42,11 +44,18 @@ _FLOAT4_WEIGHTS: dict[str, Any] = {
     "scale_dtype": "torch.float8_e4m3fn",
     "zp_dtype": "torch.float8_e4m3fn",
 }
+_MX_FLOAT4_WEIGHTS: dict[str, Any] = {
+    **_FLOAT4_WEIGHTS,
+    "strategy": "group",
+    "group_size": MX_BLOCK,
+    "scale_dtype": "torch.uint8",
+    "zp_dtype": "torch.uint8",
+}
 
 
 @dataclass(frozen=True)
 class CompressedTensorsWriter:
-    """compressed-tensors: pack-quantized, int-quantized (W8A8), float-quantized (fp8) and nvfp4-pack-quantized.
+    """compressed-tensors: pack-quantized, int-quantized (W8A8), float-quantized (fp8), nvfp4- and mxfp4-pack-quantized.
 
     Attributes:
         bits: of integer weights: 4 and 8 for vLLM; the layout itself, and optc, take 2 and 3 too.
@@ -58,7 +67,7 @@ class CompressedTensorsWriter:
 
     def obstacle(self, weight: QuantizedWeight) -> str | None:
         scheme = weight.scheme
-        if scheme.format == "nvfp4":
+        if scheme.format in ("nvfp4", "mxfp4"):
             return _float4_obstacle(weight)
         if reason := foreign(weight):
             return reason
@@ -76,7 +85,7 @@ class CompressedTensorsWriter:
 
     def tensors(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         scheme = weight.scheme
-        if scheme.format == "nvfp4":
+        if scheme.format in ("nvfp4", "mxfp4"):
             return _float4_tensors(weight)
         if scheme.format == "fp8":
             scale = weight.scale.reshape(1) if scheme.per_tensor else weight.scale
@@ -140,18 +149,19 @@ def _float4_obstacle(weight: QuantizedWeight) -> str | None:
     for scale in (weight.global_scale, weight.input_scale):
         if scale is not None and not torch.equal(1 / (1 / scale.float()), scale.float()):
             return "its scale over all blocks is not the reciprocal of a float32 number, which the layout keeps"
-    if weight.scheme.activations not in ("", "nvfp4"):
-        return f"nvfp4 weights with {weight.scheme.activations} activations"
+    form = weight.scheme.format
+    if weight.scheme.activations and (form, weight.scheme.activations) != ("nvfp4", "nvfp4"):
+        return f"{form} weights with {weight.scheme.activations} activations"
     return "its input is multiplied by a factor of its own" if weight.input_factor is not None else None
 
 
 def _float4_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
-    assert weight.global_scale is not None
     out = {
         "weight_packed": weight.codes[:, 0::2] | (weight.codes[:, 1::2] << 4),
         "weight_scale": weight.scale,
-        "weight_global_scale": 1 / weight.global_scale.float().reshape(1),
     }
+    if weight.global_scale is not None:
+        out["weight_global_scale"] = 1 / weight.global_scale.float().reshape(1)
     if weight.input_scale is not None:
         out["input_global_scale"] = 1 / weight.input_scale.float().reshape(1)
     return out
@@ -164,8 +174,8 @@ def _whole_format(formats: set[str]) -> str:
 
 
 def _format(scheme: Scheme) -> str:
-    if scheme.format == "nvfp4":
-        return FLOAT4
+    if scheme.format in ("nvfp4", "mxfp4"):
+        return FLOAT4 if scheme.format == "nvfp4" else MX_FLOAT4
     if scheme.format == "fp8":
         return FLOAT
     return INT if scheme.activations else PACKED
@@ -175,6 +185,8 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
     strategy = "tensor" if scheme.per_tensor else "group" if scheme.group_size else "channel"
     if scheme.format == "nvfp4":
         return _FLOAT4_WEIGHTS
+    if scheme.format == "mxfp4":
+        return _MX_FLOAT4_WEIGHTS
     return {
         "num_bits": scheme.bits,
         "type": weight_format(scheme.format).kind,
