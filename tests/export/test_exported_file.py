@@ -151,12 +151,19 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
     return run
 
 
+def _repeat(data: Any) -> None:
+    """A tensor of one number that stands for as many as no memory holds."""
+    meta = data["config"]["mix"]["tensor_meta"]
+    meta["sizes"], meta["strides"] = [{"as_int": 1 << 20}] * 2, [{"as_int": 0}] * 2
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (edited(WEIGHTS, _set("config/mix/use_pickle", True)), "it is a pickle"),
         (edited(WEIGHTS, _set("config/mix/path_name", "../../../etc/passwd")), "is missing"),
         (edited(WEIGHTS, _set("config/mix/tensor_meta/sizes", [{"as_int": 4}, {"as_int": 1 << 40}])), "do not hold"),
+        (edited(WEIGHTS, _repeat), "stand for 1099511627776 numbers"),
         (edited(WEIGHTS, _set("config/mix/tensor_meta/storage_offset", {"as_int": -1})), "its sizes are no numbers"),
         (edited(WEIGHTS, _set("config/mix/more", 1)), "unknown fields: more"),
         (edited(WEIGHTS, lambda data: data["config"].pop("mix")), "tensor 'mix' is missing"),

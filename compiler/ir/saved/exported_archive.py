@@ -36,6 +36,8 @@ MOST_MEMBERS = 100_000
 """A tensor has a file of its own."""
 _BROKEN = (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, struct.error)
 """What zipfile raises on bytes that are no archive, or no member of one: names in no encoding among them."""
+MOST_REPEATED = 1 << 28
+"""Bytes that an expanded tensor, whose elements share memory, may stand for: passes write them out."""
 _REMEDY = "export it again: torch.export.save(torch.export.export(module, inputs), FILE)"
 
 
@@ -227,4 +229,6 @@ def _tensor(storage: bytearray, meta: Any, where: str) -> Tensor:
     last = offset[0] + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
     if (last + 1) * dtype.itemsize > len(storage):
         _refuse(where, f"{len(storage)} bytes do not hold {dtype} {list(shape)}")
+    if math.prod(shape) * dtype.itemsize > max(len(storage), MOST_REPEATED):
+        _refuse(where, f"{len(storage)} bytes stand for {math.prod(shape)} numbers, each many times")
     return torch.frombuffer(storage, dtype=dtype, count=last + 1).as_strided(shape, strides, offset[0])
