@@ -72,5 +72,7 @@ def _other_size(group_size: int, columns: Sequence[int], sizes: Sequence[int]) -
     found = [size for size in sizes if size and all(count % size == 0 for count in columns)]
     if found:
         near = min(found, key=lambda size: (abs(math.log2(size / group_size)), -size))
-        return f"use {near}, the nearest that divides every weight, or ignore this weight"
-    return "use 0, one group per row, or ignore this weight" if 0 in sizes else "ignore this weight"
+        return f"use {near}, the nearest that divides every weight, or leave this weight out: --ignore"
+    if 0 in sizes:
+        return "use 0, one group per row, or leave this weight out: --ignore"
+    return "leave this weight out: --ignore"

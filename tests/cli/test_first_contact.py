@@ -127,3 +127,23 @@ def test_quantize_and_train_from_python(tmp_path: Path) -> None:
         package.train("qat", bit=4)
     with pytest.raises(UsageError, match="has no effect without QAT"):
         package.train("finetune", model=model, output=tmp_path / "t", bits=4)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("optc compile m --target o", ["onnx-cpu"]),
+        ("optc compile m --quant awq", ["awq", "awq+gptq"]),
+        ("optc compile m --dtype f", ["fp32", "fp16"]),
+        ("optc pla", ["plan"]),
+    ],
+)
+def test_completion_in_a_shell(
+    words: str, expected: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_OPTC_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert optc() == 0
+    found = [line.partition(",")[2] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(found) == sorted(expected)

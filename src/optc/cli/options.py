@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import click
 import msgspec
+from click.shell_completion import CompletionItem
 from msgspec import Meta
 
 from optc.cli.common import F
@@ -65,14 +66,27 @@ def flag(field: Field, text: str | None = None, choices: Iterable[str] = ()) -> 
             return click.option(f"--{field.key}/--{negation}", field.name, default=None, help=text)
         return click.option(*names, field.name, is_flag=True, default=None, help=text)
     metavar = field.extra.get("metavar") or "|".join(choices or field.choices) or _METAVARS.get(field.kind, "TEXT")
+    known = tuple(choices) or field.choices
     return click.option(
         *names,
         field.name,
+        shell_complete=completion(lambda: known, files=field.kind is Path) if known or field.kind is Path else None,
         metavar=metavar,
         multiple=field.repeatable and not field.extra.get("joined"),
         required=field.required,
         help=text,
     )
+
+
+def completion(names: Callable[[], Iterable[str]], *, files: bool = False) -> Callable[..., list[CompletionItem]]:
+    """What a shell proposes for the value of an option: the names that begin as what was typed, or files."""
+
+    def complete(_context: click.Context, _option: click.Parameter, begun: str) -> list[CompletionItem]:
+        if files:
+            return [CompletionItem(begun, type="file")]
+        return [CompletionItem(name) for name in names() if name.startswith(begun)]
+
+    return complete
 
 
 def given_flags(flags: Mapping[str, Any]) -> dict[str, Given]:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from optc.cli.common import F
-from optc.cli.options import add_flags, flag, given_flags
+from optc.cli.options import add_flags, completion, flag, given_flags
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.fields import Field, Given, fields_of, shown
 from optc.request import SECTIONS, Request, known_keys, make_request, target_fields
@@ -28,10 +28,11 @@ def request_flags(
         target: the only target of the command; None offers --target and the options of all.
         leave_out: fields of the sections that the command has no use for.
     """
-    flags = [click.option("--target", help=TARGET_HELP)] if target is None else []
+    proposed = completion(target_options)
+    flags = [click.option("--target", help=TARGET_HELP, shell_complete=proposed)] if target is None else []
     for section in sections:
         fields = fields_of(SECTIONS[section])
-        flags += [flag(field) for name, field in fields.items() if name not in set(leave_out)]
+        flags += [_flag(name, field) for name, field in fields.items() if name not in set(leave_out)]
     flags += _target_flags(target)
     flags.append(
         click.option(
@@ -42,6 +43,19 @@ def request_flags(
     )
 
     return functools.partial(add_flags, flags=flags)
+
+
+def _flag(name: str, field: Field) -> Any:
+    if name != "quant":
+        return flag(field)
+    return click.option("--quant", "quant", metavar="TEXT", help=field.help, shell_complete=completion(_methods))
+
+
+def _methods() -> Iterable[str]:
+    """Names of quantization methods; reading them imports torch, a second or two of a shell's wait."""
+    from optc.targets.methods import METHODS
+
+    return METHODS
 
 
 def option_help(rows: Iterable[tuple[str, Field]]) -> str:

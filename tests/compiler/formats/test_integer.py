@@ -172,19 +172,19 @@ def test_refusals() -> None:
         check_group_size(128, [256, 192], ["a.weight", "b.weight"])
     assert str(caught.value) == (
         "group size 128 does not divide every weight\n  where: b.weight\n  cause: it has K = 192\n"
-        "  remedy: use 64, the nearest that divides every weight, or ignore this weight"
+        "  remedy: use 64, the nearest that divides every weight, or leave this weight out: --ignore"
     )
 
 
 @pytest.mark.parametrize(
     ("size", "columns", "sizes", "remedy"),
     [
-        (128, [192, 320], (0, 16, 32, 64), "use 64, the nearest that divides every weight, or ignore this weight"),
-        (32, [64, 48], (0, 16, 32), "use 16, the nearest that divides every weight, or ignore this weight"),
-        (32, [64, 48], (0, 32, 64), "use 0, one group per row, or ignore this weight"),
-        (48, [64], (32, 64), "use 64, the nearest that divides every weight, or ignore this weight"),
-        (32, [60, 100], (0, 16, 32), "use 0, one group per row, or ignore this weight"),
-        (128, [96], (64, 128), "ignore this weight"),
+        (128, [192, 320], (0, 16, 32, 64), "use 64, the nearest that divides every weight, or leave this weight out: --ignore"),
+        (32, [64, 48], (0, 16, 32), "use 16, the nearest that divides every weight, or leave this weight out: --ignore"),
+        (32, [64, 48], (0, 32, 64), "use 0, one group per row, or leave this weight out: --ignore"),
+        (48, [64], (32, 64), "use 64, the nearest that divides every weight, or leave this weight out: --ignore"),
+        (32, [60, 100], (0, 16, 32), "use 0, one group per row, or leave this weight out: --ignore"),
+        (128, [96], (64, 128), "leave this weight out: --ignore"),
     ],
 )
 def test_the_size_that_is_proposed_fits(size: int, columns: list[int], sizes: tuple[int, ...], remedy: str) -> None:
@@ -202,16 +202,16 @@ def test_default_group_size() -> None:
         default_group_size([256, 48], ["a.weight", "b.weight"])
     assert (caught.value.where, caught.value.why) == ("b.weight", "it has K = 48")
     assert caught.value.what == "none of the group sizes 128, 64 and 32 divides every weight"
-    assert caught.value.remedy == "use 16, the nearest that divides every weight, or ignore this weight"
+    assert caught.value.remedy == "use 16, the nearest that divides every weight, or leave this weight out: --ignore"
     with pytest.raises(InputError) as caught:  # 32 divides the first, 64 and 128 do not
         default_group_size([96, 48])
     assert (caught.value.where, caught.value.why) == (None, "it has K = 48")
     with pytest.raises(InputError) as caught:  # 33 divides it, and no engine has groups of 33
         default_group_size([3 * 5 * 11 * 13])
-    assert caught.value.remedy == "use 0, one group per row, or ignore this weight"
+    assert caught.value.remedy == "use 0, one group per row, or leave this weight out: --ignore"
     with pytest.raises(InputError) as caught:
         default_group_size([48], sizes=(32, 64, 128))
-    assert caught.value.remedy == "ignore this weight"
+    assert caught.value.remedy == "leave this weight out: --ignore"
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
