@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
@@ -34,6 +35,7 @@ from optc.exporters.inductor.in_process import Compiled, compile_here
 from optc.exporters.inductor.selfcheck import ROUNDED_TOLERANCE
 from optc.request import from_python, known_keys
 from optc.resolving import Resolved, resolve
+from optc.targets.methods import METHODS
 
 NAME = "optc"
 _TARGETS = {"cpu": "inductor-cpu", "cuda": "inductor-cuda"}
@@ -111,7 +113,25 @@ def _resolved(options: Mapping[str, Any], device: torch.device) -> Resolved:
             f"target '{resolved.target.name}' does not run a graph in this process on {device.type}",
             remedy=f'options={{"target": "{fitting}"}}, or optc.compile for a file',
         )
+    _refuse_calibrated(resolved)
     return resolved
+
+
+def _refuse_calibrated(resolved: Resolved) -> None:
+    """Refuse methods that look at examples: a graph has the inputs of one call.
+
+    Raises:
+        UsageError: the method is one of them.
+    """
+    chosen = resolved.options.quantization
+    if chosen is None:
+        return
+    whole = msgspec.structs.replace(chosen, bits=chosen.bits or 4, group_size=chosen.group_size or 0)
+    if any(item.calibrated for item in METHODS[chosen.method].passes(whole)):
+        raise UsageError(
+            f"quantization '{chosen.method}' is calibrated, and a graph of torch.compile has no examples",
+            remedy='"quant": "rtn", "int8" or "nf4"; optc.compile takes calibration=',
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -157,7 +157,7 @@ def test_a_pass_that_damages_the_graph_is_named() -> None:
         ({"dtype": "bf16"}, UsageError, 'the option "dtype" has no effect in torch.compile'),
         ({"quant": "int9"}, UsageError, "unknown quantization 'int9'"),
         ({"bits": 4}, UsageError, "--bits has no effect without --quant"),
-        ({"quant": "gptq"}, UsageError, "takes no calibration tokens"),
+        ({"quant": "gptq"}, UsageError, "quantization 'gptq' is calibrated"),
         ({"target": "onnx-cpu"}, TargetError, "does not run a graph in this process"),
     ],
 )
