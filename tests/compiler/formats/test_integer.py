@@ -179,8 +179,18 @@ def test_refusals() -> None:
 @pytest.mark.parametrize(
     ("size", "columns", "sizes", "remedy"),
     [
-        (128, [192, 320], (0, 16, 32, 64), "use 64, the nearest that divides every weight, or leave this weight out: --ignore"),
-        (32, [64, 48], (0, 16, 32), "use 16, the nearest that divides every weight, or leave this weight out: --ignore"),
+        (
+            128,
+            [192, 320],
+            (0, 16, 32, 64),
+            "use 64, the nearest that divides every weight, or leave this weight out: --ignore",
+        ),
+        (
+            32,
+            [64, 48],
+            (0, 16, 32),
+            "use 16, the nearest that divides every weight, or leave this weight out: --ignore",
+        ),
         (32, [64, 48], (0, 32, 64), "use 0, one group per row, or leave this weight out: --ignore"),
         (48, [64], (32, 64), "use 64, the nearest that divides every weight, or leave this weight out: --ignore"),
         (32, [60, 100], (0, 16, 32), "use 0, one group per row, or leave this weight out: --ignore"),
