@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optc.compiler.artifact.onnx_schemas import folded_numbers, inferred, misfit
+from optc.compiler.artifact.onnx_folding import folded_numbers, inferred
+from optc.compiler.artifact.onnx_schemas import misfit
 from optc.compiler.artifact.publishing import leftovers
 from optc.compiler.diagnostics import ArtifactError, TargetError
 

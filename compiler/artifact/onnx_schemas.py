@@ -6,7 +6,6 @@ is a null pointer in several kernels, a number of heads that is 0 or negative a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -148,38 +147,3 @@ def _standard_misfit(node: Any, schema: Any, option: Any) -> str | None:
     given = {attribute.name for attribute in node.attribute}
     lacking = sorted(name for name, attribute in known.items() if attribute.required and name not in given)
     return f"it lacks the attribute {lacking[0]!r}" if lacking else None
-
-
-def inferred(model: Any) -> Any:
-    """A graph whose nodes fit their schemas, with the types and shapes that follow; a string says why they do not.
-
-    Operators that ONNX does not know are passed over.
-    """
-    import onnx
-
-    try:
-        return onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=False)
-    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError, TypeError) as error:
-        return " ".join(str(error).split())[:300]
-
-
-def folded_numbers(model: Any) -> int | str:
-    """How many numbers an engine computes when it opens an inferred graph: values that follow from constants alone, which
-    it folds. A string names one whose size does not follow.
-    """
-    graph = model.graph
-    fed = {item.name for item in graph.input}
-    constant = {tensor.name for tensor in graph.initializer if tensor.name not in fed}
-    known = [*graph.value_info, *graph.output]
-    shapes = {item.name: item.type.tensor_type.shape for item in known if item.type.tensor_type.HasField("shape")}
-    total = 0
-    for node in graph.node:
-        if not all(name in constant for name in node.input if name):
-            continue
-        for name in filter(None, node.output):
-            shape = shapes.get(name)
-            if shape is None or not all(dim.HasField("dim_value") for dim in shape.dim):
-                return f"the size of {name!r}, which is computed from constants, does not follow"
-            constant.add(name)
-            total += math.prod(dim.dim_value for dim in shape.dim)
-    return total

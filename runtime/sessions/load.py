@@ -263,20 +263,29 @@ def load(
 
 
 def load_any(
-    folder: str | Path, *, threads: int | None = None, trust: bool = False, **options: Any
+    folder: str | Path,
+    *,
+    threads: int | None = None,
+    trust: bool = False,
+    isolated: bool = True,
+    **generating: Any,
 ) -> Model | TensorModel:
     """`load`, or the artifact of an encoder or a plain module as what it is: a function of tensors.
 
+    Args:
+        generating: the other options of `load`, which only artifacts that generate have.
+
     Raises:
-        OptcError: as `load`; UsageError: an option that only generating has.
+        OptcError: as `load`; UsageError: an option of another type, or one that has no effect on the artifact.
     """
+    for name, value in (("eager", generating.get("eager", False)), ("trust", trust)):
+        check_type(name, value, bool, "True or False")
     manifest = read_manifest(Path(folder))
     if manifest.contract.kind == "decoder":
-        return load(folder, threads=threads, trust=trust, **options)
-    isolated = options.pop("isolated", True)
-    idle = [name for name in ("num_blocks", "device") if options.get(name) is not None]
-    if idle:
-        name = {"num_blocks": "kv-blocks"}.get(idle[0], idle[0])
+        return load(folder, threads=threads, trust=trust, isolated=isolated, **generating)
+    given = [name for name, value in generating.items() if value]
+    if given:
+        name = {"num_blocks": "kv-blocks"}.get(given[0], given[0])
         raise UsageError(f"{name} has no effect on a model that does not generate", remedy="leave it out")
     return load_tensors(Path(folder), threads=threads, trust=trust, isolated=isolated)
 

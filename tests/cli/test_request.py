@@ -477,7 +477,13 @@ def test_targets_lists_the_options(capsys: Capture) -> None:
             "takes": "one of compressed-tensors, awq, gptq",
             "default": "compressed-tensors",
             "help": "Form of quantized weights in a model folder.",
-        }
+        },
+        {
+            "name": "kv-cache-dtype",
+            "takes": "one of auto, fp8, int8",
+            "default": "auto",
+            "help": "fp8 or int8: calibrated scales of keys and values for caches in 8 bits; auto: the compute type.",
+        },
     ]
 
 

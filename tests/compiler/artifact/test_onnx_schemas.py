@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from onnx import TensorProto, helper
 
-from optc.compiler.artifact.onnx_schemas import folded_numbers, inferred, misfit
+from optc.compiler.artifact.onnx_folding import folded_numbers, inferred
+from optc.compiler.artifact.onnx_schemas import misfit
 
 FLOAT = TensorProto.FLOAT
 
@@ -103,13 +104,36 @@ def test_what_is_folded(limit: int, fed: bool, expected: int) -> None:
     assert folded_numbers(found) == expected
 
 
-def test_a_size_that_does_not_follow() -> None:
-    """The limit is a sum of constants, which the inference does not compute."""
-    nodes = [node("Add", "limit,limit", "sum"), node("Range", "zero,sum,one", "r"), node("Add", "r,x", "y")]
-    tensors = [helper.make_tensor(name, TensorProto.INT64, [], [1]) for name in ("zero", "limit", "one")]
+INT = TensorProto.INT64
+
+
+def folded(nodes: list[object], **values: int) -> int | str:
+    """Of a graph that ends in r + x, with whole numbers as constants."""
     info = helper.make_tensor_value_info
+    tensors = [helper.make_tensor(name, INT, [], [value]) for name, value in values.items()]
     graph = helper.make_graph(
-        nodes, "g", [info("x", TensorProto.INT64, ["n"])], [info("y", TensorProto.INT64, ["n"])], tensors
+        [*nodes, node("Add", "r,x", "y")], "g", [info("x", INT, ["n"])], [info("y", INT, ["n"])], tensors
     )
-    found = inferred(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)]))
-    assert "'r'" in str(folded_numbers(found))
+    return folded_numbers(inferred(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)])))
+
+
+def test_sizes_that_are_computed_follow() -> None:
+    """A range up to a sum, whose length is that of another."""
+    nodes = [
+        node("Add", "limit,limit", "sum"),
+        node("Range", "zero,sum,one", "first"),
+        node("Shape", "first", "shape"),
+        node("Expand", "one,shape", "wide"),
+        node("Squeeze", "shape", "length"),
+        node("Range", "zero,length,one", "last"),
+        node("Add", "wide,last", "r"),
+    ]
+    assert folded(nodes, zero=0, one=1, limit=500) == 4 * 1000  # the ranges, wide, and r
+    found = folded(nodes, zero=0, one=1, limit=1 << 40)
+    assert isinstance(found, str) or found >= 1 << 41
+
+
+def test_a_size_that_does_not_follow() -> None:
+    nodes = [node("Sqrt", "f", "s"), node("Cast", "s", "limit", to=INT), node("Range", "zero,limit,one", "r")]
+    cast = node("Cast", "big", "f", to=FLOAT)
+    assert "'r'" in str(folded([cast, *nodes], zero=0, one=1, big=1 << 50))

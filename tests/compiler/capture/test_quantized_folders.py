@@ -222,7 +222,7 @@ def test_unknown_methods_are_refused_with_those_that_are_taken(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"format": "nvfp4-pack-quantized"}, "'format' is 'nvfp4-pack-quantized'"),
+        ({"format": "marlin-24"}, "'format' is 'marlin-24'"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "'kv_cache_scheme' is set"),
         ({"config_groups": {"W4A16": ["Linear"]}}, "'W4A16' is not an object"),
         ({"config_groups": 5}, "'config_groups' is not an object"),
