@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 # OMP_NUM_THREADS given from outside holds, in the processes that tests start too. Without it, two workers on two
@@ -102,3 +103,12 @@ def example_model() -> Path:
 def shared_model():  # type: ignore[no-untyped-def]
     """Call with a model name; skips where the reference models are absent."""
     return lambda name: shared_path("models", name)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Seeded random numbers, and nothing that Dynamo compiled before, or leaves behind."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

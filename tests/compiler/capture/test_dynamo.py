@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,13 +16,7 @@ from optc.compiler.diagnostics import CaptureError, TargetError
 from optc.compiler.rewriting.passes import PassContext
 from optc.passes.fusion.attention import FuseAttention
 
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 def captures(module: Callable[..., Any], *calls: tuple[Any, ...]) -> list[CapturedGraph]:
