@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from optc.compiler.artifact.onnx_folding import folded_numbers, inferred
-from optc.compiler.artifact.onnx_schemas import misfit
+from optc.compiler.artifact.onnx_schemas import MICROSOFT, misfit
 from optc.compiler.artifact.publishing import leftovers
 from optc.compiler.diagnostics import ArtifactError, TargetError
 
@@ -40,12 +40,6 @@ _STANDARD = """
     """
 STANDARD_OPS = frozenset(_STANDARD.split())
 """Pure functions of tensors: nothing that runs a subgraph, reads a file or draws random numbers."""
-
-_MICROSOFT = """
-    BiasGelu FastGelu FusedMatMul Gelu GatherBlockQuantized GroupQueryAttention MatMulBnb4
-    MatMulIntegerToFloat MatMulNBits MultiHeadAttention QuickGelu RotaryEmbedding SkipLayerNormalization SkipSimplifiedLayerNormalization
-    """
-MICROSOFT_OPS = frozenset(_MICROSOFT.split())
 
 _ITEM_SIZES = {1: 4, 2: 1, 3: 1, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 16: 2, 17: 1}
 """TensorProto.DataType -> bytes: float, uint8, int8, int16, int32, int64, bool, float16, double, bfloat16, fp8 E4M3."""
@@ -190,7 +184,7 @@ def _check_header(model: Any) -> int:
 
 def _check_node(node: Any, version: int) -> None:
     what = f"node {node.name!r} ({node.op_type})"
-    allowed = {"": STANDARD_OPS, "com.microsoft": MICROSOFT_OPS}.get(node.domain)
+    allowed = {"": STANDARD_OPS, "com.microsoft": MICROSOFT}.get(node.domain)
     _require(allowed is not None, f"{what}: domain {node.domain!r} is not allowed")
     _require(node.op_type in (allowed or ()), f"{what}: the operator is not allowed")
     _require(not node.overload, f"{what}: it names a function")

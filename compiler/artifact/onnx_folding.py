@@ -80,7 +80,7 @@ def _with_known_sizes(model: Any) -> Any:
     from onnx import ModelProto, numpy_helper
 
     shapes, values = _shapes(model.graph), _small(model.graph)
-    constant = _constants(model.graph)
+    constant, outputs = _constants(model.graph), {item.name for item in model.graph.output}
     changed = ModelProto()
     changed.CopyFrom(model)
     del changed.graph.node[:]
@@ -89,7 +89,7 @@ def _with_known_sizes(model: Any) -> Any:
         if all(name in constant for name in node.input if name):
             constant.update(node.output)
             made = _computed(node, values, shapes)
-        if made is None or len(node.output) != 1 or node.output[0] in {item.name for item in model.graph.output}:
+        if made is None or len(node.output) != 1 or node.output[0] in outputs:
             changed.graph.node.append(node)
             continue
         values[node.output[0]] = made

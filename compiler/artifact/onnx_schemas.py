@@ -42,7 +42,7 @@ def _own(
 
 
 _CACHE: dict[str, Bounds] = {"k_quant_type": _STRING, "v_quant_type": _STRING, "kv_cache_bit_width": (0, 8)}
-_MICROSOFT = {
+MICROSOFT = {
     "BiasGelu": _own(2, 2),
     "FastGelu": _own(1, 2),
     "FusedMatMul": _own(
@@ -77,6 +77,7 @@ _MICROSOFT = {
     "SkipLayerNormalization": _own(3, 5, 4, epsilon=_FLOAT),
     "SkipSimplifiedLayerNormalization": _own(3, 4, 4, epsilon=_FLOAT),
 }  # fmt: skip
+"""ONNX Runtime's operators that a model may have: pure functions of tensors."""
 _OWN_STANDARD = {
     "SimplifiedLayerNormalization": _own(2, 2, 2, axis=(-MOST, MOST), epsilon=_FLOAT, stash_type=(0, MOST))
 }
@@ -93,7 +94,7 @@ def misfit(node: Any, version: int) -> str | None:
     Args:
         node: whose operator is an allowed one. version: of the standard operators.
     """
-    own = _MICROSOFT.get(node.op_type) if node.domain else _OWN_STANDARD.get(node.op_type)
+    own = MICROSOFT.get(node.op_type) if node.domain else _OWN_STANDARD.get(node.op_type)
     if own is not None:
         return _own_misfit(node, own)
     import onnx
