@@ -57,12 +57,24 @@ def are_finite(*tensors: Tensor) -> bool:
     return all(isinstance(item, FakeTensor) or bool(torch.isfinite(item).all()) for item in tensors)
 
 
+def check_finite_weight(*tensors: Tensor, where: str | None = None) -> None:
+    """Refuse a weight, or what was computed of one, that is not finite.
+
+    Args:
+        tensors: of the weight; its smallest and largest element (`aminmax`) say as much as all of them.
+
+    Raises:
+        InputError: NaN or infinity; names `where`.
+    """
+    if not are_finite(*tensors):
+        raise InputError("the weight holds NaN or infinity", where=where, remedy="repair the checkpoint")
+
+
 def _quantized(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     rows, columns = weight.shape
     groups = weight.reshape(rows, -1, group_size or columns).float()
     low, high = torch.aminmax(groups, dim=-1)
-    if not are_finite(low, high):
-        raise InputError("the weight holds NaN or infinity", remedy="repair the checkpoint")
+    check_finite_weight(low, high)
     if symmetric:
         top = 2 ** (bits - 1) - 1
         scale = _stored_scale(torch.maximum(high, -low) / top, top, weight.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.analysis.linears import Linear
-from optc.compiler.diagnostics import InputError
+from optc.compiler.formats.integer import check_finite_weight
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.dialect.quantization import FORMATS
@@ -96,8 +96,7 @@ def quantize_float(
         largest = largest.amax(dim=0, keepdim=True)
     if shared is not None:
         largest = torch.full_like(largest, shared)
-    if not bool(torch.isfinite(largest).all()):
-        raise InputError("the weight holds NaN or infinity", where=where, remedy="repair the checkpoint")
+    check_finite_weight(largest, where=where)
     # Rounded to how it is kept before codes are chosen; a scale that rounds down clips the largest weight a little.
     least = torch.finfo(weight.dtype).smallest_normal
     scale = torch.where(largest > 0, (largest / top).clamp(min=least), 1.0).to(weight.dtype)

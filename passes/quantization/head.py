@@ -12,8 +12,8 @@ from optc.compiler.analysis.dataflow import readers
 from optc.compiler.analysis.linears import Linear, linear_site
 from optc.compiler.analysis.name_patterns import fits
 from optc.compiler.analysis.weight_parts import EMBEDDING, is_token_lookup, logits_linear
-from optc.compiler.diagnostics import InputError
 from optc.compiler.formats.group_sizes import check_group_size
+from optc.compiler.formats.integer import check_finite_weight
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import drop_dead, replace_call
@@ -25,7 +25,6 @@ from optc.compiler.rewriting.weights import prune_contract
 from optc.passes.quantization.arithmetic.budgets import head_budget
 from optc.passes.quantization.arithmetic.grid import STEPS, search
 from optc.passes.quantization.arithmetic.groups import weight_rows
-from optc.passes.quantization.arithmetic.ranges import is_finite
 from optc.passes.quantization.arithmetic.selection import (
     dequantized,
     dequantized_before,
@@ -131,8 +130,7 @@ class QuantizeHead(Pass):
         source, size = weight_name(program, site), self.size_for(site.columns)
         assert size is not None
         rows = weight_rows(program, site)
-        if not is_finite(rows):
-            raise InputError("the weight holds NaN or infinity", where=source, remedy="repair the checkpoint")
+        check_finite_weight(*rows.aminmax(), where=source)
         grid = search(rows, self.bits, size, self.symmetric, steps=STEPS if self.bits == 4 else 1)
         codes = grid.codes(rows.float()).to(torch.uint8)
         zero = None if self.symmetric else grid.zero.to(torch.uint8)

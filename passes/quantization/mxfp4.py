@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from optc.compiler.analysis.linears import Linear
-from optc.compiler.diagnostics import InputError
-from optc.compiler.formats.group_sizes import check_group_size
-from optc.compiler.formats.integer import are_finite
+from optc.compiler.formats.integer import check_finite_weight
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.dialect.mxfp4 import BLOCK, quantize_mxfp4
@@ -21,7 +19,7 @@ from optc.passes.quantization.arithmetic.selection import (
     place_codes,
     quantize_selected,
     read_instead,
-    select_linears,
+    select_in_groups,
     weight_part,
 )
 
@@ -53,18 +51,14 @@ class QuantizeMxfp4(Pass):
         Raises:
             InputError: 32 does not divide a K (names the weight), or a weight is not finite.
         """
-        selection = select_linears(program, self.ignore, self.head)
-        labels = [weight_label(program, site) for site in selection.chosen]
-        check_group_size(BLOCK, [site.columns for site in selection.chosen], labels)
-        return quantize_selected(program, selection, _quantize)
+        return quantize_selected(program, select_in_groups(program, self.ignore, self.head, BLOCK), _quantize)
 
 
 def _quantize(program: Program, site: Linear) -> None:
     weight = dequantized_before(program, site)
     if weight is None:
         source, rows = weight_label(program, site), weight_rows(program, site)
-        if not are_finite(rows):
-            raise InputError("the weight holds NaN or infinity", where=source, remedy="repair the checkpoint")
+        check_finite_weight(*rows.aminmax(), where=source)
         codes, exponents = quantize_mxfp4(rows)
         entry = WeightQuantization(
             method="mxfp4", bits=4, group_size=BLOCK, symmetric=True, source=source, format="mxfp4"

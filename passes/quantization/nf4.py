@@ -11,9 +11,8 @@ from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import aten
 from optc.compiler.analysis.linears import Linear
-from optc.compiler.diagnostics import InputError
 from optc.compiler.formats.group_sizes import check_group_size
-from optc.compiler.formats.integer import are_finite, quantize_groups
+from optc.compiler.formats.integer import check_finite_weight, quantize_groups
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight, insert_call
@@ -27,7 +26,7 @@ from optc.passes.quantization.arithmetic.selection import (
     place_codes,
     quantize_selected,
     read_instead,
-    select_linears,
+    select_in_groups,
     weight_part,
 )
 
@@ -72,9 +71,7 @@ class QuantizeNf4(Pass):
         Raises:
             InputError: the group size does not divide a K (names the weight), or a weight is not finite.
         """
-        selection = select_linears(program, self.ignore, self.head)
-        names = [weight_label(program, site) for site in selection.chosen]
-        check_group_size(self.group_size, [site.columns for site in selection.chosen], names)
+        selection = select_in_groups(program, self.ignore, self.head, self.group_size)
         return quantize_selected(program, selection, self._quantize)
 
     def _quantize(self, program: Program, site: Linear) -> None:
@@ -121,8 +118,7 @@ def quantize_codebook(weight: Tensor, table: Tensor, group_size: int, where: str
     rows, columns = weight.shape
     groups = weight.detach().float().reshape(rows, -1, group_size or columns)
     largest = groups.abs().amax(-1)
-    if not are_finite(largest):
-        raise InputError("the weight holds NaN or infinity", where=where, remedy="repair the checkpoint")
+    check_finite_weight(largest, where=where)
     scale = torch.where(largest > 0, largest, 1.0)
     middles = ((table[1:] + table[:-1]) / 2).to(scale.device)
     codes = torch.bucketize((groups / scale[..., None]).contiguous(), middles)

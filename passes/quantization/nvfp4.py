@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 
 from optc.compiler.analysis.linears import Linear
-from optc.compiler.formats.group_sizes import check_group_size
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.dialect.nvfp4 import BLOCK, scale_of
@@ -21,7 +20,7 @@ from optc.passes.quantization.arithmetic.selection import (
     place_codes,
     quantize_selected,
     read_instead,
-    select_linears,
+    select_in_groups,
     weight_part,
 )
 
@@ -55,9 +54,7 @@ class QuantizeNvfp4(Pass):
         Raises:
             InputError: 16 does not divide a K (names the weight), or a weight is not finite.
         """
-        selection = select_linears(program, self.ignore, self.head)
-        labels = [weight_label(program, site) for site in selection.chosen]
-        check_group_size(BLOCK, [site.columns for site in selection.chosen], labels)
+        selection = select_in_groups(program, self.ignore, self.head, BLOCK)
         largest = shared_magnitudes(program, selection.chosen)
 
         def quantize(edited: Program, site: Linear) -> None:

@@ -21,8 +21,9 @@ from torch.fx import Node
 
 from optc.compiler.analysis.linears import Linear
 from optc.compiler.analysis.name_patterns import fits
-from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.diagnostics import UsageError
 from optc.compiler.formats.group_sizes import check_bits, check_group_size, default_group_size
+from optc.compiler.formats.integer import check_finite_weight
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.quantization_summary import linear_record
@@ -40,7 +41,7 @@ from optc.passes.quantization.arithmetic.groups import (
     weight_label,
     weight_rows,
 )
-from optc.passes.quantization.arithmetic.ranges import calibration_feed, is_finite
+from optc.passes.quantization.arithmetic.ranges import calibration_feed
 from optc.passes.quantization.arithmetic.selection import (
     Selection,
     quantize_selected,
@@ -255,12 +256,7 @@ class _Run:
         weights = [weight_rows(self.program, site).float() for site in sites]
         name = weight_label(self.program, sites[0])
         for site, weight in zip(sites, weights, strict=True):
-            if not is_finite(weight):
-                raise InputError(
-                    "the weight holds NaN or infinity",
-                    where=weight_label(self.program, site),
-                    remedy="repair the checkpoint",
-                )
+            check_finite_weight(*weight.aminmax(), where=weight_label(self.program, site))
         whole = self.rewrite.round_group(torch.cat(weights), statistics, bits, self.group_size, name)
         counts = [len(weight) for weight in weights]
         parts = [tensor.split(counts) for tensor in (whole.codes, whole.grid.scale, whole.grid.zero)]

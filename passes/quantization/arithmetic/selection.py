@@ -19,6 +19,7 @@ from optc.compiler.analysis.linears import (
     linear_sites,
 )
 from optc.compiler.analysis.name_patterns import check_patterns, fits
+from optc.compiler.formats.group_sizes import check_group_size
 from optc.compiler.formats.weight_format import weight_format
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
@@ -26,6 +27,7 @@ from optc.compiler.ir.surgery import add_weight, drop_dead, insert_call, replace
 from optc.compiler.ops.library import makes_weight
 from optc.compiler.rewriting.passes import Miss, PassResult
 from optc.compiler.rewriting.weights import prune_contract, record_weight
+from optc.passes.quantization.arithmetic.groups import weight_label
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,18 @@ def select_linears(program: Program, ignore: Sequence[str], head: bool) -> Selec
         else:
             chosen.append(site)
     return Selection(tuple(chosen), tuple(misses), tuple(notes), len(sites))
+
+
+def select_in_groups(program: Program, ignore: Sequence[str], head: bool, size: int) -> Selection:
+    """`select_linears` for a method whose groups along K have `size` elements.
+
+    Raises:
+        NoMatchError: see `select_linears`. InputError: the size does not divide a K; names the weight.
+    """
+    selection = select_linears(program, ignore, head)
+    names = [weight_label(program, site) for site in selection.chosen]
+    check_group_size(size, [site.columns for site in selection.chosen], names)
+    return selection
 
 
 def quantize_selected(
