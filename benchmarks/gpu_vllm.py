@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import LLAMA_8B, OPEN_GATE, interleave, random_llama, ratio, record
-from gpu_serve import network, open_session, serve
+from gpu_serve import network, open_session, serve, traffic
 from safetensors import safe_open
 from safetensors.torch import save_file
 from vllm_peer import VllmPeer
@@ -45,13 +45,9 @@ SHORT, LONG = 16, 272
 
 
 def work_of(name: str, vocabulary: int, seed: int) -> Work:
-    """Prompts, and how many tokens each is to get."""
-    rng = np.random.default_rng(seed)
-    if name == "serve":
-        lengths = [np.full(256, 128)] * 2
-    else:
-        lengths = [np.clip(rng.lognormal(np.log(128), 0.8, 500), 8, 1024).astype(int) for _ in range(2)]
-    return [(rng.integers(0, vocabulary, int(a)).tolist(), int(b)) for a, b in zip(*lengths, strict=True)]
+    """Prompts, and how many tokens each is to get: those of `gpu_serve.py`, half as many of lognormal lengths."""
+    found = traffic("fixed" if name == "serve" else name, vocabulary, seed, small=False)
+    return found if name == "serve" else found[: len(found) // 2]
 
 
 def dense_folder(folder: Path) -> Path:

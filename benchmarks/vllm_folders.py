@@ -22,8 +22,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from common import ROOT, record
+from quant_engines import perplexity
 from vllm_peer import VllmPeer
 
 import optc
@@ -62,17 +63,9 @@ def quantized(name: str, folder: Path) -> str:
 def perplexity_here(folder: Path, rows: list[list[int]]) -> float:
     """Of the folder as optc reads it."""
     session = open_program(optc.capture(folder))
-    total = count = 0.0
-    for row in rows:
-        place = 0
-        for logits in session.score(row):
-            scores = torch.from_numpy(logits).float().log_softmax(-1)
-            targets = row[place + 1 : place + 1 + len(scores)]
-            total -= float(scores[range(len(targets)), targets].double().sum())
-            count += len(targets)
-            place += len(scores)
+    logits = [np.concatenate(list(session.score(row[:-1]))) for row in rows]
     session.close()
-    return math.exp(total / count)
+    return perplexity(logits, rows)
 
 
 def perplexity_there(folder: Path, rows: list[list[int]], site: Path, log: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
+from optc.compiler.analysis.dataflow import value_of
 from optc.compiler.ir.program import Program
 
 
@@ -26,7 +26,7 @@ def keep_copies(program: Program, room: int) -> int:
         format, group = node.kwargs.get("format", ""), node.kwargs.get("group_size", 0)
         if not format or node.kwargs.get("inputs"):
             continue
-        x = _value(node.args[0])
+        x = value_of(node.args[0])
         weight, scale, zero = (_weight(program, item) for item in node.args[1:4])
         assert weight is not None
         assert scale is not None
@@ -46,13 +46,6 @@ def keep_copies(program: Program, room: int) -> int:
         keep(weight, copy)
         kept += size
     return kept
-
-
-def _value(node: object) -> Tensor:
-    assert isinstance(node, Node)
-    value = node.meta["val"]
-    assert isinstance(value, Tensor)
-    return value
 
 
 def _weight(program: Program, node: object) -> Tensor | None:

@@ -63,13 +63,7 @@ class TensorModel:
         Raises:
             InputError: as a call.
         """
-        sizes: dict[str, int] = {}
-        arrays = [_checked(spec, named.get(spec.name), sizes) for spec in self.manifest.contract.inputs]
-        unknown = sorted(set(named) - set(self.inputs))
-        if unknown:
-            raise InputError(
-                f"the model has no input '{unknown[0]}'", remedy=f"its inputs are {', '.join(self.inputs)}"
-            )
+        arrays = checked_inputs(self.manifest.contract, named)
         return dict(zip(self.outputs, self._call(*arrays), strict=True))
 
     def encode(self, texts: str | Sequence[str]) -> dict[str, Array]:
@@ -127,10 +121,11 @@ def checked_inputs(contract: Contract, named: Mapping[str, Array]) -> list[Array
         InputError: names the input that is missing or unknown, or that has another type or shape.
     """
     names, sizes = [spec.name for spec in contract.inputs], dict[str, int]()
+    arrays = [_checked(spec, named.get(spec.name), sizes) for spec in contract.inputs]
     unknown = sorted(set(named) - set(names))
     if unknown:
         raise InputError(f"the model has no input '{unknown[0]}'", remedy=f"its inputs are {', '.join(names)}")
-    return [_checked(spec, named.get(spec.name), sizes) for spec in contract.inputs]
+    return arrays
 
 
 def as_array(value: Any) -> Array:
