@@ -117,6 +117,9 @@ def test_eval(folders: tuple[Path, Path], inputs: Path, capsys: pytest.CaptureFi
     np.savez(inputs, x=x.numpy(), shift=shift.numpy())
     assert optc("eval", folders[0], "--inputs", inputs) == 2
     assert "there is nothing to compare with" in capsys.readouterr().err
+    (inputs.parent / "texts.txt").write_text("a text\n")
+    assert optc("eval", str(folders[0]), "--inputs", str(inputs), "--text", str(inputs.parent / "texts.txt")) == 2
+    assert "give either inputs or texts, not both" in capsys.readouterr().err
 
 
 def test_bench(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -185,7 +185,7 @@ def _evaluation(
                 "the artifacts have other inputs or outputs", where=path, remedy="compare those of one model"
             )
     texts = [] if text is None else [line for line in read_text(text).splitlines() if line.strip()]
-    batches = _batches(first, inputs, []) if inputs is not None else _batches(first, None, texts)
+    batches = _batches(first, inputs, texts)
     contract = first.manifest.contract
     reference, beside = None, None
     if not no_reference:
