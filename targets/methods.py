@@ -11,7 +11,9 @@ from optc.compiler.formats.group_sizes import BITS
 from optc.compiler.rewriting.passes import Pass
 from optc.compiler.target.options import CompileOptions, Quantization, QuantRequest
 from optc.compiler.target.target import Step
+from optc.passes.fusion.fold_batchnorm import FoldBatchnorm
 from optc.passes.quantization.activations import QuantizeActivations
+from optc.passes.quantization.arithmetic.static_weights import METHOD as STATIC
 from optc.passes.quantization.auto import QuantizeAuto
 from optc.passes.quantization.clip import QuantizeClip
 from optc.passes.quantization.fp8 import QuantizeFp8
@@ -27,6 +29,7 @@ from optc.passes.quantization.round_scales import RoundScales
 from optc.passes.quantization.rtn import QuantizeRtn
 from optc.passes.quantization.scale_awq import ScaleAwq
 from optc.passes.quantization.scale_smoothquant import ScaleSmoothQuant
+from optc.passes.quantization.static import QuantizeStatic
 from optc.passes.quantization.tune_scales import TuneScales
 
 
@@ -121,6 +124,12 @@ METHODS: dict[str, Method] = {
     "smoothquant": Method(
         "W8A8: SmoothQuant's scales, rotations where they pay, 8-bit weights by GPTQ and inputs",
         _smoothquant,
+        bits=8,
+        fixed=True,
+    ),
+    STATIC: Method(
+        "convolutions and linears in integers: 8-bit weights per channel, 8-bit activations per tensor, calibrated",
+        lambda chosen: [FoldBatchnorm(), QuantizeStatic(ignore=chosen.ignore)],
         bits=8,
         fixed=True,
     ),
@@ -242,11 +251,11 @@ def head_steps(
 
 
 def rounded_last(steps: Sequence[Step]) -> list[Step]:
-    """Steps in their order, but those that round activations by the token behind all others.
+    """Steps in their order, but those that round activations behind all others.
 
     Whatever changes the numbers in front of such a rounding moves codes, which costs more than its own budget has.
     """
-    last = [step for step in steps if isinstance(step.rewrite, QuantizeActivations)]
+    last = [step for step in steps if isinstance(step.rewrite, QuantizeActivations | QuantizeStatic)]
     return [*(step for step in steps if step not in last), *last]
 
 

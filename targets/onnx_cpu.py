@@ -21,7 +21,7 @@ from optc.passes.legalization.functionalize import Functionalize
 from optc.passes.legalization.ort import LegalizeOrt
 from optc.passes.legalization.ort_nbits import stored_layout
 from optc.passes.legalization.round_activations import RoundActivations
-from optc.targets.methods import WEIGHT_ONLY, head_steps, quantization_steps, stored_scales
+from optc.targets.methods import STATIC, WEIGHT_ONLY, head_steps, quantization_steps, rounded_last, stored_scales
 
 
 def _recipe(kind: str, options: CompileOptions) -> list[Step]:
@@ -31,8 +31,10 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
         Step(FuseRotary(), optional=True),
         Step(FuseNorm(), optional=True),
     ]
-    steps += quantization_steps(options.quantization, choices=(2, 4, 8))
-    steps += head_steps(options.quantization, options.of(OnnxOptions).head_bits)
+    rounding = quantization_steps(options.quantization, choices=(2, 4, 8))
+    rounding += head_steps(options.quantization, options.of(OnnxOptions).head_bits)
+    static = options.quantization is not None and options.quantization.method == STATIC
+    steps += rounded_last(rounding) if static else rounding
     steps += stored_scales(options)
     if kind == "decoder":
         # Of a model whose keys and values are rounded (a folder with a kv_cache_scheme) the caches hold the codes.
@@ -76,6 +78,7 @@ TARGET = Target(
     quant={
         **dict.fromkeys((*WEIGHT_ONLY, "auto"), _INTEGERS),
         **dict.fromkeys(("int8", "smoothquant", "llm-int8"), QuantSupport(bits=(8,), group_sizes=(0,))),
+        STATIC: QuantSupport(bits=(8,), group_sizes=(0,), symmetric=(True,)),
         "nf4": QuantSupport(bits=(4,), group_sizes=()),
     },
     legal=LEGAL,

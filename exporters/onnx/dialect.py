@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ops.dialect.quantization import SMALLEST_SCALE
 from optc.compiler.ops.packed.onnxruntime_products import MIDDLE
 from optc.exporters.onnx.walker import MICROSOFT, Lowering, Walker
@@ -138,6 +139,47 @@ def dequantize_linear(walker: Walker, node: Node) -> ir.Value:
     return walker.op("DequantizeLinear", [stored(codes, K), walker.value(scale), points], attributes)
 
 
+def _grid(walker: Walker, node: Node) -> list[ir.Value]:
+    """Scale and zero point of a tensor."""
+    scale, zero = float(node.kwargs["scale"]), int(node.kwargs["zero"])
+    return [walker.constant(scale, torch.float32), walker.constant(zero, torch.uint8)]
+
+
+def _quantize_tensor(walker: Walker, node: Node) -> ir.Value:
+    return walker.op("QuantizeLinear", [walker.value(node.args[0], torch.float32), *_grid(walker, node)])
+
+
+def _dequantize_tensor(walker: Walker, node: Node) -> ir.Value:
+    out = walker.op("DequantizeLinear", [walker.value(node.args[0]), *_grid(walker, node)])
+    dtype = node.meta["val"].dtype
+    return out if dtype is torch.float32 else walker.cast(out, dtype)
+
+
+def _dequantize_channels(walker: Walker, node: Node) -> ir.Value:
+    """DequantizeLinear along an axis, with zero points, without which ONNX Runtime leaves a Gemm in floating point."""
+    codes, scale = node.args
+    zeros = walker.constant([0] * int(scale.meta["val"].shape[0]), torch.int8)
+    return walker.op(
+        "DequantizeLinear", [walker.value(codes), walker.value(scale), zeros], {"axis": node.kwargs["axis"]}
+    )
+
+
+def _dequantize_bias(walker: Walker, node: Node) -> ir.Value:
+    """DequantizeLinear of int32 in steps of a product: scale of the weight times that of the input."""
+    codes, scale = node.args
+    names = [walker.program.weight_of(item) for item in (codes, scale)]
+    assert names[0] is not None
+    assert names[1] is not None, "codes and scales are weights"
+    step, held = float(node.kwargs["input_scale"]), walker.program.weight(names[1]).detach()
+    steps = walker.computed(
+        f"{names[0]}.scale",
+        lambda: materialized(held).float().reshape(-1) * step,
+        torch.float32,
+        codes.meta["val"].shape,
+    )
+    return walker.op("DequantizeLinear", [walker.value(codes), steps], {"axis": 0})
+
+
 def _matmul_bnb4(walker: Walker, node: Node) -> ir.Value:
     inputs = [*(walker.value(item) for item in node.args[:2]), walker.compact(node.args[2])]
     attributes = {**node.kwargs, "quant_type": 1}  # NF4
@@ -165,4 +207,8 @@ TABLE: dict[Any, Lowering] = {
     _optc.matmul_integer.default: _matmul_integer,
     _optc.matmul_bnb4.default: _matmul_bnb4,
     _optc.dequantize_linear.default: dequantize_linear,
+    _optc.quantize_tensor.default: _quantize_tensor,
+    _optc.dequantize_tensor.default: _dequantize_tensor,
+    _optc.dequantize_channels.default: _dequantize_channels,
+    _optc.dequantize_bias.default: _dequantize_bias,
 }

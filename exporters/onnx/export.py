@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import onnx_ir as ir
 import torch
+from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import value_of
 from optc.compiler.artifact.engines import ONNX
@@ -16,6 +17,7 @@ from optc.compiler.artifact.genai_config import FILE_NAME
 from optc.compiler.artifact.onnx_check import check_onnx
 from optc.compiler.diagnostics import TargetError, os_errors
 from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ir.program import Program
 from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.compiler.version import version_of
@@ -77,9 +79,19 @@ def _needs(program: Program) -> dict[str, Any]:
     version = version_of(ONNX.package)  # "" where the model is only written here
     needs: dict[str, Any] = {ONNX.package: f">={version}"} if version else {}
     products = program.calls(torch.ops.optc.matmul_integer.default)
-    if any(value_of(call.args[1]).dtype is torch.int8 for call in products):
+    static = program.calls(torch.ops.optc.dequantize_channels.default)
+    if any(value_of(call.args[1]).dtype is torch.int8 for call in products) or any(
+        _saturates(program, call) for call in static
+    ):
         needs["x86_flags_any"] = ["avx512_vnni", "avx_vnni"]
     return needs
+
+
+def _saturates(program: Program, call: Node) -> bool:
+    """Whether two products of a weight's codes with 255 may be beyond 16 bits, in which x86 without VNNI adds them."""
+    name = program.weight_of(call.args[0])
+    assert name is not None, "codes are weights"
+    return int(materialized(program.weight(name).detach()).to(torch.int16).abs().max()) * 2 * 255 >= 1 << 15
 
 
 def _info(

@@ -17,9 +17,9 @@ from optc.compiler.compat import decomposition
 from optc.compiler.diagnostics import OptcError
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import drop_dead
+from optc.compiler.rewriting.in_place import without_writing
 from optc.compiler.rewriting.inlining import InliningError, inline_call
 from optc.compiler.rewriting.passes import Miss, Pass, PassContext, PassResult
-from optc.passes.legalization.functionalize import without_writing
 
 _ROUNDS = 12
 """How deep decompositions may lie in each other; an operator that is made of itself ends there."""

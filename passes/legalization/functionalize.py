@@ -14,10 +14,10 @@ import torch
 from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 
-from optc.compiler.analysis.aliases import unshared
 from optc.compiler.ir.export import functional_export
 from optc.compiler.ir.program import Program
-from optc.compiler.ir.surgery import drop_dead, replace_node
+from optc.compiler.ir.surgery import drop_dead
+from optc.compiler.rewriting.in_place import without_writing
 from optc.compiler.rewriting.passes import Miss, Pass, PassContext, PassResult
 
 
@@ -51,21 +51,6 @@ def _sites(program: Program, context: PassContext) -> list[Node]:
     """The calls that write, and that the target cannot run as they stand."""
     found = [node for node in program.graph.nodes if _writes(node)]
     return found if context.obstacle is None else [node for node in found if context.obstacle(node) is not None]
-
-
-def without_writing(program: Program, node: Node) -> None:
-    """Give a call that writes its other form, which computes the same where nobody else sees that memory."""
-    name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname
-    if name in _DROPOUTS and node.args[2] is False:
-        replace_node(program, node, node.args[0])
-        return
-    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
-    if packet is not None and overload in packet.overloads() and unshared(node) is None:
-        node.target = getattr(packet, overload)  # arguments and results are the same
-
-
-_DROPOUTS = ("dropout_", "alpha_dropout_", "feature_dropout_", "feature_alpha_dropout_")
-"""What does nothing in eval mode: (x, p, train)."""
 
 
 def _without_memory(program: Program, edited: Program, count: int) -> PassResult:

@@ -6,6 +6,7 @@ Rewrites onto kernels that ONNX Runtime has (compiler/ops/packed/onnxruntime.py,
     cached_attention_codes(...)                          ->  group_query_attention_codes(...), int8 caches
     rms_norm(x + y)                                      ->  skip_rms_norm(x, y)
     quantized linears and embeddings                     ->  see passes/legalization/ort_linears.py
+    products with inputs in static codes                 ->  see passes/legalization/ort_static.py
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from optc.passes.legalization.ort_linears import (
     IntegerProduct,
 )
 from optc.passes.legalization.ort_nbits import GatherNBits, MatMulNBits, PackedWeights
+from optc.passes.legalization.ort_static import StaticProduct
 
 _aten, _optc = torch.ops.aten, torch.ops.optc
 CACHED = _optc.cached_attention.default
@@ -58,6 +60,7 @@ class LegalizeOrt(Pass):
         packed = PackedWeights()
         rules = [
             _Attention(program.contract.model.context_length),
+            StaticProduct(),
             IntegerProduct(self.unsigned),
             DequantizedProduct() if self.qdq else MatMulNBits(packed),
             GatherNBits(packed),

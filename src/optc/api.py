@@ -20,9 +20,11 @@ from optc.compiler.analysis.weight_parts import weight_parts
 from optc.compiler.artifact import folder as artifact
 from optc.compiler.artifact.drift_table import drift_table
 from optc.compiler.artifact.manifest import Manifest, ProgramEntry, Source
+from optc.compiler.calibration.examples import Examples
 from optc.compiler.calibration.sequences import Calibration
 from optc.compiler.diagnostics import InputError, TargetError, UsageError, os_errors
 from optc.compiler.execution.probe import Probe, text_probe
+from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.devices import to_device
 from optc.compiler.ir.saved.exported_archive import is_exported_file
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, config_digest, weights_digest
@@ -275,7 +277,7 @@ def _pipeline_options(
 ) -> PipelineOptions:
     run, limits = resolved.request.run, resolved.request.gate
     return PipelineOptions(
-        probe=_text_probe(captured, resolved),
+        probe=_example_probe(captured.program.contract, calibration) or _text_probe(captured, resolved),
         limits=Limits(**{name: getattr(limits, asked) for asked, name in LIMITS.items()}),
         dump_ir=run.dump_ir,
         work_dir=run.work_dir,
@@ -287,6 +289,20 @@ def _pipeline_options(
         ),
         progress=progress,
     )
+
+
+_PROBE_ROWS = 8
+"""Rows of the gate's probe where the first axis of all inputs may have any size."""
+
+
+def _example_probe(contract: Contract, calibration: Calibration | None) -> Probe | None:
+    """Rows of a module's calibration data for the gate: what its inputs are like, which made-up ones need not be."""
+    if calibration is None or not isinstance(calibration.tokens, Examples):
+        return None
+    inputs = calibration.tokens.batches[-1]
+    if all(spec.dims and isinstance(spec.dims[0], str) for spec in contract.inputs):
+        inputs = tuple(item[:_PROBE_ROWS] for item in inputs)
+    return Probe(tensors=inputs)
 
 
 def _text_probe(captured: Captured, resolved: Resolved) -> Probe | None:

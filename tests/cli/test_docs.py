@@ -68,7 +68,9 @@ HEADS = [item for item in REQUESTS if "--medusa" in item]  # heads that are ther
 
 @pytest.mark.parametrize("command", [item for item in REQUESTS if item not in HEADS])
 def test_the_request_is_one_that_its_target_takes(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _, _model, *rest = shlex.split(re.sub(r" (-o|--base|--expose-hidden) \S+", "", command))  # of compile alone
+    _, _model, *rest = shlex.split(
+        re.sub(r" (-o|--base|--expose-hidden|--calibration) \S+", "", command)
+    )  # of compile alone
     filled = {"TARGET": "onnx-cpu", "METHOD": "rtn", "PATTERN": "*.down_proj.*"}
     refused = "--quant fp8" in command  # which its line in the docs says
     assert call("plan", str(EXAMPLE), *(filled.get(item, item) for item in rest)) == (4 if refused else 0)

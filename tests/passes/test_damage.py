@@ -45,6 +45,7 @@ from optc.passes.quantization.nf4 import QuantizeNf4
 from optc.passes.quantization.nvfp4 import QuantizeNvfp4
 from optc.passes.quantization.round_scales import RoundScales
 from optc.passes.quantization.rtn import QuantizeRtn
+from optc.passes.quantization.static import QuantizeStatic
 from optc.passes.quantization.tune_scales import TuneScales
 from optc.passes.registry import passes
 
@@ -115,6 +116,18 @@ def across(tensor: Tensor) -> Tensor:
     return tensor.float().t().reshape(tensor.shape)
 
 
+def numbers(op: Any, name: str, change: Callable[[Any], Any]) -> Damage:
+    """Change a number that every call of `op` is given."""
+
+    def edit(program: Program) -> None:
+        calls = program.calls(op)
+        assert calls, f"no call of {op}"
+        for node in calls:
+            node.update_kwarg(name, change(node.kwargs[name]))
+
+    return edit
+
+
 SCALE = weights("_scale", times(7.0))
 ORDER = weights("_codes", swapped)
 AXIS = weights("_scale", across)
@@ -132,6 +145,7 @@ PACKED = (RTN_4, LegalizeInductor())
 LINEAR = _optc.linear_nbits.default
 MATMUL = _optc.matmul_nbits.default
 ROUND_4 = _optc.quantize_nvfp4.default
+STATIC, BACK = _optc.quantize_tensor.default, _optc.dequantize_tensor.default
 
 CASES: list[tuple[Pass, tuple[Pass, ...], dict[str, Damage]]] = [
     (RTN_4, (), {"scale": SCALE, "order": ORDER, "axis": AXIS}),
@@ -164,6 +178,11 @@ CASES: list[tuple[Pass, tuple[Pass, ...], dict[str, Damage]]] = [
     }),
     (QuantizeInputs(format="nvfp4"), (QuantizeNvfp4(),), {
         "scale": inputs(ROUND_4, 0, _aten.mul.Tensor, 7.0), "order": inputs(ROUND_4, 0, _aten.roll.default, [1], [-1]),
+    }),
+    (QuantizeStatic(), (), {
+        "scale": SCALE, "order": ORDER, "axis": weights("_scale", lambda scale: scale.float().roll(1, 0)),
+        "activations": numbers(BACK, "scale", lambda scale: 1.25 * scale), "zero": numbers(BACK, "zero", lambda zero: zero + 8),
+        "clipped": numbers(STATIC, "scale", lambda scale: 1.25 * scale),
     }),
     (QuantizeKVCache(), (), {
         "scale": ACTIVATION_SCALE, "order": results(ROUNDED, _aten.roll.default, [1], [1]),

@@ -12,6 +12,12 @@ axis); `quantize` takes calibrated ones. Both are symmetric; `dequantize_activat
 
     linear(dequantize_activation(*quantize_dynamic(x, "int8")), dequantize(codes, scale, None), bias)      W8A8
 
+Static 8 bits, for convolutions and linears in integers. A tensor has one scale (a number of float32) and one zero point,
+both written in the graph:
+
+    quantize_tensor      uint8 codes = round(x / scale) + zero, clipped      dequantize_tensor: (code - zero) * scale
+    dequantize_bias      int32 codes in steps of the product: code * weight_scale * input_scale
+
 E4M3 is that of Micikevicius et al. 2022 (https://arxiv.org/abs/2209.05433): no infinity, largest 448.
 """
 
@@ -87,6 +93,21 @@ def dequantize_activation(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -
     return (codes.float() * scale.float()).to(dtype).contiguous()
 
 
+def _quantize_tensor(x: Tensor, *, scale: float, zero: int) -> Tensor:
+    """x -> uint8 codes of x's shape: round(x / scale) + zero, ties to even; what is out of range takes the last code."""
+    return ((x.float() / scale).round() + zero).clamp(0, 255).to(torch.uint8).contiguous()
+
+
+def _dequantize_tensor(codes: Tensor, *, scale: float, zero: int, dtype: torch.dtype) -> Tensor:
+    """(codes - zero) * scale, computed in float32, in `dtype`."""
+    return ((codes.float() - zero) * scale).to(dtype).contiguous()
+
+
+def _dequantize_bias(codes: Tensor, scale: Tensor, *, input_scale: float) -> Tensor:
+    """codes int32 [N], scale of the weight's rows [N,1] or [N] -> codes * (scale * input_scale), [N] in scale's dtype."""
+    return (codes.float() * (scale.float().reshape(-1) * input_scale)).to(scale.dtype)
+
+
 def _codes_like(x: Tensor, format: str) -> Tensor:
     return torch.empty_like(x, dtype=FORMATS[format][0], memory_format=torch.contiguous_format)
 
@@ -135,4 +156,24 @@ define(
     lambda codes, _scale, *, dtype: torch.empty_like(codes, dtype=dtype, memory_format=torch.contiguous_format),
     aten=dequantize_activation,
     makes_activation=True,
+)
+define(
+    "quantize_tensor(Tensor x, *, float scale, int zero) -> Tensor",
+    _quantize_tensor,
+    lambda x, **_: torch.empty_like(x, dtype=torch.uint8, memory_format=torch.contiguous_format),
+    aten=_quantize_tensor,
+    activation_codes=lambda _: "uint8",
+)
+define(
+    "dequantize_tensor(Tensor codes, *, float scale, int zero, ScalarType dtype) -> Tensor",
+    _dequantize_tensor,
+    lambda codes, *, dtype, **_: torch.empty_like(codes, dtype=dtype, memory_format=torch.contiguous_format),
+    aten=_dequantize_tensor,
+    makes_activation=True,
+)
+define(
+    "dequantize_bias(Tensor codes, Tensor scale, *, float input_scale) -> Tensor",
+    _dequantize_bias,
+    lambda codes, scale, **_: scale.new_empty(codes.shape),
+    aten=_dequantize_bias,
 )

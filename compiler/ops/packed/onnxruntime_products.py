@@ -1,8 +1,10 @@
 """Packed products of 8-bit integers and of NF4 codes, as ONNX Runtime's CPU kernels take them.
 
 `dequantize_linear` mirrors DequantizeLinear-24, blocked along K or one scale per channel, with the weight stored
-[K,N] as a matrix product reads it. `quantize_tokens` and `matmul_integer` stand for QuantizeLinear and com.microsoft.MatMulIntegerToFloat around a
-scale per token; `matmul_bnb4` mirrors com.microsoft.MatMulBnb4. Made by legalization only. See
+[K,N] as a matrix product reads it. `quantize_tokens` and `matmul_integer` stand for QuantizeLinear and
+com.microsoft.MatMulIntegerToFloat around a scale per token; `dequantize_channels` mirrors DequantizeLinear of a weight of
+any shape with a scale per channel, in front of a Conv or MatMul that ONNX Runtime takes in integers; `matmul_bnb4`
+mirrors com.microsoft.MatMulBnb4. Made by legalization only. See
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
 """
 
@@ -93,6 +95,18 @@ define(
     "int block_size) -> Tensor",
     _dequantize_linear,
     lambda codes, scale, *_, K, N, **__: scale.new_empty((K, N)),
+)
+
+
+def _dequantize_channels(codes: Tensor, scale: Tensor, *, axis: int) -> Tensor:
+    """codes int8, scale [N] of the channels along `axis` -> codes * scale, in scale's dtype."""
+    return codes.to(scale.dtype) * scale.reshape([-1 if place == axis else 1 for place in range(codes.dim())])
+
+
+define(
+    "dequantize_channels(Tensor codes, Tensor scale, *, int axis) -> Tensor",
+    _dequantize_channels,
+    lambda codes, scale, **_: scale.new_empty(codes.shape),
 )
 define(
     "quantize_tokens(Tensor x) -> (Tensor, Tensor)",

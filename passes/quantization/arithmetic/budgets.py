@@ -58,6 +58,7 @@ def head_budget(bits: int) -> Budget:
 FP8_WEIGHTS = Budget(kl=0.04, top1=0.93, perplexity=0.06, relative=0.25, cosine=0.97)
 INT8_INPUTS = Budget(kl=0.006, top1=0.95, perplexity=0.03, relative=0.1, cosine=0.996)
 INT8_FIXED_INPUTS = Budget(kl=0.06, top1=0.9, perplexity=0.08, relative=0.25, cosine=0.97)
+STATIC_INT8 = Budget(kl=0.06, top1=0.9, perplexity=0.08, relative=0.25, cosine=0.97)
 FP8_INPUTS = Budget(kl=0.05, top1=0.9, perplexity=0.06, relative=0.25, cosine=0.97)
 NVFP4_INPUTS = Budget(kl=0.4, top1=0.8, perplexity=0.6, relative=0.75, cosine=0.75)
 INT8_KEYS_VALUES = Budget(kl=0.005, top1=0.95, perplexity=0.02, relative=0.1, cosine=0.996)

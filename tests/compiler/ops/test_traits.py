@@ -86,10 +86,11 @@ def test_who_makes_weights_and_codes() -> None:
         assert makes_weight(spec.op)
         assert call(spec)[2][0].shape[0] == N
     codes = {spec.name for spec in specs() if spec.activation_codes is not None}
-    assert codes == {"quantize", "quantize_dynamic", "quantize_nvfp4", "quantize_tokens"}
+    assert codes == {"quantize", "quantize_dynamic", "quantize_nvfp4", "quantize_tokens", "quantize_tensor"}
     assert {spec.name for spec in specs() if spec.makes_activation} == {
         "dequantize_activation",
         "dequantize_nvfp4",
+        "dequantize_tensor",
     }
 
 
