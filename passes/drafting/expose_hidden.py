@@ -21,12 +21,13 @@ from optc.passes.kv_cache.selecting import head_input
 class ExposeHidden(Pass):
     """logits  ->  logits, hidden [, aux_hidden]
 
-    Outputs of a paged decoder, at the positions of the logits, of the compute type:
+    Outputs of a paged decoder, of the compute type:
 
-    - hidden [n, C]: what the head reads, behind the last norm; Medusa's heads read it (Cai et al. 2024,
-      https://arxiv.org/abs/2401.10774).
-    - aux_hidden [n, C * layers]: what some layers read, one beside the other: the residual stream in front of each. The
-      drafter of EAGLE-3 reads it (Li et al. 2025, https://arxiv.org/abs/2503.01840).
+    - hidden [n, C], at the positions of the logits: what the head reads, behind the last norm; Medusa's heads read it (Cai
+      et al. 2024, https://arxiv.org/abs/2401.10774).
+    - aux_hidden [tokens, C * layers], of all tokens, whichever logits are selected: what some layers read, one beside the
+      other: the residual stream in front of each. The drafter of EAGLE-3 reads it, and has a cache that needs every token
+      of a prompt (Li et al. 2025, https://arxiv.org/abs/2503.01840).
 
     All are found by dataflow: the head is the linear that makes the logits; a layer's input is the last tensor in front of
     its attention that all paths from the tokens to the logits go through. The logits are what they were.
@@ -100,18 +101,10 @@ def _layers(program: Program, numbers: tuple[int, ...]) -> list[Node | Miss]:
 
 
 def _beside(program: Program, nodes: list[Node]) -> Node:
-    """[n, sum of C]: the rows of the logits of several tensors of all tokens."""
+    """[tokens, sum of C] of several tensors of all tokens."""
     output = program.graph.output_node()
-    parts = [_flat(program, _selected(program, node)) for node in nodes]
+    parts = [_flat(program, node) for node in nodes]
     return insert_call(program, output, aten.cat.default, (parts, -1)) if len(parts) > 1 else parts[0]
-
-
-def _selected(program: Program, node: Node) -> Node:
-    place = program.contract.input_index("logits_indices")
-    if place is None:
-        return node
-    rows = program.user_inputs()[place]
-    return insert_call(program, program.graph.output_node(), aten.index_select.default, (node, -2, rows))
 
 
 def _flat(program: Program, node: Node) -> Node:

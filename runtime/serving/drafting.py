@@ -109,19 +109,24 @@ class Drafting:
 
     def _fed(self, plan: Plan, given: Chosen) -> Iterator[Fed]:
         """What the program gave at each request's tokens, whose rows lie end to end: decodes, then pieces of prompts."""
-        whole = all(len(rows) == plan.tokens for rows in given.outputs.values())
+        whole = {role for role, rows in given.outputs.items() if len(rows) == plan.tokens}
         begin = 0
         for place, row in enumerate(plan.decodes.tolist()):
             size = 1 + int(plan.drafted[place])
             outputs = {role: rows[begin : begin + size] for role, rows in given.outputs.items()}
             yield Fed(self._scheduler.at(row).id, int(plan.positions[place]), int(given.counts[place]), outputs)
             begin += size
+        picked = begin
         for piece in plan.pieces:
-            size = piece.size if whole else int(piece.last)
-            if size:
-                outputs = {role: rows[begin : begin + size] for role, rows in given.outputs.items()}
-                yield Fed(self._scheduler.at(piece.row).id, piece.start + piece.size - size, size, outputs)
-            begin += size
+            name, first = self._scheduler.at(piece.row).id, piece.size - int(piece.last)
+            if whole and first:
+                part = {role: given.outputs[role][begin : begin + first] for role in whole}
+                yield Fed(name, piece.start, first, part)
+            if piece.last:
+                places = {role: begin + first if role in whole else picked for role in given.outputs}
+                last = {role: given.outputs[role][at : at + 1] for role, at in places.items()}
+                yield Fed(name, piece.start + first, 1, last)
+            begin, picked = begin + piece.size, picked + int(piece.last)
 
     def forget(self, identity: str) -> None:
         """A request has ended."""

@@ -88,6 +88,6 @@ class ReadingDrafter(Drafter, Protocol):
     def read(self, fed: Sequence[Fed]) -> None:
         """Take what a step gave, of every request that it fed: decodes, drafted tokens or none behind them, and prompts.
 
-        Of a prompt these are all tokens of the piece, or, of a program that selects rows, the last one of the last piece.
+        Of a prompt these are all tokens; but outputs that a program selects with its logits are there at the last one alone.
         Tokens whose keys and values the pool held already were not fed, and have no rows.
         """

@@ -34,6 +34,7 @@ class MedusaDrafter:
 
     def read(self, fed: Sequence[Fed]) -> None:
         """See `ReadingDrafter`."""
+        fed = [item for item in fed if "drafted" in item.outputs]
         if not fed:
             return
         rows = torch.stack([item.outputs["drafted"][item.kept - 1] for item in fed]).tolist()
