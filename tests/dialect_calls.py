@@ -62,6 +62,9 @@ STEP = (
     torch.tensor([4, 0], dtype=torch.int32),
     torch.tensor([[2, 1], [0, 0]], dtype=torch.int32),
 )
+HEADS = torch.tensor([[5, 6], [3, 1], [9, 3], [2, 2]])
+"""Of rounds: tokens, positions, limits, drafted."""
+ROUND = (HEADS, torch.tensor([[7, 8], [9, 1]]), torch.tensor([[2, 1, 3], [0, 4, 5]], dtype=torch.int32))
 
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "attention": ((*QKV, torch.ones(B, S, dtype=torch.long), _f(H)), {"causal": True, **KNOBS}),
@@ -73,6 +76,21 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     ),
     "greedy_step_": ((_f(2, 8), *STEP), {"block_size": 4}),
     "advance_step_": ((torch.tensor([7, -1]), *STEP), {"block_size": 4}),
+    "lay_out_drafts_": (
+        (*ROUND, *torch.full((3, 6), 7), torch.full((7,), 7, dtype=torch.int32)),
+        {"block_size": 4},
+    ),
+    "accept_drafts_": (
+        (
+            torch.tensor([7, 2, 3, 4, 5, 6]),
+            *ROUND,
+            torch.full((2,), 7),
+            *torch.full((2, 1, 2), 7),
+            torch.full((1, 2), 7, dtype=torch.int32),
+        ),
+        {"block_size": 4, "made": 1},
+    ),
+    "choose_draft_": ((_f(2, 8), torch.arange(8) * 3, torch.full((2, 2), -1)), {"place": 1}),
     "paged_attention_": (PAGED, KNOBS),
     "rotary_paged_attention_": (
         (*PAGED, torch.tensor([0, 1, 2, 0]), _f(D // 4), _f(D), _f(D)),

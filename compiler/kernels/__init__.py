@@ -3,6 +3,7 @@
 from optc.compiler.kernels.cpu import linear_nbits
 from optc.compiler.kernels.cpu import paged_attention as cpu_paged_attention
 from optc.compiler.kernels.cuda import (
+    draft_round,
     fused_experts,
     fused_linear,
     fused_norm,
@@ -16,6 +17,7 @@ from optc.compiler.kernels.cuda import paged_attention as cuda_paged_attention
 __all__ = [
     "cpu_paged_attention",
     "cuda_paged_attention",
+    "draft_round",
     "fused_experts",
     "fused_linear",
     "fused_norm",

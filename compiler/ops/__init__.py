@@ -4,6 +4,7 @@ from optc.compiler.ops import library
 from optc.compiler.ops.dialect import (
     attention,
     attention_codes,
+    drafts,
     greedy,
     mxfp4,
     nvfp4,
@@ -31,6 +32,7 @@ __all__ = [
     "cuda",
     "cuda_experts",
     "cuda_rows",
+    "drafts",
     "greedy",
     "inductor_cpu",
     "mxfp4",

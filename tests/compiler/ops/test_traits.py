@@ -30,6 +30,9 @@ MUTATES = {
     "rotary_paged_attention_": ("k_pool", "v_pool"),
     "sample_": ("seen", "counts"),
     "greedy_step_": ("input_ids", "position_ids", "slot_mapping", "context_lens"),
+    "lay_out_drafts_": ("input_ids", "position_ids", "slot_mapping", "context_lens"),
+    "accept_drafts_": ("heads", "picks", "position_ids", "slot_mapping", "context_lens"),
+    "choose_draft_": ("drafts",),
     "advance_step_": ("input_ids", "position_ids", "slot_mapping", "context_lens"),
 }
 

@@ -27,12 +27,10 @@ def greedy_step_(
     batch, size = logits.shape
     tokens = input_ids.new_empty(batch)
     if batch:
-        wanted = min(max(1, MOST_PROGRAMS // batch), MOST_PARTS, triton.cdiv(size, BLOCK))
-        parts = triton.next_power_of_2(wanted)
-        pdl = dependent_launch(logits.device)
+        parts, pdl = count_parts(batch, size), dependent_launch(logits.device)
         greedy_step[(parts, batch)](
             logits, tokens, input_ids, position_ids, slot_mapping, context_lens, block_tables,
-            *_scratch(logits.device, batch, parts), size, logits.stride(0), block_tables.shape[1],
+            *row_scratch(logits.device, batch, parts), size, logits.stride(0), block_tables.shape[1],
             BLOCK_SIZE=block_size, BLOCK=BLOCK, PARTS=parts, PDL=pdl, num_warps=4, launch_pdl=pdl,
         )  # fmt: skip
     return tokens
@@ -57,8 +55,15 @@ def advance_step_(
         )  # fmt: skip
 
 
+def count_parts(batch: int, size: int) -> int:
+    """Programs that look for the largest of `size` logits of each of `batch` rows: a power of two."""
+    wanted = min(max(1, MOST_PROGRAMS // batch), MOST_PARTS, triton.cdiv(size, BLOCK))
+    found: int = triton.next_power_of_2(wanted)
+    return found
+
+
 @scratch
-def _scratch(device: torch.device, batch: int, parts: int) -> tuple[Tensor, Tensor, Tensor]:
+def row_scratch(device: torch.device, batch: int, parts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Largest logits of parts of rows, where they are, and arrivals."""
     values = torch.empty(batch, parts, device=device)
     places = torch.empty(batch, parts, dtype=torch.int32, device=device)

@@ -44,11 +44,11 @@ def advance_step(
 
 
 @triton.jit
-def greedy_step(
-    logits, tokens, input_ids, position_ids, slot_mapping, context_lens, block_tables, values, places, arrivals,
-    V, row_stride, table_width,
-    BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+def find_largest(
+    logits, values, places, arrivals, V, row_stride, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr
+):
+    """Whether a program is the last of its row, and then the row's token, int64: that of the largest logit, or -1 where
+    it is not finite. PARTS programs look at a part each; whatever one of them writes is read behind this."""
     part, row = tl.program_id(0), tl.program_id(1)
     columns = part * BLOCK + tl.arange(0, BLOCK)
     best = tl.full([BLOCK], -INFINITY, tl.float32)
@@ -65,7 +65,9 @@ def greedy_step(
     tl.store(values + row * PARTS + part, top)
     tl.store(places + row * PARTS + part, tl.min(tl.where(best == top, at, NOWHERE), 0))
     tl.debug_barrier()  # all threads have stored before one of them counts
-    if tl.atomic_add(arrivals + row, 1, sem="acq_rel") == PARTS - 1:
+    last = tl.atomic_add(arrivals + row, 1, sem="acq_rel") == PARTS - 1
+    token = tl.full([], -1, tl.int64)
+    if last:
         tl.store(arrivals + row, 0)
         parts = row * PARTS + tl.arange(0, PARTS)
         tops = tl.load(values + parts, cache_modifier=".cg")
@@ -73,6 +75,18 @@ def greedy_step(
         top = tl.max(tops, 0)
         token = tl.min(tl.where(tops == top, found, NOWHERE), 0).to(tl.int64)
         token = tl.where(tl.abs(top) == INFINITY, -1, token)
+    return last, token
+
+
+@triton.jit
+def greedy_step(
+    logits, tokens, input_ids, position_ids, slot_mapping, context_lens, block_tables, values, places, arrivals,
+    V, row_stride, table_width,
+    BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1)
+    last, token = find_largest(logits, values, places, arrivals, V, row_stride, BLOCK, PARTS, PDL)
+    if last:
         tl.store(tokens + row, token)
         advance_row(
             row, token, input_ids, position_ids, slot_mapping, context_lens, block_tables, table_width, BLOCK_SIZE

@@ -1,0 +1,1 @@
+"""What a round of drafts does beside its products."""
