@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rewrites import stirred
@@ -35,11 +36,16 @@ PENALIZED = [
 
 
 @functools.cache
-def compiled(family: str = "llama", layers: int = 2, heads: str | None = None) -> Program:
-    """A tiny model after the target's recipe, on the CPU, with the Medusa heads of a folder."""
-    program = stirred(family, layers=layers)
-    options = CompileOptions(dtype="fp32", own=TARGET.options(), medusa=None if heads is None else Path(heads))
-    for step in TARGET.recipe("decoder", options):
+def compiled(family: str = "llama", layers: int = 2, heads: str | None = None, expose: tuple[int, ...] = ()) -> Program:
+    """A tiny model after the target's recipe, on the CPU, with the Medusa heads of a folder, or states of some layers."""
+    medusa = None if heads is None else Path(heads)
+    return lowered(stirred(family, layers=layers), medusa=medusa, expose_hidden=expose)
+
+
+def lowered(program: Program, **options: Any) -> Program:
+    """A program after the target's recipe."""
+    chosen = CompileOptions(dtype="fp32", own=TARGET.options(), **options)
+    for step in TARGET.recipe("decoder", chosen):
         program = step.rewrite.run(program, PassContext()).program
     return program
 

@@ -1,17 +1,21 @@
 """Speculative decoding beside plain decoding of the same prompts: acceptance, cost of a step, speed-up.
 
 Both run in turns, each time through an engine of its own over the same session, so that neither finds what the other left.
-Decoding alone is timed: from when all prompts have their first token.
+On a GPU an engine captures its steps when it first runs them, so there is one of each kind for all samples; they share the
+session's pool, and no prompt is alike another by a whole block. Decoding alone is timed: from when all prompts have their
+first token.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from optc.compiler.diagnostics import InputError
@@ -21,6 +25,7 @@ from optc.runtime.serving.engine import engine_for
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.request import Engine, Generate
 from optc.runtime.sessions.paged import PagedSession
+from optc.runtime.speculative.device_drafter import DeviceDrafter
 from optc.runtime.speculative.drafter import Drafter
 from optc.runtime.speculative.figures import SpeculativeFigures
 from optc.runtime.speculative.settings import Speculation
@@ -95,7 +100,7 @@ def decode(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int, sa
 
 def measure_speculation(
     session: PagedSession,
-    drafter: Drafter,
+    drafter: Drafter | DeviceDrafter,
     speculation: Speculation,
     batches: Sequence[Sequence[Sequence[int]]],
     *,
@@ -109,20 +114,25 @@ def measure_speculation(
     Args:
         drafter: of the session's model; it stays open.
         batches: more than `warmup`, of equal sizes.
+
+    Raises:
+        InputError: on a GPU, prompts that begin alike.
     """
-    size, chosen = len(batches[0]), sampling or Sampling()
+    chosen, engine_of = sampling or Sampling(), _engines(session, drafter, speculation, batches)
     plain: list[Decoded] = []
     drafted: list[Decoded] = []
     figures: list[SpeculativeFigures] = []
     for number, prompts in enumerate(batches):
         turns = [False, True] if number % 2 else [True, False]
         for drafts in turns:
-            options = EngineOptions(max_running=size, speculation=speculation if drafts else None)
-            engine = engine_for(session, options, drafter=drafter if drafts else None)
+            engine = engine_of(drafts)
+            before = engine.metrics().speculation
             found = decode(engine, prompts, new_tokens, chosen)
             (drafted if drafts else plain).append(found)
             counted = engine.metrics().speculation
-            figures += [counted] if counted is not None else []
+            if counted is not None:
+                assert before is not None
+                figures.append(_since(before, counted))
         on_sample(number + 1, len(batches))
     pairs = list(zip(plain, drafted, strict=True))[warmup:]
     same = [own == other for a, b in pairs for own, other in zip(a.tokens, b.tokens, strict=True)]
@@ -133,6 +143,42 @@ def measure_speculation(
         tokens_per_s=median_rate([b.count / b.seconds for _, b in pairs]),
         equal=statistics.fmean(same),
         figures=_sum(figures[warmup:]),
+    )
+
+
+def _engines(
+    session: PagedSession,
+    drafter: Drafter | DeviceDrafter,
+    speculation: Speculation,
+    batches: Sequence[Sequence[Sequence[int]]],
+) -> Callable[[bool], Engine]:
+    """The engine with drafts, or without, for the next sample; see the module."""
+
+    def opened(drafts: bool) -> Engine:
+        options = EngineOptions(max_running=len(batches[0]), speculation=speculation if drafts else None)
+        return engine_for(session, options, drafter=drafter if drafts else None)
+
+    if not session.model.on_device:
+        return opened
+    size = session.model.block_size
+    begins = [tuple(prompt[:size]) for prompts in batches for prompt in prompts]
+    if len(set(begins)) < len(begins):
+        raise InputError(
+            f"prompts begin with the same {size} tokens",
+            why="one engine of each kind decodes all of them, and would find in the pool what the other has left",
+            remedy="give a longer text, or fewer samples",
+        )
+    return functools.cache(opened)
+
+
+def _since(before: SpeculativeFigures, after: SpeculativeFigures) -> SpeculativeFigures:
+    """What counters of an engine got between two looks."""
+    return msgspec.structs.replace(
+        after,
+        verified=after.verified - before.verified,
+        drafted_at=np.subtract(after.drafted_at, before.drafted_at).tolist(),
+        accepted_at=np.subtract(after.accepted_at, before.accepted_at).tolist(),
+        draft_seconds=after.draft_seconds - before.draft_seconds,
     )
 
 

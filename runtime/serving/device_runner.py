@@ -48,6 +48,9 @@ _STEP, _CLOSE = 64, 1024
 """Sizes of mixed calls, see `DeviceRunner._size`."""
 
 
+Given = Callable[[Ints], Chosen]
+
+
 @dataclass(slots=True)
 class _Flight:
     """A step that was launched: its tokens on the way to the host, where those of interest are among them, and what the
@@ -55,7 +58,7 @@ class _Flight:
 
     tokens: Tensor
     order: Ints
-    given: Callable[[Ints], Chosen]
+    given: Given
     arrived: torch.cuda.Event | None
 
 
@@ -94,9 +97,12 @@ class DeviceRunner:
         if self._model.record is None:
             return
         count = self._rows.count
-        for batch in {_batch(rows, count) for rows in range(1, count + 1)}:
+        for batch in {step_rows(rows, count) for rows in range(1, count + 1)}:
             self._step(batch, self._width(min(_NARROW, self._rows.capacity)), Kind.GREEDY)
-        most = min(most_tokens, self._model.prompt_tokens, _WARMED)
+        self._warm_up_calls(most_tokens)
+
+    def _warm_up_calls(self, most_tokens: int) -> None:
+        count, most = self._rows.count, min(most_tokens, self._model.prompt_tokens, _WARMED)
         sizes = {
             self._size(min(1 << power, most), requests)
             for requests in {1, min(_FEW_REQUESTS[0], count), count}
@@ -112,21 +118,17 @@ class DeviceRunner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> None:
         """See `ModelRunner`."""
-        buffers, drafts = self._buffers, bool(plan.drafted.any())
-        if plan.moved or not drafts:
+        buffers = self._buffers
+        kind = Kind(int(self._rows.kind[plan.rows].max(initial=Kind.GREEDY)))
+        if plan.moved or not self._brings_tokens(plan, kind):
             self._tell_last()
         buffers.move(plan.moved)
         buffers.grow(plan.grown)
-        kind = Kind(int(self._rows.kind[plan.rows].max(initial=Kind.GREEDY)))
         if kind < Kind.OPEN:
             buffers.draws(kind)
         buffers.join([*self._behind(plan), *(piece.row for piece in plan.pieces if piece.last)])
         with kernels_only():
-            if drafts:
-                tokens, order, given = self._verify(plan, kind)
-            else:
-                tokens, order, tell = self._mixed(plan, kind) if plan.pieces else self._decode(plan, kind)
-                given = functools.partial(_one_each, tell)
+            tokens, order, given = self._start(plan, kind)
         self.launched += 1
         arrived = None
         host = buffers.bring(tokens)
@@ -134,6 +136,17 @@ class DeviceRunner:
             arrived = torch.cuda.Event()
             arrived.record()
         self._flights.append(_Flight(host, order, given, arrived))
+
+    def _brings_tokens(self, plan: Plan, kind: Kind) -> bool:
+        """Whether what a step feeds comes from the host, and not from the device's rows."""
+        return bool(plan.drafted.any())
+
+    def _start(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Given]:
+        """What a step gives, where that is of interest, and what comes of it."""
+        if plan.drafted.any():
+            return self._verify(plan, kind)
+        tokens, order, tell = self._mixed(plan, kind) if plan.pieces else self._decode(plan, kind)
+        return tokens, order, functools.partial(one_each, tell)
 
     def _behind(self, plan: Plan) -> list[int]:
         """Rows that got tokens which the device's tables do not have, where they are by now."""
@@ -155,7 +168,7 @@ class DeviceRunner:
         """Tokens of a step of decodes, and where those of its rows are."""
         rows, buffers = plan.decodes, self._buffers
         width = self._width(int(plan.positions.max()) + 1)
-        step = self._step(_batch(int(rows[-1]) + 1, self._rows.count), width, kind)
+        step = self._step(step_rows(int(rows[-1]) + 1, self._rows.count), width, kind)
         buffers.decode(rows, plan.positions)
         step.run()
         self.captured += step.recorded
@@ -196,7 +209,7 @@ class DeviceRunner:
         kind = Kind.OPEN if kind == Kind.PENALIZED else kind  # tables of all rows of a call would be copied
         size = self._size(len(inputs.input_ids), len(rows))
         call = self._call(size, kind)
-        found = call(inputs, rows)
+        found = call(inputs, rows, self._tokens_behind(plan, arrays))
         self.captured += call.recorded
         buffers.overtaken()
         if kind < Kind.OPEN:
@@ -207,7 +220,11 @@ class DeviceRunner:
         buffers.state.ids.index_copy_(0, buffers.send(plan.rows), chosen.clamp(min=0))
         return chosen, np.arange(len(order)), tell
 
-    def _verify(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Callable[[Ints], Chosen]]:
+    def _tokens_behind(self, plan: Plan, arrays: list[np.ndarray]) -> Ints | None:
+        """Of the tokens of a mixed call, those behind them, for who reads what it gives; see `MixedCall`."""
+        return None
+
+    def _verify(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Given]:
         """What a step with drafts decides behind its tokens, where those of its rows are, and what comes of them.
 
         Rows that do more than draw are decided by their samplers, from logits.
@@ -274,7 +291,7 @@ class DeviceRunner:
         return self._calls[size, kind, every]
 
 
-def _batch(rows: int, most: int) -> int:
+def step_rows(rows: int, most: int) -> int:
     """The size of a captured step for so many rows: a power of two, or all there are."""
     return min(1 << (rows - 1).bit_length(), most)
 
@@ -285,7 +302,7 @@ def _few_tokens(tokens: int) -> int:
     return size if size < token_size(1) else token_size(tokens)
 
 
-def _one_each(tell: Tell | None, found: Ints) -> Chosen:
+def one_each(tell: Tell | None, found: Ints) -> Chosen:
     if tell is not None:
         tell(found)
     return Chosen.one_each(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from optc.compiler.artifact.folder import verify
@@ -13,14 +14,18 @@ from optc.runtime.serving.device_runner import DeviceRunner
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.generating import generate_through
 from optc.runtime.serving.grammar import Grammars
-from optc.runtime.serving.model_runner import HostRunner
+from optc.runtime.serving.model_runner import HostRunner, ModelRunner
 from optc.runtime.serving.paged_engine import PagedEngine
 from optc.runtime.serving.request import Engine
+from optc.runtime.serving.round_runner import RoundRunner
+from optc.runtime.serving.rows import Rows
+from optc.runtime.serving.sampler import SamplerOf
 from optc.runtime.serving.session_engine import SessionEngine
 from optc.runtime.sessions.cuda import CudaSession
 from optc.runtime.sessions.load import Model, open_session
-from optc.runtime.sessions.paged import PagedSession
+from optc.runtime.sessions.paged import PagedModel, PagedSession
 from optc.runtime.sessions.session import Session
+from optc.runtime.speculative.device_drafter import DeviceDrafter
 from optc.runtime.speculative.drafter import Drafter, ReadingDrafter
 from optc.runtime.speculative.opening import Verifying, open_drafter
 from optc.runtime.speculative.settings import Speculation
@@ -51,7 +56,7 @@ def engine_for(
     options: EngineOptions,
     grammars: Grammars | None = None,
     folder: Path | None = None,
-    drafter: Drafter | None = None,
+    drafter: Drafter | DeviceDrafter | None = None,
 ) -> Engine:
     """The engine over a session, which is the engine's from then on; without `grammars`, those of requests are refused.
 
@@ -74,19 +79,28 @@ def engine_for(
         drafter = drafter_for(
             session, options.speculation, folder, running=running, threads=options.threads, trust=options.trust
         )
-    on_device = functools.partial(DeviceRunner, drafts=options.speculation is not None)
-    # Captured steps give tokens alone.
-    runner = on_device if model.on_device and not isinstance(drafter, ReadingDrafter) else HostRunner
     return PagedEngine(
         model,
         options,
-        runner,
+        _runner_of(model, options, drafter),
         grammars=grammars,
         drafter=drafter,
         on_close=session.close,
         device=session.device_name,
         copied_bytes=copied,
     )
+
+
+def _runner_of(
+    model: PagedModel, options: EngineOptions, drafter: Drafter | DeviceDrafter | None
+) -> Callable[[PagedModel, Rows, SamplerOf], ModelRunner]:
+    if isinstance(drafter, DeviceDrafter):
+        assert options.speculation is not None
+        most = options.speculation.draft_tokens or model.heads
+        return functools.partial(RoundRunner, drafter=drafter, most=most)
+    if model.on_device and not isinstance(drafter, ReadingDrafter):  # what captured steps give are tokens alone
+        return functools.partial(DeviceRunner, drafts=options.speculation is not None)
+    return HostRunner
 
 
 def drafter_for(
@@ -97,7 +111,7 @@ def drafter_for(
     running: int,
     threads: int | None,
     trust: bool = False,
-) -> Drafter:
+) -> Drafter | DeviceDrafter:
     """The drafter for a session of which so many requests run together; see `open_drafter`.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,15 @@ import torch
 from torch import Tensor
 
 from optc.compiler.execution.block_manager import StepInputs
+from optc.compiler.ir.contract import OutputRole
 from optc.runtime.serving.rows import Ints, Kind
 from optc.runtime.serving.step_buffers import StepBuffers
 from optc.runtime.sessions.paged import PagedModel
 from optc.runtime.sessions.prompt_call import PromptCall
+
+Follow = Callable[[StepInputs, Mapping[OutputRole, Tensor]], None]
+"""What is done in a call with the tokens behind those that were fed, at the same places, and with the outputs beside the
+logits."""
 
 
 class MixedCall:
@@ -26,18 +32,27 @@ class MixedCall:
         every: each token is a request of its own, and the one request to spare is empty or padding: one of drafted tokens
             has the blocks of the row that it is drafted for, one position behind the token before it. Keys and values
             are written before any is attended to, since there are more requests than tokens (`attention.launch`).
+        follow: see `Follow`.
     """
 
     def __init__(
-        self, model: PagedModel, buffers: StepBuffers, size: tuple[int, int], kind: Kind, *, every: bool = False
+        self,
+        model: PagedModel,
+        buffers: StepBuffers,
+        size: tuple[int, int],
+        kind: Kind,
+        *,
+        every: bool = False,
+        follow: Follow | None = None,
     ) -> None:
         tokens, requests = size
         assert not every or requests == tokens + 1
-        self._every = every
+        self._every, self._follow = every, follow
         self._model, self._buffers = model, buffers
         self._draws = buffers.draws(kind) if kind < Kind.OPEN else None
         self._chooses = kind < Kind.OPEN
         self._rows = torch.full((requests,), buffers.nobody, dtype=torch.int64, device=model.device)
+        self._behind = torch.zeros(tokens, dtype=torch.int64, device=model.device)
         self._call = PromptCall(
             self._compute,
             model.pools,
@@ -51,12 +66,17 @@ class MixedCall:
     def recorded(self) -> bool:
         return self._call.recorded
 
-    def __call__(self, inputs: StepInputs, rows: Ints) -> Tensor:
+    def __call__(self, inputs: StepInputs, rows: Ints, behind: Ints | None = None) -> Tensor:
         """Tokens of the requests, [R], which are the rows' from then on (but for `every`), or logits [R, V].
 
         Args:
             rows: [R], whose they are.
+            behind: [N], for `follow`: the token behind each that is fed; -1 - r is the one that request r gets.
         """
+        if behind is not None:
+            padded = np.zeros(len(self._behind), np.int64)
+            padded[: len(behind)] = behind
+            self._behind.copy_(self._buffers.send(padded), non_blocking=True)
         if self._draws is not None or not self._every:
             padded = np.full(len(self._rows), self._buffers.nobody, np.int64)
             padded[: len(rows)] = rows
@@ -77,6 +97,16 @@ class MixedCall:
         logits: Tensor = outputs[0] if isinstance(outputs, tuple | list) else outputs
         if not (self._every or self._model.selects):
             logits = logits.index_select(0, wanted)
+        found = self._choose(logits, positions, wanted)
+        if self._follow is not None:
+            others = dict(zip(self._model.gives, outputs[1:], strict=True))
+            chosen = found if self._chooses else torch.ops.optc.argmax(logits)
+            got = chosen.clamp(min=0).index_select(0, (-1 - self._behind).clamp(min=0))
+            behind = torch.where(self._behind < 0, got, self._behind)
+            self._follow(StepInputs(behind, positions, *tables), others)
+        return found
+
+    def _choose(self, logits: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
         if not self._chooses:
             return logits
         if self._draws is None:

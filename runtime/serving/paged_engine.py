@@ -18,10 +18,13 @@ from optc.runtime.serving.host_time import HostTime
 from optc.runtime.serving.model_runner import ModelRunner
 from optc.runtime.serving.plan import Ended, Plan, Request
 from optc.runtime.serving.request import Answer, EngineInfo, EngineMetrics, Finish, Generate
+from optc.runtime.serving.round_drafting import RoundDrafting
+from optc.runtime.serving.round_runner import RoundRunner
 from optc.runtime.serving.rows import Rows
 from optc.runtime.serving.sampler import RequestSampler, SamplerOf, answer_of, kind_of, sampler_of
 from optc.runtime.serving.scheduler import Scheduler
 from optc.runtime.sessions.paged import PagedModel
+from optc.runtime.speculative.device_drafter import DeviceDrafter
 from optc.runtime.speculative.drafter import Drafter
 
 
@@ -55,7 +58,7 @@ class PagedEngine:
         open_runner: Callable[[PagedModel, Rows, SamplerOf], ModelRunner],
         *,
         grammars: Grammars | None = None,
-        drafter: Drafter | None = None,
+        drafter: Drafter | DeviceDrafter | None = None,
         on_close: Callable[[], None] = lambda: None,
         device: str = "",
         copied_bytes: int = 0,
@@ -78,13 +81,18 @@ class PagedEngine:
             compact=self._runner.ahead > 0,
             patience=options.patience,
         )
-        self._drafting: Drafting | None = None
+        self._drafting: Drafting | RoundDrafting | None = None
         if drafter is not None:
             assert options.speculation is not None
             assert not self._runner.ahead
             asked = options.speculation
             speculation = asked if asked.draft_tokens else msgspec.structs.replace(asked, draft_tokens=model.heads)
-            self._drafting = Drafting(drafter, speculation, self.scheduler, self._sampler_of)
+            if isinstance(self._runner, RoundRunner):
+                assert isinstance(drafter, DeviceDrafter)
+                self._drafting = RoundDrafting(drafter, speculation, self.scheduler, self._runner)
+            else:
+                assert not isinstance(drafter, DeviceDrafter)
+                self._drafting = Drafting(drafter, speculation, self.scheduler, self._sampler_of)
         if options.warm_up:
             self._runner.warm_up(budget)
         self._launched: deque[Plan] = deque()

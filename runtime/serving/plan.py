@@ -90,6 +90,18 @@ class Plan:
         return len(self.decodes) + int(self.drafted.sum()) + sum(piece.size for piece in self.pieces)
 
 
+class Rounds(NamedTuple):
+    """What M rounds of drafts that follow each other on the device gave to the D decodes of a plan.
+
+    Attributes:
+        verified: int64 [M, D], drafted tokens that were fed behind a row's last token.
+        kept: int64 [M, D], the row's next tokens; 0 where it had no slots left.
+    """
+
+    verified: Ints
+    kept: Ints
+
+
 class Chosen(NamedTuple):
     """What a step gave to the R rows of its plan.
 
@@ -97,6 +109,7 @@ class Chosen(NamedTuple):
         tokens: int64 [R, W], behind each token that a row was fed the one that the model says is next; `NO_TOKEN` (-1) where
             its logits were not finite. What fills up the row is no token.
         counts: int64 [R], 1 to W: so many are the row's next ones. Those behind follow a drafted token that was rejected.
+        rounds: of a step of rounds, see `Rounds`.
         outputs: what the program gave beside the logits, by role: [N, ...], of the tokens that were fed, or, of a program
             that selects rows, of those whose logits were wanted; in the order in which they were fed.
     """
@@ -104,6 +117,7 @@ class Chosen(NamedTuple):
     tokens: Ints
     counts: Ints
     outputs: Mapping[OutputRole, Tensor] = {}
+    rounds: Rounds | None = None
 
     @classmethod
     def one_each(cls, tokens: Ints) -> Self:

@@ -20,14 +20,12 @@ import torch
 from torch import Tensor
 
 from optc.compiler.execution.block_manager import BlockManager
-from optc.compiler.ir.contract import OutputRole
 from optc.runtime.sessions.paged import PagedModel
+from optc.runtime.speculative.device_drafter import ROLE
 from optc.runtime.speculative.draft_choice import next_of_drafts
 from optc.runtime.speculative.draft_room import fitting
 from optc.runtime.speculative.drafter import Ask, Fed, Verified
 
-ROLE: OutputRole = "aux_hidden"
-"""The output of the base that is read."""
 _PIECES = 32
 
 

@@ -15,11 +15,14 @@ from optc.compiler.files import sha256_of
 from optc.compiler.ir.contract import Contract, DraftFacts
 from optc.compiler.model_folder.eagle3 import is_eagle3
 from optc.runtime.generation.tokenizer import load_tokenizer
+from optc.runtime.sessions.cuda import CudaSession
+from optc.runtime.sessions.draft_graphs import draft_graphs
 from optc.runtime.sessions.load import open_session
 from optc.runtime.sessions.paged import PagedModel, PagedSession
+from optc.runtime.speculative.device_drafter import ROLE, DeviceDrafter, Eagle3OnDevice, MedusaOnDevice
 from optc.runtime.speculative.draft_model import DraftModel
 from optc.runtime.speculative.drafter import Drafter
-from optc.runtime.speculative.eagle3 import ROLE, Eagle3Drafter
+from optc.runtime.speculative.eagle3 import Eagle3Drafter
 from optc.runtime.speculative.lookahead import LookaheadDrafter
 from optc.runtime.speculative.medusa import MedusaDrafter
 from optc.runtime.speculative.ngram import NgramDrafter
@@ -50,8 +53,8 @@ class Verifying:
     trust: bool = False
 
 
-def open_drafter(options: Speculation, target: Verifying) -> Drafter:
-    """What drafts by the method of these options.
+def open_drafter(options: Speculation, target: Verifying) -> Drafter | DeviceDrafter:
+    """What drafts by the method of these options; on the device where it reads what the model gives there.
 
     Raises:
         UsageError: more draft tokens than heads.
@@ -67,7 +70,7 @@ def open_drafter(options: Speculation, target: Verifying) -> Drafter:
     return opens(options.draft, options.draft_tokens, target)
 
 
-def _open_heads(draft_tokens: int, target: Verifying) -> MedusaDrafter:
+def _open_heads(draft_tokens: int, target: Verifying) -> MedusaDrafter | MedusaOnDevice:
     where, heads = None if target.folder is None else str(target.folder), target.model.heads
     if not heads:
         raise TargetError(
@@ -81,7 +84,7 @@ def _open_heads(draft_tokens: int, target: Verifying) -> MedusaDrafter:
             where=where,
             remedy=f"give {heads} or less",
         )
-    return MedusaDrafter()
+    return MedusaOnDevice() if target.model.on_device else MedusaDrafter()
 
 
 def _open_model(folder: Path, draft_tokens: int, target: Verifying) -> DraftModel:
@@ -89,7 +92,7 @@ def _open_model(folder: Path, draft_tokens: int, target: Verifying) -> DraftMode
     return DraftModel(session.model, target.model.vocab_size, session.close)
 
 
-def _open_eagle3(folder: Path, draft_tokens: int, target: Verifying) -> Eagle3Drafter:
+def _open_eagle3(folder: Path, draft_tokens: int, target: Verifying) -> Eagle3Drafter | Eagle3OnDevice:
     """The draft model of an artifact, held to the base that verifies."""
     manifest = _verified(folder)
     facts = manifest.contract.draft
@@ -109,9 +112,27 @@ def _open_eagle3(folder: Path, draft_tokens: int, target: Verifying) -> Eagle3Dr
         )
     check_states(facts, manifest.contract, target)
     session = _open_paged(folder, manifest, draft_tokens, target, draft=True)
-    widths = {spec.role: int(spec.dims[-1]) for spec in manifest.contract.inputs if spec.role.endswith("_states")}
-    dtype = getattr(torch, next(spec.dtype for spec in manifest.contract.inputs if spec.role == "base_states"))
-    return Eagle3Drafter(session.model, (widths["base_states"], widths["own_states"]), dtype, session.close)
+    if isinstance(session, CudaSession):
+        return eagle3_on_device(session)
+    return Eagle3Drafter(session.model, *_states_of(manifest.contract), session.close)
+
+
+def eagle3_on_device(session: CudaSession) -> Eagle3OnDevice:
+    """The drafter over a draft model's session, whose it is from then on; its pool has the base's blocks.
+
+    Raises:
+        TargetError: see `draft_graphs`.
+    """
+    model, program = session.model, session.program
+    graphs = draft_graphs(program)
+    return Eagle3OnDevice(graphs, list(model.pools), *_states_of(program.contract), session.close)
+
+
+def _states_of(contract: Contract) -> tuple[tuple[int, int], torch.dtype]:
+    """Widths of the inputs `base_states` and `own_states` of a draft model, and their type."""
+    specs = {spec.role: spec for spec in contract.inputs if spec.role.endswith("_states")}
+    widths = (int(specs["base_states"].dims[-1]), int(specs["own_states"].dims[-1]))
+    return widths, getattr(torch, specs["base_states"].dtype)
 
 
 def _verified(folder: Path) -> Manifest:
@@ -145,8 +166,17 @@ def _open_paged(
             why=f"its cache is of kind '{cache.kind}', which cannot forget what was rejected in each row by itself",
             remedy="compile it with --target inductor-cpu --kv-cache paged",
         )
+    shares = draft and target.model.on_device
+    if shares and cache.block_size != target.model.block_size:
+        raise TargetError(
+            "the draft model's cache has other blocks than that of the model that verifies, which it shares",
+            where=str(folder),
+            why=f"they hold {cache.block_size} tokens, not {target.model.block_size}",
+            remedy="compile both with the same version of optc, for the same target",
+        )
     tokens = target.model.num_blocks * target.model.block_size
-    blocks = -(-tokens // cache.block_size) + target.running * (2 + draft_tokens // cache.block_size)
+    blocks = -(-tokens // cache.block_size)
+    blocks += 0 if shares else target.running * (2 + draft_tokens // cache.block_size)
     session = open_session(folder, manifest, threads=target.threads, num_blocks=blocks, trust=target.trust, draft=draft)
     assert isinstance(session, PagedSession)
     if session.model.device.type != device.type:

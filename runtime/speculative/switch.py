@@ -42,9 +42,13 @@ class Switch:
         """Tokens to draft for each row of the next step, of which there are so many; 0 for a plain one."""
         return self._at(rows).depth()
 
-    def note(self, outcomes: Sequence[Outcome], seconds: float) -> None:
-        """A step of decodes alone, row by row, and its time with all that drafting took."""
-        self._last = self._at(len(outcomes))
+    def note(self, outcomes: Sequence[Outcome], seconds: float, *, rows: int | None = None) -> None:
+        """A step of decodes alone, row by row, and its time with all that drafting took.
+
+        Args:
+            rows: of it, where outcomes are of several rounds, whose mean time `seconds` is.
+        """
+        self._last = self._at(rows or len(outcomes))
         self._last.note(outcomes, seconds)
 
     @property

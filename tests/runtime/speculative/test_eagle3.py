@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,18 +13,14 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from eagle3_models import small_draft, some_targets
-from families import make_model
+from eagle3_models import BOUNDARIES, captured_draft, expected, states_of
 from serving import run
 from speculation import Guesser, speculating, teller
 from stages import apply, captured, sequences
-from torch import Tensor
 
-from optc.compiler.capture.eagle3 import capture_eagle3
 from optc.compiler.diagnostics import InputError, TargetError
 from optc.compiler.ir.contract import Contract, DraftFacts, ModelFacts, Output
 from optc.compiler.ir.program import Program
-from optc.compiler.model_folder.eagle3 import EMBEDDING, write_eagle3
 from optc.passes.drafting.expose_hidden import ExposeHidden
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.runtime.sampling import Sampling
@@ -39,16 +34,6 @@ from optc.runtime.speculative import opening
 from optc.runtime.speculative.drafter import Ask, Fed
 from optc.runtime.speculative.eagle3 import Eagle3Drafter
 from optc.runtime.speculative.opening import Verifying, check_states
-
-BOUNDARIES = (0, 1, 1)
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "head_dim": 16,
-    "vocab_size": 128,
-    "draft_vocab_size": 90,
-    "boundaries": BOUNDARIES,
-    "context_length": 256,
-}
 
 
 def opened(program: Program, num_blocks: int) -> PagedModel:
@@ -64,42 +49,8 @@ def base_program(select_logits: bool = False) -> Program:
 
 
 @functools.cache
-def draft() -> tuple[Any, Tensor]:
-    """A draft model and the tokens that it can draft."""
-    model = small_draft(**SIZES)
-    return model, some_targets(model.config)
-
-
-@functools.cache
 def draft_program() -> Program:
-    model, targets = draft()
-    with tempfile.TemporaryDirectory() as folder:
-        tensors = {**model.tensors(), EMBEDDING: model.embed_tokens.weight}
-        write_eagle3(Path(folder), model.config, tensors, targets, None)
-        program, _ = capture_eagle3(Path(folder), None)
-    return apply(PageKVCache(block_size=4), program).program
-
-
-@functools.cache
-def states_of(tokens: tuple[int, ...]) -> Tensor:
-    """What the layers of the base read [n, 3 C], by transformers' own forward."""
-    model = make_model("llama")
-    out = model(input_ids=torch.tensor([tokens]), output_hidden_states=True, use_cache=False)
-    return torch.cat([out.hidden_states[number][0] for number in BOUNDARIES], -1)
-
-
-@torch.no_grad()
-def expected(tokens: Sequence[int], most: int, begin: int = 0) -> list[int]:
-    """A draft of a text whose states are known from `begin` on, each token by a forward of all positions."""
-    model, targets = draft()
-    known = states_of(tuple(tokens[:-1]))[begin:]
-    text, base, own = list(tokens[begin + 1 :]), known, torch.zeros(len(known), 64)
-    for _ in range(most):
-        positions = torch.arange(begin, begin + len(text))[None]
-        logits, state = model(torch.tensor([text]), positions, base[None], own[None])
-        text.append(int(targets[logits[0, -1].argmax()]))
-        base, own = torch.cat((base, torch.zeros(1, base.shape[1]))), torch.cat((own, state[:, -1]))
-    return text[len(text) - most :]
+    return apply(PageKVCache(block_size=4), captured_draft()).program
 
 
 class Checked(Eagle3Drafter):
@@ -182,14 +133,15 @@ def test_a_beginning_that_the_base_found_in_its_pool() -> None:
     assert engine.metrics().cached_tokens > 3 * 12
 
 
-def test_states_of_selected_tokens_alone() -> None:
-    """A program that gives the last row of a prompt: the draft begins there."""
+def test_states_beside_selected_logits() -> None:
+    """A program that gives the logits of a prompt's last token, and the states of all."""
     plain = run(PagedEngine(opened(base_program(), 64), EngineOptions(), HostRunner), requests())
     drafter = checked(64)
     drafter.told = teller(requests(), plain, 128)
     found = run(speculating(opened(base_program(True), 64), drafter, max_running=4, token_budget=16), requests())
     assert {name: item.tokens for name, item in found.items()} == {name: item.tokens for name, item in plain.items()}
-    assert drafter.late == drafter.drafts > 12
+    assert drafter.drafts > 12
+    assert not drafter.late
 
 
 def test_a_gap_begins_anew_and_the_same_ask_gets_the_same() -> None:

@@ -1,0 +1,93 @@
+"""As `Drafting`, where drafts are made on the device: how many there are in a round, how many rounds, and what they gave."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from optc.runtime.serving.plan import Chosen, Plan
+from optc.runtime.serving.round_runner import RoundRunner
+from optc.runtime.serving.scheduler import Scheduler
+from optc.runtime.speculative.device_drafter import DeviceDrafter
+from optc.runtime.speculative.figures import SpeculativeFigures
+from optc.runtime.speculative.settings import Speculation
+from optc.runtime.speculative.switch import Outcome, Switch
+
+ROUNDS = ((2, 4), (8, 2))
+"""Rows, and the rounds of a step of so many or fewer: what the host does in a step takes longer than a round of few rows."""
+
+
+class RoundDrafting:
+    """Drafts for the rows of a scheduler.
+
+    Attributes:
+        rounds: see `ROUNDS`.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        drafter: DeviceDrafter,
+        options: Speculation,
+        scheduler: Scheduler,
+        runner: RoundRunner,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._drafter, self._options, self._clock = drafter, options, clock
+        self._scheduler, self._rows, self._runner = scheduler, scheduler.rows, runner
+        self.rounds: Sequence[tuple[int, int]] = ROUNDS
+        self._switch = Switch(options.draft_tokens) if options.adaptive else None
+        self._begin, self._verified = 0.0, 0
+        self._drafted_at, self._accepted_at = np.zeros((2, options.draft_tokens), np.int64)
+
+    def propose(self) -> None:
+        """Before a step is planned: ask for room for its rounds."""
+        self._begin = self._clock()
+        rows = self._rows
+        ready = np.flatnonzero(rows.decoding & (rows.fed < rows.end - 1))
+        if not len(ready):
+            return
+        depth = self._options.draft_tokens if self._switch is None else self._switch.depth(len(ready))
+        rounds = next((count for most, count in self.rounds if len(ready) <= most), 1)
+        self._runner.depth, self._runner.rounds = depth, rounds
+        wanted = rounds * (depth + 1) - 1 + max(0, depth - 1)  # where all is kept, drafting goes on behind it
+        rows.drafted[ready] = np.minimum(wanted, rows.end[ready] - rows.known[ready] - 1)
+
+    def note(self, plan: Plan, given: Chosen) -> None:
+        """Behind a step, before its tokens are collected."""
+        if given.rounds is None:
+            return
+        verified, kept = given.rounds
+        self._scheduler.counts.steps += len(kept) - 1  # each round is a step of the model
+        depth = self._runner.depth
+        places = np.arange(len(self._drafted_at))
+        self._drafted_at += (verified[:, :, None] > places).sum((0, 1))
+        self._accepted_at += ((kept - 1)[:, :, None] > places).sum((0, 1))
+        self._verified += int((verified > 0).sum())
+        if self._switch is not None and (verified > 0).any() == (depth > 0):  # else the rows have only begun
+            outcomes = [Outcome(*item) for item in np.stack([verified, kept - 1], 2)[kept > 0].tolist()]
+            seconds = (self._clock() - self._begin) / len(kept)
+            self._switch.note(outcomes, seconds, rows=len(plan.decodes))
+
+    def forget(self, identity: str) -> None:
+        """Nothing: drafts are the rows'."""
+
+    def figures(self) -> SpeculativeFigures:
+        """Since the start; what drafting takes is part of the rounds."""
+        switch = self._switch
+        return SpeculativeFigures(
+            method=self._options.method,
+            verified=self._verified,
+            drafted_at=self._drafted_at.tolist(),
+            accepted_at=self._accepted_at.tolist(),
+            depth=self._options.draft_tokens if switch is None else switch.best,
+            speedup=None if switch is None else switch.speedup,
+        )
+
+    def close(self) -> None:
+        """The drafter ends, too."""
+        self._drafter.close()

@@ -1,0 +1,201 @@
+"""Rounds of drafts on the device, over programs of the CUDA target on the CPU, against plain decoding and whole texts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cuda_sessions import LENGTHS, MIXED, PENALIZED, lowered
+from eagle3_models import BOUNDARIES, captured_draft, expected
+from medusa_heads import write_heads
+from recorded_calls import Recordings
+from serving import Got, run, take
+from stages import captured, sequences
+from torch import Tensor
+
+from optc.compiler.ir.program import Program
+from optc.runtime.sampling import Sampling
+from optc.runtime.serving.engine import engine_for
+from optc.runtime.serving.engine_options import EngineOptions
+from optc.runtime.serving.paged_engine import PagedEngine
+from optc.runtime.serving.request import Generate
+from optc.runtime.serving.round_runner import RoundRunner
+from optc.runtime.sessions.cuda import CudaSession
+from optc.runtime.sessions.cuda_memory import MemoryPlan
+from optc.runtime.speculative.device_drafter import DeviceDrafter, Eagle3OnDevice, Verified
+from optc.runtime.speculative.opening import eagle3_on_device
+from optc.runtime.speculative.settings import Speculation
+
+COUNT, DEPTH = 24, 3
+
+
+@functools.cache
+def base_program() -> Program:
+    return lowered(captured("llama"), expose_hidden=BOUNDARIES)
+
+
+@functools.cache
+def draft_program() -> Program:
+    return lowered(captured_draft())
+
+
+def opened(program: Program, blocks: int = 16, record: Recordings | None = None) -> CudaSession:
+    return CudaSession(program, MemoryPlan(0, 0, 0, num_blocks=blocks, prompt_tokens=256), record=record)
+
+
+class Knowing(Eagle3OnDevice):
+    """Compares its drafts with those of whole texts, and gives others, of which some are right.
+
+    Attributes:
+        texts: what requests get without drafts. wrong: share of the tokens that are not.
+        checked: drafts that were compared.
+    """
+
+    texts: Sequence[Sequence[int]] = ()
+    wrong, checked = 0.2, 0
+    engine: PagedEngine
+
+    def draft(self, verified: Verified, drafts: Tensor, count: int) -> None:
+        super().draft(verified, drafts, count)
+        rng = np.random.default_rng(self.checked)
+        rows = self.engine.scheduler.rows
+        for row, pick in enumerate(verified.picks.tolist()):
+            if not rows.decoding[row] or int(verified.inputs.slot_mapping[pick]) < 0:
+                continue
+            prompt = self.engine.scheduler.at(row).tokens
+            text = next(list(text) for text in self.texts if list(text[: len(prompt)]) == prompt)
+            end = int(verified.inputs.position_ids[pick]) + 2
+            if end < len(text):
+                slots = min(int(rows.room[row]), int(rows.end[row]) - 1) - end
+                self._check(text[:end], drafts[row, : min(count, 2 + slots)].tolist())
+                right = torch.tensor([*text[end : end + count], *[0] * count][:count])
+                bad = torch.from_numpy(rng.random(count) < self.wrong)
+                drafts[row, :count] = torch.where(bad, (right + 1) % 128, right)
+
+    def _check(self, text: Sequence[int], found: list[int]) -> None:
+        self.checked += 1
+        assert found == expected(text, len(found))
+
+
+def drafter(kind: type[Eagle3OnDevice] = Eagle3OnDevice, blocks: int = 16) -> Eagle3OnDevice:
+    made = eagle3_on_device(opened(draft_program(), blocks))
+    made.__class__ = kind
+    return made
+
+
+def rounds(session: CudaSession, own: DeviceDrafter | None, *, adaptive: bool = False, **options: int) -> PagedEngine:
+    method = "eagle3" if own is not None else "medusa"
+    speculation = Speculation(method=method, draft_tokens=DEPTH if own is not None else 0, adaptive=adaptive)  # type: ignore[arg-type]
+    chosen = EngineOptions(speculation=speculation, **{"max_running": 4, "token_budget": 64, **options})  # type: ignore[arg-type]
+    engine = engine_for(session, chosen, drafter=own)
+    assert isinstance(engine, PagedEngine)
+    assert isinstance(engine._runner, RoundRunner)
+    return engine
+
+
+def requests(samplings: list[Sampling], lengths: Sequence[int] = LENGTHS, **others: object) -> list[Generate]:
+    return [
+        Generate(id=str(place), prompt=prompt, max_new_tokens=COUNT, sampling=sampling, **others)  # type: ignore[arg-type]
+        for place, (prompt, sampling) in enumerate(zip(sequences(*lengths), samplings, strict=True))
+    ]
+
+
+def plainly(wanted: list[Generate]) -> dict[str, Got]:
+    return run(engine_for(opened(base_program()), EngineOptions(max_running=4, token_budget=64)), wanted)
+
+
+def tokens(got: dict[str, Got]) -> dict[str, list[int]]:
+    return {name: item.tokens for name, item in got.items()}
+
+
+def knowing(
+    wanted: list[Generate], plain: dict[str, Got], blocks: int = 16, **options: int
+) -> tuple[PagedEngine, Knowing]:
+    own = drafter(Knowing, blocks)
+    assert isinstance(own, Knowing)
+    own.texts = [[*item.prompt, *plain[item.id].tokens] for item in wanted]
+    own.engine = rounds(opened(base_program(), blocks), own, **options)
+    return own.engine, own
+
+
+@pytest.mark.parametrize("samplings", [[Sampling()] * 3, MIXED], ids=["greedy", "drawn"])
+def test_drafts_are_those_of_whole_texts_and_change_nothing(samplings: list[Sampling]) -> None:
+    """Requests join in the middle, and are ragged; the second time their blocks are found in the pool."""
+    wanted = requests(samplings)
+    plain = plainly(wanted)
+    engine, own = knowing(wanted, plain)
+    for _ in range(2):
+        got: dict[str, Got] = {}
+        for item in wanted:
+            engine.submit(item)
+            for _ in range(2):
+                take(got, engine.step())
+        run(engine, got=got)
+        assert tokens(got) == tokens(plain)
+    figures = engine.metrics().speculation
+    assert figures is not None
+    assert figures.acceptance_length is not None
+    assert 2 < figures.acceptance_length < 1 + DEPTH
+    assert own.checked > 30
+    assert engine.metrics().used_blocks == 0
+
+
+def test_a_pool_too_small_for_all() -> None:
+    """Requests give way in the middle, and are computed again; rounds end where slots do."""
+    wanted = requests([Sampling()] * 3, (60, 61, 62))
+    plain = plainly(wanted)
+    engine, own = knowing(wanted, plain, blocks=4)
+    assert tokens(run(engine, wanted)) == tokens(plain)
+    assert engine.metrics().preemptions > 0
+    assert own.checked > 5
+
+
+@pytest.mark.parametrize(
+    ("samplings", "others"),
+    [(MIXED, {}), (PENALIZED, {}), ([Sampling()] * 3, {"logprobs": 2, "logit_bias": {7: 3.0}})],
+    ids=["drawn", "penalized", "open"],
+)
+def test_recorded_calls(samplings: list[Sampling], others: dict[str, object]) -> None:
+    """Rounds, and calls of rows that rounds do not take; twice, with recordings in place of graphs."""
+    wanted = requests(samplings, **others)
+    plain = plainly(wanted)
+    record = Recordings()
+    engine = rounds(opened(base_program(), record=record), drafter())
+    for _ in range(2):
+        assert tokens(run(engine, wanted)) == tokens(plain)
+    assert sum(record.replays) > 10
+    assert ("a round of drafts" in record.names) == (not others)  # one of the penalized rows is not, and ends last
+
+
+def test_drafts_that_do_not_pay_are_switched_off() -> None:
+    """Rounds without drafts go on writing what later drafts read."""
+    wanted = requests([Sampling()] * 3)
+    plain = plainly(wanted)
+    engine, own = knowing(wanted, plain)
+    assert engine._drafting is not None
+    depths = iter([0, DEPTH, 2, 0, 1] * 40)
+    engine._drafting._switch = type(
+        "Turns", (), {"depth": lambda _, rows: next(depths), "note": lambda *_, **__: None}
+    )()
+    assert tokens(run(engine, wanted)) == tokens(plain)
+    assert own.checked > 10
+
+
+def test_heads_of_a_program(tmp_path: Path) -> None:
+    write_heads(tmp_path, 64)
+    wanted = requests(MIXED)
+    plain = plainly(wanted)
+    record = Recordings()
+    session = opened(lowered(captured("llama"), medusa=tmp_path), record=record)
+    engine = rounds(session, None)
+    for _ in range(2):
+        assert tokens(run(engine, wanted)) == tokens(plain)
+    figures = engine.metrics().speculation
+    assert figures is not None
+    assert figures.verified > 20
+    assert len(figures.drafted_at) == 2
+    assert "a round of drafts" in record.names
