@@ -84,7 +84,6 @@ VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "gemma2-paged": ("gemma2", 1, {"kv_cache": "paged"}),  # the window; several layers: tests/runtime/sessions
     "llama-int4": ("llama", 1, {"dtype": "bf16", "quant": "rtn", "group_size": 32}),
     "gpt2-int3": ("gpt2", 1, {"quant": "rtn", "bits": 3, "group_size": 32, "accuracy_level": 0}),
-    "bert": ("bert", 1, {}),
 }
 """Family, layers and options: as few layers as show what the variant is for, as each takes a quarter of the compile."""
 

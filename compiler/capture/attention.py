@@ -7,7 +7,8 @@ key padding), and anything else is refused: a mask that is dropped silently is a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -227,3 +228,21 @@ def register() -> None:
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, make_mask)
     ExpertsInterface.register(NAME, run_experts)
+
+
+@contextmanager
+def indexed_masks() -> Iterator[None]:
+    """Let transformers' eager masks be made of indices that are broadcast, where it would take `vmap` to be safe.
+
+    torch.export writes a vmap down as calls of other graphs. Whether a mask's function can be called so is not asked: the
+    captured program is held to the model's own forward, which has its masks by vmap.
+    """
+    from transformers.masking_utils import AttentionMaskInterface
+
+    masks = AttentionMaskInterface()
+    own = masks["eager"]
+    AttentionMaskInterface.register("eager", lambda *args, **named: own(*args, **{**named, "use_vmap": False}))
+    try:
+        yield
+    finally:
+        AttentionMaskInterface.register("eager", own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def load_model(
     attention: str = NAME,
     trust_remote_code: bool | None = None,
     resident_bytes: int | None = None,
+    bare: bool = False,
 ) -> tuple[torch.nn.Module, CheckpointInfo]:
     """A checked model folder as an eval-mode transformers model; weights of a quantized one become dense.
 
@@ -50,6 +52,7 @@ def load_model(
         attention: transformers' attention implementation; "optc" for capture, "eager" for a reference.
         resident_bytes: leave weights in their files (see `ir/lazy_weights`) where all of them take more in `dtype`;
             None reads them in any case.
+        bare: the model that gives hidden states, whatever the folder has behind it; see `meta_model`.
 
     Raises:
         InputError: the folder, its config or one of its tensors is unusable.
@@ -57,7 +60,7 @@ def load_model(
     info = check_folder(Path(folder), trust_remote_code=trust_remote_code)
     check_values(info)
     quantized = quantized_folder(info)
-    skeleton = meta_model(info)
+    skeleton = meta_model(info, bare=bare)
     places = skeleton.state_dict(keep_vars=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in places.items()}
     compare_shapes(quantized.dense if quantized else info, shapes, tied=tied_names(places))
@@ -71,6 +74,7 @@ def load_model(
             attn_implementation=_accepted(skeleton, attention),
             trust_remote_code=info.trusted,
             output_loading_info=True,
+            **(_without_pooler(type(skeleton)) if bare else {}),
         )
         _read_generation_config(model, info.path)
     _check_report(info, report)
@@ -130,10 +134,14 @@ def _check_report(info: CheckpointInfo, report: dict[str, Any]) -> None:
             )
 
 
-def meta_model(info: CheckpointInfo) -> Any:
+def meta_model(info: CheckpointInfo, *, bare: bool = False) -> Any:
     """The transformers model of a checked folder on the meta device: shapes only, no weight is read.
 
     Of a trusted folder the class may be one of its own.
+
+    Args:
+        bare: in place of the architecture that the config names, what `AutoModel` makes of it: the model without heads,
+            and without a pooler of its own.
 
     Raises:
         InputError, CaptureError: unreadable config, unknown architecture, unsupported model.
@@ -141,12 +149,18 @@ def meta_model(info: CheckpointInfo) -> Any:
     config = pretrained_config(info)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton is that of the unquantized model
-    made = _model_class(info, config)
+    made = _bare_class(info, config) if bare else _model_class(info, config)
     if made.main_input_name != "input_ids":
         raise _reads_other_input(made)
     register()
     with _config_errors(info), torch.device("meta"):
-        return made(config)
+        return made(config, **(_without_pooler(made) if bare else {}))
+
+
+def _without_pooler(made: type) -> dict[str, bool]:
+    """Arguments that leave out a layer over the first token, which few checkpoints hold and no embedding needs."""
+    taken = inspect.signature(made.__init__).parameters  # type: ignore[misc]
+    return {"add_pooling_layer": False} if "add_pooling_layer" in taken else {}
 
 
 def pretrained_config(info: CheckpointInfo) -> Any:
@@ -206,6 +220,25 @@ def _model_class(info: CheckpointInfo, config: Any) -> Any:
         why="transformers has no such class, and "
         + ("auto_map does not name one" if info.trusted else "remote code is never executed"),
         remedy="use a model whose class is part of transformers",
+    )
+
+
+def _bare_class(info: CheckpointInfo, config: Any) -> Any:
+    """The class that `AutoModel` makes of a config."""
+    import transformers
+
+    own = info.config.get("auto_map")
+    reference = own.get("AutoModel") if info.trusted and isinstance(own, dict) else None
+    if isinstance(reference, str):
+        return _own_class(info, reference.rpartition(".")[2])
+    found = transformers.MODEL_MAPPING.get(type(config), None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    raise CaptureError(
+        f"transformers has no single model of type {info.config['model_type']!a} without heads",
+        where=str(info.path / CONFIG),
+        why="embeddings are made of the hidden states that AutoModel gives",
+        remedy="use a model that AutoModel loads",
     )
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
-from optc.compiler.capture.attention import NAME, AttentionError, register
+from optc.compiler.capture.attention import NAME, AttentionError, indexed_masks, register
+from optc.compiler.capture.embedding import EmbeddingHead, load_embedder
 from optc.compiler.capture.eval_mode import in_eval_mode
 from optc.compiler.capture.facts import (
     attention_layers,
@@ -39,6 +40,7 @@ from optc.compiler.model_folder.checkpoint import (
     match_names,
 )
 from optc.compiler.model_folder.quantized import quantized_folder
+from optc.compiler.model_folder.sentence import sentence_modules
 
 ATTENTIONS = (NAME, "sdpa", "eager")
 CPU = torch.device("cpu")
@@ -81,7 +83,9 @@ class _Encoder(_Shell):
         object.__setattr__(self, "_answer", SimpleNamespace(is_logits=False))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        more = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        more: dict[str, Any] = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        if "use_cache" in inspect.signature(self._inner.forward).parameters:  # a decoder without its head
+            more["use_cache"] = False
         out = self._inner(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **more)
         self._answer.is_logits = hasattr(out, "logits")
         if not self._answer.is_logits and "last_hidden_state" not in out and len(out) > 1:
@@ -94,6 +98,22 @@ class _Encoder(_Shell):
         return out.logits if self._answer.is_logits else out[0]
 
 
+_HEAD = "embedding_head"
+
+
+class _Embedder(_Encoder):
+    """An encoder with what makes embeddings behind it, whose weights are its own."""
+
+    def __init__(self, model: torch.nn.Module, head: EmbeddingHead) -> None:
+        super().__init__(model)
+        self._modules = {**model._modules, _HEAD: head}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        hidden = super().forward(input_ids, attention_mask, token_type_ids)
+        found: Tensor = self._modules[_HEAD](hidden, attention_mask)  # type: ignore[misc]
+        return found
+
+
 def capture_pretrained(
     folder: str | Path,
     *,
@@ -103,8 +123,11 @@ def capture_pretrained(
     device: torch.device = CPU,
     prove: bool = True,
     tokens: Sequence[int] = (),
+    pooling: str | None = None,
 ) -> tuple[Program, CheckpointInfo]:
     """Capture a model folder. Linears of a folder that is already quantized read `optc.dequantize` of its codes.
+
+    A folder of sentence-transformers becomes one program with its modules: token ids and mask in, embeddings out.
 
     Weights that take more than `RESIDENT_BYTES` in the compute type stay in the folder's files, and large tensors that
     passes make go to a work file.
@@ -113,23 +136,31 @@ def capture_pretrained(
         work_folder: where the work file is; None takes the system's folder for temporary files.
         device: where the model is captured and proved, with all its weights there; a folder that is quantized stays
             on the CPU.
+        pooling: see `sentence_modules`.
         prove, tokens: see `capture_model`; of a quantized folder the capture is proved before it reads codes.
 
     Raises:
         InputError: unusable folder (see `load_model`).
-        CaptureError: the model cannot be exported or has a mask that cannot be expressed.
+        CaptureError: the model cannot be exported or has a mask that cannot be expressed; a module that is not known.
         GateError: the program is not what the model computes.
+        UsageError: a pooling that contradicts the folder.
     """
+    modules = sentence_modules(Path(folder), pooling)
     elsewhere = device.type != "cpu" and (
         quantized_folder(check_folder(Path(folder), trust_remote_code=trust_remote_code)) is None
     )
-    model, info = load_model(
-        folder,
-        dtype=DTYPES[dtype],
-        trust_remote_code=trust_remote_code,
-        resident_bytes=None if elsewhere else RESIDENT_BYTES,
-    )
-    program = capture_model(model.to(device) if elsewhere else model, prove=prove, tokens=tokens)
+    resident = None if elsewhere else RESIDENT_BYTES
+    head = None
+    if modules is None:
+        model, info = load_model(
+            folder, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, resident_bytes=resident
+        )
+    else:
+        model, head, info = load_embedder(
+            Path(folder), modules, dtype=dtype, trust_remote_code=trust_remote_code, resident_bytes=resident
+        )
+        head = head.to(device) if elsewhere else head
+    program = capture_model(model.to(device) if elsewhere else model, prove=prove, tokens=tokens, head=head)
     if any(isinstance(tensor, LazyWeight) for _, tensor in program.weights()):
         program.work_file = WorkFile(work_folder)
     quantized = quantized_folder(info)
@@ -142,7 +173,12 @@ def capture_pretrained(
 
 @in_eval_mode
 def capture_model(
-    model: torch.nn.Module, *, attention: str = NAME, prove: bool = True, tokens: Sequence[int] = ()
+    model: torch.nn.Module,
+    *,
+    attention: str = NAME,
+    prove: bool = True,
+    tokens: Sequence[int] = (),
+    head: EmbeddingHead | None = None,
 ) -> Program:
     """Capture a transformers model in memory: decoder when it makes causal attention, else encoder.
 
@@ -155,6 +191,7 @@ def capture_model(
             attention, mask and all, for the pass fuse-attention to find.
         prove: run the program and compare it with the model's own forward; the program's `proof` says how.
         tokens: encoded text for the proof; random tokens are taken where there is too little.
+        head: what makes embeddings of the model's hidden states; they are the program's output then.
 
     Raises:
         UsageError: unknown attention implementation.
@@ -173,21 +210,21 @@ def capture_model(
         )
     register()
     try:
-        program, offset = _captured(model, attention)
+        program, offset = _captured(model, attention, head)
     except AttentionError as error:
         if attention != NAME:
             raise
         note = f"captured with eager attention: {error.what}"
-        program, offset = _captured(model, "eager")
+        program, offset = _captured(model, "eager", head)
     else:
         note = ""
     if prove:
-        proof = prove_model(program, model, tokens=tokens, offset=offset)
+        proof = prove_model(program, model, tokens=tokens, offset=offset, head=head)
         program.proof = msgspec.structs.replace(proof, notes=(*proof.notes, note)) if note else proof
     return program
 
 
-def _captured(model: torch.nn.Module, attention: str) -> tuple[Program, int]:
+def _captured(model: torch.nn.Module, attention: str, head: EmbeddingHead | None) -> tuple[Program, int]:
     """The program, and what the model adds to positions that are counted from 0."""
     config: Any = model.config
     before = {name: getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation")}
@@ -195,7 +232,8 @@ def _captured(model: torch.nn.Module, attention: str) -> tuple[Program, int]:
     config._experts_implementation = NAME
     try:
         offset = position_offset(model)
-        return _export(model, config, offset), offset
+        with indexed_masks():
+            return _export(model, config, offset, head), offset
     except CaptureError as error:
         error.where = error.where or type(model).__name__
         raise
@@ -204,22 +242,24 @@ def _captured(model: torch.nn.Module, attention: str) -> tuple[Program, int]:
             setattr(config, name, value)
 
 
-def _export(model: torch.nn.Module, config: Any, offset: int) -> Program:
+def _export(model: torch.nn.Module, config: Any, offset: int, head: EmbeddingHead | None) -> Program:
     """`_export_for` the context that the config states, or one token less.
 
     Some models cut a table of as many rows as the context has, and torch takes its whole length for a case of its own.
     """
     context = _context(config) - offset
+    if head is not None and head.described.most_tokens is not None:
+        context = min(context, head.described.most_tokens)
     try:
-        return _export_for(model, config, offset, context)
+        return _export_for(model, config, offset, context, head)
     except CaptureError as error:
         condition = error.__cause__.__cause__ if error.__cause__ is not None else None
         if not (isinstance(condition, SizeConditionError) and context in condition.sizes.values() and context > 1):
             raise
-        return _export_for(model, config, offset, context - 1)
+        return _export_for(model, config, offset, context - 1, head)
 
 
-def _export_for(model: torch.nn.Module, config: Any, offset: int, context: int) -> Program:
+def _export_for(model: torch.nn.Module, config: Any, offset: int, context: int, head: EmbeddingHead | None) -> Program:
     """The model as a program; a decoder adds `offset` to the positions that it takes, an encoder by itself."""
     decoder = not _is_encoder(model)
     batch, seq = Dim("batch", min=1, max=_MAX_BATCH), Dim("seq", min=1, max=context)
@@ -236,13 +276,15 @@ def _export_for(model: torch.nn.Module, config: Any, offset: int, context: int) 
         args: tuple[Tensor, ...] = (ids, position)
         inputs.append(Input(name="position_ids", role="position_ids", **i64))
     else:
-        shell, args = _Encoder(model), (ids, torch.ones_like(ids))
+        shell = _Encoder(model) if head is None else _Embedder(model, head)
+        args = (ids, torch.ones_like(ids))
         inputs.append(Input(name="attention_mask", role="attention_mask", **i64))
         if getattr(config, "type_vocab_size", 0):
             args += (torch.zeros_like(ids),)
             inputs.append(Input(name="token_type_ids", role="token_type_ids", **i64))
     exported = run_export(shell, args, tuple(dims for _ in args), where=type(model).__name__)
     output = _output(exported, config, shell)
+    size = int(exported.graph.output_node().args[0][0].meta["val"].shape[-1])
     facts = model_facts(config, getattr(model, "generation_config", None))
     contract = Contract(
         kind="decoder" if decoder else "encoder",
@@ -252,6 +294,7 @@ def _export_for(model: torch.nn.Module, config: Any, offset: int, context: int) 
         layers=attention_layers(exported),
         model=msgspec.structs.replace(facts, context_length=min(max(0, facts.context_length - offset), context)),
         sources={name: (name,) for name in exported.state_dict},
+        embedding=None if head is None else head.facts(size),
     )
     program = Program(exported, contract)
     if decoder and drop_whole_padding(program) + (0 if _takes_positions(model) else lift_positions(program)):
@@ -263,6 +306,8 @@ def _output(exported: torch.export.ExportedProgram, config: Any, shell: _Decoder
     """Logits over the vocabulary, logits over classes, or hidden states."""
     if isinstance(shell, _Decoder):
         return Output(name="logits", role="logits")
+    if isinstance(shell, _Embedder):
+        return Output(name="embedding", role="embedding")
     if not shell._answer.is_logits:
         return Output(name="hidden", role="hidden")
     width = exported.graph.output_node().args[0][0].meta["val"].shape[-1]

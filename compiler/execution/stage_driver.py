@@ -37,7 +37,8 @@ class StageRun:
 
     Attributes:
         logits: what `role` says. logits: per sequence [len, V]; hidden (of an encoder): [len, C]; classes: [len, C],
-            or [1, C] for one answer per sequence; output: each output of a plain module, whatever its shape.
+            or [1, C] for one answer per sequence; embedding: [1, D]; output: each output of a plain module, whatever its
+            shape.
         taps: per attention layer, in graph order, per sequence: the output [len, H * Dv].
         predicts_next: whether the row of a token is about the token after it (decoders).
     """
@@ -266,7 +267,7 @@ def _by_token(out: Tensor, role: OutputRole, size: int) -> Tensor:
     """An output as [B, S, ...]. One answer for a whole sequence stands at its first token, and nothing after it."""
     if out.dim() > 2:
         return out
-    return out[:, None] if role == "classes" else out[..., None]
+    return out[:, None] if role in ("classes", "embedding") else out[..., None]
 
 
 def _caches(program: Program, sizes: dict[str, int], generator: torch.Generator) -> list[Tensor]:

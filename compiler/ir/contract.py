@@ -29,9 +29,12 @@ InputRole = Literal[
     "input",
 ]
 """base_states and own_states: of a draft model, a row per token; see `DraftFacts`."""
-OutputRole = Literal["logits", "classes", "hidden", "aux_hidden", "drafted", "key_cache", "value_cache", "output"]
+OutputRole = Literal[
+    "logits", "classes", "hidden", "embedding", "aux_hidden", "drafted", "key_cache", "value_cache", "output"
+]
 """logits: over the vocabulary. classes: logits over few classes, per token or per sequence. hidden: of an encoder, or what
-the head of a decoder reads. aux_hidden: what some layers of a decoder read. drafted: guesses of the tokens behind the next."""
+the head of a decoder reads. embedding: one vector per sequence, float32. aux_hidden: what some layers of a decoder read.
+drafted: guesses of the tokens behind the next."""
 CACHE_ROLES: tuple[Literal["key_cache"], Literal["value_cache"]] = ("key_cache", "value_cache")
 """Inputs that hold keys and values of earlier tokens, and outputs that hold those of the new ones too."""
 Kind = Literal["decoder", "encoder", "module"]
@@ -142,13 +145,33 @@ class DraftFacts(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer: str = ""
 
 
+class EmbeddingFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """How texts become embeddings, of a program whose output is one.
+
+    Attributes:
+        size: numbers of an embedding.
+        pooling: how hidden states of tokens become one vector, by sentence-transformers' names; several side by side.
+        normalized: embeddings have length 1.
+        lower_case: texts are lower-cased before they are encoded.
+        prompts: what may be put before a text, by name ("query", "document"). default_prompt: the one that is put there
+            unless another is asked for; None is no prompt.
+    """
+
+    size: Count
+    pooling: tuple[str, ...]
+    normalized: bool = False
+    lower_case: bool = False
+    prompts: dict[str, str] = {}
+    default_prompt: str | None = None
+
+
 class Contract(msgspec.Struct, frozen=True, kw_only=True):
     """The part of a Program that is not its graph.
 
     `position_rule` records `position[b, i] = base[b] + i`: masks and caches are proved under it.
     `sources` maps each weight of the graph to the tensor names of the checkpoint it came from.
     `layers` has one entry per attention operator, in graph order.
-    `draft` is None but for draft models that read a base.
+    `draft` is None but for draft models that read a base, `embedding` but for encoders that give embeddings.
     """
 
     kind: Kind
@@ -162,6 +185,7 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     quantization: dict[str, WeightQuantization] = {}
     passes: tuple[str, ...] = ()
     draft: DraftFacts | None = None
+    embedding: EmbeddingFacts | None = None
 
     def input_index(self, role: InputRole) -> int | None:
         """Position of the first input with this role, or None."""

@@ -43,6 +43,7 @@ class CheckpointInfo:
         has_tokenizer: a tokenizer.json is there; without it only token ids work.
         trusted: code from the folder may run.
         stamps: name of config.json and of each weight file -> what tells it from another that takes its place.
+        behind: further files that say what is computed behind the model, relative to the folder.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class CheckpointInfo:
     has_tokenizer: bool
     trusted: bool = False
     stamps: Mapping[str, FileStamp] = dataclasses.field(default_factory=dict)
+    behind: tuple[str, ...] = ()
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -90,9 +92,9 @@ def check_folder(path: Path, *, trust_remote_code: bool | None = None) -> Checkp
     if not path.is_dir():
         what = "the model is a file, not a folder" if path.exists() else "the model folder does not exist"
         raise InputError(what, where=str(path), remedy="give a folder with config.json and *.safetensors")
-    with _reading(path):
+    with reading(path):
         config = read_config(path, trust_remote_code=trust_remote_code)
-        tensors = _tensors(path)
+        tensors = read_tensors(path)
         stamps = {name: file_stamp(path / name) for name in (CONFIG, *{tensor.file for tensor in tensors.values()})}
     has_tokenizer = (path / "tokenizer.json").is_file()
     return CheckpointInfo(path, config, tensors, has_tokenizer, bool(trust_remote_code), stamps)
@@ -158,13 +160,13 @@ def tied_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def weights_digest(info: CheckpointInfo) -> str:
-    """sha256 over all weight files: what `sha256sum FILES | sha256sum` prints, names sorted.
+    """sha256 over all weight files and those behind the model: what `sha256sum FILES | sha256sum` prints, each kind sorted.
 
     Raises:
         InputError: a file is not the one that was checked and read.
     """
     digest = hashlib.sha256()
-    for file in info.files:
+    for file in (*info.files, *sorted(info.behind)):
         digest.update(f"{_sha256(info, file)}  {file}\n".encode())
     return digest.hexdigest()
 
@@ -181,8 +183,12 @@ def config_digest(info: CheckpointInfo) -> str:
 # -- weights -------------------------------------------------------------------------------------
 
 
-def _tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Headers of the files that transformers would choose: the single one first, then the index."""
+def read_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Headers of the files that transformers would choose: the single one first, then the index.
+
+    Raises:
+        InputError: there are none, or one is damaged.
+    """
     if (folder / _SINGLE).is_file():
         tensors = read_header(folder / _SINGLE)
     elif (folder / _INDEX).is_file():
@@ -307,7 +313,12 @@ def _mismatch(what: str, where: Path, why: str) -> InputError:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
+    """Errors of the file system, as those of a model folder.
+
+    Raises:
+        InputError: names the file.
+    """
     try:
         yield
     except OSError as error:
@@ -322,7 +333,7 @@ def _reading(path: Path) -> Iterator[None]:
 def _sha256(info: CheckpointInfo, name: str) -> str:
     """The hash of a file that is the one whose stamp was taken when the folder was checked."""
     path = info.path / name
-    with _reading(path), path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         if name in info.stamps and file_stamp(path) != info.stamps[name]:
             raise InputError(

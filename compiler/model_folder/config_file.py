@@ -7,23 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from optc.compiler.diagnostics import JSON_ERRORS, InputError
 from optc.compiler.files import read_plain
 from optc.compiler.nesting import check_nesting
 
 CONFIG = "config.json"
 _ADAPTER = "adapter_config.json"
-_MODULES = "modules.json"
 _MAX_BYTES = 64 << 20
 _AGAIN = "download the file again"
-
-
-class _Module(msgspec.Struct):
-    """An entry of modules.json, whose first one is the model itself."""
-
-    type: str
 
 
 def read_config(folder: Path, *, trust_remote_code: bool | None) -> dict[str, Any]:
@@ -65,22 +56,6 @@ def read_config(folder: Path, *, trust_remote_code: bool | None) -> dict[str, An
     return config
 
 
-def modules_behind(folder: Path) -> tuple[str, ...]:
-    """Types of the modules that sentence-transformers runs behind the model of a folder: Pooling, Dense, Normalize.
-
-    Raises:
-        InputError: modules.json is too large, malformed, or something else than a list of modules.
-    """
-    path = folder / _MODULES
-    if not path.is_file():
-        return ()
-    try:
-        modules = msgspec.convert(_read(path), list[_Module])
-    except msgspec.ValidationError as error:
-        raise InputError("malformed JSON", where=str(path), why=str(error), remedy=_AGAIN) from error
-    return tuple(module.type.rpartition(".")[2] for module in modules[1:])
-
-
 def parts_beside(config: Mapping[str, Any]) -> tuple[str, ...]:
     """What the config of a multimodal model has beside its language model: vision_config, audio_config."""
     if "text_config" not in config:
@@ -100,6 +75,18 @@ def read_json(path: Path) -> dict[str, Any]:
     value = _read(path)
     if not isinstance(value, dict):
         raise InputError("malformed JSON", where=str(path), why="it is not an object", remedy=_AGAIN)
+    return value
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """The same of a JSON list.
+
+    Raises:
+        InputError: too large, malformed, or no list.
+    """
+    value = _read(path)
+    if not isinstance(value, list):
+        raise InputError("malformed JSON", where=str(path), why="it is not a list", remedy=_AGAIN)
     return value
 
 

@@ -64,6 +64,13 @@ def collect(program: Program, source: Path | None, *, trust_remote_code: bool = 
             why="config and tensor names come from it",
             remedy="save the model first (model.save_pretrained), and compile the folder",
         )
+    if program.contract.embedding is not None:
+        raise TargetError(
+            "a model folder holds the model alone, not what makes embeddings of it",
+            where=str(source),
+            remedy="write the model with --pooling none, and copy modules.json and the folders of its modules beside it; or "
+            "choose --target onnx-cpu or inductor-cpu",
+        )
     info = check_folder(source, trust_remote_code=trust_remote_code)
     folder = quantized_folder(info)
     dense = folder.dense if folder else info

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import normalizers
+from tokenizers.normalizers import Lowercase
 
 from optc.compiler.diagnostics import JSON_ERRORS, InputError, foreign_errors
 from optc.compiler.files import read_plain
@@ -63,6 +65,20 @@ class Tokenizer:
 
         with foreign_errors("the tokenizer cannot encode the text", where="tokenizer.json", remedy=_OTHER):
             return within(encode, len(text)) if self._slow_to_encode else encode()
+
+    def encode_cut(self, text: str, most: int) -> list[int]:
+        """`encode`, with the text's own tokens cut so that they are at most `most` with the special ones."""
+        found = self.encode(text)
+        if len(found) <= most:
+            return found
+
+        def cut() -> list[int]:
+            plain = self._core.encode_batch([text], add_special_tokens=False)[0]
+            plain.truncate(max(0, most - self._core.num_special_tokens_to_add(is_pair=False)))
+            return list(self._core.post_process(plain).ids)
+
+        with foreign_errors("the tokenizer cannot encode the text", where="tokenizer.json", remedy=_OTHER):
+            return within(cut, len(text)) if self._slow_to_encode else cut()
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of the tokens without special ones; incomplete UTF-8 becomes U+FFFD."""
@@ -122,8 +138,11 @@ class TextStream:
             self._tokens, self._given = last, length - left
 
 
-def load_tokenizer(folder: Path) -> Tokenizer | None:
+def load_tokenizer(folder: Path, *, lower_case: bool = False) -> Tokenizer | None:
     """The tokenizer of a folder, or None where there is no `tokenizer.json`.
+
+    Args:
+        lower_case: texts are lower-cased first (special tokens in them are not).
 
     Raises:
         InputError: it does not parse, or would take too much time or memory.
@@ -136,6 +155,9 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         core = tokenizers.Tokenizer.from_buffer(found.data)
         core.no_padding()
         core.no_truncation()
+        if lower_case:
+            before = [Lowercase()] + ([] if core.normalizer is None else [core.normalizer])
+            core.normalizer = normalizers.Sequence(before)
     return Tokenizer(core, slow_to_encode=found.slow_to_encode, slow_to_decode=found.slow_to_decode)
 
 

@@ -104,7 +104,7 @@ def evaluate_tensors(
 
 
 def _add(into: _Sums, outputs: Mapping[str, Array], contract: Contract, batch: Batch) -> None:
-    mask = next((batch.inputs[spec.name] for spec in contract.inputs if spec.role == "attention_mask"), None)
+    mask = _mask(contract, batch.inputs)
     kept = []
     for spec in contract.outputs:
         array = np.asarray(outputs[spec.name])
@@ -160,18 +160,34 @@ def source_run(manifest: Manifest, source: Path | None) -> Run | None:
         return None
     import torch
 
+    from optc.compiler.capture.embedding import load_embedder
     from optc.compiler.capture.loading import load_model
+    from optc.compiler.model_folder.sentence import sentence_modules
 
-    model, _ = load_model(folder, dtype=torch.float32)
-    name = manifest.contract.outputs[0].name
+    name, facts = manifest.contract.outputs[0].name, manifest.contract.embedding
+    head = None
+    if facts is None:
+        model, _ = load_model(folder, dtype=torch.float32)
+    else:
+        modules = sentence_modules(folder) or sentence_modules(folder, facts.pooling[0])
+        assert modules is not None, "a way of pooling was asked for"
+        model, head, _ = load_embedder(folder, modules)
 
     def run(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         with torch.no_grad():
             out = model(**{key: torch.from_numpy(np.asarray(value)) for key, value in inputs.items()})
-        found = out.logits if getattr(out, "logits", None) is not None else out[0]
+            found = out.logits if getattr(out, "logits", None) is not None else out[0]
+            if head is not None:
+                masks = torch.from_numpy(np.asarray(_mask(manifest.contract, inputs))).bool()
+                found = torch.stack([head.of_sequence(row[mask]) for row, mask in zip(found, masks, strict=True)])
         return {name: found.float().numpy()}
 
     return run
+
+
+def _mask(contract: Contract, inputs: Mapping[str, Array]) -> Array | None:
+    """The padding mask among inputs."""
+    return next((inputs[spec.name] for spec in contract.inputs if spec.role == "attention_mask"), None)
 
 
 def random_inputs(contract: Contract, batch: int, length: int) -> dict[str, Array]:

@@ -9,7 +9,16 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from optc.runtime.serving.request import Answer, Cancel, EngineInfo, EngineMetrics, Finish, Generate, TokenLogprobs
+from optc.runtime.serving.request import (
+    Answer,
+    Cancel,
+    Embed,
+    EngineInfo,
+    EngineMetrics,
+    Finish,
+    Generate,
+    TokenLogprobs,
+)
 from optc.runtime.serving.wire import Answers, Frames, FromEngine, Opened, Refused, decode_from_engine, frame
 
 _READ = 1 << 18
@@ -36,10 +45,12 @@ class Pending:
     finish: Finish | None = None
     cached_tokens: int | None = None
     error: str = ""
+    embeddings: bytearray = field(default_factory=bytearray)
 
     def add(self, answer: Answer) -> None:
         self.tokens += answer.tokens
         self.logprobs += answer.logprobs or ()
+        self.embeddings += answer.embeddings
         self.finish, self.error = answer.finish, answer.error
         if answer.cached_tokens is not None:
             self.cached_tokens = answer.cached_tokens
@@ -48,7 +59,7 @@ class Pending:
 class Channel:
     """Requests of one HTTP request, and their answers."""
 
-    def __init__(self, client: EngineClient, requests: Sequence[Generate]) -> None:
+    def __init__(self, client: EngineClient, requests: Sequence[Generate | Embed]) -> None:
         self._client = client
         self._indices = {request.id: index for index, request in enumerate(requests)}
         self._ids = [request.id for request in requests]
@@ -160,7 +171,7 @@ class EngineClient:
             case _:
                 self.metrics = message.metrics
 
-    def submit(self, requests: Sequence[Generate]) -> Channel:
+    def submit(self, requests: Sequence[Generate | Embed]) -> Channel:
         """Send requests; the channel gives their answers.
 
         Raises:

@@ -11,12 +11,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from optc.compiler.diagnostics import BusyError, InputError, UsageError
 from optc.runtime.serving.child import Child, Ready, run_child
-from optc.runtime.serving.request import Answer, Cancel, Engine, Generate
+from optc.runtime.serving.request import Answer, Cancel, Embed, Generate, Runs, Task
 from optc.runtime.serving.settings import ServeOptions, ServerConfig
 from optc.runtime.serving.wire import (
     Answers,
@@ -32,6 +33,7 @@ from optc.runtime.serving.wire import (
 
 _MEASURED_EVERY = 0.2  # seconds between two `Measured` while steps run
 _READ = 1 << 18
+_TAKES: dict[Task, type[Generate | Embed]] = {"generate": Generate, "embed": Embed}
 
 
 class Client:
@@ -83,7 +85,7 @@ class Client:
 class EngineServer:
     """An engine and those who ask it."""
 
-    def __init__(self, engine: Engine, listener: socket.socket) -> None:
+    def __init__(self, engine: Runs[Any], listener: socket.socket) -> None:
         self._engine, self._listener = engine, listener
         self._selector = selectors.DefaultSelector()
         listener.setblocking(False)
@@ -137,7 +139,10 @@ class EngineServer:
         except EOFError:
             self._drop(client)
 
-    def _submit(self, client: Client, request: Generate) -> None:
+    def _submit(self, client: Client, request: Generate | Embed) -> None:
+        if not isinstance(request, _TAKES[self._engine.info.task]):
+            self._send(client, Refused(id=request.id, why="input", message="the engine runs requests of another kind"))
+            return
         try:
             self._engine.submit(request)
         except BusyError as error:
@@ -189,15 +194,17 @@ class EngineServer:
             self._selector.modify(client.socket, events, client)
 
 
-def open_by_name(config: ServerConfig) -> Engine:
+def open_by_name(config: ServerConfig) -> Runs[Any]:
     """The engine that `config.opener` opens."""
     module, _, name = config.opener.partition(":")
-    opener: Callable[..., Engine] = getattr(importlib.import_module(module), name)
+    opener: Callable[..., Runs[Any]] = getattr(importlib.import_module(module), name)
     return opener(config.folder, config.options)
 
 
-def open_artifact(folder: Path, options: ServeOptions) -> Engine:
+def open_artifact(folder: Path, options: ServeOptions) -> Runs[Any]:
     """The engine of an artifact."""
+    from optc.compiler.artifact.folder import read_manifest
+    from optc.runtime.serving.embedding_engine import open_embedding_engine
     from optc.runtime.serving.engine import open_engine
     from optc.runtime.serving.engine_options import EngineOptions
     from optc.runtime.speculative.settings import speculation_of
@@ -213,6 +220,8 @@ def open_artifact(folder: Path, options: ServeOptions) -> Engine:
         warm_up=True,
         dequantized_copies=not options.save_memory,
     )
+    if read_manifest(folder).contract.embedding is not None:
+        return open_embedding_engine(folder, chosen)
     return open_engine(folder, options=chosen)
 
 

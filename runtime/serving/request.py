@@ -7,7 +7,7 @@ string in the text ends the request by `Cancel`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, TypeVar
 
 from msgspec import Meta, Struct
 
@@ -20,6 +20,9 @@ MOST_LOGPROBS = 20
 
 Finish = Literal["stop", "length", "context", "cancelled", "error"]
 """Why a request ended: a stop token, its own limit, a full context, `Cancel`, or what `Answer.error` says."""
+
+Task = Literal["generate", "embed"]
+"""What the requests of an engine are."""
 
 Serves = Literal["continuous", "rows", "one-at-a-time"]
 """How an engine runs several requests: any mix of tokens in each step; one slot per row of a batch; one after another."""
@@ -61,6 +64,18 @@ class Generate(Struct, frozen=True, kw_only=True, tag="generate"):
     grammar: Grammar | None = None
 
 
+class Embed(Struct, frozen=True, kw_only=True, tag="embed"):
+    """A request for embeddings.
+
+    Attributes:
+        id: unique among the requests that have not ended.
+        rows: token ids of each text, one text and one token at least.
+    """
+
+    id: str
+    rows: list[list[int]]
+
+
 class Cancel(Struct, frozen=True, kw_only=True, tag="cancel"):
     """End a request; one that has ended already is no error. Its last `Answer` is "cancelled", unless it had ended."""
 
@@ -88,6 +103,7 @@ class Answer(Struct, frozen=True, kw_only=True):
         finish: None while it runs. After another value nothing follows.
         cached_tokens: of the prompt, those that were found in the KV pool; told with the first tokens.
         error: a sentence, where `finish` is "error".
+        embeddings: float32 in the processor's order of bytes, those of the next rows of an `Embed`.
     """
 
     id: str
@@ -96,6 +112,7 @@ class Answer(Struct, frozen=True, kw_only=True):
     finish: Finish | None = None
     cached_tokens: int | None = None
     error: str = ""
+    embeddings: bytes = b""
 
 
 class EngineInfo(Struct, frozen=True, kw_only=True):
@@ -106,6 +123,7 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
         max_waiting: requests that wait besides; more are refused.
         block_size, num_blocks: of the KV pool, 0 where the cache is not paged.
         dequantized_bytes: what copies of packed weights take.
+        task: what it takes, `Generate` or `Embed`. embedding_size: numbers of an embedding, 0 where there are none.
     """
 
     vocab_size: int
@@ -117,6 +135,8 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
     num_blocks: int = 0
     device: str = ""
     dequantized_bytes: int = 0
+    task: Task = "generate"
+    embedding_size: int = 0
 
 
 class EngineMetrics(Struct, frozen=True, kw_only=True):
@@ -140,13 +160,16 @@ class EngineMetrics(Struct, frozen=True, kw_only=True):
     speculation: SpeculativeFigures | None = None
 
 
-class Engine(Protocol):
-    """Runs requests; one thread calls it."""
+RequestT = TypeVar("RequestT", contravariant=True)
+
+
+class Runs(Protocol[RequestT]):
+    """Runs requests of one kind; one thread calls it."""
 
     @property
     def info(self) -> EngineInfo: ...
 
-    def submit(self, request: Generate) -> None:
+    def submit(self, request: RequestT) -> None:
         """Let a request wait for its turn.
 
         Raises:
@@ -172,3 +195,7 @@ class Engine(Protocol):
     def metrics(self) -> EngineMetrics: ...
 
     def close(self) -> None: ...
+
+
+Engine = Runs[Generate]
+Embedder = Runs[Embed]

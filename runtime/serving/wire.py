@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from optc.runtime.serving.request import Answer, Cancel, EngineInfo, EngineMetrics, Generate
+from optc.runtime.serving.request import Answer, Cancel, Embed, EngineInfo, EngineMetrics, Generate
 
 MOST_BYTES = 1 << 28
 """Of one message: a prompt of a million tokens has 5 MB."""
@@ -49,7 +49,7 @@ class Measured(Struct, frozen=True, tag="measured"):
     metrics: EngineMetrics
 
 
-ToEngine = Generate | Cancel
+ToEngine = Generate | Embed | Cancel
 FromEngine = Refused | Answers | Opened | Measured
 
 _encoder = msgspec.msgpack.Encoder()

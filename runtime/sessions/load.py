@@ -19,6 +19,7 @@ from optc.runtime.bounds import Threads
 from optc.runtime.generation.generate import GenerationResult, StopReason, generate
 from optc.runtime.generation.tokenizer import TextStream, Tokenizer, eos_token_ids, load_tokenizer
 from optc.runtime.sampling import Sampling
+from optc.runtime.sessions.embedding_model import EmbeddingModel
 from optc.runtime.sessions.session import Session, SessionOptions
 from optc.runtime.sessions.tensor_model import TensorModel
 
@@ -314,7 +315,9 @@ def load_tensors(
     check_facts(engine, manifest.engine_info, manifest.needs, {entry.path for entry in manifest.files}, str(folder))
     check_trusted(folder, manifest, trust, isolated=isolated)
     call = engine.open_caller(folder, manifest, SessionOptions(threads=threads))
-    return TensorModel(manifest, call, load_tokenizer(folder))
+    facts = manifest.contract.embedding
+    tokenizer = load_tokenizer(folder, lower_case=facts is not None and facts.lower_case)
+    return (TensorModel if facts is None else EmbeddingModel)(manifest, call, tokenizer)
 
 
 def _check_device(engine: Engine, manifest: Manifest, asked: str, where: str) -> None:

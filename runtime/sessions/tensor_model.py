@@ -72,23 +72,43 @@ class TensorModel:
         Raises:
             InputError: no encoder, no tokenizer, no text or an empty one; a text that is longer than the context.
         """
-        roles = {spec.role: spec.name for spec in self.manifest.contract.inputs}
-        if "input_ids" not in roles:
+        return padded(self.manifest.contract, self.tokens([texts] if isinstance(texts, str) else texts))
+
+    def tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        if all(spec.role != "input_ids" for spec in self.manifest.contract.inputs):
             raise InputError("the model takes no text", remedy=f"give its inputs: {', '.join(self.inputs)}")
         if self.tokenizer is None:
             raise InputError("the model has no tokenizer", remedy=f"give token ids: {', '.join(self.inputs)}")
-        rows = [self.tokenizer.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        rows = [self.tokenizer.encode(text) for text in texts]
         if not rows or not all(rows):
             raise InputError("an empty text", remedy="give texts of at least one token")
-        longest, limit = max(map(len, rows)), self.manifest.contract.model.context_length
-        if limit and longest > limit:
-            raise InputError(f"a text has {longest} tokens, the context holds {limit}", remedy="cut it")
-        ids = np.zeros((len(rows), longest), np.int64)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = row
-        made = {"input_ids": ids, "token_type_ids": np.zeros_like(ids)}
-        made["attention_mask"] = (np.arange(longest) < np.array([[len(row)] for row in rows])).astype(np.int64)
-        return {name: made[role] for role, name in roles.items() if role in made}
+        check_lengths(rows, self.manifest.contract)
+        return rows
+
+    def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        truncate: bool = False,
+        batch_tokens: int = 4096,
+    ) -> Array:
+        """Embeddings of texts; see `EmbeddingModel.embed`.
+
+        Raises:
+            InputError: the model gives none.
+        """
+        encoder = self.manifest.contract.kind == "encoder"
+        raise InputError(
+            "the model gives no embeddings",
+            why=f"its outputs are {', '.join(self.outputs)}",
+            remedy="compile it with --pooling mean, cls or lasttoken" if encoder else "call it with its inputs",
+        )
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -126,6 +146,28 @@ def checked_inputs(contract: Contract, named: Mapping[str, Array]) -> list[Array
     if unknown:
         raise InputError(f"the model has no input '{unknown[0]}'", remedy=f"its inputs are {', '.join(names)}")
     return arrays
+
+
+def padded(contract: Contract, rows: Sequence[Sequence[int]]) -> dict[str, Array]:
+    """The inputs of an encoder for rows of token ids: int64 [rows, longest], padded on the right with 0."""
+    lengths = np.array([len(row) for row in rows])
+    ids = np.zeros((len(rows), int(lengths.max())), np.int64)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+    made = {"input_ids": ids, "token_type_ids": np.zeros_like(ids)}
+    made["attention_mask"] = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+    return {spec.name: made[spec.role] for spec in contract.inputs if spec.role in made}
+
+
+def check_lengths(rows: Sequence[Sequence[int]], contract: Contract) -> None:
+    """Hold rows of token ids to the context.
+
+    Raises:
+        InputError: one is longer.
+    """
+    longest, limit = max(map(len, rows)), contract.model.context_length
+    if limit and longest > limit:
+        raise InputError(f"a text has {longest} tokens, the context holds {limit}", remedy="cut it")
 
 
 def as_array(value: Any) -> Array:

@@ -213,6 +213,7 @@ def capture_resolved(model: Model, example_inputs: Sequence[torch.Tensor] | None
         work_folder=_work_folder(resolved),
         device=resolved.device,
         base=request.drafting.base,
+        pooling=request.what.pooling,
     )
 
 

@@ -22,8 +22,9 @@ from optc.compiler.ir.program import Program
 from optc.compiler.ir.proof import CaptureProof
 from optc.compiler.ir.saved.exported_archive import is_exported_file
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, prevailing
-from optc.compiler.model_folder.config_file import modules_behind, parts_beside
+from optc.compiler.model_folder.config_file import parts_beside
 from optc.compiler.model_folder.eagle3 import is_eagle3
+from optc.compiler.model_folder.sentence import modules_behind
 from optc.compiler.settings.fields import check_type
 from optc.hub import local_model
 
@@ -57,6 +58,7 @@ def capture(
     trust_remote_code: bool = False,
     prove: bool = True,
     base: str | Path | None = None,
+    pooling: str | None = None,
 ) -> Program:
     """Capture a model folder, a transformers model, an nn.Module with example inputs, or an exported program.
 
@@ -68,6 +70,7 @@ def capture(
         dynamic, input_names: for an nn.Module, see `optc.compiler.capture.capture_module`.
         prove: False leaves the comparison out: whatever was captured is believed.
         base: of a draft model's folder, the model folder that it drafts for.
+        pooling: of a model folder, how embeddings are made of its hidden states; None is what `modules.json` says.
 
     Raises:
         InputError, CaptureError: the model cannot be read or exported.
@@ -77,17 +80,19 @@ def capture(
     check_type("dtype", dtype, str, f"one of {', '.join(sorted(DTYPES))}")
     for name, value in (("trust_remote_code", trust_remote_code), ("prove", prove)):
         check_type(name, value, bool, "True or False")
+    check_type("pooling", pooling, str | None, "a way of pooling: mean, cls, lasttoken, none")
     check_type("model", model, Model, _MODELS)
     model = local_model(model)
+    if isinstance(model, str | Path) and not is_exported_file(Path(model)):
+        return _folder(Path(model), dtype, trust_remote_code, prove=prove, base=_path(base), pooling=pooling)[0]
+    _refuse_pooling(pooling)
     if isinstance(model, Program):
         return model
     if isinstance(model, ExportedProgram):
         return capture_exported(model)
-    if isinstance(model, str | Path) and is_exported_file(Path(model)):
+    if isinstance(model, str | Path):
         _refuse_base(_path(base))
         return capture_exported_file(Path(model))
-    if isinstance(model, str | Path):
-        return _folder(Path(model), dtype, trust_remote_code, prove=prove, base=_path(base))[0]
     if example_inputs is not None:
         return capture_module(model, example_inputs, dynamic=dynamic, input_names=input_names, prove=prove)
     if hasattr(model, "config") and hasattr(model.config, "model_type"):
@@ -128,6 +133,7 @@ def capture_for_compile(
     work_folder: Path | None,
     device: torch.device,
     base: Path | None = None,
+    pooling: str | None = None,
 ) -> Captured:
     """Capture what `compile` was given.
 
@@ -135,26 +141,29 @@ def capture_for_compile(
         text: file of the gate's text; None takes the built-in passage.
         work_folder: where large tensors wait while a large model is compiled.
         device: where a model folder is captured and proved.
-        base: of a draft model's folder, the model folder that it drafts for.
+        base, pooling: see `capture`.
 
     Raises:
         OptcError: as `capture`; UsageError for a text without a tokenizer.
     """
     if isinstance(model, str | Path) and not is_exported_file(Path(model)):
-        program, info, tokens = _folder(Path(model), dtype, trust_remote_code, text, work_folder, device, base=base)
+        program, info, tokens = _folder(
+            Path(model), dtype, trust_remote_code, text, work_folder, device, base=base, pooling=pooling
+        )
         assert program.proof is not None
-        return Captured(program, info, tokens, _with_notes(program.proof, info))
+        return Captured(program, info, tokens, _with_notes(program.proof, info, pooling))
     _refuse_base(base)
+    _refuse_pooling(pooling)
     tokens = gate_tokens(None, text)
     program = capture(model, example_inputs)
     given = CaptureProof(proved=False, notes=("the program was given as it is, and not captured by this compile",))
     return Captured(program, None, tokens, program.proof or given)
 
 
-def _with_notes(proof: CaptureProof, info: CheckpointInfo) -> CaptureProof:
+def _with_notes(proof: CaptureProof, info: CheckpointInfo, pooling: str | None) -> CaptureProof:
     """The proof, with notes where the folder holds more than was captured: for sentence-transformers, for pictures."""
     notes = []
-    if behind := modules_behind(info.path):
+    if pooling == "none" and (behind := modules_behind(info.path)):
         notes.append(
             f"modules.json has {', '.join(behind)} behind the model: not captured, the output is the model's own"
         )
@@ -173,10 +182,12 @@ def _folder(
     *,
     prove: bool = True,
     base: Path | None = None,
+    pooling: str | None = None,
 ) -> tuple[Program, CheckpointInfo, list[int]]:
     if dtype not in DTYPES:
         raise unknown_name("dtype", dtype, DTYPES)
     if is_eagle3(folder):
+        _refuse_pooling(pooling)
         program, info = capture_eagle3(folder, base, dtype=dtype, prove=prove)
         return program, info, gate_tokens(info, text)
     _refuse_base(base)
@@ -189,6 +200,7 @@ def _folder(
         device=device,
         prove=prove,
         tokens=tokens,
+        pooling=pooling,
     )
     return program, info, tokens
 
@@ -206,6 +218,19 @@ def _refuse_base(base: Path | None) -> None:
     """
     if base is not None:
         raise UsageError("--base has no effect: the model is no draft model's folder", remedy="leave it out")
+
+
+def _refuse_pooling(pooling: str | None) -> None:
+    """Only a model folder has hidden states that are known.
+
+    Raises:
+        UsageError: pooling was asked for.
+    """
+    if pooling is not None:
+        raise UsageError(
+            "--pooling has no effect on what is no model folder of transformers",
+            remedy="leave it out, and put the pooling into the module",
+        )
 
 
 def gate_tokens(info: CheckpointInfo | None, text: Path | None) -> list[int]:

@@ -8,10 +8,12 @@ from typing import Any
 import msgspec
 
 from optc.capturing import dtype_name
+from optc.compiler.capture.embedding import EmbeddingHead
 from optc.compiler.capture.facts import stated_context, text_config
 from optc.compiler.capture.loading import DTYPES, meta_model
 from optc.compiler.model_folder.checkpoint import check_folder
 from optc.compiler.model_folder.quantized import quantized_folder, refuse_quantizing_again
+from optc.compiler.model_folder.sentence import sentence_modules
 from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import check_context
 from optc.hub import local_model
@@ -34,7 +36,10 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
     info = check_folder(folder, trust_remote_code=request.what.trust_remote_code)
     resolved = resolve(request, dtype_name(info.dtype))
     target, options = resolved.target, resolved.options
-    skeleton = meta_model(info)
+    modules = sentence_modules(folder, request.what.pooling)
+    skeleton = meta_model(info, bare=modules is not None)
+    if modules is not None:
+        skeleton.add_module("embedding_head", EmbeddingHead(modules, DTYPES[options.dtype]))
     decoder = hasattr(skeleton, "generate")
     words = text_config(skeleton.config)
     context = stated_context(words)

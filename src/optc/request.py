@@ -61,6 +61,10 @@ def _read_calibration(value: Any) -> Any:
     return Path(value)
 
 
+PoolingName = Literal["mean", "cls", "lasttoken", "max", "weightedmean", "mean_sqrt_len_tokens", "none"]
+"""`compiler.model_folder.sentence.POOLINGS`, which a shell need not import torch for; tests hold them together."""
+
+
 class WhatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is compiled, and by which passes."""
 
@@ -107,6 +111,17 @@ class WhatRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Meta(description="Where capture, passes, calibration and the gate run; auto: cuda where there is one."),
     ] = "cpu"
     trust_remote_code: Annotated[bool, Meta(description="Allow code that comes with the model to run.")] = False
+    pooling: (
+        Annotated[
+            PoolingName,
+            Meta(
+                description="Make embeddings of the model's hidden states: of the first or the last token, or of all; "
+                "none gives the hidden states.",
+                extra={"default": "what the folder's modules.json says"},
+            ),
+        ]
+        | None
+    ) = None
 
 
 class CalibrationRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

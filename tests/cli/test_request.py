@@ -36,7 +36,7 @@ from optc.training.recipe import FIELDS
 
 Capture = pytest.CaptureFixture[str]
 
-WHAT = {"--dtype", "--device", "--passes", "--insert-pass", "--pass-option", "--trust-remote-code"}
+WHAT = {"--dtype", "--device", "--passes", "--insert-pass", "--pass-option", "--trust-remote-code", "--pooling"}
 QUANTIZATION = {
     "--quant",
     "--bits",
@@ -136,6 +136,10 @@ EXPECTED = {
         "--system",
         "--inputs",
         "--save-outputs",
+        "--embed",
+        "--text",
+        "--prompt-name",
+        "--truncate",
         *SPECULATION,
         *SAMPLING,
         *SESSION,

@@ -148,6 +148,8 @@ def test_an_encoder_beside_its_source(encoder: Path, tmp_path: Path, capsys: pyt
     assert found["beside"] == str(hf_folders.source("bert", 1).resolve())
     assert optc("run", encoder, "--prompt", "a text") == 3
     assert "the model has no tokenizer" in capsys.readouterr().err
+    assert optc("run", encoder, "--embed", "--prompt", "a text") == 3
+    assert "compile it with --pooling mean, cls or lasttoken" in capsys.readouterr().err
     speed = optc_json(capsys, "bench", encoder, "--samples", 2, "--prompt-length", 5)
     assert speed["inputs"]["input_ids"] == ["int64", 1, 5]
 

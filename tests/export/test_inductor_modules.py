@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from package_driver import build, model_of, packaged
-from stages import sequences
+from package_driver import build
+from sentence_folders import Module, write_sentence_folder
 from torch import Tensor, nn
+from transformers import BertModel
 
 import optc
 from optc.compiler.capture import capture_module
@@ -20,15 +21,23 @@ from optc.runtime.carried.pt2_runner import PackageError
 pytestmark = pytest.mark.slow
 
 
-def test_encoder_with_padding() -> None:
-    package, rows = packaged("bert").load(), sequences(12, 7, 1)
-    ids = torch.tensor([[*row, *[0] * (12 - len(row))] for row in rows])
-    mask = (torch.arange(12) < torch.tensor([[12], [7], [1]])).long()
+def test_encoder_with_padding(tmp_path: Path) -> None:
+    """A folder of sentence-transformers: hidden states of an encoder, pooled in several ways, in one package."""
+    modes = ["cls", "max", "mean", "weightedmean", "lasttoken"]
+    modules: list[Module] = [("Pooling", {"pooling_mode": modes}), ("Normalize", None)]
+    program = optc.capture(write_sentence_folder(tmp_path / "model", modules))
+    package, rows = build(program, tmp_path / "package").load(), [[5, 9, 4, 7, 8, 6, 10], [6, 5], [11]]
+    ids = torch.tensor([[*row, *[0] * (7 - len(row))] for row in rows])
+    mask = (torch.arange(7) < torch.tensor([[7], [2], [1]])).long()
     (found,) = package(ids, mask, torch.zeros_like(ids))
-    with torch.no_grad():
-        expected = model_of("bert")(input_ids=ids, attention_mask=mask).logits
-    for row, length in enumerate((12, 7, 1)):
-        torch.testing.assert_close(found[row, :length], expected[row, :length], atol=1e-4, rtol=0)
+    model = BertModel.from_pretrained(tmp_path / "model")
+    for row, vector in zip(rows, found, strict=True):
+        with torch.no_grad():
+            states = model(input_ids=torch.tensor([row])).last_hidden_state[0]
+        ramp = torch.arange(1.0, len(row) + 1)
+        weighted = (ramp[:, None] * states).sum(0) / ramp.sum()
+        pooled = torch.cat([states[0], states.amax(0), states.mean(0), weighted, states[-1]])
+        torch.testing.assert_close(vector, pooled / pooled.norm(), atol=1e-5, rtol=0)
 
 
 class _Net(nn.Module):

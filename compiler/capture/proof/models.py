@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optc.compiler.capture.embedding import EmbeddingHead
 from optc.compiler.capture.proof.blame import first_difference, first_overflow
 from optc.compiler.capture.proof.reference import (
     OWN_ERRORS,
@@ -39,7 +40,13 @@ _LARGE = 1e9
 
 
 def prove_model(
-    program: Program, model: Any, *, tokens: Sequence[int] = (), offset: int = 0, seed: int = 0
+    program: Program,
+    model: Any,
+    *,
+    tokens: Sequence[int] = (),
+    offset: int = 0,
+    seed: int = 0,
+    head: EmbeddingHead | None = None,
 ) -> CaptureProof:
     """Hold a captured decoder or encoder to its model's own attention, masks and positions.
 
@@ -49,13 +56,14 @@ def prove_model(
     Args:
         tokens: encoded text; random tokens are taken where there is too little.
         offset: the position that the model gives a first token.
+        head: what makes embeddings of hidden states; the reference gets each sequence's own, without padding.
 
     Raises:
         GateError: the program computes something else (names the first module that differs), the model overflows in
             its type (names the first module), or its own forward fails.
     """
     begin = time.perf_counter()
-    proof = _Proof(program, model, tokens, offset, seed)
+    proof = _Proof(program, model, tokens, offset, seed, head)
     with own_implementations(model) as attention:
         batches, figures = list(proof.batches), proof.figures()
     return CaptureProof(
@@ -76,8 +84,16 @@ Rows = list[Tensor]
 class _Proof:
     """The inputs of one proof and what it noted."""
 
-    def __init__(self, program: Program, model: Any, tokens: Sequence[int], offset: int, seed: int) -> None:
-        self.program, self.model, self.offset = program, model, offset
+    def __init__(
+        self,
+        program: Program,
+        model: Any,
+        tokens: Sequence[int],
+        offset: int,
+        seed: int,
+        head: EmbeddingHead | None,
+    ) -> None:
+        self.program, self.model, self.offset, self.head = program, model, offset, head
         self.decoder = program.contract.kind == "decoder"
         weights = [weight for weight in model.parameters() if weight.is_floating_point()]
         self.dtype = weights[0].dtype if weights else torch.float32
@@ -128,6 +144,8 @@ class _Proof:
         """
         try:
             rows = batch.rows(self._forward(batch))
+            if self.head is not None:
+                rows = [self.head.of_sequence(row)[None] for row in rows]
         except OWN_ERRORS as error:
             reason = (str(error).strip().splitlines() or [""])[0]
             raise GateError(
@@ -155,7 +173,8 @@ class _Proof:
     def _ours(self, batch: Batch, replay: type[Replay], dtype: torch.dtype) -> Rows:
         try:
             with torch.no_grad():
-                return batch.rows(replay(self.program, {}).outputs(*self._inputs(batch))[0])
+                output: Tensor = replay(self.program, {}).outputs(*self._inputs(batch))[0]
+                return batch.rows(output) if self.head is None else list(output[:, None])
         except OWN_ERRORS as error:
             raise GateError(
                 "the capture failed the numerics gate: the program does not run",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +11,10 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from optc.runtime.serving.client import Channel, EngineBusyError, EngineGoneError, EngineRefusedError, Pending
+from optc.runtime.serving.client import Channel, Pending
 from optc.runtime.serving.counters import TOTAL, TPOT, TTFT
-from optc.runtime.serving.http.errors import HttpError, engine_lost, no_engine, timed_out
+from optc.runtime.serving.http.asking import ClientLeftError, asking, news
+from optc.runtime.serving.http.errors import HttpError
 from optc.runtime.serving.http.jobs import Job
 from optc.runtime.serving.http.logprobs import chat_logprobs, completion_logprobs
 from optc.runtime.serving.request import TokenLogprobs
@@ -25,10 +23,6 @@ from optc.runtime.serving.tool_calls import ToolCall, ToolText
 
 _encode = msgspec.json.Encoder().encode
 _FINISH = {"stop": "stop", "length": "length", "context": "length", "cancelled": "stop"}
-
-
-class ClientLeftError(Exception):
-    """Nobody waits for the answer any more."""
 
 
 @dataclass
@@ -106,16 +100,8 @@ class Answering:
             HttpError: the request ends with an error.
             ClientLeftError: it ends with nobody there.
         """
-        try:
-            news = await self._channel.next()
-        except EngineGoneError as error:
-            raise engine_lost() from error
-        except EngineBusyError as error:
-            raise HttpError(429, str(error), code="queue_full") from error
-        except EngineRefusedError as error:
-            raise HttpError(400, str(error), code="invalid_request") from error
         found = []
-        for index, new in news.items():
+        for index, new in (await news(self._channel)).items():
             choice = self.choices[index]
             if choice.done:
                 continue
@@ -142,30 +128,6 @@ class Answering:
         }
 
 
-@contextlib.asynccontextmanager
-async def _answering(job: Job, receive: Receive) -> AsyncIterator[Answering]:
-    """The job, given to the engine; when this ends, so do its requests there, however it ends."""
-    try:
-        channel = job.state.client.submit(job.requests)
-    except EngineGoneError as error:
-        raise no_engine() from error
-    watcher = asyncio.create_task(_watch(receive, channel))
-    limit = job.state.options.request_seconds
-    timer = asyncio.get_running_loop().call_later(limit, channel.fail, timed_out(limit))
-    try:
-        yield Answering(job, channel)
-    finally:
-        timer.cancel()
-        watcher.cancel()
-        channel.close()
-
-
-async def _watch(receive: Receive, channel: Channel) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    channel.fail(ClientLeftError())
-
-
 class JobResponse(Response):
     """Runs a job and sends its answer. An error before the first piece is an answer of its own status."""
 
@@ -173,7 +135,8 @@ class JobResponse(Response):
         self._job, self.background = job, None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with _answering(self._job, receive) as answering:
+        async with asking(self._job.state, self._job.requests, receive) as channel:
+            answering = Answering(self._job, channel)
             if self._job.stream:
                 await self._stream(answering, send)
             else:

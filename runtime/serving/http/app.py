@@ -20,15 +20,18 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from optc.runtime.serving.http.answers import ClientLeftError, JobResponse
+from optc.runtime.serving.http.answers import JobResponse
+from optc.runtime.serving.http.asking import ClientLeftError
 from optc.runtime.serving.http.bodies import (
     BodyT,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    EmbeddingBody,
     TokenizeBody,
     read_json,
 )
+from optc.runtime.serving.http.embeddings import embedding_described, embedding_response
 from optc.runtime.serving.http.errors import HttpError
 from optc.runtime.serving.http.jobs import chat_job, completion_job
 from optc.runtime.serving.http.page import page_response
@@ -221,9 +224,7 @@ async def _chat(request: Request) -> Response:
 
 
 async def _embeddings(request: Request) -> Response:
-    raise HttpError(
-        404, "this server generates text; the model is a decoder, which has no embeddings", code="no_embeddings"
-    )
+    return await embedding_response(_state(request), await _read(request, EmbeddingBody))
 
 
 async def _tokenize(request: Request) -> Response:
@@ -258,8 +259,9 @@ def _described(state: ServerState) -> dict[str, Any]:
         "serves": info.serves,
         "max_running": info.max_running,
         "device": info.device,
-        "chat": state.text.template is not None,
-    }
+        "task": info.task,
+        "chat": info.task == "generate" and state.text.template is not None,
+    } | embedding_described(state)
 
 
 async def _models(request: Request) -> Response:

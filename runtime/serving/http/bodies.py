@@ -204,6 +204,21 @@ class ChatBody(GenerateBody, frozen=True, kw_only=True):
     chat_template_kwargs: dict[str, Any] = {}
 
 
+class EmbeddingBody(Body, frozen=True, kw_only=True):
+    """Of /v1/embeddings.
+
+    Attributes:
+        prompt_name: ours: of the model's prompts, the one that is put before each text.
+    """
+
+    input: Text | list[Text | Id | list[Id]]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[int, Meta(ge=1, le=1 << 31)] | None = None
+    user: str = ""
+    prompt_name: Annotated[str, Meta(max_length=256)] | None = None
+
+
 class TokenizeBody(Body, frozen=True, kw_only=True):
     """Of /tokenize: text, or messages through the chat template."""
 

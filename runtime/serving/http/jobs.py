@@ -10,7 +10,7 @@ from optc.compiler.diagnostics import UsageError
 from optc.runtime.serving.http.bodies import ChatBody, CompletionBody, GenerateBody, StreamOptions
 from optc.runtime.serving.http.errors import HttpError
 from optc.runtime.serving.http.state import ServerState
-from optc.runtime.serving.request import Generate
+from optc.runtime.serving.request import Generate, Task
 from optc.runtime.serving.seeds import choice_seed
 from optc.runtime.serving.tool_calls import calls_are_read
 
@@ -49,7 +49,7 @@ async def completion_job(state: ServerState, body: CompletionBody) -> Job:
     Raises:
         HttpError: 400, what does not fit the model; 404, another model; 503, no engine.
     """
-    _check_model(state, body.model)
+    check_model(state, body.model, "generate")
     prompts = await _prompts(state, body)
     return _job(state, body, prompts, body.max_tokens or _DEFAULT_NEW_TOKENS, body.logprobs)
 
@@ -60,7 +60,7 @@ async def chat_job(state: ServerState, body: ChatBody) -> Job:
     Raises:
         HttpError: as `completion_job`; and 400 where the model has no template, or none that takes tools.
     """
-    _check_model(state, body.model)
+    check_model(state, body.model, "generate")
     tools = body.tools if body.tool_choice == "auto" else []
     template = state.text.template
     if tools and template is not None and not calls_are_read(template):
@@ -91,12 +91,27 @@ def _described(function: object) -> dict[str, object]:
     return {"type": "function", "function": described}
 
 
-def _check_model(state: ServerState, name: str | None) -> None:
-    state.info  # noqa: B018 - raises where there is no engine
+_OTHER_TASK = {
+    "generate": ("the model gives embeddings and generates no text; use /v1/embeddings", "no_generation"),
+    "embed": ("the model generates text and gives no embeddings; compile one with --pooling", "no_embeddings"),
+}
+"""What is said, with its code, where a model is asked to do what it does not."""
+
+
+def check_model(state: ServerState, name: str | None, task: Task) -> None:
+    """Hold a request to the model that is there.
+
+    Raises:
+        HttpError: 404, another model, or one that does something else; 503, no engine.
+    """
+    info = state.info
     if name is not None and name != state.config.name:
         known = state.config.name
         message = f"the model {name!r:.100} is not here; this server has {known!r}"
         raise HttpError(404, message, param="model", code="model_not_found")
+    if info.task != task:
+        message, code = _OTHER_TASK[task]
+        raise HttpError(404, message, code=code)
 
 
 async def _prompts(state: ServerState, body: CompletionBody) -> list[list[int]]:
@@ -177,9 +192,7 @@ def _room(state: ServerState, prompt: list[int], limit: int | None) -> int:
     if not prompt:
         raise HttpError(400, "'prompt' is empty", param="prompt")
     if most is not None and len(prompt) > most:
-        raise HttpError(
-            400, f"the prompt has {len(prompt)} tokens; at most {most} may be", code="context_length_exceeded"
-        )
+        raise too_long(len(prompt), most)
     if len(prompt) >= context or (limit or 0) > context - len(prompt):
         asked = f" and {limit} new tokens" if limit else ""
         raise HttpError(
@@ -188,3 +201,8 @@ def _room(state: ServerState, prompt: list[int], limit: int | None) -> int:
             code="context_length_exceeded",
         )
     return limit or context - len(prompt)
+
+
+def too_long(tokens: int, most: int) -> HttpError:
+    """A prompt has more tokens than may be."""
+    return HttpError(400, f"the prompt has {tokens} tokens; at most {most} may be", code="context_length_exceeded")

@@ -29,7 +29,9 @@ class TextSide:
     """
 
     def __init__(self, folder: Path) -> None:
-        tokenizer = load_tokenizer(folder)
+        contract = read_manifest(folder).contract
+        self.embedding = contract.embedding
+        tokenizer = load_tokenizer(folder, lower_case=contract.embedding is not None and contract.embedding.lower_case)
         if tokenizer is None:
             raise InputError(
                 "the artifact has no tokenizer",
@@ -38,7 +40,7 @@ class TextSide:
                 remedy="put tokenizer.json into the model's folder and compile it again",
             )
         self.tokenizer: Tokenizer = tokenizer
-        self.stop_ids = eos_token_ids(folder, read_manifest(folder).contract.model.eos_token_ids)
+        self.stop_ids = eos_token_ids(folder, contract.model.eos_token_ids)
         self.template: ChatTemplate | None = load_chat_template(folder)
 
 
@@ -90,14 +92,25 @@ class ServerState:
         Raises:
             HttpError: 400, no prompt of so many characters fits; it is not encoded to find out.
         """
-        most = self.options.max_prompt_tokens or self.info.context_length
-        if len(text) > _SLACK * most * self.text.tokenizer.longest_token:
+        return (await self.encode_all([text], special=special))[0]
+
+    async def encode_all(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+        """Tokens of each text.
+
+        Raises:
+            HttpError: as `encode`.
+        """
+        most, tokenizer = self.options.max_prompt_tokens or self.info.context_length, self.text.tokenizer
+        longest = max(map(len, texts))
+        if longest > _SLACK * most * tokenizer.longest_token:
             raise HttpError(
-                400, f"a text of {len(text)} characters does not fit {most} tokens", code="context_length_exceeded"
+                400, f"a text of {longest} characters does not fit {most} tokens", code="context_length_exceeded"
             )
-        if len(text) < _LONG_TEXT:
-            return self.text.tokenizer.encode(text, special=special)
-        return await asyncio.to_thread(self.text.tokenizer.encode, text, special=special)
+
+        def encode() -> list[list[int]]:
+            return [tokenizer.encode(text, special=special) for text in texts]
+
+        return encode() if sum(map(len, texts)) < _LONG_TEXT else await asyncio.to_thread(encode)
 
     async def chat_prompt(
         self, messages: Sequence[dict[str, Any]], *, tools: Sequence[Any] | None = None, **extra: Any

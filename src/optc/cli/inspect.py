@@ -123,6 +123,8 @@ def _show(manifest: dict[str, Any]) -> None:
     say(
         f"KV cache: {cache['kind']}{' in place' if cache['in_place'] else ''}; {len(contract['layers'])} attention layers"
     )
+    if contract["embedding"] is not None:
+        say(_embedding(contract["embedding"]))
     say("\n".join(_capture(manifest["capture"])))
     say("passes:")
     titles, cells = drift_table(manifest["passes"])
@@ -181,6 +183,15 @@ def _opened(row: dict[str, Any] | None) -> str:
         f"written file: opened in {row['engine']} {row['version']}{note}: max |diff| {row['max_abs_diff']:.1e} on outputs "
         f"of up to {row['scale']:.1f}, relative {row['relative']:.1e}{limit}{kl}, {row['seconds']:.2f} s"
     )
+
+
+def _embedding(facts: dict[str, Any]) -> str:
+    parts = [f"embeddings: {facts['size']} numbers", f"pooling {' and '.join(facts['pooling'])}"]
+    parts += ["length 1"] if facts["normalized"] else []
+    parts += ["lower case"] if facts["lower_case"] else []
+    default = facts["default_prompt"]
+    names = [f"{name} (default)" if name == default else name for name in facts["prompts"]]
+    return ", ".join(parts) + (f"; prompts: {', '.join(names)}" if names else "")
 
 
 def _sizes(manifest: dict[str, Any]) -> str:

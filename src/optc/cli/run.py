@@ -10,6 +10,7 @@ import click
 from msgspec import Meta
 
 from optc.cli.common import emit, json_option, say, stderr
+from optc.cli.embed import refuse_embedding, run_embed
 from optc.cli.options import struct_flags
 from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import GeneratingOptions, artifact_argument, kv_pool, sampling_of
@@ -42,7 +43,23 @@ class RunOptions(GeneratingOptions, frozen=True, kw_only=True):
     ignore_eos: Annotated[bool, Meta(description="Continue after an end-of-text token.")] = False
     chat: Annotated[bool, Meta(description="Talk with the model, by its own chat template.")] = False
     inputs: Inputs | None = None
-    save_outputs: Annotated[Path, Meta(description="With --inputs: write the outputs to this .npz.")] | None = None
+    save_outputs: (
+        Annotated[Path, Meta(description="With --inputs or --embed: write the outputs to this .npz (or .npy).")] | None
+    ) = None
+    embed: Annotated[bool, Meta(description="Embeddings of each --prompt, or of each line of --text.")] = False
+    text: Annotated[Path, Meta(description="With --embed: file with a text a line, UTF-8.")] | None = None
+    prompt_name: (
+        Annotated[
+            str,
+            Meta(
+                description="With --embed: of the prompts that the model was trained with, the one to put before each text, "
+                "e.g. query.",
+                extra={"default": "the model's own, if it has one"},
+            ),
+        ]
+        | None
+    ) = None
+    truncate: Annotated[bool, Meta(description="With --embed: cut texts that are longer than the context.")] = False
     system: Annotated[str, Meta(description="With --chat: what the model is told before the first message.")] = ""
 
 
@@ -64,9 +81,15 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     optc run out/fiction-paged --prompt "Once" --speculative ngram
     optc run out/assistant --chat --temperature 0.7
     optc run out/encoder --prompt "A text to encode" --prompt "Another"
+    optc run out/minilm --embed --prompt "The old man" --prompt "A boat" --json
+    optc run out/minilm --embed --text lines.txt --save-outputs lines.npy
     optc run out/resnet --inputs images.npz --save-outputs classes.npz
     """
     leave_to_own_process([artifact])
+    if options.embed:
+        run_embed(artifact, as_json, options)
+        return
+    refuse_embedding(options)
     if takes_tensors(artifact):
         run_tensors(artifact, as_json, options)
         return

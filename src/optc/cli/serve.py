@@ -24,6 +24,7 @@ _SERVES = {
     "rows": "rows of one batch: up to {max_running} requests together",
     "one-at-a-time": "one request at a time, as the artifact's KV cache holds one",
 }
+_EMBEDS = "embeddings of {embedding_size} numbers: up to {max_running} texts in each step"
 _LONGEST_KEY = 4096
 
 
@@ -121,7 +122,7 @@ def _keys(options: ServeOptions) -> tuple[str, ...]:
 def _show(event: str, more: dict[str, object]) -> None:
     console = stderr()
     if event == "ready":
-        serves = _SERVES[str(more["serves"])].format_map(more)
+        serves = (_EMBEDS if more["task"] == "embed" else _SERVES[str(more["serves"])]).format_map(more)
         say(f"{more['model']} is ready at {more['url']} after {more['seconds']} s")
         say(f"{serves}, on {more['device'] or 'cpu'}; contexts of {more['context_length']} tokens")
         console.print(f"OpenAI clients: base_url {more['url']}/v1; a page to try it: {more['url']}/", style="dim")

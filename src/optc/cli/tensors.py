@@ -29,6 +29,9 @@ Inputs = Annotated[
 _SHOWN = 8
 """Numbers of an output that are printed."""
 
+_TOGETHER = 32
+"""Texts of a batch that is evaluated: a file may have many."""
+
 
 def takes_tensors(artifact: Path) -> bool:
     """Whether an artifact is that of an encoder or a module.
@@ -39,8 +42,10 @@ def takes_tensors(artifact: Path) -> bool:
     return read_manifest(artifact).contract.kind != "decoder"
 
 
-def refuse_others(options: msgspec.Struct, allowed: Sequence[str]) -> None:
-    """Refuse flags that have no effect on a model that takes tensors.
+def refuse_others(
+    options: msgspec.Struct, allowed: Sequence[str], on: str = "on a model that does not generate text"
+) -> None:
+    """Refuse flags that have no effect on what is done.
 
     Raises:
         UsageError: names the first.
@@ -48,7 +53,7 @@ def refuse_others(options: msgspec.Struct, allowed: Sequence[str]) -> None:
     for field in msgspec.structs.fields(options):
         if field.name not in allowed and getattr(options, field.name) != field.default:
             raise UsageError(
-                f"--{field.name.replace('_', '-')} has no effect on a model that does not generate text",
+                f"--{field.name.replace('_', '-')} has no effect {on}",
                 remedy="leave it out",
             )
 
@@ -68,13 +73,25 @@ def refuse_inputs(options: Any, artifact: Path) -> None:
             )
 
 
-def _load(artifact: Path, options: SessionOptions) -> TensorModel:
+def load_for(artifact: Path, options: SessionOptions) -> TensorModel:
     from optc.runtime.sessions.load import load_tensors
 
     return load_tensors(artifact, threads=options.threads, trust=options.trust)
 
 
-def _batches(model: TensorModel, inputs: Path | None, texts: Sequence[str]) -> list[Batch]:
+def text_lines(path: Path) -> list[str]:
+    """The texts of a file, a line each; empty lines are none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return [line for line in read_text(path).splitlines() if line.strip()]
+
+
+def _batches(
+    model: TensorModel, inputs: Path | None, texts: Sequence[str], *, together: int | None = None
+) -> list[Batch]:
+    """What a model is called with; `together` texts make a batch, None takes all."""
     from optc.runtime.measuring.tensors import Batch, read_batches
 
     contract = model.manifest.contract
@@ -86,7 +103,11 @@ def _batches(model: TensorModel, inputs: Path | None, texts: Sequence[str]) -> l
         )
     if inputs is not None:
         return read_batches(inputs, contract)
-    return [Batch("texts", model.encode(texts))]
+    size = together or len(texts)
+    return [
+        Batch("texts" if size >= len(texts) else f"texts from {start}", model.encode(texts[start : start + size]))
+        for start in range(0, len(texts), size)
+    ]
 
 
 # -- run ------------------------------------------------------------------------------------------
@@ -95,7 +116,7 @@ def _batches(model: TensorModel, inputs: Path | None, texts: Sequence[str]) -> l
 def run_tensors(artifact: Path, as_json: bool, options: RunOptions) -> None:
     """Print what a model computes, and write it where that was asked for."""
     refuse_others(options, ("prompt", "inputs", "save_outputs", "threads", "trust"))
-    model = _load(artifact, options)
+    model = load_for(artifact, options)
     batches = _batches(model, options.inputs, options.prompt)
     outputs = [model.run(batch.inputs) for batch in batches]
     if options.save_outputs is not None:
@@ -148,7 +169,7 @@ def evaluate_tensors(artifacts: Sequence[Path], options: EvalOptions) -> dict[st
     """Artifacts beside their source, or beside the first of them, on the same inputs."""
     allowed = ("compare", "text", "inputs", "source", "no_reference", "threads", "trust", "save")
     refuse_others(options, allowed)
-    models = [_load(path, options) for path in artifacts]
+    models = [load_for(path, options) for path in artifacts]
     rows = _evaluation(
         [*zip(map(str, artifacts), models, strict=True)],
         options.inputs,
@@ -184,8 +205,7 @@ def _evaluation(
             raise InputError(
                 "the artifacts have other inputs or outputs", where=path, remedy="compare those of one model"
             )
-    texts = [] if text is None else [line for line in read_text(text).splitlines() if line.strip()]
-    batches = _batches(first, inputs, texts)
+    batches = _batches(first, inputs, [] if text is None else text_lines(text), together=_TOGETHER)
     contract = first.manifest.contract
     reference, beside = None, None
     if not no_reference:
@@ -237,7 +257,7 @@ def bench_tensors(artifact: Path, options: BenchOptions) -> dict[str, Any]:
     from optc.runtime.measuring.tensors import bench_tensors, random_inputs
     from optc.runtime.sessions.session import default_threads
 
-    model = _load(artifact, options)
+    model = load_for(artifact, options)
     if options.inputs is not None:
         if options.prompt_length or options.batch != 1:
             raise UsageError("--batch and --prompt-length have no effect with --inputs", remedy="leave them out")
