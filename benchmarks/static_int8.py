@@ -1,7 +1,7 @@
 """Static int8 on the CPU: `--quant int8-static` beside fp32 and beside onnxruntime's own static quantizer.
 
     python benchmarks/static_int8.py                       # a quiet core, twenty minutes
-    python benchmarks/static_int8.py --only resnet18 --rounds 5
+    python benchmarks/static_int8.py --only resnet18 --rounds 5    # again, beside the rows that are there
     python benchmarks/static_int8.py --small               # a small network, two rounds: whether it works
 
     fp32       optc compile --target onnx-cpu
@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,13 +39,13 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from common import OPEN_GATE, ROOT, TOKENIZER, interleave, ratio, record
+from common import OPEN_GATE, RESULTS, ROOT, TOKENIZER, interleave, ratio, record
 from torch import Tensor, nn
 
 import optc
 from optc.runtime.measuring.benchmark import median_rate
 
-ROWS, HELD, SIDE, WORDS = 64, 256, 224, 128
+ROWS, HELD, SIDE, WORDS = 64, 128, 224, 128
 PHOTOGRAPHS = (
     "astronaut.png",
     "chelsea.png",
@@ -122,8 +123,8 @@ class _Logits(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        out: Tensor = self.model(*inputs).logits
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.model(x).logits
         return out
 
 
@@ -309,7 +310,7 @@ def quality(run: Callable[[Tensor], Tensor], inputs: Tensor, expected: Tensor) -
     return {"sqnr_db": -20 * float(np.log10(gap)), "relative_error": gap, "top1_agreement": float(agree.mean())}
 
 
-def measure(name: str, case: Case, work: Path, rounds: int, rows: int, held: int, side: int) -> dict[str, Any]:
+def measure(case: Case, work: Path, rounds: int, rows: int, held: int, side: int) -> dict[str, Any]:
     torch.manual_seed(0)
     model = case.make().eval().requires_grad_(False)
     given, others = (
@@ -368,21 +369,22 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {}
+    name = "static_int8_small" if args.small else "static_int8"
+    kept = RESULTS / f"{name}.json"
+    results: dict[str, Any] = json.loads(kept.read_text())["models"] if args.only and kept.exists() else {}
     with tempfile.TemporaryDirectory() as work:
         if args.small:
-            results["small"] = measure("small", Case(small), Path(work), 2, 4, 8, 32)
-        for name in () if args.small else args.only or CASES:
-            case = CASES[name]
+            results["small"] = measure(Case(small), Path(work), 2, 4, 8, 32)
+        for model in () if args.small else args.only or CASES:
+            case = CASES[model]
             if case.trained and importlib.util.find_spec(LITE) is None:
-                print(f"{name}: efficientnet-lite-pytorch is not installed")
+                print(f"{model}: efficientnet-lite-pytorch is not installed")
                 continue
-            folder = Path(work) / name
+            folder = Path(work) / model
             folder.mkdir()
-            results[name] = measure(name, case, folder, args.rounds, ROWS, args.held, SIDE)
-            print(name, results[name], flush=True)
+            results[model] = measure(case, folder, args.rounds, ROWS, args.held, SIDE)
     images_from = "photographs of scikit-image" if _photographs() else "noise with the spectrum of photographs"
-    record("static_int8_small" if args.small else "static_int8", {"images": images_from, "models": results}, 1)
+    record(name, {"images": images_from, "models": results}, 1)
 
 
 if __name__ == "__main__":

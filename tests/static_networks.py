@@ -45,7 +45,7 @@ class Mobile(nn.Module):
         y = functional.hardswish(self.deep(x))
         y = y * functional.hardsigmoid(self.up(functional.relu(self.down(functional.adaptive_avg_pool2d(y, 1)))))
         y = x + self.norm2(self.out(y))
-        logits: Tensor = self.head(y.mean((2, 3)))
+        logits: Tensor = self.head(functional.adaptive_avg_pool2d(y, 1).view(x.shape[0], -1))
         return logits
 
 

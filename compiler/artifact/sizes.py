@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -73,3 +73,8 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 def megabytes(size: int) -> str:
     """A size for people: three digits at least."""
     return f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size / 1e3:.2f} kB"
+
+
+def group_text(sizes: Sequence[int]) -> str:
+    """Group sizes for people: "groups of 64 and of a row"."""
+    return "groups of " + " and of ".join("a row" if size == 0 else str(size) for size in sizes)

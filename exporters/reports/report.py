@@ -13,7 +13,7 @@ import msgspec
 
 from optc.compiler.artifact.drift_table import drift_table
 from optc.compiler.artifact.manifest import Manifest, PassRecord
-from optc.compiler.artifact.sizes import megabytes
+from optc.compiler.artifact.sizes import group_text, megabytes
 from optc.compiler.diagnostics import os_errors
 from optc.exporters.reports.quantization import quantization_section
 
@@ -43,7 +43,7 @@ def write_report(directory: Path, manifest: Manifest) -> None:
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(number=_number, megabytes=megabytes)
+    environment.filters.update(number=_number, megabytes=megabytes, groups=group_text)
     stages = [(path.stem, path.read_text()) for path in sorted((directory / "ir").glob("*.txt"))]
     titles, cells = drift_table(msgspec.to_builtins(manifest.passes))
     text = environment.get_template("report.html").render(

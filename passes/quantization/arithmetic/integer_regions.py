@@ -101,11 +101,11 @@ def integer_regions(program: Program, convolutions: Sequence[Convolution], linea
     for node in reversed(program.graph.nodes):
         if node in near and _in_integers(program, node) and outcome(node) in wanted:
             inner.append(node)
-            wanted |= dict.fromkeys(map(peel, node.all_input_nodes))
+            wanted |= dict.fromkeys(map(peel, _tensors(node)))
     inner.reverse()
     makers = {outcome(node): node for node in (*made, *inner)}
     readers: dict[Node, list[tuple[Node, Node]]] = {}
-    for call, argument in (*read.values(), *((node, item) for node in inner for item in node.all_input_nodes)):
+    for call, argument in (*read.values(), *((node, item) for node in inner for item in _tensors(node))):
         readers.setdefault(peel(argument), []).append((call, argument))
     order = {node: place for place, node in enumerate(program.graph.nodes)}
     nodes = sorted({*wanted, *makers}, key=order.__getitem__)
@@ -133,9 +133,14 @@ def outcome(node: Node) -> Node:
 
 def _coded(node: Node, makers: Mapping[Node, Node], readers: Mapping[Node, Sequence[tuple[Node, Node]]]) -> Coded:
     bound, maker = clipped_at_zero(node), makers.get(node)
-    like = peel(maker.all_input_nodes[0]) if maker is not None and maker.target in _SAME_GRID else None
-    source = node if bound is None else node.all_input_nodes[0]
+    like = peel(_tensors(maker)[0]) if maker is not None and maker.target in _SAME_GRID else None
+    source = node if bound is None else _tensors(node)[0]
     return Coded(node, source, bound, like, tuple(readers.get(node, ())), maker is not None)
+
+
+def _tensors(node: Node) -> list[Node]:
+    """The tensors that a call reads: no sizes."""
+    return [item for item in node.all_input_nodes if is_tensor(item)]
 
 
 def _near(program: Program, convolutions: Iterable[Node]) -> set[Node]:
@@ -153,7 +158,7 @@ def _in_integers(program: Program, node: Node) -> bool:
     """Whether engines can compute a call in codes: of activations alone, without factors."""
     if node.target not in _SAME_GRID | _OWN_GRID:
         return False
-    read = [item for item in node.all_input_nodes if is_tensor(item)]
+    read = _tensors(node)
     if any(program.weight_of(item) is not None or value_of(item).dtype is not torch.float32 for item in read):
         return False
     if node.target in (aten.add.Tensor, aten.mul.Tensor):

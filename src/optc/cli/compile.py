@@ -10,7 +10,7 @@ from rich.table import Table
 from optc.cli.common import emit, json_option, progress, say, stderr
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.artifact.drift_table import drift_table
-from optc.compiler.artifact.sizes import Sizes
+from optc.compiler.artifact.sizes import Sizes, group_text
 from optc.compiler.diagnostics import UsageError, printable
 from optc.request import SECTIONS, Request
 
@@ -71,8 +71,8 @@ def _show(result: dict[str, Any]) -> None:
     quantized = result["quantization"]
     if "bits_per_parameter" in quantized:
         bits, ideal = quantized["bits_per_parameter"], quantized["ideal_bits"]
-        groups = ", ".join("a row" if size == 0 else str(size) for size in quantized["group_size"])
         console.print(
-            f"  quantized weights: groups of {groups}; {bits:.3f} bits per parameter, ideal {ideal:.3f}", markup=False
+            f"  quantized weights: {group_text(quantized['group_size'])}; {bits:.3f} bits per parameter, ideal {ideal:.3f}",
+            markup=False,
         )
     say(f"{result['artifact']}: {result['target']}, {result['seconds']:.1f} s; weights {Sizes.read(result['sizes'])}")

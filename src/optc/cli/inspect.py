@@ -13,7 +13,7 @@ from msgspec import Meta
 from optc.cli.common import emit, json_option, say
 from optc.cli.options import struct_flags
 from optc.compiler.artifact.drift_table import EMPTY, drift_table
-from optc.compiler.artifact.sizes import Sizes, megabytes
+from optc.compiler.artifact.sizes import Sizes, group_text, megabytes
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.target.options import ComputeType
 
@@ -119,10 +119,8 @@ def _show(manifest: dict[str, Any]) -> None:
         say(f"  {spec['name']}: {spec['dtype']}[{', '.join(map(str, spec['dims']))}] ({spec['role']})")
     if len(contract["inputs"]) > 4:
         say(f"  and {len(contract['inputs']) - 4} more")
-    cache = contract["kv_cache"]
-    say(
-        f"KV cache: {cache['kind']}{' in place' if cache['in_place'] else ''}; {len(contract['layers'])} attention layers"
-    )
+    for line in _attention(contract):
+        say(line)
     if contract["embedding"] is not None:
         say(_embedding(contract["embedding"]))
     say("\n".join(_capture(manifest["capture"])))
@@ -194,6 +192,15 @@ def _embedding(facts: dict[str, Any]) -> str:
     return ", ".join(parts) + (f"; prompts: {', '.join(names)}" if names else "")
 
 
+def _attention(contract: dict[str, Any]) -> list[str]:
+    """The KV cache of a decoder, and how many attention layers there are; nothing of a program without any."""
+    layers = f"{len(contract['layers'])} attention layers"
+    if contract["kind"] != "decoder":
+        return [layers] if contract["layers"] else []
+    cache = contract["kv_cache"]
+    return [f"KV cache: {cache['kind']}{' in place' if cache['in_place'] else ''}; {layers}"]
+
+
 def _sizes(manifest: dict[str, Any]) -> str:
     """The size of the weights by parts, and of the whole folder."""
     row = manifest["sizes"]
@@ -204,9 +211,9 @@ def _sizes(manifest: dict[str, Any]) -> str:
 def _quantization(row: dict[str, Any]) -> str:
     if not row:
         return "none"
-    bits, sizes = ("/".join(map(str, row[key])) for key in ("bits", "group_size"))
+    bits = "/".join(map(str, row["bits"]))
     kind = "symmetric" if row["symmetric"] else "asymmetric"
-    text = f"{row['method']}, {bits} bits, groups of {sizes}, {kind}, {row['linears']} linears"
+    text = f"{row['method']}, {bits} bits, {group_text(row['group_size'])}, {kind}, {row['linears']} weights"
     if "bits_per_parameter" not in row:
         return text
     return f"{text}; {row['bits_per_parameter']:.3f} bits per parameter, {row['ratio_to_ideal']:.3f} x ideal"

@@ -116,7 +116,7 @@ def test_without_calibration_the_weight_error_is_shown(tmp_path: Path) -> None:
     ]
     text, found = page(tmp_path, manifest(*rows))
     assert [row[0] for row in found.rows[1:]] == ["w1", "w2", "w3"]
-    assert "There was no calibration" in text
+    assert "The error of outputs was not measured" in text
     assert found.rows[1][5:9] == ["–", "–", "–", "1.000e-01"]
 
 
@@ -125,6 +125,18 @@ def test_no_section_without_quantization(tmp_path: Path) -> None:
     assert "<h2>Quantization</h2>" not in text
     assert found.rows == []
     assert quantization_section(make_manifest(quantization={})) is None
+
+
+def test_a_module_has_no_cache_and_no_groups_of_0(tmp_path: Path) -> None:
+    plain = make_manifest(quantization={**SUMMARY, "group_size": [0]})
+    entry = plain.programs["model"]
+    module = msgspec.structs.replace(entry.contract, kind="module", layers=())
+    given = msgspec.structs.replace(plain, programs={"model": msgspec.structs.replace(entry, contract=module)})
+    text, _ = page(tmp_path, given)
+    assert "groups of a row, 2 weights" in text
+    assert "KV cache" not in text
+    assert "attention layers</span>" not in text
+    assert "--inputs FILE.npz" in text
 
 
 def test_plot_geometry() -> None:
