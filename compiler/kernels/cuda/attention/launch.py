@@ -87,6 +87,9 @@ def attend(
 ) -> Tensor:
     """Write the new keys and values and attend: with one token per request in one launch, else in three.
 
+    More requests than tokens mean that no request has several, and that some may share blocks: the tokens of one that are
+    requests of their own see each other's keys, so all are written before. That is two launches where requests are few.
+
     Shapes alone decide, never lengths, so that a captured CUDA graph serves any lengths.
     """
     tokens, requests = call.q.shape[0], call.block_tables.shape[0]
@@ -94,10 +97,11 @@ def attend(
     out = torch.empty((tokens, heads, value_width), dtype=call.v.dtype, device=call.v.device)
     if tokens == 0:
         return out
+    tiles = decode_tiles or choose_decode_tiles(call)
     if tokens != requests:
         _write(call)
-        _prefill(call, out, prefill_tiles or choose_prefill_tiles(call))
-    tiles = decode_tiles or choose_decode_tiles(call)
+        if tokens > requests or isinstance(tiles, DecodeTiles):
+            _prefill(call, out, prefill_tiles or choose_prefill_tiles(call))
     if isinstance(tiles, SplitTiles):
         _split(call, out, tiles)
     else:
@@ -115,7 +119,7 @@ def choose_decode_tiles(call: Call) -> DecodeTiles | SplitTiles:
     """
     size = _head_bytes(call)
     pairs = call.block_tables.shape[0] * call.k.shape[1]
-    alone = call.q.shape[0] == call.block_tables.shape[0]
+    alone = call.q.shape[0] <= call.block_tables.shape[0]
     if alone and pairs >= FEW_PAIRS and size <= 256 and longest(call) <= SHORT_CONTEXT:
         return SplitTiles(warps=2, programs=4, registers=255, most=1)
     if alone and pairs < FEW_PAIRS:
@@ -190,7 +194,10 @@ def _split(call: Call, out: Tensor, tiles: SplitTiles) -> None:
     shares = triton.cdiv(longest(call), tiles.tile * tiles.fewest)
     splits = max(1, min(at_a_time // heads, shares, tiles.most or shares))
     args, constants = _of_both(call, out, tiles, count=at_a_time, parts=requests * heads * splits)
-    decode_split[(splits, heads, requests)](*args, FEWEST=tiles.fewest, EARLY=tiles.early, **constants)
+    tokens = call.q.shape[0]
+    if tokens != requests:  # keys of this call are loaded before the wait for the kernel in front, which writes them
+        constants["launch_pdl"] = False
+    decode_split[(splits, heads, tokens)](*args, FEWEST=tiles.fewest, EARLY=tiles.early, **constants)
 
 
 def _of_both(

@@ -81,9 +81,10 @@ def decode_split(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ROTATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     TILE: tl.constexpr, STAGES: tl.constexpr, FEWEST: tl.constexpr, MERGED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """See `decode`, which takes the same arguments; the grid is [parts of a pair at most, HEADS, requests].
+    """See `decode`, which takes the same arguments; the grid is [parts of a pair at most, HEADS, tokens], and
+    token i is that of request i.
 
-    Where `starts` does not say one token per request, the row is NaN. at_a_time: programs by which the keys of all are
+    Where `starts` does not say one token per request, the row is NaN, but for padding. at_a_time: programs by which the keys of all are
     divided; FEWEST tiles are the least that a program takes. partials float32 [requests, HEADS, parts, GROUP_ROWS,
     VALUE_WIDTH], statistics [..., GROUP_ROWS, 2]: each part's weighted values; its maximum and sum of weights.
     """
@@ -113,7 +114,7 @@ def decode_split(
     if (slot < 0) | (is_single == 0):
         if (split == 0) & (head == 0):
             wait_for_producer(PDL)
-            fill_rows(out, token, tl.where(is_single, 0.0, float("nan")), HEADS * GROUP, DV, VALUE_WIDTH)
+            fill_rows(out, token, tl.where(slot < 0, 0.0, float("nan")), HEADS * GROUP, DV, VALUE_WIDTH)
     elif split <= last_split:
         table = tables + token * table_row
         keys = k_pool + head * k_pool_head

@@ -218,6 +218,29 @@ def test_other_counts_than_one_are_not_computed_wrongly(tiles: Any) -> None:
         assert found.isnan().flatten(1).all(1).nonzero().flatten().tolist() == wrong
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("tiles", [(None, None), SMALL_TILES, SMALL_SPLIT], ids=["chosen", "line", "split"])
+def test_tokens_that_are_requests_of_their_own_see_each_other(tiles: Any, dtype: torch.dtype) -> None:
+    """As drafted tokens are laid out: blocks and lengths of each, one request to spare, and padding."""
+    case = Case(new=(3, 1, 5, 2), past=(14, 0, 40, 3), block_size=16, dtype=dtype)
+    inputs, knobs = case.inputs()
+    expected = reference("paged_attention_")(
+        *[item.double() if item.is_floating_point() else item for item in inputs], **knobs
+    )
+    new = torch.tensor(case.new)
+    owner = torch.arange(len(new)).repeat_interleave(new)
+    behind = torch.arange(len(owner)) - (new.cumsum(0) - new)[owner]
+    inputs, _ = case.inputs()
+    inputs[5][-1], expected[-1] = PADDING, 0.0
+    inputs[6] = torch.cat((inputs[6][owner], inputs[6][:1]))
+    inputs[7] = torch.cat(((torch.tensor(case.past)[owner] + behind + 1).int(), torch.zeros(1, dtype=torch.int32)))
+    inputs[8] = torch.tensor([*range(len(owner) + 1), len(owner)], dtype=torch.int32)
+    tensors = dict(zip(NAMES, [item.to(DEVICE) for item in inputs], strict=True))
+    found = attend(Call(**tensors, **knobs), *tiles)  # type: ignore[arg-type]
+    bound = 1e-5 if dtype is torch.float32 else 2e-2
+    assert float((found.cpu().double() - expected).abs().max()) < bound
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("name", LARGE)
