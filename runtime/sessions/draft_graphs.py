@@ -2,12 +2,14 @@
 
 Its program takes, of each position, the base's states and its own, of which one is 0, and spreads its logits over the base's
 vocabulary. Where it is known which of them is 0, the product with it is left out; what chooses a token needs the logits of
-the draft vocabulary alone; and of a prompt nothing is wanted but keys and values.
+the draft vocabulary alone; and of a prompt nothing is wanted but keys and values. What a token's embedding adds to queries,
+keys and values depends on the token alone: it is looked up in a table of them all, where that is small.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ _LINEAR = torch.ops.optc.fused_linear.default
 _ATTENTION = (torch.ops.optc.rotary_paged_attention_.default, torch.ops.optc.paged_attention_.default)
 _RESIDUAL = 7
 """Place of it among the arguments of `fused_linear`."""
+_MOST_BYTES = 64 << 20
+"""Of a table of what embeddings add."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class DraftGraphs:
     targets: Tensor
 
 
+@torch.no_grad()
 def draft_graphs(program: Program) -> DraftGraphs:
     """The graphs of a draft model's program, which share weights with its module.
 
@@ -48,17 +53,19 @@ def draft_graphs(program: Program) -> DraftGraphs:
     """
     module = program.module()
     base, own = (_input(program, role) for role in ("base_states", "own_states"))
-    targets = _targets(module, program.contract.model.vocab_size)
-    first, further = _copied(module), _copied(module)
+    weights = {str(node.target): _attribute(module, node) for node in module.graph.find_nodes(op="get_attr")}
+    whole = _copied(module.graph)
+    _look_up(whole, weights)
+    targets = _targets(whole, weights, program.contract.model.vocab_size)
+    first, further, keys = (_copied(whole) for _ in range(3))
     for graph in (first, further):
         _narrow(graph)
-    _drop_residual(first, own)
+    for graph in (first, keys):
+        _drop_residual(graph, own)
     _drop_product(further, base)
-    keys = _copied(module)
-    _drop_residual(keys, own)
     _end_at_attention(keys)
     made = [
-        GraphModule(module, _pruned(graph, unread)).forward
+        GraphModule(weights, _pruned(graph, unread)).forward
         for graph, unread in ((keys, own), (first, own), (further, base))
     ]
     return DraftGraphs(made[0], made[1], made[2], targets)
@@ -69,9 +76,17 @@ def _input(program: Program, role: str) -> str:
     return program.user_inputs()[place].name
 
 
-def _copied(module: GraphModule) -> Graph:
+def _attribute(module: GraphModule, node: Node) -> Tensor:
+    value = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _copied(old: Graph) -> Graph:
     graph = Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
+    graph.output(graph.graph_copy(old, {}))
     return graph
 
 
@@ -100,17 +115,54 @@ def _spread(graph: Graph) -> Node | None:
     return node if found else None
 
 
-def _targets(module: GraphModule, vocabulary: int) -> Tensor:
-    call = _spread(module.graph)
+def _targets(graph: Graph, weights: dict[str, Tensor], vocabulary: int) -> Tensor:
+    call = _spread(graph)
     if call is None:
-        return torch.arange(vocabulary, device=next(module.parameters()).device)
+        return torch.arange(vocabulary, device=next(iter(weights.values())).device)
     table = call.args[2]
     assert isinstance(table, Node)
-    value = module
-    for part in str(table.target).split("."):
-        value = getattr(value, part)
-    assert isinstance(value, Tensor)
-    return value
+    return weights[str(table.target)]
+
+
+def _look_up(graph: Graph, weights: dict[str, Tensor]) -> None:
+    """linear(cat(norm(embedding[ids]), h))  ->  linear(h) + table[ids], which adds a weight; nothing where it is large."""
+    for cat in graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
+        parts, linear = cat.args[0], next(iter(cat.users), None)
+        assert isinstance(parts, list | tuple)
+        norm = parts[0]
+        if len(parts) != 2 or len(cat.users) != 1 or linear is None or linear.target is not _LINEAR:
+            continue
+        if not isinstance(norm, Node) or norm.target is not torch.ops.optc.fused_norm.default or len(norm.users) != 1:
+            continue
+        lookup, wide = norm.args[0], linear.args[1]
+        bare = all(item is None for item in linear.args[2:]) and not any(linear.kwargs.values())
+        if not bare or not isinstance(lookup, Node) or lookup.target is not torch.ops.optc.select_rows.default:
+            continue
+        rows, ids = lookup.args
+        plain = (
+            isinstance(rows, Node)
+            and isinstance(wide, Node)
+            and not lookup.kwargs
+            and not isinstance(norm.args[3], Node)
+        )
+        if not plain or weights[str(rows.target)].shape[0] * weights[str(wide.target)][:, :1].nbytes > _MOST_BYTES:
+            continue
+        _split(graph, weights, (rows, ids, norm, wide, linear), parts[1])
+
+
+def _split(graph: Graph, weights: dict[str, Tensor], found: tuple[Any, Node, Node, Node, Node], other: Any) -> None:
+    """See `_look_up`."""
+    rows, ids, norm, wide, linear = found
+    weight, embedding = weights[str(wide.target)], weights[str(rows.target)]
+    width = embedding.shape[1]
+    values = [weights[str(item.target)] if isinstance(item, Node) else item for item in norm.args[1:3]]
+    normed = torch.ops.optc.fused_norm(embedding, *values, None, **norm.kwargs)
+    weights["embedded_table"] = normed @ weight[:, :width].T
+    weights["other_columns"] = weight[:, width:].contiguous()
+    with graph.inserting_before(linear):
+        table, columns = (graph.get_attr(name) for name in ("embedded_table", "other_columns"))
+        added = graph.call_function(torch.ops.optc.select_rows.default, (table, ids))
+    linear.args = (other, columns, *[None] * (_RESIDUAL - 2), added)
 
 
 def _narrow(graph: Graph) -> None:
