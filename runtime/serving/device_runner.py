@@ -52,7 +52,7 @@ Given = Callable[[Ints], Chosen]
 
 
 @dataclass(slots=True)
-class _Flight:
+class Flight:
     """A step that was launched: its tokens on the way to the host, where those of interest are among them, and what the
     step gives once they are there."""
 
@@ -82,7 +82,7 @@ class DeviceRunner:
         self._open = OpenChoice(self._buffers, sampler_of)
         self._steps: dict[tuple[int, int, Kind], DecodeStep] = {}
         self._calls: dict[tuple[tuple[int, int], Kind, bool], MixedCall] = {}
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[Flight] = deque()
         self.model_s = 0.0
         self.launched = self.captured = 0
 
@@ -128,25 +128,27 @@ class DeviceRunner:
             buffers.draws(kind)
         buffers.join([*self._behind(plan), *(piece.row for piece in plan.pieces if piece.last)])
         with kernels_only():
-            tokens, order, given = self._start(plan, kind)
+            self._flights.append(self._start(plan, kind))
         self.launched += 1
-        arrived = None
-        host = buffers.bring(tokens)
-        if tokens.device.type == "cuda":
-            arrived = torch.cuda.Event()
-            arrived.record()
-        self._flights.append(_Flight(host, order, given, arrived))
 
     def _brings_tokens(self, plan: Plan, kind: Kind) -> bool:
         """Whether what a step feeds comes from the host, and not from the device's rows."""
         return bool(plan.drafted.any())
 
-    def _start(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Given]:
-        """What a step gives, where that is of interest, and what comes of it."""
+    def _start(self, plan: Plan, kind: Kind) -> Flight:
+        """Launch a step."""
         if plan.drafted.any():
-            return self._verify(plan, kind)
+            return self._fly(*self._verify(plan, kind))
         tokens, order, tell = self._mixed(plan, kind) if plan.pieces else self._decode(plan, kind)
-        return tokens, order, functools.partial(one_each, tell)
+        return self._fly(tokens, order, functools.partial(one_each, tell))
+
+    def _fly(self, tokens: Tensor, order: Ints, given: Given) -> Flight:
+        """What was launched last brings its tokens to the host."""
+        host, arrived = self._buffers.bring(tokens), None
+        if tokens.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return Flight(host, order, given, arrived)
 
     def _behind(self, plan: Plan) -> list[int]:
         """Rows that got tokens which the device's tables do not have, where they are by now."""

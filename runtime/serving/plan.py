@@ -96,10 +96,12 @@ class Rounds(NamedTuple):
     Attributes:
         verified: int64 [M, D], drafted tokens that were fed behind a row's last token.
         kept: int64 [M, D], the row's next tokens; 0 where it had no slots left.
+        steady: they followed those of the step before without a pause.
     """
 
     verified: Ints
     kept: Ints
+    steady: bool
 
 
 class Chosen(NamedTuple):

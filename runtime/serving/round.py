@@ -80,6 +80,15 @@ class Round:
     def load(self, heads: Tensor) -> None:
         """Where requests stand, int64 [4, B], see `compiler/ops/dialect/drafts`; and their tables as they are now."""
         self._heads.copy_(heads, non_blocking=True)
+        self._take_tables()
+
+    @torch.inference_mode()
+    def extend(self, limits: Tensor) -> None:
+        """Requests go on from where they are, with other limits, int64 [B], and tables as they are now."""
+        self._heads[2].copy_(limits, non_blocking=True)
+        self._take_tables()
+
+    def _take_tables(self) -> None:
         torch.index_select(self._tables, 0, self._owner, out=self._inputs.block_tables)
 
     @torch.inference_mode()

@@ -15,8 +15,11 @@ from optc.runtime.speculative.figures import SpeculativeFigures
 from optc.runtime.speculative.settings import Speculation
 from optc.runtime.speculative.switch import Outcome, Switch
 
-ROUNDS = ((2, 4), (8, 2))
+ROUNDS = ((8, 2),)
 """Rows, and the rounds of a step of so many or fewer: what the host does in a step takes longer than a round of few rows."""
+
+_SPARING = 8
+"""See `Switch`: at another depth, rounds that were launched ahead are dropped."""
 
 
 class RoundDrafting:
@@ -40,7 +43,7 @@ class RoundDrafting:
         self._drafter, self._options, self._clock = drafter, options, clock
         self._scheduler, self._rows, self._runner = scheduler, scheduler.rows, runner
         self.rounds: Sequence[tuple[int, int]] = ROUNDS
-        self._switch = Switch(options.draft_tokens) if options.adaptive else None
+        self._switch = Switch(options.draft_tokens, sparing=_SPARING) if options.adaptive else None
         self._begin, self._verified = 0.0, 0
         self._drafted_at, self._accepted_at = np.zeros((2, options.draft_tokens), np.int64)
 
@@ -54,21 +57,21 @@ class RoundDrafting:
         depth = self._options.draft_tokens if self._switch is None else self._switch.depth(len(ready))
         rounds = next((count for most, count in self.rounds if len(ready) <= most), 1)
         self._runner.depth, self._runner.rounds = depth, rounds
-        wanted = rounds * (depth + 1) - 1 + max(0, depth - 1)  # where all is kept, drafting goes on behind it
+        # Rounds of this step and of the next, which are launched ahead; where all is kept, drafting goes on behind it.
+        wanted = 2 * rounds * (depth + 1) - 1 + max(0, depth - 1)
         rows.drafted[ready] = np.minimum(wanted, rows.end[ready] - rows.known[ready] - 1)
 
     def note(self, plan: Plan, given: Chosen) -> None:
         """Behind a step, before its tokens are collected."""
         if given.rounds is None:
             return
-        verified, kept = given.rounds
+        verified, kept, steady = given.rounds
         self._scheduler.counts.steps += len(kept) - 1  # each round is a step of the model
-        depth = self._runner.depth
         places = np.arange(len(self._drafted_at))
         self._drafted_at += (verified[:, :, None] > places).sum((0, 1))
         self._accepted_at += ((kept - 1)[:, :, None] > places).sum((0, 1))
         self._verified += int((verified > 0).sum())
-        if self._switch is not None and (verified > 0).any() == (depth > 0):  # else the rows have only begun
+        if self._switch is not None and steady:
             outcomes = [Outcome(*item) for item in np.stack([verified, kept - 1], 2)[kept > 0].tolist()]
             seconds = (self._clock() - self._begin) / len(kept)
             self._switch.note(outcomes, seconds, rows=len(plan.decodes))

@@ -1,6 +1,7 @@
 """Runs steps whose drafts are made on the device: a step of decodes is some rounds of drafts, one behind the other.
 
-The host reads what all rounds of a step gave at once. A step with prompts, or with a row whose tokens are decided on the host
+The host reads what all rounds of a step gave at once, while those of the next step run: they need nothing from it, and are
+dropped where the next step is not of the same rows. A step with prompts, or with a row whose tokens are decided on the host
 or look at those before them, is a call without drafts, which the drafter follows.
 """
 
@@ -8,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
-from optc.runtime.serving.device_runner import DeviceRunner, Given, one_each, step_rows
+from optc.runtime.serving.device_runner import DeviceRunner, Flight, one_each, step_rows
 from optc.runtime.serving.mixed_call import MixedCall
 from optc.runtime.serving.plan import Chosen, Plan, Rounds
 from optc.runtime.serving.round import Round
@@ -22,6 +23,30 @@ from optc.runtime.serving.rows import Ints, Kind, Rows
 from optc.runtime.serving.sampler import SamplerOf
 from optc.runtime.sessions.paged import PagedModel
 from optc.runtime.speculative.device_drafter import DeviceDrafter
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """Rounds behind those of the step that was launched last, for a next one of the same rows.
+
+    Attributes:
+        this, count: so many of this round. rows, serials: of the step, see `Plan`.
+    """
+
+    this: Round
+    count: int
+    rows: Ints
+    serials: Ints
+    flight: Flight
+
+    def is_of(self, this: Round, count: int, plan: Plan) -> bool:
+        """Whether they are what a step asks for."""
+        same = self.this is this and self.count == count and not plan.moved
+        return same and np.array_equal(self.rows, plan.rows) and np.array_equal(self.serials, plan.serials)
+
+
+def _nothing(_: Ints) -> Chosen:
+    raise AssertionError("a flight that no step has taken")
 
 
 class RoundRunner(DeviceRunner):
@@ -42,6 +67,7 @@ class RoundRunner(DeviceRunner):
         self.depth, self.rounds = most, 1
         self._drafts = torch.zeros((rows.count, max(1, most)), dtype=torch.int64, device=model.device)
         self._ready = np.full((3, rows.count), -1)  # serial, position and tokens of the drafts on the device
+        self._ahead: _Ahead | None = None
         self._rounds: dict[tuple[int, int, int, Kind], Round] = {}
 
     @torch.inference_mode()
@@ -61,12 +87,13 @@ class RoundRunner(DeviceRunner):
     def _in_rounds(plan: Plan, kind: Kind) -> bool:
         return not plan.pieces and kind < Kind.PENALIZED
 
-    def _start(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Given]:
+    def _start(self, plan: Plan, kind: Kind) -> Flight:
         if self._in_rounds(plan, kind):
-            return self._run_rounds(plan, kind)
+            return self._start_rounds(plan, kind)
+        self._give_up()
         plain = dataclasses.replace(plan, drafted=np.zeros_like(plan.drafted))
         tokens, order, tell = self._mixed(plain, kind)
-        return tokens, order, functools.partial(one_each, tell)
+        return self._fly(tokens, order, functools.partial(one_each, tell))
 
     def _call(self, size: tuple[int, int], kind: Kind, *, every: bool = False) -> MixedCall:
         key = (size, kind, every)
@@ -86,23 +113,52 @@ class RoundRunner(DeviceRunner):
 
     # -- rounds -----------------------------------------------------------------------------
 
-    def _run_rounds(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Given]:
+    def _start_rounds(self, plan: Plan, kind: Kind) -> Flight:
+        """The rounds of a step, which may have been launched already; and those of a next one that is like it."""
         rows, limits = plan.decodes, plan.positions + 1 + plan.drafted
         batch, depth = step_rows(int(rows[-1]) + 1, self._rows.count), self.depth
         this = self._round(batch, self._width(int(limits.max())), depth, kind)
-        heads = np.zeros((4, batch), np.int64)
+        count = min(self.rounds, 1 + int(plan.drafted.max()))
+        ahead = self._ahead
+        steady = ahead is not None and ahead.is_of(this, count, plan)
+        if ahead is not None and steady:
+            limit = np.zeros(batch, np.int64)
+            limit[rows] = limits
+            this.extend(self._buffers.send(limit))
+            flight = ahead.flight
+        else:
+            self._give_up()
+            this.load(self._buffers.send(self._heads(plan, batch, limits)))
+            flight = self._run(this, count)
+        flight.given = functools.partial(self._gathered, plan, depth, steady)
+        self._ahead = None
+        if (limits - plan.positions > count * (depth + 1)).all():  # no row stands still in all of the next rounds
+            self._ahead = _Ahead(this, count, rows, plan.serials, self._run(this, count))
+        self.captured += this.recorded
+        self._buffers.overtaken()
+        return flight
+
+    def _heads(self, plan: Plan, batch: int, limits: Ints) -> Ints:
+        """Where rows stand, as rounds begin."""
+        rows, heads = plan.decodes, np.zeros((4, batch), np.int64)
         known = (self._ready[0, rows] == self._rows.serial[rows]) & (self._ready[1, rows] == plan.positions)
         heads[0, rows], heads[1, rows] = self._rows.history[rows, plan.positions], plan.positions
         heads[2, rows], heads[3, rows] = limits, np.where(known, self._ready[2, rows], 0)
-        this.load(self._buffers.send(heads))
-        count = min(self.rounds, 1 + int(plan.drafted.max()))
-        outcomes = torch.empty((count, batch, depth + 3), dtype=torch.int64, device=self._model.device)
+        return heads
+
+    def _run(self, this: Round, count: int) -> Flight:
+        outcomes = torch.empty((count, this.batch, this.depth + 3), dtype=torch.int64, device=self._model.device)
         for place in range(count):
             this.run()
             outcomes[place].copy_(this.outcome)
-        self.captured += this.recorded
-        self._buffers.overtaken()
-        return outcomes, np.arange(count), functools.partial(self._gathered, plan, depth)
+        return self._fly(outcomes, np.arange(count), _nothing)
+
+    def _give_up(self) -> None:
+        """Rounds that were launched ahead are not those of the next step: what they gave is dropped. They wrote behind the
+        tokens that rows have, which are written again."""
+        if self._ahead is not None:
+            self._ahead = None
+            self._ready[:] = -1
 
     def _round(self, batch: int, width: int, depth: int, kind: Kind) -> Round:
         key = (batch, width, depth, kind)
@@ -112,7 +168,7 @@ class RoundRunner(DeviceRunner):
             self._rounds[key] = Round(self._model, self._drafter, state, self._drafts, depth, draws)
         return self._rounds[key]
 
-    def _gathered(self, plan: Plan, depth: int, outcomes: Ints) -> Chosen:
+    def _gathered(self, plan: Plan, depth: int, steady: bool, outcomes: Ints) -> Chosen:
         """What rounds gave, from [M, B, depth + 3], row by row."""
         rows, width = plan.decodes, depth + 1
         found = outcomes[:, rows].transpose(1, 0, 2)
@@ -122,6 +178,6 @@ class RoundRunner(DeviceRunner):
         tokens = np.full((len(rows), int(counts.max())), NO_TOKEN, np.int64)
         tokens[np.arange(tokens.shape[1]) < counts[:, None]] = found[:, :, :width][real]
         self._ready[:, rows] = self._rows.serial[rows], plan.positions + counts, np.where(kept[:, -1] > 0, depth, 0)
-        chosen = Chosen(tokens, counts, rounds=Rounds(found[:, :, width + 1].T, kept.T))
+        chosen = Chosen(tokens, counts, rounds=Rounds(found[:, :, width + 1].T, kept.T, steady))
         self._go_on(plan, chosen)
         return chosen

@@ -31,12 +31,16 @@ class Outcome(NamedTuple):
 
 
 class Switch:
-    """Of one engine, whose drafts have `most` tokens at most."""
+    """Of one engine, whose drafts have `most` tokens at most.
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    Args:
+        sparing: the best depth is left so many times less often to see what others give, where a change of depth is dear.
+    """
+
+    def __init__(self, most: int, *, sparing: int = 1) -> None:
+        self._most, self._sparing = most, sparing
         self._of: dict[int, _Record] = {}
-        self._last = _Record(most)
+        self._last = _Record(most, sparing)
 
     def depth(self, rows: int) -> int:
         """Tokens to draft for each row of the next step, of which there are so many; 0 for a plain one."""
@@ -62,7 +66,7 @@ class Switch:
         return 0 if self._last.pause else self._last.best()
 
     def _at(self, rows: int) -> _Record:
-        return self._of.setdefault((rows - 1).bit_length(), _Record(self._most))
+        return self._of.setdefault((rows - 1).bit_length(), _Record(self._most, self._sparing))
 
 
 class _Record:
@@ -72,8 +76,8 @@ class _Record:
         pause: plain steps that are left before drafts are tried again; 0 where they are on.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, most: int, sparing: int) -> None:
+        self._most, self._sparing = most, sparing
         self._plain: deque[float] = deque(maxlen=_KEPT)
         self._drafted: deque[tuple[float, Sequence[Outcome]]] = deque(maxlen=_KEPT)
         self.pause = 0
@@ -91,9 +95,13 @@ class _Record:
         return statistics.median(seconds for seconds, _ in self._drafted)
 
     def depth(self) -> int:
-        if self.pause or self._since_plain >= _REFRESH or len(self._plain) < min(_LEAST, len(self._drafted)):
+        if (
+            self.pause
+            or self._since_plain >= _REFRESH * self._sparing
+            or len(self._plain) < min(_LEAST, len(self._drafted))
+        ):
             return 0
-        return self._most if self._tried % _EXPLORE == 0 else self.best()
+        return self._most if self._tried % (_EXPLORE * self._sparing) == 0 else self.best()
 
     def best(self) -> int:
         """The depth with the most tokens for their time, by the acceptance of each place."""

@@ -23,6 +23,7 @@ from optc.runtime.serving.engine import engine_for
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.paged_engine import PagedEngine
 from optc.runtime.serving.request import Generate
+from optc.runtime.serving.round import Round
 from optc.runtime.serving.round_runner import RoundRunner
 from optc.runtime.sessions.cuda import CudaSession
 from optc.runtime.sessions.cuda_memory import MemoryPlan
@@ -123,8 +124,14 @@ def knowing(
 
 
 @pytest.mark.parametrize("samplings", [[Sampling()] * 3, MIXED], ids=["greedy", "drawn"])
-def test_drafts_are_those_of_whole_texts_and_change_nothing(samplings: list[Sampling]) -> None:
-    """Requests join in the middle, and are ragged; the second time their blocks are found in the pool."""
+def test_drafts_are_those_of_whole_texts_and_change_nothing(
+    samplings: list[Sampling], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests join in the middle, and are ragged; the second time their blocks are found in the pool. Most rounds are
+    launched before the host has read those in front of them."""
+    extended: list[bool] = []
+    extend = Round.extend
+    monkeypatch.setattr(Round, "extend", lambda self, limits: (extended.append(True), extend(self, limits))[1])
     wanted = requests(samplings)
     plain = plainly(wanted)
     engine, own = knowing(wanted, plain)
@@ -141,6 +148,7 @@ def test_drafts_are_those_of_whole_texts_and_change_nothing(samplings: list[Samp
     assert figures.acceptance_length is not None
     assert 2 < figures.acceptance_length < 1 + DEPTH
     assert own.checked > 30
+    assert len(extended) > 3
     assert engine.metrics().used_blocks == 0
 
 
