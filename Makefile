@@ -54,7 +54,8 @@ fuzz: $(VENV)/.ready-test # 21 readers, FUZZ_SECONDS each; figures in FUZZ/figur
 		--json $(FUZZ)/figures.json --keep $(FUZZ)/failed
 
 faults: $(VENV)/.ready-test # kills, failing disks and power losses at every file operation of the writers
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.disk --work $(FUZZ)-disk --json $(FUZZ)-disk/figures.json
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.disk --work $(FUZZ)-disk --jobs $(FUZZ_JOBS) \
+		--json $(FUZZ)-disk/figures.json
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.serve_kills --work $(FUZZ)-disk --json $(FUZZ)-disk/serve.json
 
 clean:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -218,6 +219,11 @@ def os_failure(error: OSError, action: str, where: str | None = None) -> OptcErr
     failed = "the disk or its connection has failed: check it, then run again"
     remedy = failed if error.errno == errno.EIO else "check the path and its permissions"
     return InputError(f"failed while {action}", where=where, why=why, remedy=remedy)
+
+
+def says_disk_full(text: str) -> bool:
+    """Whether a message, of a compiler or of an engine in Rust or C++, is that of a full disk."""
+    return any(os.strerror(code) in text for code in _DISK_FULL)
 
 
 @contextmanager

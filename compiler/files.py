@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import fcntl
 import hashlib
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +20,9 @@ MOST_BYTES = 8 << 30
 """Of a file that is read whole."""
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _PART = ".part-"
+KEEP, EXCHANGE = 1, 2
+"""Flags of renameat2(2): refuse where the other name is taken; swap the two."""
+_AT_FDCWD = -100
 
 
 def read_plain(path: Path, action: str, *, most: int = MOST_BYTES, follow: bool = True) -> bytes:
@@ -46,33 +52,84 @@ def read_plain(path: Path, action: str, *, most: int = MOST_BYTES, follow: bool 
             return file.read()
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, *, place: Path | None = None) -> None:
     """Write a file whole, synced: what was there before stays until all of the new one is on the disk.
+
+    What killed runs left of it is removed.
+
+    Args:
+        place: folder of the same filesystem where the file is written before it gets its name; None takes its own.
 
     Raises:
         OSError: the disk refuses; nothing is left beside the old file.
     """
-    part = path.with_name(f"{_PART}{os.getpid()}-{secrets.token_hex(4)}")
+    with _part(path, data, place or path.parent, 0o666) as part:
+        part.replace(path)
+
+
+def new_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """The same for a file that is not there yet.
+
+    Args:
+        mode: its permissions, less the umask.
+
+    Raises:
+        FileExistsError: it is there; it stays.
+        OSError: the disk refuses; nothing is left.
+    """
+    with _part(path, data, path.parent, mode) as part:
+        if not rename_with(KEEP, part, path):
+            os.link(part, path)
+            part.unlink()
+
+
+def rename_with(flag: int, first: Path, second: Path) -> bool:
+    """Rename in one step as a flag says (renameat2, Linux 3.15); False where kernel or filesystem cannot.
+
+    Raises:
+        OSError: it can, and refuses.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), flag) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+@contextlib.contextmanager
+def _part(path: Path, data: bytes, place: Path, mode: int) -> Iterator[Path]:
+    """A synced file that gets another name in the block."""
+    start = f"{_PART}{hashlib.sha256(path.name.encode()).hexdigest()[:8]}-"
+    remove_parts(place, start)
+    part = place / f"{start}{os.getpid()}-{secrets.token_hex(4)}"
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
-        with part.open("xb") as file:
+        with open(handle, "wb") as file:
             with contextlib.suppress(OSError):  # a filesystem without locks: `remove_parts` leaves it alone
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            part.replace(path)
+            yield part
     except BaseException:
         part.unlink(missing_ok=True)
         raise
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what killed writers of `replace_file` left in a folder; the kernel lets go of their locks.
+def remove_parts(folder: Path, start: str = _PART) -> None:
+    """Remove what killed writers of `replace_file` and `new_file` left in a folder; the kernel lets go of their locks.
+
+    Args:
+        start: of their names; as it is, those of all files.
 
     Raises:
         OSError: the folder cannot be read.
     """
-    for part in folder.glob(f"{_PART}*"):
+    for part in folder.glob(f"{start}*"):
         with contextlib.suppress(OSError), part.open("rb") as file:  # held by a live writer, or gone just now
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             part.unlink()

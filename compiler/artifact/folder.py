@@ -154,7 +154,8 @@ def sign_artifact(folder: Path, private: Path) -> Manifest:
     manifest = verify(folder)
     data = sign((folder / FILE_NAME).read_bytes(), private)
     with os_errors("writing the signature", str(folder)):
-        replace_file(folder / SIGNATURE, data)
+        # Written beside the artifact: a killed run may leave no file in it that the manifest does not name.
+        replace_file(folder / SIGNATURE, data, place=folder.resolve().parent)
     return manifest
 
 

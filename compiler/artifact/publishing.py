@@ -7,8 +7,6 @@ and renamed. What a killed run leaves under such a name is removed by the next r
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import fcntl
 import os
 import re
@@ -19,13 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from optc.compiler.artifact.manifest import FILE_NAME
-from optc.compiler.diagnostics import InputError, OptcError, ResourceError, os_errors, os_failure
+from optc.compiler.diagnostics import InputError, OptcError, ResourceError, os_errors, os_failure, says_disk_full
+from optc.compiler.files import EXCHANGE, rename_with
 
 _MARK = b'"optc_version"'
 _OS_ERROR = re.compile(r"\(os error (\d{1,4})\)")  # as Rust says it
 _LEFT = re.compile(r"\..+\.(?:tmp|old|gone)-(?P<pid>\d{1,7})-[0-9a-f]{8}")
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 
 def check_output(output: Path, force: bool) -> None:
@@ -187,7 +184,7 @@ def disk_errors(output: Path) -> Iterator[None]:
         number = _OS_ERROR.search(str(error))
         if number is not None:
             raise os_failure(OSError(int(number[1]), str(error)), "writing the artifact", str(output)) from error
-        if not any(words in str(error) for words in _FULL):
+        if not says_disk_full(str(error)):
             raise
         raise ResourceError(
             "the disk is full while writing the artifact",
@@ -205,7 +202,7 @@ def _publish(temporary: Path, output: Path, force: bool) -> None:
         os.rename(temporary, output)
         return
     _check_existing(output, force)  # again: it may have appeared while the block ran
-    if _exchange(temporary, output):
+    if rename_with(EXCHANGE, temporary, output):
         return
     # Two renames. A crash between them leaves nothing under the name, the old artifact whole beside
     # it as .NAME.old-*, and the new one whole as .NAME.tmp-*.
@@ -213,20 +210,6 @@ def _publish(temporary: Path, output: Path, force: bool) -> None:
     os.rename(output, aside)
     os.rename(temporary, output)
     shutil.rmtree(aside)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two paths in one step (renameat2, Linux 3.15); False where kernel or filesystem cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    paths = os.fsencode(first), os.fsencode(second)
-    if renameat2(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(second))
 
 
 def _sync_tree(folder: Path) -> None:

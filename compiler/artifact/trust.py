@@ -15,14 +15,13 @@ import hashlib
 import hmac
 import os
 import secrets
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from optc.compiler.diagnostics import JSON_ERRORS, ArtifactError, InputError, TargetError, foreign_errors, os_errors
-from optc.compiler.files import read_plain, sync_folder
+from optc.compiler.files import new_file, read_plain, sync_folder
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -70,17 +69,9 @@ def _machine_key(*, make: bool) -> bytes:
 def _write_key(path: Path) -> None:
     """Make a key; of two processes at once the first one's stays."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".key-")  # readable by its owner alone
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(secrets.token_bytes(_KEY_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileExistsError):
-            os.link(name, path)
-        sync_folder(path.parent)
-    finally:
-        os.unlink(name)
+    with contextlib.suppress(FileExistsError):
+        new_file(path, secrets.token_bytes(_KEY_BYTES), mode=0o600)
+    sync_folder(path.parent)
 
 
 def _home(variable: str, default: str) -> Path:
@@ -94,24 +85,39 @@ def _home(variable: str, default: str) -> Path:
 def new_keys(private: Path) -> Path:
     """Make a pair of keys: the private one at `private`, for its owner alone, the public one beside it as `.pub`.
 
+    A private key without the other half, as a killed run leaves it, gets it.
+
     Returns:
         the path of the public key.
 
     Raises:
-        InputError: one of the files exists, or cannot be written.
+        InputError: the public key exists, or one of them cannot be written; then neither is left.
         TargetError: cryptography is not installed.
     """
     serialization, ed25519 = _cryptography()
-    key = ed25519.Ed25519PrivateKey.generate()
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     public = private.with_name(private.name + ".pub")
+    made = not private.exists()
+    key: Ed25519PrivateKey = ed25519.Ed25519PrivateKey.generate() if made else _private_key(private)
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     lines = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    for path, data, mode in ((private, pem, 0o600), (public, lines, 0o644)):
-        with os_errors("writing a key", str(path)):
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-            with open(handle, "wb") as file:
-                file.write(data)
+    with contextlib.ExitStack() as undo, os_errors("writing a key", str(private if made else public)):
+        if made:
+            new_file(private, pem, mode=0o600)
+            undo.callback(private.unlink)
+        new_file(public, lines, mode=0o644)
+        undo.callback(public.unlink)
+        sync_folder(private.parent)
+        undo.pop_all()
     return public
+
+
+def _private_key(path: Path) -> Ed25519PrivateKey:
+    serialization, _ = _cryptography()
+    pem = read_plain(path, "reading the private key", most=_MOST_KEY)
+    with foreign_errors("the private key cannot be read", where=str(path), remedy=_KEYS):
+        key: Ed25519PrivateKey = serialization.load_pem_private_key(pem, password=None)
+        _raw(key.public_key())
+        return key
 
 
 def sign(data: bytes, private: Path) -> bytes:
@@ -121,10 +127,8 @@ def sign(data: bytes, private: Path) -> bytes:
         InputError: the key cannot be read, or is not one of Ed25519.
         TargetError: cryptography is not installed.
     """
-    serialization, _ = _cryptography()
-    pem = read_plain(private, "reading the private key", most=_MOST_KEY)
+    key = _private_key(private)
     with foreign_errors("the private key cannot be read", where=str(private), remedy=_KEYS):
-        key: Ed25519PrivateKey = serialization.load_pem_private_key(pem, password=None)
         made = _Signature(format=_FORMAT, key=_raw(key.public_key()).hex(), signature=_signed(key, data).hex())
     return msgspec.json.format(msgspec.json.encode(made), indent=2) + b"\n"
 

@@ -19,7 +19,7 @@ from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.saved.tensors import write_tensors
 from optc.compiler.kernels.cpu.library import FILE_NAME, build_library
-from optc.compiler.kernels.cpu.toolchain import InstructionSet, find_compiler, instruction_set
+from optc.compiler.kernels.cpu.toolchain import InstructionSet, check_space, find_compiler, instruction_set
 from optc.compiler.kernels.kernel import Kernel, needs_of, used_kernels
 from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.compiler.version import version_of
@@ -112,6 +112,7 @@ def _compile(program: Program, path: Path, instructions: InstructionSet) -> None
             warnings.simplefilter("ignore")
             compat.aoti_compile(program.exported, str(path), configs)
     except compat.aoti_errors() as error:
+        check_space(str(error))
         raise TargetError(
             "AOTInductor's C++ compiler failed",
             where=str(path),

@@ -18,6 +18,7 @@ import collections
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import importlib
 import json
@@ -305,15 +306,49 @@ def check_names(path: str, facts: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def new_file(name: str) -> Iterator[str]:
-    """A temporary path that becomes `name` when the block ends well, and is removed otherwise."""
-    temporary = f"{name}.tmp-{os.getpid()}"
+def new_files(*names: str) -> Iterator[list[str]]:
+    """Temporary paths that get their names, one right after the other, when the block ends well; else nothing is left.
+
+    What killed runs left is removed first. A kill between two of the names leaves a folder that `optc verify` refuses,
+    until this has run again.
+    """
+    for name in names:
+        remove_left(name)
+    temporary = [f"{name}.tmp-{os.getpid()}" for name in names]
     try:
         yield temporary
-        os.replace(temporary, name)
+        made = [index for index, path in enumerate(temporary) if os.path.exists(path)]
+        for index in made:
+            with open(temporary[index], "rb+") as file:
+                os.fsync(file.fileno())
+        for index in made:
+            os.replace(temporary[index], names[index])
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        for path in temporary:
+            if os.path.exists(path):
+                os.remove(path)
+
+
+def remove_left(name: str) -> None:
+    """Remove what builds that were killed left under temporary names."""
+    for path in glob.glob(f"{glob.escape(name)}.tmp-*"):
+        pid = path.rpartition("-")[2]
+        if pid.isdigit() and not is_running(int(pid)):
+            with contextlib.suppress(OSError):  # Windows keeps what a running process has open
+                os.remove(path)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process; on Windows, where asking would end it, never."""
+    if os.name == "nt":
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def make_builder(trt: Any, log: Any) -> Any:
@@ -350,7 +385,7 @@ def build(
     all_tactics: bool = False,
     opt_level: int | None = None,
 ) -> dict[str, Any]:
-    """Build the plan of a folder; the fields of engine.json that it fills.
+    """Build the plan of a folder; the fields of engine.json that it fills. The folder's own plan is noted in its files.
 
     Args:
         opt_level: 0 builds fastest, 5 searches longest; None is TensorRT's default.
@@ -371,24 +406,28 @@ def build(
     if opt_level is not None:
         config.builder_optimization_level = opt_level
     add_profiles(builder, network, config, facts)
-    name = output or os.path.join(folder, "model.plan")  # the folder's own is noted in engine.json
-    with new_file(name) as temporary:
-        written, attempt = write_some_plan(trt, builder, network, config, temporary, log, held)
+    own = () if output else tuple(os.path.join(folder, name) for name in ("engine.json", "manifest.json"))
+    name = output or os.path.join(folder, "model.plan")
+    with new_files(name, *own) as parts:
+        written, attempt = write_some_plan(trt, builder, network, config, parts[0], log, held)
         if kind == "rtx":  # a plan of the others can be opened here, and run_trt.py asks it
-            check_names(temporary, facts)
-    del parser
-    return {
-        "runtime": NAMES[kind],
-        "runtime_version": trt.__version__,
-        "plan": os.path.basename(name),
-        "plan_bytes": written[0],
-        "plan_sha256": written[1],
-        "compute_capabilities": (architectures or "portable") if kind == "rtx" else gpu_architectures(),
-        "attention_kernels": attempt or None,
-        "network_found": held,
-        "build_seconds": round(time.time() - begin, 3),
-        "build_peak_bytes": peak_bytes(),
-    }
+            check_names(parts[0], facts)
+        del parser
+        built = {
+            "runtime": NAMES[kind],
+            "runtime_version": trt.__version__,
+            "plan": os.path.basename(name),
+            "plan_bytes": written[0],
+            "plan_sha256": written[1],
+            "compute_capabilities": (architectures or "portable") if kind == "rtx" else gpu_architectures(),
+            "attention_kernels": attempt or None,
+            "network_found": held,
+            "build_seconds": round(time.time() - begin, 3),
+            "build_peak_bytes": peak_bytes(),
+        }
+        if own:
+            record(folder, facts, built, parts)
+    return built
 
 
 def gpu_architectures() -> list[str] | None:
@@ -435,23 +474,26 @@ def read_facts(folder: str) -> dict[str, Any]:
     return facts
 
 
-def record(folder: str, facts: dict[str, Any], built: dict[str, Any]) -> None:
-    """Write what was built into engine.json, and into manifest.json where optc has written one."""
+def record(folder: str, facts: dict[str, Any], built: dict[str, Any], parts: list[str]) -> None:
+    """Write what was built into engine.json, and into manifest.json where optc has written one.
+
+    Args:
+        parts: temporary paths of the plan, which is there, engine.json and manifest.json.
+    """
     timing = ("build_seconds", "build_peak_bytes")  # not facts of the plan
     text = json.dumps({**facts, **{key: value for key, value in built.items() if key not in timing}}, indent=2)
-    replace_file(os.path.join(folder, "engine.json"), text + "\n")
+    write_text(parts[1], text + "\n")
     if os.path.exists(os.path.join(folder, "manifest.json")):
-        reseal(folder, built)
+        write_text(parts[2], resealed(folder, built, parts))
 
 
-def reseal(folder: str, built: dict[str, Any]) -> None:
-    """Let the manifest name the files as they are now: its last field is the sha256 of its text with that one empty."""
-    path = os.path.join(folder, "manifest.json")
-    with open(path, encoding="utf-8") as file:
+def resealed(folder: str, built: dict[str, Any], parts: list[str]) -> str:
+    """The manifest that names the files as they will be: its last field is the sha256 of its text with that one empty."""
+    with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:
         manifest = json.load(file)
     entries = {entry["path"]: entry for entry in manifest["files"]}
-    for name in ("engine.json", built["plan"]):
-        entries[name] = {"path": name, **file_facts(os.path.join(folder, name))}
+    for name, part in ((built["plan"], parts[0]), ("engine.json", parts[1])):
+        entries[name] = {"path": name, **file_facts(part)}
     manifest["files"] = [entries[name] for name in sorted(entries)]
     manifest["programs"]["model"]["engine_info"].update(built)
     needs = {key: value for key, value in manifest["needs"].items() if key not in NAMES.values()}
@@ -464,7 +506,7 @@ def reseal(folder: str, built: dict[str, Any]) -> None:
     del manifest["self_sha256"]
     empty = json.dumps({**manifest, "self_sha256": ""}, indent=2, ensure_ascii=False) + "\n"
     seal = hashlib.sha256(empty.encode()).hexdigest()
-    replace_file(path, json.dumps({**manifest, "self_sha256": seal}, indent=2, ensure_ascii=False) + "\n")
+    return json.dumps({**manifest, "self_sha256": seal}, indent=2, ensure_ascii=False) + "\n"
 
 
 def file_facts(path: str) -> dict[str, Any]:
@@ -476,12 +518,10 @@ def file_facts(path: str) -> dict[str, Any]:
     return {"size": os.path.getsize(path), "sha256": digest.hexdigest()}
 
 
-def replace_file(path: str, text: str) -> None:
-    """Write a file in one step."""
-    temporary = f"{path}.tmp-{os.getpid()}"
-    with open(temporary, "w", encoding="utf-8") as file:
+def write_text(path: str, text: str) -> None:
+    """Write a file of text."""
+    with open(path, "w", encoding="utf-8") as file:
         file.write(text)
-    os.replace(temporary, path)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -497,8 +537,6 @@ def main(arguments: list[str] | None = None) -> int:
     architectures = None if given.arch in (None, "portable") else given.arch.split(",")
     try:
         built = build(given.folder, given.output, given.runtime, architectures, given.all_tactics, given.opt_level)
-        if given.output is None:
-            record(given.folder, read_facts(given.folder), built)
     except BuildError as error:
         return fail(error, given.json)
     except MemoryError as error:

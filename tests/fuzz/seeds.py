@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Callable
@@ -28,10 +29,7 @@ class Seeds:
 
     def text(self) -> Path:
         """A text that is long enough for the gate, calibration and training."""
-        path = self.folder / "text.txt"
-        if not path.exists():
-            path.write_text(PROMPT_TEXT)
-        return path
+        return self._made("text.txt", lambda place: place.write_text(PROMPT_TEXT))
 
     def compiled(self, name: str, *arguments: str) -> Path:
         """An artifact of the model: `optc compile MODEL ARGUMENTS`."""
@@ -50,11 +48,13 @@ class Seeds:
 
     def _made(self, name: str, make: Callable[[Path], Any]) -> Path:
         place = self.folder / name
-        if not place.exists():
-            part = self.folder / f"{name}.part"
-            shutil.rmtree(part, ignore_errors=True)
-            make(part)
-            part.rename(place)
+        with (self.folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one makes it
+            if not place.exists():
+                part = self.folder / f"{name}.part"
+                shutil.rmtree(part, ignore_errors=True)
+                make(part)
+                part.rename(place)
         return place
 
 

@@ -1,6 +1,6 @@
 // LD_PRELOAD: counts file operations below $FAULT_DIR, writes them to $FAULT_LOG (with inode and size), and at operation number $FAULT_N fails
-// (FAULT_KIND=errno's number; $FAULT_STICKY: from there on), writes half ("short") or kills the process ("kill").
-// Reads nothing but the environment; a forked child counts anew.
+// (FAULT_KIND=errno's number; $FAULT_STICKY: from there on), writes half ("short") or kills the process group ("kill").
+// Reads nothing but the environment. Processes count together, in the eight bytes of the file $FAULT_COUNT.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
@@ -18,7 +19,7 @@
 
 enum fault { NONE, ERROR, SHORT, KILL };
 static pid_t owner;
-static long count, at;
+static long *count, at;
 static int sticky, error_number, log_fd = -1;
 static enum fault kind;
 static char folder[PATH_MAX];
@@ -29,7 +30,7 @@ static char folder[PATH_MAX];
 
 static void start(void) {
     if (getpid() == owner) return;
-    owner = getpid(), count = 0, at = -1, kind = NONE, folder[0] = 0;
+    owner = getpid(), at = -1, kind = NONE, folder[0] = 0;
     const char *text = getenv("FAULT_DIR");
     if (text) strncpy(folder, text, sizeof folder - 1);
     if ((text = getenv("FAULT_N"))) at = atol(text);
@@ -38,8 +39,16 @@ static void start(void) {
         kind = !strcmp(text, "short") ? SHORT : !strcmp(text, "kill") ? KILL : ERROR;
         error_number = atoi(text);
     }
+    int (*opening)(const char *, int, ...) = dlsym(RTLD_NEXT, "open");
+    static long alone;
+    count = &alone;
+    if ((text = getenv("FAULT_COUNT"))) {
+        int file = opening(text, O_RDWR | O_CLOEXEC);
+        void *shared = mmap(NULL, sizeof(long), PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+        if (shared == MAP_FAILED) abort();
+        count = shared, close(file);
+    }
     if ((text = getenv("FAULT_LOG"))) {
-        int (*opening)(const char *, int, ...) = dlsym(RTLD_NEXT, "open");
         log_fd = opening(text, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
     }
 }
@@ -57,7 +66,7 @@ static enum fault point(const char *operation, const char *path, unsigned long i
     start();
     if (!folder[0] || !path || strncmp(path, folder, strlen(folder))) return NONE;
     int saved = errno;
-    count++;
+    long number = __sync_add_and_fetch(count, 1);
     if (log_fd >= 0) {
         char line[PATH_MAX + 96];
         int size = snprintf(line, sizeof line, "%s %lu %lld %s\n", operation, inode, bytes, path);
@@ -65,9 +74,9 @@ static enum fault point(const char *operation, const char *path, unsigned long i
         writing(log_fd, line, size);
     }
     errno = saved;
-    if (at < 0 || !(count == at || (sticky && count > at))) return NONE;
+    if (at < 0 || !(number == at || (sticky && number > at))) return NONE;
     if (kind == KILL) {
-        kill(getpid(), SIGKILL);
+        kill(0, SIGKILL);
         pause();
     }
     return kind;

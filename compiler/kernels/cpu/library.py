@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from optc.compiler.diagnostics import os_errors
+from optc.compiler.files import replace_file
 from optc.compiler.kernels.cpu.toolchain import find_compiler, run_compiler
 from optc.compiler.kernels.kernel import CppSources, Kernel
 
@@ -63,11 +64,11 @@ def build_library(kernels: Sequence[Kernel]) -> Path:
         for place in (objects, library.parent):
             place.mkdir(parents=True, exist_ok=True, mode=0o700)
         missing = [(unit, name) for unit, name in zip(units, names, strict=True) if not (objects / name).is_file()]
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with tempfile.TemporaryDirectory() as scratch:
             with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
                 list(pool.map(lambda item: _compile(common, Path(scratch), objects, *item), missing))
             _link(common, [objects / name for name in names], Path(scratch) / FILE_NAME)
-            os.replace(Path(scratch) / FILE_NAME, library)
+            replace_file(library, (Path(scratch) / FILE_NAME).read_bytes())
     return library
 
 
@@ -120,7 +121,7 @@ def _compile(common: list[str], scratch: Path, objects: Path, unit: _Unit, name:
     made = place / name
     command = [*common, *unit.flags, str(place / unit.source), "-c", "-o", str(made)]
     run_compiler(command, "the op library")
-    os.replace(made, objects / name)
+    replace_file(objects / name, made.read_bytes())
 
 
 def _link(common: list[str], objects: Sequence[Path], library: Path) -> None:

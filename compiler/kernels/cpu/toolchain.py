@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optc.compiler import compat
-from optc.compiler.diagnostics import TargetError
+from optc.compiler.diagnostics import ResourceError, TargetError, says_disk_full
 
 _LEVEL_2 = ("cx16", "popcnt", "sse4_1", "sse4_2", "ssse3")
 _LEVEL_3 = (*_LEVEL_2, "abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
@@ -90,9 +90,11 @@ def run_compiler(command: list[str], what: str) -> str:
 
     Raises:
         TargetError: it failed; says what was compiled and its first error.
+        ResourceError: the disk is full.
     """
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
+        check_space(result.stderr)
         lines = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
         raise TargetError(
             f"the C++ compiler failed on {what}",
@@ -101,3 +103,17 @@ def run_compiler(command: list[str], what: str) -> str:
             remedy="use g++ 12 or newer; name it in $CXX",
         )
     return result.stdout
+
+
+def check_space(text: str) -> None:
+    """Tell from a compiler's errors that it had no room, which is not its fault.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    if says_disk_full(text):
+        raise ResourceError(
+            "the disk is full while compiling C++",
+            why=next(line for line in text.splitlines() if says_disk_full(line)),
+            remedy="free space where $TMPDIR and ~/.cache are, and run again",
+        )

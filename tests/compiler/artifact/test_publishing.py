@@ -21,6 +21,7 @@ from optc.compiler.artifact import publishing
 from optc.compiler.artifact.folder import check_output, finish, rewrite, verify, write_folder
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import ArtifactError, InputError, OptcError, ResourceError
+from optc.compiler.files import EXCHANGE, rename_with
 
 
 def names(folder: Path) -> list[str]:
@@ -61,7 +62,7 @@ def test_nothing_is_left_after_an_exception(tmp_path: Path, error: type[BaseExce
 @pytest.mark.parametrize("can_exchange", [True, False])
 def test_force_replaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
     if not can_exchange:
-        monkeypatch.setattr(publishing, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(publishing, "rename_with", lambda *given: False)
     make_artifact(tmp_path / "out", target="old")
     make_artifact(tmp_path / "out", force=True, target="new")
     assert verify(tmp_path / "out").target == "new"
@@ -73,7 +74,7 @@ def test_exchange_works_here(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "x").touch()
-    if not publishing._exchange(tmp_path / "a", tmp_path / "b"):
+    if not rename_with(EXCHANGE, tmp_path / "a", tmp_path / "b"):
         pytest.skip("this kernel or filesystem has no RENAME_EXCHANGE")
     assert names(tmp_path / "b") == ["x"]
     assert names(tmp_path / "a") == []
@@ -250,7 +251,7 @@ def test_kill_at_every_step(
 ) -> None:
     """The old artifact whole, then the new one whole; in between only without exchange, absent."""
     if not can_exchange:
-        monkeypatch.setattr(publishing, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(publishing, "rename_with", lambda *given: False)
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # a kill is no power cut; saves half a minute
     output, seen, step = tmp_path / "out", [], 0
     make_artifact(output, target="old")

@@ -19,6 +19,7 @@ from artifacts import make_artifact
 from optc.compiler.artifact import publishing
 from optc.compiler.artifact.folder import check_output, verify, write_folder
 from optc.compiler.diagnostics import InputError
+from optc.compiler.files import EXCHANGE, rename_with
 
 
 def refused(output: Path) -> str:
@@ -114,11 +115,11 @@ def _folders(folder: Path) -> tuple[Path, Path]:
 
 def test_paths_that_are_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = _folders(tmp_path)
-    if not publishing._exchange(first, second):
+    if not rename_with(EXCHANGE, first, second):
         pytest.skip("this kernel or filesystem has no RENAME_EXCHANGE")
     assert (first / "b").exists()
     monkeypatch.chdir(tmp_path)
-    assert publishing._exchange(Path("a"), Path("b"))
+    assert rename_with(EXCHANGE, Path("a"), Path("b"))
     assert (first / "a").exists()
     assert (second / "b").exists()
 
@@ -126,7 +127,7 @@ def test_paths_that_are_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_swap_that_fails_says_what_the_kernel_said(tmp_path: Path) -> None:
     first, _ = _folders(tmp_path)
     with pytest.raises(FileNotFoundError) as caught:
-        publishing._exchange(first, tmp_path / "none")
+        rename_with(EXCHANGE, first, tmp_path / "none")
     assert (caught.value.errno, caught.value.strerror) == (errno.ENOENT, os.strerror(errno.ENOENT))
     assert caught.value.filename == str(tmp_path / "none")
 
@@ -145,7 +146,7 @@ def test_where_nothing_can_be_swapped(tmp_path: Path, monkeypatch: pytest.Monkey
             return -1
 
     monkeypatch.setattr(ctypes, "CDLL", Library)
-    assert publishing._exchange(*_folders(tmp_path)) is False
+    assert rename_with(EXCHANGE, *_folders(tmp_path)) is False
     make_artifact(tmp_path / "out", target="old")
     make_artifact(tmp_path / "out", force=True, target="new")
     assert verify(tmp_path / "out").target == "new"
