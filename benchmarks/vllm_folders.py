@@ -45,7 +45,15 @@ SCHEMES: dict[str, list[str]] = {
     "int8": ["--quant", "int8"],
     "smoothquant": ["--quant", "smoothquant"],
     "fp8": ["--quant", "fp8"],
+    "fp8 kv-fp8": [
+        *["--quant", "fp8", "--insert-pass", "after:quantize-activations=quantize-kv-cache"],
+        *["--pass-option", "quantize-kv-cache.format=fp8", "--pass-option", "quantize-kv-cache.granularity=layer"],
+    ],
+    "nvfp4": ["--quant", "nvfp4"],
+    "mxfp4": ["--quant", "mxfp4"],
 }
+OPTIONS: dict[str, dict[str, Any]] = {"fp8 kv-fp8": {"kv_cache_dtype": "fp8"}}
+"""Of vLLM, beside those of `ENGINE`: it stores keys and values in FP8 only when told to."""
 WINDOW = 512
 ENGINE = {"enforce_eager": True, "dtype": "bfloat16", "gpu_memory_utilization": 0.1, "max_model_len": 2 * WINDOW}
 
@@ -54,7 +62,7 @@ def quantized(name: str, folder: Path) -> str:
     """Write a folder; the error's first line where there is none."""
     text = SHARED / "text" / "train.txt"
     command = [sys.executable, "-m", "optc", "quantize", str(SOURCE), "-o", str(folder), *SCHEMES[name]]
-    if SCHEMES[name][1] in ("gptq", "awq", "smoothquant"):
+    if not {"gptq", "awq", "smoothquant", "nvfp4", "quantize-kv-cache.format=fp8"}.isdisjoint(SCHEMES[name]):
         command += ["--calibration", str(text)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     return "" if not done.returncode else f"exit {done.returncode}: {done.stderr.strip()[-400:]}"
@@ -68,9 +76,11 @@ def perplexity_here(folder: Path, rows: list[list[int]]) -> float:
     return perplexity(logits, rows)
 
 
-def perplexity_there(folder: Path, rows: list[list[int]], site: Path, log: Path) -> dict[str, Any]:
+def perplexity_there(
+    folder: Path, rows: list[list[int]], options: dict[str, Any], site: Path, log: Path
+) -> dict[str, Any]:
     """Of the folder as vLLM reads it."""
-    with VllmPeer(site, folder, ENGINE, log).wait() as peer:
+    with VllmPeer(site, folder, ENGINE | options, log).wait() as peer:
         found = [value for row in peer.ask("score", rows=rows)["log_probabilities"] for value in row]
         return {"perplexity": math.exp(-sum(found) / len(found)), "version": peer.version}
 
@@ -88,7 +98,7 @@ def made_and_loaded(name: str, place: Path, rows: list[list[int]], given: argpar
     if "vllm" not in given.parts:
         return {}
     try:
-        return {"vllm": perplexity_there(folder, rows, given.vllm, place / f"{folder.name}.log")}
+        return {"vllm": perplexity_there(folder, rows, OPTIONS.get(name, {}), given.vllm, place / f"{folder.name}.log")}
     except RuntimeError as error:
         return {"vllm": {"error": str(error)[-1500:]}}
 

@@ -108,7 +108,7 @@ def main() -> None:
     folder, output = Path(sys.argv[1]), Path(sys.argv[2])
     start_processes(torch.device("cpu"), ParallelConfig())
     found: dict[str, Any] = {}
-    for name, (config, accumulation) in (DEEPSPEED if sys.argv[3:] else MODES).items():
+    for name, (config, accumulation) in (MODES | (DEEPSPEED if sys.argv[3:] else {})).items():
         found[name] = curve(folder, config, accumulation)
     if dist.get_rank() == 0:
         output.write_text(json.dumps(found))

@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
 ]
 STEPS = 4
+KINDS = ["ddp", "fsdp", *(["deepspeed-2", "deepspeed-3"] if importlib.util.find_spec("deepspeed") else [])]
 
 
 @pytest.fixture(scope="module")
@@ -60,26 +61,15 @@ def flags(kind: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def outputs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kind's output on two ranks: ddp by the command itself, the others one after another in processes that are
-    forked, as starting them takes longer than the runs. Runs of two steps are resumed by processes of their own."""
+    """Every kind's output on two ranks, one after another in processes that are forked, as starting them takes longer
+    than the runs. One run ends after two steps, and `torchrun -m optc train` resumes it."""
     place = tmp_path_factory.mktemp("ranks")
-    deepspeed = ["deepspeed-2", "deepspeed-3"] if importlib.util.find_spec("deepspeed") else []
-
-    def several(runs: list[list[object]]) -> None:
-        driver = Path(__file__).with_name("ranks_driver.py")
-        ranks(2, driver, json.dumps([[str(recipe), *map(str, run)] for run in runs]))
-
-    def resumed(kind: str, *more: object) -> list[object]:
-        saving = ["--set", "saving.every=2", "--set", "saving.keep_run=true"]
-        return [*flags(kind), *saving, *more, "-o", place / f"{kind}-resumed"]
-
-    torchrun(2, "-m", "optc", "train", recipe, *flags("ddp"), "-o", place / "ddp")
-    whole = [[*flags(kind), "-o", place / kind] for kind in ("fsdp", *deepspeed)]
-    several([*whole, *(resumed(kind, "--max-steps", 2) for kind in deepspeed)])
-    if deepspeed:
-        for kind in deepspeed:
-            shutil.rmtree(place / f"{kind}-resumed")
-        several([resumed(kind, "--resume") for kind in deepspeed])
+    runs = [[str(recipe), *flags(kind), "-o", str(place / kind)] for kind in KINDS]
+    saving = ["--set", "saving.every=2", "--set", "saving.keep_run=true", "-o", str(place / "resumed")]
+    runs.append([str(recipe), *flags(KINDS[-1]), *saving, "--max-steps", "2"])
+    ranks(2, Path(__file__).with_name("ranks_driver.py"), json.dumps(runs))
+    shutil.rmtree(place / "resumed")
+    torchrun(2, "-m", "optc", "train", recipe, *flags(KINDS[-1]), *saving, "--resume")
     return place
 
 
@@ -87,10 +77,8 @@ def losses(folder: Path) -> list[float | None]:
     return [row.loss for row in read_log(folder / "log.jsonl")]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "deepspeed-2", "deepspeed-3"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_give_the_curve_and_the_weights_of_one_process(outputs: Path, alone: Path, kind: str) -> None:
-    if kind.startswith("deepspeed"):
-        pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
     output = outputs / kind
     assert len(losses(output)) == STEPS
     assert losses(output) == pytest.approx(losses(alone), abs=1e-5)
@@ -102,10 +90,8 @@ def test_two_ranks_give_the_curve_and_the_weights_of_one_process(outputs: Path, 
         assert float((found[name] - tensor).abs().mean()) < 1e-5, name
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_resumes(outputs: Path, alone: Path, stage: int) -> None:
+def test_two_ranks_resume(outputs: Path, alone: Path) -> None:
     """Two steps, then processes that go on from their checkpoint."""
-    pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
-    output = outputs / f"deepspeed-{stage}-resumed"
+    output = outputs / "resumed"
     assert json.loads((output / "train.json").read_text())["resumed_from"] == 2
     assert losses(output) == pytest.approx(losses(alone), abs=1e-4)
