@@ -7,7 +7,7 @@ from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.executorch import LEGAL, export_executorch, require_executorch
 from optc.exporters.options.executorch import ExecutorchOptions
-from optc.passes.fusion.attention import FuseAttention
+from optc.passes.fusion.attention import FuseAttention, spells_attention
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.static import StaticKVCache
@@ -28,7 +28,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
             remedy="--target onnx-cpu takes encoders and plain modules",
         )
     steps = [
-        Step(FuseAttention(), optional=True),
+        Step(FuseAttention(), optional=True, when=spells_attention),
         Step(FuseRotary(), optional=True),
         Step(FuseNorm(), optional=True),
         *quantization_steps(options.quantization),

@@ -6,7 +6,7 @@ from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.inductor import LEGAL, export_inductor
 from optc.exporters.options.inductor import InductorOptions
-from optc.passes.fusion.attention import FuseAttention
+from optc.passes.fusion.attention import FuseAttention, spells_attention
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.kv_cache.paged import PageKVCache
@@ -30,7 +30,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
     Accuracy level 4, the default of quantized programs, rounds activations to int8 in a stage of its own, so that
     the gate sees what it costs; below 4 they are left as they are.
     """
-    steps = [Step(FuseAttention(), optional=True)] if kind != "encoder" else []
+    steps = [Step(FuseAttention(), optional=True, when=spells_attention)] if kind != "encoder" else []
     if options.quantization is not None:
         steps += [
             Step(FuseNorm(), optional=True),

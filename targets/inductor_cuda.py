@@ -7,7 +7,7 @@ from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.inductor.cuda import LEGAL, export_cuda
 from optc.exporters.options.inductor import CudaOptions
-from optc.passes.fusion.attention import FuseAttention
+from optc.passes.fusion.attention import FuseAttention, spells_attention
 from optc.passes.fusion.decode import FuseDecode
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
@@ -37,14 +37,14 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
                 why="its packed products take the flattened tokens of decoders with a paged KV cache",
                 remedy="leave quant out; optc.optimize and optc.compile take whole decoders",
             )
-        return [Step(FuseAttention(), optional=True), Step(LegalizeCuda(), optional=True)]
+        return [Step(FuseAttention(), optional=True, when=spells_attention), Step(LegalizeCuda(), optional=True)]
     if kind != "decoder":
         raise TargetError(
             f"target 'inductor-cuda' takes decoders, not a model of kind '{kind}'",
             remedy="compile it for inductor-cpu or onnx-cpu, or run it with torch.compile",
         )
     return [
-        Step(FuseAttention(), optional=True),
+        Step(FuseAttention(), optional=True, when=spells_attention),
         Step(FuseNorm(), optional=True),
         Step(FuseRotary(), optional=True),
         *rounded_last(

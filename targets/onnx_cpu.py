@@ -10,7 +10,7 @@ from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import QuantSupport, Step, StoredWeights, Target, obstacle
 from optc.exporters.onnx import LEGAL, export_onnx
 from optc.exporters.options.onnx import OnnxOptions
-from optc.passes.fusion.attention import FuseAttention
+from optc.passes.fusion.attention import FuseAttention, spells_attention
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.rotary import FuseRotary
@@ -27,7 +27,7 @@ from optc.targets.methods import STATIC, WEIGHT_ONLY, head_steps, quantization_s
 def _recipe(kind: str, options: CompileOptions) -> list[Step]:
     steps = [
         Step(Functionalize(), optional=True, when=_writes_in_place),
-        Step(FuseAttention(), optional=True),
+        Step(FuseAttention(), optional=True, when=spells_attention),
         Step(FuseRotary(), optional=True),
         Step(FuseNorm(), optional=True),
     ]

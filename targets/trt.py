@@ -8,7 +8,7 @@ from optc.compiler.diagnostics import TargetError
 from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.trt import LEGAL, TrtOptions, choose, export_trt
-from optc.passes.fusion.attention import FuseAttention
+from optc.passes.fusion.attention import FuseAttention, spells_attention
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.fixed import FixedKVCache
@@ -28,7 +28,7 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
         )
     steps = quantization_steps(options.quantization, choices=(4, 8))
     return [
-        Step(FuseAttention(), optional=True),
+        Step(FuseAttention(), optional=True, when=spells_attention),
         Step(FuseRotary(), optional=True),
         Step(FuseNorm(), optional=True),
         *(_static(step) for step in steps),

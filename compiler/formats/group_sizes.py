@@ -71,7 +71,7 @@ def _other_size(group_size: int, columns: Sequence[int], sizes: Sequence[int]) -
     """What to do about a group size: the nearest of `sizes` that divides every K, else whole rows, else neither."""
     found = [size for size in sizes if size and all(count % size == 0 for count in columns)]
     if found:
-        near = min(found, key=lambda size: (abs(math.log2(size / group_size)), -size))
+        near = min(found, key=lambda size: abs(math.log2(size / group_size)))
         return f"use {near}, the nearest that divides every weight, or leave this weight out: --ignore"
     if 0 in sizes:
         return "use 0, one group per row, or leave this weight out: --ignore"

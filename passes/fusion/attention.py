@@ -47,6 +47,11 @@ _REARRANGEMENTS = (MOVES | COPIES | {aten.repeat.default}) - {
 }
 
 
+def spells_attention(program: Program) -> bool:
+    """Whether a program holds what `FuseAttention` begins from; decoders are captured with their attention whole."""
+    return any(node.target is SDPA or node.target in SOFTMAXES for node in program.graph.nodes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FuseAttention(Pass):
     """softmax(q k^T * scale + mask) v  ->  attention(q, k, v, causal, window, key padding)

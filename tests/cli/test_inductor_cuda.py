@@ -37,7 +37,6 @@ def test_what_is_written() -> None:
     assert manifest.opened is not None
     assert manifest.opened.opened
     assert {row.name: row.matched for row in manifest.passes} == {
-        "fuse-attention": 0,
         "fuse-norm": 9,
         "fuse-rotary": 8,
         "quantize-rtn": 28,

@@ -222,6 +222,10 @@ def test_default_group_size() -> None:
     with pytest.raises(InputError) as caught:
         default_group_size([48], sizes=(32, 64, 128))
     assert caught.value.remedy == "leave this weight out: --ignore"
+    with pytest.raises(InputError) as caught:  # both divide it, and 24 is nearer to the smallest default, 32
+        default_group_size([72], sizes=(24, 72))
+    assert caught.value.remedy is not None
+    assert caught.value.remedy.startswith("use 24,")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
