@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.target.options import CompileOptions
-from optc.compiler.target.target import QuantSupport, Step, Target
+from optc.compiler.target.target import KV_CACHE, QuantSupport, Step, Target
 from optc.exporters.executorch import LEGAL, export_executorch, require_executorch
 from optc.exporters.options.executorch import ExecutorchOptions
 from optc.passes.fusion.attention import FuseAttention, spells_attention
@@ -32,7 +32,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
         Step(FuseRotary(), optional=True),
         Step(FuseNorm(), optional=True),
         *quantization_steps(options.quantization),
-        Step(StaticKVCache(in_place=True)),
+        Step(StaticKVCache(in_place=True), needs=KV_CACHE),
         Step(LegalizeExecutorch(), optional=True),
     ]
     if options.quantization is not None:

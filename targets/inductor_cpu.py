@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optc.compiler.target.options import CompileOptions
-from optc.compiler.target.target import QuantSupport, Step, Target
+from optc.compiler.target.target import KV_CACHE, QuantSupport, Step, Target
 from optc.exporters.inductor import LEGAL, export_inductor
 from optc.exporters.options.inductor import InductorOptions
 from optc.passes.fusion.attention import FuseAttention, spells_attention
@@ -38,7 +38,9 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
             *stored_scales(options),
         ]
     if kind == "decoder":
-        steps.append(Step(PageKVCache() if options.kv_cache == "paged" else StaticKVCache(in_place=True)))
+        steps.append(
+            Step(PageKVCache() if options.kv_cache == "paged" else StaticKVCache(in_place=True), needs=KV_CACHE)
+        )
         steps += exposing_steps(options)
         if options.quantization is not None:
             steps.append(Step(MergeProjections(), optional=True))

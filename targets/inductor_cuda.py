@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.target.options import CompileOptions
-from optc.compiler.target.target import QuantSupport, Step, Target
+from optc.compiler.target.target import KV_CACHE, QuantSupport, Step, Target
 from optc.exporters.inductor.cuda import LEGAL, export_cuda
 from optc.exporters.options.inductor import CudaOptions
 from optc.passes.fusion.attention import FuseAttention, spells_attention
@@ -53,7 +53,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
                 *head_steps(options.quantization, options.of(CudaOptions).head_bits, rows_at_8=True),
             ]
         ),
-        Step(PageKVCache(block_size=BLOCK_SIZE, select_logits=True)),
+        Step(PageKVCache(block_size=BLOCK_SIZE, select_logits=True), needs=KV_CACHE),
         *exposing_steps(options),
         Step(MergeProjections(), optional=True),
         Step(FuseDecode()),

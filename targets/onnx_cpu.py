@@ -7,7 +7,7 @@ import torch
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.packed.onnxruntime import ROUNDS
 from optc.compiler.target.options import CompileOptions
-from optc.compiler.target.target import QuantSupport, Step, StoredWeights, Target, obstacle
+from optc.compiler.target.target import KV_CACHE, QuantSupport, Step, StoredWeights, Target, obstacle
 from optc.exporters.onnx import LEGAL, export_onnx
 from optc.exporters.options.onnx import OnnxOptions
 from optc.passes.fusion.attention import FuseAttention, spells_attention
@@ -38,7 +38,7 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
     steps += stored_scales(options)
     if kind == "decoder":
         # Of a model whose keys and values are rounded (a folder with a kv_cache_scheme) the caches hold the codes.
-        steps.append(Step(StaticKVCache(select_logits=True)))
+        steps.append(Step(StaticKVCache(select_logits=True), needs=KV_CACHE))
         steps.append(Step(StoreKVCodes(), optional=True, when=rounds_keys_and_values))
         steps.append(Step(MergeProjections(), optional=True))
     steps.append(Step(Decompose(), optional=True, when=_lacks_operators))

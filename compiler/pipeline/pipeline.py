@@ -18,7 +18,7 @@ import torch
 
 from optc.compiler.artifact.manifest import PassRecord
 from optc.compiler.artifact.publishing import remove_abandoned_in
-from optc.compiler.diagnostics import NoMatchError, os_errors
+from optc.compiler.diagnostics import NoMatchError, TargetError, os_errors
 from optc.compiler.execution.drift import Drift, measure
 from optc.compiler.execution.probe import Probe, for_streaming, random_probe, run_probe
 from optc.compiler.execution.stage_driver import StageRun
@@ -103,6 +103,7 @@ class Pipeline:
 
         Raises:
             NoMatchError: a requested pass matched nothing (exit code 6).
+            TargetError: a pass that the target cannot do without matched nothing (4).
             GateError: a pass moved the numbers by more than it may (5).
             VerificationError: a pass left a malformed program (1).
             UsageError: an argument of another type (2).
@@ -223,6 +224,12 @@ class _Run:
         if step.optional or self.options.allow_noop:
             return
         misses = "; ".join(f"{miss.node}: {miss.reason}" for miss in result.misses[:8])
+        if step.needs:
+            raise TargetError(
+                f"the target needs {step.needs}, which this model does not take",
+                where=misses,
+                remedy="optc targets lists the targets; vllm and trtllm take the model as it is",
+            )
         raise NoMatchError(
             f"pass '{step.rewrite.name}' matched nothing",
             where=misses or "no site looked like its pattern",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from optc.compiler.analysis.attention_pattern import SOFTMAXES
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Miss
@@ -42,7 +43,7 @@ def cache_misses(program: Program, *, sinks: bool, states: bool = False) -> tupl
     if roles != ["input_ids", "position_ids"] or not contract.position_rule:
         return (Miss("program", "its inputs are not input_ids and position_ids, counted up within a row"),)
     if not calls:
-        return (Miss("program", "it has no optc.attention (fuse-attention makes it)"),)
+        return _unfused(program)
     misses = tuple(Miss(node.name, reason) for node in calls if (reason := _attention_miss(node, sinks)))
     if misses:
         return misses
@@ -51,6 +52,15 @@ def cache_misses(program: Program, *, sinks: bool, states: bool = False) -> tupl
         why = f"the logits of a token depend on other tokens outside attention (by {error:.1e} of the largest"
         return (Miss("program", f"{why} logit, {tolerance:.1e} is rounding): they cannot be fed in pieces"),)
     return ()
+
+
+def _unfused(program: Program) -> tuple[Miss, ...]:
+    """Why there is no attention, with the softmaxes that were left."""
+    taken = "fuse-attention takes scaled products and masks, no position biases (ALiBi) among the scores"
+    left = [node for node in program.graph.nodes if node.target in SOFTMAXES]
+    if not left:
+        return (Miss("program", "it has no optc.attention (fuse-attention makes it)"),)
+    return tuple(Miss(node.name, f"its attention is left as it was spelled: {taken}") for node in left)
 
 
 def cache_dtype(program: Program) -> torch.dtype:

@@ -31,16 +31,22 @@ class QuantSupport:
     note: str = ""
 
 
+KV_CACHE = "a KV cache"
+"""What targets of decoders need, as `Step.needs` has it."""
+
+
 @dataclass(frozen=True)
 class Step:
     """A pass in a target's default recipe. An optional one may match nothing; a requested one may not.
 
-    `when` says which programs it is for (None: all); of others it is no step at all.
+    `when` says which programs it is for (None: all); of others it is no step at all. `needs` says what the target does
+    not run without: a program in which such a step matches nothing is none for the target.
     """
 
     rewrite: Pass
     optional: bool = False
     when: Callable[[Program], bool] | None = None
+    needs: str = ""
 
     def applies(self, program: Program) -> bool:
         """Whether the step is for a program, as the steps before it left it."""

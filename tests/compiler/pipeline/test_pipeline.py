@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.capture import capture_model, capture_module
-from optc.compiler.diagnostics import ArtifactError, GateError, NoMatchError
+from optc.compiler.diagnostics import ArtifactError, GateError, NoMatchError, TargetError
 from optc.compiler.execution.probe import random_probe
 from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.ir.program import Program
@@ -24,7 +24,8 @@ from optc.compiler.pipeline.gate import Limits
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
 from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
-from optc.compiler.target.target import Step
+from optc.compiler.target.target import KV_CACHE, Step
+from optc.passes.kv_cache.static import StaticKVCache
 from optc.passes.quantization.arithmetic.budgets import weight_budget
 from optc.passes.quantization.rtn import QuantizeRtn
 
@@ -105,6 +106,25 @@ def test_pass_that_matches_nothing_lists_near_misses(llama: Program) -> None:
     ):
         assert [(row.matched, row.candidates) for row in allowed.records] == [(0, 2)]
         assert allowed.records[0].drift is None
+
+
+def test_a_target_that_needs_a_step_refuses_the_model(llama: Program) -> None:
+    """Exit 4, not 6: nobody asked for the pass. The second KV cache finds one there."""
+    steps = [Step(StaticKVCache()), Step(StaticKVCache(), needs=KV_CACHE)]
+    with pytest.raises(TargetError, match="the target needs a KV cache, which this model does not take") as caught:
+        Pipeline(steps).run(llama)
+    assert caught.value.where == "program: it already has a linear KV cache"
+
+
+def test_attention_with_position_biases_is_named() -> None:
+    """Bloom's (ALiBi): captured as it is spelled, and no KV cache reads that."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    program = capture_model(BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=64)))
+    (miss,) = StaticKVCache().run(program, PassContext()).misses
+    assert "softmax" in miss.node
+    assert "no position biases (ALiBi) among the scores" in miss.reason
 
 
 def test_malformed_program_is_caught(llama: Program) -> None:
