@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from families import make_model
 
 from optc.compiler.capture import capture_model, capture_module
-from optc.compiler.execution.drift import measure
+from optc.compiler.execution.drift import comparable, measure
 from optc.compiler.execution.probe import Probe, for_streaming, random_probe, run_probe, text_probe
 from optc.compiler.execution.stage_driver import OutputRole, StageRun
 from optc.compiler.ir.stored_weights import WorkFile
@@ -239,3 +240,43 @@ def test_answers_of_encoders() -> None:
         "BertForTokenClassification": ("classes", [(3, 2), (2, 2)], False),
         "BertModel": ("hidden", [(3, 16), (2, 16)], False),
     }
+
+
+def test_outputs_without_numbers_are_alike() -> None:
+    empty = StageRun([torch.zeros(0, 3)], [], role="output")
+    drift = measure(empty, StageRun([torch.zeros(0, 3)], [], role="output"))
+    assert (drift.max_abs_diff, drift.scale, drift.relative, drift.cosine) == (0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e5m2])
+def test_infinities_that_both_have_are_left_out(dtype: torch.dtype) -> None:
+    """Of masks; one that a side alone has, or of another sign, stays."""
+    old = torch.tensor([math.inf, -math.inf, math.nan, 3.0, math.inf, math.nan, 4.0])
+    new = torch.tensor([math.inf, -math.inf, math.nan, 3.0, -math.inf, 1.0, math.inf])
+    found = [side.float().tolist() for side in comparable(old.to(dtype), new.to(dtype))]
+    assert found[0][:5] == [0.0, 0.0, 0.0, 3.0, math.inf]
+    assert found[1] == [0.0, 0.0, 0.0, 3.0, -math.inf, 1.0, math.inf]
+    assert math.isnan(found[0][5])
+    assert found[0][6] == 4.0
+
+
+def test_whole_numbers_and_complex_ones_are_comparable() -> None:
+    whole = torch.tensor([1, 2]), torch.tensor([1, 3])
+    assert comparable(*whole) == whole
+    old, new = comparable(torch.tensor([complex(math.inf, 0), 1j]), torch.tensor([complex(math.inf, 0), 2j]))
+    assert (old.tolist(), new.tolist()) == ([0j, 1j], [0j, 2j])
+
+
+def test_masks_of_a_module_are_compared_where_they_are_finite() -> None:
+    before = StageRun([torch.tensor([[0.0, -math.inf], [2.0, 0.0]])], [], role="output")
+    after = StageRun([torch.tensor([[0.0, -math.inf], [2.0, 1.0]])], [], role="output")
+    drift = measure(before, after)
+    assert (drift.max_abs_diff, drift.relative) == (1.0, 0.5)
+
+
+def test_sums_are_made_in_float64() -> None:
+    old = torch.randn(1, 4096, generator=torch.Generator().manual_seed(0))
+    new = old + 1e-4 * torch.randn(1, 4096, generator=torch.Generator().manual_seed(1))
+    drift = measure(StageRun([old], [], role="hidden"), StageRun([new], [], role="hidden"))
+    one, two = old.double().numpy(), new.double().numpy()
+    assert drift.relative == pytest.approx(np.linalg.norm(two - one) / np.linalg.norm(one), rel=1e-9)
