@@ -45,10 +45,9 @@ SCHEMES: dict[str, list[str]] = {
     "int8": ["--quant", "int8"],
     "smoothquant": ["--quant", "smoothquant"],
     "fp8": ["--quant", "fp8"],
-    "fp8 kv-fp8": [
-        *["--quant", "fp8", "--insert-pass", "after:quantize-activations=quantize-kv-cache"],
-        *["--pass-option", "quantize-kv-cache.format=fp8", "--pass-option", "quantize-kv-cache.granularity=layer"],
-    ],
+    "fp8 kv-fp8": ["--quant", "fp8", "--kv-cache-dtype", "fp8"],
+    "fp8-block": ["--quant", "fp8-block"],
+    "fp8-block layout fp8": ["--quant", "fp8-block", "--layout", "fp8"],
     "nvfp4": ["--quant", "nvfp4"],
     "mxfp4": ["--quant", "mxfp4"],
 }
@@ -62,7 +61,7 @@ def quantized(name: str, folder: Path) -> str:
     """Write a folder; the error's first line where there is none."""
     text = SHARED / "text" / "train.txt"
     command = [sys.executable, "-m", "optc", "quantize", str(SOURCE), "-o", str(folder), *SCHEMES[name]]
-    if not {"gptq", "awq", "smoothquant", "nvfp4", "quantize-kv-cache.format=fp8"}.isdisjoint(SCHEMES[name]):
+    if not {"gptq", "awq", "smoothquant", "nvfp4", "--kv-cache-dtype"}.isdisjoint(SCHEMES[name]):
         command += ["--calibration", str(text)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     return "" if not done.returncode else f"exit {done.returncode}: {done.stderr.strip()[-400:]}"

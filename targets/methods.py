@@ -55,8 +55,8 @@ class Method:
 
     @property
     def own_group_size(self) -> int | None:
-        """Group size of a fixed method: a row in 8 bits, else its own."""
-        return 0 if self.bits == 8 else self.group_size
+        """Group size of a fixed method: its own, or a row in 8 bits."""
+        return self.group_size or (0 if self.bits == 8 else None)
 
 
 def _common(chosen: Quantization) -> dict[str, Any]:
@@ -144,6 +144,16 @@ METHODS: dict[str, Method] = {
         lambda chosen: [QuantizeFp8(ignore=chosen.ignore), QuantizeActivations(format="fp8")],
         bits=8,
         fixed=True,
+    ),
+    "fp8-block": Method(
+        "E4M3 weights in blocks of 128 x 128 and inputs in groups of 128, as DeepSeek-V3",
+        lambda chosen: [
+            QuantizeFp8(granularity="block", ignore=chosen.ignore),
+            QuantizeActivations(format="fp8-128"),
+        ],
+        bits=8,
+        fixed=True,
+        group_size=128,
     ),
     "nf4": Method(
         "4-bit NormalFloat, blocks of 64, scales in 8 bits",

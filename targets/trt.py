@@ -6,7 +6,7 @@ import dataclasses
 
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.target.options import CompileOptions
-from optc.compiler.target.target import QuantSupport, Step, Target
+from optc.compiler.target.target import KV_CACHE, QuantSupport, Step, Target
 from optc.exporters.trt import LEGAL, TrtOptions, choose, export_trt
 from optc.passes.fusion.attention import FuseAttention, spells_attention
 from optc.passes.fusion.norm import FuseNorm
@@ -33,7 +33,7 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
         Step(FuseNorm(), optional=True),
         *(_static(step) for step in steps),
         *stored_scales(options),
-        Step(FixedKVCache(capacity=options.of(TrtOptions).max_seq_len)),
+        Step(FixedKVCache(capacity=options.of(TrtOptions).max_seq_len), needs=KV_CACHE),
         Step(LegalizeTrt()),
     ]
 
@@ -41,6 +41,7 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
 def _static(step: Step) -> Step:
     """TensorRT has no dynamic quantization of these: scales of inputs are calibrated."""
     if isinstance(step.rewrite, QuantizeActivations):
+        assert step.rewrite.format != "fp8-128", "no method of this target has it"
         return dataclasses.replace(step, rewrite=QuantizeInputs(format=step.rewrite.format, own_type=True))
     return step
 

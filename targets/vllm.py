@@ -16,6 +16,8 @@ _BITS = {"compressed-tensors": (4, 8), "awq": (4,), "gptq": (2, 3, 4, 8)}
 """Bits of weight-only quantization that loaders run, by layout."""
 _FORMATS_WITHOUT_LAYOUT = ("nf4", "llm-int8")
 """Methods whose weights no layout holds."""
+_ONE_METHOD = {"fp8": "fp8-block"}
+"""The method whose weights a layout holds, of layouts that hold those of one."""
 _ONE_LAYOUT = ("nvfp4", "mxfp4")
 """Methods whose weights compressed-tensors alone holds."""
 _NOTE = "; ".join(f"{name}: {', '.join(map(str, bits))} bits" for name, bits in _BITS.items())
@@ -41,15 +43,22 @@ def _weights(layout: str, options: CompileOptions) -> list[Step]:
     chosen = options.quantization
     if chosen is None:
         # A folder that is already quantized may change its layout; export refuses one for plain weights.
-        return [] if layout == CHOICES[0] else [Step(RoundScales(), optional=True)]
+        return [] if layout in (CHOICES[0], *_ONE_METHOD) else [Step(RoundScales(), optional=True)]
+    if layout in _ONE_METHOD:
+        if chosen.method != _ONE_METHOD[layout]:
+            raise TargetError(
+                f"the layout '{layout}' holds weights of --quant {_ONE_METHOD[layout]} alone",
+                remedy=f"use --layout {CHOICES[0]}",
+            )
+        return quantization_steps(chosen)
     bits = chosen.bits
     if bits is not None and bits not in _BITS[layout]:
-        fit = [name for name in CHOICES if bits in _BITS[name]]
+        fit = [name for name in CHOICES if bits in _BITS.get(name, ())]
         raise TargetError(
             f"the layout '{layout}' does not take {bits}-bit weights",
             remedy=f"it takes {', '.join(map(str, _BITS[layout]))} bits; --layout {' or '.join(fit)} takes {bits}",
         )
-    if chosen.method in _ONE_LAYOUT and layout != CHOICES[0]:
+    if chosen.method in (*_ONE_LAYOUT, *_ONE_METHOD.values()) and layout != CHOICES[0]:
         raise TargetError(
             f"the layout '{layout}' has no place for {chosen.method} weights", remedy=f"use --layout {CHOICES[0]}"
         )
@@ -60,7 +69,7 @@ def _weights(layout: str, options: CompileOptions) -> list[Step]:
 TARGET = Target(
     name=FolderOptions.target,
     aliases=("sglang", "transformers"),
-    summary="a model folder for vLLM, SGLang and transformers (compressed-tensors, awq or gptq)",
+    summary="a model folder for vLLM, SGLang and transformers (compressed-tensors, awq, gptq or fp8)",
     device="cpu",
     dtypes=("fp32", "bf16", "fp16"),
     keeps_dtype=True,

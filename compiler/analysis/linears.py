@@ -44,6 +44,11 @@ class Linear:
         return int(value_of(self.weight).shape[0 if self.transposed else 1])
 
     @property
+    def rows(self) -> int:
+        """N, how many sums there are."""
+        return int(value_of(self.weight).shape[1 if self.transposed else 0])
+
+    @property
     def activations(self) -> str:
         """How the input is quantized ("int8", "fp8", "nvfp4"), "" when it is not."""
         call = quantized_activation(self.input)

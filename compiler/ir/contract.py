@@ -93,7 +93,7 @@ class KVCache(msgspec.Struct, frozen=True, kw_only=True):
     capacity: Count = 0
 
 
-ActivationFormat = Literal["", "int8", "uint8", "fp8", "nvfp4"]
+ActivationFormat = Literal["", "int8", "uint8", "fp8", "fp8-128", "nvfp4"]
 """uint8: with a zero point and one scale for the whole tensor, both fixed."""
 
 

@@ -224,7 +224,8 @@ def _scheme(form: WeightFormat, call: Node, parts: dict[str, Tensor], source: _I
     codes, scale = parts["codes"], parts["scale"]
     activations: Any = source.format
     size = form.group_size or int(call.kwargs.get("group_size", 0))
-    whole_rows = size == codes.shape[1] and form.group_size is None and source.format
+    blocks = source.format == "fp8-128"
+    whole_rows = size == codes.shape[1] and form.group_size is None and source.format and not blocks
     return Scheme(
         bits=int(call.kwargs.get("bits", form.bits[0])),
         group_size=0 if whole_rows else size,

@@ -19,7 +19,7 @@ class FolderOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fie
 
     layout: (
         Annotated[
-            Literal["compressed-tensors", "awq", "gptq"],
+            Literal["compressed-tensors", "awq", "gptq", "fp8"],
             Meta(
                 description="Form of quantized weights in a model folder.",
                 extra={"default": "compressed-tensors"},

@@ -12,12 +12,14 @@ from torch.fx import Node
 from optc.compiler.analysis.dataflow import peel
 from optc.compiler.analysis.linears import Linear, linear_site
 from optc.compiler.ir.program import Program
+from optc.compiler.ops.dialect.quantization import FP8_BLOCK
 from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
 from optc.compiler.rewriting.rounded_inputs import rounded_input
 from optc.passes.quantization.arithmetic.budgets import FP8_INPUTS, INT8_INPUTS
 
 _optc = torch.ops.optc
+DynamicFormat = Literal["int8", "fp8", "fp8-128"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,16 +32,17 @@ class QuantizeActivations(Pass):
 
     Attributes:
         format: "int8" for integer weights with one scale per channel and no zero point; "fp8" (E4M3) for fp8
-            weights with one scale per channel or for the whole weight.
+            weights with one scale per channel or for the whole weight; "fp8-128", a scale for each 128 neighbours of a
+            token, for fp8 weights in groups of 128.
     """
 
     name: ClassVar[str] = "quantize-activations"
     lossy: ClassVar[bool] = True
 
-    format: Literal["int8", "fp8"] = "int8"
+    format: DynamicFormat = "int8"
 
     def budget(self, before: Program) -> Budget:
-        return FP8_INPUTS if self.format == "fp8" else INT8_INPUTS
+        return INT8_INPUTS if self.format == "int8" else FP8_INPUTS
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantize inputs in a clone of `program`."""
@@ -49,8 +52,8 @@ class QuantizeActivations(Pass):
 class _Input(Rule):
     """The input of one linear."""
 
-    def __init__(self, format: Literal["int8", "fp8"]) -> None:
-        self.format: Literal["int8", "fp8"] = format
+    def __init__(self, format: DynamicFormat) -> None:
+        self.format: DynamicFormat = format
         self._made: dict[Node, Node] = {}
 
     def match(self, program: Program, node: Node) -> Match | Miss | None:
@@ -75,10 +78,12 @@ def obstacle(site: Linear, format: str) -> str | None:
     if format == "nvfp4":
         fits = call.target is _optc.dequantize_nvfp4.default
         return None if fits else "its weight has no nvfp4 codes: see quantize-nvfp4"
-    if format == "fp8":
-        return (
-            None if call.target is _optc.dequantize_float.default else "its weight has no fp8 codes: see quantize-fp8"
-        )
+    if format in ("fp8", "fp8-128"):
+        if call.target is not _optc.dequantize_float.default:
+            return "its weight has no fp8 codes: see quantize-fp8"
+        size = FP8_BLOCK if format == "fp8-128" else 0
+        found = int(call.kwargs.get("group_size", 0))
+        return None if found == size else f"its weight has groups of {found}, and {format} inputs are for {size}"
     if call.target is not _optc.dequantize.default or call.kwargs["bits"] != 8:
         return "its weight has no 8-bit integer codes"
     if call.kwargs["group_size"] not in (0, site.columns):
@@ -88,7 +93,7 @@ def obstacle(site: Linear, format: str) -> str | None:
     return None
 
 
-def record_activations(program: Program, site: Linear, format: Literal["int8", "fp8", "nvfp4"]) -> None:
+def record_activations(program: Program, site: Linear, format: DynamicFormat | Literal["nvfp4"]) -> None:
     """Note in the contract what the input of a quantized linear is rounded to."""
     name = program.weight_of(site.weight.args[0])
     table = program.contract.quantization

@@ -478,7 +478,7 @@ def test_targets_lists_the_options(capsys: Capture) -> None:
     assert rows["vllm"]["options"] == [
         {
             "name": "layout",
-            "takes": "one of compressed-tensors, awq, gptq",
+            "takes": "one of compressed-tensors, awq, gptq, fp8",
             "default": "compressed-tensors",
             "help": "Form of quantized weights in a model folder.",
         },

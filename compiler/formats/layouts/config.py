@@ -69,6 +69,13 @@ class ConfigReader:
             raise self.refusal(f"'{key}' is not a list of strings")
         return value
 
+    def integers(self, key: str) -> list[int]:
+        """A list of whole numbers; null counts as empty."""
+        value = self._values.get(key) or []
+        if not isinstance(value, list) or not all(type(item) is int for item in value):
+            raise self.refusal(f"'{key}' is not a list of whole numbers")
+        return value
+
     def choice(self, key: str, value: object, known: tuple[object, ...]) -> None:
         """Refuse a value that is not among those that optc takes."""
         if value not in known:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optc.compiler.formats.layouts import awq, compressed_tensors, gptq, modelopt
+from optc.compiler.formats.layouts import awq, compressed_tensors, fp8_blocks, gptq, modelopt
 from optc.compiler.formats.layouts.awq.reader import Awq
 from optc.compiler.formats.layouts.awq.writer import AwqWriter
 from optc.compiler.formats.layouts.compressed_tensors.reader import CompressedTensors
 from optc.compiler.formats.layouts.compressed_tensors.writer import CompressedTensorsWriter
 from optc.compiler.formats.layouts.config import ConfigReader
+from optc.compiler.formats.layouts.fp8_blocks.reader import Fp8Blocks
+from optc.compiler.formats.layouts.fp8_blocks.writer import Fp8BlocksWriter
 from optc.compiler.formats.layouts.gptq.reader import Gptq
 from optc.compiler.formats.layouts.gptq.writer import GptqWriter, keeps_exact_zeros
 from optc.compiler.formats.layouts.modelopt.reader import ModelOpt
@@ -44,6 +46,7 @@ LAYOUTS = {
         CheckpointLayout(compressed_tensors.METHOD, CompressedTensors, lambda _: CompressedTensorsWriter()),
         CheckpointLayout(awq.METHOD, Awq, lambda _: AwqWriter()),
         CheckpointLayout(gptq.METHOD, Gptq, lambda weights: GptqWriter(keeps_exact_zeros(weights))),
+        CheckpointLayout(fp8_blocks.METHOD, Fp8Blocks, lambda _: Fp8BlocksWriter()),
         CheckpointLayout(modelopt.METHOD, ModelOpt, lambda _: ModelOptWriter(), chosen=False),
     )
 }

@@ -8,7 +8,8 @@ Weights. Codes are stored one per byte, [N, K]; packing belongs to legalization 
     dequantize_codebook   uint8 codes    value = table[code] * scale
 
 Activations. `quantize_dynamic` takes its scales from the values at hand, one per token (per row of the last
-axis); `quantize` takes calibrated ones. Both are symmetric; `dequantize_activation` brings the numbers back:
+axis), or in the format fp8-128 one for each 128 neighbours of a token; `quantize` takes calibrated ones. All are
+symmetric; `dequantize_activation` brings the numbers back:
 
     linear(dequantize_activation(*quantize_dynamic(x, "int8")), dequantize(codes, scale, None), bias)      W8A8
 
@@ -18,7 +19,9 @@ both written in the graph:
     quantize_tensor      uint8 codes = round(x / scale) + zero, clipped      dequantize_tensor: (code - zero) * scale
     dequantize_bias      int32 codes in steps of the product: code * weight_scale * input_scale
 
-E4M3 is that of Micikevicius et al. 2022 (https://arxiv.org/abs/2209.05433): no infinity, largest 448.
+FP8 in blocks, as DeepSeek-V3 (https://arxiv.org/abs/2412.19437, section 3.3.2) has it, is `dequantize_float` in groups
+of 128 whose scales are alike in each 128 rows, and inputs in fp8-128. E4M3 is that of Micikevicius et al. 2022
+(https://arxiv.org/abs/2209.05433): no infinity, largest 448.
 """
 
 from __future__ import annotations
@@ -31,8 +34,14 @@ from optc.compiler.ops.library import define
 FORMATS: dict[str, tuple[torch.dtype, float]] = {
     "int8": (torch.int8, 127.0),
     "fp8": (torch.float8_e4m3fn, 448.0),
+    "fp8-128": (torch.float8_e4m3fn, 448.0),
 }
 """Formats of activations: the type of the codes and the magnitude that scales map the largest value to."""
+
+FP8_BLOCK = 128
+"""Rows and columns of a weight that share a scale in FP8 of blocks, and neighbours of a token that do in fp8-128."""
+_GROUPS = {"fp8-128": FP8_BLOCK}
+"""Neighbours that share a scale, of formats where these are not the whole token."""
 
 SMALLEST_SCALE = torch.finfo(torch.float32).smallest_normal
 """Scales of zero rows: division by it gives zeros, not NaN."""
@@ -67,12 +76,13 @@ def _dequantize_codebook(codes: Tensor, scale: Tensor, table: Tensor, *, bits: i
 
 
 def quantize_dynamic(x: Tensor, *, format: str) -> tuple[Tensor, Tensor]:
-    """x [...,K] -> codes [...,K], scale float32 [...,1] = max|x| / largest code, of each token alone."""
+    """x [...,K] -> codes [...,K], scale float32 [...,G] = max|x| / largest code of each group of a token; G is 1, or
+    K / 128 in the format fp8-128."""
     _, top = FORMATS[format]
-    values = x.float()
-    scale = (values.abs().amax(-1, keepdim=True) / top).clamp(min=SMALLEST_SCALE)
-    codes = (values / scale).clamp(-top, top)
-    return _rounded(codes, format), scale.contiguous()
+    values = x.float().unflatten(-1, (-1, _GROUPS.get(format, x.shape[-1])))
+    scale = (values.abs().amax(-1) / top).clamp(min=SMALLEST_SCALE)
+    codes = (values / scale[..., None]).clamp(-top, top)
+    return _rounded(codes.flatten(-2), format), scale.contiguous()
 
 
 def _quantize(x: Tensor, scale: Tensor, *, format: str) -> Tensor:
@@ -89,8 +99,13 @@ def _rounded(ratio: Tensor, format: str) -> Tensor:
 
 
 def dequantize_activation(codes: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """codes * scale, computed in float32, in `dtype`."""
-    return (codes.float() * scale.float()).to(dtype).contiguous()
+    """codes [...,K] * scale, computed in float32, in `dtype`. The scale broadcasts, or its last axis divides K: one for
+    each group of neighbours."""
+    groups = scale.shape[-1] if scale.dim() else 1
+    if groups in (1, codes.shape[-1]):
+        return (codes.float() * scale.float()).to(dtype).contiguous()
+    values = codes.float().unflatten(-1, (groups, -1)) * scale.float()[..., None]
+    return values.flatten(-2).to(dtype).contiguous()
 
 
 def _quantize_tensor(x: Tensor, *, scale: float, zero: int) -> Tensor:
@@ -138,7 +153,7 @@ define(
     quantize_dynamic,
     lambda x, *, format: (
         _codes_like(x, format),
-        x.new_empty((*x.shape[:-1], 1), dtype=torch.float32),
+        x.new_empty((*x.shape[:-1], x.shape[-1] // _GROUPS[format] if format in _GROUPS else 1), dtype=torch.float32),
     ),
     aten=quantize_dynamic,
     activation_codes=lambda keywords: str(keywords["format"]),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.bounded_regex import begins_with
+from optc.compiler.formats.layouts.blocks import BLOCK_SCHEME, BLOCKS, spread_rows
 from optc.compiler.formats.layouts.compressed_tensors import (
     DENSE,
     FLOAT,
@@ -27,6 +28,7 @@ from optc.compiler.formats.layouts.words import unpack_words, word_count
 from optc.compiler.ir.contract import ActivationFormat
 from optc.compiler.ops.dialect.mxfp4 import BLOCK as MX_BLOCK
 from optc.compiler.ops.dialect.nvfp4 import BLOCK
+from optc.compiler.ops.dialect.quantization import FP8_BLOCK
 
 _FORMATS = (PACKED, INT, FLOAT, FLOAT4, MX_FLOAT4, "naive-quantized")
 _SUFFIXES = ("weight_packed", "weight_scale")
@@ -116,6 +118,8 @@ class CompressedTensors:
         scale = self._reader.read(f"{module}.weight_scale", *FLOATS)
         scale = scale.reshape(1, 1) if group.scheme.per_tensor and scale.numel() == 1 else scale
         scale = scale[:, None] if scale.dim() == 1 else scale
+        if group.scheme.format == "fp8" and group.scheme.group_size:
+            scale = spread_rows(self._reader, f"{module}.weight_scale", scale, rows)
         zero = None
         if group.packed:
             words = self._reader.matrix(f"{module}.weight_packed", torch.int32)
@@ -222,7 +226,7 @@ def _group(name: str, part: ConfigReader, top: str) -> _Group:
     kind = weights.text("type", "int")
     weights.choice("type", kind, ("int", "float"))
     strategy = weights.text("strategy", "group" if not weights.absent("group_size") else "channel")
-    weights.choice("strategy", strategy, ("group", "channel") if kind == "int" else ("channel", "tensor"))
+    weights.choice("strategy", strategy, ("group", "channel") if kind == "int" else ("channel", "tensor", "block"))
     bits = weights.integer("num_bits", 8)
     weights.choice("num_bits", bits, (2, 3, 4, 8) if layout == PACKED else (8,))
     symmetric = weights.boolean("symmetric", True)
@@ -230,6 +234,8 @@ def _group(name: str, part: ConfigReader, top: str) -> _Group:
         raise weights.refusal("zero points are read in the pack-quantized format only")
     if (layout == PACKED and kind != "int") or (layout == FLOAT and kind != "float"):
         raise weights.refusal(f"weights of type {kind} are not compatible with the format {layout}")
+    if strategy == "block":
+        return _Group(name, tuple(part.texts("targets")), _blocks(part, weights), packed=False)
     scheme = Scheme(
         bits=bits,
         group_size=weights.integer("group_size") if strategy == "group" else 0,
@@ -239,6 +245,19 @@ def _group(name: str, part: ConfigReader, top: str) -> _Group:
         per_tensor=strategy == "tensor",
     )
     return _Group(name, tuple(part.texts("targets")), scheme, layout == PACKED)
+
+
+def _blocks(part: ConfigReader, weights: ConfigReader) -> Scheme:
+    """Of fp8 weights in blocks, and of inputs in groups that are as long."""
+    weights.choice("block_structure", weights.integers("block_structure"), (BLOCKS,))
+    inputs = part.part("input_activations")
+    inputs.choice("type", inputs.text("type"), ("float",))
+    inputs.choice("num_bits", inputs.integer("num_bits"), (8,))
+    inputs.choice("strategy", inputs.text("strategy"), ("group",))
+    inputs.choice("group_size", inputs.integer("group_size"), (FP8_BLOCK,))
+    if not inputs.boolean("dynamic", False) or not inputs.boolean("symmetric", True):
+        raise inputs.refusal("optc rounds inputs to fp8 in groups symmetrically, by scales taken at run time")
+    return BLOCK_SCHEME
 
 
 def _float4(part: ConfigReader, weights: ConfigReader) -> Scheme:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optc.compiler.formats.layouts.blocks import BLOCKS, block_obstacle, scales_of_blocks
 from optc.compiler.formats.layouts.compressed_tensors import (
     DENSE,
     FLOAT,
@@ -31,6 +32,7 @@ from optc.compiler.formats.layouts.writing import (
 from optc.compiler.formats.weight_format import weight_format
 from optc.compiler.ops.dialect.mxfp4 import BLOCK as MX_BLOCK
 from optc.compiler.ops.dialect.nvfp4 import BLOCK
+from optc.compiler.ops.dialect.quantization import FP8_BLOCK
 
 _FLOAT4_WEIGHTS: dict[str, Any] = {
     "num_bits": 4,
@@ -50,6 +52,16 @@ _MX_FLOAT4_WEIGHTS: dict[str, Any] = {
     "group_size": MX_BLOCK,
     "scale_dtype": "torch.uint8",
     "zp_dtype": "torch.uint8",
+}
+_BLOCK_WEIGHTS: dict[str, Any] = {
+    "num_bits": 8,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "block",
+    "group_size": None,
+    "dynamic": False,
+    "actorder": None,
+    "block_structure": BLOCKS,
 }
 
 
@@ -73,12 +85,12 @@ class CompressedTensorsWriter:
             return reason
         if scheme.format == "int" and scheme.bits not in self.bits:
             return f"{scheme.bits}-bit weights: vLLM runs 4 and 8 bits in this layout; use --layout gptq"
-        if scheme.activations == "fp8" and scheme.format != "fp8":
+        if scheme.format == "fp8" and scheme.group_size:
+            return block_obstacle(weight)
+        if scheme.activations in ("fp8", "fp8-128") and scheme.format != "fp8":
             return "integer weights with fp8 activations"
         if scheme.activations == "int8" and scheme.format != "int":
             return "fp8 weights with int8 activations"
-        if scheme.format == "fp8" and scheme.group_size:
-            return "fp8 weights in groups: the layout has one scale per channel, or for the whole weight"
         if scheme.activations and (scheme.bits != 8 or scheme.group_size or not scheme.symmetric):
             return "quantized activations with weights other than symmetric 8-bit ones, one scale per channel"
         return None
@@ -89,6 +101,7 @@ class CompressedTensorsWriter:
             return _float4_tensors(weight)
         if scheme.format == "fp8":
             scale = weight.scale.reshape(1) if scheme.per_tensor else weight.scale
+            scale = scales_of_blocks(weight) if scheme.group_size else scale
             return {"weight": weight.codes, "weight_scale": scale}
         if scheme.activations:
             return {
@@ -187,6 +200,8 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
         return _FLOAT4_WEIGHTS
     if scheme.format == "mxfp4":
         return _MX_FLOAT4_WEIGHTS
+    if scheme.format == "fp8" and scheme.group_size:
+        return _BLOCK_WEIGHTS
     return {
         "num_bits": scheme.bits,
         "type": weight_format(scheme.format).kind,
@@ -205,12 +220,13 @@ def _inputs(scheme: Scheme) -> dict[str, Any] | None:
     if scheme.format == "nvfp4":
         return {**_FLOAT4_WEIGHTS, "dynamic": "local"}
     kind = "int" if scheme.activations == "int8" else "float"
+    grouped = scheme.activations == "fp8-128"
     return {
         "num_bits": 8,
         "type": kind,
         "symmetric": True,
-        "strategy": "token",
-        "group_size": None,
+        "strategy": "group" if grouped else "token",
+        "group_size": FP8_BLOCK if grouped else None,
         "dynamic": True,
         "actorder": None,
         "block_structure": None,
