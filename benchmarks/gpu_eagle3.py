@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections import Counter
@@ -117,7 +118,7 @@ def measure(session: CudaSession, drafter: Eagle3OnDevice, batch: int, text: lis
     engines["switched"] = engine_of(session, drafter, batch, max(given.depths), switched=True)
     for engine in engines.values():
         if given.rounds and isinstance(engine._drafting, RoundDrafting):
-            engine._drafting.rounds = ((batch, given.rounds),)
+            engine._drafting.rounds, engine._drafting.fixed = given.rounds, True
     turns = given.samples + given.warmup
     prompts = cut_prompts(text, batch * turns, given.prompt_tokens)
     found: dict[str, list[Decoded]] = {name: [] for name in engines}
@@ -137,7 +138,10 @@ def measure(session: CudaSession, drafter: Eagle3OnDevice, batch: int, text: lis
     }
     for name, engine in engines.items():
         if name != "plain":
-            result[name] = compared(engine, plain, found[name][given.warmup :], streams[given.warmup :], batch)
+            drafted = found[name][given.warmup :]
+            result[name] = compared(engine, plain, drafted, streams[given.warmup :], batch)
+            asked = [prompts[turn::turns] for turn in range(given.warmup, turns)]
+            result[name]["margins"] = margins(session, asked, plain, drafted, given.dtype)
     if not given.small:
         result |= alone(engines, batch, given.profile)
     return result
@@ -164,6 +168,29 @@ def compared(
         "equal": float(np.mean(same)),
         "host_us_per_step": engine.metrics().host_us_per_step,
     }
+
+
+def margins(
+    session: CudaSession,
+    asked: Sequence[Sequence[Sequence[int]]],
+    plain: Sequence[Decoded],
+    drafted: Sequence[Decoded],
+    dtype: str,
+) -> dict[str, int]:
+    """How often answers part, by the distance of the two tokens' logits in spacings of the type."""
+    bits = {"bf16": 8, "fp16": 11, "fp32": 24}[dtype]
+    found = Counter[str]()
+    for prompts, one, other in zip(asked, plain, drafted, strict=True):
+        for prompt, a, b in zip(prompts, one.tokens, other.tokens, strict=True):
+            place = next((place for place, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]), None)
+            if place is None:
+                continue
+            *_, logits = session.score([*prompt, *a[:place]])  # which finds nothing in the pool
+            logits = logits[-1]
+            first, second = float(logits[a[place]]), float(logits[b[place]])
+            spacing = 2.0 ** (math.floor(math.log2(max(abs(first), abs(second), 1e-30))) + 1 - bits)
+            found[str(round(abs(first - second) / spacing))] += 1
+    return dict(sorted(found.items(), key=lambda item: int(item[0])))
 
 
 def replay_ms(launch: Launch) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,9 +17,10 @@ from optc.runtime.speculative.figures import SpeculativeFigures
 from optc.runtime.speculative.settings import Speculation
 from optc.runtime.speculative.switch import Outcome, Switch
 
-ROUNDS = ((8, 2),)
-"""Rows, and the rounds of a step of so many or fewer: what the host does in a step takes longer than a round of few rows."""
-
+_STEP_SECONDS, _MOST_ROUNDS = 1.2e-3, 4
+"""What the rounds of a step should take, so that what the host does in that time is hidden; and how many there are at most."""
+_LOOKED_AT = 16
+"""Steps after which their rounds are counted anew."""
 _SPARING = 8
 """See `Switch`: at another depth, rounds that were launched ahead are dropped."""
 
@@ -26,7 +29,8 @@ class RoundDrafting:
     """Drafts for the rows of a scheduler.
 
     Attributes:
-        rounds: see `ROUNDS`.
+        rounds: of a step.
+        fixed: they stay so many, for measuring.
 
     Args:
         clock: seconds.
@@ -42,7 +46,8 @@ class RoundDrafting:
     ) -> None:
         self._drafter, self._options, self._clock = drafter, options, clock
         self._scheduler, self._rows, self._runner = scheduler, scheduler.rows, runner
-        self.rounds: Sequence[tuple[int, int]] = ROUNDS
+        self.rounds, self.fixed = 2, False
+        self._took: list[float] = []  # seconds of a round in the last steps
         self._switch = Switch(options.draft_tokens, sparing=_SPARING) if options.adaptive else None
         self._begin, self._verified = 0.0, 0
         self._drafted_at, self._accepted_at = np.zeros((2, options.draft_tokens), np.int64)
@@ -55,7 +60,7 @@ class RoundDrafting:
         if not len(ready):
             return
         depth = self._options.draft_tokens if self._switch is None else self._switch.depth(len(ready))
-        rounds = next((count for most, count in self.rounds if len(ready) <= most), 1)
+        rounds = self.rounds
         self._runner.depth, self._runner.rounds = depth, rounds
         # Rounds of this step and of the next, which are launched ahead; where all is kept, drafting goes on behind it.
         wanted = 2 * rounds * (depth + 1) - 1 + max(0, depth - 1)
@@ -71,10 +76,21 @@ class RoundDrafting:
         self._drafted_at += (verified[:, :, None] > places).sum((0, 1))
         self._accepted_at += ((kept - 1)[:, :, None] > places).sum((0, 1))
         self._verified += int((verified > 0).sum())
-        if self._switch is not None and steady:
+        if not steady:
+            return
+        seconds = (self._clock() - self._begin) / len(kept)
+        self._pace(seconds)
+        if self._switch is not None:
             outcomes = [Outcome(*item) for item in np.stack([verified, kept - 1], 2)[kept > 0].tolist()]
-            seconds = (self._clock() - self._begin) / len(kept)
             self._switch.note(outcomes, seconds, rows=len(plan.decodes))
+
+    def _pace(self, seconds: float) -> None:
+        """Count the rounds of the next steps by what a round takes."""
+        self._took.append(seconds)
+        if len(self._took) == _LOOKED_AT:
+            if not self.fixed:
+                self.rounds = min(_MOST_ROUNDS, math.ceil(_STEP_SECONDS / statistics.median(self._took)))
+            self._took.clear()
 
     def forget(self, identity: str) -> None:
         """Nothing: drafts are the rows'."""

@@ -14,10 +14,13 @@ from eagle3_models import BOUNDARIES, captured_draft, expected
 from medusa_heads import write_heads
 from recorded_calls import Recordings
 from serving import Got, run, take
-from stages import captured, sequences
+from stages import apply, captured, sequences
 from torch import Tensor
 
+from optc.compiler.diagnostics import TargetError
+from optc.compiler.execution.block_manager import StepInputs
 from optc.compiler.ir.program import Program
+from optc.passes.kv_cache.paged import PageKVCache
 from optc.runtime.sampling import Sampling
 from optc.runtime.serving.engine import engine_for
 from optc.runtime.serving.engine_options import EngineOptions
@@ -27,6 +30,7 @@ from optc.runtime.serving.round import Round
 from optc.runtime.serving.round_runner import RoundRunner
 from optc.runtime.sessions.cuda import CudaSession
 from optc.runtime.sessions.cuda_memory import MemoryPlan
+from optc.runtime.sessions.draft_graphs import draft_graphs
 from optc.runtime.speculative.device_drafter import DeviceDrafter, Eagle3OnDevice, Verified
 from optc.runtime.speculative.opening import eagle3_on_device
 from optc.runtime.speculative.settings import Speculation
@@ -207,3 +211,12 @@ def test_heads_of_a_program(tmp_path: Path) -> None:
     assert figures.verified > 20
     assert len(figures.drafted_at) == 2
     assert "a round of drafts" in record.names
+
+
+def test_what_is_refused() -> None:
+    """States of selected tokens, as earlier versions gave them, and a draft model that the target's passes did not make."""
+    inputs = StepInputs(*torch.zeros((3, 4), dtype=torch.int64), *torch.zeros((3, 1, 1), dtype=torch.int32))
+    with pytest.raises(TargetError, match="the hidden states of some tokens only"):
+        drafter().follow(inputs, {"aux_hidden": torch.zeros(1, 192)})
+    with pytest.raises(TargetError, match="without the states that are 0"):
+        draft_graphs(apply(PageKVCache(block_size=64), captured_draft()).program)

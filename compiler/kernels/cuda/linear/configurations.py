@@ -15,6 +15,9 @@ from typing import Any, Literal
 
 Kind = Literal["gemv", "product"]
 FILE_NAME = "configurations.json"
+_FEW, _READS = 8, 10 << 20
+"""Tokens up to which a weight of floats is read once for each, where those are no more numbers in all: caches hold it then,
+and what a launch takes, and the norm's, is more than the reading."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +124,8 @@ def _shape(record: dict[str, Any]) -> Shape:
 def kind_for(shape: Shape) -> Kind | None:
     """The kernel for as many tokens; None where dequantizing for cuBLAS is faster."""
     limits = tables().limits[shape.format]
-    if shape.m <= limits["gemv"]:
+    reads = shape.m * shape.k * shape.n * (2 if shape.gated else 1)
+    if shape.m <= limits["gemv"] or (not shape.format and shape.m <= _FEW and reads <= _READS):
         return "gemv"
     return "product" if shape.m <= limits["product"] else None
 

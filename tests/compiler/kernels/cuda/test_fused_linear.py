@@ -331,6 +331,9 @@ def test_tiles_are_those_of_the_nearest_shape() -> None:
         2,
     ]
     assert [kind_for(replace(shape, m=tokens)) for tokens in (1, 16, 4096)] == ["gemv", "product", None]
+    floats = Shape(format="", n=1024, k=512, gated=False)  # a few tokens of a small weight read it once each
+    assert [kind_for(replace(floats, m=tokens)) for tokens in (1, 5, 8, 9, 65)] == [*["gemv"] * 3, "product", None]
+    assert kind_for(replace(floats, n=4096, k=4096, m=2)) == "product"
 
 
 @pytest.mark.parametrize("mark", [pytest.param(None, marks=ON_GPU)])
