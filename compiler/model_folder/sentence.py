@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 from torch import Tensor
 
-from optc.compiler.diagnostics import CaptureError, InputError, UsageError
+from optc.compiler.diagnostics import JSON_ERRORS, CaptureError, InputError, UsageError
 from optc.compiler.files import FileStamp, file_stamp
 from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
 from optc.compiler.ir.contract import EmbeddingFacts
@@ -237,7 +237,7 @@ def _place(folder: Path, entry: _Entry, where: Path) -> Path:
 def _converted(value: Any, kind: Any, path: Path) -> Any:
     try:
         return msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
+    except JSON_ERRORS as error:
         raise InputError("malformed JSON", where=str(path), why=str(error), remedy="download the file again") from error
 
 
@@ -347,7 +347,7 @@ def _module_config(path: Path, kind: Any) -> Any:
     found = read_json(path)
     try:
         return msgspec.convert(found, kind)
-    except msgspec.ValidationError as error:
+    except JSON_ERRORS as error:
         raise InputError(
             "the module's settings are not known here", where=str(path), why=str(error), remedy=_OTHER
         ) from error
@@ -442,6 +442,12 @@ def _with_prompts(made: SentenceModules, folder: Path) -> SentenceModules:
             remedy=_OTHER,
         )
     prompts = {name: text or "" for name, text in settings.prompts.items()}
+    try:
+        "".join((*prompts, *prompts.values())).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            "a prompt is not text", where=str(path), why=str(error), remedy="use another copy of the model"
+        ) from error
     if settings.default_prompt_name is not None and settings.default_prompt_name not in prompts:
         raise InputError(
             f"the default prompt {settings.default_prompt_name!a} is none of the prompts",

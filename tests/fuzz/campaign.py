@@ -31,10 +31,11 @@ from typing import Any
 from fuzz.child import Shared, outcome, run_inputs
 from fuzz.readers import CHEAP, Reader, by_name
 from fuzz.seeds import Seeds
+from fuzz.sentence import SentenceFolder
 from fuzz.tally import Tally, figures
 from fuzz.whole import WHOLE
 
-READERS = by_name((*CHEAP, *WHOLE))
+READERS = by_name((*CHEAP, *WHOLE, SentenceFolder))
 _BATCH_SECONDS = 20.0  # of one child
 
 

@@ -14,7 +14,15 @@ from sentence_folders import MEAN, TANH, WIDTH, write_sentence_folder
 
 from optc.compiler.diagnostics import OptcError, UsageError
 from optc.compiler.model_folder.checkpoint import check_folder, config_digest, weights_digest
-from optc.compiler.model_folder.sentence import POOLINGS, Dense, Normalize, Pooling, sentence_modules, with_modules
+from optc.compiler.model_folder.sentence import (
+    POOLINGS,
+    SETTINGS,
+    Dense,
+    Normalize,
+    Pooling,
+    sentence_modules,
+    with_modules,
+)
 from optc.request import PoolingName
 
 DENSE = {"in_features": WIDTH, "out_features": 8, "bias": False, "activation_function": TANH}
@@ -116,6 +124,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "link": (linked, "bad path"),
     "missing": (lambda f: (f / "1_Pooling" / "config.json").unlink(), "No such file"),
     "mode": (lambda f: edit(f / "1_Pooling" / "config.json", pooling_mode="middle"), "unknown pooling 'middle'"),
+    "surrogate": (lambda f: edit(f / "1_Pooling" / "config.json", **{"\ud800": 1}), "surrogates not allowed"),
+    "texts": (lambda f: edit(f / SETTINGS, prompts={"query": "\udfff"}), "surrogates not allowed"),
+    "names": (lambda f: edit(f / SETTINGS, prompts={"\udfff": "q"}), "surrogates not allowed"),
     "modes": (lambda f: edit(f / "1_Pooling" / "config.json", pooling_mode=[]), "pooling of nothing"),
     "prompt": (lambda f: edit(f / "1_Pooling" / "config.json", include_prompt=False), "leaves the prompt out"),
     "new setting": (lambda f: edit(f / "1_Pooling" / "config.json", pooling_mode_median=True), "pooling_mode_median"),
