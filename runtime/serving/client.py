@@ -19,7 +19,7 @@ from optc.runtime.serving.request import (
     Generate,
     TokenLogprobs,
 )
-from optc.runtime.serving.wire import Answers, Frames, FromEngine, Opened, Refused, decode_from_engine, frame
+from optc.runtime.serving.wire import Answers, Frames, FromEngine, Measured, Opened, Refused, decode_from_engine, frame
 
 _READ = 1 << 18
 
@@ -168,8 +168,10 @@ class EngineClient:
             case Opened(info):
                 self.info = info
                 self._on_opened(info)
+            case Measured(metrics):
+                self.metrics = metrics
             case _:
-                self.metrics = message.metrics
+                raise AssertionError("an answer to what was not asked")
 
     def submit(self, requests: Sequence[Generate | Embed]) -> Channel:
         """Send requests; the channel gives their answers.

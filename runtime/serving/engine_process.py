@@ -25,6 +25,8 @@ from optc.runtime.serving.wire import (
     FromEngine,
     Measured,
     Opened,
+    Ping,
+    Pong,
     Refused,
     ToEngine,
     decode_to_engine,
@@ -134,6 +136,8 @@ class EngineServer:
             for message in client.read():
                 if isinstance(message, Cancel):
                     self._engine.cancel(message.id)
+                elif isinstance(message, Ping):
+                    self._send(client, Pong())
                 else:
                     self._submit(client, message)
         except EOFError:

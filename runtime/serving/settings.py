@@ -85,6 +85,16 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     ] = 128
     max_connections: Annotated[Count, Meta(description="Open connections of each worker; more get 503.")] = 4096
     request_seconds: Annotated[Seconds, Meta(description="Longest time of a request; then it ends with 504.")] = 600.0
+    engine_seconds: (
+        Annotated[
+            Seconds,
+            Meta(
+                description="An engine that does not answer for so long is killed and started again.",
+                extra={"default": "120; --request-seconds where a step is a whole prompt"},
+            ),
+        ]
+        | None
+    ) = None
     drain_seconds: Annotated[SecondsOrZero, Meta(description="After SIGTERM: how long running requests may go on.")] = (
         30.0
     )

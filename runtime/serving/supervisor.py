@@ -24,6 +24,7 @@ from optc.runtime.serving.counters import Counters
 from optc.runtime.serving.own_folder import own_folder
 from optc.runtime.serving.request import EngineInfo
 from optc.runtime.serving.settings import API_KEY_VARIABLE, ServeOptions, ServerConfig
+from optc.runtime.serving.watchdog import patience, stops_answering
 
 MOST_DEATHS, WITHIN_SECONDS = 3, 300.0
 """A process that ends on its own more often than this is not started again: the server ends."""
@@ -45,6 +46,8 @@ class _Process:
         self._ours = ours
         self.writer: asyncio.StreamWriter | None = None
         self.failed: Failed | None = None
+        self.hung = ""
+        self.watch: asyncio.Task[None] | None = None
 
     async def follow(self, on_ready: Callable[[Ready], None]) -> int:
         """Read what the child reports until it ends; its return code."""
@@ -57,6 +60,8 @@ class _Process:
                 else:
                     self.failed = report
         code = await self.process.wait()
+        if self.watch is not None:
+            self.watch.cancel()
         self.writer.close()
         return code
 
@@ -146,7 +151,7 @@ class Supervisor:
             del self._children[name]
             if self._ending():
                 return
-            self._on_death(name, code, child.failed)
+            self._on_death(name, code, child)
             await asyncio.sleep(_PAUSE)
 
     async def _start(self, name: str) -> _Process:
@@ -178,6 +183,10 @@ class Supervisor:
 
     def _on_ready(self, name: str, report: Ready) -> None:
         self._info = report.info or self._info
+        if report.info is not None:
+            child = self._children[name]
+            seconds = patience(self._options, report.info)
+            child.watch = asyncio.get_running_loop().create_task(self._watched(child, seconds))
         first = bool(self._waiting_for)
         self._waiting_for.discard(name)
         if first and not self._waiting_for:
@@ -188,14 +197,21 @@ class Supervisor:
         elif not first:
             self._tell("restarted", {"process": name})
 
-    def _on_death(self, name: str, code: int, failed: Failed | None) -> None:
+    async def _watched(self, child: _Process, seconds: float) -> None:
+        """Kill the engine once it hangs: who waits for it is told at once, and the next one starts."""
+        if await stops_answering(self._config.engine_socket, seconds):
+            child.hung = f"it did not answer for {seconds:g} seconds, and was killed"
+            child.kill()
+
+    def _on_death(self, name: str, code: int, child: _Process) -> None:
+        failed = child.failed
         if failed is not None and name in self._waiting_for:  # it says why it cannot start: the next would, too
             self._give_up(failed.error())
             return
         now = time.monotonic()
         recent = [item for item in self._deaths.get(name, []) if now - item < WITHIN_SECONDS]
         self._deaths[name] = [*recent, now]
-        why = f"{failed.error()}" if failed is not None else _ended(code)
+        why = f"{failed.error()}" if failed is not None else child.hung or _ended(code)
         self._tell("died", {"process": name, "why": why})
         if len(recent) >= MOST_DEATHS:
             self._give_up(

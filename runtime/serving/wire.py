@@ -49,8 +49,16 @@ class Measured(Struct, frozen=True, tag="measured"):
     metrics: EngineMetrics
 
 
-ToEngine = Generate | Embed | Cancel
-FromEngine = Refused | Answers | Opened | Measured
+class Ping(Struct, frozen=True, tag="ping"):
+    """Asks whether the engine goes on; see `watchdog`."""
+
+
+class Pong(Struct, frozen=True, tag="pong"):
+    """It does: sent between two steps."""
+
+
+ToEngine = Generate | Embed | Cancel | Ping
+FromEngine = Refused | Answers | Opened | Measured | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

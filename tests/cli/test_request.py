@@ -177,6 +177,7 @@ EXPECTED = {
         "--max-connections",
         "--request-seconds",
         "--drain-seconds",
+        "--engine-seconds",
         "--save-memory",
         *SPECULATION,
         *SESSION,

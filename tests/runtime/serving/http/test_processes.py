@@ -56,7 +56,7 @@ class Stream:
 
 
 def test_the_engine_is_killed(tmp_path: Path) -> None:
-    with running(text_artifact(), ServeOptions(max_running=4), environment=SLOW) as server:
+    with running(text_artifact(), ServeOptions(max_running=4, engine_seconds=5), environment=SLOW) as server:
         streams = [Stream(server, max_tokens=1000) for _ in range(4)]
         for stream in streams:
             assert stream.read()
@@ -90,6 +90,15 @@ def test_the_engine_is_killed(tmp_path: Path) -> None:
         assert refusal(server.post("/v1/completions", {"prompt": [5, BREAK]}), 503)["code"] == "engine_lost"
         server.wait_for("restarted", 3)
         assert server.wait_for("died", 3)["why"] == "out of memory on the device"
+        # an engine that hangs
+        while server.request("GET", "/health")[0] != 200:
+            time.sleep(0.01)
+        begin = time.monotonic()
+        os.kill(server.children()["engine"], signal.SIGSTOP)
+        assert refusal(server.post("/v1/completions", {"prompt": "x"}), 503)["code"] == "engine_lost"
+        assert 4 < time.monotonic() - begin < 20
+        assert server.wait_for("died", 4)["why"] == "it did not answer for 5 seconds, and was killed"
+        server.wait_for("restarted", 4)
         assert server.end() == 0
 
 
