@@ -36,6 +36,7 @@ from optc.compiler.capture import capture_pretrained
 from optc.compiler.capture.embedding import Pool
 from optc.compiler.diagnostics import CaptureError, GateError, InputError, UsageError
 from optc.compiler.ir.program import Program
+from optc.runtime.sessions.embedding_model import ragged_batches
 
 MODES = ["lasttoken", "cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean"]
 Capture = pytest.CaptureFixture[str]
@@ -163,6 +164,15 @@ def test_texts_to_embeddings() -> None:
         model.embed([3])
     with pytest.raises(InputError, match="token id 99 is outside the vocabulary"):
         model.embed_tokens([[5], [99]])
+
+
+def test_texts_of_like_length_share_a_batch() -> None:
+    """Each once, the longest first; padding counts towards the budget, which a single text may exceed."""
+    lengths = [3, 9, 1, 30, 2, 8, 3, 3]
+    batches = list(ragged_batches(lengths, 18))
+    assert [[lengths[index] for index in batch] for batch in batches] == [[30], [9, 8], [3, 3, 3, 2, 1]]
+    assert sorted(index for batch in batches for index in batch) == list(range(8))
+    assert [len(batch) for batch in ragged_batches([1] * 7, 100, most=3)] == [3, 3, 1]
 
 
 def test_commands(tmp_path: Path, capsys: Capture) -> None:
