@@ -33,8 +33,9 @@ class DraftGraphs:
 
     Attributes:
         keys: writes keys and values of base states.
-        first: logits [n, D] over the draft vocabulary and states [n, H] behind base states.
-        further: the same behind the model's own states.
+        first: takes, behind them, int64 [B]; logits [B, D] over the draft vocabulary and states [B, H] behind the base
+            states of these tokens.
+        further: logits [n, D] and states [n, H] behind the model's own states.
         targets: int64 [D], the tokens of the draft vocabulary.
     """
 
@@ -63,6 +64,7 @@ def draft_graphs(program: Program) -> DraftGraphs:
     for graph in (first, keys):
         _drop_residual(graph, own)
     _drop_product(further, base)
+    _select(first)
     _end_at_attention(keys)
     made = [
         GraphModule(weights, _pruned(graph, unread)).forward
@@ -202,6 +204,33 @@ def _drop_product(graph: Graph, base: str) -> None:
         if plain and _is_input(call.args[0], base) and isinstance(residual, Node):
             call.replace_all_uses_with(residual)
             graph.erase_node(call)
+
+
+def _select(graph: Graph) -> None:
+    """Logits and states of the tokens that one more input names.
+
+    Raises:
+        TargetError: the head does not read the states.
+    """
+    outputs = graph.output_node().args[0]
+    assert isinstance(outputs, tuple | list)
+    logits, states = (item.args[0] if isinstance(item, Node) else None for item in outputs)
+    if not isinstance(logits, Node) or logits.target is not _LINEAR or logits.args[0] is not states:
+        raise TargetError(
+            "the draft model's tokens cannot be selected in front of its head",
+            why="its logits are not a product of the states that it gives",
+            remedy="compile the draft model again with this version of optc",
+        )
+    assert isinstance(states, Node)
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last):
+        picks = graph.placeholder("picks")
+    with graph.inserting_before(logits):
+        rows = graph.call_function(torch.ops.aten.select.int, (states, 0, 0))
+        found = graph.call_function(torch.ops.optc.select_rows.default, (rows, picks))
+        whole = graph.call_function(torch.ops.aten.unsqueeze.default, (found, 0))
+    logits.args = (whole, *logits.args[1:])
+    graph.output_node().args = ((outputs[0], found),)
 
 
 def _end_at_attention(graph: Graph) -> None:

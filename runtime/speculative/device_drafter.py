@@ -91,13 +91,13 @@ class Eagle3OnDevice:
 
     def draft(self, verified: Verified, drafts: Tensor, count: int) -> None:
         """See `DeviceDrafter`."""
-        inputs, outputs, picks = verified.inputs, verified.outputs, verified.picks
+        inputs, outputs = verified.inputs, verified.outputs
         if not count:
             self.follow(inputs, outputs)
             return
         rows = len(inputs.input_ids)
-        found = self._graphs.first(*inputs, self._read(outputs, rows), self._none(1, rows), *self._pools)
-        logits, state = (part.index_select(0, picks) for part in found)
+        states = (self._read(outputs, rows), self._none(1, rows))
+        logits, state = self._graphs.first(*inputs, *states, *self._pools, verified.picks)
         token = torch.ops.optc.choose_draft_(logits, self._graphs.targets, drafts, place=0)
         for place, inputs in enumerate(verified.further[: count - 1], 1):
             fed = inputs._replace(input_ids=token)
