@@ -44,6 +44,10 @@ def test_what_keeps_the_meaning_may_cost_another_draw_of_the_rounding() -> None:
     assert (budget.top1, budget.perplexity, budget.cosine) == pytest.approx((0.88, 0.03, 0.955))
     assert rerounding_budget([replace(coarse, rounds_activations=False)]) == ROUNDING
     assert rerounding_budget([_record(1e-4)]) == ROUNDING
+    both = rerounding_budget([coarse, _record(0.0)])
+    assert (both.top1, both.cosine) == (budget.top1, budget.cosine), "a measure that is missing costs nothing"
+    worst = rerounding_budget([replace(coarse, drift=replace(drift, cosine=-0.9, kl=0.1))])
+    assert (worst.cosine, worst.perplexity) == (-1.0, pytest.approx(0.225)), "no cosine is less, and KL is a loss too"
 
 
 def test_passes_that_round_nothing_or_were_not_measured_allow_nothing() -> None:
