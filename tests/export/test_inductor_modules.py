@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import BertModel
 
 import optc
+from optc.compiler.artifact.folder import read_manifest
 from optc.compiler.capture import capture_module
-from optc.runtime.carried.pt2_runner import PackageError
+from optc.runtime.carried.pt2_runner import Package, PackageError
 
 pytestmark = pytest.mark.slow
 
@@ -49,41 +50,51 @@ class _Net(nn.Module):
         self.conv = nn.Conv1d(4, 8, 3, padding=1)
         self.mix = nn.Parameter(torch.randn(8, 24).t())
         self.register_buffer("shift", torch.randn(8, 1))
+        self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         hidden = torch.relu(self.conv(x)) + self.shift
         return torch.matmul(self.mix, hidden), hidden.mean(-1)
 
 
-def test_plain_module(tmp_path: Path) -> None:
-    net = _Net().requires_grad_(False)
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifact of a `_Net`."""
+    program = capture_module(
+        _Net(), (torch.randn(3, 4, 10),), input_names=["x"], dynamic={"x": {0: "rows", 2: "length"}}
+    )
+    folder = tmp_path_factory.mktemp("module") / "net"
+    optc.compile(program, target="inductor-cpu", output=folder)
+    return folder
+
+
+def test_plain_module(network: Path) -> None:
+    net = _Net()
     assert not net.mix.is_contiguous()
-    program = capture_module(net, (torch.randn(3, 4, 10),), dynamic={"input_0": {0: "rows", 2: "length"}})
-    package = build(program, tmp_path / "net").load()
+    manifest = read_manifest(network)
+    package = Package(network, manifest.engine_info, manifest.needs)
     for shape in ((3, 4, 10), (1, 4, 5), (7, 4, 64)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(shape[2]))
         for found, expected in zip(package(x), net(x), strict=True):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    with pytest.raises(PackageError, match=r"input input_0 is torch.float32 \[2, 5, 4\]; the package takes"):
+    with pytest.raises(PackageError, match=r"input x is torch.float32 \[2, 5, 4\]; the package takes"):
         package(torch.zeros(2, 5, 4))
 
 
-def test_a_module_runs_by_the_file_beside_it(tmp_path: Path) -> None:
+def test_a_module_runs_by_the_file_beside_it(network: Path, tmp_path: Path) -> None:
     """In a process without optc: `run.py`, and no `generate.py`."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)).requires_grad_(False)
-    program = capture_module(net, (torch.randn(3, 2, 8),), input_names=["x"], dynamic={"x": {0: "rows"}})
-    folder = tmp_path / "net"
-    optc.compile(program, target="inductor-cpu", output=folder)
-    assert not (folder / "generate.py").exists()
-    x = torch.randn(5, 2, 8)
+    assert not (network / "generate.py").exists()
+    x = torch.randn(5, 4, 8)
     np.savez(tmp_path / "in.npz", x=x.numpy())
     files = ["--inputs", str(tmp_path / "in.npz"), "--outputs", str(tmp_path / "out.npz")]
-    run = subprocess.run([sys.executable, "-I", folder / "run.py", *files], capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stdout) == (0, "output float32[5, 3]\n"), run.stderr
+    command = [sys.executable, "-I", network / "run.py", *files]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "output_0 float32[5, 24, 8]\noutput_1 float32[5, 8]\n"), run.stderr
     with np.load(tmp_path / "out.npz") as file:
-        torch.testing.assert_close(torch.from_numpy(file["output"]), net(x), rtol=0, atol=1e-5)
-    torch.testing.assert_close(optc.load(folder)(x), net(x), rtol=0, atol=1e-5)
+        for place, expected in enumerate(_Net()(x)):
+            torch.testing.assert_close(torch.from_numpy(file[f"output_{place}"]), expected, rtol=0, atol=1e-5)
+    for found, expected in zip(optc.load(network)(x), _Net()(x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     np.savez(tmp_path / "in.npz", y=x.numpy())
-    run = subprocess.run([sys.executable, "-I", folder / "run.py", *files], capture_output=True, text=True, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (1, f"error: {tmp_path / 'in.npz'} has no array 'x'\n")

@@ -136,6 +136,7 @@ def _commands(*commands: list[object]) -> list[Any]:
     return found
 
 
+@pytest.mark.parametrize("artifact", ["onnx", "package-paged"], indirect=True)  # one of each engine: they start slowly
 def test_commands_in_a_fresh_process(artifact: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("It was a dark night, and the ship lay at anchor. " * 12)
