@@ -68,6 +68,7 @@ def draft_for_llama() -> tuple[Any, Tensor]:
     return model, some_targets(model.config)
 
 
+@functools.cache
 def captured_draft() -> Program:
     """The same from its folder, captured."""
     model, targets = draft_for_llama()

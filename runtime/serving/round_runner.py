@@ -72,12 +72,13 @@ class RoundRunner(DeviceRunner):
 
     @torch.inference_mode()
     def warm_up(self, most_tokens: int) -> None:
-        """As `DeviceRunner`, of rounds."""
+        """As `DeviceRunner`, of rounds; those without drafts are wanted where others are measured against them."""
         if self._model.record is None:
             return
         count = self._rows.count
         for batch in {step_rows(rows, count) for rows in range(1, count + 1)}:
-            self._round(batch, self._width(1), self._most, Kind.GREEDY)
+            for depth in (0, self._most):
+                self._round(batch, self._width(1), depth, Kind.GREEDY)
         self._warm_up_calls(most_tokens)
 
     def _brings_tokens(self, plan: Plan, kind: Kind) -> bool:

@@ -127,16 +127,13 @@ def knowing(
     return own.engine, own
 
 
-@pytest.mark.parametrize("samplings", [[Sampling()] * 3, MIXED], ids=["greedy", "drawn"])
-def test_drafts_are_those_of_whole_texts_and_change_nothing(
-    samplings: list[Sampling], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Requests join in the middle, and are ragged; the second time their blocks are found in the pool. Most rounds are
-    launched before the host has read those in front of them."""
+def test_drafts_are_those_of_whole_texts_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy and drawn, ragged; requests join in the middle, and the second time their blocks are found in the pool. Many
+    rounds are launched before the host has read those in front of them."""
     extended: list[bool] = []
     extend = Round.extend
     monkeypatch.setattr(Round, "extend", lambda self, limits: (extended.append(True), extend(self, limits))[1])
-    wanted = requests(samplings)
+    wanted = requests(MIXED)
     plain = plainly(wanted)
     engine, own = knowing(wanted, plain)
     for _ in range(2):
