@@ -146,7 +146,7 @@ def meta_model(info: CheckpointInfo, *, bare: bool = False) -> Any:
     Raises:
         InputError, CaptureError: unreadable config, unknown architecture, unsupported model.
     """
-    config = pretrained_config(info)
+    config = pretrained_config(info, bare=bare)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton is that of the unquantized model
     made = _bare_class(info, config) if bare else _model_class(info, config)
@@ -163,8 +163,11 @@ def _without_pooler(made: type) -> dict[str, bool]:
     return {"add_pooling_layer": False} if "add_pooling_layer" in taken else {}
 
 
-def pretrained_config(info: CheckpointInfo) -> Any:
+def pretrained_config(info: CheckpointInfo, *, bare: bool = False) -> Any:
     """The config of a checked folder as transformers reads it.
+
+    Args:
+        bare: of an encoder-decoder model whose encoder transformers has as a model of its own, that of the encoder.
 
     Raises:
         InputError, CaptureError: unreadable, or of a model that is not supported.
@@ -180,6 +183,8 @@ def pretrained_config(info: CheckpointInfo) -> Any:
     # code transformers would load.
     config._attn_implementation = None
     config._experts_implementation = None
+    if bare and _text_encoder(config) is not None:
+        config.is_encoder_decoder = False
     refuse_unsupported(config)
     return config
 
@@ -224,14 +229,14 @@ def _model_class(info: CheckpointInfo, config: Any) -> Any:
 
 
 def _bare_class(info: CheckpointInfo, config: Any) -> Any:
-    """The class that `AutoModel` makes of a config."""
+    """The class that `AutoModel` makes of a config, or the encoder alone where that has a decoder as well (T5)."""
     import transformers
 
     own = info.config.get("auto_map")
     reference = own.get("AutoModel") if info.trusted and isinstance(own, dict) else None
     if isinstance(reference, str):
         return _own_class(info, reference.rpartition(".")[2])
-    found = transformers.MODEL_MAPPING.get(type(config), None)
+    found = _text_encoder(config) or transformers.MODEL_MAPPING.get(type(config), None)
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
     raise CaptureError(
@@ -240,6 +245,14 @@ def _bare_class(info: CheckpointInfo, config: Any) -> Any:
         why="embeddings are made of the hidden states that AutoModel gives",
         remedy="use a model that AutoModel loads",
     )
+
+
+def _text_encoder(config: Any) -> Any:
+    """What transformers has for the encoder alone of a kind of model that has a decoder too; None for others."""
+    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING
+
+    both = type(config).is_encoder_decoder  # what a folder of the encoder says itself may be either
+    return MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None) if both else None
 
 
 def _own_class(info: CheckpointInfo, name: str) -> Any:

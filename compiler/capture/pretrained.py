@@ -286,13 +286,16 @@ def _export_for(model: torch.nn.Module, config: Any, offset: int, context: int, 
     output = _output(exported, config, shell)
     size = int(exported.graph.output_node().args[0][0].meta["val"].shape[-1])
     facts = model_facts(config, getattr(model, "generation_config", None))
+    stated = max(0, facts.context_length - offset)
+    if stated == 0 and head is not None:  # relative positions have no end of their own
+        stated = head.described.most_tokens or 0
     contract = Contract(
         kind="decoder" if decoder else "encoder",
         inputs=tuple(inputs),
         outputs=(output,),
         position_rule=decoder,
         layers=attention_layers(exported),
-        model=msgspec.structs.replace(facts, context_length=min(max(0, facts.context_length - offset), context)),
+        model=msgspec.structs.replace(facts, context_length=min(stated, context)),
         sources={name: (name,) for name in exported.state_dict},
         embedding=None if head is None else head.facts(size),
     )

@@ -141,6 +141,25 @@ def test_sliding_windows_in_both_directions(tmp_path: Path) -> None:
     torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=0)
 
 
+def test_the_encoder_of_a_model_that_has_a_decoder(tmp_path: Path) -> None:
+    """T5, as sentence-t5 and GTR have it: no end of positions but that of the folder."""
+    config = hf.T5Config(vocab_size=len(WORDS) + 4, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    folder = write_sentence_folder(
+        tmp_path / "model",
+        [("Pooling", {"pooling_mode": "mean"})],
+        settings={"max_seq_length": 12},
+        model=randomized(hf.T5EncoderModel(config)),
+    )
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**saved, "is_encoder_decoder": True}))  # as on the hub
+    program, _ = capture_pretrained(folder)
+    assert program.contract.model.context_length == 12
+    row = [5, 9, 4, 7, 8]
+    wanted = pooled(hf.T5EncoderModel.from_pretrained(folder), row, ["mean"])
+    found = run(program, torch.tensor([row]), torch.ones((1, 5), dtype=torch.long))[0]
+    torch.testing.assert_close(found.double(), wanted, atol=1e-4, rtol=0)
+
+
 def test_texts_to_embeddings() -> None:
     """Ragged batches, prompts, case and length; each text gets what it gets alone."""
     model = package.load(embedding_artifact())
