@@ -20,6 +20,7 @@ CONVOLUTIONS = (
     aten.conv3d.padding,
     aten.convolution.default,
 )
+TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 from torch.fx import Node
 
+from optc.compiler.analysis.convolutions import CONVOLUTIONS, TRANSPOSED
 from optc.exporters.onnx.walker import MICROSOFT, Lowering, Walker, argument, result_dtype
 
 _aten = torch.ops.aten
@@ -237,15 +238,6 @@ def outwards(node: Node) -> str | None:
     return "negative or computed amounts of this mode are not lowered" if crops and _mode(node) != "constant" else None
 
 
-CONVOLUTIONS = (
-    _aten.conv1d.default,
-    _aten.conv2d.default,
-    _aten.conv3d.default,
-    _aten.conv1d.padding,
-    _aten.conv2d.padding,
-    _aten.conv3d.padding,
-)
-TRANSPOSED = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
 PADS = (
     _aten.pad.default,
     _aten.constant_pad_nd.default,

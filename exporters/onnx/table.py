@@ -9,6 +9,7 @@ import torch
 from torch.fx import Node
 
 from optc.compiler.analysis.aliases import unshared
+from optc.compiler.analysis.convolutions import CONVOLUTIONS, TRANSPOSED
 from optc.compiler.target.target import Predicate
 from optc.exporters.onnx import (
     arithmetic,
@@ -57,7 +58,7 @@ _PREDICATES: dict[Any, Predicate] = {
     _aten.dropout.default: layers.inactive,
     _aten.chunk.default: shape.known_parts,
     _aten.split.Tensor: shape.known_parts,
-    **dict.fromkeys((*layers.CONVOLUTIONS, *layers.TRANSPOSED, _aten.convolution.default), layers.batched),
+    **dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED), layers.batched),
     **dict.fromkeys(layers.PADS, layers.outwards),
     _aten._native_batch_norm_legit_no_training.default: layers.first_alone,
     _aten.instance_norm.default: layers.own_statistics,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.analysis.convolutions import CONVOLUTIONS, Convolution, convolution_site
+from optc.compiler.analysis.convolutions import CONVOLUTIONS, TRANSPOSED, Convolution, convolution_site
 from optc.compiler.analysis.dataflow import aten, value_of
 from optc.compiler.analysis.linears import Linear
 from optc.compiler.analysis.name_patterns import fits
@@ -31,6 +31,7 @@ from optc.passes.quantization.arithmetic.static_weights import StaticWeights
 
 _optc = torch.ops.optc
 _PERCENTILE = 99.99
+_NO_SITE = "it is transposed, has no batch axis, or its weight is computed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,14 +111,10 @@ class QuantizeStatic(Pass):
         found: list[Convolution] = []
         misses: list[Miss] = []
         for node in program.graph.nodes:
-            if node.target not in CONVOLUTIONS:
+            if node.target not in (*CONVOLUTIONS, *TRANSPOSED):
                 continue
             site = convolution_site(program, node)
-            reason = (
-                "it is transposed, has no batch axis, or its weight is computed"
-                if site is None
-                else self._obstacle(program, site)
-            )
+            reason = _NO_SITE if site is None else self._obstacle(program, site)
             if reason is not None:
                 misses.append(Miss(node.name, reason))
             elif site is not None:

@@ -176,6 +176,14 @@ def test_ignored_and_refused() -> None:
         QuantizeStatic().run(folded, broken)
 
 
+def test_transposed_convolutions_stay_as_they_are() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 2, 2)).eval().requires_grad_(False)
+    result = QuantizeStatic().run(program_of(model, BATCHES[0]), CONTEXT)
+    assert (result.matched, result.candidates) == (1, 2)
+    assert result.misses[0].reason.startswith("it is transposed")
+    assert count(result.program, _aten.conv_transpose2d.input) == 1
+
+
 class _Writes(nn.Module):
     """A convolution behind a write into a view."""
 
