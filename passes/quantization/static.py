@@ -23,6 +23,7 @@ from optc.compiler.rewriting.in_place import without_writing
 from optc.compiler.rewriting.passes import Miss, Pass, PassContext, PassResult
 from optc.compiler.rewriting.weights import prune_contract
 from optc.passes.quantization.arithmetic.budgets import STATIC_INT8
+from optc.passes.quantization.arithmetic.gated_activations import spell_gates
 from optc.passes.quantization.arithmetic.integer_regions import Regions, integer_regions
 from optc.passes.quantization.arithmetic.observing import Grid, RangeMethod, grid_of, observed_ranges
 from optc.passes.quantization.arithmetic.ranges import calibration_feed
@@ -41,7 +42,8 @@ class QuantizeStatic(Pass):
     Convolutions and linears in integers (Jacob et al. 2018, https://arxiv.org/abs/1712.05877): weights of int8 with a
     scale per output channel, activations of uint8 with one scale and one zero point per tensor, both from calibration
     data. What a convolution gives is rounded too, and so are sums, products and pools between convolutions; a relu in
-    front of such a rounding becomes its range. Linears give floating point. Which linears: as quantize-rtn.
+    front of such a rounding becomes its range, hard-swish and SiLU products of codes. Linears give floating point. Which
+    linears: as quantize-rtn.
 
     Attributes:
         ranges: of activations. mse: those of the least squared error over the calibration data; minmax: all that was
@@ -94,6 +96,7 @@ class QuantizeStatic(Pass):
         regions = integer_regions(edited, convolutions, linears)
         grids = self._grids(edited, regions, feed, context.progress or (lambda *_: None))
         _place(edited, regions, grids)
+        spell_gates(edited, regions.inner)
         weights = StaticWeights(edited, 63 if self.reduce_range else 127, feed.numel())
         weights.quantize([*convolutions, *(counterpart(edited, site.node) for site in linears)])
         drop_dead(edited)

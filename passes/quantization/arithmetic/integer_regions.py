@@ -17,6 +17,7 @@ from optc.compiler.analysis.convolutions import Convolution, clipped_at_zero, un
 from optc.compiler.analysis.dataflow import COPIES, VIEWS, aten, is_tensor, peel, value_of, value_readers
 from optc.compiler.analysis.linears import Linear
 from optc.compiler.ir.program import Program
+from optc.passes.quantization.arithmetic.gated_activations import GATED
 
 _SAME_GRID = VIEWS | frozenset(
     (
@@ -34,6 +35,7 @@ _OWN_GRID = frozenset(
         aten.cat.default,
         aten.avg_pool2d.default,
         aten.adaptive_avg_pool2d.default,
+        *GATED,
     )
 )
 _POINTWISE = frozenset(
@@ -43,10 +45,8 @@ _POINTWISE = frozenset(
         aten.clamp.default,
         aten.clamp_min.default,
         aten.hardtanh.default,
-        aten.hardswish.default,
         aten.hardsigmoid.default,
         aten.sigmoid.default,
-        aten.silu.default,
         aten.gelu.default,
         aten.leaky_relu.default,
         aten.elu.default,

@@ -61,15 +61,16 @@ def test_residual_network() -> None:
 
 
 def test_mobile_network() -> None:
-    """Pads go into convolutions, clipping at 6 into codes; hard-swish stays in floating point, its squeeze does not."""
+    """Pads go into convolutions, clipping at 6 into codes; hard-swish is a product of codes, and so is the squeeze."""
     made = _static("mobile").program
     assert count(made, _aten.hardtanh.default) == count(made, _aten.relu6.default) == 0
-    assert count(made, _aten.hardswish.default) == 1
+    assert count(made, _aten.hardswish.default) == 0
     (pad,) = made.calls(_aten.pad.default)
     assert pad.args[0].target is _optc.dequantize_tensor.default
     assert [user.target for user in pad.users] == [CONV]
-    (product,) = made.calls(_aten.mul.Tensor)
-    assert {item.target for item in product.all_input_nodes} == {_optc.dequantize_tensor.default}
+    products = made.calls(_aten.mul.Tensor)
+    assert len(products) == 2
+    assert {item.target for node in products for item in node.all_input_nodes} == {_optc.dequantize_tensor.default}
     tops = [
         node.kwargs["scale"] * 255
         for node in made.calls(CODES)
@@ -78,6 +79,28 @@ def test_mobile_network() -> None:
     assert tops
     assert max(tops) <= 6.0
     assert 0 < _error(_folded("mobile"), made) < 0.05
+
+
+@pytest.mark.parametrize("kind", [nn.Hardswish, nn.SiLU])
+def test_gated_activations_are_products(kind: type[nn.Module]) -> None:
+    """Over all that x can be: the gate has 256 values, and is 0 and 1 where hard-swish's is."""
+    conv = nn.Conv2d(1, 1, 1).eval().requires_grad_(False)
+    conv.weight[:], conv.bias[:] = 1.0, 0.0
+    last = nn.Conv2d(1, 1, 1, bias=False).eval().requires_grad_(False)
+    last.weight[:] = 1.0
+    x = torch.linspace(-6, 6, 1024).view(2, 1, 16, 32)
+    program = program_of(nn.Sequential(conv, kind(), last), x)
+    context = PassContext(calibration=Calibration(Examples(((x,),)), "a line"))
+    made = QuantizeStatic(ranges="minmax").run(program, context).program
+    assert (count(made, _aten.mul.Tensor), count(made, _aten.hardswish.default), count(made, _aten.silu.default)) == (
+        1,
+        0,
+        0,
+    )
+    found, expected, step = made(x), kind()(x), 12 / 255
+    assert float((found - expected).abs().max()) < 2.5 * step
+    if kind is nn.Hardswish:
+        assert not made(torch.full_like(x, -3.5)).any()
 
 
 def test_grids_are_those_of_torch() -> None:
