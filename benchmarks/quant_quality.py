@@ -59,6 +59,7 @@ ROWS = (
     Row("smoothquant", "smoothquant", 8, True, 0),
     Row("llm-int8", "llm-int8", 8, True, 0),
     Row("fp8", "fp8", 8, True, 0),
+    Row("fp8-block", "fp8-block", 8, True),
     Row("nf4", "nf4", 4, True, 64),
     Row("nvfp4", "nvfp4", 4, True, 16),
     Row("mxfp4", "mxfp4", 4, True, 32),
@@ -101,9 +102,9 @@ def quantized(program: Any, row: Row, calibration: Any, seed: int) -> tuple[Any,
     """(the program after the method's passes, seconds, the linears' records of the last rounding)."""
     from optc.compiler.rewriting.passes import PassContext
     from optc.compiler.target.options import QuantRequest
-    from optc.targets.methods import choose_quantization, quantization_steps
+    from optc.targets.methods import METHODS, choose_quantization, quantization_steps
 
-    fixed = row.method in ("int8", "smoothquant", "llm-int8", "fp8", "nf4", "nvfp4", "mxfp4")
+    fixed = METHODS[row.method].fixed
     asked = QuantRequest(
         quant=row.method,
         bits=None if fixed else row.bits,
@@ -171,7 +172,7 @@ def main() -> None:
         if wanted and row.name not in wanted and not needed:
             continue
         runs = []
-        for seed in seeds if row.method not in ("rtn", "int8", "fp8", "nf4", "mxfp4") else seeds[:1]:
+        for seed in seeds if row.method not in ("rtn", "int8", "fp8", "fp8-block", "nf4", "mxfp4") else seeds[:1]:
             calibration = cut_sequences(
                 documents,
                 samples=arguments.samples,
