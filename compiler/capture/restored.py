@@ -2,7 +2,7 @@
 
     linear(x, W)  ->  linear(x, optc.dequantize(codes, scale, zero))
 
-with the input multiplied and rounded, and keys and values rounded, where the folder's layout says so.
+with the input put in order, multiplied and rounded, and keys and values rounded, where the folder's layout says so.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from optc.compiler.analysis.dataflow import aten, peel, value_of
 from optc.compiler.analysis.linears import Linear, linear_site
 from optc.compiler.diagnostics import CaptureError, InputError
 from optc.compiler.formats.layouts import QuantizedWeight
+from optc.compiler.formats.layouts.weight import INPUT_ORDER
 from optc.compiler.formats.safetensors_header import shown
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
@@ -44,6 +45,7 @@ def restore_codes(program: Program, folder: QuantizedFolder, names: dict[str, st
     modules = {f"{module}.weight" for module in folder.modules}
     made: dict[str, Node] = {}
     inputs: dict[tuple[Node, str, float], Node] = {}
+    ordered: dict[tuple[Node, bytes], Node] = {}
     with torch.no_grad():
         for node in list(edited.graph.nodes):
             site = linear_site(edited, node)
@@ -55,7 +57,7 @@ def restore_codes(program: Program, folder: QuantizedFolder, names: dict[str, st
             weight = folder.layout.read(names[name].removesuffix(".weight"))
             if name not in made:
                 made[name] = _dequantized(edited, site, name, weight, folder.method)
-            _read_codes(edited, site, name, made[name], weight, inputs)
+            _read_codes(edited, site, name, made[name], weight, inputs, ordered)
     left = [name for name in edited.weight_names().values() if names.get(name) in modules and _is_read(edited, name)]
     missing = modules - {names[name] for name in made}
     if left or missing:
@@ -107,9 +109,16 @@ def _read_codes(
     weight: Node,
     stored: QuantizedWeight,
     inputs: dict[tuple[Node, str, float], Node],
+    ordered: dict[tuple[Node, bytes], Node],
 ) -> None:
-    """Replace a linear by one that reads `weight`, its input multiplied and rounded where the layout says so."""
+    """Replace a linear by one that reads `weight`, its input put in order, multiplied and rounded where the layout says so."""
     x, dtype = site.input, value_of(site.input).dtype
+    if stored.input_order is not None:
+        place = (peel(x), stored.input_order.numpy().tobytes())
+        if place not in ordered:  # linears of one input mostly have one order
+            order = _part(program, name, INPUT_ORDER, stored.input_order)
+            ordered[place] = insert_call(program, site.node, aten.index_select.default, (place[0], -1, order))
+        x = ordered[place]
     if stored.input_factor is not None:
         factor = _part(program, name, "input_factor", stored.input_factor.to(dtype))
         x = insert_call(program, site.node, aten.mul.Tensor, (x, factor))

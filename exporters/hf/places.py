@@ -21,6 +21,7 @@ from optc.compiler.analysis.linears import (
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.formats.layouts import QuantizedWeight, Scheme
 from optc.compiler.formats.layouts.key_values import KeyValueScheme
+from optc.compiler.formats.layouts.weight import INPUT_ORDER
 from optc.compiler.formats.weight_format import WeightFormat, format_of
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.provenance import module_path
@@ -187,6 +188,10 @@ class Places:
             x, format = call.args[0], activation_format(call)
             scale = None if call.target is _optc.quantize_dynamic.default else self._name(call.args[1])
         product = peel(x)
+        if product.target is aten.index_select.default and site.placeholder is None:
+            order = self.program.weight_of(product.args[2])
+            if order is not None and order.endswith(INPUT_ORDER):
+                raise _refusal(order, "its columns are in an order of their own (GPTQ's act-order)")
         if product.target is aten.mul.Tensor and site.placeholder is None:
             name = self.program.weight_of(product.args[1])
             factor = name if name is not None and name.endswith("_input_factor") else None

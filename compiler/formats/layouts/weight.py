@@ -11,6 +11,9 @@ from optc.compiler.diagnostics import InputError
 from optc.compiler.formats.weight_format import WeightFormat, weight_format
 from optc.compiler.ir.contract import ActivationFormat
 
+INPUT_ORDER = "input_order"
+"""What a program calls `QuantizedWeight.input_order`, behind the weight's name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
@@ -44,6 +47,8 @@ class QuantizedWeight:
         global_scale: float32 [1], nvfp4 alone.
         input_scale: float32 [1], with `scheme.static`.
         input_factor: [K] that the input is multiplied by first, or None.
+        input_order: int64 [K], the elements of the input that the columns of the codes are for, or None where they are in
+            order (GPTQ's act-order: groups are of columns that were quantized one after another).
     """
 
     scheme: Scheme
@@ -53,6 +58,7 @@ class QuantizedWeight:
     global_scale: Tensor | None = None
     input_scale: Tensor | None = None
     input_factor: Tensor | None = None
+    input_order: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,6 +77,24 @@ class QuantizedWeight:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] that the codes stand for, scales (but those of nvfp4) rounded to `dtype` first."""
         return self.format.dequantize(self.parts(), self.scheme.bits, self.scheme.group_size, dtype)
+
+
+def order_of_groups(groups: Tensor, size: int) -> Tensor | None:
+    """The order of columns in which groups are neighbours, int64 [K]; None where they are in order already.
+
+    Args:
+        groups: int64 [K], the group of each column. size: columns of a group.
+
+    Raises:
+        ValueError: a group has more columns or fewer.
+    """
+    neighbours = torch.arange(len(groups)) // size
+    if torch.equal(groups, neighbours):
+        return None
+    order = groups.argsort(stable=True)
+    if not torch.equal(groups[order], neighbours):
+        raise ValueError(f"not every group has {size} columns")
+    return order
 
 
 def check_parts(weight: QuantizedWeight, where: str) -> QuantizedWeight:

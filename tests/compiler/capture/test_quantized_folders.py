@@ -282,13 +282,17 @@ def test_damaged_tensors_are_named(tmp_path: Path) -> None:
         assert K_PROJ in text, (suffix, text)
 
 
-def test_act_order_is_refused_unless_it_is_trivial(tmp_path: Path) -> None:
+def test_groups_of_several_sizes_are_refused(tmp_path: Path) -> None:
     folder = _written(tmp_path, layout="gptq")
     key = f"{K_PROJ}.g_idx".replace(".", "__")
-    _rewrite(folder, **{key: torch.arange(64).flip(0).to(torch.int32) // 32})
-    text = _refused(folder)
-    assert f"{K_PROJ}.g_idx" in text
-    assert "act-order" in text
+    for groups, message in [
+        (torch.arange(64) // 33, "not every group has 32 columns"),
+        (torch.zeros(32), "wrong shape"),
+    ]:
+        _rewrite(folder, **{key: groups.to(torch.int32)})
+        text = _refused(folder)
+        assert f"{K_PROJ}.g_idx" in text
+        assert message in text
 
 
 def test_a_gptq_folder_without_g_idx_is_read(tmp_path: Path) -> None:

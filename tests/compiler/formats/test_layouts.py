@@ -8,9 +8,12 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from hf_folders import codes_of, config, quantized, source, tensors, write
+from families import make_model
+from hf_folders import codes_of, config, logits, quantized, source, tensors, write
+from safetensors.torch import save_file
 from torch import Tensor
 
+from optc.compiler.capture import capture_pretrained
 from optc.compiler.diagnostics import InputError, TargetError
 from optc.compiler.formats.layouts import QuantizedWeight, Scheme
 from optc.compiler.formats.layouts.awq.writer import AwqWriter
@@ -112,6 +115,46 @@ def test_gptq_by_an_independent_reader(tmp_path: Path, recipe: str, layout: str)
     assert settings["group_size"] == (-1 if recipe == "int4-channel" else 32)
     assert settings["sym"] is (recipe == "int4")
     assert settings["dynamic"] == {"-:^lm_head$": {}}
+
+
+def _spread(folder: Path, kind: str) -> dict[str, np.ndarray]:
+    """Give every linear of a folder groups of columns from all over it; returns the weights [K, N] by hand."""
+    held, dense = tensors(folder), {}
+    for place, name in enumerate(sorted(held)):
+        module, _, last = name.rpartition(".")
+        if last not in ("qweight", "weight_packed"):
+            continue
+        parts = _parts(folder, module)
+        columns = parts["qweight"].shape[0] * 8 if kind == "gptq" else int(parts["weight_shape"][1])
+        shared = 0 if module.endswith(("q_proj", "k_proj", "v_proj")) else place  # of one input, one order
+        groups = (torch.randperm(columns, generator=torch.Generator().manual_seed(shared)) // 32).to(torch.int32)
+        held[f"{module}.{'g_idx' if kind == 'gptq' else 'weight_g_idx'}"] = groups
+        if kind == "gptq":
+            dense[module] = _gptq_dense({**parts, "g_idx": groups.numpy()}, 4, 1)
+        else:
+            words = parts["weight_packed"].view(np.uint32)
+            codes = np.stack([(words >> (4 * place)) & 15 for place in range(8)], 2).reshape(len(words), -1)
+            dense[module] = ((codes - 8.0) * parts["weight_scale"][:, groups.numpy()]).T
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    return dense
+
+
+@pytest.mark.parametrize("kind", ["gptq", "compressed-tensors"])
+def test_groups_of_columns_from_all_over_the_weight_are_read(tmp_path: Path, kind: str) -> None:
+    """GPTQ's act-order, by transformers with the weights made by hand; no layout of ours writes them again."""
+    write(quantized("llama", "int4", half=True), source("llama"), tmp_path / "a", kind)
+    dense = _spread(tmp_path / "a", kind)
+    model = make_model("llama")
+    with torch.no_grad():
+        for module, weight in dense.items():
+            model.get_submodule(module).weight.copy_(torch.from_numpy(weight.T))
+        ids = torch.arange(3, 27).reshape(2, 12)
+        expected = model(ids).logits
+    program, _ = capture_pretrained(tmp_path / "a")
+    assert sum(node.target is torch.ops.aten.index_select.default for node in program.graph.nodes) == 10
+    torch.testing.assert_close(logits(program, ids), expected, atol=1e-4, rtol=0)
+    with pytest.raises(TargetError, match="act-order"):
+        write(program, tmp_path / "a", tmp_path / "b", kind)
 
 
 def test_gptq_symmetric_zero_points_are_sevens() -> None:

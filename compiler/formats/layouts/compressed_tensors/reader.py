@@ -23,7 +23,7 @@ from optc.compiler.formats.layouts.compressed_tensors import (
 from optc.compiler.formats.layouts.config import ConfigReader
 from optc.compiler.formats.layouts.key_values import FolderKeyValues, KeyValueScheme, find_key_values
 from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
-from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme, check_parts
+from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme, check_parts, order_of_groups
 from optc.compiler.formats.layouts.words import unpack_words, word_count
 from optc.compiler.ir.contract import ActivationFormat
 from optc.compiler.ops.dialect.mxfp4 import BLOCK as MX_BLOCK
@@ -120,17 +120,18 @@ class CompressedTensors:
         scale = scale[:, None] if scale.dim() == 1 else scale
         if group.scheme.format == "fp8" and group.scheme.group_size:
             scale = spread_rows(self._reader, f"{module}.weight_scale", scale, rows)
-        zero = None
+        zero = order = None
         if group.packed:
             words = self._reader.matrix(f"{module}.weight_packed", torch.int32)
             codes = unpack_words(words, group.scheme.bits, columns)
             zero = None if group.scheme.symmetric else self._zero(module, group.scheme.bits, rows)
-            self._check_order(module, group.scheme, columns)
+            order = self._order(module, group.scheme, columns)
+            codes = codes if order is None else codes[:, order].contiguous()
         elif group.scheme.format == "fp8":
             codes = self._reader.matrix(f"{module}.weight", torch.float8_e4m3fn)
         else:
             codes = (self._reader.matrix(f"{module}.weight", torch.int8).to(torch.int16) + 128).to(torch.uint8)
-        return check_parts(QuantizedWeight(group.scheme, codes, scale, zero), module)
+        return check_parts(QuantizedWeight(group.scheme, codes, scale, zero, input_order=order), module)
 
     def key_values(self) -> FolderKeyValues | None:
         """The scales of keys and values, None where the config has no scheme for them."""
@@ -169,16 +170,20 @@ class CompressedTensors:
             raise self._reader.wrong_shape(name, f"it has {words.shape[1]} words for {rows} rows of {bits} bits")
         return unpack_words(words, bits, rows).t().contiguous()
 
-    def _check_order(self, module: str, scheme: Scheme, columns: int) -> None:
-        """Columns in an order of their own (GPTQ's act-order) have no canonical form."""
+    def _order(self, module: str, scheme: Scheme, columns: int) -> Tensor | None:
+        """Of columns in an order of their own (GPTQ's act-order); see `order_of_groups`."""
         name = f"{module}.weight_g_idx"
         if name not in self._reader:
-            return
-        order = self._reader.read(name, torch.int32, torch.int64).long()
-        if bool((order == -1).all()):  # the library's mark for "not used"
-            return
-        if not torch.equal(order, torch.arange(columns) // (scheme.group_size or columns)):
-            raise self._config.refusal(f"'{name}' spreads the groups over the columns (act-order)")
+            return None
+        groups = self._reader.read(name, torch.int32, torch.int64).long()
+        if groups.shape != (columns,):
+            raise self._reader.wrong_shape(name, f"found {list(groups.shape)}, expected {[columns]}")
+        if bool((groups == -1).all()):  # the library's mark for "not used"
+            return None
+        try:
+            return order_of_groups(groups, scheme.group_size or columns)
+        except ValueError as error:
+            raise self._config.refusal(f"'{name}' spreads the groups over the columns, and {error}") from error
 
     def _two(self, name: str) -> tuple[int, int]:
         shape = self._reader.shape(name)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from optc.compiler.formats.layouts.config import ConfigReader
 from optc.compiler.formats.layouts.gptq import V1, V2
 from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
-from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme, check_parts
+from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme, check_parts, order_of_groups
 from optc.compiler.formats.layouts.words import unpack_words, word_count
 
 _KNOWN = (2, 3, 4, 8)
@@ -18,7 +20,7 @@ class Gptq:
     """Reads the linears of one folder.
 
     Raises (all methods):
-        InputError: settings per layer, columns in an order of their own, or tensors that do not fit.
+        InputError: settings per layer, groups of several sizes, or tensors that do not fit.
     """
 
     def __init__(self, config: ConfigReader, reader: TensorReader) -> None:
@@ -61,13 +63,14 @@ class Gptq:
         rows, columns = self.shape(module)
         words = self._reader.matrix(f"{module}.qweight", torch.int32)
         codes = unpack_words(words.t().contiguous(), self._bits, columns)
-        self._check_order(module, columns)
+        order = self._order(module, columns)
+        codes = codes if order is None else codes[:, order].contiguous()
         zero = self._zero(module, rows)
         scale = self._reader.matrix(f"{module}.scales", *FLOATS).t().contiguous()
         middle = bool((zero == 2 ** (self._bits - 1)).all())
         scheme = Scheme(bits=self._bits, group_size=self._group_size, symmetric=middle)
-        weight = check_parts(QuantizedWeight(scheme, codes, scale, zero), module)
-        return QuantizedWeight(scheme, codes, scale, None) if middle else weight
+        weight = check_parts(QuantizedWeight(scheme, codes, scale, zero, input_order=order), module)
+        return dataclasses.replace(weight, zero=None) if middle else weight
 
     def _zero(self, module: str, rows: int) -> Tensor:
         """uint8 [N, G]."""
@@ -83,15 +86,17 @@ class Gptq:
             )
         return zero.to(torch.uint8).contiguous()
 
-    def _check_order(self, module: str, columns: int) -> None:
+    def _order(self, module: str, columns: int) -> Tensor | None:
+        """See `order_of_groups`."""
         name = f"{module}.g_idx"
         if name not in self._reader:
             if self._config.boolean("desc_act", False):
                 raise self._config.refusal(f"'desc_act' is true, and '{name}' is missing")
-            return
+            return None
         groups = self._reader.read(name, torch.int32, torch.int64).long()
-        if not torch.equal(groups, torch.arange(columns) // (self._group_size or columns)):
-            raise self._config.refusal(
-                f"'{name}' spreads the groups over the columns (act-order)",
-                remedy="quantize with desc_act off, or with static groups",
-            )
+        if groups.shape != (columns,):
+            raise self._reader.wrong_shape(name, f"found {list(groups.shape)}, expected {[columns]}")
+        try:
+            return order_of_groups(groups, self._group_size or columns)
+        except ValueError as error:
+            raise self._config.refusal(f"'{name}' spreads the groups over the columns, and {error}") from error
