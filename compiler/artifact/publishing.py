@@ -39,6 +39,7 @@ def check_output(output: Path, force: bool) -> None:
             _check_existing(output, force)
         anchor = next(folder for folder in output.parents if folder.exists())
         probe = _sibling(anchor / output.name, "tmp")  # asking for permission misses read-only mounts and /proc
+        _remove_abandoned(anchor / output.name, "tmp")  # of a run that was killed here, maybe above the output's folder
         probe.mkdir()
         probe.rmdir()
 

@@ -4,8 +4,8 @@
     python -m fuzz.campaign --inputs 10000000 --minutes 9 --jobs 16 --work /tmp/fuzz --json FILE [--add EARLIER]
 
 Each child reads inputs of one reader for some seconds (`child.py`), and another seed's next time; the readers take
-turns. A child's death, and one input of more than 10 s of CPU time or 120 s in all, are counted as faults, and the next
-child goes on.
+turns. A child's death, and one input of more than 10 s of CPU time or 120 s of waiting, are counted as faults, and the
+next child goes on. FILE is written every few seconds.
 """
 
 from __future__ import annotations
@@ -32,11 +32,13 @@ from fuzz.child import Shared, outcome, run_inputs
 from fuzz.readers import CHEAP, Reader, by_name
 from fuzz.seeds import Seeds
 from fuzz.sentence import SentenceFolder
-from fuzz.tally import Tally, figures
+from fuzz.tally import Tally, figures, write_whole
 from fuzz.whole import WHOLE
 
 READERS = by_name((*CHEAP, *WHOLE, SentenceFolder))
 _BATCH_SECONDS = 20.0  # of one child
+_GRACE_SECONDS = 15.0  # behind the campaign's end, for children that are busy
+_TOLD_SECONDS = 5.0
 
 
 class Child:
@@ -116,12 +118,20 @@ class Campaign:
 
     Args:
         goal: stop after so many inputs, if given. end: no child begins after this time (monotonic).
+        tell: called every few seconds.
     """
 
     def __init__(
-        self, seeds: Seeds, tallies: dict[str, Tally], keep: Path | None, goal: int | None, end: float
+        self,
+        seeds: Seeds,
+        tallies: dict[str, Tally],
+        keep: Path | None,
+        goal: int | None,
+        end: float,
+        tell: Callable[[], Any],
     ) -> None:
         self.seeds, self.tallies, self.keep, self.goal, self.end = seeds, tallies, keep, goal, end
+        self._tell, self._told = tell, time.monotonic()
         self._children: list[Child] = []
         self._again: list[tuple[str, float]] = []  # time that was left to children that died
 
@@ -139,9 +149,12 @@ class Campaign:
                     if turn is not None:
                         seconds = min(turn[1], left)
                         self._children.append(Child(turn[0], self.seeds, slot, seconds, next(seed_of)))
-                if not self._children:
+                if not self._children or time.monotonic() > self.end + _GRACE_SECONDS:
                     return
                 self._wait()
+                if time.monotonic() > self._told + _TOLD_SECONDS:
+                    self._tell()
+                    self._told = time.monotonic()
         finally:
             for child in self._children:
                 child.kill()
@@ -289,14 +302,19 @@ def main(show: Callable[[str], None] = print) -> int:
         for name, row in json.loads(options.add.read_text())["readers"].items():
             tallies.setdefault(name, Tally()).add_figures(row)
     ready = prepare(seeds, [name for name in names if not tallies[name].skipped], tallies)
-    campaign = Campaign(seeds, tallies, options.keep, options.inputs, begin + 60 * options.minutes)
+
+    def tell() -> dict[str, Any]:
+        found = {**figures(tallies), "jobs": options.jobs, "wall_s": round(time.monotonic() - begin, 1)}
+        if options.json:
+            write_whole(options.json, json.dumps(found, indent=1) + "\n")
+        return found
+
+    campaign = Campaign(seeds, tallies, options.keep, options.inputs, begin + 60 * options.minutes, tell)
     campaign.run(turns(ready, options.seconds, options.inputs is not None), options.jobs, options.seed)
+    found = tell()
     for name, tally in tallies.items():
         _show(name, tally, show)
-    found = {**figures(tallies), "jobs": options.jobs, "wall_s": round(time.monotonic() - begin, 1)}
     show(f"{found['inputs']} inputs, {found['fault_kinds']} kinds of faults, {found['wall_s']:.0f} s")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
     return 1 if found["fault_kinds"] or found["inputs"] < (options.inputs or 0) else 0
 
 

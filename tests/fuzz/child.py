@@ -15,6 +15,8 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,7 +25,8 @@ from fuzz.seeds import Seeds
 
 LIMIT_SECONDS, LIMIT_BYTES = 10.0, 2 << 30
 HANG_SECONDS = 120.0
-"""An input may cost `LIMIT_SECONDS` of CPU time; one that waits, for a lock or a device, ends after so long in any case."""
+"""An input may cost `LIMIT_SECONDS` of CPU time; one that waits so long, for a lock or a device, hangs. What it waits for
+a processor does not count."""
 _PREPARING_SECONDS = 300.0
 _TELL_SECONDS = 2.0
 _EVENTS = {"pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect"}
@@ -70,7 +73,7 @@ class Shared:
             group: the child and its forks. What an input costs is their CPU time: on a busy machine it may wait long.
         """
         waited = (time.monotonic_ns() - self._words[_BEGAN]) / 1e9
-        if waited > HANG_SECONDS:
+        if waited > HANG_SECONDS and waited - group_seconds_in_queue(group) > HANG_SECONDS:
             return f"did not end in {HANG_SECONDS:g} s"
         if waited > LIMIT_SECONDS and group_cpu_seconds(group) - self._words[_CPU] / 1e9 > LIMIT_SECONDS:
             return f"took more than {LIMIT_SECONDS:g} s of CPU time"
@@ -119,15 +122,30 @@ def cpu_ns() -> int:
 
 def group_cpu_seconds(group: int) -> float:
     """CPU time of a process group's members, and of children that they have waited for."""
-    ticks = 0
+    ticks = sum(sum(map(int, fields[11:15])) for _, fields in _members(group))  # user, system, the same of children
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def group_seconds_in_queue(group: int) -> float:
+    """Time that the threads of a process group's members were ready to run and had no processor; 0 where the kernel does
+    not say."""
+    waited = 0
+    for folder, _ in _members(group):
+        for path in folder.glob("task/*/schedstat"):
+            with suppress(OSError):  # it has ended
+                waited += int(path.read_text().split()[1])
+    return waited / 1e9
+
+
+def _members(group: int) -> Iterator[tuple[Path, list[str]]]:
+    """Folder in /proc, and the fields of `stat` behind the name (state, parent, group, ...), of each process."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = path.read_text(errors="replace").rpartition(")")[2].split()  # after the name: state, parent, group
+            fields = path.read_text(errors="replace").rpartition(")")[2].split()
         except OSError:
             continue  # it has ended
         if int(fields[2]) == group:
-            ticks += sum(map(int, fields[11:15]))  # user, system, and the same of children
-    return ticks / os.sysconf("SC_CLK_TCK")
+            yield path.parent, fields
 
 
 def outcome(reader: Reader, made: Input) -> tuple[str, Any]:

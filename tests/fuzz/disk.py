@@ -23,19 +23,23 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fuzz.seeds import Seeds
 from fuzz.strikes import FAULTS, Striker, end_with_parent, spread
+from fuzz.tally import write_whole
 from fuzz.writers import WRITERS
+
+_LIMIT_SECONDS = 300.0  # of one writing, on a machine that may be loaded
 
 
 def shim(work: Path) -> Path:
@@ -112,40 +116,57 @@ def strike_writer(name: str, work: Path, jobs: Jobs, rows: Rows, options: argpar
     kinds = [kind for kind in FAULTS if kind in options.kinds.split(",")]
     numbers = spread(striker.points, options.most)
     left = deque((number, kind) for number in numbers for kind in kinds)
-    running, free = dict[int, tuple[int, str]](), set(range(jobs.count))
+    running, free = dict[int, Running](), set(range(jobs.count))
     while left or running:
         if time.monotonic() > jobs.end:
             left.clear()
         done, status = os.waitpid(-1, os.WNOHANG) if running else (0, 0)
         if done:
-            slot, what = running.pop(done)
-            free.add(slot)
-            jobs.give()
-            if status != 0:
-                rows.add({"wrong": f"the campaign itself failed at {what}: {os.waitstatus_to_exitcode(status)}"})
+            one = running.pop(done)
+            if not one.went_on(os.waitstatus_to_exitcode(status), rows):
+                free.add(one.slot)
+                jobs.give()
+            else:
+                running[one.pid] = one
         elif left and free and jobs.take():
             number, kind = left.popleft()
             slot = free.pop()
-            running[_forked(striker, folder / str(slot), kind, number, rows, options)] = slot, f"{kind} {number}"
+            one = Running(slot, striker.moved(folder / str(slot)).strike(kind, number, number % options.rerun == 0))
+            running[one.pid] = one
         else:
+            for one in running.values():
+                one.end_in_time()
             time.sleep(0.005)
 
 
-def _forked(striker: Striker, folder: Path, kind: str, number: int, rows: Rows, options: argparse.Namespace) -> int:
-    """The process of one strike."""
-    pid = os.fork()
-    if pid == 0:
-        code = 70
+class Running:
+    """A strike under way.
+
+    Attributes:
+        slot: of the places at a time. pid: of the child that it waits for.
+    """
+
+    def __init__(self, slot: int, strike: Generator[int, int, dict[str, Any]]) -> None:
+        self.slot, self._strike = slot, strike
+        self._wait_for(next(strike))
+
+    def _wait_for(self, pid: int) -> None:
+        self.pid, self._begin, self._overdue = pid, time.monotonic(), False
+
+    def went_on(self, code: int, rows: Rows) -> bool:
+        """Whether there is another child, after one that has ended so; its row is told otherwise."""
         try:
-            end_with_parent()
-            rows.add(striker.moved(folder).strike(kind, number, number % options.rerun == 0))
-            code = 0
-        except BaseException:  # noqa: BLE001 (told as a failure of the campaign)
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return pid
+            self._wait_for(self._strike.send(-int(signal.SIGALRM) if self._overdue else code))
+        except StopIteration as done:
+            rows.add(done.value)
+            return False
+        return True
+
+    def end_in_time(self) -> None:
+        """Kill a child that hangs; it is reported as one that died of SIGALRM."""
+        if time.monotonic() > self._begin + _LIMIT_SECONDS and not self._overdue:
+            self._overdue = True
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 def start(name: str, work: Path, jobs: Jobs, rows: Rows, options: argparse.Namespace) -> int:
@@ -232,9 +253,7 @@ def _options() -> argparse.Namespace:
 
 def _write(path: Path | None, found: dict[str, Any]) -> None:
     if path is not None:
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(json.dumps(found, indent=1) + "\n")
-        part.replace(path)
+        write_whole(path, json.dumps(found, indent=1) + "\n")
 
 
 def campaign(names: list[str], work: Path, options: argparse.Namespace, begin: float) -> dict[str, Any]:

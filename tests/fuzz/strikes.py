@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ EXPECTED = {
     "EIO for good": (3, 0),
 }
 """Exit codes; 0 where the output was published, or the operation did not matter."""
-_LIMIT_SECONDS = 300.0  # of one writing, on a machine that may be loaded
 _HASH = re.compile(r"\.[0-9a-f]{64}\.")  # of what was written, the seconds that it took among it
 _END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
@@ -53,7 +52,7 @@ class Striker:
         self._settle(folder)
         self.before = writer.state(writer.old) if writer.old is not None else ""
         self.restore()
-        code = self._run(writer.write, {})
+        code = waited(self._forked(writer.write, {}))
         if code != 0:
             raise RuntimeError(f"{name}: the writer itself ends with exit code {code}: {self._said()}")
         self.points = len(self.log.read_text().splitlines())
@@ -80,18 +79,21 @@ class Striker:
         elif self.writer.old is not None:
             shutil.copyfile(self.writer.old, self.place)
 
-    def strike(self, what: str, number: int, rerun: bool) -> dict[str, Any]:
+    def strike(self, what: str, number: int, rerun: bool) -> Generator[int, int, dict[str, Any]]:
         """One fault at one operation.
 
         Args:
             rerun: run the writer again where it did not end well, which must end as if nothing had been.
+
+        Yields:
+            a child's process; its exit code, or minus its signal, is to be sent.
 
         Returns:
             the outcome, what is wrong with it, and whether the writer was run again.
         """
         begin = time.monotonic()
         self.restore()
-        code = self._run(self.writer.write, {"FAULT_N": str(number), **FAULTS[what]})
+        code = yield self._forked(self.writer.write, {"FAULT_N": str(number), **FAULTS[what]})
         if what == "power loss":
             lose_unsynced(self.log, self.parent)
         found = self._found()
@@ -104,20 +106,20 @@ class Striker:
             said = "" if code < 0 else self._said()
             row["wrong"] = f"{where}: {found}, exit {code}, beside it {left[:5]} {said}"
         elif refused or (code != 0 and rerun):
-            row |= {"rerun": True, **self._again(where)}
+            again = yield self._forked(self.writer.again or self.writer.write, {})
+            row |= {"rerun": True, **self._other(again, where)}
         return {**row, "seconds": round(time.monotonic() - begin, 2)}
 
-    def _again(self, where: str) -> dict[str, str]:
-        """Run the writer once more; what is wrong then."""
-        code = self._run(self.writer.again or self.writer.write, {})
+    def _other(self, code: int, where: str) -> dict[str, str]:
+        """What is wrong after the writer was run again."""
         found, names = self._found(), self._names()
         if code == 0 and names == self.clean and found == "new":
             return {}
         other = [name for name in {*names, *self.clean} if names.count(name) != self.clean.count(name)][:5]
         return {"wrong": f"rerun after {where}: {found}, exit {code}, other names {other} {self._said()}"}
 
-    def _run(self, write: Callable[[Path], None], settings: dict[str, str]) -> int:
-        """The exit code of one more writing in a child, or minus its signal."""
+    def _forked(self, write: Callable[[Path], None], settings: dict[str, str]) -> int:
+        """The process of one more writing."""
         self.log.unlink(missing_ok=True)
         self.count.write_bytes(bytes(8))
         watched = {"FAULT_DIR": str(self.parent), "FAULT_LOG": str(self.log), "FAULT_COUNT": str(self.count)}
@@ -125,7 +127,7 @@ class Striker:
         if pid == 0:
             os.environ |= {**watched, "TMPDIR": str(self.folder / "tmp"), **settings}
             _child(lambda: write(self.place), self.stderr)
-        return waited(pid)
+        return pid
 
     def _found(self) -> str:
         """What stands at the output: old, new or broken."""
@@ -182,16 +184,8 @@ def _child(write: Callable[[], None], stderr: Path) -> None:
 
 
 def waited(pid: int) -> int:
-    """The exit code of a child, or minus its signal; one that hangs is killed, which is reported as SIGALRM."""
-    end = time.monotonic() + _LIMIT_SECONDS
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return -int(signal.SIGALRM)
+    """The exit code of a child, or minus its signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def lose_unsynced(log: Path, folder: Path) -> None:

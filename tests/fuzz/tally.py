@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -88,3 +89,10 @@ def figures(tallies: dict[str, Tally]) -> dict[str, Any]:
         "readers_skipped": sum(bool(tally.skipped) for tally in tallies.values()),
         "readers": {name: tally.to_dict() for name, tally in tallies.items()},
     }
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a campaign that is killed leaves the figures that it wrote before."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
