@@ -14,6 +14,7 @@ import pytest
 import tokenizers
 import torch
 import transformers as hf
+from artifacts import make_manifest
 from command_line import optc, optc_json
 from conftest import ROOT
 from safetensors.torch import load_file
@@ -33,9 +34,13 @@ from torch import Tensor
 
 import optc as package
 from optc.compiler.capture import capture_pretrained
-from optc.compiler.capture.embedding import Pool
+from optc.compiler.capture.embedding import EmbeddingHead
+from optc.compiler.capture.proof import prove_model
+from optc.compiler.capture.proof.reference import Batch
 from optc.compiler.diagnostics import CaptureError, GateError, InputError, UsageError
 from optc.compiler.ir.program import Program
+from optc.compiler.model_folder.sentence import Pooling, SentenceModules
+from optc.runtime.measuring.tensors import source_run
 from optc.runtime.sessions.embedding_model import ragged_batches
 
 MODES = ["lasttoken", "cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean"]
@@ -90,18 +95,23 @@ def run(program: Program, ids: Tensor, mask: Tensor) -> Tensor:
     return found
 
 
-def test_every_way_of_pooling_under_padding(tmp_path: Path) -> None:
-    """A decoder's model, as causal attention lets padding on the left change nothing."""
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Program]:
+    """A decoder's model with every way of pooling side by side: causal attention lets padding on the left change nothing."""
     config = hf.Qwen3Config(
         vocab_size=len(WORDS) + 4, hidden_size=WIDTH, num_hidden_layers=1, num_attention_heads=2, head_dim=16,
         num_key_value_heads=1, intermediate_size=64, max_position_embeddings=40, pad_token_id=0,
     )  # fmt: skip
     folder = write_sentence_folder(
-        tmp_path / "model",
+        tmp_path_factory.mktemp("qwen") / "model",
         [("Pooling", {"pooling_mode": MODES, "embedding_dimension": WIDTH})],
         model=randomized(hf.Qwen3ForCausalLM(config)),
     )
-    program = package.capture(folder)
+    return folder, package.capture(folder)
+
+
+def test_every_way_of_pooling_under_padding(qwen: tuple[Path, Program]) -> None:
+    folder, program = qwen
     facts = program.contract.embedding
     assert facts is not None
     assert (facts.size, list(facts.pooling), facts.normalized) == (6 * WIDTH, MODES, False)
@@ -115,12 +125,18 @@ def test_every_way_of_pooling_under_padding(tmp_path: Path) -> None:
         torch.testing.assert_close(run(program, *padded(rows, left=left)).double(), wanted, atol=1e-4, rtol=0)
 
 
-def test_a_head_that_is_wrong_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proof of stage 0 does not pool as the program does."""
-    own = Pool.forward
-    monkeypatch.setattr(Pool, "forward", lambda self, hidden, mask: own(self, hidden, torch.ones_like(mask)))
-    with pytest.raises(GateError, match="the program is not what BertModel computes"):
-        capture_pretrained(whole_folder())
+def test_a_head_that_is_wrong_is_noticed(qwen: tuple[Path, Program], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof of stage 0 pools by itself: one way in another place, and a mask that is not looked at."""
+    folder, program = qwen
+    model = hf.Qwen3Model.from_pretrained(folder)
+    other = EmbeddingHead(SentenceModules((Pooling((*MODES[:-2], MODES[-1], MODES[-2])),)), torch.float32)
+    with pytest.raises(GateError, match="the program is not what Qwen3Model computes"):
+        prove_model(program, model, head=other)
+    right = EmbeddingHead(SentenceModules((Pooling(tuple(MODES)),)), torch.float32)
+    assert prove_model(program, model, head=right).proved
+    monkeypatch.setattr(Batch, "rows", lambda self, output: list(output))  # padding is pooled, too
+    with pytest.raises(GateError, match="the program is not what Qwen3Model computes"):
+        prove_model(program, model, head=right)
 
 
 def test_sliding_windows_in_both_directions(tmp_path: Path) -> None:
@@ -230,20 +246,18 @@ def test_commands(tmp_path: Path, capsys: Capture) -> None:
     assert plan["linears"] == 13
 
 
-def test_a_quantized_embedder(tmp_path: Path, capsys: Capture) -> None:
-    """A plain encoder with pooling asked for, in 8 bits: near its source, which `optc eval` pools as asked."""
-    folder, out, texts = tmp_path / "bert", tmp_path / "out", tmp_path / "texts.txt"
-    tiny_bert().save_pretrained(folder)
-    write_tokenizer(folder)
-    texts.write_text("\n".join(TEXTS))
-    given = ("--target", "onnx-cpu", "--pooling", "mean", "--quant", "rtn", "--bits", 8, "--group-size", 32)
-    made = optc_json(capsys, "compile", folder, *given, "-o", out)
-    assert made["quantization"]["linears"] == 13  # and the embedding of words
-    quality = optc_json(capsys, "eval", out, "--text", texts)
-    assert 0.999 < quality["cosine"] < 1
-    model = hf.BertModel.from_pretrained(folder)
-    wanted = pooled(model, tokens_of(folder, TEXTS[0], 40), ["mean"])
-    assert torch.cosine_similarity(torch.from_numpy(package.load(out).embed(TEXTS[0])).double(), wanted, dim=0) > 0.999
+def test_pooling_that_was_asked_for(tmp_path: Path) -> None:
+    """A plain encoder; what `optc eval` compares with pools its source in the same way."""
+    tiny_bert().save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    program = package.capture(tmp_path, pooling="lasttoken")
+    wanted = pooled(hf.BertModel.from_pretrained(tmp_path), tokens_of(tmp_path, TEXTS[0], 40), ["lasttoken"])
+    ids, mask = padded([tokens_of(tmp_path, TEXTS[0], 40), [5]], left=False)
+    torch.testing.assert_close(run(program, ids, mask)[0].double(), wanted, atol=1e-4, rtol=0)
+    source = source_run(make_manifest(contract=program.contract), tmp_path)
+    assert source is not None
+    given = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+    np.testing.assert_allclose(source(given)["embedding"][0], wanted, atol=1e-4)
 
 
 def test_what_has_no_embeddings(tmp_path: Path, capsys: Capture) -> None:
@@ -258,7 +272,6 @@ def test_what_has_no_embeddings(tmp_path: Path, capsys: Capture) -> None:
     (folder / "modules.json").write_text(json.dumps(entries))
     with pytest.raises(CaptureError, match=r"sentence_transformers\.models\.LSTM"):
         package.capture(folder)
-    assert package.capture(folder, pooling="none").contract.outputs[0].role == "hidden"
 
 
 PAGE = (ROOT / "docs" / "embeddings.md").read_text()
@@ -281,6 +294,8 @@ def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         name, *words = shlex.split(command)
         assert name == "optc"
         assert optc(*words) == 0, capsys.readouterr().err
+    quality = optc_json(capsys, "eval", "out/minilm-int8", "--text", "lines.txt")
+    assert 0.999 < quality["cosine"] < 1
     (script,) = [text for kind, text in BLOCKS if kind == "python"]
     scope: dict[str, Any] = {}
     exec(script, scope)
