@@ -205,21 +205,14 @@ def test_what_the_openai_package_gets(engine_path: Path, model: EmbeddingModel) 
     ask(engine_path, body)
 
 
-def test_many_at_once_share_steps(engine_path: Path, model: EmbeddingModel) -> None:
-    """40 clients, each with its own texts: each gets what it gets alone, in fewer steps than there are rows."""
+def test_many_at_once(engine_path: Path, model: EmbeddingModel) -> None:
+    """40 clients, each with its own texts of several lengths: each gets what it gets alone."""
     texts = [[" ".join(["sea"] * (1 + (client * 7 + row) % 9)) for row in range(3)] for client in range(40)]
 
-    async def steps(plain: httpx.AsyncClient) -> float:
-        await asyncio.sleep(0.1)  # an idle engine has told of all its steps
-        rows = (await plain.get("/metrics")).text.splitlines()
-        return float(next(row.split()[1] for row in rows if row.startswith("optc_engine_steps_total ")))
-
     async def body(client: AsyncOpenAI, plain: httpx.AsyncClient) -> None:
-        before = await steps(plain)
         found = await asyncio.gather(*(client.embeddings.create(model="m", input=item) for item in texts))
         for item, answer in zip(texts, found, strict=True):
             np.testing.assert_allclose([row.embedding for row in answer.data], model.embed(item), atol=1e-6)
-        assert 30 <= await steps(plain) - before < 60
 
     ask(engine_path, body)
 

@@ -54,7 +54,7 @@ async def _for(seconds: float, path: Path, allowed: float) -> bool | None:
 def test_an_engine_that_answers_is_left_alone(tmp_path: Path) -> None:
     """Slow steps, too, as long as each is shorter than what is allowed."""
     with serving(tmp_path / "e", turns=float("inf"), pause=0.1):
-        assert asyncio.run(_for(1.0, tmp_path / "e", 0.5)) is None
+        assert asyncio.run(_for(4.0, tmp_path / "e", 3.0)) is None
 
 
 @pytest.mark.parametrize("turns", [0, 4])
@@ -63,7 +63,7 @@ def test_an_engine_that_hangs(tmp_path: Path, turns: int) -> None:
     with serving(tmp_path / "e", turns=turns):
         begin = time.monotonic()
         assert asyncio.run(_for(10, tmp_path / "e", 0.3)) is True
-        assert 0.3 <= time.monotonic() - begin < 5
+        assert 0.3 <= time.monotonic() - begin < 10
 
 
 def test_an_engine_that_is_gone(tmp_path: Path) -> None:
