@@ -30,6 +30,26 @@ class Outcome(NamedTuple):
     accepted: int
 
 
+class _Step(NamedTuple):
+    """What a step gave with drafts, of all its rows: so many, their tokens, those that were drafted; and how many of them had
+    a drafted token at each place, and had it accepted."""
+
+    seconds: float
+    rows: int
+    tokens: int
+    drafted: int
+    reached: list[int]
+    kept: list[int]
+
+    @classmethod
+    def of(cls, outcomes: Sequence[Outcome], seconds: float, most: int) -> _Step:
+        drafted, accepted = ([row[place] for row in outcomes] for place in (0, 1))
+        reached, kept = (
+            [sum(count > place for count in counts) for place in range(most)] for counts in (drafted, accepted)
+        )
+        return cls(seconds, len(outcomes), len(outcomes) + sum(accepted), sum(drafted), reached, kept)
+
+
 class Switch:
     """Of one engine, whose drafts have `most` tokens at most.
 
@@ -79,7 +99,7 @@ class _Record:
     def __init__(self, most: int, sparing: int) -> None:
         self._most, self._sparing = most, sparing
         self._plain: deque[float] = deque(maxlen=_KEPT)
-        self._drafted: deque[tuple[float, Sequence[Outcome]]] = deque(maxlen=_KEPT)
+        self._drafted: deque[_Step] = deque(maxlen=_KEPT)
         self.pause = 0
         self._next_pause = _PAUSE
         self._since_plain = self._tried = 0
@@ -88,11 +108,11 @@ class _Record:
     def speedup(self) -> float | None:
         if min(len(self._plain), len(self._drafted)) < _LEAST:
             return None
-        tokens = statistics.fmean(1 + row.accepted for _, rows in self._drafted for row in rows)
+        tokens = sum(step.tokens for step in self._drafted) / sum(step.rows for step in self._drafted)
         return tokens * statistics.median(self._plain) / self._seconds()
 
     def _seconds(self) -> float:
-        return statistics.median(seconds for seconds, _ in self._drafted)
+        return statistics.median(step.seconds for step in self._drafted)
 
     def depth(self) -> int:
         if (
@@ -107,13 +127,15 @@ class _Record:
         """The depth with the most tokens for their time, by the acceptance of each place."""
         if self.speedup is None:
             return self._most
-        rows = [row for _, step in self._drafted for row in step]
-        plain, per_step = statistics.median(self._plain), statistics.fmean(row.drafted for row in rows)
+        steps = self._drafted
+        plain = statistics.median(self._plain)
+        per_step = sum(step.drafted for step in steps) / sum(step.rows for step in steps)
         each = max(0.0, self._seconds() - plain) / per_step
         gain, best, rate = 1.0, 1, 0.0
         for depth in range(1, self._most + 1):
-            deep = [row.accepted >= depth for row in rows if row.drafted >= depth]
-            gain += statistics.fmean(deep) if deep else 0.0
+            reached = sum(step.reached[depth - 1] for step in steps)
+            kept = sum(step.kept[depth - 1] for step in steps)
+            gain += kept / reached if reached else 0.0
             if gain / (plain + each * depth) > rate:
                 best, rate = depth, gain / (plain + each * depth)
         return best
@@ -124,7 +146,7 @@ class _Record:
             self._since_plain = 0
             self.pause = max(0, self.pause - 1)
             return
-        self._drafted.append((seconds, outcomes))
+        self._drafted.append(_Step.of(outcomes, seconds, self._most))
         self._since_plain += 1
         self._tried += 1
         found = self.speedup
