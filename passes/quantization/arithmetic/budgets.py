@@ -21,6 +21,10 @@ weights four times as large, which amplifies every error.
     keys, values, FP8     0.012    +0.5%   0.060  -        -       -      -      0.029   0.19  0.982
     scales, float16       0.00001  +0.02%  0.001  0.00001  +0.01%  0.001  0.001  0.00001 0.001 1.0000
 
+    convolutions and linears in static int8, by `benchmarks/static_int8.py` on outputs: EfficientNet-Lite0 as trained
+    relative 0.13, top-1 of 92 % of photographs the same; ViT-S with random weights 0.05, ResNet-18 0.10; fiction-3m
+    KL 0.013, +0.8%
+
 Margins: KL and perplexity about three times the worst of the trained models (small ones lose the most), and never less
 than 1.5 times "large"; relative error and cosine, which random models are judged by, at least 1.05 times "large" at 2,
 3 and 4 bits and 1.5 to 2 times elsewhere. At 2 bits little of a small model is left; that budget stops no more than
