@@ -152,12 +152,22 @@ def _clamp(walker: Walker, node: Node) -> ir.Value:
     return _between(walker, node, argument(node, 1, "min"), argument(node, 2, "max"))
 
 
+def _clip(walker: Walker, node: Node, low: Any, high: Any) -> ir.Value:
+    """Clip, which engines and quantizers take into the convolution in front of it."""
+    dtype = result_dtype(node)
+    if not dtype.is_floating_point:
+        return _between(walker, node, low, high)
+    return walker.op(
+        "Clip", [walker.value(node.args[0], dtype), walker.constant(low, dtype), walker.constant(high, dtype)]
+    )
+
+
 def _relu6(walker: Walker, node: Node) -> ir.Value:
-    return _between(walker, node, 0, 6)
+    return _clip(walker, node, 0, 6)
 
 
 def _hard_tanh(walker: Walker, node: Node) -> ir.Value:
-    return _between(walker, node, argument(node, 1, "min_val", -1), argument(node, 2, "max_val", 1))
+    return _clip(walker, node, argument(node, 1, "min_val", -1), argument(node, 2, "max_val", 1))
 
 
 def select(walker: Walker, dtype: torch.dtype, condition: ir.Value, yes: ir.Value, no: ir.Value) -> ir.Value:
