@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from artifacts import make_manifest
 
-from optc.compiler.artifact.manifest import decode, encode
+from optc.compiler.artifact.manifest import decode, encode, is_made_here, marked
 from optc.compiler.diagnostics import ArtifactError
 
 
@@ -169,3 +169,15 @@ def test_programs_by_role() -> None:
         with pytest.raises(ArtifactError, match=f"cause: {cause}") as caught:
             decode(sealed(lambda data, programs=programs: data.update(programs=programs)), "m")
         assert caught.value.where == "m"
+
+
+def test_the_mark_of_this_machine_is_of_all_but_itself_and_the_seal() -> None:
+    manifest = marked(make_manifest())
+    assert manifest == msgspec.structs.replace(make_manifest(), made_here=manifest.made_here)
+    assert is_made_here(manifest)
+    assert is_made_here(decode(encode(manifest), "m"))
+    assert is_made_here(marked(decode(encode(manifest), "m"))), "an artifact that is marked again"
+    changed = {"target": "trt", "weight_bytes": 11, "made_here": "0" * 64, "passes": ()}
+    for name, value in changed.items():
+        assert not is_made_here(msgspec.structs.replace(manifest, **{name: value})), name
+    assert not is_made_here(make_manifest())
