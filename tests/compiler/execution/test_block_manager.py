@@ -137,6 +137,30 @@ def test_waste_counts_the_tails_of_last_blocks() -> None:
     assert (manager.waste(), manager.peak_waste, manager.peak_used_blocks) == (0, 6, 3)
 
 
+def test_room_is_reserved_and_tokens_are_laid_out_in_it() -> None:
+    manager = BlockManager(5, 4)
+    for name in "ab":
+        manager.start(name)
+        manager.step([(name, [1, 2, 3])])
+    assert manager.reserve([("a", 6), ("b", 1)]) == ["a"], "b has room in its block"
+    assert [len(manager.blocks(name)) for name in "ab"] == [3, 1]
+    assert (manager.waste(), manager.peak_waste, manager.free_blocks) == (10, 10, 1)
+    manager.append("a", [4, 5, 6])
+    manager.append("a", [7])
+    assert (manager.length("a"), manager.waste(), manager.free_blocks) == (7, 6, 1)
+    with pytest.raises(AssertionError, match="no room was reserved"):
+        manager.append("b", [4, 5])
+    with pytest.raises(ResourceError, match="out of blocks"):
+        manager.reserve([("a", 10), ("b", 2)])
+    assert [len(manager.blocks(name)) for name in "ab"] == [3, 1]
+    assert manager.rewind("a", 5) == 5
+    assert (manager.waste(), manager.used_blocks) == (4, 3)
+    manager.commit("a")
+    manager.free("a", forget=True)
+    assert manager.start("c", [1, 2, 3, 4, 5]) == 0, "what is forgotten is not found"
+    assert (manager.waste(), manager.free_blocks) == (1, 4)
+
+
 def test_order_must_name_every_block() -> None:
     with pytest.raises(AssertionError, match=r"^order must name every block once"):
         BlockManager(3, 4, order=[0, 1, 1])
