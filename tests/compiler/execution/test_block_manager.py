@@ -148,7 +148,7 @@ def test_room_is_reserved_and_tokens_are_laid_out_in_it() -> None:
     manager.append("a", [4, 5, 6])
     manager.append("a", [7])
     assert (manager.length("a"), manager.waste(), manager.free_blocks) == (7, 6, 1)
-    with pytest.raises(AssertionError, match="no room was reserved"):
+    with pytest.raises(AssertionError, match=r"^no room was reserved$"):
         manager.append("b", [4, 5])
     with pytest.raises(ResourceError, match="out of blocks"):
         manager.reserve([("a", 10), ("b", 2)])
