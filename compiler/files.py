@@ -100,6 +100,23 @@ def rename_with(flag: int, first: Path, second: Path) -> bool:
     raise OSError(code, os.strerror(code), str(second))
 
 
+def nameless_file(folder: Path) -> int:
+    """The handle of a new file without a name in a folder: its space is free again when nobody holds it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    flag = getattr(os, "O_TMPFILE", None)  # of Linux
+    if flag is not None:
+        with contextlib.suppress(OSError):  # a filesystem without it: what follows says what else is wrong
+            return os.open(folder, flag | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    remove_parts(folder, f"{_PART}work-")
+    part = folder / f"{_PART}work-{os.getpid()}-{secrets.token_hex(4)}"
+    handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    part.unlink(missing_ok=True)
+    return handle
+
+
 @contextlib.contextmanager
 def _part(path: Path, data: bytes, place: Path, mode: int) -> Iterator[Path]:
     """A synced file that gets another name in the block."""

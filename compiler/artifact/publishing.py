@@ -209,8 +209,12 @@ def _publish(temporary: Path, output: Path, force: bool) -> None:
     # it as .NAME.old-*, and the new one whole as .NAME.tmp-*.
     aside = _sibling(output, "old")
     os.rename(output, aside)
-    os.rename(temporary, output)
-    shutil.rmtree(aside)
+    try:
+        os.rename(temporary, output)
+    except BaseException:
+        os.rename(aside, output)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)  # what cannot be removed costs only space
 
 
 def _sync_tree(folder: Path) -> None:

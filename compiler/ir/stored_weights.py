@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import InputError, os_errors
+from optc.compiler.files import nameless_file
 from optc.compiler.ir.lazy_weights import LazyWeight, like_shape
 from optc.compiler.ir.weight_buffers import WEIGHTS
 from optc.compiler.ops.packed.onnxruntime import pack_nbits, unpack_nbits
@@ -101,8 +102,8 @@ class WorkFile:
             InputError, ResourceError: it cannot be made there.
         """
         place = folder or Path(tempfile.gettempdir())
-        with os_errors("making a work file", str(place)), tempfile.TemporaryFile(dir=place) as file:
-            self._file = OpenFile(os.dup(file.fileno()), f"{place} (work file)")
+        with os_errors("making a work file", str(place)):
+            self._file = OpenFile(nameless_file(place), f"{place} (work file)")
         self._end = 0
 
     def store(self, tensor: Tensor) -> Tensor:

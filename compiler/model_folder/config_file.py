@@ -92,8 +92,11 @@ def read_json_list(path: Path) -> list[Any]:
 
 def _read(path: Path) -> Any:
     try:
-        value = json.loads(read_plain(path, "reading the model's files", most=_MAX_BYTES))
+        data = read_plain(path, "reading the model's files", most=_MAX_BYTES)
+        value = json.loads(data)
         check_nesting(value)
+        if b"\\ud" in data.lower():  # maybe half of a surrogate pair, which is no text
+            json.dumps(value, ensure_ascii=False).encode()
         return value
     except JSON_ERRORS as error:
         raise InputError("malformed JSON", where=str(path), why=str(error), remedy=_AGAIN) from error

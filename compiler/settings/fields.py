@@ -173,7 +173,7 @@ def check_type(name: str, value: Any, kind: Any, expected: str) -> None:
             msgspec.convert(value, kind)
             return
         good = isinstance(value, kind)
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, UnicodeError):
         good = False
     if not good:
         raise UsageError(f"{name} cannot be {shown(value)}", remedy=f"give {expected}")

@@ -53,7 +53,7 @@ def _made(cls: type[Pass], options: Mapping[str, Any] | None) -> Pass:
             raise unknown_name(f"option of pass '{cls.name}'", key, fields)
     try:
         return msgspec.convert(given, cls, strict=False)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeError) as error:  # UnicodeError: half of a surrogate pair
         raise UsageError(f"invalid option of pass '{cls.name}'", why=str(error), remedy="see optc passes") from error
 
 

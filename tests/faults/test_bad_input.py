@@ -267,3 +267,22 @@ def test_full_disk(model: Path, tmp_path: Path) -> None:
     assert done.returncode == 8, done.stderr
     assert "disk" in done.stderr
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    """JSON and YAML can spell it; whatever writes or converts such a string raises UnicodeEncodeError."""
+    from optc.compiler.diagnostics import InputError, UsageError
+    from optc.compiler.model_folder.config_file import read_json
+    from optc.compiler.settings.fields import check_type
+    from optc.recipes import make_pass
+
+    path = tmp_path / "config.json"
+    path.write_text('{"a": "\\ud83d\\ude00"}')
+    assert read_json(path) == {"a": "\N{GRINNING FACE}"}
+    path.write_text('{"a": ["\\uDFFF"]}')
+    with pytest.raises(InputError, match="malformed JSON"):
+        read_json(path)
+    with pytest.raises(UsageError, match="invalid option of pass 'quantize-rtn'"):
+        make_pass("quantize-rtn", {"bits": "\ud800"})
+    with pytest.raises(UsageError, match="numbers cannot be"):
+        check_type("numbers", {"a": "\ud800"}, dict[str, int], "numbers by name")

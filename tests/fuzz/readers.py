@@ -191,7 +191,8 @@ class ConfigFile(JsonReader):
 
     def read(self, name: str, data: bytes) -> None:
         from optc.compiler.diagnostics import InputError
-        from optc.compiler.model_folder.config_file import modules_behind, parts_beside, read_config
+        from optc.compiler.model_folder.config_file import parts_beside, read_config
+        from optc.compiler.model_folder.sentence import modules_behind
 
         with contextlib.suppress(InputError):
             modules_behind(self.write("modules/modules.json", data).parent)

@@ -101,7 +101,7 @@ class Striker:
         row: dict[str, Any] = {"number": number, "kind": what, "outcome": f"{what}: {found}, exit {code}"}
         where = f"{what} at {number} of {self.points}: {self._operation(number)}"
         refused = found == "broken" and self.writer.mended and code != 0
-        done = code != 0 or found == "new" or self.writer.optional
+        done = code < 0 or (code > 0 and found != "aside") or found == "new" or self.writer.optional
         if not ((found != "broken" or refused) and (code < 0 or not left) and code in EXPECTED[what] and done):
             said = "" if code < 0 else self._said()
             row["wrong"] = f"{where}: {found}, exit {code}, beside it {left[:5]} {said}"
@@ -130,9 +130,11 @@ class Striker:
         return pid
 
     def _found(self) -> str:
-        """What stands at the output: old, new or broken."""
+        """What stands at the output: old, new or broken; aside: the old one beside it, where no two names can be swapped."""
         if not self.place.exists():
-            return "old" if not self.before else "broken"
+            aside = list(self.place.parent.glob(f".{self.place.name}.old-*"))
+            whole = len(aside) == 1 and self.writer.state(aside[0]) == self.before
+            return "old" if not self.before else "aside" if whole else "broken"
         try:
             state = self.writer.state(self.place)
         except Exception:  # noqa: BLE001 (whatever says so, it is not whole)
