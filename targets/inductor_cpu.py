@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import KV_CACHE, QuantSupport, Step, Target
-from optc.exporters.inductor import LEGAL, export_inductor
+from optc.exporters.inductor import LEGAL, export_encoder_decoder, export_inductor
 from optc.exporters.options.inductor import InductorOptions
 from optc.passes.fusion.attention import FuseAttention, spells_attention
 from optc.passes.fusion.norm import FuseNorm
@@ -70,6 +70,7 @@ TARGET = Target(
     legal=LEGAL,
     recipe=recipe,
     export=export_inductor,
+    export_encoder_decoder=export_encoder_decoder,
     aliases=("inductor",),
     options=InductorOptions,
 )

@@ -8,7 +8,7 @@ from optc.compiler.ir.program import Program
 from optc.compiler.ops.packed.onnxruntime import ROUNDS
 from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import KV_CACHE, QuantSupport, Step, StoredWeights, Target, obstacle
-from optc.exporters.onnx import LEGAL, export_onnx
+from optc.exporters.onnx import LEGAL, export_encoder_decoder, export_onnx
 from optc.exporters.options.onnx import OnnxOptions
 from optc.passes.fusion.attention import FuseAttention, spells_attention
 from optc.passes.fusion.norm import FuseNorm
@@ -84,6 +84,7 @@ TARGET = Target(
     legal=LEGAL,
     recipe=_recipe,
     export=export_onnx,
+    export_encoder_decoder=export_encoder_decoder,
     stored=StoredWeights(scale_bytes=2, layout=stored_layout),
     options=OnnxOptions,
 )

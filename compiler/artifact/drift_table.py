@@ -31,6 +31,11 @@ def drift_table(passes: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return titles, [[_cell(row[part], key) for part, key in columns] for row in passes]
 
 
+def pass_title(name: str, program: str) -> str:
+    """A pass, with the program that it rewrote where that is not the model itself."""
+    return name if program == "model" else f"{program}: {name}"
+
+
 def _cell(drift: Mapping[str, float | None] | None, key: str) -> str:
     value = None if drift is None else drift[key]
     return EMPTY if value is None else _FORMS[key][1].format(value)

@@ -45,9 +45,11 @@ class PackageNeeds(Needs, frozen=True, kw_only=True):
 
 
 class OnnxFacts(Facts, frozen=True, kw_only=True):
-    """A graph for ONNX Runtime, whose initializers lie beside it; `genai`: onnxruntime-genai can run it."""
+    """A graph for ONNX Runtime, whose initializers lie beside it; `genai`: onnxruntime-genai can run it; `first`: of a
+    decoder that reads an encoder, the graph of its first call."""
 
     model: FileName
+    first: FileName | None = None
     data: FileName | None = None
     genai: bool = False
 

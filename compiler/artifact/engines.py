@@ -8,7 +8,7 @@ packages. Packages may add engines by entry points of the group `optc.engines`, 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -39,8 +39,8 @@ class Engine:
         name: as manifests have it.
         session: "module:function" of (folder, manifest, SessionOptions) -> Session.
         runner: "module:function" of (folder, manifest) -> a function of a program's inputs, flat tensors, to its outputs:
-            what was written, without a session, for the check before an artifact is published; None where the exporter
-            itself opens what it wrote.
+            what was written, without a session, for the check before an artifact is published; None where exporters
+            themselves open what they wrote.
         caller: "module:function" of (folder, manifest, SessionOptions) -> a function of the inputs of an encoder or a
             module, as contiguous arrays in order, to its outputs; None where optc has no way to call such artifacts.
         package: the installed distribution that the runner calls, whose version the check records; "" for none.
@@ -100,6 +100,10 @@ class Engine:
         """Paths of the files that hold machine code."""
         return tuple(path for key, path in self.opened_files(info).items() if key in self.native)
 
+    def native_code_of(self, infos: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+        """The same of all programs of an artifact."""
+        return tuple(dict.fromkeys(path for info in infos for path in self.native_code(info)))
+
     def opened_files(self, info: Mapping[str, Any]) -> dict[str, str]:
         """Key of `engine_info` -> path, of the files that the engine opens."""
         return {key: str(info[key]) for key in self.files if info.get(key) is not None}
@@ -114,12 +118,14 @@ ONNX = Engine(
     check="optc.runtime.sessions.onnx_artifact:check_files",
     bundle="optc.exporters.bundle.engines:GENAI",
     facts=OnnxFacts,
-    files=("model",),
+    files=("model", "first"),
 )
 AOTINDUCTOR = Engine(
     name="aotinductor",
     session="optc.runtime.sessions.package:open_artifact",
+    runner="optc.runtime.sessions.package:open_runner",
     caller="optc.runtime.sessions.package:open_caller",
+    package="torch",
     check="optc.runtime.sessions.package:check_files",
     bundle="optc.exporters.bundle.engines:AOTINDUCTOR",
     facts=PackageFacts,

@@ -53,7 +53,7 @@ def finish(directory: Path, manifest: Manifest, *, made_here: bool = True) -> Ma
             FileEntry(path=path, size=info.st_size, sha256=sha256_of(directory / path))
             for path, info in _regular_files(directory).items()
         )
-        native = find_engine(manifest.engine, str(directory)).native_code(manifest.engine_info)
+        native = find_engine(manifest.engine, str(directory)).native_code_of(manifest.engine_infos)
         manifest = msgspec.structs.replace(manifest, files=files, native_code=native, made_here="")
         (directory / FILE_NAME).write_bytes(encode(marked(manifest) if made_here else manifest))
     return read_manifest(directory)
@@ -127,7 +127,7 @@ def check_trusted(folder: Path, manifest: Manifest, trust: bool, *, isolated: bo
         ArtifactError: it was not made here, bears no signature of a trusted key, and `trust` is not given.
     """
     engine = find_engine(manifest.engine, str(folder))
-    native = engine.native_code(manifest.engine_info)
+    native = engine.native_code_of(manifest.engine_infos)
     if ((isolated or engine.eager) and not native) or trust or is_made_here(manifest):
         return
     try:

@@ -61,6 +61,11 @@ class DriftRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     perplexity_increase: float | None = None
 
 
+Role = Literal["model", "encoder", "draft", "heads"]
+"""What a program of an artifact is for: the model itself; the encoder that it reads; a smaller model, or heads on it, that
+guess its next tokens."""
+
+
 class PassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one pass did.
 
@@ -69,6 +74,7 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         matched, candidates: sites rewritten, and sites that could have been.
         seconds: wall time of the pass with its verification and gate.
         lossy: whether it may change the numbers (then its budget was checked, not a tolerance).
+        program: the program of the artifact that it rewrote.
         rounds_activations: whether it is lossy and made the program round activations, or more of them.
         drift: from the stage before; None when the pass matched nothing. since_capture: what is lost in all.
         layer_drift: per attention layer, relative L2 change of its output.
@@ -91,6 +97,7 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     misses: tuple[str, ...]
     linears: tuple[LinearRecord, ...] = ()
     rounds_activations: bool = False
+    program: Role = "model"
 
 
 class OpenedRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,10 +137,6 @@ class Source(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     weights_sha256: str
     parameters: Count
     dtype: str
-
-
-Role = Literal["model", "draft", "heads"]
-"""What a program of an artifact is for: the model itself; a smaller model, or heads on it, that guess its next tokens."""
 
 
 class ProgramEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -206,6 +209,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Of the model."""
         return self.programs["model"].engine_info
 
+    @property
+    def engine_infos(self) -> tuple[dict[str, Any], ...]:
+        """Of every program."""
+        return tuple(entry.engine_info for entry in self.programs.values())
+
+    def alone(self, role: Role) -> Manifest:
+        """The manifest of an artifact that holds one of the programs and nothing else."""
+        return msgspec.structs.replace(self, programs={"model": self.programs[role]})
+
     def with_program(self, role: Role = "model", **changes: Any) -> Manifest:
         """The manifest with some fields of one program replaced."""
         edited = msgspec.structs.replace(self.programs[role], **changes)
@@ -276,6 +288,8 @@ def decode(data: bytes, where: str) -> Manifest:
     _check_paths(manifest.files, where)
     if "model" not in manifest.programs:
         raise _damaged(where, "its programs lack the role 'model'")
+    if (manifest.contract.cross is None) != ("encoder" not in manifest.programs):
+        raise _damaged(where, "a decoder that reads an encoder and the encoder come together")
     find_engine(manifest.engine, where)
     return manifest
 
@@ -283,8 +297,7 @@ def decode(data: bytes, where: str) -> Manifest:
 def _free_parts(manifest: Manifest) -> list[Any]:
     """What the types leave open."""
     options = [record.options for record in manifest.passes]
-    facts = [program.engine_info for program in manifest.programs.values()]
-    return [*options, *facts, manifest.quantization, manifest.quality, manifest.speed]
+    return [*options, *manifest.engine_infos, manifest.quantization, manifest.quality, manifest.speed]
 
 
 def _json(manifest: Manifest) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch.fx import Node
 from optc.compiler.diagnostics import CaptureError
 from optc.compiler.ir.contract import MOST, AttentionFacts, ModelFacts
 
+AUDIO = "input_features"
+"""What encoders of sounds take: frames of a spectrogram, [B, mel bands, frames]."""
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -98,12 +101,20 @@ def stated_context(config: Any) -> int:
     return int(stated) if isinstance(stated, int | float) and 0 < stated <= MOST else 0
 
 
+def generates_from_an_encoder(made: type) -> bool:
+    """Whether a class of transformers is an encoder-decoder model with a head that chooses tokens."""
+    from transformers.generation import GenerationMixin
+
+    if not issubclass(made, GenerationMixin) or not hasattr(made, "forward"):
+        return False
+    return "encoder_outputs" in inspect.signature(made.forward).parameters
+
+
 def refuse_unsupported(config: Any) -> None:
     """Refuse what would be captured wrongly, before any weight is read.
 
     Raises:
-        CaptureError: rotary frequencies that depend on the sequence length (one graph serves all
-            lengths), or an encoder-decoder model.
+        CaptureError: rotary frequencies that depend on the sequence length (one graph serves all lengths).
     """
     rope = getattr(text_config(config), "rope_parameters", None) or {}
     kinds = (
@@ -119,9 +130,3 @@ def refuse_unsupported(config: Any) -> None:
                 why="its frequencies depend on the length of the sequence; one graph serves every length",
                 remedy="use default, linear, llama3 or yarn rotary embeddings",
             )
-    if getattr(config, "is_encoder_decoder", False):
-        raise CaptureError(
-            "encoder-decoder models are not supported",
-            where="config.json: is_encoder_decoder",
-            remedy="use a decoder-only or an encoder-only model",
-        )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.capture.attention import NAME, register
-from optc.compiler.capture.facts import refuse_unsupported
+from optc.compiler.capture.facts import AUDIO, generates_from_an_encoder, refuse_unsupported
 from optc.compiler.diagnostics import CaptureError, InputError, foreign_errors
 from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.ir.lazy_weights import materialized
@@ -150,7 +150,7 @@ def meta_model(info: CheckpointInfo, *, bare: bool = False) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton is that of the unquantized model
     made = _bare_class(info, config) if bare else _model_class(info, config)
-    if made.main_input_name != "input_ids":
+    if made.main_input_name != "input_ids" and not (generates_from_an_encoder(made) and made.main_input_name == AUDIO):
         raise _reads_other_input(made)
     register()
     with _config_errors(info), torch.device("meta"):
@@ -161,6 +161,15 @@ def _without_pooler(made: type) -> dict[str, bool]:
     """Arguments that leave out a layer over the first token, which few checkpoints hold and no embedding needs."""
     taken = inspect.signature(made.__init__).parameters  # type: ignore[misc]
     return {"add_pooling_layer": False} if "add_pooling_layer" in taken else {}
+
+
+def is_encoder_decoder(info: CheckpointInfo) -> bool:
+    """Whether a checked folder holds a model whose decoder reads an encoder and chooses tokens.
+
+    Raises:
+        InputError, CaptureError: as `meta_model`.
+    """
+    return generates_from_an_encoder(_model_class(info, pretrained_config(info)))
 
 
 def pretrained_config(info: CheckpointInfo, *, bare: bool = False) -> Any:

@@ -15,9 +15,11 @@ from torch.export import Dim
 
 from optc.compiler.capture.attention import NAME, AttentionError, indexed_masks, register
 from optc.compiler.capture.embedding import EmbeddingHead, load_embedder
+from optc.compiler.capture.encoder_decoder import EncoderDecoder, capture_encoder_decoder
 from optc.compiler.capture.eval_mode import in_eval_mode
 from optc.compiler.capture.facts import (
     attention_layers,
+    generates_from_an_encoder,
     model_facts,
     refuse_unsupported,
     stated_context,
@@ -171,6 +173,36 @@ def capture_pretrained(
     return program, info
 
 
+def capture_pretrained_pair(
+    folder: str | Path,
+    *,
+    dtype: str = "fp32",
+    trust_remote_code: bool | None = None,
+    work_folder: Path | None = None,
+    device: torch.device = CPU,
+    tokens: Sequence[int] = (),
+) -> tuple[EncoderDecoder, CheckpointInfo]:
+    """Capture and prove the folder of an encoder-decoder model; arguments as `capture_pretrained`.
+
+    Raises:
+        InputError, CaptureError, GateError: as `capture_pretrained`; CaptureError also for a quantized folder.
+    """
+    info = check_folder(Path(folder), trust_remote_code=trust_remote_code)
+    if quantized_folder(info) is not None:
+        raise CaptureError(
+            "quantized folders of encoder-decoder models are not supported",
+            where=str(folder),
+            remedy="give the unquantized model, and add --quant rtn",
+        )
+    resident = RESIDENT_BYTES if device.type == "cpu" else None
+    model, info = load_model(folder, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, resident_bytes=resident)
+    pair = capture_encoder_decoder(model.to(device), tokens=tokens)
+    for program in (pair.encoder, pair.decoder):
+        if any(isinstance(tensor, LazyWeight) for _, tensor in program.weights()):
+            program.work_file = WorkFile(work_folder)
+    return pair, info
+
+
 @in_eval_mode
 def capture_model(
     model: torch.nn.Module,
@@ -202,6 +234,7 @@ def capture_model(
         raise unknown_name("attention implementation", attention, ATTENTIONS)
     config: Any = model.config
     refuse_unsupported(config)
+    _refuse_encoder_decoder(model)
     if attention == "sdpa" and not getattr(model, "_supports_sdpa", False):
         raise CaptureError(
             "the model does not support transformers' sdpa attention",
@@ -222,6 +255,26 @@ def capture_model(
         proof = prove_model(program, model, tokens=tokens, offset=offset, head=head)
         program.proof = msgspec.structs.replace(proof, notes=(*proof.notes, note)) if note else proof
     return program
+
+
+def _refuse_encoder_decoder(model: torch.nn.Module) -> None:
+    """One program cannot be both sides of an encoder-decoder model.
+
+    Raises:
+        CaptureError: the model is one.
+    """
+    if generates_from_an_encoder(type(model)):
+        raise CaptureError(
+            "an encoder-decoder model is two programs",
+            where=type(model).__name__,
+            remedy="optc compile takes it whole; in Python, optc.compiler.capture.capture_encoder_decoder gives both",
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise CaptureError(
+            "encoder-decoder models without a head that chooses tokens are not supported",
+            where=type(model).__name__,
+            remedy="use the class with its language model head (...ForConditionalGeneration), or encoder or decoder alone",
+        )
 
 
 def _captured(model: torch.nn.Module, attention: str, head: EmbeddingHead | None) -> tuple[Program, int]:

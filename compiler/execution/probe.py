@@ -19,12 +19,14 @@ class Probe:
 
     Attributes:
         steps: single tokens that a stage with a cache is fed at the end of each sequence.
+        cross: what each sequence of a decoder that reads an encoder reads, see `run_stage`.
     """
 
     sequences: tuple[tuple[int, ...], ...] = ()
     is_text: bool = False
     tensors: tuple[Tensor, ...] = field(default=())
     steps: int = 3
+    cross: tuple[tuple[Tensor, ...], ...] = field(default=())
 
     @property
     def text(self) -> tuple[tuple[int, ...], ...]:
@@ -70,5 +72,5 @@ def text_probe(tokens: Sequence[int], longest: int = 96) -> Probe:
 def run_probe(program: Program, probe: Probe, replay: type[Replay] = Replay) -> StageRun:
     """Run a stage on a probe; of a plain module each output is an entry of `logits`."""
     if probe.sequences:
-        return run_stage(program, probe.sequences, steps=probe.steps, replay=replay)
+        return run_stage(program, probe.sequences, steps=probe.steps, replay=replay, cross=probe.cross)
     return StageRun(run_module(program, probe.tensors, replay), [], role="output")

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from optc.compiler.analysis.aliases import Storage
 from optc.compiler.execution.block_manager import BlockManager
-from optc.compiler.ir.contract import CACHE_ROLES, Input, OutputRole
+from optc.compiler.execution.cross_rows import Cross, calls_of, empty_caches, padded_cross, random_cross
+from optc.compiler.ir.contract import CACHE_ROLES, CROSS_ROLES, Input, OutputRole
+from optc.compiler.ir.cross_inputs import decoder_inputs
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.library import Axes, OpSpec, specs
@@ -36,9 +38,9 @@ class StageRun:
     """What a stage computed.
 
     Attributes:
-        logits: what `role` says. logits: per sequence [len, V]; hidden (of an encoder): [len, C]; classes: [len, C],
-            or [1, C] for one answer per sequence; embedding: [1, D]; output: each output of a plain module, whatever its
-            shape.
+        logits: what `role` says. logits: per sequence [len, V]; hidden (of an encoder): [len, C], and then of each
+            of the keys and values that a decoder reads [len, H * D]; classes: [len, C], or [1, C] for one answer per
+            sequence; embedding: [1, D]; output: each output of a plain module, whatever its shape.
         taps: per attention layer, in graph order, per sequence: the output [len, H * Dv].
         predicts_next: whether the row of a token is about the token after it (decoders).
     """
@@ -72,6 +74,7 @@ def run_stage(
     seed: int = 0,
     engine: Engine | None = None,
     replay: type[Replay] = Replay,
+    cross: Cross = (),
 ) -> StageRun:
     """Run a decoder or encoder Program on token sequences of unequal length.
 
@@ -83,6 +86,8 @@ def run_stage(
             short for all of these has fewer.
         seed: of the garbage in caches and the order of blocks.
         replay: how the calls of the graph are run.
+        cross: of a decoder that reads an encoder, what each row reads; random numbers where there is none. Its
+            sequences are equally long.
     """
     assert sequences, "at least one sequence"
     assert all(len(tokens) > 0 for tokens in sequences), "no empty sequences"
@@ -93,6 +98,8 @@ def run_stage(
 
     if kind == "none":
         return _run_whole(program, run, sequences)
+    if program.contract.cross is not None:
+        return _run_reading(program, run, sequences, cross or random_cross(program, len(sequences)), (chunk, steps))
     plan = _plan([len(tokens) for tokens in sequences], chunk, steps)
     drive = _run_linear if kind == "linear" else _run_paged
     return drive(program, run, sequences, plan, torch.Generator().manual_seed(seed))
@@ -242,7 +249,11 @@ def _run_whole(program: Program, run: Runner, sequences: Sequence[Sequence[int]]
     role = program.contract.outputs[0].role
     collector = _Collector(len(sequences))
     collector.add(call, _unpadded(call), _by_token(out[0], role, ids.shape[1]), taps)
-    return replace(collector.result(), role=role, predicts_next=program.contract.kind == "decoder")
+    found = collector.result()
+    for output, item in zip(program.contract.outputs[1:], out[1:], strict=True):
+        assert output.role in CROSS_ROLES, output
+        found.logits.extend(_unpadded(call)(item.transpose(1, 2).flatten(2)))
+    return replace(found, role=role, predicts_next=program.contract.kind == "decoder")
 
 
 def _state_inputs(program: Program) -> list[Input]:
@@ -318,6 +329,24 @@ def _run_linear(
         collector.add(call, _unpadded(call), logits, taps)
         for store, held in zip(stores, caches if cache.in_place else presents, strict=True):
             store[rows, :, : held.shape[2]] = held
+    return collector.result()
+
+
+def _run_reading(
+    program: Program, run: Runner, sequences: Sequence[Sequence[int]], cross: Cross, sizes: tuple[int, int]
+) -> StageRun:
+    """Answers of one length, over caches that begin empty and come back grown, and over what each row reads."""
+    length, device = len(sequences[0]), program_device(program)
+    assert all(len(row) == length for row in sequences), "answers of one length"
+    masks, read = padded_cross(program, cross, device)
+    caches = empty_caches(program, len(sequences), device)
+    collector = _Collector(len(sequences))
+    for start, end in calls_of(length, *sizes):
+        call = [(row, start, end) for row in range(len(sequences))]
+        taps: list[Tensor] = []
+        ids = _padded(sequences, call, device)
+        logits, *caches = run(taps)(*decoder_inputs(program.contract.inputs, ids, masks, caches, read))
+        collector.add(call, _unpadded(call), logits, taps)
     return collector.result()
 
 

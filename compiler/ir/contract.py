@@ -26,17 +26,34 @@ InputRole = Literal[
     "value_cache",
     "base_states",
     "own_states",
+    "encoder_states",
+    "encoder_mask",
+    "cross_keys",
+    "cross_values",
     "input",
 ]
-"""base_states and own_states: of a draft model, a row per token; see `DraftFacts`."""
+"""base_states and own_states: of a draft model, a row per token; see `DraftFacts`. encoder_states, encoder_mask, cross_keys
+and cross_values: of a decoder that reads an encoder; see `CrossFacts`."""
 OutputRole = Literal[
-    "logits", "classes", "hidden", "embedding", "aux_hidden", "drafted", "key_cache", "value_cache", "output"
+    "logits",
+    "classes",
+    "hidden",
+    "embedding",
+    "aux_hidden",
+    "drafted",
+    "key_cache",
+    "value_cache",
+    "cross_keys",
+    "cross_values",
+    "output",
 ]
 """logits: over the vocabulary. classes: logits over few classes, per token or per sequence. hidden: of an encoder, or what
 the head of a decoder reads. embedding: one vector per sequence, float32. aux_hidden: what some layers of a decoder read.
-drafted: guesses of the tokens behind the next."""
+drafted: guesses of the tokens behind the next. cross_keys and cross_values: of an encoder, what a decoder's cross-attention reads of its states."""
 CACHE_ROLES: tuple[Literal["key_cache"], Literal["value_cache"]] = ("key_cache", "value_cache")
 """Inputs that hold keys and values of earlier tokens, and outputs that hold those of the new ones too."""
+CROSS_ROLES: tuple[Literal["cross_keys"], Literal["cross_values"]] = ("cross_keys", "cross_values")
+"""Keys and values of cross-attention, [B, H, T, D]: outputs of the encoder, inputs of the decoder, made once per request."""
 Kind = Literal["decoder", "encoder", "module"]
 
 
@@ -165,13 +182,31 @@ class EmbeddingFacts(msgspec.Struct, frozen=True, kw_only=True):
     default_prompt: str | None = None
 
 
+class CrossFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What generating asks of a decoder that reads an encoder.
+
+    Its linear caches hold as many tokens of each row, so that it takes no mask of its own: how many is their length.
+
+    Attributes:
+        start_token_id: what every answer begins with, and is not part of it.
+        forced_first_id: the first token of every answer; None where the model chooses it.
+        suppressed_ids: tokens that are never chosen. first_suppressed_ids: nor as the first.
+    """
+
+    start_token_id: Count
+    forced_first_id: Count | None = None
+    suppressed_ids: tuple[Count, ...] = ()
+    first_suppressed_ids: tuple[Count, ...] = ()
+
+
 class Contract(msgspec.Struct, frozen=True, kw_only=True):
     """The part of a Program that is not its graph.
 
     `position_rule` records `position[b, i] = base[b] + i`: masks and caches are proved under it.
     `sources` maps each weight of the graph to the tensor names of the checkpoint it came from.
     `layers` has one entry per attention operator, in graph order.
-    `draft` is None but for draft models that read a base, `embedding` but for encoders that give embeddings.
+    `draft` is None but for draft models that read a base, `embedding` but for encoders that give embeddings, `cross` but for
+    decoders that read an encoder.
     """
 
     kind: Kind
@@ -186,6 +221,7 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     passes: tuple[str, ...] = ()
     draft: DraftFacts | None = None
     embedding: EmbeddingFacts | None = None
+    cross: CrossFacts | None = None
 
     def input_index(self, role: InputRole) -> int | None:
         """Position of the first input with this role, or None."""

@@ -99,6 +99,22 @@ def add_output(program: Program, node: Node, spec: Output) -> Program:
     return program.with_contract(outputs=(*program.contract.outputs, spec)).changed()
 
 
+def keep_outputs(program: Program, count: int) -> Program:
+    """A program of the first outputs alone, as a tuple, and of what they need."""
+    program = program.clone()
+    exported, output = program.exported, program.graph.output_node()
+    output.args = (tuple(output.args[0])[:count],)
+    specs = exported.graph_signature.output_specs
+    kept = [spec for spec in specs if spec.kind is OutputKind.USER_OUTPUT][:count]
+    specs[:] = [spec for spec in specs if spec.kind is not OutputKind.USER_OUTPUT] + kept
+    entry = exported.module_call_graph[0]
+    assert entry.signature is not None
+    signature = dataclasses.replace(entry.signature, out_spec=tree_structure((0,) * count))
+    exported.module_call_graph[0] = dataclasses.replace(entry, signature=signature)
+    drop_dead(program)
+    return program.with_contract(outputs=program.contract.outputs[:count]).changed()
+
+
 def infer_meta(program: Program, node: Node) -> None:
     """Compute node.meta["val"] from the fake values of its inputs."""
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])

@@ -309,8 +309,11 @@ def default_probe(program: Program, seed: int) -> Probe:
         model = program.contract.model
         return random_probe(model.vocab_size, seed, longest=min(40, model.context_length or 40))
     inputs = program.exported.example_inputs
-    if inputs is not None:
-        return Probe(tensors=tuple(inputs[0]))
+    return Probe(tensors=example_inputs(program, seed) if inputs is None else tuple(inputs[0]))
+
+
+def example_inputs(program: Program, seed: int) -> tuple[torch.Tensor, ...]:
+    """Random numbers and ones of the shapes of a program's inputs, dynamic axes of size 3."""
     generator = torch.Generator().manual_seed(seed)
     tensors = []
     for spec in program.contract.inputs:
@@ -320,4 +323,4 @@ def default_probe(program: Program, seed: int) -> Probe:
         tensors.append(
             torch.randn(shape, generator=generator).to(dtype) if floating else torch.ones(shape, dtype=dtype)
         )
-    return Probe(tensors=tuple(tensors))
+    return tuple(tensors)

@@ -48,8 +48,8 @@ class Replay(torch.fx.Interpreter):
         return list(result) if isinstance(result, tuple | list) else [result]
 
 
-class _Shell(torch.nn.Module):
-    """A new forward over the weights of a graph module, under their old names."""
+class NamedForward(torch.nn.Module):
+    """A new forward, of tensors by name, over the weights of a module, under their old names."""
 
     def __init__(self, inner: torch.nn.Module, forward: Callable[..., Any], names: Sequence[str]) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def retrace(
         CaptureError: the graph cannot be traced with the new inputs.
     """
     names = [spec.name for spec in contract.inputs]
-    shell = _Shell(program.module(), forward, names)
+    shell = NamedForward(program.module(), forward, names)
     with torch.fx.traceback.preserve_node_meta():
         exported = run_export(shell, tuple(args), tuple(dynamic_shapes), where="re-tracing")
     for node in [node for node in exported.graph.nodes if is_assert(node.target)]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch.fx import Node
 
 from optc.compiler.artifact.engines import Engine
-from optc.compiler.artifact.manifest import OpenedRecord
+from optc.compiler.artifact.manifest import OpenedRecord, ProgramEntry
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import Pass
@@ -89,6 +89,9 @@ class ExportResult:
         tensor_bytes: the same by tensor, under the program's names (of a quantized weight `w`: what is called
             `w_...`: its codes, scales and zero points).
         opened: what the file computed, where the exporter opened it in its engine.
+        encoder: of a model of two programs, that of the encoder; the rest is the decoder's, or of both.
+        graphs: (info, program) of each file and what it is to compute, where there are several and the exporter opened
+            none of them.
     """
 
     engine: Engine
@@ -97,6 +100,8 @@ class ExportResult:
     weight_bytes: int = 0
     tensor_bytes: Mapping[str, int] = field(default_factory=dict)
     opened: OpenedRecord | None = None
+    encoder: ProgramEntry | None = None
+    graphs: tuple[tuple[Mapping[str, Any], Program], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +125,8 @@ class Target:
         legal: operator -> predicate (or None when every use of it is legal).
         recipe: the default passes for a kind of model ("decoder", "encoder", "module"), or for a "graph" of
             torch.compile, and options; says nothing of the machine.
-        export: writes the legalized Program.
+        export: writes the legalized Program. export_encoder_decoder: writes the legalized encoder and decoder of a model
+            of two programs; None where the target does not take one.
         keeps_dtype: the compute type is the source's where the request names none and `dtypes` has it; else the first.
         options: the struct of the target's own options.
         check_machine: raises TargetError where this machine cannot build for the target; None where any can.
@@ -138,6 +144,7 @@ class Target:
     legal: Mapping[Any, Predicate | None]
     recipe: Callable[[str, CompileOptions], list[Step]]
     export: Callable[[Program, ExportRequest], ExportResult]
+    export_encoder_decoder: Callable[[Program, Program, ExportRequest], ExportResult] | None = None
     aliases: tuple[str, ...] = ()
     keeps_dtype: bool = False
     options: type[TargetOptions] = TargetOptions

@@ -60,7 +60,7 @@ def find_engine(manifest: Manifest) -> BundleEngine:
             why=f"their engine is {manifest.engine}",
             remedy="compile the model for onnx-cpu or inductor-cpu",
         )
-    reason = engine.obstacle(manifest)
+    reason = engine.obstacle(manifest) if manifest.contract.cross is None else "it has two programs"
     if reason is not None:
         raise TargetError(
             "a bundle needs a decoder with a KV cache", why=reason, remedy="compile a decoder, with its KV cache"

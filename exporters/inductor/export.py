@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from optc.compiler import compat
 from optc.compiler.artifact.engines import AOTINDUCTOR
+from optc.compiler.artifact.manifest import ProgramEntry
 from optc.compiler.diagnostics import ResourceError, TargetError, os_errors
 from optc.compiler.formats.safetensors_header import read_header
 from optc.compiler.ir.contract import Contract
@@ -27,7 +29,7 @@ from optc.exporters.companions import copy_companions
 from optc.exporters.inductor.selfcheck import check_package
 from optc.exporters.options.inductor import InductorOptions
 
-MODEL, WEIGHTS = "model.pt2", "model.safetensors"
+MODEL, ENCODER = "model.pt2", "encoder.pt2"
 
 
 def runner_name(contract: Contract) -> str:
@@ -54,22 +56,75 @@ def export_inductor(program: Program, request: ExportRequest) -> ExportResult:
     instructions = instruction_set()
     kernels = used_kernels(program, "cpu")
     library = _add_library(kernels, directory)
-    _compile(program, directory / MODEL, instructions)
-    constants = _constants(program, directory / MODEL)
-    with os_errors("writing the weights", str(directory / WEIGHTS)):
-        write_tensors(directory / WEIGHTS, constants)
+    package = write_package(program, request, MODEL, library, instructions)
+    with os_errors("writing the runner", str(directory)):
         runner = resources.files("optc.runtime.carried") / "pt2_runner.py"
         (directory / runner_name(program.contract)).write_bytes(runner.read_bytes())
     companions = copy_companions(request.source, directory)
-    info = _info(program, request, library, constants, companions)
+    info = {**package.info, "runner": runner_name(program.contract), "companions": companions}
     needs = _needs(instructions, kernels)
     return ExportResult(
         engine=AOTINDUCTOR,
         info=info,
         needs=needs,
         opened=check_package(program, info, needs, request),
+        weight_bytes=package.weight_bytes,
+        tensor_bytes=package.tensor_bytes,
+    )
+
+
+def export_encoder_decoder(encoder: Program, decoder: Program, request: ExportRequest) -> ExportResult:
+    """Write the last stages of a model of two programs: `encoder.pt2` and `model.pt2`, each with its weights beside it.
+
+    The encoder's package makes keys and values of cross-attention too, once per request. There is no runner beside them.
+
+    Raises:
+        TargetError, ResourceError, InputError: as `export_inductor`.
+    """
+    find_compiler()
+    instructions, companions = instruction_set(), copy_companions(request.source, request.directory)
+    programs = {ENCODER: _contiguous(encoder.in_memory()), MODEL: _contiguous(decoder.in_memory())}
+    kernels = list(dict.fromkeys(item for program in programs.values() for item in used_kernels(program, "cpu")))
+    library = _add_library(kernels, request.directory)
+    written = {name: write_package(item, request, name, library, instructions) for name, item in programs.items()}
+    infos = {name: {**item.info, "runner": None, "companions": companions} for name, item in written.items()}
+    return ExportResult(
+        engine=AOTINDUCTOR,
+        info=infos[MODEL],
+        needs=_needs(instructions, kernels),
+        weight_bytes=sum(item.weight_bytes for item in written.values()),
+        tensor_bytes={**written[ENCODER].tensor_bytes, **written[MODEL].tensor_bytes},
+        encoder=ProgramEntry(contract=encoder.contract, engine_info=infos[ENCODER]),
+        graphs=tuple((infos[name], program) for name, program in programs.items()),
+    )
+
+
+@dataclass(frozen=True)
+class WrittenPackage:
+    """A package and its weights on the disk, and what the manifest says of them."""
+
+    info: dict[str, Any]
+    weight_bytes: int
+    tensor_bytes: dict[str, int]
+
+
+def write_package(
+    program: Program, request: ExportRequest, name: str, library: str | None, instructions: InstructionSet
+) -> WrittenPackage:
+    """Compile a program, contiguous and in memory, into `name`, and write its weights beside it.
+
+    Raises:
+        TargetError, ResourceError, InputError: as `export_inductor`.
+    """
+    path, weights = request.directory / name, Path(name).with_suffix(".safetensors").name
+    _compile(program, path, instructions)
+    constants = _constants(program, path)
+    with os_errors("writing the weights", str(request.directory / weights)):
+        write_tensors(request.directory / weights, constants)
+    return WrittenPackage(
+        info={"model": name, "weights": weights, **_info(program, request, library, constants)},
         weight_bytes=sum(tensor.nbytes for tensor in constants.values()),
-        tensor_bytes={name: info.nbytes for name, info in read_header(directory / WEIGHTS).items()},
+        tensor_bytes={key: item.nbytes for key, item in read_header(request.directory / weights).items()},
     )
 
 
@@ -149,17 +204,12 @@ def _info(
     request: ExportRequest,
     library: str | None,
     constants: dict[str, torch.Tensor],
-    companions: list[str],
 ) -> dict[str, Any]:
     """What the runner needs to know; everything it checks before native code runs."""
     contract = program.contract
     limits = [size for size in (contract.model.context_length, request.of(InductorOptions).max_seq_len) if size]
     return {
-        "model": MODEL,
-        "weights": WEIGHTS,
         "library": library,
-        "runner": runner_name(contract),
-        "companions": companions,
         "kind": contract.kind,
         "kv_cache": contract.kv_cache.kind,
         "block_size": contract.kv_cache.block_size,

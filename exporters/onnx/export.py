@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
     return ExportResult(
         engine=ONNX,
         info=_info(contract, request, histogram, companions, genai=decoder),
-        needs=_needs(program),
+        needs=onnx_needs(program),
         weight_bytes=sum(sizes.values()),
         tensor_bytes=sizes,
     )
@@ -67,14 +68,28 @@ def write_model(model: ir.Model, directory: Path) -> dict[str, int]:
         ArtifactError: what was read back is not what was written.
         ResourceError, InputError: the disk is full or not writable.
     """
-    with os_errors("writing the ONNX model", str(directory / MODEL)):
-        digests = write_data(model, directory / DATA)
-        ir.save(model, directory / MODEL)
-    check_onnx(directory, MODEL)
-    return compare_data(directory / MODEL, digests)
+    return write_models({MODEL: model}, directory)
 
 
-def _needs(program: Program) -> dict[str, Any]:
+def write_models(models: Mapping[str, ir.Model], directory: Path) -> dict[str, int]:
+    """Write models by file name, their weights in one file beside them, called as the first is and `.data`.
+
+    Raises:
+        ArtifactError, ResourceError, InputError: as `write_model`.
+    """
+    data = directory / f"{next(iter(models))}.data"
+    with os_errors("writing the ONNX model", str(data)):
+        digests = write_data(list(models.values()), data)
+        for name, model in models.items():
+            ir.save(model, directory / name)
+    sizes: dict[str, int] = {}
+    for name, expected in zip(models, digests, strict=True):
+        check_onnx(directory, name)
+        sizes |= compare_data(directory / name, expected)
+    return sizes
+
+
+def onnx_needs(program: Program) -> dict[str, Any]:
     """What the host must have; the product of unsigned codes and signed weights saturates without VNNI on x86."""
     version = version_of(ONNX.package)  # "" where the model is only written here
     needs: dict[str, Any] = {ONNX.package: f">={version}"} if version else {}
@@ -102,17 +117,23 @@ def _info(
     *,
     genai: bool,
 ) -> dict[str, Any]:
-    info: dict[str, Any] = {
-        "model": MODEL,
-        "data": DATA,
+    return {
+        **graph_info(MODEL, DATA, contract, histogram),
+        "companions": companions,
+        "genai": genai,
+    }
+
+
+def graph_info(name: str, data: str, contract: Contract, histogram: Mapping[str, int]) -> dict[str, Any]:
+    """What the manifest says of one graph."""
+    return {
+        "model": name,
+        "data": data,
         "opset": OPSET,
         "inputs": [spec.name for spec in contract.inputs],
         "outputs": [spec.name for spec in contract.outputs],
         "operators": dict(sorted(histogram.items())),
-        "companions": companions,
-        "genai": genai,
     }
-    return info
 
 
 def _check_uniform(contract: Contract) -> None:

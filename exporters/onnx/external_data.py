@@ -7,9 +7,9 @@ on the disk is then read back the same way and compared.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import onnx_ir as ir
 import torch
@@ -47,30 +47,59 @@ class WeightTensor(ir.LazyTensor):
             yield raw_bytes(piece)
 
 
-def write_data(model: ir.Model, path: Path) -> dict[str, str]:
-    """Write the larger initializers of a model one after the other and let it refer to them; sha256 of each, by name.
+def write_data(models: Sequence[ir.Model], path: Path) -> list[dict[str, str]]:
+    """Write the larger initializers of models one after the other and let them refer to these; sha256 of each, by name.
+
+    What an earlier model holds already is not written again. Within a model no two share bytes: readers refuse that.
 
     Raises:
         OSError: the file cannot be written.
     """
-    digests: dict[str, str] = {}
+    written: dict[str, list[int]] = {}  # sha256 -> where such bytes begin
+    found = []
     with path.open("wb") as file:
-        for name, value in model.graph.initializers.items():
-            tensor = value.const_value
-            assert tensor is not None
-            if tensor.nbytes <= _INLINE_BYTES:
-                digests[name] = hashlib.sha256(tensor.tobytes()).hexdigest()
-                continue
-            digest, start = hashlib.sha256(), _aligned(file.tell())
-            file.write(bytes(start - file.tell()))
-            for chunk in tensor.chunks() if isinstance(tensor, WeightTensor) else (tensor.tobytes(),):
-                digest.update(chunk)
-                file.write(chunk)
-            digests[name] = digest.hexdigest()
-            value.const_value = ir.ExternalTensor(
-                path.name, start, file.tell() - start, tensor.dtype, shape=tensor.shape, name=name, base_dir=path.parent
-            )
-    return digests
+        for model in models:
+            free = {digest: list(starts) for digest, starts in written.items()}
+            digests: dict[str, str] = {}
+            for name, value in model.graph.initializers.items():
+                tensor = value.const_value
+                assert tensor is not None
+                if tensor.nbytes <= _INLINE_BYTES:
+                    digests[name] = hashlib.sha256(tensor.tobytes()).hexdigest()
+                    continue
+                digest = _digest_of(tensor) if free else ""
+                if free.get(digest):
+                    start = free[digest].pop()
+                else:
+                    start, digest = _append(file, tensor)
+                    written.setdefault(digest, []).append(start)
+                digests[name] = digest
+                value.const_value = ir.ExternalTensor(
+                    path.name, start, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=path.parent
+                )
+            found.append(digests)
+    return found
+
+
+def _chunks(tensor: Any) -> Iterable[Any]:
+    return tensor.chunks() if isinstance(tensor, WeightTensor) else (tensor.tobytes(),)
+
+
+def _digest_of(tensor: Any) -> str:
+    digest = hashlib.sha256()
+    for chunk in _chunks(tensor):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _append(file: BinaryIO, tensor: Any) -> tuple[int, str]:
+    """(where the bytes of a tensor begin, their sha256)."""
+    digest, start = hashlib.sha256(), _aligned(file.tell())
+    file.write(bytes(start - file.tell()))
+    for chunk in _chunks(tensor):
+        digest.update(chunk)
+        file.write(chunk)
+    return start, digest.hexdigest()
 
 
 def compare_data(path: Path, digests: dict[str, str]) -> dict[str, int]:

@@ -166,6 +166,11 @@ class Package:
             limit = self.info["context_length"]
             if positions.numel() and (int(positions.min()) < 0 or int(positions.max()) >= limit):
                 raise PackageError(f"positions must be from 0 to {limit - 1}")
+        limit = self.info["context_length"] or 1 << 62
+        if "past" in sizes and sizes["past"] + sizes["seq"] > limit:
+            raise PackageError(f"{sizes['past'] + sizes['seq']} tokens do not fit the context of {limit}")
+        if self.info["kind"] == "encoder" and sizes.get("source", 0) > limit:
+            raise PackageError(f"{sizes['source']} tokens do not fit the encoder's context of {limit}")
         if "capacity" in sizes:
             mask = table["attention_mask"]
             limit = min(sizes["capacity"], self.info["context_length"] or sizes["capacity"])

@@ -67,17 +67,17 @@ def generate(
         GateError: logits that are not finite.
     """
     check_range("max-new-tokens", max_new_tokens, Count)
-    samplings = _per_row(sampling, len(prompts))
+    samplings, continued = _per_row(sampling, len(prompts)), session.continued(prompts)
     batch = _Batch(session, stop_ids, max_new_tokens, on_token)
     begin = time.perf_counter()
     logits = session.prefill(prompts) if held is None else _continued(session, prompts, held)
     if isinstance(session, StreamingSession):
-        draws = draws_of(samplings, prompts)
+        draws = draws_of(samplings, continued)
         batch.take(session.choose(logits, draws))
         first = time.perf_counter()
         steps = batch.stream(session, draws)
     else:
-        sampler, steps = Sampler(samplings, prompts), 0
+        sampler, steps = Sampler(samplings, continued), 0
         batch.take(sampler(logits))
         first = time.perf_counter()
         while batch.running:

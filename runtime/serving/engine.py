@@ -42,6 +42,13 @@ def open_engine(folder: str | Path, manifest: Manifest | None = None, options: E
     """
     folder, options = Path(folder), options or EngineOptions()
     found = verify(folder) if manifest is None else manifest
+    if found.contract.cross is not None:
+        raise TargetError(
+            "optc serve does not serve encoder-decoder models",
+            where=str(folder),
+            why="its API continues texts; such a model answers them",
+            remedy="call optc.load(folder).generate_batch(texts), or optc run",
+        )
     session = open_session(folder, found, threads=options.threads, num_blocks=options.num_blocks, trust=options.trust)
     stop_ids = eos_token_ids(folder, found.contract.model.eos_token_ids)
     try:

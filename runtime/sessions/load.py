@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
+
+import msgspec
 
 from optc.compiler.artifact.engines import Engine, check_facts, find_engine
 from optc.compiler.artifact.folder import check_trusted, read_manifest, verify
@@ -20,8 +23,9 @@ from optc.runtime.generation.generate import GenerationResult, StopReason, gener
 from optc.runtime.generation.tokenizer import TextStream, Tokenizer, eos_token_ids, load_tokenizer
 from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.embedding_model import EmbeddingModel
+from optc.runtime.sessions.encoder_decoder import EncoderDecoderSession
 from optc.runtime.sessions.session import Session, SessionOptions
-from optc.runtime.sessions.tensor_model import TensorModel
+from optc.runtime.sessions.tensor_model import TensorModel, as_array
 
 OnText = Callable[[int, str], None]
 """Called with (row, piece of text) as text is generated."""
@@ -142,7 +146,7 @@ class TextModel:
         streams.finish()
         return [
             Generation(
-                prompt_tokens=row,
+                prompt_tokens=row if isinstance(row, list) else [],
                 tokens=tokens,
                 text=None if self.tokenizer is None else self.tokenizer.decode(tokens),
                 stop=stop,
@@ -193,6 +197,55 @@ class Model(TextModel):
             ("passes", ", ".join(manifest.contract.passes)),
         ]
         return html_table(repr(self), ("", ""), rows)
+
+
+class EncoderDecoderModel(Model):
+    """An open artifact whose decoder answers what its encoder reads: texts, or features of sounds."""
+
+    session: EncoderDecoderSession
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        session: EncoderDecoderSession,
+        tokenizer: Tokenizer | None,
+        stop_ids: tuple[int, ...],
+        open_encoder: Callable[[], TensorModel],
+    ) -> None:
+        super().__init__(manifest, session, tokenizer, stop_ids)
+        self._open_encoder = open_encoder
+
+    @functools.cached_property
+    def encoder(self) -> TensorModel:
+        """The encoder alone: called with texts or tensors, it gives its states first."""
+        return self._open_encoder()
+
+    @contextlib.contextmanager
+    def answers_from(self, ids: Sequence[int]) -> Iterator[None]:
+        """Let answers begin with these tokens for a while, the start token included: a language, a task.
+
+        Raises:
+            InputError: no token, or one outside the vocabulary.
+        """
+        before = self.session.start_ids
+        self.session.start_from(ids)
+        try:
+            yield
+        finally:
+            self.session.start_ids = before
+
+    def _rows(self, prompts: Sequence[Any]) -> list[Any]:
+        if self.session.reads_text:
+            return super()._rows(prompts)
+        if any(isinstance(item, str) for item in prompts) or isinstance(prompts, str):
+            (spec,) = self.session.encoder.inputs
+            raise InputError(
+                "the model reads sounds, not text",
+                why=f"it takes {spec.name} {list(spec.dims[1:])} of each sound",
+                remedy="give features: optc run ARTIFACT --inputs features.npz; in Python, arrays. transformers' feature "
+                "extractor of the model makes them of audio",
+            )
+        return [as_array(item) for item in prompts]
 
 
 class _Streams:
@@ -260,7 +313,21 @@ def load(
         trust=trust,
     )
     stop_ids = eos_token_ids(folder, manifest.contract.model.eos_token_ids)
+    if isinstance(session, EncoderDecoderSession):
+        encoder = functools.partial(_open_encoder, folder, manifest, SessionOptions(threads=threads))
+        return EncoderDecoderModel(manifest, session, load_tokenizer(folder), stop_ids, encoder)
     return Model(manifest, session, load_tokenizer(folder), stop_ids)
+
+
+def _open_encoder(folder: Path, manifest: Manifest, options: SessionOptions) -> TensorModel:
+    """The encoder of a verified and trusted artifact, as a function of tensors to its states.
+
+    A package gives more than these: keys and values that the decoder reads.
+    """
+    alone, engine = manifest.alone("encoder"), find_engine(manifest.engine, str(folder))
+    call = engine.open_caller(folder, alone, options)
+    states = alone.with_program(contract=msgspec.structs.replace(alone.contract, outputs=alone.contract.outputs[:1]))
+    return TensorModel(states, lambda *inputs: call(*inputs)[:1], load_tokenizer(folder))
 
 
 def load_any(
@@ -393,7 +460,8 @@ def open_session(
         raise UsageError(
             "kv-blocks has no effect here: the KV cache of the artifact is not paged", remedy="leave it out"
         )
-    check_facts(engine, manifest.engine_info, manifest.needs, {entry.path for entry in manifest.files}, str(folder))
+    for info in manifest.engine_infos:
+        check_facts(engine, info, manifest.needs, {entry.path for entry in manifest.files}, str(folder))
     check_trusted(folder, manifest, trust)
     place = (device if engine.eager else None) or graph_device
     options = SessionOptions(threads=threads, num_blocks=num_blocks, device=place)

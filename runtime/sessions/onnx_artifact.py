@@ -25,8 +25,11 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
     check_cpu(manifest.needs)
     try:
         from optc.runtime.sessions.ort import OrtSession
+        from optc.runtime.sessions.ort_encoder_decoder import OrtEncoderDecoderSession
     except ModuleNotFoundError as error:
         raise _not_installed(folder, error) from error
+    if manifest.contract.cross is not None:
+        return OrtEncoderDecoderSession(folder, manifest, threads=options.threads)
     return OrtSession(folder / str(name), manifest.contract, threads=options.threads)
 
 
@@ -66,8 +69,10 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     Raises:
         ArtifactError: names what is wrong with it.
     """
-    name = manifest.engine_info.get("model")
-    check_onnx(folder, name if isinstance(name, str) else "")
+    for info in manifest.engine_infos:
+        for key in ("model", *(["first"] if info.get("first") else [])):
+            name = info.get(key)
+            check_onnx(folder, name if isinstance(name, str) else "")
 
 
 def open_runner(folder: Path, manifest: Manifest) -> Callable[..., list[Any]]:

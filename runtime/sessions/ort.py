@@ -7,7 +7,8 @@ outputs of a decode step stay bound; only the attention mask, which grows, is bo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,22 +143,8 @@ class OrtSession(LinearSession):
         return binding
 
     def _execute(self, binding: Any) -> None:
-        try:
+        with engine_errors():
             self._session.run_with_iobinding(binding)
-        except Exception as error:  # the binding raises classes of its own, without a common base
-            if any(text in str(error) for text in _NO_MEMORY):
-                raise ResourceError(
-                    "ONNX Runtime ran out of memory",
-                    why=str(error),
-                    remedy="use shorter prompts or a smaller batch",
-                ) from error
-            if not isinstance(error, RuntimeError):
-                raise
-            raise ArtifactError(  # a manifest may promise a longer context than the graph has tables for
-                "ONNX Runtime cannot run the graph as the manifest describes it",
-                why=str(error)[:500],
-                remedy="copy the artifact again from where it was made, or compile it again",
-            ) from error
 
     def _output_type(self, name: str) -> str:
         return str(next(item.type for item in self._session.get_outputs() if item.name == name))
@@ -186,6 +173,41 @@ def open_engine(path: Path, threads: int) -> Any:
             where=str(path),
             why=str(error).splitlines()[0],
             remedy="use the version that the manifest names under needs, or a later one",
+        ) from error
+
+
+def run_engine(engine: Any, outputs: Sequence[str], feed: Mapping[str, Array]) -> list[Array]:
+    """Outputs by name of inputs by name.
+
+    Raises:
+        ResourceError, ArtifactError: see `engine_errors`.
+    """
+    with engine_errors():
+        return list(engine.run(list(outputs), dict(feed)))
+
+
+@contextmanager
+def engine_errors() -> Iterator[None]:
+    """Failures of a running graph in words for users.
+
+    Raises:
+        ResourceError: out of memory. ArtifactError: the graph does not run as its manifest describes it.
+    """
+    try:
+        yield
+    except Exception as error:  # the binding raises classes of its own, without a common base
+        if any(text in str(error) for text in _NO_MEMORY):
+            raise ResourceError(
+                "ONNX Runtime ran out of memory",
+                why=str(error),
+                remedy="use shorter prompts or a smaller batch",
+            ) from error
+        if not isinstance(error, RuntimeError):
+            raise
+        raise ArtifactError(  # a manifest may promise a longer context than the graph has tables for
+            "ONNX Runtime cannot run the graph as the manifest describes it",
+            why=str(error)[:500],
+            remedy="copy the artifact again from where it was made, or compile it again",
         ) from error
 
 

@@ -13,6 +13,7 @@ from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import ArtifactError, InputError, ResourceError, TargetError, ran_out_of_memory
 from optc.compiler.ir.contract import Contract
 from optc.runtime.carried.pt2_runner import ArchiveError, Package, PackageError, check_archive
+from optc.runtime.sessions.package_encoder_decoder import PackageEncoderDecoderSession
 from optc.runtime.sessions.paged import PagedSession
 from optc.runtime.sessions.session import Session, SessionOptions, default_threads
 from optc.runtime.sessions.torch_linear import TorchSession
@@ -27,7 +28,18 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
         TargetError: this host cannot run the package.
         ArtifactError: it would be unpacked elsewhere than into a folder of its own, or to far more than its size.
     """
-    package = _opened(folder, manifest, options)
+    run = _running(_opened(folder, manifest, options), folder)
+    if manifest.contract.cross is not None:
+        encoder = _running(_opened(folder, manifest.alone("encoder"), options), folder)
+        return PackageEncoderDecoderSession(manifest, encoder, run, _limited(manifest))
+    contract = _limited(manifest)
+    if contract.kv_cache.kind == "paged":
+        return PagedSession(run, contract, num_blocks=options.num_blocks)
+    return TorchSession(run, contract)
+
+
+def _running(package: Package, folder: Path) -> Callable[..., list[torch.Tensor]]:
+    """A package as a function of flat tensors, with failures in words for users."""
 
     def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
         try:
@@ -48,10 +60,17 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
                 remedy="use shorter prompts or a smaller batch",
             ) from error
 
-    contract = _limited(manifest)
-    if contract.kv_cache.kind == "paged":
-        return PagedSession(run, contract, num_blocks=options.num_blocks)
-    return TorchSession(run, contract)
+    return run
+
+
+def open_runner(folder: Path, manifest: Manifest) -> Callable[..., list[torch.Tensor]]:
+    """The package of a manifest as a function of flat tensors.
+
+    Raises:
+        TargetError, ArtifactError: as `open_artifact`.
+    """
+    package = _opened(folder, manifest, SessionOptions())
+    return lambda *inputs: package(*(item.contiguous() for item in inputs))
 
 
 def _opened(folder: Path, manifest: Manifest, options: SessionOptions) -> Package:
@@ -103,7 +122,8 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         ArtifactError: names the member.
     """
     try:
-        check_archive(folder / str(manifest.engine_info["model"]))
+        for info in manifest.engine_infos:
+            check_archive(folder / str(info["model"]))
     except ArchiveError as error:
         raise _unpackable(error) from error
 

@@ -64,6 +64,10 @@ class Session(ABC):
         """Most tokens per run of the graph, from `LOGITS_BYTES`."""
         return max(1, LOGITS_BYTES // (4 * self.vocab_size))
 
+    def continued(self, prompts: Rows) -> Rows:
+        """What the generated tokens of each prompt continue: the prompts themselves."""
+        return prompts
+
     def prefill(self, prompts: Rows) -> Logits:
         """Start over with these prompts; logits [B, V] of the last token of each.
 
@@ -185,18 +189,21 @@ class Session(ABC):
                 f"{count} row(s) given to a session of {len(self.lengths)}", remedy="prefill starts a batch"
             )
 
+    def _check_tokens(self, index: int, row: Sequence[int]) -> None:
+        if not len(row):
+            raise InputError(f"prompt {index} is empty", remedy="give at least one token")
+        for position, token in enumerate(row):
+            if not 0 <= token < self.vocab_size:
+                raise InputError(
+                    f"token id {token} is outside the vocabulary",
+                    where=f"prompt {index}, position {position}",
+                    why=f"the model has {self.vocab_size} token ids, from 0 to {self.vocab_size - 1}",
+                    remedy="encode the text with the model's own tokenizer",
+                )
+
     def _check(self, rows: Rows, held: Sequence[int]) -> None:
         for index, (row, length) in enumerate(zip(rows, held, strict=True)):
-            if not len(row):
-                raise InputError(f"prompt {index} is empty", remedy="give at least one token")
-            for position, token in enumerate(row):
-                if not 0 <= token < self.vocab_size:
-                    raise InputError(
-                        f"token id {token} is outside the vocabulary",
-                        where=f"prompt {index}, position {position}",
-                        why=f"the model has {self.vocab_size} token ids, from 0 to {self.vocab_size - 1}",
-                        remedy="encode the text with the model's own tokenizer",
-                    )
+            self._check_tokens(index, row)
             excess = length + len(row) - self.context_length
             if excess > 0:
                 raise InputError(

@@ -18,8 +18,8 @@ from optc.calibrating import make_calibration
 from optc.capturing import Captured, Model, capture, capture_for_compile, stored_dtype
 from optc.compiler.analysis.weight_parts import weight_parts
 from optc.compiler.artifact import folder as artifact
-from optc.compiler.artifact.drift_table import drift_table
-from optc.compiler.artifact.manifest import Manifest, ProgramEntry, Source
+from optc.compiler.artifact.drift_table import drift_table, pass_title
+from optc.compiler.artifact.manifest import Manifest, ProgramEntry, Role, Source
 from optc.compiler.calibration.examples import Examples
 from optc.compiler.calibration.sequences import Calibration
 from optc.compiler.diagnostics import InputError, TargetError, UsageError, os_errors
@@ -32,7 +32,7 @@ from optc.compiler.model_folder.medusa import check_base
 from optc.compiler.model_folder.quantized import refuse_quantizing_again
 from optc.compiler.notebook import html_table
 from optc.compiler.pipeline.gate import Limits
-from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions, PipelineResult, compute_dtype
+from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions, PipelineResult, compute_dtype, default_probe
 from optc.compiler.pipeline.quantization_summary import quantized_linears, summarize
 from optc.compiler.pipeline.rerounding import rerounding
 from optc.compiler.pipeline.written_sizes import written_sizes
@@ -40,6 +40,7 @@ from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.settings.fields import check_type
 from optc.compiler.target.target import ExportRequest, ExportResult, check_context, check_legal, obstacle
 from optc.compiler.version import version
+from optc.encoder_decoder import RECIPE, answer_probe, both_contracts, both_parts, check_encoder_decoder
 from optc.exporters.reports.report import write_report
 from optc.hub import local_model
 from optc.opening import open_written
@@ -75,7 +76,7 @@ class CompileResult:
         manifest = self.manifest
         titles, cells = drift_table(msgspec.to_builtins(manifest.passes))
         rows = [
-            (row.name, f"{row.matched} of {row.candidates}", *drift)
+            (pass_title(row.name, row.program), f"{row.matched} of {row.candidates}", *drift)
             for row, drift in zip(manifest.passes, cells, strict=True)
         ]
         sizes = "" if manifest.sizes is None else f"; weights {manifest.sizes}"
@@ -86,6 +87,7 @@ class CompileResult:
         rows = [
             {
                 "name": row.name,
+                "program": row.program,
                 "matched": row.matched,
                 "candidates": row.candidates,
                 "seconds": row.seconds,
@@ -155,11 +157,12 @@ def compile(
         )
     check_context(_capacity(resolved), captured.program.contract.model.context_length)
     seconds = {"capture": time.perf_counter() - begin}
-    result = run_passes(captured, resolved, progress, seconds)
-    result = replace(result, program=to_device(result.program, torch.device("cpu")))  # where exporters write from
+    encoded, probe = _encoder_passes(captured, resolved, progress, seconds)
+    kind = None if encoded is None else RECIPE
+    result = on_cpu(run_passes(captured, resolved, progress, seconds, kind, probe))
     if progress:
         progress(len(result.records), "exporting")
-    manifest = _write(request.run.output, resolved, result, captured, seconds, begin)
+    manifest = _write(request.run.output, resolved, result, encoded, captured, seconds, begin)
     if request.run.save_recipe is not None:
         write_recipe(request.run.save_recipe, named, request)
     return CompileResult(request.run.output, manifest)
@@ -232,32 +235,63 @@ def _refuse_dtype(model: Model, resolved: Resolved) -> None:
         )
 
 
+def on_cpu(result: PipelineResult) -> PipelineResult:
+    """With the program where exporters write from."""
+    return replace(result, program=to_device(result.program, torch.device("cpu")))
+
+
+def _encoder_passes(
+    captured: Captured, resolved: Resolved, progress: Progress | None, seconds: dict[str, float]
+) -> tuple[PipelineResult | None, Probe | None]:
+    """The recipe on the encoder that a program reads, and what the gate then feeds the program; None without one.
+
+    Raises:
+        OptcError: as `run_passes`; TargetError: what is not done with encoder-decoder models.
+    """
+    encoder = captured.encoder
+    if encoder is None:
+        return None, None
+    check_encoder_decoder(resolved, recipe_steps(resolved, RECIPE))
+    asked = resolved.request
+    folder = asked.run.dump_ir
+    run = asked.run if folder is None else msgspec.structs.replace(asked.run, dump_ir=folder / "encoder")
+    own = replace(captured, program=encoder, encoder=None)
+    given = _text_probe(own, resolved) or default_probe(encoder, asked.gate.seed)
+    resolved = replace(resolved, request=msgspec.structs.replace(asked, run=run))
+    result = run_passes(own, resolved, progress, seconds, RECIPE, given)
+    records = tuple(msgspec.structs.replace(record, program="encoder") for record in result.records)
+    return on_cpu(replace(result, records=records)), answer_probe(encoder, captured.program, given)
+
+
 def run_passes(
     captured: Captured,
     resolved: Resolved,
     progress: Progress | None,
     seconds: dict[str, float],
     kind: str | None = None,
+    probe: Probe | None = None,
 ) -> PipelineResult:
     """The recipe on the device that was asked for; what the target cannot run is refused.
 
     Args:
         kind: of the recipe; None takes the program's own.
-        seconds: gets the times of "move" and "passes".
+        probe: what the gate feeds; None takes text, or random tokens.
+        seconds: gets the times of "move" and "passes", added to what is there.
     """
     begin = time.perf_counter()
     program = to_device(captured.program, resolved.device)
-    seconds["move"] = time.perf_counter() - begin
+    moved = time.perf_counter()
+    seconds["move"] = seconds.get("move", 0.0) + moved - begin
     resolved = settled(resolved, program)
     steps = recipe_steps(resolved, kind or program.contract.kind)
     calibration = None
     if any(step.rewrite.calibrated for step in steps):
         calibration = make_calibration(program, captured.info, resolved.request)
-    options = _pipeline_options(captured, resolved, calibration, progress)
+    options = _pipeline_options(captured, resolved, calibration, progress, probe)
     result = Pipeline(steps).run(program, options)
     del program  # its weights may be many
     check_legal(result.program, resolved.target)
-    seconds["passes"] = time.perf_counter() - begin - seconds["move"]
+    seconds["passes"] = seconds.get("passes", 0.0) + time.perf_counter() - moved
     return result
 
 
@@ -274,11 +308,15 @@ def _work_folder(resolved: Resolved) -> Path | None:
 
 
 def _pipeline_options(
-    captured: Captured, resolved: Resolved, calibration: Calibration | None, progress: Progress | None
+    captured: Captured,
+    resolved: Resolved,
+    calibration: Calibration | None,
+    progress: Progress | None,
+    probe: Probe | None,
 ) -> PipelineOptions:
     run, limits = resolved.request.run, resolved.request.gate
     return PipelineOptions(
-        probe=_example_probe(captured.program.contract, calibration) or _text_probe(captured, resolved),
+        probe=probe or _example_probe(captured.program.contract, calibration) or _text_probe(captured, resolved),
         limits=Limits(**{name: getattr(limits, asked) for asked, name in LIMITS.items()}),
         dump_ir=run.dump_ir,
         work_dir=run.work_dir,
@@ -330,6 +368,7 @@ def _write(
     folder: Path,
     resolved: Resolved,
     result: PipelineResult,
+    encoded: PipelineResult | None,
     captured: Captured,
     seconds: dict[str, float],
     begin: float,
@@ -347,15 +386,20 @@ def _write(
             allowed=allowed,
             trust_remote_code=resolved.request.what.trust_remote_code,
         )
-        exported = target.export(result.program, request)
+        if encoded is None:
+            exported = target.export(result.program, request)
+        else:
+            assert target.export_encoder_decoder is not None, "checked before"
+            exported = target.export_encoder_decoder(encoded.program, result.program, request)
         seconds["export"] = time.perf_counter() - start
         with os_errors("writing the stages' text", str(directory)):
-            (directory / "ir").mkdir()
-            for stage in result.stages:
-                (directory / "ir" / stage.file_name).write_text(stage.text)
-        manifest = _manifest(resolved, result, exported, captured, seconds)
+            for place, stages in (("ir", result.stages), ("ir/encoder", encoded.stages if encoded else ())):
+                for stage in stages:
+                    (directory / place).mkdir(exist_ok=True)
+                    (directory / place / stage.file_name).write_text(stage.text)
+        manifest = _manifest(resolved, result, encoded, exported, captured, seconds)
         opened = exported.opened or open_written(
-            directory, manifest, result.program, exported.engine, captured.tokens, allowed
+            directory, manifest, result.program, exported.engine, captured.tokens, allowed, exported.graphs
         )
         seconds["total"] = time.perf_counter() - begin
         rounded = {key: round(value, 3) for key, value in seconds.items()}
@@ -367,33 +411,42 @@ def _write(
 def _manifest(
     resolved: Resolved,
     result: PipelineResult,
+    encoded: PipelineResult | None,
     exported: ExportResult,
     captured: Captured,
     seconds: dict[str, float],
 ) -> Manifest:
     target, program, info = resolved.target, result.program, captured.info
+    programs: dict[Role, ProgramEntry] = {"model": ProgramEntry(contract=program.contract, engine_info=exported.info)}
+    records, parts, contract = result.records, weight_parts(captured.program), program.contract
+    if encoded is not None:
+        assert exported.encoder is not None, "the exporter wrote two programs"
+        assert captured.encoder is not None
+        programs["encoder"] = exported.encoder
+        records, parts = (*encoded.records, *records), both_parts(weight_parts(captured.encoder), parts)
+        contract = both_contracts(encoded.program.contract, contract)
     return Manifest(
         optc_version=version(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         target=target.name,
         engine=exported.engine.name,
         device=target.device if exported.engine.device == "target" else exported.engine.device,
-        programs={"model": ProgramEntry(contract=program.contract, engine_info=exported.info)},
+        programs=programs,
         needs={"machine": platform.machine(), **exported.needs},
         dtype=str(compute_dtype(program)).removeprefix("torch."),
         source=_source(info) if info else Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""),
         capture=captured.proof,
         limits=given_limits(resolved.request.gate),
-        passes=result.records,
+        passes=records,
         weight_bytes=exported.weight_bytes,
         sizes=written_sizes(
-            weight_parts(captured.program),
-            program.contract,
+            parts,
+            contract,
             exported.tensor_bytes,
             exported.weight_bytes,
             None if info is None else info.weight_bytes,
         ),
-        quantization=summarize(program.contract, quantized_linears(result.records), exported.tensor_bytes),
+        quantization=summarize(contract, quantized_linears(records), exported.tensor_bytes),
         seconds=seconds,
     )
 

@@ -11,10 +11,17 @@ import msgspec
 import torch
 from torch.export import ExportedProgram
 
-from optc.compiler.capture import capture_model, capture_module, capture_pretrained
+from optc.compiler.capture import (
+    capture_encoder_decoder,
+    capture_model,
+    capture_module,
+    capture_pretrained,
+    capture_pretrained_pair,
+)
 from optc.compiler.capture.eagle3 import capture_eagle3
 from optc.compiler.capture.exported import capture_exported, capture_exported_file
-from optc.compiler.capture.loading import DTYPES
+from optc.compiler.capture.facts import generates_from_an_encoder
+from optc.compiler.capture.loading import DTYPES, is_encoder_decoder
 from optc.compiler.capture.pretrained import CPU
 from optc.compiler.diagnostics import UsageError, unknown_name
 from optc.compiler.files import read_plain
@@ -24,7 +31,7 @@ from optc.compiler.ir.saved.exported_archive import is_exported_file
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, prevailing
 from optc.compiler.model_folder.config_file import parts_beside
 from optc.compiler.model_folder.eagle3 import is_eagle3
-from optc.compiler.model_folder.sentence import modules_behind
+from optc.compiler.model_folder.sentence import modules_behind, sentence_modules
 from optc.compiler.settings.fields import check_type
 from optc.hub import local_model
 
@@ -40,12 +47,14 @@ class Captured:
         info: the model folder; None for a model in memory.
         tokens: the gate's text, encoded; empty without a tokenizer.
         proof: how the program was held to the model.
+        encoder: what the program reads, of an encoder-decoder model.
     """
 
     program: Program
     info: CheckpointInfo | None
     tokens: list[int]
     proof: CaptureProof
+    encoder: Program | None = None
 
 
 def capture(
@@ -147,6 +156,22 @@ def capture_for_compile(
         OptcError: as `capture`; UsageError for a text without a tokenizer.
     """
     if isinstance(model, str | Path) and not is_exported_file(Path(model)):
+        folder = check_folder(Path(model), trust_remote_code=trust_remote_code)
+        if not is_eagle3(Path(model)) and _is_pair(folder, pooling):
+            _refuse_base(base)
+            if pooling is not None:
+                raise UsageError("--pooling none has no effect on an encoder-decoder model", remedy="leave it out")
+            tokens = gate_tokens(folder, text)
+            pair, info = capture_pretrained_pair(
+                model,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                work_folder=work_folder,
+                device=device,
+                tokens=tokens,
+            )
+            assert pair.decoder.proof is not None
+            return Captured(pair.decoder, info, tokens, _with_notes(pair.decoder.proof, info, pooling), pair.encoder)
         program, info, tokens = _folder(
             Path(model), dtype, trust_remote_code, text, work_folder, device, base=base, pooling=pooling
         )
@@ -155,9 +180,18 @@ def capture_for_compile(
     _refuse_base(base)
     _refuse_pooling(pooling)
     tokens = gate_tokens(None, text)
+    if isinstance(model, torch.nn.Module) and generates_from_an_encoder(type(model)):
+        pair = capture_encoder_decoder(model)
+        assert pair.decoder.proof is not None
+        return Captured(pair.decoder, None, tokens, pair.decoder.proof, pair.encoder)
     program = capture(model, example_inputs)
     given = CaptureProof(proved=False, notes=("the program was given as it is, and not captured by this compile",))
     return Captured(program, None, tokens, program.proof or given)
+
+
+def _is_pair(folder: CheckpointInfo, pooling: str | None) -> bool:
+    """Whether a folder becomes two programs: an encoder-decoder model of which no embeddings are asked."""
+    return sentence_modules(folder.path, pooling) is None and is_encoder_decoder(folder)
 
 
 def _with_notes(proof: CaptureProof, info: CheckpointInfo, pooling: str | None) -> CaptureProof:

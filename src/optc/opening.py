@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from optc.compiler.execution.drift import Drift, measure
 from optc.compiler.execution.probe import random_probe
 from optc.compiler.execution.stage_driver import StageRun, run_module, run_stage, written_inputs
 from optc.compiler.ir.program import Program
-from optc.compiler.pipeline.pipeline import compute_dtype, default_probe
+from optc.compiler.pipeline.pipeline import compute_dtype, default_probe, example_inputs
 from optc.compiler.pipeline.rerounding import rerounding, widened
 from optc.compiler.version import version_of
 from optc.runtime.sessions.host_cpu import check_cpu
@@ -37,6 +37,7 @@ def open_written(
     engine: Engine,
     tokens: Sequence[int],
     allowed: float = 0.0,
+    graphs: Sequence[tuple[Mapping[str, Any], Program]] = (),
 ) -> OpenedRecord:
     """Run what was written beside the last stage: a prefill of a few tokens and one step of decoding.
 
@@ -45,6 +46,7 @@ def open_written(
         program: the last stage. Where it rounds activations, the limit follows what that cost (`manifest.passes`).
         tokens: encoded text; random tokens are taken where there is too little.
         allowed: the relative error that the user allows the whole compile; it widens the engine's own tolerance.
+        graphs: where there are several files, the info of each and the program that it is to compute; `program` is one.
 
     Raises:
         GateError: the engine cannot open the file, or it computes different numbers from the last stage.
@@ -58,15 +60,20 @@ def open_written(
         check_cpu(manifest.needs)
     except TargetError as error:  # another processor may run it
         return OpenedRecord(opened=False, why=f"{error.what}: {error.why}")
-    try:
-        runner = engine.open_runner(directory, manifest)
-    except TargetError as error:
-        if isinstance(error.__cause__, ImportError):
-            return OpenedRecord(opened=False, why=error.what)
-        raise _unopened(engine, error) from error
-    except OptcError as error:
-        raise _unopened(engine, error) from error
-    drift, count = _compared(program, runner, engine, tokens)
+    count, drifts = 0, []
+    for info, stage in graphs or [(manifest.engine_info, program)]:
+        try:
+            runner = engine.open_runner(directory, manifest.with_program(engine_info=dict(info)))
+        except TargetError as error:
+            if isinstance(error.__cause__, ImportError):
+                return OpenedRecord(opened=False, why=error.what)
+            raise _unopened(engine, error) from error
+        except OptcError as error:
+            raise _unopened(engine, error) from error
+        drift, fed = _compared(stage, runner, engine, tokens)
+        drifts.append(drift)
+        count += fed
+    drift = max(drifts, key=lambda item: item.relative)
     record = OpenedRecord(
         opened=True,
         why=engine.opens_instead,
@@ -104,8 +111,9 @@ def _unopened(engine: Engine, error: OptcError) -> GateError:
 def _compared(program: Program, runner: Callable[..., Any], engine: Engine, tokens: Sequence[int]) -> tuple[Drift, int]:
     """(difference of the engine from the last stage, tokens fed)."""
     try:
-        if program.contract.kind == "module":
-            inputs = default_probe(program, 0).tensors
+        first = program.contract.input_index("encoder_states") is not None
+        if program.contract.kind == "module" or first:
+            inputs = example_inputs(program, 0) if first else default_probe(program, 0).tensors
             outputs = run_module(program, inputs)
             ours = StageRun(outputs[: len(outputs) - len(written_inputs(program))], [], role="output")
             found = StageRun([item for item in runner(*inputs) if isinstance(item, Tensor)], [], role="output")
@@ -125,6 +133,9 @@ def _compared(program: Program, runner: Callable[..., Any], engine: Engine, toke
 def _sequences(program: Program, tokens: Sequence[int]) -> list[list[int]]:
     model, capacity = program.contract.model, program.contract.kv_cache.capacity
     longest = min(_LENGTHS[0], model.context_length or _LENGTHS[0], capacity or _LENGTHS[0])
+    if program.contract.cross is not None:  # answers of one length
+        row = random_probe(model.vocab_size, longest=2 * longest).sequences[0]
+        return [list(row[:longest]), list(row[longest:])]
     if len(tokens) < sum(_LENGTHS):
         return [list(row[:longest]) for row in random_probe(model.vocab_size, longest=longest).sequences[:2]]
     return [

@@ -9,13 +9,14 @@ import msgspec
 
 from optc.capturing import dtype_name
 from optc.compiler.capture.embedding import EmbeddingHead
-from optc.compiler.capture.facts import stated_context, text_config
+from optc.compiler.capture.facts import generates_from_an_encoder, stated_context, text_config
 from optc.compiler.capture.loading import DTYPES, meta_model
 from optc.compiler.model_folder.checkpoint import check_folder
 from optc.compiler.model_folder.quantized import quantized_folder, refuse_quantizing_again
 from optc.compiler.model_folder.sentence import sentence_modules
 from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import check_context
+from optc.encoder_decoder import RECIPE, check_encoder_decoder
 from optc.hub import local_model
 from optc.predicted_sizes import predicted_sizes, quantizable
 from optc.request import Request
@@ -46,7 +47,10 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
     check_context(getattr(options.own, "max_seq_len", None), context)
     linears = quantizable(skeleton, () if options.quantization is None else options.quantization.ignore)
     resolved = with_group_size(resolved, [columns for _, columns in linears.values()], list(linears))
-    options, steps = resolved.options, recipe_steps(resolved, "decoder" if decoder else "encoder")
+    pair = generates_from_an_encoder(type(skeleton))
+    options, steps = resolved.options, recipe_steps(resolved, "decoder" if decoder and not pair else RECIPE)
+    if pair:
+        check_encoder_decoder(resolved, steps)
     chosen = options.quantization
     sizes = predicted_sizes(skeleton, target, options, steps, info.weight_bytes)
     held = quantized_folder(info)
@@ -81,7 +85,7 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
 def _cache_bytes(config: Any, options: CompileOptions) -> int:
     heads = int(config.num_attention_heads)
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    head_dim = int(getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // heads)
     width = 1 if getattr(options.own, "kv_cache_dtype", None) in ("fp8", "int8") else _width(options)
     return 2 * int(config.num_hidden_layers) * kv_heads * head_dim * width
 

@@ -9,7 +9,7 @@ from typing import Any
 from optc.compiler.analysis.module_linears import expert_stacks, linear_shape, model_linears
 from optc.compiler.analysis.name_patterns import check_patterns, fits
 from optc.compiler.artifact.sizes import Sizes
-from optc.compiler.capture.facts import text_config
+from optc.compiler.capture.facts import generates_from_an_encoder, text_config
 from optc.compiler.capture.loading import DTYPES
 from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import Step, StoredWeights, Target
@@ -40,7 +40,7 @@ def quantizable(skeleton: Any, ignore: Sequence[str] = ()) -> dict[str, tuple[in
 def _language_model(skeleton: Any) -> str:
     """What the names of a multimodal model's captured part begin with; "" where all of a model is captured."""
     config = getattr(skeleton, "config", None)
-    if text_config(config) is config:
+    if text_config(config) is config or generates_from_an_encoder(type(skeleton)):
         return ""
     decoder = skeleton.get_decoder()
     name = next(name for name, module in skeleton.named_modules() if module is decoder)

@@ -134,6 +134,7 @@ EXPECTED = {
         "--ignore-eos",
         "--chat",
         "--system",
+        "--decoder-input-ids",
         "--inputs",
         "--save-outputs",
         "--embed",
@@ -271,7 +272,7 @@ def wrong_texts(field: Field) -> list[str]:
         return ["x", "", "nan", "1,5", *outside, *([str(gt)] if gt is not None else [])]
     if field.choices:
         return ["nope", ""]
-    if field.name == "prompt_tokens":
+    if field.name in ("prompt_tokens", "decoder_input_ids"):
         return ["x", "1,,2", "", "1.5"]
     return ["gpu"] if field.name == "device" else []
 

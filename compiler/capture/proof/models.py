@@ -63,7 +63,7 @@ def prove_model(
             its type (names the first module), or its own forward fails.
     """
     begin = time.perf_counter()
-    proof = _Proof(program, model, tokens, offset, seed, head)
+    proof = Proof(program, model, tokens, offset, seed, head)
     with own_implementations(model) as attention:
         batches, figures = list(proof.batches), proof.figures()
     return CaptureProof(
@@ -81,7 +81,7 @@ Rows = list[Tensor]
 """Real tokens [n, C] of each row of a batch."""
 
 
-class _Proof:
+class Proof:
     """The inputs of one proof and what it noted."""
 
     def __init__(
@@ -101,7 +101,7 @@ class _Proof:
         self.notes: list[str] = []
         pad = program.contract.model.pad_token_id
         pad = pad if pad is not None and pad >= 0 else 0
-        sequences, what = _sequences(program, model, tokens, pad, seed)
+        sequences, what = token_sequences(program, model, tokens, pad, seed)
         right, left, alone, one = make_batches(sequences, pad, what, device)
         self.is_large = sum(weight.numel() for weight in model.parameters()) > _LARGE
         self.batches = [right, left, one] if self.is_large else [right, left, alone, one]
@@ -233,6 +233,18 @@ class _Proof:
     def _miss(self, misses: Sequence[tuple[Batch, Drift]], replay: type[Replay], dtype: torch.dtype) -> GateError:
         aligned = [batch for batch, _ in misses if not (self.decoder and batch.is_left)]
         batch = min(aligned, key=lambda item: item.ids.numel())
+        layer = self._blamed(batch, replay, dtype)
+        drift = max((drift for _, drift in misses), key=lambda item: item.max_abs_diff)
+        return GateError(
+            f"the capture failed the numerics gate: the program is not what {_name_of(self.model)} computes",
+            where=layer or _name_of(self.model),
+            why=f"max abs difference {drift.max_abs_diff:.3g} on outputs of up to {drift.scale:.3g} ({_name(dtype)}), on "
+            + "; ".join(batch.name for batch, _ in misses),
+            remedy=_REMEDY,
+        )
+
+    def _blamed(self, batch: Batch, replay: type[Replay], dtype: torch.dtype) -> str | None:
+        """Where the program begins to differ, in words; None where that is not known."""
         layer = first_difference(
             self.model,
             lambda: self._forward(batch),
@@ -241,14 +253,7 @@ class _Proof:
             batch.mask,
             10 * TOLERANCE.get(dtype, TOLERANCE[torch.float32]),
         )
-        drift = max((drift for _, drift in misses), key=lambda item: item.max_abs_diff)
-        return GateError(
-            f"the capture failed the numerics gate: the program is not what {_name_of(self.model)} computes",
-            where=f"the first module whose output differs: {layer}" if layer else _name_of(self.model),
-            why=f"max abs difference {drift.max_abs_diff:.3g} on outputs of up to {drift.scale:.3g} ({_name(dtype)}), on "
-            + "; ".join(batch.name for batch, _ in misses),
-            remedy=_REMEDY,
-        )
+        return f"the first module whose output differs: {layer}" if layer else None
 
     def _overflow(self, batch: Batch, dtype: torch.dtype) -> GateError:
         layer = first_overflow(self.model, lambda: self._forward(batch), batch.mask)
@@ -271,7 +276,9 @@ def _name_of(model: object) -> str:
     return type(model).__name__
 
 
-def _sequences(program: Program, model: Any, tokens: Sequence[int], pad: int, seed: int) -> tuple[list[list[int]], str]:
+def token_sequences(
+    program: Program, model: Any, tokens: Sequence[int], pad: int, seed: int
+) -> tuple[list[list[int]], str]:
     """Ragged sequences without the padding token, shorter for larger models, and what they are."""
     parameters = sum(weight.numel() for weight in model.parameters())
     longest = int(min(max(_WORK / max(parameters, 1), _SHORTEST), _LONGEST))

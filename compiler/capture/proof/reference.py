@@ -66,20 +66,26 @@ def make_batches(sequences: Sequence[Sequence[int]], pad: int, what: str, device
     ]
 
 
-@contextmanager
-def own_implementations(model: Any) -> Iterator[str]:
-    """Give a model the attention that transformers would choose for it, or that its user chose, for a while.
+def own_attention_of(model: Any) -> str:
+    """The attention that transformers would choose for a model, or that its user chose: "sdpa", "eager", ...
 
     In place of an sdpa that would leave out a cap of the scores the eager one.
+    """
+    chosen = model.config._attn_implementation
+    attention = chosen if chosen not in (NAME, None) else model.get_correct_attn_implementation(None)
+    return "eager" if attention == "sdpa" and caps_scores(model.config) else str(attention)
+
+
+@contextmanager
+def own_implementations(model: Any) -> Iterator[str]:
+    """Give a model the attention that is its own (`own_attention_of`) for a while.
 
     Yields:
         the attention implementation: "sdpa", "eager", ...
     """
     config = model.config
     before = (config._attn_implementation, getattr(config, "_experts_implementation", None))
-    attention = before[0] if before[0] not in (NAME, None) else model.get_correct_attn_implementation(None)
-    if attention == "sdpa" and caps_scores(config):
-        attention = "eager"
+    attention = own_attention_of(model)
     config._attn_implementation = attention
     config._experts_implementation = before[1] if before[1] not in (NAME, None) else "eager"
     try:

@@ -15,8 +15,8 @@ from optc.cli.common import emit, json_option, progress, say
 from optc.cli.options import struct_flags
 from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import Save, kv_pool, sampling_of, save_figures
-from optc.cli.tensors import Inputs, bench_tensors, refuse_inputs, show_speed, takes_tensors
-from optc.compiler.diagnostics import UsageError
+from optc.cli.tensors import Inputs, bench_tensors, reads_sounds, refuse_inputs, show_speed, takes_tensors
+from optc.compiler.diagnostics import TargetError, UsageError
 from optc.compiler.settings.device import DeviceName
 from optc.runtime.bounds import Batch, Count, Samples, TimedTokens, Warmup
 
@@ -104,6 +104,10 @@ def benchmark_of(artifact: Path, options: BenchOptions) -> dict[str, Any]:
     if takes_tensors(artifact):
         return bench_tensors(artifact, options)
     refuse_inputs(options, artifact)
+    if reads_sounds(artifact):
+        raise TargetError(
+            "optc bench feeds token ids, and the model reads sounds", remedy="measure optc run --inputs FILE.npz --json"
+        )
     return _bench_session(artifact, options)
 
 

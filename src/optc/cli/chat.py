@@ -33,9 +33,15 @@ def talk(
     Raises:
         TargetError: the model has no chat template, or no tokenizer.
     """
-    from optc.runtime.sessions.load import load
+    from optc.runtime.sessions.load import EncoderDecoderModel, load
 
     model = load(artifact, threads=threads, num_blocks=num_blocks, trust=trust)
+    if isinstance(model, EncoderDecoderModel):
+        raise TargetError(
+            "an encoder-decoder model does not chat: it answers one text",
+            where=str(artifact),
+            remedy="give the text with --prompt",
+        )
     with contextlib.closing(model):
         template = load_chat_template(artifact)
         if template is None or model.tokenizer is None:

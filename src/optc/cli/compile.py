@@ -9,7 +9,7 @@ from rich.table import Table
 
 from optc.cli.common import emit, json_option, progress, say, stderr
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
-from optc.compiler.artifact.drift_table import drift_table
+from optc.compiler.artifact.drift_table import drift_table, pass_title
 from optc.compiler.artifact.sizes import Sizes, group_text
 from optc.compiler.diagnostics import UsageError, printable
 from optc.request import SECTIONS, Request
@@ -58,8 +58,12 @@ def _show(result: dict[str, Any]) -> None:
     titles, cells = drift_table(result["passes"])
     for title in ("pass", "matched", "seconds", *titles):
         table.add_column(title, justify="left" if title == "pass" else "right")
+    program = "model"
     for row, drift in zip(result["passes"], cells, strict=True):
         matched = f"{row['matched']} of {row['candidates']}"
+        if row["program"] != program:
+            program = row["program"]
+            table.add_row(f"{program}:" if program != "model" else "decoder:")
         table.add_row(row["name"], matched, f"{row['seconds']:.2f}", *drift)
     console = stderr()
     console.print(table, width=max(console.width, _TABLE_WIDTH))
@@ -67,7 +71,8 @@ def _show(result: dict[str, Any]) -> None:
         console.print(printable(f"  capture: {note}"), markup=False)
     for row in result["passes"]:
         for note in row["notes"]:
-            console.print(printable(f"  {row['name']}: {note}"), markup=False)
+            title = pass_title(row["name"], row["program"])
+            console.print(printable(f"  {title}: {note}"), markup=False)
     quantized = result["quantization"]
     if "bits_per_parameter" in quantized:
         bits, ideal = quantized["bits_per_parameter"], quantized["ideal_bits"]

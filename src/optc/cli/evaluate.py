@@ -18,7 +18,8 @@ from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import Save, SessionOptions, save_figures
 from optc.cli.tensors import Inputs, evaluate_tensors, refuse_inputs, show_quality, takes_tensors
 from optc.compiler.artifact.engines import find_engine
-from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.artifact.folder import read_manifest
+from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.compiler.settings.device import DeviceName
 from optc.runtime.bounds import Count, CountOrZero
 
@@ -183,6 +184,14 @@ def _check_device(models: Sequence[Model], options: EvalOptions) -> None:
 def _load(path: Path, options: EvalOptions, stack: ExitStack) -> Model:
     from optc.runtime.sessions.load import load
 
+    if read_manifest(path).contract.cross is not None:
+        raise TargetError(
+            "optc eval does not measure encoder-decoder models",
+            where=str(path),
+            why="perplexity and tasks score a text by itself; their decoder answers what the encoder reads",
+            remedy="read what the gate measured with optc inspect (KL and top-1 since the capture), or score answers of "
+            "optc run",
+        )
     model = load(
         path,
         threads=options.threads,

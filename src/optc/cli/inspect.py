@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from optc.cli.common import emit, json_option, say
 from optc.cli.options import struct_flags
-from optc.compiler.artifact.drift_table import EMPTY, drift_table
+from optc.compiler.artifact.drift_table import EMPTY, drift_table, pass_title
 from optc.compiler.artifact.sizes import Sizes, group_text, megabytes
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.target.options import ComputeType
@@ -114,11 +114,9 @@ def _show(manifest: dict[str, Any]) -> None:
     say(f"weights: {_sizes(manifest)}")
     say(f"quantization: {_quantization(manifest['quantization'])}")
     say(f"needs: {', '.join(f'{key} {value}' for key, value in manifest['needs'].items())}")
-    say("inputs:")
-    for spec in contract["inputs"][:4]:
-        say(f"  {spec['name']}: {spec['dtype']}[{', '.join(map(str, spec['dims']))}] ({spec['role']})")
-    if len(contract["inputs"]) > 4:
-        say(f"  and {len(contract['inputs']) - 4} more")
+    for role, entry in sorted(manifest["programs"].items()):
+        say("inputs:" if role == "model" else f"inputs of the {role}, {entry['engine_info']['model']}:")
+        _show_inputs(entry["contract"]["inputs"])
     for line in _attention(contract):
         say(line)
     if contract["embedding"] is not None:
@@ -128,7 +126,9 @@ def _show(manifest: dict[str, Any]) -> None:
     titles, cells = drift_table(manifest["passes"])
     for row, values in zip(manifest["passes"], cells, strict=True):
         drift = "".join(f", {title} {value}" for title, value in zip(titles, values, strict=True) if value != EMPTY)
-        say(f"  {row['name']}: matched {row['matched']} of {row['candidates']}{drift}, {row['seconds']:.2f} s")
+        say(
+            f"  {pass_title(row['name'], row['program'])}: matched {row['matched']} of {row['candidates']}{drift}, {row['seconds']:.2f} s"
+        )
         for line in (*row["notes"], *reasons(row["misses"])):
             say(f"    {line}")
     worst = _worst(manifest)
@@ -144,6 +144,13 @@ def _show(manifest: dict[str, Any]) -> None:
     for title in ("quality", "speed"):
         if manifest[title]:
             say(f"{title}: {manifest[title]}")
+
+
+def _show_inputs(inputs: list[dict[str, Any]]) -> None:
+    for spec in inputs[:4]:
+        say(f"  {spec['name']}: {spec['dtype']}[{', '.join(map(str, spec['dims']))}] ({spec['role']})")
+    if len(inputs) > 4:
+        say(f"  and {len(inputs) - 4} more")
 
 
 def reasons(misses: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from optc.cli.embed import refuse_embedding, run_embed
 from optc.cli.options import struct_flags
 from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import GeneratingOptions, artifact_argument, kv_pool, sampling_of
-from optc.cli.tensors import Inputs, refuse_inputs, run_tensors, takes_tensors
+from optc.cli.tensors import Inputs, read_sounds, refuse_inputs, run_tensors, takes_tensors
 from optc.compiler.diagnostics import UsageError
 from optc.runtime.bounds import Count
 
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 def _read_ids(texts: Any) -> tuple[tuple[int, ...], ...]:
     """Lists of token ids, each as text with commas."""
     return tuple(tuple(int(item) for item in text.split(",")) for text in texts)
+
+
+def _read_one(texts: Any) -> tuple[int, ...]:
+    """Token ids, as texts with commas."""
+    return tuple(int(item) for text in texts for item in text.split(","))
 
 
 class RunOptions(GeneratingOptions, frozen=True, kw_only=True):
@@ -61,6 +67,13 @@ class RunOptions(GeneratingOptions, frozen=True, kw_only=True):
     ) = None
     truncate: Annotated[bool, Meta(description="With --embed: cut texts that are longer than the context.")] = False
     system: Annotated[str, Meta(description="With --chat: what the model is told before the first message.")] = ""
+    decoder_input_ids: Annotated[
+        tuple[Any, ...],
+        Meta(
+            description="Of an encoder-decoder model: token ids that the answer begins with, the start token included.",
+            extra={"metavar": "IDS", "read": _read_one, "expected": "integers and commas: 5,17,33"},
+        ),
+    ] = ()
 
 
 @click.command()
@@ -84,6 +97,8 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     optc run out/minilm --embed --prompt "The old man" --prompt "A boat" --json
     optc run out/minilm --embed --text lines.txt --save-outputs lines.npy
     optc run out/resnet --inputs images.npz --save-outputs classes.npz
+    optc run out/t5 --prompt "translate English to German: The house is old."
+    optc run out/whisper --inputs features.npz --decoder-input-ids 50258,50259,50359,50363
     """
     leave_to_own_process([artifact])
     if options.embed:
@@ -93,28 +108,31 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     if takes_tensors(artifact):
         run_tensors(artifact, as_json, options)
         return
-    refuse_inputs(options, artifact)
-    from optc.runtime.sessions.load import load
-
+    if options.system and not options.chat:
+        raise UsageError("--system has no effect without --chat", remedy="add --chat, or put it into the prompt")
+    sounds = read_sounds(artifact, options)
+    if sounds is None:
+        refuse_inputs(options, artifact)
     if options.chat:
         _chat(artifact, as_json, options)
         return
-    if options.system:
-        raise UsageError("--system has no effect without --chat", remedy="add --chat, or put it into the prompt")
-    wanted = _prompts(options)
+    from optc.runtime.sessions.load import load
+
+    wanted = _prompts(options) if sounds is None else sounds
     model = load(artifact, threads=options.threads, num_blocks=options.kv_blocks, trust=options.trust)
     engine = _speculating(model, artifact, options)
     single = len(wanted) == 1
     stream = single and not as_json and model.tokenizer is not None
     if stream and options.prompt and stderr().is_terminal:
         say(options.prompt[0], dim=True, nl=False, err=True)
-    found = model.generate_batch(
-        wanted,
-        max_new_tokens=options.max_new_tokens,
-        ignore_eos=options.ignore_eos,
-        on_text=_print_piece if stream else None,
-        **sampling_of(options),
-    )
+    with _answers(model, options.decoder_input_ids):
+        found = model.generate_batch(
+            wanted,
+            max_new_tokens=options.max_new_tokens,
+            ignore_eos=options.ignore_eos,
+            on_text=_print_piece if stream else None,
+            **sampling_of(options),
+        )
     rows = [asdict(row) for row in found]
     result = rows[0] if single else _batch(rows)
     if engine is None:
@@ -126,6 +144,23 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
         engine.close()
     model.close()
     emit(result, as_json, lambda _: _show(rows, streamed=stream))
+
+
+def _answers(model: Model, ids: tuple[int, ...]) -> AbstractContextManager[None]:
+    """Let answers begin with token ids, of a model whose decoder answers.
+
+    Raises:
+        UsageError: the model has none.
+    """
+    from optc.runtime.sessions.load import EncoderDecoderModel
+
+    if not ids:
+        return nullcontext()
+    if not isinstance(model, EncoderDecoderModel):
+        raise UsageError(
+            "--decoder-input-ids has no effect on a model without an encoder", remedy="put the tokens into the prompt"
+        )
+    return model.answers_from(ids)
 
 
 def _speculating(model: Model, artifact: Path, options: RunOptions) -> PagedEngine | None:

@@ -73,6 +73,38 @@ def refuse_inputs(options: Any, artifact: Path) -> None:
             )
 
 
+def reads_sounds(artifact: Path) -> bool:
+    """Whether a model's encoder reads features of sounds.
+
+    Raises:
+        OptcError: there is no readable manifest.
+    """
+    entry = read_manifest(artifact).programs.get("encoder")
+    return entry is not None and entry.contract.input_index("input_ids") is None
+
+
+def read_sounds(artifact: Path, options: RunOptions) -> list[Any] | None:
+    """Features of the sounds that a model's encoder reads, one array each; None of a model that reads text.
+
+    Raises:
+        UsageError: a prompt, or no inputs. InputError: a file that holds no features, such as one of audio.
+    """
+    if not reads_sounds(artifact):
+        return None
+    entry = read_manifest(artifact).programs["encoder"]
+    (spec,) = entry.contract.inputs
+    how = f"--inputs FILE.npz with {spec.name} {list(spec.dims)}, as transformers' feature extractor of the model makes it"
+    if options.prompt or options.prompt_tokens or options.inputs is None:
+        raise UsageError("the model reads sounds, not text", where=str(artifact), remedy=f"give {how}")
+    if options.save_outputs is not None:
+        raise UsageError("--save-outputs has no effect on a model that generates text", remedy="leave it out")
+    if not options.inputs.is_dir() and options.inputs.suffix not in (".npz", ".npy"):
+        raise InputError("optc does not read audio", where=str(options.inputs), remedy=f"give {how}")
+    from optc.runtime.measuring.tensors import read_batches
+
+    return [row for batch in read_batches(options.inputs, entry.contract) for row in batch.inputs[spec.name]]
+
+
 def load_for(artifact: Path, options: SessionOptions) -> TensorModel:
     from optc.runtime.sessions.load import load_tensors
 
