@@ -40,6 +40,7 @@ from fuzz.tally import write_whole
 from fuzz.writers import WRITERS
 
 _LIMIT_SECONDS = 300.0  # of one writing, on a machine that may be loaded
+_POLL_SECONDS = 0.005
 
 
 def shim(work: Path) -> Path:
@@ -126,6 +127,7 @@ def strike_writer(name: str, work: Path, jobs: Jobs, rows: Rows, options: argpar
             if not one.went_on(os.waitstatus_to_exitcode(status), rows):
                 free.add(one.slot)
                 jobs.give()
+                time.sleep(2 * _POLL_SECONDS)  # other writers are waiting too
             else:
                 running[one.pid] = one
         elif left and free and jobs.take():
@@ -136,7 +138,7 @@ def strike_writer(name: str, work: Path, jobs: Jobs, rows: Rows, options: argpar
         else:
             for one in running.values():
                 one.end_in_time()
-            time.sleep(0.005)
+            time.sleep(_POLL_SECONDS)
 
 
 class Running:
