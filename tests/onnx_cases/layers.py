@@ -201,6 +201,13 @@ DIALECT: Cases = {
         (lambda x: _optc.rotate_blocks(x, _MATRIX), f(3, 2, 8)),
         (lambda x: _optc.rotate_blocks(x, _MATRIX), f(5, 12)),
     ],
+    "optc.quantize_tensor.default": [
+        (lambda x: _optc.quantize_tensor(x, scale=0.02, zero=100), f(3, 8)),
+        (lambda x: _optc.quantize_tensor(x, scale=0.001, zero=0), f(3, 8)),
+    ],
+    "optc.dequantize_tensor.default": [
+        (lambda x: _optc.dequantize_tensor(x.to(torch.uint8), scale=0.02, zero=100, dtype=F32), i(low=0, high=255)),
+    ],
     "optc.skip_rms_norm.default": [
         (lambda x, y: _optc.skip_rms_norm(x, y, _INV.repeat(4), eps=1e-6), f(3, 2, 8), f(3, 2, 8)),
     ],

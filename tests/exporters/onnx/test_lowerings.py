@@ -29,6 +29,8 @@ ELSEWHERE = {
     "optc.matmul_integer.default": "tests/compiler/ops/packed/test_onnxruntime_products.py",
     "optc.matmul_bnb4.default": "tests/compiler/ops/packed/test_onnxruntime_products.py",
     "optc.dequantize_linear.default": "tests/export/test_onnx_quantized.py",
+    "optc.dequantize_channels.default": "tests/export/test_onnx_static.py",
+    "optc.dequantize_bias.default": "tests/export/test_onnx_static.py",
 }
 PARAMETERS = [
     pytest.param(name, case, id=f"{name}-{n}") for name, cases in CASES.items() for n, case in enumerate(cases)
