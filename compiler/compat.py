@@ -7,6 +7,7 @@ breaks (and is repaired) here.
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import math
 import operator
@@ -297,15 +298,18 @@ def decomposition(op: torch._ops.OpOverload) -> Callable[..., Any] | None:
     return found
 
 
-def aoti_compile(exported: ExportedProgram, path: str, configs: dict[str, Any]) -> None:
-    """Compile a program into an AOTInductor package at `path` (`.pt2`).
+def aoti_compile(exported: ExportedProgram, configs: dict[str, Any]) -> bytes:
+    """Compile a program into an AOTInductor package (`.pt2`); its bytes, as torch's own writer of files ends the process
+    where a disk is full.
 
     Raises:
         aoti_errors(): the C++ compiler is missing or failed.
     """
     from torch import _inductor
 
-    _inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=configs)
+    package = io.BytesIO()
+    _inductor.aoti_compile_and_package(exported, package_path=package, inductor_configs=configs)
+    return package.getvalue()
 
 
 def aoti_errors() -> tuple[type[Exception], ...]:

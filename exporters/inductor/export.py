@@ -15,7 +15,7 @@ import torch
 from optc.compiler import compat
 from optc.compiler.artifact.engines import AOTINDUCTOR
 from optc.compiler.artifact.manifest import ProgramEntry
-from optc.compiler.diagnostics import ResourceError, TargetError, os_errors
+from optc.compiler.diagnostics import TargetError, os_errors
 from optc.compiler.formats.safetensors_header import read_header
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
@@ -165,7 +165,7 @@ def _compile(program: Program, path: Path, instructions: InstructionSet) -> None
     try:
         with warnings.catch_warnings(), torch.no_grad(), os_errors("compiling the package", str(path)):
             warnings.simplefilter("ignore")
-            compat.aoti_compile(program.exported, str(path), configs)
+            package = compat.aoti_compile(program.exported, configs)
     except compat.aoti_errors() as error:
         check_space(str(error))
         raise TargetError(
@@ -174,15 +174,8 @@ def _compile(program: Program, path: Path, instructions: InstructionSet) -> None
             why=_first_error(str(error)),
             remedy="use g++ 12 or newer; name it in $CXX",
         ) from error
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error):
-            raise
-        raise ResourceError(
-            "the package could not be written",
-            where=str(path),
-            why=str(error).splitlines()[0],
-            remedy="free space and run again",
-        ) from error
+    with os_errors("writing the package", str(path)):
+        path.write_bytes(package)
 
 
 def _first_error(text: str) -> str:
