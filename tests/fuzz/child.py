@@ -6,6 +6,7 @@ folder. The parent sees in shared memory which input is being read and since whe
 
 from __future__ import annotations
 
+import gc
 import json
 import mmap
 import os
@@ -148,6 +149,10 @@ def _members(group: int) -> Iterator[tuple[Path, list[str]]]:
             yield path.parent, fields
 
 
+_LARGE = 1 << 20
+"""Bytes of an input that is not kept in memory for longer than it is needed."""
+
+
 def outcome(reader: Reader, made: Input) -> tuple[str, Any]:
     """("read", None), ("refused", exit code) or ("fault", (kind, detail)) of one input."""
     from optc.compiler.diagnostics import OptcError
@@ -247,6 +252,9 @@ def run_inputs(
         if reader.cost >= 4 and telling.grown > LIMIT_BYTES:
             telling.tell_fault(("took more than 2 GiB", ""), made)
             break
+        if len(made[1]) > _LARGE:
+            made = ("", b"")
+            gc.collect()  # errors hold what was read in cycles, which Python may leave until there is no memory
     shared.begin(done, ("", b""))
     telling.tell()
     os._exit(0)
