@@ -10,8 +10,9 @@ from torch import Tensor
 
 import optc.compiler.ops  # noqa: F401  (registers optc.dequantize)
 from optc.compiler.diagnostics import InputError, UsageError
+from optc.compiler.formats import integer
 from optc.compiler.formats.group_sizes import BITS, check_group_size, default_group_size
-from optc.compiler.formats.integer import _stored_scale, quantize_groups
+from optc.compiler.formats.integer import _stored_scale, check_finite_weight, quantize_groups
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -153,6 +154,19 @@ def test_not_finite(value: float) -> None:
     with pytest.raises(InputError) as caught:
         quantize_groups(weight, 4, 0, True)
     assert str(caught.value) == "the weight holds NaN or infinity\n  remedy: repair the checkpoint"
+    with pytest.raises(InputError) as caught:
+        check_finite_weight(weight, where="w")
+    assert caught.value.where == "w"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_are_rounded_block_by_block(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As all at once: of three blocks, of rows that differ."""
+    weight = torch.randn(7, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 8)[:, None]
+    whole = quantize_groups(weight, 3, 4, symmetric)
+    monkeypatch.setattr(integer, "row_blocks", lambda *_: [(0, 3), (3, 6), (6, 7)])
+    for found, expected in zip(quantize_groups(weight, 3, 4, symmetric), whole, strict=True):
+        assert found is expected is None or torch.equal(found, expected)
 
 
 def test_refusals() -> None:
