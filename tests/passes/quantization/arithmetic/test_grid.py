@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import optc.compiler.ops  # noqa: F401  (registers optc.dequantize)
+from optc.passes.quantization.arithmetic import grid
 from optc.passes.quantization.arithmetic.grid import full_range, search, storable
 
 
@@ -118,3 +119,29 @@ def test_codes_stay_in_range_on_a_grid_that_clips() -> None:
 
 def test_a_whole_row_is_one_group() -> None:
     assert search(_weight(), 4, 0, True).scale.shape == (5, 1)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_are_searched_block_by_block(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = _weight(rows=7) * torch.arange(1.0, 8)[:, None]
+    whole = search(weight, 4, 16, symmetric)
+    monkeypatch.setattr(grid, "row_blocks", lambda *_: [(0, 3), (3, 7)])
+    found = search(weight, 4, 16, symmetric)
+    assert torch.equal(found.scale, whole.scale)
+    assert torch.equal(found.zero, whole.zero)
+    assert (found.bits, found.group_size, found.symmetric) == (4, 16, symmetric)
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "weights", "gaps"),
+    [
+        (True, [-9.0, -8.2, 0.4, 7.4, 9.0], [1.0, 0.2, -0.4, -0.4, -2.0]),  # codes stand for -8 to 7
+        (False, [-5.0, -3.0, 0.4, 12.0, 20.0], [2.0, 0.0, -0.4, 0.0, -8.0]),  # for -3 to 12
+    ],
+)
+def test_what_rounding_adds(symmetric: bool, weights: list[float], gaps: list[float]) -> None:
+    one = torch.ones(1, 1)
+    held = grid.Grid(one, one * (8 if symmetric else 3), 4, 5, symmetric)
+    groups = torch.tensor(weights)[None, None]
+    found = grid._rounding(groups, held, torch.empty_like(groups))
+    torch.testing.assert_close(found, torch.tensor(gaps)[None, None], atol=1e-6, rtol=0)
