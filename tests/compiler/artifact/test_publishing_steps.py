@@ -240,3 +240,78 @@ def test_what_cannot_be_removed_costs_only_space(tmp_path: Path, monkeypatch: py
     verify(tmp_path / "out")
     with contextlib.suppress(OSError):
         kept.rmdir()
+
+
+_DEAD = 4194304 + 7  # beyond the largest pid that Linux gives
+
+
+def _left_by_runs(folder: Path) -> dict[str, Path]:
+    """What killed runs of two outputs left in a folder, what a living one has, and what only looks like it."""
+    names = {
+        "dead": f".out.tmp-{_DEAD}-0a1b2c3d",
+        "gone": f".out.gone-{_DEAD}-0a1b2c3d",
+        "old": f".out.old-{_DEAD}-0a1b2c3d",
+        "other": f".other.tmp-{_DEAD}-0a1b2c3d",
+        "alive": f".out.tmp-{os.getpid()}-0a1b2c3d",
+        "foreign": f".out.tmp-{_DEAD}-0a1b2c3",
+        "plain": "out",
+    }
+    for name in names.values():
+        (folder / name / "inner").mkdir(parents=True)
+    return {key: folder / name for key, name in names.items()}
+
+
+def _there(found: dict[str, Path]) -> set[str]:
+    return {key for key, path in found.items() if path.exists()}
+
+
+def test_what_killed_runs_left_beside_an_output_is_removed(tmp_path: Path) -> None:
+    found = _left_by_runs(tmp_path)
+    publishing.remove_abandoned(tmp_path / "out")
+    assert _there(found) == {"old", "other", "alive", "foreign", "plain"}, "the old artifact of a swap stays"
+
+
+def test_what_killed_runs_left_in_a_folder_of_their_own_is_removed(tmp_path: Path) -> None:
+    found = _left_by_runs(tmp_path)
+    link, file = tmp_path / f".l.tmp-{_DEAD}-0a1b2c3d", tmp_path / f".f.tmp-{_DEAD}-0a1b2c3d"
+    link.symlink_to(found["plain"])
+    file.touch()
+    publishing.remove_abandoned_in(tmp_path)
+    assert _there(found) & {"dead", "gone", "other"} == set()
+    assert _there(found) >= {"alive", "foreign", "plain"}
+    assert (link.is_symlink(), file.exists()) == (True, True)
+    publishing.remove_abandoned_in(tmp_path / "none")
+
+
+def test_a_folder_is_whole_or_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is renamed before its files are removed; what cannot be removed then is left for the next run."""
+    folder, seen = tmp_path / "out", []
+    (folder / "inner").mkdir(parents=True)
+
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        seen.append((path, ignore_errors, folder.exists()))
+
+    monkeypatch.setattr(publishing.shutil, "rmtree", rmtree)
+    publishing.remove_folder(folder)
+    ((aside, ignored, still),) = seen
+    assert (ignored, still) == (True, False)
+    assert publishing.leftovers(folder, "gone") == {aside: os.getpid()}
+    with pytest.raises(InputError, match="removing a folder") as caught:
+        publishing.remove_folder(folder)
+    assert caught.value.where == str(folder)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/.."])
+def test_an_output_has_a_name(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        check_output(Path(name), force=False)
+    assert caught.value.what == f"'{Path(name)}' does not name a new folder"
+    assert caught.value.remedy == "give a path such as out/model"
+
+
+def test_an_output_in_a_circle_of_links(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(InputError) as caught:
+        check_output(tmp_path / "a" / "out", force=False)
+    assert str(tmp_path / "a") in str(caught.value.where)
