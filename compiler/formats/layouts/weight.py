@@ -79,24 +79,6 @@ class QuantizedWeight:
         return self.format.dequantize(self.parts(), self.scheme.bits, self.scheme.group_size, dtype)
 
 
-def order_of_groups(groups: Tensor, size: int) -> Tensor | None:
-    """The order of columns in which groups are neighbours, int64 [K]; None where they are in order already.
-
-    Args:
-        groups: int64 [K], the group of each column. size: columns of a group.
-
-    Raises:
-        ValueError: a group has more columns or fewer.
-    """
-    neighbours = torch.arange(len(groups)) // size
-    if torch.equal(groups, neighbours):
-        return None
-    order = groups.argsort(stable=True)
-    if not torch.equal(groups[order], neighbours):
-        raise ValueError(f"not every group has {size} columns")
-    return order
-
-
 def check_parts(weight: QuantizedWeight, where: str) -> QuantizedWeight:
     """Refuse scales or zero points whose shape does not fit the codes.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from optc.compiler.bounded_regex import begins_with
 from optc.compiler.formats.layouts.blocks import BLOCK_SCHEME, BLOCKS, spread_rows
+from optc.compiler.formats.layouts.column_order import column_order
 from optc.compiler.formats.layouts.compressed_tensors import (
     DENSE,
     FLOAT,
@@ -23,7 +24,7 @@ from optc.compiler.formats.layouts.compressed_tensors import (
 from optc.compiler.formats.layouts.config import ConfigReader
 from optc.compiler.formats.layouts.key_values import FolderKeyValues, KeyValueScheme, find_key_values
 from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
-from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme, check_parts, order_of_groups
+from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme, check_parts
 from optc.compiler.formats.layouts.words import unpack_words, word_count
 from optc.compiler.ir.contract import ActivationFormat
 from optc.compiler.ops.dialect.mxfp4 import BLOCK as MX_BLOCK
@@ -171,19 +172,11 @@ class CompressedTensors:
         return unpack_words(words, bits, rows).t().contiguous()
 
     def _order(self, module: str, scheme: Scheme, columns: int) -> Tensor | None:
-        """Of columns in an order of their own (GPTQ's act-order); see `order_of_groups`."""
+        """See `column_order`; -1 is the library's mark for "not used"."""
         name = f"{module}.weight_g_idx"
         if name not in self._reader:
             return None
-        groups = self._reader.read(name, torch.int32, torch.int64).long()
-        if groups.shape != (columns,):
-            raise self._reader.wrong_shape(name, f"found {list(groups.shape)}, expected {[columns]}")
-        if bool((groups == -1).all()):  # the library's mark for "not used"
-            return None
-        try:
-            return order_of_groups(groups, scheme.group_size or columns)
-        except ValueError as error:
-            raise self._config.refusal(f"'{name}' spreads the groups over the columns, and {error}") from error
+        return column_order(self._config, self._reader, name, columns, scheme.group_size or columns, unused=-1)
 
     def _two(self, name: str) -> tuple[int, int]:
         shape = self._reader.shape(name)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from optc.compiler.formats.layouts.blocks import BLOCK_SCHEME, spread_rows
+from optc.compiler.formats.layouts.blocks import BLOCK_SCHEME, BLOCKS, spread_rows
 from optc.compiler.formats.layouts.config import ConfigReader
 from optc.compiler.formats.layouts.fp8_blocks import PARTS
 from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
 from optc.compiler.formats.layouts.weight import QuantizedWeight, check_parts
-from optc.compiler.ops.dialect.quantization import FP8_BLOCK
 
 
 class Fp8Blocks:
@@ -23,7 +22,7 @@ class Fp8Blocks:
         self._reader = reader
         config.choice("fmt", config.text("fmt", "e4m3"), ("e4m3",))
         config.choice("activation_scheme", config.text("activation_scheme", "dynamic"), ("dynamic",))
-        config.choice("weight_block_size", config.integers("weight_block_size"), ([FP8_BLOCK, FP8_BLOCK],))
+        config.choice("weight_block_size", config.integers("weight_block_size"), (BLOCKS,))
 
     def modules(self) -> list[str]:
         """The linears that the files hold quantized."""

@@ -7,10 +7,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from optc.compiler.formats.layouts.column_order import column_order
 from optc.compiler.formats.layouts.config import ConfigReader
 from optc.compiler.formats.layouts.gptq import V1, V2
 from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
-from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme, check_parts, order_of_groups
+from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme, check_parts
 from optc.compiler.formats.layouts.words import unpack_words, word_count
 
 _KNOWN = (2, 3, 4, 8)
@@ -87,16 +88,10 @@ class Gptq:
         return zero.to(torch.uint8).contiguous()
 
     def _order(self, module: str, columns: int) -> Tensor | None:
-        """See `order_of_groups`."""
+        """See `column_order`."""
         name = f"{module}.g_idx"
-        if name not in self._reader:
-            if self._config.boolean("desc_act", False):
-                raise self._config.refusal(f"'desc_act' is true, and '{name}' is missing")
-            return None
-        groups = self._reader.read(name, torch.int32, torch.int64).long()
-        if groups.shape != (columns,):
-            raise self._reader.wrong_shape(name, f"found {list(groups.shape)}, expected {[columns]}")
-        try:
-            return order_of_groups(groups, self._group_size or columns)
-        except ValueError as error:
-            raise self._config.refusal(f"'{name}' spreads the groups over the columns, and {error}") from error
+        if name in self._reader:
+            return column_order(self._config, self._reader, name, columns, self._group_size or columns)
+        if self._config.boolean("desc_act", False):
+            raise self._config.refusal(f"'desc_act' is true, and '{name}' is missing")
+        return None
