@@ -10,6 +10,7 @@ import numpy as np
 from optc.runtime.serving.plan import Chosen, Plan
 from optc.runtime.serving.sampler import SamplerOf
 from optc.runtime.serving.scheduler import Scheduler
+from optc.runtime.speculative.counts import DraftCounts
 from optc.runtime.speculative.drafter import Ask, Drafter, Fed, ReadingDrafter, Verified
 from optc.runtime.speculative.figures import SpeculativeFigures
 from optc.runtime.speculative.settings import Speculation
@@ -36,8 +37,8 @@ class Drafting:
         self._scheduler, self._rows, self._sampler_of = scheduler, scheduler.rows, sampler_of
         self._switch = Switch(options.draft_tokens) if options.adaptive else None
         self._begin = 0.0
-        self._verified, self._draft_s = 0, 0.0
-        self._drafted_at, self._accepted_at = np.zeros((2, options.draft_tokens), np.int64)
+        self._draft_s = 0.0
+        self._counts = DraftCounts(options, self._switch)
 
     def propose(self) -> None:
         """Before a step is planned: draft for the rows that will be fed one token."""
@@ -80,9 +81,9 @@ class Drafting:
         begin = self._clock()
         verified = list(self._outcomes(plan, given))
         for item in verified:
-            self._drafted_at[: len(item.drafted)] += 1
-            self._accepted_at[: item.accepted] += 1
-        self._verified += len(verified)
+            self._counts.drafted_at[: len(item.drafted)] += 1
+            self._counts.accepted_at[: item.accepted] += 1
+        self._counts.verified += len(verified)
         if verified:
             self._drafter.observe(verified)
         if isinstance(self._drafter, ReadingDrafter):
@@ -134,16 +135,7 @@ class Drafting:
 
     def figures(self) -> SpeculativeFigures:
         """Since the start."""
-        switch = self._switch
-        return SpeculativeFigures(
-            method=self._options.method,
-            verified=self._verified,
-            drafted_at=self._drafted_at.tolist(),
-            accepted_at=self._accepted_at.tolist(),
-            draft_seconds=self._draft_s,
-            depth=self._options.draft_tokens if switch is None else switch.best,
-            speedup=None if switch is None else switch.speedup,
-        )
+        return self._counts.figures(self._draft_s)
 
     def close(self) -> None:
         """The drafter ends, too."""

@@ -12,6 +12,7 @@ import numpy as np
 from optc.runtime.serving.plan import Chosen, Plan
 from optc.runtime.serving.round_runner import RoundRunner
 from optc.runtime.serving.scheduler import Scheduler
+from optc.runtime.speculative.counts import DraftCounts
 from optc.runtime.speculative.device_drafter import DeviceDrafter
 from optc.runtime.speculative.figures import SpeculativeFigures
 from optc.runtime.speculative.settings import Speculation
@@ -49,8 +50,8 @@ class RoundDrafting:
         self.rounds, self.fixed = 2, False
         self._took: list[float] = []  # seconds of a round in the last steps
         self._switch = Switch(options.draft_tokens, sparing=_SPARING) if options.adaptive else None
-        self._begin, self._verified = 0.0, 0
-        self._drafted_at, self._accepted_at = np.zeros((2, options.draft_tokens), np.int64)
+        self._begin = 0.0
+        self._counts = DraftCounts(options, self._switch)
 
     def propose(self) -> None:
         """Before a step is planned: ask for room for its rounds."""
@@ -72,10 +73,10 @@ class RoundDrafting:
             return
         verified, kept, steady = given.rounds
         self._scheduler.counts.steps += len(kept) - 1  # each round is a step of the model
-        places = np.arange(len(self._drafted_at))
-        self._drafted_at += (verified[:, :, None] > places).sum((0, 1))
-        self._accepted_at += ((kept - 1)[:, :, None] > places).sum((0, 1))
-        self._verified += int((verified > 0).sum())
+        places = np.arange(len(self._counts.drafted_at))
+        self._counts.drafted_at += (verified[:, :, None] > places).sum((0, 1))
+        self._counts.accepted_at += ((kept - 1)[:, :, None] > places).sum((0, 1))
+        self._counts.verified += int((verified > 0).sum())
         if not steady:
             return
         seconds = (self._clock() - self._begin) / len(kept)
@@ -97,15 +98,7 @@ class RoundDrafting:
 
     def figures(self) -> SpeculativeFigures:
         """Since the start; what drafting takes is part of the rounds."""
-        switch = self._switch
-        return SpeculativeFigures(
-            method=self._options.method,
-            verified=self._verified,
-            drafted_at=self._drafted_at.tolist(),
-            accepted_at=self._accepted_at.tolist(),
-            depth=self._options.draft_tokens if switch is None else switch.best,
-            speedup=None if switch is None else switch.speedup,
-        )
+        return self._counts.figures()
 
     def close(self) -> None:
         """The drafter ends, too."""
