@@ -12,6 +12,7 @@ from msgspec import Meta
 from optc.cli.common import emit, progress, read_text, say
 from optc.cli.session_options import SessionOptions, save_figures
 from optc.compiler.artifact.folder import read_manifest
+from optc.compiler.artifact.manifest import ProgramEntry
 from optc.compiler.diagnostics import InputError, UsageError, os_errors
 
 if TYPE_CHECKING:
@@ -79,8 +80,13 @@ def reads_sounds(artifact: Path) -> bool:
     Raises:
         OptcError: there is no readable manifest.
     """
+    return _sounds(artifact) is not None
+
+
+def _sounds(artifact: Path) -> ProgramEntry | None:
+    """The encoder of a model that reads sounds; None of another model."""
     entry = read_manifest(artifact).programs.get("encoder")
-    return entry is not None and entry.contract.input_index("input_ids") is None
+    return entry if entry is not None and entry.contract.input_index("input_ids") is None else None
 
 
 def read_sounds(artifact: Path, options: RunOptions) -> list[Any] | None:
@@ -89,9 +95,9 @@ def read_sounds(artifact: Path, options: RunOptions) -> list[Any] | None:
     Raises:
         UsageError: a prompt, or no inputs. InputError: a file that holds no features, such as one of audio.
     """
-    if not reads_sounds(artifact):
+    entry = _sounds(artifact)
+    if entry is None:
         return None
-    entry = read_manifest(artifact).programs["encoder"]
     (spec,) = entry.contract.inputs
     how = f"--inputs FILE.npz with {spec.name} {list(spec.dims)}, as transformers' feature extractor of the model makes it"
     if options.prompt or options.prompt_tokens or options.inputs is None:
