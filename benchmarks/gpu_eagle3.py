@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import ROOT, record
+from gpu_speculative import replay_ms
 
 import optc
 from optc.compiler.artifact.folder import verify
@@ -47,7 +48,6 @@ from optc.runtime.speculative.device_drafter import Eagle3OnDevice
 from optc.runtime.speculative.opening import Verifying, eagle3_on_device, open_drafter
 from optc.runtime.speculative.settings import Speculation
 
-REPLAYS = 40
 Launch = Callable[[], Any]
 
 
@@ -191,18 +191,6 @@ def margins(
             spacing = 2.0 ** (math.floor(math.log2(max(abs(first), abs(second), 1e-30))) + 1 - bits)
             found[str(round(abs(first - second) / spacing))] += 1
     return dict(sorted(found.items(), key=lambda item: int(item[0])))
-
-
-def replay_ms(launch: Launch) -> float:
-    """Milliseconds of one launch, many back to back."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    launch()
-    start.record()
-    for _ in range(REPLAYS):
-        launch()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / REPLAYS
 
 
 def alone(engines: dict[str, PagedEngine], batch: int, profile: bool) -> dict[str, Any]:
