@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,26 +44,56 @@ class Truth:
     tokens: list[list[int]]
 
 
-def examine(kind: Kind, stage: str, folder: Path, own_seconds: float) -> dict[str, Any]:
-    """The row of one model: outcome, and what stands behind it.
+def examine(
+    kind: Kind, stages: Sequence[str], folder: Path, own_seconds: float
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of one model, stage by stage as they come: outcome, and what stands behind it.
+
+    The model is built, run and captured once; each target compiles the captured program.
 
     Args:
-        stage: "capture", or a target to compile for.
+        stages: "capture", or targets to compile for.
         own_seconds: what building the model and running its own forward may take.
     """
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    begin = time.perf_counter()
     signal.signal(signal.SIGALRM, _raise_slow)
     signal.setitimer(signal.ITIMER_REAL, own_seconds)
     try:
         truth = _truth(kind, folder / "model")
     except Exception as error:  # noqa: BLE001 - whatever transformers raises says that there is no model to compile
-        return {"outcome": "not built", "reason": _line(error)}
+        for stage in stages:
+            yield stage, {"outcome": "not built", "reason": _line(error)}
+        return
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    row = _compiled(kind, stage, folder, truth)
-    return {**row, "seconds": round(time.perf_counter() - begin, 1)}
+    captured = _Captured(folder / "model")
+    for stage in stages:
+        begin = time.perf_counter()
+        row = _compiled(kind, stage, folder / stage, truth, captured)
+        yield stage, {**row, "seconds": round(time.perf_counter() - begin, 1)}
+
+
+@dataclass
+class _Captured:
+    """The program of a folder, captured once."""
+
+    folder: Path
+
+    def program(self) -> Any:
+        """Raises, each time, what the capture raised."""
+        if self._error is not None:
+            raise self._error
+        return self._program
+
+    def __post_init__(self) -> None:
+        import optc
+
+        self._program, self._error = None, None
+        try:
+            self._program = optc.capture(self.folder)
+        except Exception as error:  # noqa: BLE001 - the result of each stage
+            self._error = error
 
 
 def _raise_slow(*_: Any) -> None:
@@ -136,17 +166,17 @@ def _greedy(model: Any, tokens: Sequence[int]) -> list[int]:
 # -- what was made of it -------------------------------------------------------------------------
 
 
-def _compiled(kind: Kind, stage: str, folder: Path, truth: Truth) -> dict[str, Any]:
+def _compiled(kind: Kind, stage: str, output: Path, truth: Truth, captured: _Captured) -> dict[str, Any]:
     from optc.compiler.diagnostics import OptcError
 
     try:
         run = _captured if stage == "capture" else _decoded if kind.head == "causal" else _encoded
-        problems, difference = run(stage, folder, truth)
+        problems, difference = run(stage, output, truth, captured.program())
     except OptcError as error:
         outcome = {5: "gate"}.get(error.exit_code, "refused" if 2 <= error.exit_code <= 6 else "crashed")
         reason = error.what + (f" ({error.why})" if error.why else "")
         row = {"outcome": outcome, "exit": error.exit_code, "reason": " ".join(reason.split())[:400]}
-        return row | ({"where": error.where[:160]} if error.where else {})
+        return row | ({"where": error.where[:400]} if error.where else {})
     except Exception as error:  # noqa: BLE001 - a crash is a result here
         return {"outcome": "crashed", "reason": _line(error), "where": _place(error)}
     row = {"outcome": "wrong" if problems else "exact", "difference": float(f"{difference:.2g}")}
@@ -165,21 +195,18 @@ Compared = tuple[list[str], float]
 """What differs, and the largest difference as a share of the largest output."""
 
 
-def _captured(stage: str, folder: Path, truth: Truth) -> Compared:
+def _captured(stage: str, output: Path, truth: Truth, program: Any) -> Compared:
     """The captured program on the padded batch and on the first sequence alone."""
-    import optc
-
-    program = optc.capture(folder / "model")
     module = program.exported.module()
     return _whole(program.contract, lambda *inputs: [module(*inputs)], truth)
 
 
-def _encoded(stage: str, folder: Path, truth: Truth) -> Compared:
+def _encoded(stage: str, output: Path, truth: Truth, program: Any) -> Compared:
     """The artifact in its engine, as `optc compile` opens it."""
     from optc.compiler.artifact.engines import find_engine
 
-    manifest = _compile(stage, folder)
-    runner = find_engine(manifest.engine, stage).open_runner(folder / "out", manifest)
+    manifest = _compile(stage, output, program)
+    runner = find_engine(manifest.engine, stage).open_runner(output, manifest)
     return _whole(manifest.programs["model"].contract, runner, truth)
 
 
@@ -210,12 +237,12 @@ def _gaps(pairs: list[tuple[Tensor, Tensor]]) -> Compared:
     return problems, worst
 
 
-def _decoded(stage: str, folder: Path, truth: Truth) -> Compared:
+def _decoded(stage: str, output: Path, truth: Truth, program: Any) -> Compared:
     """A session: a ragged prefill, greedy steps, and the logits of all tokens of one sequence."""
     import optc
 
-    _compile(stage, folder)
-    with optc.load(folder / "out").session as session:
+    _compile(stage, output, program)
+    with optc.load(output).session as session:
         logits = session.prefill(truth.sequences)
         pairs = [(torch.from_numpy(row), out[-1]) for row, out in zip(logits, truth.outputs, strict=True)]
         chosen: list[list[int]] = [[] for _ in truth.sequences]
@@ -232,12 +259,12 @@ def _decoded(stage: str, folder: Path, truth: Truth) -> Compared:
     return problems, worst
 
 
-def _compile(target: str, folder: Path) -> Any:
+def _compile(target: str, output: Path, program: Any) -> Any:
     from common import OPEN_GATE
 
     import optc
 
-    return optc.compile(folder / "model", target=target, output=folder / "out", **OPEN_GATE).manifest
+    return optc.compile(program, target=target, output=output, **OPEN_GATE).manifest
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 OUTCOMES = ("exact", "refused", "gate", "wrong", "crashed", "hung")
+HEADS = ("causal", "masked", "encoder")
 BEGIN, END = "<!-- zoo: made by `python benchmarks/zoo.py --docs` -->", "<!-- /zoo -->"
+
+Stages = dict[str, dict[str, Any]]
 
 
 def write_docs(data: dict[str, Any], file: Path) -> None:
@@ -23,48 +26,80 @@ def write_docs(data: dict[str, Any], file: Path) -> None:
 
 def section(data: dict[str, Any]) -> str:
     """The section with its markers."""
-    stages = data["stages"]
-    lines = [BEGIN, "", f"transformers {data['transformers']}, torch {data['torch']}.", "", *_counts(stages), ""]
+    stages: Stages = data["stages"]
+    parts = [_made_by(stages), *_counts(stages), "", *_everywhere(stages), *_others(stages)]
+    return "\n".join([BEGIN, "", *parts, END])
+
+
+def _made_by(stages: Stages) -> str:
+    """Which versions the rows of each stage were made with."""
+    lines = []
     for stage, rows in stages.items():
-        lines += _table(stage, rows)
-    return "\n".join([*lines, END])
+        count = Counter((row["torch"], row["transformers"]) for row in rows.values() if row["outcome"] in OUTCOMES)
+        made = ", ".join(
+            f"{number} with torch {torch} and transformers {version}"
+            for (torch, version), number in sorted(count.items(), reverse=True)
+        )
+        lines.append(f"{stage}: {made}. ")
+    return "Types by stage: " + "".join(lines).strip() + "\n"
 
 
-def _counts(stages: dict[str, dict[str, Any]]) -> list[str]:
+def _counts(stages: Stages) -> list[str]:
     lines = ["| | head | built | " + " | ".join(OUTCOMES) + " | not built |", "|---" * (len(OUTCOMES) + 4) + "|"]
     for stage, rows in stages.items():
-        for head in (*dict.fromkeys(name.split(":")[0] for name in rows), "all"):
+        for head in (*(head for head in HEADS if any(name.startswith(f"{head}:") for name in rows)), "all"):
             count = Counter(row["outcome"] for name, row in rows.items() if head in ("all", name.split(":")[0]))
             built = sum(count[outcome] for outcome in OUTCOMES)
-            cells = [stage, head, str(built), *(str(count[outcome]) for outcome in OUTCOMES), str(count["not built"])]
-            lines.append("| " + " | ".join(cells) + " |")
+            numbers = [str(count[outcome]) for outcome in (*OUTCOMES, "not built")]
+            if built:
+                numbers[0] += f" ({count['exact'] / built:.1%})"
+            lines.append("| " + " | ".join([stage, head, str(built), *numbers]) + " |")
     return lines
 
 
-def _table(stage: str, rows: dict[str, Any]) -> list[str]:
-    """The types that are exact, in one line for each head, and the others with their reasons."""
-    lines = [f"### {stage}", ""]
-    for head in dict.fromkeys(name.split(":")[0] for name in rows):
+def _everywhere(stages: Stages) -> list[str]:
+    """The types that are exact in every stage, a line for each head."""
+    lines = []
+    for head in HEADS:
         exact = [
             name.split(":")[1]
-            for name, row in rows.items()
-            if name.startswith(f"{head}:") and row["outcome"] == "exact"
+            for name in _built(stages)
+            if name.startswith(f"{head}:")
+            and all(rows.get(name, {}).get("outcome") == "exact" for rows in stages.values())
         ]
-        lines += [f"Exact, {head}: {', '.join(exact) or 'none'}.", ""]
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name, row in rows.items():
-        if row["outcome"] in OUTCOMES[1:]:
-            groups.setdefault((row["outcome"], _reason(row)), []).append(name)
-    if groups:
-        lines += ["| outcome | reason | types |", "|---|---|---|"]
-        order = sorted(groups, key=lambda key: (OUTCOMES.index(key[0]), -len(groups[key]), key[1]))
-        lines += [f"| {outcome} | {reason} | {', '.join(groups[outcome, reason])} |" for outcome, reason in order]
-        lines.append("")
+        lines += [f"Exact in every stage, {head}: {', '.join(exact) or 'none'}.", ""]
     return lines
 
 
-def _reason(row: dict[str, Any]) -> str:
-    """In a cell: short, without what differs between types of one kind."""
-    text = re.sub(r"[|`<>]", " ", row.get("reason", ""))
+def _others(stages: Stages) -> list[str]:
+    """The other types, a column for each stage; those of one fate in one row."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in _built(stages):
+        cells = tuple(_cell(rows.get(name)) for rows in stages.values())
+        if set(cells) != {"exact"}:
+            groups.setdefault(cells, []).append(name)
+    if not groups:
+        return []
+    lines = ["| types | " + " | ".join(stages) + " |", "|---" * (len(stages) + 1) + "|"]
+    for cells, names in sorted(groups.items(), key=lambda item: (-len(item[1]), item[1])):
+        shown = [
+            "the same" if index and cell == cells[index - 1] != "exact" else cell for index, cell in enumerate(cells)
+        ]
+        lines.append(f"| {', '.join(names)} | " + " | ".join(shown) + " |")
+    return [*lines, ""]
+
+
+def _built(stages: Stages) -> list[str]:
+    names = {name for rows in stages.values() for name, row in rows.items() if row["outcome"] in OUTCOMES}
+    return sorted(names)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    """Outcome and reason, short, without what differs between types of one kind."""
+    if row is None or row["outcome"] == "not built":
+        return "not run" if row is None else "not built"
+    if row["outcome"] == "exact":
+        return "exact"
+    text = re.sub(r"[|`<>]", " ", f"{row['outcome']}: {row.get('reason', '')}")
     text = re.sub(r"\d+\.\d+(e[-+]?\d+)?", "…", text) if row["outcome"] in ("gate", "wrong") else text
     return text if len(text) <= 160 else text[:159] + "…"

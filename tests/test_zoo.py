@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import zoo
 import zoo_table
 from zoo_models import Kind, build
 
@@ -27,16 +29,37 @@ def test_nothing_is_wrong_crashed_or_hung() -> None:
 
 
 def test_counts_and_reasons() -> None:
-    rows = {
-        "causal:a": {"outcome": "exact"},
-        "causal:b": {"outcome": "refused", "reason": "no | way"},
-        "masked:c": {"outcome": "not built"},
+    made = {"torch": "2", "transformers": "1"}
+    capture = {
+        "causal:a": {"outcome": "exact", **made},
+        "causal:b": {"outcome": "refused", "reason": "no | way", **made},
+        "causal:d": {"outcome": "exact", **made},
+        "masked:c": {"outcome": "not built", **made},
     }
-    text = zoo_table.section({"transformers": "1", "torch": "2", "stages": {"capture": rows}})
-    assert "| capture | causal | 2 | 1 | 1 | 0 | 0 | 0 | 0 | 0 |" in text
-    assert "| capture | all | 2 | 1 | 1 | 0 | 0 | 0 | 0 | 1 |" in text
-    assert "| refused | no   way | causal:b |" in text
-    assert "Exact, causal: a." in text
+    target = {
+        "causal:a": {"outcome": "exact", **made},
+        "causal:b": {"outcome": "refused", "reason": "no | way", **made},
+    }
+    text = zoo_table.section({"stages": {"capture": capture, "x-cpu": target}})
+    assert "capture: 3 with torch 2 and transformers 1. x-cpu: 2 with torch 2" in text
+    assert "| capture | causal | 3 | 2 (66.7%) | 1 | 0 | 0 | 0 | 0 | 0 |" in text
+    assert "| capture | all | 3 | 2 (66.7%) | 1 | 0 | 0 | 0 | 0 | 1 |" in text
+    assert "| x-cpu | all | 2 | 1 (50.0%) | 1 | 0 | 0 | 0 | 0 | 0 |" in text
+    assert "| causal:b | refused: no   way | the same |" in text
+    assert "| causal:d | exact | not run |" in text
+    assert "Exact in every stage, causal: a." in text
+
+
+def test_rows_of_another_file_are_taken(tmp_path: Path) -> None:
+    here, other = tmp_path / "here.json", tmp_path / "other.json"
+    here.write_text(
+        json.dumps({"stages": {"capture": {"causal:b": {"outcome": "hung"}, "causal:c": {"outcome": "exact"}}}})
+    )
+    other.write_text(json.dumps({"stages": {"capture": {"causal:b": {"outcome": "exact"}}, "x": {"causal:a": {}}}}))
+    zoo.Results(here).merge(zoo.Results(other))
+    stages = json.loads(here.read_text())["stages"]
+    assert stages["capture"] == {"causal:b": {"outcome": "exact"}, "causal:c": {"outcome": "exact"}}
+    assert stages["x"] == {"causal:a": {}}
 
 
 @pytest.mark.parametrize(
