@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Container, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import torch
@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from optc.compiler.artifact.publishing import write_folder
-from optc.compiler.diagnostics import JSON_ERRORS, InputError, os_errors
-from optc.compiler.files import damage, read_plain, write_sums
-from optc.compiler.nesting import check_nesting
+from optc.compiler.diagnostics import InputError, os_errors
+from optc.compiler.files import damage, write_sums
 from optc.training.data import Position
 from optc.training.optimizers import place_state, plain_values
+from optc.training.state_file import read_state_file
 
 FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,12})")
@@ -52,7 +52,6 @@ _FREE = (
 """Keys of the config that a resumed run may change: they do not change what is computed, but by rounding."""
 
 
-T = TypeVar("T")
 Plain = float | int | bool
 
 
@@ -165,8 +164,7 @@ def read_state(folder: Path) -> RunState:
         InputError: missing, malformed, or of another format.
     """
     path = folder / "checkpoint.json"
-    data = read_plain(path, "reading the checkpoint")
-    return check_format(decode(data, RunState, path), path)
+    return check_format(read_state_file(path, RunState), path)
 
 
 def check_whole(folder: Path) -> None:
@@ -184,24 +182,6 @@ def check_whole(folder: Path) -> None:
             why=why,
             remedy="remove this checkpoint's folder; the one before it is used then",
         )
-
-
-def decode(data: bytes, cls: type[T], path: Path) -> T:
-    """The JSON of a checkpoint.
-
-    Raises:
-        InputError: it is not what it should be.
-    """
-    try:
-        check_nesting(msgspec.json.decode(data))
-        return msgspec.json.decode(data, type=cls)
-    except JSON_ERRORS as error:
-        raise InputError(
-            "the checkpoint is damaged",
-            where=str(path),
-            why=str(error),
-            remedy="remove this checkpoint's folder; the one before it is used then",
-        ) from error
 
 
 def check_format(state: RunState, path: Path) -> RunState:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from optc.compiler.artifact.publishing import disk_errors
 from optc.compiler.diagnostics import InputError, OptcError
-from optc.compiler.files import read_plain
-from optc.training.checkpoint import another_model, compare_shapes, decode, read_tensors
+from optc.training.checkpoint import another_model, compare_shapes, read_tensors
 from optc.training.deepspeed_zero import EngineOptimizer, check_deepspeed, gather_state
 from optc.training.optimizers import place_state, plain_values
 from optc.training.sharded_checkpoint import model_tensors, shared_folder
+from optc.training.state_file import read_state_file
 
 _STATE = "deepspeed.json"
 _WEIGHTS = "model.safetensors"
@@ -66,7 +66,7 @@ def load_deepspeed(folder: Path, model: nn.Module, optimizer: EngineOptimizer) -
         InputError: missing, damaged, of another model, number of ranks or stage.
     """
     rank, size = dist.get_rank(), dist.get_world_size()
-    state = _read_state(folder / _STATE)
+    state = read_state_file(folder / _STATE, _State)
     if (state.ranks, state.stage) != (size, _stage(optimizer)):
         raise InputError(
             f"the checkpoint was written by {state.ranks} rank(s) with ZeRO stage {state.stage}, the run has "
@@ -110,11 +110,6 @@ def _load_flat(folder: Path, name: str, optimizer: EngineOptimizer) -> None:
             optimizer.state[parts[number]][field] = place_state(optimizer, parts[number], item)
         else:
             parts[number].data.copy_(item)
-
-
-def _read_state(path: Path) -> _State:
-    data = read_plain(path, "reading the checkpoint")
-    return decode(data, _State, path)
 
 
 def _part(rank: int, size: int) -> str:

@@ -29,6 +29,7 @@ from optc.training.out_of_memory import out_of_memory
 from optc.training.result import SUMMARY, TrainResult, left_experts, validation_result
 from optc.training.saving import SaveClock, read_state, restore_best, resume_run, save_run
 from optc.training.setup import Run, World, build_model, check_config, model_identity, prepare
+from optc.training.state_file import MOST_BYTES
 from optc.training.step import train_step
 from optc.training.train_report import write_train_report
 from optc.training.validation import is_best, is_due, measure_start, measured_step, stops_early
@@ -258,7 +259,7 @@ def _finished(output: Path, folder: Path) -> TrainResult | None:
     found = checkpoint.checkpoints(folder)
     if not path.is_file():
         return None
-    data = read_plain(path, "reading the summary of the run")
+    data = read_plain(path, "reading the summary of the run", most=MOST_BYTES)
     try:
         result = msgspec.json.decode(data, type=TrainResult)
         check_nesting(result.config)

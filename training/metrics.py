@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import sys
@@ -20,6 +21,9 @@ from optc.compiler.files import read_plain, sync_folder
 
 # Dense peak in TFLOP/s (1e12) of tensor cores, from the makers' data sheets: bf16 and fp16, and TF32 for fp32.
 _PEAKS = {"H100": (989.0, 494.0), "H200": (989.0, 494.0), "A100": (312.0, 156.0)}
+
+_MOST_LOG = 256 << 20
+"""Bytes of a log: more than half a million steps."""
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -229,9 +233,10 @@ def read_log(path: Path) -> list[StepRecord]:
     Raises:
         InputError: any other line is malformed.
     """
-    lines = read_plain(path, "reading the log").split(b"\n")
-    records = []
-    for number, line in enumerate(lines[:-1], 1):
+    records, lines = [], io.BytesIO(read_plain(path, "reading the log", most=_MOST_LOG))
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            break
         try:
             records.append(msgspec.json.decode(line, type=StepRecord))
         except JSON_ERRORS as error:

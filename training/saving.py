@@ -11,7 +11,6 @@ from typing import NamedTuple
 import msgspec
 
 from optc.compiler.diagnostics import InputError
-from optc.compiler.files import read_plain
 from optc.training import checkpoint
 from optc.training.checkpoint import RunState
 from optc.training.deepspeed_checkpoint import load_deepspeed, save_deepspeed
@@ -19,6 +18,7 @@ from optc.training.deepspeed_zero import EngineOptimizer
 from optc.training.parallel import sum_over_ranks
 from optc.training.setup import Run
 from optc.training.sharded_checkpoint import load_sharded, save_sharded
+from optc.training.state_file import read_state_file
 
 
 class _Layout(NamedTuple):
@@ -159,8 +159,7 @@ def read_state(folder: Path) -> RunState:
     if layout is _ONE:
         return checkpoint.read_state(folder)
     path = folder / layout.state
-    data = read_plain(path, "reading the checkpoint")
-    return checkpoint.check_format(checkpoint.decode(data, _RunOfSeveral, path).extra, path)
+    return checkpoint.check_format(read_state_file(path, _RunOfSeveral).extra, path)
 
 
 def _layout_of(folder: Path) -> _Layout:

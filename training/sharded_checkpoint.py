@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from optc.compiler.artifact.publishing import write_folder
-from optc.compiler.diagnostics import JSON_ERRORS, InputError, os_errors
-from optc.compiler.files import read_plain, write_sums
-from optc.compiler.nesting import check_nesting
+from optc.compiler.diagnostics import InputError, os_errors
+from optc.compiler.files import write_sums
 from optc.training.optimizers import counter_device, plain_values
+from optc.training.state_file import read_state_file
 
 _STATE = "state.json"
 
@@ -108,7 +108,7 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
             optimizer.state[parameter][key] = wanted[f"optimizer::{name}::{key}"] = value.detach()
     with torch.no_grad(), _failures("reading the checkpoint", folder):
         dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)))
-    state = _read_state(folder)
+    state = read_state_file(folder / _STATE, dict[str, Any])
     for group, values in zip(optimizer.param_groups, state["groups"], strict=True):
         group.update(values)
     return dict(state["extra"])
@@ -166,22 +166,6 @@ def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
                 remedy="remove this checkpoint's folder; the one before it is used then",
             ) from error
     return {name: tuple(row.size) for name, row in found.items() if hasattr(row, "size")}
-
-
-def _read_state(folder: Path) -> dict[str, Any]:
-    path = folder / _STATE
-    data = read_plain(path, "reading the checkpoint")
-    try:
-        state = msgspec.json.decode(data, type=dict[str, Any])
-        check_nesting(state)
-        return state
-    except JSON_ERRORS as error:
-        raise InputError(
-            "the checkpoint is damaged",
-            where=str(path),
-            why=str(error),
-            remedy="remove this checkpoint's folder; the one before it is used then",
-        ) from error
 
 
 def _compare(folder: Path, saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:

@@ -30,7 +30,7 @@ __all__ = [
     "write_folder",
 ]
 
-_MAX_MANIFEST = 64 << 20
+_MAX_MANIFEST = 32 << 20
 _REMEDY = "copy the artifact again from where it was made, or compile it again"
 
 

@@ -23,6 +23,7 @@ from optc.compiler.ir.saved.safetensors_file import TYPES
 _MAX_HEADER = 100_000_000  # the format's own limit
 _MAX_RANK = 64
 _MAX_TENSORS = 200_000  # the largest checkpoints have half as many, in hundreds of files
+_MAX_VALUES = 20 * _MAX_TENSORS  # names, numbers and texts of the header: a tensor of four dimensions has ten
 _REMEDY = "download or copy the file again"
 _Whole = Annotated[int, msgspec.Meta(ge=0)]
 
@@ -87,6 +88,9 @@ def _entries(path: Path, text: bytes) -> dict[str, msgspec.Raw]:
     tensors = text.count(b'"data_offsets"')
     if tensors > _MAX_TENSORS:
         raise damaged(path, f"its header names {tensors} tensors; at most {_MAX_TENSORS} are read from a file")
+    values = text.count(b",") + text.count(b":")  # at least as many are made of it
+    if values > _MAX_VALUES:
+        raise damaged(path, f"its header holds {values} values; at most {_MAX_VALUES} are read from a file")
     if not text.startswith(b"{"):
         raise damaged(path, "its header is not a JSON object")
     try:

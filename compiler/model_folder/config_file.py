@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from optc.compiler.diagnostics import JSON_ERRORS, InputError
 from optc.compiler.files import read_plain
-from optc.compiler.nesting import check_nesting
+from optc.compiler.json_text import parse_json
 
 CONFIG = "config.json"
 _ADAPTER = "adapter_config.json"
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 32 << 20
 _AGAIN = "download the file again"
 
 
@@ -92,12 +91,7 @@ def read_json_list(path: Path) -> list[Any]:
 
 def _read(path: Path) -> Any:
     try:
-        data = read_plain(path, "reading the model's files", most=_MAX_BYTES)
-        value = json.loads(data)
-        check_nesting(value)
-        if b"\\ud" in data.lower():  # maybe half of a surrogate pair, which is no text
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
+        return parse_json(read_plain(path, "reading the model's files", most=_MAX_BYTES))
     except JSON_ERRORS as error:
         raise InputError("malformed JSON", where=str(path), why=str(error), remedy=_AGAIN) from error
 

@@ -14,6 +14,7 @@ from optc.compiler.ir.program import Program
 from optc.compiler.nesting import check_nesting
 
 _RECORD = "record.json"
+_MOST_RECORD = 64 << 20  # bytes; a row of each linear has some hundred
 
 
 def save_stage(folder: Path, program: Program, record: PassRecord) -> None:
@@ -40,7 +41,9 @@ def load_stage(folder: Path) -> tuple[Program, PassRecord]:
     if why is not None:
         raise _damaged(folder, why)
     try:
-        record = msgspec.json.decode(read_plain(folder / _RECORD, "reading a stage"), type=PassRecord)
+        record = msgspec.json.decode(
+            read_plain(folder / _RECORD, "reading a stage", most=_MOST_RECORD), type=PassRecord
+        )
         check_nesting(record.options)
     except JSON_ERRORS as error:
         raise _damaged(folder / _RECORD, str(error)) from error

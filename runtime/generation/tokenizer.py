@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from tokenizers.normalizers import Lowercase
 
 from optc.compiler.diagnostics import JSON_ERRORS, InputError, foreign_errors
 from optc.compiler.files import read_plain
+from optc.compiler.json_text import parse_json
 from optc.runtime.generation.tokenizer_bounds import bounded_file, within
 
 _MAX_JSON = 1 << 20
@@ -192,7 +192,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(read_plain(path, "reading a config", most=_MAX_JSON))
+        found = parse_json(read_plain(path, "reading a config", most=_MAX_JSON))
     except JSON_ERRORS as error:
         raise InputError(
             "the file is not JSON", where=str(path), why=str(error), remedy="correct the line, or write it again"

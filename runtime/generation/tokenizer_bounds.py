@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 MOST_ADDED, MOST_ADDED_TEXT = 1 << 16, 1 << 20
 """Added tokens, and characters of all of them. Vocabularies of today have up to 7000, of 100 kB."""
+MOST_KEYS, MOST_BESIDE = 100, 16 << 20
+"""Keys of the file, and bytes of what they name beside the model, which is not looked into: values take 30 times as many."""
 MOST_PARTS, DEEPEST = 5000, 24
 """Values of normalizer, pre-tokenizer, post-processor and decoder together, and how deep they are nested."""
 MOST_GROWTH = 1000
@@ -49,6 +51,7 @@ def bounded_file(data: bytes, where: str) -> Bounded:
     """
     try:
         tree = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        _check_size(tree, where)
         read: dict[str, Any] = {key: msgspec.json.decode(raw) for key, raw in tree.items() if key != "model"}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError("the tokenizer cannot be read", where=where, why=str(error), remedy=_OTHER) from error
@@ -94,6 +97,14 @@ def within(call: Callable[[], T], characters: int) -> T:
     if error is not None:
         raise error
     return value  # type: ignore[return-value]
+
+
+def _check_size(tree: dict[str, msgspec.Raw], where: str) -> None:
+    if len(tree) > MOST_KEYS:
+        raise _too_much(f"it has {len(tree)} keys", f"{MOST_KEYS}", where)
+    beside = sum(memoryview(raw).nbytes for key, raw in tree.items() if key != "model")
+    if beside > MOST_BESIDE:
+        raise _too_much(f"it has {beside} bytes beside its model", f"{MOST_BESIDE}", where)
 
 
 def _check_added(tokens: Any, where: str) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from msgspec import Struct
 
+from optc.compiler.json_text import parse_json
 from optc.runtime.generation.chat_template import ChatTemplate, to_json
 from optc.runtime.serving.text import held_back
 
@@ -32,7 +31,7 @@ class ToolCall(Struct, frozen=True):
 def read_tool_call(text: str) -> ToolCall | None:
     """What stands between `CALL` and `CALL_END`; None where it is not a call."""
     try:
-        found = json.loads(text)
+        found = parse_json(text.encode())
     except (ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):

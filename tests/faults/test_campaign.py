@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fuzz import campaign, child
+from fuzz import campaign, child, memory
 from fuzz.readers import Input, Reader
 
 from optc.compiler.diagnostics import InputError
@@ -85,18 +85,43 @@ class Broken(_Toy):
         marker.touch()
 
 
+class Takes(_Toy):
+    def read(self, name: str, data: bytes) -> None:
+        taken = b"x" * ((120 if self.number == 2 else 20) << 20)
+        assert taken
+        time.sleep(0.02)
+
+
+class Holds(_Toy):
+    """Each of its processes can read four inputs, none of which takes much."""
+
+    def read(self, name: str, data: bytes) -> None:
+        self.held = [*getattr(self, "held", ()), b"x" * (20 << 20)]
+        time.sleep(0.02)
+
+
 class Lacks(_Toy):
     packages = ("no_such_package_of_any_name",)
 
 
 def run(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, readers: list[type[Reader]], *arguments: str
+    monkeypatch: pytest.MonkeyPatch, folder: Path, readers: list[type[Reader]], *arguments: str, most: float = 0.1
 ) -> tuple[int, dict]:
-    words = ["campaign", "--work", str(folder / "work"), "--json", str(folder / "figures.json"), *arguments]
+    names = ",".join(cls.__name__ for cls in readers)
+    words = [
+        "campaign",
+        "--readers",
+        names,
+        "--work",
+        str(folder / "work"),
+        "--json",
+        str(folder / "figures.json"),
+        *arguments,
+    ]
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(campaign, "READERS", {cls.__name__: cls for cls in readers})
     monkeypatch.setattr(campaign, "warm", lambda: None)
-    monkeypatch.setattr(child, "LIMIT_SECONDS", 0.1)
+    monkeypatch.setattr(child, "LIMIT_SECONDS", most)
     monkeypatch.setattr(child, "HANG_SECONDS", 6.0)
     monkeypatch.setenv("TMPDIR", str(folder / "tmp"))
     with monkeypatch.context() as patch:
@@ -107,9 +132,8 @@ def run(
 
 def test_every_kind_of_fault_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     readers = [_Toy, Dies, Hangs, Waits, Makes, Spins, Raises, Writes, Broken, Lacks]
-    names = ",".join(cls.__name__ for cls in readers)
     kept = tmp_path / "kept"
-    arguments = ("--seconds", "0.6", "--jobs", "3", "--readers", names, "--keep", str(kept))
+    arguments = ("--seconds", "0.6", "--jobs", "3", "--keep", str(kept))
     code, found = run(monkeypatch, tmp_path, readers, *arguments)
     assert code == 1
     rows = found["readers"]
@@ -136,6 +160,20 @@ def test_every_kind_of_fault_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (found["fault_kinds"], found["readers_run"], found["readers_skipped"]) == (6, 8, 1)
 
 
+def test_memory_counts_for_the_input_that_takes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(child, "LIMIT_BYTES", 100 << 20)
+    monkeypatch.setattr(memory, "RESTART_BYTES", 70 << 20)
+    code, found = run(monkeypatch, tmp_path, [Takes], "--seconds", "30", "--inputs", "4", most=60.0)
+    takes = found["readers"]["Takes"]
+    assert code == 1
+    assert [(row["kind"], row["count"]) for row in takes["faults"]] == [("took more than 2 GiB", 1)]
+    assert 110 << 20 < takes["most_bytes_of_an_input"] < 140 << 20
+    code, found = run(monkeypatch, tmp_path, [Holds], "--seconds", "30", "--inputs", "12", most=60.0)
+    holds = found["readers"]["Holds"]
+    assert (code, holds["faults"]) == (0, [])
+    assert holds["most_bytes_of_an_input"] < 40 << 20
+
+
 def test_what_is_told_while_inputs_begin_is_whole() -> None:
     """The campaign looks at any moment, also between two bytes of a number."""
     shared = child.Shared()
@@ -160,7 +198,7 @@ def test_what_is_told_while_inputs_begin_is_whole() -> None:
 def test_a_goal_by_count_ends_the_campaign_and_earlier_figures_count(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    arguments = ("--readers", "_Toy", "--seconds", "30", "--jobs", "2")
+    arguments = ("--seconds", "30", "--jobs", "2")
     code, first = run(monkeypatch, tmp_path, [_Toy], *arguments, "--inputs", "2000")
     assert code == 0
     assert first["inputs"] >= 2000

@@ -185,8 +185,8 @@ def test_config_that_is_not_text(tmp_path: Path) -> None:
 
 def test_oversized_config_is_not_read(tmp_path: Path) -> None:
     with (make_model(tmp_path) / "config.json").open("ab") as file:
-        file.truncate(65 << 20)  # sparse
-    where, why = tmp_path / "config.json", f"it has {65 << 20} bytes, more than {64 << 20}"
+        file.truncate(33 << 20)  # sparse
+    where, why = tmp_path / "config.json", f"it has {33 << 20} bytes, more than {32 << 20}"
     refused(lambda: check_folder(tmp_path), "failed while reading the model's files", where, why, "give a smaller file")
 
 

@@ -28,7 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fuzz.child import Shared, outcome, run_inputs
+from fuzz.child import RESTART, Shared, outcome, run_inputs
 from fuzz.readers import CHEAP, Reader, by_name
 from fuzz.seeds import Seeds
 from fuzz.sentence import SentenceFolder
@@ -188,6 +188,7 @@ class Campaign:
             left = child.seconds - max(spent, 1.0)  # a reader that cannot even begin is not tried for ever
             if left > 0:
                 self._again.append((child.name, left))
+        if code not in (0, RESTART):
             name, data = child.shared.input()
             tally.inputs += child.shared.done - child.told + bool(name)
             self._note(child.name, {"fault": child.fault(code), "name": name, "data": data.hex()})

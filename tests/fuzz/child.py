@@ -6,7 +6,6 @@ folder. The parent sees in shared memory which input is being read and since whe
 
 from __future__ import annotations
 
-import gc
 import json
 import mmap
 import os
@@ -21,10 +20,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from fuzz.memory import LIMIT_BYTES, InputMemory
 from fuzz.readers import ForkError, Input, Reader
 from fuzz.seeds import Seeds
 
-LIMIT_SECONDS, LIMIT_BYTES = 10.0, 2 << 30
+LIMIT_SECONDS = 10.0
 HANG_SECONDS = 120.0
 """An input may cost `LIMIT_SECONDS` of CPU time; one that waits so long, for a lock or a device, hangs. What it waits for
 a processor does not count."""
@@ -149,8 +149,8 @@ def _members(group: int) -> Iterator[tuple[Path, list[str]]]:
             yield path.parent, fields
 
 
-_LARGE = 1 << 20
-"""Bytes of an input that is not kept in memory for longer than it is needed."""
+RESTART = 75
+"""The exit code of a child that holds much memory: another one goes on with its time."""
 
 
 def outcome(reader: Reader, made: Input) -> tuple[str, Any]:
@@ -192,21 +192,18 @@ class _Telling:
     """Sums for the parent, told now and then, so that little is lost with a child that dies."""
 
     def __init__(self, out: IO[str]) -> None:
-        self._out, self._start = out, _resident()
+        self._out = out
         self._clear()
 
     def _clear(self) -> None:
         self._told = time.monotonic()
-        self._row: dict[str, Any] = {"done": 0, "read": 0, "slowest": 0.0}
+        self._row: dict[str, Any] = {"done": 0, "read": 0, "slowest": 0.0, "largest": 0}
         self._refused = Counter[int]()
 
-    @property
-    def grown(self) -> int:
-        return max(0, _resident() - self._start)
-
-    def count(self, kind: str, more: Any, seconds: float) -> None:
+    def count(self, kind: str, more: Any, seconds: float, taken: int) -> None:
         self._row["done"] += 1
         self._row["slowest"] = max(self._row["slowest"], seconds)
+        self._row["largest"] = max(self._row["largest"], taken)
         if kind == "read":
             self._row["read"] += 1
         elif kind == "refused":
@@ -215,7 +212,7 @@ class _Telling:
             self.tell()
 
     def tell(self) -> None:
-        self._say({**self._row, "refused": self._refused, "grown": self.grown})
+        self._say({**self._row, "refused": self._refused})
         self._clear()
 
     def tell_fault(self, fault: tuple[str, str], made: Input) -> None:
@@ -229,16 +226,21 @@ class _Telling:
 def run_inputs(
     make_reader: Any, seeds: Seeds, place: Path, seconds: float, seed: int, out: IO[str], shared: Shared
 ) -> None:
-    """Inputs of one reader until the time is over or the campaign says stop; does not return."""
+    """Inputs of one reader until the time is over or the campaign says stop, or much memory is held; does not return."""
     rng, reader = random.Random(seed), make_reader(seeds, place)
+    memory = InputMemory()
     _limit_memory()
     _audit(shared, (str(seeds.folder), "/dev/", "/tmp/torchinductor", "/proc/self", os.environ["TMPDIR"]))
-    end, done, telling = time.monotonic() + seconds, 0, _Telling(out)
+    end, done, telling, code = time.monotonic() + seconds, 0, _Telling(out), 0
     while (not done or time.monotonic() < end) and not shared.stopping:  # a machine that is busy reads one at least
         try:
             made = reader.make(rng)
         except (RecursionError, UnicodeError):
             continue  # nested or strange beyond what Python writes
+        if memory.is_full():
+            code = RESTART
+            break
+        memory.begin()
         shared.begin(done, made)
         first = cpu_ns()
         kind, more = outcome(reader, made)
@@ -246,22 +248,15 @@ def run_inputs(
         if event := shared.take_event():
             kind, more = "fault", (f"event {event[0]}", event[1])
         done += 1
-        telling.count(kind, more, (cpu_ns() - first) / 1e9)
+        taken = memory.taken()
+        if taken > LIMIT_BYTES and kind != "fault":
+            kind, more = "fault", ("took more than 2 GiB", f"{taken} bytes")
+        telling.count(kind, more, (cpu_ns() - first) / 1e9, taken)
         if kind == "fault":
             telling.tell_fault(more, made)
-        if reader.cost >= 4 and telling.grown > LIMIT_BYTES:
-            telling.tell_fault(("took more than 2 GiB", ""), made)
-            break
-        if len(made[1]) > _LARGE:
-            made = ("", b"")
-            gc.collect()  # errors hold what was read in cycles, which Python may leave until there is no memory
     shared.begin(done, ("", b""))
     telling.tell()
-    os._exit(0)
-
-
-def _resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    os._exit(code)
 
 
 def _limit_memory() -> None:

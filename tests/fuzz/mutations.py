@@ -152,13 +152,19 @@ def _near(value: Any, rng: random.Random) -> Any:
     if isinstance(value, int):
         return rng.choice([value + 1, value - 1, -value, value * 2, float(value), str(value), value << 20, value + 0.5])
     if isinstance(value, str):
-        forms = [value + "x", value[:-1], value.upper(), value + "\0", value * 50, "../" + value, value + "\ud800"]
+        many = value * 50 if len(value) <= len(BIG) // 5 else value
+        forms = [value + "x", value[:-1], value.upper(), value + "\0", many, "../" + value, value + "\ud800"]
         return rng.choice(forms)
     if isinstance(value, list):
-        return rng.choice([value * 2, value[::-1], value[:-1], value * 500 if len(value) < 50 else value])
+        return rng.choice([value * 2, value[::-1], value[:-1], value * 500 if _is_small(value) else value])
     if isinstance(value, float):
         return rng.choice([-value, value * 1e300, str(value)])
     return value
+
+
+def _is_small(value: list[Any]) -> bool:
+    """Whether it may be there some hundred times: what an input takes of memory is its reader's, not that of its making."""
+    return len(value) < 50 and len(repr(value)) < 10_000
 
 
 def _nested(rng: random.Random) -> Any:

@@ -46,7 +46,7 @@ class Tally:
         self.read += row["read"]
         self.refused.update({int(code): count for code, count in row["refused"].items()})
         self.slowest = max(self.slowest, row["slowest"])
-        self.peak_bytes = max(self.peak_bytes, row["grown"])
+        self.peak_bytes = max(self.peak_bytes, row["largest"])
 
     def add_fault(self, kind: str, detail: str, count: int = 1) -> bool:
         """Whether it is the first of its kind."""
@@ -58,9 +58,9 @@ class Tally:
         """Count what an earlier campaign told by `to_dict`."""
         if "skipped" in figures:
             return
-        names = ("read", "slowest_s", "peak_bytes_above_start", "refused_by_exit_code")
-        read, slowest, grown, refused = (figures[name] for name in names)
-        self.add({"done": figures["inputs"], "read": read, "refused": refused, "slowest": slowest, "grown": grown})
+        names = ("read", "slowest_s", "most_bytes_of_an_input", "refused_by_exit_code")
+        read, slowest, largest, refused = (figures[name] for name in names)
+        self.add({"done": figures["inputs"], "read": read, "refused": refused, "slowest": slowest, "largest": largest})
         self.seconds += figures["seconds"]
         for fault in figures["faults"]:
             self.add_fault(fault["kind"], fault["detail"], fault["count"])
@@ -76,7 +76,7 @@ class Tally:
             "faults": [{"kind": row.kind, "count": row.count, "detail": row.detail} for row in self.faults.values()],
             "slowest_s": round(self.slowest, 2),
             "seconds": round(self.seconds, 1),
-            "peak_bytes_above_start": self.peak_bytes,
+            "most_bytes_of_an_input": self.peak_bytes,
         }
 
 

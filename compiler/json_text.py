@@ -1,0 +1,25 @@
+"""JSON that strangers wrote, as plain values: what `json` takes beyond the standard is refused in one place."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from optc.compiler.nesting import check_nesting
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of JSON text in UTF-8.
+
+    Its strings can be encoded again: half of a surrogate pair, which `json` takes as an escape, as bytes that are no
+    UTF-8, and in UTF-16, is no text (RFC 8259, 8.2) and would be an error of everything that reads or prints it.
+
+    Raises:
+        ValueError, RecursionError (`JSON_ERRORS`): not JSON, not UTF-8, half of a surrogate pair, or nested too deep.
+    """
+    text = data.decode("utf-8-sig")
+    value = json.loads(text)
+    check_nesting(value)
+    if "\\ud" in text.lower():  # an escape of a surrogate, or of one that is escaped itself
+        json.dumps(value, ensure_ascii=False).encode()
+    return value

@@ -1,0 +1,73 @@
+"""Files that would take gigabytes, or minutes, are refused before they are parsed."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optc.compiler.artifact.folder import verify
+from optc.compiler.diagnostics import ArtifactError, InputError
+from optc.compiler.formats.safetensors_header import read_header
+from optc.compiler.model_folder.config_file import read_json
+from optc.runtime.generation.tokenizer import load_tokenizer
+from optc.training.metrics import read_log
+from optc.training.saving import read_state
+
+MOST_GROWTH = 256 << 20
+
+
+def header(values: bytes) -> bytes:
+    return (len(values) + 7).to_bytes(8, "little") + b'{"a": ' + values + b"}"
+
+
+def sparse(path: Path, size: int) -> None:
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+CASES: dict[str, tuple[str, Callable[[], bytes] | int, Callable[[Path], Any], str]] = {
+    "values of a header": (
+        "a.safetensors",
+        lambda: header(b"[" + b"[]," * 4_000_001 + b"1]"),
+        read_header,
+        "values; at most",
+    ),
+    "names of a header": ("a.safetensors", lambda: header(b'0,"":0' * 4_000_001), read_header, "values; at most"),
+    "keys of a tokenizer": (
+        "tokenizer.json",
+        lambda: b"{" + b",".join(b'"%d":0' % number for number in range(101)) + b"}",
+        lambda path: load_tokenizer(path.parent),
+        "it has 101 keys",
+    ),
+    "values of a tokenizer": (
+        "tokenizer.json",
+        lambda: b'{"model": 0, "normalizer": [' + b"[]," * 5_700_000 + b"0]}",
+        lambda path: load_tokenizer(path.parent),
+        "bytes beside its model",
+    ),
+    "config": ("config.json", 33 << 20, read_json, "more than"),
+    "manifest": ("manifest.json", 33 << 20, lambda path: verify(path.parent), "bytes"),
+    "log": ("log.jsonl", 257 << 20, read_log, "more than"),
+    "checkpoint": ("checkpoint.json", 17 << 20, lambda path: read_state(path.parent), "more than"),
+    "of several processes": ("state.json", 17 << 20, lambda path: read_state(path.parent), "more than"),
+    "of DeepSpeed": ("deepspeed.json", 17 << 20, lambda path: read_state(path.parent), "more than"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_early(case: str, tmp_path: Path) -> None:
+    name, content, read, why = CASES[case]
+    path = tmp_path / name
+    if isinstance(content, int):
+        sparse(path, content)
+    else:
+        path.write_bytes(content())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with pytest.raises((InputError, ArtifactError), match=why) as caught:
+        read(path)
+    assert name in str(caught.value.where)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before < MOST_GROWTH
