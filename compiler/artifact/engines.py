@@ -39,12 +39,13 @@ class Engine:
         name: as manifests have it.
         session: "module:function" of (folder, manifest, SessionOptions) -> Session.
         runner: "module:function" of (folder, manifest) -> a function of a program's inputs, flat tensors, to its outputs:
-            what was written, without a session, for the check before an artifact is published; None where exporters
-            themselves open what they wrote.
+            what was written, without a session, for the check before an artifact is published; or a text that says why
+            this machine cannot open it. None where exporters themselves open what they wrote.
         caller: "module:function" of (folder, manifest, SessionOptions) -> a function of the inputs of an encoder or a
             module, as contiguous arrays in order, to its outputs; None where optc has no way to call such artifacts.
         package: the installed distribution that the runner calls, whose version the check records; "" for none.
-        opens_instead: what the runner opens where that is not what users run; "" where it is.
+        opens_instead: what the runner opens where that is not what users run; "" where it is. A runner that opens one or
+            the other, by what the machine has, says it itself: in an attribute of this name.
         device: where it runs, which is where a check of a host looks for memory; "target": as the target says.
         check: "module:function" of (folder, manifest), which refuses files that no engine may open, their hashes being
             right; None where the session's own reader does that.
@@ -120,6 +121,19 @@ ONNX = Engine(
     facts=OnnxFacts,
     files=("model", "first"),
 )
+ONNX_CUDA = Engine(
+    name="onnx-cuda",
+    session="optc.runtime.sessions.onnx_artifact:open_artifact",
+    runner="optc.runtime.sessions.onnx_artifact:open_cuda_runner",
+    caller="optc.runtime.sessions.onnx_artifact:open_caller",
+    package="onnxruntime",
+    device="cuda",
+    check="optc.runtime.sessions.onnx_artifact:check_files",
+    facts=OnnxFacts,
+    files=("model",),
+    has_threads=False,
+)
+"""ONNX Runtime's CUDA provider, which the distribution onnxruntime-gpu has."""
 AOTINDUCTOR = Engine(
     name="aotinductor",
     session="optc.runtime.sessions.package:open_artifact",
@@ -177,7 +191,7 @@ HUGGINGFACE = Engine(
 @lru_cache(maxsize=1)
 def engines() -> Mapping[str, Engine]:
     """Every engine by name, those of other packages among them."""
-    found = {engine.name: engine for engine in (ONNX, AOTINDUCTOR, CUDA, TENSORRT, EXECUTORCH, HUGGINGFACE)}
+    found = {engine.name: engine for engine in (ONNX, ONNX_CUDA, AOTINDUCTOR, CUDA, TENSORRT, EXECUTORCH, HUGGINGFACE)}
     for engine in plugins(ENTRY_POINTS, "an Engine", lambda item: item if isinstance(item, Engine) else None):
         found.setdefault(engine.name, engine)
     return found

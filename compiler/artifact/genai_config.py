@@ -20,12 +20,22 @@ _Count = Annotated[int, Meta(ge=0, le=1 << 40)]
 _Id = Annotated[int, Meta(ge=0, le=1 << 31)]
 
 
+class NoOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    """An empty object."""
+
+
+class CudaProvider(Struct, frozen=True, forbid_unknown_fields=True):
+    """ONNX Runtime's own CUDA provider, as it is."""
+
+    cuda: NoOptions
+
+
 class SessionOptions(Struct, frozen=True, forbid_unknown_fields=True):
-    """Level 3, errors: ONNX Runtime would warn of the input that has a default."""
+    """Level 3, errors: ONNX Runtime would warn of the input that has a default. No provider is the CPU."""
 
     log_id: Literal["optc"] = "optc"
     log_severity_level: Literal[3] = 3
-    provider_options: Annotated[list[str], Meta(max_length=0)] = []
+    provider_options: Annotated[list[CudaProvider], Meta(max_length=1)] = []
 
 
 class Inputs(Struct, frozen=True, forbid_unknown_fields=True):

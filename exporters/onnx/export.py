@@ -13,11 +13,11 @@ import torch
 from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import value_of
-from optc.compiler.artifact.engines import ONNX
+from optc.compiler.artifact.engines import ONNX, ONNX_CUDA, Engine
 from optc.compiler.artifact.genai_config import FILE_NAME
 from optc.compiler.artifact.onnx_check import check_onnx
 from optc.compiler.diagnostics import TargetError, os_errors
-from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.contract import CACHE_ROLES, Contract
 from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ir.program import Program
 from optc.compiler.target.target import ExportRequest, ExportResult
@@ -31,8 +31,12 @@ from optc.exporters.onnx.walker import OPSET, Walker
 MODEL, DATA = "model.onnx", "model.onnx.data"
 
 
+CUDA_NEEDS = {"onnxruntime-gpu": ">=1.31", "cuda_driver": ">=12.0"}
+"""Of a host: the release whose CUDA provider was seen to run these graphs. Its builds are for CUDA 12 or 13."""
+
+
 def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
-    """Write the last stage for ONNX Runtime: `model.onnx`, `model.onnx.data` and companions.
+    """Write the last stage for ONNX Runtime on the CPU: `model.onnx`, `model.onnx.data` and companions.
 
     Decoders with a linear KV cache also get `genai_config.json`. Every weight is read back and
     compared with the program's.
@@ -41,6 +45,27 @@ def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
         ArtifactError: what was read back is not what was written.
         ResourceError, InputError: the disk is full or not writable.
     """
+    return _export(program, request, ONNX, onnx_needs(program))
+
+
+def export_onnx_cuda(program: Program, request: ExportRequest) -> ExportResult:
+    """The same for ONNX Runtime's CUDA provider.
+
+    Raises:
+        TargetError: the program was captured in fp32. ArtifactError, ResourceError, InputError: as `export_onnx`.
+    """
+    wide = [spec.name for spec in program.contract.inputs if spec.role in CACHE_ROLES and spec.dtype == "float32"]
+    if wide:
+        raise TargetError(
+            "ONNX Runtime's CUDA provider has no GroupQueryAttention in fp32",
+            where=wide[0],
+            why="the program was captured in fp32",
+            remedy="capture the model in torch.float16 or torch.bfloat16, or compile its folder with --dtype fp16 or bf16",
+        )
+    return _export(program, request, ONNX_CUDA, dict(CUDA_NEEDS))
+
+
+def _export(program: Program, request: ExportRequest, engine: Engine, needs: dict[str, Any]) -> ExportResult:
     directory, contract = request.directory, program.contract
     model = Walker(program, LOWERINGS).run()
     histogram = collections.Counter(node.op_type for node in model.graph)
@@ -49,13 +74,16 @@ def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
     decoder = contract.kind == "decoder" and contract.kv_cache.kind == "linear"
     if decoder:
         _check_uniform(contract)
-        config = msgspec.json.format(msgspec.json.encode(genai_config(contract, MODEL)), indent=2) + b"\n"
+        config = (
+            msgspec.json.format(msgspec.json.encode(genai_config(contract, MODEL, cuda=engine is ONNX_CUDA)), indent=2)
+            + b"\n"
+        )
         with os_errors(f"writing {FILE_NAME}", str(directory)):
             (directory / FILE_NAME).write_bytes(config)
     return ExportResult(
-        engine=ONNX,
+        engine=engine,
         info=_info(contract, request, histogram, companions, genai=decoder),
-        needs=onnx_needs(program),
+        needs=needs,
         weight_bytes=sum(sizes.values()),
         tensor_bytes=sizes,
     )

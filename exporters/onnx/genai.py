@@ -5,7 +5,15 @@ It rejects unknown keys, so optc's own facts stay in the manifest.
 
 from __future__ import annotations
 
-from optc.compiler.artifact.genai_config import Decoder, GenaiConfig, Model, Search
+from optc.compiler.artifact.genai_config import (
+    CudaProvider,
+    Decoder,
+    GenaiConfig,
+    Model,
+    NoOptions,
+    Search,
+    SessionOptions,
+)
 from optc.compiler.ir.contract import Contract
 
 # Decoder types that onnxruntime-genai 0.18 lists; any other decoder is "decoder" to it.
@@ -34,8 +42,8 @@ _TYPES = frozenset(
 )
 
 
-def genai_config(contract: Contract, filename: str) -> GenaiConfig:
-    """The config of a decoder."""
+def genai_config(contract: Contract, filename: str, *, cuda: bool = False) -> GenaiConfig:
+    """The config of a decoder, for the CPU or for ONNX Runtime's CUDA provider."""
     model, layer = contract.model, contract.layers[0]
     ids = list(model.eos_token_ids) or [0]
     first_eos = ids[0]
@@ -56,6 +64,7 @@ def genai_config(contract: Contract, filename: str) -> GenaiConfig:
                 num_attention_heads=layer.num_heads,
                 num_key_value_heads=layer.num_kv_heads,
                 num_hidden_layers=len(contract.layers),
+                session_options=SessionOptions(provider_options=[CudaProvider(cuda=NoOptions())] if cuda else []),
             ),
         ),
         search=Search(max_length=context),

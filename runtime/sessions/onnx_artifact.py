@@ -25,12 +25,14 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
     check_cpu(manifest.needs)
     try:
         from optc.runtime.sessions.ort import OrtSession
+        from optc.runtime.sessions.ort_cuda import OrtCudaSession
         from optc.runtime.sessions.ort_encoder_decoder import OrtEncoderDecoderSession
     except ModuleNotFoundError as error:
         raise _not_installed(folder, error) from error
     if manifest.contract.cross is not None:
         return OrtEncoderDecoderSession(folder, manifest, threads=options.threads)
-    return OrtSession(folder / str(name), manifest.contract, threads=options.threads)
+    session = OrtCudaSession if manifest.device == "cuda" else OrtSession
+    return session(folder / str(name), manifest.contract, threads=options.threads)
 
 
 def open_caller(folder: Path, manifest: Manifest, options: SessionOptions) -> Callable[..., list[Any]]:
@@ -45,7 +47,8 @@ def open_caller(folder: Path, manifest: Manifest, options: SessionOptions) -> Ca
         from optc.runtime.sessions.ort import open_engine
     except ModuleNotFoundError as error:
         raise _not_installed(folder, error) from error
-    engine = open_engine(folder / str(manifest.engine_info["model"]), options.threads or default_threads())
+    path = folder / str(manifest.engine_info["model"])
+    engine = open_engine(path, options.threads or default_threads(), manifest.device)
     inputs = [spec.name for spec in manifest.contract.inputs]
     outputs = [spec.name for spec in manifest.contract.outputs]
     read = {item.name for item in engine.get_inputs()}  # an input that nothing reads is none of the graph's
@@ -82,10 +85,38 @@ def open_runner(folder: Path, manifest: Manifest) -> Callable[..., list[Any]]:
         ArtifactError: the graph opens what it must not.
         TargetError: ONNX Runtime is not installed, or cannot load the graph.
     """
+    return _runner(folder, manifest)
+
+
+def open_cuda_runner(folder: Path, manifest: Manifest) -> Callable[..., list[Any]] | str:
+    """The same on the GPU, or on the CPU where there is none; or why this machine cannot open the graph.
+
+    Raises:
+        ArtifactError, TargetError: as `open_runner`.
+    """
+    import torch
+
+    if torch.cuda.is_available() and _has_cuda(folder):
+        return _runner(folder, manifest, device="cuda")
+    if manifest.dtype == "bfloat16":
+        return "ONNX Runtime has no kernels of bfloat16 on the CPU, and this machine no GPU with its CUDA provider"
+    instead = "the graph in ONNX Runtime's CPU provider, not in that of CUDA"
+    return _runner(folder, manifest, opens_instead=instead)
+
+
+def _has_cuda(folder: Path) -> bool:
+    try:
+        from optc.runtime.sessions.ort import has_cuda
+    except ModuleNotFoundError as error:
+        raise _not_installed(folder, error) from error
+    return has_cuda()
+
+
+def _runner(folder: Path, manifest: Manifest, **options: str) -> Callable[..., list[Any]]:
     name = str(manifest.engine_info["model"])
     check_onnx(folder, name)
     try:
         from optc.runtime.sessions.graph_runner import GraphRunner
     except ModuleNotFoundError as error:
         raise _not_installed(folder, error) from error
-    return GraphRunner(folder / name)
+    return GraphRunner(folder / name, **options)

@@ -1,4 +1,4 @@
-"""Session over an ONNX graph in ONNX Runtime, on the CPU.
+"""Session over an ONNX graph in ONNX Runtime, on the CPU; `ort_cuda` has the one on a GPU.
 
 `past_key_values.{i}` and `present.{i}` are bound to the same buffers, of more capacity than is used
 yet: GroupQueryAttention then writes new keys and values in place and copies nothing. All inputs and
@@ -7,10 +7,13 @@ outputs of a decode step stay bound; only the attention mask, which grows, is bo
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +24,13 @@ from optc.compiler.ir.contract import CACHE_ROLES, Contract
 from optc.runtime.sessions.linear import Ids, LinearSession, lazy_zeros
 from optc.runtime.sessions.session import Logits, default_threads
 
+BFLOAT16 = 16
+"""Its number among ONNX's element types."""
 # contract dtype -> (array dtype, ONNX element type); NumPy has no bfloat16.
 _ELEMENTS: dict[str, tuple[type[np.generic], Any]] = {
     "float32": (np.float32, np.float32),
     "float16": (np.float16, np.float16),
-    "bfloat16": (np.uint16, 16),
+    "bfloat16": (np.uint16, BFLOAT16),
     "int8": (np.int8, np.int8),
 }
 _TYPES = {
@@ -36,6 +41,7 @@ _TYPES = {
     "bfloat16": "tensor(bfloat16)",
     "int8": "tensor(int8)",
 }
+_DTYPES = {theirs: ours for ours, theirs in _TYPES.items()}
 _NO_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation")
 
 Array = npt.NDArray[Any]
@@ -53,11 +59,13 @@ class OrtSession(LinearSession):
         TargetError: this ONNX Runtime cannot run the graph.
     """
 
+    device: ClassVar[Literal["cpu", "cuda"]] = "cpu"
+
     def __init__(self, path: Path, contract: Contract, *, threads: int | None = None) -> None:
         if contract.kv_cache.kind != "linear" or contract.model.vocab_size < 1:
             raise _other_graph(path, f"a {contract.kv_cache.kind} KV cache, {contract.model.vocab_size} tokens")
         super().__init__(vocab_size=contract.model.vocab_size, context_length=contract.model.context_length)
-        self._session = open_engine(path, threads or default_threads())
+        self._session = open_engine(path, threads or default_threads(), self.device)
         self._ids, self._mask = (_named(contract, role) for role in ("input_ids", "attention_mask"))
         chosen = contract.input_index("logits_from_end")
         self._from_end = None if chosen is None else contract.inputs[chosen].name
@@ -65,9 +73,8 @@ class OrtSession(LinearSession):
         self._logits = next(spec.name for spec in contract.outputs if spec.role == "logits")
         self._past = [spec for spec in contract.inputs if spec.role in CACHE_ROLES]
         self._present = [spec.name for spec in contract.outputs if spec.role in CACHE_ROLES]
-        half = self._output_type(self._logits) == "tensor(float16)"
-        self._logits_type: type[np.generic] = np.float16 if half else np.float32
-        self._caches: list[Array] = []
+        self._logits_type, self._logits_element = _ELEMENTS[_DTYPES[self._output_type(self._logits)]]
+        self._caches: list[Any] = []
         self._ones: Array = np.empty(0, np.int64)
 
     def close(self) -> None:
@@ -84,8 +91,8 @@ class OrtSession(LinearSession):
             assert isinstance(width, int)
             cache = lazy_zeros((batch, heads, capacity, width), _ELEMENTS[spec.dtype][0])
             if keep:
-                cache[:, :, :keep] = old[index][:, :, :keep]
-            self._caches.append(cache)
+                cache[:, :, :keep] = self._on_host(old[index])[:, :, :keep]
+            self._caches.append(self._placed(cache))
         self._ones = np.ones(batch * capacity, np.int64)
         self._step_ids = np.zeros((batch, 1), np.int64)
         self._step_logits = np.empty((batch, 1, self.vocab_size), self._logits_type)
@@ -96,7 +103,7 @@ class OrtSession(LinearSession):
         binding = self._bind(ids, logits, rows)
         _bind_input(binding, self._mask, mask)
         self._execute(binding)
-        return logits.astype(np.float32, copy=False)
+        return self._floats(logits)
 
     def _run_all(self, ids: Ids, mask: Ids, rows: slice) -> Logits:
         if self._from_end is None:
@@ -106,8 +113,7 @@ class OrtSession(LinearSession):
         every = np.arange(ids.shape[1], 0, -1)[None]
         _bind_input(binding, self._from_end, every)
         self._execute(binding)
-        logits: Logits = binding.get_outputs()[0].numpy()
-        return logits.astype(np.float32, copy=False)
+        return self._floats(copied(binding.get_outputs()[0], np.dtype(self._logits_type)))
 
     def _decode(self, tokens: Sequence[int]) -> Logits:
         totals = [length + 1 for length in self.lengths]
@@ -120,7 +126,23 @@ class OrtSession(LinearSession):
         _bind_input(self._step, self._mask, mask)
         self._execute(self._step)
         self.lengths = totals
-        return self._step_logits[:, 0].astype(np.float32)  # a copy: the buffer is the next step's
+        return self._floats(self._step_logits[:, 0].copy())  # the buffer is the next step's
+
+    # -- where caches are -------------------------------------------------------------------
+
+    def _placed(self, cache: Array) -> Any:
+        """Zeroed host memory as a cache of the device, whose numbers are the same."""
+        return cache
+
+    def _on_host(self, cache: Any) -> Array:
+        """The numbers of a cache, [B, Hkv, capacity, D]."""
+        array: Array = cache
+        return array
+
+    def _address(self, cache: Any, rows: slice) -> tuple[Sequence[int], int]:
+        """Shape and address of these rows of a cache."""
+        part = cache[rows]
+        return part.shape, part.ctypes.data
 
     # -- ONNX Runtime -----------------------------------------------------------------------
 
@@ -135,38 +157,56 @@ class OrtSession(LinearSession):
         if logits is None:
             binding.bind_output(self._logits, "cpu")
         else:
-            _bind_output(binding, self._logits, logits)
+            place = ("cpu", 0, self._logits_element, logits.shape, logits.ctypes.data)
+            binding.bind_output(self._logits, *place)
         for cache, spec, present in zip(self._caches, self._past, self._present, strict=True):
-            element = _ELEMENTS[spec.dtype][1]
-            _bind_input(binding, spec.name, cache[rows], element)
-            _bind_output(binding, present, cache[rows], element)
+            place = (self.device, 0, _ELEMENTS[spec.dtype][1], *self._address(cache, rows))
+            binding.bind_input(spec.name, *place)
+            binding.bind_output(present, *place)
         return binding
 
     def _execute(self, binding: Any) -> None:
         with engine_errors():
             self._session.run_with_iobinding(binding)
 
+    def _floats(self, logits: Array) -> Logits:
+        """Logits as float32; those of bfloat16 are the upper halves of such."""
+        if self._logits_element == BFLOAT16:
+            wide: Logits = (logits.astype(np.uint32) << 16).view(np.float32)
+            return wide
+        return logits.astype(np.float32, copy=False)
+
     def _output_type(self, name: str) -> str:
         return str(next(item.type for item in self._session.get_outputs() if item.name == name))
+
+
+def copied(value: Any, dtype: np.dtype[Any]) -> Array:
+    """The numbers of an OrtValue on the host, also of a type that NumPy has not, as those of another of its size."""
+    raw = (ctypes.c_char * value.tensor_size_in_bytes()).from_address(value.data_ptr())
+    return np.frombuffer(bytearray(raw), dtype).reshape(tuple(value.shape()))
 
 
 EXACT_PRODUCTS = ("session.qdq_matmulnbits_accuracy_level", "0")
 """ONNX Runtime fuses DequantizeLinear and MatMul into a product that rounds activations to int8; with this it does not."""
 
 
-def open_engine(path: Path, threads: int) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU. Products round activations only where the graph says so.
+def open_engine(path: Path, threads: int, device: str = "cpu") -> Any:
+    """An `onnxruntime.InferenceSession`. Products round activations only where the graph says so.
+
+    Args:
+        device: "cpu", or "cuda" for the CUDA provider on the first GPU. What it has no kernel for runs on the CPU.
 
     Raises:
-        TargetError: this ONNX Runtime cannot run the graph.
+        TargetError: this ONNX Runtime cannot run the graph, or not on the GPU.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry(*EXACT_PRODUCTS)
+    said = _preload(path) if device == "cuda" else ""
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=PROVIDERS[device])
     except Exception as error:  # the binding raises classes of its own, without a common base
         raise TargetError(
             f"ONNX Runtime {ort.__version__} cannot load the graph",
@@ -174,6 +214,42 @@ def open_engine(path: Path, threads: int) -> Any:
             why=str(error).splitlines()[0],
             remedy="use the version that the manifest names under needs, or a later one",
         ) from error
+    if PROVIDERS[device][0] not in session.get_providers():  # it only warns
+        raise _no_cuda(path, said or "ONNX Runtime did not say why; optc check names the driver and the package")
+    return session
+
+
+PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+"""Device -> execution providers of a session, in their order."""
+
+
+def has_cuda() -> bool:
+    """Whether this ONNX Runtime was built with the CUDA provider; a GPU may be missing all the same."""
+    return PROVIDERS["cuda"][0] in ort.get_available_providers()
+
+
+def _preload(path: Path) -> str:
+    """Load CUDA's libraries from the packages that pip installed, where ONNX Runtime can; what it says of those that miss.
+
+    Raises:
+        TargetError: this ONNX Runtime has no CUDA provider.
+    """
+    if not has_cuda():
+        raise _no_cuda(path, f"ONNX Runtime {ort.__version__} has {', '.join(ort.get_available_providers())}")
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        ort.preload_dlls()
+    return " ".join(said.getvalue().split())[:300]
+
+
+def _no_cuda(path: Path, why: str) -> TargetError:
+    return TargetError(
+        "ONNX Runtime cannot use its CUDA provider here",
+        where=str(path),
+        why=why,
+        remedy="run it where there is an NVIDIA GPU with its driver; pip uninstall onnxruntime, then pip install "
+        "'onnxruntime-gpu[cuda,cudnn]'",
+    )
 
 
 def run_engine(engine: Any, outputs: Sequence[str], feed: Mapping[str, Array]) -> list[Array]:
@@ -211,13 +287,8 @@ def engine_errors() -> Iterator[None]:
         ) from error
 
 
-def _bind_input(binding: Any, name: str, array: Array, element: Any = np.int64) -> None:
-    binding.bind_input(name, "cpu", 0, element, array.shape, array.ctypes.data)
-
-
-def _bind_output(binding: Any, name: str, array: Array, element: Any = None) -> None:
-    kind = array.dtype.type if element is None else element
-    binding.bind_output(name, "cpu", 0, kind, array.shape, array.ctypes.data)
+def _bind_input(binding: Any, name: str, array: Array) -> None:
+    binding.bind_input(name, "cpu", 0, np.int64, array.shape, array.ctypes.data)
 
 
 def _check_contract(contract: Contract, session: Any, path: Path) -> None:

@@ -60,7 +60,7 @@ def open_written(
         check_cpu(manifest.needs)
     except TargetError as error:  # another processor may run it
         return OpenedRecord(opened=False, why=f"{error.what}: {error.why}")
-    count, drifts = 0, []
+    count, drifts, instead = 0, [], engine.opens_instead
     for info, stage in graphs or [(manifest.engine_info, program)]:
         try:
             runner = engine.open_runner(directory, manifest.with_program(engine_info=dict(info)))
@@ -70,13 +70,16 @@ def open_written(
             raise _unopened(engine, error) from error
         except OptcError as error:
             raise _unopened(engine, error) from error
+        if isinstance(runner, str):
+            return OpenedRecord(opened=False, why=runner)
+        instead = getattr(runner, "opens_instead", instead)
         drift, fed = _compared(stage, runner, engine, tokens)
         drifts.append(drift)
         count += fed
     drift = max(drifts, key=lambda item: item.relative)
     record = OpenedRecord(
         opened=True,
-        why=engine.opens_instead,
+        why=instead,
         engine=engine.package or engine.name,
         version=version_of(engine.package) if engine.package else "",
         tokens=count,

@@ -106,8 +106,14 @@ GENAI_EDITS: dict[str, tuple[Any, str]] = {
         "unknown field `custom_ops_library`",
     ),
     "an execution provider": (
-        lambda c: c["model"]["decoder"]["session_options"].update(provider_options=["evil"]),
-        "length <= 0",
+        lambda c: c["model"]["decoder"]["session_options"].update(provider_options=[{"evil": {}}]),
+        "missing required field `cuda`",
+    ),
+    "an option of a provider": (
+        lambda c: c["model"]["decoder"]["session_options"].update(
+            provider_options=[{"cuda": {"user_compute_stream": "1"}}]
+        ),
+        "unknown field `user_compute_stream`",
     ),
     "another graph": (
         lambda c: c["model"]["decoder"].update(filename="../evil.onnx"),
