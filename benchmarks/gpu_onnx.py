@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,6 @@ def make(model: Path, name: str, folder: Path) -> dict[str, Any]:
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - begin
-    print(f"{name}: {seconds:.1f} s, exit {done.returncode}", flush=True)
     if done.returncode:
         return {"failed": done.stderr[-600:], "seconds": seconds}
     size = stored(folder)["bytes"] if (folder / "model.onnx").exists() else verify(folder).weight_bytes
@@ -155,7 +155,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         names = [*OURS, *(BUILDER if importlib.util.find_spec("onnxruntime_genai") is not None else [])]
         folders = {name: Path(place) / name for name in names}
-        result["made"] = {name: make(given.model, name, folder) for name, folder in folders.items()}
+        with ThreadPoolExecutor(len(names)) as pool:  # a process each
+            made = [pool.submit(make, given.model, name, folder) for name, folder in folders.items()]
+            result["made"] = {name: item.result() for name, item in zip(names, made, strict=True)}
+        print({name: row.get("failed") for name, row in result["made"].items()}, flush=True)
         folders = {name: folder for name, folder in folders.items() if "failed" not in result["made"][name]}
         types = {"fp16": torch.float16, "bf16": torch.bfloat16, "int4": torch.float16}
         result["agreement"] = {
@@ -164,6 +167,7 @@ def main() -> None:
             if name in folders
         }
         result |= speeds(folders, given.text, given.rounds)
+        print(result["agreement"], flush=True)
         record(f"gpu_onnx_{given.model.name}".replace("-", "_"), result, 1)
 
 

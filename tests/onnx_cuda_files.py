@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import bounds
+import numpy as np
 import torch
 from chosen import chosen
 from rewrites import stirred
@@ -56,10 +56,4 @@ def compare(session: Session, program: Program) -> None:
 def _steps(session: Session, first: Any) -> list[Tensor]:
     """Logits [STEPS + 1, V] of each row: of its prompt's last token, then of STEPS tokens, all rows at once."""
     found = [first, *(session.decode([row[-STEPS + step] for row in ROWS]) for step in range(STEPS))]
-    return list(torch.from_numpy(_stacked(found)).unbind(1))
-
-
-def _stacked(parts: Sequence[Any]) -> Any:
-    import numpy as np
-
-    return np.stack(parts)
+    return list(torch.from_numpy(np.stack(found)).unbind(1))

@@ -124,6 +124,8 @@ class OrtSession(LinearSession):
         if len(totals) > 1:
             mask[:] = np.arange(width) < np.array(totals)[:, None]
         _bind_input(self._step, self._mask, mask)
+        if self.device != "cpu":  # binding has copied the ids there, when they were others
+            _bind_input(self._step, self._ids, self._step_ids)
         self._execute(self._step)
         self.lengths = totals
         return self._floats(self._step_logits[:, 0].copy())  # the buffer is the next step's

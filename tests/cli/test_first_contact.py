@@ -132,7 +132,7 @@ def test_quantize_and_train_from_python(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("optc compile m --target o", ["onnx-cpu"]),
+        ("optc compile m --target o", ["onnx-cpu", "onnx-cuda"]),
         ("optc compile m --quant awq", ["awq", "awq+gptq"]),
         ("optc compile m --dtype f", ["fp32", "fp16"]),
         ("optc pla", ["plan"]),

@@ -107,7 +107,7 @@ GENAI_EDITS: dict[str, tuple[Any, str]] = {
     ),
     "an execution provider": (
         lambda c: c["model"]["decoder"]["session_options"].update(provider_options=[{"evil": {}}]),
-        "missing required field `cuda`",
+        "unknown field `evil`",
     ),
     "an option of a provider": (
         lambda c: c["model"]["decoder"]["session_options"].update(

@@ -32,8 +32,11 @@ QUANTIZED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("name", DECODERS)
+CASES = [*((name, "fp16") for name in DECODERS), *((name, "bf16") for name in DECODERS if name != "mixtral")]
+"""In bfloat16 a router of random weights chooses other experts for a token in fifty, here and there."""
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_families(name: str, dtype: str, tmp_path: Path) -> None:
     _compare(name, tmp_path, dtype=dtype)
 

@@ -35,7 +35,7 @@ def test_unknown_engine() -> None:
     with pytest.raises(ArtifactError) as caught:
         find_engine("tvm", "folder")
     assert caught.value.why == (
-        "its engine is 'tvm'; known are aotinductor, cuda, executorch, huggingface, onnx, tensorrt"
+        "its engine is 'tvm'; known are aotinductor, cuda, executorch, huggingface, onnx, onnx-cuda, tensorrt"
     )
 
 
