@@ -159,8 +159,7 @@ class OrtSession(LinearSession):
         if logits is None:
             binding.bind_output(self._logits, "cpu")
         else:
-            place = ("cpu", 0, self._logits_element, logits.shape, logits.ctypes.data)
-            binding.bind_output(self._logits, *place)
+            binding.bind_output(self._logits, "cpu", 0, self._logits_element, logits.shape, logits.ctypes.data)
         for cache, spec, present in zip(self._caches, self._past, self._present, strict=True):
             place = (self.device, 0, _ELEMENTS[spec.dtype][1], *self._address(cache, rows))
             binding.bind_input(spec.name, *place)
