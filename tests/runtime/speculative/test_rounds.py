@@ -25,6 +25,7 @@ from optc.runtime.sampling import Sampling
 from optc.runtime.serving.engine import engine_for
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.paged_engine import PagedEngine
+from optc.runtime.serving.plan import Chosen
 from optc.runtime.serving.request import Generate
 from optc.runtime.serving.round import Round
 from optc.runtime.serving.round_runner import RoundRunner
@@ -151,6 +152,48 @@ def test_drafts_are_those_of_whole_texts_and_change_nothing(monkeypatch: pytest.
     assert own.checked > 30
     assert len(extended) > 3
     assert engine.metrics().used_blocks == 0
+
+
+def test_drafts_of_rounds_that_were_dropped_are_not_verified() -> None:
+    """Drafts are all right. A request is cancelled, so rounds that were launched ahead are dropped: the drafts on the device
+    continue their tokens then, not those of the rows."""
+    wanted = requests(MIXED[:1] * 2, (5, 9))
+    plain = plainly(wanted)
+    engine, own = knowing(wanted, plain)
+    own.wrong = 0.0
+    runner = engine._runner
+    assert isinstance(runner, RoundRunner)
+    got: dict[str, Got] = {}
+    for item in wanted:
+        engine.submit(item)
+    while runner._ahead is None:
+        take(got, engine.step())
+    engine.cancel("0")
+    run(engine, got=got)
+    figures = engine.metrics().speculation
+    assert figures is not None
+    assert got["1"].tokens == plain["1"].tokens
+    assert figures.drafted_at[0] >= 4
+    assert figures.accepted_at == figures.drafted_at
+
+
+def test_no_rounds_are_launched_ahead_in_which_a_row_could_get_nothing() -> None:
+    """A budget that leaves each row a drafted token, where two rounds take up to eight, and drafts end
+    where slots do."""
+    wanted = requests([Sampling()] * 2, (5, 9))
+    plain = plainly(wanted)
+    engine, own = knowing(wanted, plain, max_running=2, token_budget=4)
+    own.wrong, own._check = 0.0, lambda *_: None  # type: ignore[method-assign]
+    collect, least = engine._runner.collect, list[int]()
+
+    def noting() -> Chosen:
+        given = collect()
+        least.append(int(given.counts.min(initial=DEPTH)))
+        return given
+
+    engine._runner.collect = noting  # type: ignore[method-assign]
+    assert tokens(run(engine, wanted)) == tokens(plain)
+    assert min(least) == 1
 
 
 def test_a_pool_too_small_for_all() -> None:
