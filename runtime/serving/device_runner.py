@@ -1,6 +1,7 @@
 """Runs steps that choose their tokens on the device, so that the next one is launched before the host has read any.
 
 A step of decodes alone is a captured `DecodeStep` over the first rows, as many as a power of two; the others are padding.
+Some of them follow each other without the host, as each leaves the inputs of the next, and their tokens are read at once.
 A step with prompts is one call, mixed, of a size that repeats (`PromptCall`): decodes in it read their tokens from the
 device's rows, and all that are chosen go there.
 
@@ -11,10 +12,6 @@ token is a request of its own; what the device decided behind each of them is re
 from __future__ import annotations
 
 import functools
-import time
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,9 +21,11 @@ from optc.compiler.execution.block_manager import StepInputs
 from optc.compiler.kernels.cuda.dispatch import kernels_only
 from optc.compiler.kernels.cuda.paged_attention import SHORT_CONTEXT
 from optc.compiler.ops.dialect.paged import PADDING
+from optc.runtime.serving.flights import Flight, Flights, Given
 from optc.runtime.serving.mixed_call import MixedCall
 from optc.runtime.serving.model_runner import step_inputs
 from optc.runtime.serving.open_choice import OpenChoice, Tell
+from optc.runtime.serving.pace import Pace
 from optc.runtime.serving.plan import Chosen, Plan
 from optc.runtime.serving.rows import Ints, Kind, Rows
 from optc.runtime.serving.sampler import SamplerOf
@@ -46,20 +45,8 @@ _UNTIL_RECORDED = 2
 """Calls of a size, see `PromptCall`."""
 _STEP, _CLOSE = 64, 1024
 """Sizes of mixed calls, see `DeviceRunner._size`."""
-
-
-Given = Callable[[Ints], Chosen]
-
-
-@dataclass(slots=True)
-class Flight:
-    """A step that was launched: its tokens on the way to the host, where those of interest are among them, and what the
-    step gives once they are there."""
-
-    tokens: Tensor
-    order: Ints
-    given: Given
-    arrived: torch.cuda.Event | None
+_MOST_STEPS = 8
+"""Of a plan: what the host spends on it is then a small part of what it spends on launching them."""
 
 
 class DeviceRunner:
@@ -70,6 +57,7 @@ class DeviceRunner:
 
     Attributes:
         launched, captured: steps; those of them that were replayed from a graph.
+        pace: counts the steps of a plan of decodes alone.
     """
 
     def __init__(self, model: PagedModel, rows: Rows, sampler_of: SamplerOf, *, drafts: bool = False) -> None:
@@ -82,9 +70,17 @@ class DeviceRunner:
         self._open = OpenChoice(self._buffers, sampler_of)
         self._steps: dict[tuple[int, int, Kind], DecodeStep] = {}
         self._calls: dict[tuple[tuple[int, int], Kind, bool], MixedCall] = {}
-        self._flights: deque[Flight] = deque()
-        self.model_s = 0.0
+        self._flights = Flights(self._buffers)
+        self.pace = Pace(1, 1 if drafts else _MOST_STEPS)
         self.launched = self.captured = 0
+
+    @property
+    def model_s(self) -> float:
+        return self._flights.waited_s
+
+    @property
+    def most_steps(self) -> int:
+        return self.pace.steps
 
     def _draw_of(self, row: int) -> Draw:
         sampler = self._sampler_of(row)
@@ -128,8 +124,8 @@ class DeviceRunner:
             buffers.draws(kind)
         buffers.join([*self._behind(plan), *(piece.row for piece in plan.pieces if piece.last)])
         with kernels_only():
-            self._flights.append(self._start(plan, kind))
-        self.launched += 1
+            self._flights.add(self._start(plan, kind), 0 if plan.pieces else plan.steps)
+        self.launched += plan.steps
 
     def _brings_tokens(self, plan: Plan, kind: Kind) -> bool:
         """Whether what a step feeds comes from the host, and not from the device's rows."""
@@ -138,17 +134,9 @@ class DeviceRunner:
     def _start(self, plan: Plan, kind: Kind) -> Flight:
         """Launch a step."""
         if plan.drafted.any():
-            return self._fly(*self._verify(plan, kind))
+            return self._flights.of(*self._verify(plan, kind))
         tokens, order, tell = self._mixed(plan, kind) if plan.pieces else self._decode(plan, kind)
-        return self._fly(tokens, order, functools.partial(one_each, tell))
-
-    def _fly(self, tokens: Tensor, order: Ints, given: Given) -> Flight:
-        """What was launched last brings its tokens to the host."""
-        host, arrived = self._buffers.bring(tokens), None
-        if tokens.device.type == "cuda":
-            arrived = torch.cuda.Event()
-            arrived.record()
-        return Flight(host, order, given, arrived)
+        return self._flights.of(tokens, order, functools.partial(one_each, tell))
 
     def _behind(self, plan: Plan) -> list[int]:
         """Rows that got tokens which the device's tables do not have, where they are by now."""
@@ -159,21 +147,21 @@ class DeviceRunner:
 
     def collect(self) -> Chosen:
         """See `ModelRunner`."""
-        flight = self._flights.popleft()
-        begin = time.perf_counter()
-        if flight.arrived is not None:
-            flight.arrived.synchronize()
-        self.model_s += time.perf_counter() - begin
-        return flight.given(flight.tokens.numpy()[flight.order])
+        given, seconds = self._flights.land()
+        if seconds is not None:
+            self.pace.note(seconds)
+        return given
 
     def _decode(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Tell | None]:
-        """Tokens of a step of decodes, and where those of its rows are."""
+        """Tokens of a step of decodes, and where those of its rows are; of several steps, [R, steps]."""
         rows, buffers = plan.decodes, self._buffers
-        width = self._width(int(plan.positions.max()) + 1)
+        width = self._width(int(plan.positions.max()) + plan.steps)
         step = self._step(step_rows(int(rows[-1]) + 1, self._rows.count), width, kind)
         buffers.decode(rows, plan.positions)
+        self.captured += step.recorded * plan.steps
+        if plan.steps > 1:
+            return self._repeat(step, plan.steps), rows, None
         step.run()
-        self.captured += step.recorded
         if kind < Kind.OPEN:
             return step.tokens, rows, None
         state, places = buffers.state.first(step.batch), buffers.send(rows)
@@ -181,6 +169,14 @@ class DeviceRunner:
         tokens = torch.zeros_like(state.ids).index_copy_(0, places, chosen)
         torch.ops.optc.advance_step_(tokens, *state.advanced(), block_size=self._model.block_size)
         return tokens, rows, tell
+
+    def _repeat(self, step: DecodeStep, count: int) -> Tensor:
+        """Tokens of so many steps, [batch, count]."""
+        found = torch.empty((step.batch, count), dtype=torch.int64, device=self._model.device)
+        for place in range(count):
+            step.run()
+            found[:, place].copy_(step.tokens)
+        return found
 
     def _width(self, tokens: int) -> int:
         """Columns of the tables of a step whose longest request has so many tokens."""
@@ -305,6 +301,9 @@ def _few_tokens(tokens: int) -> int:
 
 
 def one_each(tell: Tell | None, found: Ints) -> Chosen:
+    """From tokens [R], or [R, steps] of several steps."""
+    if found.ndim == 2:
+        return Chosen(found, np.full(len(found), found.shape[1]))
     if tell is not None:
         tell(found)
     return Chosen.one_each(found)

@@ -23,12 +23,18 @@ class ModelRunner(Protocol):
     """Runs steps one after another; of each, `collect` gives the tokens, in the order in which they were launched.
 
     Attributes:
-        ahead: how many steps may be launched before the first of them is collected, beyond one.
+        ahead: how many launches there may be before the first of them is collected, beyond one.
+        most_steps: of a plan, see `Scheduler.plan`.
         model_s: seconds since the start in which the host waited for the model.
     """
 
     ahead: int
-    model_s: float
+
+    @property
+    def model_s(self) -> float: ...
+
+    @property
+    def most_steps(self) -> int: ...
 
     def warm_up(self, most_tokens: int) -> None:
         """Do what steps of up to so many tokens do once, before requests come."""
@@ -48,7 +54,7 @@ class HostRunner:
         sampler_of: see `SamplerOf`.
     """
 
-    ahead = 0
+    ahead, most_steps = 0, 1
 
     def __init__(self, model: PagedModel, rows: Rows, sampler_of: SamplerOf) -> None:
         self._model, self._rows, self._sampler_of = model, rows, sampler_of

@@ -148,7 +148,7 @@ class PagedEngine:
         begin, computed = time.perf_counter(), self._runner.model_s
         if self._drafting is not None:
             self._drafting.propose()
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan(self._runner.most_steps)
         if plan is not None:
             self._runner.launch(plan)
             self._launched.append(plan)
@@ -163,7 +163,9 @@ class PagedEngine:
             answers = self._tell(oldest)
         answers += [self._last(ended) for ended in self._ended]
         self._ended.clear()
-        self._host.note(time.perf_counter() - begin - (self._runner.model_s - computed))
+        self._host.note(
+            time.perf_counter() - begin - (self._runner.model_s - computed), 1 if plan is None else plan.steps
+        )
         return answers
 
     def _end_complete(self) -> None:
@@ -175,7 +177,7 @@ class PagedEngine:
                 del self._grammatical[identity]
 
     def _tell(self, plan: Plan) -> list[Answer]:
-        """The new token of every request that goes on; those that have moved tell theirs with the next one."""
+        """The new tokens of every request that goes on; those that have moved tell theirs with the next one."""
         rows = self._rows
         here = plan.rows[rows.serial[plan.rows] == plan.serials]
         known = rows.known[here]
@@ -183,11 +185,12 @@ class PagedEngine:
         answers = []
         for row, count, token in zip(here.tolist(), known.tolist(), last, strict=True):
             entry = self._entries[self.scheduler.at(row).id]
-            if entry.plain and entry.told == count - 1:
+            new = [token] if entry.told == count - 1 else rows.history[row, entry.told : count].tolist()
+            if entry.plain:
                 entry.told = count
-                answers.append(Answer(id=entry.scheduled.id, tokens=[token]))
+                answers.append(Answer(id=entry.scheduled.id, tokens=new))
             else:
-                answers.append(self._answer(entry, rows.history[row, entry.told : count].tolist(), None))
+                answers.append(self._answer(entry, new, None))
         return answers
 
     def _last(self, ended: Ended) -> Answer:

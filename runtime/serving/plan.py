@@ -73,6 +73,7 @@ class Plan:
         serials: of them, see `Rows`.
         grown: rows and columns of `Rows.tables` that are new since the plan before.
         moved: rows whose requests have other rows since then: from, to.
+        steps: of decodes alone that follow each other, each fed what the one before chose; 1 with drafts or pieces.
     """
 
     decodes: Ints
@@ -83,10 +84,11 @@ class Plan:
     serials: Ints
     grown: list[tuple[int, int]]
     moved: list[tuple[int, int]]
+    steps: int = 1
 
     @property
     def tokens(self) -> int:
-        """That the step feeds."""
+        """That each of its steps feeds."""
         return len(self.decodes) + int(self.drafted.sum()) + sum(piece.size for piece in self.pieces)
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
-from optc.runtime.serving.device_runner import DeviceRunner, Flight, one_each, step_rows
+from optc.runtime.serving.device_runner import DeviceRunner, one_each, step_rows
+from optc.runtime.serving.flights import Flight
 from optc.runtime.serving.mixed_call import MixedCall
 from optc.runtime.serving.plan import Chosen, Plan, Rounds
 from optc.runtime.serving.round import Round
@@ -94,7 +95,7 @@ class RoundRunner(DeviceRunner):
         self._give_up()
         plain = dataclasses.replace(plan, drafted=np.zeros_like(plan.drafted))
         tokens, order, tell = self._mixed(plain, kind)
-        return self._fly(tokens, order, functools.partial(one_each, tell))
+        return self._flights.of(tokens, order, functools.partial(one_each, tell))
 
     def _call(self, size: tuple[int, int], kind: Kind, *, every: bool = False) -> MixedCall:
         key = (size, kind, every)
@@ -152,7 +153,7 @@ class RoundRunner(DeviceRunner):
         for place in range(count):
             this.run()
             outcomes[place].copy_(this.outcome)
-        return self._fly(outcomes, np.arange(count), _nothing)
+        return self._flights.of(outcomes, np.arange(count), _nothing)
 
     def _give_up(self) -> None:
         """Rounds that were launched ahead are not those of the next step: what they gave is dropped. They wrote behind the

@@ -21,6 +21,11 @@ most, in all its life. So where k earlier ones have not ended when a request com
 
 Tokens may be read late: `plan` may be called again before `collect` has told what the step before gave.
 
+Steps of decodes alone may be planned as one, to be launched without a pause: as many as the caller wants, while no prompt
+can be fed, blocks that are free have room for all of them, and no row needs the host between two tokens. What comes
+meanwhile waits until they have ended, so the caller bounds them by time. A row that ends among them computes on in the
+slots that it has, which nobody reads; where requests wait for its place they end with it.
+
 Drafted tokens (`Rows.drafted`) are fed behind the token of their row where prompts leave some of the budget and no other
 request would have to give a block for them: speculation takes what is idle. Slots of those that are rejected are written
 again, and hold nothing that others could find: blocks are told to others up to the tokens that were fed for good. With
@@ -38,7 +43,7 @@ from optc.compiler.execution.block_manager import BlockManager
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
 from optc.runtime.serving.plan import Chosen, Counts, Ended, Piece, Plan, Request
 from optc.runtime.serving.request import Finish
-from optc.runtime.serving.rows import Ints, Rows
+from optc.runtime.serving.rows import Ints, Kind, Rows
 
 _RESERVE = 0.01
 """Of the blocks, that admission leaves free for the growth of rows that run."""
@@ -160,8 +165,9 @@ class Scheduler:
 
     # -- planning ---------------------------------------------------------------------------
 
-    def plan(self) -> Plan | None:
-        """The next step; None where nothing can be fed before more is collected."""
+    def plan(self, most_steps: int = 1) -> Plan | None:
+        """The next step, or as many of decodes alone as may follow each other; None where nothing can be fed before more is
+        collected."""
         self._commit_computed()
         if self._compacts and not self._moved:
             self._compact()
@@ -180,15 +186,16 @@ class Scheduler:
             return None
         positions = rows.fed[decodes]
         drafted = self._take_drafts(decodes, self._budget - len(decodes) - sum(piece.size for piece in pieces))
-        rows.fed[decodes] += 1
+        steps = 1 if pieces or most_steps == 1 else self._steps(decodes, most_steps)
+        rows.fed[decodes] += steps
         for piece in pieces:
             self._lay_out(piece)
         last = [piece.row for piece in pieces if piece.last]
         chosen = np.concatenate([decodes, np.array(last, np.int64)]) if last else decodes
-        self.counts.steps += 1
+        self.counts.steps += steps
         grown, self._grown = self._grown, []
         moved, self._moved = self._moved, []
-        return Plan(decodes, positions, drafted, pieces, chosen, rows.serial[chosen], grown, moved)
+        return Plan(decodes, positions, drafted, pieces, chosen, rows.serial[chosen], grown, moved, steps)
 
     def _compact(self) -> None:
         """See `compact`."""
@@ -218,11 +225,28 @@ class Scheduler:
         if len(full):
             for row in sorted(full.tolist(), key=lambda row: self.at(row).rank):
                 if self._at[row] is not None:
-                    self._commit(row, int(rows.fed[row]))
+                    self._commit(row, int(min(rows.fed[row], rows.known[row])))
                     wish = min(int(rows.fed[row]) + self._ahead, int(rows.end[row]) - 2) + 1
                     self._grow(row, wish)
             ready = ready[rows.decoding[ready]]
         return ready
+
+    def _steps(self, decodes: Ints, most: int) -> int:
+        """How many steps of these rows may follow each other; they have room for them then, and nobody gave way for it."""
+        rows, size = self.rows, self.manager.block_size
+        if (rows.kind[decodes] == Kind.OPEN).any():
+            return 1
+        fed, end, room = rows.fed[decodes], rows.end[decodes] - 1, rows.room[decodes]
+        until = end if self._waiting else np.maximum(end, np.minimum(room, rows.capacity))
+        steps = min(most, int((until - fed).min()))
+        wanted = np.minimum(fed + steps - 1 + self._ahead, end - 1) + 1
+        full = np.flatnonzero(wanted > room)
+        if (-(-(wanted[full] - room[full]) // size)).sum() > self.manager.free_blocks:
+            return min(steps, int((room - self._ahead - fed)[room < end].min()))
+        for row, slots in zip(decodes[full].tolist(), wanted[full].tolist(), strict=True):
+            self._commit(row, int(min(rows.fed[row], rows.known[row])))
+            self._grow(row, slots)
+        return steps
 
     def _take_drafts(self, decodes: Ints, budget: int) -> Ints:
         """How many of its drafted tokens each of these rows is fed, in what is left of budget and blocks."""
@@ -388,7 +412,7 @@ class Scheduler:
         ended: list[Ended] = []
         here = rows.serial[chosen] == plan.serials
         if not here.all():
-            ended += self._collect_late(plan, tokens[:, 0], here)
+            ended += self._collect_late(plan, given, here)
             chosen, tokens, counts = chosen[here], tokens[here], counts[here]
         columns = np.arange(tokens.shape[1])
         last = (tokens[:, :, None] == rows.stops[chosen][:, None]).any(2) | (tokens == NO_TOKEN)
@@ -397,37 +421,41 @@ class Scheduler:
         over = last.any(1)
         counts = np.where(over, last.argmax(1) + 1, counts)
         self._note_tokens(chosen, tokens, counts)
+        rows.fed[chosen] += counts - plan.steps
         for place in np.flatnonzero(over).tolist():
             request = self.at(int(chosen[place]))
             ended.append(self._end(request, self._reason(request, int(tokens[place, counts[place] - 1]))))
         return ended
 
     def _note_tokens(self, chosen: Ints, tokens: Ints, counts: Ints) -> None:
-        """The first `counts` of tokens [R, W] are known of these rows, and all of them but the last are fed."""
+        """The first `counts` of tokens [R, W] are known of these rows."""
         rows, columns = self.rows, np.arange(tokens.shape[1])
         row, column = np.nonzero(columns < counts[:, None])
         rows.history[chosen[row], rows.known[chosen[row]] + column] = tokens[row, column]
         rows.known[chosen] += counts
-        rows.fed[chosen] += counts - 1
         self.counts.generated_tokens += int(counts.sum())
 
-    def _collect_late(self, plan: Plan, tokens: Ints, here: np.ndarray) -> Iterator[Ended]:
+    def _collect_late(self, plan: Plan, given: Chosen, here: np.ndarray) -> Iterator[Ended]:
         """Tokens of requests that have given way since, or moved, or ended."""
         for place in np.flatnonzero(~here).tolist():
             request = self._late.pop((int(plan.rows[place]), int(plan.serials[place])), None)
             if request is None or request.id not in self._requests:
                 continue
-            token = int(tokens[place])
-            if request.row < 0:
-                request.tokens.append(token)
-                known = len(request.tokens)
-            else:
-                self.rows.history[request.row, self.rows.known[request.row]] = token
-                self.rows.known[request.row] += 1
-                known = int(self.rows.known[request.row])
-            self.counts.generated_tokens += 1
-            if token in request.stops or token < 0 or known >= request.end:
-                yield self._end(request, self._reason(request, token))
+            for token in given.tokens[place, : given.counts[place]].tolist():
+                known = self._append(request, token)
+                if token in request.stops or token < 0 or known >= request.end:
+                    yield self._end(request, self._reason(request, token))
+                    break
+
+    def _append(self, request: Request, token: int) -> int:
+        """A request has one token more; how many it has then."""
+        self.counts.generated_tokens += 1
+        if request.row < 0:
+            request.tokens.append(token)
+            return len(request.tokens)
+        self.rows.history[request.row, self.rows.known[request.row]] = token
+        self.rows.known[request.row] += 1
+        return int(self.rows.known[request.row])
 
     @staticmethod
     def _reason(request: Request, token: int) -> Finish:

@@ -33,7 +33,7 @@ def session() -> CudaSession:
 
 @pytest.mark.parametrize("samplings", [[Sampling()] * 3, MIXED, PENALIZED])
 def test_each_request_gets_what_it_gets_alone(samplings: list[Sampling]) -> None:
-    """float32, twice: the second time steps and calls of every size are replayed."""
+    """float32, twice: the second time steps and calls of every size are replayed, and five steps are launched at a time."""
     prompts = sequences(*LENGTHS)
     alone = session()
     expected = [
@@ -41,7 +41,10 @@ def test_each_request_gets_what_it_gets_alone(samplings: list[Sampling]) -> None
         for prompt, sampling in zip(prompts, samplings, strict=True)
     ]
     engine = PagedEngine(session().model, EngineOptions(max_running=8, token_budget=64), DeviceRunner)
-    for _ in range(2):
+    runner = engine._runner
+    assert isinstance(runner, DeviceRunner)
+    for steps in (1, 5):
+        runner.pace.fix(steps)
         items = [
             Generate(id=str(i), prompt=prompt, max_new_tokens=COUNT, sampling=sampling)
             for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
@@ -49,8 +52,6 @@ def test_each_request_gets_what_it_gets_alone(samplings: list[Sampling]) -> None
         got = run(engine, items)
         assert [got[str(i)].tokens for i in range(3)] == expected
     assert engine.metrics().used_blocks == 0
-    runner = engine._runner
-    assert isinstance(runner, DeviceRunner)
     assert runner.captured > 0.8 * runner.launched
 
 

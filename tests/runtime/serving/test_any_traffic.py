@@ -12,6 +12,7 @@ from optc.runtime.serving.device_runner import DeviceRunner
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.model_runner import HostRunner
 from optc.runtime.serving.paged_engine import PagedEngine
+from optc.runtime.serving.plan import Plan
 from optc.runtime.serving.request import Generate
 
 
@@ -43,6 +44,7 @@ def arrivals(draw: st.DrawFn) -> list[tuple[int, Generate, int | None]]:
     max_running=st.integers(1, 8),
     budget=st.integers(1, 9),
     patience=st.integers(1, 4),
+    steps=st.integers(1, 6),
 )
 def test_any_traffic(
     runner: type[HostRunner | DeviceRunner],
@@ -51,14 +53,18 @@ def test_any_traffic(
     max_running: int,
     budget: int,
     patience: int,
+    steps: int,
 ) -> None:
-    """Every answer is the one of the request alone; no block is left; no step is larger than its budget."""
+    """Every answer is the one of the request alone; no block is left; no step is larger than its budget, and none of several
+    launched at once is one with a prompt."""
     limit = max_running + budget
     options = EngineOptions(max_running=max_running, token_budget=limit, patience=patience)
     engine = PagedEngine(context_model(num_blocks), options, runner)
-    sizes: list[int] = []
+    if isinstance(engine._runner, DeviceRunner):
+        engine._runner.pace.fix(steps)
+    plans: list[Plan] = []
     launch = engine._runner.launch
-    engine._runner.launch = lambda plan: (sizes.append(plan.tokens), launch(plan))[1]  # type: ignore[method-assign]
+    engine._runner.launch = lambda plan: (plans.append(plan), launch(plan))[1]  # type: ignore[method-assign]
     got: dict[str, Got] = {}
     for step in range(600):
         for begin, item, cancelled in coming:
@@ -73,7 +79,8 @@ def test_any_traffic(
     assert engine.metrics().used_blocks == 0
     assert engine.scheduler.manager.free_blocks == num_blocks
     assert not engine.scheduler._late
-    assert max(sizes, default=0) <= limit
+    assert max((plan.tokens for plan in plans), default=0) <= limit
+    assert not any(plan.pieces for plan in plans if plan.steps > 1)
     for _, item, cancelled in coming:
         room = num_blocks * 4 + 1 - len(item.prompt)
         expected = continuation(item.prompt, min(item.max_new_tokens, room), item.stop_ids)

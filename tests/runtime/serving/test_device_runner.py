@@ -18,6 +18,7 @@ from optc.runtime.serving import device_runner
 from optc.runtime.serving.device_runner import DeviceRunner
 from optc.runtime.serving.engine import engine_for
 from optc.runtime.serving.engine_options import EngineOptions
+from optc.runtime.serving.pace import Pace
 from optc.runtime.serving.paged_engine import PagedEngine
 from optc.runtime.serving.request import Generate
 from optc.runtime.sessions.cuda import CudaSession
@@ -39,6 +40,19 @@ def engine(record: Recordings | None = None, **options: int) -> PagedEngine:
     return made
 
 
+def pace(served: PagedEngine) -> Pace:
+    assert isinstance(served._runner, DeviceRunner)
+    return served._runner.pace
+
+
+def planned(served: PagedEngine) -> list[int]:
+    """The steps of each plan that is launched from now on."""
+    found: list[int] = []
+    launch = served._runner.launch
+    served._runner.launch = lambda plan: (found.append(plan.steps), launch(plan))[1]  # type: ignore[method-assign]
+    return found
+
+
 @functools.cache
 def alone(place: int, sampling: Sampling) -> list[int]:
     """What a session of one row generates."""
@@ -54,11 +68,14 @@ def requests(samplings: list[Sampling], **others: object) -> list[Generate]:
 
 @pytest.mark.parametrize("samplings", [[Sampling()] * 3, MIXED, PENALIZED, [*MIXED[:2], PENALIZED[0]]])
 def test_recorded_steps_give_what_each_request_gets_alone(samplings: list[Sampling]) -> None:
-    """Those that come later meet steps and calls that were recorded without them."""
+    """Those that come later meet steps and calls that were recorded without them. The second time three steps follow each
+    other at a time."""
     record = Recordings()
     served = engine(record)
+    steps = planned(served)
     got: dict[str, Got] = {}
     for turn in range(2):
+        pace(served).fix(1 + 2 * turn)
         for item in requests(samplings):
             served.submit(item)
             for _ in range(2):
@@ -66,7 +83,9 @@ def test_recorded_steps_give_what_each_request_gets_alone(samplings: list[Sampli
         run(served, got=got)
         assert [got[str(i)].tokens for i in range(3)] == [alone(i, sampling) for i, sampling in enumerate(samplings)]
         if not turn:
+            assert set(steps) == {1}
             got = {}
+    assert set(steps) == {1, 3}
     assert served.metrics().used_blocks == 0
     assert record.names.count("a decode step") > 0
     assert served._runner.captured > 0.7 * served._runner.launched  # type: ignore[attr-defined]
@@ -77,7 +96,11 @@ def test_a_bias_and_logprobs_change_nothing_for_others() -> None:
     plain = {str(i): alone(i, sampling) for i, sampling in enumerate(samplings)}
     items = requests(samplings)
     items[2] = Generate(id="2", prompt=items[2].prompt, max_new_tokens=COUNT, logprobs=3, logit_bias={5: 100.0})
-    got = run(engine(), items)
+    served = engine()
+    pace(served).fix(3)
+    steps = planned(served)
+    got = run(served, items)
+    assert set(steps) == {1}, "what the host tells of a token it must see"
     assert [got[str(i)].tokens for i in range(2)] == [plain["0"], plain["1"]]
     assert got["2"].tokens == [5] * COUNT
     told = [item for answer in got["2"].answers for item in answer.logprobs or []]
@@ -99,6 +122,8 @@ def test_one_that_gave_way_draws_the_same() -> None:
     served = PagedEngine(
         CudaSession(compiled(), plan).model, EngineOptions(max_running=4, token_budget=64), DeviceRunner
     )
+    pace(served).fix(4)
+    steps = planned(served)
     prompts = sequences(50, 55)
     samplings = [MIXED[0], PENALIZED[0]]
     items = [
@@ -107,6 +132,7 @@ def test_one_that_gave_way_draws_the_same() -> None:
     ]
     got = run(served, items)
     assert served.metrics().preemptions == 1
+    assert max(steps) == 4
     for i in range(2):
         expected = generate(session(), [prompts[i]], max_new_tokens=30, sampling=samplings[i]).tokens[0]
         assert got[str(i)].tokens == expected
@@ -117,8 +143,9 @@ def test_rows_move_down_when_few_are_left() -> None:
     record = Recordings()
     plan = MemoryPlan(weights=0, working=0, pool=0, num_blocks=32, prompt_tokens=256)
     model = CudaSession(compiled(), plan, record=record).model
-    for sampling in (PENALIZED[0], MIXED[0]):
+    for steps, sampling, batches in ((1, PENALIZED[0], {8, 4, 2, 1}), (2, MIXED[0], {8, 4, 1})):
         served = PagedEngine(model, EngineOptions(max_running=8, token_budget=128), DeviceRunner)
+        pace(served).fix(steps)
         prompts = sequences(7, 7, 7, 7, 7, 7, 7, 70)
         items = [
             Generate(id=str(i), prompt=prompt, max_new_tokens=40 if i == 7 else 3 + i, sampling=sampling)
@@ -127,7 +154,7 @@ def test_rows_move_down_when_few_are_left() -> None:
         got = run(served, items)
         expected = generate(session(), [prompts[7]], max_new_tokens=40, sampling=sampling).tokens[0]
         assert got["7"].tokens == expected
-        assert {batch for batch, _, _ in served._runner._steps} == {8, 4, 2, 1}  # type: ignore[attr-defined]
+        assert {batch for batch, _, _ in served._runner._steps} == batches  # type: ignore[attr-defined]
         assert not served.scheduler._late
 
 

@@ -96,6 +96,67 @@ def test_the_last_in_order_gives_way() -> None:
     assert target.manager.used_blocks == 0
 
 
+def planned(target: Scheduler, most: int) -> int:
+    """Plan and collect; the steps of the plan."""
+    plan = target.plan(most)
+    assert plan is not None
+    target.collect(plan, Chosen(np.full((len(plan.rows), plan.steps), 1), np.full(len(plan.rows), plan.steps)))
+    return plan.steps
+
+
+def test_steps_follow_each_other_while_no_prompt_can_be_fed() -> None:
+    target = scheduler(rows=2, budget=10)
+    add(target, "a", 13, 30)
+    assert [planned(target, 4) for _ in range(3)] == [1, 1, 4]
+    add(target, "b", 3, 7)
+    assert [planned(target, 4) for _ in range(2)] == [1, 4]
+    add(target, "c", 3, 1)
+    assert [planned(target, 4) for _ in range(3)] == [2, 1, 4], "b ends with its steps, as c waits for its place"
+
+
+def test_a_row_that_ends_among_steps_computes_on_in_its_slots() -> None:
+    target = scheduler(rows=2, budget=20)
+    add(target, "a", 4, 30)
+    add(target, "b", 4, 3)
+    assert planned(target, 8) == 1
+    plan = target.plan(8)
+    assert plan is not None
+    assert plan.steps == 4, "b wants 2, and its second block has 4 slots"
+    ended = target.collect(plan, Chosen(np.arange(8).reshape(2, 4), np.full(2, 4)))
+    assert [(item.request.id, item.tokens[4:]) for item in ended] == [("b", [1, 4, 5])]
+    assert planned(target, 8) == 8
+
+
+def test_nobody_gives_way_for_steps_that_follow() -> None:
+    """Each of two rows needs a block for its next four tokens, and one is free."""
+    target = scheduler(blocks=5, rows=2, budget=20)
+    add(target, "a", 6, 14)
+    add(target, "b", 7, 14)
+    assert [planned(target, 4) for _ in range(3)] == [1, 1, 1], "the prompts, and slots that both have"
+    assert (target.counts.preemptions, target.manager.used_blocks) == (0, 5)
+    assert planned(target, 4) == 4, "b has given way for the next token of a"
+    assert target.counts.preemptions == 1
+
+
+def test_tokens_of_several_steps_come_to_one_that_gave_way() -> None:
+    """It gives way while they are under way, and ends with the stop token among them."""
+    target = Scheduler(BlockManager(6, 4), Rows(2, 64, 4), token_budget=20, ahead=1)
+    add(target, "a", 8, 12)
+    add(target, "b", 7, 12)
+    target._requests["b"].stops = [9]
+    prompts, steps = target.plan(4), target.plan(4)
+    assert prompts is not None
+    assert steps is not None
+    assert (steps.steps, len(steps.rows)) == (3, 2), "a has three slots and one for the step behind them"
+    target.collect(prompts, Chosen.one_each(np.array([1, 2])))
+    further = target.plan(4)
+    assert further is not None
+    assert (further.steps, len(further.rows), target.counts.preemptions) == (4, 1, 1)
+    ended = target.collect(steps, Chosen(np.array([[3, 4, 5], [6, 9, 7]]), np.full(2, 3)))
+    assert [(item.request.id, item.tokens[7:], item.finish) for item in ended] == [("b", [2, 6, 9], "stop")]
+    assert not target._late
+
+
 def test_no_flood_of_better_ones_starves_a_request() -> None:
     """Of one row, with a better request always at hand: overtaken as often as patience says, no more."""
     target = scheduler(rows=1, patience=5)
