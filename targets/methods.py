@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from optc.compiler.diagnostics import UsageError, unknown_name
-from optc.compiler.formats.group_sizes import BITS
+from optc.compiler.formats.group_sizes import AUTO_SIZES, BITS
 from optc.compiler.rewriting.passes import Pass
 from optc.compiler.target.options import CompileOptions, Quantization, QuantRequest
 from optc.compiler.target.target import Step
@@ -202,11 +202,12 @@ def choose_quantization(asked: QuantRequest) -> Quantization | None:
     if method.fixed:
         _check_fixed(asked, method)
     bits = None if method.own_bits else method.bits if asked.bits is None else asked.bits
+    size = AUTO_SIZES if asked.group_size == "auto" else asked.group_size
     return Quantization(
         method=asked.quant,
         bits=bits,
         average_bits=asked.average_bits,
-        group_size=method.own_group_size if method.fixed else asked.group_size,
+        group_size=method.own_group_size if method.fixed else size,
         symmetric=asked.symmetric is not False,
         ignore=asked.ignore,
     )
@@ -256,6 +257,7 @@ def head_steps(
         return []
     form: dict[str, Any] = {} if chosen is None else {"symmetric": chosen.symmetric, "ignore": chosen.ignore}
     size = None if chosen is None else chosen.group_size
+    size = size[0] if isinstance(size, tuple) else size
     size = 0 if rows_at_8 and bits == 8 else size or GROUP_SIZES[0]
     return [Step(QuantizeHead(bits=bits, group_size=size, **form), optional=True)]
 

@@ -13,6 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from optc.compiler.formats.group_sizes import GroupSize
+
 ComputeType = Literal["fp32", "bf16", "fp16"]
 
 MaxSeqLen = Annotated[
@@ -51,12 +53,15 @@ class QuantRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ) = None
     group_size: (
         Annotated[
-            int,
+            Annotated[int, Meta(ge=0, le=1 << 20)] | Literal["auto"],
             Meta(
-                ge=0,
-                le=1 << 20,
-                description="Weights per scale; 0 is one scale per row.",
-                extra={"default": "the largest of 128, 64, 32 that divides every linear"},
+                description="Weights per scale; 0 is one scale per row; auto takes for each linear the largest, up to 128, "
+                "that divides it and that the target runs, and leaves a linear as it is that none divides.",
+                extra={
+                    "default": "the largest of 128, 64, 32 that divides every linear",
+                    "metavar": "INTEGER|auto",
+                    "expected": "an integer from 0 to 1048576, or auto",
+                },
             ),
         ]
         | None
@@ -165,8 +170,9 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
         method: name of a method (`targets/methods.py`).
         bits: per weight; None where the method chooses them for each linear.
         average_bits: the mean that such a method keeps; None for other methods.
-        group_size: weights per scale, 0 for a row. None: the method has blocks of its own, or, before the model is
-            read, the largest of the default sizes that divides every linear (`optc.resolving.settled`).
+        group_size: weights per scale, 0 for a row; several, of which each linear gets the first that divides it. None:
+            the method has blocks of its own, or, before the model is read, the largest of the default sizes that
+            divides every linear (`optc.resolving.settled`).
         symmetric: without zero points.
         ignore: patterns of weights that stay as they are.
     """
@@ -174,7 +180,7 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
     method: str
     bits: int | None
     average_bits: float | None = None
-    group_size: int | None = None
+    group_size: GroupSize = None
     symmetric: bool = True
     ignore: tuple[str, ...] = ()
 

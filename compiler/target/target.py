@@ -241,7 +241,7 @@ def _quantization_problem(target: Target, asked: Quantization) -> tuple[str, str
     support = target.quant[asked.method]
     if asked.bits is not None and asked.bits not in support.bits:
         return f"{asked.bits}-bit weights", f"{', '.join(map(str, support.bits))} bits", "bits"
-    if asked.group_size is not None and asked.group_size not in support.group_sizes:
+    if isinstance(asked.group_size, int) and asked.group_size not in support.group_sizes:
         sizes = ", ".join(map(str, support.group_sizes))
         return f"group size {asked.group_size}", f"group sizes {sizes}", "group-size"
     if asked.symmetric not in support.symmetric:
@@ -256,7 +256,7 @@ def _nearest_here(target: Target, asked: Quantization) -> list[str]:
         (_distance(asked, method, bits, size, symmetric), method, bits, size, symmetric)
         for method, support in target.quant.items()
         for bits in support.bits
-        for size in (support.group_sizes if asked.group_size is not None else (None,))
+        for size in (support.group_sizes if isinstance(asked.group_size, int) else (None,))
         for symmetric in support.symmetric
     ]
     if not found:
@@ -276,7 +276,7 @@ def _distance(
     """How far a quantization is from the asked one: method first, then bits (fewer are worse), groups, zero points."""
     wanted = bits if asked.bits is None else asked.bits
     gap = 0.0
-    if group_size is not None and asked.group_size is not None:
+    if group_size is not None and isinstance(asked.group_size, int):
         gap = abs(math.log2((group_size or _ROW) / (asked.group_size or _ROW)))
     return (method != asked.method, abs(bits - wanted), bits < wanted, gap, symmetric != asked.symmetric)
 

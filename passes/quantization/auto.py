@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import InputError, UsageError
-from optc.compiler.formats.group_sizes import BITS, check_bits, check_group_size, default_group_size
+from optc.compiler.formats.group_sizes import BITS, GroupSize, check_bits, check_sizes
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
@@ -21,7 +21,7 @@ from optc.passes.quantization.arithmetic.differentiable import Differentiable
 from optc.passes.quantization.arithmetic.grid import search
 from optc.passes.quantization.arithmetic.groups import Group, input_groups, weight_label, weight_rows
 from optc.passes.quantization.arithmetic.ranges import calibration_tokens
-from optc.passes.quantization.arithmetic.selection import select_linears, weight_name
+from optc.passes.quantization.arithmetic.selection import select_in_groups, weight_name
 from optc.passes.quantization.gptq import QuantizeGptq
 
 
@@ -64,13 +64,14 @@ class QuantizeAuto(Pass):
     average_bits: float = 4.0
     max_kl: float = 0.0
     choices: tuple[int, ...] = BITS
-    group_size: int | None = None
+    group_size: GroupSize = None
     symmetric: bool = True
     ignore: tuple[str, ...] = ()
     head: bool = False
     samples: int = 4
 
     def __post_init__(self) -> None:
+        check_sizes(self.group_size)
         for bits in self.choices:
             check_bits(bits)
         low, high = min(self.choices), max(self.choices)
@@ -92,23 +93,19 @@ class QuantizeAuto(Pass):
         Raises:
             InputError: no calibration tokens, a group size that does not divide a K, numbers that are not finite.
         """
-        selection = select_linears(program, self.ignore, self.head)
+        selection = select_in_groups(program, self.ignore, self.head, self.group_size)
         if not selection.chosen:
             return PassResult(program, 0, selection.candidates, selection.misses, selection.notes)
         tokens = calibration_tokens(self.name, context)[: self.samples]
-        columns = [site.columns for site in selection.chosen]
-        labels = [weight_label(program, site) for site in selection.chosen]
-        size = default_group_size(columns, labels) if self.group_size is None else self.group_size
-        check_group_size(size, columns, labels)
         groups = input_groups(selection.chosen)
-        measured = self._measure(program, context, tokens, groups, size)
+        measured = self._measure(program, context, tokens, groups, selection.sizes)
         bits = allocate(measured, sorted(self.choices), self.average_bits, self.max_kl)
         overrides = tuple(
             f"{_literal(name)}={count}" for choice, count in zip(measured, bits, strict=True) for name in choice.names
         )
         gptq = QuantizeGptq(
             bits=min(self.choices),
-            group_size=size,
+            group_size=self.group_size,
             symmetric=self.symmetric,
             ignore=self.ignore,
             head=self.head,
@@ -118,7 +115,12 @@ class QuantizeAuto(Pass):
         return dataclasses.replace(result, notes=(*result.notes, *_table(measured, bits)))
 
     def _measure(
-        self, program: Program, context: PassContext, tokens: Tensor, groups: Sequence[Group], group_size: int
+        self,
+        program: Program,
+        context: PassContext,
+        tokens: Tensor,
+        groups: Sequence[Group],
+        sizes: Mapping[str, int],
     ) -> list[Choice]:
         found = []
         with torch.no_grad():
@@ -129,7 +131,7 @@ class QuantizeAuto(Pass):
                     context.progress(number, len(groups), "measuring sensitivity")
                 kl = {}
                 for bits in self.choices:
-                    run.weights = self._rounded(program, group, bits, group_size)
+                    run.weights = self._rounded(program, group, bits, sizes)
                     kl[bits] = _divergence(run, tokens, reference)
                 names = tuple(weight_label(program, site) for site in group.sites)
                 if not all(math.isfinite(value) for value in kl.values()):
@@ -142,12 +144,12 @@ class QuantizeAuto(Pass):
                 found.append(Choice(names, size, kl))
         return found
 
-    def _rounded(self, program: Program, group: Group, bits: int, group_size: int) -> dict[str, Tensor]:
+    def _rounded(self, program: Program, group: Group, bits: int, sizes: Mapping[str, int]) -> dict[str, Tensor]:
         """The weights of a group on clipped grids, by name, in their own layout."""
         weights: dict[str, Tensor] = {}
         for site in group.sites:
             rows = weight_rows(program, site).float()
-            grid = search(rows, bits, group_size, self.symmetric, steps=8, least=0.65)
+            grid = search(rows, bits, sizes[weight_label(program, site)], self.symmetric, steps=8, least=0.65)
             values = grid.values(grid.codes(rows))
             name = weight_name(program, site)
             old = weights.get(name, program.weight(name).detach())

@@ -7,18 +7,18 @@ from typing import ClassVar
 
 from optc.compiler.analysis.linears import Linear
 from optc.compiler.diagnostics import InputError
-from optc.compiler.formats.group_sizes import check_bits, check_group_size, default_group_size
+from optc.compiler.formats.group_sizes import GroupSize, check_bits, check_sizes
 from optc.compiler.formats.integer import quantize_groups
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.passes.quantization.arithmetic.budgets import weight_budget
-from optc.passes.quantization.arithmetic.groups import weight_rows
+from optc.passes.quantization.arithmetic.groups import weight_label, weight_rows
 from optc.passes.quantization.arithmetic.selection import (
     quantize_selected,
     replace_weight,
-    select_linears,
+    select_in_groups,
     weight_name,
 )
 
@@ -34,7 +34,8 @@ class QuantizeRtn(Pass):
     Attributes:
         bits: 2, 3, 4 or 8.
         group_size: neighbours along K that share a scale; 0 is a whole row; None takes the largest of
-            128, 64 and 32 that divides the K of every quantized linear.
+            128, 64 and 32 that divides the K of every quantized linear. Of several each weight gets the first that
+            divides its K, and one that none divides is left alone.
         symmetric: no zero point.
         ignore: patterns (`*.down_proj.*`) of weight names to leave alone.
         head: quantize the linear that makes the logits too. One that is tied with the embedding gets
@@ -45,15 +46,14 @@ class QuantizeRtn(Pass):
     lossy: ClassVar[bool] = True
 
     bits: int = 4
-    group_size: int | None = None
+    group_size: GroupSize = None
     symmetric: bool = True
     ignore: tuple[str, ...] = ()
     head: bool = False
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
-        if self.group_size is not None:
-            check_group_size(self.group_size, [])
+        check_sizes(self.group_size)
 
     def budget(self, before: Program) -> Budget:
         return weight_budget(self.bits)
@@ -64,22 +64,12 @@ class QuantizeRtn(Pass):
         Raises:
             InputError: the group size does not divide a K (names the weight), or a weight is not finite.
         """
-        selection = select_linears(program, self.ignore, self.head)
-        columns = [site.columns for site in selection.chosen]
-        names = [weight_name(program, site) for site in selection.chosen]
-        notes: tuple[str, ...] = ()
-        size = self.group_size
-        if size is not None:
-            check_group_size(size, columns, names)
-        elif columns:
-            size = default_group_size(columns, names)
-            notes = (f"group size {size}: the largest of 128, 64, 32 that divides every K",)
+        selection = select_in_groups(program, self.ignore, self.head, self.group_size)
 
         def quantize(edited: Program, site: Linear) -> None:
-            assert size is not None
-            self._quantize(edited, site, size)
+            self._quantize(edited, site, selection.sizes[weight_label(edited, site)])
 
-        return quantize_selected(program, selection, quantize, notes)
+        return quantize_selected(program, selection, quantize)
 
     def _quantize(self, program: Program, site: Linear, group_size: int) -> None:
         source = weight_name(program, site)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from optc.compiler.analysis.linears import Linear
-from optc.compiler.formats.group_sizes import check_bits, check_group_size, default_group_size
+from optc.compiler.formats.group_sizes import GroupSize, check_bits, check_sizes
 from optc.compiler.ir.program import Program
 from optc.passes.quantization.arithmetic.folding import Fold
 from optc.passes.quantization.arithmetic.groups import Group, gram_matrix, weight_label, weight_rows
 from optc.passes.quantization.arithmetic.scale_pass import ScalePass
 from optc.passes.quantization.arithmetic.scaling import awq_scales
+from optc.passes.quantization.arithmetic.selection import Selection, select_in_groups
 from optc.passes.quantization.arithmetic.stream import Stream
 
 
@@ -36,27 +34,20 @@ class ScaleAwq(ScalePass):
     name: ClassVar[str] = "scale-awq"
 
     bits: int = 4
-    group_size: int | None = None
+    group_size: GroupSize = None
     symmetric: bool = True
     samples: int = 32
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
-        if self.group_size is not None:
-            check_group_size(self.group_size, [])
+        check_sizes(self.group_size)
 
-    def resolved(self, program: Program, sites: Sequence[Linear]) -> ScaleAwq:
-        columns, names = [site.columns for site in sites], [weight_label(program, site) for site in sites]
-        if self.group_size is None:
-            return dataclasses.replace(self, group_size=default_group_size(columns, names))
-        check_group_size(self.group_size, columns, names)
-        return self
+    def select(self, program: Program) -> Selection:
+        return select_in_groups(program, self.ignore, self.head, self.group_size)
 
-    def choose(self, program: Program, stream: Stream, group: Group, fold: Fold) -> Tensor:
-        assert self.group_size is not None
+    def choose(self, program: Program, stream: Stream, group: Group, fold: Fold, selection: Selection) -> Tensor:
         gram, _ = gram_matrix(stream, group)
         weights = [weight_rows(program, site) for site in group.sites]
-        scales, _ = awq_scales(
-            weights, gram, fold, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric
-        )
+        size = selection.sizes[weight_label(program, group.sites[0])]  # all of one input have one K
+        scales, _ = awq_scales(weights, gram, fold, bits=self.bits, group_size=size, symmetric=self.symmetric)
         return scales

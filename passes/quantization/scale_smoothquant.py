@@ -15,6 +15,7 @@ from optc.passes.quantization.arithmetic.groups import Group, rows, weight_label
 from optc.passes.quantization.arithmetic.ranges import check_finite
 from optc.passes.quantization.arithmetic.scale_pass import ScalePass
 from optc.passes.quantization.arithmetic.scaling import smooth_scales
+from optc.passes.quantization.arithmetic.selection import Selection
 from optc.passes.quantization.arithmetic.stream import Stream
 
 
@@ -37,7 +38,7 @@ class ScaleSmoothQuant(ScalePass):
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"alpha {self.alpha} is out of range", remedy="use a value from 0 to 1")
 
-    def choose(self, program: Program, stream: Stream, group: Group, fold: Fold) -> Tensor:
+    def choose(self, program: Program, stream: Stream, group: Group, fold: Fold, selection: Selection) -> Tensor:
         largest = torch.stack([x.abs().amax(0) for x in rows(stream, group.root)]).amax(0)
         check_finite(largest, f"input of {weight_label(program, group.sites[0])}")
         weights = [weight_rows(program, site) for site in group.sites]

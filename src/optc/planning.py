@@ -11,6 +11,7 @@ from optc.capturing import dtype_name
 from optc.compiler.capture.embedding import EmbeddingHead
 from optc.compiler.capture.facts import generates_from_an_encoder, stated_context, text_config
 from optc.compiler.capture.loading import DTYPES, meta_model
+from optc.compiler.formats.group_sizes import size_for
 from optc.compiler.model_folder.checkpoint import check_folder
 from optc.compiler.model_folder.quantized import quantized_folder, refuse_quantizing_again
 from optc.compiler.model_folder.sentence import sentence_modules
@@ -27,7 +28,8 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
     """Check the request and predict sizes.
 
     Returns a JSON-able dict: `passes` in order, `sizes` of the weights by parts, as `optc compile` will write them,
-    `weight_bytes`, their sum, `group_size`, `kv_cache_bytes_per_token`, `linears`.
+    `weight_bytes`, their sum, `group_size` (a list where each linear gets the first that divides it), `left`, the
+    linears that none divides, `kv_cache_bytes_per_token`, `linears`.
 
     Raises:
         UsageError, TargetError, InputError, CaptureError: as the compile itself would.
@@ -53,6 +55,8 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
         check_encoder_decoder(resolved, steps)
     chosen = options.quantization
     sizes = predicted_sizes(skeleton, target, options, steps, info.weight_bytes)
+    sizes_of = chosen.group_size if chosen is not None and isinstance(chosen.group_size, tuple) else (0,)
+    left = [name for name, (_, columns) in linears.items() if size_for(columns, sizes_of) is None]
     held = quantized_folder(info)
     note = target.quant[chosen.method].note if chosen is not None else ""
     if held is not None:
@@ -75,6 +79,7 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in skeleton.parameters()),
         "linears": len(linears),
         "group_size": None if chosen is None else chosen.group_size,
+        "left": left,
         "weight_bytes": sizes.total,
         "sizes": sizes.to_dict(),
         "kv_cache_bytes_per_token": _cache_bytes(words, options) if decoder else 0,

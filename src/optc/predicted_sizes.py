@@ -11,7 +11,8 @@ from optc.compiler.analysis.name_patterns import check_patterns, fits
 from optc.compiler.artifact.sizes import Sizes
 from optc.compiler.capture.facts import generates_from_an_encoder, text_config
 from optc.compiler.capture.loading import DTYPES
-from optc.compiler.target.options import CompileOptions
+from optc.compiler.formats.group_sizes import size_for
+from optc.compiler.target.options import CompileOptions, Quantization
 from optc.compiler.target.target import Step, StoredWeights, Target
 from optc.passes.quantization.head import QuantizeHead
 
@@ -70,8 +71,11 @@ def predicted_sizes(
         if chosen is not None and name in rounded:
             for rows, columns in rounded[name]:
                 bits = chosen.bits or chosen.average_bits or 4
-                size = _OWN_BLOCK if chosen.group_size is None else chosen.group_size
-                form = _Form(bits, size if columns % (size or 1) == 0 else 0, chosen.symmetric)
+                group = _group_size(chosen, columns)
+                if group is None:
+                    found[part] += rows * columns * width
+                    continue
+                form = _Form(bits, group, chosen.symmetric)
                 found.update(form.sizes(part, rows, columns, target.stored, width))
         elif rewrite is not None and part in ("embedding", "head") and id(parameter) not in ignored:
             rows, columns = (int(size) for size in parameter.shape)
@@ -84,6 +88,14 @@ def predicted_sizes(
         else:
             found[part] += parameter.numel() * width
     return Sizes(source=source, tied=tied, **found)
+
+
+def _group_size(chosen: Quantization, columns: int) -> int | None:
+    """Of a linear of K = `columns`, 0 for a row; None where it is left as it is."""
+    if isinstance(chosen.group_size, tuple):
+        return size_for(columns, chosen.group_size)
+    size = _OWN_BLOCK if chosen.group_size is None else chosen.group_size
+    return size if columns % (size or 1) == 0 else 0
 
 
 class _Form:

@@ -68,6 +68,11 @@ def parse_passes(items: Sequence[str | Mapping[str, Any]], asked: QuantRequest) 
         cls = find_pass(str(name))
         own = {str(key).replace("-", "_"): value for key, value in (given or {}).items()}
         merged = {**flags_for(cls, asked), **own} if cls.lossy else own
+        if merged.get("group_size") == "auto":
+            raise UsageError(
+                f"group size 'auto' is for --quant, and {cls.name} is named by itself",
+                remedy=f"give the sizes to choose from: {{{cls.name}: {{group_size: [128, 64, 32]}}}}",
+            )
         steps.append(Step(make_pass(str(name), merged)))
     return steps
 

@@ -15,7 +15,7 @@ from optc.compiler.ir.program import Program
 from optc.compiler.model_folder.medusa import heads_digest
 from optc.compiler.rewriting.passes import Pass
 from optc.compiler.settings.fields import fields_of
-from optc.compiler.target.options import CompileOptions, QuantRequest
+from optc.compiler.target.options import CompileOptions, Quantization, QuantRequest
 from optc.compiler.target.target import Step, Target, check_options
 from optc.passes.quantization.arithmetic.groups import weight_label
 from optc.passes.quantization.arithmetic.selection import select_linears
@@ -61,7 +61,7 @@ def resolve(request: Request, stored: str | None = None) -> Resolved:
     kind = request.cache.kv_cache or (target.kv_caches[0] if target.kv_caches else None)
     options = CompileOptions(
         dtype=request.what.dtype or (stored if target.keeps_dtype and stored in target.dtypes else target.dtypes[0]),
-        quantization=choose_quantization(asked),
+        quantization=_runnable(choose_quantization(asked), target),
         kv_cache=kind,
         expose_hidden=request.drafting.expose_hidden,
         medusa=request.drafting.medusa,
@@ -78,6 +78,14 @@ def resolve(request: Request, stored: str | None = None) -> Resolved:
     if target.check_machine is not None:
         target.check_machine(options)
     return Resolved(request, options, choose_device(request.what.device))
+
+
+def _runnable(chosen: Quantization | None, target: Target) -> Quantization | None:
+    """With those of several group sizes that the target runs, where it runs the method."""
+    if chosen is None or not isinstance(chosen.group_size, tuple) or chosen.method not in target.quant:
+        return chosen
+    sizes = tuple(size for size in chosen.group_size if size in target.quant[chosen.method].group_sizes)
+    return msgspec.structs.replace(chosen, group_size=sizes)
 
 
 def with_group_size(resolved: Resolved, columns: Sequence[int], names: Sequence[str]) -> Resolved:
@@ -97,11 +105,13 @@ def with_group_size(resolved: Resolved, columns: Sequence[int], names: Sequence[
     if chosen is None or not columns:
         return resolved
     sizes = resolved.target.quant[chosen.method].group_sizes
-    if chosen.group_size is not None:
-        check_group_size(chosen.group_size, columns, names, sizes=sizes)
+    if isinstance(chosen.group_size, int):
+        check_group_size(chosen.group_size, columns, names, sizes=sizes, auto=True)
     if chosen.group_size is not None or METHODS[chosen.method].fixed:
         return resolved
-    quantization = msgspec.structs.replace(chosen, group_size=default_group_size(columns, names, sizes=sizes))
+    quantization = msgspec.structs.replace(
+        chosen, group_size=default_group_size(columns, names, sizes=sizes, auto=True)
+    )
     options = msgspec.structs.replace(options, quantization=quantization)
     check_options(resolved.target, options, all_targets)
     return replace(resolved, options=options)

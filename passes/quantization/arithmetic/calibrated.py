@@ -22,7 +22,7 @@ from torch.fx import Node
 from optc.compiler.analysis.linears import Linear
 from optc.compiler.analysis.name_patterns import fits
 from optc.compiler.diagnostics import UsageError
-from optc.compiler.formats.group_sizes import check_bits, check_group_size, default_group_size
+from optc.compiler.formats.group_sizes import GroupSize, check_bits, check_sizes
 from optc.compiler.formats.integer import check_finite_weight
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
@@ -46,7 +46,7 @@ from optc.passes.quantization.arithmetic.selection import (
     Selection,
     quantize_selected,
     replace_weight,
-    select_linears,
+    select_in_groups,
     weight_name,
 )
 from optc.passes.quantization.arithmetic.store import Entry, GroupStore
@@ -89,7 +89,8 @@ class CalibratedPass(Pass):
     Attributes:
         bits: 2, 3, 4 or 8.
         group_size: neighbours along K that share a scale; 0 is a whole row; None takes the largest of 128, 64 and 32
-            that divides the K of every quantized linear.
+            that divides the K of every quantized linear. Of several each weight gets the first that divides its K, and
+            one that none divides is left alone.
         symmetric: no zero point.
         ignore: patterns (`*.down_proj.*`) of weight names to leave alone.
         head: quantize the linear that makes the logits too.
@@ -101,7 +102,7 @@ class CalibratedPass(Pass):
     method: ClassVar[str]
 
     bits: int = 4
-    group_size: int | None = None
+    group_size: GroupSize = None
     symmetric: bool = True
     ignore: tuple[str, ...] = ()
     head: bool = False
@@ -109,8 +110,7 @@ class CalibratedPass(Pass):
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
-        if self.group_size is not None:
-            check_group_size(self.group_size, [])
+        check_sizes(self.group_size)
         for item in self.overrides:
             pattern, equals, bits = item.rpartition("=")
             if not (pattern and equals and bits.isdigit()):
@@ -136,20 +136,11 @@ class CalibratedPass(Pass):
             InputError: no calibration tokens, activations that are not finite (the layer is named), a group size that
                 does not divide a K, a weight that is not finite.
         """
-        selection = select_linears(program, self.ignore, self.head)
+        selection = select_in_groups(program, self.ignore, self.head, self.group_size)
         if not selection.chosen:
             return PassResult(program, 0, len(selection.misses), selection.misses, selection.notes)
         calibration_feed(self.name, context)
-        sizes = self._group_size(program, selection)
-        return _Run(self, program, context, selection, sizes).run()
-
-    def _group_size(self, program: Program, selection: Selection) -> int:
-        columns = [site.columns for site in selection.chosen]
-        names = [weight_label(program, site) for site in selection.chosen]
-        if self.group_size is None:
-            return default_group_size(columns, names)
-        check_group_size(self.group_size, columns, names)
-        return self.group_size
+        return _Run(self, program, context, selection).run()
 
     def bits_of(self, name: str) -> int:
         """The bits of a weight, overrides considered."""
@@ -169,10 +160,9 @@ class _Run:
         program: Program,
         context: PassContext,
         selection: Selection,
-        group_size: int,
     ) -> None:
         self.rewrite, self.program, self.context = rewrite, program, context
-        self.selection, self.group_size = selection, group_size
+        self.selection = selection
         assert context.calibration is not None
         tokens = context.calibration.tokens
         self.values: dict[Node, Tensor] = {}
@@ -196,7 +186,7 @@ class _Run:
     def _key(self) -> str:
         calibration = self.context.calibration
         assert calibration is not None
-        parts = (repr(self.rewrite), calibration.digest, self.program.fingerprint(), str(self.group_size))
+        parts = (repr(self.rewrite), calibration.digest, self.program.fingerprint(), repr(self.selection.sizes))
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _group(self, number: int, group: Group) -> None:
@@ -257,7 +247,7 @@ class _Run:
         name = weight_label(self.program, sites[0])
         for site, weight in zip(sites, weights, strict=True):
             check_finite_weight(*weight.aminmax(), where=weight_label(self.program, site))
-        whole = self.rewrite.round_group(torch.cat(weights), statistics, bits, self.group_size, name)
+        whole = self.rewrite.round_group(torch.cat(weights), statistics, bits, self.selection.sizes[name], name)
         counts = [len(weight) for weight in weights]
         parts = [tensor.split(counts) for tensor in (whole.codes, whole.grid.scale, whole.grid.zero)]
         return {
@@ -268,7 +258,7 @@ class _Run:
         }
 
     def _record(self, site: Linear, rounded: Rounded, statistics: Statistics, seconds: float) -> LinearRecord:
-        weight = weight_rows(self.program, site).float()
+        weight, label = weight_rows(self.program, site).float(), weight_label(self.program, site)
         grid = rounded.grid
         plain = full_range(weight, grid.bits, grid.group_size, grid.symmetric)
         values = grid.values(rounded.codes)
@@ -279,13 +269,13 @@ class _Run:
         energy = output_energy(seen, statistics.gram)
         errors = [output_energy(seen - found, statistics.gram) for found in candidates]
         return linear_record(
-            weight_label(self.program, site),
+            label,
             weight,
             values,
             grid.scale,
             method=self.rewrite.method,
             bits=grid.bits,
-            group_size=self.group_size,
+            group_size=self.selection.sizes[label],
             symmetric=grid.symmetric,
             error_rtn=relative((errors[0], energy)),
             error=relative((errors[1], energy)),
@@ -321,12 +311,13 @@ class _Run:
 
     def _result(self) -> PassResult:
         def put(edited: Program, site: Linear) -> None:
-            rounded = self.made[weight_label(edited, site)]
+            label = weight_label(edited, site)
+            rounded = self.made[label]
             grid, source = rounded.grid, weight_name(edited, site)
             entry = WeightQuantization(
                 method=self.rewrite.method,
                 bits=grid.bits,
-                group_size=self.group_size,
+                group_size=self.selection.sizes[label],
                 symmetric=grid.symmetric,
                 source=source,
             )
@@ -353,8 +344,6 @@ class _Run:
 
     def _notes(self, records: Sequence[LinearRecord]) -> tuple[str, ...]:
         notes = []
-        if self.rewrite.group_size is None:
-            notes.append(f"group size {self.group_size}: the largest of 128, 64, 32 that divides every K")
         raised = [record.name for record in self.records if record.damping and record.damping > 0.011]
         if raised:
             notes.append(f"damping was raised for {len(raised)} linears, {raised[0]} among them")

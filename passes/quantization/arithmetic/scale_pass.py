@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from optc.passes.quantization.arithmetic.folding import Fold, trace
 from optc.passes.quantization.arithmetic.groups import Group, input_groups, input_readers, weight_label
 from optc.passes.quantization.arithmetic.ranges import calibration_feed
 from optc.passes.quantization.arithmetic.scaling import apply_scales
-from optc.passes.quantization.arithmetic.selection import select_linears
+from optc.passes.quantization.arithmetic.selection import Selection, select_linears
 from optc.passes.quantization.arithmetic.stream import Stream
 
 
@@ -40,12 +40,12 @@ class ScalePass(Pass):
     samples: int = 0
 
     @abstractmethod
-    def choose(self, program: Program, stream: Stream, group: Group, fold: Fold) -> Tensor:
-        """Scales [fold.free] for the input of a group, which `stream` holds."""
+    def choose(self, program: Program, stream: Stream, group: Group, fold: Fold, selection: Selection) -> Tensor:
+        """Scales [fold.free] for the input of a group of the selection, which `stream` holds."""
 
-    def resolved(self, program: Program, sites: Sequence[Linear]) -> Self:
-        """The pass with options that depend on the linears filled in; refuses what does not fit them."""
-        return self
+    def select(self, program: Program) -> Selection:
+        """The linears that the quantization which follows rounds."""
+        return select_linears(program, self.ignore, self.head)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Scale in a clone of `program`; a group whose input cannot be divided is a miss with the reason.
@@ -53,11 +53,10 @@ class ScalePass(Pass):
         Raises:
             InputError: no calibration tokens, or activations that are not finite.
         """
-        selection = select_linears(program, self.ignore, self.head)
+        selection = self.select(program)
         if not selection.chosen:
             return PassResult(program, 0, len(selection.misses), selection.misses, selection.notes)
         tokens = calibration_feed(self.name, context)
-        chooser = self.resolved(program, selection.chosen)
         groups = input_groups(selection.chosen)
         stream = Stream(program, tokens[: self.samples or None])
         found: list[tuple[list[Linear], Fold, Tensor]] = []
@@ -71,7 +70,7 @@ class ScalePass(Pass):
                     misses += [Miss(site.node.name, fold.reason) for site in group.sites]
                     continue
                 stream.advance(group.root)
-                found.append((linears, fold, chooser.choose(program, stream, group, fold)))
+                found.append((linears, fold, self.choose(program, stream, group, fold, selection)))
         return self._fold(program, found, misses, len(groups))
 
     def _fold(

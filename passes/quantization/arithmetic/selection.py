@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from optc.compiler.analysis.linears import (
     linear_sites,
 )
 from optc.compiler.analysis.name_patterns import check_patterns, fits
-from optc.compiler.formats.group_sizes import check_group_size
+from optc.compiler.formats.group_sizes import GroupSize, check_group_size, default_group_size, size_for
 from optc.compiler.formats.weight_format import weight_format
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
@@ -39,12 +39,14 @@ class Selection:
         misses: left alone, with the reason.
         notes: the head that stays.
         candidates: all linears.
+        sizes: group size of each chosen weight by its label, of a selection in groups.
     """
 
     chosen: tuple[Linear, ...]
     misses: tuple[Miss, ...]
     notes: tuple[str, ...]
     candidates: int
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 def select_linears(program: Program, ignore: Sequence[str], head: bool) -> Selection:
@@ -76,16 +78,51 @@ def select_linears(program: Program, ignore: Sequence[str], head: bool) -> Selec
     return Selection(tuple(chosen), tuple(misses), tuple(notes), len(sites))
 
 
-def select_in_groups(program: Program, ignore: Sequence[str], head: bool, size: int) -> Selection:
-    """`select_linears` for a method whose groups along K have `size` elements.
+def select_in_groups(program: Program, ignore: Sequence[str], head: bool, size: GroupSize) -> Selection:
+    """`select_linears` for a method with groups along K, and the size of each weight's.
+
+    Of several sizes each weight gets the first that divides its K; one that none divides is left alone, which the notes
+    say, as they say who did not get the first.
 
     Raises:
-        NoMatchError: see `select_linears`. InputError: the size does not divide a K; names the weight.
+        NoMatchError: see `select_linears`. InputError: the one size, or each default one, does not divide a K; names
+            the weight.
     """
     selection = select_linears(program, ignore, head)
-    names = [weight_label(program, site) for site in selection.chosen]
-    check_group_size(size, [site.columns for site in selection.chosen], names)
-    return selection
+    labels = {site.node: weight_label(program, site) for site in selection.chosen}
+    if isinstance(size, tuple):
+        return _each_in_groups(selection, labels, size)
+    columns, names, notes = [site.columns for site in selection.chosen], list(labels.values()), selection.notes
+    if size is not None:
+        check_group_size(size, columns, names)
+    elif columns:
+        size = default_group_size(columns, names)
+        notes = (*notes, f"group size {size}: the largest of 128, 64, 32 that divides every K")
+    return replace(selection, notes=notes, sizes=dict.fromkeys(names, size or 0))
+
+
+def _each_in_groups(selection: Selection, labels: Mapping[Node, str], sizes: Sequence[int]) -> Selection:
+    columns = {labels[site.node]: site.columns for site in selection.chosen}
+    found = {label: size_for(count, sizes) for label, count in columns.items()}
+    tried = ", ".join(map(str, sizes))
+    misses = [
+        Miss(site.node.name, f"no group of {tried} divides the K = {site.columns} of {labels[site.node]}")
+        for site in selection.chosen
+        if found[labels[site.node]] is None
+    ]
+    notes = []
+    for size in (*sizes, None):
+        those = [label for label, chosen in found.items() if chosen == size]
+        if those and size != sizes[0]:
+            what = "not quantized, as no group divides K" if size is None else f"group size {size or 'of a row'}"
+            notes.append(f"{what}: " + ", ".join(f"{label} (K = {columns[label]})" for label in those))
+    return replace(
+        selection,
+        chosen=tuple(site for site in selection.chosen if found[labels[site.node]] is not None),
+        misses=(*selection.misses, *misses),
+        notes=(*selection.notes, *notes),
+        sizes={label: size for label, size in found.items() if size is not None},
+    )
 
 
 def quantize_selected(

@@ -82,7 +82,9 @@ def _show_memory(result: dict[str, Any]) -> None:
         say(f"  note: {result['note']}")
 
 
-def _group(size: int | None) -> str:
+def _group(size: int | tuple[int, ...] | None) -> str:
+    if isinstance(size, tuple):
+        return "of each linear the first that divides it of " + ", ".join(map(_group, size))
     return "the method's own" if size is None else str(size or "channel")
 
 
@@ -93,6 +95,8 @@ def _show(result: dict[str, Any]) -> None:
     say(f"  passes: {', '.join(names)}")
     if result["quant"]:
         say(f"  group size: {_group(result['group_size'])}")
+    if result["left"]:
+        say(f"  not quantized, as no group divides them: {', '.join(result['left'])}")
     say(f"  weights: {Sizes.read(result['sizes'])}")
     if result["kv_cache_bytes_per_token"]:
         say(f"  KV cache: {result['kv_cache_bytes_per_token']} bytes per token")

@@ -186,7 +186,7 @@ def test_refusals() -> None:
         check_group_size(128, [256, 192], ["a.weight", "b.weight"])
     assert str(caught.value) == (
         "group size 128 does not divide every weight\n  where: b.weight\n  cause: it has K = 192\n"
-        "  remedy: use 64, the nearest that divides every weight, or leave this weight out: --ignore"
+        "  remedy: use 64, the nearest that divides every weight, or leave this weight out: --ignore b.weight"
     )
 
 
@@ -226,7 +226,9 @@ def test_default_group_size() -> None:
         default_group_size([256, 48], ["a.weight", "b.weight"])
     assert (caught.value.where, caught.value.why) == ("b.weight", "it has K = 48")
     assert caught.value.what == "none of the group sizes 128, 64 and 32 divides every weight"
-    assert caught.value.remedy == "use 16, the nearest that divides every weight, or leave this weight out: --ignore"
+    assert caught.value.remedy == (
+        "use 16, the nearest that divides every weight, or leave this weight out: --ignore b.weight"
+    )
     with pytest.raises(InputError) as caught:  # 32 divides the first, 64 and 128 do not
         default_group_size([96, 48])
     assert (caught.value.where, caught.value.why) == (None, "it has K = 48")
