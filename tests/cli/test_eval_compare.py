@@ -196,3 +196,44 @@ metric_list: [{{metric: perplexity}}, {{metric: acc}}]
     assert values[1] == pytest.approx(math.exp(-total / 2), rel=1e-3)
     assert optc("eval", three[2], "--tasks", task) == 0
     assert capsys.readouterr().out.startswith("tiny                 perplexity ")
+
+
+def test_side_by_side(
+    three: list[Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`optc compare`: the figures of the manifests, those of `optc eval --compare`, and rates in turn."""
+    report = tmp_path / "report.html"
+    timed = {"prompt_length": 4, "new_tokens": 2, "samples": 2}
+    flags = [word for name, value in timed.items() for word in (f"--{name.replace('_', '-')}", value)]
+    found = optc_json(capsys, "compare", *three, "--text", text, "-o", report, *flags)
+    known = optc_json(capsys, "eval", "--compare", *three, "--text", text)
+    assert found["differences"] == known["differences"]
+    for row, quality in zip(found["artifacts"], known["results"], strict=True):
+        assert all(row["quality"][key] == quality[key] for key in ("perplexity", "kl", "top1_agreement"))
+        assert row["gate"]["kl"] == 2e-9
+        assert row["speed"]["decode_tokens_per_s"]["median"] > 0
+        low, high = row["speed"]["prefill_tokens_per_s"]["to_first"]["ci95"]
+        assert low <= row["speed"]["prefill_tokens_per_s"]["to_first"]["median"] <= high
+    assert found["artifacts"][0]["speed"]["decode_tokens_per_s"]["to_first"] == {"median": 1.0, "ci95": [1.0, 1.0]}
+    written = report.read_text()
+    perplexity = f"{known['results'][1]['perplexity']:.4f}"
+    assert all(item in written for item in (*map(str, three), perplexity, str(EXAMPLE)))
+    assert "http://" not in written.replace("http://www.w3.org", "")
+    assert optc("compare", *three, "--no-speed", "-o", report) == 3
+    assert "the report exists already" in capsys.readouterr().err
+    assert optc("compare", *three[:2], "--no-speed") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["artifact", "quantization", "weights"]
+    assert [line.split()[0] for line in lines[1:3]] == list(map(str, three[:2]))
+
+
+def test_what_is_not_compared(three: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    foreign = _artifact(tmp_path / "foreign", 8, digest="f" * 64)
+    for code, said, given in (
+        (3, "compiled from different weights", [three[0], foreign]),
+        (2, "at least two different artifacts", [three[0]]),
+        (2, "at least two different artifacts", [three[0], three[0]]),
+        (2, "do not fit the shortest context", [*three[:2], "--prompt-length", 1 << 20]),
+    ):
+        assert optc("compare", *given) == code
+        assert said in capsys.readouterr().err

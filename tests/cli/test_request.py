@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 import optc
 from optc.cli.bench import BenchOptions
 from optc.cli.bundle import BundleOptions
+from optc.cli.compare import CompareOptions
 from optc.cli.evaluate import EvalOptions
 from optc.cli.flag_tables import with_tables
 from optc.cli.inspect import InspectOptions
@@ -210,6 +211,39 @@ EXPECTED = {
         *SESSION,
         "--json",
     },
+    "compare": {
+        "-o",
+        "--output",
+        "--force",
+        "--text",
+        "--inputs",
+        "--windows",
+        "--samples",
+        "--no-speed",
+        "--prompt-length",
+        "--new-tokens",
+        *SESSION,
+        "--json",
+    },
+    "search": {
+        "-o",
+        "--output",
+        "--text",
+        "--methods",
+        "--max-loss",
+        "--max-size",
+        "--windows",
+        "--samples",
+        "--keep-all",
+        "--target",
+        "--kv-cache",
+        *WHAT - {"--passes"},
+        *QUANTIZATION - {"--quant", "--average-bits"},
+        *CALIBRATION,
+        *GATE - {"--text"},
+        *TARGETS,
+        *COMMON,
+    },
     "inspect": {"--ir", "--stage", "--dtype", "--json"},
     "diff": {"--json"},
     "verify": {"--key", "--json"},
@@ -239,6 +273,7 @@ OWN = {
     "run": (RunOptions, (EXAMPLE,)),
     "eval": (EvalOptions, (EXAMPLE,)),
     "bench": (BenchOptions, (EXAMPLE,)),
+    "compare": (CompareOptions, (EXAMPLE, EXAMPLE)),
     "inspect": (InspectOptions, (EXAMPLE,)),
     "bundle": (BundleOptions, (EXAMPLE, "-o", "x")),
 }
@@ -343,6 +378,8 @@ def wrong_values(field: Field) -> list[Any]:
         return [5, True, "", [], [-1], [True], [1 << 20], "1,x", {"a": 1}]
     if field.name == "calibration":
         return [4, True, "", [1, 2], {"a": 1}]
+    if field.name == "group_size":
+        return ["x", "64", 1.5, True, [64], -1, (1 << 20) + 1]
     assert field.repeatable, field.name
     return [5, True, {"a": 1}, [5], ["a", None]]
 

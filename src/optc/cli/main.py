@@ -26,6 +26,8 @@ COMMANDS = {
     "plan": ("optc.cli.plan", "plan", "Say what a compile would do, before any weight is read."),
     "run": ("optc.cli.run", "run", "Generate text with an artifact."),
     "eval": ("optc.cli.evaluate", "evaluate", "Perplexity, KL and tasks of one artifact or several."),
+    "compare": ("optc.cli.compare", "compare", "Artifacts of one model side by side; an HTML report."),
+    "search": ("optc.cli.search", "search", "Try methods and bits: the best of size, quality and speed."),
     "bench": ("optc.cli.bench", "bench", "Time to first token, decode and prefill speed, memory."),
     "serve": ("optc.cli.serve", "serve", "Serve an artifact over HTTP, for clients of OpenAI's API."),
     "inspect": (
