@@ -44,6 +44,7 @@ from optc.encoder_decoder import RECIPE, answer_probe, both_contracts, both_part
 from optc.exporters.reports.report import write_report
 from optc.hub import local_model
 from optc.opening import open_written
+from optc.progress import reporting
 from optc.request import LIMITS, Request, from_python, given_limits
 from optc.resolving import Resolved, recipe_steps, resolve, settled
 from optc.saved_recipes import check_recipe, write_recipe
@@ -119,7 +120,7 @@ def compile(
     quant: str | None = None,
     example_inputs: Sequence[torch.Tensor] | None = None,
     request: Request | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **options: Any,
 ) -> CompileResult:
     """Compile a model for a target and write the artifact.
@@ -131,7 +132,8 @@ def compile(
         output: the artifact's folder; must not exist unless `force=True`.
         quant: quantization method, or None.
         request: everything but the model in one object, in place of the other arguments.
-        progress: told (finished passes, what goes on).
+        progress: True shows a bar (in a notebook too; without a terminal a line every ten seconds); a function is told
+            (finished passes, what goes on).
         options: keys of a request in snake case (bits=, group_size=, force=, max_seq_len=, ...); `calibration` is a
             path or token ids as int64 [samples, length], `passes` may hold Pass objects.
 
@@ -147,6 +149,22 @@ def compile(
     artifact.check_output(request.run.output, request.run.force)
     if request.run.save_recipe is not None:
         check_recipe(request.run.save_recipe, named, request)
+    title, steps = f"compiling for {resolved.target.name}", lambda: len(recipe_steps(resolved, "decoder")) + 1
+    with reporting(progress, title, steps) as told:
+        manifest = _compile(model, example_inputs, resolved, told, begin)
+    if request.run.save_recipe is not None:
+        write_recipe(request.run.save_recipe, named, request)
+    return CompileResult(request.run.output, manifest)
+
+
+def _compile(
+    model: Model,
+    example_inputs: Sequence[torch.Tensor] | None,
+    resolved: Resolved,
+    progress: Progress | None,
+    begin: float,
+) -> Manifest:
+    """Capture, run the recipe and write the artifact; what was published."""
     captured = capture_resolved(model, example_inputs, resolved)
     if captured.program.contract.draft is not None and resolved.options.kv_cache != "paged":
         raise UsageError(
@@ -162,10 +180,9 @@ def compile(
     result = on_cpu(run_passes(captured, resolved, progress, seconds, kind, probe))
     if progress:
         progress(len(result.records), "exporting")
-    manifest = _write(request.run.output, resolved, result, encoded, captured, seconds, begin)
-    if request.run.save_recipe is not None:
-        write_recipe(request.run.save_recipe, named, request)
-    return CompileResult(request.run.output, manifest)
+    output = resolved.request.run.output
+    assert output is not None, "checked before"
+    return _write(output, resolved, result, encoded, captured, seconds, begin)
 
 
 def resolve_for(model: Model, request: Request) -> Resolved:

@@ -86,19 +86,26 @@ def inspect(folder: str | Path) -> dict[str, Any]:
 
 
 def train(
-    recipe: str | Path, *, on_step: Callable[[Any], None] | None = None, resume: bool = False, **keys: Any
+    recipe: str | Path,
+    *,
+    on_step: Callable[[Any], None] | None = None,
+    progress: bool = False,
+    resume: bool = False,
+    **keys: Any,
 ) -> TrainResult:
     """Run a training recipe in this process: what `optc train` does.
 
     Args:
         recipe: name of a recipe of optc's ("finetune", "lora", "qat", ...) or a YAML file.
-        on_step: gets the record of each logged step.
+        on_step: gets the record of each step.
+        progress: show a bar (in a notebook too; without a terminal a line every ten seconds).
         keys: flags of `optc train` (model=, output=, text=, max_steps=, bits=, ...), and `set=["optimizer.lr=3e-4"]`.
 
     Raises:
         OptcError: as `optc train`.
     """
-    from optc.cli.train import KEYS, TrainOptions, make_config
+    from optc.cli.train import KEYS, TrainOptions, make_config, reports
+    from optc.progress import reporting
     from optc.training.loop import train as run
 
     settings = {"set": tuple(keys.pop("set"))} if "set" in keys else {}
@@ -109,13 +116,26 @@ def train(
     texts = {
         name: tuple(map(str, value)) if isinstance(value, list | tuple) else str(value) for name, value in keys.items()
     }
-    result = run(make_config(None, options, texts), resume=resume, on_step=on_step or _nothing)
+    check_type("progress", progress, bool, "True or False")
+    config = make_config(None, options, texts)
+    with reporting(progress, "training", lambda: None) as update:
+        told = {} if update is None else reports(update, config.output)
+        if on_step is not None:
+            told["on_step"] = _both(told.get("on_step"), on_step)
+        result = run(config, resume=resume, **told)
     assert result is not None, "the first rank of one"
     return result
 
 
-def _nothing(_: Any) -> None:
-    pass
+def _both(first: Callable[[Any], None] | None, second: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A function that calls one, where there is one, and then the other."""
+
+    def call(record: Any) -> None:
+        if first is not None:
+            first(record)
+        second(record)
+
+    return call
 
 
 def _options(cls: type[Options], where: str, values: dict[str, Any]) -> Options:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import hf_folders
 import numpy as np
@@ -15,9 +18,10 @@ from command_line import optc, optc_json
 from huggingface_hub import constants
 
 import optc as package
-from optc.cli.heartbeat import heartbeat
 from optc.compiler.diagnostics import ArtifactError, InputError, UsageError
+from optc.heartbeat import heartbeat
 from optc.hub import local_model
+from optc.progress import Bar, in_notebook, reporting
 
 
 @pytest.fixture
@@ -85,11 +89,57 @@ def test_long_work_says_so_without_a_terminal() -> None:
     assert lines[-1].startswith("training")  # what is done at once says nothing
 
 
+def test_progress_from_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[tuple[int, str]] = []
+    with reporting(lambda done, note: seen.append((done, note)), "compiling", lambda: 3) as update:
+        assert update is not None
+        update(1, "a pass")
+    assert seen == [(1, "a pass")]
+    for silent in (None, False):
+        with reporting(silent, "compiling", lambda: 3) as update:
+            assert update is None
+    with pytest.raises(UsageError, match="progress cannot be 3"), reporting(3, "x", lambda: 3):  # type: ignore[arg-type]
+        pass
+    assert not in_notebook()
+    monkeypatch.setattr("optc.progress.heartbeat", functools.partial(heartbeat, every=0.02))
+    with reporting(True, "compiling", lambda: 3) as update:  # no terminal: lines
+        assert update is not None
+        update(2, "a pass")
+        time.sleep(0.1)
+    assert capsys.readouterr().err.splitlines()[-1] == "compiling: done after 0 s"
+
+
+def test_progress_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures: list[tuple[str, str]] = []
+    show = SimpleNamespace(update=lambda bar: pictures.append((repr(bar), bar._repr_html_())))
+
+    def display(bar: Bar, display_id: bool) -> SimpleNamespace:
+        assert display_id
+        show.update(bar)
+        return show
+
+    python = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=1), display=SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython", python)
+    monkeypatch.setattr("optc.progress._OFTEN", 0.0)
+    with reporting(True, "compiling", lambda: 4) as update:
+        assert update is not None
+        update(1, "<norm>")
+    assert [text for text, _ in pictures] == [
+        "compiling:   0%|                    | 0/4 [0 s]",
+        "compiling:  25%|#####               | 1/4 [0 s, <norm>]",
+        "compiling: 100%|####################| 4/4 [0 s, done]",
+    ]
+    assert "<progress value='1' max='4'></progress> 1/4 [0 s, &lt;norm&gt;]" in pictures[1][1]
+    with pytest.raises(ValueError, match="stopped"), reporting(True, "compiling", lambda: None):
+        raise ValueError("stopped")
+    assert pictures[-1][0] == "compiling:   0%|                    | 0 [0 s]"
+
+
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     net = torch.nn.Linear(32, 4)
     program = package.capture(net, (torch.ones(2, 32),), input_names=["x"], dynamic={"x": {0: "rows"}})
-    result = package.compile(program, target="onnx-cpu", output=tmp_path_factory.mktemp("first") / "net")
+    result = package.compile(program, target="onnx-cpu", output=tmp_path_factory.mktemp("first") / "net", progress=True)
     shown = result._repr_html_()
     assert shown.count("<tr>") == 1 + len(result.manifest.passes)
     assert "<th style='text-align:left'>matched</th>" in shown

@@ -11,6 +11,8 @@ from command_line import optc
 from conftest import EXAMPLE, ROOT
 from training_runs import small_model, token_file
 
+import optc as package
+
 Capture = pytest.CaptureFixture[str]
 
 
@@ -37,7 +39,8 @@ def test_a_recipe_file_trains(recipe: Path, tmp_path: Path, capsys: Capture) -> 
     result = json.loads(found.out)
     assert result["steps"] == 3
     assert result["config"]["optimizer"]["lr"] == 3e-3
-    assert found.err == ""  # no progress bar without a terminal
+    # No bar without a terminal: a line at the start, and others where ten seconds pass.
+    assert found.err.splitlines()[0] == (f"training: step 0 of 3; log and checkpoints in {tmp_path / 'out'}.run")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "config.json",
         "generation_config.json",
@@ -46,6 +49,27 @@ def test_a_recipe_file_trains(recipe: Path, tmp_path: Path, capsys: Capture) -> 
         "report.html",
         "train.json",
     ]
+
+
+def test_training_from_python(recipe: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The run of the command, step for step."""
+    given = ("--max_steps", 2, "--set", "optimizer.lr=3e-3")
+    assert optc("train", recipe, *given, "-o", tmp_path / "command", "--json") == 0
+    expected = json.loads(capsys.readouterr().out)
+    steps: list[int] = []
+    result = package.train(
+        recipe,
+        output=tmp_path / "python",
+        max_steps=2,
+        set=["optimizer.lr=3e-3"],
+        progress=True,
+        on_step=lambda record: steps.append(record.step),
+    )
+    assert (result.steps, steps) == (2, [1, 2])
+    assert (result.first_loss, result.last_loss) == (expected["first_loss"], expected["last_loss"])
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("command", "python")]
+    assert written[0] == written[1]
+    assert "training: step 0 of 2" in capsys.readouterr().err
 
 
 def test_flags_win_over_the_recipe_that_ships(start: tuple[Path, Path], tmp_path: Path, capsys: Capture) -> None:

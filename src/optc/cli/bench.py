@@ -11,13 +11,14 @@ from msgspec import Meta
 
 from optc.cli.bench_serve import LoadOptions, bench_serve
 from optc.cli.bench_speculative import bench_speculative
-from optc.cli.common import emit, json_option, progress, say
+from optc.cli.common import emit, json_option, say
 from optc.cli.options import struct_flags
 from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import Save, kv_pool, sampling_of, save_figures
 from optc.cli.tensors import Inputs, bench_tensors, reads_sounds, refuse_inputs, show_speed, takes_tensors
 from optc.compiler.diagnostics import TargetError, UsageError
 from optc.compiler.settings.device import DeviceName
+from optc.progress import progress
 from optc.runtime.bounds import Batch, Count, Samples, TimedTokens, Warmup
 
 

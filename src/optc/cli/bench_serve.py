@@ -15,10 +15,11 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from optc.cli.common import emit, progress, say
+from optc.cli.common import emit, say
 from optc.cli.session_options import GeneratingOptions, sampling_of
 from optc.compiler.diagnostics import InputError, OptcError, UsageError, os_errors
 from optc.compiler.files import read_plain
+from optc.progress import progress
 from optc.runtime.bounds import Count
 
 Rate = Annotated[float, Meta(gt=0, le=1e6)]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optc.cli.common import emit, progress, read_text, say, stderr
+from optc.cli.common import emit, read_text, say, stderr
 from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import sampling_of
 from optc.compiler.diagnostics import UsageError
+from optc.progress import progress
 from optc.runtime.speculative.settings import Speculation
 
 if TYPE_CHECKING:

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from optc.cli.bug_report import bug_error
-from optc.cli.heartbeat import heartbeat
 from optc.compiler.diagnostics import (
     LEAVES,
     InputError,
@@ -74,34 +64,6 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError("the text is not UTF-8", where=str(path), why=str(error), remedy="convert it first") from error
-
-
-@contextmanager
-def progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr; without a terminal a line every ten seconds, see `heartbeat`.
-
-    Yields `update(done, note, total=None)`: the number of finished steps, what is going on, and of how many steps.
-    """
-    console = stderr()
-    if not console.is_terminal:
-        with heartbeat(title, lambda line: say(line, err=True)) as beat:
-            yield lambda done, note="", total=None: beat(note)
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(title, total=total, note="")
-
-        def update(done: int, note: str = "", total: int | None = None) -> None:
-            bar.update(task, completed=done, note=note, total=total)
-
-        yield update
 
 
 def fail(error: OptcError, as_json: bool) -> int:

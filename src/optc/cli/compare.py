@@ -14,7 +14,7 @@ from msgspec import Meta
 from rich.console import Console
 from rich.table import Table
 
-from optc.cli.common import emit, json_option, progress, say
+from optc.cli.common import emit, json_option, say
 from optc.cli.evaluate import EvalOptions, evaluation
 from optc.cli.options import struct_flags
 from optc.cli.own_process import leave_to_own_process
@@ -26,6 +26,7 @@ from optc.compiler.artifact.folder import read_manifest
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.artifact.sizes import megabytes
 from optc.compiler.diagnostics import InputError, UsageError, printable
+from optc.progress import progress
 from optc.runtime.bounds import Count, Samples, TimedTokens
 
 LABELS = {

@@ -7,11 +7,12 @@ from typing import Any
 import click
 from rich.table import Table
 
-from optc.cli.common import emit, json_option, progress, say, stderr
+from optc.cli.common import emit, json_option, say, stderr
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.artifact.drift_table import drift_table, pass_title
 from optc.compiler.artifact.sizes import Sizes, group_text
 from optc.compiler.diagnostics import UsageError, printable
+from optc.progress import progress
 from optc.request import SECTIONS, Request
 
 _TABLE_WIDTH = 110  # a narrower terminal wraps lines rather than cut numbers

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 from msgspec import Meta
 
-from optc.cli.common import emit, json_option, progress, read_text
+from optc.cli.common import emit, json_option, read_text
 from optc.cli.eval_tables import show_one, show_table
 from optc.cli.options import struct_flags
 from optc.cli.own_process import leave_to_own_process
@@ -21,6 +21,7 @@ from optc.compiler.artifact.engines import find_engine
 from optc.compiler.artifact.folder import read_manifest
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.compiler.settings.device import DeviceName
+from optc.progress import progress
 from optc.runtime.bounds import Count, CountOrZero
 
 if TYPE_CHECKING:

@@ -10,12 +10,13 @@ import msgspec
 from msgspec import Meta
 from rich.table import Table
 
-from optc.cli.common import emit, json_option, progress, say
+from optc.cli.common import emit, json_option, say
 from optc.cli.compare import rendered
 from optc.cli.options import struct_flags
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.artifact.sizes import megabytes
 from optc.compiler.diagnostics import UsageError, printable
+from optc.progress import progress
 from optc.runtime.bounds import Count, CountOrZero
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from optc.cli.common import emit, progress, read_text, say
+from optc.cli.common import emit, read_text, say
 from optc.cli.session_options import SessionOptions, save_figures
 from optc.compiler.artifact.folder import read_manifest
 from optc.compiler.artifact.manifest import ProgramEntry
 from optc.compiler.diagnostics import InputError, UsageError, os_errors
+from optc.progress import progress
 
 if TYPE_CHECKING:
     from optc.cli.bench import BenchOptions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Annotated, Any
 
@@ -11,9 +11,10 @@ import click
 import msgspec
 from msgspec import Meta
 
-from optc.cli.common import F, emit, json_option, progress, say, stderr
+from optc.cli.common import F, emit, json_option, say, stderr
 from optc.cli.options import Settings, add_flags, flag, given_flags, struct_flags
 from optc.compiler.diagnostics import UsageError, printable
+from optc.progress import progress
 from optc.training.config import TrainConfig
 from optc.training.recipe import FIELDS, load_config
 
@@ -78,33 +79,38 @@ def train(recipe_file: str | None, as_json: bool, options: TrainOptions, **keys:
     torchrun --nproc-per-node 2 -m optc train recipe.yaml --set parallel.kind=ddp
     """
     from optc.training.loop import train as run_training
-    from optc.training.metrics import StepRecord
     from optc.training.setup import World
 
     config = make_config(recipe_file, options, keys)
     first = World.from_environment().rank == 0
-    held_out = ""
     with progress("training") if first else nullcontext() as update:
-
-        def on_start(step: int, steps: int) -> None:
-            assert update is not None  # called on the first rank only
-            update(step, total=steps)
-
-        def on_step(record: StepRecord) -> None:
-            nonlocal held_out
-            assert update is not None
-            if record.validation_loss is not None:
-                held_out = f"  validation {record.validation_loss:.4f}"
-            rate = f"{record.tokens_per_s:.0f} tokens/s"
-            update(record.step, f"step {record.step}  loss {_number(record.loss)}{held_out}  {rate}")
-
-        def on_note(note: str) -> None:
-            assert update is not None
-            update(0, note)
-
-        result = run_training(config, resume=options.resume, on_start=on_start, on_step=on_step, on_note=on_note)
+        told = {} if update is None else reports(update, config.output)
+        result = run_training(config, resume=options.resume, **told)
     if result is not None:  # the first rank's
         emit(msgspec.to_builtins(result), as_json, _show)
+
+
+def reports(update: Callable[..., None], output: str) -> dict[str, Callable[..., None]]:
+    """What the first rank of a run tells, as lines of its progress.
+
+    Args:
+        update: of `optc.progress.progress`.
+        output: the run's folder.
+    """
+    held_out = ""
+
+    def on_start(step: int, steps: int) -> None:
+        say(f"training: step {step} of {steps}; log and checkpoints in {output}.run", err=True)
+        update(step, total=steps)
+
+    def on_step(record: Any) -> None:
+        nonlocal held_out
+        if record.validation_loss is not None:
+            held_out = f"  validation {record.validation_loss:.4f}"
+        rate = f"{record.tokens_per_s:.0f} tokens/s"
+        update(record.step, f"step {record.step}  loss {_number(record.loss)}{held_out}  {rate}")
+
+    return {"on_start": on_start, "on_step": on_step, "on_note": lambda note: update(0, note)}
 
 
 def make_config(recipe_file: str | None, options: TrainOptions, keys: Mapping[str, Any]) -> TrainConfig:
