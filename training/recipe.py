@@ -67,6 +67,12 @@ def _read(recipe: str) -> dict[str, Given]:
     return ({} if base is None else _read(base)) | _given(tree, str(path))
 
 
+def recipe_keys(recipe: str) -> dict[str, Any]:
+    """Dotted key -> value of what a recipe of optc's sets beside the defaults."""
+    found = {key: item.value for key, item in _read(recipe).items()}
+    return {key: value for key, value in found.items() if value != FIELDS[key].default}
+
+
 def _nested(key: str, value: Any) -> dict[str, Any]:
     first, dot, rest = key.partition(".")
     return {first: _nested(rest, value) if dot else value}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import optc as call
 from conftest import EXAMPLE, ROOT
@@ -117,3 +119,32 @@ def test_slow_commands_have_a_test(command: str) -> None:
     target = re.search(r"--target (\S+)|serve out/(\S+)", command)
     assert target is not None
     assert f'"{target[1] or target[2]}"' in (ROOT / "tests" / ELSEWHERE[command]).read_text()
+
+
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def test_code_about_modules_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each block by itself, in one folder: what one writes another loads."""
+    monkeypatch.chdir(tmp_path)
+    blocks = {
+        name: next(code for code in PYTHON.findall((ROOT / "docs" / name).read_text()) if wanted in code)
+        for name, wanted in (("compile.md", "torch.nn"), ("deploy.md", "optc.load"), ("quantize.md", "calibration="))
+    }
+    found: dict[str, dict[str, object]] = {name: {} for name in blocks}
+    for name, code in blocks.items():
+        exec(compile(code, name, "exec"), found[name])
+    assert np.shape(found["deploy.md"]["scores"]) == (3, 4)
+    assert optc.inspect("out/net-int8")["quantization"]["method"] == "gptq"
+
+
+def test_the_extras_are_those_of_the_package() -> None:
+    """README names each extra that a user may want."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "Extras:" in line]
+    named = set(re.findall(r"`([a-z-]+)`", line.partition("Extras:")[2])) - {
+        "onnx-cpu",
+        "inductor-cpu",
+        "inductor-cuda",
+    }
+    assert named - {"vllm", "trtllm"} == extras.keys() - {"dev", "mutants", "test-oracles"}

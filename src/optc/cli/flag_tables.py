@@ -1,11 +1,12 @@
 """The tables of flags and keys in the docs, made of the fields: `python -m optc.cli.flag_tables docs/*.md` writes them.
 
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end -->`; NAME is a section of a request, a target,
-`serve`, or `training-keys`.
+`serve`, `training-keys`, or `training-recipes`.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from optc.runtime.serving.settings import ServeOptions
 from optc.targets.registry import find_target
 
 TRAINING = "training-keys"
+RECIPES = "training-recipes"
 
 _STRUCTS: dict[str, type[msgspec.Struct]] = {**SECTIONS, "serve": ServeOptions}
 
@@ -30,6 +32,8 @@ def flag_table(name: str) -> str:
         from optc.training.recipe import FIELDS
 
         rows = ["| key | value | default | meaning |", *map(_key_row, FIELDS.values())]
+    elif name == RECIPES:
+        return _recipe_table()
     else:
         fields = fields_of(_STRUCTS[name] if name in _STRUCTS else find_target(name).options)
         rows = ["| flag | value | default | meaning |", *map(_row, fields.values())]
@@ -51,6 +55,16 @@ def _row(field: Field) -> str:
 def _key_row(field: Field) -> str:
     default = "false" if field.default is False else field.default_text
     return f"| `{field.key}` | {_escaped(field.expected)} | {_escaped(default)} | {_escaped(field.help)} |"
+
+
+def _recipe_table() -> str:
+    from optc.training.recipe import RECIPES, recipe_keys
+
+    rows = ["| recipe | what it sets |", "|---|---|"]
+    for recipe in RECIPES:
+        given = (f"`{key}={json.dumps(value)}`".replace('"', "") for key, value in recipe_keys(recipe).items())
+        rows.append(f"| `{recipe}` | {', '.join(given)} |")
+    return "\n".join(rows) + "\n"
 
 
 def _escaped(text: str) -> str:
