@@ -25,6 +25,7 @@ from optc.cli.flag_tables import with_tables
 from optc.cli.inspect import InspectOptions
 from optc.cli.main import COMMANDS, cli, main
 from optc.cli.plan import TrainingPlan
+from optc.cli.request_flags import TITLES
 from optc.cli.run import RunOptions
 from optc.cli.train import KEYS, TrainOptions
 from optc.compiler.diagnostics import TargetError, UsageError
@@ -562,3 +563,17 @@ def test_a_request_made_by_hand_is_read_too(tmp_path: Path) -> None:
     chosen = resolve(made).options.quantization
     assert chosen is not None
     assert (chosen.bits, chosen.group_size) == (4, 32)
+
+
+def test_help_has_a_section_for_each_part_of_a_request(capsys: Capture) -> None:
+    assert exit_code("compile", "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line.removesuffix(":") for line in lines if line.endswith(":") and not line.startswith(" ")]
+    assert titles == ["Options", *TITLES.values(), "Options of targets"]
+    assert TITLES.keys() == SECTIONS.keys()
+    place = {
+        name: next(i for i, line in enumerate(lines) if line.strip().startswith(name))
+        for name in ("--bits", "--max-kl")
+    }
+    assert lines.index("Quantization:") < place["--bits"] < lines.index("KV cache:")
+    assert lines.index("Numerics gate:") < place["--max-kl"] < lines.index("Output:")

@@ -8,6 +8,7 @@ import click
 from rich.table import Table
 
 from optc.cli.common import emit, json_option, say, stderr
+from optc.cli.options import GroupedCommand
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.artifact.drift_table import drift_table, pass_title
 from optc.compiler.artifact.sizes import Sizes, group_text
@@ -18,7 +19,7 @@ from optc.request import SECTIONS, Request
 _TABLE_WIDTH = 110  # a narrower terminal wraps lines rather than cut numbers
 
 
-@click.command(name="compile")
+@click.command(name="compile", cls=GroupedCommand)
 @click.argument("model", required=False)
 @request_flags(SECTIONS)
 @json_option

@@ -50,12 +50,35 @@ def add_flags(command: F, flags: Iterable[Callable[[F], F]]) -> F:
     return functools.reduce(lambda made, item: item(made), reversed(list(flags)), command)
 
 
-def flag(field: Field, text: str | None = None, choices: Iterable[str] = ()) -> Any:
+class GroupedOption(click.Option):
+    """An option that help shows under a title; "" is that of the options which all commands have."""
+
+    def __init__(self, *args: Any, group: str = "", **given: Any) -> None:
+        super().__init__(*args, **given)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose help has a section for each group of options, in the order in which the groups appear."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {"": []}
+        for option in self.get_params(ctx):
+            row = option.get_help_record(ctx)
+            if row is not None and isinstance(option, click.Option):
+                groups.setdefault(getattr(option, "group", ""), []).append(row)
+        for title, rows in groups.items():
+            with formatter.section(title or "Options"):
+                formatter.write_dl(rows)
+
+
+def flag(field: Field, text: str | None = None, choices: Iterable[str] = (), group: str = "") -> Any:
     """The click option of a field. Values stay text: `Field.read` checks those of recipes in the same way.
 
     Args:
         text: the help, where it is not the field's own with its default.
         choices: all that the flag takes, where that is not what the field takes.
+        group: title of the section of help, see `GroupedCommand`.
     """
     default = f"  [default: {field.default_text}]" if field.default_text else ""
     text = field.help + default if text is None else text
@@ -63,8 +86,9 @@ def flag(field: Field, text: str | None = None, choices: Iterable[str] = ()) -> 
     if field.kind is bool:
         negation = field.extra.get("negation")
         if negation:
-            return click.option(f"--{field.key}/--{negation}", field.name, default=None, help=text)
-        return click.option(*names, field.name, is_flag=True, default=None, help=text)
+            names = [f"--{field.key}/--{negation}"]
+            return click.option(*names, field.name, default=None, help=text, cls=GroupedOption, group=group)
+        return click.option(*names, field.name, is_flag=True, default=None, help=text, cls=GroupedOption, group=group)
     metavar = field.extra.get("metavar") or "|".join(choices or field.choices) or _METAVARS.get(field.kind, "TEXT")
     known = tuple(choices) or field.choices
     return click.option(
@@ -75,6 +99,8 @@ def flag(field: Field, text: str | None = None, choices: Iterable[str] = ()) -> 
         multiple=field.repeatable and not field.extra.get("joined"),
         required=field.required,
         help=text,
+        cls=GroupedOption,
+        group=group,
     )
 
 

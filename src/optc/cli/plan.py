@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from optc.cli.common import emit, json_option, say
-from optc.cli.options import Settings, given_flags, struct_flags
+from optc.cli.options import GroupedCommand, Settings, given_flags, struct_flags
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.artifact.sizes import Sizes
 from optc.compiler.diagnostics import UsageError
@@ -33,7 +33,7 @@ class TrainingPlan(msgspec.Struct, frozen=True, kw_only=True):
     set: Settings = ()
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
 @struct_flags(TrainingPlan)
 @request_flags(("what", "quantization", "cache"))

@@ -8,6 +8,7 @@ import click
 
 from optc.cli.common import json_option
 from optc.cli.compile import run_compile
+from optc.cli.options import GroupedCommand
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.diagnostics import UsageError
 from optc.targets.registry import find_target
@@ -17,7 +18,7 @@ SECTIONS = ("what", "quantization", "calibration", "gate", "run")
 """Of a request; a checkpoint has no KV cache."""
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
 @request_flags(SECTIONS, target=TARGET)
 @json_option

@@ -10,13 +10,25 @@ from typing import Any
 import click
 
 from optc.cli.common import F
-from optc.cli.options import add_flags, completion, flag, given_flags
+from optc.cli.options import GroupedOption, add_flags, completion, flag, given_flags
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.settings.fields import Field, Given, fields_of, shown
 from optc.request import SECTIONS, Request, known_keys, make_request, target_fields
 from optc.targets.registry import target_options
 
 TARGET_HELP = "Where the model will run; see optc targets."
+
+TITLES = {
+    "what": "What is compiled",
+    "quantization": "Quantization",
+    "cache": "KV cache",
+    "drafting": "Speculative decoding",
+    "calibration": "Calibration",
+    "gate": "Numerics gate",
+    "run": "Output",
+}
+"""Sections of a request as help names them."""
+_OF_TARGETS = "Options of targets"
 
 
 def request_flags(
@@ -32,7 +44,8 @@ def request_flags(
     flags = [click.option("--target", help=TARGET_HELP, shell_complete=proposed)] if target is None else []
     for section in sections:
         fields = fields_of(SECTIONS[section])
-        flags += [_flag(name, field) for name, field in fields.items() if name not in set(leave_out)]
+        chosen = {name: field for name, field in fields.items() if name not in set(leave_out)}
+        flags += [_flag(name, field, TITLES[section]) for name, field in chosen.items()]
     flags += _target_flags(target)
     flags.append(
         click.option(
@@ -45,10 +58,11 @@ def request_flags(
     return functools.partial(add_flags, flags=flags)
 
 
-def _flag(name: str, field: Field) -> Any:
+def _flag(name: str, field: Field, group: str) -> Any:
     if name != "quant":
-        return flag(field)
-    return click.option("--quant", "quant", metavar="TEXT", help=field.help, shell_complete=completion(_methods))
+        return flag(field, group=group)
+    given: dict[str, Any] = {"cls": GroupedOption, "group": group, "shell_complete": completion(_methods)}
+    return click.option("--quant", "quant", metavar="TEXT", help=field.help, **given)
 
 
 def _methods() -> Iterable[str]:
@@ -69,8 +83,8 @@ def option_help(rows: Iterable[tuple[str, Field]]) -> str:
 
 def _target_flags(target: str | None) -> list[Any]:
     if target is not None:
-        return [flag(field) for field in fields_of(target_options()[target]).values()]
-    return [flag(rows[0][1], option_help(rows), _choices(rows)) for rows in target_fields().values()]
+        return [flag(field, group=_OF_TARGETS) for field in fields_of(target_options()[target]).values()]
+    return [flag(rows[0][1], option_help(rows), _choices(rows), _OF_TARGETS) for rows in target_fields().values()]
 
 
 def _choices(rows: Iterable[tuple[str, Field]]) -> Iterable[str]:

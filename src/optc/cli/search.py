@@ -12,7 +12,7 @@ from rich.table import Table
 
 from optc.cli.common import emit, json_option, say
 from optc.cli.compare import rendered
-from optc.cli.options import struct_flags
+from optc.cli.options import GroupedCommand, struct_flags
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.artifact.sizes import megabytes
 from optc.compiler.diagnostics import UsageError, printable
@@ -73,7 +73,7 @@ class SearchOptions(msgspec.Struct, frozen=True, kw_only=True):
     keep_all: Annotated[bool, Meta(description="Keep the artifacts of all tries, not of the best alone.")] = False
 
 
-@click.command()
+@click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
 @struct_flags(SearchOptions)
 @request_flags(
