@@ -255,7 +255,7 @@ class _Search:
             if name == PLAIN:
                 raise
             return Tried(name=name, outcome="refused", why=_line(error))
-        quality = self._quality(made.artifact)
+        perplexity, loss, kl = self._quality(made.artifact)
         decode, speed = self._speed(made.artifact)
         return Tried(
             name=name,
@@ -264,7 +264,9 @@ class _Search:
             decode=decode,
             speed=speed,
             seconds=made.manifest.seconds["total"],
-            **quality,
+            perplexity=perplexity,
+            loss=loss,
+            kl=kl,
         )
 
     def restore(self, name: str, keys: Mapping[str, Any]) -> None:
@@ -287,7 +289,8 @@ class _Search:
         run = msgspec.structs.replace(self.request.run, output=self.output / name, force=True)
         return msgspec.structs.replace(self.request, quantization=asked, run=run)
 
-    def _quality(self, artifact: Path) -> dict[str, float]:
+    def _quality(self, artifact: Path) -> tuple[float, float, float]:
+        """Perplexity on the text, its relative rise over the source's, and the KL."""
         from optc.runtime.measuring.evaluate import evaluate
         from optc.runtime.measuring.reference import open_reference
         from optc.runtime.sessions.load import load
@@ -298,8 +301,7 @@ class _Search:
             )
         assert found.reference_perplexity is not None
         assert found.kl is not None
-        loss = found.perplexity / found.reference_perplexity - 1
-        return {"perplexity": found.perplexity, "loss": loss, "kl": found.kl}
+        return found.perplexity, found.perplexity / found.reference_perplexity - 1, found.kl
 
     def _speed(self, artifact: Path) -> tuple[float | None, float | None]:
         """Decoding of a try, in tokens/s and over the plain one's, in turn with it."""

@@ -179,8 +179,12 @@ def _generations(artifacts: Sequence[Path], options: CompareOptions, stack: Exit
     from optc.runtime.measuring.paired_speed import generating
     from optc.runtime.sessions.load import load
 
-    given = {"threads": options.threads, "num_blocks": options.kv_blocks, "trust": options.trust}
-    models = [stack.enter_context(closing(load(path, **given))) for path in artifacts]
+    models = [
+        stack.enter_context(
+            closing(load(path, threads=options.threads, num_blocks=options.kv_blocks, trust=options.trust))
+        )
+        for path in artifacts
+    ]
     room = min(model.session.context_length for model in models) - options.new_tokens
     length = options.prompt_length or max(1, min(128, room))
     if length > room:
