@@ -110,12 +110,7 @@ def _each_in_groups(selection: Selection, labels: Mapping[Node, str], sizes: Seq
         for site in selection.chosen
         if found[labels[site.node]] is None
     ]
-    notes = []
-    for size in (*sizes, None):
-        those = [label for label, chosen in found.items() if chosen == size]
-        if those and size != sizes[0]:
-            what = "not quantized, as no group divides K" if size is None else f"group size {size or 'of a row'}"
-            notes.append(f"{what}: " + ", ".join(f"{label} (K = {columns[label]})" for label in those))
+    notes = [_size_note(size, found, columns) for size in (*sizes, None) if size in found.values()]
     return replace(
         selection,
         chosen=tuple(site for site in selection.chosen if found[labels[site.node]] is not None),
@@ -123,6 +118,20 @@ def _each_in_groups(selection: Selection, labels: Mapping[Node, str], sizes: Seq
         notes=(*selection.notes, *notes),
         sizes={label: size for label, size in found.items() if size is not None},
     )
+
+
+_NAMED = 8
+"""Weights that a note names, at most: the records of the artifact have each of them with its size."""
+
+
+def _size_note(size: int | None, found: Mapping[str, int | None], columns: Mapping[str, int]) -> str:
+    """Which weights got a size: their number where it is the most frequent one, else their names."""
+    those = [label for label, chosen in found.items() if chosen == size]
+    what = "not quantized, as no group divides K" if size is None else f"group size {size or 'of a row'}"
+    if size is not None and 2 * len(those) > len(found):
+        return f"{what}: {len(those)} of {len(found)} weights"
+    more = f" and {len(those) - _NAMED} more" if len(those) > _NAMED else ""
+    return f"{what}: " + ", ".join(f"{label} (K = {columns[label]})" for label in those[:_NAMED]) + more
 
 
 def quantize_selected(

@@ -82,6 +82,10 @@ def _show_memory(result: dict[str, Any]) -> None:
         say(f"  note: {result['note']}")
 
 
+_NAMED = 8
+"""Weights that are named, at most."""
+
+
 def _group(size: int | tuple[int, ...] | None) -> str:
     if isinstance(size, tuple):
         return "of each linear the first that divides it of " + ", ".join(map(_group, size))
@@ -96,7 +100,10 @@ def _show(result: dict[str, Any]) -> None:
     if result["quant"]:
         say(f"  group size: {_group(result['group_size'])}")
     if result["left"]:
-        say(f"  not quantized, as no group divides them: {', '.join(result['left'])}")
+        names, more = result["left"][:_NAMED], len(result["left"]) - _NAMED
+        say(
+            f"  not quantized, as no group divides them: {', '.join(names)}" + (f" and {more} more" if more > 0 else "")
+        )
     say(f"  weights: {Sizes.read(result['sizes'])}")
     if result["kv_cache_bytes_per_token"]:
         say(f"  KV cache: {result['kv_cache_bytes_per_token']} bytes per token")

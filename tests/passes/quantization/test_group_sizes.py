@@ -73,13 +73,16 @@ def test_each_weight_gets_the_first_that_divides_it(
 def test_what_differs_is_said_by_name() -> None:
     result = QuantizeRtn(group_size=(64, 16)).run(_program(), PassContext())
     assert result.notes == (
+        "group size 64: 0.weight (K = 128)",
         "group size 16: 1.weight (K = 48)",
         "not quantized, as no group divides K: 2.weight (K = 200)",
     )
     assert (result.matched, result.candidates) == (2, 3)
     assert [miss.reason for miss in result.misses] == ["no group of 64, 16 divides the K = 200 of 2.weight"]
     whole = QuantizeRtn(group_size=(64, 16, 0)).run(_program(), PassContext())
-    assert whole.notes[1] == "group size of a row: 2.weight (K = 200)"
+    assert whole.notes[2] == "group size of a row: 2.weight (K = 200)"
+    most = QuantizeRtn(group_size=(16, 0)).run(_program(), PassContext())
+    assert most.notes == ("group size 16: 2 of 3 weights", "group size of a row: 2.weight (K = 200)")
 
 
 def test_awq_scales_what_is_rounded() -> None:
