@@ -41,14 +41,22 @@ def write_comparison(path: Path, result: Mapping[str, Any], rows: Sequence[Mappi
 
 
 def size_bars(artifacts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each artifact with known sizes its parts: (title, bytes, share of the largest artifact in percent)."""
+    """For each artifact with known sizes its parts: (title, bytes, share of the largest artifact in percent).
+
+    All have the same parts in the same order: those of which one has any bytes.
+    """
     known = [(row["artifact"], Sizes.read(row["sizes"])) for row in artifacts if row["sizes"] is not None]
+    filled = {place for _, sizes in known for place, (_, size) in enumerate(sizes.parts()) if size}
     largest = max((sizes.total for _, sizes in known), default=0) or 1
     return [
         {
             "artifact": name,
             "total": sizes.total,
-            "parts": [(title, size, 100 * size / largest) for title, size in sizes.parts() if size],
+            "parts": [
+                (title, size, 100 * size / largest)
+                for place, (title, size) in enumerate(sizes.parts())
+                if place in filled
+            ],
         }
         for name, sizes in known
     ]

@@ -17,9 +17,11 @@ from conftest import EXAMPLE
 
 from optc.compiler.artifact.folder import finish, read_manifest
 from optc.compiler.artifact.manifest import Source
+from optc.compiler.artifact.sizes import Sizes
 from optc.compiler.ir.program import Program
 from optc.compiler.model_folder.checkpoint import check_folder, weights_digest
 from optc.compiler.rewriting.passes import PassContext
+from optc.exporters.reports.comparison import size_bars
 from optc.passes.quantization.rtn import QuantizeRtn
 from optc.runtime.sessions.program import open_program
 
@@ -237,3 +239,16 @@ def test_what_is_not_compared(three: list[Path], tmp_path: Path, capsys: pytest.
     ):
         assert optc("compare", *given) == code
         assert said in capsys.readouterr().err
+
+
+def test_bars_of_sizes() -> None:
+    """Shares of the largest; every artifact has the parts that one of them has, in one order."""
+    rows = [
+        {"artifact": "plain", "sizes": Sizes(embedding=600, linears=400).to_dict()},
+        {"artifact": "four", "sizes": Sizes(embedding=150, linears=50, scales=50).to_dict()},
+        {"artifact": "of memory", "sizes": None},
+    ]
+    plain, four = size_bars(rows)
+    assert plain["parts"] == [("embedding", 600, 60.0), ("linears", 400, 40.0), ("scales", 0, 0.0)]
+    assert four["parts"] == [("embedding", 150, 15.0), ("linears", 50, 5.0), ("scales", 50, 5.0)]
+    assert (plain["total"], four["total"]) == (1000, 250)
