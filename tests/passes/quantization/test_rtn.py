@@ -163,7 +163,8 @@ def test_a_group_size_that_does_not_divide() -> None:
         "group size 128 does not divide every weight\n"
         "  where: model.layers.0.self_attn.q_proj.weight\n"
         "  cause: it has K = 64\n"
-        "  remedy: use 64, the nearest that divides every weight, or leave this weight out: --ignore"
+        "  remedy: use 64, the nearest that divides every weight, or leave this weight out: --ignore "
+        "model.layers.0.self_attn.q_proj.weight"
     )
 
 
