@@ -107,23 +107,14 @@ def remove_abandoned_in(folder: Path) -> None:
         InputError: the folder cannot be read.
     """
     with os_errors("looking for interrupted runs", str(folder)):
-        found = [path for path in folder.iterdir() if _LEFT.fullmatch(path.name)] if folder.is_dir() else []
-        for path in found:
-            match = _LEFT.fullmatch(path.name)
-            if match and path.is_dir() and not path.is_symlink():
-                _remove_if_abandoned(path, int(match["pid"]))
+        for path, pid in _named(folder, _LEFT).items():
+            _remove_if_abandoned(path, pid)
 
 
 def leftovers(output: Path, kind: str = "tmp|old|gone") -> dict[Path, int]:
     """Folders beside `output` that a run made for it -> the pid of that run."""
-    pattern = re.compile(rf"\.{re.escape(output.name)}\.(?:{kind})-(\d{{1,7}})-[0-9a-f]{{8}}")
-    found = {}
-    if output.parent.is_dir():
-        for path in output.parent.iterdir():
-            match = pattern.fullmatch(path.name)
-            if match and path.is_dir() and not path.is_symlink():
-                found[path] = int(match[1])
-    return found
+    pattern = rf"\.{re.escape(output.name)}\.(?:{kind})-(?P<pid>\d{{1,7}})-[0-9a-f]{{8}}"
+    return _named(output.parent, re.compile(pattern))
 
 
 def _absolute(output: Path) -> Path:
@@ -256,6 +247,16 @@ def _hold(folder: Path) -> int:
     with contextlib.suppress(OSError):  # a filesystem without locks: the pid alone tells
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return handle
+
+
+def _named(parent: Path, pattern: re.Pattern[str]) -> dict[Path, int]:
+    """Folders in `parent` whose names match -> the pid in the name."""
+    found = {}
+    for path in parent.iterdir() if parent.is_dir() else ():
+        match = pattern.fullmatch(path.name)
+        if match and path.is_dir() and not path.is_symlink():
+            found[path] = int(match["pid"])
+    return found
 
 
 def _remove_abandoned(output: Path, kind: str) -> None:

@@ -20,7 +20,7 @@ from fuzz import disk
 from fuzz.writer import Kind
 
 from optc.compiler import files
-from optc.compiler.artifact import publishing, trust
+from optc.compiler.artifact import trust
 from optc.compiler.artifact.folder import sign_artifact, verify
 from optc.compiler.diagnostics import InputError, ResourceError
 from optc.compiler.kernels.cpu.toolchain import run_compiler
@@ -162,26 +162,6 @@ def test_a_run_that_was_killed_before_its_folder_was_made(tmp_path: Path) -> Non
     assert len(list(tmp_path.iterdir())) == 1
     make_artifact(output)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-
-
-def test_where_names_cannot_be_swapped_a_failing_rename_keeps_the_old_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(publishing, "rename_with", lambda *given: False)
-    make_artifact(tmp_path / "a", target="old")
-    real = os.rename
-
-    def rename(source: Path, target: Path) -> None:
-        if ".tmp-" in source.name:
-            raise OSError(28, "No space left on device")
-        real(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", rename)
-        with pytest.raises(ResourceError):
-            make_artifact(tmp_path / "a", force=True, target="new")
-    assert verify(tmp_path / "a").target == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_work_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -90,6 +89,7 @@ def test_the_mark_of_optc_stands_at_the_beginning(tmp_path: Path, end: int) -> N
     ("owner", "name", "doing", "place"),
     [
         (Path, "resolve", "looking up the output folder", "out"),
+        (publishing, "_sibling", "checking the output folder", "out"),
         (publishing, "leftovers", "looking for interrupted runs", "."),
     ],
 )
@@ -152,6 +152,57 @@ def test_where_nothing_can_be_swapped(tmp_path: Path, monkeypatch: pytest.Monkey
     assert verify(tmp_path / "out").target == "new"
 
 
+def test_two_renames_of_which_the_second_fails_put_the_old_artifact_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, rename = tmp_path / "out", os.rename
+    make_artifact(output, target="old")
+
+    def fail(error: BaseException) -> None:
+        def second_fails(source: Path, place: Path) -> None:
+            if ".tmp-" in source.name and place == output:
+                assert not output.exists(), "this is not the second rename"
+                raise error
+            rename(source, place)
+
+        monkeypatch.setattr(os, "rename", second_fails)
+
+    monkeypatch.setattr(publishing, "rename_with", lambda *_: False)
+    fail(OSError(errno.EIO, "the disk failed"))
+    with pytest.raises(InputError, match="the disk failed"):
+        make_artifact(output, force=True, target="new")
+    assert (os.listdir(tmp_path), verify(output).target) == (["out"], "old")
+    fail(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        make_artifact(output, force=True, target="new")
+    assert (os.listdir(tmp_path), verify(output).target) == (["out"], "old")
+
+
+def _stays(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """Folders with this in their names cannot be removed."""
+    remove = publishing.shutil.rmtree
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if part not in path.name:
+            remove(path, ignore_errors=ignore_errors)
+        elif not ignore_errors:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(publishing.shutil, "rmtree", refuse)
+
+
+def test_an_old_artifact_that_cannot_be_removed_costs_only_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    make_artifact(output, target="old")
+    monkeypatch.setattr(publishing, "rename_with", lambda *_: False)
+    _stays(monkeypatch, ".old-")
+    make_artifact(output, force=True, target="new")
+    ((old, pid),) = publishing.leftovers(output).items()
+    assert (verify(output).target, verify(old).target, pid) == ("new", "old", os.getpid())
+
+
 # -- syncing -------------------------------------------------------------------------------------
 
 
@@ -173,6 +224,25 @@ def test_every_file_and_folder_is_synced(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(publishing, "_sync", seen.append)
     publishing._sync_tree(tmp_path)
     assert seen == [tmp_path / "deep" / "file", tmp_path / "deep", tmp_path]
+
+
+def test_an_artifact_whose_name_cannot_be_synced_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, sync, failed = tmp_path / "new" / "out", publishing._sync, []
+
+    def fail(path: Path) -> None:
+        if path == tmp_path:
+            failed.append(path)
+            raise OSError(errno.EIO, "the disk failed")
+        sync(path)
+
+    monkeypatch.setattr(publishing, "_sync", fail)
+    with pytest.warns(RuntimeWarning) as caught:
+        make_artifact(output)
+    assert [str(warning.message) for warning in caught] == [
+        f"{output} is written, but its name could not be synced to the disk ([Errno {errno.EIO}] the disk failed): "
+        "a power loss may undo it"
+    ]
+    assert (verify(output).target, failed) == ("onnx-cpu", [tmp_path])
 
 
 # -- what killed runs left -----------------------------------------------------------------------
@@ -227,19 +297,11 @@ def test_two_runs_clean_up_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_what_cannot_be_removed_costs_only_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, remove = _abandoned(tmp_path), publishing.shutil.rmtree
-
-    def refuse(path: Path, ignore_errors: bool = False) -> None:
-        if path != kept:
-            remove(path, ignore_errors=ignore_errors)
-        elif not ignore_errors:
-            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-
-    monkeypatch.setattr(publishing.shutil, "rmtree", refuse)
+    kept = _abandoned(tmp_path)
+    _stays(monkeypatch, kept.name)
     make_artifact(tmp_path / "out")
     verify(tmp_path / "out")
-    with contextlib.suppress(OSError):
-        kept.rmdir()
+    assert kept.exists()
 
 
 _DEAD = 4194304 + 7  # beyond the largest pid that Linux gives
@@ -271,6 +333,30 @@ def test_what_killed_runs_left_beside_an_output_is_removed(tmp_path: Path) -> No
     assert _there(found) == {"old", "other", "alive", "foreign", "plain"}, "the old artifact of a swap stays"
 
 
+def test_checking_an_output_removes_what_checks_of_killed_runs_left(tmp_path: Path) -> None:
+    """It stands above folders that are not there yet; nothing else that is there has been made by a check."""
+    found = _left_by_runs(tmp_path)
+    check_output(tmp_path / "new" / "deep" / "out", force=False)
+    assert _there(found) == set(found) - {"dead"}
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_check_that_fails_leaves_what_the_next_one_removes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rmdir", fails_with(errno.EIO))
+        with pytest.raises(InputError):
+            check_output(tmp_path / "out", force=False)
+    (name,) = os.listdir(tmp_path)
+    assert publishing.leftovers(tmp_path / "out", "tmp") == {tmp_path / name: os.getpid()}
+
+
+def test_a_folder_of_runs_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "iterdir", fails_with(errno.EIO))
+    with pytest.raises(InputError) as caught:
+        publishing.remove_abandoned_in(tmp_path)
+    assert (caught.value.what, caught.value.where) == ("failed while looking for interrupted runs", str(tmp_path))
+
+
 def test_what_killed_runs_left_in_a_folder_of_their_own_is_removed(tmp_path: Path) -> None:
     found = _left_by_runs(tmp_path)
     link, file = tmp_path / f".l.tmp-{_DEAD}-0a1b2c3d", tmp_path / f".f.tmp-{_DEAD}-0a1b2c3d"
@@ -296,9 +382,9 @@ def test_a_folder_is_whole_or_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ((aside, ignored, still),) = seen
     assert (ignored, still) == (True, False)
     assert publishing.leftovers(folder, "gone") == {aside: os.getpid()}
-    with pytest.raises(InputError, match="removing a folder") as caught:
+    with pytest.raises(InputError) as caught:
         publishing.remove_folder(folder)
-    assert caught.value.where == str(folder)
+    assert (caught.value.what, caught.value.where) == ("failed while removing a folder", str(folder))
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/.."])
