@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
@@ -63,8 +65,8 @@ def build_library(kernels: Sequence[Kernel]) -> Path:
         objects = folder / "objects"
         for place in (objects, library.parent):
             place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        missing = [(unit, name) for unit, name in zip(units, names, strict=True) if not (objects / name).is_file()]
-        with tempfile.TemporaryDirectory() as scratch:
+        with _alone_in(objects), tempfile.TemporaryDirectory() as scratch:
+            missing = [(unit, name) for unit, name in zip(units, names, strict=True) if not (objects / name).is_file()]
             with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
                 list(pool.map(lambda item: _compile(common, Path(scratch), objects, *item), missing))
             _link(common, [objects / name for name in names], Path(scratch) / FILE_NAME)
@@ -76,6 +78,18 @@ def cache_folder() -> Path:
     """Where compiled libraries are kept: `$XDG_CACHE_HOME/optc`, or `~/.cache/optc`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "optc"
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """One process at a time: others wait for the objects that it compiles, which takes a minute, and find them."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a filesystem without locks: each compiles for itself
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _common(compiler: str) -> list[str]:

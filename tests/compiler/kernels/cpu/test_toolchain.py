@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,22 @@ def test_failing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         library.build_library(CPU)
     assert caught.value.why == "x.cpp:1: error: no such thing"
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+def test_two_at_once_compile_each_source_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler, log = tmp_path / "c++", tmp_path / "log"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\nwhile [ "$1" != -o ]; do shift; done\n'
+        f'echo "${{2##*/}}" >> {log}\nsleep 0.1\necho object > "$2"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(library.build_library, (CPU, CPU))
+    assert one == other
+    objects = [name for name in log.read_text().split() if name.endswith(".o")]
+    assert len(objects) == len(set(objects)) >= len(CPU)
 
 
 def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
