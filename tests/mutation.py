@@ -97,7 +97,8 @@ def run(name: str, folder: Path) -> tuple[int, dict[str, str]]:
     return len(listed), {_describe(key, mutmut("show", key)): state for key, state in alive.items()}
 
 
-_DEAD = ("killed", "timeout", "caught by type check")
+_DEAD = ("killed", "timeout", "caught by type check", "suspicious", "segfault")
+"""What mutmut calls a mutant that a test noticed; the last two ended the tests' own process by a signal."""
 
 
 def _describe(key: str, shown: str) -> str:

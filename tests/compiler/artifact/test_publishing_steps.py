@@ -382,6 +382,7 @@ def test_a_folder_is_whole_or_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ((aside, ignored, still),) = seen
     assert (ignored, still) == (True, False)
     assert publishing.leftovers(folder, "gone") == {aside: os.getpid()}
+    monkeypatch.setattr(os, "rename", fails_with(errno.EIO))
     with pytest.raises(InputError) as caught:
         publishing.remove_folder(folder)
     assert (caught.value.what, caught.value.where) == ("failed while removing a folder", str(folder))
