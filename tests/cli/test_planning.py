@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
+import re
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 from families import FAMILIES, make_model
+from onnxruntime.capi import onnxruntime_pybind11_state
 from stages import apply, captured, rewritten
 from transformers import (
     CLIPVisionConfig,
@@ -161,3 +164,19 @@ def test_a_multimodal_model_is_planned_as_it_is_captured(tmp_path: Path) -> None
     planned = make_plan(tmp_path, from_python("onnx-cpu", quant="rtn"))
     assert (planned["linears"], planned["group_size"]) == (matched, 64) == (14, 64)
     assert planned["kv_cache_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
+
+
+def test_why_onnx_cpu_computes_in_fp32() -> None:
+    """The kernels that its refusal of fp16 names, as ONNX Runtime itself lists them."""
+    with pytest.raises(TargetError) as caught:
+        resolve(from_python("onnx-cpu", dtype="fp16"))
+    assert caught.value.why is not None
+    named = re.findall(r"[A-Z][A-Za-z]+", caught.value.why.partition("kernels for")[2].partition(" on ")[0])
+    assert named == ["MatMul", "Gemm", "Conv", "Add", "Mul", "Softmax", "Sigmoid"]
+    types: dict[str, set[str]] = {name: set() for name in named}
+    for kernel in onnxruntime_pybind11_state.get_all_opkernel_def():
+        if kernel.provider == "CPUExecutionProvider" and kernel.op_name in types:
+            types[kernel.op_name] |= {item for items in kernel.type_constraints.values() for item in items}
+    assert all("tensor(float)" in found for found in types.values())
+    if platform.machine() == "x86_64":
+        assert not [name for name, found in types.items() if "tensor(float16)" in found]
