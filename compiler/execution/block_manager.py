@@ -3,12 +3,14 @@
 Paging: Kwon et al. 2023 (PagedAttention, vLLM), https://arxiv.org/abs/2309.06180. Prefix reuse by
 hashing full blocks, each chained to the block before it: the idea of vLLM's automatic prefix
 caching; SGLang's RadixAttention (Zheng et al. 2023, https://arxiv.org/abs/2312.07104) keeps a tree
-instead. Only full blocks are shared, and a shared block is never written, so nothing is copied.
+instead. Only full blocks are shared, and a shared block is never written. Of a full block whose first tokens alone are those
+of a request, the request gets a copy that it goes on in (`fork`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable, Sequence
@@ -19,6 +21,20 @@ import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import ResourceError
+
+_LOOKED_AT = 16
+"""Blocks with the same beginning that are compared for a copy, those that were filled last."""
+_LEAST_SHARE = 4
+"""Of a block, one part in so many is worth a copy."""
+
+
+class Fork(NamedTuple):
+    """A block that is to be copied before anything else is written: its number, that of the copy, and how many of its tokens
+    count."""
+
+    source: int
+    target: int
+    tokens: int
 
 
 class StepInputs(NamedTuple):
@@ -34,6 +50,14 @@ class StepInputs(NamedTuple):
     block_tables: Tensor
     context_lens: Tensor
     cu_seqlens: Tensor
+
+
+class _Held(NamedTuple):
+    """What a findable block holds: the digest of it, and of all before it; its tokens."""
+
+    digest: bytes
+    parent: bytes
+    tokens: array[int]
 
 
 @dataclass
@@ -62,8 +86,9 @@ class BlockManager:
         assert sorted(self._free) == list(range(num_blocks)), "order must name every block once"
         self._cached: OrderedDict[int, None] = OrderedDict()  # without an owner, oldest first
         self._references: dict[int, int] = {}
-        self._digest_of: dict[int, bytes] = {}
+        self._held: dict[int, _Held] = {}
         self._block_of: dict[bytes, int] = {}
+        self._behind: dict[bytes, dict[int, None]] = {}  # findable blocks by what is before them, oldest first
         self._requests: dict[Hashable, _Request] = {}
         self._waste = 0
         self.peak_waste = 0
@@ -92,6 +117,33 @@ class BlockManager:
             state.tokens += content
         self._note_peaks()
         return len(state.tokens)
+
+    def fork(self, request: Hashable, tokens: Sequence[int]) -> Fork | None:
+        """Let a request that has just been started begin in a copy of a block, if one begins with its next `tokens`.
+
+        The request has these tokens then, one less than all at most. The caller copies the block in all layers, before it
+        runs what is laid out from now on, and behind what was laid out before.
+        """
+        state, size = self._requests[request], self.block_size
+        assert len(state.tokens) == len(state.digests) * size
+        rest = array("q", tokens[len(state.tokens) : min(len(state.tokens) + size, len(tokens) - 1)])
+        behind = self._behind.get(state.digests[-1] if state.digests else b"", {})
+        shared = [
+            (_common(rest, self._held[block].tokens), block) for block in itertools.islice(reversed(behind), _LOOKED_AT)
+        ]
+        count, source = max(shared, default=(0, -1))
+        if count * _LEAST_SHARE < size:
+            return None
+        self._acquire(source)
+        found = None
+        if self.free_blocks:
+            self._lengthen(state, 1)
+            state.tokens += rest[:count]
+            self._waste -= count
+            found = Fork(source, state.blocks[-1], count)
+        self._release(source)
+        self._note_peaks()
+        return found
 
     def step(self, work: Sequence[tuple[Hashable, Sequence[int]]]) -> StepInputs:
         """Reserve slots for new tokens of some requests and return the tensors of the call.
@@ -140,11 +192,13 @@ class BlockManager:
         state, size = self._requests[request], self.block_size
         for index in range(len(state.digests), len(state.tokens) // size):
             content = state.tokens[index * size : (index + 1) * size]
-            digest = _chain(state.digests[-1] if state.digests else b"", content)
+            parent = state.digests[-1] if state.digests else b""
+            digest = _chain(parent, content)
             state.digests.append(digest)
             if digest not in self._block_of:
-                self._block_of[digest] = state.blocks[index]
-                self._digest_of[state.blocks[index]] = digest
+                block = self._block_of[digest] = state.blocks[index]
+                self._held[block] = _Held(digest, parent, array("q", content))
+                self._behind.setdefault(parent, {})[block] = None
 
     def rewind(self, request: Hashable, length: int) -> int:
         """Forget the tokens of a request beyond `length`; returns how many are kept.
@@ -242,16 +296,18 @@ class BlockManager:
         if self._references[block]:
             return
         del self._references[block]
-        if block in self._digest_of:
+        if block in self._held:
             self._cached[block] = None
         else:
             self._free.append(block)
 
     def _forget(self, block: int) -> None:
         """The block will be written: nobody may find its old content."""
-        digest = self._digest_of.pop(block, None)
-        if digest is not None:
-            del self._block_of[digest]
+        held = self._held.pop(block, None)
+        if held is not None:
+            del self._block_of[held.digest], self._behind[held.parent][block]
+            if not self._behind[held.parent]:
+                del self._behind[held.parent]
 
     def _note_peaks(self) -> None:
         self.peak_waste = max(self.peak_waste, self.waste())
@@ -277,3 +333,10 @@ class BlockManager:
 def _chain(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Digest of a full block and all before it; sha256, as prompts can be chosen to collide."""
     return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
+
+
+def _common(one: array[int], other: array[int]) -> int:
+    """Tokens that both begin with."""
+    return next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )

@@ -23,7 +23,7 @@ from optc.compiler.kernels.cuda.paged_attention import SHORT_CONTEXT
 from optc.compiler.ops.dialect.paged import PADDING
 from optc.runtime.serving.flights import Flight, Flights, Given
 from optc.runtime.serving.mixed_call import MixedCall
-from optc.runtime.serving.model_runner import step_inputs
+from optc.runtime.serving.model_runner import copy_blocks, step_inputs
 from optc.runtime.serving.open_choice import OpenChoice, Tell
 from optc.runtime.serving.pace import Pace
 from optc.runtime.serving.plan import Chosen, Plan
@@ -118,6 +118,7 @@ class DeviceRunner:
         kind = Kind(int(self._rows.kind[plan.rows].max(initial=Kind.GREEDY)))
         if plan.moved or not self._brings_tokens(plan, kind):
             self._tell_last()
+        copy_blocks(self._model.pools, plan.copied, buffers.send)
         buffers.move(plan.moved)
         buffers.grow(plan.grown)
         if kind < Kind.OPEN:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -67,6 +68,7 @@ class HostRunner:
 
     def launch(self, plan: Plan) -> None:
         """See `ModelRunner`."""
+        copy_blocks(self._model.pools, plan.copied, torch.from_numpy)
         logits, others = self._compute(plan)
         self._chosen.append(self._choose(logits, plan)._replace(outputs=others))
 
@@ -97,6 +99,20 @@ class HostRunner:
         if not model.selects and len(wanted) < len(logits):
             logits = logits[torch.from_numpy(wanted).to(logits.device)]
         return logits, dict(zip(model.gives, others, strict=True))
+
+
+def copy_blocks(pools: Sequence[Tensor], copied: Mapping[int, int], send: Callable[[np.ndarray], Tensor]) -> None:
+    """Copy blocks of the pools, see `Plan.copied`: all are read before any is written.
+
+    Args:
+        send: from the host to what indices of the pools may be.
+    """
+    if not copied:
+        return
+    target, source = send(np.array(list(copied.items()), np.int64).T.copy())
+    for pool in pools:
+        memory = pool.view(torch.uint8)  # not every type of numbers can be indexed
+        memory.index_copy_(0, target.to(pool.device), memory.index_select(0, source.to(pool.device)))
 
 
 def step_inputs(plan: Plan, rows: Rows, *, apart: bool = False) -> tuple[list[np.ndarray], Ints]:

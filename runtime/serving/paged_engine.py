@@ -25,7 +25,7 @@ from optc.runtime.serving.sampler import RequestSampler, SamplerOf, answer_of, k
 from optc.runtime.serving.scheduler import Scheduler
 from optc.runtime.sessions.paged import PagedModel
 from optc.runtime.speculative.device_drafter import DeviceDrafter
-from optc.runtime.speculative.drafter import Drafter
+from optc.runtime.speculative.drafter import Drafter, ReadingDrafter
 
 
 @dataclass(slots=True)
@@ -80,6 +80,7 @@ class PagedEngine:
             ahead=self._runner.ahead,
             compact=self._runner.ahead > 0,
             patience=options.patience,
+            forks=not isinstance(drafter, DeviceDrafter | ReadingDrafter),  # what these hold of tokens is not copied
         )
         self._drafting: Drafting | RoundDrafting | None = None
         if drafter is not None:

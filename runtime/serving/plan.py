@@ -73,6 +73,7 @@ class Plan:
         serials: of them, see `Rows`.
         grown: rows and columns of `Rows.tables` that are new since the plan before.
         moved: rows whose requests have other rows since then: from, to.
+        copied: blocks that are to be copied in front of the step: from which by to which; see `BlockManager.fork`.
         steps: of decodes alone that follow each other, each fed what the one before chose; 1 with drafts or pieces.
     """
 
@@ -85,6 +86,7 @@ class Plan:
     grown: list[tuple[int, int]]
     moved: list[tuple[int, int]]
     steps: int = 1
+    copied: dict[int, int] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:

@@ -59,6 +59,7 @@ class Scheduler:
             themselves need 1.
         compact: rows move where the first half of them, or less, could hold all: steps of the first rows are smaller then.
         patience: see above.
+        forks: a prompt may begin in a copy of a block of which it shares a part.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Scheduler:
         ahead: int = 0,
         compact: bool = False,
         patience: int = 256,
+        forks: bool = False,
     ) -> None:
         assert token_budget > rows.count, "decodes of all rows leave a part of the budget free"
         assert manager.block_size == rows.block_size
@@ -87,9 +89,10 @@ class Scheduler:
         self._refused_at = -1  # blocks that were free when the first in order did not fit
         self._late: dict[tuple[int, int], Request] = {}  # (row, serial) of those that gave way with a token unread
         self._computed: list[Piece] = []  # in the pool once the step that was planned last has been launched
-        self._compacts = compact
+        self._compacts, self._forks = compact, forks
         self._grown: list[tuple[int, int]] = []
         self._moved: list[tuple[int, int]] = []
+        self._copied: dict[int, int] = {}
 
     # -- requests ---------------------------------------------------------------------------
 
@@ -195,7 +198,8 @@ class Scheduler:
         self.counts.steps += steps
         grown, self._grown = self._grown, []
         moved, self._moved = self._moved, []
-        return Plan(decodes, positions, drafted, pieces, chosen, rows.serial[chosen], grown, moved, steps)
+        copied, self._copied = self._copied, {}
+        return Plan(decodes, positions, drafted, pieces, chosen, rows.serial[chosen], grown, moved, steps, copied)
 
     def _compact(self) -> None:
         """See `compact`."""
@@ -313,6 +317,10 @@ class Scheduler:
         if not alone and manager.free_blocks - self._promised() < missing + spare:
             manager.free(request.id)
             return False
+        fork = manager.fork(request.id, request.tokens) if self._forks else None
+        if fork is not None:
+            self._copied[fork.target] = fork.source
+            found += fork.tokens
         row = self.rows.take(
             request.tokens, end=request.end, stops=request.stops, single=request.single, kind=request.kind
         )

@@ -74,6 +74,39 @@ def test_only_full_committed_blocks_are_found() -> None:
     assert manager.used_blocks == 3
 
 
+def test_a_block_of_which_a_part_is_shared_is_copied() -> None:
+    manager = BlockManager(4, 16)
+    _fill(manager, "a", list(range(20)))
+    tokens = [*range(10), *range(50, 60)]
+    assert manager.start("b", tokens) == 0
+    assert manager.fork("b", tokens) == (0, 2, 10)
+    assert manager.slots("b") == [*range(32, 42)]
+    assert manager.step([("b", tokens[10:])]).slot_mapping.tolist() == [*range(42, 48), *range(48, 52)]
+    manager.commit("b")
+    assert manager.waste() == 12 + 12
+    for name, own in (("few", [0, 1, 2, 9, 9, 9]), ("another beginning", [7, *range(1, 16)])):
+        manager.start(name, own)
+        assert manager.fork(name, own) is None
+    manager.start("full", tokens)
+    manager.free("b")
+    assert manager.fork("full", tokens) is None, "no block is free for a copy: a has two, full one, and b's last"
+
+
+def test_a_copy_is_of_the_block_that_shares_most_and_leaves_a_token() -> None:
+    manager = BlockManager(6, 4)
+    for name, tokens in (("a", [1, 2, 3, 4]), ("b", [1, 2, 8, 9]), ("c", [1, 2, 3, 9])):
+        _fill(manager, name, tokens)
+        manager.free(name)
+    for name, tokens, expected in (("d", [1, 2, 3, 4], 3), ("e", [1, 2, 8, 7], 3), ("f", [1, 2], 1)):
+        assert manager.start(name, tokens) == 0
+        found = manager.fork(name, tokens)
+        assert found is not None
+        assert found.tokens == expected
+        assert found.source in {"d": (0, 2), "e": (1,), "f": (0, 1, 2)}[name]
+        manager.free(name)
+    assert manager.free_blocks == 6
+
+
 def test_freed_prefixes_are_evicted_oldest_first_and_tail_first() -> None:
     manager = BlockManager(4, 2)
     _fill(manager, "a", [1, 2, 3, 4])
