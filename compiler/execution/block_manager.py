@@ -132,7 +132,7 @@ class BlockManager:
             (_common(rest, self._held[block].tokens), block) for block in itertools.islice(reversed(behind), _LOOKED_AT)
         ]
         count, source = max(shared, default=(0, -1))
-        if count * _LEAST_SHARE < size:
+        if count < least_shared(size):
             return None
         self._acquire(source)
         found = None
@@ -328,6 +328,12 @@ class BlockManager:
             context_lens=torch.tensor([len(state.tokens) for state in states], dtype=torch.int32),
             cu_seqlens=counts.cumsum(0).to(torch.int32),
         )
+
+
+def least_shared(block_size: int) -> int:
+    """So many tokens must two requests begin with, beyond blocks that they share, that the later one may find the keys and
+    values of some of them (`fork`)."""
+    return -(-block_size // _LEAST_SHARE)
 
 
 def _chain(parent: bytes, tokens: Sequence[int]) -> bytes:

@@ -2,7 +2,7 @@
 
 Both run in turns, each time through an engine of its own over the same session, so that neither finds what the other left.
 On a GPU an engine captures its steps when it first runs them, so there is one of each kind for all samples; they share the
-session's pool, and no prompt is alike another by a whole block. Decoding alone is timed: from when all prompts have their
+session's pool, and no prompt begins as another does. Decoding alone is timed: from when all prompts have their
 first token.
 """
 
@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 
 from optc.compiler.diagnostics import InputError
+from optc.compiler.execution.block_manager import least_shared
 from optc.runtime.measuring.benchmark import Rate, median_rate
 from optc.runtime.sampling import Sampling
 from optc.runtime.serving.engine import engine_for
@@ -160,7 +161,7 @@ def _engines(
 
     if not session.model.on_device:
         return opened
-    size = session.model.block_size
+    size = least_shared(session.model.block_size)
     begins = [tuple(prompt[:size]) for prompts in batches for prompt in prompts]
     if len(set(begins)) < len(begins):
         raise InputError(

@@ -101,6 +101,7 @@ class HostRunner:
         return logits, dict(zip(model.gives, others, strict=True))
 
 
+@torch.inference_mode()
 def copy_blocks(pools: Sequence[Tensor], copied: Mapping[int, int], send: Callable[[np.ndarray], Tensor]) -> None:
     """Copy blocks of the pools, see `Plan.copied`: all are read before any is written.
 
