@@ -89,16 +89,12 @@ class HostRunner:
         other outputs, see `Chosen`."""
         model = self._model
         inputs, wanted = step_inputs(plan, self._rows)
-        given = (*inputs, wanted) if model.selects else inputs
-        tensors = [torch.from_numpy(item).to(model.device) for item in given]
+        tensors = [torch.from_numpy(item) for item in (*inputs, wanted)]
         begin = time.perf_counter()
         with kernels_only() if model.on_device else contextlib.nullcontext():
-            outputs = model.run(*tensors, *model.pools)
+            found = model.call(tensors[:-1], tensors[-1])
         self.model_s += time.perf_counter() - begin
-        logits, *others = outputs if isinstance(outputs, tuple | list) else (outputs,)
-        if not model.selects and len(wanted) < len(logits):
-            logits = logits[torch.from_numpy(wanted).to(logits.device)]
-        return logits, dict(zip(model.gives, others, strict=True))
+        return found
 
 
 @torch.inference_mode()

@@ -74,6 +74,25 @@ class PagedModel:
     prompt_tokens: int = 0
     on_device: bool = False
 
+    def call(
+        self, inputs: Sequence[torch.Tensor], wanted: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[OutputRole, torch.Tensor]]:
+        """Run a call that was laid out: for engines, sessions and draft models alike.
+
+        Args:
+            inputs: in the order of `StepInputs`, of N tokens. wanted: int64 [W], some of their places, ascending.
+
+        Returns:
+            Logits [W, V] of the tokens that are wanted, and the other outputs by role: of a program that selects rows, of
+            these tokens or of all, as the program has them; else of all tokens.
+        """
+        given = (*inputs, wanted) if self.selects else inputs
+        outputs = self.run(*(item.to(self.device) for item in given), *self.pools)
+        logits, *others = outputs if isinstance(outputs, tuple | list) else (outputs,)
+        if not self.selects and len(wanted) < len(logits):
+            logits = logits.index_select(0, wanted.to(logits.device))
+        return logits, dict(zip(self.gives, others, strict=True))
+
 
 class PagedSession(Session):
     """A session over a paged graph.
@@ -233,11 +252,9 @@ class PagedSession(Session):
     def _compute(self, inputs: StepInputs, *, every: bool) -> Logits:
         """Run the graph; logits as `_call` has them."""
         wanted = torch.arange(len(inputs.input_ids)) if every else inputs.cu_seqlens[1:].long() - 1
-        given = (*inputs, wanted) if self._selects else inputs
         with torch.inference_mode():
-            outputs = self._graph(*(item.to(self._device) for item in given), *self._pools)
-        logits = to_logits(outputs[0] if isinstance(outputs, tuple | list) else outputs)
-        return logits if self._selects or every else logits[wanted.numpy()]
+            logits, _ = self.model.call(inputs, wanted)
+        return to_logits(logits)
 
 
 def _shape(spec: Input, num_blocks: int) -> list[int]:

@@ -109,12 +109,7 @@ class DraftModel:
     def _call(self, work: list[tuple[str, list[int]]]) -> dict[str, Tensor]:
         model = self._model
         inputs = self._manager.step(work)
-        wanted = inputs.cu_seqlens[1:].long() - 1
-        given = [item.to(model.device) for item in ((*inputs, wanted) if model.selects else inputs)]
-        outputs = model.run(*given, *model.pools)
-        logits: Tensor = outputs[0] if isinstance(outputs, tuple | list) else outputs
-        if not model.selects:
-            logits = logits[wanted.to(logits.device)]
+        logits, _ = model.call(inputs, inputs.cu_seqlens[1:].long() - 1)
         for name, tokens in work:
             self._manager.commit(name)
             self._requests[name].held += tokens
