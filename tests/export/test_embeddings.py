@@ -279,15 +279,17 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
 def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    """As they stand, but for the model, which is a tiny one, and what it has groups for; the server: tests of serving."""
+    """As they stand, but for the model, which is a tiny one, and what it has groups for; the server and its load: tests of
+    serving and of loads."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "minilm").symlink_to(embedding_artifact())
     (tmp_path / "lines.txt").write_text("\n".join(TEXTS[:2]))
     commands = [line.partition(" #")[0] for kind, text in BLOCKS if not kind for line in text.splitlines()]
-    first, second, *others, server, last, _curl = [line for line in commands if line.strip()]
+    first, second, *others, server, load, last, _curl = [line for line in commands if line.strip()]
     assert first == "optc compile sentence-transformers/all-MiniLM-L6-v2 --target onnx-cpu -o out/minilm"
     assert server.strip() == "optc serve out/minilm"
+    assert load.strip() == "optc bench --serve out/minilm --prompt-length 16 --concurrency 8"
     assert last == "optc compile examples/fiction-3m --target onnx-cpu --pooling mean -o out/fiction-embed"
     small = f"{second} --group-size 32".replace("sentence-transformers/all-MiniLM-L6-v2", str(whole_folder()))
     for command in (small, *others):

@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client for streamed completions: one request at a time on a connection that is kept."""
+"""A small HTTP/1.1 client for streamed completions and for embeddings: one request at a time on a connection that is kept."""
 
 from __future__ import annotations
 
@@ -32,6 +32,11 @@ class _Choice(Struct):
     delta: _Delta | None = None
 
 
+class _Embeddings(Struct):
+    usage: _Usage
+    data: list[msgspec.Raw]
+
+
 class _Event(Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
@@ -39,6 +44,7 @@ class _Event(Struct):
 
 
 _decode = msgspec.json.Decoder(_Event).decode
+_decode_embeddings = msgspec.json.Decoder(_Embeddings).decode
 
 
 @dataclass
@@ -47,7 +53,7 @@ class Timing:
 
     Attributes:
         due: when it was to be sent; latencies are counted from there, so that a late client does not hide a slow server.
-        first, last: of the pieces of its text.
+        first, last: of the pieces of its text; of embeddings, both are when they were there.
         gaps: between pieces. A server may put several tokens into one.
         tokens: of the answer, as the server counts them.
         error: "" where it was answered whole.
@@ -143,6 +149,24 @@ class Client:
             found.error = f"{type(error).__name__}: {error}"
         if not found.error and not found.first:
             found.error = "an answer without text"
+        return found
+
+    async def embed(self, body: bytes, due: float) -> Timing:
+        """Send a request for the embedding of one text and read its answer; a failure is in `Timing.error`."""
+        found = Timing(due)
+        try:
+            status, reader, length = await self._ask("POST", "/embeddings", body)
+            answer = b"".join([piece async for piece in _body(reader, length)])
+            found.first = found.last = time.perf_counter()
+            if status != 200:
+                found.error = f"{status}: {answer[:300].decode('utf-8', 'replace')}"
+                return found
+            read = _decode_embeddings(answer)
+            found.prompt_tokens = read.usage.prompt_tokens
+            found.error = "" if len(read.data) == 1 else f"{len(read.data)} embeddings of one text"
+        except (OSError, EOFError, ValueError, msgspec.MsgspecError) as error:
+            self.close()
+            found.error = f"{type(error).__name__}: {error}"
         return found
 
     async def _ask(self, method: str, path: str, body: bytes) -> tuple[int, asyncio.StreamReader, int | None]:

@@ -19,13 +19,22 @@ _LINES = (
     ("Time per output token, ms", (("p50", "tpot_ms", "p50"), ("p99", "tpot_ms", "p99"))),
 )
 
+_EMBEDDING_LINES = (
+    ("Requests per second", (("", "requests_per_s", None),)),
+    ("Time to the embedding, ms", (("p50", "e2e_ms", "p50"), ("p99", "e2e_ms", "p99"))),
+)
 
-def load_svg(runs: Sequence[dict[str, Any]], title: str) -> str:
-    """The SVG. `runs` are of one kind: each has "concurrency", or each has "rate"."""
+
+def load_svg(runs: Sequence[dict[str, Any]], title: str, *, embeds: bool = False) -> str:
+    """The SVG. `runs` are of one kind: each has "concurrency", or each has "rate".
+
+    Args:
+        embeds: they are of embeddings.
+    """
     axis = "concurrency" if runs[0]["concurrency"] is not None else "rate"
     places = [float(run[axis]) for run in runs]
     label = "requests open at once" if axis == "concurrency" else "requests per second"
-    panels = [_panel(name, lines, runs, places, label) for name, lines in _LINES]
+    panels = [_panel(name, lines, runs, places, label) for name, lines in (_EMBEDDING_LINES if embeds else _LINES)]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(panels=panels, title=title, width=_WIDTH, height=_HEIGHT, total=_WIDTH * len(panels))

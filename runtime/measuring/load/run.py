@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ async def closed_loop(
         connection = Client(url, key)
         while bodies:
             number = warmup + count - len(bodies)
-            timing = await connection.complete(bodies.popleft(), time.perf_counter())
+            timing = await _ask(connection, workload)(bodies.popleft(), time.perf_counter())
             if number >= warmup:
                 found.append(timing)
                 on_request(len(found), count)
@@ -67,7 +67,7 @@ async def open_loop(
 
     async def request(body: bytes, due: float, counted: bool) -> None:
         connection = idle.pop() if idle else Client(url, key)
-        timing = await connection.complete(body, due)
+        timing = await _ask(connection, workload)(body, due)
         idle.append(connection)
         if counted:
             found.append(timing)
@@ -83,8 +83,12 @@ async def open_loop(
     return found
 
 
+def _ask(client: Client, workload: Workload) -> Callable[[bytes, float], Awaitable[Timing]]:
+    return client.embed if workload.embeds else client.complete
+
+
 def figures(timings: Sequence[Timing], slo: Slo) -> dict[str, Any]:
-    """What the clients saw: latencies in ms with 95 % intervals, rates per second.
+    """What the clients saw: latencies in ms with 95 % intervals, rates per second. Embeddings have no output tokens.
 
     Raises:
         InputError: no request was answered.
@@ -103,9 +107,10 @@ def figures(timings: Sequence[Timing], slo: Slo) -> dict[str, Any]:
         "prompt_tokens": sum(item.prompt_tokens for item in good),
         "output_tokens": tokens,
         "requests_per_s": len(good) / seconds,
+        "prompt_tokens_per_s": sum(item.prompt_tokens for item in good) / seconds,
         "output_tokens_per_s": tokens / seconds,
         "goodput_requests_per_s": sum(map(slo.kept, good)) / seconds,
-        "ttft_ms": percentiles([item.ttft * 1e3 for item in good]),
+        "ttft_ms": percentiles([item.ttft * 1e3 for item in good if item.tokens]),
         "tpot_ms": percentiles([item.tpot * 1e3 for item in good if item.tpot is not None]),
         "gap_ms": percentiles([gap * 1e3 for item in good for gap in item.gaps]),
         "e2e_ms": percentiles([item.total * 1e3 for item in good]),

@@ -37,6 +37,7 @@ class Workload:
         vocab_size: tokens are drawn below it.
         trace: lengths (and times) of these, in turn, in place of drawn ones.
         body: further fields of each body.
+        embeds: the embeddings of prompts are asked for, one a request.
     """
 
     prompt_tokens: int
@@ -47,6 +48,7 @@ class Workload:
     trace: tuple[TraceRow, ...] = ()
     seed: int = 0
     body: dict[str, Any]
+    embeds: bool = False
 
     def lengths(self, count: int) -> list[tuple[int, int]]:
         """(prompt, answer) of each request, cut to what the context holds."""
@@ -57,6 +59,8 @@ class Workload:
             draws = np.random.default_rng([self.seed, 0]).normal(size=(count, 2))
             drawn = np.array([self.prompt_tokens, self.new_tokens]) * np.exp(self.sigma * draws)
         new = np.clip(np.rint(drawn[:, 1]), 2, max(2, self.longest // 2)).astype(int)
+        if self.embeds:
+            new[:] = 0
         prompt = np.clip(np.rint(drawn[:, 0]), 1, self.longest - new).astype(int)
         return list(zip(prompt.tolist(), new.tolist(), strict=True))
 
@@ -66,6 +70,9 @@ class Workload:
         low = min(100, self.vocab_size // 2)  # the first ids are special tokens in many vocabularies
         for prompt, new in self.lengths(count):
             tokens = draw.integers(low, self.vocab_size, prompt).tolist()
+            if self.embeds:
+                yield msgspec.json.encode({**self.body, "input": tokens})
+                continue
             stream = {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
             yield msgspec.json.encode({**self.body, "prompt": tokens, "max_tokens": new, **stream})
 

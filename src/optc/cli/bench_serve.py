@@ -21,6 +21,7 @@ from optc.compiler.diagnostics import InputError, OptcError, UsageError, os_erro
 from optc.compiler.files import read_plain
 from optc.progress import progress
 from optc.runtime.bounds import Count
+from optc.runtime.sampling import Sampling
 
 Rate = Annotated[float, Meta(gt=0, le=1e6)]
 Milliseconds = Annotated[float, Meta(gt=0)]
@@ -149,7 +150,8 @@ def bench_serve(
         from optc.runtime.measuring.load.plot import load_svg
 
         with os_errors("writing the plot", str(options.plot)):
-            options.plot.write_text(load_svg(result["runs"], f"{result['model']} at {what}"), encoding="utf-8")
+            title, embeds = f"{result['model']} at {what}", not result["lengths"]["new"]
+            options.plot.write_text(load_svg(result["runs"], title, embeds=embeds), encoding="utf-8")
     emit(result, as_json, _show)
 
 
@@ -216,6 +218,9 @@ async def _measured(url: str, options: LoadOptions, given: dict[str, Any]) -> di
     client.close()
     name = options.model_name or str(models[0].get("id", ""))
     model: dict[str, Any] = next((item for item in models if item.get("id") == name), {})
+    embeds = model.get("task") == "embed"
+    if embeds:
+        _refuse_generating(options)
     workload = Workload(
         prompt_tokens=given["prompt"],
         new_tokens=given["new"],
@@ -224,7 +229,8 @@ async def _measured(url: str, options: LoadOptions, given: dict[str, Any]) -> di
         sigma=options.length_sigma or 0.0,
         trace=given["trace"],
         seed=options.seed,
-        body=_body(options, name),
+        body={"model": name} if embeds else _body(options, name),
+        embeds=embeds,
     )
     slo = Slo(ttft_ms=options.slo_ttft_ms, tpot_ms=options.slo_tpot_ms)
     count = options.requests or _DEFAULT_REQUESTS
@@ -252,7 +258,7 @@ async def _measured(url: str, options: LoadOptions, given: dict[str, Any]) -> di
         "slo": {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms},
         "lengths": {
             "prompt": given["prompt"],
-            "new": given["new"],
+            "new": 0 if embeds else given["new"],
             "sigma": workload.sigma,
             "trace": bool(given["trace"]),
         },
@@ -262,10 +268,22 @@ async def _measured(url: str, options: LoadOptions, given: dict[str, Any]) -> di
     }
 
 
+def _refuse_generating(options: LoadOptions) -> None:
+    """Raises:
+    UsageError: flags that say how tokens are chosen, or come, and the model gives embeddings.
+    """
+    names = [
+        name for name, value in sampling_of(options).items() if value != getattr(Sampling(), name) and name != "seed"
+    ]
+    names += ["slo_tpot_ms"] if options.slo_tpot_ms is not None else []
+    if names:
+        raise UsageError(
+            f"--{names[0].replace('_', '-')} has no effect on a model that gives embeddings", remedy="leave it out"
+        )
+
+
 def _body(options: LoadOptions, name: str) -> dict[str, Any]:
     """What every request says beside its prompt: sampling that differs from greedy."""
-    from optc.runtime.sampling import Sampling
-
     plain = msgspec.to_builtins(Sampling())
     chosen = {key: value for key, value in sampling_of(options).items() if value != plain[key] and key != "seed"}
     return {"model": name, "temperature": 0, **chosen}
@@ -273,7 +291,8 @@ def _body(options: LoadOptions, name: str) -> dict[str, Any]:
 
 def _show(result: dict[str, Any]) -> None:
     lengths = result["lengths"]
-    shape = "a trace" if lengths["trace"] else f"prompts of {lengths['prompt']} and answers of {lengths['new']} tokens"
+    answers = f" and answers of {lengths['new']}" if lengths["new"] else ""
+    shape = "a trace" if lengths["trace"] else f"prompts of {lengths['prompt']}{answers} tokens"
     shape += f", lognormal with sigma {lengths['sigma']:g}" if lengths["sigma"] else ""
     say(f"{result['model']} at {result['url']}; {shape}")
     slo = {key.removesuffix("_ms").upper(): value for key, value in result["slo"].items() if value is not None}
@@ -281,7 +300,8 @@ def _show(result: dict[str, Any]) -> None:
         load = f"{run['concurrency']} at once" if run["concurrency"] else f"{run['rate']:g} a second"
         failed = f", {run['failed']} failed: {run['first_error']}" if run["failed"] else ""
         say(f"{load}: {run['requests']} requests in {run['seconds']:.1f} s{failed}")
-        say(f"  {run['output_tokens_per_s']:.1f} output tokens/s, {run['requests_per_s']:.2f} requests/s", nl=False)
+        kind = "output" if lengths["new"] else "prompt"
+        say(f"  {run[f'{kind}_tokens_per_s']:.1f} {kind} tokens/s, {run['requests_per_s']:.2f} requests/s", nl=False)
         within = " and ".join(f"{key} within {value:g} ms" for key, value in slo.items())
         say(f"; {run['goodput_requests_per_s']:.2f} with {within}" if slo else "")
         for name, label in (("ttft_ms", "TTFT"), ("tpot_ms", "TPOT"), ("gap_ms", "gap"), ("e2e_ms", "in all")):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 import xml.etree.ElementTree
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -153,6 +156,56 @@ def test_a_server_is_measured(server: Server, tmp_path: Path, capsys: Capture) -
     shown = capsys.readouterr().out
     assert "8 at once: 4 requests" in shown
     assert "0.00 with TTFT within 1 ms" in shown
+
+
+class Embedding(BaseHTTPRequestHandler):
+    """A server of embeddings by hand, with OpenAI's answers; it refuses one text in six."""
+
+    protocol_version = "HTTP/1.1"
+    asked: ClassVar[list[list[int]]] = []
+
+    def do_GET(self) -> None:
+        self.answer(200, {"data": [{"id": "e", "task": "embed", "vocab_size": 50, "max_model_len": 64}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        assert (self.path, body["model"], set(body)) == ("/v1/embeddings", "e", {"model", "input"})
+        self.asked.append(body["input"])
+        usage = {"prompt_tokens": len(body["input"]), "total_tokens": len(body["input"])}
+        given = {"object": "list", "data": [{"index": 0, "embedding": [0.5, 1.0]}], "usage": usage}
+        self.answer(*((503, {"error": "busy"}) if len(self.asked) % 6 == 0 else (200, given)))
+
+    def answer(self, status: int, value: object) -> None:
+        text = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_a_server_of_embeddings_is_measured(tmp_path: Path, capsys: Capture) -> None:
+    plot, served = tmp_path / "load.svg", ThreadingHTTPServer(("127.0.0.1", 0), Embedding)
+    threading.Thread(target=served.serve_forever, daemon=True).start()
+    common = ("bench", "--serve", f"http://127.0.0.1:{served.server_port}", "--prompt-length", 9)
+    found = optc_json(capsys, *common, "--requests", 12, "--concurrency", 3, "--warmup", 0, "--plot", plot)
+    (run,) = found["runs"]
+    assert (found["server"]["task"], found["lengths"]["new"]) == ("embed", 0)
+    assert (run["requests"], run["failed"], run["prompt_tokens"], run["output_tokens"]) == (12, 2, 10 * 9, 0)
+    assert run["first_error"].startswith("503")
+    assert [len(tokens) for tokens in Embedding.asked] == [9] * 12
+    assert run["prompt_tokens_per_s"] == pytest.approx(90 / run["seconds"])
+    assert (run["ttft_ms"], run["tpot_ms"]) == (None, None)
+    assert 0 < run["e2e_ms"]["p50"]["value"] < run["seconds"] * 1e3
+    assert len(xml.etree.ElementTree.parse(plot).getroot().findall(".//{*}circle")) == 3
+    assert optc(*common, "--requests", 2, "--rate", 50) == 0
+    assert "prompts of 9 tokens" in capsys.readouterr().out
+    for flags in (("--temperature", 0.5), ("--slo-tpot-ms", 9)):
+        assert optc(*common, *flags) == 2
+        assert f"{flags[0]} has no effect on a model that gives embeddings" in capsys.readouterr().err
+    served.shutdown()
 
 
 def test_what_contradicts_itself(server: Server, tmp_path: Path, capsys: Capture) -> None:

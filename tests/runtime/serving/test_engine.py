@@ -79,7 +79,9 @@ def test_a_prompt_that_the_pool_holds_is_not_computed_again() -> None:
     (prompt,) = sequences(11)
     first = run(engine, [request("a", prompt, 5)])["a"]
     second = run(engine, [request("b", prompt, 5)])["b"]
-    assert [first.answers[0].cached_tokens, second.answers[0].cached_tokens] == [0, 10], "two blocks, a copy of the third"
+    assert [first.answers[0].cached_tokens, second.answers[0].cached_tokens] == [0, 10], (
+        "two blocks, a copy of the third"
+    )
     again = run(engine, [request("c", [*prompt, *second.tokens, 7], 1)])["c"]
     assert again.answers[0].cached_tokens == 12  # of 15 in the pool: the last token was not fed
     assert first.tokens == second.tokens
