@@ -61,6 +61,22 @@ class DriftRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     perplexity_increase: float | None = None
 
 
+class AllowedRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the gate allowed a stage to have lost since the capture: `DriftRecord`'s fields of the same names.
+
+    Attributes:
+        relative_error, kl, perplexity_increase: at most; the sum of the budgets of the passes so far, or the user's limit.
+        top1_agreement: at least, over all tokens; budgets judge decided tokens alone, so only a user's limit is here.
+
+    None where there is no limit, or the user took it away.
+    """
+
+    relative_error: float | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+    perplexity_increase: float | None = None
+
+
 Role = Literal["model", "encoder", "draft", "heads"]
 """What a program of an artifact is for: the model itself; the encoder that it reads; a smaller model, or heads on it, that
 guess its next tokens."""
@@ -77,6 +93,7 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         program: the program of the artifact that it rewrote.
         rounds_activations: whether it is lossy and made the program round activations, or more of them.
         drift: from the stage before; None when the pass matched nothing. since_capture: what is lost in all.
+        allowed: what `since_capture` was held to; None while every pass had to keep the numbers.
         layer_drift: per attention layer, relative L2 change of its output.
         nodes: graph nodes after the pass.
         notes, misses: what the pass says, and why near-misses were left alone.
@@ -91,6 +108,7 @@ class PassRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     lossy: bool
     drift: DriftRecord | None
     since_capture: DriftRecord | None
+    allowed: AllowedRecord | None = None
     layer_drift: tuple[float, ...]
     nodes: Count
     notes: tuple[str, ...]
@@ -158,6 +176,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         native_code: files that hold machine code, which the engine runs. For people: trust asks the engine itself.
         made_here: the mark of the machine that made the artifact (see `trust`).
         created: UTC, ISO 8601.
+        command: what was asked for, as a command line, or as a call in Python where a model in memory was compiled.
         engine: name of an `optc.compiler.artifact.engines.Engine`.
         device: where it runs.
         programs: by role; there is always a "model".
@@ -177,6 +196,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     format_version: int = FORMAT_VERSION
     optc_version: str
     created: str
+    command: str = ""
     target: str
     engine: str
     device: Literal["cpu", "cuda"]

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from optc.compiler.artifact.manifest import AllowedRecord
 from optc.compiler.diagnostics import GateError
 from optc.compiler.execution.drift import Drift
 from optc.compiler.execution.widened import ROUNDINGS, is_narrow
 from optc.compiler.ir.program import Program
 from optc.compiler.ops import library
+from optc.compiler.pipeline.quantization_summary import finite
 from optc.compiler.rewriting.budget import Budget, total_budget
 
 # Tolerance on logits, as a share of their largest magnitude (at least 1). A rewrite may reorder
@@ -135,19 +137,36 @@ def total_misses(drift: Drift, budget: Budget, limits: Limits) -> list[str]:
     misses = _misses(
         drift,
         budget,
-        kl=_chosen(limits.kl, budget.kl),
         top1=budget.top1 if limits.top1 is None else 0.0,
-        perplexity=_chosen(limits.perplexity, budget.perplexity),
-        relative=_chosen(limits.relative, budget.relative),
         always_relative=limits.relative is not None,
+        **_total_limits(budget, limits),
     )
     if limits.top1 is not None and drift.top1 is not None and not drift.top1 >= limits.top1:
         misses.append(f"top-1 agreement {drift.top1:.3f} < {limits.top1:.3f}")
     return misses
 
 
-def _chosen(limit: float | None, budget: float) -> float:
-    return budget if limit is None else limit
+def _total_limits(budget: Budget, limits: Limits) -> dict[str, float]:
+    """What all passes together may cost: the user's limit, or where there is none the sum of the budgets."""
+    names = ("kl", "perplexity", "relative")
+    return {name: getattr(budget if getattr(limits, name) is None else limits, name) for name in names}
+
+
+def allowed_total(budget: Budget | None, limits: Limits) -> AllowedRecord | None:
+    """What the passes so far may have lost since the capture, as a manifest has it.
+
+    Args:
+        budget: of all of them, see `Ledger.total`; None while they keep the numbers.
+    """
+    if budget is None:
+        return None
+    most = {name: finite(value) for name, value in _total_limits(budget, limits).items()}
+    return AllowedRecord(
+        relative_error=most["relative"],
+        kl=most["kl"],
+        top1_agreement=limits.top1,
+        perplexity_increase=most["perplexity"],
+    )
 
 
 def _misses(

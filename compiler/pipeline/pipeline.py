@@ -29,7 +29,7 @@ from optc.compiler.ir.provenance import module_path
 from optc.compiler.ir.text import format_program
 from optc.compiler.ir.verification import verify_program
 from optc.compiler.ops.library import attends
-from optc.compiler.pipeline.gate import PASSES_OWN, Ledger, Limits, Verdict, rounds_activations
+from optc.compiler.pipeline.gate import PASSES_OWN, Ledger, Limits, Verdict, allowed_total, rounds_activations
 from optc.compiler.pipeline.quantization_summary import measured_records
 from optc.compiler.pipeline.records import pass_record
 from optc.compiler.pipeline.rerounding import rerounding_budget
@@ -198,7 +198,8 @@ class _Run:
                 result, self.note = replace(result, notes=(*result.notes, self.note)), ""  # once is enough
             if rewrite.lossy and not result.linears:
                 result = replace(result, linears=measured_records(before, after))
-        self.records.append(pass_record(rewrite, result, verdict, time.perf_counter() - begin, before, after))
+        seconds, allowed = time.perf_counter() - begin, allowed_total(self.ledger.total, self.options.limits)
+        self.records.append(pass_record(rewrite, result, verdict, seconds, before, after, allowed))
         self._finish_stage(rewrite.name, after)
         return after
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from stages import tiny_decoder
 
+from optc.compiler.artifact.manifest import AllowedRecord
 from optc.compiler.capture import capture_module
 from optc.compiler.diagnostics import GateError
 from optc.compiler.execution.drift import Drift
@@ -22,6 +23,7 @@ from optc.compiler.pipeline.gate import (
     Ledger,
     Limits,
     Verdict,
+    allowed_total,
     rounds_activations,
     step_misses,
     tolerance_misses,
@@ -297,6 +299,14 @@ def test_the_sum_of_budgets() -> None:
         (1.0, 0.0, 1.1**5 - 1, 0.8**0.5 * 1.0, -1.0), rel=1e-6
     )
     assert dataclasses.astuple(total_budget([one])) == pytest.approx(dataclasses.astuple(one))
+
+
+def test_what_is_allowed_in_all_is_the_sum_or_the_users_limit() -> None:
+    """As a manifest has it: a limit without end is none, and agreement of decided tokens is no agreement of all."""
+    assert allowed_total(None, UNLIMITED) is None
+    assert allowed_total(BUDGET, PASSES_OWN) == AllowedRecord(relative_error=0.3, kl=0.01, perplexity_increase=0.1)
+    limits = Limits(kl=0.5, top1=0.8, perplexity=math.inf)
+    assert allowed_total(BUDGET, limits) == AllowedRecord(relative_error=0.3, kl=0.5, top1_agreement=0.8)
 
 
 def test_a_pass_that_restores_adds_nothing() -> None:

@@ -249,6 +249,9 @@ def test_losses_add_up_to_the_sum(llama: Program) -> None:
 def test_both_comparisons_are_recorded(llama: Program) -> None:
     first, second = Pipeline([Lose(factor=1.02, kl=1.0), Lose(factor=1 / 1.02, kl=1.0)]).run(llama).records
     assert first.since_capture == first.drift
+    assert first.allowed is not None
+    assert second.allowed is not None
+    assert (first.allowed.kl, second.allowed.kl) == (1.0, 2.0)
     assert second.drift is not None
     assert second.since_capture is not None
     assert second.drift.relative_error == pytest.approx(0.02 / 1.02, rel=1e-3)
