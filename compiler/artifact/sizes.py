@@ -15,6 +15,8 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     Attributes:
         source: of the source model's weight files; None for a model in memory.
+        before: of its tensors, by the parts that they are of ("embedding", "head", "linears", "rest"); empty where the
+            files hold other tensors than the model does, as those of a quantized model.
         embedding: numbers or codes of the tables of tokens, with the head's where it is tied.
         head, linears: the same of the output head, and of all other linears.
         scales, zero_points: of codes, of any of these.
@@ -23,6 +25,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """
 
     source: _Bytes | None = None
+    before: dict[str, _Bytes] = {}
     embedding: _Bytes = 0
     head: _Bytes = 0
     linears: _Bytes = 0
@@ -43,14 +46,13 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     def parts(self) -> list[tuple[str, int]]:
         """(title, bytes) of each part."""
-        return [
-            ("embedding and head" if self.tied else "embedding", self.embedding),
-            ("head", self.head),
-            ("linears", self.linears),
-            ("scales", self.scales),
-            ("zero points", self.zero_points),
-            ("rest", self.rest),
-        ]
+        return [(title, getattr(self, name)) for name, title in self.titles().items()]
+
+    def titles(self) -> dict[str, str]:
+        """Field -> what a part is called."""
+        names = ("head", "linears", "scales", "zero_points", "rest")
+        first = "embedding and head" if self.tied else "embedding"
+        return {"embedding": first, **{name: name.replace("_", " ") for name in names}}
 
     def __str__(self) -> str:
         """One line for people."""

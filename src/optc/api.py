@@ -35,12 +35,13 @@ from optc.compiler.pipeline.gate import Limits
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions, PipelineResult, compute_dtype, default_probe
 from optc.compiler.pipeline.quantization_summary import quantized_linears, summarize
 from optc.compiler.pipeline.rerounding import rerounding
-from optc.compiler.pipeline.written_sizes import written_sizes
+from optc.compiler.pipeline.written_sizes import source_bytes, written_sizes
 from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.settings.fields import check_type
 from optc.compiler.target.target import ExportRequest, ExportResult, check_context, check_legal, obstacle
 from optc.compiler.version import version
 from optc.encoder_decoder import RECIPE, answer_probe, both_contracts, both_parts, check_encoder_decoder
+from optc.equivalent_command import command_of
 from optc.exporters.reports.report import write_report
 from optc.hub import local_model
 from optc.opening import open_written
@@ -151,7 +152,7 @@ def compile(
         check_recipe(request.run.save_recipe, named, request)
     title, steps = f"compiling for {resolved.target.name}", lambda: len(recipe_steps(resolved, "decoder")) + 1
     with reporting(progress, title, steps) as told:
-        manifest = _compile(model, example_inputs, resolved, told, begin)
+        manifest = _compile(model, example_inputs, resolved, command_of(named, request), told, begin)
     if request.run.save_recipe is not None:
         write_recipe(request.run.save_recipe, named, request)
     return CompileResult(request.run.output, manifest)
@@ -161,6 +162,7 @@ def _compile(
     model: Model,
     example_inputs: Sequence[torch.Tensor] | None,
     resolved: Resolved,
+    command: str,
     progress: Progress | None,
     begin: float,
 ) -> Manifest:
@@ -182,7 +184,7 @@ def _compile(
         progress(len(result.records), "exporting")
     output = resolved.request.run.output
     assert output is not None, "checked before"
-    return _write(output, resolved, result, encoded, captured, seconds, begin)
+    return _write(output, resolved, result, encoded, captured, command, seconds, begin)
 
 
 def resolve_for(model: Model, request: Request) -> Resolved:
@@ -387,6 +389,7 @@ def _write(
     result: PipelineResult,
     encoded: PipelineResult | None,
     captured: Captured,
+    command: str,
     seconds: dict[str, float],
     begin: float,
 ) -> Manifest:
@@ -414,7 +417,7 @@ def _write(
                 for stage in stages:
                     (directory / place).mkdir(exist_ok=True)
                     (directory / place / stage.file_name).write_text(stage.text)
-        manifest = _manifest(resolved, result, encoded, exported, captured, seconds)
+        manifest = _manifest(resolved, result, encoded, exported, captured, command, seconds)
         opened = exported.opened or open_written(
             directory, manifest, result.program, exported.engine, captured.tokens, allowed, exported.graphs
         )
@@ -431,6 +434,7 @@ def _manifest(
     encoded: PipelineResult | None,
     exported: ExportResult,
     captured: Captured,
+    command: str,
     seconds: dict[str, float],
 ) -> Manifest:
     target, program, info = resolved.target, result.program, captured.info
@@ -445,6 +449,7 @@ def _manifest(
     return Manifest(
         optc_version=version(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
         target=target.name,
         engine=exported.engine.name,
         device=target.device if exported.engine.device == "target" else exported.engine.device,
@@ -462,6 +467,7 @@ def _manifest(
             exported.tensor_bytes,
             exported.weight_bytes,
             None if info is None else info.weight_bytes,
+            None if info is None else source_bytes(parts, filter(None, (captured.encoder, captured.program)), info),
         ),
         quantization=summarize(contract, quantized_linears(records), exported.tensor_bytes),
         seconds=seconds,

@@ -87,7 +87,8 @@ def predicted_sizes(
             found.update(form.sizes(part, rows, columns, target.stored, width))
         else:
             found[part] += parameter.numel() * width
-    return Sizes(source=source, tied=tied, **found)
+    parts: dict[str, Any] = dict(found)
+    return Sizes(source=source, tied=tied, **parts)
 
 
 def _group_size(chosen: Quantization, columns: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import yaml
 
 from optc.compiler.diagnostics import InputError, UsageError, os_errors
 from optc.compiler.files import replace_file
-from optc.compiler.settings.fields import fields_of
+from optc.compiler.settings.fields import Field, fields_of
 from optc.request import SECTIONS, Request
 
 _LEFT_OUT = ("force", "save_recipe")
@@ -24,28 +25,37 @@ def recipe_of(model: Any, request: Request) -> dict[str, Any]:
     """
     if not isinstance(model, str | Path):
         raise _unnamed("a model in memory")
-    found: dict[str, Any] = {"model": str(model), "target": request.target.name}
+    asked = {field.key: plain(value) for field, value in asked_for(request) if field.name not in _LEFT_OUT}
+    return {"model": str(model), "target": request.target.name, **asked}
+
+
+def asked_for(request: Request) -> Iterator[tuple[Field, Any]]:
+    """Each field of a request that differs from its default, with its value."""
     parts = [getattr(request, section) for section in SECTIONS]
     for part in [*parts, *([] if request.options is None else [request.options])]:
         defaults = type(part)()
         for name, field in fields_of(type(part)).items():
             value, default = getattr(part, name), getattr(defaults, name)
-            if name not in _LEFT_OUT and value is not default and not _same(value, default):
-                found[field.key] = _plain(value)
-    return found
+            if value is not default and not _same(value, default):
+                yield field, value
 
 
 def _same(value: Any, default: Any) -> bool:
     return type(value) is type(default) and bool(value == default)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value of a request as YAML has it.
+
+    Raises:
+        UsageError: it has no name there: a pass, tokens in memory.
+    """
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise _unnamed(f"a {type(value).__name__}")

@@ -63,6 +63,8 @@ def test_the_example(options: dict[str, Any]) -> None:
     assert manifest.sizes.total == manifest.weight_bytes
     source = (EXAMPLE / "model.safetensors").stat().st_size
     assert manifest.sizes.source == source
+    assert sum(manifest.sizes.before.values()) == pytest.approx(source, rel=2e-3)  # the rest is the file's header
+    assert manifest.sizes.before["embedding"] == 2 * 8192 * 192  # bf16, tied
     planned = Sizes.read(make_plan(EXAMPLE, from_python("onnx-cpu", **options))["sizes"])
     close(planned, manifest.sizes)
     table = 8192 * 192

@@ -111,6 +111,8 @@ def _show(manifest: dict[str, Any]) -> None:
         f"{manifest['target']} artifact ({manifest['engine']}, {manifest['dtype']}), optc {manifest['optc_version']}, {manifest['created']}"
     )
     say(f"source: {source['path'] or 'a module in memory'} ({source['parameters'] / 1e6:.1f} M parameters)")
+    if manifest["command"]:
+        say(f"command: {manifest['command']}")
     say(f"weights: {_sizes(manifest)}")
     say(f"quantization: {_quantization(manifest['quantization'])}")
     say(f"needs: {', '.join(f'{key} {value}' for key, value in manifest['needs'].items())}")
