@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,13 @@ class SourceModel:
             ids = torch.tensor([tokens], device=next(self.model.parameters()).device)
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits[0].float().cpu()
+
+    def continued(self, tokens: Sequence[int], count: int, stop_ids: Collection[int] = ()) -> list[int]:
+        """Up to `count` tokens behind others, the likeliest each time; one of `stop_ids` is the last."""
+        chosen: list[int] = []
+        while len(chosen) < count and not (chosen and chosen[-1] in stop_ids):
+            chosen.append(int(self([*tokens, *chosen])[-1].argmax()))
+        return chosen
 
 
 def open_reference(manifest: Manifest, source: Path | None = None, device: str = "cpu") -> SourceModel:

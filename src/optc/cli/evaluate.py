@@ -210,6 +210,7 @@ def _score(
     """Score the text, add each artifact's figures to its row; what concerns all is returned."""
     from optc.runtime.measuring.evaluate import compare
     from optc.runtime.measuring.reference import open_reference
+    from optc.runtime.measuring.sample import greedy_sample
 
     text = read_text(path)
     tokens = models[0].encode(text)
@@ -234,6 +235,8 @@ def _score(
             None if reference is None else _weights(models[0]) == _weights(model) and reference.matches
         )
         row["text"] = path.name
+        if options.save:
+            row["sample"] = asdict(greedy_sample(model, tokens, reference))
     differences = [
         {
             "first": str(artifacts[item.first]),
