@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _FORMS = {
@@ -21,21 +21,28 @@ Row = Mapping[str, Any]
 """A PassRecord as plain values."""
 
 
-def drift_table(passes: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """(titles, cells of each pass): the measures that say most of these outputs, and were taken."""
+def _written(key: str, value: float | None) -> str:
+    if value is None:
+        return EMPTY
+    return _FORMS[key][1].format(value) if value else "0"
+
+
+def drift_table(
+    passes: Sequence[Row], written: Callable[[str, float | None], str] = _written
+) -> tuple[list[str], list[list[str]]]:
+    """(titles, cells of each pass): the measures that say most of these outputs, and were taken.
+
+    Args:
+        written: the text of a measure, by its field in `DriftRecord`.
+    """
     known = [row[part] for row in passes for part in ("drift", "since_capture") if row[part] is not None]
     taken = {key for drift in known for key, value in drift.items() if value is not None}
     kinds = [key for key in (_DISTRIBUTIONS if "kl" in taken else _TENSORS) if key in taken]
     columns = [("drift", key) for key in ("max_abs_diff", *kinds)] + [("since_capture", key) for key in kinds]
     titles = [f"{'sum: ' if part == 'since_capture' else ''}{_FORMS[key][0]}" for part, key in columns]
-    return titles, [[_cell(row[part], key) for part, key in columns] for row in passes]
+    return titles, [[written(key, (row[part] or {}).get(key)) for part, key in columns] for row in passes]
 
 
 def pass_title(name: str, program: str) -> str:
     """A pass, with the program that it rewrote where that is not the model itself."""
     return name if program == "model" else f"{program}: {name}"
-
-
-def _cell(drift: Mapping[str, float | None] | None, key: str) -> str:
-    value = None if drift is None else drift[key]
-    return EMPTY if value is None else _FORMS[key][1].format(value)

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import msgspec
 
-from optc.compiler.artifact.drift_table import drift_table
-from optc.compiler.artifact.manifest import Manifest, PassRecord
-from optc.compiler.artifact.sizes import group_text, megabytes
-from optc.compiler.diagnostics import os_errors
+from optc.compiler.artifact.drift_table import drift_table, pass_title
+from optc.compiler.artifact.manifest import Manifest
+from optc.compiler.artifact.sizes import group_text
+from optc.compiler.ir.contract import Contract
+from optc.exporters.reports.charts import Card
+from optc.exporters.reports.drift import cumulative_charts, layer_chart, measure_text
+from optc.exporters.reports.figures import plain_text
+from optc.exporters.reports.numbers import count, number, percent, seconds, size
+from optc.exporters.reports.page import write_page
+from optc.exporters.reports.quality import quality_section
 from optc.exporters.reports.quantization import quantization_section
+from optc.exporters.reports.sizes import size_section
+from optc.exporters.reports.speed import speed_section
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 260, 64, 34
 _LONG = 40  # entries of a table's value beyond which only their number is shown
-_COLORS = ("#2563eb", "#d97706", "#059669", "#be185d", "#7c3aed", "#0891b2", "#65a30d", "#57534e")
-
-
-@dataclass(frozen=True)
-class _Series:
-    """One pass's drift per layer as an SVG polyline."""
-
-    name: str
-    color: str
-    points: str
-    dots: tuple[tuple[float, float, str], ...]
+_SHOWN_ELSEWHERE = ("inputs", "outputs", "constants")
+_TEXTS = 400  # characters of a value that are shown
 
 
 def write_report(directory: Path, manifest: Manifest) -> None:
@@ -38,83 +33,148 @@ def write_report(directory: Path, manifest: Manifest) -> None:
     Raises:
         ResourceError, InputError: the file cannot be written.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("optc.exporters.reports", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(number=_number, megabytes=megabytes, groups=group_text)
-    stages = [(path.stem, path.read_text()) for path in sorted((directory / "ir").glob("*.txt"))]
-    titles, cells = drift_table(msgspec.to_builtins(manifest.passes))
-    text = environment.get_template("report.html").render(
+    titles, cells = drift_table(msgspec.to_builtins(manifest.passes), measure_text)
+    rows = list(zip(manifest.passes, cells, strict=True))
+    write_page(
+        directory,
+        "optc.exporters.reports",
+        "report.html",
         m=manifest,
         contract=manifest.contract,
+        title=_title(manifest),
+        cards=list(_cards(manifest)),
+        sizes=size_section(manifest.sizes, f"{manifest.target} artifact"),
+        cumulative=cumulative_charts(manifest.passes, *_outcomes(manifest.contract)),
+        layers=layer_chart(manifest.passes),
+        lossy=any(row.lossy and row.matched for row in manifest.passes),
+        reads_sounds=_reads_sounds(manifest),
         drift_titles=titles,
-        drift_cells=cells,
-        plot=drift_plot(manifest.passes),
+        passes=[(row, pass_title(row.name, row.program), found) for row, found in rows if row.matched],
+        idle=[(row, pass_title(row.name, row.program)) for row, _ in rows if not row.matched],
+        remarks=[(row, pass_title(row.name, row.program)) for row, _ in rows if row.notes or row.misses],
         quantized=quantization_section(manifest),
-        stages=stages,
-        quality=_rows(manifest.quality),
-        speed=_rows(manifest.speed),
-        engine=_rows(manifest.engine_info),
-        total=sum(entry.size for entry in manifest.files),
+        quality=quality_section(manifest.quality),
+        speed=speed_section(manifest.speed),
+        engine=list(_engine_rows(manifest)),
+        stages=list(_stages(directory)),
+        capture_kl=manifest.capture is not None and any(row.kl is not None for row in manifest.capture.figures),
     )
-    with os_errors("writing the report", str(directory / "report.html")):
-        (directory / "report.html").write_text(text)
 
 
-def _number(value: float | None, form: str = "{:.2e}") -> str:
-    return "–" if value is None else form.format(value)
+def _title(manifest: Manifest) -> str:
+    facts = manifest.contract.model
+    name = Path(manifest.source.path).name or facts.architecture
+    if not name and manifest.capture is not None and manifest.capture.reference.isidentifier():
+        name = manifest.capture.reference  # the module's class
+    return f"{name or 'Module'} for {manifest.target}"
 
 
-def _rows(table: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """A flat table for people: nested values as short JSON."""
-    rows = []
-    for key, value in (table or {}).items():
-        if isinstance(value, list | tuple | dict) and len(value) > _LONG:
-            rows.append((key.replace("_", " "), f"{len(value)}"))
-            continue
-        plain = isinstance(value, str | int | float | bool)
-        text = (
-            f"{value:,.4g}"
-            if isinstance(value, float)
-            else str(value)
-            if plain
-            else msgspec.json.encode(value).decode()
+def _cards(manifest: Manifest) -> Iterator[Card]:
+    """What the artifact is, in a few figures; what it does not have is not there."""
+    contract, source, sizes = manifest.contract, manifest.source, manifest.sizes
+    ratio = (
+        "" if sizes is None or not sizes.ratio or not sizes.source else f"{sizes.ratio:.2f} x of {size(sizes.source)}"
+    )
+    yield Card(size(manifest.weight_bytes), "weights as written", ratio)
+    if source.parameters:
+        yield Card(count(source.parameters), "parameters", f"stored as {source.dtype}" if source.dtype else "")
+    yield Card(manifest.dtype, "compute type", f"in {manifest.engine}, on {manifest.device}")
+    if manifest.quantization:
+        table = manifest.quantization
+        bits = "/".join(map(str, table["bits"]))
+        note = f"{group_text(table['group_size'])}, {table['linears']} weights"
+        yield Card(f"{bits}-bit {table['method']}", "quantization", note)
+    activations = sorted({row.activations for row in contract.quantization.values() if row.activations})
+    if activations:
+        yield Card(", ".join(activations), "activations", "rounded while it runs")
+    yield from _attention_cards(manifest)
+    if contract.embedding is not None:
+        facts = contract.embedding
+        note = f"{' and '.join(facts.pooling)} pooling" + (", of length 1" if facts.normalized else "")
+        yield Card(f"{facts.size} numbers", "embedding of a text", note)
+    yield from _cost_cards(manifest)
+    times = ((name, manifest.seconds.get(name)) for name in ("capture", "passes", "export"))
+    parts = ", ".join(f"{name} {seconds(value)}" for name, value in times if value)
+    yield Card(seconds(manifest.seconds.get("total", 0.0)), "compile time", parts)
+
+
+def _attention_cards(manifest: Manifest) -> Iterator[Card]:
+    """The KV cache of a decoder that has one, and how many attention layers there are."""
+    contract, encoder = manifest.contract, manifest.programs.get("encoder")
+    layers = f"{len(contract.layers)} attention layer{'s' if len(contract.layers) > 1 else ''}"
+    cache = contract.kv_cache
+    if encoder is not None:
+        yield Card("encoder and decoder", "programs", "keys and values of the encoder are made once per request")
+    if contract.kind == "decoder" and cache.kind != "none":
+        kind = cache.kind + (" in place" if cache.in_place else "")
+        sizes = (
+            f", blocks of {cache.block_size}"
+            if cache.block_size
+            else f", {cache.capacity} tokens"
+            if cache.capacity
+            else ""
         )
-        rows.append((key.replace("_", " "), text if len(text) < 400 else text[:400] + " …"))
-    return rows
+        yield Card(kind, "KV cache", (layers if contract.layers else "") + sizes)
+    elif contract.layers:
+        yield Card(str(len(contract.layers)), "attention layers")
 
 
-def drift_plot(passes: Sequence[PassRecord]) -> dict[str, Any] | None:
-    """Geometry of the drift plot (relative L2 difference per layer, log scale); None without drift."""
-    drifting = [row for row in passes if any(value > 0 for value in row.layer_drift)]
-    values = [value for row in drifting for value in row.layer_drift if value > 0 and math.isfinite(value)]
-    if not values:
-        return None
-    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
-    high = max(high, low + 1)
-    count = max(len(row.layer_drift) for row in drifting)
+def _cost_cards(manifest: Manifest) -> Iterator[Card]:
+    """What all passes together cost, where one of them may change the numbers."""
+    contract = manifest.contract
+    last = {row.program: row for row in manifest.passes if row.since_capture is not None}
+    for program, row in last.items():
+        drift = row.since_capture
+        assert drift is not None
+        if not any(item.lossy and item.matched for item in manifest.passes if item.program == program):
+            continue
+        of = "" if len(last) == 1 else f" of the {'decoder' if program == 'model' else program}"
+        if drift.kl is not None:
+            outcome = _outcomes(contract)[1]
+            same = "" if drift.top1_agreement is None else f"{percent(drift.top1_agreement)} same most likely {outcome}"
+            yield Card(f"KL {number(drift.kl)}", f"lost in all{of}", same)
+        elif drift.relative_error is not None:
+            near = "" if drift.cosine is None else f"cosine {drift.cosine:.5f}"
+            yield Card(number(drift.relative_error), f"relative error in all{of}", near)
 
-    def x(layer: int) -> float:
-        return _LEFT + (layer + 0.5) * (_WIDTH - _LEFT - 10) / count
 
-    def y(value: float) -> float:
-        share = (math.log10(min(max(value, 10.0**low), 10.0**high)) - low) / (high - low)
-        return 10 + (1 - share) * (_HEIGHT - _BOTTOM - 10)
+def _reads_sounds(manifest: Manifest) -> bool:
+    """Whether an encoder takes something else than tokens."""
+    encoder = manifest.programs.get("encoder")
+    return encoder is not None and encoder.contract.input_index("input_ids") is None
 
-    series = []
-    for index, row in enumerate(drifting):
-        places = [(x(i), y(value), f"{row.name}, layer {i}: {value:.2e}") for i, value in enumerate(row.layer_drift)]
-        points = " ".join(f"{px:.1f},{py:.1f}" for px, py, _ in places)
-        series.append(_Series(row.name, _COLORS[index % len(_COLORS)], points, tuple(places)))
-    step = max(1, (high - low) // 6)
-    return {
-        "width": _WIDTH,
-        "height": _HEIGHT,
-        "left": _LEFT,
-        "bottom": _HEIGHT - _BOTTOM,
-        "series": series,
-        "levels": [(y(10.0**power), f"1e{power}") for power in range(low, high + 1, step)],
-        "layers": [(x(i), i) for i in range(0, count, max(1, count // 16))],
-    }
+
+def _outcomes(contract: Contract) -> tuple[str, str]:
+    """What the model gives a distribution for, and over what."""
+    return ("answer", "class") if contract.outputs[0].role == "classes" else ("token", "token")
+
+
+def _engine_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Facts of the exporter, of each program, and what a host must have."""
+    for role, entry in manifest.programs.items():
+        before = "" if len(manifest.programs) == 1 else f"{_role(role, entry.contract)}: "
+        for key, text in _rows(entry.engine_info):
+            if key not in _SHOWN_ELSEWHERE:
+                yield before + key, text
+    for key, value in manifest.needs.items():
+        yield f"needs {key}", plain_text(value if isinstance(value, str | list) else str(value))
+
+
+def _role(role: str, contract: Contract) -> str:
+    return "decoder" if role == "model" and contract.kind == "decoder" else role
+
+
+def _rows(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """A flat table for people: nested values as short JSON; what is empty is not there."""
+    for key, value in table.items():
+        if value is None or value in ("", (), [], {}):
+            continue
+        long = isinstance(value, list | tuple | dict) and len(value) > _LONG
+        yield key.replace("_", " "), f"{len(value)} entries" if long else plain_text(value, _TEXTS)
+
+
+def _stages(directory: Path) -> Iterator[tuple[str, str]]:
+    """(name, text) of each stage, an encoder's first."""
+    for place, before in (("ir/encoder", "encoder: "), ("ir", "")):
+        for path in sorted((directory / place).glob("*.txt")):
+            yield before + path.stem, path.read_text()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from command_line import optc
 from families import make_model
+from html_pages import Page
 from transformers import AutoModelForCausalLM
 
 from optc.compiler.artifact.folder import verify
@@ -33,7 +34,7 @@ def test_writes_a_checkpoint(model: Path, tmp_path: Path, capsys: Capture) -> No
     assert (found["quantization"]["bits"], found["quantization"]["group_size"]) == ([8], [32])
     assert found["quantization"]["ratio_to_ideal"] < 1.1
     assert verify(tmp_path / "out").target == "vllm"
-    assert "<h2>Quantization</h2>" in (tmp_path / "out" / "report.html").read_text()
+    assert "quantization" in Page((tmp_path / "out" / "report.html").read_text()).texts
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     tokens = torch.arange(3, 20)[None]
     with torch.no_grad():

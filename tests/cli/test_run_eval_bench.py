@@ -17,6 +17,7 @@ import torch
 from artifacts import captured_folder, make_manifest
 from command_line import optc, optc_json
 from conftest import EXAMPLE
+from html_pages import Page
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +28,7 @@ from optc.compiler.model_folder.checkpoint import check_folder, config_digest, w
 from optc.compiler.rewriting.passes import PassContext
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.runtime.generation.generate import generate
+from optc.runtime.measuring.sample import NEW_TOKENS, PROMPT_TOKENS
 from optc.runtime.sampling import Sampling
 from optc.runtime.sessions.program import open_program
 
@@ -278,11 +280,21 @@ def test_eval_notices_a_changed_source(
 
 
 def test_eval_saves_figures(artifact: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = optc_json(capsys, "eval", artifact, "--text", text, "--save", "--no-reference")
+    """And what both models write behind the text's beginning; the artifact's engine is the captured program here."""
+    found = optc_json(capsys, "eval", artifact, "--text", text, "--save", "--windows", "1")
     quality = read_manifest(artifact).quality
     assert quality is not None
     assert quality["perplexity"] == found["perplexity"]
-    assert f"{found['perplexity']:,.4g}" in (artifact / "report.html").read_text()
+    page = Page((artifact / "report.html").read_text())
+    assert page.card("perplexity")[0] == f"{found['perplexity']:,.4g}"
+    page.check_alone()
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLE)
+    prompt = tokenizer.encode(text.read_text())[:PROMPT_TOKENS]
+    ids = _reference().generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS)
+    expected = tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True)
+    assert quality["sample"]["source"] == quality["sample"]["artifact"] == expected
+    assert quality["sample"]["same_tokens"] == quality["sample"]["tokens"] == len(ids[0]) - len(prompt)
+    assert "all tokens are the same" in page.texts["quality"]
     assert optc("verify", artifact) == 0
 
 
