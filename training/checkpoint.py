@@ -96,6 +96,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         model: digests of config.json and of the weights that the run started from.
         corpus: digest of the tokens.
         validation: None without a validation set.
+        sample: what the model wrote before the first step, see `training.sample`; None where it writes no text.
         config: the run's config.
         run: identity of the run, made when it started.
     """
@@ -110,6 +111,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     config: dict[str, Any]
     run: str
     validation: ValidationState | None = None
+    sample: list[int] | None = None
     format: int = FORMAT
 
 

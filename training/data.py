@@ -115,6 +115,11 @@ class Reader:
             )
 
     @property
+    def first_tokens(self) -> Tensor:
+        """int64 [T]: the first document."""
+        return self.documents[0]
+
+    @property
     def digest(self) -> str:
         """sha256 over the tokens of all documents, and over which are learned."""
         found = hashlib.sha256()

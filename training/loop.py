@@ -27,6 +27,7 @@ from optc.training.held_run import held_run, unfinished
 from optc.training.metrics import MetricsLog, StepRecord
 from optc.training.out_of_memory import out_of_memory
 from optc.training.result import SUMMARY, TrainResult, left_experts, validation_result
+from optc.training.sample import can_sample, continuation, sample_of
 from optc.training.saving import SaveClock, read_state, restore_best, resume_run, save_run
 from optc.training.setup import Run, World, build_model, check_config, model_identity, prepare
 from optc.training.state_file import MOST_BYTES
@@ -126,6 +127,8 @@ def _run(config: TrainConfig, world: World, folder: Path, resume: bool, watch: _
         resumed = resume_run(run, start, folder) if resume else None
         if run.validation is not None and resumed is None:
             watch.note(measure_start(run))
+        if resumed is None and can_sample(run):
+            start = msgspec.structs.replace(start, sample=continuation(run))
         watch.start(run.step, run.config.max_steps)
         records = _steps(run, resumed or start, folder, watch)
         if run.validation is not None and config.validation.keep_best and 0 < run.validation.best_step < run.step:
@@ -163,6 +166,8 @@ def _steps(run: Run, state: RunState, folder: Path, watch: _Watch) -> list[StepR
             record = train_step(run, last_good=last_good, with_memory=ends)
             if is_due(run):
                 record = measured_step(run, record)
+            if run.step == first + 1 and first > 0:
+                record = msgspec.structs.replace(record, resumed=True)
             if log is not None:
                 log.add(record)
             watch.step(record)
@@ -217,6 +222,7 @@ def _result(run: Run, state: RunState, records: list[StepRecord], resumed: RunSt
         last=records[-1],
         skipped=sum(row.skipped is not None for row in records),
         validation=validation_result(run.validation, run.config, records),
+        sample=None if state.sample is None else sample_of(run, state.sample, continuation(run)),
         notes=(*run.notes, *left_experts(run.model, run.config)),
     )
 

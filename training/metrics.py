@@ -64,6 +64,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         mfu: share of the device's peak arithmetic, where that is known.
         scale: loss scale (fp16).
         skipped: why no update was made ("overflow", "not finite"), else None.
+        resumed: the first step of a process that went on from a checkpoint.
         validation_loss: the same of the validation set, with the weights behind the step; in steps that measure it.
         validation_perplexity: exp of the cross-entropy in it.
         validation_accuracy: of preferences, its share of pairs as above.
@@ -86,6 +87,7 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     mfu: float | None = None
     scale: float | None = None
     skipped: str | None = None
+    resumed: bool = False
     validation_loss: float | None = None
     validation_perplexity: float | None = None
     validation_accuracy: float | None = None

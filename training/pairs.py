@@ -109,6 +109,12 @@ class PairReader:
             )
 
     @property
+    def first_tokens(self) -> Tensor:
+        """int64 [T]: the prompt of the first pair."""
+        answer = self.pairs[0][0]
+        return answer.tokens[: max(1, int(answer.learned.int().argmax()))]
+
+    @property
     def digest(self) -> str:
         """sha256 over the tokens of all pairs, and over which are learned."""
         found = hashlib.sha256()

@@ -12,6 +12,7 @@ from optc.training.checkpoint import ValidationState
 from optc.training.config import TrainConfig
 from optc.training.linears import expert_weights
 from optc.training.metrics import StepRecord
+from optc.training.sample import TrainSample
 
 SUMMARY = "train.json"
 
@@ -51,6 +52,7 @@ class TrainResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         last: the last step.
         skipped: steps without an update.
         validation: what the validation set said; None without one.
+        sample: what the model writes before the first step and behind the last; None where it writes no text.
         notes: what was asked for and is not so everywhere: experts that are not rounded.
     """
 
@@ -68,6 +70,7 @@ class TrainResult(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     last: StepRecord
     skipped: int = 0
     validation: ValidationResult | None = None
+    sample: TrainSample | None = None
     notes: tuple[str, ...] = ()
 
 

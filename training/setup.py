@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optc.compiler.capture.facts import text_config
 from optc.compiler.capture.loading import pretrained_config
@@ -76,6 +76,7 @@ class Run:
         teacher: frozen, or None.
         held_out: this rank's batches of the validation set.
         validation: what was measured on it; None without one.
+        beginning: int64 [T], the first tokens of that set, or without one of the text.
         head: the model's head where the loss is made in it, in chunks; None with whole logits.
         notes: what is done otherwise than asked for, and how much of the text is learned.
         skipped: steps in a row without an update for a loss that is not finite.
@@ -90,6 +91,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     reader: AnyReader
+    beginning: Tensor
     held_out: Sequence[Batch] = ()
     validation: ValidationState | None = None
     head: nn.Linear | None = None
@@ -212,6 +214,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
         reader=reader,
         held_out=() if held_out is None else held_out.whole_epoch(),
         validation=None if held_out is None else ValidationState(text=held_out.digest),
+        beginning=(reader if held_out is None else held_out).first_tokens,
         head=head,
         notes=notes,
     )

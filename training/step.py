@@ -74,10 +74,13 @@ def train_step(run: Run, *, last_good: str | None, with_memory: bool = False) ->
     seconds = time.perf_counter() - started
     peak = peak_flops(device, config.precision, config.peak_tflops)
     rate = tokens / seconds
+    parts: dict[str, Any] = {
+        name: None if value is None else _finite(value) for name, value in losses._asdict().items()
+    }
     return StepRecord(
         step=run.step,
         epoch=epoch,
-        **{name: None if value is None else _finite(value) for name, value in losses._asdict().items()},
+        **parts,
         lr=run.optimizer.param_groups[0]["lr"],
         grad_norm=_finite(norm),
         tokens=tokens,
