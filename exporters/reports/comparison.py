@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from optc.compiler.artifact.sizes import Sizes, megabytes
+from optc.compiler.artifact.sizes import Sizes
 from optc.compiler.diagnostics import os_errors
 from optc.compiler.files import replace_file
+from optc.exporters.reports.page import render_page
 
 
 def write_comparison(path: Path, result: Mapping[str, Any], rows: Sequence[Mapping[str, str]]) -> None:
@@ -22,13 +21,9 @@ def write_comparison(path: Path, result: Mapping[str, Any], rows: Sequence[Mappi
     Raises:
         ResourceError, InputError: the file cannot be written.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("optc.exporters.reports", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters.update(megabytes=megabytes)
-    text = environment.get_template("comparison.html").render(
+    text = render_page(
+        "optc.exporters.reports",
+        "comparison.html",
         source=result["source"],
         titles=list(dict.fromkeys(title for row in rows for title in row)),
         rows=rows,

@@ -31,16 +31,25 @@ def _environment(package: str) -> jinja2.Environment:
     return environment
 
 
-def write_page(directory: Path, package: str, template: str, **values: Any) -> None:
-    """Write `report.html` into a folder.
+def render_page(package: str, template: str, **values: Any) -> str:
+    """The text of a page.
 
     Args:
         package: whose `templates` hold the template.
         values: what it shows; texts in them are escaped.
+    """
+    return _environment(package).get_template(template).render(**values)
+
+
+def write_page(directory: Path, package: str, template: str, **values: Any) -> None:
+    """Write `report.html` into a folder.
+
+    Args:
+        package, template, values: see `render_page`.
 
     Raises:
         ResourceError, InputError: the file cannot be written.
     """
-    text = _environment(package).get_template(template).render(**values)
+    text = render_page(package, template, **values)
     with os_errors("writing the report", str(directory / REPORT)):
         (directory / REPORT).write_text(text)
