@@ -12,7 +12,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from optc.compiler.diagnostics import InputError, os_errors
 
@@ -28,6 +28,24 @@ _AT_FDCWD = -100
 def read_plain(path: Path, action: str, *, most: int = MOST_BYTES, follow: bool = True) -> bytes:
     """The bytes of a plain file.
 
+    Args:
+        action, follow: as `open_plain`.
+
+    Raises:
+        InputError: as `open_plain`, or it is larger than `most`. ResourceError: out of memory.
+    """
+    with open_plain(path, action, follow=follow) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            why = f"it has {size} bytes, more than {most}"
+            raise InputError(f"failed while {action}", where=str(path), why=why, remedy="give a smaller file")
+        return file.read()
+
+
+@contextlib.contextmanager
+def open_plain(path: Path, action: str, *, follow: bool = True) -> Iterator[BinaryIO]:
+    """A plain file, open for reading; what the system refuses in the block is told as of it.
+
     A pipe or a device would block, or never end; asking its kind after it was opened leaves no time to put one there.
 
     Args:
@@ -35,21 +53,17 @@ def read_plain(path: Path, action: str, *, most: int = MOST_BYTES, follow: bool 
         follow: where it is a link, read what it points to.
 
     Raises:
-        InputError: it is missing or unreadable, no plain file, or larger than `most`.
-        ResourceError: out of memory.
+        InputError: it is missing or unreadable, or no plain file. ResourceError: out of memory.
     """
     where = str(path)
     with os_errors(action, where):
         handle = os.open(path, _FLAGS | (0 if follow else os.O_NOFOLLOW))
         with open(handle, "rb") as file:
-            info = os.fstat(file.fileno())
-            if not stat.S_ISREG(info.st_mode):
-                kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a pipe, socket or device"
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
                 raise InputError(f"failed while {action}", where=where, why=f"it is {kind}", remedy="give a plain file")
-            if info.st_size > most:
-                why = f"it has {info.st_size} bytes, more than {most}"
-                raise InputError(f"failed while {action}", where=where, why=why, remedy="give a smaller file")
-            return file.read()
+            yield file
 
 
 def replace_file(path: Path, data: bytes, *, place: Path | None = None) -> None:

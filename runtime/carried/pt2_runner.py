@@ -419,11 +419,7 @@ def run_arrays(options: Any) -> int:
         torch.set_num_threads(options.threads)
     try:
         package = open_folder(options.artifact)
-        with np.load(options.inputs, allow_pickle=False) as file:
-            missing = [item["name"] for item in package.info["inputs"] if item["name"] not in file]
-            if missing:
-                raise PackageError(f"{options.inputs} has no array '{missing[0]}'")
-            arrays = [torch.from_numpy(file[item["name"]]) for item in package.info["inputs"]]
+        arrays = [torch.from_numpy(array) for array in _read_arrays(options.inputs, package.info["inputs"])]
         kinds = [_DTYPES[item["dtype"]] for item in package.info["inputs"]]
         outputs = package(*(array.to(kind).contiguous() for array, kind in zip(arrays, kinds, strict=True)))
     except (PackageError, OSError, ValueError) as error:
@@ -438,6 +434,22 @@ def run_arrays(options: Any) -> int:
     if options.outputs:
         np.savez(options.outputs, **found)  # type: ignore[arg-type]
     return 0
+
+
+def _read_arrays(path: Path, inputs: Sequence[Any]) -> list[Any]:
+    import numpy as np
+
+    if not path.is_file():  # a pipe would block
+        raise PackageError(f"{path} is no file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [item["name"] for item in inputs if item["name"] not in file]
+            arrays = [] if missing else [file[item["name"]] for item in inputs]
+    except Exception as error:  # what NumPy raises on damaged files has any type
+        raise PackageError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    if missing:
+        raise PackageError(f"{path} has no array '{missing[0]}'")
+    return arrays
 
 
 def _parse_arrays(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from optc.compiler.artifact.manifest import Manifest
-from optc.compiler.diagnostics import InputError, UsageError, os_errors
+from optc.compiler.diagnostics import InputError, UsageError, foreign_errors
+from optc.compiler.files import open_plain
 from optc.compiler.ir.contract import Contract
 from optc.runtime.measuring.benchmark import median_rate, peak_rss_bytes
 from optc.runtime.sessions.tensor_model import Array, TensorModel
@@ -57,30 +58,25 @@ def read_batches(path: Path, contract: Contract) -> list[Batch]:
 
 
 def _read(path: Path, names: Sequence[str]) -> Batch:
-    try:
-        with os_errors("reading inputs", str(path)):
-            loaded = np.load(path, allow_pickle=False)
-            arrays = {LABELS: None, **loaded} if isinstance(loaded, np.lib.npyio.NpzFile) else {names[0]: loaded}
-    except (ValueError, EOFError, KeyError) as error:
-        raise InputError(
-            "the inputs cannot be read", where=str(path), why=str(error), remedy="write them by numpy.savez"
-        ) from error
-    if not isinstance(loaded, np.lib.npyio.NpzFile) and len(names) > 1:
-        raise InputError(
-            f"the model has {len(names)} inputs", where=str(path), remedy=f"give an .npz with {', '.join(names)}"
-        )
-    missing = [name for name in names if name not in arrays]
-    if missing:
-        raise InputError(
-            f"the file has no '{missing[0]}'",
-            where=str(path),
-            why=f"it has {', '.join(key for key, value in arrays.items() if value is not None) or 'nothing'}",
-            remedy=f"name the arrays as the inputs: {', '.join(names)}",
-        )
-    labels = arrays.get(LABELS)
-    return Batch(
-        path.name, {name: np.asarray(arrays[name]) for name in names}, None if labels is None else np.asarray(labels)
-    )
+    where = str(path)
+    damaged = foreign_errors("the inputs cannot be read", where=where, remedy="write them by numpy.savez")
+    with damaged, open_plain(path, "reading inputs") as file:
+        loaded = np.load(file, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            if len(names) > 1:
+                remedy = f"give an .npz with {', '.join(names)}"
+                raise InputError(f"the model has {len(names)} inputs", where=where, remedy=remedy)
+            return Batch(path.name, {names[0]: np.asarray(loaded)})
+        missing = [name for name in names if name not in loaded]
+        if missing:
+            raise InputError(
+                f"the file has no '{missing[0]}'",
+                where=where,
+                why=f"it has {', '.join(list(loaded)[:20]) or 'nothing'}",
+                remedy=f"name the arrays as the inputs: {', '.join(names)}",
+            )
+        labels = np.asarray(loaded[LABELS]) if LABELS in loaded else None
+        return Batch(path.name, {name: np.asarray(loaded[name]) for name in names}, labels)
 
 
 def evaluate_tensors(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fuzz.writer import Kind, Writer, artifact_state, old_artifact, once, optc_c
 # -- exporters ---------------------------------------------------------------------------------------
 
 
-def artifact_writer(seeds: Seeds, work: Path, *target: str) -> Writer:
+def artifact_writer(seeds: Seeds, work: Path, model: Path, *target: str) -> Writer:
     """The last part of a compile: export, check, manifest, publishing."""
     import optc.api as api
 
@@ -22,13 +23,18 @@ def artifact_writer(seeds: Seeds, work: Path, *target: str) -> Writer:
     real = api._write
     api._write = lambda *given: (got.append(given), real(*given))[1]  # type: ignore[assignment]
     try:
-        run_optc("compile", seeds.model(), "--target", *target, "-o", work / "first" / "output", "--force")
+        run_optc("compile", model, "--target", *target, "-o", work / "first" / "output", "--force")
     finally:
         api._write = real
     return Writer(lambda place: real(place, *got[0][1:]) and None, artifact_state, old_artifact(seeds))
 
 
-def exporter(*target: str, computed: tuple[tuple[str, str], ...] = (), packages: tuple[str, ...] = ()) -> Kind:
+def exporter(
+    *target: str,
+    computed: tuple[tuple[str, str], ...] = (),
+    packages: tuple[str, ...] = (),
+    model: Callable[[Seeds], Path] = Seeds.model,
+) -> Kind:
     """The writer of a target's artifacts.
 
     Args:
@@ -38,7 +44,7 @@ def exporter(*target: str, computed: tuple[tuple[str, str], ...] = (), packages:
     def make(seeds: Seeds, work: Path) -> Writer:
         for module, name in computed:
             once(module, name)
-        return artifact_writer(seeds, work, *target)
+        return artifact_writer(seeds, work, model(seeds), *target)
 
     return Kind(make, packages)
 
@@ -50,13 +56,14 @@ def shard_writer(seeds: Seeds, work: Path) -> Writer:
 
     stored_weights._SPILLED_BYTES = 1 << 12
     export.write_shards = functools.partial(export.write_shards, limit=24_000)  # type: ignore[assignment]
-    writer = artifact_writer(seeds, work, "vllm")
+    writer = artifact_writer(seeds, work, seeds.model(), "vllm")
     assert len(list((work / "first" / "output").glob("model-*.safetensors"))) > 1
     return writer
 
 
 def quantize_writer(seeds: Seeds, work: Path) -> Writer:
     """`optc quantize --work-dir`: stages, rounded groups and the artifact; again goes on from what is there."""
+    once("optc.api", "capture_resolved")  # half of the time
     calibration = ("--calibration", seeds.text(), "--calibration-samples", 2, "--calibration-seq-len", 32)
     words = ("quantize", seeds.model(), "--quant", "gptq", "--group-size", 32, *calibration, "--force")
 
@@ -124,7 +131,8 @@ def plan_writer(seeds: Seeds, work: Path) -> Writer:
     def some_plan(trt: Any, builder: Any, network: Any, config: Any, path: str, *more: Any) -> Any:
         return build_plan.write_plan(trt, builder, network, config, path), ""
 
-    stand_ins = {
+    stand_ins: dict[str, Any] = {
+        "gpu_architectures": lambda: ["sm90"],  # it asks the driver, which a fork must not where its parent has
         "load": lambda runtime: (SimpleNamespace(__version__="10.0.0"), "tensorrt"),
         "make_builder": lambda trt, log: builder,
         "parse": lambda *given: (None, None),

@@ -19,6 +19,7 @@ in folders of their own, as many at a time as there are jobs.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import select
@@ -37,6 +38,7 @@ from typing import Any
 from fuzz.seeds import Seeds
 from fuzz.strikes import FAULTS, Striker, end_with_parent, spread
 from fuzz.tally import write_whole
+from fuzz.writer import keep_templates
 from fuzz.writers import WRITERS
 
 _LIMIT_SECONDS = 300.0  # of one writing, on a machine that may be loaded
@@ -111,6 +113,7 @@ def strike_writer(name: str, work: Path, jobs: Jobs, rows: Rows, options: argpar
     with jobs.taken() as in_time:
         if not in_time:
             return
+        keep_templates()
         writer = WRITERS[name].make(Seeds(work / "seeds"), folder)
         striker = Striker(name, writer, folder / "0")
     rows.add({"operations": striker.points, "setup_s": round(time.monotonic() - begin, 1)})
@@ -180,16 +183,19 @@ def start(name: str, work: Path, jobs: Jobs, rows: Rows, options: argparse.Names
             end_with_parent()
             shutil.rmtree(work / name, ignore_errors=True)
             (work / name / "tmp").mkdir(parents=True, exist_ok=True)
-            said = os.open(work / name / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            said = os.open(work / name / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
             os.dup2(said, 1)
             os.dup2(said, 2)
+            faulthandler.enable(said, all_threads=True)
             cache = {"TORCHINDUCTOR_CACHE_DIR": str(work / name / "inductor")}
             os.environ |= {"TMPDIR": str(work / name / "tmp"), **cache}
             strike_writer(name, work, jobs, rows, options)
             code = 0
         except BaseException as error:  # noqa: BLE001 (told as a failure of the campaign)
-            rows.add({"wrong": f"the writer could not be made ready: {error!r}"[:1000]})
-            traceback.print_exc()
+            said = "".join(traceback.format_exception(error))
+            rows.add(
+                {"wrong": f"not struck: the writer could not be made ready: {error!r}"[:300], "trace": said[-6000:]}
+            )
         finally:
             sys.stderr.flush()
             os._exit(code)
@@ -200,9 +206,10 @@ def tally(rows: Iterable[dict[str, Any]], kinds: int) -> dict[str, Any]:
     """Figures of a writer."""
     outcomes, reruns, kinds_of = Counter[str](), Counter[str](), defaultdict[int, set[str]](set)
     found: dict[str, Any] = {"operations": 0, "operations_struck": 0, "struck": 0}
-    wrong, seconds = [], 0.0
+    wrong, traces, seconds = list[str](), list[str](), 0.0
     for row in rows:
         wrong += [row["wrong"]] if "wrong" in row else []
+        traces += [row["trace"]] if "trace" in row else []
         if "operations" in row:
             found |= row
         if "outcome" in row:
@@ -217,6 +224,7 @@ def tally(rows: Iterable[dict[str, Any]], kinds: int) -> dict[str, Any]:
         "reruns": {kind: count for kind, count in reruns.items() if count},
         "outcomes": dict(sorted(outcomes.items())),
         "wrong": wrong,
+        **({"traces": traces} if traces else {}),
         "seconds": round(seconds, 1),
     }
 
@@ -275,8 +283,10 @@ def campaign(names: list[str], work: Path, options: argparse.Namespace, begin: f
         if done:
             name = running.pop(done)
             if os.WIFSIGNALED(status):
-                rows[name].add({"wrong": f"the writer's process ended by signal {os.WTERMSIG(status)}"})
-                if not tally(rows[name].read(), kinds)["operations"]:
+                unstruck = not tally(rows[name].read(), kinds)["operations"]
+                how = f"{'not struck: ' * unstruck}the writer died by signal {os.WTERMSIG(status)}"
+                rows[name].add({"wrong": how, "trace": (work / name / "said").read_text(errors="replace")[-6000:]})
+                if unstruck:
                     jobs.give()  # it had leave to make itself ready
             print(f"{time.monotonic() - begin:.0f} s: {name} done", flush=True)
         if time.monotonic() > told + 5:
@@ -294,7 +304,7 @@ def _show(result: dict[str, Any]) -> None:
             print(f"{name}: skipped, {row['skipped']}")
             continue
         print(f"{name}: {row['struck']} faults at {row['operations_struck']} of {row['operations']} operations")
-        for line in (*row["outcomes"].items(), *row["wrong"][:20]):
+        for line in (*row["outcomes"].items(), *row["wrong"][:20], *row.get("traces", ())):
             print("   ", line)
     print(f"{sum(result['struck'].values())} faults, {result['wrong']} wrong, {result['seconds']:.0f} s")
 

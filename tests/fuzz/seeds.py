@@ -27,6 +27,10 @@ class Seeds:
         """A Llama of one layer with a tokenizer of characters."""
         return self._made("model", _write_model)
 
+    def encoder_decoder(self) -> Path:
+        """A T5 of one layer with the same tokenizer."""
+        return self._made("encoder-decoder", _write_encoder_decoder)
+
     def text(self) -> Path:
         """A text that is long enough for the gate, calibration and training."""
         return self._made("text.txt", lambda place: place.write_text(PROMPT_TEXT))
@@ -77,7 +81,6 @@ def _optc(*arguments: object) -> None:
 def _write_model(folder: Path) -> None:
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -98,6 +101,23 @@ def _write_model(folder: Path) -> None:
             if weight.dim() > 1:
                 weight.mul_(4.0)
     model.save_pretrained(folder)
+    _write_tokenizer(folder)
+
+
+def _write_encoder_decoder(folder: Path) -> None:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2, "vocab_size": 128}
+    ends = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **ends)).eval().save_pretrained(folder)
+    _write_tokenizer(folder)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     letters = [chr(code) for code in range(32, 127)] + ["\n"]
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: i + 3 for i, letter in enumerate(letters)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import errno
+import faulthandler
 import os
 import re
 import shutil
@@ -37,6 +38,7 @@ EXPECTED = {
 }
 """Exit codes; 0 where the output was published, or the operation did not matter."""
 _HASH = re.compile(r"\.[0-9a-f]{64}\.")  # of what was written, the seconds that it took among it
+_DIED = "Fatal Python error"  # how the trace of `faulthandler` begins
 _END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
@@ -103,7 +105,7 @@ class Striker:
         refused = found == "broken" and self.writer.mended and code != 0
         done = code < 0 or (code > 0 and found != "aside") or found == "new" or self.writer.optional
         if not ((found != "broken" or refused) and (code < 0 or not left) and code in EXPECTED[what] and done):
-            said = "" if code < 0 else self._said()
+            said = "" if code == -signal.SIGKILL else self._said()
             row["wrong"] = f"{where}: {found}, exit {code}, beside it {left[:5]} {said}"
         elif refused or (code != 0 and rerun):
             again = yield self._forked(self.writer.again or self.writer.write, {})
@@ -160,7 +162,9 @@ class Striker:
         return lines[number - 1].replace(str(self.parent), "") if len(lines) >= number else ""
 
     def _said(self) -> str:
-        return self.stderr.read_text(errors="replace")[-300:]
+        """The end of what the child wrote, or where it was when it died of a fault."""
+        text = self.stderr.read_text(errors="replace")
+        return text[text.index(_DIED) :][:3000] if _DIED in text else text[-300:]
 
 
 def end_with_parent() -> None:
@@ -176,6 +180,7 @@ def _child(write: Callable[[], None], stderr: Path) -> None:
     null, said = os.open(os.devnull, os.O_WRONLY), os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(null, 1)
     os.dup2(said, 2)
+    faulthandler.enable(said, all_threads=True)
     code = 70
     try:
         code = guarded(write, as_json=False)

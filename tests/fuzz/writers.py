@@ -21,6 +21,7 @@ from fuzz.artifact_writers import (
     sign_writer,
 )
 from fuzz.part_writers import group_writer, keys_writer, library_writer, mark_writer, recipe_writer, stage_writer
+from fuzz.seeds import Seeds
 from fuzz.training_writers import checkpoint_writer, deepspeed_writer, sharded_writer, trainer
 from fuzz.writer import Kind
 
@@ -35,6 +36,8 @@ WRITERS: dict[str, Kind] = {
     "executorch": exporter("executorch", computed=_PTE, packages=("executorch",)),
     "inductor": exporter("inductor-cpu", computed=_AOTI),
     "inductor-int4": exporter("inductor-cpu", "--quant", "rtn", "--group-size", "32", computed=_AOTI),
+    "encoder-decoder": exporter("onnx-cpu", packages=("onnx_ir", "onnxruntime"), model=Seeds.encoder_decoder),
+    "encoder-decoder-inductor": exporter("inductor-cpu", computed=_AOTI, model=Seeds.encoder_decoder),
     "inductor-cuda": exporter("inductor-cuda"),
     "trtllm": exporter("trtllm", "--quant", "fp8"),
     "trt": exporter("trt", "--trt-runtime", "none", packages=("onnx", "onnx_ir")),
