@@ -28,6 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fuzz.beside import ArrayFile, Drafts
 from fuzz.child import RESTART, Shared, outcome, run_inputs
 from fuzz.readers import CHEAP, Reader, by_name
 from fuzz.seeds import Seeds
@@ -35,7 +36,7 @@ from fuzz.sentence import SentenceFolder
 from fuzz.tally import Tally, figures, write_whole
 from fuzz.whole import WHOLE
 
-READERS = by_name((*CHEAP, *WHOLE, SentenceFolder))
+READERS = by_name((*CHEAP, *WHOLE, SentenceFolder, Drafts, ArrayFile))
 _BATCH_SECONDS = 20.0  # of one child
 _GRACE_SECONDS = 15.0  # behind the campaign's end, for children that are busy
 _TOLD_SECONDS = 5.0

@@ -27,6 +27,10 @@ class Seeds:
         """A Llama of one layer with a tokenizer of characters."""
         return self._made("model", _write_model)
 
+    def wide_model(self) -> Path:
+        """The same with rows of 128 numbers, for what is quantized in blocks."""
+        return self._made("wide-model", lambda place: _write_model(place, 128))
+
     def encoder_decoder(self) -> Path:
         """A T5 of one layer with the same tokenizer."""
         return self._made("encoder-decoder", _write_encoder_decoder)
@@ -35,9 +39,10 @@ class Seeds:
         """A text that is long enough for the gate, calibration and training."""
         return self._made("text.txt", lambda place: place.write_text(PROMPT_TEXT))
 
-    def compiled(self, name: str, *arguments: str) -> Path:
+    def compiled(self, name: str, *arguments: str, wide: bool = False) -> Path:
         """An artifact of the model: `optc compile MODEL ARGUMENTS`."""
-        return self._made(name, lambda place: _optc("compile", self.model(), *arguments, "-o", place))
+        model = self.wide_model() if wide else self.model()
+        return self._made(name, lambda place: _optc("compile", model, *arguments, "-o", place))
 
     def stages(self) -> list[Path]:
         """Finished stages of a work folder."""
@@ -78,17 +83,17 @@ def _optc(*arguments: object) -> None:
             raise RuntimeError(f"optc {arguments} ended with {done.code}") from done
 
 
-def _write_model(folder: Path) -> None:
+def _write_model(folder: Path, size: int = 32) -> None:
     import torch
     import transformers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=32,
+        hidden_size=size,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
-        intermediate_size=64,
+        intermediate_size=2 * size,
         vocab_size=128,
         max_position_embeddings=256,
         bos_token_id=1,

@@ -136,11 +136,12 @@ class Quantized(FolderReader):
         "awq": ("--target", "vllm", "--layout", "awq", *_RTN),
         "gptq": ("--target", "vllm", "--layout", "gptq", *_RTN),
         "modelopt": ("--target", "trtllm", "--quant", "fp8"),
+        "fp8-blocks": ("--target", "vllm", "--quant", "fp8-block"),
     }
 
     def prepare(self) -> None:
         for name, arguments in self._LAYOUTS.items():
-            self.copy_of(self.seeds.compiled(name, *arguments), name)
+            self.copy_of(self.seeds.compiled(name, *arguments, wide=name == "fp8-blocks"), name)
 
     def make(self, rng: random.Random) -> Input:
         layout = rng.choice(sorted(self._LAYOUTS))
