@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import platform
@@ -50,7 +51,7 @@ _DTYPES = {
     )
 }
 
-MOST_MEMBERS = 10_000
+MOST_MEMBERS, MOST_DIRECTORY = 10_000, 4 << 20
 """Files in a package; a model of hundreds of layers has some tens."""
 MOST_GROWTH = 8
 """Times its size that a package may have when it is unpacked; torch does not compress what it writes."""
@@ -307,6 +308,15 @@ def generate(
         logits = decoder.step(chosen)
 
 
+class _BoundedFile(io.FileIO):
+    """A file whose list of members is read only where it is short: as objects it takes ten times the memory."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > MOST_DIRECTORY:
+            raise zipfile.BadZipFile(f"its list of members has {size} bytes, more than {MOST_DIRECTORY}")
+        return super().read(size) or b""
+
+
 def check_archive(path: Path) -> None:
     """Refuse an archive that would be unpacked elsewhere than into its own folder, or to much more than it is.
 
@@ -316,7 +326,7 @@ def check_archive(path: Path) -> None:
         ArchiveError: names the member.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _BoundedFile(str(path)) as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise ArchiveError(f"{path}: the package is no archive: {_first_line(error)}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 from optc.compiler.artifact.folder import verify
 from optc.compiler.diagnostics import ArtifactError, InputError
 from optc.compiler.formats.safetensors_header import read_header
+from optc.compiler.ir.saved.exported_archive import read_exported
 from optc.compiler.model_folder.config_file import read_json
+from optc.runtime.carried.pt2_runner import ArchiveError, check_archive
 from optc.runtime.generation.tokenizer import load_tokenizer
 from optc.training.metrics import read_log
 from optc.training.saving import read_state
@@ -27,6 +30,14 @@ def header(values: bytes) -> bytes:
 def sparse(path: Path, size: int) -> None:
     with path.open("wb") as file:
         file.truncate(size)
+
+
+def listing(path: Path) -> Path:
+    """An archive whose list of members has 17 MiB."""
+    sparse(path, 17 << 20)
+    with path.open("ab") as file:
+        file.write(struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 65535, 65535, 17 << 20, 0, 0))
+    return path
 
 
 CASES: dict[str, tuple[str, Callable[[], bytes] | int, Callable[[Path], Any], str]] = {
@@ -49,6 +60,7 @@ CASES: dict[str, tuple[str, Callable[[], bytes] | int, Callable[[Path], Any], st
         lambda path: load_tokenizer(path.parent),
         "bytes beside its model",
     ),
+    "members of a program": ("a.pt2", 0, lambda path: read_exported(listing(path)), "list of members has"),
     "config": ("config.json", 33 << 20, read_json, "more than"),
     "manifest": ("manifest.json", 33 << 20, lambda path: verify(path.parent), "bytes"),
     "log": ("log.jsonl", 257 << 20, read_log, "more than"),
@@ -71,3 +83,8 @@ def test_refused_early(case: str, tmp_path: Path) -> None:
         read(path)
     assert name in str(caught.value.where)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before < MOST_GROWTH
+
+
+def test_members_of_a_package(tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match=r"no archive: its list of members has \d+ bytes, more than"):
+        check_archive(listing(tmp_path / "model.pt2"))

@@ -12,6 +12,7 @@ graph are checked as those of a saved program are (`untrusted_graph`); what is n
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import zipfile
@@ -36,6 +37,8 @@ MOST_MEMBERS = 100_000
 """A tensor has a file of its own."""
 _BROKEN = (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, struct.error)
 """What zipfile raises on bytes that are no archive, or no member of one: names in no encoding among them."""
+MOST_DIRECTORY = 16 << 20
+"""Bytes of the archive's list of members: as objects they take ten times as many, before they can be counted."""
 MOST_REPEATED = 1 << 28
 """Bytes that an expanded tensor, whose elements share memory, may stand for: passes write them out."""
 _REMEDY = "export it again: torch.export.save(torch.export.export(module, inputs), FILE)"
@@ -54,12 +57,15 @@ def read_exported(path: Path) -> ExportedProgram:
         TargetError: the program runs on CUDA and this machine has none.
     """
     with os_errors("reading an exported program", str(path)):
+        file = _BoundedFile(path)
         try:
-            archive = zipfile.ZipFile(path)
+            archive = zipfile.ZipFile(file)
         except _BROKEN as error:
+            file.close()
             _refuse(path, f"it is no archive: {error}", error)
+        file.is_bounded = False
         try:
-            with archive:
+            with file, archive:
                 return _read(_Members(archive, path), path)
         except ArtifactError as error:
             raise InputError(
@@ -72,6 +78,22 @@ def read_exported(path: Path) -> ExportedProgram:
 
 def _refuse(where: Path | str, why: str, cause: BaseException | None = None) -> NoReturn:
     raise InputError("the exported program cannot be read", where=str(where), why=why, remedy=_REMEDY) from cause
+
+
+class _BoundedFile(io.FileIO):
+    """A file of which no more is read at once than the list of members may have, while zipfile reads that."""
+
+    is_bounded = True
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As of any file.
+
+        Raises:
+            BadZipFile: more is asked for.
+        """
+        if self.is_bounded and size is not None and size > MOST_DIRECTORY:
+            raise zipfile.BadZipFile(f"its list of members has {size} bytes, more than {MOST_DIRECTORY}")
+        return super().read(size) or b""
 
 
 class _Members:
