@@ -3,12 +3,14 @@ what it found once, each by itself."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import pytest
 from artifacts import make_artifact
 from conftest import ROOT
 from fuzz import disk
-from fuzz.writer import Kind
+from fuzz.writer import Kind, Writer
 
 from optc.compiler import files
 from optc.compiler.artifact import trust
@@ -68,6 +70,25 @@ def test_the_figures_of_a_run_that_was_cut(tmp_path: Path) -> None:
 
 
 # -- what it found ---------------------------------------------------------------------------------
+
+
+def test_a_writer_that_dies_is_told_with_its_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(seeds: object, work: Path) -> Any:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    def writes(place: Path) -> None:
+        os.abort()
+
+    kinds = {"dies": dies, "child": lambda seeds, work: Writer(writes, lambda place: "")}
+    monkeypatch.setattr(disk, "WRITERS", {name: Kind(make, light=True) for name, make in kinds.items()})
+    options = argparse.Namespace(jobs=1, minutes=1.0, kinds="kill", most=1, rerun=1, json=None)
+    found = disk.campaign(list(kinds), tmp_path, options, time.monotonic())["writers"]
+    assert found["dies"]["wrong"] == ["not struck: the writer died by signal 11"]
+    (trace,) = found["dies"]["traces"]
+    assert "Segmentation fault" in trace
+    assert " in dies" in trace
+    assert found["child"]["wrong"][0].startswith("not struck: the writer could not be made ready")
+    assert " in writes" in found["child"]["traces"][0]
 
 
 def killed_at(owner: Any, name: str, call: int, action: Callable[[], object]) -> None:

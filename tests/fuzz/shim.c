@@ -17,12 +17,14 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#define LONGEST 1024 // of a path that is looked at: threads of drivers have stacks of 16 kB
+
 enum fault { NONE, ERROR, SHORT, KILL };
 static pid_t owner;
 static long *count, at;
 static int sticky, error_number, log_fd = -1;
 static enum fault kind;
-static char folder[PATH_MAX];
+static char folder[LONGEST];
 
 #define REAL(name)                   \
     static __typeof__(&name) real;   \
@@ -56,7 +58,7 @@ static void start(void) {
 static int path_of(int fd, char *path) {
     char link[64];
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t size = readlink(link, path, PATH_MAX - 1);
+    ssize_t size = readlink(link, path, LONGEST - 1);
     if (size < 0) return 0;
     path[size] = 0;
     return path[0] == '/';
@@ -68,8 +70,8 @@ static enum fault point(const char *operation, const char *path, unsigned long i
     int saved = errno;
     long number = __sync_add_and_fetch(count, 1);
     if (log_fd >= 0) {
-        char line[PATH_MAX + 96];
-        int size = snprintf(line, sizeof line, "%s %lu %lld %s\n", operation, inode, bytes, path);
+        char line[LONGEST + 96];
+        int size = snprintf(line, sizeof line, "%s %lu %lld %.*s\n", operation, inode, bytes, LONGEST - 1, path);
         ssize_t (*writing)(int, const void *, size_t) = dlsym(RTLD_NEXT, "write");
         writing(log_fd, line, size);
     }
@@ -83,9 +85,10 @@ static enum fault point(const char *operation, const char *path, unsigned long i
 }
 
 static enum fault point_fd(const char *operation, int fd) {
-    char path[PATH_MAX];
+    char path[LONGEST];
     struct stat info;
-    if (fd == log_fd || !path_of(fd, path) || fstat(fd, &info)) return NONE;
+    start();
+    if (!folder[0] || fd == log_fd || !path_of(fd, path) || fstat(fd, &info)) return NONE;
     return point(operation, path, info.st_ino, info.st_size);
 }
 
