@@ -24,7 +24,7 @@ from optc.compiler.capture.facts import generates_from_an_encoder
 from optc.compiler.capture.loading import DTYPES, is_encoder_decoder
 from optc.compiler.capture.pretrained import CPU
 from optc.compiler.diagnostics import UsageError, unknown_name
-from optc.compiler.files import read_plain
+from optc.compiler.files import open_plain
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.proof import CaptureProof
 from optc.compiler.ir.saved.exported_archive import is_exported_file
@@ -267,6 +267,9 @@ def _refuse_pooling(pooling: str | None) -> None:
         )
 
 
+_GATE_CHARACTERS = 20_000
+
+
 def gate_tokens(info: CheckpointInfo | None, text: Path | None) -> list[int]:
     """The gate's text in the model's tokens: a file, else a built-in passage; empty where there is no tokenizer.
 
@@ -280,7 +283,8 @@ def gate_tokens(info: CheckpointInfo | None, text: Path | None) -> list[int]:
     from optc.runtime.generation.tokenizer import load_tokenizer
 
     if text is not None:
-        page = read_plain(text, "reading the gate's text").decode(errors="replace")[:20_000]
+        with open_plain(text, "reading the gate's text") as file:
+            page = file.read(4 * _GATE_CHARACTERS + 4).decode(errors="replace")[:_GATE_CHARACTERS]
     else:
         page = (resources.files("optc.compiler") / "data" / "passage.txt").read_text()
     tokenizer = load_tokenizer(info.path)

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from optc.capturing import gate_tokens
 from optc.compiler.artifact.folder import verify
 from optc.compiler.diagnostics import ArtifactError, InputError
 from optc.compiler.formats.safetensors_header import read_header
 from optc.compiler.ir.saved.exported_archive import read_exported
+from optc.compiler.model_folder.checkpoint import check_folder
 from optc.compiler.model_folder.config_file import read_json
 from optc.runtime.carried.pt2_runner import ArchiveError, check_archive
 from optc.runtime.generation.tokenizer import load_tokenizer
@@ -88,3 +90,15 @@ def test_refused_early(case: str, tmp_path: Path) -> None:
 def test_members_of_a_package(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match=r"no archive: its list of members has \d+ bytes, more than"):
         check_archive(listing(tmp_path / "model.pt2"))
+
+
+def test_of_a_long_text_the_gate_reads_the_start(tmp_path: Path, example_model: Path) -> None:
+    long, short, info = tmp_path / "long.txt", tmp_path / "short.txt", check_folder(example_model)
+    start = "Once upon a time. \u00e9" * 2_000
+    sparse(long, 1 << 30)
+    with long.open("rb+") as file:
+        file.write(start.encode())
+    short.write_text(start, encoding="utf-8")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert gate_tokens(info, long) == gate_tokens(info, short)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before < MOST_GROWTH
