@@ -199,6 +199,7 @@ def sync_folder(folder: Path) -> None:
 
 
 SUMS = "SHA256SUMS"
+_MOST_SUMS = 64 << 20  # bytes
 
 
 def write_sums(folder: Path) -> None:
@@ -215,12 +216,12 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a folder that has its hashes in it (`write_sums`); None of a sound one.
 
     Raises:
-        OSError: a file cannot be read.
+        OSError: a file cannot be read. InputError: its list of hashes is large beyond measure.
     """
-    try:
-        rows = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    if not (folder / SUMS).is_file():  # a pipe would block
         return f"it has no {SUMS}: it was not written whole, or by another version of optc"
+    try:
+        rows = read_plain(folder / SUMS, "reading checksums", most=_MOST_SUMS).decode().splitlines()
     except UnicodeDecodeError:
         return f"{SUMS} was changed"
     listed = {name: digest for digest, _, name in (row.partition("  ") for row in rows)}

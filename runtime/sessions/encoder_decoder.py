@@ -32,16 +32,25 @@ def _check_contracts(decoder: Contract, encoder: Contract) -> None:
     taken, given = [spec.role for spec in decoder.inputs], [spec.role for spec in decoder.outputs]
     read = [spec.role for spec in encoder.inputs]
     own = sum(role in CACHE_ROLES for role in taken)
+    names = [spec.name for spec in decoder.inputs]
+    pairs = [taken.count(key) == taken.count(value) for key, value in (CACHE_ROLES, CROSS_ROLES)]
+    facts, size = decoder.cross, decoder.model.vocab_size
+    assert facts is not None
+    first = (facts.start_token_id, *filter(None, [facts.forced_first_id]))
     fits = {
         "one input of token ids, one output of logits": taken.count("input_ids") == given.count("logits") == 1,
         "as many caches in as out": own == sum(role in CACHE_ROLES for role in given),
         "keys and values of cross-attention": any(role in CROSS_ROLES for role in taken),
+        "as many keys as values": all(pairs),
+        "one mask of the encoder's at most": taken.count("encoder_mask") <= 1,
+        "a name of its own for every input": len(set(names)) == len(names),
         "inputs and outputs of no other kind": set(taken) <= {"input_ids", "encoder_mask", *CACHE_ROLES, *CROSS_ROLES},
         "an encoder of texts with their mask, or of features": (
             read == ["input_ids", "attention_mask"] if "encoder_mask" in taken else read == ["input"]
         ),
         "states of the encoder": bool(encoder.outputs),
-        "a vocabulary": decoder.model.vocab_size > 0,
+        "a vocabulary": size > 0,
+        "a first token of its vocabulary": all(token < size for token in first),
     }
     for what, holds in fits.items():
         if not holds:

@@ -29,10 +29,15 @@ class OrtEncoderDecoderSession(EncoderDecoderSession):
     def __init__(self, folder: Path, manifest: Manifest, *, threads: int | None = None) -> None:
         super().__init__(manifest)
         threads = threads or default_threads()
-        paths = [
-            manifest.programs["encoder"].engine_info["model"],
-            *(manifest.engine_info[k] for k in ("first", "model")),
-        ]
+        infos = (manifest.programs["encoder"].engine_info, manifest.engine_info, manifest.engine_info)
+        paths = [info.get(key) for info, key in zip(infos, ("model", "first", "model"), strict=True)]
+        if not all(paths):
+            raise ArtifactError(
+                "the manifest does not name the three graphs of an encoder-decoder model",
+                where=str(folder),
+                why=f"it names {paths!a}",
+                remedy="copy the artifact again from where it was made, or compile it again",
+            )
         self._graphs = [open_engine(folder / str(path), threads) for path in paths]
         self._names = _Names(manifest.contract)
         _check_names(self._graphs, self._names, self.encoder, folder)
