@@ -28,8 +28,8 @@ class Seeds:
         return self._made("model", _write_model)
 
     def wide_model(self) -> Path:
-        """The same with rows of 128 numbers, for what is quantized in blocks."""
-        return self._made("wide-model", lambda place: _write_model(place, 128))
+        """The same with rows and columns of 128 numbers, for what is quantized in blocks."""
+        return self._made("wide-model", lambda place: _write_model(place, 128, pairs=2))
 
     def encoder_decoder(self) -> Path:
         """A T5 of one layer with the same tokenizer."""
@@ -83,7 +83,7 @@ def _optc(*arguments: object) -> None:
             raise RuntimeError(f"optc {arguments} ended with {done.code}") from done
 
 
-def _write_model(folder: Path, size: int = 32) -> None:
+def _write_model(folder: Path, size: int = 32, pairs: int = 1) -> None:
     import torch
     import transformers
 
@@ -92,7 +92,7 @@ def _write_model(folder: Path, size: int = 32) -> None:
         hidden_size=size,
         num_hidden_layers=1,
         num_attention_heads=2,
-        num_key_value_heads=1,
+        num_key_value_heads=pairs,
         intermediate_size=2 * size,
         vocab_size=128,
         max_position_embeddings=256,

@@ -136,7 +136,7 @@ class Quantized(FolderReader):
         "awq": ("--target", "vllm", "--layout", "awq", *_RTN),
         "gptq": ("--target", "vllm", "--layout", "gptq", *_RTN),
         "modelopt": ("--target", "trtllm", "--quant", "fp8"),
-        "fp8-blocks": ("--target", "vllm", "--quant", "fp8-block"),
+        "fp8-blocks": ("--target", "vllm", "--quant", "fp8-block", "--layout", "fp8"),
     }
 
     def prepare(self) -> None:
