@@ -26,6 +26,7 @@ from fuzz.training_writers import checkpoint_writer, deepspeed_writer, sharded_w
 from fuzz.writer import Kind
 
 _AOTI = (("torch._inductor", "aot_compile"),)
+_PAIR = (("optc.exporters.onnx.encoder_decoder", "first_call"), ("optc.api", "open_written"))
 _PTE = (("optc.exporters.executorch.export", "trace"), ("optc.exporters.executorch.export", "lower"))
 
 WRITERS: dict[str, Kind] = {
@@ -36,7 +37,9 @@ WRITERS: dict[str, Kind] = {
     "executorch": exporter("executorch", computed=_PTE, packages=("executorch",)),
     "inductor": exporter("inductor-cpu", computed=_AOTI),
     "inductor-int4": exporter("inductor-cpu", "--quant", "rtn", "--group-size", "32", computed=_AOTI),
-    "encoder-decoder": exporter("onnx-cpu", packages=("onnx_ir", "onnxruntime"), model=Seeds.encoder_decoder),
+    "encoder-decoder": exporter(
+        "onnx-cpu", computed=_PAIR, packages=("onnx_ir", "onnxruntime"), model=Seeds.encoder_decoder
+    ),
     "encoder-decoder-inductor": exporter("inductor-cpu", computed=_AOTI, model=Seeds.encoder_decoder),
     "inductor-cuda": exporter("inductor-cuda"),
     "trtllm": exporter("trtllm", "--quant", "fp8"),
