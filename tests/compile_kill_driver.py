@@ -6,6 +6,8 @@ Arguments: model folder, output folder, shares. The commands run in forks, so th
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import signal
@@ -17,7 +19,8 @@ import torch
 
 torch.set_num_threads(1)
 
-# Imported once, not in each child; no tensor is touched before the forks, which threads would not survive.
+# Imported once, not in each child; no tensor is touched before the forks, which threads would not survive. What the
+# first command imports besides, when it needs it, `main` imports for those that follow.
 import onnxruntime  # noqa: E402, F401
 import transformers.models.auto.modeling_auto  # noqa: E402
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
@@ -26,8 +29,8 @@ from optc.cli.main import main as optc  # noqa: E402
 from optc.compiler.artifact.folder import verify  # noqa: E402
 
 
-def start(model: Path, output: Path, *flags: str) -> int:
-    """The process id of `optc compile` in a fork."""
+def start(model: Path, output: Path, *flags: str, imported: Path | None = None) -> int:
+    """The process id of `optc compile` in a fork, which writes the names of its modules to `imported`."""
     pid = os.fork()
     if pid:
         return pid
@@ -38,6 +41,8 @@ def start(model: Path, output: Path, *flags: str) -> int:
     except SystemExit as done:
         code = int(done.code or 0)
     finally:
+        if imported is not None:
+            imported.write_text("\n".join(sys.modules))
         os._exit(code)
 
 
@@ -49,7 +54,12 @@ def finish(pid: int) -> None:
 def main() -> None:
     model, output = map(Path, sys.argv[1:3])
     quantized = ("--quant", "rtn", "--group-size", "32")
-    finish(start(model, output))
+    names = output.with_name("modules")
+    finish(start(model, output, imported=names))
+    for name in names.read_text().split():
+        with contextlib.suppress(ImportError, AttributeError):  # parts of torch are in sys.modules and are no files
+            importlib.import_module(name)
+    names.unlink()
     manifests = [verify(output).self_sha256]
     begin = time.perf_counter()
     finish(start(model, output, *quantized))

@@ -3,8 +3,8 @@
     python -m pytest -p tests.cpu_cost                                       # all; add --numprocesses 2 --dist loadfile
     python -m pytest -p tests.cpu_cost --costs-to costs.tsv tests/cli        # a row per test and phase, too
 
-Other work on the machine changes them little, unlike the time on the clock. What several files share (`once`) stands at
-the file that made it.
+Unlike the time on the clock they do not grow with waiting; but where two threads share a core, work beside the tests
+doubles them: compare figures of a quiet machine. What several files share (`once`) stands at the file that made it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""compile, inspect, verify, diff, plan, passes, targets on the example model, through the command line."""
+"""compile, inspect, verify, diff, plan, passes, targets on a layer of the example model, through the command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from command_line import optc, optc_json
-from conftest import EXAMPLE
+from once import short_example
 
 from optc.cli.inspect import reasons
 from optc.cli.main import normalize
@@ -17,12 +17,17 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model() -> Path:
+    return short_example(layers=1)
+
+
+@pytest.fixture(scope="module")
+def artifact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     assert (
         optc(
             "compile",
-            EXAMPLE,
+            model,
             "--target",
             "onnx_cpu",
             "--quant",
@@ -37,14 +42,14 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def test_compile_json(tmp_path: Path, capsys: Capture) -> None:
-    found = optc_json(capsys, "compile", EXAMPLE, "--target", "onnx-cpu", "-o", tmp_path / "out")
+def test_compile_json(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    found = optc_json(capsys, "compile", model, "--target", "onnx-cpu", "-o", tmp_path / "out")
     assert set(found) >= {"artifact", "target", "seconds", "passes"}
     assert found["target"] == "onnx-cpu"
     assert found["sizes"]["total"] == found["weight_bytes"]
     assert round(found["sizes"]["ratio"], 2) == 2.0  # float32, of bfloat16
     rows = {row["name"]: row for row in found["passes"]}
-    assert (rows["fuse-rotary"]["matched"], rows["fuse-norm"]["matched"]) == (8, 9)
+    assert (rows["fuse-rotary"]["matched"], rows["fuse-norm"]["matched"]) == (2, 3)
     assert rows["static-kv-cache"]["drift"]["max_abs_diff"] < 1e-4
     assert rows["static-kv-cache"]["since_capture"]["max_abs_diff"] < 1e-4
     assert "store-kv-codes" not in rows, "nothing rounds its keys and values"
@@ -55,20 +60,20 @@ def test_group_size_is_chosen_and_printed(artifact: Path, capsys: Capture) -> No
     found = optc_json(capsys, "inspect", artifact)
     summary = found["quantization"]
     assert (summary["method"], summary["bits"], summary["group_size"]) == ("rtn", [4, 8], [64])
-    assert (summary["symmetric"], summary["linears"]) == (True, 17)
-    weights = 4 * (2 * 192 * 192 + 2 * 64 * 192 + 3 * 512 * 192)
+    assert (summary["symmetric"], summary["linears"]) == (True, 5)
+    weights = 2 * 192 * 192 + 2 * 64 * 192 + 3 * 512 * 192
     head = 8192 * 192
     assert summary["parameters"] == weights + head
     scales = 2 * (weights + head) // 64
     assert summary["bytes"] == weights // 2 + head + scales, "4-bit codes, 8-bit ones of the head, and 16-bit scales"
     assert summary["ratio_to_ideal"] <= 1.02
-    assert (summary["bits_per_parameter"], summary["ideal_bits"]) == (6.25, 6.25)
+    assert (summary["bits_per_parameter"], summary["ideal_bits"]) == (7.45, 7.45)
     (row,) = (row for row in found["passes"] if row["name"] == "quantize-rtn")
-    assert (row["matched"], row["candidates"]) == (28, 29)
-    assert len(row["linears"]) == 28
+    assert (row["matched"], row["candidates"]) == (7, 8)
+    assert len(row["linears"]) == 7
     assert all(0 < linear["weight_error"] < 0.05 for linear in row["linears"])
     assert optc("inspect", artifact) == 0
-    assert "6.250 bits per parameter, 1.000 x ideal" in capsys.readouterr().out
+    assert "7.450 bits per parameter, 1.000 x ideal" in capsys.readouterr().out
     assert row["drift"]["kl"] > 0
     assert row["options"]["group_size"] == 64
 
@@ -79,7 +84,7 @@ def test_inspect_for_people(artifact: Path, capsys: Capture) -> None:
     for part in (
         "onnx-cpu artifact",
         "rtn, 4/8 bits, groups of 64",
-        "fuse-rotary: matched 8 of 8",
+        "fuse-rotary: matched 2 of 2",
         "model.onnx.data",
     ):
         assert part in out
@@ -95,13 +100,13 @@ def test_inspect_counts_reasons() -> None:
     assert reasons([]) == []
 
 
-def test_inspect_ir_of_model_and_stage(artifact: Path, capsys: Capture) -> None:
-    assert optc("inspect", EXAMPLE, "--ir") == 0
-    assert capsys.readouterr().out.count("optc.attention(") == 4
+def test_inspect_ir_of_model_and_stage(model: Path, artifact: Path, capsys: Capture) -> None:
+    assert optc("inspect", model, "--ir") == 0
+    assert capsys.readouterr().out.count("optc.attention(") == 1
     assert optc("inspect", artifact, "--ir", "--stage", "legalize-ort") == 0
     text = capsys.readouterr().out
-    assert text.count("optc.group_query_attention(") == 4
-    assert text.count("optc.matmul_nbits(") == 17
+    assert text.count("optc.group_query_attention(") == 1
+    assert text.count("optc.matmul_nbits(") == 5
 
 
 def test_dump_ir_and_diff(artifact: Path, capsys: Capture) -> None:
@@ -132,9 +137,9 @@ def test_verify_and_tampering(artifact: Path, capsys: Capture) -> None:
         path.write_bytes(before)
 
 
-def test_recipe_equals_flags(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_recipe_equals_flags(model: Path, artifact: Path, tmp_path: Path, capsys: Capture) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"model: {EXAMPLE}\ntarget: onnx-cpu\nquant: rtn\noutput: {tmp_path / 'out'}\n")
+    recipe.write_text(f"model: {model}\ntarget: onnx-cpu\nquant: rtn\noutput: {tmp_path / 'out'}\n")
     by_recipe = optc_json(capsys, "compile", "--recipe", recipe)
     by_flags = optc_json(capsys, "inspect", artifact)
     assert [row["matched"] for row in by_recipe["passes"]] == [row["matched"] for row in by_flags["passes"]]
@@ -147,22 +152,22 @@ def test_recipe_equals_flags(artifact: Path, tmp_path: Path, capsys: Capture) ->
     assert "did you mean 'model'" in capsys.readouterr().err
 
 
-def test_plan_reads_no_weights(capsys: Capture, tmp_path: Path, artifact: Path) -> None:
-    found = optc_json(capsys, "plan", EXAMPLE, "--target", "onnx-cpu", "--quant", "rtn")
+def test_plan_reads_no_weights(capsys: Capture, model: Path, artifact: Path) -> None:
+    found = optc_json(capsys, "plan", model, "--target", "onnx-cpu", "--quant", "rtn")
     assert found["group_size"] == 64
     assert "store-kv-codes" not in [row["name"] for row in found["passes"]]
-    assert found["linears"] == 28
-    assert found["kv_cache_bytes_per_token"] == 2 * 4 * 2 * 32 * 4
+    assert found["linears"] == 7
+    assert found["kv_cache_bytes_per_token"] == 2 * 2 * 32 * 4
     written = optc_json(capsys, "inspect", artifact)
     assert abs(found["weight_bytes"] / written["weight_bytes"] - 1) < 0.02
     assert found["sizes"]["source"] == written["sizes"]["source"]
-    line = "6.30 MB -> 2.46 MB (0.39 x): embedding and head 1.57 MB"
-    assert optc("plan", EXAMPLE, "--target", "onnx-cpu", "--quant", "rtn") == 0
+    line = "3.93 MB -> 1.83 MB (0.47 x): embedding and head 1.57 MB"
+    assert optc("plan", model, "--target", "onnx-cpu", "--quant", "rtn") == 0
     assert f"weights: {line}" in capsys.readouterr().out
     assert optc("inspect", artifact) == 0
     assert f"weights: {line}" in capsys.readouterr().out
-    assert "0.39 x of 6.30 MB" in (artifact / "report.html").read_text()
-    assert optc("plan", EXAMPLE, "--target", "onnx-cpu", "--quant", "rtn", "--kv-cache", "paged") == 4
+    assert "0.47 x of 3.93 MB" in (artifact / "report.html").read_text()
+    assert optc("plan", model, "--target", "onnx-cpu", "--quant", "rtn", "--kv-cache", "paged") == 4
 
 
 def test_passes_and_targets(capsys: Capture) -> None:

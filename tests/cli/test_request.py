@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -332,6 +333,7 @@ def test_wrong_values_of_commands(tmp_path: Path, capsys: Capture, monkeypatch: 
     assert not list(tmp_path.iterdir())
 
 
+@functools.cache
 def every_field() -> list[tuple[str, Field]]:
     """(target, field): the sections' fields with a target that takes all, and each target's own."""
     shared = [("inductor-cpu", field) for cls in SECTIONS.values() for field in fields_of(cls).values()]

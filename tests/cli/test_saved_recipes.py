@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from command_line import optc
-from conftest import EXAMPLE
+from once import short_example
 
 from optc.cli.request_flags import merge_recipe, request_of
 from optc.compiler.diagnostics import UsageError
@@ -60,10 +60,11 @@ def test_what_has_no_name_is_refused_before_the_compile(tmp_path: Path) -> None:
 def test_a_compile_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And a file that is there is not replaced without --force, before any work is done."""
     saved = tmp_path / "sub" / "saved.yaml"
-    arguments = ("compile", EXAMPLE, "--target", "vllm", "-o", tmp_path / "out", "--save-recipe", saved)
+    model = short_example(layers=1)
+    arguments = ("compile", model, "--target", "vllm", "-o", tmp_path / "out", "--save-recipe", saved)
     assert optc(*arguments) == 0
     found = yaml.safe_load(saved.read_text())
-    assert found == {"model": str(EXAMPLE), "target": "vllm", "output": str(tmp_path / "out")}
+    assert found == {"model": str(model), "target": "vllm", "output": str(tmp_path / "out")}
     assert optc("compile", "--recipe", saved, "--save-recipe", saved, "-o", tmp_path / "other") == 3
     assert "the recipe exists already" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()

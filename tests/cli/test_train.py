@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import optc
+from artifacts import captured_folder, quick_artifact
+from command_line import optc, optc_json
 from conftest import EXAMPLE, ROOT
 from training_runs import small_model, token_file
 
@@ -146,11 +147,12 @@ def test_qat_is_trained_compiled_and_better_than_rounding(tmp_path: Path, capsys
     learned = ("--recipe", "qat", "--model", EXAMPLE, "--text", tmp_path / "train.txt", *grid, *small)
     assert optc("train", *learned, "-o", tmp_path / "qat") == 0
     assert optc("compile", tmp_path / "qat", "--target", "onnx-cpu", "-o", tmp_path / "trained") == 0
-    rounded = ("--quant", "rtn", *grid, "--allow-noop", "--max-kl", "1e9", "--max-perplexity-increase", "1e9")
-    assert optc("compile", EXAMPLE, "--target", "onnx-cpu", *rounded, "-o", tmp_path / "rounded") == 0
+    quick_artifact(
+        "onnx-cpu", captured_folder(EXAMPLE), tmp_path / "rounded", source=EXAMPLE, quant="rtn", bits=3, group_size=32
+    )
     capsys.readouterr()
     nll = {}
     for name in ("trained", "rounded"):
-        assert optc("eval", tmp_path / name, "--text", tmp_path / "unseen.txt", "--json") == 0
-        nll[name] = json.loads(capsys.readouterr().out)["perplexity"]
+        text = ("--text", tmp_path / "unseen.txt", "--no-reference")
+        nll[name] = optc_json(capsys, "eval", tmp_path / name, *text)["perplexity"]
     assert nll["trained"] < nll["rounded"]

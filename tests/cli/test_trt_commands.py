@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from once import short_example
 
 from optc.cli.main import cli
 from optc.compiler.artifact.folder import verify
@@ -39,8 +40,8 @@ def test_refused(example_model: Path, flags: tuple[str, ...], text: str) -> None
     assert text in plan(example_model, *flags)
 
 
-def test_a_folder_without_a_plan(example_model: Path, tmp_path: Path) -> None:
-    arguments = ["compile", str(example_model), "--target", "trt", "--trt-runtime", "none", "--quant", "rtn"]
+def test_a_folder_without_a_plan(tmp_path: Path) -> None:
+    arguments = ["compile", str(short_example(layers=1)), "--target", "trt", "--trt-runtime", "none", "--quant", "rtn"]
     arguments += ["--max-seq-len", "128", "-o", str(tmp_path / "out"), "--json"]
     done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert done.exit_code == 0

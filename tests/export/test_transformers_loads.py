@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import make_model
 from hf_folders import logits, quantized, source, tensors, write
+from once import short_example
 from rewrites import stir
 
 import optc
@@ -17,8 +18,6 @@ from optc.compiler.capture import capture_pretrained
 from optc.compiler.capture.loading import load_model
 from optc.compiler.diagnostics import TargetError
 from optc.runtime.sessions.load import load
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "fiction-3m"
 
 
 def _loaded(folder: Path, *, dequantize: bool = False) -> Any:
@@ -128,7 +127,7 @@ def test_scales_folded_into_other_weights_are_in_the_folder(tmp_path: Path) -> N
 @pytest.mark.parametrize("layout", ["compressed-tensors", "awq", "gptq"])
 def test_the_example_model_by_the_public_api(tmp_path: Path, layout: str) -> None:
     out = tmp_path / "out"
-    result = optc.compile(EXAMPLE, target="vllm", quant="rtn", layout=layout, output=out)
+    result = optc.compile(short_example(layers=1), target="vllm", quant="rtn", layout=layout, output=out)
     assert result.manifest.engine == "huggingface"
     summary = result.manifest.quantization
     assert summary["bits"] == [4]

@@ -6,22 +6,22 @@ import json
 import os
 import resource
 import shutil
+import signal
 import struct
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from command_line import optc
+from once import short_example
 
 Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def model(tmp_path: Path, example_model: Path) -> Path:
-    """A private copy of the example model."""
-    return Path(shutil.copytree(example_model, tmp_path / "model"))
+def model(tmp_path: Path) -> Path:
+    """A private copy of the example model, of one layer."""
+    return Path(shutil.copytree(short_example(layers=1), tmp_path / "model"))
 
 
 def compile_to(model: Path, output: Path, *more: str) -> int:
@@ -245,27 +245,23 @@ def test_errors_as_json(tmp_path: Path, capsys: Capture) -> None:
     assert str(tmp_path / "none") in found["where"]
 
 
-def test_full_disk(model: Path, tmp_path: Path) -> None:
-    """A file-size limit of 1 MB stands in for a full disk: writing the weights fails half-way."""
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """A limit of 1 MB on files stands in for a full disk, in this process."""
+    before, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, action)
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
+def test_full_disk(tmp_path: Path, capsys: Capture, request: pytest.FixtureRequest) -> None:
+    """Writing the weights fails half-way."""
+    model = short_example(layers=1)
     (tmp_path / "out").mkdir()
-    command = [
-        sys.executable,
-        "-c",
-        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from optc.cli.main import main; main()",
-        "compile",
-        str(model),
-        "--target",
-        "onnx-cpu",
-        "-o",
-        str(tmp_path / "out" / "artifact"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
-    assert done.returncode == 8, done.stderr
-    assert "disk" in done.stderr
+    request.getfixturevalue("small_files")
+    assert compile_to(model, tmp_path / "out" / "artifact") == 8
+    assert "disk" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -22,9 +22,11 @@ from torch.fx import Node
 from optc.compiler.calibration.sequences import cut_sequences
 from optc.compiler.capture import capture_model, capture_pretrained
 from optc.compiler.diagnostics import GateError
-from optc.compiler.execution.probe import text_probe
+from optc.compiler.execution.probe import Probe, run_probe, text_probe
+from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import insert_call, set_weight
+from optc.compiler.pipeline import pipeline
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.passes.kv_cache.quantize import QuantizeKVCache
@@ -262,9 +264,22 @@ def _made(rewrite: Pass, before: tuple[Pass, ...]) -> PassResult:
     return result
 
 
+@functools.cache
+def _outputs(before: tuple[Pass, ...]) -> StageRun:
+    """What the stage in front of a pass gives: all damages of the pass are compared with it."""
+    probe = _example()[1].probe
+    assert probe is not None
+    return run_probe(_prepared(before), probe)
+
+
 def _gate(rewrite: Pass, before: tuple[Pass, ...], result: PassResult) -> None:
     """Run a pipeline of one pass that returns this result."""
+
+    def run(program: Program, probe: Probe) -> StageRun:
+        return _outputs(before) if program is _prepared(before) else run_probe(program, probe)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "run_probe", run)
         patch.setattr(type(rewrite), "run", lambda *_: result)
         Pipeline([rewrite]).run(_prepared(before), _example()[1])
 

@@ -32,7 +32,7 @@ def config(example_model: Path) -> TrainConfig:
         output="unused",
         device="cpu",
         batch_size=2,
-        seq_len=256,
+        seq_len=128,
         max_steps=4,
         data=DataConfig(text=(str(example_model.parent / "book.txt"),)),
     )
@@ -102,7 +102,7 @@ def test_what_ranks_share(config: TrainConfig) -> None:
 
 def test_the_command(config: TrainConfig, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"model: {config.model}\nbatch_size: 2\nseq_len: 256\ndevice: cpu\n")
+    recipe.write_text(f"model: {config.model}\nbatch_size: 2\nseq_len: 128\ndevice: cpu\n")
     done = CliRunner().invoke(cli, ["plan", "--train", str(recipe), "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.output) == msgspec.to_builtins(predict(config))

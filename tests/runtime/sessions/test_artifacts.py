@@ -136,8 +136,9 @@ def _commands(*commands: list[object]) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("artifact", ["onnx", "package-paged"], indirect=True)  # one of each engine: they start slowly
+@pytest.mark.parametrize("artifact", ["package-paged"], indirect=True)
 def test_commands_in_a_fresh_process(artifact: Path, tmp_path: Path) -> None:
+    """Of the engine whose ops and library a process must load first; the README's commands run onnx-cpu's."""
     text = tmp_path / "text.txt"
     text.write_text("It was a dark night, and the ship lay at anchor. " * 12)
 

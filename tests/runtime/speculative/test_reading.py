@@ -54,7 +54,7 @@ def test_rows_are_those_of_the_tokens(select_logits: bool) -> None:
     small = dataclasses.replace(model, num_blocks=11, pools=[pool[:11] for pool in model.pools])
     kinds = (Sampling(), Sampling(temperature=0.8, seed=3))
     wanted = [
-        Generate(id=str(place), prompt=prompt, max_new_tokens=20, sampling=kinds[place % 2])
+        Generate(id=str(place), prompt=prompt, max_new_tokens=12, sampling=kinds[place % 2])
         for place, prompt in enumerate(sequences(5, 1, 14, 9))
     ]
     plain = run(PagedEngine(model, EngineOptions(), HostRunner), wanted)
