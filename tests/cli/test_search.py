@@ -54,7 +54,7 @@ def test_what_is_tried() -> None:
 def test_a_search_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     text, out = tmp_path / "book.txt", tmp_path / "out"
     text.write_text(TEXT)
-    model = short_example()
+    model = short_example(1)
     common = ("search", model, "--target", "onnx-cpu", "--text", text, "-o", out, "--methods", "rtn", "--bits", "4")
     limits = ("--max-kl", 1e-3, "--max-size", 4, "--samples", 1)  # no 4 bits pass this gate
     found = optc_json(capsys, *common, *limits)
