@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from command_line import optc as call
 from conftest import EXAMPLE, ROOT
-from once import once
+from once import example_artifact, once
 
 import optc
 from optc.cli.main import cli, normalize
@@ -81,11 +82,11 @@ def test_the_request_is_one_that_its_target_takes(command: str, capsys: pytest.C
 
 @pytest.fixture(scope="module")
 def place() -> Path:
-    """A folder like the repository's, in which README's first command was run."""
+    """A folder like the repository's, with what README's first command makes."""
 
     def make(folder: Path) -> None:
         (folder / "examples").symlink_to(ROOT / "examples")
-        optc.compile(EXAMPLE, target="onnx-cpu", quant="rtn", output=folder / "out" / "fiction-onnx")
+        shutil.copytree(example_artifact("onnx-cpu", quant="rtn"), folder / "out" / "fiction-onnx")
 
     return once("readme", make)
 
