@@ -64,7 +64,15 @@ def test_any_traffic(
         engine._runner.pace.fix(steps)
     plans: list[Plan] = []
     launch = engine._runner.launch
-    engine._runner.launch = lambda plan: (plans.append(plan), launch(plan))[1]  # type: ignore[method-assign]
+
+    def launching(plan: Plan) -> None:
+        plans.append(plan)
+        for request in filter(None, engine.scheduler._at):
+            found = engine.scheduler.manager.length(request.id)
+            assert found <= engine.scheduler.rows.known[request.row], "others find these: the host has read them"
+        launch(plan)
+
+    engine._runner.launch = launching  # type: ignore[method-assign]
     got: dict[str, Got] = {}
     for step in range(600):
         for begin, item, cancelled in coming:
