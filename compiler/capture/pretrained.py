@@ -29,6 +29,7 @@ from optc.compiler.capture.loading import DTYPES, RESIDENT_BYTES, load_model
 from optc.compiler.capture.own_positions import drop_whole_padding, lift_positions
 from optc.compiler.capture.positions import position_offset
 from optc.compiler.capture.proof import prove_model
+from optc.compiler.capture.renames import expert_rows
 from optc.compiler.capture.restored import restore_codes
 from optc.compiler.diagnostics import CaptureError, unknown_name
 from optc.compiler.ir.contract import Contract, Input, Output
@@ -168,7 +169,9 @@ def capture_pretrained(
     quantized = quantized_folder(info)
     if quantized is not None:
         proof = program.proof
-        program = restore_codes(program, quantized, match_names(quantized.dense.tensors, program.exported.state_dict))
+        names = match_names(quantized.dense.tensors, program.exported.state_dict)
+        experts = expert_rows(model, model.state_dict())
+        program = restore_codes(program, quantized, names, experts)
         program.proof = proof
     return program, info
 

@@ -7,15 +7,18 @@ with the input put in order, multiplied and rounded, and keys and values rounded
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import aten, peel, value_of
 from optc.compiler.analysis.linears import Linear, linear_site
+from optc.compiler.capture.renames import ExpertRows
 from optc.compiler.diagnostics import CaptureError, InputError
 from optc.compiler.formats.layouts import QuantizedWeight
-from optc.compiler.formats.layouts.weight import INPUT_ORDER
+from optc.compiler.formats.layouts.weight import INPUT_ORDER, joined
 from optc.compiler.formats.safetensors_header import shown
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
@@ -30,11 +33,14 @@ from optc.compiler.rewriting.weights import prune_contract, record_weight
 _optc = torch.ops.optc
 
 
-def restore_codes(program: Program, folder: QuantizedFolder, names: dict[str, str]) -> Program:
+def restore_codes(
+    program: Program, folder: QuantizedFolder, names: dict[str, str], experts: Mapping[str, ExpertRows]
+) -> Program:
     """Let the linears of a captured dense model read the folder's codes.
 
     Args:
         names: weight of the program -> name in `folder.dense`.
+        experts: name in `folder.dense` -> the rows of a stacked weight of the program that it holds.
 
     Raises:
         CaptureError: a quantized weight that is not read by linears alone, or scales of keys and values of which the
@@ -43,23 +49,28 @@ def restore_codes(program: Program, folder: QuantizedFolder, names: dict[str, st
     """
     edited = program.clone()
     modules = {f"{module}.weight" for module in folder.modules}
+    pieces = {name: [names[name]] for name in names if names[name] in modules}
+    for piece, rows in sorted(experts.items(), key=lambda item: item[1].start):
+        if piece in modules:
+            pieces.setdefault(_label(rows.weight, rows.expert), []).append(piece)
     made: dict[str, Node] = {}
     inputs: dict[tuple[Node, str, float], Node] = {}
     ordered: dict[tuple[Node, bytes], Node] = {}
     with torch.no_grad():
         for node in list(edited.graph.nodes):
             site = linear_site(edited, node)
-            name = edited.weight_of(site.placeholder) if site is not None else None
-            if site is None or name is None or names.get(name) not in modules:
+            held = edited.weight_of(site.placeholder) if site is not None else None
+            if site is None or held is None or (name := _label(held, site.index)) not in pieces:
                 continue
-            if site.transposed or site.index is not None:
-                raise _unusable(folder, name, "it is stacked or transposed in the model")
-            weight = folder.layout.read(names[name].removesuffix(".weight"))
+            if site.transposed or (site.index is not None and not _is_whole(site, name, pieces, experts)):
+                raise _unusable(folder, held, "it is stacked or transposed in the model")
+            read = [folder.layout.read(piece.removesuffix(".weight")) for piece in pieces[name]]
+            weight = joined(read, f"{folder.reader.folder}: {shown(held)}")
             if name not in made:
-                made[name] = _dequantized(edited, site, name, weight, folder.method)
+                made[name] = _dequantized(edited, site, name, held, weight, folder.method)
             _read_codes(edited, site, name, made[name], weight, inputs, ordered)
     left = [name for name in edited.weight_names().values() if names.get(name) in modules and _is_read(edited, name)]
-    missing = modules - {names[name] for name in made}
+    missing = modules.difference(*(pieces[name] for name in made))
     if left or missing:
         raise _unusable(folder, left[0] if left else min(missing), "the model reads it outside linears too")
     _round_key_values(edited, folder)
@@ -67,8 +78,18 @@ def restore_codes(program: Program, folder: QuantizedFolder, names: dict[str, st
     return prune_contract(edited.changed())
 
 
-def _dequantized(program: Program, site: Linear, name: str, weight: QuantizedWeight, method: str) -> Node:
-    """The call that makes the weight of its codes, and the new weights that it reads."""
+def _label(weight: str, expert: int | None) -> str:
+    """What the parts of a quantized weight are called after, of an expert of a stacked one where there is a number."""
+    return weight if expert is None else f"{weight}_{expert}"
+
+
+def _is_whole(site: Linear, name: str, pieces: Mapping[str, list[str]], experts: Mapping[str, ExpertRows]) -> bool:
+    """Whether the quantized pieces of an expert are all of its rows."""
+    return site.rows == sum(experts[piece].stop - experts[piece].start for piece in pieces[name])
+
+
+def _dequantized(program: Program, site: Linear, name: str, source: str, weight: QuantizedWeight, method: str) -> Node:
+    """The call that makes the weight of its codes, and the new weights that it reads, called after `name`."""
     scheme, dtype, form = weight.scheme, value_of(site.weight).dtype, weight.format
     scale = form.stored_scale(weight.scale, dtype)
     if not bool(torch.isfinite(scale.float()).all()):
@@ -83,7 +104,7 @@ def _dequantized(program: Program, site: Linear, name: str, weight: QuantizedWei
         bits=scheme.bits,
         group_size=scheme.group_size,
         symmetric=scheme.symmetric,
-        source=name,
+        source=source,
         format=scheme.format,
         activations=scheme.activations,
     )
@@ -97,7 +118,8 @@ def _dequantized(program: Program, site: Linear, name: str, weight: QuantizedWei
 
 def _part(program: Program, name: str, suffix: str, tensor: Tensor, entry: WeightQuantization | None = None) -> Node:
     """Add one tensor that belongs to the weight `name`."""
-    record_weight(program, f"{name}_{suffix}", program.contract.sources.get(name, (name,)), entry)
+    source = name if entry is None else entry.source
+    record_weight(program, f"{name}_{suffix}", program.contract.sources.get(source, (source,)), entry)
     plain = tensor.reshape(-1).view(tensor.shape)  # a transposed row counts as contiguous under odd strides
     return add_weight(program, f"{name}_{suffix}", plain)
 

@@ -69,6 +69,7 @@ def write_model(
         source: where the tokenizer and other companions come from.
         texts: further files by name.
     """
+    weight = plan.tensors(weight)
     for item in plan.quantized:
         reason = writer.obstacle(item.weight)
         if reason:

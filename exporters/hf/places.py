@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,14 +16,17 @@ from optc.compiler.analysis.dataflow import aten, peel, value_of
 from optc.compiler.analysis.linears import (
     Linear,
     activation_format,
+    chooses_experts,
     linear_site,
     quantized_activation,
 )
+from optc.compiler.capture.renames import ExpertRows
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.formats.layouts import QuantizedWeight, Scheme
 from optc.compiler.formats.layouts.key_values import KeyValueScheme
 from optc.compiler.formats.layouts.weight import INPUT_ORDER
 from optc.compiler.formats.weight_format import WeightFormat, format_of
+from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.provenance import module_path
 from optc.compiler.model_folder.checkpoint import tied_names
@@ -63,10 +67,19 @@ class Places:
     Args:
         skeleton: the model on the meta device; `state` is its state.
         found: name in `state` -> name in the checkpoint.
+        experts: name in the checkpoint -> the rows of a stacked weight in `state` that it holds.
     """
 
-    def __init__(self, program: Program, skeleton: Any, state: dict[str, Tensor], found: dict[str, str]) -> None:
-        self.program, self.skeleton, self.state, self.found = program, skeleton, state, found
+    def __init__(
+        self,
+        program: Program,
+        skeleton: Any,
+        state: dict[str, Tensor],
+        found: dict[str, str],
+        experts: Mapping[str, ExpertRows],
+    ) -> None:
+        self.program, self.skeleton, self.state, self.found, self.experts = program, skeleton, state, found, experts
+        self.stacks = {rows.weight for rows in experts.values()}
         self.tied = tied_names(state)
 
     def shared(self, name: str) -> set[str]:
@@ -83,7 +96,8 @@ class Places:
             if site is None:
                 continue
             source = self._input(site)
-            readers.setdefault(self._root(site), []).append(self._module(site))
+            if not chooses_experts(self.program, node) and not self._is_expert(site):
+                readers.setdefault(self._root(site), []).append(self._module(site))
             if site.placeholder is not None:
                 continue
             name = self._name(site.weight.args[0])
@@ -97,13 +111,25 @@ class Places:
                 continue
             if call not in calls or any(user.target is not aten.linear.default for user in call.users):
                 raise _refusal(self._name(call.args[0]), "something other than a linear reads it")
-            item = self._item(call, calls[call])
-            beside = {name for names in readers.values() if item.module in names for name in names}
-            items.append(dataclasses.replace(item, beside=tuple(sorted(beside - {item.module}))))
+            made = self._items(call, calls[call])
+            fused = {item.module for item in made}
+            for item in made:
+                beside = fused.union(*(names for names in readers.values() if item.module in names))
+                items.append(dataclasses.replace(item, beside=tuple(sorted(beside - {item.module}))))
             found = calls[call]
             parts |= {self._name(node) for node in call.all_input_nodes}
             parts |= {name for name in (found.scale, found.factor) if name is not None}
         return tuple(items), parts
+
+    def routers(self) -> list[str]:
+        """Names in the checkpoint of the weights that choose experts."""
+        sites = (linear_site(self.program, node) for node in self.program.graph.nodes)
+        names = [
+            self.program.weight_of(site.placeholder)
+            for site in sites
+            if site is not None and chooses_experts(self.program, site.node)
+        ]
+        return [self.found[name] for name in names if name in self.found and name.endswith(".weight")]
 
     def key_values(self) -> tuple[KeyValueScheme | None, dict[str, tuple[str, str]]]:
         """How keys and values are rounded, and attention module -> the weights that are their scales."""
@@ -136,32 +162,59 @@ class Places:
                 continue
             if spec.kind is not InputKind.PARAMETER and not spec.persistent and name not in self.state:
                 continue  # the model computes it when it is built: rotary frequencies, for one
+            if name in self.stacks:
+                out |= {piece: piece for piece, rows in self.experts.items() if rows.weight == name}
+                continue
             if name not in self.found and not (self.shared(name) & set(self.found)):
                 raise _refusal(name, "the checkpoint has no tensor of this name: a pass, or the loader, made it")
             if tuple(self.program.weight(name).shape) != tuple(self.state[name].shape):
                 raise _refusal(name, "its shape is not that of the checkpoint's tensor")
             owner = self.tied.get(name, name)
-            alike = owner not in out or torch.equal(self.program.weight(out[owner]), self.program.weight(name))
-            out[owner if alike else name] = name
+            held = out.get(owner)
+            if held is None or torch.equal(self.program.weight(held), self.program.weight(name)):
+                out[owner] = name
+            else:  # no longer tied: each under its own name
+                out |= {held: held, owner: owner} if name == owner else {name: name}
         return out
 
-    def _item(self, call: Node, source: _Input) -> Quantized:
+    def _items(self, call: Node, source: _Input) -> list[Quantized]:
+        """The linear that a call makes the weight of, or the linears of one expert, whose rows they are."""
         codes_name = self._name(call.args[0])
         entry = self.program.contract.quantization.get(codes_name)
         if entry is None:
             raise _refusal(codes_name, "the contract does not say which weight its codes stand for")
         weight = self._weight(call, codes_name, source)
         sources = self.program.contract.sources.get(codes_name, ())
-        if len(sources) > 1 or entry.source not in self.state:
+        origin = _origin(entry)
+        if len(sources) > 1 or origin not in self.state:
             raise _refusal(codes_name, f"it is made of {', '.join(sources) or entry.source}")
-        for name in sorted(self.shared(entry.source)):
+        stem = codes_name.removesuffix("_codes")
+        if origin in self.stacks:
+            return self._of_expert(weight, origin, stem)
+        for name in sorted(self.shared(origin)):
             if self._is_linear(name):
                 module = self.skeleton.get_submodule(name.rpartition(".")[0])
                 if tuple(module.weight.shape) != weight.shape:
                     raise _refusal(codes_name, f"the checkpoint's tensor has shape {list(module.weight.shape)}")
-                return Quantized(name.removesuffix(".weight"), codes_name.removesuffix("_codes"), weight)
-        kind = type(self.skeleton.get_submodule(entry.source.rpartition(".")[0])).__name__
-        raise _refusal(codes_name, f"{entry.source} belongs to a {kind}, and quantized layouts replace only nn.Linear")
+                return [Quantized(name.removesuffix(".weight"), stem, weight)]
+        kind = type(self.skeleton.get_submodule(origin.rpartition(".")[0])).__name__
+        raise _refusal(codes_name, f"{origin} belongs to a {kind}, and quantized layouts replace only nn.Linear")
+
+    def _of_expert(self, weight: QuantizedWeight, stack: str, stem: str) -> list[Quantized]:
+        expert = int(stem.removeprefix(f"{stack}_"))
+        found = [(name, rows) for name, rows in self.experts.items() if (rows.weight, rows.expert) == (stack, expert)]
+        if sum(rows.stop - rows.start for _, rows in found) != weight.shape[0]:
+            raise _refusal(stem, "the checkpoint does not hold all of its rows")
+        return [
+            Quantized(name.removesuffix(".weight"), stem, weight.rows(rows.start, rows.stop)) for name, rows in found
+        ]
+
+    def _is_expert(self, site: Linear) -> bool:
+        """Whether a linear is one of an expert: these share their input with all others, and are fused with none."""
+        if site.placeholder is not None:
+            return site.index is not None
+        entry = self.program.contract.quantization.get(self._name(site.weight.args[0]))
+        return entry is not None and _origin(entry) in self.stacks
 
     def _weight(self, call: Node, name: str, source: _Input) -> QuantizedWeight:
         form = format_of(call.target)
@@ -224,15 +277,22 @@ class Places:
         return name
 
 
+def _origin(entry: WeightQuantization) -> str:
+    """The weight that codes were made of; of an expert, the whole stack, whose number some methods note in brackets."""
+    return entry.source.partition("[")[0]
+
+
 def _scheme(form: WeightFormat, call: Node, parts: dict[str, Tensor], source: _Input) -> Scheme:
     """How the weight of a dequantization is stored."""
     codes, scale = parts["codes"], parts["scale"]
     activations: Any = source.format
     size = form.group_size or int(call.kwargs.get("group_size", 0))
-    blocks = source.format == "fp8-128"
-    whole_rows = size == codes.shape[1] and form.group_size is None and source.format and not blocks
+    bits, blocks = int(call.kwargs.get("bits", form.bits[0])), source.format == "fp8-128"
+    # 8 bits with rounded inputs have a scale for each row; of 4 bits a group may be as long as a row.
+    by_row = form.group_size is None and bits == 8 and source.format and not blocks
+    whole_rows = size == codes.shape[1] and by_row
     return Scheme(
-        bits=int(call.kwargs.get("bits", form.bits[0])),
+        bits=bits,
         group_size=0 if whole_rows else size,
         symmetric="zero" not in parts,
         format=form.name,

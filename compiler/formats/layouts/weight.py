@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +49,7 @@ class QuantizedWeight:
         global_scale: float32 [1], nvfp4 alone.
         input_scale: float32 [1], with `scheme.static`.
         input_factor: [K] that the input is multiplied by first, or None.
+        table: float32 [16], what codes of nf4 stand for.
         input_order: int64 [K], the elements of the input that the columns of the codes are for, or None where they are in
             order (GPTQ's act-order: groups are of columns that were quantized one after another).
     """
@@ -59,6 +62,7 @@ class QuantizedWeight:
     input_scale: Tensor | None = None
     input_factor: Tensor | None = None
     input_order: Tensor | None = None
+    table: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,6 +74,15 @@ class QuantizedWeight:
         """How it is stored."""
         return weight_format(self.scheme.format)
 
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """Some rows, as a weight of their own: what is kept by row is cut, the rest shared."""
+        return dataclasses.replace(
+            self,
+            codes=self.codes[start:stop],
+            scale=self.scale if self.scheme.per_tensor else self.scale[start:stop],
+            zero=None if self.zero is None else self.zero[start:stop],
+        )
+
     def parts(self) -> dict[str, Tensor | None]:
         """The tensors that the format's op takes, by name."""
         return {part: getattr(self, part) for part in self.format.parts}
@@ -77,6 +90,48 @@ class QuantizedWeight:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] that the codes stand for, scales (but those of nvfp4) rounded to `dtype` first."""
         return self.format.dequantize(self.parts(), self.scheme.bits, self.scheme.group_size, dtype)
+
+
+def joined(parts: Sequence[QuantizedWeight], where: str) -> QuantizedWeight:
+    """Weights [N_i, K] of one input as one weight [sum N_i, K].
+
+    One scale for each whole weight becomes one for each row.
+
+    Raises:
+        InputError: they are not quantized alike; names the weight.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    alike = ("table", "global_scale", "input_scale", "input_factor", "input_order")
+    for other in parts[1:]:
+        same = all(_equal(getattr(first, name), getattr(other, name)) for name in alike)
+        if other.scheme != first.scheme or other.codes.shape[1] != first.codes.shape[1] or not same:
+            raise InputError(
+                "linears that the model computes together are quantized differently",
+                where=where,
+                why="their schemes, or scales that they would share, differ",
+                remedy="quantize the unquantized model again (optc quantize)",
+            )
+    scales = [part.scale.expand(len(part.codes), 1) if part.scheme.per_tensor else part.scale for part in parts]
+    return dataclasses.replace(
+        first,
+        scheme=dataclasses.replace(first.scheme, per_tensor=False),
+        codes=_stacked([part.codes for part in parts]),
+        scale=_stacked(scales),
+        zero=None if first.zero is None else torch.cat([part.zero for part in parts if part.zero is not None]),
+    )
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Rows under rows; 8-bit floats are moved as bytes, for which torch has no cat on every device."""
+    if tensors[0].element_size() > 1:
+        return torch.cat(list(tensors))
+    return torch.cat([tensor.view(torch.uint8) for tensor in tensors]).view(tensors[0].dtype)
+
+
+def _equal(left: Tensor | None, right: Tensor | None) -> bool:
+    return left is right or (left is not None and right is not None and torch.equal(left, right))
 
 
 def check_parts(weight: QuantizedWeight, where: str) -> QuantizedWeight:

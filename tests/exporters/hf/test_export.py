@@ -205,14 +205,9 @@ def test_refusals_name_the_weight(tmp_path: Path) -> None:
         write(merged, source("llama"), tmp_path)
     assert "cannot be written back" in str(caught.value)
     assert "model.layers.0" in caught.value.where
-    for name, part, why in (
-        ("gpt2", "c_attn", "belongs to a Conv1D"),
-        ("mixtral", "experts.gate_up_proj", "belongs to a MixtralExperts"),
-    ):
-        with pytest.raises(TargetError) as caught:
-            write(quantized(name, "int4"), source(name), tmp_path)
-        assert part in caught.value.where
-        assert why in caught.value.why
+    with pytest.raises(TargetError, match="c_attn") as caught:
+        write(quantized("gpt2", "int4"), source("gpt2"), tmp_path)
+    assert "belongs to a Conv1D" in caught.value.why
     with pytest.raises(TargetError, match="no layout holds weights of the format nf4"):
         write(apply(QuantizeNf4(), captured("llama")).program, source("llama"), tmp_path)
     with pytest.raises(TargetError, match="run the pass round-scales after") as caught:
