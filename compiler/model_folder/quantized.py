@@ -1,4 +1,4 @@
-"""Model folders that are already quantized: from compressed-tensors, AWQ, GPTQ or ModelOpt to the canonical form.
+"""Model folders that are already quantized: from compressed-tensors, AWQ, GPTQ, ModelOpt or bitsandbytes to the canonical form.
 
 The model is built with dense weights, captured as any other, and each quantized linear then reads its codes
 (`optc.compiler.capture.restored`).
@@ -52,7 +52,7 @@ class QuantizedFolder:
     """The quantized side of a checked model folder.
 
     Attributes:
-        method: compressed-tensors, awq, gptq or modelopt.
+        method: compressed-tensors, awq, gptq, fp8, modelopt or bitsandbytes.
         modules: names of the quantized linears, as in the checkpoint.
         key_values: the scales of keys and values, None where they are not rounded.
         dense: the folder as it would be unquantized: `M.weight` [N, K] in place of a linear's parts.

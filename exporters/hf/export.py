@@ -16,7 +16,7 @@ from optc.compiler.artifact.manifest import OpenedRecord
 from optc.compiler.diagnostics import ArtifactError, OptcError, TargetError, os_errors
 from optc.compiler.formats.layouts import QuantizedWeight
 from optc.compiler.formats.layouts.config import KEY
-from optc.compiler.formats.layouts.registry import CHOICES, LAYOUTS
+from optc.compiler.formats.layouts.registry import CHOICES, layout_writer
 from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.formats.layouts.writing import LayoutWriter
 from optc.compiler.ir.program import Program
@@ -50,7 +50,7 @@ def export_hf(program: Program, request: ExportRequest) -> ExportResult:
             why="nothing is quantized",
             remedy="add --quant",
         )
-    writer = LAYOUTS[layout or CHOICES[0]].writer([item.weight for item in plan.quantized])
+    writer = layout_writer(layout or CHOICES[0], [item.weight for item in plan.quantized])
     return write_model(plan, program.weight, writer, request.directory, request.source)
 
 

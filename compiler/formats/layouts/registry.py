@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optc.compiler.formats.layouts import awq, compressed_tensors, fp8_blocks, gptq, modelopt
+from optc.compiler.formats.layouts import awq, bitsandbytes, compressed_tensors, fp8_blocks, gptq, modelopt
 from optc.compiler.formats.layouts.awq.reader import Awq
 from optc.compiler.formats.layouts.awq.writer import AwqWriter
+from optc.compiler.formats.layouts.bitsandbytes.reader import Bitsandbytes
 from optc.compiler.formats.layouts.compressed_tensors.reader import CompressedTensors
 from optc.compiler.formats.layouts.compressed_tensors.writer import CompressedTensorsWriter
 from optc.compiler.formats.layouts.config import ConfigReader
@@ -30,13 +31,13 @@ class CheckpointLayout:
     Attributes:
         name: `quant_method` of its config.
         reader: from its config and the folder's tensors to what reads its linears.
-        writer: from the weights to what writes them.
+        writer: from the weights to what writes them; None where optc only reads it.
         chosen: it is a choice of `--layout`; the others belong to a target of their own.
     """
 
     name: str
     reader: Callable[[ConfigReader, TensorReader], Any]
-    writer: Callable[[Sequence[QuantizedWeight]], LayoutWriter]
+    writer: Callable[[Sequence[QuantizedWeight]], LayoutWriter] | None
     chosen: bool = True
 
 
@@ -48,7 +49,17 @@ LAYOUTS = {
         CheckpointLayout(gptq.METHOD, Gptq, lambda weights: GptqWriter(keeps_exact_zeros(weights))),
         CheckpointLayout(fp8_blocks.METHOD, Fp8Blocks, lambda _: Fp8BlocksWriter()),
         CheckpointLayout(modelopt.METHOD, ModelOpt, lambda _: ModelOptWriter(), chosen=False),
+        CheckpointLayout(bitsandbytes.METHOD, Bitsandbytes, None, chosen=False),
     )
 }
+
+
+def layout_writer(name: str, weights: Sequence[QuantizedWeight]) -> LayoutWriter:
+    """The writer of a layout that has one, for these weights."""
+    writer = LAYOUTS[name].writer
+    assert writer is not None, name
+    return writer(weights)
+
+
 CHOICES = tuple(layout.name for layout in LAYOUTS.values() if layout.chosen)
 """Of `--layout`."""

@@ -20,7 +20,7 @@ from optc.compiler.formats.layouts.awq.writer import AwqWriter
 from optc.compiler.formats.layouts.compressed_tensors.writer import CompressedTensorsWriter
 from optc.compiler.formats.layouts.config import ConfigReader
 from optc.compiler.formats.layouts.gptq.writer import GptqWriter
-from optc.compiler.formats.layouts.registry import CHOICES, LAYOUTS
+from optc.compiler.formats.layouts.registry import CHOICES, LAYOUTS, layout_writer
 from optc.exporters.options.hf import FolderOptions
 
 K_PROJ = "model.layers.1.self_attn.k_proj"
@@ -170,11 +170,11 @@ def test_gptq_with_a_zero_point_of_zero_is_written_as_v2() -> None:
     scheme = Scheme(bits=4, group_size=0, symmetric=False)
     zero = torch.tensor([[0], [3], [15], [8], [1], [2], [4], [5]], dtype=torch.uint8)
     weight = QuantizedWeight(scheme, torch.zeros(8, 8, dtype=torch.uint8), torch.ones(8, 1), zero)
-    writer = LAYOUTS["gptq"].writer([weight])
+    writer = layout_writer("gptq", [weight])
     assert writer.config({"m": scheme}, ["m"])["checkpoint_format"] == "gptq_v2"
     assert hex(writer.tensors(weight)["qzeros"].item()) == "0x54218f30"
     above = QuantizedWeight(scheme, weight.codes, weight.scale, zero + 1)
-    assert LAYOUTS["gptq"].writer([above]).config({"m": scheme}, ["m"])["checkpoint_format"] == "gptq"
+    assert layout_writer("gptq", [above]).config({"m": scheme}, ["m"])["checkpoint_format"] == "gptq"
 
 
 @pytest.mark.parametrize("recipe", ["int4", "int4-asym", "int4-channel", "int8", "w8a8", "fp8", "fp8-weights"])
@@ -276,7 +276,7 @@ def test_layouts_to_choose_from() -> None:
     """The option's type names those of the registry that belong to no target of their own."""
     schema = msgspec.json.schema(FolderOptions)["$defs"]["FolderOptions"]["properties"]["layout"]
     assert sorted(schema["anyOf"][0]["enum"]) == sorted(CHOICES)
-    assert [name for name in LAYOUTS if name not in CHOICES] == ["modelopt"]
+    assert [name for name in LAYOUTS if name not in CHOICES] == ["modelopt", "bitsandbytes"]
 
 
 @pytest.mark.parametrize("value", [1 << 63, -(1 << 63) - 1, 10**400])
