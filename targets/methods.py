@@ -25,6 +25,8 @@ from optc.passes.quantization.mxfp4 import QuantizeMxfp4
 from optc.passes.quantization.nf4 import QuantizeNf4
 from optc.passes.quantization.nvfp4 import QuantizeNvfp4
 from optc.passes.quantization.rotate_inputs import RotateInputs
+from optc.passes.quantization.rotate_residual import RotateResidual
+from optc.passes.quantization.rotate_values import RotateValues
 from optc.passes.quantization.round_scales import RoundScales
 from optc.passes.quantization.rtn import QuantizeRtn
 from optc.passes.quantization.scale_awq import ScaleAwq
@@ -103,6 +105,11 @@ def _smoothquant(chosen: Quantization) -> list[Pass]:
     ]
 
 
+def _rotated(passes: Callable[[Quantization], list[Pass]]) -> Callable[[Quantization], list[Pass]]:
+    """A method's passes behind the rotations that fold into weights."""
+    return lambda chosen: [RotateResidual(), RotateValues(), *passes(chosen)]
+
+
 def _nvfp4(chosen: Quantization) -> list[Pass]:
     return [QuantizeNvfp4(ignore=chosen.ignore), QuantizeInputs(format="nvfp4")]
 
@@ -124,6 +131,15 @@ METHODS: dict[str, Method] = {
     "smoothquant": Method(
         "W8A8: SmoothQuant's scales, rotations where they pay, 8-bit weights by GPTQ and inputs",
         _smoothquant,
+        bits=8,
+        fixed=True,
+    ),
+    "rotate+rtn": Method("the residual stream and heads rotated offline, then rounded to nearest", _rotated(_rtn)),
+    "rotate+gptq": Method("the residual stream and heads rotated offline, then GPTQ", _rotated(_gptq)),
+    "rotate+best": Method("the residual stream and heads rotated offline, then `best`", _rotated(_best)),
+    "rotate+smoothquant": Method(
+        "the residual stream and heads rotated offline, then W8A8 of smoothquant",
+        _rotated(_smoothquant),
         bits=8,
         fixed=True,
     ),
@@ -228,7 +244,7 @@ def _check_fixed(asked: QuantRequest, method: Method) -> None:
 def quantization_steps(
     chosen: Quantization | None, *, rotations: bool = True, choices: Sequence[int] = BITS
 ) -> list[Step]:
-    """The steps of the chosen method, none without one. Scale passes may find nothing to fold.
+    """The steps of the chosen method, none without one. Scale passes may find nothing to fold; a rotation may not.
 
     Args:
         rotations: whether the target can run operators in front of a linear that the model did not have.
@@ -239,7 +255,7 @@ def quantization_steps(
     passes = METHODS[chosen.method].passes(chosen)
     passes = [item for item in passes if rotations or not isinstance(item, RotateInputs)]
     passes = [replace(item, choices=tuple(choices)) if isinstance(item, QuantizeAuto) else item for item in passes]
-    return [Step(item, optional=not item.lossy) for item in passes]
+    return [Step(item, optional=not (item.lossy or isinstance(item, RotateResidual))) for item in passes]
 
 
 def head_steps(

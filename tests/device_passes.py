@@ -30,6 +30,8 @@ from optc.passes.quantization.llm_int8 import QuantizeLlmInt8
 from optc.passes.quantization.nf4 import QuantizeNf4
 from optc.passes.quantization.nvfp4 import QuantizeNvfp4
 from optc.passes.quantization.rotate_inputs import RotateInputs
+from optc.passes.quantization.rotate_residual import RotateResidual
+from optc.passes.quantization.rotate_values import RotateValues
 from optc.passes.quantization.round_scales import RoundScales
 from optc.passes.quantization.rtn import QuantizeRtn
 from optc.passes.quantization.scale_awq import ScaleAwq
@@ -50,6 +52,7 @@ PASSES: dict[str, tuple[Pass, ...]] = {
         QuantizeRtn(bits=8, group_size=0),
         QuantizeActivations(format="int8"),
     ),
+    "rotations": (RotateResidual(), RotateValues()),
     "fp8": (QuantizeFp8(), QuantizeInputs(format="fp8"), QuantizeKVCache(format="fp8", granularity="layer")),
     "nf4 double": (QuantizeNf4(double_quant=True),),
     "nvfp4": (QuantizeNvfp4(), QuantizeInputs(format="nvfp4")),

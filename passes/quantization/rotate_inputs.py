@@ -18,6 +18,7 @@ from optc.compiler.ir.surgery import add_weight, insert_call, set_weight
 from optc.compiler.rewriting.passes import Miss, Pass, PassContext, PassResult
 from optc.compiler.rewriting.weights import record_weight
 from optc.passes.quantization.arithmetic.groups import Group, input_groups, rows, weight_label, weight_rows
+from optc.passes.quantization.arithmetic.orthogonal import hadamard
 from optc.passes.quantization.arithmetic.ranges import calibration_feed, check_finite
 from optc.passes.quantization.arithmetic.scale_pass import read_elsewhere
 from optc.passes.quantization.arithmetic.selection import counterpart, select_linears, weight_name
@@ -75,7 +76,7 @@ class RotateInputs(Pass):
             for number, group in enumerate(groups):
                 if context.progress:
                     context.progress(number, len(groups), weight_label(program, group.sites[0]))
-                matrix = _hadamard(int(value_of(group.root).shape[-1]), self.block_size)
+                matrix = hadamard(math.gcd(int(value_of(group.root).shape[-1]), self.block_size))
                 reason = _obstacle(program, group, matrix) or self._little_gain(stream, group, matrix)
                 if reason:
                     misses += [Miss(site.node.name, reason) for site in group.sites]
@@ -155,12 +156,3 @@ def _held(program: Program, site: Linear, matrix: Tensor) -> Node:
 def _rotated(x: Tensor, matrix: Tensor) -> Tensor:
     blocks = x.unflatten(-1, (-1, len(matrix)))
     return (blocks @ matrix.to(x.device, x.dtype)).flatten(-2)
-
-
-def _hadamard(columns: int, largest: int) -> Tensor:
-    """The orthonormal Hadamard matrix (Sylvester's) of the largest power of two up to `largest` that divides `columns`."""
-    size = math.gcd(columns, largest)
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / math.sqrt(size)

@@ -55,11 +55,13 @@ class Fold:
         labels: int64 [K], the free scale that each channel has; equal labels must get equal scales.
         divisions: the weights that change.
         reason: why it is not possible; empty when it is.
+        widths: channels of a value head, of each attention on the way.
     """
 
     labels: Tensor
     divisions: list[Division] = field(default_factory=list)
     reason: str = ""
+    widths: tuple[int, ...] = ()
 
     @property
     def free(self) -> int:
@@ -67,19 +69,21 @@ class Fold:
         return int(self.labels.max()) + 1
 
 
-def trace(program: Program, node: Node, allowed: Sequence[Node]) -> Fold:
+def trace(program: Program, node: Node, allowed: Sequence[Node], *, moves_only: bool = False) -> Fold:
     """How to divide the channels (last axis) of `node`, whose readers `allowed` are made up for elsewhere.
 
     Args:
         allowed: the readers of `node` that multiply their own weights by the scale.
+        moves_only: stop at whatever works channel by channel (norms, products, relu), which a mixture of channels
+            cannot pass; attention and moves are left, and biases.
     """
     channels = int(value_of(node).shape[-1])
     rank = value_of(node).dim()
-    walk = _Walk(program, channels)
+    walk = _Walk(program, channels, moves_only)
     try:
         walk.back(node, torch.arange(channels).reshape((1,) * (rank - 1) + (channels,)), frozenset(allowed))
     except _BlockedError as blocked:
-        return Fold(torch.arange(channels), reason=str(blocked))
+        return Fold(torch.arange(channels), reason=str(blocked), widths=tuple(walk.widths))
     return walk.finish()
 
 
@@ -90,8 +94,10 @@ class _BlockedError(Exception):
 class _Walk:
     """Walks back from a node with a tensor of labels that broadcasts to each node's value."""
 
-    def __init__(self, program: Program, channels: int) -> None:
+    def __init__(self, program: Program, channels: int, moves_only: bool) -> None:
         self.program = program
+        self.moves_only = moves_only
+        self.widths: list[int] = []
         self.parent = list(range(channels))
         self.found: list[Division] = []
 
@@ -105,6 +111,8 @@ class _Walk:
         inner = peel(node)
         if inner is not node:
             self.back(node.args[0], labels, frozenset([node]))
+        elif self.moves_only and target in (*_NORMS, *_HOMOGENEOUS, aten.mul.Tensor):
+            raise _BlockedError(f"{node.name} ({target}) makes the input: it works channel by channel")
         elif target in _NORMS:
             self._norm(node, labels)
         elif linear_site(self.program, node) is not None:
@@ -136,7 +144,9 @@ class _Walk:
             return Fold(numbers, reason="a weight would be divided twice")
         table = torch.cat([numbers, torch.tensor([-1])])
         return Fold(
-            numbers, [Division(item.placeholder, item.index, item.axis, table[item.labels]) for item in self.found]
+            numbers,
+            [Division(item.placeholder, item.index, item.axis, table[item.labels]) for item in self.found],
+            widths=tuple(self.widths),
         )
 
     # -- what a scale can pass ----------------------------------------------------------------
@@ -208,6 +218,7 @@ class _Walk:
         value = node.args[2]
         heads, kv_heads = (int(value_of(item).shape[1]) for item in (node, value))
         width = int(value_of(value).shape[3])
+        self.widths.append(width)
         grouped = labels.expand(1, heads, 1, width).reshape(kv_heads, heads // kv_heads, width)
         for other in range(1, grouped.shape[1]):
             for left, right in zip(grouped[:, 0].flatten().tolist(), grouped[:, other].flatten().tolist(), strict=True):

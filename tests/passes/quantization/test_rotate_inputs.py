@@ -18,7 +18,8 @@ from optc.compiler.ir.verification import verify_program
 from optc.compiler.rewriting.passes import PassContext, PassResult
 from optc.compiler.target.options import QuantRequest
 from optc.passes.fusion.norm import FuseNorm
-from optc.passes.quantization.rotate_inputs import RotateInputs, _hadamard, _rotated, _turn_weight
+from optc.passes.quantization.arithmetic.orthogonal import hadamard
+from optc.passes.quantization.rotate_inputs import RotateInputs, _rotated, _turn_weight
 from optc.targets.methods import choose_quantization, quantization_steps
 
 ROTATE = torch.ops.optc.rotate_blocks.default
@@ -46,7 +47,7 @@ def test_bfloat16_weights_take_the_inverse_of_the_rounded_matrix() -> None:
     linear = nn.Linear(128, 64, bias=False).bfloat16()
     program = capture_module(linear, (torch.randn(1, 128, dtype=torch.bfloat16),))
 
-    matrix, edited = _hadamard(128, 128), program.clone()
+    matrix, edited = hadamard(128), program.clone()
     _turn_weight(edited, next(iter(linear_sites(edited))), matrix)
     back = _rotated(edited.weight("weight").double(), matrix.bfloat16().double().t())
     gap = back - linear.weight.detach().double()
