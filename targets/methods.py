@@ -110,6 +110,10 @@ def _rotated(passes: Callable[[Quantization], list[Pass]]) -> Callable[[Quantiza
     return lambda chosen: [RotateResidual(), RotateValues(), *passes(chosen)]
 
 
+def _w4a8(chosen: Quantization) -> list[Pass]:
+    return [QuantizeGptq(**_common(chosen)), QuantizeActivations(format="fp8")]
+
+
 def _nvfp4(chosen: Quantization) -> list[Pass]:
     return [QuantizeNvfp4(ignore=chosen.ignore), QuantizeInputs(format="nvfp4")]
 
@@ -142,6 +146,13 @@ METHODS: dict[str, Method] = {
         _rotated(_smoothquant),
         bits=8,
         fixed=True,
+    ),
+    "w4a8": Method(
+        "4-bit weights by GPTQ in groups of 128, E4M3 inputs per token",
+        _w4a8,
+        bits=4,
+        fixed=True,
+        group_size=128,
     ),
     STATIC: Method(
         "convolutions and linears in integers: 8-bit weights per channel, 8-bit activations per tensor, calibrated",

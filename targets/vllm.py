@@ -18,7 +18,7 @@ _FORMATS_WITHOUT_LAYOUT = ("nf4", "llm-int8")
 """Methods whose weights no layout holds."""
 _ONE_METHOD = {"fp8": "fp8-block"}
 """The method whose weights a layout holds, of layouts that hold those of one."""
-_ONE_LAYOUT = ("nvfp4", "mxfp4")
+_ONE_LAYOUT = ("nvfp4", "mxfp4", "w4a8")
 """Methods whose weights compressed-tensors alone holds."""
 _NOTE = "; ".join(f"{name}: {', '.join(map(str, bits))} bits" for name, bits in _BITS.items())
 

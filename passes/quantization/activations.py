@@ -32,8 +32,8 @@ class QuantizeActivations(Pass):
 
     Attributes:
         format: "int8" for integer weights with one scale per channel and no zero point; "fp8" (E4M3) for fp8
-            weights with one scale per channel or for the whole weight; "fp8-128", a scale for each 128 neighbours of a
-            token, for fp8 weights in groups of 128.
+            weights with one scale per channel or for the whole weight, and for 4-bit integers without zero points;
+            "fp8-128", a scale for each 128 neighbours of a token, for fp8 weights in groups of 128.
     """
 
     name: ClassVar[str] = "quantize-activations"
@@ -78,6 +78,8 @@ def obstacle(site: Linear, format: str) -> str | None:
     if format == "nvfp4":
         fits = call.target is _optc.dequantize_nvfp4.default
         return None if fits else "its weight has no nvfp4 codes: see quantize-nvfp4"
+    if format == "fp8" and call.target is _optc.dequantize.default and call.kwargs["bits"] == 4:
+        return "its weight has zero points: use symmetric codes" if call.args[2] is not None else None
     if format in ("fp8", "fp8-128"):
         if call.target is not _optc.dequantize_float.default:
             return "its weight has no fp8 codes: see quantize-fp8"

@@ -4,7 +4,8 @@ Source: github.com/vllm-project/compressed-tensors (README and `compressors/`). 
 
     pack-quantized    M.weight_packed int32 [N, ceil(K * bits / 32)], signed codes plus 2^(bits-1), lowest bits first;
                       M.weight_scale [N, G]; M.weight_shape int64 [2]; asymmetric: M.weight_zero_point int32
-                      [ceil(N * bits / 32), G], packed alike along N
+                      [ceil(N * bits / 32), G], packed alike along N; with `input_activations` of type float, per token,
+                      inputs in fp8 (W4A8)
     int-quantized     M.weight int8 [N, K], M.weight_scale [N, 1]
     float-quantized   M.weight float8_e4m3fn [N, K], M.weight_scale [N, 1], or [1] for the whole weight
     nvfp4-pack-quantized   M.weight_packed uint8 [N, K/2], column 2i in the low nibble; M.weight_scale float8_e4m3fn
@@ -26,3 +27,5 @@ DENSE = "dense"  # nothing but keys and values is quantized
 KEY_VALUE_PARTS = ("k_scale", "v_scale")
 STRATEGIES: dict[str, Literal["layer", "head"]] = {"tensor": "layer", "attn_head": "head"}
 """`kv_cache_scheme.strategy` -> granularity."""
+W4A8_GROUP = 128
+"""The one group size of 4-bit integers that vLLM multiplies with fp8 inputs (`CompressedTensorsW4A8Fp8`, H100 and later)."""

@@ -20,6 +20,7 @@ from optc.compiler.formats.layouts.compressed_tensors import (
     MX_FLOAT4,
     PACKED,
     STRATEGIES,
+    W4A8_GROUP,
 )
 from optc.compiler.formats.layouts.key_values import KeyValueScheme
 from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme
@@ -87,8 +88,10 @@ class CompressedTensorsWriter:
             return f"{scheme.bits}-bit weights: vLLM runs 4 and 8 bits in this layout; use --layout gptq"
         if scheme.format == "fp8" and scheme.group_size:
             return block_obstacle(weight)
+        if scheme.activations == "fp8" and scheme.format == "int" and scheme.bits == 4:
+            return _w4a8_obstacle(scheme)
         if scheme.activations in ("fp8", "fp8-128") and scheme.format != "fp8":
-            return "integer weights with fp8 activations"
+            return f"{scheme.bits}-bit integer weights with {scheme.activations} activations"
         if scheme.activations == "int8" and scheme.format != "int":
             return "fp8 weights with int8 activations"
         if scheme.activations and (scheme.bits != 8 or scheme.group_size or not scheme.symmetric):
@@ -103,7 +106,7 @@ class CompressedTensorsWriter:
             scale = weight.scale.reshape(1) if scheme.per_tensor else weight.scale
             scale = scales_of_blocks(weight) if scheme.group_size else scale
             return {"weight": weight.codes, "weight_scale": scale}
-        if scheme.activations:
+        if _format(scheme) == INT:
             return {
                 "weight": (weight.codes.to(torch.int16) - 128).to(torch.int8),
                 "weight_scale": weight.scale,
@@ -157,6 +160,13 @@ class CompressedTensorsWriter:
         return {"kv_cache_scheme": form}, named_scales(scales, KEY_VALUE_PARTS)
 
 
+def _w4a8_obstacle(scheme: Scheme) -> str | None:
+    """vLLM's kernel of 4-bit integers and fp8 inputs has one form."""
+    if scheme.group_size != W4A8_GROUP or not scheme.symmetric:
+        return f"4-bit weights with fp8 activations are symmetric, in groups of {W4A8_GROUP}"
+    return None
+
+
 def _float4_obstacle(weight: QuantizedWeight) -> str | None:
     """The layout keeps the reciprocals of scales, of which most numbers are one, and those of `quantize-nvfp4` all."""
     for scale in (weight.global_scale, weight.input_scale):
@@ -191,7 +201,7 @@ def _format(scheme: Scheme) -> str:
         return FLOAT4 if scheme.format == "nvfp4" else MX_FLOAT4
     if scheme.format == "fp8":
         return FLOAT
-    return INT if scheme.activations else PACKED
+    return INT if scheme.activations and scheme.bits == 8 else PACKED
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:
