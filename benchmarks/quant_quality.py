@@ -28,7 +28,12 @@ WINDOW = 1024
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `goal` is the largest share that the project set itself."""
+    """One line of the table.
+
+    Attributes:
+        goal: the largest share that the project set itself. folder: as a model folder has it, whose loader runs no
+            operators in front of linears.
+    """
 
     name: str
     method: str
@@ -36,6 +41,7 @@ class Row:
     symmetric: bool
     group_size: int | None = 128
     goal: float | None = None
+    folder: bool = False
 
     @property
     def format(self) -> tuple[int, bool, int | None]:
@@ -53,10 +59,21 @@ ROWS = (
     Row("awq-4", "awq", 4, True, goal=0.60),
     Row("awq-4-asym", "awq", 4, False, goal=0.70),
     Row("awq+gptq-4-asym", "awq+gptq", 4, False),
+    Row("rotate+rtn-4", "rotate+rtn", 4, True),
+    Row("rotate+gptq-4", "rotate+gptq", 4, True, goal=0.26),
+    Row("rotate+gptq-4-asym", "rotate+gptq", 4, False),
+    Row("rotate+gptq-3", "rotate+gptq", 3, True),
+    Row("best-4", "best", 4, True),
+    Row("rotate+best-4", "rotate+best", 4, True, goal=0.26),
+    Row("rotate+best-3", "rotate+best", 3, True, goal=0.17),
     Row("best-4-asym", "best", 4, False, goal=0.42),
     Row("best-3-asym", "best", 3, False, goal=0.30),
     Row("int8", "int8", 8, True, 0),
     Row("smoothquant", "smoothquant", 8, True, 0),
+    Row("smoothquant folder", "smoothquant", 8, True, 0, folder=True),
+    Row("rotate+smoothquant", "rotate+smoothquant", 8, True, 0),
+    Row("rotate+smoothquant folder", "rotate+smoothquant", 8, True, 0, folder=True),
+    Row("w4a8", "w4a8", 4, True),
     Row("llm-int8", "llm-int8", 8, True, 0),
     Row("fp8", "fp8", 8, True, 0),
     Row("fp8-block", "fp8-block", 8, True),
@@ -114,7 +131,7 @@ def quantized(program: Any, row: Row, calibration: Any, seed: int) -> tuple[Any,
     begin = time.perf_counter()
     context = PassContext(seed=seed, calibration=calibration, reference=program)
     linears: list[Any] = []
-    for step in quantization_steps(choose_quantization(asked)):
+    for step in quantization_steps(choose_quantization(asked), rotations=not row.folder):
         result = step.rewrite.run(program, context)
         program = result.program
         linears += result.linears
@@ -239,7 +256,7 @@ def _summary(
 
 
 def _line(row: dict[str, Any]) -> str:
-    text = f"{row['name']:18s} ppl {row['perplexity']:8.4f} ({row['perplexity_increase']:+.3%})  KL {row['kl']:.5f}  top-1 {row['top1']:.2%}"
+    text = f"{row['name']:26s} ppl {row['perplexity']:8.4f} ({row['perplexity_increase']:+.3%})  KL {row['kl']:.5f}  top-1 {row['top1']:.2%}"
     if "share" in row:
         low, high = row["share_range"]
         goal = f" (goal {row['goal']:.2f})" if row["goal"] else ""

@@ -5,9 +5,9 @@
     python benchmarks/vllm_folders.py --work W --parts make here        # what needs no GPU; later, with W brought to one:
     python benchmarks/vllm_folders.py --work W --parts vllm --vllm SITE
 
-fiction-26m, quantized by the command (`--calibration`); windows of a text that was not calibrated on. "Here" is what
-`optc eval` computes of the folder: its own tensors, read by optc, in the type that it was written in. vLLM runs in bf16
-without captured graphs, and several of them at a time. SITE is a folder that holds vLLM.
+fiction-26m, quantized by the command (`--calibration`), and a mixture of experts made of it; windows of a text that was
+not calibrated on. "Here" is what `optc eval` computes of the folder: its own tensors, read by optc, in the type that it
+was written in. vLLM runs in bf16 without captured graphs, and several of them at a time. SITE is a folder that holds vLLM.
 """
 
 from __future__ import annotations
@@ -15,16 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
+import torch
 from common import ROOT, record
 from quant_engines import perplexity
+from safetensors.torch import load_file, save_file
 from vllm_peer import VllmPeer
 
 import optc
@@ -41,16 +45,29 @@ SCHEMES: dict[str, list[str]] = {
     "gptq-4-asym": ["--quant", "gptq", "--bits", "4", "--group-size", "128", "--asymmetric"],
     "gptq-4 layout gptq": ["--quant", "gptq", "--bits", "4", "--group-size", "128", "--layout", "gptq"],
     "awq-4 layout awq": ["--quant", "awq", "--bits", "4", "--group-size", "128", "--layout", "awq"],
+    "rotate+gptq-4": ["--quant", "rotate+gptq", "--bits", "4", "--group-size", "128"],
     "rtn-8": ["--quant", "rtn", "--bits", "8", "--group-size", "128"],
     "int8": ["--quant", "int8"],
     "smoothquant": ["--quant", "smoothquant"],
+    "rotate+smoothquant": ["--quant", "rotate+smoothquant"],
+    "w4a8": ["--quant", "w4a8"],
     "fp8": ["--quant", "fp8"],
     "fp8 kv-fp8": ["--quant", "fp8", "--kv-cache-dtype", "fp8"],
     "fp8-block": ["--quant", "fp8-block"],
     "fp8-block layout fp8": ["--quant", "fp8-block", "--layout", "fp8"],
+    "moe source": ["--dtype", "bf16"],
+    "moe rtn-4": ["--quant", "rtn", "--bits", "4", "--group-size", "128"],
+    "moe fp8": ["--quant", "fp8"],
     "nvfp4": ["--quant", "nvfp4"],
     "mxfp4": ["--quant", "mxfp4"],
 }
+CALIBRATED = {
+    "gptq", "awq", "smoothquant", "rotate+gptq", "rotate+smoothquant", "w4a8", "nvfp4", "--kv-cache-dtype",
+}  # fmt: skip
+"""What a command has whose folder depends on the calibration text."""
+LAYERS, EXPERTS = 2, 4
+"""Of the mixture of experts."""
+MAKING = Lock()
 OPTIONS: dict[str, dict[str, Any]] = {"fp8 kv-fp8": {"kv_cache_dtype": "fp8"}}
 """Of vLLM, beside those of `ENGINE`: it stores keys and values in FP8 only when told to."""
 WINDOW = 512
@@ -58,11 +75,64 @@ ENGINE = {"enforce_eager": True, "dtype": "bfloat16", "kv_cache_memory_bytes": 1
 """Of vLLM. It is told what its cache may take: measured beside engines that come and go, there would be none left."""
 
 
+def upcycled(place: Path) -> Path:
+    """A mixture of experts as Mixtral's folders have it, of two layers of the source; made where it is not there yet.
+
+    Each expert is the layer's MLP with noise of a tenth of its weights (sparse upcycling, Komatsuzaki et al. 2023,
+    https://arxiv.org/abs/2212.05055, untrained): not a good model, but one whose perplexity says something.
+    """
+    folder = place / "moe"
+    with MAKING:
+        if folder.exists():
+            return folder
+        config = json.loads((SOURCE / "config.json").read_text())
+        for name in ("architectures", "model_type", "mlp_bias", "attention_bias", "pretraining_tp"):
+            config.pop(name, None)
+        config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_hidden_layers": LAYERS}
+        config |= {"num_local_experts": EXPERTS, "num_experts_per_tok": 2}
+        work = place / "moe.part"
+        work.mkdir(parents=True)
+        for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json"):
+            if (SOURCE / file).exists():
+                shutil.copy(SOURCE / file, work)
+        save_file(mixture(), work / "model.safetensors", metadata={"format": "pt"})
+        (work / "config.json").write_text(json.dumps(config, indent=2))
+        work.rename(folder)
+    return folder
+
+
+def mixture() -> dict[str, torch.Tensor]:
+    """The tensors of `upcycled`, under the names of a checkpoint of Mixtral."""
+    held: dict[str, torch.Tensor] = {}
+    for path in sorted(SOURCE.glob("*.safetensors")):
+        held |= load_file(path)
+    generator = torch.Generator().manual_seed(0)
+    out = {}
+    for name, tensor in held.items():
+        layer = int(name.split(".")[2]) if name.startswith("model.layers.") else 0
+        if layer >= LAYERS:
+            continue
+        if ".mlp." not in name:
+            out[name] = tensor
+            continue
+        prefix, kind = name.split(".mlp.")
+        part = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}[kind.split(".")[0]]
+        for expert in range(EXPERTS):
+            noise = torch.randn(tensor.shape, generator=generator) * tensor.float().std() / 10
+            out[f"{prefix}.block_sparse_moe.experts.{expert}.{part}.weight"] = (tensor.float() + noise).to(tensor.dtype)
+    for layer in range(LAYERS):
+        router = torch.randn(EXPERTS, held["model.norm.weight"].numel(), generator=generator) / 10
+        out[f"model.layers.{layer}.block_sparse_moe.gate.weight"] = router.bfloat16()
+    return out
+
+
 def quantized(name: str, folder: Path) -> str:
     """Write a folder; the error's first line where there is none."""
     text = SHARED / "text" / "train.txt"
-    command = [sys.executable, "-m", "optc", "quantize", str(SOURCE), "-o", str(folder), *SCHEMES[name]]
-    if not {"gptq", "awq", "smoothquant", "nvfp4", "--kv-cache-dtype"}.isdisjoint(SCHEMES[name]):
+    source = upcycled(folder.parent) if name.startswith("moe") else SOURCE
+    verb = ["quantize"] if "--quant" in SCHEMES[name] else ["compile", "--target", "vllm"]
+    command = [sys.executable, "-m", "optc", *verb, str(source), "-o", str(folder), *SCHEMES[name]]
+    if not CALIBRATED.isdisjoint(SCHEMES[name]):
         command += ["--calibration", str(text)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     return "" if not done.returncode else f"exit {done.returncode}: {done.stderr.strip()[-400:]}"
