@@ -115,13 +115,8 @@ def test_what_cannot_be_started(place: Path, tmp_path: Path, capsys: Capture, mo
     assert optc("serve", tmp_path) == 2
     monkeypatch.delenv("OPTC_API_KEY")
     capsys.readouterr()
-    run = [sys.executable, "-m", "optc", "serve", str(tmp_path), "--port", "0"]  # a folder without a manifest
-    found = subprocess.run(run, capture_output=True, text=True, check=False, env=environment(), timeout=120)
-    assert found.returncode == 7
-    assert "the folder has no manifest.json" in found.stderr
-    run[4] = str(place / "out" / "fiction-paged")
-    found = subprocess.run(
-        [*run, "--token-budget", "8"], capture_output=True, text=True, check=False, env=environment()
-    )
-    assert found.returncode == 2
-    assert "a budget of 8 tokens leaves no room for prompts" in found.stderr
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
+    assert optc("serve", tmp_path, "--port", "0") == 7  # a folder without a manifest
+    assert "the folder has no manifest.json" in capsys.readouterr().err
+    assert optc("serve", place / "out" / "fiction-paged", "--port", "0", "--token-budget", "8") == 2
+    assert "a budget of 8 tokens leaves no room for prompts" in capsys.readouterr().err

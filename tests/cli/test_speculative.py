@@ -11,7 +11,7 @@ import pytest
 from command_line import optc, optc_json
 from conftest import EXAMPLE, ROOT
 from medusa_heads import write_heads
-from once import short_artifact
+from once import short_artifact, short_example
 from prometheus_client.parser import text_string_to_metric_families
 from serving import run
 from training_runs import small_model
@@ -35,9 +35,11 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like the repository's, with what the page's first command makes (of fewer layers)."""
+    """A folder like the repository's with a model of fewer layers, and with what the page's first command makes of one."""
     folder = tmp_path_factory.mktemp("speculative")
-    (folder / "examples").symlink_to(EXAMPLE.parent)
+    (folder / "examples").mkdir()
+    (folder / "examples" / "fiction-3m").symlink_to(short_example(layers=1))
+    (folder / "examples" / "book.txt").symlink_to(EXAMPLE.parent / "book.txt")
     (folder / "out").mkdir()
     assert COMMANDS[0] == "compile examples/fiction-3m --target inductor-cpu --kv-cache paged -o out/fiction-paged"
     (folder / "out" / "fiction-paged").symlink_to(short_artifact("inductor-cpu", kv_cache="paged"))
@@ -67,7 +69,9 @@ def _compile_heads(place: Path) -> None:
     """The page's command that compiles with heads, of random weights."""
     (command,) = [command for command in COMMANDS if "--medusa" in command]
     if not (place / "out" / "fiction-medusa").exists():
-        write_heads(place / "out" / "heads", 192, heads=2, weights=weights_digest(check_folder(EXAMPLE)))
+        write_heads(
+            place / "out" / "heads", 192, heads=2, weights=weights_digest(check_folder(short_example(layers=1)))
+        )
         assert optc(*command.split()) == 0
 
 
