@@ -11,6 +11,7 @@ from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.passes.kv_cache.static import StaticKVCache
+from optc.passes.legalization.complex_pairs import ComplexPairs, has_complex
 from optc.passes.legalization.inductor import LegalizeInductor
 from optc.passes.legalization.round_activations import RoundActivations
 from optc.targets.exposing import exposing_steps
@@ -22,7 +23,8 @@ FAST = 4
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
     """Decoder: fuse-attention -> [quantize] -> KV cache -> [Medusa heads] -> [merge] -> legalize. Encoder: [quantize] ->
-    legalize. Module: fuse-attention -> [quantize] -> legalize.
+    legalize. Module: fuse-attention -> [quantize] -> legalize. In front, complex numbers become pairs: Inductor fuses
+    products of pairs, and leaves those of complex numbers to ATen. Its Fourier transforms are left as they are.
 
     Attention of modules is found first, however it is spelled: behind it stands a product of its own, whose causal mask is
     never made. Rotary embeddings and norms are left as they are: Inductor fuses them itself. Norms are made whole for
@@ -30,7 +32,8 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
     Accuracy level 4, the default of quantized programs, rounds activations to int8 in a stage of its own, so that
     the gate sees what it costs; below 4 they are left as they are.
     """
-    steps = [Step(FuseAttention(), optional=True, when=spells_attention)] if kind != "encoder" else []
+    steps = [Step(ComplexPairs(transforms=False), optional=True, when=has_complex)]
+    steps += [Step(FuseAttention(), optional=True, when=spells_attention)] if kind != "encoder" else []
     if options.quantization is not None:
         steps += [
             Step(FuseNorm(), optional=True),

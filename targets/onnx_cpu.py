@@ -16,6 +16,7 @@ from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.codes import StoreKVCodes, rounds_keys_and_values
 from optc.passes.kv_cache.static import StaticKVCache
+from optc.passes.legalization.complex_pairs import ComplexPairs, has_complex
 from optc.passes.legalization.decompose import Decompose
 from optc.passes.legalization.functionalize import Functionalize
 from optc.passes.legalization.ort import LegalizeOrt
@@ -27,6 +28,7 @@ from optc.targets.methods import STATIC, WEIGHT_ONLY, head_steps, quantization_s
 def _recipe(kind: str, options: CompileOptions) -> list[Step]:
     steps = [
         Step(Functionalize(), optional=True, when=_writes_in_place),
+        Step(ComplexPairs(), optional=True, when=has_complex),
         Step(FuseAttention(), optional=True, when=spells_attention),
         Step(FuseRotary(), optional=True),
         Step(FuseNorm(), optional=True),

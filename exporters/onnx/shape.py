@@ -275,6 +275,8 @@ def _table() -> dict[Any, Lowering]:
                 _aten.new_zeros.default,
                 _aten.new_ones.default,
                 _aten.new_full.default,
+                _aten.new_empty.default,
+                _aten.empty_like.default,
             ),
         ),
         (_scalar_tensor, (_aten.scalar_tensor.default,)),
