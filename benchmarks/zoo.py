@@ -9,9 +9,10 @@
 
 Each type runs in a forked child with limits of time and memory; what several stages need is done once. Rows go to
 benchmarks/results/zoo.json as they come, each with its commit and versions, and what stands there already is not run
-again. Outcomes: exact (outputs within 1e-4 of the largest, greedy tokens equal); refused (exit 2, 3, 4 or 6, with the
-reason); gate (exit 5: other numbers were computed, which the numerics gate noticed); wrong (other numbers without a
-word); crashed; hung; not built (transformers itself makes, saves or runs no small one).
+again. Outcomes: exact (outputs within 1e-4 of the largest, greedy tokens equal); uncached (the same by --kv-cache none,
+where the target's own cache does not fit, with the reason); refused (exit 2, 3, 4 or 6, with the reason); gate (exit 5:
+other numbers were computed, which the numerics gate noticed); wrong (other numbers without a word); crashed; hung; not
+built (transformers itself makes, saves or runs no small one).
 """
 
 from __future__ import annotations
@@ -40,10 +41,6 @@ from zoo_models import Kind, kinds
 FILE = RESULTS / "zoo.json"
 DOCS = ROOT / "docs" / "models.md"
 STAGES = ("capture", "onnx-cpu", "inductor-cpu")
-OUTCOMES = ("exact", "refused", "gate", "wrong", "crashed", "hung")
-"""Of the types that can be built, best first."""
-
-
 # -- children --------------------------------------------------------------------------------------
 
 

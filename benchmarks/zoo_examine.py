@@ -169,9 +169,17 @@ def _greedy(model: Any, tokens: Sequence[int]) -> list[int]:
 def _compiled(kind: Kind, stage: str, output: Path, truth: Truth, captured: _Captured) -> dict[str, Any]:
     from optc.compiler.diagnostics import OptcError
 
+    uncached = ""
     try:
         run = _captured if stage == "capture" else _decoded if kind.head == "causal" else _encoded
-        problems, difference = run(stage, output, truth, captured.program())
+        program = captured.program()
+        try:
+            problems, difference = run(stage, output, truth, program)
+        except OptcError as error:
+            if "a KV cache" not in error.what:
+                raise
+            uncached = " ".join(f"{error.what}: {error.where}".split())[:400]
+            problems, difference = _decoded(stage, output, truth, program, kv_cache="none")
     except OptcError as error:
         outcome = {5: "gate"}.get(error.exit_code, "refused" if 2 <= error.exit_code <= 6 else "crashed")
         reason = error.what + (f" ({error.why})" if error.why else "")
@@ -179,8 +187,9 @@ def _compiled(kind: Kind, stage: str, output: Path, truth: Truth, captured: _Cap
         return row | ({"where": error.where[:400]} if error.where else {})
     except Exception as error:  # noqa: BLE001 - a crash is a result here
         return {"outcome": "crashed", "reason": _line(error), "where": _place(error)}
-    row = {"outcome": "wrong" if problems else "exact", "difference": float(f"{difference:.2g}")}
-    return row | ({"reason": "; ".join(problems)} if problems else {})
+    outcome = "wrong" if problems else "uncached" if uncached else "exact"
+    reason = "; ".join(problems) or uncached
+    return {"outcome": outcome, "difference": float(f"{difference:.2g}")} | ({"reason": reason} if reason else {})
 
 
 def _place(error: BaseException) -> str:
@@ -237,11 +246,11 @@ def _gaps(pairs: list[tuple[Tensor, Tensor]]) -> Compared:
     return problems, worst
 
 
-def _decoded(stage: str, output: Path, truth: Truth, program: Any) -> Compared:
+def _decoded(stage: str, output: Path, truth: Truth, program: Any, **options: str) -> Compared:
     """A session: a ragged prefill, greedy steps, and the logits of all tokens of one sequence."""
     import optc
 
-    _compile(stage, output, program)
+    _compile(stage, output, program, **options)
     with optc.load(output).session as session:
         logits = session.prefill(truth.sequences)
         pairs = [(torch.from_numpy(row), out[-1]) for row, out in zip(logits, truth.outputs, strict=True)]
@@ -259,12 +268,12 @@ def _decoded(stage: str, output: Path, truth: Truth, program: Any) -> Compared:
     return problems, worst
 
 
-def _compile(target: str, output: Path, program: Any) -> Any:
+def _compile(target: str, output: Path, program: Any, **options: str) -> Any:
     from common import OPEN_GATE
 
     import optc
 
-    return optc.compile(program, target=target, output=output, **OPEN_GATE).manifest
+    return optc.compile(program, target=target, output=output, **OPEN_GATE, **options).manifest
 
 
 if __name__ == "__main__":

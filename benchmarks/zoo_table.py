@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-OUTCOMES = ("exact", "refused", "gate", "wrong", "crashed", "hung")
+OUTCOMES = ("exact", "uncached", "refused", "gate", "wrong", "crashed", "hung")
 HEADS = ("causal", "masked", "encoder")
 BEGIN, END = "<!-- zoo: made by `python benchmarks/zoo.py --docs` -->", "<!-- /zoo -->"
 

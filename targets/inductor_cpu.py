@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optc.compiler.target.options import CompileOptions
+from optc.compiler.target.options import NO_CACHE, CompileOptions
 from optc.compiler.target.target import KV_CACHE, QuantSupport, Step, Target
 from optc.exporters.inductor import LEGAL, export_encoder_decoder, export_inductor
 from optc.exporters.options.inductor import InductorOptions
@@ -40,7 +40,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
             *quantization_steps(options.quantization),
             *stored_scales(options),
         ]
-    if kind == "decoder":
+    if kind == "decoder" and options.kv_cache != NO_CACHE:
         steps.append(
             Step(PageKVCache() if options.kv_cache == "paged" else StaticKVCache(in_place=True), needs=KV_CACHE)
         )
@@ -64,7 +64,7 @@ TARGET = Target(
     summary="AOTInductor package (.pt2) with its weights beside it, for the CPU",
     device="cpu",
     dtypes=("fp32", "bf16", "fp16"),
-    kv_caches=("static", "paged"),
+    kv_caches=("static", "paged", NO_CACHE),
     quant={
         **dict.fromkeys((*WEIGHT_ONLY, "auto"), _INTEGERS),
         **dict.fromkeys(("int8", "smoothquant", "llm-int8", "fp8"), QuantSupport(bits=(8,), group_sizes=(0,))),

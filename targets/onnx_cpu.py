@@ -6,7 +6,7 @@ import torch
 
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.packed.onnxruntime import ROUNDS
-from optc.compiler.target.options import CompileOptions
+from optc.compiler.target.options import NO_CACHE, CompileOptions
 from optc.compiler.target.target import KV_CACHE, QuantSupport, Step, StoredWeights, Target, obstacle
 from optc.exporters.onnx import LEGAL, export_encoder_decoder, export_onnx
 from optc.exporters.options.onnx import OnnxOptions
@@ -38,7 +38,7 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
     static = options.quantization is not None and options.quantization.method == STATIC
     steps += rounded_last(rounding) if static else rounding
     steps += stored_scales(options)
-    if kind == "decoder":
+    if kind == "decoder" and options.kv_cache != NO_CACHE:
         # Of a model whose keys and values are rounded (a folder with a kv_cache_scheme) the caches hold the codes.
         steps.append(Step(StaticKVCache(select_logits=True), needs=KV_CACHE))
         steps.append(Step(StoreKVCodes(), optional=True, when=rounds_keys_and_values))
@@ -76,7 +76,7 @@ TARGET = Target(
     summary="ONNX Runtime on the CPU; the folder loads in unmodified onnxruntime-genai",
     device="cpu",
     dtypes=("fp32",),
-    kv_caches=("static",),
+    kv_caches=("static", NO_CACHE),
     quant={
         **dict.fromkeys((*WEIGHT_ONLY, "auto"), _INTEGERS),
         **dict.fromkeys(("int8", "smoothquant", "llm-int8"), QuantSupport(bits=(8,), group_sizes=(0,))),

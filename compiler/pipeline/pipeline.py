@@ -229,7 +229,8 @@ class _Run:
             raise TargetError(
                 f"the target needs {step.needs}, which this model does not take",
                 where=misses,
-                remedy="optc targets lists the targets; vllm and trtllm take the model as it is",
+                remedy="--kv-cache none (onnx-cpu, inductor-cpu) computes the whole text for each token: exact, and slow; vllm "
+                "and trtllm take the model as it is",
             )
         raise NoMatchError(
             f"pass '{step.rewrite.name}' matched nothing",

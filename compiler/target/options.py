@@ -96,13 +96,20 @@ def _read_layers(value: Any) -> tuple[int, ...]:
     return found
 
 
+NO_CACHE = "none"
+"""The kind of KV cache of a decoder that computes the whole text for each token."""
+
+
 class CacheRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The KV cache of a decoder."""
 
     kv_cache: (
         Annotated[
-            Literal["static", "paged"],
-            Meta(description="Kind of KV cache.", extra={"default": "the target's first"}),
+            Literal["static", "paged", "none"],
+            Meta(
+                description="Kind of KV cache; none computes the whole text again for each token.",
+                extra={"default": "the target's first"},
+            ),
         ]
         | None
     ) = None
@@ -194,7 +201,7 @@ class CompileOptions(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         dtype: fp32, bf16 or fp16.
         quantization: None compiles the weights as they are.
-        kv_cache: None for targets whose engine has caches of its own.
+        kv_cache: None for targets whose engine has caches of its own; `NO_CACHE` where the program is to have none.
         expose_hidden: layers whose inputs a paged program gives beside the logits.
         medusa: folder of heads, see `DraftingRequest`; `medusa_weights` is the sha256 of what it holds.
         own: an instance of the target's `options`.

@@ -83,7 +83,8 @@ class ExportResult:
 
     Attributes:
         engine: picks the session that runs it.
-        info: facts the session needs (file names, cache layout, capacity ...), JSON-able.
+        info: facts the session needs (file names, cache layout, capacity ...), JSON-able; under "notes" what the exporter
+            has to say to people of what it wrote.
         needs: what the host must have, JSON-able (library versions, instruction sets).
         weight_bytes: bytes of weights on disk, counted from what was written.
         tensor_bytes: the same by tensor, under the program's names (of a quantized weight `w`: what is called

@@ -71,7 +71,11 @@ def find_engine(manifest: Manifest) -> BundleEngine:
 
 
 def _genai_obstacle(manifest: Manifest) -> str | None:
-    return None if manifest.engine_info.get("genai") is True else _not_decoder(manifest)
+    if manifest.engine_info.get("genai") is True:
+        return None
+    if manifest.contract.kind == "decoder" and manifest.contract.kv_cache.kind == "linear":
+        return "its layers differ in KV heads or head sizes, which onnxruntime-genai cannot be told"
+    return _not_decoder(manifest)
 
 
 def _inductor_obstacle(manifest: Manifest) -> str | None:

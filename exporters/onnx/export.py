@@ -38,8 +38,8 @@ CUDA_NEEDS = {"onnxruntime-gpu": ">=1.31", "cuda_driver": ">=12.0"}
 def export_onnx(program: Program, request: ExportRequest) -> ExportResult:
     """Write the last stage for ONNX Runtime on the CPU: `model.onnx`, `model.onnx.data` and companions.
 
-    Decoders with a linear KV cache also get `genai_config.json`. Every weight is read back and
-    compared with the program's.
+    Decoders with a linear KV cache also get `genai_config.json`, where it can say what their layers are. Every weight is
+    read back and compared with the program's.
 
     Raises:
         ArtifactError: what was read back is not what was written.
@@ -72,8 +72,8 @@ def _export(program: Program, request: ExportRequest, engine: Engine, needs: dic
     sizes = write_model(model, directory)
     companions = copy_companions(request.source, directory)
     decoder = contract.kind == "decoder" and contract.kv_cache.kind == "linear"
-    if decoder:
-        _check_uniform(contract)
+    differing = _differing_layers(contract) if decoder else ""
+    if decoder and not differing:
         config = (
             msgspec.json.format(msgspec.json.encode(genai_config(contract, MODEL, cuda=engine is ONNX_CUDA)), indent=2)
             + b"\n"
@@ -82,7 +82,12 @@ def _export(program: Program, request: ExportRequest, engine: Engine, needs: dic
             (directory / FILE_NAME).write_bytes(config)
     return ExportResult(
         engine=engine,
-        info=_info(contract, request, histogram, companions, genai=decoder),
+        info={
+            **graph_info(MODEL, DATA, contract, histogram),
+            "companions": companions,
+            "genai": decoder and not differing,
+            "notes": [f"no {FILE_NAME}, which onnxruntime-genai needs: {differing}"] if differing else [],
+        },
         needs=needs,
         weight_bytes=sum(sizes.values()),
         tensor_bytes=sizes,
@@ -137,21 +142,6 @@ def _saturates(program: Program, call: Node) -> bool:
     return int(materialized(program.weight(name).detach()).to(torch.int16).abs().max()) * 2 * 255 >= 1 << 15
 
 
-def _info(
-    contract: Contract,
-    request: ExportRequest,
-    histogram: dict[str, int],
-    companions: list[str],
-    *,
-    genai: bool,
-) -> dict[str, Any]:
-    return {
-        **graph_info(MODEL, DATA, contract, histogram),
-        "companions": companions,
-        "genai": genai,
-    }
-
-
 def graph_info(name: str, data: str, contract: Contract, histogram: Mapping[str, int]) -> dict[str, Any]:
     """What the manifest says of one graph."""
     return {
@@ -164,12 +154,9 @@ def graph_info(name: str, data: str, contract: Contract, histogram: Mapping[str,
     }
 
 
-def _check_uniform(contract: Contract) -> None:
-    """genai_config names one head size for all layers."""
-    shapes = {(layer.num_kv_heads, layer.head_dim) for layer in contract.layers}
-    if len(shapes) > 1:
-        raise TargetError(
-            "layers with different KV heads or head sizes cannot be described to onnxruntime-genai",
-            where=", ".join(map(str, sorted(shapes))),
-            remedy="choose --target inductor-cpu",
-        )
+def _differing_layers(contract: Contract) -> str:
+    """What the layers differ in that genai_config.json says once for all of them; "" where they do not."""
+    shapes = sorted({(layer.num_kv_heads, layer.head_dim) for layer in contract.layers})
+    if len(shapes) < 2:
+        return ""
+    return "layers differ in KV heads and head sizes, " + ", ".join(f"{heads} of {size}" for heads, size in shapes)

@@ -59,7 +59,9 @@ class ComplexPairs(Pass):
             try:
                 made = inline_call(edited, node, function, composite=True)
             except InliningError as error:
-                return _left(program, Miss(node.name, f"{name} of complex numbers cannot be written with pairs: {error}"))
+                return _left(
+                    program, Miss(node.name, f"{name} of complex numbers cannot be written with pairs: {error}")
+                )
             assert made is not None, "one result"
             count[name] += 1
             if complex_result:
@@ -243,7 +245,11 @@ def _transform(pairs: set[Node], node: Node) -> Paired | None:
     default: Any = {_aten.fft_fft.default: [-1], _aten.fft_fft2.default: [-2, -1]}.get(node.target, list(range(rank)))
     axes = given.get("dim", default)
     axes = list(range(rank)) if axes is None else [axes] if isinstance(axes, int) else list(axes)
-    if size is not None or given.get("norm") not in (None, "backward") or val.dtype not in (torch.float32, torch.float64):
+    if (
+        size is not None
+        or given.get("norm") not in (None, "backward")
+        or val.dtype not in (torch.float32, torch.float64)
+    ):
         return None
 
     def function(x: Tensor, *_: Any, **__: Any) -> Tensor:

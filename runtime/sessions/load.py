@@ -26,6 +26,7 @@ from optc.runtime.sessions.embedding_model import EmbeddingModel
 from optc.runtime.sessions.encoder_decoder import EncoderDecoderSession
 from optc.runtime.sessions.session import Session, SessionOptions
 from optc.runtime.sessions.tensor_model import TensorModel, as_array
+from optc.runtime.sessions.whole import WholeSession
 
 OnText = Callable[[int, str], None]
 """Called with (row, piece of text) as text is generated."""
@@ -437,8 +438,8 @@ def open_session(
         )
     if device is not None and not engine.eager:
         _check_device(engine, manifest, device, str(folder))
-    cached = engine.eager or contract.kv_cache.kind != "none"
-    if contract.kind != "decoder" or not cached:
+    whole = not engine.eager and contract.kv_cache.kind == "none"
+    if contract.kind != "decoder" or (whole and engine.caller is None):
         what = "without a KV cache" if contract.kind == "decoder" else f"of kind '{contract.kind}'"
         raise TargetError(
             f"the artifact is a model {what}, which does not generate",
@@ -465,5 +466,7 @@ def open_session(
     check_trusted(folder, manifest, trust)
     place = (device if engine.eager else None) or graph_device
     options = SessionOptions(threads=threads, num_blocks=num_blocks, device=place)
+    if whole:
+        return WholeSession(engine.open_caller(folder, manifest, options), contract)
     session: Session = engine.open_session(folder, manifest, options)
     return session

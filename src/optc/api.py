@@ -110,6 +110,7 @@ class CompileResult:
             "opened": msgspec.to_builtins(self.manifest.opened),
             "limits": self.manifest.limits,
             "passes": rows,
+            "notes": list(self.manifest.engine_info.get("notes", ())),
         }
 
 

@@ -413,7 +413,7 @@ def test_an_output_inside_the_artifact_is_refused(tmp_path: Path) -> None:
         ({"engine": "executorch", "target": "executorch"}, "their engine is executorch"),
         (
             {"engine_info": {"model": "model.onnx", "genai": False}},
-            "a model of kind 'decoder' with KV cache 'linear'",
+            "its layers differ in KV heads or head sizes",
         ),
     ],
 )

@@ -75,6 +75,8 @@ def _show(result: dict[str, Any]) -> None:
         for note in row["notes"]:
             title = pass_title(row["name"], row["program"])
             console.print(printable(f"  {title}: {note}"), markup=False)
+    for note in result["notes"]:
+        console.print(printable(f"  export: {note}"), markup=False)
     quantized = result["quantization"]
     if "bits_per_parameter" in quantized:
         bits, ideal = quantized["bits_per_parameter"], quantized["ideal_bits"]

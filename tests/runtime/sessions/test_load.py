@@ -25,12 +25,7 @@ def _contract(**changes: Any) -> Contract:
     ("changes", "options", "error", "message"),
     [
         ({"contract": _contract(kind="encoder")}, {}, TargetError, "kind 'encoder', which does not generate"),
-        (
-            {"contract": _contract(kv_cache=KVCache())},
-            {},
-            TargetError,
-            "a model without a KV cache, which does not generate",
-        ),
+        ({"contract": _contract(kv_cache=KVCache())}, {}, ArtifactError, "the ONNX model is damaged or not trusted"),
         ({}, {"threads": 0}, UsageError, "threads 0 is out of range"),
         ({}, {"num_blocks": 8}, UsageError, "kv-blocks has no effect here"),
         ({}, {}, ArtifactError, "the ONNX model is damaged or not trusted"),
