@@ -8,10 +8,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from zoo_models import Kind, build
@@ -35,13 +36,15 @@ class Truth:
     Attributes:
         outputs: [n, C] of each sequence alone.
         padded: of encoders, the same in one batch, padded on the right: some mix padding in.
-        tokens: of decoders, greedy ones behind each sequence.
+        tokens: of decoders, greedy ones behind each sequence; of encoder-decoder models, of the answers to them.
+        answers: of encoder-decoder models, the logits [STEPS, V] of these tokens.
     """
 
     sequences: list[list[int]]
     outputs: list[Tensor]
     padded: list[Tensor]
     tokens: list[list[int]]
+    answers: list[Tensor] = field(default_factory=list)
 
 
 def examine(
@@ -67,7 +70,7 @@ def examine(
         return
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    captured = _Captured(folder / "model")
+    captured = _Captured(folder / "model", pair=bool(truth.answers))
     for stage in stages:
         begin = time.perf_counter()
         row = _compiled(kind, stage, folder / stage, truth, captured)
@@ -76,9 +79,10 @@ def examine(
 
 @dataclass
 class _Captured:
-    """The program of a folder, captured once."""
+    """The program of a folder, captured once; a folder of two programs (`pair`) is captured by each compile."""
 
     folder: Path
+    pair: bool
 
     def program(self) -> Any:
         """Raises, each time, what the capture raised."""
@@ -90,6 +94,9 @@ class _Captured:
         import optc
 
         self._program, self._error = None, None
+        if self.pair:
+            self._program = self.folder
+            return
         try:
             self._program = optc.capture(self.folder)
         except Exception as error:  # noqa: BLE001 - the result of each stage
@@ -122,6 +129,10 @@ def _truth(kind: Kind, folder: Path) -> Truth:
     size = int(model.get_input_embeddings().weight.shape[0])
     size = min(size, int(getattr(model.config.get_text_config(), "vocab_size", None) or size))
     drawn = [torch.randint(3, max(size - 1, 4), (length,), generator=generator).tolist() for length in LENGTHS]
+    if kind.head == "masked" and model.config.is_encoder_decoder:
+        answers = [_answered_by(model, tokens) for tokens in drawn]
+        chosen = [logits.argmax(-1).tolist() for logits in answers]
+        return Truth(drawn, [], [], chosen, answers)
     outputs = [_forward(model, tokens) for tokens in drawn]
     if not all(bool(torch.isfinite(rows).all()) for rows in outputs):
         raise ValueError("its own forward gives NaN or infinity")
@@ -163,6 +174,18 @@ def _greedy(model: Any, tokens: Sequence[int]) -> list[int]:
     return row[len(tokens) :]
 
 
+def _answered_by(model: Any, tokens: Sequence[int]) -> Tensor:
+    """The logits [STEPS, V] of a greedy answer, from the start token on."""
+    ids, mask = _padded([list(tokens)])
+    row, found = [model.config.decoder_start_token_id], list[Tensor]()
+    with torch.no_grad():
+        for _ in range(STEPS):
+            out = model(input_ids=ids, attention_mask=mask, decoder_input_ids=torch.tensor([row]), return_dict=True)
+            found.append(out.logits[0, -1])
+            row.append(int(found[-1].argmax()))
+    return torch.stack(found)
+
+
 # -- what was made of it -------------------------------------------------------------------------
 
 
@@ -171,7 +194,7 @@ def _compiled(kind: Kind, stage: str, output: Path, truth: Truth, captured: _Cap
 
     uncached = ""
     try:
-        run = _captured if stage == "capture" else _decoded if kind.head == "causal" else _encoded
+        run = _runner(kind, stage, truth)
         program = captured.program()
         try:
             problems, difference = run(stage, output, truth, program)
@@ -192,6 +215,12 @@ def _compiled(kind: Kind, stage: str, output: Path, truth: Truth, captured: _Cap
     return {"outcome": outcome, "difference": float(f"{difference:.2g}")} | ({"reason": reason} if reason else {})
 
 
+def _runner(kind: Kind, stage: str, truth: Truth) -> Callable[..., Compared]:
+    if truth.answers:
+        return _proved if stage == "capture" else _answered
+    return _captured if stage == "capture" else _decoded if kind.head == "causal" else _encoded
+
+
 def _place(error: BaseException) -> str:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -208,6 +237,37 @@ def _captured(stage: str, output: Path, truth: Truth, program: Any) -> Compared:
     """The captured program on the padded batch and on the first sequence alone."""
     module = program.exported.module()
     return _whole(program.contract, lambda *inputs: [module(*inputs)], truth)
+
+
+def _proved(stage: str, output: Path, truth: Truth, folder: Path) -> Compared:
+    """Two programs as the capture itself held them to the model's own forward."""
+    from optc.capturing import capture_for_compile
+
+    cpu = torch.device("cpu")
+    captured = capture_for_compile(
+        folder, None, dtype="fp32", trust_remote_code=False, text=None, work_folder=None, device=cpu
+    )
+    return [] if captured.proof.proved else ["nothing was compared"], max(
+        figures.relative for figures in captured.proof.figures
+    )
+
+
+def _answered(stage: str, output: Path, truth: Truth, folder: Path) -> Compared:
+    """A session of two programs: greedy answers to each sequence, together."""
+    import optc
+
+    _compile(stage, output, folder)
+    with optc.load(output).session as session:
+        logits = session.prefill(truth.sequences)
+        steps = [logits]
+        for step in range(STEPS - 1):
+            steps.append(session.decode([tokens[step] for tokens in truth.tokens]))
+    found = torch.from_numpy(np.stack(steps, 1))
+    problems, worst = _gaps(list(zip(found, truth.answers, strict=True)))
+    chosen = found.argmax(-1).tolist()
+    if chosen != truth.tokens:
+        problems.append(f"greedy tokens {chosen} are not {truth.tokens}")
+    return problems, worst
 
 
 def _encoded(stage: str, output: Path, truth: Truth, program: Any) -> Compared:
