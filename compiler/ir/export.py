@@ -74,6 +74,13 @@ def functional_export(exported: torch.export.ExportedProgram) -> torch.export.Ex
         ) from error
     finally:
         exported.state_dict.update(held)
+    broken = settle_deferred(result)
+    if broken is not None:
+        raise CaptureError(
+            "the program cannot be written without in-place operators for all sizes",
+            why=str(SizeConditionError(*broken)),
+            remedy="choose --target inductor-cpu",
+        )
     for name, value in result.state_dict.items():
         result.state_dict[name] = lazy.get(id(value), held.get(name, value))
     return result
