@@ -24,7 +24,7 @@ from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.compiler.version import version_of
 from optc.exporters.companions import copy_companions
 from optc.exporters.onnx.external_data import compare_data, write_data
-from optc.exporters.onnx.genai import genai_config
+from optc.exporters.onnx.genai import differing_layers, genai_config
 from optc.exporters.onnx.table import LOWERINGS
 from optc.exporters.onnx.walker import OPSET, Walker
 
@@ -72,7 +72,7 @@ def _export(program: Program, request: ExportRequest, engine: Engine, needs: dic
     sizes = write_model(model, directory)
     companions = copy_companions(request.source, directory)
     decoder = contract.kind == "decoder" and contract.kv_cache.kind == "linear"
-    differing = _differing_layers(contract) if decoder else ""
+    differing = differing_layers(contract) if decoder else ""
     if decoder and not differing:
         config = (
             msgspec.json.format(msgspec.json.encode(genai_config(contract, MODEL, cuda=engine is ONNX_CUDA)), indent=2)
@@ -152,11 +152,3 @@ def graph_info(name: str, data: str, contract: Contract, histogram: Mapping[str,
         "outputs": [spec.name for spec in contract.outputs],
         "operators": dict(sorted(histogram.items())),
     }
-
-
-def _differing_layers(contract: Contract) -> str:
-    """What the layers differ in that genai_config.json says once for all of them; "" where they do not."""
-    shapes = sorted({(layer.num_kv_heads, layer.head_dim) for layer in contract.layers})
-    if len(shapes) < 2:
-        return ""
-    return "layers differ in KV heads and head sizes, " + ", ".join(f"{heads} of {size}" for heads, size in shapes)

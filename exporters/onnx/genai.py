@@ -69,3 +69,11 @@ def genai_config(contract: Contract, filename: str, *, cuda: bool = False) -> Ge
         ),
         search=Search(max_length=context),
     )
+
+
+def differing_layers(contract: Contract) -> str:
+    """What the layers differ in that genai_config.json says once for all of them; "" where they do not."""
+    shapes = sorted({(layer.num_kv_heads, layer.head_dim) for layer in contract.layers})
+    if len(shapes) < 2:
+        return ""
+    return "layers differ in KV heads and head sizes, " + ", ".join(f"{heads} of {size}" for heads, size in shapes)
