@@ -93,7 +93,8 @@ class _Captured:
     def __post_init__(self) -> None:
         import optc
 
-        self._program, self._error = None, None
+        self._program: Any = None
+        self._error: Exception | None = None
         if self.pair:
             self._program = self.folder
             return
@@ -306,7 +307,7 @@ def _gaps(pairs: list[tuple[Tensor, Tensor]]) -> Compared:
     return problems, worst
 
 
-def _decoded(stage: str, output: Path, truth: Truth, program: Any, **options: str) -> Compared:
+def _decoded(stage: str, output: Path, truth: Truth, program: Any, **options: Any) -> Compared:
     """A session: a ragged prefill, greedy steps, and the logits of all tokens of one sequence."""
     import optc
 
@@ -328,7 +329,7 @@ def _decoded(stage: str, output: Path, truth: Truth, program: Any, **options: st
     return problems, worst
 
 
-def _compile(target: str, output: Path, program: Any, **options: str) -> Any:
+def _compile(target: str, output: Path, program: Any, **options: Any) -> Any:
     from common import OPEN_GATE
 
     import optc

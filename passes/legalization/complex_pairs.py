@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -96,29 +96,17 @@ def _left(program: Program, miss: Miss) -> PassResult:
 # -- one operator at a time ------------------------------------------------------------------------
 
 
-def _as_pair(number: complex) -> list[float]:
-    return [number.real, number.imag]
-
-
-def _operand(item: Any, is_pair: bool, like: Tensor) -> Tensor | float:
-    """A factor or summand as a pair, or as what it was where it is real."""
-    if isinstance(item, complex):
-        return like.new_tensor(_as_pair(item))
-    return item if is_pair or not isinstance(item, Tensor) else item[..., None]
-
-
-def _multiply(pairs: set[Node], node: Node) -> Paired:
+def _multiply(pairs: set[Node], node: Node) -> Paired | None:
     flags = [item in pairs for item in node.args[:2]]
 
     def function(left: Any, right: Any) -> Tensor:
         if not all(flags):
             pair, other = (left, right) if flags[0] else (right, left)
-            assert not isinstance(other, complex), "its real and imaginary parts would mix"
-            return pair * _operand(other, False, pair)
+            return pair * (other[..., None] if isinstance(other, Tensor) else other)
         (a, b), (c, d) = left.unbind(-1), right.unbind(-1)
         return torch.stack([a * c - b * d, a * d + b * c], -1)
 
-    return None if any(isinstance(item, complex) for item in node.args) else function  # type: ignore[return-value]
+    return None if any(isinstance(item, complex) for item in node.args) else function
 
 
 def _add(sign: int) -> Callable[[set[Node], Node], Paired | None]:
@@ -238,7 +226,7 @@ _TRANSFORMS = (_aten.fft_fft.default, _aten.fft_fftn.default, _aten.fft_fft2.def
 def _transform(pairs: set[Node], node: Node) -> Paired | None:
     """The discrete Fourier transform along axes of whole length, one after the other, without scaling."""
     is_pair = node.args[0] in pairs
-    val = node.args[0].meta["val"]  # type: ignore[union-attr]
+    val = node.args[0].meta["val"]
     rank = val.dim() - is_pair
     given = dict(zip(("self", "s", "dim", "norm"), node.args, strict=False)) | node.kwargs
     size = given.get("s", given.get("n"))
@@ -253,20 +241,17 @@ def _transform(pairs: set[Node], node: Node) -> Paired | None:
         return None
 
     def function(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        parts: Sequence[Tensor | None] = x.unbind(-1) if is_pair else (x, None)
+        real, imaginary = x.unbind(-1) if is_pair else (x, None)
         for axis in axes:
-            parts = _along_axis(*parts, axis % rank)
-        real, imaginary = parts
-        assert real is not None
-        assert imaginary is not None
+            real, imaginary = _along_axis(real, imaginary, axis % rank)
+        assert imaginary is not None, "there is an axis"
         return torch.stack([real, imaginary], -1)
 
     return function
 
 
-def _along_axis(real: Tensor | None, imaginary: Tensor | None, axis: int) -> tuple[Tensor, Tensor]:
+def _along_axis(real: Tensor, imaginary: Tensor | None, axis: int) -> tuple[Tensor, Tensor]:
     """exp(-2 pi i k n / N) = cos - i sin, as products with [N, N]; the angle is made of k * n mod N, which is exact."""
-    assert real is not None
     count = real.shape[axis]
     step = torch.arange(count, device=real.device)
     turn = (step[:, None] * step).remainder(count).to(real.dtype) / count * (2 * math.pi)
