@@ -39,7 +39,7 @@ _NUMBERS = """
 128: intermediate_size ffn_dim d_ff n_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim vocab_size
 128: hidden_dim max_position_embeddings n_positions max_seq_len n_ctx vocab_size_per_layer_input
 128: intermediate_size_mlp dense_intermediate_size block_multiple_of context_length max_length dim_ff
-128: max_source_positions max_target_positions
+128: max_source_positions max_target_positions unpadded_vocab_size
 """
 SIZES = {name: int(row.split(":")[0]) for row in _NUMBERS.strip().splitlines() for name in row.split(":")[1].split()}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}

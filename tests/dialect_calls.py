@@ -65,6 +65,7 @@ STEP = (
 HEADS = torch.tensor([[5, 6], [3, 1], [9, 3], [2, 2]])
 """Of rounds: tokens, positions, limits, drafted."""
 ROUND = (HEADS, torch.tensor([[7, 8], [9, 1]]), torch.tensor([[2, 1, 3], [0, 4, 5]], dtype=torch.int32))
+RECURRENT = (_f(B, S, H, D), _f(B, S, H, D) / 4, _f(B, S, H, D), -_f(B, S, H).abs(), torch.rand(B, S, H))
 
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "attention": ((*QKV, torch.ones(B, S, dtype=torch.long), _f(H)), {"causal": True, **KNOBS}),
@@ -74,6 +75,9 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         (QKV[0], *CODES, PAST, T + S, torch.full((1,), 0.02), torch.full((1,), 0.02)),
         KNOBS,
     ),
+    "linear_attention": (RECURRENT, {}),
+    "cached_linear_attention": ((*RECURRENT, _f(B, H, D, D)), {}),
+    "causal_conv1d": ((_f(B, K, S), _f(K, 3), _f(K)), {}),
     "greedy_step_": ((_f(2, 8), *STEP), {"block_size": 4}),
     "advance_step_": ((torch.tensor([7, -1]), *STEP), {"block_size": 4}),
     "lay_out_drafts_": (

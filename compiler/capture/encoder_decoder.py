@@ -20,7 +20,7 @@ from torch.export import Dim
 
 from optc.compiler.capture.attention import NAME, AttentionError, register
 from optc.compiler.capture.eval_mode import in_eval_mode
-from optc.compiler.capture.facts import AUDIO, attention_layers, model_facts, refuse_unsupported, stated_context
+from optc.compiler.capture.facts import AUDIO, attention_layers, model_facts, refuse_changing_rotary, stated_context
 from optc.compiler.capture.implementations import implementations
 from optc.compiler.capture.proof.encoder_decoder import prove_encoder_decoder
 from optc.compiler.diagnostics import CaptureError
@@ -111,7 +111,7 @@ def capture_encoder_decoder(
     Raises:
         CaptureError: the model cannot be exported. GateError: the programs are not what it computes.
     """
-    refuse_unsupported(model.config)
+    refuse_changing_rotary(model.config)
     register()
     note = ""
     try:

@@ -110,23 +110,45 @@ def generates_from_an_encoder(made: type) -> bool:
     return "encoder_outputs" in inspect.signature(made.forward).parameters
 
 
-def refuse_unsupported(config: Any) -> None:
-    """Refuse what would be captured wrongly, before any weight is read.
+def rotary_limit(config: Any) -> int:
+    """Most tokens of a sequence for which the rotary frequencies of a config are the same; 0: of any length.
+
+    dynamic (NTK): up to the context that the model was made for. longrope: up to the original context, where it begins to
+    take its long factors.
 
     Raises:
-        CaptureError: rotary frequencies that depend on the sequence length (one graph serves all lengths).
+        CaptureError: the config does not say that number.
     """
-    rope = getattr(text_config(config), "rope_parameters", None) or {}
-    kinds = (
-        [rope.get("rope_type")]
-        if "rope_type" in rope
-        else [value.get("rope_type") for value in rope.values() if isinstance(value, dict)]
-    )
+    words = text_config(config)
+    rope = getattr(words, "rope_parameters", None) or {}
+    kinds = [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
+    limits = []
     for kind in kinds:
-        if kind in _LENGTH_DEPENDENT_ROPE:
+        if kind.get("rope_type") not in _LENGTH_DEPENDENT_ROPE:
+            continue
+        is_dynamic = kind["rope_type"] == "dynamic"
+        found = stated_context(words) if is_dynamic else kind.get("original_max_position_embeddings")
+        if not isinstance(found, int) or found < 1:
             raise CaptureError(
-                f"rotary embedding of type '{kind}' is not supported",
-                where="config.json: rope_parameters.rope_type",
+                f"rotary embedding of type '{kind['rope_type']}' without the length up to which it stays as it is",
+                where="config.json: rope_parameters",
                 why="its frequencies depend on the length of the sequence; one graph serves every length",
-                remedy="use default, linear, llama3 or yarn rotary embeddings",
+                remedy=f"state {'max_position_embeddings' if is_dynamic else 'original_max_position_embeddings there'}",
             )
+        limits.append(found)
+    return min(limits, default=0)
+
+
+def refuse_changing_rotary(config: Any) -> None:
+    """Refuse what captures of encoder-decoder models do not see to, before any weight is read.
+
+    Raises:
+        CaptureError: rotary frequencies that depend on the length of the sequence.
+    """
+    if rotary_limit(config):
+        raise CaptureError(
+            "rotary embeddings whose frequencies depend on the length are not supported in encoder-decoder models",
+            where="config.json: rope_parameters.rope_type",
+            why="one graph serves every length",
+            remedy="use default, linear, llama3 or yarn rotary embeddings",
+        )

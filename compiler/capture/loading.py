@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.capture.attention import NAME, register
-from optc.compiler.capture.facts import AUDIO, generates_from_an_encoder, refuse_unsupported
+from optc.compiler.capture.facts import AUDIO, generates_from_an_encoder, rotary_limit
 from optc.compiler.diagnostics import CaptureError, InputError, foreign_errors
 from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.ir.lazy_weights import materialized
@@ -194,7 +194,7 @@ def pretrained_config(info: CheckpointInfo, *, bare: bool = False) -> Any:
     config._experts_implementation = None
     if bare and _text_encoder(config) is not None:
         config.is_encoder_decoder = False
-    refuse_unsupported(config)
+    rotary_limit(config)  # refuses one that has none, before any weight is read
     return config
 
 

@@ -21,16 +21,19 @@ from optc.compiler.capture.facts import (
     attention_layers,
     generates_from_an_encoder,
     model_facts,
-    refuse_unsupported,
+    rotary_limit,
     stated_context,
     text_config,
 )
+from optc.compiler.capture.implementations import implementations
 from optc.compiler.capture.loading import DTYPES, RESIDENT_BYTES, load_model
 from optc.compiler.capture.own_positions import drop_whole_padding, lift_positions
 from optc.compiler.capture.positions import position_offset
 from optc.compiler.capture.proof import prove_model
+from optc.compiler.capture.recurrent import recurrent_functions
 from optc.compiler.capture.renames import expert_rows
 from optc.compiler.capture.restored import restore_codes
+from optc.compiler.capture.rotary import short_frequencies
 from optc.compiler.diagnostics import CaptureError, unknown_name
 from optc.compiler.ir.contract import Contract, Input, Output
 from optc.compiler.ir.export import SizeConditionError, run_export
@@ -236,7 +239,7 @@ def capture_model(
     if attention not in ATTENTIONS:
         raise unknown_name("attention implementation", attention, ATTENTIONS)
     config: Any = model.config
-    refuse_unsupported(config)
+    limit = rotary_limit(config)
     _refuse_encoder_decoder(model)
     if attention == "sdpa" and not getattr(model, "_supports_sdpa", False):
         raise CaptureError(
@@ -256,8 +259,17 @@ def capture_model(
         note = ""
     if prove:
         proof = prove_model(program, model, tokens=tokens, offset=offset, head=head)
-        program.proof = msgspec.structs.replace(proof, notes=(*proof.notes, note)) if note else proof
+        notes = (*proof.notes, *filter(None, (note, _rotary_note(config, limit))))
+        program.proof = msgspec.structs.replace(proof, notes=notes)
     return program
+
+
+def _rotary_note(config: Any, limit: int) -> str:
+    """What a capture of rotary embeddings that depend on the length covers."""
+    stated = _context(config)
+    if not limit or limit >= stated:
+        return ""
+    return f"up to {limit} tokens, of {stated}: rotary frequencies are those of short sequences, and change beyond"
 
 
 def _refuse_encoder_decoder(model: torch.nn.Module) -> None:
@@ -272,7 +284,9 @@ def _refuse_encoder_decoder(model: torch.nn.Module) -> None:
             where=type(model).__name__,
             remedy="optc compile takes it whole; in Python, optc.compiler.capture.capture_encoder_decoder gives both",
         )
-    if getattr(model.config, "is_encoder_decoder", False):
+    # Encoders of their own have the config of the whole.
+    decodes = "decoder_input_ids" in inspect.signature(model.forward).parameters
+    if decodes and getattr(model.config, "is_encoder_decoder", False):
         raise CaptureError(
             "encoder-decoder models without a head that chooses tokens are not supported",
             where=type(model).__name__,
@@ -282,20 +296,14 @@ def _refuse_encoder_decoder(model: torch.nn.Module) -> None:
 
 def _captured(model: torch.nn.Module, attention: str, head: EmbeddingHead | None) -> tuple[Program, int]:
     """The program, and what the model adds to positions that are counted from 0."""
-    config: Any = model.config
-    before = {name: getattr(config, name, None) for name in ("_attn_implementation", "_experts_implementation")}
-    config._attn_implementation = attention
-    config._experts_implementation = NAME
     try:
-        offset = position_offset(model)
-        with indexed_masks():
-            return _export(model, config, offset, head), offset
+        with implementations(model, attention, NAME):
+            offset = position_offset(model)
+            with indexed_masks(), recurrent_functions(model), short_frequencies(model):
+                return _export(model, model.config, offset, head), offset
     except CaptureError as error:
         error.where = error.where or type(model).__name__
         raise
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 def _export(model: torch.nn.Module, config: Any, offset: int, head: EmbeddingHead | None) -> Program:
@@ -303,7 +311,7 @@ def _export(model: torch.nn.Module, config: Any, offset: int, head: EmbeddingHea
 
     Some models cut a table of as many rows as the context has, and torch takes its whole length for a case of its own.
     """
-    context = _context(config) - offset
+    context = min(filter(None, (_context(config), rotary_limit(config)))) - offset
     if head is not None and head.described.most_tokens is not None:
         context = min(context, head.described.most_tokens)
     try:

@@ -33,7 +33,9 @@ class OpSpec:
         reference: eager implementation, obviously right, on any device.
         fake: shape and dtype propagation.
         aten: the same in traceable ATen, for targets without a kernel of their own; None where there is none.
-        attends: it is attention, with its result in these axes. No other op mixes tokens.
+        attends: it is attention, with its result in these axes.
+        keeps_state: each token reads what the tokens before it left in a state of fixed size. No op but these and attention
+            mixes tokens.
         activation_codes: it makes codes of its first argument, an activation; from keyword arguments to their format.
         rounds_inside: it is a product that may round its input itself; from keyword arguments to whether it does.
         makes_weight: it makes a weight [N, K] of codes.
@@ -45,6 +47,7 @@ class OpSpec:
     fake: Callable[..., Any]
     aten: Callable[..., Any] | None = None
     attends: Axes | None = None
+    keeps_state: bool = False
     activation_codes: Callable[[Keywords], str] | None = None
     rounds_inside: Callable[[Keywords], bool] | None = None
     makes_weight: bool = False

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from families import make_model
-from transformers import CLIPVisionConfig, Gemma2Config, LlamaConfig, LlavaConfig
+from transformers import CLIPVisionConfig, Gemma2Config, LlamaConfig, LlamaForCausalLM, LlavaConfig
 
 from optc.compiler.capture import capture_model
 from optc.compiler.capture.attention import caps_scores
-from optc.compiler.capture.facts import model_facts, refuse_unsupported
+from optc.compiler.capture.facts import model_facts, rotary_limit
 from optc.compiler.capture.loading import meta_model
 from optc.compiler.capture.pretrained import capture_pretrained
 from optc.compiler.diagnostics import CaptureError
@@ -70,9 +73,11 @@ def test_facts_of_a_multimodal_model_are_its_language_models() -> None:
     assert (facts.vocab_size, facts.context_length, facts.hidden_size) == (77, 33, 24)
     assert (facts.bos_token_id, facts.eos_token_ids, facts.model_type) == (4, (5,), "llava")
     assert caps_scores(config)  # Gemma 2 caps them; transformers' sdpa would leave that out
-    words = LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
-    with pytest.raises(CaptureError, match="rotary embedding of type 'dynamic'"):
-        refuse_unsupported(LlavaConfig(text_config=words, vision_config=CLIPVisionConfig()))
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    words = LlamaConfig(rope_parameters=rope, max_position_embeddings=33)
+    assert rotary_limit(LlavaConfig(text_config=words, vision_config=CLIPVisionConfig())) == 33
+    with pytest.raises(CaptureError, match="rotary embedding of type 'dynamic' without the length"):
+        rotary_limit(SimpleNamespace(rope_parameters=rope))
 
 
 @pytest.mark.parametrize("name", ["LlamaConfig", "pipeline", "PreTrainedTokenizerFast", "logging", "NoSuchModel"])
@@ -83,3 +88,37 @@ def test_only_model_classes_are_called(tmp_path: Path, name: str) -> None:
     info = check_folder(folder, trust_remote_code=True)
     with pytest.raises(CaptureError, match=f"unknown architecture {name}"):
         meta_model(info)
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, 32),
+        ({"rope_type": "longrope", "short_factor": [1.0, 2.0, 3.0, 4.0], "long_factor": [9.0] * 4}, 16),
+    ],
+)
+def test_rotary_frequencies_that_depend_on_the_length_are_captured_up_to_where_they_change(
+    rope: dict[str, Any], limit: int
+) -> None:
+    """Even where the model has just seen a longer sequence, and holds its frequencies."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        rope_parameters={"rope_theta": 1e4, "original_max_position_embeddings": 16, **rope},
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    long, short = torch.arange(60)[None] % 64, torch.arange(13)[None]
+    with torch.no_grad():
+        expected = model(short).logits
+        model(long)
+        program = capture_model(model)
+    assert program.contract.model.context_length == limit
+    assert program.proof is not None
+    note = "up to 16 tokens, of 32: rotary frequencies are those of short sequences, and change beyond"
+    assert (note in program.proof.notes) == (limit < 32)
+    torch.testing.assert_close(program.module()(short, short), expected)
