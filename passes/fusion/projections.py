@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import aten, peel, sole_user, value_of
+from optc.compiler.analysis.dataflow import COPIES, MOVES, aten, peel, sole_user, value_of
 from optc.compiler.analysis.linears import Linear, linear_site
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight, insert_call, replace_node
@@ -72,11 +72,18 @@ class _SameInput(Rule):
         parts = insert_call(program, first, aten.split_with_sizes.default, (merged, rows, -1))
         pieces = [insert_call(program, first, operator.getitem, (parts, i)) for i in range(len(sites))]
         for site, piece in zip(sites, pieces, strict=True):
-            for user in site.node.users:
-                # A piece is a strided slice; a view of it may need a copy where one of the whole did not.
-                if user.target is aten.view.default:
-                    user.target = aten.reshape.default
+            _allow_copies(site.node)
             replace_node(program, site.node, piece)
+
+
+def _allow_copies(node: Node) -> None:
+    """A piece is a strided slice; a view of it, or a view of a view, may need a copy where one of the whole did not."""
+    for user in node.users:
+        if user.op != "call_function" or user.target not in MOVES | COPIES:
+            continue
+        if user.target is aten.view.default:
+            user.target = aten.reshape.default
+        _allow_copies(user)
 
 
 def _siblings(program: Program, site: Linear) -> list[Linear]:

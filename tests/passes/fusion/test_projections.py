@@ -118,7 +118,7 @@ class _Block(torch.nn.Module):
         a, b, c = self.a(x), self.b(torch.dropout(x, 0.5, False)), self.c(x)
         if self.kind == "tied":
             c = c + self.embed(torch.zeros(1, dtype=torch.long)).sum()
-        return a.view(-1), b, c
+        return a.view(-1, 2, 2).view(-1), b, c
 
 
 def _by_hand(kind: str) -> Program:
