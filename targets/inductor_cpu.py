@@ -42,7 +42,10 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
         ]
     if kind == "decoder" and options.kv_cache != NO_CACHE:
         steps.append(
-            Step(PageKVCache() if options.kv_cache == "paged" else StaticKVCache(in_place=True), needs=KV_CACHE)
+            Step(
+                PageKVCache() if options.kv_cache == "paged" else StaticKVCache(in_place=True, states=True),
+                needs=KV_CACHE,
+            )
         )
         steps += exposing_steps(options)
         if options.quantization is not None:

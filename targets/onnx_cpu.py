@@ -40,7 +40,7 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
     steps += stored_scales(options)
     if kind == "decoder" and options.kv_cache != NO_CACHE:
         # Of a model whose keys and values are rounded (a folder with a kv_cache_scheme) the caches hold the codes.
-        steps.append(Step(StaticKVCache(select_logits=True), needs=KV_CACHE))
+        steps.append(Step(StaticKVCache(select_logits=True, states=True), needs=KV_CACHE))
         steps.append(Step(StoreKVCodes(), optional=True, when=rounds_keys_and_values))
         steps.append(Step(MergeProjections(), optional=True))
     steps.append(Step(Decompose(), optional=True, when=_lacks_operators))

@@ -57,6 +57,10 @@ MICROSOFT = {
         softcap=_FLOAT, local_window_size=(-1, MOST), do_rotary=_SWITCH, rotary_interleaved=_SWITCH,
         smooth_softmax=(-1, 1), qk_output=(0, 2), **_CACHE,
     ),
+    "LinearAttention": _own(
+        (0, 1, 2, 4), 6, 2, needed=("q_num_heads", "kv_num_heads"), q_num_heads=_SIZE, kv_num_heads=_SIZE,
+        scale=_FLOAT, update_rule=_STRING,
+    ),
     "MatMulBnb4": _own(
         3, 3, needed=("K", "N", "block_size", "quant_type"), K=_SIZE, N=_SIZE, block_size=_SIZE, quant_type=_SWITCH,
         training_mode=_SWITCH, transB=_SWITCH,

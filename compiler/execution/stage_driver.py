@@ -18,7 +18,7 @@ from torch import Tensor
 from optc.compiler.analysis.aliases import Storage
 from optc.compiler.execution.block_manager import BlockManager
 from optc.compiler.execution.cross_rows import Cross, calls_of, empty_caches, padded_cross, random_cross
-from optc.compiler.ir.contract import CACHE_ROLES, CROSS_ROLES, Input, OutputRole
+from optc.compiler.ir.contract import CACHE_ROLES, CROSS_ROLES, STATE_ROLE, Input, OutputRole
 from optc.compiler.ir.cross_inputs import decoder_inputs
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
@@ -282,7 +282,7 @@ def _by_token(out: Tensor, role: OutputRole, size: int) -> Tensor:
 
 
 def _caches(program: Program, sizes: dict[str, int], generator: torch.Generator) -> list[Tensor]:
-    """Caches or pools full of garbage, with dynamic axes of the given sizes."""
+    """Caches, pools and states full of garbage, with dynamic axes of the given sizes."""
 
     device = program_device(program)
 
@@ -291,7 +291,12 @@ def _caches(program: Program, sizes: dict[str, int], generator: torch.Generator)
         made = torch.randn(shape, generator=generator)  # the same numbers on every device
         return made.to(device=device, dtype=getattr(torch, spec.dtype))
 
-    return [garbage(spec) for spec in program.contract.inputs if spec.role in CACHE_ROLES]
+    return [garbage(spec) for spec in _held_inputs(program)]
+
+
+def _held_inputs(program: Program) -> list[Input]:
+    """What a program keeps of earlier tokens, in order."""
+    return [spec for spec in program.contract.inputs if spec.role in CACHE_ROLES or spec.role == STATE_ROLE]
 
 
 def _run_linear(
@@ -316,7 +321,11 @@ def _run_linear(
         taps: list[Tensor] = []
         rows = torch.tensor([row for row, _, _ in call], device=program_device(program))
         past = capacity if cache.in_place or cache.capacity else max(start for _, start, _ in call)
-        caches = [store[rows, :, :past].contiguous() for store in stores]
+        kept = [spec.role == STATE_ROLE for spec in _held_inputs(program)]
+        caches = [
+            (store[rows] if whole else store[rows, :, :past]).contiguous()
+            for store, whole in zip(stores, kept, strict=True)
+        ]
         tokens = _tokens(program, sequences, call)
         if program.contract.input_index("logits_from_end") is None:
             logits, *presents = run(taps)(*tokens, *caches)
@@ -327,8 +336,11 @@ def _run_linear(
                 [row.roll(end - start - size, 0) for row, (_, start, end) in zip(logits, call, strict=True)]
             )
         collector.add(call, _unpadded(call), logits, taps)
-        for store, held in zip(stores, caches if cache.in_place else presents, strict=True):
-            store[rows, :, : held.shape[2]] = held
+        for store, held, whole in zip(stores, caches if cache.in_place else presents, kept, strict=True):
+            if whole:
+                store[rows] = held
+            else:
+                store[rows, :, : held.shape[2]] = held
     return collector.result()
 
 

@@ -24,6 +24,7 @@ InputRole = Literal[
     "past_lengths",
     "key_cache",
     "value_cache",
+    "row_state",
     "base_states",
     "own_states",
     "encoder_states",
@@ -32,7 +33,9 @@ InputRole = Literal[
     "cross_values",
     "input",
 ]
-"""base_states and own_states: of a draft model, a row per token; see `DraftFacts`. encoder_states, encoder_mask, cross_keys
+"""row_state: see `STATE_ROLE`.
+
+base_states and own_states: of a draft model, a row per token; see `DraftFacts`. encoder_states, encoder_mask, cross_keys
 and cross_values: of a decoder that reads an encoder; see `CrossFacts`."""
 OutputRole = Literal[
     "logits",
@@ -43,6 +46,7 @@ OutputRole = Literal[
     "drafted",
     "key_cache",
     "value_cache",
+    "row_state",
     "cross_keys",
     "cross_values",
     "output",
@@ -52,6 +56,9 @@ the head of a decoder reads. embedding: one vector per sequence, float32. aux_hi
 drafted: guesses of the tokens behind the next. cross_keys and cross_values: of an encoder, what a decoder's cross-attention reads of its states."""
 CACHE_ROLES: tuple[Literal["key_cache"], Literal["value_cache"]] = ("key_cache", "value_cache")
 """Inputs that hold keys and values of earlier tokens, and outputs that hold those of the new ones too."""
+STATE_ROLE: Literal["row_state"] = "row_state"
+"""What a recurrent layer holds of a row's earlier tokens, [B, ...], of one size whatever their number. It is the state behind
+all of them: a row cannot be taken back to fewer, only begun anew."""
 CROSS_ROLES: tuple[Literal["cross_keys"], Literal["cross_values"]] = ("cross_keys", "cross_values")
 """Keys and values of cross-attention, [B, H, T, D]: outputs of the encoder, inputs of the decoder, made once per request."""
 Kind = Literal["decoder", "encoder", "module"]
@@ -226,3 +233,8 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     def input_index(self, role: InputRole) -> int | None:
         """Position of the first input with this role, or None."""
         return next((i for i, spec in enumerate(self.inputs) if spec.role == role), None)
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether rows have states beside keys and values; see `STATE_ROLE`."""
+        return self.input_index(STATE_ROLE) is not None

@@ -21,16 +21,18 @@ from optc.compiler.rewriting.passes import Miss
 from optc.compiler.rewriting.retrace import Replay, axis_limit
 
 _ATTENTION = torch.ops.optc.attention.default
+_SCAN, _CONVOLUTION = torch.ops.optc.linear_attention.default, torch.ops.optc.causal_conv1d.default
 _TOKENS = 13
 _KEPT = 5
 
 
-def cache_misses(program: Program, *, sinks: bool, states: bool = False) -> tuple[Miss, ...]:
+def cache_misses(program: Program, *, sinks: bool, states: bool = False, recurrent: bool = False) -> tuple[Miss, ...]:
     """Why the attention of a program cannot read a KV cache; empty when it can.
 
     Args:
         sinks: whether the cache's attention has sinks.
         states: whether the program may read hidden states beside tokens, as draft models do.
+        recurrent: whether the cache holds states of recurrent layers too.
     """
     contract, calls = program.contract, program.calls(_ATTENTION)
     roles = [spec.role for spec in contract.inputs]
@@ -42,12 +44,16 @@ def cache_misses(program: Program, *, sinks: bool, states: bool = False) -> tupl
         roles = [role for role in roles if role not in ("base_states", "own_states")]
     if roles != ["input_ids", "position_ids"] or not contract.position_rule:
         return (Miss("program", "its inputs are not input_ids and position_ids, counted up within a row"),)
-    if not calls:
+    layers = program.calls(_SCAN, _CONVOLUTION)
+    if layers and not recurrent:
+        why = "a recurrent layer: this cache holds keys and values, and no states"
+        return tuple(Miss(node.name, why) for node in layers)
+    if not calls and (not layers or any(node.target in SOFTMAXES for node in program.graph.nodes)):
         return _unfused(program)
     misses = tuple(Miss(node.name, reason) for node in calls if (reason := _attention_miss(node, sinks)))
     if misses:
         return misses
-    error, tolerance = mixing_error(program), mixing_tolerance(calls[0].meta["val"].dtype)
+    error, tolerance = mixing_error(program), mixing_tolerance(program.calls(*_MIXERS)[0].meta["val"].dtype)
     if not error <= tolerance:
         why = f"the logits of a token depend on other tokens outside attention (by {error:.1e} of the largest"
         return (Miss("program", f"{why} logit, {tolerance:.1e} is rounding): they cannot be fed in pieces"),)
@@ -102,7 +108,7 @@ def mixing_error(program: Program, *, seed: int = 0) -> float:
     ]
 
     def logits(chosen: Tensor, places: Tensor = positions) -> Tensor:
-        replay = Replay(program, {_ATTENTION: _stand_in})
+        replay = Replay(program, _MIXERS)
         with torch.no_grad():
             out: Tensor = replay.outputs(*(item[:, chosen] for item in (ids, places, *states)))[0]
         return out[0].double()
@@ -149,3 +155,22 @@ def _stand_in(args: tuple[Any, ...], knobs: dict[str, Any]) -> Tensor:
         times = -(-width // wide.shape[3])
         total = total + wide.repeat(1, 1, 1, times)[..., :width]
     return total
+
+
+def _scan_stand_in(args: tuple[Any, ...], knobs: dict[str, Any]) -> Tensor:
+    """A token-wise function of the operands of linear attention, [B,S,H,V]: its first step."""
+    query, key, value, decay, beta = args
+    out: Tensor = value * (query * key).sum(-1, keepdim=True)
+    out = out * (1 if beta is None else beta[..., None])
+    return out + (decay[..., None] if decay.dim() == 3 else decay.sum(-1, keepdim=True))
+
+
+def _convolution_stand_in(args: tuple[Any, ...], knobs: dict[str, Any]) -> Tensor:
+    """Each token [B,C,S] by the whole weight [C,K], as if it stood there K times."""
+    x, weight, bias = args
+    out: Tensor = x * weight.sum(1)[:, None]
+    return out if bias is None else out + bias[:, None]
+
+
+_MIXERS = {_ATTENTION: _stand_in, _SCAN: _scan_stand_in, _CONVOLUTION: _convolution_stand_in}
+"""What mixes tokens, and token-wise functions in its place."""

@@ -16,7 +16,7 @@ from optc.compiler.artifact.manifest import OpenedRecord
 from optc.compiler.diagnostics import GateError
 from optc.compiler.execution.drift import comparable, measure
 from optc.compiler.execution.stage_driver import StageRun
-from optc.compiler.ir.contract import CACHE_ROLES, Input
+from optc.compiler.ir.contract import CACHE_ROLES, STATE_ROLE, Input
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.gate import TOLERANCE
 from optc.compiler.pipeline.pipeline import compute_dtype
@@ -141,7 +141,7 @@ def _name(program: Program, index: int) -> str:
 
 
 def _is_cache(spec: Input) -> bool:
-    return spec.role in CACHE_ROLES
+    return spec.role in CACHE_ROLES or spec.role == STATE_ROLE
 
 
 _SIZES = {"batch": 2, "capacity": 24, "past": 0, "num_blocks": 16}

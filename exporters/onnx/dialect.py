@@ -195,7 +195,37 @@ def _skip_rms_norm(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value]:
     return made[0], made[3]
 
 
+def _linear_attention(walker: Walker, node: Node) -> Any:
+    """LinearAttention, whose streams are [B, S, heads * width]."""
+    query, key, value, decay, beta, *states = node.args
+    heads, rule = int(value.meta["val"].shape[2]), "gated" if beta is None else "gated_delta"
+
+    def packed(item: Node) -> ir.Value:
+        stream = walker.value(item, torch.float32)
+        return walker.op("Reshape", [stream, walker.constant([0, 0, -1])]) if item.meta["val"].dim() == 4 else stream
+
+    inputs = [*map(packed, (query, key, value)), *(map(walker.value, states) if states else [None]), packed(decay)]
+    inputs += [] if beta is None else [walker.value(beta, torch.float32)]
+    attributes = {"q_num_heads": heads, "kv_num_heads": heads, "update_rule": rule, "scale": 1.0}
+    out, state = walker.op("LinearAttention", inputs, attributes, domain=MICROSOFT, outputs=2)
+    width = int(value.meta["val"].shape[3])
+    apart = walker.op("Reshape", [out, walker.constant([0, 0, heads, width])])
+    return (apart, state) if states else apart
+
+
+def _causal_conv1d(walker: Walker, node: Node) -> ir.Value:
+    """Conv of each channel, padded on the left."""
+    x, weight, bias = node.args
+    channels, width = (int(size) for size in weight.meta["val"].shape)
+    kernel = walker.op("Unsqueeze", [walker.value(weight), walker.constant([1])])
+    inputs = [walker.value(x), kernel, None if bias is None else walker.value(bias)]
+    return walker.op("Conv", inputs, {"group": channels, "kernel_shape": [width], "pads": [width - 1, 0]})
+
+
 TABLE: dict[Any, Lowering] = {
+    _optc.causal_conv1d.default: _causal_conv1d,
+    _optc.linear_attention.default: _linear_attention,
+    _optc.cached_linear_attention.default: _linear_attention,
     _optc.rotary.default: _rotary,
     _optc.rotate_blocks.default: _rotate_blocks,
     _optc.group_query_attention.default: _group_query_attention,

@@ -72,7 +72,9 @@ def genai_config(contract: Contract, filename: str, *, cuda: bool = False) -> Ge
 
 
 def differing_layers(contract: Contract) -> str:
-    """What the layers differ in that genai_config.json says once for all of them; "" where they do not."""
+    """What genai_config.json cannot say of the layers, which it describes once for all of them; "" where it can."""
+    if contract.keeps_states:
+        return "recurrent layers keep states beside keys and values"
     shapes = sorted({(layer.num_kv_heads, layer.head_dim) for layer in contract.layers})
     if len(shapes) < 2:
         return ""

@@ -18,9 +18,9 @@ from optc.compiler.rewriting.tokenwise import cache_dtype
 
 def linear_caches(program: Program, length: int | str) -> tuple[list[Input], list[Output]]:
     """The inputs `past_key_values.N.key/value` [batch, kv heads, length, head size], and the outputs `present.N.key/value`."""
-    dtype = str(cache_dtype(program)).removeprefix("torch.")
     inputs, outputs = [], []
     for i, layer in enumerate(program.contract.layers):
+        dtype = str(cache_dtype(program)).removeprefix("torch.")
         for part, width in (("key", layer.head_dim), ("value", layer.value_dim)):
             role: Any = f"{part}_cache"
             dims = ("batch", layer.num_kv_heads, length, width)

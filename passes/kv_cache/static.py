@@ -1,4 +1,5 @@
-"""attention(q, k, v)  ->  cached_attention(q, k, v, key cache, value cache, past lengths)
+"""attention(q, k, v)      ->  cached_attention(q, k, v, key cache, value cache, past lengths)
+recurrent layers        ->  the same over a state of each row (see passes/kv_cache/states.py)
 
 A decoder that takes the whole sequence becomes one that takes new tokens and a linear KV cache, one
 graph for prefill, chunked prefill and decode. The inputs are those that ONNX runtimes feed
@@ -28,6 +29,7 @@ from optc.compiler.rewriting.retrace import Replay, axis_limit, retrace
 from optc.compiler.rewriting.tokenwise import cache_misses
 from optc.passes.kv_cache.linear import example_caches, linear_caches
 from optc.passes.kv_cache.selecting import RowCalls, SelectingReplay, selectable_head
+from optc.passes.kv_cache.states import RowStates, example_states, recurrent_calls, row_states
 
 _ATTENTION = torch.ops.optc.attention.default
 
@@ -44,31 +46,36 @@ class StaticKVCache(Pass):
             a row's first new token is that token. Runtimes that know nothing of this input get its default, the last
             token (see exporters/onnx). The selection stands behind the last norm, which stays one call with the sum
             before it.
+        states: of a model with recurrent layers, hold their states as well; without it such a model is refused.
     """
 
     name: ClassVar[str] = "static-kv-cache"
     in_place: bool = False
     select_logits: bool = False
+    states: bool = False
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         calls = program.calls(_ATTENTION)
-        misses = cache_misses(program, sinks=True)
+        sites = len(calls) + len(recurrent_calls(program))
+        misses = cache_misses(program, sinks=True, recurrent=self.states)
         if misses:
-            return PassResult(program, 0, len(calls), misses)
+            return PassResult(program, 0, sites, misses)
         head, reason = selectable_head(program) if self.select_logits else (None, "")
         if self.select_logits and self.in_place:
             head, reason = None, "its caches are written in place"
         notes = (f"the logits are of all tokens: {reason}",) if reason else ()
-        return PassResult(_retrace(program, self.in_place, head), len(calls), len(calls), notes=notes)
+        return PassResult(_retrace(program, self.in_place, head), sites, sites, notes=notes)
 
 
 def _retrace(program: Program, in_place: bool, head: Node | None) -> Program:
     """With the logits of all tokens, or of those that the input `logits_from_end` says where a `head` is given."""
     contract = _contract(program, in_place, head is not None)
     rows = None if head is None else RowCalls.of([head])
+    layers = 2 * len(program.contract.layers)
 
     def forward(input_ids: Tensor, attention_mask: Tensor, *rest: Tensor) -> Any:
-        caches = rest if head is None else rest[:-1]
+        held = rest if head is None else rest[:-1]
+        caches, states = held[:layers], held[layers:]
         size = input_ids.shape[1]
         total = attention_mask.sum(1)
         past = (total - size).clamp(min=0)
@@ -92,10 +99,13 @@ def _retrace(program: Program, in_place: bool, head: Node | None) -> Program:
             places = ((total - past)[:, None] - rest[-1]).clamp(min=0)
             return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2]))
 
-        handlers = {_ATTENTION: attend}
+        recurrent = RowStates(states, past, total, size)
+        handlers = {_ATTENTION: attend, **recurrent.handlers}
         replay = Replay(program, handlers) if rows is None else SelectingReplay(program, handlers, rows, select)
         logits = replay.outputs(input_ids, position)[0]
-        return logits if in_place else (logits, *presents)
+        if in_place:
+            recurrent.write()
+        return logits if in_place else (logits, *presents, *recurrent.new)
 
     args, shapes = _examples(program, in_place)
     if head is not None:
@@ -111,11 +121,12 @@ def _contract(program: Program, in_place: bool, selecting: bool) -> Contract:
         Input(name="attention_mask", role="attention_mask", dtype="int64", dims=("batch", "total")),
     ]
     caches, grown = linear_caches(program, "capacity" if in_place else "past")
+    states, moved = row_states(program)
     rows = [Input(name="logits_from_end", role="logits_from_end", dtype="int64", dims=(1, "rows"))] if selecting else []
     return msgspec.structs.replace(
         old,
-        inputs=(*inputs, *caches, *rows),
-        outputs=old.outputs if in_place else (*old.outputs, *grown),
+        inputs=(*inputs, *caches, *states, *rows),
+        outputs=old.outputs if in_place else (*old.outputs, *grown, *moved),
         kv_cache=KVCache(kind="linear", in_place=in_place),
     )
 
@@ -135,4 +146,6 @@ def _examples(program: Program, in_place: bool) -> tuple[list[Tensor], list[dict
         torch.ones((batch, total), dtype=torch.long, device=device),
     ]
     caches = example_caches(program, batch, past)
-    return [*args, *caches], [{0: b, 1: s}, {0: b, 1: t}, *({0: b, 2: p} for _ in caches)]
+    states = example_states(program, batch)
+    shapes = [{0: b, 1: s}, {0: b, 1: t}, *({0: b, 2: p} for _ in caches), *({0: b} for _ in states)]
+    return [*args, *caches, *states], shapes

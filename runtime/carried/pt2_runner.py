@@ -34,7 +34,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-_ROLES_OF_CACHES = ("key_cache", "value_cache")
+_ROLES_OF_CACHES = ("key_cache", "value_cache", "row_state")
 _DTYPES = {
     str(item).removeprefix("torch."): item
     for item in (

@@ -94,6 +94,8 @@ def generate(
 
 
 def _continued(session: Session, prompts: Rows, held: Sequence[int]) -> Logits:
+    if session.keeps_states and list(held) != session.lengths:
+        return session.prefill(prompts)
     session.rewind(held)
     return session.extend([prompt[count:] for prompt, count in zip(prompts, held, strict=True)])
 
@@ -159,14 +161,10 @@ class _Batch:
     def step(self) -> Logits:
         """Feed every row its last token; logits [B, V]. A row that has stopped stays as it was.
 
-        The token of a stopped row is a filler, and its logits mean nothing.
+        The logits of a stopped row mean nothing.
         """
-        session, stopped = self._session, [reason is not None for reason in self.stop]
-        if not any(stopped):
-            return session.decode([row[-1] for row in self.tokens])
-        room = session.context_length - 1
-        kept = [min(n, room) if done else n for n, done in zip(session.lengths, stopped, strict=True)]
-        session.rewind(kept)
-        logits = session.decode([row[-1] for row in self.tokens])
-        session.rewind([n if done else n + 1 for n, done in zip(kept, stopped, strict=True)])
-        return logits
+        if not any(self.stop):
+            return self._session.decode([row[-1] for row in self.tokens])
+        return self._session.decode_running(
+            [None if reason else row[-1] for row, reason in zip(self.tokens, self.stop, strict=True)]
+        )

@@ -111,6 +111,8 @@ class SessionEngine:
     def _prefill(self, job: _Job) -> tuple[Logits, int]:
         """Logits of a prompt's last token, and how many tokens of it were there already."""
         common = _common(self._held, job.tokens[:-1])
+        if self._session.keeps_states and [common] != self._session.lengths:
+            common = 0
         self._counts.admissions += 1
         self._counts.prompt_tokens += len(job.tokens)
         self._counts.cached_tokens += common

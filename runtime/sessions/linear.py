@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from optc.compiler.ir.contract import STATE_ROLE, Contract, Input
 from optc.runtime.sessions.session import Logits, Rows, Session
 
 Ids = npt.NDArray[np.int64]
@@ -27,8 +28,9 @@ _CACHE_LINE = 64
 class LinearSession(Session):
     """Batching policy and cache capacity; an engine says how to run and how to allocate."""
 
-    def __init__(self, *, vocab_size: int, context_length: int) -> None:
-        super().__init__(vocab_size=vocab_size, context_length=context_length)
+    def __init__(self, contract: Contract) -> None:
+        super().__init__(vocab_size=contract.model.vocab_size, context_length=contract.model.context_length)
+        self.keeps_states = contract.keeps_states
         self.capacity = 0
         self._batch = 0
 
@@ -61,6 +63,16 @@ class LinearSession(Session):
         if together and len(rows) * longest <= self.chunk:
             return self._together(rows, longest)
         logits: Logits = np.concatenate([self._row(index, row) for index, row in enumerate(rows)])
+        return logits
+
+    def _decode_running(self, tokens: Sequence[int | None]) -> Logits:
+        if not self.keeps_states:
+            return super()._decode_running(tokens)
+        logits = np.zeros((len(tokens), self.vocab_size), np.float32)
+        for index, token in enumerate(tokens):
+            if token is not None:
+                self._reserve(self.lengths[index] + 1)
+                logits[index] = self._row(index, [token])
         return logits
 
     def _score(self, tokens: Sequence[int]) -> Logits:
@@ -106,6 +118,13 @@ class LinearSession(Session):
 def ones_to(totals: Sequence[int]) -> Ids:
     """mask[b, t] = 1 for t < totals[b], of width max(totals)."""
     return (np.arange(max(totals)) < np.array(totals)[:, None]).astype(np.int64)
+
+
+def held_shape(spec: Input, batch: int, capacity: int) -> tuple[int, ...]:
+    """The shape of a cache or a state for `batch` rows of at most `capacity` tokens."""
+    sizes = (batch, *(capacity if isinstance(size, str) else size for size in spec.dims[1:]))
+    assert spec.role == STATE_ROLE or len(sizes) == 4
+    return sizes
 
 
 def lazy_zeros(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -20,8 +20,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from optc.compiler.diagnostics import ArtifactError, ResourceError, TargetError
-from optc.compiler.ir.contract import CACHE_ROLES, Contract
-from optc.runtime.sessions.linear import Ids, LinearSession, lazy_zeros
+from optc.compiler.ir.contract import CACHE_ROLES, STATE_ROLE, Contract, Input
+from optc.runtime.sessions.linear import Ids, LinearSession, held_shape, lazy_zeros
 from optc.runtime.sessions.session import Logits, default_threads
 
 BFLOAT16 = 16
@@ -42,6 +42,7 @@ _TYPES = {
     "int8": "tensor(int8)",
 }
 _DTYPES = {theirs: ours for ours, theirs in _TYPES.items()}
+_HELD = frozenset((*CACHE_ROLES, STATE_ROLE))
 _NO_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation")
 
 Array = npt.NDArray[Any]
@@ -64,15 +65,15 @@ class OrtSession(LinearSession):
     def __init__(self, path: Path, contract: Contract, *, threads: int | None = None) -> None:
         if contract.kv_cache.kind != "linear" or contract.model.vocab_size < 1:
             raise _other_graph(path, f"a {contract.kv_cache.kind} KV cache, {contract.model.vocab_size} tokens")
-        super().__init__(vocab_size=contract.model.vocab_size, context_length=contract.model.context_length)
+        super().__init__(contract)
         self._session = open_engine(path, threads or default_threads(), self.device)
         self._ids, self._mask = (_named(contract, role) for role in ("input_ids", "attention_mask"))
         chosen = contract.input_index("logits_from_end")
         self._from_end = None if chosen is None else contract.inputs[chosen].name
         _check_contract(contract, self._session, path)
         self._logits = next(spec.name for spec in contract.outputs if spec.role == "logits")
-        self._past = [spec for spec in contract.inputs if spec.role in CACHE_ROLES]
-        self._present = [spec.name for spec in contract.outputs if spec.role in CACHE_ROLES]
+        self._past = [spec for spec in contract.inputs if spec.role in _HELD]
+        self._present = [spec.name for spec in contract.outputs if spec.role in _HELD]
         self._logits_type, self._logits_element = _ELEMENTS[_DTYPES[self._output_type(self._logits)]]
         self._caches: list[Any] = []
         self._ones: Array = np.empty(0, np.int64)
@@ -86,11 +87,10 @@ class OrtSession(LinearSession):
     def _allocate(self, batch: int, capacity: int, keep: int) -> None:
         old, self._caches = self._caches, []
         for index, spec in enumerate(self._past):
-            _, heads, _, width = spec.dims
-            assert isinstance(heads, int)
-            assert isinstance(width, int)
-            cache = lazy_zeros((batch, heads, capacity, width), _ELEMENTS[spec.dtype][0])
-            if keep:
+            cache = lazy_zeros(held_shape(spec, batch, capacity), _ELEMENTS[spec.dtype][0])
+            if keep and spec.role == STATE_ROLE:
+                cache[:] = self._on_host(old[index])
+            elif keep:
                 cache[:, :, :keep] = self._on_host(old[index])[:, :, :keep]
             self._caches.append(self._placed(cache))
         self._ones = np.ones(batch * capacity, np.int64)
@@ -307,13 +307,11 @@ def _check_contract(contract: Contract, session: Any, path: Path) -> None:
         if item is None or item.type != _TYPES.get(spec.dtype) or not same:
             found = "no such input" if item is None else f"{item.type} {item.shape}"
             raise _other_graph(path, f"'{spec.name}' is {spec.dtype} {list(spec.dims)}, the graph has {found}")
-    caches = [spec for spec in contract.inputs if spec.role in CACHE_ROLES]
-    present = [spec.name for spec in contract.outputs if spec.role in CACHE_ROLES]
+    caches = [spec for spec in contract.inputs if spec.role in _HELD]
+    present = [spec.name for spec in contract.outputs if spec.role in _HELD]
     given = {item.name: item.shape for item in session.get_outputs()}
     roles = [spec.role for spec in contract.outputs]
-    wide = all(
-        len(spec.dims) == 4 and isinstance(spec.dims[1], int) and isinstance(spec.dims[3], int) for spec in caches
-    )
+    wide = all(map(_is_wide, caches)) and [spec.role for spec in caches] == [role for role in roles if role in _HELD]
     if len(caches) != len(present) or not wide or roles.count("logits") != 1:
         raise _other_graph(path, f"{len(caches)} caches come in, {len(present)} go out, {roles.count('logits')} logits")
     for output in contract.outputs:
@@ -321,6 +319,13 @@ def _check_contract(contract: Contract, session: Any, path: Path) -> None:
             raise _other_graph(path, f"the graph has no output '{output.name}'")
         if output.role == "logits" and given[output.name][-1] != contract.model.vocab_size:
             raise _other_graph(path, f"{contract.model.vocab_size} tokens, and logits {given[output.name]}")
+
+
+def _is_wide(spec: Input) -> bool:
+    """Whether a cache [B, heads, T, D] or a state [B, ...] says all sizes but those of rows and tokens."""
+    if spec.role == STATE_ROLE:
+        return isinstance(spec.dims[0], str) and all(isinstance(size, int) for size in spec.dims[1:])
+    return len(spec.dims) == 4 and isinstance(spec.dims[1], int) and isinstance(spec.dims[3], int)
 
 
 def _other_graph(path: Path, why: str) -> ArtifactError:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from optc.compiler.diagnostics import GateError, InputError, UsageError
+from optc.compiler.diagnostics import GateError, InputError, TargetError, UsageError
 
 Logits = npt.NDArray[np.float32]
 Rows = Sequence[Sequence[int]]
@@ -51,7 +51,10 @@ class Session(ABC):
         vocab_size: V.
         context_length: most tokens a row may hold.
         lengths: tokens in the cache of each row; read-only, change it by `rewind`.
+        keeps_states: rows have states of recurrent layers, which are those behind all of a row's tokens.
     """
+
+    keeps_states = False
 
     def __init__(self, *, vocab_size: int, context_length: int) -> None:
         assert vocab_size > 0
@@ -103,11 +106,23 @@ class Session(ABC):
             self._check([[token] for token in tokens], self.lengths)
         return self._decode(tokens)
 
+    def decode_running(self, tokens: Sequence[int | None]) -> Logits:
+        """As `decode` for some rows alone: a row of None stays as it was, and its logits mean nothing.
+
+        Raises:
+            InputError: as `decode`.
+        """
+        self._check_batch(len(tokens))
+        running = [row for row, token in enumerate(tokens) if token is not None]
+        self._check([[token] for token in tokens if token is not None], [self.lengths[row] for row in running])
+        return self._decode_running(tokens)
+
     def rewind(self, lengths: Sequence[int]) -> None:
         """Forget the end of each row: keep its first `lengths[b]` tokens.
 
         Raises:
             UsageError: a length outside 0..current.
+            TargetError: a length between, of a model whose layers keep states.
         """
         self._check_batch(len(lengths))
         for row, (wanted, held) in enumerate(zip(lengths, self.lengths, strict=True)):
@@ -116,6 +131,12 @@ class Session(ABC):
                     f"cannot rewind row {row} to {wanted} tokens",
                     why=f"it holds {held}",
                     remedy="rewind to a length that the row has had",
+                )
+            if self.keeps_states and 0 < wanted < held:
+                raise TargetError(
+                    f"cannot rewind row {row} from {held} to {wanted} tokens",
+                    why="the model's recurrent layers keep one state per row, that behind its last token",
+                    remedy="rewind to 0, and feed the tokens again",
                 )
         self._rewind(lengths)
         self.lengths = list(lengths)
@@ -176,6 +197,15 @@ class Session(ABC):
     def _decode(self, tokens: Sequence[int]) -> Logits:
         """Checked `decode`."""
         return self._advance([[token] for token in tokens])
+
+    def _decode_running(self, tokens: Sequence[int | None]) -> Logits:
+        """Checked `decode_running`. Rows that stay are fed a filler, and taken back."""
+        room = self.context_length - 1
+        kept = [min(n, room) if token is None else n for n, token in zip(self.lengths, tokens, strict=True)]
+        self.rewind(kept)
+        logits = self.decode([0 if token is None else token for token in tokens])
+        self.rewind([n if token is None else n + 1 for n, token in zip(kept, tokens, strict=True)])
+        return logits
 
     def _rewind(self, lengths: Sequence[int]) -> None:
         """Called before `lengths` shrinks. Linear caches have nothing to do: the tail is overwritten."""

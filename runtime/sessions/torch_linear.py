@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from optc.compiler.ir.contract import CACHE_ROLES, Contract, Input
-from optc.runtime.sessions.linear import Ids, LinearSession, lazy_zeros
+from optc.compiler.ir.contract import CACHE_ROLES, STATE_ROLE, Contract, Input
+from optc.runtime.sessions.linear import Ids, LinearSession, held_shape, lazy_zeros
 from optc.runtime.sessions.session import Logits
 
 CPU = torch.device("cpu")
@@ -28,18 +28,17 @@ class TorchSession(LinearSession):
 
     def __init__(self, run: Run, contract: Contract) -> None:
         assert contract.kv_cache.kind == "linear"
-        super().__init__(vocab_size=contract.model.vocab_size, context_length=contract.model.context_length)
+        super().__init__(contract)
         self._graph, self._contract = run, contract
         self._caches: list[torch.Tensor] = []
 
     def _allocate(self, batch: int, capacity: int, keep: int) -> None:
         old, self._caches = self._caches, []
-        for index, spec in enumerate(cache_inputs(self._contract)):
-            _, heads, _, width = spec.dims
-            assert isinstance(heads, int)
-            assert isinstance(width, int)
-            cache = torch_zeros((batch, heads, capacity, width), spec.dtype)
-            if keep:
+        for index, spec in enumerate(held_inputs(self._contract)):
+            cache = torch_zeros(held_shape(spec, batch, capacity), spec.dtype)
+            if keep and spec.role == STATE_ROLE:
+                cache.copy_(old[index])
+            elif keep:
                 cache[:, :, :keep] = old[index][:, :, :keep]
             self._caches.append(cache)
 
@@ -61,6 +60,11 @@ class TorchSession(LinearSession):
 def cache_inputs(contract: Contract) -> list[Input]:
     """The inputs that are caches or pools, in order: key and value of each layer."""
     return [spec for spec in contract.inputs if spec.role in CACHE_ROLES]
+
+
+def held_inputs(contract: Contract) -> list[Input]:
+    """The inputs that hold what a row was fed: caches, and states of recurrent layers."""
+    return [spec for spec in contract.inputs if spec.role in CACHE_ROLES or spec.role == STATE_ROLE]
 
 
 def torch_zeros(shape: Sequence[int], dtype: str, device: torch.device = CPU) -> torch.Tensor:

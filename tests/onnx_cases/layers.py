@@ -153,6 +153,7 @@ LAYERS: Cases = {
 
 _INV = torch.tensor([1.0, 0.1])
 _MATRIX = f(4, 4)
+_TAPS = f(4, 3)
 _Q, _K, _V = f(3, 4, 5, 8), f(3, 2, 5, 8), f(3, 2, 5, 8)
 _PADDING = torch.tensor([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [0, 1, 1, 0, 1]])
 _PLACES = torch.arange(5).repeat(3, 1) + torch.tensor([[0], [3], [9]])
@@ -196,6 +197,19 @@ DIALECT: Cases = {
     ],
     "optc.rotary.default": [
         (_rotate(interleaved), x, _PLACES) for interleaved in (False, True) for x in (f(3, 2, 5, 4), f(3, 2, 5, 8))
+    ],
+    "optc.linear_attention.default": [
+        (_optc.linear_attention, f(2, 5, 3, 4), f(2, 5, 3, 4), f(2, 5, 3, 6), -f(2, 5, 3).abs(), f(2, 5, 3)),
+    ],
+    "optc.cached_linear_attention.default": [
+        (
+            lambda *streams: _optc.cached_linear_attention(*streams[:4], None, streams[4]),
+            *(f(2, 5, 3, 4), f(2, 5, 3, 4), f(2, 5, 3, 1), -f(2, 5, 3, 4).abs(), f(2, 3, 4, 1)),
+        ),
+    ],
+    "optc.causal_conv1d.default": [
+        (lambda x: _optc.causal_conv1d(x, _TAPS, _TAPS[:, 0]), f(2, 4, 5)),
+        (lambda x: _optc.causal_conv1d(x, _TAPS, None), f(3, 4, 1)),
     ],
     "optc.rotate_blocks.default": [
         (lambda x: _optc.rotate_blocks(x, _MATRIX), f(3, 2, 8)),

@@ -73,7 +73,7 @@ def test_calls_of_a_graph_are_judged() -> None:
     node.args[1].meta["val"] = node.args[1].meta["val"].double()
     assert predicate(node) == "q, k, v and the pools differ in type"
     assert _optc.attention.default not in LEGAL
-    assert len(LEGAL) == len(list(LEGAL)) == 2
+    assert len(LEGAL) == len(list(LEGAL)) == 3
 
 
 def test_a_new_kernel_is_kept_by_legalization(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,11 @@ def test_library_holds_what_a_program_calls(monkeypatch: pytest.MonkeyPatch) -> 
     """Sources go in by kernel, inner loops once per instruction set."""
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert used_kernels(paged(), "cpu") == (PAGED_ATTENTION,)
-    assert {kernel.op for kernel in kernels_for("cpu")} == {"paged_attention_", "linear_nbits"}
+    assert {kernel.op for kernel in kernels_for("cpu")} == {
+        "paged_attention_",
+        "linear_nbits",
+        "cached_linear_attention",
+    }
     names = [(unit.source, unit.flags[1:2]) for unit in library._units(LINEAR_NBITS)]
     assert names == [
         ("nbits.cpp", ("-DOPTC_NBITS=nbits_baseline",)),
