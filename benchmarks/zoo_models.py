@@ -25,7 +25,7 @@ _NUMBERS = """
 2: num_global_key_value_heads
 4: num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_experts
 4: num_local_experts n_routed_experts moe_num_experts linear_num_value_heads linear_num_key_heads conv_kernel
-4: conv_L_cache index_n_heads
+4: conv_L_cache
 8: sliding_window attention_window window_size local_attention attention_chunk_size mamba_d_state
 8: ssm_state_size state_size rotary_dim qk_rope_head_dim mamba_n_heads mamba_num_heads chunk_size
 8: mamba_chunk_size hidden_size_per_layer_input index_topk time_step_rank mamba_d_head time_mix_extra_dim
@@ -33,7 +33,7 @@ _NUMBERS = """
 16: head_dim kv_channels qk_nope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim mamba_head_dim
 16: global_head_dim index_head_dim attention_key_hidden_size d_kv
 32: kv_lora_rank q_lora_rank moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size
-32: embedding_size moe_shared_expert_intermediate_size shared_intermediate_size moe_shared_intermediate_size
+32: index_n_heads embedding_size moe_shared_expert_intermediate_size shared_intermediate_size moe_shared_intermediate_size
 64: hidden_size n_embd d_model dim block_out_channels word_embed_proj_dim embed_dim lru_width
 64: attention_hidden_size emb_dim
 128: intermediate_size ffn_dim d_ff n_inner ffn_hidden_size encoder_ffn_dim decoder_ffn_dim vocab_size
