@@ -173,8 +173,13 @@ def end_with_parent() -> None:
 
 
 def _child(write: Callable[[], None], stderr: Path) -> None:
+    import torch
+
     from optc.cli.common import guarded  # imported before by main
 
+    torch.set_num_threads(
+        1
+    )  # a package that was opened before took all processors, and a fork has no threads of its own
     os.setpgid(0, 0)  # what it starts is killed with it
     end_with_parent()
     null, said = os.open(os.devnull, os.O_WRONLY), os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
