@@ -40,7 +40,7 @@ def _flags(field: Field, value: Any) -> Iterator[str]:
         return
     items = value if isinstance(value, list) else [value]
     if any(isinstance(item, dict) for item in items):
-        raise UsageError(f"--{field.key} takes no options")
+        raise UsageError(f"--{field.key} takes no options", remedy="call optc.compile from Python")
     texts = list(map(str, items))
     for text in [",".join(texts)] if field.extra.get("joined") else texts:
         yield from (name, text)

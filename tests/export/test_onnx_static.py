@@ -84,6 +84,7 @@ def test_weights_of_7_bits_need_no_vnni(tmp_path: Path) -> None:
     torch.testing.assert_close(got, program(BATCHES[1]), rtol=0, atol=2e-2 * float(got.abs().max()))
 
 
+@ort_driver.EXACT_PRODUCTS
 def test_from_python(tmp_path: Path) -> None:
     """Calibrated by an iterable and by a file; the gate's probe is of these rows."""
     program, model = program_of("residual"), residual()

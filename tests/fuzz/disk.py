@@ -194,7 +194,7 @@ def start(name: str, work: Path, jobs: Jobs, rows: Rows, options: argparse.Names
         except BaseException as error:  # noqa: BLE001 (told as a failure of the campaign)
             said = "".join(traceback.format_exception(error))
             rows.add(
-                {"wrong": f"not struck: the writer could not be made ready: {error!r}"[:300], "trace": said[-6000:]}
+                {"wrong": f"not struck: the writer could not be made ready: {error!r}"[:300], "trace": _ends(said)}
             )
         finally:
             sys.stderr.flush()
@@ -227,6 +227,11 @@ def tally(rows: Iterable[dict[str, Any]], kinds: int) -> dict[str, Any]:
         **({"traces": traces} if traces else {}),
         "seconds": round(seconds, 1),
     }
+
+
+def _ends(text: str) -> str:
+    """Beginning and end of what a writer said: of a signal the first line, of an exception the last."""
+    return text if len(text) <= 6000 else f"{text[:3000]}\n...\n{text[-3000:]}"
 
 
 def figures(writers: dict[str, Any], seconds: float, jobs: int) -> dict[str, Any]:
@@ -285,7 +290,7 @@ def campaign(names: list[str], work: Path, options: argparse.Namespace, begin: f
             if os.WIFSIGNALED(status):
                 unstruck = not tally(rows[name].read(), kinds)["operations"]
                 how = f"{'not struck: ' * unstruck}the writer died by signal {os.WTERMSIG(status)}"
-                rows[name].add({"wrong": how, "trace": (work / name / "said").read_text(errors="replace")[-6000:]})
+                rows[name].add({"wrong": how, "trace": _ends((work / name / "said").read_text(errors="replace"))})
                 if unstruck:
                     jobs.give()  # it had leave to make itself ready
             print(f"{time.monotonic() - begin:.0f} s: {name} done", flush=True)

@@ -145,6 +145,8 @@ CONSTRUCTORS: Cases = {
     "aten.zeros.default": [(lambda x: torch.zeros(x.shape[0], 2, dtype=I64), f())],
     "aten.ones.default": [(lambda x: torch.ones(2, x.shape[0]), f())],
     "aten.empty.memory_format": [(lambda x: torch.where(x < 9, x, torch.empty(x.shape[0], 4)), f())],
+    "aten.new_empty.default": [(lambda x: torch.where(x < 9, x, x.new_empty(x.shape[0], 4)), f())],
+    "aten.empty_like.default": [(lambda x: torch.where(x < 9, x, torch.empty_like(x)), f())],
     "aten.zeros_like.default": [
         (torch.zeros_like, f()),
         (lambda x: torch.zeros_like(x, dtype=torch.bool), f()),

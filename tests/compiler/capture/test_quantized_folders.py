@@ -213,9 +213,9 @@ def _refused(folder: Path, kind: type[OptcError] = InputError) -> str:
 
 def test_unknown_methods_are_refused_with_those_that_are_taken(tmp_path: Path) -> None:
     folder = _written(tmp_path)
-    _edit(folder, quant_method="bitsandbytes")
+    _edit(folder, quant_method="hqq")
     text = _refused(folder)
-    assert "'quant_method' is 'bitsandbytes'" in text
+    assert "'quant_method' is 'hqq'" in text
     assert "optc takes compressed-tensors, awq, gptq" in text
 
 
