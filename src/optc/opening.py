@@ -72,7 +72,7 @@ def open_written(
             raise _unopened(engine, error) from error
         if isinstance(runner, str):
             return OpenedRecord(opened=False, why=runner)
-        instead = getattr(runner, "opens_instead", instead)
+        instead = getattr(runner, "opens_instead", "") or instead
         drift, fed = _compared(stage, runner, engine, tokens)
         drifts.append(drift)
         count += fed

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -260,12 +260,25 @@ def test_an_engine_of_another_package_is_asked(
     monkeypatch.setitem(sys.modules, "toy_engine", toy)
     engine = Engine(name="toy", session="toy_engine:none", runner="toy_engine:open_runner", package=package)
     record = open_written(tmp_path, make_manifest(), program, engine, [])
-    assert (record.engine, record.version) == said
+    assert (record.engine, record.version, record.why) == (*said, "")
     assert record.relative == 0.0
     factor.fill_(1.01)
     with pytest.raises(GateError, match="computes different numbers") as caught:
         open_written(tmp_path, make_manifest(), program, engine, [])
     assert caught.value.what.endswith(f" in {' '.join(said).strip()}")
+
+
+def test_what_is_opened_instead_is_said(tmp_path: Path) -> None:
+    """As of a plan its graph is: by the engine, or by a runner that opens one or the other."""
+    program = capture_module(_net(), (torch.randn(2, 32),))
+    result = optc.compile(program, target="onnx-cpu", output=tmp_path / "out")
+    onnx_engine = find_engine("onnx", "")
+    for engine, why in (
+        (replace(onnx_engine, opens_instead="its graph"), "its graph"),
+        (find_engine("onnx-cuda", ""), "the graph in ONNX Runtime's CPU provider, not in that of CUDA"),
+    ):
+        if engine.name == "onnx" or not torch.cuda.is_available():
+            assert open_written(tmp_path / "out", result.manifest, program, engine, []).why == why
 
 
 def test_an_engine_that_is_not_installed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
