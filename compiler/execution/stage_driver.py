@@ -18,7 +18,7 @@ from torch import Tensor
 from optc.compiler.analysis.aliases import Storage
 from optc.compiler.execution.block_manager import BlockManager
 from optc.compiler.execution.cross_rows import Cross, calls_of, empty_caches, padded_cross, random_cross
-from optc.compiler.ir.contract import CACHE_ROLES, CROSS_ROLES, STATE_ROLE, Input, OutputRole
+from optc.compiler.ir.contract import CROSS_ROLES, HELD_ROLES, STATE_ROLE, Input, OutputRole
 from optc.compiler.ir.cross_inputs import decoder_inputs
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
@@ -296,7 +296,7 @@ def _caches(program: Program, sizes: dict[str, int], generator: torch.Generator)
 
 def _held_inputs(program: Program) -> list[Input]:
     """What a program keeps of earlier tokens, in order."""
-    return [spec for spec in program.contract.inputs if spec.role in CACHE_ROLES or spec.role == STATE_ROLE]
+    return [spec for spec in program.contract.inputs if spec.role in HELD_ROLES]
 
 
 def _run_linear(

@@ -59,6 +59,8 @@ CACHE_ROLES: tuple[Literal["key_cache"], Literal["value_cache"]] = ("key_cache",
 STATE_ROLE: Literal["row_state"] = "row_state"
 """What a recurrent layer holds of a row's earlier tokens, [B, ...], of one size whatever their number. It is the state behind
 all of them: a row cannot be taken back to fewer, only begun anew."""
+HELD_ROLES = (*CACHE_ROLES, STATE_ROLE)
+"""What a decoder with a linear cache keeps of a row's earlier tokens: goes in, and comes out for the next call."""
 CROSS_ROLES: tuple[Literal["cross_keys"], Literal["cross_values"]] = ("cross_keys", "cross_values")
 """Keys and values of cross-attention, [B, H, T, D]: outputs of the encoder, inputs of the decoder, made once per request."""
 Kind = Literal["decoder", "encoder", "module"]

@@ -16,7 +16,7 @@ from optc.compiler.artifact.manifest import OpenedRecord
 from optc.compiler.diagnostics import GateError
 from optc.compiler.execution.drift import comparable, measure
 from optc.compiler.execution.stage_driver import StageRun
-from optc.compiler.ir.contract import CACHE_ROLES, STATE_ROLE, Input
+from optc.compiler.ir.contract import HELD_ROLES
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.gate import TOLERANCE
 from optc.compiler.pipeline.pipeline import compute_dtype
@@ -136,19 +136,17 @@ def _tolerance(program: Program, request: ExportRequest) -> float:
 
 def _name(program: Program, index: int) -> str:
     contract = program.contract
-    names = [spec.name for spec in contract.outputs] + [spec.name for spec in contract.inputs if _is_cache(spec)]
+    names = [spec.name for spec in contract.outputs] + [
+        spec.name for spec in contract.inputs if spec.role in HELD_ROLES
+    ]
     return names[index]
-
-
-def _is_cache(spec: Input) -> bool:
-    return spec.role in CACHE_ROLES or spec.role == STATE_ROLE
 
 
 _SIZES = {"batch": 2, "capacity": 24, "past": 0, "num_blocks": 16}
 
 
 def _caches(program: Program) -> Inputs:
-    shapes = [(spec.dims, spec.dtype) for spec in program.contract.inputs if _is_cache(spec)]
+    shapes = [(spec.dims, spec.dtype) for spec in program.contract.inputs if spec.role in HELD_ROLES]
     return [
         torch.zeros([size if isinstance(size, int) else _SIZES[size] for size in dims], dtype=getattr(torch, dtype))
         for dims, dtype in shapes

@@ -20,9 +20,9 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from optc.compiler.diagnostics import ArtifactError, ResourceError, TargetError
-from optc.compiler.ir.contract import CACHE_ROLES, STATE_ROLE, Contract, Input
+from optc.compiler.ir.contract import HELD_ROLES, STATE_ROLE, Contract, Input
 from optc.runtime.sessions.linear import Ids, LinearSession, held_shape, lazy_zeros
-from optc.runtime.sessions.session import Logits, default_threads
+from optc.runtime.sessions.session import Logits, default_threads, other_graph
 
 BFLOAT16 = 16
 """Its number among ONNX's element types."""
@@ -42,7 +42,6 @@ _TYPES = {
     "int8": "tensor(int8)",
 }
 _DTYPES = {theirs: ours for ours, theirs in _TYPES.items()}
-_HELD = frozenset((*CACHE_ROLES, STATE_ROLE))
 _NO_MEMORY = ("bad_alloc", "Failed to allocate memory", "bad allocation")
 
 Array = npt.NDArray[Any]
@@ -64,7 +63,7 @@ class OrtSession(LinearSession):
 
     def __init__(self, path: Path, contract: Contract, *, threads: int | None = None) -> None:
         if contract.kv_cache.kind != "linear" or contract.model.vocab_size < 1:
-            raise _other_graph(path, f"a {contract.kv_cache.kind} KV cache, {contract.model.vocab_size} tokens")
+            raise other_graph(path, f"a {contract.kv_cache.kind} KV cache, {contract.model.vocab_size} tokens")
         super().__init__(contract)
         self._session = open_engine(path, threads or default_threads(), self.device)
         self._ids, self._mask = (_named(contract, role) for role in ("input_ids", "attention_mask"))
@@ -72,8 +71,8 @@ class OrtSession(LinearSession):
         self._from_end = None if chosen is None else contract.inputs[chosen].name
         _check_contract(contract, self._session, path)
         self._logits = next(spec.name for spec in contract.outputs if spec.role == "logits")
-        self._past = [spec for spec in contract.inputs if spec.role in _HELD]
-        self._present = [spec.name for spec in contract.outputs if spec.role in _HELD]
+        self._past = [spec for spec in contract.inputs if spec.role in HELD_ROLES]
+        self._present = [spec.name for spec in contract.outputs if spec.role in HELD_ROLES]
         self._logits_type, self._logits_element = _ELEMENTS[_DTYPES[self._output_type(self._logits)]]
         self._caches: list[Any] = []
         self._ones: Array = np.empty(0, np.int64)
@@ -306,19 +305,21 @@ def _check_contract(contract: Contract, session: Any, path: Path) -> None:
         same = sizes == said or spec.role == "logits_from_end"  # whose default has a size
         if item is None or item.type != _TYPES.get(spec.dtype) or not same:
             found = "no such input" if item is None else f"{item.type} {item.shape}"
-            raise _other_graph(path, f"'{spec.name}' is {spec.dtype} {list(spec.dims)}, the graph has {found}")
-    caches = [spec for spec in contract.inputs if spec.role in _HELD]
-    present = [spec.name for spec in contract.outputs if spec.role in _HELD]
+            raise other_graph(path, f"'{spec.name}' is {spec.dtype} {list(spec.dims)}, the graph has {found}")
+    caches = [spec for spec in contract.inputs if spec.role in HELD_ROLES]
+    present = [spec.name for spec in contract.outputs if spec.role in HELD_ROLES]
     given = {item.name: item.shape for item in session.get_outputs()}
     roles = [spec.role for spec in contract.outputs]
-    wide = all(map(_is_wide, caches)) and [spec.role for spec in caches] == [role for role in roles if role in _HELD]
+    wide = all(map(_is_wide, caches)) and [spec.role for spec in caches] == [
+        role for role in roles if role in HELD_ROLES
+    ]
     if len(caches) != len(present) or not wide or roles.count("logits") != 1:
-        raise _other_graph(path, f"{len(caches)} caches come in, {len(present)} go out, {roles.count('logits')} logits")
+        raise other_graph(path, f"{len(caches)} caches come in, {len(present)} go out, {roles.count('logits')} logits")
     for output in contract.outputs:
         if output.name not in given:
-            raise _other_graph(path, f"the graph has no output '{output.name}'")
+            raise other_graph(path, f"the graph has no output '{output.name}'")
         if output.role == "logits" and given[output.name][-1] != contract.model.vocab_size:
-            raise _other_graph(path, f"{contract.model.vocab_size} tokens, and logits {given[output.name]}")
+            raise other_graph(path, f"{contract.model.vocab_size} tokens, and logits {given[output.name]}")
 
 
 def _is_wide(spec: Input) -> bool:
@@ -328,17 +329,8 @@ def _is_wide(spec: Input) -> bool:
     return len(spec.dims) == 4 and isinstance(spec.dims[1], int) and isinstance(spec.dims[3], int)
 
 
-def _other_graph(path: Path, why: str) -> ArtifactError:
-    return ArtifactError(
-        "the manifest's contract is not the graph's",
-        where=str(path),
-        why=why[:500],
-        remedy="copy the artifact again from where it was made, or compile it again",
-    )
-
-
 def _named(contract: Contract, role: Any) -> str:
     index = contract.input_index(role)
     if index is None:
-        raise _other_graph(Path("manifest.json"), f"a linear-cache contract without {role}")
+        raise other_graph("manifest.json", f"a linear-cache contract without {role}")
     return contract.inputs[index].name

@@ -12,7 +12,7 @@ from optc.compiler.diagnostics import ArtifactError
 from optc.compiler.ir.contract import CACHE_ROLES, CROSS_ROLES, Contract
 from optc.runtime.sessions.encoder_decoder import Array, EncoderDecoderSession
 from optc.runtime.sessions.ort import open_engine, run_engine
-from optc.runtime.sessions.session import Logits, default_threads
+from optc.runtime.sessions.session import Logits, default_threads, other_graph
 
 
 class OrtEncoderDecoderSession(EncoderDecoderSession):
@@ -106,9 +106,4 @@ def _check_names(graphs: Sequence[object], names: _Names, encoder: Contract, fol
         given = {item.name for item in graph.get_outputs()}  # type: ignore[attr-defined]
         missing = sorted({*inputs} - taken) + sorted({*outputs} - given)
         if missing:
-            raise ArtifactError(
-                "the manifest's contract is not the graph's",
-                where=str(folder),
-                why=f"a graph has no '{missing[0][:80]}'",
-                remedy="copy the artifact again from where it was made, or compile it again",
-            )
+            raise other_graph(folder, f"a graph has no '{missing[0][:80]}'")

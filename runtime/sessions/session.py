@@ -10,6 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from optc.compiler.diagnostics import GateError, InputError, TargetError, UsageError
+from optc.compiler.diagnostics import ArtifactError, GateError, InputError, TargetError, UsageError
 
 Logits = npt.NDArray[np.float32]
 Rows = Sequence[Sequence[int]]
@@ -271,3 +272,13 @@ def default_threads() -> int:
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
     return max(1, min(physical, allowed))
+
+
+def other_graph(where: str | Path, why: str) -> ArtifactError:
+    """The error of a graph that is not the one that its manifest describes."""
+    return ArtifactError(
+        "the manifest's contract is not the graph's",
+        where=str(where),
+        why=why[:500],
+        remedy="copy the artifact again from where it was made, or compile it again",
+    )

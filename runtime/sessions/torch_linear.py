@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from optc.compiler.ir.contract import CACHE_ROLES, STATE_ROLE, Contract, Input
+from optc.compiler.ir.contract import CACHE_ROLES, HELD_ROLES, STATE_ROLE, Contract, Input
 from optc.runtime.sessions.linear import Ids, LinearSession, held_shape, lazy_zeros
 from optc.runtime.sessions.session import Logits
 
@@ -64,7 +64,7 @@ def cache_inputs(contract: Contract) -> list[Input]:
 
 def held_inputs(contract: Contract) -> list[Input]:
     """The inputs that hold what a row was fed: caches, and states of recurrent layers."""
-    return [spec for spec in contract.inputs if spec.role in CACHE_ROLES or spec.role == STATE_ROLE]
+    return [spec for spec in contract.inputs if spec.role in HELD_ROLES]
 
 
 def torch_zeros(shape: Sequence[int], dtype: str, device: torch.device = CPU) -> torch.Tensor:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from optc.compiler.diagnostics import ArtifactError, TargetError
+from optc.compiler.diagnostics import TargetError
 from optc.compiler.ir.contract import Contract
-from optc.runtime.sessions.session import Logits, Rows, Session
+from optc.runtime.sessions.session import Logits, Rows, Session, other_graph
 
 _FED = {"input_ids", "position_ids", "attention_mask"}
 
@@ -40,7 +40,7 @@ class WholeSession(Session):
                 remedy="call it with tensors: optc run --inputs FILE.npz",
             )
         if contract.model.vocab_size < 1:
-            raise _other_graph(f"{contract.model.vocab_size} tokens")
+            raise other_graph("manifest.json", f"{contract.model.vocab_size} tokens")
         super().__init__(vocab_size=contract.model.vocab_size, context_length=contract.model.context_length)
         self._call, self._contract = call, contract
         self._rows: list[list[int]] = []
@@ -76,17 +76,10 @@ class WholeSession(Session):
         }
         outputs = self._call(*(made[spec.role] for spec in self._contract.inputs))
         if outputs[0].shape != (1, len(row), self.vocab_size):
-            raise _other_graph(f"logits {list(outputs[0].shape)} of {len(row)} tokens, with {self.vocab_size} in all")
+            raise other_graph(
+                "manifest.json", f"logits {list(outputs[0].shape)} of {len(row)} tokens, with {self.vocab_size} in all"
+            )
         self._rows[index] = row
         self.lengths[index] = len(row)
         logits: Logits = outputs[0][0].astype(np.float32, copy=False)
         return logits
-
-
-def _other_graph(why: str) -> ArtifactError:
-    return ArtifactError(
-        "the manifest's contract is not the graph's",
-        where="manifest.json",
-        why=why,
-        remedy="copy the artifact again from where it was made, or compile it again",
-    )
