@@ -49,6 +49,7 @@ SCHEMES: dict[str, list[str]] = {
     "rtn-8": ["--quant", "rtn", "--bits", "8", "--group-size", "128"],
     "int8": ["--quant", "int8"],
     "smoothquant": ["--quant", "smoothquant"],
+    "smoothquant-mixed": ["--quant", "smoothquant-mixed"],
     "rotate+smoothquant": ["--quant", "rotate+smoothquant"],
     "w4a8": ["--quant", "w4a8"],
     "fp8": ["--quant", "fp8"],
@@ -62,7 +63,7 @@ SCHEMES: dict[str, list[str]] = {
     "mxfp4": ["--quant", "mxfp4"],
 }
 CALIBRATED = {
-    "gptq", "awq", "smoothquant", "rotate+gptq", "rotate+smoothquant", "w4a8", "nvfp4", "--kv-cache-dtype",
+    "gptq", "awq", "smoothquant", "smoothquant-mixed", "rotate+gptq", "rotate+smoothquant", "w4a8", "nvfp4", "--kv-cache-dtype",
 }  # fmt: skip
 """What a command has whose folder depends on the calibration text."""
 LAYERS, EXPERTS = 2, 4

@@ -31,6 +31,7 @@ from optc.passes.quantization.round_scales import RoundScales
 from optc.passes.quantization.rtn import QuantizeRtn
 from optc.passes.quantization.scale_awq import ScaleAwq
 from optc.passes.quantization.scale_smoothquant import ScaleSmoothQuant
+from optc.passes.quantization.smooth_activations import QuantizeSmoothActivations
 from optc.passes.quantization.static import QuantizeStatic
 from optc.passes.quantization.tune_scales import TuneScales
 
@@ -105,6 +106,14 @@ def _smoothquant(chosen: Quantization) -> list[Pass]:
     ]
 
 
+def _smoothquant_mixed(chosen: Quantization) -> list[Pass]:
+    return [
+        ScaleSmoothQuant(ignore=chosen.ignore),
+        QuantizeGptq(**_common(chosen)),
+        QuantizeSmoothActivations(),
+    ]
+
+
 def _rotated(passes: Callable[[Quantization], list[Pass]]) -> Callable[[Quantization], list[Pass]]:
     """A method's passes behind the rotations that fold into weights."""
     return lambda chosen: [RotateResidual(), RotateValues(), *passes(chosen)]
@@ -135,6 +144,12 @@ METHODS: dict[str, Method] = {
     "smoothquant": Method(
         "W8A8: SmoothQuant's scales, rotations where they pay, 8-bit weights by GPTQ and inputs",
         _smoothquant,
+        bits=8,
+        fixed=True,
+    ),
+    "smoothquant-mixed": Method(
+        "W8A8 of smoothquant without rotations; inputs that 8 bits cannot hold stay in 16 (W8A16)",
+        _smoothquant_mixed,
         bits=8,
         fixed=True,
     ),
@@ -294,7 +309,11 @@ def rounded_last(steps: Sequence[Step]) -> list[Step]:
 
     Whatever changes the numbers in front of such a rounding moves codes, which costs more than its own budget has.
     """
-    last = [step for step in steps if isinstance(step.rewrite, QuantizeActivations | QuantizeStatic)]
+    last = [
+        step
+        for step in steps
+        if isinstance(step.rewrite, QuantizeActivations | QuantizeSmoothActivations | QuantizeStatic)
+    ]
     return [*(step for step in steps if step not in last), *last]
 
 

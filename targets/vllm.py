@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optc.compiler.diagnostics import TargetError
-from optc.compiler.formats.layouts.registry import CHOICES
+from optc.compiler.formats.layouts.registry import CHOICES, LAYOUTS
 from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import QuantSupport, Step, Target
 from optc.exporters.hf import FolderOptions, export_hf
@@ -12,7 +12,7 @@ from optc.passes.quantization.round_scales import RoundScales
 from optc.targets.every_operator import EveryOperator
 from optc.targets.methods import METHODS, quantization_steps
 
-_BITS = {"compressed-tensors": (4, 8), "awq": (4,), "gptq": (2, 3, 4, 8)}
+_BITS = {name: LAYOUTS[name].integer_bits for name in CHOICES if LAYOUTS[name].integer_bits}
 """Bits of weight-only quantization that loaders run, by layout."""
 _FORMATS_WITHOUT_LAYOUT = ("nf4", "llm-int8")
 """Methods whose weights no layout holds."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import msgspec
@@ -46,14 +48,19 @@ class QuantizeActivations(Pass):
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantize inputs in a clone of `program`."""
-        return apply_rules(program, [_Input(self.format)])
+        return apply_rules(program, [RoundInput(self.format)])
 
 
-class _Input(Rule):
-    """The input of one linear."""
+class RoundInput(Rule):
+    """The input of one linear.
 
-    def __init__(self, format: DynamicFormat) -> None:
+    Args:
+        kept: by the name of a linear's node: why its input stays as it is.
+    """
+
+    def __init__(self, format: DynamicFormat, kept: Mapping[str, str] = MappingProxyType({})) -> None:
         self.format: DynamicFormat = format
+        self._kept = kept
         self._made: dict[Node, Node] = {}
 
     def match(self, program: Program, node: Node) -> Match | Miss | None:
@@ -61,6 +68,7 @@ class _Input(Rule):
         if site is None or site.placeholder is not None:
             return None
         reason = "its input is already quantized" if site.activations else obstacle(site, self.format)
+        reason = reason or self._kept.get(node.name)
         return Miss(node.name, reason) if reason else Match(node, {"site": site})
 
     def rewrite(self, program: Program, match: Match) -> None:

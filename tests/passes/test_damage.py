@@ -47,6 +47,7 @@ from optc.passes.quantization.nf4 import QuantizeNf4
 from optc.passes.quantization.nvfp4 import QuantizeNvfp4
 from optc.passes.quantization.round_scales import RoundScales
 from optc.passes.quantization.rtn import QuantizeRtn
+from optc.passes.quantization.smooth_activations import QuantizeSmoothActivations
 from optc.passes.quantization.static import QuantizeStatic
 from optc.passes.quantization.tune_scales import TuneScales
 from optc.passes.registry import passes
@@ -175,6 +176,7 @@ CASES: list[tuple[Pass, tuple[Pass, ...], dict[str, Damage]]] = [
     }),
     (QuantizeActivations(), (RTN_8,), {"scale": ACTIVATION_SCALE, "order": ACTIVATION_ORDER}),
     (QuantizeActivations(format="fp8"), (QuantizeFp8(),), {"scale": ACTIVATION_SCALE, "order": ACTIVATION_ORDER}),
+    (QuantizeSmoothActivations(), (RTN_8,), {"scale": ACTIVATION_SCALE, "order": ACTIVATION_ORDER}),
     (QuantizeInputs(format="int8"), (RTN_8,), {
         "scale": ACTIVATION_SCALE, "clipped": weights("_input_scale", times(1 / 7)), "coarse": weights("_input_scale", times(7.0)),
     }),

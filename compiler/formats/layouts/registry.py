@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from optc.compiler.formats.group_sizes import BITS
 from optc.compiler.formats.layouts import awq, bitsandbytes, compressed_tensors, fp8_blocks, gptq, modelopt
 from optc.compiler.formats.layouts.awq.reader import Awq
 from optc.compiler.formats.layouts.awq.writer import AwqWriter
@@ -33,20 +34,32 @@ class CheckpointLayout:
         reader: from its config and the folder's tensors to what reads its linears.
         writer: from the weights to what writes them; None where optc only reads it.
         chosen: it is a choice of `--layout`; the others belong to a target of their own.
+        integer_bits: of integer weights that both the layout and its loaders take.
     """
 
     name: str
     reader: Callable[[ConfigReader, TensorReader], Any]
     writer: Callable[[Sequence[QuantizedWeight]], LayoutWriter] | None
     chosen: bool = True
+    integer_bits: tuple[int, ...] = ()
 
 
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        CheckpointLayout(compressed_tensors.METHOD, CompressedTensors, lambda _: CompressedTensorsWriter()),
-        CheckpointLayout(awq.METHOD, Awq, lambda _: AwqWriter()),
-        CheckpointLayout(gptq.METHOD, Gptq, lambda weights: GptqWriter(keeps_exact_zeros(weights))),
+        CheckpointLayout(
+            compressed_tensors.METHOD,
+            CompressedTensors,
+            lambda _: CompressedTensorsWriter(),
+            integer_bits=CompressedTensorsWriter().bits,
+        ),
+        CheckpointLayout(awq.METHOD, Awq, lambda _: AwqWriter(), integer_bits=(awq.BITS,)),
+        CheckpointLayout(
+            gptq.METHOD,
+            Gptq,
+            lambda weights: GptqWriter(keeps_exact_zeros(weights)),
+            integer_bits=BITS,
+        ),
         CheckpointLayout(fp8_blocks.METHOD, Fp8Blocks, lambda _: Fp8BlocksWriter()),
         CheckpointLayout(modelopt.METHOD, ModelOpt, lambda _: ModelOptWriter(), chosen=False),
         CheckpointLayout(bitsandbytes.METHOD, Bitsandbytes, None, chosen=False),
