@@ -63,6 +63,7 @@ ROWS = (
     Row("rotate+gptq-4", "rotate+gptq", 4, True, goal=0.26),
     Row("rotate+gptq-4-asym", "rotate+gptq", 4, False),
     Row("rotate+gptq-3", "rotate+gptq", 3, True),
+    Row("best-3", "best", 3, True),
     Row("best-4", "best", 4, True),
     Row("rotate+best-4", "rotate+best", 4, True, goal=0.26),
     Row("rotate+best-3", "rotate+best", 3, True, goal=0.17),
