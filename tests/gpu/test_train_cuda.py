@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +101,69 @@ def test_memory_is_split(start: tuple[Path, Path]) -> None:
     assert found.peak >= found.weights + found.gradients + found.optimizer
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero1"])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_of_the_command_give_the_curve_of_one_process(
-    start: tuple[Path, Path], tmp_path: Path, kind: str, ranks: int
-) -> None:
-    if torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} GPUs")
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
+@pytest.fixture(scope="module")
+def alone(start: tuple[Path, Path]) -> list[float | None]:
+    return curve(start, "cuda")
+
+
+def recipe(start: tuple[Path, Path], folder: Path) -> Path:
+    """What `curve` runs, for the command."""
+    path = folder / "recipe.yaml"
+    path.write_text(
         f"model: {start[0]}\ndata: {{text: [{start[1]}]}}\nmax_steps: 6\nbatch_size: 4\nseq_len: 32\ndevice: cuda\n"
         "optimizer: {lr: 0.01}\nsaving: {every: 4}\n"
     )
-    torchrun(ranks, "-m", "optc", "train", recipe, "--set", f"parallel.kind={kind}", "-o", tmp_path / "out")
-    found = [row.loss for row in read_log(tmp_path / "out" / "log.jsonl")]
-    assert found == pytest.approx(curve(start, "cuda"), abs=2e-4)
+    return path
+
+
+def parallel(kind: str) -> list[str]:
+    """The flags of a kind of parallelism; skips where the machine has it not."""
+    kind, _, stage = kind.partition("-")
+    if kind == "deepspeed":
+        pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
+    settings = [f"parallel.kind={kind}", *([f"parallel.zero_stage={stage}"] if stage else [])]
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def losses(folder: Path) -> list[float | None]:
+    return [row.loss for row in read_log(folder / "log.jsonl")]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero1", "deepspeed-2", "deepspeed-3"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_of_the_command_give_the_curve_of_one_process(
+    start: tuple[Path, Path], alone: list[float | None], tmp_path: Path, kind: str, ranks: int
+) -> None:
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    flags = parallel(kind)
+    torchrun(ranks, "-m", "optc", "train", recipe(start, tmp_path), *flags, "-o", tmp_path / "out")
+    assert losses(tmp_path / "out") == pytest.approx(alone, abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "deepspeed-3"])
+def test_two_ranks_resume(start: tuple[Path, Path], alone: list[float | None], tmp_path: Path, kind: str) -> None:
+    """Three steps, then processes that go on from their checkpoint."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    saving = ["--set", "saving.every=3", "--set", "saving.keep_run=true", "-o", tmp_path / "out"]
+    command = ["-m", "optc", "train", recipe(start, tmp_path), *parallel(kind), *saving]
+    torchrun(2, *command, "--set", "schedule.kind=constant", "--max-steps", "3")
+    shutil.rmtree(tmp_path / "out")
+    torchrun(2, *command, "--set", "schedule.kind=constant", "--resume")
+    whole = curve(start, "cuda", schedule={"kind": "constant"})
+    assert losses(tmp_path / "out") == pytest.approx(whole, abs=2e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "sophia"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_other_optimizers_on_two_ranks(start: tuple[Path, Path], tmp_path: Path, kind: str, optimizer: str) -> None:
+    """Sophia draws its noise on each rank: its curve goes the way of one process, not through the same points."""
+    pytest.importorskip("pytorch_optimizer", reason="needs the extra `train`")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    more = {"name": optimizer, "lr": 1e-3, **({"hessian_every": 3} if optimizer == "sophia" else {})}
+    flags = [word for key, value in more.items() for word in ("--set", f"optimizer.{key}={value}")]
+    torchrun(2, "-m", "optc", "train", recipe(start, tmp_path), *parallel(kind), *flags, "-o", tmp_path / "out")
+    tolerance = {"lion": 2e-4, "sophia": 0.1}[optimizer]
+    assert losses(tmp_path / "out") == pytest.approx(curve(start, "cuda", optimizer=more), abs=tolerance)
