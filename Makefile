@@ -49,7 +49,7 @@ FUZZ_SECONDS ?= 30
 FUZZ_JOBS ?= 1
 FUZZ ?= /tmp/optc-fuzz
 
-fuzz: $(VENV)/.ready-test # 24 readers, FUZZ_SECONDS each; figures in FUZZ/figures.json, inputs that fail in FUZZ/failed
+fuzz: $(VENV)/.ready-test # 35 readers, FUZZ_SECONDS each; figures in FUZZ/figures.json, inputs that fail in FUZZ/failed
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz.campaign --seconds $(FUZZ_SECONDS) --jobs $(FUZZ_JOBS) --work $(FUZZ) \
 		--json $(FUZZ)/figures.json --keep $(FUZZ)/failed
 

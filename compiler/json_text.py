@@ -8,6 +8,20 @@ from typing import Any
 from optc.compiler.nesting import check_nesting
 
 
+def check_values(data: bytes, most: int) -> None:
+    """Refuse JSON of too many values before it is parsed: as objects of Python they take up to a hundred times its bytes.
+
+    Args:
+        most: values, each element of a list, key, list and object counted as one; so are commas and the like in texts.
+
+    Raises:
+        ValueError: there are more.
+    """
+    found = sum(map(data.count, (b",", b":", b"[", b"{")))
+    if found > most:
+        raise ValueError(f"it holds up to {found} values; at most {most} are read")
+
+
 def parse_json(data: bytes) -> Any:
     """The value of JSON text in UTF-8.
 

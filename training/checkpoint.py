@@ -28,8 +28,8 @@ from optc.compiler.artifact.publishing import write_folder
 from optc.compiler.diagnostics import InputError, os_errors
 from optc.compiler.files import damage, write_sums
 from optc.training.data import Position
-from optc.training.optimizers import place_state, plain_values
-from optc.training.state_file import read_state_file
+from optc.training.optimizers import place_state, plain_values, restore_groups
+from optc.training.state_file import another_model, read_state_file
 
 FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,12})")
@@ -267,11 +267,6 @@ def _restore_optimizer(
     for name in {key.partition("::")[0] for key in tensors} | values.parameters.keys():
         if name not in named:
             raise another_model(folder, f"it has optimizer state of {name}")
-    if len(values.groups) != len(optimizer.param_groups):
-        raise another_model(
-            folder,
-            f"{len(values.groups)} groups of parameters, the optimizer has {len(optimizer.param_groups)}",
-        )
     for key, tensor in tensors.items():
         name, _, field = key.partition("::")
         parameter = named[name]
@@ -283,8 +278,10 @@ def _restore_optimizer(
         optimizer.state[parameter][field] = place_state(optimizer, parameter, tensor)
     for name, row in values.parameters.items():
         optimizer.state[named[name]].update(row)
-    for group, row in zip(optimizer.param_groups, values.groups, strict=True):
-        group.update(row)
+    try:
+        restore_groups(optimizer, values.groups)
+    except ValueError as error:
+        raise another_model(folder, str(error)) from error
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -340,16 +337,6 @@ def compare_shapes(folder: Path, expected: dict[str, tuple[int, ...]], found: di
     for name, shape in expected.items():
         if tuple(found[name].shape) != shape:
             raise another_model(folder, f"{name} is {tuple(found[name].shape)} in the checkpoint, {shape} in the model")
-
-
-def another_model(folder: Path, why: str) -> InputError:
-    """The error for a checkpoint of another model."""
-    return InputError(
-        "the checkpoint belongs to another model",
-        where=str(folder),
-        why=why,
-        remedy="give the model folder that the run started from, or another output",
-    )
 
 
 def _bound(config: dict[str, Any]) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from optc.compiler.artifact.publishing import disk_errors
 from optc.compiler.diagnostics import InputError, OptcError
-from optc.training.checkpoint import another_model, compare_shapes, read_tensors
+from optc.training.checkpoint import compare_shapes, read_tensors
 from optc.training.deepspeed_zero import EngineOptimizer, check_deepspeed, gather_state
-from optc.training.optimizers import place_state, plain_values
+from optc.training.optimizers import place_state, plain_values, restore_groups
 from optc.training.sharded_checkpoint import model_tensors, shared_folder
-from optc.training.state_file import read_state_file
+from optc.training.state_file import another_model, read_state_file
 
 _STATE = "deepspeed.json"
 _WEIGHTS = "model.safetensors"
@@ -76,10 +76,10 @@ def load_deepspeed(folder: Path, model: nn.Module, optimizer: EngineOptimizer) -
         )
     _load_weights(folder, model)
     _load_flat(folder, _part(rank, size), optimizer)
-    if len(state.groups) != len(optimizer.param_groups):
-        raise another_model(folder, f"{len(state.groups)} groups of parameters, not {len(optimizer.param_groups)}")
-    for group, values in zip(optimizer.param_groups, state.groups, strict=True):
-        group.update(values)
+    try:
+        restore_groups(optimizer, state.groups)
+    except ValueError as error:
+        raise another_model(folder, str(error)) from error
     return state.extra
 
 

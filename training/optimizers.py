@@ -96,6 +96,28 @@ def plain_values(group: dict[str, Any]) -> dict[str, int | float | bool]:
     return {key: value for key, value in group.items() if type(value) in (int, float, bool)}
 
 
+def restore_groups(optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> None:
+    """Give the groups of a fresh optimizer the numbers that a checkpoint kept of them (`plain_values`).
+
+    Raises:
+        ValueError: they are not those of this optimizer: another number of groups, a value of another kind, another flag,
+            or something in place of what is no number.
+    """
+    if len(groups) != len(optimizer.param_groups):
+        raise ValueError(f"{len(groups)} groups of parameters, the optimizer has {len(optimizer.param_groups)}")
+    for group, values in zip(optimizer.param_groups, groups, strict=True):
+        for key, own in plain_values(group).items():
+            value = values.get(key)
+            if isinstance(value, bool) != isinstance(own, bool) or not isinstance(value, int | float):
+                raise ValueError(f"'{key}' of a group is {value!r}"[:200])
+            if isinstance(own, bool) and value is not own:
+                raise ValueError(f"'{key}' of a group is {value}, the optimizer's is {own}")
+        other = [key for key in values if key in group and key not in plain_values(group)]
+        if other or values != plain_values(values):
+            raise ValueError(f"a group holds what is no number: {', '.join(other or values)[:200]}")
+        group.update(values)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
     """Set every group's rate to a share of its peak, which the group keeps as `peak_lr`."""
     for group in optimizer.param_groups:

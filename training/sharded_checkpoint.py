@@ -25,10 +25,17 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from optc.compiler.artifact.publishing import write_folder
 from optc.compiler.diagnostics import InputError, os_errors
 from optc.compiler.files import write_sums
-from optc.training.optimizers import counter_device, plain_values
-from optc.training.state_file import read_state_file
+from optc.training.optimizers import counter_device, plain_values, restore_groups
+from optc.training.state_file import another_model, read_state_file
 
 _STATE = "state.json"
+
+
+class _State(msgspec.Struct, frozen=True):
+    """What is no tensor."""
+
+    groups: list[dict[str, Any]]
+    extra: dict[str, Any]
 
 
 def save_sharded(
@@ -96,7 +103,10 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     saved = _saved_shapes(folder)
     wanted: dict[str, Any] = {f"model::{name}": item.detach() for name, item in model_tensors(model).items()}
     _compare(folder, saved, {name: tuple(item.shape) for name, item in wanted.items()})
-    keys = sorted({name.split("::")[2] for name in saved if name.startswith("optimizer::")})
+    parts = [name.split("::") for name in saved if name.startswith("optimizer::")]
+    if strange := [names for names in parts if len(names) != 3]:
+        raise another_model(folder, f"{'::'.join(strange[0])[:200]!r} is the name of no state of an optimizer")
+    keys = sorted({key for _, _, key in parts})
     for name, parameter in _owned(model, optimizer):
         for key in keys:
             shape = saved.get(f"optimizer::{name}::{key}")
@@ -108,10 +118,12 @@ def load_sharded(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
             optimizer.state[parameter][key] = wanted[f"optimizer::{name}::{key}"] = value.detach()
     with torch.no_grad(), _failures("reading the checkpoint", folder):
         dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)))
-    state = read_state_file(folder / _STATE, dict[str, Any])
-    for group, values in zip(optimizer.param_groups, state["groups"], strict=True):
-        group.update(values)
-    return dict(state["extra"])
+    state = read_state_file(folder / _STATE, _State)
+    try:
+        restore_groups(optimizer, state.groups)
+    except ValueError as error:
+        raise another_model(folder, str(error)) from error
+    return state.extra
 
 
 @contextmanager
@@ -173,10 +185,8 @@ def _compare(folder: Path, saved: dict[str, tuple[int, ...]], wanted: dict[str, 
     different = sorted(model ^ wanted.keys()) or [name for name in wanted if saved[name] != wanted[name]]
     if different:
         name = different[0]
-        raise InputError(
-            "the checkpoint belongs to another model",
-            where=str(folder),
-            why=f"{name.removeprefix('model::')} is {saved.get(name, 'absent')} in the checkpoint, "
+        raise another_model(
+            folder,
+            f"{name.removeprefix('model::')} is {saved.get(name, 'absent')} in the checkpoint, "
             f"{wanted.get(name, 'absent')} in the model",
-            remedy="give the model that the run started from",
         )

@@ -33,3 +33,13 @@ def read_state_file(path: Path, kind: type[T]) -> T:
             why=str(error),
             remedy="remove this checkpoint's folder; the one before it is used then",
         ) from error
+
+
+def another_model(folder: Path, why: str) -> InputError:
+    """The error for a checkpoint of another model."""
+    return InputError(
+        "the checkpoint belongs to another model",
+        where=str(folder),
+        why=why,
+        remedy="give the model folder that the run started from, or another output",
+    )

@@ -1,18 +1,45 @@
-"""Rows of Parquet files and of folders written by `datasets.save_to_disk` (extra `datasets`)."""
+"""Rows of Parquet files and of folders written by `datasets.save_to_disk` (extra `datasets`).
+
+Both are compressed or refer to other files, so what strangers wrote could stand for far more than it is, or for what lies
+elsewhere: sizes and names are looked at before anything is unpacked, and only texts and numbers are decoded.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from optc.compiler.diagnostics import InputError, UsageError, os_errors
+import msgspec
+
+from optc.compiler.diagnostics import InputError, UsageError, foreign_errors, os_errors
+from optc.compiler.files import open_plain, read_plain
+from optc.compiler.nesting import check_nesting
 
 _COLUMNS = ("text", "tokens", "input_ids")
 MASK, LABELS = "attention_mask", "labels"
 """Columns beside token ids that say which of them count."""
-_ROWS = 1024  # read at a time
+_ROWS, _BATCH_BYTES = 1024, 64 << 20
+"""Rows that are read at a time, and what so many may take as their average is; one at least."""
+_MOST_GROWTH, _SMALL = 200, 256 << 20
+"""How many times its size a column may have when it is unpacked, beyond so many bytes: text has up to 10."""
+_MOST_JSON = 16 << 20  # bytes of a file that describes a dataset
+_DESCRIPTIONS = ("state.json", "dataset_info.json")
+_PLAIN_FEATURES = ("Value", "List", "LargeList", "Sequence")
+"""Types of `datasets` that hold what stands in the file."""
+
+
+class _DataFile(msgspec.Struct):
+    """A file of rows, whose name must lead nowhere else."""
+
+    filename: Annotated[str, msgspec.Meta(pattern=r"\A[\w-][\w.-]{0,200}\Z")]
+
+
+class _State(msgspec.Struct):
+    """state.json, as far as it names files."""
+
+    files: list[_DataFile] = msgspec.field(name="_data_files")
 
 
 def is_dataset(path: Path) -> bool:
@@ -33,35 +60,97 @@ def read_rows(path: Path, *, kind: str, seed: int | None = None) -> Iterator[dic
     """
     try:
         import datasets
-        import pyarrow
-        import pyarrow.parquet
     except ImportError as error:
         raise UsageError(
             f"the {kind} data is a dataset, which needs the library datasets",
             why=str(error),
             remedy="pip install 'optc[datasets]'",
         ) from error
-    with os_errors(f"reading the {kind} data", str(path)):
-        try:
-            if path.suffix.lower() == ".parquet":
-                file = pyarrow.parquet.ParquetFile(path)
-                columns = _columns(file.schema_arrow.names, path, kind)
-                groups = _ordered(file.num_row_groups, seed)
-                for batch in file.iter_batches(batch_size=_ROWS, row_groups=groups, columns=columns):
-                    yield from batch.to_pylist()
-                return
-            _check_folder(path, kind)
-            found = datasets.load_from_disk(str(path))
-            columns = _columns(found.column_names, path, kind)
-            rows = found.select_columns(columns).with_format(None)
-            yield from rows if seed is None else (rows[index] for index in _ordered(len(rows), seed))
-        except (pyarrow.ArrowException, ValueError, LookupError, TypeError, AttributeError) as error:
+    damaged = foreign_errors(
+        f"the {kind} data is damaged", where=str(path), remedy="download or write the dataset again"
+    )
+    with damaged, os_errors(f"reading the {kind} data", str(path)):
+        if path.suffix.lower() == ".parquet":
+            yield from _parquet_rows(path, kind, seed)
+            return
+        _check_folder(path, kind)
+        found = datasets.load_from_disk(str(path))
+        columns = _columns(found.column_names, path, kind)
+        _check_types(found.features, columns, path, kind)
+        table = found.data.table.select(columns)
+        yield from _checked_rows(
+            table.to_batches(max_chunksize=_ROWS)
+            if seed is None
+            else (table.slice(index, 1) for index in _ordered(table.num_rows, seed))
+        )
+
+
+def _parquet_rows(path: Path, kind: str, seed: int | None) -> Iterator[dict[str, Any]]:
+    """Rows of a file, one at a time: a text that stands in many of them is in memory once."""
+    import pyarrow
+    import pyarrow.parquet
+
+    with open_plain(path, f"reading the {kind} data") as plain:
+        file = pyarrow.parquet.ParquetFile(plain)
+        columns = _columns(file.schema_arrow.names, path, kind)
+        size = _batch_rows(file.metadata, columns, path, kind)
+        texts = [name for name in columns if pyarrow.types.is_string(file.schema_arrow.field(name).type)]
+        file = pyarrow.parquet.ParquetFile(plain, metadata=file.metadata, read_dictionary=texts)
+        for batch in file.iter_batches(
+            batch_size=size, row_groups=_ordered(file.num_row_groups, seed), columns=columns
+        ):
+            for row in range(batch.num_rows):
+                yield {name: batch.column(name)[row].as_py() for name in columns}
+
+
+def _batch_rows(metadata: Any, columns: Sequence[str], path: Path, kind: str) -> int:
+    """Rows to read at a time.
+
+    Raises:
+        InputError: a column would be unpacked to far more than it is.
+    """
+    largest = 1.0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for chunk in (group.column(index) for index in range(group.num_columns)):
+            if chunk.path_in_schema.partition(".")[0] not in columns:
+                continue
+            packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
+            if unpacked > max(_SMALL, _MOST_GROWTH * packed):
+                raise InputError(
+                    f"the {kind} data would be unpacked to far more than it is",
+                    where=f"{path}: group {number}, {chunk.path_in_schema[:100]}",
+                    why=f"{packed} bytes stand for {unpacked}",
+                    remedy="use another copy; if it is what you want, write it without compression",
+                )
+            largest = max(largest, max(unpacked, 8 * chunk.num_values) / max(1, group.num_rows))
+    return int(max(1, min(_ROWS, _BATCH_BYTES / largest)))
+
+
+def _check_types(features: Any, columns: Sequence[str], path: Path, kind: str) -> None:
+    """Refuse columns of which `datasets` makes something else than texts and numbers: images it would open, or fetch."""
+    for name in columns:
+        if any(type(part).__name__ not in _PLAIN_FEATURES for part in _parts(features[name])):
             raise InputError(
-                f"the {kind} data is damaged",
+                f"the column '{name}' of the {kind} data holds neither text nor token ids",
                 where=str(path),
-                why=str(error),
-                remedy="download or write the dataset again",
-            ) from error
+                why=f"its type is {str(features[name])[:100]}",
+                remedy="write texts, or lists of integers",
+            )
+
+
+def _parts(feature: Any) -> Iterator[Any]:
+    """A type, and those inside of it."""
+    yield feature
+    if hasattr(feature, "feature"):
+        yield from _parts(feature.feature)
+
+
+def _checked_rows(parts: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Rows of tables that are mapped from files: Arrow believes what a file says of where its texts and lists lie."""
+    for part in parts:
+        part.validate(full=True)
+        yield from part.to_pylist()
 
 
 def _ordered(count: int, seed: int | None) -> Sequence[int]:
@@ -84,6 +173,12 @@ def _check_folder(path: Path, kind: str) -> None:
             why="it has no state.json",
             remedy="give a folder written by datasets' save_to_disk, or files",
         )
+    described = {name: read_plain(path / name, "reading a dataset", most=_MOST_JSON) for name in _DESCRIPTIONS}
+    for text in described.values():
+        check_nesting(msgspec.json.decode(text))
+    for entry in msgspec.json.decode(described["state.json"], type=_State).files:
+        with open_plain(path / entry.filename, "reading a dataset", follow=False):
+            pass
 
 
 def _columns(names: list[str], path: Path, kind: str) -> list[str]:

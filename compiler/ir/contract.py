@@ -9,6 +9,9 @@ import msgspec
 MOST = 1 << 62
 """The largest size and count: JSON has no bound, arrays and their products do."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
+_TYPE = r"\A(bool|u?int(8|16|32|64)|b?float16|float(32|64)|complex(64|128)|float8_e4m3fn|float8_e5m2)\Z"
+TypeName = Annotated[str, msgspec.Meta(pattern=_TYPE)]
+"""What torch calls a type of elements: files are held to it, as engines look the name up."""
 
 InputRole = Literal[
     "input_ids",
@@ -71,7 +74,7 @@ class Input(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     role: InputRole
-    dtype: str
+    dtype: TypeName
     dims: tuple[int | str, ...]
 
 

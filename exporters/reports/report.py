@@ -177,4 +177,4 @@ def _stages(directory: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of each stage, an encoder's first."""
     for place, before in (("ir/encoder", "encoder: "), ("ir", "")):
         for path in sorted((directory / place).glob("*.txt")):
-            yield before + path.stem, path.read_text()
+            yield before + path.stem, path.read_text(encoding="utf-8", errors="replace")

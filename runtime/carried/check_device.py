@@ -38,6 +38,8 @@ _DISTRIBUTIONS = {
 _SPARE = 1.25
 """Memory that is asked for, over the size of weights and caches."""
 _MOST = 1 << 62
+_MOST_JSON = 32 << 20
+"""Bytes of manifest.json: as objects of Python they take up to thirty times as many."""
 _NATIVE = (".so", ".pt2")
 _NATIVE_BYTES = 256 << 20
 
@@ -314,6 +316,8 @@ def read(folder: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
             found.append(None)
             continue
         try:
+            if os.path.getsize(path) > _MOST_JSON:
+                raise ValueError(f"it has {os.path.getsize(path)} bytes, more than {_MOST_JSON}")
             with open(path, encoding="utf-8") as file:
                 found.append(json.load(file))
         except (OSError, ValueError, RecursionError) as error:

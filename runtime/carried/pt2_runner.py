@@ -21,6 +21,7 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import stat
@@ -28,7 +29,7 @@ import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,6 +54,10 @@ _DTYPES = {
 
 MOST_MEMBERS, MOST_DIRECTORY = 10_000, 4 << 20
 """Files in a package; a model of hundreds of layers has some tens."""
+MOST_MANIFEST = 32 << 20
+"""Bytes of manifest.json."""
+MOST_UNPACKED = 1 << 30
+"""Bytes that the arrays of an .npz may have beyond those of the file: 10 MB of it can stand for 10 GB of zeros."""
 MOST_GROWTH = 8
 """Times its size that a package may have when it is unpacked; torch does not compress what it writes."""
 
@@ -311,8 +316,10 @@ def generate(
 class _BoundedFile(io.FileIO):
     """A file whose list of members is read only where it is short: as objects it takes ten times the memory."""
 
+    is_bounded = True
+
     def read(self, size: int | None = -1) -> bytes:
-        if size is not None and size > MOST_DIRECTORY:
+        if self.is_bounded and size is not None and size > MOST_DIRECTORY:
             raise zipfile.BadZipFile(f"its list of members has {size} bytes, more than {MOST_DIRECTORY}")
         return super().read(size) or b""
 
@@ -375,7 +382,7 @@ def open_folder(folder: Path) -> Package:
         PackageError: no artifact of this kind, a damaged file, or a host that cannot run it.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(_manifest_text(folder))
         entries = [(str(item["path"]), item["size"], str(item["sha256"])) for item in manifest["files"]]
         engine, info, needs = (
             manifest["engine"],
@@ -393,6 +400,13 @@ def open_folder(folder: Path) -> Package:
             if not intact or hashlib.file_digest(stream, "sha256").hexdigest() != digest:
                 raise PackageError(f"{file}: the file was changed after it was written")
     return Package(folder, info, needs)
+
+
+def _manifest_text(folder: Path) -> str:
+    path = _file(folder, "manifest.json")
+    if path.stat().st_size > MOST_MANIFEST:
+        raise ValueError(f"it has {path.stat().st_size} bytes, more than {MOST_MANIFEST}")
+    return path.read_text(encoding="utf-8")
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -446,12 +460,53 @@ def run_arrays(options: Any) -> int:
     return 0
 
 
+def check_unpacked(file: BinaryIO) -> None:
+    """Refuse an .npz or .npy whose arrays would take far more than it: NumPy takes memory by their headers, before it
+    reads, and unpacks of a member as much as it is said to have.
+
+    Raises:
+        ValueError: says how much. Whatever zipfile raises of a damaged one.
+    """
+    size, packed = os.fstat(file.fileno()).st_size, file.read(2) == b"PK"
+    file.seek(0)
+    if packed:
+        with _BoundedFile(file.fileno(), closefd=False) as bounded, zipfile.ZipFile(bounded) as archive:
+            bounded.is_bounded = False
+            unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > size + MOST_UNPACKED:
+                raise ValueError(f"{size} bytes would be unpacked to {unpacked}")
+            for member in archive.infolist():
+                with archive.open(member) as stream:
+                    _check_header(stream, member.file_size)
+    else:
+        _check_header(file, size)
+    file.seek(0)
+
+
+def _check_header(file: Any, size: int) -> None:
+    """Hold what the header of an array promises to the bytes that there are; of anything else NumPy says what is wrong."""
+    import numpy as np
+
+    try:
+        version = np.lib.format.read_magic(file)
+    except ValueError:
+        return
+    known = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version in known:
+        shape, _, dtype = known[version](file)
+        taken = math.prod(shape) * dtype.itemsize
+        if taken > size:
+            raise ValueError(f"its header promises {taken} bytes, more than the file has: {size}")
+
+
 def _read_arrays(path: Path, inputs: Sequence[Any]) -> list[Any]:
     import numpy as np
 
     if not path.is_file():  # a pipe would block
         raise PackageError(f"{path} is no file")
     try:
+        with path.open("rb") as packed:
+            check_unpacked(packed)
         with np.load(path, allow_pickle=False) as file:
             missing = [item["name"] for item in inputs if item["name"] not in file]
             arrays = [] if missing else [file[item["name"]] for item in inputs]

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple, Sequence
 import numpy as np
 
 FORMAT = 1
+_MOST_DESCRIPTION = 1 << 20  # bytes of engine.json
 PORTABLE = (80, 86, 89, 120, 121)
 """Compute capabilities, times ten, that a portable plan of TensorRT for RTX runs on."""
 _BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT32": 4, "INT64": 8, "INT8": 1, "FP8": 1}
@@ -607,6 +608,8 @@ def read_description(folder: str) -> dict[str, Any]:
     """
     path = os.path.join(folder, "engine.json")
     try:
+        if os.path.getsize(path) > _MOST_DESCRIPTION:
+            raise ValueError(f"it has {os.path.getsize(path)} bytes, more than {_MOST_DESCRIPTION}")
         with open(path, encoding="utf-8") as file:
             info = json.load(file)
         cache = info["cache"]

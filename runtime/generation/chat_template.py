@@ -1,7 +1,7 @@
 """The model's own chat template: messages in, the text of a prompt out.
 
 The template is code that came with the model. It runs in Jinja's sandbox, with what transformers gives it
-(`apply_chat_template`): a few filters, no access to the machine.
+(`apply_chat_template`): a few filters, no access to the machine, and bounds of time and memory (`template_sandbox`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from jinja2.ext import Extension
 
 from optc.compiler.diagnostics import InputError
 from optc.compiler.files import read_plain
+from optc.runtime.generation import template_sandbox
 from optc.runtime.generation.tokenizer import read_config
 
 _LARGEST = 1 << 20  # characters of a template, and bytes of its file
@@ -72,14 +73,15 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str], where: str) -> None:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        environment = template_sandbox.BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = to_json
+        environment.add_filter("tojson", to_json)
         environment.globals |= {"raise_exception": _raise, "strftime_now": _now, "namespace": _Namespace}
         try:
-            self._template = environment.from_string(source)
-            names = jinja2.meta.find_undeclared_variables(environment.parse(source))
+            with template_sandbox.given():  # what is constant is computed while it is compiled
+                self._template = environment.from_string(source)
+                names = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise InputError(
                 "the chat template does not parse",
@@ -108,7 +110,8 @@ class ChatTemplate:
         """
         given = {"messages": messages, "tools": tools, "add_generation_prompt": asks}
         try:
-            return self._template.render(**{**self._tokens, **extra, **given})
+            with template_sandbox.given():
+                return self._template.render(**{**self._tokens, **extra, **given})
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise InputError(
                 "the chat template refuses the messages",
@@ -140,8 +143,8 @@ def load_chat_template(folder: Path) -> ChatTemplate | None:
     found = read_config(path).get("chat_template") or config.get("chat_template")
     where = str(path if path.is_file() else folder / "tokenizer_config.json")
     if isinstance(found, list):  # several by name
-        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
-        found = named.get("default")
+        named = (item for item in found if isinstance(item, dict) and item.get("name") == "default")
+        found = next((item.get("template") for item in named), None)
     if found is None:
         return None
     if not isinstance(found, str) or len(found) > _LARGEST:

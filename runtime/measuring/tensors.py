@@ -14,6 +14,7 @@ from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import InputError, UsageError, foreign_errors
 from optc.compiler.files import open_plain
 from optc.compiler.ir.contract import Contract
+from optc.runtime.carried.pt2_runner import check_unpacked
 from optc.runtime.measuring.benchmark import median_rate, peak_rss_bytes
 from optc.runtime.sessions.tensor_model import Array, TensorModel
 
@@ -61,6 +62,7 @@ def _read(path: Path, names: Sequence[str]) -> Batch:
     where = str(path)
     damaged = foreign_errors("the inputs cannot be read", where=where, remedy="write them by numpy.savez")
     with damaged, open_plain(path, "reading inputs") as file:
+        check_unpacked(file)
         loaded = np.load(file, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
             if len(names) > 1:

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 Call = Callable[..., Sequence[Array]]
 """An engine: the inputs of a contract in order, as contiguous arrays, to its outputs in order."""
 
-_NUMPY_LACKS = {"bfloat16": "float32"}
+_NUMPY_LACKS = dict.fromkeys(("bfloat16", "float8_e4m3fn", "float8_e5m2"), "float32")
 """Types of inputs that arrays cannot have -> the type in which they are given."""
 
 

@@ -11,11 +11,20 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from optc.compiler.diagnostics import GateError, InputError, NoMatchError, OptcError, TargetError, UsageError, os_errors
+from optc.compiler.diagnostics import (
+    JSON_ERRORS,
+    GateError,
+    InputError,
+    NoMatchError,
+    OptcError,
+    TargetError,
+    UsageError,
+    os_errors,
+)
 from optc.compiler.files import read_plain, replace_file
 from optc.compiler.model_folder.checkpoint import check_folder, weights_digest
 from optc.hub import local_model
@@ -29,6 +38,9 @@ SLACK = 1.02
 """A try whose predicted size is beyond the limit by more than the prediction may be off is not compiled."""
 PROMPT, NEW_TOKENS = 128, 32
 _STATE = "search.json"
+_MOST_STATE = 1 << 20  # bytes; a try takes some hundred
+_Name = Annotated[str, msgspec.Meta(pattern=r"\A[a-z0-9+-]{1,64}\Z")]
+"""Of a try and its folder, which leads nowhere else: folders of tries are removed."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,7 +70,7 @@ class Tried(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         seconds: of the compile.
     """
 
-    name: str
+    name: _Name
     outcome: Literal["made", "too large", "gate", "refused"]
     why: str = ""
     size: int = 0
@@ -81,7 +93,7 @@ class _State(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What is on the disk: of which search, and its tries by name."""
 
     key: str
-    tried: dict[str, Tried]
+    tried: dict[_Name, Tried]
 
 
 def names_of(request: Request, methods: Sequence[str], bits: Sequence[int]) -> list[tuple[str, dict[str, Any]]]:
@@ -212,8 +224,8 @@ class _Search:
                 raise InputError("the folder is not of a search", where=str(self.output), remedy="give an empty one")
             return _State(key=key, tried={})
         try:
-            found = msgspec.json.decode(read_plain(path, "reading the search"), type=_State)
-        except msgspec.DecodeError as error:
+            found = msgspec.json.decode(read_plain(path, "reading the search", most=_MOST_STATE), type=_State)
+        except JSON_ERRORS as error:
             raise InputError(
                 "the search cannot be read", where=str(path), why=str(error), remedy="remove the folder"
             ) from error

@@ -1,4 +1,4 @@
-"""What is given beside a model: folders of draft models and Medusa heads, and files of arrays."""
+"""What is given beside a model: folders of draft models and Medusa heads, files of arrays, folders of datasets."""
 
 from __future__ import annotations
 
@@ -104,3 +104,42 @@ class ArrayFile(Reader):
         contract = Contract(kind="module", inputs=(spec,), outputs=(Output(name="y", role="output"),))
         for batch in read_batches(self.write(name, data), contract):
             checked_inputs(contract, batch.inputs)
+
+
+class DatasetFolder(FolderReader):
+    """Folders of `datasets.save_to_disk`: what they say of themselves, and their rows in Arrow's format."""
+
+    cost = 20.0
+    packages = ("datasets", "pyarrow")
+
+    def prepare(self) -> None:
+        import datasets
+
+        datasets.disable_progress_bars()
+        made = self.place / "made"
+        rows = {"texts": [{"text": "hello world"}, {"text": None}], "tokens": [{"tokens": [1, 2, 3]}, {"tokens": []}]}
+        found: dict[str, bytes] = {}
+        for name, items in rows.items():
+            shutil.rmtree(made, ignore_errors=True)
+            datasets.Dataset.from_list(items).save_to_disk(made)
+            self.copy_of(made, name)
+            found |= {key: data for key, data in self.sound.items() if key.startswith(f"{name}/")}
+        self.sound = found
+
+    def make(self, rng: random.Random) -> Input:
+        name = rng.choice(sorted(self.sound))
+        data = self.sound[name]
+        if name.endswith(".json") and rng.random() < 0.6:
+            return name, text_of(mutated(json.loads(data), rng), rng)
+        return name, blind(data, rng)
+
+    def read(self, name: str, data: bytes) -> None:
+        from optc.compiler.calibration.documents import read_documents
+
+        self.replace(name, data)
+        read_documents(self.place / name.partition("/")[0], _Letters())
+
+
+class _Letters:
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) % 128 for letter in text[:1000]]

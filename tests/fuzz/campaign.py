@@ -28,15 +28,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fuzz.beside import ArrayFile, Drafts
+from fuzz.beside import ArrayFile, DatasetFolder, Drafts
 from fuzz.child import RESTART, Shared, outcome, run_inputs
 from fuzz.readers import CHEAP, Reader, by_name
 from fuzz.seeds import Seeds
 from fuzz.sentence import SentenceFolder
 from fuzz.tally import Tally, figures, write_whole
+from fuzz.texts import TEXTS
+from fuzz.trained import ShardedCheckpoint
 from fuzz.whole import WHOLE
 
-READERS = by_name((*CHEAP, *WHOLE, SentenceFolder, Drafts, ArrayFile))
+READERS = by_name((*CHEAP, *TEXTS, *WHOLE, SentenceFolder, Drafts, ArrayFile, DatasetFolder, ShardedCheckpoint))
 _BATCH_SECONDS = 20.0  # of one child
 _GRACE_SECONDS = 15.0  # behind the campaign's end, for children that are busy
 _TOLD_SECONDS = 5.0

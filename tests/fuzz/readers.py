@@ -389,6 +389,18 @@ class _Letters:
         return [ord(letter) % 128 for letter in text[:1000]]
 
 
+STEP: dict[str, Any] = {
+    "step": 1,
+    "epoch": 0,
+    "loss": 0.5,
+    "cross_entropy": 0.5,
+    "lr": 1e-3,
+    "grad_norm": 1.0,
+    "tokens": 8,
+}
+"""A step of a training run as its log has it, less its times."""
+
+
 class RunFiles(Reader):
     """What a training run keeps beside tensors: log, summary, states of all layouts."""
 
@@ -398,9 +410,8 @@ class RunFiles(Reader):
 
         state = RunState(step=1, position=Position(), model="m", corpus="c", config={"data": {"text": ["x"]}}, run="r")
         plain = msgspec.to_builtins(state)
-        step = {"step": 1, "epoch": 0, "loss": 0.5, "cross_entropy": 0.5, "lr": 1e-3, "grad_norm": 1.0, "tokens": 8}
         self._trees = {
-            "log.jsonl": {**step, "seconds": 0.1, "tokens_per_s": 80.0},
+            "log.jsonl": {**STEP, "seconds": 0.1, "tokens_per_s": 80.0},
             "checkpoint.json": plain,
             "state.json": {"groups": [], "extra": plain},
             "deepspeed.json": {"ranks": 1, "stage": 2, "groups": [{"lr": 0.1}], "extra": plain},

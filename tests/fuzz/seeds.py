@@ -31,6 +31,21 @@ class Seeds:
         """The same with rows and columns of 128 numbers, for what is quantized in blocks."""
         return self._made("wide-model", lambda place: _write_model(place, 128, pairs=2))
 
+    def experts(self) -> Path:
+        """A Mixtral of one layer, two of whose four experts read a token."""
+        return self._made("experts", _write_experts)
+
+    def bitsandbytes(self) -> Path:
+        """The wide model as transformers writes it in 4 bits of bitsandbytes."""
+        from bitsandbytes_folders import write_bitsandbytes
+
+        source = self.wide_model()
+        return self._made("bitsandbytes", lambda place: write_bitsandbytes(place, source))
+
+    def sentences(self) -> Path:
+        """A BERT of one layer with its pooling, as sentence-transformers writes it."""
+        return self._made("sentences", _write_sentences)
+
     def encoder_decoder(self) -> Path:
         """A T5 of one layer with the same tokenizer."""
         return self._made("encoder-decoder", _write_encoder_decoder)
@@ -39,10 +54,10 @@ class Seeds:
         """A text that is long enough for the gate, calibration and training."""
         return self._made("text.txt", lambda place: place.write_text(PROMPT_TEXT))
 
-    def compiled(self, name: str, *arguments: str, wide: bool = False) -> Path:
-        """An artifact of the model: `optc compile MODEL ARGUMENTS`."""
-        model = self.wide_model() if wide else self.model()
-        return self._made(name, lambda place: _optc("compile", model, *arguments, "-o", place))
+    def compiled(self, name: str, *arguments: str, model: Callable[[Seeds], Path] | None = None) -> Path:
+        """An artifact of a model, the plain one if none is given: `optc compile MODEL ARGUMENTS`."""
+        folder = (model or Seeds.model)(self)
+        return self._made(name, lambda place: _optc("compile", folder, *arguments, "-o", place))
 
     def stages(self) -> list[Path]:
         """Finished stages of a work folder."""
@@ -106,6 +121,37 @@ def _write_model(folder: Path, size: int = 32, pairs: int = 1) -> None:
             if weight.dim() > 1:
                 weight.mul_(4.0)
     model.save_pretrained(folder)
+    _write_tokenizer(folder)
+
+
+def _write_experts(folder: Path) -> None:
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        num_local_experts=4,
+        vocab_size=128,
+        max_position_embeddings=256,
+    )
+    transformers.MixtralForCausalLM(config).eval().save_pretrained(folder)
+    _write_tokenizer(folder)
+
+
+def _write_sentences(folder: Path) -> None:
+    import torch
+    import transformers
+    from sentence_folders import MEAN, write_sentence_folder
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64}
+    config = transformers.BertConfig(num_hidden_layers=1, vocab_size=128, pad_token_id=0, **sizes)
+    write_sentence_folder(folder, [*MEAN, ("Normalize", {})], model=transformers.BertModel(config).eval())
     _write_tokenizer(folder)
 
 

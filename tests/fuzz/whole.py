@@ -12,7 +12,7 @@ import random
 import shutil
 import traceback
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ import click
 from fuzz.child import kind_of
 from fuzz.mutations import blind, mutated, places, text_of
 from fuzz.readers import ForkError, Input, Reader, build_safetensors, mutated_safetensors, sealed
-from fuzz.seeds import split_safetensors
+from fuzz.seeds import Seeds, split_safetensors
 
 
 def mutated_file(name: str, data: bytes, rng: random.Random) -> bytes:
@@ -137,11 +137,22 @@ class Quantized(FolderReader):
         "gptq": ("--target", "vllm", "--layout", "gptq", *_RTN),
         "modelopt": ("--target", "trtllm", "--quant", "fp8"),
         "fp8-blocks": ("--target", "vllm", "--quant", "fp8-block", "--layout", "fp8"),
+        "nvfp4": ("--target", "vllm", "--quant", "nvfp4"),
+        "mxfp4": ("--target", "vllm", "--quant", "mxfp4"),
+        "experts-of-four": ("--target", "vllm", "--layout", "compressed-tensors", *_RTN),
+        "bitsandbytes": (),
+    }
+    """Layout -> arguments of the compile; without any, optc reads it and does not write it."""
+    _MODELS: ClassVar[dict[str, Callable[[Seeds], Path]]] = {
+        "fp8-blocks": Seeds.wide_model,
+        "experts-of-four": Seeds.experts,
+        "bitsandbytes": Seeds.bitsandbytes,
     }
 
     def prepare(self) -> None:
         for name, arguments in self._LAYOUTS.items():
-            self.copy_of(self.seeds.compiled(name, *arguments, wide=name == "fp8-blocks"), name)
+            made = self._MODELS.get(name, Seeds.model)
+            self.copy_of(self.seeds.compiled(name, *arguments, model=made) if arguments else made(self.seeds), name)
 
     def make(self, rng: random.Random) -> Input:
         layout = rng.choice(sorted(self._LAYOUTS))
@@ -389,6 +400,8 @@ class Command(FolderReader):
     packages = ("onnx", "onnxruntime")
     refusals = (click.ClickException, click.exceptions.Exit, SystemExit)
     target: ClassVar[tuple[str, ...]] = ("--target", "onnx-cpu")
+    model: ClassVar[Callable[[Seeds], Path]] = Seeds.model
+    prompt: ClassVar[tuple[str, ...]] = ("--prompt-tokens", "5,17", "--max-new-tokens", "3")
     commands: ClassVar[tuple[str, ...]] = ("inspect", "verify", "check", "run", "bundle", "diff", "ir", "eval", "bench")
     _FIELDS = (
         "programs",
@@ -404,7 +417,8 @@ class Command(FolderReader):
     )
 
     def prepare(self) -> None:
-        self.copy_of(self.seeds.compiled("-".join(self.target).strip("-"), *self.target), "a")
+        name = "-".join((*self.target, self.model.__name__)).strip("-")
+        self.copy_of(self.seeds.compiled(name, *self.target, model=type(self).model), "a")
         self._tree = json.loads(self.sound["a/manifest.json"])
         self._tree.pop("self_sha256")
         self._places = [path for path in places(self._tree) if path[0] in self._FIELDS]
@@ -427,7 +441,7 @@ class Command(FolderReader):
         shutil.rmtree(self.place / "b", ignore_errors=True)
         artifact = str(self.place / "a")
         lines: dict[str, list[str]] = {
-            "run": ["run", artifact, "--prompt-tokens", "5,17", "--max-new-tokens", "3"],
+            "run": ["run", artifact, *self.prompt],
             "bundle": ["bundle", artifact, "-o", str(self.place / "b")],
             "diff": ["diff", artifact, "00", "01"],
             "ir": ["inspect", artifact, "--ir"],
@@ -480,6 +494,21 @@ class CommandFolder(Command):
     packages = ()
     target = ("--target", "vllm")
     commands = ("inspect", "verify", "check", "run", "bundle")
+
+
+class CommandPair(Command):
+    """The same for an encoder and the decoder that reads it."""
+
+    model = Seeds.encoder_decoder
+    commands = ("inspect", "verify", "check", "run", "run", "bundle", "eval")
+
+
+class CommandEmbedding(Command):
+    """The same for a model that gives embeddings."""
+
+    model = Seeds.sentences
+    prompt = ("--embed", "--prompt", "ab")
+    commands = ("inspect", "verify", "check", "run", "run", "bundle", "bench")
 
 
 class CommandExecutorch(Command):
@@ -541,6 +570,8 @@ WHOLE: tuple[type[Reader], ...] = (
     Checkpoint,
     Command,
     CommandFolder,
+    CommandPair,
+    CommandEmbedding,
     CommandExecutorch,
 )
 

@@ -27,10 +27,11 @@ from torch.export import ExportedProgram
 
 from optc.compiler import compat
 from optc.compiler.diagnostics import JSON_ERRORS, ArtifactError, InputError, os_errors
-from optc.compiler.ir.saved.programs import deserialize, require_devices
+from optc.compiler.ir.saved.programs import MOST_GRAPH, MOST_VALUES, deserialize, require_devices
 from optc.compiler.ir.saved.strict_decoding import RefusedError, decode
 from optc.compiler.ir.saved.tensors import attach_tensors, expected_tensors
 from optc.compiler.ir.saved.untrusted_graph import CHECKS, KEPT_METADATA, clean_trace, read_graph
+from optc.compiler.json_text import check_values
 
 SUFFIX = ".pt2"
 MOST_MEMBERS = 100_000
@@ -39,6 +40,7 @@ _BROKEN = (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, struct
 """What zipfile raises on bytes that are no archive, or no member of one: names in no encoding among them."""
 MOST_DIRECTORY = 16 << 20
 """Bytes of the archive's list of members: as objects they take ten times as many, before they can be counted."""
+_MOST_WORD = 100  # bytes of a member that holds a word
 MOST_REPEATED = 1 << 28
 """Bytes that an expanded tensor, whose elements share memory, may stand for: passes write them out."""
 _REMEDY = "export it again: torch.export.save(torch.export.export(module, inputs), FILE)"
@@ -118,11 +120,13 @@ class _Members:
     def __iter__(self) -> Any:
         return iter(self._found)
 
-    def read(self, name: str) -> bytes:
-        """A member's bytes, whose checksum is right."""
+    def read(self, name: str, most: int | None = None) -> bytes:
+        """A member's bytes, whose checksum is right; no more than `most` of them."""
         member = self._found.get(name)
         if member is None:
             _refuse(self._path, f"the member {name[:200]!r} is missing")
+        if most is not None and member.file_size > most:
+            _refuse(self._at(name), f"it has {member.file_size} bytes, more than {most}")
         try:
             return self._archive.read(member)
         except _BROKEN as error:
@@ -131,7 +135,9 @@ class _Members:
     def read_json(self, name: str) -> Any:
         """A member as JSON values."""
         try:
-            return msgspec.json.decode(self.read(name))
+            data = self.read(name, MOST_GRAPH)
+            check_values(data, MOST_VALUES)
+            return msgspec.json.decode(data)
         except JSON_ERRORS as error:
             _refuse(self._at(name), str(error), error)
 
@@ -142,9 +148,9 @@ class _Members:
 def _read(members: _Members, path: Path) -> ExportedProgram:
     if "serialized_exported_program.json" in members:
         _refuse(path, "torch before 2.8 wrote it, with its weights as a pickle")
-    if "archive_format" not in members or members.read("archive_format") != b"pt2":
+    if "archive_format" not in members or members.read("archive_format", _MOST_WORD) != b"pt2":
         _refuse(path, "it is no archive of torch.export.save")
-    if "byteorder" in members and members.read("byteorder") != b"little":
+    if "byteorder" in members and members.read("byteorder", _MOST_WORD) != b"little":
         _refuse(path, "its numbers are big-endian")
     names = [name for name in members if name.startswith("models/")]
     if any(name.startswith("data/aotinductor/") for name in members) or len(names) != 1:

@@ -23,6 +23,7 @@ from torch.export import ExportedProgram
 
 from optc.compiler import compat
 from optc.compiler.diagnostics import JSON_ERRORS, ArtifactError, InputError, TargetError, os_errors
+from optc.compiler.files import read_plain
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.saved.tensors import (
     attach_tensors,
@@ -32,12 +33,15 @@ from optc.compiler.ir.saved.tensors import (
     write_tensors,
 )
 from optc.compiler.ir.saved.untrusted_graph import KEPT_METADATA, clean_trace, read_graph
+from optc.compiler.json_text import check_values
 
 FORMAT = "optc-program"
 FORMAT_VERSION = 1
 GRAPH_FILE = "graph.json"
 WEIGHTS_FILE = "weights.safetensors"
 CONSTANTS_FILE = "constants.safetensors"
+MOST_GRAPH, MOST_VALUES = 256 << 20, 8_000_000
+"""Bytes of a graph, and values in it: a layer has some 60 kB and 6000 values, and all of them are objects at once."""
 _CANNOT_SAVE = "the program cannot be saved"
 _REWRITE = "rewrite these nodes with aten or optc operators over tensors"
 
@@ -81,13 +85,13 @@ def write_program(exported: ExportedProgram, contract: Contract, directory: Path
         "aliases": aliases,
         "program": graph,
     }
-    data = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    data = json.dumps(content, separators=(",", ":"), allow_nan=False).encode("ascii")
     _check_readable(data)
     with os_errors("saving a program", str(directory)):
         directory.mkdir(parents=True, exist_ok=True)
         write_tensors(directory / WEIGHTS_FILE, weights)
         write_tensors(directory / CONSTANTS_FILE, constants)
-        (directory / GRAPH_FILE).write_text(data, encoding="ascii")
+        (directory / GRAPH_FILE).write_bytes(data)
 
 
 def _graph_values(exported: ExportedProgram) -> dict[str, Any]:
@@ -106,12 +110,22 @@ def _graph_values(exported: ExportedProgram) -> dict[str, Any]:
     return graph
 
 
-def _check_readable(data: str) -> None:
+def _check_readable(data: bytes) -> None:
     """Refuse to write what `read_program` would refuse to read."""
     try:
+        _check_size(data, Path(GRAPH_FILE))
         read_graph(msgspec.json.decode(data)["program"], GRAPH_FILE)
     except ArtifactError as error:
         raise InputError(_CANNOT_SAVE, where=error.where, why=error.why, remedy=_REWRITE) from error
+
+
+def _check_size(data: bytes, path: Path) -> None:
+    if len(data) > MOST_GRAPH:
+        damaged(path, f"it has {len(data)} bytes, more than {MOST_GRAPH}")
+    try:
+        check_values(data, MOST_VALUES)
+    except ValueError as error:
+        damaged(path, str(error), error)
 
 
 # -- load -----------------------------------------------------------------------------------
@@ -177,9 +191,10 @@ def damaged(path: Path, why: str, cause: Exception | None = None) -> NoReturn:
 
 def _read_graph_file(path: Path) -> _GraphFile:
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        damaged(path, error.strerror or str(error), error)
+        data = read_plain(path, "reading a saved program", most=MOST_GRAPH)
+    except InputError as error:
+        damaged(path, error.why or error.what, error)
+    _check_size(data, path)
     try:
         header = msgspec.json.decode(data, type=_Header)
         if (header.format, header.version) != (FORMAT, FORMAT_VERSION):

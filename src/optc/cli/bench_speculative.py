@@ -29,7 +29,7 @@ def bench_speculative(artifact: Path, as_json: bool, options: BenchOptions, spec
     from optc.runtime.sessions.session import default_threads
 
     text = _text(options)
-    leave_to_own_process([artifact])
+    leave_to_own_process([artifact, *([speculation.draft] if speculation.draft else [])])
     model = load(
         artifact, threads=options.threads, num_blocks=options.kv_blocks, device=options.device, trust=options.trust
     )

@@ -100,7 +100,7 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     optc run out/t5 --prompt "translate English to German: The house is old."
     optc run out/whisper --inputs features.npz --decoder-input-ids 50258,50259,50359,50363
     """
-    leave_to_own_process([artifact])
+    leave_to_own_process([artifact, *([options.draft] if options.draft else [])])
     if options.embed:
         run_embed(artifact, as_json, options)
         return
