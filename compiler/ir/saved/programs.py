@@ -41,7 +41,7 @@ GRAPH_FILE = "graph.json"
 WEIGHTS_FILE = "weights.safetensors"
 CONSTANTS_FILE = "constants.safetensors"
 MOST_GRAPH, MOST_VALUES = 256 << 20, 8_000_000
-"""Bytes of a graph, and values in it: a layer has some 60 kB and 6000 values, and all of them are objects at once."""
+"""Bytes of a graph, and values in it: a layer has some 100 kB and 10 000 values, and all of them are objects at once."""
 _CANNOT_SAVE = "the program cannot be saved"
 _REWRITE = "rewrite these nodes with aten or optc operators over tensors"
 
