@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from optc.compiler.calibration.documents import read_documents
+from optc.compiler.calibration.documents import draw_documents, read_documents
+from optc.compiler.calibration.windows import Draw
 from optc.compiler.diagnostics import ArtifactError, InputError
 from optc.compiler.ir.contract import Contract, Input, Output
 from optc.compiler.ir.saved.exported_archive import read_exported
@@ -256,6 +257,22 @@ def test_folders_of_datasets(damage: Callable[[Path], None], tmp_path: Path) -> 
     damage(tmp_path / "rows")
     with pytest.raises(InputError, match=DATASETS[damage]):
         read_documents(tmp_path / "rows", Letters())
+
+
+def test_texts_that_lie_outside_of_their_file(tmp_path: Path) -> None:
+    """Arrow reads where the offsets of a mapped file say, and the process was gone."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([{"text": "a" * 1000}, {"text": "b" * 24}]).save_to_disk(tmp_path / "rows")
+    (rows,) = (tmp_path / "rows").glob("*.arrow")
+    offsets = struct.pack("<3i", 0, 1000, 1024)
+    assert rows.read_bytes().count(offsets) == 1
+    for wrong in ((0, 1000, 1 << 30), (1 << 30, (1 << 30) + 5, (1 << 30) + 9), (0, -5, 1024), (1000, 0, 1024)):
+        rows.write_bytes(rows.read_bytes().replace(offsets, struct.pack("<3i", *wrong)))
+        offsets = struct.pack("<3i", *wrong)
+        with pytest.raises(InputError, match="is damaged"):
+            read_documents(tmp_path / "rows", Letters())
+        with pytest.raises(InputError, match="is damaged"):
+            draw_documents(tmp_path / "rows", Letters(), Draw(tokens=100, windows=2, seed=0))
 
 
 def test_a_parquet_file_that_is_a_pipe(tmp_path: Path) -> None:

@@ -11,7 +11,14 @@ from training_runs import small_config, small_model, token_file
 
 from optc.compiler.diagnostics import InputError, UsageError
 from optc.training.config import OptimizerConfig
-from optc.training.optimizers import estimate_hessian, make_optimizer, parameter_groups, set_learning_rate
+from optc.training.optimizers import (
+    estimate_hessian,
+    make_optimizer,
+    parameter_groups,
+    plain_values,
+    restore_groups,
+    set_learning_rate,
+)
 from optc.training.setup import World, check_config, prepare
 from optc.training.step import train_step
 
@@ -154,3 +161,35 @@ def test_the_remedy_is_a_batch_that_divides(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as found:
         check_config(config, World(2))
     assert found.value.remedy == "use --set batch_size=6"
+
+
+GROUPS: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "none": ([], "0 groups of parameters, the optimizer has 1"),
+    "text": ([{"lr": "0.1"}], "'lr' of a group is '0.1'"),
+    "an object": ([{"weight_decay": {"a": 1}}], "'weight_decay' of a group is {'a': 1}"),
+    "a value that is missing": ([{"lr": None}], "'lr' of a group is None"),
+    "another flag": ([{"amsgrad": True}], "'amsgrad' of a group is True, the optimizer's is False"),
+    "a flag that is a number": ([{"amsgrad": 0}], "'amsgrad' of a group is 0"),
+    "a number that is a flag": ([{"lr": True}], "'lr' of a group is True"),
+    "parameters": ([{"params": 1}], "a group holds what is no number: params"),
+    "pairs of numbers": ([{"betas": 1.0}], "a group holds what is no number: betas"),
+    "more than numbers": ([{"peak_lr": [1]}], "a group holds what is no number"),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_groups_of_a_checkpoint(case: str) -> None:
+    optimizer = torch.optim.AdamW([torch.zeros(2, requires_grad=True)], lr=0.5)
+    changes, why = GROUPS[case]
+    before = dict(optimizer.param_groups[0])
+    with pytest.raises(ValueError, match=why):
+        restore_groups(optimizer, [{**plain_values(optimizer.param_groups[0]), **item} for item in changes])
+    assert optimizer.param_groups[0] == before
+
+
+def test_groups_get_the_numbers_of_a_checkpoint() -> None:
+    optimizer = torch.optim.AdamW([torch.zeros(2, requires_grad=True)], lr=0.5)
+    kept = {**plain_values(optimizer.param_groups[0]), "lr": 1, "peak_lr": 0.25}
+    restore_groups(optimizer, [kept])
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["peak_lr"]) == (1, 0.25)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.999)
