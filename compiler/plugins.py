@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import TypeVar
 
-from optc.compiler.diagnostics import UsageError
+from optc.compiler.diagnostics import UsageError, foreign_errors
 
 T = TypeVar("T")
 
@@ -21,10 +21,9 @@ def plugins(group: str, wanted: str, take: Callable[[object], T | None]) -> Iter
         UsageError: a value cannot be imported, or is something else; names the entry point.
     """
     for entry in metadata.entry_points(group=group):
-        try:
+        broken = _useless(entry, "of another package cannot be imported")
+        with foreign_errors(broken.what, where=str(broken.where), remedy=broken.remedy, kind=UsageError):
             found = take(entry.load())
-        except (ImportError, AttributeError) as error:
-            raise _useless(entry, "of another package cannot be imported", str(error)) from error
         if found is None:
             raise _useless(entry, f"is not {wanted}")
         yield found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,15 @@ def found(monkeypatch: pytest.MonkeyPatch, value: str) -> list[float]:
     entry = EntryPoint(name="mine", value=value, group="optc.numbers")
     monkeypatch.setattr(module.metadata, "entry_points", lambda group: [entry] if group == "optc.numbers" else [])
     return list(plugins("optc.numbers", "a number", lambda item: item if isinstance(item, float) else None))
+
+
+@pytest.mark.parametrize("text", ["raise RuntimeError('no')", "def", "1 / 0"])
+def test_a_package_that_fails_is_no_bug(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fails_at_once.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match="'mine' of another package cannot be imported") as caught:
+        found(monkeypatch, "fails_at_once")
+    assert "Error" in str(caught.value.why)
 
 
 def test_what_another_package_registers(monkeypatch: pytest.MonkeyPatch) -> None:

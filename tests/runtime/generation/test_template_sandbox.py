@@ -87,6 +87,25 @@ def test_time(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.process_time() - begin < 2
 
 
+NOT_PARSED = {
+    "parentheses": "{{ " + "(" * 100_000 + "1" + ")" * 100_000 + " }}",
+    "loops": "{% for a in [1] %}" * 40 + "{% endfor %}" * 40,
+    "conditions": "{% if a %}" * 150 + "{% endif %}" * 150,
+    "attributes": "{{ a" + ".b" * 20_000 + " }}",
+    "filters": "{{ a" + "|trim" * 5_000 + " }}",
+    "sums": "{{ 1" + "+1" * 900 + " }}",
+    "digits": "{{ " + "9" * 10_000 + " }}",
+    "blocks": "{% block a %}{% endblock %}" * 2,
+}
+
+
+@pytest.mark.parametrize("case", NOT_PARSED)
+def test_what_python_does_not_compile(case: str) -> None:
+    with pytest.raises(InputError, match="the chat template does not parse") as caught:
+        ChatTemplate(NOT_PARSED[case], {}, "here")
+    assert caught.value.where == "here"
+
+
 def test_the_budget_is_of_one_rendering_and_its_thread() -> None:
     template = ChatTemplate("{% for i in range(10) %}{{ 'a' * 4000000 }}{% endfor %}", {}, "here")
     for _ in range(3):  # each takes most of it

@@ -93,7 +93,7 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
     for data, what in (
         (b"{% if %}", "does not parse"),
         (b"\xff", "is not UTF-8"),
-        (b"a" * (1 << 21), "more than 1048576"),
+        (b"a" * (1 << 21), "more than 262144"),
     ):
         (tmp_path / "chat_template.jinja").write_bytes(data)
         with pytest.raises(InputError, match=what):
