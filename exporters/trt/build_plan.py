@@ -13,6 +13,13 @@ Exit codes: 0 built, 2 usage, 3 no such folder, 4 this machine cannot build it, 
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__":  # its own folder comes first: a file of an artifact would be taken for a module of Python's
+    _HERE = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [item for item in sys.path if os.path.realpath(item) != _HERE]
+
 import argparse
 import collections
 import contextlib
@@ -23,8 +30,6 @@ import hashlib
 import importlib
 import json
 import mmap
-import os
-import sys
 import time
 from typing import Any, Iterator  # noqa: UP035  (Python 3.8)
 

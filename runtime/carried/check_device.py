@@ -11,15 +11,20 @@ GPU, its driver and memory, and the installed packages. It loads no model and ru
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__":  # its own folder comes first: a file of an artifact would be taken for a module of Python's
+    _HERE = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [item for item in sys.path if os.path.realpath(item) != _HERE]
+
 import argparse
 import ctypes
 import importlib.util
 import json
-import os
 import platform
 import re
 import shutil
-import sys
 from typing import Any, NamedTuple, Sequence
 
 try:

@@ -17,15 +17,20 @@ against the manifest first, which finds damage, not malice.
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__":  # its own folder comes first: a file of an artifact would be taken for a module of Python's
+    _HERE = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [item for item in sys.path if os.path.realpath(item) != _HERE]
+
 import argparse
 import hashlib
 import io
 import json
 import math
-import os
 import platform
 import stat
-import sys
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -18,16 +18,21 @@ Exit codes are optc's: 2 usage, 3 bad input, 4 this machine cannot run the plan,
 
 from __future__ import annotations
 
+import os
+import sys
+
+if __name__ == "__main__":  # its own folder comes first: a file of an artifact would be taken for a module of Python's
+    _HERE = os.path.dirname(os.path.realpath(__file__))
+    sys.path[:] = [item for item in sys.path if os.path.realpath(item) != _HERE]
+
 import argparse
 import collections
 import ctypes
 import hashlib
 import importlib
 import json
-import os
 import re
 import statistics
-import sys
 import time
 from typing import Any, NamedTuple, Sequence
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import stat
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,12 +18,14 @@ import torch
 from hf_folders import source
 from transformers.integrations import hub_kernels
 
+import optc
 from optc.compiler.artifact.folder import finish, verify
 from optc.compiler.capture.loading import load_model, meta_model
 from optc.compiler.diagnostics import ArtifactError
 from optc.compiler.model_folder.checkpoint import check_folder
 from optc.exporters.onnx.genai import genai_config
-from optc.runtime.carried import check_device, pt2_runner
+from optc.exporters.trt import build_plan
+from optc.runtime.carried import check_device, pt2_runner, run_trt
 from optc.runtime.measuring.tasks import _sandbox_templates
 
 REPOSITORY = "someone/kernels"
@@ -51,6 +56,36 @@ def test_a_package_that_an_artifact_needs_is_not_imported(tmp_path: Path, monkey
     assert machine.package("planted.inner") is None
     assert machine.package("planted") == "of unknown version"
     assert machine.package("../planted") is None
+
+
+SCRIPTS = (check_device.__file__, pt2_runner.__file__, run_trt.__file__, build_plan.__file__)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: Path(path).stem)
+def test_a_file_of_an_artifact_is_no_module_of_its_scripts(script: str, tmp_path: Path) -> None:
+    """Python puts the folder of a script before all others."""
+    path = shutil.copy(script, tmp_path / "script.py")
+    (tmp_path / "manifest.json").write_text("{}")
+    for name in ("argparse", "json", "typing", "ctypes", "hashlib", "re", "torch", "numpy", "tokenizers"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write('{name} ')")
+    for command in ([path, "-h"], ["script.py", "-h"]):  # without packages: none is needed to see what is taken
+        subprocess.run([sys.executable, "-S", *command], cwd=tmp_path, capture_output=True, check=False, timeout=60)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_of_the_current_folder_is_no_module_of_optc(tmp_path: Path) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('imported')")
+    sources = str(Path(optc.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-m", "optc", "--version"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": sources},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout.split()[0]) == (0, "optc,"), done.stderr
 
 
 def archive(path: Path, *members: tuple[str, bytes], link: bool = False) -> Path:
