@@ -19,6 +19,7 @@ from hf_folders import source
 from transformers.integrations import hub_kernels
 
 import optc
+from optc.cli import evaluate
 from optc.compiler.artifact.folder import finish, verify
 from optc.compiler.capture.loading import load_model, meta_model
 from optc.compiler.diagnostics import ArtifactError
@@ -26,6 +27,7 @@ from optc.compiler.model_folder.checkpoint import check_folder
 from optc.exporters.onnx.genai import genai_config
 from optc.exporters.trt import build_plan
 from optc.runtime.carried import check_device, pt2_runner, run_trt
+from optc.runtime.measuring.task_code import named_code
 from optc.runtime.measuring.tasks import _sandbox_templates
 
 REPOSITORY = "someone/kernels"
@@ -188,3 +190,42 @@ def test_templates_of_tasks_reach_no_objects_of_python() -> None:
     assert utils.apply_template("{{ text|regex_replace('a', 'b') }}\n", {"text": "aa"}) == "bb\n"
     with pytest.raises(SecurityError):
         utils.apply_template("{{ ''.__class__.__mro__[1].__subclasses__() }}", {})
+
+
+TASKS: dict[str, tuple[str, list[str]]] = {
+    "none": ("task: a\ndoc_to_text: '{{ q }} !function x'\n", []),
+    "one": ("doc_to_text: !function utils.text\n", ["utils.text"]),
+    "in a list": ("metric_list:\n  - metric: !function os.system\n", ["os.system"]),
+    "the tag in full": ("doc_to_text: !<!function> os.system\n", ["os.system"]),
+    "the tag by a handle": ("%TAG !e! !func\n---\ndoc_to_text: !e!tion os.system\n", ["os.system"]),
+    "as a key": ("? !function os.system\n: 1\n", ["os.system"]),
+    "behind an alias": ("a: &a {b: !function os.system}\nc: *a\n", ["os.system"]),
+    "included": ("include: more\n", ["os.popen"]),
+    "included in a list": ("include: [none.yaml, ./more]\n", ["os.popen"]),
+    "included by a merge": ("<<: {include: more}\n", ["os.popen"]),
+    "includes itself": ("include: [task.yaml, more]\n", ["os.popen"]),
+    "no YAML": ("a: [\n", []),
+    "nested without end": ("a: " + "[" * 5000, []),
+}
+
+
+@pytest.mark.parametrize("case", TASKS)
+def test_code_of_tasks_is_named(case: str, tmp_path: Path) -> None:
+    text, expected = TASKS[case]
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "task.yaml").write_text(text)
+    (tmp_path / "tasks" / "more").write_text("process_docs: !function os.popen\n")
+    for path in (tmp_path / "tasks", tmp_path / "tasks" / "task.yaml"):
+        assert [name.partition(" ")[0] for name in named_code([path])] == expected
+
+
+def test_code_of_tasks_is_said_before_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "task.yaml").write_text("doc_to_text: !function os.system\n")
+    said: list[str] = []
+    monkeypatch.setattr(
+        "optc.runtime.measuring.tasks.run_tasks", lambda *_, **options: said.append(capsys.readouterr().err) or {}
+    )
+    evaluate._run_tasks(None, [str(tmp_path / "task.yaml"), "hellaswag"], evaluate.EvalOptions())  # type: ignore[arg-type]
+    assert said == [f"the task runs code: os.system ({tmp_path / 'task.yaml'})\n"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 from msgspec import Meta
 
-from optc.cli.common import emit, json_option, read_text
+from optc.cli.common import emit, json_option, read_text, say
 from optc.cli.eval_tables import show_one, show_table
 from optc.cli.options import struct_flags
 from optc.cli.own_process import leave_to_own_process
@@ -272,8 +272,11 @@ def _check_same(first: Path, model: Model, path: Path, other: Model, same_tokens
 
 
 def _run_tasks(model: Model, names: Sequence[str], options: EvalOptions) -> dict[str, Any]:
+    from optc.runtime.measuring.task_code import named_code
     from optc.runtime.measuring.tasks import run_tasks
 
+    for code in named_code(Path(name) for name in names if Path(name).exists()):
+        say(f"the task runs code: {code}", err=True, fg="yellow")
     with progress("requests") as update:
         return run_tasks(
             model,
