@@ -6,11 +6,11 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from optc.compiler.diagnostics import InputError, TargetError, UsageError
+from optc.compiler.diagnostics import InputError, TargetError, UsageError, described, foreign_errors
 from optc.compiler.settings.fields import check_range
 from optc.runtime.bounds import Count, CountOrZero
 from optc.runtime.sessions.load import Model
@@ -72,11 +72,27 @@ def run_tasks(
         task.set_fewshot_seed(seed=seed)
     # The harness prints as it goes, and would fork for its bootstrap, under a runtime that has threads.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), _template_errors(names):
         found = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=False, bootstrap_iters=1000)
     assert found is not None
     counts = {name: row["effective"] for name, row in found["n-samples"].items()}
     return {name: {**row, "samples": counts.get(name)} for name, row in figures(found["results"])}
+
+
+@contextlib.contextmanager
+def _template_errors(names: Sequence[str]) -> Iterator[None]:
+    """Around an evaluation: what a template of a task may not do, or cannot."""
+    import jinja2
+
+    try:
+        yield
+    except jinja2.TemplateError as error:
+        raise InputError(
+            "a template of a task fails",
+            where=", ".join(names),
+            why=described(error),
+            remedy="correct the task's YAML file",
+        ) from error
 
 
 def _sandbox_templates() -> None:
@@ -131,12 +147,9 @@ def _load(manager: Any, names: list[str]) -> Any:
                 why=f"it is none of the {len(known)} tasks known",
                 remedy="lm-eval ls tasks lists the harness's own; a path needs a slash or .yaml",
             )
-    try:
+    with foreign_errors(  # functions of a task fail in every way there is
+        "a task cannot be loaded",
+        where=", ".join(names),
+        remedy="check the task's YAML file and that its data set is on this machine",
+    ):
         return manager.load(list(dict.fromkeys(names)))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(
-            "a task cannot be loaded",
-            where=", ".join(names),
-            why=(str(error).strip().splitlines() or [repr(error)])[0],
-            remedy="check the task's YAML file and that its data set is on this machine",
-        ) from error
