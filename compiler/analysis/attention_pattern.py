@@ -10,7 +10,14 @@ import torch
 from torch.fx import Node
 
 from optc.compiler.analysis.aliases import Storage
-from optc.compiler.analysis.attention_products import Operand, score_factors, weighted_values
+from optc.compiler.analysis.attention_products import (
+    Operand,
+    before_merge,
+    merges_heads,
+    score_factors,
+    splits_heads,
+    weighted_values,
+)
 from optc.compiler.analysis.dataflow import COPIES, aten, is_tensor, readers, scalar, value_of
 from optc.compiler.analysis.masks.elements import UnprovenError, operator_name
 from optc.compiler.analysis.masks.proof import MASKED, MaskProver, Term
@@ -48,6 +55,8 @@ class Site:
         result_axes: the order of [B, (H,) S, Dv]'s axes in it.
         gqa: whether query heads may share key and value heads in groups.
         weights: what `result` multiplies with v, when it is spelled out.
+        biases: what is added to the scores and says the same to every query, where that is no mask.
+        merged: whether `result` has batch and heads in one axis, [B * H, S, Dv].
     """
 
     result: Node
@@ -62,6 +71,8 @@ class Site:
     gqa: bool = False
     result_axes: tuple[int, ...] = ()
     weights: Node | None = None
+    biases: tuple[Term, ...] = ()
+    merged: bool = False
 
 
 # -- torch's operator ----------------------------------------------------------------------------
@@ -122,7 +133,8 @@ class SoftmaxReader:
             UnprovenError: it is attention, and something in it is not understood.
         """
         weights = _last_identity(softmax)
-        products = [user for user in readers(weights) if weighted_values(user, weights) is not None]
+        read = _joined(weights)
+        products = [user for user in readers(read) if weighted_values(user, read) is not None]
         start = softmax.args[0]
         assert isinstance(start, Node)
         if not _leads_to_scores(start):
@@ -131,16 +143,18 @@ class SoftmaxReader:
             self._check_weights(weights)
             return None
         result = products[0]
-        others = [user.name for user in readers(weights) if user is not result]
+        others = [user.name for user in readers(read) if user is not result]
         if others:
             raise UnprovenError(f"its weights are also read by {', '.join(others)}")
         axis = softmax.args[1]
         if axis not in (-1, value_of(softmax).dim() - 1):
             raise UnprovenError(f"it is taken over axis {axis}, not over the keys")
-        weighted = weighted_values(result, weights)
+        weighted = weighted_values(result, read)
         assert weighted is not None
         v, axes = weighted
         site = self._scores(start, softmax, result, v)
+        if site.merged or read is not weights:
+            site, axes = replace(site, v=_apart(v), merged=True), (0, 1, 2, 3)
         return replace(site, result_axes=axes, weights=weights)
 
     @staticmethod
@@ -152,28 +166,44 @@ class SoftmaxReader:
 
     def _scores(self, node: Node, reader: Node, result: Node, v: Operand) -> Site:
         """Walk from the softmax back to q k^T."""
-        factor, softcap, terms = 1.0, 0.0, []
+        factor, softcap, apart, joined = 1.0, 0.0, True, False
+        terms: list[Term] = []
         while (factors := score_factors(node)) is None:
             self._check(node, reader)
             name, tensors = operator_name(node), _tensors(node)
             number = self._multiplier(node)
             if _is_identity(node):
                 step = tensors[0]
+            elif splits_heads(node):
+                step, apart = tensors[0], False
+            elif merges_heads(node) and not terms:
+                step, joined = tensors[0], True
             elif number is not None:
                 step, scale = number
                 factor *= scale
             elif name == "tanh" and not softcap and factor > 0:
                 step, softcap, factor = tensors[0], factor, 1.0
-            elif name in _MASKINGS:
+            elif name in _MASKINGS and apart:
                 if softcap:
                     raise UnprovenError(f"{node.name} masks scores before their softcap")
                 step, term = self._mask(node, factor)
                 terms.append(term)
+            elif name == "mul" and apart and not softcap and len(tensors) == 2:
+                step, mask = tensors if _leads_to_scores(tensors[0]) else reversed(tensors)
+                terms.append(Term(mask, "multiply", node))
             else:
                 raise UnprovenError(f"{node.name} ({node.target}) is not a scale, mask or softcap of scores")
             node, reader = step, node
         self._check(node, reader)
-        return Site(result, node, *factors, v, factor * (softcap or 1.0), softcap, tuple(terms))
+        biases: tuple[Term, ...] = ()
+        if operator_name(node) == "baddbmm":
+            options, bias = {"beta": 1, "alpha": 1, **node.kwargs}, _argument(node, 0)
+            if self._prover.number(bias, node) != 0:
+                biases = (Term(bias, "add", node, factor * options["beta"]),)
+            factor *= options["alpha"]
+        q, k = factors if apart else map(_apart, factors)
+        scale = factor * (softcap or 1.0)
+        return Site(result, node, q, k, v, scale, softcap, tuple(terms), biases=biases, merged=joined)
 
     def _check(self, node: Node, reader: Node) -> None:
         written = self._storage.overwritten(node, reader)
@@ -191,6 +221,8 @@ class SoftmaxReader:
         if not isinstance(left, Node):
             return None
         number = self._number(right, node)
+        if number is None and name == "mul" and is_tensor(right):
+            return None
         if number is None or number == 0.0 or not math.isfinite(number):
             raise UnprovenError(f"{node.name} scales by {right}, which is not one number")
         return left, number if name == "mul" else 1.0 / number
@@ -226,6 +258,30 @@ class SoftmaxReader:
         if filling is None or filling * factor > MASKED:
             raise UnprovenError(f"{node.name} puts {number} in place of scores, which does not mask them")
         return scores, Term(mask, kind, node, factor)  # type: ignore[arg-type]
+
+
+def _argument(node: Node, place: int) -> Node:
+    found = node.args[place]
+    assert isinstance(found, Node)
+    return found
+
+
+def _apart(operand: Operand) -> Operand:
+    """An operand whose batch and heads are one axis, as it was before.
+
+    Raises:
+        UnprovenError: it was not made of one that has them apart.
+    """
+    found = before_merge(operand)
+    if found is None:
+        raise UnprovenError(f"{operand.node.name} has batch and heads in one axis, and was not made by joining them")
+    return found
+
+
+def _joined(weights: Node) -> Node:
+    """The view that joins batch and heads of weights, where nothing else reads them."""
+    users = readers(weights)
+    return users[0] if len(users) == 1 and merges_heads(users[0]) else weights
 
 
 def _tensors(node: Node) -> list[Node]:
@@ -274,6 +330,6 @@ def _leads_to_scores(node: Node) -> bool:
         if score_factors(current) is not None:
             return True
         name = operator_name(current)
-        if _is_identity(current) or name in _POINTWISE:
+        if _is_identity(current) or name in _POINTWISE or splits_heads(current) or merges_heads(current):
             stack += _tensors(current)
     return False

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import sympy as sp
 from torch.fx import Node
 
-from optc.compiler.analysis.dataflow import aten, is_tensor, value_of
+from optc.compiler.analysis.dataflow import VIEWS, aten, is_tensor, value_of
 from optc.compiler.analysis.masks.elements import operator_name, shape_of
 
 
@@ -42,8 +43,8 @@ class _Product:
 def _product(node: Node) -> _Product | None:
     """`node` as a batched product of two activations, else None."""
     name = operator_name(node)
-    if name in ("matmul", "bmm"):
-        left, right = node.args
+    if name in ("matmul", "bmm", "baddbmm"):
+        left, right = node.args[-2:]
         batch = "abcdefgh"[: value_of(node).dim() - 2] if is_tensor(node) else ""
         letters = (f"{batch}xy", f"{batch}yz", f"{batch}xz")
     elif name == "einsum":
@@ -87,7 +88,7 @@ def score_factors(node: Node) -> tuple[Operand, Operand] | None:
 
 def weighted_values(node: Node, weights: Node) -> tuple[Operand, tuple[int, ...]] | None:
     """v, and the order of the result's axes, of the product of `weights` [B, (H,) S, T] with v."""
-    product = _product(node)
+    product = _product(node) if operator_name(node) != "baddbmm" else None
     if product is None or weights not in (product.left, product.right):
         return None
     left, right, out = product.letters
@@ -105,6 +106,31 @@ def weighted_values(node: Node, weights: Node) -> tuple[Operand, tuple[int, ...]
         return None
     v = Operand(value, tuple(right.index(item) for item in batch + key + letter))
     return _through_transpose(v), tuple((batch + query + letter).index(item) for item in out)
+
+
+def splits_heads(node: Node) -> bool:
+    """Whether a view parts [B * H, S, T] into [B, H, S, T]."""
+    return node.target in VIEWS and _is_merged(shape_of(node.all_input_nodes[0]), shape_of(node))
+
+
+def merges_heads(node: Node) -> bool:
+    """Whether a view joins [B, H, S, T] to [B * H, S, T]."""
+    return node.target in VIEWS and _is_merged(shape_of(node), shape_of(node.all_input_nodes[0]))
+
+
+def _is_merged(merged: tuple[Any, ...], apart: tuple[Any, ...]) -> bool:
+    fits = len(merged) == 3 and len(apart) == 4 and merged[1:] == apart[2:]
+    return fits and sp.expand(apart[0] * apart[1] - merged[0]) == 0
+
+
+def before_merge(operand: Operand) -> Operand | None:
+    """[B, H, positions, features] whose heads were joined to make `operand` [B * H, positions, features], else None."""
+    node = operand.node
+    if not (operand.plain and merges_heads(node)):
+        return None
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return Operand(source, (0, 1, 2, 3))
 
 
 def _through_transpose(operand: Operand) -> Operand:

@@ -62,7 +62,7 @@ def cache_misses(program: Program, *, sinks: bool, states: bool = False, recurre
 
 def _unfused(program: Program) -> tuple[Miss, ...]:
     """Why there is no attention, with the softmaxes that were left."""
-    taken = "fuse-attention takes scaled products and masks, no position biases (ALiBi) among the scores"
+    taken = "fuse-attention takes scaled products, masks and biases of keys (ALiBi), and nothing else"
     left = [node for node in program.graph.nodes if node.target in SOFTMAXES]
     if not left:
         return (Miss("program", "it has no optc.attention (fuse-attention makes it)"),)

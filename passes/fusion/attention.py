@@ -29,15 +29,18 @@ from optc.compiler.analysis.dataflow import (
     evaluate,
     is_tensor,
     readers,
+    scalar,
     value_of,
 )
-from optc.compiler.analysis.masks.elements import BATCH, HEAD, KEY, QUERY, UnprovenError, shape_of
-from optc.compiler.analysis.masks.proof import MaskProver, Padding, ProvedMask
+from optc.compiler.analysis.masks.elements import BATCH, HEAD, KEY, QUERY, UnprovenError, operator_name, shape_of
+from optc.compiler.analysis.masks.proof import MASKED, MaskProver, Padding, ProvedMask, Term
+from optc.compiler.analysis.position_bias import is_per_key, slopes
 from optc.compiler.capture.facts import attention_layers
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import infer_meta, insert_call, replace_call
 from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
 from optc.compiler.rewriting.weights import prune_contract
+from optc.passes.fusion.position_bias import KeyBias, KeyFeatures, position_input
 
 _ATTENTION = torch.ops.optc.attention.default
 _REARRANGEMENTS = (MOVES | COPIES | {aten.repeat.default}) - {
@@ -59,7 +62,8 @@ class FuseAttention(Pass):
     Finds `scaled_dot_product_attention`, and attention spelled out with matmul, bmm or einsum around a
     softmax, with scale, softcap, casts and masks. A mask is dropped only when it is proved to be
     causal, a window, key padding or a conjunction of these (`compiler.mask_proof`); keys and values
-    that were repeated for grouped-query attention are read before the repetition.
+    that were repeated for grouped-query attention are read before the repetition. A bias that grows along
+    the keys (ALiBi) becomes a feature of queries and keys (see passes/fusion/position_bias.py).
     """
 
     name: ClassVar[str] = "fuse-attention"
@@ -81,6 +85,7 @@ class _Attention(Rule):
         self._storage = Storage(program.graph)
         self._prover = MaskProver(program, self._storage)
         self._reader = SoftmaxReader(self._prover, self._storage)
+        self._features = KeyFeatures()
         self._made: dict[tuple[Any, ...], Node] = {}
         self._batches = {shape_of(node)[0] for node in program.user_inputs() if shape_of(node)}
 
@@ -90,12 +95,91 @@ class _Attention(Rule):
             if site is None:
                 return None
             keys, values = self._check(site)
-            mask = self._prover.prove(site.terms, _extents(site), is_causal=site.is_causal)
+            masks, bias = self._biases(program, site, _heads(keys))
+            mask = self._mask(site, masks)
+            if bias is not None and bias.values is None and not mask.causal:
+                raise UnprovenError("a bias that grows along the keys takes causal attention")
             for padding in mask.padding:
                 self._check_unwritten(padding.leaf.node, site.result)
         except UnprovenError as error:
             return Miss(node.name, str(error))
-        return Match(site.result, {"site": site, "keys": keys, "values": values, "mask": mask})
+        found = {"site": site, "keys": keys, "values": values, "mask": mask, "bias": bias}
+        return Match(site.result, found)
+
+    def _biases(self, program: Program, site: Site, kv_heads: int) -> tuple[list[Term], KeyBias | None]:
+        """The masks among what is added to the scores, and the bias of keys that is left.
+
+        Raises:
+            UnprovenError: something is neither.
+        """
+        masks, lines, found = [], list(site.biases), list[KeyBias]()
+        for term in site.terms:
+            if term.kind != "add" or self._is_mask(site, term):
+                masks.append(term)
+            elif is_per_key(term.node):
+                lines.append(term)
+            elif (parts := self._masked_bias(site, term, kv_heads)) is not None:
+                masks.append(parts[0])
+                found.append(KeyBias(torch.full((_heads(site.q),), term.factor / site.scale), parts[1]))
+            else:
+                masks.append(term)  # its proof says why it is none
+        for term in lines:
+            self._check_unwritten(term.node, term.reader)
+            if not is_per_key(term.node):
+                raise UnprovenError(f"{term.node.name} adds to the scores what differs between queries")
+            position_input(program)
+            steps = slopes(program, term.node, _heads(site.q))
+            found.append(KeyBias(steps * (term.factor / site.scale)))
+        if len(found) > 1 or (found and site.softcap):
+            raise UnprovenError("its scores get several biases of keys, or one beside a softcap")
+        return masks, found[0] if found else None
+
+    def _masked_bias(self, site: Site, term: Term, kv_heads: int) -> tuple[Term, Node] | None:
+        """The mask, and a bias of keys [B, Hkv, 1, T], that a term is when the one is filled into the other, else None."""
+        if value_of(term.node).dim() != 4:
+            return None
+        filled = self._before_repeat(Operand(term.node, (0, 1, 2, 3)), site).node
+        if operator_name(filled) != "masked_fill":
+            return None
+        wide, mask, number = filled.args
+        assert isinstance(wide, Node)
+        assert isinstance(mask, Node)
+        lowest = scalar(number)
+        source = wide.args[0] if wide.target is aten.expand.default else None
+        if lowest is None or lowest * term.factor > MASKED or not is_tensor(source):
+            return None
+        assert isinstance(source, Node)
+        shape = shape_of(source)
+        if len(shape) != 4 or shape[1:3] != (kv_heads, 1) or shape_of(mask)[-3:-2] not in ((), (1,)):
+            return None
+        self._check_unwritten(source, filled)
+        return Term(mask, "drop", filled), source
+
+    def _mask(self, site: Site, terms: list[Term]) -> ProvedMask:
+        """What all of them mask; scores that are multiplied by 0 must be masked by the others.
+
+        Raises:
+            UnprovenError: it cannot be proved.
+        """
+        mask = self._prover.prove(
+            [term for term in terms if term.kind != "multiply"], _extents(site), is_causal=site.is_causal
+        )
+        for term in (term for term in terms if term.kind == "multiply"):
+            try:
+                both = self._prover.prove(terms, _extents(site), is_causal=site.is_causal)
+            except UnprovenError as error:
+                what = f"{term.reader.name} scales by {term.node.name}, which is neither one number nor a mask"
+                raise UnprovenError(what) from error
+            if both != mask:
+                raise UnprovenError(f"{term.node.name} multiplies scores by 0 that are not masked")
+        return mask
+
+    def _is_mask(self, site: Site, term: Term) -> bool:
+        try:
+            self._prover.prove([term], _extents(site))
+        except UnprovenError:
+            return False
+        return True
 
     def _site(self, node: Node) -> Site | None:
         if node.target is SDPA:
@@ -114,17 +198,24 @@ class _Attention(Rule):
             "window": mask.window,
             "softcap": site.softcap,
         }
+        width = value_of(v).shape[3]
+        if match.found["bias"] is not None:
+            q, k, v = self._features.widen(program, (q, k, v), match.found["bias"], site.result)
         arguments: tuple[Any, ...] = (q, k, v, padding, None)
         if site.weights is not None:
             bypass_dropout(site.weights)
-        last: list[tuple[Any, Any]] = []
+        last: list[tuple[Any, ...]] = []
+        if value_of(v).shape[3] != width:
+            last.append((aten.slice.Tensor, 3, 0, width))
         if len(site.q.axes) == 3:
             last.append((aten.squeeze.dim, 1))
+        if site.merged:
+            last.append((aten.flatten.using_ints, 0, 1))
         if site.result_axes != tuple(range(len(site.result_axes))):
             last.append((aten.permute.default, list(site.result_axes)))
         target: Any = _ATTENTION
-        for after, option in last:
-            arguments, knobs = (insert_call(program, site.result, target, arguments, knobs), option), {}
+        for after, *options in last:
+            arguments, knobs = (insert_call(program, site.result, target, arguments, knobs), *options), {}
             target = after
         new = replace_call(program, site.result, target, arguments, knobs)
         self._storage.replaced(site.result, new)
@@ -140,7 +231,10 @@ class _Attention(Rule):
             raise UnprovenError(f"the first axis of {site.q.node.name}, {q[0]}, is not the batch axis of an input")
         result = shape_of(site.result)
         fits = q[0] == k[0] == v[0] and q[-1] == k[-1] and k[-2] == v[-2]
-        if not fits or result != tuple((*q[:-1], v[-1])[axis] for axis in site.result_axes):
+        wanted = tuple((*q[:-1], v[-1])[axis] for axis in site.result_axes)
+        if site.merged:
+            result = (q[0], q[1], *result[1:]) if sp.expand(q[0] * q[1] - result[0]) == 0 else ()
+        if not fits or result != wanted:
             raise UnprovenError(f"its operands {q}, {k} and {v} have shapes that do not match or are broadcast")
         heads, kv_heads, v_heads = (q[1], k[1], v[1]) if rank == 4 else (sp.Integer(1),) * 3
         if not all(size.is_Integer for size in (heads, kv_heads, v_heads, q[-1], v[-1])):
@@ -202,6 +296,11 @@ class _Attention(Rule):
         written = self._storage.overwritten(node, reader, since)
         if written is not None:
             raise UnprovenError(f"{written.name} overwrites {node.name} before {reader.name}")
+
+
+def _heads(operand: Operand) -> int:
+    """Of [B, H, S, D]; [B, S, D] is one."""
+    return int(operand.shape[1]) if len(operand.axes) == 4 else 1
 
 
 def _extents(site: Site) -> dict[Any, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import value_of
+from optc.compiler.analysis.position_bias import keys_hold_positions
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.dialect.quantization import FORMATS
 from optc.compiler.rewriting.budget import Budget
@@ -56,11 +57,11 @@ class QuantizeKVCache(Pass):
             InputError: no calibration tokens, or keys or values that are not finite (the layer is named).
         """
         calls = program.calls(ATTENTION)
-        done = [call for call in calls if rounded(call)]
-        misses = tuple(Miss(call.name, "its keys and values are already quantized") for call in done)
-        if len(done) == len(calls):
+        misses = tuple(Miss(call.name, reason) for call in calls if (reason := _obstacle(program, call)))
+        if len(misses) == len(calls):
             return PassResult(program, 0, len(calls), misses)
-        todo = [call for call in calls if call not in done]
+        left = {miss.node for miss in misses}
+        todo = [call for call in calls if call.name not in left]
         scales = self._scales(program, todo, calibration_tokens(self.name, context), context)
         edited = program.clone()
         nodes = {node.name: node for node in edited.graph.nodes}
@@ -91,3 +92,12 @@ class QuantizeKVCache(Pass):
     def _shape(self, value: Tensor) -> tuple[int, ...]:
         heads, width = int(value.shape[1]), int(value.shape[3])
         return {"layer": (1,), "head": (heads, 1, 1), "channel": (heads, 1, width)}[self.granularity]
+
+
+def _obstacle(program: Program, call: Node) -> str | None:
+    """Why the keys and values of an attention are not to be rounded, or None."""
+    if rounded(call):
+        return "its keys and values are already quantized"
+    if keys_hold_positions(program, call):
+        return "its keys hold positions (a bias that grows along the keys), which codes of 8 bits do not"
+    return None

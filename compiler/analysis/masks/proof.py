@@ -54,13 +54,14 @@ class Term:
 
     Attributes:
         node: broadcasts to the scores [B, H, S, T] (or [B, S, T]).
-        kind: "keep" and "drop" are truth values per score; "add" is added to the score.
+        kind: "keep" and "drop" are truth values per score; "add" is added to the score; "multiply" is multiplied with
+            it, 1 where the score stays and 0 where something else masks it.
         reader: the node that applies it.
         factor: of a mask that is added and multiplied afterwards, with the scores.
     """
 
     node: Node
-    kind: Literal["keep", "drop", "add"]
+    kind: Literal["keep", "drop", "add", "multiply"]
     reader: Node
     factor: float = 1.0
 
@@ -171,7 +172,7 @@ class _Proof:
 
     def _condition(self, term: Term) -> Any:
         value = self.elements.operand(term.node, self.index, term.reader)
-        value = number(value) if term.kind == "add" else truth(value)
+        value = number(value) if term.kind in ("add", "multiply") else truth(value)
         return value.xreplace(self.from_end)
 
     def _leaves(self, masks: Iterable[_Mask]) -> list[Any]:
@@ -216,6 +217,10 @@ class _Proof:
                 raise UnprovenError(f"{self._shown(found)} is not known")
             return bool(found) != (term is not None and term.kind == "drop")
         assert term is not None
+        if term.kind == "multiply":
+            if found not in (0, 1):
+                raise UnprovenError(f"{term.node.name} multiplies a score by {self._shown(found)}")
+            return bool(found == 1)
         if found == 0:
             return True
         if found.is_number and found.is_extended_real and found * term.factor <= MASKED:

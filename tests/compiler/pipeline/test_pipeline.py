@@ -116,15 +116,15 @@ def test_a_target_that_needs_a_step_refuses_the_model(llama: Program) -> None:
     assert caught.value.where == "program: it already has a linear KV cache"
 
 
-def test_attention_with_position_biases_is_named() -> None:
-    """Bloom's (ALiBi): captured as it is spelled, and no KV cache reads that."""
+def test_attention_that_is_left_as_it_was_spelled_is_named() -> None:
+    """Bloom's attention is captured as it is spelled; no KV cache reads that before it is fused."""
     from transformers import BloomConfig, BloomForCausalLM
 
     torch.manual_seed(0)
     program = capture_model(BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=64)))
     (miss,) = StaticKVCache().run(program, PassContext()).misses
     assert "softmax" in miss.node
-    assert "no position biases (ALiBi) among the scores" in miss.reason
+    assert "biases of keys (ALiBi), and nothing else" in miss.reason
 
 
 def test_malformed_program_is_caught(llama: Program) -> None:

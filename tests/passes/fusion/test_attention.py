@@ -358,6 +358,26 @@ def test_masks_that_cannot_be_proved_are_named() -> None:
     ]
 
 
+def test_masks_by_multiplication_need_another_that_masks_the_same() -> None:
+    """GPT-1 multiplies scores by its mask and adds -10000 where that is 0; alone the product masks nothing."""
+
+    def attend(m: _Module, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        scores, seen = q @ q.transpose(2, 3), m.triangle[..., :9, :9].float()
+        window = torch.triu(seen, -3)
+        return (
+            torch.softmax(scores * seen, -1) @ q,
+            torch.softmax(scores * window + -1e4 * (1 - seen), -1) @ q,
+            torch.softmax(scores * (0.5 * seen + 0.5) + -1e4 * (1 - seen), -1) @ q,
+        )
+
+    misses = _misses(attend)
+    assert [reason.split(" ", 1)[1] for reason in misses] == [
+        "multiplies scores by 0 that are not masked",
+        "multiplies scores by 0 that are not masked",
+        "scales by add_1, which is neither one number nor a mask",
+    ]
+
+
 def test_scales_softmaxes_and_dropout_that_cannot_be_taken_are_named() -> None:
     def attend(m: _Module, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         scores = q @ q.transpose(2, 3)
@@ -377,7 +397,7 @@ def test_scales_softmaxes_and_dropout_that_cannot_be_taken_are_named() -> None:
 
     assert _misses(attend) == [
         "its weights are also read by output",
-        "mul scales by p_per_head, which is not one number",
+        "mul scales by p_per_head, which is neither one number nor a mask",
         "div scales by mean, which is not one number",
         "it is taken over axis 2, not over the keys",
         "dropout (aten.dropout.default) changes its weights",
