@@ -11,8 +11,8 @@ import io
 import logging
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ __all__ = [
     "aoti_compile",
     "aoti_constant_names",
     "aoti_errors",
+    "aoti_limits",
     "decomposition",
     "deserialize_graph",
     "evaluate_size",
@@ -40,7 +41,10 @@ __all__ = [
     "graph_schema",
     "has_inductor_march",
     "inductor_compile",
+    "is_data_dependence",
+    "is_data_symbol",
     "is_union",
+    "listing_fake_tensors",
     "serialize_graph",
     "size_hint",
     "size_symbols",
@@ -211,6 +215,33 @@ def size_symbols(size: torch.SymInt) -> dict[Any, int]:
     return {symbol: int(known[symbol]) for symbol in size.node.expr.free_symbols if symbol in known}
 
 
+@contextmanager
+def listing_fake_tensors(function: Callable[[Tensor, Callable[[Tensor], Any]], Any]) -> Iterator[None]:
+    """Let `function` answer `tolist` of fake tensors, which is a method of their own; it is given theirs too."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    own = FakeTensor.tolist
+    FakeTensor.tolist = lambda self: function(self, own)  # type: ignore[method-assign, arg-type]
+    try:
+        yield
+    finally:
+        FakeTensor.tolist = own  # type: ignore[method-assign]
+
+
+def is_data_dependence(error: BaseException | None) -> bool:
+    """Whether torch.export failed at a decision that depends on data."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return isinstance(error, GuardOnDataDependentSymNode)
+
+
+def is_data_symbol(symbol: Any) -> bool:
+    """Whether a symbol of a size's expression stands for a number that was read out of a tensor."""
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+    return bool(symbol_is_type(symbol, (SymT.UNBACKED_INT, SymT.UNBACKED_FLOAT)))
+
+
 def evaluate_size(expression: Any, values: Mapping[Any, Any]) -> Any:
     """A sympy expression over sizes, with symbolic sizes or numbers in place of its symbols."""
     from torch.utils._sympy.interp import sympy_interp
@@ -303,7 +334,7 @@ def aoti_compile(exported: ExportedProgram, configs: dict[str, Any]) -> bytes:
     where a disk is full.
 
     Raises:
-        aoti_errors(): the C++ compiler is missing or failed.
+        aoti_errors(): the C++ compiler is missing or failed. aoti_limits(): Inductor cannot take the graph.
     """
     from torch import _inductor
 
@@ -317,6 +348,11 @@ def aoti_errors() -> tuple[type[Exception], ...]:
     from torch._inductor import exc
 
     return (exc.CppCompileError, exc.InvalidCxxCompiler)
+
+
+def aoti_limits() -> tuple[type[Exception], ...]:
+    """What `aoti_compile` raises where Inductor cannot take a graph; its own errors hold another as `inner_exception`."""
+    return (RuntimeError, AssertionError, ValueError, TypeError, LookupError, NotImplementedError)
 
 
 def aoti_constant_names(path: str) -> list[str]:

@@ -96,7 +96,7 @@ def stated_context(config: Any) -> int:
 
     XLNet says -1; a size that nobody checked may be infinite, or beyond what a contract holds.
     """
-    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
     stated = next((value for name in names if (value := getattr(config, name, None))), None)
     return int(stated) if isinstance(stated, int | float) and 0 < stated <= MOST else 0
 
@@ -107,7 +107,8 @@ def generates_from_an_encoder(made: type) -> bool:
 
     if not issubclass(made, GenerationMixin) or not hasattr(made, "forward"):
         return False
-    return "encoder_outputs" in inspect.signature(made.forward).parameters
+    takes = inspect.signature(made.forward).parameters
+    return "encoder_outputs" in takes and "decoder_input_ids" in takes  # a decoder alone may take the first
 
 
 def rotary_limit(config: Any) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.export import Dim
 
+from optc.compiler import compat
 from optc.compiler.capture.attention import NAME, AttentionError, indexed_masks, register
 from optc.compiler.capture.embedding import EmbeddingHead, load_embedder
 from optc.compiler.capture.encoder_decoder import EncoderDecoder, capture_encoder_decoder
@@ -29,13 +30,16 @@ from optc.compiler.capture.implementations import implementations
 from optc.compiler.capture.loading import DTYPES, RESIDENT_BYTES, load_model
 from optc.compiler.capture.own_positions import drop_whole_padding, lift_positions
 from optc.compiler.capture.positions import position_offset
-from optc.compiler.capture.proof import prove_model
+from optc.compiler.capture.proof import SHORTEST, prove_model
 from optc.compiler.capture.recurrent import recurrent_functions
 from optc.compiler.capture.renames import expert_rows
 from optc.compiler.capture.restored import restore_codes
 from optc.compiler.capture.rotary import short_frequencies
-from optc.compiler.diagnostics import CaptureError, unknown_name
+from optc.compiler.capture.selections import whole_selections
+from optc.compiler.capture.shells import DecoderShell, EmbedderShell, EncoderShell, takes_positions
+from optc.compiler.diagnostics import CaptureError, GateError, unknown_name
 from optc.compiler.ir.contract import Contract, Input, Output
+from optc.compiler.ir.deferred import SingleSizes, has_data_sizes
 from optc.compiler.ir.export import SizeConditionError, run_export
 from optc.compiler.ir.lazy_weights import LazyWeight
 from optc.compiler.ir.program import Program
@@ -51,73 +55,6 @@ from optc.compiler.model_folder.sentence import sentence_modules
 ATTENTIONS = (NAME, "sdpa", "eager")
 CPU = torch.device("cpu")
 _MAX_BATCH = 1024
-
-
-class _Shell(torch.nn.Module):
-    """A forward of our own over a model, without a level of its own in the parameter names."""
-
-    _inner: Any
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "_inner", model)
-        self._modules, self._parameters, self._buffers = model._modules, model._parameters, model._buffers
-        self._non_persistent_buffers_set = model._non_persistent_buffers_set
-        self.training = model.training
-
-
-class _Decoder(_Shell):
-    _offset: int
-
-    def __init__(self, model: torch.nn.Module, offset: int) -> None:
-        super().__init__(model)
-        object.__setattr__(self, "_offset", offset)
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        more = {}
-        if _takes_positions(self._inner):
-            more["position_ids"] = position_ids + self._offset if self._offset else position_ids
-        out = self._inner(input_ids=input_ids, use_cache=False, return_dict=True, **more)
-        return out.logits
-
-
-class _Encoder(_Shell):
-    _answer: SimpleNamespace  # what the forward learns of the model: whether it calls its answer logits
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__(model)
-        object.__setattr__(self, "_answer", SimpleNamespace(is_logits=False))
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        more: dict[str, Any] = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        if "use_cache" in inspect.signature(self._inner.forward).parameters:  # a decoder without its head
-            more["use_cache"] = False
-        out = self._inner(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **more)
-        self._answer.is_logits = hasattr(out, "logits")
-        if not self._answer.is_logits and "last_hidden_state" not in out and len(out) > 1:
-            raise CaptureError(
-                f"the model has several outputs: {', '.join(out)}",
-                where=type(self._inner).__name__,
-                why="an encoder is captured with one: logits, or hidden states",
-                remedy="optc.capture(module, (tensor, ...)) with a module around the model takes any number of outputs",
-            )
-        return out.logits if self._answer.is_logits else out[0]
-
-
-_HEAD = "embedding_head"
-
-
-class _Embedder(_Encoder):
-    """An encoder with what makes embeddings behind it, whose weights are its own."""
-
-    def __init__(self, model: torch.nn.Module, head: EmbeddingHead) -> None:
-        super().__init__(model)
-        self._modules = {**model._modules, _HEAD: head}
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        hidden = super().forward(input_ids, attention_mask, token_type_ids)
-        found: Tensor = self._modules[_HEAD](hidden, attention_mask)  # type: ignore[misc]
-        return found
 
 
 def capture_pretrained(
@@ -238,8 +175,7 @@ def capture_model(
     """
     if attention not in ATTENTIONS:
         raise unknown_name("attention implementation", attention, ATTENTIONS)
-    config: Any = model.config
-    limit = rotary_limit(config)
+    rotary_limit(model.config)  # refuses what is not stated
     _refuse_encoder_decoder(model)
     if attention == "sdpa" and not getattr(model, "_supports_sdpa", False):
         raise CaptureError(
@@ -248,19 +184,53 @@ def capture_model(
             remedy="capture with attention='optc' or 'eager'",
         )
     register()
+    program, failure = None, None
     try:
-        program, offset = _captured(model, attention, head)
+        program = _proved(model, attention, head, tokens, prove=prove)
+    except CaptureError as error:
+        if not (prove and compat.is_data_dependence(error.__cause__)):
+            raise
+        failure = error
+    if program is not None and not (prove and has_data_sizes(program.exported)):
+        return program
+    try:
+        return _proved(model, attention, head, tokens, prove=True, whole=True)
+    except (CaptureError, GateError):
+        if failure is not None:
+            raise failure from failure.__cause__
+    assert program is not None
+    return program
+
+
+def _proved(
+    model: torch.nn.Module,
+    attention: str,
+    head: EmbeddingHead | None,
+    tokens: Sequence[int],
+    *,
+    prove: bool,
+    whole: bool = False,
+) -> Program:
+    """Capture, with eager attention where that is needed, and prove.
+
+    Args:
+        whole: compute rows that the model selects by its data for all rows (see `selections`).
+
+    Raises:
+        CaptureError, GateError: as `capture_model`.
+    """
+    notes = ["rows that the model selects by what the data say are computed for all rows"] if whole else []
+    try:
+        program, offset, lengths = _captured(model, attention, head, prove=prove, whole=whole)
     except AttentionError as error:
         if attention != NAME:
             raise
-        note = f"captured with eager attention: {error.what}"
-        program, offset = _captured(model, "eager", head)
-    else:
-        note = ""
+        notes.append(f"captured with eager attention: {error.what}")
+        program, offset, lengths = _captured(model, "eager", head, prove=prove, whole=whole)
     if prove:
-        proof = prove_model(program, model, tokens=tokens, offset=offset, head=head)
-        notes = (*proof.notes, *filter(None, (note, _rotary_note(config, limit))))
-        program.proof = msgspec.structs.replace(proof, notes=notes)
+        proof = prove_model(program, model, tokens=tokens, offset=offset, head=head, lengths=lengths)
+        rotary = _rotary_note(model.config, rotary_limit(model.config))
+        program.proof = msgspec.structs.replace(proof, notes=(*proof.notes, *notes, *filter(None, (rotary,))))
     return program
 
 
@@ -294,19 +264,45 @@ def _refuse_encoder_decoder(model: torch.nn.Module) -> None:
         )
 
 
-def _captured(model: torch.nn.Module, attention: str, head: EmbeddingHead | None) -> tuple[Program, int]:
-    """The program, and what the model adds to positions that are counted from 0."""
+def _captured(
+    model: torch.nn.Module, attention: str, head: EmbeddingHead | None, *, prove: bool, whole: bool
+) -> tuple[Program, int, list[int]]:
+    """The program, what the model adds to positions that are counted from 0, and lengths at which it has to be proved."""
+    excepted = SingleSizes(SHORTEST) if prove else None
     try:
         with implementations(model, attention, NAME):
             offset = position_offset(model)
-            with indexed_masks(), recurrent_functions(model), short_frequencies(model):
-                return _export(model, model.config, offset, head), offset
+            selections = whole_selections(model) if whole else nullcontext()
+            with indexed_masks(), recurrent_functions(model), short_frequencies(model), selections:
+                program = _export(model, model.config, offset, head, excepted)
+        return program, offset, _excepted_lengths(program, excepted)
     except CaptureError as error:
         error.where = error.where or type(model).__name__
         raise
 
 
-def _export(model: torch.nn.Module, config: Any, offset: int, head: EmbeddingHead | None) -> Program:
+def _excepted_lengths(program: Program, excepted: SingleSizes | None) -> list[int]:
+    """The lengths of sequences that the graph was made without.
+
+    Raises:
+        CaptureError: it was made without some number of rows.
+    """
+    if excepted is None:
+        return []
+    length = str(program.user_inputs()[0].meta["val"].shape[1])
+    other = {symbol: sizes for symbol, sizes in excepted.found.items() if symbol != length}
+    if other:
+        raise CaptureError(
+            "torch.export cannot make one graph for all numbers of rows",
+            why="; ".join(f"{symbol} = {', '.join(map(str, sorted(sizes)))}" for symbol, sizes in other.items()),
+            remedy="the model specializes on the number of rows: capture it as a module, optc.capture(module, inputs)",
+        )
+    return sorted(excepted.found.get(length, ()))
+
+
+def _export(
+    model: torch.nn.Module, config: Any, offset: int, head: EmbeddingHead | None, excepted: SingleSizes | None
+) -> Program:
     """`_export_for` the context that the config states, or one token less.
 
     Some models cut a table of as many rows as the context has, and torch takes its whole length for a case of its own.
@@ -315,15 +311,22 @@ def _export(model: torch.nn.Module, config: Any, offset: int, head: EmbeddingHea
     if head is not None and head.described.most_tokens is not None:
         context = min(context, head.described.most_tokens)
     try:
-        return _export_for(model, config, offset, context, head)
+        return _export_for(model, config, offset, context, head, excepted)
     except CaptureError as error:
         condition = error.__cause__.__cause__ if error.__cause__ is not None else None
         if not (isinstance(condition, SizeConditionError) and context in condition.sizes.values() and context > 1):
             raise
-        return _export_for(model, config, offset, context - 1, head)
+        return _export_for(model, config, offset, context - 1, head, excepted)
 
 
-def _export_for(model: torch.nn.Module, config: Any, offset: int, context: int, head: EmbeddingHead | None) -> Program:
+def _export_for(
+    model: torch.nn.Module,
+    config: Any,
+    offset: int,
+    context: int,
+    head: EmbeddingHead | None,
+    excepted: SingleSizes | None,
+) -> Program:
     """The model as a program; a decoder adds `offset` to the positions that it takes, an encoder by itself."""
     decoder = not _is_encoder(model)
     batch, seq = Dim("batch", min=1, max=_MAX_BATCH), Dim("seq", min=1, max=context)
@@ -333,20 +336,21 @@ def _export_for(model: torch.nn.Module, config: Any, offset: int, context: int, 
     dims = {0: batch, 1: seq}
     i64: dict[str, Any] = {"dtype": "int64", "dims": ("batch", "seq")}
     inputs = [Input(name="input_ids", role="input_ids", **i64)]
-    shell: _Decoder | _Encoder
+    shell: DecoderShell | EncoderShell
     if decoder:
         position = torch.arange(length, device=device)[None].expand(2, -1).contiguous()
-        shell = _Decoder(model, offset)
+        shell = DecoderShell(model, offset)
         args: tuple[Tensor, ...] = (ids, position)
         inputs.append(Input(name="position_ids", role="position_ids", **i64))
     else:
-        shell = _Encoder(model) if head is None else _Embedder(model, head)
+        shell = EncoderShell(model) if head is None else EmbedderShell(model, head)
         args = (ids, torch.ones_like(ids))
         inputs.append(Input(name="attention_mask", role="attention_mask", **i64))
         if getattr(config, "type_vocab_size", 0):
             args += (torch.zeros_like(ids),)
             inputs.append(Input(name="token_type_ids", role="token_type_ids", **i64))
-    exported = run_export(shell, args, tuple(dims for _ in args), where=type(model).__name__)
+    where = type(model).__name__
+    exported = run_export(shell, args, tuple(dims for _ in args), where=where, excepted=excepted)
     output = _output(exported, config, shell)
     size = int(exported.graph.output_node().args[0][0].meta["val"].shape[-1])
     facts = model_facts(config, getattr(model, "generation_config", None))
@@ -364,18 +368,18 @@ def _export_for(model: torch.nn.Module, config: Any, offset: int, context: int, 
         embedding=None if head is None else head.facts(size),
     )
     program = Program(exported, contract)
-    if decoder and drop_whole_padding(program) + (0 if _takes_positions(model) else lift_positions(program)):
+    if decoder and drop_whole_padding(program) + (0 if takes_positions(model) else lift_positions(program)):
         program = program.changed()
     return program
 
 
-def _output(exported: torch.export.ExportedProgram, config: Any, shell: _Decoder | _Encoder) -> Output:
+def _output(exported: torch.export.ExportedProgram, config: Any, shell: DecoderShell | EncoderShell) -> Output:
     """Logits over the vocabulary, logits over classes, or hidden states."""
-    if isinstance(shell, _Decoder):
+    if isinstance(shell, DecoderShell):
         return Output(name="logits", role="logits")
-    if isinstance(shell, _Embedder):
+    if isinstance(shell, EmbedderShell):
         return Output(name="embedding", role="embedding")
-    if not shell._answer.is_logits:
+    if not shell.answers_logits:
         return Output(name="hidden", role="hidden")
     width = exported.graph.output_node().args[0][0].meta["val"].shape[-1]
     vocabulary = width == getattr(text_config(config), "vocab_size", None)
@@ -386,12 +390,8 @@ def _context(config: Any) -> int:
     return stated_context(text_config(config)) or 1 << 20
 
 
-def _takes_positions(model: torch.nn.Module) -> bool:
-    return "position_ids" in inspect.signature(model.forward).parameters
-
-
 def _is_encoder(model: torch.nn.Module) -> bool:
-    """A model is a decoder when transformers would generate with it."""
+    """A model is a decoder when transformers would generate with it, unless its config says that it is not causal (XLM)."""
     from transformers.generation import GenerationMixin
 
-    return not isinstance(model, GenerationMixin)
+    return not isinstance(model, GenerationMixin) or getattr(model.config, "causal", None) is False

@@ -4,10 +4,13 @@ Mamba, Mamba 2, the gated delta rule and their relatives are computed by module-
 arguments of the kernels that stand in for them elsewhere (causal-conv1d, mamba-ssm, flash-linear-attention). In PyTorch they
 loop over tokens or chunks, which is no graph for every length; the op that each stands for is. A function of such a name
 with other arguments is left as it is, and what was captured is held to the model's own forward in either case.
+
+Lightning attention (MiniMax) has no such function: a module with its attributes is computed anew here.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -118,6 +121,30 @@ def _delta_rule(
     return out.to(value.dtype), None
 
 
+_LIGHTNING = ("qkv_proj", "act_fn", "slope_rate", "block_size", "norm", "output_gate", "out_proj", "head_dim")
+"""Attributes of modules of lightning attention."""
+
+
+def _lightning_attention(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: Any = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Lightning attention (Qin et al., 2024) of hidden states [B,S,C]: a linear one whose heads forget at fixed rates."""
+    assert past_key_values is None, "a capture takes whole sequences"
+    states = module.act_fn(module.qkv_proj(hidden_states))
+    if attention_mask is not None:
+        states = states * attention_mask[..., None].to(states.dtype)
+    heads = states.unflatten(2, (-1, 3 * module.head_dim)).float()
+    decay = (-module.slope_rate.float().view(-1)).expand(heads.shape[:3])
+    out = torch.ops.optc.linear_attention(*heads.split(module.head_dim, 3), decay, None)
+    out = module.norm(out.flatten(2).to(hidden_states.dtype))
+    return module.out_proj(torch.sigmoid(module.output_gate(hidden_states)) * out), None
+
+
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_fn": _conv,
     "mamba2_chunk_scan": _state_space_dual,
@@ -132,6 +159,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 def recurrent_functions(model: torch.nn.Module) -> Iterator[None]:
     """Let the modules of a model compute recurrent layers by the dialect's ops."""
     before = []
+    lightning = [module for module in model.modules() if all(hasattr(module, name) for name in _LIGHTNING)]
+    for module in lightning:
+        module.forward = functools.partial(_lightning_attention, module)
     for name in {type(module).__module__ for module in model.modules()}:
         place = vars(sys.modules[name])
         for function, own in _FUNCTIONS.items():
@@ -144,6 +174,8 @@ def recurrent_functions(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for place, function, theirs in before:
             place[function] = theirs
+        for module in lightning:
+            del module.forward
 
 
 def _same_arguments(theirs: Callable[..., Any], own: Callable[..., Any]) -> bool:

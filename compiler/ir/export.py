@@ -12,24 +12,39 @@ from torch import Tensor
 
 from optc.compiler import compat
 from optc.compiler.diagnostics import CaptureError
-from optc.compiler.ir.deferred import settle_deferred
+from optc.compiler.ir.deferred import SingleSizes, drop_data_asserts, settle_deferred
 from optc.compiler.ir.lazy_weights import LazyWeight
 from optc.compiler.ir.quick_tracing import quick_tracing
 
 
 def run_export(
-    module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any, *, where: str
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    dynamic_shapes: Any,
+    *,
+    where: str,
+    excepted: SingleSizes | None = None,
 ) -> torch.export.ExportedProgram:
     """torch.export in non-strict mode; its failures become CaptureErrors.
 
     Lazy weights of the module are not read, and are those of the result.
+
+    Args:
+        excepted: takes single sizes at which the caller has to hold the program to the module itself: torch made it
+            under the condition that they do not come (see `settle_deferred`).
     """
     try:
-        with torch.no_grad(), quick_tracing(), _stand_ins(module) as lazy, warnings.catch_warnings():
+        with (
+            torch.no_grad(),
+            quick_tracing(),
+            _plain_texts(module),
+            _stand_ins(module) as lazy,
+            warnings.catch_warnings(),
+        ):
             warnings.filterwarnings(
                 "ignore", r"(?s).*_flat_weights.*assigned during export"
             )  # torch's recurrent layers
-            exported = _exported(module, args, dynamic_shapes)
+            exported = _exported(module, args, dynamic_shapes, excepted)
     except torch._dynamo.exc.UserError as error:
         raise CaptureError(
             "torch.export cannot make one graph for all shapes",
@@ -45,6 +60,7 @@ def run_export(
             why=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
             remedy="the model runs code that torch.export cannot trace",
         ) from error
+    drop_data_asserts(exported)
     for table in (exported.state_dict, exported.constants):
         table.update({name: lazy[id(value)] for name, value in table.items() if id(value) in lazy})
     return exported
@@ -86,7 +102,9 @@ def functional_export(exported: torch.export.ExportedProgram) -> torch.export.Ex
     return result
 
 
-def _exported(module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any) -> torch.export.ExportedProgram:
+def _exported(
+    module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: Any, excepted: SingleSizes | None
+) -> torch.export.ExportedProgram:
     """What torch refuses for a few conditions on sizes is exported once more with these deferred, and held to them here.
 
     Of code that pads and cuts into chunks there are dozens, which do not hold, and another export takes minutes.
@@ -100,13 +118,13 @@ def _exported(module: torch.nn.Module, args: tuple[Any, ...], dynamic_shapes: An
             exported = compat.export_program(module, args, dynamic_shapes, deferred=True)
         except (torch._dynamo.exc.UserError, RuntimeError, ValueError):
             raise error from None
-        broken = settle_deferred(exported)
+        broken = settle_deferred(exported, excepted)
         if broken is not None:
             raise error from SizeConditionError(*broken)
         return exported
 
 
-_FEW = 4
+_FEW = 12
 
 
 class SizeConditionError(Exception):
@@ -149,6 +167,21 @@ def _stand_ins(module: torch.nn.Module) -> Iterator[dict[int, Tensor]]:
     finally:
         for table, name, value in places:
             table[name] = value
+
+
+@contextmanager
+def _plain_texts(module: torch.nn.Module) -> Iterator[None]:
+    """Let modules be printed without their data: torch 2.11 prints them while it traces, and I-BERT's print numbers that
+    are none then."""
+    classes = {type(inner) for inner in module.modules() if "__repr__" in vars(type(inner))} - {torch.nn.Module}
+    own = {made: made.__repr__ for made in classes}
+    try:
+        for made in classes:
+            made.__repr__ = object.__repr__  # type: ignore[method-assign]
+        yield
+    finally:
+        for made, text in own.items():
+            made.__repr__ = text  # type: ignore[method-assign]
 
 
 def _without_memory(weight: LazyWeight) -> Tensor:

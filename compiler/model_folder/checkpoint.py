@@ -258,7 +258,8 @@ def _check_finite(path: Path, name: str, tensor: torch.Tensor) -> None:
         if not all(math.isfinite(bound) for bound in chunk.aminmax()):
             nans += int(chunk.isnan().sum())
             infs += int(chunk.isinf().sum())
-    if nans or infs:
+    is_bound = tensor.dim() == 0 and not nans  # one number, such as the bound of a clamp that is off
+    if (nans or infs) and not is_bound:
         raise InputError(
             f"tensor '{shown(name)}' has values that are not finite",
             where=str(path),

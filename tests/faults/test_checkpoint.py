@@ -440,6 +440,15 @@ def test_values_that_are_not_finite(tmp_path: Path, dtype: torch.dtype, size: in
         refused(lambda info=info: check_values(info), what, where, why, remedy)  # type: ignore[misc]
 
 
+def test_a_bound_may_be_infinite(tmp_path: Path) -> None:
+    """Gemma 4 keeps bounds of clamps, infinite where nothing is clamped, as tensors without axes."""
+    save_file({"w": torch.ones(4), "input_max": torch.tensor(math.inf)}, make_model(tmp_path) / "model.safetensors")
+    check_values(check_folder(tmp_path))
+    save_file({"w": torch.ones(4), "input_max": torch.tensor(math.nan)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="tensor 'input_max' has values that are not finite"):
+        check_values(check_folder(tmp_path))
+
+
 def test_nan_in_float8(tmp_path: Path) -> None:
     bad = torch.tensor([1.0, math.nan]).to(torch.float8_e4m3fn)
     save_file({"w": bad}, make_model(tmp_path) / "model.safetensors")

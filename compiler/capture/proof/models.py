@@ -17,6 +17,7 @@ from optc.compiler.capture.proof.reference import (
     make_batches,
     own_implementations,
     own_output,
+    short_batches,
 )
 from optc.compiler.capture.proof.widened import widened
 from optc.compiler.diagnostics import GateError
@@ -30,7 +31,9 @@ from optc.compiler.rewriting.retrace import Replay
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-9, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of outputs, as a share of their largest magnitude; in 16 bits the relative L2 difference."""
 
-_LONGEST, _SHORTEST = 48, 8
+_LONGEST = 48
+SHORTEST = 8
+"""Tokens of the longest sequence: of small models, and of the largest ones."""
 _WORK = 1e9
 """Parameters times tokens of the longest sequence: the proof of a larger model reads shorter text."""
 
@@ -47,6 +50,7 @@ def prove_model(
     offset: int = 0,
     seed: int = 0,
     head: EmbeddingHead | None = None,
+    lengths: Sequence[int] = (),
 ) -> CaptureProof:
     """Hold a captured decoder or encoder to its model's own attention, masks and positions.
 
@@ -57,13 +61,14 @@ def prove_model(
         tokens: encoded text; random tokens are taken where there is too little.
         offset: the position that the model gives a first token.
         head: what makes embeddings of hidden states; the reference gets each sequence's own, without padding.
+        lengths: of up to `SHORTEST` tokens, at which both run too, alone and in a batch.
 
     Raises:
         GateError: the program computes something else (names the first module that differs), the model overflows in
             its type (names the first module), or its own forward fails.
     """
     begin = time.perf_counter()
-    proof = Proof(program, model, tokens, offset, seed, head)
+    proof = Proof(program, model, tokens, offset, seed, head, lengths)
     with own_implementations(model) as attention:
         batches, figures = list(proof.batches), proof.figures()
     return CaptureProof(
@@ -92,6 +97,7 @@ class Proof:
         offset: int,
         seed: int,
         head: EmbeddingHead | None,
+        lengths: Sequence[int],
     ) -> None:
         self.program, self.model, self.offset, self.head = program, model, offset, head
         self.decoder = program.contract.kind == "decoder"
@@ -105,6 +111,7 @@ class Proof:
         right, left, alone, one = make_batches(sequences, pad, what, device)
         self.is_large = sum(weight.numel() for weight in model.parameters()) > _LARGE
         self.batches = [right, left, one] if self.is_large else [right, left, alone, one]
+        self.batches += [batch for length in lengths for batch in short_batches(sequences[0], length, pad, device)]
         widest, longest = (
             max((layer.window for layer in program.contract.layers), default=0),
             len(sequences[0]),
@@ -281,7 +288,7 @@ def token_sequences(
 ) -> tuple[list[list[int]], str]:
     """Ragged sequences without the padding token, shorter for larger models, and what they are."""
     parameters = sum(weight.numel() for weight in model.parameters())
-    longest = int(min(max(_WORK / max(parameters, 1), _SHORTEST), _LONGEST))
+    longest = int(min(max(_WORK / max(parameters, 1), SHORTEST), _LONGEST))
     longest = max(1, min(longest, program.contract.model.context_length or longest))
     lengths = [longest, max(1, longest // 4), max(1, longest // 2), max(1, longest // 3)]
     text = [token for token in tokens if token != pad]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from optc.compiler.capture.attention import NAME, caps_scores
+from optc.compiler.capture.implementations import implementations
 
 OWN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
 """What a model's own forward raises when it cannot take the inputs."""
@@ -66,6 +67,19 @@ def make_batches(sequences: Sequence[Sequence[int]], pad: int, what: str, device
     ]
 
 
+def short_batches(sequence: Sequence[int], length: int, pad: int, device: torch.device) -> list[Batch]:
+    """The first tokens of a sequence alone, and beside a row of one token less."""
+    row = list(sequence[:length])
+    ids = torch.tensor([row, [*row[:-1], pad]], device=device)
+    mask = torch.ones_like(ids)
+    alone = Batch(f"{length} tokens, batch 1", ids[:1], mask[:1])
+    if length < 2:
+        return [alone]
+    ragged = mask.clone()
+    ragged[1, -1] = 0
+    return [alone, Batch(f"{length} tokens, ragged", ids, ragged)]
+
+
 def own_attention_of(model: Any) -> str:
     """The attention that transformers would choose for a model, or that its user chose: "sdpa", "eager", ...
 
@@ -83,15 +97,10 @@ def own_implementations(model: Any) -> Iterator[str]:
     Yields:
         the attention implementation: "sdpa", "eager", ...
     """
-    config = model.config
-    before = (config._attn_implementation, getattr(config, "_experts_implementation", None))
     attention = own_attention_of(model)
-    config._attn_implementation = attention
-    config._experts_implementation = before[1] if before[1] not in (NAME, None) else "eager"
-    try:
+    experts = getattr(model.config, "_experts_implementation", None)
+    with implementations(model, attention, experts if experts not in (NAME, None) else "eager"):
         yield attention
-    finally:
-        config._attn_implementation, config._experts_implementation = before
 
 
 def own_output(model: nn.Module, batch: Batch, *, decoder: bool, offset: int) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, Gemma2Config, LlamaConfig, LlamaForCa
 
 from optc.compiler.capture import capture_model
 from optc.compiler.capture.attention import caps_scores
-from optc.compiler.capture.facts import model_facts, rotary_limit
+from optc.compiler.capture.facts import generates_from_an_encoder, model_facts, rotary_limit, stated_context
 from optc.compiler.capture.loading import meta_model
 from optc.compiler.capture.pretrained import capture_pretrained
 from optc.compiler.diagnostics import CaptureError
@@ -122,3 +122,12 @@ def test_rotary_frequencies_that_depend_on_the_length_are_captured_up_to_where_t
     note = "up to 16 tokens, of 32: rotary frequencies are those of short sequences, and change beyond"
     assert (note in program.proof.notes) == (limit < 32)
     torch.testing.assert_close(program.module()(short, short), expected)
+
+
+def test_a_decoder_that_may_read_an_encoder_is_one_program() -> None:
+    """Whisper's decoder alone takes the outputs of an encoder, and none of its own ids beside input_ids."""
+    import transformers as hf
+
+    assert generates_from_an_encoder(hf.WhisperForConditionalGeneration)
+    assert not generates_from_an_encoder(hf.WhisperForCausalLM)
+    assert stated_context(hf.WhisperConfig(max_target_positions=96)) == 96

@@ -35,6 +35,7 @@ def _ops(program: Program) -> tuple[int, ...]:
         ("mamba", "MambaForCausalLM", (2, 2, 0)),
         ("mamba2", "Mamba2ForCausalLM", (2, 2, 0)),
         ("qwen3_next", "Qwen3NextForCausalLM", (1, 1, 1)),
+        ("minimax", "MiniMaxForCausalLM", (1, 0, 1)),  # lightning attention
     ],
 )
 def test_one_op_per_layer(name: str, architecture: str, expected: tuple[int, ...]) -> None:

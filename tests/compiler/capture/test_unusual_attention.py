@@ -11,7 +11,8 @@ import transformers as hf
 from stages import apply
 
 from optc.compiler.capture import capture_model, pretrained
-from optc.compiler.capture.attention import run_experts
+from optc.compiler.capture.attention import NAME, register, run_experts
+from optc.compiler.diagnostics import GateError
 from optc.compiler.rewriting.tokenwise import cache_misses, mixing_error
 from optc.passes.fusion.attention import FuseAttention
 
@@ -61,6 +62,10 @@ _OWN = [
     (hf.GPTJForCausalLM, hf.GPTJConfig(**_GPT, rotary_dim=8)),
     (hf.CodeGenForCausalLM, hf.CodeGenConfig(**{**_GPT, "n_head": 4}, n_ctx=32, rotary_dim=4)),
     (hf.FalconForCausalLM, hf.FalconConfig(**_SIZE)),
+    (hf.OpenAIGPTLMHeadModel, hf.OpenAIGPTConfig(**_GPT)),  # multiplies scores by its mask, and adds -10000
+    # Batch and heads are one axis: of the scores alone, and of weights and values too.
+    (hf.GPTNeoXJapaneseForCausalLM, hf.GPTNeoXJapaneseConfig(**_SIZE)),
+    (hf.MvpForCausalLM, hf.MvpConfig(**_BART, decoder_start_token_id=1)),
     (
         hf.GPTNeoForCausalLM,
         hf.GPTNeoConfig(
@@ -74,14 +79,16 @@ _OWN = [
 @pytest.mark.parametrize(("cls", "config"), _OWN, ids=lambda item: getattr(item, "__name__", ""))
 def test_attention_of_a_models_own_is_found_in_the_graph(cls: Any, config: Any) -> None:
     program = capture_model(_large(cls, config))
-    assert "captured with eager attention: the model picks its attention from a table of its own" in _notes(program)
+    if cls is not hf.OpenAIGPTLMHeadModel:  # which has no part in transformers' attention interface
+        assert "captured with eager attention: the model picks its attention from a table of its own" in _notes(program)
     fused = apply(FuseAttention(), program).program
     layers = fused.contract.layers
     assert len(layers) == len(fused.calls(_OPTC)) == (2 if cls is hf.GPTNeoForCausalLM else 1)
     assert [layer.window for layer in layers] == ([0, 4] if cls is hf.GPTNeoForCausalLM else [0])
     assert cache_misses(fused, sinks=True) == ()
-    # GPT-Neo cuts a table of 32 rows, and torch makes a special case of the whole one.
-    assert program.contract.model.context_length == (31 if cls is hf.GPTNeoForCausalLM else 32)
+    # Some cut a table of 32 rows, and torch makes a special case of the whole one.
+    cut = cls in (hf.GPTNeoForCausalLM, hf.OpenAIGPTLMHeadModel)
+    assert program.contract.model.context_length == (31 if cut else 32)
 
 
 def test_a_folder_of_such_a_model(tmp_path: Path) -> None:
@@ -91,13 +98,20 @@ def test_a_folder_of_such_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cls", "config"), [(hf.T5EncoderModel, hf.T5Config(**_T5)), (hf.MPNetModel, hf.MPNetConfig(**_SIZE))]
+    ("cls", "config"),
+    [
+        (hf.T5EncoderModel, hf.T5Config(**_T5)),
+        (hf.UMT5EncoderModel, hf.UMT5Config(**_T5)),  # its stack has a config of its own
+        (hf.MPNetModel, hf.MPNetConfig(**_SIZE)),
+    ],
 )
 def test_position_biases_are_captured(cls: Any, config: Any) -> None:
     """T5's attention was captured without its relative position bias, off by 1.1 of 3.2."""
+    register()
+    config._attn_implementation = NAME  # as a folder is loaded
     program = capture_model(_large(cls, config))
     assert program.calls(_OPTC) == []
-    assert ("position_bias" in _notes(program)) == (cls is hf.T5EncoderModel)  # the other computes it by itself
+    assert ("position_bias" in _notes(program)) == (cls is not hf.MPNetModel)  # which computes it by itself
 
 
 def test_chunked_attention_is_captured() -> None:
@@ -166,3 +180,44 @@ def test_positions_become_an_input(cls: Any, config: Any) -> None:
     program = capture_model(model)
     assert cache_misses(program, sinks=True) == ()  # by trial: a token's logits depend on its id and position alone
     assert program.user_inputs()[1].users
+
+
+# -- lengths of which torch makes a case of their own ---------------------------------------------------
+
+
+class _Neighbours(torch.nn.Module):
+    """Tokens with those before and behind them, as MobileBERT has it: 2 tokens are a case of their own to torch."""
+
+    def __init__(self, spoiled: bool) -> None:
+        super().__init__()
+        self.spoiled = spoiled
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pad = torch.nn.functional.pad
+        made = torch.cat([pad(x[:, 1:], [0, 0, 0, 1, 0, 0]), x, pad(x[:, :-1], [0, 0, 1, 0, 0, 0])], 2)
+        return made + (x.shape[1] == 2 and self.spoiled) * 1.0
+
+
+class _Encoder(hf.BertModel):
+    """A BERT whose embeddings pass through `_Neighbours`."""
+
+    def __init__(self, config: Any, spoiled: bool = False) -> None:
+        super().__init__(config, add_pooling_layer=False)
+        self.before, self.join = _Neighbours(spoiled), torch.nn.Linear(96, 32)
+
+    def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any = None, **named: Any) -> Any:
+        joined = self.join(self.before(self.embeddings.word_embeddings(input_ids)))
+        return super().forward(inputs_embeds=joined, attention_mask=attention_mask, **named)
+
+
+def test_a_length_that_torch_left_out_is_run() -> None:
+    program = capture_model(_large(_Encoder, hf.BertConfig(**_SIZE, intermediate_size=32)))
+    assert program.proof is not None
+    assert program.proof.inputs[-2:] == ("2 tokens, batch 1", "2 tokens, ragged")
+
+
+def test_a_program_that_is_wrong_at_such_a_length_is_stopped() -> None:
+    config = hf.BertConfig(**_SIZE, intermediate_size=32)
+    with pytest.raises(GateError, match="the program is not what _Encoder computes") as caught:
+        capture_model(_large(lambda config: _Encoder(config, spoiled=True), config))
+    assert "2 tokens" in str(caught.value)
