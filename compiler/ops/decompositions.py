@@ -85,7 +85,8 @@ def attend(
     batch, heads, size, width = q.shape
     kv_heads = k.shape[1]
     groups = heads // kv_heads
-    rows = q.contiguous().view(batch, kv_heads, groups * size, width)
+    # A clone, not `contiguous`: torch 2.11 takes a concatenation for contiguous, and lays it out otherwise later.
+    rows = q.clone(memory_format=torch.contiguous_format).view(batch, kv_heads, groups * size, width)
     if softcap or sinks is not None:
         out = _softmax_attention(rows, k, v, keep, sinks, groups, scale=scale, softcap=softcap)
     else:

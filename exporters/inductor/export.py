@@ -17,9 +17,11 @@ from optc.compiler.artifact.engines import AOTINDUCTOR
 from optc.compiler.artifact.manifest import ProgramEntry
 from optc.compiler.diagnostics import TargetError, os_errors
 from optc.compiler.formats.safetensors_header import read_header
+from optc.compiler.ir.asserts import ASSERTS
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.saved.tensors import write_tensors
+from optc.compiler.ir.surgery import drop_dead
 from optc.compiler.kernels.cpu.library import FILE_NAME, build_library
 from optc.compiler.kernels.cpu.toolchain import InstructionSet, check_space, find_compiler, instruction_set
 from optc.compiler.kernels.kernel import Kernel, needs_of, used_kernels
@@ -165,17 +167,39 @@ def _compile(program: Program, path: Path, instructions: InstructionSet) -> None
     try:
         with warnings.catch_warnings(), torch.no_grad(), os_errors("compiling the package", str(path)):
             warnings.simplefilter("ignore")
-            package = compat.aoti_compile(program.exported, configs)
-    except compat.aoti_errors() as error:
-        check_space(str(error))
-        raise TargetError(
-            "AOTInductor's C++ compiler failed",
-            where=str(path),
-            why=_first_error(str(error)),
-            remedy="use g++ 12 or newer; name it in $CXX",
-        ) from error
+            package = compat.aoti_compile(_without_asserts(program).exported, configs)
+    except (*compat.aoti_errors(), *compat.aoti_limits()) as error:
+        raise _compile_error(error, path) from error
     with os_errors("writing the package", str(path)):
         path.write_bytes(package)
+
+
+def _compile_error(error: Exception, path: Path) -> TargetError:
+    """What a failed compilation is to a user: a C++ compiler that fails, or a graph that Inductor does not take."""
+    inner = getattr(error, "inner_exception", error)
+    check_space(str(inner))
+    if isinstance(inner, compat.aoti_errors()):
+        return TargetError(
+            "AOTInductor's C++ compiler failed",
+            where=str(path),
+            why=_first_error(str(inner)),
+            remedy="use g++ 12 or newer; name it in $CXX",
+        )
+    return TargetError(
+        "AOTInductor cannot compile the program",
+        where=str(path),
+        why=f"{type(inner).__name__}: {(str(inner).strip().splitlines() or ['no message'])[0][:300]}",
+        remedy="choose --target onnx-cpu, or another release of torch",
+    )
+
+
+def _without_asserts(program: Program) -> Program:
+    """The program without asserts on types: they repeat what its own tracing saw, and Inductor types some values anew."""
+    if not program.calls(*ASSERTS):
+        return program
+    edited = program.clone()
+    drop_dead(edited)
+    return edited.changed()
 
 
 def _first_error(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import onnx_ir as ir
@@ -205,6 +206,33 @@ def batched(node: Node) -> str | None:
     return None if node.meta["val"].dim() == rank else "an input without batch axis is not lowered"
 
 
+_END = 2**63 - 1
+
+
+def _windows(walker: Walker, node: Node) -> ir.Value:
+    """im2col(x [B,C,H,W]) -> [B, C * kh * kw, L]: each place of the window is a slice, and they stand side by side."""
+    kernel, dilation, padding, stride = (list(item) for item in node.args[1:5])
+    x = walker.value(node.args[0])
+    if any(padding):
+        x = walker.op("Pad", [x, walker.constant([0, 0, *padding, 0, 0, *padding])], {"mode": "constant"})
+    parts = []
+    for i, j in itertools.product(*map(range, kernel)):
+        starts = [i * dilation[0], j * dilation[1]]
+        behind = [start - step * (size - 1) for start, step, size in zip(starts, dilation, kernel, strict=True)]
+        ends = [end or _END for end in behind]  # counted from the end: 0 would be the beginning
+        places = [walker.constant(item) for item in (starts, ends, [2, 3], stride)]
+        parts.append(walker.op("Unsqueeze", [walker.op("Slice", [x, *places]), walker.constant([2])]))
+    stacked = walker.op("Concat", parts, {"axis": 2})
+    head = walker.op("Shape", [stacked], {"end": 1})
+    channels = int(node.meta["val"].shape[1])
+    return walker.op("Reshape", [stacked, walker.op("Concat", [head, walker.constant([channels, -1])], {"axis": 0})])
+
+
+def batched_image(node: Node) -> str | None:
+    """A predicate for im2col."""
+    return None if node.args[0].meta["val"].dim() == 4 else "an image without a batch axis is not lowered"
+
+
 _PADS = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
@@ -251,6 +279,7 @@ PADS = (
 
 TABLE: dict[Any, Lowering] = {
     **dict.fromkeys(PADS, _pad),
+    _aten.im2col.default: _windows,
     **dict.fromkeys(CONVOLUTIONS, _conv),
     **dict.fromkeys(TRANSPOSED, _conv_transpose),
     _aten.convolution.default: _convolution,

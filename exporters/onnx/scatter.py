@@ -14,7 +14,7 @@ from optc.exporters.onnx.walker import Lowering, Walker, argument
 
 _aten = torch.ops.aten
 _END = 2**63 - 1
-_REDUCTIONS = {"sum": "add", "prod": "mul", "amax": "max", "amin": "min"}
+_REDUCTIONS = {"sum": "add", "prod": "mul", "amax": "max", "amin": "min", "mean": "add"}
 
 
 def _val(node: Any) -> torch.Tensor:
@@ -87,11 +87,43 @@ def _scatter(walker: Walker, node: Node) -> ir.Value:
     else:
         updates = walker.op("Expand", [walker.constant(source, _val(node).dtype), walker.op("Shape", [value])])
     attributes: dict[str, Any] = {"axis": int(axis) % max(_val(node).dim(), 1)}
+    data = walker.value(x, _val(node).dtype)
+    if node.target is _aten.scatter_reduce.two:
+        return _reduced(walker, node, data, value, updates, attributes)
     if node.target is _aten.scatter_add.default:
         attributes["reduction"] = "add"
-    elif node.target is _aten.scatter_reduce.two:
-        attributes["reduction"] = _REDUCTIONS[str(node.args[4])]
-    return walker.op("ScatterElements", [walker.value(x, _val(node).dtype), value, updates], attributes)
+    return walker.op("ScatterElements", [data, value, updates], attributes)
+
+
+def _reduced(
+    walker: Walker, node: Node, data: ir.Value, index: ir.Value, updates: ir.Value, attributes: dict[str, Any]
+) -> ir.Value:
+    """scatter_reduce. Without `include_self` the places that are hit begin at the reduction's neutral number; a mean
+    counts its updates, and what stood there as one."""
+    kind, dtype = str(node.args[4]), _val(node).dtype
+    includes = bool(argument(node, 5, "include_self", True))
+    shape = walker.op("Shape", [index])
+    if not includes:
+        neutral = walker.op("Expand", [walker.constant(_neutral(kind, dtype), dtype), shape])
+        data = walker.op("ScatterElements", [data, index, neutral], attributes)
+    reducing = {**attributes, "reduction": _REDUCTIONS[kind]}
+    out = walker.op("ScatterElements", [data, index, updates], reducing)
+    if kind != "mean":
+        return out
+    start = walker.op("Expand", [walker.constant(float(includes), dtype), walker.op("Shape", [data])])
+    ones = walker.op("Expand", [walker.constant(1.0, dtype), shape])
+    count = walker.op("ScatterElements", [start, index, ones], {**attributes, "reduction": "add"})
+    return walker.op("Div", [out, walker.op("Max", [count, walker.constant(1.0, dtype)])])
+
+
+def _neutral(kind: str, dtype: torch.dtype) -> float | int:
+    """What a reduction of other numbers with it does not change."""
+    if kind in ("amax", "amin"):
+        if dtype.is_floating_point:
+            return float("-inf") if kind == "amax" else float("inf")
+        limits = torch.iinfo(dtype)
+        return limits.min if kind == "amax" else limits.max
+    return 1 if kind == "prod" else 0
 
 
 def whole_source(node: Node) -> str | None:
@@ -102,8 +134,8 @@ def whole_source(node: Node) -> str | None:
     if node.target is _aten.scatter_reduce.two:
         if node.args[4] not in _REDUCTIONS:
             return f"the reduction {node.args[4]!r} is not lowered"
-        if not argument(node, 5, "include_self", True):
-            return "include_self=False is not lowered"
+        if node.args[4] == "mean" and not _val(node).dtype.is_floating_point:
+            return "a mean of whole numbers is not lowered"
     return None
 
 

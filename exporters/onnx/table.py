@@ -60,6 +60,7 @@ _PREDICATES: dict[Any, Predicate] = {
     _aten.split.Tensor: shape.known_parts,
     **dict.fromkeys((*CONVOLUTIONS, *TRANSPOSED), layers.batched),
     **dict.fromkeys(layers.PADS, layers.outwards),
+    _aten.im2col.default: layers.batched_image,
     _aten._native_batch_norm_legit_no_training.default: layers.first_alone,
     _aten.instance_norm.default: layers.own_statistics,
     **dict.fromkeys(pooling.AVERAGES, pooling.plain_average),

@@ -17,6 +17,8 @@ from transformers import BertModel
 import optc
 from optc.compiler.artifact.folder import read_manifest
 from optc.compiler.capture import capture_module
+from optc.compiler.diagnostics import TargetError
+from optc.exporters.inductor import export
 from optc.runtime.carried.pt2_runner import Package, PackageError
 
 pytestmark = pytest.mark.slow
@@ -98,3 +100,28 @@ def test_a_module_runs_by_the_file_beside_it(network: Path, tmp_path: Path) -> N
     np.savez(tmp_path / "in.npz", y=x.numpy())
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (1, f"error: {tmp_path / 'in.npz'} has no array 'x'\n")
+
+
+class _GraphError(RuntimeError):
+    """As Inductor's own errors: around another."""
+
+    def __init__(self, inner: Exception) -> None:
+        super().__init__("while compiling")
+        self.inner_exception = inner
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_graph_that_inductor_does_not_take_is_refused(
+    wrapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = ValueError("Cannot view a tensor with shape [2, 3]\nwhile executing")
+
+    def fail(*_: object) -> bytes:
+        raise _GraphError(inner) if wrapped else inner
+
+    monkeypatch.setattr(export.compat, "aoti_compile", fail)
+    program = capture_module(nn.Linear(3, 3), (torch.ones(2, 3),))
+    with pytest.raises(TargetError, match="AOTInductor cannot compile the program") as caught:
+        export._compile(program, tmp_path / "model.pt2", export.instruction_set())
+    assert caught.value.exit_code == 4
+    assert caught.value.why == "ValueError: Cannot view a tensor with shape [2, 3]"

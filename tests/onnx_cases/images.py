@@ -122,6 +122,7 @@ _LAYERS = {
 RECURRENT: Cases = {f"aten.{name}": [(_first(layer), f(3, 7, 4))] for name, layer in _LAYERS.items()}
 
 _PLACES = torch.tensor([[0, 2], [1, 0], [3, 3]])
+_TWICE = torch.tensor([[0, 0], [1, 0], [3, 3]])
 _ROWS = torch.tensor([0, 2, 1])
 
 WRITES: Cases = {
@@ -138,7 +139,18 @@ WRITES: Cases = {
     "aten.scatter.src": [(lambda x, n: x.scatter(1, n, x[:, :2] * 2), f(), _PLACES)],
     "aten.scatter.value": [(lambda x, n: x.scatter(1, n, 1.5), f(), _PLACES)],
     "aten.scatter_add.default": [(lambda x, n: x.scatter_add(1, n, x[:, :2]), f(), _PLACES)],
-    "aten.scatter_reduce.two": [(lambda x, n: x.scatter_reduce(1, n, x[:, :2] * 2, "amax"), f(), _PLACES)],
+    "aten.scatter_reduce.two": [
+        (lambda x, n: x.scatter_reduce(1, n, x[:, :2] * 2, "amax"), f(), _PLACES),
+        (lambda x, n: x.scatter_reduce(1, n, x[:, :2] * 2, "amin", include_self=False), i(), _PLACES),
+        (lambda x, n: x.scatter_reduce(1, n, x[:, :2] * 2, "amax", include_self=False), f(), _PLACES),
+        (lambda x, n: x.scatter_reduce(1, n, x[:, :2] * 2, "sum", include_self=False), f(), _PLACES),
+        (lambda x, n: x.scatter_reduce(1, n, x[:, :2], "mean"), f(), _TWICE),
+        (lambda x, n: x.scatter_reduce(1, n, x[:, :2], "mean", include_self=False), f(), _TWICE),
+    ],
+    "aten.im2col.default": [
+        (lambda x: torch.nn.functional.unfold(x, (3, 1), padding=(1, 0)), f(3, 4, 7, 1)),
+        (lambda x: torch.nn.functional.unfold(x, (2, 3), dilation=2, stride=(2, 1)), f(3, 2, 7, 9)),
+    ],
     "aten.index_put.default": [
         (lambda x: _aten.index_put(x, [x > 0], torch.tensor(7.0)), f()),
         (lambda x: _aten.index_put(x, [None, _ROWS], x[:, :3] * 2), f()),
