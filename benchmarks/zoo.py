@@ -51,6 +51,7 @@ class _Child:
 
     kind: Kind
     stages: list[str]
+    slot: int
     pid: int
     pipe: int
     folder: Path
@@ -58,33 +59,46 @@ class _Child:
     data: bytes = b""
 
 
-def _start(kind: Kind, stages: list[str], seconds: float, memory_gb: float) -> _Child:
+def _start(kind: Kind, stages: list[str], limits: Limits, slot: int) -> _Child:
     folder = Path(tempfile.mkdtemp(prefix="zoo-"))
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _examine(kind, stages, folder, write, seconds, memory_gb)
+        _examine(kind, stages, folder, write, limits, slot)
     os.close(write)
-    return _Child(kind, list(stages), pid, read, folder, time.monotonic() + seconds)
+    return _Child(kind, list(stages), slot, pid, read, folder, time.monotonic() + limits.seconds)
 
 
-def _examine(kind: Kind, stages: list[str], folder: Path, write: int, seconds: float, memory_gb: float) -> None:
+def _examine(kind: Kind, stages: list[str], folder: Path, write: int, limits: Limits, slot: int) -> None:
     """In the child: write the rows to the pipe, and end without what the parent would do at its end."""
     code = 1
     try:
         os.setsid()
+        _keep_to_own_cores(slot, limits.jobs)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + int(memory_gb * 2**30),) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (used + int(limits.memory_gb * 2**30),) * 2)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
         from zoo_examine import examine
 
-        for row in examine(kind, stages, folder, seconds / 3):
+        for row in examine(kind, stages, folder, limits.seconds / 3):
             os.write(write, json.dumps(row).encode() + b"\n")
         code = 0
     finally:
         os._exit(code)
+
+
+def _keep_to_own_cores(slot: int, jobs: int) -> None:
+    """A share of the cores for each child: thread pools of engines are as wide as the machine, and would get in each
+    other's way."""
+    import torch
+
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // jobs)
+    first = slot * share % len(cores)
+    os.sched_setaffinity(0, cores[first : first + share])
+    torch.set_num_threads(share)
 
 
 def _take_rows(child: _Child, data: bytes, seconds: float) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -122,7 +136,8 @@ def run(waiting: list[tuple[Kind, list[str]]], limits: Limits, results: Results)
         if time.monotonic() - begin > limits.minutes * 60:
             waiting.clear()
         while waiting and len(running) < limits.jobs:
-            running.append(_start(*waiting.pop(0), limits.seconds, limits.memory_gb))
+            slot = min(set(range(limits.jobs)) - {child.slot for child in running})
+            running.append(_start(*waiting.pop(0), limits, slot))
         ready, _, _ = select.select([child.pipe for child in running], [], [], 1.0)
         for child in list(running):
             data = os.read(child.pipe, 1 << 16) if child.pipe in ready else None

@@ -272,10 +272,12 @@ def _answered(stage: str, output: Path, truth: Truth, folder: Path) -> Compared:
 
 
 def _encoded(stage: str, output: Path, truth: Truth, program: Any) -> Compared:
-    """The artifact in its engine, as `optc compile` opens it."""
+    """The artifact in its engine, as `optc compile` opens it. A type under a head that does not generate is run whole,
+    also where transformers would generate with its class."""
     from optc.compiler.artifact.engines import find_engine
 
-    manifest = _compile(stage, output, program)
+    whole = {"kv_cache": "none"} if program.contract.kind == "decoder" else {}
+    manifest = _compile(stage, output, program, **whole)
     runner = find_engine(manifest.engine, stage).open_runner(output, manifest)
     return _whole(manifest.programs["model"].contract, runner, truth)
 

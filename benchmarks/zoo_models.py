@@ -18,7 +18,7 @@ HEADS = ("causal", "masked", "encoder")
 _NUMBERS = """
 1: n_group topk_group n_groups num_memory_blocks first_k_dense_replace mamba_n_groups num_shared_experts
 1: n_shared_experts mtp_num_hidden_layers num_nextn_predict_layers num_mem_blocks hybrid_layer_id
-1: num_zero_experts
+1: num_zero_experts num_feedforward_networks
 2: num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_key_value_heads
 2: num_kv_heads multi_query_group_num num_experts_per_tok moe_k top_k moe_topk n_ssm_groups
 2: moe_num_shared_experts num_encoder_layers num_decoder_layers num_local_attention_heads_kv
@@ -51,7 +51,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_image_text", "glm_ocr_text"), _SECTIONS),
     "xmod": {"default_language": "en_XX"},
     "glm5_next_text": {"num_key_value_heads": 4, "index_kpool": 4},
-    "longcat_flash": {"head_dim": 8, "num_layers": 1},
+    "longcat_flash": {"head_dim": 8, "num_layers": 1, "zero_expert_num": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "bamba": {"mamba_d_head": 16, "attn_layer_indices": [1]},
     "dbrx": {
@@ -186,8 +186,9 @@ def build(kind: Kind, seed: int = 0) -> Any:
     config = tiny_config(CONFIG_MAPPING[kind.type], SPECIAL.get(kind.type, {}))
     if not isinstance(config, cls.config_class):  # the text model of a type that nests it
         config = config.get_text_config()
-    if kind.head == "causal" and hasattr(config, "is_decoder"):
-        config.is_decoder = True
+    for name in ("is_decoder", "causal"):
+        if kind.head == "causal" and hasattr(config, name):
+            setattr(config, name, True)
     config._attn_implementation = "eager"
     with torch.device("meta"):
         count = sum(weight.numel() for weight in cls(config).parameters())

@@ -83,7 +83,8 @@ def _others(stages: Stages) -> list[str]:
     lines = ["| types | " + " | ".join(stages) + " |", "|---" * (len(stages) + 1) + "|"]
     for cells, names in sorted(groups.items(), key=lambda item: (-len(item[1]), item[1])):
         shown = [
-            "the same" if index and cell == cells[index - 1] != "exact" else cell for index, cell in enumerate(cells)
+            "the same" if index and cell == cells[index - 1] and cell not in ("exact", "not run") else cell
+            for index, cell in enumerate(cells)
         ]
         lines.append(f"| {', '.join(names)} | " + " | ".join(shown) + " |")
     return [*lines, ""]

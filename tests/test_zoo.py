@@ -68,3 +68,17 @@ def test_rows_of_another_file_are_taken(tmp_path: Path) -> None:
 def test_models_are_tiny(name: str, architecture: str) -> None:
     model = build(Kind("causal", name, architecture))
     assert sum(weight.numel() for weight in model.parameters()) < 1_000_000
+
+
+def test_each_child_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    import torch
+
+    found = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(2, 34)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cores: found.append(list(cores)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: found.append(count))
+    for slot, jobs in ((0, 15), (14, 15), (31, 64), (40, 64)):
+        zoo._keep_to_own_cores(slot, jobs)
+    assert found == [[2, 3], 2, [30, 31], 2, [33], 1, [10], 1]
