@@ -50,7 +50,7 @@ _SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, 
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm_image_text", "glm_ocr_text"), _SECTIONS),
     "xmod": {"default_language": "en_XX"},
-    **dict.fromkeys(("flaubert", "xlm"), {"pad_index": 0, "bos_index": 1, "eos_index": 2}),
+    **{key: {"pad_index": 0, "bos_index": 1, "eos_index": 2} for key in ("flaubert", "xlm")},
     "glm5_next_text": {"num_key_value_heads": 4, "index_kpool": 4},
     "longcat_flash": {"head_dim": 8, "num_layers": 1, "zero_expert_num": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
