@@ -7,7 +7,7 @@ could keep it busy for hours. Files are held to their sizes already, so a config
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ _MOST_LAYERS, _MOST_EXPERTS, _MOST = 4096, 1 << 16, 1 << 24
 _PACKED = 32  # elements in one of a tensor at most: bits of a word
 _SMALL = 1 << 16  # sizes that cost nothing, and need not be those of a tensor: images, patches, windows
 _DEEPEST = 64
+_MOST_VALUES = 1 << 17
+"""In a config and all that is in it: labels of ImageNet-21k, by number and by name, are 43 682; transformers copies them again
+and again."""
 
 
 def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], path: Path) -> None:
@@ -33,8 +36,16 @@ def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], pa
         path: of the config, as errors name it.
 
     Raises:
-        InputError: names the key and the bound.
+        InputError: names the key and the bound; or there are too many values.
     """
+    values = _count(config)
+    if values > _MOST_VALUES:
+        raise InputError(
+            f"the config holds {values} values",
+            where=str(path),
+            why=f"{_MOST_VALUES} are allowed",
+            remedy="take out what no model reads, such as labels",
+        )
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     stacked = max((tensor.shape[0] for tensor in tensors.values() if len(tensor.shape) == 3), default=0)
     layers = len(tensors) or _MOST_LAYERS
@@ -59,6 +70,21 @@ def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], pa
                 why=why if tensors else f"{most} are allowed",
                 remedy="check that config.json and the weights belong together",
             )
+
+
+def _count(tree: Any) -> int:
+    """Values of a tree, those inside of others as well."""
+    found, level = 0, [tree]
+    while level:
+        found += len(level)
+        level = [inner for item in level for inner in _inside(item)]
+    return found
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _integers(tree: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, int]]:

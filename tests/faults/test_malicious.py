@@ -115,6 +115,20 @@ def test_sizes_of_configs(name: str, drawn: bool) -> None:
     assert caught.value.where == "config.json"
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"id2label": {str(i): "x" for i in range(1 << 17)}},
+        {"a": [{"b": [0.5] * (1 << 16)}] * 2},
+        {"a": [[]] * (1 << 17)},
+    ],
+    ids=["labels", "inside", "lists"],
+)
+def test_configs_of_too_many_values(more: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"the config holds \d+ values"):
+        check_sizes({"hidden_size": 32, **more}, TENSORS, Path("config.json"))
+
+
 def test_sizes_that_fit() -> None:
     config = {
         "num_hidden_layers": 2,
@@ -123,6 +137,8 @@ def test_sizes_that_fit() -> None:
         "max_position_embeddings": 10**7,
         "rope_theta": 1e7,
     }
+    labels = {str(i): f"label {i}" for i in range(21841)}
+    check_sizes({**config, "id2label": labels, "label2id": labels}, TENSORS, Path("c"))
     check_sizes({**config, "eos_token_id": 2**31, "text_config": {"num_local_experts": 8}}, TENSORS, Path("c"))
 
 

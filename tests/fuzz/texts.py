@@ -253,6 +253,7 @@ class PackageArchive(Reader):
 class RequestBody(Reader):
     """Bodies of requests to `optc serve`: what comes from a network is read as files are."""
 
+    packages = ("starlette",)
     _BODIES: ClassVar[dict[str, dict[str, Any]]] = {
         "CompletionBody": {"prompt": ["a", "b"], "max_tokens": 4, "stop": ["x"], "logit_bias": {"5": 1.5}, "n": 2},
         "ChatBody": {
