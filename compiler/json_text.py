@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from optc.compiler.nesting import check_nesting
@@ -20,6 +21,19 @@ def check_values(data: bytes, most: int) -> None:
     found = sum(map(data.count, (b",", b":", b"[", b"{")))
     if found > most:
         raise ValueError(f"it holds up to {found} values; at most {most} are read")
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> None:
+    """Refuse an object with a key twice, of which readers may take either (an `object_pairs_hook` of `json.loads`).
+
+    Raises:
+        ValueError: names the key.
+    """
+    keys = {key for key, _ in pairs}
+    if len(keys) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        shown = twice[:200] if twice.isprintable() else twice[:200].encode("unicode_escape").decode()
+        raise ValueError(f"the key '{shown}' stands twice")
 
 
 def parse_json(data: bytes) -> Any:

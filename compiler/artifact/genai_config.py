@@ -6,6 +6,7 @@ hash says that it is the file that was published, and this that it is one that o
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +14,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from optc.compiler.diagnostics import JSON_ERRORS, ArtifactError
+from optc.compiler.json_text import unique_keys
 
 FILE_NAME = "genai_config.json"
 _MOST_BYTES = 1 << 20
@@ -100,7 +102,9 @@ def check_genai_config(folder: Path, model: object) -> None:
     try:
         if size > _MOST_BYTES:
             raise ValueError(f"it has {size} bytes")
-        config = msgspec.json.decode(path.read_bytes(), type=GenaiConfig)
+        data = path.read_bytes()
+        json.loads(data, object_pairs_hook=unique_keys)
+        config = msgspec.json.decode(data, type=GenaiConfig)
         if config.model.decoder.filename != model:
             raise ValueError(f"its model is {config.model.decoder.filename[:80]!r}, not the artifact's")
     except JSON_ERRORS as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +18,7 @@ import msgspec
 
 from optc.compiler.diagnostics import JSON_ERRORS, InputError
 from optc.compiler.ir.saved.safetensors_file import TYPES
+from optc.compiler.json_text import unique_keys
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 _MAX_RANK = 64
@@ -94,20 +94,12 @@ def _entries(path: Path, text: bytes) -> dict[str, msgspec.Raw]:
     if not text.startswith(b"{"):
         raise damaged(path, "its header is not a JSON object")
     try:
-        json.loads(text, object_pairs_hook=_unique)
+        json.loads(text, object_pairs_hook=unique_keys)
         entries = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         msgspec.json.decode(entries.pop("__metadata__", msgspec.Raw(b"{}")), type=dict[str, str])
     except JSON_ERRORS as error:
         raise damaged(path, f"its header is malformed: {error}") from error
     return entries
-
-
-def _unique(pairs: list[tuple[str, object]]) -> None:
-    """Refuse an object with a key twice, of which readers may take either."""
-    keys = {key for key, _ in pairs}
-    if len(keys) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key '{shown(twice)}' stands twice")
 
 
 def _tensor(path: Path, name: str, raw: msgspec.Raw, data_start: int) -> TensorInfo:

@@ -21,6 +21,7 @@ from transformers.integrations import hub_kernels
 import optc
 from optc.cli import evaluate
 from optc.compiler.artifact.folder import finish, verify
+from optc.compiler.artifact.genai_config import check_genai_config
 from optc.compiler.capture.loading import load_model, meta_model
 from optc.compiler.diagnostics import ArtifactError
 from optc.compiler.model_folder.checkpoint import check_folder
@@ -180,6 +181,19 @@ def test_what_genai_reads_is_what_is_written(edit: str, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="is not one that optc writes") as caught:
         verify(tmp_path)
     assert why in str(caught.value.why)
+
+
+def test_a_key_of_genai_twice(tmp_path: Path) -> None:
+    """Which of the two an engine takes is not for us to guess."""
+    from stages import captured
+
+    text = msgspec.json.encode(genai_config(captured("llama").contract, "model.onnx"))
+    twice = text.replace(b'"filename":', b'"filename":"../evil.onnx","filename":', 1)
+    assert twice != text
+    (tmp_path / "genai_config.json").write_bytes(twice)
+    with pytest.raises(ArtifactError, match="is not one that optc writes") as caught:
+        check_genai_config(tmp_path, "model.onnx")
+    assert caught.value.why == "the key 'filename' stands twice"
 
 
 def test_templates_of_tasks_reach_no_objects_of_python() -> None:
