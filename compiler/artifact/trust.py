@@ -198,7 +198,7 @@ _TRUST_KEY = "put the maker's public key into ~/.config/optc/trusted-keys/NAME.p
 
 
 def _raw(key: Ed25519PublicKey) -> bytes:
-    raw = key.public_bytes_raw()
+    raw = key.public_bytes_raw() if hasattr(key, "public_bytes_raw") else b""  # RSA has none
     if len(raw) != _KEY_BYTES:
         raise ValueError("it is a key of another algorithm")
     return raw

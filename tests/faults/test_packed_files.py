@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import optc
 
 from optc.compiler.calibration.documents import draw_documents, read_documents
 from optc.compiler.calibration.windows import Draw
@@ -280,3 +281,13 @@ def test_a_parquet_file_that_is_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.parquet")
     with pytest.raises(InputError, match="pipe"):
         read_documents(tmp_path / "a.parquet", Letters())
+
+
+def test_stages_that_repeat_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("00-a.txt", "01-b.txt"):
+        (tmp_path / name).write_text("%x\n" * 5000 + name)
+    assert optc("diff", tmp_path, "00", "01") == 3
+    assert "25000000 pairs of lines are equal" in capsys.readouterr().err
+    sparse(tmp_path / "01-b.txt", (256 << 20) + 1)
+    assert optc("diff", tmp_path, "00", "01") == 3
+    assert "more than 268435456" in capsys.readouterr().err

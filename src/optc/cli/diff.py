@@ -11,6 +11,8 @@ from optc.cli.common import emit, json_option, say
 from optc.compiler.diagnostics import InputError
 from optc.compiler.files import read_plain
 
+_MOST_BYTES = 256 << 20  # of a stage's text: a layer has some 10 kB
+
 
 def find_stage(run: Path, stage: str) -> Path:
     """The text file of a stage: RUN is an artifact or a --dump-ir folder, `stage` a number or a name.
@@ -35,7 +37,7 @@ def read_stage(path: Path) -> str:
     Raises:
         InputError: it is a link, no plain file, or not UTF-8.
     """
-    data = read_plain(path, "reading the stage", follow=False)
+    data = read_plain(path, "reading the stage", most=_MOST_BYTES, follow=False)
     try:
         return data.decode()
     except UnicodeDecodeError as error:
