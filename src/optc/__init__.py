@@ -11,6 +11,7 @@ compiler.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from optc import torch_name
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
     from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
     from optc.optimizing import optimize
+
+# onnxruntime 1.32 keeps a database in the user's home and sends events, unless it is told not to before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "optc.api": ("CompileResult", "capture", "compile", "load"),

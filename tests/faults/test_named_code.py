@@ -243,3 +243,18 @@ def test_code_of_tasks_is_said_before_it_runs(
     )
     evaluate._run_tasks(None, [str(tmp_path / "task.yaml"), "hellaswag"], evaluate.EvalOptions())  # type: ignore[arg-type]
     assert said == [f"the task runs code: os.system ({tmp_path / 'task.yaml'})\n"]
+
+
+def test_engines_leave_nothing_in_the_home(tmp_path: Path) -> None:
+    """ONNX Runtime would keep a database of what it was asked to do, and send it."""
+    pytest.importorskip("onnxruntime")
+    code = "import optc, onnx, onnxruntime as ort; from onnx import helper as h, TensorProto as t; g = h.make_graph("
+    code += "[h.make_node('Identity', ['x'], ['y'])], 'g', [h.make_tensor_value_info('x', t.FLOAT, [1])], "
+    code += (
+        "[h.make_tensor_value_info('y', t.FLOAT, [1])]); m = h.make_model(g, opset_imports=[h.make_opsetid('', 20)]); "
+    )
+    code += "m.ir_version = 10; ort.InferenceSession(m.SerializeToString(), providers=['CPUExecutionProvider'])"
+    given = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "ORT_"))}
+    given |= {"HOME": str(tmp_path), "PYTHONPATH": str(Path(optc.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], env=given, check=True, timeout=120)
+    assert list(tmp_path.iterdir()) == []
