@@ -151,6 +151,10 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {kind} '{name}'", remedy=remedy)
 
 
+_NO_MEMORY = re.compile(r"failed to map segment from shared object$|[Cc]annot allocate memory")
+"""What the loader of libraries (ld.so) says where memory is exhausted; where a disk forbids it, it says so behind that."""
+
+
 def ran_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or one that it came from, says that memory is exhausted: Python's, or torch's on any device."""
     while error is not None:
@@ -159,6 +163,8 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error):
             return True
         if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            return True
+        if isinstance(error, ImportError) and _NO_MEMORY.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from optc.capturing import gate_tokens
+from optc.cli.common import guarded
 from optc.compiler.artifact.folder import verify
 from optc.compiler.diagnostics import ArtifactError, InputError
 from optc.compiler.formats.safetensors_header import read_header
@@ -102,3 +103,20 @@ def test_of_a_long_text_the_gate_reads_the_start(tmp_path: Path, example_model: 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert gate_tokens(info, long) == gate_tokens(info, short)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before < MOST_GROWTH
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), 8),
+        (ImportError("libx.so: cannot allocate memory in static TLS block: Cannot allocate memory"), 8),
+        (ImportError("/mnt/x.so: failed to map segment from shared object: Operation not permitted"), 1),
+        (ImportError("No module named 'x'"), 1),
+    ],
+)
+def test_a_library_that_finds_no_memory(error: ImportError, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def body() -> None:
+        raise error
+
+    assert guarded(body, as_json=False) == code
+    assert ("memory" in capsys.readouterr().err) == (code == 8)

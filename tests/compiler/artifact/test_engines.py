@@ -65,7 +65,7 @@ def test_engine_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
     own = Engine(name="toy", session="toy.session:open_artifact")
 
     class Point:
-        name = "toy"
+        name, group, value = "toy", ENTRY_POINTS, "toy.session:ENGINE"
 
         def load(self) -> Engine:
             return own

@@ -88,7 +88,7 @@ def test_format_of_another_package(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
     class Point:
-        name = "ternary"
+        name, group, value = "ternary", "optc.formats", "toy.formats:TERNARY"
 
         def load(self) -> WeightFormat:
             return own

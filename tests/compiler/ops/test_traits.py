@@ -117,6 +117,8 @@ def test_modules_of_other_packages_are_imported_with_the_dialect(monkeypatch: py
     loaded = []
 
     class Point:
+        name, group, value = "toy", library.ENTRY_POINTS, "toy.ops"
+
         def load(self) -> None:
             loaded.append("toy.ops")
 
