@@ -28,6 +28,11 @@ class Probe:
     steps: int = 3
     cross: tuple[tuple[Tensor, ...], ...] = field(default=())
 
+    def without(self, token: int, vocabulary: int) -> Probe:
+        """The same with the next token in place of this one."""
+        rows = (tuple((item + 1) % vocabulary if item == token else item for item in row) for row in self.sequences)
+        return replace(self, sequences=tuple(rows))
+
     @property
     def text(self) -> tuple[tuple[int, ...], ...]:
         """The sequences where they are text, else nothing."""

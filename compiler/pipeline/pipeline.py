@@ -36,6 +36,7 @@ from optc.compiler.pipeline.rerounding import rerounding_budget
 from optc.compiler.pipeline.stages import load_stage, save_stage
 from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
+from optc.compiler.rewriting.tokenwise import padding_token
 from optc.compiler.settings.fields import check_type
 from optc.compiler.target.target import Step
 
@@ -309,7 +310,9 @@ def default_probe(program: Program, seed: int) -> Probe:
     """Random tokens for language models; the example inputs for plain modules."""
     if program.contract.kind != "module":
         model = program.contract.model
-        return random_probe(model.vocab_size, seed, longest=min(40, model.context_length or 40))
+        probe = random_probe(model.vocab_size, seed, longest=min(40, model.context_length or 40))
+        padding = padding_token(program)
+        return probe if padding is None else probe.without(padding, model.vocab_size)
     inputs = program.exported.example_inputs
     return Probe(tensors=example_inputs(program, seed) if inputs is None else tuple(inputs[0]))
 

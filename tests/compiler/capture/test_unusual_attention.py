@@ -91,6 +91,19 @@ def test_attention_of_a_models_own_is_found_in_the_graph(cls: Any, config: Any) 
     assert program.contract.model.context_length == (31 if cut else 32)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_config_says_whether_a_model_is_causal(causal: bool) -> None:
+    """XLM has one class for both: masked, its tokens see those behind them, and it is captured with its mask."""
+    sizes = {"emb_dim": 32, "n_layers": 1, "n_heads": 2, "vocab_size": 64, "max_position_embeddings": 32}
+    config = hf.XLMConfig(**sizes, causal=causal, pad_index=0, pad_token_id=0, n_langs=1)
+    program = capture_model(_large(hf.XLMWithLMHeadModel, config))
+    fused = apply(FuseAttention(), program).program
+    assert [layer.causal for layer in fused.contract.layers] == [causal]
+    assert (program.contract.kind, cache_misses(fused, sinks=True) == ()) == (
+        ("decoder", True) if causal else ("encoder", False)
+    )
+
+
 def test_a_folder_of_such_a_model(tmp_path: Path) -> None:
     _large(hf.GPTJForCausalLM, hf.GPTJConfig(**_GPT, rotary_dim=8)).save_pretrained(tmp_path / "model")
     program, _ = pretrained.capture_pretrained(tmp_path / "model")
