@@ -18,6 +18,8 @@ from optc.training.chunked_head import loss_of
 from optc.training.compile import CompileConfig, apply_compile
 from optc.training.config import DataConfig, OptimizerConfig, TrainConfig
 from optc.training.data import Batch
+from optc.training.fp8_linears import apply_fp8
+from optc.training.settings import Fp8Config
 from optc.training.setup import World, prepare
 from optc.training.step import train_step
 
@@ -78,9 +80,10 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
-def prepared(model: Any, policy: CheckpointingConfig, scope: str, budget: float = 1.0) -> Any:
+def prepared(model: Any, policy: CheckpointingConfig, scope: str, budget: float = 1.0, fp8: bool = False) -> Any:
     """The twin of a model with a checkpointing policy, compiled, as `optc train` orders it."""
-    found = apply_activation_checkpointing(twin(model), policy)
+    found, _ = apply_fp8(twin(model), Fp8Config(enabled=fp8), device())
+    found = apply_activation_checkpointing(found, policy)
     return apply_compile(found, CompileConfig(scope=scope, activation_budget=budget))  # type: ignore[arg-type]
 
 

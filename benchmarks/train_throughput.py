@@ -5,10 +5,10 @@
 
 Every contender does whole steps (forward in bf16 autocast over fp32 weights, backward, clip, fused AdamW) on the same
 weights and batch, in rotating turns, each policy in turns with "none". "plain torch" is transformers' model under
-torch.compile with whole logits and torch's cross-entropy; "optc" compiles blocks and makes the loss in chunks; "optc
-train" is the step of the command with all that it does (reading its batch, numbers for the log), on weights of its
-own. Ratios are medians over rounds with 95 %
-intervals. MFU counts the model's arithmetic (attention in full), not what is computed again.
+torch.compile with whole logits and torch's cross-entropy; "optc" compiles blocks and makes the loss in chunks; "optc,
+fp8" multiplies in 8-bit floats; "optc train" is the step of the command with all that it does (reading its batch,
+numbers for the log), on weights of its own. Ratios are medians over rounds with 95 % intervals. MFU counts the model's
+arithmetic (attention in full) over the peak in bf16, not what is computed again.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def main() -> None:
         torch.compiler.reset()
         contenders = {"optc, none": _optc(model, "none", data, optimizer, place)}
         if name == "none":
+            contenders["optc, fp8"] = _optc(model, "none", data, optimizer, place, fp8=True)
             contenders["plain torch"] = _plain(model, arguments.plain_scope, data, optimizer, place)
             with tempfile.TemporaryDirectory() as folder:
                 contenders["optc train"] = product_step(shape, rows, length, Path(folder))
@@ -73,8 +74,10 @@ def main() -> None:
     record(f"train_throughput_{shape}", summary(model, seconds, rows, length, shape, place), 1)
 
 
-def _optc(model: Any, policy: str, data: Any, optimizer: Any, place: torch.device) -> Callable[[], float]:
-    contender = prepared(model, POLICIES[policy], "blocks")
+def _optc(
+    model: Any, policy: str, data: Any, optimizer: Any, place: torch.device, fp8: bool = False
+) -> Callable[[], float]:
+    contender = prepared(model, POLICIES[policy], "blocks", fp8=fp8)
     return make_step(lambda: chunked_loss(contender, data, compiled=True), optimizer, place)
 
 

@@ -112,7 +112,7 @@ def op_policy(keep: Iterable[str]) -> Callable[..., CheckpointPolicy]:
 
 
 def _is_narrow(args: tuple[Any, ...]) -> bool:
-    left, right = [arg for arg in args if isinstance(arg, Tensor)][-2:]
+    left, right = [arg for arg in args if isinstance(arg, Tensor) and arg.dim() > 1][-2:]  # no bias, no scales
     return right.shape[-1] <= left.shape[-1]
 
 

@@ -7,7 +7,8 @@ logits. So weights that FSDP gathers, hooks and precision are those of any other
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,28 +20,35 @@ from optc.training.data import Batch
 from optc.training.distill import LossSums, logits_of, loss_sums
 from optc.training.dpo import preference_sums
 from optc.training.frozen_base import FrozenBase
-from optc.training.linear_cross_entropy import linear_cross_entropy
+from optc.training.linear_cross_entropy import Teacher, linear_cross_entropy
 
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config keys of models that change the logits behind their head (Gemma 2, Cohere, Granite)."""
 
 
-def chunked_head(model: Any, config: TrainConfig) -> nn.Linear | None:
+def chunked_head(model: Any, config: TrainConfig, teacher: Any | None = None) -> nn.Linear | None:
     """The head whose loss can be made in chunks; None where whole logits are needed.
 
-    They are needed by a teacher's KL, by preferences (sums of each answer), by fp16 (gradients are scaled behind the
-    head), by scope `model` of compile (which compiles the head), by DeepSpeed, and where the head is no plain linear or something follows it.
+    They are needed by preferences (sums of each answer), by scope `model` of compile (which compiles the head), by
+    DeepSpeed, and where the head of the model or of its teacher is no plain linear or something follows it.
     """
     needs_logits = (
         config.loss_chunk == 0
-        or config.distill.teacher is not None
         or config.dpo.enabled
-        or config.precision == "fp16"
         or config.compile.scope == "model"
         or config.parallel.kind == "deepspeed"
     )
+    if needs_logits or (teacher is not None and _plain_head(teacher) is None):
+        return None
+    return _plain_head(model)
+
+
+def _plain_head(model: Any) -> nn.Linear | None:
+    """The linear that alone makes a model's logits, or None."""
+    if isinstance(model, partial):
+        model = model.func
     head: nn.Module = model.get_output_embeddings()
-    if needs_logits or type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
+    if type(head) is not nn.Linear or getattr(head, "bias", None) is not None:
         return None
     if any(getattr(model.config, key, None) is not None for key in _AFTER_THE_HEAD):
         return None
@@ -89,28 +97,52 @@ def loss_of(
         return preference_sums(module, batch, config, teacher)
     if head is None or batch.labels.numel() < head.in_features:
         return loss_sums(logits_of(module, batch), batch, config, teacher)
-    return _chunked(module, head, batch, config)
+    return _chunked(module, head, batch, config, teacher)
 
 
-def _chunked(module: Callable[..., Any], head: nn.Linear, batch: Batch, config: TrainConfig) -> LossSums:
-    with _loss_in_place_of_logits(head, batch.labels, config):
-        total = logits_of(module, batch).sum()
-    return LossSums(total, total.detach(), None)
+def _chunked(
+    module: Callable[..., Any],
+    head: nn.Linear,
+    batch: Batch,
+    config: TrainConfig,
+    teacher: Callable[..., Any] | None = None,
+) -> LossSums:
+    target = None if teacher is None else _read_by_the_head(teacher, batch, config)
+    with _loss_in_place_of_logits(head, batch.labels, config, target):
+        total, entropy, divergence = logits_of(module, batch).flatten().unbind()
+    return LossSums(total, entropy.detach(), None if teacher is None else divergence.detach())
 
 
-@contextmanager
-def _loss_in_place_of_logits(head: nn.Linear, labels: Tensor, config: TrainConfig) -> Iterator[None]:
+@torch.no_grad()
+def _read_by_the_head(teacher: Callable[..., Any], batch: Batch, config: TrainConfig) -> Teacher:
+    head = _plain_head(teacher)
+    assert head is not None
+    with _in_place_of(head, lambda hidden: hidden):
+        hidden = logits_of(teacher, batch).flatten(0, 1)
+    return Teacher(hidden, head.weight, config.distill.weight, config.distill.temperature)
+
+
+def _loss_in_place_of_logits(
+    head: nn.Linear, labels: Tensor, config: TrainConfig, teacher: Teacher | None
+) -> AbstractContextManager[None]:
     def forward(hidden: Tensor) -> Tensor:
         assert hidden.shape[:-1] == labels.shape, "the head sees every position"
-        loss = linear_cross_entropy(
+        parts = linear_cross_entropy(
             hidden.flatten(0, 1),
             head.weight,
             labels.flatten(),
             chunk=config.loss_chunk,
             compiled=config.compile.scope == "blocks",
+            teacher=teacher,
         )
-        return loss.view(1, 1, 1).clone()  # FSDP warns of views
+        return torch.stack(parts).view(1, 1, 3)
 
+    return _in_place_of(head, forward)
+
+
+@contextmanager
+def _in_place_of(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Another forward pass of the head."""
     assert "forward" not in vars(head)
     head.forward = forward  # type: ignore[method-assign, assignment]
     try:

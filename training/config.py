@@ -12,6 +12,7 @@ from optc.training.settings import (
     CheckpointingConfig,
     CompileConfig,
     DpoConfig,
+    Fp8Config,
     LoraConfig,
     ParallelConfig,
     QatConfig,
@@ -238,8 +239,8 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         int,
         Meta(
             ge=0,
-            description="Tokens whose logits are alive at a time; 0: whole logits, as a teacher, fp16, "
-            "compile.scope=model, preferences or a model that changes its logits after the head need them.",
+            description="Tokens whose logits are alive at a time; 0: whole logits, as compile.scope=model, preferences "
+            "or a model that changes its logits after the head need them.",
         ),
     ] = 2048
     seed: Annotated[int, Meta(ge=0, le=2**31 - 1, description="Seed of weights, data order and dropout.")] = 0
@@ -279,6 +280,7 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     saving: SavingConfig = SavingConfig()
     lora: LoraConfig = LoraConfig()
     qat: QatConfig = QatConfig()
+    fp8: Fp8Config = Fp8Config()
     checkpointing: CheckpointingConfig = CheckpointingConfig()
     compile: CompileConfig = CompileConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -26,6 +26,7 @@ from optc.training.chunked_head import chunked_head, loss_of
 from optc.training.config import TrainConfig
 from optc.training.data import Batch
 from optc.training.distill import teacher_name
+from optc.training.fp8_linears import apply_fp8
 from optc.training.lora import apply_lora
 from optc.training.metrics import tensor_bytes
 from optc.training.models import attention_for
@@ -137,6 +138,7 @@ def predict(config: TrainConfig, world_size: int = 1) -> MemoryPlan:
 def _dry_run(config: TrainConfig, rows: int) -> _DryRun:
     with FakeTensorMode():
         model = apply_qat(apply_lora(_fake_model(Path(config.model)), config.lora), config.qat)
+        model, _ = apply_fp8(model, config.fp8, torch.device("cpu"))
         model = apply_activation_checkpointing(model, config.checkpointing)
         trained = [item for item in model.parameters() if item.requires_grad]
         weights = _bytes(model)
@@ -192,7 +194,7 @@ def _backward(model: nn.Module, teacher: nn.Module | None, config: TrainConfig, 
             partial(model, attention_mask=mask),
             batch,
             config,
-            head=chunked_head(model, config),
+            head=chunked_head(model, config, teacher),
             teacher=None if teacher is None else partial(teacher, attention_mask=mask),
         )
     loss.total.backward()

@@ -240,6 +240,18 @@ class ParallelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     ] = 1800
 
 
+class Fp8Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Products of linears in 8-bit floats; weights that the optimizer changes, norms and attention stay as they are."""
+
+    enabled: Annotated[
+        bool,
+        Meta(description="Multiply inputs and weights in E4M3, gradients in E5M2, by dynamic scales; needs bf16."),
+    ] = False
+    ignore: Annotated[
+        tuple[str, ...], Meta(description="Patterns of weight names that stay as they are, such as *.down_proj.*.")
+    ] = ()
+
+
 class QatConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is rounded while training, and how its scales are found."""
 

@@ -32,6 +32,7 @@ from optc.training.deepspeed_zero import connect
 from optc.training.distill import load_teacher
 from optc.training.dpo import check_dpo
 from optc.training.eagle3 import Eagle3Training, token_counts
+from optc.training.fp8_linears import apply_fp8, check_fp8
 from optc.training.frozen_base import FrozenBase, check_frozen_base
 from optc.training.held_out import hold_out
 from optc.training.lora import apply_lora
@@ -142,6 +143,7 @@ def check_config(config: TrainConfig, world: World) -> None:
         raise UsageError(f"{' does not go with '.join(kinds)}", remedy="train one after the other")
     for key in kinds:
         check_frozen_base(config, key)
+    check_fp8(config)
     if config.parallel.kind == "deepspeed" and config.precision != "fp32":
         raise UsageError(
             f"deepspeed trains in fp32 here, not in {config.precision}",
@@ -193,9 +195,11 @@ def prepare(config: TrainConfig, world: World) -> Run:
         config = msgspec.structs.replace(config, max_steps=reader.steps_of(config.epochs))
     if reader.note is not None:
         notes = (*notes, reader.note)
-    head = None if isinstance(model, FrozenBase) else chunked_head(model, config)
+    head = None if isinstance(model, FrozenBase) else chunked_head(model, config, teacher)
     if head is not None:
         check_head(model, head, config)
+    model, said = apply_fp8(model, config.fp8, device)
+    notes = (*notes, *said)
     model = apply_activation_checkpointing(model, config.checkpointing)
     model = apply_compile(model, config.compile)
     module = apply_data_parallel(model, config.parallel)

@@ -49,7 +49,15 @@ def test_loss_and_gradients_are_those_of_whole_logits(start: tuple[Path, Path], 
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"precision": "bf16"}, {"lora": {"enabled": True, "rank": 2}}, {"gradient_accumulation": 2}]
+    "more",
+    [
+        {},
+        {"precision": "bf16"},
+        {"precision": "fp16", "scaler": {"initial": 1024.0}},
+        {"lora": {"enabled": True, "rank": 2}},
+        {"gradient_accumulation": 2},
+        {"distill": {"teacher": "self", "temperature": 2.0}, "data": {"batching": "tokens"}},
+    ],
 )
 def test_a_run_has_the_curve_of_whole_logits(start: tuple[Path, Path], more: dict[str, Any]) -> None:
     chunked, whole = (_curve(start, loss_chunk=chunk, **more) for chunk in (24, 0))
@@ -91,8 +99,6 @@ def test_few_tokens_take_whole_logits(start: tuple[Path, Path]) -> None:
     "more",
     [
         {"loss_chunk": 0},
-        {"precision": "fp16"},
-        {"distill": {"teacher": "self"}},
         {"compile": {"scope": "model"}},
         {"parallel": {"kind": "deepspeed"}},
     ],
@@ -104,7 +110,10 @@ def test_what_needs_whole_logits_gets_them(start: tuple[Path, Path], more: dict[
 
 
 def test_softcapped_logits_are_made_whole(start: tuple[Path, Path]) -> None:
-    model = prepare(make(start), World()).model
+    """The model's, or its teacher's."""
+    model, teacher = (prepare(make(start), World()).model for _ in range(2))
+    teacher.config.final_logit_softcapping = 30.0
+    assert chunked_head(model, make(start), teacher) is None
     model.config.final_logit_softcapping = 30.0
     assert chunked_head(model, make(start)) is None
 
