@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from optc.compiler.analysis.name_patterns import check_patterns, fits
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
@@ -88,6 +89,9 @@ def _scaled(
     Args:
         fast: sums may be kept in fewer bits, as forward passes bear and gradients do not.
     """
+    # Processors without such products take minutes for what float32 does in milliseconds. (Fake tensors stand for a GPU's.)
+    if left.device.type == "cpu" and not isinstance(left, FakeTensor):
+        return (left.float() @ right.float() * (left_scale * right_scale)).to(dtype)
     return torch._scaled_mm(left, right, scale_a=left_scale, scale_b=right_scale, out_dtype=dtype, use_fast_accum=fast)
 
 
