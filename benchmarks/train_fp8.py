@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1e-3)
     given = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         text = Path(name) / "text.txt"
         text.write_text(given.text.read_text(encoding="utf-8")[: given.characters])
@@ -73,7 +73,7 @@ def main() -> None:
             ends = {kind: tail(found["losses"]) for kind, found in pair.items()}
             rows.append({"seed": seed, "end": ends, "difference": ends["fp8"] / ends["bf16"] - 1, "runs": pair})
             print(f"seed {seed}: {ends['bf16']:.4f} and {ends['fp8']:.4f}: {rows[-1]['difference']:+.3%}", flush=True)
-    ends = [row["end"]["bf16"] for row in rows]
+    plain = [row["end"]["bf16"] for row in rows]
     result = {
         "model": given.model.name,
         "text": given.text.name,
@@ -82,7 +82,7 @@ def main() -> None:
         "tokens_per_step": given.batch_size * given.seq_len,
         "lr": given.lr,
         "largest_difference": max(abs(row["difference"]) for row in rows),
-        "between_seeds": max(ends) / min(ends) - 1,
+        "between_seeds": max(plain) / min(plain) - 1,
         "rows": rows,
     }
     record("train_fp8", result, torch.get_num_threads())
