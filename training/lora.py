@@ -17,7 +17,7 @@ from optc.compiler.analysis.module_linears import is_conv1d, linear_shape, model
 from optc.compiler.analysis.name_patterns import check_patterns, fits
 from optc.compiler.diagnostics import InputError, UsageError, os_errors, unknown_name
 from optc.compiler.formats.group_sizes import check_group_size
-from optc.training.linears import replace_modules
+from optc.training.linears import expert_weights, replace_modules
 from optc.training.nf4_linear import Nf4Linear
 from optc.training.settings import LoraConfig, named_numbers
 
@@ -29,6 +29,7 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
     """Freeze a model, in place, and give its linears adapters that start at zero; returns the model.
 
     Linears are nn.Linear and transformers' Conv1D (GPT-2). In NF4 a Conv1D becomes an `Nf4Linear` that is transposed.
+    Parameters that hold the linears of all experts get adapters, a pair of factors per expert, where `targets` names them.
 
     Args:
         model: a transformers model with its weights in place.
@@ -42,7 +43,10 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         return model
     peft = _peft()
     linears = model_linears(model)
-    targets = _targets(config.targets, linears)
+    stacks = list(expert_weights(model))
+    targets = _targets(config.targets, linears, stacks)
+    experts = [name for name in stacks if name.rpartition(".")[2] in config.targets]
+    _check_experts(config, experts)
     adapted = [name for name in linears if name.rpartition(".")[2] in targets]
     transposed = any(is_conv1d(linears[name]) for name in adapted)
     _check_modules_to_save(config.modules_to_save, model, adapted)
@@ -51,6 +55,7 @@ def apply_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
+        target_parameters=experts or None,
         use_dora=config.dora,
         use_rslora=config.rslora,
         rank_pattern=_pattern("lora.rank_pattern", config.rank_pattern, adapted, whole=True),
@@ -89,10 +94,24 @@ def lora_config(model: nn.Module) -> LoraConfig | None:
 
 def adapted_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, peft's layer) of every linear with an adapter."""
-    layer = _peft().tuners.lora.LoraLayer
+    layers = _peft().tuners.lora.layer
     for name, module in model.named_modules():
-        if isinstance(module, layer):
+        if isinstance(module, layers.LoraLayer) and not isinstance(module, layers.ParamWrapper):
             yield name, module
+
+
+def adapted_experts(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, peft's wrapper of each parameter by its name) of every module that holds experts with adapters."""
+    wrapper, seen = _peft().tuners.lora.layer.ParamWrapper, set[int]()
+    for name, module in model.named_modules():
+        found: dict[str, Any] = {}
+        layer: Any = module
+        while isinstance(layer, wrapper) and id(layer) not in seen:  # one lies in another
+            seen.add(id(layer))
+            found[layer.parameter_name] = layer
+            layer = layer.base_layer
+        if found:
+            yield name, found
 
 
 @contextmanager
@@ -131,6 +150,12 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
         state[f"{name}.weight"] = _merged_weight(layer, base)
         if base.bias is not None:
             state[f"{name}.bias"] = base.bias
+    for name, wrappers in adapted_experts(model):
+        base = next(iter(wrappers.values())).get_base_layer()
+        held = base.state_dict(keep_vars=True)
+        for parameter, layer in wrappers.items():
+            held[parameter] = held[parameter].float() + layer.get_delta_weight(ADAPTER).float()
+        state = _without(state, name) | {f"{name}.{key}": item for key, item in held.items()}
     return state
 
 
@@ -188,15 +213,34 @@ def _shapes_alone(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _targets(wanted: Sequence[str], linears: Mapping[str, nn.Module]) -> list[str]:
-    """What peft is given: last parts of names."""
+def _targets(wanted: Sequence[str], linears: Mapping[str, nn.Module], stacks: Sequence[str]) -> list[str]:
+    """The linears that peft is given: last parts of names.
+
+    Args:
+        stacks: parameters of experts, whose last parts may be wanted as well.
+    """
     if not linears:
         raise InputError("the model has no linear to adapt", remedy="use a model with nn.Linear modules")
-    parts = sorted({name.rpartition(".")[2] for name in linears})
+    parts, others = (sorted({name.rpartition(".")[2] for name in names}) for names in (linears, stacks))
     for item in wanted:
-        if item not in parts:
-            raise unknown_name("target of lora.targets", item, parts)
+        if item not in (*parts, *others):
+            raise unknown_name("target of lora.targets", item, sorted({*parts, *others}))
     return [part for part in parts if not wanted or part in wanted]
+
+
+def _check_experts(config: LoraConfig, experts: Sequence[str]) -> None:
+    """Refuse what peft has not for stacked experts."""
+    for wrong, key, why in (
+        (config.dora, "lora.dora", "lengths of rows are trained of one linear at a time"),
+        (config.dropout > 0, "lora.dropout", "their inputs reach the factors as one with the weights"),
+    ):
+        if wrong and experts:
+            raise UsageError(
+                f"{key} does not go with adapters on stacked experts",
+                where=experts[0],
+                why=why,
+                remedy=f"leave {key} out, or the experts out of lora.targets",
+            )
 
 
 def _pattern(key: str, texts: tuple[str, ...], adapted: Sequence[str], *, whole: bool = False) -> dict[str, float]:

@@ -11,6 +11,7 @@ from torch import nn
 from optc.training.checkpoint import ValidationState
 from optc.training.config import TrainConfig
 from optc.training.linears import expert_weights
+from optc.training.lora import adapted_experts
 from optc.training.metrics import StepRecord
 from optc.training.sample import TrainSample
 
@@ -98,7 +99,14 @@ def validation_result(
 
 def left_experts(model: nn.Module, config: TrainConfig) -> tuple[str, ...]:
     """What is not done to experts that a model holds stacked: QAT, adapters and NF4 are for `nn.Linear`."""
-    found = expert_weights(model)
+    done = (
+        {f"{name}.{parameter}" for name, held in adapted_experts(model) for parameter in held}
+        if config.lora.enabled
+        else ()
+    )
+    found = {
+        name: count for name, count in expert_weights(model).items() if name.replace(".base_layer", "") not in done
+    }
     if config.qat.enabled:
         left = "experts are trained and written unrounded"
     elif config.lora.enabled:

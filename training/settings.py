@@ -97,7 +97,11 @@ class LoraConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     ] = ()
     dropout: Annotated[float, Meta(ge=0, lt=1, description="Probability, on the adapters' inputs.")] = 0.0
     targets: Annotated[
-        tuple[str, ...], Meta(description="Last parts of module names (q_proj); empty: every linear but the head.")
+        tuple[str, ...],
+        Meta(
+            description="Last parts of module names (q_proj), or of parameters that hold experts (gate_up_proj); empty: "
+            "every linear but the head."
+        ),
     ] = ()
     base: Annotated[
         Literal["dense", "nf4"],

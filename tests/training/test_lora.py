@@ -13,6 +13,7 @@ from hf_folders import logits, source, tensors
 from stages import apply, captured
 from torch import Tensor, nn
 from torch.fx import Node
+from training_runs import small_config
 
 pytest.importorskip("peft", reason="needs peft (extra train)")
 
@@ -24,6 +25,7 @@ from optc.passes.quantization.nf4 import QuantizeNf4
 from optc.training.export import SaveConfig, save_trained
 from optc.training.lora import LoraConfig, adapted_linears, apply_lora, merged_state
 from optc.training.nf4_linear import Nf4Linear
+from optc.training.result import left_experts
 
 IDS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -165,13 +167,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "patterns": {"rank_pattern": ("v_proj=2", "*.layers.0.mlp.*=6"), "alpha_pattern": ("v_proj=3.0",)},
     "a whole head": {"modules_to_save": ("lm_head", "layers.1.input_layernorm")},
 }
+EXPERTS: dict[str, dict[str, Any]] = {
+    "experts alone": {"targets": ("gate_up_proj", "down_proj")},
+    "some of them, and linears": {"targets": ("down_proj", "q_proj"), "rslora": True},
+}
 CONV1D: dict[str, dict[str, Any]] = {"plain": {}, "dora": {"dora": True}, "nf4": {"base": "nf4", "group_size": 32}}
 
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [*(("llama", item) for item in OPTIONS.values()), *(("gpt2", item) for item in CONV1D.values())],
-    ids=[*OPTIONS, *(f"gpt2 {name}" for name in CONV1D)],
+    [
+        *(("llama", item) for item in OPTIONS.values()),
+        *(("mixtral", item) for item in EXPERTS.values()),
+        *(("gpt2", item) for item in CONV1D.values()),
+    ],
+    ids=[*OPTIONS, *EXPERTS, *(f"gpt2 {name}" for name in CONV1D)],
 )
 def test_options_of_peft(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     """transformers loads the merged folder, and peft the adapters, each with the logits that were trained."""
@@ -192,6 +202,27 @@ def test_options_of_peft(tmp_path: Path, family: str, options: dict[str, Any]) -
         warnings.simplefilter("error", UserWarning)
         loaded = PeftModel.from_pretrained(base, tmp_path / "adapters")
     torch.testing.assert_close(expected(loaded), expected(model), rtol=0, atol=2e-6)
+
+
+def test_experts_with_adapters_are_trained_each() -> None:
+    """A pair of factors for each expert; those that no token reached keep theirs, and nothing else is trained."""
+    model = trained(LoraConfig(enabled=True, rank=4, targets=("gate_up_proj", "down_proj")), family="mixtral")
+    before, after = make_model("mixtral").state_dict(), merged_state(model)
+    assert left_experts(model, small_config(Path(), Path(), Path(), lora={"enabled": True})) == ()
+    changed = {name for name, item in after.items() if not torch.equal(item, before[name])}
+    assert changed == {name for name in before if name.endswith(("gate_up_proj", "down_proj"))}
+    name = "model.layers.0.mlp.experts.down_proj"
+    moved = (after[name] - before[name]).flatten(1).norm(dim=1)
+    assert moved.shape[0] == model.config.num_local_experts
+    assert int((moved > 0).sum()) >= 2
+    factors = [torch.linalg.matrix_rank(expert - old) for expert, old in zip(after[name], before[name], strict=True)]
+    assert max(map(int, factors)) <= 4
+
+
+@pytest.mark.parametrize(("more", "key"), [({"dora": True}, "lora.dora"), ({"dropout": 0.1}, "lora.dropout")])
+def test_what_stacked_experts_do_not_take(more: dict[str, Any], key: str) -> None:
+    with pytest.raises(UsageError, match=rf"{key} does not go with adapters on stacked experts"):
+        apply_lora(make_model("mixtral"), LoraConfig(enabled=True, targets=("down_proj",), **more))
 
 
 def test_scales_and_ranks_are_peft_s_own() -> None:
