@@ -5,7 +5,8 @@
     python benchmarks/quant_quality.py ... --only gptq-4,best-4 --seeds 0 --windows 16   # a part of the table
 
 Loss is perplexity minus the unquantized model's, over windows of 1024 tokens as `optc eval` cuts them, by the
-program run eagerly in fp32. `share` is a method's loss over that of plain rounding to nearest in the same format;
+program run eagerly in fp32. `share` is a method's loss over that of plain rounding to nearest in the same format (the
+rows `plain-`: each group's range reaches its largest weight, where rtn searches the range of least error);
 KL and top-1 agreement are over the first windows (--kl-windows). Seeds draw the calibration sequences; a share is
 the mean over seeds, with the smallest and largest beside it.
 """
@@ -16,7 +17,7 @@ import argparse
 import math
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Row:
 
     Attributes:
         goal: the largest share that the project set itself. folder: as a model folder has it, whose loader runs no
-            operators in front of linears.
+            operators in front of linears. plain: round on full ranges, without a search.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Row:
     group_size: int | None = 128
     goal: float | None = None
     folder: bool = False
+    plain: bool = False
 
     @property
     def format(self) -> tuple[int, bool, int | None]:
@@ -49,6 +51,10 @@ class Row:
 
 
 ROWS = (
+    Row("plain-4", "rtn", 4, True, plain=True),
+    Row("plain-4-asym", "rtn", 4, False, plain=True),
+    Row("plain-3", "rtn", 3, True, plain=True),
+    Row("plain-3-asym", "rtn", 3, False, plain=True),
     Row("rtn-4", "rtn", 4, True),
     Row("rtn-4-asym", "rtn", 4, False),
     Row("rtn-3", "rtn", 3, True),
@@ -121,6 +127,7 @@ def quantized(program: Any, row: Row, calibration: Any, seed: int) -> tuple[Any,
     """(the program after the method's passes, seconds, the linears' records of the last rounding)."""
     from optc.compiler.rewriting.passes import PassContext
     from optc.compiler.target.options import QuantRequest
+    from optc.passes.quantization.rtn import QuantizeRtn
     from optc.targets.methods import METHODS, choose_quantization, quantization_steps
 
     fixed = METHODS[row.method].fixed
@@ -134,7 +141,10 @@ def quantized(program: Any, row: Row, calibration: Any, seed: int) -> tuple[Any,
     context = PassContext(seed=seed, calibration=calibration, reference=program)
     linears: list[Any] = []
     for step in quantization_steps(choose_quantization(asked), rotations=not row.folder):
-        result = step.rewrite.run(program, context)
+        rewrite = step.rewrite
+        if row.plain and isinstance(rewrite, QuantizeRtn):
+            rewrite = replace(rewrite, ranges="full")
+        result = rewrite.run(program, context)
         program = result.program
         linears += result.linears
     return program, time.perf_counter() - begin, linears
@@ -186,8 +196,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     plain: dict[Any, dict[str, float]] = {}
     for row in ROWS:
-        baseline = next((item for item in ROWS if item.method == "rtn" and item.format == row.format), None)
-        needed = row.method == "rtn" and any(other.name in wanted and other.format == row.format for other in ROWS)
+        baseline = next((item for item in ROWS if item.plain and item.format == row.format), None)
+        needed = row.plain and any(other.name in wanted and other.format == row.format for other in ROWS)
         if wanted and row.name not in wanted and not needed:
             continue
         runs = []
@@ -203,7 +213,7 @@ def main() -> None:
             made, seconds, linears = quantized(program, row, calibration, seed)
             runs.append({"seed": seed, "seconds": seconds, **quality.measure(made)})
             del made, linears
-        if row.method == "rtn":
+        if row.plain:
             plain[row.format] = runs[0]
         rows.append(_summary(row, runs, base, plain.get(baseline.format) if baseline else None))
         print(_line(rows[-1]), flush=True)
@@ -245,7 +255,7 @@ def _summary(
         "seconds": mean("seconds"),
         "runs": runs,
     }
-    if plain is not None and row.method != "rtn":
+    if plain is not None and not row.plain:
         whole = plain["perplexity"] - base["perplexity"]
         shares = [(run["perplexity"] - base["perplexity"]) / whole for run in runs]
         out |= {

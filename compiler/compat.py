@@ -22,7 +22,6 @@ from torch._export.serde.union import _Union
 from torch._export.verifier import SpecViolationError
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
-from torch.utils._sympy import functions as sympy_functions
 
 __all__ = [
     "SCHEMA_MAJOR",
@@ -109,6 +108,13 @@ SERDE_ERRORS = (
     SpecViolationError,
 )
 """What torch raises on a graph, or the file of one, that makes no sense to it."""
+
+
+def sympy_functions() -> Any:
+    """torch's functions over sizes, a module of sympy's functions; sympy is imported with it."""
+    from torch.utils._sympy import functions
+
+    return functions
 
 
 def _serde() -> Any:

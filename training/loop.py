@@ -29,11 +29,12 @@ from optc.training.out_of_memory import out_of_memory
 from optc.training.result import SUMMARY, TrainResult, left_experts, validation_result
 from optc.training.sample import can_sample, continuation, sample_of
 from optc.training.saving import SaveClock, read_state, restore_best, resume_run, save_run
-from optc.training.setup import Run, World, build_model, check_config, model_identity, prepare
+from optc.training.setup import Run, build_model, check_config, model_identity, prepare
 from optc.training.state_file import MOST_BYTES
 from optc.training.step import train_step
 from optc.training.train_report import write_train_report
 from optc.training.validation import is_best, is_due, measure_start, measured_step, stops_early
+from optc.training.world import World
 
 OnStep = Callable[[StepRecord], None]
 OnNote = Callable[[str], None]

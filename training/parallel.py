@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from optc.compiler.capture.loading import DTYPES
+from optc.compiler.model_folder.dtypes import DTYPES
 from optc.training.blocks import transformer_blocks
 from optc.training.settings import ParallelConfig
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from optc.compiler.capture.loading import DTYPES
+from optc.compiler.model_folder.dtypes import DTYPES
 from optc.training.config import TrainConfig
 
 

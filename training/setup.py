@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,25 +43,7 @@ from optc.training.pairs import PairReader, hold_out_pairs, read_answers
 from optc.training.parallel import apply_data_parallel, shard_optimizer
 from optc.training.precision import make_scaler
 from optc.training.qat import apply_qat
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes that torchrun started; one without it."""
-
-    size: int = 1
-    rank: int = 0
-    local_rank: int = 0
-
-    @staticmethod
-    def from_environment() -> World:
-        """WORLD_SIZE, RANK and LOCAL_RANK."""
-        read = {
-            key: os.environ.get(key, default)
-            for key, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
-        }
-        return World(int(read["WORLD_SIZE"]), int(read["RANK"]), int(read["LOCAL_RANK"]))
-
+from optc.training.world import World
 
 AnyReader = Reader | PairReader
 

@@ -22,9 +22,6 @@ from optc.compiler.analysis.dataflow import COPIES, aten, is_tensor, readers, sc
 from optc.compiler.analysis.masks.elements import UnprovenError, operator_name
 from optc.compiler.analysis.masks.proof import MASKED, MaskProver, Term
 
-SDPA = aten.scaled_dot_product_attention.default
-SOFTMAXES = (aten.softmax.int, aten._softmax.default)
-
 _MASKINGS = ("add", "masked_fill", "where")
 _POINTWISE = frozenset(
     (

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -192,6 +191,8 @@ class Sizes:
         """An int for a size that may be symbolic."""
         if isinstance(size, int):
             return size
+        import sympy
+
         expression = size.node.expr
         for symbol in sorted(expression.free_symbols, key=str):
             self.numbers.setdefault(symbol, int(sympy.prime(len(self.numbers) + 1)))

@@ -12,7 +12,7 @@ from torch.export import Dim
 
 from optc.compiler.capture.eagle3_model import Eagle3
 from optc.compiler.capture.facts import attention_layers
-from optc.compiler.capture.loading import DTYPES, meta_model
+from optc.compiler.capture.loading import meta_model
 from optc.compiler.diagnostics import GateError, InputError, UsageError
 from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.ir.contract import Contract, DraftFacts, Input, ModelFacts, Output
@@ -25,6 +25,7 @@ from optc.compiler.model_folder.checkpoint import (
     match_names,
 )
 from optc.compiler.model_folder.draft_origin import Origin
+from optc.compiler.model_folder.dtypes import DTYPES
 from optc.compiler.model_folder.eagle3 import EMBEDDING, Eagle3Config, Eagle3Folder
 
 NOT_DRAFTED = -30000.0

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optc.compiler.capture.facts import text_config
-from optc.compiler.capture.loading import DTYPES, load_model
+from optc.compiler.capture.loading import load_model
 from optc.compiler.diagnostics import InputError
 from optc.compiler.ir.contract import EmbeddingFacts
 from optc.compiler.model_folder.checkpoint import CheckpointInfo
+from optc.compiler.model_folder.dtypes import DTYPES
 from optc.compiler.model_folder.sentence import MODULES, Dense, Normalize, Pooling, SentenceModules, with_modules
 
 _LEAST_WEIGHT, _LEAST_LENGTH = 1e-9, 1e-12  # sentence-transformers' and torch's

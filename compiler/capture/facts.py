@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -69,10 +70,10 @@ def text_config(config: Any) -> Any:
     Raises:
         CaptureError: it nests several, and does not say which of them makes the text.
     """
+    if not hasattr(config, "get_text_config"):
+        return config  # of no class of transformers, which is not imported for it
     from transformers import PreTrainedConfig
 
-    if not isinstance(config, PreTrainedConfig):
-        return config
     try:
         nested = config.get_text_config(decoder=True)
     except ValueError as error:
@@ -103,6 +104,8 @@ def stated_context(config: Any) -> int:
 
 def generates_from_an_encoder(made: type) -> bool:
     """Whether a class of transformers is an encoder-decoder model with a head that chooses tokens."""
+    if "transformers" not in sys.modules:
+        return False  # no class is one of a package that was not imported
     from transformers.generation import GenerationMixin
 
     if not issubclass(made, GenerationMixin) or not hasattr(made, "forward"):

@@ -33,7 +33,6 @@ RESIDENT_BYTES = 512 << 20
 would cost more time than their memory is worth."""
 
 _TOGETHER = "check that config.json and the weights belong together"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_model(

@@ -27,7 +27,7 @@ from optc.compiler.capture.facts import (
     text_config,
 )
 from optc.compiler.capture.implementations import implementations
-from optc.compiler.capture.loading import DTYPES, RESIDENT_BYTES, load_model
+from optc.compiler.capture.loading import RESIDENT_BYTES, load_model
 from optc.compiler.capture.own_positions import drop_whole_padding, lift_positions
 from optc.compiler.capture.positions import position_offset
 from optc.compiler.capture.proof import SHORTEST, prove_model
@@ -49,6 +49,7 @@ from optc.compiler.model_folder.checkpoint import (
     check_folder,
     match_names,
 )
+from optc.compiler.model_folder.dtypes import DTYPES
 from optc.compiler.model_folder.quantized import quantized_folder
 from optc.compiler.model_folder.sentence import sentence_modules
 

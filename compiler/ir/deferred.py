@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy as sp
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
@@ -124,6 +123,8 @@ def _counterexamples(node: Node, ranges: Mapping[Any, Any]) -> Iterator[tuple[st
         return
     if _data_symbols(value):
         return
+    import sympy as sp
+
     expression = value.node.expr
     symbols = sorted(expression.free_symbols, key=str)
     if any(symbol not in ranges for symbol in symbols):
@@ -135,12 +136,16 @@ def _counterexamples(node: Node, ranges: Mapping[Any, Any]) -> Iterator[tuple[st
 
 
 def _sizes(symbols: list[Any], ranges: Mapping[Any, Any]) -> Iterator[dict[Any, Any]]:
+    import sympy as sp
+
     axes = [_candidates(int(ranges[symbol].lower), ranges[symbol].upper) for symbol in symbols]
     for values in itertools.islice(itertools.product(*axes), _MOST):
         yield dict(zip(symbols, map(sp.Integer, values), strict=True))
 
 
 def _candidates(low: int, upper: Any) -> list[int]:
+    import sympy as sp
+
     high = int(upper) if isinstance(upper, int | sp.Integer) else 1 << 40
     if high - low < _WHOLE:
         return list(range(low, high + 1))

@@ -21,7 +21,6 @@ from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.lazy_operators import pieces
 from optc.compiler.ir.lazy_weights import LazyWeight, materialized
 from optc.compiler.ir.proof import CaptureProof
-from optc.compiler.ir.saved.programs import GRAPH_FILE, damaged, read_program, write_program
 from optc.compiler.ir.stored_weights import WorkFile, raw_bytes
 from optc.compiler.ir.verification import VerificationError, verify_program
 from optc.compiler.ir.weight_table import WeightTable
@@ -190,6 +189,8 @@ class Program:
             examples: with the example inputs, which rewrites that trace the program again start from.
         """
         check_type("directory", directory, str | Path, "a path")
+        from optc.compiler.ir.saved.programs import write_program
+
         write_program(self.exported, self.contract, Path(directory), examples=examples)
 
     @staticmethod
@@ -200,6 +201,8 @@ class Program:
             ArtifactError: damaged or not trusted (7).
         """
         check_type("directory", directory, str | Path, "a path")
+        from optc.compiler.ir.saved.programs import GRAPH_FILE, damaged, read_program
+
         program = Program(*read_program(Path(directory)))
         try:
             verify_program(program, "load")

@@ -19,7 +19,6 @@ from itertools import groupby
 from pathlib import PurePath
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -170,12 +169,14 @@ class _Printer:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.weights = program.weight_names()
-        self.symbols: dict[sympy.Symbol, sympy.Symbol] = {}
+        from sympy import Symbol
+
+        self.symbols: dict[Symbol, Symbol] = {}
         for node, spec in zip(program.user_inputs(), program.contract.inputs, strict=True):
             for size, dim in zip(getattr(node.meta.get("val"), "shape", ()), spec.dims, strict=False):
                 expression = getattr(getattr(size, "node", None), "expr", None)
-                if isinstance(expression, sympy.Symbol) and isinstance(dim, str):
-                    named = sympy.Symbol(dim, **expression.assumptions0)
+                if isinstance(expression, Symbol) and isinstance(dim, str):
+                    named = Symbol(dim, **expression.assumptions0)
                     self.symbols.setdefault(expression, named)
 
     def sizes(self) -> list[str]:

@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -101,5 +100,7 @@ def axis_limit(node: Node, program: Program, axis: int) -> int | None:
     size = node.meta["val"].shape[axis]
     if isinstance(size, int):
         return size
+    import sympy
+
     found = program.exported.range_constraints.get(size.node.expr)
     return int(found.upper) if found is not None and isinstance(found.upper, sympy.Integer) else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from optc.compiler.analysis.attention_pattern import SOFTMAXES
+from optc.compiler.analysis.attention_calls import SOFTMAXES
 from optc.compiler.analysis.dataflow import aten, readers
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch.export import Dim
@@ -73,5 +72,7 @@ def cached_examples(program: Program, dtype: torch.dtype | None = None) -> tuple
 def _range(program: Program, size: Any) -> tuple[int, int | None]:
     """The least and the largest size of a dynamic axis; None: no largest."""
     found = program.exported.range_constraints[size.node.expr]
+    import sympy
+
     low = int(found.lower) if isinstance(found.lower, sympy.Integer) else 0
     return low, int(found.upper) if isinstance(found.upper, sympy.Integer) else None

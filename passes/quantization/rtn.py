@@ -1,19 +1,23 @@
-"""linear(x, W)  ->  linear(x, dequantize(codes, scale, zero)), codes by rounding to nearest."""
+"""linear(x, W)  ->  linear(x, dequantize(codes, scale, zero)), codes by rounding to nearest on the range of least error."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
 
 from optc.compiler.analysis.linears import Linear
 from optc.compiler.diagnostics import InputError
-from optc.compiler.formats.group_sizes import GroupSize, check_bits, check_sizes
-from optc.compiler.formats.integer import quantize_groups
+from optc.compiler.formats.group_sizes import GroupSize, check_bits, check_group_size, check_sizes
+from optc.compiler.formats.integer import check_finite_weight, quantize_groups
 from optc.compiler.ir.contract import WeightQuantization
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.passes.quantization.arithmetic.budgets import weight_budget
+from optc.passes.quantization.arithmetic.grid import search
 from optc.passes.quantization.arithmetic.groups import weight_label, weight_rows
 from optc.passes.quantization.arithmetic.selection import (
     quantize_selected,
@@ -21,6 +25,11 @@ from optc.passes.quantization.arithmetic.selection import (
     select_in_groups,
     weight_name,
 )
+
+_STEPS = 10
+_LEAST = {4: 0.65, 3: 0.5, 2: 0.3}
+"""Bits -> the smallest share of the full range that is tried. On weights of trained models ten shares from 1 down to it
+come within 1 % of the squared error of forty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +46,9 @@ class QuantizeRtn(Pass):
             128, 64 and 32 that divides the K of every quantized linear. Of several each weight gets the first that
             divides its K, and one that none divides is left alone.
         symmetric: no zero point.
+        ranges: "searched", of 2, 3 and 4 bits: the range of each group is shrunk, and its values all used, to where
+            the squared error of its weights is least; nothing is gained at 8 bits. "full": the range reaches the
+            largest weight, and symmetric codes leave their lowest value unused (Jacob et al. 2018).
         ignore: patterns (`*.down_proj.*`) of weight names to leave alone.
         head: quantize the linear that makes the logits too. One that is tied with the embedding gets
             codes of its own; the embedding keeps its tensor.
@@ -48,6 +60,7 @@ class QuantizeRtn(Pass):
     bits: int = 4
     group_size: GroupSize = None
     symmetric: bool = True
+    ranges: Literal["searched", "full"] = "searched"
     ignore: tuple[str, ...] = ()
     head: bool = False
 
@@ -74,7 +87,7 @@ class QuantizeRtn(Pass):
     def _quantize(self, program: Program, site: Linear, group_size: int) -> None:
         source = weight_name(program, site)
         try:
-            codes, scale, zero = quantize_groups(weight_rows(program, site), self.bits, group_size, self.symmetric)
+            codes, scale, zero = self._rounded(weight_rows(program, site), group_size)
         except InputError as error:
             raise InputError(error.what, where=source, why=error.why, remedy=error.remedy) from error
         entry = WeightQuantization(
@@ -85,3 +98,18 @@ class QuantizeRtn(Pass):
             source=source,
         )
         replace_weight(program, site, codes, scale, zero, entry)
+
+    def _rounded(self, rows: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes uint8 [N, K], scales [N, G] in the weight's dtype and zero points uint8 [N, G] of a weight [N, K].
+
+        Raises:
+            InputError: as `quantize_groups`.
+        """
+        if self.bits not in _LEAST or self.ranges == "full":
+            return quantize_groups(rows, self.bits, group_size, self.symmetric)
+        check_group_size(group_size, [rows.shape[1]])
+        check_finite_weight(*rows.aminmax())
+        found = search(rows, self.bits, group_size, self.symmetric, steps=_STEPS, least=_LEAST[self.bits])
+        found = replace(found, scale=found.scale.to(rows.dtype).float())
+        zero = None if self.symmetric else found.zero.to(torch.uint8)
+        return found.codes(rows.float()).to(torch.uint8), found.scale.to(rows.dtype), zero

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from optc.compiler.artifact.manifest import Manifest
-from optc.compiler.capture.loading import DTYPES, RESIDENT_BYTES, load_model
+from optc.compiler.capture.loading import RESIDENT_BYTES, load_model
 from optc.compiler.capture.pretrained import capture_pretrained
 from optc.compiler.ir.devices import choose_device, to_device
+from optc.compiler.model_folder.dtypes import DTYPES
 from optc.runtime.sessions.program import open_program
 from optc.runtime.sessions.session import Session, SessionOptions
 

@@ -134,7 +134,7 @@ def compile(
         output: the artifact's folder; must not exist unless `force=True`.
         quant: quantization method, or None.
         request: everything but the model in one object, in place of the other arguments.
-        progress: True shows a bar (in a notebook too; without a terminal a line every ten seconds); a function is told
+        progress: True shows a bar (in a notebook too; without a terminal lines on stderr); a function is told
             (finished passes, what goes on).
         options: keys of a request in snake case (bits=, group_size=, force=, max_seq_len=, ...); `calibration` is a
             path or token ids as int64 [samples, length], `passes` may hold Pass objects.

@@ -21,7 +21,7 @@ from optc.compiler.capture import (
 from optc.compiler.capture.eagle3 import capture_eagle3
 from optc.compiler.capture.exported import capture_exported, capture_exported_file
 from optc.compiler.capture.facts import generates_from_an_encoder
-from optc.compiler.capture.loading import DTYPES, is_encoder_decoder
+from optc.compiler.capture.loading import is_encoder_decoder
 from optc.compiler.capture.pretrained import CPU
 from optc.compiler.diagnostics import UsageError, unknown_name
 from optc.compiler.files import open_plain
@@ -30,6 +30,7 @@ from optc.compiler.ir.proof import CaptureProof
 from optc.compiler.ir.saved.exported_archive import is_exported_file
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, prevailing
 from optc.compiler.model_folder.config_file import parts_beside
+from optc.compiler.model_folder.dtypes import DTYPES, dtype_name
 from optc.compiler.model_folder.eagle3 import is_eagle3
 from optc.compiler.model_folder.sentence import modules_behind, sentence_modules
 from optc.compiler.settings.fields import check_type
@@ -125,11 +126,6 @@ def stored_dtype(model: Model, trust_remote_code: bool) -> str | None:
         return dtype_name(check_folder(Path(model), trust_remote_code=trust_remote_code).dtype)
     weights = model.exported.state_dict.values() if isinstance(model, Program) else model.state_dict().values()
     return dtype_name(prevailing((weight.dtype, weight.numel()) for weight in weights if weight.is_floating_point()))
-
-
-def dtype_name(dtype: torch.dtype | None) -> str | None:
-    """fp32, bf16 or fp16; None of others."""
-    return next((name for name, known in DTYPES.items() if known is dtype), None)
 
 
 def capture_for_compile(

@@ -6,6 +6,7 @@ Results are the objects that the commands print with --json; options are their f
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,10 +37,11 @@ def quantize(model: Model, *, quant: str, output: str | Path, **options: Any) ->
     return compile(model, target="vllm", quant=quant, output=output, **options)
 
 
-def evaluate(*artifacts: str | Path, **options: Any) -> dict[str, Any]:
+def evaluate(*artifacts: str | Path, progress: bool = False, **options: Any) -> dict[str, Any]:
     """Figures of an artifact on a text, on inputs or on tasks, or of several side by side: what `optc eval --json` prints.
 
     Args:
+        progress: show a bar (in a notebook too; without a terminal lines on stderr).
         options: text=, inputs=, tasks=[...], windows=, source=, no_reference=, save=, threads=, trust=, ...
 
     Raises:
@@ -49,13 +51,15 @@ def evaluate(*artifacts: str | Path, **options: Any) -> dict[str, Any]:
 
     compare = {"compare": True} if len(artifacts) > 1 else {}
     asked = _options(EvalOptions, "optc.evaluate", {**compare, **options})
-    return evaluation(tuple(_trusted(item, asked) for item in artifacts), asked)
+    with _reporting(progress, "evaluating"):
+        return evaluation(tuple(_trusted(item, asked) for item in artifacts), asked)
 
 
-def bench(artifact: str | Path, **options: Any) -> dict[str, Any]:
+def bench(artifact: str | Path, *, progress: bool = False, **options: Any) -> dict[str, Any]:
     """Speed and memory of an artifact: what `optc bench --json` prints.
 
     Args:
+        progress: as for `optc.evaluate`.
         options: prompt_length=[...], new_tokens=, batch=, samples=, inputs=, threads=, save=, trust=, ...; those of
             --serve and of --speculative are the command's alone.
 
@@ -69,7 +73,8 @@ def bench(artifact: str | Path, **options: Any) -> dict[str, Any]:
         raise UsageError(
             "serve and speculative are options of the command", remedy="optc bench --serve, or --speculative"
         )
-    return benchmark_of(_trusted(artifact, asked), asked)
+    with _reporting(progress, "measuring"):
+        return benchmark_of(_trusted(artifact, asked), asked)
 
 
 def inspect(folder: str | Path) -> dict[str, Any]:
@@ -98,14 +103,13 @@ def train(
     Args:
         recipe: name of a recipe of optc's ("finetune", "lora", "qat", ...) or a YAML file.
         on_step: gets the record of each step.
-        progress: show a bar (in a notebook too; without a terminal a line every ten seconds).
+        progress: as for `optc.evaluate`.
         keys: flags of `optc train` (model=, output=, text=, max_steps=, bits=, ...), and `set=["optimizer.lr=3e-4"]`.
 
     Raises:
         OptcError: as `optc train`.
     """
     from optc.cli.train import KEYS, TrainOptions, make_config, reports
-    from optc.progress import reporting
     from optc.training.loop import train as run
 
     settings = {"set": tuple(keys.pop("set"))} if "set" in keys else {}
@@ -116,15 +120,26 @@ def train(
     texts = {
         name: tuple(map(str, value)) if isinstance(value, list | tuple) else str(value) for name, value in keys.items()
     }
-    check_type("progress", progress, bool, "True or False")
     config = make_config(None, options, texts)
-    with reporting(progress, "training", lambda: None) as update:
+    with _reporting(progress, "training") as update:
         told = {} if update is None else reports(update, config.output)
         if on_step is not None:
             told["on_step"] = _both(told.get("on_step"), on_step)
         result = run(config, resume=resume, **told)
     assert result is not None, "the first rank of one"
     return result
+
+
+def _reporting(progress: bool, title: str) -> AbstractContextManager[Callable[..., None] | None]:
+    """A bar where one was asked for; nobody knows of how many steps.
+
+    Raises:
+        UsageError: neither True nor False.
+    """
+    check_type("progress", progress, bool, "True or False")
+    from optc.progress import reporting
+
+    return reporting(progress, title, lambda: None)
 
 
 def _both(first: Callable[[Any], None] | None, second: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -8,29 +8,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 EVERY = 10.0
-"""Seconds between two lines, and before the first: what is done sooner says nothing."""
+"""Seconds between two lines."""
 
 
 @contextmanager
 def heartbeat(title: str, say: Callable[[str], None], every: float = EVERY) -> Iterator[Callable[[str], None]]:
-    """Say what goes on every so many seconds, and at the end how long it took; yields `update(note)`.
+    """Say that work begins, every so many seconds what goes on, and at the end how long it took; yields `update(note)`.
 
     Args:
         say: prints a line; called from another thread.
     """
-    begin, done, said = time.monotonic(), threading.Event(), False
-    note = ""
+    begin, done, note = time.monotonic(), threading.Event(), ""
 
     def update(text: str) -> None:
         nonlocal note
         note = text
 
     def beat() -> None:
-        nonlocal said
         while not done.wait(every):
-            said = True
             say(f"{title}: {time.monotonic() - begin:.0f} s" + (f", {note}" if note else ""))
 
+    say(f"{title}: begun")
     thread = threading.Thread(target=beat, name="optc-progress", daemon=True)
     thread.start()
     ended = "stopped"
@@ -40,5 +38,4 @@ def heartbeat(title: str, say: Callable[[str], None], every: float = EVERY) -> I
     finally:
         done.set()
         thread.join()
-        if said:
-            say(f"{title}: {ended} after {time.monotonic() - begin:.0f} s")
+        say(f"{title}: {ended} after {time.monotonic() - begin:.0f} s")

@@ -7,14 +7,13 @@ from typing import Any
 
 import msgspec
 
-from optc.capturing import dtype_name
-from optc.compiler.capture.embedding import EmbeddingHead
 from optc.compiler.capture.facts import generates_from_an_encoder, stated_context, text_config
-from optc.compiler.capture.loading import DTYPES, meta_model
 from optc.compiler.formats.group_sizes import size_for
-from optc.compiler.model_folder.checkpoint import check_folder
+from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder
+from optc.compiler.model_folder.dtypes import DTYPES, dtype_name
+from optc.compiler.model_folder.plain_decoder import plain_decoder
 from optc.compiler.model_folder.quantized import quantized_folder, refuse_quantizing_again
-from optc.compiler.model_folder.sentence import sentence_modules
+from optc.compiler.model_folder.sentence import SentenceModules, sentence_modules
 from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import check_context
 from optc.encoder_decoder import RECIPE, check_encoder_decoder
@@ -40,10 +39,9 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
     resolved = resolve(request, dtype_name(info.dtype))
     target, options = resolved.target, resolved.options
     modules = sentence_modules(folder, request.what.pooling)
-    skeleton = meta_model(info, bare=modules is not None)
-    if modules is not None:
-        skeleton.add_module("embedding_head", EmbeddingHead(modules, DTYPES[options.dtype]))
-    decoder = hasattr(skeleton, "generate")
+    plain = plain_decoder(info) if modules is None and request.what.pooling is None else None
+    skeleton = plain or _model(info, modules, options)
+    decoder = plain is not None or hasattr(skeleton, "generate")
     words = text_config(skeleton.config)
     context = stated_context(words)
     check_context(getattr(options.own, "max_seq_len", None), context)
@@ -85,6 +83,21 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
         "kv_cache_bytes_per_token": _cache_bytes(words, options) if decoder else 0,
         "note": note,
     }
+
+
+def _model(info: CheckpointInfo, modules: SentenceModules | None, options: CompileOptions) -> Any:
+    """The model of transformers on the meta device, with the modules that make embeddings behind it.
+
+    Raises:
+        InputError, CaptureError: as the capture of the folder.
+    """
+    from optc.compiler.capture.embedding import EmbeddingHead
+    from optc.compiler.capture.loading import meta_model
+
+    skeleton = meta_model(info, bare=modules is not None)
+    if modules is not None:
+        skeleton.add_module("embedding_head", EmbeddingHead(modules, DTYPES[options.dtype]))
+    return skeleton
 
 
 def _cache_bytes(config: Any, options: CompileOptions) -> int:

@@ -10,8 +10,8 @@ from optc.compiler.analysis.module_linears import expert_stacks, linear_shape, m
 from optc.compiler.analysis.name_patterns import check_patterns, fits
 from optc.compiler.artifact.sizes import Sizes
 from optc.compiler.capture.facts import generates_from_an_encoder, text_config
-from optc.compiler.capture.loading import DTYPES
 from optc.compiler.formats.group_sizes import size_for
+from optc.compiler.model_folder.dtypes import DTYPES
 from optc.compiler.target.options import CompileOptions, Quantization
 from optc.compiler.target.target import Step, StoredWeights, Target
 from optc.passes.quantization.head import QuantizeHead

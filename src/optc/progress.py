@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from html import escape
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.progress import (
     BarColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -26,18 +28,62 @@ from optc.heartbeat import heartbeat
 Told = Callable[[int, str], None]
 """Gets (finished steps, what goes on)."""
 
+Update = Callable[..., None]
+"""`update(done, note="", total=None)`: the number of finished steps, what goes on, and of how many steps."""
+
+Display = tuple[Update, Callable[[str, int | None], AbstractContextManager[Update]]]
+"""What is shown of a command: its update, and what opens a part of it by title and number of steps."""
+
+_shown: ContextVar[Display | None] = ContextVar("shown", default=None)
+"""The display of the command that runs."""
+
 
 @contextmanager
-def progress(title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
-    """A progress bar on stderr; without a terminal a line every ten seconds, see `heartbeat`.
+def progress(title: str, total: int | None = None) -> Iterator[Update]:
+    """A progress bar on stderr; without a terminal a line at the start, every ten seconds and at the end.
 
-    Yields `update(done, note, total=None)`: the number of finished steps, what is going on, and of how many steps.
+    It is for a whole command: open it before what takes long is imported. Yields its update.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        with heartbeat(title, lambda line: click.echo(printable(line), err=True)) as beat:
-            yield lambda done, note="", total=None: beat(note)
+    with _bars(console, title, total) if console.is_terminal else _lines(title) as display, _within(display):
+        yield display[0]
+
+
+@contextmanager
+def part(title: str, total: int | None = None) -> Iterator[Update]:
+    """A part of what a command does, shown where the command is: yields its update, which without a display does nothing."""
+    display = _shown.get()
+    if display is None:
+        yield lambda done, note="", total=None: None
         return
+    with display[1](title, total) as update:
+        yield update
+
+
+@contextmanager
+def _within(display: Display) -> Iterator[None]:
+    token = _shown.set(display)
+    try:
+        yield
+    finally:
+        _shown.reset(token)
+
+
+@contextmanager
+def _lines(title: str) -> Iterator[Display]:
+    with heartbeat(title, lambda line: click.echo(printable(line), err=True)) as tell:
+
+        @contextmanager
+        def opened(title: str, total: int | None) -> Iterator[Update]:
+            tell(title)
+            yield lambda done, note="", total=None: tell(f"{title}: {note}" if note else title)
+            tell("")
+
+        yield lambda done, note="", total=None: tell(note), opened
+
+
+@contextmanager
+def _bars(console: Console, title: str, total: int | None) -> Iterator[Display]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -47,18 +93,24 @@ def progress(title: str, total: int | None = None) -> Iterator[Callable[..., Non
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(title, total=total, note="")
 
-        def update(done: int, note: str = "", total: int | None = None) -> None:
-            bar.update(task, completed=done, note=note, total=total)
+        def updating(task: TaskID) -> Update:
+            def update(done: int, note: str = "", total: int | None = None) -> None:
+                bar.update(task, completed=done, note=note, total=total)
 
-        yield update
+            return update
+
+        @contextmanager
+        def opened(title: str, total: int | None) -> Iterator[Update]:
+            task = bar.add_task(title, total=total, note="")
+            yield updating(task)
+            bar.remove_task(task)
+
+        yield updating(bar.add_task(title, total=total, note="")), opened
 
 
 @contextmanager
-def reporting(
-    given: Told | bool | None, title: str, total: Callable[[], int | None]
-) -> Iterator[Callable[..., None] | None]:
+def reporting(given: Told | bool | None, title: str, total: Callable[[], int | None]) -> Iterator[Update | None]:
     """What `progress=` of a call from Python stands for: a function as it is, True for a bar, False and None for silence.
 
     Args:
@@ -110,8 +162,8 @@ _OFTEN = 0.2
 
 
 @contextmanager
-def notebook_bar(title: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """A bar below the cell of a notebook; yields `update(done, note, total=None)` as `progress` does."""
+def notebook_bar(title: str, total: int | None) -> Iterator[Update]:
+    """A bar below the cell of a notebook; yields its update, as `progress` does."""
     display: Any = sys.modules["IPython"].display.display
     bar, shown = Bar(title, total), time.monotonic()
     handle = display(bar, display_id=True)
@@ -124,8 +176,14 @@ def notebook_bar(title: str, total: int | None) -> Iterator[Callable[..., None]]
             shown = time.monotonic()
             handle.update(bar)
 
+    @contextmanager
+    def opened(title: str, total: int | None) -> Iterator[Update]:
+        bar.total = total
+        yield lambda done, note="", total=None: update(done, f"{title}: {note}" if note else title, total)
+
     try:
-        yield update
+        with _within((update, opened)):
+            yield update
         bar.done, bar.note = bar.total or bar.done, "done"
     finally:
         handle.update(bar)

@@ -1,39 +1,19 @@
-"""Recipes: the flags of `optc compile` in a YAML file, and the steps of a pipeline by name."""
+"""The steps of a pipeline by name: passes with options, and where one is put into a recipe."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from optc.compiler.diagnostics import UsageError, unknown_name
 from optc.compiler.rewriting.passes import Pass
-from optc.compiler.settings.fields import Given, unknown_key
-from optc.compiler.settings.yaml_mapping import parse_setting, read_mapping
+from optc.compiler.settings.yaml_mapping import parse_setting
 from optc.compiler.target.options import QuantRequest
 from optc.compiler.target.target import Step
 from optc.passes.registry import find_pass
-
-
-def read_recipe(path: Path, known: Iterable[str]) -> dict[str, Given]:
-    """Read a YAML recipe; its keys are the flags of `optc compile` (hyphen or underscore). Empty values are left out.
-
-    Raises:
-        InputError: unreadable file or not a mapping.
-        UsageError: a key that is no flag, with the nearest name.
-    """
-    names = set(known)
-    out = {}
-    for key, value in read_mapping(path).items():
-        name = key.replace("-", "_")
-        if name not in names:
-            raise unknown_key(key, (item.replace("_", "-") for item in names), str(path))
-        if value is not None:
-            out[name] = Given(value=value, where=f"{path}, key '{key}'")
-    return out
 
 
 def make_pass(name: str, options: Mapping[str, Any] | None = None) -> Pass:

@@ -1,8 +1,8 @@
-"""A compile as a recipe that `--recipe` reads: what was asked for beyond the defaults."""
+"""Recipes: the flags of `optc compile` in a YAML file. Written of a compile, what was asked for beyond the defaults."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,30 @@ import yaml
 
 from optc.compiler.diagnostics import InputError, UsageError, os_errors
 from optc.compiler.files import replace_file
-from optc.compiler.settings.fields import Field, fields_of
+from optc.compiler.settings.fields import Field, Given, fields_of, unknown_key
+from optc.compiler.settings.yaml_mapping import read_mapping
 from optc.request import SECTIONS, Request
 
 _LEFT_OUT = ("force", "save_recipe")
 """What a compile does to files that are there is asked for each time."""
+
+
+def read_recipe(path: Path, known: Iterable[str]) -> dict[str, Given]:
+    """Read a YAML recipe; its keys are the flags of `optc compile` (hyphen or underscore). Empty values are left out.
+
+    Raises:
+        InputError: unreadable file or not a mapping.
+        UsageError: a key that is no flag, with the nearest name.
+    """
+    names = set(known)
+    out = {}
+    for key, value in read_mapping(path).items():
+        name = key.replace("-", "_")
+        if name not in names:
+            raise unknown_key(key, (item.replace("_", "-") for item in names), str(path))
+        if value is not None:
+            out[name] = Given(value=value, where=f"{path}, key '{key}'")
+    return out
 
 
 def recipe_of(model: Any, request: Request) -> dict[str, Any]:

@@ -67,28 +67,6 @@ def test_usage_errors_are_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "PATH" in json.loads(capsys.readouterr().out)["what"]
 
 
-def _waited() -> bool:
-    time.sleep(0.05)
-    return True
-
-
-def test_long_work_says_so_without_a_terminal() -> None:
-    lines: list[str] = []
-    with heartbeat("training", lines.append, every=0.05) as update:
-        update("step 3")
-        time.sleep(0.12)
-    assert lines[0] == "training: 0 s, step 3"
-    assert lines[-1] == "training: done after 0 s"
-    count = len(lines)
-    with pytest.raises(ValueError, match="negative"), heartbeat("training", lines.append, every=0.02):
-        time.sleep(-1 if _waited() else 0)
-    assert lines[-1] == "training: stopped after 0 s"
-    assert len(lines) > count
-    with heartbeat("short", lines.append):
-        pass
-    assert lines[-1].startswith("training")  # what is done at once says nothing
-
-
 def test_progress_from_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[tuple[int, str]] = []
     with reporting(lambda done, note: seen.append((done, note)), "compiling", lambda: 3) as update:

@@ -24,8 +24,9 @@ from optc.training.metrics import read_log
 from optc.training.models import load_frozen
 from optc.training.pairs import PairBatch, PairReader, read_answers
 from optc.training.recipe import load_config
-from optc.training.setup import Run, World, prepare
+from optc.training.setup import Run, prepare
 from optc.training.validation import measure
+from optc.training.world import World
 
 PAIRS = [
     ("ab", "cd", "ef"),

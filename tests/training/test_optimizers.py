@@ -19,8 +19,9 @@ from optc.training.optimizers import (
     restore_groups,
     set_learning_rate,
 )
-from optc.training.setup import World, check_config, prepare
+from optc.training.setup import check_config, prepare
 from optc.training.step import train_step
+from optc.training.world import World
 
 
 class Weights(torch.nn.Module):

@@ -16,8 +16,9 @@ from optc.training.config import ScheduleConfig
 from optc.training.data import IGNORED
 from optc.training.metrics import flops_per_token
 from optc.training.schedule import learning_rate_share
-from optc.training.setup import Run, World, prepare
+from optc.training.setup import Run, prepare
 from optc.training.step import train_step
+from optc.training.world import World
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -24,8 +24,9 @@ from optc.training.loop import run_folder, train
 from optc.training.metrics import StepRecord, read_log
 from optc.training.models import load_frozen
 from optc.training.recipe import load_config
-from optc.training.setup import World, prepare
+from optc.training.setup import prepare
 from optc.training.validation import measure
+from optc.training.world import World
 
 LENGTHS = (9, 21, 40)
 OVERFITS: dict[str, Any] = {  # steps 2 and 4 are the best so far, those behind are not

@@ -15,7 +15,7 @@ from typing import Any
 
 import sympy
 
-from optc.compiler.compat import sympy_functions as torch_functions
+from optc.compiler.compat import sympy_functions
 
 _SYMBOL = re.compile(r"(s|u|zf|zuf)[0-9]{1,5}")
 _FLOAT = re.compile(r"-?[0-9]{1,20}(\.[0-9]{1,40})?(e[+-]?[0-9]{1,3})?")
@@ -25,7 +25,7 @@ _MAX_INTEGER = 2**63  # beyond any size, stride or offset
 _MAX_EXPONENT = 8
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    name: getattr(torch_functions, name)
+    name: getattr(sympy_functions(), name)
     for name in (
         "FloorDiv",
         "ModularIndexing",

@@ -18,7 +18,7 @@ from optc.cli.session_options import Save, kv_pool, sampling_of, save_figures
 from optc.cli.tensors import Inputs, bench_tensors, reads_sounds, refuse_inputs, show_speed, takes_tensors
 from optc.compiler.diagnostics import TargetError, UsageError
 from optc.compiler.settings.device import DeviceName
-from optc.progress import progress
+from optc.progress import part, progress
 from optc.runtime.bounds import Batch, Count, Samples, TimedTokens, Warmup
 
 
@@ -90,7 +90,8 @@ def bench(artifact: str, as_json: bool, options: BenchOptions) -> None:
             bench_speculative(Path(artifact), as_json, options, speculation)
             return
         leave_to_own_process([Path(artifact)])
-        result = benchmark_of(Path(artifact), options)
+        with progress("measuring"):
+            result = benchmark_of(Path(artifact), options)
         emit(result, as_json, show_speed if takes_tensors(Path(artifact)) else _show)
 
 
@@ -145,7 +146,7 @@ def _bench_session(artifact: Path, options: BenchOptions) -> dict[str, Any]:
         artifact, threads=options.threads, num_blocks=options.kv_blocks, device=options.device, trust=options.trust
     )
     lengths = options.prompt_length or (max(1, min(512, model.session.context_length - options.new_tokens)),)
-    with progress("samples") as update:
+    with part("samples") as update:
         found = benchmark(
             model.session,
             prompt_lengths=lengths,

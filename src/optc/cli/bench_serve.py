@@ -19,7 +19,7 @@ from optc.cli.common import emit, say
 from optc.cli.session_options import GeneratingOptions, sampling_of
 from optc.compiler.diagnostics import InputError, OptcError, UsageError, os_errors
 from optc.compiler.files import read_plain
-from optc.progress import progress
+from optc.progress import part, progress
 from optc.runtime.bounds import Count
 from optc.runtime.sampling import Sampling
 
@@ -144,7 +144,7 @@ def bench_serve(
         raise UsageError(
             "--threads, --kv-blocks and --trust have no effect on a server that runs already", remedy="leave them out"
         )
-    with contextlib.nullcontext(what) if remote else started(what, options) as url:
+    with progress("measuring"), contextlib.nullcontext(what) if remote else started(what, options) as url:
         result = asyncio.run(_measured(url, options, given))
     if options.plot is not None:
         from optc.runtime.measuring.load.plot import load_svg
@@ -237,7 +237,7 @@ async def _measured(url: str, options: LoadOptions, given: dict[str, Any]) -> di
     loads: list[tuple[int | None, float | None]] = [(None, rate) for rate in options.rate]
     loads += [(number, None) for number in options.concurrency or (() if loads else (8,))]
     runs = []
-    with progress("requests", total=count * len(loads)) as update:
+    with part("requests", total=count * len(loads)) as update:
         for index, (concurrency, rate) in enumerate(loads):
             common = {
                 "count": count,

@@ -9,17 +9,34 @@ from optc.cli.common import emit, read_text, say, stderr
 from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import sampling_of
 from optc.compiler.diagnostics import UsageError
-from optc.progress import progress
+from optc.progress import part, progress
 from optc.runtime.speculative.settings import Speculation
 
 if TYPE_CHECKING:
     from optc.cli.bench import BenchOptions
+    from optc.runtime.measuring.speculation import SpeculationSpeed
 
 _PROMPT = 128
 
 
 def bench_speculative(artifact: Path, as_json: bool, options: BenchOptions, speculation: Speculation) -> None:
     """Measure, print, and warn where plain decoding is faster."""
+    text = _text(options)
+    leave_to_own_process([artifact, *([speculation.draft] if speculation.draft else [])])
+    with progress("measuring"):
+        found, result = _measured(artifact, text, options, speculation)
+    emit(result, as_json, _show)
+    if found.speedup.median < 1:
+        stderr().print(
+            f"plain decoding is faster here ({found.speedup.median:.2f}x): leave --speculative out, or draft fewer tokens",
+            style="yellow",
+        )
+
+
+def _measured(
+    artifact: Path, text: str, options: BenchOptions, speculation: Speculation
+) -> tuple[SpeculationSpeed, dict[str, Any]]:
+    """What was measured of prompts from a text, and what the command prints of it."""
     from optc.runtime.measuring.benchmark import environment
     from optc.runtime.measuring.speculation import cut_prompts, measure_speculation
     from optc.runtime.sampling import Sampling
@@ -28,8 +45,6 @@ def bench_speculative(artifact: Path, as_json: bool, options: BenchOptions, spec
     from optc.runtime.sessions.paged import PagedSession
     from optc.runtime.sessions.session import default_threads
 
-    text = _text(options)
-    leave_to_own_process([artifact, *([speculation.draft] if speculation.draft else [])])
     model = load(
         artifact, threads=options.threads, num_blocks=options.kv_blocks, device=options.device, trust=options.trust
     )
@@ -42,7 +57,7 @@ def bench_speculative(artifact: Path, as_json: bool, options: BenchOptions, spec
     rounds = options.samples + warmup
     prompts = cut_prompts(model.encode(text), options.batch * rounds, length)
     sampling = Sampling(**sampling_of(options))
-    with progress("samples") as update:
+    with part("samples") as update:
         found = measure_speculation(
             model.session,
             drafter,
@@ -55,7 +70,7 @@ def bench_speculative(artifact: Path, as_json: bool, options: BenchOptions, spec
         )
     drafter.close()
     model.close()
-    result = {
+    return found, {
         **found.to_dict(),
         "draft_tokens": len(found.figures.drafted_at),
         "batch": options.batch,
@@ -64,12 +79,6 @@ def bench_speculative(artifact: Path, as_json: bool, options: BenchOptions, spec
         "new_tokens": options.new_tokens,
         "environment": environment(options.threads or default_threads()),
     }
-    emit(result, as_json, _show)
-    if found.speedup.median < 1:
-        stderr().print(
-            f"plain decoding is faster here ({found.speedup.median:.2f}x): leave --speculative out, or draft fewer tokens",
-            style="yellow",
-        )
 
 
 def _text(options: BenchOptions) -> str:

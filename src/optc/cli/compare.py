@@ -26,7 +26,7 @@ from optc.compiler.artifact.folder import read_manifest
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.artifact.sizes import megabytes
 from optc.compiler.diagnostics import InputError, UsageError, printable
-from optc.progress import progress
+from optc.progress import part, progress
 from optc.runtime.bounds import Count, Samples, TimedTokens
 
 LABELS = {
@@ -74,7 +74,8 @@ def compare(artifacts: tuple[Path, ...], as_json: bool, options: CompareOptions)
     optc compare out/resnet out/resnet-int8 --inputs images/ --samples 50
     """
     leave_to_own_process(artifacts)
-    result = comparison(artifacts, options)
+    with progress("comparing"):
+        result = comparison(artifacts, options)
     if options.output is not None:
         from optc.exporters.reports.comparison import write_comparison
 
@@ -168,7 +169,7 @@ def _speeds(
             runs = _calls(artifacts, options)
         else:
             runs = _generations(artifacts, options, stack)
-        with progress("samples") as update:
+        with part("samples") as update:
             found = paired_speed.speeds_in_turn(
                 runs, options.samples, on_sample=lambda done, total: update(done, f"{done} of {total}")
             )

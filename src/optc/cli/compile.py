@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -38,19 +39,25 @@ def compile_(as_json: bool, **flags: Any) -> None:
     merged = merge_recipe(flags)
     model = require(merged, "model", "optc compile MODEL --target onnx-cpu -o OUT")
     target = require(merged, "target", "--target onnx-cpu (see optc targets)")
-    run_compile(model, request_of(merged, target), as_json, "compiling")
+    run_compile(model, target, lambda: request_of(merged, target), as_json, "compiling")
 
 
-def run_compile(model: str, request: Request, as_json: bool, doing: str) -> None:
-    """Compile, with a progress bar, and print the result."""
-    from optc.api import compile, resolve_for
-    from optc.hub import local_model
-    from optc.resolving import recipe_steps
+def run_compile(model: str, target: str, asked: Callable[[], Request], as_json: bool, doing: str) -> None:
+    """Compile, with a progress bar, and print the result.
 
-    if request.run.output is None:
-        raise UsageError("no output given", remedy="-o OUT")
-    steps = len(recipe_steps(resolve_for(local_model(model), request), "decoder"))
-    with progress(f"{doing} for {request.target.name}", total=steps + 1) as update:
+    Args:
+        asked: makes the request; the target that it reads imports torch, which takes seconds.
+    """
+    with progress(f"{doing} for {target}") as update:
+        request = asked()
+        if request.run.output is None:
+            raise UsageError("no output given", remedy="-o OUT")
+        from optc.api import compile, resolve_for
+        from optc.hub import local_model
+        from optc.resolving import recipe_steps
+
+        steps = len(recipe_steps(resolve_for(local_model(model), request), "decoder"))
+        update(0, "capture", total=steps + 1)
         result = compile(model, request=request, progress=update)
     emit(result.to_dict(), as_json, _show)
 

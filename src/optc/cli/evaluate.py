@@ -21,7 +21,7 @@ from optc.compiler.artifact.engines import find_engine
 from optc.compiler.artifact.folder import read_manifest
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.compiler.settings.device import DeviceName
-from optc.progress import progress
+from optc.progress import part, progress
 from optc.runtime.bounds import Count, CountOrZero
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ def evaluate(artifacts: tuple[Path, ...], as_json: bool, options: EvalOptions) -
     """
     _check(artifacts, options)
     leave_to_own_process(artifacts)
-    result = evaluation(artifacts, options)
+    with progress("evaluating"):
+        result = evaluation(artifacts, options)
     tensors = takes_tensors(artifacts[0])
     emit(result, as_json, show_quality if tensors else show_table if options.compare else show_one)
 
@@ -219,7 +220,7 @@ def _score(
     reference = (
         None if options.no_reference else open_reference(models[0].manifest, options.source, options.device or "cpu")
     )
-    with progress("windows") as update:
+    with part("windows") as update:
         found = compare(
             [model.session for model in models],
             tokens,
@@ -277,7 +278,7 @@ def _run_tasks(model: Model, names: Sequence[str], options: EvalOptions) -> dict
 
     for code in named_code(Path(name) for name in names if Path(name).exists()):
         say(f"the task runs code: {code}", err=True, fg="yellow")
-    with progress("requests") as update:
+    with part("requests") as update:
         return run_tasks(
             model,
             names,

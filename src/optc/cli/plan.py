@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,12 +53,26 @@ def plan(as_json: bool, options: TrainingPlan, **flags: Any) -> None:
         return
     if options.set or options.world_size != 1:
         raise UsageError("--set and --world-size belong to --train", remedy="optc plan --train RECIPE")
-    from optc.planning import make_plan
-
     merged = merge_recipe(flags)
     model = require(merged, "model", "optc plan MODEL --target onnx-cpu")
-    request = request_of(merged, require(merged, "target", "--target onnx-cpu (see optc targets)"))
-    emit(make_plan(Path(model), request), as_json, _show)
+    target = require(merged, "target", "--target onnx-cpu (see optc targets)")
+    with _uncollected():
+        from optc.planning import make_plan
+
+        result = make_plan(Path(model), request_of(merged, target))
+    emit(result, as_json, _show)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without looking for garbage: importing torch makes many objects and hardly any of it, and nothing here runs long."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _plan_training(as_json: bool, recipe: str, options: TrainingPlan, flags: dict[str, Any]) -> None:

@@ -40,7 +40,6 @@ def quantize(as_json: bool, **flags: Any) -> None:
             why=f"optc quantize writes for '{TARGET}'",
             remedy="use optc compile, or leave the target out",
         )
-    request = request_of(merged, TARGET)
-    if request.quantization.quant is None and request.what.passes is None:
+    if "quant" not in merged and "passes" not in merged:
         raise UsageError("no quant given", remedy="--quant rtn, gptq or awq (see optc targets)")
-    run_compile(model, request, as_json, "quantizing")
+    run_compile(model, TARGET, lambda: request_of(merged, TARGET), as_json, "quantizing")

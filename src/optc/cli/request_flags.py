@@ -94,7 +94,7 @@ def _choices(rows: Iterable[tuple[str, Field]]) -> Iterable[str]:
 
 def merge_recipe(flags: dict[str, Any]) -> dict[str, Given]:
     """Flags given on the command line over the recipe's keys; what neither gives is absent."""
-    from optc.recipes import read_recipe
+    from optc.saved_recipes import read_recipe
 
     recipe = flags.pop("recipe", None)
     return (read_recipe(recipe, (*known_keys(), "model")) if recipe else {}) | given_flags(flags)

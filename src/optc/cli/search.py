@@ -92,18 +92,18 @@ def search(as_json: bool, options: SearchOptions, **flags: Any) -> None:
     optc search examples/fiction-3m --target onnx-cpu --text book.txt -o out/search
     optc search examples/fiction-3m --target onnx-cpu --text book.txt -o out/search --max-loss 0.05 --max-size 3
     """
-    from optc.searching import Limits
-    from optc.searching import search as run
-
     merged = merge_recipe(flags)
     model = require(merged, "model", "optc search MODEL --target onnx-cpu --text FILE -o OUT")
-    request = request_of(merged, require(merged, "target", "--target onnx-cpu (see optc targets)"))
-    if request.quantization.quant is not None or request.what.passes is not None or request.run.output is not None:
+    target = require(merged, "target", "--target onnx-cpu (see optc targets)")
+    if {"quant", "passes", "output"} & merged.keys():
         raise UsageError("the recipe names a method, passes or an output", remedy="leave them to the search")
     with progress("searching") as update:
+        from optc.searching import Limits
+        from optc.searching import search as run
+
         result = run(
             model,
-            request,
+            request_of(merged, target),
             options.output,
             options.text,
             methods=options.methods,

@@ -14,7 +14,7 @@ from optc.cli.session_options import SessionOptions, save_figures
 from optc.compiler.artifact.folder import read_manifest
 from optc.compiler.artifact.manifest import ProgramEntry
 from optc.compiler.diagnostics import InputError, UsageError, os_errors
-from optc.progress import progress
+from optc.progress import part
 
 if TYPE_CHECKING:
     from optc.cli.bench import BenchOptions
@@ -264,7 +264,7 @@ def _evaluation(
             remedy=f"add --compare and another artifact, or '{tensors.LABELS}' to the inputs"
             + (", or name the model by --source" if contract.kind == "encoder" else ""),
         )
-    with progress("batches", total=len(batches)) as update:
+    with part("batches", total=len(batches)) as update:
         figures = tensors.evaluate_tensors(
             [model.run for _, model in named],
             contract,
@@ -306,7 +306,7 @@ def bench_tensors(artifact: Path, options: BenchOptions) -> dict[str, Any]:
         if len(lengths) > 1:
             raise UsageError("give one --prompt-length", remedy="run the command once for each")
         inputs = random_inputs(model.manifest.contract, options.batch, lengths[0])
-    with progress("samples") as update:
+    with part("samples") as update:
         result = bench_tensors(
             model,
             inputs,

@@ -17,6 +17,7 @@ from optc.compiler.diagnostics import UsageError, printable
 from optc.progress import progress
 from optc.training.config import TrainConfig
 from optc.training.recipe import FIELDS, load_config
+from optc.training.world import World
 
 
 class TrainOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,12 +79,11 @@ def train(recipe_file: str | None, as_json: bool, options: TrainOptions, **keys:
     optc train recipe.yaml --lr 3e-4 --resume
     torchrun --nproc-per-node 2 -m optc train recipe.yaml --set parallel.kind=ddp
     """
-    from optc.training.loop import train as run_training
-    from optc.training.setup import World
-
     config = make_config(recipe_file, options, keys)
     first = World.from_environment().rank == 0
     with progress("training") if first else nullcontext() as update:
+        from optc.training.loop import train as run_training
+
         told = {} if update is None else reports(update, config.output)
         result = run_training(config, resume=options.resume, **told)
     if result is not None:  # the first rank's

@@ -168,6 +168,52 @@ def test_a_group_size_that_does_not_divide() -> None:
     )
 
 
+def _group_error(group: list[float], scale: float, bits: int) -> float:
+    """The squared error of rounding a group to all 2^bits multiples of a scale around zero, by hand."""
+    half = 2 ** (bits - 1)
+    codes = [max(-half, min(half - 1, round(value / scale))) for value in group]
+    return sum((code * scale - value) ** 2 for code, value in zip(codes, group, strict=True))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_ranges_of_the_least_error(bits: int) -> None:
+    """Against a search over two hundred scales of each group by hand."""
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(bits))
+    weight[0, 0], weight[1, 3] = 6.0, -6.0  # a group with an outlier at either end
+    program = capture_module(_Product(weight), (torch.rand(2, 32),))
+    errors = {}
+    for ranges in ("searched", "full"):
+        result = rewritten(QuantizeRtn(bits=bits, group_size=16, ranges=ranges), program).program
+        codes, scale = (result.weight(f"weight_{part}") for part in ("codes", "scale"))
+        values = torch.ops.optc.dequantize(codes, scale, None, bits=bits, group_size=16)
+        errors[ranges] = (values - weight).square().reshape(6, 2, 16).sum(-1).flatten().tolist()
+        assert (int(codes.min()), ranges) in ((0, "searched"), (1, "full"))
+    best = []
+    for index, group in enumerate(weight.reshape(12, 16).tolist()):
+        top = max(map(abs, group)) / (2 ** (bits - 1) - 1)
+        best.append(min(_group_error(group, top * step / 200, bits) for step in range(20, 201)))
+        assert 0.99 * best[-1] <= errors["searched"][index] <= errors["full"][index]
+    assert sum(errors["searched"]) < 1.1 * sum(best)
+    assert sum(errors["searched"]) < 0.9 * sum(errors["full"])
+
+
+def test_a_search_gains_nothing_at_eight_bits() -> None:
+    program = capture_module(_Product(torch.randn(4, 32)), (torch.rand(2, 32),))
+    found = [rewritten(QuantizeRtn(bits=8, ranges=ranges), program).program for ranges in ("searched", "full")]
+    assert torch.equal(*(item.weight("weight_codes") for item in found))
+
+
+class _Product(torch.nn.Module):
+    """A linear without a bias."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight)
+
+
 def test_twice_is_refused_with_a_reason() -> None:
     once = rewritten(QuantizeRtn(bits=8), stirred("llama")).program
     again = rewritten(QuantizeRtn(bits=4), once)
