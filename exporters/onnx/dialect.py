@@ -62,7 +62,7 @@ def _group_query_attention(walker: Walker, node: Node) -> tuple[ir.Value, ...]:
         walker.value(past_key),
         walker.value(past_value),
         walker.value(seqlens),
-        walker.value(total, torch.int32),
+        walker.cast(walker.size(total), torch.int32),  # a vector of one element is taken, and needs no Squeeze
         *tables,
     ]
     if scales:

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from optc.compiler.ir.asserts import ASSERTS
-from optc.exporters.onnx.walker import Lowering, Walker, argument, result_dtype
+from optc.exporters.onnx.walker import Lowering, Walker, argument, is_symbolic, result_dtype
 
 _aten = torch.ops.aten
 
@@ -141,9 +141,14 @@ def _hard_sigmoid(walker: Walker, node: Node) -> ir.Value:
 def _between(walker: Walker, node: Node, low: Any, high: Any) -> ir.Value:
     dtype = result_dtype(node)
     out = walker.value(node.args[0], dtype)
+    vector = dtype is torch.int64 and node.meta["val"].dim() > 0  # a size [1] does as it is
+
+    def bound(item: Any) -> ir.Value:
+        return walker.size(item) if vector and is_symbolic(item) else walker.value(item, dtype)
+
     if low is not None:
-        out = walker.op("Max", [out, walker.value(low, dtype)])
-    return out if high is None else walker.op("Min", [out, walker.value(high, dtype)])
+        out = walker.op("Max", [out, bound(low)])
+    return out if high is None else walker.op("Min", [out, bound(high)])
 
 
 def _clamp(walker: Walker, node: Node) -> ir.Value:

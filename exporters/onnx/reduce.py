@@ -120,7 +120,22 @@ def _sort(walker: Walker, node: Node) -> tuple[ir.Value, ir.Value]:
 
 def _gather(walker: Walker, node: Node) -> ir.Value:
     x, axis, index = node.args[:3]
+    rows = _whole_rows(x, int(axis), index)
+    if rows is not None:
+        return walker.op("GatherND", [walker.value(x), walker.value(rows)], {"batch_dims": 1})
     return walker.op("GatherElements", [walker.value(x), walker.value(index)], {"axis": int(axis)})
+
+
+def _whole_rows(x: Node, axis: int, index: Node) -> Node | None:
+    """[B,K,1] of an index [B,K,C] that takes whole rows of x [B,S,C]: one number of each, expanded."""
+    rank = x.meta["val"].dim()
+    if rank != 3 or axis % rank != 1 or index.target is not _aten.expand.default:
+        return None
+    rows = index.args[0]
+    assert isinstance(rows, Node)
+    shape, whole = rows.meta["val"].shape, index.meta["val"].shape
+    alike = [str(size) for size in shape[:2]] == [str(size) for size in whole[:2]]
+    return rows if alike and shape[2] == 1 and whole[2] == x.meta["val"].shape[2] else None
 
 
 def _index_select(walker: Walker, node: Node) -> ir.Value:

@@ -97,18 +97,26 @@ class Walker:
                 self._scope = "/" + path.replace(".", "/") if path else ""
                 self.values[node] = self._lower(node)
         outputs = self._outputs(contract)
-        used = {id(value) for item in self.nodes for value in item.inputs if value is not None}
-        used |= {id(value) for value in outputs}
+        nodes, used = self._read(outputs)
         kept = [value for value in self.initializers.values() if id(value) in used]
         graph = ir.Graph(
             inputs,
             outputs,
-            nodes=self.nodes,
+            nodes=nodes,
             initializers=kept,
             name="optc",
             opset_imports={"": self.opset, **({MICROSOFT: 1} if self.microsoft else {})},
         )
         return ir.Model(graph, ir_version=self.ir_version, producer_name="optc")
+
+    def _read(self, outputs: Sequence[ir.Value]) -> tuple[list[ir.Node], set[int]]:
+        """The nodes that something reads, in order, and the identities of all values that are read."""
+        used, nodes = {id(value) for value in outputs}, []
+        for item in reversed(self.nodes):
+            if any(id(value) in used for value in item.outputs):
+                used |= {id(value) for value in item.inputs if value is not None}
+                nodes.append(item)
+        return nodes[::-1], used
 
     def _lower(self, node: Node) -> Any:
         if node.target is operator.getitem and isinstance(self.values.get(node.args[0]), list | tuple):

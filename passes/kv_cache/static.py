@@ -96,7 +96,7 @@ def _retrace(program: Program, in_place: bool, head: Node | None) -> Program:
             return out
 
         def select(hidden: Tensor) -> Tensor:
-            places = ((total - past)[:, None] - rest[-1]).clamp(min=0)
+            places = (total.clamp(max=size)[:, None] - rest[-1]).clamp(min=0)
             return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2]))
 
         recurrent = RowStates(states, past, total, size)

@@ -129,11 +129,17 @@ class _Attention(Rule):
         return add_weight(program, f"{name}_flat", flat.contiguous())
 
     def _last_places(self, program: Program, node: Node, query: Node, past: Node) -> Node:
-        """past + S - 1 as int32 [B] for a query [B,S,C], made in front of the first layer for all of them."""
+        """past + S - 1 as int32 [B] for a query [B,S,C], made in front of the first layer for all of them.
+
+        Where past is max(total - S, 0) it is total - 1, which costs two calls of a step less; a row of fewer than S tokens
+        then says so, and what the kernel makes of its padding nobody reads.
+        """
         key = (past, str(value_of(query).shape[1]))
         if key not in self._lengths:
-            size = insert_call(program, node, _aten.sym_size.int, (query, 1))
-            total = insert_call(program, node, _aten.add.Tensor, (past, size))
+            total = _total(past, value_of(query).shape[1])
+            if total is None:
+                size = insert_call(program, node, _aten.sym_size.int, (query, 1))
+                total = insert_call(program, node, _aten.add.Tensor, (past, size))
             last = insert_call(program, node, _aten.sub.Tensor, (total, 1))
             self._lengths[key] = insert_call(program, node, _aten.to.dtype, (last, torch.int32))
         return self._lengths[key]
@@ -212,6 +218,18 @@ def _codes_obstacle(program: Program, node: Node) -> str | None:
         if made is None or made.args[1] is not scale or program.weight_of(scale) is None:
             return "its codes are not made with the scales of its cache"
     return None
+
+
+def _total(past: Node, size: Any) -> Node | None:
+    """The total lengths [B] of which `past` is max(total - size, 0), as static-kv-cache makes it."""
+    clamp = call_of(past, _aten.clamp.default)
+    if clamp is None or clamp.args[1:] != (0,):
+        return None
+    less = call_of(clamp.args[0], _aten.sub.Tensor)
+    if less is None or less.kwargs or not isinstance(less.args[1], Node):
+        return None
+    total, taken = less.args
+    return total if is_tensor(total) and str(value_of(taken)) == str(size) else None
 
 
 def _counts_up_from(position: object, past: Any) -> bool:

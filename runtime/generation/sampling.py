@@ -115,6 +115,7 @@ class RowSampler:
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int], entropy: np.random.SeedSequence | None) -> None:
         self._sampling, self._prompt = sampling, list(prompt)
+        self._takes_best = sampling.greedy and not sampling.penalizes
         self._generated: Counter[int] = Counter()
         self._bits = np.random.PCG64(0 if entropy is None else entropy)
         self._stream = None if entropy is None else np.random.Generator(self._bits)
@@ -126,6 +127,9 @@ class RowSampler:
             GateError: it becomes not finite by penalties or temperature.
         """
         sampling, token = self._sampling, best
+        if self._takes_best:
+            self._generated[token] += 1
+            return token
         if sampling.penalizes:
             logits = _penalized(logits, sampling, self._prompt, self._generated)
             token = int(logits.argmax())

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from optc.compiler.diagnostics import ArtifactError, ResourceError, TargetError
+from optc.compiler.diagnostics import ArtifactError, OptcError, ResourceError, TargetError
 from optc.compiler.ir.contract import HELD_ROLES, STATE_ROLE, Contract, Input
 from optc.runtime.sessions.linear import Ids, LinearSession, held_shape, lazy_zeros
 from optc.runtime.sessions.session import Logits, default_threads, other_graph
@@ -76,6 +75,7 @@ class OrtSession(LinearSession):
         self._logits_type, self._logits_element = _ELEMENTS[_DTYPES[self._output_type(self._logits)]]
         self._caches: list[Any] = []
         self._ones: Array = np.empty(0, np.int64)
+        self._ones_address = 0
 
     def close(self) -> None:
         self._caches = []
@@ -93,6 +93,7 @@ class OrtSession(LinearSession):
                 cache[:, :, :keep] = self._on_host(old[index])[:, :, :keep]
             self._caches.append(self._placed(cache))
         self._ones = np.ones(batch * capacity, np.int64)
+        self._ones_address = self._ones.ctypes.data  # asked for once: making it takes as long as a small kernel
         self._step_ids = np.zeros((batch, 1), np.int64)
         self._step_logits = np.empty((batch, 1, self.vocab_size), self._logits_type)
         self._step = self._bind(self._step_ids, self._step_logits, slice(0, batch))
@@ -119,10 +120,11 @@ class OrtSession(LinearSession):
         width = max(totals)
         self._reserve(width)
         self._step_ids[:, 0] = tokens
-        mask = self._ones[: len(totals) * width].reshape(len(totals), width)
+        shape = (len(totals), width)
         if len(totals) > 1:
+            mask = self._ones[: len(totals) * width].reshape(shape)
             mask[:] = np.arange(width) < np.array(totals)[:, None]
-        _bind_input(self._step, self._mask, mask)
+        self._step.bind_input(self._mask, "cpu", 0, np.int64, shape, self._ones_address)
         if self.device != "cpu":  # binding has copied the ids there, when they were others
             _bind_input(self._step, self._ids, self._step_ids)
         self._execute(self._step)
@@ -166,8 +168,12 @@ class OrtSession(LinearSession):
         return binding
 
     def _execute(self, binding: Any) -> None:
-        with engine_errors():
+        try:
             self._session.run_with_iobinding(binding)
+        except Exception as error:  # the binding raises classes of its own, without a common base
+            if (failure := _failure(error)) is not None:
+                raise failure from error
+            raise
 
     def _floats(self, logits: Array) -> Logits:
         """Logits as float32; those of bfloat16 are the upper halves of such."""
@@ -256,35 +262,33 @@ def run_engine(engine: Any, outputs: Sequence[str], feed: Mapping[str, Array]) -
     """Outputs by name of inputs by name.
 
     Raises:
-        ResourceError, ArtifactError: see `engine_errors`.
-    """
-    with engine_errors():
-        return list(engine.run(list(outputs), dict(feed)))
-
-
-@contextmanager
-def engine_errors() -> Iterator[None]:
-    """Failures of a running graph in words for users.
-
-    Raises:
-        ResourceError: out of memory. ArtifactError: the graph does not run as its manifest describes it.
+        ResourceError, ArtifactError: see `_failure`.
     """
     try:
-        yield
+        return list(engine.run(list(outputs), dict(feed)))
     except Exception as error:  # the binding raises classes of its own, without a common base
-        if any(text in str(error) for text in _NO_MEMORY):
-            raise ResourceError(
-                "ONNX Runtime ran out of memory",
-                why=str(error),
-                remedy="use shorter prompts or a smaller batch",
-            ) from error
-        if not isinstance(error, RuntimeError):
-            raise
-        raise ArtifactError(  # a manifest may promise a longer context than the graph has tables for
-            "ONNX Runtime cannot run the graph as the manifest describes it",
-            why=str(error)[:500],
-            remedy="copy the artifact again from where it was made, or compile it again",
-        ) from error
+        if (failure := _failure(error)) is not None:
+            raise failure from error
+        raise
+
+
+def _failure(error: Exception) -> OptcError | None:
+    """A failure of a running graph in words for users; None of what is none, such as a wrong argument.
+
+    Returns:
+        ResourceError: out of memory. ArtifactError: the graph does not run as its manifest describes it.
+    """
+    if any(text in str(error) for text in _NO_MEMORY):
+        return ResourceError(
+            "ONNX Runtime ran out of memory", why=str(error), remedy="use shorter prompts or a smaller batch"
+        )
+    if not isinstance(error, RuntimeError):
+        return None
+    return ArtifactError(  # a manifest may promise a longer context than the graph has tables for
+        "ONNX Runtime cannot run the graph as the manifest describes it",
+        why=str(error)[:500],
+        remedy="copy the artifact again from where it was made, or compile it again",
+    )
 
 
 def _bind_input(binding: Any, name: str, array: Array) -> None:

@@ -6,6 +6,7 @@ caller owns. B is the batch, V the vocabulary.
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -250,11 +251,11 @@ def most_likely(logits: npt.NDArray[np.floating]) -> list[int]:
     Raises:
         GateError: it is not finite.
     """
-    best = logits.argmax(axis=1)  # NaN counts as the largest, so one look at the winner finds it
-    top = logits[np.arange(len(best)), best]
-    for row in np.flatnonzero(~np.isfinite(top)):
-        raise not_finite(f"row {row}, token {int(best[row])}")
-    return [int(token) for token in best]
+    best: list[int] = logits.argmax(axis=1).tolist()  # NaN counts as the largest, so one look at the winner finds it
+    for row, token in enumerate(best):
+        if not math.isfinite(logits[row, token]):
+            raise not_finite(f"row {row}, token {token}")
+    return best
 
 
 def not_finite(where: str) -> GateError:

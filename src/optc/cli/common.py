@@ -29,9 +29,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 
-def stderr() -> Console:
-    """The console for progress and remarks; stdout is for results."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+def stderr(least: int = 0) -> Console:
+    """The console for progress and remarks; stdout is for results.
+
+    Args:
+        least: columns that it has at least; a narrower terminal wraps its lines.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if console.width < least:
+        console.width = least
+    return console
 
 
 def say(text: str = "", *, nl: bool = True, err: bool = False, **style: Any) -> None:

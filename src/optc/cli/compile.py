@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import click
 from rich.table import Table
 
 from optc.cli.common import emit, json_option, say, stderr
+from optc.cli.garbage import is_small, rarely_collected
 from optc.cli.options import GroupedCommand
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.artifact.drift_table import drift_table, pass_title
@@ -48,7 +50,7 @@ def run_compile(model: str, target: str, asked: Callable[[], Request], as_json: 
     Args:
         asked: makes the request; the target that it reads imports torch, which takes seconds.
     """
-    with progress(f"{doing} for {target}") as update:
+    with progress(f"{doing} for {target}") as update, rarely_collected() if is_small(model) else nullcontext():
         request = asked()
         if request.run.output is None:
             raise UsageError("no output given", remedy="-o OUT")
@@ -74,8 +76,8 @@ def _show(result: dict[str, Any]) -> None:
             program = row["program"]
             table.add_row(f"{program}:" if program != "model" else "decoder:")
         table.add_row(row["name"], matched, f"{row['seconds']:.2f}", *drift)
-    console = stderr()
-    console.print(table, width=max(console.width, _TABLE_WIDTH))
+    console = stderr(_TABLE_WIDTH)
+    console.print(table)
     for note in result["capture"]["notes"]:
         console.print(printable(f"  capture: {note}"), markup=False)
     for row in result["passes"]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from optc.cli.common import emit, json_option, say
+from optc.cli.garbage import rarely_collected
 from optc.cli.options import GroupedCommand, Settings, given_flags, struct_flags
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.artifact.sizes import Sizes
@@ -56,23 +54,11 @@ def plan(as_json: bool, options: TrainingPlan, **flags: Any) -> None:
     merged = merge_recipe(flags)
     model = require(merged, "model", "optc plan MODEL --target onnx-cpu")
     target = require(merged, "target", "--target onnx-cpu (see optc targets)")
-    with _uncollected():
+    with rarely_collected():
         from optc.planning import make_plan
 
         result = make_plan(Path(model), request_of(merged, target))
     emit(result, as_json, _show)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without looking for garbage: importing torch makes many objects and hardly any of it, and nothing here runs long."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _plan_training(as_json: bool, recipe: str, options: TrainingPlan, flags: dict[str, Any]) -> None:
