@@ -133,9 +133,9 @@ def _whole_rows(x: Node, axis: int, index: Node) -> Node | None:
         return None
     rows = index.args[0]
     assert isinstance(rows, Node)
-    shape, whole = rows.meta["val"].shape, index.meta["val"].shape
-    alike = [str(size) for size in shape[:2]] == [str(size) for size in whole[:2]]
-    return rows if alike and shape[2] == 1 and whole[2] == x.meta["val"].shape[2] else None
+    (batch, _, width), shape, whole = (item.meta["val"].shape for item in (x, rows, index))
+    alike = [str(size) for size in (batch, shape[1])] == [str(size) for size in whole[:2]]
+    return rows if alike and str(shape[0]) == str(batch) and (shape[2], whole[2]) == (1, width) else None
 
 
 def _index_select(walker: Walker, node: Node) -> ir.Value:

@@ -68,6 +68,10 @@ REDUCTIONS: Cases = {
     "aten.gather.default": [
         (lambda x, n: x.gather(1, n), f(3, 5), i(3, 4, low=0, high=5)),
         (lambda x, n: x.gather(-1, n), i(), i(3, 2, low=0, high=4)),
+        (lambda x, n: x.gather(1, n[..., None].expand(-1, -1, 4)), f(3, 5, 4), i(3, 2, low=0, high=5)),
+        (lambda x, n: x.gather(1, n[:2, :, None].expand(-1, -1, 4)), f(3, 5, 4), i(3, 6, low=0, high=5)),
+        (lambda x, n: x.gather(1, n[..., None].expand(-1, -1, 2)), f(3, 5, 4), i(3, 2, low=0, high=5)),
+        (lambda x, n: x.gather(2, n[..., None].expand(-1, -1, 4)), f(3, 2, 5), i(3, 2, low=0, high=5)),
     ],
     "aten.index_select.default": [
         (lambda x: x.index_select(1, torch.tensor([2, 0, 2])), f()),

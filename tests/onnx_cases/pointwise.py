@@ -132,6 +132,8 @@ ARITHMETIC: Cases = {
     "aten.clamp.default": [
         (lambda x: x.clamp(-1, 1), f()), (lambda x: x.clamp(-2, 3), i()), (lambda x: x.clamp(max=2), i()),
         (lambda x: x.clamp(min=0.5), i()), (lambda x: x.clamp(min=0), i(dtype=I32)),
+        (lambda x: x.clamp(max=x.shape[0]), i()), (lambda x: x.clamp(min=x.shape[0] - 2), f()),
+        (lambda x: x.sum().clamp(max=x.shape[0]), i()),
     ],
     "aten.clamp.Tensor": [
         (lambda x, y: x.clamp(y, y + 2), f(), f()), (lambda x, y: x.clamp(max=y), i(), i()),
