@@ -26,8 +26,9 @@ TAIL = 20  # steps whose mean loss is compared
 def run(name: str, rate: float, text: Path, steps: int, batch_size: int, seq_len: int) -> dict[str, Any]:
     """Train from scratch; the loss of each step, nats per token."""
     from optc.training.recipe import load_config
-    from optc.training.setup import World, prepare
+    from optc.training.setup import prepare
     from optc.training.step import train_step
+    from optc.training.world import World
 
     values = {
         "model": str(ROOT / "examples" / "fiction-3m"),

@@ -20,8 +20,10 @@ from optc.training.config import DataConfig, OptimizerConfig, TrainConfig
 from optc.training.data import Batch
 from optc.training.fp8_linears import apply_fp8
 from optc.training.settings import Fp8Config
-from optc.training.setup import World, prepare
+from optc.training.setup import prepare
+from optc.training.world import World
 from optc.training.step import train_step
+from optc.training.world import World
 
 SHAPES = {
     "1b": LLAMA_1B,

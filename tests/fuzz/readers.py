@@ -316,7 +316,8 @@ class TrainRecipe(Reader):
 
     def read(self, name: str, data: bytes) -> None:
         from optc.training.recipe import load_config
-        from optc.training.setup import World, check_config
+        from optc.training.setup import check_config
+        from optc.training.world import World
 
         path = self.write(name, data)
         chosen = hashlib.sha256(data).digest()[0] % 40

@@ -14,8 +14,9 @@ from training_runs import interrupted, small_config, small_model, token_file, to
 from optc.training.checkpoint import checkpoints
 from optc.training.loop import run_folder, train
 from optc.training.metrics import read_log
-from optc.training.setup import World, prepare
+from optc.training.setup import prepare
 from optc.training.step import train_step
+from optc.training.world import World
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,8 +17,9 @@ from optc.training.chunked_head import check_head, chunked_head, loss_of
 from optc.training.config import TrainConfig
 from optc.training.distill import logits_of, loss_sums
 from optc.training.saved_tensors import LiveTensors
-from optc.training.setup import World, prepare
+from optc.training.setup import prepare
 from optc.training.step import train_step
+from optc.training.world import World
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,9 @@ from optc.training.metrics import tensor_bytes
 from optc.training.parallel import ParallelConfig
 from optc.training.qat import QatConfig
 from optc.training.saved_tensors import LiveTensors
-from optc.training.setup import World, prepare
+from optc.training.setup import prepare
 from optc.training.step import train_step
+from optc.training.world import World
 
 
 @pytest.fixture(scope="module")
