@@ -76,6 +76,7 @@ class OrtSession(LinearSession):
         self._caches: list[Any] = []
         self._ones: Array = np.empty(0, np.int64)
         self._ones_address = 0
+        self._step: Any = None
 
     def close(self) -> None:
         self._caches = []
