@@ -229,7 +229,7 @@ def _total(past: Node, size: Any) -> Node | None:
     if less is None or less.kwargs or not isinstance(less.args[1], Node):
         return None
     total, taken = less.args
-    return total if is_tensor(total) and str(value_of(taken)) == str(size) else None
+    return total if is_tensor(total) and str(taken.meta["val"]) == str(size) else None
 
 
 def _counts_up_from(position: object, past: Any) -> bool:

@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 
 from optc.cli.common import emit, json_option, say, stderr
-from optc.cli.garbage import is_small, rarely_collected
+from optc.cli.garbage import is_small, uncollected
 from optc.cli.options import GroupedCommand
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.artifact.drift_table import drift_table, pass_title
@@ -50,7 +50,7 @@ def run_compile(model: str, target: str, asked: Callable[[], Request], as_json: 
     Args:
         asked: makes the request; the target that it reads imports torch, which takes seconds.
     """
-    with progress(f"{doing} for {target}") as update, rarely_collected() if is_small(model) else nullcontext():
+    with progress(f"{doing} for {target}") as update, uncollected() if is_small(model) else nullcontext():
         request = asked()
         if request.run.output is None:
             raise UsageError("no output given", remedy="-o OUT")

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from optc.cli.common import emit, json_option, say
-from optc.cli.garbage import rarely_collected
+from optc.cli.garbage import uncollected
 from optc.cli.options import GroupedCommand, Settings, given_flags, struct_flags
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.artifact.sizes import Sizes
@@ -54,7 +54,7 @@ def plan(as_json: bool, options: TrainingPlan, **flags: Any) -> None:
     merged = merge_recipe(flags)
     model = require(merged, "model", "optc plan MODEL --target onnx-cpu")
     target = require(merged, "target", "--target onnx-cpu (see optc targets)")
-    with rarely_collected():
+    with uncollected():
         from optc.planning import make_plan
 
         result = make_plan(Path(model), request_of(merged, target))
