@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import bounds
@@ -124,6 +125,11 @@ def test_rotary_tables_are_made_when_the_model_is_loaded(tmp_path: Path) -> None
     onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), options, providers=["CPUExecutionProvider"])
     graph = onnx.load(tmp_path / "optimized.onnx").graph
     assert not {"Range", "Cos", "Sin"} & {node.op_type for node in graph.node}
+    layers = {"MatMul", "GroupQueryAttention", "SkipSimplifiedLayerNormalization", "Split", "QuickGelu", "Mul"}
+    ends = {"Gather", "RMSNormalization", "FusedMatMul"}
+    around = Counter(node.op_type for node in graph.node if node.op_type not in layers | ends)
+    lengths, last_row = {"ReduceSum": 1, "Sub": 1, "Shape": 1, "Cast": 2}, {"Shape": 1, "Min": 1, "Sub": 1, "Max": 1}
+    assert around == Counter(lengths) + Counter(last_row) + Counter({"Unsqueeze": 2, "GatherND": 1})
     tables = {item.name: item for item in graph.initializer if list(item.dims) == [positions, 8]}
     names = next(node.input[7:9] for node in graph.node if node.op_type == "GroupQueryAttention")
     (frequencies,) = (tensor for name, tensor in program.weights() if "rotary_emb" in name)
