@@ -123,7 +123,7 @@ def measure_format(
     bits, size, symmetric = FORMATS[name]
     rounded, _, _ = quantized(
         to_device(captured(arguments.model), device),
-        Row(name, "int8" if name == "w8a8" else "rtn", bits, symmetric, size),
+        Row(name, "int8" if name == "w8a8" else "rtn", bits, symmetric, size, plain=True),
         None,
         0,
     )
