@@ -18,7 +18,7 @@ from optc.compiler.analysis.attention_products import (
     splits_heads,
     weighted_values,
 )
-from optc.compiler.analysis.dataflow import COPIES, aten, is_tensor, readers, scalar, value_of
+from optc.compiler.analysis.dataflow import COPIES, is_tensor, readers, scalar, value_of
 from optc.compiler.analysis.masks.elements import UnprovenError, operator_name
 from optc.compiler.analysis.masks.proof import MASKED, MaskProver, Term
 
