@@ -143,6 +143,7 @@ ACTIVATION_ORDER = results(ROUNDED, _aten.roll.default, [1], [-1])
 # -- the passes -------------------------------------------------------------------------------
 
 RTN_4 = QuantizeRtn(bits=4, group_size=64)
+RTN_4_FULL = QuantizeRtn(bits=4, group_size=64, ranges="full")  # scales of searched ranges are float16 numbers
 RTN_8 = QuantizeRtn(bits=8, group_size=0)
 PACKED = (RTN_4, LegalizeInductor())
 LINEAR = _optc.linear_nbits.default
@@ -193,7 +194,7 @@ CASES: list[tuple[Pass, tuple[Pass, ...], dict[str, Damage]]] = [
         "clipped": weights("_scale", times(1 / 7)), "coarse": weights("_scale", times(7.0)),
     }),
     (QuantizeKVCache(format="fp8"), (), {"scale": ACTIVATION_SCALE, "clipped": weights("_scale", times(1 / 7))}),
-    (RoundScales(), (RTN_4,), {"scale": SCALE, "power": weights("_scale", lambda scale: torch.exp2(scale.float().log2().round()))}),
+    (RoundScales(), (RTN_4_FULL,), {"scale": SCALE, "power": weights("_scale", lambda scale: torch.exp2(scale.float().log2().round()))}),
     (TuneScales(epochs=1, batch_tokens=256), (RTN_4,), {
         "scale": SCALE, "axis": AXIS, "norms": weights("norm.weight", times(0.5)),
     }),

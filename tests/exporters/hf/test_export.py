@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from stages import apply, captured
 
 from optc.compiler.capture import capture_module, capture_pretrained
 from optc.compiler.diagnostics import ArtifactError, InputError, TargetError
+from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import set_weight
 from optc.exporters.hf import export as module
 from optc.exporters.hf.shards import INDEX, write_shards
@@ -197,6 +199,11 @@ def test_a_lost_tensor_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         write(quantized("llama", "int4"), source("llama"), tmp_path)
 
 
+def _wide_scales(**options: Any) -> Program:
+    """A tiny Llama with scales that float16 does not hold: those of searched ranges are such as it does."""
+    return apply(QuantizeRtn(group_size=32, ranges="full", **options), captured("llama")).program
+
+
 def test_refusals_name_the_weight(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="no model folder to write back"):
         write(captured("llama"), None, tmp_path)
@@ -211,7 +218,7 @@ def test_refusals_name_the_weight(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="no layout holds weights of the format nf4"):
         write(apply(QuantizeNf4(), captured("llama")).program, source("llama"), tmp_path)
     with pytest.raises(TargetError, match="run the pass round-scales after") as caught:
-        write(quantized("llama", "int4"), source("llama"), tmp_path, "gptq")
+        write(_wide_scales(), source("llama"), tmp_path, "gptq")
     assert caught.value.where == "model.layers.0.self_attn.q_proj"
 
 
@@ -222,7 +229,7 @@ def test_a_module_in_memory_is_refused(tmp_path: Path) -> None:
 
 
 def test_round_scales_makes_float16_numbers_and_nothing_else() -> None:
-    program = quantized("llama", "int4-asym")
+    program = _wide_scales(symmetric=False)
     result = apply(RoundScales(), program)
     assert (result.matched, result.candidates) == (14, 14)
     before, after = codes_of(program), codes_of(result.program)
