@@ -21,7 +21,6 @@ from optc.training.data import Batch
 from optc.training.fp8_linears import apply_fp8
 from optc.training.settings import Fp8Config
 from optc.training.setup import prepare
-from optc.training.world import World
 from optc.training.step import train_step
 from optc.training.world import World
 

@@ -24,8 +24,9 @@ from common import record
 def curve(model: Path, text: Path, seed: int, fp8: bool, given: argparse.Namespace) -> dict[str, Any]:
     """The loss of each step, nats per token, and the seconds of all."""
     from optc.training.recipe import load_config
-    from optc.training.setup import World, prepare
+    from optc.training.setup import prepare
     from optc.training.step import train_step
+    from optc.training.world import World
 
     values = {
         "model": str(model),

@@ -17,8 +17,9 @@ from optc.training.config import TrainConfig
 from optc.training.fp8_linears import Fp8Linear, apply_fp8, rounded
 from optc.training.memory_plan import predict
 from optc.training.settings import Fp8Config
-from optc.training.setup import World, check_config, prepare
+from optc.training.setup import check_config, prepare
 from optc.training.step import train_step
+from optc.training.world import World
 
 FP8 = {"fp8": {"enabled": True}, "precision": "bf16"}
 
