@@ -51,6 +51,7 @@ def test_budgets_of_all_passes() -> None:
         "quantize-nf4": (0.6, 0.75),
         "quantize-nvfp4": (0.6, 0.75),
         "quantize-rtn": (0.6, 0.75),
+        "quantize-smooth-activations": (0.006, 0.1),
         "quantize-static": (0.06, 0.25),
         "round-activations": (0.006, 0.1),
         "round-scales": (1e-4, 0.01),
