@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 import optc.compiler.ops  # noqa: F401  (registers the dialect)
 from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.late_code import late_code
 from optc.compiler.ir.lazy_operators import pieces
 from optc.compiler.ir.lazy_weights import LazyWeight, materialized
 from optc.compiler.ir.proof import CaptureProof
@@ -92,13 +93,15 @@ class Program:
     def module(self) -> GraphModule:
         """The graph with weights attached, without shape guards; built once."""
         if self._module is None:
-            self._module = self.exported.module(check_guards=False)
+            with late_code():
+                self._module = self.exported.module(check_guards=False)
         return self._module
 
     def changed(self) -> Program:
         """Tell that the graph was edited: recompiles, validates, forgets the built module."""
         self.exported.graph.lint()
-        self.exported.graph_module.recompile()
+        with late_code():
+            self.exported.graph_module.recompile()
         self.exported.validate()
         self._module = None
         return self
@@ -113,17 +116,18 @@ class Program:
             new.name = old.name  # names such as "input" are not kept by themselves; the signature needs them
         output = graph.output(result)
         output.meta = dict(source.graph.output_node().meta)
-        exported = ExportedProgram(
-            root=source.graph_module,
-            graph=graph,
-            graph_signature=_copy_signature(source.graph_signature),
-            state_dict=dict(source.state_dict),
-            range_constraints=dict(source.range_constraints),
-            module_call_graph=list(source.module_call_graph),
-            example_inputs=source.example_inputs,
-            constants=dict(source.constants),
-            verifiers=[source.verifier],
-        )
+        with late_code():
+            exported = ExportedProgram(
+                root=source.graph_module,
+                graph=graph,
+                graph_signature=_copy_signature(source.graph_signature),
+                state_dict=dict(source.state_dict),
+                range_constraints=dict(source.range_constraints),
+                module_call_graph=list(source.module_call_graph),
+                example_inputs=source.example_inputs,
+                constants=dict(source.constants),
+                verifiers=[source.verifier],
+            )
         return Program(exported, self.contract, work_file=self.work_file)
 
     def with_contract(self, **changes: Any) -> Program:

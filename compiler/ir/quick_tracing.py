@@ -23,6 +23,9 @@ from torch import Tensor
 from torch._C import DispatchKey
 from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.fx.experimental import proxy_tensor
+
+from optc.compiler.ir.late_code import late_code
 
 aten = torch.ops.aten
 _COMPOSITE = DispatchKey.CompositeImplicitAutograd
@@ -49,9 +52,10 @@ def quick_shapes() -> Iterator[None]:
 
 @contextmanager
 def quick_tracing() -> Iterator[None]:
-    """`quick_shapes`; besides, torch.export keeps the source lines of `forward`s alone, and no switch of gradients
-    that are off already: it would cut the graph there, to put it together again. Tracing makes so many objects that
-    Python's collector would take a sixth of the time to find next to nothing; it comes less often.
+    """`quick_shapes` and `late_code`; besides, torch.export keeps the source lines of `forward`s alone, no `tensor_meta`
+    beside the `val` of a node, which says the same, and no switch of gradients that are off already: it would cut the
+    graph there, to put it together again. Tracing makes so many objects that Python's collector would take a sixth of
+    the time to find next to nothing; it comes less often.
 
     The caller has switched gradients off.
     """
@@ -61,6 +65,8 @@ def quick_tracing() -> Iterator[None]:
     with (
         quick_shapes(),
         recurrent_shapes(),
+        late_code(),
+        mock.patch.object(proxy_tensor, "_extract_tensor_metadata", _no_metadata),
         mock.patch.object(proxy, "CapturedTraceback", _ForwardFrames if forwards_only else proxy.CapturedTraceback),
         mock.patch.multiple(torch.no_grad, __enter__=_enter, __exit__=_leave),
     ):
@@ -69,6 +75,10 @@ def quick_tracing() -> Iterator[None]:
             yield
         finally:
             gc.set_threshold(*before)
+
+
+def _no_metadata(_: Tensor) -> None:
+    """Stands for what would say once more what a node's `val` says. A Mock would keep the fakes that it was called with."""
 
 
 @contextmanager
