@@ -23,7 +23,7 @@ from optc.training.parallel import (
     synchronizing,
 )
 
-STEPS, ROWS, LENGTH, CLIP = 8, 4, 20, 0.5
+STEPS, ROWS, LENGTH, CLIP = 4, 4, 20, 0.5
 BOOK = Path(__file__).parents[2] / "examples" / "book.txt"
 MODES: dict[str, tuple[ParallelConfig, int]] = {
     "ddp": (ParallelConfig(kind="ddp"), 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import torch
@@ -15,6 +16,9 @@ from optc.training.parallel import ParallelConfig, start_processes
 def main() -> None:
     start_processes(torch.device("cpu"), ParallelConfig())  # so that no run ends the group
     for arguments in json.loads(sys.argv[1]):
+        if dist.get_rank() == 0:  # what a run published that this one resumes
+            shutil.rmtree(arguments[arguments.index("-o") + 1], ignore_errors=True)
+        dist.barrier()
         try:
             optc(["train", *arguments])
         except SystemExit as done:

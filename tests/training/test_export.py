@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import bounds
 import pytest
 import torch
+from chosen import chosen
 from families import make_model
 from hf_folders import codes_of, config, logits, source, tensors
 from stages import sequences
@@ -16,9 +18,12 @@ from torch import Tensor
 import optc
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.diagnostics import InputError
+from optc.compiler.execution.stage_driver import run_stage
 from optc.compiler.ir.program import Program
-from optc.compiler.target.target import ExportRequest
+from optc.compiler.rewriting.passes import PassContext
+from optc.compiler.target.target import ExportRequest, check_legal, obstacle
 from optc.exporters.hf import FolderOptions, export_hf
+from optc.targets.inductor_cpu import TARGET
 from optc.training.config import TrainConfig
 from optc.training.export import SaveConfig, save_trained
 from optc.training.kv_rounding import kv_roundings
@@ -182,7 +187,6 @@ def test_a_trained_folder_goes_on_to_vllm(tmp_path: Path, layout: str | None) ->
     [
         pytest.param("onnx-cpu", {"bits": 3, "symmetric": False}, id="onnx"),
         pytest.param("onnx-cpu", FORMATS["w4-kv-head"], id="onnx-kv"),
-        pytest.param("inductor-cpu", {}, id="inductor", marks=pytest.mark.slow),
     ],
 )
 def test_an_artifact_gives_the_fake_quantized_logits(tmp_path: Path, target: str, options: dict[str, Any]) -> None:
@@ -201,6 +205,21 @@ def test_an_artifact_gives_the_fake_quantized_logits(tmp_path: Path, target: str
         assert float((found - last).abs().max()) <= 1e-4
     assert artifact.manifest.quantization["method"] == "compressed-tensors"
     assert artifact.manifest.quantization["bits"] == [options.get("bits", 4)]
+
+
+def test_packed_products_give_the_fake_quantized_logits(tmp_path: Path) -> None:
+    """What inductor-cpu compiles of a trained folder; that packages compute it: tests/export/test_inductor_decoders.py."""
+    model = trained({})
+    program, made = saved(model, tmp_path / "out"), chosen("inductor-cpu", accuracy_level=0)
+    for step in TARGET.recipe(program.contract.kind, made):
+        if step.applies(program):
+            program = step.rewrite.run(program, PassContext(obstacle=partial(obstacle, TARGET.legal))).program
+    check_legal(program, TARGET)
+    assert len(program.calls(torch.ops.optc.linear_nbits.default)) >= 8  # two layers, with projections merged
+    rows = sequences(21, 14)
+    found = run_stage(program, rows).logits
+    wanted = [expected(model, torch.tensor([row]))[0] for row in rows]
+    assert max(float((a - b).abs().max()) for a, b in zip(found, wanted, strict=True)) <= 1e-4
 
 
 def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ pytestmark = [
 ]
 STEPS = 4
 KINDS = ["ddp", "fsdp", *(["deepspeed-2", "deepspeed-3"] if importlib.util.find_spec("deepspeed") else [])]
+RESUMED = [kind for kind in KINDS if kind in ("fsdp", "deepspeed-3")]
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +63,24 @@ def flags(kind: str) -> list[str]:
 @pytest.fixture(scope="module")
 def outputs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every kind's output on two ranks, one after another in processes that are forked, as starting them takes longer
-    than the runs. One run ends after two steps, and `torchrun -m optc train` resumes it."""
+    than the runs. Two runs end after two steps: `torchrun -m optc train` resumes one, and the forks the other, because
+    a process that was not forked compiles DeepSpeed's all-reduce in shared memory, which takes longer than all tests
+    of ranks."""
     place = tmp_path_factory.mktemp("ranks")
     runs = [[str(recipe), *flags(kind), "-o", str(place / kind)] for kind in KINDS]
-    saving = ["--set", "saving.every=2", "--set", "saving.keep_run=true", "-o", str(place / "resumed")]
-    runs.append([str(recipe), *flags(KINDS[-1]), *saving, "--max-steps", "2"])
+    resumed = {kind: _saving(recipe, place, kind) for kind in RESUMED}
+    runs += [[*run, "--max-steps", "2"] for run in resumed.values()]
+    runs += [[*run, "--resume"] for kind, run in resumed.items() if kind != "fsdp"]
     ranks(2, Path(__file__).with_name("ranks_driver.py"), json.dumps(runs))
-    shutil.rmtree(place / "resumed")
-    torchrun(2, "-m", "optc", "train", recipe, *flags(KINDS[-1]), *saving, "--resume")
+    shutil.rmtree(place / "resumed-fsdp")
+    torchrun(2, "-m", "optc", "train", *resumed["fsdp"], "--resume")
     return place
+
+
+def _saving(recipe: Path, place: Path, kind: str) -> list[str]:
+    """Arguments of a run that keeps its checkpoint of every second step."""
+    saving = ["--set", "saving.every=2", "--set", "saving.keep_run=true"]
+    return [str(recipe), *flags(kind), *saving, "-o", str(place / f"resumed-{kind}")]
 
 
 def losses(folder: Path) -> list[float | None]:
@@ -90,8 +100,9 @@ def test_two_ranks_give_the_curve_and_the_weights_of_one_process(outputs: Path, 
         assert float((found[name] - tensor).abs().mean()) < 1e-5, name
 
 
-def test_two_ranks_resume(outputs: Path, alone: Path) -> None:
-    """Two steps, then processes that go on from their checkpoint."""
-    output = outputs / "resumed"
+@pytest.mark.parametrize("kind", RESUMED)
+def test_two_ranks_resume(outputs: Path, alone: Path, kind: str) -> None:
+    """Two steps, then a run that goes on from their checkpoint."""
+    output = outputs / f"resumed-{kind}"
     assert json.loads((output / "train.json").read_text())["resumed_from"] == 2
     assert losses(output) == pytest.approx(losses(alone), abs=1e-4)
