@@ -38,7 +38,7 @@ def test_compiles_without_metadata(tmp_path: Path) -> None:
         "-m",
         "optc",
         "compile",
-        str(source("llama")),
+        str(source("llama", layers=1)),
         "--target",
         "vllm",
         "-o",
