@@ -410,7 +410,8 @@ def test_wrong_values_from_python(tmp_path: Path) -> None:
 
 def test_wrong_values_from_a_recipe(tmp_path: Path, capsys: Capture) -> None:
     recipe = tmp_path / "recipe.yaml"
-    for target, field, value in CASES:
+    kinds = {(target, field.name, type(value)): (target, field, value) for target, field, value in CASES}
+    for target, field, value in kinds.values():  # one of each type: Python has them all, and converts them alike
         keys = {"model": str(EXAMPLE), "target": target, "output": str(tmp_path / "out"), field.key: value}
         recipe.write_text(yaml.safe_dump(keys))
         assert exit_code("compile", "--recipe", recipe, "--json") == 2, (field.name, value)
@@ -442,7 +443,7 @@ PLAIN = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_any_value_is_taken_or_refused_with_a_type(data: st.DataObject) -> None:
     target, field = data.draw(st.sampled_from(every_field()))
