@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import os
 import shutil
 import tempfile
@@ -39,6 +40,11 @@ for variable in ("XDG_STATE_HOME", "XDG_CONFIG_HOME"):
     os.environ[variable] = os.environ["OPTC_TESTS_HOME"]
 if not torch.cuda.is_available():  # triton reads it when it is imported, and torch imports it when it likes
     os.environ["TRITON_INTERPRET"] = "1"
+# What calls kernels in a package is compiled without optimization, and without line numbers: numbers come from kernels.
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
+os.environ.setdefault("AOT_INDUCTOR_ENABLE_LINE_TABLES", "0")
+# Where a library has switched loggers off, torch goes on to write traces for a handler that drops them.
+logging.getLogger("torch.__trace").handlers.clear()
 torch.set_num_threads(THREADS)
 # Engines ask for the number of cores; threads that wait for each other compute, too.
 psutil.cpu_count = lambda logical=True: THREADS
