@@ -88,3 +88,13 @@ def logits(program: Program, ids: Tensor) -> Tensor:
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     out = program(ids, positions)
     return out[0] if isinstance(out, tuple | list) else out
+
+
+def rename_token(path: Path, number: int) -> None:
+    """Let an id of a `tokenizer.json` mean the token "changed"."""
+    found = json.loads(path.read_text())
+    model = found["model"]
+    (old,) = [token for token, place in model["vocab"].items() if place == number]
+    model["vocab"] = {("changed" if token == old else token): place for token, place in model["vocab"].items()}
+    model["merges"] = [pair for pair in model["merges"] if old not in (*pair, "".join(pair))]
+    path.write_text(json.dumps(found))

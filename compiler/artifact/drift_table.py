@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 _FORMS = {
@@ -41,6 +41,11 @@ def drift_table(
     columns = [("drift", key) for key in ("max_abs_diff", *kinds)] + [("since_capture", key) for key in kinds]
     titles = [f"{'sum: ' if part == 'since_capture' else ''}{_FORMS[key][0]}" for part, key in columns]
     return titles, [[written(key, (row[part] or {}).get(key)) for part, key in columns] for row in passes]
+
+
+def program_title(role: str, roles: Collection[str]) -> str:
+    """A program among those of its artifact; what reads an encoder is called the decoder."""
+    return "decoder" if role == "model" and "encoder" in roles else role
 
 
 def pass_title(name: str, program: str) -> str:

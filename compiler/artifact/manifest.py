@@ -163,10 +163,15 @@ class ProgramEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         contract: what its inputs and outputs mean.
         engine_info: facts of the exporter (file names, shapes, threads).
+        source, capture, opened: of a program of another model than the manifest's; None where those of the manifest are
+            this program's.
     """
 
     contract: Contract
     engine_info: dict[str, Any]
+    source: Source | None = None
+    capture: CaptureProof | None = None
+    opened: OpenedRecord | None = None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -228,6 +233,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def engine_info(self) -> dict[str, Any]:
         """Of the model."""
         return self.programs["model"].engine_info
+
+    @property
+    def model_bytes(self) -> int:
+        """Of the weights that a plain step reads: without those of another model that drafts."""
+        return self.weight_bytes - (0 if self.sizes is None else self.sizes.draft)
 
     @property
     def engine_infos(self) -> tuple[dict[str, Any], ...]:
@@ -310,6 +320,9 @@ def decode(data: bytes, where: str) -> Manifest:
         raise _damaged(where, "its programs lack the role 'model'")
     if (manifest.contract.cross is None) != ("encoder" not in manifest.programs):
         raise _damaged(where, "a decoder that reads an encoder and the encoder come together")
+    draft = manifest.programs.get("draft")
+    if draft is not None and (draft.contract.kind != "decoder" or draft.contract.cross is not None):
+        raise _damaged(where, "the program that drafts is no decoder of its own")
     find_engine(manifest.engine, where)
     return manifest
 

@@ -21,6 +21,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         head, linears: the same of the output head, and of all other linears.
         scales, zero_points: of codes, of any of these.
         rest: norms, biases, positions, and whatever else is written.
+        draft: all weights of a smaller model that drafts, in the same artifact; `source` then counts both models' files.
         tied: the head's weight is the table of tokens.
     """
 
@@ -32,6 +33,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     scales: _Bytes = 0
     zero_points: _Bytes = 0
     rest: _Bytes = 0
+    draft: _Bytes = 0
     tied: bool = False
 
     @property
@@ -44,6 +46,16 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Bytes as written per byte of the source."""
         return self.total / self.source if self.source else None
 
+    def with_draft(self, draft: Sizes) -> Sizes:
+        """The same with those of a model that drafts, as one part."""
+        both = self.source is not None and draft.source is not None
+        return msgspec.structs.replace(
+            self,
+            source=(self.source or 0) + (draft.source or 0) if both else None,
+            before={**self.before, "draft": draft.source or 0} if both and self.before else {},
+            draft=draft.total,
+        )
+
     def parts(self) -> list[tuple[str, int]]:
         """(title, bytes) of each part."""
         return [(title, getattr(self, name)) for name, title in self.titles().items()]
@@ -52,7 +64,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         """Field -> what a part is called."""
         names = ("head", "linears", "scales", "zero_points", "rest")
         first = "embedding and head" if self.tied else "embedding"
-        return {"embedding": first, **{name: name.replace("_", " ") for name in names}}
+        return {"embedding": first, **{name: name.replace("_", " ") for name in names}, "draft": "draft model"}
 
     def __str__(self) -> str:
         """One line for people."""
@@ -64,7 +76,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     @classmethod
     def read(cls, row: Mapping[str, Any]) -> Sizes:
         """The sizes in a dict as `to_dict` or a manifest has them."""
-        return msgspec.convert({name: row[name] for name in cls.__struct_fields__}, cls)
+        return msgspec.convert({name: row[name] for name in cls.__struct_fields__ if name in row}, cls)
 
     def to_dict(self) -> dict[str, int | float | bool | None]:
         """The fields with `total` and `ratio`, for JSON."""

@@ -8,11 +8,12 @@ hyphens, its flag; names are unique among all structs of a request, and two targ
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from optc.compiler.diagnostics import UsageError
 from optc.compiler.formats.group_sizes import GroupSize
 
 ComputeType = Literal["fp32", "bf16", "fp16"]
@@ -168,6 +169,54 @@ class TargetOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         Raises:
             UsageError: names the flag.
         """
+
+
+class DraftedOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the options of targets whose artifacts may hold another model, which drafts for the model."""
+
+    speculative: (
+        Annotated[
+            Literal["draft", "eagle3"],
+            Meta(
+                description="Compile into the artifact what drafts for the model: a smaller model (draft), or a layer that reads "
+                "the model's hidden states (eagle3). It needs --draft, and a paged cache, which is then the default."
+            ),
+        ]
+        | None
+    ) = None
+    draft: (
+        Annotated[
+            Path,
+            Meta(
+                description="With --speculative: folder of the model that drafts, with the same tokenizer.",
+                extra={"metavar": "FOLDER"},
+            ),
+        ]
+        | None
+    ) = None
+
+    def check(self) -> None:
+        """See `TargetOptions`."""
+        if self.speculative is not None and self.draft is None:
+            raise UsageError(
+                f"--speculative {self.speculative} needs the model that drafts", remedy="give --draft FOLDER"
+            )
+        if self.draft is not None and self.speculative is None:
+            raise UsageError("--draft has no effect without --speculative", remedy="add --speculative draft, or eagle3")
+
+
+class Drafted(NamedTuple):
+    """The method by which another model in the artifact drafts, and its folder."""
+
+    method: Literal["draft", "eagle3"]
+    folder: Path
+
+
+def drafted_by(own: TargetOptions) -> Drafted | None:
+    """What a target's own options put beside the model; None without one that drafts."""
+    if not isinstance(own, DraftedOptions) or own.speculative is None or own.draft is None:
+        return None
+    return Drafted(own.speculative, own.draft)
 
 
 class Quantization(msgspec.Struct, frozen=True, kw_only=True):

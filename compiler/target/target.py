@@ -61,7 +61,8 @@ class ExportRequest:
     config files) or None for a module in memory; `rerounding` is the relative error that another order of sums may make
     of a program that rounds activations (`compiler.pipeline.rerounding`), `allowed` the one that the user allows the whole
     compile, 0 where nothing was said: both widen the tolerance of an exporter that opens its file itself;
-    `trust_remote_code` says that the model's class may be one of the folder's own.
+    `trust_remote_code` says that the model's class may be one of the folder's own; `runner` that a program that runs the
+    file by itself is wanted beside it, where the target has one.
     """
 
     directory: Path
@@ -70,6 +71,7 @@ class ExportRequest:
     rerounding: float = 0.0
     allowed: float = 0.0
     trust_remote_code: bool = False
+    runner: bool = True
 
     def of(self, cls: type[OwnT]) -> OwnT:
         """The target's own options, which are of type `cls`."""

@@ -65,11 +65,15 @@ def export_inductor(program: Program, request: ExportRequest) -> ExportResult:
     companions = copy_companions(request.source, directory)
     info = {**package.info, "runner": runner_name(program.contract), "companions": companions}
     needs = _needs(instructions, kernels)
+    opened = check_package(program, info, needs, request)
+    if not request.runner:
+        (directory / info["runner"]).unlink()
+        info["runner"] = None
     return ExportResult(
         engine=AOTINDUCTOR,
         info=info,
         needs=needs,
-        opened=check_package(program, info, needs, request),
+        opened=opened,
         weight_bytes=package.weight_bytes,
         tensor_bytes=package.tensor_bytes,
     )

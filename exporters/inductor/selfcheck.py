@@ -76,7 +76,17 @@ def _tokens(program: Program) -> int:
 
 
 def _runner(path: Path) -> Any:
-    """The runner's module, from the very file that is shipped."""
+    """The runner's module, from the very file that is shipped; of equal files the first, which has its operators loaded."""
+    source = path.read_bytes()
+    if source not in _runners:
+        _runners[source] = _import(path)
+    return _runners[source]
+
+
+_runners: dict[bytes, Any] = {}
+
+
+def _import(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location("_optc_shipped_runner", path)
     assert spec is not None
     assert spec.loader is not None

@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
-from optc.compiler.target.options import MaxSeqLen, TargetOptions, head_bits
+from optc.compiler.target.options import DraftedOptions, MaxSeqLen, head_bits
 
 
-class InductorOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class InductorOptions(DraftedOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options of the target inductor-cpu."""
 
     target: ClassVar[str] = "inductor-cpu"
@@ -21,7 +21,7 @@ class InductorOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_f
     ] = 4
 
 
-class CudaOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CudaOptions(DraftedOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options of the target inductor-cuda."""
 
     target: ClassVar[str] = "inductor-cuda"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from optc.compiler.artifact.drift_table import program_title
 from optc.compiler.artifact.manifest import DriftRecord, PassRecord
 from optc.exporters.reports.charts import Chart, Dot, Key, Line, Row, RowChart, color, downward, path
 from optc.exporters.reports.numbers import number, percent
@@ -59,7 +60,7 @@ def cumulative_charts(passes: Sequence[PassRecord], row: str = "token", outcome:
     programs = list(dict.fromkeys(item.program for item in passes))
     for program in programs:
         rows = [item for item in passes if item.program == program and item.since_capture is not None]
-        name = "" if len(programs) == 1 else f"{'decoder' if program == 'model' else program}: "
+        name = "" if len(programs) == 1 else f"{program_title(program, programs)}: "
         for measure in _measures(rows):
             title = measure.title.format(row=row, outcome=outcome)
             charts.append(_cumulative(f"{name}{title}", measure, rows))

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from optc.compiler.artifact.drift_table import drift_table, pass_title
+from optc.compiler.artifact.drift_table import drift_table, pass_title, program_title
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.artifact.sizes import group_text
 from optc.compiler.ir.contract import Contract
@@ -105,6 +105,9 @@ def _attention_cards(manifest: Manifest) -> Iterator[Card]:
     cache = contract.kv_cache
     if encoder is not None:
         yield Card("encoder and decoder", "programs", "keys and values of the encoder are made once per request")
+    if (draft := manifest.programs.get("draft")) is not None and draft.source is not None:
+        name = Path(draft.source.path).name
+        yield Card(name, "draft model", f"{count(draft.source.parameters)} parameters; optc run --speculative draft")
     if contract.kind == "decoder" and cache.kind != "none":
         kind = cache.kind + (" in place" if cache.in_place else "")
         sizes = (
@@ -128,7 +131,7 @@ def _cost_cards(manifest: Manifest) -> Iterator[Card]:
         assert drift is not None
         if not any(item.lossy and item.matched for item in manifest.passes if item.program == program):
             continue
-        of = "" if len(last) == 1 else f" of the {'decoder' if program == 'model' else program}"
+        of = "" if len(last) == 1 else f" of the {program_title(program, last)}"
         if drift.kl is not None:
             outcome = _outcomes(contract)[1]
             same = "" if drift.top1_agreement is None else f"{percent(drift.top1_agreement)} same most likely {outcome}"
@@ -152,16 +155,22 @@ def _outcomes(contract: Contract) -> tuple[str, str]:
 def _engine_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """Facts of the exporter, of each program, and what a host must have."""
     for role, entry in manifest.programs.items():
-        before = "" if len(manifest.programs) == 1 else f"{_role(role, entry.contract)}: "
+        before = "" if len(manifest.programs) == 1 else f"{program_title(role, manifest.programs)}: "
         for key, text in _rows(entry.engine_info):
             if key not in _SHOWN_ELSEWHERE:
                 yield before + key, text
+        if entry.source is not None:
+            yield f"{before}source", entry.source.path
+        if entry.capture is not None and entry.capture.proved:
+            errors = ", ".join(number(row.relative, 2) for row in entry.capture.figures)
+            yield f"{before}capture", f"proved against {entry.capture.reference}, relative {errors}"
+        if entry.opened is not None and entry.opened.relative is not None:
+            yield (
+                f"{before}written file",
+                f"opened in {entry.opened.engine}, relative {number(entry.opened.relative, 2)}",
+            )
     for key, value in manifest.needs.items():
         yield f"needs {key}", plain_text(value if isinstance(value, str | list) else str(value))
-
-
-def _role(role: str, contract: Contract) -> str:
-    return "decoder" if role == "model" and contract.kind == "decoder" else role
 
 
 def _rows(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -174,7 +183,7 @@ def _rows(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _stages(directory: Path) -> Iterator[tuple[str, str]]:
-    """(name, text) of each stage, an encoder's first."""
-    for place, before in (("ir/encoder", "encoder: "), ("ir", "")):
+    """(name, text) of each stage, an encoder's first and a draft model's last."""
+    for place, before in (("ir/encoder", "encoder: "), ("ir", ""), ("ir/draft", "draft: ")):
         for path in sorted((directory / place).glob("*.txt")):
             yield before + path.stem, path.read_text(encoding="utf-8", errors="replace")

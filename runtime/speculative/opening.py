@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -14,7 +15,6 @@ from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.compiler.files import sha256_of
 from optc.compiler.ir.contract import Contract, DraftFacts
 from optc.compiler.model_folder.eagle3 import is_eagle3
-from optc.runtime.generation.tokenizer import load_tokenizer
 from optc.runtime.sessions.cuda import CudaSession
 from optc.runtime.sessions.draft_graphs import draft_graphs
 from optc.runtime.sessions.load import open_session
@@ -26,6 +26,7 @@ from optc.runtime.speculative.eagle3 import Eagle3Drafter
 from optc.runtime.speculative.lookahead import LookaheadDrafter
 from optc.runtime.speculative.medusa import MedusaDrafter
 from optc.runtime.speculative.ngram import NgramDrafter
+from optc.runtime.speculative.same_tokens import check_same_tokens
 from optc.runtime.speculative.settings import Speculation
 from optc.runtime.speculative.suffix import SuffixDrafter
 
@@ -41,9 +42,9 @@ class Verifying:
     """The model that a drafter drafts for.
 
     Attributes:
-        folder: its artifact; None where it has no tokenizer that could be compared.
+        folder: its artifact, whose files were verified and trusted; None where it has no tokenizer that could be compared.
         running: requests that run together.
-        trust: of the model that drafts too; see `check_trusted`.
+        trust: of another artifact with the model that drafts too; see `check_trusted`.
     """
 
     model: PagedModel
@@ -57,7 +58,7 @@ def open_drafter(options: Speculation, target: Verifying) -> Drafter | DeviceDra
     """What drafts by the method of these options; on the device where it reads what the model gives there.
 
     Raises:
-        UsageError: more draft tokens than heads.
+        UsageError: more draft tokens than heads; no model that drafts, where one is wanted.
         InputError, ArtifactError, TargetError: there are no heads; the model that drafts cannot be opened, has a cache that
             is not paged, or tokens that are not the target's.
     """
@@ -65,9 +66,8 @@ def open_drafter(options: Speculation, target: Verifying) -> Drafter | DeviceDra
         return _open_heads(options.draft_tokens, target)
     if options.method in _NO_WEIGHTS:
         return _NO_WEIGHTS[options.method]()
-    assert options.draft is not None
-    opens = _open_eagle3 if options.method == "eagle3" else _open_model
-    return opens(options.draft, options.draft_tokens, target)
+    found = _Drafting.of(options, target)
+    return (_open_eagle3 if options.method == "eagle3" else _open_model)(found, options.draft_tokens, target)
 
 
 def _open_heads(draft_tokens: int, target: Verifying) -> MedusaDrafter | MedusaOnDevice:
@@ -87,34 +87,75 @@ def _open_heads(draft_tokens: int, target: Verifying) -> MedusaDrafter | MedusaO
     return MedusaOnDevice() if target.model.on_device else MedusaDrafter()
 
 
-def _open_model(folder: Path, draft_tokens: int, target: Verifying) -> DraftModel:
-    session = _open_paged(folder, _verified(folder), draft_tokens, target)
+@dataclass(frozen=True)
+class _Drafting:
+    """Where the model that drafts lies, its manifest, and whether that is in the artifact of the model that verifies."""
+
+    folder: Path
+    manifest: Manifest
+    own: bool
+
+    @classmethod
+    def of(cls, options: Speculation, target: Verifying) -> Self:
+        """The artifact that was named, or else what the target's own holds.
+
+        Raises:
+            UsageError: neither. InputError, ArtifactError: the one that was named cannot be used.
+        """
+        if options.draft is not None:
+            return cls(options.draft, _verified(options.draft), own=False)
+        manifest = None if target.folder is None else read_manifest(target.folder)
+        if target.folder is None or manifest is None or "draft" not in manifest.programs:
+            raise UsageError(
+                f"--speculative {options.method} needs the model that drafts",
+                where=None if target.folder is None else str(target.folder),
+                why="the artifact holds none",
+                remedy=f"give --draft ARTIFACT, or compile the model with --speculative {options.method} --draft FOLDER",
+            )
+        return cls(target.folder, manifest.alone("draft"), own=True)
+
+    def trusting(self, target: Verifying) -> Verifying:
+        """The target, with the trust that its own files have already."""
+        return replace(target, trust=True) if self.own else target
+
+
+def _open_model(found: _Drafting, draft_tokens: int, target: Verifying) -> DraftModel:
+    if found.own and found.manifest.contract.draft is not None:
+        raise UsageError(
+            "the artifact drafts by --speculative eagle3, not draft",
+            where=str(found.folder),
+            why="the model that drafts reads hidden states of the other one",
+            remedy="give --speculative eagle3",
+        )
+    if not found.own:  # else they were compared when it was compiled
+        check_same_tokens(found.folder, target.folder)
+    session = _open_paged(found, draft_tokens, target)
     return DraftModel(session.model, target.model.vocab_size, session.close)
 
 
-def _open_eagle3(folder: Path, draft_tokens: int, target: Verifying) -> Eagle3Drafter | Eagle3OnDevice:
+def _open_eagle3(found: _Drafting, draft_tokens: int, target: Verifying) -> Eagle3Drafter | Eagle3OnDevice:
     """The draft model of an artifact, held to the base that verifies."""
-    manifest = _verified(folder)
-    facts = manifest.contract.draft
+    contract = found.manifest.contract
+    facts = contract.draft
     if facts is None:
         raise InputError(
             "the artifact is no draft model that reads hidden states",
-            where=str(folder),
+            where=str(found.folder),
             why="it was compiled from a model that drafts by itself",
-            remedy="give it with --speculative draft, or train one with optc train --recipe eagle3 and compile that",
+            remedy="use --speculative draft, or train a draft model with optc train --recipe eagle3 and compile that",
         )
     if draft_tokens > facts.max_draft_tokens:
         raise UsageError(
             f"the draft model drafts {facts.max_draft_tokens} tokens in a row at most, not {draft_tokens}",
-            where=str(folder),
+            where=str(found.folder),
             why="it was trained for so many",
             remedy=f"give --draft-tokens {facts.max_draft_tokens} or less",
         )
-    check_states(facts, manifest.contract, target)
-    session = _open_paged(folder, manifest, draft_tokens, target, draft=True)
+    check_states(facts, contract, target)
+    session = _open_paged(found, draft_tokens, target, draft=True)
     if isinstance(session, CudaSession):
         return eagle3_on_device(session)
-    return Eagle3Drafter(session.model, *_states_of(manifest.contract), session.close)
+    return Eagle3Drafter(session.model, *_states_of(contract), session.close)
 
 
 def eagle3_on_device(session: CudaSession) -> Eagle3OnDevice:
@@ -148,16 +189,13 @@ def _verified(folder: Path) -> Manifest:
     return verify(folder)
 
 
-def _open_paged(
-    folder: Path, manifest: Manifest, draft_tokens: int, target: Verifying, *, draft: bool = False
-) -> PagedSession:
+def _open_paged(found: _Drafting, draft_tokens: int, target: Verifying, *, draft: bool = False) -> PagedSession:
     """A cache as large as the target's, with room for the draft of each request that runs.
 
     Args:
         draft: it reads hidden states of the base.
     """
-    if not draft:
-        _check_tokens(folder, target)
+    folder, manifest, target = found.folder, found.manifest, found.trusting(target)
     cache, device = manifest.contract.kv_cache, target.model.device
     if cache.kind != "paged":
         raise TargetError(
@@ -235,33 +273,3 @@ def check_states(facts: DraftFacts, contract: Contract, target: Verifying) -> No
         why=why,
         remedy="give the artifact of the model that it was trained on, or train a draft model for this one",
     )
-
-
-def _check_tokens(folder: Path, target: Verifying) -> None:
-    """Refuse a draft model whose token ids mean other tokens.
-
-    Raises:
-        InputError: see above; it names the first id.
-    """
-    theirs = load_tokenizer(folder)
-    ours = None if target.folder is None else load_tokenizer(target.folder)
-    if theirs is None or ours is None:
-        raise InputError(
-            "the tokens of the model that drafts cannot be compared",
-            where=str(folder if theirs is None else target.folder),
-            why="there is no tokenizer.json",
-            remedy="compile both models from folders with their tokenizers",
-        )
-    found = ours.first_difference(theirs)
-    if found is not None:
-        number, our, their = found
-        raise InputError(
-            "the model that drafts has another tokenizer",
-            where=str(folder),
-            why=f"token id {number} is {_shown(their)} there and {_shown(our)} in the model that verifies",
-            remedy="draft with a model of the same family, or with --speculative ngram, suffix or lookahead",
-        )
-
-
-def _shown(token: str | None) -> str:
-    return "no token" if token is None else repr(token[:40])

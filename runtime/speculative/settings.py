@@ -14,7 +14,7 @@ Method = Literal["ngram", "suffix", "lookahead", "draft", "eagle3", "medusa"]
 _DRAFT_TOKENS: dict[Method, int] = {"ngram": 8, "suffix": 8, "lookahead": 6, "draft": 4, "eagle3": 4, "medusa": 0}
 
 _MODELS: tuple[Method, ...] = ("draft", "eagle3")
-"""Methods that open another artifact."""
+"""Methods that may open another artifact."""
 
 MethodFlag = Annotated[
     Method,
@@ -27,7 +27,8 @@ MethodFlag = Annotated[
 DraftFlag = Annotated[
     Path,
     Meta(
-        description="With --speculative draft or eagle3: artifact of the model that drafts; paged KV cache, the same tokenizer."
+        description="With --speculative draft or eagle3: artifact of the model that drafts; paged KV cache, the same tokenizer.",
+        extra={"default": "the one that was compiled into ARTIFACT"},
     ),
 ]
 DraftTokens = Annotated[
@@ -45,7 +46,8 @@ class Speculation(Struct, frozen=True, kw_only=True):
     """How an engine drafts.
 
     Attributes:
-        draft: artifact of the model that drafts, for the methods "draft" and "eagle3".
+        draft: artifact of the model that drafts, for the methods "draft" and "eagle3"; None takes the one that was compiled
+            into the target's.
         draft_tokens: most of them in a step; 0: as many as the model has heads.
         adaptive: draft only while it is faster; see `switch`. False is for measuring.
     """
@@ -69,8 +71,6 @@ def speculation_of(
             if value is not None:
                 raise UsageError(f"--{name} has no effect without --speculative", remedy="leave it out")
         return None
-    if method in _MODELS and draft is None:
-        raise UsageError(f"--speculative {method} needs the model that drafts", remedy="give --draft ARTIFACT")
     if method not in _MODELS and draft is not None:
         raise UsageError(
             f"--draft has no effect with --speculative {method}",

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +14,34 @@ import torch
 
 from optc.calibrating import make_calibration
 from optc.capturing import Captured, Model, capture, capture_for_compile, stored_dtype
-from optc.compiler.analysis.weight_parts import weight_parts
 from optc.compiler.artifact import folder as artifact
 from optc.compiler.artifact.drift_table import drift_table, pass_title
-from optc.compiler.artifact.manifest import Manifest, ProgramEntry, Role, Source
+from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.calibration.examples import Examples
 from optc.compiler.calibration.sequences import Calibration
-from optc.compiler.diagnostics import InputError, TargetError, UsageError, os_errors
+from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.compiler.execution.probe import Probe, text_probe
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.devices import to_device
 from optc.compiler.ir.saved.exported_archive import is_exported_file
-from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, config_digest, weights_digest
+from optc.compiler.model_folder.checkpoint import check_folder
 from optc.compiler.model_folder.medusa import check_base
 from optc.compiler.model_folder.quantized import refuse_quantizing_again
 from optc.compiler.notebook import html_table
 from optc.compiler.pipeline.gate import Limits
-from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions, PipelineResult, compute_dtype, default_probe
-from optc.compiler.pipeline.quantization_summary import quantized_linears, summarize
-from optc.compiler.pipeline.rerounding import rerounding
-from optc.compiler.pipeline.written_sizes import source_bytes, written_sizes
+from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions, PipelineResult, default_probe
 from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.settings.fields import check_type
-from optc.compiler.target.target import ExportRequest, ExportResult, check_context, check_legal, obstacle
-from optc.compiler.version import version
-from optc.encoder_decoder import RECIPE, answer_probe, both_contracts, both_parts, check_encoder_decoder
+from optc.compiler.target.target import check_context, check_legal, obstacle
+from optc.drafted import Compiled, DraftFolder, capture_draft, check_pair, for_draft, pass_count
+from optc.encoder_decoder import RECIPE, answer_probe, check_encoder_decoder
 from optc.equivalent_command import command_of
-from optc.exporters.reports.report import write_report
 from optc.hub import local_model
-from optc.opening import open_written
 from optc.progress import reporting
-from optc.request import LIMITS, Request, from_python, given_limits
+from optc.request import LIMITS, Request, from_python
 from optc.resolving import Resolved, recipe_steps, resolve, settled
 from optc.saved_recipes import check_recipe, write_recipe
+from optc.writing import Programs, write_artifact
 
 Progress = Callable[[int, str], None]
 
@@ -151,7 +144,7 @@ def compile(
     artifact.check_output(request.run.output, request.run.force)
     if request.run.save_recipe is not None:
         check_recipe(request.run.save_recipe, named, request)
-    title, steps = f"compiling for {resolved.target.name}", lambda: len(recipe_steps(resolved, "decoder")) + 1
+    title, steps = f"compiling for {resolved.target.name}", lambda: pass_count(resolved) + 1
     with reporting(progress, title, steps) as told:
         manifest = _compile(model, example_inputs, resolved, command_of(named, request), told, begin)
     if request.run.save_recipe is not None:
@@ -168,7 +161,9 @@ def _compile(
     begin: float,
 ) -> Manifest:
     """Capture, run the recipe and write the artifact; what was published."""
+    folder = DraftFolder.of(model, resolved)
     captured = capture_resolved(model, example_inputs, resolved)
+    drafting = None if folder is None else capture_draft(folder, for_draft(resolved), _work_folder(resolved))
     if captured.program.contract.draft is not None and resolved.options.kv_cache != "paged":
         raise UsageError(
             "a draft model needs a paged KV cache",
@@ -181,11 +176,17 @@ def _compile(
     encoded, probe = _encoder_passes(captured, resolved, progress, seconds)
     kind = None if encoded is None else RECIPE
     result = on_cpu(run_passes(captured, resolved, progress, seconds, kind, probe))
+    drafted = None
+    if drafting is not None:
+        found = on_cpu(run_passes(drafting, for_draft(resolved), progress, seconds))
+        check_pair(result.program, found.program)
+        drafted = Compiled(drafting, found)
     if progress:
         progress(len(result.records), "exporting")
     output = resolved.request.run.output
     assert output is not None, "checked before"
-    return _write(output, resolved, result, encoded, captured, command, seconds, begin)
+    programs = Programs(Compiled(captured, result), encoded, drafted)
+    return write_artifact(output, resolved, programs, command, seconds, begin)
 
 
 def resolve_for(model: Model, request: Request) -> Resolved:
@@ -382,108 +383,6 @@ def _text_probe(captured: Captured, resolved: Resolved) -> Probe | None:
             remedy="give a longer text, or leave --text out",
         )
     return None
-
-
-def _write(
-    folder: Path,
-    resolved: Resolved,
-    result: PipelineResult,
-    encoded: PipelineResult | None,
-    captured: Captured,
-    command: str,
-    seconds: dict[str, float],
-    begin: float,
-) -> Manifest:
-    """Export into a temporary sibling, describe it, read it back, publish it."""
-    target, info = resolved.target, captured.info
-    with artifact.write_folder(folder, force=resolved.request.run.force) as directory:
-        start = time.perf_counter()
-        allowed = resolved.request.gate.max_relative_error or 0.0
-        request = ExportRequest(
-            directory=directory,
-            options=resolved.options.own,
-            source=info.path if info else None,
-            rerounding=rerounding(result.records),
-            allowed=allowed,
-            trust_remote_code=resolved.request.what.trust_remote_code,
-        )
-        if encoded is None:
-            exported = target.export(result.program, request)
-        else:
-            assert target.export_encoder_decoder is not None, "checked before"
-            exported = target.export_encoder_decoder(encoded.program, result.program, request)
-        seconds["export"] = time.perf_counter() - start
-        with os_errors("writing the stages' text", str(directory)):
-            for place, stages in (("ir", result.stages), ("ir/encoder", encoded.stages if encoded else ())):
-                for stage in stages:
-                    (directory / place).mkdir(exist_ok=True)
-                    (directory / place / stage.file_name).write_text(stage.text)
-        manifest = _manifest(resolved, result, encoded, exported, captured, command, seconds)
-        opened = exported.opened or open_written(
-            directory, manifest, result.program, exported.engine, captured.tokens, allowed, exported.graphs
-        )
-        seconds["total"] = time.perf_counter() - begin
-        rounded = {key: round(value, 3) for key, value in seconds.items()}
-        manifest = msgspec.structs.replace(manifest, opened=opened, seconds=rounded)
-        write_report(directory, manifest)
-        return artifact.finish(directory, manifest)
-
-
-def _manifest(
-    resolved: Resolved,
-    result: PipelineResult,
-    encoded: PipelineResult | None,
-    exported: ExportResult,
-    captured: Captured,
-    command: str,
-    seconds: dict[str, float],
-) -> Manifest:
-    target, program, info = resolved.target, result.program, captured.info
-    programs: dict[Role, ProgramEntry] = {"model": ProgramEntry(contract=program.contract, engine_info=exported.info)}
-    records, parts, contract = result.records, weight_parts(captured.program), program.contract
-    if encoded is not None:
-        assert exported.encoder is not None, "the exporter wrote two programs"
-        assert captured.encoder is not None
-        programs["encoder"] = exported.encoder
-        records, parts = (*encoded.records, *records), both_parts(weight_parts(captured.encoder), parts)
-        contract = both_contracts(encoded.program.contract, contract)
-    return Manifest(
-        optc_version=version(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=command,
-        target=target.name,
-        engine=exported.engine.name,
-        device=target.device if exported.engine.device == "target" else exported.engine.device,
-        programs=programs,
-        needs={"machine": platform.machine(), **exported.needs},
-        dtype=str(compute_dtype(program)).removeprefix("torch."),
-        source=_source(info) if info else Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""),
-        capture=captured.proof,
-        limits=given_limits(resolved.request.gate),
-        passes=records,
-        weight_bytes=exported.weight_bytes,
-        sizes=written_sizes(
-            parts,
-            contract,
-            exported.tensor_bytes,
-            exported.weight_bytes,
-            None if info is None else info.weight_bytes,
-            None if info is None else source_bytes(parts, filter(None, (captured.encoder, captured.program)), info),
-        ),
-        quantization=summarize(contract, quantized_linears(records), exported.tensor_bytes),
-        seconds=seconds,
-    )
-
-
-def _source(info: CheckpointInfo) -> Source:
-    parameters = sum(int(torch.Size(tensor.shape).numel()) for tensor in info.tensors.values())
-    return Source(
-        path=str(info.path.resolve()),
-        config_sha256=config_digest(info),
-        weights_sha256=weights_digest(info),
-        parameters=parameters,
-        dtype=str(info.config.get("dtype") or info.config.get("torch_dtype") or ""),
-    )
 
 
 def load(folder: str | Path, **options: Any) -> Any:

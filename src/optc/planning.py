@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
+from optc.compiler.artifact.sizes import Sizes
 from optc.compiler.capture.facts import generates_from_an_encoder, stated_context, text_config
 from optc.compiler.formats.group_sizes import size_for
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder
@@ -14,13 +16,13 @@ from optc.compiler.model_folder.dtypes import DTYPES, dtype_name
 from optc.compiler.model_folder.plain_decoder import plain_decoder
 from optc.compiler.model_folder.quantized import quantized_folder, refuse_quantizing_again
 from optc.compiler.model_folder.sentence import SentenceModules, sentence_modules
-from optc.compiler.target.options import CompileOptions
+from optc.compiler.target.options import CompileOptions, drafted_by
 from optc.compiler.target.target import check_context
 from optc.encoder_decoder import RECIPE, check_encoder_decoder
 from optc.hub import local_model
 from optc.predicted_sizes import predicted_sizes, quantizable
 from optc.request import Request
-from optc.resolving import recipe_steps, resolve, with_group_size
+from optc.resolving import Resolved, recipe_steps, resolve, with_group_size
 
 
 def make_plan(model: Path, request: Request) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
 
     Returns a JSON-able dict: `passes` in order, `sizes` of the weights by parts, as `optc compile` will write them,
     `weight_bytes`, their sum, `group_size` (a list where each linear gets the first that divides it), `left`, the
-    linears that none divides, `kv_cache_bytes_per_token`, `linears`.
+    linears that none divides, `kv_cache_bytes_per_token`, `linears`, `draft`, the same of a model that drafts.
 
     Raises:
         UsageError, TargetError, InputError, CaptureError: as the compile itself would.
@@ -64,6 +66,9 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
         dense = sum(rows * columns for rows, columns in shapes) * _width(options)
         sizes = msgspec.structs.replace(sizes, linears=sizes.linears + held.stored_bytes() - dense)
         note = f"quantized already ({held.method}): {len(shapes)} linears keep their codes"
+    draft = None if drafted_by(options.own) is None else _draft_plan(folder, resolved)
+    if draft is not None:
+        sizes = sizes.with_draft(Sizes.read(draft["sizes"]))
     return {
         "model": str(model),
         "target": target.name,
@@ -81,6 +86,7 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
         "weight_bytes": sizes.total,
         "sizes": sizes.to_dict(),
         "kv_cache_bytes_per_token": _cache_bytes(words, options) if decoder else 0,
+        "draft": draft,
         "note": note,
     }
 
@@ -98,6 +104,30 @@ def _model(info: CheckpointInfo, modules: SentenceModules | None, options: Compi
     if modules is not None:
         skeleton.add_module("embedding_head", EmbeddingHead(modules, DTYPES[options.dtype]))
     return skeleton
+
+
+def _draft_plan(folder: Path, resolved: Resolved) -> dict[str, Any]:
+    """The plan of the model that drafts for another; of one that reads hidden states its sizes alone.
+
+    Raises:
+        InputError, UsageError: as `DraftFolder.of`.
+    """
+    from optc.compiler.capture.eagle3_model import Eagle3
+    from optc.compiler.model_folder.eagle3 import is_eagle3, read_eagle3_config
+    from optc.drafted import DraftFolder, for_draft
+
+    draft, resolved = DraftFolder.of(folder, resolved), for_draft(resolved)
+    assert draft is not None, "one was asked for"
+    if not is_eagle3(draft.path):
+        return make_plan(draft.path, resolved.request)
+    with torch.device("meta"):
+        skeleton = Eagle3(read_eagle3_config(draft.path))
+    linears = quantizable(skeleton)
+    resolved = with_group_size(resolved, [columns for _, columns in linears.values()], list(linears))
+    steps, source = recipe_steps(resolved, "decoder"), check_folder(draft.path).weight_bytes
+    sizes = predicted_sizes(skeleton, resolved.target, resolved.options, steps, source)
+    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    return {"model": str(draft.path), "parameters": parameters, "weight_bytes": sizes.total, "sizes": sizes.to_dict()}
 
 
 def _cache_bytes(config: Any, options: CompileOptions) -> int:

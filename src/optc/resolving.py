@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import msgspec
 import torch
@@ -12,11 +13,13 @@ from optc.compiler.diagnostics import UsageError
 from optc.compiler.formats.group_sizes import check_group_size, default_group_size
 from optc.compiler.ir.devices import choose_device
 from optc.compiler.ir.program import Program
+from optc.compiler.model_folder.eagle3 import read_eagle3_config
 from optc.compiler.model_folder.medusa import heads_digest
 from optc.compiler.rewriting.passes import Pass
 from optc.compiler.settings.fields import fields_of
-from optc.compiler.target.options import CompileOptions, Quantization, QuantRequest
+from optc.compiler.target.options import CompileOptions, Quantization, QuantRequest, TargetOptions, drafted_by
 from optc.compiler.target.target import Step, Target, check_options
+from optc.hub import local_model
 from optc.passes.quantization.arithmetic.groups import weight_label
 from optc.passes.quantization.arithmetic.selection import select_linears
 from optc.recipes import apply_pass_options, insert_passes, parse_passes
@@ -58,12 +61,12 @@ def resolve(request: Request, stored: str | None = None) -> Resolved:
     _refuse_idle(request)
     own = request.options or target.options()
     own.check()
-    kind = request.cache.kv_cache or (target.kv_caches[0] if target.kv_caches else None)
+    kind = _cache_kind(request, own)
     options = CompileOptions(
         dtype=request.what.dtype or (stored if target.keeps_dtype and stored in target.dtypes else target.dtypes[0]),
         quantization=_runnable(choose_quantization(asked), target),
         kv_cache=kind,
-        expose_hidden=request.drafting.expose_hidden,
+        expose_hidden=_exposed(request, own),
         medusa=request.drafting.medusa,
         medusa_weights=_heads_digest(request, kind),
         own=own,
@@ -147,6 +150,42 @@ def recipe_steps(resolved: Resolved, kind: str) -> list[Step]:
             steps += [Step(item)] if isinstance(item, Pass) else parse_passes([item], asked)
     steps = insert_passes(steps, what.insert_pass, resolved.request.quantization)
     return apply_pass_options(steps, what.pass_option)
+
+
+def _cache_kind(request: Request, own: TargetOptions) -> str | None:
+    """The kind of KV cache: the one that was asked for, else the target's first, with a model that drafts the paged one.
+
+    Raises:
+        UsageError: a model that drafts without a paged cache.
+    """
+    asked, kinds = request.cache.kv_cache, request.target.kv_caches
+    if drafted_by(own) is None:
+        return asked or (kinds[0] if kinds else None)
+    if asked not in (None, "paged"):
+        raise UsageError(
+            "--speculative needs a paged KV cache",
+            why=f"--kv-cache {asked} was given",
+            remedy="leave --kv-cache out",
+        )
+    return "paged"
+
+
+def _exposed(request: Request, own: TargetOptions) -> tuple[int, ...]:
+    """The layers whose inputs the program is to give: those that were asked for, or that the model which drafts reads.
+
+    Raises:
+        UsageError: both. InputError: the folder of the model that drafts cannot be read.
+    """
+    asked, drafted = request.drafting.expose_hidden, drafted_by(own)
+    if drafted is None or drafted.method != "eagle3":
+        return asked
+    if asked:
+        raise UsageError(
+            "--expose-hidden has no effect with --speculative eagle3",
+            why="the draft model's folder says which hidden states it reads",
+            remedy="leave --expose-hidden out",
+        )
+    return read_eagle3_config(Path(local_model(drafted.folder))).boundaries
 
 
 def _heads_digest(request: Request, kv_cache: str | None) -> str:

@@ -72,6 +72,7 @@ TARGETS = {
     "--max-num-tokens",
     "--kv-cache-dtype",
     "--speculative",
+    "--draft",
     "--draft-tokens",
     "--layout",
 }

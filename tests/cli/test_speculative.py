@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from command_line import optc, optc_json
 from conftest import EXAMPLE, ROOT
+from hf_folders import rename_token
 from medusa_heads import write_heads
 from once import short_artifact, short_example
 from prometheus_client.parser import text_string_to_metric_families
 from serving import run
 from training_runs import small_model
 
+from optc.cli.bench_serve import LoadOptions, _server_flags
 from optc.compiler.artifact.folder import rewrite
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.model_folder.checkpoint import check_folder, weights_digest
@@ -51,7 +53,10 @@ def test_the_page_runs(command: str, place: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(place)
     if "fiction-medusa" in command:
         _compile_heads(place)
-        capsys.readouterr()
+    if "fiction-drafted" in command:
+        (made,) = [item for item in COMMANDS if "-o out/fiction-drafted" in item]
+        assert optc(*made.split()) == 0
+    capsys.readouterr()
     words = re.findall(r'"[^"]*"|\S+', command)
     assert optc(*(word.strip('"') for word in words), "--max-new-tokens", "10") == 0
     out = capsys.readouterr().out
@@ -149,6 +154,14 @@ def test_a_server_drafts_and_says_so(place: Path, tmp_path: Path) -> None:
     engine.close()
 
 
+def test_a_server_that_is_started_for_a_load_gets_its_flags(capsys: Capture) -> None:
+    given = LoadOptions(serve=True, speculative="draft", draft_tokens=3, threads=2, trust=True)
+    words = [word for words in _server_flags(given).values() for word in words]
+    assert words == ["--threads", "2", "--trust", "--speculative", "draft", "--draft-tokens", "3"]
+    assert optc("bench", "--serve", "http://127.0.0.1:1", "--speculative", "suffix") == 2
+    assert "--speculative has no effect on a server that runs already" in capsys.readouterr().err
+
+
 def test_what_is_refused(place: Path, tmp_path: Path, capsys: Capture) -> None:
     artifact = place / "out" / "fiction-paged"
     ask = ("run", artifact, "--prompt", "Once")
@@ -164,7 +177,11 @@ def test_what_is_refused(place: Path, tmp_path: Path, capsys: Capture) -> None:
         (("bench", artifact, "--speculative", "ngram"), 2, "--speculative needs a text"),
         (("bench", artifact, *book), 2, "--text has no effect without --speculative"),
         (("bench", artifact, "--speculative", "ngram", *book, "--save"), 2, "--save has no effect"),
-        (("bench", "--serve", artifact, "--draft-tokens", "2"), 2, "--draft-tokens has no effect with --serve"),
+        (
+            ("bench", "--serve", artifact, "--draft-tokens", "2"),
+            2,
+            "--draft-tokens has no effect without --speculative",
+        ),
         ((*ask, "--speculative", "draft", "--draft", tmp_path / "none"), 3, "none"),
         ((*ask, "--speculative", "eagle3"), 2, "--speculative eagle3 needs the model that drafts"),
         ((*ask, "--speculative", "eagle3", "--draft", artifact), 3, "no draft model that reads hidden states"),
@@ -183,24 +200,26 @@ def test_the_page_trains_and_runs_a_draft_model(
     shutil.copyfile(EXAMPLE / "tokenizer.json", small / "tokenizer.json")
     (tmp_path / "examples" / "book.txt").write_text((EXAMPLE.parent / "book.txt").read_text()[:20_000])
     short = ("--max-steps", "2", "--set", "seq_len=32", "--set", "batch_size=2", "--set", "eagle3.draft_vocab_size=100")
-    assert [command.partition(" ")[0] for command in EAGLE] == ["train", "compile", "compile", "run"]
-    out = ""
+    assert [command.partition(" ")[0] for command in EAGLE] == ["train", "compile", "run", "compile", "run"]
+    texts = []
     for command in EAGLE:
         words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', command)]
         more = {"train": short, "run": ("--max-new-tokens", "12", "--json")}.get(words[0], ())
         code, (out, err) = optc(*words, *more), capsys.readouterr()
         assert code == 0, err
-    found = json.loads(out)
-    assert found["speculation"]["method"] == "eagle3"
-    assert found["speculation"]["verified"] > 3
-    plain = optc_json(capsys, "run", "out/fiction-states", "--prompt", "Once", "--max-new-tokens", "12")
-    assert found["tokens"] == plain["tokens"]
-    states, draft = "out/fiction-states", "out/eagle3-paged"
+        texts += [out] if words[0] == "run" else []
+    states, draft = "out/fiction-eagle3", "out/eagle3-paged"
+    plain = optc_json(capsys, "run", states, "--prompt", "Once", "--max-new-tokens", "12")
+    own, other = map(json.loads, texts)
+    assert own["tokens"] == other["tokens"] == plain["tokens"]
+    assert own["speculation"]["method"] == "eagle3"
+    assert min(item["speculation"]["verified"] for item in (own, other)) > 3
     ask = ("run", states, "--prompt", "Once", "--speculative", "eagle3", "--draft")
     for args, code, message in (
         ((*ask, draft, "--draft-tokens", "5"), 2, "drafts 4 tokens in a row at most, not 5"),
         ((*ask, "out/eagle3"), 3, "with --base and the folder of its base"),
         (("run", draft, "--prompt", "Once"), 4, "is a draft model, which does not generate by itself"),
+        (("run", states, "--prompt", "Once", "--speculative", "draft"), 2, "drafts by --speculative eagle3, not draft"),
         (("compile", "out/eagle3", "--target", "inductor-cpu", "--kv-cache", "paged", "-o", "out/x"), 2, "give --base"),
         (
             ("compile", "out/eagle3", "--target", "onnx-cpu", "--base", small, "-o", "out/x"),
@@ -228,11 +247,7 @@ def test_another_tokenizer_is_named_by_its_first_difference(place: Path, tmp_pat
 
 def _edit_tokenizer(directory: Path, manifest: Manifest) -> Manifest:
     """Give id 300 another token."""
-    found = json.loads((EXAMPLE / "tokenizer.json").read_text())
-    model = found["model"]
-    (old,) = [token for token, number in model["vocab"].items() if number == 300]
-    model["vocab"] = {("changed" if token == old else token): number for token, number in model["vocab"].items()}
-    model["merges"] = [pair for pair in model["merges"] if old not in (*pair, "".join(pair))]
-    (directory / "tokenizer.json").write_text(json.dumps(found))
+    shutil.copyfile(EXAMPLE / "tokenizer.json", directory / "tokenizer.json")
+    rename_token(directory / "tokenizer.json", 300)
     (directory / "report.html").write_text("")
     return manifest

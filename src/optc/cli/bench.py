@@ -113,7 +113,7 @@ def benchmark_of(artifact: Path, options: BenchOptions) -> dict[str, Any]:
     return _bench_session(artifact, options)
 
 
-_OF_SESSIONS = ("inputs", "batch", "samples", "save", "device", "text", "speculative", "draft", "draft_tokens")
+_OF_SESSIONS = ("inputs", "batch", "samples", "save", "device", "text")
 
 
 def _bench_serve(what: str, as_json: bool, options: BenchOptions) -> None:
@@ -123,6 +123,7 @@ def _bench_serve(what: str, as_json: bool, options: BenchOptions) -> None:
         raise UsageError(f"--{idle[0].replace('_', '-')} has no effect with --serve", remedy="leave it out")
     if len(options.prompt_length) > 1:
         raise UsageError("--serve takes one --prompt-length", remedy="give --length-sigma or --trace for several")
+    options.speculation()  # refused here, not in the server's process
     prompt_length = next(iter(options.prompt_length), None)
     bench_serve(
         what,
@@ -160,7 +161,7 @@ def _bench_session(artifact: Path, options: BenchOptions) -> dict[str, Any]:
         )
     pool = kv_pool(model.session)
     model.close()
-    weight_bytes = model.manifest.weight_bytes
+    weight_bytes = model.manifest.model_bytes
     result = found.to_dict() | {
         "weight_bytes": weight_bytes,
         "weight_read_limit_tokens_per_s": found.batch * found.read_bytes_per_s / weight_bytes if weight_bytes else None,

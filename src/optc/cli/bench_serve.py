@@ -140,10 +140,8 @@ def bench_serve(
         "key": _key(options.api_key_file),
     }
     remote = what.startswith(("http://", "https://"))
-    if remote and (options.threads or options.kv_blocks or options.trust):
-        raise UsageError(
-            "--threads, --kv-blocks and --trust have no effect on a server that runs already", remedy="leave them out"
-        )
+    if remote and (idle := next(iter(_server_flags(options)), None)):
+        raise UsageError(f"{idle} has no effect on a server that runs already", remedy="leave it out")
     with progress("measuring"), contextlib.nullcontext(what) if remote else started(what, options) as url:
         result = asyncio.run(_measured(url, options, given))
     if options.plot is not None:
@@ -177,9 +175,7 @@ def started(artifact: str, options: LoadOptions) -> Iterator[str]:
         OptcError: what the server says when it cannot start.
     """
     command = [sys.executable, "-m", "optc", "serve", artifact, "--port", "0", "--json"]
-    command += ["--threads", str(options.threads)] if options.threads else []
-    command += ["--kv-blocks", str(options.kv_blocks)] if options.kv_blocks else []
-    command += ["--trust"] if options.trust else []
+    command += [word for words in _server_flags(options).values() for word in words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     try:
@@ -190,6 +186,13 @@ def started(artifact: str, options: LoadOptions) -> Iterator[str]:
     finally:
         process.terminate()
         process.communicate()
+
+
+def _server_flags(options: LoadOptions) -> dict[str, list[str]]:
+    """The flags of `optc serve` that were given, each with its words."""
+    names = ("threads", "kv_blocks", "trust", "speculative", "draft", "draft_tokens")
+    given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
+    return {flag: [flag] if value is True else [flag, str(value)] for flag, value in given.items() if value}
 
 
 def _failed(text: str) -> OptcError:

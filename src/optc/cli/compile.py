@@ -55,10 +55,10 @@ def run_compile(model: str, target: str, asked: Callable[[], Request], as_json: 
         if request.run.output is None:
             raise UsageError("no output given", remedy="-o OUT")
         from optc.api import compile, resolve_for
+        from optc.drafted import pass_count
         from optc.hub import local_model
-        from optc.resolving import recipe_steps
 
-        steps = len(recipe_steps(resolve_for(local_model(model), request), "decoder"))
+        steps = pass_count(resolve_for(local_model(model), request))
         update(0, "capture", total=steps + 1)
         result = compile(model, request=request, progress=update)
     emit(result.to_dict(), as_json, _show)

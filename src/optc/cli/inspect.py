@@ -117,13 +117,17 @@ def _show(manifest: dict[str, Any]) -> None:
     say(f"quantization: {_quantization(manifest['quantization'])}")
     say(f"needs: {', '.join(f'{key} {value}' for key, value in manifest['needs'].items())}")
     for role, entry in sorted(manifest["programs"].items()):
-        say("inputs:" if role == "model" else f"inputs of the {role}, {entry['engine_info']['model']}:")
+        facts = entry["engine_info"]
+        say("inputs:" if role == "model" else f"inputs of the {role}, {facts.get('model') or facts['graph']}:")
         _show_inputs(entry["contract"]["inputs"])
     for line in _attention(contract):
         say(line)
     if contract["embedding"] is not None:
         say(_embedding(contract["embedding"]))
     say("\n".join(_capture(manifest["capture"])))
+    for role, entry in sorted(manifest["programs"].items()):
+        if entry["source"] is not None:
+            say("\n".join(_of_other_model(role, entry)))
     say("passes:")
     titles, cells = drift_table(manifest["passes"])
     for row, values in zip(manifest["passes"], cells, strict=True):
@@ -175,6 +179,14 @@ def _capture(row: dict[str, Any] | None) -> list[str]:
             f"relative {item['relative']:.1e}{kl}"
         )
     return [*lines, *(f"  {note}" for note in row["notes"])]
+
+
+def _of_other_model(role: str, entry: dict[str, Any]) -> list[str]:
+    """A program of another model than the artifact's: where it comes from, and how it was proved."""
+    source = entry["source"]
+    lines = [f"source: {source['path']} ({source['parameters'] / 1e6:.1f} M parameters)", *_capture(entry["capture"])]
+    lines += [_opened(entry["opened"])] if entry["opened"] else []
+    return [f"{role}:", *(f"  {line}" for line in lines)]
 
 
 def _opened(row: dict[str, Any] | None) -> str:

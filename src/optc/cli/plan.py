@@ -110,5 +110,11 @@ def _show(result: dict[str, Any]) -> None:
     say(f"  weights: {Sizes.read(result['sizes'])}")
     if result["kv_cache_bytes_per_token"]:
         say(f"  KV cache: {result['kv_cache_bytes_per_token']} bytes per token")
+    if result["draft"]:
+        draft = result["draft"]
+        say(f"draft model: {draft['model']}, {draft['parameters'] / 1e6:.1f} M parameters")
+        say(f"  weights: {Sizes.read(draft['sizes'])}")
+        if draft.get("kv_cache_bytes_per_token"):
+            say(f"  KV cache: {draft['kv_cache_bytes_per_token']} bytes per token")
     if result["note"]:
         say(f"  note: {result['note']}")

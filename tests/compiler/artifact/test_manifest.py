@@ -171,6 +171,16 @@ def test_programs_by_role() -> None:
         assert caught.value.where == "m"
 
 
+def test_what_drafts_is_a_decoder() -> None:
+    def drafts(data: dict[str, Any], **changes: Any) -> None:
+        model = data["programs"]["model"]
+        data["programs"]["draft"] = {**model, "contract": {**model["contract"], **changes}}
+
+    assert "draft" in decode(sealed(drafts), "m").programs
+    with pytest.raises(ArtifactError, match="no decoder of its own"):
+        decode(sealed(lambda data: drafts(data, kind="module")), "m")
+
+
 def test_the_mark_of_this_machine_is_of_all_but_itself_and_the_seal() -> None:
     manifest = marked(make_manifest())
     assert manifest == msgspec.structs.replace(make_manifest(), made_here=manifest.made_here)
