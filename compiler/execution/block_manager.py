@@ -17,10 +17,12 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import ResourceError
+from optc.compiler.execution.paged_call import lay_out
 
 _LOOKED_AT = 16
 """Blocks with the same beginning that are compared for a copy, those that were filled last."""
@@ -154,15 +156,13 @@ class BlockManager:
         assert len({request for request, _ in work}) == len(work), "a request appears once in a step"
         needed = sum(self._missing_blocks(request, len(tokens)) for request, tokens in work)
         self._require(needed)
-        positions: list[int] = []
         for request, tokens in work:
             state = self._requests[request]
-            positions += range(len(state.tokens), len(state.tokens) + len(tokens))
             self._lengthen(state, self._missing_blocks(request, len(tokens)))
             state.tokens += tokens
             self._waste -= len(tokens)
         self._note_peaks()
-        return self._tensors(work, positions)
+        return self._tensors(work)
 
     def reserve(self, work: Sequence[tuple[Hashable, int]]) -> list[Hashable]:
         """Make room for that many more tokens of some requests; returns those that got blocks for it.
@@ -231,6 +231,13 @@ class BlockManager:
             self._release(block)
 
     # -- questions --------------------------------------------------------------------------
+
+    def __contains__(self, request: Hashable) -> bool:
+        return request in self._requests
+
+    def tokens(self, request: Hashable) -> Sequence[int]:
+        """Tokens of a request that have slots; not to be kept or changed."""
+        return self._requests[request].tokens
 
     def length(self, request: Hashable) -> int:
         """Tokens of a request that have slots."""
@@ -313,21 +320,16 @@ class BlockManager:
         self.peak_waste = max(self.peak_waste, self.waste())
         self.peak_used_blocks = max(self.peak_used_blocks, self.used_blocks)
 
-    def _tensors(self, work: Sequence[tuple[Hashable, Sequence[int]]], positions: list[int]) -> StepInputs:
+    def _tensors(self, work: Sequence[tuple[Hashable, Sequence[int]]]) -> StepInputs:
+        """Of tokens that the requests have by now."""
         states = [self._requests[request] for request, _ in work]
-        slots = [slot for request, new in work for slot in self.slots(request, self.length(request) - len(new))]
-        tables = torch.zeros((len(work), max(len(state.blocks) for state in states)), dtype=torch.int32)
+        counts = np.array([len(tokens) for _, tokens in work], np.int64)
+        starts = np.array([len(state.tokens) for state in states], np.int64) - counts
+        tables = np.zeros((len(work), max(len(state.blocks) for state in states)), np.int32)
         for row, state in enumerate(states):
-            tables[row, : len(state.blocks)] = torch.tensor(state.blocks, dtype=torch.int32)
-        counts = torch.tensor([0, *(len(tokens) for _, tokens in work)])
-        return StepInputs(
-            input_ids=torch.tensor([token for _, tokens in work for token in tokens]),
-            position_ids=torch.tensor(positions),
-            slot_mapping=torch.tensor(slots),
-            block_tables=tables,
-            context_lens=torch.tensor([len(state.tokens) for state in states], dtype=torch.int32),
-            cu_seqlens=counts.cumsum(0).to(torch.int32),
-        )
+            tables[row, : len(state.blocks)] = state.blocks
+        ids = np.array([token for _, tokens in work for token in tokens], np.int64)
+        return StepInputs(*map(torch.from_numpy, (ids, *lay_out(starts, counts, tables, self.block_size)[1:])))
 
 
 def least_shared(block_size: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -11,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optc.compiler.execution.paged_call import lay_out
 from optc.compiler.ir.contract import OutputRole
-from optc.compiler.kernels.cuda.dispatch import kernels_only
 from optc.runtime.serving.plan import Chosen, Plan
 from optc.runtime.serving.rows import Ints, Rows
 from optc.runtime.serving.sampler import SamplerOf, choose
@@ -83,7 +82,6 @@ class HostRunner:
         """See `ModelRunner`."""
         return self._chosen.pop(0)
 
-    @torch.inference_mode()
     def _compute(self, plan: Plan) -> tuple[Tensor, dict[OutputRole, Tensor]]:
         """Logits [T, V] of the tokens of `plan.decodes`, the drafted ones too, and of the last ones of last pieces; and the
         other outputs, see `Chosen`."""
@@ -91,8 +89,7 @@ class HostRunner:
         inputs, wanted = step_inputs(plan, self._rows)
         tensors = [torch.from_numpy(item) for item in (*inputs, wanted)]
         begin = time.perf_counter()
-        with kernels_only() if model.on_device else contextlib.nullcontext():
-            found = model.call(tensors[:-1], tensors[-1])
+        found = model.call(tensors[:-1], tensors[-1])
         self.model_s += time.perf_counter() - begin
         return found
 
@@ -118,7 +115,7 @@ def step_inputs(plan: Plan, rows: Rows, *, apart: bool = False) -> tuple[list[np
     Args:
         apart: each drafted token is a request of its own, and none of several tokens with the one that it follows.
     """
-    size, pieces, fed = rows.block_size, plan.pieces, 1 + plan.drafted
+    pieces, fed = plan.pieces, 1 + plan.drafted
     decodes, positions = plan.decodes, plan.positions
     if apart:
         behind = np.arange(fed.sum()) - np.repeat(fed.cumsum() - fed, fed)
@@ -127,15 +124,10 @@ def step_inputs(plan: Plan, rows: Rows, *, apart: bool = False) -> tuple[list[np
     starts = np.concatenate([positions, np.array([piece.start for piece in pieces], np.int64)])
     counts = np.concatenate([fed, np.array([piece.size for piece in pieces], np.int64)])
     places = np.concatenate([decodes, np.array([piece.row for piece in pieces], np.int64)])
-    bounds = np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
-    owner = np.repeat(np.arange(len(places)), counts)
-    position = starts[owner] + np.arange(bounds[-1]) - bounds[owner]
-    ids = rows.history[places[owner], position].astype(np.int64)
-    lengths = starts + counts
-    tables = rows.tables[places, : -(-int(lengths.max()) // size)]
-    slots = tables[owner, position // size].astype(np.int64) * size + position % size
-    wanted = owner < len(decodes)
+    width = -(-int((starts + counts).max()) // rows.block_size)
+    layout = lay_out(starts, counts, rows.tables[places, :width], rows.block_size)
+    ids = rows.history[places[layout.owner], layout.positions].astype(np.int64)
+    wanted = layout.owner < len(decodes)
     last = np.array([piece.last for piece in pieces], np.bool_)
-    wanted[bounds[1 + len(decodes) :][last] - 1] = True
-    inputs = [ids, position, slots, tables, lengths.astype(np.int32), bounds.astype(np.int32)]
-    return inputs, np.flatnonzero(wanted)
+    wanted[layout.bounds[1 + len(decodes) :][last] - 1] = True
+    return [ids, *layout[1:]], np.flatnonzero(wanted)

@@ -46,7 +46,7 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
         ResourceError: it does not fit the GPU's memory.
     """
     device = check_gpu(str(folder))
-    program = Program.load(folder)
+    program = Program.load((folder / str(manifest.engine_info["graph"])).parent)
     refused = without_kernel(program, "cuda")
     if refused:
         raise TargetError(
@@ -155,15 +155,14 @@ class CudaSession(PagedSession, StreamingSession):
             self.__dict__.pop(name, None)
         super().close()
 
-    def _compute(self, inputs: StepInputs, *, every: bool) -> Logits:
+    def _compute(self, inputs: StepInputs, *, every: bool = False) -> Logits:
         size = call_size(len(inputs.input_ids), len(inputs.context_lens))
         if size[0] <= self.memory.prompt_tokens and not every:
             return to_logits(self._prompt(size)(inputs))
-        with kernels_only():
-            return super()._compute(inputs, every=every)
+        return super()._compute(inputs, every=every)
 
     def _decode(self, tokens: Sequence[int]) -> Logits:
-        if any(row in self._waiting for row in range(len(tokens))):
+        if any(row not in self._manager for row in range(len(tokens))):
             return super()._decode(tokens)
         self._manager.reserve([(row, 1) for row in range(len(tokens))])
         step = self._step(len(tokens), max(self.lengths) + 1)
@@ -179,7 +178,7 @@ class CudaSession(PagedSession, StreamingSession):
         if kind == "greedy":
             return most_likely(logits)
         choice = RowDraws(len(draws), self._device, self.vocab_size if kind == "penalized" else None)
-        choice.load(draws, self._rows)
+        choice.load(draws, self._texts())
         positions = torch.tensor([length - 1 for length in self.lengths], device=self._device)
         with kernels_only():
             chosen: list[int] = choice.choose(torch.from_numpy(logits).to(self._device), positions).tolist()
@@ -266,9 +265,13 @@ class CudaSession(PagedSession, StreamingSession):
             for row, token in enumerate(tokens)
         ]
 
-    def _held(self, tokens: Sequence[int | None]) -> list[list[int]]:
+    def _held(self, tokens: Sequence[int | None]) -> list[Sequence[int]]:
         """The tokens of every row, with the one that is about to be fed."""
-        return [row if token is None else [*row, token] for row, token in zip(self._rows, tokens, strict=True)]
+        return [row if token is None else [*row, token] for row, token in zip(self._texts(), tokens, strict=True)]
+
+    def _texts(self) -> list[Sequence[int]]:
+        """The tokens of every row."""
+        return [self._manager.tokens(row) for row in range(len(self.lengths))]
 
     def _reserve_ahead(self, step: DecodeStep, running: Collection[int], started: int, left: int) -> None:
         """Room for a step beyond `started` ones whose tokens are not known yet, and for the slot that it leaves."""
@@ -289,8 +292,7 @@ class CudaSession(PagedSession, StreamingSession):
             if token is not None:
                 self._manager.append(row, [token])
                 self._manager.commit(row)
-                self._rows[row].append(token)
-                self.lengths[row] = len(self._rows[row])
+                self.lengths[row] = self._manager.length(row)
 
 
 def _running(tokens: Sequence[int | None]) -> list[int]:

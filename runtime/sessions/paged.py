@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,18 +13,17 @@ import torch
 
 from optc.compiler.execution.block_manager import BlockManager, StepInputs
 from optc.compiler.ir.contract import Contract, Input, OutputRole
+from optc.compiler.kernels.cuda.dispatch import kernels_only
 from optc.compiler.settings.fields import check_range
 from optc.runtime.bounds import Count
 from optc.runtime.sessions.cuda_graphs import Recorder
+from optc.runtime.sessions.feeding import feed, feed_once
 from optc.runtime.sessions.session import UNKNOWN_CONTEXT, Logits, Rows, Session
 from optc.runtime.sessions.torch_linear import CPU, Run, cache_inputs, to_logits, torch_zeros
 
 _DEFAULT_CONTEXTS = 8
 _DEFAULT_POOL_BYTES = 4 << 30
 PREFILL_CHUNK = 4096
-
-Piece = tuple[int, list[int]]
-"""A row and tokens that it is about to get."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class PagedModel:
     def call(
         self, inputs: Sequence[torch.Tensor], wanted: torch.Tensor
     ) -> tuple[torch.Tensor, dict[OutputRole, torch.Tensor]]:
-        """Run a call that was laid out: for engines, sessions and draft models alike.
+        """Run a call that was laid out (`paged_call.lay_out`): for engines, sessions and models that draft alike.
 
         Args:
             inputs: in the order of `StepInputs`, of N tokens. wanted: int64 [W], some of their places, ascending.
@@ -87,10 +88,11 @@ class PagedModel:
             these tokens or of all, as the program has them; else of all tokens.
         """
         given = (*inputs, wanted) if self.selects else inputs
-        outputs = self.run(*(item.to(self.device) for item in given), *self.pools)
-        logits, *others = outputs if isinstance(outputs, tuple | list) else (outputs,)
-        if not self.selects and len(wanted) < len(logits):
-            logits = logits.index_select(0, wanted.to(logits.device))
+        with torch.inference_mode(), kernels_only() if self.on_device else contextlib.nullcontext():
+            outputs = self.run(*(item.to(self.device) for item in given), *self.pools)
+            logits, *others = outputs if isinstance(outputs, tuple | list) else (outputs,)
+            if not self.selects and len(wanted) < len(logits):
+                logits = logits.index_select(0, wanted.to(logits.device))
         return logits, dict(zip(self.gives, others, strict=True))
 
 
@@ -131,8 +133,6 @@ class PagedSession(Session):
         self._selects = contract.input_index("logits_indices") is not None
         self._others = contract.outputs[1:]
         self._manager = BlockManager(count, size)
-        self._rows: list[list[int]] = []
-        self._waiting: set[int] = set()  # rows that the manager does not know yet
         self._reused = 0
 
     @property
@@ -174,87 +174,68 @@ class PagedSession(Session):
     # -- Session ----------------------------------------------------------------------------
 
     def _start(self, batch: int) -> None:
-        for row in set(range(len(self._rows))) - self._waiting:
-            self._manager.free(row)
-        self._rows = [[] for _ in range(batch)]
-        self._waiting = set(range(batch))
+        for row in range(len(self.lengths)):
+            if row in self._manager:
+                self._manager.free(row)
 
     def _advance(self, rows: Rows) -> Logits:
         out = np.empty((len(rows), self.vocab_size), np.float32)
-        group: list[Piece] = []
-        for row, tokens in enumerate(rows):
-            if self._waits_for(group, row, tokens):
-                self._flush(group, out)
-            rest = self._begin(row, list(tokens))
-            while sum(len(part) for _, part in group) + len(rest) > self.prefill_chunk:
-                room = self.prefill_chunk - sum(len(part) for _, part in group)
-                group += [(row, rest[:room])] if room else []
-                rest = rest[room:]
-                self._flush(group, out)
-            group += [(row, rest)] if rest else []
-        self._flush(group, out)
+        left = list(range(len(rows)))
+        while left:
+            work = self._begin(rows, left)
+            with self._noting_lengths():
+                out[list(work)] = feed(self._manager, list(work.items()), self.prefill_chunk, self._compute)
+            left = [row for row in left if row not in work]
         return out
 
     def _score(self, tokens: Sequence[int]) -> Logits:
-        # Every token's logits are wanted, so nothing is taken from the pool's prefixes.
-        if 0 in self._waiting:
+        if 0 not in self._manager:  # every token's logits are wanted, so nothing is taken from the pool's prefixes
             self._manager.start(0)
-            self._waiting.discard(0)
-        return self._call([(0, list(tokens))], every=True)
+        with self._noting_lengths():
+            return feed_once(self._manager, [(0, tokens)], functools.partial(self._compute, every=True))
 
     def _rewind(self, lengths: Sequence[int]) -> None:
         for row, length in enumerate(lengths):
-            if length == len(self._rows[row]):
+            if length == self.lengths[row]:
                 continue
+            again = list(self._manager.tokens(row)[:length])
             kept = self._manager.rewind(row, length)
-            again = self._rows[row][kept:length]
-            del self._rows[row][kept:]
-            if again:  # the block with them belongs to another row as well
-                self._call([(row, again)])
+            if kept < length:  # the block with the others belongs to another row as well
+                feed_once(self._manager, [(row, again[kept:])], self._compute)
 
-    # -- calls ------------------------------------------------------------------------------
+    def _begin(self, rows: Rows, left: Sequence[int]) -> dict[int, Sequence[int]]:
+        """Of these rows those that are fed next, with the tokens that must be computed.
 
-    def _begin(self, row: int, tokens: list[int]) -> list[int]:
-        """The tokens that must be computed; a new request may find its beginning in the pool."""
-        if row not in self._waiting:
-            return tokens
-        self._waiting.discard(row)
-        found = self._manager.start(row, tokens)
-        self._rows[row] = tokens[:found]
-        self._reused += found
-        return tokens[found:]
+        New ones may find their beginning in the pool; one that begins as another of these, which does not find it, waits
+        until it is there.
+        """
+        size, manager = self._manager.block_size, self._manager
+        computing: set[tuple[int, ...]] = set()
+        found: dict[int, Sequence[int]] = {}
+        for row in left:
+            tokens, first = rows[row], tuple(rows[row][:size])
+            if row in manager:
+                found[row] = tokens
+            elif len(tokens) <= size or first not in computing:
+                held = manager.start(row, tokens)
+                self._reused += held
+                found[row] = tokens[held:]
+                computing |= set() if held else {first}
+        return found
 
-    def _waits_for(self, group: list[Piece], row: int, tokens: Sequence[int]) -> bool:
-        """Whether a new row begins with a block that the group is about to compute."""
-        size = self._manager.block_size
-        first = list(tokens[:size])
-        return (
-            row in self._waiting
-            and len(tokens) > size
-            and any(not self._rows[other] and part[:size] == first for other, part in group)
-        )
+    @contextlib.contextmanager
+    def _noting_lengths(self) -> Iterator[None]:
+        """Keep `lengths` true, also where the pool ran out of blocks between two calls."""
+        try:
+            yield
+        finally:
+            known = self._manager
+            self.lengths = [known.length(row) if row in known else 0 for row in range(len(self.lengths))]
 
-    def _flush(self, group: list[Piece], out: Logits) -> None:
-        if not group:
-            return
-        out[[row for row, _ in group]] = self._call(group)
-        group.clear()
-
-    def _call(self, work: list[Piece], *, every: bool = False) -> Logits:
-        """Logits of the last token of each piece, or of every token."""
-        logits = self._compute(self._manager.step(work), every=every)
-        for row, tokens in work:
-            self._manager.commit(row)
-            self._rows[row] += tokens
-            self.lengths[row] = len(self._rows[row])
-        return logits
-
-    def _compute(self, inputs: StepInputs, *, every: bool) -> Logits:
-        """Run the graph; logits as `_call` has them."""
+    def _compute(self, inputs: StepInputs, *, every: bool = False) -> Logits:
+        """Run the graph; logits of the last token of each row of a call, or of every token."""
         wanted = torch.arange(len(inputs.input_ids)) if every else inputs.cu_seqlens[1:].long() - 1
-        with torch.inference_mode():
-            logits, _ = self.model.call(inputs, wanted)
-        return to_logits(logits)
+        return to_logits(self.model.call(inputs, wanted)[0])
 
 
 def _shape(spec: Input, num_blocks: int) -> list[int]:

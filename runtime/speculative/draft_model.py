@@ -9,27 +9,16 @@ next ask, and its slots are written again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from optc.compiler.execution.block_manager import BlockManager
+from optc.compiler.execution.block_manager import BlockManager, StepInputs
+from optc.runtime.sessions.feeding import feed
 from optc.runtime.sessions.paged import PagedModel
 from optc.runtime.speculative.draft_choice import next_of_drafts
 from optc.runtime.speculative.draft_room import fitting
 from optc.runtime.speculative.drafter import Ask, Tokens, Verified
-
-
-@dataclass(slots=True)
-class _Request:
-    """Attributes:
-    held: tokens whose keys and values are in the cache.
-    known: of them, those that were the request's own; the others were drafted.
-    """
-
-    held: list[int] = field(default_factory=list)
-    known: int = 0
 
 
 class DraftModel:
@@ -42,17 +31,19 @@ class DraftModel:
     def __init__(self, model: PagedModel, vocabulary: int, on_close: Callable[[], None] = lambda: None) -> None:
         self._model, self._vocabulary, self._on_close = model, vocabulary, on_close
         self._manager = BlockManager(model.num_blocks, model.block_size)
-        self._requests: dict[str, _Request] = {}  # those that asked last come last
+        self._known: dict[
+            str, int
+        ] = {}  # of its tokens in the cache, those that are no guesses; who asked last comes last
 
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
         """See `Drafter`. Requests that the cache or the context has no room for get nothing."""
         drafts: dict[str, list[int]] = {ask.id: [] for ask in asks}
         short = [ask for ask in asks if len(ask.tokens) + ask.most <= self._model.context_length]
-        chosen_asks = fitting(short, self._manager, self._requests, self.forget)
+        chosen_asks = fitting(short, self._manager, self._known, self.forget)
         asking = {ask.id: ask for ask in chosen_asks}
         work = {ask.id: self._rest(ask) for ask in chosen_asks}
         for place in range(max((ask.most for ask in chosen_asks), default=0)):
-            logits = self._feed(work)
+            logits = torch.stack(feed(self._manager, list(work.items()), self._model.chunk, self._compute))
             chosen = next_of_drafts(logits[:, : self._vocabulary], [asking[name] for name in work], place)
             for name, token in zip(work, chosen, strict=True):
                 drafts[name].append(token)
@@ -64,61 +55,33 @@ class DraftModel:
 
     def forget(self, identity: str) -> None:
         """See `Drafter`."""
-        if self._requests.pop(identity, None) is not None:
+        if self._known.pop(identity, None) is not None:
             self._manager.free(identity)
 
     def close(self) -> None:
         """See `Drafter`."""
-        self._requests.clear()
+        self._known.clear()
         self._on_close()
 
     def _rest(self, ask: Ask) -> list[int]:
         """The tokens of a request that the cache does not hold, one at least; what else it holds is forgotten."""
-        known = len(ask.tokens)
-        request = self._requests.pop(ask.id, None)
-        if request is None:
-            request = _Request()
-            tokens: list[int] = ask.tokens.tolist()
-            request.held = tokens[: self._manager.start(ask.id, tokens)]
+        known = self._known.pop(ask.id, None)
+        self._known[ask.id] = len(ask.tokens)
+        if known is None:
+            held = self._manager.start(ask.id, ask.tokens.tolist())
         else:
-            kept = min(_agreeing(request, ask.tokens), known - 1)
-            del request.held[self._manager.rewind(ask.id, kept) :]
-        request.known = known
-        self._requests[ask.id] = request
-        rest: list[int] = ask.tokens[len(request.held) :].tolist()
+            kept = min(_agreeing(self._manager.tokens(ask.id), known, ask.tokens), len(ask.tokens) - 1)
+            held = self._manager.rewind(ask.id, kept)
+        rest: list[int] = ask.tokens[held:].tolist()
         return rest
 
-    def _feed(self, work: dict[str, list[int]]) -> Tensor:
-        """Logits [R, V] behind these tokens of each request."""
-        found: dict[str, Tensor] = {}
-        group: list[tuple[str, list[int]]] = []
-        room = self._model.chunk
-        for name, tokens in work.items():
-            rest = tokens
-            while len(rest) > room:
-                group += [(name, rest[:room])] if room else []
-                rest, room = rest[room:], self._model.chunk
-                found |= self._call(group)
-                group = []
-            group.append((name, rest))
-            room -= len(rest)
-        found |= self._call(group)
-        return torch.stack([found[name] for name in work])
-
-    @torch.inference_mode()
-    def _call(self, work: list[tuple[str, list[int]]]) -> dict[str, Tensor]:
-        model = self._model
-        inputs = self._manager.step(work)
-        logits, _ = model.call(inputs, inputs.cu_seqlens[1:].long() - 1)
-        for name, tokens in work:
-            self._manager.commit(name)
-            self._requests[name].held += tokens
-        return {name: row for (name, _), row in zip(work, logits, strict=True)}
+    def _compute(self, inputs: StepInputs) -> Tensor:
+        return self._model.call(inputs, inputs.cu_seqlens[1:].long() - 1)[0]
 
 
-def _agreeing(request: _Request, tokens: Tokens) -> int:
-    """How many held tokens are those of the request; all that were its own still are."""
-    drafted = request.held[request.known :]
-    now = tokens[request.known : len(request.held)].tolist()
+def _agreeing(held: Sequence[int], known: int, tokens: Tokens) -> int:
+    """How many held tokens are those of the request; the first `known` of them still are."""
+    drafted = held[known:]
+    now = tokens[known : len(held)].tolist()
     same = next((place for place, (old, new) in enumerate(zip(drafted, now, strict=False)) if old != new), len(now))
-    return min(len(request.held), request.known) + same
+    return min(len(held), known) + same

@@ -284,14 +284,15 @@ def test_an_old_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_call_without_a_kernel_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "check_gpu", lambda where: torch.device("cpu"))
+    manifest = make_manifest(engine_info={"graph": "graph.json"})
     program = apply(PageKVCache(), stirred("llama")).program  # rotations were not taken in
     apply(FuseRotary(), stirred("llama")).program.save(tmp_path / "rotary")
     with pytest.raises(TargetError, match="have no kernel in this version of optc") as caught:
-        cuda.open_artifact(tmp_path / "rotary", make_manifest(), SessionOptions())
+        cuda.open_artifact(tmp_path / "rotary", manifest, SessionOptions())
     assert "rotary_default: optc.rotary.default: there is none" in str(caught.value.where)
     program.save(tmp_path / "paged")
     monkeypatch.setattr(cuda, "plan_for", lambda program, device, num_blocks: MemoryPlan(0, 0, 0, 4))
-    with cuda.open_artifact(tmp_path / "paged", make_manifest(), SessionOptions()) as opened:
+    with cuda.open_artifact(tmp_path / "paged", manifest, SessionOptions()) as opened:
         assert opened.prefill([[3, 4]]).shape == (1, 128)
 
 
