@@ -4,6 +4,7 @@
     python benchmarks/speculative.py --small    # the example model, few prompts: whether it works
     python benchmarks/speculative.py --eagle3 out/eagle3-26m    # with a draft model that was trained for it
     python benchmarks/speculative.py --medusa out/medusa-26m    # with heads that were trained for it
+    python benchmarks/speculative.py --eagle3 examples/fiction-26m-eagle3 --methods eagle3 --equality    # the first part alone
 
 fiction-26m in float32, an `inductor-cpu` artifact with a paged cache; fiction-3m drafts for it where a model does; heads
 draft in an artifact of their own, whose plain steps compute them too.
@@ -100,8 +101,51 @@ def exposed(heads: Path | None) -> dict[str, Any]:
     return {} if heads is None else {"expose_hidden": list(read_eagle3_config(heads).boundaries)}
 
 
-def main() -> None:
-    """Compile, compare, measure and record."""
+def artifacts(given: argparse.Namespace, place: Path, models: Path, name: str) -> dict[Method, Path]:
+    """Compile what the methods need, where it is not there already: the artifact of the model, by method."""
+    found: dict[Method, Path] = {method: place / name for method in given.methods if method != "medusa"}
+    more = exposed(given.eagle3)
+    for model, options in ((name, more), ("fiction-3m", more if name == "fiction-3m" else {})):
+        if found and (model == name or "draft" in found) and not (place / model).exists():
+            compiled(models / model, place / model, options)
+    if "eagle3" in found and not (place / "eagle3").exists():
+        compiled(given.eagle3, place / "eagle3", {"base": models / name})
+    if "medusa" in given.methods:
+        found["medusa"] = place / f"{name}-medusa"
+        if not found["medusa"].exists():
+            compiled(models / name, found["medusa"], {"medusa": given.medusa})
+    return found
+
+
+def speculations(folders: dict[Method, Path], place: Path) -> dict[Method, Speculation]:
+    """How each method drafts: as many tokens as it does by default, always."""
+    drafts = {"draft": place / "fiction-3m", "eagle3": place / "eagle3"}
+    found: dict[Method, Speculation] = {}
+    for method in folders:
+        speculation = speculation_of(method, drafts.get(method), None, adaptive=False)
+        assert speculation is not None
+        found[method] = speculation
+    return found
+
+
+def speedups(
+    folders: dict[Method, Path], methods: dict[Method, Speculation], batches: list[list[int]], count: int, threads: int
+) -> dict[str, Any]:
+    """Plain decoding and decoding with drafts in turns, one request at a time."""
+    sessions = {folder: session(folder, threads) for folder in set(folders.values())}
+    result: dict[str, Any] = {}
+    for method, speculation in methods.items():
+        own = sessions[folders[method]]
+        drafter = drafter_for(own, speculation, folders[method], running=1, threads=threads)
+        figures = measure_speculation(own, drafter, speculation, [[prompt] for prompt in batches], new_tokens=count)
+        drafter.close()
+        result[method] = figures.to_dict()
+        print(method, figures.speedup, figures.figures.acceptance_length, flush=True)
+    return result
+
+
+def arguments() -> argparse.Namespace:
+    """The command line, with what it leaves open."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--samples", type=int, default=12)
@@ -109,61 +153,50 @@ def main() -> None:
     parser.add_argument("--medusa", type=Path, default=None, help="folder of heads for the model")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--eagle3", type=Path, default=None, help="folder of a draft model for the method eagle3")
+    parser.add_argument("--methods", nargs="+", choices=typing.get_args(Method), default=None, help="default: all")
+    parser.add_argument("--prompts", type=int, default=None, help="of the first part; default 100, with --small 6")
+    parser.add_argument("--new-tokens", type=int, default=None, help="of each of them; default 128, with --small 24")
+    parser.add_argument("--equality", action="store_true", help="the first part alone; nothing is recorded")
     given = parser.parse_args()
-    name, prompts, count, samples = (
-        ("fiction-26m", 100, 128, given.samples) if not given.small else ("fiction-3m", 6, 24, 2)
+    folders = {"medusa": given.medusa, "eagle3": given.eagle3}
+    lacking = {method for method, folder in folders.items() if folder is None}
+    given.methods = given.methods or [method for method in typing.get_args(Method) if method not in lacking]
+    for method in lacking & set(given.methods):
+        parser.error(f"--methods {method} needs --{method} FOLDER")
+    given.prompts, given.new_tokens = (
+        given.prompts or (6 if given.small else 100),
+        given.new_tokens or (24 if given.small else 128),
     )
+    return given
+
+
+def main() -> None:
+    """Compile, compare, measure and record."""
+    given = arguments()
+    name, samples = ("fiction-26m", given.samples) if not given.small else ("fiction-3m", 2)
     with tempfile.TemporaryDirectory() as temporary:
         place = given.keep or Path(temporary)
         models = SHARED / "models" if not given.small else ROOT / "examples"
-        for model in {name, "fiction-3m"}:
-            if not (place / model).exists():
-                compiled(models / model, place / model, exposed(given.eagle3) if model == name else {})
-        if given.eagle3 is not None and not (place / "eagle3").exists():
-            compiled(given.eagle3, place / "eagle3", {"base": models / name})
+        folders = artifacts(given, place, models, name)
+        methods = speculations(folders, place)
         text = SHARED / "text" / "validation.txt" if not given.small else ROOT / "examples" / "book.txt"
-        tokenizer = load_tokenizer(place / name)
+        tokenizer = load_tokenizer(models / name)
         assert tokenizer is not None
         tokens = tokenizer.encode(text.read_text(encoding="utf-8")[:2_000_000])
-        methods: dict[Method, Speculation] = {}
-        drafts = {"draft": place / "fiction-3m", "eagle3": place / "eagle3"}
-        for method in typing.get_args(Method):
-            if method == "medusa" or (method == "eagle3" and given.eagle3 is None):
-                continue
-            found = speculation_of(method, drafts.get(method), None, adaptive=False)
-            assert found is not None
-            methods[method] = found
-        rng = np.random.default_rng(0)
-        ragged = [row[: int(rng.integers(*LENGTHS))] for row in cut_prompts(tokens, prompts, LENGTHS[1])]
-        result: dict[str, Any] = {
-            "model": name,
-            "equality": equality(place / name, methods, ragged, count, given.threads),
-        }
-        folders = dict.fromkeys(methods, place / name)
-        if given.medusa is not None:
-            folders["medusa"] = place / f"{name}-medusa"
-            heads = speculation_of("medusa", None, None, adaptive=False)
-            assert heads is not None
-            if not folders["medusa"].exists():
-                compiled(models / name, folders["medusa"], {"medusa": given.medusa})
-            result["equality"] |= equality(folders["medusa"], {"medusa": heads}, ragged, count, given.threads)
-            methods["medusa"] = heads
-        sessions = {folder: session(folder, given.threads) for folder in set(folders.values())}
-        for label, batches in (
-            ("unseen books", cut_prompts(tokens, samples + 1, 128)),
-            ("repeating", repeating(tokens, samples + 1, 128)),
-        ):
-            result[label] = {}
-            for method, speculation in methods.items():
-                own = sessions[folders[method]]
-                drafter = drafter_for(own, speculation, folders[method], running=1, threads=given.threads)
-                figures = measure_speculation(
-                    own, drafter, speculation, [[prompt] for prompt in batches], new_tokens=min(count, 96)
-                )
-                drafter.close()
-                result[label][method] = figures.to_dict()
-                print(label, method, figures.speedup, figures.figures.acceptance_length, flush=True)
-    if given.small:
+        rng, count = np.random.default_rng(0), given.new_tokens
+        ragged = [row[: int(rng.integers(*LENGTHS))] for row in cut_prompts(tokens, given.prompts, LENGTHS[1])]
+        result: dict[str, Any] = {"model": name, "equality": {}}
+        for folder in dict.fromkeys(folders.values()):
+            own = {method: item for method, item in methods.items() if folders[method] == folder}
+            result["equality"] |= equality(folder, own, ragged, count, given.threads)
+        if not given.equality:
+            for label, batches in (
+                ("unseen books", cut_prompts(tokens, samples + 1, 128)),
+                ("repeating", repeating(tokens, samples + 1, 128)),
+            ):
+                print(label, flush=True)
+                result[label] = speedups(folders, methods, batches, min(count, 96), given.threads)
+    if given.small or given.equality:
         print(result)
     else:
         record("speculative", result, given.threads)
