@@ -36,6 +36,8 @@ _POINTWISE = frozenset(
         "clamp_min",
         "clamp_max",
         "cat",
+        "max",
+        "maximum",
     )
 )
 """What scores may pass through and be told to be scores still, in a report of what is not understood."""
@@ -175,6 +177,8 @@ class SoftmaxReader:
                 step, apart = tensors[0], False
             elif merges_heads(node) and not terms:
                 step, joined = tensors[0], True
+            elif (raised := self._raised(node)) is not None:
+                step = raised
             elif number is not None:
                 step, scale = number
                 factor *= scale
@@ -228,6 +232,15 @@ class SoftmaxReader:
         if isinstance(argument, Node) and is_tensor(argument):
             return self._prover.number(argument, reader)
         return scalar(argument)
+
+    def _raised(self, node: Node) -> Node | None:
+        """The scores of a call that raises them to a number which masks all the same, else None."""
+        if operator_name(node) not in ("max", "maximum") or node.kwargs or len(node.args) != 2:
+            return None
+        left, right = node.args
+        scores, other = (left, right) if isinstance(left, Node) and _leads_to_scores(left) else (right, left)
+        lowest = self._number(other, node)
+        return scores if isinstance(scores, Node) and lowest is not None and lowest <= MASKED else None
 
     def _mask(self, node: Node, factor: float) -> tuple[Node, Term]:
         """The scores and the mask of a call that puts a mask on scores."""
@@ -310,9 +323,14 @@ def bypass_dropout(weights: Node) -> None:
 
 
 def _last_identity(node: Node) -> Node:
-    """The last of the nodes that pass on a node's values and have no other reader."""
-    while len(users := readers(node)) == 1 and _is_identity(users[0]):
-        node = users[0]
+    """The last of the nodes that pass on a node's values and have no other reader; heads may be parted and joined again."""
+    while len(users := readers(node)) == 1:
+        (user,) = users
+        if splits_heads(user) and len(again := readers(user)) == 1 and merges_heads(again[0]):
+            user = again[0]
+        elif not _is_identity(user):
+            break
+        node = user
     return node
 
 

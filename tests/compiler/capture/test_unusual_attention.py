@@ -66,6 +66,8 @@ _OWN = [
     # Batch and heads are one axis: of the scores alone, and of weights and values too.
     (hf.GPTNeoXJapaneseForCausalLM, hf.GPTNeoXJapaneseConfig(**_SIZE)),
     (hf.MvpForCausalLM, hf.MvpConfig(**_BART, decoder_start_token_id=1)),
+    # Masked scores are raised to the lowest number.
+    (hf.XGLMForCausalLM, hf.XGLMConfig(**_BART, num_layers=1, attention_heads=2, ffn_dim=64)),
     (
         hf.GPTNeoForCausalLM,
         hf.GPTNeoConfig(
