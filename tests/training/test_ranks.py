@@ -47,6 +47,22 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def preferences(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs of answers, of which some are held out."""
+    folder = tmp_path_factory.mktemp("preferences")
+    words = ["sea", "sky", "sun", "sand", "salt", "sail", "storm", "shore"]
+    rows = [{"prompt": f"the {one} and", "chosen": f" the {two}", "rejected": " of"} for one in words for two in words]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tree = json.loads(recipe.read_text()) | {
+        "data": {"text": [str(folder / "pairs.jsonl")]},
+        "dpo": {"enabled": True},
+        "validation": {"share": 0.2, "every": 2},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(tree))
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="module")
 def alone(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("alone") / "out"
     train(load_config(str(recipe), values={"output": str(output)}))
@@ -61,7 +77,7 @@ def flags(kind: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def outputs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def outputs(recipe: Path, preferences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every kind's output on two ranks, one after another in processes that are forked, as starting them takes longer
     than the runs. Two runs end after two steps: `torchrun -m optc train` resumes one, and the forks the other, because
     a process that was not forked compiles DeepSpeed's all-reduce in shared memory, which takes longer than all tests
@@ -71,6 +87,7 @@ def outputs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     resumed = {kind: _saving(recipe, place, kind) for kind in RESUMED}
     runs += [[*run, "--max-steps", "2"] for run in resumed.values()]
     runs += [[*run, "--resume"] for kind, run in resumed.items() if kind != "fsdp"]
+    runs += [[str(preferences), *flags(kind), "-o", str(place / f"preferences-{kind}")] for kind in ("ddp", "fsdp")]
     ranks(2, Path(__file__).with_name("ranks_driver.py"), json.dumps(runs))
     shutil.rmtree(place / "resumed-fsdp")
     torchrun(2, "-m", "optc", "train", *resumed["fsdp"], "--resume")
@@ -106,3 +123,19 @@ def test_two_ranks_resume(outputs: Path, alone: Path, kind: str) -> None:
     output = outputs / f"resumed-{kind}"
     assert json.loads((output / "train.json").read_text())["resumed_from"] == 2
     assert losses(output) == pytest.approx(losses(alone), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_preferences_and_what_is_held_out_on_two_ranks(
+    outputs: Path, preferences: Path, tmp_path: Path, kind: str
+) -> None:
+    """Losses, rewards and the measurements of the validation set are those of one process."""
+    train(load_config(str(preferences), values={"output": str(tmp_path / "out")}))
+    found, expected = (read_log(folder / "log.jsonl") for folder in (outputs / f"preferences-{kind}", tmp_path / "out"))
+    names = ("loss", "chosen_reward", "rejected_reward", "reward_accuracy", "validation_loss", "validation_accuracy")
+    assert len(found) == len(expected) == STEPS
+    for one, other in zip(found, expected, strict=True):
+        for name in names:
+            assert getattr(one, name) == pytest.approx(getattr(other, name), abs=1e-5), name
+    assert expected[1].validation_loss is not None
+    assert expected[-1].loss != expected[0].loss
