@@ -148,16 +148,16 @@ class _Deep:
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> _Deep:
-    """24 random layers: in ONNX Runtime 0.038 from the last stage, where rounding activations costs 0.185."""
+    """8 random layers of large weights: in ONNX Runtime 0.042 from the last stage, where rounding activations costs 0.129."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(
-        **(FAMILIES["llama"][2] | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 24})
+        **(FAMILIES["llama"][2] | {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8})
     )
     config._attn_implementation = "eager"
     model = hf.LlamaForCausalLM(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            parameter.mul_(6.4)
+            parameter.mul_(12.0)
     stages: list[Program] = []
     asked: list[ExportRequest] = []
 
