@@ -10,7 +10,7 @@ from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.artifact.onnx_check import check_onnx
 from optc.compiler.diagnostics import TargetError
 from optc.runtime.sessions.host_cpu import check_cpu
-from optc.runtime.sessions.session import Session, SessionOptions, default_threads
+from optc.runtime.sessions.session import Session, SessionOptions, default_threads, other_graph
 
 
 def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> Session:
@@ -52,6 +52,9 @@ def open_caller(folder: Path, manifest: Manifest, options: SessionOptions) -> Ca
     inputs = [spec.name for spec in manifest.contract.inputs]
     outputs = [spec.name for spec in manifest.contract.outputs]
     read = {item.name for item in engine.get_inputs()}  # an input that nothing reads is none of the graph's
+    made = {item.name for item in engine.get_outputs()}
+    if other := sorted([*(read - set(inputs)), *(set(outputs) - made)]):
+        raise other_graph(path, f"{other[0]!r} is not in both")
 
     def call(*arrays: Any) -> list[Any]:
         feed = {name: array for name, array in zip(inputs, arrays, strict=True) if name in read}

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from artifacts import make_artifact
+from artifacts import make_artifact, make_manifest
 from command_line import optc
 
 from optc import searching
 from optc.cli import own_process
 from optc.compiler.artifact.folder import rewrite
-from optc.compiler.diagnostics import InputError
+from optc.compiler.diagnostics import ArtifactError, InputError
+from optc.compiler.ir.contract import Contract, Input, Output
 from optc.exporters.reports.report import write_report
 from optc.request import from_python
+from optc.runtime.sessions.session import SessionOptions
 
 TRIED = {"name": "rtn-4", "outcome": "made", "size": 10}
 SEARCHES: dict[str, bytes] = {
@@ -111,3 +113,26 @@ def _with_stage(directory: Path, manifest: Any) -> Any:
     (directory / "ir" / "00-capture.txt").write_bytes(b"<b>\xff")
     write_report(directory, manifest)
     return manifest
+
+
+@pytest.mark.parametrize(("inputs", "output"), [(["x"], "z"), (["x", "y"], "other")], ids=["input", "output"])
+def test_a_contract_of_another_graph(
+    inputs: list[str], output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A manifest that was sealed again, with an input or an output that the graph has not."""
+    helper = pytest.importorskip("onnx.helper")
+    from optc.runtime.sessions import onnx_artifact
+
+    x, y, z = (helper.make_tensor_value_info(name, 1, [2]) for name in "xyz")
+    graph = helper.make_graph([helper.make_node("Add", ["x", "y"], ["z"])], "g", [x, y], [z])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    monkeypatch.setattr(onnx_artifact, "check_cpu", lambda needs: None)
+    contract = Contract(
+        kind="module",
+        inputs=tuple(Input(name=name, role="input", dtype="float32", dims=(2,)) for name in inputs),
+        outputs=(Output(name=output, role="output"),),
+    )
+    manifest = make_manifest(engine_info={"model": "model.onnx"}, contract=contract)
+    with pytest.raises(ArtifactError, match="the manifest's contract is not the graph's"):
+        onnx_artifact.open_caller(tmp_path, manifest, SessionOptions(threads=1))
