@@ -260,8 +260,10 @@ def run_inputs(
 
 
 def _limit_memory() -> None:
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + 2 * LIMIT_BYTES, held + 2 * LIMIT_BYTES))
+    """What is written counts, not what threads of engines reserve: dozens of them take gigabytes of addresses."""
+    status = Path("/proc/self/status").read_text()
+    held = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmData:"))) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (held + 2 * LIMIT_BYTES, held + 2 * LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
 
 
