@@ -156,6 +156,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=typing.get_args(Method), default=None, help="default: all")
     parser.add_argument("--prompts", type=int, default=None, help="of the first part; default 100, with --small 6")
     parser.add_argument("--new-tokens", type=int, default=None, help="of each of them; default 128, with --small 24")
+    parser.add_argument(
+        "--text", type=Path, default=None, help="of the prompts; default: unseen books, with --small book.txt"
+    )
     parser.add_argument("--equality", action="store_true", help="the first part alone; nothing is recorded")
     given = parser.parse_args()
     folders = {"medusa": given.medusa, "eagle3": given.eagle3}
@@ -179,10 +182,10 @@ def main() -> None:
         models = SHARED / "models" if not given.small else ROOT / "examples"
         folders = artifacts(given, place, models, name)
         methods = speculations(folders, place)
-        text = SHARED / "text" / "validation.txt" if not given.small else ROOT / "examples" / "book.txt"
+        unseen = SHARED / "text" / "validation.txt" if not given.small else ROOT / "examples" / "book.txt"
         tokenizer = load_tokenizer(models / name)
         assert tokenizer is not None
-        tokens = tokenizer.encode(text.read_text(encoding="utf-8")[:2_000_000])
+        tokens = tokenizer.encode((given.text or unseen).read_text(encoding="utf-8")[:2_000_000])
         rng, count = np.random.default_rng(0), given.new_tokens
         ragged = [row[: int(rng.integers(*LENGTHS))] for row in cut_prompts(tokens, given.prompts, LENGTHS[1])]
         result: dict[str, Any] = {"model": name, "equality": {}}
