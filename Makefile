@@ -37,7 +37,7 @@ lint: $(VENV)/.ready-test
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.ready-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test: lint unit
 

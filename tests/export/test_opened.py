@@ -24,7 +24,7 @@ from stages import tiny_decoder
 from torch import nn
 
 import optc
-from optc import api, opening
+from optc import api, opening, writing
 from optc.compiler.artifact.engines import Engine, find_engine
 from optc.compiler.artifact.folder import read_manifest
 from optc.compiler.artifact.manifest import Manifest
@@ -55,7 +55,7 @@ def _damaged(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]) ->
         damage(directory)
         return open_written(directory, *rest)
 
-    monkeypatch.setattr(api, "open_written", opening)
+    monkeypatch.setattr(writing, "open_written", opening)
 
 
 def _scaled(name: str) -> Callable[[Path], None]:
@@ -113,7 +113,7 @@ def test_the_users_limit_widens_that_of_the_file(tmp_path: Path, monkeypatch: py
         asked.append(ExportRequest(**fields))
         return asked[-1]
 
-    monkeypatch.setattr(api, "ExportRequest", request)
+    monkeypatch.setattr(writing, "ExportRequest", request)
     opened = _compile(make_model("llama"), tmp_path, quant="rtn", group_size=32, max_relative_error=9).manifest.opened
     assert opened is not None
     assert opening._ROUNDED_TOLERANCE == 0.03
@@ -171,8 +171,8 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> _Deep:
 
     folder = tmp_path_factory.mktemp("deep")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "open_written", opening)
-        patch.setattr(api, "ExportRequest", request)
+        patch.setattr(writing, "open_written", opening)
+        patch.setattr(writing, "ExportRequest", request)
         anything = {
             "max_kl": 99.0,
             "min_top1": 0.0,

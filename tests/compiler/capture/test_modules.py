@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optc.compiler.capture import capture_module
 from optc.compiler.capture.facts import stated_context
@@ -42,15 +42,29 @@ def test_outputs_that_are_not_computed_tensors(other: str, why: str) -> None:
 
 
 def test_axes_that_cannot_be_dynamic_are_named() -> None:
-    """torch.export's reasons and suggestions, for each axis."""
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    """torch.export's reasons and suggestions, for each axis: what follows takes even sizes alone."""
+
+    class Pairs(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :, ::2, ::2] + x[:, :, 1::2, 1::2]
+
     with pytest.raises(CaptureError, match="for all shapes") as caught:
-        capture_module(net, (torch.randn(2, 3, 16, 18),), input_names=["x"], dynamic={"x": {2: "h", 3: "w"}})
+        capture_module(Pairs(), (torch.randn(2, 3, 16, 18),), input_names=["x"], dynamic={"x": {2: "h", 3: "w"}})
     assert "Not all values of h" in str(caught.value.why)
     assert "Not all values of w" in str(caught.value.why)
     with pytest.raises(CaptureError) as caught:
         capture_module(nn.Linear(4, 4), (torch.randn(1, 4),), input_names=["x"], dynamic={"x": {0: "batch"}})
     assert "suggested: batch = 1" in str(caught.value.why)
+
+
+def test_axes_whose_conditions_hold_for_all_sizes_are_dynamic() -> None:
+    """torch.export would have them by single sizes; small and odd ones are computed as the module does."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    image = torch.randn(2, 3, 16, 18)
+    program = capture_module(net, (image,), input_names=["x"], dynamic={"x": {2: "h", 3: "w"}})
+    for height, width in ((1, 1), (2, 7), (17, 18), (31, 2)):
+        other = torch.randn(2, 3, height, width)
+        torch.testing.assert_close(program(other), net(other))
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_errors_that_are_no_numbers_are_not_recorded() -> None:
 def test_records_from_tensors(name: str) -> None:
     """Against the arithmetic of the pass itself: transposed and stacked weights too."""
     program = stirred(name)
-    result = rewritten(QuantizeRtn(bits=4, group_size=32, symmetric=False), program)
+    result = rewritten(QuantizeRtn(bits=4, group_size=32, symmetric=False, ranges="full"), program)
     rows = measured_records(program, result.program)
     assert len(rows) == result.matched == len({row.name for row in rows})
     for row in rows:
