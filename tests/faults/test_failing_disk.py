@@ -4,6 +4,8 @@ what it found once, each by itself."""
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +22,7 @@ from artifacts import make_artifact
 from conftest import ROOT
 from fuzz import disk
 from fuzz.writer import Kind, Writer
+from fuzz.writers import COMPUTED
 
 from optc.compiler import files
 from optc.compiler.artifact import trust
@@ -51,6 +54,14 @@ def test_files_are_old_or_new_and_nothing_lies_beside_them(tmp_path: Path) -> No
         assert found["wrong"] == []
         assert found["operations_struck"] == found["operations"] >= least
         assert found["struck"] == 7 * found["operations"]
+
+
+def test_what_writers_compute_once_is_still_where_it_was() -> None:
+    """Most writers are made ready by the campaign alone."""
+    names = [*COMPUTED, ("optc.api", "write_artifact"), ("optc.api", "capture_resolved")]
+    for module, name in names:
+        if "executorch" not in module or importlib.util.find_spec("executorch"):
+            assert callable(getattr(importlib.import_module(module), name)), (module, name)
 
 
 def test_the_figures_of_a_run_that_was_cut(tmp_path: Path) -> None:

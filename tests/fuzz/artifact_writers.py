@@ -20,12 +20,12 @@ def artifact_writer(seeds: Seeds, work: Path, model: Path, *target: str) -> Writ
     import optc.api as api
 
     got = list[Any]()
-    real = api._write
-    api._write = lambda *given: (got.append(given), real(*given))[1]  # type: ignore[assignment]
+    real = api.write_artifact
+    api.write_artifact = lambda *given: (got.append(given), real(*given))[1]  # type: ignore[assignment]
     try:
         run_optc("compile", model, "--target", *target, "-o", work / "first" / "output", "--force")
     finally:
-        api._write = real
+        api.write_artifact = real
     return Writer(lambda place: real(place, *got[0][1:]) and None, artifact_state, old_artifact(seeds))
 
 

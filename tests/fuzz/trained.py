@@ -8,7 +8,7 @@ import shutil
 from typing import Any
 
 from fuzz.readers import Input
-from fuzz.whole import FolderReader, mutated_file
+from fuzz.whole import FolderReader, mutated_file, stepped
 
 
 class ShardedCheckpoint(FolderReader):
@@ -17,17 +17,11 @@ class ShardedCheckpoint(FolderReader):
     cost = 60.0
 
     def prepare(self) -> None:
-        import torch
         import torch.distributed as dist
-        from torch import nn
 
         from optc.training.sharded_checkpoint import save_sharded
 
-        torch.manual_seed(0)
-        self._model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-        optimizer = torch.optim.AdamW(self._model.parameters())
-        self._model(torch.ones(2, 4)).sum().backward()
-        optimizer.step()
+        self._model, optimizer = stepped()
         made = self.place / "made"
         shutil.rmtree(made, ignore_errors=True)
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -350,23 +350,29 @@ class Groups(Reader):
         self._store.load(0)
 
 
+def stepped() -> tuple[Any, Any]:
+    """A small model and its optimizer behind one step of training."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
 class Checkpoint(FolderReader):
     """A training checkpoint of one process."""
 
     cost = 30.0
 
     def prepare(self) -> None:
-        import torch
-        from torch import nn
-
         from optc.training import checkpoint
         from optc.training.data import Position
 
-        torch.manual_seed(0)
-        self._model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-        optimizer = torch.optim.AdamW(self._model.parameters())
-        self._model(torch.ones(2, 4)).sum().backward()
-        optimizer.step()
+        self._model, optimizer = stepped()
         run = self.place / "run"
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir()

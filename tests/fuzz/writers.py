@@ -26,9 +26,13 @@ from fuzz.training_writers import checkpoint_writer, deepspeed_writer, sharded_w
 from fuzz.writer import Kind
 
 _AOTI = (("torch._inductor", "aot_compile"),)
-_PAIR = (("optc.exporters.onnx.encoder_decoder", "first_call"), ("optc.api", "open_written"))
-_AOTI_PAIR = (*_AOTI, ("optc.api", "open_written"))  # torch's threads, which opening it starts, do not live on in forks
+_PAIR = (("optc.exporters.onnx.encoder_decoder", "first_call"), ("optc.writing", "open_written"))
+# torch's threads, which opening starts, do not live on in forks
+_AOTI_PAIR = (*_AOTI, ("optc.writing", "open_written"))
 _PTE = (("optc.exporters.executorch.export", "trace"), ("optc.exporters.executorch.export", "lower"))
+
+COMPUTED = (*_PAIR, *_AOTI_PAIR, *_PTE)
+"""Functions of writers that do not touch the disk, by module and name."""
 
 WRITERS: dict[str, Kind] = {
     "train": trainer(),
