@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz.beside import ArrayFile, DatasetFolder, Drafts
-from fuzz.child import RESTART, Shared, outcome, run_inputs
+from fuzz.child import RESTART, Shared, outcome, own_threads, run_inputs
 from fuzz.readers import CHEAP, Reader, by_name
 from fuzz.seeds import Seeds
 from fuzz.sentence import SentenceFolder
@@ -65,6 +65,7 @@ class Child:
 
     def _work(self, seeds: Seeds, seconds: float, seed: int, write_end: int) -> None:
         try:
+            own_threads()
             os.setpgid(0, 0)  # what it forks ends with it
             error = os.open(self.error, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(error, 1)
@@ -240,6 +241,7 @@ def prepare(seeds: Seeds, names: list[str], tallies: dict[str, Tally]) -> list[s
         pid = os.fork()
         if pid == 0:
             try:
+                own_threads()
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, 1)
                 READERS[name](seeds, seeds.folder / "places" / f"{name}-0")

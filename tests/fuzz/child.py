@@ -115,6 +115,14 @@ class Shared:
         self._memory.close()
 
 
+def own_threads() -> None:
+    """Let torch make its pool of threads anew, first thing in a fork: it does so by itself when the pool is asked for,
+    and two threads that ask at once, as where transformers loads weights, find none."""
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
+
+
 def cpu_ns() -> int:
     """CPU time of this process and of its forks that have ended."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
