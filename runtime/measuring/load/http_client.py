@@ -13,7 +13,7 @@ from urllib.parse import SplitResult, urlsplit
 import msgspec
 from msgspec import Struct
 
-from optc.compiler.diagnostics import InputError
+from optc.compiler.diagnostics import JSON_ERRORS, InputError
 
 _LINE = 1 << 20
 
@@ -122,7 +122,7 @@ class Client:
             )
         try:
             return msgspec.json.decode(body)
-        except msgspec.DecodeError as error:
+        except JSON_ERRORS as error:
             raise InputError(
                 "the server's answer is not JSON",
                 where=self._base + path,
@@ -144,7 +144,7 @@ class Client:
                 held += piece
                 *events, held = held.split(b"\n\n")
                 _note(found, events)
-        except (OSError, EOFError, ValueError, msgspec.MsgspecError) as error:
+        except (OSError, EOFError, *JSON_ERRORS) as error:
             self.close()
             found.error = f"{type(error).__name__}: {error}"
         if not found.error and not found.first:
@@ -164,7 +164,7 @@ class Client:
             read = _decode_embeddings(answer)
             found.prompt_tokens = read.usage.prompt_tokens
             found.error = "" if len(read.data) == 1 else f"{len(read.data)} embeddings of one text"
-        except (OSError, EOFError, ValueError, msgspec.MsgspecError) as error:
+        except (OSError, EOFError, *JSON_ERRORS) as error:
             self.close()
             found.error = f"{type(error).__name__}: {error}"
         return found

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from optc.compiler.diagnostics import InputError
+from optc.compiler.diagnostics import JSON_ERRORS, InputError
 from optc.compiler.files import read_plain
 from optc.runtime.bounds import Count
 
@@ -102,7 +102,7 @@ def read_trace(path: Path) -> tuple[TraceRow, ...]:
             continue
         try:
             rows.append(msgspec.json.decode(line, type=TraceRow))
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except JSON_ERRORS as error:
             raise InputError(
                 "a line of the trace cannot be read",
                 where=f"{path}, line {number}",

@@ -73,6 +73,7 @@ def test_arrivals() -> None:
         ('{"prompt_tokens": 0, "output_tokens": 5}', "a line of the trace cannot be read"),
         ('{"prompt_tokens": 5}', "a line of the trace cannot be read"),
         ("[1]", "a line of the trace cannot be read"),
+        (f'{{"more": {"[" * 100_000}', "a line of the trace cannot be read"),
         (
             '{"prompt_tokens":1,"output_tokens":2,"at":3}\n{"prompt_tokens":1,"output_tokens":2,"at":1}',
             "the times of the trace go backwards",
