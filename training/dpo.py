@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from optc.compiler.diagnostics import UsageError
 from optc.training.config import TrainConfig
+from optc.training.conflicts import refuse_beside
 from optc.training.data import IGNORED, Batch
 from optc.training.distill import LossSums, logits_of
 from optc.training.lora import adapters_off
@@ -67,7 +67,9 @@ def check_dpo(config: TrainConfig) -> None:
     Raises:
         UsageError: names the other key.
     """
-    for wrong, other, why in (
+    if not config.dpo.enabled:
+        return
+    others = (
         (config.from_scratch, "from_scratch", "the model as it was is the reference"),
         (config.distill.teacher is not None, "distill.teacher", "the model as it was is the reference"),
         (config.eagle3.enabled, "eagle3.enabled", "a draft model has no preferences"),
@@ -75,6 +77,5 @@ def check_dpo(config: TrainConfig) -> None:
         (config.data.batching != "pack", "data.batching", "a batch is made of pairs"),
         (config.optimizer.name == "sophia", "optimizer.name=sophia", "its Hessian is estimated of the text's loss"),
         (config.parallel.kind == "deepspeed", "parallel.kind=deepspeed", "two forward passes make one loss"),
-    ):
-        if config.dpo.enabled and wrong:
-            raise UsageError(f"{other} does not go with dpo.enabled", why=why, remedy=f"leave {other} out")
+    )
+    refuse_beside("dpo.enabled", others)

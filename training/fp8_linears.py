@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from optc.compiler.analysis.name_patterns import check_patterns, fits
 from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.training.config import TrainConfig
+from optc.training.conflicts import refuse_beside
 from optc.training.linears import quantizable_linears, replace_modules
 from optc.training.settings import Fp8Config
 
@@ -106,20 +107,22 @@ def check_fp8(config: TrainConfig) -> None:
     Raises:
         UsageError: names the other key.
     """
-    for wrong, other, why in (
-        (config.precision != "bf16", f"precision={config.precision}", "outputs of the products are bf16 numbers"),
+    if not config.fp8.enabled:
+        return
+    if config.precision != "bf16":
+        raise UsageError(
+            f"precision={config.precision} does not go with fp8.enabled",
+            why="outputs of the products are bf16 numbers",
+            remedy="set precision=bf16",
+        )
+    others = (
         (config.lora.enabled, "lora.enabled", "the base is frozen, and adapters are too narrow"),
         (config.qat.enabled, "qat.enabled", "the linears round already"),
         (config.eagle3.enabled, "eagle3.enabled", "the base is frozen"),
         (config.medusa.enabled, "medusa.enabled", "the base is frozen"),
         (config.optimizer.name == "sophia", "optimizer.name=sophia", "it differentiates twice"),
-    ):
-        if config.fp8.enabled and wrong:
-            raise UsageError(
-                f"{other} does not go with fp8.enabled",
-                why=why,
-                remedy="set precision=bf16" if other.startswith("precision") else f"leave {other} out",
-            )
+    )
+    refuse_beside("fp8.enabled", others)
 
 
 def apply_fp8(model: nn.Module, config: Fp8Config, device: torch.device) -> tuple[nn.Module, tuple[str, ...]]:

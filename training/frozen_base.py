@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from optc.compiler.diagnostics import UsageError
 from optc.training.blocks import transformer_blocks
 from optc.training.config import TrainConfig
+from optc.training.conflicts import refuse_beside
 from optc.training.data import IGNORED, Batch
 from optc.training.distill import LossSums, logits_of
 
@@ -135,7 +136,7 @@ def check_frozen_base(config: TrainConfig, key: str) -> None:
     Raises:
         UsageError: names the other key.
     """
-    for wrong, other, why in (
+    others = (
         (config.from_scratch, "from_scratch", "heads are trained on a base that is trained"),
         (config.lora.enabled, "lora.enabled", "the base is frozen"),
         (config.qat.enabled, "qat.enabled", "the base is frozen"),
@@ -144,6 +145,5 @@ def check_frozen_base(config: TrainConfig, key: str) -> None:
         (config.compile.scope != "none", "compile.scope", "the base is read at several depths"),
         (config.parallel.kind != "none", "parallel.kind", "heads are trained in one process"),
         (config.optimizer.name == "sophia", "optimizer.name=sophia", "its Hessian is estimated of a model's logits"),
-    ):
-        if wrong:
-            raise UsageError(f"{other} does not go with {key}", why=why, remedy=f"leave {other} out")
+    )
+    refuse_beside(key, others)

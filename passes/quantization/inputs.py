@@ -21,7 +21,7 @@ from optc.compiler.rewriting.rounded_inputs import rounded_input
 from optc.compiler.rewriting.weights import record_weight
 from optc.passes.quantization.activations import obstacle, record_activations
 from optc.passes.quantization.arithmetic.budgets import FP8_INPUTS, INT8_FIXED_INPUTS, NVFP4_INPUTS
-from optc.passes.quantization.arithmetic.groups import Group, input_groups
+from optc.passes.quantization.arithmetic.groups import Group, input_groups, input_label
 from optc.passes.quantization.arithmetic.ranges import calibration_feed, largest_magnitudes
 from optc.passes.quantization.arithmetic.stream import Stream
 
@@ -81,7 +81,7 @@ class QuantizeInputs(Pass):
         stream, found = Stream(program, tokens), []
         with torch.no_grad():
             for number, group in enumerate(groups):
-                label = program.weight_of(group.sites[0].weight.args[0]) or group.root.name
+                label = input_label(program, group)
                 if context.progress:
                     context.progress(number, len(groups), label)
                 stream.advance(group.root)

@@ -10,12 +10,12 @@ import torch
 from optc.compiler.analysis.linears import linear_sites
 from optc.compiler.diagnostics import UsageError
 from optc.compiler.ir.program import Program
-from optc.compiler.ops.dialect.quantization import FORMATS
+from optc.compiler.ops.dialect.quantization import quantize_dynamic
 from optc.compiler.rewriting.budget import Budget
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult, apply_rules
 from optc.passes.quantization.activations import RoundInput, obstacle
 from optc.passes.quantization.arithmetic.budgets import INT8_INPUTS
-from optc.passes.quantization.arithmetic.groups import Group, input_groups, rows
+from optc.passes.quantization.arithmetic.groups import Group, input_groups, input_label, rows
 from optc.passes.quantization.arithmetic.ranges import calibration_feed, check_finite
 from optc.passes.quantization.arithmetic.stream import Stream
 
@@ -64,7 +64,7 @@ class QuantizeSmoothActivations(Pass):
         kept: dict[str, str] = {}
         with torch.no_grad():
             for number, group in enumerate(groups):
-                label = program.weight_of(group.sites[0].weight.args[0]) or group.root.name
+                label = input_label(program, group)
                 if context.progress:
                     context.progress(number, len(groups), label)
                 error = _lost(stream, group, label)
@@ -80,10 +80,9 @@ def _lost(stream: Stream, group: Group, label: str) -> float:
     """What rounding to int8 with a scale per token changes of a group's input, over its size, both root mean squares."""
     stream.advance(group.root)
     changed = size = torch.zeros((), dtype=torch.float64)
-    top = FORMATS["int8"][1]
     for x in rows(stream, group.root):
-        scale = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) / top
-        changed = changed + ((x / scale).round() * scale - x).double().square().sum().cpu()
+        codes, scale = quantize_dynamic(x, format="int8")
+        changed = changed + (codes * scale - x).double().square().sum().cpu()
         size = size + x.double().square().sum().cpu()
     check_finite(size, f"input of {label}")
     return float((changed / size.clamp_min(torch.finfo(size.dtype).tiny)).sqrt())

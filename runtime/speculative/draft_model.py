@@ -31,9 +31,8 @@ class DraftModel:
     def __init__(self, model: PagedModel, vocabulary: int, on_close: Callable[[], None] = lambda: None) -> None:
         self._model, self._vocabulary, self._on_close = model, vocabulary, on_close
         self._manager = BlockManager(model.num_blocks, model.block_size)
-        self._known: dict[
-            str, int
-        ] = {}  # of its tokens in the cache, those that are no guesses; who asked last comes last
+        # Of a request's tokens in the cache, those that are no guesses; who asked last comes last.
+        self._known: dict[str, int] = {}
 
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
         """See `Drafter`. Requests that the cache or the context has no room for get nothing."""

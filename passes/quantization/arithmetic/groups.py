@@ -107,6 +107,11 @@ def weight_label(program: Program, site: Linear) -> str:
     return name if site.index is None else f"{name}[{site.index}]"
 
 
+def input_label(program: Program, group: Group) -> str:
+    """What an input of linears that are quantized already is called: the codes of the first of them, else its node."""
+    return program.weight_of(group.sites[0].weight.args[0]) or group.root.name
+
+
 def weight_rows(program: Program, site: Linear) -> Tensor:
     """The weight of a linear as [N, K] in memory, whatever its layout, of its expert where it is stacked."""
     name = program.weight_of(site.placeholder)
