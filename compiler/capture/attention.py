@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import optc.compiler.ops.dialect.attention  # noqa: F401  (registers the op that answers)
 from optc.compiler.capture.facts import text_config
 from optc.compiler.diagnostics import CaptureError
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+import optc.compiler.ops.dialect.recurrent  # noqa: F401  (registers the ops that answer)
+
 _NORM_EPSILON = 1e-6
 """Of the norm over the keys and queries of the delta rule, in flash-linear-attention and transformers."""
 
