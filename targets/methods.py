@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from optc.compiler.diagnostics import UsageError, unknown_name
 from optc.compiler.formats.group_sizes import AUTO_SIZES, BITS
+from optc.compiler.formats.layouts import compressed_tensors, fp8_blocks
 from optc.compiler.rewriting.passes import Pass
 from optc.compiler.target.options import CompileOptions, Quantization, QuantRequest
 from optc.compiler.target.target import Step
@@ -47,6 +48,9 @@ class Method:
         fixed: bits and group size are part of the method and cannot be chosen.
         own_bits: the method chooses the bits of each linear itself.
         group_size: of a fixed method with groups of its own.
+        layouts: of quantized folders, those that hold its weights, () where none does; None: all that hold integers of
+            its bits.
+        wide_scales: its scales are float32 numbers; those of the others are float16 ones, where these can hold them.
     """
 
     summary: str
@@ -55,6 +59,8 @@ class Method:
     fixed: bool = False
     own_bits: bool = False
     group_size: int | None = None
+    layouts: tuple[str, ...] | None = None
+    wide_scales: bool = False
 
     @property
     def own_group_size(self) -> int | None:
@@ -132,7 +138,7 @@ def _mxfp4(chosen: Quantization) -> list[Pass]:
 
 
 METHODS: dict[str, Method] = {
-    "rtn": Method("round to nearest; needs no calibration", _rtn),
+    "rtn": Method("round to nearest; needs no calibration", _rtn, wide_scales=True),
     "gptq": Method("GPTQ: the error of each column is compensated in the columns after it", _gptq),
     "awq": Method("AWQ: activation-aware scales folded into earlier weights, clipped ranges", _awq),
     "awq+gptq": Method("AWQ's scales, then GPTQ's rounding", _awq_gptq),
@@ -140,7 +146,7 @@ METHODS: dict[str, Method] = {
         "the strongest found here: GPTQ that follows the unquantized model, codes refined, scales trained", _best
     ),
     "auto": Method("bits per linear by measured sensitivity, within --average-bits; then GPTQ", _auto, own_bits=True),
-    "int8": Method("8-bit weights, one scale per output channel", _rtn, bits=8, fixed=True),
+    "int8": Method("8-bit weights, one scale per output channel", _rtn, bits=8, fixed=True, wide_scales=True),
     "smoothquant": Method(
         "W8A8: SmoothQuant's scales, rotations where they pay, 8-bit weights by GPTQ and inputs",
         _smoothquant,
@@ -168,18 +174,21 @@ METHODS: dict[str, Method] = {
         bits=4,
         fixed=True,
         group_size=128,
+        layouts=(compressed_tensors.METHOD,),
     ),
     STATIC: Method(
         "convolutions and linears in integers: 8-bit weights per channel, 8-bit activations per tensor, calibrated",
         lambda chosen: [FoldBatchnorm(), QuantizeStatic(ignore=chosen.ignore)],
         bits=8,
         fixed=True,
+        layouts=(),
     ),
     "llm-int8": Method(
         "W8A8 with outlier columns in full precision",
         lambda chosen: [QuantizeLlmInt8(ignore=chosen.ignore)],
         bits=8,
         fixed=True,
+        layouts=(),
     ),
     "fp8": Method(
         "E4M3 weights per channel and inputs per token",
@@ -196,12 +205,14 @@ METHODS: dict[str, Method] = {
         bits=8,
         fixed=True,
         group_size=128,
+        layouts=(compressed_tensors.METHOD, fp8_blocks.METHOD),
     ),
     "nf4": Method(
         "4-bit NormalFloat, blocks of 64, scales in 8 bits",
         lambda chosen: [QuantizeNf4(ignore=chosen.ignore, double_quant=True)],
         bits=4,
         fixed=True,
+        layouts=(),
     ),
     "nvfp4": Method(
         "4-bit floats in blocks of 16 with E4M3 scales, weights and inputs; scales of inputs calibrated",
@@ -209,6 +220,7 @@ METHODS: dict[str, Method] = {
         bits=4,
         fixed=True,
         group_size=16,
+        layouts=(compressed_tensors.METHOD,),
     ),
     "mxfp4": Method(
         "4-bit floats in blocks of 32 with powers of two as scales, weights alone",
@@ -216,11 +228,9 @@ METHODS: dict[str, Method] = {
         bits=4,
         fixed=True,
         group_size=32,
+        layouts=(compressed_tensors.METHOD,),
     ),
 }
-
-_WIDE_SCALES = ("rtn", "int8")
-"""Methods whose scales are float32 numbers; those of the others are float16 ones, where these can hold them."""
 
 WEIGHT_ONLY = ("rtn", "gptq", "awq", "awq+gptq", "best")
 """Methods that end in plain integer weights of any supported bits and group size."""
@@ -319,5 +329,5 @@ def rounded_last(steps: Sequence[Step]) -> list[Step]:
 
 def stored_scales(options: CompileOptions) -> list[Step]:
     """A step that makes scales fit 16 bits, for methods whose own do not yet; an exporter then stores them so."""
-    wide = options.quantization is not None and options.quantization.method in _WIDE_SCALES
+    wide = options.quantization is not None and METHODS[options.quantization.method].wide_scales
     return [Step(RoundScales(strict=False), optional=True)] if wide and options.dtype == "fp32" else []

@@ -14,12 +14,6 @@ from optc.targets.methods import METHODS, quantization_steps
 
 _BITS = {name: LAYOUTS[name].integer_bits for name in CHOICES if LAYOUTS[name].integer_bits}
 """Bits of weight-only quantization that loaders run, by layout."""
-_FORMATS_WITHOUT_LAYOUT = ("nf4", "llm-int8")
-"""Methods whose weights no layout holds."""
-_ONE_METHOD = {"fp8": "fp8-block"}
-"""The method whose weights a layout holds, of layouts that hold those of one."""
-_ONE_LAYOUT = ("nvfp4", "mxfp4", "w4a8")
-"""Methods whose weights compressed-tensors alone holds."""
 _NOTE = "; ".join(f"{name}: {', '.join(map(str, bits))} bits" for name, bits in _BITS.items())
 
 
@@ -41,29 +35,31 @@ def _recipe(kind: str, options: CompileOptions) -> list[Step]:
 
 def _weights(layout: str, options: CompileOptions) -> list[Step]:
     chosen = options.quantization
+    rounds = layout != CHOICES[0] and bool(LAYOUTS[layout].integer_bits)
     if chosen is None:
         # A folder that is already quantized may change its layout; export refuses one for plain weights.
-        return [] if layout in (CHOICES[0], *_ONE_METHOD) else [Step(RoundScales(), optional=True)]
-    if layout in _ONE_METHOD:
-        if chosen.method != _ONE_METHOD[layout]:
+        return [Step(RoundScales(), optional=True)] if rounds else []
+    held = METHODS[chosen.method].layouts
+    if held is not None:
+        if layout not in held:
             raise TargetError(
-                f"the layout '{layout}' holds weights of --quant {_ONE_METHOD[layout]} alone",
-                remedy=f"use --layout {CHOICES[0]}",
+                f"the layout '{layout}' has no place for {chosen.method} weights",
+                remedy=f"use --layout {' or '.join(held)}",
             )
-        return quantization_steps(chosen)
-    bits = chosen.bits
-    if bits is not None and bits not in _BITS[layout]:
-        fit = [name for name in CHOICES if bits in _BITS.get(name, ())]
+    elif not LAYOUTS[layout].integer_bits:
+        alone = [name for name, method in METHODS.items() if layout in (method.layouts or ())]
         raise TargetError(
-            f"the layout '{layout}' does not take {bits}-bit weights",
-            remedy=f"it takes {', '.join(map(str, _BITS[layout]))} bits; --layout {' or '.join(fit)} takes {bits}",
+            f"the layout '{layout}' holds weights of --quant {' or '.join(alone)} alone",
+            remedy=f"use --layout {CHOICES[0]}",
         )
-    if chosen.method in (*_ONE_LAYOUT, *_ONE_METHOD.values()) and layout != CHOICES[0]:
+    elif chosen.bits is not None and chosen.bits not in _BITS[layout]:
+        fit = [name for name in CHOICES if chosen.bits in _BITS.get(name, ())]
         raise TargetError(
-            f"the layout '{layout}' has no place for {chosen.method} weights", remedy=f"use --layout {CHOICES[0]}"
+            f"the layout '{layout}' does not take {chosen.bits}-bit weights",
+            remedy=f"it takes {', '.join(map(str, _BITS[layout]))} bits; --layout {' or '.join(fit)} takes {chosen.bits}",
         )
     steps = quantization_steps(chosen, rotations=False)  # the loader has a graph of its own
-    return steps if layout == CHOICES[0] else [*steps, Step(RoundScales(), optional=True)]
+    return [*steps, Step(RoundScales(), optional=True)] if rounds else steps
 
 
 TARGET = Target(
@@ -79,7 +75,7 @@ TARGET = Target(
         if method.fixed
         else QuantSupport(bits=(2, 3, 4, 8), group_sizes=(0, 32, 64, 128), note=_NOTE)
         for name, method in METHODS.items()
-        if name not in _FORMATS_WITHOUT_LAYOUT
+        if method.layouts != ()
     },
     legal=EveryOperator(),
     recipe=_recipe,

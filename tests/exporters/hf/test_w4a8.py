@@ -124,3 +124,6 @@ def test_the_target_offers_it_and_the_rotations() -> None:
     assert find_target("vllm").quant["w4a8"].group_sizes == (128,)
     with pytest.raises(TargetError, match="has no place for w4a8 weights"):
         recipe("w4a8", layout="gptq")
+    assert not {"int8-static", "nf4", "llm-int8"} & find_target("vllm").quant.keys(), "no layout holds their weights"
+    assert recipe("fp8-block", layout="fp8") == recipe("fp8-block") == ["quantize-fp8", "quantize-activations"]
+    assert recipe("rtn", layout="awq") == ["quantize-rtn", "round-scales"]
