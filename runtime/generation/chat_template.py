@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
-import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -22,7 +21,7 @@ from jinja2.ext import Extension
 
 from optc.compiler.diagnostics import InputError, foreign_errors
 from optc.compiler.files import read_plain
-from optc.runtime.generation import template_sandbox
+from optc.runtime.generation.template_sandbox import BoundedEnvironment
 from optc.runtime.generation.tokenizer import read_config
 
 _LARGEST = 1 << 18
@@ -75,15 +74,15 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str], where: str) -> None:
-        environment = template_sandbox.BoundedEnvironment(
+        environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
         environment.add_filter("tojson", to_json)
         environment.globals |= {"raise_exception": _raise, "strftime_now": _now, "namespace": _Namespace}
-        with foreign_errors("the chat template does not parse", where=where, remedy=_CORRECT), template_sandbox.given():
-            # What is constant is computed while it is compiled; deep nesting ends in errors of Python's own compiler.
+        with foreign_errors("the chat template does not parse", where=where, remedy=_CORRECT):
+            # Deep nesting ends in errors of Python's own compiler.
             self._template = environment.from_string(source)
-            names = jinja2.meta.find_undeclared_variables(environment.parse(source))
+            names = environment.variables(source)
         self._tokens, self._where = dict(tokens), where
         self.takes_tools, self.source = "tools" in names, source
 
@@ -105,8 +104,7 @@ class ChatTemplate:
         """
         given = {"messages": messages, "tools": tools, "add_generation_prompt": asks}
         try:
-            with template_sandbox.given():
-                return self._template.render(**{**self._tokens, **extra, **given})
+            return self._template.render(**{**self._tokens, **extra, **given})
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise InputError(
                 "the chat template refuses the messages",

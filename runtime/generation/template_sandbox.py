@@ -17,6 +17,7 @@ from typing import Any
 
 import jinja2
 import jinja2.compiler
+import jinja2.meta
 import jinja2.nodes
 import jinja2.sandbox
 from jinja2.runtime import Context
@@ -86,8 +87,6 @@ class _Budget(threading.local):
 
 
 _budget = _Budget()
-given = _budget.given
-"""A context in which one rendering is bounded."""
 
 
 def _joined(parts: Iterable[str]) -> str:
@@ -120,6 +119,11 @@ def _format_size(form: Any, values: Any) -> float:
     return len(text) + widths + fields * (given_widths + _budget.text_size(values))
 
 
+def _repeated(size: float, arguments: Iterable[Any]) -> float:
+    """Characters where an argument may stand at every character."""
+    return (size + 1) * (_largest(arguments) + 1)
+
+
 def _size(name: str, value: Any, arguments: Sequence[Any]) -> float:
     """Characters, about, that a method of a text or a filter makes of a value.
 
@@ -136,7 +140,7 @@ def _size(name: str, value: Any, arguments: Sequence[Any]) -> float:
         return size + len(value) * _largest(arguments)
     if name in _REPEATS:
         tables = [item for table in arguments if isinstance(table, dict) for item in table.values()]
-        return (size + 1) * (_largest((*arguments, *tables)) + 1)
+        return _repeated(size, (*arguments, *tables))
     return size + _largest(arguments)
 
 
@@ -197,10 +201,19 @@ class _Generator(jinja2.compiler.CodeGenerator):
         self.write("))")
 
 
+class _Template(jinja2.Template):
+    """A template each rendering of which is bounded."""
+
+    def render(self, *values: Any, **named: Any) -> str:
+        with _budget.given():
+            return super().render(*values, **named)
+
+
 class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox with bounds, which hold inside of `given`."""
+    """The sandbox with bounds, for `from_string` and `render`."""
 
     code_generator_class = _Generator
+    template_class = _Template
     intercepted_binops = frozenset(("+", "*", "%", "**"))
     concat = staticmethod(_joined)
 
@@ -210,9 +223,29 @@ class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters["turns"] = _turns
         self.globals.pop("lipsum")  # makes texts of any length, which no model's template wants
 
-    def add_filter(self, name: str, inner: Callable[..., Any]) -> None:
-        """One more filter, counted as all are."""
-        self.filters[name] = _bounded_filter(name, inner)
+    def from_string(self, *source: Any, **options: Any) -> jinja2.Template:
+        """A template; what is constant in it is computed here, within the bounds of a rendering."""
+        with _budget.given():
+            return super().from_string(*source, **options)
+
+    def variables(self, source: str) -> set[str]:
+        """Names that a template reads and does not set; what is constant is computed here too."""
+        with _budget.given():
+            return jinja2.meta.find_undeclared_variables(self.parse(source))
+
+    def add_filter(self, name: str, inner: Callable[..., Any], *, repeats: bool = False) -> None:
+        """One more filter, counted as all are.
+
+        Args:
+            repeats: it may put an argument at every character.
+        """
+        bounded = _bounded_filter(name, inner)
+
+        def call(value: Any, *arguments: Any, **named: Any) -> Any:
+            _budget.spend(_repeated(_budget.text_size(value), (*arguments, *named.values())))
+            return bounded(value, *arguments, **named)
+
+        self.filters[name] = call if repeats else bounded
 
     @staticmethod
     def concatenated(parts: tuple[Any, ...]) -> str:

@@ -96,20 +96,21 @@ def _template_errors(names: Sequence[str]) -> Iterator[None]:
 
 
 def _sandbox_templates() -> None:
-    """Templates of task files render without access to Python's objects: the harness has a plain environment.
+    """Templates of task files render without access to Python's objects and within bounds: the harness has a plain environment.
 
     Functions that a YAML file names with `!function` run all the same; they are files beside it.
     """
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
     from lm_eval import utils
 
-    if isinstance(utils.env, ImmutableSandboxedEnvironment):
-        return
+    from optc.runtime.generation.template_sandbox import BoundedEnvironment
+
     plain = utils.env
-    utils.env = ImmutableSandboxedEnvironment(
-        loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
-    )
-    utils.env.filters.update(plain.filters)
+    if isinstance(plain, BoundedEnvironment):
+        return
+    bounded = BoundedEnvironment(undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline)
+    for name in plain.filters.keys() - bounded.filters.keys():
+        bounded.add_filter(name, plain.filters[name], repeats=True)  # regex_replace
+    utils.env = bounded
 
 
 def _is_path(item: str) -> bool:

@@ -28,6 +28,7 @@ from optc.compiler.model_folder.checkpoint import check_folder
 from optc.exporters.onnx.genai import genai_config
 from optc.exporters.trt import build_plan
 from optc.runtime.carried import check_device, pt2_runner, run_trt
+from optc.runtime.generation.template_sandbox import TooMuchError
 from optc.runtime.measuring.task_code import named_code
 from optc.runtime.measuring.tasks import _sandbox_templates
 
@@ -204,6 +205,9 @@ def test_templates_of_tasks_reach_no_objects_of_python() -> None:
     assert utils.apply_template("{{ text|regex_replace('a', 'b') }}\n", {"text": "aa"}) == "bb\n"
     with pytest.raises(SecurityError):
         utils.apply_template("{{ ''.__class__.__mro__[1].__subclasses__() }}", {})
+    for endless in ("{{ q.ljust(10 ** 10) }}", "{{ 'a' * 10 ** 10 }}", "{{ q | regex_replace('', q * 9) }}"):
+        with pytest.raises(TooMuchError):
+            utils.apply_template(endless, {"q": "x" * 9999})
 
 
 TASKS: dict[str, tuple[str, list[str]]] = {
