@@ -1,4 +1,4 @@
-"""Benchmarks are not run by the tests; what they import of optc is there."""
+"""Benchmarks are not run by the tests; what they import of optc is there, and what they read in others' output."""
 
 from __future__ import annotations
 
@@ -23,3 +23,30 @@ def test_imports_resolve(file: Path) -> None:
         found = importlib.import_module(module)
         if not hasattr(found, name):
             importlib.import_module(f"{module}.{name}")
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "clean", "findings"),
+    [
+        ("3 passed in 9s\n========= ERROR SUMMARY: 0 errors\n", 0, True, 0),
+        ("3 passed, 1 skipped in 9s\n========= RACECHECK SUMMARY: 0 hazards displayed\n", 0, True, 0),
+        (
+            "========= Invalid __global__ write of size 4 bytes\n3 passed in 9s\n========= ERROR SUMMARY: 2 errors\n",
+            0,
+            False,
+            2,
+        ),
+        ("1 failed, 3 passed in 9s\n========= ERROR SUMMARY: 0 errors\n", 1, False, 0),
+        ("3 skipped in 9s\n========= ERROR SUMMARY: 0 errors\n", 0, False, 0),
+        ("3 passed in 9s\n", 0, False, None),
+        ("========= Error: Device not supported\n3 passed in 9s\n========= ERROR SUMMARY: 0 errors\n", 255, False, 0),
+        ("", None, False, None),
+    ],
+)
+def test_a_sanitizers_row_is_clean_only_where_tests_ran_to_their_end(
+    printed: str, code: int | None, clean: bool, findings: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    found = importlib.import_module("gpu_sanitizer").outcome(printed, code)
+    assert (found["clean"], found["findings"]) == (clean, findings)
+    assert ("Invalid" in printed) == any("Invalid __global__" in line for line in found["first"])
