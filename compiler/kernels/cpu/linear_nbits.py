@@ -56,7 +56,7 @@ LINEAR_NBITS = register(
         sources=CppSources(
             package="optc.compiler.kernels.cpu",
             op="linear_nbits",
-            headers=("nbits.h",),
+            headers=("nbits.h", "nbits_lanes.h"),
             loops=(
                 # Unrolled by hand: -O3 is no faster.
                 Loop(
