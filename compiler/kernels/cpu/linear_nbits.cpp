@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "nbits.h"
+#include "nbits_matrix.h"
 
 namespace optc {
 namespace {
@@ -29,6 +30,7 @@ constexpr int64_t kPanelRows = 512;   // rows of the weight that are dequantized
 constexpr int64_t kManyRows = 24;     // of activations, from which on that pays
 constexpr int64_t kRowsAtATime = 64;  // of activations, which stay in the cache for all tiles
 constexpr int64_t kTilesAtATime = 4;
+constexpr int64_t kMatrixRows = 8;    // of activations, from which on matrix units pay
 
 const Nbits& kernels() {
 #ifdef OPTC_HAS_AVX2
@@ -42,6 +44,16 @@ const Nbits& kernels() {
   return chosen;
 #else
   return nbits_baseline;
+#endif
+}
+
+// The matrix units' product where there are such units and the product is for them, or nullptr.
+const NbitsMatrix* matrix(const Weight& weight, int64_t rows) {
+#ifdef OPTC_HAS_AVX2
+  const bool fits = rows >= kMatrixRows && &kernels() == &nbits_avx512 && nbits_matrix_amx.room(weight, rows) > 0;
+  return fits && nbits_matrix_amx.ready() ? &nbits_matrix_amx : nullptr;
+#else
+  return nullptr;
 #endif
 }
 
@@ -97,18 +109,23 @@ Weight describe(const Tensor& packed, const Tensor& scale, const std::optional<T
   return weight;
 }
 
+struct alignas(64) Line {
+  int8_t codes[64];
+};
+
 // Activations as the kernel reads them.
 struct Prepared {
   std::vector<float> values, sums, scales;
-  std::vector<int8_t> codes;
+  std::vector<Line> lines;  // of codes
   std::vector<int32_t> totals;
 
-  Prepared(const Tensor& x, const Weight& weight, bool rounded, bool whole) {
+  Prepared(const Tensor& x, const Weight& weight, bool rounded, bool whole, const NbitsMatrix* units) {
     const int64_t rows = x.size(0), width = weight.padded_columns(), segments = weight.segments;
     values.resize((rounded ? 0 : rows) * width);
     sums.resize(rows * segments);
     if (rounded) {
-      codes.resize(rows * width);
+      const int64_t room = units != nullptr ? units->room(weight, rows) : rows * width;
+      lines.resize(up(room, sizeof(Line)) / sizeof(Line));
       scales.resize(rows * segments);
       totals.resize(rows * segments);
     }
@@ -116,28 +133,33 @@ struct Prepared {
     const int64_t step = x.size(1) * static_cast<int64_t>(x.element_size());
     const auto prepare = [&](int64_t begin, int64_t end) {
       std::vector<float> scratch(rounded ? width : 0);
+      std::vector<int8_t> neighbours(units != nullptr ? width : 0);
       for (int64_t r = begin; r < end; ++r) {
         float* row = rounded ? scratch.data() : values.data() + r * width;
         kernels().widen({data + r * step, x.scalar_type()}, weight, row, sums.data() + r * segments);
         if (!rounded) continue;
-        kernels().round(row, weight, whole, codes.data() + r * width, scales.data() + r * segments,
-                        totals.data() + r * segments);
+        int8_t* place = units != nullptr ? neighbours.data() : codes() + r * width;
+        kernels().round(row, weight, whole, place, scales.data() + r * segments, totals.data() + r * segments);
+        if (units != nullptr) units->place(weight, r, place, codes());
       }
     };
     if (rows < 8) prepare(0, rows);
     else at::parallel_for(0, rows, 4, prepare);
   }
 
+  int8_t* codes() { return lines.data()->codes; }
+
   Activations view() const {
-    const bool rounded = !codes.empty();
-    return {rounded ? nullptr : values.data(), sums.data(), rounded ? codes.data() : nullptr, totals.data(),
+    const bool rounded = !lines.empty();
+    return {rounded ? nullptr : values.data(), sums.data(), rounded ? lines.data()->codes : nullptr, totals.data(),
             scales.data()};
   }
 };
 
 void multiply(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias, int64_t activation_group,
               Tensor& out) {
-  const Prepared prepared(x, weight, activation_group >= 0, activation_group == 0);
+  const auto* units = activation_group >= 0 ? matrix(weight, x.size(0)) : nullptr;
+  const Prepared prepared(x, weight, activation_group >= 0, activation_group == 0, units);
   const Activations view = prepared.view();
   std::vector<float> wide;
   if (bias.has_value()) {
@@ -147,10 +169,12 @@ void multiply(const Tensor& x, const Weight& weight, const std::optional<Tensor>
   }
   const Output to{out.mutable_data_ptr(), out.scalar_type(), wide.empty() ? nullptr : wide.data()};
   const int64_t tiles = weight.padded_rows / kTileRows, chunks = (tiles + kTilesAtATime - 1) / kTilesAtATime;
+  const auto product = units != nullptr ? units->product : kernels().product;
+  const int64_t step = units != nullptr ? x.size(0) : kRowsAtATime;
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = 0; row < x.size(0); row += kRowsAtATime) {
-      kernels().product(weight, view, begin * kTilesAtATime, std::min(end * kTilesAtATime, tiles), row,
-                        std::min(row + kRowsAtATime, x.size(0)), to);
+    for (int64_t row = 0; row < x.size(0); row += step) {
+      product(weight, view, begin * kTilesAtATime, std::min(end * kTilesAtATime, tiles), row,
+              std::min(row + step, x.size(0)), to);
     }
   });
 }

@@ -56,7 +56,7 @@ LINEAR_NBITS = register(
         sources=CppSources(
             package="optc.compiler.kernels.cpu",
             op="linear_nbits",
-            headers=("nbits.h", "nbits_lanes.h"),
+            headers=("nbits.h", "nbits_lanes.h", "nbits_matrix.h"),
             loops=(
                 # Unrolled by hand: -O3 is no faster.
                 Loop(
@@ -65,6 +65,7 @@ LINEAR_NBITS = register(
                     optimization="-O2",
                     levels=("baseline", "avx2", "avx512"),
                 ),
+                Loop(stem="nbits_matrix", macro="OPTC_NBITS_MATRIX", optimization="-O2", levels=("amx",)),
             ),
         ),
         libraries=("torch",),

@@ -93,7 +93,9 @@ OPTC_INLINE uint16_t bfloat16(float value) {
 
 OPTC_INLINE void put(void* to, c10::ScalarType type, int64_t at, const float* values, int64_t count) {
   char* data = static_cast<char*>(to);
-  if (type == c10::ScalarType::Float) {
+  if (type == c10::ScalarType::Float && count == kTileRows) {
+    __builtin_memcpy(data + 4 * at, values, 4 * kTileRows);
+  } else if (type == c10::ScalarType::Float) {
     for (int64_t i = 0; i < count; ++i) store<float>(data + 4 * (at + i), values[i]);
   } else if (type == c10::ScalarType::Half) {
     for (int64_t i = 0; i < count; ++i) store<_Float16>(data + 2 * (at + i), static_cast<_Float16>(values[i]));

@@ -120,6 +120,23 @@ def test_segments_that_fill_no_block(kernel: Callable[..., Tensor], bits: int) -
             assert case.difference(kernel) <= TOLERANCE, case
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("group_size", "level", "rows"), [(0, PER_TOKEN, 130), (128, 128, 33), (32, 32, 17), (32, 16, 8), (64, 64, 129)]
+)
+def test_many_rows_give_the_bits_of_few(
+    kernel: Callable[..., Tensor], bits: int, group_size: int, level: int, rows: int
+) -> None:
+    """Matrix units, where the processor has them, sum the same integers and round alike."""
+    case = Case(bits, group_size, level, rows, 85, zero=bits % 2 == 0, bias=True, columns=640)
+    args, knobs = case.inputs()
+    x = args[0]
+    assert x is not None
+    few = torch.cat([kernel(part, *args[1:], **knobs) for part in x.split(4)])
+    assert torch.equal(kernel(*args, **knobs), few)
+    assert case.difference(kernel) <= TOLERANCE
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("level", [KEPT, 32])
 def test_kernel_in_sixteen_bits(kernel: Callable[..., Tensor], dtype: torch.dtype, level: int) -> None:
