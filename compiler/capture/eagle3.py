@@ -101,7 +101,7 @@ def check_base(found: Eagle3Folder, base: Path) -> None:
                 "the draft model was made for another base",
                 where=str(base),
                 why=f"its {what} has hash {now[:12] or 'of nothing'}, the draft model was trained on {expected[:12]}",
-                remedy="give --base the folder that it was trained on, or train a draft model for this one",
+                remedy="take the model that it was trained on, or train a draft model for this one",
             )
 
 

@@ -258,28 +258,48 @@ def read_eagle3_config(folder: Path) -> Eagle3Config:
 
 
 def write_eagle3(
-    folder: Path, config: Eagle3Config, tensors: Mapping[str, Tensor], targets: Tensor, origin: Origin | None
+    folder: Path,
+    config: Eagle3Config,
+    tensors: Mapping[str, Tensor],
+    targets: Tensor,
+    origin: Origin | None,
+    *,
+    flat: bool = False,
 ) -> None:
     """Write config.json, model.safetensors and draft.json into a folder that is there.
 
     Args:
         tensors: those of `Eagle3Config.shapes`, and the embedding where it is not the base's.
         targets: int64 [D], ascending.
+        flat: the layer's config at the top, and the layer as `midlayer`, as TensorRT-LLM reads it.
 
     Raises:
         InputError, ResourceError: they cannot be written.
     """
     from safetensors.torch import save_file
 
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    kept = {_named(name, flat): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     offsets = targets.cpu() - torch.arange(config.draft_vocab_size)
     mask = torch.zeros(config.vocab_size, dtype=torch.bool).index_fill_(0, targets.cpu(), True)
     dtype = str(next(iter(kept.values())).dtype).removeprefix("torch.")
     with os_errors("writing the draft model", str(folder)):
-        (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(_config_tree(config, dtype))))
+        (folder / CONFIG).write_bytes(
+            msgspec.json.format(msgspec.json.encode((_flat_tree if flat else _config_tree)(config, dtype)))
+        )
         save_file({**kept, "d2t": offsets, "t2d": mask}, folder / WEIGHTS, metadata={"format": "pt"})
         if origin is not None:
             origin.write(folder)
+
+
+def _named(name: str, flat: bool) -> str:
+    return f"midlayer.{name.removeprefix('layers.0.')}" if flat and name.startswith("layers.0.") else name
+
+
+def _flat_tree(config: Eagle3Config, dtype: str) -> dict[str, Any]:
+    """config.json with the layer's config at the top."""
+    tree = _config_tree(config, dtype)
+    kept = ("architectures", "dtype", "draft_vocab_size", "eagle_aux_hidden_state_layer_ids", "norm_before_residual")
+    return {**tree[_LAYER], **{name: tree[name] for name in kept}, "torch_dtype": dtype}
 
 
 def _config_tree(config: Eagle3Config, dtype: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from optc.compiler.model_folder.quantized import QuantizedFolder, quantized_fold
 from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
 from optc.exporters.hf.collect import FolderPlan, collect
+from optc.exporters.hf.drafts import carry
+from optc.exporters.hf.serving import FILE, vllm_options
 from optc.exporters.hf.shards import write_shards
 from optc.exporters.options.hf import FolderOptions
 
@@ -43,7 +46,8 @@ def export_hf(program: Program, request: ExportRequest) -> ExportResult:
         ResourceError, InputError: the disk is full or not writable.
     """
     plan = collect(program, request.source, trust_remote_code=request.trust_remote_code)
-    layout = request.of(FolderOptions).layout
+    options = request.of(FolderOptions)
+    layout = options.layout
     if layout is not None and not plan.quantized and not plan.key_values:
         raise TargetError(
             "--layout says how quantized weights are written",
@@ -51,7 +55,10 @@ def export_hf(program: Program, request: ExportRequest) -> ExportResult:
             remedy="add --quant",
         )
     writer = layout_writer(layout or CHOICES[0], [item.weight for item in plan.quantized])
-    return write_model(plan, program.weight, writer, request.directory, request.source)
+    told = vllm_options(options, carry(options, request.directory))
+    texts = {} if told is None else {FILE: told}
+    result = write_model(plan, program.weight, writer, request.directory, request.source, texts)
+    return replace(result, info={**result.info, "serving_options": FILE}) if texts else result
 
 
 def write_model(

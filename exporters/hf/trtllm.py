@@ -10,6 +10,7 @@ from optc.compiler.formats.layouts.modelopt.writer import ModelOptWriter
 from optc.compiler.ir.program import Program
 from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.hf.collect import collect
+from optc.exporters.hf.drafts import carry
 from optc.exporters.hf.export import write_model
 from optc.exporters.hf.modelopt import fit_for_loading
 from optc.exporters.hf.serving import FILE, serving_options
@@ -31,7 +32,8 @@ def export_trtllm(program: Program, request: ExportRequest) -> ExportResult:
     plan = fit_for_loading(collect(program, request.source, trust_remote_code=request.trust_remote_code))
     caches = plan.key_values is not None
     writer = ModelOptWriter(embeddings=plan.embeddings)
-    texts = {FILE: serving_options(options, context, caches)}
+    draft = carry(options, request.directory)
+    texts = {FILE: serving_options(options, context, caches, draft)}
     if plan.quantized or caches:
         schemes = {item.module: item.weight.scheme for item in plan.quantized}
         own = writer.own_config(schemes, plan.linears, caches=caches)

@@ -36,6 +36,8 @@ from optc.compiler.target.target import check_context, check_legal, obstacle
 from optc.drafted import Compiled, DraftFolder, capture_draft, check_pair, for_draft, pass_count
 from optc.encoder_decoder import RECIPE, answer_probe, check_encoder_decoder
 from optc.equivalent_command import command_of
+from optc.exporters.hf.drafts import check_carried
+from optc.exporters.options.hf import DraftingServer
 from optc.hub import local_model
 from optc.progress import reporting
 from optc.request import LIMITS, Request, from_python
@@ -228,6 +230,9 @@ def capture_resolved(model: Model, example_inputs: Sequence[torch.Tensor] | None
     heads = resolved.options.medusa
     if heads is not None and isinstance(model, str | Path):
         check_base(heads, check_folder(Path(model), trust_remote_code=request.what.trust_remote_code))
+    if isinstance(resolved.options.own, DraftingServer):
+        folder = Path(model) if isinstance(model, str | Path) and Path(model).is_dir() else None
+        check_carried(resolved.options.own, folder)
     return capture_for_compile(
         model,
         example_inputs,
