@@ -95,7 +95,11 @@ class LoadOptions(GeneratingOptions, frozen=True, kw_only=True):
     ) = None
     plot: (
         Annotated[
-            Path, Meta(description="With --serve: write an SVG of throughput and latency.", extra={"metavar": "FILE"})
+            Path,
+            Meta(
+                description="With --serve: write a picture of throughput and latency, SVG or PNG by the file's name.",
+                extra={"metavar": "FILE"},
+            ),
         ]
         | None
     ) = None
@@ -123,8 +127,11 @@ def bench_serve(
         InputError: no server there, or it answers nothing.
         UsageError: flags that contradict each other.
     """
+    from optc.runtime.measuring.load.plot import check_plot, load_plot
     from optc.runtime.measuring.load.workload import read_trace
 
+    if options.plot is not None:
+        check_plot(options.plot)
     if options.concurrency and options.rate:
         raise UsageError("--concurrency and --rate are two kinds of load", remedy="give one of them")
     if options.trace is not None and options.length_sigma is not None:
@@ -145,11 +152,9 @@ def bench_serve(
     with progress("measuring"), contextlib.nullcontext(what) if remote else started(what, options) as url:
         result = asyncio.run(_measured(url, options, given))
     if options.plot is not None:
-        from optc.runtime.measuring.load.plot import load_svg
-
+        title, embeds = f"{result['model']} at {what}", not result["lengths"]["new"]
         with os_errors("writing the plot", str(options.plot)):
-            title, embeds = f"{result['model']} at {what}", not result["lengths"]["new"]
-            options.plot.write_text(load_svg(result["runs"], title, embeds=embeds), encoding="utf-8")
+            options.plot.write_bytes(load_plot(result["runs"], title, options.plot, embeds=embeds))
     emit(result, as_json, _show)
 
 
@@ -190,7 +195,7 @@ def started(artifact: str, options: LoadOptions) -> Iterator[str]:
 
 def _server_flags(options: LoadOptions) -> dict[str, list[str]]:
     """The flags of `optc serve` that were given, each with its words."""
-    names = ("threads", "kv_blocks", "trust", "speculative", "draft", "draft_tokens")
+    names = ("threads", "kv_blocks", "trust", "speculative", "draft", "draft_tokens", "draft_shape")
     given = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
     return {flag: [flag] if value is True else [flag, str(value)] for flag, value in given.items() if value}
 

@@ -8,16 +8,16 @@ import xml.etree.ElementTree
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from command_line import optc, optc_json
 from serving_server import Server, running, text_artifact
 
-from optc.compiler.diagnostics import InputError
+from optc.compiler.diagnostics import InputError, UsageError
 from optc.runtime.measuring.load.http_client import Client, Timing
-from optc.runtime.measuring.load.plot import load_svg
+from optc.runtime.measuring.load.plot import check_plot, load_plot, load_svg
 from optc.runtime.measuring.load.run import Slo, figures, percentiles
 from optc.runtime.measuring.load.workload import TraceRow, Workload, read_trace
 from optc.runtime.serving.settings import ServeOptions
@@ -231,6 +231,32 @@ def test_what_contradicts_itself(server: Server, tmp_path: Path, capsys: Capture
 def test_addresses_with_and_without_v1() -> None:
     assert Client("http://x:1/v1")._base == Client("http://x:1/")._base == "/v1"
     assert Client("https://x/a/v1/")._base == "/a/v1"
+
+
+def test_a_picture_in_pixels(tmp_path: Path) -> None:
+    """A point of each line where the SVG has it, in the line's colour; the grid between them."""
+    image = pytest.importorskip("PIL.Image")
+
+    def run(count: int, rate: float) -> dict[str, Any]:
+        times = {name: {"value": rate * 2} for name in ("p50", "p99")}
+        return {"concurrency": count, "output_tokens_per_s": rate, "ttft_ms": times, "tpot_ms": times}
+
+    runs, path = [run(1, 40.0), run(4, 80.0)], tmp_path / "load.PNG"
+    check_plot(path)
+    path.write_bytes(load_plot(runs, "a <title>", path))
+    with image.open(path) as found:
+        found.load()
+        assert (found.format, found.size) == ("PNG", (2160, 528))
+        root = xml.etree.ElementTree.fromstring(load_svg(runs, ""))
+        for number, panel in enumerate(root.findall(".//{*}g")):
+            for circle in panel.findall("{*}circle"):
+                x, y = (float(circle.get(name) or 0) for name in ("cx", "cy"))
+                assert found.getpixel((round(2 * (number * 360 + x)), round(2 * (24 + y)))) == (0x24, 0x57, 0xC5)
+            grid = float(panel.findall("{*}path")[3].get("d", "").split()[1].split("H")[0])
+            assert found.getpixel((2 * (number * 360 + 340), round(2 * (24 + grid)))) == (0xD9, 0xDA, 0xDE)
+    assert load_plot(runs, "a", tmp_path / "load.svg").startswith(b"<svg")
+    with pytest.raises(UsageError, match=r"--plot load\.pdf is neither \.svg nor \.png"):
+        check_plot(tmp_path / "load.pdf")
 
 
 def test_a_plot_of_one_run() -> None:
