@@ -5,7 +5,7 @@
     python benchmarks/eagle3_vllm.py --base ../shared/models/fiction-26m --draft out/eagle3-26m ...
 
 Greedy answers of 128 tokens to prompts of 128 from unseen books, so many tokens drafted in every step. Here the base and
-its draft model are `inductor-cpu` artifacts in fp32; vLLM runs both in bf16. SITE is a folder that holds vLLM.
+its draft model are one `inductor-cpu` artifact in fp32; vLLM runs both in bf16. SITE is a folder that holds vLLM.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, record
-from speculative import compiled, exposed, session
+from speculative import compiled, session
 from vllm_peer import VllmPeer
 
 from optc.runtime.generation.tokenizer import load_tokenizer
@@ -59,9 +59,8 @@ def there(given: argparse.Namespace, prompts: list[list[int]], log: Path) -> dic
 
 def here(given: argparse.Namespace, prompts: list[list[int]], place: Path) -> dict[str, Any]:
     """The engine's answers and what it counted."""
-    compiled(given.base, place / "base", exposed(given.draft))
-    compiled(given.draft, place / "draft", {"base": given.base})
-    speculation = speculation_of("eagle3", place / "draft", given.tokens, adaptive=False)
+    compiled(given.base, place / "base", {"speculative": "eagle3", "draft": given.draft})
+    speculation = speculation_of("eagle3", None, given.tokens, adaptive=False)
     engine = engine_for(
         session(place / "base", 1), EngineOptions(max_running=8, speculation=speculation), folder=place / "base"
     )

@@ -1,13 +1,13 @@
 """Speculative decoding on the CPU: equal to plain decoding, acceptance, cost of a step, speed-up.
 
-    python benchmarks/speculative.py            # two cores, some twenty minutes
+    python benchmarks/speculative.py            # two cores, some forty minutes
     python benchmarks/speculative.py --small    # the example model, few prompts: whether it works
-    python benchmarks/speculative.py --eagle3 out/eagle3-26m    # with a draft model that was trained for it
     python benchmarks/speculative.py --medusa out/medusa-26m    # with heads that were trained for it
-    python benchmarks/speculative.py --eagle3 examples/fiction-26m-eagle3 --methods eagle3 --equality    # the first part alone
+    python benchmarks/speculative.py --methods draft --parts equality    # some rows, which take the place of those of before
 
-fiction-26m in float32, an `inductor-cpu` artifact with a paged cache; fiction-3m drafts for it where a model does; heads
-draft in an artifact of their own, whose plain steps compute them too.
+fiction-26m in float32, an `inductor-cpu` artifact with a paged cache; fiction-3m and the draft model of
+examples/fiction-26m-eagle3 draft for it, each in one artifact with it; heads draft in an artifact of their own, whose plain
+steps compute them too, in chains (`medusa`) and in trees of 16 guesses (`medusa-tree`).
 
 1. Greedy answers to 100 ragged prompts of 128 new tokens, 16 requests at a time in blocks of 16, in a pool that is too
    small for them, so that some give way in the middle: equal to those of plain decoding in a large pool, token for token.
@@ -18,17 +18,19 @@ draft in an artifact of their own, whose plain steps compute them too.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import typing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import OPEN_GATE, ROOT, record
+from common import OPEN_GATE, RESULTS, ROOT, commit, record
 
 import optc
-from optc.compiler.model_folder.eagle3 import read_eagle3_config
 from optc.runtime.generation.tokenizer import load_tokenizer
+from optc.runtime.measuring.benchmark import environment
 from optc.runtime.measuring.speculation import cut_prompts, measure_speculation
 from optc.runtime.serving.engine import drafter_for, engine_for
 from optc.runtime.serving.engine_options import EngineOptions
@@ -39,6 +41,9 @@ from optc.runtime.speculative.settings import Method, Speculation, speculation_o
 
 SHARED = ROOT.parent / "shared"
 TOGETHER = 16
+TREE = 16
+PARTS = ("equality", "unseen books", "repeating")
+METHODS = (*typing.get_args(Method), "medusa-tree")
 LENGTHS = (8, 120)
 """Tokens of the shortest and the longest prompt of the first part."""
 
@@ -61,7 +66,7 @@ def session(folder: Path, threads: int, blocks: int | None = None) -> PagedSessi
 
 
 def equality(
-    folder: Path, methods: dict[Method, Speculation], prompts: list[list[int]], count: int, threads: int
+    folder: Path, methods: dict[str, Speculation], prompts: list[list[int]], count: int, threads: int
 ) -> dict[str, Any]:
     """How many answers of each method are those of plain decoding."""
     wanted = answers(engine_for(session(folder, threads), EngineOptions(max_running=TOGETHER)), prompts, count)
@@ -96,40 +101,38 @@ def compiled(model: Path, output: Path, more: dict[str, Any]) -> None:
     optc.compile(model, target="inductor-cpu", kv_cache="paged", output=output, **more, **OPEN_GATE)
 
 
-def exposed(heads: Path | None) -> dict[str, Any]:
-    """The option by which a base gives what its draft model reads."""
-    return {} if heads is None else {"expose_hidden": list(read_eagle3_config(heads).boundaries)}
-
-
-def artifacts(given: argparse.Namespace, place: Path, models: Path, name: str) -> dict[Method, Path]:
+def artifacts(given: argparse.Namespace, place: Path, models: Path, name: str) -> dict[str, Path]:
     """Compile what the methods need, where it is not there already: the artifact of the model, by method."""
-    found: dict[Method, Path] = {method: place / name for method in given.methods if method != "medusa"}
-    more = exposed(given.eagle3)
-    for model, options in ((name, more), ("fiction-3m", more if name == "fiction-3m" else {})):
-        if found and (model == name or "draft" in found) and not (place / model).exists():
-            compiled(models / model, place / model, options)
-    if "eagle3" in found and not (place / "eagle3").exists():
-        compiled(given.eagle3, place / "eagle3", {"base": models / name})
-    if "medusa" in given.methods:
-        found["medusa"] = place / f"{name}-medusa"
-        if not found["medusa"].exists():
-            compiled(models / name, found["medusa"], {"medusa": given.medusa})
+    options: dict[str, dict[str, Any]] = {
+        name: {},
+        f"{name}-draft": {"speculative": "draft", "draft": models / "fiction-3m"},
+        f"{name}-eagle3": {"speculative": "eagle3", "draft": given.eagle3},
+        f"{name}-medusa": {"medusa": given.medusa},
+        f"{name}-medusa-tree": {"medusa": given.medusa, "speculative_tree": TREE},
+    }
+    found = {}
+    for method in given.methods:
+        own = f"{name}-{method}"
+        found[method] = place / (own if own in options else name)
+        if not found[method].exists():
+            compiled(models / name, found[method], options[found[method].name])
     return found
 
 
-def speculations(folders: dict[Method, Path], place: Path) -> dict[Method, Speculation]:
+def speculations(methods: list[str]) -> dict[str, Speculation]:
     """How each method drafts: as many tokens as it does by default, always."""
-    drafts = {"draft": place / "fiction-3m", "eagle3": place / "eagle3"}
-    found: dict[Method, Speculation] = {}
-    for method in folders:
-        speculation = speculation_of(method, drafts.get(method), None, adaptive=False)
+    found: dict[str, Speculation] = {}
+    for name in methods:
+        tree = name == "medusa-tree"
+        method = typing.cast(Method, "medusa" if tree else name)
+        speculation = speculation_of(method, None, None, "tree" if tree else None, adaptive=False)
         assert speculation is not None
-        found[method] = speculation
+        found[name] = speculation
     return found
 
 
 def speedups(
-    folders: dict[Method, Path], methods: dict[Method, Speculation], batches: list[list[int]], count: int, threads: int
+    folders: dict[str, Path], methods: dict[str, Speculation], batches: list[list[int]], count: int, threads: int
 ) -> dict[str, Any]:
     """Plain decoding and decoding with drafts in turns, one request at a time."""
     sessions = {folder: session(folder, threads) for folder in set(folders.values())}
@@ -152,20 +155,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, default=None, help="folder where the artifacts stay, and are found again")
     parser.add_argument("--medusa", type=Path, default=None, help="folder of heads for the model")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--eagle3", type=Path, default=None, help="folder of a draft model for the method eagle3")
-    parser.add_argument("--methods", nargs="+", choices=typing.get_args(Method), default=None, help="default: all")
+    parser.add_argument("--eagle3", type=Path, default=None, help="folder of a draft model; default: that of examples/")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=None, help="default: all that there is a model for"
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--prompts", type=int, default=None, help="of the first part; default 100, with --small 6")
     parser.add_argument("--new-tokens", type=int, default=None, help="of each of them; default 128, with --small 24")
     parser.add_argument(
         "--text", type=Path, default=None, help="of the prompts; default: unseen books, with --small book.txt"
     )
-    parser.add_argument("--equality", action="store_true", help="the first part alone; nothing is recorded")
     given = parser.parse_args()
-    folders = {"medusa": given.medusa, "eagle3": given.eagle3}
-    lacking = {method for method, folder in folders.items() if folder is None}
-    given.methods = given.methods or [method for method in typing.get_args(Method) if method not in lacking]
-    for method in lacking & set(given.methods):
-        parser.error(f"--methods {method} needs --{method} FOLDER")
+    given.eagle3 = given.eagle3 or ROOT / "examples" / f"fiction-{'3m' if given.small else '26m'}-eagle3"
+    heads = {"medusa", "medusa-tree"}
+    given.methods = given.methods or [name for name in METHODS if given.medusa or name not in heads]
+    if given.medusa is None and heads & set(given.methods):
+        parser.error("--methods medusa needs --medusa FOLDER")
     given.prompts, given.new_tokens = (
         given.prompts or (6 if given.small else 100),
         given.new_tokens or (24 if given.small else 128),
@@ -173,36 +178,53 @@ def arguments() -> argparse.Namespace:
     return given
 
 
+def kept(name: str) -> dict[str, dict[str, Any]]:
+    """The rows of before by part and method, each with the commit, date and processor that it was measured with."""
+    path = RESULTS / f"{name}.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
+    made = {"commit": old.get("commit"), "date": old.get("date"), "cpu": old.get("environment", {}).get("cpu")}
+    return {part: {method: {**made, **row} for method, row in old.get(part, {}).items()} for part in PARTS}
+
+
+def measured(given: argparse.Namespace, place: Path) -> dict[str, dict[str, Any]]:
+    """The rows of the parts and methods that were asked for."""
+    name = "fiction-26m" if not given.small else "fiction-3m"
+    models = SHARED / "models" if not given.small else ROOT / "examples"
+    folders, methods = artifacts(given, place, models, name), speculations(given.methods)
+    text = given.text or (SHARED / "text" / "validation.txt" if not given.small else ROOT / "examples" / "book.txt")
+    tokenizer = load_tokenizer(models / name)
+    assert tokenizer is not None
+    tokens = tokenizer.encode(text.read_text(encoding="utf-8")[:2_000_000])
+    samples, count = given.samples if not given.small else 2, given.new_tokens
+    result: dict[str, dict[str, Any]] = {}
+    for part in given.parts:
+        print(part, flush=True)
+        result[part] = {}
+        if part == "equality":
+            rng = np.random.default_rng(0)
+            ragged = [row[: int(rng.integers(*LENGTHS))] for row in cut_prompts(tokens, given.prompts, LENGTHS[1])]
+            for folder in dict.fromkeys(folders.values()):
+                own = {method: item for method, item in methods.items() if folders[method] == folder}
+                result[part] |= equality(folder, own, ragged, count, given.threads)
+        else:
+            cut = cut_prompts if part == "unseen books" else repeating
+            result[part] |= speedups(folders, methods, cut(tokens, samples + 1, 128), min(count, 96), given.threads)
+    return result
+
+
 def main() -> None:
     """Compile, compare, measure and record."""
     given = arguments()
-    name, samples = ("fiction-26m", given.samples) if not given.small else ("fiction-3m", 2)
     with tempfile.TemporaryDirectory() as temporary:
-        place = given.keep or Path(temporary)
-        models = SHARED / "models" if not given.small else ROOT / "examples"
-        folders = artifacts(given, place, models, name)
-        methods = speculations(folders, place)
-        unseen = SHARED / "text" / "validation.txt" if not given.small else ROOT / "examples" / "book.txt"
-        tokenizer = load_tokenizer(models / name)
-        assert tokenizer is not None
-        tokens = tokenizer.encode((given.text or unseen).read_text(encoding="utf-8")[:2_000_000])
-        rng, count = np.random.default_rng(0), given.new_tokens
-        ragged = [row[: int(rng.integers(*LENGTHS))] for row in cut_prompts(tokens, given.prompts, LENGTHS[1])]
-        result: dict[str, Any] = {"model": name, "equality": {}}
-        for folder in dict.fromkeys(folders.values()):
-            own = {method: item for method, item in methods.items() if folders[method] == folder}
-            result["equality"] |= equality(folder, own, ragged, count, given.threads)
-        if not given.equality:
-            for label, batches in (
-                ("unseen books", cut_prompts(tokens, samples + 1, 128)),
-                ("repeating", repeating(tokens, samples + 1, 128)),
-            ):
-                print(label, flush=True)
-                result[label] = speedups(folders, methods, batches, min(count, 96), given.threads)
-    if given.small or given.equality:
+        result = measured(given, given.keep or Path(temporary))
+    if given.small:
         print(result)
-    else:
-        record("speculative", result, given.threads)
+        return
+    rows, now = kept("speculative"), datetime.now(UTC).isoformat(timespec="seconds")
+    made = {"commit": commit(), "date": now, "cpu": environment(given.threads)["cpu"]}
+    for part, found in result.items():
+        rows[part] |= {method: {**made, **row} for method, row in found.items()}
+    record("speculative", {"model": "fiction-26m", **rows}, given.threads)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ FAST = 4
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
-    """Decoder: fuse-attention -> [quantize] -> KV cache -> [Medusa heads] -> [merge] -> legalize. Encoder: [quantize] ->
+    """Decoder: fuse-attention -> [quantize] -> KV cache -> [Medusa heads -> [tree]] -> [merge] -> legalize. Encoder: [quantize] ->
     legalize. Module: fuse-attention -> [quantize] -> legalize. In front, complex numbers become pairs: Inductor fuses
     products of pairs, and leaves those of complex numbers to ATen. Its Fourier transforms are left as they are.
 
@@ -40,14 +40,17 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
             *quantization_steps(options.quantization),
             *stored_scales(options),
         ]
+    tree = options.of(InductorOptions).speculative_tree or 0
     if kind == "decoder" and options.kv_cache != NO_CACHE:
         steps.append(
             Step(
-                PageKVCache() if options.kv_cache == "paged" else StaticKVCache(in_place=True, states=True),
+                PageKVCache(tree=tree > 0)
+                if options.kv_cache == "paged"
+                else StaticKVCache(in_place=True, states=True),
                 needs=KV_CACHE,
             )
         )
-        steps += exposing_steps(options)
+        steps += exposing_steps(options, tree)
         if options.quantization is not None:
             steps.append(Step(MergeProjections(), optional=True))
     steps.append(Step(LegalizeInductor(), optional=True))

@@ -96,6 +96,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     ),
     "choose_draft_": ((_f(2, 8), torch.arange(8) * 3, torch.full((2, 2), -1)), {"place": 1}),
     "paged_attention_": (PAGED, KNOBS),
+    "paged_tree_attention_": ((*PAGED, torch.tensor([1, 3, 5, -1])), KNOBS),
     "rotary_paged_attention_": (
         (*PAGED, torch.tensor([0, 1, 2, 0]), _f(D // 4), _f(D), _f(D)),
         {"scaling": 1.0, "interleaved": False, "eps": 1e-6, **KNOBS},

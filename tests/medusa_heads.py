@@ -11,17 +11,25 @@ from optc.compiler.model_folder.medusa import MedusaConfig, MedusaFolder, Medusa
 
 
 def write_heads(
-    folder: Path, size: int, *, heads: int = 2, layers: int = 1, vocabulary: int | None = None, weights: str = ""
+    folder: Path,
+    size: int,
+    *,
+    heads: int = 2,
+    layers: int = 1,
+    vocabulary: int | None = None,
+    weights: str = "",
+    scale: float = 0.3,
 ) -> MedusaFolder:
     """Write random heads for a hidden size, with linears of their own where a vocabulary is given.
 
     Args:
         weights: hash of the base's; "" leaves draft.json out.
+        scale: of their values.
     """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator) * 0.3
+        return torch.randn(shape, generator=generator) * scale
 
     def head() -> MedusaHead:
         blocks = tuple((random(size, size), random(size)) for _ in range(layers))

@@ -16,7 +16,7 @@ from optc.runtime.serving.paged_engine import PagedEngine
 from optc.runtime.serving.request import Generate
 from optc.runtime.sessions.paged import PagedModel
 from optc.runtime.speculative.drafter import Ask, Drafter, Verified
-from optc.runtime.speculative.settings import Speculation
+from optc.runtime.speculative.settings import Method, Speculation
 
 
 class Guesser:
@@ -62,10 +62,16 @@ def teller(wanted: Sequence[Generate], plain: Mapping[str, Got], vocabulary: int
 
 
 def speculating(
-    model: PagedModel, drafter: Drafter, *, draft_tokens: int = 4, grammars: Grammars | None = None, **options: int
+    model: PagedModel,
+    drafter: Drafter,
+    *,
+    method: Method = "ngram",
+    draft_tokens: int = 4,
+    grammars: Grammars | None = None,
+    **options: int,
 ) -> PagedEngine:
     """An engine that always drafts."""
-    speculation = Speculation(method="ngram", draft_tokens=draft_tokens, adaptive=False)
+    speculation = Speculation(method=method, draft_tokens=draft_tokens, adaptive=False)
     chosen = EngineOptions(speculation=speculation, **options)
     runner = functools.partial(DeviceRunner, drafts=True) if model.on_device else HostRunner
     return PagedEngine(model, chosen, runner, drafter=drafter, grammars=grammars)

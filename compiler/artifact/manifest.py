@@ -323,6 +323,8 @@ def decode(data: bytes, where: str) -> Manifest:
     draft = manifest.programs.get("draft")
     if draft is not None and (draft.contract.kind != "decoder" or draft.contract.cross is not None):
         raise _damaged(where, "the program that drafts is no decoder of its own")
+    if any(not part.contract.holds_its_tree for part in manifest.programs.values()):
+        raise _damaged(where, "the tree of guesses is not one of what the program drafts")
     find_engine(manifest.engine, where)
     return manifest
 

@@ -22,6 +22,7 @@ from optc.compiler.ir.contract import CROSS_ROLES, HELD_ROLES, STATE_ROLE, Input
 from optc.compiler.ir.cross_inputs import decoder_inputs
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
+from optc.compiler.ops.dialect.paged_tree import CAUSAL
 from optc.compiler.ops.library import Axes, OpSpec, specs
 from optc.compiler.rewriting.retrace import Handler, Replay
 
@@ -389,6 +390,8 @@ def _run_paged(
     for call in plan:
         taps: list[Tensor] = []
         inputs = list(manager.step([(row, sequences[row][start:end]) for row, start, end in call]))
+        if program.contract.input_index("tree") is not None:
+            inputs.append(torch.full_like(inputs[0], CAUSAL))
         if program.contract.input_index("logits_indices") is not None:
             inputs.append(torch.arange(len(inputs[0])))
         inputs += [torch.cat(parts) for parts in _states(program, call)]

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from optc.compiler.ir.draft_tree import DraftTree
+
 MOST = 1 << 62
 """The largest size and count: JSON has no bound, arrays and their products do."""
 Count = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
@@ -22,6 +24,7 @@ InputRole = Literal[
     "block_tables",
     "context_lens",
     "cu_seqlens",
+    "tree",
     "logits_indices",
     "logits_from_end",
     "past_lengths",
@@ -36,7 +39,7 @@ InputRole = Literal[
     "cross_values",
     "input",
 ]
-"""row_state: see `STATE_ROLE`.
+"""row_state: see `STATE_ROLE`. tree: which new tokens of its request each token sees; see `paged_tree_attention_`.
 
 base_states and own_states: of a draft model, a row per token; see `DraftFacts`. encoder_states, encoder_mask, cross_keys
 and cross_values: of a decoder that reads an encoder; see `CrossFacts`."""
@@ -83,7 +86,8 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         layers: of hidden states, the layers whose inputs they are, side by side.
-        columns: of guesses of tokens [rows, columns], else 0.
+        columns: of guesses of tokens [rows, columns], else 0; with a `DraftTree` its ranks of each head, one head after the
+            other.
     """
 
     name: str
@@ -218,7 +222,7 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     `sources` maps each weight of the graph to the tensor names of the checkpoint it came from.
     `layers` has one entry per attention operator, in graph order.
     `draft` is None but for draft models that read a base, `embedding` but for encoders that give embeddings, `cross` but for
-    decoders that read an encoder.
+    decoders that read an encoder, `tree` but for programs that draft trees.
     """
 
     kind: Kind
@@ -234,10 +238,21 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
     draft: DraftFacts | None = None
     embedding: EmbeddingFacts | None = None
     cross: CrossFacts | None = None
+    tree: DraftTree | None = None
 
     def input_index(self, role: InputRole) -> int | None:
         """Position of the first input with this role, or None."""
         return next((i for i, spec in enumerate(self.inputs) if spec.role == role), None)
+
+    @property
+    def holds_its_tree(self) -> bool:
+        """Whether the tree is one of the guesses that the program gives, and the program takes trees; or there is none."""
+        drafted = next((spec.columns for spec in self.outputs if spec.role == "drafted"), 0)
+        return self.tree is None or (
+            self.tree.heads * self.tree.ranks == drafted
+            and bool(self.tree.nodes)
+            and self.input_index("tree") is not None
+        )
 
     @property
     def keeps_states(self) -> bool:

@@ -18,6 +18,7 @@ from optc.compiler.execution.drift import comparable, measure
 from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.ir.contract import HELD_ROLES
 from optc.compiler.ir.program import Program
+from optc.compiler.ops.dialect.paged_tree import CAUSAL
 from optc.compiler.pipeline.gate import TOLERANCE
 from optc.compiler.pipeline.pipeline import compute_dtype
 from optc.compiler.pipeline.rerounding import widened
@@ -196,7 +197,7 @@ def _linear(program: Program, ids: Tensor, past: int) -> Inputs:
 
 
 def _paged(program: Program, ids: Tensor, past: int) -> Inputs:
-    """Rows laid end to end, with blocks in falling order."""
+    """Rows laid end to end, with blocks in falling order; where the program takes trees, the first row is one of leaves."""
     size, count = program.contract.kv_cache.block_size, ids.shape[1]
     assert past + count <= size * _SIZES["num_blocks"] // 2, "a few tokens fit a few blocks"
     order = torch.arange(_SIZES["num_blocks"] - 1, -1, -1, dtype=torch.int32)
@@ -212,7 +213,10 @@ def _paged(program: Program, ids: Tensor, past: int) -> Inputs:
         for spec in program.contract.inputs
         if spec.role in ("base_states", "own_states")
     ]
-    return [ids.reshape(-1).contiguous(), position, slots, tables, lengths, starts, *states]
+    leaves = 1 | 1 << torch.arange(count)
+    takes = program.contract.input_index("tree") is not None
+    tree = [torch.cat([leaves, torch.full_like(leaves, CAUSAL)])] if takes else []
+    return [ids.reshape(-1).contiguous(), position, slots, tables, lengths, starts, *tree, *states]
 
 
 def _module_inputs(program: Program) -> Inputs:

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
+from optc.compiler.ir.draft_tree import MOST_NODES
 from optc.compiler.target.options import DraftedOptions, MaxSeqLen, head_bits
 
 
@@ -19,6 +20,19 @@ class InductorOptions(DraftedOptions, frozen=True, kw_only=True, forbid_unknown_
         int,
         Meta(ge=0, le=4, description="Quantized kernels: 4 rounds activations to int8 (fast), 0 does not."),
     ] = 4
+    speculative_tree: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                le=MOST_NODES,
+                description="With --medusa: carry a tree of so many guesses of the heads, those that were right most often on "
+                "calibration text; they are verified in one step.",
+                extra={"default": "none: a chain"},
+            ),
+        ]
+        | None
+    ) = None
 
 
 class CudaOptions(DraftedOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):

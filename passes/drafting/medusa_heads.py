@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,19 +26,21 @@ class AddMedusaHeads(Pass):
     """logits  ->  logits, drafted
 
     The heads of a folder (Cai et al. 2024, https://arxiv.org/abs/2401.10774) read what the head of a paged decoder reads, at
-    the positions of the logits. drafted, int64 [n, heads]: where the logits at position i are of token i + 1, column k is
-    the likeliest token i + k + 2 of head k. Tokens alone are given, so that no logits travel. Heads without a linear of
-    their own are multiplied with the decoder's, all in one product.
+    the positions of the logits. drafted, int64 [n, heads * ranks]: where the logits at position i are of token i + 1,
+    columns from k * ranks on are the likeliest tokens i + k + 2 of head k, the likeliest first. Tokens alone are given, so
+    that no logits travel. Heads without a linear of their own are multiplied with the decoder's, all in one product.
 
     Attributes:
         folder: of the heads; see `compiler/model_folder/medusa`.
         weights: sha256 of what it holds, so that a stage that was kept is not taken for one with other heads.
+        ranks: guesses of each head.
     """
 
     name: ClassVar[str] = "add-medusa-heads"
 
     folder: str = ""
     weights: str = ""
+    ranks: int = 1
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Add the heads to a clone of `program`.
@@ -55,8 +58,9 @@ class AddMedusaHeads(Pass):
         _check_sizes(found, head, self.folder)
         hidden = head_rows(edited, head)
         states = [_state(edited, hidden, k, item) for k, item in enumerate(found.heads)]
-        drafted = _own(edited, states, found) if found.vocab_size is not None else _shared(edited, states, head)
-        count = len(found.heads)
+        own = found.vocab_size is not None
+        drafted = _own(edited, states, found, self.ranks) if own else _shared(edited, states, head, self.ranks)
+        count = len(found.heads) * self.ranks
         edited = add_output(edited, drafted, Output(name="drafted", role="drafted", columns=count))
         notes = (
             ()
@@ -106,26 +110,32 @@ def _weight(program: Program, like: Node, name: str, tensor: Tensor) -> Node:
     return add_weight(program, name, tensor.to(value.dtype).to(value.device).contiguous())
 
 
-def _own(program: Program, states: list[Node], found: MedusaFolder) -> Node:
-    """int64 [n, heads], of the linear of each head."""
+def _own(program: Program, states: list[Node], found: MedusaFolder, ranks: int) -> Node:
+    """int64 [n, heads * ranks], of the linear of each head."""
     output, layers, drafted = program.graph.output_node(), found.config.medusa_num_layers, []
     for number, (state, head) in enumerate(zip(states, found.heads, strict=True)):
         assert head.linear is not None
         weight = _weight(program, state, f"medusa_head.{number}.{layers}.weight", head.linear)
-        drafted.append(_likeliest(program, insert_call(program, output, aten.linear.default, (state, weight))))
-    return insert_call(program, output, aten.stack.default, (drafted, 1))
+        drafted.append(_likeliest(program, insert_call(program, output, aten.linear.default, (state, weight)), ranks))
+    return insert_call(program, output, aten.cat.default, (drafted, 1))
 
 
-def _shared(program: Program, states: list[Node], head: Node) -> Node:
-    """int64 [n, heads], of the decoder's own linear, which reads the rows of all heads laid end to end."""
+def _shared(program: Program, states: list[Node], head: Node, ranks: int) -> Node:
+    """int64 [n, heads * ranks], of the decoder's own linear, which reads the rows of all heads laid end to end."""
     output, source = program.graph.output_node(), head_input(head)
     rows = insert_call(program, output, aten.cat.default, (states, 0)) if len(states) > 1 else states[0]
     args: tuple[Any, ...] = tuple(rows if item is source else item for item in head.args)
-    tokens = _likeliest(program, insert_call(program, output, head.target, args, dict(head.kwargs)))
-    table = insert_call(program, output, aten.reshape.default, (tokens, [len(states), -1]))
+    tokens = _likeliest(program, insert_call(program, output, head.target, args, dict(head.kwargs)), ranks)
+    table = insert_call(program, output, aten.reshape.default, (tokens, [len(states), -1, ranks]))
     turned = insert_call(program, output, aten.transpose.int, (table, 0, 1))
-    return insert_call(program, output, aten.contiguous.default, (turned,))
+    whole = insert_call(program, output, aten.contiguous.default, (turned,))
+    return insert_call(program, output, aten.reshape.default, (whole, [-1, len(states) * ranks]))
 
 
-def _likeliest(program: Program, logits: Node) -> Node:
-    return insert_call(program, program.graph.output_node(), aten.argmax.default, (logits, -1))
+def _likeliest(program: Program, logits: Node, ranks: int) -> Node:
+    """int64 [.., n, ranks], of logits [.., n, V]."""
+    output = program.graph.output_node()
+    if ranks == 1:
+        return insert_call(program, output, aten.argmax.default, (logits, -1, True))
+    best = insert_call(program, output, aten.topk.default, (logits, ranks))
+    return insert_call(program, output, operator.getitem, (best, 1))

@@ -40,11 +40,13 @@ class PageKVCache(Pass):
         select_logits: multiply the head with the rows that `logits_indices` names alone (in any order): the logits are
             [rows, V] instead of [tokens, V]. A norm in front of the head that nothing else reads is of these rows too,
             and stays the head's neighbour for other passes.
+        tree: new tokens of a request may be a tree: the input `tree` says which of them each one sees.
     """
 
     name: ClassVar[str] = "page-kv-cache"
     block_size: int = 16
     select_logits: bool = False
+    tree: bool = False
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         if self.block_size < 1:
@@ -55,18 +57,19 @@ class PageKVCache(Pass):
             return PassResult(program, 0, len(calls), misses)
         head, reason = selectable_head(program) if self.select_logits else (None, "")
         notes = (f"the logits are of all tokens: {reason}",) if reason else ()
-        paged = prune_contract(_retrace(program, self.block_size, head))
+        paged = prune_contract(_retrace(program, self.block_size, head, tree=self.tree))
         return PassResult(paged, len(calls), len(calls), notes=notes)
 
 
-def _retrace(program: Program, block_size: int, head: Node | None) -> Program:
+def _retrace(program: Program, block_size: int, head: Node | None, *, tree: bool) -> Program:
     """With the logits of all tokens, or of those that the input `logits_indices` names where a `head` is given."""
-    contract = _contract(program, block_size, head is not None)
+    contract = _contract(program, block_size, selecting=head is not None, tree=tree)
     rows = None if head is None else RowCalls.of(by_row(head))
-    count, selecting = len(program.contract.inputs) - 2, int(head is not None)
+    count, selecting, tables_count = len(program.contract.inputs) - 2, int(head is not None), 3 + tree
+    op = torch.ops.optc.paged_tree_attention_ if tree else torch.ops.optc.paged_attention_
 
     def forward(input_ids: Tensor, position_ids: Tensor, slot_mapping: Tensor, *rest: Tensor) -> Any:
-        tables, rest = rest[:3], rest[3:]
+        tables, rest = rest[:tables_count], rest[tables_count:]
         wanted, rest = rest[:selecting], rest[selecting:]
         states, pools = rest[:count], rest[count:]
         pairs = iter(zip(pools[::2], pools[1::2], strict=True))
@@ -74,7 +77,7 @@ def _retrace(program: Program, block_size: int, head: Node | None) -> Program:
         def attend(args: tuple[Any, ...], knobs: dict[str, Any]) -> Tensor:
             q, k, v = (part[0].transpose(0, 1).contiguous() for part in args[:3])
             same = {name: knobs[name] for name in ("scale", "window", "softcap")}
-            out: Tensor = torch.ops.optc.paged_attention_(q, k, v, *next(pairs), slot_mapping, *tables, **same)
+            out: Tensor = op(q, k, v, *next(pairs), slot_mapping, *tables, **same)
             return out.transpose(0, 1)[None]
 
         handlers = {_ATTENTION: attend}
@@ -90,7 +93,7 @@ def _retrace(program: Program, block_size: int, head: Node | None) -> Program:
     return retrace(program, forward, args, shapes, contract)
 
 
-def _contract(program: Program, block_size: int, selecting: bool) -> Contract:
+def _contract(program: Program, block_size: int, *, selecting: bool, tree: bool) -> Contract:
     old = program.contract
     assert old.outputs[0].role == "logits", "a decoder returns its logits"
     key: Any = program.calls(_ATTENTION)[0].args[1]
@@ -106,6 +109,7 @@ def _contract(program: Program, block_size: int, selecting: bool) -> Contract:
         table("block_tables", "int32", "requests", "max_blocks"),
         table("context_lens", "int32", "requests"),
         table("cu_seqlens", "int32", "requests_plus_1"),
+        *([table("tree", "int64", "tokens")] if tree else []),
         *([table("logits_indices", "int64", "rows")] if selecting else []),
         *(msgspec.structs.replace(spec, dims=("tokens", spec.dims[2])) for spec in old.inputs[2:]),  # of draft models
     ]

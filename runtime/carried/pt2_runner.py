@@ -286,6 +286,8 @@ class Decoder:
         position = torch.tensor(positions)
         block = self._tables[torch.tensor(row_of), position // self._size].long()
         starts = torch.tensor([0, *map(len, rows)]).cumsum(0).int()
+        takes_trees = any(item["role"] == "tree" for item in self._package.info["inputs"])
+        no_tree = [torch.full_like(position, -1)] if takes_trees else []  # each token sees all before it
         logits = self._package(
             torch.tensor([token for row in rows for token in row]),
             position,
@@ -293,6 +295,7 @@ class Decoder:
             self._tables,
             torch.tensor(totals, dtype=torch.int32),
             starts,
+            *no_tree,
             *self._caches,
         )[0]
         return logits[starts[1:].long() - 1]

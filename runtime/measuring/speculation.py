@@ -75,6 +75,7 @@ class SpeculationSpeed:
             "method",
             "acceptance_length",
             "acceptance_by_position",
+            "tree",
             "verified",
             "drafted_tokens",
             "accepted_tokens",
@@ -177,6 +178,7 @@ def _since(before: SpeculativeFigures, after: SpeculativeFigures) -> Speculative
     return msgspec.structs.replace(
         after,
         verified=after.verified - before.verified,
+        drafted=after.drafted - before.drafted,
         drafted_at=np.subtract(after.drafted_at, before.drafted_at).tolist(),
         accepted_at=np.subtract(after.accepted_at, before.accepted_at).tolist(),
         draft_seconds=after.draft_seconds - before.draft_seconds,
@@ -187,6 +189,8 @@ def _sum(parts: Sequence[SpeculativeFigures]) -> SpeculativeFigures:
     return SpeculativeFigures(
         method=parts[0].method,
         verified=sum(part.verified for part in parts),
+        drafted=sum(part.drafted for part in parts),
+        tree=parts[0].tree,
         drafted_at=np.sum([part.drafted_at for part in parts], axis=0).tolist(),
         accepted_at=np.sum([part.accepted_at for part in parts], axis=0).tolist(),
         draft_seconds=sum(part.draft_seconds for part in parts),

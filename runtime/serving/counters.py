@@ -139,6 +139,7 @@ def _engine(info: EngineInfo, metrics: EngineMetrics) -> Iterator[str]:
 def _speculative(figures: SpeculativeFigures) -> Iterator[str]:
     for name, kind, text, value in (
         ("optc_draft_depth", "gauge", "Tokens drafted in a step; 0 where plain decoding is faster.", figures.depth),
+        ("optc_draft_tree", "gauge", "Guesses of the tree that is drafted; 0 where it is a chain.", figures.tree),
         (
             "optc_draft_verified_total",
             "counter",

@@ -14,6 +14,7 @@ from optc.runtime.speculative.counts import DraftCounts
 from optc.runtime.speculative.drafter import Ask, Drafter, Fed, ReadingDrafter, Verified
 from optc.runtime.speculative.figures import SpeculativeFigures
 from optc.runtime.speculative.settings import Speculation
+from optc.runtime.speculative.shape import Ladder
 from optc.runtime.speculative.switch import Outcome, Switch
 
 
@@ -22,6 +23,7 @@ class Drafting:
 
     Args:
         sampler_of: gives the sampler of a row, whose grammar its draft must hold to.
+        ladder: the drafts to choose among.
         clock: seconds.
     """
 
@@ -31,14 +33,16 @@ class Drafting:
         options: Speculation,
         scheduler: Scheduler,
         sampler_of: SamplerOf,
+        ladder: Ladder,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._drafter, self._options, self._clock = drafter, options, clock
         self._scheduler, self._rows, self._sampler_of = scheduler, scheduler.rows, sampler_of
-        self._switch = Switch(options.draft_tokens) if options.adaptive else None
+        self._ladder = ladder
+        self._switch = Switch(ladder.rungs) if options.adaptive else None
         self._begin = 0.0
         self._draft_s = 0.0
-        self._counts = DraftCounts(options, self._switch)
+        self._counts = DraftCounts(options, self._switch, ladder)
 
     def propose(self) -> None:
         """Before a step is planned: draft for the rows that will be fed one token."""
@@ -47,8 +51,9 @@ class Drafting:
         ready = np.flatnonzero(rows.decoding & (rows.fed < rows.end - 1))
         if not len(ready):
             return
-        depth = self._options.draft_tokens if self._switch is None else self._switch.depth(len(ready))
-        most = np.minimum(depth, rows.end[ready] - rows.known[ready] - 1)
+        rung = len(self._ladder.rungs) if self._switch is None else self._switch.depth(len(ready))
+        rows.shape = self._ladder.shapes[rung - 1] if rung and self._ladder.shapes is not None else None
+        most = np.minimum(len(self._ladder.rungs[rung - 1]) if rung else 0, rows.end[ready] - rows.known[ready] - 1)
         asks = {
             row: self._ask(row, count) for row, count in zip(ready.tolist(), most.tolist(), strict=True) if count > 0
         }
@@ -62,13 +67,15 @@ class Drafting:
 
     def _ask(self, row: int, most: int) -> Ask:
         rows, sampler = self._rows, self._sampler_of(row)
-        ask = Ask(self._scheduler.at(row).id, rows.history[row, : rows.known[row]], most)
+        ask = Ask(self._scheduler.at(row).id, rows.history[row, : rows.known[row]], most, shape=rows.shape)
         if sampler is None or sampler.request.sampling.greedy:
             return ask
         return ask._replace(sampling=sampler.request.sampling, uniforms=sampler.uniforms(most))
 
     def _usable(self, row: int, draft: Sequence[int]) -> Sequence[int]:
-        """A draft up to a stop token, and up to what the grammar of its row lets follow."""
+        """A draft up to a stop token, and up to what the grammar of its row lets follow; a tree is left as it is."""
+        if self._rows.shape is not None:
+            return draft
         stops = self._rows.stops[row].tolist()
         end = next((place + 1 for place, token in enumerate(draft) if token in stops), len(draft))
         sampler = self._sampler_of(row)
@@ -79,21 +86,16 @@ class Drafting:
     def note(self, plan: Plan, given: Chosen) -> None:
         """Behind a step, before its tokens are collected."""
         begin = self._clock()
-        verified = list(self._outcomes(plan, given))
-        for item in verified:
-            self._counts.drafted_at[: len(item.drafted)] += 1
-            self._counts.accepted_at[: item.accepted] += 1
-        self._counts.verified += len(verified)
-        if verified:
-            self._drafter.observe(verified)
+        made = plan.drafted > 0
+        self._counts.note(plan.drafted[made], given.counts[: len(made)][made] - 1, plan.shape)
+        if plan.shape is None and made.any():
+            self._drafter.observe(list(self._outcomes(plan, given)))
         if isinstance(self._drafter, ReadingDrafter):
             self._drafter.read(list(self._fed(plan, given)))
         now = self._clock()
         self._draft_s += now - begin
         if self._switch is not None and len(plan.decodes) and not plan.pieces:
-            accepted = (given.counts - 1).tolist()
-            outcomes = [Outcome(*row) for row in zip(plan.drafted.tolist(), accepted, strict=True)]
-            self._switch.note(outcomes, now - self._begin)
+            self._switch.note(list(_row_outcomes(plan, given)), now - self._begin)
 
     def _outcomes(self, plan: Plan, given: Chosen) -> Iterator[Verified]:
         rows = self._rows
@@ -114,7 +116,10 @@ class Drafting:
         begin = 0
         for place, row in enumerate(plan.decodes.tolist()):
             size = 1 + int(plan.drafted[place])
-            outputs = {role: rows[begin : begin + size] for role, rows in given.outputs.items()}
+            at: slice | list[int] = slice(begin, begin + size)
+            if given.path is not None:  # what was kept of a tree, as the text that it is now
+                at = [begin + token for token in given.path[place, : given.counts[place]].tolist()]
+            outputs = {role: rows[at] for role, rows in given.outputs.items()}
             yield Fed(self._scheduler.at(row).id, int(plan.positions[place]), int(given.counts[place]), outputs)
             begin += size
         picked = begin
@@ -140,3 +145,13 @@ class Drafting:
     def close(self) -> None:
         """The drafter ends, too."""
         self._drafter.close()
+
+
+def _row_outcomes(plan: Plan, given: Chosen) -> Iterator[Outcome]:
+    """What became of the draft of each row of a step of decodes."""
+    for place, (drafted, count) in enumerate(zip(plan.drafted.tolist(), given.counts.tolist(), strict=True)):
+        if plan.shape is None or given.path is None:
+            yield Outcome(drafted, count - 1)
+            continue
+        nodes, kept = plan.shape.nodes, given.path[place, 1:count] - 1
+        yield Outcome(drafted, count - 1, (nodes[:drafted], [nodes[token] for token in kept.tolist()]))

@@ -219,7 +219,7 @@ def open_artifact(folder: Path, options: ServeOptions) -> Runs[Any]:
         token_budget=options.token_budget,
         threads=options.threads,
         num_blocks=options.kv_blocks,
-        speculation=speculation_of(options.speculative, options.draft, options.draft_tokens),
+        speculation=speculation_of(options.speculative, options.draft, options.draft_tokens, options.draft_shape),
         trust=options.trust,
         warm_up=True,
         dequantized_copies=not options.save_memory,

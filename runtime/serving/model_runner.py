@@ -12,11 +12,13 @@ from torch import Tensor
 
 from optc.compiler.execution.paged_call import lay_out
 from optc.compiler.ir.contract import OutputRole
+from optc.compiler.ops.dialect.paged_tree import CAUSAL
 from optc.runtime.serving.plan import Chosen, Plan
 from optc.runtime.serving.rows import Ints, Rows
 from optc.runtime.serving.sampler import SamplerOf, choose
 from optc.runtime.serving.verifier import Verifier
 from optc.runtime.sessions.paged import PagedModel
+from optc.runtime.speculative.shape import Shape
 
 
 class ModelRunner(Protocol):
@@ -69,7 +71,10 @@ class HostRunner:
         """See `ModelRunner`."""
         copy_blocks(self._model.pools, plan.copied, torch.from_numpy)
         logits, others = self._compute(plan)
-        self._chosen.append(self._choose(logits, plan)._replace(outputs=others))
+        chosen = self._choose(logits, plan)
+        if chosen.path is not None:
+            move_kept(self._model.pools, plan, chosen.path, chosen.counts, self._rows)
+        self._chosen.append(chosen._replace(outputs=others))
 
     def _choose(self, logits: Tensor, plan: Plan) -> Chosen:
         if plan.drafted.any():
@@ -87,9 +92,10 @@ class HostRunner:
         other outputs, see `Chosen`."""
         model = self._model
         inputs, wanted = step_inputs(plan, self._rows)
+        tree = None if plan.shape is None else along_tree(inputs, plan, plan.shape)
         tensors = [torch.from_numpy(item) for item in (*inputs, wanted)]
         begin = time.perf_counter()
-        found = model.call(tensors[:-1], tensors[-1])
+        found = model.call(tensors[:-1], tensors[-1], None if tree is None else torch.from_numpy(tree))
         self.model_s += time.perf_counter() - begin
         return found
 
@@ -107,6 +113,43 @@ def copy_blocks(pools: Sequence[Tensor], copied: Mapping[int, int], send: Callab
     for pool in pools:
         memory = pool.view(torch.uint8)  # not every type of numbers can be indexed
         memory.index_copy_(0, target.to(pool.device), memory.index_select(0, source.to(pool.device)))
+
+
+@torch.inference_mode()
+def move_kept(pools: Sequence[Tensor], plan: Plan, path: Ints, counts: Ints, rows: Rows) -> None:
+    """Let what is kept of trees lie in the pools as a text does: keys and values were made for the positions that they get.
+
+    Args:
+        path: int64 [R, W], of each of `plan.rows` the tokens of this step that are kept, the first `counts` of a row.
+    """
+    decodes = len(plan.decodes)
+    wanted = np.arange(path.shape[1])
+    moved = (path != wanted) & (wanted < counts[:, None])
+    row, place = np.nonzero(moved[:decodes])
+    if not len(row):
+        return
+    source, target = (
+        torch.from_numpy(positions)
+        for positions in (plan.positions[row] + path[row, place], plan.positions[row] + place)
+    )
+    tables = torch.from_numpy(rows.tables[plan.decodes[row]]).long()
+    size = rows.block_size
+    at = [(tables.gather(1, positions[:, None] // size)[:, 0], positions % size) for positions in (source, target)]
+    for pool in pools:
+        memory = pool.view(torch.uint8) if pool.element_size() == 1 else pool
+        (blocks, slots), (to_blocks, to_slots) = ((a.to(pool.device), b.to(pool.device)) for a, b in at)
+        memory[to_blocks, to_slots] = memory[blocks, slots]
+
+
+def along_tree(inputs: list[np.ndarray], plan: Plan, shape: Shape) -> Ints:
+    """int64 [N], which tokens each one of a step sees, see `paged_tree_attention_`; positions of `inputs` become those of
+    trees."""
+    fed = 1 + plan.drafted
+    place = np.arange(fed.sum()) - np.repeat(fed.cumsum() - fed, fed)
+    inputs[1][: len(place)] = np.repeat(plan.positions, fed) + shape.depths[place]
+    found = np.full(len(inputs[0]), CAUSAL, np.int64)
+    found[: len(place)] = shape.bits[place]
+    return found
 
 
 def step_inputs(plan: Plan, rows: Rows, *, apart: bool = False) -> tuple[list[np.ndarray], Ints]:

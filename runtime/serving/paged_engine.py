@@ -26,6 +26,7 @@ from optc.runtime.serving.scheduler import Scheduler
 from optc.runtime.sessions.paged import PagedModel
 from optc.runtime.speculative.device_drafter import DeviceDrafter
 from optc.runtime.speculative.drafter import Drafter, ReadingDrafter
+from optc.runtime.speculative.shape import ladder_of
 
 
 @dataclass(slots=True)
@@ -93,7 +94,8 @@ class PagedEngine:
                 self._drafting = RoundDrafting(drafter, speculation, self.scheduler, self._runner)
             else:
                 assert not isinstance(drafter, DeviceDrafter)
-                self._drafting = Drafting(drafter, speculation, self.scheduler, self._sampler_of)
+                ladder = ladder_of(speculation, model.tree)
+                self._drafting = Drafting(drafter, speculation, self.scheduler, self._sampler_of, ladder)
         if options.warm_up:
             self._runner.warm_up(budget)
         self._launched: deque[Plan] = deque()

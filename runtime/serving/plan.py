@@ -13,6 +13,7 @@ from optc.compiler.ir.contract import OutputRole
 from optc.runtime.serving.request import EngineMetrics, Finish
 from optc.runtime.serving.rows import Ints, Kind
 from optc.runtime.speculative.figures import SpeculativeFigures
+from optc.runtime.speculative.shape import Shape
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -74,6 +75,7 @@ class Plan:
         grown: rows and columns of `Rows.tables` that are new since the plan before.
         moved: rows whose requests have other rows since then: from, to.
         copied: blocks that are to be copied in front of the step: from which by to which; see `BlockManager.fork`.
+        shape: of the drafts, where they are trees; a row with fewer tokens has the first of them.
         steps: of decodes alone that follow each other, each fed what the one before chose; 1 with drafts or pieces.
     """
 
@@ -87,6 +89,7 @@ class Plan:
     moved: list[tuple[int, int]]
     steps: int = 1
     copied: dict[int, int] = field(default_factory=dict)
+    shape: Shape | None = None
 
     @property
     def tokens(self) -> int:
@@ -116,6 +119,7 @@ class Chosen(NamedTuple):
             its logits were not finite. What fills up the row is no token.
         counts: int64 [R], 1 to W: so many are the row's next ones. Those behind follow a drafted token that was rejected.
         rounds: of a step of rounds, see `Rounds`.
+        path: int64 [R, W], of trees: behind which of the tokens that a row was fed each of its next ones stands.
         outputs: what the program gave beside the logits, by role: [N, ...], of the tokens that were fed, or, of a program
             that selects rows, of those whose logits were wanted; in the order in which they were fed.
     """
@@ -124,6 +128,7 @@ class Chosen(NamedTuple):
     counts: Ints
     outputs: Mapping[OutputRole, Tensor] = {}
     rounds: Rounds | None = None
+    path: Ints | None = None
 
     @classmethod
     def one_each(cls, tokens: Ints) -> Self:

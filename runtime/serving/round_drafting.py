@@ -15,6 +15,7 @@ from optc.runtime.speculative.counts import DraftCounts
 from optc.runtime.speculative.device_drafter import DeviceDrafter
 from optc.runtime.speculative.figures import SpeculativeFigures
 from optc.runtime.speculative.settings import Speculation
+from optc.runtime.speculative.shape import Ladder
 from optc.runtime.speculative.switch import Outcome, Switch
 
 _FIRST_ROUNDS, _MOST_ROUNDS = 2, 4
@@ -46,7 +47,7 @@ class RoundDrafting:
         self.pace = Pace(_FIRST_ROUNDS, _MOST_ROUNDS)
         self._switch = Switch(options.draft_tokens, sparing=_SPARING) if options.adaptive else None
         self._begin = 0.0
-        self._counts = DraftCounts(options, self._switch)
+        self._counts = DraftCounts(options, self._switch, Ladder.chain(options.draft_tokens))
 
     def propose(self) -> None:
         """Before a step is planned: ask for room for its rounds."""
@@ -72,6 +73,7 @@ class RoundDrafting:
         self._counts.drafted_at += (verified[:, :, None] > places).sum((0, 1))
         self._counts.accepted_at += ((kept - 1)[:, :, None] > places).sum((0, 1))
         self._counts.verified += int((verified > 0).sum())
+        self._counts.drafted += int(verified.sum())
         if not steady:
             return
         seconds = (self._clock() - self._begin) / len(kept)

@@ -12,6 +12,8 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from optc.runtime.speculative.shape import Shape
+
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
@@ -37,6 +39,7 @@ class Rows:
         history: int32 [rows, capacity + 1], the tokens of each row, the first `known` of them; the last one is not fed.
         known: tokens that the host has. fed: those that are in the KV pool, or will be by the steps that were launched.
         drafted: tokens behind the known ones in `history` that are a guess of what follows; the next plan takes or drops them.
+        shape: of the drafts of all rows, where they are trees, of which each row has the first tokens.
         end: of `known`, at which the row ends. room: slots of its blocks.
         tables: int32 [rows, most blocks], and `owned` of them.
         decoding: rows whose prompt is fed. single: rows of which no token may be fed before it was read.
@@ -52,6 +55,7 @@ class Rows:
         self.tables = np.zeros((count, -(-capacity // block_size)), np.int32)
         self.known, self.fed, self.end, self.room, self.owned, self.serial = np.zeros((6, count), np.int64)
         self.drafted = np.zeros(count, np.int64)
+        self.shape: Shape | None = None
         self.decoding, self.single = np.zeros((2, count), np.bool_)
         self.kind = np.zeros(count, np.int8)
         self.stops = np.full((count, _FEW_STOPS), NO_STOP, np.int64)

@@ -199,7 +199,8 @@ class Scheduler:
         grown, self._grown = self._grown, []
         moved, self._moved = self._moved, []
         copied, self._copied = self._copied, {}
-        return Plan(decodes, positions, drafted, pieces, chosen, rows.serial[chosen], grown, moved, steps, copied)
+        serials, shape = rows.serial[chosen], rows.shape if drafted.any() else None
+        return Plan(decodes, positions, drafted, pieces, chosen, serials, grown, moved, steps, copied, shape)
 
     def _compact(self) -> None:
         """See `compact`."""

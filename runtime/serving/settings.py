@@ -8,7 +8,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from optc.runtime.bounds import Count, Threads, Trust
-from optc.runtime.speculative.settings import DraftFlag, DraftTokens, MethodFlag
+from optc.runtime.speculative.settings import DraftFlag, DraftTokens, MethodFlag, ShapeFlag
 
 API_KEY_VARIABLE = "OPTC_API_KEY"
 """It is read where the server starts, and not handed on to its processes."""
@@ -76,6 +76,7 @@ class ServeOptions(Struct, frozen=True, kw_only=True):
     speculative: MethodFlag | None = None
     draft: DraftFlag | None = None
     draft_tokens: DraftTokens | None = None
+    draft_shape: ShapeFlag | None = None
     max_prompt_tokens: (
         Annotated[Count, Meta(description="Longest prompt.", extra={"default": "what the context holds"})] | None
     ) = None

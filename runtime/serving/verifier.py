@@ -1,5 +1,8 @@
 """Decides a step with drafts: what each request holds its tokens to, laid over all positions that it was fed.
 
+A draft may be a tree (`Plan.shape`): each of its positions is decided for the tokens that it follows, and the path that
+agrees is kept.
+
 Every position is decided as plain decoding would decide it there, had the tokens before it been chosen: with the penalties
 of the draft so far, the grammar advanced along it, and the uniform number of that place. So speculation changes no token;
 see `acceptance`.
@@ -17,11 +20,12 @@ from torch import Tensor
 
 from optc.compiler.ops.dialect.sampling import penalized
 from optc.runtime.sampling import Sampling
+from optc.runtime.serving.grammar import Bits, GrammarState
 from optc.runtime.serving.open_choice import masked
 from optc.runtime.serving.plan import Chosen, Plan
 from optc.runtime.serving.rows import Ints, Kind, Rows
 from optc.runtime.serving.sampler import RequestSampler, SamplerOf
-from optc.runtime.speculative.acceptance import NOT_DRAFTED, Cuts, accept, decide
+from optc.runtime.speculative.acceptance import NOT_DRAFTED, Cuts, accept, accept_tree, decide
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,16 @@ class _Held:
 
     Attributes:
         start, count: positions of the step.
-        draft: the tokens behind its positions but for the last.
+        draft: the tokens that are fed behind the first one.
+        parents: of each token that is fed, which one it follows; -1 for the first. depths: how many it follows.
     """
 
     row: int
     start: int
     count: int
     draft: list[int]
+    parents: list[int]
+    depths: list[int]
     sampler: RequestSampler
 
 
@@ -50,7 +57,7 @@ class Verifier:
     def __call__(self, logits: Tensor, plan: Plan) -> Chosen:
         """What a step chose, from logits [T, V]: of each of `plan.rows` those behind all its tokens, in order."""
         counts = _counts(plan)
-        held = list(self._held(plan, counts, self._drafted(plan, counts)))
+        held = list(self._held(plan, counts))
         chosen = self.keep(self._decide(logits, held), plan)
         self._tell(logits, plan, held, chosen)
         return chosen
@@ -58,28 +65,39 @@ class Verifier:
     def keep(self, decided: Tensor, plan: Plan) -> Chosen:
         """What a step chose where int64 [T] is decided behind all its tokens, in order: the draft as far as it agrees."""
         counts, place = _counts(plan), decided.device
+        sizes = torch.from_numpy(counts).to(place)
+        if plan.shape is not None:
+            fed = torch.from_numpy(self._fed(plan, counts)).to(place)
+            parents = torch.from_numpy(plan.shape.parents).to(place)
+            tokens, kept, path = (item.cpu().numpy() for item in accept_tree(decided, fed, sizes, parents))
+            return Chosen(tokens, kept, path=path)
         drafted = torch.from_numpy(self._drafted(plan, counts)).to(place)
-        tokens, kept = accept(decided, drafted, torch.from_numpy(counts).to(place))
-        return Chosen(tokens.cpu().numpy(), kept.cpu().numpy())
+        tokens, kept = (item.cpu().numpy() for item in accept(decided, drafted, sizes))
+        return Chosen(tokens, kept)
 
     def _drafted(self, plan: Plan, counts: Ints) -> Ints:
         """int64 [T]: the token that was drafted behind each position."""
-        ends = counts.cumsum()
-        owner = np.repeat(np.arange(len(counts)), counts)
-        offset = np.arange(ends[-1]) - (ends - counts)[owner]
-        # A decode is fed the token at `positions`, and the drafted ones behind it; the rows of prompts have none.
-        begin = np.concatenate([plan.positions, np.zeros(len(counts) - len(plan.decodes), np.int64)])
-        last = offset == counts[owner] - 1
-        behind = self._rows.history[plan.rows[owner], np.where(last, 0, begin[owner] + offset + 1)]
-        return np.where(last, NOT_DRAFTED, behind).astype(np.int64)
+        behind = np.append(self._fed(plan, counts)[1:], NOT_DRAFTED)
+        behind[counts.cumsum() - 1] = NOT_DRAFTED
+        return behind
 
-    def _held(self, plan: Plan, counts: Ints, drafted: Ints) -> Iterator[_Held]:
-        starts = counts.cumsum() - counts
+    def _fed(self, plan: Plan, counts: Ints) -> Ints:
+        """int64 [T]: the token at each position; of prompts any, as nothing is drafted behind it."""
+        owner = np.repeat(np.arange(len(counts)), counts)
+        offset = np.arange(len(owner)) - (counts.cumsum() - counts)[owner]
+        begin = np.concatenate([plan.positions, np.zeros(len(counts) - len(plan.decodes), np.int64)])
+        return self._rows.history[plan.rows[owner], begin[owner] + offset].astype(np.int64)
+
+    def _held(self, plan: Plan, counts: Ints) -> Iterator[_Held]:
+        starts, fed, shape = counts.cumsum() - counts, self._fed(plan, counts), plan.shape
         for place in np.flatnonzero(self._rows.kind[plan.rows] != Kind.GREEDY).tolist():
             row, start, count = int(plan.rows[place]), int(starts[place]), int(counts[place])
             sampler = self._sampler_of(row)
             assert sampler is not None
-            yield _Held(row, start, count, drafted[start : start + count - 1].tolist(), sampler)
+            draft = fed[start + 1 : start + count].tolist()
+            parents = list(range(-1, count - 1)) if shape is None else shape.parents[:count].tolist()
+            depths = list(range(count)) if shape is None else shape.depths[:count].tolist()
+            yield _Held(row, start, count, draft, parents, depths, sampler)
 
     def _decide(self, logits: Tensor, held: Sequence[_Held]) -> Tensor:
         scores = logits.float()
@@ -91,7 +109,7 @@ class Verifier:
         for item in held:
             part = slice(item.start, item.start + item.count)
             samplings[part] = [item.sampler.request.sampling] * item.count
-            uniforms[part] = item.sampler.uniforms(item.count)
+            uniforms[part] = item.sampler.uniforms(1 + max(item.depths))[item.depths]
         return decide(scores, Cuts.of(samplings, logits.device), torch.from_numpy(uniforms).to(logits.device))
 
     def _penalize(self, scores: Tensor, held: Sequence[_Held]) -> Tensor:
@@ -119,10 +137,11 @@ class Verifier:
         tokens = self._rows.history[item.row, : self._rows.known[item.row]]
         seen[:, tokens] = True
         np.add.at(generated[0], tokens[len(item.sampler.request.prompt) :], 1)
-        generated[1:] = generated[0]
-        for place, token in enumerate(item.draft):
-            seen[place + 1 :, token] = True
-            generated[place + 1 :, token] += 1
+        for place, token in enumerate(item.draft, 1):
+            parent = item.parents[place]
+            seen[place], generated[place] = seen[parent], generated[parent]
+            seen[place, token] = True
+            generated[place, token] += 1
 
     def _tell(self, logits: Tensor, plan: Plan, held: Sequence[_Held], chosen: Chosen) -> None:
         """Let samplers go on with what their rows got."""
@@ -131,7 +150,8 @@ class Verifier:
             place = order[item.row]
             count = int(chosen.counts[place])
             asked = item.sampler.request.logprobs is not None
-            own = logits[item.start : item.start + count].float().cpu().numpy() if asked else None
+            at = range(count) if chosen.path is None else chosen.path[place, :count].tolist()
+            own = logits[[item.start + token for token in at]].float().cpu().numpy() if asked else None
             item.sampler.take_all(chosen.tokens[place, :count].tolist(), own)
 
 
@@ -157,17 +177,27 @@ def _add_biases(scores: Tensor, held: Sequence[_Held]) -> Tensor:
 
 
 def _hold_to_grammars(scores: Tensor, held: Sequence[_Held]) -> Tensor:
-    """Scores with -inf for what may not follow the draft so far. Drafts hold to their grammar (`Drafting`)."""
+    """Scores with -inf for what may not follow the draft so far."""
     places: list[int] = []
     words = []
     for item in held:
         if item.sampler.grammar is not None:
-            bits = item.sampler.grammar.ahead(item.draft)
-            assert len(bits) == item.count
             places += range(item.start, item.start + item.count)
-            words += bits
+            words += _following(item.sampler.grammar, item)
     if not places:
         return scores
     at = torch.tensor(places, device=scores.device)
     follows = torch.from_numpy(np.stack(words)).to(scores.device)
     return scores.index_copy(0, at, masked(scores.index_select(0, at), follows))
+
+
+def _following(grammar: GrammarState, item: _Held) -> list[Bits]:
+    """What may follow each token that is fed, along the path to it; nothing where the path does not hold to the grammar."""
+    found = [np.zeros_like(grammar.bits)] * item.count
+    for leaf in set(range(item.count)) - set(item.parents):
+        path = [leaf]
+        while path[0]:
+            path.insert(0, item.parents[path[0]])
+        for token, bits in zip(path, grammar.ahead([item.draft[place - 1] for place in path[1:]]), strict=False):
+            found[token] = bits
+    return found

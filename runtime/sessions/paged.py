@@ -13,7 +13,9 @@ import torch
 
 from optc.compiler.execution.block_manager import BlockManager, StepInputs
 from optc.compiler.ir.contract import Contract, Input, OutputRole
+from optc.compiler.ir.draft_tree import DraftTree
 from optc.compiler.kernels.cuda.dispatch import kernels_only
+from optc.compiler.ops.dialect.paged_tree import CAUSAL
 from optc.compiler.settings.fields import check_range
 from optc.runtime.bounds import Count
 from optc.runtime.sessions.cuda_graphs import Recorder
@@ -54,6 +56,7 @@ class PagedModel:
         chunk: most tokens of a call.
         gives: roles of its outputs behind the logits.
         heads: tokens that it guesses itself behind the next one.
+        takes_trees: its new tokens may be a tree; see `call`. tree: the one of its guesses.
         step: the program where the logits of all tokens are wanted, in their order; None: `run` is called.
         record: what records steps and calls of up to `prompt_tokens` tokens; None where they run as they are.
         on_device: tokens are chosen on the device, and steps follow each other there.
@@ -70,24 +73,30 @@ class PagedModel:
     device: torch.device
     gives: tuple[OutputRole, ...] = ()
     heads: int = 0
+    takes_trees: bool = False
+    tree: DraftTree | None = None
     step: Run | None = None
     record: Recorder | None = None
     prompt_tokens: int = 0
     on_device: bool = False
 
     def call(
-        self, inputs: Sequence[torch.Tensor], wanted: torch.Tensor
+        self, inputs: Sequence[torch.Tensor], wanted: torch.Tensor, tree: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict[OutputRole, torch.Tensor]]:
         """Run a call that was laid out (`paged_call.lay_out`): for engines, sessions and models that draft alike.
 
         Args:
             inputs: in the order of `StepInputs`, of N tokens. wanted: int64 [W], some of their places, ascending.
+            tree: int64 [N], which tokens each one sees, see `paged_tree_attention_`; None: all before it.
 
         Returns:
             Logits [W, V] of the tokens that are wanted, and the other outputs by role: of a program that selects rows, of
             these tokens or of all, as the program has them; else of all tokens.
         """
-        given = (*inputs, wanted) if self.selects else inputs
+        given = [*inputs]
+        if self.takes_trees:
+            given.append(torch.full_like(inputs[0], CAUSAL) if tree is None else tree)
+        given += [wanted] if self.selects else []
         with torch.inference_mode(), kernels_only() if self.on_device else contextlib.nullcontext():
             outputs = self.run(*(item.to(self.device) for item in given), *self.pools)
             logits, *others = outputs if isinstance(outputs, tuple | list) else (outputs,)
@@ -131,7 +140,8 @@ class PagedSession(Session):
         self._graph, self._device = run, device
         self._pools = [torch_zeros(_shape(spec, count), spec.dtype, device) for spec in pools]
         self._selects = contract.input_index("logits_indices") is not None
-        self._others = contract.outputs[1:]
+        self._others, self._tree = contract.outputs[1:], contract.tree
+        self._takes_trees = contract.input_index("tree") is not None
         self._manager = BlockManager(count, size)
         self._reused = 0
 
@@ -154,7 +164,10 @@ class PagedSession(Session):
             chunk=self.prefill_chunk,
             device=self._device,
             gives=tuple(spec.role for spec in self._others),
-            heads=next((spec.columns for spec in self._others if spec.role == "drafted"), 0),
+            heads=next((spec.columns for spec in self._others if spec.role == "drafted"), 0)
+            // (1 if self._tree is None else self._tree.ranks),
+            takes_trees=self._takes_trees,
+            tree=self._tree,
         )
 
     @property

@@ -119,3 +119,39 @@ def accept(decided: Tensor, drafted: Tensor, counts: Tensor) -> tuple[Tensor, Te
     tokens = torch.where(real, decided[places], NOT_DRAFTED)
     agrees = real & (decided[places] == drafted[places])
     return tokens, 1 + agrees.long().cumprod(1).sum(1)
+
+
+def accept_tree(decided: Tensor, drafted: Tensor, counts: Tensor, parents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of drafts that are trees: the path that agrees with what was decided, as far as it goes.
+
+    A token behind which nothing can be decided is not kept: the one in front of it comes to it by itself, and the request
+    ends there (an answer that is complete by its grammar), or fails at it in the next step.
+
+    Args:
+        decided, counts: as `accept` has them. drafted: int64 [T], the tokens that were fed.
+        parents: int64 [W or more], the token of its request that each one follows, a smaller one; the first one's is of no
+            meaning.
+
+    Returns:
+        As `accept`; and int64 [R, D], which tokens of each request those are that the decided ones stand behind, filled
+        up with the last of them.
+    """
+    width = int(counts.max())
+    columns = torch.arange(width, device=decided.device)
+    places = ((counts.cumsum(0) - counts)[:, None] + columns).clamp(max=len(decided) - 1)
+    said, fed, real = decided[places], drafted[places], columns < counts[:, None]
+    kept = torch.zeros_like(real)
+    kept[:, 0] = True
+    open_end = kept.clone()  # kept tokens behind which none is kept yet: of equal guesses the first one is
+    for column in range(1, width):
+        parent = int(parents[column])
+        agrees = (said[:, parent] == fed[:, column]) & (said[:, column] != NO_TOKEN)
+        kept[:, column] = real[:, column] & open_end[:, parent] & agrees
+        open_end[:, parent] &= ~kept[:, column]
+        open_end[:, column] = kept[:, column]
+    lengths = kept.sum(1)
+    order = torch.where(kept, columns, width).sort(1).values[:, : int(lengths.max())]
+    last = (lengths - 1)[:, None]
+    path = order.gather(1, torch.minimum(torch.arange(order.shape[1], device=order.device)[None], last))
+    tokens = torch.where(torch.arange(path.shape[1], device=path.device) <= last, said.gather(1, path), NOT_DRAFTED)
+    return tokens, lengths, path

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from optc.compiler.ir.contract import OutputRole
 from optc.runtime.sampling import Sampling
+from optc.runtime.speculative.shape import Shape
 
 Tokens = npt.NDArray[np.integer]
 Uniforms = npt.NDArray[np.float64]
@@ -24,6 +25,7 @@ class Ask(NamedTuple):
         tokens: [n], its prompt and all that it generated; not to be kept or changed.
         most: tokens that can be used, 1 at least.
         sampling: how the next tokens are drawn; greedy ones are not.
+        shape: of the draft, where it is a tree; `most` is that of its guesses then.
         uniforms: float64 [most], the numbers that they are drawn by, one after another; empty where they are not.
     """
 
@@ -32,6 +34,7 @@ class Ask(NamedTuple):
     most: int
     sampling: Sampling = Sampling()
     uniforms: Uniforms = np.zeros(0)
+    shape: Shape | None = None
 
 
 class Verified(NamedTuple):

@@ -12,19 +12,23 @@ class SpeculativeFigures(Struct, frozen=True, kw_only=True):
 
     Attributes:
         verified: drafts that were verified, each in one step of its request.
-        drafted_at: of them, how many had a token at each place of the draft.
+        drafted: tokens of them.
+        drafted_at: of them, how many had a token at each place of the draft; of trees, at each depth.
         accepted_at: how many had it accepted.
         draft_seconds: spent in the drafter.
-        depth: tokens that are drafted at the moment, at most; 0 where drafts do not pay.
+        depth: tokens that are drafted at the moment, at most, one behind the other; 0 where drafts do not pay.
+        tree: guesses of the tree that is drafted at the moment; 0 where it is a chain.
         speedup: tokens of a step with drafts over its cost relative to a plain one, in the last steps; None before it is known.
     """
 
     method: str
     verified: int = 0
+    drafted: int = 0
     drafted_at: list[int] = []
     accepted_at: list[int] = []
     draft_seconds: float = 0.0
     depth: int = 0
+    tree: int = 0
     speedup: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -34,16 +38,13 @@ class SpeculativeFigures(Struct, frozen=True, kw_only=True):
             "acceptance_length": self.acceptance_length,
             "acceptance_by_position": self.acceptance_by_position,
             "verified": self.verified,
-            "drafted_tokens": self.drafted_tokens,
+            "drafted_tokens": self.drafted,
             "accepted_tokens": self.accepted_tokens,
             "draft_seconds": self.draft_seconds,
             "depth": self.depth,
+            "tree": self.tree,
             "speedup": self.speedup,
         }
-
-    @property
-    def drafted_tokens(self) -> int:
-        return sum(self.drafted_at)
 
     @property
     def accepted_tokens(self) -> int:

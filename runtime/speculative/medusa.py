@@ -3,7 +3,7 @@
 Behind each position the model gives, beside the logits of the next token, the likeliest tokens of the places after that
 (the pass `add-medusa-heads`). Those of the last position that was kept are the next draft: it takes no time, and no cache.
 
-The paper verifies a tree of the heads' best tokens; here it is the chain of the likeliest ones.
+The draft is the chain of the likeliest ones, or a tree of the heads' best tokens, as in the paper: see `shape`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,23 @@ from optc.runtime.speculative.drafter import Ask, Fed, Verified
 
 
 class MedusaDrafter:
-    """Keeps what the heads guessed last for each request."""
+    """Keeps what the heads guessed last for each request, `ranks` tokens of each head."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int = 1) -> None:
+        self._ranks = ranks
         self._of: dict[str, tuple[int, list[int]]] = {}  # the place of the first guessed token, and the tokens
 
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
         """See `Drafter`."""
-        return [self._behind(ask.id, len(ask.tokens))[: ask.most] for ask in asks]
+        found = []
+        for ask in asks:
+            tokens = self._behind(ask.id, len(ask.tokens))
+            if ask.shape is not None and tokens:
+                heads = [tokens[begin : begin + self._ranks] for begin in range(0, len(tokens), self._ranks)]
+                found.append(ask.shape.tokens(heads)[: ask.most])
+            else:
+                found.append(tokens[:: self._ranks][: ask.most])
+        return found
 
     def _behind(self, identity: str, place: int) -> list[int]:
         first, tokens = self._of.get(identity, (0, []))

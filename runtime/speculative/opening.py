@@ -63,14 +63,15 @@ def open_drafter(options: Speculation, target: Verifying) -> Drafter | DeviceDra
             is not paged, or tokens that are not the target's.
     """
     if options.method == "medusa":
-        return _open_heads(options.draft_tokens, target)
+        return _open_heads(options, target)
     if options.method in _NO_WEIGHTS:
         return _NO_WEIGHTS[options.method]()
     found = _Drafting.of(options, target)
     return (_open_eagle3 if options.method == "eagle3" else _open_model)(found, options.draft_tokens, target)
 
 
-def _open_heads(draft_tokens: int, target: Verifying) -> MedusaDrafter | MedusaOnDevice:
+def _open_heads(options: Speculation, target: Verifying) -> MedusaDrafter | MedusaOnDevice:
+    draft_tokens, tree = options.draft_tokens, target.model.tree
     where, heads = None if target.folder is None else str(target.folder), target.model.heads
     if not heads:
         raise TargetError(
@@ -84,7 +85,14 @@ def _open_heads(draft_tokens: int, target: Verifying) -> MedusaDrafter | MedusaO
             where=where,
             remedy=f"give {heads} or less",
         )
-    return MedusaOnDevice() if target.model.on_device else MedusaDrafter()
+    if options.shape == "tree" and tree is None:
+        raise TargetError(
+            "the artifact has no tree of guesses",
+            where=where,
+            why="it was compiled without one" if not target.model.on_device else "trees are verified on CPUs only",
+            remedy="compile it with --target inductor-cpu --medusa FOLDER --speculative-tree 16, or leave --draft-shape out",
+        )
+    return MedusaOnDevice() if target.model.on_device else MedusaDrafter(1 if tree is None else tree.ranks)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,18 @@ DraftTokens = Annotated[
 ]
 
 
+DraftShape = Literal["auto", "chain", "tree"]
+
+ShapeFlag = Annotated[
+    DraftShape,
+    Meta(
+        description="With --speculative medusa: draft a chain of the heads' likeliest guesses, or the tree of guesses that "
+        "was compiled in by --speculative-tree; auto takes what gives more tokens for its time.",
+        extra={"default": "auto"},
+    ),
+]
+
+
 class Speculation(Struct, frozen=True, kw_only=True):
     """How an engine drafts.
 
@@ -49,17 +61,24 @@ class Speculation(Struct, frozen=True, kw_only=True):
         draft: artifact of the model that drafts, for the methods "draft" and "eagle3"; None takes the one that was compiled
             into the target's.
         draft_tokens: most of them in a step; 0: as many as the model has heads.
+        shape: of drafts, see `ShapeFlag`; where nothing is adaptive, auto is the tree, where there is one.
         adaptive: draft only while it is faster; see `switch`. False is for measuring.
     """
 
     method: Method
     draft: Path | None = None
     draft_tokens: int = 4
+    shape: DraftShape = "auto"
     adaptive: bool = True
 
 
 def speculation_of(
-    method: Method | None, draft: Path | None, draft_tokens: int | None, *, adaptive: bool = True
+    method: Method | None,
+    draft: Path | None,
+    draft_tokens: int | None,
+    shape: DraftShape | None = None,
+    *,
+    adaptive: bool = True,
 ) -> Speculation | None:
     """What the flags ask for; None where decoding is plain.
 
@@ -67,7 +86,7 @@ def speculation_of(
         UsageError: flags that do not go together.
     """
     if method is None:
-        for name, value in (("draft", draft), ("draft-tokens", draft_tokens)):
+        for name, value in (("draft", draft), ("draft-tokens", draft_tokens), ("draft-shape", shape)):
             if value is not None:
                 raise UsageError(f"--{name} has no effect without --speculative", remedy="leave it out")
         return None
@@ -76,6 +95,16 @@ def speculation_of(
             f"--draft has no effect with --speculative {method}",
             remedy="leave it out, or give --speculative draft or eagle3",
         )
+    if method != "medusa" and shape is not None:
+        raise UsageError(
+            f"--draft-shape has no effect with --speculative {method}",
+            why="only heads make trees of guesses",
+            remedy="leave it out, or give --speculative medusa",
+        )
     return Speculation(
-        method=method, draft=draft, draft_tokens=draft_tokens or _DRAFT_TOKENS[method], adaptive=adaptive
+        method=method,
+        draft=draft,
+        draft_tokens=draft_tokens or _DRAFT_TOKENS[method],
+        shape=shape or "auto",
+        adaptive=adaptive,
     )

@@ -1,4 +1,6 @@
-"""How many tokens are to be drafted, by what steps gave and took so far: none where plain decoding is faster.
+"""Which draft is to be made, by what steps gave and took so far: none where plain decoding is faster.
+
+The drafts that there are stand on a ladder: chains of one token, two, and so on; or trees of guesses, see `shape`.
 
 Time is measured, not modelled: medians of the last steps with drafts (the drafter included) and of plain ones, for each
 power of two of rows. A step is taken to cost as much more as it has more drafted tokens.
@@ -10,6 +12,9 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 _KEPT = 32
 """Steps of each kind that are looked at."""
@@ -24,46 +29,60 @@ _PAUSE, _LONGEST_PAUSE = 64, 4096
 
 
 class Outcome(NamedTuple):
-    """A row of a step: its drafted tokens, and how many of them were accepted."""
+    """A row of a step: its drafted tokens, and how many of them were accepted.
+
+    Attributes:
+        guesses: of a tree, the numbers of what was drafted and of what was accepted.
+    """
 
     drafted: int
     accepted: int
+    guesses: tuple[Sequence[int], Sequence[int]] | None = None
 
 
 class _Step(NamedTuple):
     """What a step gave with drafts, of all its rows: so many, their tokens, those that were drafted; and how many of them had
-    a drafted token at each place, and had it accepted."""
+    each guess drafted (of a chain: a token at each place), and had it accepted."""
 
     seconds: float
     rows: int
     tokens: int
     drafted: int
-    reached: list[int]
-    kept: list[int]
+    reached: npt.NDArray[np.int64]
+    kept: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, outcomes: Sequence[Outcome], seconds: float, most: int) -> _Step:
-        drafted, accepted = ([row[place] for row in outcomes] for place in (0, 1))
+    def of(cls, outcomes: Sequence[Outcome], seconds: float, guesses: int) -> _Step:
+        numbers = [row.guesses or (range(row.drafted), range(row.accepted)) for row in outcomes]
         reached, kept = (
-            [sum(count > place for count in counts) for place in range(most)] for counts in (drafted, accepted)
+            np.bincount(np.concatenate([row[place] for row in numbers]).astype(np.int64), minlength=guesses)
+            for place in (0, 1)
         )
-        return cls(seconds, len(outcomes), len(outcomes) + sum(accepted), sum(drafted), reached, kept)
+        accepted = sum(row.accepted for row in outcomes)
+        return cls(
+            seconds, len(outcomes), len(outcomes) + accepted, sum(row.drafted for row in outcomes), reached, kept
+        )
 
 
 class Switch:
-    """Of one engine, whose drafts have `most` tokens at most.
+    """Of one engine.
 
     Args:
+        rungs: the guesses of each draft that it may make, numbered from 1 on; the last one has all that any has. So many
+            tokens stand for the chains up to that length.
         sparing: the best depth is left so many times less often to see what others give, where a change of depth is dear.
     """
 
-    def __init__(self, most: int, *, sparing: int = 1) -> None:
-        self._most, self._sparing = most, sparing
+    def __init__(self, rungs: int | Sequence[Sequence[int]], *, sparing: int = 1) -> None:
+        drafts = [range(size) for size in range(1, rungs + 1)] if isinstance(rungs, int) else rungs
+        self._sparing, self._guesses = sparing, np.zeros((len(drafts), 1 + max(drafts[-1])), np.bool_)
+        for number, guesses in enumerate(drafts):
+            self._guesses[number, list(guesses)] = True
         self._of: dict[int, _Record] = {}
-        self._last = _Record(most, sparing)
+        self._last = _Record(self._guesses, sparing)
 
     def depth(self, rows: int) -> int:
-        """Tokens to draft for each row of the next step, of which there are so many; 0 for a plain one."""
+        """The draft for each row of the next step, of which there are so many; 0 for a plain one."""
         return self._at(rows).depth()
 
     def note(self, outcomes: Sequence[Outcome], seconds: float, *, rows: int | None = None) -> None:
@@ -82,22 +101,22 @@ class Switch:
 
     @property
     def best(self) -> int:
-        """Tokens that are drafted at the last number of rows; 0 where drafts are off."""
+        """The draft that is made at the last number of rows; 0 where drafts are off."""
         return 0 if self._last.pause else self._last.best()
 
     def _at(self, rows: int) -> _Record:
-        return self._of.setdefault((rows - 1).bit_length(), _Record(self._most, self._sparing))
+        return self._of.setdefault((rows - 1).bit_length(), _Record(self._guesses, self._sparing))
 
 
 class _Record:
-    """Steps of one number of rows.
+    """Steps of one number of rows; `guesses` bool [drafts, guesses] says what each draft has.
 
     Attributes:
         pause: plain steps that are left before drafts are tried again; 0 where they are on.
     """
 
-    def __init__(self, most: int, sparing: int) -> None:
-        self._most, self._sparing = most, sparing
+    def __init__(self, guesses: npt.NDArray[np.bool_], sparing: int) -> None:
+        self._guesses, self._most, self._sparing = guesses, len(guesses), sparing
         self._plain: deque[float] = deque(maxlen=_KEPT)
         self._drafted: deque[_Step] = deque(maxlen=_KEPT)
         self.pause = 0
@@ -124,21 +143,16 @@ class _Record:
         return self._most if self._tried % (_EXPLORE * self._sparing) == 0 else self.best()
 
     def best(self) -> int:
-        """The depth with the most tokens for their time, by the acceptance of each place."""
+        """The draft with the most tokens for their time, by the acceptance of each guess."""
         if self.speedup is None:
             return self._most
         steps = self._drafted
         plain = statistics.median(self._plain)
         per_step = sum(step.drafted for step in steps) / sum(step.rows for step in steps)
         each = max(0.0, self._seconds() - plain) / per_step
-        gain, best, rate = 1.0, 1, 0.0
-        for depth in range(1, self._most + 1):
-            reached = sum(step.reached[depth - 1] for step in steps)
-            kept = sum(step.kept[depth - 1] for step in steps)
-            gain += kept / reached if reached else 0.0
-            if gain / (plain + each * depth) > rate:
-                best, rate = depth, gain / (plain + each * depth)
-        return best
+        reached, kept = (sum(getattr(step, name) for step in steps) for name in ("reached", "kept"))
+        gains = 1 + self._guesses @ (kept / np.maximum(reached, 1))
+        return 1 + int((gains / (plain + each * self._guesses.sum(1))).argmax())
 
     def note(self, outcomes: Sequence[Outcome], seconds: float) -> None:
         if not any(row.drafted for row in outcomes):
@@ -146,7 +160,7 @@ class _Record:
             self._since_plain = 0
             self.pause = max(0, self.pause - 1)
             return
-        self._drafted.append(_Step.of(outcomes, seconds, self._most))
+        self._drafted.append(_Step.of(outcomes, seconds, self._guesses.shape[1]))
         self._since_plain += 1
         self._tried += 1
         found = self.speedup

@@ -19,6 +19,7 @@ from optc.compiler.rewriting.passes import Pass
 from optc.compiler.settings.fields import fields_of
 from optc.compiler.target.options import CompileOptions, Quantization, QuantRequest, TargetOptions, drafted_by
 from optc.compiler.target.target import Step, Target, check_options
+from optc.exporters.options.inductor import InductorOptions
 from optc.hub import local_model
 from optc.passes.quantization.arithmetic.groups import weight_label
 from optc.passes.quantization.arithmetic.selection import select_linears
@@ -68,7 +69,7 @@ def resolve(request: Request, stored: str | None = None) -> Resolved:
         kv_cache=kind,
         expose_hidden=_exposed(request, own),
         medusa=request.drafting.medusa,
-        medusa_weights=_heads_digest(request, kind),
+        medusa_weights=_heads_digest(request, own, kind),
         own=own,
     )
     if options.expose_hidden and kind != "paged":
@@ -188,14 +189,16 @@ def _exposed(request: Request, own: TargetOptions) -> tuple[int, ...]:
     return read_eagle3_config(Path(local_model(drafted.folder))).boundaries
 
 
-def _heads_digest(request: Request, kv_cache: str | None) -> str:
+def _heads_digest(request: Request, own: TargetOptions, kv_cache: str | None) -> str:
     """sha256 of the heads that the program is to have; "" without any.
 
     Raises:
-        UsageError: they would not come into the program. InputError: the folder has none.
+        UsageError: they would not come into the program, or there are none for a tree. InputError: the folder has none.
     """
     folder = request.drafting.medusa
     if folder is None:
+        if isinstance(own, InductorOptions) and own.speculative_tree is not None:
+            raise UsageError("--speculative-tree needs heads whose guesses it holds", remedy="add --medusa FOLDER")
         return ""
     if kv_cache != "paged":
         raise UsageError(

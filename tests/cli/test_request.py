@@ -74,6 +74,7 @@ TARGETS = {
     "--speculative",
     "--draft",
     "--draft-tokens",
+    "--speculative-tree",
     "--layout",
 }
 SAMPLING = {
@@ -87,7 +88,7 @@ SAMPLING = {
     "--seed",
 }
 SESSION = {"--threads", "--kv-blocks", "--trust"}
-SPECULATION = {"--speculative", "--draft", "--draft-tokens"}
+SPECULATION = {"--speculative", "--draft", "--draft-tokens", "--draft-shape"}
 TRAIN = {"--train", "--world-size", "--set"}
 COMMON = {"--recipe", "--json"}
 
@@ -110,7 +111,18 @@ EXPECTED = {
         *TARGETS,
         *COMMON,
     },
-    "quantize": {"--layout", "--kv-cache-dtype", *WHAT, *QUANTIZATION, *CALIBRATION, *GATE, *RUN, *COMMON},
+    "quantize": {
+        "--layout",
+        "--kv-cache-dtype",
+        "--speculative",
+        "--draft-tokens",
+        *WHAT,
+        *QUANTIZATION,
+        *CALIBRATION,
+        *GATE,
+        *RUN,
+        *COMMON,
+    },
     "plan": {"--target", "--kv-cache", *WHAT, *QUANTIZATION, *TARGETS, *TRAIN, *COMMON},
     "train": {
         "--model",
@@ -519,7 +531,8 @@ def test_an_option_of_other_targets(capsys: Capture, tmp_path: Path) -> None:
 def test_targets_lists_the_options(capsys: Capture) -> None:
     assert exit_code("targets", "--json") == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["targets"]}
-    assert rows["vllm"]["options"] == [
+    assert [item["name"] for item in rows["vllm"]["options"][:2]] == ["speculative", "draft-tokens"]
+    assert rows["vllm"]["options"][2:] == [
         {
             "name": "layout",
             "takes": "one of compressed-tensors, awq, gptq, fp8",

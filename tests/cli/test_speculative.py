@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from serving import run
 from training_runs import small_model
 
 from optc.cli.bench_serve import LoadOptions, _server_flags
-from optc.compiler.artifact.folder import rewrite
+from optc.compiler.artifact.folder import read_manifest, rewrite
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.model_folder.checkpoint import check_folder, weights_digest
 from optc.runtime.serving.counters import Counters
@@ -63,6 +65,7 @@ def test_the_page_runs(command: str, place: Path, monkeypatch: pytest.MonkeyPatc
     if "medusa" in words:
         found = json.loads(out)["speculation"]
         assert (found["method"], len(found["acceptance_by_position"])) == ("medusa", 2)
+        assert found["drafted_tokens"] > 0
     elif "--json" in words:
         found = json.loads(out)["speculation"]
         assert found["acceptance_length"] == 4  # three drafted by the model itself, and one more
@@ -75,7 +78,11 @@ def _compile_heads(place: Path) -> None:
     (command,) = [command for command in COMMANDS if "--medusa" in command]
     if not (place / "out" / "fiction-medusa").exists():
         write_heads(
-            place / "out" / "heads", 192, heads=2, weights=weights_digest(check_folder(short_example(layers=1)))
+            place / "out" / "heads",
+            192,
+            heads=2,
+            scale=0.0,  # each guesses what the model says of the next token
+            weights=weights_digest(check_folder(short_example(layers=1))),
         )
         assert optc(*command.split()) == 0
 
@@ -100,9 +107,41 @@ def test_heads_come_into_a_paged_program_of_their_own_model(tmp_path: Path, caps
         assert message in capsys.readouterr().err
 
 
+def test_bench_of_trees(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """Both shapes are measured, and the manifest holds the tree and what it gave."""
+    monkeypatch.chdir(place)
+    _compile_heads(place)
+    capsys.readouterr()
+    (command,) = [command for command in COMMANDS if command.startswith("bench ") and "medusa" in command]
+    short = ("--samples", "3", "--new-tokens", "24", "--prompt-length", "32", "--batch", "2")
+    found = optc_json(capsys, *command.split(), *short)
+    assert found["shape"] in ("chain", "tree")
+    chain, tree = found["shapes"]["chain"], found["shapes"]["tree"]
+    assert (chain["equal"], tree["equal"], chain["tree"]) == (1.0, 1.0, 0)
+    contract = read_manifest(place / "out" / "fiction-medusa").contract
+    assert contract.tree is not None
+    assert tree["tree"] == len(contract.tree.nodes) > 2
+    assert tree["acceptance_length"] >= chain["acceptance_length"]
+    one = optc_json(capsys, *command.split(), *short, "--draft-shape", "chain")
+    assert list(one["shapes"]) == ["chain"]
+
+
+def test_a_program_that_takes_trees_runs_by_itself(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(place)
+    _compile_heads(place)
+    capsys.readouterr()
+    words = ["--prompt", "Once there was", "--max-new-tokens", "6"]
+    assert optc("run", "out/fiction-medusa", *words) == 0
+    script = [sys.executable, str(place / "out" / "fiction-medusa" / "generate.py"), *words]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == capsys.readouterr().out.strip()
+
+
 def test_bench(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.chdir(place)
-    (command,) = [command for command in COMMANDS if command.startswith("bench ")]
+    (command,) = [command for command in COMMANDS if command.startswith("bench ") and "suffix" in command]
     short = ("--samples", "3", "--new-tokens", "24", "--prompt-length", "32", "--batch", "2")
     found = optc_json(capsys, *command.split(), *short)
     assert (found["method"], found["batch"], found["equal"]) == ("suffix", 2, 1.0)

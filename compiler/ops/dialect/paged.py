@@ -27,7 +27,7 @@ PADDING = -1
 TABLES = "Tensor slot_mapping, Tensor block_tables, Tensor context_lens, Tensor cu_seqlens"
 
 
-def _write_pool_(pool: Tensor, slot_mapping: Tensor, new: Tensor) -> None:
+def write_pool_(pool: Tensor, slot_mapping: Tensor, new: Tensor) -> None:
     """pool[slot // block_size, slot % block_size] = new[token], but for padding."""
     real = slot_mapping != PADDING
     slots = slot_mapping[real]
@@ -47,7 +47,7 @@ def _paged_attention(
     **knobs: Unpack[Knobs],
 ) -> Tensor:
     for pool, new in ((k_pool, k), (v_pool, v)):
-        _write_pool_(pool, slot_mapping, new)
+        write_pool_(pool, slot_mapping, new)
     out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=v.dtype, device=q.device)
     for request in range(block_tables.shape[0]):
         start, end = int(cu_seqlens[request]), int(cu_seqlens[request + 1])
@@ -102,7 +102,8 @@ def _rotary_paged_attention(
     return _paged_attention(*rows, k_pool, v_pool, slot_mapping, block_tables, context_lens, cu_seqlens, **knobs)
 
 
-def _paged_attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+def paged_attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+    """[N,H,Dv]"""
     return v.new_empty((q.shape[0], q.shape[1], v.shape[2]))
 
 
@@ -111,13 +112,13 @@ POOLS = "Tensor q, Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool"
 define(
     f"paged_attention_({POOLS}, {TABLES}, *, {CAUSAL_KNOBS}) -> Tensor",
     _paged_attention,
-    _paged_attention_fake,
+    paged_attention_fake,
     attends="NHD",
 )
 define(
     f"rotary_paged_attention_({POOLS}, {TABLES}, Tensor position, Tensor inv_freq, Tensor? q_norm, Tensor? k_norm, *, "
     f"float scaling, bool interleaved, float eps, {CAUSAL_KNOBS}) -> Tensor",
     _rotary_paged_attention,
-    _paged_attention_fake,
+    paged_attention_fake,
     attends="NHD",
 )

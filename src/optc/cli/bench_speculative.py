@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from optc.cli.common import emit, read_text, say, stderr
 from optc.cli.own_process import leave_to_own_process
 from optc.cli.session_options import sampling_of
 from optc.compiler.diagnostics import UsageError
 from optc.progress import part, progress
-from optc.runtime.speculative.settings import Speculation
+from optc.runtime.speculative.settings import DraftShape, Speculation
 
 if TYPE_CHECKING:
     from optc.cli.bench import BenchOptions
     from optc.runtime.measuring.speculation import SpeculationSpeed
+    from optc.runtime.sessions.paged import PagedModel
 
 _PROMPT = 128
 
@@ -51,27 +54,34 @@ def _measured(
     drafter = drafter_for(
         model.session, speculation, artifact, running=options.batch, threads=options.threads, trust=options.trust
     )
-    assert isinstance(model.session, PagedSession)
+    session = model.session
+    assert isinstance(session, PagedSession)
     length = next(iter(options.prompt_length), _PROMPT)
     warmup = 1 if options.warmup is None else options.warmup
     rounds = options.samples + warmup
     prompts = cut_prompts(model.encode(text), options.batch * rounds, length)
     sampling = Sampling(**sampling_of(options))
-    with part("samples") as update:
-        found = measure_speculation(
-            model.session,
-            drafter,
-            speculation,
-            [prompts[place::rounds] for place in range(rounds)],
-            new_tokens=options.new_tokens,
-            sampling=sampling,
-            warmup=warmup,
-            on_sample=lambda done, total: update(done, f"{done} of {total}"),
-        )
+    measured: dict[str, SpeculationSpeed] = {}
+    for shape in _shapes(speculation, session.model):
+        with part(f"samples, {shape}") as update:
+            measured[shape] = measure_speculation(
+                session,
+                drafter,
+                msgspec.structs.replace(speculation, shape=shape),
+                [prompts[place::rounds] for place in range(rounds)],
+                new_tokens=options.new_tokens,
+                sampling=sampling,
+                warmup=warmup,
+                on_sample=lambda done, total, update=update: update(done, f"{done} of {total}"),  # type: ignore[misc]
+            )
     drafter.close()
     model.close()
+    best = max(measured, key=lambda shape: measured[shape].speedup.median)
+    found = measured[best]
     return found, {
         **found.to_dict(),
+        "shape": best,
+        "shapes": {shape: item.to_dict() for shape, item in measured.items()},
         "draft_tokens": len(found.figures.drafted_at),
         "batch": options.batch,
         "samples": options.samples,
@@ -79,6 +89,13 @@ def _measured(
         "new_tokens": options.new_tokens,
         "environment": environment(options.threads or default_threads()),
     }
+
+
+def _shapes(speculation: Speculation, model: PagedModel) -> list[DraftShape]:
+    """The shapes of drafts to measure: a chain and a tree where the artifact has both, and neither was asked for."""
+    if speculation.method != "medusa" or model.tree is None:
+        return ["chain"]
+    return ["chain", "tree"] if speculation.shape == "auto" else [speculation.shape]
 
 
 def _text(options: BenchOptions) -> str:
@@ -103,6 +120,16 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['method']}, up to {result['draft_tokens']} drafted tokens, batch {result['batch']}, "
         f"{result['samples']} samples of {result['prompt_tokens']} + {result['new_tokens']} tokens"
     )
+    shapes = result["shapes"]
+    for shape, figures in shapes.items():
+        if len(shapes) > 1 or shape == "tree":
+            say(f"{shape}, {figures['tree']} guesses" if figures["tree"] else f"{shape} of the likeliest guesses")
+        _show_shape(figures)
+    if len(shapes) > 1:
+        say(f"the {result['shape']} is faster here; without --draft-shape an engine finds out while it runs")
+
+
+def _show_shape(result: dict[str, Any]) -> None:
     length = result["acceptance_length"]
     say(f"  acceptance length  {'no drafts' if length is None else f'{length:.2f} tokens a step'}")
     places = " ".join(f"{share:.2f}" for share in result["acceptance_by_position"])

@@ -62,7 +62,7 @@ def serve(artifact: Path, as_json: bool, options: ServeOptions) -> None:
         api_keys=_keys(options),
     )
     speculation_of(
-        options.speculative, options.draft, options.draft_tokens
+        options.speculative, options.draft, options.draft_tokens, options.draft_shape
     )  # refused here, not in the engine's process
     if not artifact.is_dir():
         raise InputError("the artifact does not exist", where=str(artifact), remedy="give the folder of optc compile")

@@ -24,7 +24,14 @@ from optc.runtime.bounds import (
     Trust,
 )
 from optc.runtime.sessions.session import Session
-from optc.runtime.speculative.settings import DraftFlag, DraftTokens, MethodFlag, Speculation, speculation_of
+from optc.runtime.speculative.settings import (
+    DraftFlag,
+    DraftTokens,
+    MethodFlag,
+    ShapeFlag,
+    Speculation,
+    speculation_of,
+)
 
 artifact_argument = click.argument("artifact", type=click.Path(path_type=Path))
 
@@ -95,10 +102,11 @@ class GeneratingOptions(SamplingOptions, frozen=True, kw_only=True):
     speculative: MethodFlag | None = None
     draft: DraftFlag | None = None
     draft_tokens: DraftTokens | None = None
+    draft_shape: ShapeFlag | None = None
 
     def speculation(self, *, adaptive: bool = True) -> Speculation | None:
         """See `speculation_of`."""
-        return speculation_of(self.speculative, self.draft, self.draft_tokens, adaptive=adaptive)
+        return speculation_of(self.speculative, self.draft, self.draft_tokens, self.draft_shape, adaptive=adaptive)
 
 
 def sampling_of(options: SamplingOptions) -> dict[str, Any]:

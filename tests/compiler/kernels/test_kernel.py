@@ -73,7 +73,7 @@ def test_calls_of_a_graph_are_judged() -> None:
     node.args[1].meta["val"] = node.args[1].meta["val"].double()
     assert predicate(node) == "q, k, v and the pools differ in type"
     assert _optc.attention.default not in LEGAL
-    assert len(LEGAL) == len(list(LEGAL)) == 3
+    assert len(LEGAL) == len(list(LEGAL)) == 4
 
 
 def test_a_new_kernel_is_kept_by_legalization(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +113,7 @@ def test_library_holds_what_a_program_calls(monkeypatch: pytest.MonkeyPatch) -> 
     assert used_kernels(paged(), "cpu") == (PAGED_ATTENTION,)
     assert {kernel.op for kernel in kernels_for("cpu")} == {
         "paged_attention_",
+        "paged_tree_attention_",
         "linear_nbits",
         "cached_linear_attention",
     }

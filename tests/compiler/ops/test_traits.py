@@ -22,11 +22,13 @@ ATTENTION = {
     "group_query_attention": "BSC",
     "group_query_attention_codes": "BSC",
     "paged_attention_": "NHD",
+    "paged_tree_attention_": "NHD",
     "rotary_paged_attention_": "NHD",
 }
 MUTATES = {
     "cached_attention_": ("k_cache", "v_cache"),
     "paged_attention_": ("k_pool", "v_pool"),
+    "paged_tree_attention_": ("k_pool", "v_pool"),
     "rotary_paged_attention_": ("k_pool", "v_pool"),
     "sample_": ("seen", "counts"),
     "greedy_step_": ("input_ids", "position_ids", "slot_mapping", "context_lens"),

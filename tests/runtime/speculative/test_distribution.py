@@ -13,6 +13,7 @@ from serving import run
 from speculation import speculating
 from torch import Tensor
 
+from optc.compiler.ir.draft_tree import DraftTree
 from optc.runtime.generation.sampling import distribution
 from optc.runtime.sampling import Sampling
 from optc.runtime.serving import verifier
@@ -74,11 +75,24 @@ def drafter(method: Method, model: PagedModel) -> Drafter:
     return open_drafter(Speculation(method=method, draft_tokens=2), Verifying(model=model, folder=None, running=ROWS))
 
 
-def chance(method: Method, sampling: Sampling) -> float:
+TREE = DraftTree(heads=2, ranks=2, nodes=((0, 0), (0, 1), (1, 0), (2, 1)))
+
+
+def branching(model: PagedModel) -> PagedModel:
+    """The same with two guesses of each head, of which four are a tree."""
+
+    def forward(ids: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        logits, ahead = model.run(ids, *rest)
+        return logits, torch.stack((ahead, (ahead + 1) % VOCAB), 2).flatten(1)
+
+    return dataclasses.replace(model, run=forward, takes_trees=True, tree=TREE)
+
+
+def chance(method: Method, sampling: Sampling, *, tree: bool = False) -> float:
     """The p-value of what 32 requests drew, each with a seed of its own; more than 20 000 draws."""
     model, table = chain(0)
-    model = states(model) if method == "eagle3" else model
-    engine = speculating(model, drafter(method, model), max_running=ROWS, token_budget=1024)
+    model = states(model) if method == "eagle3" else branching(model) if tree else model
+    engine = speculating(model, drafter(method, model), method=method, max_running=ROWS, token_budget=1024)
     samplings = [Sampling(**{**vars(sampling), "seed": row}) for row in range(ROWS)]
     got = run(
         engine,
@@ -91,6 +105,7 @@ def chance(method: Method, sampling: Sampling) -> float:
     assert figures is not None
     assert figures.accepted_tokens > 2000
     assert figures.verified > 2000
+    assert figures.tree == (len(TREE.nodes) if tree else 0)
     seen = np.zeros((VOCAB, VOCAB))
     for row in range(ROWS):
         for last, token in itertools.pairwise([row % VOCAB, *got[str(row)].tokens]):
@@ -108,6 +123,10 @@ def chance(method: Method, sampling: Sampling) -> float:
 @pytest.mark.parametrize("method", typing.get_args(Method))
 def test_draws_are_distributed_as_without_drafts(method: Method) -> None:
     assert chance(method, PROCESSED) > 0.01
+
+
+def test_draws_with_trees_are_distributed_as_without() -> None:
+    assert chance("medusa", PROCESSED, tree=True) > 0.01
 
 
 @pytest.mark.parametrize("sampling", [PROCESSED, HOT])

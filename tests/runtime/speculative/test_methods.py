@@ -8,6 +8,7 @@ import functools
 import json
 import tempfile
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from speculation import Guesser, speculating
 from stages import apply
 from torch import Tensor
 
+from optc.compiler.ir.draft_tree import DraftTree
 from optc.passes.drafting.expose_hidden import ExposeHidden
 from optc.passes.drafting.medusa_heads import AddMedusaHeads
 from optc.passes.kv_cache.paged import PageKVCache
@@ -33,7 +35,7 @@ from optc.runtime.serving.request import Generate, Grammar
 from optc.runtime.sessions.paged import PagedModel, PagedSession
 from optc.runtime.sessions.program import open_program
 from optc.runtime.speculative.draft_model import DraftModel
-from optc.runtime.speculative.drafter import Drafter
+from optc.runtime.speculative.drafter import Ask, Drafter
 from optc.runtime.speculative.eagle3 import Eagle3Drafter
 from optc.runtime.speculative.opening import Verifying, open_drafter
 from optc.runtime.speculative.settings import Method, Speculation
@@ -132,8 +134,9 @@ def test_a_draft_is_drawn_by_the_numbers_that_decide() -> None:
     assert figures.accepted_at == figures.drafted_at
 
 
-def test_drafts_hold_to_grammars() -> None:
-    """A draft that is right, wrong or against the grammar: the answer is that of plain decoding."""
+@functools.cache
+def grammatical() -> tuple[Grammars, list[Generate], list[tuple[list[int], str | None]]]:
+    """Requests that hold to grammars, greedy and drawn, and their answers without drafts."""
     grammars = Grammars(EXAMPLE, model().vocab_size, eos_token_ids(EXAMPLE))
     schema = {"type": "object", "properties": {"n": {"enum": ["one", "two"]}}, "required": ["n"]}
     kinds = [
@@ -147,17 +150,53 @@ def test_drafts_hold_to_grammars() -> None:
         )
     ]
     without = run(PagedEngine(model(), EngineOptions(), HostRunner, grammars=grammars), wanted)
-    answers = [without[item.id].tokens for item in wanted]
+    return grammars, wanted, [(without[item.id].tokens, without[item.id].finish) for item in wanted]
 
-    def right(tokens: list[int], most: int) -> list[int]:
-        done = tokens[len(prompts()[1]) :]
-        answer = next(answer for answer in answers if answer[: len(done)] == done)
-        return [*answer, 5, 6, 7, 8][len(done) : len(done) + most]
 
-    engine = speculating(model(), Guesser(right, 0.2, model().vocab_size), grammars=grammars)
+def answer_behind(tokens: list[int], most: int) -> list[int]:
+    """What comes next in the answer of a request that holds to a grammar, and tokens behind its end."""
+    done = tokens[len(prompts()[1]) :]
+    answer = next(answer for answer, _ in grammatical()[2] if answer[: len(done)] == done)
+    return [*answer, 5, 6, 7, 8][len(done) : len(done) + most]
+
+
+class Branching(Guesser):
+    """Guesses of two heads, two each: the right token is the first of them, the second, or none."""
+
+    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
+        found = []
+        for ask in asks:
+            assert ask.shape is not None
+            wrong = [int(token) for token in self._rng.integers(0, self._vocabulary, 2)]
+            right = answer_behind(ask.tokens.tolist(), 2)
+            pairs = [[[token, other], [other, token], [9, other]] for token, other in zip(right, wrong, strict=True)]
+            found.append(ask.shape.tokens([pair[int(self._rng.integers(0, 3))] for pair in pairs])[: ask.most])
+        return found
+
+
+def test_trees_hold_to_grammars() -> None:
+    """Branches that hold to the grammar, that do not, and that complete the answer, side by side."""
+    grammars, wanted, answers = grammatical()
+    session = open_program(apply(PageKVCache(select_logits=True, tree=True), captured_folder(EXAMPLE)).program)
+    assert isinstance(session, PagedSession)
+    tree = DraftTree(heads=2, ranks=2, nodes=((0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)))
+    branching = dataclasses.replace(session.model, tree=tree)
+    drafter = Branching(answer_behind, 0.0, branching.vocab_size)
+    engine = speculating(branching, drafter, method="medusa", draft_tokens=2, grammars=grammars)
     found = run(engine, wanted)
-    assert {name: item.finish for name, item in found.items()} == {name: item.finish for name, item in without.items()}
-    assert {name: item.tokens for name, item in found.items()} == {name: item.tokens for name, item in without.items()}
+    assert [(found[item.id].tokens, found[item.id].finish) for item in wanted] == answers
+    figures = engine.metrics().speculation
+    assert figures is not None
+    assert figures.tree == 6
+    assert figures.accepted_tokens > 20
+
+
+def test_drafts_hold_to_grammars() -> None:
+    """A draft that is right, wrong or against the grammar: the answer is that of plain decoding."""
+    grammars, wanted, answers = grammatical()
+    engine = speculating(model(), Guesser(answer_behind, 0.2, model().vocab_size), grammars=grammars)
+    found = run(engine, wanted)
+    assert [(found[item.id].tokens, found[item.id].finish) for item in wanted] == answers
     figures = engine.metrics().speculation
     assert figures is not None
     assert figures.accepted_tokens > 10

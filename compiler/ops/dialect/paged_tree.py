@@ -1,0 +1,82 @@
+"""Paged attention of tokens that are a tree: several guesses of what comes next, verified in one call (Miao et al. 2024,
+SpecInfer, https://arxiv.org/abs/2305.09781; Cai et al. 2024, Medusa, https://arxiv.org/abs/2401.10774).
+
+The new tokens of a request lie in slots one behind the other, as in `paged_attention_`, but each says itself which of them
+it follows. A token's position is that of the request's past and the number of new tokens that it sees before itself.
+"""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from optc.compiler.ops.attention_arguments import CAUSAL_KNOBS, Knobs
+from optc.compiler.ops.dialect.attention import masked_attention
+from optc.compiler.ops.dialect.paged import PADDING, POOLS, TABLES, paged_attention_fake, write_pool_
+from optc.compiler.ops.library import define
+
+CAUSAL = -1
+"""In place of a token's bits: it sees all new tokens of its request up to itself."""
+MOST_TOKENS = 63
+"""Of a tree, its root counted: the bits of an int64 that are no sign."""
+
+
+def seen_tokens(bits: Tensor) -> Tensor:
+    """bool [S, S], which of the S new tokens of a request each of them sees.
+
+    Args:
+        bits: int64 [S]: bit j says whether it sees token j, 63 at most; itself among them, and none behind it. Or `CAUSAL`.
+    """
+    token = torch.arange(len(bits), device=bits.device)
+    marked = (bits[:, None] >> token.clamp(max=MOST_TOKENS)) & 1
+    named = (marked == 1) & (token < MOST_TOKENS)
+    return torch.where((bits == CAUSAL)[:, None], token <= token[:, None], named)
+
+
+def _paged_tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slot_mapping: Tensor,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    cu_seqlens: Tensor,
+    tree: Tensor,
+    **knobs: Unpack[Knobs],
+) -> Tensor:
+    """`paged_attention_`, but new tokens of a request see those new ones that `tree` (int64 [N], see `seen_tokens`) says."""
+    for pool, new in ((k_pool, k), (v_pool, v)):
+        write_pool_(pool, slot_mapping, new)
+    out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=v.dtype, device=q.device)
+    for request in range(block_tables.shape[0]):
+        start, end = int(cu_seqlens[request]), int(cu_seqlens[request + 1])
+        if bool((slot_mapping[start:end] == PADDING).all()):
+            continue
+        length = int(context_lens[request])
+        past, blocks = length - (end - start), block_tables[request].long()
+        keys, values = (pool[blocks].flatten(0, 1)[:length].transpose(0, 1)[None] for pool in (k_pool, v_pool))
+        seen = seen_tokens(tree[start:end])
+        new = past + seen.sum(1) - 1
+        position = torch.cat([torch.arange(past, device=q.device), new])
+        keep = torch.cat([seen.new_ones((end - start, past)), seen], 1)
+        if knobs["window"] > 0:
+            keep &= new[:, None] - position < knobs["window"]
+        query = q[start:end].transpose(0, 1)[None]
+        rows = masked_attention(
+            query, keys, values, keep[None, None], None, scale=knobs["scale"], softcap=knobs["softcap"]
+        )
+        out[start:end] = rows[0].transpose(0, 1)
+    out[slot_mapping == PADDING] = 0
+    return out
+
+
+define(
+    f"paged_tree_attention_({POOLS}, {TABLES}, Tensor tree, *, {CAUSAL_KNOBS}) -> Tensor",
+    _paged_tree_attention,
+    paged_attention_fake,
+    attends="NHD",
+)
