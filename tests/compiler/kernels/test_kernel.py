@@ -122,6 +122,8 @@ def test_library_holds_what_a_program_calls(monkeypatch: pytest.MonkeyPatch) -> 
         ("nbits.cpp", ("-DOPTC_NBITS=nbits_baseline",)),
         ("nbits.cpp", ("-DOPTC_NBITS=nbits_avx2",)),
         ("nbits.cpp", ("-DOPTC_NBITS=nbits_avx512",)),
+        ("nbits_matrix.cpp", ("-DOPTC_NBITS_MATRIX=nbits_matrix_amx",)),
         ("linear_nbits.cpp", ("-DOPTC_HAS_AVX2",)),
     ]
-    assert all({"nbits.h", unit.source} == set(unit.files()) for unit in library._units(LINEAR_NBITS))
+    headers = {"nbits.h", "nbits_lanes.h", "nbits_matrix.h"}
+    assert all({*headers, unit.source} == set(unit.files()) for unit in library._units(LINEAR_NBITS))
