@@ -24,6 +24,8 @@ _ROWS, _BATCH_BYTES = 1024, 64 << 20
 """Rows that are read at a time, and what so many may take as their average is; one at least."""
 _MOST_GROWTH, _SMALL = 200, 256 << 20
 """How many times its size a column may have when it is unpacked, beyond so many bytes: text has up to 10."""
+_VALUES = 1 << 30
+"""Bytes of a group's values that need no such proportion: equal ones, as masks are, take next to none in the file."""
 _MOST_JSON = 16 << 20  # bytes of a file that describes a dataset
 _DESCRIPTIONS = ("state.json", "dataset_info.json")
 _PLAIN_FEATURES = ("Value", "List", "LargeList", "Sequence")
@@ -116,14 +118,15 @@ def _batch_rows(metadata: Any, columns: Sequence[str], path: Path, kind: str) ->
             if chunk.path_in_schema.partition(".")[0] not in columns:
                 continue
             packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
-            if unpacked > max(_SMALL, _MOST_GROWTH * packed):
+            values, most = 8 * chunk.num_values, _MOST_GROWTH * packed
+            if unpacked > max(_SMALL, most) or values > max(_VALUES, most):
                 raise InputError(
                     f"the {kind} data would be unpacked to far more than it is",
                     where=f"{path}: group {number}, {chunk.path_in_schema[:100]}",
-                    why=f"{packed} bytes stand for {unpacked}",
-                    remedy="use another copy; if it is what you want, write it without compression",
+                    why=f"{packed} bytes stand for {max(unpacked, values)}",
+                    remedy="use another copy; if it is what you want, write it without compression, in smaller groups of rows",
                 )
-            largest = max(largest, max(unpacked, 8 * chunk.num_values) / max(1, group.num_rows))
+            largest = max(largest, max(unpacked, values) / max(1, group.num_rows))
     return int(max(1, min(_ROWS, _BATCH_BYTES / largest)))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from command_line import optc
 
+from optc.compiler.calibration import dataset_rows
 from optc.compiler.calibration.documents import draw_documents, read_documents
 from optc.compiler.calibration.windows import Draw
 from optc.compiler.diagnostics import ArtifactError, InputError
@@ -187,6 +188,20 @@ def test_a_column_that_is_unpacked_to_far_more(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unpacked to far more than it is") as caught:
         read_documents(tmp_path / "a.parquet", Letters())
     assert "group 0, text" in str(caught.value.where)
+
+
+def test_equal_values_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of equal token ids is a few bytes of the file, however long it is."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    ids = pa.ListArray.from_arrays([0, 5, 1_000_000], pa.array(np.ones(1_000_000, np.int8)))
+    pq.write_table(pa.table({"tokens": ids}), tmp_path / "a.parquet")
+    assert len(read_documents(tmp_path / "a.parquet", None)[1]) == 999_995
+    monkeypatch.setattr(dataset_rows, "_VALUES", 4_000_000)
+    with pytest.raises(InputError, match="unpacked to far more than it is") as caught:
+        read_documents(tmp_path / "a.parquet", None)
+    assert "group 0, tokens" in str(caught.value.where)
+    assert "stand for 8000000" in str(caught.value.why)
 
 
 def test_a_text_that_stands_in_many_rows_is_in_memory_once(tmp_path: Path) -> None:
