@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from optc.compiler.target.options import CompileOptions
 from optc.compiler.target.target import Step
-from optc.passes.drafting.draft_tree import ChooseDraftTree
+from optc.passes.drafting.choose_draft_tree import ChooseDraftTree
 from optc.passes.drafting.expose_hidden import ExposeHidden
 from optc.passes.drafting.medusa_heads import AddMedusaHeads
 

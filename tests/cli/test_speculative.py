@@ -122,8 +122,6 @@ def test_bench_of_trees(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Ca
     assert contract.tree is not None
     assert tree["tree"] == len(contract.tree.nodes) > 2
     assert tree["acceptance_length"] >= chain["acceptance_length"]
-    one = optc_json(capsys, *command.split(), *short, "--draft-shape", "chain")
-    assert list(one["shapes"]) == ["chain"]
 
 
 def test_a_program_that_takes_trees_runs_by_itself(

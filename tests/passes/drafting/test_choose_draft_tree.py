@@ -14,8 +14,8 @@ from optc.compiler.diagnostics import InputError, NoMatchError
 from optc.compiler.ir.draft_tree import choose_tree
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
 from optc.compiler.rewriting.passes import PassContext
-from optc.passes.drafting import draft_tree
-from optc.passes.drafting.draft_tree import ChooseDraftTree
+from optc.passes.drafting import choose_draft_tree
+from optc.passes.drafting.choose_draft_tree import ChooseDraftTree
 from optc.passes.drafting.medusa_heads import AddMedusaHeads
 from optc.passes.kv_cache.paged import PageKVCache
 
@@ -23,13 +23,12 @@ HEADS, RANKS, LENGTH, NEW = 2, 24, 6, 12
 CALIBRATION = Calibration(torch.tensor(sequences(*[16] * 5)), "random tokens")
 
 
-@pytest.mark.parametrize("select_logits", [False, True])
-def test_measured_on_greedy_text(select_logits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draft_tree, "PROMPT_TOKENS", LENGTH)
-    monkeypatch.setattr(draft_tree, "NEW_TOKENS", NEW)
+def test_measured_on_greedy_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose_draft_tree, "PROMPT_TOKENS", LENGTH)
+    monkeypatch.setattr(choose_draft_tree, "NEW_TOKENS", NEW)
     write_heads(tmp_path, 16, heads=HEADS)
     decoder = tiny_decoder()
-    paged = apply(PageKVCache(block_size=4, select_logits=select_logits, tree=True), decoder).program
+    paged = apply(PageKVCache(block_size=4, tree=True), decoder).program
     with_heads = apply(AddMedusaHeads(folder=str(tmp_path), ranks=RANKS), paged).program
     result = ChooseDraftTree(size=5, ranks=RANKS).run(with_heads, PassContext(calibration=CALIBRATION))
 
@@ -72,13 +71,13 @@ def test_the_stage_is_run_and_gated(tmp_path: Path) -> None:
 
 
 def test_heads_that_know_nothing_have_no_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draft_tree, "_right", lambda text, guesses, heads, ranks: [[-1] * heads])
+    monkeypatch.setattr(choose_draft_tree, "_right", lambda text, guesses, heads, ranks: [[-1] * heads])
     write_heads(tmp_path, 16)
     program = apply(PageKVCache(tree=True), tiny_decoder()).program
     program = apply(AddMedusaHeads(folder=str(tmp_path), ranks=2), program).program
     with pytest.raises(InputError, match="no guess of the Medusa heads was right"):
         ChooseDraftTree(ranks=2).run(program, PassContext(calibration=CALIBRATION))
-    with pytest.raises(NoMatchError, match="the program has no heads, or takes no trees"):
+    with pytest.raises(NoMatchError, match="the program has no heads, takes no trees"):
         Pipeline([PageKVCache(), ChooseDraftTree()]).run(
             tiny_decoder(), PipelineOptions(context=PassContext(calibration=CALIBRATION))
         )

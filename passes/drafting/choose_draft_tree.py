@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from optc.compiler.diagnostics import InputError
-from optc.compiler.execution.block_manager import BlockManager, StepInputs
+from optc.compiler.execution.block_manager import BlockManager
+from optc.compiler.ir.contract import CACHE_ROLES
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.draft_tree import DraftTree, choose_tree
 from optc.compiler.ir.program import Program
@@ -46,8 +47,10 @@ class ChooseDraftTree(Pass):
             InputError: no guess of the heads was right.
         """
         drafted = next((spec for spec in program.contract.outputs if spec.role == "drafted"), None)
-        if drafted is None or program.contract.input_index("tree") is None:
-            return PassResult(program, 0, 1, (Miss("drafted", "the program has no heads, or takes no trees"),))
+        takes = program.contract.input_index("tree") is not None
+        if drafted is None or not takes or program.contract.input_index("logits_indices") is not None:
+            why = "the program has no heads, takes no trees, or gives logits of some tokens only"
+            return PassResult(program, 0, 1, (Miss("drafted", why),))
         assert context.calibration is not None
         assert isinstance(context.calibration.tokens, Tensor)
         heads = drafted.columns // self.ranks
@@ -98,12 +101,7 @@ def _continued(program: Program, sequences: Tensor, context: PassContext) -> tup
     count, size = min(NEW_TOKENS, limit - length), contract.kv_cache.block_size
     prompts = sequences[:PROMPTS, :length].tolist()
     manager = BlockManager(len(prompts) * -(-(length + count) // size), size)
-    device = program_device(program)
-    pools = [
-        torch.zeros([manager.num_blocks if dim == "num_blocks" else int(dim) for dim in spec.dims],
-                    dtype=getattr(torch, spec.dtype), device=device)
-        for spec in contract.inputs if spec.role in ("key_cache", "value_cache")
-    ]  # fmt: skip
+    device, pools = program_device(program), _empty_pools(program, manager.num_blocks)
     for row in range(len(prompts)):
         manager.start(row)
     work, texts = prompts, [prompt[-1:] for prompt in prompts]
@@ -111,10 +109,10 @@ def _continued(program: Program, sequences: Tensor, context: PassContext) -> tup
     place = next(i for i, spec in enumerate(contract.outputs) if spec.role == "drafted")
     for step in range(count):
         inputs = manager.step(list(enumerate(work)))
-        outputs = program(*(item.to(device) for item in _inputs(program, inputs)), *pools)
-        last = inputs.cu_seqlens[1:].long() - 1
-        selects = contract.input_index("logits_indices") is not None
-        logits, drafted = (item if selects else item[last.to(device)] for item in (outputs[0], outputs[place]))
+        given = (*inputs, torch.full_like(inputs.input_ids, CAUSAL))
+        outputs = program(*(item.to(device) for item in given), *pools)
+        last = (inputs.cu_seqlens[1:].long() - 1).to(device)
+        logits, drafted = outputs[0][last], outputs[place][last]
         guesses.append(drafted.cpu())
         work = logits.argmax(-1)[:, None].tolist()
         for text, new in zip(texts, work, strict=True):
@@ -124,9 +122,10 @@ def _continued(program: Program, sequences: Tensor, context: PassContext) -> tup
     return [text[:-1] for text in texts], list(torch.stack(guesses, 1))
 
 
-def _inputs(program: Program, inputs: StepInputs) -> list[Tensor]:
-    """Of a call without trees, whose last logits of each request are wanted."""
-    found = [*inputs, torch.full_like(inputs.input_ids, CAUSAL)]
-    if program.contract.input_index("logits_indices") is not None:
-        found.append(inputs.cu_seqlens[1:].long() - 1)
-    return found
+def _empty_pools(program: Program, num_blocks: int) -> list[Tensor]:
+    specs = [spec for spec in program.contract.inputs if spec.role in CACHE_ROLES]
+    shapes = [[num_blocks if dim == "num_blocks" else int(dim) for dim in spec.dims] for spec in specs]
+    return [
+        torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=program_device(program))
+        for spec, shape in zip(specs, shapes, strict=True)
+    ]
