@@ -1,13 +1,15 @@
-"""A small artifact without an engine, for tests of what is around the engine."""
+"""A small artifact without an engine, for tests of what is around the engine.
+
+Only what compiles imports torch: processes that are killed at every step write a small artifact, and a fork of a large
+process costs 50 ms.
+"""
 
 from __future__ import annotations
 
 import functools
 import platform
 from pathlib import Path
-from typing import Any
-
-from chosen import chosen
+from typing import TYPE_CHECKING, Any
 
 from optc.compiler.artifact.folder import finish, write_folder
 from optc.compiler.artifact.manifest import (
@@ -18,12 +20,10 @@ from optc.compiler.artifact.manifest import (
     ProgramEntry,
     Source,
 )
-from optc.compiler.capture import capture_pretrained
 from optc.compiler.ir.contract import AttentionFacts, Contract, Input, Output, WeightQuantization
-from optc.compiler.ir.program import Program
-from optc.compiler.rewriting.passes import PassContext
-from optc.compiler.target.target import ExportRequest, check_legal, obstacle
-from optc.targets import find_target
+
+if TYPE_CHECKING:
+    from optc.compiler.ir.program import Program
 
 FILES = {"model.onnx": b"graph" * 100, "model.onnx.data": bytes(range(256)) * 40, "ir/00-capture.txt": b"%0"}
 
@@ -84,11 +84,19 @@ def make_artifact(folder: Path, *, force: bool = False, **changes: Any) -> Manif
 @functools.cache
 def captured_folder(model: Path) -> Program:
     """The stage-0 Program of a model folder; treat it as read-only."""
+    from optc.compiler.capture import capture_pretrained
+
     return capture_pretrained(model)[0]
 
 
 def quick_artifact(target: str, program: Program, folder: Path, *, source: Path | None = None, **options: Any) -> Path:
     """What `optc.compile` writes, without its gate: for tests that compare the numbers themselves."""
+    from chosen import chosen
+
+    from optc.compiler.rewriting.passes import PassContext
+    from optc.compiler.target.target import ExportRequest, check_legal, obstacle
+    from optc.targets import find_target
+
     found, made = find_target(target), chosen(target, **options)
     for step in found.recipe(program.contract.kind, made):
         if step.applies(program):

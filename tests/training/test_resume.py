@@ -36,6 +36,7 @@ def losses(folder: Path) -> list[float | None]:
     return [row.loss for row in read_log(folder / "log.jsonl")]
 
 
+@pytest.mark.slow
 def test_killed_at_random_times_and_resumed_equals_the_whole_run(start: tuple[Path, Path], tmp_path: Path) -> None:
     command = [
         sys.executable,

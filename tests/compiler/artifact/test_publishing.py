@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -22,6 +23,8 @@ from optc.compiler.artifact.folder import check_output, finish, rewrite, verify,
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.diagnostics import ArtifactError, InputError, OptcError, ResourceError
 from optc.compiler.files import EXCHANGE, rename_with
+
+KILLS = Path(__file__).parents[2] / "publishing_kill_driver.py"
 
 
 def names(folder: Path) -> list[str]:
@@ -211,56 +214,15 @@ def test_the_old_artifact_of_a_crashed_swap_stays_until_a_new_one_stands(tmp_pat
     assert names(tmp_path) == ["out"]
 
 
-def _write_new(output: Path) -> None:
-    make_artifact(output, force=True, target="new")
-
-
-def _rewrite_new(output: Path) -> None:
-    rewrite(output, lambda directory, manifest: msgspec.structs.replace(manifest, target="new"))
-
-
-def _dies_at(step: int, job: Callable[[], None]) -> bool:
-    """Run a job in a forked process that is SIGKILLed at its n-th file operation; False if it got through."""
-    child = os.fork()
-    if child == 0:
-        seen = 0
-
-        def count(event: str, _: object) -> None:
-            nonlocal seen
-            seen += event.startswith(("os.", "open", "shutil.", "ctypes.", "fcntl."))
-            if seen == step + 1:
-                seen += 1  # the kill is an event too
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(count)
-        code = 1
-        try:
-            job()
-            code = 0
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, -signal.SIGKILL)
-    return code != 0
-
-
-@pytest.mark.parametrize(("job", "can_exchange"), [(_write_new, True), (_rewrite_new, True), (_write_new, False)])
-def test_kill_at_every_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: Callable[[Path], None], can_exchange: bool
-) -> None:
+@pytest.mark.parametrize(("job", "can_exchange"), [("write", True), ("rewrite", True), ("write", False)])
+def test_kill_at_every_step(tmp_path: Path, job: str, can_exchange: bool) -> None:
     """The old artifact whole, then the new one whole; in between only without exchange, absent. What `rewrite` wrote is
     published by the same steps as what `write_folder` wrote."""
-    if not can_exchange:
-        monkeypatch.setattr(publishing, "rename_with", lambda *given: False)
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # a kill is no power cut; saves half a minute
-    output, seen, step = tmp_path / "out", [], 0
-    make_artifact(output, target="old")
-    while _dies_at(step, lambda: job(output)):
-        seen.append(verify(output).target if output.exists() else "absent")
-        make_artifact(output, force=output.exists(), target="old")  # the next run, over what is left
-        assert names(tmp_path) == ["out"]
-        step += 1
-    assert step > 40
+    command = [sys.executable, KILLS, tmp_path / "out", job, "exchange" if can_exchange else "renames"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert len(seen) > 40
     expected = ["old", "new"] if can_exchange else ["old", "absent", "new"]
     assert [target for target, _ in itertools.groupby(seen)] == expected
 
