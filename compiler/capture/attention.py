@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -229,6 +230,22 @@ def register() -> None:
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, make_mask)
     ExpertsInterface.register(NAME, run_experts)
+
+
+@contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """Spare transformers the search for several sequences in a row, for masks that `make_mask` answers without it.
+
+    Positions are base + i within a row; what is searched for would be traced, and then dropped.
+    """
+    from transformers import masking_utils
+
+    with mock.patch.object(masking_utils, "find_packed_sequence_indices", _no_packing):
+        yield
+
+
+def _no_packing(_: Tensor) -> None:
+    """What transformers finds where a row is one sequence. A Mock would keep the fakes that it was called with."""
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from optc.compiler import compat
-from optc.compiler.capture.attention import NAME, AttentionError, indexed_masks, register
+from optc.compiler.capture.attention import NAME, AttentionError, indexed_masks, one_sequence_a_row, register
 from optc.compiler.capture.embedding import EmbeddingHead, load_embedder
 from optc.compiler.capture.encoder_decoder import EncoderDecoder, capture_encoder_decoder
 from optc.compiler.capture.eval_mode import in_eval_mode
@@ -274,7 +274,8 @@ def _captured(
         with implementations(model, attention, NAME):
             offset = position_offset(model)
             selections = whole_selections(model) if whole else nullcontext()
-            with indexed_masks(), recurrent_functions(model), short_frequencies(model), selections:
+            rows = one_sequence_a_row() if attention == NAME else nullcontext()
+            with indexed_masks(), rows, recurrent_functions(model), short_frequencies(model), selections:
                 program = _export(model, model.config, offset, head, excepted)
         return program, offset, _excepted_lengths(program, excepted)
     except CaptureError as error:

@@ -11,6 +11,7 @@ from families import make_model
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from transformers import masking_utils
 
 from optc.compiler.capture import capture_model
 from optc.compiler.compat import symbolic_dispatch
@@ -27,13 +28,17 @@ def plain(size: Any) -> Any:
 
 
 def described(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(described, value))
     if isinstance(value, torch.Tensor):
         layout = [[plain(item) for item in row] for row in (value.shape, value.stride(), (value.storage_offset(),))]
         return value.dtype, value.device, *layout
     return str(value)
 
 
-@pytest.mark.parametrize(("family", "attention"), [("qwen3", "optc"), ("phi3", "eager"), ("gpt2", "sdpa")])
+@pytest.mark.parametrize(
+    ("family", "attention"), [("qwen3", "optc"), ("phi3", "eager"), ("gpt2", "sdpa"), ("gpt-neox", "optc")]
+)
 def test_a_capture_is_the_same(family: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def rows() -> list[Any]:
         program = capture_model(make_model(family, layers=1), attention=attention, prove=False)
@@ -47,6 +52,17 @@ def test_a_capture_is_the_same(family: str, attention: str, monkeypatch: pytest.
     monkeypatch.setattr(export, "quick_tracing", contextlib.nullcontext)
     assert quick == rows()
     assert any("modeling_" in (row[3] or "") for row in quick)
+
+
+@pytest.mark.parametrize("attention", ["optc", "eager"])
+def test_several_sequences_in_a_row_are_looked_for_where_masks_tell_them_apart(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find, asked = masking_utils.find_packed_sequence_indices, []
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda ids: asked.append(1) or find(ids))
+    program = capture_model(make_model("llama", layers=1), attention=attention, prove=False)
+    assert bool(asked) == (attention == "eager")
+    assert not program.calls(aten.cumsum.default) or attention == "eager"
 
 
 def symbolic(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -91,6 +107,33 @@ CASES: list[tuple[Any, Any]] = [
     (aten.pow.Tensor_Scalar, (X, 2)),
     (aten.rsqrt.default, (X[..., :1],)),
     (aten.gelu.default, (X.transpose(0, 2),)),
+    (aten.mean.dim, (X, [-1], True)),
+    (aten.mean.dim, (X, [2])),
+    (aten.mean.dim, (X, [1], True)),
+    (aten.mean.dim, (X, [-1, 1], True)),
+    (aten.mean.dim, (X[..., :1], [-1], True)),
+    (aten.mean.dim, (Q, [-1], True)),
+    (aten.mean.dim, (X.transpose(0, 1), [-1], True)),
+    (aten.mean.dim, (symbolic((3, 5, 8), torch.bfloat16), [-1], True)),
+    (aten.mean.dim, (symbolic((8, 3, 5)), [-1], True)),
+    (aten.native_layer_norm.default, (X, [8], torch.zeros(8), torch.zeros(8), 1e-5)),
+    (aten.native_layer_norm.default, (X, [8], torch.zeros(8), None, 1e-5)),
+    (aten.native_layer_norm.default, (X, [8], None, None, 1e-5)),
+    (aten.native_layer_norm.default, (X.transpose(0, 1), [8], torch.zeros(8), torch.zeros(8), 1e-5)),
+    (aten.native_layer_norm.default, (X, [X.shape[1], 8], None, None, 1e-5)),
+    (aten.native_layer_norm.default, (symbolic((3, 5, 8), torch.bfloat16), [8], None, None, 1e-5)),
+    (aten.cat.default, ([X, X], -1)),
+    (aten.cat.default, ([X, X[..., :4]], 2)),
+    (aten.cat.default, ([Q[..., 2:].neg(), Q[..., :2]], -1)),
+    (aten.cat.default, ([Q[..., 2:], Q[..., :2]], -1)),
+    (aten.cat.default, ([X, X],)),
+    (aten.cat.default, ([X, X], 1)),
+    (aten.cat.default, ([X[..., :1], X], -1)),
+    (aten.cat.default, ([X.transpose(0, 1), X.transpose(0, 1)], -1)),
+    (aten.cat.default, ([symbolic((3, 5, 8), torch.bfloat16), X], -1)),
+    (aten.cat.default, ([X.permute(0, 2, 1)[:, None], X.permute(0, 2, 1)[:, None]], 2)),
+    (aten.cat.default, ([symbolic((3, 5, 7, 4)).permute(0, 3, 1, 2)] * 2, 1)),
+    (aten.cat.default, ([symbolic((3, 5, 4, 1)).permute(0, 3, 1, 2)] * 2, 3)),
 ]
 
 
