@@ -77,11 +77,20 @@ def measure(before: StageRun, after: StageRun, text: Sequence[Sequence[int]] = (
     pairs = [(_plain(old), _plain(new)) for old, new in (itertools.starmap(comparable, rows) if whole else rows)]
     if not pairs:
         return Drift(max_abs_diff=0.0, scale=0.0)  # outputs without numbers
-    errors, cosines = zip(*(_errors(old, new, centred, whole) for old, new in pairs), strict=True)
     classes = pairs[0][0].shape[-1] if before.role in ("logits", "classes") else 0
+    scale = max(float(old.nan_to_num().abs().max()) for old, _ in pairs)
+    if all(torch.equal(old, new) and bool(torch.isfinite(old).all()) for old, new in pairs):
+        return Drift(  # as most rewrites leave them: nothing more is to be computed
+            max_abs_diff=0.0,
+            scale=scale,
+            perplexity=_perplexity_change(before, after, text),
+            layers=_layer_drift(before, after),
+            **(_unchanged([old for old, _ in pairs]) if classes > 1 else {}),
+        )
+    errors, cosines = zip(*(_errors(old, new, centred, whole) for old, new in pairs), strict=True)
     return Drift(
         max_abs_diff=max(_largest_gap(old, new) for old, new in pairs),
-        scale=max(float(old.nan_to_num().abs().max()) for old, _ in pairs),
+        scale=scale,
         relative=max(_ratio(*error) for error in (errors if whole else [tuple(map(sum, zip(*errors, strict=True)))])),
         cosine=min(map(float, cosines)) if whole else float(torch.cat(cosines).mean()),
         perplexity=_perplexity_change(before, after, text),
@@ -139,26 +148,46 @@ def _cosines(left: Tensor, right: Tensor) -> Tensor:
     return torch.where((sizes[0] == 0) & (sizes[1] == 0), 1.0, cosine)
 
 
+def _unchanged(rows: Sequence[Tensor]) -> dict[str, Any]:
+    """The same of rows [..., classes] that stayed as they were."""
+    logs = [row.flatten(0, -2).double().log_softmax(-1) for row in rows]
+    leads, entropies = zip(*(_lead_and_entropy(row, row.exp()) for row in logs), strict=True)
+    return {
+        "kl": 0.0,
+        "top1": 1.0,
+        "entropy": float(torch.cat(entropies).mean()),
+        "classes": rows[0].shape[-1],
+        "kept": tuple(torch.cat(leads).tolist()),
+        "flipped": (),
+    }
+
+
+def _lead_and_entropy(logs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Of probabilities and their logarithms [n, classes]: log(p1 / p2) of the most likely two, entropy in nats, [n]."""
+    first = logs.topk(2, -1).values
+    # 0 log 0 is 0: a class that is ruled out (a logit of minus infinity) says nothing.
+    return first[..., 0] - first[..., 1], -(weights * logs).masked_fill_(logs == -math.inf, 0.0).sum(-1)
+
+
 def _distribution(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
     """The fields of a Drift that compare rows [..., classes] as distributions."""
     divergences, entropies, leads, same = [], [], [], []
     for old, new in pairs:
         log_old, log_new = (side.flatten(0, -2).double().log_softmax(-1) for side in (old, new))
-        first = log_old.topk(2, -1).values
-        leads.append(first[..., 0] - first[..., 1])
-        same.append(log_old.argmax(-1) == log_new.argmax(-1))
-        # 0 log 0 is 0: a class that both rule out (a logit of minus infinity) says nothing.
         ruled_out, weights = log_old == -math.inf, log_old.exp()
-        entropies.append(-(weights * log_old).masked_fill_(ruled_out, 0.0).sum(-1))
+        lead, entropy = _lead_and_entropy(log_old, weights)
+        leads.append(lead)
+        entropies.append(entropy)
+        same.append(log_old.argmax(-1) == log_new.argmax(-1))
         divergences.append(log_old.sub_(log_new).mul_(weights).masked_fill_(ruled_out, 0.0).sum(-1))
-    lead, kept = torch.cat(leads), torch.cat(same)
+    led, kept = torch.cat(leads), torch.cat(same)
     return {
         "kl": float(torch.cat(divergences).mean()),
         "top1": float(kept.double().mean()),
         "entropy": float(torch.cat(entropies).mean()),
         "classes": pairs[0][0].shape[-1],
-        "kept": tuple(lead[kept].tolist()),
-        "flipped": tuple(lead[~kept].tolist()),
+        "kept": tuple(led[kept].tolist()),
+        "flipped": tuple(led[~kept].tolist()),
     }
 
 

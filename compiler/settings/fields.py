@@ -11,7 +11,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -241,15 +241,18 @@ def unknown_key(name: str, known: Iterable[str], where: str, *, listed: str = ""
     )
 
 
-def _members(cls: type[msgspec.Struct]) -> Iterator[tuple[str, Field | type[msgspec.Struct]]]:
-    """Name -> field, or the struct inside."""
+@functools.cache
+def _members(cls: type[msgspec.Struct]) -> tuple[tuple[str, Field | type[msgspec.Struct]], ...]:
+    """Name -> field, or the struct inside. Asked many times for each command; reading the hints takes milliseconds."""
     hints = typing.get_type_hints(cls, include_extras=True)
     defaults = {item.name: item for item in msgspec.structs.fields(cls)}
+    found: list[tuple[str, Field | type[msgspec.Struct]]] = []
     for name, hint in hints.items():
         if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
-            yield name, hint
+            found.append((name, hint))
         elif name in defaults:
-            yield name, _field(name, hint, defaults[name])
+            found.append((name, _field(name, hint, defaults[name])))
+    return tuple(found)
 
 
 def _field(name: str, hint: Any, info: msgspec.structs.FieldInfo) -> Field:

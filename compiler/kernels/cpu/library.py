@@ -55,7 +55,9 @@ def build_library(kernels: Sequence[Kernel]) -> Path:
     compiler = find_compiler()
     version = run_compiler([compiler, "--version"], "--version")
     common = _common(compiler)
-    setting = (*common, version, torch.__version__, platform.machine())
+    # Headers are known by torch's release and commit, not by their folder: environments share what is compiled.
+    headers = (torch.__version__, torch.version.git_version, _abi())
+    setting = (compiler, *_FLAGS, version, *headers, platform.machine())
     units = list(dict.fromkeys(unit for kernel in kernels for unit in _units(kernel)))
     names = [_object_name(unit, setting) for unit in units]
     folder = cache_folder()
@@ -94,9 +96,11 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _common(compiler: str) -> list[str]:
-    abi = int(torch._C._GLIBCXX_USE_CXX11_ABI)
-    include = Path(torch.__path__[0]) / "include"
-    return [compiler, *_FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={abi}", "-isystem", str(include)]
+    return [compiler, *_FLAGS, _abi(), "-isystem", str(Path(torch.__path__[0]) / "include")]
+
+
+def _abi() -> str:
+    return f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
 
 
 def _units(kernel: Kernel) -> list[_Unit]:

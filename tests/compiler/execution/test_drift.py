@@ -29,6 +29,24 @@ def test_measure_by_hand() -> None:
     assert drift.layers == (pytest.approx(0.1),)
 
 
+@pytest.mark.parametrize("role", ["logits", "classes", "hidden", "output"])
+def test_what_stayed_is_measured_as_what_changed(role: OutputRole, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal numbers take a shorter way, to the same figures; infinite ones do not."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(length, 7, generator=generator) for length in (5, 3)]
+    before, after = (StageRun([row.clone() for row in rows], [[rows[0] * 2]], role) for _ in range(2))
+    text = ((1, 2, 3, 4, 5), (6, 5, 4))
+    short = measure(before, after, text)
+    assert (short.kl, short.top1) == ((0.0, 1.0) if role in ("logits", "classes") else (None, None))
+    monkeypatch.setattr(torch, "equal", lambda *_: False)
+    long = measure(before, after, text)
+    assert short.entropy == pytest.approx(long.entropy)
+    assert short.kept == pytest.approx(long.kept)
+    assert (short.kl, short.cosine) == (pytest.approx(long.kl, abs=1e-12), pytest.approx(long.cosine))
+    names = ("max_abs_diff", "scale", "relative", "top1", "classes", "flipped", "perplexity", "layers")
+    assert [getattr(short, name) for name in names] == [getattr(long, name) for name in names]
+
+
 def test_perplexity_change_on_text() -> None:
     sure, unsure = torch.tensor([[9.0, 0.0], [0.0, 0.0]]), torch.zeros(2, 2)
     drift = measure(StageRun([unsure], []), StageRun([sure], []), ((0, 0),))

@@ -50,7 +50,9 @@ def test_failing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
-def test_two_at_once_compile_each_source_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A compiler that writes the names of what it makes into this file; an empty cache."""
     compiler, log = tmp_path / "c++", tmp_path / "log"
     compiler.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && exit 0\nwhile [ "$1" != -o ]; do shift; done\n'
@@ -59,11 +61,34 @@ def test_two_at_once_compile_each_source_once(monkeypatch: pytest.MonkeyPatch, t
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return log
+
+
+def test_two_at_once_compile_each_source_once(compiled: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(library.build_library, (CPU, CPU))
     assert one == other
-    objects = [name for name in log.read_text().split() if name.endswith(".o")]
+    objects = [name for name in compiled.read_text().split() if name.endswith(".o")]
     assert len(objects) == len(set(objects)) >= len(CPU)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "again"),
+    [
+        ("torch.__path__", ["/elsewhere"], False),
+        ("torch.version.git_version", "0", True),
+        ("torch.__version__", "9", True),
+    ],
+)
+def test_environments_share_what_they_compile(
+    compiled: Path, monkeypatch: pytest.MonkeyPatch, place: str, value: object, again: bool
+) -> None:
+    """The same torch in another folder has the same headers; another torch has others."""
+    library.build_library(CPU)
+    before = compiled.read_text()
+    monkeypatch.setattr(place, value)
+    library.build_library(CPU)
+    assert (compiled.read_text() != before) == again
 
 
 def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
