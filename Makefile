@@ -39,7 +39,8 @@ lint: $(VENV)/.ready-test
 unit: $(VENV)/.ready-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test: lint unit
+test: $(VENV)/.ready-test # side by side: lint has one core only, and tests take two
+	$(MAKE) --jobs 2 lint unit
 
 mutants: $(VENV)/.ready-test # hours; MODULES="gate budget" takes some
 	$(INSTALL) --editable '.[mutants]' --no-build-isolation
