@@ -20,7 +20,7 @@ from optc.compiler.execution.block_manager import BlockManager
 from optc.compiler.execution.cross_rows import Cross, calls_of, empty_caches, padded_cross, random_cross
 from optc.compiler.ir.contract import CROSS_ROLES, HELD_ROLES, STATE_ROLE, Input, OutputRole
 from optc.compiler.ir.cross_inputs import decoder_inputs
-from optc.compiler.ir.devices import program_device
+from optc.compiler.ir.devices import program_device, seeded
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.dialect.paged_tree import CAUSAL
 from optc.compiler.ops.library import Axes, OpSpec, specs
@@ -117,8 +117,7 @@ def run_module(program: Program, inputs: Sequence[Tensor], replay: type[Replay] 
     tensors = [item.to(device) for item in inputs]
     for index in written:
         tensors[index] = tensors[index].clone()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.no_grad(), seeded(device):
         return [*replay(program, {}).outputs(*tensors), *(tensors[index] for index in written)]
 
 

@@ -11,7 +11,7 @@ from torch.fx.graph import CodeGen
 
 from optc.compiler import compat
 from optc.compiler.execution.stage_driver import run_module, written_inputs
-from optc.compiler.ir.devices import program_device
+from optc.compiler.ir.devices import program_device, seeded
 from optc.compiler.ir.program import Program
 from optc.compiler.kernels.cpu.library import build_library
 from optc.compiler.kernels.kernel import kernels_for, used_kernels
@@ -69,8 +69,7 @@ def _check(program: Program, compiled: Compiled, examples: Sequence[Tensor], tol
     inputs = list(examples)
     for index in written:
         inputs[index] = inputs[index].clone()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.no_grad(), seeded(program_device(program)):
         found = [*compiled(*inputs), *(inputs[index] for index in written)]
     for index, (old, new) in enumerate(zip(expected, found, strict=True)):
         compare_outputs(old, new, tolerance, f"output {index}")

@@ -15,6 +15,7 @@ from optc.compiler.capture.proof.reference import OWN_ERRORS
 from optc.compiler.diagnostics import GateError
 from optc.compiler.execution.drift import Drift, comparable, measure
 from optc.compiler.execution.stage_driver import StageRun, run_module, written_inputs
+from optc.compiler.ir.devices import seeded
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.proof import CaptureFigures, CaptureProof
 from optc.compiler.rewriting.retrace import Replay
@@ -107,9 +108,10 @@ def resize(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 def _same_state(module: nn.Module) -> Iterator[None]:
     """Begin with the same random numbers each time, and put back what a forward writes into buffers."""
     before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    tensors = (*module.parameters(), *module.buffers())
+    device = tensors[0].device if tensors else torch.device("cpu")
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with seeded(device):
             yield
     finally:
         with torch.no_grad():
