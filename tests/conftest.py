@@ -6,6 +6,7 @@ import atexit
 import gc
 import logging
 import os
+import random
 import shutil
 import tempfile
 from collections import Counter
@@ -23,6 +24,7 @@ os.environ["OMP_NUM_THREADS"] = str(THREADS)
 gc.set_threshold(100_000, 10, 10)
 
 import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -79,6 +81,24 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Numbers that a test or its fixtures draw are the same alone and after any other."""
+    _seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Again: the first test of a file has its fixtures set up in between."""
+    _seed()
+
+
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)  # that of the CPU: `torch.manual_seed` takes a millisecond
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print why tests were skipped: how many for each reason, the most frequent first."""
     reasons: Counter[str] = Counter()
@@ -113,8 +133,7 @@ def shared_model():  # type: ignore[no-untyped-def]
 
 @pytest.fixture
 def fresh_dynamo() -> Iterator[None]:
-    """Seeded random numbers, and nothing that Dynamo compiled before, or leaves behind."""
-    torch.manual_seed(0)
+    """Nothing that Dynamo compiled before, or leaves behind."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

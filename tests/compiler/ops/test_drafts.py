@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import optc.compiler.ops.dialect.drafts  # noqa: F401 (registers the operators)
+
 TABLES = torch.tensor([[7, 2, 5], [3, 4, 0], [9, 9, 9]], dtype=torch.int32)
 """Of blocks of 4."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import optc.compiler.ops.dialect.greedy  # noqa: F401 (registers the operators)
+
 
 @pytest.mark.parametrize("chosen", [False, True])
 def test_the_next_step(chosen: bool) -> None:

@@ -97,7 +97,7 @@ def test_every_family(name: str) -> None:
     assert result.matched == MATCHED.get(name, 11)
     assert {miss.reason for miss in result.misses} == REASONS.get(name, set())
     assert not [node for node in result.program.graph.nodes if node.target in (aten.linear.default, aten.addmm.default)]
-    assert gap(program, result) <= 1e-6
+    assert gap(program, result) <= 1e-5
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -224,7 +224,7 @@ def test_bfloat16(name: str) -> None:
     program = paged(name, torch.bfloat16)
     result = rewritten(FuseDecode(), program)
     assert result.matched == MATCHED.get(name, 11)
-    assert gap(program, result) <= 2e-2
+    assert gap(program, result) <= 6e-2
     if name == "gemma3":  # norms of heads in float32, with folded weights
         calls = result.program.calls(ROTARY_ATTENTION)
         assert [item.meta["val"].dtype for call in calls for item in call.args[11:]] == [torch.float32] * 4
@@ -244,7 +244,7 @@ def test_quantized_weights_stay_what_they_are(name: str) -> None:
     result = rewritten(FuseDecode(), program)
     dequantized = [node for node in result.program.calls(FUSED) if node.args[1].op == "call_function"]
     assert len(dequantized) == count(program, torch.ops.optc.dequantize.default) == 8
-    assert gap(program, result) <= 1e-6
+    assert gap(program, result) <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gpt2"])
@@ -353,7 +353,7 @@ def test_norms_and_factors_behind_a_linear(form: str, calls: list[dict[str, obje
     program = capture_module(_Behind(form).eval(), (x,))
     result = rewritten(FuseDecode(), program)
     assert [node.kwargs for node in result.program.calls(FUSED_NORM)] == calls
-    assert float((result.program(x) - program(x)).abs().max()) <= 1e-6
+    assert float((result.program(x) - program(x)).abs().max()) <= 1e-5
     sums = count(result.program, aten.add.Tensor)
     assert sums == (1 if form == "factor read twice" else 0)
 
