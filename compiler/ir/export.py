@@ -61,6 +61,7 @@ def run_export(
             remedy="the model runs code that torch.export cannot trace",
         ) from error
     drop_data_asserts(exported)
+    _drop_history(exported)
     for table in (exported.state_dict, exported.constants):
         table.update({name: lazy[id(value)] for name, value in table.items() if id(value) in lazy})
     return exported
@@ -122,6 +123,13 @@ def _exported(
         if broken is not None:
             raise error from SizeConditionError(*broken)
         return exported
+
+
+def _drop_history(exported: torch.export.ExportedProgram) -> None:
+    """Which nodes of earlier graphs a node was made of is read by nobody, and would be copied with every graph."""
+    for inner in exported.graph_module.modules():
+        for node in inner.graph.nodes if isinstance(inner, torch.fx.GraphModule) else ():
+            node.meta.pop("from_node", None)
 
 
 _FEW = 12

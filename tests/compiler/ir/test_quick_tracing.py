@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import make_model
+from stages import apply, captured
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -17,6 +18,7 @@ from optc.compiler.capture import capture_model
 from optc.compiler.compat import symbolic_dispatch
 from optc.compiler.ir import export
 from optc.compiler.ir.quick_tracing import quick_shapes
+from optc.passes.kv_cache.static import StaticKVCache
 
 aten = torch.ops.aten
 MODE = FakeTensorMode(shape_env=ShapeEnv())
@@ -63,6 +65,13 @@ def test_several_sequences_in_a_row_are_looked_for_where_masks_tell_them_apart(
     program = capture_model(make_model("llama", layers=1), attention=attention, prove=False)
     assert bool(asked) == (attention == "eager")
     assert not program.calls(aten.cumsum.default) or attention == "eager"
+
+
+def test_a_retraced_graph_keeps_no_history_of_its_nodes() -> None:
+    """torch notes which nodes of which graphs a node was made of, and copies all of it with every graph."""
+    program = apply(StaticKVCache(), captured("llama", 1)).program
+    assert [node.name for node in program.graph.nodes if "from_node" in node.meta] == []
+    assert any(node.meta.get("nn_module_stack") for node in program.graph.nodes)
 
 
 def symbolic(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
