@@ -8,87 +8,30 @@ Loss is perplexity minus the unquantized model's, over windows of 1024 tokens as
 program run eagerly in fp32. `share` is a method's loss over that of plain rounding to nearest in the same format (the
 rows `plain-`: each group's range reaches its largest weight, where rtn searches the range of least error);
 KL and top-1 agreement are over the first windows (--kl-windows). Seeds draw the calibration sequences; a share is
-the mean over seeds, with the smallest and largest beside it.
+the mean over seeds, with the smallest and largest beside it. Rows of ModelOpt (`modelopt-`) are its own
+configurations on the same model, sequences of the first seed and text (`modelopt_peer.py`; extra `test-oracles`).
+
+    python benchmarks/quant_quality.py ... --only modelopt-nvfp4 --add   # keep the rows of the JSON file beside it
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import resource
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import record
+from common import RESULTS, commit, record
+from modelopt_peer import quantized_by_modelopt
+from quant_rows import ROWS, Row
 
 WINDOW = 1024
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        goal: the largest share that the project set itself. folder: as a model folder has it, whose loader runs no
-            operators in front of linears. plain: round on full ranges, without a search.
-    """
-
-    name: str
-    method: str
-    bits: int
-    symmetric: bool
-    group_size: int | None = 128
-    goal: float | None = None
-    folder: bool = False
-    plain: bool = False
-
-    @property
-    def format(self) -> tuple[int, bool, int | None]:
-        return self.bits, self.symmetric, self.group_size
-
-
-ROWS = (
-    Row("plain-4", "rtn", 4, True, plain=True),
-    Row("plain-4-asym", "rtn", 4, False, plain=True),
-    Row("plain-3", "rtn", 3, True, plain=True),
-    Row("plain-3-asym", "rtn", 3, False, plain=True),
-    Row("rtn-4", "rtn", 4, True),
-    Row("rtn-4-asym", "rtn", 4, False),
-    Row("rtn-3", "rtn", 3, True),
-    Row("rtn-3-asym", "rtn", 3, False),
-    Row("gptq-4", "gptq", 4, True, goal=0.42),
-    Row("gptq-4-asym", "gptq", 4, False, goal=0.50),
-    Row("gptq-3", "gptq", 3, True, goal=0.34),
-    Row("awq-4", "awq", 4, True, goal=0.60),
-    Row("awq-4-asym", "awq", 4, False, goal=0.70),
-    Row("awq+gptq-4-asym", "awq+gptq", 4, False),
-    Row("rotate+rtn-4", "rotate+rtn", 4, True),
-    Row("rotate+gptq-4", "rotate+gptq", 4, True, goal=0.26),
-    Row("rotate+gptq-4-asym", "rotate+gptq", 4, False),
-    Row("rotate+gptq-3", "rotate+gptq", 3, True),
-    Row("best-3", "best", 3, True),
-    Row("best-4", "best", 4, True),
-    Row("rotate+best-4", "rotate+best", 4, True, goal=0.26),
-    Row("rotate+best-3", "rotate+best", 3, True, goal=0.17),
-    Row("best-4-asym", "best", 4, False, goal=0.42),
-    Row("best-3-asym", "best", 3, False, goal=0.30),
-    Row("int8", "int8", 8, True, 0),
-    Row("smoothquant", "smoothquant", 8, True, 0),
-    Row("smoothquant folder", "smoothquant", 8, True, 0, folder=True),
-    Row("smoothquant-mixed folder", "smoothquant-mixed", 8, True, 0, folder=True),
-    Row("rotate+smoothquant", "rotate+smoothquant", 8, True, 0),
-    Row("rotate+smoothquant folder", "rotate+smoothquant", 8, True, 0, folder=True),
-    Row("w4a8", "w4a8", 4, True),
-    Row("llm-int8", "llm-int8", 8, True, 0),
-    Row("fp8", "fp8", 8, True, 0),
-    Row("fp8-block", "fp8-block", 8, True),
-    Row("nf4", "nf4", 4, True, 64),
-    Row("nvfp4", "nvfp4", 4, True, 16),
-    Row("mxfp4", "mxfp4", 4, True, 32),
-)
 
 
 class Quality:
@@ -101,15 +44,16 @@ class Quality:
         self.reference: list[torch.Tensor] = []
 
     @torch.no_grad()
-    def measure(self, program: Any) -> dict[str, float]:
-        from optc.passes.quantization.arithmetic.differentiable import Differentiable
-
-        run = Differentiable(program)
+    def measure(
+        self, logits_of: Callable[[torch.Tensor], torch.Tensor], windows: int | None = None
+    ) -> dict[str, float]:
+        """Of what gives logits [1, T, vocabulary] for tokens [1, T]; the first that is measured is the reference."""
+        windows = self.windows if windows is None else windows
         nll = kl = agree = 0.0
         first = not self.reference
-        for window in range(self.windows):
+        for window in range(windows):
             start = window * WINDOW
-            logits = run(self.tokens[None, start : start + WINDOW])[0].float().log_softmax(-1)
+            logits = logits_of(self.tokens[None, start : start + WINDOW])[0].float().log_softmax(-1)
             target = self.tokens[start + 1 : start + WINDOW + 1].to(logits.device)
             nll -= float(logits.gather(1, target[:, None]).double().sum())
             if window >= self.kl_windows:
@@ -120,7 +64,7 @@ class Quality:
             kl += float((known.exp() * (known - logits)).double().sum())
             agree += float((known.argmax(-1) == logits.argmax(-1)).sum())
         seen = self.kl_windows * WINDOW
-        return {"perplexity": math.exp(nll / (self.windows * WINDOW)), "kl": kl / seen, "top1": agree / seen}
+        return {"perplexity": math.exp(nll / (windows * WINDOW)), "kl": kl / seen, "top1": agree / seen}
 
 
 def quantized(program: Any, row: Row, calibration: Any, seed: int) -> tuple[Any, float, list[Any]]:
@@ -162,8 +106,81 @@ def captured(model: Path) -> Any:
     return Pipeline([Step(FuseRotary(), optional=True), Step(FuseNorm(), optional=True)]).run(program).program
 
 
-def main() -> None:
-    """Measure the rows, print the table, write benchmarks/results/quant_quality.json."""
+class Bench:
+    """The model, its texts, and what is measured of each row."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        from optc.compiler.calibration.documents import read_documents
+        from optc.compiler.ir.devices import to_device
+        from optc.runtime.generation.tokenizer import load_tokenizer
+
+        self.arguments = arguments
+        tokenizer = load_tokenizer(arguments.model)
+        assert tokenizer is not None
+        self.documents = read_documents(arguments.calibration, tokenizer)
+        self.quality = Quality(
+            tokenizer.encode(arguments.validation.read_text()), arguments.windows, arguments.kl_windows
+        )
+        self.program = to_device(captured(arguments.model), torch.device(arguments.device))
+        self.conditions = {
+            "model": arguments.model.name,
+            "windows": self.quality.windows,
+            "kl_windows": self.quality.kl_windows,
+            "seq_len": arguments.seq_len,
+        }
+
+    def calibration(self, seed: int) -> Any:
+        from optc.compiler.calibration.sequences import cut_sequences
+
+        return cut_sequences(
+            self.documents,
+            samples=self.arguments.samples,
+            length=self.arguments.seq_len,
+            vocab_size=self.program.contract.model.vocab_size,
+            seed=seed,
+            source=self.arguments.calibration.name,
+        )
+
+    def unquantized(self, kept: dict[str, Any] | None) -> dict[str, float]:
+        """Of the program, or as it was kept, when only the windows of KL are run."""
+        measured = self.quality.measure(evaluated(self.program), None if kept is None else self.quality.kl_windows)
+        return measured if kept is None else kept
+
+    def run(self, row: Row, seed: int) -> dict[str, float]:
+        calibration = self.calibration(seed)
+        if row.peer:
+            begin = time.perf_counter()
+            model = quantized_by_modelopt(
+                self.arguments.model, row.method, calibration.tokens, weights_alone=row.weights_alone
+            )
+            seconds = time.perf_counter() - begin
+            return {"seed": seed, "seconds": seconds, **self.quality.measure(lambda tokens: model(tokens).logits)}
+        made, seconds, _ = quantized(self.program, row, calibration, seed)
+        return {"seed": seed, "seconds": seconds, **self.quality.measure(evaluated(made))}
+
+    def seeds(self, row: Row) -> list[int]:
+        """One where the seed changes nothing, and of ModelOpt, whose rows are for comparison."""
+        seeds = [int(item) for item in self.arguments.seeds.split(",")]
+        return seeds[:1] if row.peer or row.method in ("rtn", "int8", "fp8", "fp8-block", "nf4", "mxfp4") else seeds
+
+
+def evaluated(program: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What gives a program's logits."""
+    from optc.passes.quantization.arithmetic.differentiable import Differentiable
+
+    return Differentiable(program)
+
+
+def kept_result(name: str, conditions: dict[str, Any]) -> dict[str, Any]:
+    """The JSON file's result, which must be of the same conditions."""
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    other = {key: result[key] for key, value in conditions.items() if result[key] != value}
+    if other:
+        raise SystemExit(f"--add: {name}.json was measured with {other}, not {conditions}")
+    return result
+
+
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
@@ -174,62 +191,45 @@ def main() -> None:
     parser.add_argument("--kl-windows", type=int, default=16)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", default="", help="Comma-separated rows.")
+    parser.add_argument(
+        "--add", action="store_true", help="Keep the other rows of the JSON file, and the unquantized one."
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="cpu or cuda: where passes and evaluation run.")
     parser.add_argument("--name", default="quant_quality", help="Of the JSON file.")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    from optc.compiler.calibration.documents import read_documents
-    from optc.compiler.calibration.sequences import cut_sequences
-    from optc.compiler.ir.devices import to_device
-    from optc.runtime.generation.tokenizer import load_tokenizer
+    return parser.parse_args()
 
-    tokenizer = load_tokenizer(arguments.model)
-    assert tokenizer is not None
-    documents = read_documents(arguments.calibration, tokenizer)
-    quality = Quality(tokenizer.encode(arguments.validation.read_text()), arguments.windows, arguments.kl_windows)
-    program = to_device(captured(arguments.model), torch.device(arguments.device))
-    base = quality.measure(program)
-    print(f"unquantized: perplexity {base['perplexity']:.4f} over {quality.windows} windows", flush=True)
+
+def main() -> None:
+    """Measure the rows, print the table, write benchmarks/results/quant_quality.json."""
+    arguments = parsed()
+    torch.set_num_threads(arguments.threads)
+    bench = Bench(arguments)
+    kept = kept_result(arguments.name, bench.conditions) if arguments.add else None
+    base = bench.unquantized(kept["unquantized"] if kept else None)
+    print(f"unquantized: perplexity {base['perplexity']:.4f} over {bench.quality.windows} windows", flush=True)
     wanted = [item for item in arguments.only.split(",") if item]
-    seeds = [int(item) for item in arguments.seeds.split(",")]
-    rows: list[dict[str, Any]] = []
-    plain: dict[Any, dict[str, float]] = {}
+    rows: dict[str, dict[str, Any]] = {row["name"]: row for row in kept["rows"]} if kept else {}
     for row in ROWS:
-        baseline = next((item for item in ROWS if item.plain and item.format == row.format), None)
+        plain = next((item for item in ROWS if item.plain and item.format == row.format and not item.peer), None)
         needed = row.plain and any(other.name in wanted and other.format == row.format for other in ROWS)
-        if wanted and row.name not in wanted and not needed:
+        if wanted and row.name not in wanted and (not needed or row.name in rows):
             continue
-        runs = []
-        for seed in seeds if row.method not in ("rtn", "int8", "fp8", "fp8-block", "nf4", "mxfp4") else seeds[:1]:
-            calibration = cut_sequences(
-                documents,
-                samples=arguments.samples,
-                length=arguments.seq_len,
-                vocab_size=program.contract.model.vocab_size,
-                seed=seed,
-                source=arguments.calibration.name,
-            )
-            made, seconds, linears = quantized(program, row, calibration, seed)
-            runs.append({"seed": seed, "seconds": seconds, **quality.measure(made)})
-            del made, linears
-        if row.plain:
-            plain[row.format] = runs[0]
-        rows.append(_summary(row, runs, base, plain.get(baseline.format) if baseline else None))
-        print(_line(rows[-1]), flush=True)
-        result = {
-            "model": arguments.model.name,
+        runs = [bench.run(row, seed) for seed in bench.seeds(row)]
+        rows[row.name] = _summary(row, runs, base, rows.get(plain.name) if plain else None) | {
+            "commit": commit(),
             "device": _device_name(arguments.device),
-            "windows": quality.windows,
-            "kl_windows": quality.kl_windows,
             "samples": arguments.samples,
-            "seq_len": arguments.seq_len,
-            "unquantized": base,
-            "rows": rows,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
+        print(_line(rows[row.name]), flush=True)
+    order = [row.name for row in ROWS]
+    result = bench.conditions | {
+        "unquantized": base,
+        "rows": sorted(rows.values(), key=lambda row: order.index(row["name"])),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
     record(arguments.name, result, arguments.threads)
-    print("\n".join(_line(row) for row in rows))
+    print("\n".join(_line(row) for row in result["rows"]))
 
 
 def _device_name(device: str) -> str:
