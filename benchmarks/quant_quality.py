@@ -177,6 +177,9 @@ def kept_result(name: str, conditions: dict[str, Any]) -> dict[str, Any]:
     other = {key: result[key] for key, value in conditions.items() if result[key] != value}
     if other:
         raise SystemExit(f"--add: {name}.json was measured with {other}, not {conditions}")
+    for row in result["rows"]:  # each says its own, where once all had one
+        for key in ("device", "samples"):
+            row.setdefault(key, result.get(key))
     return result
 
 
