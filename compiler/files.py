@@ -10,9 +10,10 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from optc.compiler.diagnostics import InputError, os_errors
 
@@ -249,3 +250,24 @@ def sha256_of(path: Path) -> str:
     handle = os.open(path, _FLAGS | os.O_NOFOLLOW)
     with open(handle, "rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+LARGE_BYTES = 64 << 20
+"""From here on reading files one after the other takes longer than threads cost."""
+_THREADS = 4  # a disk, and the memory of a machine, have no more to give
+
+_Item = TypeVar("_Item")
+_Found = TypeVar("_Found")
+
+
+def side_by_side(read: Callable[[_Item], _Found], items: Sequence[_Item], nbytes: int) -> list[_Found]:
+    """`read` of each item, in order; several at a time where they have `LARGE_BYTES` together.
+
+    What reads or hashes files leaves Python to other threads meanwhile. The first item whose `read` fails decides which
+    error is raised.
+    """
+    threads = min(len(items), _THREADS, os.cpu_count() or 1)
+    if threads < 2 or nbytes < LARGE_BYTES:
+        return [read(item) for item in items]
+    with ThreadPoolExecutor(threads, "optc-read") as pool:
+        return list(pool.map(read, items))

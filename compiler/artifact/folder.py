@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -17,7 +17,7 @@ from optc.compiler.artifact.manifest import FILE_NAME, FileEntry, Manifest, deco
 from optc.compiler.artifact.publishing import check_output, leftovers, write_folder
 from optc.compiler.artifact.trust import SIGNATURE, check_signature, sign, trusted_keys
 from optc.compiler.diagnostics import ArtifactError, InputError, os_errors
-from optc.compiler.files import replace_file, sha256_of
+from optc.compiler.files import replace_file, sha256_of, side_by_side
 
 __all__ = [
     "check_output",
@@ -49,9 +49,10 @@ def finish(directory: Path, manifest: Manifest, *, made_here: bool = True) -> Ma
     with os_errors("writing the manifest", str(directory)):
         for name in (FILE_NAME, SIGNATURE):
             (directory / name).unlink(missing_ok=True)
+        found = {path: info.st_size for path, info in _regular_files(directory).items()}
         files = tuple(
-            FileEntry(path=path, size=info.st_size, sha256=sha256_of(directory / path))
-            for path, info in _regular_files(directory).items()
+            FileEntry(path=path, size=size, sha256=sha256)
+            for (path, size), sha256 in zip(found.items(), _hashes(directory, found), strict=True)
         )
         native = find_engine(manifest.engine, str(directory)).native_code_of(manifest.engine_infos)
         manifest = msgspec.structs.replace(manifest, files=files, native_code=native, made_here="")
@@ -107,8 +108,8 @@ def verify(folder: Path) -> Manifest:
             if found[path].st_size != entry.size:
                 raise _tampered(folder, path, "has the wrong size", f"{found[path].st_size} bytes, not {entry.size}")
             _check_links(folder, path, found[path])
-        for path, entry in listed.items():
-            sha256 = sha256_of(folder / path)
+        hashes = _hashes(folder, {path: entry.size for path, entry in listed.items()})
+        for (path, entry), sha256 in zip(listed.items(), hashes, strict=True):
             if sha256 != entry.sha256:
                 raise _tampered(folder, path, "was changed", f"sha256 {sha256}, not {entry.sha256}")
         if genai_config.FILE_NAME in listed:
@@ -200,6 +201,11 @@ def _link(source: Path, place: Path) -> None:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV, errno.ENOSYS):
             raise
         shutil.copyfile(source, place)
+
+
+def _hashes(folder: Path, sizes: Mapping[str, int]) -> list[str]:
+    """sha256 of each file of a folder, by name and size in bytes."""
+    return side_by_side(lambda path: sha256_of(folder / path), list(sizes), sum(sizes.values()))
 
 
 def _regular_files(folder: Path) -> dict[str, os.stat_result]:

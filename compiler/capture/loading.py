@@ -14,6 +14,7 @@ from torch import Tensor
 from optc.compiler.capture.attention import NAME, register
 from optc.compiler.capture.facts import AUDIO, generates_from_an_encoder, rotary_limit
 from optc.compiler.diagnostics import CaptureError, InputError, foreign_errors
+from optc.compiler.files import side_by_side
 from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ir.stored_weights import return_freed_memory
@@ -105,7 +106,7 @@ def _state(
         state = {name: reader.lazy(name) for name in info.tensors}
     total = sum(tensor.numel() * dtype.itemsize for tensor in state.values())
     if resident_bytes is None or total <= resident_bytes:
-        return {name: materialized(tensor) for name, tensor in state.items()}
+        return dict(zip(state, side_by_side(materialized, list(state.values()), total), strict=True))
     return_freed_memory()
     return state
 

@@ -8,6 +8,7 @@ weight and multiplying with it together.
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Sequence
 
@@ -20,11 +21,12 @@ KEPT_BYTES = 1 << 30
 
 
 class BufferPool:
-    """Uninitialized tensors whose memory goes to the next one when nothing holds it any more."""
+    """Uninitialized tensors whose memory goes to the next one when nothing holds it any more; threads may share one."""
 
     def __init__(self, kept_bytes: int = KEPT_BYTES) -> None:
         self.kept_bytes = kept_bytes
         self._free: list[Tensor] = []
+        self._lock = threading.RLock()  # a block may come back while its thread takes another
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A contiguous tensor on the CPU."""
@@ -38,18 +40,20 @@ class BufferPool:
 
     def _take(self, size: int) -> Tensor:
         """The smallest free block that is large enough, and not twice as large; else a new one."""
-        fitting = [block for block in self._free if size <= len(block) <= 2 * size]
-        if not fitting:
-            return torch.empty(size, dtype=torch.uint8)
-        chosen = min(fitting, key=len)
-        self._free = [block for block in self._free if block is not chosen]
-        return chosen
+        with self._lock:
+            fitting = [block for block in self._free if size <= len(block) <= 2 * size]
+            if fitting:
+                chosen = min(fitting, key=len)
+                self._free = [block for block in self._free if block is not chosen]
+                return chosen
+        return torch.empty(size, dtype=torch.uint8)
 
     def _give_back(self, block: Tensor) -> None:
         """Keep a block, in place of those that were free for longest where there are too many."""
-        self._free.append(block)
-        while sum(map(len, self._free)) > self.kept_bytes:
-            del self._free[0]
+        with self._lock:
+            self._free.append(block)
+            while sum(map(len, self._free)) > self.kept_bytes:
+                del self._free[0]
 
 
 WEIGHTS = BufferPool()

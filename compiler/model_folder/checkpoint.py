@@ -8,7 +8,8 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import msgspec
 import torch
 
 from optc.compiler.diagnostics import InputError
-from optc.compiler.files import FileStamp, file_stamp
+from optc.compiler.files import FileStamp, file_stamp, side_by_side
 from optc.compiler.formats.layouts.tensors import TensorReader
 from optc.compiler.formats.safetensors_header import TensorInfo, damaged, read_header, shown
 from optc.compiler.ir.lazy_weights import materialized
@@ -107,9 +108,12 @@ def check_values(info: CheckpointInfo) -> None:
         InputError: NaN or Inf; names file, tensor and how many. Also data that cannot be read.
     """
     reader = TensorReader(info.path, info.tensors)
-    for name, tensor in info.tensors.items():
-        if tensor.dtype in _FLOATS:
-            _check_finite(info.path / tensor.file, name, reader.lazy(name))
+    names = [name for name, tensor in info.tensors.items() if tensor.dtype in _FLOATS]
+
+    def check(name: str) -> None:
+        _check_finite(info.path / info.tensors[name].file, name, reader.lazy(name))
+
+    side_by_side(check, names, stamped_bytes(info))
 
 
 def compare_shapes(
@@ -159,16 +163,26 @@ def tied_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return {name: owner for name, owner in owners.items() if name != owner}
 
 
-def weights_digest(info: CheckpointInfo) -> str:
+def weights_digest(info: CheckpointInfo, stopped: Callable[[], bool] = bool) -> str:
     """sha256 over all weight files and those behind the model: what `sha256sum FILES | sha256sum` prints, each kind sorted.
+
+    Args:
+        stopped: asked every megabyte, whether the answer is no longer wanted.
 
     Raises:
         InputError: a file is not the one that was checked and read.
+        CancelledError: it was stopped.
     """
-    digest = hashlib.sha256()
-    for file in (*info.files, *sorted(info.behind)):
-        digest.update(f"{_sha256(info, file)}  {file}\n".encode())
+    digest, files = hashlib.sha256(), (*info.files, *sorted(info.behind))
+    hashes = side_by_side(lambda file: _sha256(info, file, stopped), files, stamped_bytes(info))
+    for file, found in zip(files, hashes, strict=True):
+        digest.update(f"{found}  {file}\n".encode())
     return digest.hexdigest()
+
+
+def stamped_bytes(info: CheckpointInfo) -> int:
+    """Bytes of the files of a folder when it was checked."""
+    return sum(stamp.size for stamp in info.stamps.values())
 
 
 def config_digest(info: CheckpointInfo) -> str:
@@ -181,6 +195,11 @@ def config_digest(info: CheckpointInfo) -> str:
 
 
 # -- weights -------------------------------------------------------------------------------------
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has a file that `read_tensors` would read."""
+    return (folder / _SINGLE).is_file() or (folder / _INDEX).is_file()
 
 
 def read_tensors(folder: Path) -> dict[str, TensorInfo]:
@@ -331,11 +350,26 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _sha256(info: CheckpointInfo, name: str) -> str:
+def _sha256(info: CheckpointInfo, name: str, stopped: Callable[[], bool] = bool) -> str:
     """The hash of a file that is the one whose stamp was taken when the folder was checked."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with reading(info.path / name), (info.path / name).open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            if stopped():
+                raise CancelledError
+    check_stamp(info, name)
+    return digest.hexdigest()
+
+
+def check_stamp(info: CheckpointInfo, name: str) -> None:
+    """A file is the one that it was when the folder was checked.
+
+    Raises:
+        InputError: it is not, or cannot be asked for.
+    """
     path = info.path / name
-    with reading(path), path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with reading(path):
         if name in info.stamps and file_stamp(path) != info.stamps[name]:
             raise InputError(
                 f"{name} was changed while it was read",
@@ -343,4 +377,3 @@ def _sha256(info: CheckpointInfo, name: str) -> str:
                 why="it is not the file that was checked at the beginning",
                 remedy="run again when nothing writes into the model's folder",
             )
-    return digest

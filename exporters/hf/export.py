@@ -15,6 +15,7 @@ from torch import Tensor
 from optc.compiler.artifact.engines import HUGGINGFACE
 from optc.compiler.artifact.manifest import OpenedRecord
 from optc.compiler.diagnostics import ArtifactError, OptcError, TargetError, os_errors
+from optc.compiler.files import side_by_side
 from optc.compiler.formats.layouts import QuantizedWeight
 from optc.compiler.formats.layouts.config import KEY
 from optc.compiler.formats.layouts.registry import CHOICES, layout_writer
@@ -207,22 +208,26 @@ def _compare_quantized(layout: Any, plan: FolderPlan, directory: Path) -> None:
     found = set(layout.modules()) if layout is not None else set()
     if found != {item.module for item in plan.quantized}:
         raise _differs(directory, CONFIG, "the quantized linears are not those of the model")
-    for item in plan.quantized:
-        read: QuantizedWeight = layout.read(item.module)
-        mine = item.weight
-        same = torch.equal(_bytes(read.codes), _bytes(mine.codes)) and _same_zero(read, mine)
-        pairs = (
-            (read.scale, mine.scale),
-            (read.global_scale, mine.global_scale),
-            (read.input_scale, mine.input_scale),
-        )
-        same = same and all(_same(left, right) for left, right in pairs)
-        same = same and _same(read.input_factor, _factor(mine.input_factor))
-        alike = [
-            (one.scheme.bits, one.scheme.group_size, one.scheme.activations, one.scheme.static) for one in (read, mine)
-        ]
-        if not same or alike[0] != alike[1]:
+    nbytes = sum(item.weight.codes.nbytes for item in plan.quantized)
+    same = side_by_side(lambda item: _same_weight(layout.read(item.module), item.weight), plan.quantized, nbytes)
+    for item, equal in zip(plan.quantized, same, strict=True):
+        if not equal:
             raise _differs(directory, item.module, "its codes, scales or zero points differ")
+
+
+def _same_weight(read: QuantizedWeight, mine: QuantizedWeight) -> bool:
+    """Whether what a folder says of a linear is what was written."""
+    pairs = (
+        (read.scale, mine.scale),
+        (read.global_scale, mine.global_scale),
+        (read.input_scale, mine.input_scale),
+        (read.input_factor, _factor(mine.input_factor)),
+    )
+    alike = [
+        (one.scheme.bits, one.scheme.group_size, one.scheme.activations, one.scheme.static) for one in (read, mine)
+    ]
+    same = alike[0] == alike[1] and torch.equal(_bytes(read.codes), _bytes(mine.codes)) and _same_zero(read, mine)
+    return same and all(_same(left, right) for left, right in pairs)
 
 
 def _same(read: Tensor | None, mine: Tensor | None) -> bool:

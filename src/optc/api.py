@@ -27,6 +27,7 @@ from optc.compiler.ir.saved.exported_archive import is_exported_file
 from optc.compiler.model_folder.checkpoint import check_folder
 from optc.compiler.model_folder.medusa import check_base
 from optc.compiler.model_folder.quantized import refuse_quantizing_again
+from optc.compiler.model_folder.source_hash import SourceHash
 from optc.compiler.notebook import html_table
 from optc.compiler.pipeline.gate import Limits
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions, PipelineResult, default_probe
@@ -165,6 +166,20 @@ def _compile(
     """Capture, run the recipe and write the artifact; what was published."""
     folder = DraftFolder.of(model, resolved)
     captured = capture_resolved(model, example_inputs, resolved)
+    with SourceHash(captured.info) as weights:
+        return _compile_captured(captured, folder, resolved, command, progress, begin, weights)
+
+
+def _compile_captured(
+    captured: Captured,
+    folder: DraftFolder | None,
+    resolved: Resolved,
+    command: str,
+    progress: Progress | None,
+    begin: float,
+    weights: SourceHash,
+) -> Manifest:
+    """`_compile` behind the capture, while the source's weights are hashed."""
     drafting = None if folder is None else capture_draft(folder, for_draft(resolved), _work_folder(resolved))
     if captured.program.contract.draft is not None and resolved.options.kv_cache != "paged":
         raise UsageError(
@@ -188,7 +203,7 @@ def _compile(
     output = resolved.request.run.output
     assert output is not None, "checked before"
     programs = Programs(Compiled(captured, result), encoded, drafted)
-    return write_artifact(output, resolved, programs, command, seconds, begin)
+    return write_artifact(output, resolved, programs, command, seconds, begin, weights)
 
 
 def resolve_for(model: Model, request: Request) -> Resolved:

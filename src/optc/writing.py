@@ -21,6 +21,7 @@ from optc.compiler.artifact.sizes import Sizes
 from optc.compiler.diagnostics import os_errors
 from optc.compiler.ir.contract import Contract
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, config_digest, weights_digest
+from optc.compiler.model_folder.source_hash import SourceHash
 from optc.compiler.pipeline.pipeline import PipelineResult, Stage, compute_dtype
 from optc.compiler.pipeline.quantization_summary import quantized_linears, summarize
 from optc.compiler.pipeline.rerounding import rerounding
@@ -57,11 +58,18 @@ class Programs:
 
 
 def write_artifact(
-    folder: Path, resolved: Resolved, programs: Programs, command: str, seconds: dict[str, float], begin: float
+    folder: Path,
+    resolved: Resolved,
+    programs: Programs,
+    command: str,
+    seconds: dict[str, float],
+    begin: float,
+    weights: SourceHash,
 ) -> Manifest:
     """Export into a temporary sibling, describe it, read it back, publish it.
 
     Args:
+        weights: the hash of the files that the model came from.
         seconds: gets "export" and "total", counted from `begin`.
 
     Raises:
@@ -84,7 +92,7 @@ def write_artifact(
             for place, stage in programs.stages:
                 (directory / place).mkdir(exist_ok=True)
                 (directory / place / stage.file_name).write_text(stage.text)
-        manifest = _manifest(resolved, programs, exported, command, seconds)
+        manifest = _manifest(resolved, programs, exported, command, seconds, weights)
         opened = exported.opened or open_written(
             directory, manifest, result.program, exported.engine, captured.tokens, request.allowed, exported.graphs
         )
@@ -110,7 +118,12 @@ def _export(target: Target, programs: Programs, request: ExportRequest) -> tuple
 
 
 def _manifest(
-    resolved: Resolved, parts: Programs, exported: ExportResult, command: str, seconds: dict[str, float]
+    resolved: Resolved,
+    parts: Programs,
+    exported: ExportResult,
+    command: str,
+    seconds: dict[str, float],
+    weights: SourceHash,
 ) -> Manifest:
     """What the manifest says without a model that drafts."""
     target, captured, result, encoded = resolved.target, parts.model.captured, parts.model.result, parts.encoded
@@ -132,7 +145,9 @@ def _manifest(
         programs=programs,
         needs={"machine": platform.machine(), **exported.needs},
         dtype=str(compute_dtype(program)).removeprefix("torch."),
-        source=_source(info) if info else Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""),
+        source=_source(info, weights.result())
+        if info
+        else Source(path="", config_sha256="", weights_sha256="", parameters=0, dtype=""),
         capture=captured.proof,
         limits=given_limits(resolved.request.gate),
         passes=records,
@@ -165,7 +180,7 @@ def _with_draft(manifest: Manifest, drafted: Compiled, exported: ExportResult) -
     entry = ProgramEntry(
         contract=contract,
         engine_info=exported.info,
-        source=_source(info),
+        source=_source(info, weights_digest(info)),
         capture=drafted.captured.proof,
         opened=exported.opened,
     )
@@ -180,12 +195,12 @@ def _with_draft(manifest: Manifest, drafted: Compiled, exported: ExportResult) -
     )
 
 
-def _source(info: CheckpointInfo) -> Source:
+def _source(info: CheckpointInfo, weights_sha256: str) -> Source:
     parameters = sum(int(torch.Size(tensor.shape).numel()) for tensor in info.tensors.values())
     return Source(
         path=str(info.path.resolve()),
         config_sha256=config_digest(info),
-        weights_sha256=weights_digest(info),
+        weights_sha256=weights_sha256,
         parameters=parameters,
         dtype=str(info.config.get("dtype") or info.config.get("torch_dtype") or ""),
     )

@@ -1,17 +1,21 @@
 """Codes of a few bits, packed without gaps into 32-bit words, lowest bits first.
 
 Element i of a row takes bits [i * bits, (i + 1) * bits) of the row's words; with 3 bits, elements 10 and 21 of
-every 32 lie across two words. compressed-tensors (`pack_to_int32`) and GPTQ (AutoGPTQ's `pack`) share this order.
+every 32 lie across two words. compressed-tensors (`pack_to_int32`) and GPTQ (AutoGPTQ's `pack`) share this order. Words
+are bytes with the lowest first, so that codes which divide a byte are packed as those of ONNX Runtime are.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from optc.compiler.ir.lazy_operators import pieces
+from optc.compiler.ops.packed.onnxruntime import pack_nbits, unpack_nbits
+
 _WORD = 32
-_ROWS = 256  # rows packed together: a byte per bit is held for them
+_CODES = 1 << 19
+"""Codes that are packed together: they, and what is made of them on the way, fit a cache."""
 
 
 def word_count(elements: int, bits: int) -> int:
@@ -23,27 +27,44 @@ def unpack_words(words: Tensor, bits: int, elements: int) -> Tensor:
     """int32 words [R, W] -> uint8 codes [R, elements]; what follows the last element is dropped."""
     assert words.dtype == torch.int32
     assert words.shape[1] == word_count(elements, bits)
-    first = torch.arange(elements) * bits
-    word, offset = first // _WORD, first % _WORD
-    low = words[:, word] >> offset.to(torch.int32)  # an arithmetic shift: the bits that come in are cut off below
-    across = offset + bits > _WORD
-    low = low & torch.where(across, (1 << (_WORD - offset).clamp(max=bits)) - 1, (1 << bits) - 1).to(torch.int32)
-    if bool(across.any()):
-        missing = (_WORD - offset[across]).to(torch.int32)
-        high = words[:, word[across] + 1] << missing
-        low[:, across] |= high & ((1 << bits) - 1)
-    return low.to(torch.uint8)
+    unpack = unpack_nbits if 8 % bits == 0 else _unpacked_eights
+    out, start = torch.empty((words.shape[0], elements), dtype=torch.uint8), 0
+    for block in pieces(words, _CODES * bits // 8):
+        packed = block.reshape(-1).view(torch.uint8).view(len(block), -1)  # an axis of one element may have any stride
+        out[start : start + len(block)] = unpack(packed, bits, elements)
+        start += len(block)
+    return out
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [R, E] below 2^bits -> int32 words [R, ceil(E * bits / 32)]; what follows the last code is zero."""
     assert codes.dtype == torch.uint8
-    words = word_count(codes.shape[1], bits)
-    out = np.zeros((codes.shape[0], words * 4), dtype=np.uint8)
-    for start in range(0, codes.shape[0], _ROWS):
-        block = codes[start : start + _ROWS].contiguous().numpy()
-        assert int(block.max(initial=0)) < 2**bits, "a code does not fit its bits"
-        each = np.unpackbits(block[..., None], axis=-1, bitorder="little", count=bits)
-        packed = np.packbits(each.reshape(len(block), -1), axis=-1, bitorder="little")
-        out[start : start + _ROWS, : packed.shape[1]] = packed
-    return torch.from_numpy(out.view("<i4").astype(np.int32, copy=False))
+    pack = pack_nbits if 8 % bits == 0 else _packed_eights
+    out, start = torch.zeros((codes.shape[0], word_count(codes.shape[1], bits)), dtype=torch.int32), 0
+    into = out.view(torch.uint8)
+    for block in pieces(codes, _CODES):
+        assert int(block.max()) < 2**bits, "a code does not fit its bits"
+        packed = pack(block, bits)[:, : into.shape[1]]
+        into[start : start + len(block), : packed.shape[1]] = packed
+        start += len(block)
+    return out
+
+
+def _unpacked_eights(packed: Tensor, bits: int, elements: int) -> Tensor:
+    """The codes in the bytes [R, B] of a row, whatever they take: every 8 are `bits` bytes, spread over a number of 64 bits."""
+    whole = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits))
+    wide = torch.nn.functional.pad(whole, (0, 8 - bits)).reshape(-1).view(torch.int64).view(len(packed), -1)
+    spread = torch.zeros_like(wide)
+    for place in range(8):
+        spread |= (wide << ((8 - bits) * place)) & ((2**bits - 1) << (8 * place))
+    return spread.view(torch.uint8)[:, :elements]
+
+
+def _packed_eights(codes: Tensor, bits: int) -> Tensor:
+    """The bytes of such codes [R, E], the reverse; what follows the last code is zero."""
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8))
+    wide = padded.reshape(-1).view(torch.int64).view(len(codes), -1)
+    packed = torch.zeros_like(wide)
+    for place in range(8):
+        packed |= (wide >> ((8 - bits) * place)) & ((2**bits - 1) << (bits * place))
+    return packed.view(torch.uint8).unflatten(1, (-1, 8))[..., :bits].flatten(1)

@@ -122,22 +122,25 @@ def group_query_fake(call: GroupQuery, *_: object, num_heads: int, **__: object)
     return call.query.new_empty((*call.query.shape[:2], num_heads * values.shape[3])), keys, values
 
 
+_WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+"""By how many codes a byte holds: the type as wide as their bytes."""
+
+
 def pack_nbits(codes: Tensor, bits: int) -> Tensor:
     """codes uint8 [..., n] -> uint8 [..., n*bits/8], the first code in the lowest bits (bits 2, 4, 8).
 
-    The last byte is filled up with zeros where n*bits is not a multiple of 8.
+    The last byte is filled up with zeros where n*bits is not a multiple of 8. The bytes that one is made of are read as one
+    wide number, as `unpack_nbits` writes them.
     """
     each = 8 // bits
     missing = -codes.shape[-1] % each
-    parts = torch.nn.functional.pad(codes, (0, missing)).unflatten(-1, (-1, each))
-    packed = parts[..., 0].clone(memory_format=torch.contiguous_format)
+    whole = torch.nn.functional.pad(codes, (0, missing)) if missing else codes
+    flat = whole.reshape(-1)  # an axis of one element may have any stride
+    wide = (flat.clone() if flat.storage_offset() % each else flat.contiguous()).view(_WIDE[each])
+    packed = wide.clone()
     for place in range(1, each):
-        packed |= parts[..., place] << (bits * place)
-    return packed
-
-
-_WIDE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-"""By how many codes a byte holds: the type as wide as their bytes."""
+        packed |= wide >> ((8 - bits) * place)
+    return packed.to(torch.uint8).view(*codes.shape[:-1], whole.shape[-1] // each)
 
 
 def unpack_nbits(packed: Tensor, bits: int, count: int) -> Tensor:

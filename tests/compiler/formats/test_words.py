@@ -1,8 +1,12 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from optc.compiler.formats.layouts import words as layout_words
 from optc.compiler.formats.layouts.words import pack_words, unpack_words, word_count
+from optc.compiler.ir.stored_weights import WorkFile
 
 
 def _codes(rows: int, columns: int, bits: int) -> torch.Tensor:
@@ -56,3 +60,43 @@ def test_as_compressed_tensors_packs(bits: int, shape: tuple[int, int]) -> None:
     assert torch.equal(unpack_words(helpers.pack_to_int32(signed, bits), bits, shape[1]), codes)
     along_rows = pack_words(codes.t().contiguous(), bits).t().contiguous()
     assert torch.equal(along_rows, helpers.pack_to_int32(signed, bits, packed_dim=0))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_rows_of_several_blocks(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = _codes(11, 37, bits)
+    words = pack_words(codes, bits)
+    monkeypatch.setattr(layout_words, "_CODES", 100)  # two rows and a rest
+    assert torch.equal(pack_words(codes, bits), words)
+    assert torch.equal(unpack_words(words, bits, 37), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_rows_that_begin_anywhere_in_memory(bits: int) -> None:
+    codes = _codes(9, 33, bits)
+    assert torch.equal(pack_words(codes[1:], bits), pack_words(codes[1:].clone(), bits))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_strides_of_axes_of_one_element_say_nothing(bits: int) -> None:
+    column, row = _codes(6, 1, bits), _codes(1, 8, bits)
+    odd = torch.as_strided(row.clone(), (1, 8), (3, 1)), torch.as_strided(column.clone(), (6, 1), (1, 5))
+    for codes, same in zip(odd, (row, column), strict=True):
+        assert codes.is_contiguous()
+        words = pack_words(codes, bits)
+        assert torch.equal(words, pack_words(same, bits))
+        assert torch.equal(unpack_words(words, bits, codes.shape[1]), codes)
+    words = pack_words(column, bits)
+    assert torch.equal(unpack_words(torch.as_strided(words, (6, 1), (1, 5)), bits, 1), column)
+
+
+def test_codes_that_lie_in_a_file(tmp_path: Path) -> None:
+    codes = _codes(300, 512, 4)
+    stored = WorkFile(tmp_path).store(codes)
+    assert type(stored) is not torch.Tensor
+    assert torch.equal(pack_words(stored, 4), pack_words(codes, 4))
+
+
+def test_a_code_that_does_not_fit() -> None:
+    with pytest.raises(AssertionError, match="does not fit"):
+        pack_words(torch.tensor([[1, 16]], dtype=torch.uint8), 4)

@@ -9,6 +9,7 @@ from optc.compiler.formats.layouts.awq import BITS, ORDER
 from optc.compiler.formats.layouts.config import ConfigReader
 from optc.compiler.formats.layouts.tensors import FLOATS, TensorReader
 from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme, check_parts
+from optc.compiler.formats.layouts.words import unpack_words
 
 _NIBBLES = 8
 
@@ -64,8 +65,6 @@ class Awq:
 
 def unpack_nibbles(words: Tensor) -> Tensor:
     """int32 [R, N / 8] -> uint8 [N, R]."""
-    rows, count = words.shape
-    out = torch.empty((count, _NIBBLES, rows), dtype=torch.uint8)
-    for place, column in enumerate(ORDER):
-        out[:, column] = ((words >> (BITS * place)) & 0xF).t().to(torch.uint8)
-    return out.reshape(count * _NIBBLES, rows)
+    rows = unpack_words(words, BITS, words.shape[1] * _NIBBLES).unflatten(1, (-1, _NIBBLES))
+    places = [ORDER.index(column) for column in range(_NIBBLES)]
+    return rows[..., places].flatten(1).t().contiguous()

@@ -12,6 +12,7 @@ from torch import Tensor
 from optc.compiler.formats.layouts.awq import BITS, METHOD, ORDER
 from optc.compiler.formats.layouts.key_values import KeyValueScheme
 from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme
+from optc.compiler.formats.layouts.words import pack_words
 from optc.compiler.formats.layouts.writing import (
     REMEDY,
     foreign,
@@ -20,6 +21,7 @@ from optc.compiler.formats.layouts.writing import (
     scale_obstacle,
     zero_points,
 )
+from optc.compiler.ir.lazy_weights import materialized
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,5 @@ class AwqWriter:
 
 def pack_nibbles(codes: Tensor) -> Tensor:
     """uint8 [N, R] below 16 -> int32 [R, N / 8], the nibbles in AWQ's order."""
-    wide = codes.t().to(torch.int32).reshape(codes.shape[1], -1, len(ORDER))
-    out = torch.zeros(wide.shape[:2], dtype=torch.int32)
-    for place, column in enumerate(ORDER):
-        out |= wide[..., column] << (BITS * place)
-    return out
+    rows = materialized(codes).t().contiguous().unflatten(1, (-1, len(ORDER)))
+    return pack_words(rows[..., list(ORDER)].flatten(1), BITS)
