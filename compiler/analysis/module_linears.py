@@ -45,10 +45,13 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def expert_stacks(model: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Shape [E, N, K] of every parameter that holds the linears of E experts, by name."""
+    """Shape [E, N, K] of every parameter that holds the linears of E experts, by name.
+
+    A token or positions that a vision tower learns, [1, ., .], are none.
+    """
     found = {}
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 3:
+        if parameter.dim() == 3 and parameter.shape[0] > 1:
             experts, rows, columns = map(int, parameter.shape)
             found[name] = (experts, rows, columns)
     return found
