@@ -62,10 +62,19 @@ class Batch:
 
 
 class Position(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the reading stands: the next unit (row, or micro-batch of the token budget) of an epoch."""
+    """Where the reading stands: the next unit (row, pair, or micro-batch of the token budget) of an epoch.
+
+    Attributes:
+        parts: micro-batches of a step, over all ranks, that micro-batches of the token budget were cut for; 0 where
+            units are the same for any number of them.
+        before: of this epoch, (parts, units) that were read in turn when a step had other parts. The units that are
+            left are made of what these have not read.
+    """
 
     epoch: int = 0
     unit: int = 0
+    parts: int = 0
+    before: tuple[tuple[int, int], ...] = ()
 
 
 class Reader:
@@ -102,7 +111,7 @@ class Reader:
             for start in range(0, len(tokens) - 1, length)
             if self._labels_of(number, start, length)
         ]
-        self._epoch = -1
+        self._planned: tuple[int, tuple[tuple[int, int], ...]] | None = None
         self._units: list[list[list[int]]] = []
         total = sum(size for _, _, size in self._pieces)
         if total < (1 if held_out else length):
@@ -165,19 +174,25 @@ class Reader:
             held_out=self.held_out,
         )
 
+    @property
+    def _parts(self) -> int:
+        """Micro-batches of an optimizer step, over all ranks."""
+        return self.world_size * self.config.gradient_accumulation
+
     def steps_of(self, epochs: float) -> int:
-        """Optimizer steps until so many passes over the text are complete, at least one."""
-        whole = int(epochs)
-        units = sum(len(self._plan(epoch)) for epoch in range(whole))
-        units += math.ceil((epochs - whole) * len(self._plan(whole))) if epochs > whole else 0
+        """Optimizer steps from the position on until so many passes over the text are complete."""
+        place, whole = self._place(), int(epochs)
+        units = sum(len(self._plan(epoch)) for epoch in range(place.epoch, whole))
+        units += math.ceil((epochs - whole) * len(self._plan(whole))) if epochs > whole >= place.epoch else 0
+        spent = len(self._plan(place.epoch)) - len(self._plan(place.epoch, place.before)) + place.unit
         packs = self.config.data.batching == "pack"
-        return -(-units // (self.config.batch_size if packs else self.world_size * self.config.gradient_accumulation))
+        return max(0, -(-(units - spent) // (self.config.batch_size if packs else self._parts)))
 
     def whole_epoch(self) -> list[Batch]:
         """This rank's micro-batches of the first epoch; each rank has as many, some of the last ones without a label."""
         units = self._plan(0)
         if self.config.data.batching == "pack":
-            size = max(1, self.config.batch_size // (self.world_size * self.config.gradient_accumulation))
+            size = max(1, self.config.batch_size // self._parts)
             units = [[row for unit in units[at : at + size] for row in unit] for at in range(0, len(units), size)]
         found = [self._batch(rows) for rows in units[self.rank :: self.world_size]]
         if len(found) * self.world_size < len(units):
@@ -187,8 +202,7 @@ class Reader:
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step; moves the position."""
-        config = self.config
-        parts = self.world_size * config.gradient_accumulation
+        config, parts = self.config, self._parts
         if config.data.batching == "pack":
             rows = [row for _ in range(config.batch_size) for row in self._next_unit()]
             size = config.batch_size // parts
@@ -198,24 +212,34 @@ class Reader:
         return [self._batch(rows) for rows in micro[self.rank :: self.world_size]]
 
     def _next_unit(self) -> list[list[int]]:
-        epoch, unit = self.position.epoch, self.position.unit
-        if epoch != self._epoch:
-            self._units, self._epoch = self._plan(epoch), epoch
-        if unit >= len(self._units):
-            self.position = Position(epoch + 1, 0)
+        place = self._place()
+        if (place.epoch, place.before) != self._planned:
+            self._units, self._planned = self._plan(place.epoch, place.before), (place.epoch, place.before)
+        if place.unit >= len(self._units):
+            self.position = Position(place.epoch + 1, 0, place.parts)
             return self._next_unit()
-        self.position = Position(epoch, unit + 1)
-        return self._units[unit]
+        self.position = Position(place.epoch, place.unit + 1, place.parts, place.before)
+        return self._units[place.unit]
 
-    def _plan(self, epoch: int) -> list[list[list[int]]]:
-        """The units of an epoch; a unit is a list of rows, a row a list of pieces."""
+    def _place(self) -> Position:
+        """The position among units of this reader's parts."""
+        place, parts = self.position, 0 if self.config.data.batching == "pack" else self._parts
+        if place.parts in (0, parts):
+            return Position(place.epoch, place.unit, parts, place.before)
+        return Position(place.epoch, 0, parts, (*place.before, (place.parts, place.unit)))
+
+    def _plan(self, epoch: int, before: tuple[tuple[int, int], ...] = ()) -> list[list[list[int]]]:
+        """The units of an epoch that are left; a unit is a list of rows, a row a list of pieces."""
         order = list(range(len(self._pieces)))
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
         if self.config.data.shuffle:
             order = torch.randperm(len(order), generator=generator).tolist()
         if self.config.data.batching == "pack":
             return [[row] for row in self._pack(order)]
-        return self._budget(order, generator)
+        for parts, count in before:
+            seen = {row[0] for unit in self._budget(order, generator, parts)[:count] for row in unit}
+            order = [piece for piece in order if piece not in seen]
+        return self._budget(order, generator, self._parts)
 
     def _pack(self, order: Sequence[int]) -> list[list[int]]:
         """First fit over the last rows that still have room."""
@@ -235,9 +259,8 @@ class Reader:
                 first += 1
         return rows
 
-    def _budget(self, order: Sequence[int], generator: torch.Generator) -> list[list[list[int]]]:
+    def _budget(self, order: Sequence[int], generator: torch.Generator, parts: int) -> list[list[list[int]]]:
         config = self.config
-        parts = self.world_size * config.gradient_accumulation
         budget = config.batch_size // parts * config.seq_len
         units: list[list[list[int]]] = []
         window = _SORTED_WINDOW * max(1, budget // config.seq_len)

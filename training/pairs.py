@@ -134,8 +134,9 @@ class PairReader:
         )
 
     def steps_of(self, epochs: float) -> int:
-        """Optimizer steps until so many passes over the pairs are complete, at least one."""
-        return -(-math.ceil(epochs * len(self.pairs)) // self.config.batch_size)
+        """Optimizer steps from the position on until so many passes over the pairs are complete."""
+        left = math.ceil(epochs * len(self.pairs)) - self.position.epoch * len(self.pairs) - self.position.unit
+        return max(0, -(-left // self.config.batch_size))
 
     def next_step(self) -> list[PairBatch]:
         """This rank's micro-batches of the next optimizer step; moves the position."""

@@ -123,6 +123,9 @@ def resume_run(run: Run, now: RunState, folder: Path) -> RunState | None:
     _restore(run, found[-1], state)
     run.validation = state.validation
     run.step, run.skipped, run.reader.position = state.step, state.skipped, state.position
+    if run.config.epochs is not None:  # with other ranks or accumulation an epoch may take another number of steps
+        steps = run.step + run.reader.steps_of(run.config.epochs)
+        run.config = msgspec.structs.replace(run.config, max_steps=steps)
     if run.scaler.is_enabled():
         run.scaler.load_state_dict(state.scaler)
     return state

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from families import make_model
@@ -140,6 +142,34 @@ def test_a_position_resumes_the_same_batches(tmp_path: Path, batching: str) -> N
         a, b = first.next_step()[0], second.next_step()[0]
         assert torch.equal(a.input_ids, b.input_ids)
         assert torch.equal(a.labels, b.labels)
+
+
+@pytest.mark.parametrize("batching", ["pack", "tokens"])
+@pytest.mark.parametrize("parts", [((1, 1), (1, 4), (1, 1)), ((1, 2), (2, 1), (1, 1)), ((2, 2), (1, 1), (1, 2))])
+def test_an_epoch_goes_on_with_other_ranks_and_accumulation(
+    tmp_path: Path, batching: str, parts: tuple[tuple[int, int], ...]
+) -> None:
+    """A step each with some ranks and micro-batches, then steps to the end: every token once, none left out."""
+    documents = [torch.arange(1000 * number, 1000 * number + length) for number, length in enumerate(LENGTHS)]
+    seen: list[int] = []
+    place = Position()
+    for number, (ranks, accumulation) in enumerate(parts):
+        more = {"batch_size": 4, "gradient_accumulation": accumulation, "data": {"batching": batching}}
+        config = small_config(tmp_path, tmp_path, tmp_path, **more)
+        readers = [Reader(documents, config, world_size=ranks, rank=rank) for rank in range(ranks)]
+        for item in readers:
+            item.position = msgspec.json.decode(msgspec.json.encode(place), type=Position)  # as a checkpoint keeps it
+        assert place.epoch == 0
+        for _ in range(readers[0].steps_of(1) if number == len(parts) - 1 else 1):
+            batches = [batch for item in readers for batch in item.next_step()]
+            seen += [token for batch in batches for token in batch.input_ids[batch.labels != IGNORED].tolist()]
+        (place,) = {item.position for item in readers}
+    counts = Counter(seen)
+    assert set(counts) == {token for document in documents for token in document[:-1].tolist()}
+    # A step is whole: its rows come from the next epoch where this one has none left.
+    begun = [piece for unit in readers[0]._plan(1)[: place.unit] for row in unit for piece in row]
+    expected = sum(readers[0]._pieces[piece][2] for piece in begun) if place.epoch else 0
+    assert sum(count - 1 for count in counts.values()) == expected
 
 
 def test_ranks_and_micro_batches_share_one_global_batch(tmp_path: Path) -> None:
