@@ -182,9 +182,19 @@ class MedusaConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = "distribution"
 
 
-class SavingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Checkpoints of the run, in the folder OUTPUT.run beside the output."""
+WrittenType = Literal["source", "fp32", "bf16", "fp16"]
 
+
+class SavingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Checkpoints of the run, in the folder OUTPUT.run beside the output, and the type of the folder that it ends with."""
+
+    dtype: Annotated[
+        WrittenType,
+        Meta(
+            description="Type of the trained folder's weights; source: each as the folder to start from has it. A run itself "
+            "keeps float32, in its checkpoints too."
+        ),
+    ] = "source"
     every: Annotated[int, Meta(ge=0, description="Optimizer steps between two checkpoints; 0 writes none.")] = 50
     minutes: Annotated[
         float,

@@ -16,10 +16,13 @@ from optc.compiler.capture.renames import renamed_tensors, stored_tensors
 from optc.compiler.diagnostics import InputError
 from optc.compiler.formats.group_sizes import BITS
 from optc.compiler.formats.layouts.compressed_tensors.writer import CompressedTensorsWriter
-from optc.compiler.model_folder.checkpoint import CheckpointInfo, tied_names
+from optc.compiler.ir.saved.safetensors_file import TYPES
+from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder, has_weights, tied_names
 from optc.compiler.model_folder.config_file import CONFIG, read_json
+from optc.compiler.model_folder.dtypes import DTYPES
 from optc.exporters.hf.collect import FolderPlan, Quantized
 from optc.exporters.hf.export import write_model
+from optc.training.config import WrittenType
 from optc.training.frozen_base import FrozenBase
 from optc.training.kv_rounding import MODULE, kv_roundings
 from optc.training.lora import lora_config, merged_state, write_adapters
@@ -34,9 +37,11 @@ class SaveConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     Attributes:
         force: write into a folder that exists and is empty, or replace an artifact.
+        dtype: of the weights; "source" is each tensor's in the folder that training started from.
     """
 
     force: bool = False
+    dtype: WrittenType = "source"
 
 
 def save_trained(model: nn.Module, tokenizer_source: Path, folder: Path, config: SaveConfig) -> None:
@@ -55,10 +60,10 @@ def save_trained(model: nn.Module, tokenizer_source: Path, folder: Path, config:
         ResourceError: the disk is full.
     """
     with write_folder(folder, force=config.force) as directory:
-        write_trained(model, tokenizer_source, directory)
+        write_trained(model, tokenizer_source, directory, config.dtype)
 
 
-def write_trained(model: nn.Module, tokenizer_source: Path, directory: Path) -> None:
+def write_trained(model: nn.Module, tokenizer_source: Path, directory: Path, dtype: WrittenType = "source") -> None:
     """The same into a folder that is there already, file by file; of heads on a frozen base their own folder."""
     if isinstance(model, FrozenBase):
         model.write(tokenizer_source, directory)
@@ -67,11 +72,45 @@ def write_trained(model: nn.Module, tokenizer_source: Path, directory: Path) -> 
     if adapters is not None and adapters.export == "adapters":
         write_adapters(model, tokenizer_source, directory)
         return
-    plan, state = _plan(model, tokenizer_source)
+    plan, state = _plan(model, tokenizer_source, _WrittenTypes(tokenizer_source, dtype))
     write_model(plan, state.__getitem__, CompressedTensorsWriter(bits=BITS), directory, tokenizer_source)
 
 
-def _plan(model: Any, source: Path) -> tuple[FolderPlan, dict[str, Tensor]]:
+class _WrittenTypes:
+    """The types that tensors are written in: that of the source's tensor of the same name, or what most of the source has.
+
+    Args:
+        dtype: "source", or one type for all. A source without weights leaves them as they are.
+    """
+
+    def __init__(self, source: Path, dtype: WrittenType) -> None:
+        self.most, self.named = DTYPES.get(dtype), dict[str, torch.dtype]()
+        if dtype == "source" and has_weights(source):
+            info = check_folder(source)
+            types = {name: TYPES[item.dtype] for name, item in info.tensors.items()}
+            self.most, self.named = info.dtype, {name: kind for name, kind in types.items() if kind in DTYPES.values()}
+
+    def written(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the folder in its type.
+
+        Raises:
+            InputError: it is not finite there.
+        """
+        found = self.named.get(name, self.most)
+        if found is None or not tensor.is_floating_point():
+            return tensor
+        made = tensor.to(found)
+        if made.dtype != tensor.dtype and not bool(torch.isfinite(made).all()):
+            raise InputError(
+                f"a trained weight does not fit {found}".replace("torch.", ""),
+                where=name,
+                why=f"its largest magnitude is {float(tensor.abs().max()):.4g}",
+                remedy="write the folder with --set saving.dtype=fp32 or bf16",
+            )
+        return made
+
+
+def _plan(model: Any, source: Path, types: _WrittenTypes) -> tuple[FolderPlan, dict[str, Tensor]]:
     """The folder of a model in memory, and the tensors that it names."""
     linears = dict(quantized_linears(model))
     held = merged_state(model) if lora_config(model) is not None else model.state_dict(keep_vars=True)
@@ -94,9 +133,11 @@ def _plan(model: Any, source: Path) -> tuple[FolderPlan, dict[str, Tensor]]:
         plain[name] = tensor.detach().cpu().contiguous()
     untied = any(owners.get(name, name) in plain or name in owners.values() for name in coded)
     untied = untied or _diverged(model, plain)
-    quantized = tuple(Quantized(name, f"{name}.weight", _on_cpu(module)) for name, module in linears.items())
+    quantized = tuple(
+        Quantized(name, f"{name}.weight", _on_cpu(name, module, types)) for name, module in linears.items()
+    )
     scheme, scales = None, {}
-    plain = stored_tensors(model, plain)
+    plain = {name: types.written(name, tensor) for name, tensor in stored_tensors(model, plain).items()}
     state = dict(plain)
     for name, rounding in kv_roundings(model):
         scheme = rounding.scheme
@@ -139,10 +180,11 @@ def _stored_linears(
     return [name.removesuffix(".weight") for name in found]
 
 
-def _on_cpu(module: FakeQuantizedLinear) -> Any:
+def _on_cpu(name: str, module: FakeQuantizedLinear, types: _WrittenTypes) -> Any:
+    """The codes of a linear, its scales in the type that its weight would be written in."""
     weight = module.quantized()
     zero = None if weight.zero is None else weight.zero.cpu()
-    return type(weight)(weight.scheme, weight.codes.cpu(), weight.scale.cpu(), zero)
+    return type(weight)(weight.scheme, weight.codes.cpu(), types.written(f"{name}.weight", weight.scale.cpu()), zero)
 
 
 def _config(model: Any, source: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from chosen import chosen
 from families import make_model
 from hf_folders import codes_of, config, logits, source, tensors
+from safetensors.torch import save_file
 from stages import sequences
 from torch import Tensor
 
@@ -19,6 +21,7 @@ import optc
 from optc.compiler.capture import capture_pretrained
 from optc.compiler.diagnostics import InputError
 from optc.compiler.execution.stage_driver import run_stage
+from optc.compiler.formats.layouts.words import pack_words
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.target.target import ExportRequest, check_legal, obstacle
@@ -125,6 +128,51 @@ def test_a_switch_of_training_is_not_kept(tmp_path: Path) -> None:
     save_trained(model, source("llama"), tmp_path / "out", SaveConfig())
     assert config(source("llama"))["use_cache"] is True
     assert config(tmp_path / "out")["use_cache"] is True
+
+
+def _in_16_bits(family: str, folder: Path, dtype: torch.dtype, kept: str) -> Path:
+    """The source of a family with weights in `dtype`, but one in float32."""
+    shutil.copytree(source(family), folder)
+    found = {name: tensor if name == kept else tensor.to(dtype) for name, tensor in tensors(folder).items()}
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_each_weight_keeps_the_type_that_its_source_has(tmp_path: Path, family: str) -> None:
+    folder = _in_16_bits(family, tmp_path / "source", torch.bfloat16, "model.norm.weight")
+    before = tensors(folder)
+    model = load_frozen(folder)
+    assert model.lm_head.weight.dtype == torch.float32  # as it is trained
+    save_trained(model, folder, tmp_path / "out", SaveConfig())
+    after = tensors(tmp_path / "out")
+    assert {name: tensor.dtype for name, tensor in after.items()} == {name: item.dtype for name, item in before.items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert config(tmp_path / "out")["dtype"] == "bfloat16"
+    save_trained(model, folder, tmp_path / "wide", SaveConfig(dtype="fp32"))
+    assert {tensor.dtype for tensor in tensors(tmp_path / "wide").values()} == {torch.float32}
+
+
+def test_scales_of_qat_are_in_the_type_of_the_source(tmp_path: Path) -> None:
+    folder = _in_16_bits("llama", tmp_path / "source", torch.bfloat16, "")
+    model = trained({})
+    save_trained(model, folder, tmp_path / "out", SaveConfig())
+    written = tensors(tmp_path / "out")
+    linears = dict(quantized_linears(model))
+    assert len(linears) == 14
+    for name, linear in linears.items():
+        made = linear.quantized()
+        assert torch.equal(pack_words(made.codes, 4), written[f"{name}.weight_packed"])
+        assert torch.equal(made.scale.bfloat16(), written[f"{name}.weight_scale"])
+
+
+def test_a_weight_that_overflows_in_the_type_of_the_source(tmp_path: Path) -> None:
+    folder = _in_16_bits("llama", tmp_path / "source", torch.float16, "")
+    model = load_frozen(folder)
+    model.lm_head.weight.data[0, 0] = 1e5
+    with pytest.raises(InputError, match=r"does not fit float16[\s\S]*lm_head\.weight[\s\S]*saving\.dtype"):
+        save_trained(model, folder, tmp_path / "out", SaveConfig())
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tied_head_gets_codes_and_the_embedding_stays(tmp_path: Path) -> None:
