@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,16 @@ def alone(start: tuple[Path, Path]) -> list[float | None]:
     return curve(start, "cuda")
 
 
+KINDS = ["ddp", "fsdp", "zero1", *(["deepspeed-2", "deepspeed-3"] if importlib.util.find_spec("deepspeed") else [])]
+RESUMED = [kind for kind in KINDS if kind in ("ddp", "fsdp", "deepspeed-3")]
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "lion": {"name": "lion", "lr": 1e-3},
+    "sophia": {"name": "sophia", "lr": 1e-3, "hessian_every": 3},
+}
+OTHERS = [("ddp", "lion"), ("fsdp", "lion"), ("ddp", "sophia")] if importlib.util.find_spec("pytorch_optimizer") else []
+CONSTANT = ["--set", "schedule.kind=constant"]  # of a shorter run, too
+
+
 def recipe(start: tuple[Path, Path], folder: Path) -> Path:
     """What `curve` runs, for the command."""
     path = folder / "recipe.yaml"
@@ -118,52 +129,68 @@ def recipe(start: tuple[Path, Path], folder: Path) -> Path:
 
 
 def parallel(kind: str) -> list[str]:
-    """The flags of a kind of parallelism; skips where the machine has it not."""
+    """The flags of a kind of parallelism; "deepspeed-3" is with the third stage."""
     kind, _, stage = kind.partition("-")
-    if kind == "deepspeed":
-        pytest.importorskip("deepspeed", reason="needs the extra `deepspeed`")
     settings = [f"parallel.kind={kind}", *([f"parallel.zero_stage={stage}"] if stage else [])]
     return [word for setting in settings for word in ("--set", setting)]
+
+
+def outputs(ranks: int, start: tuple[Path, Path], place: Path, more: list[list[str]]) -> Path:
+    """The folder of each kind's output, and of `more` runs: one after another in one group, as starting processes and
+    connecting GPUs takes longer than the runs."""
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+    whole = recipe(start, place)
+    runs = [[str(whole), *parallel(kind), "-o", str(place / kind)] for kind in KINDS]
+    runs += [[str(whole), *run] for run in more]
+    torchrun(ranks, Path(__file__).parents[1] / "training" / "ranks_driver.py", json.dumps(runs), "cuda")
+    return place
+
+
+@pytest.fixture(scope="module")
+def two(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place, more = tmp_path_factory.mktemp("two"), []
+    for kind in RESUMED:
+        saving = ["--set", "saving.every=3", "--set", "saving.keep_run=true", "-o", str(place / f"resumed-{kind}")]
+        run = [*parallel(kind), *CONSTANT, *saving]
+        more += [[*run, "--max-steps", "3"], [*run, "--resume"]]
+    for kind, name in OTHERS:
+        flags = [word for key, value in OPTIMIZERS[name].items() for word in ("--set", f"optimizer.{key}={value}")]
+        more.append([*parallel(kind), *flags, "-o", str(place / f"{kind}-{name}")])
+    return outputs(2, start, place, more)
+
+
+@pytest.fixture(scope="module")
+def four(start: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return outputs(4, start, tmp_path_factory.mktemp("four"), [])
 
 
 def losses(folder: Path) -> list[float | None]:
     return [row.loss for row in read_log(folder / "log.jsonl")]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero1", "deepspeed-2", "deepspeed-3"])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_of_the_command_give_the_curve_of_one_process(
-    start: tuple[Path, Path], alone: list[float | None], tmp_path: Path, kind: str, ranks: int
-) -> None:
-    if torch.cuda.device_count() < ranks:
-        pytest.skip(f"needs {ranks} GPUs")
-    flags = parallel(kind)
-    torchrun(ranks, "-m", "optc", "train", recipe(start, tmp_path), *flags, "-o", tmp_path / "out")
-    assert losses(tmp_path / "out") == pytest.approx(alone, abs=2e-4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_give_the_curve_of_one_process(two: Path, alone: list[float | None], kind: str) -> None:
+    assert losses(two / kind) == pytest.approx(alone, abs=2e-4)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "deepspeed-3"])
-def test_two_ranks_resume(start: tuple[Path, Path], alone: list[float | None], tmp_path: Path, kind: str) -> None:
-    """Three steps, then processes that go on from their checkpoint."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs 2 GPUs")
-    saving = ["--set", "saving.every=3", "--set", "saving.keep_run=true", "-o", tmp_path / "out"]
-    command = ["-m", "optc", "train", recipe(start, tmp_path), *parallel(kind), *saving]
-    torchrun(2, *command, "--set", "schedule.kind=constant", "--max-steps", "3")
-    shutil.rmtree(tmp_path / "out")
-    torchrun(2, *command, "--set", "schedule.kind=constant", "--resume")
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_ranks_give_the_curve_of_one_process(four: Path, alone: list[float | None], kind: str) -> None:
+    assert losses(four / kind) == pytest.approx(alone, abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_two_ranks_resume(start: tuple[Path, Path], two: Path, kind: str) -> None:
+    """Three steps, then a run that goes on from their checkpoint."""
+    output = two / f"resumed-{kind}"
+    assert json.loads((output / "train.json").read_text())["resumed_from"] == 3
     whole = curve(start, "cuda", schedule={"kind": "constant"})
-    assert losses(tmp_path / "out") == pytest.approx(whole, abs=2e-4)
+    assert losses(output) == pytest.approx(whole, abs=2e-4)
 
 
-@pytest.mark.parametrize(("kind", "optimizer"), [("ddp", "lion"), ("fsdp", "lion"), ("ddp", "sophia")])
-def test_other_optimizers_on_two_ranks(start: tuple[Path, Path], tmp_path: Path, kind: str, optimizer: str) -> None:
+@pytest.mark.parametrize(("kind", "name"), OTHERS)
+def test_other_optimizers_on_two_ranks(start: tuple[Path, Path], two: Path, kind: str, name: str) -> None:
     """Sophia draws its noise on each rank: its curve goes the way of one process, not through the same points."""
-    pytest.importorskip("pytorch_optimizer", reason="needs the extra `train`")
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs 2 GPUs")
-    more = {"name": optimizer, "lr": 1e-3, **({"hessian_every": 3} if optimizer == "sophia" else {})}
-    flags = [word for key, value in more.items() for word in ("--set", f"optimizer.{key}={value}")]
-    torchrun(2, "-m", "optc", "train", recipe(start, tmp_path), *parallel(kind), *flags, "-o", tmp_path / "out")
-    tolerance = {"lion": 2e-4, "sophia": 0.1}[optimizer]
-    assert losses(tmp_path / "out") == pytest.approx(curve(start, "cuda", optimizer=more), abs=tolerance)
+    tolerance = {"lion": 2e-4, "sophia": 0.1}[name]
+    expected = curve(start, "cuda", optimizer=OPTIMIZERS[name])
+    assert losses(two / f"{kind}-{name}") == pytest.approx(expected, abs=tolerance)

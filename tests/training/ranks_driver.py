@@ -1,8 +1,12 @@
-"""Several runs of `optc train`, one after another in the processes of one group: see test_ranks.py."""
+"""Several runs of `optc train`, one after another in the processes of one group: see test_ranks.py.
+
+Arguments: the runs' own as JSON, and "cuda" for a group of GPUs.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 
@@ -14,7 +18,9 @@ from optc.training.parallel import ParallelConfig, start_processes
 
 
 def main() -> None:
-    start_processes(torch.device("cpu"), ParallelConfig())  # so that no run ends the group
+    kind = sys.argv[2] if len(sys.argv) > 2 else "cpu"
+    device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    start_processes(device, ParallelConfig())  # so that no run ends the group
     for arguments in json.loads(sys.argv[1]):
         if dist.get_rank() == 0:  # what a run published that this one resumes
             shutil.rmtree(arguments[arguments.index("-o") + 1], ignore_errors=True)

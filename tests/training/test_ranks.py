@@ -26,6 +26,11 @@ pytestmark = [
 STEPS = 4
 KINDS = ["ddp", "fsdp", *(["deepspeed-2", "deepspeed-3"] if importlib.util.find_spec("deepspeed") else [])]
 RESUMED = [kind for kind in KINDS if kind in ("fsdp", "deepspeed-3")]
+OPTIMIZERS = {
+    "lion": {"optimizer.name": "lion", "optimizer.lr": 1e-4},
+    "sophia": {"optimizer.name": "sophia", "optimizer.lr": 1e-3, "optimizer.hessian_every": 3},
+}
+OTHERS = [("ddp", "lion"), ("fsdp", "lion"), ("ddp", "sophia")] if importlib.util.find_spec("pytorch_optimizer") else []
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +93,18 @@ def outputs(recipe: Path, preferences: Path, tmp_path_factory: pytest.TempPathFa
     runs += [[*run, "--max-steps", "2"] for run in resumed.values()]
     runs += [[*run, "--resume"] for kind, run in resumed.items() if kind != "fsdp"]
     runs += [[str(preferences), *flags(kind), "-o", str(place / f"preferences-{kind}")] for kind in ("ddp", "fsdp")]
+    runs += [
+        [str(recipe), *flags(kind), *optimizer(name), "-o", str(place / f"{kind}-{name}")] for kind, name in OTHERS
+    ]
     ranks(2, Path(__file__).with_name("ranks_driver.py"), json.dumps(runs))
     shutil.rmtree(place / "resumed-fsdp")
     torchrun(2, "-m", "optc", "train", *resumed["fsdp"], "--resume")
     return place
+
+
+def optimizer(name: str) -> list[str]:
+    """The flags of an optimizer."""
+    return [word for key, value in OPTIMIZERS[name].items() for word in ("--set", f"{key}={value}")]
 
 
 def _saving(recipe: Path, place: Path, kind: str) -> list[str]:
@@ -123,6 +136,19 @@ def test_two_ranks_resume(outputs: Path, alone: Path, kind: str) -> None:
     output = outputs / f"resumed-{kind}"
     assert json.loads((output / "train.json").read_text())["resumed_from"] == 2
     assert losses(output) == pytest.approx(losses(alone), abs=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "name"), OTHERS)
+def test_other_optimizers_on_two_ranks(outputs: Path, recipe: Path, tmp_path: Path, kind: str, name: str) -> None:
+    """Lion gives the curve of one process. Sophia draws noise on each rank, so that its steps are others behind the
+    first estimate, and the curve goes the same way."""
+    values = {"output": str(tmp_path / "out"), **OPTIMIZERS[name]}
+    train(load_config(str(recipe), values=values))
+    found, expected = losses(outputs / f"{kind}-{name}"), losses(tmp_path / "out")
+    assert len(found) == STEPS
+    assert found[0] == pytest.approx(expected[0], abs=1e-5)
+    assert found == pytest.approx(expected, abs={"lion": 1e-3, "sophia": 0.1}[name])
+    assert abs(float(expected[-1] or 0) - float(expected[0] or 0)) > 0.02  # it does move
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
