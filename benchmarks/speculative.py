@@ -223,7 +223,9 @@ def main() -> None:
     rows, now = kept("speculative"), datetime.now(UTC).isoformat(timespec="seconds")
     made = {"commit": commit(), "date": now, "cpu": environment(given.threads)["cpu"]}
     for part, found in result.items():
-        rows[part] |= {method: {**made, **row} for method, row in found.items()}
+        for method, row in found.items():
+            heads = {"heads": given.medusa.name} if method.startswith("medusa") else {}
+            rows[part][method] = {**made, **heads, **row}
     record("speculative", {"model": "fiction-26m", **rows}, given.threads)
 
 
