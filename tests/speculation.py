@@ -50,6 +50,24 @@ class Guesser:
         self.forgotten.append("")
 
 
+class Branching(Guesser):
+    """Drafts trees of two guesses of each head: what `right` says is next is the first of them, the second, or none."""
+
+    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
+        found = []
+        for ask in asks:
+            assert ask.shape is not None
+            right = self._right(ask.tokens.tolist(), int(ask.shape.depths.max()))
+            pairs = []
+            for token in right:
+                others = ((token + self._rng.integers(1, self._vocabulary, 2)) % self._vocabulary).tolist()
+                choice = [[token, others[0]], [others[0], token], others]
+                pairs.append(choice[int(self._rng.integers(0, 3))])
+            pairs += [[0, 1]] * (int(ask.shape.depths.max()) - len(right))
+            found.append(ask.shape.tokens(pairs)[: ask.most])
+        return found
+
+
 def teller(wanted: Sequence[Generate], plain: Mapping[str, Got], vocabulary: int, wrong: float = 0.3) -> Guesser:
     """Knows what each request got without drafts, and tells it wrong now and then."""
     texts = [[*item.prompt, *plain[item.id].tokens] for item in wanted]

@@ -68,7 +68,7 @@ def choose_tree(right: Sequence[Sequence[int]], *, heads: int, ranks: int, size:
             if row[depth] < 0:
                 break
             counts[tuple(row[: depth + 1])] += 1
-    best = sorted(counts, key=lambda path: (-counts[path], len(path), path))[:size]
+    best = sorted(counts, key=lambda path: (-counts[path], path))[:size]
     number = {(): 0} | {path: place for place, path in enumerate(best, 1)}
     return DraftTree(
         heads=heads,

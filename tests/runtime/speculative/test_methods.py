@@ -8,7 +8,6 @@ import functools
 import json
 import tempfile
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from artifacts import captured_folder
 from conftest import EXAMPLE
 from medusa_heads import write_heads
 from serving import run
-from speculation import Guesser, speculating
+from speculation import Branching, Guesser, speculating
 from stages import apply
 from torch import Tensor
 
@@ -35,7 +34,7 @@ from optc.runtime.serving.request import Generate, Grammar
 from optc.runtime.sessions.paged import PagedModel, PagedSession
 from optc.runtime.sessions.program import open_program
 from optc.runtime.speculative.draft_model import DraftModel
-from optc.runtime.speculative.drafter import Ask, Drafter
+from optc.runtime.speculative.drafter import Drafter
 from optc.runtime.speculative.eagle3 import Eagle3Drafter
 from optc.runtime.speculative.opening import Verifying, open_drafter
 from optc.runtime.speculative.settings import Method, Speculation
@@ -158,20 +157,6 @@ def answer_behind(tokens: list[int], most: int) -> list[int]:
     done = tokens[len(prompts()[1]) :]
     answer = next(answer for answer, _ in grammatical()[2] if answer[: len(done)] == done)
     return [*answer, 5, 6, 7, 8][len(done) : len(done) + most]
-
-
-class Branching(Guesser):
-    """Guesses of two heads, two each: the right token is the first of them, the second, or none."""
-
-    def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
-        found = []
-        for ask in asks:
-            assert ask.shape is not None
-            wrong = [int(token) for token in self._rng.integers(0, self._vocabulary, 2)]
-            right = answer_behind(ask.tokens.tolist(), 2)
-            pairs = [[[token, other], [other, token], [9, other]] for token, other in zip(right, wrong, strict=True)]
-            found.append(ask.shape.tokens([pair[int(self._rng.integers(0, 3))] for pair in pairs])[: ask.most])
-        return found
 
 
 def test_trees_hold_to_grammars() -> None:
