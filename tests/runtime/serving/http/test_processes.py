@@ -57,6 +57,7 @@ class Stream:
 
 def test_the_engine_is_killed(tmp_path: Path) -> None:
     with running(text_artifact(), ServeOptions(max_running=4, engine_seconds=5), environment=SLOW) as server:
+        assert b"OMP_WAIT_POLICY=" in Path(f"/proc/{server.children()['engine']}/environ").read_bytes()
         streams = [Stream(server, max_tokens=1000) for _ in range(4)]
         for stream in streams:
             assert stream.read()
