@@ -9,19 +9,20 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import torch
 
-from optc.compiler.diagnostics import os_errors
+from optc.compiler.diagnostics import ResourceError, TargetError, os_errors
 from optc.compiler.files import replace_file
 from optc.compiler.kernels.cpu.toolchain import find_compiler, run_compiler
 from optc.compiler.kernels.kernel import CppSources, Kernel
 
 FILE_NAME = "liboptc_ops.so"
+TORCH_HEADERS = "torch_headers.h"
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "avx2": ("-march=x86-64-v3",),
@@ -43,6 +44,10 @@ class _Unit:
     def files(self) -> dict[str, bytes]:
         place = resources.files(self.package)
         return {name: (place / name).read_bytes() for name in (*self.headers, self.source)}
+
+    def is_op(self) -> bool:
+        """Whether the source is of this package and begins with the headers of torch; inner loops do without."""
+        return self.package == __package__ and f'#include "{TORCH_HEADERS}"'.encode() in self.files()[self.source]
 
 
 def build_library(kernels: Sequence[Kernel]) -> Path:
@@ -70,8 +75,7 @@ def build_library(kernels: Sequence[Kernel]) -> Path:
             place.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _alone_in(objects), tempfile.TemporaryDirectory() as scratch:
             missing = [(unit, name) for unit, name in zip(units, names, strict=True) if not (objects / name).is_file()]
-            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-                list(pool.map(lambda item: _compile(common, Path(scratch), objects, *item), missing))
+            _compile_all(common, Path(scratch), objects, missing)
             _link(common, [objects / name for name in names], Path(scratch) / FILE_NAME)
             replace_file(library, (Path(scratch) / FILE_NAME).read_bytes())
     return library
@@ -132,11 +136,42 @@ def _object_name(unit: _Unit, setting: Sequence[str]) -> str:
     return f"{Path(unit.source).stem}-{_digest([*setting, *unit.flags, *texts])}.o"
 
 
-def _compile(common: list[str], scratch: Path, objects: Path, unit: _Unit, name: str) -> None:
+def _compile_all(common: list[str], scratch: Path, objects: Path, missing: Sequence[tuple[_Unit, str]]) -> None:
+    """Compile units on all cores; while the headers of torch are parsed, those that do not wait for them."""
+    ops = [item for item in missing if item[0].is_op()]
+    loops = [item for item in missing if item not in ops]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        parsed = pool.submit(_parse_headers, common, scratch, [unit for unit, _ in ops])
+        jobs = [pool.submit(_compile, common, scratch, objects, *item, None) for item in loops]
+        jobs += [pool.submit(_compile, common, scratch, objects, *item, parsed) for item in ops]
+        for job in jobs:
+            job.result()
+
+
+def _parse_headers(common: list[str], scratch: Path, ops: Sequence[_Unit]) -> Path | None:
+    """The headers of torch, precompiled; None for a single op, which is as fast without."""
+    if len(ops) < 2:
+        return None
+    header = scratch / TORCH_HEADERS
+    header.write_bytes(ops[0].files()[TORCH_HEADERS])
+    made = scratch / f"{TORCH_HEADERS}.gch"
+    try:
+        run_compiler([*common, "-x", "c++-header", str(header), "-o", str(made)], "the op library")
+    except (TargetError, ResourceError):  # it takes some 100 MB; if anything else is wrong, the ops say so themselves
+        made.unlink(missing_ok=True)
+        return None
+    return made
+
+
+def _compile(
+    common: list[str], scratch: Path, objects: Path, unit: _Unit, name: str, parsed: Future[Path | None] | None
+) -> None:
     place = scratch / name.removesuffix(".o")
     place.mkdir()
     for file, text in unit.files().items():
         (place / file).write_bytes(text)
+    if parsed is not None and (headers := parsed.result()) is not None:
+        (place / headers.name).symlink_to(headers)  # beside the header, where the compiler looks for it
     made = place / name
     command = [*common, *unit.flags, str(place / unit.source), "-c", "-o", str(made)]
     run_compiler(command, "the op library")

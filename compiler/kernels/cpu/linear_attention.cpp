@@ -4,11 +4,7 @@
 // kilobytes, which stay in cache while its tokens go by; heads and rows are spread over at::parallel_for. Keys and queries
 // may be expanded over heads: every axis but the last is read by its stride.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "torch_headers.h"
 
 #include <cmath>
 #include <optional>

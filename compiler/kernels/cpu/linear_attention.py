@@ -21,7 +21,7 @@ LINEAR_ATTENTION = register(
         device="cpu",
         accepts=accepts,
         tolerance=3e-6,
-        sources=CppSources(package="optc.compiler.kernels.cpu", op="linear_attention"),
+        sources=CppSources(package="optc.compiler.kernels.cpu", op="linear_attention", headers=("torch_headers.h",)),
         libraries=("torch",),
     )
 )

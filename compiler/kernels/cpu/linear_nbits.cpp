@@ -4,14 +4,7 @@
 // rows. Many rows of activations that are not rounded: a panel of the weight at a time is dequantized, and torch
 // multiplies.
 
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <torch/library.h>
+#include "torch_headers.h"
 
 #include <algorithm>
 #include <cstring>

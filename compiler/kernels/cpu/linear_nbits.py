@@ -56,7 +56,7 @@ LINEAR_NBITS = register(
         sources=CppSources(
             package="optc.compiler.kernels.cpu",
             op="linear_nbits",
-            headers=("nbits.h", "nbits_lanes.h", "nbits_matrix.h"),
+            headers=("torch_headers.h", "nbits.h", "nbits_lanes.h", "nbits_matrix.h"),
             loops=(
                 # Unrolled by hand: -O3 is no faster.
                 Loop(

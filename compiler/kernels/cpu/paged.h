@@ -10,12 +10,7 @@
 
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+#include "torch_headers.h"
 
 #include <algorithm>
 #include <array>

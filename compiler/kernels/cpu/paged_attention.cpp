@@ -1,5 +1,7 @@
 // optc::paged_attention_ on the CPU; see paged.h.
 
+#include "torch_headers.h"
+
 #include "paged.h"
 
 namespace optc {

@@ -39,7 +39,7 @@ def _kernel(op: str, takes: Accepts) -> Kernel:
             sources=CppSources(
                 package="optc.compiler.kernels.cpu",
                 op=op.removesuffix("_"),
-                headers=("tile.h", "paged.h"),
+                headers=("torch_headers.h", "tile.h", "paged.h"),
                 loops=(Loop(stem="tile", macro="OPTC_TILE", optimization="-O3", levels=("baseline", "avx2")),),
             ),
             libraries=("torch",),

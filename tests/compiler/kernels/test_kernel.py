@@ -125,5 +125,5 @@ def test_library_holds_what_a_program_calls(monkeypatch: pytest.MonkeyPatch) -> 
         ("nbits_matrix.cpp", ("-DOPTC_NBITS_MATRIX=nbits_matrix_amx",)),
         ("linear_nbits.cpp", ("-DOPTC_HAS_AVX2",)),
     ]
-    headers = {"nbits.h", "nbits_lanes.h", "nbits_matrix.h"}
+    headers = {"torch_headers.h", "nbits.h", "nbits_lanes.h", "nbits_matrix.h"}
     assert all({*headers, unit.source} == set(unit.files()) for unit in library._units(LINEAR_NBITS))

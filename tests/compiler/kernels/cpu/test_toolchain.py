@@ -52,11 +52,13 @@ def test_failing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A compiler that writes the names of what it makes into this file; an empty cache."""
+    """A compiler that writes the names of what it makes into this file, "with.o" for what finds parsed headers beside it; an
+    empty cache."""
     compiler, log = tmp_path / "c++", tmp_path / "log"
     compiler.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && exit 0\nwhile [ "$1" != -o ]; do shift; done\n'
-        f'echo "${{2##*/}}" >> {log}\nsleep 0.1\necho object > "$2"\n'
+        f'with=; [ "${{2%.o}}" != "$2" ] && [ -s "${{2%/*}}/torch_headers.h.gch" ] && with=with\n'
+        f'echo "$with ${{2##*/}}" >> {log}\nsleep 0.1\necho object > "$2"\n'
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
@@ -70,6 +72,29 @@ def test_two_at_once_compile_each_source_once(compiled: Path) -> None:
     assert one == other
     objects = [name for name in compiled.read_text().split() if name.endswith(".o")]
     assert len(objects) == len(set(objects)) >= len(CPU)
+
+
+def test_headers_are_parsed_once_for_several_ops(compiled: Path) -> None:
+    library.build_library(CPU)
+    lines = compiled.read_text().splitlines()
+    assert [line for line in lines if line.endswith(".gch")] == [" torch_headers.h.gch"]
+    found = {line.split()[1].rpartition("-")[0] for line in lines if line.startswith("with")}
+    assert found == {kernel.sources.op for kernel in CPU}
+
+
+def test_where_parsed_headers_have_no_room_each_op_parses_its_own(compiled: Path) -> None:
+    compiler = compiled.with_name("c++")
+    text = compiler.read_text()
+    compiler.write_text(text.replace("with=;", 'case "$2" in *.gch) echo half > "$2"; exit 1;; esac\nwith=;'))
+    library.build_library(CPU)
+    assert "with" not in compiled.read_text()
+    assert len(compiled.read_text().splitlines()) > len(CPU)
+
+
+def test_a_single_op_parses_its_own(compiled: Path) -> None:
+    library.build_library([kernel for kernel in CPU if kernel.op == "linear_nbits"])
+    assert "gch" not in compiled.read_text()
+    assert "with" not in compiled.read_text()
 
 
 @pytest.mark.parametrize(
