@@ -10,6 +10,7 @@ For fiction-3m, fiction-26m and a random decoder of 115 M parameters (speed only
     builder    onnxruntime_genai.models.builder -p int4 -e cpu: 4 bits everywhere, groups of 32, scales in float32
     rtn        optc compile --quant rtn: the linears in 4 bits, embedding and head in 8
     rtn-head4  the same with --head-bits 4, the bits of the builder's
+    rtn-head4-g32  besides with --group-size 32, the groups of the builder's: 4 bits everywhere, as it has them
     rtn-g32    head in 8 bits, linears in the builder's groups of 32
     gptq       quality only: its graph is rtn's
 
@@ -23,7 +24,9 @@ bootstrap ones. Compile times are of the commands, one after the other.
 prefill >= 1.0 (both in genai), compile time of rtn <= 1.5. The file is written after each model, with the load of the
 machine before it.
 
-llama.cpp is not a row: llama-cpp-python has no wheel, and building it from source is not what a newcomer would do.
+    llama.cpp  Q4_K_M of the same folder, in llama.cpp, where llama-cpp-python and gguf are there (see llama_cpp_peer.py);
+               else the result says what is missing. `fallback` names what its k-quants cannot hold. It is held to no
+               goal: neither its file nor its engine is what a user of onnxruntime-genai has.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ from typing import Any
 
 import numpy as np
 from common import DECODER_115M, ROOT, genai_seconds, interleave, open_gate_flags, random_llama, ratio, record
+from llama_cpp_peer import LlamaCppSession, fallback, in_llama_cpp, runs, stored_types, why_not, write_q4_k_m
 
 import optc
 from optc.compiler.artifact.folder import verify
@@ -53,14 +57,17 @@ from optc.runtime.sessions.ort import OrtSession
 
 PROMPT, STEPS, PREFILL = 128, 64, 512
 TEXT = ROOT / "examples" / "book.txt"
-BUILDER, RANDOM = "builder", "decoder-115m"
+BUILDER, LLAMA_CPP, RANDOM = "builder", "llama.cpp", "decoder-115m"
 MODELS = ("fiction-3m", "fiction-26m", RANDOM)
 METHODS: dict[str, list[str]] = {
     "rtn": ["--quant", "rtn"],
     "rtn-head4": ["--quant", "rtn", "--head-bits", "4"],
+    "rtn-head4-g32": ["--quant", "rtn", "--head-bits", "4", "--group-size", "32"],
     "rtn-g32": ["--quant", "rtn", "--group-size", "32"],
     "gptq": ["--quant", "gptq"],
 }
+FAST = ("rtn", "rtn-head4", "rtn-head4-g32")
+"""Those that are timed: the graphs of the others are theirs."""
 Timed = Callable[[int, int], tuple[float, float]]
 """From the tokens of a prompt and a number of steps to seconds to the first token, and of the steps."""
 
@@ -127,17 +134,27 @@ class BuilderSession:
         yield self._session.run(["logits"], feeds)[0][0]
 
 
-def perplexities(folders: dict[str, Path], threads: int, windows: int) -> dict[str, dict[str, float]]:
-    """Perplexity and KL of each artifact, and how much of perplexity each lost."""
+def perplexities(
+    folders: dict[str, Path], gguf: Path | None, threads: int, windows: int
+) -> dict[str, dict[str, float]]:
+    """Perplexity and KL of each artifact, and of a file of llama.cpp's, and how much of perplexity each lost."""
     manifest = verify(folders["rtn"])
     reference = open_reference(manifest)
     tokenizer = load_tokenizer(reference.path)
     assert tokenizer is not None
     tokens = tokenizer.encode(TEXT.read_text(encoding="utf-8"))
+    opened: dict[str, Callable[[], Any]] = {
+        name: functools.partial(
+            BuilderSession if name == BUILDER else OrtSession, folder / "model.onnx", manifest.contract, threads=threads
+        )
+        for name, folder in folders.items()
+    }
+    if gguf is not None:
+        context = manifest.contract.model.context_length
+        opened[LLAMA_CPP] = functools.partial(LlamaCppSession, gguf, threads=threads, context=context)
     found: dict[str, dict[str, float]] = {}
-    for name, folder in folders.items():
-        make_session: Any = BuilderSession if name == BUILDER else OrtSession
-        session = make_session(folder / "model.onnx", manifest.contract, threads=threads)
+    for name, open_session in opened.items():
+        session = open_session()
         score = evaluate(session, tokens, reference, windows=windows)
         assert score.reference_perplexity is not None
         assert score.kl is not None
@@ -177,12 +194,14 @@ def random_tokens(vocab: int, length: int) -> list[int]:
     return [int(token) for token in np.random.default_rng(length).integers(3, vocab, length)]
 
 
-def speeds(folders: dict[str, Path], threads: int, rounds: int) -> dict[str, Any]:
+def speeds(folders: dict[str, Path], gguf: Path | None, threads: int, rounds: int) -> dict[str, Any]:
     """Tokens per second of decode and prefill by contender, and the ratios of ours to the builder's, round by round."""
     vocab = verify(folders["rtn"]).contract.model.vocab_size
     timed: dict[str, Timed] = {f"{name} in genai": in_genai(folder, vocab) for name, folder in folders.items()}
     ours = {name: folder for name, folder in folders.items() if name != BUILDER}
     timed |= {f"{name} in optc": in_optc(folder, vocab, threads) for name, folder in ours.items()}
+    if gguf is not None:
+        timed[LLAMA_CPP] = in_llama_cpp(gguf, threads, PREFILL + STEPS + PROMPT)
     found: dict[str, Any] = {}
     measured: dict[str, Callable[[Timed], float]] = {
         "decode": lambda run: STEPS / run(PROMPT, STEPS)[1],
@@ -226,14 +245,26 @@ def goals(result: dict[str, Any]) -> list[dict[str, Any]]:
             "holds": value <= GOALS[what][1] if GOALS[what][0] == "<=" else value >= GOALS[what][1],
         }
         for what, name, value in rows
-        if name != BUILDER
+        if name not in (BUILDER, LLAMA_CPP)
     ]
+
+
+def in_llama_cpps_form(model: Path, place: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The model's file in Q4_K_M and what is in it; None and why there is no row."""
+    missing = why_not()
+    if missing is None:
+        gguf = write_q4_k_m(model, place / LLAMA_CPP)
+        missing = runs(gguf)
+    if missing is not None:
+        print(f"no row of llama.cpp: {missing}", flush=True)
+        return None, {"skipped": missing}
+    return gguf, {"types": stored_types(gguf), "fallback": fallback(gguf)}
 
 
 def measure(model: Path, place: Path, given: argparse.Namespace, *, trained: bool) -> dict[str, Any]:
     """Everything about one model."""
-    more = [name for name in given.methods if name not in ("rtn", "rtn-head4")]
-    names = [BUILDER, "rtn", "rtn-head4", *(more if trained else [])]
+    more = [name for name in given.methods if name not in FAST]
+    names = [BUILDER, *FAST, *(more if trained else [])]
     folders = {name: place / name for name in names}
     flags = [] if trained else open_gate_flags()
     seconds = {name: make(model, name, folder, flags) for name, folder in folders.items()}
@@ -242,15 +273,18 @@ def measure(model: Path, place: Path, given: argparse.Namespace, *, trained: boo
         "stored": {name: stored(folder) for name, folder in folders.items()},
         "compile_s": seconds,
     }
+    gguf, result[LLAMA_CPP] = in_llama_cpps_form(model, place)
+    if gguf is not None:
+        result["stored"][LLAMA_CPP] = {"bytes": gguf.stat().st_size}
     size = result["stored"][BUILDER]["bytes"]
     result["size_to_builder"] = {name: row["bytes"] / size for name, row in result["stored"].items()}
     result["compile_to_builder"] = {name: row / seconds[BUILDER] for name, row in seconds.items()}
     if trained:
-        quality = perplexities(folders, given.threads, given.windows)
+        quality = perplexities(folders, gguf, given.threads, given.windows)
         result["quality"] = quality
         result["loss_to_builder"] = {name: row["loss"] / quality[BUILDER]["loss"] for name, row in quality.items()}
-    timed = {name: folders[name] for name in (BUILDER, "rtn", "rtn-head4")}
-    result |= speeds(timed, given.threads, given.rounds)
+    timed = {name: folders[name] for name in (BUILDER, *FAST)}
+    result |= speeds(timed, gguf, given.threads, given.rounds)
     return result | {"goals": goals(result)}
 
 
@@ -259,7 +293,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=ROOT.parent / "shared" / "models", help="holds fiction-26m")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), help="which models")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="rtn and rtn-head4 always")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), help=f"{', '.join(FAST)} always"
+    )
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)

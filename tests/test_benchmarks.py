@@ -50,3 +50,34 @@ def test_a_sanitizers_row_is_clean_only_where_tests_ran_to_their_end(
     found = importlib.import_module("gpu_sanitizer").outcome(printed, code)
     assert (found["clean"], found["findings"]) == (clean, findings)
     assert ("Invalid" in printed) == any("Invalid __global__" in line for line in found["first"])
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.embed_tokens.weight", "token_embd.weight"),
+        ("model.norm.weight", "output_norm.weight"),
+        ("lm_head.weight", "output.weight"),
+        ("model.layers.11.self_attn.k_proj.weight", "blk.11.attn_k.weight"),
+        ("model.layers.0.mlp.down_proj.weight", "blk.0.ffn_down.weight"),
+        ("model.layers.0.post_attention_layernorm.weight", "blk.0.ffn_norm.weight"),
+    ],
+)
+def test_weights_have_the_names_of_gguf(name: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    assert importlib.import_module("llama_cpp_peer")._place(name) == place
+
+
+def test_a_library_that_is_killed_gives_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was built for its own machine may use instructions that another does not let run."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    peer = importlib.import_module("llama_cpp_peer")
+    script = tmp_path / "peer.py"
+    monkeypatch.setattr(peer, "__file__", str(script))
+    for text, expected in (
+        ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "llama.cpp was killed by SIGILL"),
+        ("raise SystemExit('llama.cpp cannot decode')", "llama.cpp cannot decode"),
+        ("", None),
+    ):
+        script.write_text(text)
+        assert peer.runs(Path("model.gguf")) == expected

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command_line import optc as call
 from conftest import EXAMPLE, ROOT
-from once import example_artifact, once
+from once import example_artifact, once, short_example
 
 import optc
 from optc.cli.main import cli, normalize
@@ -124,20 +125,65 @@ def test_slow_commands_have_a_test(command: str) -> None:
 
 
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+CODE = {
+    (file.name, number): code
+    for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for number, code in enumerate(PYTHON.findall(file.read_text()))
+}
+HERE = [("README.md", 0), ("compile.md", 0), ("deploy.md", 0), ("quantize.md", 0), ("write-a-pass.md", 0)]
+HERE += [("write-a-pass.md", 1)]
+CODE_ELSEWHERE = {  # files that run all code of a page
+    "cuda.md": "gpu/test_docs_cuda.py",
+    "embeddings.md": "export/test_embeddings.py",
+    "encoder-decoder.md": "export/test_encoder_decoder.py",
+    "serve.md": "cli/test_serve.py",
+    "torch-compile.md": "export/test_torch_compile.py",
+}
+
+
+def test_all_code_is_run() -> None:
+    assert set(HERE) | {key for key in CODE if key[0] in CODE_ELSEWHERE} == set(CODE)
+    for page, test in CODE_ELSEWHERE.items():
+        text = (ROOT / "tests" / test).read_text()
+        assert f'"docs" / "{page}"' in text, test
+        assert "exec(" in text or '"-c", script' in text, test
 
 
 def test_code_about_modules_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block by itself, in one folder: what one writes another loads."""
     monkeypatch.chdir(tmp_path)
-    blocks = {
-        name: next(code for code in PYTHON.findall((ROOT / "docs" / name).read_text()) if wanted in code)
-        for name, wanted in (("compile.md", "torch.nn"), ("deploy.md", "optc.load"), ("quantize.md", "calibration="))
-    }
-    found: dict[str, dict[str, object]] = {name: {} for name in blocks}
-    for name, code in blocks.items():
-        exec(compile(code, name, "exec"), found[name])
+    found: dict[str, dict[str, object]] = {}
+    for name in ("compile.md", "deploy.md", "quantize.md"):
+        found[name] = {}
+        exec(compile(CODE[name, 0], name, "exec"), found[name])
     assert np.shape(found["deploy.md"]["scores"]) == (3, 4)
     assert optc.inspect("out/net-int8")["quantization"]["method"] == "gptq"
+
+
+def test_the_pass_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The second block runs the pass of the first on a module of the reader's."""
+    module = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ReLU())
+    scope: dict[str, object] = {"module": module, "example": torch.randn(2, 3)}
+    for number in (0, 1):
+        exec(compile(CODE["write-a-pass.md", number], "write-a-pass.md", "exec", dont_inherit=True), scope)
+    assert capsys.readouterr().out == "1 0.0\n"
+
+
+@pytest.mark.slow
+def test_the_code_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a model of fewer layers, and with the first pages of the book."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "fiction-3m").symlink_to(short_example())
+    (tmp_path / "examples" / "book.txt").write_text((ROOT / "examples" / "book.txt").read_text()[:8000])
+    scope: dict[str, object] = {}
+    exec(compile(CODE["README.md", 0], "README.md", "exec"), scope)
+    *_text, perplexity = capsys.readouterr().out.splitlines()
+    assert float(perplexity) > 1
+    assert isinstance(scope["program"], optc.Program)
+    assert isinstance(scope["result"], optc.CompileResult)
 
 
 def test_the_extras_are_those_of_the_package() -> None:

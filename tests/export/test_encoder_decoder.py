@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 import transformers as hf
 from command_line import optc as call
+from conftest import ROOT
 from tokenizers import Regex, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Core
 
@@ -34,6 +36,7 @@ from optc.encoder_decoder import answer_probe
 from optc.passes.quantization.rtn import QuantizeRtn
 from optc.runtime.sessions.package_encoder_decoder import PackageEncoderDecoderSession
 
+Capture = pytest.CaptureFixture[str]
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,"
 TEXTS = ["a b", "hello, my world. you"]
 
@@ -131,6 +134,33 @@ def test_greedy_answers_are_those_of_generate(t5: Compiled) -> None:
         count = len(model.encode(text))
         np.testing.assert_allclose(states[row, :count], wanted[row, :count], atol=1e-4)
     model.close()
+
+
+PYTHON = re.findall(
+    r"^```python\n(.*?)^```", (ROOT / "docs" / "encoder-decoder.md").read_text(), re.MULTILINE | re.DOTALL
+)
+
+
+def test_the_code_of_the_page(t5: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """As it stands, but for the token of a language, which this vocabulary has not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "t5").symlink_to(t5.artifact)
+    ours, _optimum = PYTHON
+    scope: dict[str, Any] = {}
+    exec(ours.replace("250004", "9"), scope)
+    assert np.shape(scope["states"]) == (2, max(len(scope["model"].encode(text)) for text in ("a text", "another")), 32)
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+    scope["model"].close()
+
+
+def test_the_code_of_the_page_for_optimum(t5: Compiled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optimum.onnxruntime", reason="optimum-onnx is not installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "t5").symlink_to(t5.artifact)
+    _ours, optimum = PYTHON
+    exec(optimum, {})
 
 
 def test_graphs_are_as_optimum_reads_them(t5: Compiled) -> None:
