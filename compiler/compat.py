@@ -44,6 +44,7 @@ __all__ = [
     "is_data_symbol",
     "is_union",
     "listing_fake_tensors",
+    "node_meta",
     "serialize_graph",
     "size_hint",
     "size_symbols",
@@ -232,6 +233,21 @@ def listing_fake_tensors(function: Callable[[Tensor, Callable[[Tensor], Any]], A
         yield
     finally:
         FakeTensor.tolist = own  # type: ignore[method-assign]
+
+
+@contextmanager
+def node_meta(node: torch.fx.Node) -> Iterator[None]:
+    """Within `torch.fx.traceback.preserve_node_meta`, nodes that are made get this one's metadata, as torch's interpreter
+    gives it to them, but for the history of nodes behind it: nothing here reads that, and each copy of it is a deep one."""
+    from torch.fx import traceback
+
+    held = traceback.current_meta
+    if traceback.has_preserved_node_meta() and node.meta:
+        traceback.current_meta = {key: value for key, value in node.meta.items() if key != "from_node"}
+    try:
+        yield
+    finally:
+        traceback.current_meta = held
 
 
 def is_data_dependence(error: BaseException | None) -> bool:

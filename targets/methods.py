@@ -295,7 +295,11 @@ def quantization_steps(
 
 
 def head_steps(
-    chosen: Quantization | None, asked: Literal[4, 8, 16, 32] | None, *, rows_at_8: bool = False
+    chosen: Quantization | None,
+    asked: Literal[4, 8, 16, 32] | None,
+    *,
+    rows_at_8: bool = False,
+    largest_at_4: int | None = None,
 ) -> list[Step]:
     """The step that rounds the embedding and the head, as the linears are rounded; none where they stay as they are.
 
@@ -303,6 +307,7 @@ def head_steps(
         chosen: how the linears are quantized.
         asked: bits, of which 16 and 32 are the compute type. None: 8 where the linears are quantized.
         rows_at_8: codes of 8 bits have a scale for each row, whatever the groups of the linears.
+        largest_at_4: codes of 4 bits have a scale for so many neighbours at most.
     """
     bits = asked or (32 if chosen is None else 8)
     if bits == 16 or bits == 32:
@@ -311,6 +316,8 @@ def head_steps(
     size = None if chosen is None else chosen.group_size
     size = size[0] if isinstance(size, tuple) else size
     size = 0 if rows_at_8 and bits == 8 else size or GROUP_SIZES[0]
+    if largest_at_4 is not None and bits == 4:
+        size = min(size, largest_at_4)
     return [Step(QuantizeHead(bits=bits, group_size=size, **form), optional=True)]
 
 

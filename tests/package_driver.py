@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from chosen import chosen
@@ -20,7 +19,7 @@ from torch import Tensor
 from optc.compiler.artifact.folder import finish
 from optc.compiler.artifact.manifest import Manifest, ProgramEntry, Source
 from optc.compiler.capture import capture_model
-from optc.compiler.execution import stage_driver as execution
+from optc.compiler.execution.stage_driver import run_stage
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.target.target import ExportRequest, ExportResult, check_legal
@@ -74,8 +73,7 @@ def _describe(built: Built) -> None:
 
 def drive(package: Package, program: Program, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     """Logits [len, V] of every row: ragged prefill, a chunk, single steps, over caches full of garbage."""
-    with mock.patch.object(execution, "_tapped", return_value=package):
-        return execution.run_stage(program, rows).logits
+    return run_stage(program, rows, engine=package).logits
 
 
 VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {

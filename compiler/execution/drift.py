@@ -6,16 +6,17 @@ relative error and direction. Measuring only: what may be lost is decided by the
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from optc.compiler.execution.stage_driver import StageRun
+from optc.compiler.execution.stage_driver import OutputRole, StageRun
+from optc.compiler.ir.row_blocks import row_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,32 +71,120 @@ def measure(before: StageRun, after: StageRun, text: Sequence[Sequence[int]] = (
         before: the reference.
         text: the token sequences that were fed, where they are text; for the perplexity of decoders.
     """
-    after = after.beside(before)
-    centred = before.role == "logits"
-    whole = before.role == "output"  # each tensor is an output of its own; else each is a sequence of rows
-    rows = [(old, new) for old, new in zip(before.logits, after.logits, strict=True) if old.numel()]
-    pairs = [(_plain(old), _plain(new)) for old, new in (itertools.starmap(comparable, rows) if whole else rows)]
-    if not pairs:
+    return measure_each([before], after, text)[0]
+
+
+def measure_each(befores: Sequence[StageRun], after: StageRun, text: Sequence[Sequence[int]] = ()) -> list[Drift]:
+    """Compare a run with several references, which gave outputs of one kind; what needs the run alone is computed once."""
+    after, befores = after.beside(befores[0]), [before.beside(befores[0]) for before in befores]
+    for before in befores:
+        list(zip(before.logits, after.logits, strict=True))  # as many
+    equal = [before.equals(after) for before in befores]
+    role = befores[0].role
+    parts: list[list[_Part]] = [[] for _ in befores]
+    for index, new in enumerate(after.logits):
+        for begin, end in _blocks(new, role):
+            rows = new[begin:end] if end else new
+            shared = _Wide(rows, role)
+            for before, same, found in zip(befores, equal, parts, strict=True):
+                old = before.logits[index]
+                if old.numel():
+                    found.append(_part(old[begin:end] if end else old, rows, role, shared, equal=same))
+    return [_drift(before, after, found, text) for before, found in zip(befores, parts, strict=True)]
+
+
+def _blocks(tensor: Tensor, role: OutputRole) -> list[tuple[int, int]]:
+    """(begin, end) of rows that are compared together; (0, 0) of a tensor that is compared whole, as an output of its own."""
+    if role == "output" or not tensor.numel():
+        return [(0, 0)]
+    return row_blocks(len(tensor), tensor[0].numel())
+
+
+class _Wide:
+    """What comparisons of the rows [n, classes] of one tensor need of it in float64, computed when it is asked for."""
+
+    def __init__(self, tensor: Tensor, role: OutputRole) -> None:
+        self._rows, self._centred = tensor, role == "logits"
+
+    @functools.cached_property
+    def values(self) -> Tensor:
+        """In memory of its own; of logits over a vocabulary each row less its mean, which a softmax does not see."""
+        wide = _plain(self._rows).flatten(0, -2).to(torch.float64, copy=True)
+        return wide.sub_(wide.mean(-1, keepdim=True)) if self._centred else wide
+
+    @functools.cached_property
+    def log_probabilities(self) -> Tensor:
+        return _plain(self._rows).flatten(0, -2).double().log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one tensor of outputs says: see the fields of `Drift`, row by row where they are means.
+
+    Attributes:
+        errors: squared norms of the difference and of the reference.
+    """
+
+    gap: float
+    scale: float
+    errors: tuple[float, float]
+    cosine: Tensor
+    distribution: _Rows | None
+
+
+class _Rows(NamedTuple):
+    """Of each row: nats, nats, log of a ratio, whether it is the same."""
+
+    kl: Tensor
+    entropy: Tensor
+    lead: Tensor
+    same: Tensor
+
+
+def _part(old: Tensor, new: Tensor, role: OutputRole, shared: _Wide, *, equal: bool) -> _Part:
+    """Compare one output, or some of its rows.
+
+    Args:
+        shared: of `new`. equal: nothing differs, so that most of the arithmetic is about nothing.
+    """
+    left, right = _Wide(old, role), shared
+    if role == "output":  # each is one row
+        old, new = comparable(old, new)
+        left, right = _as_row(old), _as_row(new)
+    plain, other = _plain(old), _plain(new)
+    return _Part(
+        gap=0.0 if equal else _largest_gap(plain, other),
+        scale=float(plain.nan_to_num().abs().max()),
+        errors=(0.0, 1.0) if equal else _squares(left.values, right.values),
+        cosine=torch.ones(plain.shape[:-1].numel()) if equal else _cosines(left.values, right.values),
+        distribution=_distribution(plain, other, left, right, equal=equal) if _classes(role, plain) > 1 else None,
+    )
+
+
+def _as_row(tensor: Tensor) -> _Wide:
+    """All numbers of a tensor."""
+    return _Wide(_plain(tensor).reshape(1, -1), "output")
+
+
+def _classes(role: OutputRole, rows: Tensor) -> int:
+    return int(rows.shape[-1]) if role in ("logits", "classes") else 0
+
+
+def _drift(before: StageRun, after: StageRun, parts: Sequence[_Part], text: Sequence[Sequence[int]]) -> Drift:
+    if not parts:
         return Drift(max_abs_diff=0.0, scale=0.0)  # outputs without numbers
-    classes = pairs[0][0].shape[-1] if before.role in ("logits", "classes") else 0
-    scale = max(float(old.nan_to_num().abs().max()) for old, _ in pairs)
-    if all(torch.equal(old, new) and bool(torch.isfinite(old).all()) for old, new in pairs):
-        return Drift(  # as most rewrites leave them: nothing more is to be computed
-            max_abs_diff=0.0,
-            scale=scale,
-            perplexity=_perplexity_change(before, after, text),
-            layers=_layer_drift(before, after),
-            **(_unchanged([old for old, _ in pairs]) if classes > 1 else {}),
-        )
-    errors, cosines = zip(*(_errors(old, new, centred, whole) for old, new in pairs), strict=True)
+    whole = before.role == "output"
+    errors = [part.errors for part in parts]
+    cosine = torch.cat([part.cosine for part in parts])
+    rows = [part.distribution for part in parts if part.distribution is not None]
     return Drift(
-        max_abs_diff=max(_largest_gap(old, new) for old, new in pairs),
-        scale=scale,
+        max_abs_diff=max(part.gap for part in parts),
+        scale=max(part.scale for part in parts),
         relative=max(_ratio(*error) for error in (errors if whole else [tuple(map(sum, zip(*errors, strict=True)))])),
-        cosine=min(map(float, cosines)) if whole else float(torch.cat(cosines).mean()),
+        cosine=float(cosine.min() if whole else cosine.mean()),
         perplexity=_perplexity_change(before, after, text),
         layers=_layer_drift(before, after),
-        **(_distribution(pairs) if classes > 1 else {}),
+        **(_as_distributions(rows, _classes(before.role, before.logits[0])) if rows else {}),
     )
 
 
@@ -121,18 +210,9 @@ def _largest_gap(old: Tensor, new: Tensor) -> float:
     return float(gap.nan_to_num(nan=math.inf).max())
 
 
-def _errors(old: Tensor, new: Tensor, centred: bool, whole: bool) -> tuple[tuple[float, float], Tensor]:
-    """Squared norms of the difference and of the reference, and the cosine of each row, [rows], or of all, []."""
-    left, right = (_centre(side, centred).flatten(0, -1 if whole else -2) for side in (old, new))
-    cosine = _cosines(left, right)
-    right -= left
-    return (float(right.square().sum()), float(left.square().sum())), cosine
-
-
-def _centre(tensor: Tensor, centred: bool) -> Tensor:
-    """In float64, in memory of its own."""
-    wide = tensor.to(torch.float64, copy=True)
-    return wide.sub_(wide.mean(-1, keepdim=True)) if centred else wide
+def _squares(left: Tensor, right: Tensor) -> tuple[float, float]:
+    """Squared norms of the difference and of the reference."""
+    return float((right - left).square_().sum()), float(left.square().sum())
 
 
 def _ratio(gap: float, reference: float) -> float:
@@ -148,46 +228,32 @@ def _cosines(left: Tensor, right: Tensor) -> Tensor:
     return torch.where((sizes[0] == 0) & (sizes[1] == 0), 1.0, cosine)
 
 
-def _unchanged(rows: Sequence[Tensor]) -> dict[str, Any]:
-    """The same of rows [..., classes] that stayed as they were."""
-    logs = [row.flatten(0, -2).double().log_softmax(-1) for row in rows]
-    leads, entropies = zip(*(_lead_and_entropy(row, row.exp()) for row in logs), strict=True)
+def _distribution(old: Tensor, new: Tensor, left: _Wide, right: _Wide, *, equal: bool) -> _Rows:
+    """Rows [..., classes] compared as distributions."""
+    rows = old.flatten(0, -2)
+    first = rows.topk(2, -1).values.double()
+    # 0 log 0 is 0: a class that both rule out (a logit of minus infinity) says nothing.
+    log_old = left.log_probabilities
+    ruled_out, weights = log_old == -math.inf, log_old.exp()
+    entropy = -(weights * log_old).masked_fill_(ruled_out, 0.0).sum(-1)
+    if equal:
+        divergence = torch.zeros_like(entropy)
+    else:
+        divergence = (log_old - right.log_probabilities).mul_(weights).masked_fill_(ruled_out, 0.0).sum(-1)
+    same = rows.argmax(-1) == new.flatten(0, -2).argmax(-1)
+    return _Rows(divergence, entropy, first[..., 0] - first[..., 1], same)
+
+
+def _as_distributions(rows: Sequence[_Rows], classes: int) -> dict[str, Any]:
+    """The fields of a Drift that compare rows as distributions."""
+    kl, entropy, lead, kept = (torch.cat(parts) for parts in zip(*rows, strict=True))
     return {
-        "kl": 0.0,
-        "top1": 1.0,
-        "entropy": float(torch.cat(entropies).mean()),
-        "classes": rows[0].shape[-1],
-        "kept": tuple(torch.cat(leads).tolist()),
-        "flipped": (),
-    }
-
-
-def _lead_and_entropy(logs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Of probabilities and their logarithms [n, classes]: log(p1 / p2) of the most likely two, entropy in nats, [n]."""
-    first = logs.topk(2, -1).values
-    # 0 log 0 is 0: a class that is ruled out (a logit of minus infinity) says nothing.
-    return first[..., 0] - first[..., 1], -(weights * logs).masked_fill_(logs == -math.inf, 0.0).sum(-1)
-
-
-def _distribution(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    """The fields of a Drift that compare rows [..., classes] as distributions."""
-    divergences, entropies, leads, same = [], [], [], []
-    for old, new in pairs:
-        log_old, log_new = (side.flatten(0, -2).double().log_softmax(-1) for side in (old, new))
-        ruled_out, weights = log_old == -math.inf, log_old.exp()
-        lead, entropy = _lead_and_entropy(log_old, weights)
-        leads.append(lead)
-        entropies.append(entropy)
-        same.append(log_old.argmax(-1) == log_new.argmax(-1))
-        divergences.append(log_old.sub_(log_new).mul_(weights).masked_fill_(ruled_out, 0.0).sum(-1))
-    led, kept = torch.cat(leads), torch.cat(same)
-    return {
-        "kl": float(torch.cat(divergences).mean()),
+        "kl": float(kl.mean()),
         "top1": float(kept.double().mean()),
-        "entropy": float(torch.cat(entropies).mean()),
-        "classes": pairs[0][0].shape[-1],
-        "kept": tuple(led[kept].tolist()),
-        "flipped": tuple(led[~kept].tolist()),
+        "entropy": float(entropy.mean()),
+        "classes": classes,
+        "kept": tuple(lead[kept].tolist()),
+        "flipped": tuple(lead[~kept].tolist()),
     }
 
 

@@ -8,6 +8,7 @@ start full of garbage and blocks in shuffled order.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,8 @@ from optc.compiler.ir.devices import program_device, seeded
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.dialect.paged_tree import CAUSAL
 from optc.compiler.ops.library import Axes, OpSpec, specs
+from optc.compiler.rewriting.eager import runner
+from optc.compiler.rewriting.made_weights import MadeWeights
 from optc.compiler.rewriting.retrace import Handler, Replay
 
 _FLAT: dict[Axes, Callable[[Tensor], Tensor]] = {
@@ -76,6 +79,7 @@ def run_stage(
     engine: Engine | None = None,
     replay: type[Replay] = Replay,
     cross: Cross = (),
+    made: MadeWeights | None = None,
 ) -> StageRun:
     """Run a decoder or encoder Program on token sequences of unequal length.
 
@@ -89,13 +93,19 @@ def run_stage(
         replay: how the calls of the graph are run.
         cross: of a decoder that reads an encoder, what each row reads; random numbers where there is none. Its
             sequences are equally long.
+        made: keeps what is made of codes for a run of another stage, too.
     """
     assert sequences, "at least one sequence"
     assert all(len(tokens) > 0 for tokens in sequences), "no empty sequences"
     kind = program.contract.kv_cache.kind
 
+    tapped = _Tapped(program, replay, made or MadeWeights()) if engine is None else None
+
     def run(taps: list[Tensor]) -> Callable[..., list[Any]]:
-        return _tapped(program, taps, replay) if engine is None else lambda *flat: list(engine(*flat))
+        if tapped is not None:
+            return tapped.into(taps)
+        assert engine is not None
+        return lambda *flat: list(engine(*flat))
 
     if kind == "none":
         return _run_whole(program, run, sequences)
@@ -161,27 +171,29 @@ def _plan(lengths: Sequence[int], chunk: int, steps: int) -> list[Call]:
 # -- one call with taps -----------------------------------------------------------------------
 
 
-def _tapped(program: Program, taps: list[Tensor], replay: type[Replay]) -> Callable[..., list[Any]]:
-    """The program as a function of flat inputs that also appends attention outputs to `taps`.
+class _Tapped:
+    """The program as functions of flat inputs that also append attention outputs to a list.
 
     Taps are laid out like the tokens: [B, S, H * Dv], or [N, H * Dv] for a flattened token axis.
     """
 
-    def handler(spec: OpSpec, flatten: Callable[[Tensor], Tensor]) -> Handler:
+    def __init__(self, program: Program, replay: type[Replay], made: MadeWeights) -> None:
+        self._taps: list[Tensor] = []
+        handlers = {spec.op: self._handler(spec, _FLAT[spec.attends]) for spec in specs() if spec.attends is not None}
+        self._run = runner(program, handlers, replay, made)
+
+    def into(self, taps: list[Tensor]) -> Callable[..., list[Any]]:
+        """Appends to this list from now on."""
+        self._taps = taps
+        return self._run
+
+    def _handler(self, spec: OpSpec, flatten: Callable[[Tensor], Tensor]) -> Handler:
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             result = spec.op(*args, **kwargs)
-            taps.append(flatten(result[0] if isinstance(result, tuple | list) else result))
+            self._taps.append(flatten(result[0] if isinstance(result, tuple | list) else result))
             return result
 
         return call
-
-    handlers = {spec.op: handler(spec, _FLAT[spec.attends]) for spec in specs() if spec.attends is not None}
-
-    def run(*inputs: Tensor) -> list[Any]:
-        with torch.no_grad():
-            return replay(program, handlers).outputs(*inputs)
-
-    return run
 
 
 class _Collector:
@@ -207,6 +219,15 @@ class _Collector:
 # -- the three kinds of stage -----------------------------------------------------------------
 
 
+def _by_length(call: Call) -> list[Call]:
+    """A ragged call in one, or with its longest row apart where this is as long as any two others: most of what is computed
+    would be padding."""
+    first, *others = sorted(call, key=lambda item: item[1] - item[2])
+    if len(others) < 2 or first[2] - first[1] < 2 * (others[0][2] - others[0][1]):
+        return [call]
+    return [[first], [item for item in call if item is not first]]
+
+
 def _padded(sequences: Sequence[Sequence[int]], call: Call, device: torch.device) -> Tensor:
     """The tokens of a call, right-padded with the last one: [B, S]."""
     size = max(end - start for _, start, end in call)
@@ -229,31 +250,37 @@ def _mask(call: Call, device: torch.device) -> Tensor:
 
 
 def _run_whole(program: Program, run: Runner, sequences: Sequence[Sequence[int]]) -> StageRun:
-    call = [(row, 0, len(tokens)) for row, tokens in enumerate(sequences)]
+    everything = [(row, 0, len(tokens)) for row, tokens in enumerate(sequences)]
+    role, more = program.contract.outputs[0].role, [spec.role in CROSS_ROLES for spec in program.contract.outputs]
+    collector, behind = _Collector(len(sequences)), []
+    for call in [everything] if any(more) else _by_length(everything):
+        taps: list[Tensor] = []
+        inputs = _whole_inputs(program, sequences, call)
+        out = run(taps)(*inputs)
+        collector.add(call, _unpadded(call), _by_token(out[0], role, inputs[0].shape[1]), taps)
+        behind = [item for item, wanted in zip(out, more, strict=True) if wanted]
+    found = collector.result()
+    for item in behind:
+        found.logits.extend(_unpadded(everything)(item.transpose(1, 2).flatten(2)))
+    return replace(found, role=role, predicts_next=program.contract.kind == "decoder")
+
+
+def _whole_inputs(program: Program, sequences: Sequence[Sequence[int]], call: Call) -> list[Tensor]:
+    """What a stage without a cache reads, in the order of its contract; token ids come first."""
     device = program_device(program)
     ids = _padded(sequences, call, device)
+    size = ids.shape[1]
     made: dict[str, Callable[[], Tensor]] = {
         "input_ids": lambda: ids,
-        "position_ids": lambda: torch.arange(ids.shape[1], device=device).expand(ids.shape).contiguous(),
+        "position_ids": lambda: torch.arange(size, device=device).expand(ids.shape).contiguous(),
         "attention_mask": lambda: _mask(call, device),
         "token_type_ids": lambda: torch.zeros_like(ids),
     }
-    states = _states(program, call)
-    for spec, rows in zip(_state_inputs(program), states, strict=True):
-        size = ids.shape[1]
-        made[spec.role] = lambda rows=rows, size=size: torch.stack(  # type: ignore[misc]
+    for spec, rows in zip(_state_inputs(program), _states(program, call), strict=True):
+        made[spec.role] = lambda rows=rows: torch.stack(  # type: ignore[misc]
             [torch.cat((item, item.new_zeros(size - len(item), item.shape[1]))) for item in rows]
         )
-    taps: list[Tensor] = []
-    out = run(taps)(*(made[spec.role]() for spec in program.contract.inputs))
-    role = program.contract.outputs[0].role
-    collector = _Collector(len(sequences))
-    collector.add(call, _unpadded(call), _by_token(out[0], role, ids.shape[1]), taps)
-    found = collector.result()
-    for output, item in zip(program.contract.outputs[1:], out[1:], strict=True):
-        if output.role in CROSS_ROLES:
-            found.logits.extend(_unpadded(call)(item.transpose(1, 2).flatten(2)))
-    return replace(found, role=role, predicts_next=program.contract.kind == "decoder")
+    return [made[spec.role]() for spec in program.contract.inputs]
 
 
 def _state_inputs(program: Program) -> list[Input]:
@@ -317,7 +344,7 @@ def _run_linear(
     sizes = dict.fromkeys(("capacity", "past"), capacity) | {"batch": len(sequences)}
     stores = _caches(program, sizes, generator)
     collector = _Collector(len(sequences))
-    for call in plan:
+    for call in itertools.chain.from_iterable(map(_by_length, plan)):
         taps: list[Tensor] = []
         rows = torch.tensor([row for row, _, _ in call], device=program_device(program))
         past = capacity if cache.in_place or cache.capacity else max(start for _, start, _ in call)

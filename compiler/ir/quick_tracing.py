@@ -46,15 +46,17 @@ def quick_shapes() -> Iterator[None]:
     rules |= {op: shape_rules.unary(op) for op in _UNARY}
     known = {*table, *meta_table}  # of a release that finds them in another way
     rules |= {op: shape_rules.decomposed(op, found) for op, found in _DECOMPOSED.items() if op not in known}
+    rules[aten.split_with_sizes.default] = shape_rules.split_with_sizes
     if view := fake_impls.op_implementations_dict.get(aten.view.default):
         rules[aten.view.default] = shape_rules.view(view)
-    linear = aten.linear.default
-    with mock.patch.dict(table, rules), mock.patch.dict(linear.py_kernels, {COMPOSITE: shape_rules.linear}):
-        linear._dispatch_cache.clear()
-        try:
-            yield
-        finally:
-            linear._dispatch_cache.clear()
+    whole = {aten.linear.default: shape_rules.linear, aten.rms_norm.default: shape_rules.rms_norm}
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(table, rules))
+        for op, rule in whole.items():
+            stack.enter_context(mock.patch.dict(op.py_kernels, {COMPOSITE: rule}))
+            op._dispatch_cache.clear()
+            stack.callback(op._dispatch_cache.clear)
+        yield
 
 
 @contextmanager

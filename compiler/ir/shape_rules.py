@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._decomp import decomposition_table
+from torch._subclasses import fake_impls
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
 aten = torch.ops.aten
@@ -37,6 +38,49 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (isinstance(x, FakeTensor) and known) or x.fake_mode.in_kernel_invocation:
         return aten.linear.default._op_dk(COMPOSITE, x, weight, bias)
     return _new(x.fake_mode, x, (*x.shape[:-1], weight.shape[0]))
+
+
+def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+    """Over the last axis, laid out without gaps: the same sizes, contiguous."""
+    known = (
+        isinstance(x, FakeTensor)
+        and x.is_floating_point()
+        and len(shape) == 1
+        and (
+            weight is None or (isinstance(weight, FakeTensor) and (weight.dtype, weight.device) == (x.dtype, x.device))
+        )
+        and not torch.is_grad_enabled()
+    )
+    if not (isinstance(x, FakeTensor) and known) or x.fake_mode.in_kernel_invocation or not _is_contiguous(x):
+        return aten.rms_norm.default._op_dk(COMPOSITE, x, shape, weight, eps)
+    return _new(x.fake_mode, x, x.shape)
+
+
+def split_with_sizes(mode: FakeTensorMode, x: FakeTensor, sizes: Sequence[int], dim: int = 0) -> Any:
+    """Pieces along an axis whose size and stride are whole numbers: views."""
+    axis = dim % x.dim()
+    whole = (*sizes, x.shape[axis], x.stride()[axis], x.storage_offset())
+    if not all(isinstance(item, int) for item in whole) or sum(sizes) != x.shape[axis]:
+        return _torchs(mode, aten.split_with_sizes.default, x, sizes, dim)
+    pieces, offset = [], int(x.storage_offset())
+    for size in sizes:
+        shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+        with in_kernel_invocation_manager(mode):
+            made = aten.as_strided.default(x, shape, x.stride(), offset)
+        pieces.append(FakeTensor(mode, made, x.fake_device))
+        offset += size * int(x.stride()[axis])
+    return pieces
+
+
+def _torchs(mode: FakeTensorMode, op: Any, *args: Any) -> Any:
+    """What torch says itself of a call."""
+    table = fake_impls.get_fast_op_impls()
+    rule = table.pop(op)
+    try:
+        with mode:
+            return op(*args)
+    finally:
+        table[op] = rule
 
 
 def view(slow: Callable[..., Any]) -> Callable[..., Any]:

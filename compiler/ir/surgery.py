@@ -118,7 +118,7 @@ def keep_outputs(program: Program, count: int) -> Program:
 def infer_meta(program: Program, node: Node) -> None:
     """Compute node.meta["val"] from the fake values of its inputs."""
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    with fake_mode(program), symbolic_dispatch(), quick_shapes():
+    with torch.no_grad(), fake_mode(program), symbolic_dispatch(), quick_shapes():
         node.meta["val"] = node.target(*args, **kwargs)
 
 

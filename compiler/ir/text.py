@@ -11,6 +11,7 @@ that the contract gives to dynamic axes. The text depends on nothing but the Pro
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections import Counter
@@ -171,6 +172,8 @@ class _Printer:
         self.weights = program.weight_names()
         from sympy import Symbol
 
+        self._texts: dict[Any, str] = {}
+        """Of the sizes that were printed: sympy takes long to spell one."""
         self.symbols: dict[Symbol, Symbol] = {}
         for node, spec in zip(program.user_inputs(), program.contract.inputs, strict=True):
             for size, dim in zip(getattr(node.meta.get("val"), "shape", ()), spec.dims, strict=False):
@@ -201,7 +204,7 @@ class _Printer:
         for node in self.program.graph.nodes:
             if node.op == "call_function":
                 module = _printable(_SLICE.sub("", module_path(node)))
-                comment = " · ".join(filter(None, (module, _source_line(node))))
+                comment = " · ".join(filter(None, (module, _source_line(node.meta.get("stack_trace") or ""))))
                 yield self._call(node) + (f"    # {comment}" if comment else "")
             elif node.op == "output":
                 yield f"return {', '.join(self._value(value) for value in node.args[0])}"
@@ -234,7 +237,9 @@ class _Printer:
         return str(size) if expression is None else self._expression(expression)
 
     def _expression(self, expression: Any) -> str:
-        return str(expression.xreplace(self.symbols))
+        if expression not in self._texts:
+            self._texts[expression] = str(expression.xreplace(self.symbols))
+        return self._texts[expression]
 
     def _value(self, value: Any) -> str:
         if isinstance(value, Node):
@@ -271,9 +276,10 @@ def _operator(target: Any) -> str:
     return f"{target.__module__.lstrip('_')}.{target.__name__}"
 
 
-def _source_line(node: Node) -> str:
-    """`file:line` of the innermost frame in the model's own code, else in optc's."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+@functools.lru_cache(maxsize=4096)
+def _source_line(trace: str) -> str:
+    """`file:line` of a stack trace's innermost frame in the model's own code, else in optc's."""
+    frames = _FRAME.findall(trace)
     for skipped in (_LIBRARY_FOLDERS, _LIBRARY_FOLDERS[:1]):
         for file, line in reversed(frames):
             folders = PurePath(file.replace("\\", "/")).parts[:-1]

@@ -25,6 +25,23 @@ Keywords = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackedProduct:
+    """A product with a packed weight in two steps, so that who calls it often makes the weight once.
+
+    Attributes:
+        parts: the places of the arguments that the weight is made of.
+        weight: (those arguments, keyword arguments of the call) -> [N, K]; of some of their rows those of the weight.
+        multiply: (all arguments of the call, the weight, keyword arguments) -> what the call gives.
+        apart: keyword arguments that say nothing of the weight.
+    """
+
+    parts: tuple[int, ...]
+    weight: Callable[..., torch.Tensor]
+    multiply: Callable[..., Any]
+    apart: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class OpSpec:
     """One op of the dialect.
 
@@ -40,6 +57,7 @@ class OpSpec:
         rounds_inside: it is a product that may round its input itself; from keyword arguments to whether it does.
         makes_weight: it makes a weight [N, K] of codes.
         makes_activation: it makes an activation of codes.
+        product: how a product with a packed weight comes apart; None where the reference does it in one.
     """
 
     schema: str
@@ -52,6 +70,7 @@ class OpSpec:
     rounds_inside: Callable[[Keywords], bool] | None = None
     makes_weight: bool = False
     makes_activation: bool = False
+    product: PackedProduct | None = None
 
     @property
     def name(self) -> str:

@@ -19,7 +19,7 @@ import torch
 from optc.compiler.artifact.manifest import PassRecord
 from optc.compiler.artifact.publishing import remove_abandoned_in
 from optc.compiler.diagnostics import NoMatchError, TargetError, os_errors
-from optc.compiler.execution.drift import Drift, measure
+from optc.compiler.execution.drift import Drift, measure_each
 from optc.compiler.execution.probe import Probe, for_streaming, random_probe, run_probe
 from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.execution.widened import own_rounding
@@ -35,6 +35,7 @@ from optc.compiler.pipeline.records import pass_record
 from optc.compiler.pipeline.rerounding import rerounding_budget
 from optc.compiler.pipeline.stages import load_stage, save_stage
 from optc.compiler.rewriting.budget import Budget
+from optc.compiler.rewriting.made_weights import MadeWeights
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.rewriting.tokenwise import padding_token
 from optc.compiler.settings.fields import check_type
@@ -126,6 +127,7 @@ class _Run:
         self.outputs: StageRun | None = None
         self.total: Drift | None = None
         self.ledger = Ledger()
+        self.made = MadeWeights()
         self.note = ""
         self.keeps_reference = any(step.rewrite.needs_reference for step in steps)
         self.reference: Program | None = None
@@ -220,7 +222,13 @@ class _Run:
                 tell(number, f"{rewrite.name}: {what} ({done} of {total}{note})")
 
         reference = self.reference if rewrite.needs_reference else None
-        return replace(self.options.context, progress=progress, work_dir=self.options.work_dir, reference=reference)
+        return replace(
+            self.options.context,
+            progress=progress,
+            work_dir=self.options.work_dir,
+            reference=reference,
+            made=self.made,
+        )
 
     def _no_match(self, step: Step, result: PassResult) -> None:
         if step.optional or self.options.allow_noop:
@@ -243,13 +251,16 @@ class _Run:
         """Hold a stage to the one before and to the capture."""
         assert self.first is not None
         assert self.outputs is not None
-        outputs = run_probe(after, self.probe)
-        drift = measure(self._beside(self.outputs, outputs), outputs, self.probe.text)
-        if self.outputs is self.first:
-            self.total = drift
-        elif self.total is None or not outputs.equals(self.outputs):  # else the losses add up to what they did
-            self.total = measure(self._beside(self.first, outputs), outputs, self.probe.text)
+        outputs = run_probe(after, self.probe, made=self.made)
+        self.made.forget_unused()
+        # Of a stage that changes nothing the losses add up to what they did.
+        unchanged = self.total is not None and outputs.equals(self.outputs)
+        befores = [self.outputs] if self.outputs is self.first or unchanged else [self.outputs, self.first]
+        drift, *total_drift = measure_each([self._beside(run, outputs) for run in befores], outputs, self.probe.text)
+        if not unchanged:
+            self.total = total_drift[0] if total_drift else drift
         total = self.total
+        assert total is not None
         budget = self._budget(rewrite, before)
         verdict = Verdict(rewrite.name, drift, total, budget, compute_dtype(after), rewrite.lossy)
         self.ledger.note(budget, rewrite.restores)

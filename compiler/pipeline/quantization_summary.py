@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -16,6 +15,7 @@ from optc.compiler.formats.weight_format import weight_format
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ir.program import Program
+from optc.compiler.ir.row_blocks import row_blocks
 from optc.compiler.rewriting.quantization_record import LinearRecord
 
 IDEAL = (
@@ -148,6 +148,18 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+def _squares(weight: Tensor, values: Tensor) -> tuple[float, float]:
+    """Squared norms of a weight [N, K] and of what `values` are off by, a block of rows at a time."""
+    size = gap = 0.0
+    whole = weight.device.type != "cpu" or not weight.numel()
+    blocks = [(0, len(weight))] if whole else row_blocks(len(weight), weight[0].numel())
+    for begin, end in blocks:
+        rows = weight[begin:end].double()
+        size += float(rows.square().sum())
+        gap += float(rows.sub_(values[begin:end]).square_().sum())
+    return size, gap
+
+
 def linear_record(
     name: str,
     weight: Tensor,
@@ -173,9 +185,7 @@ def linear_record(
         weight, values: [N, K], before and after rounding.
         scale: [N, G].
     """
-    before = weight.detach().float()
-    size = float(before.norm(dtype=torch.float64)) ** 2
-    gap = float((before - values.detach().float()).norm(dtype=torch.float64)) ** 2
+    size, gap = _squares(materialized(weight.detach()), materialized(values.detach()))
     return LinearRecord(
         name=name,
         shape=(int(weight.shape[0]), int(weight.shape[1])),

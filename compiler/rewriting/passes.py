@@ -18,6 +18,7 @@ from torch.fx import Node
 from optc.compiler.calibration.sequences import Calibration
 from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.budget import Budget
+from optc.compiler.rewriting.made_weights import MadeWeights
 from optc.compiler.rewriting.quantization_record import LinearRecord
 from optc.compiler.settings.fields import check_type
 
@@ -55,6 +56,7 @@ class PassContext:
         progress: told (done, total, what) by passes that take long.
         work_dir: where such a pass keeps what it has finished, to continue after a kill.
         obstacle: says why the target cannot run a call, None where it can; there is none without a target.
+        made: keeps what is made of codes, for passes that run the program.
     """
 
     seed: int = 0
@@ -63,6 +65,7 @@ class PassContext:
     progress: Callable[[int, int, str], None] | None = None
     work_dir: Path | None = None
     obstacle: Callable[[Node], str | None] | None = None
+    made: MadeWeights = field(default_factory=MadeWeights, compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
+from optc.compiler import compat
 from optc.compiler.ir.asserts import is_assert
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.export import run_export
@@ -34,6 +36,9 @@ class Replay(torch.fx.Interpreter):
     def __init__(self, program: Program, handlers: Mapping[Any, Handler]) -> None:
         super().__init__(program.module(), garbage_collect_values=True)
         self._handlers = handlers
+
+    def _set_current_node(self, node: Node) -> AbstractContextManager[None]:
+        return compat.node_meta(node)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_assert(target):

@@ -18,8 +18,10 @@ from optc.compiler.analysis.attention_calls import SOFTMAXES
 from optc.compiler.analysis.dataflow import aten, readers
 from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.eager import runner
+from optc.compiler.rewriting.made_weights import MadeWeights
 from optc.compiler.rewriting.passes import Miss
-from optc.compiler.rewriting.retrace import Replay, axis_limit
+from optc.compiler.rewriting.retrace import axis_limit
 
 _ATTENTION = torch.ops.optc.attention.default
 _SCAN, _CONVOLUTION = torch.ops.optc.linear_attention.default, torch.ops.optc.causal_conv1d.default
@@ -28,13 +30,21 @@ _TOKENS = 13
 _KEPT = 5
 
 
-def cache_misses(program: Program, *, sinks: bool, states: bool = False, recurrent: bool = False) -> tuple[Miss, ...]:
+def cache_misses(
+    program: Program,
+    *,
+    sinks: bool,
+    states: bool = False,
+    recurrent: bool = False,
+    made: MadeWeights | None = None,
+) -> tuple[Miss, ...]:
     """Why the attention of a program cannot read a KV cache; empty when it can.
 
     Args:
         sinks: whether the cache's attention has sinks.
         states: whether the program may read hidden states beside tokens, as draft models do.
         recurrent: whether the cache holds states of recurrent layers too.
+        made: keeps what is made of codes, as the program is run.
     """
     contract, calls = program.contract, program.calls(_ATTENTION)
     roles = [spec.role for spec in contract.inputs]
@@ -55,7 +65,8 @@ def cache_misses(program: Program, *, sinks: bool, states: bool = False, recurre
     misses = tuple(Miss(node.name, reason) for node in calls if (reason := _attention_miss(node, sinks)))
     if misses:
         return misses
-    error, tolerance = mixing_error(program), mixing_tolerance(program.calls(*_MIXERS)[0].meta["val"].dtype)
+    error = mixing_error(program, made=made)
+    tolerance = mixing_tolerance(program.calls(*_MIXERS)[0].meta["val"].dtype)
     if not error <= tolerance:
         why = f"the logits of a token depend on other tokens outside attention (by {error:.1e} of the largest"
         return (Miss("program", f"{why} logit, {tolerance:.1e} is rounding): they cannot be fed in pieces"),)
@@ -91,7 +102,7 @@ def _attention_miss(node: Node, sinks: bool) -> str | None:
     return None
 
 
-def mixing_error(program: Program, *, seed: int = 0) -> float:
+def mixing_error(program: Program, *, seed: int = 0, made: MadeWeights | None = None) -> float:
     """How much the logits of one token depend on the others when attention is cut; 0 is not at all.
 
     The largest difference over a permutation and a subset of 13 random tokens at random positions, and over the end of
@@ -111,10 +122,10 @@ def mixing_error(program: Program, *, seed: int = 0) -> float:
         for node in program.user_inputs()[2:]
     ]
 
+    run = runner(program, _MIXERS, made=made)
+
     def logits(chosen: Tensor, places: Tensor = positions) -> Tensor:
-        replay = Replay(program, _MIXERS)
-        with torch.no_grad():
-            out: Tensor = replay.outputs(*(item[:, chosen] for item in (ids, places, *states)))[0]
+        out: Tensor = run(*(item[:, chosen] for item in (ids, places, *states)))[0]
         return out[0].double()
 
     every = torch.arange(count, device=device)

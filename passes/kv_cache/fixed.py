@@ -50,7 +50,7 @@ class FixedKVCache(Pass):
         """
         calls = program.calls(_ATTENTION)
         capacity = cache_capacity(self.capacity, program.contract.model.context_length)
-        misses = cache_misses(program, sinks=False)
+        misses = cache_misses(program, sinks=False, made=context.made)
         if misses:
             return PassResult(program, 0, len(calls), misses)
         return PassResult(_retrace(program, capacity), len(calls), len(calls))

@@ -52,7 +52,7 @@ class PageKVCache(Pass):
         if self.block_size < 1:
             raise UsageError(f"block size {self.block_size} is not positive", remedy="use 16, the default")
         calls = program.calls(_ATTENTION)
-        misses = cache_misses(program, sinks=False, states=True)
+        misses = cache_misses(program, sinks=False, states=True, made=context.made)
         if misses:
             return PassResult(program, 0, len(calls), misses)
         head, reason = selectable_head(program) if self.select_logits else (None, "")

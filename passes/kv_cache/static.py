@@ -57,7 +57,7 @@ class StaticKVCache(Pass):
     def run(self, program: Program, context: PassContext) -> PassResult:
         calls = program.calls(_ATTENTION)
         sites = len(calls) + len(recurrent_calls(program))
-        misses = cache_misses(program, sinks=True, recurrent=self.states)
+        misses = cache_misses(program, sinks=True, recurrent=self.states, made=context.made)
         if misses:
             return PassResult(program, 0, sites, misses)
         head, reason = selectable_head(program) if self.select_logits else (None, "")

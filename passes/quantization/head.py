@@ -23,7 +23,7 @@ from optc.compiler.rewriting.passes import Miss, Pass, PassContext, PassResult
 from optc.compiler.rewriting.quantization_record import LinearRecord
 from optc.compiler.rewriting.weights import prune_contract
 from optc.passes.quantization.arithmetic.budgets import head_budget
-from optc.passes.quantization.arithmetic.grid import STEPS, search
+from optc.passes.quantization.arithmetic.grid import full_range, search
 from optc.passes.quantization.arithmetic.groups import weight_rows
 from optc.passes.quantization.arithmetic.selection import (
     dequantized,
@@ -57,6 +57,7 @@ class QuantizeHead(Pass):
         group_size: neighbours along K that share a scale, at most: where it does not divide K, the largest of 128, 64,
             32 and 16 below it that does.
         symmetric: no zero point.
+        signed: of 4 bits, see `QuantizeRtn`.
         ignore: patterns (`lm_head.*`) of weight names to leave alone.
     """
 
@@ -66,6 +67,7 @@ class QuantizeHead(Pass):
     bits: Literal[4, 8] = 8
     group_size: int = GROUP_SIZES[0]
     symmetric: bool = True
+    signed: bool = False
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -131,8 +133,11 @@ class QuantizeHead(Pass):
         assert size is not None
         rows = weight_rows(program, site)
         check_finite_weight(*rows.aminmax(), where=source)
-        grid = search(rows, self.bits, size, self.symmetric, steps=STEPS if self.bits == 4 else 1)
-        codes = grid.codes(rows.float()).to(torch.uint8)
+        if self.bits == 4:
+            grid = search(rows, self.bits, size, self.symmetric, signed=self.signed)
+        else:
+            grid = full_range(rows, self.bits, size, self.symmetric)
+        codes = grid.stored_codes(rows)
         zero = None if self.symmetric else grid.zero.to(torch.uint8)
         scale = grid.scale.to(rows.dtype)
         form = _Form(bits=self.bits, group_size=size, symmetric=self.symmetric)

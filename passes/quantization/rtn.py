@@ -49,6 +49,9 @@ class QuantizeRtn(Pass):
         ranges: "searched", of 2, 3 and 4 bits: the range of each group is shrunk, and its values all used, to where
             the squared error of its weights is least; nothing is gained at 8 bits. "full": the range reaches the
             largest weight, and symmetric codes leave their lowest value unused (Jacob et al. 2018).
+        signed: searched symmetric ranges have the code without a counterpart on the side of a group's largest weight, by
+            a scale that is negative where this is positive: a tenth less squared error at 4 bits, for kernels that take
+            such scales.
         ignore: patterns (`*.down_proj.*`) of weight names to leave alone.
         head: quantize the linear that makes the logits too. One that is tied with the embedding gets
             codes of its own; the embedding keeps its tensor.
@@ -61,6 +64,7 @@ class QuantizeRtn(Pass):
     group_size: GroupSize = None
     symmetric: bool = True
     ranges: Literal["searched", "full"] = "searched"
+    signed: bool = False
     ignore: tuple[str, ...] = ()
     head: bool = False
 
@@ -109,7 +113,8 @@ class QuantizeRtn(Pass):
             return quantize_groups(rows, self.bits, group_size, self.symmetric)
         check_group_size(group_size, [rows.shape[1]])
         check_finite_weight(*rows.aminmax())
-        found = search(rows, self.bits, group_size, self.symmetric, steps=_STEPS, least=_LEAST[self.bits])
+        least, signed = _LEAST[self.bits], self.signed
+        found = search(rows, self.bits, group_size, self.symmetric, steps=_STEPS, least=least, signed=signed)
         found = replace(found, scale=found.scale.to(rows.dtype).float())
         zero = None if self.symmetric else found.zero.to(torch.uint8)
-        return found.codes(rows.float()).to(torch.uint8), found.scale.to(rows.dtype), zero
+        return found.stored_codes(rows), found.scale.to(rows.dtype), zero

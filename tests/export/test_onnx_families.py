@@ -52,7 +52,7 @@ def _quantized_mlp(
     groups; and those of ONNX Runtime."""
     program = capture_module(_Mlp(), [torch.randn(3, 256)], dynamic={"input_0": {0: "batch"}})
     options = {"bits": bits, "group_size": group, "symmetric": symmetric}
-    canonical = _stored(QuantizeRtn(**options, head=True).run(program, PassContext()).program)
+    canonical = _stored(QuantizeRtn(**options, head=True, signed=True).run(program, PassContext()).program)
     x = torch.randn(17, 256, generator=torch.Generator().manual_seed(1))
     after, _ = ort_driver.compiled(program, folder, quant="rtn", accuracy_level=level, **options)
     found = ort_driver.run(ort_driver.open_session(folder), x)[0]

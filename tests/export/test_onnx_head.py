@@ -20,6 +20,7 @@ from optc.compiler.rewriting.passes import PassContext
 from optc.passes.quantization.head import QuantizeHead
 from optc.passes.quantization.round_scales import RoundScales
 from optc.passes.quantization.rtn import QuantizeRtn
+from optc.targets.registry import find_target
 
 LENGTHS = (21, 9, 14, 5)
 
@@ -27,8 +28,8 @@ LENGTHS = (21, 9, 14, 5)
 def quantized(name: str, bits: int, symmetric: bool) -> Program:
     """A family as the recipe quantizes it, before a KV cache."""
     form = {"group_size": 32, "symmetric": symmetric}
-    program = QuantizeRtn(bits=4, **form).run(stirred(name, layers=1), PassContext()).program
-    return QuantizeHead(bits=bits, **form).run(program, PassContext()).program  # type: ignore[arg-type]
+    program = QuantizeRtn(bits=4, **form, signed=True).run(stirred(name, layers=1), PassContext()).program
+    return QuantizeHead(bits=bits, **form, signed=True).run(program, PassContext()).program  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -89,11 +90,33 @@ def test_a_damaged_code_shows(tmp_path: Path) -> None:
     assert bounds.gap(after, before).largest > 1e-3
 
 
-@pytest.mark.parametrize(("options", "bits"), [({}, 32), ({"quant": "rtn"}, 8), ({"head_bits": 4}, 4)])
-def test_what_is_asked_for(options: dict[str, object], bits: int) -> None:
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, []),
+        ({"quant": "rtn"}, [(8, 128)]),
+        ({"quant": "rtn", "group_size": 64}, [(8, 64)]),
+        ({"head_bits": 4}, [(4, 32)]),
+        ({"quant": "rtn", "group_size": 64, "head_bits": 4}, [(4, 32)]),
+        ({"quant": "rtn", "group_size": 16, "head_bits": 4}, [(4, 16)]),
+    ],
+)
+def test_what_is_asked_for(options: dict[str, object], expected: list[tuple[int, int]]) -> None:
+    """Bits and the largest group: that of the linears, and at 4 bits 32 at most."""
     steps = ort_driver.TARGET.recipe("decoder", chosen("onnx-cpu", **options))
-    found = [step.rewrite.bits for step in steps if isinstance(step.rewrite, QuantizeHead)]
-    assert found == ([] if bits == 32 else [bits])
+    heads = [step.rewrite for step in steps if isinstance(step.rewrite, QuantizeHead)]
+    assert [(head.bits, head.group_size) for head in heads] == expected
+
+
+def test_scales_of_either_sign_are_for_kernels_that_take_them() -> None:
+    """ONNX Runtime's; in what others are given all scales are positive."""
+    for target, expected in (("onnx-cpu", True), ("inductor-cpu", False)):
+        steps = find_target(target).recipe("decoder", chosen(target, quant="rtn"))
+        assert {step.rewrite.signed for step in steps if isinstance(step.rewrite, QuantizeRtn)} == {expected}
+    graph = onnx.load(example_artifact("onnx-cpu", quant="rtn") / "model.onnx").graph
+    scales = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer if "_scales" in item.name}
+    assert len(scales) == 4 * 4 + 1
+    assert {name for name, values in scales.items() if (values > 0).all()} == {"lm_head.weight_scales"}  # of 8 bits
 
 
 def test_the_example_is_smaller_than_its_source() -> None:

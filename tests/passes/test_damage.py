@@ -278,8 +278,8 @@ def _outputs(before: tuple[Pass, ...]) -> StageRun:
 def _gate(rewrite: Pass, before: tuple[Pass, ...], result: PassResult) -> None:
     """Run a pipeline of one pass that returns this result."""
 
-    def run(program: Program, probe: Probe) -> StageRun:
-        return _outputs(before) if program is _prepared(before) else run_probe(program, probe)
+    def run(program: Program, probe: Probe, **kept: Any) -> StageRun:
+        return _outputs(before) if program is _prepared(before) else run_probe(program, probe, **kept)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "run_probe", run)

@@ -26,6 +26,7 @@ from optc.compiler.execution.stage_driver import StageRun
 from optc.compiler.execution.widened import ROUNDINGS, WidenedReplay, is_narrow
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.proof import CaptureFigures, CaptureProof
+from optc.compiler.rewriting.eager import runner
 from optc.compiler.rewriting.retrace import Replay
 
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-9, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -180,7 +181,7 @@ class Proof:
     def _ours(self, batch: Batch, replay: type[Replay], dtype: torch.dtype) -> Rows:
         try:
             with torch.no_grad():
-                output: Tensor = replay(self.program, {}).outputs(*self._inputs(batch))[0]
+                output: Tensor = runner(self.program, {}, replay)(*self._inputs(batch))[0]
                 return batch.rows(output) if self.head is None else list(output[:, None])
         except OWN_ERRORS as error:
             raise GateError(

@@ -8,14 +8,14 @@ legalized Program still runs and is gated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from optc.compiler.ops.attention_arguments import Cached, Knobs
-from optc.compiler.ops.library import define
+from optc.compiler.ops.library import PackedProduct, define
 from optc.compiler.ops.packed.rounded_inputs import round_activations
 
 ROUNDS = 4
@@ -159,26 +159,31 @@ def unpack_nbits(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _matmul_nbits(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    zero_points: Tensor | None,
-    bias: Tensor | None,
-    *,
-    K: int,
-    N: int,
-    bits: int,
-    block_size: int,
-    accuracy_level: int,
+    x: Tensor, packed: Tensor, scales: Tensor, zero_points: Tensor | None, bias: Tensor | None, **knobs: int
 ) -> Tensor:
     """x [..., K], packed uint8 [N, K/block, block*bits/8], scales [N, K/block], zero_points uint8 [N, ...].
 
     `accuracy_level` 4 rounds x to int8 in blocks of the weight's size; any other takes x as it is.
     """
-    blocks = K // block_size
-    codes = unpack_nbits(packed, bits, block_size).reshape(N, K)
-    zero = None if zero_points is None else unpack_nbits(zero_points, bits, blocks)
-    weight = torch.ops.optc.dequantize(codes, scales, zero, bits=bits, group_size=block_size)
+    weight = _unpacked(packed, scales, zero_points, **knobs)
+    return _multiplied((x, packed, scales, zero_points, bias), weight, **knobs)
+
+
+def _unpacked(
+    packed: Tensor, scales: Tensor, zero_points: Tensor | None, *, K: int, bits: int, block_size: int, **_: int
+) -> Tensor:
+    """The weight [N, K], or those of its rows that are given, in the type of its scales."""
+    codes = unpack_nbits(packed, bits, block_size).reshape(-1, K)
+    zero = None if zero_points is None else unpack_nbits(zero_points, bits, K // block_size)
+    made: Tensor = torch.ops.optc.dequantize(codes, scales, zero, bits=bits, group_size=block_size)
+    return made
+
+
+def _multiplied(
+    arguments: Sequence[Tensor | None], weight: Tensor, *, block_size: int, accuracy_level: int, **_: int
+) -> Tensor:
+    x, bias = arguments[0], arguments[-1]
+    assert x is not None
     values = round_activations(x, block_size).to(x.dtype) if accuracy_level == ROUNDS else x
     return torch.nn.functional.linear(values, weight, bias)
 
@@ -212,6 +217,7 @@ define(
     _matmul_nbits,
     lambda x, *_, N, **__: x.new_empty((*x.shape[:-1], N)),
     rounds_inside=lambda keywords: keywords["accuracy_level"] == ROUNDS,
+    product=PackedProduct(parts=(1, 2, 3), weight=_unpacked, multiply=_multiplied, apart=("accuracy_level",)),
 )
 define(
     "gather_nbits(Tensor indices, Tensor packed, Tensor scales, Tensor? zero_points, *, int K, int bits, "

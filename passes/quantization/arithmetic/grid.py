@@ -26,7 +26,7 @@ class Grid:
     """The representable values of every group of a weight [N, K].
 
     Attributes:
-        scale: float32 [N, G], positive.
+        scale: float32 [N, G], positive; of either sign where that was asked for (`search`).
         zero: float32 [N, G] of integers; 2^(bits-1) everywhere when symmetric.
         bits, group_size: group_size is K for one group per row.
     """
@@ -43,6 +43,16 @@ class Grid:
         codes = torch.round(groups / self.scale[..., None] + self.zero[..., None])
         return codes.clamp_(0, 2**self.bits - 1).reshape(weight.shape)
 
+    def stored_codes(self, weight: Tensor) -> Tensor:
+        """Nearest codes of a weight of any floating type, uint8 [N, K], made a block of rows at a time."""
+        if weight.device.type != "cpu":
+            return self.codes(weight.float()).to(torch.uint8)
+        made = torch.empty(weight.shape, dtype=torch.uint8)
+        for begin, end in row_blocks(*weight.shape):
+            rows = replace(self, scale=self.scale[begin:end], zero=self.zero[begin:end])
+            made[begin:end] = rows.codes(weight[begin:end].float())
+        return made
+
     def values(self, codes: Tensor) -> Tensor:
         """What codes [N, K] stand for, float32 [N, K]."""
         groups = codes.reshape(codes.shape[0], -1, self.group_size)
@@ -56,7 +66,7 @@ class Grid:
 def storable(scale: Tensor) -> Tensor:
     """Scales as float16 can hold them, in float32, where they are in its normal range: 16 bits on disk."""
     half = scale.to(torch.float16).float()
-    return torch.where((scale >= _SMALLEST_HALF) & torch.isfinite(half), half, scale)
+    return torch.where((scale.abs() >= _SMALLEST_HALF) & torch.isfinite(half), half, scale)
 
 
 def full_range(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Grid:
@@ -81,6 +91,7 @@ def search(
     *,
     steps: int = STEPS,
     least: float = LEAST,
+    signed: bool = False,
 ) -> Grid:
     """The grid of each group with the least error of rounding to nearest.
 
@@ -89,12 +100,14 @@ def search(
         gram: [K, K], the inputs' X X^T: the error is that of the group's outputs, ||(w - nearest) X_group||^2. None:
             the squared error of the weights.
         steps, least: ratios of the full range that are tried, from 1 down to `least`.
+        signed: symmetric scales are negative where the largest weight of a group is positive, so that the code which has
+            no counterpart stands for it, as onnxruntime's own quantizer has it.
     """
     check_bits(bits)
     size = group_size or weight.shape[1]
     weight, blocks = weight.detach(), None if gram is None else _diagonal_blocks(gram, size)
     parts = row_blocks(*weight.shape) if weight.device.type == "cpu" else [(0, len(weight))]
-    tried = (bits, size, symmetric, blocks, steps, least)
+    tried = (bits, size, symmetric, blocks, steps, least, signed)
     found = [_search(weight[begin:end].float(), *tried) for begin, end in parts]
     if len(found) == 1:
         return found[0]
@@ -104,13 +117,20 @@ def search(
 
 
 def _search(
-    weight: Tensor, bits: int, size: int, symmetric: bool, blocks: Tensor | None, steps: int, least: float
+    weight: Tensor,
+    bits: int,
+    size: int,
+    symmetric: bool,
+    blocks: Tensor | None,
+    steps: int,
+    least: float,
+    signed: bool,
 ) -> Grid:
     groups = weight.reshape(weight.shape[0], -1, size)
     low, high = torch.aminmax(groups, dim=-1)
     ratios = [1.0 - step * (1.0 - least) / max(1, steps - 1) for step in range(steps)]
     factors = torch.tensor(ratios, device=weight.device)[:, None, None]
-    tried = _grid(low * factors, high * factors, bits, size, symmetric)  # [steps, N, G]
+    tried = _grid(low * factors, high * factors, bits, size, symmetric, signed=signed)  # [steps, N, G]
     best, gap = torch.zeros_like(low, dtype=torch.long), torch.empty_like(groups)
     least_error = torch.full_like(low, torch.inf)
     for step in range(steps):
@@ -154,19 +174,21 @@ def _error(gap: Tensor, blocks: Tensor | None) -> Tensor:
     return (torch.bmm(by_group, blocks) * by_group).sum(-1).t()
 
 
-def _grid(low: Tensor, high: Tensor, bits: int, size: int, symmetric: bool) -> Grid:
+def _grid(low: Tensor, high: Tensor, bits: int, size: int, symmetric: bool, *, signed: bool = False) -> Grid:
     """The grid whose ends are `low` and `high` [N, G]; a group of zeros gets scale 1."""
     if symmetric:
         top = 2.0 ** (bits - 1)
-        # The code 0 stands for -top * scale: one step more on the negative side.
+        # The code 0 stands for -top * scale: one step more on the negative side, or of a negative scale on the positive.
         scale = torch.maximum(high / (top - 1), -low / top).clamp(min=0)
+        if signed:
+            scale = torch.where(high > -low, -torch.maximum(-low / (top - 1), high / top), scale)
         zero = torch.full_like(scale, top)
     else:
         top = 2.0**bits - 1
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = high / top - low / top
         zero = torch.zeros_like(scale)
-    scale = storable(torch.where(scale > 0, scale, torch.ones_like(scale)))
+    scale = storable(torch.where(scale == 0, torch.ones_like(scale), scale))
     if not symmetric:
         zero = torch.round(-low / scale).clamp_(0, top)
     return Grid(scale, zero, bits, size, symmetric)

@@ -11,7 +11,7 @@ import torch
 from families import make_model
 
 from optc.compiler.capture import capture_model, capture_module
-from optc.compiler.execution.drift import comparable, measure
+from optc.compiler.execution.drift import comparable, measure, measure_each
 from optc.compiler.execution.probe import Probe, for_streaming, random_probe, run_probe, text_probe
 from optc.compiler.execution.stage_driver import OutputRole, StageRun
 from optc.compiler.ir.stored_weights import WorkFile
@@ -298,3 +298,25 @@ def test_sums_are_made_in_float64() -> None:
     drift = measure(StageRun([old], [], role="hidden"), StageRun([new], [], role="hidden"))
     one, two = old.double().numpy(), new.double().numpy()
     assert drift.relative == pytest.approx(np.linalg.norm(two - one) / np.linalg.norm(one), rel=1e-9)
+
+
+@pytest.mark.parametrize("role", ["logits", "classes", "hidden", "output"])
+def test_several_references_are_compared_as_each_alone(role: OutputRole, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is equal gives zeros, and rows in blocks what they give together."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randn((n, 9), generator=generator) for n in (5, 1, 3)]
+    moved = [row + 0.1 * torch.randn(row.shape, generator=generator) for row in rows]
+    one, two, same = (StageRun(logits, [], role=role) for logits in (rows, moved, [row.clone() for row in rows]))
+    expected = [measure(one, two), measure(one, same)]
+    assert expected[1].max_abs_diff == expected[1].relative == 0.0
+    assert expected[1].cosine == pytest.approx(1.0)
+    assert (expected[1].kl, expected[1].top1) == ((0.0, 1.0) if role in ("logits", "classes") else (None, None))
+    assert expected[1].scale == expected[0].scale
+    assert expected[1].entropy == expected[0].entropy
+    assert measure_each([two, one], same)[1] == expected[1]
+    assert measure_each([one, same], two) == [expected[0], expected[0]]
+    monkeypatch.setattr("optc.compiler.ir.row_blocks.BLOCK", 18)
+    found = measure(one, two)
+    for name in ("max_abs_diff", "relative", "cosine", "kl", "top1", "entropy", "kept", "flipped"):
+        value = getattr(expected[0], name)
+        assert getattr(found, name) == (None if value is None else pytest.approx(value, rel=1e-12)), name

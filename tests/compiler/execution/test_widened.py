@@ -64,7 +64,7 @@ def test_beyond_the_fixed_tolerance_rounding_decides(
     right, exact = run_probe(narrow, PROBE), run_probe(wide, PROBE)
     error = [share * (found - other) for found, other in zip(exact.logits, right.logits, strict=True)]
 
-    def stage(program: Program, probe: object) -> StageRun:
+    def stage(program: Program, probe: object, **_: object) -> StageRun:
         if program.contract.kv_cache.kind == "none":
             return right
         return replace(right, logits=[row + wrong for row, wrong in zip(right.logits, error, strict=True)])

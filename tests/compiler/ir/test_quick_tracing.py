@@ -35,6 +35,8 @@ def described(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         layout = [[plain(item) for item in row] for row in (value.shape, value.stride(), (value.storage_offset(),))]
         return value.dtype, value.device, *layout
+    if isinstance(value, list | tuple):
+        return [described(item) for item in value]
     return str(value)
 
 
@@ -95,6 +97,18 @@ CASES: list[tuple[Any, Any]] = [
     (aten.view.default, (X, [X.shape[1], X.shape[0], 2, 4])),
     (aten.view.default, (X.transpose(0, 1), [X.shape[1], X.shape[0], 2, 4])),
     (aten.view.default, (Q.transpose(1, 2), [X.shape[0], X.shape[1], 8])),
+    (aten.mean.dim, (X, [-1], True)),
+    (aten.mean.dim, (X, [2], True)),
+    (aten.mean.dim, (X, [-1])),
+    (aten.mean.dim, (X, [1], True)),
+    (aten.mean.dim, (Q, [-1], True)),
+    (aten.split_with_sizes.default, (X, [2, 6], -1)),
+    (aten.split_with_sizes.default, (X.transpose(0, 1), [4, 4], 2)),
+    (aten.split_with_sizes.default, (Q, [1, 1], 1)),
+    (aten.split_with_sizes.default, (X[..., 2:], [2, 4], -1)),
+    (aten.rms_norm.default, (X, [8], torch.zeros(8), 1e-6)),
+    (aten.rms_norm.default, (X, [8], None, None)),
+    (aten.rms_norm.default, (Q, [4], torch.zeros(4), 1e-6)),
     (aten.mul.Tensor, (X, X)),
     (aten.mul.Tensor, (X, 2.0)),
     (aten.mul.Tensor, (X, torch.zeros(8))),

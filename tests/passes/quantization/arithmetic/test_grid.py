@@ -145,3 +145,23 @@ def test_what_rounding_adds(symmetric: bool, weights: list[float], gaps: list[fl
     groups = torch.tensor(weights)[None, None]
     found = grid._rounding(groups, held, torch.empty_like(groups))
     torch.testing.assert_close(found, torch.tensor(gaps)[None, None], atol=1e-6, rtol=0)
+
+
+def test_signed_scales_put_the_code_without_a_counterpart_where_the_largest_weight_is() -> None:
+    """Of 4 bits: -8 to 7 steps, or -7 to 8 of a negative scale. Which of them fits is exact, the other is not."""
+    row = 0.5 * torch.tensor([[8.0, -7.0, 3.0, 0.0], [-8.0, 7.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    for signed, scales, exact in ((True, [-0.5, 0.5, 1.0], [True] * 3), (False, [None, 0.5, 1.0], [False, True, True])):
+        found = search(row, 4, 4, True, steps=10, least=0.65, signed=signed)
+        values = found.values(found.codes(row))
+        assert [torch.equal(one, other) for one, other in zip(values, row, strict=True)] == exact
+        assert all(wanted in (None, scale) for wanted, scale in zip(scales, found.scale[:, 0].tolist(), strict=True))
+        assert bool((found.scale > 0).all()) is not signed
+
+
+def test_signed_scales_lose_a_tenth_less() -> None:
+    weight = torch.randn((64, 512), generator=torch.Generator().manual_seed(0))
+    errors = []
+    for signed in (True, False):
+        grid = search(weight, 4, 32, True, steps=10, least=0.65, signed=signed)
+        errors.append(float((grid.values(grid.codes(weight)) - weight).square().sum()))
+    assert 0.85 < errors[0] / errors[1] < 0.92
