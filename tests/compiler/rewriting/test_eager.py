@@ -10,6 +10,7 @@ from optc.compiler.capture import capture_module
 from optc.compiler.execution.stage_driver import _by_length, run_stage
 from optc.compiler.ir.program import Program
 from optc.compiler.ops.library import named
+from optc.compiler.ops.packed.rounded_inputs import round_activations
 from optc.compiler.rewriting.eager import runner, runs_eagerly
 from optc.compiler.rewriting.made_weights import MadeWeights, made_by_rows
 from optc.compiler.rewriting.retrace import Replay
@@ -141,7 +142,10 @@ def test_a_product_comes_apart_as_its_reference_has_it() -> None:
         knobs = {"K": 32, "N": 6, "bits": 4, "block_size": 16, "accuracy_level": level}
         weight = spec.product.weight(*parts, **knobs)
         assert weight.shape == (6, 32)
-        assert torch.equal(spec.product.multiply((x, *parts, bias), weight, **knobs), spec.op(x, *parts, bias, **knobs))
+        found = spec.product.multiply((x, *parts, bias), weight, **knobs)
+        assert torch.equal(found, spec.op(x, *parts, bias, **knobs))
+        rounded = x if level == 0 else round_activations(x, 16)
+        assert float((found - (rounded @ weight.T + bias)).abs().max()) < 1e-4
 
 
 def test_the_longest_row_is_run_apart_where_the_others_would_be_padding() -> None:
