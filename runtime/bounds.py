@@ -22,6 +22,8 @@ TopP = Annotated[float, Meta(gt=0, le=1)]
 MinP = Annotated[float, Meta(ge=0, le=1)]
 RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=100)]
 Penalty = Annotated[float, Meta(ge=-100, le=100)]
+Beams = Annotated[int, Meta(ge=1, le=256)]
+LengthPenalty = Annotated[float, Meta(ge=-10, le=10)]
 Seed = Annotated[int, Meta(ge=0)]
 
 TimedTokens = Annotated[int, Meta(ge=2, le=1 << 31)]

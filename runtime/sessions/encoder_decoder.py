@@ -80,6 +80,8 @@ class EncoderDecoderSession(Session):
         self.start_ids: tuple[int, ...] = (self._cross.start_token_id,)
         self._held = 0
         """Tokens that the caches hold of every row."""
+        self._prompts: list[int] = []
+        """Which prompt each row answers."""
 
     @property
     def reads_text(self) -> bool:
@@ -106,12 +108,29 @@ class EncoderDecoderSession(Session):
             InputError: no prompt, an empty one, a token outside the vocabulary, one longer than the encoder's context,
                 or features of other sizes.
         """
-        if not len(prompts):
-            raise InputError("there is no prompt", remedy="give at least one prompt")
-        self._check([self.start_ids], [0])
-        self._encode(self._padded(prompts) if self.reads_text else self._stacked(prompts))
-        self._held = 0
+        self._open(prompts)
         return self._advance([self.start_ids] * len(prompts))
+
+    def begin(self, prompts: Rows) -> Logits:
+        """As `prefill`, and log probabilities [B, V] of the first token of each answer; see `branch`."""
+        self._open(prompts)
+        return self._log_probabilities(self._fed([self.start_ids] * len(prompts)))
+
+    def branch(self, rows: Sequence[int], tokens: Sequence[int]) -> Logits:
+        """Answers that go on with those that these rows hold, each by one token: a row may be named many times, or not at all.
+
+        Returns:
+            Log probabilities [len(rows), V]: of a softmax over all tokens, -inf for those that an answer never has, and 0 for
+            one that the model does not choose itself.
+
+        Raises:
+            InputError: a token outside the vocabulary, or answers as long as the context.
+        """
+        self._check([[token] for token in tokens], [self._held] * len(tokens))
+        prompts = [self._prompts[row] for row in rows]
+        self._take(rows, read=prompts != self._prompts)
+        self._prompts, self.lengths = prompts, [self.lengths[row] for row in rows]
+        return self._log_probabilities(self._fed([[token] for token in tokens]))
 
     def score(self, tokens: Sequence[int]) -> Iterator[Logits]:
         """Raises TargetError: tokens are scored as an answer to something, which `score` is not told."""
@@ -145,6 +164,10 @@ class EncoderDecoderSession(Session):
     def _cut(self, length: int) -> None:
         """Keep the first tokens of every answer."""
 
+    @abstractmethod
+    def _take(self, rows: Sequence[int], *, read: bool) -> None:
+        """Let the caches hold what these rows hold; with `read` what is read of the encoder too."""
+
     # -- Session ----------------------------------------------------------------------------
 
     def _start(self, batch: int) -> None:
@@ -153,7 +176,31 @@ class EncoderDecoderSession(Session):
     def _score(self, tokens: Sequence[int]) -> Logits:
         raise AssertionError("score refuses")
 
+    def _open(self, prompts: Rows) -> None:
+        """Encode prompts, of which nothing is answered yet."""
+        if not len(prompts):
+            raise InputError("there is no prompt", remedy="give at least one prompt")
+        self._check([self.start_ids], [0])
+        self._encode(self._padded(prompts) if self.reads_text else self._stacked(prompts))
+        self._held, self._prompts = 0, list(range(len(prompts)))
+
     def _advance(self, rows: Rows) -> Logits:
+        logits = self._fed(rows)
+        never, forced = self._ruled()
+        logits[:, never if forced is None else [token for token in range(self.vocab_size) if token != forced]] = -np.inf
+        return logits
+
+    def _log_probabilities(self, logits: Logits) -> Logits:
+        """In place."""
+        logits -= logits.max(-1, keepdims=True)
+        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+        never, forced = self._ruled()
+        logits[:, never if forced is None else slice(None)] = -np.inf
+        if forced is not None:
+            logits[:, forced] = 0
+        return logits
+
+    def _fed(self, rows: Rows) -> Logits:
         if len({len(row) for row in rows}) > 1:
             raise UsageError("answers are continued by as many tokens each", remedy="give rows of one length")
         before, count = self._held, len(rows[0])
@@ -161,7 +208,6 @@ class EncoderDecoderSession(Session):
         held = [before] * len(rows) if before == 0 else self.lengths
         self._held = before + count
         self.lengths = [length + count for length in held]
-        self._rule_out(logits)
         return logits
 
     def _rewind(self, lengths: Sequence[int]) -> None:
@@ -170,15 +216,13 @@ class EncoderDecoderSession(Session):
             self._cut(longest)
             self._held = longest
 
-    def _rule_out(self, logits: Logits) -> None:
-        """Tokens that an answer never has, or not at its start."""
-        never = list(self._cross.suppressed_ids)
+    def _ruled(self) -> tuple[list[int], int | None]:
+        """Tokens that an answer does not have next, and the one that it has to have."""
+        never, forced = list(self._cross.suppressed_ids), None
         if self._held == len(self.start_ids):
             never += self._cross.first_suppressed_ids
-            first = self._cross.forced_first_id
-            if first is not None and len(self.start_ids) == 1:
-                logits[:, [token for token in range(self.vocab_size) if token != first]] = -np.inf
-        logits[:, [token for token in never if token < self.vocab_size]] = -np.inf
+            forced = self._cross.forced_first_id if len(self.start_ids) == 1 else None
+        return [token for token in never if token < self.vocab_size], forced
 
     def _padded(self, prompts: Rows) -> list[Array]:
         """ids and mask [B, longest], padded on the right."""

@@ -19,6 +19,7 @@ from optc.compiler.diagnostics import InputError, TargetError, UsageError
 from optc.compiler.notebook import html_table
 from optc.compiler.settings.fields import check_range, check_type
 from optc.runtime.bounds import Threads
+from optc.runtime.generation.beams import BeamSettings, beam_search
 from optc.runtime.generation.generate import GenerationResult, StopReason, generate
 from optc.runtime.generation.tokenizer import TextStream, Tokenizer, eos_token_ids, load_tokenizer
 from optc.runtime.sampling import Sampling
@@ -145,6 +146,9 @@ class TextModel:
             on_token=streams.push if streams.wanted else None,
         )
         streams.finish()
+        return self._generations(rows, result)
+
+    def _generations(self, rows: Sequence[Any], result: GenerationResult) -> list[Generation]:
         return [
             Generation(
                 prompt_tokens=row if isinstance(row, list) else [],
@@ -234,6 +238,27 @@ class EncoderDecoderModel(Model):
             yield
         finally:
             self.session.start_ids = before
+
+    def search(
+        self,
+        prompts: Sequence[Any],
+        *,
+        beams: int = 4,
+        length_penalty: float = 1.0,
+        early_stopping: bool = False,
+        max_new_tokens: int = 128,
+        ignore_eos: bool = False,
+    ) -> list[Generation]:
+        """The likeliest answer to each prompt that beam search finds; see `BeamSettings`.
+
+        Raises:
+            UsageError: an option out of range. InputError: as `generate_batch`.
+        """
+        settings = BeamSettings(beams, length_penalty, early_stopping)
+        rows = self._rows(prompts)
+        stop_ids = () if ignore_eos else self.stop_ids
+        result = beam_search(self.session, rows, settings, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+        return self._generations(rows, result)
 
     def _rows(self, prompts: Sequence[Any]) -> list[Any]:
         if self.session.reads_text:

@@ -69,6 +69,12 @@ class OrtEncoderDecoderSession(EncoderDecoderSession):
     def _cut(self, length: int) -> None:
         self._caches = {name: np.ascontiguousarray(item[:, :, :length]) for name, item in self._caches.items()}
 
+    def _take(self, rows: Sequence[int], *, read: bool) -> None:
+        index = np.array(rows, np.int64)
+        self._caches = {name: item[index] for name, item in self._caches.items()}
+        if read:
+            self._read = {name: item[index] for name, item in self._read.items()}
+
     def close(self) -> None:
         """Drop caches and graphs."""
         self._graphs, self._read, self._caches = [], {}, {}

@@ -61,6 +61,13 @@ class PackageEncoderDecoderSession(EncoderDecoderSession):
     def _cut(self, length: int) -> None:
         self._caches = [item[:, :, :length].contiguous() for item in self._caches]
 
+    def _take(self, rows: Sequence[int], *, read: bool) -> None:
+        index = torch.tensor(rows)
+        self._caches = [item[index] for item in self._caches]
+        if read:
+            self._read = [item[index] for item in self._read]
+            self._masks = [item[index] for item in self._masks]
+
     def close(self) -> None:
         """Drop caches."""
         self._masks, self._read, self._caches = [], [], []

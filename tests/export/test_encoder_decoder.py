@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from optc.compiler.pipeline.gate import UNLIMITED, Limits
 from optc.compiler.pipeline.pipeline import Pipeline, PipelineOptions
 from optc.encoder_decoder import answer_probe
 from optc.passes.quantization.rtn import QuantizeRtn
+from optc.runtime.generation.beams import BeamSettings, beam_search
 from optc.runtime.sessions.package_encoder_decoder import PackageEncoderDecoderSession
 
 Capture = pytest.CaptureFixture[str]
@@ -161,6 +163,56 @@ def test_the_code_of_the_page_for_optimum(t5: Compiled, tmp_path: Path, monkeypa
     (tmp_path / "out" / "t5").symlink_to(t5.artifact)
     _ours, optimum = PYTHON
     exec(optimum, {})
+
+
+def _beams_of(model: Any, prompts: list[list[int]], **settings: Any) -> list[list[int]]:
+    """Answers of transformers' beam search, without the start token."""
+    found = model.generate(**_padded(prompts), do_sample=False, max_new_tokens=10, **settings)
+    return [_until_end(row, 1) for row in found[:, 1:].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("beams", "penalty", "early"), [(2, 1.0, False), (5, 2.0, False), (3, -1.0, True), (4, 0.0, True), (1, 1.0, False)]
+)
+def test_beams_are_those_of_generate(t5: Compiled, beams: int, penalty: float, early: bool) -> None:
+    model, texts = optc.load(t5.artifact), ["x", "zz top", "q.", "hello, my"]
+    prompts = [model.encode(text) for text in texts]
+    settings = {"num_beams": beams, "length_penalty": penalty, "early_stopping": early}
+    expected = _beams_of(t5.model, prompts, **(settings if beams > 1 else {}))
+    found = model.search(texts, beams=beams, length_penalty=penalty, early_stopping=early, max_new_tokens=10)
+    assert [row.tokens for row in found] == expected
+    assert [row.stop for row in found] == ["stop-token" if row[-1] == 1 else "length" for row in expected]
+    model.close()
+
+
+def test_beams_end_begin_and_branch_as_they_do_there(t5: Compiled) -> None:
+    """A likely end token, tokens that are ruled out, a first token that is forced; over packages too."""
+    model = copy.deepcopy(t5.model)
+    model.lm_head.weight[1] *= 2.5
+    ruled = {"forced_bos_token_id": 7, "suppress_tokens": [5, 40], "begin_suppress_tokens": [9]}
+    model.generation_config.update(**ruled)
+    pair = capture_encoder_decoder(model)
+    manifest = optc.load(t5.artifact).manifest.with_program("encoder", contract=pair.encoder.contract)
+    manifest = manifest.with_program("model", contract=pair.decoder.contract)
+    session = PackageEncoderDecoderSession(manifest, pair.encoder, pair.decoder, pair.decoder.contract)
+    generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(3, 64, (length,), generator=generator).tolist() for length in (4, 2, 5, 9, 3, 7, 6, 1)]
+    lengths = set()
+    for settings in (
+        BeamSettings(3), BeamSettings(4, length_penalty=1.5), BeamSettings(2, early_stopping=True),
+        BeamSettings(4, length_penalty=0.3, early_stopping=True), BeamSettings(3, length_penalty=3.0, early_stopping=True),
+    ):  # fmt: skip
+        expected = _beams_of(
+            model, prompts, num_beams=settings.beams, length_penalty=settings.length_penalty,
+            early_stopping=settings.early_stopping,
+        )  # fmt: skip
+        found = beam_search(session, prompts, settings, max_new_tokens=10, stop_ids=(1,))
+        assert found.tokens == expected
+        assert {row[0] for row in found.tokens} == {7}
+        lengths |= {len(row) for row in found.tokens}
+    assert len(lengths) > 2  # answers of several lengths were compared
+    with pytest.raises(UsageError, match="beams"):
+        BeamSettings(0)
 
 
 def test_graphs_are_as_optimum_reads_them(t5: Compiled) -> None:

@@ -8,20 +8,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import click
+import msgspec
 from msgspec import Meta
 
 from optc.cli.common import emit, json_option, say, stderr
 from optc.cli.embed import refuse_embedding, run_embed
 from optc.cli.options import struct_flags
 from optc.cli.own_process import leave_to_own_process
-from optc.cli.session_options import GeneratingOptions, artifact_argument, kv_pool, sampling_of
+from optc.cli.session_options import (
+    GeneratingOptions,
+    SamplingOptions,
+    SessionOptions,
+    artifact_argument,
+    kv_pool,
+    sampling_of,
+)
 from optc.cli.tensors import Inputs, read_sounds, refuse_inputs, run_tensors, takes_tensors
 from optc.compiler.diagnostics import UsageError
-from optc.runtime.bounds import Count
+from optc.runtime.bounds import Beams, Count, LengthPenalty
 
 if TYPE_CHECKING:
     from optc.runtime.serving.paged_engine import PagedEngine
     from optc.runtime.sessions.load import Model
+
+
+_OF_A_SESSION = tuple(field.name for field in msgspec.structs.fields(SessionOptions))
 
 
 def _read_ids(texts: Any) -> tuple[tuple[int, ...], ...]:
@@ -74,6 +85,29 @@ class RunOptions(GeneratingOptions, frozen=True, kw_only=True):
             extra={"metavar": "IDS", "read": _read_one, "expected": "integers and commas: 5,17,33"},
         ),
     ] = ()
+    beams: (
+        Annotated[
+            Beams,
+            Meta(
+                description="Of an encoder-decoder model: the best of so many answers that are searched side by side.",
+                extra={"default": "1, greedy"},
+            ),
+        ]
+        | None
+    ) = None
+    length_penalty: (
+        Annotated[
+            LengthPenalty,
+            Meta(
+                description="With --beams: answers are compared by their log probability / length to this power.",
+                extra={"default": "1"},
+            ),
+        ]
+        | None
+    ) = None
+    early_stopping: Annotated[bool, Meta(description="With --beams: end as soon as so many answers are finished.")] = (
+        False
+    )
 
 
 @click.command()
@@ -97,7 +131,7 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     optc run out/minilm --embed --prompt "The old man" --prompt "A boat" --json
     optc run out/minilm --embed --text lines.txt --save-outputs lines.npy
     optc run out/resnet --inputs images.npz --save-outputs classes.npz
-    optc run out/t5 --prompt "translate English to German: The house is old."
+    optc run out/t5 --prompt "translate English to German: The house is old." --beams 4
     optc run out/whisper --inputs features.npz --decoder-input-ids 50258,50259,50359,50363
     """
     leave_to_own_process([artifact, *([options.draft] if options.draft else [])])
@@ -108,6 +142,8 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     if takes_tensors(artifact):
         run_tensors(artifact, as_json, options)
         return
+    if options.beams is None and (options.length_penalty is not None or options.early_stopping):
+        raise UsageError("--length-penalty and --early-stopping have no effect without --beams", remedy="add --beams 4")
     if options.system and not options.chat:
         raise UsageError("--system has no effect without --chat", remedy="add --chat, or put it into the prompt")
     sounds = read_sounds(artifact, options)
@@ -125,14 +161,13 @@ def run(artifact: Path, as_json: bool, options: RunOptions) -> None:
     stream = single and not as_json and model.tokenizer is not None
     if stream and options.prompt and stderr().is_terminal:
         say(options.prompt[0], dim=True, nl=False, err=True)
+    shared: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "ignore_eos": options.ignore_eos}
     with _answers(model, options.decoder_input_ids):
-        found = model.generate_batch(
-            wanted,
-            max_new_tokens=options.max_new_tokens,
-            ignore_eos=options.ignore_eos,
-            on_text=_print_piece if stream else None,
-            **sampling_of(options),
-        )
+        if options.beams is not None:
+            stream, found = False, _searched(model, wanted, options, shared)
+        else:
+            on_text = _print_piece if stream else None
+            found = model.generate_batch(wanted, on_text=on_text, **shared, **sampling_of(options))
     rows = [asdict(row) for row in found]
     result = rows[0] if single else _batch(rows)
     if engine is None:
@@ -161,6 +196,26 @@ def _answers(model: Model, ids: tuple[int, ...]) -> AbstractContextManager[None]
             "--decoder-input-ids has no effect on a model without an encoder", remedy="put the tokens into the prompt"
         )
     return model.answers_from(ids)
+
+
+def _searched(model: Model, prompts: list[Any], options: RunOptions, shared: dict[str, Any]) -> list[Any]:
+    """The best answers of a beam search.
+
+    Raises:
+        UsageError: the model has no encoder, or a flag of sampling was given.
+    """
+    from optc.runtime.sessions.load import EncoderDecoderModel
+
+    if not isinstance(model, EncoderDecoderModel):
+        raise UsageError("--beams has no effect on a model without an encoder", remedy="leave it out")
+    unused = [field.name for field in msgspec.structs.fields(SamplingOptions) if field.name not in _OF_A_SESSION]
+    for name in unused:
+        if getattr(options, name) not in (None, 0, 1.0):
+            raise UsageError(f"--{name.replace('_', '-')} has no effect with --beams", remedy="leave one of them out")
+    penalty = 1.0 if options.length_penalty is None else options.length_penalty
+    return model.search(
+        prompts, beams=options.beams or 1, length_penalty=penalty, early_stopping=options.early_stopping, **shared
+    )
 
 
 def _speculating(model: Model, artifact: Path, options: RunOptions) -> PagedEngine | None:
