@@ -1,7 +1,10 @@
 """`torch.compile(backend="optc")` against `backend="inductor"` and eager on the CPU, warm and interleaved, random weights.
 
-    python benchmarks/torch_compile_backend.py                # ResNet-50, ViT-B, BERT-base, a tiny Llama, int8 on 115M
+    python benchmarks/torch_compile_backend.py                # models of transformers, torchvision and timm; int8 on 115M
     python benchmarks/torch_compile_backend.py --models bert llama-tiny --rounds 10
+
+torchvision and timm are no requirement of optc: `pip install --target SITE --no-deps torchvision timm`, and SITE on
+PYTHONPATH.
 
 Ratios are rounds of inductor's time over optc's: above 1 optc is faster. Compiling takes most of the time.
 """
@@ -11,10 +14,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from common import DECODER_115M, OPEN_GATE, interleave, llama_sizes, ratio, record
+from picture_models import LIBRARIES, picture_model, ready_torchvision
+from picture_models import MODELS as PICTURE_MODELS
 from torch import Tensor, nn
 
 Forward = Callable[[], Tensor]
@@ -87,6 +93,12 @@ def decode_115m() -> tuple[nn.Module, dict[str, Tensor]]:
     return DecodeStep(llama(**DECODER_115M)), {"input_ids": ids, "position_ids": positions}
 
 
+def of_library(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A model of torchvision or timm, whose only input is called `x`."""
+    model, picture = picture_model(name)
+    return model, {"x": picture}
+
+
 MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any]]], dict[str, dict[str, Any] | None]]] = {
     "bert": (bert, {"optc": None}),
     "resnet-50": (lambda: vision("resnet-50"), {"optc": None}),
@@ -96,8 +108,11 @@ MODELS: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any]]], dict[str
         {"optc": None, "optc int8": {"quant": "int8", "max_relative_error": OPEN_GATE["max_relative_error"]}},
     ),
     "vit-b": (lambda: vision("vit-b"), {"optc": None}),
+    **{name: (partial(of_library, name), {"optc": None}) for name in PICTURE_MODELS},
 }
 """Model and example inputs, and the options of each build by optc."""
+BY_DEFAULT = [name for name in MODELS if name not in ("swin-t", "mixer-s", "deit-s")]
+"""The others take time, and are of kinds that are there already."""
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -158,12 +173,13 @@ def build(model: nn.Module, backend: str, options: dict[str, Any] | None) -> Cal
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=BY_DEFAULT)
+    parser.add_argument("--rounds", type=int, default=14)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    ready_torchvision()
     import optc  # noqa: F401  (registers the name)
 
     found: dict[str, Any] = {}
@@ -174,7 +190,9 @@ def main() -> None:
             least = 1.0 if build == "optc" else 1.5
             goals[f"{name}, {build}: at least {least} of inductor's speed in fp32"] = row["median"] >= least
         record(
-            "torch_compile_backend", {"models": found, "goals": goals}, arguments.threads
+            "torch_compile_backend",
+            {"libraries": LIBRARIES, "models": found, "goals": goals},
+            arguments.threads,
         )  # one by one: it takes long
 
 
