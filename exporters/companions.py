@@ -1,4 +1,4 @@
-"""Files of the source model that travel with an artifact: tokenizer, config, chat template."""
+"""Files of the source model that travel with an artifact: tokenizer, config, chat template, processor of pictures or sounds."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _NAMES = (
     "chat_template.json",
     "generation_config.json",
     "config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 
 

@@ -27,3 +27,10 @@ def test_a_result_fits_a_screen() -> None:
     lines = repr(optc.CompileResult(Path("out/model"), manifest)).splitlines()
     assert lines[0] == f"CompileResult(out/model: {manifest.target}, {manifest.seconds['total']:.1f} s"
     assert lines[1:] == ["  weights 8.00 MB -> 2.00 MB (0.25 x): linears 2.00 MB", "  since the capture: KL 2e-09)"]
+
+
+def test_the_loader_of_packages_is_importable_where_scripts_know_it() -> None:
+    from optc.runtime import pt2_runner
+    from optc.runtime.carried.pt2_runner import open_folder
+
+    assert pt2_runner.open_folder is open_folder

@@ -15,6 +15,8 @@ from optc.compiler.ir.contract import MOST, AttentionFacts, ModelFacts
 
 AUDIO = "input_features"
 """What encoders of sounds take: frames of a spectrogram, [B, mel bands, frames]."""
+PIXELS = "pixel_values"
+"""What models of pictures take: [B, channels, height, width]."""
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -112,6 +114,22 @@ def generates_from_an_encoder(made: type) -> bool:
         return False
     takes = inspect.signature(made.forward).parameters
     return "encoder_outputs" in takes and "decoder_input_ids" in takes  # a decoder alone may take the first
+
+
+def reads_pictures(made: type) -> bool:
+    """Whether a class of transformers takes pictures, alone or beside texts, and does not answer in text."""
+    if "transformers" not in sys.modules:
+        return False
+    from transformers.generation import GenerationMixin
+
+    reads = getattr(made, "main_input_name", None) == PIXELS or reads_both(made)
+    return reads and not issubclass(made, GenerationMixin)
+
+
+def reads_both(made: type) -> bool:
+    """Whether a class of transformers compares pictures with texts (CLIP): its forward takes both, each of its own number."""
+    takes = inspect.signature(made.forward).parameters  # type: ignore[attr-defined]
+    return {PIXELS, "input_ids", "return_loss"} <= set(takes)
 
 
 def rotary_limit(config: Any) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.capture.attention import NAME, register
-from optc.compiler.capture.facts import AUDIO, generates_from_an_encoder, rotary_limit
+from optc.compiler.capture.facts import AUDIO, generates_from_an_encoder, reads_pictures, rotary_limit
 from optc.compiler.diagnostics import CaptureError, InputError, foreign_errors
 from optc.compiler.files import side_by_side
 from optc.compiler.formats.layouts.tensors import TensorReader
@@ -150,7 +150,8 @@ def meta_model(info: CheckpointInfo, *, bare: bool = False) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the skeleton is that of the unquantized model
     made = _bare_class(info, config) if bare else _model_class(info, config)
-    if made.main_input_name != "input_ids" and not (generates_from_an_encoder(made) and made.main_input_name == AUDIO):
+    sounds = generates_from_an_encoder(made) and made.main_input_name == AUDIO
+    if made.main_input_name != "input_ids" and not (sounds or reads_pictures(made)):
         raise _reads_other_input(made)
     register()
     with _config_errors(info), torch.device("meta"):
@@ -210,11 +211,15 @@ def _config_errors(info: CheckpointInfo) -> AbstractContextManager[None]:
 def _reads_other_input(made: type) -> CaptureError:
     """The refusal of a model of images or sounds."""
     name = made.main_input_name  # type: ignore[attr-defined]
-    what = {"pixel_values": "a vision model", "input_values": "an audio model", "input_features": "an audio model"}
+    what = {
+        "pixel_values": "a vision model that answers in text",
+        "input_values": "an audio model",
+        "input_features": "an audio model",
+    }
     return CaptureError(
         f"the model reads {name}, not token ids",
         where=made.__name__,
-        why=f"it is {what[name]}; model folders are taken of language models" if name in what else None,
+        why=f"it is {what[name]}; folders are taken of models of text or of pictures" if name in what else None,
         remedy="load it in Python and capture it as a module: optc.capture(model, (example,), input_names=[...])",
     )
 

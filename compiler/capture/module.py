@@ -26,6 +26,7 @@ def capture_module(
     *,
     input_names: Sequence[str] | None = None,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    largest: Mapping[str, int] | None = None,
     prove: bool = True,
 ) -> Program:
     """Capture an nn.Module of tensors in, tensors out.
@@ -34,6 +35,7 @@ def capture_module(
         example_inputs: one tensor per argument of `forward`; an axis named dynamic needs size >= 2.
         input_names: names of the inputs in the graph (default: input_0, input_1, ...).
         dynamic: input name -> axis -> name of the dynamic axis; equal names are equal sizes.
+        largest: name of a dynamic axis -> its largest size.
         prove: run the program and compare it with the module, also with each dynamic axis at 1; see `prove_module`.
 
     Raises:
@@ -51,7 +53,10 @@ def capture_module(
             why=f"{len(names)} names, {len(example_inputs)} inputs, unknown: {unknown}",
             remedy=f"name each of: {', '.join(names)}",
         )
-    dims: dict[str, Any] = {label: Dim(label, min=1) for per in axes.values() for label in per.values()}
+    most = dict(largest or {})
+    dims: dict[str, Any] = {
+        label: Dim(label, min=1, max=most.get(label)) for per in axes.values() for label in per.values()
+    }
     shapes = tuple({axis: dims[label] for axis, label in axes[name].items()} for name in names)
     exported = run_export(module, tuple(example_inputs), shapes, where=type(module).__name__)
     contract = module_contract(exported, type(module).__name__, names)

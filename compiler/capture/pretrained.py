@@ -22,13 +22,16 @@ from optc.compiler.capture.facts import (
     attention_layers,
     generates_from_an_encoder,
     model_facts,
+    reads_pictures,
     rotary_limit,
     stated_context,
     text_config,
 )
 from optc.compiler.capture.implementations import implementations
 from optc.compiler.capture.loading import RESIDENT_BYTES, load_model
+from optc.compiler.capture.outputs import named_outputs
 from optc.compiler.capture.own_positions import drop_whole_padding, lift_positions
+from optc.compiler.capture.pictures import capture_pictures
 from optc.compiler.capture.positions import position_offset
 from optc.compiler.capture.proof import SHORTEST, prove_model
 from optc.compiler.capture.recurrent import recurrent_functions
@@ -38,7 +41,7 @@ from optc.compiler.capture.rotary import short_frequencies
 from optc.compiler.capture.selections import whole_selections
 from optc.compiler.capture.shells import DecoderShell, EmbedderShell, EncoderShell, takes_positions
 from optc.compiler.diagnostics import CaptureError, GateError, unknown_name
-from optc.compiler.ir.contract import Contract, Input, Output
+from optc.compiler.ir.contract import Contract, Input
 from optc.compiler.ir.deferred import SingleSizes, has_data_sizes
 from optc.compiler.ir.export import SizeConditionError, run_export
 from optc.compiler.ir.lazy_weights import LazyWeight
@@ -50,6 +53,7 @@ from optc.compiler.model_folder.checkpoint import (
     match_names,
 )
 from optc.compiler.model_folder.dtypes import DTYPES
+from optc.compiler.model_folder.pictures import picture_size
 from optc.compiler.model_folder.quantized import quantized_folder
 from optc.compiler.model_folder.sentence import sentence_modules
 
@@ -69,7 +73,7 @@ def capture_pretrained(
     tokens: Sequence[int] = (),
     pooling: str | None = None,
 ) -> tuple[Program, CheckpointInfo]:
-    """Capture a model folder. Linears of a folder that is already quantized read `optc.dequantize` of its codes.
+    """Capture a model folder, of text or of pictures. Linears of a folder that is already quantized read `optc.dequantize` of its codes.
 
     A folder of sentence-transformers becomes one program with its modules: token ids and mask in, embeddings out.
 
@@ -104,7 +108,11 @@ def capture_pretrained(
             Path(folder), modules, dtype=dtype, trust_remote_code=trust_remote_code, resident_bytes=resident
         )
         head = head.to(device) if elsewhere else head
-    program = capture_model(model.to(device) if elsewhere else model, prove=prove, tokens=tokens, head=head)
+    model = model.to(device) if elsewhere else model
+    if reads_pictures(type(model)):
+        program = capture_pictures(model, picture_size(info.path, info.config), prove=prove)
+    else:
+        program = capture_model(model, prove=prove, tokens=tokens, head=head)
     if any(isinstance(tensor, LazyWeight) for _, tensor in program.weights()):
         program.work_file = WorkFile(work_folder)
     quantized = quantized_folder(info)
@@ -353,7 +361,7 @@ def _export_for(
             inputs.append(Input(name="token_type_ids", role="token_type_ids", **i64))
     where = type(model).__name__
     exported = run_export(shell, args, tuple(dims for _ in args), where=where, excepted=excepted)
-    output = _output(exported, config, shell)
+    outputs = named_outputs(exported, config, shell)
     size = int(exported.graph.output_node().args[0][0].meta["val"].shape[-1])
     facts = model_facts(config, getattr(model, "generation_config", None))
     stated = max(0, facts.context_length - offset)
@@ -362,7 +370,7 @@ def _export_for(
     contract = Contract(
         kind="decoder" if decoder else "encoder",
         inputs=tuple(inputs),
-        outputs=(output,),
+        outputs=outputs,
         position_rule=decoder,
         layers=attention_layers(exported),
         model=msgspec.structs.replace(facts, context_length=min(stated, context)),
@@ -373,19 +381,6 @@ def _export_for(
     if decoder and drop_whole_padding(program) + (0 if takes_positions(model) else lift_positions(program)):
         program = program.changed()
     return program
-
-
-def _output(exported: torch.export.ExportedProgram, config: Any, shell: DecoderShell | EncoderShell) -> Output:
-    """Logits over the vocabulary, logits over classes, or hidden states."""
-    if isinstance(shell, DecoderShell):
-        return Output(name="logits", role="logits")
-    if isinstance(shell, EmbedderShell):
-        return Output(name="embedding", role="embedding")
-    if not shell.answers_logits:
-        return Output(name="hidden", role="hidden")
-    width = exported.graph.output_node().args[0][0].meta["val"].shape[-1]
-    vocabulary = width == getattr(text_config(config), "vocab_size", None)
-    return Output(name="logits", role="logits" if vocabulary else "classes")
 
 
 def _context(config: Any) -> int:

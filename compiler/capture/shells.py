@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from optc.compiler.capture.embedding import EmbeddingHead
-from optc.compiler.diagnostics import CaptureError
 
 
-class _Shell(torch.nn.Module):
+class Shell(torch.nn.Module):
     """A forward of our own over a model, without a level of its own in the parameter names."""
 
     _inner: Any
@@ -26,7 +25,7 @@ class _Shell(torch.nn.Module):
         self.training = model.training
 
 
-class DecoderShell(_Shell):
+class DecoderShell(Shell):
     """Token ids and positions counted from 0, [B, S], to logits; `offset` is what the model counts from."""
 
     _offset: int
@@ -43,36 +42,45 @@ class DecoderShell(_Shell):
         return out.logits
 
 
-class EncoderShell(_Shell):
-    """Token ids and mask [B, S] to logits, or to hidden states where the model has none."""
+class EncoderShell(Shell):
+    """Token ids and mask [B, S] to what a model answers; see `answers`."""
 
-    _answer: SimpleNamespace  # what the forward learns of the model: whether it calls its answer logits
+    _answer: SimpleNamespace  # what the forward learns of the model: the names of its answers
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
-        object.__setattr__(self, "_answer", SimpleNamespace(is_logits=False))
+        object.__setattr__(self, "_answer", SimpleNamespace(names=()))
 
     @property
-    def answers_logits(self) -> bool:
-        """Whether its forward, once called, found that the model gives logits."""
-        return bool(self._answer.is_logits)
+    def names(self) -> tuple[str, ...]:
+        """Of the answers, once the forward was called."""
+        names: tuple[str, ...] = self._answer.names
+        return names
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
         more: dict[str, Any] = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         if "use_cache" in inspect.signature(self._inner.forward).parameters:  # a decoder without its head
             more["use_cache"] = False
         out = self._inner(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **more)
-        self._answer.is_logits = hasattr(out, "logits")
-        if not self._answer.is_logits and "last_hidden_state" not in out and len(out) > 1:
-            raise CaptureError(
-                f"the model has several outputs: {', '.join(out)}",
-                where=type(self._inner).__name__,
-                why="an encoder is captured with one: logits, or hidden states",
-                remedy="optc.capture(module, (tensor, ...)) with a module around the model takes any number of outputs",
-            )
-        return out.logits if self._answer.is_logits else out[0]
+        found = answers(out)
+        self._answer.names = tuple(found)
+        return next(iter(found.values())) if len(found) == 1 else tuple(found.values())
 
 
+def answers(out: Any) -> dict[str, Tensor]:
+    """What is taken of the output of an encoder, under transformers' names: `logits` of a head with one answer; of a model
+    whose first output they are the hidden states; of others every tensor (`start_logits`, `end_logits`)."""
+    if getattr(out, "logits", None) is not None:
+        return {"logits": out.logits}
+    if next(iter(out)) == HIDDEN:
+        return {HIDDEN: out[0]}
+    return {name: value for name, value in out.items() if isinstance(value, Tensor)}
+
+
+HIDDEN, EMBEDDING = "last_hidden_state", "embedding"
+"""What transformers and optimum call hidden states, and our name for what a head makes of them."""
 _HEAD = "embedding_head"
 
 
@@ -85,6 +93,7 @@ class EmbedderShell(EncoderShell):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         hidden = super().forward(input_ids, attention_mask, token_type_ids)
+        self._answer.names = (EMBEDDING,)
         found: Tensor = self._modules[_HEAD](hidden, attention_mask)  # type: ignore[misc]
         return found
 

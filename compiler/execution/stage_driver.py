@@ -19,7 +19,7 @@ from torch import Tensor
 from optc.compiler.analysis.aliases import Storage
 from optc.compiler.execution.block_manager import BlockManager
 from optc.compiler.execution.cross_rows import Cross, calls_of, empty_caches, padded_cross, random_cross
-from optc.compiler.ir.contract import CROSS_ROLES, HELD_ROLES, STATE_ROLE, Input, OutputRole
+from optc.compiler.ir.contract import CROSS_ROLES, HELD_ROLES, STATE_ROLE, Input, Output, OutputRole
 from optc.compiler.ir.cross_inputs import decoder_inputs
 from optc.compiler.ir.devices import program_device, seeded
 from optc.compiler.ir.program import Program
@@ -44,7 +44,8 @@ class StageRun:
     Attributes:
         logits: what `role` says. logits: per sequence [len, V]; hidden (of an encoder): [len, C], and then of each
             of the keys and values that a decoder reads [len, H * D]; classes: [len, C], or [1, C] for one answer per
-            sequence; embedding: [1, D]; output: each output of a plain module, whatever its shape.
+            sequence; embedding: [1, D]; output: each output of a plain module, whatever its shape, or of an encoder
+            with several answers each of them, per sequence.
         taps: per attention layer, in graph order, per sequence: the output [len, H * Dv].
         predicts_next: whether the row of a token is about the token after it (decoders).
     """
@@ -251,18 +252,23 @@ def _mask(call: Call, device: torch.device) -> Tensor:
 
 def _run_whole(program: Program, run: Runner, sequences: Sequence[Sequence[int]]) -> StageRun:
     everything = [(row, 0, len(tokens)) for row, tokens in enumerate(sequences)]
-    role, more = program.contract.outputs[0].role, [spec.role in CROSS_ROLES for spec in program.contract.outputs]
-    collector, behind = _Collector(len(sequences)), []
+    contract = program.contract
+    more = [
+        number > 0 and (spec.role in CROSS_ROLES or number < contract.answers)
+        for number, spec in enumerate(contract.outputs)
+    ]
+    collector = _Collector(len(sequences))
+    behind: list[tuple[Output, Tensor]] = []
     for call in [everything] if any(more) else _by_length(everything):
         taps: list[Tensor] = []
-        inputs = _whole_inputs(program, sequences, call)
-        out = run(taps)(*inputs)
-        collector.add(call, _unpadded(call), _by_token(out[0], role, inputs[0].shape[1]), taps)
-        behind = [item for item, wanted in zip(out, more, strict=True) if wanted]
+        out = run(taps)(*_whole_inputs(program, sequences, call))
+        collector.add(call, _unpadded(call), _by_token(out[0], contract.outputs[0].role), taps)
+        behind = [(spec, item) for spec, item, wanted in zip(contract.outputs, out, more, strict=True) if wanted]
     found = collector.result()
-    for item in behind:
-        found.logits.extend(_unpadded(everything)(item.transpose(1, 2).flatten(2)))
-    return replace(found, role=role, predicts_next=program.contract.kind == "decoder")
+    for spec, item in behind:
+        rows = item.transpose(1, 2).flatten(2) if spec.role in CROSS_ROLES else _by_token(item, spec.role)
+        found.logits.extend(_unpadded(everything)(rows))
+    return replace(found, role=contract.compared_as, predicts_next=contract.kind == "decoder")
 
 
 def _whole_inputs(program: Program, sequences: Sequence[Sequence[int]], call: Call) -> list[Tensor]:
@@ -301,7 +307,7 @@ def _states(program: Program, call: Call) -> list[list[Tensor]]:
     return found
 
 
-def _by_token(out: Tensor, role: OutputRole, size: int) -> Tensor:
+def _by_token(out: Tensor, role: OutputRole) -> Tensor:
     """An output as [B, S, ...]. One answer for a whole sequence stands at its first token, and nothing after it."""
     if out.dim() > 2:
         return out

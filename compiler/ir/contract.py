@@ -255,6 +255,16 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     @property
+    def compared_as(self) -> OutputRole:
+        """What runs are compared as: the role of the first output; "output", each by itself, of an encoder with several."""
+        return "output" if self.answers > 1 else self.outputs[0].role
+
+    @property
+    def answers(self) -> int:
+        """How many outputs answer a text, the first ones: of an encoder all but what a decoder reads, else one."""
+        return sum(spec.role not in CROSS_ROLES for spec in self.outputs) if self.kind == "encoder" else 1
+
+    @property
     def keeps_states(self) -> bool:
         """Whether rows have states beside keys and values; see `STATE_ROLE`."""
         return self.input_index(STATE_ROLE) is not None

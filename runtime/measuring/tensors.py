@@ -16,6 +16,7 @@ from optc.compiler.files import open_plain
 from optc.compiler.ir.contract import Contract
 from optc.runtime.carried.pt2_runner import check_unpacked
 from optc.runtime.measuring.benchmark import median_rate, peak_rss_bytes
+from optc.runtime.measuring.pictures import SUFFIXES, picture_reader
 from optc.runtime.sessions.tensor_model import Array, TensorModel
 
 LABELS = "labels"
@@ -43,19 +44,29 @@ class _Sums:
     labelled: int = 0
 
 
-def read_batches(path: Path, contract: Contract) -> list[Batch]:
+def read_batches(path: Path, contract: Contract, artifact: Path | None = None) -> list[Batch]:
     """Inputs from a file or a folder of files, each a batch of its own, in the order of their names.
 
     `.npz` holds the inputs under their names (and `labels`); `.npy` is the input of a model that has one. Nothing is
-    unpickled.
+    unpickled. Pictures go through the processor of the artifact.
+
+    Args:
+        artifact: its folder; None takes no pictures.
 
     Raises:
         InputError: no such file, none of this kind in the folder, a damaged one, or one without an input.
     """
-    files = sorted(item for item in path.iterdir() if item.suffix in (".npy", ".npz")) if path.is_dir() else [path]
+    kinds = (".npy", ".npz") if artifact is None else (".npy", ".npz", *SUFFIXES)
+    files = sorted(item for item in path.iterdir() if item.suffix.lower() in kinds) if path.is_dir() else [path]
     if not files:
-        raise InputError("the folder has no inputs", where=str(path), remedy="put .npz or .npy files into it")
-    return [_read(file, [spec.name for spec in contract.inputs]) for file in files]
+        raise InputError("the folder has no inputs", where=str(path), remedy=f"put files into it: {', '.join(kinds)}")
+    pictures = [file for file in files if artifact is not None and file.suffix.lower() in SUFFIXES]
+    shown = picture_reader(artifact, contract) if artifact is not None and pictures else None
+    names = [spec.name for spec in contract.inputs]
+    return [
+        Batch(file.name, {names[0]: shown(file)}) if shown is not None and file in pictures else _read(file, names)
+        for file in files
+    ]
 
 
 def _read(path: Path, names: Sequence[str]) -> Batch:
@@ -106,7 +117,8 @@ def _add(into: _Sums, outputs: Mapping[str, Array], contract: Contract, batch: B
     kept = []
     for spec in contract.outputs:
         array = np.asarray(outputs[spec.name])
-        token_wise = mask is not None and array.ndim == 3 and array.shape[:2] == mask.shape
+        answers = array.ndim == 3 or (array.ndim == 2 and spec.role == "output")
+        token_wise = mask is not None and answers and array.shape[:2] == mask.shape
         kept.append(array[np.asarray(mask).astype(bool)] if token_wise else array)
     into.outputs.append(kept)
     if batch.labels is not None:
@@ -133,8 +145,7 @@ def _figures(found: _Sums, expected: _Sums | None, contract: Contract, batches: 
     from optc.compiler.execution.drift import measure
     from optc.compiler.execution.stage_driver import StageRun
 
-    classes = contract.outputs[0].role == "classes" or bool(found.labelled)
-    role = "classes" if classes else contract.outputs[0].role
+    role = "classes" if found.labelled else contract.compared_as
     if role == "output":
         flat = [[torch.from_numpy(array) for kept in side.outputs for array in kept] for side in (expected, found)]
     else:
@@ -148,7 +159,7 @@ def _figures(found: _Sums, expected: _Sums | None, contract: Contract, batches: 
 
 
 def source_run(manifest: Manifest, source: Path | None) -> Run | None:
-    """The model folder that an encoder was compiled from, in float32 by transformers; None where there is none.
+    """The model folder that an artifact was compiled from, in float32 by transformers; None where there is none.
 
     Raises:
         OptcError: the folder that was asked for cannot be read.
@@ -158,14 +169,16 @@ def source_run(manifest: Manifest, source: Path | None) -> Run | None:
         return None
     import torch
 
+    from optc.compiler.capture.attention import NAME
     from optc.compiler.capture.embedding import load_embedder
     from optc.compiler.capture.loading import load_model
     from optc.compiler.model_folder.sentence import sentence_modules
 
-    name, facts = manifest.contract.outputs[0].name, manifest.contract.embedding
+    names, facts = [spec.name for spec in manifest.contract.outputs], manifest.contract.embedding
     head = None
     if facts is None:
-        model, _ = load_model(folder, dtype=torch.float32)
+        attention = "eager" if manifest.contract.kind == "module" else NAME
+        model, _ = load_model(folder, dtype=torch.float32, attention=attention)
     else:
         modules = sentence_modules(folder) or sentence_modules(folder, facts.pooling[0])
         assert modules is not None, "a way of pooling was asked for"
@@ -174,11 +187,13 @@ def source_run(manifest: Manifest, source: Path | None) -> Run | None:
     def run(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         with torch.no_grad():
             out = model(**{key: torch.from_numpy(np.asarray(value)) for key, value in inputs.items()})
-            found = out.logits if getattr(out, "logits", None) is not None else out[0]
+            if all(out.get(name) is not None for name in names):
+                return {name: out[name].float().numpy() for name in names}
+            found = out[0]  # hidden states, which models name in their own ways
             if head is not None:
                 masks = torch.from_numpy(np.asarray(_mask(manifest.contract, inputs))).bool()
                 found = torch.stack([head.of_sequence(row[mask]) for row, mask in zip(found, masks, strict=True)])
-        return {name: found.float().numpy()}
+        return {names[0]: found.float().numpy()}
 
     return run
 

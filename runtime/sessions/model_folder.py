@@ -48,13 +48,13 @@ def open_runner(folder: Path, manifest: Manifest) -> Callable[..., list[torch.Te
     def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
         # Rows are padded on the right: a causal model needs neither a mask nor positions, and makes its own.
         given = {
-            spec.role: value
+            spec.name: value.to(DTYPES[dtype]) if value.is_floating_point() else value
             for spec, value in zip(manifest.contract.inputs, inputs, strict=True)
             if spec.role != "position_ids"
         }
         with torch.no_grad():
             out = model(**given, return_dict=True)
-        return [out.logits if hasattr(out, "logits") else out[0]]
+        return [out[spec.name] for spec in manifest.contract.outputs]
 
     return run
 

@@ -36,7 +36,8 @@ def make_calibration(program: Program, info: CheckpointInfo | None, request: Req
     asked = request.calibration
     given = asked.calibration
     if program.contract.kind == "module":
-        return _examples(program.contract, given, asked.calibration_samples)
+        folder = None if info is None else info.path
+        return _examples(program.contract, given, asked.calibration_samples, folder)
     if given is not None and not isinstance(given, torch.Tensor | Path):
         raise UsageError("a language model is calibrated by tokens, not by inputs", remedy="give a text or token ids")
     if isinstance(given, torch.Tensor):
@@ -90,8 +91,10 @@ _ROWS = 32
 """Rows of a call where the first axis may have any size."""
 
 
-def _examples(contract: Contract, given: Any, samples: int) -> Calibration:
+def _examples(contract: Contract, given: Any, samples: int, folder: Path | None) -> Calibration:
     """Example inputs of a module: files of arrays, or an iterable of tensors, tuples of them, or dicts by input.
+
+    Files of pictures go through the processor of the model's folder, where it is one.
 
     Calls have as many rows as the contract says, and 32 where it leaves that open; at most `samples` rows are taken.
 
@@ -105,7 +108,7 @@ def _examples(contract: Contract, given: Any, samples: int) -> Calibration:
         )
     names = [spec.name for spec in contract.inputs]
     calls = (
-        read_batches(given, contract)
+        read_batches(given, contract, folder)
         if isinstance(given, Path)
         else map(functools.partial(_call, names), _items(given))
     )

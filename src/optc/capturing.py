@@ -193,10 +193,9 @@ def _is_pair(folder: CheckpointInfo, pooling: str | None) -> bool:
 def _with_notes(proof: CaptureProof, info: CheckpointInfo, pooling: str | None) -> CaptureProof:
     """The proof, with notes where the folder holds more than was captured: for sentence-transformers, for pictures."""
     notes = []
-    if pooling == "none" and (behind := modules_behind(info.path)):
-        notes.append(
-            f"modules.json has {', '.join(behind)} behind the model: not captured, the output is the model's own"
-        )
+    if pooling in (None, "none") and (behind := modules_behind(info.path)):
+        captured = "not captured, the output is the model's own" if pooling else "captured with it, as one program"
+        notes.append(f"modules.json has {', '.join(behind)} behind the model: {captured}")
     if beside := parts_beside(info.config):
         notes.append(f"config.json has {', '.join(beside)} beside text_config: the language model alone is captured")
     return msgspec.structs.replace(proof, notes=(*proof.notes, *notes))
@@ -232,7 +231,7 @@ def _folder(
         tokens=tokens,
         pooling=pooling,
     )
-    return program, info, tokens
+    return program, info, tokens if program.contract.kind != "module" else []  # pictures
 
 
 def _path(value: str | Path | None) -> Path | None:

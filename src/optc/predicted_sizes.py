@@ -9,7 +9,7 @@ from typing import Any
 from optc.compiler.analysis.module_linears import expert_stacks, linear_shape, model_linears
 from optc.compiler.analysis.name_patterns import check_patterns, fits
 from optc.compiler.artifact.sizes import Sizes
-from optc.compiler.capture.facts import generates_from_an_encoder, text_config
+from optc.compiler.capture.facts import generates_from_an_encoder, reads_pictures, text_config
 from optc.compiler.formats.group_sizes import size_for
 from optc.compiler.model_folder.dtypes import DTYPES
 from optc.compiler.target.options import CompileOptions, Quantization
@@ -119,8 +119,8 @@ class _Form:
 
 def _tables(skeleton: Any) -> tuple[dict[int, str], bool]:
     """The parts of the embedding's and the head's weights by their identity, and whether they are one."""
-    if not hasattr(skeleton, "get_input_embeddings"):
-        return {}, False
+    if not hasattr(skeleton, "get_input_embeddings") or reads_pictures(type(skeleton)):
+        return {}, False  # no table of tokens, or one of several
     embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
     named = {
         id(module.weight): part for part, module in (("head", head), ("embedding", embedding)) if module is not None

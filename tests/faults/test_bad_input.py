@@ -112,7 +112,7 @@ def _unknown_rotary_type(model: Path) -> None:
 
 
 def _reads_pixels(model: Path) -> None:
-    edit_config(model, model_type="vit", architectures=["ViTForImageClassification"])
+    edit_config(model, model_type="blip", architectures=["BlipForConditionalGeneration"])  # and answers in text
 
 
 def _link_out_of_the_folder(model: Path) -> None:

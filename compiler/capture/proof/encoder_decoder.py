@@ -114,7 +114,7 @@ class _PairProof(Proof):
             made = make_batches(sequences, pad, what, device)
             self.batches = [_Sources(item.name, item.ids, item.mask, answers(len(item.ids))) for item in made]
 
-    def _forward(self, batch: Any) -> Tensor:
+    def _forward(self, batch: Any) -> list[Tensor]:
         name = self.model.get_encoder().main_input_name
         more = {} if batch.is_audio else {"attention_mask": batch.mask}
         source = batch.ids
@@ -124,8 +124,7 @@ class _PairProof(Proof):
             out = self.model(
                 **{name: source}, **more, decoder_input_ids=batch.answers, use_cache=False, return_dict=True
             )
-        logits: Tensor = out.logits
-        return logits
+        return [out.logits]
 
     def _ours(self, batch: Any, replay: type[Replay], dtype: torch.dtype) -> Rows:
         try:

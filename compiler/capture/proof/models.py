@@ -16,7 +16,7 @@ from optc.compiler.capture.proof.reference import (
     Batch,
     make_batches,
     own_implementations,
-    own_output,
+    own_outputs,
     short_batches,
 )
 from optc.compiler.capture.proof.widened import widened
@@ -32,6 +32,8 @@ from optc.compiler.rewriting.retrace import Replay
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-9, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference of outputs, as a share of their largest magnitude; in 16 bits the relative L2 difference."""
 
+_APART = 10
+"""Each of several answers is held to the tolerance times this, relative to its own size (L2)."""
 _LONGEST = 48
 SHORTEST = 8
 """Tokens of the longest sequence: of small models, and of the largest ones."""
@@ -84,7 +86,7 @@ def prove_model(
 
 
 Rows = list[Tensor]
-"""Real tokens [n, C] of each row of a batch."""
+"""Real tokens [n, C] of each row of a batch, of each output."""
 
 
 class Proof:
@@ -151,7 +153,7 @@ class Proof:
             GateError: its forward fails, or gives NaN or infinity.
         """
         try:
-            rows = batch.rows(self._forward(batch))
+            rows = [row for output in self._forward(batch) for row in batch.rows(output)]
             if self.head is not None:
                 rows = [self.head.of_sequence(row)[None] for row in rows]
         except OWN_ERRORS as error:
@@ -166,8 +168,8 @@ class Proof:
             raise self._overflow(batch, dtype)
         return rows
 
-    def _forward(self, batch: Batch) -> Tensor:
-        return own_output(self.model, batch, decoder=self.decoder, offset=self.offset)
+    def _forward(self, batch: Batch) -> list[Tensor]:
+        return own_outputs(self.model, batch, decoder=self.decoder, offset=self.offset)
 
     def _inputs(self, batch: Batch) -> list[Tensor]:
         made = {
@@ -181,8 +183,11 @@ class Proof:
     def _ours(self, batch: Batch, replay: type[Replay], dtype: torch.dtype) -> Rows:
         try:
             with torch.no_grad():
-                output: Tensor = runner(self.program, {}, replay)(*self._inputs(batch))[0]
-                return batch.rows(output) if self.head is None else list(output[:, None])
+                outputs: list[Tensor] = list(runner(self.program, {}, replay)(*self._inputs(batch)))
+                if self.head is not None:
+                    return list(outputs[0][:, None])
+                answers = outputs[: self.program.contract.answers]
+                return [row for output in answers for row in batch.rows(output)]
         except OWN_ERRORS as error:
             raise GateError(
                 "the capture failed the numerics gate: the program does not run",
@@ -225,7 +230,7 @@ class Proof:
         )
 
     def _drift(self, own: Rows, ours: Rows) -> Drift:
-        role = self.program.contract.outputs[0].role
+        role = self.program.contract.compared_as
         return measure(StageRun(own, [], role=role), StageRun(ours, [], role=role))
 
     def _excess(self, drift: Drift, dtype: torch.dtype, spread: float = 0.0) -> float:
@@ -236,7 +241,11 @@ class Proof:
         """
         if is_narrow(dtype):
             return drift.relative - max(TOLERANCE[dtype], ROUNDINGS * spread)
-        return drift.max_abs_diff - TOLERANCE.get(dtype, TOLERANCE[torch.float32]) * max(drift.scale, 1e-6)
+        tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.float32])
+        excess = drift.max_abs_diff - tolerance * max(drift.scale, 1e-6)
+        if self.program.contract.compared_as == "output":  # the scale is that of the largest answer
+            excess = max(excess, drift.relative - _APART * tolerance)
+        return excess
 
     def _miss(self, misses: Sequence[tuple[Batch, Drift]], replay: type[Replay], dtype: torch.dtype) -> GateError:
         aligned = [batch for batch, _ in misses if not (self.decoder and batch.is_left)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from optc.compiler.capture.attention import NAME, caps_scores
 from optc.compiler.capture.implementations import implementations
+from optc.compiler.capture.shells import answers
 
 OWN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError)
 """What a model's own forward raises when it cannot take the inputs."""
@@ -103,8 +104,8 @@ def own_implementations(model: Any) -> Iterator[str]:
         yield attention
 
 
-def own_output(model: nn.Module, batch: Batch, *, decoder: bool, offset: int) -> Tensor:
-    """What the model itself returns: called with token ids and mask, as its users do.
+def own_outputs(model: nn.Module, batch: Batch, *, decoder: bool, offset: int) -> list[Tensor]:
+    """What the model itself returns, one tensor or several (see `answers`): called with token ids and mask, as its users do.
 
     Rows of a decoder that are padded on the left get positions too, since `generate` gives them.
     """
@@ -116,5 +117,4 @@ def own_output(model: nn.Module, batch: Batch, *, decoder: bool, offset: int) ->
         arguments["use_cache"] = False
     with torch.no_grad():
         out = model(**arguments)
-    answer: Tensor = out.logits if hasattr(out, "logits") else out[0]
-    return answer
+    return list(answers(out).values())

@@ -203,7 +203,7 @@ def _calls(artifacts: Sequence[Path], options: CompareOptions) -> list[Any]:
     models = [load_for(path, options) for path in artifacts]
     contract = models[0].manifest.contract
     if options.inputs is not None:
-        inputs = read_batches(options.inputs, contract)[0].inputs
+        inputs = read_batches(options.inputs, contract, artifacts[0])[0].inputs
     else:
         inputs = random_inputs(contract, 1, options.prompt_length or min(128, contract.model.context_length or 128))
     rows = int(next(iter(inputs.values())).shape[0]) if inputs and next(iter(inputs.values())).ndim else 1

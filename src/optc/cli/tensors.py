@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,8 @@ from optc.cli.session_options import SessionOptions, save_figures
 from optc.compiler.artifact.folder import read_manifest
 from optc.compiler.artifact.manifest import ProgramEntry
 from optc.compiler.diagnostics import InputError, UsageError, os_errors
+from optc.compiler.model_folder.config_file import CONFIG, read_json
+from optc.compiler.model_folder.pictures import class_names
 from optc.progress import part
 
 if TYPE_CHECKING:
@@ -24,12 +26,19 @@ if TYPE_CHECKING:
     from optc.runtime.sessions.tensor_model import TensorModel
 
 Inputs = Annotated[
-    Path, Meta(description="Of a model that takes tensors: .npz with arrays by input, .npy, or a folder of them.")
+    Path,
+    Meta(
+        description="Of a model that takes tensors: .npz with arrays by input, .npy, of a model of pictures .png, .jpg, .webp or "
+        ".bmp, or a folder of them."
+    ),
 ]
 """The type of a field that names inputs of an encoder or a module."""
 
 _SHOWN = 8
 """Numbers of an output that are printed."""
+
+_LIKELIEST = 5
+"""Classes of an answer that are named; of a token or an object the first alone."""
 
 _TOGETHER = 32
 """Texts of a batch that is evaluated: a file may have many."""
@@ -128,9 +137,9 @@ def text_lines(path: Path) -> list[str]:
 
 
 def _batches(
-    model: TensorModel, inputs: Path | None, texts: Sequence[str], *, together: int | None = None
+    model: TensorModel, artifact: Path, inputs: Path | None, texts: Sequence[str], *, together: int | None = None
 ) -> list[Batch]:
-    """What a model is called with; `together` texts make a batch, None takes all."""
+    """What the model of an artifact is called with; `together` texts make a batch, None takes all."""
     from optc.runtime.measuring.tensors import Batch, read_batches
 
     contract = model.manifest.contract
@@ -141,7 +150,7 @@ def _batches(
             remedy=f"--inputs FILE.npz with {', '.join(model.inputs)}" + (", or a text" if takes_text else ""),
         )
     if inputs is not None:
-        return read_batches(inputs, contract)
+        return read_batches(inputs, contract, artifact)
     size = together or len(texts)
     return [
         Batch("texts" if size >= len(texts) else f"texts from {start}", model.encode(texts[start : start + size]))
@@ -156,10 +165,12 @@ def run_tensors(artifact: Path, as_json: bool, options: RunOptions) -> None:
     """Print what a model computes, and write it where that was asked for."""
     refuse_others(options, ("prompt", "inputs", "save_outputs", "threads", "trust"))
     model = load_for(artifact, options)
-    batches = _batches(model, options.inputs, options.prompt)
+    batches = _batches(model, artifact, options.inputs, options.prompt)
     outputs = [model.run(batch.inputs) for batch in batches]
     if options.save_outputs is not None:
         _write(options.save_outputs, batches, outputs)
+    roles = {spec.name: spec.role for spec in model.manifest.contract.outputs}
+    names = class_names(read_json(artifact / CONFIG)) if (artifact / CONFIG).is_file() else {}
     rows = [
         {
             "name": name,
@@ -167,11 +178,30 @@ def run_tensors(artifact: Path, as_json: bool, options: RunOptions) -> None:
             "shape": list(array.shape),
             "values": array.tolist(),
             "inputs": batch.name,
+            **({"classes": likely_classes(array, names)} if roles[name] == "classes" else {}),
         }
         for batch, found in zip(batches, outputs, strict=True)
         for name, array in found.items()
     ]
     emit({"outputs": rows}, as_json, _show_outputs)
+
+
+def likely_classes(logits: Any, names: Mapping[int, str]) -> list[list[dict[str, Any]]]:
+    """The most likely classes of each row of logits [..., classes], with their shares of a softmax.
+
+    Args:
+        names: of classes; the others are called by their numbers.
+    """
+    import numpy as np
+
+    flat = np.asarray(logits, np.float64).reshape(-1, np.shape(logits)[-1])
+    shares = np.exp(flat - flat.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    best = np.argsort(-shares, axis=-1, kind="stable")[:, : _LIKELIEST if np.ndim(logits) == 2 else 1]
+    return [
+        [{"label": names.get(int(index), str(index)), "score": float(row[index])} for index in chosen]
+        for row, chosen in zip(shares, best, strict=True)
+    ]
 
 
 def _write(path: Path, batches: Sequence[Batch], outputs: Sequence[dict[str, Any]]) -> None:
@@ -199,6 +229,9 @@ def _show_outputs(result: dict[str, Any]) -> None:
         )
         more = ", ..." if flat.size > _SHOWN else ""
         say(f"{row['inputs']}: {row['name']} {row['dtype']}{row['shape']}: {shown}{more}")
+        for index, found in enumerate(row.get("classes", ())):
+            place = f"[{index}] " if len(row["classes"]) > 1 else ""
+            say(f"  {place}" + ", ".join(f"{item['label']} {item['score']:.4f}" for item in found))
 
 
 # -- eval -----------------------------------------------------------------------------------------
@@ -244,11 +277,13 @@ def _evaluation(
             raise InputError(
                 "the artifacts have other inputs or outputs", where=path, remedy="compare those of one model"
             )
-    batches = _batches(first, inputs, [] if text is None else text_lines(text), together=_TOGETHER)
+    texts = [] if text is None else text_lines(text)
+    batches = _batches(first, Path(named[0][0]), inputs, texts, together=_TOGETHER)
     contract = first.manifest.contract
+    from_folder = contract.kind == "encoder" or bool(first.manifest.source.path)
     reference, beside = None, None
     if not no_reference:
-        if contract.kind == "encoder":
+        if from_folder:
             reference = tensors.source_run(first.manifest, source)
             beside = None if reference is None else str(source or first.manifest.source.path)
         elif source is not None:
@@ -262,7 +297,7 @@ def _evaluation(
         raise UsageError(
             "there is nothing to compare with",
             remedy=f"add --compare and another artifact, or '{tensors.LABELS}' to the inputs"
-            + (", or name the model by --source" if contract.kind == "encoder" else ""),
+            + (", or name the model by --source" if from_folder else ""),
         )
     with part("batches", total=len(batches)) as update:
         figures = tensors.evaluate_tensors(
@@ -300,7 +335,7 @@ def bench_tensors(artifact: Path, options: BenchOptions) -> dict[str, Any]:
     if options.inputs is not None:
         if options.prompt_length or options.batch != 1:
             raise UsageError("--batch and --prompt-length have no effect with --inputs", remedy="leave them out")
-        inputs = _batches(model, options.inputs, [])[0].inputs
+        inputs = _batches(model, artifact, options.inputs, [])[0].inputs
     else:
         lengths = options.prompt_length or (min(128, model.manifest.contract.model.context_length or 128),)
         if len(lengths) > 1:

@@ -10,11 +10,12 @@ import transformers as hf
 from families import FAMILIES, make_model
 from torch import Tensor, nn
 
-from optc.compiler.capture import attention, capture_model, capture_module, pretrained
+from optc.compiler.capture import attention, capture_model, capture_module, pretrained, shells
 from optc.compiler.capture.positions import position_offset
 from optc.compiler.capture.proof import widened
 from optc.compiler.capture.proof.reference import own_implementations
 from optc.compiler.diagnostics import CaptureError, GateError
+from optc.compiler.execution.stage_driver import run_stage
 
 _SIZE: dict[str, Any] = {
     "hidden_size": 64,
@@ -151,10 +152,51 @@ def test_unknown_arguments_of_masks_are_refused() -> None:
         attention.make_mask(mask_function=causal_mask_function, batch_size=1, chunk_size=4)
 
 
-def test_several_outputs_are_refused_by_name() -> None:
-    """The first was kept and called hidden states."""
-    with pytest.raises(CaptureError, match="the model has several outputs: start_logits, end_logits"):
-        capture_model(_large(hf.BertForQuestionAnswering(hf.BertConfig(**_SIZE))))
+def test_heads_with_several_answers_keep_them_all() -> None:
+    """Scores of the first and last token of an answer; words and whether a sentence follows."""
+    ids, mask = torch.tensor([[5, 6, 7, 8, 9], [4, 3, 2, 0, 0]]), torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
+    heads = {
+        hf.BertForQuestionAnswering: {"start_logits": "output", "end_logits": "output"},
+        hf.BertForPreTraining: {"prediction_logits": "output", "seq_relationship_logits": "classes"},
+    }
+    for head, outputs in heads.items():
+        model = _large(head(hf.BertConfig(**_SIZE)))
+        program = capture_model(model)
+        assert {spec.name: spec.role for spec in program.contract.outputs} == outputs
+        wanted = model(input_ids=ids, attention_mask=mask)
+        found = program.exported.module()(ids, mask, torch.zeros_like(ids))
+        for (name, role), output in zip(outputs.items(), found, strict=True):
+            real = mask.bool() if role == "output" else ...
+            torch.testing.assert_close(
+                output[real], wanted[name][real], rtol=0, atol=2e-4 * float(wanted[name].abs().max())
+            )
+        assert program.proof is not None
+        assert program.proof.proved
+        run = run_stage(program, [[5, 6, 7, 8, 9], [4, 3, 2]])  # what passes are held to
+        assert run.role == "output"
+        assert [len(rows) for rows in run.logits[:4]] == [
+            5,
+            3,
+            *((5, 3) if outputs.popitem()[1] == "output" else (1, 1)),
+        ]
+
+
+def test_one_of_several_answers_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second output, whose numbers are small beside the first one's."""
+    answers = shells.answers
+
+    def damaged(out: Any) -> dict[str, torch.Tensor]:
+        found = answers(out)
+        return {name: value * (1.001 if name == "end_logits" else 1.0) for name, value in found.items()}
+
+    model = _large(hf.BertForQuestionAnswering(hf.BertConfig(**_SIZE)))
+    with torch.no_grad():
+        model.qa_outputs.weight[1] *= 1e-2
+        model.qa_outputs.bias[1] *= 1e-2
+    capture_model(model)
+    monkeypatch.setattr(shells, "answers", damaged)
+    with pytest.raises(GateError, match="the program is not what BertForQuestionAnswering computes"):
+        capture_model(model)
 
 
 # -- damaged captures -----------------------------------------------------------------------------
