@@ -58,9 +58,18 @@ def check_patterns(option: str, patterns: Iterable[str], names: Collection[str])
             continue
         core = pattern.removeprefix(_REGEX).replace(".*", "*").strip("*^$")
         wider = [item for item in (f"*{core}.weight", f"*{core}*") if any(fnmatchcase(name, item) for name in names)]
-        near = difflib.get_close_matches(pattern, list(names), n=3, cutoff=0.5) or list(names)[:3]
+        near = _nearest(pattern, core, names)
         raise NoMatchError(
             f"{option}: '{pattern}' matches no weight",
             why=f"names look like {', '.join(near)}",
             remedy=f"use '{wider[0]}'" if core and wider else "correct the pattern, or leave it out",
         )
+
+
+def _nearest(pattern: str, core: str, names: Collection[str]) -> list[str]:
+    """Up to three names like a pattern: as a whole, else those whose last part is like the pattern's; else the first."""
+    if whole := difflib.get_close_matches(pattern, list(names), n=3, cutoff=0.5):
+        return whole
+    lasts = {name: name.removesuffix(_WEIGHT).rpartition(".")[2] for name in names}
+    like = difflib.get_close_matches(core.rpartition(".")[2], sorted(set(lasts.values())), n=1)
+    return [name for name, last in lasts.items() if last in like][:3] or list(names)[:3]

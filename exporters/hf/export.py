@@ -28,6 +28,7 @@ from optc.compiler.target.target import ExportRequest, ExportResult
 from optc.exporters.companions import copy_companions
 from optc.exporters.hf.collect import FolderPlan, collect
 from optc.exporters.hf.drafts import carry
+from optc.exporters.hf.fused import check_fused
 from optc.exporters.hf.serving import FILE, vllm_options
 from optc.exporters.hf.shards import write_shards
 from optc.exporters.options.hf import FolderOptions
@@ -42,7 +43,8 @@ def export_hf(program: Program, request: ExportRequest) -> ExportResult:
     was written is read back through `optc.compiler.formats.layouts` and compared with the program bit by bit.
 
     Raises:
-        TargetError: a weight has no place in a model folder, or the layout cannot hold it; names it.
+        TargetError: a weight has no place in a model folder, or the layout cannot hold it, or a linear is quantized unlike
+            one that vLLM joins with it; names it.
         ArtifactError: what was read back is not what was written.
         ResourceError, InputError: the disk is full or not writable.
     """
@@ -55,6 +57,7 @@ def export_hf(program: Program, request: ExportRequest) -> ExportResult:
             why="nothing is quantized",
             remedy="add --quant",
         )
+    check_fused(plan.quantized)
     writer = layout_writer(layout or CHOICES[0], [item.weight for item in plan.quantized])
     told = vllm_options(options, carry(options, request.directory))
     texts = {} if told is None else {FILE: told}

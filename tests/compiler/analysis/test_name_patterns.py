@@ -49,6 +49,12 @@ def test_nearest_names_are_told() -> None:
         check_patterns("ignore", ["model.layers.0.mlp.upp_proj.weight"], [HEAD, UP])
 
 
+def test_a_last_part_that_is_nearly_one_is_told() -> None:
+    for pattern in (UP.split(".")[-2].replace("_", ""), "re:.*upproj"):
+        with pytest.raises(NoMatchError, match=f"names look like {UP}"):
+            check_patterns("ignore", [pattern], [HEAD, UP])
+
+
 def test_time_is_bounded() -> None:
     begin = time.perf_counter()
     with pytest.raises(ValueError, match="it takes longer than"):

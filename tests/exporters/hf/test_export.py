@@ -277,3 +277,39 @@ def test_a_layout_without_quantization_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"(?s)--layout says how.*nothing is quantized"):
         write(quantized("llama", "none"), source("llama"), tmp_path, "awq")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("passes", "where", "why"),
+    [
+        ((QuantizeRtn(group_size=32, ignore=("k_proj",)),), "q_proj", "k_proj is not quantized"),
+        (
+            (QuantizeRtn(group_size=32, ignore=("*.1.mlp.gate_proj",)),),
+            "layers.1.mlp.up_proj",
+            "gate_proj is not quantized",
+        ),
+        (
+            (QuantizeRtn(group_size=32, ignore=("v_proj",)), QuantizeRtn(bits=8, group_size=32)),
+            "q_proj",
+            "v_proj is quantized differently",
+        ),
+    ],
+)
+def test_linears_that_vllm_joins_are_quantized_alike(
+    passes: tuple[QuantizeRtn, ...], where: str, why: str, tmp_path: Path
+) -> None:
+    """Its loader refuses such a folder: a joined linear has one scheme."""
+    program = captured("llama")
+    for rewrite in passes:
+        program = apply(rewrite, program).program
+    with pytest.raises(TargetError, match="as one linear") as caught:
+        write(program, source("llama"), tmp_path)
+    assert where in str(caught.value.where)
+    assert why in str(caught.value.why)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_linears_that_vllm_does_not_join_may_differ(tmp_path: Path) -> None:
+    rewrite = QuantizeRtn(group_size=32, ignore=("q_proj", "k_proj", "v_proj", "*.0.mlp.down_proj", "o_proj"))
+    result = write(apply(rewrite, captured("llama")).program, source("llama"), tmp_path)
+    assert result.info["quantized_linears"] == 5

@@ -174,6 +174,14 @@ def test_the_first_code_lies_in_the_lowest_bits() -> None:
     assert pack_nbits(torch.tensor([[1, 2, 3, 0, 2]], dtype=torch.uint8), 2).tolist() == [[0b00111001, 0b10]]
 
 
+def test_codes_that_begin_anywhere_in_memory_are_packed() -> None:
+    codes = torch.arange(9, dtype=torch.uint8) % 4
+    for start in range(4):
+        part = codes[start : start + 4]
+        assert torch.equal(pack_nbits(part, 4), pack_nbits(part.clone(), 4))
+        assert torch.equal(pack_nbits(part, 2), pack_nbits(part.clone(), 2))
+
+
 class _Linear(torch.nn.Module):
     """Random codes, scales and, if asked for, zero points and a bias: [N, K] = [25, 256]."""
 
