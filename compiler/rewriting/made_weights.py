@@ -78,7 +78,8 @@ def made_by_rows(op: Callable[..., Tensor], parts: Sequence[Any], keywords: Mapp
 
 
 def _identity(part: Any) -> object:
-    """What tells the memory of a tensor from that of another that is alive."""
+    """What tells a tensor from another that is alive: its place in a storage. Not every device has addresses of data."""
     if not isinstance(part, Tensor):
         return part
-    return part.device, part.data_ptr(), part.dtype, tuple(part.shape), part.stride()
+    place = part.untyped_storage()._cdata, part.storage_offset()
+    return part.device, place, part.dtype, tuple(part.shape), part.stride()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +27,8 @@ def test_a_compile_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     seen: list[bool] = []
     run = pipeline.run_probe
 
-    def watched(*arguments: object) -> object:
-        found = run(*arguments)
+    def watched(*arguments: Any, **named: Any) -> object:
+        found = run(*arguments, **named)
         seen.append(isinstance(found.logits[0], There))
         return found
 

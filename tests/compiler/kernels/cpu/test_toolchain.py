@@ -13,6 +13,7 @@ from optc.compiler import compat
 from optc.compiler.diagnostics import InputError, TargetError
 from optc.compiler.kernels.cpu import library, toolchain
 from optc.compiler.kernels.kernel import kernels_for
+from optc.compiler.rewriting.passes import PassContext
 from optc.compiler.target.target import ExportRequest, check_legal
 from optc.exporters.inductor import export_inductor
 from optc.exporters.options.inductor import InductorOptions
@@ -153,7 +154,7 @@ def test_this_host_can_run_what_it_compiles() -> None:
 
 def test_illegal_operators_are_named() -> None:
     """The dialect before legalization, and operators of other libraries."""
-    program = StaticKVCache(in_place=True).run(captured("llama"), None).program  # type: ignore[arg-type]
+    program = StaticKVCache(in_place=True).run(captured("llama"), PassContext()).program
     with pytest.raises(TargetError, match="'inductor-cpu' cannot run 2 node") as caught:
         check_legal(program, TARGET)
     assert "optc.cached_attention_.default has no lowering" in str(caught.value.where)
