@@ -11,6 +11,7 @@ length and block table.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Unpack
 
 import torch
@@ -27,14 +28,15 @@ PADDING = -1
 TABLES = "Tensor slot_mapping, Tensor block_tables, Tensor context_lens, Tensor cu_seqlens"
 
 
-def write_pool_(pool: Tensor, slot_mapping: Tensor, new: Tensor) -> None:
+def _write_pool_(pool: Tensor, slot_mapping: Tensor, new: Tensor) -> None:
     """pool[slot // block_size, slot % block_size] = new[token], but for padding."""
     real = slot_mapping != PADDING
     slots = slot_mapping[real]
     pool[slots // pool.shape[1], slots % pool.shape[1]] = new[real].to(pool.dtype)
 
 
-def _paged_attention(
+def attend_requests(
+    attend: Callable[[Tensor, Tensor, Tensor, slice], Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -44,24 +46,32 @@ def _paged_attention(
     block_tables: Tensor,
     context_lens: Tensor,
     cu_seqlens: Tensor,
-    **knobs: Unpack[Knobs],
 ) -> Tensor:
+    """Write new keys and values into the pools, and answer each request's new tokens; 0 for padding.
+
+    Args:
+        attend: (queries [1,H,S,D], keys and values [1,Hkv,T,D] of past and new tokens, where the new ones are) -> [1,H,S,Dv].
+    """
     for pool, new in ((k_pool, k), (v_pool, v)):
-        write_pool_(pool, slot_mapping, new)
+        _write_pool_(pool, slot_mapping, new)
     out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=v.dtype, device=q.device)
     for request in range(block_tables.shape[0]):
-        start, end = int(cu_seqlens[request]), int(cu_seqlens[request + 1])
-        if bool((slot_mapping[start:end] == PADDING).all()):
+        fresh = slice(int(cu_seqlens[request]), int(cu_seqlens[request + 1]))
+        if bool((slot_mapping[fresh] == PADDING).all()):
             continue
-        length = int(context_lens[request])
-        blocks = block_tables[request].long()
+        length, blocks = int(context_lens[request]), block_tables[request].long()
         keys, values = (pool[blocks].flatten(0, 1)[:length].transpose(0, 1)[None] for pool in (k_pool, v_pool))
-        past = torch.full((1,), length - (end - start), device=q.device)
-        query = q[start:end].transpose(0, 1)[None]
-        rows = attend_cache(query, keys, values, past, None, **knobs)
-        out[start:end] = rows[0].transpose(0, 1)
+        out[fresh] = attend(q[fresh].transpose(0, 1)[None], keys, values, fresh)[0].transpose(0, 1)
     out[slot_mapping == PADDING] = 0
     return out
+
+
+def _paged_attention(*args: Tensor, **knobs: Unpack[Knobs]) -> Tensor:
+    def attend(query: Tensor, keys: Tensor, values: Tensor, _: slice) -> Tensor:
+        past = torch.full((1,), keys.shape[2] - query.shape[2], device=query.device)
+        return attend_cache(query, keys, values, past, None, **knobs)
+
+    return attend_requests(attend, *args)
 
 
 def _rotary_paged_attention(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optc.compiler.ops.attention_arguments import CAUSAL_KNOBS, Knobs
 from optc.compiler.ops.dialect.attention import masked_attention
-from optc.compiler.ops.dialect.paged import PADDING, POOLS, TABLES, paged_attention_fake, write_pool_
+from optc.compiler.ops.dialect.paged import POOLS, TABLES, attend_requests, paged_attention_fake
 from optc.compiler.ops.library import define
 
 CAUSAL = -1
@@ -35,43 +35,22 @@ def seen_tokens(bits: Tensor) -> Tensor:
     return torch.where((bits == CAUSAL)[:, None], token <= token[:, None], named)
 
 
-def _paged_tree_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    slot_mapping: Tensor,
-    block_tables: Tensor,
-    context_lens: Tensor,
-    cu_seqlens: Tensor,
-    tree: Tensor,
-    **knobs: Unpack[Knobs],
-) -> Tensor:
+def _paged_tree_attention(*args: Tensor, **knobs: Unpack[Knobs]) -> Tensor:
     """`paged_attention_`, but new tokens of a request see those new ones that `tree` (int64 [N], see `seen_tokens`) says."""
-    for pool, new in ((k_pool, k), (v_pool, v)):
-        write_pool_(pool, slot_mapping, new)
-    out = torch.zeros((*q.shape[:2], v.shape[2]), dtype=v.dtype, device=q.device)
-    for request in range(block_tables.shape[0]):
-        start, end = int(cu_seqlens[request]), int(cu_seqlens[request + 1])
-        if bool((slot_mapping[start:end] == PADDING).all()):
-            continue
-        length = int(context_lens[request])
-        past, blocks = length - (end - start), block_tables[request].long()
-        keys, values = (pool[blocks].flatten(0, 1)[:length].transpose(0, 1)[None] for pool in (k_pool, v_pool))
-        seen = seen_tokens(tree[start:end])
+    *shared, tree = args
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor, fresh: slice) -> Tensor:
+        past, seen = keys.shape[2] - query.shape[2], seen_tokens(tree[fresh])
         new = past + seen.sum(1) - 1
-        position = torch.cat([torch.arange(past, device=q.device), new])
-        keep = torch.cat([seen.new_ones((end - start, past)), seen], 1)
+        position = torch.cat([torch.arange(past, device=query.device), new])
+        keep = torch.cat([seen.new_ones((len(seen), past)), seen], 1)
         if knobs["window"] > 0:
             keep &= new[:, None] - position < knobs["window"]
-        query = q[start:end].transpose(0, 1)[None]
-        rows = masked_attention(
+        return masked_attention(
             query, keys, values, keep[None, None], None, scale=knobs["scale"], softcap=knobs["softcap"]
         )
-        out[start:end] = rows[0].transpose(0, 1)
-    out[slot_mapping == PADDING] = 0
-    return out
+
+    return attend_requests(attend, *shared)
 
 
 define(
