@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+import optc.compiler.ops  # noqa: F401  (registers the dialect)
+from optc.compiler.ops.library import reference
 
 
 @dataclass
@@ -69,3 +73,26 @@ CASES = {
     "long prefill": Case(new=(150,), past=(0,)),
     "decode": Case(new=(1,) * 5, past=(0, 1, 63, 64, 130)),
 }
+
+
+def compare(case: Case, kernel: Callable[..., Tensor], op: str = "paged_attention_", *more: Tensor) -> float:
+    """Largest difference from the reference in float64; both must write the same pools. In 16 bits, as a multiple
+    of what rounding the result once makes.
+
+    Args:
+        more: arguments of `op` behind those of `paged_attention_`.
+    """
+    inputs, knobs = case.inputs()
+    pools = [pool.clone() for pool in inputs[3:5]]
+    found = kernel(*inputs[:3], *pools, *inputs[5:], *more, **knobs)
+    exact = [item.double() if item.is_floating_point() else item for item in inputs]
+    exact[6] = exact[6].clamp(min=0)  # the reference reads the whole table before it cuts it
+    expected = reference(op)(*exact, *more, **knobs)
+    assert found.dtype == case.dtype
+    assert found.shape == (sum(case.new), case.heads, case.value_width)
+    for pool, wanted in zip(pools, exact[3:5], strict=True):
+        torch.testing.assert_close(pool.double(), wanted, rtol=0, atol=0, equal_nan=True)
+    difference = float((found.double() - expected).abs().max())
+    if case.dtype is torch.float32:
+        return difference
+    return difference / float((expected.to(case.dtype).double() - expected).abs().max())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,7 +13,7 @@ from optc.compiler.capture.eval_mode import in_eval_mode
 from optc.compiler.capture.facts import PIXELS, model_facts, reads_both, stated_context
 from optc.compiler.capture.module import capture_module
 from optc.compiler.capture.proof.reference import own_implementations
-from optc.compiler.capture.shells import Shell
+from optc.compiler.capture.shells import AnsweringShell, tensors_of
 from optc.compiler.ir.contract import Contract, Output
 from optc.compiler.ir.program import Program
 
@@ -22,20 +21,8 @@ _UNSTATED = 64
 """Tokens of a text beside pictures where the config states no most."""
 
 
-class PictureShell(Shell):
+class PictureShell(AnsweringShell):
     """Pictures in float32 to the tensors that a model gives, under its own names for them."""
-
-    _answer: SimpleNamespace  # what the forward learns of the model: the names
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__(model)
-        object.__setattr__(self, "_answer", SimpleNamespace(names=()))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the outputs, once the forward was called."""
-        names: tuple[str, ...] = self._answer.names
-        return names
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         return self._answered(pixel_values)
@@ -43,9 +30,7 @@ class PictureShell(Shell):
     def _answered(self, pixel_values: Tensor, **more: Tensor) -> tuple[Tensor, ...]:
         kind = next((weight.dtype for weight in self._inner.parameters()), torch.float32)
         out = self._inner(pixel_values=pixel_values.to(kind), return_dict=True, **more)
-        found = {name: value for name, value in out.items() if isinstance(value, Tensor)}
-        self._answer.names = tuple(found)
-        return tuple(found.values())
+        return self._named(tensors_of(out))
 
 
 class TextPictureShell(PictureShell):

@@ -42,8 +42,8 @@ class DecoderShell(Shell):
         return out.logits
 
 
-class EncoderShell(Shell):
-    """Token ids and mask [B, S] to what a model answers; see `answers`."""
+class AnsweringShell(Shell):
+    """A forward that gives tensors under the model's own names for them."""
 
     _answer: SimpleNamespace  # what the forward learns of the model: the names of its answers
 
@@ -57,6 +57,15 @@ class EncoderShell(Shell):
         names: tuple[str, ...] = self._answer.names
         return names
 
+    def _named(self, found: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """The tensors, whose names are kept."""
+        self._answer.names = tuple(found)
+        return tuple(found.values())
+
+
+class EncoderShell(AnsweringShell):
+    """Token ids and mask [B, S] to what a model answers; see `answers`."""
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor | tuple[Tensor, ...]:
@@ -64,9 +73,8 @@ class EncoderShell(Shell):
         if "use_cache" in inspect.signature(self._inner.forward).parameters:  # a decoder without its head
             more["use_cache"] = False
         out = self._inner(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **more)
-        found = answers(out)
-        self._answer.names = tuple(found)
-        return next(iter(found.values())) if len(found) == 1 else tuple(found.values())
+        found = self._named(answers(out))
+        return found[0] if len(found) == 1 else found
 
 
 def answers(out: Any) -> dict[str, Tensor]:
@@ -76,6 +84,11 @@ def answers(out: Any) -> dict[str, Tensor]:
         return {"logits": out.logits}
     if next(iter(out)) == HIDDEN:
         return {HIDDEN: out[0]}
+    return tensors_of(out)
+
+
+def tensors_of(out: Any) -> dict[str, Tensor]:
+    """What are tensors of a model's output, by name."""
     return {name: value for name, value in out.items() if isinstance(value, Tensor)}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import bounds
 import pytest
 import torch
-from paged_cases import CASES, Case
+from paged_cases import CASES, Case, compare
 from torch import Tensor
 
 import optc.compiler.ir.program  # noqa: F401  (registers the dialect)
@@ -32,25 +32,6 @@ pytestmark = pytest.mark.slow  # the first build takes 10 s; later ones come fro
 def kernel() -> Callable[..., Tensor]:
     torch.ops.load_library(str(build_library(KERNELS)))
     return torch.ops.optc.paged_attention_.default
-
-
-def compare(case: Case, kernel: Callable[..., Tensor]) -> float:
-    """Largest difference from the reference in float64; both must write the same pools. In 16 bits, as a multiple
-    of what rounding the result once makes."""
-    inputs, knobs = case.inputs()
-    k_pool, v_pool = inputs[3].clone(), inputs[4].clone()
-    found = kernel(*inputs[:3], k_pool, v_pool, *inputs[5:], **knobs)
-    exact = [item.double() if item.is_floating_point() else item for item in inputs]
-    exact[6] = exact[6].clamp(min=0)  # the reference reads the whole table before it cuts it
-    expected = reference("paged_attention_")(*exact, **knobs)
-    assert found.dtype == case.dtype
-    assert found.shape == (sum(case.new), case.heads, case.value_width)
-    for pool, wanted in ((k_pool, exact[3]), (v_pool, exact[4])):
-        torch.testing.assert_close(pool.double(), wanted, rtol=0, atol=0, equal_nan=True)
-    difference = float((found.double() - expected).abs().max())
-    if case.dtype is torch.float32:
-        return difference
-    return difference / float((expected.to(case.dtype).double() - expected).abs().max())
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import bounds
 import pytest
 import torch
-from paged_cases import CASES, Case
+from paged_cases import CASES, Case, compare
 from torch import Tensor
 from trees import bits_of
 
@@ -16,7 +16,6 @@ from optc.compiler.kernels.cpu.library import build_library
 from optc.compiler.kernels.cpu.paged_attention import PAGED_TREE_ATTENTION
 from optc.compiler.kernels.kernel import kernels_for
 from optc.compiler.ops.dialect.paged_tree import CAUSAL
-from optc.compiler.ops.library import reference
 
 pytestmark = pytest.mark.slow  # the first build takes 10 s; later ones come from the user's cache
 
@@ -37,34 +36,23 @@ def trees(case: Case) -> Tensor:
     return torch.tensor(found)
 
 
-def compare(case: Case, kernel: Callable[..., Tensor]) -> float:
-    """As in test_paged_attention."""
-    inputs, knobs = case.inputs()
-    pools, tree = [pool.clone() for pool in inputs[3:5]], trees(case)
-    found = kernel(*inputs[:3], *pools, *inputs[5:], tree, **knobs)
-    exact = [item.double() if item.is_floating_point() else item for item in inputs]
-    exact[6] = exact[6].clamp(min=0)
-    expected = reference("paged_tree_attention_")(*exact, tree, **knobs)
-    for pool, wanted in zip(pools, exact[3:5], strict=True):
-        torch.testing.assert_close(pool.double(), wanted, rtol=0, atol=0, equal_nan=True)
-    difference = float((found.double() - expected).abs().max())
-    if case.dtype is torch.float32:
-        return difference
-    return difference / float((expected.to(case.dtype).double() - expected).abs().max())
+def difference(case: Case, kernel: Callable[..., Tensor]) -> float:
+    """See `compare`."""
+    return compare(case, kernel, "paged_tree_attention_", trees(case))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_equals_reference(kernel: Callable[..., Tensor], name: str) -> None:
-    assert compare(CASES[name], kernel) <= PAGED_TREE_ATTENTION.tolerance
+    assert difference(CASES[name], kernel) <= PAGED_TREE_ATTENTION.tolerance
 
 
 def test_the_largest_tree(kernel: Callable[..., Tensor]) -> None:
     case = Case(new=(63, 1, 62), past=(65, 0, 0), window=70)
-    assert compare(case, kernel) <= PAGED_TREE_ATTENTION.tolerance
+    assert difference(case, kernel) <= PAGED_TREE_ATTENTION.tolerance
 
 
 def test_kernel_in_sixteen_bits(kernel: Callable[..., Tensor]) -> None:
-    assert compare(Case(dtype=torch.bfloat16, block_size=16), kernel) <= bounds.MARGIN
+    assert difference(Case(dtype=torch.bfloat16, block_size=16), kernel) <= bounds.MARGIN
 
 
 @pytest.mark.parametrize(
