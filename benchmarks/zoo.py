@@ -5,6 +5,7 @@
     python benchmarks/zoo.py --stage onnx-cpu inductor-cpu --jobs 15 --minutes 8    # the rest is for the next run
     python benchmarks/zoo.py --merge other.json                 # take rows that another machine made
     python benchmarks/zoo.py --again crashed wrong              # those rows once more
+    python benchmarks/zoo.py --before 2026-12-01 --quick-first  # rows that are older; what took least time first
     python benchmarks/zoo.py --docs                             # only write docs/models.md anew
 
 Each type runs in a forked child with limits of time and memory; what several stages need is done once. Rows go to
@@ -178,6 +179,7 @@ class Results:
 
         return {
             "commit": commit(),
+            "date": datetime.now(UTC).date().isoformat(),
             "torch": torch.__version__.split("+")[0],
             "transformers": transformers.__version__,
         }
@@ -216,6 +218,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--again", nargs="+", default=(), metavar="OUTCOME", help="run rows of these outcomes again; all"
     )
+    parser.add_argument("--before", default="", metavar="DATE", help="run rows that are older again: 2026-12-01")
+    parser.add_argument("--quick-first", action="store_true", help="in the order of what types took, new ones first")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=180.0, help="limit of one stage of one type")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no type after this time")
@@ -253,6 +257,11 @@ def _import_for(stages: Sequence[str]) -> None:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compilers behind each child
         import torch._inductor.compile_fx  # noqa: F401
 
+        from optc.compiler.kernels.cpu.library import build_library
+        from optc.compiler.kernels.kernel import kernels_for
+
+        build_library(kernels_for("cpu"))  # with all cores; a child has few
+
 
 def _left(arguments: argparse.Namespace, results: Results) -> list[tuple[Kind, list[str]]]:
     """The chosen types with the stages of which they have no row, or one that is to be made again."""
@@ -262,9 +271,16 @@ def _left(arguments: argparse.Namespace, results: Results) -> list[tuple[Kind, l
 
     def is_left(kind: Kind, stage: str) -> bool:
         row = results.rows(stage).get(kind.name)
-        return row is None or row["outcome"] in arguments.again or "all" in arguments.again
+        if row is None or row.get("date", "") < arguments.before:
+            return True
+        return row["outcome"] in arguments.again or "all" in arguments.again
+
+    def seconds(kind: Kind) -> float:
+        return sum(results.rows(stage).get(kind.name, {}).get("seconds", 0.0) for stage in arguments.stage)
 
     chosen.sort(key=lambda kind: zlib.crc32(kind.name.encode()))  # whatever a run comes to is a fair sample
+    if arguments.quick_first:
+        chosen.sort(key=seconds)
     left = [(kind, [stage for stage in arguments.stage if is_left(kind, stage)]) for kind in chosen]
     return [(kind, stages) for kind, stages in left if stages]
 

@@ -82,3 +82,18 @@ def test_each_child_has_cores_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
     for slot, jobs in ((0, 15), (14, 15), (31, 64), (40, 64)):
         zoo._keep_to_own_cores(slot, jobs)
     assert found == [[2, 3], 2, [30, 31], 2, [33], 1, [10], 1]
+
+
+def test_older_rows_are_made_again_and_quick_ones_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {
+        "causal:slow": {"outcome": "exact", "seconds": 9.0, "date": "2026-11-30"},
+        "causal:quick": {"outcome": "exact", "seconds": 2.0},
+        "causal:fresh": {"outcome": "exact", "seconds": 1.0, "date": "2026-12-01"},
+        "causal:again": {"outcome": "hung", "seconds": 3.0, "date": "2026-12-01"},
+    }
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps({"stages": {"capture": rows}}))
+    monkeypatch.setattr(zoo, "kinds", lambda: [Kind("causal", name[7:], "Any") for name in [*rows, "causal:new"]])
+    flags = ["--before", "2026-12-01", "--quick-first", "--again", "hung"]
+    left = zoo._left(zoo._parser().parse_args(flags), zoo.Results(file))
+    assert [kind.type for kind, _ in left] == ["new", "quick", "again", "slow"]
