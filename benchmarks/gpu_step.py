@@ -32,6 +32,7 @@ from optc.compiler.kernels.cuda.attention.call import Call
 from optc.compiler.kernels.cuda.attention.launch import SplitTiles
 from optc.compiler.kernels.cuda.linear import launch as linears
 from optc.compiler.kernels.cuda.linear.configurations import Gemv, Shape, gemv_tiles
+from optc.compiler.kernels.cuda.linear.launch import WORDS_PER_WARP
 from optc.runtime.sessions.cuda import CudaSession
 
 FORMATS = {"bf16": "", "int8": "int8", "int4": "int4"}
@@ -50,6 +51,13 @@ ATTENTION = [
         )
     ),
     SplitTiles(programs=1, registers=255, early=False),
+    *(
+        SplitTiles(tile=tile, stages=stages, warps=warps, programs=programs, registers=registers, fewest=fewest)
+        for tile, stages, warps, programs, registers, fewest in (
+            (64, 3, 8, 1, 255, 2), (64, 3, 8, 1, 255, 4), (64, 5, 8, 1, 255, 4), (128, 3, 8, 1, 255, 2),
+            (64, 5, 4, 1, 255, 4), (32, 7, 4, 1, 255, 8),
+        )
+    ),
 ]  # fmt: skip
 """What stands in `choose_decode_tiles` first."""
 
@@ -73,36 +81,46 @@ class Choice:
 def candidates(shape: Shape, few: bool) -> list[Gemv]:
     """Tile sizes whose registers are enough; what stands in the tables is the first."""
     found = [gemv_tiles(shape)]
-    integer = shape.format.startswith("int")
-    row = shape.k * (1 if shape.format == "int4" else 2) // 8 if integer else shape.k
-    widths = {width for width in (128, 256, 512, 1024, 2048) if width <= row and (row % width == 0 or 8 * width < row)}
-    if row in widths:
-        widths = {row}
-    if not integer:
-        widths = {row} if row <= 4096 else {2048, 1024}
-    for block_n, steps, width, depth, warps in product(
-        (1, 2, 4, 8, 16), (1, 2, 4, 8), sorted(widths), (1, 2), (1, 2, 4, 8)
-    ):
-        tiles = Gemv(block_n=block_n, steps=steps, width=width, depth=depth, warps=warps)
-        rows = block_n * (2 if shape.gated else 1)
-        element = 4 if integer else 2
-        tile = rows * width * element / (warps * 128)  # registers of a thread for a tile
-        per_thread = width * element / (warps * 32)  # bytes of a row for a thread
-        programs = shape.n / (block_n * steps)
-        fits = tile >= 8 and tile * (depth + 1) <= 128 and 16 <= per_thread <= 64
-        whole = steps == 1 or width >= row
-        few_steps = steps * block_n <= 16 or shape.gated
-        if (
-            fits
-            and whole
-            and few_steps
-            and 250 <= programs <= 1100
-            and (integer or steps <= 4)
-            and width * element >= 512 * warps
-        ):
-            found.append(replace(tiles, early=found[0].early))
-    found = list(dict.fromkeys(found))
+    found += _integers(shape) if shape.format.startswith("int") else _floats(shape)
+    found = list(dict.fromkeys(replace(tiles, early=found[0].early) for tiles in found))
     return found[:3] if few else found
+
+
+def _floats(shape: Shape) -> list[Gemv]:
+    """Whole rows where they are short, half a row and a quarter else."""
+    widths = (shape.k,) if shape.k <= 4096 else (1024, 2048)
+    found = []
+    for block_n, steps, width, depth, warps in product((1, 2, 4, 8, 16), (1, 2, 4), widths, (1, 2), (1, 2, 4, 8)):
+        rows = block_n * (2 if shape.gated else 1)
+        tile = rows * width * 2 / (warps * 128)  # registers of a thread for a tile
+        fits = tile >= 8 and tile * (depth + 1) <= 128 and 16 <= width * 2 / (warps * 32) <= 64
+        few_steps = (steps == 1 or width >= shape.k) and (steps * block_n <= 16 or shape.gated)
+        if fits and few_steps and 250 <= shape.n / (block_n * steps) <= 1100 and width * 2 >= 512 * warps:
+            found.append(Gemv(block_n=block_n, steps=steps, width=width, depth=depth, warps=warps))
+    return found
+
+
+def _integers(shape: Shape) -> list[Gemv]:
+    """A thread has one run of each row of a tile, and two to four tiles are in its registers. Numbers of programs that
+    share the multiprocessors (132 of an H100 and an H200) evenly, or many."""
+    row = shape.k * (1 if shape.format == "int4" else 2) // 8
+    width = 1 << (row - 1).bit_length()
+    found = []
+    for block_n, depth, wide in product((4, 8, 16), (1, 2, 3), (width, width // 2, width // 4, width // 8)):
+        warps = wide // WORDS_PER_WARP
+        registers = 4 * block_n * (2 if shape.gated else 1) * depth
+        if not 1 <= warps <= 8 or not 32 <= registers <= 128 or (wide < row and width == row):
+            continue
+        for steps in range(1, 29) if wide >= row else (1,):
+            programs = shape.n / (block_n * steps)
+            even = programs / 132 if programs > 132 else 0
+            if programs % 1 or not (even <= 4.2 and even % 1 > 0.85 or even % 1 < 0.02 or 5 < even < 8):
+                continue
+            if even:
+                aheads = (0, 256) if programs > 400 else (0,)
+                for ahead in aheads:
+                    found.append(Gemv(block_n=block_n, steps=steps, width=wide, depth=depth, warps=warps, ahead=ahead))
+    return found
 
 
 class Step:

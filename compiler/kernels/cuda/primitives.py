@@ -58,6 +58,16 @@ def bring_rows(w, rows, begin, end, ROW_BYTES: tl.constexpr, LINES: tl.constexpr
 
 
 @triton.jit
+def bring_bytes(w, begin, COUNT: tl.constexpr, total):
+    """Ask for the COUNT bytes from the byte `begin` of a weight of `total` bytes on, as far as there are so many, to be in
+    the cache that all multiprocessors share. On a GPU only."""
+    LINES: tl.constexpr = (COUNT + 127) // 128
+    BLOCK: tl.constexpr = triton.next_power_of_2(LINES)
+    byte = begin + 128 * tl.minimum(tl.arange(0, BLOCK), LINES - 1)
+    _bring_line(w.to(tl.pointer_type(tl.int8)) + tl.minimum(byte, total - 1))
+
+
+@triton.jit
 def activate(v, KIND: tl.constexpr):
     if KIND == "silu":
         return v / (1.0 + tl.exp(-v))
@@ -114,19 +124,35 @@ def load_normalized(
 
 
 @triton.jit
+def load_at(values, rows, N):
+    """values[rows] as float32, 0 for rows from N on; of no values, 0."""
+    if values is not None:
+        return tl.load(values + rows, mask=rows < N, other=0.0).to(tl.float32)
+    else:
+        return 0.0
+
+
+@triton.jit
+def load_pair(values, rows, N, GATED: tl.constexpr):
+    """values[rows] as `load_at`, of the gate's rows and, where there is a gate, of the up rows behind them."""
+    gate = load_at(values, rows, N)
+    if GATED and values is not None:
+        return gate, load_at(values + N, rows, N)
+    else:
+        return gate, gate
+
+
+@triton.jit
 def store_rows(y, bias, residual, rows, N, gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr):
-    """y[rows] = activation(gate + bias) [* (up + bias)] + residual, for rows below N."""
-    inside = rows < N
-    if bias is not None:
-        gate += tl.load(bias + rows, mask=inside, other=0.0).to(tl.float32)
-    gate = activate(gate, ACTIVATION)
+    """y[rows] = activation(gate + bias) [* (up + bias)] + residual, for rows below N.
+
+    Bias (a pair, as `load_pair` has it) and residual are values: loaded here, a program would end later by the time that
+    memory takes to answer.
+    """
+    gate = activate(gate + bias[0], ACTIVATION)
     if GATED:
-        if bias is not None:
-            up += tl.load(bias + N + rows, mask=inside, other=0.0).to(tl.float32)
-        gate *= up
-    if residual is not None:
-        gate += tl.load(residual + rows, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + rows, gate.to(y.dtype.element_ty), mask=inside)
+        gate *= up + bias[1]
+    tl.store(y + rows, (gate + residual).to(y.dtype.element_ty), mask=rows < N)
 
 
 @triton.constexpr_function
@@ -199,21 +225,32 @@ def _halves(word, kind: tl.constexpr):
 
 @triton.jit
 def load_run(pointer, runs, COLUMNS: tl.constexpr, NATIVE: tl.constexpr):
-    """The COLUMNS elements of each run, as that many float32 tensors like `runs`; see `load_words`."""
+    """The COLUMNS elements of each run, as `run_values` takes them: words of a thread's own."""
     kind: tl.constexpr = pointer.dtype.element_ty
     places = pointer + runs * COLUMNS
     values = ()
     if NATIVE:
         for i in tl.static_range(COLUMNS * kind.primitive_bitwidth // 128):
-            words = load_words(places, 16 * i, False)
-            for j in tl.static_range(4):
-                if kind == tl.float32:
-                    values = values + (words[j].to(tl.float32, bitcast=True),)
-                else:
-                    values = values + _halves(words[j], kind)
+            values = values + load_words(places, 16 * i, False)
     else:
         for i in tl.static_range(COLUMNS):
-            values = values + (tl.load(places + i).to(tl.float32),)
+            values = values + (tl.load(places + i),)
+    return values
+
+
+@triton.jit
+def run_values(loaded, kind: tl.constexpr, COLUMNS: tl.constexpr, NATIVE: tl.constexpr):
+    """What `load_run` loaded of elements of `kind`, as COLUMNS float32 tensors."""
+    values = ()
+    if NATIVE:
+        for i in tl.static_range(COLUMNS * kind.primitive_bitwidth // 32):
+            if kind == tl.float32:
+                values = values + (loaded[i].to(tl.float32, bitcast=True),)
+            else:
+                values = values + _halves(loaded[i], kind)
+    else:
+        for i in tl.static_range(COLUMNS):
+            values = values + (loaded[i].to(tl.float32),)
     return values
 
 

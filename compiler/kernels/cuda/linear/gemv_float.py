@@ -10,7 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optc.compiler.kernels.cuda.primitives import layer_statistics, let_next_start, store_rows, wait_for_producer
+from optc.compiler.kernels.cuda.primitives import (
+    layer_statistics,
+    let_next_start,
+    load_at,
+    load_pair,
+    store_rows,
+    wait_for_producer,
+)
 
 
 @triton.jit
@@ -63,8 +70,17 @@ def gemv_float(
             gain = tl.load(norm_weight + block, mask=inside, other=0.0).to(tl.float32)
         if norm_bias is not None:
             shift = tl.load(norm_bias + block, mask=inside, other=0.0).to(tl.float32)
+    scales = ()
+    biases = ()
+    for i in tl.static_range(STEPS):
+        rows = first_row + i * BLOCK_N + tl.arange(0, BLOCK_N)
+        scales = scales + (load_pair(scale, rows, N, GATED),)
+        biases = biases + (load_pair(bias, rows, N, GATED),)
     let_next_start(PDL)
     wait_for_producer(PDL)
+    left = ()
+    for i in tl.static_range(STEPS):
+        left = left + (load_at(residual, first_row + i * BLOCK_N + tl.arange(0, BLOCK_N), N),)
     if NORM == "layer":
         mean, inverse = layer_statistics(x, eps, K, BLOCK_K)
     squares = tl.zeros([BLOCK_K], tl.float32)
@@ -105,9 +121,8 @@ def gemv_float(
                 result *= inverse
                 up_result *= inverse
             if scale is not None:
-                result *= tl.load(scale + rows, mask=rows < N, other=0.0).to(tl.float32)
-                if GATED:
-                    up_result *= tl.load(scale + N + rows, mask=rows < N, other=0.0).to(tl.float32)
-            store_rows(y, bias, residual, rows, N, result, up_result, ACTIVATION, GATED)
+                result *= scales[j // CHUNKS][0]
+                up_result *= scales[j // CHUNKS][1]
+            store_rows(y, biases[j // CHUNKS], left[j // CHUNKS], rows, N, result, up_result, ACTIVATION, GATED)
             sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
             up_sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)

@@ -6,7 +6,7 @@ run's largest value, less than bfloat16 has lost, and products and sums of a run
 cost two dp4a where floats would cost as many conversions and multiplications as there are weights. Nibbles become
 bytes times 16 by one AND and one shift; the 16 is taken out with the token's scale.
 
-The order of tiles is that of gemv_float: DEPTH tiles are on their way, the first before the wait for x.
+The first tile is asked for before the wait for x, as in gemv_float.
 """
 
 from __future__ import annotations
@@ -14,18 +14,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optc.compiler.kernels.cuda.linear.integer_rows import RUN, load_tile
+from optc.compiler.kernels.cuda.linear.integer_rows import RUN, load_row
 from optc.compiler.kernels.cuda.primitives import (
     LEVELS,
     SMALLEST,
+    bring_bytes,
     dot_bytes,
     layer_statistics,
     let_next_start,
+    load_at,
+    load_pair,
     load_run,
     nan_maximum,
     quad_digits,
     quad_magnitude,
     quad_square,
+    run_values,
     store_rows,
     wait_for_producer,
 )
@@ -48,10 +52,10 @@ def _through_norm(
 
 @triton.jit
 def _fixed_point(
-    x, norm_weight, norm_bias, mean, inverse, CHUNK: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr,
-    WORDS: tl.constexpr, NORM: tl.constexpr, NATIVE: tl.constexpr,
+    loaded, x, norm_weight, norm_bias, runs, mean, inverse, K: tl.constexpr, BITS: tl.constexpr,
+    RUNS: tl.constexpr, NORM: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Columns of a chunk as digits, in words of four.
+    """The token's columns of some runs, `loaded` of x, as digits, in words of four.
 
     Returns:
         digits: low and high ones, in turn, of each four columns of a run.
@@ -59,18 +63,19 @@ def _fixed_point(
         squares [RUNS]: sums of squares before the norm.
     """
     COLUMNS: tl.constexpr = RUN * 32 // BITS
-    runs = tl.arange(0, WORDS // RUN) + CHUNK * (WORDS // RUN)
     inside = runs < K // COLUMNS
-    runs = tl.minimum(runs, K // COLUMNS - 1)
-    columns = load_run(x, runs, COLUMNS, NATIVE)
+    places = tl.minimum(runs, K // COLUMNS - 1)
+    columns = run_values(loaded, x.dtype.element_ty, COLUMNS, NATIVE)
     gains = columns
     shifts = columns
     if norm_weight is not None:
-        gains = load_run(norm_weight, runs, COLUMNS, NATIVE)
+        gains = run_values(
+            load_run(norm_weight, places, COLUMNS, NATIVE), norm_weight.dtype.element_ty, COLUMNS, NATIVE
+        )
     if norm_bias is not None:
-        shifts = load_run(norm_bias, runs, COLUMNS, NATIVE)
-    squares = tl.zeros([WORDS // RUN], tl.float32)
-    largest = tl.zeros([WORDS // RUN], tl.float32)
+        shifts = run_values(load_run(norm_bias, places, COLUMNS, NATIVE), norm_bias.dtype.element_ty, COLUMNS, NATIVE)
+    squares = tl.zeros([RUNS], tl.float32)
+    largest = tl.zeros([RUNS], tl.float32)
     normed = ()
     for i in tl.static_range(COLUMNS // 4):
         quad = ()
@@ -111,13 +116,17 @@ def _run_dots(words, digits, BITS: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _row_product(row, digits, unit, token_sums, BITS: tl.constexpr, ZERO: tl.constexpr, NATIVE: tl.constexpr):
-    """Products of a row of W with the token, summed over each run: float32 [RUNS]."""
-    words, scales, zeros = row
-    total = _run_dots(words, digits, BITS, NATIVE)
+def _row_product(
+    row, digits, unit, token_sums, BITS: tl.constexpr, GROUPED: tl.constexpr, ZERO: tl.constexpr, NATIVE: tl.constexpr
+):
+    """Products of a row of W (see `load_row`) with the token, summed over each run: float32 [RUNS]."""
+    total = _run_dots(row, digits, BITS, NATIVE)
     if ZERO:
-        total -= zeros * token_sums
-    return total.to(tl.float32) * (scales * unit)
+        total -= row[5] * token_sums
+    if GROUPED:
+        return total.to(tl.float32) * (row[4].to(tl.float32) * unit)
+    else:
+        return total.to(tl.float32) * unit
 
 
 @triton.jit
@@ -142,49 +151,143 @@ def _added(values, others, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _load_tile(
+    w, scale, zero, N, rows_left, run, turn, there, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, RUNS: tl.constexpr, GATED: tl.constexpr, WHOLE: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N rows of a turn, and where there is a gate their up rows behind them, each as `load_row` has it.
+
+    `w`, `scale` and `zero` point at the program's first row. Rows past the last one are that one again; with WHOLE,
+    where there are none, a row is at a distance that the compiler knows. Runs past the last one are that one again,
+    and the token is zero there. Where `there` is 0, all is the first run of the first rows.
+    """
+    ROW_RUNS: tl.constexpr = K * BITS // (32 * RUN)
+    ROW_GROUPS: tl.constexpr = K // GROUP if GROUP > 0 else 0
+    if ROW_RUNS <= RUNS:
+        runs = tl.minimum(run, ROW_RUNS - 1) * there
+        row = turn * there * BLOCK_N
+    else:
+        runs = tl.minimum(run + turn * RUNS, ROW_RUNS - 1) * there
+        row = 0
+    tile = ()
+    for part in tl.static_range(2 if GATED else 1):
+        if part == 1:
+            w += N.to(tl.int64) * (ROW_RUNS * RUN)
+            if GROUP > 0:
+                scale += N * ROW_GROUPS
+                if zero is not None:
+                    zero += N * ROW_GROUPS
+        for i in tl.static_range(BLOCK_N):
+            if WHOLE:
+                tile = tile + (load_row(w, scale, zero, runs, row, i, K, BITS, GROUP, NATIVE),)
+            else:
+                place = tl.minimum(row + i, rows_left - 1)
+                tile = tile + (load_row(w, scale, zero, runs, place, 0, K, BITS, GROUP, NATIVE),)
+    return tile
+
+
+@triton.jit
+def _load_ends(scale, zero, bias, rows, N, GATED: tl.constexpr, GROUP: tl.constexpr, ROW_ZERO: tl.constexpr):
+    """What the results of some rows are multiplied and shifted by, as pairs (of the gate, of the up row)."""
+    biases = load_pair(bias, rows, N, GATED)
+    if GROUP == 0:
+        factors = load_pair(scale, rows, N, GATED)
+    else:
+        factors = (1.0, 1.0)
+    if ROW_ZERO:
+        return biases, factors, load_pair(zero, rows, N, GATED)
+    else:
+        return biases, factors, (0.0, 0.0)
+
+
+@triton.jit
+def _finish(
+    y, sums, ends, left, rows, N, token_sum, factor, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    ROWS: tl.constexpr, RUNS: tl.constexpr, WARPS: tl.constexpr, NATIVE: tl.constexpr, ROW_ZERO: tl.constexpr,
+):  # fmt: skip
+    """Sum ROWS rows, and as many up rows behind them, over the runs; then what follows the product."""
+    PARTS: tl.constexpr = 2 if GATED else 1
+    result = sum_rows(sums, ROWS * PARTS, RUNS, WARPS, NATIVE)
+    up = result
+    if GATED:
+        result, up = tl.split(tl.trans(tl.reshape(result, [2, ROWS])))
+    if ROW_ZERO:
+        result -= ends[2][0] * token_sum
+        up -= ends[2][1] * token_sum
+    result *= ends[1][0] * factor
+    up *= ends[1][1] * factor
+    store_rows(y, ends[0], left, rows, N, result, up, ACTIVATION, GATED)
+
+
+@triton.jit
 def gemv_integer(
     x, w, scale, zero, norm_weight, norm_bias, bias, residual, y, M, N, eps,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr,
-    WHOLE: tl.constexpr, STATISTICS: tl.constexpr, WARPS: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    AHEAD: tl.constexpr, WHOLE: tl.constexpr, STATISTICS: tl.constexpr, WARPS: tl.constexpr, NATIVE: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See `fused_linear`; w is int32 [N, K * BITS / 32], N counts results, GROUP 0 means a scale per row.
 
+    A program takes one turn after the other: of BLOCK_N rows each, STEPS of them, or, where a row is longer than WORDS, of
+    WORDS words of the same rows. The tiles of DEPTH turns are on their way; in the last turns all threads ask for the same
+    words, which nobody reads: a load that may be left out would end a block of instructions.
+
     Programs of the M tokens of a block are neighbours. WHOLE: N is a multiple of a program's BLOCK_N * STEPS rows.
+    AHEAD: a program asks for the weights of the one that is so many behind it to be in the cache, before it waits for x.
     STATISTICS is the block of the passes over x that find mean and variance, WARPS what the program runs on.
     """
-    CHUNKS: tl.constexpr = (K * BITS // 32 + WORDS - 1) // WORDS
-    TILES: tl.constexpr = CHUNKS * STEPS
+    ROW_WORDS: tl.constexpr = K * BITS // 32
+    ROW_GROUPS: tl.constexpr = K // GROUP if GROUP > 0 else 0
+    COLUMNS: tl.constexpr = RUN * 32 // BITS
     RUNS: tl.constexpr = WORDS // RUN
-    ROWS: tl.constexpr = BLOCK_N * STEPS
+    ROW_RUNS: tl.constexpr = ROW_WORDS // RUN
+    CHUNKS: tl.constexpr = (ROW_WORDS + WORDS - 1) // WORDS
+    TURNS: tl.constexpr = CHUNKS * STEPS
     PARTS: tl.constexpr = 2 if GATED else 1
     ROW_ZERO: tl.constexpr = zero is not None and GROUP == 0
     GROUP_ZERO: tl.constexpr = zero is not None and GROUP > 0
+    tl.static_assert(CHUNKS == 1 or STEPS == 1)
     let_next_start(PDL and EARLY)
     token = tl.program_id(0) % M
-    first_row = (tl.program_id(0) // M) * ROWS
+    block = tl.program_id(0) // M
+    first_row = block * (BLOCK_N * STEPS)
     x += token.to(tl.int64) * K
     y += token.to(tl.int64) * N
     if residual is not None:
         residual += token.to(tl.int64) * N
     rows_left = N - first_row
-    w += first_row.to(tl.int64) * (K * BITS // 32)
-    group_scale = scale
-    group_zero = zero
+    own = w + first_row.to(tl.int64) * ROW_WORDS
+    own_scale = scale
+    own_zero = zero
     if GROUP > 0:
-        group_scale += first_row * (K // GROUP)
+        own_scale += first_row * ROW_GROUPS
         if zero is not None:
-            group_zero += first_row * (K // GROUP)
+            own_zero += first_row * ROW_GROUPS
+    run = tl.arange(0, RUNS)
     tiles = ()
-    for j in tl.static_range(DEPTH):
-        if j < TILES:
+    for turn in tl.static_range(DEPTH):
+        if turn < TURNS:
             tiles = tiles + (
-                load_tile(
-                    w, group_scale, group_zero, N, rows_left, j, K, BITS, GROUP, BLOCK_N, RUNS, GATED, WHOLE, NATIVE
+                _load_tile(
+                    own, own_scale, own_zero, N, rows_left, run, turn, 1,
+                    K, BITS, GROUP, BLOCK_N, RUNS, GATED, WHOLE, NATIVE,
                 ),
-            )
+            )  # fmt: skip
+    rows = first_row + tl.arange(0, BLOCK_N)
+    ends = _load_ends(scale, zero, bias, rows, N, GATED, GROUP, ROW_ZERO)
+    if NATIVE and AHEAD > 0:
+        SIZE: tl.constexpr = BLOCK_N * STEPS * ROW_WORDS * 4
+        begin = (block + AHEAD).to(tl.int64) * SIZE
+        total = N.to(tl.int64) * (4 * ROW_WORDS)
+        if (token == 0) & (begin < total):
+            bring_bytes(w, begin, SIZE, total)
+            if GATED:
+                bring_bytes(w + N.to(tl.int64) * ROW_WORDS, begin, SIZE, total)
     let_next_start(PDL)
     wait_for_producer(PDL)
+    loaded = load_run(x, tl.minimum(run, ROW_RUNS - 1), COLUMNS, NATIVE)
+    left = load_at(residual, rows, N)
     if NORM == "layer":
         mean, inverse = layer_statistics(x, eps, K, STATISTICS)
     else:
@@ -192,62 +295,65 @@ def gemv_integer(
     squares = tl.zeros([RUNS], tl.float32)
     token_total = tl.zeros([RUNS], tl.float32)
     sums = ()
-    ups = ()
-    for j in tl.static_range(TILES):
+    if CHUNKS == 1:  # digits stay in registers
+        digits, unit, squares = _fixed_point(
+            loaded, x, norm_weight, norm_bias, run, mean, inverse, K, BITS, RUNS, NORM, NATIVE
+        )
+        token_sums = _token_sums(digits, BITS, RUNS, NATIVE)
+        token_total = token_sums.to(tl.float32) * unit
+    else:
+        for i in tl.static_range(BLOCK_N * PARTS):
+            sums = sums + (tl.zeros([RUNS], tl.float32),)
+    factor = 1.0
+    token_sum = 0.0
+    if CHUNKS == 1:
+        if NORM == "rms":  # the factor of the whole token
+            factor = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
+        if ROW_ZERO:
+            token_sum = tl.sum(token_total, 0)
+    for turn in tl.range(0, TURNS, disallow_acc_multi_buffer=True):
         tile = tiles[0]
         tiles = tiles[1:]
-        if j + DEPTH < TILES:
-            tiles = tiles + (
-                load_tile(
-                    w,
-                    group_scale,
-                    group_zero,
-                    N,
-                    rows_left,
-                    j + DEPTH,
-                    K,
-                    BITS,
-                    GROUP,
-                    BLOCK_N,
-                    RUNS,
-                    GATED,
-                    WHOLE,
-                    NATIVE,
-                ),
-            )
-        if j == 0 or CHUNKS > 1:  # digits stay in registers where one tile holds all of x
+        if CHUNKS > 1:
             digits, unit, chunk_squares = _fixed_point(
-                x, norm_weight, norm_bias, mean, inverse, j % CHUNKS, K, BITS, WORDS, NORM, NATIVE
+                loaded, x, norm_weight, norm_bias, run + turn * RUNS, mean, inverse, K, BITS, RUNS, NORM, NATIVE
             )
             token_sums = _token_sums(digits, BITS, RUNS, NATIVE)
-            if j < CHUNKS:
-                squares += chunk_squares
-                token_total += token_sums.to(tl.float32) * unit
+            squares += chunk_squares
+            token_total += token_sums.to(tl.float32) * unit
+            loaded = load_run(x, tl.minimum(run + (turn + 1) * RUNS, ROW_RUNS - 1), COLUMNS, NATIVE)
         products = ()
         for i in tl.static_range(BLOCK_N * PARTS):
-            products = products + (_row_product(tile[i], digits, unit, token_sums, BITS, GROUP_ZERO, NATIVE),)
-        if CHUNKS > 1 and j > 0:  # then there is one step
-            sums = _added(sums, products[:BLOCK_N], BLOCK_N)
-            ups = _added(ups, products[BLOCK_N:], BLOCK_N * (PARTS - 1))
+            products = products + (
+                _row_product(tile[i], digits, unit, token_sums, BITS, GROUP > 0, GROUP_ZERO, NATIVE),
+            )
+        if TURNS > DEPTH:
+            more = tl.minimum(tl.maximum(TURNS - DEPTH - turn, 0), 1)  # in the interpreter turn is a Python number
+            tiles = tiles + (
+                _load_tile(
+                    own, own_scale, own_zero, N, rows_left, run, turn + DEPTH, more,
+                    K, BITS, GROUP, BLOCK_N, RUNS, GATED, WHOLE, NATIVE,
+                ),
+            )  # fmt: skip
         else:
-            sums = sums + products[:BLOCK_N]
-            ups = ups + products[BLOCK_N:]
-    rows = first_row + tl.arange(0, ROWS)
-    result = sum_rows(sums + ups, ROWS * PARTS, RUNS, WARPS, NATIVE)
-    up_result = result
-    if GATED:
-        result, up_result = tl.split(tl.trans(tl.reshape(result, [2, ROWS])))
-    if GROUP == 0:
-        held = tl.minimum(rows, N - 1)
+            tiles = tiles + (tile,)
+        if CHUNKS == 1:
+            _finish(
+                y, products, ends, left, rows, N, token_sum, factor, ACTIVATION, GATED,
+                BLOCK_N, RUNS, WARPS, NATIVE, ROW_ZERO,
+            )  # fmt: skip
+            rows += BLOCK_N
+            if STEPS > 1:
+                ends = _load_ends(scale, zero, bias, rows, N, GATED, GROUP, ROW_ZERO)
+                left = load_at(residual, rows, N)
+        else:
+            sums = _added(sums, products, BLOCK_N * PARTS)
+    if CHUNKS > 1:
+        if NORM == "rms":
+            factor = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
         if ROW_ZERO:
-            result -= tl.load(zero + held).to(tl.float32) * tl.sum(token_total, 0)
-        result *= tl.load(scale + held).to(tl.float32)
-        if GATED:
-            if ROW_ZERO:
-                up_result -= tl.load(zero + N + held).to(tl.float32) * tl.sum(token_total, 0)
-            up_result *= tl.load(scale + N + held).to(tl.float32)
-    if NORM == "rms":  # the factor of the whole token
-        inverse = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
-        result *= inverse
-        up_result *= inverse
-    store_rows(y, bias, residual, rows, N, result, up_result, ACTIVATION, GATED)
+            token_sum = tl.sum(token_total, 0)
+        _finish(
+            y, sums, ends, left, rows, N, token_sum, factor, ACTIVATION, GATED,
+            BLOCK_N, RUNS, WARPS, NATIVE, ROW_ZERO,
+        )  # fmt: skip
