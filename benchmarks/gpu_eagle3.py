@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import ROOT, record
-from gpu_speculative import replay_ms
+from gpu_speculative import largest_round, replay_ms
 
 import optc
 from optc.compiler.artifact.folder import verify
@@ -202,10 +202,7 @@ def alone(engines: dict[str, PagedEngine], batch: int, profile: bool) -> dict[st
     for name, engine in engines.items():
         runner = engine._runner
         if isinstance(runner, RoundRunner) and name != "switched":
-            this = max(runner._rounds.values(), key=lambda item: item.batch)
-            heads = torch.tensor([[5], [200], [1000], [this.depth]], device="cuda").expand(4, this.batch)
-            this.load(heads)
-            launches[name] = this.run
+            launches[name] = largest_round(runner).run
     result: dict[str, Any] = {"alone_ms": {name: replay_ms(launch) for name, launch in launches.items()}}
     if profile:
         result["kernels"] = {name: kernels_of(launch) for name, launch in launches.items()}

@@ -93,13 +93,11 @@ class MixedCall:
         wanted = wanted[: len(ids)]
         selected = (wanted,) if self._model.selects else ()
         run = (self._model.step or self._model.run) if self._every else self._model.run
-        outputs = run(known, positions, *tables, *selected, *pools)
-        logits: Tensor = outputs[0] if isinstance(outputs, tuple | list) else outputs
+        logits, others = self._model.parts(run(known, positions, *tables, *selected, *pools))
         if not (self._every or self._model.selects):
             logits = logits.index_select(0, wanted)
         found = self._choose(logits, positions, wanted)
         if self._follow is not None:
-            others = dict(zip(self._model.gives, outputs[1:], strict=True))
             chosen = found if self._chooses else torch.ops.optc.argmax(logits)
             got = chosen.clamp(min=0).index_select(0, (-1 - self._behind).clamp(min=0))
             behind = torch.where(self._behind < 0, got, self._behind)

@@ -104,7 +104,7 @@ class Round:
                 self._heads, self._drafts, self._tables, ids, positions, slots, lengths, block_size=size
             )
             selected = (self._every,) if model.selects else ()
-            logits, *others = (model.step or model.run)(*inputs, *selected, *model.pools)
+            logits, outputs = model.parts((model.step or model.run)(*inputs, *selected, *model.pools))
             self.outcome, behind = torch.ops.optc.accept_drafts_(
                 self._decided(logits),
                 self._heads,
@@ -118,7 +118,7 @@ class Round:
             )
             verified = Verified(
                 inputs=StepInputs(behind, positions, slots, tables, lengths, starts),
-                outputs=dict(zip(model.gives, others, strict=True)),
+                outputs=outputs,
                 picks=self._picks,
                 further=self._further_inputs(),
             )

@@ -57,8 +57,10 @@ class RoundRunner(DeviceRunner):
         most: tokens that are drafted in a round.
 
     Attributes:
-        depth: of the rounds of the next step. rounds: so many.
+        round_type: of its rounds. depth: of those of the next step. rounds: so many.
     """
+
+    round_type: type[Round] = Round
 
     def __init__(
         self, model: PagedModel, rows: Rows, sampler_of: SamplerOf, *, drafter: DeviceDrafter, most: int
@@ -167,7 +169,7 @@ class RoundRunner(DeviceRunner):
         if key not in self._rounds:
             draws = self._buffers.draws(kind)
             state = self._buffers.state.first(batch, width)
-            self._rounds[key] = Round(self._model, self._drafter, state, self._drafts, depth, draws)
+            self._rounds[key] = self.round_type(self._model, self._drafter, state, self._drafts, depth, draws)
         return self._rounds[key]
 
     def _gathered(self, plan: Plan, depth: int, steady: bool, outcomes: Ints) -> Chosen:

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,10 +99,14 @@ class PagedModel:
             given.append(torch.full_like(inputs[0], CAUSAL) if tree is None else tree)
         given += [wanted] if self.selects else []
         with torch.inference_mode(), kernels_only() if self.on_device else contextlib.nullcontext():
-            outputs = self.run(*(item.to(self.device) for item in given), *self.pools)
-            logits, *others = outputs if isinstance(outputs, tuple | list) else (outputs,)
+            logits, others = self.parts(self.run(*(item.to(self.device) for item in given), *self.pools))
             if not self.selects and len(wanted) < len(logits):
                 logits = logits.index_select(0, wanted.to(logits.device))
+        return logits, others
+
+    def parts(self, outputs: Any) -> tuple[torch.Tensor, dict[OutputRole, torch.Tensor]]:
+        """What `run` or `step` gave: logits, and the other outputs by role."""
+        logits, *others = outputs if isinstance(outputs, tuple | list) else (outputs,)
         return logits, dict(zip(self.gives, others, strict=True))
 
 
