@@ -208,15 +208,15 @@ def measure(options: argparse.Namespace) -> None:
         record("gpu_attention", result, threads=0)
 
 
-def _prefill(tokens: int, tiles: PrefillTiles | None = None, *, past: int = 0) -> dict[str, float]:
-    """A prompt of one request, or its next chunk, causal."""
+def prompt(tokens: int, past: int) -> Call:
+    """A prompt of one request, or its next chunk."""
     load = Load(1, tokens + past)
     call = load._call([tokens + past], -(-(tokens + past) // load.block))
     product = torch.randn(tokens, HEADS + 2 * KV_HEADS, WIDTH, device="cuda", dtype=torch.bfloat16)
     q, k, v = product.split([HEADS, KV_HEADS, KV_HEADS], 1)
     position = torch.arange(past, past + tokens, device="cuda")
     assert call.turn is not None
-    call = dataclasses.replace(
+    return dataclasses.replace(
         call,
         q=q,
         k=k,
@@ -225,6 +225,11 @@ def _prefill(tokens: int, tiles: PrefillTiles | None = None, *, past: int = 0) -
         slot_mapping=call.block_tables[0, position // load.block].long() * load.block + position % load.block,
         cu_seqlens=torch.tensor([0, tokens], device="cuda", dtype=torch.int32),
     )
+
+
+def _prefill(tokens: int, tiles: PrefillTiles | None = None, *, past: int = 0) -> dict[str, float]:
+    """Of a prompt, causal."""
+    call = prompt(tokens, past)
     seconds = time_per_call([lambda: attend(call, None, tiles)] * 3)
     rate = 4 * HEADS * WIDTH * (tokens * past + tokens**2 / 2) / seconds
     print(f"prefill {tokens} after {past} {tiles or ''}: {seconds * 1e6:.0f} us, {rate / 1e12:.0f} TFLOP/s", flush=True)

@@ -32,6 +32,8 @@ def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         return f"heads of {max(q.shape[2], v.shape[2])} features; the kernel takes up to {WIDEST}"
     if q.shape[1] % k.shape[1] or q.shape[1] // k.shape[1] > MOST_GROUPED:
         return f"{q.shape[1]} query heads for {k.shape[1]} KV heads; the kernel takes up to {MOST_GROUPED} for one"
+    if kwargs.get("scale", 1.0) <= 0.0:
+        return f"scores times {kwargs['scale']}; the kernel takes positive factors"
     if k_pool.stride(3) != 1 or v_pool.stride(3) != 1:
         return "the features of a head are not neighbours in the pools"
     return one_of(q.dtype, DTYPES, "keys and values")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from optc.compiler.kernels.cuda.attention.call import Call, Turn, factors, padded, turning, widths
 from optc.compiler.kernels.cuda.attention.decode import decode
@@ -74,12 +75,18 @@ class SplitTiles:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillTiles:
-    """How `prefill` runs: rows of queries (tokens times heads of a group), keys at a time, stages and warps."""
+    """How `prefill` runs.
+
+    Attributes:
+        rows: of queries, tokens times heads of a group. tile: keys at a time. stages: of the pipeline. warps: of a program.
+        bulk: tiles of one block that all rows see are brought by the copy engine.
+    """
 
     rows: int = 128
     tile: int = 64
     stages: int = 3
     warps: int = 8
+    bulk: bool = False
 
 
 def attend(
@@ -254,8 +261,9 @@ def _prefill(call: Call, out: Tensor, tiles: PrefillTiles) -> None:
     pdl = dependent_launch(call.q.device)
     # Every request but the full ones leaves one tile that is not full, and no request of one token has any.
     grid = (min(call.q.shape[0] // tokens + requests, call.q.shape[0]), heads)
+    bulk = (_bulk(call.k_pool, tiles.tile), _bulk(call.v_pool, tiles.tile)) if tiles.bulk else (None, None)
     prefill[grid](
-        call.q, call.k_pool, call.v_pool, call.slot_mapping, call.block_tables, call.context_lens, call.cu_seqlens,
+        call.q, call.k_pool, call.v_pool, *bulk, call.slot_mapping, call.block_tables, call.context_lens, call.cu_seqlens,
         turn.position, turn.inv_freq, turn.q_norm, out,
         *call.q.stride()[:2], *call.k_pool.stride()[:3], *call.v_pool.stride()[:3], call.block_tables.stride(0),
         requests, *factors(call), turn.scaling, turn.eps,
@@ -263,6 +271,11 @@ def _prefill(call: Call, out: Tensor, tiles: PrefillTiles) -> None:
         WINDOW=call.window, SOFTCAP=bool(call.softcap), TILE=tiles.tile, STAGES=tiles.stages, PDL=pdl,
         **widths(call), **turned, num_warps=tiles.warps, launch_pdl=pdl,
     )  # fmt: skip
+
+
+def _bulk(pool: Tensor, tile: int) -> TensorDescriptor:
+    """What the copy engine needs to bring `tile` tokens of a head out of a block."""
+    return TensorDescriptor(pool, list(pool.shape), list(pool.stride()), [1, tile, 1, padded(pool.shape[3])])
 
 
 def paged_attention_(

@@ -41,17 +41,18 @@ def scores(q, k, inner, outer, SOFTCAP: tl.constexpr):
 
     Without one `inner` is scale * log2(e); with one, inner is scale / c and outer c * log2(e).
     """
-    return _capped(tl.dot(q, tl.trans(k), input_precision="ieee") * inner, outer, SOFTCAP)
+    return capped(tl.dot(q, tl.trans(k), input_precision="ieee") * inner, outer, SOFTCAP)
 
 
 @triton.jit
 def new_scores(q, k, inner, outer, SOFTCAP: tl.constexpr):
     """The same of one key k [1, WIDTH], that of the new token: float32 [rows]."""
-    return _capped(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * inner, outer, SOFTCAP)
+    return capped(tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * inner, outer, SOFTCAP)
 
 
 @triton.jit
-def _capped(raw, outer, SOFTCAP: tl.constexpr):
+def capped(raw, outer, SOFTCAP: tl.constexpr):
+    """With a softcap: outer * tanh(raw)."""
     if SOFTCAP:
         raw = (2.0 * tl.sigmoid(2.0 * raw) - 1.0) * outer
     return raw

@@ -311,3 +311,19 @@ def test_says_what_it_takes(changes: dict[int, Tensor], reason: str | None) -> N
     assert accepts_rotary(args, knobs) == reason
     if max(changes, default=0) < 9:
         assert accepts(args[:9], knobs) == reason
+
+
+def test_factors_of_scores_are_positive() -> None:
+    inputs, knobs = Case(**DECODE).inputs()
+    assert accepts(inputs, knobs | {"scale": -0.5}) == "scores times -0.5; the kernel takes positive factors"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("bulk", [False, True])
+@pytest.mark.parametrize("name", ["mixed", "mixed, window and softcap", "long"])
+def test_tiles_of_whole_blocks(name: str, bulk: bool, dtype: torch.dtype) -> None:
+    """Tiles that all rows see and those that they see in part, brought by the copy engine or not; more tiles than one."""
+    case = {"long": Case(new=(1, 70), past=(40, 60), block_size=16)}.get(name) or CASES[name]
+    case = _in(dataclasses.replace(case, block_size=16), dtype)
+    tiles = dataclasses.replace(SMALL_PREFILL, bulk=bulk)
+    check(case, turns(case, case.width // 2, norm=False), tiles=(SMALL_TILES[0], tiles), strided=True)
