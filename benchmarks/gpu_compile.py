@@ -76,7 +76,9 @@ def write_tokens(path: Path, vocabulary: int, samples: int, length: int) -> None
 
 def quantize(model: Path, output: Path, tokens: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Run the command; its seconds with the start of Python, and the manifest that it wrote."""
-    command = [sys.executable, "-m", "optc", "quantize", str(model), "--quant", given.method, "--device", given.device]
+    profiled = [] if given.profile is None else ["-m", "cProfile", "-o", str(given.profile)]
+    command = [sys.executable, *profiled, "-m", "optc", "quantize", str(model), "--quant", given.method]
+    command += ["--device", given.device]
     command += ["--dtype", "bf16", "--group-size", "32" if given.small else "128", "--calibration", str(tokens)]
     command += ["--calibration-samples", str(given.samples), "--calibration-seq-len", str(given.seq_len)]
     command += [*open_gate_flags(), "--force", "--json", "-o", str(output)]
@@ -87,11 +89,12 @@ def quantize(model: Path, output: Path, tokens: Path, given: argparse.Namespace)
     manifest = json.loads((output / "manifest.json").read_text())
     parts = manifest["seconds"]
     return {
-        "command": " ".join(["optc", *(places.get(item, item) for item in command[3:])]),
+        "command": " ".join(["optc", *(places.get(item, item) for item in command[len(profiled) + 3 :])]),
         "seconds": seconds,
         "loading": {"capture": parts["capture"], "move": parts["move"]},
         "passes": {row["name"]: row["seconds"] for row in manifest["passes"]},
         "parts": parts,
+        "opened": manifest["opened"].get("seconds"),
         "without_loading": parts["total"] - parts["capture"] - parts["move"],
     }
 
@@ -105,6 +108,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=None)
     parser.add_argument("--seq-len", type=int, default=None)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument(
+        "--profile", type=Path, default=None, help="file for what cProfile finds; nothing is recorded then"
+    )
     given = parser.parse_args()
     shape = "small" if given.small else "8b"
     given.device = given.device or ("cpu" if given.small else "cuda")
@@ -117,6 +123,9 @@ def main() -> None:
         tokens = Path(name) / "tokens.jsonl"
         write_tokens(tokens, SHAPES[shape]["vocab_size"], given.samples, given.seq_len)
         result = quantize(model, Path(name) / "out", tokens, given)
+    if given.profile is not None:
+        print(json.dumps(result, indent=2))
+        return
     card = torch.cuda.get_device_name() if given.device.startswith("cuda") else "cpu"
     record(
         f"gpu_compile_{given.method}_{shape}",

@@ -68,6 +68,7 @@ TARGET = Target(
     summary="a model folder for vLLM, SGLang and transformers (compressed-tensors, awq, gptq or fp8)",
     device="cpu",
     dtypes=("fp32", "bf16", "fp16"),
+    exports_anywhere=True,
     keeps_dtype=True,
     kv_caches=(),
     quant={

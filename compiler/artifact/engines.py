@@ -43,6 +43,7 @@ class Engine:
             this machine cannot open it. None where exporters themselves open what they wrote.
         caller: "module:function" of (folder, manifest, SessionOptions) -> a function of the inputs of an encoder or a
             module, as contiguous arrays in order, to its outputs; None where optc has no way to call such artifacts.
+        follows_program: the runner takes the device of the program that it is compared with, and runs there.
         package: the installed distribution that the runner calls, whose version the check records; "" for none.
         opens_instead: what the runner opens where that is not what users run; "" where it is. A runner that opens one or
             the other, by what the machine has, says it itself: in an attribute of this name.
@@ -73,6 +74,7 @@ class Engine:
     native: tuple[str, ...] = ()
     has_threads: bool = True
     eager: bool = False
+    follows_program: bool = False
 
     def open_session(self, *arguments: Any) -> Any:
         """Call what `session` names."""
@@ -184,6 +186,7 @@ HUGGINGFACE = Engine(
     device="cpu",
     facts=FolderFacts,
     eager=True,
+    follows_program=True,
 )
 """A model folder: transformers, vLLM or SGLang run it, on whatever device they find."""
 

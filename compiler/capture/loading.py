@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from optc.compiler.capture.attention import NAME, register
+from optc.compiler.capture.device_weights import StraightTo
 from optc.compiler.capture.facts import AUDIO, generates_from_an_encoder, reads_pictures, rotary_limit
 from optc.compiler.diagnostics import CaptureError, InputError, foreign_errors
 from optc.compiler.files import side_by_side
-from optc.compiler.formats.layouts.tensors import TensorReader
+from optc.compiler.formats.layouts.tensors import CPU, TensorReader
 from optc.compiler.ir.lazy_weights import materialized
 from optc.compiler.ir.stored_weights import return_freed_memory
 from optc.compiler.model_folder.checkpoint import (
@@ -44,6 +45,7 @@ def load_model(
     trust_remote_code: bool | None = None,
     resident_bytes: int | None = None,
     bare: bool = False,
+    device: torch.device = CPU,
 ) -> tuple[torch.nn.Module, CheckpointInfo]:
     """A checked model folder as an eval-mode transformers model; weights of a quantized one become dense.
 
@@ -53,13 +55,17 @@ def load_model(
         resident_bytes: leave weights in their files (see `ir/lazy_weights`) where all of them take more in `dtype`;
             None reads them in any case.
         bare: the model that gives hidden states, whatever the folder has behind it; see `meta_model`.
+        device: where the model is. Of another one than the CPU each tensor goes there as it is read, is looked at and made
+            dense there, and `resident_bytes` has no effect.
 
     Raises:
         InputError: the folder, its config or one of its tensors is unusable.
     """
     info = check_folder(Path(folder), trust_remote_code=trust_remote_code)
-    check_values(info)
-    quantized = quantized_folder(info)
+    straight = None if device.type == "cpu" else StraightTo(info, device)
+    if straight is None:
+        check_values(info)
+    quantized = quantized_folder(info, device)
     skeleton = meta_model(info, bare=bare)
     places = skeleton.state_dict(keep_vars=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in places.items()}
@@ -69,7 +75,9 @@ def load_model(
         model, report = type(skeleton).from_pretrained(
             None,
             config=skeleton.config,
-            state_dict=_state(info, quantized, dtype, resident_bytes),
+            state_dict=_state(info, quantized, dtype, resident_bytes)
+            if straight is None
+            else straight.state(quantized, dtype),
             dtype=dtype,
             attn_implementation=_accepted(skeleton, attention),
             trust_remote_code=info.trusted,
@@ -78,6 +86,8 @@ def load_model(
         )
         _read_generation_config(model, info.path)
     _check_report(info, report)
+    if straight is not None:
+        straight.place(model)
     return model.eval().requires_grad_(False), info
 
 

@@ -41,6 +41,7 @@ from optc.compiler.capture.rotary import short_frequencies
 from optc.compiler.capture.selections import whole_selections
 from optc.compiler.capture.shells import DecoderShell, EmbedderShell, EncoderShell, takes_positions
 from optc.compiler.diagnostics import CaptureError, GateError, unknown_name
+from optc.compiler.formats.layouts.tensors import CPU
 from optc.compiler.ir.contract import Contract, Input
 from optc.compiler.ir.deferred import SingleSizes, has_data_sizes
 from optc.compiler.ir.export import SizeConditionError, run_export
@@ -58,7 +59,6 @@ from optc.compiler.model_folder.quantized import quantized_folder
 from optc.compiler.model_folder.sentence import sentence_modules
 
 ATTENTIONS = (NAME, "sdpa", "eager")
-CPU = torch.device("cpu")
 _MAX_BATCH = 1024
 
 
@@ -101,7 +101,11 @@ def capture_pretrained(
     head = None
     if modules is None:
         model, info = load_model(
-            folder, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, resident_bytes=resident
+            folder,
+            dtype=DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+            resident_bytes=resident,
+            device=device if elsewhere else CPU,
         )
     else:
         model, head, info = load_embedder(

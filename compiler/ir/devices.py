@@ -60,6 +60,15 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", int(index) if colon else torch.cuda.current_device())
 
 
+def has_room(device: torch.device, nbytes: int) -> bool:
+    """Whether a device has memory for so many bytes more; of the CPU, and of devices that do not tell, it is believed."""
+    if device.type != "cuda":
+        return True
+    free = torch.cuda.mem_get_info(device)[0]
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # the allocator's own, in pieces
+    return nbytes < free + kept // 2
+
+
 def to_device(program: Program, device: torch.device) -> Program:
     """A program with the same graph on another device: weights are copied, calls that name a device name the new one.
 

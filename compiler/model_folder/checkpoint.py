@@ -101,14 +101,18 @@ def check_folder(path: Path, *, trust_remote_code: bool | None = None) -> Checkp
     return CheckpointInfo(path, config, tensors, has_tokenizer, bool(trust_remote_code), stamps)
 
 
-def check_values(info: CheckpointInfo) -> None:
+def check_values(info: CheckpointInfo, names: Iterable[str] | None = None) -> None:
     """Look at every value of every floating tensor.
+
+    Args:
+        names: of those to look at; None takes all.
 
     Raises:
         InputError: NaN or Inf; names file, tensor and how many. Also data that cannot be read.
     """
     reader = TensorReader(info.path, info.tensors)
-    names = [name for name, tensor in info.tensors.items() if tensor.dtype in _FLOATS]
+    wanted = info.tensors if names is None else names
+    names = [name for name in wanted if info.tensors[name].dtype in _FLOATS]
 
     def check(name: str) -> None:
         _check_finite(info.path / info.tensors[name].file, name, reader.lazy(name))

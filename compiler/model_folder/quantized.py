@@ -21,7 +21,7 @@ from optc.compiler.formats.layouts import QuantizedWeight, modelopt
 from optc.compiler.formats.layouts.config import KEY, ConfigReader
 from optc.compiler.formats.layouts.key_values import FolderKeyValues
 from optc.compiler.formats.layouts.registry import LAYOUTS
-from optc.compiler.formats.layouts.tensors import TOGETHER, TensorReader
+from optc.compiler.formats.layouts.tensors import CPU, TOGETHER, TensorReader
 from optc.compiler.formats.safetensors_header import TensorInfo, shown
 from optc.compiler.ir.lazy_weights import computed
 from optc.compiler.model_folder.checkpoint import CheckpointInfo
@@ -83,8 +83,11 @@ class QuantizedFolder:
         }
 
 
-def quantized_folder(info: CheckpointInfo) -> QuantizedFolder | None:
+def quantized_folder(info: CheckpointInfo, device: torch.device = CPU) -> QuantizedFolder | None:
     """The quantized weights of a folder, or None when its config names no quantization. Weights are not read.
+
+    Args:
+        device: where weights that are read go.
 
     Raises:
         InputError: a quantization that optc does not read (says which ones it does), tensors that are missing or do
@@ -94,7 +97,7 @@ def quantized_folder(info: CheckpointInfo) -> QuantizedFolder | None:
     if found is None:
         return None
     method, config = found
-    reader = TensorReader(info.path, info.tensors)
+    reader = TensorReader(info.path, info.tensors, device)
     layout: Layout = LAYOUTS[method].reader(config, reader)
     modules, key_values = tuple(layout.modules()), layout.key_values()
     if not modules and key_values is None:

@@ -130,6 +130,7 @@ class Target:
             torch.compile, and options; says nothing of the machine.
         export: writes the legalized Program. export_encoder_decoder: writes the legalized encoder and decoder of a model
             of two programs; None where the target does not take one.
+        exports_anywhere: `export` takes a program on any device; of another target it is moved to the CPU before.
         keeps_dtype: the compute type is the source's where the request names none and `dtypes` has it; else the first.
         options: the struct of the target's own options.
         check_machine: raises TargetError where this machine cannot build for the target; None where any can.
@@ -149,6 +150,7 @@ class Target:
     export: Callable[[Program, ExportRequest], ExportResult]
     export_encoder_decoder: Callable[[Program, Program, ExportRequest], ExportResult] | None = None
     aliases: tuple[str, ...] = ()
+    exports_anywhere: bool = False
     keeps_dtype: bool = False
     options: type[TargetOptions] = TargetOptions
     stored: StoredWeights = StoredWeights()

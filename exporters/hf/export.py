@@ -19,7 +19,7 @@ from optc.compiler.files import side_by_side
 from optc.compiler.formats.layouts import QuantizedWeight
 from optc.compiler.formats.layouts.config import KEY
 from optc.compiler.formats.layouts.registry import CHOICES, layout_writer
-from optc.compiler.formats.layouts.tensors import TensorReader
+from optc.compiler.formats.layouts.tensors import CPU, TensorReader
 from optc.compiler.formats.layouts.writing import LayoutWriter
 from optc.compiler.ir.program import Program
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder
@@ -177,10 +177,13 @@ def _copied(plan: FolderPlan, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]
 
 
 def _read_back(directory: Path, weight: Callable[[str], Tensor], plan: FolderPlan) -> None:
-    """Compare the written folder with what the plan names, through the code that captures such folders."""
+    """Compare the written folder with what the plan names, through the code that captures such folders.
+
+    What was read is unpacked and compared where the program's weights are.
+    """
     try:
         info = check_folder(directory, trust_remote_code=plan.info.trusted)
-        folder = quantized_folder(info)
+        folder = quantized_folder(info, _device(weight, plan))
         _compare_quantized(folder.layout if folder else None, plan, directory)
         _compare_plain(info, weight, plan, directory)
         _compare_key_values(folder, weight, plan, directory)
@@ -255,12 +258,17 @@ def _same_zero(left: QuantizedWeight, right: QuantizedWeight) -> bool:
 
 
 def _compare_plain(info: CheckpointInfo, weight: Callable[[str], Tensor], plan: FolderPlan, directory: Path) -> None:
-    reader = TensorReader(info.path, info.tensors)
+    reader = TensorReader(info.path, info.tensors, _device(weight, plan))
     for name, held in plan.plain.items():
         mine = weight(held).detach().contiguous()
         read = reader.read(name, mine.dtype)
         if read.shape != mine.shape or not torch.equal(_bytes(read), _bytes(mine)):
             raise _differs(directory, name, "its bytes differ")
+
+
+def _device(weight: Callable[[str], Tensor], plan: FolderPlan) -> torch.device:
+    """Where the weights of the program are."""
+    return next((weight(held).device for held in plan.plain.values()), CPU)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

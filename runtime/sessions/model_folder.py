@@ -10,6 +10,7 @@ import torch
 from optc.compiler.artifact.manifest import Manifest
 from optc.compiler.capture.loading import RESIDENT_BYTES, load_model
 from optc.compiler.capture.pretrained import capture_pretrained
+from optc.compiler.formats.layouts.tensors import CPU
 from optc.compiler.ir.devices import choose_device, to_device
 from optc.compiler.model_folder.dtypes import DTYPES
 from optc.runtime.sessions.program import open_program
@@ -29,8 +30,11 @@ def open_artifact(folder: Path, manifest: Manifest, options: SessionOptions) -> 
     return open_program(to_device(capture_pretrained(folder, dtype=_dtype(manifest))[0], place))
 
 
-def open_runner(folder: Path, manifest: Manifest) -> Callable[..., list[torch.Tensor]]:
+def open_runner(folder: Path, manifest: Manifest, device: torch.device = CPU) -> Callable[..., list[torch.Tensor]]:
     """What the folder's own config and tensors compute, as a function of the inputs of the program they came from.
+
+    Args:
+        device: where its weights go and its inputs are.
 
     Weights of a quantized folder are read through its layout and become dense. Where the layout rounds activations, keys
     or values, the folder is captured instead, and its graph rounds them.
@@ -41,9 +45,9 @@ def open_runner(folder: Path, manifest: Manifest) -> Callable[..., list[torch.Te
     dtype = _dtype(manifest)
     rounds = any(item.activations for item in manifest.contract.quantization.values())
     if rounds or any(name.startswith("kv_cache.") for name in manifest.contract.sources):
-        module = capture_pretrained(folder, dtype=dtype, prove=False)[0]
+        module = to_device(capture_pretrained(folder, dtype=dtype, prove=False)[0], device)
         return lambda *inputs: [out for out in (module(*inputs),) if isinstance(out, torch.Tensor)]
-    model, _ = load_model(folder, dtype=DTYPES[dtype], attention="eager", resident_bytes=RESIDENT_BYTES)
+    model, _ = load_model(folder, dtype=DTYPES[dtype], attention="eager", resident_bytes=RESIDENT_BYTES, device=device)
 
     def run(*inputs: torch.Tensor) -> list[torch.Tensor]:
         # Rows are padded on the right: a causal model needs neither a mask nor positions, and makes its own.

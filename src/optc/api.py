@@ -192,7 +192,8 @@ def _compile_captured(
     seconds = {"capture": time.perf_counter() - begin}
     encoded, probe = _encoder_passes(captured, resolved, progress, seconds)
     kind = None if encoded is None else RECIPE
-    result = on_cpu(run_passes(captured, resolved, progress, seconds, kind, probe))
+    result = run_passes(captured, resolved, progress, seconds, kind, probe)
+    result = result if resolved.target.exports_anywhere else on_cpu(result)
     drafted = None
     if drafting is not None:
         found = on_cpu(run_passes(drafting, for_draft(resolved), progress, seconds))

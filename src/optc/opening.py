@@ -17,6 +17,7 @@ from optc.compiler.diagnostics import GateError, OptcError, TargetError
 from optc.compiler.execution.drift import Drift, measure
 from optc.compiler.execution.probe import random_probe
 from optc.compiler.execution.stage_driver import StageRun, run_module, run_stage, written_inputs
+from optc.compiler.ir.devices import program_device
 from optc.compiler.ir.program import Program
 from optc.compiler.pipeline.pipeline import compute_dtype, default_probe, example_inputs
 from optc.compiler.pipeline.rerounding import rerounding, widened
@@ -63,7 +64,8 @@ def open_written(
     count, drifts, instead = 0, [], engine.opens_instead
     for info, stage in graphs or [(manifest.engine_info, program)]:
         try:
-            runner = engine.open_runner(directory, manifest.with_program(engine_info=dict(info)))
+            place = (program_device(stage),) if engine.follows_program else ()
+            runner = engine.open_runner(directory, manifest.with_program(engine_info=dict(info)), *place)
         except TargetError as error:
             if isinstance(error.__cause__, ImportError):
                 return OpenedRecord(opened=False, why=error.what)

@@ -20,6 +20,8 @@ from optc.compiler.artifact.manifest import Manifest, ProgramEntry, Role, Source
 from optc.compiler.artifact.sizes import Sizes
 from optc.compiler.diagnostics import os_errors
 from optc.compiler.ir.contract import Contract
+from optc.compiler.ir.devices import has_room, program_device, to_device
+from optc.compiler.ir.program import Program
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, config_digest, weights_digest
 from optc.compiler.model_folder.source_hash import SourceHash
 from optc.compiler.pipeline.pipeline import PipelineResult, Stage, compute_dtype
@@ -94,7 +96,13 @@ def write_artifact(
                 (directory / place / stage.file_name).write_text(stage.text)
         manifest = _manifest(resolved, programs, exported, command, seconds, weights)
         opened = exported.opened or open_written(
-            directory, manifest, result.program, exported.engine, captured.tokens, request.allowed, exported.graphs
+            directory,
+            manifest,
+            _where_it_opens(captured, result.program),
+            exported.engine,
+            captured.tokens,
+            request.allowed,
+            exported.graphs,
         )
         if draft is not None:
             assert programs.drafted is not None
@@ -104,6 +112,13 @@ def write_artifact(
         manifest = msgspec.structs.replace(manifest, opened=opened, seconds=rounded)
         write_report(directory, manifest)
         return artifact.finish(directory, manifest)
+
+
+def _where_it_opens(captured: Captured, program: Program) -> Program:
+    """The last stage on its device, or on the CPU where that has no room for what was written and for what the stage makes of
+    its codes beside it."""
+    size = 0 if captured.info is None else captured.info.weight_bytes
+    return program if has_room(program_device(program), 2 * size) else to_device(program, torch.device("cpu"))
 
 
 def _export(target: Target, programs: Programs, request: ExportRequest) -> tuple[ExportResult, ExportResult | None]:

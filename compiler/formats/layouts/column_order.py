@@ -24,7 +24,7 @@ def column_order(
     groups = reader.read(name, torch.int32, torch.int64).long()
     if groups.shape != (columns,):
         raise reader.wrong_shape(name, f"found {list(groups.shape)}, expected {[columns]}")
-    neighbours = torch.arange(columns) // size
+    neighbours = torch.arange(columns, device=groups.device) // size
     if torch.equal(groups, neighbours) or (unused is not None and bool((groups == unused).all())):
         return None
     order = groups.argsort(stable=True)

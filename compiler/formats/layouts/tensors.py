@@ -14,14 +14,19 @@ from optc.compiler.ir.lazy_weights import LazyWeight, materialized
 from optc.compiler.ir.saved.safetensors_file import TYPES
 from optc.compiler.ir.stored_weights import OpenFile, in_file
 
+CPU = torch.device("cpu")
 TOGETHER = "check that config.json and the weights belong together"
 
 
 class TensorReader:
-    """Reads tensors of a folder by name; files stay open until `close`, or until the last lazy one of them is gone."""
+    """Reads tensors of a folder by name; files stay open until `close`, or until the last lazy one of them is gone.
 
-    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo]) -> None:
-        self.folder, self.tensors = folder, tensors
+    Args:
+        device: where tensors that are read go; lazy ones are of the CPU.
+    """
+
+    def __init__(self, folder: Path, tensors: Mapping[str, TensorInfo], device: torch.device = CPU) -> None:
+        self.folder, self.tensors, self.device = folder, tensors, device
         self._files: dict[Path, OpenFile] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -39,7 +44,7 @@ class TensorReader:
             InputError: missing, of another type, or cannot be read.
         """
         found: Tensor = materialized(self.lazy(name, *dtypes))
-        return found
+        return found.to(self.device)
 
     def lazy(self, name: str, *dtypes: torch.dtype) -> LazyWeight:
         """The same tensor, which is read when an operator needs it.

@@ -16,6 +16,8 @@ from optc.compiler.ops.packed.onnxruntime import pack_nbits, unpack_nbits
 _WORD = 32
 _CODES = 1 << 19
 """Codes that are packed together: they, and what is made of them on the way, fit a cache."""
+_CODES_ELSEWHERE = 1 << 26
+"""The same on a device, where a call costs more than what it leaves in a cache."""
 
 
 def word_count(elements: int, bits: int) -> int:
@@ -23,13 +25,17 @@ def word_count(elements: int, bits: int) -> int:
     return -(-elements * bits // _WORD)
 
 
+def _together(tensor: Tensor) -> int:
+    return _CODES if tensor.device.type == "cpu" else _CODES_ELSEWHERE
+
+
 def unpack_words(words: Tensor, bits: int, elements: int) -> Tensor:
     """int32 words [R, W] -> uint8 codes [R, elements]; what follows the last element is dropped."""
     assert words.dtype == torch.int32
     assert words.shape[1] == word_count(elements, bits)
     unpack = unpack_nbits if 8 % bits == 0 else _unpacked_eights
-    out, start = torch.empty((words.shape[0], elements), dtype=torch.uint8), 0
-    for block in pieces(words, _CODES * bits // 8):
+    out, start = torch.empty((words.shape[0], elements), dtype=torch.uint8, device=words.device), 0
+    for block in pieces(words, _together(words) * bits // 8):
         packed = block.reshape(-1).view(torch.uint8).view(len(block), -1)  # an axis of one element may have any stride
         out[start : start + len(block)] = unpack(packed, bits, elements)
         start += len(block)
@@ -40,9 +46,10 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes [R, E] below 2^bits -> int32 words [R, ceil(E * bits / 32)]; what follows the last code is zero."""
     assert codes.dtype == torch.uint8
     pack = pack_nbits if 8 % bits == 0 else _packed_eights
-    out, start = torch.zeros((codes.shape[0], word_count(codes.shape[1], bits)), dtype=torch.int32), 0
+    shape = codes.shape[0], word_count(codes.shape[1], bits)
+    out, start = torch.zeros(shape, dtype=torch.int32, device=codes.device), 0
     into = out.view(torch.uint8)
-    for block in pieces(codes, _CODES):
+    for block in pieces(codes, _together(codes)):
         assert int(block.max()) < 2**bits, "a code does not fit its bits"
         packed = pack(block, bits)[:, : into.shape[1]]
         into[start : start + len(block), : packed.shape[1]] = packed

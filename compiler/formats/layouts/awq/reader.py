@@ -66,5 +66,5 @@ class Awq:
 def unpack_nibbles(words: Tensor) -> Tensor:
     """int32 [R, N / 8] -> uint8 [N, R]."""
     rows = unpack_words(words, BITS, words.shape[1] * _NIBBLES).unflatten(1, (-1, _NIBBLES))
-    places = [ORDER.index(column) for column in range(_NIBBLES)]
-    return rows[..., places].flatten(1).t().contiguous()
+    places = torch.tensor([ORDER.index(column) for column in range(_NIBBLES)], device=rows.device)
+    return rows.index_select(-1, places).flatten(1).t().contiguous()

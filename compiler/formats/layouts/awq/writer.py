@@ -69,4 +69,4 @@ class AwqWriter:
 def pack_nibbles(codes: Tensor) -> Tensor:
     """uint8 [N, R] below 16 -> int32 [R, N / 8], the nibbles in AWQ's order."""
     rows = materialized(codes).t().contiguous().unflatten(1, (-1, len(ORDER)))
-    return pack_words(rows[..., list(ORDER)].flatten(1), BITS)
+    return pack_words(rows.index_select(-1, torch.tensor(ORDER, device=rows.device)).flatten(1), BITS)
