@@ -186,6 +186,19 @@ def file_stamp(path: Path) -> FileStamp:
     return FileStamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, durable; a link is refused.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from optc.compiler.artifact import genai_config
+from optc.compiler.artifact.early_hashes import EarlyHashes
 from optc.compiler.artifact.engines import find_engine
 from optc.compiler.artifact.manifest import FILE_NAME, FileEntry, Manifest, decode, encode, is_made_here, marked
 from optc.compiler.artifact.publishing import check_output, leftovers, write_folder
@@ -34,10 +35,13 @@ _MAX_MANIFEST = 32 << 20
 _REMEDY = "copy the artifact again from where it was made, or compile it again"
 
 
-def finish(directory: Path, manifest: Manifest, *, made_here: bool = True) -> Manifest:
+def finish(
+    directory: Path, manifest: Manifest, *, made_here: bool = True, early: EarlyHashes | None = None
+) -> Manifest:
     """Hash every file as it is on disk, write manifest.json, read it back.
 
     Args:
+        early: hashes that were taken before.
         made_here: this machine made all of it, and marks it as its own.
 
     Returns the manifest as a reader will see it, with `files` and `self_sha256` filled.
@@ -52,7 +56,7 @@ def finish(directory: Path, manifest: Manifest, *, made_here: bool = True) -> Ma
         found = {path: info.st_size for path, info in _regular_files(directory).items()}
         files = tuple(
             FileEntry(path=path, size=size, sha256=sha256)
-            for (path, size), sha256 in zip(found.items(), _hashes(directory, found), strict=True)
+            for (path, size), sha256 in zip(found.items(), _hashes(directory, found, early), strict=True)
         )
         native = find_engine(manifest.engine, str(directory)).native_code_of(manifest.engine_infos)
         manifest = msgspec.structs.replace(manifest, files=files, native_code=native, made_here="")
@@ -203,9 +207,14 @@ def _link(source: Path, place: Path) -> None:
         shutil.copyfile(source, place)
 
 
-def _hashes(folder: Path, sizes: Mapping[str, int]) -> list[str]:
+def _hashes(folder: Path, sizes: Mapping[str, int], early: EarlyHashes | None = None) -> list[str]:
     """sha256 of each file of a folder, by name and size in bytes."""
-    return side_by_side(lambda path: sha256_of(folder / path), list(sizes), sum(sizes.values()))
+
+    def read(path: str) -> str:
+        found = early.of(path) if early is not None else None
+        return sha256_of(folder / path) if found is None else found
+
+    return side_by_side(read, list(sizes), sum(sizes.values()))
 
 
 def _regular_files(folder: Path) -> dict[str, os.stat_result]:

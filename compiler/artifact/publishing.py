@@ -18,7 +18,7 @@ from pathlib import Path
 
 from optc.compiler.artifact.manifest import FILE_NAME
 from optc.compiler.diagnostics import InputError, OptcError, ResourceError, os_errors, os_failure, says_disk_full
-from optc.compiler.files import EXCHANGE, rename_with
+from optc.compiler.files import EXCHANGE, rename_with, sync_file
 
 _MARK = b'"optc_version"'
 _OS_ERROR = re.compile(r"\(os error (\d{1,4})\)")  # as Rust says it
@@ -213,29 +213,21 @@ def _sync_tree(folder: Path) -> None:
         if entry.is_dir(follow_symlinks=False):
             _sync_tree(Path(entry.path))
         elif entry.is_file(follow_symlinks=False):
-            _sync(Path(entry.path))
-    _sync(folder)
+            sync_file(Path(entry.path))
+    sync_file(folder)
 
 
 def _sync_names(output: Path, parents: list[Path]) -> None:
     """Make the new names durable. The output stands already: that a power loss may undo it is no failure of the run."""
     try:
         for folder in (output, *parents):
-            _sync(folder.parent)
+            sync_file(folder.parent)
     except OSError as error:
         warnings.warn(
             f"{output} is written, but its name could not be synced to the disk ({error}): a power loss may undo it",
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # -- what killed runs left -----------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from optc.capturing import Captured
 from optc.compiler.analysis.weight_parts import weight_parts
 from optc.compiler.artifact import folder as artifact
+from optc.compiler.artifact.early_hashes import EarlyHashes
 from optc.compiler.artifact.manifest import Manifest, ProgramEntry, Role, Source
 from optc.compiler.artifact.sizes import Sizes
 from optc.compiler.diagnostics import os_errors
@@ -94,24 +95,25 @@ def write_artifact(
             for place, stage in programs.stages:
                 (directory / place).mkdir(exist_ok=True)
                 (directory / place / stage.file_name).write_text(stage.text)
-        manifest = _manifest(resolved, programs, exported, command, seconds, weights)
-        opened = exported.opened or open_written(
-            directory,
-            manifest,
-            _where_it_opens(captured, result.program),
-            exported.engine,
-            captured.tokens,
-            request.allowed,
-            exported.graphs,
-        )
-        if draft is not None:
-            assert programs.drafted is not None
-            manifest = _with_draft(manifest, programs.drafted, draft)
-        seconds["total"] = time.perf_counter() - begin
-        rounded = {key: round(value, 3) for key, value in seconds.items()}
-        manifest = msgspec.structs.replace(manifest, opened=opened, seconds=rounded)
-        write_report(directory, manifest)
-        return artifact.finish(directory, manifest)
+        with EarlyHashes(directory) as early:
+            manifest = _manifest(resolved, programs, exported, command, seconds, weights)
+            opened = exported.opened or open_written(
+                directory,
+                manifest,
+                _where_it_opens(captured, result.program),
+                exported.engine,
+                captured.tokens,
+                request.allowed,
+                exported.graphs,
+            )
+            if draft is not None:
+                assert programs.drafted is not None
+                manifest = _with_draft(manifest, programs.drafted, draft)
+            seconds["total"] = time.perf_counter() - begin
+            rounded = {key: round(value, 3) for key, value in seconds.items()}
+            manifest = msgspec.structs.replace(manifest, opened=opened, seconds=rounded)
+            write_report(directory, manifest)
+            return artifact.finish(directory, manifest, early=early)
 
 
 def _where_it_opens(captured: Captured, program: Program) -> Program:

@@ -221,14 +221,14 @@ def test_ignored_signals_stay_ignored() -> None:
 
 def test_a_name_that_cannot_be_synced_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The new artifact stands: that is no failure."""
-    real = publishing._sync
+    real = publishing.sync_file
 
     def failing(path: Path) -> None:
         if path == tmp_path.resolve():
             raise OSError(errno.EIO, "Input/output error")
         real(path)
 
-    monkeypatch.setattr(publishing, "_sync", failing)
+    monkeypatch.setattr(publishing, "sync_file", failing)
     with (
         pytest.warns(RuntimeWarning, match="a power loss may undo it"),
         write_folder(tmp_path / "out", force=False) as directory,

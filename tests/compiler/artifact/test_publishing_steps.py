@@ -213,7 +213,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
         (tmp_path / name).symlink_to(place)
     publishing._sync_tree(tmp_path)
     with pytest.raises(OSError, match="symbolic links") as caught:
-        publishing._sync(tmp_path / "to_file")
+        publishing.sync_file(tmp_path / "to_file")
     assert caught.value.errno == errno.ELOOP
 
 
@@ -221,13 +221,13 @@ def test_every_file_and_folder_is_synced(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "file").touch()
     seen = []
-    monkeypatch.setattr(publishing, "_sync", seen.append)
+    monkeypatch.setattr(publishing, "sync_file", seen.append)
     publishing._sync_tree(tmp_path)
     assert seen == [tmp_path / "deep" / "file", tmp_path / "deep", tmp_path]
 
 
 def test_an_artifact_whose_name_cannot_be_synced_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output, sync, failed = tmp_path / "new" / "out", publishing._sync, []
+    output, sync, failed = tmp_path / "new" / "out", publishing.sync_file, []
 
     def fail(path: Path) -> None:
         if path == tmp_path:
@@ -235,7 +235,7 @@ def test_an_artifact_whose_name_cannot_be_synced_stands(tmp_path: Path, monkeypa
             raise OSError(errno.EIO, "the disk failed")
         sync(path)
 
-    monkeypatch.setattr(publishing, "_sync", fail)
+    monkeypatch.setattr(publishing, "sync_file", fail)
     with pytest.warns(RuntimeWarning) as caught:
         make_artifact(output)
     assert [str(warning.message) for warning in caught] == [
