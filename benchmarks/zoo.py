@@ -1,4 +1,5 @@
-"""The zoo: every text type of the installed transformers, tiny and random, compiled and held to its own eager forward.
+"""The zoo: every text type of the installed transformers, and some of pictures, tiny and random, compiled and held to its own
+eager forward.
 
     python benchmarks/zoo.py --stage capture                    # capture alone, a quarter of an hour
     python benchmarks/zoo.py --stage onnx-cpu [--only GLOB ...]
@@ -39,6 +40,7 @@ from typing import Any
 
 from common import RESULTS, ROOT, commit
 from zoo_models import Kind, kinds
+from zoo_pictures import other_kinds
 
 FILE = RESULTS / "zoo.json"
 DOCS = ROOT / "docs" / "models.md"
@@ -265,7 +267,7 @@ def _import_for(stages: Sequence[str]) -> None:
 
 def _left(arguments: argparse.Namespace, results: Results) -> list[tuple[Kind, list[str]]]:
     """The chosen types with the stages of which they have no row, or one that is to be made again."""
-    chosen = [kind for kind in kinds() if _is_chosen(kind, arguments.only)]
+    chosen = [kind for kind in (*kinds(), *other_kinds()) if _is_chosen(kind, arguments.only)]
     if arguments.only and not chosen:
         sys.exit(f"no type is called {' or '.join(arguments.only)}")
 

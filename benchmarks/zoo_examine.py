@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from zoo_models import Kind, build
+from zoo_pictures import Calls, answered, pairs
 
 LENGTHS = (11, 5, 1)
 """Tokens of the sequences: ragged, one of a single token; the first is run alone too."""
@@ -38,6 +39,7 @@ class Truth:
         padded: of encoders, the same in one batch, padded on the right: some mix padding in.
         tokens: of decoders, greedy ones behind each sequence; of encoder-decoder models, of the answers to them.
         answers: of encoder-decoder models, the logits [STEPS, V] of these tokens.
+        calls: of types whose answers are not tokens, and then nothing else.
     """
 
     sequences: list[list[int]]
@@ -45,6 +47,7 @@ class Truth:
     padded: list[Tensor]
     tokens: list[list[int]]
     answers: list[Tensor] = field(default_factory=list)
+    calls: Calls = field(default_factory=list)
 
 
 def examine(
@@ -120,6 +123,8 @@ def _truth(kind: Kind, folder: Path) -> Truth:
     """Write the model's folder, and run what transformers reads from it."""
     import transformers
 
+    if kind.head in ("picture", "answers"):
+        return Truth([], [], [], [], calls=answered(kind, folder))
     made = build(kind)
     made.save_pretrained(folder)
     model = getattr(transformers, kind.architecture).from_pretrained(
@@ -237,7 +242,12 @@ Compared = tuple[list[str], float]
 def _captured(stage: str, output: Path, truth: Truth, program: Any) -> Compared:
     """The captured program on the padded batch and on the first sequence alone."""
     module = program.exported.module()
-    return _whole(program.contract, lambda *inputs: [module(*inputs)], truth)
+
+    def run(*inputs: Tensor) -> Sequence[Tensor]:
+        out = module(*inputs)
+        return out if isinstance(out, tuple) else (out,)
+
+    return _whole(program.contract, run, truth)
 
 
 def _proved(stage: str, output: Path, truth: Truth, folder: Path) -> Compared:
@@ -283,7 +293,9 @@ def _encoded(stage: str, output: Path, truth: Truth, program: Any) -> Compared:
 
 
 def _whole(contract: Any, run: Callable[..., Any], truth: Truth) -> Compared:
-    pairs: list[tuple[Tensor, Tensor]] = []
+    if truth.calls:
+        return _gaps(pairs(contract, run, truth.calls))
+    found: list[tuple[Tensor, Tensor]] = []
     last = len(truth.sequences) - 1
     for chosen, wanted in (((0, 1, 2), truth.padded), ((0,), truth.outputs[:1]), ((last,), truth.outputs[last:])):
         rows = [truth.sequences[i] for i in chosen]
@@ -293,13 +305,13 @@ def _whole(contract: Any, run: Callable[..., Any], truth: Truth) -> Compared:
         made["token_type_ids"] = torch.zeros_like(ids)
         with torch.no_grad():
             out = run(*(made[spec.role] for spec in contract.inputs))[0]
-        pairs += zip(_rows(out, rows), wanted, strict=True)
-    return _gaps(pairs)
+        found += zip(_rows(out, rows), wanted, strict=True)
+    return _gaps(found)
 
 
-def _gaps(pairs: list[tuple[Tensor, Tensor]]) -> Compared:
+def _gaps(compared: list[tuple[Tensor, Tensor]]) -> Compared:
     worst, problems = 0.0, []
-    for found, wanted in pairs:
+    for found, wanted in compared:
         if found.shape != wanted.shape:
             return [f"outputs of shape {tuple(found.shape)}, not {tuple(wanted.shape)}"], float("inf")
         gap = float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12))
@@ -316,7 +328,7 @@ def _decoded(stage: str, output: Path, truth: Truth, program: Any, **options: An
     _compile(stage, output, program, **options)
     with optc.load(output).session as session:
         logits = session.prefill(truth.sequences)
-        pairs = [(torch.from_numpy(row), out[-1]) for row, out in zip(logits, truth.outputs, strict=True)]
+        compared = [(torch.from_numpy(row), out[-1]) for row, out in zip(logits, truth.outputs, strict=True)]
         chosen: list[list[int]] = [[] for _ in truth.sequences]
         for step in range(STEPS):
             tokens = [int(row.argmax()) for row in logits]
@@ -325,7 +337,7 @@ def _decoded(stage: str, output: Path, truth: Truth, program: Any, **options: An
             if step < STEPS - 1:
                 logits = session.decode(tokens)
         scored = torch.cat([torch.from_numpy(part) for part in session.score(truth.sequences[0])])
-    problems, worst = _gaps([*pairs, (scored, truth.outputs[0])])
+    problems, worst = _gaps([*compared, (scored, truth.outputs[0])])
     if chosen != truth.tokens:
         problems.append(f"greedy tokens {chosen} are not {truth.tokens}")
     return problems, worst

@@ -13,8 +13,6 @@ from typing import Any
 MOST_PARAMETERS = 8_000_000
 """A model beyond this has a size that the fields below do not reach: it is not built."""
 
-HEADS = ("causal", "masked", "encoder")
-
 _NUMBERS = """
 1: n_group topk_group n_groups num_memory_blocks first_k_dense_replace mamba_n_groups num_shared_experts
 1: n_shared_experts mtp_num_hidden_layers num_nextn_predict_layers num_mem_blocks hybrid_layer_id
@@ -89,7 +87,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A model type under one head: causal (logits of the next token), masked, encoder (hidden states)."""
+    """A model type under one head: causal (logits of the next token), masked, encoder (hidden states); picture, answers (see
+    zoo_pictures.py)."""
 
     head: str
     type: str
@@ -174,12 +173,7 @@ def _one_layer_of_each(cls: Any) -> dict[str, Any]:
 
 
 def build(kind: Kind, seed: int = 0) -> Any:
-    """The tiny random model, in eval mode and float32, with weights large enough that errors show.
-
-    Raises:
-        ValueError: its config does not get small. Whatever else transformers raises comes through.
-    """
-    import torch
+    """The tiny random model of a text type; raises as `build_of`."""
     import transformers
     from transformers import CONFIG_MAPPING
 
@@ -190,6 +184,19 @@ def build(kind: Kind, seed: int = 0) -> Any:
     for name in ("is_decoder", "causal"):
         if kind.head == "causal" and hasattr(config, name):
             setattr(config, name, True)
+    return build_of(kind, config, seed)
+
+
+def build_of(kind: Kind, config: Any, seed: int = 0) -> Any:
+    """The random model of a config, in eval mode and float32, with weights large enough that errors show.
+
+    Raises:
+        ValueError: its config does not get small. Whatever else transformers raises comes through.
+    """
+    import torch
+    import transformers
+
+    cls = getattr(transformers, kind.architecture)
     config._attn_implementation = "eager"
     with torch.device("meta"):
         count = sum(weight.numel() for weight in cls(config).parameters())

@@ -9,6 +9,9 @@ from typing import Any
 
 OUTCOMES = ("exact", "uncached", "refused", "gate", "wrong", "crashed", "hung")
 HEADS = ("causal", "masked", "encoder")
+"""Of text, by transformers' own lists."""
+OTHERS = ("picture", "answers")
+"""Some types of each: no share of all."""
 BEGIN, END = "<!-- zoo: made by `python benchmarks/zoo.py --docs` -->", "<!-- /zoo -->"
 
 Stages = dict[str, dict[str, Any]]
@@ -47,8 +50,14 @@ def _made_by(stages: Stages) -> str:
 def _counts(stages: Stages) -> list[str]:
     lines = ["| | head | built | " + " | ".join(OUTCOMES) + " | not built |", "|---" * (len(OUTCOMES) + 4) + "|"]
     for stage, rows in stages.items():
-        for head in (*(head for head in HEADS if any(name.startswith(f"{head}:") for name in rows)), "all"):
-            count = Counter(row["outcome"] for name, row in rows.items() if head in ("all", name.split(":")[0]))
+        present = {name.split(":")[0] for name in rows}
+        for head in (
+            *(head for head in HEADS if head in present),
+            "all text",
+            *(head for head in OTHERS if head in present),
+        ):
+            heads = HEADS if head == "all text" else (head,)
+            count = Counter(row["outcome"] for name, row in rows.items() if name.split(":")[0] in heads)
             built = sum(count[outcome] for outcome in OUTCOMES)
             numbers = [str(count[outcome]) for outcome in (*OUTCOMES, "not built")]
             if built:
@@ -60,14 +69,15 @@ def _counts(stages: Stages) -> list[str]:
 def _everywhere(stages: Stages) -> list[str]:
     """The types that are exact in every stage, a line for each head."""
     lines = []
-    for head in HEADS:
+    for head in (*HEADS, *OTHERS):
         exact = [
             name.split(":")[1]
             for name in _built(stages)
             if name.startswith(f"{head}:")
             and all(rows.get(name, {}).get("outcome") == "exact" for rows in stages.values())
         ]
-        lines += [f"Exact in every stage, {head}: {', '.join(exact) or 'none'}.", ""]
+        if exact or head in HEADS:
+            lines += [f"Exact in every stage, {head}: {', '.join(exact) or 'none'}.", ""]
     return lines
 
 

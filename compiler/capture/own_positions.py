@@ -11,10 +11,12 @@ What is not found so (slopes of ALiBi, masks) stays as it is. Passes that need p
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import (
@@ -186,34 +188,67 @@ def _lift(program: Program, lookup: _Lookup, ids: Node, positions: Node) -> bool
     if lookup.shift:
         index = insert_call(program, node, aten.add.Tensor, (index, lookup.shift))
     new = insert_call(program, node, _EMBEDDING, (lookup.table, index))
-    _absorb(program, node, new)
+    _absorb(program, node, new, rank)
     return True
 
 
-def _broadcasts(user: Node, node: Node, shape: Any) -> bool:
-    """Whether a reader of [S, C] or [1, S, C] makes the same of [B, S, C]."""
-    rank = value_of(node).dim()
-    if user.target in CASTS | COPIES:
-        return all(_broadcasts(item, user, shape) for item in readers(user))
-    if user.target is aten.unsqueeze.default and rank == 2 and user.args[1] == 0:
-        return all(_broadcasts(item, user, shape) for item in readers(user))
+_ALONG = CASTS | COPIES | {operator.getitem, aten.neg.default, aten.sin.default, aten.cos.default}
+"""Calls on one tensor that take all axes as they come."""
+_ON_AXIS = {
+    aten.unsqueeze.default: 1,
+    aten.chunk.default: 2,
+    aten.split.Tensor: 2,
+    aten.slice.Tensor: 1,
+    aten.stack.default: 1,
+    aten.cat.default: 1,
+}
+"""Calls that act on one axis, and where among the arguments it stands."""
+_PRODUCTS = (aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor)
+
+
+def _broadcasts(user: Node, node: Node, shape: Any, lifted: tuple[Node, ...] = ()) -> bool:
+    """Whether a reader of [S, C], or of [1, ..., S, C] that was made of it, makes the same with the batch in front.
+
+    Args:
+        lifted: what was made of the lookup on the way to `node`.
+    """
+    rank = value_of(node).dim() if is_tensor(node) else 0
+    lifted = (*lifted, node)
+    if user.target in _PRODUCTS:
+        found = value_of(user).shape
+        return len(found) == max(rank, 3) and found[0] == shape[0] and shape[1] in found[1:]
+    if rank == 2 and (user.target is not aten.unsqueeze.default or user.args[1] != 0):
+        return user.target in CASTS | COPIES and all(_broadcasts(item, user, shape, lifted) for item in readers(user))
     if user.target is aten.expand.default and rank == 3:
         return value_of(user).dim() == 3
-    if user.target in (aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor):
-        found = value_of(user).shape
-        return len(found) == 3 and found[0] == shape[0] and found[1] == shape[1]
-    return False
+    return _is_along(user, node, rank, lifted) and all(_broadcasts(item, user, shape, lifted) for item in readers(user))
 
 
-def _absorb(program: Program, old: Node, new: Node) -> None:
-    """Let the readers of `old` read `new` ([B, S, C] both times); axes that were added for `old` are there already."""
+def _is_along(user: Node, node: Node, rank: int, lifted: tuple[Node, ...]) -> bool:
+    """Whether a call lets a first axis of 1 be the batch."""
+    if user.target is aten.reshape_as.default:
+        return user.args[1] in lifted
+    if user.target not in _ON_AXIS:
+        return user.target in _ALONG
+    if any(item is not node for item in inputs_of(user)):
+        return False
+    place = _ON_AXIS[user.target]
+    axis = user.args[place] if len(user.args) > place else 0
+    count = rank + (user.target in (aten.unsqueeze.default, aten.stack.default))
+    return rank == 2 or (isinstance(axis, int) and axis % count != 0)
+
+
+def _absorb(program: Program, old: Node, new: Node, rank: int) -> None:
+    """Let the readers of `old`, of `rank` axes, read `new` (with the batch in front); axes that were added for `old` are
+    there already."""
     for user in list(old.users):
-        if user.target in (aten.unsqueeze.default, aten.expand.default):
-            _absorb(program, user, new)
+        if user.target is aten.expand.default or (user.target is aten.unsqueeze.default and rank == 2):
+            _absorb(program, user, new, 3)
             continue
         user.replace_input_with(old, new)
         infer_meta(program, user)
-        if user.target in CASTS | COPIES:
-            _absorb(program, user, user)
+        if user.target in _ALONG or user.target in _ON_AXIS or user.target is aten.reshape_as.default:
+            found = user.meta["val"]
+            _absorb(program, user, user, rank if rank == 2 or not isinstance(found, Tensor) else found.dim())
     if old is not new and not old.users:
         program.graph.erase_node(old)

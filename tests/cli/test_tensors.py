@@ -96,6 +96,31 @@ def test_run(folders: tuple[Path, Path], inputs: Path, tmp_path: Path, capsys: p
     assert "the file has no 'shift'" in capsys.readouterr().err
 
 
+def test_outputs_of_files_that_differ_in_their_endings_are_kept_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = nn.Linear(4, 2).requires_grad_(False)
+    program = package.capture(net, (torch.randn(3, 4),), input_names=["x"], dynamic={"x": {0: "rows"}})
+    package.compile(program, target="onnx-cpu", output=tmp_path / "net")
+    rows = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(2))
+    (tmp_path / "inputs").mkdir()
+    np.save(tmp_path / "inputs" / "a.npy", rows[0])
+    np.save(tmp_path / "inputs" / "b.npy", rows[1])
+
+    def saved() -> dict[str, np.ndarray]:
+        run = ("run", tmp_path / "net", "--inputs", tmp_path / "inputs", "--save-outputs", tmp_path / "out.npz")
+        optc_json(capsys, *run)
+        with np.load(tmp_path / "out.npz") as file:
+            return dict(file)
+
+    assert set(saved()) == {"a/output", "b/output"}
+    np.savez(tmp_path / "inputs" / "a.npz", x=rows[2])
+    found = saved()
+    assert set(found) == {"a.npy/output", "a.npz/output", "b.npy/output"}
+    for name, row in (("a.npy", 0), ("b.npy", 1), ("a.npz", 2)):
+        np.testing.assert_allclose(found[f"{name}/output"], net(rows[row]), atol=1e-5)
+
+
 def test_eval(folders: tuple[Path, Path], inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x, shift = _loaded(inputs)
     plain, rounded = optc_json(capsys, "eval", "--compare", *folders, "--inputs", inputs)["results"]

@@ -185,6 +185,45 @@ def test_beams_are_those_of_generate(t5: Compiled, beams: int, penalty: float, e
     model.close()
 
 
+def make_bart() -> Any:
+    config = hf.BartConfig(
+        d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=64, max_position_embeddings=32, pad_token_id=0,
+        bos_token_id=2, eos_token_id=1, decoder_start_token_id=1, forced_eos_token_id=None,
+    )  # fmt: skip
+    model = _varied(hf.BartForConditionalGeneration(config))
+    model.final_logits_bias[0, 1] = 2.5  # some answers end
+    return model
+
+
+@pytest.mark.parametrize(("beams", "penalty", "early"), [(4, 2.0, True), (3, 1.0, False), (2, -1.0, False)])
+def test_beams_of_bart_are_those_of_generate(bart: tuple[Any, Any], beams: int, penalty: float, early: bool) -> None:
+    """BART counts positions from 2, and begins its answers with the token that ends them."""
+    model, session = bart
+    generator = torch.Generator().manual_seed(7)
+    prompts = [torch.randint(3, 64, (length,), generator=generator).tolist() for length in (4, 9, 2, 12, 6, 1)]
+    settings = {"num_beams": beams, "length_penalty": penalty, "early_stopping": early}
+    expected = _beams_of(model, prompts, **settings)
+    found = beam_search(session, prompts, BeamSettings(beams, penalty, early), max_new_tokens=10, stop_ids=(1,))
+    assert found.tokens == expected
+    assert len({len(row) for row in expected}) > 1  # some end, some do not
+
+
+@pytest.fixture(scope="module")
+def bart(t5: Compiled) -> tuple[Any, PackageEncoderDecoderSession]:
+    """A BART, and the session of AOTInductor's packages over the programs that these are compiled of."""
+    model = make_bart()
+    pair = capture_encoder_decoder(model)
+    return model, _package_session(t5, pair)
+
+
+def _package_session(t5: Compiled, pair: EncoderDecoder) -> PackageEncoderDecoderSession:
+    """A session over programs, with the other entries of T5's manifest."""
+    manifest = optc.load(t5.artifact).manifest.with_program("encoder", contract=pair.encoder.contract)
+    manifest = manifest.with_program("model", contract=pair.decoder.contract)
+    return PackageEncoderDecoderSession(manifest, pair.encoder, pair.decoder, pair.decoder.contract)
+
+
 def test_beams_end_begin_and_branch_as_they_do_there(t5: Compiled) -> None:
     """A likely end token, tokens that are ruled out, a first token that is forced; over packages too."""
     model = copy.deepcopy(t5.model)
@@ -192,9 +231,7 @@ def test_beams_end_begin_and_branch_as_they_do_there(t5: Compiled) -> None:
     ruled = {"forced_bos_token_id": 7, "suppress_tokens": [5, 40], "begin_suppress_tokens": [9]}
     model.generation_config.update(**ruled)
     pair = capture_encoder_decoder(model)
-    manifest = optc.load(t5.artifact).manifest.with_program("encoder", contract=pair.encoder.contract)
-    manifest = manifest.with_program("model", contract=pair.decoder.contract)
-    session = PackageEncoderDecoderSession(manifest, pair.encoder, pair.decoder, pair.decoder.contract)
+    session = _package_session(t5, pair)
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(3, 64, (length,), generator=generator).tolist() for length in (4, 2, 5, 9, 3, 7, 6, 1)]
     lengths = set()
@@ -264,6 +301,21 @@ def test_commands(t5: Compiled, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     inputs = _padded([optc.load(folder).encode(TEXTS[0])])
     assert found == t5.model.generate(**inputs, do_sample=False, max_new_tokens=5)[0, 1:].tolist()
     assert call("run", folder, *prompt, "--decoder-input-ids", "0,64") == 3
+    capsys.readouterr()
+    flags = ("--beams", "3", "--length-penalty", "2", "--early-stopping")
+    assert call("run", folder, *prompt, *flags) == 0
+    searched = json.loads(capsys.readouterr().out)["tokens"]
+    settings = {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True}
+    expected = t5.model.generate(**inputs, do_sample=False, max_new_tokens=5, **settings)
+    assert searched == _until_end(expected[0, 1:].tolist(), 1)
+    for given, text in (
+        (("--length-penalty", "2"), "have no effect without --beams"),
+        (("--early-stopping",), "have no effect without --beams"),
+        (("--beams", "3", "--temperature", "0.5"), "--temperature has no effect with --beams"),
+        (("--beams", "0"), "beams"),
+    ):
+        assert call("run", folder, *prompt, *given) == 2, given
+        assert text in capsys.readouterr().err
     assert call("bench", folder, "--prompt-length", "4", "--new-tokens", "2", "--samples", "1", "--json") == 0
     capsys.readouterr()
     refused = {

@@ -205,14 +205,17 @@ def likely_classes(logits: Any, names: Mapping[int, str]) -> list[list[dict[str,
 
 
 def _write(path: Path, batches: Sequence[Batch], outputs: Sequence[dict[str, Any]]) -> None:
-    """Outputs under their names; of several batches each under `name of its file/output`."""
+    """Outputs under their names; of several batches each under `name of its file/output`. Names are without their endings
+    where that tells them apart."""
     import numpy as np
 
     if path.suffix != ".npz":
         raise UsageError(f"--save-outputs {path} is no .npz", remedy="name a file that ends in .npz")
+    stems = [Path(batch.name).stem for batch in batches]
+    places = stems if len(set(stems)) == len(stems) else [batch.name for batch in batches]
     named = {
-        name if len(batches) == 1 else f"{Path(batch.name).stem}/{name}": array
-        for batch, found in zip(batches, outputs, strict=True)
+        name if len(batches) == 1 else f"{place}/{name}": array
+        for place, found in zip(places, outputs, strict=True)
         for name, array in found.items()
     }
     with os_errors("writing outputs", str(path)):
