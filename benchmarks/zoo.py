@@ -233,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # both targets are the CPU's, and a forked child cannot use the GPU
     arguments = _parser().parse_args()
     results = Results(arguments.file)
     for other in arguments.merge:
