@@ -108,7 +108,7 @@ class BlockManager:
         state = self._requests[request] = _Request()
         digest = b""
         for end in range(self.block_size, len(tokens), self.block_size):
-            content = list(tokens[end - self.block_size : end])
+            content = array("q", tokens[end - self.block_size : end])
             digest = _chain(digest, content)
             block = self._block_of.get(digest)
             if block is None:
@@ -130,12 +130,18 @@ class BlockManager:
         assert len(state.tokens) == len(state.digests) * size
         rest = array("q", tokens[len(state.tokens) : min(len(state.tokens) + size, len(tokens) - 1)])
         behind = self._behind.get(state.digests[-1] if state.digests else b"", {})
-        shared = [
-            (_common(rest, self._held[block].tokens), block) for block in itertools.islice(reversed(behind), _LOOKED_AT)
-        ]
-        count, source = max(shared, default=(0, -1))
-        if count < least_shared(size):
+        least = least_shared(size)
+        if len(rest) < least:
             return None
+        begin = rest[:least]
+        shared = [
+            (_common(rest, self._held[block].tokens), block)
+            for block in itertools.islice(reversed(behind), _LOOKED_AT)
+            if self._held[block].tokens[:least] == begin  # a loop in C, which most end at their first token
+        ]
+        if not shared:
+            return None
+        count, source = max(shared)
         self._acquire(source)
         found = None
         if self.free_blocks:
@@ -191,13 +197,13 @@ class BlockManager:
         """The pool holds every token that was laid out: full blocks may now be shared."""
         state, size = self._requests[request], self.block_size
         for index in range(len(state.digests), len(state.tokens) // size):
-            content = state.tokens[index * size : (index + 1) * size]
+            content = array("q", state.tokens[index * size : (index + 1) * size])
             parent = state.digests[-1] if state.digests else b""
             digest = _chain(parent, content)
             state.digests.append(digest)
             if digest not in self._block_of:
                 block = self._block_of[digest] = state.blocks[index]
-                self._held[block] = _Held(digest, parent, array("q", content))
+                self._held[block] = _Held(digest, parent, content)
                 self._behind.setdefault(parent, {})[block] = None
 
     def rewind(self, request: Hashable, length: int) -> int:
@@ -338,9 +344,9 @@ def least_shared(block_size: int) -> int:
     return -(-block_size // _LEAST_SHARE)
 
 
-def _chain(parent: bytes, tokens: Sequence[int]) -> bytes:
+def _chain(parent: bytes, tokens: array[int]) -> bytes:
     """Digest of a full block and all before it; sha256, as prompts can be chosen to collide."""
-    return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
+    return hashlib.sha256(parent + tokens.tobytes()).digest()
 
 
 def _common(one: array[int], other: array[int]) -> int:

@@ -185,13 +185,13 @@ class PagedEngine:
         here = plan.rows[rows.serial[plan.rows] == plan.serials]
         known = rows.known[here]
         last = rows.history[here, known - 1].tolist()
-        answers = []
-        for row, count, token in zip(here.tolist(), known.tolist(), last, strict=True):
-            entry = self._entries[self.scheduler.at(row).id]
-            new = [token] if entry.told == count - 1 else rows.history[row, entry.told : count].tolist()
+        entries, answers = self._entries, []
+        for request, count, token in zip(self.scheduler.requests(here), known.tolist(), last, strict=True):
+            entry = entries[request.id]
+            new = [token] if entry.told == count - 1 else rows.history[request.row, entry.told : count].tolist()
             if entry.plain:
                 entry.told = count
-                answers.append(Answer(id=entry.scheduled.id, tokens=new))
+                answers.append(Answer(id=request.id, tokens=new))
             else:
                 answers.append(self._answer(entry, new, None))
         return answers

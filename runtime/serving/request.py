@@ -94,8 +94,8 @@ class TokenLogprobs(Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]
 
 
-class Answer(Struct, frozen=True, kw_only=True):
-    """What a request got since its last `Answer`.
+class Answer(Struct, frozen=True, kw_only=True, gc=False):
+    """What a request got since its last `Answer`. There are hundreds in a step, and none is ever part of a cycle.
 
     Attributes:
         tokens: new ones, in order; may be empty.

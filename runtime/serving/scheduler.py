@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 
@@ -112,6 +113,12 @@ class Scheduler:
         found = self._at[row]
         assert found is not None
         return found
+
+    def requests(self, rows: Ints) -> list[Request]:
+        """The requests of rows, each of which has one."""
+        found = [self._at[row] for row in rows.tolist()]
+        assert None not in found
+        return cast("list[Request]", found)
 
     def request_of(self, row: int, serial: int) -> Request | None:
         """The request that had the row when it had this serial number; None where it ended."""
@@ -226,31 +233,34 @@ class Scheduler:
         rows = self.rows
         ready = np.flatnonzero(rows.decoding & (rows.fed < rows.end - 1) & (~rows.single | (rows.fed < rows.known)))
         wanted = np.minimum(rows.fed[ready] + self._ahead, rows.end[ready] - 2) + 1
-        full = ready[wanted > rows.room[ready]]
-        if len(full):
-            for row in sorted(full.tolist(), key=lambda row: self.at(row).rank):
-                if self._at[row] is not None:
-                    self._commit(row, int(min(rows.fed[row], rows.known[row])))
-                    wish = min(int(rows.fed[row]) + self._ahead, int(rows.end[row]) - 2) + 1
-                    self._grow(row, wish)
-            ready = ready[rows.decoding[ready]]
-        return ready
+        short = wanted > rows.room[ready]
+        full, slots = ready[short], wanted[short]
+        if not len(full):
+            return ready
+        if self._blocks_for(full, slots) <= self.manager.free_blocks:
+            self._grow_all(full, slots)
+            return ready
+        wishes = dict(zip(full.tolist(), slots.tolist(), strict=True))
+        for row in sorted(wishes, key=lambda row: self.at(row).rank):
+            if self._at[row] is not None:
+                self._commit(row, int(min(rows.fed[row], rows.known[row])))
+                self._grow(row, wishes[row])
+        return ready[rows.decoding[ready]]
 
     def _steps(self, decodes: Ints, most: int) -> int:
         """How many steps of these rows may follow each other; they have room for them then, and nobody gave way for it."""
-        rows, size = self.rows, self.manager.block_size
+        rows = self.rows
         if (rows.kind[decodes] == Kind.OPEN).any():
             return 1
         fed, end, room = rows.fed[decodes], rows.end[decodes] - 1, rows.room[decodes]
         until = end if self._waiting else np.maximum(end, np.minimum(room, rows.capacity))
         steps = min(most, int((until - fed).min()))
         wanted = np.minimum(fed + steps - 1 + self._ahead, end - 1) + 1
-        full = np.flatnonzero(wanted > room)
-        if (-(-(wanted[full] - room[full]) // size)).sum() > self.manager.free_blocks:
+        short = wanted > room
+        full, slots = decodes[short], wanted[short]
+        if self._blocks_for(full, slots) > self.manager.free_blocks:
             return min(steps, int((room - self._ahead - fed)[room < end].min()))
-        for row, slots in zip(decodes[full].tolist(), wanted[full].tolist(), strict=True):
-            self._commit(row, int(min(rows.fed[row], rows.known[row])))
-            self._grow(row, slots)
+        self._grow_all(full, slots)
         return steps
 
     def _take_drafts(self, decodes: Ints, budget: int) -> Ints:
@@ -336,8 +346,8 @@ class Scheduler:
 
     def _promised(self) -> int:
         """Blocks that the rest of running prompts needs."""
-        size = self.manager.block_size
-        return sum(-(-int(self.rows.known[row]) // size) - int(self.rows.owned[row]) for row in self._filling)
+        filling = np.fromiter(self._filling, np.int64)
+        return self._blocks_for(filling, self.rows.known[filling])
 
     def _count_admission(self, request: Request, found: int) -> None:
         if request.found is None:
@@ -365,6 +375,21 @@ class Scheduler:
         manager.reserve([(request.id, slots - manager.length(request.id))])
         self._note_blocks(row)
         return True
+
+    def _blocks_for(self, rows: Ints, slots: Ints) -> int:
+        """Blocks that these rows miss for so many tokens of each, more than they have room for."""
+        return int((-(-slots // self.manager.block_size) - self.rows.owned[rows]).sum())
+
+    def _grow_all(self, rows: Ints, slots: Ints) -> None:
+        """Room for so many tokens of each of these rows, for which enough blocks are free."""
+        manager, work = self.manager, []
+        held = np.minimum(self.rows.fed[rows], self.rows.known[rows]).tolist()
+        for request, count, wish in zip(self.requests(rows), held, slots.tolist(), strict=True):
+            self._commit(request.row, count)
+            work.append((request.id, wish - manager.length(request.id)))
+        manager.reserve(work)
+        for row in rows.tolist():
+            self._note_blocks(row)
 
     def _note_blocks(self, row: int) -> None:
         """Take over the blocks of a row that are new."""
