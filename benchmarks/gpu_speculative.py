@@ -82,9 +82,9 @@ class SyntheticVerifier(Verifier):
     def keep(self, decided: Tensor, plan: Plan) -> Chosen:
         """See `Verifier`."""
         exact, most = super().keep(decided, plan), int(plan.drafted.max())
-        rng = np.random.default_rng(int(plan.positions.sum()) + len(plan.decodes))
         place = np.arange(most)
-        fits = (rng.random((len(plan.decodes), most)) < self.rate) & (place < plan.drafted[:, None])
+        where = plan.positions[:, None] + place + 977 * np.arange(len(plan.decodes))[:, None]
+        fits = _drawn()[where % CHANCES] & (place < plan.drafted[:, None])
         kept = fits.cumprod(1).astype(bool)
         drafts = self._rows.history[plan.decodes[:, None], plan.positions[:, None] + 1 + place]
         tokens, counts = exact.tokens.copy(), exact.counts.copy()
@@ -127,10 +127,14 @@ class SyntheticRound(Round):
 
 
 @functools.cache
-def _chances(device: torch.device) -> Tensor:
+def _drawn() -> np.ndarray:
     """Whether a draft is kept, bool [CHANCES], by where it stands."""
-    drawn = np.random.default_rng(0).random(CHANCES) < SyntheticVerifier.rate
-    return torch.from_numpy(drawn).to(device)
+    return np.random.default_rng(0).random(CHANCES) < SyntheticVerifier.rate
+
+
+@functools.cache
+def _chances(device: torch.device) -> Tensor:
+    return torch.from_numpy(_drawn()).to(device)
 
 
 class SyntheticRunner(RoundRunner):

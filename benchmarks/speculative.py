@@ -4,8 +4,11 @@
     python benchmarks/speculative.py --small    # the example model, few prompts: whether it works
     python benchmarks/speculative.py --medusa out/medusa-26m    # with heads that were trained for it
     python benchmarks/speculative.py --methods draft --parts equality    # some rows, which take the place of those of before
+    python benchmarks/speculative.py --quant int4 --methods eagle3 --draft-tokens 2 --parts "unseen books"
+    python benchmarks/speculative.py --methods eagle3 --parts equality --from 40 --to 60    # some of the prompts
 
-fiction-26m in float32, an `inductor-cpu` artifact with a paged cache; fiction-3m and the draft model of
+fiction-26m in float32, or with --quant int4 both models in groups of 128 codes (rows "eagle3 int4" and so on, with
+--draft-tokens "eagle3 int4 2"): an `inductor-cpu` artifact with a paged cache; fiction-3m and the draft model of
 examples/fiction-26m-eagle3 draft for it, each in one artifact with it; heads draft in an artifact of their own, whose plain
 steps compute them too, in chains (`medusa`) and in trees of 16 guesses (`medusa-tree`).
 
@@ -39,6 +42,7 @@ from optc.runtime.sessions.load import load
 from optc.runtime.sessions.paged import PagedSession
 from optc.runtime.speculative.settings import Method, Speculation, speculation_of
 
+INT4 = {"quant": "rtn", "bits": 4, "group_size": 128}
 SHARED = ROOT.parent / "shared"
 TOGETHER = 16
 TREE = 16
@@ -90,6 +94,14 @@ def equality(
     return result
 
 
+def together(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """A row of the first part over the prompts of both."""
+    counts = {name: one[name] + other[name] for name in ("prompts", "equal", "preemptions", "steps")}
+    lengths = [(row["acceptance_length"], row["prompts"]) for row in (one, other)]
+    mean = sum(length * prompts for length, prompts in lengths) / counts["prompts"]
+    return {**counts, "acceptance_length": mean}
+
+
 def repeating(tokens: list[int], count: int, length: int) -> list[list[int]]:
     """Prompts of a passage twice, and its first third."""
     passages = cut_prompts(tokens, count, length * 3 // 7)
@@ -112,20 +124,20 @@ def artifacts(given: argparse.Namespace, place: Path, models: Path, name: str) -
     }
     found = {}
     for method in given.methods:
-        own = f"{name}-{method}"
-        found[method] = place / (own if own in options else name)
+        own = f"{name}-{method}" if f"{name}-{method}" in options else name
+        found[method] = place / (own if given.quant == "none" else f"{own}-{given.quant}")
         if not found[method].exists():
-            compiled(models / name, found[method], options[found[method].name])
+            compiled(models / name, found[method], options[own] | (INT4 if given.quant == "int4" else {}))
     return found
 
 
-def speculations(methods: list[str]) -> dict[str, Speculation]:
-    """How each method drafts: as many tokens as it does by default, always."""
+def speculations(methods: list[str], draft_tokens: int | None) -> dict[str, Speculation]:
+    """How each method drafts: so many tokens, or as many as it does by default, always."""
     found: dict[str, Speculation] = {}
     for name in methods:
         tree = name == "medusa-tree"
         method = typing.cast(Method, "medusa" if tree else name)
-        speculation = speculation_of(method, None, None, "tree" if tree else None, adaptive=False)
+        speculation = speculation_of(method, None, draft_tokens, "tree" if tree else None, adaptive=False)
         assert speculation is not None
         found[name] = speculation
     return found
@@ -155,6 +167,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, default=None, help="folder where the artifacts stay, and are found again")
     parser.add_argument("--medusa", type=Path, default=None, help="folder of heads for the model")
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--quant", choices=("none", "int4"), default="none", help="of both models")
+    parser.add_argument("--draft-tokens", type=int, default=None, help="default: each method's own")
+    parser.add_argument("--from", dest="begin", type=int, default=0, help="first prompt of the first part")
+    parser.add_argument("--to", dest="end", type=int, default=None, help="its last prompt, and one more")
     parser.add_argument("--eagle3", type=Path, default=None, help="folder of a draft model; default: that of examples/")
     parser.add_argument(
         "--methods", nargs="+", choices=METHODS, default=None, help="default: all that there is a model for"
@@ -178,6 +194,13 @@ def arguments() -> argparse.Namespace:
     return given
 
 
+def row_name(method: str, given: argparse.Namespace) -> str:
+    """The method, and what is not as by default."""
+    quant = [] if given.quant == "none" else [given.quant]
+    tokens = [] if given.draft_tokens is None else [str(given.draft_tokens)]
+    return " ".join([method, *quant, *tokens])
+
+
 def kept(name: str) -> dict[str, dict[str, Any]]:
     """The rows of before by part and method, each with the commit, date and processor that it was measured with."""
     path = RESULTS / f"{name}.json"
@@ -190,7 +213,8 @@ def measured(given: argparse.Namespace, place: Path) -> dict[str, dict[str, Any]
     """The rows of the parts and methods that were asked for."""
     name = "fiction-26m" if not given.small else "fiction-3m"
     models = SHARED / "models" if not given.small else ROOT / "examples"
-    folders, methods = artifacts(given, place, models, name), speculations(given.methods)
+    folders = artifacts(given, place, models, name)
+    methods = speculations(given.methods, given.draft_tokens)
     text = given.text or (SHARED / "text" / "validation.txt" if not given.small else ROOT / "examples" / "book.txt")
     tokenizer = load_tokenizer(models / name)
     assert tokenizer is not None
@@ -203,6 +227,7 @@ def measured(given: argparse.Namespace, place: Path) -> dict[str, dict[str, Any]
         if part == "equality":
             rng = np.random.default_rng(0)
             ragged = [row[: int(rng.integers(*LENGTHS))] for row in cut_prompts(tokens, given.prompts, LENGTHS[1])]
+            ragged = ragged[given.begin : given.end]
             for folder in dict.fromkeys(folders.values()):
                 own = {method: item for method, item in methods.items() if folders[method] == folder}
                 result[part] |= equality(folder, own, ragged, count, given.threads)
@@ -225,7 +250,11 @@ def main() -> None:
     for part, found in result.items():
         for method, row in found.items():
             heads = {"heads": given.medusa.name} if method.startswith("medusa") else {}
-            rows[part][method] = {**made, **heads, **row}
+            own = row_name(method, given)
+            before = rows[part].get(own)
+            if part == "equality" and given.begin and before is not None:
+                row = together(before, row)
+            rows[part][own] = {**made, **heads, **row}
     record("speculative", {"model": "fiction-26m", **rows}, given.threads)
 
 

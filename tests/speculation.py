@@ -6,7 +6,8 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from serving import Got
+from context_model import continuation
+from serving import Got, run
 
 from optc.runtime.serving.device_runner import DeviceRunner
 from optc.runtime.serving.engine_options import EngineOptions
@@ -16,6 +17,7 @@ from optc.runtime.serving.paged_engine import PagedEngine
 from optc.runtime.serving.request import Generate
 from optc.runtime.sessions.paged import PagedModel
 from optc.runtime.speculative.drafter import Ask, Drafter, Verified
+from optc.runtime.speculative.figures import SpeculativeFigures
 from optc.runtime.speculative.settings import Method, Speculation
 
 
@@ -93,3 +95,20 @@ def speculating(
     chosen = EngineOptions(speculation=speculation, **options)
     runner = functools.partial(DeviceRunner, drafts=True) if model.on_device else HostRunner
     return PagedEngine(model, chosen, runner, drafter=drafter, grammars=grammars)
+
+
+def continued_in_a_small_pool(engine: PagedEngine) -> SpeculativeFigures:
+    """Let an engine over a `context_model` whose pool is too small for them continue ragged prompts, three at a time: what
+    comes is the model's own text, though requests give way."""
+    wanted = [
+        Generate(id=str(place), prompt=[place, 3, 1] * size, max_new_tokens=21)
+        for place, size in enumerate((1, 5, 3, 2))
+    ]
+    got = run(engine, wanted)
+    for item in wanted:
+        assert (got[item.id].tokens, got[item.id].finish) == (continuation(item.prompt, 21), "length")
+    metrics = engine.metrics()
+    assert metrics.preemptions > 0
+    assert metrics.speculation is not None
+    assert metrics.speculation.acceptance_length is not None
+    return metrics.speculation

@@ -38,6 +38,7 @@ class Drafting:
     ) -> None:
         self._drafter, self._options, self._clock = drafter, options, clock
         self._scheduler, self._rows, self._sampler_of = scheduler, scheduler.rows, sampler_of
+        self._reader = drafter if isinstance(drafter, ReadingDrafter) else None
         self._ladder = ladder
         self._switch = Switch(ladder.rungs) if options.adaptive else None
         self._begin = 0.0
@@ -90,8 +91,8 @@ class Drafting:
         self._counts.note(plan.drafted[made], given.counts[: len(made)][made] - 1, plan.shape)
         if plan.shape is None and made.any():
             self._drafter.observe(list(self._outcomes(plan, given)))
-        if isinstance(self._drafter, ReadingDrafter):
-            self._drafter.read(list(self._fed(plan, given)))
+        if self._reader is not None:
+            self._reader.read(list(self._fed(plan, given)))
         now = self._clock()
         self._draft_s += now - begin
         if self._switch is not None and len(plan.decodes) and not plan.pieces:

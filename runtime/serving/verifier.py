@@ -64,16 +64,14 @@ class Verifier:
 
     def keep(self, decided: Tensor, plan: Plan) -> Chosen:
         """What a step chose where int64 [T] is decided behind all its tokens, in order: the draft as far as it agrees."""
-        counts, place = _counts(plan), decided.device
-        sizes = torch.from_numpy(counts).to(place)
-        if plan.shape is not None:
-            fed = torch.from_numpy(self._fed(plan, counts)).to(place)
-            parents = torch.from_numpy(plan.shape.parents).to(place)
-            tokens, kept, path = (item.cpu().numpy() for item in accept_tree(decided, fed, sizes, parents))
-            return Chosen(tokens, kept, path=path)
-        drafted = torch.from_numpy(self._drafted(plan, counts)).to(place)
-        tokens, kept = (item.cpu().numpy() for item in accept(decided, drafted, sizes))
-        return Chosen(tokens, kept)
+        counts = _counts(plan)
+        if plan.shape is None:
+            return Chosen(*accept(decided.cpu().numpy(), self._drafted(plan, counts), counts))
+        given = (
+            torch.from_numpy(item).to(decided.device) for item in (self._fed(plan, counts), counts, plan.shape.parents)
+        )
+        tokens, kept, path = (item.cpu().numpy() for item in accept_tree(decided, *given))
+        return Chosen(tokens, kept, path=path)
 
     def _drafted(self, plan: Plan, counts: Ints) -> Ints:
         """int64 [T]: the token that was drafted behind each position."""

@@ -1,4 +1,4 @@
-"""Which drafted tokens a model keeps, in tensors on the device of its logits: T positions of R requests, laid end to end.
+"""Which drafted tokens a model keeps, of T positions of R requests, laid end to end: decided on the device of its logits.
 
 A request feeds its last token and k drafted ones, so that one forward gives k + 1 rows of logits. At each of these
 positions a token is decided by the model's own distribution there, *processed*: penalties, temperature, top-k, top-p and
@@ -18,9 +18,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from optc.compiler.execution.paged_call import Ints
 from optc.compiler.ops.dialect.sampling import NO_TOKEN
 from optc.runtime.sampling import Sampling
 
@@ -102,8 +104,8 @@ def decide(scores: Tensor, cuts: Cuts, uniforms: Tensor) -> Tensor:
     return torch.where(sound, greedy, NO_TOKEN)
 
 
-def accept(decided: Tensor, drafted: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens of each request, and how many of them are its next ones.
+def accept(decided: Ints, drafted: Ints, counts: Ints) -> tuple[Ints, Ints]:
+    """The tokens of each request, and how many of them are its next ones: numbers of the host, which plans with them.
 
     Args:
         decided: int64 [T]. drafted: int64 [T], the token drafted behind each position; `NOT_DRAFTED` at a request's last.
@@ -112,13 +114,12 @@ def accept(decided: Tensor, drafted: Tensor, counts: Tensor) -> tuple[Tensor, Te
     Returns:
         int64 [R, W], the decided tokens, filled up with `NOT_DRAFTED`; and int64 [R], 1 to W.
     """
-    width = int(counts.max())
-    columns = torch.arange(width, device=decided.device)
+    columns = np.arange(int(counts.max()))
     real = columns < counts[:, None]
-    places = ((counts.cumsum(0) - counts)[:, None] + columns).clamp(max=len(decided) - 1)
-    tokens = torch.where(real, decided[places], NOT_DRAFTED)
-    agrees = real & (decided[places] == drafted[places])
-    return tokens, 1 + agrees.long().cumprod(1).sum(1)
+    places = np.minimum((counts.cumsum() - counts)[:, None] + columns, len(decided) - 1)
+    said = decided[places]
+    agrees = real & (said == drafted[places])
+    return np.where(real, said, NOT_DRAFTED), 1 + np.logical_and.accumulate(agrees, 1).sum(1)
 
 
 def accept_tree(decided: Tensor, drafted: Tensor, counts: Tensor, parents: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from serving import run
 from speculation import speculating
 from torch import Tensor
 
+from optc.compiler.execution.paged_call import Ints
 from optc.compiler.ir.draft_tree import DraftTree
 from optc.runtime.generation.sampling import distribution
 from optc.runtime.sampling import Sampling
@@ -144,8 +145,8 @@ def test_accepting_by_the_unprocessed_distribution_is_caught(
         rough.append(decide(scores, plain, uniforms))
         return decide(scores, cuts, uniforms)
 
-    def accepting(decided: Tensor, drafted: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        return accept(torch.where(rough[-1] == drafted, drafted, decided), drafted, counts)
+    def accepting(decided: Ints, drafted: Ints, counts: Ints) -> tuple[Ints, Ints]:
+        return accept(np.where(rough[-1].numpy() == drafted, drafted, decided), drafted, counts)
 
     assert chance("ngram", HOT) > 0.01
     monkeypatch.setattr(verifier, "decide", spying)

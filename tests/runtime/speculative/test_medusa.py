@@ -12,7 +12,7 @@ from context_model import VOCAB, context_model, continuation
 from cuda_sessions import LENGTHS, compiled
 from medusa_heads import write_heads
 from serving import Got, run
-from speculation import speculating
+from speculation import continued_in_a_small_pool, speculating
 from stages import apply, sequences, tiny_decoder
 from torch import Tensor
 
@@ -60,18 +60,8 @@ def knowing(wrong: int, num_blocks: int = 64) -> PagedModel:
 def test_guesses_stand_where_they_belong(wrong: int) -> None:
     """Ragged prompts in pieces, in a pool in which requests give way; where heads are right, all is accepted."""
     engine = speculating(knowing(wrong, 13), MedusaDrafter(), draft_tokens=0, max_running=3, token_budget=14)
-    wanted = [
-        Generate(id=str(place), prompt=[place, 3, 1] * size, max_new_tokens=21)
-        for place, size in enumerate((1, 5, 3, 2))
-    ]
-    got = run(engine, wanted)
-    for item in wanted:
-        assert (got[item.id].tokens, got[item.id].finish) == (continuation(item.prompt, 21), "length")
-    figures = engine.metrics().speculation
-    assert figures is not None
-    assert figures.acceptance_length is not None
+    figures = continued_in_a_small_pool(engine)
     assert len(figures.drafted_at) == HEADS
-    assert engine.metrics().preemptions > 0
     if wrong > VOCAB:  # a draft whose head guessed token 0 alone is wrong
         assert figures.acceptance_length > HEADS
     else:

@@ -13,7 +13,7 @@ import torch
 from context_model import VOCAB, context_model, continuation, next_token
 from medusa_heads import write_heads
 from serving import run
-from speculation import Branching, teller
+from speculation import Branching, continued_in_a_small_pool, teller
 from stages import VOCAB as VOCABULARY
 from stages import apply, sequences, tiny_decoder
 from torch import Tensor
@@ -84,18 +84,8 @@ def speculating(
 def test_ragged_prompts_in_a_pool_that_is_too_small(shape: DraftShape) -> None:
     """Blocks of 4, pieces of prompts, requests that give way: what is kept of a tree is what later tokens read."""
     engine = speculating(knowing(13), shape, max_running=3, token_budget=30)
-    wanted = [
-        Generate(id=str(place), prompt=[place, 3, 1] * size, max_new_tokens=21)
-        for place, size in enumerate((1, 5, 3, 2))
-    ]
-    got = run(engine, wanted)
-    for item in wanted:
-        assert (got[item.id].tokens, got[item.id].finish) == (continuation(item.prompt, 21), "length")
-    figures = engine.metrics().speculation
-    assert figures is not None
-    assert engine.metrics().preemptions > 0
+    figures = continued_in_a_small_pool(engine)
     assert engine.scheduler.manager.free_blocks == 13
-    assert figures.acceptance_length is not None
     assert len(figures.drafted_at) == 3
     assert (figures.tree, figures.depth) == ((7, 3) if shape == "tree" else (0, 3))
     assert min(figures.accepted_at[:2]) > 0
