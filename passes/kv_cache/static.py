@@ -77,6 +77,8 @@ def _retrace(program: Program, in_place: bool, head: Node | None) -> Program:
         held = rest if head is None else rest[:-1]
         caches, states = held[:layers], held[layers:]
         size = input_ids.shape[1]
+        # Said at once, as two symbols for one size would be divided by each other, which takes sympy a second.
+        assert attention_mask.shape[0] == input_ids.shape[0], "a row of the mask for each row of tokens"
         total = attention_mask.sum(1)
         past = (total - size).clamp(min=0)
         position = past[:, None] + torch.arange(size, device=input_ids.device)

@@ -9,6 +9,6 @@ if os.path.realpath(sys.path[0]) == os.getcwd() and not os.path.samefile(
 ):
     del sys.path[0]
 
-from optc.cli.main import main
+from optc.cli.main import script
 
-main()
+script()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,6 +12,7 @@ from rich.table import Table
 
 from optc.cli.common import emit, json_option, say, stderr
 from optc.cli.garbage import is_small, uncollected
+from optc.cli.lean_imports import import_transformers
 from optc.cli.options import GroupedCommand
 from optc.cli.request_flags import merge_recipe, request_flags, request_of, require
 from optc.compiler.artifact.drift_table import drift_table, pass_title
@@ -58,6 +60,8 @@ def run_compile(model: str, target: str, asked: Callable[[], Request], as_json: 
         from optc.drafted import pass_count
         from optc.hub import local_model
 
+        if Path(model).is_dir():
+            import_transformers()
         steps = pass_count(resolve_for(local_model(model), request))
         update(0, "capture", total=steps + 1)
         result = compile(model, request=request, progress=update)

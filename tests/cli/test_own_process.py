@@ -1,0 +1,60 @@
+"""What only a process of the command line does: it imports less, and ends without taking down what it made."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from optc.cli.lean_imports import absent
+
+_COMMAND = """
+import atexit, sys, threading, time
+from optc.cli import main
+
+class Held:
+    def __del__(self):
+        print("taken down")
+
+held = Held()
+
+def run():
+    atexit.register(lambda: print("exit handler"))
+    threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+    print("out", end="")
+    sys.exit({code!r})
+
+main.main = run
+main.script()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "returned", "out"),
+    [
+        (3, 3, "outthread\nexit handler\n"),
+        (0, 0, "outthread\nexit handler\n"),
+        ("what went wrong", 1, "outthread\nexit handler\ntaken down\n"),  # Python itself says it, and ends as ever
+    ],
+)
+def test_a_command_ends_behind_its_threads_and_exit_handlers(code: int | str, returned: int, out: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _COMMAND.format(code=code)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (returned, out)
+    assert done.stderr == ("" if isinstance(code, int) else f"{code}\n")
+
+
+def test_a_package_is_absent_for_a_while() -> None:
+    sys.modules.pop("this", None)
+    with absent("this", "json"):
+        assert importlib.util.find_spec("this") is None
+        assert importlib.util.find_spec("json") is not None  # imported already
+        with pytest.raises(ImportError):
+            importlib.import_module("this")
+    assert importlib.util.find_spec("this") is not None
+    with pytest.raises(ZeroDivisionError), absent("this"):
+        _ = 1 / 0
+    assert "this" not in sys.modules
