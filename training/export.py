@@ -63,17 +63,24 @@ def save_trained(model: nn.Module, tokenizer_source: Path, folder: Path, config:
         write_trained(model, tokenizer_source, directory, config.dtype)
 
 
-def write_trained(model: nn.Module, tokenizer_source: Path, directory: Path, dtype: WrittenType = "source") -> None:
-    """The same into a folder that is there already, file by file; of heads on a frozen base their own folder."""
+def write_trained(
+    model: nn.Module, source: Path, directory: Path, dtype: WrittenType = "source", strays: Sequence[str] = ()
+) -> None:
+    """The same into a folder that is there already, file by file; of heads on a frozen base their own folder.
+
+    Args:
+        source: the folder that training started from.
+        strays: tensors of the source that are written as they are; see `stray_tensors`.
+    """
     if isinstance(model, FrozenBase):
-        model.write(tokenizer_source, directory)
+        model.write(source, directory)
         return
     adapters = lora_config(model)
     if adapters is not None and adapters.export == "adapters":
-        write_adapters(model, tokenizer_source, directory)
+        write_adapters(model, source, directory)
         return
-    plan, state = _plan(model, tokenizer_source, _WrittenTypes(tokenizer_source, dtype))
-    write_model(plan, state.__getitem__, CompressedTensorsWriter(bits=BITS), directory, tokenizer_source)
+    plan, state = _plan(model, source, _WrittenTypes(source, dtype), tuple(strays))
+    write_model(plan, state.__getitem__, CompressedTensorsWriter(bits=BITS), directory, source)
 
 
 class _WrittenTypes:
@@ -110,7 +117,9 @@ class _WrittenTypes:
         return made
 
 
-def _plan(model: Any, source: Path, types: _WrittenTypes) -> tuple[FolderPlan, dict[str, Tensor]]:
+def _plan(
+    model: Any, source: Path, types: _WrittenTypes, strays: tuple[str, ...]
+) -> tuple[FolderPlan, dict[str, Tensor]]:
     """The folder of a model in memory, and the tensors that it names."""
     linears = dict(quantized_linears(model))
     held = merged_state(model) if lora_config(model) is not None else model.state_dict(keep_vars=True)
@@ -143,13 +152,13 @@ def _plan(model: Any, source: Path, types: _WrittenTypes) -> tuple[FolderPlan, d
         scheme = rounding.scheme
         scales[name] = f"{name}.key_scale", f"{name}.value_scale"
         state |= zip(scales[name], (scale.detach().cpu() for scale in rounding.scales()), strict=True)
-    info = CheckpointInfo(Path(), _config(model, source), {}, has_tokenizer=False)
+    info = CheckpointInfo(source, _config(model, source), check_folder(source).tensors if strays else {}, False)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     plan = FolderPlan(
         info,
         {name: name for name in plain},
         quantized,
-        (),
+        strays,
         (*names, *_stored_linears(model, names, plain, held)),
         untied,
         key_values=scheme,

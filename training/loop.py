@@ -250,7 +250,7 @@ def _publish(run: Run, model: nn.Module, result: TrainResult, records: list[Step
     """The model folder with log, report and summary, in one rename; then the run's folder goes."""
     output = Path(run.config.output)
     with write_folder(output, force=False) as directory:
-        write_trained(model, Path(run.config.model), directory, run.config.saving.dtype)
+        write_trained(model, Path(run.config.model), directory, run.config.saving.dtype, run.strays)
         shutil.copyfile(folder / "log.jsonl", directory / "log.jsonl")
         if (folder / "tensorboard").is_dir():
             shutil.copytree(folder / "tensorboard", directory / "tensorboard")

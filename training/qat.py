@@ -5,7 +5,7 @@ Linears are found by walking the module tree, keys and values where the model ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from optc.compiler.diagnostics import InputError, UsageError
 from optc.compiler.formats.group_sizes import check_group_size
 from optc.compiler.formats.layouts import QuantizedWeight, Scheme
 from optc.compiler.formats.layouts.key_values import KeyValueScheme
+from optc.exporters.hf.fused import FUSED
 from optc.passes.quantization.arithmetic.grid import Grid, full_range, search
 from optc.training.fake_quantize import fake_quantize_tokens, fake_quantize_weight, storable_scale
 from optc.training.kv_rounding import round_keys_and_values
@@ -100,7 +101,8 @@ def apply_qat(model: nn.Module, config: QatConfig) -> nn.Module:
     Raises:
         InputError: no linear is left to quantize, the group size does not divide a K (names the weight), two
             linears share a weight, or an attention cannot be reached for rounding keys and values.
-        UsageError: QAT was applied already, the model has adapters, or an ignore pattern fits nothing.
+        UsageError: QAT was applied already, the model has adapters, an ignore pattern fits nothing, or leaves out a part of
+            what vLLM computes as one.
     """
     if not config.enabled:
         return model
@@ -129,6 +131,25 @@ def quantized_linears(model: nn.Module) -> Iterator[tuple[str, FakeQuantizedLine
             yield name, module
 
 
+def _check_fused(chosen: Collection[str], linears: Collection[str]) -> None:
+    """Refuse a choice of which vLLM could not load the trained folder: it computes some linears as one.
+
+    Raises:
+        UsageError: one of them is left out, and another is not; names both.
+    """
+    for name in chosen:
+        parent, _, last = name.rpartition(".")
+        together = next((names for names in FUSED if last in names), ())
+        for other in (f"{parent}.{part}" for part in together):
+            if other in linears and other not in chosen:
+                raise UsageError(
+                    f"vLLM computes {', '.join(together)} as one linear, and qat.ignore leaves out a part of it",
+                    where=name,
+                    why=f"{other} would stay as it is",
+                    remedy=f"qat.ignore=[{', '.join(map(repr, together))}], or none of them",
+                )
+
+
 def _choose(model: Any, config: QatConfig) -> dict[str, nn.Linear]:
     """Linears to replace, by name."""
     linears = quantizable_linears(model, head=config.head)
@@ -146,6 +167,7 @@ def _choose(model: Any, config: QatConfig) -> dict[str, nn.Linear]:
                 remedy=f"leave them out: qat.ignore=['{name}.weight', ...]",
             )
         chosen[name] = linear
+    _check_fused(chosen, linears)
     if not chosen:
         raise InputError(
             "the model has no linear to quantize",

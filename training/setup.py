@@ -43,6 +43,7 @@ from optc.training.pairs import PairReader, hold_out_pairs, read_answers
 from optc.training.parallel import apply_data_parallel, shard_optimizer
 from optc.training.precision import make_scaler
 from optc.training.qat import apply_qat
+from optc.training.strays import stray_tensors, strays_note
 from optc.training.world import World
 
 AnyReader = Reader | PairReader
@@ -61,6 +62,7 @@ class Run:
         beginning: int64 [T], the first tokens of that set, or without one of the text.
         head: the model's head where the loss is made in it, in chunks; None with whole logits.
         notes: what is done otherwise than asked for, and how much of the text is learned.
+        strays: tensors of the source folder that the model has no place for.
         skipped: steps in a row without an update for a loss that is not finite.
     """
 
@@ -78,6 +80,7 @@ class Run:
     validation: ValidationState | None = None
     head: nn.Linear | None = None
     notes: tuple[str, ...] = ()
+    strays: tuple[str, ...] = ()
     step: int = 0
     skipped: int = 0
 
@@ -163,13 +166,16 @@ def prepare(config: TrainConfig, world: World) -> Run:
     if not folder.is_dir():
         raise InputError("the model folder does not exist", where=config.model, remedy="give a folder with config.json")
     reader, held_out = _readers(config, world, folder)
-    base = build_model(config)
+    base = load_trainable(config)
+    strays = stray_tensors(base, folder) if _writes_all(config) else ()
+    base = _prepared(base, config)
     model = on_frozen_base(base, config, reader)
     teacher = load_teacher(config, text_config(model.config).vocab_size)
     model = model.to(device)
-    notes: tuple[str, ...] = ()
+    notes = (strays_note(strays),) if strays else ()
     if isinstance(reader, Reader):
-        reader, notes = unpacked(base, reader)
+        reader, said = unpacked(base, reader)
+        notes = (*notes, *said)
     if isinstance(held_out, Reader):
         held_out, _ = unpacked(base, held_out)
     if config.epochs is not None:
@@ -202,12 +208,23 @@ def prepare(config: TrainConfig, world: World) -> Run:
         beginning=(reader if held_out is None else held_out).first_tokens,
         head=head,
         notes=notes,
+        strays=strays,
     )
 
 
 def build_model(config: TrainConfig) -> Any:
     """The model with its adapters and fake quantization, on the CPU."""
-    return apply_qat(apply_lora(load_trainable(config), config.lora), config.qat)
+    return _prepared(load_trainable(config), config)
+
+
+def _writes_all(config: TrainConfig) -> bool:
+    """Whether the trained folder holds the whole model of its source: not adapters or heads alone, nor fresh weights."""
+    adapters = config.lora.enabled and config.lora.export == "adapters"
+    return not (adapters or config.eagle3.enabled or config.medusa.enabled or config.from_scratch)
+
+
+def _prepared(model: Any, config: TrainConfig) -> Any:
+    return apply_qat(apply_lora(model, config.lora), config.qat)
 
 
 def on_frozen_base(base: Any, config: TrainConfig, reader: AnyReader) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import msgspec
 import pytest
 import torch
 from families import make_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_runs import small_config, small_model, token_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
@@ -108,7 +109,7 @@ def test_pretraining_draws_weights_with_the_seed(start: tuple[Path, Path], tmp_p
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"qat": {"enabled": True}}, "experts are trained and written unrounded"),
+        ({"qat": {"enabled": True, "group_size": 16}}, "experts are trained and written unrounded"),
         ({"lora": {"enabled": True}}, "experts are frozen, without adapters"),
         ({"lora": {"enabled": True, "base": "nf4"}}, "experts are frozen, without adapters, and not in NF4"),
     ],
@@ -269,3 +270,26 @@ def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path: Path) -> N
     log.add(record(3, loss=0.5))
     log.close()
     assert [(row.step, row.loss) for row in read_log(path)] == [(1, 1.0), (2, 1.0), (3, 0.5)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "qat"])
+def test_tensors_without_a_place_are_said_and_kept(start: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
+    """Biases that the config switches off, factors of adapters, heads for more tokens; of a tied head nothing is said."""
+    folder = tmp_path / "source"
+    shutil.copytree(start[0], folder)
+    strays = {
+        "model.layers.0.self_attn.q_proj.bias": torch.ones(4),
+        "model.layers.0.mlp.up_proj.lora_A.weight": torch.arange(6.0).view(2, 3),
+        "model.mtp.0.head.weight": torch.ones(2, 2, dtype=torch.bfloat16),
+    }
+    save_file({**load_file(folder / "model.safetensors"), **strays}, folder / "model.safetensors", {"format": "pt"})
+    options = {"qat": {"enabled": True, "group_size": 16}} if kind == "qat" else {}
+    result = train(small_config(folder, start[1], tmp_path / "out", max_steps=1, **options))
+    names = "model.layers.0.mlp.up_proj.lora_A.weight, model.layers.0.self_attn.q_proj.bias, model.mtp.0.head.weight"
+    assert result is not None
+    said = f"3 tensor(s) have no place in the model: not trained, and written as they are: {names}"
+    assert result.notes == (said,)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in strays.items())
+    before = load_file(start[0] / "model.safetensors")
+    assert kind == "qat" or written.keys() == before.keys() | strays.keys()

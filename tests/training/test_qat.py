@@ -167,6 +167,15 @@ def test_ignored_linears_and_the_head() -> None:
     assert apply_qat(trainable(), QatConfig()).get_submodule("lm_head") is not None  # disabled: as it was
 
 
+@pytest.mark.parametrize("ignore", ["q_proj", "up_proj", "model.layers.0.self_attn.v_proj.weight"])
+def test_a_part_of_what_vllm_computes_as_one_is_refused(ignore: str) -> None:
+    """The trained folder could not be loaded; the whole of it may stay as it is."""
+    with pytest.raises(UsageError, match="as one linear") as caught:
+        apply_qat(trainable(), QatConfig(enabled=True, ignore=(ignore,)))
+    assert "or none of them" in str(caught.value.remedy)
+    apply_qat(trainable(), QatConfig(enabled=True, ignore=("q_proj", "k_proj", "v_proj")))
+
+
 @pytest.mark.parametrize("granularity", ["layer", "head"])
 def test_keys_and_values_are_rounded_with_the_ranges_of_training(granularity: Any) -> None:
     model = trainable()
