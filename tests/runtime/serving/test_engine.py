@@ -19,6 +19,7 @@ from optc.runtime.serving.engine import engine_for
 from optc.runtime.serving.engine_options import EngineOptions
 from optc.runtime.serving.paged_engine import PagedEngine
 from optc.runtime.serving.request import Generate
+from optc.runtime.sessions.paged import PagedModel
 from optc.runtime.sessions.program import open_program
 
 BLOCK = 4
@@ -60,6 +61,27 @@ def test_answers_are_those_of_each_request_alone(kind: str) -> None:
     assert metrics.finished == {"length": 5}
     assert metrics.prompt_tokens == sum(map(len, prompts))
     assert metrics.generated_tokens == sum(range(6, 11))
+
+
+def test_a_request_alone_runs_the_calls_of_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server runs what generation and evaluation run: one method of the model, with the same tensors."""
+    calls: list[list[torch.Tensor]] = []
+    through = PagedModel.call
+
+    def call(self: PagedModel, inputs: Sequence[torch.Tensor], wanted: torch.Tensor, tree: None = None) -> object:
+        calls.append([item.clone() for item in (*inputs, wanted)])
+        return through(self, inputs, wanted, tree)
+
+    monkeypatch.setattr(PagedModel, "call", call)
+    (prompt,) = sequences(9)
+    session = open_program(program(), num_blocks=64)
+    expected = generate(session, [prompt], max_new_tokens=6).tokens[0]
+    of_session, calls = calls, []
+    got = run(paged(), [request("a", prompt, 6)])["a"]
+    assert got.tokens == expected
+    assert [len(call[0]) for call in calls] == [9, 1, 1, 1, 1, 1], "no token is fed by another way"
+    for ours, theirs in zip(calls, of_session, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_requests_join_and_leave_at_every_step() -> None:
