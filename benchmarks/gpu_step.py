@@ -41,7 +41,7 @@ REPLAYS, ROUNDS = 10, 5
 BETTER = 0.9985
 """Of the time so far: less is within what times vary by."""
 ATTENTION = [
-    SplitTiles(programs=1, registers=255),
+    SplitTiles(programs=1, registers=255, early=False),
     *(
         SplitTiles(tile=tile, stages=stages, warps=warps, programs=programs, registers=registers, merged=merged)
         for tile, stages, warps, programs, registers, merged in (
@@ -50,12 +50,11 @@ ATTENTION = [
             (128, 3, 8, 2, 128, 16), (128, 3, 4, 2, 255, 16), (32, 5, 4, 4, 128, 16),
         )
     ),
-    SplitTiles(programs=1, registers=255, early=False),
+    SplitTiles(programs=1, registers=255),
     *(
         SplitTiles(tile=tile, stages=stages, warps=warps, programs=programs, registers=registers, fewest=fewest)
         for tile, stages, warps, programs, registers, fewest in (
-            (64, 3, 8, 1, 255, 2), (64, 3, 8, 1, 255, 4), (64, 5, 8, 1, 255, 4), (128, 3, 8, 1, 255, 2),
-            (64, 5, 4, 1, 255, 4), (32, 7, 4, 1, 255, 8),
+            (64, 3, 8, 1, 255, 2), (64, 3, 4, 1, 255, 2), (64, 5, 4, 1, 255, 4), (64, 3, 16, 1, 128, 1),
         )
     ),
 ]  # fmt: skip
@@ -101,12 +100,12 @@ def _floats(shape: Shape) -> list[Gemv]:
 
 
 def _integers(shape: Shape) -> list[Gemv]:
-    """A thread has one run of each row of a tile, and two to four tiles are in its registers. Numbers of programs that
+    """A thread has one run of each row of a tile, and one or two tiles are in its registers. Numbers of programs that
     share the multiprocessors (132 of an H100 and an H200) evenly, or many."""
     row = shape.k * (1 if shape.format == "int4" else 2) // 8
     width = 1 << (row - 1).bit_length()
     found = []
-    for block_n, depth, wide in product((4, 8, 16), (1, 2, 3), (width, width // 2, width // 4, width // 8)):
+    for block_n, depth, wide in product((4, 8, 16), (1, 2), (width, width // 2, width // 4, width // 8)):
         warps = wide // WORDS_PER_WARP
         registers = 4 * block_n * (2 if shape.gated else 1) * depth
         if not 1 <= warps <= 8 or not 32 <= registers <= 128 or (wide < row and width == row):
@@ -114,12 +113,10 @@ def _integers(shape: Shape) -> list[Gemv]:
         for steps in range(1, 29) if wide >= row else (1,):
             programs = shape.n / (block_n * steps)
             even = programs / 132 if programs > 132 else 0
-            if programs % 1 or not (even <= 4.2 and even % 1 > 0.85 or even % 1 < 0.02 or 5 < even < 8):
+            if programs % 1 or not ((even <= 4.2 and even % 1 > 0.85) or even % 1 < 0.02 or 5 < even < 8):
                 continue
             if even:
-                aheads = (0, 256) if programs > 400 else (0,)
-                for ahead in aheads:
-                    found.append(Gemv(block_n=block_n, steps=steps, width=wide, depth=depth, warps=warps, ahead=ahead))
+                found.append(Gemv(block_n=block_n, steps=steps, width=wide, depth=depth, warps=warps))
     return found
 
 

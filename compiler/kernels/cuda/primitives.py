@@ -58,16 +58,6 @@ def bring_rows(w, rows, begin, end, ROW_BYTES: tl.constexpr, LINES: tl.constexpr
 
 
 @triton.jit
-def bring_bytes(w, begin, COUNT: tl.constexpr, total):
-    """Ask for the COUNT bytes from the byte `begin` of a weight of `total` bytes on, as far as there are so many, to be in
-    the cache that all multiprocessors share. On a GPU only."""
-    LINES: tl.constexpr = (COUNT + 127) // 128
-    BLOCK: tl.constexpr = triton.next_power_of_2(LINES)
-    byte = begin + 128 * tl.minimum(tl.arange(0, BLOCK), LINES - 1)
-    _bring_line(w.to(tl.pointer_type(tl.int8)) + tl.minimum(byte, total - 1))
-
-
-@triton.jit
 def activate(v, KIND: tl.constexpr):
     if KIND == "silu":
         return v / (1.0 + tl.exp(-v))

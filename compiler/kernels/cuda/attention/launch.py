@@ -133,7 +133,7 @@ def choose_decode_tiles(call: Call) -> DecodeTiles | SplitTiles:
         if size > 256:
             return SplitTiles(tile=16 if size > 512 else 32, programs=1, registers=255)
         if pairs <= FEWEST_PAIRS:
-            return SplitTiles(programs=1, registers=255)
+            return SplitTiles(programs=1, registers=255, early=False)
         return SplitTiles(stages=5, warps=4, programs=3, registers=168)
     if size > 512:
         return DecodeTiles(tile=16, programs=1, registers=255)

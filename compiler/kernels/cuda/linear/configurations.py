@@ -52,7 +52,6 @@ class Gemv:
         block_n: rows of results in a tile. steps: tiles of rows per program.
         width: columns of a tile; of integers, words of 32 bits.
         depth: tiles that are loaded ahead. warps: per program.
-        ahead: programs by which one asks for the weights of another, of integers; 0 for none.
         early: the next kernel may start at once; else when the first loads of this one are under way. See
             `primitives.let_next_start`.
     """
@@ -63,7 +62,6 @@ class Gemv:
     depth: int
     warps: int
     early: bool = False
-    ahead: int = 0
 
     def fitted(self, row: int, per_warp: int = 1) -> Gemv:
         """For a row of so many columns or words: tiles no wider than it, but with `per_warp` of them for each warp."""

@@ -18,7 +18,6 @@ from optc.compiler.kernels.cuda.linear.integer_rows import RUN, load_row
 from optc.compiler.kernels.cuda.primitives import (
     LEVELS,
     SMALLEST,
-    bring_bytes,
     dot_bytes,
     layer_statistics,
     let_next_start,
@@ -202,20 +201,34 @@ def _load_ends(scale, zero, bias, rows, N, GATED: tl.constexpr, GROUP: tl.conste
 
 @triton.jit
 def _finish(
-    y, sums, ends, left, rows, N, token_sum, factor, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    ROWS: tl.constexpr, RUNS: tl.constexpr, WARPS: tl.constexpr, NATIVE: tl.constexpr, ROW_ZERO: tl.constexpr,
+    y, sums, ends, left, rows, N, token_total, squares, eps, K: tl.constexpr, NORM: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, RUNS: tl.constexpr, WARPS: tl.constexpr,
+    NATIVE: tl.constexpr, ROW_ZERO: tl.constexpr,
 ):  # fmt: skip
-    """Sum ROWS rows, and as many up rows behind them, over the runs; then what follows the product."""
-    PARTS: tl.constexpr = 2 if GATED else 1
-    result = sum_rows(sums, ROWS * PARTS, RUNS, WARPS, NATIVE)
-    up = result
-    if GATED:
-        result, up = tl.split(tl.trans(tl.reshape(result, [2, ROWS])))
+    """Sum ROWS rows, and as many up rows behind them, over the runs; then what follows the product.
+
+    `rows` [32] are those of `sum_rows`; token_total and squares [RUNS] are the token's and belong to all of them.
+    """
+    values = (sums[:ROWS], sums[ROWS:]) if GATED else (sums,)
+    others = ()
+    if NORM == "rms":
+        others = others + (squares,)
     if ROW_ZERO:
+        others = others + (token_total,)
+    found = sum_rows(values, others, ROWS, RUNS, WARPS, NATIVE)
+    PARTS: tl.constexpr = 2 if GATED else 1
+    result = found[0]
+    up = found[PARTS - 1]
+    if ROW_ZERO:
+        token_sum = found[PARTS + 1] if NORM == "rms" else found[PARTS]
         result -= ends[2][0] * token_sum
         up -= ends[2][1] * token_sum
-    result *= ends[1][0] * factor
-    up *= ends[1][1] * factor
+    result *= ends[1][0]
+    up *= ends[1][1]
+    if NORM == "rms":  # the factor of the whole token
+        factor = 1.0 / tl.sqrt(found[PARTS] / K + eps)
+        result *= factor
+        up *= factor
     store_rows(y, ends[0], left, rows, N, result, up, ACTIVATION, GATED)
 
 
@@ -224,7 +237,7 @@ def gemv_integer(
     x, w, scale, zero, norm_weight, norm_bias, bias, residual, y, M, N, eps,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr,
-    AHEAD: tl.constexpr, WHOLE: tl.constexpr, STATISTICS: tl.constexpr, WARPS: tl.constexpr, NATIVE: tl.constexpr,
+    WHOLE: tl.constexpr, STATISTICS: tl.constexpr, WARPS: tl.constexpr, NATIVE: tl.constexpr,
     EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See `fused_linear`; w is int32 [N, K * BITS / 32], N counts results, GROUP 0 means a scale per row.
@@ -234,7 +247,6 @@ def gemv_integer(
     words, which nobody reads: a load that may be left out would end a block of instructions.
 
     Programs of the M tokens of a block are neighbours. WHOLE: N is a multiple of a program's BLOCK_N * STEPS rows.
-    AHEAD: a program asks for the weights of the one that is so many behind it to be in the cache, before it waits for x.
     STATISTICS is the block of the passes over x that find mean and variance, WARPS what the program runs on.
     """
     ROW_WORDS: tl.constexpr = K * BITS // 32
@@ -274,16 +286,8 @@ def gemv_integer(
                     K, BITS, GROUP, BLOCK_N, RUNS, GATED, WHOLE, NATIVE,
                 ),
             )  # fmt: skip
-    rows = first_row + tl.arange(0, BLOCK_N)
+    rows = first_row + tl.arange(0, 32) * BLOCK_N // 32
     ends = _load_ends(scale, zero, bias, rows, N, GATED, GROUP, ROW_ZERO)
-    if NATIVE and AHEAD > 0:
-        SIZE: tl.constexpr = BLOCK_N * STEPS * ROW_WORDS * 4
-        begin = (block + AHEAD).to(tl.int64) * SIZE
-        total = N.to(tl.int64) * (4 * ROW_WORDS)
-        if (token == 0) & (begin < total):
-            bring_bytes(w, begin, SIZE, total)
-            if GATED:
-                bring_bytes(w + N.to(tl.int64) * ROW_WORDS, begin, SIZE, total)
     let_next_start(PDL)
     wait_for_producer(PDL)
     loaded = load_run(x, tl.minimum(run, ROW_RUNS - 1), COLUMNS, NATIVE)
@@ -302,15 +306,8 @@ def gemv_integer(
         token_sums = _token_sums(digits, BITS, RUNS, NATIVE)
         token_total = token_sums.to(tl.float32) * unit
     else:
-        for i in tl.static_range(BLOCK_N * PARTS):
+        for _ in tl.static_range(BLOCK_N * PARTS):
             sums = sums + (tl.zeros([RUNS], tl.float32),)
-    factor = 1.0
-    token_sum = 0.0
-    if CHUNKS == 1:
-        if NORM == "rms":  # the factor of the whole token
-            factor = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
-        if ROW_ZERO:
-            token_sum = tl.sum(token_total, 0)
     for turn in tl.range(0, TURNS, disallow_acc_multi_buffer=True):
         tile = tiles[0]
         tiles = tiles[1:]
@@ -339,7 +336,7 @@ def gemv_integer(
             tiles = tiles + (tile,)
         if CHUNKS == 1:
             _finish(
-                y, products, ends, left, rows, N, token_sum, factor, ACTIVATION, GATED,
+                y, products, ends, left, rows, N, token_total, squares, eps, K, NORM, ACTIVATION, GATED,
                 BLOCK_N, RUNS, WARPS, NATIVE, ROW_ZERO,
             )  # fmt: skip
             rows += BLOCK_N
@@ -349,11 +346,7 @@ def gemv_integer(
         else:
             sums = _added(sums, products, BLOCK_N * PARTS)
     if CHUNKS > 1:
-        if NORM == "rms":
-            factor = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
-        if ROW_ZERO:
-            token_sum = tl.sum(token_total, 0)
         _finish(
-            y, sums, ends, left, rows, N, token_sum, factor, ACTIVATION, GATED,
+            y, sums, ends, left, rows, N, token_total, squares, eps, K, NORM, ACTIVATION, GATED,
             BLOCK_N, RUNS, WARPS, NATIVE, ROW_ZERO,
         )  # fmt: skip

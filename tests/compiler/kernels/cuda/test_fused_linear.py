@@ -150,7 +150,7 @@ def check(
 
 
 GEMV_TILES = {
-    "one tile": Gemv(block_n=2, steps=4, width=512, depth=2, warps=4),
+    "one tile": Gemv(block_n=2, steps=3, width=512, depth=2, warps=4),
     "several": Gemv(block_n=2, steps=1, width=128, depth=2, warps=1),
 }
 
