@@ -74,6 +74,7 @@ ROWS = (
     Row("modelopt-nvfp4", "NVFP4_DEFAULT_CFG", 4, True, 16, peer=True),
     Row("modelopt-nvfp4-awq", "NVFP4_AWQ_LITE_CFG", 4, True, 16, peer=True),
     Row("modelopt-int4-awq", "INT4_AWQ_CFG", 4, True, peer=True),
+    Row("modelopt-w4a8", "W4A8_AWQ_BETA_CFG", 4, True, peer=True),
     Row("modelopt-fp8", "FP8_DEFAULT_CFG", 8, True, 0, peer=True),
     Row("modelopt-smoothquant", "INT8_SMOOTHQUANT_CFG", 8, True, 0, peer=True),
 )

@@ -4,10 +4,12 @@
     python benchmarks/vllm_folders.py --vllm SITE --only fp8 gptq-4     # some of them
     python benchmarks/vllm_folders.py --work W --parts make here        # what needs no GPU; later, with W brought to one:
     python benchmarks/vllm_folders.py --work W --parts vllm --vllm SITE
+    python benchmarks/vllm_folders.py --parts make transformers library --add     # other loaders on a CPU, beside the rows kept
 
 fiction-26m, quantized by the command (`--calibration`), and a mixture of experts made of it; windows of a text that was
 not calibrated on. "Here" is what `optc eval` computes of the folder: its own tensors, read by optc, in the type that it
-was written in. vLLM runs in bf16 without captured graphs, and several of them at a time. SITE is a folder that holds vLLM.
+was written in; transformers and compressed-tensors' library compute in float32 (`folder_peers.py`). vLLM runs in bf16
+without captured graphs, and several of them at a time. SITE is a folder that holds vLLM.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, record
+from common import RESULTS, ROOT, record
+from folder_peers import by_library, by_transformers
 from quant_engines import perplexity
 from safetensors.torch import load_file, save_file
 from vllm_peer import VllmPeer
@@ -71,6 +74,7 @@ LAYERS, EXPERTS = 2, 4
 MAKING = Lock()
 OPTIONS: dict[str, dict[str, Any]] = {"fp8 kv-fp8": {"kv_cache_dtype": "fp8"}}
 """Of vLLM, beside those of `ENGINE`: it stores keys and values in FP8 only when told to."""
+PARTS = ["make", "vllm", "here", "transformers", "library"]
 WINDOW = 512
 ENGINE = {"enforce_eager": True, "dtype": "bfloat16", "kv_cache_memory_bytes": 1 << 30, "max_model_len": 2 * WINDOW}
 """Of vLLM. It is told what its cache may take: measured beside engines that come and go, there would be none left."""
@@ -178,11 +182,12 @@ def main() -> None:
     """Quantize, load on both sides, record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", type=Path, default=None, metavar="SITE", help="folder that holds vLLM")
-    parser.add_argument("--parts", nargs="*", default=["make", "vllm", "here"], choices=["make", "vllm", "here"])
+    parser.add_argument("--parts", nargs="*", default=["make", "vllm", "here"], choices=PARTS)
     parser.add_argument("--only", nargs="*", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--windows", type=int, default=24)
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--work", type=Path, default=None, help="folder for what is quantized, which stays")
+    parser.add_argument("--add", action="store_true", help="keep the figures of the JSON file that are not made anew")
     given = parser.parse_args()
     if "vllm" in given.parts and given.vllm is None:
         parser.error("--vllm SITE is needed, or --parts without vllm")
@@ -195,6 +200,8 @@ def main() -> None:
         place.mkdir(parents=True, exist_ok=True)
         kept = place / "figures.json"
         found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+        if given.add and not found:
+            found = json.loads((RESULTS / "vllm_folders.json").read_text())["schemes"]
         with ThreadPoolExecutor(given.jobs) as pool:
             tasks = {name: pool.submit(made_and_loaded, name, place, rows, given) for name in given.only}
             for name, task in tasks.items():
@@ -202,6 +209,11 @@ def main() -> None:
                 figures |= task.result()
                 if "here" in given.parts and "refused" not in figures:
                     figures["here"] = perplexity_here(folder_of(name, place), rows)
+                if "transformers" in given.parts and "refused" not in figures:
+                    figures["transformers"] = by_transformers(folder_of(name, place), rows)
+                if "library" in given.parts and "refused" not in figures and name != "source":
+                    source = upcycled(place) if name.startswith("moe") else SOURCE
+                    figures["library"] = by_library(folder_of(name, place), source, rows)
                 print(name, json.dumps(figures), flush=True)
                 kept.write_text(json.dumps(found))
     record("vllm_folders", {"model": "fiction-26m", "windows": given.windows, "window": WINDOW, "schemes": found}, 1)
