@@ -28,9 +28,18 @@ import torch
 from common import commit
 from torch import Tensor
 
-from optc.compiler.kernels.cuda.linear.configurations import FILE_NAME, Gemv, Kind, Product, Shape, tables
+from optc.compiler.kernels.cuda.linear.configurations import (
+    FILE_NAME,
+    MOST_DIRECT,
+    Direct,
+    Gemv,
+    Product,
+    Shape,
+    product_tiles,
+    tables,
+)
 
-Tiles = Gemv | Product
+Tiles = Gemv | Product | Direct
 FOOTPRINT = 400 << 20  # bytes of weights that launches of one graph read before the first comes again
 GROUP = 128
 REPEATS = 7
@@ -91,6 +100,11 @@ PRODUCT = [
     for split, stages in ((1, 4), (2, 4), (4, 4), (8, 4))
     for lines in (0, 2, 4, 8)
 ]
+DIRECT = [
+    (4, 1, 8, 1, 0), (4, 1, 8, 2, 0), (2, 1, 8, 2, 168), (2, 1, 16, 1, 128), (2, 2, 8, 1, 128), (8, 1, 8, 1, 0),
+    (2, 4, 8, 2, 168), (4, 1, 4, 1, 168),
+]  # fmt: skip
+"""tiles, across, warps, depth, registers"""
 
 
 def gemv_candidates(shape: Shape) -> list[Gemv]:
@@ -126,6 +140,20 @@ def product_candidates(shape: Shape) -> list[Product]:
             found.append(
                 Product(block_n=block_n, split=split, stages=stages, warps=warps, block_k=block_k, lines=lines)
             )
+    return found
+
+
+def direct_candidates(shape: Shape) -> list[Direct]:
+    """The same of `product_direct`, which takes integers and few tokens."""
+    found = []
+    if shape.format.startswith("int") and shape.m <= MOST_DIRECT:
+        for tiles, across, warps, depth, registers in DIRECT:
+            for split in (1, 2, 4):
+                made = Direct(tiles=tiles, across=across, warps=warps, split=split, depth=depth, registers=registers)
+                programs = -(-shape.n // made.block_n(shape.gated)) * split
+                turns = shape.k // 128 / (warps // across * split)
+                if 96 <= programs <= 1000 and turns >= 1 and not (split > 1 and programs > 600):
+                    found.append(made)
     return found
 
 
@@ -260,6 +288,8 @@ def run(linear: Any, tiles: Tiles | None) -> Tensor:
 
     if tiles is None:
         return launch.by_cublas(linear)
+    if isinstance(tiles, Direct):
+        return launch.direct(linear, tiles)
     return launch.gemv(linear, tiles) if isinstance(tiles, Gemv) else launch.product(linear, tiles)
 
 
@@ -340,23 +370,30 @@ def sweep_gemv(forms: list[str], places: list[str]) -> Iterator[dict[str, Any]]:
                 yield sweep(name, form, 1, candidates, ceiling)
 
 
-def sweep_products(forms: list[str], places: list[str], counts: list[int]) -> Iterator[dict[str, Any]]:
-    """Some tokens: the tensor cores, the GEMV where there are few, dequantizing for cuBLAS; bf16 cuBLAS beside."""
+def sweep_products(
+    forms: list[str], places: list[str], counts: list[int], *, direct: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Some tokens: the tensor cores, the GEMV where there are few, dequantizing for cuBLAS; bf16 cuBLAS beside.
+
+    direct: of `product`'s tile sizes only those of the tables.
+    """
     jobs: list[tuple[str, str, int, Tiles | None]] = []
     for form in forms:
         for name in places:
             for tokens in counts:
                 shape = shape_of(PLACES[name], form, tokens)
                 few = [tiles for other, tiles in tables().gemv if other == replace(shape, m=1)] if tokens <= 4 else []
-                jobs += [(name, form, tokens, tiles) for tiles in (*product_candidates(shape), *few, None)]
+                products = [product_tiles(shape)] if direct else product_candidates(shape)
+                candidates = (*direct_candidates(shape), *products, *few, None)
+                jobs += [(name, form, tokens, tiles) for tiles in candidates]
     compile_ahead(list(dict.fromkeys((replace(PLACES[name], n=0), form, m, tiles) for name, form, m, tiles in jobs)))
     ceiling = read_ceiling()
     for form in forms:
         for tokens in counts:
             layer = {"ours": 0.0, "cublas_bf16": 0.0}
             for name in places:
-                candidates = [tiles for *key, tiles in jobs if key == [name, form, tokens]]
-                record = sweep(name, form, tokens, candidates, ceiling) | {"cublas_bf16": cublas(name, tokens)}
+                tried = [tiles for *key, tiles in jobs if key == [name, form, tokens]]
+                record = sweep(name, form, tokens, tried, ceiling) | {"cublas_bf16": cublas(name, tokens)}
                 layer["ours"] += record["rows"][0]["microseconds"]
                 layer["cublas_bf16"] += record["cublas_bf16"]
                 yield record
@@ -407,16 +444,15 @@ def write_tables(results: list[Path]) -> Path:
     path = Path(str(package.__file__)).with_name(FILE_NAME)
     content = json.loads(path.read_text())
     names = ("format", "n", "k", "gated", "m")
-    kinds: tuple[Kind, ...] = ("gemv", "product")
+    kinds = ("gemv", "product", "direct")
     known = {
         kind: {tuple(record[name] for name in names): record["tiles"] for record in content[kind]} for kind in kinds
     }
     for result in results:
         for record in json.loads(result.read_text())["linears"]:
-            marks: tuple[tuple[Kind, str], ...] = (("gemv", "width"), ("product", "split"))
-            for kind, mark in marks:
+            for kind, mark in (("gemv", "width"), ("product", "block_k"), ("direct", "across")):
                 best = next((row["tiles"] for row in record["rows"] if row["tiles"] and mark in row["tiles"]), None)
-                if best is not None and (kind == "product" or record["m"] == 1):
+                if best is not None and (kind != "gemv" or record["m"] == 1):
                     known[kind][tuple(record[name] for name in names)] = best
     lines = {
         kind: [
@@ -437,6 +473,9 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument("--places", nargs="*", choices=list(PLACES), default=list(PLACES))
     parser.add_argument("--tokens", nargs="*", type=int, default=[16, 64])
+    parser.add_argument(
+        "--direct", action="store_true", help="products: only few tile sizes but those of product_direct"
+    )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("-o", "--output", type=Path, default=Path("gpu_linears.json"))
     arguments = parser.parse_args()
@@ -448,7 +487,9 @@ def main() -> None:
     if arguments.what == "gemv":
         records = sweep_gemv(forms, arguments.places)
     elif arguments.what == "products":
-        records = sweep_products(forms, [name for name in arguments.places if name != "head"], arguments.tokens)
+        records = sweep_products(
+            forms, [name for name in arguments.places if name != "head"], arguments.tokens, direct=arguments.direct
+        )
     else:
         records = chain(forms, arguments.layers)
     linears = []

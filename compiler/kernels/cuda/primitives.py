@@ -295,17 +295,30 @@ def store_block(
                 if GATED:
                     up += tl.load(other + plane, mask=inside, other=0.0, cache_modifier=".cg")
     if last:
-        if unit is not None:
-            units = tl.load(unit + tokens, mask=tokens < M, other=0.0)[None, :]
-            gate *= units
-            up *= units
-        if bias is not None:
-            gate += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
-            if GATED:
-                up += tl.load(bias + N + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
-        gate = activate(gate, ACTIVATION)
+        finish_block(
+            y, bias, residual, rows[:, None], tokens[None, :], unit, M, N, gate, up, ACTIVATION, GATED
+        )  # fmt: skip
+
+
+@triton.jit
+def finish_block(
+    y, bias, residual, rows, tokens, unit, M, N, gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr
+):  # fmt: skip
+    """y[tokens, rows] = activation(gate * unit + bias) [* (up * unit + bias)] + residual, for rows and tokens that go together
+    when they are broadcast."""
+    inside = (rows < N) & (tokens < M)
+    places = tokens.to(tl.int64) * N + rows
+    if unit is not None:
+        units = tl.load(unit + tokens, mask=tokens < M, other=0.0)
+        gate *= units
+        up *= units
+    if bias is not None:
+        gate += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)
         if GATED:
-            gate *= up
-        if residual is not None:
-            gate += tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y + places, gate.to(y.dtype.element_ty), mask=inside)
+            up += tl.load(bias + N + rows, mask=rows < N, other=0.0).to(tl.float32)
+    gate = activate(gate, ACTIVATION)
+    if GATED:
+        gate *= up
+    if residual is not None:
+        gate += tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + places, gate.to(y.dtype.element_ty), mask=inside)
