@@ -178,7 +178,7 @@ def write_adapters(model: nn.Module, base: Path, directory: Path) -> None:
     Raises:
         InputError, ResourceError: the disk is full or not writable.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     peft = _peft()
     configs: Any = model.peft_config
@@ -188,7 +188,7 @@ def write_adapters(model: nn.Module, base: Path, directory: Path) -> None:
     tensors = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with os_errors("writing the adapters", str(directory)):
         settings.save_pretrained(directory)
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        (directory / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def _peft() -> Any:

@@ -276,7 +276,7 @@ def write_eagle3(
     Raises:
         InputError, ResourceError: they cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     kept = {_named(name, flat): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     offsets = targets.cpu() - torch.arange(config.draft_vocab_size)
@@ -286,7 +286,8 @@ def write_eagle3(
         (folder / CONFIG).write_bytes(
             msgspec.json.format(msgspec.json.encode((_flat_tree if flat else _config_tree)(config, dtype)))
         )
-        save_file({**kept, "d2t": offsets, "t2d": mask}, folder / WEIGHTS, metadata={"format": "pt"})
+        tensors = {**kept, "d2t": offsets, "t2d": mask}
+        (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         if origin is not None:
             origin.write(folder)
 

@@ -106,13 +106,37 @@ class MedusaFolder:
         linear = self.heads[0].linear
         return None if linear is None else len(linear)
 
+    @property
+    def numbers(self) -> int:
+        """Of all heads together."""
+        blocks = sum(item.numel() for head in self.heads for block in head.blocks for item in block)
+        return blocks + sum(head.linear.numel() for head in self.heads if head.linear is not None)
+
+    def check_sizes(self, hidden_size: int, vocab_size: int, folder: Path) -> None:
+        """Refuse heads for a model of other sizes.
+
+        Args:
+            folder: that they are of.
+
+        Raises:
+            InputError: see above.
+        """
+        theirs = {"hidden size": self.hidden_size, "vocabulary": self.vocab_size or vocab_size}
+        for (what, size), ours in zip(theirs.items(), (hidden_size, vocab_size), strict=True):
+            if size != ours:
+                raise InputError(
+                    f"the Medusa heads are for a model with a {what} of {size}, this one has {ours}",
+                    where=str(folder),
+                    remedy="train heads for this model: optc train --recipe medusa",
+                )
+
     def write(self, folder: Path) -> None:
         """Write the files into a folder that is there.
 
         Raises:
             InputError, ResourceError: they cannot be written.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors: dict[str, Tensor] = {}
         for k, head in enumerate(self.heads):
@@ -123,7 +147,7 @@ class MedusaFolder:
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with os_errors("writing Medusa heads", str(folder)):
             (folder / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(self.config)))
-            save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
+            (folder / WEIGHTS).write_bytes(save(kept, metadata={"format": "pt"}))
             if self.origin is not None:
                 self.origin.write(folder)
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.fx import Node
 
 from optc.compiler.analysis.dataflow import aten, value_of
-from optc.compiler.diagnostics import InputError
 from optc.compiler.ir.contract import Output
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_output, add_weight, insert_call
@@ -55,7 +54,8 @@ class AddMedusaHeads(Pass):
         if obstacle is not None:
             return PassResult(program, 0, 1, (Miss("logits", obstacle),))
         assert head is not None
-        _check_sizes(found, head, self.folder)
+        columns, rows = int(value_of(head_input(head)).shape[-1]), int(value_of(head).shape[-1])
+        found.check_sizes(columns, rows, Path(self.folder))
         hidden = head_rows(edited, head)
         states = [_state(edited, hidden, k, item) for k, item in enumerate(found.heads)]
         own = found.vocab_size is not None
@@ -76,18 +76,6 @@ def _obstacle(program: Program, head: Node | None) -> str | None:
     if head is None:
         return "no linear makes them of [tokens, C]"
     return "the program has heads" if any(spec.role == "drafted" for spec in program.contract.outputs) else None
-
-
-def _check_sizes(found: MedusaFolder, head: Node, folder: str) -> None:
-    columns, rows = int(value_of(head_input(head)).shape[-1]), int(value_of(head).shape[-1])
-    sizes = (("hidden size", found.hidden_size, columns), ("vocabulary", found.vocab_size or rows, rows))
-    for what, theirs, ours in sizes:
-        if theirs != ours:
-            raise InputError(
-                f"the Medusa heads are for a model with a {what} of {theirs}, this one has {ours}",
-                where=folder,
-                remedy="train heads for this model: optc train --recipe medusa",
-            )
 
 
 def _state(program: Program, hidden: Node, number: int, head: MedusaHead) -> Node:

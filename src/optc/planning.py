@@ -13,6 +13,7 @@ from optc.compiler.capture.facts import generates_from_an_encoder, stated_contex
 from optc.compiler.formats.group_sizes import size_for
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_folder
 from optc.compiler.model_folder.dtypes import DTYPES, dtype_name
+from optc.compiler.model_folder.medusa import MedusaFolder, check_base
 from optc.compiler.model_folder.plain_decoder import plain_decoder
 from optc.compiler.model_folder.quantized import quantized_folder, refuse_quantizing_again
 from optc.compiler.model_folder.sentence import SentenceModules, sentence_modules
@@ -30,7 +31,8 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
 
     Returns a JSON-able dict: `passes` in order, `sizes` of the weights by parts, as `optc compile` will write them,
     `weight_bytes`, their sum, `group_size` (a list where each linear gets the first that divides it), `left`, the
-    linears that none divides, `kv_cache_bytes_per_token`, `linears`, `draft`, the same of a model that drafts.
+    linears that none divides, `kv_cache_bytes_per_token`, `linears`, `draft`, the same of a model that drafts, `medusa`,
+    what heads are compiled in.
 
     Raises:
         UsageError, TargetError, InputError, CaptureError: as the compile itself would.
@@ -66,6 +68,9 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
         dense = sum(rows * columns for rows, columns in shapes) * _width(options)
         sizes = msgspec.structs.replace(sizes, linears=sizes.linears + held.stored_bytes() - dense)
         note = f"quantized already ({held.method}): {len(shapes)} linears keep their codes"
+    heads = None if options.medusa is None else _heads_plan(options.medusa, info, words, options)
+    if heads is not None:
+        sizes = msgspec.structs.replace(sizes, rest=sizes.rest + heads["bytes"])
     draft = None if drafted_by(options.own) is None else _draft_plan(folder, resolved)
     if draft is not None:
         sizes = sizes.with_draft(Sizes.read(draft["sizes"]))
@@ -87,6 +92,7 @@ def make_plan(model: Path, request: Request) -> dict[str, Any]:
         "sizes": sizes.to_dict(),
         "kv_cache_bytes_per_token": _cache_bytes(words, options) if decoder else 0,
         "draft": draft,
+        "medusa": heads,
         "note": note,
     }
 
@@ -104,6 +110,23 @@ def _model(info: CheckpointInfo, modules: SentenceModules | None, options: Compi
     if modules is not None:
         skeleton.add_module("embedding_head", EmbeddingHead(modules, DTYPES[options.dtype]))
     return skeleton
+
+
+def _heads_plan(folder: Path, info: CheckpointInfo, config: Any, options: CompileOptions) -> dict[str, Any]:
+    """What Medusa heads take, which no method quantizes.
+
+    Raises:
+        InputError: they cannot be read, have other sizes, or were trained for another model.
+    """
+    check_base(folder, info)
+    found = MedusaFolder.read(folder)
+    found.check_sizes(int(config.hidden_size), int(config.vocab_size), folder)
+    return {
+        "folder": str(folder),
+        "heads": found.config.medusa_num_heads,
+        "layers": found.config.medusa_num_layers,
+        "bytes": found.numbers * _width(options),
+    }
 
 
 def _draft_plan(folder: Path, resolved: Resolved) -> dict[str, Any]:

@@ -123,7 +123,7 @@ EXPECTED = {
         *RUN,
         *COMMON,
     },
-    "plan": {"--target", "--kv-cache", *WHAT, *QUANTIZATION, *TARGETS, *TRAIN, *COMMON},
+    "plan": {"--target", "--kv-cache", "--medusa", *WHAT, *QUANTIZATION, *TARGETS, *TRAIN, *COMMON},
     "train": {
         "--model",
         "--text",

@@ -105,10 +105,13 @@ def test_heads_come_into_a_paged_program_of_their_own_model(tmp_path: Path, caps
     ):
         assert optc(*args) == code, args
         assert message in capsys.readouterr().err
+        kept = [word for word in args[1:] if word not in ("-o", tmp_path / "out")]
+        assert optc("plan", *kept) == code, kept
+        assert message in capsys.readouterr().err
 
 
 def test_bench_of_trees(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    """Both shapes are measured, and the manifest holds the tree and what it gave."""
+    """Both shapes are measured, and the manifest holds the tree and what it gave, and as many bytes as were planned."""
     monkeypatch.chdir(place)
     _compile_heads(place)
     capsys.readouterr()
@@ -122,6 +125,15 @@ def test_bench_of_trees(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Ca
     assert contract.tree is not None
     assert tree["tree"] == len(contract.tree.nodes) > 2
     assert tree["acceptance_length"] >= chain["acceptance_length"]
+    (compiled,) = [command for command in COMMANDS if "--medusa" in command]
+    words = compiled.partition(" -o ")[0].split()
+    planned = optc_json(capsys, "plan", *words[1:])
+    numbers = 2 * (192 * 192 + 192)
+    assert (planned["medusa"]["heads"], planned["medusa"]["layers"]) == (2, 1)
+    assert planned["medusa"]["bytes"] == numbers * 4
+    sizes = read_manifest(place / "out" / "fiction-medusa").sizes
+    assert sizes is not None
+    assert planned["sizes"]["total"] == pytest.approx(sizes.total, rel=0.01)
 
 
 def test_a_program_that_takes_trees_runs_by_itself(

@@ -37,7 +37,7 @@ class TrainingPlan(msgspec.Struct, frozen=True, kw_only=True):
 @click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
 @struct_flags(TrainingPlan)
-@request_flags(("what", "quantization", "cache"))
+@request_flags(("what", "quantization", "cache", "drafting"), leave_out=("base", "expose_hidden"))
 @json_option
 def plan(as_json: bool, options: TrainingPlan, **flags: Any) -> None:
     """Say what a compile or a training run would do, before any weight is read.
@@ -110,6 +110,11 @@ def _show(result: dict[str, Any]) -> None:
     say(f"  weights: {Sizes.read(result['sizes'])}")
     if result["kv_cache_bytes_per_token"]:
         say(f"  KV cache: {result['kv_cache_bytes_per_token']} bytes per token")
+    if result["medusa"]:
+        heads = result["medusa"]
+        say(
+            f"heads: {heads['folder']}, {heads['heads']} of {heads['layers']} blocks, {heads['bytes'] / 1e6:.1f} MB, in rest"
+        )
     if result["draft"]:
         draft = result["draft"]
         say(f"draft model: {draft['model']}, {draft['parameters'] / 1e6:.1f} M parameters")

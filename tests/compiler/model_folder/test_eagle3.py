@@ -29,6 +29,8 @@ def written(folder: Path) -> Path:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     found = Eagle3Folder.read(written(tmp_path))
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1, "for all who read the folder"
     assert found.config == SHAPE
     assert torch.equal(found.targets, some_targets())
     assert found.origin == ORIGIN

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from medusa_heads import write_heads
 from safetensors.torch import load_file, save_file
 
 from optc.compiler.diagnostics import InputError
 from optc.compiler.model_folder.checkpoint import check_folder, weights_digest
+from optc.compiler.model_folder.draft_origin import Origin
 from optc.compiler.model_folder.medusa import WEIGHTS, MedusaFolder, check_base, heads_digest
 
 
@@ -22,6 +24,10 @@ def test_a_folder_is_read_as_it_was_written(vocabulary: int | None, tmp_path: Pa
     found = MedusaFolder.read(tmp_path)
     assert (found.config, found.origin) == (made.config, made.origin)
     assert (found.hidden_size, found.vocab_size) == (8, vocabulary)
+    assert found.numbers == 3 * 2 * (8 * 8 + 8) + (0 if vocabulary is None else 3 * vocabulary * 8)
+    assert (tmp_path / WEIGHTS).stat().st_mode == (
+        tmp_path / "config.json"
+    ).stat().st_mode  # for all who read the folder
     assert set(load_file(tmp_path / WEIGHTS)) == {
         *(f"medusa_head.{k}.{j}.linear.{part}" for k in range(3) for j in range(2) for part in ("weight", "bias")),
         *(f"medusa_head.{k}.2.weight" for k in range(3) if vocabulary),
@@ -108,3 +114,11 @@ def test_heads_of_another_model_are_refused(tmp_path: Path) -> None:
     check_base(tmp_path / "unknown", info)
     with pytest.raises(InputError, match=r"trained for another model[^$]*bbbbbbbbbbbb"):
         check_base(tmp_path / "theirs", info)
+
+
+def test_the_examples_heads_are_of_the_model_of_its_draft() -> None:
+    """Both name the same weights."""
+    heads, draft = (ROOT / "examples" / f"fiction-26m-{name}" for name in ("medusa", "eagle3"))
+    found = MedusaFolder.read(heads)
+    assert (found.hidden_size, found.vocab_size, len(found.heads)) == (512, None, 4)
+    assert found.origin == Origin.read(draft) is not None
