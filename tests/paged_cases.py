@@ -63,6 +63,8 @@ CASES = {
     "window 1": Case(window=1),
     "window 8": Case(window=8, block_size=16),
     "window over tiles": Case(window=100),
+    "chunks of 5": Case(window=-5),
+    "chunks over tiles, capped": Case(window=-70, softcap=50.0, new=(150, 1), past=(30, 139)),
     "softcap": Case(softcap=5.0),
     "softcap and window": Case(softcap=50.0, window=70),
     "one head per group": Case(heads=2),

@@ -54,7 +54,7 @@ _ATTENTION_ARGUMENTS = frozenset(
 
 @dataclass(frozen=True)
 class Mask:
-    """A decoded attention mask. `window` counts tokens including the query itself; 0 is none."""
+    """A decoded attention mask. `window` is that of `optc.attention`: below 0 for chunks."""
 
     causal: bool
     window: int = 0
@@ -121,6 +121,8 @@ def _atoms(function: Callable[..., Any]) -> list[tuple[str, int]]:
         return [atom for part in cells["mask_functions"] for atom in _atoms(part)]
     if kind == "sliding_window_overlay":
         return [("window", int(cells["sliding_window"]))]
+    if kind == "chunked_overlay":
+        return [("chunk", int(cells["chunk_size"]))]
     if kind == "packed_sequence_mask_function":
         # Positions are base + i within a row (the contract's rule), so a row is one sequence.
         return []
@@ -128,9 +130,13 @@ def _atoms(function: Callable[..., Any]) -> list[tuple[str, int]]:
         return _atoms(cells["mask_function"])
     if kind == "padding_mask_function":
         return []  # the padding itself arrives as `attention_mask`
-    raise AttentionError(
+    raise _inexpressible(kind)
+
+
+def _inexpressible(kind: str) -> AttentionError:
+    return AttentionError(
         f"the attention mask '{kind}' cannot be expressed",
-        why="optc.attention knows causal, sliding-window and key-padding masks",
+        why="optc.attention knows causal, sliding-window, chunked and key-padding masks, and not all of them together",
         remedy="capture with attention='eager'",
     )
 
@@ -145,7 +151,11 @@ def make_mask(
     _refuse_unknown(others, _MASK_ARGUMENTS, "mask maker", None)
     atoms = _atoms(mask_function)
     windows = [number for kind, number in atoms if kind == "window"]
-    return Mask(any(kind == "causal" for kind, _ in atoms), min(windows, default=0), attention_mask)
+    chunks = {number for kind, number in atoms if kind == "chunk"}
+    if chunks and (windows or len(chunks) > 1 or attention_mask is not None):  # chunks begin where padding ends
+        raise _inexpressible("chunked_overlay")
+    window = -chunks.pop() if chunks else min(windows, default=0)
+    return Mask(any(kind == "causal" for kind, _ in atoms), window, attention_mask)
 
 
 def attend(

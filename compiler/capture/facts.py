@@ -31,7 +31,8 @@ def attention_facts(node: Node) -> AttentionFacts:
         value_dim=int(v.shape[3]),
         scale=float(knobs["scale"]),
         causal=bool(knobs["causal"]),
-        window=int(knobs["window"]),
+        window=max(int(knobs["window"]), 0),
+        chunk=max(-int(knobs["window"]), 0),
         softcap=float(knobs["softcap"]),
         sinks=len(node.args) > 4 and node.args[4] is not None,
     )

@@ -97,7 +97,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AttentionFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """One attention layer. `window` counts tokens including the query itself; 0 is none."""
+    """One attention layer. `window` counts tokens including the query itself, `chunk` those of a chunk; 0 is none."""
 
     num_heads: Count
     num_kv_heads: Count
@@ -108,6 +108,7 @@ class AttentionFacts(msgspec.Struct, frozen=True, kw_only=True):
     window: Count = 0
     softcap: float = 0.0
     sinks: bool = False
+    chunk: Count = 0
 
 
 class KVCache(msgspec.Struct, frozen=True, kw_only=True):

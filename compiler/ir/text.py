@@ -133,6 +133,7 @@ def _attention_rows(layers: Sequence[AttentionFacts]) -> Iterator[str]:
         parts.append(f"scale {facts.scale:.6g}")
         parts += ["causal"] if facts.causal else ["bidirectional"]
         parts += [f"window {facts.window}"] if facts.window else []
+        parts += [f"chunks of {facts.chunk}"] if facts.chunk else []
         parts += [f"softcap {facts.softcap:g}"] if facts.softcap else []
         parts += ["sinks"] if facts.sinks else []
         yield ", ".join(parts)

@@ -21,8 +21,8 @@ KNOBS = "float scale, bool causal, int window, float softcap"
 class Knobs(TypedDict):
     """How scores become weights.
 
-    `scale` multiplies q k^T; `window` counts the keys that a query sees, itself included (0: all); `softcap` c makes
-    scores s to c * tanh(s / c) (0: none).
+    `scale` multiplies q k^T; `window` counts the keys that a query sees, itself included (0: all; -C: those of its own
+    chunk, of positions cut into C each, as in Llama 4); `softcap` c makes scores s to c * tanh(s / c) (0: none).
     """
 
     scale: float
@@ -78,4 +78,13 @@ def position_mask(query: Tensor, key: Tensor, *, causal: bool, window: int) -> T
     """keep[..., i, j] for query positions [..., S] and key positions [T]."""
     query, key = query[..., :, None], key[None, :]
     keep = key <= query if causal else torch.ones_like(key <= query)
-    return keep & (key > query - window) if window > 0 else keep
+    return keep & is_near(query, key, window) if window else keep
+
+
+def is_near(query: Tensor, key: Tensor, window: int) -> Tensor:
+    """Whether a key lies in the window, or the chunk, of a query; of positions that broadcast. `window` is not 0."""
+    return key > query - window if window > 0 else key // -window == query // -window
+
+
+CHUNKS_REFUSED = "attention in chunks is not lowered"
+"""What targets say whose kernels know windows alone."""

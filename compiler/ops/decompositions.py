@@ -29,7 +29,7 @@ def attention(
 ) -> Tensor:
     """`optc::attention`: q [B,H,S,D], k/v [B,Hkv,T,D], key_padding [B,T] -> [B,H,S,Dv]."""
     keep = None
-    if causal or knobs["window"] > 0:
+    if causal or knobs["window"]:
         query = torch.arange(q.shape[2], device=q.device) + (k.shape[2] - q.shape[2])
         key = torch.arange(k.shape[2], device=q.device)
         keep = position_mask(query, key, causal=causal, window=knobs["window"])[None, None]

@@ -13,17 +13,20 @@ from typing import Any
 import torch
 
 from optc.compiler.diagnostics import TargetError
+from optc.compiler.ops.attention_arguments import CHUNKS_REFUSED
 from optc.compiler.target.target import Predicate
 
 _optc = torch.ops.optc
 
 
-def _no_sinks(node: torch.fx.Node) -> str | None:
-    return "attention sinks are not lowered" if node.args[7] is not None else None
+def _plain_attention(node: torch.fx.Node) -> str | None:
+    if node.args[7] is not None:
+        return "attention sinks are not lowered"
+    return CHUNKS_REFUSED if node.kwargs["window"] < 0 else None
 
 
 DIALECT: dict[Any, Predicate | None] = {
-    _optc.cached_attention_.default: _no_sinks,
+    _optc.cached_attention_.default: _plain_attention,
     _optc.rotary.default: None,
     _optc.linear_dynamic.default: None,
 }

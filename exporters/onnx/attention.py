@@ -37,13 +37,16 @@ def _size(walker: Walker, node: Node, axis: int) -> ir.Value:
 
 
 def _position_mask(walker: Walker, query: ir.Value, keys: ir.Value, *, causal: bool, window: int) -> ir.Value | None:
-    """keep [...,S,T] for query positions [...,S]: key <= query and key > query - window."""
-    if not causal and window <= 0:
+    """keep [...,S,T] for query positions [...,S]: key <= query, and key > query - window or both in one chunk of -window."""
+    if not causal and not window:
         return None
     query, key = walker.op("Unsqueeze", [query, walker.constant([-1])]), _places(walker, keys)
     keep = walker.op("LessOrEqual", [key, query]) if causal else None
-    if window > 0:
-        near = walker.op("Greater", [key, walker.op("Sub", [query, walker.constant(window)])])
+    if window:
+        if window > 0:
+            near = walker.op("Greater", [key, walker.op("Sub", [query, walker.constant(window)])])
+        else:
+            near = walker.op("Equal", [walker.op("Div", [item, walker.constant(-window)]) for item in (key, query)])
         keep = near if keep is None else walker.op("And", [keep, near])
     return keep
 
@@ -89,7 +92,7 @@ def _attention(walker: Walker, node: Node) -> ir.Value:
     knobs: dict[str, Any] = dict(node.kwargs)
     queries, keys = _size(walker, q, 2), _size(walker, k, 2)
     keep = None
-    if knobs["causal"] or knobs["window"] > 0:
+    if knobs["causal"] or knobs["window"]:
         query = walker.op("Add", [_places(walker, queries), walker.op("Sub", [keys, queries])])
         keep = _position_mask(walker, query, keys, causal=bool(knobs["causal"]), window=int(knobs["window"]))
     if padding is not None:

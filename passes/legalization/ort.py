@@ -92,6 +92,8 @@ class _Attention(Rule):
             return Miss(node.name, "head sizes of keys and values differ: GroupQueryAttention has one")
         if key_size % 8:
             return Miss(node.name, f"GroupQueryAttention takes head sizes that are multiples of 8, not {key_size}")
+        if node.kwargs["window"] < 0:
+            return Miss(node.name, "GroupQueryAttention knows no chunks: attention is spelled out")
         if node.target is CACHED_CODES:
             reason = _codes_obstacle(program, node)
             return Miss(node.name, reason) if reason else Match(node)

@@ -20,6 +20,7 @@ from optc.compiler.analysis.dataflow import value_of
 from optc.compiler.diagnostics import TargetError
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import add_weight, insert_call, replace_call, replace_node
+from optc.compiler.ops.attention_arguments import CHUNKS_REFUSED
 from optc.compiler.rewriting.passes import Match, Miss, Pass, PassContext, PassResult, Rule, apply_rules
 from optc.compiler.rewriting.weights import prune_contract
 from optc.passes.legalization.ort_linears import DequantizedProduct
@@ -62,6 +63,8 @@ class _Attention(Rule):
             return Miss(node.name, "its cache has no fixed capacity: see fixed-kv-cache")
         if node.args[7] is not None:
             return Miss(node.name, "attention sinks are not lowered")
+        if node.kwargs["window"] < 0:
+            return Miss(node.name, CHUNKS_REFUSED)
         return Match(node)
 
     def rewrite(self, program: Program, match: Match) -> None:

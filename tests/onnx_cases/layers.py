@@ -192,11 +192,14 @@ DIALECT: Cases = {
         (_attend(True, 2), _Q, _K, _V, _PADDING),
         (_attend(False, 0), _Q, _K, _V, _PADDING.bool()),
         (_attend(True, 2, sinks=_SINKS), _Q, _K, _V, _PADDING),
+        (_attend(True, -2), _Q[:, :, 1:], _K, _V),  # chunks
+        (_attend(False, -3), _Q, _Q, _Q),
     ],
     "optc.cached_attention.default": [
         (_attend_cache(5, 0), _Q, _K, _V, f(3, 2, 0, 8), f(3, 2, 0, 8), torch.zeros(3, dtype=I64)),
         (_attend_cache(11, 3), _Q, _K, _V, f(3, 2, 6, 8), f(3, 2, 6, 8), torch.tensor([6, 2, 0])),
         (_attend_cache(9, 0, 2.0), _Q, _K, _V, f(3, 2, 14, 8), f(3, 2, 14, 8), torch.tensor([4, 0, 3])),
+        (_attend_cache(11, -4), _Q, _K, _V, f(3, 2, 6, 8), f(3, 2, 6, 8), torch.tensor([6, 2, 0])),
         (_attend_cache(11, 3, 0.0, _SINKS), _Q, _K, _V, f(3, 2, 6, 8), f(3, 2, 6, 8), torch.tensor([6, 2, 0])),
     ],
     "optc.rotary.default": [

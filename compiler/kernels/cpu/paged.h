@@ -41,8 +41,14 @@ void widen(const c10::Half* from, int64_t count, float* to) { tile().widen_half(
 
 struct Knobs {
   float scale;
-  int64_t window;  // tokens that a query sees, itself included; 0: all
+  int64_t window;  // tokens that a query sees, itself included; 0: all; -c: those of its own chunk of c
   float softcap;   // 0: none
+
+  // The first position that a query at `position` sees.
+  int64_t first(int64_t position) const {
+    if (window < 0) return position - position % -window;
+    return window > 0 ? std::max<int64_t>(0, position - window + 1) : 0;
+  }
 };
 
 constexpr int64_t kPadding = -1;
@@ -233,7 +239,7 @@ void attend(const T* q, const T* k_pool, const T* v_pool, T* out, const Layout& 
 
   const int64_t end = task.position + (task.last - task.first);  // one past the last key that a row sees
   const int64_t past = at.past(task.request), nearest = at.tree == nullptr ? task.position : past;
-  const int64_t begin = knobs.window > 0 ? std::max<int64_t>(0, nearest - knobs.window + 1) : 0;
+  const int64_t begin = knobs.first(nearest);
   for (int64_t start = begin; start < end; start += kTileKeys) {
     const int64_t count = std::min<int64_t>(kTileKeys, end - start);
     find_rows(k_pool, at.width, at, task, start, count, scratch.keys, scratch.key_rows);
@@ -242,14 +248,14 @@ void attend(const T* q, const T* k_pool, const T* v_pool, T* out, const Layout& 
     if (knobs.softcap > 0) tile().cap(scratch.scores.data(), rows, knobs.softcap);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t own = task.position - past + r / groups, position = past + at.depth(task.request, own);
-      const int64_t from = knobs.window > 0 ? std::max<int64_t>(0, position - knobs.window + 1 - start) : 0;
+      const int64_t from = std::max<int64_t>(0, knobs.first(position) - start);
       const int64_t to = std::clamp<int64_t>(past + own + 1 - start, 0, count);
       float* scores = scratch.scores.data() + r * kTileKeys;
       std::fill(scores, scores + std::min(from, to), -FLT_MAX);
       std::fill(scores + to, scores + kTileKeys, -FLT_MAX);
       if (at.tree == nullptr) continue;
       for (int64_t key = std::max(start, past); key < start + to; ++key) {
-        const bool near = knobs.window <= 0 || position - past - at.depth(task.request, key - past) < knobs.window;
+        const bool near = past + at.depth(task.request, key - past) >= knobs.first(position);
         if (!near || !at.sees(task.request, own, key - past)) scores[key - start] = -FLT_MAX;
       }
     }

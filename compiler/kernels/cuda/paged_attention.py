@@ -10,6 +10,7 @@ from torch import Tensor
 
 from optc.compiler.kernels.cuda.dispatch import implement
 from optc.compiler.kernels.kernel import one_of, typed_otherwise
+from optc.compiler.ops.attention_arguments import CHUNKS_REFUSED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST, MOST_GROUPED = 256, 64
@@ -36,6 +37,8 @@ def accepts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
         return f"scores times {kwargs['scale']}; the kernel takes positive factors"
     if k_pool.stride(3) != 1 or v_pool.stride(3) != 1:
         return "the features of a head are not neighbours in the pools"
+    if kwargs["window"] < 0:
+        return CHUNKS_REFUSED
     return one_of(q.dtype, DTYPES, "keys and values")
 
 

@@ -12,7 +12,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from optc.compiler.ops.attention_arguments import CAUSAL_KNOBS, Knobs
+from optc.compiler.ops.attention_arguments import CAUSAL_KNOBS, Knobs, is_near
 from optc.compiler.ops.dialect.attention import masked_attention
 from optc.compiler.ops.dialect.paged import POOLS, TABLES, attend_requests, paged_attention_fake
 from optc.compiler.ops.library import define
@@ -44,8 +44,8 @@ def _paged_tree_attention(*args: Tensor, **knobs: Unpack[Knobs]) -> Tensor:
         new = past + seen.sum(1) - 1
         position = torch.cat([torch.arange(past, device=query.device), new])
         keep = torch.cat([seen.new_ones((len(seen), past)), seen], 1)
-        if knobs["window"] > 0:
-            keep &= new[:, None] - position < knobs["window"]
+        if knobs["window"]:
+            keep &= is_near(new[:, None], position, knobs["window"])
         return masked_attention(
             query, keys, values, keep[None, None], None, scale=knobs["scale"], softcap=knobs["softcap"]
         )

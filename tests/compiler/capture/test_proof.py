@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from optc.compiler.capture import attention, capture_model, capture_module, pretrained, shells
 from optc.compiler.capture.positions import position_offset
 from optc.compiler.capture.proof import widened
+from optc.compiler.capture.proof.models import Proof
 from optc.compiler.capture.proof.reference import own_implementations
 from optc.compiler.diagnostics import CaptureError, GateError
 from optc.compiler.execution.stage_driver import run_stage
@@ -150,6 +151,27 @@ def test_unknown_arguments_of_masks_are_refused() -> None:
 
     with pytest.raises(CaptureError, match="mask maker an argument that optc does not know: chunk_size"):
         attention.make_mask(mask_function=causal_mask_function, batch_size=1, chunk_size=4)
+
+
+def test_an_answer_that_is_read_at_a_padded_place_is_not_held_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ModernBERT's classes come from the first place. Padded on the left that one sees no token in its window."""
+    config = hf.ModernBertConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=64, local_attention=4,
+        global_attn_every_n_layers=3, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
+        max_position_embeddings=64, classifier_pooling="cls",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = hf.ModernBertForSequenceClassification(config).eval().requires_grad_(False)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(5.0) if weight.dim() > 1 else weight.add_(0.05)
+    proof = capture_model(model).proof
+    assert proof is not None
+    assert "where padding on the left stands" in "; ".join(proof.notes)
+    assert len(proof.figures) == 1
+    monkeypatch.setattr(Proof, "_reads_padding", lambda *_: False)
+    with pytest.raises(GateError, match="left padded"):
+        capture_model(model)
 
 
 def test_heads_with_several_answers_keep_them_all() -> None:

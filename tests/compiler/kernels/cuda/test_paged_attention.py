@@ -327,3 +327,8 @@ def test_tiles_of_whole_blocks(name: str, bulk: bool, dtype: torch.dtype) -> Non
     case = _in(dataclasses.replace(case, block_size=16), dtype)
     tiles = dataclasses.replace(SMALL_PREFILL, bulk=bulk)
     check(case, turns(case, case.width // 2, norm=False), tiles=(SMALL_TILES[0], tiles), strided=True)
+
+
+def test_chunks_are_refused() -> None:
+    inputs, knobs = Case(**DECODE).inputs()
+    assert accepts(inputs, {**knobs, "window": -8}) == "attention in chunks is not lowered"
