@@ -45,9 +45,10 @@ class RoundDrafting:
         self._drafter, self._options, self._clock = drafter, options, clock
         self._scheduler, self._rows, self._runner = scheduler, scheduler.rows, runner
         self.pace = Pace(_FIRST_ROUNDS, _MOST_ROUNDS)
-        self._switch = Switch(options.draft_tokens, sparing=_SPARING) if options.adaptive else None
+        self._ladder = Ladder.halves(options.draft_tokens)
+        self._switch = Switch(self._ladder.rungs, sparing=_SPARING) if options.adaptive else None
         self._begin = 0.0
-        self._counts = DraftCounts(options, self._switch, Ladder.chain(options.draft_tokens))
+        self._counts = DraftCounts(options, self._switch, self._ladder)
 
     def propose(self) -> None:
         """Before a step is planned: ask for room for its rounds."""
@@ -56,7 +57,8 @@ class RoundDrafting:
         ready = np.flatnonzero(rows.decoding & (rows.fed < rows.end - 1))
         if not len(ready):
             return
-        depth = self._options.draft_tokens if self._switch is None else self._switch.depth(len(ready))
+        rung = len(self._ladder.rungs) if self._switch is None else self._switch.depth(len(ready))
+        depth = len(self._ladder.rungs[rung - 1]) if rung else 0
         rounds = self.pace.steps
         self._runner.depth, self._runner.rounds = depth, rounds
         # Rounds of this step and of the next, which are launched ahead; where all is kept, drafting goes on behind it.

@@ -24,6 +24,7 @@ from optc.runtime.serving.rows import Ints, Kind, Rows
 from optc.runtime.serving.sampler import SamplerOf
 from optc.runtime.sessions.paged import PagedModel
 from optc.runtime.speculative.device_drafter import DeviceDrafter
+from optc.runtime.speculative.shape import Ladder
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class RoundRunner(DeviceRunner):
             return
         count = self._rows.count
         for batch in {step_rows(rows, count) for rows in range(1, count + 1)}:
-            for depth in (0, self._most):
+            for depth in (0, *map(len, Ladder.halves(self._most).rungs)):
                 self._round(batch, self._width(1), depth, Kind.GREEDY)
         self._warm_up_calls(most_tokens)
 

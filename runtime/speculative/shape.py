@@ -81,6 +81,11 @@ class Ladder(NamedTuple):
         return cls([range(size) for size in range(1, most + 1)])
 
     @classmethod
+    def halves(cls, most: int) -> Self:
+        """Chains of so many tokens and of half as many, where each other length would be captured anew."""
+        return cls([range(size) for size in sorted({-(-most // 2), most})])
+
+    @classmethod
     def tree(cls, tree: DraftTree, deepest: int, *, chains: bool) -> Self:
         """The likeliest guesses of a tree, as many as may be; and the chain of the likeliest guess of each head, where it
         is none of these.

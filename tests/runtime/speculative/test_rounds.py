@@ -229,12 +229,30 @@ def test_drafts_that_do_not_pay_are_switched_off() -> None:
     plain = plainly(wanted)
     engine, own = knowing(wanted, plain)
     assert engine._drafting is not None
-    depths = iter([0, DEPTH, 2, 0, 1] * 40)
+    rungs = iter([0, 2, 1, 0, 1] * 40)
     engine._drafting._switch = type(
-        "Turns", (), {"depth": lambda _, rows: next(depths), "note": lambda *_, **__: None}
+        "Turns", (), {"depth": lambda _, rows: next(rungs), "note": lambda *_, **__: None}
     )()
     assert tokens(run(engine, wanted)) == tokens(plain)
     assert own.checked > 10
+
+
+def test_rounds_of_all_depths_are_captured_before_requests_come() -> None:
+    """Whole drafts, half ones, and none: what a switch may ask for."""
+    wanted = requests([Sampling()] * 2, LENGTHS[:2])
+    session = opened(base_program(), record=Recordings())
+    engine = rounds(session, drafter(), adaptive=True, warm_up=True, max_running=2)
+    runner = engine._runner
+    assert isinstance(runner, RoundRunner)
+    assert {depth for _, _, depth, _ in runner._rounds} == {0, 2, DEPTH}
+    warmed = set(runner._rounds)
+    assert engine._drafting is not None
+    rungs = iter([0, 2, 1] * 40)
+    engine._drafting._switch = type(
+        "Turns", (), {"depth": lambda _, rows: next(rungs), "note": lambda *_, **__: None}
+    )()
+    run(engine, wanted)
+    assert set(runner._rounds) == warmed
 
 
 def test_heads_of_a_program(tmp_path: Path) -> None:

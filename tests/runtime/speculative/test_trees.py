@@ -204,6 +204,7 @@ def test_the_ladder() -> None:
     assert whole.parents.tolist() == [-1, 0, 0, 1, 2, 2, 3, 4]
     assert whole.depths.tolist() == [0, 1, 1, 2, 2, 2, 3, 3]
     assert whole.tokens([[10, 11], [20, 21], [30, 31]]) == [11, 10, 20, 20, 21, 31, 30]
+    assert [[len(rung) for rung in Ladder.halves(most).rungs] for most in (1, 2, 5)] == [[1], [1, 2], [3, 5]]
     short = Ladder.tree(TREE, 2, chains=False)
     assert [len(rung) for rung in short.rungs] == [1, 2, 3, 4, 5]
     assert short.shapes is not None
