@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_a_folder_is_read_straight_to_the_gpu(layout: str | None, tmp_path: Path
 def test_the_command_on_the_gpu(quant: str, tmp_path: Path) -> None:
     """Captured, quantized, gated, written and opened there."""
     rows = torch.randint(0, 128, (4, 32), generator=torch.Generator().manual_seed(0))
-    options = {} if quant == "fp8" else {"calibration": rows}
+    options: dict[str, Any] = {} if quant == "fp8" else {"calibration": rows}
     result = optc.compile(
         source("llama"), target="vllm", quant=quant, device="cuda", output=tmp_path / "out", **options
     )
