@@ -1,0 +1,1 @@
+"""The sequential part of GPTQ: a block of columns, rounded one after the other."""
