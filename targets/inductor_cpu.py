@@ -9,6 +9,7 @@ from optc.exporters.options.inductor import InductorOptions
 from optc.passes.fusion.attention import FuseAttention, spells_attention
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
+from optc.passes.fusion.share_heads import ShareHeads
 from optc.passes.kv_cache.paged import PageKVCache
 from optc.passes.kv_cache.static import StaticKVCache
 from optc.passes.legalization.complex_pairs import ComplexPairs, has_complex
@@ -22,9 +23,10 @@ FAST = 4
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
-    """Decoder: fuse-attention -> [quantize] -> KV cache -> [Medusa heads -> [tree]] -> [merge] -> legalize. Encoder: [quantize] ->
-    legalize. Module: fuse-attention -> [quantize] -> legalize. In front, complex numbers become pairs: Inductor fuses
-    products of pairs, and leaves those of complex numbers to ATen. Its Fourier transforms are left as they are.
+    """Decoder: fuse-attention -> share-heads -> [quantize] -> KV cache -> [Medusa heads -> [tree]] -> [merge] -> legalize.
+    Encoder: [quantize] -> legalize. Module: fuse-attention -> share-heads -> [quantize] -> legalize. In front, complex numbers
+    become pairs: Inductor fuses products of pairs, and leaves those of complex numbers to ATen. Its Fourier transforms are
+    left as they are.
 
     Attention of modules is found first, however it is spelled: behind it stands a product of its own, whose causal mask is
     never made. Rotary embeddings and norms are left as they are: Inductor fuses them itself. Norms are made whole for
@@ -33,7 +35,8 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
     the gate sees what it costs; below 4 they are left as they are.
     """
     steps = [Step(ComplexPairs(transforms=False), optional=True, when=has_complex)]
-    steps += [Step(FuseAttention(), optional=True, when=spells_attention)] if kind != "encoder" else []
+    if kind != "encoder":
+        steps += [Step(item, optional=True, when=spells_attention) for item in (FuseAttention(), ShareHeads())]
     if options.quantization is not None:
         steps += [
             Step(FuseNorm(), optional=True),

@@ -15,6 +15,7 @@ from optc.compiler.ir.devices import program_device, seeded
 from optc.compiler.ir.program import Program
 from optc.compiler.kernels.cpu.library import build_library
 from optc.compiler.kernels.kernel import kernels_for, used_kernels
+from optc.exporters.inductor.packing import packing_pays
 from optc.exporters.inductor.selfcheck import compare_outputs
 
 Compiled = Callable[..., Sequence[Any]]
@@ -30,7 +31,7 @@ def compile_here(
 
     On the CPU weights become constants of the compiled code (Inductor's freezing): it folds what is computed of weights
     alone, packs those of linears and convolutions for oneDNN and MKL, and does not see what is written into them later.
-    On a GPU they stay where they are.
+    On a GPU, and where packing does not pay (`packing_pays`), they stay where they are.
 
     Args:
         examples: inputs to compare with.
@@ -50,7 +51,8 @@ def compile_here(
     module.recompile()
     fakes = [node.meta["val"] for node in program.user_inputs()]
     # Random numbers are drawn as PyTorch draws them, so that compiled code can be compared.
-    configs = {"freezing": device.type == "cpu", "fallback_random": True, **(settings or {})}
+    freezes = device.type == "cpu" and packing_pays(program)
+    configs = {"freezing": freezes, "fallback_random": True, **(settings or {})}
     compiled = compat.inductor_compile(module, fakes, configs)
     _check(program, compiled, examples, tolerance)
     return compiled

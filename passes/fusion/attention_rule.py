@@ -17,15 +17,10 @@ from optc.compiler.analysis.attention_pattern import (
     sdpa_site,
 )
 from optc.compiler.analysis.attention_products import Operand
+from optc.compiler.analysis.attention_repeats import before_repeat
 from optc.compiler.analysis.dataflow import (
-    CASTS,
-    COPIES,
-    MOVES,
-    Sizes,
     aten,
-    evaluate,
     is_tensor,
-    readers,
     scalar,
     value_of,
 )
@@ -33,16 +28,12 @@ from optc.compiler.analysis.masks.elements import BATCH, HEAD, KEY, QUERY, Unpro
 from optc.compiler.analysis.masks.proof import MASKED, MaskProver, Padding, ProvedMask, Term
 from optc.compiler.analysis.position_bias import is_per_key, slopes
 from optc.compiler.ir.program import Program
-from optc.compiler.ir.surgery import infer_meta, insert_call, replace_call
+from optc.compiler.ir.surgery import insert_call, replace_call
+from optc.compiler.rewriting.copies import allow_copies
 from optc.compiler.rewriting.passes import Match, Miss, Rule
 from optc.passes.fusion.position_bias import KeyBias, KeyFeatures, position_input
 
 _ATTENTION = torch.ops.optc.attention.default
-_REARRANGEMENTS = (MOVES | COPIES | {aten.repeat.default}) - {
-    aten.cat.default,
-    aten.stack.default,
-    aten.dropout.default,
-}
 
 
 class AttentionRule(Rule):
@@ -105,7 +96,7 @@ class AttentionRule(Rule):
         """The mask, and a bias of keys [B, Hkv, 1, T], that a term is when the one is filled into the other, else None."""
         if value_of(term.node).dim() != 4:
             return None
-        filled = self._before_repeat(Operand(term.node, (0, 1, 2, 3)), site).node
+        filled = before_repeat(self._storage, Operand(term.node, (0, 1, 2, 3)), site.result).node
         if operator_name(filled) != "masked_fill":
             return None
         wide, mask, number = filled.args
@@ -186,7 +177,7 @@ class AttentionRule(Rule):
             target = after
         new = replace_call(program, site.result, target, arguments, knobs)
         self._storage.replaced(site.result, new)
-        _allow_copies(program, new)
+        allow_copies(program, new)
 
     def _check(self, site: Site) -> tuple[Operand, Operand]:
         """Refuse operands that `optc.attention` does not take; keys and values, not repeated, otherwise."""
@@ -218,19 +209,8 @@ class AttentionRule(Rule):
 
     def _shared_heads(self, site: Site) -> tuple[Operand, Operand]:
         """Keys and values before they were repeated for every query head, when both were, alike."""
-        keys, values = self._before_repeat(site.k, site), self._before_repeat(site.v, site)
+        keys, values = (before_repeat(self._storage, item, site.result) for item in (site.k, site.v))
         return (keys, values) if keys.shape[1] == values.shape[1] else (site.k, site.v)
-
-    def _before_repeat(self, operand: Operand, site: Site) -> Operand:
-        """[B, Hkv, T, D] that `operand` [B, H, T, D] repeats, head by head, H / Hkv times; or `operand`."""
-        node, reader = operand.node, site.result
-        while operand.plain and self._storage.overwritten(node, reader) is None:
-            if node.target not in _REARRANGEMENTS or not is_tensor(node.args[0]):
-                break
-            reader, node = node, node.args[0]
-            if _repeats(node, operand.node) and self._storage.overwritten(node, site.result) is None:
-                return Operand(node, operand.axes)
-        return operand
 
     def _key_padding(self, program: Program, mask: ProvedMask, before: Node) -> Node | None:
         """bool [B, T]: the keys of each row that count, or None when all do."""
@@ -275,42 +255,9 @@ def _extents(site: Site) -> dict[Any, Any]:
     return {BATCH: batch, **dict(zip((HEAD,), heads, strict=False)), QUERY: queries, KEY: site.k.shape[-2]}
 
 
-def _repeats(source: Node, node: Node) -> bool:
-    """Whether `node` [B, H, T, D], made from `source` [B, Hkv, T, D] by rearranging, repeats each head.
-
-    The moves in between are run on distinct numbers at small sizes: what they do does not depend on
-    the values, and the shapes are compared as they are.
-    """
-    few, many = shape_of(source), shape_of(node)
-    if len(few) != 4 or len(many) != 4 or (few[0], *few[2:]) != (many[0], *many[2:]):
-        return False
-    if not few[1].is_Integer or not many[1].is_Integer:
-        return False
-    groups, rest = divmod(int(many[1]), int(few[1]))
-    if rest or groups < 2:
-        return False
-    sizes = Sizes()
-    shape = sizes.shape(source)
-    probe = torch.arange(torch.Size(shape).numel()).reshape(shape)
-    return torch.equal(evaluate(node, {source: probe}, sizes), probe.repeat_interleave(groups, 1))
-
-
 def _in_order(program: Program, operand: Operand, before: Node) -> Node:
     """The operand as [B, H, positions, features]."""
     node = operand.node
     if not operand.plain:
         node = insert_call(program, before, aten.permute.default, (node, list(operand.axes)))
     return node if len(operand.axes) == 4 else insert_call(program, before, aten.unsqueeze.default, (node, 1))
-
-
-def _allow_copies(program: Program, node: Node) -> None:
-    """Let what rearranges the result copy: `view` relied on the layout of the node that stood here."""
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        for user in readers(current):
-            if user.target in MOVES | COPIES | CASTS and user.args[0] is current:
-                if user.target is aten.view.default:
-                    user.target = aten.reshape.default
-                infer_meta(program, user)
-                stack.append(user)
