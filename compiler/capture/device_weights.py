@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optc.compiler.files import side_by_side
 from optc.compiler.formats.layouts.tensors import TensorReader
-from optc.compiler.ir.lazy_weights import LazyWeight, computed, materialized
+from optc.compiler.ir.lazy_weights import computed, materialized
 from optc.compiler.ir.saved.safetensors_file import TYPES
 from optc.compiler.model_folder.checkpoint import CheckpointInfo, check_values, stamped_bytes
 from optc.compiler.model_folder.quantized import QuantizedFolder
@@ -52,22 +52,22 @@ class StraightTo:
         }
 
     def place(self, model: torch.nn.Module) -> None:
-        """Give a model its tensors in place of the lazy ones; what several modules share stays one.
+        """Give a model its tensors in place of the lazy ones, and take others (those that it made itself) to the device; what
+        several modules share stays one.
 
         Raises:
             InputError: NaN or Inf in a tensor, also in one that the model does not have; as `check_values`.
         """
-        found = {id(tensor): tensor for _, _, tensor in _tensors(model) if isinstance(tensor, LazyWeight)}
-        read = dict(
-            zip(found, side_by_side(materialized, list(found.values()), stamped_bytes(self._info)), strict=True)
-        )
-        kept = {
-            key: torch.nn.Parameter(made, requires_grad=False) if isinstance(found[key], torch.nn.Parameter) else made
-            for key, made in read.items()
-        }
+        found = {id(tensor): tensor for _, _, tensor in _tensors(model)}
+        read = side_by_side(self._moved, list(found.values()), stamped_bytes(self._info))
+        kept = dict(zip(found, read, strict=True))
         for table, name, tensor in list(_tensors(model)):
-            table[name] = kept.get(id(tensor), tensor)
+            table[name] = kept[id(tensor)]
         check_values(self._info, [name for name in self._info.tensors if name not in self._looked_at])
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        made = materialized(tensor.detach()).to(self._device)
+        return torch.nn.Parameter(made, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else made
 
     def _read(self, name: str) -> Tensor:
         tensor = self._reader.read(name)
