@@ -143,6 +143,24 @@ def product_candidates(shape: Shape) -> list[Product]:
     return found
 
 
+JOINED = [
+    (64, 4, 4, 0), (64, 4, 4, 128), (128, 4, 8, 0), (128, 4, 8, 128), (128, 3, 8, 128), (256, 3, 8, 0), (128, 4, 4, 0),
+]  # fmt: skip
+"""block_n, stages, warps, registers"""
+
+
+def joined_candidates(shape: Shape) -> list[Product]:
+    """Of products of both digits at once."""
+    found = []
+    for block_n, stages, warps, registers in JOINED if shape.format.startswith("int") else ():
+        rows = block_n // 2 if shape.gated and block_n == 256 else block_n
+        for split in (1, 2, 4, 8):
+            if 96 <= -(-shape.n // rows) * split <= 600:
+                sizes = {"block_n": rows, "split": split, "stages": stages, "warps": warps, "registers": registers}
+                found.append(Product(**sizes, lines=2, joined=True))
+    return found
+
+
 def direct_candidates(shape: Shape) -> list[Direct]:
     """The same of `product_direct`, which takes integers and few tokens."""
     found = []
@@ -155,6 +173,13 @@ def direct_candidates(shape: Shape) -> list[Direct]:
                 if 96 <= programs <= 1000 and turns >= 1 and not (split > 1 and programs > 600):
                     found.append(made)
     return found
+
+
+KINDS: dict[str, Callable[[Shape], list[Any]]] = {
+    "tiles": product_candidates,
+    "joined": joined_candidates,
+    "direct": direct_candidates,
+}
 
 
 def make_linear(place: Place, form: str, tokens: int, *, seed: int = 0) -> Any:
@@ -371,11 +396,11 @@ def sweep_gemv(forms: list[str], places: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def sweep_products(
-    forms: list[str], places: list[str], counts: list[int], *, direct: bool = False
+    forms: list[str], places: list[str], counts: list[int], kinds: list[str]
 ) -> Iterator[dict[str, Any]]:
     """Some tokens: the tensor cores, the GEMV where there are few, dequantizing for cuBLAS; bf16 cuBLAS beside.
 
-    direct: of `product`'s tile sizes only those of the tables.
+    kinds: names of `KINDS`, which are tried beside the tile sizes of the tables.
     """
     jobs: list[tuple[str, str, int, Tiles | None]] = []
     for form in forms:
@@ -383,9 +408,9 @@ def sweep_products(
             for tokens in counts:
                 shape = shape_of(PLACES[name], form, tokens)
                 few = [tiles for other, tiles in tables().gemv if other == replace(shape, m=1)] if tokens <= 4 else []
-                products = [product_tiles(shape)] if direct else product_candidates(shape)
-                candidates = (*direct_candidates(shape), *products, *few, None)
-                jobs += [(name, form, tokens, tiles) for tiles in candidates]
+                candidates = [tiles for kind in kinds for tiles in KINDS[kind](shape)]
+                every = dict.fromkeys((*candidates, product_tiles(shape), *few, None))
+                jobs += [(name, form, tokens, tiles) for tiles in every]
     compile_ahead(list(dict.fromkeys((replace(PLACES[name], n=0), form, m, tiles) for name, form, m, tiles in jobs)))
     ceiling = read_ceiling()
     for form in forms:
@@ -488,7 +513,7 @@ def main() -> None:
         records = sweep_gemv(forms, arguments.places)
     elif arguments.what == "products":
         records = sweep_products(
-            forms, [name for name in arguments.places if name != "head"], arguments.tokens, direct=arguments.direct
+            forms, [name for name in arguments.places if name != "head"], arguments.tokens, arguments.kinds
         )
     else:
         records = chain(forms, arguments.layers)

@@ -80,6 +80,8 @@ class Product:
         block_k: columns per step; integers take a group per step instead.
         lines: of 128 bytes of each row that a program asks for before it waits for its tokens, a power of two; 0 for none,
             and the next kernel starts later then.
+        joined: of integers, both digits of the tokens are multiplied at once.
+        registers: of a thread at most, so that more programs run at a time; 0 for no limit.
     """
 
     block_n: int
@@ -88,6 +90,8 @@ class Product:
     warps: int
     block_k: int = 0
     lines: int = 0
+    joined: bool = False
+    registers: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,7 @@ class Direct:
         across: warps of a program that have other rows and the same columns.
         warps: of a program. split: programs that share the columns.
         depth: blocks of 128 columns that are loaded ahead.
-        registers: of a thread at most, so that more programs run at a time; 0 for no limit.
+        registers: see `Product`.
     """
 
     tiles: int

@@ -166,7 +166,7 @@ def product(linear: Linear, tiles: Product) -> Tensor:
         digits, unit, group_sums = _split_tokens(linear)
         product_integer[grid](
             digits, unit, group_sums, linear.weight.view(torch.int8), linear.scale, linear.zero, *ends,
-            BITS=BITS[linear.format], GROUP=linear.group_size, NATIVE=y.is_cuda, **common,
+            BITS=BITS[linear.format], GROUP=linear.group_size, JOINED=tiles.joined, NATIVE=y.is_cuda, **common,
         )  # fmt: skip
     else:
         product_float[grid](_normalized(linear), linear.weight, linear.scale, *ends, BLOCK_K=tiles.block_k, **common)
@@ -196,7 +196,7 @@ def direct(linear: Linear, tiles: Direct) -> Tensor:
         y, partial, arrivals, shape.m, shape.n,
         K=shape.k, BITS=BITS[linear.format], GROUP=linear.group_size, ACTIVATION=linear.activation, GATED=linear.gated,
         EIGHTS=eights, TILES=tiles.tiles, ACROSS=tiles.across, WARPS=tiles.warps, SPLIT=tiles.split, DEPTH=tiles.depth,
-        NATIVE=y.is_cuda, **_options(y, tiles.warps), **({"maxnreg": tiles.registers} if tiles.registers else {}),
+        NATIVE=y.is_cuda, **_options(y, tiles.warps, tiles.registers),
     )  # fmt: skip
     return y
 
@@ -260,10 +260,11 @@ def _normalized(linear: Linear) -> Tensor:
     return linear.x
 
 
-def _options(tensor: Tensor, warps: int) -> dict[str, Any]:
-    """Options of a launch. The interpreter does not know launch_pdl."""
+def _options(tensor: Tensor, warps: int, registers: int = 0) -> dict[str, Any]:
+    """Options of a launch, of as many registers of a thread at most. The interpreter does not know launch_pdl."""
     pdl = dependent_launch(tensor.device)
-    return {"PDL": pdl, "num_warps": warps, **({"launch_pdl": True} if pdl else {})}
+    limit = {"maxnreg": registers} if registers else {}
+    return {"PDL": pdl, "num_warps": warps, **({"launch_pdl": True} if pdl else {}), **limit}
 
 
 def _arrivals(device: torch.device) -> Tensor:

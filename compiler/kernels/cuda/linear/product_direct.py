@@ -63,14 +63,10 @@ def _load_tile(
 
 
 @triton.jit
-def _load_digits(digits, tokens, block, thread, plane, K: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """A thread's digits of a block of columns, of 8 tokens: 8 words; `plane` is the size of a digit's plane in bytes."""
-    if BITS == 4:
-        places = digits + tokens * (K // 2) + block * (COLUMNS // 2) + thread * 16
-        return load_again(places, NATIVE) + load_again(places + plane // 2, NATIVE)
-    else:
-        places = digits + tokens * K + block * COLUMNS + thread * 16
-        return load_again(places, NATIVE) + load_again(places + 64, NATIVE)
+def _load_digits(digits, tokens, block, thread, half, K: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
+    """A thread's digits of a block of columns, of 8 tokens: 8 words; `half` is the size of the digits of low nibbles."""
+    places = digits + tokens * (2 * K * BITS // 8) + block * (COLUMNS * BITS // 8) + thread * 16
+    return load_again(places, NATIVE) + load_again(places + (half if BITS == 4 else 64), NATIVE)
 
 
 @triton.jit
@@ -126,7 +122,7 @@ def _products(
 
 @triton.jit
 def _absorb(
-    held, totals, digits, group_sums, tokens, results, block, share, thread, plane,
+    held, totals, digits, group_sums, tokens, results, block, share, thread, half,
     TILES: tl.constexpr, EIGHTS: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     ZEROS: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -140,8 +136,8 @@ def _absorb(
     high = ()
     low = ()
     for eight in tl.static_range(EIGHTS):
-        high = high + _load_digits(digits, tokens[eight], block, thread, plane, K, BITS, NATIVE)
-        low = low + _load_digits(digits + plane, tokens[eight], block, thread, plane, K, BITS, NATIVE)
+        high = high + _load_digits(digits, tokens[eight], block, thread, half, K, BITS, NATIVE)
+        low = low + _load_digits(digits + K * BITS // 8, tokens[eight], block, thread, half, K, BITS, NATIVE)
     sums = _products(held, high, low, TILES, EACH, EIGHTS, BITS, NATIVE)
     of_group = ()
     if ZEROS and GROUP > 0:
@@ -209,7 +205,7 @@ def product_direct(
         tokens = tokens + (tl.minimum(eight * 8 + lane // 4 % 8, M - 1),)
         for i in tl.static_range(2):
             results = results + (tl.minimum(eight * 8 + thread * 2 + i, M - 1),)
-    plane = M.to(tl.int64) * K
+    half = M.to(tl.int64) * K
     totals = ()
     for _i in tl.static_range(TILES * EIGHTS * 4):
         totals = totals + (tl.zeros([32 * WARPS], tl.float32),)
@@ -219,7 +215,7 @@ def product_direct(
         held = tiles[:EACH]
         tiles = tiles[EACH:] + _load_tile(w, scale, zero, rows, ahead, thread, TILES, K, BITS, GROUP, NATIVE)
         totals = _absorb(
-            held, totals, digits, group_sums, tokens, results, block, None, thread, plane,
+            held, totals, digits, group_sums, tokens, results, block, None, thread, half,
             TILES, EIGHTS, K, BITS, GROUP, ZEROS, NATIVE,
         )  # fmt: skip
     for i in tl.static_range(AHEAD):
@@ -227,7 +223,7 @@ def product_direct(
         share = None if EVEN else (block < BLOCKS).to(tl.float32)
         totals = _absorb(
             tiles[i * EACH : (i + 1) * EACH], totals, digits, group_sums, tokens, results,
-            tl.minimum(block, BLOCKS - 1), share, thread, plane,
+            tl.minimum(block, BLOCKS - 1), share, thread, half,
             TILES, EIGHTS, K, BITS, GROUP, ZEROS, NATIVE,
         )  # fmt: skip
     _finish(

@@ -33,8 +33,8 @@ def split_tokens(
     """One token per program; BLOCK_K is a power of two from K on.
 
     Args:
-        digits: int8 [2, 2, M, K/2] for 4 bits, high digits first: the columns that low nibbles hold, then those of
-            high nibbles. int8 [2, M, K] for 8 bits.
+        digits: int8 [2, M, 2, K/2] for 4 bits: the columns that low nibbles hold, then those of high nibbles; of each
+            token high digits, then low ones. int8 [M, 2, K] for 8 bits.
         unit: float32 [M], what 1 stands for, times a weight as product_integer gets it.
         group_sums: float32 [M, K / GROUP], sums of the numbers of a group times 16 (for 4 bits), or None.
     """
@@ -48,13 +48,13 @@ def split_tokens(
     high = (number + 128) >> 8
     if BITS == 4:
         half = (columns % 32) // 16
-        place = half * (K // 2) * M.to(tl.int64) + token * (K // 2) + columns // 32 * 16 + columns % 16
+        place = half * K * M.to(tl.int64) + token * K + columns // 32 * 16 + columns % 16
         tl.store(unit + token, largest * (1.0 / (LEVELS * 16.0)))
     else:
-        place = token * K + columns
+        place = token * (2 * K) + columns
         tl.store(unit + token, largest * (1.0 / LEVELS))
     tl.store(digits + place, high.to(tl.int8), mask=inside)
-    tl.store(digits + M.to(tl.int64) * K + place, number.to(tl.int8), mask=inside)
+    tl.store(digits + K * BITS // 8 + place, number.to(tl.int8), mask=inside)
     if group_sums is not None:
         number = tl.where(inside, number, 0)
         GROUPS: tl.constexpr = BLOCK_K // GROUP  # one where the group is the row, of any length
@@ -91,39 +91,63 @@ def _high_nibbles(q, NATIVE: tl.constexpr):
 @triton.jit
 def _group_product(
     w, digits, rows, tokens, group, M, K: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr,
-    NATIVE: tl.constexpr,
+    JOINED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Products of COLUMNS columns from group * COLUMNS on: int32 [BLOCK_N, BLOCK_M]."""
+    """Products of COLUMNS columns from group * COLUMNS on: float32 [BLOCK_N, BLOCK_M].
+
+    JOINED: one product with both digits of all tokens, side by side, instead of two.
+    """
     BYTES: tl.constexpr = COLUMNS * BITS // 8
     ROW_BYTES: tl.constexpr = K * BITS // 8
     block = group * BYTES + tl.arange(0, BYTES)
     q = tl.load(w + rows.to(tl.int64)[:, None] * ROW_BYTES + block[None, :], eviction_policy="evict_first")
-    places = digits + tokens[None, :] * ROW_BYTES + block[:, None]
-    plane = M.to(tl.int64) * K
-    if BITS == 4:
-        half = M.to(tl.int64) * (K // 2)
-        first = _low_nibbles(q, NATIVE)
-        second = _high_nibbles(q, NATIVE)
-        total = tl.dot(first, tl.load(places), out_dtype=tl.int32)
-        total = tl.dot(second, tl.load(places + half), total, out_dtype=tl.int32)
-        total = total * 256
-        total = tl.dot(first, tl.load(places + plane), total, out_dtype=tl.int32)
-        total = tl.dot(second, tl.load(places + plane + half), total, out_dtype=tl.int32)
+    half = M.to(tl.int64) * K
+    if JOINED:
+        BLOCK_M: tl.constexpr = tokens.shape[0]
+        both = tl.reshape(tl.join(tokens * 2, tokens * 2 + 1), [2 * BLOCK_M])
+        places = digits + both[None, :] * ROW_BYTES + block[:, None]
+        if BITS == 4:
+            total = tl.dot(_low_nibbles(q, NATIVE), tl.load(places), out_dtype=tl.int32)
+            total = tl.dot(_high_nibbles(q, NATIVE), tl.load(places + half), total, out_dtype=tl.int32)
+        else:
+            total = tl.dot(q, tl.load(places), out_dtype=tl.int32)
+        high, low = tl.split(tl.reshape(total, [rows.shape[0], BLOCK_M, 2]))
+        return (high * 256 + low).to(tl.float32)
     else:
-        total = tl.dot(q, tl.load(places), out_dtype=tl.int32)
-        total = total * 256
-        total = tl.dot(q, tl.load(places + plane), total, out_dtype=tl.int32)
-    return total.to(tl.float32)
+        places = digits + tokens[None, :] * (2 * ROW_BYTES) + block[:, None]
+        if BITS == 4:
+            first = _low_nibbles(q, NATIVE)
+            second = _high_nibbles(q, NATIVE)
+            total = tl.dot(first, tl.load(places), out_dtype=tl.int32)
+            total = tl.dot(second, tl.load(places + half), total, out_dtype=tl.int32)
+            total = total * 256
+            total = tl.dot(first, tl.load(places + ROW_BYTES), total, out_dtype=tl.int32)
+            total = tl.dot(second, tl.load(places + ROW_BYTES + half), total, out_dtype=tl.int32)
+        else:
+            total = tl.dot(q, tl.load(places), out_dtype=tl.int32)
+            total = total * 256
+            total = tl.dot(q, tl.load(places + ROW_BYTES), total, out_dtype=tl.int32)
+        return total.to(tl.float32)
 
 
 @triton.jit
-def _scaled(total, scale, zero, group_sums, rows, tokens, group, GROUPS: tl.constexpr, share=1.0):
-    """Sums of a group with its scale and `share` of its zero point: float32 [BLOCK_N, BLOCK_M]."""
+def _factors(scale, zero, rows, group, GROUPS: tl.constexpr):
+    """Scales and zero points of rows, float32 [BLOCK_N]."""
     place = rows * GROUPS + group
+    factor = tl.load(scale + place).to(tl.float32)
+    offset = factor
+    if zero is not None:
+        offset = tl.load(zero + place).to(tl.float32)
+    return factor, offset
+
+
+@triton.jit
+def _scaled(total, factor, offset, zero, group_sums, tokens, group, GROUPS: tl.constexpr, share=1.0):
+    """Sums of a group with its scale and `share` of its zero point: float32 [BLOCK_N, BLOCK_M]."""
     if zero is not None:
         sums = tl.load(group_sums + tokens * GROUPS + group) * share
-        total -= tl.load(zero + place).to(tl.float32)[:, None] * sums[None, :]
-    return total * tl.load(scale + place).to(tl.float32)[:, None]
+        total -= offset[:, None] * sums[None, :]
+    return total * factor[:, None]
 
 
 @triton.jit
@@ -131,7 +155,7 @@ def product_integer(
     digits, unit, group_sums, w, scale, zero, bias, residual, y, partial, arrivals, M, N,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr,
-    NATIVE: tl.constexpr, PDL: tl.constexpr,
+    JOINED: tl.constexpr, NATIVE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] of the tokens that split_tokens made; see `fused_linear`. N counts results.
 
@@ -161,21 +185,43 @@ def product_integer(
     wait_for_producer(PDL)
     gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for group in tl.range(part * GROUPS // SPLIT, (part + 1) * GROUPS // SPLIT, num_stages=STAGES):
-        total = _group_product(w, digits, rows, tokens, group, M, K, BITS, COLUMNS, NATIVE)
+    begin_group = part * GROUPS // SPLIT
+    end_group = (part + 1) * GROUPS // SPLIT
+    if GROUP > 0:  # loaded a group ahead
+        factor, offset = _factors(scale, zero, rows, begin_group, GROUPS)
+        up_factor = factor
+        up_offset = offset
+        if GATED:
+            up_factor, up_offset = _factors(scale, zero, rows + N, begin_group, GROUPS)
+    for group in tl.range(begin_group, end_group, num_stages=STAGES):
         if GROUP > 0:
-            total = _scaled(total, scale, zero, group_sums, rows, tokens, group, GROUPS)
+            next_group = tl.minimum(group + 1, end_group - 1)
+            next_factor, next_offset = _factors(scale, zero, rows, next_group, GROUPS)
+            next_up_factor = next_factor
+            next_up_offset = next_offset
+            if GATED:
+                next_up_factor, next_up_offset = _factors(scale, zero, rows + N, next_group, GROUPS)
+        total = _group_product(w, digits, rows, tokens, group, M, K, BITS, COLUMNS, JOINED, NATIVE)
+        if GROUP > 0:
+            total = _scaled(total, factor, offset, zero, group_sums, tokens, group, GROUPS)
         gate += total
         if GATED:
-            total = _group_product(w, digits, rows + N, tokens, group, M, K, BITS, COLUMNS, NATIVE)
+            total = _group_product(w, digits, rows + N, tokens, group, M, K, BITS, COLUMNS, JOINED, NATIVE)
             if GROUP > 0:
-                total = _scaled(total, scale, zero, group_sums, rows + N, tokens, group, GROUPS)
+                total = _scaled(total, up_factor, up_offset, zero, group_sums, tokens, group, GROUPS)
             up += total
+        if GROUP > 0:
+            factor = next_factor
+            offset = next_offset
+            up_factor = next_up_factor
+            up_offset = next_up_offset
     if GROUP == 0:
         share = 1.0 if SPLIT == 1 else tl.where(part == 0, 1.0, 0.0)  # one program takes the zero points off
-        gate = _scaled(gate, scale, zero, group_sums, rows, tokens, 0, 1, share)
+        factor, offset = _factors(scale, zero, rows, 0, 1)
+        gate = _scaled(gate, factor, offset, zero, group_sums, tokens, 0, 1, share)
         if GATED:
-            up = _scaled(up, scale, zero, group_sums, rows + N, tokens, 0, 1, share)
+            up_factor, up_offset = _factors(scale, zero, rows + N, 0, 1)
+            up = _scaled(up, up_factor, up_offset, zero, group_sums, tokens, 0, 1, share)
     store_block(
         y, bias, residual, partial, arrivals, block_n * BLOCK_N + tl.arange(0, BLOCK_N),
         block_m * BLOCK_M + tl.arange(0, BLOCK_M), unit, M, N, gate, up, ACTIVATION, GATED, SPLIT,

@@ -57,6 +57,7 @@ def test_gemv_formats(name: str, tiles: str, dtype: torch.dtype) -> None:
 PRODUCT_TILES = {
     "alone": Product(block_n=32, split=1, stages=2, warps=4, block_k=64),
     "shared": Product(block_n=64, split=2, stages=3, warps=4, block_k=128),
+    "joined": Product(block_n=32, split=2, stages=2, warps=4, block_k=64, joined=True),
 }
 PRODUCTS = [name for name in FORMATS if name not in ("int4 g32", "int4 g32, zero points")]
 
