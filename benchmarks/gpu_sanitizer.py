@@ -18,6 +18,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def outcome(output: str, code: int | None) -> dict[str, Any]:
 
 def run(sanitizer: str, tool: str, file: Path, seconds: int) -> dict[str, Any]:
     """One file's tests under one tool."""
-    command = [sanitizer, "--tool", tool, "--target-processes", "all", sys.executable, "-m", "pytest", "-q", str(file)]
+    command = [sanitizer, "--tool", tool, "--target-processes", "all", sys.executable, "-m", "pytest", str(file)]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(
@@ -69,16 +70,19 @@ def main() -> int:
     parser.add_argument("--files", nargs="+", default=sorted(path.name for path in TESTS.glob("test_*.py")))
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--seconds", type=int, default=240, help="of one file under one tool")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the GPU")
     parser.add_argument("--sanitizer", default="compute-sanitizer")
     arguments = parser.parse_args()
     from gpu_timing import card
 
-    rows = []
-    for file in arguments.files:
-        for tool in arguments.tools:
-            row = {"file": file, "tool": tool, **run(arguments.sanitizer, tool, TESTS / file, arguments.seconds)}
-            print(row, flush=True)
-            rows.append(row)
+    def one(job: tuple[str, str]) -> dict[str, Any]:
+        file, tool = job
+        row = {"file": file, "tool": tool, **run(arguments.sanitizer, tool, TESTS / file, arguments.seconds)}
+        print(row, flush=True)
+        return row
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        rows = list(pool.map(one, [(file, tool) for file in arguments.files for tool in arguments.tools]))
     clean = sum(row["clean"] for row in rows)
     record("gpu_sanitizer", {"card": card(), "rows": rows, "clean": clean, "of": len(rows)}, threads=1)
     return 0 if clean == len(rows) else 1
