@@ -26,7 +26,7 @@ from optc.training.export import write_trained
 from optc.training.held_run import held_run, unfinished
 from optc.training.metrics import MetricsLog, StepRecord
 from optc.training.out_of_memory import out_of_memory
-from optc.training.result import SUMMARY, TrainResult, left_experts, validation_result
+from optc.training.result import SUMMARY, TrainResult, validation_result
 from optc.training.sample import can_sample, continuation, sample_of
 from optc.training.saving import SaveClock, read_state, restore_best, resume_run, save_run
 from optc.training.setup import Run, build_model, check_config, model_identity, prepare
@@ -224,7 +224,7 @@ def _result(run: Run, state: RunState, records: list[StepRecord], resumed: RunSt
         skipped=sum(row.skipped is not None for row in records),
         validation=validation_result(run.validation, run.config, records),
         sample=None if state.sample is None else sample_of(run, state.sample, continuation(run)),
-        notes=(*run.notes, *left_experts(run.model, run.config)),
+        notes=run.notes,
     )
 
 

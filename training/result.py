@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from torch import nn
 
 from optc.training.checkpoint import ValidationState
 from optc.training.config import TrainConfig
-from optc.training.linears import expert_weights
-from optc.training.lora import adapted_experts
 from optc.training.metrics import StepRecord
 from optc.training.sample import TrainSample
 
@@ -95,24 +92,3 @@ def validation_result(
         written_step=state.best_step if kept else last.step,
         stopped_early=last.step < config.max_steps,
     )
-
-
-def left_experts(model: nn.Module, config: TrainConfig) -> tuple[str, ...]:
-    """What is not done to experts that a model holds stacked: QAT, adapters and NF4 are for `nn.Linear`."""
-    done = (
-        {f"{name}.{parameter}" for name, held in adapted_experts(model) for parameter in held}
-        if config.lora.enabled
-        else ()
-    )
-    found = {
-        name: count for name, count in expert_weights(model).items() if name.replace(".base_layer", "") not in done
-    }
-    if config.qat.enabled:
-        left = "experts are trained and written unrounded"
-    elif config.lora.enabled:
-        left = "experts are frozen, without adapters" + (", and not in NF4" if config.lora.base == "nf4" else "")
-    else:
-        return ()
-    if not found:
-        return ()
-    return (f"{left}: {sum(found.values()):,} weights in {len(found)} tensors, {next(iter(found))} the first",)

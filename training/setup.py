@@ -43,7 +43,7 @@ from optc.training.pairs import PairReader, hold_out_pairs, read_answers
 from optc.training.parallel import apply_data_parallel, shard_optimizer
 from optc.training.precision import make_scaler
 from optc.training.qat import apply_qat
-from optc.training.strays import stray_tensors, strays_note
+from optc.training.untrained import left_experts, stray_tensors, strays_note
 from optc.training.world import World
 
 AnyReader = Reader | PairReader
@@ -172,7 +172,7 @@ def prepare(config: TrainConfig, world: World) -> Run:
     model = on_frozen_base(base, config, reader)
     teacher = load_teacher(config, text_config(model.config).vocab_size)
     model = model.to(device)
-    notes = (strays_note(strays),) if strays else ()
+    notes = (*((strays_note(strays),) if strays else ()), *left_experts(base, config))
     if isinstance(reader, Reader):
         reader, said = unpacked(base, reader)
         notes = (*notes, *said)

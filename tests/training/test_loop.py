@@ -20,7 +20,7 @@ from optc.compiler.diagnostics import GateError, InputError, ResourceError, Usag
 from optc.training.loop import run_folder, train
 from optc.training.metrics import MetricsLog, StepRecord, read_log
 from optc.training.models import load_frozen, load_trainable
-from optc.training.result import left_experts
+from optc.training.untrained import left_experts
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from optc.passes.quantization.nf4 import QuantizeNf4
 from optc.training.export import SaveConfig, save_trained
 from optc.training.lora import LoraConfig, adapted_linears, apply_lora, merged_state
 from optc.training.nf4_linear import Nf4Linear
-from optc.training.result import left_experts
+from optc.training.untrained import left_experts
 
 IDS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))
 
