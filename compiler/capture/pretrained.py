@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 from optc.compiler import compat
 from optc.compiler.capture.attention import NAME, AttentionError, indexed_masks, one_sequence_a_row, register
@@ -366,7 +366,6 @@ def _export_for(
     where = type(model).__name__
     exported = run_export(shell, args, tuple(dims for _ in args), where=where, excepted=excepted)
     outputs = named_outputs(exported, config, shell)
-    size = int(exported.graph.output_node().args[0][0].meta["val"].shape[-1])
     facts = model_facts(config, getattr(model, "generation_config", None))
     stated = max(0, facts.context_length - offset)
     if stated == 0 and head is not None:  # relative positions have no end of their own
@@ -379,12 +378,17 @@ def _export_for(
         layers=attention_layers(exported),
         model=msgspec.structs.replace(facts, context_length=min(stated, context)),
         sources={name: (name,) for name in exported.state_dict},
-        embedding=None if head is None else head.facts(size),
+        embedding=None if head is None else head.facts(_width(exported)),
     )
     program = Program(exported, contract)
     if decoder and drop_whole_padding(program) + (0 if takes_positions(model) else lift_positions(program)):
         program = program.changed()
     return program
+
+
+def _width(exported: ExportedProgram) -> int:
+    """Features of an embedding. Of another output it may be a number of tokens, which `int` would fix."""
+    return int(exported.graph.output_node().args[0][0].meta["val"].shape[-1])
 
 
 def _context(config: Any) -> int:

@@ -54,6 +54,20 @@ def test_a_picture_is_read_as_its_processor_reads_it(
     assert f"\n  {CLASSES[int(best.indices[0])]} 0." in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_same_in_a_package(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For inductor-cpu: classes and their names, from a picture that its own processor reads."""
+    assert call("compile", vit_folder(), "--target", "inductor-cpu", "-o", tmp_path / "out") == 0
+    path = _picture(tmp_path / "p.png", mode="RGBA")
+    found = []
+    for folder in (artifact, tmp_path / "out"):
+        capsys.readouterr()
+        assert call("run", folder, "--inputs", path, "--json") == 0
+        found += json.loads(capsys.readouterr().out)["outputs"]
+    np.testing.assert_allclose(found[1]["values"], found[0]["values"], atol=1e-4)
+    assert [item["label"] for item in found[1]["classes"][0]] == [item["label"] for item in found[0]["classes"][0]]
+
+
 def test_a_folder_of_pictures_beside_the_source(
     artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
