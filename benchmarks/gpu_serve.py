@@ -111,6 +111,13 @@ def open_session(program: Any, variant: str, blocks: int, small: bool) -> CudaSe
     return CudaSession(program, MemoryPlan(weights=0, working=0, pool=0, num_blocks=64, prompt_tokens=512))
 
 
+def settle() -> None:
+    """As a server does once its engine is open: the collector looks at the model and its libraries, hundreds of thousands of
+    objects, no more."""
+    gc.collect()
+    gc.freeze()
+
+
 def serve(engine: PagedEngine, work: list[tuple[list[int], int]], sampling: Sampling) -> dict[str, Any]:
     """Submit all, step until all have ended."""
     runner = engine._runner
@@ -192,6 +199,7 @@ def run_shape(shape: str, given: argparse.Namespace, results: dict[str, Any]) ->
         if given.copies:
             results[f"{shape} {variant} dequantized bytes"] = session.keep_dequantized()
         engine = PagedEngine(session.model, options, DeviceRunner)
+        settle()
         results[f"{shape} {variant} warm-up"] = time.perf_counter() - begin
         print(shape, variant, "warm-up", time.perf_counter() - begin, flush=True)
         for name in given.traffic:
@@ -226,6 +234,7 @@ def run_shape(shape: str, given: argparse.Namespace, results: dict[str, Any]) ->
         engine.close()
         session.close()
         del engine, session
+        gc.unfreeze()
         gc.collect()
         if not given.small:
             torch.cuda.empty_cache()

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from common import interleave, ratio, record
-from gpu_serve import network, open_session, serve, traffic
+from gpu_serve import network, open_session, serve, settle, traffic
 
 import optc
 from optc.runtime.sampling import Sampling
@@ -87,6 +87,7 @@ def main() -> None:
     running = 8 if given.small else 256
     options = EngineOptions(max_running=running, max_waiting=4096, warm_up=True)
     engine = PagedEngine(session.model, options, DeviceRunner)
+    settle()
     seeds = iter(range(10_000))
 
     def make() -> Work:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import LLAMA_8B, OPEN_GATE, interleave, random_llama, ratio, record
-from gpu_serve import network, open_session, serve, traffic
+from gpu_serve import network, open_session, serve, settle, traffic
 from safetensors import safe_open
 from safetensors.torch import save_file
 from vllm_peer import VllmPeer
@@ -149,6 +149,7 @@ def measure(variant: str, peer: VllmPeer, given: argparse.Namespace) -> dict[str
     engine = PagedEngine(
         session.model, EngineOptions(max_running=given.running, max_waiting=4096, warm_up=True), DeviceRunner
     )
+    settle()
     for name in given.traffic:
 
         def ours_serves(name: str = name) -> float:
@@ -165,6 +166,7 @@ def measure(variant: str, peer: VllmPeer, given: argparse.Namespace) -> dict[str
             print(variant, name, json.dumps(result[name]), flush=True)
     engine.close()
     session.close()
+    gc.unfreeze()
     return result
 
 

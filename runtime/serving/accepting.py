@@ -45,14 +45,14 @@ def check_request(request: Generate, limits: Limits, known: Collection[str], wai
     for where, tokens in (
         ("the prompt", request.prompt), ("stop_ids", request.stop_ids), ("logit_bias", request.logit_bias)
     ):  # fmt: skip
-        for token in tokens:
-            if not 0 <= token < limits.vocabulary:
-                raise InputError(
-                    f"token id {token} is outside the vocabulary",
-                    where=where,
-                    why=f"the model has {limits.vocabulary} token ids, from 0 to {limits.vocabulary - 1}",
-                    remedy="encode the text with the model's own tokenizer",
-                )
+        if tokens and (min(tokens) < 0 or max(tokens) >= limits.vocabulary):  # of a prompt, in C
+            token = next(token for token in tokens if not 0 <= token < limits.vocabulary)
+            raise InputError(
+                f"token id {token} is outside the vocabulary",
+                where=where,
+                why=f"the model has {limits.vocabulary} token ids, from 0 to {limits.vocabulary - 1}",
+                remedy="encode the text with the model's own tokenizer",
+            )
     for token, bias in request.logit_bias.items():
         if not math.isfinite(bias):
             raise InputError(
