@@ -29,6 +29,7 @@ from optc.exporters.companions import copy_companions
 from optc.exporters.hf.collect import FolderPlan, collect
 from optc.exporters.hf.drafts import carry
 from optc.exporters.hf.fused import check_fused
+from optc.exporters.hf.loader_rules import check_loader_rules
 from optc.exporters.hf.serving import FILE, vllm_options
 from optc.exporters.hf.shards import write_shards
 from optc.exporters.options.hf import FolderOptions
@@ -185,9 +186,11 @@ def _read_back(directory: Path, weight: Callable[[str], Tensor], plan: FolderPla
         info = check_folder(directory, trust_remote_code=plan.info.trusted)
         folder = quantized_folder(info, _device(weight, plan))
         _compare_quantized(folder.layout if folder else None, plan, directory)
+        if folder is not None and KEY in info.config:
+            check_loader_rules(info.config[KEY], folder.modules, plan.linears)
         _compare_plain(info, weight, plan, directory)
         _compare_key_values(folder, weight, plan, directory)
-    except ArtifactError:
+    except (ArtifactError, TargetError):
         raise
     except OptcError as error:
         raise _differs(directory, str(error.where or ""), str(error)) from error

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from optc.compiler.diagnostics import TargetError
+from optc.compiler.formats.layouts.joined import JOINED
 from optc.exporters.hf.places import Quantized
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-"""Last names of linears of one module and one input that its models join (`packed_modules_mapping`), experts' too."""
+FUSED = (*JOINED.values(), ("w1", "w3"))
+"""Last names of linears of one module and one input that its models join, experts' too."""
 
 
 def check_fused(quantized: Sequence[Quantized]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from optc.compiler.formats.layouts.gptq import METHOD, V1, V2
+from optc.compiler.formats.layouts.joined import joined_names
 from optc.compiler.formats.layouts.key_values import KeyValueScheme
 from optc.compiler.formats.layouts.weight import QuantizedWeight, Scheme
 from optc.compiler.formats.layouts.words import pack_words
@@ -64,7 +65,9 @@ class GptqWriter:
     def config(self, schemes: Mapping[str, Scheme], linears: Iterable[str], head: str = "") -> dict[str, Any]:
         scheme = one_setting(self.name, schemes)
         layout = V2 if self.exact_zero else V1
+        linears = list(linears)
         left = [module for module in linears if module not in schemes]
+        left += [name for name, parts in joined_names(linears) if schemes.keys().isdisjoint(parts)]
         return {
             "quant_method": self.name,
             "bits": scheme.bits,
@@ -75,7 +78,7 @@ class GptqWriter:
             "checkpoint_format": layout,
             "format": layout,
             "pack_dtype": "int32",
-            # GPTQModel's and vLLM's way to name linears that stay as they are.
+            # GPTQModel's and vLLM's way to name linears that stay as they are; vLLM looks for those that it joins by one name.
             "dynamic": {f"-:^{re.escape(module)}$": {} for module in left},
             "meta": {"quantizer": [f"optc:{version()}"]},
         }
