@@ -28,6 +28,7 @@ _SUMS = (
     "aten::linear",
     "aten::addmm",
     "optc::attention",
+    "optc::linear_few",
     "optc::linear_nbits",
     "optc::linear_dynamic",
     "optc::matmul_nbits",

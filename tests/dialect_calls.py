@@ -137,6 +137,7 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "dequantize_tensor": ((_u(255, 2, K),), {"scale": 0.02, "zero": 100, "dtype": torch.float32}),
     "dequantize_bias": ((_i8(N).int() * 1000, SCALE[:, :1]), {"input_scale": 0.02}),
     "dequantize_channels": ((_i8(N, 3, 2), SCALE[:, 0]), {"axis": 0}),
+    "linear_few": ((_f(2, K), _f(N, K), _f(N)), {}),
     "linear_nbits": (
         (_f(2, K), pack_tiles(_u(16, N, K), 4, 16), pack_rows(SCALE), None, _f(N), None),
         {"bits": 4, "group_size": 16, "activation_group": -1, "K": K, "N": N},

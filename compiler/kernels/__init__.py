@@ -1,6 +1,6 @@
 """Implementations of ops of the dialect, one folder per device. Importing this package registers every kernel."""
 
-from optc.compiler.kernels.cpu import linear_attention, linear_nbits
+from optc.compiler.kernels.cpu import linear_attention, linear_few, linear_nbits
 from optc.compiler.kernels.cpu import paged_attention as cpu_paged_attention
 from optc.compiler.kernels.cuda import (
     draft_round,
@@ -23,6 +23,7 @@ __all__ = [
     "fused_norm",
     "greedy_step",
     "linear_attention",
+    "linear_few",
     "linear_nbits",
     "packed_embedding",
     "sampler",

@@ -12,6 +12,10 @@
 namespace optc {
 namespace {
 
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+#define OPTC_PAIRS  // dot products of two are the widest that an instruction makes; see add_paired
+#endif
+
 // sums + the dot product of four unsigned codes with four signed ones, in each lane.
 template <int Bits>
 OPTC_INLINE Ints dot(Ints sums, Words codes, int32_t x) {
@@ -174,6 +178,40 @@ OPTC_INLINE void add_step(const uint8_t* block, int step, int t, const Number* c
   }
 }
 
+#if defined(OPTC_PAIRS)
+// Blocks of codes below 8 bits whose products 16 bits hold, added in pairs: (2^Bits - 1) * 127 * 2 each.
+template <int Bits>
+constexpr int64_t kPairedBlocks = 32767 / (((1 << Bits) - 1) * 254) / (block_columns(Bits) / 4);
+
+// Add the products of up to so many blocks of one tile to the sums of `Rows` rows: one instruction less for each product.
+template <int Bits, int Rows, int Tiles>
+OPTC_INLINE void add_paired(const uint8_t* block, int64_t blocks, int t, const int8_t* const (&x)[Rows], int64_t column,
+                            Grid<Ints, Rows, Tiles>& sums) {
+  using C = Codes<Bits>;
+  __m256i pairs[Rows][kParts] = {};
+  for (int64_t b = 0; b < blocks; ++b, block += C::kBytes) {
+    OPTC_ROLL for (int step = 0; step < C::kSteps; ++step, column += 4 * C::kQuads) {
+      Words quads[kParts][C::kQuads];
+      OPTC_UNROLL for (int p = 0; p < kParts; ++p) C::unpack(block + p * kLanes * 4, step, quads[p]);
+      OPTC_UNROLL for (int q = 0; q < C::kQuads; ++q) {
+        OPTC_UNROLL for (int r = 0; r < Rows; ++r) {
+          const __m256i four = _mm256_set1_epi32(load<int32_t>(x[r] + column + 4 * q));
+          OPTC_UNROLL for (int p = 0; p < kParts; ++p) {
+            const __m256i products = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(quads[p][q]), four);
+            pairs[r][p] = _mm256_add_epi16(pairs[r][p], products);
+          }
+        }
+      }
+    }
+  }
+  OPTC_UNROLL for (int r = 0; r < Rows; ++r) {
+    OPTC_UNROLL for (int p = 0; p < kParts; ++p) {
+      sums.at[r][t][p] += reinterpret_cast<Ints>(_mm256_madd_epi16(pairs[r][p], _mm256_set1_epi16(1)));
+    }
+  }
+}
+#endif
+
 // Rows [row, row + Rows) times tiles [tile, tile + Tiles).
 template <int Bits, Mode M, int Rows, int Tiles>
 void multiply(const Weight& w, const Activations& in, int64_t tile, int64_t row, const Output& out) {
@@ -193,7 +231,21 @@ void multiply(const Weight& w, const Activations& in, int64_t tile, int64_t row,
   int64_t column = 0;
   for (int64_t s = 0; s < w.segments; ++s) {
     Grid<Vector, Rows, Tiles> sums = {};
-    for (int64_t b = 0; b < w.blocks; ++b, codes += C::kBytes) {
+    int64_t b = 0;
+#if defined(OPTC_PAIRS)
+    if constexpr (kInt && Bits < 8) {
+      while (b < w.blocks) {
+        const int64_t left = w.blocks - b, blocks = left < kPairedBlocks<Bits> ? left : kPairedBlocks<Bits>;
+        OPTC_UNROLL for (int t = 0; t < Tiles; ++t) {
+          add_paired<Bits, Rows, Tiles>(codes + t * stride, blocks, t, x, column, sums);
+        }
+        b += blocks;
+        codes += blocks * C::kBytes;
+        column += blocks * C::kColumns;
+      }
+    }
+#endif
+    for (; b < w.blocks; ++b, codes += C::kBytes) {
       OPTC_ROLL for (int step = 0; step < C::kSteps; ++step, column += 4 * C::kQuads) {
         OPTC_UNROLL for (int t = 0; t < Tiles; ++t) {
           add_step<Bits, M, Rows, Tiles>(codes + t * stride, step, t, x, column, table, sums);

@@ -1,6 +1,6 @@
-"""Linears over packed codes, as the C++ op library (compiler/kernels/cpu) multiplies them on the CPU.
+"""Linears as the C++ op library (compiler/kernels/cpu) multiplies them on the CPU: over packed codes, and of few rows.
 
-`linear_nbits` is made by legalization only. Codes lie in tiles of 16 rows of the weight; the layout is described in
+`linear_nbits` and `linear_few` are made by legalization only. Codes lie in tiles of 16 rows of the weight; the layout is described in
 `compiler/kernels/cpu/nbits.h`, and `pack_tiles` writes it. Rounding activations to int8 per group, so that products are of integers,
 is what llama.cpp's Q8 blocks and ONNX Runtime's accuracy_level 4 do.
 """
@@ -121,3 +121,10 @@ define(
     lambda x, *_, N, **__: x.new_empty((*x.shape[:-1], N)),
     rounds_inside=lambda keywords: keywords["activation_group"] != KEPT,
 )
+
+define(
+    "linear_few(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    lambda x, weight, bias: torch.nn.functional.linear(x, weight, bias),
+    lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
+"""x [..., K] times weight [N, K], plus bias [N]: a linear that reads its weight once for the few rows of steps."""

@@ -114,6 +114,7 @@ def test_library_holds_what_a_program_calls(monkeypatch: pytest.MonkeyPatch) -> 
     assert {kernel.op for kernel in kernels_for("cpu")} == {
         "paged_attention_",
         "paged_tree_attention_",
+        "linear_few",
         "linear_nbits",
         "cached_linear_attention",
     }

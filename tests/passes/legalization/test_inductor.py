@@ -56,6 +56,21 @@ def test_static_caches(name: str) -> None:
     assert _same(before, result.program) <= 1e-5
 
 
+def test_linears_of_paged_programs_read_their_weights_once() -> None:
+    """All of them; quantized ones are packed."""
+    before = rewritten(PageKVCache(), "llama").program
+    after = apply(LEGALIZE, before).program
+    count = len(before.calls(aten.linear.default))
+    assert count == 15
+    assert (len(after.calls(optc.linear_few.default)), len(after.calls(aten.linear.default))) == (count, 0)
+    check_legal(after, TARGET)
+    assert _same(before, after) <= 1e-5
+    packed = apply(
+        LEGALIZE, apply(PageKVCache(), rewritten(QuantizeRtn(group_size=32), "llama").program).program
+    ).program
+    assert (len(packed.calls(LINEAR)), len(packed.calls(optc.linear_few.default))) == (count - 1, 1)
+
+
 def test_sinks() -> None:
     before = apply(STATIC, tiny_decoder(sinks=True)).program
     after = apply(LEGALIZE, before).program
@@ -96,8 +111,9 @@ def test_turned_inputs() -> None:
 def test_paged_attention_stays() -> None:
     before = rewritten(PageKVCache(), "llama").program
     result = apply(LEGALIZE, before)
-    assert result.matched == 0
-    assert _dialect(before) == ["optc.paged_attention_.default"] * 2
+    assert result.matched == 15  # linears
+    assert len(result.program.calls(optc.paged_attention_.default)) == 2
+    check_legal(result.program, TARGET)
     check_legal(before, TARGET)
 
 

@@ -189,6 +189,21 @@ def test_largest_codes_do_not_saturate(kernel: Callable[..., Tensor]) -> None:
     assert found.tolist() == [[-255.0 * 127 * 64] * 16]
 
 
+def test_largest_packed_codes_do_not_saturate(kernel: Callable[..., Tensor]) -> None:
+    """The largest code times 127 everywhere: sums of pairs pass 16 bits after a few of them, in whole blocks or not."""
+    for bits, columns, rows in itertools.product((2, 3, 4), (64, 608), (1, 2, 5)):
+        top = 2**bits - 1
+        codes = torch.full((16, columns), top, dtype=torch.uint8)
+        knobs = {"bits": bits, "group_size": 0, "activation_group": PER_TOKEN, "K": columns, "N": 16}
+        zero = pack_rows(torch.zeros((16, 1), dtype=torch.uint8))
+        x = torch.full((rows, columns), 127.0)
+        x[0] = -127.0
+        found = kernel(x, pack_tiles(codes, bits, columns), pack_rows(torch.ones((16, 1))), zero, None, None, **knobs)
+        sign = torch.ones((rows, 1))
+        sign[0] = -1
+        assert torch.equal(found, sign * (top * 127.0 * columns) * torch.ones(16))
+
+
 @pytest.mark.parametrize("level", [KEPT, PER_TOKEN, 32])
 def test_not_a_number_spreads(kernel: Callable[..., Tensor], level: int) -> None:
     """A NaN or an infinity in one row makes that row NaN (or infinite), and no other."""
@@ -232,6 +247,7 @@ def test_other_instruction_sets(capability: str) -> None:
         "short = [t.Case(4, 64, a, 7, 37, dtype=d, scale_dtype=d) for a in (-1, 32) for d in (torch.bfloat16, half)]\n"
         "print(max(case.difference(op) / case.rounding() for case in short))\n"
         "t.test_integer_sums_are_exact(op); t.test_largest_codes_do_not_saturate(op)\n"
+        "t.test_largest_packed_codes_do_not_saturate(op)\n"
     )
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     command = [sys.executable, "-c", script, str(Path(__file__).parent), str(Path(bounds.__file__).parent)]
