@@ -19,7 +19,8 @@ the budget free, so an admitted prompt gets in. Each request is the first of tho
 most, in all its life. So where k earlier ones have not ended when a request comes, it is admitted after at most
 (k + 1) * (patience + 1) others have been admitted for the first time, whatever their priorities.
 
-Tokens may be read late: `plan` may be called again before `collect` has told what the step before gave.
+Tokens may be read late: `plan` may be called again before `collect` has told what the step before gave. A row whose last
+token is being chosen is another request's from then on: steps run in their order, so nothing that it reads is written before.
 
 Steps of decodes alone may be planned as one, to be launched without a pause: as many as the caller wants, while no prompt
 can be fed, blocks that are free have room for all of them, and no row needs the host between two tokens. What comes
@@ -125,7 +126,7 @@ class Scheduler:
         if self.rows.serial[row] == serial:
             return self._at[row]
         found = self._late.get((row, serial))
-        return found if found is not None and found.id in self._requests else None
+        return found if found is not None and self._requests.get(found.id) is found else None
 
     def add(self, request: Request) -> None:
         """Let a request wait. It fits into the pool, alone."""
@@ -179,6 +180,7 @@ class Scheduler:
         """The next step, or as many of decodes alone as may follow each other; None where nothing can be fed before more is
         collected."""
         self._commit_computed()
+        self._retire()
         if self._compacts and not self._moved:
             self._compact()
         rows, before = self.rows, self.counts.preemptions
@@ -208,6 +210,16 @@ class Scheduler:
         copied, self._copied = self._copied, {}
         serials, shape = rows.serial[chosen], rows.shape if drafted.any() else None
         return Plan(decodes, positions, drafted, pieces, chosen, serials, grown, moved, steps, copied, shape)
+
+    def _retire(self) -> None:
+        """Rows of which the last token is being chosen make room for others, whose steps come behind it."""
+        rows = self.rows
+        for row in np.flatnonzero(rows.decoding & (rows.fed >= rows.end - 1)).tolist():
+            request = self.at(row)
+            self._late[row, int(rows.serial[row])] = request
+            request.tokens = rows.tokens(row)
+            self._commit(row, len(request.tokens) - 1)  # what is fed last may turn out not to be finite
+            self._release(request)
 
     def _compact(self) -> None:
         """See `compact`."""
@@ -473,7 +485,7 @@ class Scheduler:
         """Tokens of requests that have given way since, or moved, or ended."""
         for place in np.flatnonzero(~here).tolist():
             request = self._late.pop((int(plan.rows[place]), int(plan.serials[place])), None)
-            if request is None or request.id not in self._requests:
+            if request is None or self._requests.get(request.id) is not request:
                 continue
             for token in given.tokens[place, : given.counts[place]].tolist():
                 known = self._append(request, token)
@@ -507,9 +519,10 @@ class Scheduler:
             self._release(request, forget=failed)
         else:
             tokens = request.tokens
-            request.waits = False
-            self._waiting -= 1
-            self._refused_at = -1
+            if request.waits:
+                request.waits = False
+                self._waiting -= 1
+                self._refused_at = -1
         if finish == "error":
             tokens = tokens[:-1]
         del self._requests[request.id]

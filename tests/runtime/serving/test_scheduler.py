@@ -157,6 +157,32 @@ def test_tokens_of_several_steps_come_to_one_that_gave_way() -> None:
     assert not target._late
 
 
+def test_a_row_is_another_requests_while_its_last_token_is_chosen() -> None:
+    target = Scheduler(BlockManager(6, 4), Rows(1, 64, 4), token_budget=8, ahead=1)
+    for name in "abc":
+        add(target, name, 5, 2)
+    prompt, last = target.plan(), target.plan()
+    assert prompt is not None
+    assert last is not None
+    assert target.collect(prompt, Chosen.one_each(np.array([1]))) == []
+    following = target.plan()
+    assert following is not None
+    assert [piece.row for piece in following.pieces] == [0], "the prompt of b, before the last token of a is read"
+    assert [target.at(0).id, target.running, target.waiting] == ["b", 1, 1]
+    (ended,) = target.collect(last, Chosen.one_each(np.array([2])))
+    assert (ended.request.id, ended.tokens[5:], ended.finish, target.waiting) == ("a", [1, 2], "length", 1)
+    of_b = target.plan()
+    assert of_b is not None
+    assert target.collect(following, Chosen.one_each(np.array([3]))) == []
+    assert target.plan() is not None, "c has the row"
+    cancelled = target.cancel("b")
+    assert cancelled is not None
+    assert (cancelled.tokens[5:], target.waiting) == ([3], 0)
+    add(target, "b", 5, 2)
+    assert target.collect(of_b, Chosen.one_each(np.array([4]))) == [], "it is not the new request of this name"
+    assert not target._late
+
+
 def test_no_flood_of_better_ones_starves_a_request() -> None:
     """Of one row, with a better request always at hand: overtaken as often as patience says, no more."""
     target = scheduler(rows=1, patience=5)
