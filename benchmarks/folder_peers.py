@@ -72,6 +72,25 @@ def by_library(folder: Path, source: Path, rows: list[list[int]]) -> dict[str, A
     return {"error": f"no place for {left[0]}"} if left else {"perplexity": _of(model, rows)}
 
 
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """Rows of docs/quantize.md: the folder, and its perplexity by optc, vLLM, transformers and the library."""
+    rows = ["| folder | optc | vLLM 0.24 | transformers | compressed-tensors |", "|---|---|---|---|---|"]
+    for name, figures in found.items():
+        cells = [_cell(figures.get(kind)) for kind in ("here", "vllm", "transformers", "library")]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _cell(figure: Any) -> str:
+    if isinstance(figure, float):
+        return f"{figure:.3f}"
+    if figure is None:
+        return "not run"
+    if "perplexity" not in figure:
+        return "no" if "not run" in figure else "fails"
+    return f"{figure['perplexity']:.3f}" + (" (dequantized)" if figure.get("way") == "dequantized" else "")
+
+
 def _scheme(schemes: Any, name: str) -> Any:
     """The scheme whose targets name a linear, or its class."""
     groups = list(schemes.config_groups.values())

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import RESULTS, ROOT, record
-from folder_peers import by_library, by_transformers
+from folder_peers import by_library, by_transformers, table
 from quant_engines import perplexity
 from safetensors.torch import load_file, save_file
 from vllm_peer import VllmPeer
@@ -43,7 +43,7 @@ SHARED = ROOT.parent / "shared"
 SOURCE = SHARED / "models" / "fiction-26m"
 SCHEMES: dict[str, list[str]] = {
     "source": [],
-    "rtn-4": ["--quant", "rtn", "--bits", "4", "--group-size", "128"],
+    "rtn-4": ["--quant", "rtn", "--bits", "4", "--group-size", "128", "--pass-option", "quantize-rtn.ranges=full"],
     "gptq-4": ["--quant", "gptq", "--bits", "4", "--group-size", "128"],
     "gptq-4-asym": ["--quant", "gptq", "--bits", "4", "--group-size", "128", "--asymmetric"],
     "gptq-4 layout gptq": ["--quant", "gptq", "--bits", "4", "--group-size", "128", "--layout", "gptq"],
@@ -60,7 +60,7 @@ SCHEMES: dict[str, list[str]] = {
     "fp8-block": ["--quant", "fp8-block"],
     "fp8-block layout fp8": ["--quant", "fp8-block", "--layout", "fp8"],
     "moe source": ["--dtype", "bf16"],
-    "moe rtn-4": ["--quant", "rtn", "--bits", "4", "--group-size", "128"],
+    "moe rtn-4": ["--quant", "rtn", "--bits", "4", "--group-size", "128", "--pass-option", "quantize-rtn.ranges=full"],
     "moe fp8": ["--quant", "fp8"],
     "nvfp4": ["--quant", "nvfp4"],
     "mxfp4": ["--quant", "mxfp4"],
@@ -216,6 +216,7 @@ def main() -> None:
                     figures["library"] = by_library(folder_of(name, place), source, rows)
                 print(name, json.dumps(figures), flush=True)
                 kept.write_text(json.dumps(found))
+    print(table(found))
     record("vllm_folders", {"model": "fiction-26m", "windows": given.windows, "window": WINDOW, "schemes": found}, 1)
 
 
