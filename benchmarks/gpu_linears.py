@@ -101,8 +101,8 @@ PRODUCT = [
     for lines in (0, 2, 4, 8)
 ]
 DIRECT = [
-    (4, 1, 8, 1, 0), (4, 1, 8, 2, 0), (2, 1, 8, 2, 168), (2, 1, 16, 1, 128), (2, 2, 8, 1, 128), (8, 1, 8, 1, 0),
-    (2, 4, 8, 2, 168), (4, 1, 4, 1, 168),
+    (4, 1, 8, 1, 0), (4, 1, 8, 2, 0), (2, 1, 8, 2, 168), (2, 1, 16, 1, 128), (2, 2, 8, 1, 168), (2, 4, 8, 2, 168),
+    (4, 1, 4, 1, 0), (4, 2, 8, 1, 0),
 ]  # fmt: skip
 """tiles, across, warps, depth, registers"""
 
@@ -143,9 +143,7 @@ def product_candidates(shape: Shape) -> list[Product]:
     return found
 
 
-JOINED = [
-    (64, 4, 4, 0), (64, 4, 4, 128), (128, 4, 8, 0), (128, 4, 8, 128), (128, 3, 8, 128), (256, 3, 8, 0), (128, 4, 4, 0),
-]  # fmt: skip
+JOINED = [(64, 4, 4, 0), (128, 4, 8, 0), (128, 4, 8, 128), (128, 3, 8, 128), (256, 3, 8, 0)]
 """block_n, stages, warps, registers"""
 
 
@@ -153,6 +151,8 @@ def joined_candidates(shape: Shape) -> list[Product]:
     """Of products of both digits at once."""
     found = []
     for block_n, stages, warps, registers in JOINED if shape.format.startswith("int") else ():
+        if shape.m <= 16 and (registers or block_n > 128):
+            continue
         rows = block_n // 2 if shape.gated and block_n == 256 else block_n
         for split in (1, 2, 4, 8):
             if 96 <= -(-shape.n // rows) * split <= 600:

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from optc.compiler.kernels.cuda.attention.call import Call, Turn, factors, padded, turning, widths
 from optc.compiler.kernels.cuda.attention.decode import decode
+from optc.compiler.kernels.cuda.attention.dense import attend_prompt
 from optc.compiler.kernels.cuda.attention.prefill import prefill
 from optc.compiler.kernels.cuda.attention.split import decode_split
 from optc.compiler.kernels.cuda.attention.write import write
@@ -97,7 +98,8 @@ def attend(
     More requests than tokens mean that no request has several, and that some may share blocks: the tokens of one that are
     requests of their own see each other's keys, so all are written before. That is two launches where requests are few.
 
-    Shapes alone decide, never lengths, so that a captured CUDA graph serves any lengths.
+    Shapes alone decide, never lengths, so that a captured CUDA graph serves any lengths; but for calls that are too large to be
+    captured, see `attend_prompt`.
     """
     tokens, requests = call.q.shape[0], call.block_tables.shape[0]
     heads, value_width = call.q.shape[1], call.v.shape[2]
@@ -106,7 +108,10 @@ def attend(
         return out
     tiles = decode_tiles or choose_decode_tiles(call)
     if tokens != requests:
-        _write(call)
+        write_new(call)
+        whole = attend_prompt(call) if prefill_tiles is None else None
+        if whole is not None:
+            return whole
         if tokens > requests or isinstance(tiles, DecodeTiles):
             _prefill(call, out, prefill_tiles or choose_prefill_tiles(call))
     if isinstance(tiles, SplitTiles):
@@ -167,7 +172,7 @@ def choose_prefill_tiles(call: Call) -> PrefillTiles:
     if rows <= FEWEST_ROWS:
         return PrefillTiles(rows=16, tile=64, warps=4)
     if rows >= MANY_ROWS and size <= 256:
-        return PrefillTiles(rows=128, tile=64, stages=5, warps=8)
+        return PrefillTiles(rows=128, tile=64, stages=3, warps=8)
     return PrefillTiles(rows=64, tile=64, warps=4) if size <= 256 else PrefillTiles(rows=64, tile=32, warps=8)
 
 
@@ -239,7 +244,8 @@ def _of_both(
     return args, {**constants, **turned, **shared}
 
 
-def _write(call: Call) -> None:
+def write_new(call: Call) -> None:
+    """New keys and values into the pools."""
     constants = widths(call)
     turn, turned = turning(call)
     pdl = dependent_launch(call.q.device)

@@ -84,8 +84,6 @@ def gemv_float(
     if NORM == "layer":
         mean, inverse = layer_statistics(x, eps, K, BLOCK_K)
     squares = tl.zeros([BLOCK_K], tl.float32)
-    sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    up_sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for j in tl.static_range(TILES):
         gate, up = tiles[0]
         tiles = tiles[1:]
@@ -108,9 +106,17 @@ def gemv_float(
                 values *= gain
             if norm_bias is not None:
                 values += shift
-        sums += gate.to(tl.float32) * values[None, :]
-        if GATED:
-            up_sums += up.to(tl.float32) * values[None, :]
+        products = gate.to(tl.float32) * values[None, :]
+        up_products = up.to(tl.float32) * values[None, :] if GATED else products
+        if (
+            j % CHUNKS == 0
+        ):  # not added to zeros: then a thread's multiplication and its next addition are one instruction
+            sums = products
+            up_sums = up_products
+        else:
+            sums += products
+            if GATED:
+                up_sums += up_products
         if j % CHUNKS == CHUNKS - 1:
             if NORM == "rms" and j == CHUNKS - 1:
                 inverse = 1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps)
