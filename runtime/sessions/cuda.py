@@ -22,7 +22,7 @@ from optc.runtime.sessions.cuda_graphs import Recorder, graph_recorder
 from optc.runtime.sessions.cuda_memory import MemoryPlan, left_beside, plan_for, read_bandwidth
 from optc.runtime.sessions.decode_step import DecodeStep, RequestState, StepState
 from optc.runtime.sessions.dequantized_copies import keep_copies
-from optc.runtime.sessions.paged import PagedModel, PagedSession
+from optc.runtime.sessions.paged import PREFILL_CHUNK, PagedModel, PagedSession
 from optc.runtime.sessions.prompt_call import PromptCall, call_size
 from optc.runtime.sessions.row_draws import RowDraws
 from optc.runtime.sessions.session import Logits, Session, SessionOptions, most_likely, not_finite
@@ -128,8 +128,13 @@ class CudaSession(PagedSession, StreamingSession):
             step=self._step_graph,
             record=self._record,
             prompt_tokens=self.memory.prompt_tokens,
+            chunk=min(self.prefill_chunk, PREFILL_CHUNK),
             on_device=True,
         )
+
+    @property
+    def prefill_chunk(self) -> int:
+        return self.memory.chunk if self._selects else self.chunk
 
     def keep_dequantized(self) -> int:
         """Keep dequantized copies of packed weights where the plan leaves room, before anything is captured; see
@@ -157,7 +162,9 @@ class CudaSession(PagedSession, StreamingSession):
 
     def _compute(self, inputs: StepInputs, *, every: bool = False) -> Logits:
         size = call_size(len(inputs.input_ids), len(inputs.context_lens))
-        if size[0] <= self.memory.prompt_tokens and not every:
+        is_captured = size[0] <= self.memory.prompt_tokens
+        # A call beyond that is padded as well where it is long: cuDNN makes a plan for each size.
+        if (is_captured or (self._selects and len(inputs.input_ids) > PREFILL_CHUNK)) and not every:
             return to_logits(self._prompt(size)(inputs))
         return super()._compute(inputs, every=every)
 
@@ -254,7 +261,12 @@ class CudaSession(PagedSession, StreamingSession):
         if size not in self._prompts:
             width = min(-(-self.context_length // self._manager.block_size), self._manager.num_blocks)
             self._prompts[size] = PromptCall(
-                self._graph, self._pools, tokens=size[0], requests=size[1], width=width, record=self._record
+                self._graph,
+                self._pools,
+                tokens=size[0],
+                requests=size[1],
+                width=width,
+                record=self._record if size[0] <= self.memory.prompt_tokens else None,
             )
         return self._prompts[size]
 

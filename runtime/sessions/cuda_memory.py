@@ -13,6 +13,7 @@ from optc.compiler.diagnostics import ResourceError
 from optc.compiler.ir.contract import Contract
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.saved.tensors import memory_of
+from optc.compiler.kernels.cuda.dispatch import dependent_launch
 from optc.runtime.sessions.paged import PREFILL_CHUNK, block_bytes, default_blocks
 from optc.runtime.sessions.prompt_call import token_sizes
 from optc.runtime.sessions.session import UNKNOWN_CONTEXT
@@ -24,19 +25,26 @@ _SHARE = 0.95
 """Of what is free when all else is counted, for the KV pool or for copies: the rest is left to fragmentation."""
 _PROMPTS_SHARE = 1 / 8
 """Of what is free when weights and working memory are counted, for the graphs of prompts, at most."""
+LONG_CHUNK = 8192
+"""Tokens of the largest call of a program whose products take longer than their launches: a prompt of more than
+`PREFILL_CHUNK` is then one call, and its attention cuDNN's."""
+_LARGE, _LONG_SHARE = 2 << 30, 1 / 16
+"""Bytes of weights from which products take as long; of what is free, what such a call works in at most."""
 _LIVE = 4
 """Times the largest activation of a call that lives at once: what is read, what is written, and their likes."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the device.
+    """Bytes on the device, but for `num_blocks`, `prompt_tokens` and `chunk`.
 
     Attributes:
         weights: of the program. working: activations of the largest call, libraries, graphs of steps.
         pool: of the KV cache, in `num_blocks` blocks.
         prompts: what graphs of prompts hold, which share their memory: activations of the largest one.
-        prompt_tokens: size of that one; larger calls, and all of them where it is 0, are not padded and not captured.
+        prompt_tokens: size of that one; larger calls, and all of them where it is 0, are not captured, and those up to
+            `PREFILL_CHUNK` not padded.
+        chunk: most tokens of a call.
     """
 
     weights: int
@@ -45,6 +53,7 @@ class MemoryPlan:
     num_blocks: int
     prompts: int = 0
     prompt_tokens: int = 0
+    chunk: int = PREFILL_CHUNK
 
     @property
     def total(self) -> int:
@@ -62,7 +71,14 @@ def plan_for(
     gc.collect()  # programs refer to themselves: what passes left lives until then
     torch.cuda.empty_cache()
     free = free_bytes(device) + (weight_bytes(program) if loaded else 0)
-    return plan_memory(program, free, chunk=PREFILL_CHUNK, num_blocks=num_blocks)
+    chunk = longest_call(program, free) if dependent_launch(device) else PREFILL_CHUNK
+    return plan_memory(program, free, chunk=chunk, num_blocks=num_blocks)
+
+
+def longest_call(program: Program, free: int) -> int:
+    """Most tokens of a call on a device with `free` bytes, for which cuDNN's attention is faster than ours."""
+    fits = call_bytes(program, LONG_CHUNK) <= _LONG_SHARE * free
+    return LONG_CHUNK if weight_bytes(program) >= _LARGE and fits else PREFILL_CHUNK
 
 
 def plan_memory(program: Program, free: int, *, chunk: int, num_blocks: int | None = None) -> MemoryPlan:
@@ -81,9 +97,11 @@ def plan_memory(program: Program, free: int, *, chunk: int, num_blocks: int | No
     working = _LIBRARIES + call_bytes(program, chunk)
     block = block_bytes(contract)
     room = free - weights - working
-    prompt_tokens, prompts = _captured(program, chunk, min(room * _PROMPTS_SHARE, room - (num_blocks or 0) * block))
+    prompt_tokens, prompts = _captured(
+        program, min(chunk, PREFILL_CHUNK), min(room * _PROMPTS_SHARE, room - (num_blocks or 0) * block)
+    )
     count = num_blocks or default_blocks(contract, max(0, math.floor((room - prompts) * _SHARE)))
-    plan = MemoryPlan(weights, working, count * block, count, prompts, prompt_tokens)
+    plan = MemoryPlan(weights, working, count * block, count, prompts, prompt_tokens, chunk)
     if plan.total > free or (num_blocks is None and count < _least_blocks(contract)):
         pool = plan.pool if num_blocks else _least_blocks(contract) * block
         raise ResourceError(

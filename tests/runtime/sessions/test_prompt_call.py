@@ -25,7 +25,15 @@ from optc.passes.legalization.cuda import LegalizeCuda
 from optc.passes.quantization.rtn import QuantizeRtn
 from optc.runtime.generation.generate import generate
 from optc.runtime.sessions.cuda import CudaSession
-from optc.runtime.sessions.cuda_memory import MemoryPlan, activation_bytes, call_bytes, dequantized_bytes, plan_memory
+from optc.runtime.sessions.cuda_memory import (
+    LONG_CHUNK,
+    MemoryPlan,
+    activation_bytes,
+    call_bytes,
+    dequantized_bytes,
+    longest_call,
+    plan_memory,
+)
 from optc.runtime.sessions.paged import block_bytes
 from optc.runtime.sessions.prompt_call import PromptCall, call_size, token_size, token_sizes
 
@@ -35,6 +43,32 @@ KINDS = ["llama", "gemma2", "gpt2", "mixtral", "phi3"]
 def session(prompt_tokens: int = 256, family: str = "llama", record: Recordings | None = None) -> CudaSession:
     plan = MemoryPlan(weights=0, working=0, pool=0, num_blocks=40, prompt_tokens=prompt_tokens)
     return CudaSession(compiled(family), plan, record=record)
+
+
+def test_long_prompts_are_one_call_of_a_size_that_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded, and never recorded; calls up to the chunk of others are as they were."""
+    monkeypatch.setattr("optc.runtime.sessions.cuda.PREFILL_CHUNK", 16)
+    tokens, records = list(range(3, 44)), Recordings()
+    plan = MemoryPlan(weights=0, working=0, pool=0, num_blocks=40, prompt_tokens=16, chunk=64)
+    long = CudaSession(compiled("llama"), plan, record=records)
+    assert (long.prefill_chunk, long.model.chunk) == (64, 16)
+    expected = session(prompt_tokens=0).prefill([tokens])
+    for _ in range(2):
+        np.testing.assert_allclose(long.prefill([tokens]), expected, rtol=0, atol=1e-4)
+    assert {key: call.recorded for key, call in long._prompts.items()} == {(48, 2): False}
+    long.prefill([tokens[:9]])
+    assert set(long._prompts) == {(48, 2), (16, 2)}
+
+
+def test_calls_are_long_where_weights_are_large_and_memory_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = compiled("llama")
+    assert longest_call(program, 1 << 40) == 4096
+    monkeypatch.setattr("optc.runtime.sessions.cuda_memory._LARGE", 1)
+    least = 16 * call_bytes(program, LONG_CHUNK)
+    assert [longest_call(program, free) for free in (least - 16, least)] == [4096, 8192]
+    plan = plan_memory(program, 1 << 40, chunk=LONG_CHUNK)
+    assert (plan.chunk, plan.prompt_tokens) == (8192, 4096)
+    assert plan.working - plan_memory(program, 1 << 40, chunk=4096).working == activation_bytes(program, 4096)
 
 
 def test_sizes() -> None:
