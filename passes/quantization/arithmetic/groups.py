@@ -89,7 +89,7 @@ def gram_matrix(stream: Stream, group: Group) -> tuple[Tensor, int]:
             gram = torch.zeros(columns, columns, device=x.device) if gram is None else gram
             for start in range(0, columns, _GRAM_BLOCK):  # the matrix is symmetric: its upper half is enough
                 end = start + _GRAM_BLOCK
-                _add_product(gram[start:end, start:], x[:, start:end].t(), x[:, start:])
+                add_product(gram[start:end, start:], x[:, start:end].t(), x[:, start:])
             count += len(x)
     assert gram is not None
     gram /= max(count, 1)
@@ -102,7 +102,7 @@ def gram_matrix(stream: Stream, group: Group) -> tuple[Tensor, int]:
     return gram, count
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add a product to float32 sums; of 16-bit factors, on CUDA alone, in the units for these, which sum in float32."""
     if left.dtype is torch.float32:
         total.addmm_(left, right)
