@@ -35,16 +35,25 @@ def attend_prompt(call: Call, most_paged: int = LONG_CALL) -> Tensor | None:
     if real is None:
         return None
     # Rows of padding stand behind all others, which do not see them: sizes repeat, for which cuDNN makes a plan each.
-    q, k, v = (item.transpose(0, 1)[None] for item in turned(call))
-    if q.is_cuda:
-        given = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, True)
-        if not torch.backends.cuda.can_use_cudnn_attention(given):
-            return None
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if q.is_cuda else SDPBackend.MATH):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=call.scale, enable_gqa=True)
+    out = _causal(*(item.transpose(0, 1)[None] for item in turned(call)), call.scale)
+    if out is None:
+        return None
     out = out[0].transpose(0, 1)
     out[real:] = 0.0
     return out.contiguous()
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor | None:
+    """[1, H, tokens, D] of heads [1, H or fewer, tokens, D]; None where cuDNN has no such attention."""
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        for contiguous in (False, True):  # a slice of a product is not taken by every version
+            values = v.contiguous() if contiguous else v
+            given = torch.backends.cuda.SDPAParams(q, k, values, None, 0.0, True, True)
+            if torch.backends.cuda.can_use_cudnn_attention(given):
+                return F.scaled_dot_product_attention(q, k, values, is_causal=True, scale=scale, enable_gqa=True)
+    return None
 
 
 def _suits(call: Call) -> bool:
