@@ -74,9 +74,10 @@ def _dealt(digits, QUADS: tl.constexpr, WARPS: tl.constexpr, NATIVE: tl.constexp
     for share in tl.static_range(SHARES):
         words = ()
         for i in tl.static_range(QUADS):
-            held = first[i] if share < SHARES // 2 else second[i]
-            place = source + 4 * (share if share < SHARES // 2 else share - SHARES // 2)
-            words = words + (_of_lane(held, place, WARPS, NATIVE),)
+            if share < SHARES // 2:
+                words = words + (_of_lane(first[i], source + 4 * share, WARPS, NATIVE),)
+            else:
+                words = words + (_of_lane(second[i], source + (4 * share - 16), WARPS, NATIVE),)
         found = found + (words,)
     return found
 
