@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optc.compiler.target.options import NO_CACHE, CompileOptions
-from optc.compiler.target.target import KV_CACHE, QuantSupport, Step, Target
+from optc.compiler.target.target import KV_CACHE, QuantSupport, Step, StoredWeights, Target
 from optc.exporters.inductor import LEGAL, export_encoder_decoder, export_inductor
 from optc.exporters.options.inductor import InductorOptions
 from optc.passes.fusion.attention import FuseAttention, spells_attention
@@ -16,15 +16,17 @@ from optc.passes.legalization.complex_pairs import ComplexPairs, has_complex
 from optc.passes.legalization.inductor import LegalizeInductor
 from optc.passes.legalization.round_activations import RoundActivations
 from optc.targets.exposing import exposing_steps
-from optc.targets.methods import WEIGHT_ONLY, quantization_steps, stored_scales
+from optc.targets.methods import WEIGHT_ONLY, head_steps, quantization_steps, rounded_last, stored_scales
 
+_HEAD_GROUP = 32
+"""Neighbours that share a scale in an embedding and a head of 4 bits, at most (see targets/onnx_cpu.py)."""
 FAST = 4
 """The accuracy level at which packed products round activations to int8."""
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
-    """Decoder: fuse-attention -> share-heads -> [quantize] -> KV cache -> [Medusa heads -> [tree]] -> [merge] -> legalize.
-    Encoder: [quantize] -> legalize. Module: fuse-attention -> share-heads -> [quantize] -> legalize. In front, complex numbers
+    """Decoder: fuse-attention -> share-heads -> [quantize -> quantize-head] -> KV cache -> [Medusa heads -> [tree]] -> [merge] -> legalize.
+    Encoder: [quantize -> quantize-head] -> legalize. Module: fuse-attention -> share-heads -> [quantize] -> legalize. In front, complex numbers
     become pairs: Inductor fuses products of pairs, and leaves those of complex numbers to ATen. Its Fourier transforms are
     left as they are.
 
@@ -37,12 +39,20 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
     steps = [Step(ComplexPairs(transforms=False), optional=True, when=has_complex)]
     if kind != "encoder":
         steps += [Step(item, optional=True, when=spells_attention) for item in (FuseAttention(), ShareHeads())]
+    bits = options.of(InductorOptions).head_bits
     if options.quantization is not None:
         steps += [
             Step(FuseNorm(), optional=True),
-            *quantization_steps(options.quantization),
+            *rounded_last(
+                [
+                    *quantization_steps(options.quantization),
+                    *head_steps(options.quantization, bits, largest_at_4=_HEAD_GROUP),
+                ]
+            ),
             *stored_scales(options),
         ]
+    else:
+        steps += head_steps(None, bits, largest_at_4=_HEAD_GROUP)
     tree = options.of(InductorOptions).speculative_tree or 0
     if kind == "decoder" and options.kv_cache != NO_CACHE:
         steps.append(
@@ -81,6 +91,7 @@ TARGET = Target(
     },
     legal=LEGAL,
     recipe=recipe,
+    stored=StoredWeights(scale_bytes=2, zero_bits=8),
     export=export_inductor,
     export_encoder_decoder=export_encoder_decoder,
     aliases=("inductor",),

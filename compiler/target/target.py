@@ -113,10 +113,12 @@ class StoredWeights:
 
     Attributes:
         scale_bytes: of a scale; 0 for those of the compute type.
+        zero_bits: of a zero point; 0 for those of a code.
         layout: (columns, bits, group size) -> (bits of a stored code, columns of a stored scale, 0 for all).
     """
 
     scale_bytes: int = 0
+    zero_bits: int = 0
     layout: Callable[[int, int, int], tuple[int, int]] = lambda _columns, bits, group_size: (bits, group_size)
 
 

@@ -20,6 +20,7 @@ class InductorOptions(DraftedOptions, frozen=True, kw_only=True, forbid_unknown_
         int,
         Meta(ge=0, le=4, description="Quantized kernels: 4 rounds activations to int8 (fast), 0 does not."),
     ] = 4
+    head_bits: Annotated[Literal[4, 8, 32], head_bits(32, "the compute type")] | None = None
     speculative_tree: (
         Annotated[
             int,

@@ -1,4 +1,5 @@
-"""optc operators  ->  ATen, quantized linears  ->  optc.linear_nbits, linears of paged programs  ->  optc.linear_few
+"""optc operators  ->  ATen, quantized linears  ->  optc.linear_nbits, linears of paged programs  ->  optc.linear_few,
+lookups of quantized tables  ->  rows of packed codes
 
 What is left of the dialect has a C++ kernel (compiler/kernels/cpu): `optc.paged_attention_`, and `optc.linear_nbits` over
 packed codes (see passes/legalization/inductor_linears.py). Torch's own packed int4 product is not used: it is no faster in
@@ -22,23 +23,24 @@ from optc.compiler.ir.program import Program
 from optc.compiler.ir.surgery import replace_call
 from optc.compiler.rewriting.passes import Match, Pass, PassContext, PassResult, Rule, apply_rules
 from optc.passes.legalization.by_kernels import legalize
-from optc.passes.legalization.inductor_linears import PackedProduct
+from optc.passes.legalization.inductor_linears import PackedCodes, PackedLookup, PackedProduct
 
 
 @dataclass(frozen=True, kw_only=True)
 class LegalizeInductor(Pass):
     """Everything in ATen but what a kernel takes; quantized linears as optc.linear_nbits, those of paged programs in float32
-    as optc.linear_few.
+    as optc.linear_few; lookups of quantized tables as rows of packed codes.
 
     Attributes:
-        packed: use the packed product where it fits.
+        packed: use packed codes where they fit.
     """
 
     name: ClassVar[str] = "legalize-inductor"
     packed: bool = True
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        found = legalize(program, "cpu", [PackedProduct()] if self.packed else [])
+        codes = PackedCodes()
+        found = legalize(program, "cpu", [PackedProduct(codes), PackedLookup(codes)] if self.packed else [])
         if program.contract.kv_cache.kind != "paged":
             return found
         few = apply_rules(found.program, [FewRows()])

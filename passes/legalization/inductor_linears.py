@@ -3,10 +3,12 @@
 linear(x, dequantize(codes, scale, zero), bias)                                     ->  linear_nbits(x, packed, ...)
 linear(x, dequantize_codebook(codes, scale, table), bias)                           ->  the same, with the table
 linear(dequantize_activation(quantize_dynamic(x, int8)), dequantize(codes), bias)   ->  the same, rounding x inside
+embedding(dequantize(codes, scale, zero), ids)                                      ->  rows of the same packed codes
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +27,29 @@ from optc.compiler.ops.packed.inductor_cpu import (
     TILE_ROWS,
     pack_rows,
     pack_tiles,
+    packed_rows,
     segment_size,
 )
+from optc.compiler.rewriting.inlining import inline_call
 from optc.compiler.rewriting.passes import Match, Miss, Rule
 from optc.compiler.rewriting.weights import record_weight
 
 aten, optc = torch.ops.aten, torch.ops.optc
 INTEGERS, CODEBOOK = optc.dequantize.default, optc.dequantize_codebook.default
+
+
+class PackedCodes:
+    """The weights that were packed so far: what several calls read is stored once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Node, int], tuple[Node | None, ...]] = {}
+
+    def place(self, program: Program, weight: Node, segment: int) -> tuple[Node | None, ...]:
+        """Codes, scales, zero points and table as weights of the program; None for what there is not."""
+        key = (weight, segment)
+        if key not in self._made:
+            self._made[key] = _pack(program, weight, segment)
+        return self._made[key]
 
 
 class PackedProduct(Rule):
@@ -40,8 +58,8 @@ class PackedProduct(Rule):
     Scales are kept in 16 bits where that loses nothing.
     """
 
-    def __init__(self) -> None:
-        self._made: dict[tuple[Node, int], tuple[Node | None, ...]] = {}
+    def __init__(self, codes: PackedCodes) -> None:
+        self._codes = codes
 
     def match(self, program: Program, node: Node) -> Match | Miss | None:
         if node.target is not aten.linear.default:
@@ -66,11 +84,7 @@ class PackedProduct(Rule):
         node, weight, level = match.node, match.found["weight"], match.found["level"]
         rows, columns = (int(size) for size in value_of(weight).shape)
         group = int(weight.kwargs["group_size"]) % columns
-        segment = segment_size(columns, group, level)
-        key = (weight, segment)
-        if key not in self._made:
-            self._made[key] = _pack(program, weight, segment)
-        packed, scale, zero, table = self._made[key]
+        packed, scale, zero, table = self._codes.place(program, weight, segment_size(columns, group, level))
         bias = (*node.args, None)[2]
         knobs = {
             "bits": int(weight.kwargs["bits"]),
@@ -81,6 +95,37 @@ class PackedProduct(Rule):
         }
         args = (match.found["x"], packed, scale, zero, bias, table)
         replace_call(program, node, optc.linear_nbits.default, args, knobs)
+
+
+class PackedLookup(Rule):
+    """embedding(dequantize(codes, scale, zero), ids) -> the rows of packed codes, as `packed_rows` finds them
+
+    They are packed as a product has them that takes activations as they are, so that a tied head reads the same.
+    """
+
+    def __init__(self, codes: PackedCodes) -> None:
+        self._codes = codes
+
+    def match(self, program: Program, node: Node) -> Match | Miss | None:
+        if node.target is not aten.embedding.default:
+            return None
+        weight = call_of(node.args[0], INTEGERS)
+        if weight is None:
+            return None
+        if 8 % int(weight.kwargs["bits"]):
+            return Miss(node.name, f"rows of {weight.kwargs['bits']}-bit codes are not looked up packed")
+        if any(item is not None and _value(program, item) is None for item in weight.args):
+            return Miss(node.name, "its table is computed from activations")
+        return Match(node, {"weight": weight})
+
+    def rewrite(self, program: Program, match: Match) -> None:
+        node, weight = match.node, match.found["weight"]
+        columns = int(value_of(weight).shape[1])
+        group = int(weight.kwargs["group_size"]) or columns
+        packed, scale, zero, _ = self._codes.place(program, weight, group)
+        knobs: dict[str, Any] = {"bits": int(weight.kwargs["bits"]), "segment": group, "group_size": group}
+        node.args, node.kwargs = (packed, scale, zero, node.args[1]), {}
+        inline_call(program, node, partial(packed_rows, columns=columns, dtype=value_of(node).dtype, **knobs))
 
 
 def _is_per_token(rounding: Node) -> bool:

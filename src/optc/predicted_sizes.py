@@ -113,7 +113,7 @@ class _Form:
         return {
             part: int(rows * columns * bits / 8),
             "scales": rows * groups * (stored.scale_bytes or width),
-            "zero_points": 0 if self.symmetric else rows * -int(-groups * bits // 8),
+            "zero_points": 0 if self.symmetric else rows * -int(-groups * (stored.zero_bits or bits) // 8),
         }
 
 

@@ -74,6 +74,35 @@ def _spread(packed: Tensor, bits: int, count: int) -> Tensor:
     return torch.stack([(packed >> (bits * index)) & (2**bits - 1) for index in range(count)], -3)
 
 
+def packed_rows(
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    indices: Tensor,
+    *,
+    bits: int,
+    segment: int,
+    group_size: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows [..., K] of a weight [N, K] that `linear_nbits` takes, in plain ATen: no more is read than the rows.
+
+    Args:
+        packed, scale, zero: as `linear_nbits` has them. indices: int64 [...].
+        bits: 2, 4 or 8. group_size: not 0. columns: K. dtype: of the result; it is computed in float32.
+    """
+    width, segments = block_columns(bits), columns // segment
+    rows = indices.flatten()
+    parts = packed.reshape(packed.shape[0], segments, -(-segment // width), TILE_ROWS, 4)
+    found = parts[rows // TILE_ROWS, :, :, rows % TILE_ROWS]
+    quads = [(found >> (bits * index)) & (2**bits - 1) for index in range(8 // bits)]
+    codes = torch.stack(quads, 3).flatten(2)[:, :, :segment].reshape(-1, columns // group_size, group_size)
+    middle = 2 ** (bits - 1) if zero is None else zero.index_select(1, rows).t()[..., None].float()
+    values = (codes.float() - middle) * scale.index_select(1, rows).t()[..., None].float()
+    return values.reshape(*indices.shape, columns).to(dtype)
+
+
 def pack_rows(values: Tensor) -> Tensor:
     """Scales or zero points [N, G] -> [G, N rounded up to whole tiles]."""
     return torch.nn.functional.pad(values.t(), (0, -values.shape[0] % TILE_ROWS)).contiguous()
