@@ -25,10 +25,10 @@ FAST = 4
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
-    """Decoder: fuse-attention -> share-heads -> [quantize -> quantize-head] -> KV cache -> [Medusa heads -> [tree]] -> [merge] -> legalize.
-    Encoder: [quantize -> quantize-head] -> legalize. Module: fuse-attention -> share-heads -> [quantize] -> legalize. In front, complex numbers
-    become pairs: Inductor fuses products of pairs, and leaves those of complex numbers to ATen. Its Fourier transforms are
-    left as they are.
+    """Decoder: fuse-attention -> share-heads -> [quantize -> quantize-head] -> KV cache -> [Medusa heads -> [tree]] -> [merge]
+    -> legalize. Encoder: [quantize -> quantize-head] -> legalize. Module: fuse-attention -> share-heads -> [quantize] ->
+    legalize. In front, complex numbers become pairs: Inductor fuses products of pairs, and leaves those of complex numbers
+    to ATen. Its Fourier transforms are left as they are.
 
     Attention of modules is found first, however it is spelled: behind it stands a product of its own, whose causal mask is
     never made. Rotary embeddings and norms are left as they are: Inductor fuses them itself. Norms are made whole for

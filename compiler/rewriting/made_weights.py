@@ -44,18 +44,28 @@ class MadeWeights:
         key = (op, *map(_identity, parts), *sorted(keywords.items()))
         if key not in self._kept:
             made = make()
-            size = made.numel() * made.element_size()
-            if self._bytes + size > self._most:
+            size = made.nbytes
+            if not self._make_room(size):
                 return made
             self._kept[key] = (made, tuple(parts))
             self._bytes += size
         self._used.add(key)
         return self._kept[key][0]
 
+    def _make_room(self, size: int) -> bool:
+        """Whether so many bytes more may be kept, where need be in place of the oldest that this stage has not asked for
+        yet: a stage whose weights are others would keep none beside those of the stage before."""
+        if self._bytes + size > self._most:
+            for key in [key for key in self._kept if key not in self._used]:
+                self._bytes -= self._kept.pop(key)[0].nbytes
+                if self._bytes + size <= self._most:
+                    break
+        return self._bytes + size <= self._most
+
     def forget_unused(self) -> None:
         """Let go of what was not asked for since the last time."""
         self._kept = {key: value for key, value in self._kept.items() if key in self._used}
-        self._bytes = sum(made.numel() * made.element_size() for made, _ in self._kept.values())
+        self._bytes = sum(made.nbytes for made, _ in self._kept.values())
         self._used.clear()
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from optc.cli.lean_imports import absent
+from optc.cli.lean_imports import absent, from_the_last_list
 
 _COMMAND = """
 import atexit, sys, threading, time
@@ -58,3 +59,15 @@ def test_a_package_is_absent_for_a_while() -> None:
     with pytest.raises(ZeroDivisionError), absent("this"):
         _ = 1 / 0
     assert "this" not in sys.modules
+
+
+def test_modules_of_transformers_are_listed_as_it_lists_them() -> None:
+    from transformers.utils import import_utils
+
+    quick = from_the_last_list(import_utils.fetch__all__)
+    files = sorted((Path(import_utils.__file__).parents[1] / "models" / "auto").glob("*.py"))
+    files += sorted((Path(import_utils.__file__).parents[1] / "models" / "llama").glob("*.py"))
+    texts = [path.read_text(encoding="utf-8") for path in files]
+    texts += ["", "x = 1", "__all__ = ['a']", "__all__ = []\n__all__ = [\n    'b',\n]\n", "def f():\n    __all__ = 1"]
+    assert [quick(text) for text in texts] == [import_utils.fetch__all__(text) for text in texts]
+    assert any("LlamaForCausalLM" in quick(text) for text in texts)

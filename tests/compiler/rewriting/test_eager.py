@@ -105,9 +105,14 @@ def test_what_is_not_asked_for_is_forgotten_and_memory_has_an_end() -> None:
     get(other)  # there is room for one
     assert [item is other for item in calls] == [False, True, True]
     made.forget_unused()
+    assert get(other) is get(other)  # in place of what the next stage has not asked for
+    get(codes)
+    get(codes)
+    assert [item is other for item in calls[3:]] == [True, False, False]
     made.forget_unused()
-    assert get(other) is get(other)
-    assert len(calls) == 4
+    made.forget_unused()
+    assert get(codes) is get(codes)
+    assert len(calls) == 7
 
 
 def test_equal_memory_is_what_counts() -> None:
