@@ -8,8 +8,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import regex
-
 SECONDS = 0.5
 LONGEST = 1000
 """Characters of a pattern."""
@@ -29,6 +27,8 @@ def begins_with(pattern: str, text: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _compiled(pattern: str) -> Any:
+    import regex  # an eighth of a second, for patterns that few folders have
+
     if len(pattern) > LONGEST:
         raise ValueError(f"it has {len(pattern)} characters, more than {LONGEST}")
     try:

@@ -17,14 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._export.serde import schema as graph_schema
 from torch._export.serde.union import _Union
 from torch._export.verifier import SpecViolationError
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 __all__ = [
-    "SCHEMA_MAJOR",
     "SERDE_ERRORS",
     "SYMBOLIC_OPERATORS",
     "SpecViolationError",
@@ -37,7 +35,6 @@ __all__ = [
     "evaluate_size",
     "export_program",
     "functional_program",
-    "graph_schema",
     "has_inductor_march",
     "inductor_compile",
     "is_data_dependence",
@@ -61,7 +58,22 @@ __all__ = [
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-SCHEMA_MAJOR: int = graph_schema.SCHEMA_VERSION[0]
+
+def __getattr__(name: str) -> Any:
+    """`graph_schema` and `SCHEMA_MAJOR`, which saved programs alone need: a third of what a plan imports beside torch."""
+    if name == "graph_schema":
+        return _serde_schema()
+    if name == "SCHEMA_MAJOR":
+        return _serde_schema().SCHEMA_VERSION[0]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _serde_schema() -> Any:
+    """The classes of torch's schema of saved graphs."""
+    from torch._export.serde import schema
+
+    return schema
+
 
 SYMBOLIC_OPERATORS: Mapping[str, Callable[..., Any]] = {
     f"{op.__module__}.{op.__name__}": op
@@ -135,12 +147,13 @@ def serialize_graph(exported: ExportedProgram) -> dict[str, Any]:
     """
     exported.validate()
     module = _serde().GraphModuleSerializer(exported.graph_signature, exported.module_call_graph)
-    major, minor = graph_schema.SCHEMA_VERSION
-    program = graph_schema.ExportedProgram(
+    schema = _serde_schema()
+    major, minor = schema.SCHEMA_VERSION
+    program = schema.ExportedProgram(
         graph_module=module.serialize(exported.graph_module),
         opset_version={"aten": torch._C._get_max_operator_version()},
         range_constraints=_serde().serialize_range_constraints(exported.range_constraints),
-        schema_version=graph_schema.SchemaVersion(major=major, minor=minor),
+        schema_version=schema.SchemaVersion(major=major, minor=minor),
         verifiers=[verifier.dialect for verifier in exported.verifiers],
         torch_version=str(torch.__version__),
     )

@@ -26,7 +26,7 @@ MODEL = "model.onnx"
 CONTEXT = PassContext(obstacle=partial(obstacle, TARGET.legal))
 
 
-def _saturates() -> bool:
+def saturates() -> bool:
     try:
         check_cpu({"x86_flags_any": ["avx512_vnni", "avx_vnni"]})
     except TargetError:
@@ -35,7 +35,7 @@ def _saturates() -> bool:
 
 
 EXACT_PRODUCTS = pytest.mark.skipif(
-    _saturates(), reason="this processor's product of unsigned and signed bytes saturates in ONNX Runtime"
+    saturates(), reason="this processor's product of unsigned and signed bytes saturates in ONNX Runtime"
 )
 """Of tests whose artifacts need the processor that `check_cpu` asks for."""
 

@@ -6,7 +6,7 @@ import re
 import shlex
 import shutil
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,11 @@ import torch
 from command_line import optc as call
 from conftest import EXAMPLE, ROOT
 from once import example_artifact, once, short_example
+from pages import commands
 
 import optc
 from optc.cli.main import cli, normalize
 
-FENCED = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SMALL = {  # README's commands as they stand, and these flags, which only make them short
     "run": "--max-new-tokens 4",
     "eval": "--windows 1",
@@ -33,19 +33,6 @@ ELSEWHERE = {  # slow commands, and one that does not end, which these files run
     "compile examples/fiction-3m --target inductor-cpu --kv-cache paged -o out/fiction-paged": "cli/test_serve.py",
     "serve out/fiction-paged": "cli/test_serve.py",
 }
-
-
-def commands(*files: Path) -> Iterator[str]:
-    """What stands behind `optc` in code blocks: without comments, with what is optional, with the first of alternatives."""
-    for file in files:
-        for block in FENCED.findall(file.read_text()):
-            for line in block.splitlines():
-                line = re.sub(r"\s#.*", "", line).strip().removeprefix("$ ")
-                line = re.sub(r"\[([^]|]*)\|?[^]]*\]", r"\1", line)
-                line = re.sub(r"(\S+?)\|\S+", r"\1", line)
-                for part in line.split(";"):
-                    if found := re.match(r"(?:torchrun .* -m )?optc (.*)", part.strip()):
-                        yield re.sub(r"\s+", " ", found[1])
 
 
 README = list(commands(ROOT / "README.md"))

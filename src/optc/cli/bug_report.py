@@ -9,8 +9,6 @@ import sys
 import tempfile
 import traceback
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed
 
 from optc.compiler.diagnostics import BugError, described
 from optc.compiler.version import version
@@ -43,6 +41,9 @@ def bug_error(error: BaseException) -> BugError:
 
 def report(error: BaseException) -> str:
     """Command line, versions and traceback. No environment, no contents of files."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
     rows = [
         f"time: {datetime.now(UTC).isoformat(timespec='seconds')}",
         f"command: {sys.argv!r}",

@@ -6,10 +6,9 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.console import Console
 
 from optc.cli.bug_report import bug_error
 from optc.compiler.diagnostics import (
@@ -24,6 +23,9 @@ from optc.compiler.diagnostics import (
 )
 from optc.compiler.files import read_plain
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
@@ -35,6 +37,8 @@ def stderr(least: int = 0) -> Console:
     Args:
         least: columns that it has at least; a narrower terminal wraps its lines.
     """
+    from rich.console import Console
+
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if console.width < least:
         console.width = least

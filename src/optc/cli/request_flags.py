@@ -94,10 +94,12 @@ def _choices(rows: Iterable[tuple[str, Field]]) -> Iterable[str]:
 
 def merge_recipe(flags: dict[str, Any]) -> dict[str, Given]:
     """Flags given on the command line over the recipe's keys; what neither gives is absent."""
+    recipe = flags.pop("recipe", None)
+    if not recipe:
+        return given_flags(flags)
     from optc.saved_recipes import read_recipe
 
-    recipe = flags.pop("recipe", None)
-    return (read_recipe(recipe, (*known_keys(), "model")) if recipe else {}) | given_flags(flags)
+    return read_recipe(recipe, (*known_keys(), "model")) | given_flags(flags)
 
 
 def request_of(merged: dict[str, Given], target: str) -> Request:
