@@ -35,7 +35,8 @@ def attend_prompt(call: Call, most_paged: int = LONG_CALL) -> Tensor | None:
     if real is None:
         return None
     # Rows of padding stand behind all others, which do not see them: sizes repeat, for which cuDNN makes a plan each.
-    out = _causal(*(item.transpose(0, 1)[None] for item in turned(call)), call.scale)
+    q, k, v = (item.transpose(0, 1)[None] for item in turned(call))
+    out = _causal(q, k, v, call.scale)
     if out is None:
         return None
     out = out[0].transpose(0, 1)
