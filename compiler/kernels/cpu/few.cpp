@@ -11,6 +11,8 @@ namespace optc {
 namespace {
 
 constexpr int64_t kLanes = 8;
+constexpr int64_t kAtATime = 8;         // rows of activations whose sums fit registers
+constexpr int64_t kWeightsAtATime = 8;  // rows of the weight that stay in the first cache for all rows of activations
 typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
 typedef float Unaligned __attribute__((vector_size(kLanes * sizeof(float)), aligned(alignof(float)), may_alias));
 
@@ -56,8 +58,8 @@ void rows_of(const float* x, int64_t columns, const float* weight, int64_t first
   for (; n < last; ++n) dots<Rows, 1>(x, columns, weight + n * columns, count, at(n), out + n);
 }
 
-void multiply(const float* x, int64_t rows, int64_t columns, const float* weight, int64_t first, int64_t last,
-              int64_t count, const float* bias, float* out) {
+void some_rows(const float* x, int64_t rows, int64_t columns, const float* weight, int64_t first, int64_t last,
+               int64_t count, const float* bias, float* out) {
   switch (rows) {
     case 1: return rows_of<1>(x, columns, weight, first, last, count, bias, out);
     case 2: return rows_of<2>(x, columns, weight, first, last, count, bias, out);
@@ -67,6 +69,19 @@ void multiply(const float* x, int64_t rows, int64_t columns, const float* weight
     case 6: return rows_of<6>(x, columns, weight, first, last, count, bias, out);
     case 7: return rows_of<7>(x, columns, weight, first, last, count, bias, out);
     default: return rows_of<8>(x, columns, weight, first, last, count, bias, out);
+  }
+}
+
+void multiply(const float* x, int64_t rows, int64_t columns, const float* weight, int64_t first, int64_t last,
+              int64_t count, const float* bias, float* out) {
+  const int64_t parts = (rows + kAtATime - 1) / kAtATime, size = (rows + parts - 1) / parts;
+  const int64_t step = parts == 1 ? last - first : kWeightsAtATime;
+  for (int64_t n = first; n < last; n += step) {
+    const int64_t end = n + step < last ? n + step : last;
+    for (int64_t row = 0; row < rows; row += size) {
+      const int64_t some = row + size < rows ? size : rows - row;
+      some_rows(x + row * columns, some, columns, weight, n, end, count, bias, out + row * count);
+    }
   }
 }
 

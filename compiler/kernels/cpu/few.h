@@ -5,7 +5,7 @@
 
 namespace optc {
 
-constexpr int64_t kFewRows = 8;
+constexpr int64_t kFewRows = 20;
 
 // The function of few.cpp, compiled for one instruction set.
 struct Few {

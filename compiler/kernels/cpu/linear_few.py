@@ -1,4 +1,4 @@
-"""`linear_few` on the CPU: products in float32 that read a weight once for up to eight rows of activations."""
+"""`linear_few` on the CPU: products in float32 that read a weight once for up to twenty rows of activations."""
 
 from __future__ import annotations
 
