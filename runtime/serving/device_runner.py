@@ -148,9 +148,9 @@ class DeviceRunner:
 
     def collect(self) -> Chosen:
         """See `ModelRunner`."""
-        given, seconds = self._flights.land()
-        if seconds is not None:
-            self.pace.note(seconds)
+        given, took = self._flights.land()
+        if took is not None:
+            self.pace.note(took.step, took.host)
         return given
 
     def _decode(self, plan: Plan, kind: Kind) -> tuple[Tensor, Ints, Tell | None]:

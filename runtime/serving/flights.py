@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,13 @@ class Flight:
     follows: bool = False
 
 
+class Took(NamedTuple):
+    """Seconds of each step of a launch, and of what the host did between the landing before and the wait for this one."""
+
+    step: float
+    host: float
+
+
 class Flights:
     """Launches in their order.
 
@@ -61,13 +69,14 @@ class Flights:
         flight.steps, flight.follows = steps, bool(self._under_way)
         self._under_way.append(flight)
 
-    def land(self) -> tuple[Chosen, float | None]:
-        """What the oldest gives, and the seconds that each of its steps took, where that can be told."""
+    def land(self) -> tuple[Chosen, Took | None]:
+        """What the oldest gives, and what it took, where that can be told."""
         flight, begin = self._under_way.popleft(), time.perf_counter()
         if flight.arrived is not None:
             flight.arrived.synchronize()
         now = time.perf_counter()
         self.waited_s += now - begin
-        took = (now - self._landed_at) / flight.steps if flight.follows and flight.steps else None
+        told = flight.follows and flight.steps
+        took = Took((now - self._landed_at) / flight.steps, begin - self._landed_at) if told else None
         self._landed_at = now
         return flight.given(flight.tokens.numpy()[flight.order]), took
