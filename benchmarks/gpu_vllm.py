@@ -146,9 +146,8 @@ def measure(variant: str, peer: VllmPeer, given: argparse.Namespace) -> dict[str
 
         result[f"decode {context}"] = compared(interleave({"optc": ours, "vllm": theirs}, given.samples, 2))
         print(variant, context, json.dumps(result[f"decode {context}"]), flush=True)
-    engine = PagedEngine(
-        session.model, EngineOptions(max_running=given.running, max_waiting=4096, warm_up=True), DeviceRunner
-    )
+    options = EngineOptions(max_running=given.running, max_waiting=4096, token_budget=given.budget, warm_up=True)
+    engine = PagedEngine(session.model, options, DeviceRunner)
     settle()
     for name in given.traffic:
 
@@ -189,6 +188,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--samples", type=int, default=7)
     parser.add_argument("--running", type=int, default=256)
+    parser.add_argument("--budget", type=int, default=None, help="this engine's --token-budget")
     parser.add_argument("--blocks", type=int, default=4096, help="of 64 tokens, of this engine's KV pool")
     parser.add_argument("--kv-gb", type=float, default=34.0, help="vLLM's KV pool; 4096 blocks are 34 GB")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="begin no traffic after so many seconds")
