@@ -477,8 +477,12 @@ def write_tables(results: list[Path]) -> Path:
         for record in json.loads(result.read_text())["linears"]:
             for kind, mark in (("gemv", "width"), ("product", "block_k"), ("direct", "across")):
                 best = next((row["tiles"] for row in record["rows"] if row["tiles"] and mark in row["tiles"]), None)
+                key = tuple(record[name] for name in names)
+                if kind == "direct":  # only where it is the fastest: the product's table serves the rest
+                    known[kind].pop(key, None)
+                    best = best if best is record["rows"][0]["tiles"] else None
                 if best is not None and (kind != "gemv" or record["m"] == 1):
-                    known[kind][tuple(record[name] for name in names)] = best
+                    known[kind][key] = best
     lines = {
         kind: [
             json.dumps(dict(zip(names, key, strict=True)) | {"tiles": tiles}) for key, tiles in sorted(table.items())

@@ -20,6 +20,7 @@ from optc.compiler.kernels.cuda.fused_norm import MOST_COLUMNS
 from optc.compiler.kernels.cuda.linear.configurations import Gemv, Product, gemv_tiles, product_tiles, tables
 from optc.compiler.kernels.cuda.linear.gemv_integer import gemv_integer
 from optc.compiler.kernels.cuda.linear.launch import WORDS_PER_WARP
+from optc.compiler.kernels.cuda.linear.product_direct import product_direct
 from optc.compiler.kernels.cuda.linear.product_integer import product_integer
 from optc.compiler.kernels.cuda.lookup.rows import packed_embedding
 from optc.compiler.kernels.cuda.norm.launch import warps_for
@@ -48,7 +49,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], warp
         listing = subprocess.run([TOOLS / "nvdisasm", "-c", path], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
     assert found is not None
-    instructions = sorted(set(re.findall(r"\b(IDP|IGMMA|ACQBULK|PREEXIT)\b", listing.stdout)))
+    instructions = sorted(set(re.findall(r"\b(IDP|IGMMA|IMMA|ACQBULK|PREEXIT)\b", listing.stdout)))
     return {"registers": int(found[1]), "stack": int(found[2]), "instructions": instructions}
 
 
@@ -74,6 +75,12 @@ def main() -> None:
         | {"LINES": product.lines},
         product.warps,
     )
+    direct = compiled(
+        product_direct,
+        pointers | {"w": "*i8", "digits": "*i8", "unit": "*fp32", "M": "i32"},
+        common | {"EIGHTS": 2, "TILES": 2, "ACROSS": 1, "WARPS": 8, "SPLIT": 1, "DEPTH": 1},
+        8,
+    )
     rows = dict.fromkeys(("x", "residual", "y"), "*bf16") | {"weight": "*fp32", "row_stride": "i32"}
     norm = compiled(
         fused_norm,
@@ -87,7 +94,9 @@ def main() -> None:
     bytes_ = compiled(packed_embedding, table | {"weight": "*i8"}, sizes | {"GROUP": LOOKUP_COLUMNS, "BITS": 8}, warps)
     types = table | {"weight": "*u8", "zero": "*i8"}
     nibbles = compiled(packed_embedding, types, sizes | {"GROUP": 128, "BITS": 4}, warps)
-    print(json.dumps({"gemv": one, "product": few, "norm": norm, "bytes": bytes_, "nibbles": nibbles}))
+    print(
+        json.dumps({"gemv": one, "product": few, "direct": direct, "norm": norm, "bytes": bytes_, "nibbles": nibbles})
+    )
 
 
 if __name__ == "__main__":

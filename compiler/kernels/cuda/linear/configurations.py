@@ -183,8 +183,10 @@ def product_tiles(shape: Shape) -> Product:
 
 @functools.cache
 def direct_tiles(shape: Shape) -> Direct | None:
-    """Of the nearest shape; None where `product` is faster."""
-    found = [item for item in tables().direct if item[0].format == shape.format]
-    if not found or shape.m > MOST_DIRECT:
+    """Of the nearest shape that `product_direct` is the fastest for; None where one that `product` is measured for is nearer."""
+    if shape.m > MOST_DIRECT:
         return None
-    return min(found, key=lambda item: shape.distance(item[0]))[1]
+    found = ((shape.distance(item[0]), item[1]) for item in tables().direct if item[0].format == shape.format)
+    nearest, tiles = min(found, key=lambda item: item[0], default=(math.inf, None))
+    others = (shape.distance(item[0]) for item in tables().product if item[0].format == shape.format)
+    return tiles if nearest <= min(others, default=math.inf) else None

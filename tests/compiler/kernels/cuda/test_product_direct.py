@@ -3,14 +3,16 @@ and with real types on the GPU."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from interpreted import DEVICE, FLOATS
 from linear_cases import FORMATS, OPTIONS, Case, check
 
 from optc.compiler.kernels.cuda.fused_linear import FUSED_LINEAR
-from optc.compiler.kernels.cuda.linear import launch
-from optc.compiler.kernels.cuda.linear.configurations import Direct
+from optc.compiler.kernels.cuda.linear import configurations, launch
+from optc.compiler.kernels.cuda.linear.configurations import Direct, Product, Shape, Tables
 from optc.compiler.kernels.cuda.linear.fragments import load_again, multiply, tl, triton
 
 ALONE = Direct(tiles=2, across=1, warps=4, split=1, depth=1)
@@ -101,3 +103,17 @@ def test_numbers_that_are_not_finite_stay_so(value: float) -> None:
 )
 def test_says_what_it_takes(case: Case, reason: str | None) -> None:
     assert launch.direct_obstacle(case.linear()) == reason
+
+
+def test_the_nearer_table_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what was measured for this product and for that."""
+    at_8, at_16 = (Shape(format="int4", n=4096, k=4096, gated=False, m=m) for m in (8, 16))
+    product = Product(block_n=64, split=1, stages=4, warps=4)
+    made = Tables({}, (), ((at_8, product), (at_16, product)), ((at_16, ALONE),))
+    monkeypatch.setattr(configurations, "tables", lambda: made)
+    direct_tiles = configurations.direct_tiles.__wrapped__
+    assert direct_tiles(at_16) == ALONE
+    assert direct_tiles(at_8) is None
+    assert direct_tiles(replace(at_16, m=13)) == ALONE
+    assert direct_tiles(replace(at_16, m=17)) is None
+    assert direct_tiles(replace(at_16, format="int8")) is None
