@@ -18,6 +18,7 @@ from torch.fx import Node
 from optc.compiler.capture import capture_model
 from optc.compiler.execution.block_manager import BlockManager
 from optc.compiler.ir.program import Program
+from optc.compiler.kernels.cuda.paged_attention import LONG_CALL
 from optc.passes.fusion.decode import FuseDecode
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.kv_cache.paged import PageKVCache
@@ -34,7 +35,7 @@ from optc.runtime.sessions.cuda_memory import (
     longest_call,
     plan_memory,
 )
-from optc.runtime.sessions.paged import block_bytes
+from optc.runtime.sessions.paged import PREFILL_CHUNK, block_bytes
 from optc.runtime.sessions.prompt_call import PromptCall, call_size, token_size, token_sizes
 
 KINDS = ["llama", "gemma2", "gpt2", "mixtral", "phi3"]
@@ -58,6 +59,11 @@ def test_long_prompts_are_one_call_of_a_size_that_repeats(monkeypatch: pytest.Mo
     assert {key: call.recorded for key, call in long._prompts.items()} == {(48, 2): False}
     long.prefill([tokens[:9]])
     assert set(long._prompts) == {(48, 2), (16, 2)}
+
+
+def test_no_call_that_is_captured_asks_for_lengths() -> None:
+    """Attention of more tokens reads them on the host."""
+    assert LONG_CALL == PREFILL_CHUNK
 
 
 def test_calls_are_long_where_weights_are_large_and_memory_is(monkeypatch: pytest.MonkeyPatch) -> None:
