@@ -100,7 +100,7 @@ def _floats(shape: Shape) -> list[Gemv]:
 
 
 def _integers(shape: Shape) -> list[Gemv]:
-    """On the tensor cores; and else: a thread has one run of each row of a tile, and one or two tiles are in its registers. Numbers of programs that
+    """A thread has one run of each row of a tile, and one or two tiles are in its registers. Numbers of programs that
     share the multiprocessors (132 of an H100 and an H200) evenly, or many."""
     row = shape.k * (1 if shape.format == "int4" else 2) // 8
     width = 1 << (row - 1).bit_length()
@@ -117,9 +117,6 @@ def _integers(shape: Shape) -> list[Gemv]:
                 continue
             if even:
                 found.append(Gemv(block_n=block_n, steps=steps, width=wide, depth=depth, warps=warps))
-    for steps in (1, 2, 3, 4):
-        if 130 <= shape.n / (16 * steps) <= 1100 and row in (128, 256, 512, 1024) and not (shape.gated and steps > 1):
-            found.append(Gemv(block_n=16, steps=steps, width=row, depth=1, warps=row // WORDS_PER_WARP, tensor=True))
     return found
 
 

@@ -67,50 +67,16 @@ def _spread(value, BIT: tl.constexpr):
 
 
 @triton.jit
-def over_lanes(values, COUNT: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr, NATIVE: tl.constexpr):
-    """For each lane of each warp [32 * WARPS], the sum of tensor number lane * COUNT / 32 over that warp's elements.
-
-    In the interpreter the first warp has the sums of all, and the others zeros.
-    """
+def _over_lanes(values, COUNT: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl.constexpr):
+    """For each lane of each warp [32 * WARPS], the sum of tensor number lane * COUNT / 32 over that warp's elements."""
     LANES: tl.constexpr = 32 * WARPS
-    if NATIVE:
-        lane_sums = ()
-        for i in tl.static_range(COUNT):
-            if WIDTH > LANES:
-                lane_sums = lane_sums + (tl.sum(tl.reshape(values[i], [WIDTH // LANES, LANES]), 0),)
-            else:
-                lane_sums = lane_sums + (values[i],)
-        return _spread(_fold(lane_sums, COUNT, 16)[0], 16 // COUNT)
-    else:
-        place = tl.arange(0, LANES)
-        total = tl.zeros([LANES], tl.float32)
-        for i in tl.static_range(COUNT):
-            total = tl.where(place * COUNT // 32 == i, tl.sum(values[i], 0), total)
-        return total
-
-
-@triton.jit
-def meet(sums, TENSORS: tl.constexpr, WARPS: tl.constexpr, NATIVE: tl.constexpr):
-    """One to four tensors [32 * WARPS], each summed over warps: [32].
-
-    It is taken for granted that lane l holds element l of 32: were it otherwise, the first would be NaN.
-    """
-    first = sums[0]
-    if NATIVE:
-        first = tl.inline_asm_elementwise(
-            _checked_asm(), "=f,f,r", [first, tl.arange(0, 32 * WARPS)], dtype=tl.float32, is_pure=False, pack=1
-        )
-    parts = (tl.reshape(first, [WARPS, 32]),)
-    for i in tl.static_range(1, TENSORS):
-        parts = parts + (tl.reshape(sums[i], [WARPS, 32]),)
-    if TENSORS == 1:
-        return (tl.sum(parts[0], 0),)
-    elif TENSORS == 2:
-        return tl.reduce(parts, 0, _add_two)
-    elif TENSORS == 3:
-        return tl.reduce(parts, 0, _add_three)
-    else:
-        return tl.reduce(parts, 0, _add_four)
+    lane_sums = ()
+    for i in tl.static_range(COUNT):
+        if WIDTH > LANES:
+            lane_sums = lane_sums + (tl.sum(tl.reshape(values[i], [WIDTH // LANES, LANES]), 0),)
+        else:
+            lane_sums = lane_sums + (values[i],)
+    return _spread(_fold(lane_sums, COUNT, 16)[0], 16 // COUNT)
 
 
 @triton.jit
@@ -139,11 +105,38 @@ def sum_rows(values, others, COUNT: tl.constexpr, WIDTH: tl.constexpr, WARPS: tl
         for each tuple, [32]: that of tensor number place * COUNT / 32. For each of `others` [32]: its sum, everywhere.
 
     A sum over the lanes of a warp costs five shuffles for each tensor; here lanes share out the tensors while they sum,
-    which costs one for each, about (the reduce-scatter of Rabenseifner 2004, in a warp). Warps `meet` once, for all.
+    which costs one for each, about (the reduce-scatter of Rabenseifner 2004, in a warp). Warps meet once, for all. It takes
+    a layout for granted in which lane l holds element l of 32: were it another one, the sums would be NaN.
     """
     sums = ()
-    for tensors in tl.static_range(len(values)):
-        sums = sums + (over_lanes(values[tensors], COUNT, WIDTH, WARPS, NATIVE),)
-    for i in tl.static_range(len(others)):
-        sums = sums + (over_lanes((others[i],), 1, WIDTH, WARPS, NATIVE),)
-    return meet(sums, len(values) + len(others), WARPS, NATIVE)
+    if NATIVE:
+        for tensors in tl.static_range(len(values)):
+            sums = sums + (_over_lanes(values[tensors], COUNT, WIDTH, WARPS),)
+        for i in tl.static_range(len(others)):
+            sums = sums + (_over_lanes((others[i],), 1, WIDTH, WARPS),)
+        first = tl.inline_asm_elementwise(
+            _checked_asm(), "=f,f,r", [sums[0], tl.arange(0, 32 * WARPS)], dtype=tl.float32, is_pure=False, pack=1
+        )
+        sums = (first,) + sums[1:]
+        TENSORS: tl.constexpr = len(values) + len(others)
+        parts = ()
+        for i in tl.static_range(TENSORS):
+            parts = parts + (tl.reshape(sums[i], [WARPS, 32]),)
+        if TENSORS == 1:
+            return (tl.sum(parts[0], 0),)
+        elif TENSORS == 2:
+            return tl.reduce(parts, 0, _add_two)
+        elif TENSORS == 3:
+            return tl.reduce(parts, 0, _add_three)
+        else:
+            return tl.reduce(parts, 0, _add_four)
+    else:
+        lane = tl.arange(0, 32)
+        for tensors in tl.static_range(len(values)):
+            total = tl.zeros([32], tl.float32)
+            for i in tl.static_range(COUNT):
+                total = tl.where(lane * COUNT // 32 == i, tl.sum(values[tensors][i], 0), total)
+            sums = sums + (total,)
+        for i in tl.static_range(len(others)):
+            sums = sums + (tl.sum(others[i], 0) + tl.zeros([32], tl.float32),)
+        return sums

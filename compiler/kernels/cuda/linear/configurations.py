@@ -54,7 +54,6 @@ class Gemv:
         depth: tiles that are loaded ahead. warps: per program.
         early: the next kernel may start at once; else when the first loads of this one are under way. See
             `primitives.let_next_start`.
-        tensor: of integers, on the tensor cores where they take the weight (16 rows at a time); see `gemv_tensor`.
     """
 
     block_n: int
@@ -63,7 +62,6 @@ class Gemv:
     depth: int
     warps: int
     early: bool = False
-    tensor: bool = False
 
     def fitted(self, row: int, per_warp: int = 1) -> Gemv:
         """For a row of so many columns or words: tiles no wider than it, but with `per_warp` of them for each warp."""

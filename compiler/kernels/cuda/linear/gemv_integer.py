@@ -50,14 +50,16 @@ def _through_norm(
 
 
 @triton.jit
-def largest_of(
+def _fixed_point(
     loaded, x, norm_weight, norm_bias, runs, mean, inverse, K: tl.constexpr, BITS: tl.constexpr,
     RUNS: tl.constexpr, NORM: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """The token's columns of some runs, `loaded` of x, through what of the norm does not need the whole token.
+    """The token's columns of some runs, `loaded` of x, as digits, in words of four.
 
     Returns:
-        [the largest magnitude of each run, and the columns, float32 [RUNS]], and sums of squares before the norm [RUNS].
+        digits: low and high ones, in turn, of each four columns of a run.
+        unit [RUNS]: what 1 in the fixed-point numbers of a run, times a weight as dot_bytes gets it, stands for.
+        squares [RUNS]: sums of squares before the norm.
     """
     COLUMNS: tl.constexpr = RUN * 32 // BITS
     inside = runs < K // COLUMNS
@@ -84,36 +86,13 @@ def largest_of(
         squares += quad_square((columns[4 * i], columns[4 * i + 1], columns[4 * i + 2], columns[4 * i + 3]))
         largest = nan_maximum(largest, quad_magnitude(quad))
         normed = normed + quad
-    return (tl.where(inside, largest, 0.0),) + normed, tl.where(inside, squares, 0.0)
-
-
-@triton.jit
-def fixed_point(normed, largest, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """Columns of runs as digits, in words of four.
-
-    Returns:
-        digits: low and high ones, in turn, of each four columns of a run.
-        unit: what 1 in the fixed-point numbers of a run, times a weight as dot_bytes gets it, stands for; 0 where
-            `largest` is.
-    """
     factor = LEVELS / nan_maximum(largest, SMALLEST)
     unit = largest * (1.0 / (LEVELS * 16.0) if BITS == 4 else 1.0 / LEVELS)
     digits = ()
-    for i in tl.static_range(32 // BITS):
+    for i in tl.static_range(COLUMNS // 4):
         quad = (normed[4 * i], normed[4 * i + 1], normed[4 * i + 2], normed[4 * i + 3])
         digits = digits + quad_digits(quad, factor, NATIVE)
-    return digits, unit
-
-
-@triton.jit
-def _fixed_point(
-    loaded, x, norm_weight, norm_bias, runs, mean, inverse, K: tl.constexpr, BITS: tl.constexpr,
-    RUNS: tl.constexpr, NORM: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """digits and unit as `fixed_point` has them, and squares as `largest_of`."""
-    normed, squares = largest_of(loaded, x, norm_weight, norm_bias, runs, mean, inverse, K, BITS, RUNS, NORM, NATIVE)
-    digits, unit = fixed_point(normed[1:], normed[0], BITS, NATIVE)
-    return digits, unit, squares
+    return digits, tl.where(inside, unit, 0.0), tl.where(inside, squares, 0.0)
 
 
 @triton.jit
@@ -207,7 +186,7 @@ def _load_tile(
 
 
 @triton.jit
-def load_ends(scale, zero, bias, rows, N, GATED: tl.constexpr, GROUP: tl.constexpr, ROW_ZERO: tl.constexpr):
+def _load_ends(scale, zero, bias, rows, N, GATED: tl.constexpr, GROUP: tl.constexpr, ROW_ZERO: tl.constexpr):
     """What the results of some rows are multiplied and shifted by, as pairs (of the gate, of the up row)."""
     biases = load_pair(bias, rows, N, GATED)
     if GROUP == 0:
@@ -308,7 +287,7 @@ def gemv_integer(
                 ),
             )  # fmt: skip
     rows = first_row + tl.arange(0, 32) * BLOCK_N // 32
-    ends = load_ends(scale, zero, bias, rows, N, GATED, GROUP, ROW_ZERO)
+    ends = _load_ends(scale, zero, bias, rows, N, GATED, GROUP, ROW_ZERO)
     let_next_start(PDL)
     wait_for_producer(PDL)
     loaded = load_run(x, tl.minimum(run, ROW_RUNS - 1), COLUMNS, NATIVE)
@@ -362,7 +341,7 @@ def gemv_integer(
             )  # fmt: skip
             rows += BLOCK_N
             if STEPS > 1:
-                ends = load_ends(scale, zero, bias, rows, N, GATED, GROUP, ROW_ZERO)
+                ends = _load_ends(scale, zero, bias, rows, N, GATED, GROUP, ROW_ZERO)
                 left = load_at(residual, rows, N)
         else:
             sums = _added(sums, products, BLOCK_N * PARTS)

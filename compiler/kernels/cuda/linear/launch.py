@@ -28,7 +28,6 @@ from optc.compiler.kernels.cuda.linear.dequantized import dequantized
 from optc.compiler.kernels.cuda.linear.finish import finish_rows
 from optc.compiler.kernels.cuda.linear.gemv_float import gemv_float
 from optc.compiler.kernels.cuda.linear.gemv_integer import gemv_integer
-from optc.compiler.kernels.cuda.linear.gemv_tensor import gemv_tensor
 from optc.compiler.kernels.cuda.linear.product_direct import COLUMNS, product_direct
 from optc.compiler.kernels.cuda.linear.product_float import product_float
 from optc.compiler.kernels.cuda.linear.product_integer import product_integer, split_tokens
@@ -39,8 +38,6 @@ STATISTICS_BLOCK = 2048
 """Most columns that a pass for a mean or a variance takes at a time."""
 WORDS_PER_WARP = 128
 """Least words of a tile for each warp of gemv_integer: a run of four for each thread."""
-COLUMN_BITS_PER_WARP = 4096
-"""Bits of a row that a warp of gemv_tensor has: eight times 16 bytes of four threads."""
 ARRIVALS = 1 << 16
 """Blocks of results that programs may share."""
 FINISH_BLOCK, FINISH_WARPS = 2048, 8
@@ -100,16 +97,6 @@ def gemv(linear: Linear, tiles: Gemv) -> Tensor:
     tiles = tiles.fitted(shape.k) if bits is None else tiles.fitted(shape.k * bits // 32, WORDS_PER_WARP)
     grid = (shape.m * triton.cdiv(shape.n, tiles.block_n * tiles.steps),)
     ends = (linear.norm_weight, linear.norm_bias, linear.bias, linear.residual, y, shape.m, shape.n, linear.eps)
-    if tiles.tensor and tensor_obstacle(linear, tiles) is None:
-        assert bits is not None
-        warps = shape.k * bits // COLUMN_BITS_PER_WARP
-        gemv_tensor[(shape.m * shape.n // (16 * tiles.steps),)](
-            linear.x, linear.weight.view(torch.int32), linear.scale, *ends, K=shape.k, BITS=bits,
-            GROUPED=linear.group_size > 0, NORM=linear.norm, ACTIVATION=linear.activation, GATED=linear.gated,
-            STEPS=tiles.steps, STATISTICS=min(STATISTICS_BLOCK, triton.next_power_of_2(shape.k)), WARPS=warps,
-            NATIVE=y.is_cuda, EARLY=tiles.early, **_options(y, warps),
-        )  # fmt: skip
-        return y
     common = {
         "K": shape.k, "NORM": linear.norm, "ACTIVATION": linear.activation, "GATED": linear.gated,
         "BLOCK_N": tiles.block_n, "STEPS": tiles.steps, "DEPTH": tiles.depth, "EARLY": tiles.early, **_options(y, tiles.warps),
@@ -124,21 +111,6 @@ def gemv(linear: Linear, tiles: Gemv) -> Tensor:
             NATIVE=y.is_cuda, **common,
         )  # fmt: skip
     return y
-
-
-def tensor_obstacle(linear: Linear, tiles: Gemv) -> str | None:
-    """Why `gemv_tensor` cannot take a weight, or None."""
-    shape, bits = linear.shape, BITS.get(linear.format)
-    if bits is None or linear.zero is not None or linear.scale is None:
-        return "it takes integers without zero points"
-    if shape.k * bits % COLUMN_BITS_PER_WARP or shape.k * bits // COLUMN_BITS_PER_WARP not in (1, 2, 4, 8):
-        return f"{shape.k} columns do not fill one, two, four or eight warps"
-    if shape.n % (16 * tiles.steps):
-        return f"{shape.n} rows are not a multiple of {16 * tiles.steps}"
-    grouped = bits == 4 and linear.group_size == 128 and linear.scale.element_size() == 2
-    if linear.group_size and (not grouped or linear.scale.data_ptr() % 16):
-        return f"groups of {linear.group_size}"
-    return None
 
 
 def product_obstacle(linear: Linear, tiles: Product) -> str | None:

@@ -54,37 +54,6 @@ def test_gemv_formats(name: str, tiles: str, dtype: torch.dtype) -> None:
     check(launch.gemv(linear, GEMV_TILES[tiles]), linear, EXACT if columns == 256 else 2 * EXACT)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(
-    ("name", "columns", "options", "steps"),
-    [
-        ("int4 g128", 1024, {"residual": True, "bias": True}, 2),
-        ("int8 per row", 512, OPTIONS["rms, gated"], 1),
-        *(("int4 g128", 4096, OPTIONS["rms, gated"], 1) for _ in range(HAS_GPU)),
-        *(("int8 per row", 4096, OPTIONS["everything"], 3) for _ in range(HAS_GPU)),
-    ],
-)
-def test_gemv_on_tensor_cores(name: str, columns: int, options: dict[str, Any], steps: int, dtype: torch.dtype) -> None:
-    """With what is fused, one warp and several, several turns and tokens."""
-    linear = Case(*FORMATS[name], **options, tokens=steps, n=16 * steps, columns=columns, dtype=dtype).linear()
-    tiles = Gemv(block_n=16, steps=steps, width=512, depth=1, warps=4, tensor=True)
-    taken = launch.tensor_obstacle(linear, tiles) is None
-    assert taken == ((linear.scale is not None and linear.scale.element_size() == 2) or name == "int8 per row")
-    check(launch.gemv(linear, tiles), linear, 2 * EXACT)
-
-
-def test_what_the_tensor_cores_do_not_take() -> None:
-    tiles = Gemv(block_n=16, steps=2, width=512, depth=1, warps=4, tensor=True)
-    for name, wanted, sizes in (
-        ("floats", "integers", {}),
-        ("int4 g128, zero points", "zero points", {"columns": 1024}),
-        ("int4 g128", "warps", {"columns": 640}),
-        ("int8 per row", "multiple of 32", {"columns": 512, "n": 16}),
-        ("int4 g32", "groups of 32", {"columns": 1024, "n": 32}),
-    ):
-        assert wanted in str(launch.tensor_obstacle(Case(*FORMATS[name], **sizes).linear(), tiles)), name
-
-
 PRODUCT_TILES = {
     "alone": Product(block_n=32, split=1, stages=2, warps=4, block_k=64),
     "shared": Product(block_n=64, split=2, stages=3, warps=4, block_k=128),
