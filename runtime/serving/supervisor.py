@@ -19,6 +19,7 @@ from typing import Literal
 import msgspec
 
 from optc.compiler.diagnostics import InputError, OptcError, ResourceError
+from optc.compiler.settings.threads import PATIENT_THREADS
 from optc.runtime.serving.child import Drain, Failed, Ready, Report, encode_config
 from optc.runtime.serving.counters import Counters
 from optc.runtime.serving.own_folder import own_folder
@@ -32,10 +33,6 @@ MOST_DEATHS, WITHIN_SECONDS = 3, 300.0
 _GRACE = 5.0  # seconds beyond a drain until a worker is killed
 _PAUSE = 0.1  # seconds before a process is started again
 _BACKLOG = 2048
-_PATIENT_THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Of the engine's process, unless the user has set it: its threads sleep while they wait for each other. Threads that spin
-take the cores from those that they wait for as soon as something else runs, the server's own workers among it."""
-
 Event = Literal["ready", "died", "restarted", "draining", "stopped"]
 Tell = Callable[[Event, dict[str, object]], None]
 """Called with what happened and its particulars."""
@@ -163,7 +160,7 @@ class Supervisor:
         engine = name == "engine"
         module = "optc.runtime.serving.engine_process" if engine else "optc.runtime.serving.http.worker"
         inherited = [theirs.fileno(), (self._engine_listener if engine else self._http).fileno()]
-        environment = _PATIENT_THREADS | {key: value for key, value in os.environ.items() if key != API_KEY_VARIABLE}
+        environment = PATIENT_THREADS | {key: value for key, value in os.environ.items() if key != API_KEY_VARIABLE}
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +161,28 @@ def test_qat_is_trained_compiled_and_better_than_rounding(tmp_path: Path, capsys
         text = ("--text", tmp_path / "unseen.txt", "--no-reference")
         nll[name] = optc_json(capsys, "eval", tmp_path / name, *text)["perplexity"]
     assert nll["trained"] < nll["rounded"]
+
+
+def test_threads_sleep_while_they_wait(
+    start: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the user has said otherwise; the command has not loaded torch before, which reads it once."""
+    missing = (
+        "train",
+        "--recipe",
+        "finetune",
+        "--model",
+        tmp_path / "none",
+        "--text",
+        start[1],
+        "-o",
+        tmp_path / "out",
+    )
+    for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.setenv("OMP_WAIT_POLICY", given or "")  # so that the test's own value comes back
+        if given is None:
+            monkeypatch.delenv("OMP_WAIT_POLICY")
+        assert optc(*missing) == 3
+        assert os.environ["OMP_WAIT_POLICY"] == expected
+    asked = "import sys, optc.cli.train, optc.training.config, optc.training.recipe; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0

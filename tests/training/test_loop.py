@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +127,26 @@ def test_experts_that_are_left_are_named(tmp_path: Path, settings: dict[str, Any
     assert left_experts(make_model("mixtral"), small_config(tmp_path, tmp_path, tmp_path)) == ()
 
 
+@pytest.fixture
+def short_files() -> Iterator[None]:
+    """No file of this process may grow beyond 8 kB, as where a filesystem has a limit."""
+    before, action = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, action)
+
+
 class TestErrors:
+    def test_a_checkpoint_that_may_not_grow(
+        self, start: tuple[Path, Path], tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
+        request.getfixturevalue("short_files")
+        with pytest.raises(ResourceError) as found:
+            train(small_config(*start, tmp_path / "out", max_steps=1, saving={"every": 1}))
+        assert found.value.exit_code == 8
+        assert not (tmp_path / "out").exists()
+
     def test_the_output_exists(self, start: tuple[Path, Path], tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         with pytest.raises(InputError, match="the output exists") as found:

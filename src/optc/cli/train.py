@@ -14,6 +14,7 @@ from msgspec import Meta
 from optc.cli.common import F, emit, json_option, say, stderr
 from optc.cli.options import Settings, add_flags, flag, given_flags, struct_flags
 from optc.compiler.diagnostics import UsageError, printable
+from optc.compiler.settings.threads import wait_patiently
 from optc.progress import progress
 from optc.training.config import TrainConfig
 from optc.training.recipe import FIELDS, load_config
@@ -80,6 +81,7 @@ def train(recipe_file: str | None, as_json: bool, options: TrainOptions, **keys:
     torchrun --nproc-per-node 2 -m optc train recipe.yaml --set parallel.kind=ddp
     """
     config = make_config(recipe_file, options, keys)
+    wait_patiently()
     first = World.from_environment().rank == 0
     with progress("training") if first else nullcontext() as update:
         from optc.training.loop import train as run_training
