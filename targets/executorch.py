@@ -13,11 +13,11 @@ from optc.passes.fusion.rotary import FuseRotary
 from optc.passes.kv_cache.static import StaticKVCache
 from optc.passes.legalization.executorch import LegalizeExecutorch
 from optc.passes.legalization.xnnpack import PackXnnpack
-from optc.targets.methods import WEIGHT_ONLY, quantization_steps
+from optc.targets.methods import WEIGHT_ONLY, head_steps, quantization_steps
 
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
-    """Whole attention, rotary embeddings and norms, [quantize], then caches and legalization, [XNNPACK's products].
+    """Whole attention, rotary embeddings and norms, [quantize], [quantize-head], then caches and legalization, [XNNPACK's products].
 
     Raises:
         TargetError: not a decoder.
@@ -27,17 +27,21 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
             f"target 'executorch' takes decoders, not a model of kind '{kind}'",
             remedy="--target onnx-cpu takes encoders and plain modules",
         )
+    head = options.of(ExecutorchOptions).head_bits
     steps = [
         Step(FuseAttention(), optional=True, when=spells_attention),
         Step(FuseRotary(), optional=True),
         Step(FuseNorm(), optional=True),
         *quantization_steps(options.quantization),
+        *head_steps(options.quantization, head, rows_at_8=True),
         Step(StaticKVCache(in_place=True), needs=KV_CACHE),
         Step(LegalizeExecutorch(), optional=True),
     ]
     if options.quantization is not None:
         assert options.quantization.bits is not None  # no method here chooses them itself
         steps.append(Step(PackXnnpack(bits=options.quantization.bits)))
+    elif head == 8:  # the head alone
+        steps.append(Step(PackXnnpack(bits=8)))
     return steps
 
 

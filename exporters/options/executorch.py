@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
+
+from msgspec import Meta
 
 from optc.compiler.target.options import MaxSeqLen, TargetOptions
 
@@ -13,3 +15,14 @@ class ExecutorchOptions(TargetOptions, frozen=True, kw_only=True, forbid_unknown
     target: ClassVar[str] = "executorch"
 
     max_seq_len: MaxSeqLen | None = None
+    head_bits: (
+        Annotated[
+            Literal[8, 32],
+            Meta(
+                description="Bits of the embedding and the head, with a scale for each row; 32 leaves them in floating point. "
+                "A table that the model ties is stored for each of the two.",
+                extra={"default": "8 with --quant, else 32"},
+            ),
+        ]
+        | None
+    ) = None

@@ -23,10 +23,12 @@ from optc.compiler.artifact.folder import read_manifest
 from optc.compiler.capture import capture_module
 from optc.compiler.diagnostics import GateError, InputError, TargetError
 from optc.compiler.ir.contract import AttentionFacts, Contract, KVCache
+from optc.compiler.ir.program import Program
 from optc.compiler.rewriting.passes import PassContext, PassResult
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.legalization.executorch import LegalizeExecutorch
-from optc.passes.legalization.xnnpack import PackXnnpack
+from optc.passes.legalization.xnnpack import PackXnnpack, _rows
+from optc.passes.quantization.head import QuantizeHead
 from optc.passes.quantization.rtn import QuantizeRtn
 from optc.targets import find_target
 
@@ -142,15 +144,47 @@ def packed(bits: int, group_size: int, layers: int = 2, **options: Any) -> PassR
     return PackXnnpack(bits=bits).run(quantized.program, PassContext())
 
 
+def with_head(program: Program) -> PassResult:
+    """Linears in 4 bits, embedding and head in 8."""
+    for rewrite in (QuantizeRtn(bits=4, group_size=32), QuantizeHead(bits=8, group_size=0)):
+        program = rewrite.run(program, PassContext()).program
+    return PackXnnpack(bits=4).run(program, PassContext())
+
+
+@pytest.mark.parametrize(("name", "tables"), [("llama", 2), ("gemma", 1)])
+def test_embedding_and_head_are_codes(name: str, tables: int) -> None:
+    """A table that is tied has one tensor of codes; lookups give the very rows."""
+    program = captured(name, 1)
+    result = with_head(program)
+    assert (result.matched, result.misses) == (9, ())
+    signed = [weight for key, weight in result.program.weights() if key.endswith("_signed")]
+    assert len([weight for weight in signed if int(weight.min()) < -8]) == tables  # the others have 4 bits
+    (head,) = [node for node in result.program.calls(torch.ops.optc.linear_dynamic.default) if node.kwargs["bits"] == 8]
+    assert head.kwargs["group_size"] == 0
+    ids = torch.tensor([[3, 0, 7]])
+    (lookup,) = result.program.calls(torch.ops.aten.embedding.default)
+    codes, scale = (
+        result.program.weight(str(result.program.weight_of(item))) for item in (lookup.args[0], head.args[2])
+    )
+    assert codes.dtype is torch.int8
+    dense = QuantizeHead(bits=8, group_size=0).run(program, PassContext()).program
+    (before,) = dense.calls(torch.ops.optc.dequantize.default)[:1]
+    parts = [dense.weight(str(dense.weight_of(item))) for item in before.args[:2]]
+    table = torch.ops.optc.dequantize(*parts, None, bits=8, group_size=0)
+    own = _rows(codes, parts[1].reshape(-1), ids)
+    assert torch.equal(own, table[ids])
+    assert scale.dim() == 1
+
+
 @pytest.mark.slow
 def test_xnnpack_multiplies_our_codes(tmp_path: Path) -> None:
-    """The whole .pte against the eager program over the same codes."""
-    place = tmp_path / "artifact"
-    quick_artifact("executorch", captured("llama", 1), place, quant="rtn", group_size=32, max_seq_len=32)
+    """The whole .pte against the eager program over the same codes: of the linears, and of a tied embedding and head."""
+    place, program = tmp_path / "artifact", captured("gemma", 1)
+    quick_artifact("executorch", program, place, quant="rtn", group_size=32, max_seq_len=32)
     session = optc.load(place).session
     (row,) = sequences(20)
     found = np.concatenate(list(session.score(row)))
-    bounds.check([torch.from_numpy(found)], *bounds.of_codes(packed(4, 32, layers=1).program, [row]))
+    bounds.check([torch.from_numpy(found)], *bounds.of_codes(with_head(program).program, [row]))
     manifest = read_manifest(place)
     assert manifest.engine_info["delegates"] <= 3
     assert not [name for name in manifest.engine_info["operators"] if "linear" in name or "quantize" in name]
