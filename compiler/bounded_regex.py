@@ -27,7 +27,7 @@ def begins_with(pattern: str, text: str) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _compiled(pattern: str) -> Any:
-    import regex  # an eighth of a second, for patterns that few folders have
+    import regex  # here: few folders have patterns
 
     if len(pattern) > LONGEST:
         raise ValueError(f"it has {len(pattern)} characters, more than {LONGEST}")

@@ -60,7 +60,7 @@ for _name in ("torchao", "torch.utils._pytree"):
 
 
 def __getattr__(name: str) -> Any:
-    """`graph_schema` and `SCHEMA_MAJOR`, which saved programs alone need: a third of what a plan imports beside torch."""
+    """`graph_schema` and `SCHEMA_MAJOR`, which saved programs alone need: a twelfth of what a plan imports beside torch."""
     if name == "graph_schema":
         return _serde_schema()
     if name == "SCHEMA_MAJOR":
