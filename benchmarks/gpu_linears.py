@@ -502,9 +502,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="*", choices=list(FORMATS), default=list(FORMATS))
     parser.add_argument("--places", nargs="*", choices=list(PLACES), default=list(PLACES))
     parser.add_argument("--tokens", nargs="*", type=int, default=[16, 64])
-    parser.add_argument(
-        "--direct", action="store_true", help="products: only few tile sizes but those of product_direct"
-    )
+    parser.add_argument("--kinds", nargs="*", choices=list(KINDS), default=list(KINDS), help="of products")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("-o", "--output", type=Path, default=Path("gpu_linears.json"))
     arguments = parser.parse_args()

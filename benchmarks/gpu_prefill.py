@@ -30,14 +30,14 @@ from optc.compiler.kernels.cuda.attention.dense import ask, attend_prompt, turne
 from optc.compiler.kernels.cuda.attention.launch import PrefillTiles, attend, choose_prefill_tiles, write_new
 
 TILES = [
-    PrefillTiles(rows=rows, tile=tile, stages=stages, warps=warps, bulk=bulk)
-    for rows, tile, warps, stages, bulk in (
-        (128, 64, 8, 2, False),
-        (128, 64, 8, 4, False),
-        (128, 64, 8, 2, True),
-        (128, 64, 8, 3, True),
-        (128, 128, 8, 2, False),
-        (64, 128, 4, 2, False),
+    PrefillTiles(rows=rows, tile=tile, stages=stages, warps=warps)
+    for rows, tile, warps, stages in (
+        (128, 64, 8, 2),
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+        (128, 128, 4, 2),
+        (64, 64, 4, 2),
+        (64, 128, 4, 2),
     )
 ]
 CHECKED = 16
@@ -85,7 +85,7 @@ def seconds_of(run: Callable[[], Any], rounds: int = 9) -> float:
 def by_library(call: Call) -> Tensor:
     """A layer's attention as `attend` does it for a long prompt: written, turned, attended by cuDNN."""
     write_new(call)
-    found = attend_prompt(call, most_paged=0)
+    found = attend_prompt(call, least=0)
     assert found is not None
     return found
 

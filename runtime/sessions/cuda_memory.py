@@ -27,7 +27,7 @@ _PROMPTS_SHARE = 1 / 8
 """Of what is free when weights and working memory are counted, for the graphs of prompts, at most."""
 LONG_CHUNK = 8192
 """Tokens of the largest call of a program whose products take longer than their launches: a prompt of more than
-`PREFILL_CHUNK` is then one call, and its attention cuDNN's."""
+`PREFILL_CHUNK` is then one call, and cuDNN attends to one that fills it."""
 _LARGE, _LONG_SHARE = 2 << 30, 1 / 16
 """Bytes of weights from which products take as long; of what is free, what such a call works in at most."""
 _LIVE = 4

@@ -17,8 +17,9 @@ WIDEST, MOST_GROUPED = 256, 64
 """Features of a head, and query heads of a KV head, that fit into registers."""
 SHORT_CONTEXT = 1024
 """Tokens, by the width of the block tables, up to which many requests have a program for each KV head."""
-LONG_CALL = 4096
-"""Tokens of the largest call that is captured in a graph; a prompt of more may be attended by cuDNN."""
+LEAST_DENSE = 8192
+"""Tokens of the smallest call of one prompt that cuDNN is asked to attend: it was faster there, and slower at half as many. No
+call of as many is captured in a graph."""
 _POSITIONS = {5: torch.int64, 6: torch.int32, 7: torch.int32, 8: torch.int32, 9: torch.int64}
 """Argument -> its type: slot_mapping, block_tables, context_lens, cu_seqlens, and position where there is one."""
 

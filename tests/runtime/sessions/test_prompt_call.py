@@ -18,7 +18,7 @@ from torch.fx import Node
 from optc.compiler.capture import capture_model
 from optc.compiler.execution.block_manager import BlockManager
 from optc.compiler.ir.program import Program
-from optc.compiler.kernels.cuda.paged_attention import LONG_CALL
+from optc.compiler.kernels.cuda.paged_attention import LEAST_DENSE
 from optc.passes.fusion.decode import FuseDecode
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.kv_cache.paged import PageKVCache
@@ -63,7 +63,7 @@ def test_long_prompts_are_one_call_of_a_size_that_repeats(monkeypatch: pytest.Mo
 
 def test_no_call_that_is_captured_asks_for_lengths() -> None:
     """Attention of more tokens reads them on the host."""
-    assert LONG_CALL == PREFILL_CHUNK
+    assert LEAST_DENSE > PREFILL_CHUNK
 
 
 def test_calls_are_long_where_weights_are_large_and_memory_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Attention of one long prompt by cuDNN, over its own queries, keys and values: twice as fast as over a pool.
+"""Attention of one long prompt by cuDNN, over its own queries, keys and values.
 
 A prompt that has nothing before it needs nothing from the pool, into which its keys and values are written besides. Whether
 a call is one is known on the device, where lengths are; so it is asked, and that only where no graph is captured and the
@@ -19,22 +19,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from optc.compiler.kernels.cuda.attention.call import Call, padded, turning
 from optc.compiler.kernels.cuda.attention.turn import count_real, turn_heads
 from optc.compiler.kernels.cuda.dispatch import dependent_launch, is_capturing
-from optc.compiler.kernels.cuda.paged_attention import LONG_CALL
+from optc.compiler.kernels.cuda.paged_attention import LEAST_DENSE
 
 TURN_WARPS = 4
 FACTS, COUNTED = 4, 1024
 """Numbers that `count_real` finds; tokens that it looks at at a time."""
 
 
-def attend_prompt(call: Call, most_paged: int = LONG_CALL) -> Tensor | None:
+def attend_prompt(call: Call, least: int = LEAST_DENSE) -> Tensor | None:
     """[tokens, H, D] of a call of one prompt, perhaps with padding behind, whose keys and values are in the pool by now or
     will be; None where it is something else, or what cuDNN does not take.
 
     Args:
-        most_paged: tokens up to which a call is left to `prefill`; captured calls are of no more, and give the same.
+        least: tokens below which a call is left to `prefill`; captured calls have fewer.
     """
     tokens = call.q.shape[0]
-    if tokens <= most_paged or not _suits(call) or is_capturing(call.q.device):
+    if tokens < least or not _suits(call) or is_capturing(call.q.device):
         return None
     answer = ask(call)  # while the host waits for it, heads are turned
     q, k, v = (item.transpose(0, 1)[None] for item in turned(call))

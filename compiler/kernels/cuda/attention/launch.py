@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from optc.compiler.kernels.cuda.attention.call import Call, Turn, factors, padded, turning, widths
 from optc.compiler.kernels.cuda.attention.decode import decode
@@ -80,14 +79,12 @@ class PrefillTiles:
 
     Attributes:
         rows: of queries, tokens times heads of a group. tile: keys at a time. stages: of the pipeline. warps: of a program.
-        bulk: tiles of one block that all rows see are brought by the copy engine.
     """
 
     rows: int = 128
     tile: int = 64
-    stages: int = 3
+    stages: int = 2
     warps: int = 8
-    bulk: bool = False
 
 
 def attend(
@@ -172,7 +169,7 @@ def choose_prefill_tiles(call: Call) -> PrefillTiles:
     if rows <= FEWEST_ROWS:
         return PrefillTiles(rows=16, tile=64, warps=4)
     if rows >= MANY_ROWS and size <= 256:
-        return PrefillTiles(rows=128, tile=64, stages=3, warps=8)
+        return PrefillTiles(rows=128, tile=128 if dependent_launch(call.q.device) else 64)
     return PrefillTiles(rows=64, tile=64, warps=4) if size <= 256 else PrefillTiles(rows=64, tile=32, warps=8)
 
 
@@ -267,9 +264,8 @@ def _prefill(call: Call, out: Tensor, tiles: PrefillTiles) -> None:
     pdl = dependent_launch(call.q.device)
     # Every request but the full ones leaves one tile that is not full, and no request of one token has any.
     grid = (min(call.q.shape[0] // tokens + requests, call.q.shape[0]), heads)
-    bulk = (_bulk(call.k_pool, tiles.tile), _bulk(call.v_pool, tiles.tile)) if tiles.bulk else (None, None)
     prefill[grid](
-        call.q, call.k_pool, call.v_pool, *bulk, call.slot_mapping, call.block_tables, call.context_lens, call.cu_seqlens,
+        call.q, call.k_pool, call.v_pool, call.slot_mapping, call.block_tables, call.context_lens, call.cu_seqlens,
         turn.position, turn.inv_freq, turn.q_norm, out,
         *call.q.stride()[:2], *call.k_pool.stride()[:3], *call.v_pool.stride()[:3], call.block_tables.stride(0),
         requests, *factors(call), turn.scaling, turn.eps,
@@ -277,11 +273,6 @@ def _prefill(call: Call, out: Tensor, tiles: PrefillTiles) -> None:
         WINDOW=call.window, SOFTCAP=bool(call.softcap), TILE=tiles.tile, STAGES=tiles.stages, PDL=pdl,
         **widths(call), **turned, num_warps=tiles.warps, launch_pdl=pdl,
     )  # fmt: skip
-
-
-def _bulk(pool: Tensor, tile: int) -> TensorDescriptor:
-    """What the copy engine needs to bring `tile` tokens of a head out of a block."""
-    return TensorDescriptor(pool, list(pool.shape), list(pool.stride()), [1, tile, 1, padded(pool.shape[3])])
 
 
 def paged_attention_(

@@ -26,34 +26,29 @@ def _look_up(table, start, first, end, BLOCK: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _load(
-    pool, block, start, inside, head, block_stride, slot_stride,
-    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr,
+    pool, block, start, inside, block_stride, slot_stride,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """[TILE, WIDTH] of the keys from `start` on; MASKED: zeros where not `inside`. BULK: `pool` is a descriptor."""
-    if BULK:
-        tile = pool.load([block.to(tl.int32), start % BLOCK, head, 0])
-        return tl.reshape(tile, [TILE, WIDTH])
+    """[TILE, WIDTH] of the keys from `start` on; MASKED: zeros where not `inside`."""
+    feature = tl.arange(0, WIDTH)
+    slot = (start + tl.arange(0, TILE)) % BLOCK
+    places = pool + (block * block_stride + slot * slot_stride)[:, None] + feature[None, :]
+    if MASKED and D != WIDTH:
+        return tl.load(places, mask=inside[:, None] & (feature < D)[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(places, mask=inside[:, None], other=0.0)
+    elif D != WIDTH:
+        return tl.load(places, mask=(feature < D)[None, :], other=0.0)
     else:
-        feature = tl.arange(0, WIDTH)
-        slot = (start + tl.arange(0, TILE)) % BLOCK
-        places = pool + (block * block_stride + slot * slot_stride)[:, None] + feature[None, :]
-        if MASKED and D != WIDTH:
-            return tl.load(places, mask=inside[:, None] & (feature < D)[None, :], other=0.0)
-        elif MASKED:
-            return tl.load(places, mask=inside[:, None], other=0.0)
-        elif D != WIDTH:
-            return tl.load(places, mask=(feature < D)[None, :], other=0.0)
-        else:
-            return tl.load(places)
+        return tl.load(places)
 
 
 @triton.jit
 def _attend(
-    queries, keys, values, table, where, head, first, begin, end, top, total, sums, inner, outer,
+    queries, keys, values, table, where, first, begin, end, top, total, sums, inner, outer,
     k_block, k_slot, v_block, v_slot,
     D: tl.constexpr, WIDTH: tl.constexpr, DV: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, ALL_SEEN: tl.constexpr,
-    BULK: tl.constexpr,
 ):  # fmt: skip
     """Absorb keys begin .. end of a request, begin a multiple of TILE; ALL_SEEN: every row sees all of them.
 
@@ -67,7 +62,7 @@ def _attend(
         key = start + tl.arange(0, TILE)
         inside = (key >= first) & (key < end)
         tile_k = _load(
-            keys, block, start, inside, head, k_block, k_slot, D, WIDTH, BLOCK, TILE, not ALL_SEEN, BULK
+            keys, block, start, inside, k_block, k_slot, D, WIDTH, BLOCK, TILE, not ALL_SEEN
         )  # fmt: skip
         score = tl.dot(queries, tl.trans(tile_k), input_precision="ieee")
         factor = inner
@@ -80,7 +75,7 @@ def _attend(
                 seen = seen & (key[None, :] > where[:, None] - WINDOW)
             score = tl.where(seen, score, float("-inf"))
         tile_v = _load(
-            values, block, start, inside, head, v_block, v_slot, DV, VALUE_WIDTH, BLOCK, TILE, not ALL_SEEN, BULK
+            values, block, start, inside, v_block, v_slot, DV, VALUE_WIDTH, BLOCK, TILE, not ALL_SEEN
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(score, 1) * factor)
         shrink = tl.exp2(top - new_top)
@@ -94,7 +89,7 @@ def _attend(
 
 @triton.jit(do_not_specialize=["requests", "table_row"])  # other batches need no other code
 def prefill(
-    q, k_pool, v_pool, k_bulk, v_bulk, slot_mapping, tables, lengths, starts, position, inv_freq, q_norm, out,
+    q, k_pool, v_pool, slot_mapping, tables, lengths, starts, position, inv_freq, q_norm, out,
     q_token, q_head, k_block, k_slot, k_pool_head, v_block, v_slot, v_pool_head, table_row,
     requests, inner, outer, scaling, eps,
     REQUESTS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
@@ -103,8 +98,6 @@ def prefill(
     TILE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See `decode`, which serves requests of one token; TOKENS * GROUP <= ROWS.
-
-    k_bulk and v_bulk are descriptors of the pools with boxes of [1, TILE, 1, WIDTH], or None.
 
     Programs [tiles of tokens, HEADS]; there may be more than tiles, whose number only the device knows.
     """
@@ -158,22 +151,15 @@ def prefill(
         total = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
         if WINDOW == 0:
-            if k_bulk is not None:
-                top, total, sums = _attend(
-                    queries, k_bulk, v_bulk, table, where, head, first, begin, full, top, total, sums, inner, outer,
-                    k_block, k_slot, v_block, v_slot,
-                    D, WIDTH, DV, VALUE_WIDTH, BLOCK, WINDOW, SOFTCAP, TILE, STAGES, True, True,
-                )  # fmt: skip
-            else:
-                top, total, sums = _attend(
-                    queries, keys, values, table, where, head, first, begin, full, top, total, sums, inner, outer,
-                    k_block, k_slot, v_block, v_slot,
-                    D, WIDTH, DV, VALUE_WIDTH, BLOCK, WINDOW, SOFTCAP, TILE, STAGES, True, False,
-                )  # fmt: skip
+            top, total, sums = _attend(
+                queries, keys, values, table, where, first, begin, full, top, total, sums, inner, outer,
+                k_block, k_slot, v_block, v_slot,
+                D, WIDTH, DV, VALUE_WIDTH, BLOCK, WINDOW, SOFTCAP, TILE, STAGES, True,
+            )  # fmt: skip
         top, total, sums = _attend(
-            queries, keys, values, table, where, head, first, full, end, top, total, sums, inner, outer,
+            queries, keys, values, table, where, first, full, end, top, total, sums, inner, outer,
             k_block, k_slot, v_block, v_slot,
-            D, WIDTH, DV, VALUE_WIDTH, BLOCK, WINDOW, SOFTCAP, TILE, STAGES, False, False,
+            D, WIDTH, DV, VALUE_WIDTH, BLOCK, WINDOW, SOFTCAP, TILE, STAGES, False,
         )  # fmt: skip
         feature = tl.arange(0, VALUE_WIDTH)
         shares = sums / tl.where(is_real, total, 1.0)[:, None]

@@ -319,13 +319,13 @@ def test_factors_of_scores_are_positive() -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("bulk", [False, True])
+@pytest.mark.parametrize("tile", [16, 32])
 @pytest.mark.parametrize("name", ["mixed", "mixed, window and softcap", "long"])
-def test_tiles_of_whole_blocks(name: str, bulk: bool, dtype: torch.dtype) -> None:
-    """Tiles that all rows see and those that they see in part, brought by the copy engine or not; more tiles than one."""
+def test_tiles_of_whole_blocks(name: str, tile: int, dtype: torch.dtype) -> None:
+    """Tiles that all rows see and those that they see in part, of one block and of two."""
     case = {"long": Case(new=(1, 70), past=(40, 60), block_size=16)}.get(name) or CASES[name]
     case = _in(dataclasses.replace(case, block_size=16), dtype)
-    tiles = dataclasses.replace(SMALL_PREFILL, bulk=bulk)
+    tiles = dataclasses.replace(SMALL_PREFILL, tile=tile)
     check(case, turns(case, case.width // 2, norm=False), tiles=(SMALL_TILES[0], tiles), strided=True)
 
 
