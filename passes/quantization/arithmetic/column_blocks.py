@@ -1,13 +1,18 @@
 """The sequential part of GPTQ: rounding a block of columns one after the other.
 
-Each column is a few small operations. On a GPU launching them costs more than computing them, and a Triton kernel takes the
-whole block in one launch.
+Each column is a few small operations. On a GPU launching them costs more than computing them, so the whole block is
+recorded once as a CUDA graph per shape and replayed.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+_WARM_UP = 2
+Block = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def round_block(
@@ -17,7 +22,7 @@ def round_block(
 
     Args:
         block: [C, N], columns as rows.
-        target: [C, N], the block with what earlier columns ask of it; it may be changed in place.
+        target: [C, N], the block with what earlier columns ask of it; changed in place.
         upper: [C, C], the block of `Factor.upper`.
         scale, zero: [C, N], the grid of each column.
         top: the largest code.
@@ -25,17 +30,6 @@ def round_block(
     Returns:
         codes [C, N], and gaps [C, N]: what rounding took away from `block`.
     """
-    if block.device.type == "cuda":
-        from optc.compiler.kernels.cuda.gptq import launch  # Triton is of machines with a GPU
-
-        return launch.round_block(block, target, upper, scale, zero, top)
-    return round_by_columns(block, target, upper, scale, zero, top)
-
-
-def round_by_columns(
-    block: Tensor, target: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: float
-) -> tuple[Tensor, Tensor]:
-    """The same by operations of torch, on any device; the reference of the kernel."""
     codes, gaps = torch.empty_like(block), torch.empty_like(block)
     count = len(block)
     columns = zip(*(item.unbind() for item in (block, target, scale, zero, codes, gaps)), strict=True)
@@ -46,3 +40,48 @@ def round_by_columns(
         if i + 1 < count:
             target[i + 1 :].addr_(upper[i, i + 1 :], gap)
     return codes, gaps
+
+
+@dataclass
+class _Recorded:
+    inputs: Block
+    outputs: tuple[Tensor, Tensor]
+    graph: torch.cuda.CUDAGraph
+
+
+class BlockRounder:
+    """`round_block`, replayed from CUDA graphs where the weight is on a GPU."""
+
+    def __init__(self) -> None:
+        self._recorded: dict[tuple[int, int, float, torch.device], _Recorded] = {}
+
+    def __call__(
+        self, block: Tensor, target: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, top: float
+    ) -> tuple[Tensor, Tensor]:
+        """As `round_block`; `target` may keep its old values. The results are overwritten by the next call."""
+        if block.device.type != "cuda":
+            return round_block(block, target, upper, scale, zero, top)
+        key = (block.shape[0], block.shape[1], top, block.device)
+        given = (block, target, upper, scale, zero)
+        if key not in self._recorded:
+            self._recorded[key] = _record(given, top)
+        held = self._recorded[key]
+        for target, source in zip(held.inputs, given, strict=True):
+            target.copy_(source)
+        held.graph.replay()
+        return held.outputs
+
+
+def _record(given: Block, top: float) -> _Recorded:
+    block, target, upper, scale, zero = (item.clone(memory_format=torch.contiguous_format) for item in given)
+    held = (block, target, upper, scale, zero)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP):
+            round_block(*held, top)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = round_block(*held, top)
+    return _Recorded(held, outputs, graph)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from optc.compiler.diagnostics import InputError
 from optc.compiler.ir.devices import tensor_float_32
-from optc.passes.quantization.arithmetic.column_blocks import round_block
+from optc.passes.quantization.arithmetic.column_blocks import BlockRounder
 from optc.passes.quantization.arithmetic.grid import Grid
 
 _BLOCK = 128
@@ -29,6 +29,7 @@ _EXACT = 8192
 """Columns up to which a CPU factors in float64; beyond it takes too long."""
 _ROWS = 4096  # on a CPU a block of this many rows of the weight fits the cache
 _MOST_DAMPING = 1.0
+_ROUNDER = BlockRounder()  # one for the process: it keeps what it recorded for a GPU
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,7 @@ def solve(weight: Tensor, factor: Factor, grid: Grid) -> Tensor:
             # The columns before hold their errors by now.
             target = torch.addmm(block, factor.upper[:start, start:end].t(), work[:start, part])
             grids = (scale[group[start:end], part], zero[group[start:end], part])
-            codes[start:end, part], work[start:end, part] = round_block(
-                block, target, upper, *grids, 2.0**grid.bits - 1
-            )
+            codes[start:end, part], work[start:end, part] = _ROUNDER(block, target, upper, *grids, 2.0**grid.bits - 1)
     del work
     result = torch.empty_like(codes)
     result[order] = codes

@@ -83,13 +83,11 @@ def gram_matrix(stream: Stream, group: Group) -> tuple[Tensor, int]:
     # Products of 16-bit inputs are exact in TF32; float32 inputs get the full product.
     narrow = value_of(group.root).dtype in (torch.bfloat16, torch.float16)
     with tensor_float_32() if narrow else nullcontext():
-        for value in stream.values(group.root):
-            x = value.detach().reshape(-1, columns)
-            x = x if narrow and x.device.type == "cuda" else x.float()
+        for x in rows(stream, group.root):
             gram = torch.zeros(columns, columns, device=x.device) if gram is None else gram
             for start in range(0, columns, _GRAM_BLOCK):  # the matrix is symmetric: its upper half is enough
                 end = start + _GRAM_BLOCK
-                add_product(gram[start:end, start:], x[:, start:end].t(), x[:, start:])
+                gram[start:end, start:].addmm_(x[:, start:end].t(), x[:, start:])
             count += len(x)
     assert gram is not None
     gram /= max(count, 1)
@@ -100,14 +98,6 @@ def gram_matrix(stream: Stream, group: Group) -> tuple[Tensor, int]:
         gram[end:, start:end] = gram[start:end, end:].t()
     check_finite(gram, f"input of {weight_label(stream.program, group.sites[0])}")
     return gram, count
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add a product to float32 sums; of 16-bit factors, on CUDA alone, in the units for these, which sum in float32."""
-    if left.dtype is torch.float32:
-        total.addmm_(left, right)
-    else:
-        total.add_(torch.ops.aten.mm.dtype(left, right, torch.float32))
 
 
 def weight_label(program: Program, site: Linear) -> str:

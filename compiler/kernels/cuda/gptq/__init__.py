@@ -1,1 +1,0 @@
-"""The sequential part of GPTQ: a block of columns, rounded one after the other."""
