@@ -7,6 +7,7 @@ from optc.compiler.target.target import KV_CACHE, QuantSupport, Step, StoredWeig
 from optc.exporters.inductor import LEGAL, export_encoder_decoder, export_inductor
 from optc.exporters.options.inductor import InductorOptions
 from optc.passes.fusion.attention import FuseAttention, spells_attention
+from optc.passes.fusion.group_experts import GroupExperts, has_experts
 from optc.passes.fusion.norm import FuseNorm
 from optc.passes.fusion.projections import MergeProjections
 from optc.passes.fusion.share_heads import ShareHeads
@@ -26,15 +27,16 @@ FAST = 4
 
 def recipe(kind: str, options: CompileOptions) -> list[Step]:
     """Decoder: fuse-attention -> share-heads -> [quantize -> quantize-head] -> KV cache -> [Medusa heads -> [tree]] -> [merge]
-    -> legalize. Encoder: [quantize -> quantize-head] -> legalize. Module: fuse-attention -> share-heads -> [quantize] ->
-    legalize. In front, complex numbers become pairs: Inductor fuses products of pairs, and leaves those of complex numbers
-    to ATen. Its Fourier transforms are left as they are.
+    -> [group-experts] -> legalize. Encoder: [quantize -> quantize-head] -> [group-experts] -> legalize. Module:
+    fuse-attention -> share-heads -> [quantize] -> [group-experts] -> legalize. In front, complex numbers become pairs:
+    Inductor fuses products of pairs, and leaves those of complex numbers to ATen. Its Fourier transforms are left as they are.
 
     Attention of modules is found first, however it is spelled: behind it stands a product of its own, whose causal mask is
-    never made. Rotary embeddings and norms are left as they are: Inductor fuses them itself. Norms are made whole for
-    quantization, which folds scales into them. Quantized projections of one input are merged: fewer packed products.
-    Accuracy level 4, the default of quantized programs, rounds activations to int8 in a stage of its own, so that
-    the gate sees what it costs; below 4 they are left as they are.
+    never made. Experts in float32 are grouped, so that a token goes through its own alone. Rotary embeddings and norms are
+    left as they are: Inductor fuses them itself. Norms are made whole for quantization, which folds scales into them.
+    Quantized projections of one input are merged: fewer packed products. Accuracy level 4, the default of quantized
+    programs, rounds activations to int8 in a stage of its own, so that the gate sees what it costs; below 4 they are left
+    as they are.
     """
     steps = [Step(ComplexPairs(transforms=False), optional=True, when=has_complex)]
     if kind != "encoder":
@@ -66,6 +68,7 @@ def recipe(kind: str, options: CompileOptions) -> list[Step]:
         steps += exposing_steps(options, tree)
         if options.quantization is not None:
             steps.append(Step(MergeProjections(), optional=True))
+    steps.append(Step(GroupExperts(), optional=True, when=has_experts))
     steps.append(Step(LegalizeInductor(), optional=True))
     if options.of(InductorOptions).accuracy_level == FAST:  # a model folder may hold quantized weights
         steps.append(Step(RoundActivations(), optional=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +63,7 @@ def _over_its_sum(values: Node) -> Node | None:
 
 
 @dataclass(frozen=True)
-class _Expert:
+class Expert:
     """share * (down[index] @ act(up[index] @ x)), where the share is the weight with which a token chose it, or 0.
 
     Attributes:
@@ -90,17 +91,15 @@ class FusedExperts(Rule):
         self.taken = 0
 
     def match(self, program: Program, node: Node) -> Match | None:
-        experts = _experts(program, node)
-        if not experts or value_of(experts[0].up).shape[0] != len(experts) or len(set(experts)) != 1:
-            return None
-        if [item.index for item in experts] != list(range(len(experts))):
+        experts = summed_experts(program, node, _fused_products)
+        if not experts:
             return None
         found = residual_behind(node)
         end, residual = (node, None) if found is None or isinstance(found, str) else found
         return Match(end, {"expert": experts[0], "count": len(experts), "residual": residual})
 
     def rewrite(self, program: Program, match: Match) -> None:
-        expert: _Expert = match.found["expert"]
+        expert: Expert = match.found["expert"]
         residual, end = match.found["residual"], match.node
         others = (expert.indices, expert.weights, residual and with_rank(program, end, residual, 2))
         fused = insert_call(program, end, _FUSED, (expert.x, expert.up, expert.down, *others), dict(expert.options))
@@ -108,14 +107,28 @@ class FusedExperts(Rule):
         self.taken += 2 * match.found["count"]
 
 
-def _experts(program: Program, node: Node) -> list[_Expert]:
-    """The terms of a sum that begins with zeros, in their order; none where the sum goes on."""
-    if node.target is not aten.add.Tensor or _continues(program, node):
+Products = tuple[int, Node, Node, Node, dict[str, Any]]
+"""Of one expert: its number, x, the stacks of its two weights, and the options of what stands between them."""
+ReadProducts = Callable[[Program, Node], Products | None]
+"""Reads the products of an expert off the last of them."""
+
+
+def summed_experts(program: Program, node: Node, read: ReadProducts) -> list[Expert]:
+    """All experts of two stacks of weights, in order, where `node` is the whole sum over them; else none."""
+    experts = _terms(program, node, read)
+    if not experts or value_of(experts[0].up).shape[0] != len(experts) or len(set(experts)) != 1:
         return []
-    found: list[_Expert] = []
+    return experts if [item.index for item in experts] == list(range(len(experts))) else []
+
+
+def _terms(program: Program, node: Node, read: ReadProducts) -> list[Expert]:
+    """The terms of a sum that begins with zeros, in their order; none where the sum goes on."""
+    if node.target is not aten.add.Tensor or _continues(program, node, read):
+        return []
+    found: list[Expert] = []
     while node.target is aten.add.Tensor:
         before, term = node.args[:2]
-        expert = _expert(program, term)
+        expert = _expert(program, term, read)
         if expert is None or not isinstance(before, Node):
             return []
         found.insert(0, expert)
@@ -123,40 +136,48 @@ def _experts(program: Program, node: Node) -> list[_Expert]:
     return found if node.target is aten.zeros_like.default else []
 
 
-def _continues(program: Program, node: Node) -> bool:
+def _continues(program: Program, node: Node, read: ReadProducts) -> bool:
     """Whether another expert is added to a sum."""
     user = sole_user(node)
-    return user is not None and user.target is aten.add.Tensor and _expert(program, user.args[1]) is not None
+    return user is not None and user.target is aten.add.Tensor and _expert(program, user.args[1], read) is not None
 
 
-def _expert(program: Program, term: object) -> _Expert | None:
+def _expert(program: Program, term: object, read: ReadProducts) -> Expert | None:
     if not isinstance(term, Node) or term.target is not aten.mul.Tensor:
         return None
     product, share = term.args
     if not isinstance(product, Node) or not isinstance(share, Node):
         return None
-    product = peel(product)
-    down, choice = _of_stack(program, product), _choice(share)
-    if down is None or choice is None or dict(product.kwargs):
+    products, choice = read(program, peel(product)), _choice(share)
+    if products is None or choice is None or products[0] != choice[0] or value_of(products[1]).dim() != 2:
+        return None
+    index, x, up, down, options = products
+    return Expert(index, x, up, down, tuple(sorted(options.items())), choice[1], choice[2])
+
+
+def _fused_products(program: Program, product: Node) -> Products | None:
+    down = _of_stack(program, product)
+    if down is None or dict(product.kwargs):
         return None
     hidden = product.args[0]
     assert isinstance(hidden, Node)
     hidden = peel(hidden)
     up = _of_stack(program, hidden)
-    if up is None or not set(hidden.kwargs) <= {"activation", "gated"} or {up[1], down[1], choice[0]} != {up[1]}:
+    if up is None or not set(hidden.kwargs) <= {"activation", "gated"} or up[1] != down[1]:
         return None
     x = hidden.args[0]
-    if not isinstance(x, Node) or value_of(x).dim() != 2:
-        return None
-    options = tuple(sorted(hidden.kwargs.items()))
-    return _Expert(up[1], peel(x), up[0], down[0], options, choice[1], choice[2])
+    return (up[1], peel(x), up[0], down[0], dict(hidden.kwargs)) if isinstance(x, Node) else None
 
 
 def _of_stack(program: Program, linear: Node) -> tuple[Node, int] | None:
     """The weight [E, N, K] and the place in it of a fused linear that has nothing but its product and activation."""
     if linear.target is not _LINEAR or any(item is not None for item in linear.args[2:]):
         return None
-    chosen = linear.args[1]
+    return stacked(program, linear.args[1])
+
+
+def stacked(program: Program, chosen: object) -> tuple[Node, int] | None:
+    """The weight [E, N, K] that a matrix is a part of, and its place."""
     if not isinstance(chosen, Node) or chosen.target is not aten.select.int or chosen.args[1] != 0:
         return None
     stack, index = chosen.args[0], chosen.args[2]

@@ -123,7 +123,8 @@ def _units(kernel: Kernel) -> list[_Unit]:
         for level in loop.levels
         if x86 or level == "baseline"
     ]
-    defines = (f'-DOPTC_SCHEMA="{kernel.spec.schema}"', *(("-DOPTC_HAS_AVX2",) if x86 else ()))
+    schema = kernel.spec.schema.replace('"', '\\"')
+    defines = (f'-DOPTC_SCHEMA="{schema}"', *(("-DOPTC_HAS_AVX2",) if x86 else ()))
     return [*units, _Unit(sources.package, f"{sources.op}.cpp", sources.headers, defines)]
 
 

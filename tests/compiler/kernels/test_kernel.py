@@ -117,6 +117,7 @@ def test_library_holds_what_a_program_calls(monkeypatch: pytest.MonkeyPatch) -> 
         "linear_few",
         "linear_nbits",
         "cached_linear_attention",
+        "fused_experts",
     }
     names = [(unit.source, unit.flags[1:2]) for unit in library._units(LINEAR_NBITS)]
     assert names == [
