@@ -26,7 +26,7 @@ from gpu_timing import card, time_per_call
 from torch import Tensor
 
 from optc.compiler.kernels.cuda.attention.call import Call
-from optc.compiler.kernels.cuda.attention.dense import ask, attend_prompt, turned
+from optc.compiler.kernels.cuda.attention.dense import attend_prompt, prompt_tokens, turned
 from optc.compiler.kernels.cuda.attention.launch import PrefillTiles, attend, choose_prefill_tiles, write_new
 
 TILES = [
@@ -45,7 +45,6 @@ CHECKED = 16
 WRONG = 2e-2
 """As a share of the largest result: bfloat16 weights of probabilities."""
 GROUP = HEADS // KV_HEADS
-LAUNCHES = 4
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, past: int) -> Tensor:
@@ -68,17 +67,16 @@ def rate(tokens: int, past: int, seconds: float) -> dict[str, float]:
 
 
 def seconds_of(run: Callable[[], Any], rounds: int = 9) -> float:
-    """Of one of four launches in turn, the median: what reads lengths on the host cannot be captured."""
+    """Median of launches one by one, as what reads lengths on the host cannot be captured."""
     times = []
     for turn in range(rounds + 2):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        for _ in range(LAUNCHES):
-            run()
+        run()
         end.record()
         end.synchronize()
         if turn >= 2:
-            times.append(start.elapsed_time(end) / 1e3 / LAUNCHES)
+            times.append(start.elapsed_time(end) / 1e3)
     return statistics.median(times)
 
 
@@ -102,7 +100,7 @@ def library(tokens: int) -> dict[str, Any]:
     table = call.block_tables[0].long()
     k, v = (pool[table].flatten(0, 1)[:tokens] for pool in (call.k_pool, call.v_pool))
     error = distance(found[picked], exact(rotated(call, picked), k, v, picked, 0))
-    parts = {"write": lambda: write_new(call), "turn": lambda: turned(call), "facts": lambda: ask(call)()}
+    parts = {"write": lambda: write_new(call), "turn": lambda: turned(call), "facts": lambda: prompt_tokens(call)}
     row = {
         "right": error < WRONG,
         "error": error,

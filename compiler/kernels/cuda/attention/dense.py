@@ -7,9 +7,6 @@ products of a layer take milliseconds.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 import triton
 from torch import Tensor
@@ -17,13 +14,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optc.compiler.kernels.cuda.attention.call import Call, padded, turning
-from optc.compiler.kernels.cuda.attention.turn import count_real, turn_heads
+from optc.compiler.kernels.cuda.attention.turn import turn_heads
 from optc.compiler.kernels.cuda.dispatch import dependent_launch, is_capturing
 from optc.compiler.kernels.cuda.paged_attention import LEAST_DENSE
 
 TURN_WARPS = 4
-FACTS, COUNTED = 4, 1024
-"""Numbers that `count_real` finds; tokens that it looks at at a time."""
 
 
 def attend_prompt(call: Call, least: int = LEAST_DENSE) -> Tensor | None:
@@ -36,12 +31,11 @@ def attend_prompt(call: Call, least: int = LEAST_DENSE) -> Tensor | None:
     tokens = call.q.shape[0]
     if tokens < least or not _suits(call) or is_capturing(call.q.device):
         return None
-    answer = ask(call)  # while the host waits for it, heads are turned
-    q, k, v = (item.transpose(0, 1)[None] for item in turned(call))
-    real = answer()
+    real = prompt_tokens(call)
     if real is None:
         return None
     # Rows of padding stand behind all others, which do not see them: sizes repeat, for which cuDNN makes a plan each.
+    q, k, v = (item.transpose(0, 1)[None] for item in turned(call))
     out = _causal(q, k, v, call.scale)
     if out is None:
         return None
@@ -71,39 +65,12 @@ def _suits(call: Call) -> bool:
     return same and not call.window and not call.softcap and (halves or device.type == "cpu")
 
 
-def ask(call: Call) -> Callable[[], int | None]:
-    """What gives, when the device has come so far, the tokens of the only request of a call, all of its context; None where
-    there are others, or earlier tokens."""
-    device, tokens = call.q.device, call.q.shape[0]
-    facts = torch.empty(FACTS, dtype=torch.int64, device=device)
-    count_real[(1,)](call.slot_mapping, call.cu_seqlens, call.context_lens, facts, tokens, BLOCK=COUNTED)
-    copied = _read(facts)
-
-    def answer() -> int | None:
-        found = set(copied().tolist())
-        return int(found.pop()) if len(found) == 1 else None
-
-    return answer
-
-
-def _read(facts: Tensor) -> Callable[[], Tensor]:
-    """What gives numbers of a device on the host, and waits for them then, not for what is launched in between."""
-    if not facts.is_cuda:
-        return lambda: facts
-    host = _pinned(facts.device).copy_(facts, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-
-    def wait() -> Tensor:
-        done.synchronize()
-        return host
-
-    return wait
-
-
-@functools.cache
-def _pinned(_device: torch.device) -> Tensor:
-    return torch.empty(FACTS, dtype=torch.int64, pin_memory=True)
+def prompt_tokens(call: Call) -> int | None:
+    """Tokens of the only request of a call, all of its context; None where there are others, or earlier tokens."""
+    real = call.slot_mapping >= 0
+    behind = torch.where(real, torch.arange(1, len(real) + 1, device=real.device), 0).max()
+    facts = torch.stack((call.cu_seqlens[1].long(), call.context_lens[0].long(), real.sum(), behind)).tolist()
+    return int(facts[0]) if len(set(facts)) == 1 else None
 
 
 def turned(call: Call) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,20 +28,3 @@ def turn_heads(
     feature = tl.arange(0, WIDTH)[None, :]
     places = out + ((token * HEADS + head) * D)[:, None] + feature
     tl.store(places, rows, mask=there[:, None] & (feature < D))
-
-
-@triton.jit
-def count_real(slot_mapping, starts, lengths, out, tokens, BLOCK: tl.constexpr):
-    """Into out, int64 [4]: where the first request ends, its context, how many tokens are not padding, and behind which
-    token all are."""
-    count = tl.zeros([BLOCK], tl.int32)
-    last = tl.zeros([BLOCK], tl.int32)
-    for begin in tl.range(0, tokens, BLOCK):
-        token = begin + tl.arange(0, BLOCK)
-        real = tl.load(slot_mapping + token, mask=token < tokens, other=-1) >= 0
-        count += real.to(tl.int32)
-        last = tl.where(real, token + 1, last)
-    tl.store(out, tl.load(starts + 1).to(tl.int64))
-    tl.store(out + 1, tl.load(lengths).to(tl.int64))
-    tl.store(out + 2, tl.sum(count, 0).to(tl.int64))
-    tl.store(out + 3, tl.max(last, 0).to(tl.int64))

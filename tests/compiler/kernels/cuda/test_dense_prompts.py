@@ -11,7 +11,7 @@ from interpreted import DEVICE, FLOATS, HAS_GPU
 from paged_cases import Case
 
 from optc.compiler.kernels.cuda.attention.call import Call, Turn
-from optc.compiler.kernels.cuda.attention.dense import ask, attend_prompt, turned
+from optc.compiler.kernels.cuda.attention.dense import attend_prompt, prompt_tokens, turned
 from optc.compiler.kernels.cuda.attention.launch import attend
 from optc.compiler.ops.dialect.paged import PADDING
 from optc.compiler.ops.library import reference
@@ -62,13 +62,13 @@ def test_without_a_turn_nothing_is_copied() -> None:
 def test_what_is_left_to_the_pool() -> None:
     """Short calls, other requests, earlier tokens, padding in between, windows, softcaps and other widths."""
     call, _, _ = call_of(PROMPT, padding=8)
-    assert ask(call)() == 40
+    assert prompt_tokens(call) == 40
     assert attend_prompt(call) is None
-    assert ask(call_of(PROMPT, padding=0)[0])() is None
-    assert ask(call_of(dataclasses.replace(PROMPT, past=(3, 0)), padding=8)[0])() is None
+    assert prompt_tokens(call_of(PROMPT, padding=0)[0]) is None
+    assert prompt_tokens(call_of(dataclasses.replace(PROMPT, past=(3, 0)), padding=8)[0]) is None
     between = call.slot_mapping.clone()
     between[4] = PADDING
-    assert ask(dataclasses.replace(call, slot_mapping=between))() is None
+    assert prompt_tokens(dataclasses.replace(call, slot_mapping=between)) is None
     for changes in ({"window": 9}, {"softcap": 5.0}):
         assert attend_prompt(dataclasses.replace(call, **changes), least=16) is None  # type: ignore[arg-type]
     narrow, _, _ = call_of(dataclasses.replace(PROMPT, width=32, value_width=32), padding=8)
