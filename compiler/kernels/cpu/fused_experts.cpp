@@ -56,23 +56,53 @@ std::vector<std::vector<Choice>> choices_of(const Tensor& indices, const Tensor&
   return found;
 }
 
-void check_inputs(const Tensor& x, const Tensor& up, const Tensor& down, const Tensor& indices, const Tensor& weights) {
+void check_inputs(const Tensor& x, const Tensor& up, const Tensor& down, const Tensor& indices, const Tensor& weights,
+                  bool gated) {
   TORCH_CHECK(x.dim() == 2 && up.dim() == 3 && down.dim() == 3, "x must be [T, K], up and down [E, N, K]");
-  TORCH_CHECK(up.size(0) == down.size(0) && up.size(2) == x.size(1) && up.size(1) == 2 * down.size(2),
+  TORCH_CHECK(up.size(0) == down.size(0) && up.size(2) == x.size(1) && up.size(1) == (gated ? 2 : 1) * down.size(2),
               "the weights of experts do not fit");
   TORCH_CHECK(indices.dim() == 2 && indices.size(0) == x.size(0) && indices.sizes() == weights.sizes(),
               "indices and weights must be [T, S]");
   TORCH_CHECK(indices.scalar_type() == at::kLong, "indices must be int64");
-  for (const auto& tensor : {x, up, down, weights}) {
-    TORCH_CHECK(tensor.scalar_type() == at::kFloat, "every tensor must be float32");
+}
+
+Tensor activated(const Tensor& x, Activation which) {
+  switch (which) {
+    case Activation::kSilu: return at::silu(x);
+    case Activation::kGelu: return at::gelu(x);
+    case Activation::kGeluTanh: return at::gelu(x, "tanh");
+    case Activation::kRelu: return at::relu(x);
+    default: return x;
   }
+}
+
+// Every expert on every token, as the reference computes it: for calls of other programs than those of the CPU, which come
+// here too in a process that has loaded this library.
+Tensor every_expert(const Tensor& x, const Tensor& up, const Tensor& down, const Tensor& indices, const Tensor& weights,
+                    const std::optional<Tensor>& residual, Activation which, bool gated) {
+  const Tensor values = x.to(at::kFloat), shares = weights.to(at::kFloat);
+  Tensor sum = residual ? residual->to(at::kFloat) : at::zeros({x.size(0), down.size(1)}, values.options());
+  for (int64_t e = 0; e < up.size(0); ++e) {
+    Tensor hidden = at::linear(values, up.select(0, e).to(at::kFloat));
+    if (gated) {
+      const auto halves = hidden.chunk(2, -1);
+      hidden = activated(halves[0], which).mul(halves[1]);
+    } else {
+      hidden = activated(hidden, which);
+    }
+    const Tensor share = shares.masked_fill(indices.ne(e), 0.0).sum(-1, true);
+    sum = sum.add(at::linear(hidden, down.select(0, e).to(at::kFloat)).mul(share));
+  }
+  return sum.to(x.scalar_type());
 }
 
 Tensor fused_experts(const Tensor& x, const Tensor& up, const Tensor& down, const Tensor& indices, const Tensor& weights,
                      const std::optional<Tensor>& residual, std::string_view activation, bool gated) {
-  TORCH_CHECK(gated && !residual, "experts have a gate, and no residual");
-  check_inputs(x, up, down, indices, weights);
+  check_inputs(x, up, down, indices, weights, gated);
   const Activation which = named(activation);
+  bool plain = gated && !residual;
+  for (const auto& tensor : {x, up, down, weights}) plain = plain && tensor.scalar_type() == at::kFloat;
+  if (!plain) return every_expert(x, up, down, indices, weights, residual, which, gated);
   const Tensor tokens = x.contiguous();
   const int64_t width = x.size(1), inner = down.size(2), columns = down.size(1);
   Tensor out = at::empty({x.size(0), columns}, x.options());

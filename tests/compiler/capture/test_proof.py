@@ -268,7 +268,7 @@ def test_a_window_that_is_longer_than_the_text_is_said() -> None:
     config = hf.MistralConfig(**{**_SIZE, "num_key_value_heads": 2}, sliding_window=4096)
     proof = capture_model(_large(hf.MistralForCausalLM(config))).proof
     assert proof is not None
-    assert proof.notes == ("windows of 4096 tokens are longer than the 48 tokens compared",)
+    assert proof.notes == ("windows or chunks of 4096 tokens are longer than the 48 tokens compared",)
 
 
 def test_positions_that_are_not_shifted_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

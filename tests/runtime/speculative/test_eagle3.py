@@ -123,7 +123,7 @@ def test_a_beginning_that_the_base_found_in_its_pool() -> None:
         if engine is None or not fresh:
             engine = speculating(opened(base_program(), 128), drafter, max_running=4, token_budget=64)
         assert engine._drafting is not None
-        engine._drafting._drafter = drafter
+        engine._drafting._drafter = engine._drafting._reader = drafter
         for again in range(2):
             found = run(engine, wanted)
             assert [found[item.id].tokens for item in wanted] == [plain[item.id].tokens for item in wanted]
