@@ -7,7 +7,6 @@ agree; AWQ's list holds parts of names, GPTQ's patterns are matched with the joi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,7 +54,7 @@ def _taken(settings: Mapping[str, Any], name: str, parts: Sequence[str]) -> bool
 
 
 def _negative(rule: str, name: str) -> bool:
-    return rule.startswith("-:") and re.match(rule[2:], name) is not None
+    return rule.startswith("-:") and begins_with(rule[2:], name)
 
 
 def _skipped(settings: Mapping[str, Any], method: str, name: str) -> bool:
