@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from optc.compiler.kernels.cuda.primitives import dot_bytes
+from optc.compiler.kernels.cuda.primitives import dot_bytes, load_words
 
 
 @triton.jit
@@ -30,10 +30,7 @@ def load_once(places, NATIVE: tl.constexpr):
 def load_again(places, NATIVE: tl.constexpr):
     """The same of what other warps load too: through both caches."""
     if NATIVE:
-        return tl.inline_asm_elementwise(
-            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,l", [places],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
-        )  # fmt: skip
+        return load_words(places, 0, False)
     else:
         return _words(places)
 

@@ -108,9 +108,8 @@ def gemv_float(
                 values += shift
         products = gate.to(tl.float32) * values[None, :]
         up_products = up.to(tl.float32) * values[None, :] if GATED else products
-        if (
-            j % CHUNKS == 0
-        ):  # not added to zeros: then a thread's multiplication and its next addition are one instruction
+        # The first are not added to zeros: then a thread's multiplication and its next addition are one instruction.
+        if j % CHUNKS == 0:
             sums = products
             up_sums = up_products
         else:
