@@ -40,6 +40,7 @@ CONTEXTS = (128, 3900)
 REPLAYS, ROUNDS = 10, 5
 BETTER = 0.9985
 """Of the time so far: less is within what times vary by."""
+MOST_UNROLLED = 8  # turns
 ATTENTION = [
     SplitTiles(programs=1, registers=255, early=False),
     *(
@@ -115,8 +116,11 @@ def _integers(shape: Shape) -> list[Gemv]:
             even = programs / 132 if programs > 132 else 0
             if programs % 1 or not ((even <= 4.2 and even % 1 > 0.85) or even % 1 < 0.02 or 5 < even < 8):
                 continue
-            if even:
-                found.append(Gemv(block_n=block_n, steps=steps, width=wide, depth=depth, warps=warps))
+            turns = steps * -(-row // wide)
+            for unrolled in (False, True) if even and 1 < turns <= MOST_UNROLLED else (False,) * bool(even):
+                found.append(
+                    Gemv(block_n=block_n, steps=steps, width=wide, depth=depth, warps=warps, unrolled=unrolled)
+                )
     return found
 
 

@@ -66,6 +66,15 @@ def main() -> None:
         | {"WORDS": gemv.width, "DEPTH": gemv.depth, "WHOLE": True, "WARPS": gemv.warps},
         gemv.warps,
     )
+    long: Gemv = Gemv(block_n=8, steps=1, width=512, depth=1, warps=4)
+    unrolled = compiled(
+        gemv_integer,
+        pointers | {"x": "*bf16", "residual": "*bf16", "eps": "fp32"},
+        {"M": 1, "K": 14336, "BITS": 4, "GROUP": 128, "NORM": "", "ACTIVATION": "", "GATED": False, "NATIVE": True}
+        | {"PDL": True, "STATISTICS": 1024, "BLOCK_N": long.block_n, "STEPS": long.steps, "WORDS": long.width}
+        | {"DEPTH": long.depth, "UNROLLED": True, "WHOLE": True, "WARPS": long.warps},
+        long.warps,
+    )
     product: Product = product_tiles(shape)
     few = compiled(
         product_integer,
@@ -94,9 +103,8 @@ def main() -> None:
     bytes_ = compiled(packed_embedding, table | {"weight": "*i8"}, sizes | {"GROUP": LOOKUP_COLUMNS, "BITS": 8}, warps)
     types = table | {"weight": "*u8", "zero": "*i8"}
     nibbles = compiled(packed_embedding, types, sizes | {"GROUP": 128, "BITS": 4}, warps)
-    print(
-        json.dumps({"gemv": one, "product": few, "direct": direct, "norm": norm, "bytes": bytes_, "nibbles": nibbles})
-    )
+    linears = {"gemv": one, "unrolled": unrolled, "product": few, "direct": direct}
+    print(json.dumps({**linears, "norm": norm, "bytes": bytes_, "nibbles": nibbles}))
 
 
 if __name__ == "__main__":

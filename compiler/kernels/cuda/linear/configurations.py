@@ -52,6 +52,7 @@ class Gemv:
         block_n: rows of results in a tile. steps: tiles of rows per program.
         width: columns of a tile; of integers, words of 32 bits.
         depth: tiles that are loaded ahead. warps: per program.
+        unrolled: of integers, whether the code has each of a program's turns.
         early: the next kernel may start at once; else when the first loads of this one are under way. See
             `primitives.let_next_start`.
     """
@@ -61,6 +62,7 @@ class Gemv:
     width: int
     depth: int
     warps: int
+    unrolled: bool = False
     early: bool = False
 
     def fitted(self, row: int, per_warp: int = 1) -> Gemv:

@@ -237,7 +237,7 @@ def gemv_integer(
     x, w, scale, zero, norm_weight, norm_bias, bias, residual, y, M, N, eps,
     K: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr,
-    WHOLE: tl.constexpr, STATISTICS: tl.constexpr, WARPS: tl.constexpr, NATIVE: tl.constexpr,
+    UNROLLED: tl.constexpr, WHOLE: tl.constexpr, STATISTICS: tl.constexpr, WARPS: tl.constexpr, NATIVE: tl.constexpr,
     EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """See `fused_linear`; w is int32 [N, K * BITS / 32], N counts results, GROUP 0 means a scale per row.
@@ -245,6 +245,8 @@ def gemv_integer(
     A program takes one turn after the other: of BLOCK_N rows each, STEPS of them, or, where a row is longer than WORDS, of
     WORDS words of the same rows. The tiles of DEPTH turns are on their way; in the last turns all threads ask for the same
     words, which nobody reads: a load that may be left out would end a block of instructions.
+
+    UNROLLED: the turns stand one after the other in the code, and a load goes out as soon as registers are free for it.
 
     Programs of the M tokens of a block are neighbours. WHOLE: N is a multiple of a program's BLOCK_N * STEPS rows.
     STATISTICS is the block of the passes over x that find mean and variance, WARPS what the program runs on.
@@ -308,7 +310,7 @@ def gemv_integer(
     else:
         for _ in tl.static_range(BLOCK_N * PARTS):
             sums = sums + (tl.zeros([RUNS], tl.float32),)
-    for turn in tl.range(0, TURNS, disallow_acc_multi_buffer=True):
+    for turn in tl.range(0, TURNS, disallow_acc_multi_buffer=True, loop_unroll_factor=TURNS if UNROLLED else 1):
         tile = tiles[0]
         tiles = tiles[1:]
         if CHUNKS > 1:

@@ -106,8 +106,8 @@ def gemv(linear: Linear, tiles: Gemv) -> Tensor:
     else:
         gemv_integer[grid](
             linear.x, linear.weight.view(torch.int32), linear.scale, linear.zero, *ends,
-            BITS=bits, GROUP=linear.group_size, WORDS=tiles.width,
-            WARPS=tiles.warps, WHOLE=shape.n % (tiles.block_n * tiles.steps) == 0, STATISTICS=min(STATISTICS_BLOCK, triton.next_power_of_2(shape.k)),
+            BITS=bits, GROUP=linear.group_size, WORDS=tiles.width, WARPS=tiles.warps, UNROLLED=tiles.unrolled,
+            WHOLE=shape.n % (tiles.block_n * tiles.steps) == 0, STATISTICS=min(STATISTICS_BLOCK, triton.next_power_of_2(shape.k)),
             NATIVE=y.is_cuda, **common,
         )  # fmt: skip
     return y

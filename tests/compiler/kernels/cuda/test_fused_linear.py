@@ -19,6 +19,7 @@ from optc.compiler.ops.packed.cuda import dequantize_packed
 GEMV_TILES = {
     "one tile": Gemv(block_n=2, steps=3, width=512, depth=2, warps=4),
     "several": Gemv(block_n=2, steps=1, width=128, depth=2, warps=1),
+    "unrolled": Gemv(block_n=2, steps=1, width=128, depth=1, warps=1, unrolled=True),
 }
 
 
@@ -29,6 +30,7 @@ GEMV_TILES = {
         *(("floats", option, "one tile") for option in OPTIONS),
         *(("int4 g128, zero points", option, "one tile") for option in ("plain", "layer", "everything")),
         *((name, "everything", "several") for name in ("floats", "int4 g128, zero points")),
+        ("int4 g128, zero points", "everything", "unrolled"),
     ],
 )
 def test_gemv_options(name: str, option: str, tiles: str, dtype: torch.dtype) -> None:
