@@ -58,6 +58,11 @@ ATTENTION = [
             (64, 3, 8, 1, 255, 2), (64, 3, 4, 1, 255, 2), (64, 5, 4, 1, 255, 4), (64, 3, 16, 1, 128, 1),
         )
     ),
+    *(  # all tiles of a program on their way before the wait, as far as shared memory holds them
+        SplitTiles(tile=tile, stages=stages, warps=8, programs=1, registers=255, early=early)
+        for tile, stages in ((64, 5), (64, 7), (64, 9), (128, 5))
+        for early in (True, False)
+    ),
 ]  # fmt: skip
 """What stands in `choose_decode_tiles` first."""
 
