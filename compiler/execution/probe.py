@@ -10,6 +10,7 @@ from torch import Tensor
 
 from optc.compiler.execution.stage_driver import StageRun, run_module, run_stage
 from optc.compiler.ir.program import Program
+from optc.compiler.rewriting.known_products import KnownProducts
 from optc.compiler.rewriting.made_weights import MadeWeights
 from optc.compiler.rewriting.retrace import Replay
 
@@ -76,13 +77,26 @@ def text_probe(tokens: Sequence[int], longest: int = 96) -> Probe:
 
 
 def run_probe(
-    program: Program, probe: Probe, replay: type[Replay] = Replay, made: MadeWeights | None = None
+    program: Program,
+    probe: Probe,
+    replay: type[Replay] = Replay,
+    made: MadeWeights | None = None,
+    products: KnownProducts | None = None,
 ) -> StageRun:
     """Run a stage on a probe; of a plain module each output is an entry of `logits`.
 
     Args:
         made: keeps what is made of codes for a run of another stage, too.
+        products: keeps products for the next stage that is run.
     """
     if probe.sequences:
-        return run_stage(program, probe.sequences, steps=probe.steps, replay=replay, cross=probe.cross, made=made)
+        return run_stage(
+            program,
+            probe.sequences,
+            steps=probe.steps,
+            replay=replay,
+            cross=probe.cross,
+            made=made,
+            products=products,
+        )
     return StageRun(run_module(program, probe.tensors, replay), [], role="output")

@@ -26,6 +26,7 @@ from optc.compiler.ir.program import Program
 from optc.compiler.ops.dialect.paged_tree import CAUSAL
 from optc.compiler.ops.library import Axes, OpSpec, specs
 from optc.compiler.rewriting.eager import runner
+from optc.compiler.rewriting.known_products import KnownProducts
 from optc.compiler.rewriting.made_weights import MadeWeights
 from optc.compiler.rewriting.retrace import Handler, Replay
 
@@ -81,6 +82,7 @@ def run_stage(
     replay: type[Replay] = Replay,
     cross: Cross = (),
     made: MadeWeights | None = None,
+    products: KnownProducts | None = None,
 ) -> StageRun:
     """Run a decoder or encoder Program on token sequences of unequal length.
 
@@ -95,12 +97,13 @@ def run_stage(
         cross: of a decoder that reads an encoder, what each row reads; random numbers where there is none. Its
             sequences are equally long.
         made: keeps what is made of codes for a run of another stage, too.
+        products: keeps products for the next stage that is run.
     """
     assert sequences, "at least one sequence"
     assert all(len(tokens) > 0 for tokens in sequences), "no empty sequences"
     kind = program.contract.kv_cache.kind
 
-    tapped = _Tapped(program, replay, made or MadeWeights()) if engine is None else None
+    tapped = _Tapped(program, replay, made or MadeWeights(), products) if engine is None else None
 
     def run(taps: list[Tensor]) -> Callable[..., list[Any]]:
         if tapped is not None:
@@ -178,10 +181,12 @@ class _Tapped:
     Taps are laid out like the tokens: [B, S, H * Dv], or [N, H * Dv] for a flattened token axis.
     """
 
-    def __init__(self, program: Program, replay: type[Replay], made: MadeWeights) -> None:
+    def __init__(
+        self, program: Program, replay: type[Replay], made: MadeWeights, products: KnownProducts | None
+    ) -> None:
         self._taps: list[Tensor] = []
         handlers = {spec.op: self._handler(spec, _FLAT[spec.attends]) for spec in specs() if spec.attends is not None}
-        self._run = runner(program, handlers, replay, made)
+        self._run = runner(program, handlers, replay, made, products)
 
     def into(self, taps: list[Tensor]) -> Callable[..., list[Any]]:
         """Appends to this list from now on."""

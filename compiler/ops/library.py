@@ -31,13 +31,15 @@ class PackedProduct:
     Attributes:
         parts: the places of the arguments that the weight is made of.
         weight: (those arguments, keyword arguments of the call) -> [N, K]; of some of their rows those of the weight.
-        multiply: (all arguments of the call, the weight, keyword arguments) -> what the call gives.
+        multiplied: (the first argument, keyword arguments) -> what is multiplied by the weight: the call gives its `linear`.
+        bias: the place of the bias.
         apart: keyword arguments that say nothing of the weight.
     """
 
     parts: tuple[int, ...]
     weight: Callable[..., torch.Tensor]
-    multiply: Callable[..., Any]
+    multiplied: Callable[..., torch.Tensor]
+    bias: int
     apart: tuple[str, ...] = ()
 
 

@@ -35,6 +35,7 @@ from optc.compiler.pipeline.records import pass_record
 from optc.compiler.pipeline.rerounding import rerounding_budget
 from optc.compiler.pipeline.stages import load_stage, save_stage
 from optc.compiler.rewriting.budget import Budget
+from optc.compiler.rewriting.known_products import KnownProducts
 from optc.compiler.rewriting.made_weights import MadeWeights
 from optc.compiler.rewriting.passes import Pass, PassContext, PassResult
 from optc.compiler.rewriting.tokenwise import padding_token
@@ -127,7 +128,7 @@ class _Run:
         self.outputs: StageRun | None = None
         self.total: Drift | None = None
         self.ledger = Ledger()
-        self.made = MadeWeights()
+        self.made, self.products = MadeWeights(), KnownProducts()
         self.note = ""
         self.keeps_reference = any(step.rewrite.needs_reference for step in steps)
         self.reference: Program | None = None
@@ -148,8 +149,9 @@ class _Run:
             remove_abandoned_in(self.options.work_dir)
         start, program = self._resume(program, keys)
         if start < len(self.steps):
-            self.first = run_probe(capture, self.probe)
+            self.first = run_probe(capture, self.probe, products=self.products)
             self.outputs = self.first if program is capture else run_probe(program, self.probe)
+            self.products.next_stage()
         del capture  # its weights may be many
         for number, step in enumerate(self.steps[start:], start=start):
             if not step.applies(program):
@@ -251,8 +253,9 @@ class _Run:
         """Hold a stage to the one before and to the capture."""
         assert self.first is not None
         assert self.outputs is not None
-        outputs = run_probe(after, self.probe, made=self.made)
+        outputs = run_probe(after, self.probe, made=self.made, products=self.products)
         self.made.forget_unused()
+        self.products.next_stage()
         # Of a stage that changes nothing the losses add up to what they did.
         unchanged = self.total is not None and outputs.equals(self.outputs)
         befores = [self.outputs] if self.outputs is self.first or unchanged else [self.outputs, self.first]

@@ -20,6 +20,7 @@ from optc.compiler.ir.asserts import is_assert
 from optc.compiler.ir.program import Program
 from optc.compiler.ir.weight_table import WEIGHT_KINDS
 from optc.compiler.ops.library import OpSpec, find
+from optc.compiler.rewriting.known_products import KnownProducts, MarkedWeights
 from optc.compiler.rewriting.made_weights import MadeWeights, made_by_rows
 from optc.compiler.rewriting.retrace import Handler, Replay
 
@@ -41,15 +42,17 @@ def runner(
     handlers: Mapping[Any, Handler],
     replay: type[Replay] = Replay,
     made: MadeWeights | None = None,
+    products: KnownProducts | None = None,
 ) -> Callable[..., list[Any]]:
     """A function of flat user inputs that gives the flat outputs, as fast as this program and way of replaying allow.
 
     Args:
         handlers: answer the calls of some operators.
         made: keeps what is made of codes; None keeps it between the calls of this function.
+        products: those of the program that was run before, so that what is the same is not computed again.
     """
     if replay is Replay and runs_eagerly(program):
-        return EagerGraph(program, handlers, made or MadeWeights())
+        return EagerGraph(program, handlers, made or MadeWeights(), products)
 
     def run(*inputs: Any) -> list[Any]:
         with torch.no_grad():
@@ -64,10 +67,17 @@ class EagerGraph:
     Args:
         handlers: answer the calls of some operators.
         made: keeps what is made of codes.
+        products: of the program that was run before.
     """
 
-    def __init__(self, program: Program, handlers: Mapping[Any, Handler], made: MadeWeights) -> None:
-        self._made = made
+    def __init__(
+        self,
+        program: Program,
+        handlers: Mapping[Any, Handler],
+        made: MadeWeights,
+        products: KnownProducts | None = None,
+    ) -> None:
+        self._made, self._marked = made, MarkedWeights(products)
         table = program.weight_names()
         nodes = list(program.graph.nodes)
         self._weights: dict[Node, Any] = {
@@ -106,11 +116,18 @@ class EagerGraph:
             and self._are_weights([node.args[i] for i in spec.product.parts])
         ):
             return self._multiplies(spec)
+        if node.target is torch.ops.aten.linear.default and self._is_made(node.args[1]):
+            return lambda args, kwargs: self._marked.linear(*args, **kwargs)
         target: Callable[..., Any] = node.target
         return lambda args, kwargs: target(*args, **kwargs)
 
     def _are_weights(self, parts: Sequence[Any]) -> bool:
         return all(part in self._weights for part in parts if isinstance(part, Node))
+
+    def _is_made(self, part: Any) -> bool:
+        """Whether it is a weight, or made of codes alone."""
+        spec = find(part.target) if isinstance(part, Node) and part.op == "call_function" else None
+        return self._are_weights([part]) or (spec is not None and spec.makes_weight and self._are_weights(part.args))
 
     def _makes(self, target: Any) -> Handler:
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -126,6 +143,6 @@ class EagerGraph:
             parts = [args[place] for place in product.parts]
             shape = {name: value for name, value in kwargs.items() if name not in product.apart}
             weight = self._made.get(spec.op, parts, shape, lambda: made_by_rows(product.weight, parts, kwargs))
-            return product.multiply(args, weight, **kwargs)
+            return self._marked.linear(product.multiplied(args[0], **kwargs), weight, args[product.bias])
 
         return call

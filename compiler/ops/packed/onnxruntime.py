@@ -8,7 +8,7 @@ legalized Program still runs and is gated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
@@ -166,7 +166,7 @@ def _matmul_nbits(
     `accuracy_level` 4 rounds x to int8 in blocks of the weight's size; any other takes x as it is.
     """
     weight = _unpacked(packed, scales, zero_points, **knobs)
-    return _multiplied((x, packed, scales, zero_points, bias), weight, **knobs)
+    return torch.nn.functional.linear(_multiplied(x, **knobs), weight, bias)
 
 
 def _unpacked(
@@ -179,13 +179,9 @@ def _unpacked(
     return made
 
 
-def _multiplied(
-    arguments: Sequence[Tensor | None], weight: Tensor, *, block_size: int, accuracy_level: int, **_: int
-) -> Tensor:
-    x, bias = arguments[0], arguments[-1]
-    assert x is not None
-    values = round_activations(x, block_size).to(x.dtype) if accuracy_level == ROUNDS else x
-    return torch.nn.functional.linear(values, weight, bias)
+def _multiplied(x: Tensor, *, block_size: int, accuracy_level: int, **_: int) -> Tensor:
+    """What is multiplied by the weight."""
+    return round_activations(x, block_size).to(x.dtype) if accuracy_level == ROUNDS else x
 
 
 def _gather_nbits(
@@ -217,7 +213,7 @@ define(
     _matmul_nbits,
     lambda x, *_, N, **__: x.new_empty((*x.shape[:-1], N)),
     rounds_inside=lambda keywords: keywords["accuracy_level"] == ROUNDS,
-    product=PackedProduct(parts=(1, 2, 3), weight=_unpacked, multiply=_multiplied, apart=("accuracy_level",)),
+    product=PackedProduct(parts=(1, 2, 3), weight=_unpacked, multiplied=_multiplied, bias=4, apart=("accuracy_level",)),
 )
 define(
     "gather_nbits(Tensor indices, Tensor packed, Tensor scales, Tensor? zero_points, *, int K, int bits, "
