@@ -56,9 +56,10 @@ class KnownProducts:
 
     def linear(self, x: Tensor, mark: bytes, compute: Callable[[], Tensor]) -> Tensor:
         """The product of x [..., K] and what `mark` was made of, as `compute` gives it or gave it for the same numbers."""
-        found = next((item for item in self._before.get(mark, ()) if item.gives(x)), None)
-        if found is None:
-            found = _Product.of(x, compute())
+        before = self._before.get(mark, [])
+        place = next((place for place, item in enumerate(before) if item.gives(x)), None)
+        # Each is given once: two calls with one tensor between them would see what the other's readers write into it.
+        found = _Product.of(x, compute()) if place is None else before.pop(place)
         size = x.nbytes + found.result.nbytes
         if self._bytes + size <= self._most:
             self._bytes += size

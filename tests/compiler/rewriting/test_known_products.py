@@ -116,6 +116,17 @@ def test_what_changed_is_computed_again(
     assert len(computed) == 1 + again
 
 
+def test_two_calls_of_a_stage_do_not_share_a_result() -> None:
+    """What reads one of them may write into it."""
+    x, weight, products = numbers(3, 8), numbers(5, 8, seed=1), KnownProducts()
+    for _ in range(3):
+        marked = MarkedWeights(products)
+        first, second = marked.linear(x, weight), marked.linear(x, weight)
+        first += 1
+        assert torch.equal(second, linear(x, weight))
+        products.next_stage()
+
+
 def test_narrow_types_are_computed_each_time(computed: list[tuple[int, ...]]) -> None:
     """A mark of bfloat16 would not tell weights apart that differ in their last bit."""
     for dtype in (torch.bfloat16, torch.float16):
