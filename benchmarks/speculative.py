@@ -16,6 +16,8 @@ steps compute them too, in chains (`medusa`) and in trees of 16 guesses (`medusa
    small for them, so that some give way in the middle: equal to those of plain decoding in a large pool, token for token.
 2. One request at a time, plain and with drafts in turns: prompts of unseen books, and prompts that repeat a passage of
    them (the passage twice, and its beginning). Seconds of decoding alone; medians of the ratios with 95 % intervals.
+3. `switch`, the same with the engine's own choice of a depth, 0 included, for 1024 new tokens of four prompts: what it gains
+   where drafts pay, and what it costs where they do not.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ INT4 = {"quant": "rtn", "bits": 4, "group_size": 128}
 SHARED = ROOT.parent / "shared"
 TOGETHER = 16
 TREE = 16
-PARTS = ("equality", "unseen books", "repeating")
+PARTS = ("equality", "unseen books", "repeating", "switch")
 METHODS = (*typing.get_args(Method), "medusa-tree")
+LONG, LONG_SAMPLES = 1024, 4
 LENGTHS = (8, 120)
 """Tokens of the shortest and the longest prompt of the first part."""
 
@@ -131,13 +134,13 @@ def artifacts(given: argparse.Namespace, place: Path, models: Path, name: str) -
     return found
 
 
-def speculations(methods: list[str], draft_tokens: int | None) -> dict[str, Speculation]:
-    """How each method drafts: so many tokens, or as many as it does by default, always."""
+def speculations(methods: list[str], draft_tokens: int | None, *, adaptive: bool = False) -> dict[str, Speculation]:
+    """How each method drafts: so many tokens, or as many as it does by default, always; or where it pays."""
     found: dict[str, Speculation] = {}
     for name in methods:
         tree = name == "medusa-tree"
         method = typing.cast(Method, "medusa" if tree else name)
-        speculation = speculation_of(method, None, draft_tokens, "tree" if tree else None, adaptive=False)
+        speculation = speculation_of(method, None, draft_tokens, "tree" if tree else None, adaptive=adaptive)
         assert speculation is not None
         found[name] = speculation
     return found
@@ -231,6 +234,10 @@ def measured(given: argparse.Namespace, place: Path) -> dict[str, dict[str, Any]
             for folder in dict.fromkeys(folders.values()):
                 own = {method: item for method, item in methods.items() if folders[method] == folder}
                 result[part] |= equality(folder, own, ragged, count, given.threads)
+        elif part == "switch":
+            own = speculations(given.methods, given.draft_tokens, adaptive=True)
+            prompts = cut_prompts(tokens, LONG_SAMPLES + 1, 128)
+            result[part] |= speedups(folders, own, prompts, LONG, given.threads)
         else:
             cut = cut_prompts if part == "unseen books" else repeating
             result[part] |= speedups(folders, methods, cut(tokens, samples + 1, 128), min(count, 96), given.threads)

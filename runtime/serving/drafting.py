@@ -41,7 +41,7 @@ class Drafting:
         self._reader = drafter if isinstance(drafter, ReadingDrafter) else None
         self._ladder = ladder
         self._switch = Switch(ladder.rungs) if options.adaptive else None
-        self._begin = 0.0
+        self._begin, self._rung = 0.0, 0
         self._draft_s = 0.0
         self._counts = DraftCounts(options, self._switch, ladder)
 
@@ -52,7 +52,7 @@ class Drafting:
         ready = np.flatnonzero(rows.decoding & (rows.fed < rows.end - 1))
         if not len(ready):
             return
-        rung = len(self._ladder.rungs) if self._switch is None else self._switch.depth(len(ready))
+        self._rung = rung = len(self._ladder.rungs) if self._switch is None else self._switch.depth(len(ready))
         rows.shape = self._ladder.shapes[rung - 1] if rung and self._ladder.shapes is not None else None
         most = np.minimum(len(self._ladder.rungs[rung - 1]) if rung else 0, rows.end[ready] - rows.known[ready] - 1)
         asks = {
@@ -88,15 +88,16 @@ class Drafting:
         """Behind a step, before its tokens are collected."""
         begin = self._clock()
         made = plan.drafted > 0
-        self._counts.note(plan.drafted[made], given.counts[: len(made)][made] - 1, plan.shape)
-        if plan.shape is None and made.any():
-            self._drafter.observe(list(self._outcomes(plan, given)))
+        if made.any():
+            self._counts.note(plan.drafted[made], given.counts[: len(made)][made] - 1, plan.shape)
+            if plan.shape is None:
+                self._drafter.observe(list(self._outcomes(plan, given)))
         if self._reader is not None:
             self._reader.read(list(self._fed(plan, given)))
         now = self._clock()
         self._draft_s += now - begin
         if self._switch is not None and len(plan.decodes) and not plan.pieces:
-            self._switch.note(list(_row_outcomes(plan, given)), now - self._begin)
+            self._switch.note(list(_row_outcomes(plan, given)), now - self._begin, rung=self._rung)
 
     def _outcomes(self, plan: Plan, given: Chosen) -> Iterator[Verified]:
         rows = self._rows
@@ -155,4 +156,4 @@ def _row_outcomes(plan: Plan, given: Chosen) -> Iterator[Outcome]:
             yield Outcome(drafted, count - 1)
             continue
         nodes, kept = plan.shape.nodes, given.path[place, 1:count] - 1
-        yield Outcome(drafted, count - 1, (nodes[:drafted], [nodes[token] for token in kept.tolist()]))
+        yield Outcome(drafted, count - 1, [nodes[token] for token in kept.tolist()])

@@ -47,7 +47,7 @@ class RoundDrafting:
         self.pace = Pace(_FIRST_ROUNDS, _MOST_ROUNDS)
         self._ladder = Ladder.halves(options.draft_tokens)
         self._switch = Switch(self._ladder.rungs, sparing=_SPARING) if options.adaptive else None
-        self._begin = 0.0
+        self._begin, self._rung = 0.0, 0
         self._counts = DraftCounts(options, self._switch, self._ladder)
 
     def propose(self) -> None:
@@ -57,7 +57,7 @@ class RoundDrafting:
         ready = np.flatnonzero(rows.decoding & (rows.fed < rows.end - 1))
         if not len(ready):
             return
-        rung = len(self._ladder.rungs) if self._switch is None else self._switch.depth(len(ready))
+        self._rung = rung = len(self._ladder.rungs) if self._switch is None else self._switch.depth(len(ready))
         depth = len(self._ladder.rungs[rung - 1]) if rung else 0
         rounds = self.pace.steps
         self._runner.depth, self._runner.rounds = depth, rounds
@@ -82,7 +82,7 @@ class RoundDrafting:
         self.pace.note(seconds)
         if self._switch is not None:
             outcomes = [Outcome(*item) for item in np.stack([verified, kept - 1], 2)[kept > 0].tolist()]
-            self._switch.note(outcomes, seconds, rows=len(plan.decodes))
+            self._switch.note(outcomes, seconds, rung=self._rung, rows=len(plan.decodes))
 
     def forget(self, identity: str) -> None:
         """Nothing: drafts are the rows'."""

@@ -6,7 +6,8 @@ the base's. It has pools of its own. What it computed from its own states is for
 states of the tokens that were kept are fed instead.
 
 A base that found a prompt's beginning in its pool computes no states there. The draft model then takes what its own pool
-has of the same tokens, or else begins where the states do; keys are turned by distances alone, so that it may.
+has of the same tokens, or else begins where the states do; keys are turned by distances alone, so that it may. It begins
+anew, too, where nothing was drafted for long: what it would have to catch up with costs more than a long memory gives.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from optc.runtime.speculative.draft_room import fitting
 from optc.runtime.speculative.drafter import Ask, Fed, Verified
 
 _PIECES = 32
+"""Steps whose states are kept one by one."""
+_MOST_WAITING = 256
+"""States of a request that wait at most while nothing is drafted."""
 
 
 @dataclass(slots=True)
@@ -34,7 +38,7 @@ class _Request:
     """Positions of a request: `begin` to `begin + held` are in the cache, by the base's states; those behind wait.
 
     Attributes:
-        waiting: rows of the base's states [n, C], not fed yet.
+        waiting: rows of the base's states [n, C], not fed yet. count: so many.
         last: that of the position that was fed last.
         placed: the block manager knows the request.
     """
@@ -42,13 +46,25 @@ class _Request:
     begin: int
     held: int = 0
     waiting: list[Tensor] = field(default_factory=list)
+    count: int = 0
     last: Tensor | None = None
     placed: bool = False
 
     @property
     def end(self) -> int:
         """The first position without a state."""
-        return self.begin + self.held + sum(map(len, self.waiting))
+        return self.begin + self.held + self.count
+
+    def wait(self, rows: Tensor, count: int) -> None:
+        """Take so many rows [count, C]."""
+        self.waiting.append(rows)
+        self.count += count
+
+    def take(self) -> Tensor:
+        """All rows that wait, which wait no more."""
+        rows = self.waiting[0] if len(self.waiting) == 1 else torch.cat(self.waiting)
+        self.waiting, self.count = [], 0
+        return rows
 
 
 class _Piece(NamedTuple):
@@ -94,11 +110,22 @@ class Eagle3Drafter:
             request = self._requests.get(item.id)
             if request is None or item.start > request.end:
                 self.forget(item.id)
-                self._requests[item.id] = _Request(item.start, waiting=[rows])
-            elif item.start + len(rows) > request.end:
-                request.waiting.append(rows[request.end - item.start :])
+                request = self._requests[item.id] = _Request(item.start)
+            missing = item.start + item.kept - request.end
+            if missing > 0:
+                request.wait(rows[item.kept - missing :], missing)
                 if len(request.waiting) > _PIECES:  # while nothing is drafted
-                    request.waiting = [torch.cat(request.waiting)]
+                    self._shorten(item.id, request)
+
+    def _shorten(self, identity: str, request: _Request) -> None:
+        """Keep the states that wait as one, and of many the last ones alone; the request begins anew there."""
+        end, rows = request.end, request.take()
+        kept = rows[-_MOST_WAITING:]
+        if len(kept) < len(rows):
+            if request.placed:
+                self._manager.free(identity)
+            request = self._requests[identity] = _Request(end - len(kept))
+        request.wait(kept, len(kept))
 
     def propose(self, asks: Sequence[Ask]) -> list[list[int]]:
         """See `Drafter`. Requests without states, or that the cache or the context has no room for, get nothing."""
@@ -147,8 +174,9 @@ class Eagle3Drafter:
         request = self._requests[identity]
         self._manager.free(identity)
         end = request.end
-        rows = [request.last] if request.last is not None and not request.waiting else request.waiting
-        self._requests[identity] = _Request(end - sum(map(len, rows)), waiting=rows)
+        rows = request.last if request.last is not None and not request.waiting else request.take()
+        self._requests[identity] = _Request(end - len(rows))
+        self._requests[identity].wait(rows, len(rows))
 
     def _rest(self, ask: Ask) -> _Piece:
         """The positions of a request that the cache does not hold, one at least; what else it holds is forgotten."""
@@ -160,12 +188,13 @@ class Eagle3Drafter:
             self._rewind(request, ask)
         else:  # asked again for the same tokens
             assert request.last is not None
-            request.waiting, request.held = [request.last], request.held - 1
+            request.held -= 1
+            request.wait(request.last, 1)
             self._rewind(request, ask)
-        rows = torch.cat(request.waiting)
+        rows = request.take()
         first = request.begin + request.held
         keys = self._keys(ask, first)
-        request.waiting, request.last = [], rows[-1:]
+        request.last = rows[-1:]
         request.held += len(rows)
         return _Piece(ask.id, keys, ask.tokens[first + 1 :].tolist(), rows, self._nothing(len(rows), 1))
 
@@ -177,9 +206,9 @@ class Eagle3Drafter:
             self._manager.free(ask.id)
             self._manager.start(ask.id)
             return
-        rows = torch.cat(request.waiting)
-        rows = rows[found - request.begin :]
-        request.begin, request.held, request.waiting = 0, found, [rows]
+        rows = request.take()[found - request.begin :]
+        request.begin, request.held = 0, found
+        request.wait(rows, len(rows))
 
     def _rewind(self, request: _Request, ask: Ask) -> None:
         """Forget what was drafted. Of a block that others read too the rest is left behind, and the request begins anew."""
@@ -201,32 +230,43 @@ class Eagle3Drafter:
 
     def _feed(self, work: Sequence[_Piece], *, known: bool) -> tuple[Tensor, Tensor]:
         """Logits [R, V] and states [R, H] at the last token of each piece."""
+        room = self._model.chunk
+        if sum(len(piece.ids) for piece in work) <= room:
+            return self._call(work, known=known)
         found: dict[str, tuple[Tensor, Tensor]] = {}
         group: list[_Piece] = []
-        room = self._model.chunk
         for piece in work:
             rest = piece
             while len(rest.ids) > room:
                 first, rest = rest.cut(room)
-                found |= self._call([*group, first] if room else group, known=known)
+                found |= self._ends([*group, first] if room else group, known=known)
                 group, room = [], self._model.chunk
             group.append(rest)
             room -= len(rest.ids)
-        found |= self._call(group, known=known)
+        found |= self._ends(group, known=known)
         logits, states = zip(*(found[piece.id] for piece in work), strict=True)
         return torch.stack(logits), torch.stack(states)
 
+    def _ends(self, work: Sequence[_Piece], *, known: bool) -> dict[str, tuple[Tensor, Tensor]]:
+        """What `_call` gives, by request."""
+        ends = zip(*self._call(work, known=known), strict=True)
+        return {piece.id: end for piece, end in zip(work, ends, strict=True)}
+
     @torch.inference_mode()
-    def _call(self, work: Sequence[_Piece], *, known: bool) -> dict[str, tuple[Tensor, Tensor]]:
-        """Only what was made of the base's states may be found by other requests, and only from the beginning on."""
+    def _call(self, work: Sequence[_Piece], *, known: bool) -> tuple[Tensor, Tensor]:
+        """Logits [R, V] and states [R, H] at the last token of each piece, of one call.
+
+        Only what was made of the base's states may be found by other requests, and only from the beginning on.
+        """
         model = self._model
         inputs = self._manager.step([(piece.id, piece.keys) for piece in work])
         inputs = inputs._replace(input_ids=torch.tensor([token for piece in work for token in piece.ids]))
         states = [torch.cat([piece.base for piece in work]), torch.cat([piece.own for piece in work])]
         logits, own = model.run(*(item.to(model.device) for item in inputs), *states, *model.pools)
-        last = (inputs.cu_seqlens[1:].long() - 1).to(logits.device)
         for piece in work:
             if known and not self._requests[piece.id].begin:
                 self._manager.commit(piece.id)
-        ends = zip(logits[last], own[last], strict=True)
-        return {piece.id: end for piece, end in zip(work, ends, strict=True)}
+        if len(logits) == len(work):
+            return logits, own
+        last = (inputs.cu_seqlens[1:].long() - 1).to(logits.device)
+        return logits[last], own[last]

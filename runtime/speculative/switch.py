@@ -2,8 +2,9 @@
 
 The drafts that there are stand on a ladder: chains of one token, two, and so on; or trees of guesses, see `shape`.
 
-Time is measured, not modelled: medians of the last steps with drafts (the drafter included) and of plain ones, for each
-power of two of rows. A step is taken to cost as much more as it has more drafted tokens.
+Time is measured, not modelled: medians of the last steps of each length of draft (the drafter included) and of plain ones,
+for each power of two of rows. Where a length was hardly tried yet, a step is taken to cost as much more as it has more
+drafted tokens. Drafts are switched off only when none of those that may be made is expected to pay.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ _KEPT = 32
 """Steps of each kind that are looked at."""
 _LEAST = 8
 """Steps of each kind before anything is decided."""
+_TIMED = 4
+"""Steps of a length of draft whose own time is believed."""
 _REFRESH = 32
 """While drafts are on, one step in so many is plain, so that its time stays known."""
 _EXPLORE = 8
@@ -32,36 +35,30 @@ class Outcome(NamedTuple):
     """A row of a step: its drafted tokens, and how many of them were accepted.
 
     Attributes:
-        guesses: of a tree, the numbers of what was drafted and of what was accepted.
+        guesses: of a tree, the numbers of those that were accepted.
     """
 
     drafted: int
     accepted: int
-    guesses: tuple[Sequence[int], Sequence[int]] | None = None
+    guesses: Sequence[int] | None = None
 
 
 class _Step(NamedTuple):
-    """What a step gave with drafts, of all its rows: so many, their tokens, those that were drafted; and how many of them had
-    each guess drafted (of a chain: a token at each place), and had it accepted."""
+    """A step with drafts of all its rows: which draft was asked for, so many rows, their tokens, and how many of them had
+    each guess accepted (of a chain: a token at each place)."""
 
     seconds: float
+    rung: int
     rows: int
     tokens: int
-    drafted: int
-    reached: npt.NDArray[np.int64]
     kept: npt.NDArray[np.int64]
 
     @classmethod
-    def of(cls, outcomes: Sequence[Outcome], seconds: float, guesses: int) -> _Step:
-        numbers = [row.guesses or (range(row.drafted), range(row.accepted)) for row in outcomes]
-        reached, kept = (
-            np.bincount(np.concatenate([row[place] for row in numbers]).astype(np.int64), minlength=guesses)
-            for place in (0, 1)
-        )
-        accepted = sum(row.accepted for row in outcomes)
-        return cls(
-            seconds, len(outcomes), len(outcomes) + accepted, sum(row.drafted for row in outcomes), reached, kept
-        )
+    def of(cls, outcomes: Sequence[Outcome], seconds: float, rung: int, guesses: int) -> _Step:
+        numbers = [range(row.accepted) if row.guesses is None else row.guesses for row in outcomes]
+        kept = np.bincount(np.concatenate(numbers).astype(np.int64), minlength=guesses)
+        tokens = len(outcomes) + sum(row.accepted for row in outcomes)
+        return cls(seconds, rung, len(outcomes), tokens, kept)
 
 
 class Switch:
@@ -85,14 +82,15 @@ class Switch:
         """The draft for each row of the next step, of which there are so many; 0 for a plain one."""
         return self._at(rows).depth()
 
-    def note(self, outcomes: Sequence[Outcome], seconds: float, *, rows: int | None = None) -> None:
+    def note(self, outcomes: Sequence[Outcome], seconds: float, *, rung: int, rows: int | None = None) -> None:
         """A step of decodes alone, row by row, and its time with all that drafting took.
 
         Args:
+            rung: the draft that was asked for; drafters may have made a shorter one, or none.
             rows: of it, where outcomes are of several rounds, whose mean time `seconds` is.
         """
         self._last = self._at(rows or len(outcomes))
-        self._last.note(outcomes, seconds)
+        self._last.note(outcomes, seconds, rung)
 
     @property
     def speedup(self) -> float | None:
@@ -119,6 +117,7 @@ class _Record:
         self._guesses, self._most, self._sparing = guesses, len(guesses), sparing
         self._plain: deque[float] = deque(maxlen=_KEPT)
         self._drafted: deque[_Step] = deque(maxlen=_KEPT)
+        self._expected: npt.NDArray[np.float64] | None = None
         self.pause = 0
         self._next_pause = _PAUSE
         self._since_plain = self._tried = 0
@@ -128,10 +127,8 @@ class _Record:
         if min(len(self._plain), len(self._drafted)) < _LEAST:
             return None
         tokens = sum(step.tokens for step in self._drafted) / sum(step.rows for step in self._drafted)
-        return tokens * statistics.median(self._plain) / self._seconds()
-
-    def _seconds(self) -> float:
-        return statistics.median(step.seconds for step in self._drafted)
+        seconds = statistics.median(step.seconds for step in self._drafted)
+        return tokens * statistics.median(self._plain) / seconds
 
     def depth(self) -> int:
         if (
@@ -144,31 +141,47 @@ class _Record:
 
     def best(self) -> int:
         """The draft with the most tokens for their time, by the acceptance of each guess."""
-        if self.speedup is None:
-            return self._most
-        steps = self._drafted
-        plain = statistics.median(self._plain)
-        per_step = sum(step.drafted for step in steps) / sum(step.rows for step in steps)
-        each = max(0.0, self._seconds() - plain) / per_step
-        reached, kept = (sum(getattr(step, name) for step in steps) for name in ("reached", "kept"))
-        gains = 1 + self._guesses @ (kept / np.maximum(reached, 1))
-        return 1 + int((gains / (plain + each * self._guesses.sum(1))).argmax())
+        if self._expected is None:
+            self._expected = self._expect()
+        return self._most if self._expected is None else 1 + int(self._expected.argmax())
 
-    def note(self, outcomes: Sequence[Outcome], seconds: float) -> None:
-        if not any(row.drafted for row in outcomes):
+    def _expect(self) -> npt.NDArray[np.float64] | None:
+        """Speed-up that is expected of each draft, [drafts]; None before there are steps enough."""
+        steps = self._drafted
+        if min(len(self._plain), len(steps)) < _LEAST:
+            return None
+        plain, sizes = statistics.median(self._plain), self._guesses.sum(1)
+        each = max(0.0, statistics.median((step.seconds - plain) / sizes[step.rung - 1] for step in steps))
+        seconds = plain + each * sizes
+        own: dict[int, list[float]] = {}
+        for step in steps:
+            own.setdefault(step.rung, []).append(step.seconds)
+        for rung, times in own.items():
+            if len(times) >= _TIMED:
+                seconds[rung - 1] = statistics.median(times)
+        asked = sum(step.rows * self._guesses[step.rung - 1] for step in steps)
+        gains = 1 + self._guesses @ (sum(step.kept for step in steps) / np.maximum(asked, 1))
+        found: npt.NDArray[np.float64] = gains * plain / seconds
+        return found
+
+    def note(self, outcomes: Sequence[Outcome], seconds: float, rung: int) -> None:
+        if not rung or not any(row.drafted for row in outcomes):
             self._plain.append(seconds)
             self._since_plain = 0
             self.pause = max(0, self.pause - 1)
+            self._expected = None
             return
-        self._drafted.append(_Step.of(outcomes, seconds, self._guesses.shape[1]))
+        self._drafted.append(_Step.of(outcomes, seconds, rung, self._guesses.shape[1]))
         self._since_plain += 1
         self._tried += 1
-        found = self.speedup
+        self._expected = found = self._expect()
         if found is None or self._tried < _LEAST:
             return
-        if found >= 1:
-            self._next_pause = _PAUSE
+        if found.max() >= 1:
+            if (self.speedup or 0) >= 1:  # and not only expected of a draft that is hardly tried yet
+                self._next_pause = _PAUSE
         else:
             self.pause, self._next_pause = self._next_pause, min(2 * self._next_pause, _LONGEST_PAUSE)
             self._tried = 0
             self._drafted.clear()
+            self._expected = None

@@ -285,32 +285,38 @@ void multiply(const Weight& w, const Activations& in, int64_t tile, int64_t row,
   }
 }
 
+// Rows [row, row + Rows) times tiles [first, last).
 template <int Bits, Mode M, int Rows, int Tiles>
-OPTC_INLINE void rows_of(const Weight& w, const Activations& x, int64_t first, int64_t last, int64_t& row,
-                         int64_t end, const Output& out) {
-  for (; row + Rows <= end; row += Rows) {
-    int64_t tile = first;
-    for (; tile + Tiles <= last; tile += Tiles) multiply<Bits, M, Rows, Tiles>(w, x, tile, row, out);
-    if constexpr (Tiles > 1) {
-      for (; tile < last; ++tile) multiply<Bits, M, Rows, 1>(w, x, tile, row, out);
-    }
+OPTC_INLINE void rows_of(const Weight& w, const Activations& x, int64_t first, int64_t last, int64_t row,
+                         const Output& out) {
+  int64_t tile = first;
+  for (; tile + Tiles <= last; tile += Tiles) multiply<Bits, M, Rows, Tiles>(w, x, tile, row, out);
+  if constexpr (Tiles > 1) {
+    for (; tile < last; ++tile) multiply<Bits, M, Rows, 1>(w, x, tile, row, out);
   }
 }
 
+// Rows in groups of nearly the same size, of up to as many as have their sums in registers. A few tiles stay in the cache
+// for all groups: codes come from memory once.
 template <int Bits, Mode M>
 void product_of(const Weight& w, const Activations& x, int64_t first, int64_t last, int64_t begin, int64_t end,
                 const Output& out) {
   constexpr int kFew = M == kRounded ? kWide : (kWide + 1) / 2;
-  if (end - begin >= 4) {  // a few tiles stay in the cache for all rows
-    int64_t row = begin;
-    for (int64_t tile = first; tile < last; tile += kWide) {
-      row = begin;
-      rows_of<Bits, M, 4, kFew>(w, x, tile, tile + kWide < last ? tile + kWide : last, row, end, out);
+  const int64_t rows = end - begin, groups = (rows + 3) / 4;
+  if (rows == 1) return rows_of<Bits, M, 1, 4>(w, x, first, last, begin, out);
+  for (int64_t tile = first; tile < last; tile += kWide) {
+    const int64_t stop = tile + kWide < last ? tile + kWide : last;
+    for (int64_t group = 0, row = begin; group < groups; ++group) {
+      const int64_t size = (end - row) / (groups - group);
+      switch (size) {
+        case 1: rows_of<Bits, M, 1, kFew>(w, x, tile, stop, row, out); break;
+        case 2: rows_of<Bits, M, 2, kFew>(w, x, tile, stop, row, out); break;
+        case 3: rows_of<Bits, M, 3, kFew>(w, x, tile, stop, row, out); break;
+        default: rows_of<Bits, M, 4, kFew>(w, x, tile, stop, row, out);
+      }
+      row += size;
     }
-    begin = row;
   }
-  rows_of<Bits, M, 2, kFew>(w, x, first, last, begin, end, out);
-  rows_of<Bits, M, 1, 4>(w, x, first, last, begin, end, out);
 }
 
 template <int Bits>

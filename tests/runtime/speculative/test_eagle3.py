@@ -30,7 +30,7 @@ from optc.runtime.serving.paged_engine import PagedEngine
 from optc.runtime.serving.request import Generate
 from optc.runtime.sessions.paged import PagedModel, PagedSession
 from optc.runtime.sessions.program import open_program
-from optc.runtime.speculative import opening
+from optc.runtime.speculative import eagle3, opening
 from optc.runtime.speculative.drafter import Ask, Fed
 from optc.runtime.speculative.eagle3 import Eagle3Drafter
 from optc.runtime.speculative.opening import Verifying, check_states
@@ -164,6 +164,28 @@ def test_a_gap_begins_anew_and_the_same_ask_gets_the_same() -> None:
     assert ask(16) == expected(text[:16], 3, begin=12)
     drafter.forget("a")
     assert ask(16) == []
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_was_not_drafted_for_long_is_not_caught_up_with(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fourteen states, one by one, the last ones alone: three at a time become one, of four rows at most."""
+    monkeypatch.setattr(eagle3, "_PIECES", 2)
+    monkeypatch.setattr(eagle3, "_MOST_WAITING", 4)
+    drafter, text = checked(64), sequences(20)[0]
+    states = states_of(tuple(text))
+
+    def ask(known: int) -> list[int]:
+        return Eagle3Drafter.propose(drafter, [Ask("a", np.array(text[:known]), 3)])[0]
+
+    if asked:  # it is in the cache
+        drafter.read([Fed("a", 0, 2, {"aux_hidden": states[:2]})])
+        assert ask(3) == expected(text[:3], 3)
+    for place in range(2 if asked else 0, 14):
+        drafter.read([Fed("a", place, 1, {"aux_hidden": states[place : place + 1]})])
+    assert drafter._requests["a"].begin == 9
+    assert ask(15) == expected(text[:15], 3, begin=9)
+    drafter.forget("a")
+    assert drafter._manager.used_blocks == 0
 
 
 def facts(**changes: Any) -> DraftFacts:

@@ -7,13 +7,15 @@ from optc.runtime.speculative.switch import Outcome, Switch
 MOST = 4
 
 
-def drive(switch: Switch, steps: int, *, accepted: int, each: float, rows: int = 1) -> list[int]:
+def drive(switch: Switch, steps: int, *, accepted: int, each: float, any_: float = 0.0, rows: int = 1) -> list[int]:
     """Depths of steps of which the first `accepted` drafted tokens are right; each drafted token costs so many plain
-    steps."""
+    steps, and any draft `any_`."""
     found = []
     for _ in range(steps):
         depth = switch.depth(rows)
-        switch.note([Outcome(depth, min(depth, accepted))] * rows, 0.01 * (1 + each * depth))
+        switch.note(
+            [Outcome(depth, min(depth, accepted))] * rows, 0.01 * (1 + each * depth + any_ * (depth > 0)), rung=depth
+        )
         found.append(depth)
     return found
 
@@ -50,6 +52,37 @@ def test_the_depth_is_the_one_that_pays_most() -> None:
     assert 3 not in depths
     drive(switch, 300, accepted=4, each=0.2)
     assert switch.best == 4
+
+
+def test_a_short_draft_that_pays_is_found_where_the_longest_does_not() -> None:
+    """One token is right: 2 for 1.5 steps, where four drafted ones take 3."""
+    switch = Switch(MOST)
+    depths = drive(switch, 200, accepted=1, each=0.5)
+    assert switch.best == 1
+    assert depths[50:].count(1) > 100
+    assert switch.speedup is not None
+    assert switch.speedup > 1.2
+
+
+def test_a_short_draft_is_left_where_its_own_time_says_so() -> None:
+    """By the time of four tokens (2.6 steps) one takes 1.4 and pays; its own time is 2.3 steps for 2 tokens."""
+    switch = Switch(MOST)
+    depths = drive(switch, 2000, accepted=1, each=0.1, any_=1.2)
+    assert switch.best == 0
+    assert depths[:100].count(1) >= 4
+    assert sum(depth > 0 for depth in depths[:100]) <= 32
+    assert sum(depth > 0 for depth in depths[1000:]) <= 32
+
+
+def test_drafts_that_are_seldom_made_are_no_promise() -> None:
+    """A drafter that has two wrong tokens as a rule, and four right ones once in forty steps: 1.1 tokens for 1.42 steps."""
+    switch = Switch(MOST)
+    for step in range(800):
+        rung = switch.depth(1)
+        whole = step % 40 == 0
+        drafted = min(rung, 4 if whole else 2)
+        switch.note([Outcome(drafted, drafted if whole else 0)], 0.01 * (1 + 0.2 * drafted), rung=rung)
+    assert switch.best == 0
 
 
 def test_numbers_of_rows_are_decided_by_themselves() -> None:

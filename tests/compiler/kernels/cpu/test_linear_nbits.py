@@ -137,6 +137,18 @@ def test_many_rows_give_the_bits_of_few(
     assert case.difference(kernel) <= TOLERANCE
 
 
+@pytest.mark.parametrize("level", [KEPT, 64])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_row_has_the_same_bits_beside_others(kernel: Callable[..., Tensor], bits: int, level: int) -> None:
+    """Tokens that verify a draft are decided as those of plain decoding are: rows in any grouping, tiles in any number."""
+    for rows, weight_rows in itertools.product((2, 3, 5, 6, 7, 9), (16, 85)):
+        args, knobs = Case(bits, 64, level, rows, weight_rows, zero=bits % 2 == 0, bias=True).inputs()
+        x = args[0]
+        assert x is not None
+        alone = torch.cat([kernel(part, *args[1:], **knobs) for part in x.split(1)])
+        assert torch.equal(kernel(*args, **knobs), alone), (rows, weight_rows)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("level", [KEPT, 32])
 def test_kernel_in_sixteen_bits(kernel: Callable[..., Tensor], dtype: torch.dtype, level: int) -> None:
